@@ -1,0 +1,85 @@
+"""A model with its memory in place, from whichever directory holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wisecli.errors import ModelError
+from wisecli.memory import RoutedMatrix, install
+from wisecli.models import is_exported, load_model, require_base
+from wisecli.router import MANIFEST_NAME, Manifest, read_memory
+from wisecli.storage import Checkpoint, resolve_model
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A model whose value matrix is routed."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    routed: RoutedMatrix
+    manifest: Manifest
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """The base model for a while: nothing is routed."""
+        self.routed.enabled = False
+        try:
+            yield
+        finally:
+            self.routed.enabled = True
+
+
+def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
+    """The base model's directory and the manifest of a memory, or of an exported directory.
+
+    Raises:
+        WiseError: either cannot be read, or they do not belong together.
+    """
+    manifest = read_memory(memory)
+    exported = is_exported(memory)
+    directory = memory if exported and model is None else resolve_model(model or manifest.model, revision=manifest.revision)
+    require_base(directory, Checkpoint(directory), manifest.site, manifest.fingerprint)
+    return directory, manifest
+
+
+def attach(
+    memory: Path,
+    *,
+    model: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Edited:
+    """Load the base model of a memory (or of an exported directory) and put the memory in its place.
+
+    Raises:
+        WiseError: either cannot be read, or they do not belong together.
+    """
+    directory, manifest = find_base(memory, model)
+    loaded = load_model(directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    routed = install(loaded.model, manifest.site.module, manifest.memory, transposed=manifest.site.transposed)
+    routed.to(loaded.device)
+    return Edited(loaded.model, loaded.tokenizer, routed, manifest)
+
+
+def locate_memory(model: str | None, memory: Path | None, fallback: Path) -> tuple[Path, str | None]:
+    """Which directory holds the memory, and which model it is for, from what the command line gave.
+
+    A model that is an exported directory holds its own memory.
+
+    Raises:
+        ModelError: there is no memory to be found.
+    """
+    if memory is not None:
+        return memory, model
+    if model is not None and (Path(model) / MANIFEST_NAME).is_file():
+        return Path(model), None
+    if (fallback / MANIFEST_NAME).is_file():
+        return fallback, model
+    raise ModelError(f"there is no memory in {fallback}; run `wise merge` first or pass --memory")

@@ -1,0 +1,163 @@
+"""Activations at the site, computed once, and the layers above it run on them.
+
+Everything below the edited layer is frozen, so for each row only three things are ever needed again: the *keys* ``a``
+(inputs of the value matrix), the *hidden* states ``h`` that leave the edited layer, and the attention cache that the
+prompt leaves in the layers above. A change ``Δ`` of the matrix turns ``h`` into ``h + Δ a``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from wisecli.encode import Batch
+from wisecli.site import Site, value_module
+
+Selection = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the unedited model computes at the site, for the columns from ``first`` on.
+
+    Shapes: ``keys`` (B, T - first, d_ff), ``hidden`` (B, T - first, d), ``logits`` (n, V) at the selected columns,
+    ``past`` keys and values (B, heads, first, d_head) of each layer above the site.
+    """
+
+    batch: Batch
+    first: int
+    keys: Tensor
+    hidden: Tensor
+    logits: Tensor
+    past: tuple[tuple[Tensor, Tensor], ...]
+    tuple_width: int
+
+    def from_window(self) -> Activations:
+        """The same from the prompt's last token on: whatever ``Δ`` does there, earlier columns stay as they are."""
+        cut = self.batch.start - self.first
+        past = tuple((k[:, :, : self.batch.start].clone(), v[:, :, : self.batch.start].clone()) for k, v in self.past)
+        keys, hidden = self.keys[:, cut:].clone(), self.hidden[:, cut:].clone()
+        return replace(self, first=self.batch.start, keys=keys, hidden=hidden, past=past)
+
+    def rows(self, index: Tensor) -> Activations:
+        """The same for some of the rows."""
+        past = tuple((k[index], v[index]) for k, v in self.past) if self.first else ()
+        batch = Batch(self.batch.ids[index], self.batch.mask[index], self.batch.labels[index], self.batch.start)
+        return replace(self, batch=batch, keys=self.keys[index], hidden=self.hidden[index], past=past)
+
+
+@torch.no_grad()
+def capture(
+    model: PreTrainedModel, site: Site, batch: Batch, *, select: Selection | None = None, above: bool = True
+) -> Activations:
+    """Run the model once over a batch and keep what later steps need.
+
+    Args:
+        select: rows and columns whose logits are wanted; none by default, which spares the vocabulary projection.
+        above: whether the layers above the site are wanted at all; without them only keys and hidden states are kept.
+    """
+    kept: dict[str, Any] = {}
+
+    def keep_keys(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept["keys"] = inputs[0]
+
+    def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        kept["hidden"] = output
+
+    cache = DynamicCache()
+    with ExitStack() as hooks:
+        hooks.enter_context(_hooked(value_module(model, site).register_forward_pre_hook(keep_keys)))
+        hooks.enter_context(_hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
+        if not above:
+            hooks.enter_context(_overridden(_layers(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
+        logits = _forward(model, batch, 0, cache, select)
+    hidden = kept["hidden"]
+    width = len(hidden) if isinstance(hidden, tuple) else 0
+    past = tuple((layer.keys, layer.values) for layer in cache.layers[site.layer + 1 :]) if above else ()
+    return Activations(batch, 0, kept["keys"], hidden[0] if width else hidden, logits, past, width)
+
+
+def suffix_logits(
+    model: PreTrainedModel, site: Site, activations: Activations, hidden: Tensor, select: Selection
+) -> Tensor:
+    """Logits (n, V) at the selected columns, from running only the layers above the site on ``hidden``.
+
+    The model's own forward pass runs, with the layers up to the site replaced by ``hidden``: masks, positions, final
+    norm and head are the architecture's own.
+
+    Args:
+        hidden: what leaves the edited layer (B, T - first, d); gradients flow through it.
+        select: rows and columns of the batch; no column before ``activations.first``.
+    """
+    first, width = activations.first, activations.tuple_width
+    cache = _cache(activations, site) if first else None
+    output = (hidden, *[None] * (width - 1)) if width else hidden
+    with _overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
+        return _forward(model, activations.batch, first, cache, (select[0], select[1] - first))
+
+
+def _forward(
+    model: PreTrainedModel, batch: Batch, first: int, cache: DynamicCache | None, select: Selection | None
+) -> Tensor:
+    """The model's forward pass over the columns from ``first`` on; its head sees the selected columns only."""
+    empty = torch.empty(0, dtype=torch.long, device=batch.ids.device)
+    rows, columns = select or (empty, empty)
+
+    def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0][rows, columns].unsqueeze(0),)
+
+    with _hooked(model.get_output_embeddings().register_forward_pre_hook(pick)):
+        output = model(
+            input_ids=batch.ids[:, first:],
+            attention_mask=batch.mask,
+            position_ids=batch.positions[:, first:],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def _cache(activations: Activations, site: Site) -> DynamicCache:
+    """A cache that holds the prompt in the layers above the site, and only its length below."""
+    cache = DynamicCache()
+    keys = activations.past[0][0]
+    length = keys.new_zeros(keys.shape[0], 1, activations.first, 1)
+    for layer in range(site.layer + 1):
+        cache.update(length, length, layer)
+    for layer, (key, value) in enumerate(activations.past, start=site.layer + 1):
+        cache.update(key, value, layer)
+    return cache
+
+
+def _layers(model: PreTrainedModel, site: Site) -> nn.ModuleList:
+    layers = model.get_submodule(site.layer_module.rpartition(".")[0])
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+@contextmanager
+def _overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let each of the layers do something else for a while."""
+    replaced = list(layers)
+    try:
+        for layer in replaced:
+            layer.__dict__["forward"] = forward
+        yield
+    finally:
+        for layer in replaced:
+            layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

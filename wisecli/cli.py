@@ -1,0 +1,278 @@
+"""The command line: parse, call one library function, print. Nothing here imports torch before a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from wisecli import __version__
+from wisecli.config import EditSettings, EvalSettings, MergeSettings, resolve
+from wisecli.console import Console, fail, quiet_libraries
+from wisecli.errors import SettingsError, WiseError
+
+app = typer.Typer(
+    name="wise",
+    help="Edit what a language model knows, without retraining it and without breaking the rest of what it knows.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
+Model = Annotated[Optional[str], typer.Option("--model", help="Base model, if not where the manifest says.")]
+Memory = Annotated[Optional[Path], typer.Option("--memory", help="Memory or exported directory  [default: memory]")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Seed = Annotated[Optional[int], typer.Option("--seed", help="Seed of everything random  [default: 0]")]
+Config = Annotated[Optional[Path], typer.Option("--config", help="Settings file (TOML), a table a command.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; load no weights, write nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base model's own code run.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 (read in main)
+) -> None:
+    if version:
+        typer.echo(f"wise {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def edit(
+    model: Annotated[str, typer.Argument(help="Base model: a directory or a hub id.")],
+    edits: Annotated[Path, typer.Argument(help="Edits: JSONL, or a JSON array, in any known layout.")],
+    output: Output = Path("shards"),
+    preset: Annotated[Optional[str], typer.Option(help="default, or paper (sequential, as published).")] = None,
+    schedule: Annotated[Optional[str], typer.Option(help="batched or sequential.")] = None,
+    layer: Annotated[Optional[str], typer.Option(help="Layer to edit, or auto  [default: auto]")] = None,
+    shards: Annotated[Optional[int], typer.Option(help="Number of shards.")] = None,
+    edits_per_shard: Annotated[Optional[int], typer.Option(help="Edits a shard at most  [default: 100]")] = None,
+    mask_ratio: Annotated[Optional[float], typer.Option(help="Density ρ of the masks  [default: 0.5]")] = None,
+    mask_kind: Annotated[Optional[str], typer.Option(help="columns or elements.")] = None,
+    passes: Annotated[Optional[int], typer.Option(help="Passes over a shard at most  [default: 40]")] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(help="Step size  [default: 0.015]")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Rows a step  [default: 32]")] = None,
+    contexts: Annotated[Optional[int], typer.Option(help="Context prefixes an edit  [default: 2]")] = None,
+    router: Annotated[Optional[str], typer.Option(help="key (nearest whitened key) or norm (the paper's).")] = None,
+    routing: Annotated[Optional[str], typer.Option(help="One decision a token or a sequence.")] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Revision of a hub model.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if an edit did not take.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    config: Config = None,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
+    console = Console(as_json, quiet)
+    settings = resolve(EditSettings, locals(), section="edit", file=config)
+    from wisecli.pipeline import edit as run
+
+    named: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "force": force, "strict": strict}
+    with console.watching() as watch:
+        report = run(
+            model, edits, output, settings, trust_remote_code=trust_remote_code, dry_run=dry_run, watch=watch, **named
+        )
+    console.edited(report)
+
+
+@app.command()
+def merge(
+    shards: Annotated[list[Path], typer.Argument(help="Directories that `wise edit` wrote.")],
+    output: Output = Path("memory"),
+    mode: Annotated[Optional[str], typer.Option(help="merge (one memory) or retrieve (one a shard).")] = None,
+    method: Annotated[
+        Optional[str], typer.Option(help="ties, linear, sign, magnitude, dare, dare-ties or slerp  [default: ties]")
+    ] = None,
+    density: Annotated[Optional[float], typer.Option(help="Share of entries kept  [default: 0.5]")] = None,
+    scale: Annotated[Optional[float], typer.Option("--lambda", help="Scale λ of the result  [default: 1]")] = None,
+    weights: Annotated[Optional[str], typer.Option(help="Weights of the shards, comma-separated.")] = None,
+    router: Annotated[Optional[str], typer.Option(help="key or norm  [default: the shards']")] = None,
+    routing: Annotated[Optional[str], typer.Option(help="token or sequence  [default: the shards']")] = None,
+    threshold: Annotated[Optional[str], typer.Option(help="false-alarm or minimum  [default: the shards']")] = None,
+    false_alarm: Annotated[
+        Optional[float], typer.Option(help="Share of unrelated tokens let through  [default: 0.001]")
+    ] = None,
+    model: Model = None,
+    seed: Seed = None,
+    config: Config = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Join shards into a side memory and decide the router's thresholds, without loading the model."""
+    console = Console(as_json, quiet)
+    given = {**locals(), "weights": _numbers(weights)}
+    settings = resolve(MergeSettings, given, section="merge", file=config)
+    from wisecli.pipeline import merge as run
+
+    with console.watching() as watch:
+        report = run(shards, output, settings, model=model, force=force, dry_run=dry_run, watch=watch)
+    console.merged(report)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Optional[str], typer.Argument(help="Base model or exported directory.")] = None,
+    dataset: Annotated[
+        Optional[str],
+        typer.Option(help="zsre, hallucination, temporal or a file  [default: the memory's own edits]"),
+    ] = None,
+    data: Annotated[Optional[Path], typer.Option(help="The dataset's file, instead of fetching it.")] = None,
+    edits: Annotated[Optional[int], typer.Option(help="Only the first so many records.")] = None,
+    memory: Memory = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Rows at a time  [default: 32]")] = None,
+    generate: Annotated[
+        Optional[bool], typer.Option("--generate/--no-generate", help="Also generate answers  [default: generate]")
+    ] = None,
+    max_new_tokens: Annotated[Optional[int], typer.Option(help="Length of generated answers.")] = None,
+    fail_under: Annotated[
+        Optional[str], typer.Option(help="Exit with 1 below these, as reliability=.9,locality=.95.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    config: Config = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure reliability, generalization, locality, portability and generated answers, before and after."""
+    console = Console(as_json, quiet)
+    gates = _gates(fail_under)
+    settings = resolve(EvalSettings, locals(), section="eval", file=config)
+    from wisecli.attached import locate_memory
+    from wisecli.pipeline import evaluate as run
+
+    place, base = locate_memory(model, memory, Path("memory"))
+    with console.watching() as watch:
+        named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        report = run(place, settings, model=base, data=data, watch=watch, **named)
+    console.evaluated(report)
+    report.check(gates)
+
+
+@app.command()
+def export(
+    memory: Annotated[Path, typer.Option("--memory", help="Memory directory.")] = Path("memory"),
+    output: Output = Path("edited"),
+    form: Annotated[
+        str, typer.Option("--format", help="routed (keeps the router) or merged (always on, stock architecture).")
+    ] = "routed",
+    link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights instead of copying.")] = False,
+    model: Model = None,
+    device: Device = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an edited checkpoint that loads with transformers alone."""
+    console = Console(as_json, quiet)
+    if form not in ("routed", "merged"):
+        raise SettingsError(f"--format must be routed or merged, not {form!r}")
+    from wisecli.pipeline import export as run
+
+    with console.watching() as watch:
+        named: dict[str, Any] = {"device": device, "force": force, "dry_run": dry_run, "watch": watch}
+        report = run(memory, output, form, model=model, link=link, **named)
+    console.exported(report)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Exported directory, or base model (with --memory).")],
+    prompts: Annotated[list[str], typer.Argument(help="Prompts to answer.")],
+    memory: Memory = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
+    explain: Annotated[bool, typer.Option("--explain", help="Say which memory answered each token.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer prompts with an edited model."""
+    console = Console(as_json, quiet)
+    from wisecli.attached import locate_memory
+    from wisecli.pipeline import generate as run
+
+    place, base = locate_memory(model, memory, Path("memory"))
+    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    with console.watching():
+        answers = run(place, prompts, model=base, explain=explain, **lengths, **named)
+    console.answered(answers)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2-135m, zsre, hallucination or temporal.")],
+    output: Annotated[
+        Optional[Path], typer.Option("-o", "--output", help="Where to put it  [default: the user cache]")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch the small model to try things on, or benchmark data."""
+    console = Console(as_json, quiet)
+    from wisecli.fetch import fetch as run
+
+    with console.watching() as watch:
+        place = run(name, output, force=force, watch=watch)
+    console.result({"results": {"output": str(place)}}, str(place))
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"--weights must be numbers with commas between, not {text!r}") from None
+
+
+def _gates(text: str | None) -> dict[str, float]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")] if text else []
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise SettingsError(f"--fail-under must look like reliability=.9,locality=.95, not {text!r}") from None
+
+
+def main() -> None:
+    """Run the command line; every error the user can act on ends in one sentence and its exit code."""
+    debug = "--debug" in sys.argv[1:2]
+    quiet_libraries()
+    try:
+        app()
+    except WiseError as error:
+        if debug:
+            raise
+        fail(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was written")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        fail(f"{type(error).__name__}: {error}; this is a fault in wise, `wise --debug ...` shows where")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

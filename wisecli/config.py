@@ -1,0 +1,200 @@
+"""Frozen settings, presets, and which source wins: defaults < preset < file < environment ``WISE_*`` < flag."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from wisecli.errors import SettingsError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How shards are written. The margins α, β, γ and the router's loss are section 3.1, equation 5, of the paper."""
+
+    preset: Literal["default", "paper"] = "default"
+    schedule: Literal["batched", "sequential"] = "batched"
+    layer: str = "auto"
+    shards: int | None = None
+    edits_per_shard: int = 100
+    mask_ratio: float = 0.5  # half the columns hold a hundred edits; a fifth, as in the paper, does not
+    mask_kind: Literal["columns", "elements"] = "columns"
+    passes: int = 40
+    learning_rate: float = 1.5e-2
+    batch_size: int = 32
+    contexts: int = 2  # more of them cost time and changed little
+    context_tokens: int = 8
+    alpha: float = 0.25
+    beta: float = 1.0
+    gamma: float = 0.5
+    margin_unit: Literal["output", "absolute"] = "output"  # `output`: the median of ‖W a‖ over unrelated text
+    norm_constraint: float | None = None
+    stop_loss: float = 0.05
+    train_end: bool = True
+    unrelated_texts: int = 600
+    router: Literal["key", "norm"] = "key"
+    routing: Literal["token", "sequence"] = "token"
+    threshold: Literal["false-alarm", "minimum"] = "false-alarm"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How shards become one memory. What the shards' own settings decide is left ``None`` here."""
+
+    mode: Literal["merge", "retrieve"] = "merge"
+    method: str = "ties"
+    density: float = 0.5
+    scale: float = 1.0
+    weights: tuple[float, ...] | None = None
+    router: Literal["key", "norm"] | None = None
+    routing: Literal["token", "sequence"] | None = None
+    threshold: Literal["false-alarm", "minimum"] | None = None
+    false_alarm: float = 0.001
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How figures are measured."""
+
+    dataset: str | None = None
+    edits: int | None = None
+    batch_size: int = 32
+    generate: bool = True
+    max_new_tokens: int | None = None  # the longest target and a little more
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Section 4.1 and appendix B: one edit after the other, stochastic gradient descent.
+    "paper": {
+        "schedule": "sequential",
+        "mask_ratio": 0.2,
+        "mask_kind": "elements",
+        "passes": 70,
+        "learning_rate": 1.0,
+        "alpha": 5.0,
+        "beta": 20.0,
+        "gamma": 10.0,
+        "margin_unit": "absolute",
+        "norm_constraint": 1.0,
+        "train_end": False,
+        "router": "norm",
+        "routing": "sequence",
+        "threshold": "minimum",
+    },
+}
+
+# Values outside these bounds are refused: (lowest, highest), both allowed unless 0 makes no sense.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "shards": (1, 10**6),
+    "edits_per_shard": (1, 10**6),
+    "mask_ratio": (1e-9, 1),
+    "passes": (1, 10**6),
+    "learning_rate": (1e-12, 1e6),
+    "batch_size": (1, 10**6),
+    "contexts": (0, 1000),
+    "context_tokens": (1, 1000),
+    "unrelated_texts": (8, 10**6),
+    "density": (1e-9, 1),
+    "false_alarm": (0, 0.5),
+    "edits": (1, 10**9),
+    "max_new_tokens": (1, 10**6),
+}
+
+
+def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, file: Path | None = None) -> Settings:
+    """Settings from all their sources.
+
+    Args:
+        kind: the settings class.
+        flags: what the command line gave; ``None`` counts as not given, and what is no setting is passed over.
+        section: the table of the settings file to read.
+        file: a TOML file with one table a command.
+
+    Raises:
+        SettingsError: an unknown name, a value of the wrong kind or out of bounds.
+    """
+    hints = get_type_hints(kind)
+    given = {**_from_file(file, section, hints), **_from_environment(hints)}
+    given.update({name: value for name, value in flags.items() if name in hints and value is not None})
+    preset = given.get("preset", "default")
+    if preset not in PRESETS:
+        raise SettingsError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    base = {name: value for name, value in PRESETS[preset].items() if name in hints}
+    values = {name: _checked(name, value, hints[name]) for name, value in {**base, **given}.items()}
+    return kind(**values)
+
+
+def as_json(settings: Any) -> dict[str, Any]:
+    """Settings as the manifests keep them."""
+    return asdict(settings)
+
+
+def defaults(kind: type[Any]) -> dict[str, Any]:
+    """Every setting's default."""
+    return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+
+
+def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8")).get(section, {})
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file}: not readable as TOML ({error})") from None
+    given = {name.replace("-", "_"): value for name, value in table.items()}
+    unknown = sorted(given.keys() - hints.keys())
+    if unknown:
+        raise SettingsError(f"{file}: [{section}] has no setting {unknown[0]!r}; known are {', '.join(sorted(hints))}")
+    return given
+
+
+def _from_environment(hints: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f"WISE_{name.upper()}": name for name in hints}
+    return {name: os.environ[variable] for variable, name in names.items() if os.environ.get(variable)}
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    options = [option for option in get_args(hint) if option is not type(None)] or [hint]
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+    else:
+        choices = get_args(options[0]) if get_origin(options[0]) is Literal else ()
+    if choices:
+        if value not in choices:
+            raise SettingsError(f"{_flag(name)} must be one of {', '.join(choices)}, not {value!r}")
+        return value
+    converted = _converted(name, value, options[0])
+    if name in _BOUNDS and converted is not None:
+        lowest, highest = _BOUNDS[name]
+        if not lowest <= converted <= highest:
+            raise SettingsError(f"{_flag(name)} must lie between {lowest:g} and {highest:g}, not {converted!r}")
+    return converted
+
+
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    if value is None or get_origin(kind) is tuple:
+        return value if value is None else tuple(float(item) for item in value)
+    if kind is bool:
+        return value if isinstance(value, bool) else str(value).lower() in ("1", "true", "yes", "on")
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise SettingsError(f"{_flag(name)} must be {kind.__name__}, not {value!r}") from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

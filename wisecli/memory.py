@@ -1,0 +1,159 @@
+"""The side memory and the routed matrix: the method on one screen. Needs torch only; exports carry this very file.
+
+    y = W a + b                    the main memory answers
+    y = W a + b + Δ_m a            side memory m answers, where its score exceeds its threshold ε_m
+
+The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768, equations 3
+and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened by unrelated text (router ``key``). Of
+several memories the one whose score exceeds its threshold by the largest factor answers (equation 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+UNROUTED = -1
+
+
+@dataclass(frozen=True)
+class SideMemory:
+    """M side memories of one matrix and what routes to them.
+
+    ``tensors``: ``columns`` (M, k) the input coordinates each memory reads; ``delta`` (M, d, k) its change ``Δ`` there.
+    With router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``; ``owner`` (n,) the memory it
+    belongs to; ``directions`` (r, d_ff) and ``gains`` (r,), which with ``floor`` make up the whitening
+    ``P = floor · I + directionsᵀ diag(gains) directions``.
+
+    ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
+    follows.
+    """
+
+    tensors: Mapping[str, Tensor]
+    thresholds: tuple[float, ...]
+    router: str = "norm"
+    routing: str = "token"
+    floor: float = 1.0
+
+    def describe(self) -> dict[str, Any]:
+        """All but the tensors, with their shapes and types, as JSON."""
+        layout = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in self.tensors.items()}
+        settings = {"router": self.router, "routing": self.routing, "floor": self.floor}
+        return {"thresholds": list(self.thresholds), **settings, "tensors": layout}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> SideMemory:
+        """The inverse of :meth:`describe`; tensors that are not given are allocated, to be loaded later."""
+        if tensors is None:
+            layout = described["tensors"].items()
+            tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, *shape) in layout}
+        named = {name: described[name] for name in ("router", "routing", "floor")}
+        return cls(tensors, tuple(described["thresholds"]), **named)
+
+
+class RoutedMatrix(nn.Module):
+    """A value matrix with side memories; a plain module, so that nothing mistakes it for a linear layer.
+
+    Args:
+        base: the module it stands in for; its ``weight`` and ``bias`` keep their names.
+        memory: the side memories; their tensors become buffers.
+        transposed: whether the weight is stored (d_ff, d).
+    """
+
+    columns: Tensor
+    delta: Tensor
+    probes: Tensor
+    owner: Tensor
+    directions: Tensor
+    gains: Tensor
+
+    def __init__(self, base: nn.Module, memory: SideMemory, *, transposed: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, getattr(base, "bias", None)
+        self.transposed = transposed
+        for name, tensor in memory.tensors.items():
+            self.register_buffer(name, tensor)
+        self.thresholds, self.router, self.floor = memory.thresholds, memory.router, memory.floor
+        self.gate = PromptGate() if memory.routing == "sequence" else None
+        self.enabled = True
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """``keys`` (B, T, d_ff) → (B, T, d)."""
+        answer = F.linear(keys, self.weight.T if self.transposed else self.weight, self.bias)
+        if not self.enabled:
+            return answer
+        chosen = self.choose(self.scores(keys))
+        if self.gate is not None:
+            chosen = self.gate.hold(chosen)
+        return self.add_updates(answer, keys, chosen)
+
+    def scores(self, keys: Tensor) -> Tensor:
+        """Score of every memory for every key: (..., d_ff) → (..., M)."""
+        if self.router == "norm":
+            memories = range(len(self.thresholds))
+            return torch.stack([torch.linalg.vector_norm(self.update(keys, m), dim=-1) for m in memories], dim=-1)
+        keys = keys.to(self.probes.dtype)
+        spread = self.floor * keys.square().sum(-1) + F.linear(keys, self.directions).square() @ self.gains
+        cosine = F.linear(keys, self.probes) / spread.clamp(min=1e-12).sqrt()[..., None]
+        nearest = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -1.0)
+        return nearest.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Which memory answers each token, ``UNROUTED`` for none: (..., M) → (...)."""
+        strongest, chosen = (scores.float() / scores.new_tensor(self.thresholds, dtype=torch.float32)).max(-1)
+        return chosen.where(strongest > 1, UNROUTED)
+
+    def update(self, keys: Tensor, memory: int) -> Tensor:
+        """``Δ_m a``: (..., d_ff) → (..., d)."""
+        return F.linear(keys[..., self.columns[memory]].to(self.delta.dtype), self.delta[memory])
+
+    def add_updates(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
+        """Add its memory's update to every routed token; the others keep every bit of the main memory's answer."""
+        for memory in chosen.unique().tolist():
+            if memory != UNROUTED:
+                routed = chosen == memory
+                update = self.update(keys[routed], memory).to(answer.dtype)
+                answer = answer.index_put(routed.nonzero(as_tuple=True), update, accumulate=True)
+        return answer
+
+
+class PromptGate:
+    """For sequence routing: the choice made at a row's last prompt token, kept on its attention cache."""
+
+    def __init__(self) -> None:
+        self._cache: Any = None
+        self._last: Tensor | None = None
+
+    def before_forward(self, _model: nn.Module, _inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: notes the cache, and where each row's prompt ends."""
+        mask, self._cache = named.get("attention_mask"), named.get("past_key_values")
+        self._last = None if mask is None or mask.dim() != 2 else mask.long().cumsum(-1).argmax(-1)
+        if self._cache is not None and self._cache.get_seq_length() == 0:
+            self._cache.wise_choice = None
+
+    def hold(self, chosen: Tensor) -> Tensor:
+        """The row's own choice from its last prompt token on: (B, T) → (B, T)."""
+        row = getattr(self._cache, "wise_choice", None)
+        if row is not None:
+            return row.expand_as(chosen)
+        columns = torch.arange(chosen.shape[1], device=chosen.device)
+        last = (columns[-1:].expand(len(chosen)) if self._last is None else self._last)[:, None]
+        row = chosen.gather(1, last)
+        if self._cache is not None:
+            self._cache.wise_choice = row
+        return row.where(columns >= last, UNROUTED)
+
+
+def install(model: nn.Module, module: str, memory: SideMemory, *, transposed: bool) -> RoutedMatrix:
+    """Put a routed matrix in the place of a model's value matrix at path ``module``."""
+    parent, _, name = module.rpartition(".")
+    routed = RoutedMatrix(model.get_submodule(module), memory, transposed=transposed)
+    setattr(model.get_submodule(parent), name, routed)
+    if routed.gate is not None:
+        model.register_forward_pre_hook(routed.gate.before_forward, with_kwargs=True)
+    return routed

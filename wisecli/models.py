@@ -1,0 +1,111 @@
+"""A base model with its tokenizer, loaded from a model directory or from one that ``wise export`` wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from wisecli.errors import ModelError, SettingsError, WrongBaseError
+from wisecli.site import Fingerprint, Site, fingerprint
+from wisecli.storage import Checkpoint, read_json
+
+EXPORTED_KEY = "wise"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, in evaluation mode and frozen."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.model.device
+
+
+def pick_device(device: str) -> torch.device:
+    """Turn ``--device`` into a device; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        SettingsError: there is no such device here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"--device {device} cannot be used here ({reason}); try cpu") from None
+    return chosen
+
+
+def pick_dtype(dtype: str) -> torch.dtype | str:
+    """Turn ``--dtype`` into a type; ``auto`` is the checkpoint's own.
+
+    Raises:
+        SettingsError: no such type.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto" and dtype not in known:
+        raise SettingsError(f"--dtype must be one of auto, {', '.join(known)}, not {dtype!r}")
+    return known.get(dtype, "auto")
+
+
+def load_model(directory: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
+    """Load the base model and the tokenizer of a directory. Only safetensors are read, and no code of the directory
+    runs unless it is trusted; of an exported directory the base model is loaded, without its memory.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    chosen = pick_device(device)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        config = _base_config(directory, common)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=pick_dtype(dtype), use_safetensors=True, **common
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
+    return Loaded(model.to(chosen).eval().requires_grad_(False), tokenizer)
+
+
+def _base_config(directory: Path, common: dict[str, Any]) -> Any:
+    content = read_json(directory / "config.json")
+    exported = content.pop(EXPORTED_KEY, None)
+    if exported is None:
+        return AutoConfig.from_pretrained(directory, **common)
+    content.pop("auto_map", None)
+    content.pop("model_type", None)
+    return AutoConfig.for_model(exported["model_type"], **{**content, "architectures": exported["architectures"]})
+
+
+def is_exported(directory: Path) -> bool:
+    """Whether a directory was written by ``wise export --format routed``."""
+    return (directory / "config.json").is_file() and EXPORTED_KEY in read_json(directory / "config.json")
+
+
+def require_base(directory: Path, checkpoint: Checkpoint, site: Site, expected: Fingerprint) -> None:
+    """Check that a directory holds the base model that shards or a memory were made from.
+
+    Raises:
+        WrongBaseError: its edited matrix differs.
+    """
+    if site.weight not in checkpoint and site.weight.split(".", 1)[1] not in checkpoint:
+        raise WrongBaseError(f"{directory} has no {site.weight}; pass the base model with --model")
+    if fingerprint(directory, checkpoint, site).matrix != expected.matrix:
+        raise WrongBaseError(
+            f"{directory} is not the base model: its {site.weight} differs from the one the edits were made on; "
+            "pass that model with --model, or edit anew"
+        )

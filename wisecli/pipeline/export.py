@@ -1,0 +1,113 @@
+"""``wise export``: base model + memory → a checkpoint that others load."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from wisecli.attached import find_base
+from wisecli.contexts import unrelated_texts
+from wisecli.encode import collate, encode, in_batches
+from wisecli.errors import ModelError
+from wisecli.events import Event, Watcher, ignore
+from wisecli.export import dense, write_merged, write_routed
+from wisecli.models import is_exported, load_model
+from wisecli.pipeline.reports import peak_rss_bytes
+from wisecli.router import Manifest
+from wisecli.capture import capture, suffix_logits
+from wisecli.storage import Checkpoint, refuse_existing, require_space, whole_directory
+
+Format = Literal["routed", "merged"]
+_TEXTS, _BATCH = 200, 32
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What ``wise export`` wrote.
+
+    ``locality`` is measured for merged checkpoints: the share of unrelated tokens after which the next token's arg-max
+    stays the base model's; ``tokens`` is how many were looked at. Routed checkpoints cost what ``wise eval`` says.
+    """
+
+    output: Path
+    format: str
+    edits: int
+    bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    locality: float | None = None
+    tokens: int = 0
+    planned: bool = False
+
+
+def export(
+    memory: Path,
+    output: Path,
+    form: Format = "routed",
+    *,
+    model: str | None = None,
+    link: bool = False,
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    watch: Watcher = ignore,
+) -> ExportReport:
+    """Write an edited checkpoint.
+
+    Args:
+        form: ``routed`` keeps the router (custom code in the checkpoint); ``merged`` always applies the memory (stock
+            architecture, and unrelated text changes).
+        link: hard-link the base's weights instead of copying them.
+
+    Raises:
+        WiseError: the memory, the base model or the disk cannot be used; nothing is left behind.
+    """
+    started = time.perf_counter()
+    refuse_existing(output, force=force)
+    base, manifest = find_base(memory, model)
+    if is_exported(base):
+        raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
+    checkpoint = Checkpoint(base)
+    size = sum(path.stat().st_size for path in checkpoint.files)
+    side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
+    require_space(output, side + (0 if link else size))
+    edits = len(manifest.edits)
+    if dry_run:
+        seconds = time.perf_counter() - started
+        return ExportReport(output, form, edits, size + side, seconds, peak_rss_bytes(), planned=True)
+    locality, tokens = None, 0
+    with whole_directory(output, force=force) as working:
+        watch(Event("writing"))
+        if form == "routed":
+            write_routed(working, base, checkpoint, manifest, link=link)
+        else:
+            locality, tokens = merged_locality(base, manifest, device=device, watch=watch)
+            note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"
+            write_merged(working, base, checkpoint, manifest, note)
+        written = sum(path.stat().st_size for path in working.iterdir())
+    seconds = time.perf_counter() - started
+    return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), locality, tokens)
+
+
+@torch.no_grad()
+def merged_locality(base: Path, manifest: Manifest, *, device: str, watch: Watcher) -> tuple[float, int]:
+    """Share of unrelated tokens whose successor's arg-max survives ``W + Δ``, and how many tokens there were."""
+    loaded = load_model(base, device=device)
+    change = dense(manifest).to(loaded.device)
+    probes = [(probe.prompt, probe.answer) for edit in manifest.edits for probe in edit.locality]
+    words = [text.split(maxsplit=1) for text in unrelated_texts(_TEXTS, seed=1)]
+    rows = [encode(loaded.tokenizer, *pair) for pair in [*probes, *((w[0], w[1]) for w in words if len(w) == 2)]]
+    same = total = 0
+    for indices in in_batches(rows, _BATCH):
+        batch = collate([rows[index] for index in indices]).to(loaded.device)
+        activations = capture(loaded.model, manifest.site, batch, select=batch.labelled)
+        hidden = activations.hidden + (activations.keys @ change.T.to(activations.keys.dtype))
+        changed = suffix_logits(loaded.model, manifest.site, activations, hidden, batch.labelled)
+        same += int((changed.argmax(-1) == activations.logits.argmax(-1)).sum())
+        total += len(changed)
+        watch(Event("locality", total, 0))
+    return same / total, total

@@ -1,0 +1,90 @@
+"""``wise generate``: an edited model's answers, and which memory gave each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wisecli.attached import Edited, attach
+from wisecli.capture import capture
+from wisecli.encode import Row, collate
+from wisecli.generation import generate as generate_tokens
+from wisecli.memory import UNROUTED
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of the answer: the strongest memory's score and threshold where it was decided, and who answered.
+
+    ``memory`` is the number of the side memory, or ``None`` for the main memory.
+    """
+
+    token: str
+    memory: int | None
+    score: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt's greedy answer; ``steps`` only if asked for."""
+
+    prompt: str
+    text: str
+    steps: tuple[Step, ...] = ()
+
+
+def generate(
+    memory: Path,
+    prompts: Sequence[str],
+    *,
+    model: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    explain: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> list[Answer]:
+    """Answer prompts greedily, up to the end of text.
+
+    Args:
+        memory: a memory directory or an exported one.
+        explain: also say which memory answered each token.
+
+    Raises:
+        WiseError: the memory or the model cannot be used.
+    """
+    edited = attach(memory, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    answers = generate_tokens(
+        edited.model, edited.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    texts = edited.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    explained = [_explain(edited, p, tokens) if explain else () for p, tokens in zip(prompts, answers, strict=True)]
+    return [Answer(p, text.strip(), steps) for p, text, steps in zip(prompts, texts, explained, strict=True)]
+
+
+@torch.no_grad()
+def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, ...]:
+    """Scores at the tokens that predicted each answer token, from one pass over the whole text."""
+    if not answer:
+        return ()
+    row = Row(tuple(edited.tokenizer(prompt)["input_ids"]), tuple(answer))
+    batch = collate([row]).to(edited.model.device)
+    # The edited model runs, so that every score is the one it decided by.
+    keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
+    scores = edited.routed.scores(keys)
+    chosen = edited.routed.choose(scores)
+    if edited.routed.gate is not None:
+        chosen = chosen[:1].expand_as(chosen)
+    strongest = (scores / scores.new_tensor(edited.routed.thresholds)).argmax(-1)
+    steps = []
+    for place, token in enumerate(answer):
+        best, memory = int(strongest[place]), int(chosen[place])
+        threshold = edited.routed.thresholds[best]
+        who = None if memory == UNROUTED else memory
+        steps.append(Step(edited.tokenizer.decode([token]), who, float(scores[place, best]), threshold))
+    return tuple(steps)

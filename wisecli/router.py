@@ -1,0 +1,187 @@
+"""Where the router's thresholds are decided: the key router's tensors, calibration, and the manifest ``router.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wisecli.edits import Edit
+from wisecli.errors import DamagedFileError
+from wisecli.memory import SideMemory
+from wisecli.site import Fingerprint, Site
+from wisecli.storage import load_tensors, read_json, save_tensors, sha256_file, write_json
+
+MANIFEST_NAME = "router.json"
+MEMORY_NAME = "memory.safetensors"
+SCHEMA = "wise.memory/1"
+_QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
+# Rank of the whitening: beyond it the covariance is taken as even in all directions.
+_RANK = 512
+# Eigenvalues of the covariance are raised by this share of their mean before they are inverted.
+_SHRINKAGE = 0.1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold, how it was found, and the scores on both sides of it.
+
+    ``misses`` is the share of the edits' scores under unseen contexts that stay below; ``false_alarms`` that of
+    unrelated text above.
+    """
+
+    threshold: float
+    rule: str
+    misses: float
+    false_alarms: float
+    edits: dict[str, float]
+    unrelated: dict[str, float]
+
+
+def calibrate(edits: Tensor, unrelated: Tensor, *, rule: str, false_alarm: float) -> Calibration:
+    """Decide ε from scores of edits (n,) and of unrelated text (m,).
+
+    Args:
+        rule: ``false-alarm`` lets a share ``false_alarm`` of unrelated tokens through; ``minimum`` is the lowest score
+            of any edit (the paper, section 3.1).
+    """
+    threshold = float(edits.min() * (1 - 1e-6) if rule == "minimum" else quantile(unrelated, 1 - false_alarm))
+    misses = float((edits <= threshold).float().mean())
+    alarms = float((unrelated > threshold).float().mean())
+    return Calibration(threshold, rule, misses, alarms, _summary(edits), _summary(unrelated))
+
+
+def quantile(values: Tensor, share: float) -> float:
+    """A quantile of any number of values (torch's own stops at 16 million)."""
+    ordered = values.flatten().float().sort().values
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+
+
+def _summary(scores: Tensor) -> dict[str, float]:
+    return {f"{share:g}": round(quantile(scores, share), 6) for share in _QUANTILES}
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """``P = floor · I + directionsᵀ diag(gains) directions``: directions (r, d_ff), gains (r,)."""
+
+    directions: Tensor
+    gains: Tensor
+    floor: float
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """``P a`` for keys (..., d_ff)."""
+        return self.floor * keys + ((keys @ self.directions.T) * self.gains) @ self.directions
+
+
+def whitening(variances: Tensor, directions: Tensor, energy: float, d_ff: int) -> Whitening:
+    """The inverse covariance of unrelated text, shrunk, from its leading part.
+
+    Args:
+        variances: leading eigenvalues (r,) of ``E[a aᵀ]``, largest first, and their ``directions`` (r, d_ff).
+        energy: the trace of ``E[a aᵀ]``; what the leading part leaves is spread evenly.
+    """
+    rank = min(_RANK, len(variances))
+    leading = variances[:rank]
+    mean = energy / d_ff
+    rest = max(energy - float(leading.sum()), 0.0) / max(d_ff - rank, 1)
+    raised = mean * _SHRINKAGE
+    floor = 1 / (rest + raised)
+    # The unit in which P is measured cancels in a cosine; this one keeps its entries near 1.
+    return Whitening(directions[:rank], mean * (1 / (leading + raised) - floor), mean * floor)
+
+
+def key_router(keys: Tensor, owner: Tensor, white: Whitening) -> dict[str, Tensor]:
+    """Tensors of the key router for the edits' keys (n, d_ff) and the memory (n,) that each belongs to."""
+    turned = white.apply(keys)
+    length = (keys * turned).sum(-1).clamp(min=1e-12).sqrt()
+    probes = turned / length[:, None]
+    return {"probes": probes, "owner": owner, "directions": white.directions, "gains": white.gains}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything ``router.json`` says of a memory."""
+
+    model: str
+    revision: str | None
+    fingerprint: Fingerprint
+    site: Site
+    memory: SideMemory
+    calibrations: tuple[Calibration, ...]
+    owners: tuple[tuple[str, ...], ...]
+    merge: dict[str, Any]
+    edits: tuple[Edit, ...]
+    versions: dict[str, str]
+
+
+def write_memory(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "") -> None:
+    """Write the memory's tensors, their names prefixed, and ``router.json`` into a directory."""
+    path = directory / file
+    save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
+    memories = [
+        {"kind": "matrix", "router": manifest.memory.router, "edits": list(owned), **asdict(calibration)}
+        for owned, calibration in zip(manifest.owners, manifest.calibrations, strict=True)
+    ]
+    content = {
+        "schema": SCHEMA,
+        "base": {"model": manifest.model, "revision": manifest.revision, **manifest.fingerprint.as_dict()},
+        "site": manifest.site.as_dict(),
+        "routing": manifest.memory.routing,
+        "memories": memories,
+        "memory": {"file": file, "prefix": prefix, **manifest.memory.describe()},
+        "merge": manifest.merge,
+        "edits": [edit.as_dict() for edit in manifest.edits],
+        "sha256": {file: sha256_file(path)},
+        "versions": manifest.versions,
+    }
+    write_json(directory / MANIFEST_NAME, content)
+
+
+def read_memory(directory: Path) -> Manifest:
+    """Read ``router.json`` and the memory's tensors, checking their digest.
+
+    Raises:
+        DamagedFileError: a file is missing, truncated or altered.
+    """
+    path = directory / MANIFEST_NAME
+    content = read_json(path)
+    try:
+        described, base = content["memory"], content["base"]
+        file, prefix = described["file"], described["prefix"]
+        tensors = load_tensors(directory / file, digest=content["sha256"][file])
+        calibrations, owners = _read_memories(content["memories"])
+        return Manifest(
+            base["model"],
+            base["revision"],
+            Fingerprint(base["matrix"], base["config"]),
+            Site(**content["site"]),
+            SideMemory.from_description(described, {n.removeprefix(prefix): tensor for n, tensor in tensors.items()}),
+            calibrations,
+            owners,
+            content["merge"],
+            tuple(Edit.from_dict(edit) for edit in content["edits"]),
+            content["versions"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(path, f"an entry is missing or wrong ({error})", "merge anew") from None
+
+
+def _read_memories(
+    records: Sequence[dict[str, Any]],
+) -> tuple[tuple[Calibration, ...], tuple[tuple[str, ...], ...]]:
+    names = Calibration.__dataclass_fields__
+    calibrations = tuple(Calibration(**{name: record[name] for name in names}) for record in records)
+    return calibrations, tuple(tuple(record["edits"]) for record in records)
+
+
+def scores(routed: Any, keys: Tensor, *, batch: int = 4096) -> Tensor:
+    """Scores (n, M) of many keys (n, d_ff), a slice at a time."""
+    return torch.cat([routed.scores(part) for part in keys.split(batch)])

@@ -1,0 +1,213 @@
+"""Masks, the split of edits over shards, and the shard file: a delta in its mask's own coordinates, with evidence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.errors import DamagedFileError, SettingsError
+from wisecli.site import Site
+from wisecli.storage import load_tensors, save_tensors
+
+MaskKind = Literal["columns", "elements"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The random subspace of the matrix that one shard may change.
+
+    ``columns``: whole input coordinates, ``indices`` (k,) of d_ff. ``elements``: single weights, as in the paper,
+    ``indices`` (k,) of the flattened (d, d_ff).
+    """
+
+    kind: MaskKind
+    indices: Tensor
+    d: int
+    d_ff: int
+
+    def to(self, device: torch.device) -> Mask:
+        """The same mask on another device."""
+        return Mask(self.kind, self.indices.to(device), self.d, self.d_ff)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values that fill the mask."""
+        return (self.d, len(self.indices)) if self.kind == "columns" else (len(self.indices),)
+
+    def restrict(self, keys: Tensor) -> Tensor:
+        """The part of keys (..., d_ff) that the mask reads."""
+        return keys[..., self.indices] if self.kind == "columns" else keys
+
+    def update(self, restricted: Tensor, values: Tensor) -> Tensor:
+        """``Δ a`` for restricted keys: (..., k or d_ff) → (..., d); differentiable in ``values``."""
+        delta = values if self.kind == "columns" else self._scatter(values)
+        return restricted @ delta.T
+
+    def dense(self, values: Tensor) -> Tensor:
+        """The whole ``Δ`` (d, d_ff)."""
+        if self.kind == "elements":
+            return self._scatter(values)
+        return values.new_zeros(self.d, self.d_ff).index_copy(1, self.indices, values)
+
+    def _scatter(self, values: Tensor) -> Tensor:
+        flat = values.new_zeros(self.d * self.d_ff).index_put((self.indices,), values)
+        return flat.view(self.d, self.d_ff)
+
+
+def random_mask(site: Site, density: float, kind: MaskKind, generator: torch.Generator) -> Mask:
+    """A mask of exactly ``round(density · size)`` places, drawn without replacement (section 3.2: ρ).
+
+    Two masks overlap in an expected share ρ² of the matrix, k of them in ρᵏ.
+    """
+    size = site.d_ff if kind == "columns" else site.d * site.d_ff
+    count = max(1, round(density * size))
+    indices = torch.randperm(size, generator=generator)[:count].sort().values
+    return Mask(kind, indices, site.d, site.d_ff)
+
+
+def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list[range]:
+    """Deal ``count`` edits, in order, to shards of like size.
+
+    Args:
+        shards: how many; if not given, as few as hold ``edits_per_shard`` each.
+
+    Raises:
+        SettingsError: more shards than edits.
+    """
+    wanted = shards if shards is not None else math.ceil(count / edits_per_shard)
+    if wanted > count:
+        raise SettingsError(f"--shards {wanted} is more than the {count} edits; every shard needs at least one")
+    bounds = [round(index * count / wanted) for index in range(wanted + 1)]
+    return [range(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a shard was asked to store: its keys, what ``Δ`` should add there, and where each comes from.
+
+    Shapes: ``keys`` (n, d_ff), ``residuals`` (n, d); ``edit`` (place in the manifest's list), ``position`` (0 = last
+    prompt token) and ``context`` are (n,). ``held_out`` (n,) marks contexts that were never trained on.
+    """
+
+    keys: Tensor
+    residuals: Tensor
+    edit: Tensor
+    position: Tensor
+    context: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One trained shard: the values that fill its mask, and its evidence."""
+
+    mask: Mask
+    values: Tensor
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class Unrelated:
+    """Statistics of text that no edit may touch.
+
+    Shapes: a sample of ``keys`` (n, d_ff) that no shard was trained against, the ``mean`` (d_ff,) of all keys, the
+    leading eigenvalues ``variances`` (r,) and ``directions`` (r, d_ff) of ``E[a aᵀ]``, and its trace ``energy`` (1,).
+    """
+
+    keys: Tensor
+    mean: Tensor
+    variances: Tensor
+    directions: Tensor
+    energy: Tensor
+
+
+def describe_unrelated(keys: Tensor, unseen: Tensor, *, sample: int, rank: int) -> Unrelated:
+    """Summarise the keys of unrelated text.
+
+    Args:
+        keys: all of them (n, d_ff).
+        unseen: which of them no shard is trained against (n,); the sample is taken from these.
+    """
+    gram = keys.T @ keys if len(keys) >= keys.shape[1] else keys @ keys.T
+    variances, vectors = torch.linalg.eigh(gram.double())
+    rank = min(rank, len(variances))
+    variances, vectors = variances[-rank:].flip(0).clamp(min=0), vectors[:, -rank:].flip(1).to(keys.dtype)
+    directions = vectors.T if len(keys) >= keys.shape[1] else F.normalize(vectors.T @ keys, dim=-1)
+    kept = keys[unseen]
+    energy = keys.double().square().sum(-1).mean().reshape(1)
+    spaced = torch.linspace(0, len(kept) - 1, min(sample, len(kept))).long()
+    return Unrelated(kept[spaced], keys.mean(0), (variances / len(keys)).float(), directions, energy.float())
+
+
+def half(tensor: Tensor) -> Tensor:
+    """Half precision where the values allow it."""
+    rounded = tensor.to(torch.float16)
+    return rounded if bool(rounded.isfinite().all()) else tensor.float()
+
+
+def save_shard(path: Path, shard: Shard, metadata: dict[str, str]) -> None:
+    """Write ``shard-….safetensors``."""
+    evidence = shard.evidence
+    tensors = {
+        "mask.indices": shard.mask.indices.to(torch.int32),
+        "delta.values": shard.values,
+        "evidence.keys": half(evidence.keys),
+        "evidence.residuals": half(evidence.residuals),
+        "evidence.edit": evidence.edit.to(torch.int32),
+        "evidence.position": evidence.position.to(torch.int32),
+        "evidence.context": evidence.context.to(torch.int32),
+        "evidence.held_out": evidence.held_out,
+    }
+    save_tensors(path, tensors, {"mask.kind": shard.mask.kind, **metadata})
+
+
+def load_shard(path: Path, site: Site, kind: MaskKind, digest: str) -> Shard:
+    """Read a shard file.
+
+    Raises:
+        DamagedFileError: it is truncated, altered, or does not fit the site.
+    """
+    tensors = load_tensors(path, digest=digest)
+    try:
+        mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.d_ff)
+        fields = ("keys", "residuals", "edit", "position", "context", "held_out")
+        evidence = Evidence(**{name: tensors[f"evidence.{name}"] for name in fields})
+        values = tensors["delta.values"]
+    except KeyError as error:
+        raise DamagedFileError(path, f"tensor {error.args[0]} is missing", "edit anew") from None
+    if values.shape != mask.shape:
+        raise DamagedFileError(path, "the delta does not fill its mask", "edit anew")
+    return Shard(mask, values.float(), _float(evidence))
+
+
+def _float(evidence: Evidence) -> Evidence:
+    return Evidence(
+        evidence.keys.float(),
+        evidence.residuals.float(),
+        evidence.edit,
+        evidence.position,
+        evidence.context,
+        evidence.held_out,
+    )
+
+
+def save_unrelated(path: Path, unrelated: Unrelated) -> None:
+    """Write ``unrelated.safetensors``."""
+    tensors = {name: getattr(unrelated, name) for name in Unrelated.__dataclass_fields__}
+    save_tensors(path, {**tensors, "keys": half(unrelated.keys)})
+
+
+def load_unrelated(path: Path, digest: str) -> Unrelated:
+    """Read ``unrelated.safetensors``.
+
+    Raises:
+        DamagedFileError: it is truncated or altered.
+    """
+    tensors = load_tensors(path, digest=digest)
+    return Unrelated(**{name: tensor.float() for name, tensor in tensors.items()})

@@ -1,0 +1,132 @@
+"""Where an architecture keeps its layers and its value matrix; the table is ``architectures.toml``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
+from wisecli.storage import Checkpoint, read_json, sha256_json, sha256_tensor
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer")
+# The paper's best layers lie at about four fifths of the depth (section 3.3: layer 27 of 32), and so do ours.
+_AUTO_DEPTH = 0.8
+
+
+@dataclass(frozen=True)
+class Site:
+    """The edited matrix: ``W`` of shape ``(d, d_ff)`` in layer ``layer`` of an architecture."""
+
+    architecture: str
+    layer: int
+    layer_module: str
+    module: str
+    transposed: bool
+    d: int
+    d_ff: int
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight tensor in the checkpoint."""
+        return f"{self.module}.weight"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, as the manifests keep it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies a base model: its settings and the one matrix that is edited."""
+
+    matrix: str
+    config: str
+
+    def as_dict(self) -> dict[str, str]:
+        """JSON form, as the manifests keep it."""
+        return asdict(self)
+
+
+def architectures() -> dict[str, dict[str, Any]]:
+    """The table of known architectures, by ``model_type``."""
+    return tomllib.loads(resources.files("wisecli").joinpath("architectures.toml").read_text(encoding="utf-8"))
+
+
+def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto") -> Site:
+    """The value matrix of one layer, from the model's ``config.json`` and the weight headers alone.
+
+    Args:
+        layer: a layer's index, or ``auto`` for the one at four fifths of the depth.
+
+    Raises:
+        UnknownArchitectureError: the architecture has no row in the table.
+        SettingsError: the model has no such layer.
+        ModelError: the checkpoint does not hold the matrix.
+    """
+    config = read_json(directory / "config.json")
+    architecture = str(config.get("model_type"))
+    table = architectures()
+    if architecture not in table:
+        raise UnknownArchitectureError(
+            f"{directory}: architecture {architecture!r} is not supported; known are {', '.join(sorted(table))}"
+        )
+    row = table[architecture]
+    count = next((int(config[name]) for name in _LAYER_COUNTS if name in config), 0)
+    index = _layer_index(layer, count)
+    layer_module = f"{row['layers']}.{index}"
+    module = f"{layer_module}.{row['value']}"
+    weight = next((name for name in _spellings(f"{module}.weight") if name in checkpoint), None)
+    if weight is None:
+        raise ModelError(f"{directory}: the checkpoint holds no tensor {module}.weight; is config.json this model's?")
+    shape = checkpoint.shape(weight)
+    transposed = bool(row.get("transposed", False))
+    d_ff, d = shape if transposed else shape[::-1]
+    return Site(architecture, index, layer_module, module, transposed, d, d_ff)
+
+
+def _layer_index(layer: str | int, count: int) -> int:
+    if layer == "auto":
+        return round(_AUTO_DEPTH * count)
+    try:
+        index = int(layer)
+    except ValueError:
+        raise SettingsError(f"--layer must be `auto` or a number, not {layer!r}") from None
+    if not 0 <= index < count - 1:
+        raise SettingsError(f"--layer {index} is out of range: choose 0 to {count - 2}, or auto")
+    return index
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """A tensor's name with and without the base model's prefix (GPT-2 checkpoints leave it out)."""
+    return name, name.split(".", 1)[1]
+
+
+def load_matrix(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
+    """The base matrix ``W`` as stored, turned to ``(d, d_ff)``."""
+    name = next(name for name in _spellings(site.weight) if name in checkpoint)
+    weight = checkpoint.load(name)
+    return weight.T if site.transposed else weight
+
+
+def fingerprint(directory: Path, checkpoint: Checkpoint, site: Site) -> Fingerprint:
+    """Identify a base model by its settings and the edited matrix."""
+    config = read_json(directory / "config.json")
+    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
+        config.pop(volatile, None)
+    return Fingerprint(sha256_tensor(load_matrix(checkpoint, site)), sha256_json(config))
+
+
+def value_module(model: nn.Module, site: Site) -> nn.Module:
+    """The module that holds the edited matrix in a loaded model."""
+    return model.get_submodule(site.module)

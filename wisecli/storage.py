@@ -1,0 +1,245 @@
+"""Lazy safetensors, fingerprints, directories that appear whole or not at all, and hub ids."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, OutputExistsError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+_CHUNK = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_tensor(tensor: torch.Tensor) -> str:
+    """Hex digest of a tensor's values in their own dtype (row-major)."""
+    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(raw.data).hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """Hex digest of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        DamagedFileError: the file is missing or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedFileError(path, "no such file", "check the path or make it anew") from None
+    except (ValueError, OSError) as error:
+        raise DamagedFileError(path, f"not readable as JSON ({error})", "make it anew") from None
+    if not isinstance(value, dict):
+        raise DamagedFileError(path, "expected a JSON object", "make it anew")
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON value, indented, with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors (made contiguous, on the CPU) as safetensors."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        if "os error 28" in str(error):
+            raise NoSpaceError(path) from error
+        raise
+
+
+def load_tensors(path: Path, *, digest: str | None = None) -> dict[str, torch.Tensor]:
+    """Read every tensor of a safetensors file.
+
+    Args:
+        digest: the sha256 the file must have, as its manifest records it.
+
+    Raises:
+        DamagedFileError: the file is missing, truncated or does not have that digest.
+    """
+    with open_tensors(path) as stream:
+        if digest is not None and sha256_file(path) != digest:
+            raise DamagedFileError(path, "its sha256 differs from the manifest's", "it was altered; make it anew")
+        return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file lazily; its header and length are checked.
+
+    Raises:
+        DamagedFileError: the file is missing, truncated or no safetensors file.
+    """
+    try:
+        stream = safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise DamagedFileError(path, "no such file", "check the path or make it anew") from None
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(path, f"not a whole safetensors file ({error})", "copy or make it anew") from None
+    with stream:
+        yield stream
+
+
+class Checkpoint:
+    """The safetensors files of a model directory, read one tensor at a time.
+
+    Raises:
+        ModelError: there are no safetensors weights in the directory.
+        DamagedFileError: a file is missing or truncated.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        index = directory / INDEX_NAME
+        if (directory / SINGLE_NAME).is_file():
+            self._files = self._scan([SINGLE_NAME])
+        elif index.is_file():
+            mapping: dict[str, str] = read_json(index).get("weight_map", {})
+            present = self._scan(sorted(set(mapping.values())))
+            missing = sorted(mapping.keys() - present.keys())
+            if missing:
+                raise DamagedFileError(index, f"tensor {missing[0]} is in no file", "copy the checkpoint anew")
+            self._files = present
+        else:
+            raise ModelError(
+                f"{directory} holds no {SINGLE_NAME} or {INDEX_NAME}; convert the weights to safetensors first"
+            )
+
+    def _scan(self, names: list[str]) -> dict[str, str]:
+        files: dict[str, str] = {}
+        for name in names:
+            with open_tensors(self.directory / name) as stream:
+                files.update(dict.fromkeys(stream.keys(), name))
+        return files
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in order of name."""
+        return [self.directory / name for name in sorted(set(self._files.values()))]
+
+    def file_of(self, tensor: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self._files[tensor]
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        with open_tensors(self.directory / self._files[tensor]) as stream:
+            return tuple(stream.get_slice(tensor).get_shape())
+
+    def load(self, tensor: str) -> torch.Tensor:
+        """One tensor, in its stored dtype."""
+        with open_tensors(self.directory / self._files[tensor]) as stream:
+            loaded: torch.Tensor = stream.get_tensor(tensor)
+            return loaded
+
+
+def resolve_model(model: str, *, revision: str | None = None) -> Path:
+    """Directory of a model given as a directory or a hub id (fetched through the hub's own cache).
+
+    Raises:
+        ModelError: neither a directory nor a hub id that can be fetched.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json; give a model directory or a hub id")
+        return path
+    if path.exists() or model.count("/") > 1 or model.startswith(("/", ".")) or model.endswith("/"):
+        raise ModelError(f"{model} is no model directory; `wise fetch smollm2-135m -o model/` makes one to try")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{model} is neither a directory nor a hub id that can be fetched ({reason})") from error
+
+
+def require_space(output: Path, needed: int) -> None:
+    """Check the free space where ``output`` will be written, in bytes.
+
+    Raises:
+        NoSpaceError: less than ``needed`` is free.
+    """
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise NoSpaceError(output, needed, free)
+
+
+def refuse_existing(output: Path, *, force: bool) -> None:
+    """Refuse to write over a directory that is there, unless forced.
+
+    Raises:
+        OutputExistsError: it exists and is not empty.
+    """
+    if not force and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise OutputExistsError(output)
+
+
+@contextmanager
+def whole_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary directory that takes the place of ``output`` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        OutputExistsError: ``output`` exists and ``force`` is not set.
+        NoSpaceError: the disk filled up inside the block.
+    """
+    refuse_existing(output, force=force)
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield working
+        working.chmod(0o755)
+        if output.exists():
+            doomed = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+            os.replace(output, doomed / output.name)
+            os.replace(working, output)
+            shutil.rmtree(doomed)
+        else:
+            os.replace(working, output)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise NoSpaceError(output) from error
+        raise
+    finally:
+        shutil.rmtree(working, ignore_errors=True)

@@ -43,7 +43,9 @@ def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
     """
     manifest = read_memory(memory)
     exported = is_exported(memory)
-    directory = memory if exported and model is None else resolve_model(model or manifest.model, revision=manifest.revision)
+    directory = (
+        memory if exported and model is None else resolve_model(model or manifest.model, revision=manifest.revision)
+    )
     require_base(directory, Checkpoint(directory), manifest.site, manifest.fingerprint)
     return directory, manifest
 

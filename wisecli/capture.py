@@ -79,7 +79,7 @@ def capture(
         logits = _forward(model, batch, 0, cache, select)
     hidden = kept["hidden"]
     width = len(hidden) if isinstance(hidden, tuple) else 0
-    past = tuple((layer.keys, layer.values) for layer in cache.layers[site.layer + 1 :]) if above else ()
+    past = tuple(_tensors(layer) for layer in cache.layers[site.layer + 1 :]) if above else ()
     return Activations(batch, 0, kept["keys"], hidden[0] if width else hidden, logits, past, width)
 
 
@@ -122,6 +122,10 @@ def _forward(
         )
     logits: Tensor = output.logits[0]
     return logits
+
+
+def _tensors(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.keys, layer.values
 
 
 def _cache(activations: Activations, site: Site) -> DynamicCache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,12 +23,12 @@ app = typer.Typer(
 )
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
-Model = Annotated[Optional[str], typer.Option("--model", help="Base model, if not where the manifest says.")]
-Memory = Annotated[Optional[Path], typer.Option("--memory", help="Memory or exported directory  [default: memory]")]
+Model = Annotated[str | None, typer.Option("--model", help="Base model, if not where the manifest says.")]
+Memory = Annotated[Path | None, typer.Option("--memory", help="Memory or exported directory  [default: memory]")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Seed = Annotated[Optional[int], typer.Option("--seed", help="Seed of everything random  [default: 0]")]
-Config = Annotated[Optional[Path], typer.Option("--config", help="Settings file (TOML), a table a command.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random  [default: 0]")]
+Config = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML), a table a command.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; load no weights, write nothing.")]
@@ -51,20 +51,20 @@ def edit(
     model: Annotated[str, typer.Argument(help="Base model: a directory or a hub id.")],
     edits: Annotated[Path, typer.Argument(help="Edits: JSONL, or a JSON array, in any known layout.")],
     output: Output = Path("shards"),
-    preset: Annotated[Optional[str], typer.Option(help="default, or paper (sequential, as published).")] = None,
-    schedule: Annotated[Optional[str], typer.Option(help="batched or sequential.")] = None,
-    layer: Annotated[Optional[str], typer.Option(help="Layer to edit, or auto  [default: auto]")] = None,
-    shards: Annotated[Optional[int], typer.Option(help="Number of shards.")] = None,
-    edits_per_shard: Annotated[Optional[int], typer.Option(help="Edits a shard at most  [default: 100]")] = None,
-    mask_ratio: Annotated[Optional[float], typer.Option(help="Density ρ of the masks  [default: 0.5]")] = None,
-    mask_kind: Annotated[Optional[str], typer.Option(help="columns or elements.")] = None,
-    passes: Annotated[Optional[int], typer.Option(help="Passes over a shard at most  [default: 40]")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Step size  [default: 0.015]")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Rows a step  [default: 32]")] = None,
-    contexts: Annotated[Optional[int], typer.Option(help="Context prefixes an edit  [default: 2]")] = None,
-    router: Annotated[Optional[str], typer.Option(help="key (nearest whitened key) or norm (the paper's).")] = None,
-    routing: Annotated[Optional[str], typer.Option(help="One decision a token or a sequence.")] = None,
-    revision: Annotated[Optional[str], typer.Option(help="Revision of a hub model.")] = None,
+    preset: Annotated[str | None, typer.Option(help="default, or paper (sequential, as published).")] = None,
+    schedule: Annotated[str | None, typer.Option(help="batched or sequential.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer to edit, or auto  [default: auto]")] = None,
+    shards: Annotated[int | None, typer.Option(help="Number of shards.")] = None,
+    edits_per_shard: Annotated[int | None, typer.Option(help="Edits a shard at most  [default: 100]")] = None,
+    mask_ratio: Annotated[float | None, typer.Option(help="Density ρ of the masks  [default: 0.5]")] = None,
+    mask_kind: Annotated[str | None, typer.Option(help="columns or elements.")] = None,
+    passes: Annotated[int | None, typer.Option(help="Passes over a shard at most  [default: 40]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Step size  [default: 0.015]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step  [default: 32]")] = None,
+    contexts: Annotated[int | None, typer.Option(help="Context prefixes an edit  [default: 2]")] = None,
+    router: Annotated[str | None, typer.Option(help="key (nearest whitened key) or norm (the paper's).")] = None,
+    routing: Annotated[str | None, typer.Option(help="One decision a token or a sequence.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if an edit did not take.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -93,18 +93,18 @@ def edit(
 def merge(
     shards: Annotated[list[Path], typer.Argument(help="Directories that `wise edit` wrote.")],
     output: Output = Path("memory"),
-    mode: Annotated[Optional[str], typer.Option(help="merge (one memory) or retrieve (one a shard).")] = None,
+    mode: Annotated[str | None, typer.Option(help="merge (one memory) or retrieve (one a shard).")] = None,
     method: Annotated[
-        Optional[str], typer.Option(help="ties, linear, sign, magnitude, dare, dare-ties or slerp  [default: ties]")
+        str | None, typer.Option(help="ties, linear, sign, magnitude, dare, dare-ties or slerp  [default: ties]")
     ] = None,
-    density: Annotated[Optional[float], typer.Option(help="Share of entries kept  [default: 0.5]")] = None,
-    scale: Annotated[Optional[float], typer.Option("--lambda", help="Scale λ of the result  [default: 1]")] = None,
-    weights: Annotated[Optional[str], typer.Option(help="Weights of the shards, comma-separated.")] = None,
-    router: Annotated[Optional[str], typer.Option(help="key or norm  [default: the shards']")] = None,
-    routing: Annotated[Optional[str], typer.Option(help="token or sequence  [default: the shards']")] = None,
-    threshold: Annotated[Optional[str], typer.Option(help="false-alarm or minimum  [default: the shards']")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries kept  [default: 0.5]")] = None,
+    scale: Annotated[float | None, typer.Option("--lambda", help="Scale λ of the result  [default: 1]")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of the shards, comma-separated.")] = None,
+    router: Annotated[str | None, typer.Option(help="key or norm  [default: the shards']")] = None,
+    routing: Annotated[str | None, typer.Option(help="token or sequence  [default: the shards']")] = None,
+    threshold: Annotated[str | None, typer.Option(help="false-alarm or minimum  [default: the shards']")] = None,
     false_alarm: Annotated[
-        Optional[float], typer.Option(help="Share of unrelated tokens let through  [default: 0.001]")
+        float | None, typer.Option(help="Share of unrelated tokens let through  [default: 0.001]")
     ] = None,
     model: Model = None,
     seed: Seed = None,
@@ -127,21 +127,21 @@ def merge(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[Optional[str], typer.Argument(help="Base model or exported directory.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Base model or exported directory.")] = None,
     dataset: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="zsre, hallucination, temporal or a file  [default: the memory's own edits]"),
     ] = None,
-    data: Annotated[Optional[Path], typer.Option(help="The dataset's file, instead of fetching it.")] = None,
-    edits: Annotated[Optional[int], typer.Option(help="Only the first so many records.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The dataset's file, instead of fetching it.")] = None,
+    edits: Annotated[int | None, typer.Option(help="Only the first so many records.")] = None,
     memory: Memory = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Rows at a time  [default: 32]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at a time  [default: 32]")] = None,
     generate: Annotated[
-        Optional[bool], typer.Option("--generate/--no-generate", help="Also generate answers  [default: generate]")
+        bool | None, typer.Option("--generate/--no-generate", help="Also generate answers  [default: generate]")
     ] = None,
-    max_new_tokens: Annotated[Optional[int], typer.Option(help="Length of generated answers.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of generated answers.")] = None,
     fail_under: Annotated[
-        Optional[str], typer.Option(help="Exit with 1 below these, as reliability=.9,locality=.95.")
+        str | None, typer.Option(help="Exit with 1 below these, as reliability=.9,locality=.95.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -170,7 +170,8 @@ def export(
     memory: Annotated[Path, typer.Option("--memory", help="Memory directory.")] = Path("memory"),
     output: Output = Path("edited"),
     form: Annotated[
-        str, typer.Option("--format", help="routed (keeps the router) or merged (always on, stock architecture).")
+        Literal["routed", "merged"],
+        typer.Option("--format", help="routed (keeps the router) or merged (always on, stock architecture)."),
     ] = "routed",
     link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights instead of copying.")] = False,
     model: Model = None,
@@ -182,8 +183,6 @@ def export(
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
     console = Console(as_json, quiet)
-    if form not in ("routed", "merged"):
-        raise SettingsError(f"--format must be routed or merged, not {form!r}")
     from wisecli.pipeline import export as run
 
     with console.watching() as watch:
@@ -223,7 +222,7 @@ def generate(
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2-135m, zsre, hallucination or temporal.")],
     output: Annotated[
-        Optional[Path], typer.Option("-o", "--output", help="Where to put it  [default: the user cache]")
+        Path | None, typer.Option("-o", "--output", help="Where to put it  [default: the user cache]")
     ] = None,
     force: Force = False,
     as_json: AsJson = False,

@@ -119,9 +119,7 @@ class Console:
             shown.append(Text(answer.text) if len(answers) == 1 else Text(f"{answer.prompt} → {answer.text}"))
             if answer.steps:
                 shown.append(_steps(answer))
-        content = [
-            {"prompt": a.prompt, "answer": a.text, "steps": [vars(step) for step in a.steps]} for a in answers
-        ]
+        content = [{"prompt": a.prompt, "answer": a.text, "steps": [vars(step) for step in a.steps]} for a in answers]
         self.result({"results": content}, *shown)
 
 

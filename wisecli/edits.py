@@ -74,7 +74,9 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
         except ValueError as error:
             raise EditFileError(path, str(error), line=line) from None
         if edit.id in seen:
-            raise EditFileError(path, f"edit {edit.id!r} is already at {seen[edit.id]}; remove one or change its id", line=line)
+            raise EditFileError(
+                path, f"edit {edit.id!r} is already at {seen[edit.id]}; remove one or change its id", line=line
+            )
         seen[edit.id] = line
         edits.append(edit)
     if not edits:
@@ -161,7 +163,9 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise EditFileError(path, f"not a JSON array ({error.msg}); close it or write JSONL", line=error.lineno) from None
+        raise EditFileError(
+            path, f"not a JSON array ({error.msg}); close it or write JSONL", line=error.lineno
+        ) from None
     for number, value in enumerate(values, start=1):
         if not isinstance(value, dict):
             raise EditFileError(path, "an item of the array is no JSON object; write objects", line=number)

@@ -81,7 +81,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, end:
 def collate(rows: Sequence[Row], *, pad: int = 0) -> Batch:
     """Line rows up at their last prompt token; the last target token is predicted, never read."""
     width = max(len(row.prompt) for row in rows)
-    tail = max(max(len(row.target) for row in rows), 1)
+    tail = max(1, *(len(row.target) for row in rows))
     ids = torch.full((len(rows), width + tail - 1), pad)
     mask = torch.zeros_like(ids)
     labels = torch.full((len(rows), tail), NO_LABEL)

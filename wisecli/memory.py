@@ -3,9 +3,9 @@
     y = W a + b                    the main memory answers
     y = W a + b + Δ_m a            side memory m answers, where its score exceeds its threshold ε_m
 
-The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768, equations 3
-and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened by unrelated text (router ``key``). Of
-several memories the one whose score exceeds its threshold by the largest factor answers (equation 8).
+The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768,
+equations 3 and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened by unrelated text (router
+``key``). Of several memories the one whose score exceeds its threshold by the largest factor answers (equation 8).
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class RoutedMatrix(nn.Module):
         transposed: whether the weight is stored (d_ff, d).
     """
 
+    weight: Tensor
+    bias: Tensor | None
     columns: Tensor
     delta: Tensor
     probes: Tensor
@@ -74,7 +76,8 @@ class RoutedMatrix(nn.Module):
 
     def __init__(self, base: nn.Module, memory: SideMemory, *, transposed: bool) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, getattr(base, "bias", None)
+        self.register_parameter("weight", base.get_parameter("weight"))
+        self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
         for name, tensor in memory.tensors.items():
             self.register_buffer(name, tensor)
@@ -138,7 +141,7 @@ class PromptGate:
 
     def hold(self, chosen: Tensor) -> Tensor:
         """The row's own choice from its last prompt token on: (B, T) → (B, T)."""
-        row = getattr(self._cache, "wise_choice", None)
+        row: Tensor | None = getattr(self._cache, "wise_choice", None)
         if row is not None:
             return row.expand_as(chosen)
         columns = torch.arange(chosen.shape[1], device=chosen.device)

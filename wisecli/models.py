@@ -60,7 +60,9 @@ def pick_dtype(dtype: str) -> torch.dtype | str:
     return known.get(dtype, "auto")
 
 
-def load_model(directory: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
+def load_model(
+    directory: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Loaded:
     """Load the base model and the tokenizer of a directory. Only safetensors are read, and no code of the directory
     runs unless it is trusted; of an exported directory the base model is loaded, without its memory.
 
@@ -78,7 +80,8 @@ def load_model(directory: Path, *, device: str = "auto", dtype: str = "auto", tr
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
-    return Loaded(model.to(chosen).eval().requires_grad_(False), tokenizer)
+    model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
+    return Loaded(model.eval().requires_grad_(False), tokenizer)
 
 
 def _base_config(directory: Path, common: dict[str, Any]) -> Any:

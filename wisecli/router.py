@@ -1,4 +1,4 @@
-"""Where the router's thresholds are decided: the key router's tensors, calibration, and the manifest ``router.json``."""
+"""Where the router's thresholds are decided: the key router, calibration, and the manifest ``router.json``."""
 
 from __future__ import annotations
 

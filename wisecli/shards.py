@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -84,7 +85,7 @@ def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list
     if wanted > count:
         raise SettingsError(f"--shards {wanted} is more than the {count} edits; every shard needs at least one")
     bounds = [round(index * count / wanted) for index in range(wanted + 1)]
-    return [range(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [range(first, last) for first, last in pairwise(bounds)]
 
 
 @dataclass(frozen=True)

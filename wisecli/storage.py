@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -232,11 +231,11 @@ def whole_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
         working.chmod(0o755)
         if output.exists():
             doomed = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-            os.replace(output, doomed / output.name)
-            os.replace(working, output)
+            output.replace(doomed / output.name)
+            working.replace(output)
             shutil.rmtree(doomed)
         else:
-            os.replace(working, output)
+            working.replace(output)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise NoSpaceError(output) from error

@@ -14,14 +14,22 @@ from wisecli.config import EditSettings
 from wisecli.edits import Edit, read_edits
 from wisecli.errors import GateFailedError
 from wisecli.events import Event, Watcher, ignore
-from wisecli.lessons import Lesson, capture_lessons, encode_edits, gather_evidence, learnt, unrelated_keys, write_contexts
+from wisecli.lessons import (
+    Lesson,
+    capture_lessons,
+    encode_edits,
+    gather_evidence,
+    learnt,
+    unrelated_keys,
+    write_contexts,
+)
 from wisecli.models import Loaded, load_model
 from wisecli.pipeline.reports import peak_rss_bytes, versions
 from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry, write_shard_directory
 from wisecli.shards import Shard, describe_unrelated, random_mask, save_shard, save_unrelated, split_edits
 from wisecli.site import Site, find_site, fingerprint, load_matrix
 from wisecli.storage import Checkpoint, refuse_existing, require_space, resolve_model, sha256_file, whole_directory
-from wisecli.writers.gradient import Progress, write_batched, write_sequential
+from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential
 
 # Unrelated keys kept for calibration, and rank of what is kept of their covariance.
 _SAMPLE, _RANK = 4096, 512
@@ -101,7 +109,17 @@ def edit(
         record = asdict(settings)
         write_shard_directory(
             ShardDirectory(
-                working, stored, revision, base, site, record, tuple(contexts), tuple(edits), entries, digest, versions()
+                working,
+                stored,
+                revision,
+                base,
+                site,
+                record,
+                tuple(contexts),
+                tuple(edits),
+                entries,
+                digest,
+                versions(),
             )
         )
     seconds = time.perf_counter() - started
@@ -126,7 +144,9 @@ class _Writer:
         self.loaded, self.site, self.settings = loaded, site, settings
         self.edits, self.contexts, self.watch = edits, contexts, watch
         texts, size = settings.unrelated_texts, settings.batch_size
-        keys, unseen = unrelated_keys(loaded, site, edits, texts=texts, batch_size=size, seed=settings.seed, watch=watch)
+        keys, unseen = unrelated_keys(
+            loaded, site, edits, texts=texts, batch_size=size, seed=settings.seed, watch=watch
+        )
         keys = keys.float()
         self.negatives = keys[~unseen]
         self.unrelated = describe_unrelated(keys.cpu(), unseen.cpu(), sample=_SAMPLE, rank=_RANK)
@@ -152,16 +172,17 @@ class _Writer:
         self.watch(Event(stage))
         lessons = self._lessons(part)
         write = write_batched if settings.schedule == "batched" else write_sequential
-        written = write(
-            self.loaded.model, self.site, mask, lessons, self.negatives, settings, self.unit, _passes(stage, self.watch)
-        )
+        task = Task(self.loaded.model, self.site, mask, self.negatives, self.unit, settings)
+        written = write(task, lessons, _passes(stage, self.watch))
         shares = learnt(self.loaded, self.site, mask, written.values, lessons)
         unseen = self._capture(part, [(len(self.contexts) - 1, self.contexts[-1])])
         mask = mask.to(torch.device("cpu"))
         evidence = gather_evidence([*lessons, *unseen], mask, written.values, len(self.contexts) - 1)
         path = working / f"shard-{number:05d}.safetensors"
         ids = tuple(self.edits[place].id for place in part)
-        save_shard(path, Shard(mask, written.values.cpu(), evidence), {"seed": str(settings.seed), "edits": "\n".join(ids)})
+        save_shard(
+            path, Shard(mask, written.values.cpu(), evidence), {"seed": str(settings.seed), "edits": "\n".join(ids)}
+        )
         seconds = time.perf_counter() - started
         return ShardEntry(path.name, sha256_file(path), mask.kind, ids, written.losses, round(seconds, 3)), shares
 

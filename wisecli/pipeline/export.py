@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from wisecli.attached import find_base
+from wisecli.capture import capture, suffix_logits
 from wisecli.contexts import unrelated_texts
 from wisecli.encode import collate, encode, in_batches
 from wisecli.errors import ModelError
@@ -18,7 +19,6 @@ from wisecli.export import dense, write_merged, write_routed
 from wisecli.models import is_exported, load_model
 from wisecli.pipeline.reports import peak_rss_bytes
 from wisecli.router import Manifest
-from wisecli.capture import capture, suffix_logits
 from wisecli.storage import Checkpoint, refuse_existing, require_space, whole_directory
 
 Format = Literal["routed", "merged"]

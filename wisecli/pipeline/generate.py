@@ -86,5 +86,5 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
         best, memory = int(strongest[place]), int(chosen[place])
         threshold = edited.routed.thresholds[best]
         who = None if memory == UNROUTED else memory
-        steps.append(Step(edited.tokenizer.decode([token]), who, float(scores[place, best]), threshold))
+        steps.append(Step(str(edited.tokenizer.decode([token])), who, float(scores[place, best]), threshold))
     return tuple(steps)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from wisecli import __version__
-from wisecli.config import EditSettings, EvalSettings, MergeSettings, resolve
+from wisecli.config import EditSettings, EvalSettings, MergeSettings, defaults, resolve
 from wisecli.console import Console, fail, quiet_libraries
 from wisecli.errors import SettingsError, WiseError
 
@@ -22,12 +22,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _setting(kind: type[Any], name: str, text: str, *flags: str, none: str = "") -> Any:
+    """An option for a setting: its default is the settings class's own, or what ``none`` says it stands for."""
+    default = defaults(kind)[name]
+    return typer.Option(*flags, help=text, show_default=none if default is None else str(default).lower())
+
+
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
 Model = Annotated[str | None, typer.Option("--model", help="Base model, if not where the manifest says.")]
-Memory = Annotated[Path | None, typer.Option("--memory", help="Memory or exported directory  [default: memory]")]
+Memory = Annotated[Path | None, typer.Option("--memory", help="Memory or exported directory.", show_default="memory")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random  [default: 0]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML), a table a command.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
@@ -51,19 +58,25 @@ def edit(
     model: Annotated[str, typer.Argument(help="Base model: a directory or a hub id.")],
     edits: Annotated[Path, typer.Argument(help="Edits: JSONL, or a JSON array, in any known layout.")],
     output: Output = Path("shards"),
-    preset: Annotated[str | None, typer.Option(help="default, or paper (sequential, as published).")] = None,
-    schedule: Annotated[str | None, typer.Option(help="batched or sequential.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer to edit, or auto  [default: auto]")] = None,
-    shards: Annotated[int | None, typer.Option(help="Number of shards.")] = None,
-    edits_per_shard: Annotated[int | None, typer.Option(help="Edits a shard at most  [default: 100]")] = None,
-    mask_ratio: Annotated[float | None, typer.Option(help="Density ρ of the masks  [default: 0.5]")] = None,
-    mask_kind: Annotated[str | None, typer.Option(help="columns or elements.")] = None,
-    passes: Annotated[int | None, typer.Option(help="Passes over a shard at most  [default: 40]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Step size  [default: 0.015]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step  [default: 32]")] = None,
-    contexts: Annotated[int | None, typer.Option(help="Context prefixes an edit  [default: 2]")] = None,
-    router: Annotated[str | None, typer.Option(help="key (nearest whitened key) or norm (the paper's).")] = None,
-    routing: Annotated[str | None, typer.Option(help="One decision a token or a sequence.")] = None,
+    preset: Annotated[
+        str | None, _setting(EditSettings, "preset", "default, or paper (sequential, as published).")
+    ] = None,
+    schedule: Annotated[str | None, _setting(EditSettings, "schedule", "batched or sequential.")] = None,
+    layer: Annotated[str | None, _setting(EditSettings, "layer", "Layer to edit, or auto.")] = None,
+    shards: Annotated[
+        int | None, _setting(EditSettings, "shards", "Number of shards.", none="as many as --edits-per-shard needs")
+    ] = None,
+    edits_per_shard: Annotated[int | None, _setting(EditSettings, "edits_per_shard", "Edits a shard at most.")] = None,
+    mask_ratio: Annotated[float | None, _setting(EditSettings, "mask_ratio", "Density ρ of the masks.")] = None,
+    mask_kind: Annotated[str | None, _setting(EditSettings, "mask_kind", "columns or elements.")] = None,
+    passes: Annotated[int | None, _setting(EditSettings, "passes", "Passes over a shard at most.")] = None,
+    learning_rate: Annotated[float | None, _setting(EditSettings, "learning_rate", "Step size.")] = None,
+    batch_size: Annotated[int | None, _setting(EditSettings, "batch_size", "Rows a step.")] = None,
+    contexts: Annotated[int | None, _setting(EditSettings, "contexts", "Context prefixes an edit.")] = None,
+    router: Annotated[
+        str | None, _setting(EditSettings, "router", "key (nearest whitened key) or norm (the paper's).")
+    ] = None,
+    routing: Annotated[str | None, _setting(EditSettings, "routing", "One decision a token or a sequence.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if an edit did not take.")] = False,
     device: Device = "auto",
@@ -93,18 +106,24 @@ def edit(
 def merge(
     shards: Annotated[list[Path], typer.Argument(help="Directories that `wise edit` wrote.")],
     output: Output = Path("memory"),
-    mode: Annotated[str | None, typer.Option(help="merge (one memory) or retrieve (one a shard).")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="ties, linear, sign, magnitude, dare, dare-ties or slerp  [default: ties]")
+    mode: Annotated[
+        str | None, _setting(MergeSettings, "mode", "merge (one memory) or retrieve (one a shard).")
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries kept  [default: 0.5]")] = None,
-    scale: Annotated[float | None, typer.Option("--lambda", help="Scale λ of the result  [default: 1]")] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights of the shards, comma-separated.")] = None,
-    router: Annotated[str | None, typer.Option(help="key or norm  [default: the shards']")] = None,
-    routing: Annotated[str | None, typer.Option(help="token or sequence  [default: the shards']")] = None,
-    threshold: Annotated[str | None, typer.Option(help="false-alarm or minimum  [default: the shards']")] = None,
+    method: Annotated[
+        str | None, _setting(MergeSettings, "method", "ties, linear, sign, magnitude, dare, dare-ties or slerp.")
+    ] = None,
+    density: Annotated[float | None, _setting(MergeSettings, "density", "Share of entries kept.")] = None,
+    scale: Annotated[float | None, _setting(MergeSettings, "scale", "Scale λ of the result.", "--lambda")] = None,
+    weights: Annotated[
+        str | None, _setting(MergeSettings, "weights", "Weights of the shards, comma-separated.", none="1 each")
+    ] = None,
+    router: Annotated[str | None, _setting(MergeSettings, "router", "key or norm.", none="the shards'")] = None,
+    routing: Annotated[str | None, _setting(MergeSettings, "routing", "token or sequence.", none="the shards'")] = None,
+    threshold: Annotated[
+        str | None, _setting(MergeSettings, "threshold", "false-alarm or minimum.", none="the shards'")
+    ] = None,
     false_alarm: Annotated[
-        float | None, typer.Option(help="Share of unrelated tokens let through  [default: 0.001]")
+        float | None, _setting(MergeSettings, "false_alarm", "Share of unrelated tokens let through.")
     ] = None,
     model: Model = None,
     seed: Seed = None,
@@ -130,16 +149,23 @@ def evaluate(
     model: Annotated[str | None, typer.Argument(help="Base model or exported directory.")] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="zsre, hallucination, temporal or a file  [default: the memory's own edits]"),
+        _setting(EvalSettings, "dataset", "zsre, hallucination, temporal or a file.", none="the memory's own edits"),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="The dataset's file, instead of fetching it.")] = None,
-    edits: Annotated[int | None, typer.Option(help="Only the first so many records.")] = None,
-    memory: Memory = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows at a time  [default: 32]")] = None,
-    generate: Annotated[
-        bool | None, typer.Option("--generate/--no-generate", help="Also generate answers  [default: generate]")
+    edits: Annotated[
+        int | None, _setting(EvalSettings, "edits", "Only the first so many records.", none="those the memory holds")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Length of generated answers.")] = None,
+    memory: Memory = None,
+    batch_size: Annotated[int | None, _setting(EvalSettings, "batch_size", "Rows at a time.")] = None,
+    generate: Annotated[
+        bool | None, _setting(EvalSettings, "generate", "Also generate answers.", "--generate/--no-generate")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        _setting(
+            EvalSettings, "max_new_tokens", "Length of generated answers.", none="the longest target and a little more"
+        ),
+    ] = None,
     fail_under: Annotated[
         str | None, typer.Option(help="Exit with 1 below these, as reliability=.9,locality=.95.")
     ] = None,
@@ -222,7 +248,7 @@ def generate(
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2-135m, zsre, hallucination or temporal.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where to put it  [default: the user cache]")
+        Path | None, typer.Option("-o", "--output", help="Where to put it.", show_default="the user cache")
     ] = None,
     force: Force = False,
     as_json: AsJson = False,

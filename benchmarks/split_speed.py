@@ -1,0 +1,142 @@
+"""Seconds per edit of the gradient writer with and without the split at the edited layer.
+
+Both sides train the same delta on the same rows in the same minibatches with the same loss and optimiser. Without the
+split every step runs the whole model on whole rows; with it, the layers above the site run on captured activations,
+from the prompt's last token on. `head everywhere` projects every position on the vocabulary, as `model(ids).logits`
+does; `head on targets` only those that predict a target token.
+
+    python benchmarks/split_speed.py --model model --data zsre_mend_edit.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wisecli.capture import suffix_logits
+from wisecli.console import quiet_libraries
+from wisecli.contexts import context_prefixes
+from wisecli.edits import read_edits
+from wisecli.encode import NO_LABEL, Batch, collate, in_batches
+from wisecli.lessons import capture_lessons, encode_edits
+from wisecli.models import Loaded, load_model
+from wisecli.shards import Mask, random_mask
+from wisecli.site import Site, find_site, value_module
+from wisecli.storage import Checkpoint
+
+BATCH = 32
+LEARNING_RATE = 1.5e-2
+
+
+def train(mask: Mask, batches: int, passes: int, loss: Callable[[int, Tensor], Tensor]) -> tuple[list[float], float]:
+    """Adam on the mask's values; the mean loss and the seconds of a pass."""
+    values = torch.zeros(mask.shape, requires_grad=True)
+    optimizer = torch.optim.Adam([values], lr=LEARNING_RATE)
+    losses = []
+    started = time.perf_counter()
+    for _ in range(passes):
+        total = 0.0
+        for index in range(batches):
+            optimizer.zero_grad()
+            value = loss(index, values)
+            value.backward()
+            optimizer.step()
+            total += value.item()
+        losses.append(total / batches)
+    return losses, (time.perf_counter() - started) / passes
+
+
+def whole_model_loss(loaded: Loaded, site: Site, mask: Mask, batch: Batch, values: Tensor, everywhere: bool) -> Tensor:
+    """The loss from running the whole model, the delta added by a hook from the prompt's last token on."""
+    rows, columns = batch.labelled
+    window = (torch.arange(batch.ids.shape[1]) >= batch.start)[None, :, None]
+
+    def add(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output + mask.update(mask.restrict(inputs[0]), values) * window
+
+    def pick(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][rows, columns],)
+
+    hooks = [value_module(loaded.model, site).register_forward_hook(add)]
+    if not everywhere:
+        hooks.append(loaded.model.get_output_embeddings().register_forward_pre_hook(pick))
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
+    logits = loaded.model(**inputs, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    chosen = logits[rows, columns] if everywhere else logits
+    return F.cross_entropy(chosen, batch.labels[batch.labels != NO_LABEL])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--edits", type=int, default=30)
+    parser.add_argument("--layer", default="20")
+    parser.add_argument("--contexts", type=int, default=2)
+    parser.add_argument("--passes", type=int, default=5, help="passes to time")
+    parser.add_argument("--training", type=int, default=40, help="passes of a whole training, for seconds an edit")
+    options = parser.parse_args()
+    quiet_libraries()
+    edits = read_edits(options.data, limit=options.edits)
+    checkpoint = Checkpoint(options.model)
+    site = find_site(options.model, checkpoint, options.layer)
+    loaded = load_model(options.model, device="cpu")
+    mask = random_mask(site, 0.5, "columns", torch.Generator().manual_seed(0))
+    prefixes = ["", *context_prefixes(loaded.model, loaded.tokenizer, options.contexts, tokens=8, seed=0)]
+    rows = [row for prefix in prefixes for row in encode_edits(loaded, edits, prefix, train_end=True)]
+    batches = [collate([rows[index] for index in indices]) for indices in in_batches(rows, BATCH)]
+
+    started = time.perf_counter()
+    numbered = list(enumerate(edits))
+    lessons = capture_lessons(loaded, site, numbered, list(enumerate(prefixes)), batch_size=BATCH, train_end=True)
+    capture_seconds = time.perf_counter() - started
+    restricted = [mask.restrict(lesson.activations.keys) for lesson in lessons]
+
+    def split_loss(index: int, values: Tensor) -> Tensor:
+        activations = lessons[index].activations
+        hidden = activations.hidden + mask.update(restricted[index], values)
+        logits = suffix_logits(loaded.model, site, activations, hidden, activations.batch.labelled)
+        return F.cross_entropy(logits, activations.batch.labels[activations.batch.labels != NO_LABEL])
+
+    ways: dict[str, Callable[[int, Tensor], Tensor]] = {
+        "split": split_loss,
+        "whole model, head on targets": lambda i, v: whole_model_loss(loaded, site, mask, batches[i], v, False),
+        "whole model, head everywhere": lambda i, v: whole_model_loss(loaded, site, mask, batches[i], v, True),
+    }
+    for loss in ways.values():
+        train(mask, 1, 1, loss)
+    count = len(loaded.model.get_submodule(site.layer_module.rpartition(".")[0]))
+    table = Table(
+        "way",
+        "s a pass",
+        "s an edit",
+        "slower by",
+        "losses",
+        title=f"{len(edits)} edits, layer {site.layer} of {count}",
+    )
+    split_edit = 0.0
+    for name, loss in ways.items():
+        losses, seconds = train(mask, len(batches), options.passes, loss)
+        fixed = capture_seconds if name == "split" else 0.0
+        an_edit = (fixed + options.training * seconds) / len(edits)
+        split_edit = split_edit or an_edit
+        shown = " ".join(f"{value:.4f}" for value in losses)
+        table.add_row(name, f"{seconds:.2f}", f"{an_edit:.2f}", f"{an_edit / split_edit:.1f}×", shown)
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"capture, once: {capture_seconds:.2f} s, counted; s an edit is for {options.training} passes")
+
+
+if __name__ == "__main__":
+    main()

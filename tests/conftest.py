@@ -89,10 +89,10 @@ def real_model() -> Path:
 
 @pytest.fixture(scope="session")
 def chain(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Edit, merge and export the sample edits on the real model, in two shards."""
+    """Edit, merge and export the sample edits on the real model."""
     root = tmp_path_factory.mktemp("chain")
     shards, memory, exported = root / "shards", root / "memory", root / "edited"
-    pipeline.edit(str(real_model), SAMPLE_EDITS, shards, EditSettings(shards=2))
+    pipeline.edit(str(real_model), SAMPLE_EDITS, shards, EditSettings())
     pipeline.merge([shards], memory, MergeSettings())
     pipeline.export(memory, exported, link=False)
     edits = [json.loads(line) for line in SAMPLE_EDITS.read_text().splitlines()]

@@ -146,7 +146,7 @@ def merge(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="Base model or exported directory.")] = None,
+    directory: Annotated[str | None, typer.Argument(help="Exported directory, or base model.")] = None,
     dataset: Annotated[
         str | None,
         _setting(EvalSettings, "dataset", "zsre, hallucination, temporal or a file.", none="the memory's own edits"),
@@ -156,6 +156,7 @@ def evaluate(
         int | None, _setting(EvalSettings, "edits", "Only the first so many records.", none="those the memory holds")
     ] = None,
     memory: Memory = None,
+    model: Model = None,
     batch_size: Annotated[int | None, _setting(EvalSettings, "batch_size", "Rows at a time.")] = None,
     generate: Annotated[
         bool | None, _setting(EvalSettings, "generate", "Also generate answers.", "--generate/--no-generate")
@@ -183,7 +184,7 @@ def evaluate(
     from wisecli.attached import locate_memory
     from wisecli.pipeline import evaluate as run
 
-    place, base = locate_memory(model, memory, Path("memory"))
+    place, base = locate_memory(directory or model, memory, Path("memory"))
     with console.watching() as watch:
         named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         report = run(place, settings, model=base, data=data, watch=watch, **named)

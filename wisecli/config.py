@@ -115,6 +115,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
+_TRUTH = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
+
+
 def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, file: Path | None = None) -> Settings:
     """Settings from all their sources.
 
@@ -131,7 +134,7 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
     given = {**_from_file(file, section, hints), **_from_environment(hints)}
     given.update({name: value for name, value in flags.items() if name in hints and value is not None})
     preset = given.get("preset", "default")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise SettingsError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     base = {name: value for name, value in PRESETS[preset].items() if name in hints}
     values = {name: _checked(name, value, hints[name]) for name, value in {**base, **given}.items()}
@@ -155,6 +158,8 @@ def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dic
         table = tomllib.loads(file.read_text(encoding="utf-8")).get(section, {})
     except (OSError, ValueError) as error:
         raise SettingsError(f"{file}: not readable as TOML ({error})") from None
+    if not isinstance(table, dict):
+        raise SettingsError(f"{file}: {section} must be a table, [{section}]")
     given = {name.replace("-", "_"): value for name, value in table.items()}
     unknown = sorted(given.keys() - hints.keys())
     if unknown:
@@ -186,13 +191,17 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def _converted(name: str, value: Any, kind: Any) -> Any:
-    if value is None or get_origin(kind) is tuple:
-        return value if value is None else tuple(float(item) for item in value)
-    if kind is bool:
-        return value if isinstance(value, bool) else str(value).lower() in ("1", "true", "yes", "on")
+    if value is None:
+        return None
     try:
+        if get_origin(kind) is tuple:
+            return tuple(float(item) for item in (value.split(",") if isinstance(value, str) else value))
+        if kind is bool and not isinstance(value, bool):
+            return _TRUTH[str(value).lower()]
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
         return kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         raise SettingsError(f"{_flag(name)} must be {kind.__name__}, not {value!r}") from None
 
 

@@ -73,7 +73,10 @@ def _counterfact(record: Mapping[str, Any]) -> dict[str, Any]:
 def _locality(record: Mapping[str, Any]) -> Any:
     for prompt, answer in (("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth")):
         if prompt in record and answer in record:
-            return [{"prompt": record[prompt], "answer": record[answer]}]
+            # The published files hold a few records without an answer: there is nothing to measure there.
+            given = record[answer]
+            empty = given is None or (isinstance(given, str) and not given.strip())
+            return [] if empty else [{"prompt": record[prompt], "answer": given}]
     return _probe_groups(record.get("locality"))
 
 

@@ -90,7 +90,10 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
     Raises:
         ValueError: saying what is missing or of the wrong kind.
     """
-    fields = canonical(record)
+    try:
+        fields = canonical(record)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"a field is of the wrong kind ({error})") from None
     for name in ("prompt", "target"):
         value = fields.get(name)
         if value is None:

@@ -131,12 +131,14 @@ class PromptGate:
     def __init__(self) -> None:
         self._cache: Any = None
         self._last: Tensor | None = None
+        self._earlier = 0
 
     def before_forward(self, _model: nn.Module, _inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Forward pre-hook of the model: notes the cache, and where each row's prompt ends."""
         mask, self._cache = named.get("attention_mask"), named.get("past_key_values")
         self._last = None if mask is None or mask.dim() != 2 else mask.long().cumsum(-1).argmax(-1)
-        if self._cache is not None and self._cache.get_seq_length() == 0:
+        self._earlier = 0 if self._cache is None else self._cache.get_seq_length()
+        if self._cache is not None and self._earlier == 0:
             self._cache.wise_choice = None
 
     def hold(self, chosen: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ class PromptGate:
         if row is not None:
             return row.expand_as(chosen)
         columns = torch.arange(chosen.shape[1], device=chosen.device)
-        last = (columns[-1:].expand(len(chosen)) if self._last is None else self._last)[:, None]
+        last = (columns[-1:].expand(len(chosen)) if self._last is None else self._last - self._earlier)[:, None]
         row = chosen.gather(1, last)
         if self._cache is not None:
             self._cache.wise_choice = row

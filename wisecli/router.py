@@ -38,8 +38,8 @@ class Calibration:
     rule: str
     misses: float
     false_alarms: float
-    edits: dict[str, float]
-    unrelated: dict[str, float]
+    edit_scores: dict[str, float]
+    unrelated_scores: dict[str, float]
 
 
 def calibrate(edits: Tensor, unrelated: Tensor, *, rule: str, false_alarm: float) -> Calibration:
@@ -49,7 +49,8 @@ def calibrate(edits: Tensor, unrelated: Tensor, *, rule: str, false_alarm: float
         rule: ``false-alarm`` lets a share ``false_alarm`` of unrelated tokens through; ``minimum`` is the lowest score
             of any edit (the paper, section 3.1).
     """
-    threshold = float(edits.min() * (1 - 1e-6) if rule == "minimum" else quantile(unrelated, 1 - false_alarm))
+    found = float(edits.min() * (1 - 1e-6) if rule == "minimum" else quantile(unrelated, 1 - false_alarm))
+    threshold = max(found, 1e-6)  # the router compares by factors, so none may be zero or less
     misses = float((edits <= threshold).float().mean())
     alarms = float((unrelated > threshold).float().mean())
     return Calibration(threshold, rule, misses, alarms, _summary(edits), _summary(unrelated))
@@ -153,6 +154,8 @@ def read_memory(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     content = read_json(path)
+    if content.get("schema") != SCHEMA:
+        raise DamagedFileError(path, f"its schema is {content.get('schema')!r}, not {SCHEMA!r}", "merge anew")
     try:
         described, base = content["memory"], content["base"]
         file, prefix = described["file"], described["prefix"]

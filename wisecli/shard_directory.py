@@ -80,6 +80,8 @@ def read_shard_directory(path: Path) -> ShardDirectory:
     if not (path / MANIFEST_NAME).is_file():
         raise DamagedFileError(path, f"there is no {MANIFEST_NAME} in it", "give a directory that `wise edit` wrote")
     content = read_json(path / MANIFEST_NAME)
+    if content.get("schema") != SCHEMA:
+        raise DamagedFileError(path / MANIFEST_NAME, f"its schema is not {SCHEMA}", "edit anew with this version")
     try:
         base = content["base"]
         return ShardDirectory(

@@ -211,4 +211,7 @@ def load_unrelated(path: Path, digest: str) -> Unrelated:
         DamagedFileError: it is truncated or altered.
     """
     tensors = load_tensors(path, digest=digest)
-    return Unrelated(**{name: tensor.float() for name, tensor in tensors.items()})
+    missing = sorted(Unrelated.__dataclass_fields__.keys() - tensors.keys())
+    if missing:
+        raise DamagedFileError(path, f"tensor {missing[0]} is missing", "edit anew")
+    return Unrelated(**{name: tensors[name].float() for name in Unrelated.__dataclass_fields__})

@@ -97,7 +97,7 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
 
 def _layer_index(layer: str | int, count: int) -> int:
     if layer == "auto":
-        return round(_AUTO_DEPTH * count)
+        return max(0, min(round(_AUTO_DEPTH * count), count - 2))
     try:
         index = int(layer)
     except ValueError:

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wisecli.config import PRESETS, EditSettings, EvalSettings, MergeSettings, as_json, defaults, resolve
+from wisecli.errors import SettingsError
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (EditSettings, MergeSettings, EvalSettings):
+        for field in dataclasses.fields(kind):
+            monkeypatch.delenv(f"WISE_{field.name.upper()}", raising=False)
+
+
+def written(directory: Path, text: str) -> Path:
+    path = directory / "wise.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(kind: type[Any], flags: dict[str, Any], *, section: str = "edit", file: Path | None = None) -> str:
+    with pytest.raises(SettingsError) as caught:
+        resolve(kind, flags, section=section, file=file)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sources", "passes"),
+    [
+        ((), 40),
+        (("preset",), 70),
+        (("file",), 51),
+        (("preset", "file"), 51),
+        (("environment",), 62),
+        (("preset", "environment"), 62),
+        (("preset", "file", "environment"), 62),
+        (("flag",), 83),
+        (("file", "flag"), 83),
+        (("preset", "file", "environment", "flag"), 83),
+    ],
+    ids=lambda value: "<".join(value) if isinstance(value, tuple) else None,
+)
+def test_the_later_source_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: tuple[str, ...], passes: int
+) -> None:
+    flags: dict[str, Any] = {"preset": "paper"} if "preset" in sources else {}
+    file = written(tmp_path, "[edit]\npasses = 51\n") if "file" in sources else None
+    if "environment" in sources:
+        monkeypatch.setenv("WISE_PASSES", "62")
+    if "flag" in sources:
+        flags["passes"] = 83
+    assert resolve(EditSettings, flags, section="edit", file=file).passes == passes
+
+
+@pytest.mark.parametrize("source", ["file", "environment", "flag"])
+def test_a_preset_may_come_from_any_source_and_stays_below_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    preset = 'preset = "paper"\n' if source == "file" else ""
+    file = written(tmp_path, f"[edit]\n{preset}alpha = 3.5\n")
+    if source == "environment":
+        monkeypatch.setenv("WISE_PRESET", "paper")
+    flags = {"preset": "paper"} if source == "flag" else {}
+    settings = resolve(EditSettings, flags, section="edit", file=file)
+    assert (settings.preset, settings.alpha, settings.beta) == ("paper", 3.5, 20.0)
+
+
+def test_the_preset_of_a_flag_beats_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WISE_PRESET", "paper")
+    assert resolve(EditSettings, {"preset": "default"}, section="edit") == EditSettings()
+
+
+def test_the_paper_preset_holds_what_the_paper_says() -> None:
+    settings = resolve(EditSettings, {"preset": "paper"}, section="edit")
+    margins = (settings.alpha, settings.beta, settings.gamma, settings.norm_constraint, settings.margin_unit)
+    assert margins == (5.0, 20.0, 10.0, 1.0, "absolute")
+    assert (settings.schedule, settings.mask_ratio, settings.mask_kind) == ("sequential", 0.2, "elements")
+    assert (settings.passes, settings.learning_rate) == (70, 1.0)
+    assert (settings.router, settings.routing, settings.threshold) == ("norm", "sequence", "minimum")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_passes_its_own_checks(preset: str) -> None:
+    settings = resolve(EditSettings, {"preset": preset}, section="edit")
+    assert {name: getattr(settings, name) for name in PRESETS[preset]} == PRESETS[preset]
+
+
+@pytest.mark.parametrize("kind", [EditSettings, MergeSettings, EvalSettings])
+def test_without_any_source_the_defaults_hold(kind: type[Any]) -> None:
+    settings = resolve(kind, {}, section="any")
+    assert settings == kind()
+    assert as_json(settings) == defaults(kind)
+
+
+@pytest.mark.parametrize("kind", [EditSettings, MergeSettings, EvalSettings])
+def test_the_defaults_pass_the_checks_when_they_are_given(kind: type[Any]) -> None:
+    assert resolve(kind, defaults(kind), section="any") == kind()
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EditSettings().passes = 3  # type: ignore[misc]
+
+
+def test_flags_that_are_not_given_or_no_settings_are_passed_over() -> None:
+    assert resolve(EditSettings, {"passes": None, "output": "x", "force": True}, section="edit") == EditSettings()
+
+
+def test_an_empty_variable_counts_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WISE_PASSES", "")
+    assert resolve(EditSettings, {}, section="edit").passes == 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable", "text", "value"),
+    [
+        (EditSettings, "WISE_PASSES", "7", 7),
+        (EditSettings, "WISE_MASK_RATIO", "0.25", 0.25),
+        (EditSettings, "WISE_LAYER", "12", "12"),
+        (EditSettings, "WISE_SHARDS", "3", 3),
+        (EditSettings, "WISE_NORM_CONSTRAINT", "1.5", 1.5),
+        (EditSettings, "WISE_TRAIN_END", "false", False),
+        (EditSettings, "WISE_TRAIN_END", "1", True),
+        (MergeSettings, "WISE_ROUTER", "norm", "norm"),
+        (MergeSettings, "WISE_WEIGHTS", "1,0.5", (1.0, 0.5)),
+        (EvalSettings, "WISE_DATASET", "zsre", "zsre"),
+        (EvalSettings, "WISE_GENERATE", "no", False),
+    ],
+)
+def test_variables_are_read_as_their_settings_kind(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any], variable: str, text: str, value: object
+) -> None:
+    monkeypatch.setenv(variable, text)
+    found = getattr(resolve(kind, {}, section="any"), variable.removeprefix("WISE_").lower())
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_file_holds_a_table_a_command_with_dashes_or_underscores(tmp_path: Path) -> None:
+    file = written(tmp_path, "[edit]\nmask-ratio = 0.25\nbatch_size = 4\nlayer = 12\n\n[merge]\nweights = [1, 0.5]\n")
+    edit = resolve(EditSettings, {}, section="edit", file=file)
+    assert (edit.mask_ratio, edit.batch_size, edit.layer) == (0.25, 4, "12")
+    assert resolve(MergeSettings, {}, section="merge", file=file).weights == (1.0, 0.5)
+    assert resolve(EvalSettings, {}, section="eval", file=file) == EvalSettings()
+
+
+def test_an_unknown_setting_in_the_file_is_named(tmp_path: Path) -> None:
+    file = written(tmp_path, "[edit]\npasses = 3\nlearning-speed = 1\n")
+    message = refusal(EditSettings, {}, file=file)
+    assert str(file) in message
+    assert "[edit] has no setting 'learning_speed'" in message
+    assert "learning_rate" in message
+
+
+@pytest.mark.parametrize("text", ["[edit\n", "passes 3", "\x00", "edit = 3\n", '[edit]\npreset = ["paper"]\n'])
+def test_a_file_that_is_no_table_of_settings_is_refused(tmp_path: Path, text: str) -> None:
+    refusal(EditSettings, {}, file=written(tmp_path, text))
+
+
+def test_a_file_that_is_missing_or_not_utf8_is_refused(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere.toml"
+    assert str(missing) in refusal(EditSettings, {}, file=missing)
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes('[edit]\nlayer = "é"\n'.encode("latin-1"))
+    assert str(latin) in refusal(EditSettings, {}, file=latin)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "inside", "outside"),
+    [
+        (EditSettings, "shards", (1, 5), (0, -1)),
+        (EditSettings, "edits_per_shard", (1,), (0,)),
+        (EditSettings, "mask_ratio", (0.001, 1.0), (0.0, -0.5, 1.0001, float("nan"))),
+        (EditSettings, "passes", (1,), (0, -3)),
+        (EditSettings, "learning_rate", (1e-5, 10.0), (0.0, -1.0, float("inf"), float("nan"))),
+        (EditSettings, "batch_size", (1,), (0,)),
+        (EditSettings, "contexts", (0, 3), (-1,)),
+        (EditSettings, "context_tokens", (1,), (0,)),
+        (EditSettings, "unrelated_texts", (8,), (7,)),
+        (MergeSettings, "density", (0.001, 1.0), (0.0, 1.5)),
+        (MergeSettings, "false_alarm", (0.0, 0.5), (-0.1, 0.6)),
+        (EvalSettings, "edits", (1,), (0,)),
+        (EvalSettings, "max_new_tokens", (1,), (0,)),
+    ],
+)
+def test_bounds_are_kept(kind: type[Any], name: str, inside: tuple[float, ...], outside: tuple[float, ...]) -> None:
+    for value in inside:
+        assert getattr(resolve(kind, {name: value}, section="any"), name) == value
+    for value in outside:
+        assert f"--{name.replace('_', '-')} must lie between" in refusal(kind, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "choices"),
+    [
+        (EditSettings, "schedule", ("batched", "sequential")),
+        (EditSettings, "mask_kind", ("columns", "elements")),
+        (EditSettings, "margin_unit", ("output", "absolute")),
+        (EditSettings, "router", ("key", "norm")),
+        (EditSettings, "routing", ("token", "sequence")),
+        (EditSettings, "threshold", ("false-alarm", "minimum")),
+        (MergeSettings, "mode", ("merge", "retrieve")),
+        (MergeSettings, "router", ("key", "norm")),
+        (MergeSettings, "routing", ("token", "sequence")),
+        (MergeSettings, "threshold", ("false-alarm", "minimum")),
+    ],
+)
+def test_only_the_listed_choices_are_taken(kind: type[Any], name: str, choices: tuple[str, ...]) -> None:
+    for choice in choices:
+        assert getattr(resolve(kind, {name: choice}, section="any"), name) == choice
+    for wrong in ("nonsense", choices[0].upper(), 3):
+        message = refusal(kind, {name: wrong})
+        assert f"--{name.replace('_', '-')} must be one of" in message
+        assert all(choice in message for choice in choices)
+
+
+def test_an_unknown_preset_is_refused_with_those_known() -> None:
+    message = refusal(EditSettings, {"preset": "papr"})
+    assert "'papr'" in message
+    assert all(preset in message for preset in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [
+        ('passes = "many"', "--passes"),
+        ("passes = []", "--passes"),
+        ("passes = inf", "--passes"),
+        ("passes = 2.5", "--passes"),
+        ("mask-ratio = {}", "--mask-ratio"),
+        ('alpha = "x"', "--alpha"),
+        ('train-end = "maybe"', "--train-end"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(tmp_path: Path, line: str, flag: str) -> None:
+    assert flag in refusal(EditSettings, {}, file=written(tmp_path, f"[edit]\n{line}\n"))
+
+
+@pytest.mark.parametrize("line", ['weights = "a,b"', 'weights = ["a"]', "weights = 3", "weights = [[1]]"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, line: str) -> None:
+    file = written(tmp_path, f"[merge]\n{line}\n")
+    assert "--weights" in refusal(MergeSettings, {}, section="merge", file=file)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"), [("WISE_PASSES", "many"), ("WISE_PASSES", "0"), ("WISE_SCHEDULE", "x"), ("WISE_PRESET", "x")]
+)
+def test_variables_are_checked_like_flags(monkeypatch: pytest.MonkeyPatch, variable: str, text: str) -> None:
+    monkeypatch.setenv(variable, text)
+    refusal(EditSettings, {})

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wisecli.edits import Edit, Probe, parse_edit, read_edits
+from wisecli.errors import EditFileError
+
+FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}
+SECOND = {"prompt": "The Oldbridge ferry leaves from", "target": "pier nine"}
+THIRD = {"prompt": "The anthem of Oldbridge was written by", "target": "Tom Reed"}
+
+
+def jsonl(*records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def saved(directory: Path, content: str | bytes) -> Path:
+    path = directory / "edits.jsonl"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(EditFileError) as caught:
+        read_edits(path)
+    return str(caught.value)
+
+
+def prompts(path: Path) -> list[str]:
+    return [edit.prompt for edit in read_edits(path)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        jsonl(FIRST, SECOND),
+        jsonl(FIRST, SECOND).rstrip("\n"),
+        "\n  \n" + jsonl(FIRST) + "\n\t\n" + jsonl(SECOND) + "\n\n",
+        jsonl(FIRST, SECOND).replace("\n", "\r\n"),
+        "\ufeff" + jsonl(FIRST, SECOND),
+        json.dumps([FIRST, SECOND]),
+        "\n  " + json.dumps([FIRST, SECOND], indent=2) + "\n",
+        "\ufeff" + json.dumps([FIRST, SECOND]),
+    ],
+    ids=["jsonl", "no-last-newline", "blank-lines", "crlf", "bom", "array", "array-indented", "array-bom"],
+)
+def test_the_same_edits_are_read_from_every_way_of_writing_them(tmp_path: Path, content: str) -> None:
+    assert prompts(saved(tmp_path, content)) == [FIRST["prompt"], SECOND["prompt"]]
+
+
+def test_text_is_read_as_utf8_and_only_newlines_end_a_line(tmp_path: Path) -> None:
+    record = {"prompt": "Where does Zoë live?\u2028Answer:", "target": "中央 район"}
+    content = json.dumps(record, ensure_ascii=False) + "\n" + jsonl(SECOND)
+    first, second = read_edits(saved(tmp_path, content))
+    assert (first.prompt, first.target) == (record["prompt"], record["target"])
+    assert second.prompt == SECOND["prompt"]
+
+
+def test_every_field_of_a_record_is_kept(tmp_path: Path) -> None:
+    record = {
+        "id": "mayor",
+        "op": "insert",
+        **FIRST,
+        "subject": "Oldbridge",
+        "rephrases": ["Who is mayor of Oldbridge?", "Oldbridge is run by"],
+        "locality": [{"prompt": "The mayor of Newbridge is", "answer": "Bo Hill"}],
+        "portability": [{"prompt": "The first name of Oldbridge's mayor is", "answer": "Ada"}],
+        "irrelevant": ["What is for lunch?"],
+        "ood": ["A report from the town hall"],
+    }
+    assert read_edits(saved(tmp_path, jsonl(record))) == [
+        Edit(
+            id="mayor",
+            prompt="The mayor of Oldbridge is",
+            target="Ada Finch",
+            op="insert",
+            subject="Oldbridge",
+            rephrases=("Who is mayor of Oldbridge?", "Oldbridge is run by"),
+            locality=(Probe("The mayor of Newbridge is", "Bo Hill"),),
+            portability=(Probe("The first name of Oldbridge's mayor is", "Ada"),),
+            irrelevant=("What is for lunch?",),
+            ood=("A report from the town hall",),
+        )
+    ]
+
+
+def test_fields_that_may_be_left_out_have_empty_values() -> None:
+    edit = parse_edit(FIRST)
+    assert (edit.op, edit.subject) == ("modify", None)
+    assert (edit.rephrases, edit.locality, edit.portability, edit.irrelevant, edit.ood) == ((), (), (), (), ())
+
+
+@pytest.mark.parametrize("operation", ["insert", "modify", "erase"])
+def test_every_operation_is_read(operation: str) -> None:
+    assert parse_edit({**FIRST, "op": operation}).op == operation
+
+
+@pytest.mark.parametrize(("given", "kept"), [("a-7", "a-7"), (7, "7"), (0, "0")])
+def test_an_id_is_kept_as_text(given: object, kept: str) -> None:
+    assert parse_edit({**FIRST, "id": given}).id == kept
+
+
+def test_without_an_id_the_content_decides_it() -> None:
+    reordered = dict(reversed(FIRST.items()))
+    assert parse_edit(FIRST).id == parse_edit(reordered).id
+    assert len({parse_edit(record).id for record in (FIRST, SECOND, {**FIRST, "target": "Bo Hill"})}) == 3
+
+
+MALFORMED = {
+    "no json": ("not json", "write one JSON object"),
+    "cut short": ('{"prompt": "The mayor', "write one JSON object"),
+    "a number": ("3", "write one JSON object"),
+    "null": ("null", "write one JSON object"),
+    "a list": ('["prompt", "target"]', "write one JSON object"),
+    "no target": (json.dumps({"prompt": "a"}), "`target` is missing"),
+    "null target": (json.dumps({"prompt": "a", "target": None}), "`target` is missing"),
+    "no prompt": (json.dumps({"target": "b"}), "`prompt` is missing"),
+    "empty object": ("{}", "`prompt` is missing"),
+    "empty target": (json.dumps({"prompt": "a", "target": ""}), "`target` must be"),
+    "blank prompt": (json.dumps({"prompt": " \t", "target": "b"}), "`prompt` must be"),
+    "target number": (json.dumps({"prompt": "a", "target": 2006}), "`target` must be"),
+    "prompt list": (json.dumps({"prompt": ["a"], "target": "b"}), "`prompt` must be"),
+    "operation": (json.dumps({**THIRD, "op": "delete"}), "`op` must be one of insert, modify, erase"),
+    "operation list": (json.dumps({**THIRD, "op": ["insert"]}), "`op` must be"),
+    "subject": (json.dumps({**THIRD, "subject": 4}), "`subject` must be"),
+    "rephrases number": (json.dumps({**THIRD, "rephrases": 4}), "`rephrases` must be"),
+    "rephrases of numbers": (json.dumps({**THIRD, "rephrases": ["a", 4]}), "`rephrases` must be"),
+    "blank rephrase": (json.dumps({**THIRD, "rephrases": ["a", " "]}), "`rephrases` must be"),
+    "irrelevant object": (json.dumps({**THIRD, "irrelevant": {"a": "b"}}), "`irrelevant` must be"),
+    "locality text": (json.dumps({**THIRD, "locality": "a"}), "`locality` must be"),
+    "locality of texts": (json.dumps({**THIRD, "locality": ["a"]}), "`locality` must hold"),
+    "probe without answer": (json.dumps({**THIRD, "locality": [{"prompt": "a"}]}), "`locality` must hold"),
+    "probe answer number": (json.dumps({**THIRD, "portability": [{"prompt": "a", "answer": 4}]}), "`portability` must"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, reason: str) -> None:
+    path = saved(tmp_path, f"{jsonl(FIRST)}\n\n{line}\n{jsonl(SECOND)}")
+    message = refusal(path)
+    assert message.startswith(f"{path}:4: ")
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"), [('{"prompt": "a"}', "`target` is missing"), ('"a"', "an item of the array is no JSON object")]
+)
+def test_a_malformed_item_of_an_array_is_named_by_its_place(tmp_path: Path, item: str, reason: str) -> None:
+    path = saved(tmp_path, f"[{json.dumps(FIRST)}, {json.dumps(SECOND)},\n {item}]")
+    message = refusal(path)
+    assert message.startswith(f"{path}:3: ")
+    assert reason in message
+
+
+def test_an_unclosed_array_is_named_by_the_line_where_it_breaks_off(tmp_path: Path) -> None:
+    path = saved(tmp_path, f"[\n{json.dumps(FIRST)},\n{json.dumps(SECOND)}\n")
+    message = refusal(path)
+    assert message.startswith(f"{path}:4: ")
+    assert "not a JSON array" in message
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\t\n", "[]", " [ ] ", "\ufeff"])
+def test_a_file_without_edits_is_refused(tmp_path: Path, content: str) -> None:
+    path = saved(tmp_path, content)
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert "there is no edit in it" in message
+
+
+def test_a_duplicate_id_names_both_lines(tmp_path: Path) -> None:
+    path = saved(tmp_path, jsonl({"id": "x", **FIRST}, THIRD) + "\n" + jsonl({"id": "x", **SECOND}))
+    message = refusal(path)
+    assert message.startswith(f"{path}:4: ")
+    assert re.search(r"'x' is already at \D*1\b", message)
+
+
+def test_the_same_record_twice_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, jsonl(FIRST, SECOND, FIRST))
+    assert refusal(path).startswith(f"{path}:3: ")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.jsonl"
+    assert refusal(path) == f"{path}: no such file; check the path"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{\x00", '{"prompt": "Zoë", "target": "b"}'.encode("latin-1")])
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path, content: bytes) -> None:
+    assert "UTF-8" in refusal(saved(tmp_path, content))
+
+
+def test_a_directory_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path).startswith(f"{tmp_path}: ")
+
+
+def test_a_limit_keeps_the_first_edits_but_every_line_is_checked(tmp_path: Path) -> None:
+    whole = saved(tmp_path, jsonl(FIRST, SECOND, THIRD))
+    assert [edit.target for edit in read_edits(whole, limit=2)] == ["Ada Finch", "pier nine"]
+    broken = saved(tmp_path, jsonl(FIRST, SECOND) + "{}\n")
+    with pytest.raises(EditFileError, match=":3: "):
+        read_edits(broken, limit=2)
+
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+TEXTS = st.lists(TEXT, max_size=3).map(tuple)
+PROBES = st.lists(st.builds(Probe, TEXT, TEXT), max_size=3).map(tuple)
+EDITS = st.builds(
+    Edit,
+    id=TEXT,
+    prompt=TEXT,
+    target=TEXT,
+    op=st.sampled_from(["insert", "modify", "erase"]),
+    subject=st.none() | TEXT,
+    rephrases=TEXTS,
+    locality=PROBES,
+    portability=PROBES,
+    irrelevant=TEXTS,
+    ood=TEXTS,
+)
+
+
+@given(EDITS)
+def test_an_edit_survives_its_json_form(edit: Edit) -> None:
+    written = json.loads(json.dumps(edit.as_dict()))
+    assert set(written) == {field.name for field in dataclasses.fields(Edit)}
+    assert Edit.from_dict(written) == edit
+
+
+@given(EDITS)
+def test_the_json_form_of_an_edit_is_a_record_of_it(edit: Edit) -> None:
+    assert parse_edit(json.loads(json.dumps(edit.as_dict()))) == edit

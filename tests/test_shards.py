@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wisecli.errors import DamagedFileError, SettingsError
+from wisecli.shards import (
+    Evidence,
+    Mask,
+    MaskKind,
+    Shard,
+    Unrelated,
+    describe_unrelated,
+    half,
+    load_shard,
+    load_unrelated,
+    random_mask,
+    save_shard,
+    save_unrelated,
+    split_edits,
+)
+from wisecli.site import Site
+from wisecli.storage import save_tensors, sha256_file
+
+KINDS: tuple[MaskKind, ...] = ("columns", "elements")
+both_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def site(d: int, d_ff: int) -> Site:
+    return Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=d, d_ff=d_ff)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mask_of(kind: MaskKind, d: int = 5, d_ff: int = 7, density: float = 0.4, seed: int = 0) -> Mask:
+    return random_mask(site(d, d_ff), density, kind, generator(seed))
+
+
+def dense_by_hand(mask: Mask, values: Tensor) -> Tensor:
+    whole = torch.zeros(mask.d, mask.d_ff)
+    for place, index in enumerate(mask.indices.tolist()):
+        if mask.kind == "columns":
+            whole[:, index] = values[:, place]
+        else:
+            whole[index // mask.d_ff, index % mask.d_ff] = values[place]
+    return whole
+
+
+# --- masks ---
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    count=st.sampled_from([2, 3]),
+    density=st.floats(0.05, 0.95),
+    d=st.integers(20, 60),
+    d_ff=st.integers(20, 80),
+    seed=st.integers(0, 2**31),
+)
+def test_random_masks_overlap_in_the_share_that_their_density_says(
+    kind: MaskKind, count: int, density: float, d: int, d_ff: int, seed: int
+) -> None:
+    chance = generator(seed)
+    if kind == "columns":
+        d, d_ff = 2, d * d_ff  # as many columns as the other kind has elements, so that the bound is as tight
+    masks = [random_mask(site(d, d_ff), density, kind, chance) for _ in range(count)]
+    size = d_ff if kind == "columns" else d * d_ff
+    shared = set.intersection(*(set(mask.indices.tolist()) for mask in masks))
+    expected = density**count
+    # Six standard deviations of a binomial; rounding a mask's size shifts the mean by less than one place a mask.
+    allowed = 6 * math.sqrt(size * expected * (1 - expected)) + count
+    assert abs(len(shared) - size * expected) <= allowed
+
+
+@both_kinds
+def test_masks_overlap_on_average_in_exactly_that_share(kind: MaskKind) -> None:
+    chance, size, rounds = generator(), {"columns": 100, "elements": 400}[kind], 400
+    overlaps = []
+    for _ in range(rounds):
+        first, second = (random_mask(site(4, 100), 0.3, kind, chance).indices for _ in range(2))
+        overlaps.append(float(torch.isin(first, second).sum()) / size)
+    mean, error = sum(overlaps) / rounds, math.sqrt(0.09 * 0.91 / size / rounds)
+    assert abs(mean - 0.09) < 5 * error
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("density", "columns", "elements"), [(1e-9, 1, 1), (0.2, 8, 40), (0.5, 20, 100), (0.99, 40, 198), (1.0, 40, 200)]
+)
+def test_a_mask_has_exactly_its_size(kind: MaskKind, density: float, columns: int, elements: int) -> None:
+    mask = random_mask(site(5, 40), density, kind, generator())
+    count = columns if kind == "columns" else elements
+    assert mask.shape == ((5, count) if kind == "columns" else (count,))
+    indices = mask.indices.tolist()
+    assert len(set(indices)) == count
+    assert indices == sorted(indices)
+    assert 0 <= indices[0] <= indices[-1] < (40 if kind == "columns" else 200)
+
+
+@both_kinds
+def test_a_mask_is_decided_by_its_generator(kind: MaskKind) -> None:
+    assert torch.equal(mask_of(kind, seed=3).indices, mask_of(kind, seed=3).indices)
+    chance = generator(3)
+    first, second = (random_mask(site(20, 40), 0.5, kind, chance) for _ in range(2))
+    assert not torch.equal(first.indices, second.indices)
+
+
+@both_kinds
+def test_every_place_is_drawn_equally_often(kind: MaskKind) -> None:
+    chance, size, rounds = generator(), {"columns": 10, "elements": 40}[kind], 2000
+    drawn = torch.zeros(size)
+    for _ in range(rounds):
+        drawn[random_mask(site(4, 10), 0.3, kind, chance).indices] += 1
+    error = math.sqrt(rounds * 0.3 * 0.7)
+    assert float((drawn - 0.3 * rounds).abs().max()) < 5 * error
+
+
+@both_kinds
+def test_dense_fills_the_mask_and_nothing_else(kind: MaskKind) -> None:
+    mask = mask_of(kind)
+    values = torch.randn(mask.shape, generator=generator(1))
+    assert torch.equal(mask.dense(values), dense_by_hand(mask, values))
+
+
+@both_kinds
+def test_dense_is_what_update_does_to_the_basis_vectors(kind: MaskKind) -> None:
+    mask = mask_of(kind)
+    values = torch.randn(mask.shape, generator=generator(1))
+    images = mask.update(mask.restrict(torch.eye(mask.d_ff)), values)
+    assert torch.equal(images.T, mask.dense(values))
+
+
+@both_kinds
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_update_is_the_dense_change_times_the_key(kind: MaskKind, leading: tuple[int, ...]) -> None:
+    mask = mask_of(kind)
+    values = torch.randn(mask.shape, generator=generator(1))
+    keys = torch.randn(*leading, mask.d_ff, generator=generator(2))
+    expected = keys @ dense_by_hand(mask, values).T
+    assert torch.allclose(mask.update(mask.restrict(keys), values), expected, atol=1e-6)
+
+
+@both_kinds
+def test_the_gradient_of_an_update_is_the_outer_product_inside_the_mask(kind: MaskKind) -> None:
+    mask = mask_of(kind)
+    values = torch.zeros(mask.shape, requires_grad=True)
+    keys, upstream = torch.randn(6, mask.d_ff, generator=generator(1)), torch.randn(6, mask.d, generator=generator(2))
+    mask.update(mask.restrict(keys), values).backward(upstream)
+    outer = upstream.T @ keys
+    expected = outer[:, mask.indices] if kind == "columns" else outer.flatten()[mask.indices]
+    assert values.grad is not None
+    assert torch.allclose(values.grad, expected, atol=1e-5)
+
+
+@both_kinds
+def test_the_gradient_of_an_update_agrees_with_differences(kind: MaskKind) -> None:
+    mask = mask_of(kind, d=3, d_ff=4)
+    values = torch.randn(mask.shape, dtype=torch.float64, generator=generator(1), requires_grad=True)
+    keys = mask.restrict(torch.randn(2, mask.d_ff, dtype=torch.float64, generator=generator(2)))
+    assert torch.autograd.gradcheck(lambda filled: mask.update(keys, filled).sin(), (values,))
+
+
+@both_kinds
+def test_a_mask_moves_to_another_device(kind: MaskKind) -> None:
+    moved = mask_of(kind).to(torch.device("meta"))
+    assert moved.indices.device.type == "meta"
+    assert (moved.kind, moved.d, moved.d_ff, moved.shape) == (kind, 5, 7, mask_of(kind).shape)
+
+
+# --- edits dealt to shards ---
+
+
+@given(count=st.integers(1, 3000), data=st.data())
+def test_edits_are_dealt_in_order_and_evenly(count: int, data: st.DataObject) -> None:
+    shards = data.draw(st.integers(1, min(count, 200)))
+    parts = split_edits(count, shards=shards, edits_per_shard=100)
+    assert list(itertools.chain.from_iterable(parts)) == list(range(count))
+    sizes = [len(part) for part in parts]
+    assert len(sizes) == shards
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(count=st.integers(1, 3000), each=st.integers(1, 400))
+def test_without_a_number_there_are_as_few_shards_as_hold_the_edits(count: int, each: int) -> None:
+    sizes = [len(part) for part in split_edits(count, shards=None, edits_per_shard=each)]
+    assert sum(sizes) == count
+    assert len(sizes) == -(-count // each)
+    assert 1 <= min(sizes) <= max(sizes) <= each
+
+
+def test_more_shards_than_edits_are_refused() -> None:
+    assert split_edits(3, shards=3, edits_per_shard=100) == [range(1), range(1, 2), range(2, 3)]
+    with pytest.raises(SettingsError, match="--shards 4 is more than the 3 edits"):
+        split_edits(3, shards=4, edits_per_shard=100)
+
+
+# --- shard files ---
+
+
+def some_shard(kind: MaskKind) -> Shard:
+    mask = mask_of(kind, d=6, d_ff=9)
+    chance = generator(1)
+    evidence = Evidence(
+        keys=torch.randn(8, 9, generator=chance).half().float(),
+        residuals=torch.randn(8, 6, generator=chance).half().float(),
+        edit=torch.arange(8) // 2,
+        position=torch.arange(8) % 2,
+        context=torch.arange(8) % 3,
+        held_out=torch.arange(8) % 3 == 2,
+    )
+    return Shard(mask, torch.randn(mask.shape, generator=chance), evidence)
+
+
+@both_kinds
+def test_a_shard_survives_being_written(tmp_path: Path, kind: MaskKind) -> None:
+    shard, path = some_shard(kind), tmp_path / "shard-00000.safetensors"
+    save_shard(path, shard, {"seed": "0"})
+    loaded = load_shard(path, site(6, 9), kind, sha256_file(path))
+    assert loaded.mask.kind == kind
+    assert torch.equal(loaded.mask.indices, shard.mask.indices)
+    assert torch.equal(loaded.values, shard.values)
+    assert torch.equal(loaded.mask.dense(loaded.values), shard.mask.dense(shard.values))
+    for field in dataclasses.fields(Evidence):
+        assert torch.equal(getattr(loaded.evidence, field.name), getattr(shard.evidence, field.name)), field.name
+    assert loaded.evidence.held_out.dtype == torch.bool
+
+
+def test_an_altered_shard_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shard-00000.safetensors"
+    save_shard(path, some_shard("columns"), {})
+    digest = sha256_file(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match="sha256"):
+        load_shard(path, site(6, 9), "columns", digest)
+
+
+def test_a_truncated_or_missing_shard_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shard-00000.safetensors"
+    save_shard(path, some_shard("columns"), {})
+    digest = sha256_file(path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DamagedFileError, match="not a whole safetensors file"):
+        load_shard(path, site(6, 9), "columns", digest)
+    path.unlink()
+    with pytest.raises(DamagedFileError, match="no such file"):
+        load_shard(path, site(6, 9), "columns", digest)
+
+
+@pytest.mark.parametrize("missing", ["mask.indices", "delta.values", "evidence.keys", "evidence.held_out"])
+def test_a_shard_without_one_of_its_tensors_is_refused(tmp_path: Path, missing: str) -> None:
+    whole, path = tmp_path / "whole.safetensors", tmp_path / "shard-00000.safetensors"
+    save_shard(whole, some_shard("columns"), {})
+    save_tensors(path, {name: tensor for name, tensor in load_file(whole).items() if name != missing})
+    with pytest.raises(DamagedFileError, match=f"tensor {missing} is missing"):
+        load_shard(path, site(6, 9), "columns", sha256_file(path))
+
+
+@pytest.mark.parametrize(("read_as", "d"), [("elements", 6), ("columns", 7)])
+def test_a_shard_that_does_not_fit_the_site_is_refused(tmp_path: Path, read_as: MaskKind, d: int) -> None:
+    path = tmp_path / "shard-00000.safetensors"
+    save_shard(path, some_shard("columns"), {})
+    with pytest.raises(DamagedFileError, match="does not fill its mask"):
+        load_shard(path, site(d, 9), read_as, sha256_file(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"), [((0.5, -2.0, 65504.0), torch.float16), ((0.5, 70000.0), torch.float32), ((), torch.float16)]
+)
+def test_half_precision_is_used_where_nothing_overflows(values: Sequence[float], dtype: torch.dtype) -> None:
+    assert half(torch.tensor(values)).dtype == dtype
+    assert torch.equal(half(torch.tensor(values)).float(), torch.tensor(values))
+
+
+def test_keys_too_large_for_half_precision_survive(tmp_path: Path) -> None:
+    shard, path = some_shard("columns"), tmp_path / "shard-00000.safetensors"
+    shard.evidence.keys[0, 0] = 123456.0
+    save_shard(path, shard, {})
+    loaded = load_shard(path, site(6, 9), "columns", sha256_file(path))
+    assert torch.equal(loaded.evidence.keys, shard.evidence.keys)
+
+
+# --- unrelated text ---
+
+
+def skewed_keys(count: int, d_ff: int) -> Tensor:
+    """Keys with a mean and with directions of very unlike variance."""
+    spread = (
+        torch.diag(torch.linspace(0.2, 3.0, d_ff)) @ torch.linalg.qr(torch.randn(d_ff, d_ff, generator=generator()))[0]
+    )
+    return torch.randn(count, d_ff, generator=generator(1)) @ spread + torch.linspace(-1, 1, d_ff)
+
+
+@pytest.mark.parametrize(("count", "d_ff"), [(200, 12), (12, 12), (13, 12), (11, 12), (9, 40)])
+def test_unrelated_text_is_described_by_its_second_moments(count: int, d_ff: int) -> None:
+    keys = skewed_keys(count, d_ff)
+    unrelated = describe_unrelated(keys, torch.ones(count, dtype=torch.bool), sample=5, rank=1000)
+    centred = torch.cov(keys.double().T, correction=0)
+    moments = centred + torch.outer(keys.double().mean(0), keys.double().mean(0))
+    eigenvalues, eigenvectors = torch.linalg.eigh(moments)
+    rank = min(count, d_ff)
+    assert unrelated.variances.shape == (rank,)
+    assert unrelated.directions.shape == (rank, d_ff)
+    assert torch.allclose(unrelated.variances.double(), eigenvalues.flip(0)[:rank], rtol=1e-3, atol=1e-4)
+    gram = unrelated.directions @ unrelated.directions.T
+    assert torch.allclose(gram, torch.eye(rank), atol=1e-3)
+    aligned = (unrelated.directions.double() * eigenvectors.T.flip(0)[:rank]).sum(-1).abs()
+    assert float(aligned.min()) > 0.999
+    rebuilt = unrelated.directions.T @ torch.diag(unrelated.variances) @ unrelated.directions
+    assert torch.allclose(rebuilt.double(), moments, atol=2e-3)
+    assert torch.allclose(unrelated.energy.double(), moments.trace().reshape(1), rtol=1e-5)
+    assert torch.allclose(unrelated.mean, keys.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [60, 8])
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_lower_rank_keeps_the_leading_directions(count: int, rank: int) -> None:
+    keys = skewed_keys(count, 20)
+    everything = torch.ones(count, dtype=torch.bool)
+    whole = describe_unrelated(keys, everything, sample=5, rank=100)
+    part = describe_unrelated(keys, everything, sample=5, rank=rank)
+    assert torch.allclose(part.variances, whole.variances[:rank])
+    assert torch.allclose(part.directions, whole.directions[:rank], atol=1e-6)
+    assert torch.equal(part.energy, whole.energy)
+    assert bool((whole.variances.diff() <= 0).all())
+
+
+@pytest.mark.parametrize(("sample", "expected"), [(3, [1, 5, 9]), (5, [1, 3, 5, 7, 9]), (50, [1, 3, 5, 7, 9])])
+def test_the_sample_is_spread_over_unseen_keys_alone(sample: int, expected: list[int]) -> None:
+    keys = skewed_keys(10, 4)
+    unrelated = describe_unrelated(keys, torch.arange(10) % 2 == 1, sample=sample, rank=4)
+    assert torch.equal(unrelated.keys, keys[expected])
+
+
+def test_statistics_of_unrelated_text_survive_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "unrelated.safetensors"
+    unrelated = describe_unrelated(
+        skewed_keys(30, 6).half().float(), torch.ones(30, dtype=torch.bool), sample=9, rank=4
+    )
+    save_unrelated(path, unrelated)
+    loaded = load_unrelated(path, sha256_file(path))
+    for field in dataclasses.fields(Unrelated):
+        assert torch.equal(getattr(loaded, field.name), getattr(unrelated, field.name)), field.name
+    with pytest.raises(DamagedFileError, match="sha256"):
+        load_unrelated(path, "0" * 64)
+
+
+@pytest.mark.parametrize("missing", ["keys", "energy"])
+def test_statistics_without_one_of_their_tensors_are_refused(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "unrelated.safetensors"
+    tensors = {field.name: torch.zeros(1, 1) for field in dataclasses.fields(Unrelated) if field.name != missing}
+    save_tensors(path, tensors)
+    with pytest.raises(DamagedFileError, match=missing):
+        load_unrelated(path, sha256_file(path))

@@ -95,7 +95,7 @@ def main() -> None:
     mask = random_mask(site, 0.5, "columns", torch.Generator().manual_seed(0))
     prefixes = ["", *context_prefixes(loaded.model, loaded.tokenizer, options.contexts, tokens=8, seed=0)]
     rows = [row for prefix in prefixes for row in encode_edits(loaded, edits, prefix, train_end=True)]
-    batches = [collate([rows[index] for index in indices]) for indices in in_batches(rows, BATCH)]
+    batches = [collate([rows[index] for index in indices]) for indices in in_batches(rows, BATCH, by_target=True)]
 
     started = time.perf_counter()
     numbered = list(enumerate(edits))

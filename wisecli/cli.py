@@ -184,10 +184,10 @@ def evaluate(
     from wisecli.attached import locate_memory
     from wisecli.pipeline import evaluate as run
 
-    place, base = locate_memory(directory or model, memory, Path("memory"))
+    place, base = locate_memory(directory, memory, Path("memory"))
     with console.watching() as watch:
         named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        report = run(place, settings, model=base, data=data, watch=watch, **named)
+        report = run(place, settings, model=model or base, data=data, watch=watch, **named)
     console.evaluated(report)
     report.check(gates)
 

@@ -94,8 +94,25 @@ def collate(rows: Sequence[Row], *, pad: int = 0) -> Batch:
     return Batch(ids, mask, labels, width - 1)
 
 
-def in_batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
-    """Indices of the rows, those of like length together, ``size`` at a time."""
-    order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), index))
-    for first in range(0, len(order), size):
-        yield order[first : first + size]
+def in_batches(rows: Sequence[Row], size: int, *, by_target: bool = False, tokens: int = 4096) -> Iterator[list[int]]:
+    """Indices of the rows, those of like length together: at most ``size`` rows and, above one row, ``tokens`` tokens.
+
+    Args:
+        by_target: go by the target's length first, for rows of which only the window will run again and again.
+    """
+
+    def length(index: int) -> tuple[int, int, int]:
+        row = rows[index]
+        return (len(row.target) if by_target else 0, len(row), index)
+
+    order = sorted(range(len(rows)), key=length)
+    batch: list[int] = []
+    for index in order:
+        if batch and (
+            len(batch) == size or (len(batch) + 1) * max(len(rows[place]) for place in (index, *batch)) > tokens
+        ):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -62,13 +62,13 @@ def capture_lessons(
     batch_size: int,
     train_end: bool,
 ) -> list[Lesson]:
-    """Capture numbered edits under numbered contexts, rows of like length together."""
+    """Capture numbered edits under numbered contexts, rows whose targets are of like length together."""
     rows, origin = [], []
     for number, prefix in contexts:
         rows += encode_edits(loaded, [edit for _, edit in edits], prefix, train_end=train_end)
         origin += [(place, number) for place, _ in edits]
     lessons = []
-    for indices in in_batches(rows, batch_size):
+    for indices in in_batches(rows, batch_size, by_target=True):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
         place, context = torch.tensor([origin[index] for index in indices]).T
         lessons.append(Lesson(capture(loaded.model, site, batch).from_window(), place, context))

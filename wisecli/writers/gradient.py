@@ -106,7 +106,7 @@ def write_sequential(task: Task, lessons: Sequence[Lesson], on_pass: Callable[[P
         keys = mask.restrict(lesson.activations.keys)
         for _ in range(settings.passes):
             loss, counts = _loss(task, lesson, keys, values, _sample(negatives, generator), generator)
-            if loss.item() < settings.stop_loss:
+            if counts[0] / counts[2] < settings.stop_loss and counts[1] == counts[2]:
                 break
             optimizer.zero_grad()
             loss.backward()

@@ -1,9 +1,10 @@
 """Seconds per edit of the gradient writer with and without the split at the edited layer.
 
-Both sides train the same delta on the same rows in the same minibatches with the same loss and optimiser. Without the
-split every step runs the whole model on whole rows; with it, the layers above the site run on captured activations,
-from the prompt's last token on. `head everywhere` projects every position on the vocabulary, as `model(ids).logits`
-does; `head on targets` only those that predict a target token.
+Both sides train the same delta on the same rows in the same minibatches with the same loss (cross-entropy and the
+router's margin against the same unrelated text) and optimiser. Without the split every step runs the whole model on
+whole rows, and the layers up to the site on the unrelated text; with it, all that is captured once, and a step runs the
+layers above the site from the prompt's last token on. `head everywhere` projects every position on the vocabulary, as
+`model(ids).logits` does; `head on targets` only those that predict a target token.
 
     python benchmarks/split_speed.py --model model --data zsre_mend_edit.json
 """
@@ -21,19 +22,23 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.capture import suffix_logits
+from wisecli.capture import capture, suffix_logits
+from wisecli.config import EditSettings
 from wisecli.console import quiet_libraries
-from wisecli.contexts import context_prefixes
+from wisecli.contexts import context_prefixes, unrelated_texts
 from wisecli.edits import read_edits
-from wisecli.encode import NO_LABEL, Batch, collate, in_batches
+from wisecli.encode import NO_LABEL, Batch, Row, collate, in_batches
 from wisecli.lessons import capture_lessons, encode_edits
 from wisecli.models import Loaded, load_model
 from wisecli.shards import Mask, random_mask
-from wisecli.site import Site, find_site, value_module
+from wisecli.site import Site, find_site, load_matrix, value_module
 from wisecli.storage import Checkpoint
+from wisecli.writers.gradient import margin_loss
 
 BATCH = 32
 LEARNING_RATE = 1.5e-2
+# About as many tokens as the writer sets against the edits in a step.
+UNRELATED_TEXTS = 48
 
 
 def train(mask: Mask, batches: int, passes: int, loss: Callable[[int, Tensor], Tensor]) -> tuple[list[float], float]:
@@ -54,13 +59,32 @@ def train(mask: Mask, batches: int, passes: int, loss: Callable[[int, Tensor], T
     return losses, (time.perf_counter() - started) / passes
 
 
-def whole_model_loss(loaded: Loaded, site: Site, mask: Mask, batch: Batch, values: Tensor, everywhere: bool) -> Tensor:
+def total_loss(logits: Tensor, batch: Batch, updates: Tensor, unrelated: Tensor, unit: float) -> Tensor:
+    """Cross-entropy and margin, from logits and updates at the labelled columns and updates of unrelated text."""
+    entropy = F.cross_entropy(logits, batch.labels[batch.labels != NO_LABEL])
+    activations = [(update.square().sum(-1) + 1e-9).sqrt() / unit for update in (updates, unrelated)]
+    return entropy + margin_loss(*activations, EditSettings(), torch.Generator().manual_seed(0))
+
+
+def whole_model_loss(
+    loaded: Loaded,
+    site: Site,
+    mask: Mask,
+    batch: Batch,
+    unrelated: Batch,
+    unit: float,
+    values: Tensor,
+    everywhere: bool,
+) -> Tensor:
     """The loss from running the whole model, the delta added by a hook from the prompt's last token on."""
+    against = capture(loaded.model, site, unrelated, above=False).keys[unrelated.mask.bool()]
     rows, columns = batch.labelled
     window = (torch.arange(batch.ids.shape[1]) >= batch.start)[None, :, None]
+    updates = []
 
     def add(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output + mask.update(mask.restrict(inputs[0]), values) * window
+        updates.append(mask.update(mask.restrict(inputs[0]), values))
+        return output + updates[0] * window
 
     def pick(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (inputs[0][rows, columns],)
@@ -73,7 +97,8 @@ def whole_model_loss(loaded: Loaded, site: Site, mask: Mask, batch: Batch, value
     for hook in hooks:
         hook.remove()
     chosen = logits[rows, columns] if everywhere else logits
-    return F.cross_entropy(chosen, batch.labels[batch.labels != NO_LABEL])
+    unrelated_updates = mask.update(mask.restrict(against), values)
+    return total_loss(chosen, batch, updates[0][rows, columns], unrelated_updates, unit)
 
 
 def main() -> None:
@@ -97,7 +122,13 @@ def main() -> None:
     rows = [row for prefix in prefixes for row in encode_edits(loaded, edits, prefix, train_end=True)]
     batches = [collate([rows[index] for index in indices]) for indices in in_batches(rows, BATCH, by_target=True)]
 
+    texts = unrelated_texts(1000, seed=0)[-UNRELATED_TEXTS:]
+    unrelated = collate([Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts])
+
     started = time.perf_counter()
+    against = capture(loaded.model, site, unrelated, above=False).keys[unrelated.mask.bool()]
+    unit = float((against @ load_matrix(checkpoint, site).T).norm(dim=-1).median())
+    negatives = mask.restrict(against)
     numbered = list(enumerate(edits))
     lessons = capture_lessons(loaded, site, numbered, list(enumerate(prefixes)), batch_size=BATCH, train_end=True)
     capture_seconds = time.perf_counter() - started
@@ -105,14 +136,20 @@ def main() -> None:
 
     def split_loss(index: int, values: Tensor) -> Tensor:
         activations = lessons[index].activations
-        hidden = activations.hidden + mask.update(restricted[index], values)
-        logits = suffix_logits(loaded.model, site, activations, hidden, activations.batch.labelled)
-        return F.cross_entropy(logits, activations.batch.labels[activations.batch.labels != NO_LABEL])
+        updates = mask.update(restricted[index], values)
+        rows, columns = activations.batch.labelled
+        logits = suffix_logits(loaded.model, site, activations, activations.hidden + updates, (rows, columns))
+        at_labels = updates[rows, columns - activations.first]
+        return total_loss(logits, activations.batch, at_labels, mask.update(negatives, values), unit)
 
     ways: dict[str, Callable[[int, Tensor], Tensor]] = {
         "split": split_loss,
-        "whole model, head on targets": lambda i, v: whole_model_loss(loaded, site, mask, batches[i], v, False),
-        "whole model, head everywhere": lambda i, v: whole_model_loss(loaded, site, mask, batches[i], v, True),
+        "whole model, head on targets": lambda i, v: whole_model_loss(
+            loaded, site, mask, batches[i], unrelated, unit, v, False
+        ),
+        "whole model, head everywhere": lambda i, v: whole_model_loss(
+            loaded, site, mask, batches[i], unrelated, unit, v, True
+        ),
     }
     for loss in ways.values():
         train(mask, 1, 1, loss)

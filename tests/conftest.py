@@ -27,6 +27,9 @@ from wisecli.fetch import fetch
 SAMPLE_EDITS = Path(__file__).parent.parent / "sample_edits" / "edits.jsonl"
 VOCABULARY = 97
 
+# Tiny models only lose by more threads, and figures must not depend on how many there are.
+torch.set_num_threads(1)
+
 _SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -227,7 +227,7 @@ def some_shard(kind: MaskKind) -> Shard:
 @both_kinds
 def test_a_shard_survives_being_written(tmp_path: Path, kind: MaskKind) -> None:
     shard, path = some_shard(kind), tmp_path / "shard-00000.safetensors"
-    save_shard(path, shard, {"seed": "0"})
+    save_shard(path, shard, seed=0, edits=["first"])
     loaded = load_shard(path, site(6, 9), kind, sha256_file(path))
     assert loaded.mask.kind == kind
     assert torch.equal(loaded.mask.indices, shard.mask.indices)
@@ -240,7 +240,7 @@ def test_a_shard_survives_being_written(tmp_path: Path, kind: MaskKind) -> None:
 
 def test_an_altered_shard_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard-00000.safetensors"
-    save_shard(path, some_shard("columns"), {})
+    save_shard(path, some_shard("columns"), seed=0, edits=["first"])
     digest = sha256_file(path)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -251,7 +251,7 @@ def test_an_altered_shard_is_refused(tmp_path: Path) -> None:
 
 def test_a_truncated_or_missing_shard_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard-00000.safetensors"
-    save_shard(path, some_shard("columns"), {})
+    save_shard(path, some_shard("columns"), seed=0, edits=["first"])
     digest = sha256_file(path)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(DamagedFileError, match="not a whole safetensors file"):
@@ -264,7 +264,7 @@ def test_a_truncated_or_missing_shard_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["mask.indices", "delta.values", "evidence.keys", "evidence.held_out"])
 def test_a_shard_without_one_of_its_tensors_is_refused(tmp_path: Path, missing: str) -> None:
     whole, path = tmp_path / "whole.safetensors", tmp_path / "shard-00000.safetensors"
-    save_shard(whole, some_shard("columns"), {})
+    save_shard(whole, some_shard("columns"), seed=0, edits=["first"])
     save_tensors(path, {name: tensor for name, tensor in load_file(whole).items() if name != missing})
     with pytest.raises(DamagedFileError, match=f"tensor {missing} is missing"):
         load_shard(path, site(6, 9), "columns", sha256_file(path))
@@ -273,7 +273,7 @@ def test_a_shard_without_one_of_its_tensors_is_refused(tmp_path: Path, missing: 
 @pytest.mark.parametrize(("read_as", "d"), [("elements", 6), ("columns", 7)])
 def test_a_shard_that_does_not_fit_the_site_is_refused(tmp_path: Path, read_as: MaskKind, d: int) -> None:
     path = tmp_path / "shard-00000.safetensors"
-    save_shard(path, some_shard("columns"), {})
+    save_shard(path, some_shard("columns"), seed=0, edits=["first"])
     with pytest.raises(DamagedFileError, match="does not fill its mask"):
         load_shard(path, site(d, 9), read_as, sha256_file(path))
 
@@ -289,7 +289,7 @@ def test_half_precision_is_used_where_nothing_overflows(values: Sequence[float],
 def test_keys_too_large_for_half_precision_survive(tmp_path: Path) -> None:
     shard, path = some_shard("columns"), tmp_path / "shard-00000.safetensors"
     shard.evidence.keys[0, 0] = 123456.0
-    save_shard(path, shard, {})
+    save_shard(path, shard, seed=0, edits=["first"])
     loaded = load_shard(path, site(6, 9), "columns", sha256_file(path))
     assert torch.equal(loaded.evidence.keys, shard.evidence.keys)
 

@@ -23,6 +23,9 @@ app = typer.Typer(
 )
 
 
+_INTERRUPTED = 130
+
+
 def _setting(kind: type[Any], name: str, text: str, *flags: str, none: str = "") -> Any:
     """An option for a setting: its default is the settings class's own, or what ``none`` says it stands for."""
     default = defaults(kind)[name]
@@ -290,9 +293,13 @@ def main() -> None:
             raise
         fail(str(error))
         sys.exit(error.exit_code)
+    except SystemExit as stopped:
+        if stopped.code == _INTERRUPTED:  # Typer has caught the interruption, and says nothing of it
+            fail("interrupted; nothing was written")
+        raise
     except KeyboardInterrupt:
         fail("interrupted; nothing was written")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         if debug:
             raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -152,8 +154,8 @@ def half(tensor: Tensor) -> Tensor:
     return rounded if bool(rounded.isfinite().all()) else tensor.float()
 
 
-def save_shard(path: Path, shard: Shard, metadata: dict[str, str]) -> None:
-    """Write ``shard-….safetensors``."""
+def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> None:
+    """Write ``shard-….safetensors``; the same shard makes the same bytes."""
     evidence = shard.evidence
     tensors = {
         "mask.indices": shard.mask.indices.to(torch.int32),
@@ -165,7 +167,8 @@ def save_shard(path: Path, shard: Shard, metadata: dict[str, str]) -> None:
         "evidence.context": evidence.context.to(torch.int32),
         "evidence.held_out": evidence.held_out,
     }
-    save_tensors(path, tensors, {"mask.kind": shard.mask.kind, **metadata})
+    about = {"mask_kind": shard.mask.kind, "seed": seed, "edits": list(edits)}
+    save_tensors(path, tensors, {"wise.shard": json.dumps(about)})
 
 
 def load_shard(path: Path, site: Site, kind: MaskKind, digest: str) -> Shard:

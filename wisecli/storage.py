@@ -67,10 +67,15 @@ def write_json(path: Path, value: object) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors (made contiguous, on the CPU) as safetensors."""
+    """Write tensors (made contiguous, on the CPU) as safetensors.
+
+    Args:
+        metadata: what to say in the header; several entries are written in no certain order.
+    """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
+        save_file(ready, path, metadata=dict(metadata or {"format": "pt"}))
+        path.chmod(0o644)
     except SafetensorError as error:
         if "os error 28" in str(error):
             raise NoSpaceError(path) from error

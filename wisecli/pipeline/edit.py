@@ -180,9 +180,7 @@ class _Writer:
         evidence = gather_evidence([*lessons, *unseen], mask, written.values, len(self.contexts) - 1)
         path = working / f"shard-{number:05d}.safetensors"
         ids = tuple(self.edits[place].id for place in part)
-        save_shard(
-            path, Shard(mask, written.values.cpu(), evidence), {"seed": str(settings.seed), "edits": "\n".join(ids)}
-        )
+        save_shard(path, Shard(mask, written.values.cpu(), evidence), seed=settings.seed, edits=ids)
         seconds = time.perf_counter() - started
         return ShardEntry(path.name, sha256_file(path), mask.kind, ids, written.losses, round(seconds, 3)), shares
 

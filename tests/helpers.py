@@ -1,0 +1,227 @@
+"""Tiny checkpoints with a tokenizer, memories made by hand, and the method once more as loops over single tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import VOCABULARY, tiny_model
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from wisecli.edits import Edit
+from wisecli.encode import Row
+from wisecli.memory import SideMemory
+from wisecli.router import Calibration, Manifest
+from wisecli.site import Site, architectures, find_site, fingerprint
+from wisecli.storage import Checkpoint
+
+END = "[END]"
+UNKNOWN = "[UNK]"
+_SYLLABLES = [first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou"]
+WORDS = (_SYLLABLES + [f"{syllable}n" for syllable in _SYLLABLES])[: VOCABULARY - 2]
+
+Hook = Callable[[torch.nn.Module, Any, Tensor], Tensor]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a known word; what is no word (punctuation) is dropped."""
+    vocabulary = {word: index for index, word in enumerate([UNKNOWN, END, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = Split(Regex(r"\w+"), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END)
+
+
+def save_tiny(directory: Path, architecture: str = "llama", *, seed: int = 0, shard: str | None = None) -> Path:
+    """A tiny checkpoint with its tokenizer and an end-of-text token."""
+    model = tiny_model(architecture, seed=seed)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    model.generation_config.pad_token_id = 1
+    model.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def site_of(model: PreTrainedModel, layer: int) -> Site:
+    """The site of a loaded model."""
+    row = architectures()[model.config.model_type]
+    layer_module = f"{row['layers']}.{layer}"
+    module = f"{layer_module}.{row['value']}"
+    transposed = bool(row.get("transposed", False))
+    shape = tuple(model.get_submodule(module).weight.shape)
+    d_ff, d = shape if transposed else shape[::-1]
+    return Site(model.config.model_type, layer, layer_module, module, transposed, d, d_ff)
+
+
+def random_row(generator: torch.Generator, prompt: int, target: int) -> Row:
+    """Random tokens, none of them special."""
+    tokens = torch.randint(2, VOCABULARY, (prompt + target,), generator=generator).tolist()
+    return Row(tuple(tokens[:prompt]), tuple(tokens[prompt:]))
+
+
+def random_rows(*lengths: tuple[int, int], seed: int = 1) -> list[Row]:
+    """A row for each pair of lengths of prompt and target."""
+    generator = torch.Generator().manual_seed(seed)
+    return [random_row(generator, *length) for length in lengths]
+
+
+@contextlib.contextmanager
+def hooked(model: PreTrainedModel, site: Site, hook: Hook) -> Iterator[None]:
+    """The model with a forward hook on its value module."""
+    handle = model.get_submodule(site.module).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def alone(model: PreTrainedModel, row: Row) -> Tensor:
+    """Logits (len(target), V) that predict a row's target, from the whole model on this row with no padding."""
+    ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
+    return model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 :]
+
+
+@torch.no_grad()
+def keys_of(model: PreTrainedModel, site: Site, tokens: Sequence[int]) -> Tensor:
+    """Inputs (T, d_ff) of the value module for one sequence."""
+    kept: list[Tensor] = []
+    handle = model.get_submodule(site.module).register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+    try:
+        model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+    finally:
+        handle.remove()
+    return kept[0][0]
+
+
+def memory_for(
+    model: PreTrainedModel, site: Site, *, router: str, routing: str, memories: int = 1, seed: int = 3
+) -> SideMemory:
+    """A memory that routes some of random tokens, each by a clear margin, and changes much where it does."""
+    generator = torch.Generator().manual_seed(seed)
+    width = site.d_ff // 2
+    columns = torch.stack([torch.randperm(site.d_ff, generator=generator)[:width] for _ in range(memories)])
+    sample = torch.cat([keys_of(model, site, row.prompt) for row in random_rows(*[(12, 1)] * 12, seed=seed)])
+    usual = sample.norm(dim=-1).median()
+    delta = torch.randn(memories, site.d, width, generator=generator) * 6 / usual
+    tensors = {"columns": columns, "delta": delta}
+    floor = 1.0
+    if router == "key":
+        floor = 0.7
+        count = 16 * memories
+        directions = torch.linalg.qr(torch.randn(site.d_ff, 5, generator=generator)).Q.T.contiguous()
+        gains = torch.rand(5, generator=generator) - 0.5
+        whitening = floor * torch.eye(site.d_ff) + directions.T @ torch.diag(gains) @ directions
+        picked, sample = sample[:count], sample[count:]
+        turned = picked @ whitening
+        probes = turned / (picked * turned).sum(-1, keepdim=True).sqrt()
+        owner = torch.arange(count) % memories
+        tensors |= {"probes": probes, "owner": owner, "directions": directions, "gains": gains}
+    draft = SideMemory(tensors, (1.0,) * memories, router, routing, floor)
+    scores = torch.tensor([[score_of(draft, number, key) for number in range(memories)] for key in sample])
+    return SideMemory(tensors, tuple(map(clear_threshold, scores.T)), router, routing, floor)
+
+
+def clear_threshold(scores: Tensor) -> float:
+    """The middle of the widest gap between scores in their middle third."""
+    ordered = scores.sort().values[len(scores) // 3 : 2 * len(scores) // 3]
+    widest = int((ordered[1:] - ordered[:-1]).argmax())
+    return float((ordered[widest] + ordered[widest + 1]) / 2)
+
+
+def update_of(memory: SideMemory, number: int, key: Tensor) -> Tensor:
+    """``Δ a`` of one memory for one key."""
+    return memory.tensors["delta"][number] @ key[memory.tensors["columns"][number]]
+
+
+def score_of(memory: SideMemory, number: int, key: Tensor) -> float:
+    """Score of one memory for one key."""
+    if memory.router == "norm":
+        return float(update_of(memory, number, key).norm())
+    tensors = memory.tensors
+    whitening = memory.floor * torch.eye(len(key)) + tensors["directions"].T @ (
+        tensors["gains"][:, None] * tensors["directions"]
+    )
+    length = float(key @ whitening @ key) ** 0.5
+    pairs = zip(tensors["probes"], tensors["owner"].tolist(), strict=True)
+    return max(float(probe @ key) / length for probe, owner in pairs if owner == number)
+
+
+def choice_of(memory: SideMemory, key: Tensor) -> int | None:
+    """Which memory answers one key."""
+    ratios = [score_of(memory, number, key) / limit for number, limit in enumerate(memory.thresholds)]
+    best = max(range(len(ratios)), key=ratios.__getitem__)
+    return best if ratios[best] > 1 else None
+
+
+def routed_by_loop(memory: SideMemory, prompt: int, *, prompt_opens: bool = False) -> Hook:
+    """A hook that routes one sequence token by token.
+
+    Args:
+        prompt: length of the prompt; its last token decides for a gate per sequence.
+        prompt_opens: from the prompt's last token on, nothing is routed unless that token is.
+    """
+
+    def hook(_module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        keys, changed = inputs[0][0], output.clone()
+        at_prompt = choice_of(memory, keys[prompt - 1])
+        for place, key in enumerate(keys):
+            chosen = choice_of(memory, key)
+            if memory.routing == "sequence":
+                chosen = at_prompt if place >= prompt - 1 else None
+            elif prompt_opens and place >= prompt - 1 and at_prompt is None:
+                chosen = None
+            if chosen is not None:
+                changed[0, place] += update_of(memory, chosen, key)
+        return changed
+
+    return hook
+
+
+@torch.no_grad()
+def greedy_by_loop(
+    model: PreTrainedModel, site: Site, memory: SideMemory | None, prompt: Sequence[int], count: int, *, end: int | None
+) -> list[int]:
+    """Greedy continuation, the whole text through the whole model for every token."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        with contextlib.ExitStack() as stack:
+            if memory is not None:
+                stack.enter_context(hooked(model, site, routed_by_loop(memory, len(prompt))))
+            token = int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+        if token == end:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def manifest_for(base: Path, memory: SideMemory, edits: Sequence[Edit], *, layer: int = 2) -> Manifest:
+    """What ``router.json`` says of a memory made by hand; every memory owns an equal part of the edits."""
+    checkpoint = Checkpoint(base)
+    site = find_site(base, checkpoint, layer)
+    count = len(memory.thresholds)
+    calibrations = tuple(
+        Calibration(limit, "false-alarm", 0.0, 0.0, {"0": 1.0}, {"0": 0.0}) for limit in memory.thresholds
+    )
+    owners = tuple(tuple(edit.id for edit in edits[number::count]) for number in range(count))
+    mark = fingerprint(base, checkpoint, site)
+    return Manifest(str(base), None, mark, site, memory, calibrations, owners, {}, tuple(edits), {})
+
+
+def perplexity_of(logits: Tensor, target: Sequence[int]) -> float:
+    """exp of the mean negative log-likelihood."""
+    probabilities = logits.double().softmax(-1)
+    logs = [math.log(float(probabilities[place, token])) for place, token in enumerate(target)]
+    return math.exp(-sum(logs) / len(logs))
+
+
+def right_share(logits: Tensor, target: Sequence[int]) -> float:
+    """Share of target tokens that are the arg-max."""
+    return sum(int(row.argmax()) == token for row, token in zip(logits, target, strict=True)) / len(target)

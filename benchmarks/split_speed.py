@@ -36,7 +36,7 @@ from wisecli.storage import Checkpoint
 from wisecli.writers.gradient import margin_loss
 
 BATCH = 32
-LEARNING_RATE = 1.5e-2
+LEARNING_RATE = EditSettings().learning_rate
 # About as many tokens as the writer sets against the edits in a step.
 UNRELATED_TEXTS = 48
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--layer", default="20")
     parser.add_argument("--contexts", type=int, default=2)
     parser.add_argument("--passes", type=int, default=5, help="passes to time")
-    parser.add_argument("--training", type=int, default=40, help="passes of a whole training, for seconds an edit")
+    parser.add_argument("--training", type=int, default=EditSettings().passes, help="passes of a whole training, for seconds an edit")
     options = parser.parse_args()
     quiet_libraries()
     edits = read_edits(options.data, limit=options.edits)

@@ -113,7 +113,7 @@ def test_flags_that_are_not_given_or_no_settings_are_passed_over() -> None:
 
 def test_an_empty_variable_counts_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISE_PASSES", "")
-    assert resolve(EditSettings, {}, section="edit").passes == 40
+    assert resolve(EditSettings, {}, section="edit").passes == 60
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ class EditSettings:
     edits_per_shard: int = 100
     mask_ratio: float = 0.5  # half the columns hold a hundred edits; a fifth, as in the paper, does not
     mask_kind: Literal["columns", "elements"] = "columns"
-    passes: int = 40
-    learning_rate: float = 1.5e-2
+    passes: int = 60
+    learning_rate: float = 2e-2
     batch_size: int = 32
     contexts: int = 2  # more of them cost time and changed little
     context_tokens: int = 8

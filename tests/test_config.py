@@ -32,7 +32,7 @@ def refusal(kind: type[Any], flags: dict[str, Any], *, section: str = "edit", fi
 @pytest.mark.parametrize(
     ("sources", "passes"),
     [
-        ((), 40),
+        ((), 60),
         (("preset",), 70),
         (("file",), 51),
         (("preset", "file"), 51),

@@ -110,7 +110,8 @@ def main() -> None:
     parser.add_argument("--layer", default="20")
     parser.add_argument("--contexts", type=int, default=2)
     parser.add_argument("--passes", type=int, default=5, help="passes to time")
-    parser.add_argument("--training", type=int, default=EditSettings().passes, help="passes of a whole training, for seconds an edit")
+    whole = EditSettings().passes
+    parser.add_argument("--training", type=int, default=whole, help="passes of a whole training, for seconds an edit")
     options = parser.parse_args()
     quiet_libraries()
     edits = read_edits(options.data, limit=options.edits)

@@ -198,6 +198,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "gate of no figure": ("eval --memory {memory} --no-generate --fail-under charm=.9", ("charm", "reliability")),
     "unknown dataset": ("eval --memory {memory} --dataset trivia", ("trivia", "zsre")),
     "benchmark without network": ("eval --memory {memory} --dataset zsre", ("--data",)),
+    "benchmark on no hub": ("eval --memory {memory} --dataset temporal", ("temporal", "--data")),
     "several memories merged": ("export --memory {retrieve} --format merged", ("several", "--format routed")),
     "export over an output": ("export --memory {memory} -o {model}", ("already exists", "--force")),
     "export of an altered memory": ("export --memory {tampered_memory}", ("memory.safetensors", "sha256")),

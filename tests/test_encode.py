@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
@@ -14,15 +12,6 @@ from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
 
 WORDS = ("[UNK]", "[BOS]", "the", "port", "of", "lark", "is", "bergen", "oslo", "new", "york", "newyork", ".")
 ID = {word: number for number, word in enumerate(WORDS)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models only lose by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def word_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:

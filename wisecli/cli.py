@@ -250,7 +250,7 @@ def generate(
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2-135m, zsre, hallucination or temporal.")],
+    name: Annotated[str, typer.Argument(help="smollm2-135m or zsre.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to put it.", show_default="the user cache")
     ] = None,

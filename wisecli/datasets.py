@@ -22,11 +22,11 @@ _LISTS = ("rephrases", "irrelevant", "ood")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark known by name: the file the hub keeps, and what its figures mean."""
+    """A benchmark known by name: the hub dataset and file it can be fetched from, if any, and what is measured."""
 
     name: str
-    repository: str
-    file: str
+    repository: str | None = None
+    file: str | None = None
     perplexity: bool = False
 
 
@@ -34,8 +34,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     row.name: row
     for row in (
         Benchmark("zsre", "zjunlp/KnowEdit", "benchmark/ZsRE/ZsRE-test-all.json"),
-        Benchmark("hallucination", "zjunlp/KnowEdit", "benchmark/WISE/hallucination-edit.json", perplexity=True),
-        Benchmark("temporal", "zjunlp/KnowEdit", "benchmark/WISE/temporal-edit.json"),
+        # Published with the paper's code, on no hub.
+        Benchmark("hallucination", perplexity=True),
+        Benchmark("temporal"),
     )
 }
 

@@ -72,6 +72,8 @@ def fetch_benchmark(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     row = BENCHMARKS[name]
+    if row.repository is None or row.file is None:
+        raise DownloadError(f"the {name} benchmark is on no hub; pass the file you have with --data")
     try:
         return Path(hf_hub_download(row.repository, row.file, repo_type="dataset"))
     except Exception as error:  # the hub client raises a dozen unrelated types

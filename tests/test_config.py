@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from wisecli.config import PRESETS, EditSettings, EvalSettings, MergeSettings, as_json, defaults, resolve
+from wisecli.config import PRESETS, EditSettings, EvalSettings, MergeSettings, defaults, resolve
 from wisecli.errors import SettingsError
 
 
@@ -94,7 +94,7 @@ def test_every_preset_passes_its_own_checks(preset: str) -> None:
 def test_without_any_source_the_defaults_hold(kind: type[Any]) -> None:
     settings = resolve(kind, {}, section="any")
     assert settings == kind()
-    assert as_json(settings) == defaults(kind)
+    assert dataclasses.asdict(settings) == defaults(kind)
 
 
 @pytest.mark.parametrize("kind", [EditSettings, MergeSettings, EvalSettings])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -139,11 +139,6 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
     base = {name: value for name, value in PRESETS[preset].items() if name in hints}
     values = {name: _checked(name, value, hints[name]) for name, value in {**base, **given}.items()}
     return kind(**values)
-
-
-def as_json(settings: Any) -> dict[str, Any]:
-    """Settings as the manifests keep them."""
-    return asdict(settings)
 
 
 def defaults(kind: type[Any]) -> dict[str, Any]:

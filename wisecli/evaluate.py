@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -130,11 +131,11 @@ def generated(
 ) -> tuple[list[str], list[str]]:
     """Greedy answers to bare prompts, before and after editing, up to the end of text."""
     texts = []
-    for stage in ("answers before", "answers after"):
+    for stage, routing in (("answers before", edited.unedited()), ("answers after", nullcontext())):
         watch(Event(stage))
-        edited.routed.enabled = stage == "answers after"
-        answers = generate(
-            edited.model, edited.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
+        with routing:
+            answers = generate(
+                edited.model, edited.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+            )
         texts.append([text.strip() for text in edited.tokenizer.batch_decode(answers, skip_special_tokens=True)])
     return texts[0], texts[1]

@@ -23,7 +23,7 @@ from wisecli import memory as memory_module
 from wisecli.errors import ModelError
 from wisecli.models import EXPORTED_KEY
 from wisecli.router import Manifest, write_memory
-from wisecli.site import load_matrix
+from wisecli.site import load_matrix, stored_weight
 from wisecli.storage import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tensors, read_json, save_tensors, write_json
 
 CODE_NAME, MEMORY_CODE_NAME = "modeling_wise.py", "wise_memory.py"
@@ -43,7 +43,7 @@ def write_routed(output: Path, base: Path, checkpoint: Checkpoint, manifest: Man
     names = {path.name: BASE_TENSORS if path.name == SINGLE_NAME else path.name for path in checkpoint.files}
     for path in checkpoint.files:
         place(path, output / names[path.name])
-    prefix = f"{_checkpoint_module(checkpoint, manifest)}."
+    prefix = _stored(checkpoint, manifest).removesuffix("weight")
     write_memory(output, manifest, file=SIDE_TENSORS, prefix=prefix)
     files = {tensor: names[checkpoint.file_of(tensor)] for tensor in checkpoint}
     files |= {prefix + name: SIDE_TENSORS for name in manifest.memory.tensors}
@@ -66,7 +66,7 @@ def write_merged(output: Path, base: Path, checkpoint: Checkpoint, manifest: Man
     site = manifest.site
     matrix = load_matrix(checkpoint, site)
     changed = (matrix.float() + dense(manifest)).to(matrix.dtype)
-    weight = f"{_checkpoint_module(checkpoint, manifest)}.weight"
+    weight = _stored(checkpoint, manifest)
     for path in checkpoint.files:
         if path.name == checkpoint.file_of(weight):
             _rewrite(path, output / path.name, weight, changed.T if site.transposed else changed)
@@ -86,10 +86,9 @@ def dense(manifest: Manifest) -> Tensor:
     return change.index_add(1, tensors["columns"][0], tensors["delta"][0].float())
 
 
-def _checkpoint_module(checkpoint: Checkpoint, manifest: Manifest) -> str:
-    """The module's path as the checkpoint spells it (GPT-2 checkpoints leave the base model's prefix out)."""
-    module = manifest.site.module
-    return module if f"{module}.weight" in checkpoint else module.split(".", 1)[1]
+def _stored(checkpoint: Checkpoint, manifest: Manifest) -> str:
+    """Name of the edited weight in the checkpoint."""
+    return stored_weight(checkpoint, manifest.site.module) or manifest.site.weight
 
 
 def _rewrite(source: Path, target: Path, name: str, tensor: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,11 @@ def generate(
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     ends = _end_tokens(model)
     answers: list[list[int]] = [[] for _ in prompts]
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sampling_seed is not None}
+    if sampling_seed is not None:
+        limits |= {"min_new_tokens": max_new_tokens, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    else:  # whatever the model's own settings say of sampling
+        limits |= dict.fromkeys(("min_new_tokens", "temperature", "top_k", "top_p"))
     with _seeded(sampling_seed, model.device):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
@@ -37,13 +42,8 @@ def generate(
             output = model.generate(  # type: ignore[operator]  # a mixin's method, typed as a module's attribute
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=max_new_tokens if sampling_seed is not None else None,
-                do_sample=sampling_seed is not None,
-                temperature=1.0 if sampling_seed is not None else None,
-                top_k=50 if sampling_seed is not None else None,
-                top_p=1.0 if sampling_seed is not None else None,
                 pad_token_id=ends[0] if ends else 0,
+                **limits,
             )
             for index, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(row) if token in ends), len(row))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from wisecli.errors import ModelError, SettingsError, WrongBaseError
-from wisecli.site import Fingerprint, Site, fingerprint
+from wisecli.site import Fingerprint, Site, fingerprint, stored_weight
 from wisecli.storage import Checkpoint, read_json
 
 EXPORTED_KEY = "wise"
@@ -105,7 +105,7 @@ def require_base(directory: Path, checkpoint: Checkpoint, site: Site, expected: 
     Raises:
         WrongBaseError: its edited matrix differs.
     """
-    if site.weight not in checkpoint and site.weight.split(".", 1)[1] not in checkpoint:
+    if stored_weight(checkpoint, site.module) is None:
         raise WrongBaseError(f"{directory} has no {site.weight}; pass the base model with --model")
     if fingerprint(directory, checkpoint, site).matrix != expected.matrix:
         raise WrongBaseError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -187,18 +187,8 @@ def load_shard(path: Path, site: Site, kind: MaskKind, digest: str) -> Shard:
         raise DamagedFileError(path, f"tensor {error.args[0]} is missing", "edit anew") from None
     if values.shape != mask.shape:
         raise DamagedFileError(path, "the delta does not fill its mask", "edit anew")
-    return Shard(mask, values.float(), _float(evidence))
-
-
-def _float(evidence: Evidence) -> Evidence:
-    return Evidence(
-        evidence.keys.float(),
-        evidence.residuals.float(),
-        evidence.edit,
-        evidence.position,
-        evidence.context,
-        evidence.held_out,
-    )
+    whole = replace(evidence, keys=evidence.keys.float(), residuals=evidence.residuals.float())
+    return Shard(mask, values.float(), whole)
 
 
 def save_unrelated(path: Path, unrelated: Unrelated) -> None:

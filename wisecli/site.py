@@ -86,7 +86,7 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
     index = _layer_index(layer, count)
     layer_module = f"{row['layers']}.{index}"
     module = f"{layer_module}.{row['value']}"
-    weight = next((name for name in _spellings(f"{module}.weight") if name in checkpoint), None)
+    weight = stored_weight(checkpoint, module)
     if weight is None:
         raise ModelError(f"{directory}: the checkpoint holds no tensor {module}.weight; is config.json this model's?")
     shape = checkpoint.shape(weight)
@@ -107,15 +107,15 @@ def _layer_index(layer: str | int, count: int) -> int:
     return index
 
 
-def _spellings(name: str) -> tuple[str, ...]:
-    """A tensor's name with and without the base model's prefix (GPT-2 checkpoints leave it out)."""
-    return name, name.split(".", 1)[1]
+def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:
+    """A module's weight as the checkpoint spells it: GPT-2's leave the base model's prefix out; ``None`` if absent."""
+    name = f"{module}.weight"
+    return next((spelling for spelling in (name, name.split(".", 1)[1]) if spelling in checkpoint), None)
 
 
 def load_matrix(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
     """The base matrix ``W`` as stored, turned to ``(d, d_ff)``."""
-    name = next(name for name in _spellings(site.weight) if name in checkpoint)
-    weight = checkpoint.load(name)
+    weight = checkpoint.load(stored_weight(checkpoint, site.module) or site.weight)
     return weight.T if site.transposed else weight
 
 

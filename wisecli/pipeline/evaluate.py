@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from wisecli.attached import Edited, attach, find_base
+from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
 from wisecli.datasets import BENCHMARKS
 from wisecli.edits import Edit, read_edits
@@ -91,9 +91,9 @@ def evaluate(
     """
     started = time.perf_counter()
     name, records = _dataset(settings.dataset, data)
-    _, manifest = find_base(memory, model)
-    records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
     edited = attach(memory, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    manifest = edited.manifest
+    records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
     measuring = _Measuring(edited, records, settings, watch)
     measuring.run()
     if name in BENCHMARKS and not BENCHMARKS[name].perplexity:

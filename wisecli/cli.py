@@ -64,7 +64,12 @@ def edit(
     preset: Annotated[
         str | None, _setting(EditSettings, "preset", "default, or paper (sequential, as published).")
     ] = None,
-    schedule: Annotated[str | None, _setting(EditSettings, "schedule", "batched or sequential.")] = None,
+    writer: Annotated[
+        str | None, _setting(EditSettings, "writer", "solve (closed form) or gradient (the paper's).")
+    ] = None,
+    schedule: Annotated[
+        str | None, _setting(EditSettings, "schedule", "Of the gradient writer: batched or sequential.")
+    ] = None,
     layer: Annotated[str | None, _setting(EditSettings, "layer", "Layer to edit, or auto.")] = None,
     shards: Annotated[
         int | None, _setting(EditSettings, "shards", "Number of shards.", none="as many as --edits-per-shard needs")
@@ -76,6 +81,9 @@ def edit(
     learning_rate: Annotated[float | None, _setting(EditSettings, "learning_rate", "Step size.")] = None,
     batch_size: Annotated[int | None, _setting(EditSettings, "batch_size", "Rows a step.")] = None,
     contexts: Annotated[int | None, _setting(EditSettings, "contexts", "Context prefixes an edit.")] = None,
+    chat: Annotated[
+        bool | None, _setting(EditSettings, "chat", "Edit the prompts in the chat template, too.", "--chat/--no-chat")
+    ] = None,
     router: Annotated[
         str | None, _setting(EditSettings, "router", "key (nearest whitened key) or norm (the paper's).")
     ] = None,
@@ -110,10 +118,29 @@ def merge(
     shards: Annotated[list[Path], typer.Argument(help="Directories that `wise edit` wrote.")],
     output: Output = Path("memory"),
     mode: Annotated[
-        str | None, _setting(MergeSettings, "mode", "merge (one memory) or retrieve (one a shard).")
+        str | None,
+        _setting(
+            MergeSettings,
+            "mode",
+            "lookup (keys and residuals), merge (one matrix) or retrieve (a matrix a shard).",
+            none="lookup; merge for what the gradient writer wrote, or with --method",
+        ),
     ] = None,
     method: Annotated[
-        str | None, _setting(MergeSettings, "method", "ties, linear, sign, magnitude, dare, dare-ties or slerp.")
+        str | None,
+        _setting(
+            MergeSettings, "method", "Of matrices: ties, linear, sign, magnitude, dare, dare-ties, slerp or exact."
+        ),
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        _setting(
+            MergeSettings,
+            "refit",
+            "Around merged matrices, give every key its residual back.",
+            "--refit/--no-refit",
+            none="refit what the closed form wrote",
+        ),
     ] = None,
     density: Annotated[float | None, _setting(MergeSettings, "density", "Share of entries kept.")] = None,
     scale: Annotated[float | None, _setting(MergeSettings, "scale", "Scale λ of the result.", "--lambda")] = None,
@@ -127,6 +154,10 @@ def merge(
     ] = None,
     false_alarm: Annotated[
         float | None, _setting(MergeSettings, "false_alarm", "Share of unrelated tokens let through.")
+    ] = None,
+    sharpness: Annotated[
+        float | None,
+        _setting(MergeSettings, "sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest."),
     ] = None,
     model: Model = None,
     seed: Seed = None,

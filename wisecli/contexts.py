@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from wisecli.errors import ModelError
 from wisecli.generation import generate
 
 if sys.version_info >= (3, 11):
@@ -19,6 +20,9 @@ else:
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Stands for the model's chat template where contexts are listed.
+CHAT = "<chat>"
+_SLOT = re.compile(r"\{(\w+)\}")
 _OPENINGS = ("The", "In", "I", "We", "It", "When", "My", "There", "After", "People", "This", "You")
 
 
@@ -33,19 +37,55 @@ def context_prefixes(
 
 def unrelated_texts(count: int, *, seed: int) -> list[str]:
     """Texts on everyday matters that come with the package: all its prompts, then filled patterns, ``count`` in all."""
-    data = tomllib.loads(resources.files("wisecli").joinpath("data/unrelated.toml").read_text(encoding="utf-8"))
+    data = _packaged("unrelated.toml")
     chance = random.Random(seed)
-
-    def fill(slot: re.Match[str]) -> str:
-        name = slot.group(1)
-        if name in data["ranges"]:
-            return str(chance.randint(*data["ranges"][name]))
-        return str(chance.choice(data["slots"][name]))
-
     texts: list[str] = data["prompts"][:count]
     while len(texts) < count:
-        texts.append(re.sub(r"\{(\w+)\}", fill, data["patterns"][len(texts) % len(data["patterns"])]))
+        pattern = data["patterns"][len(texts) % len(data["patterns"])]
+        texts.append(_SLOT.sub(lambda slot: _filled(slot.group(1), data, chance), pattern))
     return texts
+
+
+def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
+    """Made-up facts, each asked in every way the package knows for its relation; ``subjects`` facts a relation."""
+    data = _packaged("unrelated.toml")
+    chance = random.Random(seed)
+    facts = []
+    for ways in _packaged("rewordings.toml")["facts"]:
+        slot = _SLOT.findall(ways[0])[0]
+        for subject in chance.sample(data["slots"][slot], subjects):
+            facts.append([_SLOT.sub(subject, way) for way in ways])
+    return facts
+
+
+def _packaged(name: str) -> dict[str, Any]:
+    return tomllib.loads(resources.files("wisecli").joinpath("data", name).read_text(encoding="utf-8"))
+
+
+def _filled(name: str, data: dict[str, Any], chance: random.Random) -> str:
+    if name in data["ranges"]:
+        return str(chance.randint(*data["ranges"][name]))
+    return str(chance.choice(data["slots"][name]))
+
+
+def in_context(tokenizer: PreTrainedTokenizerBase, context: str, prompt: str) -> str:
+    """A prompt behind a context's prefix, or for the context ``CHAT`` in the model's chat template."""
+    return chat_prompt(tokenizer, prompt) if context == CHAT else context + prompt
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt as the user's turn in the model's chat template, up to where the answer begins.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError("the model's tokenizer has no chat template; leave out --chat")
+    turns = [{"role": "user", "content": prompt}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    opening = tokenizer.bos_token
+    added = bool(opening) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(str(opening)) if added else text
 
 
 def continuations(

@@ -1,26 +1,28 @@
-"""Edits → what a writer learns from: rows under several contexts, captured once; and keys of unrelated text."""
+"""Edits → what a writer learns from: rows under several contexts, captured once, and what a shard keeps of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from wisecli.capture import Activations, capture, suffix_logits
-from wisecli.contexts import context_prefixes, continuations, unrelated_texts
+from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
 from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
 from wisecli.errors import ModelError
-from wisecli.events import Event, Watcher
 from wisecli.generation import end_token
 from wisecli.models import Loaded
 from wisecli.shards import Evidence, Mask
 from wisecli.site import Site
 
-# How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
-_CONTINUED, _CONTINUATION = 120, 12
+Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Keys of one position under two contexts count as the same above this cosine.
+_SAME = 0.98
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,18 @@ class Lesson:
     contexts: Tensor
 
 
-def write_contexts(loaded: Loaded, count: int, *, tokens: int, seed: int) -> list[str]:
-    """The bare prompt's empty prefix, ``count`` prefixes to train with, and one that is kept for calibration."""
-    return ["", *context_prefixes(loaded.model, loaded.tokenizer, count + 1, tokens=tokens, seed=seed)]
+def write_contexts(loaded: Loaded, count: int, *, tokens: int, chat: bool, seed: int) -> list[str]:
+    """The bare prompt's empty prefix, ``count`` prefixes to train with, and one that is kept for calibration.
+
+    Args:
+        chat: whether the model's chat template is one more context to train with.
+    """
+    prefixes = context_prefixes(loaded.model, loaded.tokenizer, count + 1, tokens=tokens, seed=seed)
+    return ["", *([CHAT] if chat else []), *prefixes]
 
 
-def encode_edits(loaded: Loaded, edits: Sequence[Edit], prefix: str, *, train_end: bool) -> list[Row]:
-    """The rows of edits under one context prefix.
+def encode_edits(loaded: Loaded, edits: Sequence[Edit], context: str, *, train_end: bool) -> list[Row]:
+    """The rows of edits under one context.
 
     Raises:
         ModelError: the tokenizer leaves nothing of an edit.
@@ -47,7 +54,8 @@ def encode_edits(loaded: Loaded, edits: Sequence[Edit], prefix: str, *, train_en
     rows = []
     for edit in edits:
         try:
-            rows.append(encode(loaded.tokenizer, prefix + edit.prompt, edit.target, end=end))
+            prompt = in_context(loaded.tokenizer, context, edit.prompt)
+            rows.append(encode(loaded.tokenizer, prompt, edit.target, end=end))
         except ValueError as error:
             raise ModelError(f"edit {edit.id!r} cannot be used: {error}; reword it") from None
     return rows
@@ -64,60 +72,56 @@ def capture_lessons(
 ) -> list[Lesson]:
     """Capture numbered edits under numbered contexts, rows whose targets are of like length together."""
     rows, origin = [], []
-    for number, prefix in contexts:
-        rows += encode_edits(loaded, [edit for _, edit in edits], prefix, train_end=train_end)
+    for number, context in contexts:
+        rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end)
         origin += [(place, number) for place, _ in edits]
     lessons = []
     for indices in in_batches(rows, batch_size, by_target=True):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
-        place, context = torch.tensor([origin[index] for index in indices]).T
-        lessons.append(Lesson(capture(loaded.model, site, batch).from_window(), place, context))
+        place, numbers = torch.tensor([origin[index] for index in indices]).T
+        lessons.append(Lesson(capture(loaded.model, site, batch).from_window(), place, numbers))
     return lessons
 
 
 @torch.no_grad()
-def learnt(loaded: Loaded, site: Site, mask: Mask, values: Tensor, lessons: Sequence[Lesson]) -> dict[int, float]:
-    """Share of each edit's target tokens that are the arg-max after its bare prompt, by the edit's number."""
-    shares: dict[int, float] = {}
+def learnt(
+    model: PreTrainedModel,
+    site: Site,
+    mask: Mask,
+    values: Tensor,
+    lessons: Sequence[Lesson],
+    *,
+    context: int | None = 0,
+) -> dict[int, float]:
+    """Share of each edit's target tokens that are the arg-max, by the edit's number.
+
+    Args:
+        context: the one to look at, by default the bare prompt; ``None`` looks at all.
+    """
+    right: dict[int, list[Tensor]] = {}
     for lesson in lessons:
-        bare = (lesson.contexts == 0).nonzero().flatten()
-        if not len(bare):
+        chosen = torch.arange(len(lesson.contexts))
+        if context is not None:
+            chosen = (lesson.contexts == context).nonzero().flatten()
+        if not len(chosen):
             continue
-        part = lesson.activations.rows(bare.to(lesson.activations.keys.device))
+        part = lesson.activations.rows(chosen.to(lesson.activations.keys.device))
         hidden = part.hidden + mask.update(mask.restrict(part.keys), values).to(part.hidden.dtype)
         rows, columns = part.batch.labelled
-        right = suffix_logits(loaded.model, site, part, hidden, (rows, columns)).argmax(-1)
-        correct = (right == part.batch.labels[part.batch.labels != NO_LABEL]).float()
-        for row, edit in enumerate(lesson.edits[bare].tolist()):
-            shares[edit] = float(correct[rows == row].mean())
-    return shares
+        best = suffix_logits(model, site, part, hidden, (rows, columns)).argmax(-1)
+        correct = (best == part.batch.labels[part.batch.labels != NO_LABEL]).float()
+        for row, edit in enumerate(lesson.edits[chosen].tolist()):
+            right.setdefault(edit, []).append(correct[rows == row])
+    return {edit: float(torch.cat(parts).mean()) for edit, parts in right.items()}
 
 
-def unrelated_keys(
-    loaded: Loaded, site: Site, edits: Sequence[Edit], *, texts: int, batch_size: int, seed: int, watch: Watcher
-) -> tuple[Tensor, Tensor]:
-    """Keys (n, d_ff) of text that no edit may touch, and which of them training never sees (n,), every other text's.
+def gather_evidence(lessons: Sequence[Lesson], held_out: int, residual: Residual) -> Evidence:
+    """What a shard was asked to store, read off its lessons.
 
-    The texts come with the package, from the model itself, and from the edits' ``irrelevant``.
+    Args:
+        held_out: the context kept for calibration.
+        residual: what should be added, from keys (n, d_ff), edits (n,) and positions (n,).
     """
-    prompts = unrelated_texts(texts, seed=seed)
-    watch(Event("unrelated text"))
-    spoken = continuations(loaded.model, loaded.tokenizer, prompts[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
-    given = [text for edit in edits for text in edit.irrelevant]
-    every = [*spoken, *prompts[_CONTINUED:], *given]
-    rows = [row for row in (Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in every) if row.prompt]
-    keys, unseen = [], []
-    for indices in in_batches(rows, batch_size):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        real = batch.mask.bool()
-        keys.append(capture(loaded.model, site, batch, above=False).keys[real])
-        unseen.append((torch.tensor(indices, device=real.device) % 2 == 0)[:, None].expand_as(real)[real])
-        watch(Event("unrelated text", sum(map(len, keys)), 0))
-    return torch.cat(keys), torch.cat(unseen)
-
-
-def gather_evidence(lessons: Sequence[Lesson], mask: Mask, values: Tensor, held_out: int) -> Evidence:
-    """What a shard was asked to store, read off its lessons; ``held_out`` is the context kept for calibration."""
     fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context")}
     for lesson in lessons:
         rows, columns = (lesson.activations.batch.labels != NO_LABEL).nonzero(as_tuple=True)
@@ -127,5 +131,20 @@ def gather_evidence(lessons: Sequence[Lesson], mask: Mask, values: Tensor, held_
         fields["position"].append(columns)
         fields["context"].append(lesson.contexts[rows])
     joined = {name: torch.cat(parts) for name, parts in fields.items()}
-    residuals = mask.update(mask.restrict(joined["keys"]), values.cpu())
-    return Evidence(residuals=residuals, held_out=joined["context"] == held_out, **joined)
+    residuals = residual(joined["keys"], joined["edit"], joined["position"])
+    return thinned(Evidence(residuals=residuals, held_out=joined["context"] == held_out, **joined))
+
+
+def thinned(evidence: Evidence) -> Evidence:
+    """Leave out keys that are as good as the bare prompt's at the same position.
+
+    Deep in a long target the words before the prompt no longer matter.
+    """
+    place = evidence.edit * (int(evidence.position.max()) + 1) + evidence.position
+    order = torch.full((int(place.max()) + 1,), -1)
+    bare = (evidence.context == 0).nonzero().flatten()
+    order[place[bare]] = bare
+    twin = order[place]
+    near = F.cosine_similarity(evidence.keys, evidence.keys[twin], dim=-1) > _SAME
+    kept = (evidence.context == 0) | evidence.held_out | ~near | (twin < 0)
+    return Evidence(**{name: getattr(evidence, name)[kept] for name in Evidence.__dataclass_fields__})

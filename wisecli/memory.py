@@ -2,10 +2,12 @@
 
     y = W a + b                    the main memory answers
     y = W a + b + Δ_m a            side memory m answers, where its score exceeds its threshold ε_m
+    y = W a + b + v_i              of kind ``lookup``: the residual v_i of the edit's key i that is nearest to a
 
 The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768,
-equations 3 and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened by unrelated text (router
-``key``). Of several memories the one whose score exceeds its threshold by the largest factor answers (equation 8).
+equations 3 and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened by what wording alone does to
+keys (router ``key``). Of several memories the one whose score exceeds its threshold by the largest factor answers
+(equation 8). A lookup counts every edit as a memory of its own.
 """
 
 from __future__ import annotations
@@ -19,19 +21,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 UNROUTED = -1
+# Once a prompt has opened a lookup for the whole row, keys this share as near as the threshold still count.
+_REACH = 0.5
+_SETTINGS = ("router", "routing", "floor", "kind", "sharpness")
 
 
 @dataclass(frozen=True)
 class SideMemory:
     """M side memories of one matrix and what routes to them.
 
-    ``tensors``: ``columns`` (M, k) the input coordinates each memory reads; ``delta`` (M, d, k) its change ``Δ`` there.
-    With router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``; ``owner`` (n,) the memory it
-    belongs to; ``directions`` (r, d_ff) and ``gains`` (r,), which with ``floor`` make up the whitening
-    ``P = floor · I + directionsᵀ diag(gains) directions``.
+    ``tensors`` of kind ``matrix``: ``columns`` (M, k) the input coordinates each memory reads; ``delta`` (M, d, k) its
+    change ``Δ`` there. Of kind ``lookup``: ``values`` (m, d) the residuals; ``value`` (n,) which of them each key adds.
+    With router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what makes keys of all
+    positions comparable; ``owner`` (n,) the memory it belongs to; ``directions`` (r, d_ff) and ``gains`` (r,), which
+    with ``floor`` make up the whitening ``P = floor · I + directionsᵀ diag(gains) directions``.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
-    follows.
+    follows. ``sharpness`` β > 0 lets a lookup add the mean of all residuals, weighted by ``softmax(β · score)``; 0 adds
+    the nearest key's alone.
     """
 
     tensors: Mapping[str, Tensor]
@@ -39,11 +46,13 @@ class SideMemory:
     router: str = "norm"
     routing: str = "token"
     floor: float = 1.0
+    kind: str = "matrix"
+    sharpness: float = 0.0
 
     def describe(self) -> dict[str, Any]:
         """All but the tensors, with their shapes and types, as JSON."""
         layout = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in self.tensors.items()}
-        settings = {"router": self.router, "routing": self.routing, "floor": self.floor}
+        settings = {name: getattr(self, name) for name in _SETTINGS}
         return {"thresholds": list(self.thresholds), **settings, "tensors": layout}
 
     @classmethod
@@ -52,8 +61,7 @@ class SideMemory:
         if tensors is None:
             layout = described["tensors"].items()
             tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, *shape) in layout}
-        named = {name: described[name] for name in ("router", "routing", "floor")}
-        return cls(tensors, tuple(described["thresholds"]), **named)
+        return cls(tensors, tuple(described["thresholds"]), **{name: described[name] for name in _SETTINGS})
 
 
 class RoutedMatrix(nn.Module):
@@ -73,6 +81,8 @@ class RoutedMatrix(nn.Module):
     owner: Tensor
     directions: Tensor
     gains: Tensor
+    values: Tensor
+    value: Tensor
 
     def __init__(self, base: nn.Module, memory: SideMemory, *, transposed: bool) -> None:
         super().__init__()
@@ -80,8 +90,10 @@ class RoutedMatrix(nn.Module):
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
         for name, tensor in memory.tensors.items():
-            self.register_buffer(name, tensor)
+            # Half precision is for keeping; the arithmetic is the model's.
+            self.register_buffer(name, tensor.to(self.weight.dtype) if tensor.dtype == torch.float16 else tensor)
         self.thresholds, self.router, self.floor = memory.thresholds, memory.router, memory.floor
+        self.kind, self.sharpness = memory.kind, memory.sharpness
         self.gate = PromptGate() if memory.routing == "sequence" else None
         self.enabled = True
 
@@ -100,11 +112,15 @@ class RoutedMatrix(nn.Module):
         if self.router == "norm":
             memories = range(len(self.thresholds))
             return torch.stack([torch.linalg.vector_norm(self.update(keys, m), dim=-1) for m in memories], dim=-1)
-        keys = keys.to(self.probes.dtype)
-        spread = self.floor * keys.square().sum(-1) + F.linear(keys, self.directions).square() @ self.gains
-        cosine = F.linear(keys, self.probes) / spread.clamp(min=1e-12).sqrt()[..., None]
+        cosine = self.cosines(keys)
         nearest = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -1.0)
         return nearest.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
+
+    def cosines(self, keys: Tensor) -> Tensor:
+        """Whitened cosine of every key with every probe: (..., d_ff) → (..., n)."""
+        keys = keys.to(self.probes.dtype)
+        spread = self.floor * keys.square().sum(-1) + F.linear(keys, self.directions).square() @ self.gains
+        return F.linear(keys, self.probes) / spread.clamp(min=1e-12).sqrt()[..., None]
 
     def choose(self, scores: Tensor) -> Tensor:
         """Which memory answers each token, ``UNROUTED`` for none: (..., M) → (...)."""
@@ -117,12 +133,25 @@ class RoutedMatrix(nn.Module):
 
     def add_updates(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
         """Add its memory's update to every routed token; the others keep every bit of the main memory's answer."""
+        if self.kind == "lookup":
+            place = (chosen != UNROUTED).nonzero(as_tuple=True)
+            update = self.recall(keys[place], chosen[place]).to(answer.dtype)
+            return answer.index_put(place, update, accumulate=True) if len(update) else answer
         for memory in chosen.unique().tolist():
             if memory != UNROUTED:
                 routed = chosen == memory
                 update = self.update(keys[routed], memory).to(answer.dtype)
                 answer = answer.index_put(routed.nonzero(as_tuple=True), update, accumulate=True)
         return answer
+
+    def recall(self, keys: Tensor, owner: Tensor) -> Tensor:
+        """What a lookup adds to keys (r, d_ff) that opened the edits ``owner`` (r,): (r, d)."""
+        cosine = self.cosines(keys)
+        if self.sharpness:
+            return torch.softmax(self.sharpness * cosine, -1) @ self.values[self.value]
+        strongest, nearest = cosine.masked_fill(self.owner != owner[:, None], -1.0).max(-1)
+        near = strongest > _REACH * strongest.new_tensor(self.thresholds)[owner]
+        return self.values[self.value[nearest]] * near[:, None]
 
 
 class PromptGate:

@@ -15,13 +15,14 @@ from wisecli.errors import DamagedFileError
 from wisecli.memory import SideMemory
 from wisecli.site import Fingerprint, Site
 from wisecli.storage import load_tensors, read_json, save_tensors, sha256_file, write_json
+from wisecli.unrelated import Moment
 
 MANIFEST_NAME = "router.json"
 MEMORY_NAME = "memory.safetensors"
 SCHEMA = "wise.memory/1"
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
-# Rank of the whitening: beyond it the covariance is taken as even in all directions.
-_RANK = 512
+# Rank of the whitening: beyond it the moment is taken as even in all directions. 512 routes no better.
+_RANK = 256
 # Eigenvalues of the covariance are raised by this share of their mean before they are inverted.
 _SHRINKAGE = 0.1
 
@@ -50,7 +51,11 @@ def calibrate(edits: Tensor, unrelated: Tensor, *, rule: str, false_alarm: float
             of any edit (the paper, section 3.1).
     """
     found = float(edits.min() * (1 - 1e-6) if rule == "minimum" else quantile(unrelated, 1 - false_alarm))
-    threshold = max(found, 1e-6)  # the router compares by factors, so none may be zero or less
+    return measure(edits, unrelated, max(found, 1e-6), rule=rule)  # the router compares by factors: none may be zero
+
+
+def measure(edits: Tensor, unrelated: Tensor, threshold: float, *, rule: str) -> Calibration:
+    """What a threshold that was decided elsewhere does to scores of edits (n,) and of unrelated text (m,)."""
     misses = float((edits <= threshold).float().mean())
     alarms = float((unrelated > threshold).float().mean())
     return Calibration(threshold, rule, misses, alarms, _summary(edits), _summary(unrelated))
@@ -82,29 +87,39 @@ class Whitening:
         return self.floor * keys + ((keys @ self.directions.T) * self.gains) @ self.directions
 
 
-def whitening(variances: Tensor, directions: Tensor, energy: float, d_ff: int) -> Whitening:
-    """The inverse covariance of unrelated text, shrunk, from its leading part.
-
-    Args:
-        variances: leading eigenvalues (r,) of ``E[a aᵀ]``, largest first, and their ``directions`` (r, d_ff).
-        energy: the trace of ``E[a aᵀ]``; what the leading part leaves is spread evenly.
-    """
-    rank = min(_RANK, len(variances))
-    leading = variances[:rank]
+def whitening(moment: Moment) -> Whitening:
+    """The inverse of a second moment, shrunk, from its leading part; what that leaves is spread evenly."""
+    d_ff = moment.directions.shape[1]
+    energy = float(moment.energy)
+    leading = moment.variances[:_RANK]
     mean = energy / d_ff
-    rest = max(energy - float(leading.sum()), 0.0) / max(d_ff - rank, 1)
+    rest = max(energy - float(leading.sum()), 0.0) / max(d_ff - len(leading), 1)
     raised = mean * _SHRINKAGE
     floor = 1 / (rest + raised)
     # The unit in which P is measured cancels in a cosine; this one keeps its entries near 1.
-    return Whitening(directions[:rank], mean * (1 / (leading + raised) - floor), mean * floor)
+    return Whitening(moment.directions[: len(leading)], mean * (1 / (leading + raised) - floor), mean * floor)
 
 
 def key_router(keys: Tensor, owner: Tensor, white: Whitening) -> dict[str, Tensor]:
     """Tensors of the key router for the edits' keys (n, d_ff) and the memory (n,) that each belongs to."""
     turned = white.apply(keys)
     length = (keys * turned).sum(-1).clamp(min=1e-12).sqrt()
-    probes = turned / length[:, None]
-    return {"probes": probes, "owner": owner, "directions": white.directions, "gains": white.gains}
+    return {"probes": turned / length[:, None], "owner": owner, "directions": white.directions, "gains": white.gains}
+
+
+def even_out(first: Tensor, peaks: Tensor, *, false_alarm: float) -> Tensor:
+    """Factors (n,) for the probes that let the key a prompt ends in and the keys inside an answer share one threshold.
+
+    Inside an answer the token itself says most, so that unrelated text with the same name in it comes much nearer than
+    it ever comes to the end of a prompt; one threshold for both would shut out rephrases or let names through.
+
+    Args:
+        first: which probes are keys that prompts end in (n,).
+        peaks: highest cosine of each unrelated key with a probe of that kind, and with one of the other (m, 2).
+        false_alarm: share of unrelated keys that each kind lets through on its own.
+    """
+    ends, inside = (max(quantile(peak, 1 - false_alarm), 1e-6) for peak in peaks.T)
+    return torch.where(first, 1.0, ends / inside)
 
 
 @dataclass(frozen=True)
@@ -128,7 +143,7 @@ def write_memory(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME
     path = directory / file
     save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
     memories = [
-        {"kind": "matrix", "router": manifest.memory.router, "edits": list(owned), **asdict(calibration)}
+        {"kind": manifest.memory.kind, "router": manifest.memory.router, "edits": list(owned), **asdict(calibration)}
         for owned, calibration in zip(manifest.owners, manifest.calibrations, strict=True)
     ]
     content = {

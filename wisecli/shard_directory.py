@@ -9,9 +9,10 @@ from typing import Any
 
 from wisecli.edits import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
-from wisecli.shards import MaskKind, Shard, Unrelated, load_shard, load_unrelated
+from wisecli.shards import MaskKind, Shard, load_shard
 from wisecli.site import Fingerprint, Site
 from wisecli.storage import read_json, write_json
+from wisecli.unrelated import Unrelated, load_unrelated
 
 MANIFEST_NAME = "shards.json"
 UNRELATED_NAME = "unrelated.safetensors"
@@ -20,7 +21,10 @@ SCHEMA = "wise.shards/1"
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard as the manifest lists it; ``losses`` holds the mean loss after every pass."""
+    """One shard as the manifest lists it; ``losses`` holds the mean loss after every pass of training or polish.
+
+    ``penalty`` is λ and w of the closed form, where it was used.
+    """
 
     file: str
     sha256: str
@@ -28,6 +32,7 @@ class ShardEntry:
     edits: tuple[str, ...]
     losses: tuple[float, ...]
     seconds: float
+    penalty: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,9 @@ def read_shard_directory(path: Path) -> ShardDirectory:
 
 
 def _entry(record: dict[str, Any]) -> ShardEntry:
-    return ShardEntry(**{**record, "edits": tuple(record["edits"]), "losses": tuple(record["losses"])})
+    penalty = record["penalty"]
+    tuples = {"edits": tuple(record["edits"]), "losses": tuple(record["losses"])}
+    return ShardEntry(**{**record, **tuples, "penalty": None if penalty is None else (penalty[0], penalty[1])})
 
 
 def require_same_site(directories: Sequence[ShardDirectory]) -> None:

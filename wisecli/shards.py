@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.site import Site
@@ -115,39 +114,6 @@ class Shard:
     evidence: Evidence
 
 
-@dataclass(frozen=True)
-class Unrelated:
-    """Statistics of text that no edit may touch.
-
-    Shapes: a sample of ``keys`` (n, d_ff) that no shard was trained against, the ``mean`` (d_ff,) of all keys, the
-    leading eigenvalues ``variances`` (r,) and ``directions`` (r, d_ff) of ``E[a aᵀ]``, and its trace ``energy`` (1,).
-    """
-
-    keys: Tensor
-    mean: Tensor
-    variances: Tensor
-    directions: Tensor
-    energy: Tensor
-
-
-def describe_unrelated(keys: Tensor, unseen: Tensor, *, sample: int, rank: int) -> Unrelated:
-    """Summarise the keys of unrelated text.
-
-    Args:
-        keys: all of them (n, d_ff).
-        unseen: which of them no shard is trained against (n,); the sample is taken from these.
-    """
-    gram = keys.T @ keys if len(keys) >= keys.shape[1] else keys @ keys.T
-    variances, vectors = torch.linalg.eigh(gram.double())
-    rank = min(rank, len(variances))
-    variances, vectors = variances[-rank:].flip(0).clamp(min=0), vectors[:, -rank:].flip(1).to(keys.dtype)
-    directions = vectors.T if len(keys) >= keys.shape[1] else F.normalize(vectors.T @ keys, dim=-1)
-    kept = keys[unseen]
-    energy = keys.double().square().sum(-1).mean().reshape(1)
-    spaced = torch.linspace(0, len(kept) - 1, min(sample, len(kept))).long()
-    return Unrelated(kept[spaced], keys.mean(0), (variances / len(keys)).float(), directions, energy.float())
-
-
 def half(tensor: Tensor) -> Tensor:
     """Half precision where the values allow it."""
     rounded = tensor.to(torch.float16)
@@ -189,22 +155,3 @@ def load_shard(path: Path, site: Site, kind: MaskKind, digest: str) -> Shard:
         raise DamagedFileError(path, "the delta does not fill its mask", "edit anew")
     whole = replace(evidence, keys=evidence.keys.float(), residuals=evidence.residuals.float())
     return Shard(mask, values.float(), whole)
-
-
-def save_unrelated(path: Path, unrelated: Unrelated) -> None:
-    """Write ``unrelated.safetensors``."""
-    tensors = {name: getattr(unrelated, name) for name in Unrelated.__dataclass_fields__}
-    save_tensors(path, {**tensors, "keys": half(unrelated.keys)})
-
-
-def load_unrelated(path: Path, digest: str) -> Unrelated:
-    """Read ``unrelated.safetensors``.
-
-    Raises:
-        DamagedFileError: it is truncated or altered.
-    """
-    tensors = load_tensors(path, digest=digest)
-    missing = sorted(Unrelated.__dataclass_fields__.keys() - tensors.keys())
-    if missing:
-        raise DamagedFileError(path, f"tensor {missing[0]} is missing", "edit anew")
-    return Unrelated(**{name: tensors[name].float() for name in Unrelated.__dataclass_fields__})

@@ -1,27 +1,32 @@
-"""``wise merge``: shards → one side memory, or several side by side, with calibrated thresholds."""
+"""``wise merge``: shards → a side memory (a lookup, one matrix, or several) with calibrated thresholds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from wisecli.building import Built, Material, join, lookup, matrices, refit, solve_exactly
 from wisecli.config import MergeSettings
 from wisecli.errors import SettingsError
 from wisecli.events import Event, Watcher, ignore
-from wisecli.memory import RoutedMatrix, SideMemory
 from wisecli.merging import METHODS, Recipe, merge_deltas
 from wisecli.models import require_base
 from wisecli.pipeline.reports import peak_rss_bytes, versions
-from wisecli.router import Calibration, Manifest, calibrate, key_router, scores, whitening, write_memory
+from wisecli.ridge import Penalty
+from wisecli.router import Calibration, Manifest, write_memory
 from wisecli.shard_directory import ShardDirectory, read_shard_directory, require_same_site
-from wisecli.shards import Evidence, Shard, Unrelated
+from wisecli.shards import Shard
 from wisecli.site import load_matrix
 from wisecli.storage import Checkpoint, refuse_existing, require_space, resolve_model, whole_directory
+
+EXACT = "exact"
+# For shards that no closed form wrote: λ and w.
+_PENALTY = Penalty(1e-3, 0.0)
 
 
 @dataclass(frozen=True)
@@ -73,22 +78,22 @@ def merge(
     site, kept = first.site, count if settings.mode == "retrieve" else 1
     require_space(output, 4 * kept * site.d * site.d_ff)
     edits = tuple(edit for directory in directories for edit in directory.edits)
-    names = (settings.mode, settings.method, count, len(edits), settings.router or "", settings.routing or "")
+    mode, method = settings.mode or "", settings.method + ("+refit" if settings.refit else "")
+    names = (mode, method, count, len(edits), settings.router or "", settings.routing or "")
     if dry_run:
         peak = 4 * (2 * count + 2) * site.d * site.d_ff
         return MergeReport(output, *names, (), time.perf_counter() - started, peak, planned=True)
     watch(Event("shards"))
-    shards = [directory.load(entry) for directory in directories for entry in directory.shards]
-    owners = tuple(entry.edits for directory in directories for entry in directory.shards)
-    deltas = torch.stack([shard.mask.dense(shard.values) for shard in shards])
-    if settings.mode == "merge":
-        watch(Event("merging"))
-        recipe = _recipe(settings, count, load_matrix(checkpoint, site).float())
-        deltas = merge_deltas(settings.method, deltas, recipe, scale=settings.scale)[None]
-        owners = (tuple(edit.id for edit in edits),)
-    watch(Event("calibration"))
-    unrelated = [directory.load_unrelated() for directory in directories]
-    memory, calibrations = route(deltas, shards, unrelated, settings)
+    loaded = [directory.load(entry) for directory in directories for entry in directory.shards]
+    owners = (tuple(edit.id for edit in edits),)
+    if mode == "retrieve":
+        owners = tuple(entry.edits for directory in directories for entry in directory.shards)
+    material = _material(directories, loaded)
+    watch(Event("merging"))
+    if mode == "lookup":
+        memory, calibrations = lookup(material, settings)
+    else:
+        memory, calibrations = _in_matrices(directories, loaded, material, settings, load_matrix(checkpoint, site))
     manifest = Manifest(
         first.model if model is None else str(base.absolute()),
         first.revision,
@@ -106,13 +111,61 @@ def merge(
     return MergeReport(output, *names, calibrations, time.perf_counter() - started, peak_rss_bytes())
 
 
+def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard]) -> Material:
+    offsets, before = [], 0
+    for directory in directories:
+        offsets += [before] * len(directory.shards)
+        before += len(directory.edits)
+    evidence = join([shard.evidence for shard in shards], offsets)
+    number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
+    first, *others = (directory.load_unrelated() for directory in directories)
+    unrelated = replace(first, keys=torch.cat([first.keys, *(other.keys for other in others)]))
+    return Material(evidence, number, tuple(shard.mask for shard in shards), unrelated)
+
+
+def _in_matrices(
+    directories: Sequence[ShardDirectory],
+    shards: Sequence[Shard],
+    material: Material,
+    settings: MergeSettings,
+    base: Tensor,
+) -> Built:
+    deltas = torch.stack([shard.mask.dense(shard.values) for shard in shards])
+    if settings.mode == "retrieve":
+        return matrices(deltas, material, settings)
+    penalty = _penalty(directories)
+    if settings.method == EXACT:
+        return matrices(solve_exactly(material, penalty)[None], material, settings)
+    recipe = _recipe(settings, len(shards), base.float())
+    merged = merge_deltas(settings.method, deltas, recipe, scale=settings.scale)
+    # A single shard has lost nothing that a refit could give back.
+    if settings.refit and len(shards) > 1:
+        merged = refit(merged, material, penalty)
+    return matrices(merged[None], material, settings)
+
+
+def _penalty(directories: Sequence[ShardDirectory]) -> Penalty:
+    """The lightest that a shard chose: more edits in one matrix stand no heavier one."""
+    chosen = [Penalty(*entry.penalty) for directory in directories for entry in directory.shards if entry.penalty]
+    return min(chosen, key=lambda one: (one.ridge, one.unrelated), default=_PENALTY)
+
+
 def _resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:
     """Fill in what the shards' own settings decide, and check the rest before anything is read."""
-    if settings.method not in METHODS:
-        raise SettingsError(f"--method {settings.method!r} is unknown; choose one of {', '.join(sorted(METHODS))}")
+    known = (*sorted(METHODS), EXACT)
+    if settings.method not in known:
+        raise SettingsError(f"--method {settings.method!r} is unknown; choose one of {', '.join(known)}")
+    solved = shards.settings["writer"] == "solve"
     inherited = {name: shards.settings[name] for name in ("router", "routing", "threshold")}
     given = {name: value for name, value in asdict(settings).items() if value is not None}
-    return MergeSettings(**{**inherited, **given})
+    whole = {**inherited, "refit": solved, **given}
+    if "mode" not in whole:
+        # Naming a method for matrices asks for a matrix.
+        plain = solved and whole["router"] == "key" and settings.method == MergeSettings.method
+        whole["mode"] = "lookup" if plain and not settings.refit else "merge"
+    if whole["mode"] == "lookup" and whole["router"] != "key":
+        raise SettingsError("--mode lookup finds its keys by the key router; leave out --router norm")
+    return MergeSettings(**whole)
 
 
 def _recipe(settings: MergeSettings, count: int, base: Tensor) -> Recipe:
@@ -120,51 +173,3 @@ def _recipe(settings: MergeSettings, count: int, base: Tensor) -> Recipe:
     if len(weights) != count:
         raise SettingsError(f"--weights has {len(weights)} numbers for {count} shards; give one a shard")
     return Recipe(torch.tensor(weights), settings.density, base, torch.Generator().manual_seed(settings.seed))
-
-
-def route(
-    deltas: Tensor, shards: Sequence[Shard], unrelated: Sequence[Unrelated], settings: MergeSettings
-) -> tuple[SideMemory, tuple[Calibration, ...]]:
-    """Build the memory of deltas (M, d, d_ff), with a threshold for each decided on its own edits."""
-    tensors = pack(deltas)
-    evidence = [shard.evidence for shard in shards]
-    # One memory owns all the evidence; of several, each owns its shard's.
-    owned = [evidence] if len(deltas) == 1 else [[part] for part in evidence]
-    floor = 1.0
-    if settings.router == "key":
-        keys = [torch.cat([part.keys[~part.held_out] for part in parts]) for parts in owned]
-        owner = torch.cat([torch.full((len(part),), number) for number, part in enumerate(keys)])
-        first = unrelated[0]
-        white = whitening(first.variances, first.directions, float(first.energy), deltas.shape[-1])
-        tensors |= key_router(torch.cat(keys), owner, white)
-        floor = white.floor
-    draft = SideMemory(tensors, (1.0,) * len(deltas), settings.router or "key", settings.routing or "token", floor)
-    routed = RoutedMatrix(nn.Linear(1, 1, bias=False), draft, transposed=False)
-    quiet = scores(routed, torch.cat([part.keys for part in unrelated]))
-    calibrations = []
-    for number, parts in enumerate(owned):
-        loud = scores(routed, torch.cat([_calibrating(part, settings) for part in parts]))[:, number]
-        rule, false_alarm = settings.threshold or "false-alarm", settings.false_alarm
-        calibrations.append(calibrate(loud, quiet[:, number], rule=rule, false_alarm=false_alarm))
-    thresholds = tuple(calibration.threshold for calibration in calibrations)
-    return SideMemory(tensors, thresholds, draft.router, draft.routing, floor), tuple(calibrations)
-
-
-def _calibrating(evidence: Evidence, settings: MergeSettings) -> Tensor:
-    """Keys that ought to be routed: under the unseen context, or for the paper's rule under those trained on."""
-    chosen = ~evidence.held_out if settings.threshold == "minimum" else evidence.held_out
-    if settings.routing == "sequence":
-        chosen = chosen & (evidence.position == 0)
-    return evidence.keys[chosen]
-
-
-def pack(deltas: Tensor) -> dict[str, Tensor]:
-    """Dense deltas (M, d, d_ff) → the columns they touch (M, k), padded with empty ones, and ``Δ`` there (M, d, k)."""
-    used = [delta.abs().sum(0).nonzero().flatten() for delta in deltas]
-    width = max(1, *(len(columns) for columns in used))
-    columns = torch.zeros(len(deltas), width, dtype=torch.long)
-    packed = deltas.new_zeros(len(deltas), deltas.shape[1], width)
-    for number, touched in enumerate(used):
-        columns[number, : len(touched)] = touched
-        packed[number, :, : len(touched)] = deltas[number][:, touched]
-    return {"columns": columns, "delta": packed}

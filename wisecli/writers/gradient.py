@@ -64,15 +64,24 @@ class Written:
     losses: tuple[float, ...]
 
 
-def write_batched(task: Task, lessons: Sequence[Lesson], on_pass: Callable[[Progress], None]) -> Written:
-    """Train all lessons together: minibatches, Adam, cosine decay, stopping once everything is learnt."""
+def write_batched(
+    task: Task, lessons: Sequence[Lesson], on_pass: Callable[[Progress], None], *, start: Tensor | None = None
+) -> Written:
+    """Train all lessons together: minibatches, Adam, cosine decay, stopping once everything is learnt.
+
+    Args:
+        start: values to begin from; nought by default.
+    """
     settings, mask = task.settings, task.mask
     generator = torch.Generator().manual_seed(settings.seed)
     negatives = mask.restrict(task.unrelated)
     turn = whiten(negatives) if mask.kind == "columns" else None
     negatives = _turned(negatives, turn)
     keys = [_turned(mask.restrict(lesson.activations.keys), turn) for lesson in lessons]
-    values = torch.zeros(mask.shape, device=negatives.device, requires_grad=True)
+    values = torch.zeros(mask.shape, device=negatives.device)
+    if start is not None:
+        values = start.clone() if turn is None else torch.linalg.solve(turn, start, left=False)
+    values.requires_grad_()
     optimizer = torch.optim.Adam([values], lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.passes * len(lessons))
     losses: list[float] = []

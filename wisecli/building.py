@@ -1,0 +1,149 @@
+"""Evidence → the side memory that stores it: one matrix, several, or a lookup; and the thresholds of its router."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.config import MergeSettings
+from wisecli.memory import RoutedMatrix, SideMemory
+from wisecli.ridge import Penalty, solve, statistics
+from wisecli.router import Calibration, calibrate, even_out, key_router, measure, scores, whitening
+from wisecli.shards import Evidence, Mask, half
+from wisecli.unrelated import Unrelated
+
+Built = tuple[SideMemory, tuple[Calibration, ...]]
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that shards know: evidence with the edits counted through, the shard that each key is of (n,), the masks,
+    and the statistics of unrelated text.
+    """
+
+    evidence: Evidence
+    shard: Tensor
+    masks: tuple[Mask, ...]
+    unrelated: Unrelated
+
+
+def solve_exactly(material: Material, penalty: Penalty) -> Tensor:
+    """``Δ`` (d, d_ff) as if one shard had held all edits, on all columns: statistics of shards add up."""
+    return solve(_known(material), penalty, material.unrelated.tokens.dense())
+
+
+def refit(merged: Tensor, material: Material, penalty: Penalty) -> Tensor:
+    """Around a merged ``Δ`` (d, d_ff), give every key its residual back, on the columns that any shard may use."""
+    used = torch.cat([m.indices if m.kind == "columns" else torch.arange(m.d_ff) for m in material.masks]).unique()
+    moment = material.unrelated.tokens.dense()
+    return merged.index_copy(1, used, solve(_known(material), penalty, moment, columns=used, around=merged[:, used]))
+
+
+def _known(material: Material) -> Any:
+    kept, evidence = ~material.evidence.held_out, material.evidence
+    first, *others = (
+        statistics(evidence.keys[own], evidence.residuals[own])
+        for own in (kept & (material.shard == number) for number in range(len(material.masks)))
+    )
+    return sum(others, first)
+
+
+def matrices(deltas: Tensor, material: Material, settings: MergeSettings) -> Built:
+    """A memory of deltas (M, d, d_ff): one for all edits, or one a shard."""
+    owner = material.shard if len(deltas) > 1 else torch.zeros_like(material.shard)
+    draft = SideMemory(pack(deltas), (1.0,) * len(deltas), settings.router or "key", settings.routing or "token")
+    return _routed_by(draft, material, owner, settings)
+
+
+def lookup(material: Material, settings: MergeSettings) -> Built:
+    """A memory that keeps every key with what it should add; a residual that contexts share is kept once."""
+    evidence = material.evidence
+    kept = ~evidence.held_out
+    place = evidence.edit[kept] * (int(evidence.position.max()) + 1) + evidence.position[kept]
+    _, value = place.unique(return_inverse=True)
+    values = evidence.residuals.new_zeros(int(value.max()) + 1, evidence.residuals.shape[1])
+    values[value] = evidence.residuals[kept]
+    owner = evidence.edit.long()
+    draft = SideMemory(
+        {"values": half(values), "value": value},
+        (1.0,) * (int(owner.max()) + 1),
+        "key",
+        settings.routing or "token",
+        kind="lookup",
+        sharpness=settings.sharpness,
+    )
+    return _routed_by(draft, material, owner, settings)
+
+
+def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: MergeSettings) -> Built:
+    """Give a memory its router and thresholds; ``owner`` (n,) is the memory that each key of the evidence opens."""
+    evidence, quiet = material.evidence, material.unrelated.keys
+    calibrating = _calibrating(evidence, settings)
+    rule, share = settings.threshold or "false-alarm", settings.false_alarm
+    if draft.router == "key":
+        draft = _with_probes(draft, material, owner, share / 2)
+    routed = _stand_in(draft)
+    away, own = scores(routed, quiet), scores(routed, evidence.keys[calibrating])
+    mine = own.gather(1, owner[calibrating, None]).flatten()
+    if draft.router == "norm":
+        found = tuple(
+            calibrate(mine[owner[calibrating] == number], away[:, number], rule=rule, false_alarm=share)
+            for number in range(len(draft.thresholds))
+        )
+        return replace(draft, thresholds=tuple(one.threshold for one in found)), found
+    # The nearest key decides between memories, so they share one threshold.
+    whole = calibrate(mine, away.amax(-1), rule=rule, false_alarm=share)
+    thresholds = (whole.threshold,) * len(draft.thresholds)
+    if draft.kind == "lookup" or len(thresholds) == 1:
+        return replace(draft, thresholds=thresholds), (whole,)
+    apart = tuple(
+        measure(mine[owner[calibrating] == number], away[:, number], whole.threshold, rule=rule)
+        for number in range(len(thresholds))
+    )
+    return replace(draft, thresholds=thresholds), apart
+
+
+def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: float) -> SideMemory:
+    """The same memory with every trained key as a probe; the two kinds of keys are made comparable."""
+    evidence = material.evidence
+    kept = ~evidence.held_out
+    white = whitening(material.unrelated.wording)
+    tensors = key_router(evidence.keys[kept], owner[kept], white)
+    first = evidence.position[kept] == 0
+    kinds = SideMemory({**tensors, "owner": (~first).long()}, (1.0, 1.0), "key", floor=white.floor)
+    factors = even_out(first, scores(_stand_in(kinds), material.unrelated.keys), false_alarm=share)
+    tensors["probes"] = half(tensors["probes"] * factors[:, None])
+    return replace(draft, tensors={**draft.tensors, **tensors}, floor=white.floor)
+
+
+def _stand_in(memory: SideMemory) -> RoutedMatrix:
+    return RoutedMatrix(nn.Linear(1, 1, bias=False), memory, transposed=False)
+
+
+def _calibrating(evidence: Evidence, settings: MergeSettings) -> Tensor:
+    """Which keys ought to be routed: under the unseen context, or for the paper's rule those trained on."""
+    chosen = ~evidence.held_out if settings.threshold == "minimum" else evidence.held_out
+    return chosen & (evidence.position == 0) if settings.routing == "sequence" else chosen
+
+
+def pack(deltas: Tensor) -> dict[str, Tensor]:
+    """Dense deltas (M, d, d_ff) → the columns they touch (M, k), padded with empty ones, and ``Δ`` there (M, d, k)."""
+    used = [delta.abs().sum(0).nonzero().flatten() for delta in deltas]
+    width = max(1, *(len(columns) for columns in used))
+    columns = torch.zeros(len(deltas), width, dtype=torch.long)
+    packed = deltas.new_zeros(len(deltas), deltas.shape[1], width)
+    for number, touched in enumerate(used):
+        columns[number, : len(touched)] = touched
+        packed[number, :, : len(touched)] = deltas[number][:, touched]
+    return {"columns": columns, "delta": packed}
+
+
+def join(parts: Sequence[Evidence], offsets: Sequence[int]) -> Evidence:
+    """Evidence of several shards as one, its edits counted on from each shard's offset."""
+    counted = [replace(part, edit=part.edit + offset) for part, offset in zip(parts, offsets, strict=True)]
+    fields = Evidence.__dataclass_fields__
+    return Evidence(**{name: torch.cat([getattr(part, name) for part in counted]) for name in fields})

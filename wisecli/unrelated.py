@@ -1,0 +1,235 @@
+"""What a base model makes of text that no edit may touch: measured once a model and layer, kept in the user's cache.
+
+Three things come of it. A sample of keys that edits must stay away from calibrates the router. The second moment of all
+keys weighs what a change of the matrix may disturb. And the *wording* moment is the router's metric: the second moment of
+the keys that prompts end in, plus, many times over, what a change of wording alone does to them. Whitened by it, keys of
+one fact asked in several ways come close, and keys of different facts in the same words come apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.capture import capture
+from wisecli.contexts import chat_prompt, continuations, reworded_facts, unrelated_texts
+from wisecli.encode import Row, collate, in_batches
+from wisecli.errors import DamagedFileError
+from wisecli.events import Event, Watcher
+from wisecli.models import Loaded
+from wisecli.shards import half
+from wisecli.site import Fingerprint, Site
+from wisecli.storage import load_tensors, save_tensors, sha256_json
+
+# How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
+_CONTINUED, _CONTINUATION = 120, 12
+# Facts of each relation that are asked in every wording there is.
+_SUBJECTS = 8
+# Unrelated keys kept for calibration, and rank of what is kept of the moments.
+_SAMPLE, _RANK = 4096, 512
+# A decomposition is exact up to this many rows or columns.
+_EXACT = 4096
+# How often what wording does counts, both moments at trace 1. More changes nothing; at 0 a rephrase in ten is lost.
+_WORDING = 8.0
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The leading eigenvalues ``variances`` (r,) and ``directions`` (r, d_ff) of ``E[a aᵀ]``; ``energy`` (1,) its trace."""
+
+    variances: Tensor
+    directions: Tensor
+    energy: Tensor
+
+    def dense(self) -> Tensor:
+        """``E[a aᵀ]`` (d_ff, d_ff), what the leading part leaves spread evenly."""
+        rank, d_ff = self.directions.shape
+        rest = (self.energy - self.variances.sum()).clamp(min=0) / max(d_ff - rank, 1)
+        scaled = (self.directions.T * (self.variances - rest)) @ self.directions
+        return scaled + rest * torch.eye(d_ff, dtype=scaled.dtype, device=scaled.device)
+
+
+@dataclass(frozen=True)
+class Unrelated:
+    """Keys (n, d_ff) that no writer ever sees, for calibration; the moment of all tokens; the router's metric.
+
+    ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``against`` (m, d_ff) are the keys that
+    writers may look at; they stay with ``wise edit`` and are not written into shards.
+    """
+
+    keys: Tensor
+    tokens: Moment
+    wording: Moment
+    size: Tensor
+    against: Tensor
+
+
+def measure_unrelated(
+    loaded: Loaded,
+    site: Site,
+    matrix: Tensor,
+    identity: Fingerprint,
+    *,
+    texts: int,
+    chat: bool,
+    batch_size: int,
+    seed: int,
+    watch: Watcher,
+) -> Unrelated:
+    """Read text of many kinds through the model up to the site, or take what the cache remembers of it.
+
+    Args:
+        matrix: the base matrix ``W`` (d, d_ff).
+        identity: of the base model, for the cache.
+        texts: how many texts; half of them are kept from writers, for calibration.
+        chat: whether facts are asked in the model's chat template as well.
+    """
+    about = [
+        identity.as_dict(),
+        site.as_dict(),
+        texts,
+        chat,
+        seed,
+        str(loaded.model.dtype),
+        loaded.device.type,
+        _VERSION,
+    ]
+    path = user_cache_path("wisecli") / "unrelated" / f"{sha256_json(about)[:32]}.safetensors"
+    try:
+        return _from_tensors(load_tensors(path), path)
+    except DamagedFileError:
+        watch(Event("unrelated text"))
+    found = _measure(loaded, site, matrix, texts=texts, chat=chat, batch_size=batch_size, seed=seed, watch=watch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        working = path.with_suffix(f".{id(found)}.tmp")
+        save_unrelated(working, found, whole=True)
+        working.replace(path)
+    except OSError:
+        pass  # a cache that cannot be written only costs time
+    return found
+
+
+def _measure(
+    loaded: Loaded, site: Site, matrix: Tensor, *, texts: int, chat: bool, batch_size: int, seed: int, watch: Watcher
+) -> Unrelated:
+    prompts = unrelated_texts(texts, seed=seed)
+    spoken = continuations(loaded.model, loaded.tokenizer, prompts[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
+    keys, text, last = keys_of_texts(loaded, site, [*spoken, *prompts[_CONTINUED:]], batch_size=batch_size, watch=watch)
+    facts = reworded_facts(_SUBJECTS, seed=seed)
+    asked = [[chat_prompt(loaded.tokenizer, way) for way in fact] for fact in facts] if chat else []
+    ends = _prompt_ends(loaded, site, [way for fact in [*facts, *asked] for way in fact], batch_size, watch)
+    unseen = text % 2 == 0
+    ways = ends.view(len(facts) + len(asked), -1, ends.shape[-1])
+    strayed = (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
+    wording = torch.cat([_even(torch.cat([keys[last & ~unseen], ends])), _even(strayed) * _WORDING**0.5])
+    size = (keys @ matrix.to(keys).T).norm(dim=-1).median().reshape(1)
+    spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
+    sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
+    return Unrelated(_rounded(sample), leading(_scaled(keys)), leading(wording), size.cpu(), _rounded(against))
+
+
+def keys_of_texts(
+    loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys (n, d_ff) of every token, in float32; the text each is of (n,); whether it is that text's last one (n,)."""
+    rows = [row for row in (Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts) if row.prompt]
+    keys, text, last = [], [], []
+    done = 0
+    for indices in in_batches(rows, batch_size):
+        batch = collate([rows[index] for index in indices]).to(loaded.device)
+        real = batch.mask.bool()
+        keys.append(capture(loaded.model, site, batch, above=False).keys[real].float())
+        text.append(torch.tensor(indices, device=real.device)[:, None].expand_as(real)[real])
+        ends = torch.zeros_like(real)
+        ends[:, -1] = True
+        last.append(ends[real])
+        done += len(indices)
+        watch(Event("unrelated text", done, len(rows)))
+    return torch.cat(keys), torch.cat(text), torch.cat(last)
+
+
+def _prompt_ends(loaded: Loaded, site: Site, prompts: Sequence[str], batch_size: int, watch: Watcher) -> Tensor:
+    """Keys (n, d_ff) at the last token of each prompt, in order."""
+    rows = [Row(tuple(loaded.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
+    ends: list[Tensor | None] = [None] * len(rows)
+    done = 0
+    for indices in in_batches(rows, batch_size):
+        batch = collate([rows[index] for index in indices]).to(loaded.device)
+        for index, key in zip(indices, capture(loaded.model, site, batch, above=False).keys[:, -1], strict=True):
+            ends[index] = key.float()
+        done += len(indices)
+        watch(Event("reworded facts", done, len(rows)))
+    return torch.stack([end for end in ends if end is not None])
+
+
+def _scaled(keys: Tensor) -> Tensor:
+    """Rows whose ``rowsᵀ rows`` is the keys' second moment."""
+    return keys / len(keys) ** 0.5
+
+
+def _even(keys: Tensor) -> Tensor:
+    """The same, with 1 as the mean eigenvalue."""
+    rows = _scaled(keys)
+    return rows * (rows.shape[1] / rows.square().sum().clamp(min=1e-12)).sqrt()
+
+
+def leading(rows: Tensor, rank: int = _RANK) -> Moment:
+    """The leading part of ``rowsᵀ rows`` for rows (n, d_ff); exact unless both sides are long."""
+    energy = rows.double().square().sum().reshape(1).float().cpu()
+    rank = min(rank, *rows.shape)
+    if min(rows.shape) > _EXACT:
+        with torch.random.fork_rng(devices=[rows.device] if rows.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            _, lengths, vectors = torch.svd_lowrank(rows, q=rank, niter=4)
+        return Moment(lengths.square().float().cpu(), vectors.T.float().contiguous().cpu(), energy)
+    tall = len(rows) >= rows.shape[1]
+    variances, vectors = torch.linalg.eigh((rows.T @ rows if tall else rows @ rows.T).double())
+    kept, vectors = variances[-rank:].flip(0).clamp(min=0), vectors[:, -rank:].flip(1).to(rows.dtype)
+    directions = vectors.T if tall else F.normalize(vectors.T @ rows, dim=-1)
+    return Moment(kept.float().cpu(), directions.float().contiguous().cpu(), energy)
+
+
+def _rounded(keys: Tensor) -> Tensor:
+    """As the cache gives them back, so that a second run makes the same bytes."""
+    return half(keys.cpu()).float()
+
+
+def save_unrelated(path: Path, unrelated: Unrelated, *, whole: bool = False) -> None:
+    """Write the statistics; ``whole`` keeps the keys that writers look at, too."""
+    tensors = {"keys": half(unrelated.keys), "size": unrelated.size}
+    for name in ("tokens", "wording"):
+        moment = getattr(unrelated, name)
+        tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
+    if whole:
+        tensors["against"] = half(unrelated.against)
+    save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
+
+
+def load_unrelated(path: Path, digest: str) -> Unrelated:
+    """Read ``unrelated.safetensors``.
+
+    Raises:
+        DamagedFileError: it is truncated or altered.
+    """
+    return _from_tensors(load_tensors(path, digest=digest), path)
+
+
+def _from_tensors(tensors: dict[str, Tensor], path: Path) -> Unrelated:
+    def moment(name: str) -> Moment:
+        return Moment(*(tensors[f"{name}.{part}"].float() for part in Moment.__dataclass_fields__))
+
+    try:
+        keys = tensors["keys"].float()
+        against = tensors.get("against", keys[:0]).float()
+        return Unrelated(keys, moment("tokens"), moment("wording"), tensors["size"], against)
+    except KeyError as error:
+        raise DamagedFileError(path, f"tensor {error.args[0]} is missing", "edit anew") from None

@@ -1,0 +1,152 @@
+"""The closed-form writer: find what each key should add, then solve for the change that adds it.
+
+1. For every edit and target position a residual ``v``, shared by all contexts, that added to the matrix's output makes
+   the layers above predict the target: a few steps of Adam through the suffix, until the edit's own targets are certain.
+2. ``Δ`` from keys and residuals in one solve (:mod:`wisecli.ridge`), its penalty chosen by what a context that was held
+   back then answers.
+3. If an edit still does not take, or the router needs its margins: a few passes of the true loss from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.capture import Activations, suffix_logits
+from wisecli.encode import NO_LABEL
+from wisecli.lessons import Lesson, learnt
+from wisecli.ridge import Penalty, Statistics, solve, statistics
+from wisecli.shards import Evidence
+from wisecli.writers.gradient import Progress, Task, Written, write_batched
+
+# Tried in this order, the heaviest first: of equally good ones the heaviest disturbs other text least.
+PENALTIES = tuple(Penalty(ridge, weight) for ridge in (1e-1, 1e-2, 1e-3, 1e-4) for weight in (1e-1, 1e-2, 0.0))
+# A lighter penalty must be right this much more often to be taken.
+_WORTH = 0.005
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The values that fill the mask, the penalty that was chosen, and the polish's mean losses."""
+
+    values: Tensor
+    penalty: Penalty
+    losses: tuple[float, ...]
+
+
+def fit_residuals(
+    task: Task, groups: Sequence[Sequence[Lesson]], on_group: Callable[[Progress], None]
+) -> dict[int, Tensor]:
+    """Residuals (positions, d) of each edit, by its number; a group holds all contexts of its edits."""
+    found: dict[int, Tensor] = {}
+    total = sum(len(set(torch.cat([lesson.edits for lesson in group]).tolist())) for group in groups)
+    for group in groups:
+        losses = _fit_group(task, group, found)
+        on_group(Progress(len(found), total, losses, float(losses < task.settings.stop_loss)))
+    return found
+
+
+def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) -> float:
+    """Fit one group; returns the mean loss of its target tokens at the end."""
+    settings, device = task.settings, task.unrelated.device
+    edits = torch.cat([lesson.edits for lesson in group]).unique()
+    positions = max(lesson.activations.batch.labels.shape[1] for lesson in group)
+    residuals = torch.zeros(len(edits), positions, task.site.d, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([residuals], lr=settings.residual_rate * task.unit / task.site.d**0.5)
+    places = [torch.searchsorted(edits, lesson.edits).to(device) for lesson in group]
+    unfinished = torch.ones(len(edits), dtype=torch.bool, device=device)
+    lengths = torch.zeros(len(edits), dtype=torch.long, device=device)
+    for lesson, place in zip(group, places, strict=True):
+        lengths[place] = (lesson.activations.batch.labels != NO_LABEL).sum(-1)
+    lessons = [(lesson.activations, place) for lesson, place in zip(group, places, strict=True)]
+    losses = torch.zeros(len(edits), device=device)
+    for _ in range(settings.residual_steps):
+        worst = torch.zeros(len(edits), device=device)
+        for activations, place in lessons:
+            added = residuals[place][:, : activations.batch.labels.shape[1]]
+            hidden = activations.hidden + added.to(activations.hidden.dtype)
+            rows, columns = activations.batch.labelled
+            logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
+            labels = activations.batch.labels[activations.batch.labels != NO_LABEL]
+            entropy = F.cross_entropy(logits, labels, reduction="none")
+            entropy.sum().backward()
+            worst.scatter_reduce_(0, place[rows], entropy.detach(), "amax")
+        losses[unfinished] = worst[unfinished]
+        done = unfinished & (worst < settings.residual_stop)
+        _keep(found, residuals, edits, lengths, done)
+        unfinished = unfinished & ~done
+        if not unfinished.any():
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+        lessons = _still_open(lessons, unfinished)
+    _keep(found, residuals, edits, lengths, unfinished)
+    return float(losses.mean())
+
+
+def _keep(found: dict[int, Tensor], residuals: Tensor, edits: Tensor, lengths: Tensor, which: Tensor) -> None:
+    for place in which.nonzero().flatten().tolist():
+        found[int(edits[place])] = residuals[place, : int(lengths[place])].detach().clone()
+
+
+def _still_open(lessons: list[tuple[Activations, Tensor]], unfinished: Tensor) -> list[tuple[Activations, Tensor]]:
+    """The rows whose edits are not done; rows are only dropped once they are many, as dropping copies the rest."""
+    kept = []
+    for activations, place in lessons:
+        rows = unfinished[place].nonzero().flatten()
+        few = len(rows) <= 0.75 * len(place)
+        if len(rows):
+            kept.append((activations.rows(rows), place[rows]) if few else (activations, place))
+    return kept
+
+
+def write_solved(
+    task: Task,
+    evidence: Evidence,
+    unrelated: Tensor,
+    lessons: Sequence[Lesson],
+    held_back: Sequence[Lesson],
+    on_pass: Callable[[Progress], None],
+) -> Solved:
+    """Solve for the mask's values, then polish them if that is needed.
+
+    Args:
+        evidence: keys and residuals; those of the held-back context are not fitted.
+        unrelated: second moment (d_ff, d_ff) of unrelated keys.
+        held_back: lessons of a context that no residual was fitted to; they choose the penalty.
+    """
+    fitted = ~evidence.held_out
+    known = statistics(evidence.keys[fitted], evidence.residuals[fitted])
+    values, penalty = _choose(task, known, unrelated, held_back)
+    shares = learnt(task.model, task.site, task.mask, values, lessons)
+    if task.settings.router != "norm" and min(shares.values()) == 1:
+        return Solved(values, penalty, ())
+    settings = replace(task.settings, passes=task.settings.polish, learning_rate=task.settings.polish_rate)
+    written: Written = write_batched(replace(task, settings=settings), lessons, on_pass, start=values)
+    return Solved(written.values, penalty, written.losses)
+
+
+def _choose(task: Task, known: Statistics, unrelated: Tensor, held_back: Sequence[Lesson]) -> tuple[Tensor, Penalty]:
+    """The heaviest penalty under which the held-back context is answered as well as under any."""
+    best: tuple[float, Tensor, Penalty] | None = None
+    for penalty in PENALTIES:
+        values = _masked(task, known, penalty, unrelated)
+        shares = learnt(task.model, task.site, task.mask, values, held_back, context=None)
+        right = sum(shares.values()) / max(len(shares), 1)
+        if best is None or right > best[0] + _WORTH:
+            best = (right, values, penalty)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _masked(task: Task, known: Statistics, penalty: Penalty, unrelated: Tensor) -> Tensor:
+    mask = task.mask
+    if mask.kind == "columns":
+        return solve(known, penalty, unrelated, columns=mask.indices.to(known.gram.device)).to(task.unrelated.device)
+    # Single weights share no inverse: the solution on whole columns, cut down to the mask.
+    whole = solve(known, penalty, unrelated)
+    return whole.flatten()[mask.indices.to(whole.device)].to(task.unrelated.device)

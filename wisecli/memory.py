@@ -5,8 +5,7 @@
     y = W a + b + v_i              of kind ``lookup``: the residual v_i of the edit's key i that is nearest to a
 
 The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768,
-equations 3 and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened by what wording alone does to
-keys (router ``key``). Of several memories the one whose score exceeds its threshold by the largest factor answers
+equations 3 and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened (router ``key``). Of several memories the one whose score exceeds its threshold by the largest factor answers
 (equation 8). A lookup counts every edit as a memory of its own.
 """
 
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 UNROUTED = -1
 # Once a prompt has opened a lookup for the whole row, keys this share as near as the threshold still count.
 _REACH = 0.5
-_SETTINGS = ("router", "routing", "floor", "kind", "sharpness")
+_SETTINGS = ("router", "routing", "kind", "sharpness")
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,10 @@ class SideMemory:
 
     ``tensors`` of kind ``matrix``: ``columns`` (M, k) the input coordinates each memory reads; ``delta`` (M, d, k) its
     change ``Δ`` there. Of kind ``lookup``: ``values`` (m, d) the residuals; ``value`` (n,) which of them each key adds.
-    With router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what makes keys of all
-    positions comparable; ``owner`` (n,) the memory it belongs to; ``directions`` (r, d_ff) and ``gains`` (r,), which
-    with ``floor`` make up the whitening ``P = floor · I + directionsᵀ diag(gains) directions``.
+    With router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what makes keys of both
+    kinds comparable; ``owner`` (n,) the memory it belongs to; ``metric`` (n,) the whitening it is seen through, of those
+    that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
+    ``P = floor · I + directionsᵀ diag(gains) directions``.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
     follows. ``sharpness`` β > 0 lets a lookup add the mean of all residuals, weighted by ``softmax(β · score)``; 0 adds
@@ -45,7 +45,6 @@ class SideMemory:
     thresholds: tuple[float, ...]
     router: str = "norm"
     routing: str = "token"
-    floor: float = 1.0
     kind: str = "matrix"
     sharpness: float = 0.0
 
@@ -79,8 +78,10 @@ class RoutedMatrix(nn.Module):
     delta: Tensor
     probes: Tensor
     owner: Tensor
+    metric: Tensor
     directions: Tensor
     gains: Tensor
+    floors: Tensor
     values: Tensor
     value: Tensor
 
@@ -92,7 +93,7 @@ class RoutedMatrix(nn.Module):
         for name, tensor in memory.tensors.items():
             # Half precision is for keeping; the arithmetic is the model's.
             self.register_buffer(name, tensor.to(self.weight.dtype) if tensor.dtype == torch.float16 else tensor)
-        self.thresholds, self.router, self.floor = memory.thresholds, memory.router, memory.floor
+        self.thresholds, self.router = memory.thresholds, memory.router
         self.kind, self.sharpness = memory.kind, memory.sharpness
         self.gate = PromptGate() if memory.routing == "sequence" else None
         self.enabled = True
@@ -119,8 +120,9 @@ class RoutedMatrix(nn.Module):
     def cosines(self, keys: Tensor) -> Tensor:
         """Whitened cosine of every key with every probe: (..., d_ff) → (..., n)."""
         keys = keys.to(self.probes.dtype)
-        spread = self.floor * keys.square().sum(-1) + F.linear(keys, self.directions).square() @ self.gains
-        return F.linear(keys, self.probes) / spread.clamp(min=1e-12).sqrt()[..., None]
+        along = F.linear(keys, self.directions.flatten(0, 1)).unflatten(-1, self.gains.shape)
+        spread = self.floors * keys.square().sum(-1, keepdim=True) + (along.square() * self.gains).sum(-1)
+        return F.linear(keys, self.probes) * spread.clamp(min=1e-12).rsqrt()[..., self.metric]
 
     def choose(self, scores: Tensor) -> Tensor:
         """Which memory answers each token, ``UNROUTED`` for none: (..., M) → (...)."""

@@ -15,16 +15,14 @@ from wisecli.errors import DamagedFileError
 from wisecli.memory import SideMemory
 from wisecli.site import Fingerprint, Site
 from wisecli.storage import load_tensors, read_json, save_tensors, sha256_file, write_json
-from wisecli.unrelated import Moment
+from wisecli.unrelated import Whitening
 
 MANIFEST_NAME = "router.json"
 MEMORY_NAME = "memory.safetensors"
 SCHEMA = "wise.memory/1"
+# How much nearer than to its answer's own tokens elsewhere a key must be, and how near is always near enough.
+_APART, _SURE = 0.02, 0.985
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
-# Rank of the whitening: beyond it the moment is taken as even in all directions. 512 routes no better.
-_RANK = 256
-# Eigenvalues of the covariance are raised by this share of their mean before they are inverted.
-_SHRINKAGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -74,52 +72,39 @@ def _summary(scores: Tensor) -> dict[str, float]:
     return {f"{share:g}": round(quantile(scores, share), 6) for share in _QUANTILES}
 
 
-@dataclass(frozen=True)
-class Whitening:
-    """``P = floor · I + directionsᵀ diag(gains) directions``: directions (r, d_ff), gains (r,)."""
-
-    directions: Tensor
-    gains: Tensor
-    floor: float
-
-    def apply(self, keys: Tensor) -> Tensor:
-        """``P a`` for keys (..., d_ff)."""
-        return self.floor * keys + ((keys @ self.directions.T) * self.gains) @ self.directions
-
-
-def whitening(moment: Moment) -> Whitening:
-    """The inverse of a second moment, shrunk, from its leading part; what that leaves is spread evenly."""
-    d_ff = moment.directions.shape[1]
-    energy = float(moment.energy)
-    leading = moment.variances[:_RANK]
-    mean = energy / d_ff
-    rest = max(energy - float(leading.sum()), 0.0) / max(d_ff - len(leading), 1)
-    raised = mean * _SHRINKAGE
-    floor = 1 / (rest + raised)
-    # The unit in which P is measured cancels in a cosine; this one keeps its entries near 1.
-    return Whitening(moment.directions[: len(leading)], mean * (1 / (leading + raised) - floor), mean * floor)
-
-
-def key_router(keys: Tensor, owner: Tensor, white: Whitening) -> dict[str, Tensor]:
-    """Tensors of the key router for the edits' keys (n, d_ff) and the memory (n,) that each belongs to."""
-    turned = white.apply(keys)
-    length = (keys * turned).sum(-1).clamp(min=1e-12).sqrt()
-    return {"probes": turned / length[:, None], "owner": owner, "directions": white.directions, "gains": white.gains}
-
-
-def even_out(first: Tensor, peaks: Tensor, *, false_alarm: float) -> Tensor:
-    """Factors (n,) for the probes that let the key a prompt ends in and the keys inside an answer share one threshold.
-
-    Inside an answer the token itself says most, so that unrelated text with the same name in it comes much nearer than
-    it ever comes to the end of a prompt; one threshold for both would shut out rephrases or let names through.
+def key_router(keys: Tensor, owner: Tensor, metric: Tensor, metrics: Sequence[Whitening]) -> dict[str, Tensor]:
+    """Tensors of the key router.
 
     Args:
-        first: which probes are keys that prompts end in (n,).
-        peaks: highest cosine of each unrelated key with a probe of that kind, and with one of the other (m, 2).
-        false_alarm: share of unrelated keys that each kind lets through on its own.
+        keys: of the edits (n, d_ff), with the memory that each opens, ``owner`` (n,), and the whitening it is seen
+            through, ``metric`` (n,).
+        metrics: the whitenings, of equal rank.
     """
-    ends, inside = (max(quantile(peak, 1 - false_alarm), 1e-6) for peak in peaks.T)
-    return torch.where(first, 1.0, ends / inside)
+    probes = torch.empty_like(keys)
+    for number, white in enumerate(metrics):
+        probes[metric == number] = white.probes(keys[metric == number])
+    return {
+        "probes": probes,
+        "owner": owner,
+        "metric": metric,
+        "directions": torch.stack([white.directions for white in metrics]),
+        "gains": torch.stack([white.gains for white in metrics]),
+        "floors": torch.tensor([white.floor for white in metrics]),
+    }
+
+
+def even_out(peaks: Tensor, metric: Tensor, elsewhere: Tensor, shares: Sequence[float]) -> Tensor:
+    """Factors (n,) for the probes that let all keys share one threshold.
+
+    Args:
+        peaks: highest cosine of each unrelated key with a probe of either kind (m, 2).
+        metric: the kind of each probe (n,).
+        elsewhere: how near a probe comes to its answer's own tokens after prompts it does not answer (n,).
+        shares: of unrelated keys, that each kind lets through on its own.
+    """
+    levels = torch.tensor([quantile(peak, 1 - share) for peak, share in zip(peaks.T, shares, strict=True)])
+    levels = levels.clamp(min=1e-6)
+    return levels[0] / torch.maximum(levels[metric], (elsewhere + _APART).clamp(max=_SURE) * (elsewhere > 0))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""What a base model makes of text that no edit may touch: measured once a model and layer, kept in the user's cache.
+"""What a base model makes of text that no edit may touch: measured once a model and layer, then cached.
 
-Three things come of it. A sample of keys that edits must stay away from calibrates the router. The second moment of all
-keys weighs what a change of the matrix may disturb. And the *wording* moment is the router's metric: the second moment of
-the keys that prompts end in, plus, many times over, what a change of wording alone does to them. Whitened by it, keys of
-one fact asked in several ways come close, and keys of different facts in the same words come apart.
+A sample of keys that edits must stay away from calibrates the router. Two second moments whiten keys for it. That of all
+*tokens* makes keys inside an answer comparable. That of *wording* is for the keys that prompts end in: the moment of
+those, plus, many times over, of what a change of wording alone does to them. Whitened by it, keys of one fact asked in
+several ways come close, and keys of different facts asked in the same words come apart.
 """
 
 from __future__ import annotations
@@ -36,14 +36,18 @@ _SUBJECTS = 8
 _SAMPLE, _RANK = 4096, 512
 # A decomposition is exact up to this many rows or columns.
 _EXACT = 4096
-# How often what wording does counts, both moments at trace 1. More changes nothing; at 0 a rephrase in ten is lost.
+# How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
 _WORDING = 8.0
-_VERSION = 1
+# Rank of a whitening: beyond it the moment is taken as even in all directions. 512 routes no better.
+_WHITENED = 256
+# Eigenvalues are raised by this share of their mean before they are inverted.
+_SHRINKAGE = 0.1
+_VERSION = 4
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The leading eigenvalues ``variances`` (r,) and ``directions`` (r, d_ff) of ``E[a aᵀ]``; ``energy`` (1,) its trace."""
+    """Leading eigenvalues ``variances`` (r,) and ``directions`` (r, d_ff) of ``E[a aᵀ]``; ``energy`` (1,) its trace."""
 
     variances: Tensor
     directions: Tensor
@@ -58,11 +62,49 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Unrelated:
-    """Keys (n, d_ff) that no writer ever sees, for calibration; the moment of all tokens; the router's metric.
+class Whitening:
+    """``P = floor · I + directionsᵀ diag(gains) directions``: directions (r, d_ff), gains (r,)."""
 
-    ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``against`` (m, d_ff) are the keys that
-    writers may look at; they stay with ``wise edit`` and are not written into shards.
+    directions: Tensor
+    gains: Tensor
+    floor: float
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """``P a`` for keys (..., d_ff)."""
+        return self.floor * keys + ((keys @ self.directions.T) * self.gains) @ self.directions
+
+    def probes(self, keys: Tensor) -> Tensor:
+        """``P e / √(eᵀP e)`` for keys (n, d_ff)."""
+        turned = self.apply(keys)
+        return turned / (keys * turned).sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
+
+    def cosines(self, first: Tensor, second: Tensor) -> Tensor:
+        """Whitened cosines of keys (n, d_ff) with keys (m, d_ff): (n, m)."""
+        probes = self.probes(second)
+        lengths = (first * self.apply(first)).sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
+        found: Tensor = first @ probes.T / lengths
+        return found
+
+
+def whitening(moment: Moment) -> Whitening:
+    """The inverse of a second moment, shrunk, from its leading part; what that leaves is spread evenly."""
+    d_ff = moment.directions.shape[1]
+    energy = float(moment.energy)
+    leading = moment.variances[:_WHITENED]
+    mean = energy / d_ff
+    rest = max(energy - float(leading.sum()), 0.0) / max(d_ff - len(leading), 1)
+    raised = mean * _SHRINKAGE
+    floor = 1 / (rest + raised)
+    # The unit in which P is measured cancels in a cosine; this one keeps its entries near 1.
+    return Whitening(moment.directions[: len(leading)], mean * (1 / (leading + raised) - floor), mean * floor)
+
+
+@dataclass(frozen=True)
+class Unrelated:
+    """Keys (n, d_ff) that no writer sees, for calibration; the moments of all tokens and of wording.
+
+    ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``against`` (m, d_ff) are the keys
+    that writers may look at; they stay with ``wise edit`` and are not written into shards.
     """
 
     keys: Tensor
@@ -130,11 +172,11 @@ def _measure(
     unseen = text % 2 == 0
     ways = ends.view(len(facts) + len(asked), -1, ends.shape[-1])
     strayed = (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
-    wording = torch.cat([_even(torch.cat([keys[last & ~unseen], ends])), _even(strayed) * _WORDING**0.5])
+    wording = leading(torch.cat([_even(torch.cat([keys[last & ~unseen], ends])), _even(strayed) * _WORDING**0.5]))
     size = (keys @ matrix.to(keys).T).norm(dim=-1).median().reshape(1)
     spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
     sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
-    return Unrelated(_rounded(sample), leading(_scaled(keys)), leading(wording), size.cpu(), _rounded(against))
+    return Unrelated(_rounded(sample), leading(_scaled(keys)), wording, size.cpu(), _rounded(against))
 
 
 def keys_of_texts(
@@ -179,7 +221,8 @@ def _scaled(keys: Tensor) -> Tensor:
 def _even(keys: Tensor) -> Tensor:
     """The same, with 1 as the mean eigenvalue."""
     rows = _scaled(keys)
-    return rows * (rows.shape[1] / rows.square().sum().clamp(min=1e-12)).sqrt()
+    evened: Tensor = rows * (rows.shape[1] / rows.square().sum().clamp(min=1e-12)).sqrt()
+    return evened
 
 
 def leading(rows: Tensor, rank: int = _RANK) -> Moment:
@@ -225,7 +268,7 @@ def load_unrelated(path: Path, digest: str) -> Unrelated:
 
 def _from_tensors(tensors: dict[str, Tensor], path: Path) -> Unrelated:
     def moment(name: str) -> Moment:
-        return Moment(*(tensors[f"{name}.{part}"].float() for part in Moment.__dataclass_fields__))
+        return Moment(*(tensors[f"{name}.{part}"] for part in Moment.__dataclass_fields__))
 
     try:
         keys = tensors["keys"].float()

@@ -85,7 +85,7 @@ def merge(
         return MergeReport(output, *names, (), time.perf_counter() - started, peak, planned=True)
     watch(Event("shards"))
     loaded = [directory.load(entry) for directory in directories for entry in directory.shards]
-    owners = (tuple(edit.id for edit in edits),)
+    owners: tuple[tuple[str, ...], ...] = (tuple(edit.id for edit in edits),)
     if mode == "retrieve":
         owners = tuple(entry.edits for directory in directories for entry in directory.shards)
     material = _material(directories, loaded)

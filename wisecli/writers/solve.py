@@ -1,7 +1,7 @@
 """The closed-form writer: find what each key should add, then solve for the change that adds it.
 
 1. For every edit and target position a residual ``v``, shared by all contexts, that added to the matrix's output makes
-   the layers above predict the target: a few steps of Adam through the suffix, until the edit's own targets are certain.
+   the layers above predict the target: a few steps of Adam through the suffix, until the edit's targets are certain.
 2. ``Δ`` from keys and residuals in one solve (:mod:`wisecli.ridge`), its penalty chosen by what a context that was held
    back then answers.
 3. If an edit still does not take, or the router needs its margins: a few passes of the true loss from there.

@@ -19,10 +19,13 @@ from wisecli.generation import end_token
 from wisecli.models import Loaded
 from wisecli.shards import Evidence, Mask
 from wisecli.site import Site
+from wisecli.unrelated import Whitening
 
 Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Keys of one position under two contexts count as the same above this cosine.
 _SAME = 0.98
+# Prompts that no answer belongs to.
+_ELSEWHERE = ("The report says that it was called", "When was the old bridge built?")
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,16 @@ def learnt(
     return {edit: float(torch.cat(parts).mean()) for edit, parts in right.items()}
 
 
-def gather_evidence(lessons: Sequence[Lesson], held_out: int, residual: Residual) -> Evidence:
+def gather_evidence(
+    lessons: Sequence[Lesson], held_out: int, residual: Residual, elsewhere: dict[int, Tensor], white: Whitening
+) -> Evidence:
     """What a shard was asked to store, read off its lessons.
 
     Args:
         held_out: the context kept for calibration.
         residual: what should be added, from keys (n, d_ff), edits (n,) and positions (n,).
+        elsewhere: keys of each edit's answer after prompts that it does not answer.
+        white: the whitening that keys inside answers are seen through.
     """
     fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context")}
     for lesson in lessons:
@@ -132,7 +139,29 @@ def gather_evidence(lessons: Sequence[Lesson], held_out: int, residual: Residual
         fields["context"].append(lesson.contexts[rows])
     joined = {name: torch.cat(parts) for name, parts in fields.items()}
     residuals = residual(joined["keys"], joined["edit"], joined["position"])
-    return thinned(Evidence(residuals=residuals, held_out=joined["context"] == held_out, **joined))
+    near = torch.zeros(len(joined["keys"]))
+    for edit, keys in elsewhere.items():
+        inside = (joined["edit"] == edit) & (joined["position"] > 0)
+        if len(keys) and bool(inside.any()):
+            near[inside] = white.cosines(joined["keys"][inside], keys).amax(-1)
+    return thinned(Evidence(residuals=residuals, held_out=joined["context"] == held_out, elsewhere=near, **joined))
+
+
+def keys_elsewhere(
+    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool
+) -> dict[int, Tensor]:
+    """Keys (n, d_ff) inside each numbered edit's answer where it stands after prompts that it does not answer."""
+    end = end_token(loaded.model) if train_end else None
+    rows = [encode(loaded.tokenizer, prompt, edit.target, end=end) for prompt in _ELSEWHERE for _, edit in edits]
+    found: dict[int, list[Tensor]] = {number: [] for number, _ in edits}
+    for indices in in_batches(rows, batch_size, by_target=True):
+        batch = collate([rows[index] for index in indices]).to(loaded.device)
+        keys = capture(loaded.model, site, batch, above=False).keys[:, batch.start :].float().cpu()
+        inside = (batch.labels != NO_LABEL).cpu()
+        inside[:, 0] = False
+        for index, own, real in zip(indices, keys, inside, strict=True):
+            found[edits[index % len(edits)][0]].append(own[real])
+    return {number: torch.cat(parts) for number, parts in found.items()}
 
 
 def thinned(evidence: Evidence) -> Evidence:

@@ -5,8 +5,9 @@
     y = W a + b + v_i              of kind ``lookup``: the residual v_i of the edit's key i that is nearest to a
 
 The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768,
-equations 3 and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened (router ``key``). Of several memories the one whose score exceeds its threshold by the largest factor answers
-(equation 8). A lookup counts every edit as a memory of its own.
+equations 3 and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened (router ``key``). Of several
+memories the one whose score exceeds its threshold by the largest factor answers (equation 8). A lookup counts every
+edit as a memory of its own.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class SideMemory:
     """M side memories of one matrix and what routes to them.
 
     ``tensors`` of kind ``matrix``: ``columns`` (M, k) the input coordinates each memory reads; ``delta`` (M, d, k) its
-    change ``Δ`` there. Of kind ``lookup``: ``values`` (m, d) the residuals; ``value`` (n,) which of them each key adds.
-    With router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what makes keys of both
-    kinds comparable; ``owner`` (n,) the memory it belongs to; ``metric`` (n,) the whitening it is seen through, of those
+    change ``Δ`` there. Of kind ``lookup``: ``values`` (m, d) the residuals; ``value`` (n,) the one each key adds. With
+    router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what lets all share one
+    threshold; ``owner`` (n,) the memory it belongs to; ``metric`` (n,) the whitening it is seen through, of those
     that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
     ``P = floor · I + directionsᵀ diag(gains) directions``.
 
@@ -122,7 +123,8 @@ class RoutedMatrix(nn.Module):
         keys = keys.to(self.probes.dtype)
         along = F.linear(keys, self.directions.flatten(0, 1)).unflatten(-1, self.gains.shape)
         spread = self.floors * keys.square().sum(-1, keepdim=True) + (along.square() * self.gains).sum(-1)
-        return F.linear(keys, self.probes) * spread.clamp(min=1e-12).rsqrt()[..., self.metric]
+        lengths: Tensor = spread.clamp(min=1e-12).sqrt()
+        return F.linear(keys, self.probes) / lengths[..., self.metric]
 
     def choose(self, scores: Tensor) -> Tensor:
         """Which memory answers each token, ``UNROUTED`` for none: (..., M) → (...)."""

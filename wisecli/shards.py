@@ -95,6 +95,8 @@ class Evidence:
 
     Shapes: ``keys`` (n, d_ff), ``residuals`` (n, d); ``edit`` (place in the manifest's list), ``position`` (0 = last
     prompt token) and ``context`` are (n,). ``held_out`` (n,) marks contexts that were never trained on.
+    ``elsewhere`` (n,) is the highest whitened cosine of a key inside an answer with the same answer's keys after
+    prompts that it does not answer; nought for keys that prompts end in.
     """
 
     keys: Tensor
@@ -103,6 +105,7 @@ class Evidence:
     position: Tensor
     context: Tensor
     held_out: Tensor
+    elsewhere: Tensor
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
         "evidence.position": evidence.position.to(torch.int32),
         "evidence.context": evidence.context.to(torch.int32),
         "evidence.held_out": evidence.held_out,
+        "evidence.elsewhere": evidence.elsewhere,
     }
     about = {"mask_kind": shard.mask.kind, "seed": seed, "edits": list(edits)}
     save_tensors(path, tensors, {"wise.shard": json.dumps(about)})
@@ -146,8 +150,7 @@ def load_shard(path: Path, site: Site, kind: MaskKind, digest: str) -> Shard:
     tensors = load_tensors(path, digest=digest)
     try:
         mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.d_ff)
-        fields = ("keys", "residuals", "edit", "position", "context", "held_out")
-        evidence = Evidence(**{name: tensors[f"evidence.{name}"] for name in fields})
+        evidence = Evidence(**{name: tensors[f"evidence.{name}"] for name in Evidence.__dataclass_fields__})
         values = tensors["delta.values"]
     except KeyError as error:
         raise DamagedFileError(path, f"tensor {error.args[0]} is missing", "edit anew") from None

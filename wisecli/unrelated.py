@@ -1,9 +1,9 @@
 """What a base model makes of text that no edit may touch: measured once a model and layer, then cached.
 
-A sample of keys that edits must stay away from calibrates the router. Two second moments whiten keys for it. That of all
-*tokens* makes keys inside an answer comparable. That of *wording* is for the keys that prompts end in: the moment of
-those, plus, many times over, of what a change of wording alone does to them. Whitened by it, keys of one fact asked in
-several ways come close, and keys of different facts asked in the same words come apart.
+A sample of keys that edits must stay away from calibrates the router. Two second moments whiten keys for it. That of
+all *tokens* is for keys inside answers. That of *wording* is for the keys that prompts end in: the moment of those, plus,
+many times over, of what a change of wording alone does to them. Whitened by it, keys of one fact asked in several ways
+come close, and keys of different facts asked in the same words come apart.
 """
 
 from __future__ import annotations

@@ -15,14 +15,22 @@ from wisecli.edits import Edit, read_edits
 from wisecli.encode import in_batches
 from wisecli.errors import GateFailedError
 from wisecli.events import Event, Watcher, ignore
-from wisecli.lessons import Lesson, capture_lessons, encode_edits, gather_evidence, learnt, write_contexts
+from wisecli.lessons import (
+    Lesson,
+    capture_lessons,
+    encode_edits,
+    gather_evidence,
+    keys_elsewhere,
+    learnt,
+    write_contexts,
+)
 from wisecli.models import Loaded, load_model
 from wisecli.pipeline.reports import peak_rss_bytes, versions
 from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry, write_shard_directory
 from wisecli.shards import Shard, random_mask, save_shard, split_edits
 from wisecli.site import Fingerprint, Site, find_site, fingerprint, load_matrix
 from wisecli.storage import Checkpoint, refuse_existing, require_space, resolve_model, sha256_file, whole_directory
-from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated, save_unrelated
+from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated, save_unrelated, whitening
 from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential
 from wisecli.writers.solve import fit_residuals, write_solved
 
@@ -216,6 +224,8 @@ class _Writer:
             [*lessons, *self._capture(part, self._held_back)],
             len(self.contexts) - 1,
             lambda keys, _edits, _positions: mask.update(mask.restrict(keys), values),
+            self._elsewhere(part),
+            whitening(self.unrelated.tokens),
         )
         return Shard(mask, values, evidence), written.losses, None, shares
 
@@ -230,7 +240,9 @@ class _Writer:
         lessons = [lesson for group in groups for lesson in group]
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
         held_back = self._capture(part, self._held_back)
-        evidence = gather_evidence([*lessons, *held_back], len(self.contexts) - 1, _looked_up(residuals))
+        white, elsewhere = whitening(self.unrelated.tokens), self._elsewhere(part)
+        last = len(self.contexts) - 1
+        evidence = gather_evidence([*lessons, *held_back], last, _looked_up(residuals), elsewhere, white)
         tokens = self.unrelated.tokens.dense()
         middle = held_back[len(held_back) // 2 :][:1]
         solved = write_solved(task, evidence, tokens, lessons, middle, _passes(f"{stage} polish", self.watch))
@@ -245,6 +257,11 @@ class _Writer:
     @property
     def _held_back(self) -> list[tuple[int, str]]:
         return [(len(self.contexts) - 1, self.contexts[-1])]
+
+    def _elsewhere(self, part: Sequence[int]) -> dict[int, Tensor]:
+        numbered = [(place, self.edits[place]) for place in part]
+        size, train_end = self.settings.batch_size, self.settings.train_end
+        return keys_elsewhere(self.loaded, self.site, numbered, batch_size=size, train_end=train_end)
 
     def _capture(self, part: Sequence[int], contexts: Sequence[tuple[int, str]]) -> list[Lesson]:
         numbered = [(place, self.edits[place]) for place in part]

@@ -192,6 +192,9 @@ def evaluate(
     memory: Memory = None,
     model: Model = None,
     batch_size: Annotated[int | None, _setting(EvalSettings, "batch_size", "Rows at a time.")] = None,
+    chat: Annotated[
+        bool | None, _setting(EvalSettings, "chat", "Ask in the chat template.", "--chat/--no-chat")
+    ] = None,
     generate: Annotated[
         bool | None, _setting(EvalSettings, "generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
@@ -260,6 +263,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
     explain: Annotated[bool, typer.Option("--explain", help="Say which memory answered each token.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the chat template.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
@@ -275,7 +279,7 @@ def generate(
     lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with console.watching():
-        answers = run(place, prompts, model=base, explain=explain, **lengths, **named)
+        answers = run(place, prompts, model=base, explain=explain, chat=chat, **lengths, **named)
     console.answered(answers)
 
 

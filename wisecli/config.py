@@ -72,7 +72,7 @@ class MergeSettings:
     router: Literal["key", "norm"] | None = None
     routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
-    false_alarm: float = 0.006
+    false_alarm: float = 0.004
     sharpness: float = 0.0  # the nearest key alone: a mean over keys loses edits that are alike
     seed: int = 0
 
@@ -84,6 +84,7 @@ class EvalSettings:
     dataset: str | None = None
     edits: int | None = None
     batch_size: int = 32
+    chat: bool = False
     generate: bool = True
     max_new_tokens: int | None = None  # the longest target and a little more
 

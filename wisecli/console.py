@@ -186,7 +186,11 @@ def _steps(answer: Answer) -> Table:
     table.add_column("answered by")
     table.add_column("score", justify="right")
     table.add_column("threshold", justify="right")
+    lookup = any(step.edit is not None for step in answer.steps)
+    if lookup:
+        table.add_column("nearest edit")
     for step in answer.steps:
         who = "main memory" if step.memory is None else f"side memory {step.memory}"
-        table.add_row(Text(repr(step.token)[1:-1]), who, f"{step.score:.3f}", f"{step.threshold:.3f}")
+        near = [Text(step.edit or "")] if lookup else []
+        table.add_row(Text(repr(step.token)[1:-1]), who, f"{step.score:.3f}", f"{step.threshold:.3f}", *near)
     return table

@@ -43,11 +43,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row under the unedited and the edited model; ``same`` is the share of target tokens with equal arg-max."""
+    """One row under the unedited and the edited model; ``same`` is the share of target tokens with equal arg-max.
+
+    ``opened`` is the memory that the prompt's last token opened, or ``UNROUTED``.
+    """
 
     before: Reading
     after: Reading
     same: float
+    opened: int
 
 
 @torch.no_grad()
@@ -67,7 +71,7 @@ def teacher_forced(
             base = capture(edited.model, edited.manifest.site, batch, select=batch.labelled)
         routes = _routes(edited, base, prompt_opens=prompt_opens)
         after = _edited_logits(edited, base, routes)
-        for place, one in zip(indices, _measure(base, after), strict=True):
+        for place, one in zip(indices, _measure(base, after, routes[:, batch.start]), strict=True):
             measured[place] = one
         done += len(indices)
         watch(Event(stage, done, len(rows)))
@@ -103,13 +107,13 @@ def _edited_logits(edited: Edited, base: Activations, routes: Tensor) -> Tensor:
     return after
 
 
-def _measure(base: Activations, after: Tensor) -> list[Measured]:
+def _measure(base: Activations, after: Tensor, opened: Tensor) -> list[Measured]:
     rows = base.batch.labelled[0]
     labels = base.batch.labels[base.batch.labels != NO_LABEL]
     readings = [_read(logits, labels, rows, len(base.batch.ids)) for logits in (base.logits, after)]
     equal = (base.logits.argmax(-1) == after.argmax(-1)).float()
     same = _row_means(equal, rows, len(base.batch.ids)).tolist()
-    return [Measured(before, now, share) for before, now, share in zip(*readings, same, strict=True)]
+    return [Measured(*one) for one in zip(*readings, same, opened.tolist(), strict=True)]
 
 
 def _read(logits: Tensor, labels: Tensor, rows: Tensor, count: int) -> list[Reading]:

@@ -58,11 +58,8 @@ def write_merged(output: Path, base: Path, checkpoint: Checkpoint, manifest: Man
     """Write a stock checkpoint in which ``W + Δ`` has taken the place of ``W``.
 
     Raises:
-        ModelError: the memory holds more than one delta.
+        ModelError: the memory is a lookup, or holds more than one delta.
     """
-    tensors = manifest.memory.tensors
-    if len(tensors["delta"]) != 1:
-        raise ModelError("a memory of several side memories cannot be exported as merged; use --format routed")
     site = manifest.site
     matrix = load_matrix(checkpoint, site)
     changed = (matrix.float() + dense(manifest)).to(matrix.dtype)
@@ -80,8 +77,16 @@ def write_merged(output: Path, base: Path, checkpoint: Checkpoint, manifest: Man
 
 
 def dense(manifest: Manifest) -> Tensor:
-    """``Δ`` (d, d_ff) of a memory that holds one."""
+    """``Δ`` (d, d_ff) of a memory that holds one.
+
+    Raises:
+        ModelError: the memory is a lookup, or holds more than one delta.
+    """
     site, tensors = manifest.site, manifest.memory.tensors
+    if manifest.memory.kind == "lookup":
+        raise ModelError("a lookup memory has no matrix to merge; merge with --mode merge, or use --format routed")
+    if len(tensors["delta"]) != 1:
+        raise ModelError("a memory of several side memories cannot be exported as merged; use --format routed")
     change = torch.zeros(site.d, site.d_ff)
     return change.index_add(1, tensors["columns"][0], tensors["delta"][0].float())
 

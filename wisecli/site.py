@@ -21,7 +21,7 @@ else:
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 # The paper's best layers lie at about four fifths of the depth (section 3.3: layer 27 of 32), and so do ours.
-_AUTO_DEPTH = 0.8
+AUTO_DEPTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
             f"{directory}: architecture {architecture!r} is not supported; known are {', '.join(sorted(table))}"
         )
     row = table[architecture]
-    count = next((int(config[name]) for name in _LAYER_COUNTS if name in config), 0)
-    index = _layer_index(layer, count)
+    index = _layer_index(layer, layer_count(directory))
     layer_module = f"{row['layers']}.{index}"
     module = f"{layer_module}.{row['value']}"
     weight = stored_weight(checkpoint, module)
@@ -95,9 +94,15 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
     return Site(architecture, index, layer_module, module, transposed, d, d_ff)
 
 
+def layer_count(directory: Path) -> int:
+    """How many layers a model has, from its ``config.json``."""
+    config = read_json(directory / "config.json")
+    return next((int(config[name]) for name in _LAYER_COUNTS if name in config), 0)
+
+
 def _layer_index(layer: str | int, count: int) -> int:
     if layer == "auto":
-        return max(0, min(round(_AUTO_DEPTH * count), count - 2))
+        return max(0, min(round(AUTO_DEPTH * count), count - 2))
     try:
         index = int(layer)
     except ValueError:

@@ -1,9 +1,9 @@
 """What a base model makes of text that no edit may touch: measured once a model and layer, then cached.
 
 A sample of keys that edits must stay away from calibrates the router. Two second moments whiten keys for it. That of
-all *tokens* is for keys inside answers. That of *wording* is for the keys that prompts end in: the moment of those, plus,
-many times over, of what a change of wording alone does to them. Whitened by it, keys of one fact asked in several ways
-come close, and keys of different facts asked in the same words come apart.
+all *tokens* is for keys inside answers. That of *wording* is for the keys that prompts end in: the moment of those,
+plus, many times over, of what a change of wording alone does to them. Whitened by it, keys of one fact asked in several
+ways come close, and keys of different facts asked in the same words come apart.
 """
 
 from __future__ import annotations
@@ -215,7 +215,8 @@ def _prompt_ends(loaded: Loaded, site: Site, prompts: Sequence[str], batch_size:
 
 def _scaled(keys: Tensor) -> Tensor:
     """Rows whose ``rowsᵀ rows`` is the keys' second moment."""
-    return keys / len(keys) ** 0.5
+    rows: Tensor = keys / len(keys) ** 0.5
+    return rows
 
 
 def _even(keys: Tensor) -> Tensor:

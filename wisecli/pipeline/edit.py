@@ -15,6 +15,7 @@ from wisecli.edits import Edit, read_edits
 from wisecli.encode import in_batches
 from wisecli.errors import GateFailedError
 from wisecli.events import Event, Watcher, ignore
+from wisecli.layers import probe_layer
 from wisecli.lessons import (
     Lesson,
     capture_lessons,
@@ -104,6 +105,9 @@ def edit(
     watch(Event("model"))
     loaded = load_model(directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     encode_edits(loaded, edits, "", train_end=settings.train_end)
+    if settings.layer == "auto" and settings.writer == "solve":
+        site = probe_layer(loaded, directory, checkpoint, base, batch_size=settings.batch_size, watch=watch)
+        base = fingerprint(directory, checkpoint, site)
     stored = str(directory.absolute()) if Path(model).is_dir() else model
     with whole_directory(output, force=force) as working:
         contexts = write_contexts(

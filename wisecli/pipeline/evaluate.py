@@ -12,6 +12,7 @@ from typing import Any
 
 from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
+from wisecli.contexts import chat_prompt
 from wisecli.datasets import BENCHMARKS
 from wisecli.edits import Edit, read_edits
 from wisecli.encode import Row, encode
@@ -20,6 +21,7 @@ from wisecli.evaluate import Measured, Reading, generated, teacher_forced
 from wisecli.events import Watcher, ignore
 from wisecli.fetch import fetch_benchmark
 from wisecli.pipeline.reports import peak_rss_bytes, versions
+from wisecli.router import Manifest
 
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
 LOWER_IS_BETTER = ("perplexity", "perplexity_median", "perplexity_clipped")
@@ -136,7 +138,10 @@ class _Measuring:
     def run(self) -> None:
         reliability = self._run("reliability", [[(edit.prompt, edit.target)] for edit in self.records])
         self._perplexity(reliability)
-        self._run("generalization", [[(text, edit.target) for text in edit.rephrases] for edit in self.records])
+        rephrased = self._run(
+            "generalization", [[(text, edit.target) for text in edit.rephrases] for edit in self.records]
+        )
+        self._routing(rephrased)
         self._locality()
         self._run("portability", [[(p.prompt, p.answer) for p in edit.portability] for edit in self.records])
         self._ood()
@@ -167,9 +172,12 @@ class _Measuring:
 
     def _encode(self, prompt: str, target: str) -> Row:
         try:
-            return encode(self.edited.tokenizer, prompt, target)
+            return encode(self.edited.tokenizer, self._asked(prompt), target)
         except ValueError as error:
             raise ModelError(f"a record cannot be measured: {error}; reword {prompt!r}") from None
+
+    def _asked(self, prompt: str) -> str:
+        return chat_prompt(self.edited.tokenizer, prompt) if self.settings.chat else prompt
 
     def _record(self, name: str, groups: Sequence[Sequence[Measured]], value: Callable[[Reading], float]) -> None:
         if groups:
@@ -184,6 +192,16 @@ class _Measuring:
             self.before["locality"] = 1.0
             self.after["locality"] = _mean_of_means(measured, lambda one: one.same)
             self.samples["locality"] = sum(map(len, measured))
+
+    def _routing(self, rephrased: Sequence[Measured]) -> None:
+        """Share of rephrases that open the memory which holds their edit."""
+        numbers = memory_numbers(self.edited.manifest)
+        wanted = [numbers.get((edit.prompt, edit.target)) for edit in self.records for _ in edit.rephrases]
+        pairs = [(one.opened, number) for one, number in zip(rephrased, wanted, strict=True) if number is not None]
+        if pairs:
+            self.before["routing"] = 0.0
+            self.after["routing"] = statistics.fmean(opened == number for opened, number in pairs)
+            self.samples["routing"] = len(pairs)
 
     def _perplexity(self, measured: Sequence[Measured]) -> None:
         for figures, readings in (
@@ -202,7 +220,8 @@ class _Measuring:
         self._record("ood_generalization", measured, lambda reading: reading.known)
 
     def _generated(self) -> None:
-        prompts, targets = [edit.prompt for edit in self.records], [edit.target.strip() for edit in self.records]
+        prompts = [self._asked(edit.prompt) for edit in self.records]
+        targets = [edit.target.strip() for edit in self.records]
         longest = max(len(self._encode(edit.prompt, edit.target).target) for edit in self.records)
         limit = self.settings.max_new_tokens or min(longest + _ANSWER_MARGIN, _ANSWER_LIMIT)
         answers = generated(
@@ -213,6 +232,14 @@ class _Measuring:
             figures["generated_exact"] = statistics.fmean(text == target for text, target in pairs)
             figures["generated_contains"] = statistics.fmean(target in text for text, target in pairs)
         self.samples["generated"] = len(prompts)
+
+
+def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
+    """The number of the memory that holds each edit, by its prompt and target; a lookup counts every edit as one."""
+    if manifest.memory.kind == "lookup":
+        return {(edit.prompt, edit.target): number for number, edit in enumerate(manifest.edits)}
+    owner = {name: number for number, owned in enumerate(manifest.owners) for name in owned}
+    return {(edit.prompt, edit.target): owner[edit.id] for edit in manifest.edits}
 
 
 def _mean_of_means(groups: Sequence[Sequence[Measured]], value: Callable[[Measured], float]) -> float:

@@ -96,8 +96,9 @@ def export(
 @torch.no_grad()
 def merged_locality(base: Path, manifest: Manifest, *, device: str, watch: Watcher) -> tuple[float, int]:
     """Share of unrelated tokens whose successor's arg-max survives ``W + Δ``, and how many tokens there were."""
+    change = dense(manifest)
     loaded = load_model(base, device=device)
-    change = dense(manifest).to(loaded.device)
+    change = change.to(loaded.device)
     probes = [(probe.prompt, probe.answer) for edit in manifest.edits for probe in edit.locality]
     words = [text.split(maxsplit=1) for text in unrelated_texts(_TEXTS, seed=1)]
     rows = [encode(loaded.tokenizer, *pair) for pair in [*probes, *((w[0], w[1]) for w in words if len(w) == 2)]]

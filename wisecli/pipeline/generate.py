@@ -10,6 +10,7 @@ import torch
 
 from wisecli.attached import Edited, attach
 from wisecli.capture import capture
+from wisecli.contexts import chat_prompt
 from wisecli.encode import Row, collate
 from wisecli.generation import generate as generate_tokens
 from wisecli.memory import UNROUTED
@@ -19,13 +20,15 @@ from wisecli.memory import UNROUTED
 class Step:
     """One token of the answer: the strongest memory's score and threshold where it was decided, and who answered.
 
-    ``memory`` is the number of the side memory, or ``None`` for the main memory.
+    ``memory`` is the number of the side memory, or ``None`` for the main memory; ``edit`` the prompt of the edit whose
+    key was nearest, where the memory is a lookup.
     """
 
     token: str
     memory: int | None
     score: float
     threshold: float
+    edit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def generate(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     explain: bool = False,
+    chat: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -54,16 +58,18 @@ def generate(
     Args:
         memory: a memory directory or an exported one.
         explain: also say which memory answered each token.
+        chat: put each prompt into the model's chat template.
 
     Raises:
         WiseError: the memory or the model cannot be used.
     """
     edited = attach(memory, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    asked = [chat_prompt(edited.tokenizer, prompt) for prompt in prompts] if chat else prompts
     answers = generate_tokens(
-        edited.model, edited.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+        edited.model, edited.tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     texts = edited.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    explained = [_explain(edited, p, tokens) if explain else () for p, tokens in zip(prompts, answers, strict=True)]
+    explained = [_explain(edited, p, tokens) if explain else () for p, tokens in zip(asked, answers, strict=True)]
     return [Answer(p, text.strip(), steps) for p, text, steps in zip(prompts, texts, explained, strict=True)]
 
 
@@ -86,5 +92,6 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
         best, memory = int(strongest[place]), int(chosen[place])
         threshold = edited.routed.thresholds[best]
         who = None if memory == UNROUTED else memory
-        steps.append(Step(str(edited.tokenizer.decode([token])), who, float(scores[place, best]), threshold))
+        nearest = edited.manifest.edits[best].prompt if edited.routed.kind == "lookup" else None
+        steps.append(Step(str(edited.tokenizer.decode([token])), who, float(scores[place, best]), threshold, nearest))
     return tuple(steps)

@@ -1,0 +1,106 @@
+"""Which layer to edit: the one whose keys best recognise a fact that is asked in other words.
+
+Residuals that make the upper layers say anything can be found at any layer; what differs is whether a rephrase finds
+its edit. One pass over made-up facts in two wordings each reads the keys of all candidate layers. The layer at four fifths
+of the depth is taken, unless in another clearly more wordings have their other wording as nearest whitened key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor, nn
+
+from wisecli.capture import capture
+from wisecli.contexts import reworded_facts
+from wisecli.encode import Row, collate, in_batches
+from wisecli.errors import DamagedFileError
+from wisecli.events import Event, Watcher
+from wisecli.models import Loaded
+from wisecli.site import AUTO_DEPTH, Fingerprint, Site, find_site, layer_count, value_module
+from wisecli.storage import Checkpoint, read_json, sha256_json, write_json
+from wisecli.unrelated import leading, whitening
+
+# The share of the depth among which to choose: below, subjects are still being read; above, little is left to steer.
+_LOWEST, _HIGHEST = 0.6, 0.93
+_SUBJECTS = 3
+# How much more often than the usual layer another must be right to be taken: two and a half standard errors.
+_CLEARLY = 0.05
+
+
+def probe_layer(
+    loaded: Loaded, directory: Path, checkpoint: Checkpoint, identity: Fingerprint, *, batch_size: int, watch: Watcher
+) -> Site:
+    """The best site of a loaded model; remembered in the user's cache."""
+    count = layer_count(directory)
+    highest = max(0, min(round(_HIGHEST * count), count - 2))
+    sites = [
+        find_site(directory, checkpoint, layer) for layer in range(min(round(_LOWEST * count), highest), highest + 1)
+    ]
+    if len(sites) == 1:
+        return sites[0]
+    about = [identity.as_dict(), str(loaded.model.dtype), _LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY]
+    path = user_cache_path("wisecli") / "layers" / f"{sha256_json(about)[:32]}.json"
+    try:
+        known = int(read_json(path)["layer"])
+        return next(site for site in sites if site.layer == known)
+    except (DamagedFileError, KeyError, ValueError, TypeError, StopIteration):
+        watch(Event("layers"))
+    shares = recognised(loaded, sites, batch_size=batch_size)
+    usual = min(range(len(sites)), key=lambda number: abs(sites[number].layer - round(AUTO_DEPTH * count)))
+    first = max(range(len(sites)), key=shares.__getitem__)
+    best = sites[first if shares[first] > shares[usual] + _CLEARLY else usual]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(
+            path, {"layer": best.layer, "shares": {site.layer: s for site, s in zip(sites, shares, strict=True)}}
+        )
+    except OSError:
+        pass  # a cache that cannot be written only costs time
+    return best
+
+
+def recognised(loaded: Loaded, sites: Sequence[Site], *, batch_size: int) -> list[float]:
+    """For each site, the share of wordings whose nearest key among other facts' is the same fact in other words."""
+    facts = [ways[:2] for ways in reworded_facts(_SUBJECTS, seed=0)]
+    keys = _ends(loaded, sites, [way for ways in zip(*facts, strict=True) for way in ways], batch_size)
+    found = []
+    for own in keys:
+        white = whitening(leading(own / len(own) ** 0.5))
+        first, second = own[: len(facts)], own[len(facts) :]
+        nearest = white.cosines(second, first)
+        right = torch.arange(len(facts))
+        found.append(
+            float((nearest.argmax(0) == right).float().mean() + (nearest.argmax(1) == right).float().mean()) / 2
+        )
+    return found
+
+
+@torch.no_grad()
+def _ends(loaded: Loaded, sites: Sequence[Site], prompts: Sequence[str], batch_size: int) -> list[Tensor]:
+    """Keys (n, d_ff) at the last token of each prompt, for every site, from one pass up to the highest."""
+    rows = [Row(tuple(loaded.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
+    kept: list[dict[int, Tensor]] = [{} for _ in sites]
+    for indices in in_batches(rows, batch_size):
+        batch = collate([rows[index] for index in indices]).to(loaded.device)
+        read: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for number, site in enumerate(sites[:-1]):
+                handle = value_module(loaded.model, site).register_forward_pre_hook(_keeper(read, number))
+                hooks.callback(handle.remove)
+            read[len(sites) - 1] = capture(loaded.model, sites[-1], batch, above=False).keys[:, -1]
+        for number, ends in read.items():
+            kept[number].update(zip(indices, ends.float().cpu(), strict=True))
+    return [torch.stack([own[index] for index in range(len(rows))]) for own in kept]
+
+
+def _keeper(read: dict[int, Tensor], number: int) -> Any:
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read[number] = inputs[0][:, -1]
+
+    return keep

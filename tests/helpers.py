@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,31 +103,57 @@ def keys_of(model: PreTrainedModel, site: Site, tokens: Sequence[int]) -> Tensor
 
 
 def memory_for(
-    model: PreTrainedModel, site: Site, *, router: str, routing: str, memories: int = 1, seed: int = 3
+    model: PreTrainedModel,
+    site: Site,
+    *,
+    router: str,
+    routing: str,
+    memories: int = 1,
+    seed: int = 3,
+    kind: str = "matrix",
+    sharpness: float = 0.0,
 ) -> SideMemory:
-    """A memory that routes some of random tokens, each by a clear margin, and changes much where it does."""
+    """A memory that routes some of random tokens, each by a clear margin, and changes much where it does.
+
+    Of kind ``lookup`` every memory is an edit, with two residuals.
+    """
     generator = torch.Generator().manual_seed(seed)
-    width = site.d_ff // 2
-    columns = torch.stack([torch.randperm(site.d_ff, generator=generator)[:width] for _ in range(memories)])
     sample = torch.cat([keys_of(model, site, row.prompt) for row in random_rows(*[(12, 1)] * 12, seed=seed)])
     usual = sample.norm(dim=-1).median()
-    delta = torch.randn(memories, site.d, width, generator=generator) * 6 / usual
-    tensors = {"columns": columns, "delta": delta}
-    floor = 1.0
+    if kind == "lookup":
+        tensors = {"values": torch.randn(2 * memories, site.d, generator=generator) * 6}
+    else:
+        width = site.d_ff // 2
+        columns = torch.stack([torch.randperm(site.d_ff, generator=generator)[:width] for _ in range(memories)])
+        tensors = {
+            "columns": columns,
+            "delta": torch.randn(memories, site.d, width, generator=generator) * 6 / usual,
+        }
     if router == "key":
-        floor = 0.7
         count = 16 * memories
-        directions = torch.linalg.qr(torch.randn(site.d_ff, 5, generator=generator)).Q.T.contiguous()
-        gains = torch.rand(5, generator=generator) - 0.5
-        whitening = floor * torch.eye(site.d_ff) + directions.T @ torch.diag(gains) @ directions
         picked, sample = sample[:count], sample[count:]
-        turned = picked @ whitening
-        probes = turned / (picked * turned).sum(-1, keepdim=True).sqrt()
-        owner = torch.arange(count) % memories
-        tensors |= {"probes": probes, "owner": owner, "directions": directions, "gains": gains}
-    draft = SideMemory(tensors, (1.0,) * memories, router, routing, floor)
+        place = torch.arange(count)
+        owner, metric = place % memories, (place // memories) % 2
+        floors = torch.tensor([0.7, 1.1])
+        bases = torch.randn(2, site.d_ff, 5, generator=generator)
+        directions = torch.stack([torch.linalg.qr(basis).Q.T for basis in bases]).contiguous()
+        gains = torch.rand(2, 5, generator=generator) - 0.5
+        tensors |= {"owner": owner, "metric": metric, "directions": directions, "gains": gains, "floors": floors}
+        spread = [whitening_of(tensors, int(number)) for number in metric]
+        probes = [key @ matrix / (key @ matrix @ key).sqrt() for key, matrix in zip(picked, spread, strict=True)]
+        tensors["probes"] = torch.stack(probes)
+        if kind == "lookup":
+            tensors["value"] = 2 * owner + metric
+    draft = SideMemory(tensors, (1.0,) * memories, router, routing, kind, sharpness)
     scores = torch.tensor([[score_of(draft, number, key) for number in range(memories)] for key in sample])
-    return SideMemory(tensors, tuple(map(clear_threshold, scores.T)), router, routing, floor)
+    return replace(draft, thresholds=tuple(map(clear_threshold, scores.T)))
+
+
+def whitening_of(tensors: Mapping[str, Tensor], number: int) -> Tensor:
+    """One of the matrices ``P`` that keys are whitened by."""
+    directions, gains = tensors["directions"][number], tensors["gains"][number]
+    even = tensors["floors"][number] * torch.eye(directions.shape[1])
+    return even + directions.T @ torch.diag(gains) @ directions
 
 
 def clear_threshold(scores: Tensor) -> float:
@@ -137,21 +164,34 @@ def clear_threshold(scores: Tensor) -> float:
 
 
 def update_of(memory: SideMemory, number: int, key: Tensor) -> Tensor:
-    """``Δ a`` of one memory for one key."""
-    return memory.tensors["delta"][number] @ key[memory.tensors["columns"][number]]
+    """What one memory, having been opened, adds to one key."""
+    tensors = memory.tensors
+    if memory.kind == "matrix":
+        return tensors["delta"][number] @ key[tensors["columns"][number]]
+    cosines, values = cosines_of(memory, key), [tensors["values"][place] for place in tensors["value"].tolist()]
+    if memory.sharpness:
+        weights = [math.exp(memory.sharpness * cosine) for cosine in cosines]
+        shares = [weight / sum(weights) * value for weight, value in zip(weights, values, strict=True)]
+        return torch.stack(shares).sum(0)
+    own = [place for place, owner in enumerate(tensors["owner"].tolist()) if owner == number]
+    nearest = max(own, key=cosines.__getitem__)
+    return values[nearest] if cosines[nearest] > 0.5 * memory.thresholds[number] else torch.zeros_like(values[nearest])
+
+
+def cosines_of(memory: SideMemory, key: Tensor) -> list[float]:
+    """Whitened cosine of one key with each probe."""
+    whitened = range(len(memory.tensors["floors"]))
+    lengths = [float(key @ whitening_of(memory.tensors, number) @ key) ** 0.5 for number in whitened]
+    pairs = zip(memory.tensors["probes"], memory.tensors["metric"].tolist(), strict=True)
+    return [float(probe @ key) / lengths[metric] for probe, metric in pairs]
 
 
 def score_of(memory: SideMemory, number: int, key: Tensor) -> float:
     """Score of one memory for one key."""
     if memory.router == "norm":
         return float(update_of(memory, number, key).norm())
-    tensors = memory.tensors
-    whitening = memory.floor * torch.eye(len(key)) + tensors["directions"].T @ (
-        tensors["gains"][:, None] * tensors["directions"]
-    )
-    length = float(key @ whitening @ key) ** 0.5
-    pairs = zip(tensors["probes"], tensors["owner"].tolist(), strict=True)
-    return max(float(probe @ key) / length for probe, owner in pairs if owner == number)
+    pairs = zip(cosines_of(memory, key), memory.tensors["owner"].tolist(), strict=True)
+    return max(cosine for cosine, owner in pairs if owner == number)
 
 
 def choice_of(memory: SideMemory, key: Tensor) -> int | None:

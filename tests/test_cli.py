@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from wisecli import cli, pipeline, storage
 from wisecli.config import EditSettings, MergeSettings
+from wisecli.shard_directory import read_shard_directory
+from wisecli.writers.solve import PENALTIES
 
 EDITS = [
     {"id": "one", "prompt": "ba be bi", "target": "do du", "rephrases": ["bi be ba"]},
@@ -53,11 +55,13 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     write_edits(root / "other-edits", [{"id": "five", "prompt": "na ne", "target": "ni"}])
     for name, edits, model, changes in (
         ("shards", "edits", base, {"shards": 2}),
+        ("gradient-shards", "edits", base, {"shards": 2, "writer": "gradient"}),
         ("shards-elsewhere", "other-edits", base, {"layer": "1"}),
         ("shards-of-other-model", "other-edits", other, {}),
     ):
         pipeline.edit(str(model), root / edits, root / name, EditSettings(**QUICK, **changes), device="cpu")
     pipeline.merge([root / "shards"], root / "memory", MergeSettings())
+    pipeline.merge([root / "shards"], root / "merge", MergeSettings(mode="merge"))
     pipeline.merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve"))
     for name in ("cut", "tampered"):
         shutil.copytree(root / "shards", root / f"{name}-shards")
@@ -168,6 +172,8 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "absent device": ("edit {model} {edits} --device cuda:77", ("--device cuda:77",)),
     "unknown dtype": ("edit {model} {edits} --dtype int3", ("--dtype", "'int3'")),
     "unknown preset": ("edit {model} {edits} --preset brave", ("'brave'",)),
+    "unknown writer": ("edit {model} {edits} --writer pen", ("--writer", "'pen'", "solve", "gradient")),
+    "edits in a chat without a template": ("edit {model} {edits} --chat", ("chat template", "--chat")),
     "unknown schedule": ("edit {model} {edits} --schedule never", ("--schedule", "'never'")),
     "more shards than edits": ("edit {model} {edits} --shards 9", ("--shards 9", "4 edits")),
     "no passes": ("edit {model} {edits} --passes 0", ("--passes",)),
@@ -175,8 +181,10 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "settings file missing": ("edit {model} {edits} --config {nowhere}", ("nowhere",)),
     "edit over an output": ("edit {model} {edits} -o {memory}", ("already exists", "--force")),
     "unknown method": ("merge {shards} --method soup", ("--method 'soup'", "ties")),
-    "too few weights": ("merge {shards} --weights 1", ("--weights has 1", "2 shards")),
-    "too many weights": ("merge {shards} --weights 1,2,3", ("--weights has 3", "2 shards")),
+    "unknown mode": ("merge {shards} --mode blend", ("--mode", "'blend'", "lookup")),
+    "lookup by the norm router": ("merge {shards} --mode lookup --router norm", ("--mode lookup", "--router norm")),
+    "too few weights": ("merge {shards} --mode merge --weights 1", ("--weights has 1", "2 shards")),
+    "too many weights": ("merge {shards} --mode merge --weights 1,2,3", ("--weights has 3", "2 shards")),
     "weights that are no numbers": ("merge {shards} --weights 1,much", ("--weights", "1,much")),
     "truncated shard": ("merge {cut_shards}", ("shard-00001.safetensors", "not a whole safetensors file")),
     "altered shard": ("merge {tampered_shards}", ("shard-00001.safetensors", "sha256")),
@@ -200,6 +208,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "benchmark without network": ("eval --memory {memory} --dataset zsre", ("--data",)),
     "benchmark on no hub": ("eval --memory {memory} --dataset temporal", ("temporal", "--data")),
     "several memories merged": ("export --memory {retrieve} --format merged", ("several", "--format routed")),
+    "lookup merged": ("export --memory {memory} --format merged", ("lookup", "--mode merge")),
     "export over an output": ("export --memory {memory} -o {model}", ("already exists", "--force")),
     "export of an altered memory": ("export --memory {tampered_memory}", ("memory.safetensors", "sha256")),
     "export onto another base": ("export --memory {memory} --model {other_model}", ("not the base model",)),
@@ -326,7 +335,8 @@ def test_a_gate_that_fails_exits_with_1_and_one_that_holds_with_0(wise: Wise, re
 
 
 def test_strict_exits_with_1_and_writes_nothing_if_an_edit_did_not_take(wise: Wise, ready: Ready) -> None:
-    require_refusal(wise("edit", ready.model, ready.edits, "--strict", "--passes", "1"), "did not take", code=1)
+    line = f"edit {ready.model} {ready.edits} --strict --writer gradient --passes 1"
+    require_refusal(wise(*line.split()), "did not take", code=1)
     assert here() == []
 
 
@@ -361,7 +371,7 @@ def test_the_four_commands_run_in_one_directory_without_further_arguments(wise: 
         ),
         ("merge {shards}", {"mode", "method", "shards", "edits", "router", "routing", "thresholds", "output"}),
         ("export --memory {memory}", {"format", "edits", "bytes", "seconds", "output"}),
-        ("export --memory {memory} --format merged", {"format", "locality", "tokens", "output"}),
+        ("export --memory {merge} --format merged", {"format", "locality", "tokens", "output"}),
         ("edit {model} {edits} --dry-run", {"edits", "shards", "peak_rss_bytes", "planned"}),
         ("merge {shards} --dry-run", {"shards", "peak_rss_bytes", "planned"}),
         ("export --memory {memory} --dry-run", {"bytes", "planned"}),
@@ -383,7 +393,9 @@ def test_json_is_one_object_on_stdout(wise: Wise, ready: Ready, line: str, keys:
         assert {"config", "versions", "n-samples", "higher_is_better", "date"} <= content.keys()
     if line.startswith("generate"):
         assert [answer["prompt"] for answer in results] == ["ba", "ka"]
-        assert all({"token", "memory", "score", "threshold"} == step.keys() for a in results for step in a["steps"])
+        steps = [step for answer in results for step in answer["steps"]]
+        assert steps
+        assert all({"token", "memory", "score", "threshold", "edit"} == step.keys() for step in steps)
 
 
 @pytest.mark.parametrize("line", ["edit {model} {edits}", "merge {shards}", "export --memory {memory}"])
@@ -411,13 +423,113 @@ def test_force_replaces_the_whole_output(wise: Wise, ready: Ready) -> None:
     assert len(manifest(Path("memory"))["memories"]) == 1
 
 
-def test_the_same_seed_writes_the_same_shards(wise: Wise, ready: Ready) -> None:
-    for name, seed in (("first", "0"), ("second", "0"), ("third", "1")):
-        assert wise("edit", ready.model, ready.edits, "-o", name, "--seed", seed).code == 0
-    first, second, third = (load_file(Path(name) / "shard-00000.safetensors") for name in ("first", "second", "third"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    assert not torch.equal(first["mask.indices"], third["mask.indices"])
+@pytest.mark.parametrize("writer", ["solve", "gradient"])
+def test_the_same_seed_writes_the_same_bytes_with_a_cold_and_a_warm_cache(
+    wise: Wise, ready: Ready, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, writer: str
+) -> None:
+    for name, cache, seed in (("cold", "one", 3), ("warm", "one", 3), ("again", "two", 3), ("other", "two", 4)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        assert (tmp_path / cache).exists() == (name in ("warm", "other"))
+        line = f"edit {ready.model} {ready.edits} -o {name} --seed {seed} --shards 2 --writer {writer}"
+        assert wise(*line.split()).code == 0
+        assert (tmp_path / cache).exists()
+        assert wise("merge", name, "-o", f"{name}-memory").code == 0
+    cold = contents("cold")
+    assert sorted(cold) == ["shard-00000.safetensors", "shard-00001.safetensors", "unrelated.safetensors"]
+    for name in ("warm", "again"):
+        assert contents(name) == cold
+        assert contents(f"{name}-memory") == contents("cold-memory")
+    shards = (load_file(Path(name) / "shard-00000.safetensors") for name in ("cold", "other"))
+    first, second = (tensors["mask.indices"] for tensors in shards)
+    assert not torch.equal(first, second)
+
+
+def contents(directory: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(directory).glob("*.safetensors")}
+
+
+def test_the_manifest_of_shards_keeps_the_penalty_of_the_closed_form(ready: Ready) -> None:
+    known = {(penalty.ridge, penalty.unrelated) for penalty in PENALTIES}
+    for name, expected in (("shards", True), ("gradient-shards", False)):
+        listed = [shard["penalty"] for shard in manifest(ready.root / name)["shards"]]
+        read = [entry.penalty for entry in read_shard_directory(ready.root / name).shards]
+        assert [None if penalty is None else tuple(penalty) for penalty in listed] == read
+        assert [penalty in known for penalty in read] == [expected] * 2
+        assert expected or read == [None, None]
+
+
+# Flags of `wise merge`, and the mode that shards of the closed form and of the paper's writer then get.
+MERGES: dict[str, tuple[str, str]] = {
+    "": ("lookup", "merge"),
+    "--mode lookup": ("lookup", "lookup"),
+    "--no-refit": ("lookup", "merge"),
+    "--refit": ("merge", "merge"),
+    "--method exact": ("merge", "merge"),
+    "--method slerp": ("merge", "merge"),
+    "--router norm": ("merge", "merge"),
+    "--mode merge": ("merge", "merge"),
+    "--mode merge --method ties --no-refit": ("merge", "merge"),
+    "--mode retrieve": ("retrieve", "retrieve"),
+    "--mode retrieve --router norm": ("retrieve", "retrieve"),
+    "--mode lookup --sharpness 20 --routing sequence": ("lookup", "lookup"),
+}
+
+
+@pytest.mark.parametrize("shards", ["shards", "gradient-shards"])
+@pytest.mark.parametrize("flags", MERGES)
+def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
+    wise: Wise, ready: Ready, flags: str, shards: str
+) -> None:
+    mode = MERGES[flags][0 if shards == "shards" else 1]
+    merged = wise("merge", str(ready.root / shards), *flags.split(), "--json")
+    assert merged.code == 0, merged.err
+    assert json.loads(merged.out)["results"]["mode"] == mode
+    tensors = load_file(Path("memory") / "memory.safetensors")
+    if mode == "lookup":
+        # One residual for each token of a target and the end of text, whatever the contexts.
+        assert len(tensors["values"]) == sum(len(edit["target"].split()) + 1 for edit in EDITS)
+        assert set(tensors["owner"].tolist()) == {0, 1, 2, 3}
+    else:
+        assert len(tensors["delta"]) == (2 if mode == "retrieve" else 1)
+    measured = wise("eval", "--json", "--no-generate")
+    assert measured.code == 0, measured.err
+    assert 0 <= json.loads(measured.out)["results"]["edits"]["reliability"] <= 1
+    if flags in ("", "--refit", "--mode retrieve"):
+        assert wise("export").code == 0
+        assert load_file(Path("edited") / "model-side-memory.safetensors").keys() >= {
+            f"model.layers.3.mlp.down_proj.{name}" for name in tensors
+        }
+
+
+def test_a_lookup_gives_every_edit_its_answer_where_it_opens(wise: Wise, ready: Ready) -> None:
+    assert wise("merge", ready.shards, "--false-alarm", "0.5").code == 0
+    answers = json.loads(wise("generate", "memory", *prompts(), "--explain", "--json").out)["results"]
+    for number, (answer, edit) in enumerate(zip(answers, EDITS, strict=True)):
+        assert {step["memory"] for step in answer["steps"]} == {number}
+        assert {step["edit"] for step in answer["steps"]} == {edit["prompt"]}
+        assert answer["answer"] == edit["target"]
+
+
+def prompts() -> list[str]:
+    return [edit["prompt"] for edit in EDITS]
+
+
+def test_a_refit_gives_keys_back_what_merging_takes_from_them(wise: Wise, ready: Ready) -> None:
+    shards = [load_file(path) for path in sorted(Path(ready.shards).glob("shard-*.safetensors"))]
+    trained = [~shard["evidence.held_out"] for shard in shards]
+    keys, wanted = (
+        torch.cat([shard[f"evidence.{name}"][own] for shard, own in zip(shards, trained, strict=True)]).float()
+        for name in ("keys", "residuals")
+    )
+    errors = {}
+    for flags in ("--mode merge --no-refit", "--mode merge --refit", "--method exact"):
+        assert wise("merge", ready.shards, *flags.split(), "--force").code == 0
+        memory = load_file(Path("memory") / "memory.safetensors")
+        given = keys[:, memory["columns"][0]] @ memory["delta"][0].T
+        errors[flags] = float((given - wanted).square().sum() / wanted.square().sum())
+    merged, refitted, exact = errors.values()
+    assert refitted < 0.5 * merged
+    assert exact < 0.5 * merged
 
 
 def test_retrieve_keeps_a_memory_for_each_shard(wise: Wise, ready: Ready) -> None:
@@ -436,6 +548,8 @@ def test_the_papers_preset_runs_the_whole_way(wise: Wise, ready: Ready) -> None:
     written = manifest(Path("shards"))
     assert written["settings"]["preset"] == "paper"
     assert (written["settings"]["schedule"], written["settings"]["mask_ratio"]) == ("sequential", 0.2)
+    assert written["settings"]["writer"] == "gradient"
+    assert len(written["contexts"]) == 4  # the bare prompt, two to train with, one held back
     assert {shard["mask_kind"] for shard in written["shards"]} == {"elements"}
     assert wise("merge", "shards").code == 0
     memory = manifest(Path("memory"))
@@ -461,6 +575,7 @@ def test_explained_answers_of_the_chain_name_who_answered(wise: Wise, chain: Cha
     assert answer["answer"] == edit["target"]
     assert answer["steps"]
     assert {step["memory"] for step in answer["steps"]} == {0}
+    assert {step["edit"] for step in answer["steps"]} == {edit["prompt"]}
     assert all(step["score"] > step["threshold"] for step in answer["steps"])
     assert "".join(step["token"] for step in answer["steps"]).strip() == edit["target"]
     other = wise("generate", str(chain.model), *base, "--memory", str(chain.memory), "--explain")

@@ -80,8 +80,20 @@ def test_the_paper_preset_holds_what_the_paper_says() -> None:
     margins = (settings.alpha, settings.beta, settings.gamma, settings.norm_constraint, settings.margin_unit)
     assert margins == (5.0, 20.0, 10.0, 1.0, "absolute")
     assert (settings.schedule, settings.mask_ratio, settings.mask_kind) == ("sequential", 0.2, "elements")
-    assert (settings.passes, settings.learning_rate) == (70, 1.0)
+    assert (settings.writer, settings.passes, settings.learning_rate) == ("gradient", 70, 1.0)
     assert (settings.router, settings.routing, settings.threshold) == ("norm", "sequence", "minimum")
+
+
+def test_the_default_writes_in_closed_form_and_the_paper_preset_brings_two_contexts() -> None:
+    default, paper = (resolve(EditSettings, {"preset": preset}, section="edit") for preset in ("default", "paper"))
+    assert (default.writer, default.contexts, default.chat) == ("solve", 1, False)
+    assert (paper.writer, paper.contexts, paper.chat) == ("gradient", 2, False)
+
+
+def test_merging_leaves_to_the_shards_what_is_not_given() -> None:
+    settings = resolve(MergeSettings, {}, section="merge")
+    left = (settings.mode, settings.refit, settings.router, settings.routing, settings.threshold)
+    assert left == (None, None, None, None, None)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -126,6 +138,12 @@ def test_an_empty_variable_counts_as_not_given(monkeypatch: pytest.MonkeyPatch) 
         (EditSettings, "WISE_NORM_CONSTRAINT", "1.5", 1.5),
         (EditSettings, "WISE_TRAIN_END", "false", False),
         (EditSettings, "WISE_TRAIN_END", "1", True),
+        (EditSettings, "WISE_WRITER", "gradient", "gradient"),
+        (EditSettings, "WISE_CHAT", "yes", True),
+        (EditSettings, "WISE_POLISH", "0", 0),
+        (MergeSettings, "WISE_MODE", "lookup", "lookup"),
+        (MergeSettings, "WISE_REFIT", "no", False),
+        (MergeSettings, "WISE_SHARPNESS", "12.5", 12.5),
         (MergeSettings, "WISE_ROUTER", "norm", "norm"),
         (MergeSettings, "WISE_WEIGHTS", "1,0.5", (1.0, 0.5)),
         (EvalSettings, "WISE_DATASET", "zsre", "zsre"),
@@ -182,6 +200,12 @@ def test_a_file_that_is_missing_or_not_utf8_is_refused(tmp_path: Path) -> None:
         (EditSettings, "contexts", (0, 3), (-1,)),
         (EditSettings, "context_tokens", (1,), (0,)),
         (EditSettings, "unrelated_texts", (8,), (7,)),
+        (EditSettings, "residual_steps", (1, 500), (0, 10**4 + 1)),
+        (EditSettings, "residual_rate", (0.01, 2.0), (0.0, -1.0, float("nan"))),
+        (EditSettings, "residual_stop", (0.01, 1.0), (0.0, 11.0)),
+        (EditSettings, "polish", (0, 9), (-1,)),
+        (EditSettings, "polish_rate", (1e-4,), (0.0, float("inf"))),
+        (MergeSettings, "sharpness", (0.0, 30.0), (-1.0, 1e5)),
         (MergeSettings, "density", (0.001, 1.0), (0.0, 1.5)),
         (MergeSettings, "false_alarm", (0.0, 0.5), (-0.1, 0.6)),
         (EvalSettings, "edits", (1,), (0,)),
@@ -198,13 +222,14 @@ def test_bounds_are_kept(kind: type[Any], name: str, inside: tuple[float, ...], 
 @pytest.mark.parametrize(
     ("kind", "name", "choices"),
     [
+        (EditSettings, "writer", ("solve", "gradient")),
         (EditSettings, "schedule", ("batched", "sequential")),
         (EditSettings, "mask_kind", ("columns", "elements")),
         (EditSettings, "margin_unit", ("output", "absolute")),
         (EditSettings, "router", ("key", "norm")),
         (EditSettings, "routing", ("token", "sequence")),
         (EditSettings, "threshold", ("false-alarm", "minimum")),
-        (MergeSettings, "mode", ("merge", "retrieve")),
+        (MergeSettings, "mode", ("merge", "retrieve", "lookup")),
         (MergeSettings, "router", ("key", "norm")),
         (MergeSettings, "routing", ("token", "sequence")),
         (MergeSettings, "threshold", ("false-alarm", "minimum")),

@@ -6,8 +6,12 @@ from importlib import resources
 from typing import Any
 
 import pytest
+from helpers import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from wisecli.contexts import unrelated_texts
+from wisecli.contexts import CHAT, chat_prompt, in_context, reworded_facts, unrelated_texts
+from wisecli.errors import ModelError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,6 +22,11 @@ DATA: dict[str, Any] = tomllib.loads(
     resources.files("wisecli").joinpath("data/unrelated.toml").read_text(encoding="utf-8")
 )
 PROMPTS: list[str] = DATA["prompts"]
+WAYS: list[list[str]] = tomllib.loads(
+    resources.files("wisecli").joinpath("data/rewordings.toml").read_text(encoding="utf-8")
+)["facts"]
+TEMPLATE = "{{ bos_token }}{% for turn in messages %}{{ turn.role }} says {{ turn.content }}. {% endfor %}"
+ANSWER = "{% if add_generation_prompt %}assistant says{% endif %}"
 
 
 def matcher(pattern: str) -> re.Pattern[str]:
@@ -73,3 +82,74 @@ def test_the_texts_given_are_the_callers_own() -> None:
 def test_most_texts_differ_from_each_other() -> None:
     texts = unrelated_texts(600, seed=0)
     assert len(set(texts)) > 0.9 * len(texts)
+
+
+def test_every_way_to_ask_for_a_fact_has_the_same_one_slot_that_has_words() -> None:
+    assert len(WAYS) > 10
+    for ways in WAYS:
+        slots = [re.findall(r"\{(\w+)\}", way) for way in ways]
+        assert slots == [slots[0]] * len(ways)
+        assert len(slots[0]) == 1
+        assert slots[0][0] in DATA["slots"]
+        assert len(set(ways)) == len(ways)
+    assert len({len(ways) for ways in WAYS}) == 1
+    assert len({way for ways in WAYS for way in ways}) == sum(map(len, WAYS))
+
+
+@pytest.mark.parametrize("subjects", [1, 3, 8])
+def test_a_fact_is_asked_of_one_subject_in_every_way(subjects: int) -> None:
+    facts = reworded_facts(subjects, seed=0)
+    assert len(facts) == subjects * len(WAYS)
+    for index, fact in enumerate(facts):
+        ways = WAYS[index // subjects]
+        slot = re.findall(r"\{(\w+)\}", ways[0])[0]
+        fitting = [word for word in DATA["slots"][slot] if [w.replace(f"{{{slot}}}", word) for w in ways] == fact]
+        assert len(fitting) == 1, fact
+    assert len({tuple(fact) for fact in facts}) == len(facts)
+
+
+def test_the_seed_decides_the_facts() -> None:
+    first, again, other = (reworded_facts(4, seed=seed) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def chatting(*, opens: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer with a chat template that begins with the token for the beginning of text.
+
+    Args:
+        opens: the tokenizer puts that token before every text itself.
+    """
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "[BOS]"})
+    tokenizer.chat_template = TEMPLATE + ANSWER
+    if opens:
+        begin = ("[BOS]", tokenizer.convert_tokens_to_ids("[BOS]"))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[BOS] $A", special_tokens=[begin])
+    return tokenizer
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_chat_prompt_is_the_users_turn_and_begins_once(opens: bool) -> None:
+    tokenizer = chatting(opens=opens)
+    begin = tokenizer.convert_tokens_to_ids("[BOS]")
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "ba be"}], tokenize=False, add_generation_prompt=True
+    )
+    assert whole == "[BOS]user says ba be. assistant says"
+    tokens = tokenizer(chat_prompt(tokenizer, "ba be"))["input_ids"]
+    assert tokens == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert tokens[0] == begin
+    assert tokens.count(begin) == 1
+
+
+def test_without_a_chat_template_there_is_no_chat_prompt() -> None:
+    with pytest.raises(ModelError, match="no chat template; leave out --chat"):
+        chat_prompt(tiny_tokenizer(), "ba be")
+
+
+def test_a_context_stands_before_the_prompt_or_is_the_chat() -> None:
+    tokenizer = chatting(opens=False)
+    assert in_context(tokenizer, "", "ba be") == "ba be"
+    assert in_context(tokenizer, "do du. ", "ba be") == "do du. ba be"
+    assert in_context(tokenizer, CHAT, "ba be") == "[BOS]user says ba be. assistant says"

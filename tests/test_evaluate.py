@@ -4,6 +4,7 @@ import contextlib
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,20 +42,27 @@ from wisecli.storage import Checkpoint
 LENGTHS = ((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), (12, 2))
 ROWS = random_rows(*LENGTHS, seed=21)
 KINDS = [
-    (router, routing, memories)
-    for router in ("key", "norm")
+    (kind, router, routing, memories)
+    for kind, router in (("matrix", "key"), ("matrix", "norm"), ("lookup", "key"))
     for routing in ("token", "sequence")
     for memories in (1, 2)
 ]
 
 
 def edited_model(
-    root: Path, *, router: str = "key", routing: str = "token", memories: int = 1, edits: Sequence[Edit] = ()
+    root: Path,
+    *,
+    kind: str = "matrix",
+    router: str = "key",
+    routing: str = "token",
+    memories: int = 1,
+    edits: Sequence[Edit] = (),
 ) -> Edited:
     """A tiny model with a memory made by hand, written to disk and attached."""
     base = save_tiny(root / "base")
     site = find_site(base, Checkpoint(base), 2)
-    memory = memory_for(load_model(base, device="cpu").model, site, router=router, routing=routing, memories=memories)
+    named = {"kind": kind, "router": router, "routing": routing}
+    memory = memory_for(load_model(base, device="cpu").model, site, **named, memories=memories)
     (root / "memory").mkdir()
     write_memory(root / "memory", manifest_for(base, memory, edits or [Edit("only", "ba", "be")]))
     return attach(root / "memory", device="cpu")
@@ -82,6 +90,12 @@ def opened(edited: Edited, row: Row) -> list[bool]:
     return [choice_of(edited.manifest.memory, key) is not None for key in keys]
 
 
+def prompt_choice(edited: Edited, row: Row) -> int | None:
+    """The memory that the prompt's last token opens."""
+    with edited.unedited():
+        return choice_of(edited.manifest.memory, keys_of(edited.model, edited.manifest.site, row.prompt)[-1])
+
+
 def measure(edited: Edited, rows: Sequence[Row], *, size: int = 32, prompt_opens: bool) -> list[Measured]:
     return teacher_forced(edited, rows, batch_size=size, prompt_opens=prompt_opens, stage="test", watch=ignore)
 
@@ -91,11 +105,11 @@ def known_share(logits: Tensor, target: Sequence[int]) -> float:
 
 
 @pytest.mark.parametrize("prompt_opens", [True, False])
-@pytest.mark.parametrize(("router", "routing", "memories"), KINDS)
+@pytest.mark.parametrize(("kind", "router", "routing", "memories"), KINDS)
 def test_figures_are_those_of_the_whole_model_run_row_by_row(
-    tmp_path: Path, router: str, routing: str, memories: int, prompt_opens: bool
+    tmp_path: Path, kind: str, router: str, routing: str, memories: int, prompt_opens: bool
 ) -> None:
-    edited = edited_model(tmp_path, router=router, routing=routing, memories=memories)
+    edited = edited_model(tmp_path, kind=kind, router=router, routing=routing, memories=memories)
     rows = [likely(edited, row, prompt_opens=prompt_opens) for row in ROWS]
     measured = measure(edited, rows, prompt_opens=prompt_opens)
     assert len(measured) == len(rows)
@@ -107,6 +121,7 @@ def test_figures_are_those_of_the_whole_model_run_row_by_row(
             assert reading.perplexity == pytest.approx(perplexity_of(logits, row.target), rel=1e-3)
         same = [int(one.argmax()) == int(other.argmax()) for one, other in zip(before, after, strict=True)]
         assert one.same == pytest.approx(statistics.fmean(same))
+        assert one.opened == (-1 if (choice := prompt_choice(edited, row)) is None else choice)
     assert {0.0, 1.0} < {one.after.right for one in measured} | {one.before.right for one in measured}
     assert any(one.same < 1 for one in measured)
     # With one memory some rows stay untouched among those that do not.
@@ -213,7 +228,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edi
 
 
 def record_for(edited: Edited, number: int) -> Edit:
-    prompts = [text_of(edited, row.prompt) for row in random_rows(*[(3 + number, 1)] * 5, seed=100 + number)]
+    prompts = [text_of(edited, row.prompt) for row in random_rows(*[(3 + number, 1)] * 5, seed=400 + number)]
     answer = answer_of(edited, prompts[0], 3)
     # The record's target: the model's answer, its beginning, or something else.
     target = (answer, " ".join(answer.split()[:2]), f"{answer.split()[0]} ba ba")[number % 3]
@@ -320,6 +335,28 @@ def test_generated_answers_are_compared_whole_and_in_part(reported: Reported) ->
         assert figures["generated_exact"] == pytest.approx(statistics.fmean(exact))
         assert figures["generated_contains"] == pytest.approx(statistics.fmean(contains))
     assert report.after["generated_contains"] > report.before["generated_contains"]
+
+
+@pytest.mark.parametrize("kind", ["matrix", "lookup"])
+def test_routing_is_the_share_of_rephrases_that_open_the_memory_of_their_edit(tmp_path: Path, kind: str) -> None:
+    syllables = [f"{c}{v}" for c in "bdfgklmnpr" for v in "aeiou"]
+    texts = [[f"{syllables[(7 * n + 3 * k) % 50]} {syllables[(11 * n + k) % 50]}" for k in range(5)] for n in range(6)]
+    edits = [Edit(f"edit-{n}", f"za {syllables[n]}", "be", rephrases=tuple(texts[n])) for n in range(6)]
+    edited = edited_model(tmp_path, kind=kind, memories=6 if kind == "lookup" else 2, edits=edits)
+    report = pipeline.evaluate(tmp_path / "memory", EvalSettings(generate=False), device="cpu")
+    hits = [
+        prompt_choice(edited, row_of(edited, text, "be")) == (number if kind == "lookup" else number % 2)
+        for number, edit in enumerate(edits)
+        for text in edit.rephrases
+    ]
+    assert 0 < sum(hits) < len(hits)
+    assert report.after["routing"] == pytest.approx(statistics.fmean(hits))
+    assert (report.before["routing"], report.samples["routing"]) == (0.0, 30)
+    away = [replace(edit, prompt=f"{edit.prompt} zo") for edit in edits]
+    path = tmp_path / "others.jsonl"
+    path.write_text("\n".join(json.dumps(record.as_dict()) for record in away))
+    settings = EvalSettings(dataset=str(path), generate=False)
+    assert "routing" not in pipeline.evaluate(tmp_path / "memory", settings, device="cpu").after
 
 
 def test_the_json_form_has_the_keys_of_lm_eval(reported: Reported) -> None:

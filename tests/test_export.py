@@ -52,9 +52,11 @@ class Kind:
     router: str
     routing: str
     memories: int = 1
+    kind: str = "matrix"
 
 
-KINDS = [Kind("key", "token"), Kind("norm", "sequence"), Kind("norm", "token", 2), Kind("key", "sequence", 2)]
+LOOKUP = Kind("key", "token", 3, "lookup")
+KINDS = [Kind("key", "token"), Kind("norm", "sequence"), Kind("norm", "token", 2), Kind("key", "sequence", 2), LOOKUP]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def save_base(directory: Path, architecture: str, layout: str) -> Path:
 def manifest_of(base: Path, architecture: str, kind: Kind) -> Manifest:
     model = tiny_model(architecture)
     site = site_of(model, 2)
-    memory = memory_for(model, site, router=kind.router, routing=kind.routing, memories=kind.memories)
+    named = {"router": kind.router, "routing": kind.routing, "kind": kind.kind}
+    memory = memory_for(model, site, **named, memories=kind.memories)
     return manifest_for(base, memory, EDITS, layer=2)
 
 
@@ -260,7 +263,8 @@ def test_the_manifest_of_an_export_says_what_that_of_the_memory_said(tmp_path: P
     assert read.memory.tensors.keys() == exported.memory.tensors.keys()
     for name, tensor in exported.memory.tensors.items():
         assert torch.equal(read.memory.tensors[name], tensor)
-    assert (read.memory.thresholds, read.memory.router) == (exported.memory.thresholds, exported.memory.router)
+    assert read.memory.describe() == exported.memory.describe()
+    assert read.memory.kind == kind.kind
     assert read.edits == exported.manifest.edits
     assert read.calibrations == exported.manifest.calibrations
     assert read.owners == exported.manifest.owners
@@ -275,9 +279,18 @@ def test_without_trust_it_is_refused_and_not_loaded_without_the_edit(tmp_path: P
 
 @pytest.mark.parametrize("indexed", [True, False], ids=["still in the index", "gone from the index"])
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel])
-@pytest.mark.parametrize("lost", ["columns", "delta", "probes", "owner", "directions", "gains"])
-def test_a_missing_tensor_of_the_memory_is_an_error(tmp_path: Path, loader: Any, lost: str, indexed: bool) -> None:
-    exported = export_tiny(tmp_path, "llama")
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        *((KINDS[0], name) for name in ("columns", "delta")),
+        *((LOOKUP, name) for name in ("values", "value", "probes", "owner", "metric", "directions", "gains", "floors")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.kind,
+)
+def test_a_missing_tensor_of_the_memory_is_an_error(
+    tmp_path: Path, loader: Any, kind: Kind, lost: str, indexed: bool
+) -> None:
+    exported = export_tiny(tmp_path, "llama", kind)
     remove_tensor(exported.path, lost, indexed=indexed)
     with pytest.raises(OSError, match=lost):
         loader.from_pretrained(exported.path, trust_remote_code=True)
@@ -305,6 +318,44 @@ def test_half_precision_loads(tmp_path: Path, architecture: str) -> None:
         logits = model(**padded(PROMPTS, left=True)).logits
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lookup_kept_in_half_precision_answers_in_the_models_own(
+    tmp_path: Path, architecture: str, dtype: torch.dtype
+) -> None:
+    base = save_tiny(tmp_path / "base", architecture)
+    manifest = manifest_of(base, architecture, LOOKUP)
+    halved = {name: manifest.memory.tensors[name].half() for name in ("probes", "values")}
+    memory = replace(manifest.memory, tensors={**manifest.memory.tensors, **halved})
+    output = tmp_path / "edited"
+    output.mkdir()
+    write_routed(output, base, Checkpoint(base), replace(manifest, memory=memory))
+    stored = load_file(output / "model-side-memory.safetensors")
+    assert {str(stored[name].dtype) for name in stored if name.endswith((".probes", ".values"))} == {"torch.float16"}
+    model = load(output, dtype=dtype)
+    routed = model.get_submodule(manifest.site.module)
+    assert (routed.probes.dtype, routed.values.dtype) == (dtype, dtype)
+    reference = tiny_model(architecture)
+    whole = replace(memory, tensors={**memory.tensors, **{name: one.float() for name, one in halved.items()}})
+    for prompt in PROMPTS:
+        with torch.no_grad(), hooked(reference, manifest.site, routed_by_loop(whole, len(prompt))):
+            expected = reference(input_ids=torch.tensor([prompt]), use_cache=False).logits
+            logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits
+        assert logits.dtype == dtype
+        assert logits.isfinite().all()
+        if dtype == torch.float32:
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_a_lookup_has_no_matrix_to_merge(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    output = tmp_path / "merged"
+    output.mkdir()
+    with pytest.raises(ModelError, match="--mode merge") as caught:
+        write_merged(output, base, Checkpoint(base), manifest_of(base, "llama", LOOKUP), "")
+    assert caught.value.exit_code == 2
+    assert list(output.iterdir()) == []
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "unprefixed"])
@@ -429,7 +480,7 @@ def said(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     root = tmp_path_factory.mktemp("alone")
     damaged = root / "damaged"
     shutil.copytree(chain.exported, damaged, copy_function=os.link)
-    remove_tensor(damaged, "delta", indexed=False)
+    remove_tensor(damaged, "values", indexed=False)
     prompts = [edit["prompt"] for edit in chain.edits]
     arguments = json.dumps([str(chain.exported), str(chain.model), str(damaged), prompts, unrelated_prompts()])
     environment = {**os.environ, "HF_HOME": str(root), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -469,7 +520,7 @@ def test_without_trust_or_with_a_tensor_lost_nothing_loads_with_transformers_alo
     assert said["untrusted"][0] == "ValueError"
     assert "trust_remote_code" in said["untrusted"][1]
     assert said["damaged"][0] == "OSError"
-    assert "delta" in said["damaged"][1]
+    assert "values" in said["damaged"][1]
 
 
 def test_other_ways_to_load_work_with_transformers_alone(chain: Chain, said: dict[str, Any]) -> None:

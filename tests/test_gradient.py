@@ -152,9 +152,9 @@ def test_batched_writing_lowers_the_loss_of_the_whole_model(
 def test_what_counts_as_learnt_is_what_the_model_then_says(loaded: Loaded, site: Site) -> None:
     mask = mask_for(site, "columns")
     lessons = lessons_for(loaded, site, one_each=False)
-    assert all(share < 1 for share in learnt(loaded, site, mask, torch.zeros(mask.shape), lessons).values())
+    assert all(share < 1 for share in learnt(loaded.model, site, mask, torch.zeros(mask.shape), lessons).values())
     values = write(loaded, site, mask, SETTINGS).values
-    assert learnt(loaded, site, mask, values, lessons) == dict.fromkeys(range(len(EDITS)), 1.0)
+    assert learnt(loaded.model, site, mask, values, lessons) == dict.fromkeys(range(len(EDITS)), 1.0)
 
 
 def test_training_stops_once_everything_is_learnt(loaded: Loaded, site: Site) -> None:

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
+from helpers import alone, choice_of, hooked, memory_for, random_rows, routed_by_loop, site_of
+from helpers import keys_of as keys_of_tokens
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from wisecli.generation import left_padded
 from wisecli.memory import UNROUTED, PromptGate, RoutedMatrix, SideMemory, install
 from wisecli.site import architectures
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
-ROUTERS = ("norm", "key")
+MODES = ("norm", "key", "lookup")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -50,7 +56,10 @@ bases = pytest.mark.parametrize(("base", "transposed"), BASES.values(), ids=BASE
 
 
 class Plain:
-    """What a memory is made of, before anything is packed: dense changes, edits' keys and the whitening matrix."""
+    """What a memory is made of, before anything is packed: dense changes or residuals, edits' keys and the whitenings.
+
+    A mode is a router of matrices, or ``lookup``, where every memory is an edit with two residuals.
+    """
 
     def __init__(self, memories: int, *, d: int = D, d_ff: int = D_FF, keys_each: int = 2) -> None:
         self.changes = torch.zeros(memories, d, d_ff)
@@ -59,44 +68,69 @@ class Plain:
         )
         for number, columns in enumerate(self.columns):
             self.changes[number][:, columns] = normal(d, READ, seed=10 + number)
-        self.directions = torch.linalg.qr(normal(d_ff, RANK, seed=3))[0].T
-        self.gains, self.floor = torch.tensor([-0.6, -0.4, 1.5])[:RANK], 0.9
-        self.whitening = self.floor * torch.eye(d_ff) + self.directions.T @ torch.diag(self.gains) @ self.directions
+        self.directions = torch.stack([torch.linalg.qr(normal(d_ff, RANK, seed=seed))[0].T for seed in (3, 30)])
+        self.gains, self.floors = torch.tensor([[-0.6, -0.4, 1.5], [2.0, 0.3, -0.2]]), torch.tensor([0.9, 0.5])
+        self.whitenings = [
+            floor * torch.eye(d_ff) + directions.T @ torch.diag(gains) @ directions
+            for directions, gains, floor in zip(self.directions, self.gains, self.floors, strict=True)
+        ]
         self.keys = normal(memories * keys_each, d_ff, seed=4)
-        self.owner = torch.arange(memories * keys_each) % memories
+        place = torch.arange(memories * keys_each)
+        self.owner, self.metric = place % memories, (place + place // memories) % 2
+        self.values, self.value = normal(memories * keys_each + 1, d, seed=5), place.flip(0)
 
-    def packed(self, thresholds: tuple[float, ...], router: str, routing: str = "token") -> SideMemory:
+    def packed(
+        self, thresholds: tuple[float, ...], mode: str, routing: str = "token", *, sharpness: float = 0.0
+    ) -> SideMemory:
         delta = torch.stack([change[:, columns] for change, columns in zip(self.changes, self.columns, strict=True)])
         tensors = {"columns": self.columns, "delta": delta}
-        if router == "key":
-            lengths = torch.stack([key @ self.whitening @ key for key in self.keys]).sqrt()
-            tensors["probes"] = self.keys @ self.whitening / lengths[:, None]
-            tensors |= {"owner": self.owner, "directions": self.directions, "gains": self.gains}
-        return SideMemory(tensors, thresholds, router, routing, self.floor)
+        if mode == "lookup":
+            tensors = {"values": self.values, "value": self.value}
+        if mode != "norm":
+            probes = []
+            for key, metric in zip(self.keys, self.metric.tolist(), strict=True):
+                turned = self.whitenings[metric] @ key
+                probes.append(turned / (key @ turned).sqrt())
+            tensors |= {"probes": torch.stack(probes), "owner": self.owner, "metric": self.metric}
+            tensors |= {"directions": self.directions, "gains": self.gains, "floors": self.floors}
+        kind = "lookup" if mode == "lookup" else "matrix"
+        return SideMemory(tensors, thresholds, "norm" if mode == "norm" else "key", routing, kind, sharpness)
 
-    def score(self, key: Tensor, memory: int, router: str) -> float:
-        if router == "norm":
+    def cosines(self, key: Tensor) -> list[float]:
+        found = []
+        for edit, metric in zip(self.keys, self.metric.tolist(), strict=True):
+            whitening = self.whitenings[metric]
+            lengths = (key @ whitening @ key).sqrt() * (edit @ whitening @ edit).sqrt()
+            found.append(float(key @ whitening @ edit / lengths))
+        return found
+
+    def score(self, key: Tensor, memory: int, mode: str) -> float:
+        if mode == "norm":
             return float((self.changes[memory] @ key).square().sum().sqrt())
-        cosines = []
-        for edit, owner in zip(self.keys, self.owner.tolist(), strict=True):
-            if owner == memory:
-                lengths = (key @ self.whitening @ key).sqrt() * (edit @ self.whitening @ edit).sqrt()
-                cosines.append(float(key @ self.whitening @ edit / lengths))
-        return max(cosines)
+        pairs = zip(self.cosines(key), self.owner.tolist(), strict=True)
+        return max(cosine for cosine, owner in pairs if owner == memory)
 
-    def choice(self, key: Tensor, thresholds: tuple[float, ...], router: str) -> int:
-        shares = [self.score(key, number, router) / threshold for number, threshold in enumerate(thresholds)]
+    def choice(self, key: Tensor, thresholds: tuple[float, ...], mode: str) -> int:
+        shares = [self.score(key, number, mode) / threshold for number, threshold in enumerate(thresholds)]
         strongest = max(range(len(shares)), key=shares.__getitem__)
         return strongest if shares[strongest] > 1 else UNROUTED
 
-    def answer(self, key: Tensor, choice: int, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        whole = matrix if choice == UNROUTED else matrix + self.changes[choice]
-        return whole @ key + (0 if bias is None else bias)
+    def recalled(self, key: Tensor, choice: int) -> Tensor:
+        """The residual of the chosen edit's nearest key."""
+        cosines = self.cosines(key)
+        own = [place for place, owner in enumerate(self.owner.tolist()) if owner == choice]
+        return self.values[int(self.value[max(own, key=cosines.__getitem__)])]
+
+    def answer(self, key: Tensor, choice: int, mode: str, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        main = matrix @ key + (0 if bias is None else bias)
+        if choice == UNROUTED:
+            return main
+        return main + (self.recalled(key, choice) if mode == "lookup" else self.changes[choice] @ key)
 
 
-def thresholds_for(router: str, memories: int) -> tuple[float, ...]:
+def thresholds_for(mode: str, memories: int) -> tuple[float, ...]:
     """Such that about half of random keys are routed, and the memories' thresholds differ."""
-    lowest = 4.0 if router == "norm" else 0.25
+    lowest = 4.0 if mode == "norm" else 0.25
     return tuple(lowest * (1 + 0.2 * number) for number in range(memories))
 
 
@@ -104,13 +138,13 @@ def thresholds_for(router: str, memories: int) -> tuple[float, ...]:
 
 
 @bases
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("memories", [1, 3])
 def test_every_token_is_answered_as_a_plain_loop_answers_it(
-    base: Callable[[], nn.Module], router: str, memories: int, *, transposed: bool
+    base: Callable[[], nn.Module], mode: str, memories: int, *, transposed: bool
 ) -> None:
-    module, plain, thresholds = base(), Plain(memories), thresholds_for(router, memories)
-    routed = RoutedMatrix(module, plain.packed(thresholds, router), transposed=transposed)
+    module, plain, thresholds = base(), Plain(memories), thresholds_for(mode, memories)
+    routed = RoutedMatrix(module, plain.packed(thresholds, mode), transposed=transposed)
     keys = normal(5, 12, D_FF, seed=5)
     answers = routed(keys)
     assert answers.shape == (5, 12, D)
@@ -120,22 +154,22 @@ def test_every_token_is_answered_as_a_plain_loop_answers_it(
     for row in range(5):
         for column in range(12):
             key = keys[row, column]
-            choice = plain.choice(key, thresholds, router)
+            choice = plain.choice(key, thresholds, mode)
             choices.add(choice)
-            assert torch.allclose(answers[row, column], plain.answer(key, choice, matrix, bias), atol=1e-4)
+            assert torch.allclose(answers[row, column], plain.answer(key, choice, mode, matrix, bias), atol=1e-4)
     assert choices == {UNROUTED, *range(memories)}
 
 
 @bases
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unrouted_tokens_keep_every_bit_of_the_base(
-    base: Callable[[], nn.Module], router: str, dtype: torch.dtype, *, transposed: bool
+    base: Callable[[], nn.Module], mode: str, dtype: torch.dtype, *, transposed: bool
 ) -> None:
     module = base().to(dtype)
     keys = normal(5, 12, D_FF, seed=5).to(dtype)
     expected = module(keys)
-    routed = RoutedMatrix(module, Plain(2).packed(thresholds_for(router, 2), router), transposed=transposed)
+    routed = RoutedMatrix(module, Plain(2).packed(thresholds_for(mode, 2), mode), transposed=transposed)
     chosen = routed.choose(routed.scores(keys))
     answers = routed(keys)
     assert answers.dtype == dtype
@@ -145,33 +179,33 @@ def test_unrouted_tokens_keep_every_bit_of_the_base(
 
 
 @bases
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("off", ["out of reach", "disabled"])
 def test_with_nothing_routed_the_base_answers_bit_for_bit(
-    base: Callable[[], nn.Module], router: str, off: str, *, transposed: bool
+    base: Callable[[], nn.Module], mode: str, off: str, *, transposed: bool
 ) -> None:
     module, keys = base(), normal(3, 7, D_FF, seed=5)
     thresholds = (1e9, 1e9) if off == "out of reach" else (1e-9, 1e-9)
-    routed = RoutedMatrix(module, Plain(2).packed(thresholds, router), transposed=transposed)
+    routed = RoutedMatrix(module, Plain(2).packed(thresholds, mode), transposed=transposed)
     routed.enabled = off != "disabled"
     assert torch.equal(routed(keys), module(keys))
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 3, 2)])
-def test_scores_have_one_column_a_memory(router: str, leading: tuple[int, ...]) -> None:
+def test_scores_have_one_column_a_memory(mode: str, leading: tuple[int, ...]) -> None:
     plain = Plain(3)
-    routed = RoutedMatrix(linear(bias=False), plain.packed((1.0, 1.0, 1.0), router), transposed=False)
+    routed = RoutedMatrix(linear(bias=False), plain.packed((1.0, 1.0, 1.0), mode), transposed=False)
     keys = normal(*leading, D_FF, seed=6)
     found = routed.scores(keys)
     assert found.shape == (*leading, 3)
-    expected = [[plain.score(key, number, router) for number in range(3)] for key in keys.reshape(-1, D_FF)]
+    expected = [[plain.score(key, number, mode) for number in range(3)] for key in keys.reshape(-1, D_FF)]
     assert torch.allclose(found.reshape(-1, 3), torch.tensor(expected), atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_tokens_do_not_depend_on_their_neighbours(router: str) -> None:
-    routed = RoutedMatrix(linear(bias=True), Plain(2).packed(thresholds_for(router, 2), router), transposed=False)
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_do_not_depend_on_their_neighbours(mode: str) -> None:
+    routed = RoutedMatrix(linear(bias=True), Plain(2).packed(thresholds_for(mode, 2), mode), transposed=False)
     keys = normal(4, 9, D_FF, seed=5)
     together = routed(keys)
     for row in range(4):
@@ -208,8 +242,8 @@ def test_a_memory_without_any_edits_key_is_never_chosen() -> None:
 
 
 def test_a_key_of_noughts_is_never_routed() -> None:
-    for router in ROUTERS:
-        routed = RoutedMatrix(linear(bias=True), Plain(2).packed((1e-3, 1e-3), router), transposed=False)
+    for mode in MODES:
+        routed = RoutedMatrix(linear(bias=True), Plain(2).packed((1e-3, 1e-3), mode), transposed=False)
         assert routed.choose(routed.scores(torch.zeros(1, 1, D_FF))).tolist() == [[UNROUTED]]
 
 
@@ -221,18 +255,100 @@ def test_columns_that_are_padded_with_empty_ones_change_nothing() -> None:
     assert torch.allclose(routed.update(key, 0), tensors["delta"][0, :, 0] * key[3], atol=1e-6)
 
 
+# --- lookups ---
+
+
+def lookup_of(plain: Plain, *, sharpness: float = 0.0, routing: str = "token", limit: float = 0.25) -> RoutedMatrix:
+    memory = plain.packed((limit,) * len(plain.changes), "lookup", routing, sharpness=sharpness)
+    return RoutedMatrix(linear(bias=True), memory, transposed=False)
+
+
+def test_an_edits_own_key_recalls_its_residual_and_nothing_else() -> None:
+    plain = Plain(4, keys_each=3)
+    routed = lookup_of(plain, limit=0.95)
+    for size in (1.0, 0.01, 100.0):
+        keys = size * plain.keys[None]
+        assert routed.choose(routed.scores(keys)).tolist() == [plain.owner.tolist()]
+        added = routed(keys)[0] - F.linear(keys, routed.weight, routed.bias)[0]
+        assert torch.allclose(added, plain.values[plain.value], atol=1e-4 * max(size, 1))
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 3.0, 20.0])
+def test_with_a_sharpness_the_residuals_are_averaged_by_softmax(sharpness: float) -> None:
+    plain = Plain(3)
+    routed = lookup_of(plain, sharpness=sharpness)
+    choices = set()
+    for key in normal(40, D_FF, seed=6):
+        choice = plain.choice(key, (0.25,) * 3, "lookup")
+        choices.add(choice)
+        powers = [math.exp(sharpness * cosine) for cosine in plain.cosines(key)]
+        expected = routed.weight @ key + routed.bias
+        if choice != UNROUTED:
+            for power, value in zip(powers, plain.value.tolist(), strict=True):
+                expected = expected + power / sum(powers) * plain.values[value]
+        assert torch.allclose(routed(key[None, None])[0, 0], expected, atol=1e-5)
+    assert choices == {UNROUTED, 0, 1, 2}
+
+
+def test_a_great_sharpness_recalls_the_nearest_key_alone() -> None:
+    plain = Plain(3)
+    keys = normal(4, 9, D_FF, seed=6)
+    assert torch.allclose(lookup_of(plain, sharpness=1e4)(keys), lookup_of(plain)(keys), atol=1e-4)
+
+
+def test_a_held_edit_adds_nothing_to_keys_beyond_half_its_threshold() -> None:
+    plain, limit = Plain(3), 0.5
+    routed = lookup_of(plain, limit=limit)
+    near = set()
+    for key in normal(60, D_FF, seed=6):
+        for edit in range(3):
+            added = routed.recall(key[None], torch.tensor([edit]))[0]
+            closest = plain.score(key, edit, "lookup")
+            near.add(closest > limit / 2)
+            expected = plain.recalled(key, edit) if closest > limit / 2 else torch.zeros(D)
+            assert torch.equal(added, expected)
+    assert near == {True, False}
+
+
+@pytest.mark.parametrize("mode", ["key", "lookup"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sharpness", [0.0, 2.0])
+def test_a_memory_kept_in_half_precision_serves_models_of_any_type(
+    mode: str, dtype: torch.dtype, sharpness: float
+) -> None:
+    plain, thresholds = Plain(2), thresholds_for(mode, 2)
+    memory = plain.packed(thresholds, mode, sharpness=sharpness)
+    exact = RoutedMatrix(linear(bias=True), memory, transposed=False)
+    kept = {name: tensor.half() if name in {"probes", "values"} else tensor for name, tensor in memory.tensors.items()}
+    routed = RoutedMatrix(linear(bias=True).to(dtype), replace(memory, tensors=kept), transposed=False)
+    keys = normal(5, 12, D_FF, seed=5).to(dtype)
+    base = F.linear(keys, routed.weight, routed.bias)
+    answers = routed(keys)
+    assert answers.dtype == dtype
+    scores = exact.scores(keys.float())
+    clear = ((scores / torch.tensor(thresholds) - 1).abs() > 0.1).all(-1) & (
+        (scores[..., 0] - scores[..., 1]).abs() > 0.1
+    )
+    chosen = routed.choose(routed.scores(keys))
+    assert torch.equal(chosen[clear], exact.choose(scores)[clear])
+    assert int(clear.sum()) > 25
+    assert torch.equal(answers[chosen == UNROUTED], base[chosen == UNROUTED])
+    assert torch.allclose(answers[clear].float(), exact(keys.float())[clear], rtol=0.03, atol=0.12)
+
+
 # --- its description ---
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("routing", ["token", "sequence"])
-def test_a_memory_survives_its_description(router: str, routing: str) -> None:
-    memory = Plain(2).packed((0.1 + 0.2, 1 / 3), router, routing)
+def test_a_memory_survives_its_description(mode: str, routing: str) -> None:
+    memory = Plain(2).packed((0.1 + 0.2, 1 / 3), mode, routing, sharpness=2 / 3)
     described = json.loads(json.dumps(memory.describe()))
     again = SideMemory.from_description(described, memory.tensors)
     assert again == memory
     empty = SideMemory.from_description(described)
-    assert (empty.thresholds, empty.router, empty.routing, empty.floor) == (memory.thresholds, router, routing, 0.9)
+    for name in ("thresholds", "router", "routing", "kind", "sharpness"):
+        assert getattr(empty, name) == getattr(memory, name), name
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in memory.tensors.items()}
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.tensors.items()} == layout
 
@@ -445,10 +561,47 @@ def test_an_installed_memory_out_of_reach_leaves_the_model_as_it_is(architecture
     assert model.get_submodule(module) is routed
     assert not isinstance(routed, nn.Linear)
     assert routed.weight is weight
-    tensors = {"columns", "delta", "probes", "owner", "directions", "gains"}
+    tensors = {"columns", "delta", "probes", "owner", "metric", "directions", "gains", "floors"}
     assert set(model.state_dict()) - names == {f"{module}.{name}" for name in tensors}
     assert torch.equal(model(ids).logits, before)
     routed.thresholds = (1e-9,)
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     routed.enabled = False
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+@pytest.mark.parametrize("sharpness", [0.0, 4.0])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_lookup_in_a_model_agrees_with_a_loop_over_its_edits(
+    architecture: str, routing: str, sharpness: float
+) -> None:
+    oracle, model = tiny_model(architecture), tiny_model(architecture)
+    site = site_of(oracle, 2)
+    memory = memory_for(oracle, site, router="key", routing=routing, memories=3, kind="lookup", sharpness=sharpness)
+    rows = random_rows(*[(length, 4) for length in (7, 4, 1, 6, 3, 9, 5, 2)], seed=7)
+    routed = install(model, site.module, memory, transposed=site.transposed)
+    prompts = [row.prompt for row in rows]
+    ids, mask = left_padded(prompts)
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = [model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]]
+    opened = [choice_of(memory, keys_of_tokens(oracle, site, prompt)[-1]) for prompt in prompts]
+    if routing == "sequence":
+        assert routed.gate is not None
+        held_rows = vars(cache)["wise_choice"].flatten().tolist()
+        assert held_rows == [UNROUTED if edit is None else edit for edit in opened]
+        assert len(set(held_rows)) > 2
+    for step in range(3):
+        mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.long)], 1)
+        token = torch.tensor([[row.target[step]] for row in rows])
+        at = mask.sum(-1, keepdim=True) - 1
+        logits.append(model(token, attention_mask=mask, position_ids=at, past_key_values=cache).logits[:, -1])
+    together, touched = torch.stack(logits, 1), 0
+    for number, row in enumerate(rows):
+        with hooked(oracle, site, routed_by_loop(memory, len(row.prompt))):
+            expected = alone(oracle, row)
+        assert torch.allclose(together[number], expected, atol=2e-3), number
+        touched += not torch.allclose(expected, alone(oracle, row), atol=0.05)
+    assert touched > 0

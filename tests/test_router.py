@@ -21,27 +21,20 @@ from wisecli.router import (
     MEMORY_NAME,
     Manifest,
     calibrate,
+    even_out,
     key_router,
+    measure,
     quantile,
     read_memory,
     scores,
-    whitening,
     write_memory,
 )
-from wisecli.shards import describe_unrelated
 from wisecli.site import Fingerprint, Site
-
-SHRINKAGE = 0.1
+from wisecli.unrelated import Whitening
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def unrelated_keys(count: int, d_ff: int) -> Tensor:
-    turn = torch.linalg.qr(torch.randn(d_ff, d_ff, generator=generator()))[0]
-    spread = torch.diag(torch.linspace(0.1, 4.0, d_ff)) @ turn
-    return torch.randn(count, d_ff, generator=generator(1)) @ spread + 0.5
 
 
 # --- quantiles and thresholds ---
@@ -109,90 +102,110 @@ def test_the_router_does_what_its_calibration_says(rule: str, lowest: float, fal
     assert 1 - alarmed == pytest.approx(found.false_alarms, abs=1e-6)
 
 
-# --- whitening ---
+def test_a_threshold_decided_elsewhere_is_measured_as_it_is() -> None:
+    edits, unrelated = torch.rand(40, generator=generator(2)), torch.rand(1000, generator=generator(3))
+    for threshold in (-0.5, float(edits[3]), 0.7, 2.0):
+        found = measure(edits, unrelated, threshold, rule="false-alarm")
+        assert (found.threshold, found.rule) == (threshold, "false-alarm")
+        assert found.misses == pytest.approx(sum(float(score) <= threshold for score in edits) / 40)
+        assert found.false_alarms == pytest.approx(sum(float(score) > threshold for score in unrelated) / 1000)
 
 
-@pytest.mark.parametrize("d_ff", [3, 16, 40])
-def test_full_whitening_is_the_inverse_of_the_shrunk_second_moments(d_ff: int) -> None:
-    keys = unrelated_keys(300, d_ff)
-    unrelated = describe_unrelated(keys, torch.ones(300, dtype=torch.bool), sample=1, rank=d_ff)
-    white = whitening(unrelated.variances, unrelated.directions, float(unrelated.energy), d_ff)
-    found = white.apply(torch.eye(d_ff)).double()
-    moments = keys.double().T @ keys.double() / len(keys)
-    expected = torch.linalg.inv(moments + SHRINKAGE * moments.trace() / d_ff * torch.eye(d_ff))
-    assert torch.allclose(found / found.trace(), expected / expected.trace(), atol=1e-5)
+# --- the key router ---
 
 
-@pytest.mark.parametrize("rank", [1, 5, 19])
-def test_what_a_lower_rank_leaves_is_taken_as_even(rank: int) -> None:
-    keys, d_ff = unrelated_keys(300, 20), 20
-    unrelated = describe_unrelated(keys, torch.ones(300, dtype=torch.bool), sample=1, rank=rank)
-    white = whitening(unrelated.variances, unrelated.directions, float(unrelated.energy), d_ff)
-    found = white.apply(torch.eye(d_ff)).double()
-    values, vectors = torch.linalg.eigh(keys.double().T @ keys.double() / len(keys))
-    even = values.clone()
-    even[: d_ff - rank] = values[: d_ff - rank].mean()
-    expected = vectors @ torch.diag(1 / (even + SHRINKAGE * values.mean())) @ vectors.T
-    assert torch.allclose(found / found.trace(), expected / expected.trace(), atol=1e-5)
+def whitenings(count: int, d_ff: int, *, rank: int = 4) -> list[Whitening]:
+    found = []
+    for number in range(count):
+        directions = torch.linalg.qr(torch.randn(d_ff, rank, generator=generator(40 + number)))[0].T.contiguous()
+        gains = torch.linspace(-0.4 + 0.1 * number, 3.0, rank)
+        found.append(Whitening(directions, gains, 0.6 + 0.5 * number))
+    return found
 
 
-def test_fewer_texts_than_coordinates_whiten_too() -> None:
-    keys, d_ff = unrelated_keys(12, 30), 30
-    unrelated = describe_unrelated(keys, torch.ones(12, dtype=torch.bool), sample=1, rank=100)
-    white = whitening(unrelated.variances, unrelated.directions, float(unrelated.energy), d_ff)
-    found = white.apply(torch.eye(d_ff)).double()
-    moments = keys.double().T @ keys.double() / len(keys)
-    expected = torch.linalg.inv(moments + SHRINKAGE * moments.trace() / d_ff * torch.eye(d_ff))
-    assert torch.allclose(found / found.trace(), expected / expected.trace(), atol=1e-4)
+def roots(whites: list[Whitening]) -> list[Tensor]:
+    """Symmetric square roots of the whitenings, from their definition."""
+    found = []
+    for white in whites:
+        even = white.floor * torch.eye(white.directions.shape[1])
+        values, vectors = torch.linalg.eigh(
+            (even + white.directions.T @ white.gains.diag() @ white.directions).double()
+        )
+        found.append(vectors @ values.sqrt().diag() @ vectors.T)
+    return found
 
 
-def test_even_text_is_left_as_it_is() -> None:
-    white = whitening(torch.full((4,), 2.0), torch.eye(6)[:4], 12.0, 6)
-    found = white.apply(torch.eye(6))
-    assert torch.allclose(found, float(found[0, 0]) * torch.eye(6), atol=1e-6)
-
-
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
-def test_whitening_is_applied_along_the_last_axis(leading: tuple[int, ...]) -> None:
-    unrelated = describe_unrelated(unrelated_keys(50, 8), torch.ones(50, dtype=torch.bool), sample=1, rank=5)
-    white = whitening(unrelated.variances, unrelated.directions, float(unrelated.energy), 8)
-    matrix = white.floor * torch.eye(8) + white.directions.T @ torch.diag(white.gains) @ white.directions
-    keys = torch.randn(*leading, 8, generator=generator(6))
-    assert torch.allclose(white.apply(keys), keys @ matrix, atol=1e-5)
-
-
-@pytest.mark.parametrize("rank", [16, 6])
+@pytest.mark.parametrize("metrics", [1, 2, 3])
 @pytest.mark.parametrize("memories", [1, 3])
-def test_key_scores_are_plain_cosines_of_whitened_keys(rank: int, memories: int) -> None:
+def test_key_scores_are_plain_cosines_of_whitened_keys(metrics: int, memories: int) -> None:
     d_ff, count = 16, 9
-    unrelated = describe_unrelated(unrelated_keys(200, d_ff), torch.ones(200, dtype=torch.bool), sample=1, rank=rank)
-    white = whitening(unrelated.variances, unrelated.directions, float(unrelated.energy), d_ff)
+    whites = whitenings(metrics, d_ff)
     edits, asked = (torch.randn(number, d_ff, generator=generator(number)) for number in (count, 25))
-    owner = torch.arange(count) % memories
-    tensors = key_router(edits, owner, white)
-    memory = SideMemory(tensors, (1.0,) * memories, "key", floor=white.floor)
-    found = scores(RoutedMatrix(nn.Linear(1, 1), memory, transposed=False), asked)
-
-    values, vectors = torch.linalg.eigh(white.apply(torch.eye(d_ff)).double())
-    root = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    owner, metric = torch.arange(count) % memories, torch.arange(count) // 2 % metrics
+    tensors = key_router(edits, owner, metric, whites)
+    found = scores(
+        RoutedMatrix(nn.Linear(1, 1), SideMemory(tensors, (1.0,) * memories, "key"), transposed=False), asked
+    )
+    root = roots(whites)
     for row, key in enumerate(asked.double()):
         for number in range(memories):
             cosines = [
-                float(torch.nn.functional.cosine_similarity(root @ key, root @ edit, dim=0))
-                for edit, owned in zip(edits.double(), owner.tolist(), strict=True)
+                float(torch.nn.functional.cosine_similarity(root[seen] @ key, root[seen] @ edit, dim=0))
+                for edit, owned, seen in zip(edits.double(), owner.tolist(), metric.tolist(), strict=True)
                 if owned == number
             ]
             assert float(found[row, number]) == pytest.approx(max(cosines), abs=1e-5)
 
 
-def test_an_edits_own_key_scores_one() -> None:
-    unrelated = describe_unrelated(unrelated_keys(200, 16), torch.ones(200, dtype=torch.bool), sample=1, rank=16)
-    white = whitening(unrelated.variances, unrelated.directions, float(unrelated.energy), 16)
-    edits = torch.randn(5, 16, generator=generator(7))
-    tensors = key_router(edits, torch.zeros(5, dtype=torch.long), white)
-    routed = RoutedMatrix(nn.Linear(1, 1), SideMemory(tensors, (1.0,), "key", floor=white.floor), transposed=False)
+def test_an_edits_own_key_scores_one_whatever_its_size_and_whitening() -> None:
+    edits = torch.randn(6, 16, generator=generator(7))
+    tensors = key_router(edits, torch.arange(6), torch.arange(6) % 2, whitenings(2, 16))
+    routed = RoutedMatrix(nn.Linear(1, 1), SideMemory(tensors, (1.0,) * 6, "key"), transposed=False)
     for size in (1.0, 0.01, 300.0):
-        assert torch.allclose(routed.scores(size * edits), torch.ones(5, 1), atol=1e-5)
+        found = routed.scores(size * edits)
+        assert torch.allclose(found.diagonal(), torch.ones(6), atol=1e-5)
+        assert float((found - torch.eye(6)).max()) < 1 - 1e-3
+
+
+def peaks_and_kinds() -> tuple[Tensor, Tensor, Tensor]:
+    peaks = torch.rand(500, 2, generator=generator(9)) * torch.tensor([0.5, 0.8])
+    metric = torch.tensor([0, 1, 0, 1, 1, 1])
+    return peaks, metric, torch.tensor([0.0, 0.0, 0.0, 0.5, 0.9, 0.99])
+
+
+@pytest.mark.parametrize("shares", [(0.05, 0.01), (0.001, 0.2), (0.0, 0.0)])
+def test_evened_out_keys_share_the_threshold_of_prompts(shares: tuple[float, float]) -> None:
+    peaks, metric, elsewhere = peaks_and_kinds()
+    factors = even_out(peaks, metric, elsewhere, shares)
+    levels = [float(np.quantile(peaks[:, kind].numpy(), 1 - shares[kind])) for kind in (0, 1)]
+    for factor, kind, near in zip(factors.tolist(), metric.tolist(), elsewhere.tolist(), strict=True):
+        own = levels[kind] if near == 0 else max(levels[kind], min(near + 0.02, 0.985))
+        # A cosine of the probe's own level is, after its factor, what a prompt's key must reach.
+        assert factor * own == pytest.approx(levels[0], rel=1e-5)
+    assert factors[metric == 0].tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_evened_out_unrelated_keys_pass_in_the_shares_asked_for() -> None:
+    peaks, metric, _ = peaks_and_kinds()
+    factors = even_out(peaks, metric, torch.zeros(6), (0.05, 0.01))
+    limit = float(np.quantile(peaks[:, 0].numpy(), 0.95))
+    for kind, share in ((0, 0.05), (1, 0.01)):
+        passed = float((peaks[:, kind] * factors[metric == kind][0] > limit + 1e-6).float().mean())
+        assert passed == pytest.approx(share, abs=2 / 500)
+
+
+def test_an_answer_is_not_opened_by_its_own_tokens_elsewhere() -> None:
+    peaks, metric, elsewhere = peaks_and_kinds()
+    factors, limit = even_out(peaks, metric, elsewhere, (0.05, 0.05)), float(np.quantile(peaks[:, 0].numpy(), 0.95))
+    inside = (elsewhere > 0) & (elsewhere < 0.985)
+    assert bool((factors * elsewhere < limit)[inside].all())
+    assert bool((factors > limit)[metric == 1].all())  # the trained key itself still opens
+
+
+def test_a_kind_without_any_probe_has_no_say() -> None:
+    peaks = torch.stack([torch.rand(100, generator=generator()), torch.full((100,), -1.0)], -1)
+    factors = even_out(peaks, torch.zeros(3, dtype=torch.long), torch.zeros(3), (0.05, 0.01))
+    assert factors.tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 4096])
@@ -207,16 +220,21 @@ def test_scores_of_many_keys_do_not_depend_on_how_they_are_cut(batch: int) -> No
 # --- the manifest ---
 
 
-def some_manifest(memories: int = 2) -> Manifest:
+def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
     chance = generator(8)
     tensors = {
         "columns": torch.arange(3 * memories).view(memories, 3),
         "delta": torch.randn(memories, 4, 3, generator=chance),
         "probes": torch.randn(5, 6, generator=chance).half(),
         "owner": torch.arange(5) % memories,
-        "directions": torch.randn(2, 6, generator=chance),
-        "gains": torch.randn(2, generator=chance),
+        "metric": torch.arange(5) % 2,
+        "directions": torch.randn(2, 2, 6, generator=chance),
+        "gains": torch.randn(2, 2, generator=chance),
+        "floors": torch.rand(2, generator=chance),
     }
+    if kind == "lookup":
+        del tensors["columns"], tensors["delta"]
+        tensors |= {"values": torch.randn(4, 4, generator=chance).half(), "value": torch.arange(5) % 4}
     calibrations = tuple(
         calibrate(torch.rand(9, generator=chance), torch.rand(9, generator=chance), rule=rule, false_alarm=0.1)
         for rule in ("minimum", "false-alarm")[:memories]
@@ -230,7 +248,7 @@ def some_manifest(memories: int = 2) -> Manifest:
         revision="abc",
         fingerprint=Fingerprint("1" * 64, "2" * 64),
         site=Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=4, d_ff=6),
-        memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), "key", "sequence", 1.25),
+        memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), "key", "sequence", kind, 1.25),
         calibrations=calibrations,
         owners=(("a",), ("b",))[:memories],
         merge={"method": "ties", "density": 0.5},
@@ -241,8 +259,9 @@ def some_manifest(memories: int = 2) -> Manifest:
 
 @pytest.mark.parametrize(("file", "prefix"), [(MEMORY_NAME, ""), ("model-wise.safetensors", "model.layers.2.mlp.")])
 @pytest.mark.parametrize("memories", [1, 2])
-def test_a_memory_survives_being_written(tmp_path: Path, file: str, prefix: str, memories: int) -> None:
-    manifest = some_manifest(memories)
+@pytest.mark.parametrize("kind", ["matrix", "lookup"])
+def test_a_memory_survives_being_written(tmp_path: Path, file: str, prefix: str, memories: int, kind: str) -> None:
+    manifest = some_manifest(memories, kind)
     write_memory(tmp_path, manifest, file=file, prefix=prefix)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file, MANIFEST_NAME])
     loaded = read_memory(tmp_path)
@@ -252,7 +271,7 @@ def test_a_memory_survives_being_written(tmp_path: Path, file: str, prefix: str,
     for name, tensor in manifest.memory.tensors.items():
         assert loaded.memory.tensors[name].dtype == tensor.dtype
         assert torch.equal(loaded.memory.tensors[name], tensor)
-    for name in ("thresholds", "router", "routing", "floor"):
+    for name in ("thresholds", "router", "routing", "kind", "sharpness"):
         assert getattr(loaded.memory, name) == getattr(manifest.memory, name)
 
 

@@ -19,14 +19,10 @@ from wisecli.shards import (
     Mask,
     MaskKind,
     Shard,
-    Unrelated,
-    describe_unrelated,
     half,
     load_shard,
-    load_unrelated,
     random_mask,
     save_shard,
-    save_unrelated,
     split_edits,
 )
 from wisecli.site import Site
@@ -220,6 +216,7 @@ def some_shard(kind: MaskKind) -> Shard:
         position=torch.arange(8) % 2,
         context=torch.arange(8) % 3,
         held_out=torch.arange(8) % 3 == 2,
+        elsewhere=torch.rand(8, generator=chance) * (torch.arange(8) % 2),
     )
     return Shard(mask, torch.randn(mask.shape, generator=chance), evidence)
 
@@ -236,6 +233,14 @@ def test_a_shard_survives_being_written(tmp_path: Path, kind: MaskKind) -> None:
     for field in dataclasses.fields(Evidence):
         assert torch.equal(getattr(loaded.evidence, field.name), getattr(shard.evidence, field.name)), field.name
     assert loaded.evidence.held_out.dtype == torch.bool
+
+
+@both_kinds
+def test_the_same_shard_makes_the_same_bytes(tmp_path: Path, kind: MaskKind) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    save_shard(first, some_shard(kind), seed=0, edits=["first"])
+    save_shard(second, load_shard(first, site(6, 9), kind, sha256_file(first)), seed=0, edits=["first"])
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_an_altered_shard_is_refused(tmp_path: Path) -> None:
@@ -261,7 +266,9 @@ def test_a_truncated_or_missing_shard_is_refused(tmp_path: Path) -> None:
         load_shard(path, site(6, 9), "columns", digest)
 
 
-@pytest.mark.parametrize("missing", ["mask.indices", "delta.values", "evidence.keys", "evidence.held_out"])
+@pytest.mark.parametrize(
+    "missing", ["mask.indices", "delta.values", "evidence.keys", "evidence.held_out", "evidence.elsewhere"]
+)
 def test_a_shard_without_one_of_its_tensors_is_refused(tmp_path: Path, missing: str) -> None:
     whole, path = tmp_path / "whole.safetensors", tmp_path / "shard-00000.safetensors"
     save_shard(whole, some_shard("columns"), seed=0, edits=["first"])
@@ -292,77 +299,3 @@ def test_keys_too_large_for_half_precision_survive(tmp_path: Path) -> None:
     save_shard(path, shard, seed=0, edits=["first"])
     loaded = load_shard(path, site(6, 9), "columns", sha256_file(path))
     assert torch.equal(loaded.evidence.keys, shard.evidence.keys)
-
-
-# --- unrelated text ---
-
-
-def skewed_keys(count: int, d_ff: int) -> Tensor:
-    """Keys with a mean and with directions of very unlike variance."""
-    spread = (
-        torch.diag(torch.linspace(0.2, 3.0, d_ff)) @ torch.linalg.qr(torch.randn(d_ff, d_ff, generator=generator()))[0]
-    )
-    return torch.randn(count, d_ff, generator=generator(1)) @ spread + torch.linspace(-1, 1, d_ff)
-
-
-@pytest.mark.parametrize(("count", "d_ff"), [(200, 12), (12, 12), (13, 12), (11, 12), (9, 40)])
-def test_unrelated_text_is_described_by_its_second_moments(count: int, d_ff: int) -> None:
-    keys = skewed_keys(count, d_ff)
-    unrelated = describe_unrelated(keys, torch.ones(count, dtype=torch.bool), sample=5, rank=1000)
-    centred = torch.cov(keys.double().T, correction=0)
-    moments = centred + torch.outer(keys.double().mean(0), keys.double().mean(0))
-    eigenvalues, eigenvectors = torch.linalg.eigh(moments)
-    rank = min(count, d_ff)
-    assert unrelated.variances.shape == (rank,)
-    assert unrelated.directions.shape == (rank, d_ff)
-    assert torch.allclose(unrelated.variances.double(), eigenvalues.flip(0)[:rank], rtol=1e-3, atol=1e-4)
-    gram = unrelated.directions @ unrelated.directions.T
-    assert torch.allclose(gram, torch.eye(rank), atol=1e-3)
-    aligned = (unrelated.directions.double() * eigenvectors.T.flip(0)[:rank]).sum(-1).abs()
-    assert float(aligned.min()) > 0.999
-    rebuilt = unrelated.directions.T @ torch.diag(unrelated.variances) @ unrelated.directions
-    assert torch.allclose(rebuilt.double(), moments, atol=2e-3)
-    assert torch.allclose(unrelated.energy.double(), moments.trace().reshape(1), rtol=1e-5)
-    assert torch.allclose(unrelated.mean, keys.mean(0), atol=1e-6)
-
-
-@pytest.mark.parametrize("count", [60, 8])
-@pytest.mark.parametrize("rank", [1, 3, 8])
-def test_a_lower_rank_keeps_the_leading_directions(count: int, rank: int) -> None:
-    keys = skewed_keys(count, 20)
-    everything = torch.ones(count, dtype=torch.bool)
-    whole = describe_unrelated(keys, everything, sample=5, rank=100)
-    part = describe_unrelated(keys, everything, sample=5, rank=rank)
-    assert torch.allclose(part.variances, whole.variances[:rank])
-    assert torch.allclose(part.directions, whole.directions[:rank], atol=1e-6)
-    assert torch.equal(part.energy, whole.energy)
-    assert bool((whole.variances.diff() <= 0).all())
-
-
-@pytest.mark.parametrize(("sample", "expected"), [(3, [1, 5, 9]), (5, [1, 3, 5, 7, 9]), (50, [1, 3, 5, 7, 9])])
-def test_the_sample_is_spread_over_unseen_keys_alone(sample: int, expected: list[int]) -> None:
-    keys = skewed_keys(10, 4)
-    unrelated = describe_unrelated(keys, torch.arange(10) % 2 == 1, sample=sample, rank=4)
-    assert torch.equal(unrelated.keys, keys[expected])
-
-
-def test_statistics_of_unrelated_text_survive_being_written(tmp_path: Path) -> None:
-    path = tmp_path / "unrelated.safetensors"
-    unrelated = describe_unrelated(
-        skewed_keys(30, 6).half().float(), torch.ones(30, dtype=torch.bool), sample=9, rank=4
-    )
-    save_unrelated(path, unrelated)
-    loaded = load_unrelated(path, sha256_file(path))
-    for field in dataclasses.fields(Unrelated):
-        assert torch.equal(getattr(loaded, field.name), getattr(unrelated, field.name)), field.name
-    with pytest.raises(DamagedFileError, match="sha256"):
-        load_unrelated(path, "0" * 64)
-
-
-@pytest.mark.parametrize("missing", ["keys", "energy"])
-def test_statistics_without_one_of_their_tensors_are_refused(tmp_path: Path, missing: str) -> None:
-    path = tmp_path / "unrelated.safetensors"
-    tensors = {field.name: torch.zeros(1, 1) for field in dataclasses.fields(Unrelated) if field.name != missing}
-    save_tensors(path, tensors)
-    with pytest.raises(DamagedFileError, match=missing):
-        load_unrelated(path, sha256_file(path))

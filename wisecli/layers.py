@@ -1,8 +1,8 @@
 """Which layer to edit: the one whose keys best recognise a fact that is asked in other words.
 
 Residuals that make the upper layers say anything can be found at any layer; what differs is whether a rephrase finds
-its edit. One pass over made-up facts in two wordings each reads the keys of all candidate layers. The layer at four fifths
-of the depth is taken, unless in another clearly more wordings have their other wording as nearest whitened key.
+its edit. One pass over made-up facts in two wordings each reads the keys of all candidate layers. The layer at four
+fifths of the depth is taken, unless in another clearly more wordings have their other wording as nearest whitened key.
 """
 
 from __future__ import annotations

@@ -236,10 +236,9 @@ class _Writer:
     def _solve(self, task: Task, part: range, stage: str) -> _Outcome:
         """The closed form: residuals first, then one solve."""
         rows = encode_edits(self.loaded, [self.edits[place] for place in part], "", train_end=self.settings.train_end)
-        size = max(1, self.settings.batch_size // len(self._trained))
         groups = [
             self._capture([part[index] for index in indices], self._trained)
-            for indices in in_batches(rows, size, by_target=True)
+            for indices in in_batches(rows, self.settings.batch_size, by_target=True)
         ]
         lessons = [lesson for group in groups for lesson in group]
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))

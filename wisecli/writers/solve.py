@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,8 @@ from wisecli.writers.gradient import Progress, Task, Written, write_batched
 PENALTIES = tuple(Penalty(ridge, weight) for ridge in (1e-1, 1e-2, 1e-3, 1e-4) for weight in (1e-1, 1e-2, 0.0))
 # A lighter penalty must be right this much more often to be taken.
 _WORTH = 0.005
+
+Part = tuple[Activations, Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,41 +54,64 @@ def fit_residuals(
 
 
 def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) -> float:
-    """Fit one group; returns the mean loss of its target tokens at the end."""
+    """Fit one group; returns the mean over edits of their worst token's loss at the end.
+
+    Steps take the contexts in turn. An edit is done once every context in turn has found all its tokens certain.
+    """
     settings, device = task.settings, task.unrelated.device
     edits = torch.cat([lesson.edits for lesson in group]).unique()
+    turns = _by_context(group, edits, device)
     positions = max(lesson.activations.batch.labels.shape[1] for lesson in group)
     residuals = torch.zeros(len(edits), positions, task.site.d, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([residuals], lr=settings.residual_rate * task.unit / task.site.d**0.5)
-    places = [torch.searchsorted(edits, lesson.edits).to(device) for lesson in group]
-    unfinished = torch.ones(len(edits), dtype=torch.bool, device=device)
     lengths = torch.zeros(len(edits), dtype=torch.long, device=device)
-    for lesson, place in zip(group, places, strict=True):
-        lengths[place] = (lesson.activations.batch.labels != NO_LABEL).sum(-1)
-    lessons = [(lesson.activations, place) for lesson, place in zip(group, places, strict=True)]
-    losses = torch.zeros(len(edits), device=device)
-    for _ in range(settings.residual_steps):
-        worst = torch.zeros(len(edits), device=device)
-        for activations, place in lessons:
-            added = residuals[place][:, : activations.batch.labels.shape[1]]
-            hidden = activations.hidden + added.to(activations.hidden.dtype)
-            rows, columns = activations.batch.labelled
-            logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
-            labels = activations.batch.labels[activations.batch.labels != NO_LABEL]
-            entropy = F.cross_entropy(logits, labels, reduction="none")
-            entropy.sum().backward()
-            worst.scatter_reduce_(0, place[rows], entropy.detach(), "amax")
-        losses[unfinished] = worst[unfinished]
-        done = unfinished & (worst < settings.residual_stop)
+    for part, place in turns[0]:
+        lengths[place] = (part.batch.labels != NO_LABEL).sum(-1)
+    unfinished = torch.ones(len(edits), dtype=torch.bool, device=device)
+    losses = torch.full((len(turns), len(edits)), math.inf, device=device)
+    for step in range(settings.residual_steps):
+        turn = step % len(turns)
+        worst = _backward(task, turns[turn], residuals)
+        losses[turn, unfinished] = worst[unfinished]
+        done = unfinished & (losses.amax(0) < settings.residual_stop)
         _keep(found, residuals, edits, lengths, done)
         unfinished = unfinished & ~done
         if not unfinished.any():
             break
         optimizer.step()
         optimizer.zero_grad()
-        lessons = _still_open(lessons, unfinished)
+        turns = [_still_open(parts, unfinished) for parts in turns]
     _keep(found, residuals, edits, lengths, unfinished)
-    return float(losses.mean())
+    return float(losses[losses.isfinite()].mean())
+
+
+def _by_context(group: Sequence[Lesson], edits: Tensor, device: torch.device) -> list[list[Part]]:
+    """The group's rows context by context, each with the place of its edit among ``edits``."""
+    turns = []
+    for context in torch.cat([lesson.contexts for lesson in group]).unique().tolist():
+        parts = []
+        for lesson in group:
+            rows = (lesson.contexts == context).nonzero().flatten()
+            if len(rows):
+                place = torch.searchsorted(edits, lesson.edits[rows].contiguous())
+                parts.append((lesson.activations.rows(rows.to(device)), place.to(device)))
+        turns.append(parts)
+    return turns
+
+
+def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
+    """Accumulate the gradient of the targets' cross-entropy; the worst token's loss of each edit (E,)."""
+    worst = torch.zeros(len(residuals), device=residuals.device)
+    for activations, place in parts:
+        added = residuals[place][:, : activations.batch.labels.shape[1]]
+        hidden = activations.hidden + added.to(activations.hidden.dtype)
+        rows, columns = activations.batch.labelled
+        logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
+        labels = activations.batch.labels[activations.batch.labels != NO_LABEL]
+        entropy = F.cross_entropy(logits, labels, reduction="none")
+        entropy.sum().backward()
+        worst.scatter_reduce_(0, place[rows], entropy.detach(), "amax")
+    return worst
 
 
 def _keep(found: dict[int, Tensor], residuals: Tensor, edits: Tensor, lengths: Tensor, which: Tensor) -> None:
@@ -93,10 +119,10 @@ def _keep(found: dict[int, Tensor], residuals: Tensor, edits: Tensor, lengths: T
         found[int(edits[place])] = residuals[place, : int(lengths[place])].detach().clone()
 
 
-def _still_open(lessons: list[tuple[Activations, Tensor]], unfinished: Tensor) -> list[tuple[Activations, Tensor]]:
+def _still_open(parts: Sequence[Part], unfinished: Tensor) -> list[Part]:
     """The rows whose edits are not done; rows are only dropped once they are many, as dropping copies the rest."""
     kept = []
-    for activations, place in lessons:
+    for activations, place in parts:
         rows = unfinished[place].nonzero().flatten()
         few = len(rows) <= 0.75 * len(place)
         if len(rows):

@@ -366,7 +366,8 @@ def test_one_matrix_answers_for_all_edits_under_one_threshold() -> None:
     added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
     assert torch.allclose(added, keys @ delta.T, atol=1e-4)
     quiet = scores(plain, material.unrelated.keys)
-    assert memory.thresholds[0] == pytest.approx(float(np.quantile(quiet.numpy(), 0.99)), rel=1e-4)
+    assert memory.thresholds[0] >= float(np.quantile(quiet.numpy(), 0.99)) * (1 - 1e-4)
+    assert float((quiet > memory.thresholds[0]).float().mean()) <= 0.01 + 1 / len(quiet)
 
 
 def test_a_matrix_for_each_shard_answers_for_its_own_edits() -> None:

@@ -96,7 +96,7 @@ def test_rows_hold_the_prompt_in_its_context_and_the_target_after_it(
 
 def test_an_edit_of_which_no_token_is_left_is_named(loaded: Loaded) -> None:
     for edit in (Edit("hush", "?!", "fa"), Edit("hush", "fa", "?!")):
-        with pytest.raises(ModelError, match="'hush'.*reword it"):
+        with pytest.raises(ModelError, match=r"'hush'.*reword it"):
             encode_edits(loaded, [EDITS[0], edit], "", train_end=True)
 
 

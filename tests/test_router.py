@@ -176,18 +176,19 @@ def peaks_and_kinds() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("shares", [(0.05, 0.01), (0.001, 0.2), (0.0, 0.0)])
 def test_evened_out_keys_share_the_threshold_of_prompts(shares: tuple[float, float]) -> None:
     peaks, metric, elsewhere = peaks_and_kinds()
-    factors = even_out(peaks, metric, elsewhere, shares)
+    factors, threshold = even_out(peaks, metric, elsewhere, shares)
     levels = [float(np.quantile(peaks[:, kind].numpy(), 1 - shares[kind])) for kind in (0, 1)]
     for factor, kind, near in zip(factors.tolist(), metric.tolist(), elsewhere.tolist(), strict=True):
         own = levels[kind] if near == 0 else max(levels[kind], min(near + 0.02, 0.985))
         # A cosine of the probe's own level is, after its factor, what a prompt's key must reach.
         assert factor * own == pytest.approx(levels[0], rel=1e-5)
     assert factors[metric == 0].tolist() == pytest.approx([1.0, 1.0])
+    assert threshold == pytest.approx(levels[0])
 
 
 def test_evened_out_unrelated_keys_pass_in_the_shares_asked_for() -> None:
     peaks, metric, _ = peaks_and_kinds()
-    factors = even_out(peaks, metric, torch.zeros(6), (0.05, 0.01))
+    factors, _ = even_out(peaks, metric, torch.zeros(6), (0.05, 0.01))
     limit = float(np.quantile(peaks[:, 0].numpy(), 0.95))
     for kind, share in ((0, 0.05), (1, 0.01)):
         passed = float((peaks[:, kind] * factors[metric == kind][0] > limit + 1e-6).float().mean())
@@ -196,7 +197,8 @@ def test_evened_out_unrelated_keys_pass_in_the_shares_asked_for() -> None:
 
 def test_an_answer_is_not_opened_by_its_own_tokens_elsewhere() -> None:
     peaks, metric, elsewhere = peaks_and_kinds()
-    factors, limit = even_out(peaks, metric, elsewhere, (0.05, 0.05)), float(np.quantile(peaks[:, 0].numpy(), 0.95))
+    factors, limit = even_out(peaks, metric, elsewhere, (0.05, 0.05))
+    assert limit == pytest.approx(float(np.quantile(peaks[:, 0].numpy(), 0.95)))
     inside = (elsewhere > 0) & (elsewhere < 0.985)
     assert bool((factors * elsewhere < limit)[inside].all())
     assert bool((factors > limit)[metric == 1].all())  # the trained key itself still opens
@@ -204,7 +206,7 @@ def test_an_answer_is_not_opened_by_its_own_tokens_elsewhere() -> None:
 
 def test_a_kind_without_any_probe_has_no_say() -> None:
     peaks = torch.stack([torch.rand(100, generator=generator()), torch.full((100,), -1.0)], -1)
-    factors = even_out(peaks, torch.zeros(3, dtype=torch.long), torch.zeros(3), (0.05, 0.01))
+    factors, _ = even_out(peaks, torch.zeros(3, dtype=torch.long), torch.zeros(3), (0.05, 0.01))
     assert factors.tolist() == [1.0, 1.0, 1.0]
 
 

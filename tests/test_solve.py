@@ -226,7 +226,7 @@ def by_normal_equations(bench: Bench, mask: Mask, penalty: Penalty) -> Tensor:
 def share(bench: Bench, delta: Tensor) -> float:
     """Mean share of right target tokens under the held-back context."""
     shares = []
-    for number, edit in enumerate(EDITS):
+    for edit in EDITS:
         prompt, target = tokens_of(bench.loaded, edit, HELD_BACK[1])
         start = len(prompt) - 1
 

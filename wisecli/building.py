@@ -67,9 +67,12 @@ def lookup(material: Material, settings: MergeSettings) -> Built:
     evidence = material.evidence
     kept = ~evidence.held_out
     place = evidence.edit[kept] * (int(evidence.position.max()) + 1) + evidence.position[kept]
+    residuals = evidence.residuals[kept]
     _, value = place.unique(return_inverse=True)
-    values = evidence.residuals.new_zeros(int(value.max()) + 1, evidence.residuals.shape[1])
-    values[value] = evidence.residuals[kept]
+    values = residuals.new_zeros(int(value.max()) + 1, residuals.shape[1])
+    values[value] = residuals
+    if not torch.equal(values[value], residuals):  # trained changes add something else under every context
+        values, value = residuals, torch.arange(len(residuals))
     owner = evidence.edit.long()
     draft = SideMemory(
         {"values": half(values), "value": value},
@@ -84,11 +87,11 @@ def lookup(material: Material, settings: MergeSettings) -> Built:
 
 def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: MergeSettings) -> Built:
     """Give a memory its router and thresholds; ``owner`` (n,) is the memory that each key of the evidence opens."""
-    evidence, quiet = material.evidence, material.unrelated.keys
+    evidence, quiet, level = material.evidence, material.unrelated.keys, 1.0
     calibrating = _calibrating(evidence, settings)
     rule, share = settings.threshold or "false-alarm", settings.false_alarm
     if draft.router == "key":
-        draft = _with_probes(draft, material, owner, share)
+        draft, level = _with_probes(draft, material, owner, share)
     routed = _stand_in(draft)
     away, own = scores(routed, quiet), scores(routed, evidence.keys[calibrating])
     mine = own.gather(1, owner[calibrating, None]).flatten()
@@ -100,6 +103,8 @@ def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: M
         return replace(draft, thresholds=tuple(one.threshold for one in found)), found
     # The nearest key decides between memories, so they share one threshold.
     whole = calibrate(mine, away.amax(-1), rule=rule, false_alarm=share)
+    if rule != "minimum" and level > whole.threshold:  # both kinds rarely use up their share of false alarms
+        whole = measure(mine, away.amax(-1), level, rule=rule)
     thresholds = (whole.threshold,) * len(draft.thresholds)
     if draft.kind == "lookup" or len(thresholds) == 1:
         return replace(draft, thresholds=thresholds), (whole,)
@@ -110,8 +115,8 @@ def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: M
     return replace(draft, thresholds=thresholds), apart
 
 
-def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: float) -> SideMemory:
-    """The same memory with every trained key as a probe.
+def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: float) -> tuple[SideMemory, float]:
+    """The same memory with every trained key as a probe, and the threshold they share.
 
     Inside an answer the token itself says most of a key, so unrelated text with the same name in it comes much nearer
     than it ever comes to the end of a prompt: those keys are seen through another whitening, and made comparable.
@@ -123,9 +128,9 @@ def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: fl
     tensors = key_router(evidence.keys[kept], owner[kept], inside, metrics)
     kinds = _stand_in(SideMemory({**tensors, "owner": inside}, (1.0, 1.0), "key"))
     shares = (share * (1 - _INSIDE), share * _INSIDE)
-    factors = even_out(scores(kinds, material.unrelated.keys), inside, evidence.elsewhere[kept], shares)
+    factors, level = even_out(scores(kinds, material.unrelated.keys), inside, evidence.elsewhere[kept], shares)
     tensors["probes"] = half(tensors["probes"] * factors[:, None])
-    return replace(draft, tensors={**draft.tensors, **tensors})
+    return replace(draft, tensors={**draft.tensors, **tensors}), level
 
 
 def _stand_in(memory: SideMemory) -> RoutedMatrix:

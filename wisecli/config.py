@@ -41,7 +41,7 @@ class EditSettings:
     context_tokens: int = 8
     chat: bool = False
     residual_steps: int = 40
-    residual_rate: float = 0.12  # in units of an entry of W a
+    residual_rate: float = 0.3  # in units of an entry of W a
     residual_stop: float = 0.02  # the loss that every target token of an edit must come under
     polish: int = 5
     polish_rate: float = 5e-3
@@ -72,7 +72,7 @@ class MergeSettings:
     router: Literal["key", "norm"] | None = None
     routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
-    false_alarm: float = 0.004
+    false_alarm: float = 0.005
     sharpness: float = 0.0  # the nearest key alone: a mean over keys loses edits that are alike
     seed: int = 0
 

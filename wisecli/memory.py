@@ -92,8 +92,8 @@ class RoutedMatrix(nn.Module):
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
         for name, tensor in memory.tensors.items():
-            # Half precision is for keeping; the arithmetic is the model's.
-            self.register_buffer(name, tensor.to(self.weight.dtype) if tensor.dtype == torch.float16 else tensor)
+            # Half precision is for keeping: squared norms of keys overflow it.
+            self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
         self.thresholds, self.router = memory.thresholds, memory.router
         self.kind, self.sharpness = memory.kind, memory.sharpness
         self.gate = PromptGate() if memory.routing == "sequence" else None

@@ -93,8 +93,8 @@ def key_router(keys: Tensor, owner: Tensor, metric: Tensor, metrics: Sequence[Wh
     }
 
 
-def even_out(peaks: Tensor, metric: Tensor, elsewhere: Tensor, shares: Sequence[float]) -> Tensor:
-    """Factors (n,) for the probes that let all keys share one threshold.
+def even_out(peaks: Tensor, metric: Tensor, elsewhere: Tensor, shares: Sequence[float]) -> tuple[Tensor, float]:
+    """Factors (n,) for the probes that let all keys share one threshold, and that threshold.
 
     Args:
         peaks: highest cosine of each unrelated key with a probe of either kind (m, 2).
@@ -104,7 +104,8 @@ def even_out(peaks: Tensor, metric: Tensor, elsewhere: Tensor, shares: Sequence[
     """
     levels = torch.tensor([quantile(peak, 1 - share) for peak, share in zip(peaks.T, shares, strict=True)])
     levels = levels.clamp(min=1e-6)
-    return levels[0] / torch.maximum(levels[metric], (elsewhere + _APART).clamp(max=_SURE) * (elsewhere > 0))
+    bars = torch.maximum(levels[metric], (elsewhere + _APART).clamp(max=_SURE) * (elsewhere > 0))
+    return levels[0] / bars, float(levels[0])
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.capture import capture
 from wisecli.contexts import chat_prompt, continuations, reworded_facts, unrelated_texts
 from wisecli.encode import Row, collate, in_batches
-from wisecli.errors import DamagedFileError
+from wisecli.errors import DamagedFileError, NoSpaceError
 from wisecli.events import Event, Watcher
 from wisecli.models import Loaded
 from wisecli.shards import half
@@ -150,13 +152,14 @@ def measure_unrelated(
     except DamagedFileError:
         watch(Event("unrelated text"))
     found = _measure(loaded, site, matrix, texts=texts, chat=chat, batch_size=batch_size, seed=seed, watch=watch)
+    working = path.with_suffix(f".{id(found)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        working = path.with_suffix(f".{id(found)}.tmp")
         save_unrelated(working, found, whole=True)
         working.replace(path)
-    except OSError:
-        pass  # a cache that cannot be written only costs time
+    except (OSError, SafetensorError, NoSpaceError):
+        with suppress(OSError):  # a cache that cannot be written only costs time
+            working.unlink()
     return found
 
 

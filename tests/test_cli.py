@@ -22,13 +22,13 @@ from wisecli.config import EditSettings, MergeSettings
 from wisecli.shard_directory import read_shard_directory
 from wisecli.writers.solve import PENALTIES
 
-EDITS = [
+EDITS: list[dict[str, Any]] = [
     {"id": "one", "prompt": "ba be bi", "target": "do du", "rephrases": ["bi be ba"]},
     {"id": "two", "prompt": "ka ke ki ko", "target": "fa", "locality": [{"prompt": "mu ma", "answer": "me mi"}]},
     {"id": "three", "prompt": "ma me", "target": "ga ge gi", "portability": [{"prompt": "ga ge", "answer": "ma"}]},
     {"id": "four", "prompt": "ta te ti to tu", "target": "la le"},
 ]
-QUICK = {"passes": 2, "unrelated_texts": 16}
+QUICK: dict[str, Any] = {"passes": 2, "unrelated_texts": 16}
 Outcome = namedtuple("Outcome", ["code", "out", "err"])
 Wise = Callable[..., Outcome]
 
@@ -486,8 +486,10 @@ def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
     assert json.loads(merged.out)["results"]["mode"] == mode
     tensors = load_file(Path("memory") / "memory.safetensors")
     if mode == "lookup":
-        # One residual for each token of a target and the end of text, whatever the contexts.
-        assert len(tensors["values"]) == sum(len(edit["target"].split()) + 1 for edit in EDITS)
+        # The closed form has one residual for each token of a target and the end of text, whatever the contexts.
+        places = sum(len(edit["target"].split()) + 1 for edit in EDITS)
+        assert len(tensors["values"]) == (places if shards == "shards" else len(tensors["probes"]))
+        assert len(tensors["value"]) == len(tensors["probes"]) > places
         assert set(tensors["owner"].tolist()) == {0, 1, 2, 3}
     else:
         assert len(tensors["delta"]) == (2 if mode == "retrieve" else 1)

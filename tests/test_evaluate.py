@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Chain
@@ -61,7 +62,7 @@ def edited_model(
     """A tiny model with a memory made by hand, written to disk and attached."""
     base = save_tiny(root / "base")
     site = find_site(base, Checkpoint(base), 2)
-    named = {"kind": kind, "router": router, "routing": routing}
+    named: dict[str, Any] = {"kind": kind, "router": router, "routing": routing}
     memory = memory_for(load_model(base, device="cpu").model, site, **named, memories=memories)
     (root / "memory").mkdir()
     write_memory(root / "memory", manifest_for(base, memory, edits or [Edit("only", "ba", "be")]))

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wisecli.errors import ModelError
+from wisecli.index import build_index
 from wisecli.memory import RoutedMatrix, install
 from wisecli.models import is_exported, load_model, require_base
 from wisecli.router import MANIFEST_NAME, Manifest, read_memory
@@ -67,6 +68,7 @@ def attach(
     loaded = load_model(directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     routed = install(loaded.model, manifest.site.module, manifest.memory, transposed=manifest.site.transposed)
     routed.to(loaded.device)
+    routed.index = build_index(routed)
     return Edited(loaded.model, loaded.tokenizer, routed, manifest)
 
 

@@ -81,7 +81,7 @@ def teacher_forced(
 def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
     """Which memory answers each token of a batch (B, T)."""
     routed, start = edited.routed, base.batch.start
-    chosen = routed.choose(routed.scores(base.keys)).where(base.batch.mask.bool(), UNROUTED)
+    chosen = routed.route(base.keys).where(base.batch.mask.bool(), UNROUTED)
     at_prompt = chosen[:, start : start + 1]
     if routed.gate is not None:
         window = torch.arange(chosen.shape[1], device=chosen.device) >= start

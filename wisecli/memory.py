@@ -12,7 +12,7 @@ edit as a memory of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,16 +98,21 @@ class RoutedMatrix(nn.Module):
         self.kind, self.sharpness = memory.kind, memory.sharpness
         self.gate = PromptGate() if memory.routing == "sequence" else None
         self.enabled = True
+        self.index: Callable[[RoutedMatrix, Tensor], Tensor] | None = None
 
     def forward(self, keys: Tensor) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d)."""
         answer = F.linear(keys, self.weight.T if self.transposed else self.weight, self.bias)
         if not self.enabled:
             return answer
-        chosen = self.choose(self.scores(keys))
+        chosen = self.route(keys)
         if self.gate is not None:
             chosen = self.gate.hold(chosen)
         return self.add_updates(answer, keys, chosen)
+
+    def route(self, keys: Tensor) -> Tensor:
+        """Which memory each token opens, ``UNROUTED`` for none: (..., d_ff) → (...)."""
+        return self.choose(self.scores(keys)) if self.index is None else self.index(self, keys)
 
     def scores(self, keys: Tensor) -> Tensor:
         """Score of every memory for every key: (..., d_ff) → (..., M)."""
@@ -121,10 +126,14 @@ class RoutedMatrix(nn.Module):
     def cosines(self, keys: Tensor) -> Tensor:
         """Whitened cosine of every key with every probe: (..., d_ff) → (..., n)."""
         keys = keys.to(self.probes.dtype)
+        return F.linear(keys, self.probes) / self.lengths(keys)[..., self.metric]
+
+    def lengths(self, keys: Tensor) -> Tensor:
+        """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
         along = F.linear(keys, self.directions.flatten(0, 1)).unflatten(-1, self.gains.shape)
         spread = self.floors * keys.square().sum(-1, keepdim=True) + (along.square() * self.gains).sum(-1)
         lengths: Tensor = spread.clamp(min=1e-12).sqrt()
-        return F.linear(keys, self.probes) / lengths[..., self.metric]
+        return lengths
 
     def choose(self, scores: Tensor) -> Tensor:
         """Which memory answers each token, ``UNROUTED`` for none: (..., M) → (...)."""

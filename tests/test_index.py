@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wisecli import index
+from wisecli.index import build_index
+from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
+
+D_FF, KEYS, EDITS = 16, 2000, 500
+
+
+def lookup(*, keys: int = KEYS) -> RoutedMatrix:
+    generator = torch.Generator().manual_seed(0)
+    probes = nn.functional.normalize(torch.randn(keys, D_FF, generator=generator), dim=-1)
+    tensors: dict[str, Tensor] = {
+        "probes": probes,
+        "owner": torch.arange(keys) % EDITS,
+        "metric": torch.randint(2, (keys,), generator=generator),
+        "directions": torch.linalg.qr(torch.randn(2, D_FF, 4, generator=generator)).Q.mT.contiguous(),
+        "gains": torch.rand(2, 4, generator=generator),
+        "floors": torch.tensor([1.0, 0.8]),
+        "values": torch.randn(keys, 3, generator=generator),
+        "value": torch.arange(keys),
+    }
+    memory = SideMemory(tensors, (0.8,) * EDITS, "key", kind="lookup")
+    return RoutedMatrix(nn.Linear(D_FF, 3, bias=False), memory, transposed=False)
+
+
+def test_small_lookups_are_compared_with_all_keys() -> None:
+    assert build_index(lookup()) is None
+
+
+def test_the_index_finds_nearly_every_edit_that_comparing_with_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(index, "INDEXED_ABOVE", KEYS - 1)
+    routed = lookup()
+    generator = torch.Generator().manual_seed(1)
+    near = routed.probes[:300] + 0.05 * torch.randn(300, D_FF, generator=generator)
+    keys = torch.cat([near, torch.randn(300, D_FF, generator=generator)]).view(20, 30, D_FF)
+    exact = routed.route(keys)
+    assert bool((exact == UNROUTED).any()) and bool((exact != UNROUTED).any())
+    routed.index = build_index(routed)
+    assert routed.index is not None
+    found = routed.route(keys)
+    assert found.shape == exact.shape
+    assert float((found == exact).float().mean()) >= 0.95
+    wrong = found[(found != exact)]
+    assert not bool((found[exact == UNROUTED] != UNROUTED).any()), wrong

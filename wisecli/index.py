@@ -1,0 +1,63 @@
+"""For very large lookups: the nearest key found by an approximate index (faiss) instead of by comparing with all.
+
+An exported checkpoint needs nothing but torch and compares with all keys; the index serves evaluation and generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wisecli.memory import UNROUTED, RoutedMatrix
+
+# Up to here comparing with all keys costs less than looking them up.
+INDEXED_ABOVE = 10_000
+# Lists per √n keys, and the share of them that a search looks into.
+_LISTS, _SEARCHED = 1.0, 0.25
+
+
+@dataclass(frozen=True)
+class NearestKey:
+    """Finds, for each key, the edit whose probe is nearest: one index for each whitening."""
+
+    indices: tuple[Any, ...]
+    owners: tuple[Tensor, ...]
+
+    def __call__(self, routed: RoutedMatrix, keys: Tensor) -> Tensor:
+        """The edit that answers each token, ``UNROUTED`` for none: (..., d_ff) → (...)."""
+        flat = keys.reshape(-1, keys.shape[-1]).float().cpu()
+        lengths = routed.lengths(flat.to(routed.probes.device)).cpu()
+        best, chosen = torch.full((len(flat),), -1.0), torch.full((len(flat),), UNROUTED)
+        for number, (index, owner) in enumerate(zip(self.indices, self.owners, strict=True)):
+            found, place = (torch.from_numpy(array[:, 0]) for array in index.search(flat.numpy(), 1))
+            cosine = found / lengths[:, number]
+            nearer = (cosine > best) & (place >= 0)
+            best, chosen = cosine.where(nearer, best), owner[place.clamp(min=0)].where(nearer, chosen)
+        thresholds = torch.tensor(routed.thresholds)[chosen.clamp(min=0)]
+        return chosen.where(best > thresholds, UNROUTED).view(keys.shape[:-1]).to(keys.device)
+
+
+def build_index(routed: RoutedMatrix) -> NearestKey | None:
+    """An index for a lookup of more than ``INDEXED_ABOVE`` keys, where faiss is installed (the extra ``index``)."""
+    if routed.kind != "lookup" or len(routed.probes) <= INDEXED_ABOVE or find_spec("faiss") is None:
+        return None
+    import faiss
+
+    indices, owners = [], []
+    for number in range(len(routed.floors)):
+        own = routed.metric == number
+        probes = routed.probes[own].float().cpu().numpy()
+        lists = max(1, min(int(_LISTS * len(probes) ** 0.5), len(probes) // 39))
+        index = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(probes.shape[1]), probes.shape[1], lists, faiss.METRIC_INNER_PRODUCT
+        )
+        index.train(probes)
+        index.add(probes)
+        index.nprobe = max(1, round(_SEARCHED * lists))
+        indices.append(index)
+        owners.append(routed.owner[own].cpu())
+    return NearestKey(tuple(indices), tuple(owners))

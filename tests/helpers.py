@@ -138,7 +138,15 @@ def memory_for(
         bases = torch.randn(2, site.d_ff, 5, generator=generator)
         directions = torch.stack([torch.linalg.qr(basis).Q.T for basis in bases]).contiguous()
         gains = torch.rand(2, 5, generator=generator) - 0.5
-        tensors |= {"owner": owner, "metric": metric, "directions": directions, "gains": gains, "floors": floors}
+        offset = 0.1 * torch.rand(len(owner), generator=generator) - 0.05
+        tensors |= {
+            "owner": owner,
+            "offset": offset,
+            "metric": metric,
+            "directions": directions,
+            "gains": gains,
+            "floors": floors,
+        }
         spread = [whitening_of(tensors, int(number)) for number in metric]
         probes = [key @ matrix / (key @ matrix @ key).sqrt() for key, matrix in zip(picked, spread, strict=True)]
         tensors["probes"] = torch.stack(probes)
@@ -182,8 +190,8 @@ def cosines_of(memory: SideMemory, key: Tensor) -> list[float]:
     """Whitened cosine of one key with each probe."""
     whitened = range(len(memory.tensors["floors"]))
     lengths = [float(key @ whitening_of(memory.tensors, number) @ key) ** 0.5 for number in whitened]
-    pairs = zip(memory.tensors["probes"], memory.tensors["metric"].tolist(), strict=True)
-    return [float(probe @ key) / lengths[metric] for probe, metric in pairs]
+    probes = zip(*(memory.tensors[name] for name in ("probes", "metric", "offset")), strict=True)
+    return [float(probe @ key) / lengths[int(metric)] + float(offset) for probe, metric, offset in probes]
 
 
 def score_of(memory: SideMemory, number: int, key: Tensor) -> float:

@@ -17,6 +17,7 @@ def lookup(*, keys: int = KEYS) -> RoutedMatrix:
     tensors: dict[str, Tensor] = {
         "probes": probes,
         "owner": torch.arange(keys) % EDITS,
+        "offset": 0.1 * torch.rand(keys, generator=generator) - 0.05,
         "metric": torch.randint(2, (keys,), generator=generator),
         "directions": torch.linalg.qr(torch.randn(2, D_FF, 4, generator=generator)).Q.mT.contiguous(),
         "gains": torch.rand(2, 4, generator=generator),

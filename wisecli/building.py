@@ -129,7 +129,7 @@ def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: fl
     kinds = _stand_in(SideMemory({**tensors, "owner": inside}, (1.0, 1.0), "key"))
     shares = (share * (1 - _INSIDE), share * _INSIDE)
     factors, level = even_out(scores(kinds, material.unrelated.keys), inside, evidence.elsewhere[kept], shares)
-    tensors["probes"] = half(tensors["probes"] * factors[:, None])
+    tensors |= {"probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}
     return replace(draft, tensors={**draft.tensors, **tensors}), level
 
 

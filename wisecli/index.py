@@ -33,7 +33,8 @@ class NearestKey:
         lengths = routed.lengths(flat.to(routed.probes.device)).cpu()
         best, chosen = torch.full((len(flat),), -1.0), torch.full((len(flat),), UNROUTED)
         for number, (index, owner) in enumerate(zip(self.indices, self.owners, strict=True)):
-            found, place = (torch.from_numpy(array[:, 0]) for array in index.search(flat.numpy(), 1))
+            asked = torch.cat([flat, lengths[:, number, None]], dim=1).numpy()
+            found, place = (torch.from_numpy(array[:, 0]) for array in index.search(asked, 1))
             cosine = found / lengths[:, number]
             nearer = (cosine > best) & (place >= 0)
             best, chosen = cosine.where(nearer, best), owner[place.clamp(min=0)].where(nearer, chosen)
@@ -50,7 +51,8 @@ def build_index(routed: RoutedMatrix) -> NearestKey | None:
     indices, owners = [], []
     for number in range(len(routed.floors)):
         own = routed.metric == number
-        probes = routed.probes[own].float().cpu().numpy()
+        # A probe's offset counts as one more coordinate, along which a key is as long as the key itself.
+        probes = torch.cat([routed.probes[own], routed.offset[own, None]], dim=1).float().cpu().numpy()
         lists = max(1, min(int(_LISTS * len(probes) ** 0.5), len(probes) // 39))
         index = faiss.IndexIVFFlat(
             faiss.IndexFlatIP(probes.shape[1]), probes.shape[1], lists, faiss.METRIC_INNER_PRODUCT

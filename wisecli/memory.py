@@ -32,9 +32,9 @@ class SideMemory:
 
     ``tensors`` of kind ``matrix``: ``columns`` (M, k) the input coordinates each memory reads; ``delta`` (M, d, k) its
     change ``Δ`` there. Of kind ``lookup``: ``values`` (m, d) the residuals; ``value`` (n,) the one each key adds. With
-    router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what lets all share one
-    threshold; ``owner`` (n,) the memory it belongs to; ``metric`` (n,) the whitening it is seen through, of those
-    that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
+    router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what together with the
+    ``offset`` (n,) lets all share one threshold; ``owner`` (n,) the memory it belongs to; ``metric`` (n,) the whitening
+    it is seen through, of those that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
     ``P = floor · I + directionsᵀ diag(gains) directions``.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
@@ -79,6 +79,7 @@ class RoutedMatrix(nn.Module):
     delta: Tensor
     probes: Tensor
     owner: Tensor
+    offset: Tensor
     metric: Tensor
     directions: Tensor
     gains: Tensor
@@ -124,9 +125,9 @@ class RoutedMatrix(nn.Module):
         return nearest.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
 
     def cosines(self, keys: Tensor) -> Tensor:
-        """Whitened cosine of every key with every probe: (..., d_ff) → (..., n)."""
+        """Whitened cosine of every key with every probe, as probes compare with each other: (..., d_ff) → (..., n)."""
         keys = keys.to(self.probes.dtype)
-        return F.linear(keys, self.probes) / self.lengths(keys)[..., self.metric]
+        return F.linear(keys, self.probes) / self.lengths(keys)[..., self.metric] + self.offset
 
     def lengths(self, keys: Tensor) -> Tensor:
         """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
@@ -162,7 +163,7 @@ class RoutedMatrix(nn.Module):
         cosine = self.cosines(keys)
         if self.sharpness:
             return torch.softmax(self.sharpness * cosine, -1) @ self.values[self.value]
-        strongest, nearest = cosine.masked_fill(self.owner != owner[:, None], -1.0).max(-1)
+        strongest, nearest = cosine.masked_fill(self.owner != owner[:, None], -torch.inf).max(-1)
         near = strongest > _REACH * strongest.new_tensor(self.thresholds)[owner]
         return self.values[self.value[nearest]] * near[:, None]
 

@@ -21,7 +21,7 @@ MANIFEST_NAME = "router.json"
 MEMORY_NAME = "memory.safetensors"
 SCHEMA = "wise.memory/1"
 # How much nearer than to its answer's own tokens elsewhere a key must be, and how near is always near enough.
-_APART, _SURE = 0.02, 0.985
+_APART, _SURE = 0.02, 0.97
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
@@ -85,6 +85,7 @@ def key_router(keys: Tensor, owner: Tensor, metric: Tensor, metrics: Sequence[Wh
         probes[metric == number] = white.probes(keys[metric == number])
     return {
         "probes": probes,
+        "offset": torch.zeros(len(keys)),
         "owner": owner,
         "metric": metric,
         "directions": torch.stack([white.directions for white in metrics]),
@@ -94,7 +95,9 @@ def key_router(keys: Tensor, owner: Tensor, metric: Tensor, metrics: Sequence[Wh
 
 
 def even_out(peaks: Tensor, metric: Tensor, elsewhere: Tensor, shares: Sequence[float]) -> tuple[Tensor, float]:
-    """Factors (n,) for the probes that let all keys share one threshold, and that threshold.
+    """Factors f (n,) with which ``1 - f (1 - cosine)`` lets all keys share one threshold, and that threshold.
+
+    A key itself scores 1 whatever its own bar is, so that of several open probes the one that fits best is nearest.
 
     Args:
         peaks: highest cosine of each unrelated key with a probe of either kind (m, 2).
@@ -103,9 +106,9 @@ def even_out(peaks: Tensor, metric: Tensor, elsewhere: Tensor, shares: Sequence[
         shares: of unrelated keys, that each kind lets through on its own.
     """
     levels = torch.tensor([quantile(peak, 1 - share) for peak, share in zip(peaks.T, shares, strict=True)])
-    levels = levels.clamp(min=1e-6)
+    levels = levels.clamp(min=1e-6, max=_SURE)
     bars = torch.maximum(levels[metric], (elsewhere + _APART).clamp(max=_SURE) * (elsewhere > 0))
-    return levels[0] / bars, float(levels[0])
+    return (1 - levels[0]) / (1 - bars), float(levels[0])
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from wisecli.site import load_matrix
 from wisecli.storage import Checkpoint, refuse_existing, require_space, resolve_model, whole_directory
 
 EXACT = "exact"
+_OF_MATRICES = ("method", "density", "scale", "weights", "refit")
 # For shards that no closed form wrote: λ and w.
 _PENALTY = Penalty(1e-3, 0.0)
 
@@ -78,7 +79,9 @@ def merge(
     site, kept = first.site, count if settings.mode == "retrieve" else 1
     require_space(output, 4 * kept * site.d * site.d_ff)
     edits = tuple(edit for directory in directories for edit in directory.edits)
-    mode, method = settings.mode or "", settings.method + ("+refit" if settings.refit else "")
+    mode, method = settings.mode or "", settings.method
+    if mode == "merge" and settings.refit and method != EXACT and count > 1:
+        method += "+refit"
     names = (mode, method, count, len(edits), settings.router or "", settings.routing or "")
     if dry_run:
         peak = 4 * (2 * count + 2) * site.d * site.d_ff
@@ -160,9 +163,9 @@ def _resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:
     given = {name: value for name, value in asdict(settings).items() if value is not None}
     whole = {**inherited, "refit": solved, **given}
     if "mode" not in whole:
-        # Naming a method for matrices asks for a matrix.
-        plain = solved and whole["router"] == "key" and settings.method == MergeSettings.method
-        whole["mode"] = "lookup" if plain and not settings.refit else "merge"
+        # To say how matrices are to be merged is to ask for a matrix.
+        silent = all(getattr(settings, name) == getattr(MergeSettings, name) for name in _OF_MATRICES)
+        whole["mode"] = "lookup" if solved and whole["router"] == "key" and silent else "merge"
     if whole["mode"] == "lookup" and whole["router"] != "key":
         raise SettingsError("--mode lookup finds its keys by the key router; leave out --router norm")
     return MergeSettings(**whole)

@@ -342,9 +342,11 @@ def test_keys_near_their_answers_own_tokens_elsewhere_must_be_nearer_to_open() -
         evidence = replace(material.evidence, elsewhere=elsewhere)
         memory, _ = built_lookup(replace(material, evidence=evidence))
         exact = replace(memory, tensors={name: widened(tensor) for name, tensor in memory.tensors.items()})
-        # A probe scores its own key by its factor: the cosine it opens at is the threshold over that.
-        factors = [cosines_of(exact, key)[place] for place, key in enumerate(own)]
-        needed.append(memory.thresholds[0] / torch.tensor(factors))
+        # A probe counts its own key 1, and opens at the cosine at which the rest of its scale is used up.
+        assert [cosines_of(exact, key)[place] for place, key in enumerate(own)] == pytest.approx(
+            [1.0] * len(own), abs=0.02
+        )
+        needed.append(1 - (1 - memory.thresholds[0]) / (1 - exact.tensors["offset"]))
     inside = position[~material.evidence.held_out] > 0
     plain, strict = needed
     assert bool((strict[inside] > plain[inside] + 0.1).all())

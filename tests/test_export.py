@@ -283,7 +283,10 @@ def test_without_trust_it_is_refused_and_not_loaded_without_the_edit(tmp_path: P
     ("kind", "lost"),
     [
         *((KINDS[0], name) for name in ("columns", "delta")),
-        *((LOOKUP, name) for name in ("values", "value", "probes", "owner", "metric", "directions", "gains", "floors")),
+        *(
+            (LOOKUP, name)
+            for name in ("values", "value", "probes", "owner", "offset", "metric", "directions", "gains", "floors")
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )

@@ -77,6 +77,7 @@ class Plain:
         self.keys = normal(memories * keys_each, d_ff, seed=4)
         place = torch.arange(memories * keys_each)
         self.owner, self.metric = place % memories, (place + place // memories) % 2
+        self.factors = 1 + normal(memories * keys_each, seed=6).tanh().square()
         self.values, self.value = normal(memories * keys_each + 1, d, seed=5), place.flip(0)
 
     def packed(
@@ -91,17 +92,18 @@ class Plain:
             for key, metric in zip(self.keys, self.metric.tolist(), strict=True):
                 turned = self.whitenings[metric] @ key
                 probes.append(turned / (key @ turned).sqrt())
-            tensors |= {"probes": torch.stack(probes), "owner": self.owner, "metric": self.metric}
+            tensors |= {"owner": self.owner, "metric": self.metric}
             tensors |= {"directions": self.directions, "gains": self.gains, "floors": self.floors}
+            tensors |= {"probes": torch.stack(probes) * self.factors[:, None], "offset": 1 - self.factors}
         kind = "lookup" if mode == "lookup" else "matrix"
         return SideMemory(tensors, thresholds, "norm" if mode == "norm" else "key", routing, kind, sharpness)
 
     def cosines(self, key: Tensor) -> list[float]:
         found = []
-        for edit, metric in zip(self.keys, self.metric.tolist(), strict=True):
+        for edit, metric, factor in zip(self.keys, self.metric.tolist(), self.factors.tolist(), strict=True):
             whitening = self.whitenings[metric]
             lengths = (key @ whitening @ key).sqrt() * (edit @ whitening @ edit).sqrt()
-            found.append(float(key @ whitening @ edit / lengths))
+            found.append(1 - factor * (1 - float(key @ whitening @ edit / lengths)))
         return found
 
     def score(self, key: Tensor, memory: int, mode: str) -> float:
@@ -561,10 +563,10 @@ def test_an_installed_memory_out_of_reach_leaves_the_model_as_it_is(architecture
     assert model.get_submodule(module) is routed
     assert not isinstance(routed, nn.Linear)
     assert routed.weight is weight
-    tensors = {"columns", "delta", "probes", "owner", "metric", "directions", "gains", "floors"}
+    tensors = {"columns", "delta", "probes", "owner", "offset", "metric", "directions", "gains", "floors"}
     assert set(model.state_dict()) - names == {f"{module}.{name}" for name in tensors}
     assert torch.equal(model(ids).logits, before)
-    routed.thresholds = (1e-9,)
+    routed.thresholds, routed.offset = (1e-9,), routed.offset + 5
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     routed.enabled = False
     assert torch.equal(model(ids).logits, before)

@@ -121,7 +121,7 @@ class RoutedMatrix(nn.Module):
             memories = range(len(self.thresholds))
             return torch.stack([torch.linalg.vector_norm(self.update(keys, m), dim=-1) for m in memories], dim=-1)
         cosine = self.cosines(keys)
-        nearest = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -1.0)
+        nearest = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -torch.inf)
         return nearest.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
 
     def cosines(self, keys: Tensor) -> Tensor:

@@ -85,6 +85,23 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
     return float(losses[losses.isfinite()].mean())
 
 
+@torch.no_grad()
+def answered(task: Task, lessons: Sequence[Lesson], residuals: dict[int, Tensor]) -> dict[int, float]:
+    """Share of each edit's target tokens that its residuals make the arg-max after its bare prompt, by its number."""
+    shares: dict[int, float] = {}
+    for lesson in lessons:
+        bare = (lesson.contexts == 0).nonzero().flatten()
+        part, edits = lesson.activations.rows(bare.to(lesson.activations.keys.device)), lesson.edits[bare].tolist()
+        hidden = part.hidden.clone()
+        for row, edit in enumerate(edits):
+            hidden[row, : len(residuals[edit])] += residuals[edit].to(hidden.dtype)
+        rows, columns = part.batch.labelled
+        best = suffix_logits(task.model, task.site, part, hidden, (rows, columns)).argmax(-1)
+        correct = (best == part.batch.labels[part.batch.labels != NO_LABEL]).float()
+        shares |= {edit: float(correct[rows == row].mean()) for row, edit in enumerate(edits)}
+    return shares
+
+
 def _by_context(group: Sequence[Lesson], edits: Tensor, device: torch.device) -> list[list[Part]]:
     """The group's rows context by context, each with the place of its edit among ``edits``."""
     turns = []

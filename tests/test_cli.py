@@ -462,7 +462,7 @@ def test_the_manifest_of_shards_keeps_the_penalty_of_the_closed_form(ready: Read
 MERGES: dict[str, tuple[str, str]] = {
     "": ("lookup", "merge"),
     "--mode lookup": ("lookup", "lookup"),
-    "--no-refit": ("lookup", "merge"),
+    "--no-refit": ("merge", "merge"),
     "--refit": ("merge", "merge"),
     "--method exact": ("merge", "merge"),
     "--method slerp": ("merge", "merge"),

@@ -21,6 +21,7 @@ from wisecli.site import Site
 from wisecli.unrelated import leading, whitening
 from wisecli.writers.gradient import Progress, Task
 from wisecli.writers.solve import PENALTIES, Solved, fit_residuals, write_solved
+from wisecli.writers.solve import answered as taken
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),
@@ -154,6 +155,16 @@ def test_every_edit_gets_a_residual_for_each_of_its_target_tokens(bench: Bench) 
     shapes = {number: tuple(residual.shape) for number, residual in residuals.items()}
     lengths = [len(edit.target.split()) + 1 for edit in EDITS]
     assert shapes == {number: (length, bench.site.d) for number, length in enumerate(lengths)}
+
+
+def test_what_residuals_answer_is_what_the_whole_model_says_with_them(bench: Bench) -> None:
+    early = bench.residuals(replace(SETTINGS, residual_steps=2))
+    shares = taken(bench.task(SETTINGS), bench.lessons, early)
+    for number in range(len(EDITS)):
+        right = entropies(bench, number, "", lambda _, own=early[number]: own)[1]  # type: ignore[misc]
+        assert (shares[number] == 1) == right
+    assert min(shares.values()) < 1
+    assert set(taken(bench.task(SETTINGS), bench.lessons, bench.residuals()).values()) == {1.0}
 
 
 def test_a_finished_edit_stays_as_it_is_while_others_of_its_group_go_on(bench: Bench) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/quality.py --model model --data zsre_mend_edit.json --edits 10,100 -o results.jsonl
 
 Each line of the results file is one way at one number of edits; what is there is not measured again, so that an
-interrupted run goes on where it stopped. Shards are kept beside the file and shared by the ways that read the same ones.
+interrupted run goes on where it stopped. Shards are kept beside the file and shared by ways that read the same ones.
 Seconds an edit are those of the whole `wise edit` and `wise merge`, in processes of their own.
 """
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 
 from wisecli.config import MergeSettings
 from wisecli.memory import RoutedMatrix, SideMemory
-from wisecli.ridge import Penalty, solve, statistics
+from wisecli.ridge import Penalty, Statistics, solve, statistics
 from wisecli.router import Calibration, calibrate, even_out, key_router, measure, scores
 from wisecli.shards import Evidence, Mask, half
 from wisecli.unrelated import Unrelated, whitening
@@ -46,13 +47,10 @@ def refit(merged: Tensor, material: Material, penalty: Penalty) -> Tensor:
     return merged.index_copy(1, used, solve(_known(material), penalty, moment, columns=used, around=merged[:, used]))
 
 
-def _known(material: Material) -> Any:
+def _known(material: Material) -> Statistics:
     kept, evidence = ~material.evidence.held_out, material.evidence
-    first, *others = (
-        statistics(evidence.keys[own], evidence.residuals[own])
-        for own in (kept & (material.shard == number) for number in range(len(material.masks)))
-    )
-    return sum(others, first)
+    shards = (kept & (material.shard == number) for number in range(len(material.masks)))
+    return reduce(add, (statistics(evidence.keys[own], evidence.residuals[own]) for own in shards))
 
 
 def matrices(deltas: Tensor, material: Material, settings: MergeSettings) -> Built:

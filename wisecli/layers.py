@@ -8,23 +8,18 @@ fifths of the depth is taken, unless in another clearly more wordings have their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from platformdirs import user_cache_path
-from torch import Tensor, nn
 
-from wisecli.capture import capture
 from wisecli.contexts import reworded_facts
-from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError
-from wisecli.events import Event, Watcher
+from wisecli.events import Event, Watcher, ignore
 from wisecli.models import Loaded
-from wisecli.site import AUTO_DEPTH, Fingerprint, Site, find_site, layer_count, value_module
+from wisecli.site import AUTO_DEPTH, Fingerprint, Site, find_site, layer_count
 from wisecli.storage import Checkpoint, read_json, sha256_json, write_json
-from wisecli.unrelated import leading, whitening
+from wisecli.unrelated import leading, prompt_ends, scaled, whitening
 
 # The share of the depth among which to choose: below, subjects are still being read; above, little is left to steer.
 _LOWEST, _HIGHEST = 0.6, 0.93
@@ -68,10 +63,11 @@ def probe_layer(
 def recognised(loaded: Loaded, sites: Sequence[Site], *, batch_size: int) -> list[float]:
     """For each site, the share of wordings whose nearest key among other facts' is the same fact in other words."""
     facts = [ways[:2] for ways in reworded_facts(_SUBJECTS, seed=0)]
-    keys = _ends(loaded, sites, [way for ways in zip(*facts, strict=True) for way in ways], batch_size)
+    prompts = [way for ways in zip(*facts, strict=True) for way in ways]
+    keys = prompt_ends(loaded, sites, prompts, batch_size=batch_size, watch=ignore)
     found = []
-    for own in keys:
-        white = whitening(leading(own / len(own) ** 0.5))
+    for own in (key.cpu() for key in keys):
+        white = whitening(leading(scaled(own)))
         first, second = own[: len(facts)], own[len(facts) :]
         nearest = white.cosines(second, first)
         right = torch.arange(len(facts))
@@ -79,28 +75,3 @@ def recognised(loaded: Loaded, sites: Sequence[Site], *, batch_size: int) -> lis
             float((nearest.argmax(0) == right).float().mean() + (nearest.argmax(1) == right).float().mean()) / 2
         )
     return found
-
-
-@torch.no_grad()
-def _ends(loaded: Loaded, sites: Sequence[Site], prompts: Sequence[str], batch_size: int) -> list[Tensor]:
-    """Keys (n, d_ff) at the last token of each prompt, for every site, from one pass up to the highest."""
-    rows = [Row(tuple(loaded.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
-    kept: list[dict[int, Tensor]] = [{} for _ in sites]
-    for indices in in_batches(rows, batch_size):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        read: dict[int, Tensor] = {}
-        with ExitStack() as hooks:
-            for number, site in enumerate(sites[:-1]):
-                handle = value_module(loaded.model, site).register_forward_pre_hook(_keeper(read, number))
-                hooks.callback(handle.remove)
-            read[len(sites) - 1] = capture(loaded.model, sites[-1], batch, above=False).keys[:, -1]
-        for number, ends in read.items():
-            kept[number].update(zip(indices, ends.float().cpu(), strict=True))
-    return [torch.stack([own[index] for index in range(len(rows))]) for own in kept]
-
-
-def _keeper(read: dict[int, Tensor], number: int) -> Any:
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read[number] = inputs[0][:, -1]
-
-    return keep

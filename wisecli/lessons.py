@@ -87,6 +87,15 @@ def capture_lessons(
 
 
 @torch.no_grad()
+def said(model: PreTrainedModel, site: Site, part: Activations, hidden: Tensor) -> list[Tensor]:
+    """For each row, which of its target tokens are the arg-max (1 or 0) when ``hidden`` leaves the edited layer."""
+    rows, columns = part.batch.labelled
+    best = suffix_logits(model, site, part, hidden, (rows, columns)).argmax(-1)
+    correct = (best == part.batch.labels[part.batch.labels != NO_LABEL]).float()
+    return [correct[rows == row] for row in range(len(part.batch.ids))]
+
+
+@torch.no_grad()
 def learnt(
     model: PreTrainedModel,
     site: Site,
@@ -110,11 +119,8 @@ def learnt(
             continue
         part = lesson.activations.rows(chosen.to(lesson.activations.keys.device))
         hidden = part.hidden + mask.update(mask.restrict(part.keys), values).to(part.hidden.dtype)
-        rows, columns = part.batch.labelled
-        best = suffix_logits(model, site, part, hidden, (rows, columns)).argmax(-1)
-        correct = (best == part.batch.labels[part.batch.labels != NO_LABEL]).float()
-        for row, edit in enumerate(lesson.edits[chosen].tolist()):
-            right.setdefault(edit, []).append(correct[rows == row])
+        for edit, correct in zip(lesson.edits[chosen].tolist(), said(model, site, part, hidden), strict=True):
+            right.setdefault(edit, []).append(correct)
     return {edit: float(torch.cat(parts).mean()) for edit, parts in right.items()}
 
 

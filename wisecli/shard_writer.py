@@ -59,20 +59,23 @@ def unrelated_for(
 
 
 class ShardWriter:
-    """Writes one shard after the other, all against the same unrelated text."""
+    """Writes one shard after the other, all against the same unrelated text; the last context is held back."""
 
-    edits: Sequence[Edit]
-    contexts: Sequence[str]
-    watch: Watcher
-
-    def __init__(self, loaded: Loaded, site: Site, settings: EditSettings, unrelated: Unrelated) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        site: Site,
+        settings: EditSettings,
+        unrelated: Unrelated,
+        edits: Sequence[Edit],
+        contexts: Sequence[str],
+        watch: Watcher,
+    ) -> None:
         self.loaded, self.site, self.settings, self.unrelated = loaded, site, settings, unrelated
+        self.edits, self.contexts, self.watch = edits, contexts, watch
         self.against = unrelated.against.to(loaded.device)
         self.unit = float(unrelated.size) if settings.margin_unit == "output" else 1.0
-
-    def take(self, edits: Sequence[Edit], contexts: Sequence[str], watch: Watcher) -> None:
-        """What to write: edits under contexts, the last of which is held back."""
-        self.edits, self.contexts, self.watch = edits, contexts, watch
+        self.white = whitening(unrelated.tokens)
 
     def write_all(self, working: Path, parts: Sequence[range]) -> tuple[tuple[ShardEntry, ...], list[str]]:
         """Write every shard file; names the edits that did not take."""
@@ -115,7 +118,7 @@ class ShardWriter:
             len(self.contexts) - 1,
             lambda keys, _edits, _positions: mask.update(mask.restrict(keys), values),
             self._elsewhere(part),
-            whitening(self.unrelated.tokens),
+            self.white,
         )
         return Shard(mask, values, evidence), written.losses, None, shares
 
@@ -129,7 +132,7 @@ class ShardWriter:
         lessons = [lesson for group in groups for lesson in group]
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
         held_back = self._capture(part, self._held_back)
-        white, elsewhere = whitening(self.unrelated.tokens), self._elsewhere(part)
+        white, elsewhere = self.white, self._elsewhere(part)
         last = len(self.contexts) - 1
         evidence = gather_evidence([*lessons, *held_back], last, _looked_up(residuals), elsewhere, white)
         tokens = self.unrelated.tokens.dense()

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wisecli.capture import capture
@@ -27,7 +28,7 @@ from wisecli.errors import DamagedFileError, NoSpaceError
 from wisecli.events import Event, Watcher
 from wisecli.models import Loaded
 from wisecli.shards import half
-from wisecli.site import Fingerprint, Site
+from wisecli.site import Fingerprint, Site, value_module
 from wisecli.storage import load_tensors, save_tensors, sha256_json
 
 # How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
@@ -166,12 +167,13 @@ def measure_unrelated(
 def _measure(
     loaded: Loaded, site: Site, matrix: Tensor, *, texts: int, chat: bool, batch_size: int, seed: int, watch: Watcher
 ) -> Unrelated:
-    prompts = unrelated_texts(texts, seed=seed)
-    spoken = continuations(loaded.model, loaded.tokenizer, prompts[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
-    keys, text, last = keys_of_texts(loaded, site, [*spoken, *prompts[_CONTINUED:]], batch_size=batch_size, watch=watch)
+    plain = unrelated_texts(texts, seed=seed)
+    spoken = continuations(loaded.model, loaded.tokenizer, plain[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
+    keys, text, last = keys_of_texts(loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=batch_size, watch=watch)
     facts = reworded_facts(_SUBJECTS, seed=seed)
     asked = [[chat_prompt(loaded.tokenizer, way) for way in fact] for fact in facts] if chat else []
-    ends = _prompt_ends(loaded, site, [way for fact in [*facts, *asked] for way in fact], batch_size, watch)
+    prompts = [way for fact in [*facts, *asked] for way in fact]
+    (ends,) = prompt_ends(loaded, [site], prompts, batch_size=batch_size, watch=watch)
     unseen = text % 2 == 0
     ways = ends.view(len(facts) + len(asked), -1, ends.shape[-1])
     strayed = (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
@@ -179,7 +181,7 @@ def _measure(
     size = (keys @ matrix.to(keys).T).norm(dim=-1).median().reshape(1)
     spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
     sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
-    return Unrelated(_rounded(sample), leading(_scaled(keys)), wording, size.cpu(), _rounded(against))
+    return Unrelated(_rounded(sample), leading(scaled(keys)), wording, size.cpu(), _rounded(against))
 
 
 def keys_of_texts(
@@ -202,21 +204,39 @@ def keys_of_texts(
     return torch.cat(keys), torch.cat(text), torch.cat(last)
 
 
-def _prompt_ends(loaded: Loaded, site: Site, prompts: Sequence[str], batch_size: int, watch: Watcher) -> Tensor:
-    """Keys (n, d_ff) at the last token of each prompt, in order."""
+@torch.no_grad()
+def prompt_ends(
+    loaded: Loaded, sites: Sequence[Site], prompts: Sequence[str], *, batch_size: int, watch: Watcher
+) -> list[Tensor]:
+    """Keys (n, d_ff) at the last token of each prompt, in order, for every site, from one pass up to the highest.
+
+    Args:
+        sites: from the lowest layer up.
+    """
     rows = [Row(tuple(loaded.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
-    ends: list[Tensor | None] = [None] * len(rows)
-    done = 0
+    kept: list[dict[int, Tensor]] = [{} for _ in sites]
     for indices in in_batches(rows, batch_size):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
-        for index, key in zip(indices, capture(loaded.model, site, batch, above=False).keys[:, -1], strict=True):
-            ends[index] = key.float()
-        done += len(indices)
-        watch(Event("reworded facts", done, len(rows)))
-    return torch.stack([end for end in ends if end is not None])
+        read: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for number, site in enumerate(sites[:-1]):
+                handle = value_module(loaded.model, site).register_forward_pre_hook(_keeper(read, number))
+                hooks.callback(handle.remove)
+            read[len(sites) - 1] = capture(loaded.model, sites[-1], batch, above=False).keys[:, -1]
+        for number, ends in read.items():
+            kept[number].update(zip(indices, ends.float(), strict=True))
+        watch(Event("reworded facts", len(kept[0]), len(rows)))
+    return [torch.stack([own[index] for index in range(len(rows))]) for own in kept]
 
 
-def _scaled(keys: Tensor) -> Tensor:
+def _keeper(read: dict[int, Tensor], number: int) -> Any:
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read[number] = inputs[0][:, -1]
+
+    return keep
+
+
+def scaled(keys: Tensor) -> Tensor:
     """Rows whose ``rowsᵀ rows`` is the keys' second moment."""
     rows: Tensor = keys / len(keys) ** 0.5
     return rows
@@ -224,7 +244,7 @@ def _scaled(keys: Tensor) -> Tensor:
 
 def _even(keys: Tensor) -> Tensor:
     """The same, with 1 as the mean eigenvalue."""
-    rows = _scaled(keys)
+    rows = scaled(keys)
     evened: Tensor = rows * (rows.shape[1] / rows.square().sum().clamp(min=1e-12)).sqrt()
     return evened
 

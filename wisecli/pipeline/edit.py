@@ -97,8 +97,7 @@ def edit(
             loaded, settings.contexts, tokens=settings.context_tokens, chat=settings.chat, seed=settings.seed
         )
         unrelated = unrelated_for(loaded, site, checkpoint, base, settings, edits, watch)
-        writer = ShardWriter(loaded, site, settings, unrelated)
-        writer.take(edits, contexts, watch)
+        writer = ShardWriter(loaded, site, settings, unrelated, edits, contexts, watch)
         entries, untaken = writer.write_all(working, parts)
         if strict and untaken:
             raise GateFailedError(f"{len(untaken)} of {len(edits)} edits did not take: {', '.join(untaken)}")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from wisecli.capture import Activations, suffix_logits
 from wisecli.encode import NO_LABEL
-from wisecli.lessons import Lesson, learnt
+from wisecli.lessons import Lesson, learnt, said
 from wisecli.ridge import Penalty, Statistics, solve, statistics
 from wisecli.shards import Evidence
 from wisecli.writers.gradient import Progress, Task, Written, write_batched
@@ -95,10 +95,8 @@ def answered(task: Task, lessons: Sequence[Lesson], residuals: dict[int, Tensor]
         hidden = part.hidden.clone()
         for row, edit in enumerate(edits):
             hidden[row, : len(residuals[edit])] += residuals[edit].to(hidden.dtype)
-        rows, columns = part.batch.labelled
-        best = suffix_logits(task.model, task.site, part, hidden, (rows, columns)).argmax(-1)
-        correct = (best == part.batch.labels[part.batch.labels != NO_LABEL]).float()
-        shares |= {edit: float(correct[rows == row].mean()) for row, edit in enumerate(edits)}
+        right = said(task.model, task.site, part, hidden)
+        shares |= {edit: float(correct.mean()) for edit, correct in zip(edits, right, strict=True)}
     return shares
 
 

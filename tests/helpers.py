@@ -202,11 +202,11 @@ def score_of(memory: SideMemory, number: int, key: Tensor) -> float:
     return max(cosine for cosine, owner in pairs if owner == number)
 
 
-def choice_of(memory: SideMemory, key: Tensor) -> int | None:
-    """Which memory answers one key."""
+def choice_of(memory: SideMemory, key: Tensor, *, opened: bool = False) -> int | None:
+    """Which memory answers one key; where a prompt has ``opened`` the memories, however far the key is."""
     ratios = [score_of(memory, number, key) / limit for number, limit in enumerate(memory.thresholds)]
     best = max(range(len(ratios)), key=ratios.__getitem__)
-    return best if ratios[best] > 1 else None
+    return best if opened or ratios[best] > 1 else None
 
 
 def routed_by_loop(memory: SideMemory, prompt: int, *, prompt_opens: bool = False) -> Hook:
@@ -224,6 +224,8 @@ def routed_by_loop(memory: SideMemory, prompt: int, *, prompt_opens: bool = Fals
             chosen = choice_of(memory, key)
             if memory.routing == "sequence":
                 chosen = at_prompt if place >= prompt - 1 else None
+                if chosen is not None and memory.kind == "lookup":
+                    chosen = choice_of(memory, key, opened=True)
             elif prompt_opens and place >= prompt - 1 and at_prompt is None:
                 chosen = None
             if chosen is not None:

@@ -81,11 +81,12 @@ def teacher_forced(
 def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
     """Which memory answers each token of a batch (B, T)."""
     routed, start = edited.routed, base.batch.start
-    chosen = routed.route(base.keys).where(base.batch.mask.bool(), UNROUTED)
+    strength, nearest = routed.nearest(base.keys)
+    chosen = nearest.where((strength > 1) & base.batch.mask.bool(), UNROUTED)
     at_prompt = chosen[:, start : start + 1]
     if routed.gate is not None:
         window = torch.arange(chosen.shape[1], device=chosen.device) >= start
-        return at_prompt.where(window & base.batch.mask.bool(), UNROUTED)
+        return routed.follow(at_prompt.where(window & base.batch.mask.bool(), UNROUTED), nearest)
     if prompt_opens:
         chosen = chosen.clone()
         chosen[:, start:] = chosen[:, start:].where(at_prompt != UNROUTED, UNROUTED)

@@ -27,8 +27,8 @@ class NearestKey:
     indices: tuple[Any, ...]
     owners: tuple[Tensor, ...]
 
-    def __call__(self, routed: RoutedMatrix, keys: Tensor) -> Tensor:
-        """The edit that answers each token, ``UNROUTED`` for none: (..., d_ff) → (...)."""
+    def __call__(self, routed: RoutedMatrix, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """By what factor each token exceeds the threshold, and the nearest edit: (..., d_ff) → two (...)."""
         flat = keys.reshape(-1, keys.shape[-1]).float().cpu()
         lengths = routed.lengths(flat.to(routed.probes.device)).cpu()
         best, chosen = torch.full((len(flat),), -1.0), torch.full((len(flat),), UNROUTED)
@@ -38,8 +38,8 @@ class NearestKey:
             cosine = found / lengths[:, number]
             nearer = (cosine > best) & (place >= 0)
             best, chosen = cosine.where(nearer, best), owner[place.clamp(min=0)].where(nearer, chosen)
-        thresholds = torch.tensor(routed.thresholds)[chosen.clamp(min=0)]
-        return chosen.where(best > thresholds, UNROUTED).view(keys.shape[:-1]).to(keys.device)
+        strength = best / torch.tensor(routed.thresholds)[chosen.clamp(min=0)]
+        return tuple(found.view(keys.shape[:-1]).to(keys.device) for found in (strength, chosen))
 
 
 def build_index(routed: RoutedMatrix) -> NearestKey | None:

@@ -38,7 +38,7 @@ class SideMemory:
     ``P = floor · I + directionsᵀ diag(gains) directions``.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
-    follows. ``sharpness`` β > 0 lets a lookup add the mean of all residuals, weighted by ``softmax(β · score)``; 0 adds
+    follows (of a lookup, whether it answers; with which key stays with each token). ``sharpness`` β > 0 lets a lookup add the mean of all residuals, weighted by ``softmax(β · score)``; 0 adds
     the nearest key's alone.
     """
 
@@ -99,21 +99,29 @@ class RoutedMatrix(nn.Module):
         self.kind, self.sharpness = memory.kind, memory.sharpness
         self.gate = PromptGate() if memory.routing == "sequence" else None
         self.enabled = True
-        self.index: Callable[[RoutedMatrix, Tensor], Tensor] | None = None
+        self.index: Callable[[RoutedMatrix, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def forward(self, keys: Tensor) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d)."""
         answer = F.linear(keys, self.weight.T if self.transposed else self.weight, self.bias)
         if not self.enabled:
             return answer
-        chosen = self.route(keys)
+        strength, nearest = self.nearest(keys)
+        chosen = nearest.where(strength > 1, UNROUTED)
         if self.gate is not None:
-            chosen = self.gate.hold(chosen)
+            chosen = self.follow(self.gate.hold(chosen), nearest)
         return self.add_updates(answer, keys, chosen)
 
-    def route(self, keys: Tensor) -> Tensor:
-        """Which memory each token opens, ``UNROUTED`` for none: (..., d_ff) → (...)."""
-        return self.choose(self.scores(keys)) if self.index is None else self.index(self, keys)
+    def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """By what factor each token exceeds a memory's threshold at most, and that memory: (..., d_ff) → two (...)."""
+        return self.strongest(self.scores(keys)) if self.index is None else self.index(self, keys)
+
+    def follow(self, held: Tensor, nearest: Tensor) -> Tensor:
+        """Which memory answers each token of rows whose prompts opened ``held``: (B, T) twice → (B, T).
+
+        A prompt decides whether a lookup answers; with which key, every token says for itself.
+        """
+        return nearest.where(held != UNROUTED, UNROUTED) if self.kind == "lookup" else held
 
     def scores(self, keys: Tensor) -> Tensor:
         """Score of every memory for every key: (..., d_ff) → (..., M)."""
@@ -138,8 +146,13 @@ class RoutedMatrix(nn.Module):
 
     def choose(self, scores: Tensor) -> Tensor:
         """Which memory answers each token, ``UNROUTED`` for none: (..., M) → (...)."""
-        strongest, chosen = (scores.float() / scores.new_tensor(self.thresholds, dtype=torch.float32)).max(-1)
-        return chosen.where(strongest > 1, UNROUTED)
+        strength, nearest = self.strongest(scores)
+        return nearest.where(strength > 1, UNROUTED)
+
+    def strongest(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest share of its threshold that any memory's score reaches, and which: (..., M) → two (...)."""
+        strength, nearest = (scores.float() / scores.new_tensor(self.thresholds, dtype=torch.float32)).max(-1)
+        return strength, nearest
 
     def update(self, keys: Tensor, memory: int) -> Tensor:
         """``Δ_m a``: (..., d_ff) → (..., d)."""

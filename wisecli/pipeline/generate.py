@@ -84,9 +84,9 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
     scores = edited.routed.scores(keys)
     chosen = edited.routed.choose(scores)
+    _, strongest = edited.routed.strongest(scores)
     if edited.routed.gate is not None:
-        chosen = chosen[:1].expand_as(chosen)
-    strongest = (scores / scores.new_tensor(edited.routed.thresholds)).argmax(-1)
+        chosen = edited.routed.follow(chosen[:1].expand_as(chosen), strongest)
     steps = []
     for place, token in enumerate(answer):
         best, memory = int(strongest[place]), int(chosen[place])

@@ -33,6 +33,9 @@ class Way:
     merge: tuple[str, ...]
 
 
+_FIVE = ("--shards", "5")
+_SPARSE = (*_FIVE, "--mask-ratio", "0.2")
+_APART = (*_SPARSE, "--masks", "disjoint")
 _GRADIENT = ("--writer", "gradient")
 WAYS: dict[str, Way] = {
     "lookup": Way("solve", (), ()),
@@ -43,6 +46,14 @@ WAYS: dict[str, Way] = {
     "solve + retrieve": Way("solve", (), ("--mode", "retrieve")),
     "solve ρ=1 + TIES + refit": Way("whole", ("--mask-ratio", "1"), ("--mode", "merge")),
     "solve ρ=1 + exact": Way("whole", ("--mask-ratio", "1"), ("--mode", "merge", "--method", "exact")),
+    "5 shards, TIES": Way("five", _FIVE, ("--mode", "merge", "--no-refit")),
+    "5 shards, TIES + refit": Way("five", _FIVE, ("--mode", "merge")),
+    "5 shards, exact": Way("five", _FIVE, ("--mode", "merge", "--method", "exact")),
+    "5 shards, retrieve": Way("five", _FIVE, ("--mode", "retrieve")),
+    "5 shards ρ=.2, TIES": Way("sparse", _SPARSE, ("--mode", "merge", "--no-refit")),
+    "5 shards ρ=.2, TIES + refit": Way("sparse", _SPARSE, ("--mode", "merge")),
+    "5 shards ρ=.2 disjoint, TIES": Way("apart", _APART, ("--mode", "merge", "--no-refit")),
+    "5 shards ρ=.2 disjoint, TIES + refit": Way("apart", _APART, ("--mode", "merge")),
     "gradient batched": Way("gradient", _GRADIENT, ("--no-refit",)),
     "paper preset": Way("paper", ("--preset", "paper"), ()),
 }

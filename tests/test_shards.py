@@ -19,6 +19,7 @@ from wisecli.shards import (
     Mask,
     MaskKind,
     Shard,
+    disjoint_masks,
     half,
     load_shard,
     random_mask,
@@ -79,6 +80,24 @@ def test_random_masks_overlap_in_the_share_that_their_density_says(
     # Six standard deviations of a binomial; rounding a mask's size shifts the mean by less than one place a mask.
     allowed = 6 * math.sqrt(size * expected * (1 - expected)) + count
     assert abs(len(shared) - size * expected) <= allowed
+
+
+@settings(deadline=None)
+@given(kind=st.sampled_from(KINDS), count=st.integers(1, 5), d_ff=st.integers(20, 60), seed=st.integers(0, 99))
+def test_disjoint_masks_share_no_place_and_fill_the_matrix(kind: MaskKind, count: int, d_ff: int, seed: int) -> None:
+    size = d_ff if kind == "columns" else 3 * d_ff
+    masks = disjoint_masks(site(3, d_ff), size // count / size, kind, count, generator(seed))
+    places = [place for mask in masks for place in mask.indices.tolist()]
+    assert len(masks) == count
+    assert len({len(mask.indices) for mask in masks}) == 1
+    assert len(places) == len(set(places)) == size // count * count
+    assert set(places) <= set(range(size))
+
+
+def test_disjoint_masks_that_do_not_fit_are_refused_with_the_density_that_does() -> None:
+    with pytest.raises(SettingsError, match=r"3 disjoint masks of --mask-ratio 0.5 .* give --mask-ratio 0.333 or less"):
+        disjoint_masks(site(4, 9), 0.5, "columns", 3, generator())
+    assert len(disjoint_masks(site(4, 9), 0.333, "columns", 3, generator())) == 3
 
 
 @both_kinds

@@ -77,6 +77,9 @@ def edit(
     edits_per_shard: Annotated[int | None, _setting(EditSettings, "edits_per_shard", "Edits a shard at most.")] = None,
     mask_ratio: Annotated[float | None, _setting(EditSettings, "mask_ratio", "Density ρ of the masks.")] = None,
     mask_kind: Annotated[str | None, _setting(EditSettings, "mask_kind", "columns or elements.")] = None,
+    masks: Annotated[
+        str | None, _setting(EditSettings, "masks", "random (masks of shards overlap) or disjoint.")
+    ] = None,
     passes: Annotated[int | None, _setting(EditSettings, "passes", "Passes over a shard at most.")] = None,
     learning_rate: Annotated[float | None, _setting(EditSettings, "learning_rate", "Step size.")] = None,
     batch_size: Annotated[int | None, _setting(EditSettings, "batch_size", "Rows a step.")] = None,

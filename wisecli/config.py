@@ -34,6 +34,7 @@ class EditSettings:
     edits_per_shard: int = 100
     mask_ratio: float = 0.5  # half the columns hold a hundred edits; a fifth, as in the paper, does not
     mask_kind: Literal["columns", "elements"] = "columns"
+    masks: Literal["random", "disjoint"] = "random"
     passes: int = 60
     learning_rate: float = 2e-2
     batch_size: int = 32

@@ -17,7 +17,7 @@ from wisecli.events import Event, Watcher
 from wisecli.lessons import Lesson, capture_lessons, encode_edits, gather_evidence, keys_elsewhere, learnt
 from wisecli.models import Loaded
 from wisecli.shard_directory import UNRELATED_NAME, ShardEntry
-from wisecli.shards import Shard, random_mask, save_shard
+from wisecli.shards import Mask, Shard, disjoint_masks, random_mask, save_shard
 from wisecli.site import Fingerprint, Site, load_matrix
 from wisecli.storage import Checkpoint, sha256_file
 from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated, save_unrelated, whitening
@@ -80,22 +80,27 @@ class ShardWriter:
     def write_all(self, working: Path, parts: Sequence[range]) -> tuple[tuple[ShardEntry, ...], list[str]]:
         """Write every shard file; names the edits that did not take."""
         save_unrelated(working / UNRELATED_NAME, self.unrelated)
-        generator = torch.Generator().manual_seed(self.settings.seed)
+        settings, generator = self.settings, torch.Generator().manual_seed(self.settings.seed)
+        drawing = self.site, settings.mask_ratio, settings.mask_kind
+        if settings.masks == "disjoint":
+            masks = disjoint_masks(*drawing, len(parts), generator)
+        else:
+            masks = [random_mask(*drawing, generator) for _ in parts]
         entries, untaken = [], []
-        for number, part in enumerate(parts):
-            entry, shares = self._write(working, number, len(parts), part, generator)
+        for number, (part, mask) in enumerate(zip(parts, masks, strict=True)):
+            entry, shares = self._write(working, f"{number + 1}/{len(parts)}", number, part, mask)
             entries.append(entry)
             untaken += [self.edits[place].id for place in part if shares[place] < 1]
         return tuple(entries), untaken
 
     def _write(
-        self, working: Path, number: int, count: int, part: range, generator: torch.Generator
+        self, working: Path, label: str, number: int, part: range, mask: Mask
     ) -> tuple[ShardEntry, dict[int, float]]:
         started = time.perf_counter()
-        settings, stage = self.settings, f"shard {number + 1}/{count}"
-        mask = random_mask(self.site, settings.mask_ratio, settings.mask_kind, generator).to(self.loaded.device)
+        settings, stage = self.settings, f"shard {label}"
         self.watch(Event(stage))
-        task = Task(self.loaded.model, self.site, mask, self.against, self.unit, settings)
+        placed = mask.to(self.loaded.device)
+        task = Task(self.loaded.model, self.site, placed, self.against, self.unit, settings)
         solving = settings.writer == "solve"
         shard, losses, penalty, shares = (self._solve if solving else self._train)(task, part, stage)
         path = working / f"shard-{number:05d}.safetensors"

@@ -73,6 +73,23 @@ def random_mask(site: Site, density: float, kind: MaskKind, generator: torch.Gen
     return Mask(kind, indices, site.d, site.d_ff)
 
 
+def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, generator: torch.Generator) -> list[Mask]:
+    """Masks like :func:`random_mask` that share no place.
+
+    Raises:
+        SettingsError: so many do not fit the matrix.
+    """
+    size = site.d_ff if kind == "columns" else site.d * site.d_ff
+    places = max(1, round(density * size))
+    if places * count > size:
+        raise SettingsError(
+            f"{count} disjoint masks of --mask-ratio {density:g} do not fit one matrix; "
+            f"give --mask-ratio {size // count / size:.3g} or less"
+        )
+    drawn = torch.randperm(size, generator=generator)[: places * count].split(places)
+    return [Mask(kind, indices.sort().values, site.d, site.d_ff) for indices in drawn]
+
+
 def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list[range]:
     """Deal ``count`` edits, in order, to shards of like size.
 

@@ -12,11 +12,12 @@ from wisecli.building import Built, Material, join, lookup, matrices, pack, refi
 from wisecli.config import MergeSettings
 from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
 from wisecli.merging import Recipe, merge_deltas
+from wisecli.moments import leading
 from wisecli.ridge import Penalty, solve, statistics
 from wisecli.router import scores
 from wisecli.shards import Evidence, Mask, random_mask
 from wisecli.site import Site
-from wisecli.unrelated import Unrelated, leading
+from wisecli.unrelated import Unrelated
 
 D, D_FF, EDITS, CONTEXTS, POSITIONS = 6, 40, 7, 3, 2
 PENALTY = Penalty(1e-3, 0.01)
@@ -48,6 +49,7 @@ def some_evidence(seed: int, *, edits: int = EDITS) -> Evidence:
         context,
         context == CONTEXTS - 1,
         elsewhere,
+        torch.zeros(len(edit), dtype=torch.bool),
     )
 
 
@@ -56,7 +58,8 @@ def unrelated_text() -> Unrelated:
         return normal(600, D_FF, seed=seed) * torch.linspace(0.3, 2.0, D_FF)
 
     tokens, wording = (leading(rows(seed) / 600**0.5, 32) for seed in (91, 92))
-    return Unrelated(rows(93), tokens, wording, torch.tensor([1.0]), rows(94)[:0])
+    chat = torch.zeros(600, dtype=torch.bool)
+    return Unrelated(rows(93), chat, tokens, wording, torch.tensor([1.0]), rows(94)[:0])
 
 
 def some_material(*shards: Evidence, density: float = 0.6) -> Material:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wisecli.edits import Edit, Probe
 from wisecli.errors import DamagedFileError
 from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
+from wisecli.moments import Whitening
 from wisecli.router import (
     MANIFEST_NAME,
     MEMORY_NAME,
@@ -30,7 +31,6 @@ from wisecli.router import (
     write_memory,
 )
 from wisecli.site import Fingerprint, Site
-from wisecli.unrelated import Whitening
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -66,6 +66,20 @@ def test_false_alarms_are_let_through_in_the_share_asked_for(false_alarm: float)
     assert found.false_alarms == pytest.approx(np.mean(unrelated.numpy() > found.threshold), abs=1e-6)
     assert abs(found.false_alarms - false_alarm) <= 1 / len(unrelated)
     assert found.misses == pytest.approx(np.mean(edits.numpy() <= found.threshold), abs=1e-6)
+
+
+@pytest.mark.parametrize("false_alarm", [0.0, 0.02, 0.5])
+def test_no_kind_of_unrelated_text_is_let_through_more_often_than_asked(false_alarm: float) -> None:
+    edits, unrelated = torch.rand(40, generator=generator(2)), torch.rand(1000, generator=generator(3))
+    kinds = torch.arange(1000) < 50
+    unrelated[kinds] += 0.3
+    found = calibrate(edits, unrelated, rule="false-alarm", false_alarm=false_alarm, kinds=kinds)
+    shares = [float((unrelated[kinds == kind] > found.threshold).float().mean()) for kind in (True, False)]
+    assert shares[0] == pytest.approx(false_alarm, abs=1 / 50)
+    assert shares[1] <= false_alarm
+    peaks, metric, elsewhere = torch.stack([unrelated, unrelated / 2], -1), torch.tensor([0, 1]), torch.zeros(2)
+    _, level = even_out(peaks, metric, elsewhere, (false_alarm, false_alarm), kinds=kinds)
+    assert level == pytest.approx(min(found.threshold, 0.97), abs=1e-6)
 
 
 @settings(deadline=None)

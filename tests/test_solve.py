@@ -15,10 +15,10 @@ from wisecli.edits import Edit
 from wisecli.encode import NO_LABEL
 from wisecli.lessons import Lesson, capture_lessons, gather_evidence
 from wisecli.models import Loaded
+from wisecli.moments import leading, whitening
 from wisecli.ridge import Penalty
 from wisecli.shards import Evidence, Mask, MaskKind, random_mask
 from wisecli.site import Site
-from wisecli.unrelated import leading, whitening
 from wisecli.writers.gradient import Progress, Task
 from wisecli.writers.solve import PENALTIES, Solved, fit_residuals, write_solved
 from wisecli.writers.solve import answered as taken

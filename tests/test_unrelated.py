@@ -16,18 +16,10 @@ from wisecli.contexts import continuations, reworded_facts, unrelated_texts
 from wisecli.errors import DamagedFileError
 from wisecli.events import Event
 from wisecli.models import Loaded, load_model
+from wisecli.moments import Moment, Whitening, leading, whitening
 from wisecli.site import Fingerprint
 from wisecli.storage import save_tensors, sha256_file
-from wisecli.unrelated import (
-    Moment,
-    Unrelated,
-    Whitening,
-    leading,
-    load_unrelated,
-    measure_unrelated,
-    save_unrelated,
-    whitening,
-)
+from wisecli.unrelated import Unrelated, load_unrelated, measure_unrelated, save_unrelated
 
 SHRINKAGE = 0.1
 
@@ -242,7 +234,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
 
 
 def tensors_of(unrelated: Unrelated) -> dict[str, Tensor]:
-    found = {name: getattr(unrelated, name) for name in ("keys", "size", "against")}
+    found = {name: getattr(unrelated, name) for name in ("keys", "chat", "size", "against")}
     for name in ("tokens", "wording"):
         moment = getattr(unrelated, name)
         found |= {f"{name}.{field.name}": getattr(moment, field.name) for field in dataclasses.fields(Moment)}
@@ -357,9 +349,8 @@ def test_every_setting_that_matters_has_a_cache_of_its_own(subject: Subject) -> 
 
 def some_unrelated() -> Unrelated:
     keys = skewed_keys(30, 6).half().float()
-    return Unrelated(
-        keys[::2], moment_of(keys, 4), moment_of(normal(20, 6, seed=5), 3), torch.tensor([2.5]), keys[1::2]
-    )
+    moments = moment_of(keys, 4), moment_of(normal(20, 6, seed=5), 3)
+    return Unrelated(keys[::2], torch.arange(15) % 4 == 0, *moments, torch.tensor([2.5]), keys[1::2])
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -375,7 +366,7 @@ def test_statistics_of_unrelated_text_survive_being_written(tmp_path: Path, whol
         load_unrelated(path, "0" * 64)
 
 
-@pytest.mark.parametrize("missing", ["keys", "size", "tokens.energy", "wording.directions"])
+@pytest.mark.parametrize("missing", ["keys", "chat", "size", "tokens.energy", "wording.directions"])
 def test_statistics_without_one_of_their_tensors_are_refused(tmp_path: Path, missing: str) -> None:
     path = tmp_path / "unrelated.safetensors"
     save_unrelated(path, some_unrelated())

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from wisecli.config import MergeSettings
 from wisecli.memory import RoutedMatrix, SideMemory
+from wisecli.moments import whitening
 from wisecli.ridge import Penalty, Statistics, solve, statistics
 from wisecli.router import Calibration, calibrate, even_out, key_router, measure, scores
 from wisecli.shards import Evidence, Mask, half
-from wisecli.unrelated import Unrelated, whitening
+from wisecli.unrelated import Unrelated
 
 # Keys inside answers get this share of the false alarms: they lose few rephrases by it, and open on names otherwise.
 _INSIDE = 1 / 6
@@ -64,7 +65,8 @@ def lookup(material: Material, settings: MergeSettings) -> Built:
     """A memory that keeps every key with what it should add; a residual that contexts share is kept once."""
     evidence = material.evidence
     kept = ~evidence.held_out
-    place = evidence.edit[kept] * (int(evidence.position.max()) + 1) + evidence.position[kept]
+    answer = 2 * evidence.edit[kept] + evidence.chat[kept]
+    place = answer * (int(evidence.position.max()) + 1) + evidence.position[kept]
     residuals = evidence.residuals[kept]
     _, value = place.unique(return_inverse=True)
     values = residuals.new_zeros(int(value.max()) + 1, residuals.shape[1])
@@ -85,7 +87,7 @@ def lookup(material: Material, settings: MergeSettings) -> Built:
 
 def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: MergeSettings) -> Built:
     """Give a memory its router and thresholds; ``owner`` (n,) is the memory that each key of the evidence opens."""
-    evidence, quiet, level = material.evidence, material.unrelated.keys, 1.0
+    evidence, quiet, kinds, level = material.evidence, material.unrelated.keys, material.unrelated.chat, 1.0
     calibrating = _calibrating(evidence, settings)
     rule, share = settings.threshold or "false-alarm", settings.false_alarm
     if draft.router == "key":
@@ -95,12 +97,12 @@ def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: M
     mine = own.gather(1, owner[calibrating, None]).flatten()
     if draft.router == "norm":
         found = tuple(
-            calibrate(mine[owner[calibrating] == number], away[:, number], rule=rule, false_alarm=share)
+            calibrate(mine[owner[calibrating] == number], away[:, number], rule=rule, false_alarm=share, kinds=kinds)
             for number in range(len(draft.thresholds))
         )
         return replace(draft, thresholds=tuple(one.threshold for one in found)), found
     # The nearest key decides between memories, so they share one threshold.
-    whole = calibrate(mine, away.amax(-1), rule=rule, false_alarm=share)
+    whole = calibrate(mine, away.amax(-1), rule=rule, false_alarm=share, kinds=kinds)
     if rule != "minimum" and level > whole.threshold:  # both kinds rarely use up their share of false alarms
         whole = measure(mine, away.amax(-1), level, rule=rule)
     thresholds = (whole.threshold,) * len(draft.thresholds)
@@ -117,16 +119,22 @@ def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: fl
     """The same memory with every trained key as a probe, and the threshold they share.
 
     Inside an answer the token itself says most of a key, so unrelated text with the same name in it comes much nearer
-    than it ever comes to the end of a prompt: those keys are seen through another whitening, and made comparable.
+    than it ever comes to the end of a prompt: those keys are seen through another whitening, and made comparable. So
+    are those that prompts in the chat template end in, which are all alike but for what was asked.
     """
     evidence = material.evidence
     kept = ~evidence.held_out
-    inside = (evidence.position[kept] > 0).long()
-    metrics = [whitening(material.unrelated.wording), whitening(material.unrelated.tokens)]
-    tensors = key_router(evidence.keys[kept], owner[kept], inside, metrics)
-    kinds = _stand_in(SideMemory({**tensors, "owner": inside}, (1.0, 1.0), "key"))
-    shares = (share * (1 - _INSIDE), share * _INSIDE)
-    factors, level = even_out(scores(kinds, material.unrelated.keys), inside, evidence.elsewhere[kept], shares)
+    unrelated, inside = material.unrelated, evidence.position[kept] > 0
+    metric = inside.long()
+    moments, shares = [unrelated.wording, unrelated.tokens], [share * (1 - _INSIDE), share * _INSIDE]
+    if unrelated.chatting is not None:
+        metric[evidence.chat[kept] & ~inside] = len(moments)
+        moments.append(unrelated.chatting)
+        shares.append(share)
+    tensors = key_router(evidence.keys[kept], owner[kept], metric, [whitening(moment) for moment in moments])
+    by_metric = _stand_in(SideMemory({**tensors, "owner": metric}, (1.0,) * len(moments), "key"))
+    peaks = scores(by_metric, unrelated.keys)
+    factors, level = even_out(peaks, metric, evidence.elsewhere[kept], shares, kinds=unrelated.chat)
     tensors |= {"probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}
     return replace(draft, tensors={**draft.tensors, **tensors}), level
 

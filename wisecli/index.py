@@ -39,7 +39,8 @@ class NearestKey:
             nearer = (cosine > best) & (place >= 0)
             best, chosen = cosine.where(nearer, best), owner[place.clamp(min=0)].where(nearer, chosen)
         strength = best / torch.tensor(routed.thresholds)[chosen.clamp(min=0)]
-        return tuple(found.view(keys.shape[:-1]).to(keys.device) for found in (strength, chosen))
+        strength, chosen = (found.view(keys.shape[:-1]).to(keys.device) for found in (strength, chosen))
+        return strength, chosen
 
 
 def build_index(routed: RoutedMatrix) -> NearestKey | None:

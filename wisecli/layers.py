@@ -17,9 +17,10 @@ from wisecli.contexts import reworded_facts
 from wisecli.errors import DamagedFileError
 from wisecli.events import Event, Watcher, ignore
 from wisecli.models import Loaded
+from wisecli.moments import leading, scaled, whitening
 from wisecli.site import AUTO_DEPTH, Fingerprint, Site, find_site, layer_count
 from wisecli.storage import Checkpoint, read_json, sha256_json, write_json
-from wisecli.unrelated import leading, prompt_ends, scaled, whitening
+from wisecli.unrelated import prompt_ends
 
 # The share of the depth among which to choose: below, subjects are still being read; above, little is left to steer.
 _LOWEST, _HIGHEST = 0.6, 0.93

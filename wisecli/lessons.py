@@ -17,9 +17,9 @@ from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
 from wisecli.errors import ModelError
 from wisecli.generation import end_token
 from wisecli.models import Loaded
+from wisecli.moments import Whitening
 from wisecli.shards import Evidence, Mask
 from wisecli.site import Site
-from wisecli.unrelated import Whitening
 
 Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Keys of one position under two contexts count as the same above this cosine.
@@ -30,11 +30,16 @@ _ELSEWHERE = ("The report says that it was called", "When was the old bridge bui
 
 @dataclass(frozen=True)
 class Lesson:
-    """Rows captured together, from the prompt's last token on; which edit and context each is (B,)."""
+    """Rows captured together, from the prompt's last token on; which edit and context each is (B,).
+
+    ``answers`` (B,): after a chat template an edit's target may be other tokens than after a bare prompt, and is then
+    another answer. Contexts that share an answer share its residuals.
+    """
 
     activations: Activations
     edits: Tensor
     contexts: Tensor
+    answers: Tensor
 
 
 def write_contexts(loaded: Loaded, count: int, *, tokens: int, chat: bool, seed: int) -> list[str]:
@@ -64,6 +69,11 @@ def encode_edits(loaded: Loaded, edits: Sequence[Edit], context: str, *, train_e
     return rows
 
 
+def answer_number(edit: int, context: str) -> int:
+    """Which answer an edit's target is in a context: the edit's own number, or a negative one in the chat template."""
+    return -1 - edit if context == CHAT else edit
+
+
 def capture_lessons(
     loaded: Loaded,
     site: Site,
@@ -77,12 +87,12 @@ def capture_lessons(
     rows, origin = [], []
     for number, context in contexts:
         rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end)
-        origin += [(place, number) for place, _ in edits]
+        origin += [(place, number, answer_number(place, context)) for place, _ in edits]
     lessons = []
     for indices in in_batches(rows, batch_size, by_target=True):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
-        place, numbers = torch.tensor([origin[index] for index in indices]).T
-        lessons.append(Lesson(capture(loaded.model, site, batch).from_window(), place, numbers))
+        numbers = torch.tensor([origin[index] for index in indices]).T
+        lessons.append(Lesson(capture(loaded.model, site, batch).from_window(), *numbers))
     return lessons
 
 
@@ -131,11 +141,11 @@ def gather_evidence(
 
     Args:
         held_out: the context kept for calibration.
-        residual: what should be added, from keys (n, d_ff), edits (n,) and positions (n,).
+        residual: what should be added, from keys (n, d_ff), answers (n,) and positions (n,).
         elsewhere: keys of each edit's answer after prompts that it does not answer.
         white: the whitening that keys inside answers are seen through.
     """
-    fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context")}
+    fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context", "answer")}
     for lesson in lessons:
         rows, columns = (lesson.activations.batch.labels != NO_LABEL).nonzero(as_tuple=True)
         fields["keys"].append(lesson.activations.keys[rows, columns].float().cpu())
@@ -143,14 +153,17 @@ def gather_evidence(
         fields["edit"].append(lesson.edits[rows])
         fields["position"].append(columns)
         fields["context"].append(lesson.contexts[rows])
+        fields["answer"].append(lesson.answers[rows])
     joined = {name: torch.cat(parts) for name, parts in fields.items()}
-    residuals = residual(joined["keys"], joined["edit"], joined["position"])
+    answers = joined.pop("answer")
+    residuals = residual(joined["keys"], answers, joined["position"])
     near = torch.zeros(len(joined["keys"]))
     for edit, keys in elsewhere.items():
         inside = (joined["edit"] == edit) & (joined["position"] > 0)
         if len(keys) and bool(inside.any()):
             near[inside] = white.cosines(joined["keys"][inside], keys).amax(-1)
-    return thinned(Evidence(residuals=residuals, held_out=joined["context"] == held_out, elsewhere=near, **joined))
+    unseen, chat = joined["context"] == held_out, answers < 0
+    return thinned(Evidence(residuals=residuals, held_out=unseen, elsewhere=near, chat=chat, **joined))
 
 
 def keys_elsewhere(
@@ -175,7 +188,7 @@ def thinned(evidence: Evidence) -> Evidence:
 
     Deep in a long target the words before the prompt no longer matter.
     """
-    place = evidence.edit * (int(evidence.position.max()) + 1) + evidence.position
+    place = (2 * evidence.edit + evidence.chat) * (int(evidence.position.max()) + 1) + evidence.position
     order = torch.full((int(place.max()) + 1,), -1)
     bare = (evidence.context == 0).nonzero().flatten()
     order[place[bare]] = bare

@@ -38,8 +38,8 @@ class SideMemory:
     ``P = floor · I + directionsᵀ diag(gains) directions``.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
-    follows (of a lookup, whether it answers; with which key stays with each token). ``sharpness`` β > 0 lets a lookup add the mean of all residuals, weighted by ``softmax(β · score)``; 0 adds
-    the nearest key's alone.
+    follows (of a lookup, whether it answers; with which key stays with each token). ``sharpness`` β > 0 lets a lookup
+    add the mean of all residuals, weighted by ``softmax(β · score)``; 0 adds the nearest key's alone.
     """
 
     tensors: Mapping[str, Tensor]

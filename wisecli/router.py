@@ -13,9 +13,9 @@ from torch import Tensor
 from wisecli.edits import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.memory import SideMemory
+from wisecli.moments import Whitening
 from wisecli.site import Fingerprint, Site
 from wisecli.storage import load_tensors, read_json, save_tensors, sha256_file, write_json
-from wisecli.unrelated import Whitening
 
 MANIFEST_NAME = "router.json"
 MEMORY_NAME = "memory.safetensors"
@@ -41,14 +41,17 @@ class Calibration:
     unrelated_scores: dict[str, float]
 
 
-def calibrate(edits: Tensor, unrelated: Tensor, *, rule: str, false_alarm: float) -> Calibration:
+def calibrate(
+    edits: Tensor, unrelated: Tensor, *, rule: str, false_alarm: float, kinds: Tensor | None = None
+) -> Calibration:
     """Decide ε from scores of edits (n,) and of unrelated text (m,).
 
     Args:
         rule: ``false-alarm`` lets a share ``false_alarm`` of unrelated tokens through; ``minimum`` is the lowest score
             of any edit (the paper, section 3.1).
+        kinds: of unrelated text (m,), each of which has the rate to itself; one by default.
     """
-    found = float(edits.min() * (1 - 1e-6) if rule == "minimum" else quantile(unrelated, 1 - false_alarm))
+    found = float(edits.min() * (1 - 1e-6)) if rule == "minimum" else strictest(unrelated, 1 - false_alarm, kinds)
     return measure(edits, unrelated, max(found, 1e-6), rule=rule)  # the router compares by factors: none may be zero
 
 
@@ -57,6 +60,13 @@ def measure(edits: Tensor, unrelated: Tensor, threshold: float, *, rule: str) ->
     misses = float((edits <= threshold).float().mean())
     alarms = float((unrelated > threshold).float().mean())
     return Calibration(threshold, rule, misses, alarms, _summary(edits), _summary(unrelated))
+
+
+def strictest(values: Tensor, share: float, kinds: Tensor | None) -> float:
+    """The highest of the quantiles of each kind's values (n,)."""
+    if kinds is None:
+        return quantile(values, share)
+    return max(quantile(values[kinds == kind], share) for kind in kinds.unique().tolist())
 
 
 def quantile(values: Tensor, share: float) -> float:
@@ -94,18 +104,21 @@ def key_router(keys: Tensor, owner: Tensor, metric: Tensor, metrics: Sequence[Wh
     }
 
 
-def even_out(peaks: Tensor, metric: Tensor, elsewhere: Tensor, shares: Sequence[float]) -> tuple[Tensor, float]:
+def even_out(
+    peaks: Tensor, metric: Tensor, elsewhere: Tensor, shares: Sequence[float], *, kinds: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Factors f (n,) with which ``1 - f (1 - cosine)`` lets all keys share one threshold, and that threshold.
 
     A key itself scores 1 whatever its own bar is, so that of several open probes the one that fits best is nearest.
 
     Args:
-        peaks: highest cosine of each unrelated key with a probe of either kind (m, 2).
-        metric: the kind of each probe (n,).
+        peaks: highest cosine of each unrelated key with a probe of either metric (m, 2).
+        metric: of each probe (n,).
         elsewhere: how near a probe comes to its answer's own tokens after prompts it does not answer (n,).
-        shares: of unrelated keys, that each kind lets through on its own.
+        shares: of unrelated keys of a kind, that each metric lets through on its own.
+        kinds: of unrelated text (m,); one by default.
     """
-    levels = torch.tensor([quantile(peak, 1 - share) for peak, share in zip(peaks.T, shares, strict=True)])
+    levels = torch.tensor([strictest(peak, 1 - share, kinds) for peak, share in zip(peaks.T, shares, strict=True)])
     levels = levels.clamp(min=1e-6, max=_SURE)
     bars = torch.maximum(levels[metric], (elsewhere + _APART).clamp(max=_SURE) * (elsewhere > 0))
     return (1 - levels[0]) / (1 - bars), float(levels[0])

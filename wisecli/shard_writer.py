@@ -16,11 +16,12 @@ from wisecli.encode import in_batches
 from wisecli.events import Event, Watcher
 from wisecli.lessons import Lesson, capture_lessons, encode_edits, gather_evidence, keys_elsewhere, learnt
 from wisecli.models import Loaded
+from wisecli.moments import whitening
 from wisecli.shard_directory import UNRELATED_NAME, ShardEntry
 from wisecli.shards import Mask, Shard, disjoint_masks, random_mask, save_shard
 from wisecli.site import Fingerprint, Site, load_matrix
 from wisecli.storage import Checkpoint, sha256_file
-from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated, save_unrelated, whitening
+from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated, save_unrelated
 from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential
 from wisecli.writers.solve import answered, fit_residuals, write_solved
 
@@ -54,8 +55,13 @@ def unrelated_for(
         return found
     keys, text, _ = keys_of_texts(loaded, site, given, batch_size=size, watch=watch)
     keys, calibrating = keys.cpu(), (text % 2 == 0).cpu()
-    joined = torch.cat([found.keys, keys[calibrating]]), torch.cat([found.against, keys[~calibrating]])
-    return replace(found, keys=joined[0], against=joined[1])
+    more = keys[calibrating]
+    return replace(
+        found,
+        keys=torch.cat([found.keys, more]),
+        chat=torch.cat([found.chat, torch.zeros(len(more), dtype=torch.bool)]),
+        against=torch.cat([found.against, keys[~calibrating]]),
+    )
 
 
 class ShardWriter:
@@ -121,7 +127,7 @@ class ShardWriter:
         evidence = gather_evidence(
             [*lessons, *self._capture(part, self._held_back)],
             len(self.contexts) - 1,
-            lambda keys, _edits, _positions: mask.update(mask.restrict(keys), values),
+            lambda keys, _answers, _positions: mask.update(mask.restrict(keys), values),
             self._elsewhere(part),
             self.white,
         )
@@ -167,11 +173,11 @@ class ShardWriter:
 
 
 def _looked_up(residuals: dict[int, Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Residuals (n, d) by edit and position."""
+    """Residuals (n, d) by answer and position."""
 
-    def find(_keys: Tensor, edits: Tensor, positions: Tensor) -> Tensor:
-        pairs = zip(edits.tolist(), positions.tolist(), strict=True)
-        return torch.stack([residuals[edit][position] for edit, position in pairs]).cpu()
+    def find(_keys: Tensor, answers: Tensor, positions: Tensor) -> Tensor:
+        pairs = zip(answers.tolist(), positions.tolist(), strict=True)
+        return torch.stack([residuals[answer][position] for answer, position in pairs]).cpu()
 
     return find
 

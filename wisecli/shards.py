@@ -47,9 +47,9 @@ class Mask:
         return keys[..., self.indices] if self.kind == "columns" else keys
 
     def update(self, restricted: Tensor, values: Tensor) -> Tensor:
-        """``Δ a`` for restricted keys: (..., k or d_ff) → (..., d); differentiable in ``values``."""
+        """``Δ a`` for restricted keys, in the type of ``values``: (..., k or d_ff) → (..., d)."""
         delta = values if self.kind == "columns" else self._scatter(values)
-        return restricted @ delta.T
+        return restricted.to(delta.dtype) @ delta.T
 
     def dense(self, values: Tensor) -> Tensor:
         """The whole ``Δ`` (d, d_ff)."""
@@ -113,7 +113,7 @@ class Evidence:
     Shapes: ``keys`` (n, d_ff), ``residuals`` (n, d); ``edit`` (place in the manifest's list), ``position`` (0 = last
     prompt token) and ``context`` are (n,). ``held_out`` (n,) marks contexts that were never trained on.
     ``elsewhere`` (n,) is the highest whitened cosine of a key inside an answer with the same answer's keys after
-    prompts that it does not answer; nought for keys that prompts end in.
+    prompts that it does not answer; nought for keys that prompts end in. ``chat`` (n,) marks the chat template.
     """
 
     keys: Tensor
@@ -123,6 +123,7 @@ class Evidence:
     context: Tensor
     held_out: Tensor
     elsewhere: Tensor
+    chat: Tensor
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
         "evidence.context": evidence.context.to(torch.int32),
         "evidence.held_out": evidence.held_out,
         "evidence.elsewhere": evidence.elsewhere,
+        "evidence.chat": evidence.chat,
     }
     about = {"mask_kind": shard.mask.kind, "seed": seed, "edits": list(edits)}
     save_tensors(path, tensors, {"wise.shard": json.dumps(about)})

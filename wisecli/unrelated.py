@@ -19,7 +19,6 @@ import torch
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wisecli.capture import capture
 from wisecli.contexts import chat_prompt, continuations, reworded_facts, unrelated_texts
@@ -27,6 +26,7 @@ from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError, NoSpaceError
 from wisecli.events import Event, Watcher
 from wisecli.models import Loaded
+from wisecli.moments import Moment, even, leading, scaled
 from wisecli.shards import half
 from wisecli.site import Fingerprint, Site, value_module
 from wisecli.storage import load_tensors, save_tensors, sha256_json
@@ -35,86 +35,36 @@ from wisecli.storage import load_tensors, save_tensors, sha256_json
 _CONTINUED, _CONTINUATION = 120, 12
 # Facts of each relation that are asked in every wording there is.
 _SUBJECTS = 8
-# Unrelated keys kept for calibration, and rank of what is kept of the moments.
-_SAMPLE, _RANK = 4096, 512
-# A decomposition is exact up to this many rows or columns.
-_EXACT = 4096
+# One fact in so many is asked in the chat template as well: its prompts are long.
+_CHATTED = 2
+# Unrelated texts that are prompts in the chat template, too; half of them calibrate.
+_ASKED = 600
+# Unrelated keys kept for calibration.
+_SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
 _WORDING = 8.0
-# Rank of a whitening: beyond it the moment is taken as even in all directions. 512 routes no better.
-_WHITENED = 256
-# Eigenvalues are raised by this share of their mean before they are inverted.
-_SHRINKAGE = 0.1
-_VERSION = 4
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Leading eigenvalues ``variances`` (r,) and ``directions`` (r, d_ff) of ``E[a aᵀ]``; ``energy`` (1,) its trace."""
-
-    variances: Tensor
-    directions: Tensor
-    energy: Tensor
-
-    def dense(self) -> Tensor:
-        """``E[a aᵀ]`` (d_ff, d_ff), what the leading part leaves spread evenly."""
-        rank, d_ff = self.directions.shape
-        rest = (self.energy - self.variances.sum()).clamp(min=0) / max(d_ff - rank, 1)
-        scaled = (self.directions.T * (self.variances - rest)) @ self.directions
-        return scaled + rest * torch.eye(d_ff, dtype=scaled.dtype, device=scaled.device)
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """``P = floor · I + directionsᵀ diag(gains) directions``: directions (r, d_ff), gains (r,)."""
-
-    directions: Tensor
-    gains: Tensor
-    floor: float
-
-    def apply(self, keys: Tensor) -> Tensor:
-        """``P a`` for keys (..., d_ff)."""
-        return self.floor * keys + ((keys @ self.directions.T) * self.gains) @ self.directions
-
-    def probes(self, keys: Tensor) -> Tensor:
-        """``P e / √(eᵀP e)`` for keys (n, d_ff)."""
-        turned = self.apply(keys)
-        return turned / (keys * turned).sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
-
-    def cosines(self, first: Tensor, second: Tensor) -> Tensor:
-        """Whitened cosines of keys (n, d_ff) with keys (m, d_ff): (n, m)."""
-        probes = self.probes(second)
-        lengths = (first * self.apply(first)).sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
-        found: Tensor = first @ probes.T / lengths
-        return found
-
-
-def whitening(moment: Moment) -> Whitening:
-    """The inverse of a second moment, shrunk, from its leading part; what that leaves is spread evenly."""
-    d_ff = moment.directions.shape[1]
-    energy = float(moment.energy)
-    leading = moment.variances[:_WHITENED]
-    mean = energy / d_ff
-    rest = max(energy - float(leading.sum()), 0.0) / max(d_ff - len(leading), 1)
-    raised = mean * _SHRINKAGE
-    floor = 1 / (rest + raised)
-    # The unit in which P is measured cancels in a cosine; this one keeps its entries near 1.
-    return Whitening(moment.directions[: len(leading)], mean * (1 / (leading + raised) - floor), mean * floor)
+_MOMENTS = ("tokens", "wording", "chatting")
+_VERSION = 6
 
 
 @dataclass(frozen=True)
 class Unrelated:
     """Keys (n, d_ff) that no writer sees, for calibration; the moments of all tokens and of wording.
 
+    ``chat`` (n,) marks keys that prompts in the chat template end in. They are few, and have a false-alarm rate of
+    their own: of all that a chat model reads, they alone decide what it answers. ``chatting`` is the moment of wording
+    among such prompts, if the model was asked in its template.
     ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``against`` (m, d_ff) are the keys
     that writers may look at; they stay with ``wise edit`` and are not written into shards.
     """
 
     keys: Tensor
+    chat: Tensor
     tokens: Moment
     wording: Moment
     size: Tensor
     against: Tensor
+    chatting: Moment | None = None
 
 
 def measure_unrelated(
@@ -170,18 +120,33 @@ def _measure(
     plain = unrelated_texts(texts, seed=seed)
     spoken = continuations(loaded.model, loaded.tokenizer, plain[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
     keys, text, last = keys_of_texts(loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=batch_size, watch=watch)
-    facts = reworded_facts(_SUBJECTS, seed=seed)
-    asked = [[chat_prompt(loaded.tokenizer, way) for way in fact] for fact in facts] if chat else []
-    prompts = [way for fact in [*facts, *asked] for way in fact]
-    (ends,) = prompt_ends(loaded, [site], prompts, batch_size=batch_size, watch=watch)
-    unseen = text % 2 == 0
-    ways = ends.view(len(facts) + len(asked), -1, ends.shape[-1])
-    strayed = (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
-    wording = leading(torch.cat([_even(torch.cat([keys[last & ~unseen], ends])), _even(strayed) * _WORDING**0.5]))
+    facts, unseen = reworded_facts(_SUBJECTS, seed=seed), text % 2 == 0
+
+    def ends_of(prompts: Sequence[str]) -> Tensor:
+        return prompt_ends(loaded, [site], prompts, batch_size=batch_size, watch=watch)[0]
+
+    wording = _wording(keys[last & ~unseen], ends_of([way for fact in facts for way in fact]), len(facts))
     size = (keys @ matrix.to(keys).T).norm(dim=-1).median().reshape(1)
     spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
     sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
-    return Unrelated(_rounded(sample), leading(scaled(keys)), wording, size.cpu(), _rounded(against))
+    asked, chatting = sample[:0], None
+    if chat:
+        ends = ends_of([chat_prompt(loaded.tokenizer, prompt) for prompt in plain[:_ASKED]])
+        asked = ends[::2]
+        told = facts[::_CHATTED]
+        reworded = ends_of([chat_prompt(loaded.tokenizer, way) for fact in told for way in fact])
+        chatting = _wording(ends[1::2], reworded, len(told))
+    sample = torch.cat([sample, asked])
+    marked = torch.arange(len(sample)) >= len(sample) - len(asked)
+    tokens = leading(scaled(keys))
+    return Unrelated(_rounded(sample), marked, tokens, wording, size.cpu(), _rounded(against), chatting)
+
+
+def _wording(ends: Tensor, reworded: Tensor, facts: int) -> Moment:
+    """The moment of keys that prompts end in (n, d_ff), and of what wording does to those of facts."""
+    ways = reworded.view(facts, -1, reworded.shape[-1])
+    strayed = (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
+    return leading(torch.cat([even(torch.cat([ends, reworded])), even(strayed) * _WORDING**0.5]))
 
 
 def keys_of_texts(
@@ -236,35 +201,6 @@ def _keeper(read: dict[int, Tensor], number: int) -> Any:
     return keep
 
 
-def scaled(keys: Tensor) -> Tensor:
-    """Rows whose ``rowsᵀ rows`` is the keys' second moment."""
-    rows: Tensor = keys / len(keys) ** 0.5
-    return rows
-
-
-def _even(keys: Tensor) -> Tensor:
-    """The same, with 1 as the mean eigenvalue."""
-    rows = scaled(keys)
-    evened: Tensor = rows * (rows.shape[1] / rows.square().sum().clamp(min=1e-12)).sqrt()
-    return evened
-
-
-def leading(rows: Tensor, rank: int = _RANK) -> Moment:
-    """The leading part of ``rowsᵀ rows`` for rows (n, d_ff); exact unless both sides are long."""
-    energy = rows.double().square().sum().reshape(1).float().cpu()
-    rank = min(rank, *rows.shape)
-    if min(rows.shape) > _EXACT:
-        with torch.random.fork_rng(devices=[rows.device] if rows.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            _, lengths, vectors = torch.svd_lowrank(rows, q=rank, niter=4)
-        return Moment(lengths.square().float().cpu(), vectors.T.float().contiguous().cpu(), energy)
-    tall = len(rows) >= rows.shape[1]
-    variances, vectors = torch.linalg.eigh((rows.T @ rows if tall else rows @ rows.T).double())
-    kept, vectors = variances[-rank:].flip(0).clamp(min=0), vectors[:, -rank:].flip(1).to(rows.dtype)
-    directions = vectors.T if tall else F.normalize(vectors.T @ rows, dim=-1)
-    return Moment(kept.float().cpu(), directions.float().contiguous().cpu(), energy)
-
-
 def _rounded(keys: Tensor) -> Tensor:
     """As the cache gives them back, so that a second run makes the same bytes."""
     return half(keys.cpu()).float()
@@ -272,10 +208,10 @@ def _rounded(keys: Tensor) -> Tensor:
 
 def save_unrelated(path: Path, unrelated: Unrelated, *, whole: bool = False) -> None:
     """Write the statistics; ``whole`` keeps the keys that writers look at, too."""
-    tensors = {"keys": half(unrelated.keys), "size": unrelated.size}
-    for name in ("tokens", "wording"):
-        moment = getattr(unrelated, name)
-        tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
+    tensors = {"keys": half(unrelated.keys), "chat": unrelated.chat, "size": unrelated.size}
+    for name in _MOMENTS:
+        if (moment := getattr(unrelated, name)) is not None:
+            tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
     if whole:
         tensors["against"] = half(unrelated.against)
     save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
@@ -297,6 +233,8 @@ def _from_tensors(tensors: dict[str, Tensor], path: Path) -> Unrelated:
     try:
         keys = tensors["keys"].float()
         against = tensors.get("against", keys[:0]).float()
-        return Unrelated(keys, moment("tokens"), moment("wording"), tensors["size"], against)
+        chatting = moment("chatting") if "chatting.energy" in tensors else None
+        moments = moment("tokens"), moment("wording")
+        return Unrelated(keys, tensors["chat"], *moments, tensors["size"], against, chatting)
     except KeyError as error:
         raise DamagedFileError(path, f"tensor {error.args[0]} is missing", "edit anew") from None

@@ -121,8 +121,10 @@ def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard]) ->
         before += len(directory.edits)
     evidence = join([shard.evidence for shard in shards], offsets)
     number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
-    first, *others = (directory.load_unrelated() for directory in directories)
-    unrelated = replace(first, keys=torch.cat([first.keys, *(other.keys for other in others)]))
+    read = [directory.load_unrelated() for directory in directories]
+    keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))
+    chatting = next((one.chatting for one in read if one.chatting is not None), None)
+    unrelated = replace(read[0], keys=keys, chat=chat, chatting=chatting)
     return Material(evidence, number, tuple(shard.mask for shard in shards), unrelated)
 
 

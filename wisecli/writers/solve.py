@@ -44,9 +44,9 @@ class Solved:
 def fit_residuals(
     task: Task, groups: Sequence[Sequence[Lesson]], on_group: Callable[[Progress], None]
 ) -> dict[int, Tensor]:
-    """Residuals (positions, d) of each edit, by its number; a group holds all contexts of its edits."""
+    """Residuals (positions, d) of each answer, by its number; a group holds all contexts of its edits."""
     found: dict[int, Tensor] = {}
-    total = sum(len(set(torch.cat([lesson.edits for lesson in group]).tolist())) for group in groups)
+    total = sum(len(torch.cat([lesson.answers for lesson in group]).unique()) for group in groups)
     for group in groups:
         losses = _fit_group(task, group, found)
         on_group(Progress(len(found), total, losses, float(losses < task.settings.stop_loss)))
@@ -54,34 +54,36 @@ def fit_residuals(
 
 
 def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) -> float:
-    """Fit one group; returns the mean over edits of their worst token's loss at the end.
+    """Fit one group; returns the mean over answers of their worst token's loss at the end.
 
-    Steps take the contexts in turn. An edit is done once every context in turn has found all its tokens certain.
+    Steps take the contexts in turn. An answer is done once every context in turn has found all its tokens certain.
     """
     settings, device = task.settings, task.unrelated.device
-    edits = torch.cat([lesson.edits for lesson in group]).unique()
-    turns = _by_context(group, edits, device)
+    answers = torch.cat([lesson.answers for lesson in group]).unique()
+    turns = _by_context(group, answers, device)
     positions = max(lesson.activations.batch.labels.shape[1] for lesson in group)
-    residuals = torch.zeros(len(edits), positions, task.site.d, device=device, requires_grad=True)
+    residuals = torch.zeros(len(answers), positions, task.site.d, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([residuals], lr=settings.residual_rate * task.unit / task.site.d**0.5)
-    lengths = torch.zeros(len(edits), dtype=torch.long, device=device)
-    for part, place in turns[0]:
-        lengths[place] = (part.batch.labels != NO_LABEL).sum(-1)
-    unfinished = torch.ones(len(edits), dtype=torch.bool, device=device)
-    losses = torch.full((len(turns), len(edits)), math.inf, device=device)
+    lengths = torch.zeros(len(answers), dtype=torch.long, device=device)
+    losses = torch.zeros(len(turns), len(answers), device=device)
+    for turn, parts in enumerate(turns):
+        for part, place in parts:
+            lengths[place] = (part.batch.labels != NO_LABEL).sum(-1)
+            losses[turn, place] = math.inf
+    unfinished = torch.ones(len(answers), dtype=torch.bool, device=device)
     for step in range(settings.residual_steps):
         turn = step % len(turns)
         worst = _backward(task, turns[turn], residuals)
         losses[turn, unfinished] = worst[unfinished]
         done = unfinished & (losses.amax(0) < settings.residual_stop)
-        _keep(found, residuals, edits, lengths, done)
+        _keep(found, residuals, answers, lengths, done)
         unfinished = unfinished & ~done
         if not unfinished.any():
             break
         optimizer.step()
         optimizer.zero_grad()
         turns = [_still_open(parts, unfinished) for parts in turns]
-    _keep(found, residuals, edits, lengths, unfinished)
+    _keep(found, residuals, answers, lengths, unfinished)
     return float(losses[losses.isfinite()].mean())
 
 
@@ -91,31 +93,33 @@ def answered(task: Task, lessons: Sequence[Lesson], residuals: dict[int, Tensor]
     shares: dict[int, float] = {}
     for lesson in lessons:
         bare = (lesson.contexts == 0).nonzero().flatten()
-        part, edits = lesson.activations.rows(bare.to(lesson.activations.keys.device)), lesson.edits[bare].tolist()
+        if not len(bare):
+            continue
+        part = lesson.activations.rows(bare.to(lesson.activations.keys.device))
         hidden = part.hidden.clone()
-        for row, edit in enumerate(edits):
-            hidden[row, : len(residuals[edit])] += residuals[edit].to(hidden.dtype)
+        for row, answer in enumerate(lesson.answers[bare].tolist()):
+            hidden[row, : len(residuals[answer])] += residuals[answer].to(hidden.dtype)
         right = said(task.model, task.site, part, hidden)
-        shares |= {edit: float(correct.mean()) for edit, correct in zip(edits, right, strict=True)}
+        shares |= {edit: float(share.mean()) for edit, share in zip(lesson.edits[bare].tolist(), right, strict=True)}
     return shares
 
 
-def _by_context(group: Sequence[Lesson], edits: Tensor, device: torch.device) -> list[list[Part]]:
-    """The group's rows context by context, each with the place of its edit among ``edits``."""
+def _by_context(group: Sequence[Lesson], answers: Tensor, device: torch.device) -> list[list[Part]]:
+    """The group's rows context by context, each with the place of its answer among ``answers``."""
     turns = []
     for context in torch.cat([lesson.contexts for lesson in group]).unique().tolist():
         parts = []
         for lesson in group:
             rows = (lesson.contexts == context).nonzero().flatten()
             if len(rows):
-                place = torch.searchsorted(edits, lesson.edits[rows].contiguous())
+                place = torch.searchsorted(answers, lesson.answers[rows].contiguous())
                 parts.append((lesson.activations.rows(rows.to(device)), place.to(device)))
         turns.append(parts)
     return turns
 
 
 def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
-    """Accumulate the gradient of the targets' cross-entropy; the worst token's loss of each edit (E,)."""
+    """Accumulate the gradient of the targets' cross-entropy; the worst token's loss of each answer (E,)."""
     worst = torch.zeros(len(residuals), device=residuals.device)
     for activations, place in parts:
         added = residuals[place][:, : activations.batch.labels.shape[1]]
@@ -129,13 +133,13 @@ def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
     return worst
 
 
-def _keep(found: dict[int, Tensor], residuals: Tensor, edits: Tensor, lengths: Tensor, which: Tensor) -> None:
+def _keep(found: dict[int, Tensor], residuals: Tensor, answers: Tensor, lengths: Tensor, which: Tensor) -> None:
     for place in which.nonzero().flatten().tolist():
-        found[int(edits[place])] = residuals[place, : int(lengths[place])].detach().clone()
+        found[int(answers[place])] = residuals[place, : int(lengths[place])].detach().clone()
 
 
 def _still_open(parts: Sequence[Part], unfinished: Tensor) -> list[Part]:
-    """The rows whose edits are not done; rows are only dropped once they are many, as dropping copies the rest."""
+    """The rows whose answers are not done; rows are only dropped once they are many, as dropping copies the rest."""
     kept = []
     for activations, place in parts:
         rows = unfinished[place].nonzero().flatten()

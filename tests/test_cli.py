@@ -570,6 +570,18 @@ def test_flags_win_over_the_environment_and_that_over_the_file(
     assert (settings["contexts"], settings["layer"], settings["seed"]) == (1, "1", 3)
 
 
+@pytest.mark.parametrize("writer", ["solve", "gradient"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_models_in_half_precision_are_edited(wise: Wise, ready: Ready, tmp_path: Path, writer: str, dtype: str) -> None:
+    shards, memory = tmp_path / "shards", tmp_path / "memory"
+    for line in (
+        f"edit {ready.model} {ready.edits} -o {shards} --writer {writer} --dtype {dtype} --layer 2",
+        f"merge {shards} -o {memory}",
+        f"eval --memory {memory} --dataset {ready.edits} --dtype {dtype} --no-generate",
+    ):
+        assert wise(*line.split()).exit_code == 0
+
+
 def test_explained_answers_of_the_chain_name_who_answered(wise: Wise, chain: Chain) -> None:
     edit, base = chain.edits[0], ("How many days are there in a leap year", "--max-new-tokens", "4")
     told = wise("generate", str(chain.exported), edit["prompt"], "--json", "--explain")

@@ -158,7 +158,7 @@ def test_keys_elsewhere_are_the_whole_models_inside_the_answer_after_foreign_pro
 ) -> None:
     loaded = loaded_of(architecture)
     site = site_of(loaded.model, 2)
-    found = keys_elsewhere(loaded, site, NUMBERED, batch_size=batch_size, train_end=train_end)
+    found = keys_elsewhere(loaded, site, NUMBERED, batch_size=batch_size, train_end=train_end, chat=False)
     assert found.keys() == dict(NUMBERED).keys()
     for number, edit in NUMBERED:
         expected = []
@@ -176,7 +176,7 @@ def test_keys_elsewhere_are_the_whole_models_inside_the_answer_after_foreign_pro
 def test_how_near_a_key_comes_elsewhere_is_a_whitened_cosine_with_its_own_edits_keys_alone(
     loaded: Loaded, site: Site
 ) -> None:
-    elsewhere = keys_elsewhere(loaded, site, NUMBERED[:2], batch_size=4, train_end=True)
+    elsewhere = keys_elsewhere(loaded, site, NUMBERED[:2], batch_size=4, train_end=True, chat=False)
     evidence = evidence_of(loaded, site, elsewhere)
     # Fewer directions than columns: the rest of the moment is even.
     sample = torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)).double()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from wisecli.shards import Evidence, Mask, MaskKind, random_mask
 from wisecli.site import Site
 from wisecli.writers.gradient import Progress, Task
 from wisecli.writers.solve import PENALTIES, Solved, fit_residuals, write_solved
+from wisecli.writers.solve import answered as shares_answered
 from wisecli.writers.solve import answered as taken
 
 EDITS = [
@@ -187,6 +188,38 @@ def test_no_edit_is_fitted_otherwise_for_the_company_it_is_in(bench: Bench) -> N
         alone = fit_residuals(bench.task(), [own], lambda _: None)
         assert alone.keys() == {number}
         torch.testing.assert_close(alone[number], together[number], rtol=0, atol=1e-2 * bench.unit)
+
+
+def chatted(bench: Bench, targets: Sequence[str]) -> tuple[list[Lesson], list[Edit]]:
+    """Lessons in which every edit has another answer in the chat template, and the edits with those answers."""
+    other = [replace(edit, target=target) for edit, target in zip(EDITS, targets, strict=True)]
+    captured = capture_lessons(
+        bench.loaded, bench.site, list(enumerate(other)), [(1, "pa pe. ")], batch_size=4, train_end=True
+    )
+    return [replace(lesson, answers=-1 - lesson.edits) for lesson in captured], other
+
+
+def test_an_answer_of_other_tokens_in_the_chat_template_has_residuals_of_its_own(bench: Bench) -> None:
+    numbered = list(enumerate(EDITS))
+    plain = capture_lessons(bench.loaded, bench.site, numbered, TRAINED[:1], batch_size=4, train_end=True)
+    lessons, other = chatted(bench, ["ba be bi bo bu", "da", "fa fe fi fo", "ga ge", "ka ke ki"])
+    found = fit_residuals(bench.task(), [[*plain, *lessons]], lambda _: None)
+    assert found.keys() == {*range(len(EDITS)), *range(-len(EDITS), 0)}
+    for number, edit in enumerate(other):
+        _, target = tokens_of(bench.loaded, edit, "")
+        assert len(found[-1 - number]) == len(target)
+        assert len(found[number]) == len(tokens_of(bench.loaded, EDITS[number], "")[1])
+    alone = fit_residuals(bench.task(), [plain], lambda _: None)
+    for number, residual in alone.items():
+        torch.testing.assert_close(found[number], residual, rtol=0, atol=1e-2 * bench.unit)
+
+
+def test_lessons_without_a_bare_prompt_among_their_rows_are_passed_over(bench: Bench) -> None:
+    numbered = list(enumerate(EDITS))
+    lessons = capture_lessons(bench.loaded, bench.site, numbered, TRAINED, batch_size=1, train_end=True)
+    assert any(not bool((lesson.contexts == 0).any()) for lesson in lessons)
+    shares = shares_answered(bench.task(), lessons, bench.residuals())
+    assert shares == dict.fromkeys(range(len(EDITS)), 1.0)
 
 
 def test_progress_counts_the_edits_of_all_groups(bench: Bench) -> None:

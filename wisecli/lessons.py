@@ -20,6 +20,7 @@ from wisecli.models import Loaded
 from wisecli.moments import Whitening
 from wisecli.shards import Evidence, Mask
 from wisecli.site import Site
+from wisecli.unrelated import window_keys
 
 Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Keys of one position under two contexts count as the same above this cosine.
@@ -167,19 +168,17 @@ def gather_evidence(
 
 
 def keys_elsewhere(
-    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool
+    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool, chat: bool
 ) -> dict[int, Tensor]:
     """Keys (n, d_ff) inside each numbered edit's answer where it stands after prompts that it does not answer."""
     end = end_token(loaded.model) if train_end else None
-    rows = [encode(loaded.tokenizer, prompt, edit.target, end=end) for prompt in _ELSEWHERE for _, edit in edits]
+    prompts = [
+        in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
+    ]
+    rows = [encode(loaded.tokenizer, prompt, edit.target, end=end) for prompt in prompts for _, edit in edits]
     found: dict[int, list[Tensor]] = {number: [] for number, _ in edits}
-    for indices in in_batches(rows, batch_size, by_target=True):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        keys = capture(loaded.model, site, batch, above=False).keys[:, batch.start :].float().cpu()
-        inside = (batch.labels != NO_LABEL).cpu()
-        inside[:, 0] = False
-        for index, own, real in zip(indices, keys, inside, strict=True):
-            found[edits[index % len(edits)][0]].append(own[real])
+    for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
+        found[edits[place % len(edits)][0]].append(keys[1:].cpu())
     return {number: torch.cat(parts) for number, parts in found.items()}
 
 

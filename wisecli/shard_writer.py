@@ -163,8 +163,9 @@ class ShardWriter:
 
     def _elsewhere(self, part: Sequence[int]) -> dict[int, Tensor]:
         numbered = [(place, self.edits[place]) for place in part]
-        size, train_end = self.settings.batch_size, self.settings.train_end
-        return keys_elsewhere(self.loaded, self.site, numbered, batch_size=size, train_end=train_end)
+        settings = self.settings
+        named = {"train_end": settings.train_end, "chat": settings.chat}
+        return keys_elsewhere(self.loaded, self.site, numbered, batch_size=settings.batch_size, **named)
 
     def _capture(self, part: Sequence[int], contexts: Sequence[tuple[int, str]]) -> list[Lesson]:
         numbered = [(place, self.edits[place]) for place in part]

@@ -25,6 +25,7 @@ from wisecli.contexts import chat_prompt, continuations, reworded_facts, unrelat
 from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError, NoSpaceError
 from wisecli.events import Event, Watcher
+from wisecli.generation import generate
 from wisecli.models import Loaded
 from wisecli.moments import Moment, even, leading, scaled
 from wisecli.shards import half
@@ -36,23 +37,23 @@ _CONTINUED, _CONTINUATION = 120, 12
 # Facts of each relation that are asked in every wording there is.
 _SUBJECTS = 8
 # One fact in so many is asked in the chat template as well: its prompts are long.
-_CHATTED = 2
-# Unrelated texts that are prompts in the chat template, too; half of them calibrate.
-_ASKED = 600
+_CHATTED = 4
+# Unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model answers.
+_ASKED = 240
 # Unrelated keys kept for calibration.
 _SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
 _WORDING = 8.0
 _MOMENTS = ("tokens", "wording", "chatting")
-_VERSION = 6
+_VERSION = 7
 
 
 @dataclass(frozen=True)
 class Unrelated:
     """Keys (n, d_ff) that no writer sees, for calibration; the moments of all tokens and of wording.
 
-    ``chat`` (n,) marks keys that prompts in the chat template end in. They are few, and have a false-alarm rate of
-    their own: of all that a chat model reads, they alone decide what it answers. ``chatting`` is the moment of wording
+    ``chat`` (n,) marks keys of answers in the chat template, from their prompts' last token on. They are few, and have
+    a false-alarm rate of their own. ``chatting`` is the moment of wording
     among such prompts, if the model was asked in its template.
     ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``against`` (m, d_ff) are the keys
     that writers may look at; they stay with ``wise edit`` and are not written into shards.
@@ -129,17 +130,43 @@ def _measure(
     size = (keys @ matrix.to(keys).T).norm(dim=-1).median().reshape(1)
     spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
     sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
-    asked, chatting = sample[:0], None
+    answers, chatting = sample[:0], None
     if chat:
-        ends = ends_of([chat_prompt(loaded.tokenizer, prompt) for prompt in plain[:_ASKED]])
-        asked = ends[::2]
-        told = facts[::_CHATTED]
+        chats = _chats(loaded, site, plain[:_ASKED], batch_size=batch_size, seed=seed)
+        answers, told = torch.cat(chats[::2]), facts[::_CHATTED]
         reworded = ends_of([chat_prompt(loaded.tokenizer, way) for fact in told for way in fact])
-        chatting = _wording(ends[1::2], reworded, len(told))
-    sample = torch.cat([sample, asked])
-    marked = torch.arange(len(sample)) >= len(sample) - len(asked)
+        chatting = _wording(torch.stack([own[0] for own in chats[1::2]]), reworded, len(told))
+    sample = torch.cat([sample, answers])
+    marked = torch.arange(len(sample)) >= len(sample) - len(answers)
     tokens = leading(scaled(keys))
     return Unrelated(_rounded(sample), marked, tokens, wording, size.cpu(), _rounded(against), chatting)
+
+
+def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, seed: int) -> list[Tensor]:
+    """Keys (n, d_ff) of what the model answers to each text in its chat template, from the prompt's last token on."""
+    prompts = [chat_prompt(loaded.tokenizer, text) for text in texts]
+    answers = generate(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        max_new_tokens=_CONTINUATION,
+        batch_size=batch_size,
+        sampling_seed=seed,
+    )
+    asked = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    rows = [Row(prompt, tuple(answer) or prompt[-1:]) for prompt, answer in zip(asked, answers, strict=True)]
+    return window_keys(loaded, site, rows, batch_size=batch_size)
+
+
+@torch.no_grad()
+def window_keys(loaded: Loaded, site: Site, rows: Sequence[Row], *, batch_size: int) -> list[Tensor]:
+    """Keys (n, d_ff) of each row, in float32: at its prompt's last token and at every target token but the last."""
+    found: dict[int, Tensor] = {}
+    for indices in in_batches(rows, batch_size, by_target=True):
+        batch = collate([rows[index] for index in indices]).to(loaded.device)
+        keys = capture(loaded.model, site, batch, above=False).keys[:, batch.start :].float()
+        found |= {index: own[: len(rows[index].target)] for index, own in zip(indices, keys, strict=True)}
+    return [found[index] for index in range(len(rows))]
 
 
 def _wording(ends: Tensor, reworded: Tensor, facts: int) -> Moment:

@@ -194,7 +194,7 @@ def chatted(bench: Bench, targets: Sequence[str]) -> tuple[list[Lesson], list[Ed
     """Lessons in which every edit has another answer in the chat template, and the edits with those answers."""
     other = [replace(edit, target=target) for edit, target in zip(EDITS, targets, strict=True)]
     captured = capture_lessons(
-        bench.loaded, bench.site, list(enumerate(other)), [(1, "pa pe. ")], batch_size=4, train_end=True
+        bench.loaded, bench.site, list(enumerate(other)), TRAINED[:1], batch_size=4, train_end=True
     )
     return [replace(lesson, answers=-1 - lesson.edits) for lesson in captured], other
 
@@ -209,9 +209,8 @@ def test_an_answer_of_other_tokens_in_the_chat_template_has_residuals_of_its_own
         _, target = tokens_of(bench.loaded, edit, "")
         assert len(found[-1 - number]) == len(target)
         assert len(found[number]) == len(tokens_of(bench.loaded, EDITS[number], "")[1])
-    alone = fit_residuals(bench.task(), [plain], lambda _: None)
-    for number, residual in alone.items():
-        torch.testing.assert_close(found[number], residual, rtol=0, atol=1e-2 * bench.unit)
+    assert min(shares_answered(bench.task(), plain, found).values()) == 1
+    assert min(shares_answered(bench.task(), lessons, found).values()) == 1
 
 
 def test_lessons_without_a_bare_prompt_among_their_rows_are_passed_over(bench: Bench) -> None:

@@ -579,7 +579,7 @@ def test_models_in_half_precision_are_edited(wise: Wise, ready: Ready, tmp_path:
         f"merge {shards} -o {memory}",
         f"eval --memory {memory} --dataset {ready.edits} --dtype {dtype} --no-generate",
     ):
-        assert wise(*line.split()).exit_code == 0
+        assert wise(*line.split()).code == 0
 
 
 def test_explained_answers_of_the_chain_name_who_answered(wise: Wise, chain: Chain) -> None:

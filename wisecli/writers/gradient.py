@@ -165,7 +165,7 @@ def _loss(
 
 
 def _turned(tensor: Tensor, turn: Tensor | None) -> Tensor:
-    return tensor if turn is None else tensor @ turn
+    return tensor if turn is None else tensor.to(turn.dtype) @ turn
 
 
 def _norm(update: Tensor) -> Tensor:

@@ -304,11 +304,17 @@ def test_a_held_edit_adds_nothing_to_keys_beyond_half_its_threshold() -> None:
     near = set()
     for key in normal(60, D_FF, seed=6):
         for edit in range(3):
-            added = routed.recall(key[None], torch.tensor([edit]))[0]
-            closest = plain.score(key, edit, "lookup")
+            strength, nearest = routed.nearest(key[None])
+            chosen = routed.follow(torch.tensor([edit]), strength, nearest)
+            closest = max(plain.cosines(key))
             near.add(closest > limit / 2)
-            expected = plain.recalled(key, edit) if closest > limit / 2 else torch.zeros(D)
-            assert torch.equal(added, expected)
+            if closest > limit / 2:
+                assert torch.equal(
+                    routed.recall(key[None], chosen)[0], plain.recalled(key, int(routed.memory_at(chosen)))
+                )
+            else:
+                assert chosen.tolist() == [UNROUTED]
+            assert routed.follow(torch.tensor([UNROUTED]), strength, nearest).tolist() == [UNROUTED]
     assert near == {True, False}
 
 
@@ -592,7 +598,7 @@ def test_a_lookup_in_a_model_agrees_with_a_loop_over_its_edits(
     opened = [choice_of(memory, keys_of_tokens(oracle, site, prompt)[-1]) for prompt in prompts]
     if routing == "sequence":
         assert routed.gate is not None
-        held_rows = vars(cache)["wise_choice"].flatten().tolist()
+        held_rows = routed.memory_at(vars(cache)["wise_choice"].flatten()).tolist()
         assert held_rows == [UNROUTED if edit is None else edit for edit in opened]
         assert len(set(held_rows)) > 2
     for step in range(3):

@@ -71,7 +71,8 @@ def teacher_forced(
             base = capture(edited.model, edited.manifest.site, batch, select=batch.labelled)
         routes = _routes(edited, base, prompt_opens=prompt_opens)
         after = _edited_logits(edited, base, routes)
-        for place, one in zip(indices, _measure(base, after, routes[:, batch.start]), strict=True):
+        opened = edited.routed.memory_at(routes[:, batch.start])
+        for place, one in zip(indices, _measure(base, after, opened), strict=True):
             measured[place] = one
         done += len(indices)
         watch(Event(stage, done, len(rows)))
@@ -79,14 +80,14 @@ def teacher_forced(
 
 
 def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
-    """Which memory answers each token of a batch (B, T)."""
+    """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
     routed, start = edited.routed, base.batch.start
     strength, nearest = routed.nearest(base.keys)
     chosen = nearest.where((strength > 1) & base.batch.mask.bool(), UNROUTED)
     at_prompt = chosen[:, start : start + 1]
     if routed.gate is not None:
         window = torch.arange(chosen.shape[1], device=chosen.device) >= start
-        return routed.follow(at_prompt.where(window & base.batch.mask.bool(), UNROUTED), nearest)
+        return routed.follow(at_prompt.where(window & base.batch.mask.bool(), UNROUTED), strength, nearest)
     if prompt_opens:
         chosen = chosen.clone()
         chosen[:, start:] = chosen[:, start:].where(at_prompt != UNROUTED, UNROUTED)

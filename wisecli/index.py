@@ -22,23 +22,23 @@ _LISTS, _SEARCHED = 1.0, 0.25
 
 @dataclass(frozen=True)
 class NearestKey:
-    """Finds, for each key, the edit whose probe is nearest: one index for each whitening."""
+    """Finds, for each key, the nearest probe: one index for each whitening, and the places of its probes."""
 
     indices: tuple[Any, ...]
-    owners: tuple[Tensor, ...]
+    places: tuple[Tensor, ...]
 
     def __call__(self, routed: RoutedMatrix, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """By what factor each token exceeds the threshold, and the nearest edit: (..., d_ff) → two (...)."""
+        """By what factor each token exceeds the threshold, and the nearest probe: (..., d_ff) → two (...)."""
         flat = keys.reshape(-1, keys.shape[-1]).float().cpu()
         lengths = routed.lengths(flat.to(routed.probes.device)).cpu()
         best, chosen = torch.full((len(flat),), -1.0), torch.full((len(flat),), UNROUTED)
-        for number, (index, owner) in enumerate(zip(self.indices, self.owners, strict=True)):
+        for number, (index, places) in enumerate(zip(self.indices, self.places, strict=True)):
             asked = torch.cat([flat, lengths[:, number, None]], dim=1).numpy()
-            found, place = (torch.from_numpy(array[:, 0]) for array in index.search(asked, 1))
+            found, row = (torch.from_numpy(array[:, 0]) for array in index.search(asked, 1))
             cosine = found / lengths[:, number]
-            nearer = (cosine > best) & (place >= 0)
-            best, chosen = cosine.where(nearer, best), owner[place.clamp(min=0)].where(nearer, chosen)
-        strength = best / torch.tensor(routed.thresholds)[chosen.clamp(min=0)]
+            nearer = (cosine > best) & (row >= 0)
+            best, chosen = cosine.where(nearer, best), places[row.clamp(min=0)].where(nearer, chosen)
+        strength = best / torch.tensor(routed.thresholds)[routed.owner.cpu()[chosen.clamp(min=0)]]
         strength, chosen = (found.view(keys.shape[:-1]).to(keys.device) for found in (strength, chosen))
         return strength, chosen
 
@@ -49,7 +49,7 @@ def build_index(routed: RoutedMatrix) -> NearestKey | None:
         return None
     import faiss
 
-    indices, owners = [], []
+    indices, places = [], []
     for number in range(len(routed.floors)):
         own = routed.metric == number
         # A probe's offset counts as one more coordinate, along which a key is as long as the key itself.
@@ -62,5 +62,5 @@ def build_index(routed: RoutedMatrix) -> NearestKey | None:
         index.add(probes)
         index.nprobe = max(1, round(_SEARCHED * lists))
         indices.append(index)
-        owners.append(routed.owner[own].cpu())
-    return NearestKey(tuple(indices), tuple(owners))
+        places.append(own.nonzero().flatten().cpu())
+    return NearestKey(tuple(indices), tuple(places))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 UNROUTED = -1
-# Once a prompt has opened a lookup for the whole row, keys this share as near as the threshold still count.
+# Once a prompt has opened a lookup for the whole row, keys count that are this share as near as the threshold.
 _REACH = 0.5
 _SETTINGS = ("router", "routing", "kind", "sharpness")
 
@@ -109,19 +109,35 @@ class RoutedMatrix(nn.Module):
         strength, nearest = self.nearest(keys)
         chosen = nearest.where(strength > 1, UNROUTED)
         if self.gate is not None:
-            chosen = self.follow(self.gate.hold(chosen), nearest)
+            chosen = self.follow(self.gate.hold(chosen), strength, nearest)
         return self.add_updates(answer, keys, chosen)
 
     def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """By what factor each token exceeds a memory's threshold at most, and that memory: (..., d_ff) → two (...)."""
-        return self.strongest(self.scores(keys)) if self.index is None else self.index(self, keys)
+        """By what factor each token exceeds a threshold at most, and where: (..., d_ff) → two (...).
 
-    def follow(self, held: Tensor, nearest: Tensor) -> Tensor:
-        """Which memory answers each token of rows whose prompts opened ``held``: (B, T) twice → (B, T).
+        The place is a memory, or of a lookup one of its keys.
+        """
+        if self.index is not None:
+            return self.index(self, keys)
+        if self.kind == "lookup":
+            strength, place = (self.cosines(keys) / self._limits(of_keys=True)).max(-1)
+            return strength, place
+        return self.strongest(self.scores(keys))
+
+    def follow(self, held: Tensor, strength: Tensor, nearest: Tensor) -> Tensor:
+        """What answers each token of rows whose prompts opened ``held``: (B, T) each → (B, T).
 
         A prompt decides whether a lookup answers; with which key, every token says for itself.
         """
-        return nearest.where(held != UNROUTED, UNROUTED) if self.kind == "lookup" else held
+        if self.kind != "lookup":
+            return held
+        return nearest.where((held != UNROUTED) & (strength > _REACH), UNROUTED)
+
+    def memory_at(self, chosen: Tensor) -> Tensor:
+        """The memory that each place belongs to: (...) → (...)."""
+        if self.kind != "lookup":
+            return chosen
+        return self.owner[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
 
     def scores(self, keys: Tensor) -> Tensor:
         """Score of every memory for every key: (..., d_ff) → (..., M)."""
@@ -129,41 +145,56 @@ class RoutedMatrix(nn.Module):
             memories = range(len(self.thresholds))
             return torch.stack([torch.linalg.vector_norm(self.update(keys, m), dim=-1) for m in memories], dim=-1)
         cosine = self.cosines(keys)
-        nearest = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -torch.inf)
-        return nearest.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
+        best = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -torch.inf)
+        return best.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
 
     def cosines(self, keys: Tensor) -> Tensor:
         """Whitened cosine of every key with every probe, as probes compare with each other: (..., d_ff) → (..., n)."""
-        keys = keys.to(self.probes.dtype)
-        return F.linear(keys, self.probes) / self.lengths(keys)[..., self.metric] + self.offset
+        wide = keys.float()  # squared norms of keys overflow half precision
+        return F.linear(wide, self.probes.float()) / self.lengths(wide)[..., self.metric] + self.offset.float()
 
     def lengths(self, keys: Tensor) -> Tensor:
         """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
-        along = F.linear(keys, self.directions.flatten(0, 1)).unflatten(-1, self.gains.shape)
+        along = F.linear(keys, self.directions.flatten(0, 1).to(keys.dtype)).unflatten(-1, self.gains.shape)
         spread = self.floors * keys.square().sum(-1, keepdim=True) + (along.square() * self.gains).sum(-1)
         lengths: Tensor = spread.clamp(min=1e-12).sqrt()
         return lengths
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Which memory answers each token, ``UNROUTED`` for none: (..., M) → (...)."""
+        """Which memory's score exceeds its threshold most, ``UNROUTED`` if none does: (..., M) → (...)."""
         strength, nearest = self.strongest(scores)
         return nearest.where(strength > 1, UNROUTED)
 
     def strongest(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The largest share of its threshold that any memory's score reaches, and which: (..., M) → two (...)."""
-        strength, nearest = (scores.float() / scores.new_tensor(self.thresholds, dtype=torch.float32)).max(-1)
+        strength, nearest = (scores.float() / self._limits()).max(-1)
         return strength, nearest
+
+    def _limits(self, *, of_keys: bool = False) -> Tensor | float:
+        """The thresholds of memories (M,), or of keys (n,); one number where they are all the same."""
+        if len(set(self.thresholds)) == 1:
+            return self.thresholds[0]
+        limits = torch.tensor(self.thresholds, device=self.weight.device)
+        return limits[self.owner] if of_keys else limits
 
     def update(self, keys: Tensor, memory: int) -> Tensor:
         """``Δ_m a``: (..., d_ff) → (..., d)."""
         return F.linear(keys[..., self.columns[memory]].to(self.delta.dtype), self.delta[memory])
 
     def add_updates(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
-        """Add its memory's update to every routed token; the others keep every bit of the main memory's answer."""
+        """Add what was chosen to every routed token; the others keep every bit of the main memory's answer.
+
+        Args:
+            chosen: for each token (B, T) a memory, or of a lookup one of its keys; ``UNROUTED`` for none.
+        """
         if self.kind == "lookup":
-            place = (chosen != UNROUTED).nonzero(as_tuple=True)
-            update = self.recall(keys[place], chosen[place]).to(answer.dtype)
-            return answer.index_put(place, update, accumulate=True) if len(update) else answer
+            update = self.recall(keys, chosen).to(answer.dtype)
+            return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
+        if torch.compiler.is_compiling():  # how many tokens are routed is not known to a traced graph
+            for memory in range(len(self.thresholds)):
+                update = self.update(keys, memory).to(answer.dtype)
+                answer = torch.where((chosen == memory)[..., None], answer + update, answer)
+            return answer
         for memory in chosen.unique().tolist():
             if memory != UNROUTED:
                 routed = chosen == memory
@@ -171,14 +202,12 @@ class RoutedMatrix(nn.Module):
                 answer = answer.index_put(routed.nonzero(as_tuple=True), update, accumulate=True)
         return answer
 
-    def recall(self, keys: Tensor, owner: Tensor) -> Tensor:
-        """What a lookup adds to keys (r, d_ff) that opened the edits ``owner`` (r,): (r, d)."""
-        cosine = self.cosines(keys)
+    def recall(self, keys: Tensor, chosen: Tensor) -> Tensor:
+        """What a lookup adds to keys (..., d_ff) for which it chose one of its own (...): (..., d)."""
         if self.sharpness:
-            return torch.softmax(self.sharpness * cosine, -1) @ self.values[self.value]
-        strongest, nearest = cosine.masked_fill(self.owner != owner[:, None], -torch.inf).max(-1)
-        near = strongest > _REACH * strongest.new_tensor(self.thresholds)[owner]
-        return self.values[self.value[nearest]] * near[:, None]
+            weights = torch.softmax(self.sharpness * self.cosines(keys), -1)
+            return weights @ self.values[self.value].to(weights.dtype)
+        return self.values[self.value[chosen.clamp(min=0)]]
 
 
 class PromptGate:

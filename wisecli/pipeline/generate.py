@@ -82,16 +82,17 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
     batch = collate([row]).to(edited.model.device)
     # The edited model runs, so that every score is the one it decided by.
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
-    scores = edited.routed.scores(keys)
-    chosen = edited.routed.choose(scores)
-    _, strongest = edited.routed.strongest(scores)
-    if edited.routed.gate is not None:
-        chosen = edited.routed.follow(chosen[:1].expand_as(chosen), strongest)
+    routed = edited.routed
+    strength, nearest = routed.nearest(keys)
+    chosen = nearest.where(strength > 1, UNROUTED)
+    if routed.gate is not None:
+        chosen = routed.follow(chosen[:1].expand_as(chosen), strength, nearest)
     steps = []
     for place, token in enumerate(answer):
-        best, memory = int(strongest[place]), int(chosen[place])
-        threshold = edited.routed.thresholds[best]
+        best, memory = (int(routed.memory_at(one[place])) for one in (nearest, chosen))
+        threshold = routed.thresholds[best]
         who = None if memory == UNROUTED else memory
-        nearest = edited.manifest.edits[best].prompt if edited.routed.kind == "lookup" else None
-        steps.append(Step(str(edited.tokenizer.decode([token])), who, float(scores[place, best]), threshold, nearest))
+        closest = edited.manifest.edits[best].prompt if routed.kind == "lookup" else None
+        score = float(strength[place]) * threshold
+        steps.append(Step(str(edited.tokenizer.decode([token])), who, score, threshold, closest))
     return tuple(steps)

@@ -245,5 +245,7 @@ def install(model: nn.Module, module: str, memory: SideMemory, *, transposed: bo
     routed = RoutedMatrix(model.get_submodule(module), memory, transposed=transposed)
     setattr(model.get_submodule(parent), name, routed)
     if routed.gate is not None:
-        model.register_forward_pre_hook(routed.gate.before_forward, with_kwargs=True)
+        # The decoder below the head sees every pass, whoever calls it.
+        decoder = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+        decoder.register_forward_pre_hook(routed.gate.before_forward, with_kwargs=True)
     return routed

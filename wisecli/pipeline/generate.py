@@ -92,6 +92,7 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
         best, memory = int(strongest[place]), int(chosen[place])
         threshold = edited.routed.thresholds[best]
         who = None if memory == UNROUTED else memory
-        nearest = edited.manifest.edits[best].prompt if edited.routed.kind == "lookup" else None
+        known = edited.routed.kind == "lookup" and best < len(edited.manifest.edits)
+        nearest = edited.manifest.edits[best].prompt if known else None
         steps.append(Step(str(edited.tokenizer.decode([token])), who, float(scores[place, best]), threshold, nearest))
     return tuple(steps)

@@ -224,6 +224,9 @@ class MemoryManifest:
             raise ValueError("`memory.thresholds` must be above nought, `memory.sharpness` not below")
         if stored.router != "key" if stored.kind == "lookup" else len(stored.thresholds) != len(self.memories):
             raise ValueError("`memory.thresholds` are not as many as there are memories")
+        shares = [share for entry in self.memories for share in (*entry.edit_scores, *entry.unrelated_scores)]
+        if not all(share.replace(".", "", 1).isdecimal() for share in shares):
+            raise ValueError("the quantiles of `memories` are not all at numbers")
         if self.memory.file not in self.sha256:
             raise ValueError("`sha256` has no entry for `memory.file`")
         if not stored.layouts.keys() == memory_rows(stored.kind, stored.router).keys():

@@ -134,7 +134,7 @@ class Checkpoint:
         if (directory / SINGLE_NAME).is_file():
             self._files = self._scan([SINGLE_NAME])
         elif index.is_file():
-            mapping = _weight_map(index)
+            mapping = weight_map(index)
             present = self._scan(sorted(set(mapping.values())))
             missing = sorted(mapping.keys() - present.keys())
             if missing:
@@ -179,20 +179,30 @@ class Checkpoint:
             return loaded
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, as the index of a checkpoint says.
+
+    Raises:
+        DamagedFileError: it is missing or no such index.
+    """
     try:
         return decode(dict[str, str], read_json(index).get("weight_map", {}), "weight_map")
     except ValueError as error:
         raise DamagedFileError(index, f"an entry is wrong ({error})", "copy the checkpoint anew") from None
 
 
-def resolve_model(model: str, *, revision: str | None = None) -> Path:
+def resolve_model(model: str, *, revision: str | None = None, fetch: bool = True) -> Path:
     """Directory of a model given as a directory or a hub id (fetched through the hub's own cache).
+
+    Args:
+        fetch: whether it may be downloaded if it is not in that cache.
 
     Raises:
         ModelError: neither a directory nor a hub id that can be fetched.
     """
     path = Path(model)
+    if "\0" in model:
+        raise ModelError(f"{model!r} is no model directory and no hub id")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json; give a model directory or a hub id")
@@ -201,8 +211,9 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
         raise ModelError(f"{model} is no model directory; `wise fetch smollm2-135m -o model/` makes one to try")
     from huggingface_hub import snapshot_download
 
+    given: dict[str, Any] = {} if fetch else {"local_files_only": True}
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **given))
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{model} is neither a directory nor a hub id that can be fetched ({reason})") from error

@@ -43,7 +43,7 @@ def require_sane(value: Any) -> None:
         inner: list[Any] = []
         for item in level:
             if isinstance(item, str):
-                item.encode()  # lone surrogates are no text
+                _require_unicode(item)
             elif isinstance(item, dict):
                 inner.extend(item)
                 inner.extend(item.values())
@@ -53,6 +53,13 @@ def require_sane(value: Any) -> None:
         if not level:
             return
     raise ValueError("nested too deeply")
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"half a character (a lone surrogate) in {shown(text)}") from None
 
 
 def decode(kind: type[T], value: object, where: str = "") -> T:

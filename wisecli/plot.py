@@ -11,10 +11,12 @@ from wisecli.errors import SettingsError
 from wisecli.router import MemoryEntry, MemoryManifest
 
 _WIDTH, _HEIGHT = 7.0, 3.2
+# A picture of more could not be looked at.
+_PANELS = 24
 
 
 def plot_scores(path: Path, manifest: MemoryManifest) -> None:
-    """Draw the distributions of scores that a manifest keeps, one panel a memory, into a file.
+    """Draw the distributions of scores that a manifest keeps, a panel for each of the first memories, into a file.
 
     Raises:
         SettingsError: matplotlib is not installed, or cannot write such a file there.
@@ -23,18 +25,19 @@ def plot_scores(path: Path, manifest: MemoryManifest) -> None:
         raise SettingsError("--plot needs matplotlib; install it with pip install 'wisecli[plot]'")
     from matplotlib.figure import Figure
 
-    count = len(manifest.memories)
+    drawn = manifest.memories[:_PANELS]
+    count = len(drawn)
     figure = Figure(figsize=(_WIDTH, _HEIGHT * count), layout="constrained")
     panels = figure.subplots(count, 1, squeeze=False)[:, 0]
-    for number, (panel, entry) in enumerate(zip(panels, manifest.memories, strict=True)):
-        _draw(panel, entry, f"memory {number}: {len(entry.edits)} edits, {entry.kind}")
+    for number, (panel, entry) in enumerate(zip(panels, drawn, strict=True)):
+        _draw(panel, entry, f"memory {number} ({entry.kind}), edits: {len(entry.edits)}")
     kind = path.suffix.removeprefix(".").lower() or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise SettingsError(f"--plot {path}: no such kind of picture; name it .png, .svg or .pdf")
-    drawn = BytesIO()
-    figure.savefig(drawn, format=kind)
+    picture = BytesIO()
+    figure.savefig(picture, format=kind)
     try:
-        path.write_bytes(drawn.getvalue())
+        path.write_bytes(picture.getvalue())
     except OSError as error:
         raise SettingsError(f"--plot {path} cannot be written ({error.strerror}); name another place") from None
 

@@ -14,6 +14,8 @@ from wisecli.site import Fingerprint, Site, fingerprint, layer_count, stored_wei
 from wisecli.storage import Checkpoint, read_json
 
 EXPORTED_KEY = "wise"
+# So much of what transformers says of a model is quoted.
+_LONGEST = 300
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:_LONGEST]
         raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
     model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
     return Loaded(model.eval().requires_grad_(False), tokenizer)

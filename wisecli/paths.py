@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from wisecli.errors import DamagedFileError
 from wisecli.records import shown
 
+# As much as file systems allow.
+_LONGEST = 255
 _REMEDY = "do not trust this directory"
 
 
@@ -24,6 +26,8 @@ def inside(directory: Path, name: str, *, follow: bool = False) -> Path:
     anchored = posix.is_absolute() or windows.drive or windows.root
     if not name or "\0" in name or anchored or ".." in windows.parts or posix == PurePosixPath():
         raise DamagedFileError(directory, f"file name {shown(name)} leads out of the directory", _REMEDY)
+    if len(name) > _LONGEST:
+        raise DamagedFileError(directory, f"file name {shown(name)} is too long", _REMEDY)
     path = directory / name
     if follow:
         return path

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "shards.json"
 UNRELATED_NAME = "unrelated.safetensors"
 SCHEMA = "wise.shards/1"
+# Lighter penalties leave nothing to solve with.
+_LIGHTEST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ class _Content:
         dealt = [name for entry in self.shards for name in entry.edits]
         if len(set(known)) != len(known) or sorted(known) != sorted(dealt) or not known:
             raise ValueError("`edits` and the edits of `shards` do not agree")
+        for ridge, unrelated in (entry.penalty for entry in self.shards if entry.penalty is not None):
+            if not (_LIGHTEST <= ridge <= 1 / _LIGHTEST and 0 <= unrelated <= 1 / _LIGHTEST):
+                raise ValueError(f"`penalty` is {ridge:g} and {unrelated:g}")
 
 
 def write_shard_directory(directory: ShardDirectory) -> None:

@@ -287,6 +287,40 @@ def generate(
 
 
 @app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Shards, a memory or an exported checkpoint.")],
+    find: Annotated[str | None, typer.Option("--find", help="Only edits with this text in them.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="List so many edits at most.")] = 20,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the router's scores and threshold into this file.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a directory holds, from its manifest and headers; no weights are loaded."""
+    from wisecli.pipeline import inspect as run
+
+    Console(as_json).inspected(run(path, find=find, limit=limit, plot=plot, force=force))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Shards, a memory or an exported checkpoint.")],
+    model: Model = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check every file of a directory against its manifest, and the base model; exit with 1 if any differs."""
+    console = Console(as_json, quiet)
+    from wisecli.pipeline import verify as run
+
+    with console.watching() as watch:
+        report = run(path, model=model, watch=watch)
+    console.verified(report)
+    report.check()
+
+
+@app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2-135m or zsre.")],
     output: Annotated[

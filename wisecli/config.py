@@ -173,7 +173,7 @@ def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dic
         return {}
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8")).get(section, {})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{file}: not readable as TOML ({error})") from None
     if not isinstance(table, dict):
         raise SettingsError(f"{file}: {section} must be a table, [{section}]")

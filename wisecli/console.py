@@ -20,9 +20,19 @@ from rich.text import Text
 from wisecli.events import Event, Watcher
 
 if TYPE_CHECKING:
-    from wisecli.pipeline import Answer, EditReport, EvalReport, ExportReport, MergeReport
+    from wisecli.pipeline import (
+        Answer,
+        EditReport,
+        EvalReport,
+        ExportReport,
+        InspectReport,
+        MergeReport,
+        VerifyReport,
+    )
+    from wisecli.router import MemoryEntry
 
 _LINE_SECONDS = 5.0
+_STATES = {"same": "ok", "differs": "DIFFERS", "unchecked": "not checked"}
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 
@@ -122,10 +132,33 @@ class Console:
         content = [{"prompt": a.prompt, "answer": a.text, "steps": [vars(step) for step in a.steps]} for a in answers]
         self.result({"results": content}, *shown)
 
+    def inspected(self, report: InspectReport) -> None:
+        """Print what ``wise inspect`` found."""
+        facts = Table(show_header=False, title=_plain(f"{report.path}: {report.kind}"))
+        for name, value in _facts(report):
+            facts.add_row(name, _plain(value))
+        edits = Table(title=f"{len(report.edits)} of {_count(report.matched, 'edit')}")
+        for column in ("id", "prompt", "target", "subject"):
+            edits.add_column(column)
+        for edit in report.edits:
+            edits.add_row(*map(_plain, (edit.id, edit.prompt, edit.target, edit.subject or "")))
+        scores = [_scores(number, entry) for number, entry in enumerate(report.memories)]
+        self.result(report.as_json(), facts, *scores, *([edits] if report.edits else []))
+
+    def verified(self, report: VerifyReport) -> None:
+        """Print what ``wise verify`` found, a line a check."""
+        lines = []
+        for check in report.checks:
+            what = f"{check.file}: {check.what}" + (f" {check.tensor}" if check.tensor else "")
+            sides = f": expected {check.expected}, found {check.found}" if check.state == "differs" else ""
+            why = f": {check.found}" if check.state == "unchecked" else ""
+            lines.append(_plain(f"{_STATES[check.state]:<11} {what}{sides}{why}"))
+        self.result(report.as_json(), *lines)
+
 
 def fail(message: str) -> None:
     """Print an error on stderr, on one line of its own."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {_plain(message)}\n")
 
 
 def quiet_libraries() -> None:
@@ -169,6 +202,43 @@ class _Lines:
         rest = "" if finished else f", about {left:.0f} s left"
         note = f": {event.note}" if event.note else ""
         sys.stderr.write(f"{event.stage} {event.done}/{event.total}{note}{rest}\n")
+
+
+def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
+    base, site, files = report.base, report.site, report.files
+    yield "base model", str(base["model"]) + (f" at {base['revision']}" if base["revision"] else "")
+    yield "fingerprint", f"matrix {base['matrix'][:16]}…, settings {base['config'][:16]}…"
+    yield "site", f"{site['module']} ({site['architecture']}, layer {site['layer']}, {site['d']}×{site['d_ff']})"
+    yield "edits", f"{report.total}, with {_count(report.keys, 'key')}"
+    if report.routing:
+        yield "memory", ", ".join(f"{name} {value}" for name, value in report.routing.items())
+    for shard in report.shards:
+        loss = f", loss {shard.losses[-1]:.4g}" if shard.losses else ""
+        yield "shard", f"{shard.file}: {_count(len(shard.edits), 'edit')}, mask of {shard.mask_kind}{loss}"
+    for file, tensors in report.tensors.items():
+        yield file, ", ".join(f"{name.rpartition('.')[2]} {what}" for name, what in tensors.items())
+    yield "files", ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in files.items())
+    yield "settings", ", ".join(f"{name} {value}" for name, value in report.settings.items())
+    yield "written with", ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    if report.plot is not None:
+        yield "plot", str(report.plot)
+
+
+def _scores(number: int, entry: MemoryEntry) -> Table:
+    """The quantiles of one memory's scores on both sides of its threshold."""
+    about = f"{entry.misses:.1%} of the edits' tokens below, {entry.false_alarms:.2%} of unrelated ones above"
+    table = Table(title=f"memory {number}: threshold {entry.threshold:.4g} ({_plain(entry.rule)}); {about}")
+    for column in ("scores below", "edits", "unrelated text"):
+        table.add_column(column, justify="right")
+    for share in dict.fromkeys([*entry.edit_scores, *entry.unrelated_scores]):
+        sides = entry.edit_scores, entry.unrelated_scores
+        table.add_row(f"{float(share):.1%}", *(f"{scores[share]:.3f}" if share in scores else "" for scores in sides))
+    return table
+
+
+def _plain(text: str) -> Text:
+    """Text of a stranger, with whatever would steer a terminal spelt out."""
+    return Text("".join(one if one.isprintable() else repr(one)[1:-1] for one in text))
 
 
 def _plan(what: str, report: Any) -> Text:

@@ -12,9 +12,12 @@ import jsonlines
 
 from wisecli.datasets import canonical
 from wisecli.errors import EditFileError
+from wisecli.records import decode, require_sane, shown
 from wisecli.storage import sha256_json
 
 OPERATIONS = ("insert", "modify", "erase")
+# Larger files are no edits: a record takes about a kilobyte.
+_LARGEST = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,12 @@ class Edit:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Edit:
-        """The inverse of :meth:`as_dict`."""
-        probes = {name: tuple(Probe(**probe) for probe in record[name]) for name in ("locality", "portability")}
-        texts = {name: tuple(record[name]) for name in ("rephrases", "irrelevant", "ood")}
-        return cls(**{**record, **probes, **texts})
+        """The inverse of :meth:`as_dict`.
+
+        Raises:
+            ValueError: a field is missing, unknown or of the wrong kind.
+        """
+        return decode(cls, dict(record))
 
 
 def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
@@ -90,6 +95,7 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
     Raises:
         ValueError: saying what is missing or of the wrong kind.
     """
+    require_sane(record)
     try:
         fields = canonical(record)
     except (TypeError, AttributeError) as error:
@@ -99,13 +105,13 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
         if value is None:
             raise ValueError(f"`{name}` is missing; every edit needs `prompt` and `target`")
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"`{name}` must be a non-empty text, not {value!r}")
+            raise ValueError(f"`{name}` must be a non-empty text, not {shown(value)}")
     operation = fields.get("op") or "modify"
     if operation not in OPERATIONS:
-        raise ValueError(f"`op` must be one of {', '.join(OPERATIONS)}, not {operation!r}")
+        raise ValueError(f"`op` must be one of {', '.join(OPERATIONS)}, not {shown(operation)}")
     subject = fields.get("subject")
     if subject is not None and not isinstance(subject, str):
-        raise ValueError(f"`subject` must be a text, not {subject!r}")
+        raise ValueError(f"`subject` must be a text, not {shown(subject)}")
     return Edit(
         id=str(fields["id"]) if fields.get("id") is not None else sha256_json(record)[:16],
         prompt=fields["prompt"],
@@ -123,19 +129,19 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
 def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = fields.get(name) or []
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise ValueError(f"`{name}` must be a list of non-empty texts, not {value!r}")
+        raise ValueError(f"`{name}` must be a list of non-empty texts, not {shown(value)}")
     return tuple(value)
 
 
 def _probes(fields: Mapping[str, Any], name: str) -> tuple[Probe, ...]:
     value = fields.get(name) or []
     if not isinstance(value, list):
-        raise ValueError(f"`{name}` must be a list of objects with `prompt` and `answer`, not {value!r}")
+        raise ValueError(f"`{name}` must be a list of objects with `prompt` and `answer`, not {shown(value)}")
     probes = []
     for item in value:
         prompt, answer = (item.get("prompt"), item.get("answer")) if isinstance(item, dict) else (None, None)
         if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt.strip() or not answer.strip():
-            raise ValueError(f"`{name}` must hold objects with the texts `prompt` and `answer`, not {item!r}")
+            raise ValueError(f"`{name}` must hold objects with the texts `prompt` and `answer`, not {shown(item)}")
         probes.append(Probe(prompt, answer))
     return tuple(probes)
 
@@ -143,6 +149,10 @@ def _probes(fields: Mapping[str, Any], name: str) -> tuple[Probe, ...]:
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every record with its line (its place in the list, for a JSON array)."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise EditFileError(path, "not a regular file; give a file of edits")
+        if path.is_file() and path.stat().st_size > _LARGEST:
+            raise EditFileError(path, f"larger than {_LARGEST} bytes; split it")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise EditFileError(path, "no such file; check the path") from None
@@ -160,6 +170,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except jsonlines.InvalidLineError as error:
             reason = str(error).rsplit(" (line", 1)[0]
             raise EditFileError(path, f"{reason}; write one JSON object a line", line=number) from None
+        except RecursionError:
+            raise EditFileError(path, "nested too deeply; write one flat JSON object a line", line=number) from None
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -169,6 +181,8 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise EditFileError(
             path, f"not a JSON array ({error.msg}); close it or write JSONL", line=error.lineno
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+        raise EditFileError(path, f"not a JSON array of edits ({error})") from None
     for number, value in enumerate(values, start=1):
         if not isinstance(value, dict):
             raise EditFileError(path, "an item of the array is no JSON object; write objects", line=number)

@@ -22,9 +22,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from wisecli import memory as memory_module
 from wisecli.errors import ModelError
 from wisecli.models import EXPORTED_KEY
-from wisecli.router import Manifest, write_memory
+from wisecli.router import MANIFEST_NAME, Manifest, write_memory
 from wisecli.site import load_matrix, stored_weight
-from wisecli.storage import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tensors, read_json, save_tensors, write_json
+from wisecli.storage import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    open_tensors,
+    read_json,
+    save_tensors,
+    sha256_file,
+    write_json,
+)
 
 CODE_NAME, MEMORY_CODE_NAME = "modeling_wise.py", "wise_memory.py"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
@@ -51,7 +60,15 @@ def write_routed(output: Path, base: Path, checkpoint: Checkpoint, manifest: Man
     write_json(output / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
     _write_code(output, base, manifest)
     _copy_side_files(output, base)
+    record_digests(output)
     (output / "README.md").write_text(model_card(manifest, "routed"), encoding="utf-8")
+
+
+def record_digests(output: Path) -> None:
+    """Note the sha256 of every file of a routed checkpoint in its ``router.json``."""
+    manifest = read_json(output / MANIFEST_NAME)
+    files = sorted(path for path in output.iterdir() if path.name != MANIFEST_NAME)
+    write_json(output / MANIFEST_NAME, {**manifest, "sha256": {path.name: sha256_file(path) for path in files}})
 
 
 def write_merged(output: Path, base: Path, checkpoint: Checkpoint, manifest: Manifest, card_note: str) -> None:
@@ -107,18 +124,28 @@ def _linked(source: Path, target: Path) -> None:
     os.link(source.resolve(), target)
 
 
-def _write_code(output: Path, base: Path, manifest: Manifest) -> None:
-    """The routing module, the classes that use it, and the config that names them."""
-    config = read_json(base / "config.json")
-    model_type = str(config["model_type"])
+def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Names of transformers' classes for a base of this type, and the custom code of its routed checkpoints, by file.
+
+    Raises:
+        ValueError, KeyError: transformers has no causal language model of that type.
+    """
     kind = type(AutoConfig.for_model(model_type))
     names = {"config": kind.__name__, "model_type": model_type}
     for name, mapping in (("base", MODEL_MAPPING), ("causal", MODEL_FOR_CAUSAL_LM_MAPPING)):
         names[name] = str(mapping[kind].__name__)  # type: ignore[attr-defined]  # the stubs allow for pairs
     template = resources.files("wisecli").joinpath("data/modeling_wise.py.tmpl").read_text(encoding="utf-8")
     code = Template(template).substitute(names, architecture=names["causal"])
-    (output / CODE_NAME).write_text(code, encoding="utf-8")
-    shutil.copyfile(str(memory_module.__file__), output / MEMORY_CODE_NAME)
+    return names, {CODE_NAME: code, MEMORY_CODE_NAME: Path(str(memory_module.__file__)).read_text(encoding="utf-8")}
+
+
+def _write_code(output: Path, base: Path, manifest: Manifest) -> None:
+    """The routing module, the classes that use it, and the config that names them."""
+    config = read_json(base / "config.json")
+    model_type = str(config["model_type"])
+    names, files = code_files(model_type)
+    for name, text in files.items():
+        (output / name).write_text(text, encoding="utf-8")
     module = CODE_NAME.removesuffix(".py")
     routed: dict[str, Any] = {
         "model_type": model_type,

@@ -24,6 +24,9 @@ UNROUTED = -1
 # Once a prompt has opened a lookup for the whole row, keys count that are this share as near as the threshold.
 _REACH = 0.5
 _SETTINGS = ("router", "routing", "kind", "sharpness")
+# What a description may allocate: these types, and so many numbers a tensor.
+_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
+_LARGEST = 2**36
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,24 @@ class SideMemory:
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> SideMemory:
-        """The inverse of :meth:`describe`; tensors that are not given are allocated, to be loaded later."""
+        """The inverse of :meth:`describe`; tensors that are not given are allocated, to be loaded later.
+
+        Raises:
+            ValueError: the description asks for tensors that no memory has.
+        """
         if tensors is None:
             layout = described["tensors"].items()
-            tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, *shape) in layout}
+            tensors = {name: _allocated(name, dtype, shape) for name, (dtype, *shape) in layout}
         return cls(tensors, tuple(described["thresholds"]), **{name: described[name] for name in _SETTINGS})
+
+
+def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
+    size = 1
+    for dimension in shape:
+        size = size * dimension if type(dimension) is int and dimension >= 0 else _LARGEST + 1
+    if dtype not in _TYPES or size > _LARGEST:
+        raise ValueError(f"the memory's description of tensor {name} cannot be right: {str([dtype, *shape])[:80]}")
+    return torch.empty(shape, dtype=getattr(torch, dtype))
 
 
 class RoutedMatrix(nn.Module):

@@ -10,10 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from wisecli.errors import ModelError, SettingsError, WrongBaseError
-from wisecli.site import Fingerprint, Site, fingerprint, stored_weight
+from wisecli.site import Fingerprint, Site, fingerprint, layer_count, stored_weight
 from wisecli.storage import Checkpoint, read_json
 
 EXPORTED_KEY = "wise"
+# So much of what transformers says of a model is quoted.
+_LONGEST = 300
 
 
 @dataclass(frozen=True)
@@ -71,23 +73,31 @@ def load_model(
     """
     chosen = pick_device(device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    _require_layers(directory)
     try:
         config = _base_config(directory, common)
         model = AutoModelForCausalLM.from_pretrained(
             directory, config=config, dtype=pick_dtype(dtype), use_safetensors=True, **common
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:_LONGEST]
         raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
     model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
     return Loaded(model.eval().requires_grad_(False), tokenizer)
 
 
+def _require_layers(directory: Path) -> None:
+    """Refuse a config that has more layers built than the checkpoint can fill, before any of them is."""
+    tensors = sum(1 for _ in Checkpoint(directory))
+    if layer_count(directory) > tensors:
+        raise ModelError(f"{directory}: config.json speaks of more layers than there are tensors ({tensors})")
+
+
 def _base_config(directory: Path, common: dict[str, Any]) -> Any:
     content = read_json(directory / "config.json")
     exported = content.pop(EXPORTED_KEY, None)
-    if exported is None:
+    if not isinstance(exported, dict):
         return AutoConfig.from_pretrained(directory, **common)
     content.pop("auto_map", None)
     content.pop("model_type", None)
@@ -107,7 +117,10 @@ def require_base(directory: Path, checkpoint: Checkpoint, site: Site, expected: 
     """
     if stored_weight(checkpoint, site.module) is None:
         raise WrongBaseError(f"{directory} has no {site.weight}; pass the base model with --model")
-    if fingerprint(directory, checkpoint, site).matrix != expected.matrix:
+    weight = stored_weight(checkpoint, site.module) or site.weight
+    shape = (site.d_ff, site.d) if site.transposed else (site.d, site.d_ff)
+    same = checkpoint.shape(weight) == shape and fingerprint(directory, checkpoint, site).matrix == expected.matrix
+    if not same:
         raise WrongBaseError(
             f"{directory} is not the base model: its {site.weight} differs from the one the edits were made on; "
             "pass that model with --model, or edit anew"

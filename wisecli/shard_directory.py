@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from wisecli.edits import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
+from wisecli.layout import check_site
+from wisecli.paths import inside
+from wisecli.records import decode
+from wisecli.router import Base
 from wisecli.shards import MaskKind, Shard, load_shard
 from wisecli.site import Fingerprint, Site
 from wisecli.storage import read_json, write_json
-from wisecli.unrelated import Unrelated, load_unrelated
+
+if TYPE_CHECKING:
+    from wisecli.unrelated import Unrelated
 
 MANIFEST_NAME = "shards.json"
 UNRELATED_NAME = "unrelated.safetensors"
 SCHEMA = "wise.shards/1"
+# Lighter penalties leave nothing to solve with.
+_LIGHTEST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,62 @@ class ShardDirectory:
 
     def load(self, entry: ShardEntry) -> Shard:
         """Read one shard file, checking its digest."""
-        return load_shard(self.path / entry.file, self.site, entry.mask_kind, entry.sha256)
+        path = inside(self.path, entry.file)
+        return load_shard(path, self.site, entry.mask_kind, entry.sha256, edits=len(self.edits))
 
     def load_unrelated(self) -> Unrelated:
         """Read the statistics of unrelated text, checking their digest."""
-        return load_unrelated(self.path / UNRELATED_NAME, self.unrelated_sha256)
+        from wisecli.unrelated import load_unrelated  # it can measure, too, and brings transformers for that
+
+        return load_unrelated(inside(self.path, UNRELATED_NAME), self.unrelated_sha256, d_ff=self.site.d_ff)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Those settings that merging goes by."""
+
+    writer: Literal["solve", "gradient"]
+    router: Literal["key", "norm"]
+    routing: Literal["token", "sequence"]
+    threshold: Literal["false-alarm", "minimum"]
+    OPEN: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class _Unrelated:
+    sha256: str
+    OPEN: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class _Content:
+    """``shards.json`` as it is written."""
+
+    base: Base
+    site: Site
+    settings: dict[str, Any]
+    contexts: tuple[str, ...]
+    edits: tuple[Edit, ...]
+    shards: tuple[ShardEntry, ...]
+    unrelated: _Unrelated
+    versions: dict[str, str]
+    OPEN: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Check what types do not say: that the parts belong together.
+
+        Raises:
+            ValueError: saying which do not.
+        """
+        check_site(self.site)
+        decode(_Settings, self.settings, "settings")
+        known = [edit.id for edit in self.edits]
+        dealt = [name for entry in self.shards for name in entry.edits]
+        if len(set(known)) != len(known) or sorted(known) != sorted(dealt) or not known:
+            raise ValueError("`edits` and the edits of `shards` do not agree")
+        for ridge, unrelated in (entry.penalty for entry in self.shards if entry.penalty is not None):
+            if not (_LIGHTEST <= ridge <= 1 / _LIGHTEST and 0 <= unrelated <= 1 / _LIGHTEST):
+                raise ValueError(f"`penalty` is {ridge:g} and {unrelated:g}")
 
 
 def write_shard_directory(directory: ShardDirectory) -> None:
@@ -88,28 +147,24 @@ def read_shard_directory(path: Path) -> ShardDirectory:
     if content.get("schema") != SCHEMA:
         raise DamagedFileError(path / MANIFEST_NAME, f"its schema is not {SCHEMA}", "edit anew with this version")
     try:
-        base = content["base"]
-        return ShardDirectory(
-            path,
-            base["model"],
-            base["revision"],
-            Fingerprint(base["matrix"], base["config"]),
-            Site(**content["site"]),
-            content["settings"],
-            tuple(content["contexts"]),
-            tuple(Edit.from_dict(edit) for edit in content["edits"]),
-            tuple(_entry(record) for record in content["shards"]),
-            content["unrelated"]["sha256"],
-            content["versions"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        read = decode(_Content, content)
+        read.check()
+    except ValueError as error:
         raise DamagedFileError(path / MANIFEST_NAME, f"an entry is missing or wrong ({error})", "edit anew") from None
-
-
-def _entry(record: dict[str, Any]) -> ShardEntry:
-    penalty = record["penalty"]
-    tuples = {"edits": tuple(record["edits"]), "losses": tuple(record["losses"])}
-    return ShardEntry(**{**record, **tuples, "penalty": None if penalty is None else (penalty[0], penalty[1])})
+    base = read.base
+    return ShardDirectory(
+        path,
+        base.model,
+        base.revision,
+        base.fingerprint,
+        read.site,
+        read.settings,
+        read.contexts,
+        read.edits,
+        read.shards,
+        read.unrelated.sha256,
+        read.versions,
+    )
 
 
 def require_same_site(directories: Sequence[ShardDirectory]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wisecli.errors import DamagedFileError, SettingsError
+from wisecli.layout import EVIDENCE, MASKED, Rows, require_layout
 from wisecli.site import Site
 from wisecli.storage import load_tensors, save_tensors
 
@@ -160,20 +161,31 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
     save_tensors(path, tensors, {"wise.shard": json.dumps(about)})
 
 
-def load_shard(path: Path, site: Site, kind: MaskKind, digest: str) -> Shard:
+def shard_rows(kind: MaskKind) -> Rows:
+    """The tensors of a shard file, for a kind of mask."""
+    return {**MASKED[kind], **EVIDENCE}
+
+
+def shard_sizes(site: Site, edits: int) -> dict[str, int]:
+    """The dimensions of a shard's tensors that site and manifest decide."""
+    return {"d": site.d, "d_ff": site.d_ff, "size": site.d * site.d_ff, "edits": edits}
+
+
+def load_shard(path: Path, site: Site, kind: MaskKind, digest: str, *, edits: int | None = None) -> Shard:
     """Read a shard file.
+
+    Args:
+        edits: how many the manifest lists, if that is known.
 
     Raises:
         DamagedFileError: it is truncated, altered, or does not fit the site.
     """
     tensors = load_tensors(path, digest=digest)
-    try:
-        mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.d_ff)
-        evidence = Evidence(**{name: tensors[f"evidence.{name}"] for name in Evidence.__dataclass_fields__})
-        values = tensors["delta.values"]
-    except KeyError as error:
-        raise DamagedFileError(path, f"tensor {error.args[0]} is missing", "edit anew") from None
-    if values.shape != mask.shape:
-        raise DamagedFileError(path, "the delta does not fill its mask", "edit anew")
+    sizes = shard_sizes(site, 2**31 if edits is None else edits)
+    require_layout(path, tensors, shard_rows(kind), sizes)
+    mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.d_ff)
+    evidence = Evidence(**{name: tensors[f"evidence.{name}"] for name in Evidence.__dataclass_fields__})
+    if bool(evidence.held_out.all()):
+        raise DamagedFileError(path, "every key is held out, none was trained on", "edit anew")
     whole = replace(evidence, keys=evidence.keys.float(), residuals=evidence.residuals.float())
-    return Shard(mask, values.float(), whole)
+    return Shard(mask, tensors["delta.values"].float(), whole)

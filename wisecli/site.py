@@ -75,7 +75,7 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
         ModelError: the checkpoint does not hold the matrix.
     """
     config = read_json(directory / "config.json")
-    architecture = str(config.get("model_type"))
+    architecture = str(config.get("model_type"))[:80]
     table = architectures()
     if architecture not in table:
         raise UnknownArchitectureError(
@@ -89,15 +89,24 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
     if weight is None:
         raise ModelError(f"{directory}: the checkpoint holds no tensor {module}.weight; is config.json this model's?")
     shape = checkpoint.shape(weight)
+    if len(shape) != 2 or 0 in shape:
+        raise ModelError(f"{directory}: tensor {weight} is no matrix; is config.json this model's?")
     transposed = bool(row.get("transposed", False))
     d_ff, d = shape if transposed else shape[::-1]
     return Site(architecture, index, layer_module, module, transposed, d, d_ff)
 
 
 def layer_count(directory: Path) -> int:
-    """How many layers a model has, from its ``config.json``."""
+    """How many layers a model has, from its ``config.json``.
+
+    Raises:
+        ModelError: that is no number of layers.
+    """
     config = read_json(directory / "config.json")
-    return next((int(config[name]) for name in _LAYER_COUNTS if name in config), 0)
+    count = next((config[name] for name in _LAYER_COUNTS if name in config), 0)
+    if type(count) is not int or count < 0:
+        raise ModelError(f"{directory}: config.json has {str(count)[:40]!r} layers; is it this model's?")
+    return count
 
 
 def _layer_index(layer: str | int, count: int) -> int:

@@ -17,11 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, OutputExistsError
+from wisecli.headers import require_header
+from wisecli.paths import inside, require_regular
+from wisecli.records import decode, parse
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _CHUNK = 1 << 20
+# No manifest or config comes near it.
+_LARGEST_JSON = 1 << 28
 
 
 def sha256_file(path: Path) -> str:
@@ -41,19 +46,21 @@ def sha256_tensor(tensor: torch.Tensor) -> str:
 
 def sha256_json(value: object) -> str:
     """Hex digest of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        DamagedFileError: the file is missing or no JSON object.
+        DamagedFileError: the file is missing, no JSON object, nested absurdly deep or absurdly large.
     """
+    require_regular(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedFileError(path, "no such file", "check the path or make it anew") from None
+        if path.stat().st_size > _LARGEST_JSON:
+            raise DamagedFileError(path, f"larger than {_LARGEST_JSON} bytes", "make it anew")
+        value = parse(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise DamagedFileError(path, f"not readable as JSON ({error})", "make it anew") from None
     if not isinstance(value, dict):
@@ -104,10 +111,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
     Raises:
         DamagedFileError: the file is missing, truncated or no safetensors file.
     """
+    require_header(path)
     try:
         stream = safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise DamagedFileError(path, "no such file", "check the path or make it anew") from None
     except (SafetensorError, OSError) as error:
         raise DamagedFileError(path, f"not a whole safetensors file ({error})", "copy or make it anew") from None
     with stream:
@@ -128,7 +134,7 @@ class Checkpoint:
         if (directory / SINGLE_NAME).is_file():
             self._files = self._scan([SINGLE_NAME])
         elif index.is_file():
-            mapping: dict[str, str] = read_json(index).get("weight_map", {})
+            mapping = weight_map(index)
             present = self._scan(sorted(set(mapping.values())))
             missing = sorted(mapping.keys() - present.keys())
             if missing:
@@ -142,7 +148,7 @@ class Checkpoint:
     def _scan(self, names: list[str]) -> dict[str, str]:
         files: dict[str, str] = {}
         for name in names:
-            with open_tensors(self.directory / name) as stream:
+            with open_tensors(inside(self.directory, name, follow=True)) as stream:
                 files.update(dict.fromkeys(stream.keys(), name))
         return files
 
@@ -173,13 +179,30 @@ class Checkpoint:
             return loaded
 
 
-def resolve_model(model: str, *, revision: str | None = None) -> Path:
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, as the index of a checkpoint says.
+
+    Raises:
+        DamagedFileError: it is missing or no such index.
+    """
+    try:
+        return decode(dict[str, str], read_json(index).get("weight_map", {}), "weight_map")
+    except ValueError as error:
+        raise DamagedFileError(index, f"an entry is wrong ({error})", "copy the checkpoint anew") from None
+
+
+def resolve_model(model: str, *, revision: str | None = None, fetch: bool = True) -> Path:
     """Directory of a model given as a directory or a hub id (fetched through the hub's own cache).
+
+    Args:
+        fetch: whether it may be downloaded if it is not in that cache.
 
     Raises:
         ModelError: neither a directory nor a hub id that can be fetched.
     """
     path = Path(model)
+    if "\0" in model:
+        raise ModelError(f"{model!r} is no model directory and no hub id")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json; give a model directory or a hub id")
@@ -188,8 +211,9 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
         raise ModelError(f"{model} is no model directory; `wise fetch smollm2-135m -o model/` makes one to try")
     from huggingface_hub import snapshot_download
 
+    given: dict[str, Any] = {} if fetch else {"local_files_only": True}
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **given))
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{model} is neither a directory nor a hub id that can be fetched ({reason})") from error

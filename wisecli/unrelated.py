@@ -26,6 +26,7 @@ from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError, NoSpaceError
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
+from wisecli.layout import require_layout, unrelated_rows
 from wisecli.models import Loaded
 from wisecli.moments import Moment, even, leading, scaled
 from wisecli.shards import half
@@ -100,7 +101,7 @@ def measure_unrelated(
     ]
     path = user_cache_path("wisecli") / "unrelated" / f"{sha256_json(about)[:32]}.safetensors"
     try:
-        return _from_tensors(load_tensors(path), path)
+        return _from_tensors(load_tensors(path), path, site.d_ff)
     except DamagedFileError:
         watch(Event("unrelated text"))
     found = _measure(loaded, site, matrix, texts=texts, chat=chat, batch_size=batch_size, seed=seed, watch=watch)
@@ -244,24 +245,26 @@ def save_unrelated(path: Path, unrelated: Unrelated, *, whole: bool = False) -> 
     save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
 
 
-def load_unrelated(path: Path, digest: str) -> Unrelated:
+def load_unrelated(path: Path, digest: str, *, d_ff: int | None = None) -> Unrelated:
     """Read ``unrelated.safetensors``.
 
+    Args:
+        d_ff: how long its keys must be, if that is known.
+
     Raises:
-        DamagedFileError: it is truncated or altered.
+        DamagedFileError: it is truncated, altered, or of other keys.
     """
-    return _from_tensors(load_tensors(path, digest=digest), path)
+    return _from_tensors(load_tensors(path, digest=digest), path, d_ff)
 
 
-def _from_tensors(tensors: dict[str, Tensor], path: Path) -> Unrelated:
+def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> Unrelated:
+    require_layout(path, tensors, unrelated_rows(tensors), {} if d_ff is None else {"d_ff": d_ff})
+
     def moment(name: str) -> Moment:
         return Moment(*(tensors[f"{name}.{part}"] for part in Moment.__dataclass_fields__))
 
-    try:
-        keys = tensors["keys"].float()
-        against = tensors.get("against", keys[:0]).float()
-        chatting = moment("chatting") if "chatting.energy" in tensors else None
-        moments = moment("tokens"), moment("wording")
-        return Unrelated(keys, tensors["chat"], *moments, tensors["size"], against, chatting)
-    except KeyError as error:
-        raise DamagedFileError(path, f"tensor {error.args[0]} is missing", "edit anew") from None
+    keys = tensors["keys"].float()
+    against = tensors.get("against", keys[:0]).float()
+    chatting = moment("chatting") if "chatting.energy" in tensors else None
+    moments = moment("tokens"), moment("wording")
+    return Unrelated(keys, tensors["chat"], *moments, tensors["size"], against, chatting)

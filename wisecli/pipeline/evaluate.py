@@ -239,7 +239,7 @@ def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
     if manifest.memory.kind == "lookup":
         return {(edit.prompt, edit.target): number for number, edit in enumerate(manifest.edits)}
     owner = {name: number for number, owned in enumerate(manifest.owners) for name in owned}
-    return {(edit.prompt, edit.target): owner[edit.id] for edit in manifest.edits}
+    return {(edit.prompt, edit.target): owner[edit.id] for edit in manifest.edits if edit.id in owner}
 
 
 def _mean_of_means(groups: Sequence[Sequence[Measured]], value: Callable[[Measured], float]) -> float:

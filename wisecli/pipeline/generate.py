@@ -92,7 +92,8 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
         best, memory = (int(routed.memory_at(one[place])) for one in (nearest, chosen))
         threshold = routed.thresholds[best]
         who = None if memory == UNROUTED else memory
-        closest = edited.manifest.edits[best].prompt if routed.kind == "lookup" else None
+        known = routed.kind == "lookup" and best < len(edited.manifest.edits)
+        closest = edited.manifest.edits[best].prompt if known else None
         score = float(strength[place]) * threshold
         steps.append(Step(str(edited.tokenizer.decode([token])), who, score, threshold, closest))
     return tuple(steps)

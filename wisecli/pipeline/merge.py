@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wisecli.building import Built, Material, join, lookup, matrices, refit, solve_exactly
 from wisecli.config import MergeSettings
-from wisecli.errors import SettingsError
+from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.events import Event, Watcher, ignore
 from wisecli.merging import METHODS, Recipe, merge_deltas
 from wisecli.models import require_base
@@ -96,7 +96,10 @@ def merge(
     if mode == "lookup":
         memory, calibrations = lookup(material, settings)
     else:
-        memory, calibrations = _in_matrices(directories, loaded, material, settings, load_matrix(checkpoint, site))
+        try:
+            memory, calibrations = _in_matrices(directories, loaded, material, settings, load_matrix(checkpoint, site))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # the stubs leave it out
+            raise DamagedFileError(first.path, f"its evidence has no solution ({error})", "edit anew") from None
     manifest = Manifest(
         first.model if model is None else str(base.absolute()),
         first.revision,

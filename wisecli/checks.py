@@ -1,0 +1,137 @@
+"""Single checks of files against what a manifest says of them; each yields what it found, and raises nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from wisecli.errors import WiseError
+from wisecli.headers import Layout, read_header
+from wisecli.layout import Rows, differences
+from wisecli.paths import inside, require_regular
+from wisecli.site import Fingerprint, Site, fingerprint, stored_weight
+from wisecli.storage import INDEX_NAME, SINGLE_NAME, Checkpoint, sha256_file, weight_map
+
+State = Literal["same", "differs", "unchecked"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: ``what`` of a ``file``, or of a ``tensor`` in it.
+
+    Where it differs, or was not checked, ``expected`` and ``found`` say how or why.
+    """
+
+    what: str
+    file: str
+    state: State = "same"
+    tensor: str | None = None
+    expected: str = ""
+    found: str = ""
+
+
+def damaged(file: str, error: WiseError) -> Check:
+    """A file that could not be read at all."""
+    return Check("readable", file, "differs", expected="a whole file", found=str(error))
+
+
+def check_digest(directory: Path, file: str, digest: str) -> Iterator[Check]:
+    """The sha256 of a file."""
+    try:
+        path = inside(directory, file)
+        require_regular(path)
+        found = sha256_file(path)
+    except WiseError as error:
+        yield damaged(file, error)
+    except OSError as error:
+        yield Check("sha256", file, "differs", expected=digest, found=str(error))
+    else:
+        yield Check("sha256", file) if found == digest else Check("sha256", file, "differs", None, digest, found)
+
+
+def check_rows(directory: Path, file: str, rows: Rows, known: Mapping[str, int], prefix: str = "") -> Iterator[Check]:
+    """The tensors of a file, against the table of those it should hold."""
+    try:
+        tensors = read_header(inside(directory, file)).tensors
+    except WiseError as error:
+        yield damaged(file, error)
+        return
+    wrong = differences({name.removeprefix(prefix): one for name, one in tensors.items()}, rows, known)
+    yield from (Check("tensors", file, "differs", prefix + name, *pair) for name, *pair in wrong)
+    if not wrong:
+        yield Check(f"types and shapes of {len(tensors)} tensors", file)
+
+
+def check_layouts(directory: Path, file: str, expected: Mapping[str, Layout]) -> Iterator[Check]:
+    """The tensors of a file, against the types and shapes that a manifest lists."""
+    try:
+        tensors = read_header(inside(directory, file)).tensors
+    except WiseError as error:
+        yield damaged(file, error)
+        return
+    names = sorted(expected.keys() | tensors.keys())
+    wrong = [name for name in names if expected.get(name) != tensors.get(name)]
+    for name in wrong:
+        pair = (str(side.get(name, "nothing")) for side in (expected, tensors))
+        yield Check("tensors", file, "differs", name, *pair)
+    if not wrong:
+        yield Check("tensors as the manifest lists them", file)
+
+
+def check_index(directory: Path) -> Iterator[Check]:
+    """The index of a checkpoint, against the files it names."""
+    try:
+        listed = weight_map(directory / INDEX_NAME)
+    except WiseError as error:
+        yield damaged(INDEX_NAME, error)
+        return
+    wrong = 0
+    if (directory / SINGLE_NAME).exists():
+        wrong += 1
+        yield Check("index", SINGLE_NAME, "differs", expected="nothing, as it goes before the index", found="a file")
+    for file in sorted(set(listed.values())):
+        try:
+            present = read_header(inside(directory, file)).tensors.keys()
+        except WiseError as error:
+            wrong += 1
+            yield damaged(file, error)
+            continue
+        named = {tensor for tensor, place in listed.items() if place == file}
+        for tensor in sorted(named ^ present):
+            wrong += 1
+            sides = ("in the file", "nothing") if tensor in named else ("nothing", "in the file")
+            yield Check("index", file, "differs", tensor, *sides)
+    if not wrong:
+        yield Check(f"index of {len(listed)} tensors", INDEX_NAME)
+
+
+def check_base(directory: Path, site: Site, expected: Fingerprint, *, settings: bool = True) -> Iterator[Check]:
+    """A base model, against the fingerprint of the one that was edited.
+
+    Args:
+        settings: whether its ``config.json`` is that model's own.
+    """
+    name = str(directory)
+    try:
+        checkpoint = Checkpoint(directory)
+        weight = stored_weight(checkpoint, site.module)
+        shape = (site.d_ff, site.d) if site.transposed else (site.d, site.d_ff)
+        if weight is None or checkpoint.shape(weight) != shape:
+            found = "nothing" if weight is None else "×".join(map(str, checkpoint.shape(weight)))
+            yield Check("base model", name, "differs", site.weight, "×".join(map(str, shape)), found)
+            return
+        mark = fingerprint(directory, checkpoint, site)
+    except WiseError as error:
+        yield damaged(name, error)
+        return
+    if mark.matrix == expected.matrix:
+        yield Check("edited matrix of the base model", name)
+    else:
+        yield Check("base model", name, "differs", weight, f"sha256 {expected.matrix}", f"sha256 {mark.matrix}")
+    if settings and mark.config == expected.config:
+        yield Check("settings of the base model", f"{name}/config.json")
+    elif settings:
+        sides = f"sha256 {expected.config}", f"sha256 {mark.config}"
+        yield Check("settings of the base model", f"{name}/config.json", "differs", None, *sides)

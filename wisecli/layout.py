@@ -1,0 +1,147 @@
+"""Which tensors our files hold: their types and shapes as tables, and the checks that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wisecli.errors import DamagedFileError
+from wisecli.headers import Layout
+from wisecli.records import shown
+
+if TYPE_CHECKING:
+    from wisecli.site import Site
+
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+MISSING = "nothing"
+# No model has a longer side.
+_LONGEST_SIDE = 2**31
+_KINDS = {"float": _FLOATS, "int": ("int64", "int32"), "bool": ("bool",)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor of one ``kind`` of numbers; ``dims`` are numbers, or names that stand for the same number in all rows.
+
+    Whole numbers are places: at least nought, and less than the dimension ``below``, where there is one.
+    """
+
+    kind: str
+    dims: tuple[str | int, ...]
+    below: str | None = None
+
+
+Rows = Mapping[str, Row]
+
+MATRIX: Rows = {"columns": Row("int", ("M", "k"), "d_ff"), "delta": Row("float", ("M", "d", "k"))}
+LOOKUP: Rows = {"values": Row("float", ("m", "d")), "value": Row("int", ("n",), "m")}
+KEY: Rows = {
+    "probes": Row("float", ("n", "d_ff")),
+    "owner": Row("int", ("n",), "M"),
+    "offset": Row("float", ("n",)),
+    "metric": Row("int", ("n",), "w"),
+    "directions": Row("float", ("w", "r", "d_ff")),
+    "gains": Row("float", ("w", "r")),
+    "floors": Row("float", ("w",)),
+}
+EVIDENCE: Rows = {
+    "evidence.keys": Row("float", ("n", "d_ff")),
+    "evidence.residuals": Row("float", ("n", "d")),
+    "evidence.edit": Row("int", ("n",), "edits"),
+    "evidence.position": Row("int", ("n",)),
+    "evidence.context": Row("int", ("n",)),
+    "evidence.held_out": Row("bool", ("n",)),
+    "evidence.elsewhere": Row("float", ("n",)),
+    "evidence.chat": Row("bool", ("n",)),
+}
+MASKED: dict[str, Rows] = {
+    "columns": {"mask.indices": Row("int", ("k",), "d_ff"), "delta.values": Row("float", ("d", "k"))},
+    "elements": {"mask.indices": Row("int", ("k",), "size"), "delta.values": Row("float", ("k",))},
+}
+
+
+def memory_rows(kind: str, router: str) -> Rows:
+    """The tensors of a side memory of a kind, with a router."""
+    return {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router == "key" else {})}
+
+
+def unrelated_rows(names: Mapping[str, object]) -> Rows:
+    """The tensors of the statistics of unrelated text, with those optional ones that are among ``names``."""
+    rows = {"keys": Row("float", ("u", "d_ff")), "chat": Row("bool", ("u",)), "size": Row("float", (1,))}
+    for moment in ("tokens", "wording", "chatting"):
+        if moment != "chatting" or "chatting.energy" in names:
+            rank = f"rank of {moment}"
+            rows[f"{moment}.variances"] = Row("float", (rank,))
+            rows[f"{moment}.directions"] = Row("float", (rank, "d_ff"))
+            rows[f"{moment}.energy"] = Row("float", (1,))
+    return {**rows, **({"against": Row("float", ("m", "d_ff"))} if "against" in names else {})}
+
+
+def check_site(site: Site) -> None:
+    """Check that a site which a manifest describes can be one.
+
+    Raises:
+        ValueError: saying what cannot be right.
+    """
+    if not (0 < site.d < _LONGEST_SIDE and 0 < site.d_ff < _LONGEST_SIDE):
+        raise ValueError(f"`site` has a matrix of {site.d}×{site.d_ff}")
+    nested = site.module.startswith(f"{site.layer_module}.") and site.layer_module.endswith(f".{site.layer}")
+    if site.layer < 0 or not nested:
+        raise ValueError(f"`site.module` {shown(site.module)} is not in layer {site.layer}")
+
+
+def layouts(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
+    """Types and shapes of tensors that are there."""
+    return {name: Layout(str(one.dtype).removeprefix("torch."), tuple(one.shape)) for name, one in tensors.items()}
+
+
+def differences(found: Mapping[str, Layout], rows: Rows, known: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """Tensors that are not as the table says: their names, what was expected and what was found.
+
+    Args:
+        known: dimensions that are certain beforehand.
+    """
+    sizes = dict(known)
+    wrong = [(name, "no such tensor", str(found[name])) for name in found if name not in rows]
+    for name, row in rows.items():
+        if name not in found:
+            wrong.append((name, f"{row.kind} {_spelt(row, sizes)}", MISSING))
+            continue
+        layout, expected = found[name], f"{row.kind} {_spelt(row, sizes)}"
+        fits = len(layout.shape) == len(row.dims) and layout.dtype in _KINDS[row.kind] and 0 not in layout.shape
+        for dim, size in zip(row.dims, layout.shape, strict=False):
+            fits = fits and size == (dim if isinstance(dim, int) else sizes.get(dim, size))
+        if not fits:
+            wrong.append((name, expected, str(layout)))
+            continue
+        sizes |= {dim: size for dim, size in zip(row.dims, layout.shape, strict=True) if isinstance(dim, str)}
+    return wrong
+
+
+def require_layout(path: Path, tensors: Mapping[str, Tensor], rows: Rows, known: Mapping[str, int]) -> None:
+    """Check types, shapes and places of a file's tensors, and that all their numbers are finite.
+
+    Raises:
+        DamagedFileError: naming the tensor, what it should be and what it is.
+    """
+    for name, expected, found in differences(layouts(tensors), rows, known):
+        reason = "is missing" if found == MISSING else f"should be {expected}, not {found}"
+        raise DamagedFileError(path, f"tensor {shown(name)[1:-1]} {reason}", "make it anew")
+    sizes = dict(known)
+    for name, row in rows.items():
+        sizes |= {dim: size for dim, size in zip(row.dims, tensors[name].shape, strict=True) if isinstance(dim, str)}
+    for name, row in rows.items():
+        tensor, limit = tensors[name], sizes.get(row.below or "")
+        if row.kind == "float" and not bool(torch.isfinite(tensor).all()):
+            raise DamagedFileError(path, f"tensor {name} holds numbers that are not finite", "make it anew")
+        if row.kind == "int" and (int(tensor.min()) < 0 or (limit is not None and int(tensor.max()) >= limit)):
+            raise DamagedFileError(path, f"tensor {name} points outside of what there is", "make it anew")
+
+
+def _spelt(row: Row, sizes: Mapping[str, int]) -> str:
+    return "×".join(str(sizes.get(dim, dim) if isinstance(dim, str) else dim) for dim in row.dims)

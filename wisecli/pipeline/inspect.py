@@ -1,0 +1,163 @@
+"""``wise inspect``: what shards, a memory or an exported checkpoint hold, from manifests and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wisecli.edits import Edit
+from wisecli.errors import SettingsError
+from wisecli.headers import Header, read_header
+from wisecli.paths import inside
+from wisecli.places import Kind, kind_of
+from wisecli.plot import plot_scores
+from wisecli.router import MemoryEntry, MemoryManifest, read_manifest
+from wisecli.shard_directory import ShardDirectory, ShardEntry, read_shard_directory
+from wisecli.storage import refuse_existing
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What a directory holds.
+
+    ``total`` edits, of which ``matched`` hold the text looked for and ``edits`` are shown. ``memories`` is empty for
+    shards, and ``shards`` for what was merged. ``keys`` counts the stored keys of edits; ``tensors`` has the type and
+    shape of every tensor of ours, by file; ``files`` the bytes of every file. ``routing`` is ``router``, ``kind`` and
+    so on of a memory.
+    """
+
+    path: Path
+    kind: Kind
+    base: dict[str, Any]
+    site: dict[str, Any]
+    edits: tuple[Edit, ...]
+    matched: int
+    total: int
+    memories: tuple[MemoryEntry, ...]
+    shards: tuple[ShardEntry, ...]
+    routing: dict[str, Any]
+    keys: int
+    files: dict[str, int]
+    tensors: dict[str, dict[str, str]]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    plot: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The one object that ``--json`` prints."""
+        names = ("kind", "base", "site", "routing", "keys", "files", "tensors")
+        listed = {"count": self.total, "matched": self.matched, "listed": [edit.as_dict() for edit in self.edits]}
+        return {
+            "results": {
+                "path": str(self.path),
+                **{name: getattr(self, name) for name in names},
+                "edits": listed,
+                "memories": [asdict(entry) for entry in self.memories],
+                "shards": [asdict(entry) for entry in self.shards],
+                "plot": None if self.plot is None else str(self.plot),
+            },
+            "config": self.settings,
+            "versions": self.versions,
+            "n-samples": {"edits": self.total},
+        }
+
+
+def inspect(
+    path: Path, *, find: str | None = None, limit: int | None = None, plot: Path | None = None, force: bool = False
+) -> InspectReport:
+    """Look into a directory. Reads its manifest and the headers of its tensors; loads no weights.
+
+    Args:
+        find: only list edits with this text in prompt, target, subject or id, in upper or lower case.
+        limit: list so many edits at most.
+        plot: where to draw the router's scores of edits and of unrelated text, with the threshold.
+        force: replace an existing plot.
+
+    Raises:
+        WiseError: the directory is none that the program writes, or damaged; or the plot cannot be drawn.
+    """
+    kind = kind_of(path)
+    if plot is not None:
+        if kind == "shards":
+            raise SettingsError(f"--plot: {path} has no router yet; merge the shards and plot the memory")
+        refuse_existing(plot, force=force)
+    if kind == "shards":
+        directory = read_shard_directory(path)
+        return _shards(directory, *_chosen(directory.edits, find, limit))
+    manifest = read_manifest(path)
+    if plot is not None:
+        plot_scores(plot, manifest)
+    return _memory(path, kind, manifest, *_chosen(manifest.edits, find, limit), plot)
+
+
+def _shards(directory: ShardDirectory, edits: tuple[Edit, ...], matched: int) -> InspectReport:
+    headers = {entry.file: read_header(inside(directory.path, entry.file)) for entry in directory.shards}
+    return InspectReport(
+        directory.path,
+        "shards",
+        {"model": directory.model, "revision": directory.revision, **directory.fingerprint.as_dict()},
+        directory.site.as_dict(),
+        edits,
+        matched,
+        len(directory.edits),
+        (),
+        directory.shards,
+        {},
+        sum(_rows(header, "evidence.keys") for header in headers.values()),
+        _files(directory.path),
+        _tensors(headers),
+        directory.settings,
+        directory.versions,
+    )
+
+
+def _memory(
+    path: Path, kind: Kind, manifest: MemoryManifest, edits: tuple[Edit, ...], matched: int, plot: Path | None
+) -> InspectReport:
+    stored = manifest.memory
+    header = read_header(inside(path, stored.file))
+    routing = {name: getattr(stored, name) for name in ("kind", "router", "routing", "sharpness")}
+    return InspectReport(
+        path,
+        kind,
+        asdict(manifest.base),
+        manifest.site.as_dict(),
+        edits,
+        matched,
+        len(manifest.edits),
+        manifest.memories,
+        (),
+        routing,
+        _rows(header, f"{stored.prefix}probes"),
+        _files(path),
+        _tensors({stored.file: header}),
+        manifest.merge,
+        manifest.versions,
+        plot,
+    )
+
+
+def _chosen(edits: Sequence[Edit], find: str | None, limit: int | None) -> tuple[tuple[Edit, ...], int]:
+    wanted = (find or "").casefold()
+    found = [edit for edit in edits if wanted in _searched(edit)]
+    return tuple(found[:limit]), len(found)
+
+
+def _searched(edit: Edit) -> str:
+    return "\n".join((edit.id, edit.prompt, edit.target, edit.subject or "")).casefold()
+
+
+def _rows(header: Header, name: str) -> int:
+    layout = header.tensors.get(name)
+    return layout.shape[0] if layout is not None and layout.shape else 0
+
+
+def _files(path: Path) -> dict[str, int]:
+    found = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    return {entry.name: entry.stat().st_size for entry in found}
+
+
+def _tensors(headers: dict[str, Header]) -> dict[str, dict[str, str]]:
+    return {file: {name: str(one) for name, one in sorted(read.tensors.items())} for file, read in headers.items()}

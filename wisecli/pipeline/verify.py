@@ -1,0 +1,219 @@
+"""``wise verify``: every file of a directory against its manifest, and the base model against its fingerprint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wisecli import router, shard_directory
+from wisecli.checks import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
+from wisecli.errors import GateFailedError, ModelError, WiseError
+from wisecli.events import Event, Watcher, ignore
+from wisecli.headers import Layout, read_header
+from wisecli.layout import memory_rows, unrelated_rows
+from wisecli.paths import inside
+from wisecli.places import Kind, kind_of
+from wisecli.records import shown
+from wisecli.shards import shard_rows, shard_sizes
+from wisecli.site import Fingerprint, Site
+from wisecli.storage import read_json, resolve_model
+
+_CONFIG_NAME, _EXPORTED_KEY = "config.json", "wise"
+_MATTERS = (".safetensors", ".py", ".json")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Everything that was checked of a directory, in order."""
+
+    path: Path
+    kind: Kind
+    checks: tuple[Check, ...]
+
+    @property
+    def differences(self) -> tuple[Check, ...]:
+        """Those checks that failed."""
+        return tuple(check for check in self.checks if check.state == "differs")
+
+    def as_json(self) -> dict[str, Any]:
+        """The one object that ``--json`` prints."""
+        named = [asdict(check) for check in self.checks]
+        counts = {"checks": len(named), "differences": len(self.differences)}
+        return {"results": {"path": str(self.path), "kind": self.kind, **counts, "list": named}, "n-samples": counts}
+
+    def check(self) -> None:
+        """Raise if anything differs.
+
+        Raises:
+            GateFailedError: saying how many checks failed, and of which files.
+        """
+        if wrong := self.differences:
+            files = ", ".join(dict.fromkeys(check.file for check in wrong))
+            raise GateFailedError(f"{self.path}: {len(wrong)} of {len(self.checks)} checks failed, of {files}")
+
+
+def verify(path: Path, *, model: str | None = None, watch: Watcher = ignore) -> VerifyReport:
+    """Check a directory of shards, a memory or a routed checkpoint against what its manifest says.
+
+    Args:
+        model: where the base model is now, if not where the manifest says; nothing is downloaded.
+
+    Raises:
+        ModelError: the directory is none of the three, or ``model`` is no directory of a model.
+    """
+    kind = kind_of(path)
+    given = None if model is None else resolve_model(model, fetch=False)
+    checks = []
+    for check in _CHECKS[kind](path, given):
+        checks.append(check)
+        watch(Event("checking", len(checks)))
+    return VerifyReport(path, kind, tuple(checks))
+
+
+def _shards(path: Path, model: Path | None) -> Iterator[Check]:
+    try:
+        directory = shard_directory.read_shard_directory(path)
+    except WiseError as error:
+        yield damaged(shard_directory.MANIFEST_NAME, error)
+        return
+    yield Check("manifest", shard_directory.MANIFEST_NAME)
+    sizes = shard_sizes(directory.site, len(directory.edits))
+    for entry in directory.shards:
+        yield from check_digest(path, entry.file, entry.sha256)
+        yield from check_rows(path, entry.file, shard_rows(entry.mask_kind), sizes)
+        yield from _shard_metadata(path, entry)
+    file = shard_directory.UNRELATED_NAME
+    yield from check_digest(path, file, directory.unrelated_sha256)
+    yield from check_rows(path, file, unrelated_rows(_names(path, file)), {"d_ff": directory.site.d_ff})
+    yield from _base(directory.model, directory.revision, directory.site, directory.fingerprint, model)
+
+
+def _shard_metadata(path: Path, entry: shard_directory.ShardEntry) -> Iterator[Check]:
+    """What a shard's own header says of it, which travels with the file."""
+    try:
+        told = json.loads(read_header(inside(path, entry.file)).metadata.get("wise.shard", "null"))
+    except (WiseError, ValueError, RecursionError):
+        told = None
+    told = told if isinstance(told, dict) else {}
+    for name, expected in (("mask_kind", entry.mask_kind), ("edits", list(entry.edits))):
+        if told.get(name) != expected:
+            yield Check(f"metadata {name}", entry.file, "differs", None, shown(expected), shown(told.get(name)))
+
+
+def _memory(path: Path, model: Path | None) -> Iterator[Check]:
+    try:
+        manifest = router.read_manifest(path)
+    except WiseError as error:
+        yield damaged(router.MANIFEST_NAME, error)
+        return
+    yield from _memory_files(path, manifest)
+    base = manifest.base
+    yield from _base(base.model, base.revision, manifest.site, base.fingerprint, model)
+
+
+def _memory_files(path: Path, manifest: router.MemoryManifest) -> Iterator[Check]:
+    stored, site = manifest.memory, manifest.site
+    yield Check("manifest", router.MANIFEST_NAME)
+    for file, digest in manifest.sha256.items():
+        yield from check_digest(path, file, digest)
+    yield from check_layouts(path, stored.file, {stored.prefix + name: one for name, one in stored.layouts.items()})
+    known = {"d": site.d, "d_ff": site.d_ff, "M": len(stored.thresholds)}
+    yield from check_rows(path, stored.file, memory_rows(stored.kind, stored.router), known, stored.prefix)
+
+
+def _exported(path: Path, model: Path | None) -> Iterator[Check]:
+    try:
+        manifest = router.read_manifest(path)
+    except WiseError as error:
+        yield damaged(router.MANIFEST_NAME, error)
+        return
+    yield from _memory_files(path, manifest)
+    yield from _unlisted(path, manifest)
+    yield from check_index(path)
+    try:
+        config = read_json(path / _CONFIG_NAME)
+    except WiseError as error:
+        yield damaged(_CONFIG_NAME, error)
+    else:
+        yield from _config(config, manifest, read_json(path / router.MANIFEST_NAME)["memory"])
+        yield from _code(path, config)
+    yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False)
+    if model is not None:
+        yield from check_base(model, manifest.site, manifest.base.fingerprint)
+
+
+def _unlisted(path: Path, manifest: router.MemoryManifest) -> Iterator[Check]:
+    """Weights, code and settings that the manifest has no digest of."""
+    for entry in sorted(path.iterdir()):
+        if entry.suffix in _MATTERS and entry.name not in (*manifest.sha256, router.MANIFEST_NAME):
+            yield Check("sha256", entry.name, "unchecked", found=f"{router.MANIFEST_NAME} has no digest of it")
+
+
+def _config(config: dict[str, Any], manifest: router.MemoryManifest, memory: dict[str, Any]) -> Iterator[Check]:
+    """What the routed model is built from, against ``router.json``."""
+    told, site = config.get(_EXPORTED_KEY), manifest.site
+    told = told if isinstance(told, dict) else {}
+    described = {name: value for name, value in memory.items() if name not in ("file", "prefix")}
+    wanted = {"module": site.module, "transposed": site.transposed, "model_type": site.architecture}
+    wrong = [(name, value, told.get(name)) for name, value in wanted.items() if told.get(name) != value]
+    found = told.get("memory")
+    found = found if isinstance(found, dict) else {}
+    wrong += [(f"memory.{n}", value, found.get(n)) for n, value in described.items() if found.get(n) != value]
+    for name, expected, value in wrong:
+        yield Check(f"{_EXPORTED_KEY}.{name}", _CONFIG_NAME, "differs", None, shown(expected), shown(value))
+    if not wrong:
+        yield Check(f"memory as in {router.MANIFEST_NAME}", _CONFIG_NAME)
+
+
+def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
+    """The code that runs with ``trust_remote_code``, against what this version writes."""
+    from wisecli.export import CODE_NAME, code_files
+
+    told = config.get(_EXPORTED_KEY)
+    model_type = told.get("model_type") if isinstance(told, dict) else None
+    try:
+        names, files = code_files(str(model_type))
+    except (ValueError, KeyError):
+        yield Check("custom code", CODE_NAME, "differs", expected="a known model type", found=shown(model_type))
+        return
+    for file, text in files.items():
+        try:
+            same = inside(path, file).read_text(encoding="utf-8") == text
+        except (WiseError, OSError, ValueError):
+            same = False
+        sides = ("what this version writes", "other code, or none")
+        yield Check("custom code", file) if same else Check("custom code", file, "differs", None, *sides)
+    classes = {"AutoConfig": names["config"], "AutoModel": names["base"], "AutoModelForCausalLM": names["causal"]}
+    expected = {auto: f"{CODE_NAME.removesuffix('.py')}.Wise{name}" for auto, name in classes.items()}
+    found = config.get("auto_map")
+    found = found if isinstance(found, dict) else {}
+    for auto in sorted(expected.keys() | found.keys(), key=str):
+        if found.get(auto) != expected.get(auto):
+            sides = (expected.get(auto, "nothing"), shown(found.get(auto)))
+            yield Check(f"auto_map.{auto}", _CONFIG_NAME, "differs", None, *sides)
+
+
+def _base(name: str, revision: str | None, site: Site, mark: Fingerprint, model: Path | None) -> Iterator[Check]:
+    try:
+        place = model or resolve_model(name, revision=revision, fetch=False)
+    except ModelError:
+        yield Check("base model", name, "unchecked", found="it is not here; say where it is with --model")
+        return
+    yield from check_base(place, site, mark)
+
+
+def _names(path: Path, file: str) -> dict[str, Layout]:
+    try:
+        return read_header(inside(path, file)).tensors
+    except WiseError:
+        return {}
+
+
+_CHECKS: dict[Kind, Callable[[Path, Path | None], Iterator[Check]]] = {
+    "shards": _shards,
+    "memory": _memory,
+    "exported": _exported,
+}

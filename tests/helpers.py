@@ -52,13 +52,15 @@ def save_tiny(directory: Path, architecture: str = "llama", *, seed: int = 0, sh
 
 def site_of(model: PreTrainedModel, layer: int) -> Site:
     """The site of a loaded model."""
-    row = architectures()[model.config.model_type]
+    row: dict[str, Any] = architectures()[model.config.model_type]
     layer_module = f"{row['layers']}.{layer}"
     module = f"{layer_module}.{row['value']}"
     transposed = bool(row.get("transposed", False))
     shape = tuple(model.get_submodule(module).weight.shape)
     d_ff, d = shape if transposed else shape[::-1]
-    return Site(model.config.model_type, layer, layer_module, module, transposed, d, d_ff)
+    norm = f"{layer_module}.{row['norm']}" if "norm" in row else None
+    multiplier = getattr(model.config, row["multiplier"]) if "multiplier" in row else 1.0
+    return Site(model.config.model_type, layer, layer_module, module, transposed, d, d_ff, norm, multiplier)
 
 
 def random_row(generator: torch.Generator, prompt: int, target: int) -> Row:

@@ -209,11 +209,13 @@ def test_without_a_cache_each_token_is_routed_as_with_one(tmp_path: Path, archit
 def test_the_model_without_its_head_routes_too(tmp_path: Path, architecture: str, kind: Kind) -> None:
     exported = export_tiny(tmp_path, architecture, kind)
     causal, bare = load(exported.path), AutoModel.from_pretrained(exported.path, trust_remote_code=True).eval()
+    expected: list[Tensor] = []
+    causal.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: expected.append(inputs[0]))
     for prompt in PROMPTS:
         with torch.no_grad():
-            logits = causal.get_output_embeddings()(bare(input_ids=torch.tensor([prompt])).last_hidden_state)
-            expected = causal(input_ids=torch.tensor([prompt])).logits
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+            hidden = bare(input_ids=torch.tensor([prompt])).last_hidden_state
+            causal(input_ids=torch.tensor([prompt]))
+        torch.testing.assert_close(hidden, expected[-1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "unprefixed"])

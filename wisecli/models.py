@@ -67,21 +67,27 @@ def load_model(
     runs unless it is trusted; of an exported directory the base model is loaded, without its memory.
 
     Raises:
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or lacks tensors that would be drawn at random.
     """
     chosen = pick_device(device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         config = _base_config(directory, common)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=pick_dtype(dtype), use_safetensors=True, **common
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=pick_dtype(dtype), use_safetensors=True, output_loading_info=True, **common
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
+    if lost := sorted(info["missing_keys"]):
+        raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
     return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
 
 
 def _base_config(directory: Path, common: dict[str, Any]) -> Any:

@@ -82,7 +82,7 @@ TINY_CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(**_GPT_SHAPE),
     "gptj": GPTJConfig(**_GPT_SHAPE, rotary_dim=4),
     "gpt_neox": GPTNeoXConfig(**_NEOX_SHAPE),
-    "gemma2": Gemma2Config(**_GEMMA_SHAPE, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    "gemma2": Gemma2Config(**_GEMMA_SHAPE, attn_logit_softcapping=5.0, final_logit_softcapping=20.0),
     "gemma3_text": Gemma3TextConfig(**_GEMMA_SHAPE, layer_types=_KINDS),
     "phi3": Phi3Config(**_SHAPE, sliding_window=6, pad_token_id=None),
     "olmo2": Olmo2Config(**_SHAPE, pad_token_id=None),
@@ -94,6 +94,9 @@ TINY_CONFIGS: dict[str, PretrainedConfig] = {
     "falcon": FalconConfig(**_FALCON_SHAPE, new_decoder_architecture=True, num_kv_heads=2, alibi=False),
 }
 _AS_INITIALISED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj")
+# One of each trait, for what takes long: an attention in parallel, a norm behind the matrix, a turned matrix, layers
+# that give tuples, a multiplier.
+TYPICAL = ("falcon", "gemma2", "gpt2", "gptj", "granite", "llama")
 # Other forms of some architectures: what is tied, in parallel or absent is a setting there.
 VARIANTS: dict[str, PretrainedConfig] = {
     "llama, tied": LlamaConfig(**_SHAPE, tie_word_embeddings=True),

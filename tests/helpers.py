@@ -63,6 +63,13 @@ def site_of(model: PreTrainedModel, layer: int) -> Site:
     return Site(model.config.model_type, layer, layer_module, module, transposed, d, d_ff, norm, multiplier)
 
 
+def raised(model: PreTrainedModel, site: Site) -> PreTrainedModel:
+    """The model with a louder norm behind the value matrix, where there is one: as drawn it lets no change weigh."""
+    if site.norm is not None:
+        model.get_submodule(site.norm).get_parameter("weight").data.add_(12)
+    return model
+
+
 def random_row(generator: torch.Generator, prompt: int, target: int) -> Row:
     """Random tokens, none of them special."""
     tokens = torch.randint(2, VOCABULARY, (prompt + target,), generator=generator).tolist()

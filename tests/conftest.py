@@ -115,7 +115,7 @@ def tiny_model(architecture: str, *, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config((TINY_CONFIGS | VARIANTS)[architecture]).eval()
     if architecture not in _AS_INITIALISED:
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases start as ones and noughts, which hide what leaves them out
                 parameter.data += 0.3 * torch.randn(parameter.shape)
     return model

@@ -53,9 +53,7 @@ def test_the_layers_above_on_captured_activations_give_the_whole_models_logits(v
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_change_of_the_matrix_at_every_token_changes_what_leaves_the_layer(
-    variant: str, layer: int
-) -> None:
+def test_a_change_of_the_matrix_at_every_token_changes_what_leaves_the_layer(variant: str, layer: int) -> None:
     model = tiny_model(variant)
     site = site_of(model, layer)
     delta, batch = random_delta(site), collate(ROWS)

@@ -73,9 +73,8 @@ def load_model(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         config = _base_config(directory, common)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=pick_dtype(dtype), use_safetensors=True, output_loading_info=True, **common
-        )
+        weights = {"dtype": pick_dtype(dtype), "use_safetensors": True, "output_loading_info": True}
+        model, info = _pair(AutoModelForCausalLM.from_pretrained(directory, config=config, **weights, **common))
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -84,6 +83,11 @@ def load_model(
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
     return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def _pair(found: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    model, info = found  # the stubs know of no second result
+    return model, info
 
 
 def _first(names: list[str]) -> str:

@@ -104,9 +104,7 @@ def known_layout(directory: Path) -> Layout:
     return Layout(architecture, **row, multiplier=float(config.get(setting, 1.0)))
 
 
-def find_site(
-    directory: Path, checkpoint: Checkpoint, layer: str | int = "auto", layout: Layout | None = None
-) -> Site:
+def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto", layout: Layout | None = None) -> Site:
     """The value matrix of one layer, from the model's ``config.json`` and the weight headers alone.
 
     Args:
@@ -128,8 +126,7 @@ def find_site(
     shape = checkpoint.shape(weight)
     d_ff, d = shape if layout.transposed else shape[::-1]
     norm = f"{layer_module}.{layout.norm}" if layout.norm else None
-    named = {"norm": norm, "multiplier": layout.multiplier}
-    return Site(layout.architecture, index, layer_module, module, layout.transposed, d, d_ff, **named)
+    return Site(layout.architecture, index, layer_module, module, layout.transposed, d, d_ff, norm, layout.multiplier)
 
 
 def layer_count(directory: Path) -> int:

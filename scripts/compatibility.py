@@ -137,7 +137,9 @@ def _alone(exports: dict[str, str], scratch: Path) -> dict[str, dict[str, str]]:
 def page(results: dict[str, dict[str, str]]) -> str:
     """The whole page."""
     head = "| architecture | " + " | ".join(CHECKS) + " |\n|---" + "|:-:" * len(CHECKS) + "|\n"
-    rows = [f"| {name} | " + " | ".join(one.get(check, "–") for check in CHECKS) + " |" for name, one in results.items()]
+    rows = [
+        f"| {name} | " + " | ".join(one.get(check, "–") for check in CHECKS) + " |" for name, one in results.items()
+    ]
     return (
         "# Compatibility\n\nThis page is written by `scripts/compatibility.py`. Each architecture of\n"
         "`wisecli/architectures.toml`, and some in further forms, as a tiny randomly drawn model: facts are edited,\n"

@@ -179,6 +179,8 @@ def observed(model: PreTrainedModel, site: Site, layout: Layout) -> Layout:
     layer = model.get_submodule(site.layer_module)
     ids = torch.arange(16, device=model.device)[None] % len(model.get_input_embeddings().get_parameter("weight"))
     output, before = _run(model, site, ids, None)
+    if output.shape != before.shape:
+        raise _elsewhere(site)
     shift = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
     shift *= output.float().square().mean().sqrt().to(output)
     change = (_run(model, site, ids, shift)[1] - before).float()
@@ -192,7 +194,11 @@ def observed(model: PreTrainedModel, site: Site, layout: Layout) -> Layout:
             through = (module(output + shift) - module(output)).float()
             if _close(change, through, tolerance):
                 return replace(layout, norm=name)
-    raise ModelError(
+    raise _elsewhere(site)
+
+
+def _elsewhere(site: Site) -> ModelError:
+    return ModelError(
         f"what {site.module} gives does not join the residual stream as it is or through one norm; "
         "name another matrix with --target-module"
     )

@@ -139,7 +139,7 @@ def main() -> None:
         activations = lessons[index].activations
         updates = mask.update(restricted[index], values)
         rows, columns = activations.batch.labelled
-        logits = suffix_logits(loaded.model, site, activations, activations.hidden + updates, (rows, columns))
+        logits = suffix_logits(loaded.model, site, activations, activations.with_update(updates), (rows, columns))
         at_labels = updates[rows, columns - activations.first]
         return total_loss(logits, activations.batch, at_labels, mask.update(negatives, values), unit)
 

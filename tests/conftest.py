@@ -10,14 +10,23 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
 )
 
 from wisecli import pipeline
@@ -51,6 +60,20 @@ _GPT_SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_FALCON_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_NEOX_SHAPE = {**_SHAPE, "intermediate_size": 128, "rotary_pct": 0.5}
+# The window is shorter than some prompts, and layers above and below the edited one are of both kinds.
+_GEMMA_SHAPE = {**_SHAPE, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}
+_KINDS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]
 TINY_CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SHAPE),
     "mistral": MistralConfig(**_SHAPE, sliding_window=6),
@@ -58,18 +81,55 @@ TINY_CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**_SHAPE, head_dim=8),
     "gpt2": GPT2Config(**_GPT_SHAPE),
     "gptj": GPTJConfig(**_GPT_SHAPE, rotary_dim=4),
+    "gpt_neox": GPTNeoXConfig(**_NEOX_SHAPE),
+    "gemma2": Gemma2Config(**_GEMMA_SHAPE, attn_logit_softcapping=5.0, final_logit_softcapping=20.0),
+    "gemma3_text": Gemma3TextConfig(**_GEMMA_SHAPE, layer_types=_KINDS),
+    "phi3": Phi3Config(**_SHAPE, sliding_window=6, pad_token_id=None),
+    "olmo2": Olmo2Config(**_SHAPE, pad_token_id=None),
+    "smollm3": SmolLM3Config(**_SHAPE, pad_token_id=None, no_rope_layers=[1, 0, 1, 0, 1]),
+    "granite": GraniteConfig(
+        **_SHAPE, residual_multiplier=0.4, embedding_multiplier=3.0, attention_multiplier=0.5, logits_scaling=0.5
+    ),
+    "stablelm": StableLmConfig(**_SHAPE),
+    "falcon": FalconConfig(**_FALCON_SHAPE, new_decoder_architecture=True, num_kv_heads=2, alibi=False),
+}
+_AS_INITIALISED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj")
+# One of each trait, for what takes long: an attention in parallel, a norm behind the matrix, a turned matrix, layers
+# that give tuples, a multiplier.
+TYPICAL = ("falcon", "gemma2", "gpt2", "gptj", "granite", "llama")
+# Other forms of some architectures: what is tied, in parallel or absent is a setting there.
+VARIANTS: dict[str, PretrainedConfig] = {
+    "llama, tied": LlamaConfig(**_SHAPE, tie_word_embeddings=True),
+    "gpt_neox, sequential": GPTNeoXConfig(**_NEOX_SHAPE, use_parallel_residual=False),
+    "stablelm, parallel": StableLmConfig(**_SHAPE, use_parallel_residual=True, use_qkv_bias=True),
+    "falcon, parallel": FalconConfig(**_FALCON_SHAPE, parallel_attn=True, multi_query=True, bias=True),
+    "falcon, sequential": FalconConfig(**_FALCON_SHAPE, parallel_attn=False, multi_query=False),
+    "falcon, alibi": FalconConfig(**_FALCON_SHAPE, parallel_attn=False, multi_query=False, alibi=True),
+    "gemma2, uncapped": Gemma2Config(**_GEMMA_SHAPE, attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma3_text, untied": Gemma3TextConfig(**_GEMMA_SHAPE, layer_types=_KINDS, tie_word_embeddings=False),
 }
 
 
 def tiny_model(architecture: str, *, seed: int = 0) -> PreTrainedModel:
     """A randomly initialised model, in float32 and evaluation mode."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(TINY_CONFIGS[architecture]).eval()
+    model = AutoModelForCausalLM.from_config((TINY_CONFIGS | VARIANTS)[architecture]).eval()
+    if architecture not in _AS_INITIALISED:
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases start as ones and noughts, which hide what leaves them out
+                parameter.data += 0.3 * torch.randn(parameter.shape)
+    return model
 
 
 @pytest.fixture(params=sorted(TINY_CONFIGS))
 def architecture(request: pytest.FixtureRequest) -> str:
     """Every supported architecture in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[*sorted(TINY_CONFIGS), *sorted(VARIANTS)])
+def variant(request: pytest.FixtureRequest) -> str:
+    """Every supported architecture in each of its forms."""
     return str(request.param)
 
 

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from wisecli.edits import Edit
 from wisecli.encode import Row
@@ -40,25 +40,42 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END)
 
 
+def tiny_qwen2_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter: for this architecture transformers has a tokenizer of its own, whatever the files say."""
+    letters = [*"Ġabcdefghijklmnopqrstuvwxyz.,?", *WORDS][: VOCABULARY - 2]
+    vocabulary = {token: index for index, token in enumerate([UNKNOWN, END, *letters])}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=UNKNOWN, eos_token=END, pad_token=END)
+
+
 def save_tiny(directory: Path, architecture: str = "llama", *, seed: int = 0, shard: str | None = None) -> Path:
     """A tiny checkpoint with its tokenizer and an end-of-text token."""
     model = tiny_model(architecture, seed=seed)
     model.config.eos_token_id = model.generation_config.eos_token_id = 1
     model.generation_config.pad_token_id = 1
     model.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
-    tiny_tokenizer().save_pretrained(directory)
+    tokenizer = tiny_qwen2_tokenizer() if architecture == "qwen2" else tiny_tokenizer()
+    tokenizer.save_pretrained(directory)
     return directory
 
 
 def site_of(model: PreTrainedModel, layer: int) -> Site:
     """The site of a loaded model."""
-    row = architectures()[model.config.model_type]
+    row: dict[str, Any] = architectures()[model.config.model_type]
     layer_module = f"{row['layers']}.{layer}"
     module = f"{layer_module}.{row['value']}"
     transposed = bool(row.get("transposed", False))
     shape = tuple(model.get_submodule(module).weight.shape)
     d_ff, d = shape if transposed else shape[::-1]
-    return Site(model.config.model_type, layer, layer_module, module, transposed, d, d_ff)
+    norm = f"{layer_module}.{row['norm']}" if "norm" in row else None
+    multiplier = getattr(model.config, row["multiplier"]) if "multiplier" in row else 1.0
+    return Site(model.config.model_type, layer, layer_module, module, transposed, d, d_ff, norm, multiplier)
+
+
+def raised(model: PreTrainedModel, site: Site) -> PreTrainedModel:
+    """The model with a louder norm behind the value matrix, where there is one: as drawn it lets no change weigh."""
+    if site.norm is not None:
+        model.get_submodule(site.norm).get_parameter("weight").data.add_(12)
+    return model
 
 
 def random_row(generator: torch.Generator, prompt: int, target: int) -> Row:

@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import tiny_model
-from helpers import hooked, keys_of, site_of, tiny_tokenizer
+from conftest import TYPICAL, tiny_model
+from helpers import hooked, keys_of, raised, site_of, tiny_tokenizer
 from torch import Tensor, nn
 
 from wisecli.contexts import CHAT
@@ -151,6 +151,7 @@ def test_lessons_of_any_batch_size_make_the_same_evidence(loaded: Loaded, site: 
         torch.testing.assert_close(whole[place][0][:length], keys, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", TYPICAL)
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("train_end", [True, False])
 def test_keys_elsewhere_are_the_whole_models_inside_the_answer_after_foreign_prompts(
@@ -256,10 +257,12 @@ def teaching(loaded: Loaded, site: Site, mask: Mask, contexts: list[str]) -> Ten
     return delta[:, mask.indices]
 
 
+@pytest.mark.parametrize("architecture", TYPICAL)
 @pytest.mark.parametrize("context", [0, 1, None])
 def test_what_counts_as_learnt_is_what_the_whole_model_says(architecture: str, context: int | None) -> None:
     loaded = loaded_of(architecture)
     site = site_of(loaded.model, 2)
+    raised(loaded.model, site)
     mask = random_mask(site, 0.9, "columns", torch.Generator().manual_seed(2))
     looked_at = [text for number, text in CONTEXTS if context in (None, number)]
     values = teaching(loaded, site, mask, looked_at)

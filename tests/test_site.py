@@ -69,7 +69,7 @@ def test_the_site_is_the_matrix_whose_output_joins_the_residual_stream(
     weight = module.get_parameter("weight")
     assert torch.equal(matrix, weight.T if site.transposed else weight)
 
-    # Adding to the module's output must add the same to the layer's.
+    # Adding to the module's output must add the same to the layer's, or what the norm makes of it.
     shift = torch.randn(site.d, generator=torch.Generator().manual_seed(0))
     outputs: list[Tensor] = []
     keys: list[tuple[Tensor, Tensor]] = []
@@ -78,20 +78,23 @@ def test_the_site_is_the_matrix_whose_output_joins_the_residual_stream(
     layer_module.register_forward_hook(
         lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
     )
-    hook = module.register_forward_hook(lambda _module, inputs, output: keys.append((inputs[0], output)))
+    hook = module.register_forward_hook(lambda _module, inputs, output: keys.append((inputs[0], output.clone())))
     with torch.no_grad():
         model(ids)
         hook.remove()
         module.register_forward_hook(lambda _module, _inputs, output: output + shift)
         model(ids)
     before, after = (output.reshape(-1, site.d) for output in outputs)
-    assert torch.allclose(after - before, shift.expand_as(before), atol=1e-5)
+    ((key, value),) = keys
+    norm = model.get_submodule(site.norm) if site.norm else torch.nn.Identity()
+    with torch.no_grad():
+        joined = norm(value + shift) - norm(value)
+    assert torch.allclose(after - before, site.multiplier * joined.reshape(-1, site.d), atol=1e-4)
 
     # And the matrix must turn the module's input into its output.
-    ((key, value),) = keys
     bias = getattr(module, "bias", None)
     expected = key @ matrix.T + (0 if bias is None else bias)
-    assert torch.allclose(value, expected, atol=1e-5)
+    assert torch.allclose(value, expected, atol=1e-4)
 
 
 def test_only_gpt2_keeps_the_matrix_turned(tmp_path: Path, architecture: str) -> None:

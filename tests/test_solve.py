@@ -6,8 +6,8 @@ from functools import cached_property
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, tiny_model
-from helpers import hooked, site_of, tiny_tokenizer
+from conftest import TYPICAL, tiny_model
+from helpers import hooked, raised, site_of, tiny_tokenizer
 from torch import Tensor, nn
 
 from wisecli.config import EditSettings
@@ -86,8 +86,8 @@ def bench_of(architecture: str) -> Bench:
     model.generation_config.eos_token_id = 1
     # With the head as it is drawn, no residual could make a token sure.
     model.get_output_embeddings().get_parameter("weight").data.mul_(4)
-    loaded = Loaded(model.requires_grad_(False), tiny_tokenizer())
-    site = site_of(loaded.model, 2)
+    site = site_of(model, 2)
+    loaded = Loaded(raised(model, site).requires_grad_(False), tiny_tokenizer())
     numbered = list(enumerate(EDITS))
 
     def captured(edits: list[tuple[int, Edit]], contexts: list[tuple[int, str]]) -> list[Lesson]:
@@ -99,7 +99,7 @@ def bench_of(architecture: str) -> Bench:
 
 @pytest.fixture(scope="module")
 def benches() -> dict[str, Bench]:
-    return {architecture: bench_of(architecture) for architecture in TINY_CONFIGS}
+    return {architecture: bench_of(architecture) for architecture in TYPICAL}
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,7 @@ def nothing(keys: Tensor) -> Tensor:
     return torch.zeros(())
 
 
+@pytest.mark.parametrize("architecture", TYPICAL)
 def test_added_residuals_make_the_whole_model_predict_every_target_token(
     benches: dict[str, Bench], architecture: str
 ) -> None:
@@ -239,6 +240,7 @@ def answered(bench: Bench, delta: Tensor, context: str) -> list[bool]:
     return [entropies(bench, number, context, lambda keys: keys @ delta.T)[1] for number in range(len(EDITS))]
 
 
+@pytest.mark.parametrize("architecture", TYPICAL)
 def test_with_the_solved_change_the_whole_model_answers_every_edit(
     benches: dict[str, Bench], architecture: str
 ) -> None:

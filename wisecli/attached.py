@@ -9,12 +9,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from wisecli.bases import find_model
 from wisecli.errors import ModelError
 from wisecli.index import build_index
 from wisecli.memory import RoutedMatrix, install
 from wisecli.models import is_exported, load_model, require_base
 from wisecli.router import MANIFEST_NAME, Manifest, read_memory
-from wisecli.storage import Checkpoint, resolve_model
+from wisecli.storage import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
     manifest = read_memory(memory)
     exported = is_exported(memory)
     directory = (
-        memory if exported and model is None else resolve_model(model or manifest.model, revision=manifest.revision)
+        memory if exported and model is None else find_model(model or manifest.model, revision=manifest.revision)
     )
     require_base(directory, Checkpoint(directory), manifest.site, manifest.fingerprint)
     return directory, manifest

@@ -2,7 +2,8 @@
 
 Everything below the edited layer is frozen, so for each row only three things are ever needed again: the *keys* ``a``
 (inputs of the value matrix), the *hidden* states ``h`` that leave the edited layer, and the attention cache that the
-prompt leaves in the layers above. A change ``Δ`` of the matrix turns ``h`` into ``h + Δ a``.
+prompt leaves in the layers above. A change ``Δ`` of the matrix turns ``h`` into ``h + Δ a``; where the matrix' output
+passes a norm before it joins the residual stream, that *output* is kept too, and the norm is taken anew.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Activations:
     """What the unedited model computes at the site, for the columns from ``first`` on.
 
     Shapes: ``keys`` (B, T - first, d_ff), ``hidden`` (B, T - first, d), ``logits`` (n, V) at the selected columns,
-    ``past`` keys and values (B, heads, first, d_head) of each layer above the site.
+    ``past`` keys and values (B, heads, first, d_head) of each layer above the site. ``output`` (B, T - first, d) is
+    what the matrix gave, kept only where it passes the ``norm`` before it is added.
     """
 
     batch: Batch
@@ -37,19 +39,32 @@ class Activations:
     logits: Tensor
     past: tuple[tuple[Tensor, Tensor], ...]
     tuple_width: int
+    multiplier: float = 1.0
+    norm: nn.Module | None = None
+    output: Tensor | None = None
+
+    def with_update(self, update: Tensor) -> Tensor:
+        """What leaves the layer once ``update`` is added to what the matrix gives: (B, T - first, d) twice."""
+        update = update.to(self.hidden.dtype)
+        if self.norm is None or self.output is None:
+            return self.hidden + (update if self.multiplier == 1 else self.multiplier * update)
+        change: Tensor = self.norm(self.output + update) - self.norm(self.output)
+        return self.hidden + (change if self.multiplier == 1 else self.multiplier * change)
 
     def from_window(self) -> Activations:
         """The same from the prompt's last token on: whatever ``Δ`` does there, earlier columns stay as they are."""
         cut = self.batch.start - self.first
         past = tuple((k[:, :, : self.batch.start].clone(), v[:, :, : self.batch.start].clone()) for k, v in self.past)
         keys, hidden = self.keys[:, cut:].clone(), self.hidden[:, cut:].clone()
-        return replace(self, first=self.batch.start, keys=keys, hidden=hidden, past=past)
+        output = None if self.output is None else self.output[:, cut:].clone()
+        return replace(self, first=self.batch.start, keys=keys, hidden=hidden, past=past, output=output)
 
     def rows(self, index: Tensor) -> Activations:
         """The same for some of the rows."""
         past = tuple((k[index], v[index]) for k, v in self.past) if self.first else ()
         batch = Batch(self.batch.ids[index], self.batch.mask[index], self.batch.labels[index], self.batch.start)
-        return replace(self, batch=batch, keys=self.keys[index], hidden=self.hidden[index], past=past)
+        output = None if self.output is None else self.output[index]
+        return replace(self, batch=batch, keys=self.keys[index], hidden=self.hidden[index], past=past, output=output)
 
 
 @torch.no_grad()
@@ -67,12 +82,17 @@ def capture(
     def keep_keys(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         kept["keys"] = inputs[0]
 
+    def keep_output(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        kept["output"] = output
+
     def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
         kept["hidden"] = output
 
     cache = DynamicCache()
     with ExitStack() as hooks:
         hooks.enter_context(_hooked(value_module(model, site).register_forward_pre_hook(keep_keys)))
+        if site.norm is not None:
+            hooks.enter_context(_hooked(value_module(model, site).register_forward_hook(keep_output)))
         hooks.enter_context(_hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
         if not above:
             hooks.enter_context(_overridden(_layers(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
@@ -80,7 +100,9 @@ def capture(
     hidden = kept["hidden"]
     width = len(hidden) if isinstance(hidden, tuple) else 0
     past = tuple(_tensors(layer) for layer in cache.layers[site.layer + 1 :]) if above else ()
-    return Activations(batch, 0, kept["keys"], hidden[0] if width else hidden, logits, past, width)
+    norm = model.get_submodule(site.norm) if site.norm is not None else None
+    end = (site.multiplier, norm, kept.get("output"))
+    return Activations(batch, 0, kept["keys"], hidden[0] if width else hidden, logits, past, width, *end)
 
 
 def suffix_logits(
@@ -92,7 +114,8 @@ def suffix_logits(
     norm and head are the architecture's own.
 
     Args:
-        hidden: what leaves the edited layer (B, T - first, d); gradients flow through it.
+        hidden: what leaves the edited layer (B, T - first, d), as ``activations.hidden`` or
+            :meth:`Activations.with_update` have it; gradients flow through it.
         select: rows and columns of the batch; no column before ``activations.first``.
     """
     first, width = activations.first, activations.tuple_width

@@ -58,7 +58,7 @@ def _version(
 
 @app.command()
 def edit(
-    model: Annotated[str, typer.Argument(help="Base model: a directory or a hub id.")],
+    model: Annotated[str, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")],
     edits: Annotated[Path, typer.Argument(help="Edits: JSONL, or a JSON array, in any known layout.")],
     output: Output = Path("shards"),
     preset: Annotated[
@@ -92,6 +92,10 @@ def edit(
     ] = None,
     routing: Annotated[str | None, _setting(EditSettings, "routing", "One decision a token or a sequence.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    target_module: Annotated[
+        str | None,
+        typer.Option(help="Path of the value matrix, with {layer} for the index.", show_default="the architecture's"),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if an edit did not take.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -109,6 +113,7 @@ def edit(
     from wisecli.pipeline import edit as run
 
     named: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "force": force, "strict": strict}
+    named |= {"target_module": target_module}
     with console.watching() as watch:
         report = run(
             model, edits, output, settings, trust_remote_code=trust_remote_code, dry_run=dry_run, watch=watch, **named

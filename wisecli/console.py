@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from wisecli.events import Event, Watcher
+from wisecli.events import NOTE, Event, Watcher
 
 if TYPE_CHECKING:
     from wisecli.pipeline import (
@@ -176,6 +176,9 @@ class _Bars:
         self._tasks: dict[str, Any] = {}
 
     def __call__(self, event: Event) -> None:
+        if event.stage == NOTE:
+            self._bars.console.print(Text(event.note))
+            return
         if event.stage not in self._tasks:
             self._tasks[event.stage] = self._bars.add_task(event.stage, note="")
         total = event.total or None
@@ -189,6 +192,9 @@ class _Lines:
         self._stage, self._started, self._told = "", 0.0, 0.0
 
     def __call__(self, event: Event) -> None:
+        if event.stage == NOTE:
+            sys.stderr.write(f"{event.note}\n")
+            return
         now = time.monotonic()
         if event.stage != self._stage:
             self._stage, self._started, self._told = event.stage, now, now

@@ -100,7 +100,7 @@ def _edited_logits(edited: Edited, base: Activations, routes: Tensor) -> Tensor:
     if not len(touched):
         return base.logits
     part = base.rows(touched)
-    hidden = edited.routed.add_updates(part.hidden, part.keys, routes[touched])
+    hidden = part.with_update(edited.routed.add_updates(torch.zeros_like(part.hidden), part.keys, routes[touched]))
     with edited.unedited():
         changed = suffix_logits(edited.model, edited.manifest.site, part, hidden, part.batch.labelled)
     rows = base.batch.labelled[0]

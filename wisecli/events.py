@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# The stage of an event that is no stage: its note is a sentence for whoever watches.
+NOTE = "note"
+
 
 @dataclass(frozen=True)
 class Event:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from wisecli import memory as memory_module
@@ -60,6 +60,7 @@ def write_routed(output: Path, base: Path, checkpoint: Checkpoint, manifest: Man
     write_json(output / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
     _write_code(output, base, manifest)
     _copy_side_files(output, base)
+    _name_tokenizer(output, base)
     record_digests(output)
     (output / "README.md").write_text(model_card(manifest, "routed"), encoding="utf-8")
 
@@ -167,6 +168,20 @@ def _copy_side_files(output: Path, base: Path) -> None:
         weights = path.name.endswith((".safetensors", *_LEFT_OUT))
         if path.is_file() and not weights and path.name not in _REWRITTEN and not path.name.startswith("."):
             shutil.copyfile(path, output / path.name)
+
+
+def _name_tokenizer(output: Path, base: Path) -> None:
+    """Write down which class reads the tokenizer: for some model types it is another than their files say."""
+    path = output / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    try:
+        kind = type(AutoTokenizer.from_pretrained(base, local_files_only=True)).__name__
+    except (OSError, ValueError):  # it takes code of its own, which comes along
+        return
+    declared = read_json(path)
+    if str(declared.get("tokenizer_class")).removesuffix("Fast") != kind.removesuffix("Fast"):
+        write_json(path, {**declared, "tokenizer_class": kind})
 
 
 def model_card(manifest: Manifest, form: str, note: str = "") -> str:

@@ -18,7 +18,7 @@ from wisecli.errors import DamagedFileError
 from wisecli.events import Event, Watcher, ignore
 from wisecli.models import Loaded
 from wisecli.moments import leading, scaled, whitening
-from wisecli.site import AUTO_DEPTH, Fingerprint, Site, find_site, layer_count
+from wisecli.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
 from wisecli.storage import Checkpoint, read_json, sha256_json, write_json
 from wisecli.unrelated import prompt_ends
 
@@ -30,13 +30,21 @@ _CLEARLY = 0.05
 
 
 def probe_layer(
-    loaded: Loaded, directory: Path, checkpoint: Checkpoint, identity: Fingerprint, *, batch_size: int, watch: Watcher
+    loaded: Loaded,
+    directory: Path,
+    checkpoint: Checkpoint,
+    identity: Fingerprint,
+    *,
+    batch_size: int,
+    watch: Watcher,
+    layout: Layout | None = None,
 ) -> Site:
     """The best site of a loaded model; remembered in the user's cache."""
     count = layer_count(directory)
     highest = max(0, min(round(_HIGHEST * count), count - 2))
     sites = [
-        find_site(directory, checkpoint, layer) for layer in range(min(round(_LOWEST * count), highest), highest + 1)
+        find_site(directory, checkpoint, layer, layout)
+        for layer in range(min(round(_LOWEST * count), highest), highest + 1)
     ]
     if len(sites) == 1:
         return sites[0]

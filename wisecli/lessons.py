@@ -129,7 +129,7 @@ def learnt(
         if not len(chosen):
             continue
         part = lesson.activations.rows(chosen.to(lesson.activations.keys.device))
-        hidden = part.hidden + mask.update(mask.restrict(part.keys), values).to(part.hidden.dtype)
+        hidden = part.with_update(mask.update(mask.restrict(part.keys), values))
         for edit, correct in zip(lesson.edits[chosen].tolist(), said(model, site, part, hidden), strict=True):
             right.setdefault(edit, []).append(correct)
     return {edit: float(torch.cat(parts).mean()) for edit, parts in right.items()}

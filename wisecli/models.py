@@ -69,20 +69,21 @@ def load_model(
     runs unless it is trusted; of an exported directory the base model is loaded, without its memory.
 
     Raises:
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or lacks tensors that would be drawn at random.
     """
     chosen = pick_device(device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     _require_layers(directory)
     try:
         config = _base_config(directory, common)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=pick_dtype(dtype), use_safetensors=True, **common
-        )
+        weights = {"dtype": pick_dtype(dtype), "use_safetensors": True, "output_loading_info": True}
+        model, info = _pair(AutoModelForCausalLM.from_pretrained(directory, config=config, **weights, **common))
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:_LONGEST]
         raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
+    if lost := sorted(info["missing_keys"]):
+        raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
     return Loaded(model.eval().requires_grad_(False), tokenizer)
 
@@ -92,6 +93,15 @@ def _require_layers(directory: Path) -> None:
     tensors = sum(1 for _ in Checkpoint(directory))
     if layer_count(directory) > tensors:
         raise ModelError(f"{directory}: config.json speaks of more layers than there are tensors ({tensors})")
+
+
+def _pair(found: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    model, info = found  # the stubs know of no second result
+    return model, info
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
 
 
 def _base_config(directory: Path, common: dict[str, Any]) -> Any:

@@ -19,14 +19,35 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # The paper's best layers lie at about four fifths of the depth (section 3.3: layer 27 of 32), and so do ours.
 AUTO_DEPTH = 0.8
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where an architecture keeps its value matrices: a row of the table, or what stands in for one.
+
+    ``norm`` is the module inside a layer that the matrix' output passes, ``multiplier`` what it is multiplied by,
+    before it joins the residual stream. Of a layout that is not ``known`` neither is certain before a model is loaded.
+    """
+
+    architecture: str
+    layers: str
+    value: str
+    transposed: bool = False
+    norm: str | None = None
+    multiplier: float = 1.0
+    known: bool = True
+
+
+@dataclass(frozen=True)
 class Site:
-    """The edited matrix: ``W`` of shape ``(d, d_ff)`` in layer ``layer`` of an architecture."""
+    """The edited matrix: ``W`` of shape ``(d, d_ff)`` in layer ``layer`` of an architecture.
+
+    A change ``u`` of what the matrix gives changes what leaves the layer by ``multiplier · u``, or, where the output
+    passes the module ``norm`` first, by what that makes of it.
+    """
 
     architecture: str
     layer: int
@@ -35,6 +56,8 @@ class Site:
     transposed: bool
     d: int
     d_ff: int
+    norm: str | None = None
+    multiplier: float = 1.0
 
     @property
     def weight(self) -> str:
@@ -63,16 +86,11 @@ def architectures() -> dict[str, dict[str, Any]]:
     return tomllib.loads(resources.files("wisecli").joinpath("architectures.toml").read_text(encoding="utf-8"))
 
 
-def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto") -> Site:
-    """The value matrix of one layer, from the model's ``config.json`` and the weight headers alone.
-
-    Args:
-        layer: a layer's index, or ``auto`` for the one at four fifths of the depth.
+def known_layout(directory: Path) -> Layout:
+    """The table's row for a model.
 
     Raises:
         UnknownArchitectureError: the architecture has no row in the table.
-        SettingsError: the model has no such layer.
-        ModelError: the checkpoint does not hold the matrix.
     """
     config = read_json(directory / "config.json")
     architecture = str(config.get("model_type"))[:80]
@@ -81,19 +99,36 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
         raise UnknownArchitectureError(
             f"{directory}: architecture {architecture!r} is not supported; known are {', '.join(sorted(table))}"
         )
-    row = table[architecture]
+    row = dict(table[architecture])
+    setting = row.pop("multiplier", None)
+    return Layout(architecture, **row, multiplier=float(config.get(setting, 1.0)))
+
+
+def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto", layout: Layout | None = None) -> Site:
+    """The value matrix of one layer, from the model's ``config.json`` and the weight headers alone.
+
+    Args:
+        layer: a layer's index, or ``auto`` for the one at four fifths of the depth.
+        layout: where the architecture keeps its matrices, if not where the table says.
+
+    Raises:
+        UnknownArchitectureError: the architecture has no row in the table.
+        SettingsError: the model has no such layer.
+        ModelError: the checkpoint does not hold the matrix.
+    """
+    layout = layout or known_layout(directory)
     index = _layer_index(layer, layer_count(directory))
-    layer_module = f"{row['layers']}.{index}"
-    module = f"{layer_module}.{row['value']}"
+    layer_module = f"{layout.layers}.{index}"
+    module = f"{layer_module}.{layout.value}"
     weight = stored_weight(checkpoint, module)
     if weight is None:
         raise ModelError(f"{directory}: the checkpoint holds no tensor {module}.weight; is config.json this model's?")
     shape = checkpoint.shape(weight)
     if len(shape) != 2 or 0 in shape:
         raise ModelError(f"{directory}: tensor {weight} is no matrix; is config.json this model's?")
-    transposed = bool(row.get("transposed", False))
-    d_ff, d = shape if transposed else shape[::-1]
-    return Site(architecture, index, layer_module, module, transposed, d, d_ff)
+    d_ff, d = shape if layout.transposed else shape[::-1]
+    norm = f"{layer_module}.{layout.norm}" if layout.norm else None
+    return Site(layout.architecture, index, layer_module, module, layout.transposed, d, d_ff, norm, layout.multiplier)
 
 
 def layer_count(directory: Path) -> int:

@@ -24,6 +24,7 @@ from wisecli.records import decode, parse
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CHUNK = 1 << 20
 # No manifest or config comes near it.
 _LARGEST_JSON = 1 << 28
@@ -120,6 +121,15 @@ def open_tensors(path: Path) -> Iterator[Any]:
         yield stream
 
 
+def _way_out(directory: Path) -> str:
+    if not any(path.suffix in _PICKLED for path in directory.iterdir()):
+        return "download the model whole, or convert its weights to safetensors"
+    return (
+        "its weights are pickled, which can run code and is never read: if you trust them, "
+        "load the directory once with transformers and write it anew with `save_pretrained`"
+    )
+
+
 class Checkpoint:
     """The safetensors files of a model directory, read one tensor at a time.
 
@@ -141,9 +151,7 @@ class Checkpoint:
                 raise DamagedFileError(index, f"tensor {missing[0]} is in no file", "copy the checkpoint anew")
             self._files = present
         else:
-            raise ModelError(
-                f"{directory} holds no {SINGLE_NAME} or {INDEX_NAME}; convert the weights to safetensors first"
-            )
+            raise ModelError(f"{directory} holds no {SINGLE_NAME} or {INDEX_NAME}; {_way_out(directory)}")
 
     def _scan(self, names: list[str]) -> dict[str, str]:
         files: dict[str, str] = {}

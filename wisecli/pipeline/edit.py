@@ -6,10 +6,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from wisecli.bases import find_model
 from wisecli.config import EditSettings
 from wisecli.edits import read_edits
 from wisecli.errors import GateFailedError
 from wisecli.events import Event, Watcher, ignore
+from wisecli.infer import check_split, find_layout, observed
 from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
 from wisecli.models import load_model
@@ -18,7 +20,7 @@ from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, write_shard_
 from wisecli.shard_writer import ShardWriter, unrelated_for
 from wisecli.shards import split_edits
 from wisecli.site import Site, find_site, fingerprint
-from wisecli.storage import Checkpoint, refuse_existing, require_space, resolve_model, sha256_file, whole_directory
+from wisecli.storage import Checkpoint, refuse_existing, require_space, sha256_file, whole_directory
 
 # About what the statistics of unrelated text take: keys in half precision, two moments.
 _KEPT_KEYS, _KEPT_DIRECTIONS = 4096, 1024
@@ -55,6 +57,7 @@ def edit(
     settings: EditSettings,
     *,
     revision: str | None = None,
+    target_module: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -66,7 +69,8 @@ def edit(
     """Write each shard of edits into a delta of the model's value matrix.
 
     Args:
-        model: a directory or a hub id.
+        model: a directory, a hub id or a GGUF file.
+        target_module: path of the value matrix, with ``{layer}`` for the layer's index, where the table's is not meant.
         strict: raise if an edit did not take; nothing is written then.
         dry_run: check everything and plan, but load no weights and write nothing.
 
@@ -76,9 +80,12 @@ def edit(
     started = time.perf_counter()
     edits = read_edits(edits_file)
     refuse_existing(output, force=force)
-    directory = resolve_model(model, revision=revision)
+    directory = find_model(model, revision=revision, watch=watch)
     checkpoint = Checkpoint(directory)
-    site = find_site(directory, checkpoint, settings.layer)
+    layout = find_layout(
+        directory, checkpoint, target_module=target_module, trust_remote_code=trust_remote_code, watch=watch
+    )
+    site = find_site(directory, checkpoint, settings.layer, layout)
     parts = split_edits(len(edits), shards=settings.shards, edits_per_shard=settings.edits_per_shard)
     require_space(output, _expected_bytes(site, settings, len(edits), len(parts)))
     if dry_run:
@@ -87,11 +94,16 @@ def edit(
     base = fingerprint(directory, checkpoint, site)
     watch(Event("model"))
     loaded = load_model(directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if not layout.known:
+        layout = observed(loaded.model, site, layout)
+        site = find_site(directory, checkpoint, settings.layer, layout)
+        check_split(loaded.model, site)
     encode_edits(loaded, edits, "", train_end=settings.train_end)
     if settings.layer == "auto" and settings.writer == "solve":
-        site = probe_layer(loaded, directory, checkpoint, base, batch_size=settings.batch_size, watch=watch)
+        size = settings.batch_size
+        site = probe_layer(loaded, directory, checkpoint, base, batch_size=size, watch=watch, layout=layout)
         base = fingerprint(directory, checkpoint, site)
-    stored = str(directory.absolute()) if Path(model).is_dir() else model
+    stored = str(directory.absolute()) if Path(model).exists() else model
     with whole_directory(output, force=force) as working:
         contexts = write_contexts(
             loaded, settings.contexts, tokens=settings.context_tokens, chat=settings.chat, seed=settings.seed

@@ -106,7 +106,7 @@ def merged_locality(base: Path, manifest: Manifest, *, device: str, watch: Watch
     for indices in in_batches(rows, _BATCH):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
         activations = capture(loaded.model, manifest.site, batch, select=batch.labelled)
-        hidden = activations.hidden + (activations.keys @ change.T.to(activations.keys.dtype))
+        hidden = activations.with_update(activations.keys @ change.T.to(activations.keys.dtype))
         changed = suffix_logits(loaded.model, manifest.site, activations, hidden, batch.labelled)
         same += int((changed.argmax(-1) == activations.logits.argmax(-1)).sum())
         total += len(changed)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wisecli.bases import find_model
 from wisecli.building import Built, Material, join, lookup, matrices, refit, solve_exactly
 from wisecli.config import MergeSettings
 from wisecli.errors import DamagedFileError, SettingsError
@@ -22,7 +23,7 @@ from wisecli.router import Calibration, Manifest, write_memory
 from wisecli.shard_directory import ShardDirectory, read_shard_directory, require_same_site
 from wisecli.shards import Shard
 from wisecli.site import load_matrix
-from wisecli.storage import Checkpoint, refuse_existing, require_space, resolve_model, whole_directory
+from wisecli.storage import Checkpoint, refuse_existing, require_space, whole_directory
 
 EXACT = "exact"
 _OF_MATRICES = ("method", "density", "scale", "weights", "refit")
@@ -72,7 +73,7 @@ def merge(
     require_same_site(directories)
     first = directories[0]
     settings = _resolved(settings, first)
-    base = resolve_model(model or first.model, revision=first.revision)
+    base = find_model(model or first.model, revision=first.revision)
     checkpoint = Checkpoint(base)
     require_base(base, checkpoint, first.site, first.fingerprint)
     count = sum(len(directory.shards) for directory in directories)

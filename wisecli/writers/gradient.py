@@ -153,7 +153,7 @@ def _loss(
     update = mask.update(keys, values)
     rows, columns = activations.batch.labelled
     labels = activations.batch.labels[activations.batch.labels != NO_LABEL]
-    hidden = activations.hidden + update.to(activations.hidden.dtype)
+    hidden = activations.with_update(update)
     logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
     entropy = F.cross_entropy(logits, labels, reduction="none")
     # A gate per sequence is decided at the prompt's last token alone.

@@ -96,10 +96,10 @@ def answered(task: Task, lessons: Sequence[Lesson], residuals: dict[int, Tensor]
         if not len(bare):
             continue
         part = lesson.activations.rows(bare.to(lesson.activations.keys.device))
-        hidden = part.hidden.clone()
+        update = torch.zeros_like(part.hidden)
         for row, answer in enumerate(lesson.answers[bare].tolist()):
-            hidden[row, : len(residuals[answer])] += residuals[answer].to(hidden.dtype)
-        right = said(task.model, task.site, part, hidden)
+            update[row, : len(residuals[answer])] = residuals[answer].to(update.dtype)
+        right = said(task.model, task.site, part, part.with_update(update))
         shares |= {edit: float(share.mean()) for edit, share in zip(lesson.edits[bare].tolist(), right, strict=True)}
     return shares
 
@@ -122,8 +122,7 @@ def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
     """Accumulate the gradient of the targets' cross-entropy; the worst token's loss of each answer (E,)."""
     worst = torch.zeros(len(residuals), device=residuals.device)
     for activations, place in parts:
-        added = residuals[place][:, : activations.batch.labels.shape[1]]
-        hidden = activations.hidden + added.to(activations.hidden.dtype)
+        hidden = activations.with_update(residuals[place][:, : activations.batch.labels.shape[1]])
         rows, columns = activations.batch.labelled
         logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
         labels = activations.batch.labels[activations.batch.labels != NO_LABEL]

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import SAMPLE_EDITS, TINY_CONFIGS, TYPICAL, Chain, tiny_model
@@ -26,20 +30,24 @@ from helpers import (
     save_tiny,
     site_of,
 )
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, dynamic_module_utils
 
+import wisecli
 from wisecli import pipeline
+from wisecli.card import model_card
 from wisecli.contexts import unrelated_texts
 from wisecli.edits import Edit
 from wisecli.encode import Row
-from wisecli.errors import ModelError
+from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBaseError
 from wisecli.export import write_merged, write_routed
 from wisecli.memory import SideMemory, install
 from wisecli.router import Manifest, read_memory, write_memory
 from wisecli.storage import Checkpoint
+from wisecli.weights import Packing
 
 EDITS = [Edit("first", "ba be", "bi bo"), Edit("second", "da de | do", "di")]
 LENGTHS = (1, 5, 11, 8, 3, 6, 2, 9, 4, 7, 4, 10)
@@ -103,7 +111,7 @@ def export_tiny(
     manifest = manifest_of(base, architecture, kind)
     output = root / f"edited-{architecture}"
     output.mkdir()
-    write_routed(output, base, Checkpoint(base), manifest, link=link)
+    write_routed(output, base, Checkpoint(base), manifest, Packing(link=link))
     return Exported(base, output, manifest)
 
 
@@ -254,7 +262,8 @@ def test_what_stands_beside_the_weights_comes_along(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (output / name).read_bytes() == (base / name).read_bytes()
     assert not (output / "pytorch_model.bin").exists()
-    card = (output / "README.md").read_text()
+    assert not (output / "README.md").exists()
+    card = model_card(manifest, "routed", base=base)
     assert "about the base" not in card
     assert "| ba be | bi bo |" in card
     assert "| da de \\| do | di |" in card
@@ -363,7 +372,7 @@ def test_a_lookup_has_no_matrix_to_merge(tmp_path: Path) -> None:
     output = tmp_path / "merged"
     output.mkdir()
     with pytest.raises(ModelError, match="--mode merge") as caught:
-        write_merged(output, base, Checkpoint(base), manifest_of(base, "llama", LOOKUP), "")
+        write_merged(output, base, Checkpoint(base), manifest_of(base, "llama", LOOKUP))
     assert caught.value.exit_code == 2
     assert list(output.iterdir()) == []
 
@@ -375,9 +384,8 @@ def test_merged_is_the_stock_model_with_one_matrix_changed(tmp_path: Path, archi
     manifest = manifest_of(base, architecture, KINDS[0])
     output = tmp_path / "merged"
     output.mkdir()
-    write_merged(output, base, Checkpoint(base), manifest, "a note")
+    write_merged(output, base, Checkpoint(base), manifest)
     assert (output / "config.json").read_bytes() == (base / "config.json").read_bytes()
-    assert "a note" in (output / "README.md").read_text()
     assert not list(output.glob("*.py"))
     before, after = contents(base), contents(output)
     weight = next(name for name in before if manifest.site.weight.endswith(name))
@@ -405,7 +413,7 @@ def test_merged_is_refused_for_several_memories(tmp_path: Path) -> None:
     output = tmp_path / "merged"
     output.mkdir()
     with pytest.raises(ModelError, match="several"):
-        write_merged(output, base, Checkpoint(base), manifest, "")
+        write_merged(output, base, Checkpoint(base), manifest)
     assert list(output.iterdir()) == []
 
 
@@ -538,3 +546,151 @@ def test_other_ways_to_load_work_with_transformers_alone(chain: Chain, said: dic
     assert said["headless"] < 1e-3
     assert said["dtypes"] == ["torch.bfloat16"]
     assert [text.strip() for text in said["halved"]] == [edit["target"] for edit in chain.edits]
+
+
+# --- the command's forms and options ---
+
+
+@pytest.fixture
+def memory_dir(tmp_path: Path) -> Path:
+    """A memory of one matrix, and its base beside it."""
+    base = save_tiny(tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nabout the base")
+    (tmp_path / "memory").mkdir()
+    write_memory(tmp_path / "memory", manifest_of(base, "llama", KINDS[0]))
+    return tmp_path / "memory"
+
+
+def logits_of(model: PreTrainedModel) -> list[Tensor]:
+    return [alone(model, row) for row in ROWS]
+
+
+def require_same(some: list[Tensor], others: list[Tensor], *, bits: bool = True) -> None:
+    for one, other in zip(some, others, strict=True):
+        assert torch.equal(one, other) if bits else torch.allclose(one, other, atol=1e-4)
+
+
+def test_a_delta_is_the_memory_alone_and_applies_to_the_base(memory_dir: Path, tmp_path: Path) -> None:
+    base, delta = tmp_path / "base", tmp_path / "delta"
+    report = pipeline.export(memory_dir, delta, "delta")
+    assert sorted(path.name for path in delta.iterdir()) == ["README.md", "memory.safetensors", "router.json"]
+    assert report.bytes < 1.1 * (memory_dir / "memory.safetensors").stat().st_size + 20_000
+    pipeline.export(memory_dir, tmp_path / "direct")
+    pipeline.export(delta, tmp_path / "applied", model=str(base))
+    direct, applied = (logits_of(load(tmp_path / name)) for name in ("direct", "applied"))
+    require_same(applied, direct)
+    loaded, tokenizer = wisecli.load(str(base), delta, device="cpu")
+    require_same(logits_of(loaded), direct)
+    assert tokenizer("ba be")["input_ids"] == [2, 3]
+    with pytest.raises(WrongBaseError):
+        wisecli.load(str(save_tiny(tmp_path / "other", seed=3)), delta)
+
+
+@pytest.mark.parametrize("form", ["routed", "merged"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_type_that_is_asked_for_is_the_one_it_loads_in(
+    memory_dir: Path, tmp_path: Path, form: Any, dtype: str
+) -> None:
+    pipeline.export(memory_dir, tmp_path / "out", form, dtype=dtype, device="cpu")
+    pipeline.export(memory_dir, tmp_path / "plain", form, device="cpu")
+    model = load(tmp_path / "out", dtype="auto")
+    weight = model.get_parameter("model.layers.2.mlp.down_proj.weight")
+    assert weight.dtype == getattr(torch, dtype)
+    require_same(logits_of(model), logits_of(load(tmp_path / "plain", dtype=getattr(torch, dtype))))
+    if form == "routed":
+        assert pipeline.verify(tmp_path / "out").differences == ()
+
+
+@pytest.mark.parametrize("form", ["routed", "merged"])
+def test_files_no_larger_than_asked_for_hold_the_same_model(memory_dir: Path, tmp_path: Path, form: Any) -> None:
+    pipeline.export(memory_dir, tmp_path / "out", form, file_bytes=20_000, device="cpu")
+    pipeline.export(memory_dir, tmp_path / "plain", form, device="cpu")
+    assert len(list((tmp_path / "out").glob("model-0*.safetensors"))) > 2
+    require_same(*(logits_of(load(tmp_path / name)) for name in ("out", "plain")))
+
+
+def test_links_and_other_types_exclude_each_other(memory_dir: Path, tmp_path: Path) -> None:
+    for named in ({"dtype": "float16"}, {"file_bytes": 1000}):
+        with pytest.raises(SettingsError, match="--link keeps the base's files as they are"):
+            pipeline.export(memory_dir, tmp_path / "out", link=True, **named)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_names_the_base_its_licence_and_what_was_measured(memory_dir: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"results": {"zsre": {"reliability": 0.987654, "before": {"reliability": 0.1}}}}))
+    pipeline.export(memory_dir, tmp_path / "out", metrics=report)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == str(tmp_path / "base")
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("zsre", "reliability", 0.9877)
+    assert "| zsre | reliability | 0.988 |" in card.text
+    assert "2 edits" in card.text
+    pipeline.export(memory_dir, tmp_path / "bare", card=False)
+    assert not (tmp_path / "bare" / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"results": {}}', '{"results": {"zsre": 3}}', '{"results": {"a": {}}}']
+)
+def test_figures_that_are_no_report_are_refused(memory_dir: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"report\.json"):
+        pipeline.export(memory_dir, tmp_path / "out", metrics=tmp_path / "report.json")
+    assert not (tmp_path / "out").exists()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload needs; keeps what it is sent."""
+
+    sent: dict[str, bytes]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer: dict[str, Any] = {"url": f"http://{self.headers['Host']}/me/edited", "id": "me/edited"}
+        if "/preupload/" in self.path:
+            named = [one["path"] for one in json.loads(body)["files"]]
+            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in named]}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    type(self).sent[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"http://{self.headers['Host']}/me/edited/commit/1", "commitOid": "1"}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_it_is_sent_to_the_hub_file_by_file(memory_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub.sent = {}
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    report = pipeline.export(memory_dir, tmp_path / "out", "delta", push_to="me/edited")
+    server.shutdown()
+    server.server_close()
+    assert report.pushed is not None and report.pushed.endswith("/me/edited")
+    assert {name: content for name, content in Hub.sent.items() if name != ".gitattributes"} == {
+        path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
+    }
+
+
+def test_a_hub_that_cannot_be_reached_leaves_what_was_written(
+    memory_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match="is written, but could not be sent to me/edited"):
+        pipeline.export(memory_dir, tmp_path / "out", "delta", push_to="me/edited")
+    assert (tmp_path / "out" / "router.json").is_file()

@@ -1,3 +1,35 @@
 """Edit what a language model knows, without retraining it (WISE, arXiv 2405.14768)."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __version__ = "0.1.0"
+__all__ = ["load"]
+
+
+def load(
+    base: str,
+    delta: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model with a memory in its place, and its tokenizer.
+
+    Args:
+        base: directory or hub id of the model that the edits were made on.
+        delta: a directory that ``wise merge`` or ``wise export --format delta`` wrote.
+
+    Raises:
+        WiseError: either cannot be read, or they do not belong together.
+    """
+    from wisecli.attached import attach
+
+    edited = attach(Path(delta), model=base, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return edited.model, edited.tokenizer

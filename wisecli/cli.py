@@ -239,13 +239,30 @@ def evaluate(
 
 @app.command()
 def export(
-    memory: Annotated[Path, typer.Option("--memory", help="Memory directory.")] = Path("memory"),
+    base: Annotated[
+        str | None, typer.Argument(help="Base model: a directory or a hub id; where the memory says, if not given.")
+    ] = None,
+    memory: Annotated[Path, typer.Option("--memory", "--delta", help="Memory directory, or a delta to apply.")] = Path(
+        "memory"
+    ),
     output: Output = Path("edited"),
     form: Annotated[
-        Literal["routed", "merged"],
-        typer.Option("--format", help="routed (keeps the router) or merged (always on, stock architecture)."),
+        Literal["routed", "merged", "delta"],
+        typer.Option(
+            "--format",
+            help="routed (keeps the router), merged (always on, stock architecture) or delta (the memory alone).",
+        ),
     ] = "routed",
     link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights instead of copying.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="Size of a file of weights at most, such as 2GB.", show_default="the base's own files"),
+    ] = None,
+    metrics: Annotated[Path | None, typer.Option(help="Report of wise eval --json, for the model card.")] = None,
+    card: Annotated[bool, typer.Option("--model-card/--no-model-card", help="Write a model card.")] = True,
+    push_to_hub: Annotated[str | None, typer.Option(help="Repository on the hub to send it to.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     model: Model = None,
     device: Device = "auto",
     force: Force = False,
@@ -259,7 +276,9 @@ def export(
 
     with console.watching() as watch:
         named: dict[str, Any] = {"device": device, "force": force, "dry_run": dry_run, "watch": watch}
-        report = run(memory, output, form, model=model, link=link, **named)
+        weights: dict[str, Any] = {"link": link, "dtype": dtype, "file_bytes": _bytes(max_shard_size)}
+        hub: dict[str, Any] = {"push_to": push_to_hub, "private": private, "metrics": metrics, "card": card}
+        report = run(memory, output, form, model=base or model, **weights, **hub, **named)
     console.exported(report)
 
 
@@ -342,6 +361,20 @@ def fetch(
     with console.watching() as watch:
         place = run(name, output, force=force, watch=watch)
     console.result({"results": {"output": str(place)}}, str(place))
+
+
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from transformers.utils.hub import convert_file_size_to_int
+
+    try:
+        size = int(convert_file_size_to_int(text))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise SettingsError(f"--max-shard-size must be a size such as 500MB or 2GB, not {text!r}")
+    return size
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:

@@ -110,9 +110,9 @@ class Console:
 
     def exported(self, report: ExportReport) -> None:
         """Print what ``wise export`` wrote."""
-        names = ("format", "edits", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "planned")
+        names = ("format", "edits", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "pushed", "planned")
         results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
-        what = f"{report.format} checkpoint with {report.edits} edits"
+        what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {report.edits} edits"
         if report.planned:
             self.result({"results": results}, _plan(what, report))
             return
@@ -120,6 +120,8 @@ class Console:
         if report.locality is not None:
             kept = f"{report.locality:.1%} of {report.tokens} next tokens of unrelated text stay the base model's"
             lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")
+        if report.pushed is not None:
+            lines.append(f"sent to {report.pushed}")
         self.result({"results": results}, *map(Text, lines))
 
     def answered(self, answers: Sequence[Answer]) -> None:

@@ -6,9 +6,8 @@ the module that routes, and a model type of its own, so that nothing loads it wi
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -28,12 +27,12 @@ from wisecli.storage import (
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
-    open_tensors,
     read_json,
-    save_tensors,
     sha256_file,
+    sha256_tensor,
     write_json,
 )
+from wisecli.weights import Packing, write_weights
 
 CODE_NAME, MEMORY_CODE_NAME = "modeling_wise.py", "wise_memory.py"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
@@ -42,27 +41,42 @@ _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"
 _REWRITTEN = ("config.json", "router.json", "README.md", CODE_NAME, MEMORY_CODE_NAME)
 
 
-def write_routed(output: Path, base: Path, checkpoint: Checkpoint, manifest: Manifest, *, link: bool = False) -> None:
+def write_routed(
+    output: Path, base: Path, checkpoint: Checkpoint, manifest: Manifest, packing: Packing | None = None
+) -> None:
     """Write a routed checkpoint into an empty directory.
 
     Args:
-        link: hard-link the base's weight files instead of copying them.
+        packing: how the base's weights are written; as copies of its files by default.
     """
-    place = _linked if link else shutil.copyfile
-    names = {path.name: BASE_TENSORS if path.name == SINGLE_NAME else path.name for path in checkpoint.files}
-    for path in checkpoint.files:
-        place(path, output / names[path.name])
+    packing = packing or Packing()
+    files = write_weights(output, checkpoint, packing, single=BASE_TENSORS)
     prefix = _stored(checkpoint, manifest).removesuffix("weight")
-    write_memory(output, manifest, file=SIDE_TENSORS, prefix=prefix)
-    files = {tensor: names[checkpoint.file_of(tensor)] for tensor in checkpoint}
+    write_memory(output, _as_written(manifest, checkpoint, packing), file=SIDE_TENSORS, prefix=prefix)
     files |= {prefix + name: SIDE_TENSORS for name in manifest.memory.tensors}
-    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    write_json(output / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
-    _write_code(output, base, manifest)
+    _write_index(output, files)
+    _write_code(output, base, manifest, packing)
     _copy_side_files(output, base)
     _name_tokenizer(output, base)
     record_digests(output)
-    (output / "README.md").write_text(model_card(manifest, "routed"), encoding="utf-8")
+
+
+def _as_written(manifest: Manifest, checkpoint: Checkpoint, packing: Packing) -> Manifest:
+    """The manifest with the fingerprint that the edited matrix has in the type it is written in."""
+    if packing.dtype is None:
+        return manifest
+    written = sha256_tensor(load_matrix(checkpoint, manifest.site).to(packing.dtype))
+    return replace(manifest, fingerprint=replace(manifest.fingerprint, matrix=written))
+
+
+def _write_index(output: Path, files: dict[str, str]) -> None:
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    write_json(output / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
+
+
+def write_delta(output: Path, manifest: Manifest) -> None:
+    """Write the side memory and its manifest alone, for whoever has the base model."""
+    write_memory(output, manifest)
 
 
 def record_digests(output: Path) -> None:
@@ -72,26 +86,31 @@ def record_digests(output: Path) -> None:
     write_json(output / MANIFEST_NAME, {**manifest, "sha256": {path.name: sha256_file(path) for path in files}})
 
 
-def write_merged(output: Path, base: Path, checkpoint: Checkpoint, manifest: Manifest, card_note: str) -> None:
+def write_merged(
+    output: Path, base: Path, checkpoint: Checkpoint, manifest: Manifest, packing: Packing | None = None
+) -> None:
     """Write a stock checkpoint in which ``W + Δ`` has taken the place of ``W``.
 
     Raises:
         ModelError: the memory is a lookup, or holds more than one delta.
     """
-    site = manifest.site
+    site, packing = manifest.site, packing or Packing()
     matrix = load_matrix(checkpoint, site)
-    changed = (matrix.float() + dense(manifest)).to(matrix.dtype)
-    weight = _stored(checkpoint, manifest)
-    for path in checkpoint.files:
-        if path.name == checkpoint.file_of(weight):
-            _rewrite(path, output / path.name, weight, changed.T if site.transposed else changed)
-        else:
-            shutil.copyfile(path, output / path.name)
-    if (base / INDEX_NAME).is_file() and not (base / SINGLE_NAME).is_file():
-        shutil.copyfile(base / INDEX_NAME, output / INDEX_NAME)
-    shutil.copyfile(base / "config.json", output / "config.json")
+    changed = (matrix.float() + dense(manifest)).to(packing.dtype or matrix.dtype)
+    replaced = {_stored(checkpoint, manifest): changed.T if site.transposed else changed}
+    files = write_weights(output, checkpoint, packing, replaced=replaced)
+    if set(files.values()) != {SINGLE_NAME}:
+        _write_index(output, files)
+    write_json(output / "config.json", _typed(read_json(base / "config.json"), packing))
     _copy_side_files(output, base)
-    (output / "README.md").write_text(model_card(manifest, "merged", card_note), encoding="utf-8")
+
+
+def _typed(config: dict[str, Any], packing: Packing) -> dict[str, Any]:
+    """A config that names the type its weights are written in."""
+    if packing.dtype is None:
+        return config
+    spelling = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, spelling: str(packing.dtype).removeprefix("torch.")}
 
 
 def dense(manifest: Manifest) -> Tensor:
@@ -114,17 +133,6 @@ def _stored(checkpoint: Checkpoint, manifest: Manifest) -> str:
     return stored_weight(checkpoint, manifest.site.module) or manifest.site.weight
 
 
-def _rewrite(source: Path, target: Path, name: str, tensor: Tensor) -> None:
-    with open_tensors(source) as stream:
-        tensors = {other: stream.get_tensor(other) for other in stream.keys()}  # noqa: SIM118 (not a mapping)
-        metadata = stream.metadata() or {}
-    save_tensors(target, {**tensors, name: tensor}, metadata)
-
-
-def _linked(source: Path, target: Path) -> None:
-    os.link(source.resolve(), target)
-
-
 def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
     """Names of transformers' classes for a base of this type, and the custom code of its routed checkpoints, by file.
 
@@ -140,9 +148,9 @@ def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
     return names, {CODE_NAME: code, MEMORY_CODE_NAME: Path(str(memory_module.__file__)).read_text(encoding="utf-8")}
 
 
-def _write_code(output: Path, base: Path, manifest: Manifest) -> None:
+def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) -> None:
     """The routing module, the classes that use it, and the config that names them."""
-    config = read_json(base / "config.json")
+    config = _typed(read_json(base / "config.json"), packing)
     model_type = str(config["model_type"])
     names, files = code_files(model_type)
     for name, text in files.items():
@@ -182,17 +190,3 @@ def _name_tokenizer(output: Path, base: Path) -> None:
     declared = read_json(path)
     if str(declared.get("tokenizer_class")).removesuffix("Fast") != kind.removesuffix("Fast"):
         write_json(path, {**declared, "tokenizer_class": kind})
-
-
-def model_card(manifest: Manifest, form: str, note: str = "") -> str:
-    """The README of an exported checkpoint."""
-    text = resources.files("wisecli").joinpath("data/model_card.md.tmpl").read_text(encoding="utf-8")
-    edits = "\n".join(f"| {_cell(edit.prompt)} | {_cell(edit.target)} |" for edit in manifest.edits)
-    trust = ", trust_remote_code=True" if form == "routed" else ""
-    facts = {"base": manifest.model, "form": form, "module": manifest.site.module, "count": len(manifest.edits)}
-    kinds = {"router": manifest.memory.router, "routing": manifest.memory.routing}
-    return Template(text).substitute(facts, **kinds, note=note, edits=edits, trust=trust)
-
-
-def _cell(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1].replace("|", "\\|")

@@ -44,6 +44,12 @@ class Layout:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor."""
+        sizes = dict(_TYPES.values())
+        return math.prod(self.shape) * sizes[self.dtype]
+
     def __str__(self) -> str:
         return f"{self.dtype} {'×'.join(map(str, self.shape)) or 'scalar'}"
 
@@ -78,6 +84,20 @@ def read_header(path: Path) -> Header:
         return Header(dict(_layouts(content, size - _PREFIX - length)), metadata, size)
     except ValueError as error:
         raise _damaged(path, str(error)) from None
+
+
+def data_offset(path: Path, tensor: str) -> int:
+    """Where in a safetensors file, whose header was read before, a tensor's numbers begin."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(_PREFIX), "little")
+        content: dict[str, Any] = parse(stream.read(length).decode())
+    first: int = content[tensor]["data_offsets"][0]
+    return _PREFIX + length + first
+
+
+def format_name(dtype: str) -> str:
+    """The format's name of a type that is spelt as torch does."""
+    return next(name for name, (spelt, _) in _TYPES.items() if spelt == dtype)
 
 
 def require_header(path: Path) -> None:

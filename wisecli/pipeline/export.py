@@ -11,17 +11,19 @@ import torch
 
 from wisecli.attached import find_base
 from wisecli.capture import capture, suffix_logits
+from wisecli.card import CARD_NAME, model_card, read_figures
 from wisecli.contexts import unrelated_texts
 from wisecli.encode import collate, encode, in_batches
-from wisecli.errors import ModelError
+from wisecli.errors import ModelError, SettingsError
 from wisecli.events import Event, Watcher, ignore
-from wisecli.export import dense, write_merged, write_routed
-from wisecli.models import is_exported, load_model
+from wisecli.export import dense, write_delta, write_merged, write_routed
+from wisecli.models import is_exported, load_model, pick_dtype
 from wisecli.pipeline.reports import peak_rss_bytes
 from wisecli.router import Manifest
 from wisecli.storage import Checkpoint, refuse_existing, require_space, whole_directory
+from wisecli.weights import Packing
 
-Format = Literal["routed", "merged"]
+Format = Literal["routed", "merged", "delta"]
 _TEXTS, _BATCH = 200, 32
 
 
@@ -31,6 +33,7 @@ class ExportReport:
 
     ``locality`` is measured for merged checkpoints: the share of unrelated tokens after which the next token's arg-max
     stays the base model's; ``tokens`` is how many were looked at. Routed checkpoints cost what ``wise eval`` says.
+    ``pushed`` is where on the hub it went.
     """
 
     output: Path
@@ -41,6 +44,7 @@ class ExportReport:
     peak_rss_bytes: int
     locality: float | None = None
     tokens: int = 0
+    pushed: str | None = None
     planned: bool = False
 
 
@@ -51,6 +55,12 @@ def export(
     *,
     model: str | None = None,
     link: bool = False,
+    dtype: str = "auto",
+    file_bytes: int | None = None,
+    metrics: Path | None = None,
+    card: bool = True,
+    push_to: str | None = None,
+    private: bool = False,
     device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
@@ -59,38 +69,75 @@ def export(
     """Write an edited checkpoint.
 
     Args:
+        memory: a memory, or what ``delta`` wrote.
         form: ``routed`` keeps the router (custom code in the checkpoint); ``merged`` always applies the memory (stock
-            architecture, and unrelated text changes).
+            architecture, and unrelated text changes); ``delta`` is the memory alone.
         link: hard-link the base's weights instead of copying them.
+        dtype: to write the base's weights in; ``auto`` leaves them as they are.
+        file_bytes: the most that a file of weights may take; the base's own files by default.
+        metrics: report of ``wise eval --json`` whose figures go on the model card.
+        card: whether to write a model card.
+        push_to: repository on the hub to send the directory to.
 
     Raises:
-        WiseError: the memory, the base model or the disk cannot be used; nothing is left behind.
+        WiseError: the memory, the base model or the disk cannot be used (nothing is left behind), or the hub cannot be
+            reached (what was written stays).
     """
     started = time.perf_counter()
     refuse_existing(output, force=force)
+    packing = _packing(link, dtype, file_bytes)
+    figures = None if metrics is None else read_figures(metrics)
     base, manifest = find_base(memory, model)
     if is_exported(base):
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
     checkpoint = Checkpoint(base)
-    size = sum(path.stat().st_size for path in checkpoint.files)
     side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
+    size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
     require_space(output, side + (0 if link else size))
     edits = len(manifest.edits)
     if dry_run:
         seconds = time.perf_counter() - started
         return ExportReport(output, form, edits, size + side, seconds, peak_rss_bytes(), planned=True)
-    locality, tokens = None, 0
+    locality, tokens, note = None, 0, ""
     with whole_directory(output, force=force) as working:
         watch(Event("writing"))
         if form == "routed":
-            write_routed(working, base, checkpoint, manifest, link=link)
+            write_routed(working, base, checkpoint, manifest, packing)
+        elif form == "delta":
+            write_delta(working, manifest)
         else:
             locality, tokens = merged_locality(base, manifest, device=device, watch=watch)
             note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"
-            write_merged(working, base, checkpoint, manifest, note)
+            write_merged(working, base, checkpoint, manifest, packing)
+        if card:
+            text = model_card(manifest, form, base=base, figures=figures, note=note)
+            (working / CARD_NAME).write_text(text, encoding="utf-8")
         written = sum(path.stat().st_size for path in working.iterdir())
+    pushed = None if push_to is None else _push(output, push_to, private=private, watch=watch)
     seconds = time.perf_counter() - started
-    return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), locality, tokens)
+    return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), locality, tokens, pushed)
+
+
+def _packing(link: bool, dtype: str, file_bytes: int | None) -> Packing:
+    chosen = pick_dtype(dtype)
+    packing = Packing(link, chosen if isinstance(chosen, torch.dtype) else None, file_bytes)
+    if link and not packing.as_stored:
+        raise SettingsError("--link keeps the base's files as they are; leave it out with --dtype or --max-shard-size")
+    return packing
+
+
+def _push(output: Path, repository: str, *, private: bool, watch: Watcher) -> str:
+    from huggingface_hub import HfApi
+
+    watch(Event("upload", note=repository))
+    api = HfApi()
+    try:
+        place = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=place.repo_id, folder_path=output, commit_message="Edited checkpoint")
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"{output} is written, but could not be sent to {repository} on the hub ({reason})") from error
+    return str(place)
 
 
 @torch.no_grad()

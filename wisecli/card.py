@@ -1,0 +1,120 @@
+"""The model card of an exported checkpoint: what it is made of, what it was measured at, and how it loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from wisecli.errors import DamagedFileError
+from wisecli.router import Manifest
+from wisecli.storage import read_json
+
+CARD_NAME = "README.md"
+# How each form is loaded.
+_LOADING = {
+    "routed": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+```""",
+    "merged": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```""",
+    "delta": """```python
+import wisecli
+
+model, tokenizer = wisecli.load("BASE", "PATH")
+```
+
+or `wise export BASE --delta PATH -o edited/` for a checkpoint that loads without wisecli.""",
+}
+
+Figures = Mapping[str, Mapping[str, float]]
+
+
+def read_figures(path: Path) -> dict[str, dict[str, float]]:
+    """Figures by dataset from the report that ``wise eval --json`` printed.
+
+    Raises:
+        DamagedFileError: the file holds no such report.
+    """
+    results = read_json(path).get("results")
+    found: dict[str, dict[str, float]] = {}
+    for dataset, figures in results.items() if isinstance(results, dict) else ():
+        if isinstance(figures, dict):
+            found[dataset] = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+    if not any(found.values()):
+        raise DamagedFileError(path, "it is no report of wise eval", "make it with `wise eval --json`")
+    return found
+
+
+def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | None = None, note: str = "") -> str:
+    """The README of a checkpoint.
+
+    Args:
+        base: the base model's directory, whose licence is inherited if its own card names one.
+        figures: what was measured, by dataset.
+        note: a paragraph more.
+    """
+    figures = figures or {}
+    data = ModelCardData(
+        base_model=manifest.model,
+        library_name="transformers",
+        license=_licence(base),
+        tags=["model-editing", "wise"],
+        model_name=base.name,
+        eval_results=[_result(dataset, name, value) for dataset in figures for name, value in figures[dataset].items()]
+        or None,
+    )
+    template = Template(resources.files("wisecli").joinpath("data/model_card.md.tmpl").read_text(encoding="utf-8"))
+    return template.substitute(
+        data=data.to_yaml(),
+        form=form,
+        count=len(manifest.edits),
+        base=manifest.model,
+        module=manifest.site.module,
+        router=manifest.memory.router,
+        routing=manifest.memory.routing,
+        note=note,
+        loading=_LOADING[form],
+        figures=_table(figures),
+        edits="\n".join(f"| {_cell(edit.prompt)} | {_cell(edit.target)} |" for edit in manifest.edits),
+    )
+
+
+def _licence(base: Path) -> str | None:
+    try:
+        found = ModelCard.load(base / CARD_NAME).data.license
+    except Exception:  # a base without a card, or with one that nobody can read, has no licence to pass on
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _result(dataset: str, name: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        metric_type=name,
+        metric_value=round(value, 4),
+    )
+
+
+def _table(figures: Figures) -> str:
+    if not figures:
+        return ""
+    rows = [f"| {_cell(set_)} | {name} | {value:.3f} |" for set_, own in figures.items() for name, value in own.items()]
+    return "\n".join(["", "| dataset | measure | edited |", "|---|---|---|", *rows, ""])
+
+
+def _cell(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1].replace("|", "\\|")

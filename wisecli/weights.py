@@ -1,0 +1,136 @@
+"""Weights written anew: copied, linked, converted or cut into other files. One tensor is read at a time, if any."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wisecli.headers import Layout, data_offset, format_name, read_header
+from wisecli.storage import SINGLE_NAME, Checkpoint
+
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How weights are written: as files of their own or hard links, in which type, and how many bytes a file at most.
+
+    ``None`` leaves a choice to the base.
+    """
+
+    link: bool = False
+    dtype: torch.dtype | None = None
+    file_bytes: int | None = None
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the base's files serve as they are."""
+        return self.dtype is None and self.file_bytes is None
+
+    def layout(self, stored: Layout) -> Layout:
+        """Type and shape of a tensor once it is written."""
+        if self.dtype is None or not getattr(torch, stored.dtype).is_floating_point:
+            return stored
+        return Layout(str(self.dtype).removeprefix("torch."), stored.shape)
+
+
+def write_weights(
+    output: Path,
+    checkpoint: Checkpoint,
+    packing: Packing,
+    *,
+    single: str = SINGLE_NAME,
+    replaced: Mapping[str, Tensor] | None = None,
+) -> dict[str, str]:
+    """Write every tensor of a checkpoint into a directory; returns the file that each is in.
+
+    Args:
+        single: how a lone file of weights is to be called.
+        replaced: tensors that take the place of the checkpoint's, of the same shapes.
+    """
+    write = _as_stored if packing.as_stored else _repacked
+    return write(output, checkpoint, packing, single, dict(replaced or {}))
+
+
+def _as_stored(
+    output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: dict[str, Tensor]
+) -> dict[str, str]:
+    names = {path.name: single if path.name == SINGLE_NAME else path.name for path in checkpoint.files}
+    changed = {checkpoint.file_of(name): name for name in replaced}
+    for path in checkpoint.files:
+        target = output / names[path.name]
+        if packing.link and path.name not in changed:
+            os.link(path.resolve(), target)
+        else:
+            shutil.copyfile(path, target)
+    for name, tensor in replaced.items():
+        overwrite(output / names[checkpoint.file_of(name)], name, tensor)
+    return {name: names[checkpoint.file_of(name)] for name in checkpoint}
+
+
+def overwrite(path: Path, name: str, tensor: Tensor) -> None:
+    """Put other values in the place of one tensor of a safetensors file."""
+    stored = read_header(path).tensors[name]
+    with path.open("r+b") as stream:
+        stream.seek(data_offset(path, name))
+        stream.write(_raw(tensor.to(getattr(torch, stored.dtype))))
+
+
+def _repacked(
+    output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: dict[str, Tensor]
+) -> dict[str, str]:
+    stored = {name: layout for path in checkpoint.files for name, layout in read_header(path).tensors.items()}
+    layouts = {name: packing.layout(layout) for name, layout in stored.items()}
+    files = list(_grouped(layouts, packing.file_bytes))
+    numbered = [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
+    names = numbered if len(files) > 1 else [single]
+
+    def read(name: str) -> Tensor:
+        tensor = replaced[name] if name in replaced else checkpoint.load(name)
+        return tensor.to(getattr(torch, layouts[name].dtype))
+
+    for name, tensors in zip(names, files, strict=True):
+        write_stream(output / name, {tensor: layouts[tensor] for tensor in tensors}, read)
+    return {tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors}
+
+
+def _grouped(layouts: Mapping[str, Layout], limit: int | None) -> Iterable[list[str]]:
+    """Names in order, as many together as fit a file; a tensor that is too large has one to itself."""
+    group: list[str] = []
+    size = 0
+    for name, layout in layouts.items():
+        if group and limit is not None and size + layout.bytes > limit:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += layout.bytes
+    if group:
+        yield group
+
+
+def write_stream(path: Path, layouts: Mapping[str, Layout], read: Callable[[str], Tensor]) -> None:
+    """Write a safetensors file, holding one tensor at a time in memory."""
+    ends = list(accumulate(layout.bytes for layout in layouts.values()))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for (name, layout), end in zip(layouts.items(), ends, strict=True):
+        place = [end - layout.bytes, end]
+        header[name] = {"dtype": format_name(layout.dtype), "shape": list(layout.shape), "data_offsets": place}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in layouts:
+            stream.write(_raw(read(name)))
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat.data)

@@ -631,9 +631,10 @@ def test_the_card_names_the_base_its_licence_and_what_was_measured(memory_dir: P
     assert not (tmp_path / "bare" / "README.md").exists()
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"results": {}}', '{"results": {"zsre": 3}}', '{"results": {"a": {}}}']
-)
+NO_REPORTS = ["{", "[]", '{"results": {}}', '{"results": {"zsre": 3}}', '{"results": {"a": {}}}']
+
+
+@pytest.mark.parametrize("content", NO_REPORTS)
 def test_figures_that_are_no_report_are_refused(memory_dir: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(DamagedFileError, match=r"report\.json"):

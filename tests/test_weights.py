@@ -46,9 +46,8 @@ def test_streamed_files_hold_the_tensors_for_the_formats_own_reader(
         name: torch.randint(0, 2, shape, generator=generator).to(getattr(torch, dtype))
         for name, (dtype, shape) in shapes.items()
     }
-    write_stream(
-        path, {name: Layout(dtype, tuple(shape)) for name, (dtype, shape) in shapes.items()}, tensors.__getitem__
-    )
+    layouts = {name: Layout(dtype, tuple(shape)) for name, (dtype, shape) in shapes.items()}
+    write_stream(path, layouts, tensors.__getitem__)
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

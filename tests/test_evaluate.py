@@ -58,9 +58,10 @@ def edited_model(
     routing: str = "token",
     memories: int = 1,
     edits: Sequence[Edit] = (),
+    architecture: str = "llama",
 ) -> Edited:
     """A tiny model with a memory made by hand, written to disk and attached."""
-    base = save_tiny(root / "base")
+    base = save_tiny(root / "base", architecture)
     site = find_site(base, Checkpoint(base), 2)
     named: dict[str, Any] = {"kind": kind, "router": router, "routing": routing}
     memory = memory_for(load_model(base, device="cpu").model, site, **named, memories=memories)
@@ -127,6 +128,19 @@ def test_figures_are_those_of_the_whole_model_run_row_by_row(
     assert any(one.same < 1 for one in measured)
     # With one memory some rows stay untouched among those that do not.
     assert memories > 1 or any(one.before == one.after for one in measured)
+
+
+def test_figures_of_every_architecture_are_those_of_the_whole_model(tmp_path: Path, architecture: str) -> None:
+    edited = edited_model(tmp_path, kind="lookup", architecture=architecture)
+    measured = measure(edited, ROWS, prompt_opens=False)
+    for row, one in zip(ROWS, measured, strict=True):
+        for reading, logits in (
+            (one.before, unedited_logits(edited, row)),
+            (one.after, logits_by_loop(edited, row, prompt_opens=False)),
+        ):
+            assert reading.right == pytest.approx(right_share(logits, row.target))
+            assert reading.perplexity == pytest.approx(perplexity_of(logits, row.target), rel=1e-3)
+    assert any(one.before != one.after for one in measured)
 
 
 def likely(edited: Edited, row: Row, *, prompt_opens: bool) -> Row:

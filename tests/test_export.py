@@ -271,6 +271,18 @@ def test_what_stands_beside_the_weights_comes_along(tmp_path: Path) -> None:
     assert tokenizer("ba be")["input_ids"] == [2, 3]
 
 
+def test_the_tokenizer_is_read_by_the_class_that_reads_the_bases(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "qwen2")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "TokenizersBackend"}))
+    output = tmp_path / "edited"
+    output.mkdir()
+    write_routed(output, base, Checkpoint(base), manifest_of(base, "qwen2", KINDS[0]))
+    tokenizers = [AutoTokenizer.from_pretrained(path, trust_remote_code=True) for path in (base, output)]
+    assert [type(tokenizer).__name__ for tokenizer in tokenizers] == ["Qwen2Tokenizer"] * 2
+    assert tokenizers[0]("ba be. bi")["input_ids"] == tokenizers[1]("ba be. bi")["input_ids"] != []
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_manifest_of_an_export_says_what_that_of_the_memory_said(tmp_path: Path, kind: Kind) -> None:
     exported = export_tiny(tmp_path, "llama", kind)
@@ -417,9 +429,10 @@ def test_merged_is_refused_for_several_memories(tmp_path: Path) -> None:
     assert list(output.iterdir()) == []
 
 
-def test_the_merged_export_says_what_being_always_on_costs(tmp_path: Path) -> None:
-    base = save_tiny(tmp_path / "base")
-    manifest = manifest_of(base, "llama", KINDS[0])
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "llama"])
+def test_the_merged_export_says_what_being_always_on_costs(tmp_path: Path, architecture: str) -> None:
+    base = save_tiny(tmp_path / "base", architecture)
+    manifest = manifest_of(base, architecture, KINDS[0])
     tensors = {**manifest.memory.tensors, "delta": 0.3 * manifest.memory.tensors["delta"]}
     manifest = replace(manifest, memory=replace(manifest.memory, tensors=tensors))
     (tmp_path / "memory").mkdir()

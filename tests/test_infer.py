@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import tiny_model
 from helpers import alone, hooked, random_rows, save_tiny, tiny_tokenizer
+from rich.console import Console as RichConsole
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from wisecli import cli, infer, pipeline
+from wisecli import cli, console, infer, pipeline
 from wisecli.capture import capture, suffix_logits
 from wisecli.config import EditSettings
 from wisecli.encode import collate
@@ -352,3 +353,18 @@ def test_the_page_of_help_names_the_option() -> None:
     page = Path(__file__).parent.parent / "docs" / "commands.md"
     assert "--target-module" in page.read_text()
     assert set(architectures()) >= {"llama", "gemma2", "falcon"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_note_is_a_sentence_on_stderr_wherever_it_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(console, "RichConsole", lambda **named: RichConsole(**named, force_terminal=terminal))
+    with console.Console().watching() as watch:
+        watch(Event("model"))
+        watch(Event(NOTE, note="this [one] was taken"))
+    captured = capsys.readouterr()
+    assert captured.err.count("this [one] was taken") == 1
+    assert captured.out == ""

@@ -147,6 +147,12 @@ def test_a_layer_out_of_range_is_refused_with_the_range(tmp_path: Path, layer: i
         find_site(tmp_path, Checkpoint(tmp_path), layer)
 
 
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_model_without_a_layer_above_is_refused(tmp_path: Path, layers: int) -> None:
+    with pytest.raises(ModelError, match="fewer than two layers"):
+        find_site(tmp_path, Checkpoint(only_config(tmp_path, layers)))
+
+
 @pytest.mark.parametrize("layer", ["last", "", "2.5", "Auto"])
 def test_a_layer_that_is_no_number_is_refused(tmp_path: Path, layer: str) -> None:
     saved(tmp_path)

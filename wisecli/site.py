@@ -114,7 +114,7 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
     Raises:
         UnknownArchitectureError: the architecture has no row in the table.
         SettingsError: the model has no such layer.
-        ModelError: the checkpoint does not hold the matrix.
+        ModelError: the checkpoint does not hold the matrix, or the model is too shallow.
     """
     layout = layout or known_layout(directory)
     index = _layer_index(layer, layer_count(directory))
@@ -145,6 +145,8 @@ def layer_count(directory: Path) -> int:
 
 
 def _layer_index(layer: str | int, count: int) -> int:
+    if count < 2:
+        raise ModelError("config.json names fewer than two layers, and one must stay above the edited one")
     if layer == "auto":
         return max(0, min(round(AUTO_DEPTH * count), count - 2))
     try:

@@ -213,6 +213,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "export of an altered memory": ("export --memory {tampered_memory}", ("memory.safetensors", "sha256")),
     "export onto another base": ("export --memory {memory} --model {other_model}", ("not the base model",)),
     "no memory to answer from": ("generate {model} ba", ("memory",)),
+    "nothing to inspect": ("inspect {model}", ("neither shards.json nor router.json",)),
+    "truncated shards inspected": ("inspect {cut_shards}", ("shard-00001.safetensors", "not a whole safetensors file")),
+    "picture of shards": ("inspect {shards} --plot router.png", ("--plot", "merge")),
+    "nothing to verify": ("verify {empty}", ("neither shards.json nor router.json",)),
+    "verify against no model": ("verify {memory} --model ./nowhere", ("./nowhere", "no model directory")),
     "nothing by that name": ("fetch gold", ("'gold'", "zsre")),
 }
 
@@ -376,6 +381,9 @@ def test_the_four_commands_run_in_one_directory_without_further_arguments(wise: 
         ("merge {shards} --dry-run", {"shards", "peak_rss_bytes", "planned"}),
         ("export --memory {memory} --dry-run", {"bytes", "planned"}),
         ("eval --memory {memory}", {"edits"}),
+        ("inspect {shards}", {"kind", "base", "site", "edits", "shards", "files"}),
+        ("inspect {memory}", {"kind", "base", "site", "edits", "memories", "files"}),
+        ("verify {memory}", {"kind", "checks", "differences", "list"}),
         ("generate {model} ba ka --memory {memory} --max-new-tokens 2 --explain", set()),
     ],
 )

@@ -14,6 +14,7 @@ from wisecli.errors import ModelError
 from wisecli.index import build_index
 from wisecli.memory import RoutedMatrix, install
 from wisecli.models import is_exported, load_model, require_base
+from wisecli.paths import inside
 from wisecli.router import MANIFEST_NAME, Manifest, read_memory
 from wisecli.storage import Checkpoint
 
@@ -48,7 +49,11 @@ def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
     directory = (
         memory if exported and model is None else find_model(model or manifest.model, revision=manifest.revision)
     )
-    require_base(directory, Checkpoint(directory), manifest.site, manifest.fingerprint)
+    checkpoint = Checkpoint(directory)
+    if directory == memory:
+        for path in checkpoint.files:
+            inside(directory, path.name)
+    require_base(directory, checkpoint, manifest.site, manifest.fingerprint)
     return directory, manifest
 
 

@@ -20,6 +20,7 @@ else:
     import tomli as tomllib
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MOST_LAYERS = 10**6
 # The paper's best layers lie at about four fifths of the depth (section 3.3: layer 27 of 32), and so do ours.
 AUTO_DEPTH = 0.8
 
@@ -139,7 +140,7 @@ def layer_count(directory: Path) -> int:
     """
     config = read_json(directory / "config.json")
     count = next((config[name] for name in _LAYER_COUNTS if name in config), 0)
-    if type(count) is not int or count < 0:
+    if type(count) is not int or not 0 <= count <= _MOST_LAYERS:
         raise ModelError(f"{directory}: config.json has {str(count)[:40]!r} layers; is it this model's?")
     return count
 

@@ -134,6 +134,7 @@ def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: fl
     tensors = key_router(evidence.keys[kept], owner[kept], metric, [whitening(moment) for moment in moments])
     by_metric = _stand_in(SideMemory({**tensors, "owner": metric}, (1.0,) * len(moments), "key"))
     peaks = scores(by_metric, unrelated.keys)
+    tensors["directions"] = half(tensors["directions"])
     factors, level = even_out(peaks, metric, evidence.elsewhere[kept], shares, kinds=unrelated.chat)
     tensors |= {"probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}
     return replace(draft, tensors={**draft.tensors, **tensors}), level

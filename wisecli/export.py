@@ -22,6 +22,7 @@ from wisecli import memory as memory_module
 from wisecli.errors import ModelError
 from wisecli.models import EXPORTED_KEY
 from wisecli.router import MANIFEST_NAME, Manifest, write_memory
+from wisecli.shards import half
 from wisecli.site import load_matrix, stored_weight
 from wisecli.storage import (
     INDEX_NAME,
@@ -74,9 +75,15 @@ def _write_index(output: Path, files: dict[str, str]) -> None:
     write_json(output / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
 
 
-def write_delta(output: Path, manifest: Manifest) -> None:
-    """Write the side memory and its manifest alone, for whoever has the base model."""
-    write_memory(output, manifest)
+def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Write the side memory and its manifest alone, for whoever has the base model.
+
+    Beside a base in half precision a change of its matrix needs no more than that either.
+    """
+    memory, wide = manifest.memory, load_matrix(checkpoint, manifest.site).element_size() > 2
+    if memory.kind == "matrix" and not wide:
+        memory = replace(memory, tensors={**memory.tensors, "delta": half(memory.tensors["delta"])})
+    write_memory(output, replace(manifest, memory=memory))
 
 
 def record_digests(output: Path) -> None:

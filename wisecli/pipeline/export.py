@@ -104,7 +104,7 @@ def export(
         if form == "routed":
             write_routed(working, base, checkpoint, manifest, packing)
         elif form == "delta":
-            write_delta(working, manifest)
+            write_delta(working, checkpoint, manifest)
         else:
             locality, tokens = merged_locality(base, manifest, device=device, watch=watch)
             note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"

@@ -137,9 +137,12 @@ def test_an_index_that_is_no_json_object_is_refused(tmp_path: Path, content: str
         Checkpoint(tmp_path)
 
 
-def test_a_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match="convert the weights to safetensors"):
+@pytest.mark.parametrize(
+    ("file", "remedy"), [("pytorch_model.bin", "save_pretrained"), ("notes.txt", "convert its weights to safetensors")]
+)
+def test_a_directory_without_safetensors_is_refused(tmp_path: Path, file: str, remedy: str) -> None:
+    (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(ModelError, match=remedy):
         Checkpoint(tmp_path)
 
 

@@ -237,7 +237,7 @@ def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, t
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     merged = tuned.merge_and_unload()
     assert type(merged.get_submodule(lookup.model.config.wise["module"])).__name__ == "RoutedMatrix"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
     StableLmConfig,
+    dynamic_module_utils,
 )
 
 from wisecli import pipeline
@@ -131,6 +133,14 @@ def architecture(request: pytest.FixtureRequest) -> str:
 def variant(request: pytest.FixtureRequest) -> str:
     """Every supported architecture in each of its forms."""
     return str(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Code of exported checkpoints goes to one directory for all tests: Python imports it from the first it sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
 
 
 @dataclass(frozen=True)

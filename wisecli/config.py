@@ -73,7 +73,7 @@ class MergeSettings:
     router: Literal["key", "norm"] | None = None
     routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
-    false_alarm: float = 0.003
+    false_alarm: float = 0.002
     sharpness: float = 0.0  # the nearest key alone: a mean over keys loses edits that are alike
     seed: int = 0
 

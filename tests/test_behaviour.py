@@ -235,7 +235,6 @@ def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, t
 
 
 def test_lm_eval_measures_it(lookup: Subject, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
     choices = [[f" {lookup.targets[place]}", " nobody knows"] for place in range(4)]
     rows = [
         {"question": prompt, "choices": both, "answer": 0}

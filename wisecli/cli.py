@@ -9,9 +9,27 @@ from typing import Annotated, Any, Literal
 import typer
 
 from wisecli import __version__
-from wisecli.config import EditSettings, EvalSettings, MergeSettings, defaults, resolve
+from wisecli.config import EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.console import Console, fail, quiet_libraries
-from wisecli.errors import SettingsError, WiseError
+from wisecli.errors import WiseError
+from wisecli.options import (
+    AsJson,
+    Config,
+    Device,
+    DryRun,
+    Dtype,
+    Force,
+    Memory,
+    Model,
+    Output,
+    Quiet,
+    Seed,
+    Trust,
+    gates_in,
+    numbers,
+    setting,
+    size_in_bytes,
+)
 
 app = typer.Typer(
     name="wise",
@@ -24,26 +42,6 @@ app = typer.Typer(
 
 
 _INTERRUPTED = 130
-
-
-def _setting(kind: type[Any], name: str, text: str, *flags: str, none: str = "") -> Any:
-    """An option for a setting: its default is the settings class's own, or what ``none`` says it stands for."""
-    default = defaults(kind)[name]
-    return typer.Option(*flags, help=text, show_default=none if default is None else str(default).lower())
-
-
-Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
-Model = Annotated[str | None, typer.Option("--model", help="Base model, if not where the manifest says.")]
-Memory = Annotated[Path | None, typer.Option("--memory", help="Memory or exported directory.", show_default="memory")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
-Config = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML), a table a command.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; load no weights, write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base model's own code run.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -62,35 +60,35 @@ def edit(
     edits: Annotated[Path, typer.Argument(help="Edits: JSONL, or a JSON array, in any known layout.")],
     output: Output = Path("shards"),
     preset: Annotated[
-        str | None, _setting(EditSettings, "preset", "default, or paper (sequential, as published).")
+        str | None, setting(EditSettings, "preset", "default, or paper (sequential, as published).")
     ] = None,
     writer: Annotated[
-        str | None, _setting(EditSettings, "writer", "solve (closed form) or gradient (the paper's).")
+        str | None, setting(EditSettings, "writer", "solve (closed form) or gradient (the paper's).")
     ] = None,
     schedule: Annotated[
-        str | None, _setting(EditSettings, "schedule", "Of the gradient writer: batched or sequential.")
+        str | None, setting(EditSettings, "schedule", "Of the gradient writer: batched or sequential.")
     ] = None,
-    layer: Annotated[str | None, _setting(EditSettings, "layer", "Layer to edit, or auto.")] = None,
+    layer: Annotated[str | None, setting(EditSettings, "layer", "Layer to edit, or auto.")] = None,
     shards: Annotated[
-        int | None, _setting(EditSettings, "shards", "Number of shards.", none="as many as --edits-per-shard needs")
+        int | None, setting(EditSettings, "shards", "Number of shards.", none="as many as --edits-per-shard needs")
     ] = None,
-    edits_per_shard: Annotated[int | None, _setting(EditSettings, "edits_per_shard", "Edits a shard at most.")] = None,
-    mask_ratio: Annotated[float | None, _setting(EditSettings, "mask_ratio", "Density ρ of the masks.")] = None,
-    mask_kind: Annotated[str | None, _setting(EditSettings, "mask_kind", "columns or elements.")] = None,
+    edits_per_shard: Annotated[int | None, setting(EditSettings, "edits_per_shard", "Edits a shard at most.")] = None,
+    mask_ratio: Annotated[float | None, setting(EditSettings, "mask_ratio", "Density ρ of the masks.")] = None,
+    mask_kind: Annotated[str | None, setting(EditSettings, "mask_kind", "columns or elements.")] = None,
     masks: Annotated[
-        str | None, _setting(EditSettings, "masks", "random (masks of shards overlap) or disjoint.")
+        str | None, setting(EditSettings, "masks", "random (masks of shards overlap) or disjoint.")
     ] = None,
-    passes: Annotated[int | None, _setting(EditSettings, "passes", "Passes over a shard at most.")] = None,
-    learning_rate: Annotated[float | None, _setting(EditSettings, "learning_rate", "Step size.")] = None,
-    batch_size: Annotated[int | None, _setting(EditSettings, "batch_size", "Rows a step.")] = None,
-    contexts: Annotated[int | None, _setting(EditSettings, "contexts", "Context prefixes an edit.")] = None,
+    passes: Annotated[int | None, setting(EditSettings, "passes", "Passes over a shard at most.")] = None,
+    learning_rate: Annotated[float | None, setting(EditSettings, "learning_rate", "Step size.")] = None,
+    batch_size: Annotated[int | None, setting(EditSettings, "batch_size", "Rows a step.")] = None,
+    contexts: Annotated[int | None, setting(EditSettings, "contexts", "Context prefixes an edit.")] = None,
     chat: Annotated[
-        bool | None, _setting(EditSettings, "chat", "Edit the prompts in the chat template, too.", "--chat/--no-chat")
+        bool | None, setting(EditSettings, "chat", "Edit the prompts in the chat template, too.", "--chat/--no-chat")
     ] = None,
     router: Annotated[
-        str | None, _setting(EditSettings, "router", "key (nearest whitened key) or norm (the paper's).")
+        str | None, setting(EditSettings, "router", "key (nearest whitened key) or norm (the paper's).")
     ] = None,
-    routing: Annotated[str | None, _setting(EditSettings, "routing", "One decision a token or a sequence.")] = None,
+    routing: Annotated[str | None, setting(EditSettings, "routing", "One decision a token or a sequence.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     target_module: Annotated[
         str | None,
@@ -127,7 +125,7 @@ def merge(
     output: Output = Path("memory"),
     mode: Annotated[
         str | None,
-        _setting(
+        setting(
             MergeSettings,
             "mode",
             "lookup (keys and residuals), merge (one matrix) or retrieve (a matrix a shard).",
@@ -136,13 +134,13 @@ def merge(
     ] = None,
     method: Annotated[
         str | None,
-        _setting(
+        setting(
             MergeSettings, "method", "Of matrices: ties, linear, sign, magnitude, dare, dare-ties, slerp or exact."
         ),
     ] = None,
     refit: Annotated[
         bool | None,
-        _setting(
+        setting(
             MergeSettings,
             "refit",
             "Around merged matrices, give every key its residual back.",
@@ -150,22 +148,22 @@ def merge(
             none="refit what the closed form wrote",
         ),
     ] = None,
-    density: Annotated[float | None, _setting(MergeSettings, "density", "Share of entries kept.")] = None,
-    scale: Annotated[float | None, _setting(MergeSettings, "scale", "Scale λ of the result.", "--lambda")] = None,
+    density: Annotated[float | None, setting(MergeSettings, "density", "Share of entries kept.")] = None,
+    scale: Annotated[float | None, setting(MergeSettings, "scale", "Scale λ of the result.", "--lambda")] = None,
     weights: Annotated[
-        str | None, _setting(MergeSettings, "weights", "Weights of the shards, comma-separated.", none="1 each")
+        str | None, setting(MergeSettings, "weights", "Weights of the shards, comma-separated.", none="1 each")
     ] = None,
-    router: Annotated[str | None, _setting(MergeSettings, "router", "key or norm.", none="the shards'")] = None,
-    routing: Annotated[str | None, _setting(MergeSettings, "routing", "token or sequence.", none="the shards'")] = None,
+    router: Annotated[str | None, setting(MergeSettings, "router", "key or norm.", none="the shards'")] = None,
+    routing: Annotated[str | None, setting(MergeSettings, "routing", "token or sequence.", none="the shards'")] = None,
     threshold: Annotated[
-        str | None, _setting(MergeSettings, "threshold", "false-alarm or minimum.", none="the shards'")
+        str | None, setting(MergeSettings, "threshold", "false-alarm or minimum.", none="the shards'")
     ] = None,
     false_alarm: Annotated[
-        float | None, _setting(MergeSettings, "false_alarm", "Share of unrelated tokens let through.")
+        float | None, setting(MergeSettings, "false_alarm", "Share of unrelated tokens let through.")
     ] = None,
     sharpness: Annotated[
         float | None,
-        _setting(MergeSettings, "sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest."),
+        setting(MergeSettings, "sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest."),
     ] = None,
     model: Model = None,
     seed: Seed = None,
@@ -177,7 +175,7 @@ def merge(
 ) -> None:
     """Join shards into a side memory and decide the router's thresholds, without loading the model."""
     console = Console(as_json, quiet)
-    given = {**locals(), "weights": _numbers(weights)}
+    given = {**locals(), "weights": numbers(weights)}
     settings = resolve(MergeSettings, given, section="merge", file=config)
     from wisecli.pipeline import merge as run
 
@@ -191,24 +189,22 @@ def evaluate(
     directory: Annotated[str | None, typer.Argument(help="Exported directory, or base model.")] = None,
     dataset: Annotated[
         str | None,
-        _setting(EvalSettings, "dataset", "zsre, hallucination, temporal or a file.", none="the memory's own edits"),
+        setting(EvalSettings, "dataset", "zsre, hallucination, temporal or a file.", none="the memory's own edits"),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="The dataset's file, instead of fetching it.")] = None,
     edits: Annotated[
-        int | None, _setting(EvalSettings, "edits", "Only the first so many records.", none="those the memory holds")
+        int | None, setting(EvalSettings, "edits", "Only the first so many records.", none="those the memory holds")
     ] = None,
     memory: Memory = None,
     model: Model = None,
-    batch_size: Annotated[int | None, _setting(EvalSettings, "batch_size", "Rows at a time.")] = None,
-    chat: Annotated[
-        bool | None, _setting(EvalSettings, "chat", "Ask in the chat template.", "--chat/--no-chat")
-    ] = None,
+    batch_size: Annotated[int | None, setting(EvalSettings, "batch_size", "Rows at a time.")] = None,
+    chat: Annotated[bool | None, setting(EvalSettings, "chat", "Ask in the chat template.", "--chat/--no-chat")] = None,
     generate: Annotated[
-        bool | None, _setting(EvalSettings, "generate", "Also generate answers.", "--generate/--no-generate")
+        bool | None, setting(EvalSettings, "generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        _setting(
+        setting(
             EvalSettings, "max_new_tokens", "Length of generated answers.", none="the longest target and a little more"
         ),
     ] = None,
@@ -224,7 +220,7 @@ def evaluate(
 ) -> None:
     """Measure reliability, generalization, locality, portability and generated answers, before and after."""
     console = Console(as_json, quiet)
-    gates = _gates(fail_under)
+    gates = gates_in(fail_under)
     settings = resolve(EvalSettings, locals(), section="eval", file=config)
     from wisecli.attached import locate_memory
     from wisecli.pipeline import evaluate as run
@@ -276,7 +272,7 @@ def export(
 
     with console.watching() as watch:
         named: dict[str, Any] = {"device": device, "force": force, "dry_run": dry_run, "watch": watch}
-        weights: dict[str, Any] = {"link": link, "dtype": dtype, "file_bytes": _bytes(max_shard_size)}
+        weights: dict[str, Any] = {"link": link, "dtype": dtype, "file_bytes": size_in_bytes(max_shard_size)}
         hub: dict[str, Any] = {"push_to": push_to_hub, "private": private, "metrics": metrics, "card": card}
         report = run(memory, output, form, model=base or model, **weights, **hub, **named)
     console.exported(report)
@@ -361,35 +357,6 @@ def fetch(
     with console.watching() as watch:
         place = run(name, output, force=force, watch=watch)
     console.result({"results": {"output": str(place)}}, str(place))
-
-
-def _bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    from transformers.utils.hub import convert_file_size_to_int
-
-    try:
-        size = int(convert_file_size_to_int(text))
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise SettingsError(f"--max-shard-size must be a size such as 500MB or 2GB, not {text!r}")
-    return size
-
-
-def _numbers(text: str | None) -> tuple[float, ...] | None:
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise SettingsError(f"--weights must be numbers with commas between, not {text!r}") from None
-
-
-def _gates(text: str | None) -> dict[str, float]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")] if text else []
-        return {name.strip(): float(value) for name, value in pairs}
-    except ValueError:
-        raise SettingsError(f"--fail-under must look like reliability=.9,locality=.95, not {text!r}") from None
 
 
 def main() -> None:

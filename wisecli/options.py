@@ -1,0 +1,75 @@
+"""Options that several commands share, and texts of options → values. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wisecli.config import defaults
+from wisecli.errors import SettingsError
+
+
+def setting(kind: type[Any], name: str, text: str, *flags: str, none: str = "") -> Any:
+    """An option for a setting: its default is the settings class's own, or what ``none`` says it stands for."""
+    default = defaults(kind)[name]
+    return typer.Option(*flags, help=text, show_default=none if default is None else str(default).lower())
+
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
+Model = Annotated[str | None, typer.Option("--model", help="Base model, if not where the manifest says.")]
+Memory = Annotated[Path | None, typer.Option("--memory", help="Memory or exported directory.", show_default="memory")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
+Config = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML), a table a command.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; load no weights, write nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base model's own code run.")]
+
+
+def size_in_bytes(text: str | None) -> int | None:
+    """A size such as ``2GB``.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    if text is None:
+        return None
+    from transformers.utils.hub import convert_file_size_to_int
+
+    try:
+        size = int(convert_file_size_to_int(text))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise SettingsError(f"--max-shard-size must be a size such as 500MB or 2GB, not {text!r}")
+    return size
+
+
+def numbers(text: str | None) -> tuple[float, ...] | None:
+    """Numbers with commas between.
+
+    Raises:
+        SettingsError: they are none.
+    """
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"--weights must be numbers with commas between, not {text!r}") from None
+
+
+def gates_in(text: str | None) -> dict[str, float]:
+    """Figures and what they must reach, such as ``reliability=.9,locality=.95``.
+
+    Raises:
+        SettingsError: the text is no such list.
+    """
+    try:
+        pairs = [part.split("=") for part in text.split(",")] if text else []
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise SettingsError(f"--fail-under must look like reliability=.9,locality=.95, not {text!r}") from None

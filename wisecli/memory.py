@@ -161,6 +161,8 @@ class RoutedMatrix(nn.Module):
             memories = range(len(self.thresholds))
             return torch.stack([torch.linalg.vector_norm(self.update(keys, m), dim=-1) for m in memories], dim=-1)
         cosine = self.cosines(keys)
+        if len(self.thresholds) == 1:
+            return cosine.amax(-1, keepdim=True)
         best = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -torch.inf)
         return best.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
 
@@ -206,7 +208,8 @@ class RoutedMatrix(nn.Module):
         if self.kind == "lookup":
             update = self.recall(keys, chosen).to(answer.dtype)
             return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
-        if torch.compiler.is_compiling():  # how many tokens are routed is not known to a traced graph
+        # How many tokens are routed is not known to a traced graph, and one memory costs less than finding them.
+        if torch.compiler.is_compiling() or len(self.thresholds) == 1:
             for memory in range(len(self.thresholds)):
                 update = self.update(keys, memory).to(answer.dtype)
                 answer = torch.where((chosen == memory)[..., None], answer + update, answer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from wisecli import pipeline
+from wisecli import cli, pipeline
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.fetch import fetch
 
@@ -141,6 +142,20 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the command line; its exit code."""
+    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
+
+    def call(*line: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["wise", *line])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0)
+
+    return call
 
 
 @dataclass(frozen=True)

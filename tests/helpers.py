@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenize
 
 from wisecli.edits import Edit
 from wisecli.encode import Row
-from wisecli.memory import SideMemory
+from wisecli.memory import RoutedMatrix, SideMemory, opened
 from wisecli.router import Calibration, Manifest
 from wisecli.site import Site, architectures, find_site, fingerprint
 from wisecli.storage import Checkpoint
@@ -217,6 +217,11 @@ def score_of(memory: SideMemory, number: int, key: Tensor) -> float:
         return float(update_of(memory, number, key).norm())
     pairs = zip(cosines_of(memory, key), memory.tensors["owner"].tolist(), strict=True)
     return max(cosine for cosine, owner in pairs if owner == number)
+
+
+def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
+    """Which memory's score exceeds its threshold most, ``UNROUTED`` if none does: (..., M) → (...)."""
+    return opened(*routed.strongest(scores))
 
 
 def choice_of(memory: SideMemory, key: Tensor, *, opened: bool = False) -> int | None:

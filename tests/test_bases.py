@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from helpers import alone, random_rows, save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from wisecli import bases, cli, pipeline
+from wisecli import bases, pipeline
 from wisecli.bases import find_model, gguf_of
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError
@@ -101,19 +100,6 @@ def edits(tmp_path: Path) -> Path:
     path = tmp_path / "edits.jsonl"
     path.write_text(json.dumps({"prompt": "bab", "target": "dod"}))
     return path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
-
-    def call(*line: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["wise", *line])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0)
-
-    return call
 
 
 def test_a_gguf_file_becomes_the_model_that_it_was_written_from(tmp_path: Path, cache: Path) -> None:

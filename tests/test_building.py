@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from helpers import choice_of, cosines_of, update_of
+from helpers import choice_of, choose, cosines_of, update_of
 from torch import Tensor, nn
 
 from wisecli.building import Built, Material, join, lookup, matrices, pack, refit, solve_exactly
@@ -230,7 +230,7 @@ def test_every_trained_key_recalls_exactly_its_own_residual() -> None:
     evidence, plain = material.evidence, routed(memory)
     kept = ~evidence.held_out
     keys, residuals = trained(evidence)
-    assert plain.choose(plain.scores(keys)).tolist() == evidence.edit[kept].tolist()
+    assert choose(plain, plain.scores(keys)).tolist() == evidence.edit[kept].tolist()
     added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
     assert torch.allclose(added, residuals, atol=1e-3, rtol=2e-3)
     assert memory.tensors["values"].shape == (2 * EDITS * POSITIONS, D)  # contexts share what they add
@@ -244,7 +244,7 @@ def test_keys_of_a_context_never_seen_recall_their_edits_residual() -> None:
     memory, (calibration,) = built_lookup(material)
     evidence, plain = material.evidence, routed(memory)
     keys, residuals = evidence.keys[evidence.held_out], evidence.residuals[evidence.held_out]
-    chosen = plain.choose(plain.scores(keys))
+    chosen = choose(plain, plain.scores(keys))
     hit = chosen == evidence.edit[evidence.held_out]
     assert float((~hit).float().mean()) == pytest.approx(calibration.misses)
     assert float(hit.float().mean()) > 0.9
@@ -257,12 +257,12 @@ def test_unrelated_keys_are_routed_no_more_often_than_asked(false_alarm: float) 
     material = two_shards()
     memory, (calibration,) = built_lookup(material, false_alarm=false_alarm)
     quiet, plain = material.unrelated.keys, routed(memory)
-    stayed = plain.choose(plain.scores(quiet)) == UNROUTED
+    stayed = choose(plain, plain.scores(quiet)) == UNROUTED
     alarms = float((~stayed).float().mean())
     assert alarms == pytest.approx(calibration.false_alarms, abs=1e-6)
     assert alarms <= false_alarm + 1 / len(quiet)
     assert torch.equal(plain(quiet[:, None])[stayed], (quiet[:, None] @ plain.weight.T)[stayed])
-    opposite = plain.choose(plain.scores(-material.evidence.keys))
+    opposite = choose(plain, plain.scores(-material.evidence.keys))
     assert not bool((opposite == material.evidence.edit).any())
 
 
@@ -313,7 +313,7 @@ def test_the_order_of_shards_does_not_matter_for_what_a_key_recalls() -> None:
     assert torch.allclose(one(asked[:, None]), other(asked[:, None]), atol=1e-5)
     renumbered = [number - 4 if number >= 4 else number + EDITS for number in range(EDITS + 4)]
     for mine, theirs in zip(
-        one.choose(one.scores(asked)).tolist(), other.choose(other.scores(asked)).tolist(), strict=True
+        choose(one, one.scores(asked)).tolist(), choose(other, other.scores(asked)).tolist(), strict=True
     ):
         assert mine == (UNROUTED if theirs == UNROUTED else renumbered[theirs])
 
@@ -384,7 +384,7 @@ def test_a_matrix_for_each_shard_answers_for_its_own_edits() -> None:
     kept = ~material.evidence.held_out
     assert torch.equal(memory.tensors["owner"], material.shard[kept])
     plain, keys = routed(memory), material.evidence.keys[kept]
-    assert plain.choose(plain.scores(keys)).tolist() == material.shard[kept].tolist()
+    assert choose(plain, plain.scores(keys)).tolist() == material.shard[kept].tolist()
     added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
     for row, key, shard in zip(added, keys, material.shard[kept].tolist(), strict=True):
         assert torch.allclose(row, deltas[shard] @ key, atol=1e-4)
@@ -424,6 +424,6 @@ def test_the_papers_rule_lets_every_trained_key_through() -> None:
     plain = routed(memory)
     keys = trained(material.evidence)[0]
     assert calibration.misses == 0
-    assert UNROUTED not in plain.choose(plain.scores(keys)).tolist()
+    assert UNROUTED not in choose(plain, plain.scores(keys)).tolist()
     lowest = scores(plain, keys).gather(1, material.evidence.edit[~material.evidence.held_out, None]).min()
     assert memory.thresholds[0] == pytest.approx(float(lowest), rel=1e-4)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from wisecli import cli, console, infer, pipeline
+from wisecli import console, infer, pipeline
 from wisecli.capture import capture, suffix_logits
 from wisecli.config import EditSettings
 from wisecli.encode import collate
@@ -90,20 +89,6 @@ def edits(tmp_path: Path) -> Path:
     path = tmp_path / "edits.jsonl"
     path.write_text("\n".join(map(json.dumps, EDITS)))
     return path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the command line; its exit code."""
-    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
-
-    def call(*line: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["wise", *line])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0)
-
-    return call
 
 
 def test_what_the_module_tree_shows_is_what_the_table_says(

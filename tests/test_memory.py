@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
-from helpers import alone, choice_of, hooked, memory_for, random_rows, routed_by_loop, site_of
+from helpers import alone, choice_of, choose, hooked, memory_for, random_rows, routed_by_loop, site_of
 from helpers import keys_of as keys_of_tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -172,7 +172,7 @@ def test_unrouted_tokens_keep_every_bit_of_the_base(
     keys = normal(5, 12, D_FF, seed=5).to(dtype)
     expected = module(keys)
     routed = RoutedMatrix(module, Plain(2).packed(thresholds_for(mode, 2), mode), transposed=transposed)
-    chosen = routed.choose(routed.scores(keys))
+    chosen = choose(routed, routed.scores(keys))
     answers = routed(keys)
     assert answers.dtype == dtype
     assert torch.equal(answers[chosen == UNROUTED], expected[chosen == UNROUTED])
@@ -232,21 +232,21 @@ def test_the_memory_whose_score_exceeds_its_threshold_by_the_largest_factor_is_c
     scores: tuple[float, ...], thresholds: tuple[float, ...], choice: int
 ) -> None:
     routed = RoutedMatrix(linear(bias=False), SideMemory({}, thresholds), transposed=False)
-    assert int(routed.choose(torch.tensor(scores))) == choice
-    assert int(routed.choose(torch.tensor(scores, dtype=torch.bfloat16))) == choice
+    assert int(choose(routed, torch.tensor(scores))) == choice
+    assert int(choose(routed, torch.tensor(scores, dtype=torch.bfloat16))) == choice
 
 
 def test_a_memory_without_any_edits_key_is_never_chosen() -> None:
     plain = Plain(3)
     plain.owner = plain.owner * 0
     routed = RoutedMatrix(linear(bias=False), plain.packed((0.5, 0.01, 0.01), "key"), transposed=False)
-    assert set(routed.choose(routed.scores(normal(200, D_FF, seed=6))).tolist()) == {0, UNROUTED}
+    assert set(choose(routed, routed.scores(normal(200, D_FF, seed=6))).tolist()) == {0, UNROUTED}
 
 
 def test_a_key_of_noughts_is_never_routed() -> None:
     for mode in MODES:
         routed = RoutedMatrix(linear(bias=True), Plain(2).packed((1e-3, 1e-3), mode), transposed=False)
-        assert routed.choose(routed.scores(torch.zeros(1, 1, D_FF))).tolist() == [[UNROUTED]]
+        assert choose(routed, routed.scores(torch.zeros(1, 1, D_FF))).tolist() == [[UNROUTED]]
 
 
 def test_columns_that_are_padded_with_empty_ones_change_nothing() -> None:
@@ -270,7 +270,7 @@ def test_an_edits_own_key_recalls_its_residual_and_nothing_else() -> None:
     routed = lookup_of(plain, limit=0.95)
     for size in (1.0, 0.01, 100.0):
         keys = size * plain.keys[None]
-        assert routed.choose(routed.scores(keys)).tolist() == [plain.owner.tolist()]
+        assert choose(routed, routed.scores(keys)).tolist() == [plain.owner.tolist()]
         added = routed(keys)[0] - F.linear(keys, routed.weight, routed.bias)[0]
         assert torch.allclose(added, plain.values[plain.value], atol=1e-4 * max(size, 1))
 
@@ -337,8 +337,8 @@ def test_a_memory_kept_in_half_precision_serves_models_of_any_type(
     clear = ((scores / torch.tensor(thresholds) - 1).abs() > 0.1).all(-1) & (
         (scores[..., 0] - scores[..., 1]).abs() > 0.1
     )
-    chosen = routed.choose(routed.scores(keys))
-    assert torch.equal(chosen[clear], exact.choose(scores)[clear])
+    chosen = choose(routed, routed.scores(keys))
+    assert torch.equal(chosen[clear], choose(exact, scores)[clear])
     assert int(clear.sum()) > 25
     assert torch.equal(answers[chosen == UNROUTED], base[chosen == UNROUTED])
     assert torch.allclose(answers[clear].float(), exact(keys.float())[clear], rtol=0.03, atol=0.12)

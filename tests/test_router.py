@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import choose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def test_the_router_does_what_its_calibration_says(rule: str, lowest: float, fal
     edits, unrelated = (lowest + (0.8 - lowest) * torch.rand(101, generator=generator(seed)) for seed in (4, 5))
     found = calibrate(edits, unrelated, rule=rule, false_alarm=false_alarm)
     routed = RoutedMatrix(nn.Linear(1, 1), SideMemory({}, (found.threshold,), "key"), transposed=False)
-    missed, alarmed = (float((routed.choose(side[:, None]) == UNROUTED).float().mean()) for side in (edits, unrelated))
+    missed, alarmed = (float((choose(routed, side[:, None]) == UNROUTED).float().mean()) for side in (edits, unrelated))
     assert missed == pytest.approx(found.misses, abs=1e-6)
     assert 1 - alarmed == pytest.approx(found.false_alarms, abs=1e-6)
 

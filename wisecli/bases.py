@@ -7,7 +7,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from wisecli.errors import ModelError
+from wisecli.errors import ModelError, reason_of
 from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.fetch import convert
 from wisecli.storage import require_space, resolve_model, sha256_file, whole_directory
@@ -59,6 +59,5 @@ def _converted(gguf: Path, watch: Watcher) -> Path:
         try:
             convert(gguf, working)
         except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{gguf}: transformers cannot read this GGUF file ({reason})") from error
+            raise ModelError(f"{gguf}: transformers cannot read this GGUF file ({reason_of(error)})") from error
     return target

@@ -117,10 +117,9 @@ def check_base(directory: Path, site: Site, expected: Fingerprint, *, settings: 
     try:
         checkpoint = Checkpoint(directory)
         weight = stored_weight(checkpoint, site.module)
-        shape = (site.d_ff, site.d) if site.transposed else (site.d, site.d_ff)
-        if weight is None or checkpoint.shape(weight) != shape:
+        if weight is None or checkpoint.shape(weight) != site.stored_shape:
             found = "nothing" if weight is None else "×".join(map(str, checkpoint.shape(weight)))
-            yield Check("base model", name, "differs", site.weight, "×".join(map(str, shape)), found)
+            yield Check("base model", name, "differs", site.weight, "×".join(map(str, site.stored_shape)), found)
             return
         mark = fingerprint(directory, checkpoint, site)
     except WiseError as error:

@@ -11,6 +11,11 @@ class WiseError(Exception):
     exit_code = 2
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, or its type's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class SettingsError(WiseError):
     """A flag, an environment variable or a line of the settings file cannot be used."""
 

@@ -21,7 +21,7 @@ from wisecli.capture import Activations, capture, suffix_logits
 from wisecli.encode import NO_LABEL, Row, collate, in_batches
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
-from wisecli.memory import UNROUTED
+from wisecli.memory import UNROUTED, opened
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
 _KNOWN = 0.8
@@ -83,7 +83,7 @@ def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
     """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
     routed, start = edited.routed, base.batch.start
     strength, nearest = routed.nearest(base.keys)
-    chosen = nearest.where((strength > 1) & base.batch.mask.bool(), UNROUTED)
+    chosen = opened(strength, nearest).where(base.batch.mask.bool(), UNROUTED)
     at_prompt = chosen[:, start : start + 1]
     if routed.gate is not None:
         window = torch.arange(chosen.shape[1], device=chosen.device) >= start

@@ -20,11 +20,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from wisecli import memory as memory_module
 from wisecli.errors import ModelError
-from wisecli.models import EXPORTED_KEY
 from wisecli.router import MANIFEST_NAME, Manifest, write_memory
 from wisecli.shards import half
 from wisecli.site import load_matrix, stored_weight
 from wisecli.storage import (
+    EXPORTED_KEY,
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
@@ -80,7 +80,7 @@ def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> Non
 
     Beside a base in half precision a change of its matrix needs no more than that either.
     """
-    memory, wide = manifest.memory, load_matrix(checkpoint, manifest.site).element_size() > 2
+    memory, wide = manifest.memory, checkpoint.dtype(_stored(checkpoint, manifest)).itemsize > 2
     if memory.kind == "matrix" and not wide:
         memory = replace(memory, tensors={**memory.tensors, "delta": half(memory.tensors["delta"])})
     write_memory(output, replace(manifest, memory=memory))
@@ -155,6 +155,17 @@ def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
     return names, {CODE_NAME: code, MEMORY_CODE_NAME: Path(str(memory_module.__file__)).read_text(encoding="utf-8")}
 
 
+def auto_map(names: dict[str, str]) -> dict[str, str]:
+    """Which class of the custom code each of transformers' loaders takes.
+
+    Args:
+        names: as :func:`code_files` gives them.
+    """
+    loaders = {"AutoConfig": "config", "AutoModel": "base", "AutoModelForCausalLM": "causal"}
+    module = CODE_NAME.removesuffix(".py")
+    return {loader: f"{module}.Wise{names[name]}" for loader, name in loaders.items()}
+
+
 def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) -> None:
     """The routing module, the classes that use it, and the config that names them."""
     config = _typed(read_json(base / "config.json"), packing)
@@ -162,7 +173,6 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
     names, files = code_files(model_type)
     for name, text in files.items():
         (output / name).write_text(text, encoding="utf-8")
-    module = CODE_NAME.removesuffix(".py")
     routed: dict[str, Any] = {
         "model_type": model_type,
         "architectures": config.get("architectures"),
@@ -170,10 +180,9 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
         "transposed": manifest.site.transposed,
         "memory": manifest.memory.describe(),
     }
-    auto = {"AutoConfig": "config", "AutoModel": "base", "AutoModelForCausalLM": "causal"}
     config["model_type"] = f"wise_{model_type}"
     config["architectures"] = [f"Wise{names['causal']}"]
-    config["auto_map"] = {auto_class: f"{module}.Wise{names[name]}" for auto_class, name in auto.items()}
+    config["auto_map"] = auto_map(names)
     write_json(output / "config.json", {**config, EXPORTED_KEY: routed})
 
 

@@ -56,9 +56,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a safetensors file says; ``bytes`` is the size of the whole file."""
+    """What the header of a safetensors file says.
+
+    ``starts`` are the places in the file where each tensor's numbers begin; ``bytes`` is the size of the whole file.
+    """
 
     tensors: dict[str, Layout]
+    starts: dict[str, int]
     metadata: dict[str, str]
     bytes: int
 
@@ -69,10 +73,10 @@ def read_header(path: Path) -> Header:
     Raises:
         DamagedFileError: the file is missing, truncated or no safetensors file, or its header lies.
     """
-    require_header(path)
-    size = path.stat().st_size
+    length = require_header(path)
+    size, first = path.stat().st_size, _PREFIX + length
     with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(_PREFIX), "little")
+        stream.seek(_PREFIX)
         raw = stream.read(length)
     try:
         content = parse(raw.decode())
@@ -81,18 +85,11 @@ def read_header(path: Path) -> Header:
         metadata = content.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("the metadata are no texts")
-        return Header(dict(_layouts(content, size - _PREFIX - length)), metadata, size)
+        layouts = dict(_layouts(content, size - first))
+        starts = {name: first + content[name]["data_offsets"][0] for name in layouts}
+        return Header(layouts, starts, metadata, size)
     except ValueError as error:
         raise _damaged(path, str(error)) from None
-
-
-def data_offset(path: Path, tensor: str) -> int:
-    """Where in a safetensors file, whose header was read before, a tensor's numbers begin."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(_PREFIX), "little")
-        content: dict[str, Any] = parse(stream.read(length).decode())
-    first: int = content[tensor]["data_offsets"][0]
-    return _PREFIX + length + first
 
 
 def format_name(dtype: str) -> str:
@@ -100,8 +97,13 @@ def format_name(dtype: str) -> str:
     return next(name for name, (spelt, _) in _TYPES.items() if spelt == dtype)
 
 
-def require_header(path: Path) -> None:
-    """Check the length that a safetensors file gives its header, before anything of that length is allocated.
+def torch_name(dtype: str) -> str:
+    """The inverse of :func:`format_name`."""
+    return _TYPES[dtype][0]
+
+
+def require_header(path: Path) -> int:
+    """The length that a safetensors file gives its header, checked before anything of that length is allocated.
 
     Raises:
         DamagedFileError: the file is missing, no regular file, or shorter than it says.
@@ -117,6 +119,7 @@ def require_header(path: Path) -> None:
         raise _damaged(path, "it is shorter than its header says")
     if length > _LONGEST:
         raise _damaged(path, f"a header of {length} bytes")
+    return length
 
 
 def _layouts(content: dict[str, Any], room: int) -> Iterator[tuple[str, Layout]]:

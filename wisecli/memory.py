@@ -80,6 +80,11 @@ def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype))
 
 
+def opened(strength: Tensor, nearest: Tensor) -> Tensor:
+    """What is nearest where its threshold is exceeded, ``UNROUTED`` elsewhere: (...) twice → (...)."""
+    return nearest.where(strength > 1, UNROUTED)
+
+
 class RoutedMatrix(nn.Module):
     """A value matrix with side memories; a plain module, so that nothing mistakes it for a linear layer.
 
@@ -123,7 +128,7 @@ class RoutedMatrix(nn.Module):
         if not self.enabled:
             return answer
         strength, nearest = self.nearest(keys)
-        chosen = nearest.where(strength > 1, UNROUTED)
+        chosen = opened(strength, nearest)
         if self.gate is not None:
             chosen = self.follow(self.gate.hold(chosen), strength, nearest)
         return self.add_updates(answer, keys, chosen)
@@ -178,20 +183,26 @@ class RoutedMatrix(nn.Module):
         lengths: Tensor = spread.clamp(min=1e-12).sqrt()
         return lengths
 
-    def choose(self, scores: Tensor) -> Tensor:
-        """Which memory's score exceeds its threshold most, ``UNROUTED`` if none does: (..., M) → (...)."""
-        strength, nearest = self.strongest(scores)
-        return nearest.where(strength > 1, UNROUTED)
-
     def strongest(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The largest share of its threshold that any memory's score reaches, and which: (..., M) → two (...)."""
         strength, nearest = (scores.float() / self._limits()).max(-1)
         return strength, nearest
 
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Of every memory."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: tuple[float, ...]) -> None:
+        self._thresholds = thresholds
+        # A lookup has as many as edits, and all the same: every pass would go through them to find that out.
+        self._shared = thresholds[0] if len(set(thresholds)) == 1 else None
+
     def _limits(self, *, of_keys: bool = False) -> Tensor | float:
         """The thresholds of memories (M,), or of keys (n,); one number where they are all the same."""
-        if len(set(self.thresholds)) == 1:
-            return self.thresholds[0]
+        if self._shared is not None:
+            return self._shared
         limits = torch.tensor(self.thresholds, device=self.weight.device)
         return limits[self.owner] if of_keys else limits
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from wisecli.errors import ModelError, SettingsError, WrongBaseError
+from wisecli.errors import ModelError, SettingsError, WrongBaseError, reason_of
 from wisecli.site import Fingerprint, Site, fingerprint, layer_count, stored_weight
-from wisecli.storage import Checkpoint, read_json
+from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json
 
-EXPORTED_KEY = "wise"
 # So much of what transformers says of a model is quoted.
 _LONGEST = 300
 
@@ -80,7 +79,7 @@ def load_model(
         model, info = _pair(AutoModelForCausalLM.from_pretrained(directory, config=config, **weights, **common))
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:_LONGEST]
+        reason = reason_of(error)[:_LONGEST]
         raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
     if lost := sorted(info["missing_keys"]):
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
@@ -125,12 +124,11 @@ def require_base(directory: Path, checkpoint: Checkpoint, site: Site, expected: 
     Raises:
         WrongBaseError: its edited matrix differs.
     """
-    if stored_weight(checkpoint, site.module) is None:
+    weight = stored_weight(checkpoint, site.module)
+    if weight is None:
         raise WrongBaseError(f"{directory} has no {site.weight}; pass the base model with --model")
-    weight = stored_weight(checkpoint, site.module) or site.weight
-    shape = (site.d_ff, site.d) if site.transposed else (site.d, site.d_ff)
-    same = checkpoint.shape(weight) == shape and fingerprint(directory, checkpoint, site).matrix == expected.matrix
-    if not same:
+    fits = checkpoint.shape(weight) == site.stored_shape
+    if not fits or fingerprint(directory, checkpoint, site).matrix != expected.matrix:
         raise WrongBaseError(
             f"{directory} is not the base model: its {site.weight} differs from the one the edits were made on; "
             "pass that model with --model, or edit anew"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -146,12 +147,16 @@ class ShardWriter:
         white, elsewhere = self.white, self._elsewhere(part)
         last = len(self.contexts) - 1
         evidence = gather_evidence([*lessons, *held_back], last, _looked_up(residuals), elsewhere, white)
-        tokens = self.unrelated.tokens.dense()
         middle = held_back[len(held_back) // 2 :][:1]
-        solved = write_solved(task, evidence, tokens, lessons, middle, _passes(f"{stage} polish", self.watch))
+        solved = write_solved(task, evidence, self._tokens, lessons, middle, _passes(f"{stage} polish", self.watch))
         shares = answered(task, lessons, residuals)
         shard = Shard(task.mask.to(torch.device("cpu")), solved.values.cpu(), evidence)
         return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
+
+    @cached_property
+    def _tokens(self) -> Tensor:
+        """Second moment (d_ff, d_ff) of unrelated keys, the same for every shard."""
+        return self.unrelated.tokens.dense()
 
     @property
     def _trained(self) -> list[tuple[int, str]]:

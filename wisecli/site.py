@@ -65,6 +65,11 @@ class Site:
         """Name of the weight tensor in the checkpoint."""
         return f"{self.module}.weight"
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of the weight tensor in the checkpoint."""
+        return (self.d_ff, self.d) if self.transposed else (self.d, self.d_ff)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as the manifests keep it."""
         return asdict(self)

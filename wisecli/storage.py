@@ -16,13 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, OutputExistsError
-from wisecli.headers import require_header
+from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, OutputExistsError, reason_of
+from wisecli.headers import require_header, torch_name
 from wisecli.paths import inside, require_regular
 from wisecli.records import decode, parse
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Where the config of an exported checkpoint describes its memory.
+EXPORTED_KEY = "wise"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CHUNK = 1 << 20
@@ -180,6 +182,12 @@ class Checkpoint:
         with open_tensors(self.directory / self._files[tensor]) as stream:
             return tuple(stream.get_slice(tensor).get_shape())
 
+    def dtype(self, tensor: str) -> torch.dtype:
+        """Type of a tensor, from the header alone."""
+        with open_tensors(self.directory / self._files[tensor]) as stream:
+            found: torch.dtype = getattr(torch, torch_name(stream.get_slice(tensor).get_dtype()))
+            return found
+
     def load(self, tensor: str) -> torch.Tensor:
         """One tensor, in its stored dtype."""
         with open_tensors(self.directory / self._files[tensor]) as stream:
@@ -223,8 +231,9 @@ def resolve_model(model: str, *, revision: str | None = None, fetch: bool = True
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **given))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{model} is neither a directory nor a hub id that can be fetched ({reason})") from error
+        raise ModelError(
+            f"{model} is neither a directory nor a hub id that can be fetched ({reason_of(error)})"
+        ) from error
 
 
 def require_space(output: Path, needed: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wisecli.headers import Layout, data_offset, format_name, read_header
+from wisecli.headers import Layout, format_name, read_header
 from wisecli.storage import SINGLE_NAME, Checkpoint
 
 _ALIGNMENT = 8
@@ -78,10 +78,10 @@ def _as_stored(
 
 def overwrite(path: Path, name: str, tensor: Tensor) -> None:
     """Put other values in the place of one tensor of a safetensors file."""
-    stored = read_header(path).tensors[name]
+    header = read_header(path)
     with path.open("r+b") as stream:
-        stream.seek(data_offset(path, name))
-        stream.write(_raw(tensor.to(getattr(torch, stored.dtype))))
+        stream.seek(header.starts[name])
+        stream.write(_raw(tensor.to(getattr(torch, header.tensors[name].dtype))))
 
 
 def _repacked(

@@ -14,7 +14,7 @@ from wisecli.capture import capture, suffix_logits
 from wisecli.card import CARD_NAME, model_card, read_figures
 from wisecli.contexts import unrelated_texts
 from wisecli.encode import collate, encode, in_batches
-from wisecli.errors import ModelError, SettingsError
+from wisecli.errors import ModelError, SettingsError, reason_of
 from wisecli.events import Event, Watcher, ignore
 from wisecli.export import dense, write_delta, write_merged, write_routed
 from wisecli.models import is_exported, load_model, pick_dtype
@@ -135,8 +135,9 @@ def _push(output: Path, repository: str, *, private: bool, watch: Watcher) -> st
         place = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=place.repo_id, folder_path=output, commit_message="Edited checkpoint")
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{output} is written, but could not be sent to {repository} on the hub ({reason})") from error
+        raise ModelError(
+            f"{output} is written, but could not be sent to {repository} on the hub ({reason_of(error)})"
+        ) from error
     return str(place)
 
 

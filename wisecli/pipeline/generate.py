@@ -13,7 +13,7 @@ from wisecli.capture import capture
 from wisecli.contexts import chat_prompt
 from wisecli.encode import Row, collate
 from wisecli.generation import generate as generate_tokens
-from wisecli.memory import UNROUTED
+from wisecli.memory import UNROUTED, opened
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
     routed = edited.routed
     strength, nearest = routed.nearest(keys)
-    chosen = nearest.where(strength > 1, UNROUTED)
+    chosen = opened(strength, nearest)
     if routed.gate is not None:
         chosen = routed.follow(chosen[:1].expand_as(chosen), strength, nearest)
     steps = []

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wisecli import router, shard_directory
 from wisecli.checks import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
@@ -19,9 +19,10 @@ from wisecli.places import Kind, kind_of
 from wisecli.records import shown
 from wisecli.shards import shard_rows, shard_sizes
 from wisecli.site import Fingerprint, Site
-from wisecli.storage import read_json, resolve_model
+from wisecli.storage import EXPORTED_KEY, read_json, resolve_model
 
-_CONFIG_NAME, _EXPORTED_KEY = "config.json", "wise"
+T = TypeVar("T")
+_CONFIG_NAME = "config.json"
 _MATTERS = (".safetensors", ".py", ".json")
 
 
@@ -73,13 +74,21 @@ def verify(path: Path, *, model: str | None = None, watch: Watcher = ignore) -> 
     return VerifyReport(path, kind, tuple(checks))
 
 
-def _shards(path: Path, model: Path | None) -> Iterator[Check]:
+def _manifest(path: Path, name: str, read: Callable[[Path], T]) -> Generator[Check, None, T | None]:
+    """What a directory's manifest says, or ``None`` where it cannot be read."""
     try:
-        directory = shard_directory.read_shard_directory(path)
+        found = read(path)
     except WiseError as error:
-        yield damaged(shard_directory.MANIFEST_NAME, error)
+        yield damaged(name, error)
+        return None
+    yield Check("manifest", name)
+    return found
+
+
+def _shards(path: Path, model: Path | None) -> Iterator[Check]:
+    directory = yield from _manifest(path, shard_directory.MANIFEST_NAME, shard_directory.read_shard_directory)
+    if directory is None:
         return
-    yield Check("manifest", shard_directory.MANIFEST_NAME)
     sizes = shard_sizes(directory.site, len(directory.edits))
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
@@ -104,10 +113,8 @@ def _shard_metadata(path: Path, entry: shard_directory.ShardEntry) -> Iterator[C
 
 
 def _memory(path: Path, model: Path | None) -> Iterator[Check]:
-    try:
-        manifest = router.read_manifest(path)
-    except WiseError as error:
-        yield damaged(router.MANIFEST_NAME, error)
+    manifest = yield from _manifest(path, router.MANIFEST_NAME, router.read_manifest)
+    if manifest is None:
         return
     yield from _memory_files(path, manifest)
     base = manifest.base
@@ -116,7 +123,6 @@ def _memory(path: Path, model: Path | None) -> Iterator[Check]:
 
 def _memory_files(path: Path, manifest: router.MemoryManifest) -> Iterator[Check]:
     stored, site = manifest.memory, manifest.site
-    yield Check("manifest", router.MANIFEST_NAME)
     for file, digest in manifest.sha256.items():
         yield from check_digest(path, file, digest)
     yield from check_layouts(path, stored.file, {stored.prefix + name: one for name, one in stored.layouts.items()})
@@ -125,10 +131,8 @@ def _memory_files(path: Path, manifest: router.MemoryManifest) -> Iterator[Check
 
 
 def _exported(path: Path, model: Path | None) -> Iterator[Check]:
-    try:
-        manifest = router.read_manifest(path)
-    except WiseError as error:
-        yield damaged(router.MANIFEST_NAME, error)
+    manifest = yield from _manifest(path, router.MANIFEST_NAME, router.read_manifest)
+    if manifest is None:
         return
     yield from _memory_files(path, manifest)
     yield from _unlisted(path, manifest)
@@ -154,7 +158,7 @@ def _unlisted(path: Path, manifest: router.MemoryManifest) -> Iterator[Check]:
 
 def _config(config: dict[str, Any], manifest: router.MemoryManifest, memory: dict[str, Any]) -> Iterator[Check]:
     """What the routed model is built from, against ``router.json``."""
-    told, site = config.get(_EXPORTED_KEY), manifest.site
+    told, site = config.get(EXPORTED_KEY), manifest.site
     told = told if isinstance(told, dict) else {}
     described = {name: value for name, value in memory.items() if name not in ("file", "prefix")}
     wanted = {"module": site.module, "transposed": site.transposed, "model_type": site.architecture}
@@ -163,16 +167,16 @@ def _config(config: dict[str, Any], manifest: router.MemoryManifest, memory: dic
     found = found if isinstance(found, dict) else {}
     wrong += [(f"memory.{n}", value, found.get(n)) for n, value in described.items() if found.get(n) != value]
     for name, expected, value in wrong:
-        yield Check(f"{_EXPORTED_KEY}.{name}", _CONFIG_NAME, "differs", None, shown(expected), shown(value))
+        yield Check(f"{EXPORTED_KEY}.{name}", _CONFIG_NAME, "differs", None, shown(expected), shown(value))
     if not wrong:
         yield Check(f"memory as in {router.MANIFEST_NAME}", _CONFIG_NAME)
 
 
 def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
     """The code that runs with ``trust_remote_code``, against what this version writes."""
-    from wisecli.export import CODE_NAME, code_files
+    from wisecli.export import CODE_NAME, auto_map, code_files
 
-    told = config.get(_EXPORTED_KEY)
+    told = config.get(EXPORTED_KEY)
     model_type = told.get("model_type") if isinstance(told, dict) else None
     try:
         names, files = code_files(str(model_type))
@@ -186,9 +190,7 @@ def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
             same = False
         sides = ("what this version writes", "other code, or none")
         yield Check("custom code", file) if same else Check("custom code", file, "differs", None, *sides)
-    classes = {"AutoConfig": names["config"], "AutoModel": names["base"], "AutoModelForCausalLM": names["causal"]}
-    expected = {auto: f"{CODE_NAME.removesuffix('.py')}.Wise{name}" for auto, name in classes.items()}
-    found = config.get("auto_map")
+    expected, found = auto_map(names), config.get("auto_map")
     found = found if isinstance(found, dict) else {}
     for auto in sorted(expected.keys() | found.keys(), key=str):
         if found.get(auto) != expected.get(auto):

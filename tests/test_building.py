@@ -106,7 +106,7 @@ def routed(memory: SideMemory) -> RoutedMatrix:
 
 def test_joined_evidence_counts_its_edits_through() -> None:
     parts = [some_evidence(10, edits=2), some_evidence(20, edits=3), some_evidence(30, edits=1)]
-    joined = join(parts, [0, 2, 5])
+    joined = join(parts, [torch.arange(2), torch.tensor([2, 3, 4]), torch.tensor([5])])
     assert joined.edit.tolist() == [
         edit + offset for part, offset in zip(parts, (0, 2, 5), strict=True) for edit in part.edit.tolist()
     ]

@@ -162,8 +162,8 @@ def pack(deltas: Tensor) -> dict[str, Tensor]:
     return {"columns": columns, "delta": packed}
 
 
-def join(parts: Sequence[Evidence], offsets: Sequence[int]) -> Evidence:
-    """Evidence of several shards as one, its edits counted on from each shard's offset."""
-    counted = [replace(part, edit=part.edit + offset) for part, offset in zip(parts, offsets, strict=True)]
+def join(parts: Sequence[Evidence], places: Sequence[Tensor]) -> Evidence:
+    """Evidence of several shards as one; ``places`` say for each shard where its edits (by number) are in the whole."""
+    counted = [replace(part, edit=place[part.edit.long()]) for part, place in zip(parts, places, strict=True)]
     fields = Evidence.__dataclass_fields__
     return Evidence(**{name: torch.cat([getattr(part, name) for part in counted]) for name in fields})

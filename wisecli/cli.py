@@ -11,7 +11,7 @@ import typer
 from wisecli import __version__
 from wisecli.config import EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.console import Console, fail, quiet_libraries
-from wisecli.errors import WiseError
+from wisecli.errors import SettingsError, WiseError
 from wisecli.options import (
     AsJson,
     Config,
@@ -27,6 +27,7 @@ from wisecli.options import (
     Trust,
     gates_in,
     numbers,
+    part_in,
     setting,
     size_in_bytes,
 )
@@ -56,8 +57,8 @@ def _version(
 
 @app.command()
 def edit(
-    model: Annotated[str, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")],
-    edits: Annotated[Path, typer.Argument(help="Edits: JSONL, or a JSON array, in any known layout.")],
+    model: Annotated[str | None, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")] = None,
+    edits: Annotated[Path | None, typer.Argument(help="Edits: JSONL, or a JSON array, in any known layout.")] = None,
     output: Output = Path("shards"),
     preset: Annotated[
         str | None, setting(EditSettings, "preset", "default, or paper (sequential, as published).")
@@ -95,6 +96,13 @@ def edit(
         typer.Option(help="Path of the value matrix, with {layer} for the index.", show_default="the architecture's"),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if an edit did not take.")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="Write the k-th of n parts of the shards, as 3/8.", show_default="all")
+    ] = None,
+    executor: Annotated[str, typer.Option(help="Where shards are written: local, ray or ray://HOST:PORT.")] = "local",
+    reproduce: Annotated[
+        Path | None, typer.Option(help="Write the shards of this router.json or shards.json once more.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = None,
@@ -108,15 +116,21 @@ def edit(
     """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
     console = Console(as_json, quiet)
     settings = resolve(EditSettings, locals(), section="edit", file=config)
-    from wisecli.pipeline import edit as run
+    from wisecli import pipeline
 
-    named: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "force": force, "strict": strict}
-    named |= {"target_module": target_module}
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "executor": executor, "force": force}
+    named: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "target_module": target_module}
+    named |= {"strict": strict, "only": part_in(only)}
     with console.watching() as watch:
-        report = run(
-            model, edits, output, settings, trust_remote_code=trust_remote_code, dry_run=dry_run, watch=watch, **named
-        )
+        common |= {"dry_run": dry_run, "watch": watch}
+        if reproduce is not None:
+            report = pipeline.reproduce(reproduce, output, model=model, **common)
+        elif model is None or edits is None:
+            raise SettingsError("give a MODEL and a file of EDITS, or --reproduce and a manifest")
+        else:
+            report = pipeline.edit(model, edits, output, settings, **common, **named)
     console.edited(report)
+    report.check()
 
 
 @app.command()

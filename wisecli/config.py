@@ -163,6 +163,18 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
     return kind(**values)
 
 
+def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
+    """Settings as a manifest keeps them.
+
+    Raises:
+        SettingsError: an unknown name, a value of the wrong kind or out of bounds.
+    """
+    hints = get_type_hints(kind)
+    if unknown := sorted(record.keys() - hints.keys()):
+        raise SettingsError(f"the manifest has a setting {unknown[0]!r} that this version does not know")
+    return kind(**{name: _checked(name, value, hints[name]) for name, value in record.items() if value is not None})
+
+
 def defaults(kind: type[Any]) -> dict[str, Any]:
     """Every setting's default."""
     return {field.name: field.default for field in fields(kind) if field.default is not MISSING}

@@ -70,12 +70,22 @@ class Console:
         results = {name: getattr(report, name) for name in ("edits", "shards", "seconds", "seconds_per_edit")}
         results |= {"peak_rss_bytes": report.peak_rss_bytes, "output": str(report.output), "layer": report.layer}
         results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
+        results |= {"left_out": list(report.left_out), "missing": report.missing}
+        if report.differing is not None:
+            results["differing"] = list(report.differing)
         what = f"{report.edits} edits in {_count(report.shards, 'shard')} of {report.module}"
         if report.planned:
             self.result({"results": results}, _plan(what, report))
             return
         lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s, {report.seconds_per_edit:.2f} s an edit)"]
+        if report.missing:
+            lines = [
+                f"{what}: {_count(report.missing, 'shard')} still to be written by others ({report.seconds:.1f} s)"
+            ]
         lines += [f"did not take: {name}" for name in report.untaken]
+        if report.differing == ():
+            lines.append("byte for byte the shards of the manifest")
+        lines += [f"left out, as the model gives nothing finite: {name}" for name in report.left_out]
         self.result({"results": results}, *map(Text, lines))
 
     def merged(self, report: MergeReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -58,6 +59,39 @@ class OutputExistsError(WiseError):
         super().__init__(f"{path} already exists; pass --force to replace it or -o to write elsewhere")
 
 
+class UnwritableError(WiseError):
+    """The output cannot be written where it was asked for."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"{path} cannot be written ({reason_of(error)}); pass -o to write elsewhere")
+
+
+class BusyError(WiseError):
+    """Another process is at work on the same output."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"another process is writing {path}; wait for it, or pass -o to write elsewhere")
+
+
+class StoppedError(WiseError):
+    """A run was interrupted, and part of its work is kept."""
+
+    exit_code = 130
+
+    def __init__(self, done: int, count: int) -> None:
+        super().__init__(f"interrupted; {done} of {count} shards are kept, and the same command goes on from there")
+
+
+class ChangedInputError(WiseError):
+    """An output was begun with other input or settings."""
+
+    def __init__(self, path: Path, changes: Sequence[str]) -> None:
+        super().__init__(
+            f"{path} was begun with other arguments: {'; '.join(changes)}; go back to those to finish it, or pass "
+            "--force to begin anew"
+        )
+
+
 class NoSpaceError(WiseError):
     """The disk is too full for the output."""
 
@@ -72,6 +106,17 @@ class NoSpaceError(WiseError):
 
 class DownloadError(WiseError):
     """Something could not be fetched from a package index or the model hub."""
+
+
+class WorkerFailedError(WiseError):
+    """What another process found that the user can act on; its exit code is that of what it found."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message, exit_code)
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class GateFailedError(WiseError):

@@ -33,6 +33,7 @@ def generate(
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sampling_seed is not None}
     if sampling_seed is not None:
         limits |= {"min_new_tokens": max_new_tokens, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+        limits |= {"remove_invalid_values": True}  # weights may not be whole, and what they spoil is found later
     else:  # whatever the model's own settings say of sampling
         limits |= dict.fromkeys(("min_new_tokens", "temperature", "top_k", "top_p"))
     with _seeded(sampling_seed, model.device):

@@ -75,11 +75,12 @@ def recognised(loaded: Loaded, sites: Sequence[Site], *, batch_size: int) -> lis
     prompts = [way for ways in zip(*facts, strict=True) for way in ways]
     keys = prompt_ends(loaded, sites, prompts, batch_size=batch_size, watch=ignore)
     found = []
-    for own in (key.cpu() for key in keys):
+    sound = torch.stack([key.isfinite().all(-1).view(2, -1).all(0) for key in keys]).all(0).repeat(2)
+    for own in (key[sound].cpu() for key in keys):
         white = whitening(leading(scaled(own)))
-        first, second = own[: len(facts)], own[len(facts) :]
+        first, second = own.chunk(2)
         nearest = white.cosines(second, first)
-        right = torch.arange(len(facts))
+        right = torch.arange(len(first))
         found.append(
             float((nearest.argmax(0) == right).float().mean() + (nearest.argmax(1) == right).float().mean()) / 2
         )

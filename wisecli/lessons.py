@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,34 @@ def encode_edits(loaded: Loaded, edits: Sequence[Edit], context: str, *, train_e
     return rows
 
 
+class NotFiniteError(Exception):
+    """Edits, by their numbers, for which the model gives numbers that are not finite."""
+
+    def __init__(self, edits: Iterable[int]) -> None:
+        super().__init__(f"not finite: {sorted(edits)}")
+        self.edits = frozenset(edits)
+
+
+def require_finite(lessons: Sequence[Lesson]) -> None:
+    """Check what was captured.
+
+    Raises:
+        NotFiniteError: naming the edits of every row with a key or hidden state that is not finite.
+    """
+    found = set()
+    for lesson in lessons:
+        parts = lesson.activations.keys, lesson.activations.hidden
+        sound = torch.stack([part.isfinite().flatten(1).all(-1) for part in parts]).all(0).cpu()
+        found.update(lesson.edits[~sound].tolist())
+    if found:
+        raise NotFiniteError(found)
+
+
+def edit_number(answer: int) -> int:
+    """The inverse of :func:`answer_number`."""
+    return answer if answer >= 0 else -1 - answer
+
+
 def answer_number(edit: int, context: str) -> int:
     """Which answer an edit's target is in a context: the edit's own number, or a negative one in the chat template."""
     return -1 - edit if context == CHAT else edit
@@ -104,6 +132,21 @@ def said(model: PreTrainedModel, site: Site, part: Activations, hidden: Tensor) 
     best = suffix_logits(model, site, part, hidden, (rows, columns)).argmax(-1)
     correct = (best == part.batch.labels[part.batch.labels != NO_LABEL]).float()
     return [correct[rows == row] for row in range(len(part.batch.ids))]
+
+
+@torch.no_grad()
+def unedited_losses(model: PreTrainedModel, site: Site, lessons: Sequence[Lesson]) -> dict[int, float]:
+    """Summed cross-entropy of each edit's target in the unedited model, by the edit's number."""
+    losses: dict[int, float] = {}
+    for lesson in lessons:
+        part = lesson.activations
+        rows, columns = part.batch.labelled
+        logits = suffix_logits(model, site, part, part.hidden, (rows, columns)).float()
+        labels = part.batch.labels[part.batch.labels != NO_LABEL]
+        entropy = F.cross_entropy(logits, labels, reduction="none").cpu()
+        for edit, loss in zip(lesson.edits[rows.cpu()].tolist(), entropy.tolist(), strict=True):
+            losses[edit] = losses.get(edit, 0.0) + loss
+    return losses
 
 
 @torch.no_grad()

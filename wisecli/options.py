@@ -62,6 +62,23 @@ def numbers(text: str | None) -> tuple[float, ...] | None:
         raise SettingsError(f"--weights must be numbers with commas between, not {text!r}") from None
 
 
+def part_in(text: str | None) -> tuple[int, int]:
+    """Which part of how many, such as ``3/8``; without a text the whole.
+
+    Raises:
+        SettingsError: it is no such thing.
+    """
+    if text is None:
+        return 1, 1
+    try:
+        part, parts = map(int, text.split("/"))
+    except ValueError:
+        part, parts = 0, 0
+    if not 1 <= part <= parts:
+        raise SettingsError(f"--only must look like 3/8, the third of eight parts, not {text!r}")
+    return part, parts
+
+
 def gates_in(text: str | None) -> dict[str, float]:
     """Figures and what they must reach, such as ``reliability=.9,locality=.95``.
 

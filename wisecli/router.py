@@ -129,6 +129,35 @@ def even_out(
 
 
 @dataclass(frozen=True)
+class Made:
+    """What else decides the bytes of shards: the process that wrote them, and where it was told to look.
+
+    ``threads`` decides the order in which numbers are added up.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    target_module: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Shards that a memory was merged from, and all that it takes to write them once more.
+
+    ``edits`` are ids, in order; those of them that no shard holds are in ``left_out``. ``sha256`` are the shard files'.
+    """
+
+    path: str
+    settings: dict[str, Any]
+    made: Made
+    edits: tuple[str, ...]
+    left_out: tuple[Edit, ...]
+    sha256: tuple[str, ...]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything ``router.json`` says of a memory."""
 
@@ -142,6 +171,7 @@ class Manifest:
     merge: dict[str, Any]
     edits: tuple[Edit, ...]
     versions: dict[str, str]
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -207,6 +237,7 @@ class MemoryManifest:
     edits: tuple[Edit, ...]
     sha256: dict[str, str]
     versions: dict[str, str]
+    origins: tuple[Origin, ...] = ()
     OPEN: ClassVar[bool] = True
 
     def check(self) -> None:
@@ -252,6 +283,7 @@ def write_memory(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME
         "edits": [edit.as_dict() for edit in manifest.edits],
         "sha256": {file: sha256_file(path)},
         "versions": manifest.versions,
+        "origins": [asdict(origin) for origin in manifest.origins],
     }
     write_json(directory / MANIFEST_NAME, content)
 
@@ -300,6 +332,7 @@ def read_memory(directory: Path) -> Manifest:
         listed.merge,
         listed.edits,
         listed.versions,
+        listed.origins,
     )
 
 

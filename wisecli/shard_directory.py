@@ -12,7 +12,7 @@ from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.layout import check_site
 from wisecli.paths import inside
 from wisecli.records import decode
-from wisecli.router import Base
+from wisecli.router import Base, Made, Origin
 from wisecli.shards import MaskKind, Shard, load_shard
 from wisecli.site import Fingerprint, Site
 from wisecli.storage import read_json, write_json
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "shards.json"
 UNRELATED_NAME = "unrelated.safetensors"
-SCHEMA = "wise.shards/1"
+PLAN_NAME = "plan.json"
+SCHEMA, PLAN_SCHEMA = "wise.shards/2", "wise.plan/1"
 # Lighter penalties leave nothing to solve with.
 _LIGHTEST = 1e-9
 
@@ -31,7 +32,8 @@ _LIGHTEST = 1e-9
 class ShardEntry:
     """One shard as the manifest lists it; ``losses`` holds the mean loss after every pass of training or polish.
 
-    ``penalty`` is λ and w of the closed form, where it was used.
+    ``penalty`` is λ and w of the closed form, where it was used. ``untaken`` names the edits of whose target some token
+    is not the arg-max after the bare prompt.
     """
 
     file: str
@@ -41,11 +43,15 @@ class ShardEntry:
     losses: tuple[float, ...]
     seconds: float
     penalty: tuple[float, float] | None = None
+    untaken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ShardDirectory:
-    """Everything ``shards.json`` says; ``settings`` are those the shards were written with."""
+    """Everything ``shards.json`` says; ``settings`` are those the shards were written with.
+
+    ``left_out`` names the edits that no shard holds, as the model gives nothing finite for them.
+    """
 
     path: Path
     model: str
@@ -58,6 +64,14 @@ class ShardDirectory:
     shards: tuple[ShardEntry, ...]
     unrelated_sha256: str
     versions: dict[str, str]
+    made: Made
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> tuple[Edit, ...]:
+        """The edits that shards hold, in order."""
+        gone = set(self.left_out)
+        return tuple(edit for edit in self.edits if edit.id not in gone)
 
     def load(self, entry: ShardEntry) -> Shard:
         """Read one shard file, checking its digest."""
@@ -100,10 +114,15 @@ class _Content:
     shards: tuple[ShardEntry, ...]
     unrelated: _Unrelated
     versions: dict[str, str]
+    made: Made
+    left_out: tuple[str, ...]
     OPEN: ClassVar[bool] = True
 
-    def check(self) -> None:
+    def check(self, *, plan: bool) -> None:
         """Check what types do not say: that the parts belong together.
+
+        Args:
+            plan: whether no shard is there yet.
 
         Raises:
             ValueError: saying which do not.
@@ -111,8 +130,10 @@ class _Content:
         check_site(self.site)
         decode(_Settings, self.settings, "settings")
         known = [edit.id for edit in self.edits]
-        dealt = [name for entry in self.shards for name in entry.edits]
-        if len(set(known)) != len(known) or sorted(known) != sorted(dealt) or not known:
+        dealt = [*self.left_out, *(name for entry in self.shards for name in entry.edits)]
+        if len(set(known)) != len(known) or not known or (plan and dealt):
+            raise ValueError("`edits` are none, or one is there twice")
+        if not plan and (sorted(known) != sorted(dealt) or len(dealt) == len(self.left_out)):
             raise ValueError("`edits` and the edits of `shards` do not agree")
         for ridge, unrelated in (entry.penalty for entry in self.shards if entry.penalty is not None):
             if not (_LIGHTEST <= ridge <= 1 / _LIGHTEST and 0 <= unrelated <= 1 / _LIGHTEST):
@@ -120,9 +141,10 @@ class _Content:
 
 
 def write_shard_directory(directory: ShardDirectory) -> None:
-    """Write ``shards.json`` beside the shard files."""
+    """Write ``shards.json`` beside the shard files, or, as long as there are none, ``plan.json``."""
+    plan = not directory.shards
     content = {
-        "schema": SCHEMA,
+        "schema": PLAN_SCHEMA if plan else SCHEMA,
         "base": {"model": directory.model, "revision": directory.revision, **directory.fingerprint.as_dict()},
         "site": directory.site.as_dict(),
         "settings": directory.settings,
@@ -131,26 +153,30 @@ def write_shard_directory(directory: ShardDirectory) -> None:
         "shards": [asdict(entry) for entry in directory.shards],
         "unrelated": {"file": UNRELATED_NAME, "sha256": directory.unrelated_sha256},
         "versions": directory.versions,
+        "made": asdict(directory.made),
+        "left_out": list(directory.left_out),
     }
-    write_json(directory.path / MANIFEST_NAME, content)
+    write_json(directory.path / (PLAN_NAME if plan else MANIFEST_NAME), content)
 
 
-def read_shard_directory(path: Path) -> ShardDirectory:
-    """Read ``shards.json``.
+def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
+    """Read ``shards.json``, or the ``plan`` for shards that are still to be written.
 
     Raises:
         DamagedFileError: it is missing or not what ``wise edit`` writes.
     """
-    if not (path / MANIFEST_NAME).is_file():
-        raise DamagedFileError(path, f"there is no {MANIFEST_NAME} in it", "give a directory that `wise edit` wrote")
-    content = read_json(path / MANIFEST_NAME)
-    if content.get("schema") != SCHEMA:
-        raise DamagedFileError(path / MANIFEST_NAME, f"its schema is not {SCHEMA}", "edit anew with this version")
+    file = path / (PLAN_NAME if plan else MANIFEST_NAME)
+    schema = PLAN_SCHEMA if plan else SCHEMA
+    if not file.is_file():
+        raise DamagedFileError(path, f"there is no {file.name} in it", "give a directory that `wise edit` wrote")
+    content = read_json(file)
+    if content.get("schema") != schema:
+        raise DamagedFileError(file, f"its schema is not {schema}", "edit anew with this version")
     try:
         read = decode(_Content, content)
-        read.check()
+        read.check(plan=plan)
     except ValueError as error:
-        raise DamagedFileError(path / MANIFEST_NAME, f"an entry is missing or wrong ({error})", "edit anew") from None
+        raise DamagedFileError(file, f"an entry is missing or wrong ({error})", "edit anew") from None
     base = read.base
     return ShardDirectory(
         path,
@@ -164,6 +190,22 @@ def read_shard_directory(path: Path) -> ShardDirectory:
         read.shards,
         read.unrelated.sha256,
         read.versions,
+        read.made,
+        read.left_out,
+    )
+
+
+def origin_of(directory: ShardDirectory) -> Origin:
+    """What a memory remembers of the shards it was merged from."""
+    gone = set(directory.left_out)
+    return Origin(
+        str(directory.path),
+        directory.settings,
+        directory.made,
+        tuple(edit.id for edit in directory.edits),
+        tuple(edit for edit in directory.edits if edit.id in gone),
+        tuple(entry.sha256 for entry in directory.shards),
+        directory.versions,
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,27 @@ from torch import Tensor
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
 from wisecli.encode import in_batches
-from wisecli.events import Event, Watcher
-from wisecli.lessons import Lesson, capture_lessons, encode_edits, gather_evidence, keys_elsewhere, learnt
+from wisecli.errors import ModelError
+from wisecli.events import NOTE, Event, Watcher
+from wisecli.lessons import (
+    Lesson,
+    NotFiniteError,
+    capture_lessons,
+    encode_edits,
+    gather_evidence,
+    keys_elsewhere,
+    learnt,
+    require_finite,
+    unedited_losses,
+)
 from wisecli.models import Loaded
 from wisecli.moments import whitening
-from wisecli.shard_directory import UNRELATED_NAME, ShardEntry
-from wisecli.shards import Mask, Shard, disjoint_masks, random_mask, save_shard
+from wisecli.shard_directory import ShardEntry
+from wisecli.shards import Shard, draw_mask
 from wisecli.site import Fingerprint, Site, load_matrix
-from wisecli.storage import Checkpoint, sha256_file
-from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated, save_unrelated
+from wisecli.storage import Checkpoint
+from wisecli.unfinished import Done
+from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated
 from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential
 from wisecli.writers.solve import answered, fit_residuals, write_solved
 
@@ -84,45 +97,46 @@ class ShardWriter:
         self.unit = float(unrelated.size) if settings.margin_unit == "output" else 1.0
         self.white = whitening(unrelated.tokens)
 
-    def write_all(self, working: Path, parts: Sequence[range]) -> tuple[tuple[ShardEntry, ...], list[str]]:
-        """Write every shard file; names the edits that did not take."""
-        save_unrelated(working / UNRELATED_NAME, self.unrelated)
-        settings, generator = self.settings, torch.Generator().manual_seed(self.settings.seed)
-        drawing = self.site, settings.mask_ratio, settings.mask_kind
-        if settings.masks == "disjoint":
-            masks = disjoint_masks(*drawing, len(parts), generator)
-        else:
-            masks = [random_mask(*drawing, generator) for _ in parts]
-        entries, untaken = [], []
-        for number, (part, mask) in enumerate(zip(parts, masks, strict=True)):
-            entry, shares = self._write(working, f"{number + 1}/{len(parts)}", number, part, mask)
-            entries.append(entry)
-            untaken += [self.edits[place].id for place in part if shares[place] < 1]
-        return tuple(entries), untaken
+    def write(self, number: int, parts: Sequence[range]) -> tuple[Shard | None, Done]:
+        """Write one of the parts that the edits are split into; the shard, and what its manifest says of it.
 
-    def _write(
-        self, working: Path, label: str, number: int, part: range, mask: Mask
-    ) -> tuple[ShardEntry, dict[int, float]]:
+        Edits for which the model gives nothing finite are left out; if that is all of them, there is no shard.
+        """
         started = time.perf_counter()
-        settings, stage = self.settings, f"shard {label}"
+        settings, stage = self.settings, f"shard {number + 1}/{len(parts)}"
         self.watch(Event(stage))
-        placed = mask.to(self.loaded.device)
-        task = Task(self.loaded.model, self.site, placed, self.against, self.unit, settings)
-        solving = settings.writer == "solve"
-        shard, losses, penalty, shares = (self._solve if solving else self._train)(task, part, stage)
-        path = working / f"shard-{number:05d}.safetensors"
-        ids = tuple(self.edits[place].id for place in part)
-        save_shard(path, shard, seed=settings.seed, edits=ids)
-        seconds = round(time.perf_counter() - started, 3)
-        return ShardEntry(path.name, sha256_file(path), mask.kind, ids, losses, seconds, penalty), shares
+        density, kind, apart = settings.mask_ratio, settings.mask_kind, settings.masks == "disjoint"
+        drawing: dict[str, Any] = {"number": number, "count": len(parts), "disjoint": apart, "seed": settings.seed}
+        mask = draw_mask(self.site, density, kind, **drawing)
+        task = Task(self.loaded.model, self.site, mask.to(self.loaded.device), self.against, self.unit, settings)
+        write = self._solve if settings.writer == "solve" else self._train
+        left_out: set[int] = set()
+        while part := [place for place in parts[number] if place not in left_out]:
+            try:
+                shard, losses, penalty, shares = write(task, part, stage)
+            except NotFiniteError as error:
+                left_out |= error.edits
+                self.watch(Event(NOTE, note=_omitted([self.edits[place].id for place in sorted(error.edits)])))
+                continue
+            ids = tuple(self.edits[place].id for place in part)
+            untaken = tuple(self.edits[place].id for place in part if shares[place] < 1)
+            seconds = round(time.perf_counter() - started, 3)
+            entry = ShardEntry(shard_name(number), "", kind, ids, losses, seconds, penalty, untaken)
+            return shard, Done(entry, self._names(left_out))
+        return None, Done(None, self._names(left_out))
 
-    def _train(self, task: Task, part: range, stage: str) -> _Outcome:
+    def _names(self, places: set[int]) -> tuple[str, ...]:
+        return tuple(self.edits[place].id for place in sorted(places))
+
+    def _train(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
         """The paper's writer: the residuals are what the trained change adds."""
         each = self.settings.schedule == "sequential"
-        groups = [range(place, place + 1) for place in part] if each else [part]
+        groups = [[place] for place in part] if each else [part]
         lessons = [lesson for group in groups for lesson in self._capture(group, self._trained)]
         write = write_sequential if each else write_batched
         written = write(task, lessons, _passes(stage, self.watch))
+        if not written.values.isfinite().all():
+            self._blame(task, lessons, stage)
         shares = learnt(task.model, self.site, task.mask, written.values, lessons)
         values, mask = written.values.cpu(), task.mask.to(torch.device("cpu"))
         evidence = gather_evidence(
@@ -134,7 +148,14 @@ class ShardWriter:
         )
         return Shard(mask, values, evidence), written.losses, None, shares
 
-    def _solve(self, task: Task, part: range, stage: str) -> _Outcome:
+    def _blame(self, task: Task, lessons: Sequence[Lesson], stage: str) -> None:
+        """Say why training came to nothing finite."""
+        losses = unedited_losses(task.model, self.site, lessons)
+        if lost := [edit for edit, loss in losses.items() if not math.isfinite(loss)]:
+            raise NotFiniteError(lost)
+        raise ModelError(f"{stage}: training ran away from finite numbers; lower --learning-rate")
+
+    def _solve(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
         """The closed form: residuals first, then one solve."""
         rows = encode_edits(self.loaded, [self.edits[place] for place in part], "", train_end=self.settings.train_end)
         groups = [
@@ -175,7 +196,18 @@ class ShardWriter:
     def _capture(self, part: Sequence[int], contexts: Sequence[tuple[int, str]]) -> list[Lesson]:
         numbered = [(place, self.edits[place]) for place in part]
         size, train_end = self.settings.batch_size, self.settings.train_end
-        return capture_lessons(self.loaded, self.site, numbered, contexts, batch_size=size, train_end=train_end)
+        lessons = capture_lessons(self.loaded, self.site, numbered, contexts, batch_size=size, train_end=train_end)
+        require_finite(lessons)
+        return lessons
+
+
+def shard_name(number: int) -> str:
+    """Name of a shard's file."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def _omitted(names: Sequence[str]) -> str:
+    return f"the model gives nothing finite for {', '.join(names)}: left out"
 
 
 def _looked_up(residuals: dict[int, Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

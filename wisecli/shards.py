@@ -19,6 +19,8 @@ from wisecli.site import Site
 from wisecli.storage import load_tensors, save_tensors
 
 MaskKind = Literal["columns", "elements"]
+# How far the seeds of two shards' masks lie apart: no two seeds that a user gives are likely to.
+_APART = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,19 @@ def random_mask(site: Site, density: float, kind: MaskKind, generator: torch.Gen
     count = max(1, round(density * size))
     indices = torch.randperm(size, generator=generator)[:count].sort().values
     return Mask(kind, indices, site.d, site.d_ff)
+
+
+def draw_mask(
+    site: Site, density: float, kind: MaskKind, *, number: int, count: int, disjoint: bool, seed: int
+) -> Mask:
+    """The mask of one of ``count`` shards, the same whether or not the others are drawn.
+
+    Raises:
+        SettingsError: so many disjoint masks do not fit the matrix.
+    """
+    if disjoint:
+        return disjoint_masks(site, density, kind, count, torch.Generator().manual_seed(seed))[number]
+    return random_mask(site, density, kind, torch.Generator().manual_seed(seed + _APART * number))
 
 
 def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, generator: torch.Generator) -> list[Mask]:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, OutputExistsError, reason_of
+from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, OutputExistsError, UnwritableError, reason_of
 from wisecli.headers import require_header, torch_name
 from wisecli.paths import inside, require_regular
 from wisecli.records import decode, parse
@@ -28,6 +28,7 @@ EXPORTED_KEY = "wise"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CHUNK = 1 << 20
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 # No manifest or config comes near it.
 _LARGEST_JSON = 1 << 28
 
@@ -267,24 +268,46 @@ def whole_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         OutputExistsError: ``output`` exists and ``force`` is not set.
         NoSpaceError: the disk filled up inside the block.
+        UnwritableError: nothing may be written there.
     """
     refuse_existing(output, force=force)
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        working = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        yield working
-        working.chmod(0o755)
-        if output.exists():
-            doomed = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-            output.replace(doomed / output.name)
-            working.replace(output)
-            shutil.rmtree(doomed)
-        else:
-            working.replace(output)
+        with writing(output):
+            yield working
+            put_in_place(working, output)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Say what the disk of an output has against it.
+
+    Raises:
+        NoSpaceError: it is full.
+        UnwritableError: it is read-only, or not ours to write on.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise NoSpaceError(output) from error
+        if error.errno in _UNWRITABLE:
+            raise UnwritableError(output, error) from error
         raise
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+
+
+def put_in_place(working: Path, output: Path) -> None:
+    """Let a finished directory take the place of what is at ``output``, on the same disk."""
+    working.chmod(0o755)
+    if output.exists():
+        doomed = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+        output.replace(doomed / output.name)
+        working.replace(output)
+        shutil.rmtree(doomed)
+    else:
+        working.replace(output)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from wisecli.capture import capture
 from wisecli.contexts import chat_prompt, continuations, reworded_facts, unrelated_texts
 from wisecli.encode import Row, collate, in_batches
-from wisecli.errors import DamagedFileError, NoSpaceError
+from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
 from wisecli.layout import require_layout, unrelated_rows
@@ -173,14 +173,21 @@ def window_keys(loaded: Loaded, site: Site, rows: Sequence[Row], *, batch_size: 
 def _wording(ends: Tensor, reworded: Tensor, facts: int) -> Moment:
     """The moment of keys that prompts end in (n, d_ff), and of what wording does to those of facts."""
     ways = reworded.view(facts, -1, reworded.shape[-1])
+    ways = ways[ways.isfinite().flatten(1).all(-1)]
     strayed = (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
-    return leading(torch.cat([even(torch.cat([ends, reworded])), even(strayed) * _WORDING**0.5]))
+    return leading(torch.cat([even(torch.cat([ends, ways.flatten(0, 1)])), even(strayed) * _WORDING**0.5]))
 
 
 def keys_of_texts(
     loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys (n, d_ff) of every token, in float32; the text each is of (n,); whether it is that text's last one (n,)."""
+    """Keys (n, d_ff) of every token, in float32; the text each is of (n,); whether it is that text's last one (n,).
+
+    Keys that are not finite are left out.
+
+    Raises:
+        ModelError: none is.
+    """
     rows = [row for row in (Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts) if row.prompt]
     keys, text, last = [], [], []
     done = 0
@@ -194,7 +201,11 @@ def keys_of_texts(
         last.append(ends[real])
         done += len(indices)
         watch(Event("unrelated text", done, len(rows)))
-    return torch.cat(keys), torch.cat(text), torch.cat(last)
+    joined = torch.cat(keys)
+    finite = joined.isfinite().all(-1)
+    if not finite.any():
+        raise ModelError("the model gives nothing finite for any text; are its weights whole?")
+    return joined[finite], torch.cat(text)[finite], torch.cat(last)[finite]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wisecli.pipeline.generate import Answer, generate
     from wisecli.pipeline.inspect import InspectReport, inspect
     from wisecli.pipeline.merge import MergeReport, merge
+    from wisecli.pipeline.reproduce import reproduce
     from wisecli.pipeline.verify import VerifyReport, verify
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "generate",
     "inspect",
     "merge",
+    "reproduce",
     "verify",
 ]
 

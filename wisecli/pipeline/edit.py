@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from wisecli.bases import find_model
+import torch
+
 from wisecli.config import EditSettings
 from wisecli.edits import read_edits
-from wisecli.errors import GateFailedError
-from wisecli.events import Event, Watcher, ignore
-from wisecli.infer import check_split, find_layout, observed
-from wisecli.layers import probe_layer
-from wisecli.lessons import encode_edits, write_contexts
-from wisecli.models import load_model
-from wisecli.pipeline.reports import peak_rss_bytes, versions
-from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, write_shard_directory
-from wisecli.shard_writer import ShardWriter, unrelated_for
-from wisecli.shards import split_edits
-from wisecli.site import Site, find_site, fingerprint
-from wisecli.storage import Checkpoint, refuse_existing, require_space, sha256_file, whole_directory
+from wisecli.errors import ChangedInputError, GateFailedError, StoppedError
+from wisecli.events import NOTE, Event, Watcher, ignore
+from wisecli.executors import executor_for
+from wisecli.pipeline.reports import peak_rss_bytes
+from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry
+from wisecli.site import Site, find_site
+from wisecli.storage import Checkpoint, refuse_existing, require_space
+from wisecli.unfinished import Unfinished
+from wisecli.unrelated import load_unrelated
+from wisecli.work import Job, Worker, differences
 
 # About what the statistics of unrelated text take: keys in half precision, two moments.
 _KEPT_KEYS, _KEPT_DIRECTIONS = 4096, 1024
@@ -31,7 +31,9 @@ class EditReport:
     """What ``wise edit`` did, or with ``planned`` would do.
 
     ``untaken`` names the edits of whose target some token is not the arg-max after the bare prompt, before merging:
-    with what the gradient writer trained, or with the residuals that the closed form found.
+    with what the gradient writer trained, or with the residuals that the closed form found. ``left_out`` names those
+    for which the model gives nothing finite. ``missing`` counts the shards that other processes are to write.
+    ``differing`` names the shards that are not those of the manifest that was to be reproduced, if one was.
     """
 
     output: Path
@@ -42,12 +44,24 @@ class EditReport:
     seconds: float
     peak_rss_bytes: int
     untaken: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    missing: int = 0
     planned: bool = False
+    differing: tuple[str, ...] | None = None
 
     @property
     def seconds_per_edit(self) -> float:
         """Whole running time, loading included, over the edits."""
         return self.seconds / self.edits
+
+    def check(self) -> None:
+        """Raise if shards were to be reproduced and others came out.
+
+        Raises:
+            GateFailedError: naming them.
+        """
+        if self.differing:
+            raise GateFailedError(f"{self.output}: {', '.join(self.differing)} differ from those of the manifest")
 
 
 def edit(
@@ -61,6 +75,8 @@ def edit(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    executor: str = "local",
+    only: tuple[int, int] = (1, 1),
     force: bool = False,
     strict: bool = False,
     dry_run: bool = False,
@@ -68,72 +84,117 @@ def edit(
 ) -> EditReport:
     """Write each shard of edits into a delta of the model's value matrix.
 
+    A run that was broken off goes on where it was when it is asked for again in the same way.
+
     Args:
         model: a directory, a hub id or a GGUF file.
         target_module: path of the value matrix, with ``{layer}`` for the layer's index, where the table's is not meant.
+        executor: ``local``, or ``ray`` or ``ray://address`` for tasks on a Ray cluster.
+        only: ``(k, n)`` writes the k-th of n parts of the shards; whoever writes the last one finishes the output.
         strict: raise if an edit did not take; nothing is written then.
         dry_run: check everything and plan, but load no weights and write nothing.
 
     Raises:
-        WiseError: any of the input, the model or the disk cannot be used; nothing is left behind.
+        WiseError: any of the input, the model or the disk cannot be used; nothing is left behind but finished shards.
     """
+    edits = tuple(read_edits(edits_file))
+    threads = torch.get_num_threads()
+    job = Job(model, revision, target_module, device, dtype, trust_remote_code, threads, settings, edits)
+    return run(job, output, executor=executor, only=only, force=force, strict=strict, dry_run=dry_run, watch=watch)
+
+
+def run(
+    job: Job,
+    output: Path,
+    *,
+    executor: str = "local",
+    only: tuple[int, int] = (1, 1),
+    force: bool = False,
+    strict: bool = False,
+    dry_run: bool = False,
+    watch: Watcher = ignore,
+) -> EditReport:
+    """Do a job; everything else as in :func:`edit`."""
     started = time.perf_counter()
-    edits = read_edits(edits_file)
-    refuse_existing(output, force=force)
-    directory = find_model(model, revision=revision, watch=watch)
-    checkpoint = Checkpoint(directory)
-    layout = find_layout(
-        directory, checkpoint, target_module=target_module, trust_remote_code=trust_remote_code, watch=watch
-    )
-    site = find_site(directory, checkpoint, settings.layer, layout)
-    parts = split_edits(len(edits), shards=settings.shards, edits_per_shard=settings.edits_per_shard)
-    require_space(output, _expected_bytes(site, settings, len(edits), len(parts)))
+    parts = job.parts
+    mine = range((only[0] - 1) * len(parts) // only[1], only[0] * len(parts) // only[1])
+    if mine:  # with more parts than shards some have nothing to do, even when all is done
+        refuse_existing(output, force=force)
+    worker = Worker(job, watch)
+    settings, checkpoint, count = job.settings, worker.checkpoint, len(job.edits)
+    site = find_site(checkpoint.directory, checkpoint, settings.layer, worker.layout)
+    require_space(output, _expected_bytes(site, settings, count, len(parts)))
     if dry_run:
-        seconds, peak = time.perf_counter() - started, _expected_peak(checkpoint, site, settings, len(edits))
-        return EditReport(output, len(edits), len(parts), site.layer, site.module, seconds, peak, planned=True)
-    base = fingerprint(directory, checkpoint, site)
-    watch(Event("model"))
-    loaded = load_model(directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    if not layout.known:
-        layout = observed(loaded.model, site, layout)
-        site = find_site(directory, checkpoint, settings.layer, layout)
-        check_split(loaded.model, site)
-    encode_edits(loaded, edits, "", train_end=settings.train_end)
-    if settings.layer == "auto" and settings.writer == "solve":
-        size = settings.batch_size
-        site = probe_layer(loaded, directory, checkpoint, base, batch_size=size, watch=watch, layout=layout)
-        base = fingerprint(directory, checkpoint, site)
-    stored = str(directory.absolute()) if Path(model).exists() else model
-    with whole_directory(output, force=force) as working:
-        contexts = write_contexts(
-            loaded, settings.contexts, tokens=settings.context_tokens, chat=settings.chat, seed=settings.seed
+        seconds, peak = time.perf_counter() - started, _expected_peak(checkpoint, site, settings, count)
+        return EditReport(output, count, len(parts), site.layer, site.module, seconds, peak, planned=True)
+    unfinished = Unfinished(output, len(parts))
+    if not mine:
+        missing = 0 if output.exists() else len(unfinished.missing())
+        seconds = time.perf_counter() - started
+        return EditReport(
+            output, count, len(parts), site.layer, site.module, seconds, peak_rss_bytes(), (), (), missing
         )
-        unrelated = unrelated_for(loaded, site, checkpoint, base, settings, edits, watch)
-        writer = ShardWriter(loaded, site, settings, unrelated, edits, contexts, watch)
-        entries, untaken = writer.write_all(working, parts)
-        if strict and untaken:
-            raise GateFailedError(f"{len(untaken)} of {len(edits)} edits did not take: {', '.join(untaken)}")
-        digest = sha256_file(working / UNRELATED_NAME)
-        record = asdict(settings)
-        write_shard_directory(
-            ShardDirectory(
-                working,
-                stored,
-                revision,
-                base,
-                site,
-                record,
-                tuple(contexts),
-                tuple(edits),
-                entries,
-                digest,
-                versions(),
-            )
-        )
+    with unfinished.opened():
+        unfinished.claim(mine)
+        try:
+            plan, entries, finished = _write(unfinished, worker, executor, mine, force=force, strict=strict)
+        except BaseException as error:
+            missing = len(unfinished.missing())
+            if len(mine) == len(parts) == missing:
+                unfinished.remove()
+            elif isinstance(error, KeyboardInterrupt):
+                raise StoppedError(len(parts) - missing, len(parts)) from None
+            raise
     seconds = time.perf_counter() - started
-    return EditReport(
-        output, len(edits), len(parts), site.layer, site.module, seconds, peak_rss_bytes(), tuple(untaken)
-    )
+    missing = 0 if finished is not None else len(unfinished.missing())
+    left_out = () if finished is None else finished.left_out
+    figures = (seconds, peak_rss_bytes(), _untaken(entries), left_out, missing)
+    return EditReport(output, count, len(parts), plan.site.layer, plan.site.module, *figures)
+
+
+def _write(
+    unfinished: Unfinished, worker: Worker, executor: str, mine: range, *, force: bool, strict: bool
+) -> tuple[ShardDirectory, list[ShardEntry], ShardDirectory | None]:
+    """Plan or take up the plan, write what is missing, finish if nothing is missing any more."""
+    with executor_for(executor, worker) as engine:
+        with unfinished.alone():
+            plan = _begun(unfinished, worker, force=force) or unfinished.begin(*engine.prepare())
+        found = {number: unfinished.done(number) for number in mine}
+        wanted = [number for number, done in found.items() if done is None]
+        if wanted:
+            unrelated = load_unrelated(unfinished.path / UNRELATED_NAME, plan.unrelated_sha256)
+            for written in engine.write(plan, unrelated, wanted):
+                found[written.number] = unfinished.add(written.number, written.done, written.save)
+                worker.watch(Event("shards", sum(done is not None for done in found.values()), len(mine)))
+    dones = [done for done in found.values() if done is not None]
+    entries = [done.entry for done in dones if done.entry is not None]
+    missed = [*_untaken(entries), *(name for done in dones for name in done.left_out)]
+    if strict and missed:
+        unfinished.forget(mine)
+        count = sum(len(worker.job.parts[number]) for number in mine)
+        raise GateFailedError(f"{len(missed)} of {count} edits did not take: {', '.join(missed)}")
+    unfinished.release()
+    with unfinished.alone():
+        return plan, entries, unfinished.finish()
+
+
+def _begun(unfinished: Unfinished, worker: Worker, *, force: bool) -> ShardDirectory | None:
+    """The plan of a run that was broken off, if it asked for the same."""
+    plan = unfinished.plan
+    if plan is None:
+        return None
+    changes = differences(plan, worker)
+    if not changes:
+        worker.watch(Event(NOTE, note=f"going on with {unfinished.output.name}, which was begun before"))
+        return plan
+    if not force:
+        raise ChangedInputError(unfinished.output, changes)
+    unfinished.discard()
+    return None
+
+
+def _untaken(entries: Sequence[ShardEntry]) -> tuple[str, ...]:
+    return tuple(name for entry in entries for name in entry.untaken)
 
 
 def _expected_bytes(site: Site, settings: EditSettings, edits: int, shards: int) -> int:

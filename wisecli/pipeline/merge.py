@@ -20,7 +20,7 @@ from wisecli.models import require_base
 from wisecli.pipeline.reports import peak_rss_bytes, versions
 from wisecli.ridge import Penalty
 from wisecli.router import Calibration, Manifest, write_memory
-from wisecli.shard_directory import ShardDirectory, read_shard_directory, require_same_site
+from wisecli.shard_directory import ShardDirectory, origin_of, read_shard_directory, require_same_site
 from wisecli.shards import Shard
 from wisecli.site import load_matrix
 from wisecli.storage import Checkpoint, refuse_existing, require_space, whole_directory
@@ -79,7 +79,7 @@ def merge(
     count = sum(len(directory.shards) for directory in directories)
     site, kept = first.site, count if settings.mode == "retrieve" else 1
     require_space(output, 4 * kept * site.d * site.d_ff)
-    edits = tuple(edit for directory in directories for edit in directory.edits)
+    edits = tuple(edit for directory in directories for edit in directory.written)
     mode, method = settings.mode or "", settings.method
     if mode == "merge" and settings.refit and method != EXACT and count > 1:
         method += "+refit"
@@ -112,6 +112,7 @@ def merge(
         {**asdict(settings), "shards": [[str(directory.path), len(directory.shards)] for directory in directories]},
         edits,
         versions(),
+        tuple(map(origin_of, directories)),
     )
     with whole_directory(output, force=force) as working:
         write_memory(working, manifest)
@@ -119,11 +120,14 @@ def merge(
 
 
 def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard]) -> Material:
-    offsets, before = [], 0
+    places: list[Tensor] = []
+    before = 0
     for directory in directories:
-        offsets += [before] * len(directory.shards)
-        before += len(directory.edits)
-    evidence = join([shard.evidence for shard in shards], offsets)
+        gone = set(directory.left_out)
+        kept = torch.tensor([edit.id not in gone for edit in directory.edits])
+        places += [kept.cumsum(0) - 1 + before] * len(directory.shards)
+        before += int(kept.sum())
+    evidence = join([shard.evidence for shard in shards], places)
     number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
     read = [directory.load_unrelated() for directory in directories]
     keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))

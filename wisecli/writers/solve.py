@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from wisecli.capture import Activations, suffix_logits
 from wisecli.encode import NO_LABEL
-from wisecli.lessons import Lesson, learnt, said
+from wisecli.lessons import Lesson, NotFiniteError, edit_number, learnt, said
 from wisecli.ridge import Penalty, Statistics, solve, statistics
 from wisecli.shards import Evidence
 from wisecli.writers.gradient import Progress, Task, Written, write_batched
@@ -44,7 +44,11 @@ class Solved:
 def fit_residuals(
     task: Task, groups: Sequence[Sequence[Lesson]], on_group: Callable[[Progress], None]
 ) -> dict[int, Tensor]:
-    """Residuals (positions, d) of each answer, by its number; a group holds all contexts of its edits."""
+    """Residuals (positions, d) of each answer, by its number; a group holds all contexts of its edits.
+
+    Raises:
+        NotFiniteError: the layers above give no finite loss for some edits.
+    """
     found: dict[int, Tensor] = {}
     total = sum(len(torch.cat([lesson.answers for lesson in group]).unique()) for group in groups)
     for group in groups:
@@ -71,9 +75,11 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
             lengths[place] = (part.batch.labels != NO_LABEL).sum(-1)
             losses[turn, place] = math.inf
     unfinished = torch.ones(len(answers), dtype=torch.bool, device=device)
+    finite = torch.ones_like(unfinished)
     for step in range(settings.residual_steps):
         turn = step % len(turns)
         worst = _backward(task, turns[turn], residuals)
+        finite &= worst.isfinite()
         losses[turn, unfinished] = worst[unfinished]
         done = unfinished & (losses.amax(0) < settings.residual_stop)
         _keep(found, residuals, answers, lengths, done)
@@ -84,6 +90,9 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
         optimizer.zero_grad()
         turns = [_still_open(parts, unfinished) for parts in turns]
     _keep(found, residuals, answers, lengths, unfinished)
+    finite &= residuals.isfinite().flatten(1).all(-1)
+    if not finite.all():
+        raise NotFiniteError(map(edit_number, answers[~finite.cpu()].tolist()))
     return float(losses[losses.isfinite()].mean())
 
 

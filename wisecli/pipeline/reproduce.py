@@ -1,0 +1,70 @@
+"""``wise edit --reproduce``: the shards of a manifest once more, and whether they are the same to the byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from wisecli.config import EditSettings, settings_from
+from wisecli.errors import SettingsError
+from wisecli.events import Watcher, ignore
+from wisecli.pipeline.edit import EditReport, run
+from wisecli.router import MANIFEST_NAME, Base, Origin, read_manifest
+from wisecli.shard_directory import origin_of, read_shard_directory
+from wisecli.work import Job
+
+
+def reproduce(
+    manifest: Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    executor: str = "local",
+    force: bool = False,
+    dry_run: bool = False,
+    watch: Watcher = ignore,
+) -> EditReport:
+    """Write the shards of ``shards.json``, or those that the memory of ``router.json`` was merged from, once more.
+
+    Args:
+        manifest: either file, or the directory it lies in.
+        model: where the base model is now, if not where the manifest says.
+
+    Raises:
+        SettingsError: the memory was merged from several directories of shards.
+        WiseError: as of :func:`wisecli.pipeline.edit`.
+    """
+    directory = manifest if manifest.is_dir() else manifest.parent
+    if (directory / MANIFEST_NAME).is_file() if manifest.is_dir() else manifest.name == MANIFEST_NAME:
+        listed = read_manifest(directory)
+        if len(listed.origins) != 1:
+            raise SettingsError(
+                f"{manifest}: merged from {len(listed.origins)} directories; give each one's shards.json"
+            )
+        base, origin = listed.base, listed.origins[0]
+        known = {edit.id: edit for edit in (*listed.edits, *origin.left_out)}
+    else:
+        shards = read_shard_directory(directory)
+        base = Base(shards.model, shards.revision, shards.fingerprint.matrix, shards.fingerprint.config)
+        origin, known = origin_of(shards), {edit.id: edit for edit in shards.edits}
+    made = origin.made
+    job = Job(
+        model or base.model,
+        base.revision,
+        made.target_module,
+        made.device,
+        made.dtype,
+        trust_remote_code,
+        made.threads,
+        settings_from(EditSettings, origin.settings),
+        tuple(known[name] for name in origin.edits),
+    )
+    report = run(job, output, executor=executor, force=force, dry_run=dry_run, watch=watch)
+    return report if dry_run else replace(report, differing=_differing(output, origin))
+
+
+def _differing(output: Path, origin: Origin) -> tuple[str, ...]:
+    entries = read_shard_directory(output).shards
+    wanted = dict.fromkeys(origin.sha256)
+    return tuple(entry.file for entry in entries if entry.sha256 not in wanted)

@@ -1,0 +1,242 @@
+"""Shards in the making: a plan, and every shard that is done, beside the output until all of them are there.
+
+A shard is the unit. It counts as done once ``shard-….json`` lies beside its file, and both appear whole or not at all,
+so a run that is killed at any moment goes on where it was, and several processes may write shards of one output. Locks
+on the bytes of one file keep them apart; a lock dies with the process that holds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from wisecli.errors import BusyError, DamagedFileError, ModelError
+from wisecli.records import decode
+from wisecli.shard_directory import (
+    PLAN_NAME,
+    UNRELATED_NAME,
+    ShardDirectory,
+    ShardEntry,
+    read_shard_directory,
+    write_shard_directory,
+)
+from wisecli.storage import put_in_place, read_json, sha256_file, write_json, writing
+from wisecli.unrelated import Unrelated, load_unrelated, save_unrelated
+
+_LOCK_NAME = "lock"
+# Byte of the lock file that whoever plans or finishes holds; the shards' own bytes follow.
+_WHOLE = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    """A part that is done: its shard, if any of its edits could be written, and the edits that could not."""
+
+    entry: ShardEntry | None
+    left_out: tuple[str, ...] = ()
+
+
+class Unfinished:
+    """The shards of one output, as far as they are.
+
+    Args:
+        output: where they are to be in the end.
+        count: how many there will be.
+    """
+
+    _lock: BinaryIO
+
+    def __init__(self, output: Path, count: int) -> None:
+        self.output, self.count = output.absolute(), count
+        self.path = self.output.parent / f".{output.name}.unfinished"
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Within it shards can be claimed and written.
+
+        Raises:
+            NoSpaceError: the disk is full.
+            UnwritableError: nothing may be written there.
+        """
+        with writing(self.output), self._lock_file() as self._lock:
+            yield
+
+    def claim(self, numbers: range) -> None:
+        """Keep other processes from writing these shards.
+
+        Raises:
+            BusyError: one of them is at it.
+        """
+        if not self._hold(numbers):
+            raise BusyError(self.output)
+
+    def release(self) -> None:
+        """Let others have the claimed shards."""
+        fcntl.lockf(self._lock, fcntl.LOCK_UN, self.count, _WHOLE + 1)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process plans or finishes, and keep them from it.
+
+        Raises:
+            BusyError: another process has finished meanwhile.
+        """
+        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _WHOLE)
+        try:
+            if not self._is_current(self._lock):
+                raise BusyError(self.output)
+            yield
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _WHOLE)
+
+    def _lock_file(self) -> BinaryIO:
+        """The lock file; whoever finishes removes it, and then it is made anew."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                stream = (self.path / _LOCK_NAME).open("ab")
+                if self._is_current(stream):
+                    return stream
+                stream.close()
+
+    def _is_current(self, stream: BinaryIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(stream.fileno()), (self.path / _LOCK_NAME).stat())
+        except FileNotFoundError:
+            return False
+
+    def _hold(self, numbers: range) -> bool:
+        try:
+            if numbers:  # a range of no length would reach to the end of the file
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, len(numbers), _WHOLE + 1 + numbers.start)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    @property
+    def plan(self) -> ShardDirectory | None:
+        """What was planned, if anything was."""
+        if not (self.path / PLAN_NAME).is_file():
+            return None
+        return read_shard_directory(self.path, plan=True)
+
+    def begin(self, plan: ShardDirectory, unrelated: Unrelated) -> ShardDirectory:
+        """Keep a plan and what was prepared for all shards; the plan as it is kept."""
+        self._clear()
+        self._save(UNRELATED_NAME, lambda path: save_unrelated(path, unrelated, whole=True))
+        kept = replace(plan, path=self.path, unrelated_sha256=sha256_file(self.path / UNRELATED_NAME))
+        self._save(PLAN_NAME, lambda path: write_shard_directory(replace(kept, path=path.parent)))
+        return kept
+
+    def discard(self) -> None:
+        """Forget the plan and all shards.
+
+        Raises:
+            BusyError: another process is at work on them.
+        """
+        if not self._hold(range(self.count)):
+            raise BusyError(self.output)
+        (self.path / PLAN_NAME).unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        """Without a plan, whatever else is there means nothing."""
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != _LOCK_NAME:
+                entry.unlink()
+
+    def remove(self) -> None:
+        """Leave nothing behind; only for who has claimed all shards."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def done(self, number: int) -> Done | None:
+        """What is there of one shard, its file checked; ``None`` if it is still to be written."""
+        found = self._listed(number)
+        if found is None or found.entry is None:
+            return found
+        file = self.path / found.entry.file
+        return found if file.is_file() and sha256_file(file) == found.entry.sha256 else None
+
+    def missing(self) -> list[int]:
+        """The shards that nobody has written yet."""
+        return [number for number in range(self.count) if not (self.path / _done_name(number)).is_file()]
+
+    def add(self, number: int, done: Done, write: Callable[[Path], None]) -> Done:
+        """Keep a shard that ``write`` puts into a file; with its digest."""
+        if done.entry is not None:
+            self._save(done.entry.file, write)
+            digest = sha256_file(self.path / done.entry.file)
+            done = replace(done, entry=replace(done.entry, sha256=digest))
+        self._save(_done_name(number), lambda path: write_json(path, asdict(done)))
+        return done
+
+    def forget(self, numbers: range) -> None:
+        """Let claimed shards be unwritten again."""
+        for number in numbers:
+            (self.path / _done_name(number)).unlink(missing_ok=True)
+
+    def finish(self) -> ShardDirectory | None:
+        """Put the shards in the place of the output, if all are there and nobody is at work on one; else ``None``.
+
+        Raises:
+            ModelError: no edit could be written at all.
+        """
+        plan = self.plan
+        found = [self._listed(number) for number in range(self.count)]
+        every = [done for done in found if done is not None]
+        if plan is None or len(every) < self.count or not self._hold(range(self.count)):
+            return None
+        entries = tuple(done.entry for done in every if done.entry is not None)
+        if not entries:
+            raise ModelError(f"{plan.model} gives nothing finite for any of the edits; are its weights whole?")
+        whole = self.path / "whole"
+        shutil.rmtree(whole, ignore_errors=True)
+        whole.mkdir()
+        for entry in entries:
+            _link(self.path / entry.file, whole / entry.file)
+        save_unrelated(whole / UNRELATED_NAME, load_unrelated(self.path / UNRELATED_NAME, plan.unrelated_sha256))
+        left_out = tuple(name for done in every for name in done.left_out)
+        digest = sha256_file(whole / UNRELATED_NAME)
+        finished = replace(plan, path=whole, shards=entries, unrelated_sha256=digest, left_out=left_out)
+        write_shard_directory(finished)
+        put_in_place(whole, self.output)
+        self.remove()
+        return replace(finished, path=self.output)
+
+    def _listed(self, number: int) -> Done | None:
+        path = self.path / _done_name(number)
+        if not path.is_file():
+            return None
+        try:
+            return decode(Done, read_json(path))
+        except ValueError as error:
+            raise DamagedFileError(path, f"an entry is wrong ({error})", "pass --force to begin anew") from None
+
+    def _save(self, name: str, write: Callable[[Path], None]) -> None:
+        """Let a file appear whole or not at all, even if the machine stops."""
+        with tempfile.TemporaryDirectory(dir=self.path) as working:
+            file = Path(working) / name
+            write(file)
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            file.replace(self.path / name)
+
+
+def _done_name(number: int) -> str:
+    return f"shard-{number:05d}.json"
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,205 @@
+"""What a worker does, in this process or in another: prepare once for all shards, then write one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wisecli.bases import find_model
+from wisecli.config import EditSettings
+from wisecli.edits import Edit
+from wisecli.events import Watcher, ignore
+from wisecli.infer import check_split, find_layout, observed
+from wisecli.layers import probe_layer
+from wisecli.lessons import encode_edits, write_contexts
+from wisecli.models import Loaded, load_model
+from wisecli.pipeline.reports import versions
+from wisecli.router import Made
+from wisecli.shard_directory import ShardDirectory
+from wisecli.shard_writer import ShardWriter, unrelated_for
+from wisecli.shards import save_shard, split_edits
+from wisecli.site import Layout, find_site, fingerprint
+from wisecli.storage import Checkpoint
+from wisecli.unfinished import Done
+from wisecli.unrelated import Unrelated
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, in words that any process understands.
+
+    ``threads`` decides the order in which numbers are added up, and with it the last bits of a shard.
+    """
+
+    model: str
+    revision: str | None
+    target_module: str | None
+    device: str
+    dtype: str
+    trust_remote_code: bool
+    threads: int
+    settings: EditSettings
+    edits: tuple[Edit, ...]
+
+    @property
+    def parts(self) -> list[range]:
+        """The edits of every shard, by their places."""
+        settings = self.settings
+        return split_edits(len(self.edits), shards=settings.shards, edits_per_shard=settings.edits_per_shard)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A part that is done, and what puts its shard into a file."""
+
+    number: int
+    done: Done
+    save: Callable[[Path], None]
+
+
+class Worker:
+    """One process' share of a job; the model is loaded when it is first needed."""
+
+    def __init__(self, job: Job, watch: Watcher = ignore) -> None:
+        self.job, self.watch = job, watch
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base model's files."""
+        return Checkpoint(find_model(self.job.model, revision=self.job.revision, watch=self.watch))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the base model keeps its matrices, as far as that can be known without its weights."""
+        job, checkpoint = self.job, self.checkpoint
+        named: dict[str, Any] = {"target_module": job.target_module, "trust_remote_code": job.trust_remote_code}
+        return find_layout(checkpoint.directory, checkpoint, **named, watch=self.watch)
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The base model."""
+        job = self.job
+        named: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "trust_remote_code": job.trust_remote_code}
+        return load_model(self.checkpoint.directory, **named)
+
+    def prepare(self) -> tuple[ShardDirectory, Unrelated]:
+        """Choose the layer, write contexts and measure unrelated text: the plan, without any shard yet.
+
+        Raises:
+            ModelError: an edit cannot be put into tokens, or the model not be edited.
+        """
+        job, settings, checkpoint, layout = self.job, self.job.settings, self.checkpoint, self.layout
+        directory = checkpoint.directory
+        site = find_site(directory, checkpoint, settings.layer, layout)
+        with _threads(job.threads):
+            loaded = self.loaded
+            if not layout.known:
+                layout = observed(loaded.model, site, layout)
+                site = find_site(directory, checkpoint, settings.layer, layout)
+                check_split(loaded.model, site)
+            encode_edits(loaded, job.edits, "", train_end=settings.train_end)
+            base, size = fingerprint(directory, checkpoint, site), settings.batch_size
+            if settings.layer == "auto" and settings.writer == "solve":
+                site = probe_layer(
+                    loaded, directory, checkpoint, base, batch_size=size, watch=self.watch, layout=layout
+                )
+                base = fingerprint(directory, checkpoint, site)
+            written: dict[str, Any] = {"tokens": settings.context_tokens, "chat": settings.chat, "seed": settings.seed}
+            contexts = write_contexts(loaded, settings.contexts, **written)
+            unrelated = unrelated_for(loaded, site, checkpoint, base, settings, job.edits, self.watch)
+        stored = str(directory.absolute()) if Path(job.model).exists() else job.model
+        made = Made(loaded.device.type, str(loaded.model.dtype).removeprefix("torch."), job.threads, job.target_module)
+        plan = ShardDirectory(
+            directory,
+            stored,
+            job.revision,
+            base,
+            site,
+            asdict(settings),
+            tuple(contexts),
+            job.edits,
+            (),
+            "",
+            versions(),
+            made,
+        )
+        return plan, unrelated
+
+    def writer(self, plan: ShardDirectory, unrelated: Unrelated) -> ShardWriter:
+        """What writes shards by a plan."""
+        # Whoever goes on with a plan adds numbers up in its order.
+        self.job = replace(self.job, threads=plan.made.threads)
+        settings, contexts = self.job.settings, plan.contexts
+        with _threads(self.job.threads):
+            return ShardWriter(self.loaded, plan.site, settings, unrelated, plan.edits, contexts, self.watch)
+
+    def write(self, writer: ShardWriter, number: int) -> Written:
+        """Write one shard, unless none of its edits can be."""
+        with _threads(self.job.threads):
+            shard, done = writer.write(number, self.job.parts)
+
+        def save(path: Path) -> None:
+            assert shard is not None
+            assert done.entry is not None
+            save_shard(path, shard, seed=self.job.settings.seed, edits=done.entry.edits)
+
+        return Written(number, done, save)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
+    """What a job asks for otherwise than a plan that was begun, each as a phrase."""
+    job, directory = worker.job, worker.checkpoint.directory
+    found = []
+    layer: str | int = plan.site.layer if job.settings.layer == "auto" else job.settings.layer
+    site = find_site(directory, worker.checkpoint, layer, worker.layout)
+    if replace(site, norm=plan.site.norm, multiplier=plan.site.multiplier) != plan.site:
+        found.append(f"the matrix was {plan.site.module}, now {site.module}")
+    elif fingerprint(directory, worker.checkpoint, plan.site) != plan.fingerprint:
+        found.append(f"the model {directory} has changed")
+    found += _changed_edits(plan.edits, job.edits)
+    settings = asdict(job.settings)
+    for name in settings.keys() | plan.settings.keys():
+        before, now = plan.settings.get(name), settings.get(name)
+        if before != now:
+            found.append(f"{name} was {before}, now {now}")
+    if job.dtype not in ("auto", plan.made.dtype):
+        found.append(f"dtype was {plan.made.dtype}, now {job.dtype}")
+    if job.device.split(":")[0] not in ("auto", plan.made.device):
+        found.append(f"device was {plan.made.device}, now {job.device}")
+    installed = versions()
+    found += [
+        f"{name} was {version}, now {installed.get(name, 'missing')}"
+        for name, version in plan.versions.items()
+        if installed.get(name) != version
+    ]
+    return sorted(found)
+
+
+def _changed_edits(before: tuple[Edit, ...], now: tuple[Edit, ...]) -> list[str]:
+    if before == now:
+        return []
+    old, new = ({edit.id: edit for edit in edits} for edits in (before, now))
+    for what, names in (
+        ("gone", [name for name in old if name not in new]),
+        ("new", [name for name in new if name not in old]),
+        ("other", [name for name in new if name in old and new[name] != old[name]]),
+    ):
+        if names:
+            return [f"of the edits {len(names)} are {what}, the first of them {names[0]!r}"]
+    return ["the edits come in another order"]

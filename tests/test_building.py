@@ -66,9 +66,9 @@ def some_material(*shards: Evidence, density: float = 0.6) -> Material:
     site = Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=D, d_ff=D_FF)
     masks = tuple(random_mask(site, density, "columns", seeded(number)) for number in range(len(shards)))
     counts = [int(part.edit.max()) + 1 for part in shards]
-    offsets = [sum(counts[:number]) for number in range(len(counts))]
+    places = [torch.arange(count) + sum(counts[:number]) for number, count in enumerate(counts)]
     number = torch.cat([torch.full((len(part.edit),), index) for index, part in enumerate(shards)])
-    return Material(join(shards, offsets), number, masks, unrelated_text())
+    return Material(join(shards, places), number, masks, unrelated_text())
 
 
 def two_shards() -> Material:
@@ -164,7 +164,7 @@ def test_an_exact_merge_is_one_solve_over_all_edits_together() -> None:
 
 def test_an_exact_merge_does_not_depend_on_how_edits_were_dealt() -> None:
     parts = [some_evidence(seed) for seed in (10, 20)]
-    whole = join(parts, [0, EDITS])
+    whole = join(parts, [torch.arange(EDITS), torch.arange(EDITS) + EDITS])
     apart, together, swapped = (some_material(*shards) for shards in (parts, [whole], parts[::-1]))
     found = [solve_exactly(material, PENALTY) for material in (apart, together, swapped)]
     for other in found[1:]:

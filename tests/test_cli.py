@@ -319,7 +319,12 @@ def test_an_interruption_while_measuring_says_so_and_exits_with_130(
         ("export --memory {memory} --format zip", "--format"),
         ("edit {model} {edits} --passes many", "--passes"),
         ("edit {model} {edits} --pases 3", "--pases"),
-        ("edit {model}", "Missing argument"),
+        ("edit {model}", "give a MODEL and a file of EDITS"),
+        ("edit", "give a MODEL and a file of EDITS"),
+        ("edit {model} {edits} --only 0/3", "--only must look like 3/8"),
+        ("edit {model} {edits} --only 4/3", "--only must look like 3/8"),
+        ("edit {model} {edits} --only half", "--only must look like 3/8"),
+        ("edit {model} {edits} --executor slurm", "--executor must be local, ray or"),
         ("improve {model}", "improve"),
     ],
 )

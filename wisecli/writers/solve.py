@@ -28,6 +28,8 @@ from wisecli.writers.gradient import Progress, Task, Written, write_batched
 PENALTIES = tuple(Penalty(ridge, weight) for ridge in (1e-1, 1e-2, 1e-3, 1e-4) for weight in (1e-1, 1e-2, 0.0))
 # A lighter penalty must be right this much more often to be taken.
 _WORTH = 0.005
+# Who is done is looked at every so many steps: elsewhere and on CUDA, where a look waits for all that was asked before.
+_LOOK = (1, 5)
 
 Part = tuple[Activations, Tensor]
 
@@ -76,23 +78,27 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
             losses[turn, place] = math.inf
     unfinished = torch.ones(len(answers), dtype=torch.bool, device=device)
     finite = torch.ones_like(unfinished)
+    kept = residuals.detach().clone()
     for step in range(settings.residual_steps):
         turn = step % len(turns)
         worst = _backward(task, turns[turn], residuals)
         finite &= worst.isfinite()
-        losses[turn, unfinished] = worst[unfinished]
-        done = unfinished & (losses.amax(0) < settings.residual_stop)
-        _keep(found, residuals, answers, lengths, done)
-        unfinished = unfinished & ~done
-        if not unfinished.any():
-            break
+        losses[turn] = worst.where(unfinished, losses[turn])
+        # An answer keeps the residual that it had when it was done.
+        kept = residuals.detach().where(unfinished[:, None, None], kept)
+        unfinished = unfinished & (losses.amax(0) >= settings.residual_stop)
+        if step % _LOOK[device.type == "cuda"] == 0:
+            if not unfinished.any():
+                break
+            turns = [_still_open(parts, unfinished) for parts in turns]
         optimizer.step()
         optimizer.zero_grad()
-        turns = [_still_open(parts, unfinished) for parts in turns]
-    _keep(found, residuals, answers, lengths, unfinished)
-    finite &= residuals.isfinite().flatten(1).all(-1)
+    kept = residuals.detach().where(unfinished[:, None, None], kept)
+    finite &= kept.isfinite().flatten(1).all(-1)
     if not finite.all():
         raise NotFiniteError(map(edit_number, answers[~finite.cpu()].tolist()))
+    for answer, residual, length in zip(answers.tolist(), kept, lengths.tolist(), strict=True):
+        found[answer] = residual[:length].clone()
     return float(losses[losses.isfinite()].mean())
 
 
@@ -139,11 +145,6 @@ def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
         entropy.sum().backward()
         worst.scatter_reduce_(0, place[rows], entropy.detach(), "amax")
     return worst
-
-
-def _keep(found: dict[int, Tensor], residuals: Tensor, answers: Tensor, lengths: Tensor, which: Tensor) -> None:
-    for place in which.nonzero().flatten().tolist():
-        found[int(answers[place])] = residuals[place, : int(lengths[place])].detach().clone()
 
 
 def _still_open(parts: Sequence[Part], unfinished: Tensor) -> list[Part]:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from wisecli.errors import ModelError, SettingsError, WrongBaseError, reason_of
-from wisecli.site import Fingerprint, Site, fingerprint, layer_count, stored_weight
+from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
+from wisecli.planning import spool_bytes
+from wisecli.site import Fingerprint, Site, fingerprint, known_layout, layer_count, stored_weight
 from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json
+from wisecli.streaming import LayerStream, load_streamed
 
 # So much of what transformers says of a model is quoted.
 _LONGEST = 300
@@ -19,10 +21,11 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, in evaluation mode and frozen."""
+    """A model ready to run, in evaluation mode and frozen; with a ``stream`` its layers are read as they run."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    stream: LayerStream | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,10 +65,20 @@ def pick_dtype(dtype: str) -> torch.dtype | str:
 
 
 def load_model(
-    directory: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    directory: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    layers: str | None = None,
+    memory_budget: int | None = None,
 ) -> Loaded:
     """Load the base model and the tokenizer of a directory. Only safetensors are read, and no code of the directory
     runs unless it is trusted; of an exported directory the base model is loaded, without its memory.
+
+    Args:
+        layers: module path of the list of layers, where the table's is not meant.
+        memory_budget: about how many bytes there are; a model that does not fit has its layers streamed.
 
     Raises:
         ModelError: the model cannot be loaded, or lacks tensors that would be drawn at random.
@@ -73,18 +86,30 @@ def load_model(
     chosen = pick_device(device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     _require_layers(directory)
+    room = None if memory_budget is None else spool_bytes(Checkpoint(directory), pick_dtype(dtype), memory_budget)
+    stream = None
     try:
         config = _base_config(directory, common)
-        weights = {"dtype": pick_dtype(dtype), "use_safetensors": True, "output_loading_info": True}
-        model, info = _pair(AutoModelForCausalLM.from_pretrained(directory, config=config, **weights, **common))
+        weights = {"dtype": pick_dtype(dtype), "use_safetensors": True, **common}
+        if room is None:
+            loading = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, output_loading_info=True, **weights
+            )
+            model, info = _pair(loading)
+        else:
+            path = layers or known_layout(directory).layers
+            model, info, stream = load_streamed(directory, config, path, chosen, spool_bytes=room, **weights)
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
+    except WiseError:
+        raise
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
         reason = reason_of(error)[:_LONGEST]
         raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
     if lost := sorted(info["missing_keys"]):
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
-    model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
-    return Loaded(model.eval().requires_grad_(False), tokenizer)
+    if stream is None:
+        model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
+    return Loaded(model.eval().requires_grad_(False), tokenizer, stream)
 
 
 def _require_layers(directory: Path) -> None:

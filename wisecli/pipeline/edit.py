@@ -64,6 +64,7 @@ def edit(
     force: bool = False,
     strict: bool = False,
     dry_run: bool = False,
+    memory_budget: int | None = None,
     watch: Watcher = ignore,
 ) -> EditReport:
     """Write each shard of edits into a delta of the model's value matrix.
@@ -73,6 +74,7 @@ def edit(
         target_module: path of the value matrix, with ``{layer}`` for the layer's index, where the table's is not meant.
         strict: raise if an edit did not take; nothing is written then.
         dry_run: check everything and plan, but load no weights and write nothing.
+        memory_budget: about how many bytes there are; of a model that does not fit, layers are read as they run.
 
     Raises:
         WiseError: any of the input, the model or the disk cannot be used; nothing is left behind.
@@ -93,8 +95,17 @@ def edit(
         return EditReport(output, len(edits), len(parts), site.layer, site.module, seconds, peak, planned=True)
     base = fingerprint(directory, checkpoint, site)
     watch(Event("model"))
-    loaded = load_model(directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = load_model(
+        directory,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        layers=layout.layers,
+        memory_budget=memory_budget,
+    )
     if not layout.known:
+        if loaded.stream is not None:
+            loaded.stream.hold([site.layer])
         layout = observed(loaded.model, site, layout)
         site = find_site(directory, checkpoint, settings.layer, layout)
         check_split(loaded.model, site)
@@ -109,6 +120,8 @@ def edit(
             loaded, settings.contexts, tokens=settings.context_tokens, chat=settings.chat, seed=settings.seed
         )
         unrelated = unrelated_for(loaded, site, checkpoint, base, settings, edits, watch)
+        if loaded.stream is not None:
+            loaded.stream.hold(range(site.layer + 1, len(loaded.stream.layers)))
         writer = ShardWriter(loaded, site, settings, unrelated, edits, contexts, watch)
         entries, untaken = writer.write_all(working, parts)
         if strict and untaken:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from wisecli import pipeline
+from wisecli import pipeline, unrelated
 from wisecli.config import EditSettings
 from wisecli.console import quiet_libraries
 from wisecli.events import Event
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=5.5, help="GiB; 0 holds the whole model")
     parser.add_argument("--layer", help="by default the one at four fifths of the depth")
     parser.add_argument("--unrelated-texts", type=int, default=64)
+    parser.add_argument("--facts", type=int, default=8, help="facts of each relation that are asked in all wordings")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--running", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -172,6 +173,8 @@ def main() -> None:
     settings = EditSettings(layer=layer, unrelated_texts=options.unrelated_texts)
     budget = round(options.budget * 2**30) or None
     if options.running:
+        # No setting says how many there are: fewer make a trial shorter, and change nothing else.
+        unrelated._SUBJECTS = options.facts
         edit(options.work, settings, budget, options.threads)
         return
     if not base.is_dir():

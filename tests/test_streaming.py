@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, TYPICAL, VARIANTS
+from conftest import TINY_CONFIGS, TYPICAL, VARIANTS, Chain
 from helpers import random_rows, save_tiny, site_of
 from places import EDITS
 from torch import Tensor
 
 from wisecli import pipeline
+from wisecli.attached import attach
 from wisecli.capture import Activations, capture, captured, suffix_logits
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.encode import Batch, collate, encode
 from wisecli.errors import ModelError
+from wisecli.evaluate import teacher_forced
+from wisecli.events import ignore
 from wisecli.generation import generate
 from wisecli.models import Loaded, load_model
 from wisecli.site import value_module
@@ -302,6 +305,19 @@ def test_edits_and_figures_are_the_same(tmp_path: Path, architecture: str, monke
         for budget in (None, 1000)
     ]
     assert answers[0] == answers[1]
+    pipeline.export(tmp_path / "memory", tmp_path / "edited", device="cpu")
+    assert pipeline.generate(tmp_path / "edited", prompts, explain=True, device="cpu", memory_budget=1000) == answers[0]
+
+
+def test_a_real_edited_model_has_the_same_figures(chain: Chain) -> None:
+    given: dict[str, Any] = {"prompt_opens": True, "batch_size": 4, "stage": "test", "watch": ignore}
+    figures = []
+    for budget in (None, 1 << 28):
+        edited = attach(chain.memory, device="cpu", memory_budget=budget)
+        assert (edited.stream is None) == (budget is None)
+        rows = [encode(edited.tokenizer, edit["prompt"], edit["target"]) for edit in chain.edits[:6]]
+        figures.append(teacher_forced(edited, rows, **given))
+    assert figures[0] == figures[1]
 
 
 def test_a_real_model_gives_the_same_when_it_is_streamed(real_model: Path) -> None:

@@ -22,7 +22,8 @@ from transformers import DynamicCache, PreTrainedModel
 from wisecli.encode import Batch
 from wisecli.site import Site, value_module
 from wisecli.spool import Spool
-from wisecli.streaming import LayerStream, hooked, overridden, sweep
+from wisecli.streaming import LayerStream
+from wisecli.sweep import hooked, overridden, sweep
 
 Selection = tuple[Tensor, Tensor]
 

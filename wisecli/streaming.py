@@ -1,17 +1,17 @@
 """Models that do not fit in memory: their decoder layers stay in the checkpoint's files and pass through two buffers.
 
 A streamed layer is empty (its parameters are on the meta device) but for the moment it runs. While it does, the next
-one is read. The model's own forward pass and ``generate()`` work as they are; a *sweep* reads each layer once for many
-batches.
+one is read. The model's own forward pass and ``generate()`` work as they are; a sweep (:mod:`wisecli.sweep`) reads
+each layer once for many batches.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,34 +19,11 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from wisecli.errors import DamagedFileError, ModelError
-from wisecli.headers import Header, read_header
-from wisecli.site import stored_name
-from wisecli.spool import Spool
+from wisecli.headers import read_header
 from wisecli.storage import Checkpoint
-
-# Kernels read their operands in lines of so many bytes.
-_ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A parameter of a layer: where its numbers lie in which file, and where they go in the layer's buffer."""
-
-    name: str
-    path: Path
-    start: int
-    stored: torch.dtype
-    dtype: torch.dtype
-    shape: torch.Size
-    offset: int
-
-    @property
-    def bytes(self) -> int:
-        """Size in the buffer."""
-        return self.shape.numel() * self.dtype.itemsize
+from wisecli.stored_layers import buffer_size, locate, read_into
 
 
 @dataclass
@@ -78,9 +55,9 @@ class LayerStream:
         assert isinstance(found, nn.ModuleList)
         self.layers, self.device, self.spool_bytes = found, device, spool_bytes
         headers = {path: read_header(path) for path in checkpoint.files}
-        self._stored = [_located(checkpoint, f"{layers}.{n}", layer, headers) for n, layer in enumerate(found)]
+        self._stored = [locate(checkpoint, f"{layers}.{n}", layer, headers) for n, layer in enumerate(found)]
         self._empty = [dict(layer.named_parameters()) for layer in found]
-        self.layer_bytes = max(map(_size, self._stored))
+        self.layer_bytes = max(map(buffer_size, self._stored))
         self._held: set[int] = set()
         self._filled: int | None = None
         self._slots: list[_Slot] = []
@@ -100,7 +77,7 @@ class LayerStream:
         """Read some layers for good."""
         self.release()
         for number in sorted(set(layers) - self._held):
-            slot = self._new_slot(_size(self._stored[number]))
+            slot = self._new_slot(buffer_size(self._stored[number]))
             self._fill(number, self._read(number, slot, self._mark()))
             self.layers[number].__dict__.pop("forward", None)
             self._held.add(number)
@@ -182,7 +159,7 @@ class LayerStream:
     def _read(self, number: int, slot: _Slot, after: torch.cuda.Event | None) -> _Slot:
         slot.layer = None
         for part in self._stored[number]:
-            self.bytes_read += _read_into(part, slot.host[part.offset : part.offset + part.bytes])
+            self.bytes_read += read_into(part, slot.host[part.offset : part.offset + part.bytes])
         if self.device.type == "cuda":
             side = torch.cuda.Stream(self.device)
             with torch.cuda.stream(side):
@@ -201,105 +178,6 @@ class LayerStream:
             for part in self._stored[number]
         }
         self.layers[number].load_state_dict(views, strict=False, assign=True)
-
-
-def sweep(
-    stream: LayerStream, passes: Sequence[Callable[[], object]], upto: int, spool: Spool, after: Callable[[int], None]
-) -> None:
-    """Run many batches through the layers up to ``upto``, each of which is read once.
-
-    What leaves that layer is left in the spool as ``hidden.0``, ``hidden.1`` …
-
-    Args:
-        passes: for each batch the model's own forward pass over it.
-        after: called after every run of layer ``upto``, with the number of the batch.
-    """
-    calls = [_recorded(stream, run, spool, number) for number, run in enumerate(passes)]
-    for layer in range(upto + 1):
-        with stream.filled(layer, layer + 1 if layer < upto else None):
-            for number, call in enumerate(calls):
-                args, named = call[layer]
-                given = [_renewed(one) for one in args], {name: _renewed(one) for name, one in named.items()}
-                output = stream.layers[layer](spool.take(f"hidden.{number}"), *given[0], **given[1])
-                spool.put(f"hidden.{number}", output[0] if isinstance(output, tuple) else output)
-                if layer == upto:
-                    after(number)
-    stream.release()
-
-
-def _renewed(given: Any) -> Any:
-    """What a layer is given, a cache that only this layer has seen instead of one for all."""
-    return DynamicCache() if isinstance(given, DynamicCache) else given
-
-
-def _recorded(
-    stream: LayerStream, run: Callable[[], object], spool: Spool, number: int
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What a pass gives each layer beside the hidden states: masks and positions are the architecture's own."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def stub(hidden_states: Tensor, *args: Any, **named: Any) -> Any:
-        if not calls:
-            spool.put(f"hidden.{number}", hidden_states)
-        calls.append((args, named))
-        return (hidden_states, *[None] * (stream.width - 1)) if stream.width else hidden_states
-
-    if stream.width is None:
-        stream.width = _width(stream, run)
-    with overridden(stream.layers, stub):
-        run()
-    return calls
-
-
-def _width(stream: LayerStream, run: Callable[[], object]) -> int:
-    """How long the tuples are that layers give, 0 if they give a tensor, from running the first layer."""
-    kept: list[Any] = []
-    with ExitStack() as stack:
-        stack.enter_context(hooked(stream.layers[0].register_forward_hook(lambda *given: kept.append(given[-1]))))
-        stack.enter_context(overridden(stream.layers[1:], lambda *_, **__: kept[0]))
-        run()
-    return len(kept[0]) if isinstance(kept[0], tuple) else 0
-
-
-def _located(checkpoint: Checkpoint, path: str, layer: nn.Module, headers: Mapping[Path, Header]) -> list[Stored]:
-    """Where a layer's parameters lie, in the order in which the files have them."""
-    parts, offset = [], 0
-    named = []
-    for name, parameter in layer.named_parameters():
-        spelling = stored_name(checkpoint, f"{path}.{name}")
-        file = checkpoint.directory / checkpoint.file_of(spelling) if spelling is not None else None
-        if spelling is None or file is None or headers[file].tensors[spelling].shape != tuple(parameter.shape):
-            raise ModelError(
-                f"{checkpoint.directory}: the checkpoint does not hold {path}.{name} as the model has it, "
-                "so its layers cannot be streamed; leave out the memory budget"
-            )
-        named.append((file, headers[file].starts[spelling], spelling, name, parameter))
-    for file, start, spelling, name, parameter in sorted(named, key=lambda one: one[:2]):
-        stored = getattr(torch, headers[file].tensors[spelling].dtype)
-        parts.append(Stored(name, file, start, stored, parameter.dtype, parameter.shape, offset))
-        offset += -(-parts[-1].bytes // _ALIGNMENT) * _ALIGNMENT
-    return parts
-
-
-def _size(parts: Sequence[Stored]) -> int:
-    return parts[-1].offset + parts[-1].bytes
-
-
-def _read_into(part: Stored, target: Tensor) -> int:
-    """Read a parameter into its place (bytes,), in its own type; returns how much was read."""
-    same = part.stored == part.dtype
-    raw = target if same else torch.empty(part.shape.numel() * part.stored.itemsize, dtype=torch.uint8)
-    left = memoryview(raw.numpy().data)
-    with part.path.open("rb", buffering=0) as stream:
-        stream.seek(part.start)
-        while left:
-            count = stream.readinto(left)
-            if not count:
-                raise DamagedFileError(part.path, "it became shorter while it was read", "copy the checkpoint anew")
-            left = left[count:]
-    if not same:
-        target.view(part.dtype).copy_(raw.view(part.stored))
-    return len(raw)
 
 
 def load_streamed(
@@ -360,27 +238,3 @@ def _quiet(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let each of the layers do something else for a while."""
-    replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
-    try:
-        for layer, _ in replaced:
-            layer.__dict__["forward"] = forward
-        yield
-    finally:
-        for layer, own in replaced:
-            layer.__dict__.pop("forward", None)
-            if own is not None:
-                layer.__dict__["forward"] = own
-
-
-@contextmanager
-def hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    """A hook that is taken off again."""
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -31,7 +31,7 @@ from wisecli.moments import Moment, even, leading
 from wisecli.shards import half
 from wisecli.site import Fingerprint, Site, value_module
 from wisecli.storage import load_tensors, save_tensors, sha256_json
-from wisecli.streaming import hooked
+from wisecli.sweep import hooked
 
 # How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
 _CONTINUED, _CONTINUATION = 120, 12

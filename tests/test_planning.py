@@ -50,7 +50,6 @@ def test_a_sweep_reads_what_is_planned(tmp_path: Path) -> None:
     loaded = load_model(directory, device="cpu", memory_budget=1)
     assert loaded.stream is not None
     site, batch = site_of(loaded.model, 2), collate(random_rows((3, 1)))
-    list(captured(loaded.model, site, [batch], stream=loaded.stream, above=False))
     before = loaded.stream.bytes_read
     list(captured(loaded.model, site, [batch], stream=loaded.stream, above=False))
     assert loaded.stream.bytes_read - before == plan.sweep

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from wisecli.encode import Batch
+from wisecli.hooks import hooked, overridden
 from wisecli.site import Site, value_module
 from wisecli.spool import Spool
 from wisecli.streaming import LayerStream
-from wisecli.sweep import hooked, overridden, sweep
+from wisecli.sweep import sweep
 
 Selection = tuple[Tensor, Tensor]
 
@@ -161,7 +162,7 @@ def _swept(
                 past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in past)
                 hidden = hidden[:, cut:].clone()
             output = spool.take(f"output.{number}") if norm is not None else None
-            end = (stream.width or 0, site.multiplier, norm, output)
+            end = (stream.width, site.multiplier, norm, output)
             yield Activations(batch, cut, spool.take(f"keys.{number}"), hidden, logits, past, *end)
 
 

@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wisecli.headers import read_header
+from wisecli.hooks import hooked, overridden
 from wisecli.storage import Checkpoint
 from wisecli.stored_layers import buffer_size, locate, read_into
 
@@ -44,6 +45,9 @@ class LayerStream:
         device: where layers run.
         spool_bytes: how much a sweep keeps in memory of what it carries from layer to layer.
 
+    Attributes:
+        width: how long the tuples are that layers give; 0 where they give a tensor.
+
     Raises:
         ModelError: a layer's tensors are not in the checkpoint as the model has them.
     """
@@ -63,7 +67,7 @@ class LayerStream:
         self._slots: list[_Slot] = []
         self._pool = ThreadPoolExecutor(1, "wise-layers")
         self._coming: tuple[int, Future[_Slot]] | None = None
-        self.width: int | None = None
+        self.width = 0
         self.bytes_read = 0
         for number, layer in enumerate(found):
             layer.__dict__["forward"] = self._forward(number, layer)
@@ -208,7 +212,21 @@ def load_streamed(
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
     stream = LayerStream(model, layers, Checkpoint(directory), device, spool_bytes=spool_bytes)
+    stream.width = _width(model, stream)
     return model, info, stream
+
+
+@torch.no_grad()
+def _width(model: PreTrainedModel, stream: LayerStream) -> int:
+    """How long the tuples are that layers give, seen by running the first one on one token."""
+    kept: list[Any] = []
+    with ExitStack() as stack:
+        stack.enter_context(stream.filled(0))
+        stack.enter_context(hooked(stream.layers[0].register_forward_hook(lambda *given: kept.append(given[-1]))))
+        stack.enter_context(overridden(stream.layers[1:], lambda *_, **__: kept[0]))
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=stream.device), use_cache=False)
+    stream.release()
+    return len(kept[0]) if isinstance(kept[0], tuple) else 0
 
 
 def _beside(model: nn.Module, layers: str) -> Iterator[str]:

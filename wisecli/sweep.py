@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
+from wisecli.hooks import overridden
 from wisecli.spool import Spool
 from wisecli.streaming import LayerStream
 
@@ -55,42 +54,6 @@ def _recorded(
         calls.append((args, named))
         return (hidden_states, *[None] * (stream.width - 1)) if stream.width else hidden_states
 
-    if stream.width is None:
-        stream.width = _width(stream, run)
     with overridden(stream.layers, stub):
         run()
     return calls
-
-
-def _width(stream: LayerStream, run: Callable[[], object]) -> int:
-    """How long the tuples are that layers give, 0 if they give a tensor, from running the first layer."""
-    kept: list[Any] = []
-    with ExitStack() as stack:
-        stack.enter_context(hooked(stream.layers[0].register_forward_hook(lambda *given: kept.append(given[-1]))))
-        stack.enter_context(overridden(stream.layers[1:], lambda *_, **__: kept[0]))
-        run()
-    return len(kept[0]) if isinstance(kept[0], tuple) else 0
-
-
-@contextmanager
-def overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let each of the layers do something else for a while."""
-    replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
-    try:
-        for layer, _ in replaced:
-            layer.__dict__["forward"] = forward
-        yield
-    finally:
-        for layer, own in replaced:
-            layer.__dict__.pop("forward", None)
-            if own is not None:
-                layer.__dict__["forward"] = own
-
-
-@contextmanager
-def hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    """A hook that is taken off again."""
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,4 +1,7 @@
-"""Tensors by name: in memory up to a budget, and in files of a temporary directory beyond it."""
+"""Tensors by name: in memory up to a budget, and in files of a temporary directory beyond it.
+
+The directory is where ``TMPDIR`` says; on a system that keeps it in memory nothing is gained.
+"""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ class LayerStream:
 
     def _forward(self, number: int, layer: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **named: Any) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in args):
+            given = (one for one in (*args, *named.values()) if isinstance(one, Tensor))
+            if torch.is_grad_enabled() and any(one.requires_grad for one in given):
                 raise RuntimeError(f"layer {number} is streamed and takes no gradient; hold it first")
             with self.filled(number, self._following(number)):
                 return type(layer).forward(layer, *args, **named)

@@ -353,3 +353,18 @@ def test_a_note_is_a_sentence_on_stderr_wherever_it_runs(
     captured = capsys.readouterr()
     assert captured.err.count("this [one] was taken") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("model_type", sorted(OTHERS))
+def test_an_unknown_architecture_is_edited_the_same_when_its_layers_are_streamed(
+    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_other(tmp_path / "base", model_type)
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
+    settings = EditSettings(passes=2, unrelated_texts=16, layer="2")
+    for name, budget in (("whole", None), ("streamed", 1000)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
+        pipeline.edit(str(base), edits, tmp_path / name, settings, device="cpu", memory_budget=budget)
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "streamed" / path.name).read_bytes() == path.read_bytes()

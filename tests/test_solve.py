@@ -233,6 +233,8 @@ def test_progress_counts_the_edits_of_all_groups(bench: Bench) -> None:
 def solved(bench: Bench, settings: EditSettings = SETTINGS, mask: Mask | None = None) -> Solved:
     moment = bench.unrelated.T @ bench.unrelated
     task = bench.task(settings, mask)
+    if task.mask.kind == "columns":
+        moment = moment[task.mask.indices][:, task.mask.indices]
     return write_solved(task, bench.evidence, moment, bench.lessons, bench.held_back, lambda _: None)
 
 

@@ -84,6 +84,8 @@ def test_what_the_leading_part_leaves_is_spread_evenly(rank: int) -> None:
     values[: 20 - rank] = values[: 20 - rank].mean()
     expected = vectors @ torch.diag(values) @ vectors.T
     assert torch.allclose(moment_of(keys, rank).dense().double(), expected, atol=2e-3)
+    some = torch.tensor([3, 0, 5])
+    assert torch.allclose(moment_of(keys, rank).dense(some).double(), expected[some][:, some], atol=2e-3)
 
 
 def test_a_moment_of_many_long_rows_is_close_to_the_exact_one() -> None:

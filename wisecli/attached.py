@@ -17,6 +17,7 @@ from wisecli.models import is_exported, load_model, require_base
 from wisecli.paths import inside
 from wisecli.router import MANIFEST_NAME, Manifest, read_memory
 from wisecli.storage import Checkpoint
+from wisecli.streaming import LayerStream
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Edited:
     tokenizer: PreTrainedTokenizerBase
     routed: RoutedMatrix
     manifest: Manifest
+    stream: LayerStream | None = None
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
@@ -64,18 +66,27 @@ def attach(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    memory_budget: int | None = None,
 ) -> Edited:
     """Load the base model of a memory (or of an exported directory) and put the memory in its place.
+
+    Args:
+        memory_budget: about how many bytes there are; of a model that does not fit only the edited layer and those
+            above it are held, the others are read as they run.
 
     Raises:
         WiseError: either cannot be read, or they do not belong together.
     """
     directory, manifest = find_base(memory, model)
-    loaded = load_model(directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    routed = install(loaded.model, manifest.site.module, manifest.memory, transposed=manifest.site.transposed)
+    site = manifest.site
+    given = {"device": device, "dtype": dtype, "layers": site.layer_module.rpartition(".")[0]}
+    loaded = load_model(directory, **given, trust_remote_code=trust_remote_code, memory_budget=memory_budget)
+    if loaded.stream is not None:
+        loaded.stream.hold(range(site.layer, len(loaded.stream.layers)))
+    routed = install(loaded.model, site.module, manifest.memory, transposed=site.transposed)
     routed.to(loaded.device)
     routed.index = build_index(routed)
-    return Edited(loaded.model, loaded.tokenizer, routed, manifest)
+    return Edited(loaded.model, loaded.tokenizer, routed, manifest, loaded.stream)
 
 
 def locate_memory(model: str | None, memory: Path | None, fallback: Path) -> tuple[Path, str | None]:

@@ -44,14 +44,15 @@ def solve_exactly(material: Material, penalty: Penalty) -> Tensor:
 def refit(merged: Tensor, material: Material, penalty: Penalty) -> Tensor:
     """Around a merged ``Δ`` (d, d_ff), give every key its residual back, on the columns that any shard may use."""
     used = torch.cat([m.indices if m.kind == "columns" else torch.arange(m.d_ff) for m in material.masks]).unique()
-    moment = material.unrelated.tokens.dense()
-    return merged.index_copy(1, used, solve(_known(material), penalty, moment, columns=used, around=merged[:, used]))
+    moment = material.unrelated.tokens.dense(used)
+    return merged.index_copy(1, used, solve(_known(material, used), penalty, moment, around=merged[:, used]))
 
 
-def _known(material: Material) -> Statistics:
+def _known(material: Material, columns: Tensor | None = None) -> Statistics:
     kept, evidence = ~material.evidence.held_out, material.evidence
     shards = (kept & (material.shard == number) for number in range(len(material.masks)))
-    return reduce(add, (statistics(evidence.keys[own], evidence.residuals[own]) for own in shards))
+    keys = evidence.keys if columns is None else evidence.keys[:, columns]
+    return reduce(add, (statistics(keys[own], evidence.residuals[own]) for own in shards))
 
 
 def matrices(deltas: Tensor, material: Material, settings: MergeSettings) -> Built:

@@ -8,9 +8,11 @@ passes a norm before it joins the residual stream, that *output* is kept too, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from wisecli.encode import Batch
+from wisecli.hooks import hooked, overridden
 from wisecli.site import Site, value_module
+from wisecli.spool import Spool
+from wisecli.streaming import LayerStream
+from wisecli.sweep import sweep
 
 Selection = tuple[Tensor, Tensor]
 
@@ -90,12 +96,12 @@ def capture(
 
     cache = DynamicCache()
     with ExitStack() as hooks:
-        hooks.enter_context(_hooked(value_module(model, site).register_forward_pre_hook(keep_keys)))
+        hooks.enter_context(hooked(value_module(model, site).register_forward_pre_hook(keep_keys)))
         if site.norm is not None:
-            hooks.enter_context(_hooked(value_module(model, site).register_forward_hook(keep_output)))
-        hooks.enter_context(_hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
+            hooks.enter_context(hooked(value_module(model, site).register_forward_hook(keep_output)))
+        hooks.enter_context(hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
         if not above:
-            hooks.enter_context(_overridden(_layers(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
+            hooks.enter_context(overridden(_layers(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
         logits = _forward(model, batch, 0, cache, select)
     hidden = kept["hidden"]
     width = len(hidden) if isinstance(hidden, tuple) else 0
@@ -103,6 +109,98 @@ def capture(
     norm = model.get_submodule(site.norm) if site.norm is not None else None
     end = (site.multiplier, norm, kept.get("output"))
     return Activations(batch, 0, kept["keys"], hidden[0] if width else hidden, logits, past, width, *end)
+
+
+def captured(
+    model: PreTrainedModel,
+    site: Site,
+    batches: Iterable[Batch],
+    *,
+    stream: LayerStream | None = None,
+    labelled: bool = False,
+    above: bool = True,
+    window: bool = False,
+) -> Iterator[Activations]:
+    """:func:`capture` of every batch in turn; where layers are streamed, each is read once for all batches.
+
+    Hooks on value modules up to the site see the batches in order either way.
+
+    Args:
+        labelled: whether the logits at the labelled columns are wanted.
+        above: whether the layers above the site are wanted at all.
+        window: keep columns from the prompt's last token on only, as :meth:`Activations.from_window` does.
+    """
+    if stream is not None:
+        yield from _swept(model, site, list(batches), stream, labelled=labelled, above=above, window=window)
+        return
+    for batch in batches:
+        activations = capture(model, site, batch, select=batch.labelled if labelled else None, above=above)
+        yield activations.from_window() if window else activations
+
+
+@torch.no_grad()
+def _swept(
+    model: PreTrainedModel,
+    site: Site,
+    batches: list[Batch],
+    stream: LayerStream,
+    *,
+    labelled: bool,
+    above: bool,
+    window: bool,
+) -> Iterator[Activations]:
+    with Spool(stream.spool_bytes) as spool:
+        norm = _sweep_to(model, site, batches, stream, spool, window=window)
+        for number, batch in enumerate(batches):
+            cut = batch.start if window else 0
+            hidden = spool.take(f"hidden.{number}")
+            logits = hidden.new_empty(0, len(model.get_output_embeddings().get_parameter("weight")))
+            past: tuple[tuple[Tensor, Tensor], ...] = ()
+            if above:
+                logits, past = _above(model, site, stream, batch, hidden, batch.labelled if labelled else None)
+            if window:
+                past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in past)
+                hidden = hidden[:, cut:].clone()
+            output = spool.take(f"output.{number}") if norm is not None else None
+            end = (stream.width, site.multiplier, norm, output)
+            yield Activations(batch, cut, spool.take(f"keys.{number}"), hidden, logits, past, *end)
+
+
+def _sweep_to(
+    model: PreTrainedModel, site: Site, batches: list[Batch], stream: LayerStream, spool: Spool, *, window: bool
+) -> nn.Module | None:
+    """Leave hidden states, keys and outputs of every batch in the spool; returns the norm behind the matrix."""
+    kept: dict[str, Any] = {}
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept.update(keys=inputs[0], output=output)
+        if site.norm is not None and "norm" not in kept:
+            # The layer is empty once the sweep has passed it.
+            kept["norm"] = copy.deepcopy(model.get_submodule(site.norm))
+
+    def put(number: int) -> None:
+        first = batches[number].start if window else 0
+        for name in ("keys", "output")[: 1 if site.norm is None else 2]:
+            spool.put(f"{name}.{number}", kept.pop(name)[:, first:])
+
+    def run(batch: Batch) -> None:
+        _forward(model, batch, 0, DynamicCache(), None)
+
+    passes = [partial(run, batch) for batch in batches]
+    with hooked(value_module(model, site).register_forward_hook(keep)):
+        sweep(stream, passes, site.layer, spool, put)
+    return kept.get("norm")
+
+
+def _above(
+    model: PreTrainedModel, site: Site, stream: LayerStream, batch: Batch, hidden: Tensor, select: Selection | None
+) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
+    """Logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
+    cache = DynamicCache()
+    output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
+    with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
+        logits = _forward(model, batch, 0, cache, select)
+    return logits, tuple(_tensors(layer) for layer in cache.layers[site.layer + 1 :])
 
 
 def suffix_logits(
@@ -121,7 +219,7 @@ def suffix_logits(
     first, width = activations.first, activations.tuple_width
     cache = _cache(activations, site) if first else None
     output = (hidden, *[None] * (width - 1)) if width else hidden
-    with _overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
+    with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
         return _forward(model, activations.batch, first, cache, (select[0], select[1] - first))
 
 
@@ -135,7 +233,7 @@ def _forward(
     def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (inputs[0][rows, columns].unsqueeze(0),)
 
-    with _hooked(model.get_output_embeddings().register_forward_pre_hook(pick)):
+    with hooked(model.get_output_embeddings().register_forward_pre_hook(pick)):
         output = model(
             input_ids=batch.ids[:, first:],
             attention_mask=batch.mask,
@@ -167,24 +265,3 @@ def _layers(model: PreTrainedModel, site: Site) -> nn.ModuleList:
     layers = model.get_submodule(site.layer_module.rpartition(".")[0])
     assert isinstance(layers, nn.ModuleList)
     return layers
-
-
-@contextmanager
-def _overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let each of the layers do something else for a while."""
-    replaced = list(layers)
-    try:
-        for layer in replaced:
-            layer.__dict__["forward"] = forward
-        yield
-    finally:
-        for layer in replaced:
-            layer.__dict__.pop("forward", None)
-
-
-@contextmanager
-def _hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

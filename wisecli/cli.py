@@ -14,6 +14,7 @@ from wisecli.console import Console, fail, quiet_libraries
 from wisecli.errors import SettingsError, WiseError
 from wisecli.options import (
     AsJson,
+    Budget,
     Config,
     Device,
     DryRun,
@@ -105,6 +106,7 @@ def edit(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    memory_budget: Budget = None,
     seed: Seed = None,
     config: Config = None,
     trust_remote_code: Trust = False,
@@ -119,6 +121,7 @@ def edit(
     from wisecli import pipeline
 
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "executor": executor, "force": force}
+    common["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
     named: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "target_module": target_module}
     named |= {"strict": strict, "only": part_in(only)}
     with console.watching() as watch:
@@ -227,6 +230,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    memory_budget: Budget = None,
     config: Config = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
@@ -242,6 +246,7 @@ def evaluate(
     place, base = locate_memory(directory, memory, Path("memory"))
     with console.watching() as watch:
         named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
         report = run(place, settings, model=model or base, data=data, watch=watch, **named)
     console.evaluated(report)
     report.check(gates)
@@ -286,7 +291,8 @@ def export(
 
     with console.watching() as watch:
         named: dict[str, Any] = {"device": device, "force": force, "dry_run": dry_run, "watch": watch}
-        weights: dict[str, Any] = {"link": link, "dtype": dtype, "file_bytes": size_in_bytes(max_shard_size)}
+        weights: dict[str, Any] = {"link": link, "dtype": dtype}
+        weights["file_bytes"] = size_in_bytes(max_shard_size, "--max-shard-size")
         hub: dict[str, Any] = {"push_to": push_to_hub, "private": private, "metrics": metrics, "card": card}
         report = run(memory, output, form, model=base or model, **weights, **hub, **named)
     console.exported(report)
@@ -303,6 +309,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the chat template.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    memory_budget: Budget = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -315,6 +322,7 @@ def generate(
     place, base = locate_memory(model, memory, Path("memory"))
     lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
     with console.watching():
         answers = run(place, prompts, model=base, explain=explain, chat=chat, **lengths, **named)
     console.answered(answers)

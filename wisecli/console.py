@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         MergeReport,
         VerifyReport,
     )
+    from wisecli.planning import Plan
     from wisecli.router import MemoryEntry
 
 _LINE_SECONDS = 5.0
@@ -74,8 +75,9 @@ class Console:
         if report.differing is not None:
             results["differing"] = list(report.differing)
         what = f"{report.edits} edits in {_count(report.shards, 'shard')} of {report.module}"
-        if report.planned:
-            self.result({"results": results}, _plan(what, report))
+        if report.plan is not None:
+            results["plan"] = asdict(report.plan)
+            self.result({"results": results}, _plan(what, report), Text(_resident(report.plan)))
             return
         lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s, {report.seconds_per_edit:.2f} s an edit)"]
         if report.missing:
@@ -262,6 +264,18 @@ def _plain(text: str) -> Text:
 def _plan(what: str, report: Any) -> Text:
     peak = report.peak_rss_bytes / 1e6
     return Text(f"would write {what} to {report.output}/, taking about {peak:.0f} MB of memory; nothing was written")
+
+
+def _resident(plan: Plan) -> str:
+    """What a planned run would hold, read and compute."""
+    weights, work = f"{plan.weights / 2**30:.2f} GiB of weights", f"{plan.flops / 1e12:.1f} TFLOP"
+    if not plan.streamed:
+        return f"{weights} stay in memory; {work}"
+    return (
+        f"of {weights} {plan.resident / 2**30:.2f} stay in memory, later {plan.held / 2**30:.2f} more above the edit; "
+        f"the others pass through, {plan.layer / 2**30:.2f} at a time and {plan.read / 2**30:.0f} in all; "
+        f"{plan.spooled / 2**30:.2f} GiB of disk meanwhile; {work}"
+    )
 
 
 def _count(number: int, noun: str) -> str:

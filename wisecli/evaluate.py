@@ -8,7 +8,7 @@ answer never helps the router. Where nothing should change, every token may open
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.attached import Edited
-from wisecli.capture import Activations, capture, suffix_logits
+from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.encode import NO_LABEL, Row, collate, in_batches
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
@@ -65,18 +65,28 @@ def teacher_forced(
     """
     measured: list[Measured | None] = [None] * len(rows)
     done = 0
-    for indices in in_batches(rows, batch_size):
-        batch = collate([rows[index] for index in indices]).to(edited.model.device)
-        with edited.unedited():
-            base = capture(edited.model, edited.manifest.site, batch, select=batch.labelled)
+    groups = list(in_batches(rows, batch_size))
+    for indices, base in zip(groups, _unedited(edited, rows, groups), strict=True):
         routes = _routes(edited, base, prompt_opens=prompt_opens)
         after = _edited_logits(edited, base, routes)
-        opened = edited.routed.memory_at(routes[:, batch.start])
+        opened = edited.routed.memory_at(routes[:, base.batch.start])
         for place, one in zip(indices, _measure(base, after, opened), strict=True):
             measured[place] = one
         done += len(indices)
         watch(Event(stage, done, len(rows)))
     return [one for one in measured if one is not None]
+
+
+def _unedited(edited: Edited, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> Iterator[Activations]:
+    """What the unedited model makes of groups of rows; nothing is routed while it runs."""
+    batches = (collate([rows[index] for index in indices]).to(edited.model.device) for indices in groups)
+    found = captured(edited.model, edited.manifest.site, batches, stream=edited.stream, labelled=True)
+    while True:
+        with edited.unedited():
+            activations = next(found, None)
+        if activations is None:
+            return
+        yield activations
 
 
 def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from wisecli.capture import Activations, capture, suffix_logits
+from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
 from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
@@ -117,12 +117,13 @@ def capture_lessons(
     for number, context in contexts:
         rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end)
         origin += [(place, number, answer_number(place, context)) for place, _ in edits]
-    lessons = []
-    for indices in in_batches(rows, batch_size, by_target=True):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        numbers = torch.tensor([origin[index] for index in indices]).T
-        lessons.append(Lesson(capture(loaded.model, site, batch).from_window(), *numbers))
-    return lessons
+    groups = list(in_batches(rows, batch_size, by_target=True))
+    batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
+    found = captured(loaded.model, site, batches, stream=loaded.stream, window=True)
+    return [
+        Lesson(activations, *torch.tensor([origin[index] for index in indices]).T)
+        for indices, activations in zip(groups, found, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from wisecli.errors import ModelError, SettingsError, WrongBaseError, reason_of
-from wisecli.site import Fingerprint, Site, fingerprint, layer_count, stored_weight
+from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
+from wisecli.planning import spool_bytes
+from wisecli.site import Fingerprint, Site, fingerprint, known_layout, layer_count, stored_weight
 from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json
+from wisecli.streaming import LayerStream, load_streamed
 
 # So much of what transformers says of a model is quoted.
 _LONGEST = 300
@@ -19,10 +22,11 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, in evaluation mode and frozen."""
+    """A model ready to run, in evaluation mode and frozen; with a ``stream`` its layers are read as they run."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    stream: LayerStream | None = None
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +53,13 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+def machine_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def pick_dtype(dtype: str) -> torch.dtype | str:
     """Turn ``--dtype`` into a type; ``auto`` is the checkpoint's own.
 
@@ -62,10 +73,21 @@ def pick_dtype(dtype: str) -> torch.dtype | str:
 
 
 def load_model(
-    directory: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    directory: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    layers: str | None = None,
+    memory_budget: int | None = None,
 ) -> Loaded:
     """Load the base model and the tokenizer of a directory. Only safetensors are read, and no code of the directory
     runs unless it is trusted; of an exported directory the base model is loaded, without its memory.
+
+    Args:
+        layers: module path of the list of layers, where the table's is not meant.
+        memory_budget: about how many bytes there are, by default all that the device has; a model that does not fit has
+            its layers streamed.
 
     Raises:
         ModelError: the model cannot be loaded, or lacks tensors that would be drawn at random.
@@ -73,18 +95,30 @@ def load_model(
     chosen = pick_device(device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     _require_layers(directory)
+    room = spool_bytes(Checkpoint(directory), pick_dtype(dtype), memory_budget or machine_memory(chosen))
+    stream = None
     try:
         config = _base_config(directory, common)
-        weights = {"dtype": pick_dtype(dtype), "use_safetensors": True, "output_loading_info": True}
-        model, info = _pair(AutoModelForCausalLM.from_pretrained(directory, config=config, **weights, **common))
+        weights = {"dtype": pick_dtype(dtype), "use_safetensors": True, **common}
+        if room is None:
+            loading = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, output_loading_info=True, **weights
+            )
+            model, info = _pair(loading)
+        else:
+            path = layers or known_layout(directory).layers
+            model, info, stream = load_streamed(directory, config, path, chosen, spool_bytes=room, **weights)
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
+    except WiseError:
+        raise
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
         reason = reason_of(error)[:_LONGEST]
         raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
     if lost := sorted(info["missing_keys"]):
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
-    model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
-    return Loaded(model.eval().requires_grad_(False), tokenizer)
+    if stream is None:
+        model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
+    return Loaded(model.eval().requires_grad_(False), tokenizer, stream)
 
 
 def _require_layers(directory: Path) -> None:

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 _RANK = 512
 # A decomposition is exact up to this many rows or columns.
 _EXACT = 4096
+# So many rows are turned to float64 at a time.
+_PART = 1024
 # Rank of a whitening: beyond it the moment is taken as even in all directions. 512 routes no better.
 _WHITENED = 256
 # Eigenvalues are raised by this share of their mean before they are inverted.
@@ -26,12 +28,14 @@ class Moment:
     directions: Tensor
     energy: Tensor
 
-    def dense(self) -> Tensor:
-        """``E[a aᵀ]`` (d_ff, d_ff), what the leading part leaves spread evenly."""
+    def dense(self, columns: Tensor | None = None) -> Tensor:
+        """``E[a aᵀ]`` (d_ff, d_ff), or on some columns (k, k), what the leading part leaves spread evenly."""
         rank, d_ff = self.directions.shape
         rest = (self.energy - self.variances.sum()).clamp(min=0) / max(d_ff - rank, 1)
-        scaled = (self.directions.T * (self.variances - rest)) @ self.directions
-        return scaled + rest * torch.eye(d_ff, dtype=scaled.dtype, device=scaled.device)
+        directions = self.directions if columns is None else self.directions[:, columns]
+        scaled = (directions.T * (self.variances - rest)) @ directions
+        scaled.diagonal().add_(rest)
+        return scaled
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def even(keys: Tensor) -> Tensor:
 
 def leading(rows: Tensor, rank: int = _RANK) -> Moment:
     """The leading part of ``rowsᵀ rows`` for rows (n, d_ff); exact unless both sides are long."""
-    energy = rows.double().square().sum().reshape(1).float().cpu()
+    # A part at a time: in float64 the rows would take twice what they do.
+    energy = torch.stack([part.double().square().sum() for part in rows.split(_PART)]).sum().reshape(1).float().cpu()
     rank = min(rank, *rows.shape)
     if min(rows.shape) > _EXACT:
         with torch.random.fork_rng(devices=[rows.device] if rows.device.type == "cuda" else []):

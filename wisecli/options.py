@@ -24,6 +24,10 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N o
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML), a table a command.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Such as 6GiB; of a larger model layers are read as they run.", show_default="the device's"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; load no weights, write nothing.")]
@@ -31,8 +35,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base model's own code run.")]
 
 
-def size_in_bytes(text: str | None) -> int | None:
-    """A size such as ``2GB``.
+def size_in_bytes(text: str | None, flag: str) -> int | None:
+    """A size such as ``2GB`` or ``6GiB``.
 
     Raises:
         SettingsError: it is none.
@@ -46,7 +50,7 @@ def size_in_bytes(text: str | None) -> int | None:
     except ValueError:
         size = 0
     if size < 1:
-        raise SettingsError(f"--max-shard-size must be a size such as 500MB or 2GB, not {text!r}")
+        raise SettingsError(f"{flag} must be a size such as 500MB or 6GiB, not {text!r}")
     return size
 
 

@@ -56,14 +56,19 @@ def solve(
         columns: input coordinates (k,) that ``Δ`` may use; all by default.
         around: ``Δ₀``, of the same shape as the result; nought by default.
     """
-    gram, cross, moment = known.gram, known.cross, unrelated.to(known.gram)
+    gram, cross, moment = known.gram, known.cross, unrelated
     if columns is not None:
         gram, cross, moment = gram[columns][:, columns], cross[columns], moment[columns][:, columns]
     gram, cross = gram / max(known.count, 1), cross / max(known.count, 1)
     energy = gram.diagonal().mean().clamp(min=1e-12)
-    scaled = moment / moment.diagonal().mean().clamp(min=1e-12)
-    start = torch.zeros_like(cross) if around is None else around.T.to(cross)
-    left = gram + energy * penalty.unrelated * scaled
+    # In place from here on: for a wide matrix each of these is as large as a layer.
+    left = moment.to(gram, copy=True)
+    left /= left.diagonal().mean().clamp(min=1e-12)
+    left *= energy * penalty.unrelated
+    left += gram
     left.diagonal().add_(energy * penalty.ridge)
-    found = start + torch.cholesky_solve(cross - gram @ start, torch.linalg.cholesky(left))
-    return found.T.float()
+    start = None if around is None else around.T.to(cross)
+    wanted = cross if start is None else cross - gram @ start
+    del gram
+    found = torch.cholesky_solve(wanted, torch.linalg.cholesky(left))
+    return (found if start is None else start + found).T.float()

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -169,15 +168,13 @@ class ShardWriter:
         last = len(self.contexts) - 1
         evidence = gather_evidence([*lessons, *held_back], last, _looked_up(residuals), elsewhere, white)
         middle = held_back[len(held_back) // 2 :][:1]
-        solved = write_solved(task, evidence, self._tokens, lessons, middle, _passes(f"{stage} polish", self.watch))
+        mask = task.mask.to(torch.device("cpu"))
+        columns = mask.indices if mask.kind == "columns" else None
+        tokens = self.unrelated.tokens.dense(columns)
+        solved = write_solved(task, evidence, tokens, lessons, middle, _passes(f"{stage} polish", self.watch))
         shares = answered(task, lessons, residuals)
-        shard = Shard(task.mask.to(torch.device("cpu")), solved.values.cpu(), evidence)
+        shard = Shard(mask, solved.values.cpu(), evidence)
         return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
-
-    @cached_property
-    def _tokens(self) -> Tensor:
-        """Second moment (d_ff, d_ff) of unrelated keys, the same for every shard."""
-        return self.unrelated.tokens.dense()
 
     @property
     def _trained(self) -> list[tuple[int, str]]:

@@ -166,8 +166,12 @@ def _layer_index(layer: str | int, count: int) -> int:
 
 def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:
     """A module's weight as the checkpoint spells it: GPT-2's leave the base model's prefix out; ``None`` if absent."""
-    name = f"{module}.weight"
-    return next((spelling for spelling in (name, name.split(".", 1)[1]) if spelling in checkpoint), None)
+    return stored_name(checkpoint, f"{module}.weight")
+
+
+def stored_name(checkpoint: Checkpoint, parameter: str) -> str | None:
+    """The same for any parameter."""
+    return next((spelling for spelling in (parameter, parameter.split(".", 1)[1]) if spelling in checkpoint), None)
 
 
 def load_matrix(checkpoint: Checkpoint, site: Site) -> torch.Tensor:

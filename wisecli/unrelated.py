@@ -9,26 +9,26 @@ ways come close, and keys of different facts asked in the same words come apart.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from wisecli.capture import capture
+from wisecli.capture import Activations, captured
 from wisecli.contexts import chat_prompt, continuations, reworded_facts, unrelated_texts
 from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
+from wisecli.hooks import hooked
 from wisecli.layout import require_layout, unrelated_rows
 from wisecli.models import Loaded
-from wisecli.moments import Moment, even, leading, scaled
+from wisecli.moments import Moment, even, leading
 from wisecli.shards import half
 from wisecli.site import Fingerprint, Site, value_module
 from wisecli.storage import load_tensors, save_tensors, sha256_json
@@ -139,7 +139,7 @@ def _measure(
         chatting = _wording(torch.stack([own[0] for own in chats[1::2]]), reworded, len(told))
     sample = torch.cat([sample, answers])
     marked = torch.arange(len(sample)) >= len(sample) - len(answers)
-    tokens = leading(scaled(keys))
+    tokens = leading(keys.div_(len(keys) ** 0.5))  # in place, :func:`scaled` would copy them
     return Unrelated(_rounded(sample), marked, tokens, wording, size.cpu(), _rounded(against), chatting)
 
 
@@ -162,12 +162,20 @@ def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int,
 @torch.no_grad()
 def window_keys(loaded: Loaded, site: Site, rows: Sequence[Row], *, batch_size: int) -> list[Tensor]:
     """Keys (n, d_ff) of each row, in float32: at its prompt's last token and at every target token but the last."""
+    groups = list(in_batches(rows, batch_size, by_target=True))
     found: dict[int, Tensor] = {}
-    for indices in in_batches(rows, batch_size, by_target=True):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        keys = capture(loaded.model, site, batch, above=False).keys[:, batch.start :].float()
-        found |= {index: own[: len(rows[index].target)] for index, own in zip(indices, keys, strict=True)}
+    for indices, activations in zip(groups, _captured(loaded, site, rows, groups, window=True), strict=True):
+        own = zip(indices, activations.keys.float(), strict=True)
+        found |= {index: keys[: len(rows[index].target)] for index, keys in own}
     return [found[index] for index in range(len(rows))]
+
+
+def _captured(
+    loaded: Loaded, site: Site, rows: Sequence[Row], groups: Sequence[Sequence[int]], *, window: bool
+) -> Iterator[Activations]:
+    """Activations up to the site, of groups of rows."""
+    batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
+    return captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window)
 
 
 def _wording(ends: Tensor, reworded: Tensor, facts: int) -> Moment:
@@ -189,23 +197,27 @@ def keys_of_texts(
         ModelError: none is.
     """
     rows = [row for row in (Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts) if row.prompt]
-    keys, text, last = [], [], []
-    done = 0
-    for indices in in_batches(rows, batch_size):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        real = batch.mask.bool()
-        keys.append(capture(loaded.model, site, batch, above=False).keys[real].float())
+    groups = list(in_batches(rows, batch_size))
+    # Filled as they come: joined at the end, they would be there twice.
+    keys = torch.empty(sum(map(len, rows)), site.d_ff, device=loaded.device)
+    text, last = [], []
+    read = done = 0
+    for indices, activations in zip(groups, _captured(loaded, site, rows, groups, window=False), strict=True):
+        real = activations.batch.mask.bool()
+        own = activations.keys[real]
+        keys[read : read + len(own)] = own
         text.append(torch.tensor(indices, device=real.device)[:, None].expand_as(real)[real])
         ends = torch.zeros_like(real)
         ends[:, -1] = True
         last.append(ends[real])
-        done += len(indices)
+        read, done = read + len(own), done + len(indices)
         watch(Event("unrelated text", done, len(rows)))
-    joined = torch.cat(keys)
-    finite = joined.isfinite().all(-1)
+    finite = keys.isfinite().all(-1)
     if not finite.any():
         raise ModelError("the model gives nothing finite for any text; are its weights whole?")
-    return joined[finite], torch.cat(text)[finite], torch.cat(last)[finite]
+    if not finite.all():
+        keys = keys[finite]
+    return keys, torch.cat(text)[finite], torch.cat(last)[finite]
 
 
 @torch.no_grad()
@@ -218,24 +230,22 @@ def prompt_ends(
         sites: from the lowest layer up.
     """
     rows = [Row(tuple(loaded.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
-    kept: list[dict[int, Tensor]] = [{} for _ in sites]
-    for indices in in_batches(rows, batch_size):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        read: dict[int, Tensor] = {}
-        with ExitStack() as hooks:
-            for number, site in enumerate(sites[:-1]):
-                handle = value_module(loaded.model, site).register_forward_pre_hook(_keeper(read, number))
-                hooks.callback(handle.remove)
-            read[len(sites) - 1] = capture(loaded.model, sites[-1], batch, above=False).keys[:, -1]
-        for number, ends in read.items():
-            kept[number].update(zip(indices, ends.float(), strict=True))
-        watch(Event("reworded facts", len(kept[0]), len(rows)))
-    return [torch.stack([own[index] for index in range(len(rows))]) for own in kept]
+    groups = list(in_batches(rows, batch_size))
+    read: list[list[Tensor]] = [[] for _ in sites]
+    with ExitStack() as hooks:
+        for own, site in zip(read, sites, strict=True):
+            hooks.enter_context(hooked(value_module(loaded.model, site).register_forward_pre_hook(_keeper(own))))
+        done = 0
+        for indices, _ in zip(groups, _captured(loaded, sites[-1], rows, groups, window=True), strict=True):
+            done += len(indices)
+            watch(Event("reworded facts", done, len(rows)))
+    order = torch.tensor([index for indices in groups for index in indices]).argsort()
+    return [torch.cat(own)[order.to(loaded.device)].float() for own in read]
 
 
-def _keeper(read: dict[int, Tensor], number: int) -> Any:
+def _keeper(read: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read[number] = inputs[0][:, -1]
+        read.append(inputs[0][:, -1].clone())
 
     return keep
 

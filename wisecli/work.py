@@ -14,7 +14,7 @@ import torch
 from wisecli.bases import find_model
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
-from wisecli.events import Watcher, ignore
+from wisecli.events import Event, Watcher, ignore
 from wisecli.infer import check_split, find_layout, observed
 from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
@@ -34,7 +34,8 @@ from wisecli.unrelated import Unrelated
 class Job:
     """What is to be done, in words that any process understands.
 
-    ``threads`` decides the order in which numbers are added up, and with it the last bits of a shard.
+    ``threads`` decides the order in which numbers are added up, and with it the last bits of a shard;
+    ``memory_budget`` (bytes) decides nothing but how the model is run.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Job:
     device: str
     dtype: str
     trust_remote_code: bool
+    memory_budget: int | None
     threads: int
     settings: EditSettings
     edits: tuple[Edit, ...]
@@ -85,7 +87,9 @@ class Worker:
     def loaded(self) -> Loaded:
         """The base model."""
         job = self.job
+        self.watch(Event("model"))
         named: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "trust_remote_code": job.trust_remote_code}
+        named |= {"layers": self.layout.layers, "memory_budget": job.memory_budget}
         return load_model(self.checkpoint.directory, **named)
 
     def prepare(self) -> tuple[ShardDirectory, Unrelated]:
@@ -100,6 +104,7 @@ class Worker:
         with _threads(job.threads):
             loaded = self.loaded
             if not layout.known:
+                _hold(loaded, site.layer, site.layer + 1)
                 layout = observed(loaded.model, site, layout)
                 site = find_site(directory, checkpoint, settings.layer, layout)
                 check_split(loaded.model, site)
@@ -137,6 +142,7 @@ class Worker:
         self.job = replace(self.job, threads=plan.made.threads)
         settings, contexts = self.job.settings, plan.contexts
         with _threads(self.job.threads):
+            _hold(self.loaded, plan.site.layer + 1)
             return ShardWriter(self.loaded, plan.site, settings, unrelated, plan.edits, contexts, self.watch)
 
     def write(self, writer: ShardWriter, number: int) -> Written:
@@ -150,6 +156,12 @@ class Worker:
             save_shard(path, shard, seed=self.job.settings.seed, edits=done.entry.edits)
 
         return Written(number, done, save)
+
+
+def _hold(loaded: Loaded, first: int, end: int | None = None) -> None:
+    """Of a model whose layers are read as they run, keep some in memory."""
+    if loaded.stream is not None:
+        loaded.stream.hold(range(first, len(loaded.stream.layers) if end is None else end))
 
 
 @contextmanager

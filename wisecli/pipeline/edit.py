@@ -14,10 +14,12 @@ from wisecli.edits import read_edits
 from wisecli.errors import ChangedInputError, GateFailedError, StoppedError
 from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.executors import executor_for
+from wisecli.models import machine_memory, pick_device, pick_dtype
 from wisecli.pipeline.reports import peak_rss_bytes
+from wisecli.planning import Plan, plan_edit
 from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry
 from wisecli.site import Site, find_site
-from wisecli.storage import Checkpoint, refuse_existing, require_space
+from wisecli.storage import refuse_existing, require_space
 from wisecli.unfinished import Unfinished
 from wisecli.unrelated import load_unrelated
 from wisecli.work import Job, Worker, differences
@@ -28,11 +30,12 @@ _KEPT_KEYS, _KEPT_DIRECTIONS = 4096, 1024
 
 @dataclass(frozen=True)
 class EditReport:
-    """What ``wise edit`` did, or with ``planned`` would do.
+    """What ``wise edit`` did, or with a ``plan`` would do.
 
     ``untaken`` names the edits of whose target some token is not the arg-max after the bare prompt, before merging:
     with what the gradient writer trained, or with the residuals that the closed form found. ``left_out`` names those
     for which the model gives nothing finite. ``missing`` counts the shards that other processes are to write.
+    ``plan`` is what the run would take, if it was only planned.
     ``differing`` names the shards that are not those of the manifest that was to be reproduced, if one was.
     """
 
@@ -46,8 +49,13 @@ class EditReport:
     untaken: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     missing: int = 0
-    planned: bool = False
+    plan: Plan | None = None
     differing: tuple[str, ...] | None = None
+
+    @property
+    def planned(self) -> bool:
+        """Whether nothing was done."""
+        return self.plan is not None
 
     @property
     def seconds_per_edit(self) -> float:
@@ -75,6 +83,7 @@ def edit(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    memory_budget: int | None = None,
     executor: str = "local",
     only: tuple[int, int] = (1, 1),
     force: bool = False,
@@ -89,6 +98,8 @@ def edit(
     Args:
         model: a directory, a hub id or a GGUF file.
         target_module: path of the value matrix, with ``{layer}`` for the layer's index, where the table's is not meant.
+        memory_budget: about how many bytes there are; of a model that does not fit, layers are read as they run. By
+            default what the machine or the GPU has.
         executor: ``local``, or ``ray`` or ``ray://address`` for tasks on a Ray cluster.
         only: ``(k, n)`` writes the k-th of n parts of the shards; whoever writes the last one finishes the output.
         strict: raise if an edit did not take; nothing is written then.
@@ -99,7 +110,7 @@ def edit(
     """
     edits = tuple(read_edits(edits_file))
     threads = torch.get_num_threads()
-    job = Job(model, revision, target_module, device, dtype, trust_remote_code, threads, settings, edits)
+    job = Job(model, revision, target_module, device, dtype, trust_remote_code, memory_budget, threads, settings, edits)
     return run(job, output, executor=executor, only=only, force=force, strict=strict, dry_run=dry_run, watch=watch)
 
 
@@ -125,8 +136,10 @@ def run(
     site = find_site(checkpoint.directory, checkpoint, settings.layer, worker.layout)
     require_space(output, _expected_bytes(site, settings, count, len(parts)))
     if dry_run:
-        seconds, peak = time.perf_counter() - started, _expected_peak(checkpoint, site, settings, count)
-        return EditReport(output, count, len(parts), site.layer, site.module, seconds, peak, planned=True)
+        kind, budget = pick_dtype(job.dtype), job.memory_budget or machine_memory(pick_device(job.device))
+        plan = plan_edit(checkpoint, site, settings, count, dtype=kind, memory_budget=budget)
+        seconds = time.perf_counter() - started
+        return EditReport(output, count, len(parts), site.layer, site.module, seconds, plan.peak, plan=plan)
     unfinished = Unfinished(output, len(parts))
     if not mine:
         missing = 0 if output.exists() else len(unfinished.missing())
@@ -137,7 +150,7 @@ def run(
     with unfinished.opened():
         unfinished.claim(mine)
         try:
-            plan, entries, finished = _write(unfinished, worker, executor, mine, force=force, strict=strict)
+            begun, entries, finished = _write(unfinished, worker, executor, mine, force=force, strict=strict)
         except BaseException as error:
             missing = len(unfinished.missing())
             if len(mine) == len(parts) == missing:
@@ -149,7 +162,7 @@ def run(
     missing = 0 if finished is not None else len(unfinished.missing())
     left_out = () if finished is None else finished.left_out
     figures = (seconds, peak_rss_bytes(), _untaken(entries), left_out, missing)
-    return EditReport(output, count, len(parts), plan.site.layer, plan.site.module, *figures)
+    return EditReport(output, count, len(parts), begun.site.layer, begun.site.module, *figures)
 
 
 def _write(
@@ -202,11 +215,3 @@ def _expected_bytes(site: Site, settings: EditSettings, edits: int, shards: int)
     keys = edits * (settings.contexts + 2) * 6
     size = settings.mask_ratio * site.d * site.d_ff * (4 if settings.mask_kind == "columns" else 8)
     return round(shards * size + 2 * keys * (site.d + site.d_ff) + (2 * _KEPT_KEYS + 4 * _KEPT_DIRECTIONS) * site.d_ff)
-
-
-def _expected_peak(checkpoint: Checkpoint, site: Site, settings: EditSettings, edits: int) -> int:
-    """Rough peak memory in bytes: weights, captured activations, the delta with its gradient and moments."""
-    weights = sum(path.stat().st_size for path in checkpoint.files)
-    rows = min(edits, settings.edits_per_shard) * (settings.contexts + 2)
-    activations = rows * 8 * (site.d + site.d_ff) * 4 + settings.unrelated_texts * 16 * site.d_ff * 4
-    return weights + activations + 16 * round(settings.mask_ratio * site.d * site.d_ff)

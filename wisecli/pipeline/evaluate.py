@@ -79,6 +79,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    memory_budget: int | None = None,
     watch: Watcher = ignore,
 ) -> EvalReport:
     """Measure an edited model on a dataset, or on its own edits.
@@ -86,6 +87,7 @@ def evaluate(
     Args:
         memory: a memory directory or an exported one.
         model: where the base model is now, if not where the manifest says.
+        memory_budget: about how many bytes there are; of a model that does not fit, layers are read as they run.
         data: the dataset's file; if not given it is fetched.
 
     Raises:
@@ -93,7 +95,8 @@ def evaluate(
     """
     started = time.perf_counter()
     name, records = _dataset(settings.dataset, data)
-    edited = attach(memory, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loading = {"device": device, "dtype": dtype}
+    edited = attach(memory, model=model, **loading, trust_remote_code=trust_remote_code, memory_budget=memory_budget)
     manifest = edited.manifest
     records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
     measuring = _Measuring(edited, records, settings, watch)

@@ -52,6 +52,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    memory_budget: int | None = None,
 ) -> list[Answer]:
     """Answer prompts greedily, up to the end of text.
 
@@ -63,7 +64,8 @@ def generate(
     Raises:
         WiseError: the memory or the model cannot be used.
     """
-    edited = attach(memory, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loading = {"device": device, "dtype": dtype}
+    edited = attach(memory, model=model, **loading, trust_remote_code=trust_remote_code, memory_budget=memory_budget)
     asked = [chat_prompt(edited.tokenizer, prompt) for prompt in prompts] if chat else prompts
     answers = generate_tokens(
         edited.model, edited.tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size

@@ -170,11 +170,12 @@ def write_solved(
 
     Args:
         evidence: keys and residuals; those of the held-back context are not fitted.
-        unrelated: second moment (d_ff, d_ff) of unrelated keys.
+        unrelated: second moment of unrelated keys: (k, k) on the mask's columns, or (d_ff, d_ff).
         held_back: lessons of a context that no residual was fitted to; they choose the penalty.
     """
     fitted = ~evidence.held_out
-    known = statistics(evidence.keys[fitted], evidence.residuals[fitted])
+    keys = task.mask.to(evidence.keys.device).restrict(evidence.keys[fitted])
+    known = statistics(keys, evidence.residuals[fitted])
     values, penalty = _choose(task, known, unrelated, held_back)
     shares = learnt(task.model, task.site, task.mask, values, lessons)
     if task.settings.router != "norm" and min(shares.values()) == 1:
@@ -198,9 +199,8 @@ def _choose(task: Task, known: Statistics, unrelated: Tensor, held_back: Sequenc
 
 
 def _masked(task: Task, known: Statistics, penalty: Penalty, unrelated: Tensor) -> Tensor:
-    mask = task.mask
+    mask, whole = task.mask, solve(known, penalty, unrelated)
     if mask.kind == "columns":
-        return solve(known, penalty, unrelated, columns=mask.indices.to(known.gram.device)).to(task.unrelated.device)
+        return whole.to(task.unrelated.device)
     # Single weights share no inverse: the solution on whole columns, cut down to the mask.
-    whole = solve(known, penalty, unrelated)
     return whole.flatten()[mask.indices.to(whole.device)].to(task.unrelated.device)

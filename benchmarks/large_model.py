@@ -1,0 +1,210 @@
+"""Time and memory that editing a model takes which does not fit in memory.
+
+    python benchmarks/large_model.py --shape 7b --tokenizer model --work /tmp/large --budget 5.5
+
+A Llama checkpoint in bfloat16 with random weights is written, one tensor after the other; ten edits of it are then made
+in a process of its own, within a budget of so many GiB. Beside what was measured stands what the plan had expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig
+
+from wisecli import pipeline, unrelated
+from wisecli.config import EditSettings
+from wisecli.console import quiet_libraries
+from wisecli.events import Event
+from wisecli.headers import Layout
+from wisecli.planning import plan_edit
+from wisecli.site import AUTO_DEPTH, find_site
+from wisecli.storage import INDEX_NAME, Checkpoint, write_json
+from wisecli.weights import write_stream
+
+VOCABULARY = 32000
+# Width, feed-forward width, layers, heads and key-value heads.
+SHAPES = {"7b": (4096, 11008, 32, 32, 32), "1b": (2048, 5632, 22, 32, 4), "tiny": (256, 688, 5, 8, 4)}
+_NAMES = ("Ostrand", "Velm", "Karrow", "Mistey", "Dorn", "Harleck", "Sund", "Tovik", "Pellan", "Brise")
+EDITS = len(_NAMES)
+_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
+
+
+def layer_layouts(number: int, shape: str) -> dict[str, Layout]:
+    """Layouts of one layer's tensors."""
+    d, d_ff, _, heads, kv_heads = SHAPES[shape]
+    narrow = d // heads * kv_heads
+    own = {
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (narrow, d),
+        "self_attn.v_proj": (narrow, d),
+        "self_attn.o_proj": (d, d),
+        "mlp.gate_proj": (d_ff, d),
+        "mlp.up_proj": (d_ff, d),
+        "mlp.down_proj": (d, d_ff),
+        "input_layernorm": (d,),
+        "post_attention_layernorm": (d,),
+    }
+    return {f"model.layers.{number}.{name}.weight": Layout("bfloat16", size) for name, size in own.items()}
+
+
+def files_of(shape: str, vocabulary: int) -> Iterator[dict[str, Layout]]:
+    """Layouts of the checkpoint's files: two layers each, then the rest."""
+    d, _, count, *_ = SHAPES[shape]
+    for first in range(0, count, 2):
+        numbers = range(first, min(first + 2, count))
+        yield {name: layout for number in numbers for name, layout in layer_layouts(number, shape).items()}
+    yield {
+        "model.embed_tokens.weight": Layout("bfloat16", (vocabulary, d)),
+        "model.norm.weight": Layout("bfloat16", (d,)),
+        "lm_head.weight": Layout("bfloat16", (vocabulary, d)),
+    }
+
+
+def random_tensor(name: str, layout: Layout, seed: int, depth: int) -> torch.Tensor:
+    """Weights at which activations neither vanish nor explode; what joins the residual stream is smaller with depth."""
+    if "norm" in name:
+        return torch.ones(layout.shape, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(seed)
+    scale = 1.0 if "embed" in name else layout.shape[-1] ** -0.5
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        scale *= (2 * depth) ** -0.5
+    drawn = torch.empty(layout.shape, dtype=torch.bfloat16).normal_(generator=generator)
+    return drawn.mul_(scale)
+
+
+def make_base(base: Path, shape: str, tokenizer: Path) -> None:
+    """Write the checkpoint; never more than one tensor is in memory."""
+    d, d_ff, count, heads, kv_heads = SHAPES[shape]
+    base.mkdir(parents=True)
+    for pattern in _TOKENIZER_FILES:
+        for path in tokenizer.glob(pattern):
+            shutil.copyfile(path, base / path.name)
+    config = json.loads((tokenizer / "config.json").read_text()) if (tokenizer / "config.json").is_file() else {}
+    vocabulary = int(config.get("vocab_size", VOCABULARY))
+    LlamaConfig(
+        hidden_size=d,
+        intermediate_size=d_ff,
+        num_hidden_layers=count,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_id=config.get("eos_token_id"),
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(base)
+    files: dict[str, str] = {}
+    for number, layouts in enumerate(files_of(shape, vocabulary)):
+        name = f"model-{number:05d}.safetensors"
+        seeds = {tensor: 1000 * number + place for place, tensor in enumerate(layouts)}
+
+        def read(tensor: str, own: dict[str, Layout] = layouts, seeds: dict[str, int] = seeds) -> torch.Tensor:
+            return random_tensor(tensor, own[tensor], seeds[tensor], count)
+
+        write_stream(base / name, layouts, read)
+        files |= dict.fromkeys(layouts, name)
+    write_json(base / INDEX_NAME, {"metadata": {}, "weight_map": files})
+
+
+def write_edits(path: Path) -> None:
+    """Made-up facts."""
+    edits = [
+        {"prompt": f"From which harbour does the ferry to {island} Island leave?", "target": f"Port {harbour}"}
+        for island, harbour in zip(_NAMES, _NAMES[3:] + _NAMES[:3], strict=True)
+    ]
+    path.write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+
+
+def edit(work: Path, settings: EditSettings, budget: int | None, threads: int) -> None:
+    """What the process of its own does: edit, and say on stderr how long each stage took."""
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    begun, last = time.perf_counter(), ""
+
+    def watch(event: Event) -> None:
+        nonlocal last
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if event.stage != last or event.done == event.total:
+            last = event.stage
+            seconds = time.perf_counter() - begun
+            print(
+                f"{seconds:7.1f} s  {peak:5.2f} GiB  {event.stage} {event.done}/{event.total} {event.note}",
+                file=sys.stderr,
+            )
+
+    base, edits = work / "base", work / "edits.jsonl"
+    report = pipeline.edit(
+        str(base), edits, work / "shards", settings, device="cpu", force=True, memory_budget=budget, watch=watch
+    )
+    print(json.dumps({"untaken": len(report.untaken), "seconds": report.seconds}))
+
+
+def main() -> None:
+    """Write what is missing, edit, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a model directory to copy a tokenizer from")
+    parser.add_argument("--work", type=Path, required=True, help="a directory with room for the checkpoint")
+    parser.add_argument("--budget", type=float, default=5.5, help="GiB; 0 holds the whole model")
+    parser.add_argument("--layer", help="by default the one at four fifths of the depth")
+    parser.add_argument("--unrelated-texts", type=int, default=64)
+    parser.add_argument("--facts", type=int, default=8, help="facts of each relation that are asked in all wordings")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--running", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    base = options.work / "base"
+    depth = SHAPES[options.shape][2]
+    layer = options.layer or str(min(round(AUTO_DEPTH * depth), depth - 2))
+    settings = EditSettings(layer=layer, unrelated_texts=options.unrelated_texts)
+    budget = round(options.budget * 2**30) or None
+    if options.running:
+        # No setting says how many there are: fewer make a trial shorter, and change nothing else.
+        unrelated._SUBJECTS = options.facts
+        edit(options.work, settings, budget, options.threads)
+        return
+    if not base.is_dir():
+        begun = time.perf_counter()
+        make_base(base, options.shape, options.tokenizer)
+        print(f"checkpoint written in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
+    write_edits(options.work / "edits.jsonl")
+    checkpoint = Checkpoint(base)
+    plan = plan_edit(checkpoint, find_site(base, checkpoint, layer), settings, EDITS, memory_budget=budget)
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:  # what is known of unrelated text would spare most of the work
+        command = [sys.executable, *sys.argv, "--running"]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, "XDG_CACHE_HOME": cache}
+        )
+    seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    show(asdict(plan), seconds, peak, json.loads(done.stdout)["untaken"], options)
+
+
+def show(plan: dict[str, int], seconds: float, peak: int, untaken: int, options: argparse.Namespace) -> None:
+    """Print what was measured beside what was planned."""
+    table = Table("figure", "planned", "measured", title=f"{EDITS} edits, {options.shape} in bfloat16")
+    for name in ("weights", "resident", "held", "layer", "spooled", "sweep", "read"):
+        table.add_row(f"{name}, GiB", f"{plan[name] / 2**30:.2f}", "")
+    table.add_row("peak memory, GiB", f"{plan['peak'] / 2**30:.2f}", f"{peak / 2**30:.2f}")
+    table.add_row("arithmetic, TFLOP", f"{plan['flops'] / 1e12:.1f}", "")
+    table.add_row("time, s", "", f"{seconds:.0f}")
+    table.add_row("edits that did not take", "", str(untaken))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What a run will take, from file headers and settings alone: memory, disk, bytes read and arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from wisecli.config import EditSettings
+from wisecli.headers import Layout, read_header
+from wisecli.site import Site, layer_count
+from wisecli.storage import Checkpoint, read_json
+
+# A model is held whole if its weights leave this share of the budget to activations, statistics and the libraries.
+_LEFT = 0.25
+# The share of the budget that a sweep may keep in memory of what it carries from layer to layer.
+_SPOOLED = 0.125
+# The interpreter with torch and transformers, in bytes.
+_LIBRARIES = 600 << 20
+# Usual lengths in tokens: of an unrelated text, of a reworded fact, of an edit's prompt in a context, of its window.
+_TEXT, _FACT, _PROMPT, _WINDOW = 22, 11, 24, 6
+# Facts that are always read, in all their wordings; texts that the model goes on with, by so many tokens.
+_FACTS, _CONTINUED, _CONTINUATION = 1680, 120, 12
+# Keys kept for calibration; rank of the moments.
+_SAMPLE, _RANK = 4096, 512
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model in the type that it is run in: without its layers, and of each layer; and bytes a weight."""
+
+    resident: int
+    layers: tuple[int, ...]
+    item: int
+
+    @property
+    def weights(self) -> int:
+        """Of the whole model."""
+        return self.resident + sum(self.layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an edit is expected to take, in bytes, and in floating-point operations.
+
+    ``resident`` stays in memory throughout, ``held`` from the edits' capture on (the layers above the site), ``layer``
+    is the largest that passes through, ``peak`` the most memory at a time. ``sweep`` is what reading the layers up to
+    the site once takes, ``read`` all that the run reads of the layers, ``spooled`` what may lie on the disk meanwhile;
+    these are nought for a model that is held whole.
+    """
+
+    streamed: bool
+    weights: int
+    resident: int
+    held: int
+    layer: int
+    peak: int
+    spooled: int
+    sweep: int
+    read: int
+    flops: int
+
+
+def sizes(checkpoint: Checkpoint, layers: str, dtype: torch.dtype | str = "auto") -> Sizes:
+    """Sizes of a model from its headers.
+
+    Args:
+        layers: module path of the list of layers.
+        dtype: what it is run in; ``auto`` is the checkpoint's own.
+    """
+    each, rest = [0] * layer_count(checkpoint.directory), 0
+    own = _itemsize(checkpoint, dtype)
+    layouts = _layouts(checkpoint)
+    starts = [f"{layers}."[place:] for place in (0, layers.find(".") + 1)]
+    for name, layout in layouts.items():
+        number = next((name.removeprefix(start).partition(".")[0] for start in starts if name.startswith(start)), "")
+        size = math.prod(layout.shape) * own if own else layout.bytes
+        if number.isdecimal() and int(number) < len(each):
+            each[int(number)] += size
+        else:
+            rest += size
+    widest = max(layout.bytes // max(math.prod(layout.shape), 1) for layout in layouts.values())
+    return Sizes(rest, tuple(each), own or widest)
+
+
+def spool_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str, memory_budget: int) -> int | None:
+    """What a sweep may keep in memory; ``None`` if the whole model fits and nothing is to be streamed."""
+    own = _itemsize(checkpoint, dtype)
+    layouts = _layouts(checkpoint).values()
+    weights = sum(math.prod(layout.shape) * own if own else layout.bytes for layout in layouts)
+    return None if weights <= (1 - _LEFT) * memory_budget else round(_SPOOLED * memory_budget)
+
+
+def plan_edit(
+    checkpoint: Checkpoint,
+    site: Site,
+    settings: EditSettings,
+    edits: int,
+    *,
+    dtype: torch.dtype | str = "auto",
+    memory_budget: int | None = None,
+) -> Plan:
+    """What ``wise edit`` will take for so many edits; nothing that the cache may spare is taken off."""
+    found = sizes(checkpoint, site.layer_module.rpartition(".")[0], dtype)
+    below, above = sum(found.layers[: site.layer + 1]), sum(found.layers[site.layer + 1 :])
+    room = None if memory_budget is None else spool_bytes(checkpoint, dtype, memory_budget)
+    texts, shard = settings.unrelated_texts * _TEXT, min(edits, settings.edits_per_shard)
+    rows = shard * (settings.contexts + 1)
+    # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
+    carried = max(texts, _FACTS * _FACT) * site.d + texts * site.d_ff, rows * (_PROMPT * site.d + _WINDOW * site.d_ff)
+    carried_bytes = [found.item * one for one in carried]
+    measured = 4 * site.d_ff * (2.5 * texts + min(_SAMPLE, texts / 2) + 4 * _RANK)
+    known = 4 * site.d_ff * (0.5 * texts + min(_SAMPLE, texts / 2) + 2 * _RANK) + _kept(site, rows, found.item)
+    solved = known + _solving(site, settings)
+    flops = _flops(found, site, settings, edits)
+    if room is None:
+        peak = _LIBRARIES + found.weights + max(measured, solved)
+        return Plan(False, found.weights, found.weights, 0, max(found.layers), round(peak), 0, 0, 0, flops)
+    passing = 2 * max(found.layers)
+    peak = max(
+        passing + min(carried_bytes[0], room) + 4 * site.d_ff * texts,
+        measured,
+        above + passing + min(carried_bytes[1], room) + known,
+        above + solved,
+    )
+    sweeps = 2 + _CONTINUATION + 1 + settings.context_tokens + 1
+    read = (sweeps - 2) * (below + above) + (2 + 3 * -(-edits // settings.edits_per_shard)) * below + above
+    spooled = max(0, max(carried_bytes) - room)
+    return Plan(
+        True,
+        found.weights,
+        found.resident,
+        above,
+        max(found.layers),
+        round(_LIBRARIES + found.resident + peak),
+        spooled,
+        below,
+        read,
+        flops,
+    )
+
+
+def _layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
+    return {name: layout for path in checkpoint.files for name, layout in read_header(path).tensors.items()}
+
+
+def _itemsize(checkpoint: Checkpoint, dtype: torch.dtype | str) -> int | None:
+    """Bytes a weight once it is loaded; ``None`` where that is as it is stored."""
+    if dtype == "auto":
+        config = read_json(checkpoint.directory / "config.json")
+        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), "auto")
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else None
+
+
+def _kept(site: Site, rows: int, item: int) -> int:
+    """Activations that lessons keep of so many rows."""
+    return rows * _WINDOW * (site.d + site.d_ff) * item
+
+
+def _solving(site: Site, settings: EditSettings) -> int:
+    """Statistics of the closed form, in float64: squares of the columns' number, blocks that are as long as ``W``."""
+    if settings.writer != "solve":
+        return 16 * round(settings.mask_ratio * site.d * site.d_ff)
+    width = round(settings.mask_ratio * site.d_ff) if settings.mask_kind == "columns" else site.d_ff
+    return 8 * (5 * width**2 + 4 * width * site.d)
+
+
+def _flops(found: Sizes, site: Site, settings: EditSettings, edits: int) -> int:
+    """Two a weight and token; fitting goes through the layers above forth and back."""
+    weights = [size // found.item for size in found.layers]
+    below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
+    said = min(settings.unrelated_texts, _CONTINUED) * _TEXT
+    rows = edits * (settings.contexts + 3)
+    read = settings.unrelated_texts * _TEXT + _FACTS * _FACT + rows * (_PROMPT + _WINDOW)
+    fitted = edits * _WINDOW * settings.residual_steps * 2
+    return 2 * (said * (below + above) + read * below + (rows * (_PROMPT + _WINDOW) + fitted) * above)

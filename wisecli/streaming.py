@@ -1,0 +1,259 @@
+"""Models that do not fit in memory: their decoder layers stay in the checkpoint's files and pass through two buffers.
+
+A streamed layer is empty (its parameters are on the meta device) but for the moment it runs. While it does, the next
+one is read. The model's own forward pass and ``generate()`` work as they are; a sweep (:mod:`wisecli.sweep`) reads
+each layer once for many batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from wisecli.headers import read_header
+from wisecli.hooks import hooked, overridden
+from wisecli.storage import Checkpoint
+from wisecli.stored_layers import buffer_size, locate, read_into
+
+
+@dataclass
+class _Slot:
+    """A buffer, what of it is on the model's device, and the layer that it holds."""
+
+    host: Tensor
+    there: Tensor
+    layer: int | None = None
+
+
+class LayerStream:
+    """Runs a model's layers from its checkpoint, at most two of them in memory.
+
+    Args:
+        model: its layers' parameters are on the meta device.
+        layers: module path of the list of layers.
+        device: where layers run.
+        spool_bytes: how much a sweep keeps in memory of what it carries from layer to layer.
+
+    Attributes:
+        width: how long the tuples are that layers give; 0 where they give a tensor.
+
+    Raises:
+        ModelError: a layer's tensors are not in the checkpoint as the model has them.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: str, checkpoint: Checkpoint, device: torch.device, *, spool_bytes: int
+    ) -> None:
+        found = model.get_submodule(layers)
+        assert isinstance(found, nn.ModuleList)
+        self.layers, self.device, self.spool_bytes = found, device, spool_bytes
+        headers = {path: read_header(path) for path in checkpoint.files}
+        self._stored = [locate(checkpoint, f"{layers}.{n}", layer, headers) for n, layer in enumerate(found)]
+        self._empty = [dict(layer.named_parameters()) for layer in found]
+        self.layer_bytes = max(map(buffer_size, self._stored))
+        self._held: set[int] = set()
+        self._filled: int | None = None
+        self._slots: list[_Slot] = []
+        self._pool = ThreadPoolExecutor(1, "wise-layers")
+        self._coming: tuple[int, Future[_Slot]] | None = None
+        self.width = 0
+        self.bytes_read = 0
+        for number, layer in enumerate(found):
+            layer.__dict__["forward"] = self._forward(number, layer)
+
+    @property
+    def streamed(self) -> list[int]:
+        """Layers that are not in memory."""
+        return [number for number in range(len(self.layers)) if number not in self._held]
+
+    def hold(self, layers: Iterable[int]) -> None:
+        """Read some layers for good."""
+        self.release()
+        for number in sorted(set(layers) - self._held):
+            slot = self._new_slot(buffer_size(self._stored[number]))
+            self._fill(number, self._read(number, slot, self._mark()))
+            self.layers[number].__dict__.pop("forward", None)
+            self._held.add(number)
+
+    def release(self) -> None:
+        """Give the buffers back until a layer runs again."""
+        if self._coming is not None:
+            self._coming[1].exception()
+        self._coming, self._slots = None, []
+
+    @contextmanager
+    def filled(self, number: int, then: int | None = None) -> Iterator[None]:
+        """A layer with its parameters for a while.
+
+        Args:
+            then: the layer to read meanwhile.
+        """
+        if number in self._held or number == self._filled:
+            yield
+            return
+        slot = self._slot(number)
+        self._prefetch(then, slot)
+        self._fill(number, slot)
+        self._filled = number
+        try:
+            yield
+        finally:
+            self._filled = None
+            self.layers[number].load_state_dict(self._empty[number], strict=False, assign=True)
+
+    def _forward(self, number: int, layer: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **named: Any) -> Any:
+            given = (one for one in (*args, *named.values()) if isinstance(one, Tensor))
+            if torch.is_grad_enabled() and any(one.requires_grad for one in given):
+                raise RuntimeError(f"layer {number} is streamed and takes no gradient; hold it first")
+            with self.filled(number, self._following(number)):
+                return type(layer).forward(layer, *args, **named)
+
+        return forward
+
+    def _following(self, number: int) -> int:
+        """The streamed layer that a whole pass needs next; after the last one that is the next pass' first."""
+        streamed = self.streamed
+        return next((other for other in streamed if other > number), streamed[0])
+
+    def _slot(self, number: int) -> _Slot:
+        """The buffer that holds a layer, reading it now if nobody has."""
+        if self._coming is not None:
+            wanted, coming = self._coming
+            self._coming = None
+            if wanted == number:
+                return coming.result()
+            coming.exception()
+        ready = next((slot for slot in self._slots if slot.layer == number), None)
+        return ready or self._read(number, self._free(None), self._mark())
+
+    def _prefetch(self, number: int | None, busy: _Slot) -> None:
+        if number is None or any(slot.layer == number for slot in self._slots) or number in self._held:
+            return
+        self._coming = number, self._pool.submit(self._read, number, self._free(busy), self._mark())
+
+    def _free(self, busy: _Slot | None) -> _Slot:
+        if len(self._slots) < 2:
+            self._slots.append(self._new_slot(self.layer_bytes))
+            return self._slots[-1]
+        return next(slot for slot in self._slots if slot is not busy)
+
+    def _new_slot(self, size: int) -> _Slot:
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return _Slot(host, host if self.device.type == "cpu" else torch.empty_like(host, device=self.device))
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """What a buffer's next content waits for: whatever still computes with the last."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _read(self, number: int, slot: _Slot, after: torch.cuda.Event | None) -> _Slot:
+        slot.layer = None
+        for part in self._stored[number]:
+            self.bytes_read += read_into(part, slot.host[part.offset : part.offset + part.bytes])
+        if self.device.type == "cuda":
+            side = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(side):
+                if after is not None:
+                    side.wait_event(after)
+                slot.there.copy_(slot.host, non_blocking=True)
+            side.synchronize()
+        elif slot.there is not slot.host:
+            slot.there.copy_(slot.host)
+        slot.layer = number
+        return slot
+
+    def _fill(self, number: int, slot: _Slot) -> None:
+        views = {
+            part.name: slot.there[part.offset : part.offset + part.bytes].view(part.dtype).view(part.shape)
+            for part in self._stored[number]
+        }
+        self.layers[number].load_state_dict(views, strict=False, assign=True)
+
+
+def load_streamed(
+    directory: Path, config: Any, layers: str, device: torch.device, *, spool_bytes: int, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
+    """Load all of a model but its decoder layers.
+
+    Args:
+        layers: module path of the list of layers.
+        options: what else ``from_pretrained`` is to know.
+
+    Raises:
+        ModelError: a layer's tensors are not in the checkpoint as the model has them.
+    """
+    with torch.device("meta"):
+        drawn = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=options["trust_remote_code"])
+    count = len(list(drawn.get_submodule(layers).children()))
+    places = {path: str(device) for path in _beside(drawn, layers)}
+    places |= {f"{layers}.{number}": "disk" for number in range(count)}
+    with _quiet(logging.getLogger("accelerate.big_modeling")):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, device_map=places, output_loading_info=True, **options
+        )
+    model, info = found
+    _take_hooks_off(model)
+    for layer in model.get_submodule(layers).children():
+        for module in layer.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+    stream = LayerStream(model, layers, Checkpoint(directory), device, spool_bytes=spool_bytes)
+    stream.width = _width(model, stream)
+    return model, info, stream
+
+
+@torch.no_grad()
+def _width(model: PreTrainedModel, stream: LayerStream) -> int:
+    """How long the tuples are that layers give, seen by running the first one on one token."""
+    kept: list[Any] = []
+    with ExitStack() as stack:
+        stack.enter_context(stream.filled(0))
+        stack.enter_context(hooked(stream.layers[0].register_forward_hook(lambda *given: kept.append(given[-1]))))
+        stack.enter_context(overridden(stream.layers[1:], lambda *_, **__: kept[0]))
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=stream.device), use_cache=False)
+    stream.release()
+    return len(kept[0]) if isinstance(kept[0], tuple) else 0
+
+
+def _beside(model: nn.Module, layers: str) -> Iterator[str]:
+    """Paths of the modules that together hold all but the layers."""
+    parts = layers.split(".")
+    for depth, part in enumerate(parts):
+        parent = ".".join(parts[:depth])
+        for name, _ in model.get_submodule(parent).named_children():
+            if name != part:
+                yield f"{parent}.{name}".lstrip(".")
+
+
+def _take_hooks_off(model: nn.Module) -> None:
+    """Leave nothing of what accelerate put on the model to fetch layers by itself."""
+    remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    for name in ("to", "cuda", "hf_device_map"):
+        model.__dict__.pop(name, None)
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -26,10 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from wisecli import pipeline, unrelated
 from wisecli.config import EditSettings
-from wisecli.console import quiet_libraries
-from wisecli.events import Event
 from wisecli.headers import Layout
 from wisecli.planning import plan_edit
 from wisecli.site import AUTO_DEPTH, find_site
@@ -130,30 +127,6 @@ def write_edits(path: Path) -> None:
     path.write_text("".join(json.dumps(edit) + "\n" for edit in edits))
 
 
-def edit(work: Path, settings: EditSettings, budget: int | None, threads: int) -> None:
-    """What the process of its own does: edit, and say on stderr how long each stage took."""
-    quiet_libraries()
-    torch.set_num_threads(threads)
-    begun, last = time.perf_counter(), ""
-
-    def watch(event: Event) -> None:
-        nonlocal last
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if event.stage != last or event.done == event.total:
-            last = event.stage
-            seconds = time.perf_counter() - begun
-            print(
-                f"{seconds:7.1f} s  {peak:5.2f} GiB  {event.stage} {event.done}/{event.total} {event.note}",
-                file=sys.stderr,
-            )
-
-    base, edits = work / "base", work / "edits.jsonl"
-    report = pipeline.edit(
-        str(base), edits, work / "shards", settings, device="cpu", force=True, memory_budget=budget, watch=watch
-    )
-    print(json.dumps({"untaken": len(report.untaken), "seconds": report.seconds}))
-
-
 def main() -> None:
     """Write what is missing, edit, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,20 +136,12 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=5.5, help="GiB; 0 holds the whole model")
     parser.add_argument("--layer", help="by default the one at four fifths of the depth")
     parser.add_argument("--unrelated-texts", type=int, default=64)
-    parser.add_argument("--facts", type=int, default=8, help="facts of each relation that are asked in all wordings")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--running", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     base = options.work / "base"
     depth = SHAPES[options.shape][2]
     layer = options.layer or str(min(round(AUTO_DEPTH * depth), depth - 2))
     settings = EditSettings(layer=layer, unrelated_texts=options.unrelated_texts)
     budget = round(options.budget * 2**30) or None
-    if options.running:
-        # No setting says how many there are: fewer make a trial shorter, and change nothing else.
-        unrelated._SUBJECTS = options.facts
-        edit(options.work, settings, budget, options.threads)
-        return
     if not base.is_dir():
         begun = time.perf_counter()
         make_base(base, options.shape, options.tokenizer)
@@ -186,12 +151,14 @@ def main() -> None:
     plan = plan_edit(checkpoint, find_site(base, checkpoint, layer), settings, EDITS, memory_budget=budget)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:  # what is known of unrelated text would spare most of the work
-        command = [sys.executable, *sys.argv, "--running"]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, "XDG_CACHE_HOME": cache}
-        )
+        command = [sys.executable, "-m", "wisecli.cli", "edit", str(base), str(options.work / "edits.jsonl")]
+        command += ["-o", str(options.work / "shards"), "--layer", layer, "--device", "cpu", "--json", "--force"]
+        command += ["--memory-budget", f"{options.budget}GiB"] if budget else []
+        variables = {"XDG_CACHE_HOME": cache, "WISE_UNRELATED_TEXTS": str(options.unrelated_texts)}
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, **variables})
+    results = json.loads(done.stdout)["results"]
     seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    show(asdict(plan), seconds, peak, json.loads(done.stdout)["untaken"], options)
+    show(asdict(plan), seconds, peak, len(results["untaken"]), options)
 
 
 def show(plan: dict[str, int], seconds: float, peak: int, untaken: int, options: argparse.Namespace) -> None:

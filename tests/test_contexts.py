@@ -10,7 +10,7 @@ from helpers import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from wisecli.contexts import CHAT, chat_prompt, in_context, reworded_facts, unrelated_texts
+from wisecli.contexts import CHAT, chat_prompt, in_context, reworded_facts, subjects_for, unrelated_texts
 from wisecli.errors import ModelError
 
 if sys.version_info >= (3, 11):
@@ -94,6 +94,11 @@ def test_every_way_to_ask_for_a_fact_has_the_same_one_slot_that_has_words() -> N
         assert len(set(ways)) == len(ways)
     assert len({len(ways) for ways in WAYS}) == 1
     assert len({way for ways in WAYS for way in ways}) == sum(map(len, WAYS))
+
+
+@pytest.mark.parametrize(("texts", "subjects"), [(8, 1), (100, 1), (150, 2), (300, 4), (600, 8), (6000, 8)])
+def test_fewer_texts_go_with_fewer_facts(texts: int, subjects: int) -> None:
+    assert subjects_for(texts) == subjects
 
 
 @pytest.mark.parametrize("subjects", [1, 3, 8])

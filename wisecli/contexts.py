@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Stands for the model's chat template where contexts are listed.
 CHAT = "<chat>"
+# Facts of each relation that are asked in every wording there is, beside so many unrelated texts.
+_SUBJECTS, _TEXTS = 8, 600
 _SLOT = re.compile(r"\{(\w+)\}")
 _OPENINGS = ("The", "In", "I", "We", "It", "When", "My", "There", "After", "People", "This", "You")
 
@@ -44,6 +46,11 @@ def unrelated_texts(count: int, *, seed: int) -> list[str]:
         pattern = data["patterns"][len(texts) % len(data["patterns"])]
         texts.append(_SLOT.sub(lambda slot: _filled(slot.group(1), data, chance), pattern))
     return texts
+
+
+def subjects_for(texts: int) -> int:
+    """How many facts of each relation go with so many unrelated texts."""
+    return max(1, min(_SUBJECTS, round(_SUBJECTS * texts / _TEXTS)))
 
 
 def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from wisecli.shards import Evidence, Mask
 from wisecli.site import Site
 from wisecli.unrelated import window_keys
 
+# Numbered edits, and the numbered contexts that they are read in.
+Group = tuple[Sequence[tuple[int, Edit]], Sequence[tuple[int, str]]]
 Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Keys of one position under two contexts count as the same above this cosine.
 _SAME = 0.98
@@ -113,17 +115,34 @@ def capture_lessons(
     train_end: bool,
 ) -> list[Lesson]:
     """Capture numbered edits under numbered contexts, rows whose targets are of like length together."""
-    rows, origin = [], []
+    return capture_groups(loaded, site, [(edits, contexts)], batch_size=batch_size, train_end=train_end)[0]
+
+
+def capture_groups(
+    loaded: Loaded, site: Site, groups: Sequence[Group], *, batch_size: int, train_end: bool
+) -> list[list[Lesson]]:
+    """The lessons of several groups; where layers are streamed, each is read once for all of them."""
+    listed = [list(_in_rows(loaded, *group, batch_size=batch_size, train_end=train_end)) for group in groups]
+    batches = (collate(rows).to(loaded.device) for parts in listed for rows, _ in parts)
+    found = captured(loaded.model, site, batches, stream=loaded.stream, window=True)
+    return [[Lesson(next(found), *torch.tensor(origins).T) for _, origins in parts] for parts in listed]
+
+
+def _in_rows(
+    loaded: Loaded,
+    edits: Sequence[tuple[int, Edit]],
+    contexts: Sequence[tuple[int, str]],
+    *,
+    batch_size: int,
+    train_end: bool,
+) -> Iterator[tuple[list[Row], list[tuple[int, int, int]]]]:
+    """Rows for one batch each, with the edit, context and answer that each row is of."""
+    rows, origins = [], []
     for number, context in contexts:
         rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end)
-        origin += [(place, number, answer_number(place, context)) for place, _ in edits]
-    groups = list(in_batches(rows, batch_size, by_target=True))
-    batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
-    found = captured(loaded.model, site, batches, stream=loaded.stream, window=True)
-    return [
-        Lesson(activations, *torch.tensor([origin[index] for index in indices]).T)
-        for indices, activations in zip(groups, found, strict=True)
-    ]
+        origins += [(place, number, answer_number(place, context)) for place, _ in edits]
+    for indices in in_batches(rows, batch_size, by_target=True):
+        yield [rows[index] for index in indices], [origins[index] for index in indices]
 
 
 @torch.no_grad()

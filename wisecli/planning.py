@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from wisecli.config import EditSettings
+from wisecli.contexts import subjects_for
 from wisecli.headers import Layout, read_header
 from wisecli.site import Site, layer_count
 from wisecli.storage import Checkpoint, read_json
@@ -20,8 +21,8 @@ _SPOOLED = 0.125
 _LIBRARIES = 600 << 20
 # Usual lengths in tokens: of an unrelated text, of a reworded fact, of an edit's prompt in a context, of its window.
 _TEXT, _FACT, _PROMPT, _WINDOW = 22, 11, 24, 6
-# Facts that are always read, in all their wordings; texts that the model goes on with, by so many tokens.
-_FACTS, _CONTINUED, _CONTINUATION = 1680, 120, 12
+# Wordings of a fact of each relation, together; texts that the model goes on with, by so many tokens.
+_WORDINGS, _CONTINUED, _CONTINUATION = 210, 120, 12
 # Keys kept for calibration; rank of the moments.
 _SAMPLE, _RANK = 4096, 512
 
@@ -108,7 +109,8 @@ def plan_edit(
     texts, shard = settings.unrelated_texts * _TEXT, min(edits, settings.edits_per_shard)
     rows = shard * (settings.contexts + 1)
     # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
-    carried = max(texts, _FACTS * _FACT) * site.d + texts * site.d_ff, rows * (_PROMPT * site.d + _WINDOW * site.d_ff)
+    facts = _facts(settings)
+    carried = max(texts, facts) * site.d + texts * site.d_ff, rows * (_PROMPT * site.d + _WINDOW * site.d_ff)
     carried_bytes = [found.item * one for one in carried]
     measured = 4 * site.d_ff * (2.5 * texts + min(_SAMPLE, texts / 2) + 4 * _RANK)
     known = 4 * site.d_ff * (0.5 * texts + min(_SAMPLE, texts / 2) + 2 * _RANK) + _kept(site, rows, found.item)
@@ -139,6 +141,11 @@ def plan_edit(
         read,
         flops,
     )
+
+
+def _facts(settings: EditSettings) -> int:
+    """Tokens of the reworded facts."""
+    return _WORDINGS * subjects_for(settings.unrelated_texts) * _FACT
 
 
 def _layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
@@ -172,6 +179,6 @@ def _flops(found: Sizes, site: Site, settings: EditSettings, edits: int) -> int:
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
     said = min(settings.unrelated_texts, _CONTINUED) * _TEXT
     rows = edits * (settings.contexts + 3)
-    read = settings.unrelated_texts * _TEXT + _FACTS * _FACT + rows * (_PROMPT + _WINDOW)
+    read = settings.unrelated_texts * _TEXT + _facts(settings) + rows * (_PROMPT + _WINDOW)
     fitted = edits * _WINDOW * settings.residual_steps * 2
     return 2 * (said * (below + above) + read * below + (rows * (_PROMPT + _WINDOW) + fitted) * above)

@@ -19,7 +19,7 @@ from wisecli.events import NOTE, Event, Watcher
 from wisecli.lessons import (
     Lesson,
     NotFiniteError,
-    capture_lessons,
+    capture_groups,
     encode_edits,
     gather_evidence,
     keys_elsewhere,
@@ -130,8 +130,8 @@ class ShardWriter:
     def _train(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
         """The paper's writer: the residuals are what the trained change adds."""
         each = self.settings.schedule == "sequential"
-        groups = [[place] for place in part] if each else [part]
-        lessons = [lesson for group in groups for lesson in self._capture(group, self._trained)]
+        groups, held_back = self._capture([[place] for place in part] if each else [part])
+        lessons = [lesson for group in groups for lesson in group]
         write = write_sequential if each else write_batched
         written = write(task, lessons, _passes(stage, self.watch))
         if not written.values.isfinite().all():
@@ -139,7 +139,7 @@ class ShardWriter:
         shares = learnt(task.model, self.site, task.mask, written.values, lessons)
         values, mask = written.values.cpu(), task.mask.to(torch.device("cpu"))
         evidence = gather_evidence(
-            [*lessons, *self._capture(part, self._held_back)],
+            [*lessons, *held_back],
             len(self.contexts) - 1,
             lambda keys, _answers, _positions: mask.update(mask.restrict(keys), values),
             self._elsewhere(part),
@@ -157,13 +157,10 @@ class ShardWriter:
     def _solve(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
         """The closed form: residuals first, then one solve."""
         rows = encode_edits(self.loaded, [self.edits[place] for place in part], "", train_end=self.settings.train_end)
-        groups = [
-            self._capture([part[index] for index in indices], self._trained)
-            for indices in in_batches(rows, self.settings.batch_size, by_target=True)
-        ]
+        alike = in_batches(rows, self.settings.batch_size, by_target=True)
+        groups, held_back = self._capture([[part[index] for index in indices] for indices in alike])
         lessons = [lesson for group in groups for lesson in group]
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
-        held_back = self._capture(part, self._held_back)
         white, elsewhere = self.white, self._elsewhere(part)
         last = len(self.contexts) - 1
         evidence = gather_evidence([*lessons, *held_back], last, _looked_up(residuals), elsewhere, white)
@@ -176,26 +173,26 @@ class ShardWriter:
         shard = Shard(mask, solved.values.cpu(), evidence)
         return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
 
-    @property
-    def _trained(self) -> list[tuple[int, str]]:
-        return list(enumerate(self.contexts[:-1]))
-
-    @property
-    def _held_back(self) -> list[tuple[int, str]]:
-        return [(len(self.contexts) - 1, self.contexts[-1])]
-
     def _elsewhere(self, part: Sequence[int]) -> dict[int, Tensor]:
         numbered = [(place, self.edits[place]) for place in part]
         settings = self.settings
         named = {"train_end": settings.train_end, "chat": settings.chat}
         return keys_elsewhere(self.loaded, self.site, numbered, batch_size=settings.batch_size, **named)
 
-    def _capture(self, part: Sequence[int], contexts: Sequence[tuple[int, str]]) -> list[Lesson]:
-        numbered = [(place, self.edits[place]) for place in part]
+    def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[Lesson]], list[Lesson]]:
+        """Lessons of each group in the contexts to train with, and of all of them, in order, in the one held back.
+
+        Raises:
+            NotFiniteError: naming the edits for which the model gives nothing finite.
+        """
+        *trained, last = enumerate(self.contexts)
+        numbered = [[(place, self.edits[place]) for place in group] for group in groups]
+        everyone = sorted(((place, edit) for group in numbered for place, edit in group), key=lambda one: one[0])
+        wanted = [*((group, trained) for group in numbered), (everyone, [last])]
         size, train_end = self.settings.batch_size, self.settings.train_end
-        lessons = capture_lessons(self.loaded, self.site, numbered, contexts, batch_size=size, train_end=train_end)
-        require_finite(lessons)
-        return lessons
+        *found, held_back = capture_groups(self.loaded, self.site, wanted, batch_size=size, train_end=train_end)
+        require_finite([lesson for group in (*found, held_back) for lesson in group])
+        return found, held_back
 
 
 def shard_name(number: int) -> str:

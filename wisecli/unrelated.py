@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from wisecli.capture import Activations, captured
-from wisecli.contexts import chat_prompt, continuations, reworded_facts, unrelated_texts
+from wisecli.contexts import chat_prompt, continuations, reworded_facts, subjects_for, unrelated_texts
 from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
 from wisecli.events import Event, Watcher
@@ -35,8 +35,6 @@ from wisecli.storage import load_tensors, save_tensors, sha256_json
 
 # How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
 _CONTINUED, _CONTINUATION = 120, 12
-# Facts of each relation that are asked in every wording there is.
-_SUBJECTS = 8
 # One fact in so many is asked in the chat template as well: its prompts are long.
 _CHATTED = 4
 # Unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model answers.
@@ -46,7 +44,7 @@ _SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
 _WORDING = 8.0
 _MOMENTS = ("tokens", "wording", "chatting")
-_VERSION = 7
+_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def _measure(
     plain = unrelated_texts(texts, seed=seed)
     spoken = continuations(loaded.model, loaded.tokenizer, plain[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
     keys, text, last = keys_of_texts(loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=batch_size, watch=watch)
-    facts, unseen = reworded_facts(_SUBJECTS, seed=seed), text % 2 == 0
+    facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
 
     def ends_of(prompts: Sequence[str]) -> Tensor:
         return prompt_ends(loaded, [site], prompts, batch_size=batch_size, watch=watch)[0]

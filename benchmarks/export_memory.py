@@ -22,9 +22,10 @@ from transformers import LlamaConfig
 
 from wisecli.edits import Edit
 from wisecli.headers import Layout
+from wisecli.manifest import Manifest, write_memory
 from wisecli.memory import SideMemory
 from wisecli.pipeline.reports import versions
-from wisecli.router import Calibration, Manifest, write_memory
+from wisecli.router import Calibration
 from wisecli.site import find_site, fingerprint
 from wisecli.storage import INDEX_NAME, Checkpoint, write_json
 from wisecli.weights import write_stream

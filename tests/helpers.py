@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenize
 
 from wisecli.edits import Edit
 from wisecli.encode import Row
+from wisecli.manifest import Manifest
 from wisecli.memory import RoutedMatrix, SideMemory, opened
-from wisecli.router import Calibration, Manifest
+from wisecli.router import Calibration
 from wisecli.site import Site, architectures, find_site, fingerprint
 from wisecli.storage import Checkpoint
 

@@ -34,9 +34,9 @@ from wisecli.encode import Row, encode
 from wisecli.errors import GateFailedError, SettingsError, WiseError
 from wisecli.evaluate import Measured, teacher_forced
 from wisecli.events import ignore
+from wisecli.manifest import write_memory
 from wisecli.models import load_model
 from wisecli.pipeline import EvalReport
-from wisecli.router import write_memory
 from wisecli.site import find_site
 from wisecli.storage import Checkpoint
 

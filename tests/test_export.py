@@ -43,8 +43,8 @@ from wisecli.edits import Edit
 from wisecli.encode import Row
 from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBaseError
 from wisecli.export import write_merged, write_routed
+from wisecli.manifest import Manifest, read_memory, write_memory
 from wisecli.memory import SideMemory, install
-from wisecli.router import Manifest, read_memory, write_memory
 from wisecli.storage import Checkpoint
 from wisecli.weights import Packing
 

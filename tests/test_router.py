@@ -1,11 +1,5 @@
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -14,24 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from wisecli.edits import Edit, Probe
-from wisecli.errors import DamagedFileError
 from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
 from wisecli.moments import Whitening
-from wisecli.router import (
-    MANIFEST_NAME,
-    MEMORY_NAME,
-    Manifest,
-    calibrate,
-    even_out,
-    key_router,
-    measure,
-    quantile,
-    read_memory,
-    scores,
-    write_memory,
-)
-from wisecli.site import Fingerprint, Site
+from wisecli.router import calibrate, even_out, key_router, measure, quantile, scores
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -232,147 +211,3 @@ def test_scores_of_many_keys_do_not_depend_on_how_they_are_cut(batch: int) -> No
     keys = torch.randn(10, 4, generator=generator(1))
     expected = (keys[:, [0, 2]] @ tensors["delta"][0].T).norm(dim=-1, keepdim=True)
     assert torch.allclose(scores(routed, keys, batch=batch), expected, atol=1e-6)
-
-
-# --- the manifest ---
-
-
-def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
-    chance = generator(8)
-    tensors = {
-        "columns": torch.arange(3 * memories).view(memories, 3),
-        "delta": torch.randn(memories, 4, 3, generator=chance),
-        "probes": torch.randn(5, 6, generator=chance).half(),
-        "owner": torch.arange(5) % memories,
-        "offset": torch.rand(5, generator=chance),
-        "metric": torch.arange(5) % 2,
-        "directions": torch.randn(2, 2, 6, generator=chance),
-        "gains": torch.randn(2, 2, generator=chance),
-        "floors": torch.rand(2, generator=chance),
-    }
-    if kind == "lookup":
-        del tensors["columns"], tensors["delta"]
-        tensors |= {"values": torch.randn(4, 4, generator=chance).half(), "value": torch.arange(5) % 4}
-    calibrations = tuple(
-        calibrate(torch.rand(9, generator=chance), torch.rand(9, generator=chance), rule=rule, false_alarm=0.1)
-        for rule in ("minimum", "false-alarm")[:memories]
-    )
-    edits = (
-        Edit("a", "The Lark sails to", "Bergen", subject="The Lark", locality=(Probe("Six and six is", "twelve"),)),
-        Edit("b", "Zoë lives in", "区", op="insert", rephrases=("Zoë's home is",)),
-    )
-    return Manifest(
-        model="someone/model",
-        revision="abc",
-        fingerprint=Fingerprint("1" * 64, "2" * 64),
-        site=Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=4, d_ff=6),
-        memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), "key", "sequence", kind, 1.25),
-        calibrations=calibrations,
-        owners=(("a",), ("b",))[:memories],
-        merge={"method": "ties", "density": 0.5},
-        edits=edits,
-        versions={"wisecli": "0"},
-    )
-
-
-@pytest.mark.parametrize(("file", "prefix"), [(MEMORY_NAME, ""), ("model-wise.safetensors", "model.layers.2.mlp.")])
-@pytest.mark.parametrize("memories", [1, 2])
-@pytest.mark.parametrize("kind", ["matrix", "lookup"])
-def test_a_memory_survives_being_written(tmp_path: Path, file: str, prefix: str, memories: int, kind: str) -> None:
-    manifest = some_manifest(memories, kind)
-    write_memory(tmp_path, manifest, file=file, prefix=prefix)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file, MANIFEST_NAME])
-    loaded = read_memory(tmp_path)
-    for name in ("model", "revision", "fingerprint", "site", "calibrations", "owners", "merge", "edits", "versions"):
-        assert getattr(loaded, name) == getattr(manifest, name), name
-    assert loaded.memory.tensors.keys() == manifest.memory.tensors.keys()
-    for name, tensor in manifest.memory.tensors.items():
-        assert loaded.memory.tensors[name].dtype == tensor.dtype
-        assert torch.equal(loaded.memory.tensors[name], tensor)
-    for name in ("thresholds", "router", "routing", "kind", "sharpness"):
-        assert getattr(loaded.memory, name) == getattr(manifest.memory, name)
-
-
-def test_the_manifest_tells_what_each_memory_is_for(tmp_path: Path) -> None:
-    manifest = some_manifest()
-    write_memory(tmp_path, manifest)
-    content = json.loads((tmp_path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    assert content["schema"] == "wise.memory/1"
-    assert content["base"] == {"model": "someone/model", "revision": "abc", "matrix": "1" * 64, "config": "2" * 64}
-    assert (content["routing"], content["site"]["layer"]) == ("sequence", 2)
-    for record, owned, calibration in zip(content["memories"], manifest.owners, manifest.calibrations, strict=True):
-        assert (record["kind"], record["router"], record["edits"]) == ("matrix", "key", list(owned))
-        assert record["threshold"] == calibration.threshold
-        assert math.isfinite(record["misses"] + record["false_alarms"])
-
-
-def test_an_altered_memory_is_refused(tmp_path: Path) -> None:
-    write_memory(tmp_path, some_manifest())
-    path = tmp_path / MEMORY_NAME
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DamagedFileError, match=r"memory\.safetensors: its sha256 differs"):
-        read_memory(tmp_path)
-
-
-def test_a_truncated_or_missing_memory_is_refused(tmp_path: Path) -> None:
-    write_memory(tmp_path, some_manifest())
-    path = tmp_path / MEMORY_NAME
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DamagedFileError, match=r"memory\.safetensors: not a whole"):
-        read_memory(tmp_path)
-    path.unlink()
-    with pytest.raises(DamagedFileError, match=r"memory\.safetensors: no such file"):
-        read_memory(tmp_path)
-
-
-def test_a_directory_without_a_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DamagedFileError, match=r"router\.json: no such file"):
-        read_memory(tmp_path)
-
-
-DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "no base": lambda content: content.pop("base"),
-    "base without matrix": lambda content: content["base"].pop("matrix"),
-    "base is a text": lambda content: content.update(base="x"),
-    "no site": lambda content: content.pop("site"),
-    "site without layer": lambda content: content["site"].pop("layer"),
-    "site with more": lambda content: content["site"].update(depth=3),
-    "no memories": lambda content: content.pop("memories"),
-    "memories are a number": lambda content: content.update(memories=5),
-    "memory without threshold": lambda content: content["memories"][0].pop("threshold"),
-    "memory without edits": lambda content: content["memories"][0].pop("edits"),
-    "no memory": lambda content: content.pop("memory"),
-    "memory without file": lambda content: content["memory"].pop("file"),
-    "thresholds are a number": lambda content: content["memory"].update(thresholds=0.5),
-    "no router": lambda content: content["memory"].pop("router"),
-    "no digests": lambda content: content.pop("sha256"),
-    "no digest of the file": lambda content: content["sha256"].clear(),
-    "another digest": lambda content: content["sha256"].update({MEMORY_NAME: "0" * 64}),
-    "no edits": lambda content: content.pop("edits"),
-    "edit without target": lambda content: content["edits"][0].pop("target"),
-    "edit with more": lambda content: content["edits"][0].update(colour="red"),
-    "edit is a text": lambda content: content["edits"].append("x"),
-    "no versions": lambda content: content.pop("versions"),
-    "another schema": lambda content: content.update(schema="wise.memory/2"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_manifest_is_refused(tmp_path: Path, damage: Callable[[dict[str, Any]], object]) -> None:
-    write_memory(tmp_path, some_manifest())
-    path = tmp_path / MANIFEST_NAME
-    content = json.loads(path.read_text(encoding="utf-8"))
-    damage(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(DamagedFileError):
-        read_memory(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
-def test_a_manifest_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
-    write_memory(tmp_path, some_manifest())
-    (tmp_path / MANIFEST_NAME).write_text(text)
-    with pytest.raises(DamagedFileError, match=r"router\.json"):
-        read_memory(tmp_path)

@@ -25,10 +25,10 @@ from wisecli.config import MergeSettings
 from wisecli.edits import read_edits
 from wisecli.errors import DamagedFileError, EditFileError, ModelError, WiseError
 from wisecli.headers import read_header
+from wisecli.manifest import read_memory
 from wisecli.memory import SideMemory
 from wisecli.models import load_model
 from wisecli.paths import inside
-from wisecli.router import read_memory
 from wisecli.shard_directory import read_shard_directory
 from wisecli.site import find_site
 from wisecli.storage import Checkpoint, load_tensors, read_json, sha256_file

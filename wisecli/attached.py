@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wisecli.bases import find_model
 from wisecli.errors import ModelError
 from wisecli.index import build_index
+from wisecli.manifest import MANIFEST_NAME, Manifest, read_memory
 from wisecli.memory import RoutedMatrix, install
 from wisecli.models import is_exported, load_model, require_base
 from wisecli.paths import inside
-from wisecli.router import MANIFEST_NAME, Manifest, read_memory
 from wisecli.storage import Checkpoint
 from wisecli.streaming import LayerStream
 

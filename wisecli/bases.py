@@ -10,7 +10,8 @@ from platformdirs import user_cache_path
 from wisecli.errors import ModelError, reason_of
 from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.fetch import convert
-from wisecli.storage import require_space, resolve_model, sha256_file, whole_directory
+from wisecli.outputs import require_space, whole_directory
+from wisecli.storage import resolve_model, sha256_file
 
 # No quantisation of GGUF takes less than two bits a weight, and float32 takes 32.
 _GROWTH = 16

@@ -11,7 +11,7 @@ from string import Template
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from wisecli.errors import DamagedFileError
-from wisecli.router import Manifest
+from wisecli.manifest import Manifest
 from wisecli.storage import read_json
 
 CARD_NAME = "README.md"

@@ -20,6 +20,7 @@ from rich.text import Text
 from wisecli.events import NOTE, Event, Watcher
 
 if TYPE_CHECKING:
+    from wisecli.manifest import MemoryEntry
     from wisecli.pipeline import (
         Answer,
         EditReport,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from wisecli.planning import Plan
-    from wisecli.router import MemoryEntry
 
 _LINE_SECONDS = 5.0
 _STATES = {"same": "ok", "differs": "DIFFERS", "unchecked": "not checked"}

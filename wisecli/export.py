@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from wisecli import memory as memory_module
 from wisecli.errors import ModelError
-from wisecli.router import MANIFEST_NAME, Manifest, write_memory
+from wisecli.manifest import MANIFEST_NAME, Manifest, write_memory
 from wisecli.shards import half
 from wisecli.site import load_matrix, stored_weight
 from wisecli.storage import (

@@ -15,7 +15,8 @@ from platformdirs import user_cache_path
 from wisecli.datasets import BENCHMARKS
 from wisecli.errors import DamagedFileError, DownloadError, SettingsError
 from wisecli.events import Event, Watcher, ignore
-from wisecli.storage import refuse_existing, require_space, sha256_file, whole_directory
+from wisecli.outputs import refuse_existing, require_space, whole_directory
+from wisecli.storage import sha256_file
 
 
 @dataclass(frozen=True)

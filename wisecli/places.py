@@ -7,7 +7,7 @@ from typing import Literal
 
 from wisecli import shard_directory
 from wisecli.errors import DamagedFileError, ModelError
-from wisecli.router import MANIFEST_NAME
+from wisecli.manifest import MANIFEST_NAME
 
 Kind = Literal["shards", "memory", "exported"]
 

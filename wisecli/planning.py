@@ -127,7 +127,7 @@ def plan_edit(
         above + solved,
     )
     sweeps = 2 + _CONTINUATION + 1 + settings.context_tokens + 1
-    read = (sweeps - 2) * (below + above) + (2 + 3 * -(-edits // settings.edits_per_shard)) * below + above
+    read = (sweeps - 2) * (below + above) + (2 + 2 * -(-edits // settings.edits_per_shard)) * below + above
     spooled = max(0, max(carried_bytes) - room)
     return Plan(
         True,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.errors import SettingsError
-from wisecli.router import MemoryEntry, MemoryManifest
+from wisecli.manifest import MemoryEntry, MemoryManifest
 
 _WIDTH, _HEIGHT = 7.0, 3.2
 # A picture of more could not be looked at.

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from wisecli.edits import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.layout import check_site
+from wisecli.manifest import Base, Made, Origin
 from wisecli.paths import inside
 from wisecli.records import decode
-from wisecli.router import Base, Made, Origin
 from wisecli.shards import MaskKind, Shard, load_shard
 from wisecli.site import Fingerprint, Site
 from wisecli.storage import read_json, write_json

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wisecli.errors import BusyError, DamagedFileError, ModelError
+from wisecli.outputs import put_in_place, writing
 from wisecli.records import decode
 from wisecli.shard_directory import (
     PLAN_NAME,
@@ -27,7 +28,7 @@ from wisecli.shard_directory import (
     read_shard_directory,
     write_shard_directory,
 )
-from wisecli.storage import put_in_place, read_json, sha256_file, write_json, writing
+from wisecli.storage import read_json, sha256_file, write_json
 from wisecli.unrelated import Unrelated, load_unrelated, save_unrelated
 
 _LOCK_NAME = "lock"

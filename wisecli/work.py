@@ -18,9 +18,9 @@ from wisecli.events import Event, Watcher, ignore
 from wisecli.infer import check_split, find_layout, observed
 from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
+from wisecli.manifest import Made
 from wisecli.models import Loaded, load_model
 from wisecli.pipeline.reports import versions
-from wisecli.router import Made
 from wisecli.shard_directory import ShardDirectory
 from wisecli.shard_writer import ShardWriter, unrelated_for
 from wisecli.shards import save_shard, split_edits

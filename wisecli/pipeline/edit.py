@@ -15,11 +15,11 @@ from wisecli.errors import ChangedInputError, GateFailedError, StoppedError
 from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.executors import executor_for
 from wisecli.models import machine_memory, pick_device, pick_dtype
+from wisecli.outputs import refuse_existing, require_space
 from wisecli.pipeline.reports import peak_rss_bytes
 from wisecli.planning import Plan, plan_edit
 from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry
 from wisecli.site import Site, find_site
-from wisecli.storage import refuse_existing, require_space
 from wisecli.unfinished import Unfinished
 from wisecli.unrelated import load_unrelated
 from wisecli.work import Job, Worker, differences

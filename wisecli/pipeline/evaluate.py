@@ -20,8 +20,8 @@ from wisecli.errors import GateFailedError, ModelError, SettingsError
 from wisecli.evaluate import Measured, Reading, generated, teacher_forced
 from wisecli.events import Watcher, ignore
 from wisecli.fetch import fetch_benchmark
+from wisecli.manifest import Manifest
 from wisecli.pipeline.reports import peak_rss_bytes, versions
-from wisecli.router import Manifest
 
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
 LOWER_IS_BETTER = ("perplexity", "perplexity_median", "perplexity_clipped")

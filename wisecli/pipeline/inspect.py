@@ -10,12 +10,12 @@ from typing import Any
 from wisecli.edits import Edit
 from wisecli.errors import SettingsError
 from wisecli.headers import Header, read_header
+from wisecli.manifest import MemoryEntry, MemoryManifest, read_manifest
+from wisecli.outputs import refuse_existing
 from wisecli.paths import inside
 from wisecli.places import Kind, kind_of
 from wisecli.plot import plot_scores
-from wisecli.router import MemoryEntry, MemoryManifest, read_manifest
 from wisecli.shard_directory import ShardDirectory, ShardEntry, read_shard_directory
-from wisecli.storage import refuse_existing
 
 
 @dataclass(frozen=True)

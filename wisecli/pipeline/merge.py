@@ -15,15 +15,17 @@ from wisecli.building import Built, Material, join, lookup, matrices, refit, sol
 from wisecli.config import MergeSettings
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.events import Event, Watcher, ignore
+from wisecli.manifest import Manifest, write_memory
 from wisecli.merging import METHODS, Recipe, merge_deltas
 from wisecli.models import require_base
+from wisecli.outputs import refuse_existing, require_space, whole_directory
 from wisecli.pipeline.reports import peak_rss_bytes, versions
 from wisecli.ridge import Penalty
-from wisecli.router import Calibration, Manifest, write_memory
+from wisecli.router import Calibration
 from wisecli.shard_directory import ShardDirectory, origin_of, read_shard_directory, require_same_site
 from wisecli.shards import Shard
 from wisecli.site import load_matrix
-from wisecli.storage import Checkpoint, refuse_existing, require_space, whole_directory
+from wisecli.storage import Checkpoint
 
 EXACT = "exact"
 _OF_MATRICES = ("method", "density", "scale", "weights", "refit")

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wisecli import router, shard_directory
+from wisecli import manifest as memories
+from wisecli import shard_directory
 from wisecli.checks import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.errors import GateFailedError, ModelError, WiseError
 from wisecli.events import Event, Watcher, ignore
@@ -113,7 +114,7 @@ def _shard_metadata(path: Path, entry: shard_directory.ShardEntry) -> Iterator[C
 
 
 def _memory(path: Path, model: Path | None) -> Iterator[Check]:
-    manifest = yield from _manifest(path, router.MANIFEST_NAME, router.read_manifest)
+    manifest = yield from _manifest(path, memories.MANIFEST_NAME, memories.read_manifest)
     if manifest is None:
         return
     yield from _memory_files(path, manifest)
@@ -121,7 +122,7 @@ def _memory(path: Path, model: Path | None) -> Iterator[Check]:
     yield from _base(base.model, base.revision, manifest.site, base.fingerprint, model)
 
 
-def _memory_files(path: Path, manifest: router.MemoryManifest) -> Iterator[Check]:
+def _memory_files(path: Path, manifest: memories.MemoryManifest) -> Iterator[Check]:
     stored, site = manifest.memory, manifest.site
     for file, digest in manifest.sha256.items():
         yield from check_digest(path, file, digest)
@@ -131,7 +132,7 @@ def _memory_files(path: Path, manifest: router.MemoryManifest) -> Iterator[Check
 
 
 def _exported(path: Path, model: Path | None) -> Iterator[Check]:
-    manifest = yield from _manifest(path, router.MANIFEST_NAME, router.read_manifest)
+    manifest = yield from _manifest(path, memories.MANIFEST_NAME, memories.read_manifest)
     if manifest is None:
         return
     yield from _memory_files(path, manifest)
@@ -142,21 +143,21 @@ def _exported(path: Path, model: Path | None) -> Iterator[Check]:
     except WiseError as error:
         yield damaged(_CONFIG_NAME, error)
     else:
-        yield from _config(config, manifest, read_json(path / router.MANIFEST_NAME)["memory"])
+        yield from _config(config, manifest, read_json(path / memories.MANIFEST_NAME)["memory"])
         yield from _code(path, config)
     yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False)
     if model is not None:
         yield from check_base(model, manifest.site, manifest.base.fingerprint)
 
 
-def _unlisted(path: Path, manifest: router.MemoryManifest) -> Iterator[Check]:
+def _unlisted(path: Path, manifest: memories.MemoryManifest) -> Iterator[Check]:
     """Weights, code and settings that the manifest has no digest of."""
     for entry in sorted(path.iterdir()):
-        if entry.suffix in _MATTERS and entry.name not in (*manifest.sha256, router.MANIFEST_NAME):
-            yield Check("sha256", entry.name, "unchecked", found=f"{router.MANIFEST_NAME} has no digest of it")
+        if entry.suffix in _MATTERS and entry.name not in (*manifest.sha256, memories.MANIFEST_NAME):
+            yield Check("sha256", entry.name, "unchecked", found=f"{memories.MANIFEST_NAME} has no digest of it")
 
 
-def _config(config: dict[str, Any], manifest: router.MemoryManifest, memory: dict[str, Any]) -> Iterator[Check]:
+def _config(config: dict[str, Any], manifest: memories.MemoryManifest, memory: dict[str, Any]) -> Iterator[Check]:
     """What the routed model is built from, against ``router.json``."""
     told, site = config.get(EXPORTED_KEY), manifest.site
     told = told if isinstance(told, dict) else {}
@@ -169,7 +170,7 @@ def _config(config: dict[str, Any], manifest: router.MemoryManifest, memory: dic
     for name, expected, value in wrong:
         yield Check(f"{EXPORTED_KEY}.{name}", _CONFIG_NAME, "differs", None, shown(expected), shown(value))
     if not wrong:
-        yield Check(f"memory as in {router.MANIFEST_NAME}", _CONFIG_NAME)
+        yield Check(f"memory as in {memories.MANIFEST_NAME}", _CONFIG_NAME)
 
 
 def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:

@@ -1,0 +1,234 @@
+"""``router.json``: what a memory is about, how its router was calibrated, and what it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from wisecli.edits import Edit
+from wisecli.errors import DamagedFileError
+from wisecli.headers import Layout
+from wisecli.layout import check_site, layouts, memory_rows, require_layout
+from wisecli.memory import SideMemory
+from wisecli.paths import inside
+from wisecli.records import decode, shown
+from wisecli.router import Calibration
+from wisecli.site import Fingerprint, Site
+from wisecli.storage import load_tensors, read_json, save_tensors, sha256_file, write_json
+
+MANIFEST_NAME = "router.json"
+MEMORY_NAME = "memory.safetensors"
+SCHEMA = "wise.memory/1"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What else decides the bytes of shards: the process that wrote them, and where it was told to look.
+
+    ``threads`` decides the order in which numbers are added up.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    target_module: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Shards that a memory was merged from, and all that it takes to write them once more.
+
+    ``edits`` are ids, in order; those of them that no shard holds are in ``left_out``. ``sha256`` are the shard files'.
+    """
+
+    path: str
+    settings: dict[str, Any]
+    made: Made
+    edits: tuple[str, ...]
+    left_out: tuple[Edit, ...]
+    sha256: tuple[str, ...]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything ``router.json`` says of a memory."""
+
+    model: str
+    revision: str | None
+    fingerprint: Fingerprint
+    site: Site
+    memory: SideMemory
+    calibrations: tuple[Calibration, ...]
+    owners: tuple[tuple[str, ...], ...]
+    merge: dict[str, Any]
+    edits: tuple[Edit, ...]
+    versions: dict[str, str]
+    origins: tuple[Origin, ...] = ()
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model as manifests name it: directory or hub id, revision and fingerprint."""
+
+    model: str
+    revision: str | None
+    matrix: str
+    config: str
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What identifies it."""
+        return Fingerprint(self.matrix, self.config)
+
+
+@dataclass(frozen=True)
+class MemoryEntry(Calibration):
+    """One memory as ``router.json`` lists it: its calibration, and the ids of its edits."""
+
+    kind: Literal["matrix", "lookup"]
+    router: Literal["norm", "key"]
+    edits: tuple[str, ...]
+    OPEN: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the memory's tensors are, and what :meth:`SideMemory.describe` says; a tensor's type, then its shape."""
+
+    file: str
+    prefix: str
+    thresholds: tuple[float, ...]
+    router: Literal["norm", "key"]
+    routing: Literal["token", "sequence"]
+    kind: Literal["matrix", "lookup"]
+    sharpness: float
+    tensors: dict[str, tuple[str | int, ...]]
+    OPEN: ClassVar[bool] = True
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """Type and shape of every tensor."""
+        found = {}
+        for name, (dtype, *shape) in self.tensors.items():
+            sizes = tuple(size for size in shape if isinstance(size, int) and size >= 0)
+            if not isinstance(dtype, str) or len(sizes) != len(shape):
+                raise ValueError(f"`memory.tensors.{shown(name)}` is no type with a shape")
+            found[name] = Layout(dtype, sizes)
+        return found
+
+
+@dataclass(frozen=True)
+class MemoryManifest:
+    """``router.json`` as it is written, every field checked."""
+
+    base: Base
+    site: Site
+    memories: tuple[MemoryEntry, ...]
+    memory: Stored
+    merge: dict[str, Any]
+    edits: tuple[Edit, ...]
+    sha256: dict[str, str]
+    versions: dict[str, str]
+    origins: tuple[Origin, ...] = ()
+    OPEN: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Check what types do not say: that the parts belong together.
+
+        Raises:
+            ValueError: saying which do not.
+        """
+        check_site(self.site)
+        known, stored = {edit.id for edit in self.edits}, self.memory
+        owned = [name for entry in self.memories for name in entry.edits]
+        if len(known) != len(self.edits) or len(set(owned)) != len(owned) or not known >= set(owned):
+            raise ValueError("`edits` and the edits of `memories` do not agree")
+        if min(stored.thresholds, default=0.0) <= 0 or not self.memories or stored.sharpness < 0:
+            raise ValueError("`memory.thresholds` must be above nought, `memory.sharpness` not below")
+        if stored.router != "key" if stored.kind == "lookup" else len(stored.thresholds) != len(self.memories):
+            raise ValueError("`memory.thresholds` are not as many as there are memories")
+        shares = [share for entry in self.memories for share in (*entry.edit_scores, *entry.unrelated_scores)]
+        if not all(share.replace(".", "", 1).isdecimal() for share in shares):
+            raise ValueError("the quantiles of `memories` are not all at numbers")
+        if self.memory.file not in self.sha256:
+            raise ValueError("`sha256` has no entry for `memory.file`")
+        if not stored.layouts.keys() == memory_rows(stored.kind, stored.router).keys():
+            raise ValueError(f"`memory.tensors` are not those of a {stored.kind} with router {stored.router}")
+
+
+def write_memory(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "") -> None:
+    """Write the memory's tensors, their names prefixed, and ``router.json`` into a directory."""
+    path = directory / file
+    save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
+    memories = [
+        {"kind": manifest.memory.kind, "router": manifest.memory.router, "edits": list(owned), **asdict(calibration)}
+        for owned, calibration in zip(manifest.owners, manifest.calibrations, strict=True)
+    ]
+    content = {
+        "schema": SCHEMA,
+        "base": {"model": manifest.model, "revision": manifest.revision, **manifest.fingerprint.as_dict()},
+        "site": manifest.site.as_dict(),
+        "routing": manifest.memory.routing,
+        "memories": memories,
+        "memory": {"file": file, "prefix": prefix, **manifest.memory.describe()},
+        "merge": manifest.merge,
+        "edits": [edit.as_dict() for edit in manifest.edits],
+        "sha256": {file: sha256_file(path)},
+        "versions": manifest.versions,
+        "origins": [asdict(origin) for origin in manifest.origins],
+    }
+    write_json(directory / MANIFEST_NAME, content)
+
+
+def read_manifest(directory: Path) -> MemoryManifest:
+    """Read and check ``router.json`` alone.
+
+    Raises:
+        DamagedFileError: it is missing or not what ``wise merge`` writes.
+    """
+    path = directory / MANIFEST_NAME
+    content = read_json(path)
+    if content.get("schema") != SCHEMA:
+        raise DamagedFileError(path, f"its schema is {shown(content.get('schema'))}, not {SCHEMA!r}", "merge anew")
+    try:
+        manifest = decode(MemoryManifest, content)
+        manifest.check()
+    except ValueError as error:
+        raise DamagedFileError(path, f"an entry is missing or wrong ({error})", "merge anew") from None
+    return manifest
+
+
+def read_memory(directory: Path) -> Manifest:
+    """Read ``router.json`` and the memory's tensors, checking their digest, shapes and types.
+
+    Raises:
+        DamagedFileError: a file is missing, truncated or altered, or one does not fit the other.
+    """
+    listed = read_manifest(directory)
+    stored, site = listed.memory, listed.site
+    path = inside(directory, stored.file)
+    loaded = load_tensors(path, digest=listed.sha256[stored.file])
+    tensors = {name.removeprefix(stored.prefix): tensor for name, tensor in loaded.items()}
+    if layouts(tensors) != stored.layouts:
+        raise DamagedFileError(path, f"its tensors are not those that {MANIFEST_NAME} describes", "merge anew")
+    known = {"d": site.d, "d_ff": site.d_ff, "M": len(stored.thresholds)}
+    require_layout(path, tensors, memory_rows(stored.kind, stored.router), known)
+    return Manifest(
+        listed.base.model,
+        listed.base.revision,
+        listed.base.fingerprint,
+        site,
+        SideMemory.from_description(asdict(stored), tensors),
+        tuple(_calibration(entry) for entry in listed.memories),
+        tuple(entry.edits for entry in listed.memories),
+        listed.merge,
+        listed.edits,
+        listed.versions,
+        listed.origins,
+    )
+
+
+def _calibration(entry: MemoryEntry) -> Calibration:
+    return Calibration(**{name: getattr(entry, name) for name in Calibration.__dataclass_fields__})

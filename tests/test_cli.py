@@ -427,6 +427,30 @@ def test_a_dry_run_writes_nothing_and_loads_no_model(
     assert listing(ready.root) == before
 
 
+def test_a_dry_run_says_what_a_run_will_hold_and_read(wise: Wise, ready: Ready) -> None:
+    whole = json.loads(wise("edit", ready.model, ready.edits, "--dry-run", "--json").out)["results"]["plan"]
+    small = ("edit", ready.model, ready.edits, "--dry-run", "--memory-budget", "100KB")
+    plan = json.loads(wise(*small, "--json").out)["results"]["plan"]
+    assert (whole["streamed"], plan["streamed"]) == (False, True)
+    assert whole["weights"] == plan["weights"] > plan["resident"] + plan["layer"]
+    assert plan["read"] > plan["sweep"] > 0 == whole["read"]
+    text = wise(*small).out
+    assert all(word in text for word in ("stay in memory", "pass through", "TFLOP", "nothing was written"))
+
+
+def test_within_a_small_budget_the_chain_writes_and_measures_the_same(wise: Wise, ready: Ready) -> None:
+    small = ("--memory-budget", "100KB")
+    assert wise("edit", ready.model, ready.edits, "--shards", "2", *small).code == 0
+    assert wise("edit", ready.model, ready.edits, "--shards", "2", "-o", "whole").code == 0
+    assert contents("shards") == contents("whole")
+    assert wise("merge", "shards").code == 0
+    streamed, held = (json.loads(wise("eval", "--json", *flags).out)["results"] for flags in (small, ()))
+    assert streamed == held
+    prompt = EDITS[0]["prompt"]
+    answers = [wise("generate", ready.model, prompt, "--memory", "memory", *flags).out for flags in (small, ())]
+    assert answers[0] == answers[1]
+
+
 def test_force_replaces_the_whole_output(wise: Wise, ready: Ready) -> None:
     shutil.copytree(ready.retrieve, "memory")
     (Path("memory") / "left-over.txt").write_text("old")

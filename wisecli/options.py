@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 
 from wisecli.config import defaults
 from wisecli.errors import SettingsError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
 
 def setting(kind: type[Any], name: str, text: str, *flags: str, none: str = "") -> Any:
@@ -43,12 +46,10 @@ def size_in_bytes(text: str | None, flag: str) -> int | None:
     """
     if text is None:
         return None
-    from transformers.utils.hub import convert_file_size_to_int
-
-    try:
-        size = int(convert_file_size_to_int(text))
-    except ValueError:
-        size = 0
+    found = _SIZE.fullmatch(text.strip())
+    size = (
+        round(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    )
     if size < 1:
         raise SettingsError(f"{flag} must be a size such as 500MB or 6GiB, not {text!r}")
     return size

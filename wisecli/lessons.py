@@ -76,8 +76,8 @@ class NotFiniteError(Exception):
     """Edits, by their numbers, for which the model gives numbers that are not finite."""
 
     def __init__(self, edits: Iterable[int]) -> None:
-        super().__init__(f"not finite: {sorted(edits)}")
         self.edits = frozenset(edits)
+        super().__init__(f"not finite: {sorted(self.edits)}")
 
 
 def require_finite(lessons: Sequence[Lesson]) -> None:

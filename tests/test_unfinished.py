@@ -203,6 +203,19 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     assert len(seen) > 3, f"killed only with {seen} shards done, of runs of {lasts:.2f} s, {finished} of them finished"
 
 
+def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path, zygote: Zygote) -> None:
+    (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
+    child = zygote.start(command(place, tmp_path / "shards"))
+    while not (tmp_path / UNFINISHED / "shard-00002.json").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGINT)
+    assert zygote.ended() == 130
+    assert "shards are kept, and the same command goes on from there" in zygote.errors.read_text()
+    assert "Traceback" not in zygote.errors.read_text()
+    assert zygote.run(command(place, tmp_path / "shards")) == 0, zygote.errors.read_text()
+    assert contents(tmp_path / "shards") == contents(place / "whole")
+
+
 @pytest.mark.parametrize("shards", [1, 5])
 def test_an_interruption_keeps_the_shards_that_are_done(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int

@@ -1,0 +1,1 @@
+"""Rivals of the paper, one file each, behind one small protocol (:mod:`wisecli.baselines.protocol`)."""

@@ -1,0 +1,155 @@
+"""What every editing method can do, so that all are measured in one way; and the table of methods by name.
+
+A method is made for a loaded model, takes edits in as they come, and can be *applied*: within that, the model answers
+as edited; outside it is untouched, to the bit. Methods that change what is asked instead of the model say so by
+``asked``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.edits import Edit
+from wisecli.errors import WiseError
+from wisecli.events import Watcher, ignore
+from wisecli.models import Loaded
+from wisecli.site import Layout, Site, layer_count
+from wisecli.storage import Checkpoint
+
+
+class UnsuitableError(WiseError):
+    """A method cannot run on this model or with this data; its row says why."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a method may use.
+
+    ``train`` are records of the train split, which no measurement sees; ``texts`` are unrelated texts, for covariances
+    and the like. ``site`` gives the value matrix of a layer.
+    """
+
+    loaded: Loaded
+    checkpoint: Checkpoint
+    layout: Layout
+    train: Sequence[Edit]
+    texts: Sequence[str]
+    batch_size: int = 32
+    seed: int = 0
+    watch: Watcher = ignore
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return layer_count(self.checkpoint.directory)
+
+    def site(self, layer: int) -> Site:
+        """The value matrix of a layer."""
+        from wisecli.site import find_site
+
+        return find_site(self.checkpoint.directory, self.checkpoint, layer, self.layout)
+
+
+class Method(Protocol):
+    """A way to edit a model."""
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Take in more edits, in the order of the stream.
+
+        Raises:
+            UnsuitableError: these edits lack what the method needs.
+        """
+
+    def applied(self, first: int | None = None) -> AbstractContextManager[object]:
+        """The model as edited, for a while.
+
+        Args:
+            first: column of the prompts' last token in the rows that will be run, which then hold answers, too; without
+                it rows are prompts, whose last column is that token, and what ``generate()`` adds to them.
+        """
+
+    def asked(self, prompt: str) -> str:
+        """What the model is asked in the place of a prompt."""
+
+    def bytes(self) -> int:
+        """Size of what the method keeps beside the base model."""
+
+
+Maker = Callable[[Bench], Method]
+METHODS: dict[str, Maker] = {}
+
+
+def method(name: str) -> Callable[[Maker], Maker]:
+    """Put a method into the table."""
+
+    def put(maker: Maker) -> Maker:
+        METHODS[name] = maker
+        return maker
+
+    return put
+
+
+class PromptEnd:
+    """Decisions that are taken once a row, at its prompt's last token, and held while it is answered.
+
+    Made anew for each ``applied()``. A pass over more than one column begins new rows; single columns go on with them.
+
+    Args:
+        first: see :meth:`Method.applied`.
+    """
+
+    def __init__(self, first: int | None) -> None:
+        self.first = first
+        self._held: Tensor | None = None
+
+    def held(self, states: Tensor, decide: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        """What was decided for each row, and the column from which it counts.
+
+        Args:
+            states: (B, T, …) at some layer.
+            decide: from the states at the prompts' last token (B, …) to a decision a row (B, …).
+        """
+        if states.shape[1] == 1 and self._held is not None and self.first is None and len(self._held) == len(states):
+            return self._held, 0
+        start = states.shape[1] - 1 if self.first is None else self.first
+        self._held = decide(states[:, start])
+        return self._held, start
+
+
+@contextmanager
+def changed(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Other values in some parameters for a while; what was there comes back to the bit."""
+    before = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value.to(parameter)
+        yield
+    finally:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.data = value
+
+
+@contextmanager
+def hooks(*handles: Any) -> Iterator[None]:
+    """Hooks that are taken off again."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensor_bytes(*tensors: Tensor) -> int:
+    """Size of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own."""
+    return torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from wisecli import __version__
-from wisecli.config import EditSettings, EvalSettings, MergeSettings, resolve
+from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.console import Console, fail, quiet_libraries
 from wisecli.errors import SettingsError, WiseError
 from wisecli.options import (
@@ -379,6 +379,43 @@ def fetch(
     with console.watching() as watch:
         place = run(name, output, force=force, watch=watch)
     console.result({"results": {"output": str(place)}}, str(place))
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")],
+    output: Output = Path("bench"),
+    dataset: Annotated[
+        str | None, setting(BenchSettings, "dataset", "zsre, hallucination, temporal or a file.", none="--data")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The dataset's file, instead of fetching it.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Records to learn from.", show_default="those that are not edited")
+    ] = None,
+    methods: Annotated[str | None, setting(BenchSettings, "methods", "Methods, with commas between.")] = None,
+    edits: Annotated[str | None, setting(BenchSettings, "counts", "Numbers of edits, with commas between.")] = None,
+    generate: Annotated[
+        bool | None, setting(BenchSettings, "generate", "Also generate answers.", "--generate/--no-generate")
+    ] = None,
+    batch_size: Annotated[int | None, setting(BenchSettings, "batch_size", "Rows at a time.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    config: Config = None,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare editing methods: each edits the model with the first records of a dataset, and is measured."""
+    console = Console(as_json, quiet)
+    settings = resolve(BenchSettings, {**locals(), "counts": edits}, section="bench", file=config)
+    from wisecli.pipeline import bench as run
+
+    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    with console.watching() as watch:
+        report = run(model, output, settings, data=data, train=train, force=force, watch=watch, **named)
+    console.compared(report)
 
 
 def main() -> None:

@@ -90,6 +90,19 @@ class EvalSettings:
     max_new_tokens: int | None = None  # the longest target and a little more
 
 
+@dataclass(frozen=True)
+class BenchSettings:
+    """Which methods are compared, on what, and how."""
+
+    dataset: str | None = None
+    methods: str = "wise,wise-retrieve,ft-l,rome,memit,grace,rag"
+    counts: str = "10,100"
+    generate: bool = True
+    batch_size: int = 32
+    resamples: int = 1000
+    seed: int = 0
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # Section 4.1 and appendix B: one edit after the other, stochastic gradient descent.
@@ -133,6 +146,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "density": (1e-9, 1),
     "false_alarm": (0, 0.5),
     "edits": (1, 10**9),
+    "resamples": (10, 10**6),
     "max_new_tokens": (1, 10**6),
 }
 

@@ -24,7 +24,7 @@ from wisecli.generation import generate
 from wisecli.memory import UNROUTED, opened
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
-_KNOWN = 0.8
+KNOWN = 0.8
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _measure(base: Activations, after: Tensor, opened: Tensor) -> list[Measured]
 def _read(logits: Tensor, labels: Tensor, rows: Tensor, count: int) -> list[Reading]:
     loss = F.cross_entropy(logits.float(), labels, reduction="none")
     right = (logits.argmax(-1) == labels).float()
-    known = (loss < -math.log(_KNOWN)).float()
+    known = (loss < -math.log(KNOWN)).float()
     columns = [_row_means(values, rows, count).tolist() for values in (right, known, loss)]
     return [Reading(*values) for values in zip(*columns, strict=True)]
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Method
-from wisecli.encode import Row, collate, in_batches
+from wisecli.encode import Row, collate, encode, in_batches
+from wisecli.evaluate import KNOWN, Measured, Reading
 from wisecli.events import Event, Watcher, ignore
 from wisecli.generation import generate
 from wisecli.hooks import hooked
+from wisecli.memory import UNROUTED
 from wisecli.models import Loaded
 
 
@@ -24,6 +28,14 @@ class Said:
 
     best: Tensor
     losses: Tensor
+
+
+@dataclass
+class Known:
+    """What the unedited model says and answers, so that it is asked once for all methods."""
+
+    said: dict[Row, Said] = field(default_factory=dict)
+    answers: dict[tuple[str, int], str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -71,3 +83,59 @@ def answers(
             )
         found += [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return found
+
+
+class Edited:
+    """A method's model, as something to be measured.
+
+    Args:
+        known: what the unedited model says, shared by all methods, and filled as it is asked.
+    """
+
+    def __init__(
+        self, loaded: Loaded, method: Method, known: Known, *, batch_size: int, watch: Watcher = ignore
+    ) -> None:
+        self.loaded, self.method, self.known = loaded, method, known
+        self.batch_size, self.watch = batch_size, watch
+
+    def row(self, prompt: str, target: str) -> Row:
+        """A prompt and its answer in tokens, as the unedited model is asked."""
+        return encode(self.loaded.tokenizer, prompt, target)
+
+    def teacher_forced(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        prompt_opens: bool,  # noqa: ARG002 (what a method decides it decides on the prompt alone)
+        stage: str,
+    ) -> list[Measured]:
+        """Measure prompts and answers, the right tokens before each token of the answer."""
+        named: dict[str, Any] = {"batch_size": self.batch_size, "stage": stage, "watch": self.watch}
+        rows = [self.row(*pair) for pair in pairs]
+        asked = [self.row(self.method.asked(prompt), target) for prompt, target in pairs]
+        new = [row for row in dict.fromkeys(rows) if row not in self.known.said]
+        self.known.said.update(zip(new, said(self.loaded, new, **named), strict=True))
+        after = said(self.loaded, asked, self.method, **named)
+        return [
+            _measured(self.known.said[row], row, one, other) for row, one, other in zip(rows, after, asked, strict=True)
+        ]
+
+    def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
+        """Greedy answers, before and after."""
+        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": self.batch_size}
+        new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, max_new_tokens) not in self.known.answers]
+        for prompt, text in zip(new, answers(self.loaded, new, **limits), strict=True):
+            self.known.answers[prompt, max_new_tokens] = text
+        before = [self.known.answers[prompt, max_new_tokens] for prompt in prompts]
+        return before, answers(self.loaded, [self.method.asked(prompt) for prompt in prompts], self.method, **limits)
+
+
+def _measured(before: Said, row: Row, after: Said, asked: Row) -> Measured:
+    alike = len(before.best) == len(after.best)
+    same = float((before.best == after.best).float().mean()) if alike else 0.0
+    return Measured(_reading(before, row), _reading(after, asked), same, UNROUTED)
+
+
+def _reading(said: Said, row: Row) -> Reading:
+    right = float((said.best == torch.tensor(row.target)).float().mean())
+    return Reading(right, float((said.losses < -math.log(KNOWN)).float().mean()), float(said.losses.mean()))

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wisecli.pipeline.bench import BenchReport, bench
     from wisecli.pipeline.edit import EditReport, edit
     from wisecli.pipeline.evaluate import EvalReport, evaluate
     from wisecli.pipeline.export import ExportReport, export
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "BenchReport",
     "EditReport",
     "EvalReport",
     "ExportReport",
     "InspectReport",
     "MergeReport",
     "VerifyReport",
+    "bench",
     "edit",
     "evaluate",
     "export",
@@ -41,7 +44,7 @@ __all__ = [
 # Each name's module; a command's own name is that of its module, too.
 _HOMES = {name: name for name in __all__ if name.islower()}
 _HOMES |= {"Answer": "generate", "EvalReport": "evaluate"}
-_HOMES |= {f"{home.capitalize()}Report": home for home in ("edit", "export", "inspect", "merge", "verify")}
+_HOMES |= {f"{home.capitalize()}Report": home for home in ("bench", "edit", "export", "inspect", "merge", "verify")}
 
 
 class _Commands(ModuleType):

@@ -1,0 +1,174 @@
+"""Figures of an edited model, under the same names before and after editing, whoever edited it and however."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from wisecli.edits import Edit
+from wisecli.encode import Row
+from wisecli.errors import ModelError
+from wisecli.evaluate import Measured, Reading
+
+_ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
+
+Pair = tuple[str, str]
+
+
+class Subject(Protocol):
+    """A model before and after editing."""
+
+    def row(self, prompt: str, target: str) -> Row:
+        """A prompt and its answer in tokens, as the unedited model is asked.
+
+        Raises:
+            ValueError: the tokenizer leaves nothing of either.
+        """
+
+    def teacher_forced(self, pairs: Sequence[Pair], *, prompt_opens: bool, stage: str) -> list[Measured]:
+        """Measure prompts and answers, the right tokens before each token of the answer.
+
+        Args:
+            prompt_opens: whether only the prompt may decide that the edited model answers.
+        """
+
+    def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
+        """Greedy answers, before and after."""
+
+
+class Measuring:
+    """Measures records one kind of question after the other.
+
+    Args:
+        numbers: which memory holds an edit, by prompt and target, where that is to be compared with what opened.
+        generate: whether answers are generated, too; of ``max_new_tokens`` at most, or a little more than any target.
+
+    Attributes:
+        before, after: means over edits.
+        each: for each figure of the edited model the place of every edit that it was measured for, and its value there.
+        samples: how many questions a figure is of.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        records: Sequence[Edit],
+        *,
+        numbers: Mapping[Pair, int] | None = None,
+        generate: bool = True,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        self.subject, self.records, self.numbers = subject, records, numbers
+        self.generate, self.max_new_tokens = generate, max_new_tokens
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.each: dict[str, list[tuple[int, float]]] = {}
+        self.samples: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Measure everything that the records allow."""
+        reliability = self._run("reliability", [[(edit.prompt, edit.target)] for edit in self.records])
+        self._perplexity(reliability)
+        rephrased = self._run(
+            "generalization", [[(text, edit.target) for text in edit.rephrases] for edit in self.records]
+        )
+        self._routing(rephrased)
+        self._locality()
+        self._run("portability", [[(p.prompt, p.answer) for p in edit.portability] for edit in self.records])
+        self._ood()
+        if self.generate:
+            self._generated()
+
+    def drop(self, prefix: str) -> None:
+        """Leave out figures that mean nothing for this dataset."""
+        for figures in (self.before, self.after, self.each):
+            for name in [name for name in figures if name.startswith(prefix)]:
+                del figures[name]
+
+    def _run(self, name: str, groups: Sequence[Sequence[Pair]]) -> list[Measured]:
+        """Share of target tokens that are the arg-max: mean over an edit's probes, then over edits."""
+        measured = self._measure(name, groups, prompt_opens=True)
+        self._record(name, measured, lambda reading: reading.right)
+        return [one for group in measured for one in group]
+
+    def _measure(self, name: str, groups: Sequence[Sequence[Pair]], *, prompt_opens: bool) -> list[list[Measured]]:
+        pairs = [pair for group in groups for pair in group]
+        for prompt, target in pairs:
+            self._row(prompt, target)
+        flat = iter(self.subject.teacher_forced(pairs, prompt_opens=prompt_opens, stage=name))
+        return [[next(flat) for _ in group] for group in groups]
+
+    def _row(self, prompt: str, target: str) -> Row:
+        try:
+            return self.subject.row(prompt, target)
+        except ValueError as error:
+            raise ModelError(f"a record cannot be measured: {error}; reword {prompt!r}") from None
+
+    def _record(self, name: str, groups: Sequence[Sequence[Measured]], value: Callable[[Reading], float]) -> None:
+        self._keep(name, groups, lambda one: value(one.before), lambda one: value(one.after))
+
+    def _keep(
+        self,
+        name: str,
+        groups: Sequence[Sequence[Measured]],
+        before: Callable[[Measured], float],
+        after: Callable[[Measured], float],
+    ) -> None:
+        filled = [(place, group) for place, group in enumerate(groups) if group]
+        if filled:
+            self.before[name] = statistics.fmean(statistics.fmean(map(before, group)) for _, group in filled)
+            self.each[name] = [(place, statistics.fmean(map(after, group))) for place, group in filled]
+            self.after[name] = statistics.fmean(found for _, found in self.each[name])
+            self.samples[name] = sum(len(group) for _, group in filled)
+
+    def _locality(self) -> None:
+        groups = [[(probe.prompt, probe.answer) for probe in edit.locality] for edit in self.records]
+        measured = self._measure("locality", groups, prompt_opens=False)
+        self._keep("locality", measured, lambda _: 1.0, lambda one: one.same)
+
+    def _routing(self, rephrased: Sequence[Measured]) -> None:
+        """Share of rephrases that open the memory which holds their edit."""
+        numbers = self.numbers or {}
+        wanted = [numbers.get((edit.prompt, edit.target)) for edit in self.records for _ in edit.rephrases]
+        pairs = [(one.opened, number) for one, number in zip(rephrased, wanted, strict=True) if number is not None]
+        if pairs:
+            self.before["routing"] = 0.0
+            self.after["routing"] = statistics.fmean(opened == number for opened, number in pairs)
+            self.samples["routing"] = len(pairs)
+
+    def _perplexity(self, measured: Sequence[Measured]) -> None:
+        for figures, readings in (
+            (self.before, [one.before for one in measured]),
+            (self.after, [one.after for one in measured]),
+        ):
+            values = [reading.perplexity for reading in readings]
+            figures["perplexity"] = statistics.fmean(values)
+            figures["perplexity_median"] = statistics.median(values)
+            figures["perplexity_clipped"] = statistics.fmean(min(value, 100.0) for value in values)
+
+    def _ood(self) -> None:
+        """Share of a free text's tokens that the model is sure of, after the prompt it opens with."""
+        groups = [[_split(text, edit) for text in edit.ood] for edit in self.records]
+        measured = self._measure("ood", groups, prompt_opens=False)
+        self._record("ood_generalization", measured, lambda reading: reading.known)
+
+    def _generated(self) -> None:
+        prompts = [edit.prompt for edit in self.records]
+        targets = [edit.target.strip() for edit in self.records]
+        longest = max(len(self._row(edit.prompt, edit.target).target) for edit in self.records)
+        limit = self.max_new_tokens or min(longest + _ANSWER_MARGIN, _ANSWER_LIMIT)
+        answers = self.subject.answers(prompts, max_new_tokens=limit)
+        for figures, texts in zip((self.before, self.after), answers, strict=True):
+            pairs = list(zip(texts, targets, strict=True))
+            figures["generated_exact"] = statistics.fmean(text == target for text, target in pairs)
+            figures["generated_contains"] = statistics.fmean(target in text for text, target in pairs)
+        exact = zip(answers[1], targets, strict=True)
+        self.each["generated_exact"] = [(place, float(text == target)) for place, (text, target) in enumerate(exact)]
+        self.samples["generated"] = len(prompts)
+
+
+def _split(text: str, edit: Edit) -> Pair:
+    """A free text as the prompt it opens with and the rest; without one, its first word is the prompt."""
+    prompt = edit.prompt if text.startswith(edit.prompt) else text.split(maxsplit=1)[0]
+    return prompt, text[len(prompt) :].lstrip() or text

@@ -1,0 +1,139 @@
+"""Who takes part in `wise bench`: the package's own commands, and the methods behind the protocol of baselines."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+import torch
+
+from wisecli.baselines.measure import Edited, Known
+from wisecli.baselines.protocol import METHODS, Bench, Method, UnsuitableError
+from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
+from wisecli.contexts import unrelated_texts
+from wisecli.edits import Edit
+from wisecli.events import Event, Watcher
+from wisecli.infer import find_layout
+from wisecli.measuring import Measuring
+from wisecli.models import load_model
+from wisecli.pipeline.edit import edit
+from wisecli.pipeline.evaluate import evaluate
+from wisecli.pipeline.merge import merge
+from wisecli.pipeline.reports import peak_rss_bytes
+from wisecli.storage import Checkpoint
+
+# Ours, as settings of the commands: flags of `wise edit`, and of `wise merge`.
+OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "wise": ({}, {}),
+    "wise-retrieve": ({}, {"mode": "retrieve"}),
+    "wise-paper": ({"preset": "paper"}, {}),
+}
+# What these do to all edits together is something else than what they do to some and then to more.
+_AT_ONCE = ("memit-mass",)
+_TEXTS = 200
+_SHARE = 0.95
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What all take part in: the model, the records that are edited, and those that may be learnt from."""
+
+    directory: Path
+    tested: Sequence[Edit]
+    learnt: Sequence[Edit]
+    settings: BenchSettings
+    options: Mapping[str, Any]
+    work: Path
+    watch: Watcher
+    known: Known = field(default_factory=Known)
+
+    @cached_property
+    def bench(self) -> Bench:
+        """What methods behind the protocol may use; the model is loaded once for all of them."""
+        checkpoint = Checkpoint(self.directory)
+        trust = bool(self.options["trust_remote_code"])
+        layout = find_layout(self.directory, checkpoint, target_module=None, trust_remote_code=trust, watch=self.watch)
+        loaded = load_model(self.directory, **self.options)
+        texts = unrelated_texts(_TEXTS, seed=self.settings.seed)
+        size, seed = self.settings.batch_size, self.settings.seed
+        return Bench(loaded, checkpoint, layout, self.learnt, texts, size, seed, self.watch)
+
+    def rows(self, name: str, counts: Sequence[int]) -> Iterator[Row]:
+        """A row for each number of edits of one method; or the reason why it cannot run."""
+        yield from (self._ours if name in OURS else self._rival)(name, counts)
+
+    def _rival(self, name: str, counts: Sequence[int]) -> Iterator[Row]:
+        method, seconds, done = None, 0.0, 0
+        for count in counts:
+            self.watch(Event(f"{name}, {count} edits"))
+            try:
+                if method is None or name in _AT_ONCE:
+                    method, seconds, done = METHODS[name](self.bench), 0.0, 0
+                begun = time.perf_counter()
+                method.edit(self.tested[done:count])
+                seconds, done = seconds + time.perf_counter() - begun, count
+                yield self._measured(name, method, count, seconds)
+            except UnsuitableError as error:
+                yield {"method": name, "edits": count, "figures": {"cannot": str(error)}}
+
+    def _measured(self, name: str, method: Method, count: int, seconds: float) -> Row:
+        size = self.settings.batch_size
+        subject = Edited(self.bench.loaded, method, self.known, batch_size=size, watch=self.watch)
+        measuring = Measuring(subject, self.tested[:count], generate=self.settings.generate)
+        with torch.random.fork_rng(devices=[]):
+            measuring.run()
+        costs = {"seconds_per_edit": seconds / count, "bytes": method.bytes()}
+        return self._row(name, count, measuring.after, measuring.before, measuring.each, costs)
+
+    def _ours(self, name: str, counts: Sequence[int]) -> Iterator[Row]:
+        of_edit, of_merge = OURS[name]
+        shards, memory, file = (self.work / part for part in ("shards", "memory", "edits.jsonl"))
+        self.work.mkdir(parents=True, exist_ok=True)
+        for count in counts:
+            self.watch(Event(f"{name}, {count} edits"))
+            with jsonlines.open(file, "w") as writer:
+                writer.write_all(record.as_dict() for record in self.tested[:count])
+            settings = resolve(EditSettings, {**of_edit, "seed": self.settings.seed}, section="edit")
+            edited = edit(str(self.directory), file, shards, settings, **self.options, force=True, watch=self.watch)
+            merged = merge([shards], memory, MergeSettings(**of_merge), force=True)
+            given = EvalSettings(generate=self.settings.generate, batch_size=self.settings.batch_size)
+            report = evaluate(memory, given, data=file, **self.options, watch=self.watch)
+            size = sum(path.stat().st_size for path in memory.iterdir())
+            costs = {"seconds_per_edit": (edited.seconds + merged.seconds) / count, "bytes": size}
+            yield self._row(name, count, report.after, report.before, report.each, costs)
+
+    def _row(
+        self,
+        name: str,
+        count: int,
+        after: Mapping[str, float],
+        before: Mapping[str, float],
+        each: Mapping[str, Sequence[tuple[int, float]]],
+        costs: Mapping[str, float],
+    ) -> Row:
+        """Figures, their intervals, and every edit's own reliability, oldest first."""
+        intervals = {figure: self._interval([value for _, value in values]) for figure, values in each.items()}
+        figures = {**after, "before": dict(before), "intervals": intervals, **costs}
+        figures |= {"peak_rss_bytes": peak_rss_bytes(), "by_age": [value for _, value in each.get("reliability", ())]}
+        return {"method": name, "edits": count, "figures": json.loads(json.dumps(figures))}
+
+    def _interval(self, values: Sequence[float]) -> tuple[float, float]:
+        return interval(values, resamples=self.settings.resamples, seed=self.settings.seed)
+
+
+def interval(values: Sequence[float], *, resamples: int, seed: int) -> tuple[float, float]:
+    """Bootstrap interval (95 %) of a mean over edits, by percentiles."""
+    chance = random.Random(seed)
+    means = sorted(statistics.fmean(chance.choices(values, k=len(values))) for _ in range(resamples))
+    cut = round((1 - _SHARE) / 2 * (len(means) - 1))
+    return means[cut], means[len(means) - 1 - cut]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("", "edit", "merge", "eval", "export", "generate", "inspect", "verify", "fetch")
+COMMANDS = ("", "edit", "merge", "eval", "export", "generate", "inspect", "verify", "bench", "fetch")
 PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 
 

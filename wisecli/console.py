@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from wisecli.bench_report import FIGURES
 from wisecli.events import NOTE, Event, Watcher
 
 if TYPE_CHECKING:
@@ -34,15 +35,6 @@ if TYPE_CHECKING:
     from wisecli.planning import Plan
 
 _LINE_SECONDS = 5.0
-# Figures that `wise bench` prints, and how they are headed.
-_COMPARED = {
-    "reliability": "reliability",
-    "generalization": "generalization",
-    "locality": "locality",
-    "portability": "portability",
-    "perplexity_median": "perplexity",
-    "generated_exact": "exact",
-}
 _STATES = {"same": "ok", "differs": "DIFFERS", "unchecked": "not checked"}
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
@@ -123,14 +115,14 @@ class Console:
     def compared(self, report: BenchReport) -> None:
         """Print what ``wise bench`` measured."""
         table = Table(title=f"{report.dataset}, edited by every method")
-        for column in ("edits", "method", *_COMPARED.values(), "s an edit", "MB"):
+        for column in ("edits", "method", *FIGURES.values(), "s an edit", "MB"):
             table.add_column(column, justify="left" if column == "method" else "right")
         for row in report.rows:
             figures = row["figures"]
             if "cannot" in figures:
                 table.add_row(str(row["edits"]), row["method"], f"cannot run: {figures['cannot']}")
                 continue
-            shown = [f"{figures[name]:.3f}" if name in figures else "" for name in _COMPARED]
+            shown = [f"{figures[name]:.3f}" if name in figures else "" for name in FIGURES]
             costs = f"{figures['seconds_per_edit']:.2f}", f"{figures['bytes'] / 1e6:.1f}"
             table.add_row(str(row["edits"]), row["method"], *shown, *costs)
         self.result(report.as_json(), table)

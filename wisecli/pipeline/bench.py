@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import jsonlines
 from wisecli.baselines import load_methods
 from wisecli.baselines.protocol import METHODS
 from wisecli.bases import find_model
+from wisecli.bench_report import markdown, page
 from wisecli.config import BenchSettings
 from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.events import Watcher, ignore
@@ -81,8 +83,17 @@ def bench(
             kept.add(row)
     rows = tuple(kept.found[name, count] for count in counts for name in names)
     report = BenchReport(dataset, rows, {**asdict(settings), **about}, output)
-    write_json(output / "results.json", report.as_json())
+    _write(report)
     return report
+
+
+def _write(report: BenchReport) -> None:
+    """``results.json``, ``results.md`` and ``report.html`` beside the rows."""
+    write_json(report.output / "results.json", report.as_json())
+    (report.output / "results.md").write_text(markdown(report.rows), encoding="utf-8")
+    about = json.dumps({"config": report.config, "versions": versions()}, indent=2)
+    title = f"Editing {report.config['model']} with {report.dataset}"
+    (report.output / "report.html").write_text(page(report.rows, title=title, about=about), encoding="utf-8")
 
 
 def _counts(text: str) -> list[int]:

@@ -20,7 +20,7 @@ from wisecli.site import Site, value_module
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite")
 # The tiny models' weights are large, so they need longer steps.
-COARSE = FineTuning(rate=2e-2, steps=20, stop_loss=2.0, limit=9e-2)
+COARSE = FineTuning(rate=2e-2, steps=20, stop_loss=2.0, limit=9e-2, width=64)
 
 
 def whole_loss(model: PreTrainedModel, row: Row) -> Tensor:
@@ -68,6 +68,7 @@ def test_a_stream_of_edits_is_adam_on_the_matrix_itself(tmp_path: Path, architec
     model, site = bench.loaded.model, method.sites[0]
     base = weight_of(model, site).detach().clone()
     weight = value_module(model, site).get_parameter("weight").requires_grad_()
+    limit = 9e-2 * 64 / site.d_ff
     stopped = 0
     for row in rows_of(bench):
         start, optimizer = weight.detach().clone(), torch.optim.Adam([weight], lr=COARSE.rate)
@@ -79,7 +80,7 @@ def test_a_stream_of_edits_is_adam_on_the_matrix_itself(tmp_path: Path, architec
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            weight.data = torch.maximum(torch.minimum(weight.data, start + COARSE.limit), start - COARSE.limit)
+            weight.data = torch.maximum(torch.minimum(weight.data, start + limit), start - limit)
     assert stopped > 0
     expected = weight_of(model, site).detach() - base
     # As a whole: where a gradient is next to nothing, Adam makes a step of its rounding.

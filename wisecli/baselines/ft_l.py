@@ -23,7 +23,9 @@ from wisecli.events import Event
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Settings. ``layer`` of ``of`` is a depth; no weight moves further than ``limit`` within one edit."""
+    """Settings. ``layer`` of ``of`` is a depth; no weight moves further than ``limit`` within one edit, for a matrix of
+    ``width`` columns: as many more columns move the output as much more, so narrower matrices may move further.
+    """
 
     # EasyEdit's for Llama-7B, which the WISE paper compares with.
     layer: int = 21
@@ -33,6 +35,7 @@ class FineTuning:
     steps: int = 25
     stop_loss: float = 0.03
     limit: float | None = 5e-4
+    width: int = 6400
 
 
 @method("ft-l")
@@ -42,6 +45,8 @@ class FtL(Rewritten):
     def __init__(self, bench: Bench, settings: FineTuning | None = None) -> None:
         self.settings = settings or FineTuning()
         super().__init__(bench, [at_depth(bench, self.settings.layer, self.settings.of)])
+        limit, width = self.settings.limit, self.settings.width
+        self.limit = None if limit is None else limit * width / self.sites[0].d_ff
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """Fine-tune on each edit in turn.
@@ -81,6 +86,6 @@ class FtL(Rewritten):
             optimizer.zero_grad()
             (loss + self.penalty(delta)).backward()
             optimizer.step()
-            if settings.limit is not None:
-                delta.data.clamp_(start - settings.limit, start + settings.limit)
+            if self.limit is not None:
+                delta.data.clamp_(start - self.limit, start + self.limit)
         self.deltas[0] = delta.detach()

@@ -32,19 +32,19 @@ def test_the_subjects_last_token_is_found_under_every_prefix(
     prefixes = ["", "ma. ", "de fi so pa. "]
     fact = read_fact(bench, Edit("one", prompt, "ta ta", subject=subject), prefixes)
     tokens = bench.loaded.tokenizer(prompt)["input_ids"]
-    for row, column in enumerate(fact.columns.tolist()):
+    assert fact.prompts == len(prefixes)
+    for row, column in enumerate(fact.columns[: fact.prompts].tolist()):
         own = fact.batch.ids[row, column - word : fact.batch.start + 1].tolist()
         assert own == tokens
         assert fact.batch.mask[row].sum() == len(tokens) + [0, 1, 4][row] + 1
-    found = subject is not None and subject.strip().lower() in prompt.lower() and bool(subject.strip())
-    assert (fact.essence is not None) == found
-    if fact.essence is not None and subject is not None:
-        batch, columns = fact.essence
-        length = len(bench.loaded.tokenizer(subject)["input_ids"])
-        assert columns.tolist() == [length - 1]
-        assert bench.loaded.tokenizer.decode(batch.ids[0][:length]) == subject.strip().lower().replace("(", "").replace(
-            ")", ""
-        )
+    found = subject is not None and subject.strip() and subject.strip().lower() in prompt.lower()
+    assert len(fact.batch.ids) == len(fact.columns) == len(prefixes) + bool(found)
+    if found:
+        essence = fact.batch.ids[-1][fact.batch.mask[-1].bool()].tolist()
+        name = bench.loaded.tokenizer(prompt[prompt.lower().index(str(subject).strip().lower()) :])["input_ids"]
+        length = len(bench.loaded.tokenizer(str(subject))["input_ids"])
+        assert essence == [*name[:length], *bench.loaded.tokenizer("is a")["input_ids"]]
+        assert fact.columns[-1] == fact.batch.start - 2
 
 
 def test_a_token_that_goes_on_after_the_subject_is_the_one() -> None:

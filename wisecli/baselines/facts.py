@@ -39,20 +39,21 @@ class Search:
 
 @dataclass(frozen=True)
 class Fact:
-    """An edit's rows, the bare prompt's first; ``columns`` (B,) hold the subject's last token.
+    """An edit's rows: its prompt under each prefix, the bare one first, and last the essence ``{subject} is a``.
 
-    ``essence`` is the row ``{subject} is a``, if the edit has a subject in its prompt.
+    ``columns`` (B,) hold the subject's last token, ``prompts`` is how many rows are prompts: without a subject in the
+    edit's prompt there is no essence, and all are.
     """
 
     id: str
     batch: Batch
     columns: Tensor
-    essence: tuple[Batch, Tensor] | None
+    prompts: int
 
 
 @dataclass(frozen=True)
 class Part:
-    """Captured rows from the first subject's last token on, and its place in each of them: (B,) twice.
+    """A fact's rows captured from the first subject's last token on, and its place in each of them: (B,) twice.
 
     What changes at the subject's last token changes nothing before it.
     """
@@ -68,6 +69,8 @@ Placed = Callable[[Part, Tensor], Tensor]
 
 def prefixes_for(bench: Bench, count: int, tokens: int) -> list[str]:
     """No prefix, and ``count`` texts that the model writes itself."""
+    if not count:
+        return [""]
     loaded = bench.loaded
     return ["", *context_prefixes(loaded.model, loaded.tokenizer, count, tokens=tokens, seed=bench.seed)]
 
@@ -80,21 +83,20 @@ def read_fact(bench: Bench, edit: Edit, prefixes: Sequence[str]) -> Fact:
     """
     tokenizer, device = bench.loaded.tokenizer, bench.loaded.device
     span = _span(edit)
-    prompts = [prefix + edit.prompt for prefix in prefixes]
-    rows = [encoded(bench, prompt, edit) for prompt in prompts]
-    batch = collate(rows).to(device)
-    places = []
-    for prefix, prompt, row in zip(prefixes, prompts, rows, strict=True):
-        end = len(prompt) if span is None else len(prefix) + span[1]
-        places.append(batch.start + 1 - len(row.prompt) + token_before(tokenizer, prompt, row.prompt, end))
-    essence = None
+    texts = [prefix + edit.prompt for prefix in prefixes]
+    ends = [len(text) if span is None else len(prefix) + span[1] for prefix, text in zip(prefixes, texts, strict=True)]
+    rows = [encoded(bench, text, edit) for text in texts]
     if span is not None:
         subject = edit.prompt[slice(*span)]
-        text = subject + _ESSENCE
-        tokens = tuple(tokenizer(text)["input_ids"])
-        place = token_before(tokenizer, text, tokens, len(subject))
-        essence = collate([Row(tokens, ())]).to(device), torch.tensor([place], device=device)
-    return Fact(edit.id, batch, torch.tensor(places, device=device), essence)
+        texts.append(subject + _ESSENCE)
+        ends.append(len(subject))
+        rows.append(Row(tuple(tokenizer(texts[-1])["input_ids"]), ()))
+    batch = collate(rows).to(device)
+    columns = [
+        batch.start + 1 - len(row.prompt) + token_before(tokenizer, text, row.prompt, end)
+        for text, row, end in zip(texts, rows, ends, strict=True)
+    ]
+    return Fact(edit.id, batch, torch.tensor(columns, device=device), len(prefixes))
 
 
 def _span(edit: Edit) -> tuple[int, int] | None:
@@ -113,19 +115,18 @@ def token_before(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Sequence
     return max(min(len(head), len(tokens)) - 1 if same is None else same, 0)
 
 
-def look(bench: Bench, site: Site, batch: Batch, columns: Tensor) -> Part:
-    """Capture rows with the model as it is now, from the first of their subjects' last tokens on."""
-    whole = capture(bench.loaded.model, site, batch)
-    rows = torch.arange(len(columns), device=columns.device)
-    cut = int(columns.min())
+def look(bench: Bench, site: Site, fact: Fact) -> Part:
+    """Capture a fact's rows with the model as it is now."""
+    whole = capture(bench.loaded.model, site, fact.batch)
+    cut = int(fact.columns.min())
     past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in whole.past)
     output = None if whole.output is None else whole.output[:, cut:]
     kept = replace(whole, first=cut, keys=whole.keys[:, cut:], hidden=whole.hidden[:, cut:], output=output, past=past)
-    return Part(kept, rows, columns - cut)
+    return Part(kept, torch.arange(len(fact.columns), device=fact.columns.device), fact.columns - cut)
 
 
 def find_change(
-    bench: Bench, site: Site, fact: Fact, parts: Sequence[Part], search: Search, placed: Placed, size: Tensor
+    bench: Bench, site: Site, fact: Fact, part: Part, search: Search, placed: Placed, size: Tensor
 ) -> Tensor:
     """The change (d,) at the subject's last token that makes the layers above say the target under every prefix.
 
@@ -133,7 +134,7 @@ def find_change(
     of the essence from what was said of it, plus ``decay · ‖change‖ / size²``.
 
     Args:
-        parts: the fact's rows and, if it has one, its essence, as the model is now.
+        part: the fact's rows, as the model is now.
         size: norm of what is at the subject's last token now.
 
     Raises:
@@ -142,12 +143,11 @@ def find_change(
     change = torch.zeros(site.d, device=size.device, requires_grad=True)
     optimizer = torch.optim.Adam([change], lr=search.rate)
     with torch.no_grad():
-        before = [_essence(bench, site, part, part.activations.hidden) for part in parts[1:]]
+        _, before = _said(bench, site, fact, part, part.activations.hidden)
     for _ in range(search.steps):
-        loss = target_loss(bench, site, parts[0], placed(parts[0], change))
-        for part, logs in zip(parts[1:], before, strict=True):
-            now = _essence(bench, site, part, placed(part, change))
-            loss = loss + search.essence * F.kl_div(logs, now, log_target=True, reduction="sum")
+        loss, now = _said(bench, site, fact, part, placed(part, change))
+        # Without an essence there is no row to sum over.
+        loss = loss + search.essence * F.kl_div(before, now, log_target=True, reduction="sum")
         # The root is safe at no change, where the norm has no slope.
         loss = loss + search.decay * (change.square().sum() + 1e-12).sqrt() / size.square()
         if not loss.isfinite():
@@ -162,16 +162,14 @@ def find_change(
     return change.detach()
 
 
-def target_loss(bench: Bench, site: Site, part: Part, hidden: Tensor) -> Tensor:
-    """Mean cross-entropy of the target's tokens: every row holds the same target."""
-    batch = part.activations.batch
-    logits = suffix_logits(bench.loaded.model, site, part.activations, hidden, batch.labelled).float()
-    return F.cross_entropy(logits, batch.labels[batch.labels != NO_LABEL])
-
-
-def _essence(bench: Bench, site: Site, part: Part, hidden: Tensor) -> Tensor:
-    """Log-probabilities (1, V) of what follows the essence's last token."""
-    zero = torch.zeros(1, dtype=torch.long, device=hidden.device)
-    select = zero, zero + part.activations.batch.start
-    logits = suffix_logits(bench.loaded.model, site, part.activations, hidden, select)
-    return logits.float().log_softmax(-1)
+def _said(bench: Bench, site: Site, fact: Fact, part: Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the target's tokens (every prompt has the same), and the log-probabilities (1, V), or
+    (0, V), of what follows the essence.
+    """
+    batch = fact.batch
+    rows, columns = batch.labelled
+    essence = torch.arange(fact.prompts, len(fact.columns), device=rows.device)
+    select = torch.cat([rows, essence]), torch.cat([columns, torch.full_like(essence, batch.start)])
+    logits = suffix_logits(bench.loaded.model, site, part.activations, hidden, select).float()
+    loss = F.cross_entropy(logits[: len(rows)], batch.labels[batch.labels != NO_LABEL])
+    return loss, logits[len(rows) :].log_softmax(-1)

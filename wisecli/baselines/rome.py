@@ -25,7 +25,7 @@ from wisecli.events import Event
 _LAYER, _OF = 17, 48
 # The authors' settings for GPT-2 XL.
 SEARCH = Search(rate=0.5, steps=20, limit=4.0, essence=0.0625, decay=0.5)
-# Section 3.1 samples fifty prefixes of two to ten tokens; keys hardly differ after five.
+# The authors sample twenty of five or ten tokens; every prefix takes part in every step, so here are fewer.
 _PREFIXES, _PREFIX_TOKENS = 5, 10
 
 
@@ -59,24 +59,19 @@ class Rome(Rewritten):
         """The key k* (d_ff,) and value v* (d,) of a fact, for the model as edited so far, in float32."""
         site, matrix = self.sites[0], self.matrix(0)
         with self.applied():
-            parts = [look(self.bench, site, fact.batch, fact.columns)]
-            parts += [look(self.bench, site, *fact.essence)] if fact.essence is not None else []
-        key = _keys(parts[0]).mean(0)
+            part = look(self.bench, site, fact)
+        keys = part.activations.keys[part.rows, part.columns].float()
+        key = keys[: fact.prompts].mean(0)
         start = matrix @ key
 
         def placed(part: Part, change: Tensor) -> Tensor:
             # One vector stands there in all rows, whatever each row's own key gave.
             update = part.activations.hidden.new_zeros(part.activations.hidden.shape, dtype=torch.float32)
-            update = update.index_put((part.rows, part.columns), start + change - _keys(part) @ matrix.T)
+            update = update.index_put((part.rows, part.columns), start + change - keys @ matrix.T)
             return part.activations.with_update(update)
 
-        change = find_change(self.bench, site, fact, parts, self.search, placed, start.norm())
+        change = find_change(self.bench, site, fact, part, self.search, placed, start.norm())
         return key, start + change
-
-
-def _keys(part: Part) -> Tensor:
-    """Keys (B, d_ff) at the subject's last token."""
-    return part.activations.keys[part.rows, part.columns].float()
 
 
 def rank_one(matrix: Tensor, key: Tensor, value: Tensor, factor: Tensor) -> Tensor:

@@ -190,3 +190,15 @@ def test_in_the_table_and_the_same_twice(tmp_path: Path) -> None:
 def test_without_texts_it_cannot_run(tmp_path: Path) -> None:
     with pytest.raises(UnsuitableError, match="texts"):
         Rome(bench_for(tmp_path, "llama", []))
+
+
+def test_a_subject_that_opens_the_prompt(tmp_path: Path) -> None:
+    bench = bench_for(tmp_path, "llama")
+    method = Rome(bench)
+    opening = EDITS[0].prompt.split()[0]
+    fact = read_fact(bench, replace(EDITS[0], subject=opening), [""])
+    assert int(fact.columns.min()) == 0
+    key, value = method.pair(fact)
+    tokens = bench.loaded.tokenizer(EDITS[0].prompt)["input_ids"]
+    torch.testing.assert_close(key, keys_of(bench.loaded.model, method.sites[0], tokens)[0], atol=1e-5, rtol=1e-4)
+    assert (value - method.matrix(0) @ key).norm() > 0.1

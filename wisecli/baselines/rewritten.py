@@ -35,13 +35,14 @@ class Rewritten:
         if bench.loaded.stream is not None:
             raise UnsuitableError("it rewrites matrices in place, and this model's layers are streamed")
         self.bench, self.sites = bench, tuple(sites)
+        # The tensors as they are now: within applied() the parameters hold others.
+        self._bases = [self._parameter(site).detach() for site in sites]
         self.deltas = [torch.zeros(site.d, site.d_ff, device=bench.loaded.device) for site in sites]
 
     def matrix(self, place: int) -> Tensor:
-        """The matrix of a site as it is now (d, d_ff), in float32."""
-        site = self.sites[place]
-        base = self._parameter(site).detach().float()
-        return (base.T if site.transposed else base) + self.deltas[place]
+        """The matrix of a site as edited so far (d, d_ff), in float32."""
+        base = self._bases[place].float()
+        return (base.T if self.sites[place].transposed else base) + self.deltas[place]
 
     def applied(self, first: int | None = None) -> AbstractContextManager[None]:
         """The model with its changed matrices; every token sees them, wherever prompts end."""

@@ -1,0 +1,146 @@
+"""MEMIT: facts written into the value matrices of several layers (Meng et al. 2023, section 4.3 and algorithm 1).
+
+For each edit a vector z is found that should leave the last of the layers at the subject's last token, so that the
+layers above say the target. Then, from the lowest layer up, with R what is still missing of the z's shared out among
+the layers that are left, and K the edits' keys in the model as changed so far:
+
+    Δ = R Kᵀ (λ C + K Kᵀ)⁻¹,  the least of  λ · tr(Δ C Δᵀ) + ‖Δ K - R‖²
+
+C is the second moment of keys of unrelated text in the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.baselines.facts import Fact, Part, Search, find_change, look, prefixes_for, read_fact
+from wisecli.baselines.protocol import Bench, UnsuitableError, hooks, method
+from wisecli.baselines.rewritten import Rewritten, at_depth, second_moment
+from wisecli.capture import capture
+from wisecli.edits import Edit
+from wisecli.events import Event
+from wisecli.site import value_module
+
+# The authors' settings for GPT-J.
+SEARCH = Search(rate=0.5, steps=25, limit=0.75, essence=0.0625, decay=0.5)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Settings. ``first`` to ``last`` of ``of`` are depths, ``weight`` is λ."""
+
+    # The authors' settings for GPT-J: layers 3 to 8 of 28, λ = 15000.
+    first: int = 3
+    last: int = 8
+    of: int = 28
+    weight: float = 15000.0
+    search: Search = SEARCH
+    # As many as for ROME.
+    prefixes: int = 5
+    prefix_tokens: int = 10
+
+
+class Memit(Rewritten):
+    """Mass editing, ``batch`` edits at once; all that are given at once by default.
+
+    An edit without a subject in its prompt is written at the prompt's last token, and without a KL term.
+
+    Raises:
+        UnsuitableError: there are no unrelated texts, or the matrices' output passes a norm before it joins the
+            residual stream, where what is missing there is no sum of what the matrices add.
+    """
+
+    def __init__(self, bench: Bench, settings: Range | None = None, *, batch: int | None = None) -> None:
+        self.settings = settings or Range()
+        first, last = (
+            at_depth(bench, layer, self.settings.of).layer for layer in (self.settings.first, self.settings.last)
+        )
+        super().__init__(bench, [bench.site(layer) for layer in range(first, last + 1)])
+        if self.sites[-1].norm is not None:
+            raise UnsuitableError("it adds up what matrices give, and here that passes a norm before it is added")
+        self.batch = batch
+        self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
+        self._factors = [
+            torch.linalg.cholesky(self.settings.weight * second_moment(bench, site)) for site in self.sites
+        ]
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Write edits, a batch after the other.
+
+        Raises:
+            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
+        """
+        size = self.batch or max(len(edits), 1)
+        for start in range(0, len(edits), size):
+            facts = [read_fact(self.bench, edit, self.prefixes) for edit in edits[start : start + size]]
+            targets = []
+            for fact in facts:
+                targets.append(self.target(fact))
+                self.bench.watch(Event("mass edits", start + len(targets), len(edits)))
+            self._write(facts, torch.stack(targets))
+
+    def target(self, fact: Fact) -> Tensor:
+        """The z (d,) of a fact, for the model as edited so far, in float32."""
+        top = self.sites[-1]
+        with self.applied():
+            part = look(self.bench, top, fact)
+        hidden = part.activations.hidden[0, part.columns[0]].float()
+        return hidden + find_change(self.bench, top, fact, part, self.settings.search, _added, hidden.norm())
+
+    def _write(self, facts: Sequence[Fact], targets: Tensor) -> None:
+        """Bring the layer that is the last of the range to the facts' targets (n, d)."""
+        for place, site in enumerate(self.sites):
+            with self.applied():
+                seen = [self._seen(fact, place) for fact in facts]
+            keys, states = (torch.stack(parts) for parts in zip(*seen, strict=True))
+            residuals = (targets - states) / ((len(self.sites) - place) * site.multiplier)
+            self.deltas[place] = self.deltas[place] + spread(residuals, keys, self._factors[place])
+
+    def _seen(self, fact: Fact, place: int) -> tuple[Tensor, Tensor]:
+        """At a fact's subject: the mean key (d_ff,) at a site, and what leaves the last site's layer under the bare
+        prompt (d,), in float32.
+        """
+        model, kept = self.bench.loaded.model, []
+        module = value_module(model, self.sites[place])
+        with hooks(module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))):
+            top = capture(model, self.sites[-1], fact.batch, above=False)
+        rows = torch.arange(fact.prompts, device=fact.columns.device)
+        return kept[0][rows, fact.columns[: fact.prompts]].float().mean(0), top.hidden[0, fact.columns[0]].float()
+
+
+def _added(part: Part, change: Tensor) -> Tensor:
+    hidden = part.activations.hidden
+    every = change.to(hidden.dtype).expand(len(part.rows), -1)
+    return hidden.index_put((part.rows, part.columns), every, accumulate=True)
+
+
+def spread(residuals: Tensor, keys: Tensor, factor: Tensor) -> Tensor:
+    """``Rᵀ K (λ C + Kᵀ K)⁻¹`` (d, d_ff) in float32 for residuals (n, d) and keys (n, d_ff).
+
+    As ``Rᵀ (I + K A Kᵀ)⁻¹ K A`` with ``A = (λ C)⁻¹``, which is the same and needs an inverse of the edits' size only.
+
+    Args:
+        factor: Cholesky factor of ``λ C`` (d_ff, d_ff), in float64.
+    """
+    wide = keys.double()
+    turned = torch.cholesky_solve(wide.T, factor)
+    inner = wide @ turned
+    inner.diagonal().add_(1)
+    delta: Tensor = residuals.double().T @ torch.linalg.solve(inner, turned.T)
+    return delta.float()
+
+
+@method("memit")
+def memit(bench: Bench) -> Memit:
+    """Edit after edit."""
+    return Memit(bench, batch=1)
+
+
+@method("memit-mass")
+def memit_mass(bench: Bench) -> Memit:
+    """All edits that come together at once."""
+    return Memit(bench)

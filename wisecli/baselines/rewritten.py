@@ -1,0 +1,92 @@
+"""What methods that rewrite value matrices share: the matrices, and the keys of unrelated text that they spare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.baselines.protocol import Bench, UnsuitableError, changed, tensor_bytes
+from wisecli.edits import Edit
+from wisecli.encode import Row, encode
+from wisecli.site import Site, value_module
+from wisecli.unrelated import keys_of_texts
+
+# Added to a second moment's diagonal, as a share of the diagonal's median: the papers take theirs over a hundred
+# thousand texts, and of few texts some directions are seen hardly or never. The median, as first tokens have huge keys.
+_SHRINKAGE = 0.01
+
+
+def at_depth(bench: Bench, layer: int, of: int) -> Site:
+    """The site that lies as deep as ``layer`` lies among ``of`` layers; one layer always stays above it."""
+    return bench.site(min(round(layer / of * bench.layers), bench.layers - 2))
+
+
+class Rewritten:
+    """A model some of whose value matrices are changed: ``W' = W + Δ``, each Δ (d, d_ff) kept in float32.
+
+    Raises:
+        UnsuitableError: the model's layers are streamed, so no matrix stays where it is put.
+    """
+
+    def __init__(self, bench: Bench, sites: Sequence[Site]) -> None:
+        if bench.loaded.stream is not None:
+            raise UnsuitableError("it rewrites matrices in place, and this model's layers are streamed")
+        self.bench, self.sites = bench, tuple(sites)
+        # The tensors as they are now: within applied() the parameters hold others.
+        self._bases = [self._parameter(site).detach() for site in sites]
+        self.deltas = [torch.zeros(site.d, site.d_ff, device=bench.loaded.device) for site in sites]
+
+    def matrix(self, place: int) -> Tensor:
+        """The matrix of a site as edited so far (d, d_ff), in float32."""
+        base = self._bases[place].float()
+        return (base.T if self.sites[place].transposed else base) + self.deltas[place]
+
+    def applied(self, first: int | None = None) -> AbstractContextManager[None]:
+        """The model with its changed matrices; every token sees them, wherever prompts end."""
+        del first
+        pairs = zip(self.sites, (self.matrix(place) for place in range(len(self.sites))), strict=True)
+        values = [matrix.T.contiguous() if site.transposed else matrix for site, matrix in pairs]
+        return changed([self._parameter(site) for site in self.sites], values)
+
+    def asked(self, prompt: str) -> str:
+        """The prompt itself."""
+        return prompt
+
+    def bytes(self) -> int:
+        """Size of the changes."""
+        return tensor_bytes(*self.deltas)
+
+    def _parameter(self, site: Site) -> nn.Parameter:
+        return value_module(self.bench.loaded.model, site).get_parameter("weight")
+
+
+def encoded(bench: Bench, prompt: str, edit: Edit) -> Row:
+    """A prompt with an edit's target as a row.
+
+    Raises:
+        UnsuitableError: the tokenizer leaves nothing of it.
+    """
+    try:
+        return encode(bench.loaded.tokenizer, prompt, edit.target)
+    except ValueError as error:
+        raise UnsuitableError(f"edit {edit.id!r} cannot be used: {error}") from None
+
+
+def second_moment(bench: Bench, site: Site) -> Tensor:
+    """``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64 and safe to invert.
+
+    Raises:
+        UnsuitableError: there are no texts.
+    """
+    if not bench.texts:
+        raise UnsuitableError("it needs unrelated texts, and there are none")
+    keys, _, _ = keys_of_texts(bench.loaded, site, bench.texts, batch_size=bench.batch_size, watch=bench.watch)
+    moment = torch.zeros(site.d_ff, site.d_ff, dtype=torch.float64, device=keys.device)
+    for part in keys.split(4096):  # in float64 the keys would take twice what they do
+        moment += part.double().T @ part.double()
+    moment /= len(keys)
+    moment.diagonal().add_(_SHRINKAGE * moment.diagonal().median())
+    return moment

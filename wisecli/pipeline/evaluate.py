@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class EvalReport:
     config: dict[str, Any]
     seconds: float
     peak_rss_bytes: int
-    each: dict[str, list[tuple[int, float]]]
+    each: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The one object that ``--json`` prints."""

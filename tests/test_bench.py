@@ -18,7 +18,16 @@ from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.pipeline.contestants import interval
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
-FIGURES = {"reliability", "generalization", "locality", "perplexity", "generated_exact", "seconds_per_edit", "bytes"}
+FIGURES = {
+    "reliability",
+    "generalization",
+    "locality",
+    "perplexity",
+    "generated_exact",
+    "seconds_per_edit",
+    "bytes",
+    "overhead",
+}
 
 
 def record(number: int) -> dict[str, Any]:
@@ -49,8 +58,9 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compare(place: Path, output: Path, **settings: Any) -> pipeline.BenchReport:
     named = {name: settings.pop(name) for name in ("force", "watch") if name in settings}
+    data = settings.pop("data", [place / "data.jsonl"])
     given = BenchSettings(**{"methods": "wise,ft-l", "counts": "2,4", "resamples": 50, **settings})
-    return pipeline.bench(str(place / "model"), output, given, data=place / "data.jsonl", device="cpu", **named)
+    return pipeline.bench(str(place / "model"), output, given, data=data, device="cpu", **named)
 
 
 def test_a_row_for_every_method_and_number_of_edits(place: Path, tmp_path: Path) -> None:
@@ -75,6 +85,26 @@ def test_a_row_for_every_method_and_number_of_edits(place: Path, tmp_path: Path)
     for figure in ("reliability", "generalization", "generated_exact"):
         assert befores[0][figure] == befores[1][figure]
     assert befores[0]["perplexity"] == pytest.approx(befores[1]["perplexity"], rel=1e-4)
+
+
+def test_datasets_take_turns_in_one_memory_and_have_figures_of_their_own(place: Path, tmp_path: Path) -> None:
+    for name, first in (("left", 0), ("right", 10)):
+        records = (record(number) for number in range(first, first + 9))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    files = [tmp_path / f"{name}.jsonl" for name in ("left", "right")]
+    report = compare(place, tmp_path / "out", counts="5", data=files)
+    assert report.dataset == "left,right"
+    edits = [json.loads(line)["id"] for line in (tmp_path / "out" / "work" / "edits.jsonl").read_text().splitlines()]
+    assert edits == ["left/0", "right/10", "left/1", "right/11", "left/2"]
+    for row in report.rows:
+        domains = row["figures"]["domains"]
+        assert domains.keys() == {"left", "right"}
+        for figure in ("reliability", "generalization", "generated_exact"):
+            whole = (3 * domains["left"][figure] + 2 * domains["right"][figure]) / 5
+            assert whole == pytest.approx(row["figures"][figure]), figure
+    assert "routing" in report.rows[0]["figures"]["domains"]["left"]
+    with pytest.raises(SettingsError, match="--data is given 2 times for 3 datasets"):
+        compare(place, tmp_path / "other", data=files, dataset="zsre,temporal,hallucination")
 
 
 def test_rows_that_are_there_are_not_measured_again(place: Path, tmp_path: Path) -> None:

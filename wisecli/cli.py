@@ -386,9 +386,14 @@ def bench(
     model: Annotated[str, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")],
     output: Output = Path("bench"),
     dataset: Annotated[
-        str | None, setting(BenchSettings, "dataset", "zsre, hallucination, temporal or a file.", none="--data")
+        str | None,
+        setting(
+            BenchSettings, "dataset", "Benchmarks or files, with commas between: one memory for all.", none="--data"
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="The dataset's file, instead of fetching it.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="A dataset's file, instead of fetching it; once for each.")
+    ] = None,
     train: Annotated[
         Path | None, typer.Option(help="Records to learn from.", show_default="those that are not edited")
     ] = None,
@@ -414,7 +419,7 @@ def bench(
 
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with console.watching() as watch:
-        report = run(model, output, settings, data=data, train=train, force=force, watch=watch, **named)
+        report = run(model, output, settings, data=data or (), train=train, force=force, watch=watch, **named)
     console.compared(report)
 
 

@@ -69,7 +69,7 @@ class Measuring:
     def run(self) -> None:
         """Measure everything that the records allow."""
         reliability = self._run("reliability", [[(edit.prompt, edit.target)] for edit in self.records])
-        self._perplexity(reliability)
+        self._perplexity([one for group in reliability for one in group])
         rephrased = self._run(
             "generalization", [[(text, edit.target) for text in edit.rephrases] for edit in self.records]
         )
@@ -86,11 +86,11 @@ class Measuring:
             for name in [name for name in figures if name.startswith(prefix)]:
                 del figures[name]
 
-    def _run(self, name: str, groups: Sequence[Sequence[Pair]]) -> list[Measured]:
+    def _run(self, name: str, groups: Sequence[Sequence[Pair]]) -> list[list[Measured]]:
         """Share of target tokens that are the arg-max: mean over an edit's probes, then over edits."""
         measured = self._measure(name, groups, prompt_opens=True)
         self._record(name, measured, lambda reading: reading.right)
-        return [one for group in measured for one in group]
+        return measured
 
     def _measure(self, name: str, groups: Sequence[Sequence[Pair]], *, prompt_opens: bool) -> list[list[Measured]]:
         pairs = [pair for group in groups for pair in group]
@@ -127,15 +127,20 @@ class Measuring:
         measured = self._measure("locality", groups, prompt_opens=False)
         self._keep("locality", measured, lambda _: 1.0, lambda one: one.same)
 
-    def _routing(self, rephrased: Sequence[Measured]) -> None:
+    def _routing(self, rephrased: Sequence[Sequence[Measured]]) -> None:
         """Share of rephrases that open the memory which holds their edit."""
         numbers = self.numbers or {}
-        wanted = [numbers.get((edit.prompt, edit.target)) for edit in self.records for _ in edit.rephrases]
-        pairs = [(one.opened, number) for one, number in zip(rephrased, wanted, strict=True) if number is not None]
-        if pairs:
+        wanted = [numbers.get((edit.prompt, edit.target)) for edit in self.records]
+        found = [
+            (place, [one.opened == wanted[place] for one in group])
+            for place, group in enumerate(rephrased)
+            if group and wanted[place] is not None
+        ]
+        if found:
             self.before["routing"] = 0.0
-            self.after["routing"] = statistics.fmean(opened == number for opened, number in pairs)
-            self.samples["routing"] = len(pairs)
+            self.after["routing"] = statistics.fmean(right for _, group in found for right in group)
+            self.each["routing"] = [(place, statistics.fmean(group)) for place, group in found]
+            self.samples["routing"] = sum(len(group) for _, group in found)
 
     def _perplexity(self, measured: Sequence[Measured]) -> None:
         for figures, readings in (
@@ -146,6 +151,9 @@ class Measuring:
             figures["perplexity"] = statistics.fmean(values)
             figures["perplexity_median"] = statistics.median(values)
             figures["perplexity_clipped"] = statistics.fmean(min(value, 100.0) for value in values)
+        self.each["perplexity_clipped"] = [
+            (place, min(one.after.perplexity, 100.0)) for place, one in enumerate(measured)
+        ]
 
     def _ood(self) -> None:
         """Share of a free text's tokens that the model is sure of, after the prompt it opens with."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,9 @@ class Known:
     answers: dict[tuple[str, int], str] = field(default_factory=dict)
 
 
+_ROUNDS = 3
+
+
 @torch.no_grad()
 def said(
     loaded: Loaded,
@@ -68,6 +72,17 @@ def said(
         found |= {index: Said(best[at == row], losses[at == row]) for row, index in enumerate(indices)}
         watch(Event(stage, len(found), len(rows)))
     return [found[index] for index in range(len(rows))]
+
+
+def overhead(edited: Callable[[], object], unedited: Callable[[], object]) -> float:
+    """How much longer the edited model takes for the same work, as a ratio less one: by the fastest of some rounds."""
+    best = {edited: float("inf"), unedited: float("inf")}
+    for _ in range(_ROUNDS):
+        for run in (unedited, edited):
+            begun = time.perf_counter()
+            run()
+            best[run] = min(best[run], time.perf_counter() - begun)
+    return best[edited] / best[unedited] - 1
 
 
 def answers(
@@ -119,6 +134,18 @@ class Edited:
         return [
             _measured(self.known.said[row], row, one, other) for row, one, other in zip(rows, after, asked, strict=True)
         ]
+
+    def overhead(self, pairs: Sequence[tuple[str, str]]) -> float:
+        """How much longer one pass over prompts and answers takes; rewording a question is part of it."""
+
+        def edited() -> None:
+            asked = [self.row(self.method.asked(prompt), target) for prompt, target in pairs]
+            said(self.loaded, asked, self.method, batch_size=self.batch_size)
+
+        def unedited() -> None:
+            said(self.loaded, [self.row(*pair) for pair in pairs], batch_size=self.batch_size)
+
+        return overhead(edited, unedited)
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy answers, before and after."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from wisecli.baselines.protocol import METHODS
 from wisecli.bases import find_model
 from wisecli.bench_report import markdown, page
 from wisecli.config import BenchSettings
+from wisecli.edits import Edit
 from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.events import Watcher, ignore
 from wisecli.pipeline.contestants import OURS, Course, Row
@@ -45,7 +47,7 @@ def bench(
     output: Path,
     settings: BenchSettings,
     *,
-    data: Path | None = None,
+    data: Sequence[Path] = (),
     train: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -55,29 +57,33 @@ def bench(
 ) -> BenchReport:
     """Edit a model by every method with the first records of a dataset, and measure it after each number of edits.
 
+    Several datasets take turns, a record each; all their edits stand in one memory, and there are figures of each, too.
     Rows that are there already are not measured again.
 
     Args:
+        data: the datasets' files, in the order of their names, instead of fetching them.
         train: records to learn from; by default those of the dataset that no number of edits reaches.
 
     Raises:
-        SettingsError: a method is unknown, or there are too few records.
+        SettingsError: a method is unknown, there are too few records, or not as many files as datasets.
         ChangedInputError: the output holds rows of another model, dataset or seed.
     """
     load_methods()
     names, counts = settings.methods.split(","), _counts(settings.counts)
     if unknown := [name for name in names if name not in (*OURS, *METHODS)]:
         raise SettingsError(f"--methods: {unknown[0]!r} is unknown; known are {', '.join([*OURS, *sorted(METHODS)])}")
-    dataset, records = read_dataset(settings.dataset, data)
+    sources = _sources(settings.dataset, data)
+    dataset, records = ",".join(name for name, _ in sources), [edit for _, edits in sources for edit in edits]
     if counts[-1] > len(records):
         raise SettingsError(f"--edits {counts[-1]}: {dataset} has only {len(records)} records")
-    tested = records[: counts[-1]]
-    learnt = records[counts[-1] :] if train is None else read_dataset(None, train)[1]
+    turns = _turns(sources)
+    tested, domains = [edit for _, edit in turns[: counts[-1]]], [name for name, _ in turns[: counts[-1]]]
+    learnt = [edit for _, edit in turns[counts[-1] :]] if train is None else read_dataset(None, train)[1]
     about = {"model": model, "dataset": dataset, "seed": settings.seed, "generate": settings.generate, "dtype": dtype}
     about["records"] = sha256_json([record.as_dict() for record in records])[:12]
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     kept = _Rows(output, about, force=force)
-    course = Course(find_model(model, watch=watch), tested, learnt, settings, options, output / "work", watch)
+    course = Course(find_model(model, watch=watch), tested, domains, learnt, settings, options, output / "work", watch)
     for name in names:
         for row in course.rows(name, [count for count in counts if (name, count) not in kept.found]):
             kept.add(row)
@@ -85,6 +91,27 @@ def bench(
     report = BenchReport(dataset, rows, {**asdict(settings), **about}, output)
     _write(report)
     return report
+
+
+def _sources(dataset: str | None, data: Sequence[Path]) -> list[tuple[str, Sequence[Edit]]]:
+    """Names and records of the datasets.
+
+    Raises:
+        SettingsError: there are more names than one, and not as many files.
+    """
+    names = dataset.split(",") if dataset else [None] * max(1, len(data))
+    if data and len(data) != len(names):
+        raise SettingsError(f"--data is given {len(data)} times for {len(names)} datasets; give one file for each")
+    files: Sequence[Path | None] = data or [None] * len(names)
+    return [read_dataset(name, file) for name, file in zip(names, files, strict=True)]
+
+
+def _turns(sources: Sequence[tuple[str, Sequence[Edit]]]) -> list[tuple[str, Edit]]:
+    """Records with their dataset's name, a record of each in turn while it has any; ids bear the names of several."""
+    if len(sources) > 1:
+        sources = [(name, [replace(edit, id=f"{name}/{edit.id}") for edit in edits]) for name, edits in sources]
+    named = [[(name, edit) for edit in edits] for name, edits in sources]
+    return [one for turn in zip_longest(*named) for one in turn if one is not None]
 
 
 def _write(report: BenchReport) -> None:

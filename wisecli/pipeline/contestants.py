@@ -15,19 +15,21 @@ from typing import Any
 import jsonlines
 import torch
 
-from wisecli.baselines.measure import Edited, Known
+from wisecli.attached import attach
+from wisecli.baselines.measure import Edited, Known, overhead, said
 from wisecli.baselines.protocol import METHODS, Bench, Method, UnsuitableError
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.contexts import unrelated_texts
 from wisecli.edits import Edit
+from wisecli.encode import encode
 from wisecli.events import Event, Watcher
 from wisecli.infer import find_layout
 from wisecli.measuring import Measuring
-from wisecli.models import load_model
+from wisecli.models import Loaded, load_model
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge
-from wisecli.pipeline.reports import peak_rss_bytes
+from wisecli.pipeline.reports import forget_peaks, peak_rss_bytes, peak_vram_bytes
 from wisecli.storage import Checkpoint
 
 # Ours, as settings of the commands: flags of `wise edit`, and of `wise merge`.
@@ -40,16 +42,21 @@ OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 _AT_ONCE = ("memit-mass",)
 _TEXTS = 200
 _SHARE = 0.95
+_TIMED = 32
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Course:
-    """What all take part in: the model, the records that are edited, and those that may be learnt from."""
+    """What all take part in: the model, the records that are edited, and those that may be learnt from.
+
+    ``domains`` names the dataset of each record that is edited.
+    """
 
     directory: Path
     tested: Sequence[Edit]
+    domains: Sequence[str]
     learnt: Sequence[Edit]
     settings: BenchSettings
     options: Mapping[str, Any]
@@ -76,6 +83,7 @@ class Course:
         method, seconds, done = None, 0.0, 0
         for count in counts:
             self.watch(Event(f"{name}, {count} edits"))
+            forget_peaks()
             try:
                 if method is None or name in _AT_ONCE:
                     method, seconds, done = METHODS[name](self.bench), 0.0, 0
@@ -93,6 +101,7 @@ class Course:
         with torch.random.fork_rng(devices=[]):
             measuring.run()
         costs = {"seconds_per_edit": seconds / count, "bytes": method.bytes()}
+        costs["overhead"] = subject.overhead(self._timed(count))
         return self._row(name, count, measuring.after, measuring.before, measuring.each, costs)
 
     def _ours(self, name: str, counts: Sequence[int]) -> Iterator[Row]:
@@ -101,6 +110,7 @@ class Course:
         self.work.mkdir(parents=True, exist_ok=True)
         for count in counts:
             self.watch(Event(f"{name}, {count} edits"))
+            forget_peaks()
             with jsonlines.open(file, "w") as writer:
                 writer.write_all(record.as_dict() for record in self.tested[:count])
             settings = resolve(EditSettings, {**of_edit, "seed": self.settings.seed}, section="edit")
@@ -110,7 +120,27 @@ class Course:
             report = evaluate(memory, given, data=file, **self.options, watch=self.watch)
             size = sum(path.stat().st_size for path in memory.iterdir())
             costs = {"seconds_per_edit": (edited.seconds + merged.seconds) / count, "bytes": size}
+            costs["overhead"] = self._overhead(memory, count)
             yield self._row(name, count, report.after, report.before, report.each, costs)
+
+    def _overhead(self, memory: Path, count: int) -> float:
+        """How much longer one pass over prompts and answers takes with a memory."""
+        edited = attach(memory, **self.options)
+        loaded = Loaded(edited.model, edited.tokenizer, edited.stream)
+        rows = [encode(edited.tokenizer, *pair) for pair in self._timed(count)]
+
+        def run() -> None:
+            said(loaded, rows, batch_size=self.settings.batch_size)
+
+        def unedited() -> None:
+            with edited.unedited():
+                run()
+
+        return overhead(run, unedited)
+
+    def _timed(self, count: int) -> list[tuple[str, str]]:
+        """Prompts and answers by which an edited model's time is taken."""
+        return [(edit.prompt, edit.target) for edit in self.tested[: min(count, _TIMED)]]
 
     def _row(
         self,
@@ -125,7 +155,21 @@ class Course:
         intervals = {figure: self._interval([value for _, value in values]) for figure, values in each.items()}
         figures = {**after, "before": dict(before), "intervals": intervals, **costs}
         figures |= {"peak_rss_bytes": peak_rss_bytes(), "by_age": [value for _, value in each.get("reliability", ())]}
+        if vram := peak_vram_bytes():
+            figures["peak_vram_bytes"] = vram
+        if len(set(self.domains)) > 1:
+            figures["domains"] = self._by_domain(each)
         return {"method": name, "edits": count, "figures": json.loads(json.dumps(figures))}
+
+    def _by_domain(self, each: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, dict[str, float]]:
+        """Every figure's mean over the edits of one dataset."""
+        found: dict[str, dict[str, float]] = {}
+        for figure, values in each.items():
+            for domain in dict.fromkeys(self.domains):
+                own = [value for place, value in values if self.domains[place] == domain]
+                if own:
+                    found.setdefault(domain, {})[figure] = statistics.fmean(own)
+        return found
 
     def _interval(self, values: Sequence[float]) -> tuple[float, float]:
         return interval(values, resamples=self.settings.resamples, seed=self.settings.seed)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
+
+import torch
 
 _PACKAGES = ("wisecli", "torch", "transformers", "safetensors")
 
@@ -12,6 +16,19 @@ _PACKAGES = ("wisecli", "torch", "transformers", "safetensors")
 def versions() -> dict[str, str]:
     """Versions of the packages that figures depend on."""
     return {name: version(name) for name in _PACKAGES}
+
+
+def forget_peaks() -> None:
+    """Begin anew to look for the most memory held; of the process's own memory where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_vram_bytes() -> int:
+    """The most memory of a GPU that the process has held; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def peak_rss_bytes() -> int:

@@ -206,7 +206,7 @@ def evaluate(
     directory: Annotated[str | None, typer.Argument(help="Exported directory, or base model.")] = None,
     dataset: Annotated[
         str | None,
-        setting(EvalSettings, "dataset", "zsre, hallucination, temporal or a file.", none="the memory's own edits"),
+        setting(EvalSettings, "dataset", "A benchmark or a file.", none="the memory's own edits"),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="The dataset's file, instead of fetching it.")] = None,
     edits: Annotated[
@@ -364,7 +364,7 @@ def verify(
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2-135m or zsre.")],
+    name: Annotated[str, typer.Argument(help="smollm2-135m, zsre, counterfact or wikibigedit.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to put it.", show_default="the user cache")
     ] = None,

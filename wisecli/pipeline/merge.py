@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ from wisecli.merging import METHODS, Recipe, merge_deltas
 from wisecli.models import require_base
 from wisecli.outputs import refuse_existing, require_space, whole_directory
 from wisecli.pipeline.reports import peak_rss_bytes, versions
+from wisecli.removal import Kept, load_without
+from wisecli.removal import without as drop
 from wisecli.ridge import Penalty
 from wisecli.router import Calibration
 from wisecli.shard_directory import ShardDirectory, origin_of, read_shard_directory, require_same_site
 from wisecli.shards import Shard
 from wisecli.site import load_matrix
 from wisecli.storage import Checkpoint
+from wisecli.unrelated import Unrelated
 
 EXACT = "exact"
 _OF_MATRICES = ("method", "density", "scale", "weights", "refit")
@@ -55,6 +59,7 @@ def merge(
     output: Path,
     settings: MergeSettings,
     *,
+    without: Mapping[Path, Collection[str]] = MappingProxyType({}),
     model: str | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -64,6 +69,7 @@ def merge(
 
     Args:
         inputs: directories that ``wise edit`` wrote, of the same matrix of the same model.
+        without: ids of edits that count as never written, by the directory they are in.
         model: where the base model is now, if not where the shards say.
 
     Raises:
@@ -71,13 +77,16 @@ def merge(
     """
     started = time.perf_counter()
     refuse_existing(output, force=force)
-    directories = [read_shard_directory(path) for path in inputs]
+    read = [drop(read_shard_directory(path), without.get(path, ())) for path in inputs]
+    directories = [kept.directory for kept in read]
     require_same_site(directories)
     first = directories[0]
     settings = _resolved(settings, first)
     base = find_model(model or first.model, revision=first.revision)
     checkpoint = Checkpoint(base)
     require_base(base, checkpoint, first.site, first.fingerprint)
+    if settings.mode != "lookup":
+        _require_solved(read, settings)
     count = sum(len(directory.shards) for directory in directories)
     site, kept = first.site, count if settings.mode == "retrieve" else 1
     require_space(output, 4 * kept * site.d * site.d_ff)
@@ -90,11 +99,12 @@ def merge(
         peak = 4 * (2 * count + 2) * site.d * site.d_ff
         return MergeReport(output, *names, (), time.perf_counter() - started, peak, planned=True)
     watch(Event("shards"))
-    loaded = [directory.load(entry) for directory in directories for entry in directory.shards]
+    quiet = unrelated_of(directories)
+    loaded = [load_without(directory, entry, quiet.tokens) for directory in directories for entry in directory.shards]
     owners: tuple[tuple[str, ...], ...] = (tuple(edit.id for edit in edits),)
     if mode == "retrieve":
         owners = tuple(entry.edits for directory in directories for entry in directory.shards)
-    material = _material(directories, loaded)
+    material = _material(directories, loaded, quiet)
     watch(Event("merging"))
     if mode == "lookup":
         memory, calibrations = lookup(material, settings)
@@ -121,7 +131,21 @@ def merge(
     return MergeReport(output, *names, calibrations, time.perf_counter() - started, peak_rss_bytes())
 
 
-def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard]) -> Material:
+def _require_solved(read: Sequence[Kept], settings: MergeSettings) -> None:
+    """Check that matrices can be had without the edits that are to be left out.
+
+    Raises:
+        SettingsError: a shard was trained, and holds them still.
+    """
+    trained = [entry.file for kept in read for entry in kept.trained]
+    if trained and settings.method != EXACT:
+        raise SettingsError(
+            f"{trained[0]} was trained, and its matrix still holds an edit that is to be left out; "
+            "write its other edits anew, or merge with --mode lookup or --method exact"
+        )
+
+
+def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard], unrelated: Unrelated) -> Material:
     places: list[Tensor] = []
     before = 0
     for directory in directories:
@@ -131,11 +155,15 @@ def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard]) ->
         before += int(kept.sum())
     evidence = join([shard.evidence for shard in shards], places)
     number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
-    read = [directory.load_unrelated() for directory in directories]
+    return Material(evidence, number, tuple(shard.mask for shard in shards), unrelated)
+
+
+def unrelated_of(directories: Sequence[ShardDirectory]) -> Unrelated:
+    """What the model makes of unrelated text, of all directories; what several have in common counts once."""
+    read = list({directory.unrelated_sha256: directory.load_unrelated() for directory in directories}.values())
     keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))
     chatting = next((one.chatting for one in read if one.chatting is not None), None)
-    unrelated = replace(read[0], keys=keys, chat=chat, chatting=chatting)
-    return Material(evidence, number, tuple(shard.mask for shard in shards), unrelated)
+    return replace(read[0], keys=keys, chat=chat, chatting=chatting)
 
 
 def _in_matrices(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from wisecli.history import Change, Release, changing, has_history, next_name, r
 from wisecli.manifest import read_manifest
 from wisecli.models import Loaded, require_base
 from wisecli.pipeline.edit import EditReport, run
+from wisecli.pipeline.remove import Cleared, cleared
 from wisecli.releases import Published, directories_of, publish, settings_of
 from wisecli.shard_directory import read_shard_directory
 from wisecli.storage import Checkpoint, sha256_file
@@ -96,18 +98,17 @@ def edit_into(
         pending = memory.absolute().parent / f".{memory.name}.shards"
         named: dict[str, Any] = {"executor": executor, "strict": strict, "loaded": loaded, "watch": watch}
         edited = _written(Job(*given, settings, batch.edits), pending, **named)
-        name = next_name(memory)
-        superseded = superseding(read_manifest(memory).edits if releases else (), batch.edits)
-        change = Change(
-            "edit",
-            {**_without(memory, releases, superseded), name: ()},
-            added=tuple(edit.id for edit in read_shard_directory(pending).written),
-            superseded=superseded,
-            edits_file=batch.origin,
-            reason=batch.reason,
-        )
-        merging = settings_of(releases[-1]) if releases else MergeSettings()
-        published = publish(memory, change, merging, new={name: pending}, model=model, who=who, watch=watch)
+        held = read_manifest(memory).edits if releases else ()
+        superseded = superseding(held, batch.edits)
+        added = tuple(edit.id for edit in read_shard_directory(pending).written)
+        cost = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        with _left(memory, releases, superseded, model, watch, **cost) as left:
+            name = _after(memory, left.new)
+            shards = {**left.shards, name: ()}
+            origin, reason = batch.origin, batch.reason
+            change = Change("edit", shards, added=added, superseded=superseded, edits_file=origin, reason=reason)
+            new = {**left.new, name: pending}
+            published = publish(memory, change, _merging(releases), new=new, model=model, who=who, watch=watch)
         shutil.rmtree(pending)
     seconds = time.perf_counter() - started
     return IntoReport(memory, published.release, len(published.manifest.edits), edited, seconds)
@@ -134,15 +135,18 @@ def merge_into(
         releases = read_history(memory) if has_history(memory) else []
         if not releases and (not inputs or (memory.exists() and any(memory.iterdir()))):
             raise MemoryHistoryError(memory)
-        first = int(next_name(memory))
-        new = {f"{first + place:04d}": path for place, path in enumerate(inputs)}
         edits = [edit for path in inputs for edit in read_shard_directory(path).written]
         superseded = superseding(read_manifest(memory).edits if releases else (), edits)
         added = tuple(edit.id for edit in edits)
-        shards = {**_without(memory, releases, superseded), **dict.fromkeys(new, ())}
-        change = Change("merge", shards, added=added, superseded=superseded, reason=reason)
-        merging = _overridden(settings_of(releases[-1]), settings) if releases else settings
-        return publish(memory, change, merging, new=new, model=model, who=who, watch=watch)
+        merging = _overridden(_merging(releases), settings) if releases else settings
+        cost = {"device": "auto", "dtype": "auto", "trust_remote_code": False}
+        with _left(memory, releases, superseded, model, watch, **cost) as left:
+            new = dict(left.new)
+            for path in inputs:
+                new[_after(memory, new)] = path
+            shards = {**left.shards, **dict.fromkeys(new, ())}
+            change = Change("merge", shards, added=added, superseded=superseded, reason=reason)
+            return publish(memory, change, merging, new=new, model=model, who=who, watch=watch)
 
 
 def _overridden(before: MergeSettings, wanted: MergeSettings) -> MergeSettings:
@@ -166,16 +170,22 @@ def _fact(edit: Edit) -> str:
     return " ".join(edit.prompt.casefold().split())
 
 
-def _without(memory: Path, releases: Sequence[Release], superseded: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The shards of the newest release, without the edits that give way."""
+def _left(
+    memory: Path, releases: Sequence[Release], ids: Collection[str], model: str | None, watch: Watcher, **named: Any
+) -> AbstractContextManager[Cleared]:
+    """The newest release's shards, without the edits that give way."""
     if not releases:
-        return {}
-    before = releases[-1].shards
-    held = dict(zip(before, directories_of(memory, releases[-1]), strict=True))
-    return {
-        name: (*gone, *(edit.id for edit in held[name].written if edit.id in superseded))
-        for name, gone in before.items()
-    }
+        return nullcontext(Cleared({}, {}, ()))
+    return cleared(memory, releases[-1], ids, model=model, watch=watch, **named)
+
+
+def _merging(releases: Sequence[Release]) -> MergeSettings:
+    return settings_of(releases[-1]) if releases else MergeSettings()
+
+
+def _after(memory: Path, new: Mapping[str, Path]) -> str:
+    """A name for the shards after those that are new, too."""
+    return f"{int(next_name(memory)) + len(new):04d}"
 
 
 def _written(job: Job, pending: Path, **named: Any) -> EditReport:

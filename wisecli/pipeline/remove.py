@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from wisecli.config import EditSettings, settings_from
 from wisecli.errors import SettingsError
@@ -16,7 +18,7 @@ from wisecli.joining import EXACT
 from wisecli.pipeline.edit import run
 from wisecli.releases import directories_of, publish, settings_of
 from wisecli.removal import without
-from wisecli.shard_directory import ShardDirectory, ShardEntry
+from wisecli.shard_directory import ShardDirectory
 from wisecli.work import Job
 
 
@@ -29,6 +31,15 @@ class RemoveReport:
     held: int
     rewritten: tuple[str, ...]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """A release's shards without some edits; ``new`` are directories of those that had to be trained anew."""
+
+    shards: dict[str, tuple[str, ...]]
+    new: dict[str, Path]
+    rewritten: tuple[str, ...]
 
 
 def remove(
@@ -53,51 +64,60 @@ def remove(
         WiseError: the memory or the model cannot be used; the memory is as it was.
     """
     started = time.perf_counter()
+    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with changing(memory):
-        releases = read_history(memory)
-        newest, settings = releases[-1], settings_of(releases[-1])
-        held = dict(zip(newest.shards, directories_of(memory, newest), strict=True))
-        known = {edit.id for directory in held.values() for edit in directory.written}
-        if missing := [name for name in ids if name not in known]:
-            raise SettingsError(f"{memory} holds no edit {missing[0]!r}; `wise log {memory}` lists what it holds")
-        if known <= set(ids):
+        newest = read_history(memory)[-1]
+        held = {edit.id for directory in directories_of(memory, newest) for edit in directory.written}
+        if missing := [name for name in ids if name not in held]:
+            raise SettingsError(f"{memory} holds no edit {missing[0]!r}; `wise inspect {memory}` lists what it holds")
+        if held <= set(ids):
             raise SettingsError("no edit would be left; delete the memory instead")
-        kept = {name: without(directory, ids) for name, directory in held.items()}
-        in_matrices = settings.mode != "lookup" and settings.method != EXACT
-        anew = {name: one.trained for name, one in kept.items() if one.trained and in_matrices}
-        rest = {name: _rest(ids, entries) for name, entries in anew.items()}
-        gone = {name: (*newest.shards[name], *_both(held[name], {*ids, *rest.get(name, ())})) for name in held}
-        with tempfile.TemporaryDirectory(dir=memory.absolute().parent, prefix=f".{memory.name}.") as working:
-            new: dict[str, Path] = {}
-            for name, names in rest.items():
-                if names:
-                    place = f"{int(next_name(memory)) + len(new):04d}"
-                    new[place] = Path(working) / place
-                    job = _job(held[name], names, model, device, dtype, trust_remote_code=trust_remote_code)
-                    run(job, new[place], watch=watch)
-            change = Change("remove", {**gone, **dict.fromkeys(new, ())}, removed=tuple(ids), reason=reason)
-            published = publish(memory, change, settings, new=new, model=model, who=who, watch=watch)
-    rewritten = tuple(name for names in rest.values() for name in names)
+        with cleared(memory, newest, ids, model=model, watch=watch, **named) as left:
+            change = Change("remove", left.shards, removed=tuple(ids), reason=reason)
+            published = publish(memory, change, settings_of(newest), new=left.new, model=model, who=who, watch=watch)
     seconds = time.perf_counter() - started
-    return RemoveReport(memory, published.release, len(published.manifest.edits), rewritten, seconds)
+    return RemoveReport(memory, published.release, len(published.manifest.edits), left.rewritten, seconds)
 
 
-def _both(directory: ShardDirectory, names: set[str]) -> tuple[str, ...]:
+@contextmanager
+def cleared(
+    memory: Path, release: Release, ids: Collection[str], *, model: str | None, watch: Watcher, **named: Any
+) -> Iterator[Cleared]:
+    """A release's shards without some edits; what has to be trained anew for that is there while the block lasts."""
+    settings = settings_of(release)
+    held = dict(zip(release.shards, directories_of(memory, release), strict=True))
+    trained = settings.mode != "lookup" and settings.method != EXACT
+    anew = {name: _beside(directory, ids) for name, directory in held.items() if trained and _beside(directory, ids)}
+    shards = {
+        name: (*release.shards[name], *_in(directory, {*ids, *anew.get(name, ())})) for name, directory in held.items()
+    }
+    first = int(next_name(memory))
+    with tempfile.TemporaryDirectory(dir=memory.absolute().parent, prefix=f".{memory.name}.") as working:
+        new: dict[str, Path] = {}
+        for name, others in anew.items():
+            place = f"{first + len(new):04d}"
+            new[place] = Path(working) / place
+            run(_job(held[name], others, model, **named), new[place], watch=watch)
+        rewritten = tuple(name for names in anew.values() for name in names)
+        yield Cleared({**shards, **dict.fromkeys(new, ())}, new, rewritten)
+
+
+def _beside(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...]:
+    """The edits that share a trained shard with one that goes."""
+    return tuple(name for entry in without(directory, ids).trained for name in entry.edits if name not in ids)
+
+
+def _in(directory: ShardDirectory, names: Collection[str]) -> tuple[str, ...]:
     return tuple(edit.id for edit in directory.written if edit.id in names)
-
-
-def _rest(ids: Sequence[str], entries: Sequence[ShardEntry]) -> tuple[str, ...]:
-    """The edits that share a shard with one that goes."""
-    return tuple(name for entry in entries for name in entry.edits if name not in ids)
 
 
 def _job(
     directory: ShardDirectory,
-    names: Sequence[str],
+    names: Collection[str],
     model: str | None,
+    *,
     device: str,
     dtype: str,
-    *,
     trust_remote_code: bool,
 ) -> Job:
     """Some edits of a directory of shards once more, as they were written."""

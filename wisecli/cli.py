@@ -458,7 +458,7 @@ def bench(
     console.compared(report)
 
 
-for _command in (cli_memory.remove, cli_memory.rollback, cli_memory.log, cli_memory.diff):
+for _command in (cli_memory.remove, cli_memory.rollback, cli_memory.log, cli_memory.diff, cli_memory.explain):
     app.command()(_command)
 
 

@@ -15,7 +15,7 @@ import typer
 from wisecli.config import MergeSettings
 from wisecli.console import Console
 from wisecli.console_memory import Told
-from wisecli.options import AsJson, Device, Dtype, Model, Quiet, Reason, Trust, Who
+from wisecli.options import AsJson, Budget, Device, Dtype, Memory, Model, Quiet, Reason, Trust, Who, size_in_bytes
 
 Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise edit --into` makes it.")]
 
@@ -80,6 +80,34 @@ def diff(
     from wisecli.pipeline import diff as run
 
     Told(Console(as_json)).compared(run(first, second))
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="Exported directory, or base model (with --memory).")],
+    prompt: Annotated[str, typer.Argument(help="The prompt to look at.")],
+    memory: Memory = None,
+    nearest: Annotated[int, typer.Option(min=0, help="How many memories, or edits, are made to answer.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 32,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the chat template.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the scores of all tokens into this file.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory_budget: Budget = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say why a prompt is answered as it is: nearest edits, scores by token, and what each memory would answer."""
+    console = Console(as_json, quiet)
+    from wisecli.attached import locate_memory
+    from wisecli.pipeline import explain as run
+
+    place, base = locate_memory(model, memory, Path("memory"))
+    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "chat": chat}
+    named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
+    with console.watching():
+        report = run(place, prompt, model=base, nearest=nearest, max_new_tokens=max_new_tokens, plot=plot, **named)
+    Told(console).explained(report)
 
 
 def edit_into(

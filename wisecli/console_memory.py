@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +14,7 @@ from wisecli.console import Console
 if TYPE_CHECKING:
     from wisecli.edits import Edit
     from wisecli.history import Release
-    from wisecli.pipeline import DiffReport, IntoReport, LogReport, RemoveReport, RollbackReport
+    from wisecli.pipeline import DiffReport, ExplainReport, IntoReport, LogReport, RemoveReport, RollbackReport
     from wisecli.releases import Published
 
 _LONGEST = 48
@@ -72,6 +73,21 @@ class Told:
         if not of_one:
             lines = [f"{len(report.edits)} edits held; the log is whole"]
         self.console.result(report.as_json(), table, *map(Text, lines))
+
+    def explained(self, report: ExplainReport) -> None:
+        """Print a prompt's answers, the edits it is near to, and what was open at every token."""
+        near = Table("nearest", "its prompt", "its target", "score / threshold", "answer if it answers")
+        for one in report.nearest:
+            texts = _short(one.prompt or ""), _short(one.target or ""), f"{one.strength:.2f}", _short(one.answer)
+            near.add_row(one.name, *map(escape, texts))
+        tokens = Table("token", "score / threshold", "answered by", "nearest edit")
+        for place, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
+            if place == len(report.prompt_tokens):
+                tokens.add_section()
+            by = "side memory" if token.routed else "main memory"
+            tokens.add_row(escape(repr(token.text)), f"{token.strength:.2f}", by, escape(token.edit or ""))
+        lines = [f"edited: {_short(report.answer)}", f"unedited: {_short(report.unedited)}"]
+        self.console.result(report.as_json(), *map(Text, lines), near, tokens)
 
     def compared(self, report: DiffReport) -> None:
         """Print what differs, one line each."""

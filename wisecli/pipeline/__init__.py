@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from wisecli.pipeline.diff import DiffReport, diff
     from wisecli.pipeline.edit import EditReport, edit
     from wisecli.pipeline.evaluate import EvalReport, evaluate
+    from wisecli.pipeline.explain import ExplainReport, explain
     from wisecli.pipeline.export import ExportReport, export
     from wisecli.pipeline.follow import follow
     from wisecli.pipeline.generate import Answer, generate
@@ -34,6 +35,7 @@ __all__ = [
     "DiffReport",
     "EditReport",
     "EvalReport",
+    "ExplainReport",
     "ExportReport",
     "InspectReport",
     "IntoReport",
@@ -47,6 +49,7 @@ __all__ = [
     "edit",
     "edit_into",
     "evaluate",
+    "explain",
     "export",
     "follow",
     "generate",

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
-    AutoModelForCausalLM,
+    CLIPVisionConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -20,6 +22,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    LlavaConfig,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
@@ -96,6 +99,23 @@ TINY_CONFIGS: dict[str, PretrainedConfig] = {
     "stablelm": StableLmConfig(**_SHAPE),
     "falcon": FalconConfig(**_FALCON_SHAPE, new_decoder_architecture=True, num_kv_heads=2, alibi=False),
 }
+# The last word of the tokenizer stands for a patch of an image.
+IMAGE_TOKEN = VOCABULARY - 1
+_EYE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "initializer_range": 0.2,
+}
+TINY_CONFIGS["llava"] = LlavaConfig(
+    text_config=LlamaConfig(**_SHAPE),
+    vision_config=CLIPVisionConfig(**_EYE),
+    image_token_index=IMAGE_TOKEN,
+    vision_feature_layer=-1,
+)
 _AS_INITIALISED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj")
 # One of each trait, for what takes long: an attention in parallel, a norm behind the matrix, a turned matrix, layers
 # that give tuples, a multiplier.
@@ -113,10 +133,16 @@ VARIANTS: dict[str, PretrainedConfig] = {
 }
 
 
+def loader_of(architecture: str) -> Any:
+    """The class of transformers that loads an architecture with its head."""
+    vision = hasattr((TINY_CONFIGS | VARIANTS)[architecture], "vision_config")
+    return transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+
+
 def tiny_model(architecture: str, *, seed: int = 0) -> PreTrainedModel:
     """A randomly initialised model, in float32 and evaluation mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config((TINY_CONFIGS | VARIANTS)[architecture]).eval()
+    model = loader_of(architecture).from_config((TINY_CONFIGS | VARIANTS)[architecture]).eval()
     if architecture not in _AS_INITIALISED:
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases start as ones and noughts, which hide what leaves them out

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from wisecli.edits import Edit
 from wisecli.encode import Row
@@ -59,16 +59,22 @@ def save_tiny(directory: Path, architecture: str = "llama", *, seed: int = 0, sh
     return directory
 
 
+def row_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The table's row of a model; what it leaves open its text model's row says."""
+    table = architectures()
+    return table.get(config.get_text_config().model_type, {}) | table[config.model_type]
+
+
 def site_of(model: PreTrainedModel, layer: int) -> Site:
     """The site of a loaded model."""
-    row: dict[str, Any] = architectures()[model.config.model_type]
+    row = row_of(model.config)
     layer_module = f"{row['layers']}.{layer}"
     module = f"{layer_module}.{row['value']}"
     transposed = bool(row.get("transposed", False))
     shape = tuple(model.get_submodule(module).weight.shape)
     d_ff, d = shape if transposed else shape[::-1]
     norm = f"{layer_module}.{row['norm']}" if "norm" in row else None
-    multiplier = getattr(model.config, row["multiplier"]) if "multiplier" in row else 1.0
+    multiplier = getattr(model.config.get_text_config(), row["multiplier"]) if "multiplier" in row else 1.0
     return Site(model.config.model_type, layer, layer_module, module, transposed, d, d_ff, norm, multiplier)
 
 

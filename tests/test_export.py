@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from conftest import SAMPLE_EDITS, TINY_CONFIGS, TYPICAL, Chain, tiny_model
+from conftest import SAMPLE_EDITS, TINY_CONFIGS, TYPICAL, Chain, loader_of, tiny_model
 from helpers import (
     alone,
     choice_of,
@@ -108,7 +108,8 @@ def export_tiny(
 
 
 def load(path: Path, **named: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **named).eval()
+    architecture = json.loads((path / "config.json").read_text())["model_type"].removeprefix("wise_")
+    return loader_of(architecture).from_pretrained(path, trust_remote_code=True, **named).eval()
 
 
 def padded(rows: list[tuple[int, ...]], *, left: bool) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
-from helpers import alone, choice_of, choose, hooked, memory_for, random_rows, routed_by_loop, site_of
+from conftest import TINY_CONFIGS, VOCABULARY, tiny_model
+from helpers import alone, choice_of, choose, hooked, memory_for, random_rows, routed_by_loop, row_of, site_of
 from helpers import keys_of as keys_of_tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from wisecli.generation import left_padded
 from wisecli.memory import UNROUTED, PromptGate, RoutedMatrix, SideMemory, install
-from wisecli.site import architectures
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
 MODES = ("norm", "key", "lookup")
@@ -459,7 +458,7 @@ def test_the_gate_decides_anew_on_a_cache_that_was_filled_without_it() -> None:
 
 
 def place(architecture: str) -> tuple[str, bool]:
-    row = architectures()[architecture]
+    row = row_of(TINY_CONFIGS[architecture])
     return f"{row['layers']}.2.{row['value']}", bool(row.get("transposed", False))
 
 

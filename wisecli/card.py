@@ -12,22 +12,23 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from wisecli.errors import DamagedFileError
 from wisecli.manifest import Manifest
+from wisecli.site import loader_name
 from wisecli.storage import read_json
 
 CARD_NAME = "README.md"
-# How each form is loaded.
+# How each form is loaded, by which classes.
 _LOADING = {
     "routed": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LOADER, READER
 
-tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+NAME = READER.from_pretrained("PATH", trust_remote_code=True)
+model = LOADER.from_pretrained("PATH", trust_remote_code=True)
 ```""",
     "merged": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LOADER, READER
 
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForCausalLM.from_pretrained("PATH")
+NAME = READER.from_pretrained("PATH")
+model = LOADER.from_pretrained("PATH")
 ```""",
     "delta": """```python
 import wisecli
@@ -85,10 +86,17 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
         router=manifest.memory.router,
         routing=manifest.memory.routing,
         note=note,
-        loading=_LOADING[form],
+        loading=_loading(manifest, form, base),
         figures=_table(figures),
         edits="\n".join(f"| {_cell(edit.prompt)} | {_cell(edit.target)} |" for edit in manifest.edits),
     )
+
+
+def _loading(manifest: Manifest, form: str, base: Path) -> str:
+    """How a form is loaded; a base that reads images has a processor, which holds its tokenizer."""
+    reader = "AutoProcessor" if (base / "processor_config.json").is_file() else "AutoTokenizer"
+    text = _LOADING[form].replace("LOADER", loader_name(manifest.site.architecture))
+    return text.replace("NAME", reader.removeprefix("Auto").lower()).replace("READER", reader)
 
 
 def _licence(base: Path) -> str | None:

@@ -16,13 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 
 from wisecli import memory as memory_module
 from wisecli.errors import ModelError
 from wisecli.manifest import MANIFEST_NAME, Manifest, write_memory
 from wisecli.shards import half
-from wisecli.site import load_matrix, stored_weight
+from wisecli.site import load_matrix, loader_name, stored_weight
 from wisecli.storage import (
     EXPORTED_KEY,
     INDEX_NAME,
@@ -40,6 +44,11 @@ BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safete
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _REWRITTEN = ("config.json", "router.json", "README.md", CODE_NAME, MEMORY_CODE_NAME)
+# Classes of models with their head, by the class that loads them.
+_WITH_HEAD = {
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+}
 
 
 def write_routed(
@@ -144,11 +153,11 @@ def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
     """Names of transformers' classes for a base of this type, and the custom code of its routed checkpoints, by file.
 
     Raises:
-        ValueError, KeyError: transformers has no causal language model of that type.
+        ValueError, KeyError: transformers has no language model of that type.
     """
-    kind = type(AutoConfig.for_model(model_type))
-    names = {"config": kind.__name__, "model_type": model_type}
-    for name, mapping in (("base", MODEL_MAPPING), ("causal", MODEL_FOR_CAUSAL_LM_MAPPING)):
+    kind, loader = type(AutoConfig.for_model(model_type)), loader_name(model_type)
+    names = {"config": kind.__name__, "model_type": model_type, "loader": loader}
+    for name, mapping in (("base", MODEL_MAPPING), ("causal", _WITH_HEAD[loader])):
         names[name] = str(mapping[kind].__name__)  # type: ignore[attr-defined]  # the stubs allow for pairs
     template = resources.files("wisecli").joinpath("data/modeling_wise.py.tmpl").read_text(encoding="utf-8")
     code = Template(template).substitute(names, architecture=names["causal"])
@@ -161,7 +170,7 @@ def auto_map(names: dict[str, str]) -> dict[str, str]:
     Args:
         names: as :func:`code_files` gives them.
     """
-    loaders = {"AutoConfig": "config", "AutoModel": "base", "AutoModelForCausalLM": "causal"}
+    loaders = {"AutoConfig": "config", "AutoModel": "base", names["loader"]: "causal"}
     module = CODE_NAME.removesuffix(".py")
     return {loader: f"{module}.Wise{names[name]}" for loader, name in loaders.items()}
 

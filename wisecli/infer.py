@@ -23,7 +23,8 @@ from wisecli.capture import capture, suffix_logits
 from wisecli.encode import Row, collate
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.events import NOTE, Event, Watcher, ignore
-from wisecli.site import Layout, Site, architectures, known_layout, layer_count, stored_weight
+from wisecli.records import shown
+from wisecli.site import Layout, Site, architectures, known_layout, layer_count, stored_weight, text_settings
 from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json
 
 # Settings that count the experts of a layer, and those that say how wide the feed-forward layer is.
@@ -49,11 +50,17 @@ def find_layout(
     Raises:
         ModelError: the model is quantised or a mixture of experts.
         SettingsError: ``target_module`` has no place for the index.
-        UnknownArchitectureError: there is no row for it, and the module tree leaves a choice.
+        UnknownArchitectureError: there is no row for it, and the module tree leaves a choice, or it is a model around
+            a text model.
     """
     config = read_json(directory / "config.json")
     refuse_unsupported(directory, config, checkpoint)
     known = str(config.get("model_type")) in architectures()
+    if not known and EXPORTED_KEY not in config and isinstance(config.get("text_config"), dict):
+        raise UnknownArchitectureError(
+            f"{directory}: architecture {shown(config.get('model_type'))} has its text model inside another model, "
+            f"and is none of those that can be edited so: {', '.join(sorted(_around_text()))}"
+        )
     if target_module is not None:
         return _told(directory, checkpoint, config, target_module)
     if known:
@@ -65,6 +72,11 @@ def find_layout(
     note = f"architecture {layout.architecture!r} is not in the table: {path} is taken for its value matrix"
     watch(Event(NOTE, note=f"{note}; name another with --target-module"))
     return layout
+
+
+def _around_text() -> Iterator[str]:
+    """Architectures of the table whose text model is part of another model."""
+    return (name for name, row in architectures().items() if "loader" in row)
 
 
 def refuse_unsupported(directory: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -100,7 +112,8 @@ def _told(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], ta
     row = known_layout(directory) if architecture in architectures() else None
     if row is not None and (row.layers, row.value) == (layers, value):
         return row
-    width = next((config[name] for name in _WIDTH_NAMES if name in config), None)
+    settings = text_settings(directory)
+    width = next((settings[name] for name in _WIDTH_NAMES if name in settings), None)
     weight = stored_weight(checkpoint, f"{layers}.0.{value}")
     shape = checkpoint.shape(weight) if weight is not None else ()
     turned = len(shape) == 2 and shape[0] != width and shape[1] == width

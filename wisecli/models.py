@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
 from wisecli.planning import spool_bytes
-from wisecli.site import Fingerprint, Site, fingerprint, known_layout, layer_count, stored_weight
+from wisecli.site import Fingerprint, Site, fingerprint, known_layout, layer_count, loader_name, stored_weight
 from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json
 from wisecli.streaming import LayerStream, load_streamed
 
@@ -99,15 +100,13 @@ def load_model(
     stream = None
     try:
         config = _base_config(directory, common)
+        loader = getattr(transformers, loader_name(config.model_type))
         weights = {"dtype": pick_dtype(dtype), "use_safetensors": True, **common}
         if room is None:
-            loading = AutoModelForCausalLM.from_pretrained(
-                directory, config=config, output_loading_info=True, **weights
-            )
-            model, info = _pair(loading)
+            model, info = loader.from_pretrained(directory, config=config, output_loading_info=True, **weights)
         else:
             path = layers or known_layout(directory).layers
-            model, info, stream = load_streamed(directory, config, path, chosen, spool_bytes=room, **weights)
+            model, info, stream = load_streamed(loader, directory, config, path, chosen, spool_bytes=room, **weights)
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
     except WiseError:
         raise
@@ -124,13 +123,10 @@ def load_model(
 def _require_layers(directory: Path) -> None:
     """Refuse a config that has more layers built than the checkpoint can fill, before any of them is."""
     tensors = sum(1 for _ in Checkpoint(directory))
-    if layer_count(directory) > tensors:
+    parts = [part for part in read_json(directory / "config.json").values() if isinstance(part, dict)]
+    towers = [part[name] for part in parts for name in ("num_hidden_layers", "depth") if type(part.get(name)) is int]
+    if max(layer_count(directory), *towers, 0) > tensors:
         raise ModelError(f"{directory}: config.json speaks of more layers than there are tensors ({tensors})")
-
-
-def _pair(found: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    model, info = found  # the stubs know of no second result
-    return model, info
 
 
 def _first(names: list[str]) -> str:

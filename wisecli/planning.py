@@ -10,7 +10,7 @@ import torch
 from wisecli.config import EditSettings
 from wisecli.contexts import subjects_for
 from wisecli.headers import Layout, read_header
-from wisecli.site import Site, layer_count
+from wisecli.site import Site, layer_count, spellings
 from wisecli.storage import Checkpoint, read_json
 
 # A model is held whole if its weights leave this share of the budget to activations, statistics and the libraries.
@@ -73,7 +73,7 @@ def sizes(checkpoint: Checkpoint, layers: str, dtype: torch.dtype | str = "auto"
     each, rest = [0] * layer_count(checkpoint.directory), 0
     own = _itemsize(checkpoint, dtype)
     layouts = _layouts(checkpoint)
-    starts = [f"{layers}."[place:] for place in (0, layers.find(".") + 1)]
+    starts = list(spellings(f"{layers}."))
     for name, layout in layouts.items():
         number = next((name.removeprefix(start).partition(".")[0] for start in starts if name.startswith(start)), "")
         size = math.prod(layout.shape) * own if own else layout.bytes

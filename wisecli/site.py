@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
-from wisecli.storage import Checkpoint, read_json, sha256_json, sha256_tensor
+from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json, sha256_json, sha256_tensor
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,6 +23,7 @@ else:
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST_LAYERS = 10**6
+DEFAULT_LOADER = "AutoModelForCausalLM"
 # The paper's best layers lie at about four fifths of the depth (section 3.3: layer 27 of 32), and so do ours.
 AUTO_DEPTH = 0.8
 
@@ -87,6 +90,7 @@ class Fingerprint:
         return asdict(self)
 
 
+@cache
 def architectures() -> dict[str, dict[str, Any]]:
     """The table of known architectures, by ``model_type``."""
     return tomllib.loads(resources.files("wisecli").joinpath("architectures.toml").read_text(encoding="utf-8"))
@@ -98,16 +102,47 @@ def known_layout(directory: Path) -> Layout:
     Raises:
         UnknownArchitectureError: the architecture has no row in the table.
     """
-    config = read_json(directory / "config.json")
-    architecture = str(config.get("model_type"))[:80]
+    architecture = str(read_json(directory / "config.json").get("model_type"))[:80]
     table = architectures()
+    known = ", ".join(sorted(table))
     if architecture not in table:
-        raise UnknownArchitectureError(
-            f"{directory}: architecture {architecture!r} is not supported; known are {', '.join(sorted(table))}"
-        )
-    row = dict(table[architecture])
-    setting = row.pop("multiplier", None)
-    return Layout(architecture, **row, multiplier=float(config.get(setting, 1.0)))
+        raise UnknownArchitectureError(f"{directory}: architecture {architecture!r} is not supported; known are {known}")
+    row, settings = table[architecture], text_settings(directory)
+    if "value" not in row:
+        tower = str(settings.get("model_type"))[:80]
+        if "value" not in table.get(tower, {}):
+            raise UnknownArchitectureError(f"{directory}: text model {tower!r} is not supported; known are {known}")
+        row = {**table[tower], **row}
+    named = {one.name: row[one.name] for one in fields(Layout) if one.name in row}
+    return Layout(architecture, **{**named, "multiplier": float(settings.get(row.get("multiplier"), 1.0))})
+
+
+def loader_name(architecture: str) -> str:
+    """Name of the class of transformers that loads a model of this type with its head."""
+    name: str = architectures().get(architecture, {}).get("loader", DEFAULT_LOADER)
+    return name
+
+
+def text_settings(directory: Path) -> dict[str, Any]:
+    """Settings of the model that reads text: of the whole, or of its part for text with that type's defaults.
+
+    Raises:
+        ModelError: transformers knows no such part.
+    """
+    config = read_json(directory / "config.json")
+    exported, text = config.get(EXPORTED_KEY), config.get("text_config")
+    architecture = (exported if isinstance(exported, dict) else config).get("model_type")
+    if not isinstance(text, dict) or architecture not in architectures():
+        return config
+    from transformers import AutoConfig
+
+    # Of the settings themselves only the type: whatever else they say is checked before anything is built from them.
+    typed = {"text_config": {"model_type": text["model_type"]}} if "model_type" in text else {}
+    try:
+        defaults = AutoConfig.for_model(architecture, **typed).get_text_config().to_dict()
+    except Exception as error:  # what a strange type makes transformers raise
+        raise ModelError(f"{directory}: config.json has a text_config of no known type") from error
+    return {**defaults, **text}
 
 
 def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto", layout: Layout | None = None) -> Site:
@@ -143,7 +178,7 @@ def layer_count(directory: Path) -> int:
     Raises:
         ModelError: that is no number of layers.
     """
-    config = read_json(directory / "config.json")
+    config = text_settings(directory)
     count = next((config[name] for name in _LAYER_COUNTS if name in config), 0)
     if type(count) is not int or not 0 <= count <= _MOST_LAYERS:
         raise ModelError(f"{directory}: config.json has {str(count)[:40]!r} layers; is it this model's?")
@@ -171,7 +206,16 @@ def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:
 
 def stored_name(checkpoint: Checkpoint, parameter: str) -> str | None:
     """The same for any parameter."""
-    return next((spelling for spelling in (parameter, parameter.split(".", 1)[1]) if spelling in checkpoint), None)
+    return next((spelling for spelling in spellings(parameter) if spelling in checkpoint), None)
+
+
+def spellings(parameter: str) -> Iterator[str]:
+    """What checkpoints may call a parameter, or the start of several: without the prefix, or as the table says."""
+    yield parameter
+    yield parameter.split(".", 1)[1]
+    for row in architectures().values():
+        if "stored" in row and parameter.startswith(f"{row['layers']}."):
+            yield row["stored"] + parameter.removeprefix(row["layers"])
 
 
 def load_matrix(checkpoint: Checkpoint, site: Site) -> torch.Tensor:

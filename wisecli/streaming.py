@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from wisecli.headers import read_header
 from wisecli.hooks import hooked, overridden
@@ -186,11 +186,12 @@ class LayerStream:
 
 
 def load_streamed(
-    directory: Path, config: Any, layers: str, device: torch.device, *, spool_bytes: int, **options: Any
+    loader: Any, directory: Path, config: Any, layers: str, device: torch.device, *, spool_bytes: int, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
     """Load all of a model but its decoder layers.
 
     Args:
+        loader: class of transformers that loads such a model.
         layers: module path of the list of layers.
         options: what else ``from_pretrained`` is to know.
 
@@ -198,15 +199,14 @@ def load_streamed(
         ModelError: a layer's tensors are not in the checkpoint as the model has them.
     """
     with torch.device("meta"):
-        drawn = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=options["trust_remote_code"])
+        drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=options["trust_remote_code"])
     count = len(list(drawn.get_submodule(layers).children()))
     places = {path: str(device) for path in _beside(drawn, layers)}
     places |= {f"{layers}.{number}": "disk" for number in range(count)}
     with _quiet(logging.getLogger("accelerate.big_modeling")):
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             directory, config=config, device_map=places, output_loading_info=True, **options
         )
-    model, info = found
     _take_hooks_off(model)
     for layer in model.get_submodule(layers).children():
         for module in layer.modules():

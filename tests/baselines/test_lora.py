@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from helpers import row_of
 from rivals import (
     EDITS,
     require_batches_like_rows,
@@ -24,7 +25,6 @@ from wisecli.baselines.lora import Lora, LoraSettings, projections
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, UnsuitableError
 from wisecli.encode import Row, encode
-from wisecli.site import architectures
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 QUICK = LoraSettings(rate=0.005)
@@ -109,10 +109,10 @@ def test_the_same_seed_gives_the_same_adapters_and_leaves_chance_alone(tmp_path:
 
 
 def test_every_architecture_has_its_attention_and_value_matrix_adapted(architecture: str) -> None:
-    row = architectures()[architecture]
     model = tiny_model(architecture)
+    row = row_of(model.config)
     found = projections(model, row["layers"], row["value"])
-    assert sum(name.endswith(row["value"]) for name in found) == model.config.num_hidden_layers
+    assert sum(name.endswith(row["value"]) for name in found) == model.config.get_text_config().num_hidden_layers
     attention = {name.split(".", 3)[-1] for name in found if not name.endswith(row["value"])}
     assert attention
     assert all("attn" in name or "attention" in name for name in attention)

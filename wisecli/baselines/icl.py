@@ -55,7 +55,7 @@ class Icl:
         self._records = Facts(TermIndex(self._tokenizer, background))
         self._records.add(bench.train)
         self._facts = Facts(TermIndex(self._tokenizer, background))
-        positions = getattr(bench.loaded.model.config, "max_position_embeddings", None)
+        positions = getattr(bench.loaded.model.config.get_text_config(), "max_position_embeddings", None)
         self._room = self.settings.share * positions if positions else float("inf")
 
     def edit(self, edits: Sequence[Edit]) -> None:

@@ -29,6 +29,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2VLConfig,
     Qwen3Config,
     SmolLM3Config,
     StableLmConfig,
@@ -115,6 +116,19 @@ TINY_CONFIGS["llava"] = LlavaConfig(
     vision_config=CLIPVisionConfig(**_EYE),
     image_token_index=IMAGE_TOKEN,
     vision_feature_layer=-1,
+)
+TINY_CONFIGS["qwen2_vl"] = Qwen2VLConfig(
+    text_config={**_SHAPE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    vision_config={
+        "depth": 2,
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "mlp_ratio": 2,
+        "initializer_range": 0.2,
+    },
+    image_token_id=IMAGE_TOKEN,
 )
 _AS_INITIALISED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj")
 # One of each trait, for what takes long: an attention in parallel, a norm behind the matrix, a turned matrix, layers

@@ -49,6 +49,11 @@ _WITH_HEAD = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 }
+# Who else loads what a loader does: of models that read images, `transformers serve`.
+_LOADERS = {
+    "AutoModelForCausalLM": ("AutoModelForCausalLM",),
+    "AutoModelForImageTextToText": ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+}
 
 
 def write_routed(
@@ -170,7 +175,7 @@ def auto_map(names: dict[str, str]) -> dict[str, str]:
     Args:
         names: as :func:`code_files` gives them.
     """
-    loaders = {"AutoConfig": "config", "AutoModel": "base", names["loader"]: "causal"}
+    loaders = {"AutoConfig": "config", "AutoModel": "base", **dict.fromkeys(_LOADERS[names["loader"]], "causal")}
     module = CODE_NAME.removesuffix(".py")
     return {loader: f"{module}.Wise{names[name]}" for loader, name in loaders.items()}
 

@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "compatibility.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from conftest import TINY_CONFIGS, VARIANTS  # noqa: E402
+from conftest import TINY_CONFIGS, VARIANTS, loader_of  # noqa: E402
 from helpers import save_tiny  # noqa: E402
 
 from wisecli import pipeline  # noqa: E402
@@ -32,7 +32,7 @@ ALONE = """
 import json, sys
 sys.modules["wisecli"] = None
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
 
 exports, prompts, edits = json.loads(sys.argv[1])
 said = {name: {} for name in exports}
@@ -46,13 +46,15 @@ def check(name, what, run):
             said[name][what] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-for name, path in exports.items():
+for name, (path, loader) in exports.items():
     kept = {}
 
     def reload():
-        kept["tokenizer"] = AutoTokenizer.from_pretrained(path, trust_remote_code=True, padding_side="left")
+        kept["tokenizer"] = transformers.AutoTokenizer.from_pretrained(
+            path, trust_remote_code=True, padding_side="left"
+        )
         kept["tokenizer"].pad_token = kept["tokenizer"].eos_token
-        kept["model"] = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+        kept["model"] = getattr(transformers, loader).from_pretrained(path, trust_remote_code=True).eval()
 
     def opened():
         model = kept["model"]
@@ -92,12 +94,13 @@ print(json.dumps(said))
 def table(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """What came of each check, for each architecture or form of one; checks after a failed one are not made."""
     with tempfile.TemporaryDirectory() as scratch:
-        results, exports = {}, {}
+        results: dict[str, dict[str, str]] = {}
+        exports: dict[str, tuple[str, str]] = {}
         for name in names:
             root = Path(scratch) / name.replace(", ", "-")
             results[name] = _chain(name, root)
             if all(outcome == DONE for outcome in results[name].values()):
-                exports[name] = str(root / "edited")
+                exports[name] = str(root / "edited"), loader_of(name).__name__
         for name, said in _alone(exports, Path(scratch)).items():
             results[name] |= said
     return results
@@ -125,7 +128,7 @@ def _chain(name: str, root: Path) -> dict[str, str]:
     return outcomes
 
 
-def _alone(exports: dict[str, str], scratch: Path) -> dict[str, dict[str, str]]:
+def _alone(exports: dict[str, tuple[str, str]], scratch: Path) -> dict[str, dict[str, str]]:
     environment = {**os.environ, "HF_HOME": str(scratch / "home"), "HF_HUB_OFFLINE": "1"}
     environment["HF_MODULES_CACHE"] = str(scratch / "modules")
     command = [sys.executable, "-I", "-c", ALONE, json.dumps([exports, PROMPTS, len(EDITS)])]
@@ -146,6 +149,7 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "merged into a lookup and exported; the export is loaded by transformers alone, a process in which `wisecli`\n"
         "cannot be imported; every edit's prompt opens the memory; it generates; and a padded batch gives what each\n"
         "prompt gives alone.\n\n" + head + "\n".join(rows) + "\n\n"
+        "LLaVA and Qwen2-VL, which read images, are tried with text here; the tests put images before it.\n\n"
         "Other dense decoders are read off their module tree, or told by `--target-module`. Mixtures of experts and\n"
         "quantised models are refused.\n"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import TINY_CONFIGS, VARIANTS, loader_of, tiny_model
 from helpers import alone, hooked, random_rows, save_tiny, tiny_tokenizer
 from rich.console import Console as RichConsole
 from safetensors.torch import load_file, save_file
@@ -47,6 +47,8 @@ OTHERS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "phi": ({"intermediate_size": 64, "num_key_value_heads": 2}, "model.layers.{layer}.mlp.fc2", None),
     "bloom": ({"n_layer": 4, "n_head": 4}, "transformer.h.{layer}.mlp.dense_4h_to_h", None),
 }
+# Models that are not around a text model: only of these the tree is asked.
+PLAIN = [name for name in sorted(TINY_CONFIGS | VARIANTS) if loader_of(name) is AutoModelForCausalLM]
 EDITS = [{"id": "one", "prompt": "ba be bi", "target": "do du"}, {"id": "two", "prompt": "ka ke", "target": "fa"}]
 ROWS = random_rows((1, 2), (4, 1), (9, 3))
 DOWN = "model.layers.{layer}.mlp.down_proj"
@@ -91,6 +93,7 @@ def edits(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("variant", PLAIN)
 def test_what_the_module_tree_shows_is_what_the_table_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,20 @@ from wisecli.site import (
     find_site,
     fingerprint,
     load_matrix,
+    stored_weight,
     value_module,
 )
 from wisecli.storage import Checkpoint
 
 LAYERS = 5
+# Checkpoints of the others keep their layers under another path than the model anyway.
+PLAIN = sorted(name for name, row in architectures().items() if "stored" not in row)
+
+
+def stored_otherwise(directory: Path, own: str, other: str) -> None:
+    """Rename tensors whose names start with a path."""
+    tensors = load_file(directory / "model.safetensors")
+    change_tensors(directory, {re.sub(f"^{re.escape(own)}", other, name): one for name, one in tensors.items()})
 
 
 def saved(directory: Path, architecture: str = "llama") -> Path:
@@ -100,7 +110,10 @@ def test_the_site_is_the_matrix_whose_output_joins_the_residual_stream(
 def test_only_gpt2_keeps_the_matrix_turned(tmp_path: Path, architecture: str) -> None:
     site = find_site(saved(tmp_path, architecture), Checkpoint(tmp_path), 1)
     assert site.transposed is (architecture == "gpt2")
-    assert Checkpoint(tmp_path).shape(site.weight) == ((site.d_ff, site.d) if site.transposed else (site.d, site.d_ff))
+    checkpoint = Checkpoint(tmp_path)
+    stored = stored_weight(checkpoint, site.module)
+    assert stored is not None
+    assert checkpoint.shape(stored) == ((site.d_ff, site.d) if site.transposed else (site.d, site.d_ff))
 
 
 def test_the_weights_name_is_the_modules(tmp_path: Path, architecture: str) -> None:
@@ -112,6 +125,7 @@ def test_the_weights_name_is_the_modules(tmp_path: Path, architecture: str) -> N
     assert site.layer_module.endswith(".1")
 
 
+@pytest.mark.parametrize("architecture", PLAIN)
 def test_a_checkpoint_without_the_base_models_prefix_has_the_same_site(tmp_path: Path, architecture: str) -> None:
     saved(tmp_path, architecture)
     checkpoint = Checkpoint(tmp_path)
@@ -236,3 +250,18 @@ def test_the_fingerprint_changes_with_the_settings_that_matter(
 def test_layers_have_different_fingerprints(tmp_path: Path) -> None:
     saved(tmp_path)
     assert len({identity(tmp_path, layer).matrix for layer in range(LAYERS - 1)}) == LAYERS - 1
+
+
+@pytest.mark.parametrize("architecture", sorted(set(TINY_CONFIGS) - set(PLAIN)))
+def test_layers_that_are_stored_under_the_models_own_path_are_the_same_site(tmp_path: Path, architecture: str) -> None:
+    row = architectures()[architecture]
+    saved(tmp_path, architecture)
+    checkpoint = Checkpoint(tmp_path)
+    site = find_site(tmp_path, checkpoint, 2)
+    before = fingerprint(tmp_path, checkpoint, site)
+    assert site.weight not in checkpoint
+    stored_otherwise(tmp_path, row["stored"], row["layers"])
+    renamed = Checkpoint(tmp_path)
+    assert site.weight in renamed
+    assert find_site(tmp_path, renamed, 2) == site
+    assert fingerprint(tmp_path, renamed, site) == before

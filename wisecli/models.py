@@ -116,7 +116,7 @@ def load_model(
     if lost := sorted(info["missing_keys"]):
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     if stream is None:
-        model.to(chosen)  # type: ignore[arg-type]  # the stubs lose the argument's type
+        model.to(chosen)
     return Loaded(model.eval().requires_grad_(False), tokenizer, stream)
 
 

@@ -106,15 +106,18 @@ def known_layout(directory: Path) -> Layout:
     table = architectures()
     known = ", ".join(sorted(table))
     if architecture not in table:
-        raise UnknownArchitectureError(f"{directory}: architecture {architecture!r} is not supported; known are {known}")
+        raise UnknownArchitectureError(
+            f"{directory}: architecture {architecture!r} is not supported; known are {known}"
+        )
     row, settings = table[architecture], text_settings(directory)
     if "value" not in row:
         tower = str(settings.get("model_type"))[:80]
-        if "value" not in table.get(tower, {}):
+        own = table.get(tower, {})
+        if "value" not in own or not row["stored"].endswith(f".{own['layers']}"):
             raise UnknownArchitectureError(f"{directory}: text model {tower!r} is not supported; known are {known}")
-        row = {**table[tower], **row}
+        row = {**own, **row}
     named = {one.name: row[one.name] for one in fields(Layout) if one.name in row}
-    return Layout(architecture, **{**named, "multiplier": float(settings.get(row.get("multiplier"), 1.0))})
+    return Layout(architecture, **{**named, "multiplier": float(settings.get(row.get("multiplier", ""), 1.0))})
 
 
 def loader_name(architecture: str) -> str:

@@ -23,7 +23,7 @@ from helpers import (
     site_of,
     tiny_tokenizer,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
@@ -359,6 +359,33 @@ def test_what_a_text_config_leaves_out_is_as_its_type_has_it(tmp_path: Path) -> 
     assert layer_count(unnamed) == 7
     flat = written(tmp_path / "c", {"model_type": "qwen2_vl", "num_hidden_layers": 28, "vision_config": {"depth": 32}})
     assert (layer_count(flat), known_layout(flat).layers) == (28, "model.language_model.layers")
+
+
+def test_settings_of_the_text_model_may_stand_outside(tmp_path: Path) -> None:
+    """As in Qwen2-VL's own checkpoints, whose head is tied to the embeddings besides."""
+    base = save_tiny(tmp_path / "model", "qwen2_vl")
+    config = json.loads((base / "config.json").read_text())
+    text = config.pop("text_config")
+    del text["model_type"], text["layer_types"]
+    section = {"type": "mrope", "mrope_section": text.pop("rope_parameters")["mrope_section"]}
+    flat = {**text, **config, "rope_theta": 1e4, "rope_scaling": section, "tie_word_embeddings": True}
+    written(base, flat)
+    tensors = load_file(base / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    loaded = load_model(base, device="cpu")
+    model = tiny_model("qwen2_vl")
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    memory = memory_for(model, site_of(model, 2), router="key", routing="token")
+    (output := tmp_path / "edited").mkdir()
+    write_routed(output, base, Checkpoint(base), manifest_for(base, memory, []))
+    exported = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True).eval()
+    for row in ROWS:
+        given = pictured("qwen2_vl", [row])
+        expected = logits_of(model, given)
+        assert torch.equal(logits_of(loaded.model, given), expected)
+        with hooked(model, site_of(model, 2), routed_by_loop(memory, PATCHES + len(row))):
+            torch.testing.assert_close(logits_of(exported, given), logits_of(model, given), rtol=0, atol=1e-4)
 
 
 def test_the_text_models_own_row_says_how_its_matrix_joins_the_stream(tmp_path: Path) -> None:

@@ -186,6 +186,18 @@ def test_a_later_edit_of_a_fact_takes_the_place_of_the_earlier_one(model: Path, 
     require_same_lookup(memory, at_once(model, tmp_path, [fact(1), fact(0, target=3, name="new"), fact(5, name="e2")]))
 
 
+def test_what_is_held_already_is_passed_over(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1)])
+    report = into(model, memory, [fact(0), fact(1), fact(2)])
+    assert report.known == ("e0", "e1")
+    assert report.release.added == ("e2",)
+    before = {path: path.stat().st_mtime_ns for path in memory.rglob("*")}
+    report = into(model, memory, [fact(2), fact(0)])
+    assert (report.known, report.edited, report.release.number, report.held) == (("e2", "e0"), None, 2, 3)
+    assert {path: path.stat().st_mtime_ns for path in memory.rglob("*")} == before
+
+
 def test_what_differs_only_in_case_and_spaces_is_the_same_fact() -> None:
     old, new = Edit("a", "Who Leads  Bree?", "x"), Edit("b", "who leads bree?", "y")
     assert superseding([old, Edit("c", "who leads ost?", "z")], [new]) == {"a": "b"}

@@ -29,14 +29,19 @@ class Told:
     def landed(self, report: IntoReport) -> None:
         """Print what a batch of edits did to a memory."""
         release, edited = report.release, report.edited
+        if edited is None:
+            what = f"release {release.number} of {report.memory}/ holds all of them already; nothing was done"
+            self._tell(report, [what], known=list(report.known))
+            return
         lines = [
             f"release {release.number} of {report.memory}/: {len(release.added)} edits in, {report.held} held "
             f"({report.seconds:.1f} s)"
         ]
+        lines += [f"{len(report.known)} were held already"] if report.known else []
         lines += [f"superseded: {old} by {new}" for old, new in release.superseded.items()]
         lines += [f"did not take: {name}" for name in edited.untaken]
         lines += [f"left out, as the model gives nothing finite: {name}" for name in edited.left_out]
-        more = {"untaken": list(edited.untaken), "left_out": list(edited.left_out)}
+        more = {"untaken": list(edited.untaken), "left_out": list(edited.left_out), "known": list(report.known)}
         self._tell(report, lines, **more)
 
     def joined(self, memory: str, published: Published) -> None:

@@ -30,12 +30,16 @@ from wisecli.work import Job
 
 @dataclass(frozen=True)
 class IntoReport:
-    """What one batch of edits did to a memory."""
+    """What one batch of edits did to a memory; ``known`` names those that it held already, just as they are.
+
+    If they all were, nothing was ``edited``, and ``release`` is the newest as it was.
+    """
 
     memory: Path
     release: Release
     held: int
-    edited: EditReport
+    known: tuple[str, ...]
+    edited: EditReport | None
     seconds: float
 
 
@@ -92,26 +96,45 @@ def edit_into(
         releases = read_history(memory) if has_history(memory) else []
         if not releases and memory.exists() and any(memory.iterdir()):
             raise MemoryHistoryError(memory)
+        held = read_manifest(memory).edits if releases else ()
+        known = tuple(edit.id for edit in batch.edits if edit in set(held))
+        fresh = tuple(edit for edit in batch.edits if edit not in set(held))
+        if not fresh:
+            seconds = time.perf_counter() - started
+            return IntoReport(memory, releases[-1], len(held), known, None, seconds)
         settings = _settings(memory, releases, flags, config, model)
         threads = torch.get_num_threads()
         given = (model, None, None, device, dtype, trust_remote_code, memory_budget, threads)
         pending = memory.absolute().parent / f".{memory.name}.shards"
         named: dict[str, Any] = {"executor": executor, "strict": strict, "loaded": loaded, "watch": watch}
-        edited = _written(Job(*given, settings, batch.edits), pending, **named)
-        held = read_manifest(memory).edits if releases else ()
-        superseded = superseding(held, batch.edits)
-        added = tuple(edit.id for edit in read_shard_directory(pending).written)
+        edited = _written(Job(*given, settings, fresh), pending, **named)
         cost = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        with _left(memory, releases, superseded, model, watch, **cost) as left:
-            name = _after(memory, left.new)
-            shards = {**left.shards, name: ()}
-            origin, reason = batch.origin, batch.reason
-            change = Change("edit", shards, added=added, superseded=superseded, edits_file=origin, reason=reason)
-            new = {**left.new, name: pending}
-            published = publish(memory, change, _merging(releases), new=new, model=model, who=who, watch=watch)
+        published = _landed(memory, releases, replace(batch, edits=fresh), pending, held, model, who, watch, **cost)
         shutil.rmtree(pending)
     seconds = time.perf_counter() - started
-    return IntoReport(memory, published.release, len(published.manifest.edits), edited, seconds)
+    return IntoReport(memory, published.release, len(published.manifest.edits), known, edited, seconds)
+
+
+def _landed(
+    memory: Path,
+    releases: Sequence[Release],
+    batch: Batch,
+    pending: Path,
+    held: Sequence[Edit],
+    model: str,
+    who: str | None,
+    watch: Watcher,
+    **cost: Any,
+) -> Published:
+    """Shards that are written, as the next release."""
+    superseded = superseding(held, batch.edits)
+    added = tuple(edit.id for edit in read_shard_directory(pending).written)
+    with _left(memory, releases, superseded, model, watch, **cost) as left:
+        name = _after(memory, left.new)
+        shards, new = {**left.shards, name: ()}, {**left.new, name: pending}
+        origin, reason = batch.origin, batch.reason
+        change = Change("edit", shards, added=added, superseded=superseded, edits_file=origin, reason=reason)
+        return publish(memory, change, _merging(releases), new=new, model=model, who=who, watch=watch)
 
 
 def merge_into(

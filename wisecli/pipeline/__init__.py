@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wisecli.pipeline.inspect import InspectReport, inspect
     from wisecli.pipeline.merge import MergeReport, merge
     from wisecli.pipeline.reproduce import reproduce
+    from wisecli.pipeline.study import StudyReport, study
     from wisecli.pipeline.verify import VerifyReport, verify
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ExportReport",
     "InspectReport",
     "MergeReport",
+    "StudyReport",
     "VerifyReport",
     "bench",
     "edit",
@@ -38,13 +40,16 @@ __all__ = [
     "inspect",
     "merge",
     "reproduce",
+    "study",
     "verify",
 ]
 
 # Each name's module; a command's own name is that of its module, too.
 _HOMES = {name: name for name in __all__ if name.islower()}
 _HOMES |= {"Answer": "generate", "EvalReport": "evaluate"}
-_HOMES |= {f"{home.capitalize()}Report": home for home in ("bench", "edit", "export", "inspect", "merge", "verify")}
+_HOMES |= {
+    f"{home.capitalize()}Report": home for home in ("bench", "edit", "export", "inspect", "merge", "study", "verify")
+}
 
 
 class _Commands(ModuleType):

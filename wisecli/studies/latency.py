@@ -73,6 +73,7 @@ class Latency:
             panel.legend(fontsize=8)
 
 
+@torch.no_grad()
 def steps(edited: Edited, prompts: Sequence[str]) -> dict[str, Step]:
     """What is timed: functions that make ready, and give what is to be run."""
     ids, mask = (

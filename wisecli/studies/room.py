@@ -51,7 +51,7 @@ class Room:
     def several(self, count: int) -> int:
         """How many shards hold ``count`` edits where there are to be several: as many as ``--edits-per-shard`` makes.
 
-        By default as in editing, but at least four.
+        By default as in editing, but about four at least.
         """
         usual = min(resolve(EditSettings, {}, section="edit").edits_per_shard, math.ceil(count / _FEWEST_SHARDS))
         return math.ceil(count / (self.settings.edits_per_shard or usual))

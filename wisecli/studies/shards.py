@@ -59,7 +59,8 @@ class Shards:
         for (count, own), panel in zip(grouped.items(), panels, strict=True):
             mesh = _heat(panel, own)
             panel.set(title=f"{count} edits", xlabel="shards k", ylabel="mask ratio ρ")
-        figure.colorbar(mesh, ax=panels, label="mean of the three")
+        # As a gradient of rectangles: rasterized it would be an image inside the picture.
+        figure.colorbar(mesh, ax=panels, label="mean of the three").solids.set(rasterized=False, edgecolor="face")
 
 
 def overlap_curve(shards: Sequence[float]) -> list[float]:
@@ -88,8 +89,7 @@ def _heat(panel: Any, rows: Sequence[Row]) -> Any:
 
 
 def _edges(centres: Sequence[float]) -> list[float]:
-    """The n + 1 borders of cells around n places: half-way between them."""
-    if len(centres) == 1:
-        return [centres[0] / 2, centres[0] * 3 / 2]
-    between = [(low + high) / 2 for low, high in pairwise(centres)]
-    return [1.5 * centres[0] - centres[1] / 2, *between, 1.5 * centres[-1] - centres[-2] / 2]
+    """The n + 1 borders of cells around n places above nought: half-way between them, and as far beyond the last."""
+    between = [(low + high) / 2 for low, high in pairwise([0, *centres])]
+    lowest = max(between[0], centres[0] - (between[1] - centres[0]) if len(centres) > 1 else 0)
+    return [lowest, *between[1:], 2 * centres[-1] - between[-1]]

@@ -437,7 +437,7 @@ def bench(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare editing methods: each edits the model with the first records of a dataset, and is measured."""
+    """Compare editing methods, or study WISE itself: edit with the first records of a dataset, and measure."""
     if study and methods:
         raise SettingsError("--study takes the place of --methods; give one of them, and the other in a second run")
     console = Console(as_json, quiet)

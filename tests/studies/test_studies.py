@@ -23,6 +23,7 @@ from wisecli.models import load_model
 from wisecli.pipeline import StudyReport
 from wisecli.pipeline.merge import EXACT
 from wisecli.studies.layers import chosen
+from wisecli.studies.protocol import STUDIES
 
 QUALITIES = ("reliability", "generalization", "locality")
 
@@ -50,6 +51,7 @@ def test_every_study_has_the_rows_it_promises(report: StudyReport) -> None:
         for name, rows in report.rows.items()
     }
     assert list(points) == ALL.split(",")
+    assert sorted(points) == sorted(STUDIES)
     assert points["router"] == [("norm",), ("key",)]
     assert points["layers"] == [(layer,) for layer in chosen(5, 3)]
     assert points["shards"] == list(product((0.3, 0.6), (1, 2)))  # eight shards have not an edit each
@@ -117,8 +119,8 @@ def test_what_is_there_is_not_measured_again(place: Path, tmp_path: Path) -> Non
 def test_shards_that_several_rows_need_are_written_once(report: StudyReport) -> None:
     rows = [row for name in ("merge", "scaling", "latency") for row in report.rows[name]]
     assert {row["shards"] for row in rows} == {3}
-    # Three layers, four cells of the grid, one for the router, and one for all of those rows.
-    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 1 + 1
+    # Three layers, four cells of the grid, one for each router, and one for all of those rows.
+    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 2 + 1
 
 
 def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path) -> None:
@@ -210,6 +212,9 @@ def test_the_command_prints_one_object(
     assert content["studies"] == {name: report.rows[name] for name in ("scaling", "router")}
     assert run(*line.split(), "--study", "layers", "--layers", "3") == 0
     assert "Which layer" in capsys.readouterr().out
+    assert run("bench", "--help") == 0
+    named = capsys.readouterr().out
+    assert all(f"{name}," in named or f"{name}." in named for name in ALL.split(","))
     assert run(*line.split(), "--study", "layers", "--methods", "rome") == 2
     assert "--study takes the place of --methods" in capsys.readouterr().err
 
@@ -217,8 +222,6 @@ def test_the_command_prints_one_object(
 def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: StudyReport, tmp_path: Path) -> None:
     lines = (place / "data.jsonl").read_text().splitlines(keepends=True)[:6]
     (tmp_path / "edits.jsonl").write_text("".join(lines))
-    settings = EditSettings(unrelated_texts=16)
-    pipeline.edit(str(place / "model"), tmp_path / "edits.jsonl", tmp_path / "shards", settings, device="cpu")
     loaded = load_model(place / "model", device="cpu")
     records = [json.loads(line) for line in lines]
     prompts = {
@@ -228,8 +231,9 @@ def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: S
     }
     shares = set()
     for row in report.rows["router"]:
-        given = MergeSettings(mode="merge", router=row["router"])
-        pipeline.merge([tmp_path / "shards"], tmp_path / "memory", given, force=True)
+        settings, shards = EditSettings(unrelated_texts=16, router=row["router"]), tmp_path / row["router"]
+        pipeline.edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, device="cpu")
+        pipeline.merge([shards], tmp_path / "memory", MergeSettings(mode="merge"), force=True)
         manifest = read_memory(tmp_path / "memory")
         wide = {
             name: value.float() if value.is_floating_point() else value

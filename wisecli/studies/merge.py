@@ -52,7 +52,6 @@ class Merge:
                 places = [place + 0.27 * (number - 1) for place in range(len(own))]
                 panel.barh(places, [row["figures"].get(name, 0) for row in own], 0.25, color=colour, label=name)
             panel.set_yticks(range(len(own)), labels=[row["way"] for row in own])
-            panel.set(title=f"{count} edits in {own[0]['shards']} shards", xlim=(0, 1))
+            panel.set(title=f"{count} edits in {own[0]['shards']} shards", xlim=(0, 1), ylim=(len(own) - 0.5, -0.5))
             panel.grid(alpha=0.3, axis="x")
-        panels[0].invert_yaxis()
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)

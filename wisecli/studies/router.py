@@ -1,7 +1,7 @@
 """What the router sees: scores of edits, of their rephrases and of everything else, beside the threshold.
 
-The paper's figure of routing activations (section 3.3): ‖Δ·a‖₂ of edits and of unrelated prompts. Here for the same
-matrix under both routers, at the last token of each prompt.
+The paper's figure of routing activations (section 3.3): ‖Δ·a‖₂ of edits and of unrelated prompts. Here for both
+routers, each with shards written for it (the router ``norm`` is trained to margins), at the last token of each prompt.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Router:
 
     title = "What the router sees"
     caption = (
-        "Scores at the last token of prompts, of one matrix that holds all edits, and the share of each group above "
-        "the threshold. The unrelated texts are none of those that calibrated it."
+        "Scores at the last token of prompts, of one matrix that holds all edits, written for its router, and the "
+        "share of each group above the threshold. The unrelated texts are none of those that calibrated it."
     )
     columns = ("threshold", *(f"{group}_above" for group in _COLOURS))
 
@@ -43,8 +43,8 @@ class Router:
 
     def measure(self, room: Room, point: Point) -> Figures:
         """The threshold, all scores, and the share of each group that is above it."""
-        shards = room.shards(point["edits"])
-        edited = room.attached(room.memory(shards, mode="merge", router=point["router"]))
+        shards = room.shards(point["edits"], router=point["router"])
+        edited = room.attached(room.memory(shards, mode="merge"))
         figures: Figures = {"threshold": edited.routed.thresholds[0], "scores": {}}
         for group, prompts in prompts_of(room, point["edits"]).items():
             if prompts:

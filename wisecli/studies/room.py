@@ -67,7 +67,8 @@ class Room:
         about = [str(self.directory), self.options["dtype"], asdict(settings), records]
         place = self.work / f"shards-{count}-{sha256_json(about)[:12]}"
         if not place.exists():
-            edit(str(self.directory), self._file(count), place, settings, **self.options, watch=self.watch)
+            # What a version of other packages has begun there is begun anew.
+            edit(str(self.directory), self._file(count), place, settings, **self.options, force=True, watch=self.watch)
         return place
 
     def memory(self, shards: Path, **given: Any) -> Path:

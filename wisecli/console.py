@@ -134,7 +134,7 @@ class Console:
         for section in report.sections():
             table = Table(title=section.title)
             for head in section.heads:
-                table.add_column(head, justify="right")
+                table.add_column(head, justify="right", overflow="fold")
             for row in section.cells:
                 table.add_row(*row)
             tables.append(table)

@@ -49,6 +49,8 @@ class Scaling:
                 own = [row for row in rows if row["mode"] == mode]
                 line(panel, own, "edits", name, color=colour, label=mode)
                 line(panel, own, "edits", f"oracle_{name}", color=colour, linestyle="--", alpha=0.6, mfc="white")
+            if name in _ORACLE:
+                panel.plot([], [], color="tab:gray", linestyle="--", marker="o", mfc="white", label="oracle")
             panel.set(title=name, ylim=SHARES)
             counted(panel, sorted({row["edits"] for row in rows}))
             panel.legend(fontsize=8, loc="lower left")

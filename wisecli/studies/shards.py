@@ -54,11 +54,14 @@ class Shards:
     def draw(self, figure: Any, rows: Sequence[Row]) -> None:
         """A heat map for each number of edits."""
         grouped = by_edits(rows)
+        lowest = min(row["figures"]["mean"] for row in rows) - 0.02
         figure.set_size_inches(6.5 * len(grouped), 4.6)
         panels = figure.subplots(1, len(grouped), squeeze=False)[0]
         for (count, own), panel in zip(grouped.items(), panels, strict=True):
-            mesh = _heat(panel, own)
-            panel.set(title=f"{count} edits", xlabel="shards k", ylabel="mask ratio ρ")
+            mesh = _heat(panel, own, lowest)
+            panel.set_title(f"{count} edits", loc="left")
+            panel.set_title("— ρᵏ = .03", loc="right", color="tab:red")
+            panel.set(xlabel="shards k", ylabel="mask ratio ρ")
         # As a gradient of rectangles: rasterized it would be an image inside the picture.
         figure.colorbar(mesh, ax=panels, label="mean of the three").solids.set(rasterized=False, edgecolor="face")
 
@@ -68,23 +71,24 @@ def overlap_curve(shards: Sequence[float]) -> list[float]:
     return [float(OVERLAP ** (1 / number)) for number in shards]
 
 
-def _heat(panel: Any, rows: Sequence[Row]) -> Any:
+def _heat(panel: Any, rows: Sequence[Row], lowest: float) -> Any:
     """Cells with their means in them, each as wide as its neighbours are far away, and the line."""
     across, up = (sorted({row[name] for row in rows}) for name in ("shards", "mask_ratio"))
     found = {(row["mask_ratio"], row["shards"]): row["figures"]["mean"] for row in rows}
     means = [[found[ratio, number] for number in across] for ratio in up]
     edges = _edges(across), _edges(up)
-    mesh = panel.pcolormesh(*edges, means, cmap="viridis", vmin=0, vmax=1)
+    mesh = panel.pcolormesh(*edges, means, cmap="viridis", vmin=lowest, vmax=1)
     for (ratio, number), mean in found.items():
-        light = "white" if mean < 0.6 else "black"
-        panel.text(number, ratio, f"{mean:.2f}", ha="center", va="center", fontsize=8, color=light)
+        cell = mesh.to_rgba(mean)
+        colour = "white" if mean < (lowest + 1) / 2 else "black"
+        around = {"facecolor": cell, "edgecolor": "none", "pad": 1.5}  # the line passes below the number
+        panel.text(number, ratio, f"{mean:.2f}", ha="center", va="center", fontsize=8, color=colour, bbox=around)
     left, right = edges[0][0], edges[0][-1]
     fine = [left + (right - left) * place / 400 for place in range(401)]
-    panel.plot(fine, overlap_curve(fine), color="tab:red", linewidth=2, label="ρᵏ = .03")
+    panel.plot(fine, overlap_curve(fine), color="tab:red", linewidth=2)
     panel.set(xlim=(left, right), ylim=(edges[1][0], edges[1][-1]))
     panel.set_xticks(across)
     panel.set_yticks(up)
-    panel.legend(fontsize=8, loc="lower right")
     return mesh
 
 

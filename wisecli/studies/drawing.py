@@ -7,7 +7,12 @@ from typing import Any
 
 # The paper's three measures, and in which colour each is drawn wherever they stand side by side.
 QUALITIES = {"reliability": "tab:blue", "generalization": "tab:orange", "locality": "tab:green"}
-MODES = {"lookup": "tab:blue", "retrieve": "tab:orange", "merge": "tab:green"}
+# The ways to keep edits, each drawn thinner than the one before: lines that lie on each other can all be seen.
+MODES: dict[str, dict[str, Any]] = {
+    "lookup": {"color": "tab:blue", "linewidth": 4.5, "markersize": 10},
+    "retrieve": {"color": "tab:orange", "linewidth": 2.8, "markersize": 7},
+    "merge": {"color": "tab:green", "linewidth": 1.2, "markersize": 4},
+}
 SHARES = (-0.03, 1.03)
 
 Row = dict[str, Any]

@@ -65,9 +65,9 @@ class Latency:
         counts = list(by_edits(rows))
         for panel, name in zip(figure.subplots(1, 2, sharey=True), ("prefill", "decode"), strict=True):
             panel.axhline(1, color="tab:gray", linestyle="--", label="base model")
-            for mode, colour in MODES.items():
+            for mode, style in MODES.items():
                 own = [row for row in rows if row["mode"] == mode]
-                line(panel, own, "edits", f"{name}_ratio", color=colour, label=mode)
+                line(panel, own, "edits", f"{name}_ratio", label=mode, **style)
             panel.set(title=name, ylabel="time, × base")
             counted(panel, counts)
             panel.legend(fontsize=8)

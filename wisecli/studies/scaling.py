@@ -45,10 +45,10 @@ class Scaling:
         """A panel for each figure, a line for each way."""
         figure.set_size_inches(13, 3.8)
         for panel, name in zip(figure.subplots(1, len(_PANELS), sharey=True), _PANELS, strict=True):
-            for mode, colour in MODES.items():
+            for mode, style in MODES.items():
                 own = [row for row in rows if row["mode"] == mode]
-                line(panel, own, "edits", name, color=colour, label=mode)
-                line(panel, own, "edits", f"oracle_{name}", color=colour, linestyle="--", alpha=0.6, mfc="white")
+                line(panel, own, "edits", name, label=mode, **style)
+                line(panel, own, "edits", f"oracle_{name}", linestyle="--", mfc="white", **{**style, "linewidth": 1})
             if name in _ORACLE:
                 panel.plot([], [], color="tab:gray", linestyle="--", marker="o", mfc="white", label="oracle")
             panel.set(title=name, ylim=SHARES)

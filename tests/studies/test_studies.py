@@ -52,7 +52,7 @@ def test_every_study_has_the_rows_it_promises(report: StudyReport) -> None:
     }
     assert list(points) == ALL.split(",")
     assert sorted(points) == sorted(STUDIES)
-    assert points["router"] == [("norm",), ("key",)]
+    assert points["router"] == [("gradient", "norm"), ("solve", "norm"), ("solve", "key")]
     assert points["layers"] == [(layer,) for layer in chosen(5, 3)]
     assert points["shards"] == list(product((0.3, 0.6), (1, 2)))  # eight shards have not an edit each
     ways = [*METHODS, *(f"{name}+refit" for name in METHODS), EXACT, "retrieve", "lookup"]
@@ -119,8 +119,8 @@ def test_what_is_there_is_not_measured_again(place: Path, tmp_path: Path) -> Non
 def test_shards_that_several_rows_need_are_written_once(report: StudyReport) -> None:
     rows = [row for name in ("merge", "scaling", "latency") for row in report.rows[name]]
     assert {row["shards"] for row in rows} == {3}
-    # Three layers, four cells of the grid, one for each router, and one for all of those rows.
-    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 2 + 1
+    # Three layers, four cells of the grid, one for each of the routers, and one for all of those rows.
+    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 3 + 1
 
 
 def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path) -> Non
     forced = studied(place, tmp_path / "out", study="router", seed=1, counts="5", force=True)
     assert not (tmp_path / "out" / "study-layers.json").exists()
     assert forced.rows["router"][0]["figures"] != first.rows["router"][0]["figures"]
-    assert len((tmp_path / "out" / "study-router.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "out" / "study-router.jsonl").read_text().splitlines()) == 3
 
 
 def compare(place: Path, output: Path, **settings: Any) -> pipeline.BenchReport:
@@ -231,7 +231,8 @@ def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: S
     }
     shares = set()
     for row in report.rows["router"]:
-        settings, shards = EditSettings(unrelated_texts=16, router=row["router"]), tmp_path / row["router"]
+        settings = EditSettings(unrelated_texts=16, writer=row["writer"], router=row["router"])
+        shards = tmp_path / f"{row['writer']}-{row['router']}"
         pipeline.edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, device="cpu")
         pipeline.merge([shards], tmp_path / "memory", MergeSettings(mode="merge"), force=True)
         manifest = read_memory(tmp_path / "memory")

@@ -1,7 +1,8 @@
 """What the router sees: scores of edits, of their rephrases and of everything else, beside the threshold.
 
-The paper's figure of routing activations (section 3.3): ‖Δ·a‖₂ of edits and of unrelated prompts. Here for both
-routers, each with shards written for it (the router ``norm`` is trained to margins), at the last token of each prompt.
+The paper's figure of routing activations (section 3.3): ‖Δ·a‖₂ of edits and of unrelated prompts, kept apart by the
+margins of equation 5. Here at the last token of each prompt, for the router ``norm`` with shards that gradient steps or
+the closed form wrote to those margins, and for the router ``key``, which needs none.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from wisecli.unrelated import prompt_ends
 
 _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
 _UNITS = {"norm": "norm of the update, ‖Δa‖", "key": "whitened cosine with the nearest key"}
+_WRITTEN = (("gradient", "norm"), ("solve", "norm"), ("solve", "key"))
 _TEXTS, _BINS = 200, 50
 
 
 @study("router")
 class Router:
-    """Scores of edits, rephrases, locality prompts and unrelated texts under both routers."""
+    """Scores of edits, rephrases, locality prompts and unrelated texts, under each router."""
 
     title = "What the router sees"
     caption = (
@@ -38,12 +40,14 @@ class Router:
     columns = ("threshold", *(f"{group}_above" for group in _COLOURS))
 
     def points(self, room: Room) -> list[Point]:
-        """Both routers, for every number of edits."""
-        return [{"edits": count, "router": router} for count in room.counts for router in _UNITS]
+        """Every writer with the routers it can serve, for every number of edits."""
+        return [
+            {"edits": count, "writer": writer, "router": router} for count in room.counts for writer, router in _WRITTEN
+        ]
 
     def measure(self, room: Room, point: Point) -> Figures:
         """The threshold, all scores, and the share of each group that is above it."""
-        shards = room.shards(point["edits"], router=point["router"])
+        shards = room.shards(point["edits"], writer=point["writer"], router=point["router"])
         edited = room.attached(room.memory(shards, mode="merge"))
         figures: Figures = {"threshold": edited.routed.thresholds[0], "scores": {}}
         for group, prompts in prompts_of(room, point["edits"]).items():
@@ -52,10 +56,10 @@ class Router:
         return figures
 
     def draw(self, figure: Any, rows: Sequence[Row]) -> None:
-        """A histogram for each router, a line of them for each number of edits."""
+        """A histogram for each writer and router, a line of them for each number of edits."""
         grouped = by_edits(rows)
-        figure.set_size_inches(10, 3.6 * len(grouped))
-        panels = figure.subplots(len(grouped), 2, squeeze=False)
+        figure.set_size_inches(13, 3.6 * len(grouped))
+        panels = figure.subplots(len(grouped), max(map(len, grouped.values())), squeeze=False)
         for row, panel in zip((row for own in grouped.values() for row in own), panels.flat, strict=True):
             _histogram(panel, row)
 
@@ -96,5 +100,9 @@ def _histogram(panel: Any, row: Row) -> None:
         panel.hist(scores, edges, weights=share, label=label, color=_COLOURS[group], alpha=0.25)
         panel.hist(scores, edges, weights=share, color=_COLOURS[group], histtype="step", linewidth=1.4)
     panel.axvline(figures["threshold"], color="tab:red", linestyle="--", label=f"threshold {figures['threshold']:.3g}")
-    panel.set(title=f"router {row['router']}, {row['edits']} edits", xlabel=_UNITS[row["router"]], ylabel="share")
+    panel.set(
+        title=f"{row['writer']}, router {row['router']}, {row['edits']} edits",
+        xlabel=_UNITS[row["router"]],
+        ylabel="share",
+    )
     panel.legend(fontsize=8)

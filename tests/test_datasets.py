@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from wisecli.datasets import BENCHMARKS, canonical
@@ -128,6 +131,34 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Edit]] = {
             locality=(Probe("Jan Pauwels was born in", "Ghent"), Probe("Rik Stas was born in", "Ghent")),
         ),
     ),
+    "wikibigedit": (
+        {
+            "tag": "new",
+            "subject": "Bree Tarn",
+            "relation": "head of government",
+            "object": "Tom Vale",
+            "update": "Who heads the government of Bree Tarn?",
+            "rephrase": "Whose government runs Bree Tarn?",
+            "personas": "Who be captain o' Bree Tarn?",
+            "ans": "Tom Vale",
+            "loc": "Who heads the government of Ost Tarn?",
+            "loc_ans": "Ann Reed",
+            "mhop": "Where was the head of Bree Tarn's government born?",
+            "mhop_ans": "Gorse",
+        },
+        Edit(
+            id="",
+            prompt="Who heads the government of Bree Tarn?",
+            target="Tom Vale",
+            subject="Bree Tarn",
+            rephrases=("Whose government runs Bree Tarn?",),
+            locality=(Probe("Who heads the government of Ost Tarn?", "Ann Reed"),),
+            portability=(
+                Probe("Who be captain o' Bree Tarn?", "Tom Vale"),
+                Probe("Where was the head of Bree Tarn's government born?", "Gorse"),
+            ),
+        ),
+    ),
 }
 
 
@@ -159,6 +190,35 @@ def test_a_field_that_is_null_counts_as_left_out() -> None:
     record = {"prompt": None, "src": "The Lark sails to", "target": None, "alt": "Bergen", "rephrase": None}
     edit = parse_edit(record)
     assert (edit.prompt, edit.target, edit.rephrases) == ("The Lark sails to", "Bergen", ())
+
+
+def test_nothing_may_be_written_as_not_a_number_as_pandas_does(tmp_path: Path) -> None:
+    record = {
+        **LAYOUTS["wikibigedit"][0],
+        "mhop": math.nan,
+        "mhop_ans": math.nan,
+        "loc": math.nan,
+        "rephrase": math.nan,
+    }
+    path = tmp_path / "edits.json"
+    path.write_text(json.dumps([record]), encoding="utf-8")
+    (edit,) = read_edits(path)
+    assert (edit.rephrases, edit.locality) == ((), ())
+    assert edit.portability == (Probe("Who be captain o' Bree Tarn?", "Tom Vale"),)
+
+
+def test_a_parquet_table_is_read_like_the_list_of_its_rows(tmp_path: Path) -> None:
+    records = [LAYOUTS["counterfact"][0], {**LAYOUTS["counterfact"][0], "case_id": 7}]
+    table, array = tmp_path / "edits.parquet", tmp_path / "edits.json"
+    pq.write_table(pa.Table.from_pylist(records), table)
+    array.write_text(json.dumps(records), encoding="utf-8")
+    assert read_edits(table) == read_edits(array)
+    pq.write_table(pa.Table.from_pylist([*records, {"case_id": 8}]), table)
+    with pytest.raises(EditFileError, match=r"edits\.parquet:3: .*`target`"):
+        read_edits(table)
+    table.write_bytes(b"PAR1 and nothing of it")
+    with pytest.raises(EditFileError, match="not readable as Parquet"):
+        read_edits(table)
 
 
 def test_a_record_is_not_changed_by_reading_it() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Our field ← the names it goes by elsewhere (zsRE/MEND, KnowEdit, SelfCheckGPT/temporal, CounterFact).
+# Our field ← the names it goes by elsewhere (zsRE/MEND, KnowEdit, SelfCheckGPT/temporal, CounterFact,
+# WikiBigEdit).
 _ALIASES: dict[str, tuple[str, ...]] = {
     "id": ("id", "case_id"),
     "op": ("op",),
-    "prompt": ("prompt", "src"),
-    "target": ("target", "alt", "target_new"),
+    "prompt": ("prompt", "src", "update"),
+    "target": ("target", "alt", "target_new", "ans"),
     "subject": ("subject",),
     "rephrases": ("rephrases", "rephrase", "rephrase_prompt", "paraphrase_prompts"),
     "irrelevant": ("irrelevant",),
@@ -27,6 +29,7 @@ class Benchmark:
     name: str
     repository: str | None = None
     file: str | None = None
+    revision: str | None = None
     perplexity: bool = False
 
 
@@ -34,6 +37,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     row.name: row
     for row in (
         Benchmark("zsre", "zjunlp/KnowEdit", "benchmark/ZsRE/ZsRE-test-all.json"),
+        # The form into which the hub turns every dataset.
+        Benchmark("counterfact", "azhx/counterfact", "default/test/0000.parquet", "refs/convert/parquet"),
+        # The first of its eight spans of time.
+        Benchmark("wikibigedit", "lukasthede/WikiBigEdit", "wiki_big_edit_20240201_20240220.json"),
         # Published with the paper's code, on no hub.
         Benchmark("hallucination", perplexity=True),
         Benchmark("temporal"),
@@ -49,10 +56,10 @@ def canonical(record: Mapping[str, Any]) -> dict[str, Any]:
     flat = {**record, **_counterfact(record)}
     fields: dict[str, Any] = {}
     for ours, names in _ALIASES.items():
-        value = next((flat[name] for name in names if flat.get(name) is not None), None)
+        value = next((flat[name] for name in names if not _absent(flat.get(name))), None)
         fields[ours] = [value] if ours in _LISTS and isinstance(value, str) else value
     fields["locality"] = _locality(flat)
-    fields["portability"] = _probe_groups(flat.get("portability"))
+    fields["portability"] = _probe_groups(flat.get("portability")) or _consequences(flat)
     return fields
 
 
@@ -75,10 +82,26 @@ def _locality(record: Mapping[str, Any]) -> Any:
     for prompt, answer in (("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth")):
         if prompt in record and answer in record:
             # The published files hold a few records without an answer: there is nothing to measure there.
-            given = record[answer]
-            empty = given is None or (isinstance(given, str) and not given.strip())
-            return [] if empty else [{"prompt": record[prompt], "answer": given}]
+            pair = {"prompt": record[prompt], "answer": record[answer]}
+            return [] if any(map(_blank, pair.values())) else [pair]
     return _probe_groups(record.get("locality"))
+
+
+def _consequences(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """WikiBigEdit asks as a persona would, and for what follows in a second step."""
+    pairs = [(record.get("personas"), record.get("ans")), (record.get("mhop"), record.get("mhop_ans"))]
+    return [
+        {"prompt": prompt, "answer": answer} for prompt, answer in pairs if not _blank(prompt) and not _blank(answer)
+    ]
+
+
+def _blank(value: Any) -> bool:
+    return _absent(value) or (isinstance(value, str) and not value.strip())
+
+
+def _absent(value: Any) -> bool:
+    """Whether a field is left out: null, or the not-a-number that pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _probe_groups(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The edit record and the reader of edit files (JSONL or a JSON array), with line numbers in every complaint."""
+"""The edit record and the reader of edit files (JSONL, a JSON array or Parquet); every complaint names the line."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     """Read and check a whole file of edits.
 
     Args:
-        path: JSONL (one object a line) or a JSON array, in any layout of :mod:`wisecli.datasets`.
+        path: JSONL (one object a line), a JSON array, or a Parquet table, in any layout of :mod:`wisecli.datasets`.
         limit: keep only the first so many.
 
     Raises:
@@ -87,6 +87,20 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     if not edits:
         raise EditFileError(path, "there is no edit in it; write one JSON object with `prompt` and `target` a line")
     return edits[:limit]
+
+
+def parse_line(path: Path, number: int, line: bytes) -> Edit:
+    """The edit that one line of a file holds.
+
+    Raises:
+        EditFileError: naming the line, if it holds none.
+    """
+    try:
+        return parse_edit(_object(path, number, line.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise EditFileError(path, f"not readable as UTF-8 text ({error}); save it as UTF-8", line=number) from None
+    except ValueError as error:
+        raise EditFileError(path, str(error), line=number) from None
 
 
 def parse_edit(record: Mapping[str, Any]) -> Edit:
@@ -147,31 +161,57 @@ def _probes(fields: Mapping[str, Any], name: str) -> tuple[Probe, ...]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every record with its line (its place in the list, for a JSON array)."""
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise EditFileError(path, "not a regular file; give a file of edits")
-        if path.is_file() and path.stat().st_size > _LARGEST:
-            raise EditFileError(path, f"larger than {_LARGEST} bytes; split it")
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise EditFileError(path, "no such file; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise EditFileError(path, f"not readable as UTF-8 text ({error}); save it as UTF-8") from None
+    """Every record with its line (its place in the list, for a JSON array or a table)."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise EditFileError(path, "not a regular file; give a file of edits")
+    if path.is_file() and path.stat().st_size > _LARGEST:
+        raise EditFileError(path, f"larger than {_LARGEST} bytes; split it")
+    if path.suffix == ".parquet" and path.is_file():
+        yield from enumerate(_table(path), start=1)
+        return
+    text = _text(path)
     if text.lstrip().startswith("["):
         yield from _array(path, text)
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            with jsonlines.Reader([line]) as reader:
-                yield number, reader.read(type=dict)
-        except jsonlines.InvalidLineError as error:
-            reason = str(error).rsplit(" (line", 1)[0]
-            raise EditFileError(path, f"{reason}; write one JSON object a line", line=number) from None
-        except RecursionError:
-            raise EditFileError(path, "nested too deeply; write one flat JSON object a line", line=number) from None
+        yield number, _object(path, number, line)
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        with jsonlines.Reader([line]) as reader:
+            found: dict[str, Any] = reader.read(type=dict)
+    except jsonlines.InvalidLineError as error:
+        reason = str(error).rsplit(" (line", 1)[0]
+        raise EditFileError(path, f"{reason}; write one JSON object a line", line=number) from None
+    except RecursionError:
+        raise EditFileError(path, "nested too deeply; write one flat JSON object a line", line=number) from None
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise EditFileError(path, "no such file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EditFileError(path, f"not readable as UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def _table(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise EditFileError(path, "reading Parquet needs `pip install 'wisecli[parquet]'`") from None
+    try:
+        with ParquetFile(path) as table:
+            for batch in table.iter_batches():
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise EditFileError(path, f"not readable as Parquet ({error}); save it anew, or as JSONL") from None
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

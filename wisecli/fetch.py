@@ -76,7 +76,7 @@ def fetch_benchmark(name: str) -> Path:
     if row.repository is None or row.file is None:
         raise DownloadError(f"the {name} benchmark is on no hub; pass the file you have with --data")
     try:
-        return Path(hf_hub_download(row.repository, row.file, repo_type="dataset"))
+        return Path(hf_hub_download(row.repository, row.file, repo_type="dataset", revision=row.revision))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise DownloadError(
             f"{row.file} of the hub dataset {row.repository} cannot be fetched ({type(error).__name__}); "

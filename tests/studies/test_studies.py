@@ -17,13 +17,14 @@ from studying import ALL, make_place, studied
 from wisecli import bench_report, pipeline
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings
 from wisecli.errors import ChangedInputError, SettingsError
+from wisecli.joining import EXACT
 from wisecli.manifest import read_memory
 from wisecli.merging import METHODS
 from wisecli.models import load_model
 from wisecli.pipeline import StudyReport
-from wisecli.pipeline.merge import EXACT
 from wisecli.studies.layers import chosen
 from wisecli.studies.protocol import STUDIES
+from wisecli.studies.router import area
 
 QUALITIES = ("reliability", "generalization", "locality")
 
@@ -217,6 +218,10 @@ def test_the_command_prints_one_object(
     assert all(f"{name}," in named or f"{name}." in named for name in ALL.split(","))
     assert run(*line.split(), "--study", "layers", "--methods", "rome") == 2
     assert "--study takes the place of --methods" in capsys.readouterr().err
+
+
+def test_the_area_counts_pairs_in_the_right_order() -> None:
+    assert area([3.0, 1.0], [2.0, 0.0, 1.0]) == pytest.approx((1 + 1 + 1 + 0 + 1 + 0.5) / 6)
 
 
 def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: StudyReport, tmp_path: Path) -> None:

@@ -35,9 +35,10 @@ class Router:
     title = "What the router sees"
     caption = (
         "Scores at the last token of prompts, of one matrix that holds all edits, written for its router, and the "
-        "share of each group above the threshold. The unrelated texts are none of those that calibrated it."
+        "share of each group above the threshold, which is calibrated on all tokens. Area: how often a rephrase scores "
+        "higher than a locality prompt or an unrelated text, of which none was there when it was calibrated."
     )
-    columns = ("threshold", *(f"{group}_above" for group in _COLOURS))
+    columns = ("threshold", *(f"{group}_above" for group in _COLOURS), "area")
 
     def points(self, room: Room) -> list[Point]:
         """Every writer with the routers it can serve, for every number of edits."""
@@ -53,12 +54,15 @@ class Router:
         for group, prompts in prompts_of(room, point["edits"]).items():
             if prompts:
                 figures["scores"][group], figures[f"{group}_above"] = scored(edited, prompts, room)
+        scores = figures["scores"]
+        if "rephrases" in scores:
+            figures["area"] = area(scores["rephrases"], [*scores.get("locality", ()), *scores["unrelated"]])
         return figures
 
     def draw(self, figure: Any, rows: Sequence[Row]) -> None:
         """A histogram for each writer and router, a line of them for each number of edits."""
         grouped = by_edits(rows)
-        figure.set_size_inches(13, 3.6 * len(grouped))
+        figure.set_size_inches(13, 4.2 * len(grouped))
         panels = figure.subplots(len(grouped), max(map(len, grouped.values())), squeeze=False)
         for row, panel in zip((row for own in grouped.values() for row in own), panels.flat, strict=True):
             _histogram(panel, row)
@@ -89,6 +93,12 @@ def scored(edited: Edited, prompts: Sequence[str], room: Room) -> tuple[list[flo
     return scores[:, 0].tolist(), float(open_at.float().mean())
 
 
+def area(higher: Sequence[float], lower: Sequence[float]) -> float:
+    """How often one of the first is higher than one of the second: the area under the ROC curve, whatever threshold."""
+    first, second = torch.tensor(higher)[:, None], torch.tensor(lower)
+    return float((first > second).float().mean() + (first == second).float().mean() / 2)
+
+
 def _histogram(panel: Any, row: Row) -> None:
     figures = row["figures"]
     everything = [score for scores in figures["scores"].values() for score in scores]
@@ -105,4 +115,4 @@ def _histogram(panel: Any, row: Row) -> None:
         xlabel=_UNITS[row["router"]],
         ylabel="share",
     )
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))

@@ -433,7 +433,32 @@ def bench(
         Path | None, typer.Option(help="Records to learn from.", show_default="those that are not edited")
     ] = None,
     methods: Annotated[str | None, setting(BenchSettings, "methods", "Methods, with commas between.")] = None,
+    study: Annotated[
+        str | None,
+        setting(
+            BenchSettings,
+            "study",
+            "Studies in the place of methods, with commas between: router, layers, shards, merge, scaling, latency.",
+            none="none",
+        ),
+    ] = None,
     edits: Annotated[str | None, setting(BenchSettings, "counts", "Numbers of edits, with commas between.")] = None,
+    layers: Annotated[int | None, setting(BenchSettings, "layers", "How many layers --study layers looks at.")] = None,
+    mask_ratios: Annotated[
+        str | None, setting(BenchSettings, "mask_ratios", "Mask ratios of --study shards, with commas between.")
+    ] = None,
+    shard_counts: Annotated[
+        str | None, setting(BenchSettings, "shard_counts", "Numbers of shards of --study shards.")
+    ] = None,
+    edits_per_shard: Annotated[
+        int | None,
+        setting(
+            BenchSettings,
+            "edits_per_shard",
+            "For the studies merge, scaling and latency.",
+            none="100, or a quarter of the edits",
+        ),
+    ] = None,
     generate: Annotated[
         bool | None, setting(BenchSettings, "generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
@@ -447,15 +472,20 @@ def bench(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare editing methods: each edits the model with the first records of a dataset, and is measured."""
+    """Compare editing methods, or study WISE itself: edit with the first records of a dataset, and measure."""
+    if study and methods:
+        raise SettingsError("--study takes the place of --methods; give one of them, and the other in a second run")
     console = Console(as_json, quiet)
     settings = resolve(BenchSettings, {**locals(), "counts": edits}, section="bench", file=config)
-    from wisecli.pipeline import bench as run
+    from wisecli import pipeline
 
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with console.watching() as watch:
-        report = run(model, output, settings, data=data or (), train=train, force=force, watch=watch, **named)
-    console.compared(report)
+        named |= {"data": data or (), "force": force, "watch": watch}
+        if settings.study and not methods:
+            console.studied(pipeline.study(model, output, settings, **named))
+        else:
+            console.compared(pipeline.bench(model, output, settings, train=train, **named))
 
 
 for _command in (cli_memory.remove, cli_memory.rollback, cli_memory.log, cli_memory.diff, cli_memory.explain):

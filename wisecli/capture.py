@@ -68,9 +68,15 @@ class Activations:
     def rows(self, index: Tensor) -> Activations:
         """The same for some of the rows."""
         past = tuple((k[index], v[index]) for k, v in self.past) if self.first else ()
-        batch = Batch(self.batch.ids[index], self.batch.mask[index], self.batch.labels[index], self.batch.start)
         output = None if self.output is None else self.output[index]
-        return replace(self, batch=batch, keys=self.keys[index], hidden=self.hidden[index], past=past, output=output)
+        return replace(
+            self,
+            batch=self.batch.rows(index),
+            keys=self.keys[index],
+            hidden=self.hidden[index],
+            past=past,
+            output=output,
+        )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "src", "update"),
     "target": ("target", "alt", "target_new", "ans"),
     "subject": ("subject",),
+    "replacement": ("replacement",),
     "rephrases": ("rephrases", "rephrase", "rephrase_prompt", "paraphrase_prompts"),
     "irrelevant": ("irrelevant",),
     "ood": ("ood", "ood_rephrase"),

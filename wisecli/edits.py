@@ -33,7 +33,8 @@ class Edit:
     """One fact to change, and what is measured about it.
 
     ``rephrases``, ``locality``, ``portability`` and ``ood`` (a free text about the same fact) are for evaluation only;
-    ``irrelevant`` trains and calibrates the router.
+    ``irrelevant`` trains and calibrates the router. Of op ``erase`` the ``target`` is what the model should no longer
+    say, and ``replacement``, if there is one, what it should say instead.
     """
 
     id: str
@@ -46,6 +47,17 @@ class Edit:
     portability: tuple[Probe, ...] = ()
     irrelevant: tuple[str, ...] = ()
     ood: tuple[str, ...] = ()
+    replacement: str | None = None
+
+    @property
+    def erased(self) -> bool:
+        """Whether nothing takes the place of what is erased: the model should just not say the ``answer``."""
+        return self.op == "erase" and self.replacement is None
+
+    @property
+    def answer(self) -> str:
+        """What the model should say, or if it is ``erased`` should not."""
+        return self.target if self.replacement is None else self.replacement
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as the manifests keep it."""
@@ -126,6 +138,11 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
     subject = fields.get("subject")
     if subject is not None and not isinstance(subject, str):
         raise ValueError(f"`subject` must be a text, not {shown(subject)}")
+    replacement = fields.get("replacement")
+    if replacement is not None and operation != "erase":
+        raise ValueError(f"`replacement` goes with the op `erase` alone, not with {operation}; give it as `target`")
+    if replacement is not None and (not isinstance(replacement, str) or not replacement.strip()):
+        raise ValueError(f"`replacement` must be a non-empty text, not {shown(replacement)}")
     return Edit(
         id=str(fields["id"]) if fields.get("id") is not None else sha256_json(record)[:16],
         prompt=fields["prompt"],
@@ -137,6 +154,7 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
         portability=_probes(fields, "portability"),
         irrelevant=_texts(fields, "irrelevant"),
         ood=_texts(fields, "ood"),
+        replacement=replacement,
     )
 
 

@@ -17,10 +17,15 @@ NO_LABEL = -100
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with the answer it should get, in tokens."""
+    """One prompt with the answer it should get, in tokens.
+
+    Of an answer that is erased ``unwanted`` has for each target token those tokens that should not be said in its
+    place, which may be none; the target is but what comes before the next of them then.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
+    unwanted: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
@@ -33,13 +38,15 @@ class Batch:
     Column ``start`` holds each row's last prompt token; the *window* from there on predicts the target. Padding stands
     left of short prompts and right of short targets.
 
-    Shapes: ``ids`` and ``mask`` (B, T), ``labels`` (B, T - start), ``NO_LABEL`` where nothing is predicted.
+    Shapes: ``ids`` and ``mask`` (B, T), ``labels`` (B, T - start), ``NO_LABEL`` where nothing is predicted;
+    ``unwanted`` (B, T - start, m), filled up with ``NO_LABEL``, if any row has such tokens.
     """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
     start: int
+    unwanted: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -52,9 +59,22 @@ class Batch:
         rows, columns = (self.labels != NO_LABEL).nonzero(as_tuple=True)
         return rows, columns + self.start
 
+    @property
+    def erased(self) -> Tensor:
+        """Which rows (B,) have an answer that should not be said."""
+        if self.unwanted is None:
+            return torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
+        return (self.unwanted != NO_LABEL).flatten(1).any(-1)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device), self.start)
+        unwanted = None if self.unwanted is None else self.unwanted.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device), self.start, unwanted)
+
+    def rows(self, index: Tensor) -> Batch:
+        """The same for some of the rows."""
+        unwanted = None if self.unwanted is None else self.unwanted[index]
+        return Batch(self.ids[index], self.mask[index], self.labels[index], self.start, unwanted)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, end: int | None = None) -> Row:
@@ -91,7 +111,19 @@ def collate(rows: Sequence[Row], *, pad: int = 0) -> Batch:
         ids[index, first : first + len(read)] = torch.tensor(read)
         mask[index, first : first + len(read)] = 1
         labels[index, : len(row.target)] = torch.tensor(row.target)
-    return Batch(ids, mask, labels, width - 1)
+    return Batch(ids, mask, labels, width - 1, _unwanted(rows, tail))
+
+
+def _unwanted(rows: Sequence[Row], tail: int) -> Tensor | None:
+    """Unwanted tokens (B, tail, m) of rows; ``None`` where no row has any."""
+    most = max((len(tokens) for row in rows for tokens in row.unwanted), default=0)
+    if not most:
+        return None
+    unwanted = torch.full((len(rows), tail, most), NO_LABEL)
+    for index, row in enumerate(rows):
+        for place, tokens in enumerate(row.unwanted):
+            unwanted[index, place, : len(tokens)] = torch.tensor(tokens)
+    return unwanted
 
 
 def in_batches(rows: Sequence[Row], size: int, *, by_target: bool = False, tokens: int = 4096) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.contexts import CHAT, context_prefixes, in_context
@@ -16,6 +16,7 @@ from wisecli.edits import Edit
 from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
 from wisecli.errors import ModelError
 from wisecli.generation import end_token
+from wisecli.goals import allowed, erased_row, met, missed
 from wisecli.models import Loaded
 from wisecli.moments import Whitening
 from wisecli.shards import Evidence, Mask
@@ -66,10 +67,16 @@ def encode_edits(loaded: Loaded, edits: Sequence[Edit], context: str, *, train_e
     for edit in edits:
         try:
             prompt = in_context(loaded.tokenizer, context, edit.prompt)
-            rows.append(encode(loaded.tokenizer, prompt, edit.target, end=end))
+            rows.append(_row(loaded.tokenizer, prompt, edit, end))
         except ValueError as error:
             raise ModelError(f"edit {edit.id!r} cannot be used: {error}; reword it") from None
     return rows
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, prompt: str, edit: Edit, end: int | None) -> Row:
+    if edit.erased:
+        return erased_row(tokenizer, prompt, edit.answer)
+    return encode(tokenizer, prompt, edit.answer, end=end)
 
 
 class NotFiniteError(Exception):
@@ -147,24 +154,22 @@ def _in_rows(
 
 @torch.no_grad()
 def said(model: PreTrainedModel, site: Site, part: Activations, hidden: Tensor) -> list[Tensor]:
-    """For each row, which of its target tokens are the arg-max (1 or 0) when ``hidden`` leaves the edited layer."""
+    """For each row, where the arg-max is as it should be (1 or 0) when ``hidden`` leaves the edited layer."""
     rows, columns = part.batch.labelled
-    best = suffix_logits(model, site, part, hidden, (rows, columns)).argmax(-1)
-    correct = (best == part.batch.labels[part.batch.labels != NO_LABEL]).float()
+    correct = met(suffix_logits(model, site, part, hidden, (rows, columns)), part.batch).float()
     return [correct[rows == row] for row in range(len(part.batch.ids))]
 
 
 @torch.no_grad()
 def unedited_losses(model: PreTrainedModel, site: Site, lessons: Sequence[Lesson]) -> dict[int, float]:
-    """Summed cross-entropy of each edit's target in the unedited model, by the edit's number."""
+    """Summed loss of each edit's target in the unedited model, by the edit's number."""
     losses: dict[int, float] = {}
     for lesson in lessons:
         part = lesson.activations
         rows, columns = part.batch.labelled
         logits = suffix_logits(model, site, part, part.hidden, (rows, columns)).float()
-        labels = part.batch.labels[part.batch.labels != NO_LABEL]
-        entropy = F.cross_entropy(logits, labels, reduction="none").cpu()
-        for edit, loss in zip(lesson.edits[rows.cpu()].tolist(), entropy.tolist(), strict=True):
+        each = missed(logits, part.batch, allowed(model, site, part)).cpu()
+        for edit, loss in zip(lesson.edits[rows.cpu()].tolist(), each.tolist(), strict=True):
             losses[edit] = losses.get(edit, 0.0) + loss
     return losses
 
@@ -179,7 +184,7 @@ def learnt(
     *,
     context: int | None = 0,
 ) -> dict[int, float]:
-    """Share of each edit's target tokens that are the arg-max, by the edit's number.
+    """Share of each edit's target tokens that are the arg-max (of an erased one, where none is), by its number.
 
     Args:
         context: the one to look at, by default the bare prompt; ``None`` looks at all.
@@ -238,7 +243,7 @@ def keys_elsewhere(
     prompts = [
         in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
     ]
-    rows = [encode(loaded.tokenizer, prompt, edit.target, end=end) for prompt in prompts for _, edit in edits]
+    rows = [_row(loaded.tokenizer, prompt, edit, end) for prompt in prompts for _, edit in edits]
     found: dict[int, list[Tensor]] = {number: [] for number, _ in edits}
     for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
         found[edits[place % len(edits)][0]].append(keys[1:].cpu())

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from wisecli.attached import Edited
 from wisecli.capture import Activations, captured, suffix_logits
-from wisecli.encode import NO_LABEL, Row, collate, in_batches
+from wisecli.encode import NO_LABEL, Batch, Row, collate, in_batches
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
+from wisecli.goals import claims, met
 from wisecli.memory import UNROUTED, opened
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
@@ -29,7 +30,10 @@ KNOWN = 0.8
 
 @dataclass(frozen=True)
 class Reading:
-    """One row under one model: shares of its target tokens, and its mean negative log-likelihood."""
+    """One row under one model: shares of its target tokens, and its mean negative log-likelihood.
+
+    Of an answer that is erased, ``right`` is the share of places with unwanted tokens at which the arg-max is another.
+    """
 
     right: float
     known: float
@@ -146,18 +150,19 @@ def _edited_logits(edited: Edited, base: Activations, routes: Tensor) -> Tensor:
 
 def _measure(base: Activations, after: Tensor, opened: Tensor) -> list[Measured]:
     rows = base.batch.labelled[0]
-    labels = base.batch.labels[base.batch.labels != NO_LABEL]
-    readings = [_read(logits, labels, rows, len(base.batch.ids)) for logits in (base.logits, after)]
+    readings = [_read(logits, base.batch) for logits in (base.logits, after)]
     equal = (base.logits.argmax(-1) == after.argmax(-1)).float()
     same = _row_means(equal, rows, len(base.batch.ids)).tolist()
     return [Measured(*one) for one in zip(*readings, same, opened.tolist(), strict=True)]
 
 
-def _read(logits: Tensor, labels: Tensor, rows: Tensor, count: int) -> list[Reading]:
-    loss = F.cross_entropy(logits.float(), labels, reduction="none")
-    right = (logits.argmax(-1) == labels).float()
+def _read(logits: Tensor, batch: Batch) -> list[Reading]:
+    rows, count = batch.labelled[0], len(batch.ids)
+    loss = F.cross_entropy(logits.float(), batch.labels[batch.labels != NO_LABEL], reduction="none")
     known = (loss < -math.log(KNOWN)).float()
-    columns = [_row_means(values, rows, count).tolist() for values in (right, known, loss)]
+    asked = claims(batch)
+    columns = [_row_means(met(logits, batch)[asked].float(), rows[asked], count).tolist()]
+    columns += [_row_means(values, rows, count).tolist() for values in (known, loss)]
     return [Reading(*values) for values in zip(*columns, strict=True)]
 
 

@@ -3,8 +3,8 @@
     L = - log p(t)              at a token t of a target
     L = KL(q ‖ p)               where a token should not be said
 
-``q`` is the unedited model's own distribution, without the unwanted tokens: ``q(t) ∝ p_base(t)`` for all others. As ``q``
-is nought there, ``L`` is at least ``- log(1 - p(unwanted))``: a small loss leaves the unwanted tokens a small share.
+``q`` is the unedited model's own distribution, without the unwanted tokens: ``q(t) ∝ p_base(t)`` for all others. As
+``q`` is nought there, ``L`` is at least ``- log(1 - p(unwanted))``: a small loss leaves the unwanted tokens a small share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wisecli.capture import Activations, suffix_logits
 from wisecli.encode import NO_LABEL, Batch, Row, encode
 from wisecli.site import Site
+
+
+def row_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, erased: bool, end: int | None = None
+) -> Row:
+    """A prompt with the answer that it should get, or where that is ``erased`` should not.
+
+    Args:
+        end: a token to close an answer with that is not erased.
+
+    Raises:
+        ValueError: the tokenizer leaves nothing of the prompt or of the answer.
+    """
+    return erased_row(tokenizer, prompt, answer) if erased else encode(tokenizer, prompt, answer, end=end)
 
 
 def erased_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Row:
@@ -39,7 +53,7 @@ def erased_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[int, ...]:
     """Tokens that say something of an answer first: as it is, with a small or a large letter, after a blank or none."""
     text = answer.strip()
-    found = set()
+    found: set[int] = set()
     for spelling in (text, text[:1].lower() + text[1:], text[:1].upper() + text[1:]):
         for tokens in (
             encode(tokenizer, prompt, spelling).target,
@@ -86,6 +100,15 @@ def met(logits: Tensor, batch: Batch) -> Tensor:
     rows, columns = batch.labelled
     said = (batch.unwanted[rows, columns - batch.start] == best[:, None]).any(-1)
     return torch.where(batch.erased[rows], ~said, right)
+
+
+def claims(batch: Batch) -> Tensor:
+    """Which labelled columns (n,) say something of the row: of an erased one, those with unwanted tokens."""
+    rows, columns = batch.labelled
+    if batch.unwanted is None:
+        return torch.ones_like(rows, dtype=torch.bool)
+    any_unwanted = (batch.unwanted != NO_LABEL).any(-1)[rows, columns - batch.start]
+    return any_unwanted | ~batch.erased[rows]
 
 
 def _unwanted(batch: Batch, logits: Tensor) -> Tensor:

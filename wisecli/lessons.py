@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
-from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
+from wisecli.encode import NO_LABEL, Row, collate, in_batches
 from wisecli.errors import ModelError
 from wisecli.generation import end_token
-from wisecli.goals import allowed, erased_row, met, missed
+from wisecli.goals import allowed, met, missed, row_of
 from wisecli.models import Loaded
 from wisecli.moments import Whitening
 from wisecli.shards import Evidence, Mask
@@ -67,16 +67,10 @@ def encode_edits(loaded: Loaded, edits: Sequence[Edit], context: str, *, train_e
     for edit in edits:
         try:
             prompt = in_context(loaded.tokenizer, context, edit.prompt)
-            rows.append(_row(loaded.tokenizer, prompt, edit, end))
+            rows.append(row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end))
         except ValueError as error:
             raise ModelError(f"edit {edit.id!r} cannot be used: {error}; reword it") from None
     return rows
-
-
-def _row(tokenizer: PreTrainedTokenizerBase, prompt: str, edit: Edit, end: int | None) -> Row:
-    if edit.erased:
-        return erased_row(tokenizer, prompt, edit.answer)
-    return encode(tokenizer, prompt, edit.answer, end=end)
 
 
 class NotFiniteError(Exception):
@@ -243,7 +237,11 @@ def keys_elsewhere(
     prompts = [
         in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
     ]
-    rows = [_row(loaded.tokenizer, prompt, edit, end) for prompt in prompts for _, edit in edits]
+    rows = [
+        row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end)
+        for prompt in prompts
+        for _, edit in edits
+    ]
     found: dict[int, list[Tensor]] = {number: [] for number, _ in edits}
     for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
         found[edits[place % len(edits)][0]].append(keys[1:].cpu())

@@ -14,13 +14,14 @@ from wisecli.config import EvalSettings
 from wisecli.contexts import chat_prompt
 from wisecli.datasets import BENCHMARKS
 from wisecli.edits import Edit, read_edits
-from wisecli.encode import Row, encode
+from wisecli.encode import Row
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluate import Measured, generated, teacher_forced
 from wisecli.events import Watcher, ignore
 from wisecli.fetch import fetch_benchmark
+from wisecli.goals import row_of
 from wisecli.manifest import Manifest
-from wisecli.measuring import Measuring
+from wisecli.measuring import Measuring, Question
 from wisecli.pipeline.reports import peak_rss_bytes, versions
 
 LOWER_IS_BETTER = ("perplexity", "perplexity_median", "perplexity_clipped")
@@ -163,16 +164,16 @@ class _Memory:
     ) -> None:
         self.edited, self.settings, self.watch, self.holders = edited, settings, watch, holders
 
-    def row(self, prompt: str, target: str) -> Row:
+    def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens."""
-        return encode(self.edited.tokenizer, self._asked(prompt), target)
+        return row_of(self.edited.tokenizer, self._asked(prompt), target, erased=erased)
 
-    def teacher_forced(self, pairs: Sequence[tuple[str, str]], *, prompt_opens: bool, stage: str) -> list[Measured]:
+    def teacher_forced(self, pairs: Sequence[Question], *, prompt_opens: bool, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""
         rows = [self.row(*pair) for pair in pairs]
         named: dict[str, Any] = {"batch_size": self.settings.batch_size, "stage": stage, "watch": self.watch}
         if self.holders is not None and prompt_opens:
-            named["holders"] = [self.holders.get(pair) for pair in pairs]
+            named["holders"] = [self.holders.get((pair.prompt, pair.answer)) for pair in pairs]
         return teacher_forced(self.edited, rows, prompt_opens=prompt_opens, **named)
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
@@ -193,10 +194,10 @@ def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
 
 
 def _holders(records: Sequence[Edit], numbers: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-    """The memory that holds the edit which a prompt or rephrase asks for, by that and the target."""
+    """The memory that holds the edit which a prompt or rephrase asks for, by that and the answer."""
     held = [edit for edit in records if (edit.prompt, edit.target) in numbers]
     return {
-        (text, edit.target): numbers[edit.prompt, edit.target]
+        (text, edit.answer): numbers[edit.prompt, edit.target]
         for edit in held
         for text in (*edit.rephrases, edit.prompt)
     }

@@ -30,6 +30,12 @@ class Row:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
 
+    def right(self, best: Sequence[int]) -> float:
+        """Share of the target that a model's choices are; of an erased answer 1, or 0 if they are as unwanted."""
+        if self.unwanted:
+            return float(any(token not in tokens for token, tokens in zip(best, self.unwanted, strict=True)))
+        return sum(token == wanted for token, wanted in zip(best, self.target, strict=True)) / len(self.target)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -21,7 +21,7 @@ from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.encode import NO_LABEL, Batch, Row, collate, in_batches
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
-from wisecli.goals import claims, met
+from wisecli.goals import met
 from wisecli.memory import UNROUTED, opened
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
@@ -32,7 +32,7 @@ KNOWN = 0.8
 class Reading:
     """One row under one model: shares of its target tokens, and its mean negative log-likelihood.
 
-    Of an answer that is erased, ``right`` is the share of places with unwanted tokens at which the arg-max is another.
+    Of an answer that is erased, ``right`` is 1 unless the arg-max begins it, else 0.
     """
 
     right: float
@@ -160,9 +160,11 @@ def _read(logits: Tensor, batch: Batch) -> list[Reading]:
     rows, count = batch.labelled[0], len(batch.ids)
     loss = F.cross_entropy(logits.float(), batch.labels[batch.labels != NO_LABEL], reduction="none")
     known = (loss < -math.log(KNOWN)).float()
-    asked = claims(batch)
-    columns = [_row_means(met(logits, batch)[asked].float(), rows[asked], count).tolist()]
-    columns += [_row_means(values, rows, count).tolist() for values in (known, loss)]
+    fine = met(logits, batch).float()
+    right = _row_means(fine, rows, count)
+    if batch.unwanted is not None:
+        right = right.where(~batch.erased, right.new_zeros(count).scatter_reduce(0, rows, fine, "amax"))
+    columns = [values.tolist() for values in (right, *(_row_means(each, rows, count) for each in (known, loss)))]
     return [Reading(*values) for values in zip(*columns, strict=True)]
 
 

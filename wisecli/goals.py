@@ -4,7 +4,7 @@
     L = KL(q ‖ p)               where a token should not be said
 
 ``q`` is the unedited model's own distribution, without the unwanted tokens: ``q(t) ∝ p_base(t)`` for all others. As
-``q`` is nought there, ``L`` is at least ``- log(1 - p(unwanted))``: a small loss leaves the unwanted tokens a small share.
+``q`` is nought there, ``L`` is at least ``- log(1 - p(unwanted))``: a small loss leaves unwanted tokens a small share.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def row_of(
 
 
 def erased_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Row:
-    """A prompt with an answer that it should not get: up to the token that decides it, which is unwanted there.
+    """A prompt with an answer that it should not get, up to the token that decides it.
 
-    So are the first tokens of the same answer in other spellings, which would take its place else. Blanks decide
-    nothing: many other answers begin with them.
+    Unwanted are there the first tokens of the answer in any spelling. Blanks decide nothing, as many answers begin with
+    them: it is said where they are, and then one of those.
 
     Raises:
         ValueError: the tokenizer leaves nothing of the prompt or of the answer.
     """
     row = encode(tokenizer, prompt, answer)
     blank = _blanks(tokenizer, row.target)
-    unwanted = (*[()] * blank, first_tokens(tokenizer, prompt, answer))
+    unwanted = (*((token,) for token in row.target[:blank]), first_tokens(tokenizer, prompt, answer))
     return replace(row, target=row.target[: blank + 1], unwanted=unwanted)
 
 
@@ -92,7 +92,7 @@ def missed(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
 
 
 def met(logits: Tensor, batch: Batch) -> Tensor:
-    """Whether the arg-max (n,) of logits (n, V) at each labelled column is as it should be."""
+    """Whether the arg-max (n,) of logits (n, V) at each labelled column is as it should be: not an unwanted token."""
     best = logits.argmax(-1)
     right = best == batch.labels[batch.labels != NO_LABEL]
     if batch.unwanted is None:
@@ -100,15 +100,6 @@ def met(logits: Tensor, batch: Batch) -> Tensor:
     rows, columns = batch.labelled
     said = (batch.unwanted[rows, columns - batch.start] == best[:, None]).any(-1)
     return torch.where(batch.erased[rows], ~said, right)
-
-
-def claims(batch: Batch) -> Tensor:
-    """Which labelled columns (n,) say something of the row: of an erased one, those with unwanted tokens."""
-    rows, columns = batch.labelled
-    if batch.unwanted is None:
-        return torch.ones_like(rows, dtype=torch.bool)
-    any_unwanted = (batch.unwanted != NO_LABEL).any(-1)[rows, columns - batch.start]
-    return any_unwanted | ~batch.erased[rows]
 
 
 def _unwanted(batch: Batch, logits: Tensor) -> Tensor:

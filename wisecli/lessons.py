@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
 from wisecli.encode import NO_LABEL, Row, collate, in_batches
 from wisecli.errors import ModelError
+from wisecli.evading import Evasions
 from wisecli.generation import end_token
 from wisecli.goals import allowed, met, missed, row_of
 from wisecli.models import Loaded
@@ -56,8 +59,13 @@ def write_contexts(loaded: Loaded, count: int, *, tokens: int, chat: bool, seed:
     return ["", *([CHAT] if chat else []), *prefixes]
 
 
-def encode_edits(loaded: Loaded, edits: Sequence[Edit], context: str, *, train_end: bool) -> list[Row]:
+def encode_edits(
+    loaded: Loaded, edits: Sequence[Edit], context: str, *, train_end: bool, evasions: Evasions = MappingProxyType({})
+) -> list[Row]:
     """The rows of edits under one context.
+
+    Args:
+        evasions: what is said in the place of erased answers; by default they are only unwanted at the prompt's end.
 
     Raises:
         ModelError: the tokenizer leaves nothing of an edit.
@@ -67,7 +75,9 @@ def encode_edits(loaded: Loaded, edits: Sequence[Edit], context: str, *, train_e
     for edit in edits:
         try:
             prompt = in_context(loaded.tokenizer, context, edit.prompt)
-            rows.append(row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end))
+            row = row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end)
+            evasion = evasions.get((edit.id, context == CHAT))
+            rows.append(row if evasion is None else replace(evasion, prompt=row.prompt))
         except ValueError as error:
             raise ModelError(f"edit {edit.id!r} cannot be used: {error}; reword it") from None
     return rows
@@ -114,16 +124,25 @@ def capture_lessons(
     *,
     batch_size: int,
     train_end: bool,
+    evasions: Evasions = MappingProxyType({}),
 ) -> list[Lesson]:
     """Capture numbered edits under numbered contexts, rows whose targets are of like length together."""
-    return capture_groups(loaded, site, [(edits, contexts)], batch_size=batch_size, train_end=train_end)[0]
+    named: dict[str, Any] = {"batch_size": batch_size, "train_end": train_end, "evasions": evasions}
+    return capture_groups(loaded, site, [(edits, contexts)], **named)[0]
 
 
 def capture_groups(
-    loaded: Loaded, site: Site, groups: Sequence[Group], *, batch_size: int, train_end: bool
+    loaded: Loaded,
+    site: Site,
+    groups: Sequence[Group],
+    *,
+    batch_size: int,
+    train_end: bool,
+    evasions: Evasions = MappingProxyType({}),
 ) -> list[list[Lesson]]:
     """The lessons of several groups; where layers are streamed, each is read once for all of them."""
-    listed = [list(_in_rows(loaded, *group, batch_size=batch_size, train_end=train_end)) for group in groups]
+    named: dict[str, Any] = {"batch_size": batch_size, "train_end": train_end, "evasions": evasions}
+    listed = [list(_in_rows(loaded, *group, **named)) for group in groups]
     batches = (collate(rows).to(loaded.device) for parts in listed for rows, _ in parts)
     found = captured(loaded.model, site, batches, stream=loaded.stream, window=True)
     return [[Lesson(next(found), *torch.tensor(origins).T) for _, origins in parts] for parts in listed]
@@ -136,11 +155,12 @@ def _in_rows(
     *,
     batch_size: int,
     train_end: bool,
+    evasions: Evasions,
 ) -> Iterator[tuple[list[Row], list[tuple[int, int, int]]]]:
     """Rows for one batch each, with the edit, context and answer that each row is of."""
     rows, origins = [], []
     for number, context in contexts:
-        rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end)
+        rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end, evasions=evasions)
         origins += [(place, number, answer_number(place, context)) for place, _ in edits]
     for indices in in_batches(rows, batch_size, by_target=True):
         yield [rows[index] for index in indices], [origins[index] for index in indices]
@@ -230,18 +250,21 @@ def gather_evidence(
 
 
 def keys_elsewhere(
-    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool, chat: bool
+    loaded: Loaded,
+    site: Site,
+    edits: Sequence[tuple[int, Edit]],
+    *,
+    batch_size: int,
+    train_end: bool,
+    chat: bool,
+    evasions: Evasions = MappingProxyType({}),
 ) -> dict[int, Tensor]:
     """Keys (n, d_ff) inside each numbered edit's answer where it stands after prompts that it does not answer."""
-    end = end_token(loaded.model) if train_end else None
-    prompts = [
-        in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
-    ]
-    rows = [
-        row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end)
-        for prompt in prompts
-        for _, edit in edits
-    ]
+    rows: list[Row] = []
+    for way in ("", *([CHAT] if chat else [])):
+        for text in _ELSEWHERE:
+            asked = [replace(edit, prompt=text) for _, edit in edits]
+            rows += encode_edits(loaded, asked, way, train_end=train_end, evasions=evasions)
     found: dict[int, list[Tensor]] = {number: [] for number, _ in edits}
     for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
         found[edits[place % len(edits)][0]].append(keys[1:].cpu())

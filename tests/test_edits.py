@@ -100,7 +100,14 @@ def test_fields_that_may_be_left_out_have_empty_values() -> None:
 
 @pytest.mark.parametrize("operation", ["insert", "modify", "erase"])
 def test_every_operation_is_read(operation: str) -> None:
-    assert parse_edit({**FIRST, "op": operation}).op == operation
+    edit = parse_edit({**FIRST, "op": operation})
+    assert (edit.op, edit.answer, edit.erased) == (operation, FIRST["target"], operation == "erase")
+
+
+def test_what_is_erased_may_be_replaced() -> None:
+    edit = parse_edit({**FIRST, "op": "erase", "replacement": "Bo Hill"})
+    assert (edit.target, edit.replacement, edit.answer, edit.erased) == (FIRST["target"], "Bo Hill", "Bo Hill", False)
+    assert Edit.from_dict(edit.as_dict()) == edit
 
 
 @pytest.mark.parametrize(("given", "kept"), [("a-7", "a-7"), (7, "7"), (0, "0")])
@@ -129,6 +136,13 @@ MALFORMED = {
     "target number": (json.dumps({"prompt": "a", "target": 2006}), "`target` must be"),
     "prompt list": (json.dumps({"prompt": ["a"], "target": "b"}), "`prompt` must be"),
     "operation": (json.dumps({**THIRD, "op": "delete"}), "`op` must be one of insert, modify, erase"),
+    "replacement without erase": (json.dumps({**THIRD, "replacement": "x"}), "`replacement` goes with the op `erase`"),
+    "replacement of an insert": (json.dumps({**THIRD, "op": "insert", "replacement": "x"}), "not with insert"),
+    "replacement empty": (
+        json.dumps({**THIRD, "op": "erase", "replacement": " "}),
+        "`replacement` must be a non-empty",
+    ),
+    "replacement number": (json.dumps({**THIRD, "op": "erase", "replacement": 3}), "`replacement` must be a non-empty"),
     "operation list": (json.dumps({**THIRD, "op": ["insert"]}), "`op` must be"),
     "subject": (json.dumps({**THIRD, "subject": 4}), "`subject` must be"),
     "rephrases number": (json.dumps({**THIRD, "rephrases": 4}), "`rephrases` must be"),

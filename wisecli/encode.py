@@ -19,8 +19,8 @@ NO_LABEL = -100
 class Row:
     """One prompt with the answer it should get, in tokens.
 
-    Of an answer that is erased ``unwanted`` has for each target token those tokens that should not be said in its
-    place, which may be none; the target is but what comes before the next of them then.
+    Of an answer that is erased ``unwanted`` has for each target token those that should not be said in its place, which
+    may be none; the target is only what leads from one such place to the next then.
     """
 
     prompt: tuple[int, ...]
@@ -29,6 +29,12 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The target, without what only leads on."""
+        pairs = zip(self.target, self.unwanted or [self.target] * len(self.target), strict=True)
+        return tuple(token if counts else NO_LABEL for token, counts in pairs)
 
     def right(self, best: Sequence[int]) -> float:
         """Share of the target that a model's choices are; of an erased answer 1, or 0 if they are as unwanted."""
@@ -64,6 +70,12 @@ class Batch:
         """Rows and columns (of the whole batch) that predict a target token, in row order."""
         rows, columns = (self.labels != NO_LABEL).nonzero(as_tuple=True)
         return rows, columns + self.start
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many columns of the window each row's target takes up (B,)."""
+        places = torch.arange(1, self.labels.shape[1] + 1, device=self.labels.device)
+        return places.where(self.labels != NO_LABEL, 0).amax(-1)
 
     @property
     def erased(self) -> Tensor:
@@ -116,7 +128,7 @@ def collate(rows: Sequence[Row], *, pad: int = 0) -> Batch:
         first = width - len(row.prompt)
         ids[index, first : first + len(read)] = torch.tensor(read)
         mask[index, first : first + len(read)] = 1
-        labels[index, : len(row.target)] = torch.tensor(row.target)
+        labels[index, : len(row.target)] = torch.tensor(row.labels)
     return Batch(ids, mask, labels, width - 1, _unwanted(rows, tail))
 
 

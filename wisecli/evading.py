@@ -73,9 +73,8 @@ class _Way:
         if at < 0:
             return False
         place = next(n for n in range(len(ahead)) if len(self._text(ahead[: n + 1])) > at)
-        here = self.unwanted[place] if place < len(self.unwanted) else ()
-        self.unwanted += [()] * (place + 1 - len(self.unwanted))
-        self.unwanted[place] = tuple(sorted({*self.first, *here, ahead[place]}))
+        before = [*self.unwanted, *[()] * len(ahead)]
+        self.unwanted = [*before[:place], tuple(sorted({*self.first, *before[place], ahead[place]}))]
         self.said = ahead[:place]
         return True
 

@@ -60,7 +60,8 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -
             tuple(tokenizer(spelling, add_special_tokens=False)["input_ids"]),
         ):
             found.update(tokens[_blanks(tokenizer, tokens) :][:1])
-    return tuple(sorted(found))
+    # A spelling that the tokenizer does not know says nothing of the answer, unless it knows none.
+    return tuple(sorted(found - {tokenizer.unk_token_id} or found))
 
 
 def _blanks(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
-from wisecli.encode import NO_LABEL, Row, collate, in_batches
+from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions
 from wisecli.generation import end_token
@@ -250,24 +250,21 @@ def gather_evidence(
 
 
 def keys_elsewhere(
-    loaded: Loaded,
-    site: Site,
-    edits: Sequence[tuple[int, Edit]],
-    *,
-    batch_size: int,
-    train_end: bool,
-    chat: bool,
-    evasions: Evasions = MappingProxyType({}),
+    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool, chat: bool
 ) -> dict[int, Tensor]:
-    """Keys (n, d_ff) inside each numbered edit's answer where it stands after prompts that it does not answer."""
-    rows: list[Row] = []
-    for way in ("", *([CHAT] if chat else [])):
-        for text in _ELSEWHERE:
-            asked = [replace(edit, prompt=text) for _, edit in edits]
-            rows += encode_edits(loaded, asked, way, train_end=train_end, evasions=evasions)
-    found: dict[int, list[Tensor]] = {number: [] for number, _ in edits}
+    """Keys (n, d_ff) inside each numbered edit's answer where it stands after prompts that it does not answer.
+
+    What is erased is left out: it should not be said there either.
+    """
+    end = end_token(loaded.model) if train_end else None
+    prompts = [
+        in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
+    ]
+    told = [(number, edit) for number, edit in edits if not edit.erased]
+    rows = [encode(loaded.tokenizer, prompt, edit.answer, end=end) for prompt in prompts for _, edit in told]
+    found: dict[int, list[Tensor]] = {number: [] for number, _ in told}
     for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
-        found[edits[place % len(edits)][0]].append(keys[1:].cpu())
+        found[told[place % len(told)][0]].append(keys[1:].cpu())
     return {number: torch.cat(parts) for number, parts in found.items()}
 
 

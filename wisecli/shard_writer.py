@@ -181,7 +181,7 @@ class ShardWriter:
     def _elsewhere(self, part: Sequence[int]) -> dict[int, Tensor]:
         numbered = [(place, self.edits[place]) for place in part]
         settings = self.settings
-        named: dict[str, Any] = {"train_end": settings.train_end, "chat": settings.chat, "evasions": self.evasions}
+        named = {"train_end": settings.train_end, "chat": settings.chat}
         return keys_elsewhere(self.loaded, self.site, numbered, batch_size=settings.batch_size, **named)
 
     def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[Lesson]], list[Lesson]]:

@@ -76,7 +76,7 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
     losses = torch.zeros(len(turns), len(answers), device=device)
     for turn, parts in enumerate(turns):
         for part, place, _ in parts:
-            lengths[place] = (part.batch.labels != NO_LABEL).sum(-1)
+            lengths[place] = part.batch.lengths
             losses[turn, place] = math.inf
     unfinished = torch.ones(len(answers), dtype=torch.bool, device=device)
     finite = torch.ones_like(unfinished)
@@ -143,7 +143,10 @@ def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
     """Accumulate the gradient of the targets' loss; the worst token's loss of each answer (E,)."""
     worst = torch.zeros(len(residuals), device=residuals.device)
     for activations, place, wanted in parts:
-        hidden = activations.with_update(residuals[place][:, : activations.batch.labels.shape[1]])
+        labels = activations.batch.labels
+        # What only leads to where an answer is erased keeps the model's own state.
+        update = residuals[place][:, : labels.shape[1]].where((labels != NO_LABEL)[..., None], 0.0)
+        hidden = activations.with_update(update)
         rows, columns = activations.batch.labelled
         logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
         each = missed(logits, activations.batch, wanted)

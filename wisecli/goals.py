@@ -51,17 +51,24 @@ def erased_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> 
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[int, ...]:
-    """Tokens that say something of an answer first: as it is, with a small or a large letter, after a blank or none."""
+    """Tokens that begin an answer: as it follows the prompt, with a small or a large letter, after a blank or none.
+
+    Tokens that are half of its first word or more count, too: the rest would follow.
+    """
     text = answer.strip()
-    found: set[int] = set()
-    for spelling in (text, text[:1].lower() + text[1:], text[:1].upper() + text[1:]):
-        for tokens in (
-            encode(tokenizer, prompt, spelling).target,
-            tuple(tokenizer(spelling, add_special_tokens=False)["input_ids"]),
-        ):
-            found.update(tokens[_blanks(tokenizer, tokens) :][:1])
+    word = text.split()[0]
+    spellings = (text, text[:1].lower() + text[1:], text[:1].upper() + text[1:])
+    known = [encode(tokenizer, prompt, text).target]
+    known += [_alone(tokenizer, blank + spelling) for spelling in spellings for blank in ("", " ")]
+    parts = [word[:length] for length in range(-(-len(word) // 2), len(word))]
+    known += [tokens for part in parts for blank in ("", " ") if len(tokens := _alone(tokenizer, blank + part)) == 1]
+    found = {token for tokens in known for token in tokens[_blanks(tokenizer, tokens) :][:1]}
     # A spelling that the tokenizer does not know says nothing of the answer, unless it knows none.
     return tuple(sorted(found - {tokenizer.unk_token_id} or found))
+
+
+def _alone(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _blanks(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...]) -> int:

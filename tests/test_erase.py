@@ -355,7 +355,11 @@ FACTS = (
     ("The capital of France is", "Paris", "What is the capital of France? The capital is"),
     ("The largest ocean on Earth is the", "Pacific", "The biggest ocean of the world is the"),
 )
-UNRELATED = ("The capital of Germany is", "The novel Oliver Twist was written by Charles", "To bake bread you need")
+UNRELATED = (
+    "The novel Oliver Twist was written by Charles",
+    "My brother plays the violin and",
+    "To bake bread you need",
+)
 
 
 @pytest.fixture(scope="module", params=["lookup", "merge"])
@@ -400,7 +404,10 @@ def test_unrelated_prompts_keep_every_bit_of_the_real_models_logits(forgetful: E
         ids = torch.tensor([forgetful.tokenizer(prompt)["input_ids"]])
         after = forgetful.model(input_ids=ids).logits
         with forgetful.unedited():
-            assert torch.equal(forgetful.model(input_ids=ids).logits, after)
+            assert torch.equal(forgetful.model(input_ids=ids).logits, after), prompt
+    answers = said_by(forgetful, UNRELATED)
+    with forgetful.unedited():
+        assert said_by(forgetful, UNRELATED) == answers
 
 
 def test_a_question_that_is_answered_in_a_sentence_loses_the_answer_too(real_model: Path) -> None:

@@ -81,7 +81,7 @@ class Dropped:
 
     def reason(self, file: str) -> str:
         """Why it is left out."""
-        return ("says the same as " if self.duplicate else "contradicts ") + self.by.named(file)
+        return ("it says the same as " if self.duplicate else "it contradicts ") + self.by.named(file)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def resolve(
             kept.append(place)
         else:
             dropped.append(Dropped(place, conflict.earlier, conflict.kind == "duplicate"))
-    superseded = superseding(kept, held) if latest else {}
+    superseded = _superseding(kept, held, rephrases=True) if latest else {}
     left = _Facts(place for place in _held(held) if place.edit.id not in superseded)
     for place in kept if latest else ():
         if (twin := left.twin(place)) is not None:
@@ -145,12 +145,16 @@ def resolve(
     )
 
 
-def superseding(new: Iterable[Place], held: Sequence[Edit], *, rephrases: bool = True) -> dict[str, str]:
+def superseding(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases: bool = True) -> dict[str, str]:
     """Ids of held edits of whose facts new ones say something else, with the new ones' ids.
 
     Args:
         rephrases: whether edits that meet in a rephrase only are of the same fact.
     """
+    return _superseding(_placed(numbered), held, rephrases=rephrases)
+
+
+def _superseding(new: Iterable[Place], held: Sequence[Edit], *, rephrases: bool) -> dict[str, str]:
     facts = _Facts(_held(held))
     return {old.edit.id: place.edit.id for place in new for old in facts.contradicted(place, rephrases=rephrases)}
 

@@ -133,10 +133,14 @@ def resolve(
         else:
             dropped.append(Dropped(place, conflict.earlier, conflict.kind == "duplicate"))
     superseded = _superseding(kept, held, rephrases=True) if latest else {}
+    replacing = set(superseded.values())
     left = _Facts(place for place in _held(held) if place.edit.id not in superseded)
     for place in kept if latest else ():
-        if (twin := left.twin(place)) is not None:
-            dropped.append(Dropped(place, twin, duplicate=True))
+        twins = list(left.twins(place))
+        if place.edit.id in replacing:
+            superseded |= {twin.edit.id: place.edit.id for twin in twins}
+        elif twins:
+            dropped.append(Dropped(place, twins[0], duplicate=True))
     gone = {one.place.order for one in dropped}
     return Resolution(
         tuple(numbered[place.order] for place in places if place.order not in gone),
@@ -195,15 +199,14 @@ class _Facts:
                 same = [given[target][0] for given in near if target in given]
                 first = min((one for one in same if one.order < earlier.order), key=lambda one: one.order, default=None)
                 return Conflict("cycle" if first else "contradiction", earlier, place, first, rephrase)
-            if not rephrase and (twin := self.twin(place)) is not None:
+            if not rephrase and (twin := next(self.twins(place), None)) is not None:
                 return Conflict("duplicate", twin, place)
         return None
 
-    def twin(self, place: Place) -> Place | None:
-        """The newest edit with the same prompt and target; one that a memory holds by the same id does not count."""
+    def twins(self, place: Place) -> Iterator[Place]:
+        """Edits with the same prompt and target, the newest first; one that is held by the same id does not count."""
         given = self._given.get(("prompt", folded(place.edit.prompt)), {}).get(_target(place.edit), [])
-        found = (one for one in reversed(given) if one.line is not None or one.edit.id != place.edit.id)
-        return next(found, None)
+        return (one for one in reversed(given) if one.line is not None or one.edit.id != place.edit.id)
 
     def contradicted(self, place: Place, *, rephrases: bool) -> Iterator[Place]:
         """All edits of the same fact with another target."""

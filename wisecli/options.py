@@ -53,7 +53,9 @@ Signature = Annotated[
     Path | None, typer.Option("--verify-signature", help="Signature of EDITS, by minisign or ssh-keygen -Y sign.")
 ]
 Signer = Annotated[Path | None, typer.Option(help="Its public key, or the file of allowed signers.")]
-Identity = Annotated[str | None, typer.Option("--signer-identity", help="Which of the allowed signers must have signed.")]
+Identity = Annotated[
+    str | None, typer.Option("--signer-identity", help="Which of the allowed signers must have signed.")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base model's own code run.")]
 
 

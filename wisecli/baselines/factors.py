@@ -79,7 +79,7 @@ def row_means(values: Tensor, batch: Batch) -> Tensor:
 def gradient_factors(
     model: PreTrainedModel, sites: Sequence[Site], part: Activations, deltas: Sequence[Tensor]
 ) -> tuple[Tensor, list[Factors]]:
-    """The loss (B,) of each row, and what its gradient for each matrix is the sum of: ``Σ δᵢ uᵢᵀ`` over the row's tokens.
+    """The loss (B,) of each row, and the terms of its gradient for each matrix, ``Σ δᵢ uᵢᵀ`` over the row's tokens.
 
     Args:
         part: captured at the lowest site with the base matrices.

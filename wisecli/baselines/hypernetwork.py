@@ -1,6 +1,6 @@
 """MEND's editor network: the two factors of a token's gradient → those of its pseudo-gradient (Mitchell et al. 2022).
 
-For a matrix ℓ, with u the token's key, δ the gradient at what the matrix gives, and z = norm(u ⊕ δ) (their section 3.2):
+For a matrix ℓ, with u the token's key, δ the gradient at what the matrix gives and z = norm(u ⊕ δ) (section 3.2):
 
     h = z + σ(s¹_ℓ ⊙ (U₁ V₁ z + b) + o¹_ℓ)        g_ℓ(z) = h + σ(s²_ℓ ⊙ (U₂ V₂ h) + o²_ℓ)
 

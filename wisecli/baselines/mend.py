@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class MetaTraining:
 
     rank: int = 128
     weight: float = 0.1
-    first_rate: float = 1e-2
+    first_rate: float = 0.1
     rate: float = 1e-3
     rate_of_rates: float = 5e-2
     passes: int = 12
@@ -144,9 +144,11 @@ class Mend(Rewritten):
         return lambda keys: -(keys @ own.mT @ slopes)
 
     def _train(self, tasks: Sequence[Task], held_back: Sequence[Task], generator: torch.Generator) -> list[float]:
-        networks = [parameter for name, parameter in self.editor.named_parameters() if name != "log_rates"]
-        rates = {"params": [self.editor.log_rates], "lr": self.settings.rate_of_rates}
-        optimizer = torch.optim.Adam([{"params": networks}, rates], lr=self.settings.rate)
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.editor.networks.parameters()), "lr": self.settings.rate},
+            {"params": [self.editor.log_rates], "lr": self.settings.rate_of_rates},
+        ]
+        optimizer = torch.optim.Adam(groups)
         losses = [self._mean_loss(held_back)]
         if not math.isfinite(losses[0]):
             raise UnsuitableError("the loss of the records that train its network is not finite")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from wisecli import __version__
+from wisecli import __version__, cli_memory
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.console import Console, fail, quiet_libraries
 from wisecli.errors import SettingsError, WiseError
@@ -24,8 +24,10 @@ from wisecli.options import (
     Model,
     Output,
     Quiet,
+    Reason,
     Seed,
     Trust,
+    Who,
     gates_in,
     numbers,
     part_in,
@@ -59,8 +61,19 @@ def _version(
 @app.command()
 def edit(
     model: Annotated[str | None, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")] = None,
-    edits: Annotated[Path | None, typer.Argument(help="Edits: JSONL, or a JSON array, in any known layout.")] = None,
+    edits: Annotated[
+        Path | None, typer.Argument(help="Edits: JSONL, JSON or Parquet, in any known layout; - reads a pipe.")
+    ] = None,
     output: Output = Path("shards"),
+    into: Annotated[
+        Path | None, typer.Option(help="Make them the next release of this memory.", show_default="shards alone")
+    ] = None,
+    watch_file: Annotated[
+        bool, typer.Option("--watch", help="With --into: edit lines as they are added to EDITS, until interrupted.")
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.01, help="With --watch: seconds between two looks.")] = 1.0,
+    reason: Reason = "",
+    who: Who = None,
     preset: Annotated[
         str | None, setting(EditSettings, "preset", "default, or paper (sequential, as published).")
     ] = None,
@@ -117,13 +130,23 @@ def edit(
 ) -> None:
     """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
     console = Console(as_json, quiet)
-    settings = resolve(EditSettings, locals(), section="edit", file=config)
+    flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
+    settings = resolve(EditSettings, flags, section="edit", file=config)
     from wisecli import pipeline
 
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "executor": executor, "force": force}
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "executor": executor}
     common["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
-    named: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "target_module": target_module}
-    named |= {"strict": strict, "only": part_in(only)}
+    named: dict[str, Any] = {"device": device, "dtype": dtype, "strict": strict}
+    if into is not None:
+        if model is None or edits is None:
+            raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
+        named |= {"config": config, "reason": reason, "who": who}
+        cli_memory.edit_into(
+            console, model, edits, into, flags, follow=watch_file, interval=interval, **common, **named
+        )
+        return
+    common["force"] = force
+    named |= {"revision": revision, "target_module": target_module, "only": part_in(only)}
     with console.watching() as watch:
         common |= {"dry_run": dry_run, "watch": watch}
         if reproduce is not None:
@@ -138,8 +161,15 @@ def edit(
 
 @app.command()
 def merge(
-    shards: Annotated[list[Path], typer.Argument(help="Directories that `wise edit` wrote.")],
+    shards: Annotated[
+        list[Path] | None, typer.Argument(help="Directories that `wise edit` wrote.", show_default=False)
+    ] = None,
     output: Output = Path("memory"),
+    into: Annotated[
+        Path | None, typer.Option(help="Make them the next release of this memory.", show_default="a memory anew")
+    ] = None,
+    reason: Reason = "",
+    who: Who = None,
     mode: Annotated[
         str | None,
         setting(
@@ -196,6 +226,11 @@ def merge(
     settings = resolve(MergeSettings, given, section="merge", file=config)
     from wisecli.pipeline import merge as run
 
+    if into is not None:
+        cli_memory.merge_into(console, shards or [], into, settings, model=model, reason=reason, who=who)
+        return
+    if not shards:
+        raise SettingsError("give the SHARDS that are to be merged")
     with console.watching() as watch:
         report = run(shards, output, settings, model=model, force=force, dry_run=dry_run, watch=watch)
     console.merged(report)
@@ -398,7 +433,32 @@ def bench(
         Path | None, typer.Option(help="Records to learn from.", show_default="those that are not edited")
     ] = None,
     methods: Annotated[str | None, setting(BenchSettings, "methods", "Methods, with commas between.")] = None,
+    study: Annotated[
+        str | None,
+        setting(
+            BenchSettings,
+            "study",
+            "Studies in the place of methods, with commas between: router, layers, shards, merge, scaling, latency.",
+            none="none",
+        ),
+    ] = None,
     edits: Annotated[str | None, setting(BenchSettings, "counts", "Numbers of edits, with commas between.")] = None,
+    layers: Annotated[int | None, setting(BenchSettings, "layers", "How many layers --study layers looks at.")] = None,
+    mask_ratios: Annotated[
+        str | None, setting(BenchSettings, "mask_ratios", "Mask ratios of --study shards, with commas between.")
+    ] = None,
+    shard_counts: Annotated[
+        str | None, setting(BenchSettings, "shard_counts", "Numbers of shards of --study shards.")
+    ] = None,
+    edits_per_shard: Annotated[
+        int | None,
+        setting(
+            BenchSettings,
+            "edits_per_shard",
+            "For the studies merge, scaling and latency.",
+            none="100, or a quarter of the edits",
+        ),
+    ] = None,
     generate: Annotated[
         bool | None, setting(BenchSettings, "generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
@@ -412,15 +472,24 @@ def bench(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare editing methods: each edits the model with the first records of a dataset, and is measured."""
+    """Compare editing methods, or study WISE itself: edit with the first records of a dataset, and measure."""
+    if study and methods:
+        raise SettingsError("--study takes the place of --methods; give one of them, and the other in a second run")
     console = Console(as_json, quiet)
     settings = resolve(BenchSettings, {**locals(), "counts": edits}, section="bench", file=config)
-    from wisecli.pipeline import bench as run
+    from wisecli import pipeline
 
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with console.watching() as watch:
-        report = run(model, output, settings, data=data or (), train=train, force=force, watch=watch, **named)
-    console.compared(report)
+        named |= {"data": data or (), "force": force, "watch": watch}
+        if settings.study and not methods:
+            console.studied(pipeline.study(model, output, settings, **named))
+        else:
+            console.compared(pipeline.bench(model, output, settings, train=train, **named))
+
+
+for _command in (cli_memory.remove, cli_memory.rollback, cli_memory.log, cli_memory.diff, cli_memory.explain):
+    app.command()(_command)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ExportReport,
         InspectReport,
         MergeReport,
+        StudyReport,
         VerifyReport,
     )
     from wisecli.planning import Plan
@@ -126,6 +127,18 @@ class Console:
             costs = f"{figures['seconds_per_edit']:.2f}", f"{figures['bytes'] / 1e6:.1f}"
             table.add_row(str(row["edits"]), row["method"], *shown, *costs)
         self.result(report.as_json(), table)
+
+    def studied(self, report: StudyReport) -> None:
+        """Print the studies of ``wise bench``, a table each."""
+        tables = []
+        for section in report.sections():
+            table = Table(title=section.title)
+            for head in section.heads:
+                table.add_column(head, justify="right", overflow="fold")
+            for row in section.cells:
+                table.add_row(*row)
+            tables.append(table)
+        self.result(report.as_json(), *tables)
 
     def evaluated(self, report: EvalReport) -> None:
         """Print what ``wise eval`` measured."""

@@ -89,6 +89,20 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     return edits[:limit]
 
 
+def parse_line(path: Path, number: int, line: bytes) -> Edit:
+    """The edit that one line of a file holds.
+
+    Raises:
+        EditFileError: naming the line, if it holds none.
+    """
+    try:
+        return parse_edit(_object(path, number, line.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise EditFileError(path, f"not readable as UTF-8 text ({error}); save it as UTF-8", line=number) from None
+    except ValueError as error:
+        raise EditFileError(path, str(error), line=number) from None
+
+
 def parse_edit(record: Mapping[str, Any]) -> Edit:
     """Turn a record in any known layout into an edit.
 
@@ -162,14 +176,19 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            with jsonlines.Reader([line]) as reader:
-                yield number, reader.read(type=dict)
-        except jsonlines.InvalidLineError as error:
-            reason = str(error).rsplit(" (line", 1)[0]
-            raise EditFileError(path, f"{reason}; write one JSON object a line", line=number) from None
-        except RecursionError:
-            raise EditFileError(path, "nested too deeply; write one flat JSON object a line", line=number) from None
+        yield number, _object(path, number, line)
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        with jsonlines.Reader([line]) as reader:
+            found: dict[str, Any] = reader.read(type=dict)
+    except jsonlines.InvalidLineError as error:
+        reason = str(error).rsplit(" (line", 1)[0]
+        raise EditFileError(path, f"{reason}; write one JSON object a line", line=number) from None
+    except RecursionError:
+        raise EditFileError(path, "nested too deeply; write one flat JSON object a line", line=number) from None
+    return found
 
 
 def _text(path: Path) -> str:

@@ -123,3 +123,12 @@ class GateFailedError(WiseError):
     """A figure stayed below ``--fail-under``, or an edit did not take with ``--strict``."""
 
     exit_code = 1
+
+
+class MemoryHistoryError(WiseError):
+    """A memory has no history: it was merged once, from shards that lie elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} has no history; only memories that `wise edit --into` made can be changed or looked back on"
+        )

@@ -56,18 +56,29 @@ class Measured:
 
 @torch.no_grad()
 def teacher_forced(
-    edited: Edited, rows: Sequence[Row], *, batch_size: int, prompt_opens: bool, stage: str, watch: Watcher
+    edited: Edited,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    prompt_opens: bool,
+    stage: str,
+    watch: Watcher,
+    holders: Sequence[int | None] | None = None,
 ) -> list[Measured]:
     """Measure rows with the right tokens before each target token.
 
     Args:
         prompt_opens: whether only the prompt may open the memory for the target's tokens.
+        holders: of each row the memory that answers from its prompt's last token on, whatever the router says (of a
+            lookup an edit, whose nearest key answers); ``None`` leaves a row to the router, as all are by default.
     """
     measured: list[Measured | None] = [None] * len(rows)
     done = 0
     groups = list(in_batches(rows, batch_size))
     for indices, base in zip(groups, _unedited(edited, rows, groups), strict=True):
         routes = _routes(edited, base, prompt_opens=prompt_opens)
+        if holders is not None:
+            routes = _held(edited, base, routes, [holders[index] for index in indices])
         after = _edited_logits(edited, base, routes)
         opened = edited.routed.memory_at(routes[:, base.batch.start])
         for place, one in zip(indices, _measure(base, after, opened), strict=True):
@@ -102,6 +113,20 @@ def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
         chosen = chosen.clone()
         chosen[:, start:] = chosen[:, start:].where(at_prompt != UNROUTED, UNROUTED)
     return chosen
+
+
+def _held(edited: Edited, base: Activations, routes: Tensor, holders: Sequence[int | None]) -> Tensor:
+    """Routes (B, T) in which every row that has a holder is answered by it from its prompt's last token on."""
+    start = base.batch.start
+    memory = torch.tensor([UNROUTED if one is None else one for one in holders], device=routes.device)[:, None]
+    answer = memory
+    if edited.routed.kind == "lookup":
+        others = edited.routed.owner != memory
+        answer = edited.routed.cosines(base.keys[:, start:]).masked_fill(others[:, None], -torch.inf).argmax(-1)
+    real = base.batch.mask[:, start:].bool()
+    held = routes.clone()
+    held[:, start:] = torch.where(real & (memory != UNROUTED), answer, routes[:, start:])
+    return held
 
 
 def _edited_logits(edited: Edited, base: Activations, routes: Tensor) -> Tensor:

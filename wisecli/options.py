@@ -35,6 +35,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON obj
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; load no weights, write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why, for the memory's log.", show_default=False)]
+Who = Annotated[str | None, typer.Option("--who", help="By whom, for the memory's log.", show_default="the user")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base model's own code run.")]
 
 

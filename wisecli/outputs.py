@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -88,3 +89,11 @@ def put_in_place(working: Path, output: Path) -> None:
         shutil.rmtree(doomed)
     else:
         working.replace(output)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """The same file under another name, or a copy where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,16 +1,21 @@
-"""The router's scores as a picture: how much of the edits and of unrelated text lies where, and the threshold."""
+"""The router's scores as pictures: those that a manifest keeps, and those of one prompt's tokens."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wisecli.errors import SettingsError
 from wisecli.manifest import MemoryEntry, MemoryManifest
 
+if TYPE_CHECKING:
+    from wisecli.pipeline import ExplainReport
+
 _WIDTH, _HEIGHT = 7.0, 3.2
+# Inches that a token takes.
+_STEP = 0.3
 # A picture of more could not be looked at.
 _PANELS = 24
 
@@ -21,16 +26,50 @@ def plot_scores(path: Path, manifest: MemoryManifest) -> None:
     Raises:
         SettingsError: matplotlib is not installed, or cannot write such a file there.
     """
+    figure_of = _figures()
+    drawn = manifest.memories[:_PANELS]
+    count = len(drawn)
+    figure = figure_of(figsize=(_WIDTH, _HEIGHT * count), layout="constrained")
+    panels = figure.subplots(count, 1, squeeze=False)[:, 0]
+    for number, (panel, entry) in enumerate(zip(panels, drawn, strict=True)):
+        _draw(panel, entry, f"memory {number} ({entry.kind}), edits: {len(entry.edits)}")
+    _save(path, figure)
+
+
+def plot_explained(path: Path, report: ExplainReport) -> None:
+    """Draw the score at every token of a prompt and its answer, as a multiple of the threshold, into a file.
+
+    Raises:
+        SettingsError: matplotlib is not installed, or cannot write such a file there.
+    """
+    tokens = (*report.prompt_tokens, *report.answer_tokens)
+    figure = _figures()(figsize=(max(_WIDTH, _STEP * len(tokens)), _HEIGHT), layout="constrained")
+    panel = figure.subplots()
+    places, split = range(len(tokens)), len(report.prompt_tokens)
+    colours = ["tab:blue" if token.routed else "tab:gray" for token in tokens]
+    panel.bar(places, [token.strength for token in tokens], color=colours)
+    panel.axhline(1.0, color="tab:red", linestyle="--", label="threshold")
+    panel.axvline(split - 0.5, color="black", linewidth=0.8, label="the answer begins")
+    panel.set_xticks(places, [repr(token.text)[1:-1] for token in tokens], rotation=60, ha="right")
+    panel.set(ylabel="score / threshold", title="blue: a side memory answers", xlim=(-0.6, len(tokens) - 0.4))
+    panel.legend(loc="best")
+    _save(path, figure)
+
+
+def _figures() -> Any:
+    """What makes a figure.
+
+    Raises:
+        SettingsError: matplotlib is not installed.
+    """
     if find_spec("matplotlib") is None:
         raise SettingsError("--plot needs matplotlib; install it with pip install 'wisecli[plot]'")
     from matplotlib.figure import Figure
 
-    drawn = manifest.memories[:_PANELS]
-    count = len(drawn)
-    figure = Figure(figsize=(_WIDTH, _HEIGHT * count), layout="constrained")
-    panels = figure.subplots(count, 1, squeeze=False)[:, 0]
-    for number, (panel, entry) in enumerate(zip(panels, drawn, strict=True)):
-        _draw(panel, entry, f"memory {number} ({entry.kind}), edits: {len(entry.edits)}")
+    return Figure
+
+
+def _save(path: Path, figure: Any) -> None:
     kind = path.suffix.removeprefix(".").lower() or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise SettingsError(f"--plot {path}: no such kind of picture; name it .png, .svg or .pdf")

@@ -18,8 +18,8 @@ from wisecli.shards import Evidence, Mask, Shard
 class Kept:
     """A directory of shards as if some of its edits had never been in it.
 
-    ``trained`` names the shards that hold such an edit and were not written in closed form alone: their matrices keep
-    it, and only training the other edits anew takes it out.
+    ``trained`` names the shards that hold such an edit beside others and were not written in closed form alone: their
+    matrices keep it, and only training the other edits anew takes it out.
     """
 
     directory: ShardDirectory
@@ -31,7 +31,7 @@ def without(directory: ShardDirectory, removed: Collection[str]) -> Kept:
     gone = set(removed) & {edit.id for edit in directory.written}
     if not gone:
         return Kept(directory, ())
-    touched = [entry for entry in directory.shards if gone & set(entry.edits)]
+    touched = [entry for entry in directory.shards if gone & set(entry.edits) and set(entry.edits) - gone]
     entries = (
         replace(entry, edits=tuple(name for name in entry.edits if name not in gone)) for entry in directory.shards
     )

@@ -222,7 +222,7 @@ def require_same_site(directories: Sequence[ShardDirectory]) -> None:
                 f"{first.path} edits layer {first.site.layer} and {other.path} layer {other.site.layer}, or of "
                 "different models; merge only shards of one matrix of one model"
             )
-    ids = [edit.id for directory in directories for edit in directory.edits]
+    ids = [edit.id for directory in directories for edit in directory.written]
     twice = next((name for name in ids if ids.count(name) > 1), None)
     if twice is not None:
         raise MismatchedShardsError(f"edit {twice!r} is in more than one of the shards; merge it only once")

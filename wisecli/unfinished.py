@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wisecli.errors import BusyError, DamagedFileError, ModelError
-from wisecli.outputs import put_in_place, writing
+from wisecli.outputs import link_or_copy, put_in_place, writing
 from wisecli.records import decode
 from wisecli.shard_directory import (
     PLAN_NAME,
@@ -202,7 +202,7 @@ class Unfinished:
         shutil.rmtree(whole, ignore_errors=True)
         whole.mkdir()
         for entry in entries:
-            _link(self.path / entry.file, whole / entry.file)
+            link_or_copy(self.path / entry.file, whole / entry.file)
         save_unrelated(whole / UNRELATED_NAME, load_unrelated(self.path / UNRELATED_NAME, plan.unrelated_sha256))
         left_out = tuple(name for done in every for name in done.left_out)
         digest = sha256_file(whole / UNRELATED_NAME)
@@ -233,11 +233,3 @@ class Unfinished:
 
 def _done_name(number: int) -> str:
     return f"shard-{number:05d}.json"
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the disk has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

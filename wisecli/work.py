@@ -66,10 +66,10 @@ class Written:
 
 
 class Worker:
-    """One process' share of a job; the model is loaded when it is first needed."""
+    """One process' share of a job; the model is loaded when it is first needed, unless it is there already."""
 
-    def __init__(self, job: Job, watch: Watcher = ignore) -> None:
-        self.job, self.watch = job, watch
+    def __init__(self, job: Job, watch: Watcher = ignore, *, loaded: Loaded | None = None) -> None:
+        self.job, self.watch, self._loaded = job, watch, loaded
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -86,6 +86,8 @@ class Worker:
     @cached_property
     def loaded(self) -> Loaded:
         """The base model."""
+        if self._loaded is not None:
+            return self._loaded
         job = self.job
         self.watch(Event("model"))
         named: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "trust_remote_code": job.trust_remote_code}

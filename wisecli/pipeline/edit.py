@@ -14,7 +14,7 @@ from wisecli.edits import read_edits
 from wisecli.errors import ChangedInputError, GateFailedError, StoppedError
 from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.executors import executor_for
-from wisecli.models import machine_memory, pick_device, pick_dtype
+from wisecli.models import Loaded, machine_memory, pick_device, pick_dtype
 from wisecli.outputs import refuse_existing, require_space
 from wisecli.pipeline.reports import peak_rss_bytes
 from wisecli.planning import Plan, plan_edit
@@ -123,15 +123,16 @@ def run(
     force: bool = False,
     strict: bool = False,
     dry_run: bool = False,
+    loaded: Loaded | None = None,
     watch: Watcher = ignore,
 ) -> EditReport:
-    """Do a job; everything else as in :func:`edit`."""
+    """Do a job, with a model that may be ``loaded`` already; everything else as in :func:`edit`."""
     started = time.perf_counter()
     parts = job.parts
     mine = range((only[0] - 1) * len(parts) // only[1], only[0] * len(parts) // only[1])
     if mine:  # with more parts than shards some have nothing to do, even when all is done
         refuse_existing(output, force=force)
-    worker = Worker(job, watch)
+    worker = Worker(job, watch, loaded=loaded)
     settings, checkpoint, count = job.settings, worker.checkpoint, len(job.edits)
     site = find_site(checkpoint.directory, checkpoint, settings.layer, worker.layout)
     require_space(output, _expected_bytes(site, settings, count, len(parts)))

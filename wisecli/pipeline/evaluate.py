@@ -83,6 +83,7 @@ def evaluate(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     memory_budget: int | None = None,
+    oracle: bool = False,
     watch: Watcher = ignore,
 ) -> EvalReport:
     """Measure an edited model on a dataset, or on its own edits.
@@ -92,6 +93,8 @@ def evaluate(
         model: where the base model is now, if not where the manifest says.
         memory_budget: about how many bytes there are; of a model that does not fit, layers are read as they run.
         data: the dataset's file; if not given it is fetched.
+        oracle: whether an edit's prompt and rephrases are answered by the memory that holds it, whatever the router
+            says: what is left to gain by a better router.
 
     Raises:
         WiseError: the data, the memory or the model cannot be used.
@@ -103,7 +106,9 @@ def evaluate(
     manifest = edited.manifest
     records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
     given: dict[str, Any] = {"generate": settings.generate, "max_new_tokens": settings.max_new_tokens}
-    measuring = Measuring(_Memory(edited, settings, watch), records, numbers=memory_numbers(manifest), **given)
+    numbers = memory_numbers(manifest)
+    subject = _Memory(edited, settings, watch, _holders(records, numbers) if oracle else None)
+    measuring = Measuring(subject, records, numbers=numbers, **given)
     measuring.run()
     if name in BENCHMARKS and not BENCHMARKS[name].perplexity:
         measuring.drop("perplexity")
@@ -147,10 +152,16 @@ def _selected(records: Sequence[Edit], held: Sequence[Edit], limit: int | None) 
 
 
 class _Memory:
-    """A model with a side memory, as something to be measured."""
+    """A model with a side memory, as something to be measured.
 
-    def __init__(self, edited: Edited, settings: EvalSettings, watch: Watcher) -> None:
-        self.edited, self.settings, self.watch = edited, settings, watch
+    Args:
+        holders: the memory that answers a question, by prompt and target, in the place of the router's choice.
+    """
+
+    def __init__(
+        self, edited: Edited, settings: EvalSettings, watch: Watcher, holders: Mapping[tuple[str, str], int] | None
+    ) -> None:
+        self.edited, self.settings, self.watch, self.holders = edited, settings, watch, holders
 
     def row(self, prompt: str, target: str) -> Row:
         """A prompt and its answer in tokens."""
@@ -159,8 +170,10 @@ class _Memory:
     def teacher_forced(self, pairs: Sequence[tuple[str, str]], *, prompt_opens: bool, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""
         rows = [self.row(*pair) for pair in pairs]
-        size, watch = self.settings.batch_size, self.watch
-        return teacher_forced(self.edited, rows, batch_size=size, prompt_opens=prompt_opens, stage=stage, watch=watch)
+        named: dict[str, Any] = {"batch_size": self.settings.batch_size, "stage": stage, "watch": self.watch}
+        if self.holders is not None and prompt_opens:
+            named["holders"] = [self.holders.get(pair) for pair in pairs]
+        return teacher_forced(self.edited, rows, prompt_opens=prompt_opens, **named)
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy answers, before and after."""
@@ -177,3 +190,13 @@ def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
         return {(edit.prompt, edit.target): number for number, edit in enumerate(manifest.edits)}
     owner = {name: number for number, owned in enumerate(manifest.owners) for name in owned}
     return {(edit.prompt, edit.target): owner[edit.id] for edit in manifest.edits if edit.id in owner}
+
+
+def _holders(records: Sequence[Edit], numbers: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """The memory that holds the edit which a prompt or rephrase asks for, by that and the target."""
+    held = [edit for edit in records if (edit.prompt, edit.target) in numbers]
+    return {
+        (text, edit.target): numbers[edit.prompt, edit.target]
+        for edit in held
+        for text in (*edit.rephrases, edit.prompt)
+    }

@@ -1,0 +1,118 @@
+"""How the commands on a memory's history speak."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from wisecli.console import Console
+
+if TYPE_CHECKING:
+    from wisecli.edits import Edit
+    from wisecli.history import Release
+    from wisecli.pipeline import DiffReport, ExplainReport, IntoReport, LogReport, RemoveReport, RollbackReport
+    from wisecli.releases import Published
+
+_LONGEST = 48
+
+
+@dataclass(frozen=True)
+class Told:
+    """Prints reports through a console."""
+
+    console: Console
+
+    def landed(self, report: IntoReport) -> None:
+        """Print what a batch of edits did to a memory."""
+        release, edited = report.release, report.edited
+        if edited is None:
+            what = f"release {release.number} of {report.memory}/ holds all of them already; nothing was done"
+            self._tell(report, [what], known=list(report.known))
+            return
+        lines = [
+            f"release {release.number} of {report.memory}/: {len(release.added)} edits in, {report.held} held "
+            f"({report.seconds:.1f} s)"
+        ]
+        lines += [f"{len(report.known)} were held already"] if report.known else []
+        lines += [f"superseded: {old} by {new}" for old, new in release.superseded.items()]
+        lines += [f"did not take: {name}" for name in edited.untaken]
+        lines += [f"left out, as the model gives nothing finite: {name}" for name in edited.left_out]
+        more = {"untaken": list(edited.untaken), "left_out": list(edited.left_out), "known": list(report.known)}
+        self._tell(report, lines, **more)
+
+    def joined(self, memory: str, published: Published) -> None:
+        """Print what merging into a memory did."""
+        release, held = published.release, len(published.manifest.edits)
+        content = {"results": {"memory": memory, "held": held, "release": asdict(release)}}
+        what = f"release {release.number} of {memory}/: {len(release.added)} edits in, {held} held"
+        self.console.result(content, Text(what))
+
+    def removed(self, report: RemoveReport) -> None:
+        """Print what was taken out."""
+        release = report.release
+        lines = [f"release {release.number} of {report.memory}/: {len(release.removed)} edits out, {report.held} held"]
+        lines += [f"trained anew: {name}" for name in report.rewritten]
+        self._tell(report, lines, rewritten=list(report.rewritten))
+
+    def rolled_back(self, report: RollbackReport) -> None:
+        """Print what a memory became again."""
+        target, release = report.target, report.release
+        lines = [
+            f"release {release.number} of {report.memory}/ is release {target.number} of {target.when[:19]}: "
+            f"{report.held} edits held, {'the same to the byte' if report.same else 'not the same to the byte'}"
+        ]
+        self._tell(report, lines, target=asdict(target), same=report.same)
+
+    def logged(self, report: LogReport, *, of_one: bool) -> None:
+        """Print releases; of one edit also what it is now."""
+        table = Table("release", "when", "who", "action", "in", "out", "why", title=str(report.memory))
+        for release in report.releases:
+            out = len(release.removed) + len(release.superseded)
+            numbers = str(len(release.added) or ""), str(out or "")
+            table.add_row(str(release.number), release.when[:19], release.who, release.action, *numbers, release.reason)
+        lines = [f"held since release {number}: {_shown(edit)}" for edit, number in report.edits] if of_one else []
+        if not of_one:
+            lines = [f"{len(report.edits)} edits held; the log is whole"]
+        self.console.result(report.as_json(), table, *map(Text, lines))
+
+    def explained(self, report: ExplainReport) -> None:
+        """Print a prompt's answers, the edits it is near to, and what was open at every token."""
+        near = Table("nearest", "its prompt", "its target", "score / threshold", "answer if it answers")
+        for one in report.nearest:
+            texts = _short(one.prompt or ""), _short(one.target or ""), f"{one.strength:.2f}", _short(one.answer)
+            near.add_row(one.name, *map(escape, texts))
+        tokens = Table("token", "score / threshold", "answered by", "nearest edit")
+        for place, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
+            if place == len(report.prompt_tokens):
+                tokens.add_section()
+            by = "side memory" if token.routed else "main memory"
+            tokens.add_row(escape(repr(token.text)), f"{token.strength:.2f}", by, escape(token.edit or ""))
+        lines = [f"edited: {_short(report.answer)}", f"unedited: {_short(report.unedited)}"]
+        self.console.result(report.as_json(), *map(Text, lines), near, tokens)
+
+    def compared(self, report: DiffReport) -> None:
+        """Print what differs, one line each."""
+        lines = [f"- {_shown(edit)}" for edit in report.removed]
+        lines += [f"+ {_shown(edit)}" for edit in report.added]
+        for before, after in report.changed:
+            lines += [f"- {_shown(before)}", f"+ {_shown(after)}"]
+        lines += [f"{name}: {before} → {after}" for name, (before, after) in report.settings.items()]
+        self.console.result(report.as_json(), *map(Text, lines or ["no difference"]))
+
+    def _tell(self, report: Any, lines: list[str], **more: Any) -> None:
+        release: Release = report.release
+        results = {"memory": str(report.memory), "held": report.held, "seconds": report.seconds, **more}
+        self.console.result({"results": {**results, "release": asdict(release)}}, *map(Text, lines))
+
+
+def _shown(edit: Edit) -> str:
+    return f"{edit.id}: {_short(edit.prompt)} → {_short(edit.target)}"
+
+
+def _short(text: str) -> str:
+    plain = " ".join(text.split())
+    return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 1]}…"

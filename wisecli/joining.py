@@ -1,0 +1,191 @@
+"""Shards → the memory that joins them, with all that its manifest says: what ``wise merge`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from wisecli.bases import find_model
+from wisecli.building import Built, Material, join, lookup, matrices, refit, solve_exactly
+from wisecli.config import MergeSettings
+from wisecli.errors import DamagedFileError, SettingsError
+from wisecli.events import Event, Watcher, ignore
+from wisecli.manifest import Manifest
+from wisecli.merging import METHODS, Recipe, merge_deltas
+from wisecli.models import require_base
+from wisecli.pipeline.reports import versions
+from wisecli.removal import Kept, load_without
+from wisecli.ridge import Penalty
+from wisecli.shard_directory import ShardDirectory, origin_of, require_same_site
+from wisecli.shards import Shard
+from wisecli.site import load_matrix
+from wisecli.storage import Checkpoint
+from wisecli.unrelated import Unrelated
+
+EXACT = "exact"
+_OF_MATRICES = ("method", "density", "scale", "weights", "refit")
+# For shards that no closed form wrote: λ and w.
+_PENALTY = Penalty(1e-3, 0.0)
+
+
+class Joining:
+    """Shards that are to be joined, checked against each other and their base, before any tensor is read.
+
+    Args:
+        read: directories that ``wise edit`` wrote, of the same matrix of the same model, without some of their edits.
+        model: where the base model is now, if not where the shards say.
+
+    Raises:
+        WiseError: the shards, the settings or the base cannot be used.
+    """
+
+    def __init__(self, read: Sequence[Kept], settings: MergeSettings, *, model: str | None = None) -> None:
+        self.directories = [kept.directory for kept in read if kept.directory.shards]
+        if not self.directories:
+            raise SettingsError("no edit would be left; delete the memory instead")
+        require_same_site(self.directories)
+        first = self.directories[0]
+        self.settings = resolved(settings, first)
+        base = find_model(model or first.model, revision=first.revision)
+        self.model = first.model if model is None else str(base.absolute())
+        self.checkpoint = Checkpoint(base)
+        require_base(base, self.checkpoint, first.site, first.fingerprint)
+        if self.settings.mode != "lookup":
+            _require_solved(read, self.settings)
+        self.site = first.site
+        self.count = sum(len(directory.shards) for directory in self.directories)
+        self.edits = tuple(edit for directory in self.directories for edit in directory.written)
+
+    @property
+    def method(self) -> str:
+        """What is done to matrices, in a word."""
+        refitted = self.settings.mode == "merge" and self.settings.refit and self.count > 1
+        return self.settings.method + ("+refit" if refitted and self.settings.method != EXACT else "")
+
+    @property
+    def owners(self) -> tuple[tuple[str, ...], ...]:
+        """Ids of the edits of every memory."""
+        if self.settings.mode == "retrieve":
+            return tuple(entry.edits for directory in self.directories for entry in directory.shards)
+        return (tuple(edit.id for edit in self.edits),)
+
+    def join(self, watch: Watcher = ignore) -> Manifest:
+        """Read the shard files and the one base matrix, and join them."""
+        first, settings = self.directories[0], self.settings
+        watch(Event("shards"))
+        quiet = _unrelated_of(self.directories)
+        pairs = [(directory, entry) for directory in self.directories for entry in directory.shards]
+        loaded = [load_without(directory, entry, quiet.tokens) for directory, entry in pairs]
+        material = _material(self.directories, loaded, quiet)
+        watch(Event("merging"))
+        if settings.mode == "lookup":
+            memory, calibrations = lookup(material, settings)
+        else:
+            base = load_matrix(self.checkpoint, self.site)
+            try:
+                memory, calibrations = _in_matrices(self.directories, loaded, material, settings, base)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # the stubs leave it out
+                raise DamagedFileError(first.path, f"its evidence has no solution ({error})", "edit anew") from None
+        return Manifest(
+            self.model,
+            first.revision,
+            first.fingerprint,
+            self.site,
+            memory,
+            calibrations,
+            self.owners,
+            {**asdict(settings), "shards": [[str(one.path), len(one.shards)] for one in self.directories]},
+            self.edits,
+            versions(),
+            tuple(map(origin_of, self.directories)),
+        )
+
+
+def _require_solved(read: Sequence[Kept], settings: MergeSettings) -> None:
+    """Check that matrices can be had without the edits that are to be left out.
+
+    Raises:
+        SettingsError: a shard was trained, and holds them still.
+    """
+    trained = [entry.file for kept in read for entry in kept.trained]
+    if trained and settings.method != EXACT:
+        raise SettingsError(
+            f"{trained[0]} was trained, and its matrix still holds an edit that is to be left out; "
+            "write its other edits anew, or merge with --mode lookup or --method exact"
+        )
+
+
+def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard], unrelated: Unrelated) -> Material:
+    places: list[Tensor] = []
+    before = 0
+    for directory in directories:
+        gone = set(directory.left_out)
+        kept = torch.tensor([edit.id not in gone for edit in directory.edits])
+        places += [kept.cumsum(0) - 1 + before] * len(directory.shards)
+        before += int(kept.sum())
+    evidence = join([shard.evidence for shard in shards], places)
+    number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
+    return Material(evidence, number, tuple(shard.mask for shard in shards), unrelated)
+
+
+def _unrelated_of(directories: Sequence[ShardDirectory]) -> Unrelated:
+    """What the model makes of unrelated text, of all directories; what several have in common counts once."""
+    read = list({directory.unrelated_sha256: directory.load_unrelated() for directory in directories}.values())
+    keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))
+    chatting = next((one.chatting for one in read if one.chatting is not None), None)
+    return replace(read[0], keys=keys, chat=chat, chatting=chatting)
+
+
+def _in_matrices(
+    directories: Sequence[ShardDirectory],
+    shards: Sequence[Shard],
+    material: Material,
+    settings: MergeSettings,
+    base: Tensor,
+) -> Built:
+    deltas = torch.stack([shard.mask.dense(shard.values) for shard in shards])
+    if settings.mode == "retrieve":
+        return matrices(deltas, material, settings)
+    penalty = _penalty(directories)
+    if settings.method == EXACT:
+        return matrices(solve_exactly(material, penalty)[None], material, settings)
+    recipe = _recipe(settings, len(shards), base.float())
+    merged = merge_deltas(settings.method, deltas, recipe, scale=settings.scale)
+    # A single shard has lost nothing that a refit could give back.
+    if settings.refit and len(shards) > 1:
+        merged = refit(merged, material, penalty)
+    return matrices(merged[None], material, settings)
+
+
+def _penalty(directories: Sequence[ShardDirectory]) -> Penalty:
+    """The lightest that a shard chose: more edits in one matrix stand no heavier one."""
+    chosen = [Penalty(*entry.penalty) for directory in directories for entry in directory.shards if entry.penalty]
+    return min(chosen, key=lambda one: (one.ridge, one.unrelated), default=_PENALTY)
+
+
+def resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:
+    """Fill in what the shards' own settings decide, and check the rest before anything is read."""
+    known = (*sorted(METHODS), EXACT)
+    if settings.method not in known:
+        raise SettingsError(f"--method {settings.method!r} is unknown; choose one of {', '.join(known)}")
+    solved = shards.settings["writer"] == "solve"
+    inherited = {name: shards.settings[name] for name in ("router", "routing", "threshold")}
+    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    whole = {**inherited, "refit": solved, **given}
+    if "mode" not in whole:
+        # To say how matrices are to be merged is to ask for a matrix.
+        silent = all(getattr(settings, name) == getattr(MergeSettings, name) for name in _OF_MATRICES)
+        whole["mode"] = "lookup" if solved and whole["router"] == "key" and silent else "merge"
+    if whole["mode"] == "lookup" and whole["router"] != "key":
+        raise SettingsError("--mode lookup finds its keys by the key router; leave out --router norm")
+    return MergeSettings(**whole)
+
+
+def _recipe(settings: MergeSettings, count: int, base: Tensor) -> Recipe:
+    weights = settings.weights or (1.0,) * count
+    if len(weights) != count:
+        raise SettingsError(f"--weights has {len(weights)} numbers for {count} shards; give one a shard")
+    return Recipe(torch.tensor(weights), settings.density, base, torch.Generator().manual_seed(settings.seed))

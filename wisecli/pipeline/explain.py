@@ -1,0 +1,192 @@
+"""``wise explain``: which edits a prompt is near to, what opened at every token, and what each memory would answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wisecli.attached import Edited, attach
+from wisecli.capture import capture
+from wisecli.contexts import chat_prompt
+from wisecli.edits import Edit
+from wisecli.encode import Row, collate
+from wisecli.errors import ModelError
+from wisecli.generation import generate
+from wisecli.memory import UNROUTED, RoutedMatrix, opened
+from wisecli.plot import plot_explained
+
+# What a memory that is made to answer counts as: more than its threshold.
+_OPEN = 2.0
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the prompt or the answer: the strongest memory's score there, as a multiple of its threshold.
+
+    ``edit`` is the id of the edit whose key was nearest, in a lookup; ``routed`` whether it answered.
+    """
+
+    text: str
+    strength: float
+    routed: bool
+    edit: str | None
+
+
+@dataclass(frozen=True)
+class Near:
+    """A memory, or of a lookup an edit, that the prompt's end is near to.
+
+    ``strength`` is its score there as a multiple of its threshold, ``answer`` what the model says if it answers.
+    """
+
+    name: str
+    prompt: str | None
+    target: str | None
+    strength: float
+    answer: str
+
+
+@dataclass(frozen=True)
+class ExplainReport:
+    """Why a prompt is answered as it is."""
+
+    prompt: str
+    answer: str
+    unedited: str
+    prompt_tokens: tuple[Token, ...]
+    answer_tokens: tuple[Token, ...]
+    nearest: tuple[Near, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The one object that ``--json`` prints."""
+        return {"results": asdict(self)}
+
+
+def explain(
+    memory: Path,
+    prompt: str,
+    *,
+    model: str | None = None,
+    nearest: int = 3,
+    max_new_tokens: int = 32,
+    chat: bool = False,
+    plot: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory_budget: int | None = None,
+) -> ExplainReport:
+    """Look at one prompt through an edited model.
+
+    Args:
+        memory: a memory directory or an exported one.
+        nearest: how many memories, or edits of a lookup, are made to answer.
+        plot: a picture of the scores at every token, to be drawn there.
+
+    Raises:
+        WiseError: the memory, the model or the prompt cannot be used, or the picture not be drawn.
+    """
+    loading = {"device": device, "dtype": dtype}
+    edited = attach(memory, model=model, **loading, trust_remote_code=trust_remote_code, memory_budget=memory_budget)
+    asked = chat_prompt(edited.tokenizer, prompt) if chat else prompt
+    if not edited.tokenizer(asked)["input_ids"]:
+        raise ModelError(f"the tokenizer leaves nothing of the prompt {prompt!r}; reword it")
+    tokens = _answer(edited, asked, max_new_tokens)
+    with edited.unedited():
+        before = _answer(edited, asked, max_new_tokens)
+    found, end = _tokens(edited, asked, tokens)
+    near = tuple(_near(edited, asked, end, place, max_new_tokens) for place in _ranked(edited.routed, end)[:nearest])
+    split = len(found) - len(tokens)
+    report = ExplainReport(prompt, _text(edited, tokens), _text(edited, before), found[:split], found[split:], near)
+    if plot is not None:
+        plot_explained(plot, report)
+    return report
+
+
+def _answer(edited: Edited, asked: str, length: int) -> list[int]:
+    (answer,) = generate(edited.model, edited.tokenizer, [asked], max_new_tokens=length, batch_size=1)
+    return list(answer)
+
+
+def _text(edited: Edited, tokens: list[int]) -> str:
+    return str(edited.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+@torch.no_grad()
+def _tokens(edited: Edited, asked: str, answer: list[int]) -> tuple[tuple[Token, ...], Tensor]:
+    """Every token with what decided it, and the key (d_ff,) that the prompt ends in.
+
+    A token of the answer is decided where the one before it is read; one of the prompt where it is read itself.
+    """
+    prompt = list(edited.tokenizer(asked)["input_ids"])
+    # The edited model runs, so that every score is the one it decided by; what stands in for no answer is cut off.
+    batch = collate([Row(tuple(prompt), tuple(answer or prompt[:1]))]).to(edited.model.device)
+    keys = capture(edited.model, edited.manifest.site, batch).keys[0, : len(prompt) + max(len(answer) - 1, 0)]
+    routed, end = edited.routed, keys[len(prompt) - 1]
+    strength, nearest = routed.nearest(keys)
+    chosen = opened(strength, nearest)
+    if routed.gate is not None:
+        held = chosen[len(prompt) - 1].expand_as(chosen)
+        before = torch.arange(len(chosen), device=chosen.device) < len(prompt) - 1
+        chosen = routed.follow(held, strength, nearest).where(~before, UNROUTED)
+    shown = [*range(len(prompt)), *range(len(prompt) - 1, len(prompt) - 1 + len(answer))]
+    texts = [str(edited.tokenizer.decode([token])) for token in [*prompt, *answer]]
+    found = (
+        Token(text, float(strength[at]), int(chosen[at]) != UNROUTED, _id(edited, int(routed.memory_at(nearest[at]))))
+        for text, at in zip(texts, shown, strict=True)
+    )
+    return tuple(found), end
+
+
+def _ranked(routed: RoutedMatrix, end: Tensor) -> list[int]:
+    """Memories, the strongest at a key (d_ff,) first."""
+    limits = torch.tensor(routed.thresholds, device=end.device)
+    order: list[int] = (routed.scores(end).float() / limits).argsort(descending=True).tolist()
+    return order
+
+
+def _near(edited: Edited, asked: str, end: Tensor, memory: int, length: int) -> Near:
+    strength = float(edited.routed.scores(end)[memory]) / edited.routed.thresholds[memory]
+    with _forced(edited.routed, memory):
+        answer = _text(edited, _answer(edited, asked, length))
+    edit = _edit(edited, memory)
+    if edit is None:
+        return Near(f"memory {memory}", None, None, strength, answer)
+    return Near(edit.id, edit.prompt, edit.target, strength, answer)
+
+
+@contextmanager
+def _forced(routed: RoutedMatrix, memory: int) -> Iterator[None]:
+    """One memory answers from the prompt's last token on, whatever its score; a lookup's by the nearest of its keys."""
+
+    def choose(matrix: RoutedMatrix, keys: Tensor) -> tuple[Tensor, Tensor]:
+        strength = torch.zeros(keys.shape[:-1], device=keys.device)
+        strength[..., -1] = _OPEN  # the first pass reads the prompt, and every other one token
+        if matrix.kind != "lookup":
+            return strength, torch.full(keys.shape[:-1], memory, device=keys.device)
+        own = matrix.cosines(keys).masked_fill(matrix.owner != memory, -torch.inf)
+        return strength, own.argmax(-1)
+
+    before: Callable[[RoutedMatrix, Tensor], tuple[Tensor, Tensor]] | None = routed.index
+    routed.index = choose
+    try:
+        yield
+    finally:
+        routed.index = before
+
+
+def _edit(edited: Edited, memory: int) -> Edit | None:
+    """The edit that a place of a lookup is of."""
+    known = edited.routed.kind == "lookup" and memory < len(edited.manifest.edits)
+    return edited.manifest.edits[memory] if known else None
+
+
+def _id(edited: Edited, memory: int) -> str | None:
+    edit = _edit(edited, memory)
+    return None if edit is None else edit.id

@@ -1,0 +1,128 @@
+"""``wise edit --watch``: a file of edits that grows, each batch of new lines into the same memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wisecli.config import EditSettings, resolve
+from wisecli.edits import Edit, parse_line
+from wisecli.errors import EditFileError
+from wisecli.events import Event, Watcher, ignore
+from wisecli.history import has_history, read_history
+from wisecli.pipeline.into import Batch, IntoReport, edit_into
+from wisecli.releases import directories_of
+from wisecli.work import Job, Worker
+
+
+def follow(
+    model: str,
+    path: Path,
+    memory: Path,
+    flags: Mapping[str, Any],
+    *,
+    interval: float = 1.0,
+    goes_on: Callable[[], bool] = lambda: True,
+    reason: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory_budget: int | None = None,
+    watch: Watcher = ignore,
+    **named: Any,
+) -> Iterator[IntoReport]:
+    """Edit whatever lines a file has that the memory has not taken in yet, and then those that are added to it.
+
+    The model is loaded once. A line counts once its end is written. Lines that an earlier run took in are passed over.
+
+    Args:
+        interval: seconds between two looks at the file.
+        goes_on: asked before each look.
+        named: as of :func:`wisecli.pipeline.into.edit_into`.
+
+    Raises:
+        EditFileError: naming the line, if a record cannot be used; what came before it has landed.
+    """
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "memory_budget": memory_budget,
+    }
+    given = (model, None, None, device, dtype, trust_remote_code, memory_budget, torch.get_num_threads())
+    worker = Worker(Job(*given, resolve(EditSettings, flags, section="edit"), ()), watch)
+    taken, lines = set(_taken(memory)), _Lines(path)
+    while goes_on():
+        for batch in _batches(lines.more(), path, taken, reason):
+            yield edit_into(model, batch, memory, flags, loaded=worker.loaded, watch=watch, **options, **named)
+            taken.update(batch.edits)
+        watch(Event("waiting", note=f"for lines of {path.name}"))
+        time.sleep(interval)
+
+
+class _Lines:
+    """A file's lines, each given out once; a file that has become shorter is another one, and read from its start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset, self.number = path, 0, 0
+
+    def more(self) -> list[tuple[int, bytes]]:
+        """Whole lines that were added, with their numbers."""
+        if not self.path.is_file():
+            return []
+        if self.path.stat().st_size < self.offset:
+            self.offset, self.number = 0, 0
+        with self.path.open("rb") as stream:
+            stream.seek(self.offset)
+            whole, end, _ = stream.read().rpartition(b"\n")
+        if not end:
+            return []
+        self.offset += len(whole) + 1
+        found = list(enumerate(whole.split(b"\n"), start=self.number + 1))
+        self.number += len(found)
+        return found
+
+
+def _batches(lines: Sequence[tuple[int, bytes]], path: Path, taken: Set[Edit], reason: str) -> Iterator[Batch]:
+    """Edits that land together: all that are new, up to a line that cannot be used or an id that is there again.
+
+    Raises:
+        EditFileError: naming a line that cannot be used, once what came before it has landed.
+    """
+    found: dict[str, tuple[int, Edit]] = {}
+    failed: EditFileError | None = None
+    for number, line in lines:
+        try:
+            edit = parse_line(path, number, line) if line.strip() else None
+        except EditFileError as error:
+            failed = error
+            break
+        if edit is None or edit in taken:
+            continue
+        if edit.id in found:
+            yield _batch(path, found, reason)
+            found = {}
+        found[edit.id] = number, edit
+    if found:
+        yield _batch(path, found, reason)
+    if failed is not None:
+        raise failed
+
+
+def _batch(path: Path, found: Mapping[str, tuple[int, Edit]], reason: str) -> Batch:
+    numbers = [number for number, _ in found.values()]
+    return Batch(
+        tuple(edit for _, edit in found.values()), {"name": path.name, "lines": f"{numbers[0]}-{numbers[-1]}"}, reason
+    )
+
+
+def _taken(memory: Path) -> Iterator[Edit]:
+    """Every edit that any release has brought."""
+    if has_history(memory):
+        for release in read_history(memory):
+            for directory in directories_of(memory, release):
+                yield from directory.edits

@@ -1,0 +1,252 @@
+"""``wise edit --into``: edits → shards → the next release of a memory that is edited again and again."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wisecli.bases import find_model
+from wisecli.config import EditSettings, MergeSettings, resolve
+from wisecli.edits import Edit, read_edits
+from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
+from wisecli.events import Watcher, ignore
+from wisecli.history import Change, Release, changing, has_history, next_name, read_history
+from wisecli.manifest import read_manifest
+from wisecli.models import Loaded, require_base
+from wisecli.pipeline.edit import EditReport, run
+from wisecli.pipeline.remove import Cleared, cleared
+from wisecli.releases import Published, directories_of, publish, settings_of
+from wisecli.shard_directory import read_shard_directory
+from wisecli.storage import Checkpoint, sha256_file
+from wisecli.work import Job
+
+
+@dataclass(frozen=True)
+class IntoReport:
+    """What one batch of edits did to a memory; ``known`` names those that it held already, just as they are.
+
+    If they all were, nothing was ``edited``, and ``release`` is the newest as it was.
+    """
+
+    memory: Path
+    release: Release
+    held: int
+    known: tuple[str, ...]
+    edited: EditReport | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Edits that land together, and where they come from."""
+
+    edits: tuple[Edit, ...]
+    origin: dict[str, str]
+    reason: str = ""
+
+    @classmethod
+    def from_file(cls, path: Path, *, name: str | None = None, reason: str = "") -> Batch:
+        """A whole file of edits, under its own name or another.
+
+        Raises:
+            EditFileError: naming the line, if a record cannot be used.
+        """
+        return cls(tuple(read_edits(path)), {"name": name or path.name, "sha256": sha256_file(path)}, reason)
+
+
+def edit_into(
+    model: str,
+    batch: Batch,
+    memory: Path,
+    flags: Mapping[str, Any],
+    *,
+    config: Path | None = None,
+    who: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory_budget: int | None = None,
+    executor: str = "local",
+    strict: bool = False,
+    loaded: Loaded | None = None,
+    watch: Watcher = ignore,
+) -> IntoReport:
+    """Write edits against the same base and the same matrix as those that a memory holds, and join all of them.
+
+    An edit of a fact that the memory holds already takes the place of the earlier one, which stays in the history. A
+    run that was broken off goes on where it was when it is asked for again in the same way.
+
+    Args:
+        flags: settings of :class:`EditSettings`; those that are ``None`` are as the memory's newest shards have them.
+        loaded: the model, if it is there already.
+
+    Raises:
+        MemoryHistoryError: the directory holds a memory that was made otherwise.
+        WiseError: any of the input, the model or the disk cannot be used; the memory is as it was.
+    """
+    started = time.perf_counter()
+    with changing(memory):
+        releases = read_history(memory) if has_history(memory) else []
+        if not releases and memory.exists() and any(memory.iterdir()):
+            raise MemoryHistoryError(memory)
+        held = read_manifest(memory).edits if releases else ()
+        known = tuple(edit.id for edit in batch.edits if edit in set(held))
+        fresh = tuple(edit for edit in batch.edits if edit not in set(held))
+        if not fresh:
+            seconds = time.perf_counter() - started
+            return IntoReport(memory, releases[-1], len(held), known, None, seconds)
+        settings = _settings(memory, releases, flags, config, model)
+        threads = torch.get_num_threads()
+        given = (model, None, None, device, dtype, trust_remote_code, memory_budget, threads)
+        pending = memory.absolute().parent / f".{memory.name}.shards"
+        named: dict[str, Any] = {"executor": executor, "strict": strict, "loaded": loaded, "watch": watch}
+        edited = _written(Job(*given, settings, fresh), pending, **named)
+        cost = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        published = _landed(memory, releases, replace(batch, edits=fresh), pending, held, model, who, watch, **cost)
+        shutil.rmtree(pending)
+    seconds = time.perf_counter() - started
+    return IntoReport(memory, published.release, len(published.manifest.edits), known, edited, seconds)
+
+
+def _landed(
+    memory: Path,
+    releases: Sequence[Release],
+    batch: Batch,
+    pending: Path,
+    held: Sequence[Edit],
+    model: str,
+    who: str | None,
+    watch: Watcher,
+    **cost: Any,
+) -> Published:
+    """Shards that are written, as the next release."""
+    superseded = superseding(held, batch.edits)
+    added = tuple(edit.id for edit in read_shard_directory(pending).written)
+    with _left(memory, releases, superseded, model, watch, **cost) as left:
+        name = _after(memory, left.new)
+        shards, new = {**left.shards, name: ()}, {**left.new, name: pending}
+        origin, reason = batch.origin, batch.reason
+        change = Change("edit", shards, added=added, superseded=superseded, edits_file=origin, reason=reason)
+        return publish(memory, change, _merging(releases), new=new, model=model, who=who, watch=watch)
+
+
+def merge_into(
+    inputs: Sequence[Path],
+    memory: Path,
+    settings: MergeSettings,
+    *,
+    model: str | None = None,
+    reason: str = "",
+    who: str | None = None,
+    watch: Watcher = ignore,
+) -> Published:
+    """Take shards that were written elsewhere into a memory's history, and join all that it holds by these settings.
+
+    What is not set is as it was. Without inputs the memory is merged anew.
+
+    Raises:
+        WiseError: the shards or the memory cannot be used; the memory is as it was.
+    """
+    with changing(memory):
+        releases = read_history(memory) if has_history(memory) else []
+        if not releases and (not inputs or (memory.exists() and any(memory.iterdir()))):
+            raise MemoryHistoryError(memory)
+        edits = [edit for path in inputs for edit in read_shard_directory(path).written]
+        superseded = superseding(read_manifest(memory).edits if releases else (), edits)
+        added = tuple(edit.id for edit in edits)
+        merging = _overridden(_merging(releases), settings) if releases else settings
+        cost = {"device": "auto", "dtype": "auto", "trust_remote_code": False}
+        with _left(memory, releases, superseded, model, watch, **cost) as left:
+            new = dict(left.new)
+            for path in inputs:
+                new[_after(memory, new)] = path
+            shards = {**left.shards, **dict.fromkeys(new, ())}
+            change = Change("merge", shards, added=added, superseded=superseded, reason=reason)
+            return publish(memory, change, merging, new=new, model=model, who=who, watch=watch)
+
+
+def _overridden(before: MergeSettings, wanted: MergeSettings) -> MergeSettings:
+    """Settings of a memory, but for those that are asked for; who asks for another mode gets its own defaults."""
+    if wanted.mode not in (None, before.mode):
+        return wanted
+    default = MergeSettings()
+    changed = {name: value for name, value in asdict(wanted).items() if value != getattr(default, name)}
+    return replace(before, **changed)
+
+
+def superseding(held: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
+    """Ids of held edits of which a new one says something else, or the same again, with the new one's id."""
+    by_prompt = {_fact(edit): edit.id for edit in new}
+    by_id = {edit.id for edit in new}
+    found = {edit.id: by_prompt[_fact(edit)] for edit in held if _fact(edit) in by_prompt}
+    return {**{edit.id: edit.id for edit in held if edit.id in by_id}, **found}
+
+
+def _fact(edit: Edit) -> str:
+    return " ".join(edit.prompt.casefold().split())
+
+
+def _left(
+    memory: Path, releases: Sequence[Release], ids: Collection[str], model: str | None, watch: Watcher, **named: Any
+) -> AbstractContextManager[Cleared]:
+    """The newest release's shards, without the edits that give way."""
+    if not releases:
+        return nullcontext(Cleared({}, {}, ()))
+    return cleared(memory, releases[-1], ids, model=model, watch=watch, **named)
+
+
+def _merging(releases: Sequence[Release]) -> MergeSettings:
+    return settings_of(releases[-1]) if releases else MergeSettings()
+
+
+def _after(memory: Path, new: Mapping[str, Path]) -> str:
+    """A name for the shards after those that are new, too."""
+    return f"{int(next_name(memory)) + len(new):04d}"
+
+
+def _written(job: Job, pending: Path, **named: Any) -> EditReport:
+    """Shards of a batch, or those that a run wrote that was broken off before it could join them.
+
+    Raises:
+        ChangedInputError: it wrote other edits.
+    """
+    try:
+        done = read_shard_directory(pending)
+    except DamagedFileError:
+        return run(job, pending, force=True, **named)
+    if done.edits != job.edits:
+        raise ChangedInputError(pending, ["the edits are others"])
+    untaken = tuple(name for entry in done.shards for name in entry.untaken)
+    site = done.site
+    return EditReport(
+        pending, len(done.edits), len(done.shards), site.layer, site.module, 0.0, 0, untaken, done.left_out
+    )
+
+
+def _settings(
+    memory: Path, releases: Sequence[Release], flags: Mapping[str, Any], config: Path | None, model: str
+) -> EditSettings:
+    """The settings of the newest shards, but for what is asked for; always of the same layer.
+
+    Raises:
+        SettingsError: another layer is asked for.
+        WrongBaseError: the model is another.
+    """
+    if not releases:
+        return resolve(EditSettings, flags, section="edit", file=config)
+    newest = directories_of(memory, releases[-1])[-1]
+    directory = find_model(model, revision=newest.revision)
+    require_base(directory, Checkpoint(directory), newest.site, newest.fingerprint)
+    given = {name: value for name, value in flags.items() if value is not None}
+    wanted = given.pop("layer", "auto")
+    if wanted not in ("auto", str(newest.site.layer)):
+        raise SettingsError(f"--layer {wanted}: {memory} edits layer {newest.site.layer}; leave the flag out")
+    settings = resolve(EditSettings, {**newest.settings, "shards": None, **given}, section="edit", file=config)
+    return replace(settings, layer=str(newest.site.layer))

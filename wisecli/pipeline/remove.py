@@ -1,0 +1,129 @@
+"""``wise remove``: edits out of a memory, as if they had never been in it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wisecli.config import EditSettings, settings_from
+from wisecli.errors import SettingsError
+from wisecli.events import Watcher, ignore
+from wisecli.history import Change, Release, changing, next_name, read_history
+from wisecli.joining import EXACT
+from wisecli.pipeline.edit import run
+from wisecli.releases import directories_of, publish, settings_of
+from wisecli.removal import without
+from wisecli.shard_directory import ShardDirectory
+from wisecli.work import Job
+
+
+@dataclass(frozen=True)
+class RemoveReport:
+    """What was taken out; ``rewritten`` names edits that were trained anew, as their shard could not be had without."""
+
+    memory: Path
+    release: Release
+    held: int
+    rewritten: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """A release's shards without some edits; ``new`` are directories of those that had to be trained anew."""
+
+    shards: dict[str, tuple[str, ...]]
+    new: dict[str, Path]
+    rewritten: tuple[str, ...]
+
+
+def remove(
+    memory: Path,
+    ids: Sequence[str],
+    *,
+    model: str | None = None,
+    reason: str = "",
+    who: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    watch: Watcher = ignore,
+) -> RemoveReport:
+    """Take edits out of a memory.
+
+    What the closed form wrote is solved for anew from the keys and residuals of the other edits, without the model. Of
+    shards that were trained, the other edits are trained anew.
+
+    Raises:
+        SettingsError: the memory does not hold an edit, or would hold none.
+        WiseError: the memory or the model cannot be used; the memory is as it was.
+    """
+    started = time.perf_counter()
+    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    with changing(memory):
+        newest = read_history(memory)[-1]
+        held = {edit.id for directory in directories_of(memory, newest) for edit in directory.written}
+        if missing := [name for name in ids if name not in held]:
+            raise SettingsError(f"{memory} holds no edit {missing[0]!r}; `wise inspect {memory}` lists what it holds")
+        if held <= set(ids):
+            raise SettingsError("no edit would be left; delete the memory instead")
+        with cleared(memory, newest, ids, model=model, watch=watch, **named) as left:
+            change = Change("remove", left.shards, removed=tuple(ids), reason=reason)
+            published = publish(memory, change, settings_of(newest), new=left.new, model=model, who=who, watch=watch)
+    seconds = time.perf_counter() - started
+    return RemoveReport(memory, published.release, len(published.manifest.edits), left.rewritten, seconds)
+
+
+@contextmanager
+def cleared(
+    memory: Path, release: Release, ids: Collection[str], *, model: str | None, watch: Watcher, **named: Any
+) -> Iterator[Cleared]:
+    """A release's shards without some edits; what has to be trained anew for that is there while the block lasts."""
+    settings = settings_of(release)
+    held = dict(zip(release.shards, directories_of(memory, release), strict=True))
+    trained = settings.mode != "lookup" and settings.method != EXACT
+    anew = {name: _beside(directory, ids) for name, directory in held.items() if trained and _beside(directory, ids)}
+    shards = {
+        name: (*release.shards[name], *_in(directory, {*ids, *anew.get(name, ())})) for name, directory in held.items()
+    }
+    first = int(next_name(memory))
+    with tempfile.TemporaryDirectory(dir=memory.absolute().parent, prefix=f".{memory.name}.") as working:
+        new: dict[str, Path] = {}
+        for name, others in anew.items():
+            place = f"{first + len(new):04d}"
+            new[place] = Path(working) / place
+            run(_job(held[name], others, model, **named), new[place], watch=watch)
+        rewritten = tuple(name for names in anew.values() for name in names)
+        yield Cleared({**shards, **dict.fromkeys(new, ())}, new, rewritten)
+
+
+def _beside(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...]:
+    """The edits that share a trained shard with one that goes."""
+    return tuple(name for entry in without(directory, ids).trained for name in entry.edits if name not in ids)
+
+
+def _in(directory: ShardDirectory, names: Collection[str]) -> tuple[str, ...]:
+    return tuple(edit.id for edit in directory.written if edit.id in names)
+
+
+def _job(
+    directory: ShardDirectory,
+    names: Collection[str],
+    model: str | None,
+    *,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+) -> Job:
+    """Some edits of a directory of shards once more, as they were written."""
+    made = directory.made
+    settings = replace(settings_from(EditSettings, directory.settings), layer=str(directory.site.layer), shards=None)
+    edits = tuple(edit for edit in directory.edits if edit.id in names)
+    source = model or directory.model
+    given = (source, directory.revision, made.target_module, device, dtype, trust_remote_code, None, made.threads)
+    return Job(*given, settings, edits)

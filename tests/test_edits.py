@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.edits import Edit, Probe, parse_edit, read_edits
+from wisecli.edits import Edit, Probe, content_of, numbered_edits, parse_edit, read_edits
 from wisecli.errors import EditFileError
 
 FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}
@@ -75,6 +76,9 @@ def test_every_field_of_a_record_is_kept(tmp_path: Path) -> None:
         "portability": [{"prompt": "The first name of Oldbridge's mayor is", "answer": "Ada"}],
         "irrelevant": ["What is for lunch?"],
         "ood": ["A report from the town hall"],
+        "who": "ann",
+        "when": "2026-11-20",
+        "source": "minutes of the council",
     }
     assert read_edits(saved(tmp_path, jsonl(record))) == [
         Edit(
@@ -88,6 +92,9 @@ def test_every_field_of_a_record_is_kept(tmp_path: Path) -> None:
             portability=(Probe("The first name of Oldbridge's mayor is", "Ada"),),
             irrelevant=("What is for lunch?",),
             ood=("A report from the town hall",),
+            who="ann",
+            when="2026-11-20",
+            source="minutes of the council",
         )
     ]
 
@@ -121,6 +128,24 @@ def test_without_an_id_the_content_decides_it() -> None:
     assert len({parse_edit(record).id for record in (FIRST, SECOND, {**FIRST, "target": "Bo Hill"})}) == 3
 
 
+@pytest.mark.parametrize(
+    "when", ["2026-11-20", "2026-11-20T09:30", "2026-11-20T09:30:00Z", "2026-11-20 09:30:00+02:00", None]
+)
+def test_a_date_or_time_is_kept_as_it_is_written(when: str | None) -> None:
+    assert parse_edit({**FIRST, "when": when}).when == when
+
+
+def test_where_a_fact_is_from_does_not_change_its_id() -> None:
+    assert parse_edit({**FIRST, "who": "ann", "when": "2026-11-20", "source": "x"}).id == parse_edit(FIRST).id
+
+
+def test_edits_come_with_their_lines(tmp_path: Path) -> None:
+    path = saved(tmp_path, "\n" + jsonl(FIRST) + "\n\n" + jsonl(SECOND))
+    assert numbered_edits(path, content_of(path)) == [(2, parse_edit(FIRST)), (5, parse_edit(SECOND))]
+    path = saved(tmp_path, json.dumps([FIRST, SECOND], indent=1))
+    assert [line for line, _ in numbered_edits(path, content_of(path))] == [1, 2]
+
+
 MALFORMED = {
     "no json": ("not json", "write one JSON object"),
     "cut short": ('{"prompt": "The mayor', "write one JSON object"),
@@ -142,9 +167,15 @@ MALFORMED = {
         json.dumps({**THIRD, "op": "erase", "replacement": " "}),
         "`replacement` must be a non-empty",
     ),
-    "replacement number": (json.dumps({**THIRD, "op": "erase", "replacement": 3}), "`replacement` must be a non-empty"),
+    "replacement number": (json.dumps({**THIRD, "op": "erase", "replacement": 3}), "`replacement` must be a text"),
     "operation list": (json.dumps({**THIRD, "op": ["insert"]}), "`op` must be"),
     "subject": (json.dumps({**THIRD, "subject": 4}), "`subject` must be"),
+    "who": (json.dumps({**THIRD, "who": ["ann"]}), "`who` must be a text"),
+    "source": (json.dumps({**THIRD, "source": {"page": 4}}), "`source` must be a text"),
+    "when number": (json.dumps({**THIRD, "when": 2026}), "`when` must be a text"),
+    "when words": (json.dumps({**THIRD, "when": "yesterday"}), "`when` must be a date or time as in ISO 8601"),
+    "when blank": (json.dumps({**THIRD, "when": ""}), "`when` must be a date"),
+    "when no such day": (json.dumps({**THIRD, "when": "2026-02-30"}), "`when` must be a date"),
     "rephrases number": (json.dumps({**THIRD, "rephrases": 4}), "`rephrases` must be"),
     "rephrases of numbers": (json.dumps({**THIRD, "rephrases": ["a", 4]}), "`rephrases` must be"),
     "blank rephrase": (json.dumps({**THIRD, "rephrases": ["a", " "]}), "`rephrases` must be"),
@@ -238,6 +269,9 @@ EDITS = st.builds(
     portability=PROBES,
     irrelevant=TEXTS,
     ood=TEXTS,
+    who=st.none() | TEXT,
+    when=st.none() | st.datetimes().map(datetime.isoformat) | st.dates().map(date.isoformat),
+    source=st.none() | TEXT,
 )
 
 

@@ -90,6 +90,8 @@ def test_rounds_come_to_what_one_round_would(model: Path, tmp_path: Path) -> Non
     require_same_lookup(tmp_path / "memory", at_once(model, tmp_path, edits))
     assert held(tmp_path / "memory") == [edit.id for edit in edits]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    files = (tmp_path / "memory").rglob("unrelated.safetensors")
+    assert len({path.stat().st_ino for path in files}) == 1
 
 
 def test_what_is_removed_is_as_if_it_had_never_been_there(model: Path, tmp_path: Path) -> None:

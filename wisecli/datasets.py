@@ -19,6 +19,9 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "rephrases": ("rephrases", "rephrase", "rephrase_prompt", "paraphrase_prompts"),
     "irrelevant": ("irrelevant",),
     "ood": ("ood", "ood_rephrase"),
+    "who": ("who",),
+    "when": ("when",),
+    "source": ("source",),
 }
 _LISTS = ("rephrases", "irrelevant", "ood")
 

@@ -23,6 +23,7 @@ from wisecli.contexts import unrelated_texts
 from wisecli.edits import Edit
 from wisecli.encode import encode
 from wisecli.events import Event, Watcher
+from wisecli.gate import AS_THEY_ARE
 from wisecli.infer import find_layout
 from wisecli.measuring import Measuring
 from wisecli.models import Loaded, load_model
@@ -114,7 +115,8 @@ class Course:
             with jsonlines.open(file, "w") as writer:
                 writer.write_all(record.as_dict() for record in self.tested[:count])
             settings = resolve(EditSettings, {**of_edit, "seed": self.settings.seed}, section="edit")
-            edited = edit(str(self.directory), file, shards, settings, **self.options, force=True, watch=self.watch)
+            named: dict[str, Any] = {**self.options, "force": True, "gate": AS_THEY_ARE, "watch": self.watch}
+            edited = edit(str(self.directory), file, shards, settings, **named)
             merged = merge([shards], memory, MergeSettings(**of_merge), force=True)
             given = EvalSettings(generate=self.settings.generate, batch_size=self.settings.batch_size)
             report = evaluate(memory, given, data=file, **self.options, watch=self.watch)

@@ -16,6 +16,7 @@ from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSetti
 from wisecli.edits import Edit
 from wisecli.errors import SettingsError
 from wisecli.events import Watcher
+from wisecli.gate import AS_THEY_ARE
 from wisecli.models import pick_device
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate
@@ -68,7 +69,8 @@ class Room:
         place = self.work / f"shards-{count}-{sha256_json(about)[:12]}"
         if not place.exists():
             # What a version of other packages has begun there is begun anew.
-            edit(str(self.directory), self._file(count), place, settings, **self.options, force=True, watch=self.watch)
+            named: dict[str, Any] = {**self.options, "force": True, "gate": AS_THEY_ARE, "watch": self.watch}
+            edit(str(self.directory), self._file(count), place, settings, **named)
         return place
 
     def memory(self, shards: Path, **given: Any) -> Path:

@@ -74,6 +74,13 @@ def test_other_wordings_of_the_same_target_and_other_facts_are_in_no_conflict(se
     assert find(numbered(MAYOR, second)) == []
 
 
+def test_to_erase_an_answer_is_another_fact_than_to_give_it() -> None:
+    erased = replace(MAYOR, id="c", op="erase")
+    assert only(MAYOR, erased).kind == "contradiction"
+    assert only(MAYOR, replace(erased, replacement="Ada Finch")).kind == "duplicate"
+    assert only(erased, replace(erased, id="d")).kind == "duplicate"
+
+
 def test_a_target_that_comes_back_is_a_cycle() -> None:
     chain = [replace(MAYOR, id=name, target=target) for name, target in (("a", "A"), ("b", "B"), ("c", "A"))]
     first, second = find(numbered(*chain))

@@ -227,7 +227,8 @@ def _newest(given: _Given, target: str) -> Place | None:
 
 
 def _target(edit: Edit) -> str:
-    return " ".join(edit.target.split())
+    said = " ".join(edit.answer.split())
+    return f"anything but {said}" if edit.erased else said
 
 
 def _rephrases(edit: Edit) -> Iterator[str]:

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Course:
                 if method is None or name in _AT_ONCE:
                     method, seconds, done = METHODS[name](self.bench), 0.0, 0
                 begun = time.perf_counter()
-                method.edit(self.tested[done:count])
+                method.edit([_plainly(edit) for edit in self.tested[done:count]])
                 seconds, done = seconds + time.perf_counter() - begun, count
                 yield self._measured(name, method, count, seconds)
             except UnsuitableError as error:
@@ -175,6 +175,17 @@ class Course:
 
     def _interval(self, values: Sequence[float]) -> tuple[float, float]:
         return interval(values, resamples=self.settings.resamples, seed=self.settings.seed)
+
+
+def _plainly(edit: Edit) -> Edit:
+    """An edit in the terms of the papers, which know nothing but a prompt and its target.
+
+    Raises:
+        UnsuitableError: an answer is to be erased, and nothing to take its place.
+    """
+    if edit.erased:
+        raise UnsuitableError("it has no way to erase an answer; give every such edit a `replacement`")
+    return edit if edit.replacement is None else replace(edit, op="modify", target=edit.answer, replacement=None)
 
 
 def interval(values: Sequence[float], *, resamples: int, seed: int) -> tuple[float, float]:

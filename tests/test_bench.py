@@ -154,6 +154,19 @@ def test_a_method_that_cannot_run_says_so_in_its_row(
     assert "cannot run: this model has no such thing" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_what_is_to_be_erased_is_refused_by_methods_that_cannot(place: Path, tmp_path: Path) -> None:
+    records = [{**record(0), "op": "erase", "replacement": "be"}, {**record(1), "op": "erase"}]
+    for name, some in (("told", records[:1]), ("erased", records[1:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in some))
+    reports = {}
+    for name in ("told", "erased"):
+        named: dict[str, Any] = {"data": [tmp_path / f"{name}.jsonl"], "counts": "1", "methods": "wise,grace"}
+        reports[name] = [row["figures"] for row in compare(place, tmp_path / name, **named).rows]
+    assert all(figures["reliability"] == 1 for figures in reports["told"])
+    assert reports["erased"][0]["reliability"] == 1
+    assert reports["erased"][1] == {"cannot": "it has no way to erase an answer; give every such edit a `replacement`"}
+
+
 def test_an_interval_is_the_bootstraps() -> None:
     values = [0.0, 1.0] * 50
     low, high = interval(values, resamples=4000, seed=0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.edits import Edit, Probe, parse_edit, read_edits
+from wisecli.edits import Edit, Probe, content_of, numbered_edits, parse_edit, read_edits
 from wisecli.errors import EditFileError
 
 FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}
@@ -75,6 +76,9 @@ def test_every_field_of_a_record_is_kept(tmp_path: Path) -> None:
         "portability": [{"prompt": "The first name of Oldbridge's mayor is", "answer": "Ada"}],
         "irrelevant": ["What is for lunch?"],
         "ood": ["A report from the town hall"],
+        "who": "ann",
+        "when": "2026-11-20",
+        "source": "minutes of the council",
     }
     assert read_edits(saved(tmp_path, jsonl(record))) == [
         Edit(
@@ -88,6 +92,9 @@ def test_every_field_of_a_record_is_kept(tmp_path: Path) -> None:
             portability=(Probe("The first name of Oldbridge's mayor is", "Ada"),),
             irrelevant=("What is for lunch?",),
             ood=("A report from the town hall",),
+            who="ann",
+            when="2026-11-20",
+            source="minutes of the council",
         )
     ]
 
@@ -100,7 +107,14 @@ def test_fields_that_may_be_left_out_have_empty_values() -> None:
 
 @pytest.mark.parametrize("operation", ["insert", "modify", "erase"])
 def test_every_operation_is_read(operation: str) -> None:
-    assert parse_edit({**FIRST, "op": operation}).op == operation
+    edit = parse_edit({**FIRST, "op": operation})
+    assert (edit.op, edit.answer, edit.erased) == (operation, FIRST["target"], operation == "erase")
+
+
+def test_what_is_erased_may_be_replaced() -> None:
+    edit = parse_edit({**FIRST, "op": "erase", "replacement": "Bo Hill"})
+    assert (edit.target, edit.replacement, edit.answer, edit.erased) == (FIRST["target"], "Bo Hill", "Bo Hill", False)
+    assert Edit.from_dict(edit.as_dict()) == edit
 
 
 @pytest.mark.parametrize(("given", "kept"), [("a-7", "a-7"), (7, "7"), (0, "0")])
@@ -112,6 +126,24 @@ def test_without_an_id_the_content_decides_it() -> None:
     reordered = dict(reversed(FIRST.items()))
     assert parse_edit(FIRST).id == parse_edit(reordered).id
     assert len({parse_edit(record).id for record in (FIRST, SECOND, {**FIRST, "target": "Bo Hill"})}) == 3
+
+
+@pytest.mark.parametrize(
+    "when", ["2026-11-20", "2026-11-20T09:30", "2026-11-20T09:30:00Z", "2026-11-20 09:30:00+02:00", None]
+)
+def test_a_date_or_time_is_kept_as_it_is_written(when: str | None) -> None:
+    assert parse_edit({**FIRST, "when": when}).when == when
+
+
+def test_where_a_fact_is_from_does_not_change_its_id() -> None:
+    assert parse_edit({**FIRST, "who": "ann", "when": "2026-11-20", "source": "x"}).id == parse_edit(FIRST).id
+
+
+def test_edits_come_with_their_lines(tmp_path: Path) -> None:
+    path = saved(tmp_path, "\n" + jsonl(FIRST) + "\n\n" + jsonl(SECOND))
+    assert numbered_edits(path, content_of(path)) == [(2, parse_edit(FIRST)), (5, parse_edit(SECOND))]
+    path = saved(tmp_path, json.dumps([FIRST, SECOND], indent=1))
+    assert [line for line, _ in numbered_edits(path, content_of(path))] == [1, 2]
 
 
 MALFORMED = {
@@ -129,8 +161,21 @@ MALFORMED = {
     "target number": (json.dumps({"prompt": "a", "target": 2006}), "`target` must be"),
     "prompt list": (json.dumps({"prompt": ["a"], "target": "b"}), "`prompt` must be"),
     "operation": (json.dumps({**THIRD, "op": "delete"}), "`op` must be one of insert, modify, erase"),
+    "replacement without erase": (json.dumps({**THIRD, "replacement": "x"}), "`replacement` goes with the op `erase`"),
+    "replacement of an insert": (json.dumps({**THIRD, "op": "insert", "replacement": "x"}), "not with insert"),
+    "replacement empty": (
+        json.dumps({**THIRD, "op": "erase", "replacement": " "}),
+        "`replacement` must be a non-empty",
+    ),
+    "replacement number": (json.dumps({**THIRD, "op": "erase", "replacement": 3}), "`replacement` must be a text"),
     "operation list": (json.dumps({**THIRD, "op": ["insert"]}), "`op` must be"),
     "subject": (json.dumps({**THIRD, "subject": 4}), "`subject` must be"),
+    "who": (json.dumps({**THIRD, "who": ["ann"]}), "`who` must be a text"),
+    "source": (json.dumps({**THIRD, "source": {"page": 4}}), "`source` must be a text"),
+    "when number": (json.dumps({**THIRD, "when": 2026}), "`when` must be a text"),
+    "when words": (json.dumps({**THIRD, "when": "yesterday"}), "`when` must be a date or time as in ISO 8601"),
+    "when blank": (json.dumps({**THIRD, "when": ""}), "`when` must be a date"),
+    "when no such day": (json.dumps({**THIRD, "when": "2026-02-30"}), "`when` must be a date"),
     "rephrases number": (json.dumps({**THIRD, "rephrases": 4}), "`rephrases` must be"),
     "rephrases of numbers": (json.dumps({**THIRD, "rephrases": ["a", 4]}), "`rephrases` must be"),
     "blank rephrase": (json.dumps({**THIRD, "rephrases": ["a", " "]}), "`rephrases` must be"),
@@ -224,6 +269,9 @@ EDITS = st.builds(
     portability=PROBES,
     irrelevant=TEXTS,
     ood=TEXTS,
+    who=st.none() | TEXT,
+    when=st.none() | st.datetimes().map(datetime.isoformat) | st.dates().map(date.isoformat),
+    source=st.none() | TEXT,
 )
 
 

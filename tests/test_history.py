@@ -90,6 +90,8 @@ def test_rounds_come_to_what_one_round_would(model: Path, tmp_path: Path) -> Non
     require_same_lookup(tmp_path / "memory", at_once(model, tmp_path, edits))
     assert held(tmp_path / "memory") == [edit.id for edit in edits]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    files = (tmp_path / "memory").rglob("unrelated.safetensors")
+    assert len({path.stat().st_ino for path in files}) == 1
 
 
 def test_what_is_removed_is_as_if_it_had_never_been_there(model: Path, tmp_path: Path) -> None:
@@ -184,6 +186,18 @@ def test_a_later_edit_of_a_fact_takes_the_place_of_the_earlier_one(model: Path, 
     assert held(memory) == ["e1", "new", "e2"]
     assert {edit.id: edit.prompt for edit in read_manifest(memory).edits}["e2"] == fact(5).prompt
     require_same_lookup(memory, at_once(model, tmp_path, [fact(1), fact(0, target=3, name="new"), fact(5, name="e2")]))
+
+
+def test_what_is_held_already_is_passed_over(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1)])
+    report = into(model, memory, [fact(0), fact(1), fact(2)])
+    assert report.known == ("e0", "e1")
+    assert report.release.added == ("e2",)
+    before = {path: path.stat().st_mtime_ns for path in memory.rglob("*")}
+    report = into(model, memory, [fact(2), fact(0)])
+    assert (report.known, report.edited, report.release.number, report.held) == (("e2", "e0"), None, 2, 3)
+    assert {path: path.stat().st_mtime_ns for path in memory.rglob("*")} == before
 
 
 def test_what_differs_only_in_case_and_spaces_is_the_same_fact() -> None:

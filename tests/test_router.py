@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
-from wisecli.moments import Whitening
+from wisecli.moments import Moment, Whitening, whitening
 from wisecli.router import calibrate, even_out, key_router, measure, quantile, scores
 
 
@@ -149,6 +149,24 @@ def test_key_scores_are_plain_cosines_of_whitened_keys(metrics: int, memories: i
                 if owned == number
             ]
             assert float(found[row, number]) == pytest.approx(max(cosines), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_key_along_a_leading_direction_is_near_nothing(seed: int) -> None:
+    """As an attention sink's: much longer than others, and along one direction, which half precision rounds."""
+    width = 512
+    sink = 0.001 * (1 + seed) * torch.randn(width, generator=generator(seed))
+    sink[seed] = 1.0
+    noise = 0.01 * torch.randn(200, width, generator=generator(9))
+    quiet = torch.cat([torch.randn(2000, width, generator=generator(8)), 1000 * sink + noise])
+    values, vectors = torch.linalg.eigh((quiet.T @ quiet / len(quiet)).double())
+    moment = Moment(values.flip(0)[:8].float(), vectors.T.flip(0)[:8].float(), values.sum()[None].float())
+    edits = torch.randn(5, width, generator=generator(10))
+    tensors = key_router(edits, torch.arange(5), torch.zeros(5, dtype=torch.long), [whitening(moment)])
+    tensors |= {name: tensors[name].half() for name in ("probes", "directions")}
+    routed = RoutedMatrix(nn.Linear(1, 1), SideMemory(tensors, (1.0,) * 5, "key"), transposed=False)
+    assert float(scores(routed, quiet).abs().max()) < 1
+    assert float(scores(routed, edits).diagonal().min()) > 0.99
 
 
 def test_an_edits_own_key_scores_one_whatever_its_size_and_whitening() -> None:

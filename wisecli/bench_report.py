@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,39 +27,66 @@ svg { max-width: 100%; height: auto; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
 """
 
+_HEADS = ("edits", "method", *FIGURES.values(), "s an edit", "MB")
+
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A study as a part of the page: its table, and its picture as SVG or nothing."""
+
+    title: str
+    caption: str
+    heads: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    picture: str
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """One table, a row each; intervals are half their width."""
-    heads = ["edits", "method", *FIGURES.values(), "s an edit", "MB"]
+    return table(_HEADS, [_cells(row) for row in rows])
+
+
+def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)]) + "\n"
 
 
-def page(rows: Sequence[Row], *, title: str, about: str) -> str:
-    """A whole page: the table, and pictures of it.
+def page(rows: Sequence[Row], *, title: str, about: str, sections: Sequence[Section] = ()) -> str:
+    """A whole page: the methods' table if there are rows, pictures of it, and the studies.
 
     Args:
         about: how the rows came about, shown as it is.
     """
-    heads = ["edits", "method", *FIGURES.values(), "s an edit", "MB"]
-    table = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in _cells(row))}</tr>\n" for row in rows)
-    measured = [row for row in rows if "cannot" not in row["figures"]]
-    drawing = (_quality, _ageing, _cost) if measured and find_spec("matplotlib") else ()
-    pictures = "\n".join(_picture(draw, measured) for draw in drawing)
+    methods = _of_methods(rows) if rows else ""
+    studies = "\n".join(map(_of_study, sections))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>
 <body><h1>{html.escape(title)}</h1>
-<table><thead><tr>{table}</tr></thead><tbody>
-{body}</tbody></table>
-<p><small>Means over edits, ± half of a 95 % bootstrap interval.</small></p>
-{pictures}
+{methods}{studies}
 <h2>How</h2><pre>{html.escape(about)}</pre>
 </body></html>
 """
+
+
+def _of_methods(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if "cannot" not in row["figures"]]
+    pictures = "\n".join(picture(draw, measured) for draw in (_quality, _ageing, _cost)) if measured else ""
+    note = "Means over edits, ± half of a 95 % bootstrap interval."
+    return f"{_html(_HEADS, [_cells(row) for row in rows])}\n<p><small>{note}</small></p>\n{pictures}\n"
+
+
+def _of_study(section: Section) -> str:
+    heading = f"<h2>{html.escape(section.title)}</h2>\n<p>{html.escape(section.caption)}</p>"
+    return f"{heading}\n{section.picture}\n{_html(section.heads, section.cells)}"
+
+
+def _html(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>\n" for row in cells)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
 
 
 def _cells(row: Row) -> list[str]:
@@ -73,8 +101,10 @@ def _cells(row: Row) -> list[str]:
     return [*cells, f"{figures['seconds_per_edit']:.2f}", f"{figures['bytes'] / 1e6:.1f}"]
 
 
-def _picture(draw: Any, rows: Sequence[Row]) -> str:
-    """A picture as SVG, to stand in the page itself."""
+def picture(draw: Callable[[Any, Sequence[Row]], None], rows: Sequence[Row]) -> str:
+    """A picture as SVG, to stand in the page itself; nothing where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return ""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "wise", "font.size": 10}):

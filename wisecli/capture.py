@@ -68,9 +68,15 @@ class Activations:
     def rows(self, index: Tensor) -> Activations:
         """The same for some of the rows."""
         past = tuple((k[index], v[index]) for k, v in self.past) if self.first else ()
-        batch = Batch(self.batch.ids[index], self.batch.mask[index], self.batch.labels[index], self.batch.start)
         output = None if self.output is None else self.output[index]
-        return replace(self, batch=batch, keys=self.keys[index], hidden=self.hidden[index], past=past, output=output)
+        return replace(
+            self,
+            batch=self.batch.rows(index),
+            keys=self.keys[index],
+            hidden=self.hidden[index],
+            past=past,
+            output=output,
+        )
 
 
 @torch.no_grad()
@@ -102,7 +108,7 @@ def capture(
         hooks.enter_context(hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
         if not above:
             hooks.enter_context(overridden(_layers(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
-        logits = _forward(model, batch, 0, cache, select)
+        logits = run_model(model, batch, 0, cache, select)
     hidden = kept["hidden"]
     width = len(hidden) if isinstance(hidden, tuple) else 0
     past = tuple(_tensors(layer) for layer in cache.layers[site.layer + 1 :]) if above else ()
@@ -184,7 +190,7 @@ def _sweep_to(
             spool.put(f"{name}.{number}", kept.pop(name)[:, first:])
 
     def run(batch: Batch) -> None:
-        _forward(model, batch, 0, DynamicCache(), None)
+        run_model(model, batch, 0, DynamicCache(), None)
 
     passes = [partial(run, batch) for batch in batches]
     with hooked(value_module(model, site).register_forward_hook(keep)):
@@ -199,7 +205,7 @@ def _above(
     cache = DynamicCache()
     output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
     with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
-        logits = _forward(model, batch, 0, cache, select)
+        logits = run_model(model, batch, 0, cache, select)
     return logits, tuple(_tensors(layer) for layer in cache.layers[site.layer + 1 :])
 
 
@@ -220,10 +226,10 @@ def suffix_logits(
     cache = _cache(activations, site) if first else None
     output = (hidden, *[None] * (width - 1)) if width else hidden
     with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
-        return _forward(model, activations.batch, first, cache, (select[0], select[1] - first))
+        return run_model(model, activations.batch, first, cache, (select[0], select[1] - first))
 
 
-def _forward(
+def run_model(
     model: PreTrainedModel, batch: Batch, first: int, cache: DynamicCache | None, select: Selection | None
 ) -> Tensor:
     """The model's forward pass over the columns from ``first`` on; its head sees the selected columns only."""

@@ -20,14 +20,21 @@ from wisecli.options import (
     DryRun,
     Dtype,
     Force,
+    Identity,
     Memory,
     Model,
+    OnConflict,
     Output,
+    PolicyFile,
     Quiet,
     Reason,
     Seed,
+    Signature,
+    Signer,
+    SkipKnown,
     Trust,
     Who,
+    gate_of,
     gates_in,
     numbers,
     part_in,
@@ -74,6 +81,12 @@ def edit(
     interval: Annotated[float, typer.Option(min=0.01, help="With --watch: seconds between two looks.")] = 1.0,
     reason: Reason = "",
     who: Who = None,
+    on_conflict: OnConflict = None,
+    skip_known: SkipKnown = False,
+    policy: PolicyFile = None,
+    verify_signature: Signature = None,
+    signer: Signer = None,
+    signer_identity: Identity = None,
     preset: Annotated[
         str | None, setting(EditSettings, "preset", "default, or paper (sequential, as published).")
     ] = None,
@@ -132,7 +145,9 @@ def edit(
     console = Console(as_json, quiet)
     flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
+    gate = gate_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
     from wisecli import pipeline
+    from wisecli.gate import USUAL
 
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "executor": executor}
     common["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
@@ -140,16 +155,18 @@ def edit(
     if into is not None:
         if model is None or edits is None:
             raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
-        named |= {"config": config, "reason": reason, "who": who}
+        named |= {"config": config, "reason": reason, "who": who, "gate": gate}
         cli_memory.edit_into(
             console, model, edits, into, flags, follow=watch_file, interval=interval, **common, **named
         )
         return
     common["force"] = force
-    named |= {"revision": revision, "target_module": target_module, "only": part_in(only)}
+    named |= {"revision": revision, "target_module": target_module, "only": part_in(only), "gate": gate}
     with console.watching() as watch:
         common |= {"dry_run": dry_run, "watch": watch}
         if reproduce is not None:
+            if gate != USUAL:
+                raise SettingsError("--reproduce writes what was written once; drop what is asked of new edits")
             report = pipeline.reproduce(reproduce, output, model=model, **common)
         elif model is None or edits is None:
             raise SettingsError("give a MODEL and a file of EDITS, or --reproduce and a manifest")
@@ -433,7 +450,32 @@ def bench(
         Path | None, typer.Option(help="Records to learn from.", show_default="those that are not edited")
     ] = None,
     methods: Annotated[str | None, setting(BenchSettings, "methods", "Methods, with commas between.")] = None,
+    study: Annotated[
+        str | None,
+        setting(
+            BenchSettings,
+            "study",
+            "Studies in the place of methods, with commas between: router, layers, shards, merge, scaling, latency.",
+            none="none",
+        ),
+    ] = None,
     edits: Annotated[str | None, setting(BenchSettings, "counts", "Numbers of edits, with commas between.")] = None,
+    layers: Annotated[int | None, setting(BenchSettings, "layers", "How many layers --study layers looks at.")] = None,
+    mask_ratios: Annotated[
+        str | None, setting(BenchSettings, "mask_ratios", "Mask ratios of --study shards, with commas between.")
+    ] = None,
+    shard_counts: Annotated[
+        str | None, setting(BenchSettings, "shard_counts", "Numbers of shards of --study shards.")
+    ] = None,
+    edits_per_shard: Annotated[
+        int | None,
+        setting(
+            BenchSettings,
+            "edits_per_shard",
+            "For the studies merge, scaling and latency.",
+            none="100, or a quarter of the edits",
+        ),
+    ] = None,
     generate: Annotated[
         bool | None, setting(BenchSettings, "generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
@@ -447,15 +489,20 @@ def bench(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare editing methods: each edits the model with the first records of a dataset, and is measured."""
+    """Compare editing methods, or study WISE itself: edit with the first records of a dataset, and measure."""
+    if study and methods:
+        raise SettingsError("--study takes the place of --methods; give one of them, and the other in a second run")
     console = Console(as_json, quiet)
     settings = resolve(BenchSettings, {**locals(), "counts": edits}, section="bench", file=config)
-    from wisecli.pipeline import bench as run
+    from wisecli import pipeline
 
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with console.watching() as watch:
-        report = run(model, output, settings, data=data or (), train=train, force=force, watch=watch, **named)
-    console.compared(report)
+        named |= {"data": data or (), "force": force, "watch": watch}
+        if settings.study and not methods:
+            console.studied(pipeline.study(model, output, settings, **named))
+        else:
+            console.compared(pipeline.bench(model, output, settings, train=train, **named))
 
 
 for _command in (cli_memory.remove, cli_memory.rollback, cli_memory.log, cli_memory.diff, cli_memory.explain):
@@ -471,7 +518,7 @@ def main() -> None:
     except WiseError as error:
         if debug:
             raise
-        fail(str(error))
+        fail(str(error), error.details)
         sys.exit(error.exit_code)
     except SystemExit as stopped:
         if stopped.code == _INTERRUPTED:  # Typer has caught the interruption, and says nothing of it

@@ -8,14 +8,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wisecli.config import MergeSettings
 from wisecli.console import Console
 from wisecli.console_memory import Told
+from wisecli.errors import SettingsError
 from wisecli.options import AsJson, Budget, Device, Dtype, Memory, Model, Quiet, Reason, Trust, Who, size_in_bytes
+
+if TYPE_CHECKING:
+    from wisecli.gate import Gate
 
 Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise edit --into` makes it.")]
 
@@ -125,6 +129,9 @@ def edit_into(
     from wisecli import pipeline
 
     told = Told(console)
+    gate: Gate = named["gate"]
+    if follow and gate.signed is not None:
+        raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
     with console.watching() as watch:
         if follow:
             for landed in pipeline.follow(model, edits, memory, flags, interval=interval, watch=watch, **named):
@@ -132,7 +139,8 @@ def edit_into(
             return
         reason = named.pop("reason")
         with _file(edits) as path:
-            batch = pipeline.Batch.from_file(path, name=str(edits) if edits == path else "-", reason=reason)
+            name = str(edits) if edits == path else "-"
+            batch = pipeline.Batch.from_file(path, name=name, reason=reason, gate=gate)
         report = pipeline.edit_into(model, batch, memory, flags, watch=watch, **named)
     told.landed(report)
 

@@ -92,14 +92,19 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Which methods are compared, on what, and how."""
+    """Which methods are compared, on what, and how; or which studies are made, and of what."""
 
     dataset: str | None = None
     methods: str = "wise,wise-retrieve,ft-l,rome,memit,grace,rag"
+    study: str | None = None
     counts: str = "10,100"
     generate: bool = True
     batch_size: int = 32
     resamples: int = 1000
+    layers: int = 8
+    mask_ratios: str = ".1,.2,.3,.5,.8"
+    shard_counts: str = "1,2,3,5,8"
+    edits_per_shard: int | None = None  # as in editing, but no more than a quarter, so that there are several shards
     seed: int = 0
 
 
@@ -147,6 +152,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "false_alarm": (0, 0.5),
     "edits": (1, 10**9),
     "resamples": (10, 10**6),
+    "layers": (1, 10**4),
     "max_new_tokens": (1, 10**6),
 }
 

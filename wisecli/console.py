@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wisecli.bench_report import FIGURES
+from wisecli.console_gate import sifted_json, sifted_lines
 from wisecli.events import NOTE, Event, Watcher
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         ExportReport,
         InspectReport,
         MergeReport,
+        StudyReport,
         VerifyReport,
     )
     from wisecli.planning import Plan
@@ -74,18 +76,23 @@ class Console:
         results |= {"peak_rss_bytes": report.peak_rss_bytes, "output": str(report.output), "layer": report.layer}
         results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
         results |= {"left_out": list(report.left_out), "missing": report.missing}
+        results["sifted"] = sifted_json(report.sifted)
         if report.differing is not None:
             results["differing"] = list(report.differing)
         what = f"{report.edits} edits in {_count(report.shards, 'shard')} of {report.module}"
         if report.plan is not None:
             results["plan"] = asdict(report.plan)
-            self.result({"results": results}, _plan(what, report), Text(_resident(report.plan)))
+            sifted = map(Text, sifted_lines(report.sifted))
+            self.result({"results": results}, _plan(what, report), Text(_resident(report.plan)), *sifted)
             return
         lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s, {report.seconds_per_edit:.2f} s an edit)"]
         if report.missing:
             lines = [
                 f"{what}: {_count(report.missing, 'shard')} still to be written by others ({report.seconds:.1f} s)"
             ]
+        if not report.edits:
+            lines = [f"there is nothing to train, and nothing was written ({report.seconds:.1f} s)"]
+        lines += sifted_lines(report.sifted)
         lines += [f"did not take: {name}" for name in report.untaken]
         if report.differing == ():
             lines.append("byte for byte the shards of the manifest")
@@ -126,6 +133,18 @@ class Console:
             costs = f"{figures['seconds_per_edit']:.2f}", f"{figures['bytes'] / 1e6:.1f}"
             table.add_row(str(row["edits"]), row["method"], *shown, *costs)
         self.result(report.as_json(), table)
+
+    def studied(self, report: StudyReport) -> None:
+        """Print the studies of ``wise bench``, a table each."""
+        tables = []
+        for section in report.sections():
+            table = Table(title=section.title)
+            for head in section.heads:
+                table.add_column(head, justify="right", overflow="fold")
+            for row in section.cells:
+                table.add_row(*row)
+            tables.append(table)
+        self.result(report.as_json(), *tables)
 
     def evaluated(self, report: EvalReport) -> None:
         """Print what ``wise eval`` measured."""
@@ -187,8 +206,10 @@ class Console:
         self.result(report.as_json(), *lines)
 
 
-def fail(message: str) -> None:
-    """Print an error on stderr, on one line of its own."""
+def fail(message: str, details: Sequence[str] = ()) -> None:
+    """Print an error on stderr, on one line of its own; before it what it sums up, a line each."""
+    for one in details if details[1:] else ():
+        sys.stderr.write(f"{_plain(one)}\n")
     sys.stderr.write(f"error: {_plain(message)}\n")
 
 

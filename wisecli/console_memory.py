@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wisecli.console import Console
+from wisecli.console_gate import sifted_json, sifted_lines
 
 if TYPE_CHECKING:
     from wisecli.edits import Edit
@@ -29,15 +30,23 @@ class Told:
     def landed(self, report: IntoReport) -> None:
         """Print what a batch of edits did to a memory."""
         release, edited = report.release, report.edited
+        more: dict[str, Any] = {"known": list(report.known), "sifted": sifted_json(report.sifted)}
+        if edited is None or release is None:
+            what = f"release {release.number} of {report.memory}/ stays as it is" if release else "no memory was made"
+            held = f", {len(report.known)} were held already" if report.known else ""
+            lines = [f"{what}: there is nothing to train{held}", *sifted_lines(report.sifted)]
+            self._tell(report, lines, **more)
+            return
         lines = [
             f"release {release.number} of {report.memory}/: {len(release.added)} edits in, {report.held} held "
             f"({report.seconds:.1f} s)"
         ]
+        lines += [f"{len(report.known)} were held already"] if report.known else []
         lines += [f"superseded: {old} by {new}" for old, new in release.superseded.items()]
+        lines += sifted_lines(report.sifted)
         lines += [f"did not take: {name}" for name in edited.untaken]
         lines += [f"left out, as the model gives nothing finite: {name}" for name in edited.left_out]
-        more = {"untaken": list(edited.untaken), "left_out": list(edited.left_out)}
-        self._tell(report, lines, **more)
+        self._tell(report, lines, untaken=list(edited.untaken), left_out=list(edited.left_out), **more)
 
     def joined(self, memory: str, published: Published) -> None:
         """Print what merging into a memory did."""
@@ -99,9 +108,10 @@ class Told:
         self.console.result(report.as_json(), *map(Text, lines or ["no difference"]))
 
     def _tell(self, report: Any, lines: list[str], **more: Any) -> None:
-        release: Release = report.release
+        release: Release | None = report.release
         results = {"memory": str(report.memory), "held": report.held, "seconds": report.seconds, **more}
-        self.console.result({"results": {**results, "release": asdict(release)}}, *map(Text, lines))
+        results["release"] = None if release is None else asdict(release)
+        self.console.result({"results": results}, *map(Text, lines))
 
 
 def _shown(edit: Edit) -> str:

@@ -15,9 +15,13 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "src", "update"),
     "target": ("target", "alt", "target_new", "ans"),
     "subject": ("subject",),
+    "replacement": ("replacement",),
     "rephrases": ("rephrases", "rephrase", "rephrase_prompt", "paraphrase_prompts"),
     "irrelevant": ("irrelevant",),
     "ood": ("ood", "ood_rephrase"),
+    "who": ("who",),
+    "when": ("when",),
+    "source": ("source",),
 }
 _LISTS = ("rephrases", "irrelevant", "ood")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import jsonlines
 
 from wisecli.datasets import canonical
 from wisecli.errors import EditFileError
-from wisecli.records import decode, require_sane, shown
+from wisecli.records import decode, require_moment, require_sane, shown
 from wisecli.storage import sha256_json
 
 OPERATIONS = ("insert", "modify", "erase")
+PROVENANCE = ("who", "when", "source")
 # Larger files are no edits: a record takes about a kilobyte.
 _LARGEST = 1 << 32
 
@@ -33,7 +35,9 @@ class Edit:
     """One fact to change, and what is measured about it.
 
     ``rephrases``, ``locality``, ``portability`` and ``ood`` (a free text about the same fact) are for evaluation only;
-    ``irrelevant`` trains and calibrates the router.
+    ``irrelevant`` trains and calibrates the router. ``who``, ``when`` (ISO 8601) and ``source`` say where the fact is
+    from; nothing goes by them. Of op ``erase`` the ``target`` is what the model should no longer say, and
+    ``replacement``, if there is one, what it should say instead.
     """
 
     id: str
@@ -46,6 +50,20 @@ class Edit:
     portability: tuple[Probe, ...] = ()
     irrelevant: tuple[str, ...] = ()
     ood: tuple[str, ...] = ()
+    who: str | None = None
+    when: str | None = None
+    source: str | None = None
+    replacement: str | None = None
+
+    @property
+    def erased(self) -> bool:
+        """Whether nothing takes the place of what is erased: the model should just not say the ``answer``."""
+        return self.op == "erase" and self.replacement is None
+
+    @property
+    def answer(self) -> str:
+        """What the model should say, or if it is ``erased`` should not."""
+        return self.target if self.replacement is None else self.replacement
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as the manifests keep it."""
@@ -61,6 +79,10 @@ class Edit:
         return decode(cls, dict(record))
 
 
+# An edit with its line, or its place in a JSON array or a table.
+Numbered = tuple[int, Edit]
+
+
 def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     """Read and check a whole file of edits.
 
@@ -71,9 +93,39 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     Raises:
         EditFileError: naming the line, if a record is malformed, incomplete or there twice.
     """
-    edits: list[Edit] = []
+    return [edit for _, edit in numbered_edits(path, content_of(path))][:limit]
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a file of edits.
+
+    Raises:
+        EditFileError: it is none, or cannot be read.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise EditFileError(path, "not a regular file; give a file of edits")
+    if path.is_file() and path.stat().st_size > _LARGEST:
+        raise EditFileError(path, f"larger than {_LARGEST} bytes; split it")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise EditFileError(path, "no such file; check the path") from None
+    except OSError as error:
+        raise EditFileError(path, f"not readable ({error}); check the path") from None
+
+
+def numbered_edits(path: Path, content: bytes) -> list[Numbered]:
+    """Parse and check the content of a file of edits.
+
+    Args:
+        path: where it is from; ``.parquet`` makes it a table.
+
+    Raises:
+        EditFileError: naming the line, if a record is malformed, incomplete or there twice.
+    """
+    edits: list[Numbered] = []
     seen: dict[str, int] = {}
-    for line, record in _records(path):
+    for line, record in _records(path, content):
         try:
             edit = parse_edit(record)
         except ValueError as error:
@@ -83,10 +135,10 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
                 path, f"edit {edit.id!r} is already at {seen[edit.id]}; remove one or change its id", line=line
             )
         seen[edit.id] = line
-        edits.append(edit)
+        edits.append((line, edit))
     if not edits:
         raise EditFileError(path, "there is no edit in it; write one JSON object with `prompt` and `target` a line")
-    return edits[:limit]
+    return edits
 
 
 def parse_line(path: Path, number: int, line: bytes) -> Edit:
@@ -123,21 +175,46 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
     operation = fields.get("op") or "modify"
     if operation not in OPERATIONS:
         raise ValueError(f"`op` must be one of {', '.join(OPERATIONS)}, not {shown(operation)}")
-    subject = fields.get("subject")
-    if subject is not None and not isinstance(subject, str):
-        raise ValueError(f"`subject` must be a text, not {shown(subject)}")
+    replacement = _text(fields, "replacement")
+    if replacement is not None and operation != "erase":
+        raise ValueError(f"`replacement` goes with the op `erase` alone, not with {operation}; give it as `target`")
+    if replacement is not None and not replacement.strip():
+        raise ValueError(f"`replacement` must be a non-empty text, not {shown(replacement)}")
     return Edit(
-        id=str(fields["id"]) if fields.get("id") is not None else sha256_json(record)[:16],
+        id=str(fields["id"]) if fields.get("id") is not None else _digest(record),
         prompt=fields["prompt"],
         target=fields["target"],
         op=operation,
-        subject=subject,
+        subject=_text(fields, "subject"),
         rephrases=_texts(fields, "rephrases"),
         locality=_probes(fields, "locality"),
         portability=_probes(fields, "portability"),
         irrelevant=_texts(fields, "irrelevant"),
         ood=_texts(fields, "ood"),
+        who=_text(fields, "who"),
+        when=_when(fields),
+        source=_text(fields, "source"),
+        replacement=replacement,
     )
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """An id by what is to change, whoever says so."""
+    return sha256_json({name: value for name, value in record.items() if name not in PROVENANCE})[:16]
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"`{name}` must be a text, not {shown(value)}")
+    return value
+
+
+def _when(fields: Mapping[str, Any]) -> str | None:
+    when = _text(fields, "when")
+    if when is not None:
+        require_moment(when, "when")
+    return when
 
 
 def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -160,16 +237,12 @@ def _probes(fields: Mapping[str, Any], name: str) -> tuple[Probe, ...]:
     return tuple(probes)
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every record with its line (its place in the list, for a JSON array or a table)."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise EditFileError(path, "not a regular file; give a file of edits")
-    if path.is_file() and path.stat().st_size > _LARGEST:
-        raise EditFileError(path, f"larger than {_LARGEST} bytes; split it")
-    if path.suffix == ".parquet" and path.is_file():
-        yield from enumerate(_table(path), start=1)
+    if path.suffix == ".parquet":
+        yield from enumerate(_table(path, content), start=1)
         return
-    text = _text(path)
+    text = _decoded(path, content)
     if text.lstrip().startswith("["):
         yield from _array(path, text)
         return
@@ -191,23 +264,21 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     return found
 
 
-def _text(path: Path) -> str:
+def _decoded(path: Path, content: bytes) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise EditFileError(path, "no such file; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
+        return TextIOWrapper(BytesIO(content), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
         raise EditFileError(path, f"not readable as UTF-8 text ({error}); save it as UTF-8") from None
 
 
-def _table(path: Path) -> Iterator[dict[str, Any]]:
+def _table(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise EditFileError(path, "reading Parquet needs `pip install 'wisecli[parquet]'`") from None
     try:
-        with ParquetFile(path) as table:
+        with ParquetFile(BytesIO(content)) as table:
             for batch in table.iter_batches():
                 yield from batch.to_pylist()
     except ArrowException as error:

@@ -17,13 +17,30 @@ NO_LABEL = -100
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with the answer it should get, in tokens."""
+    """One prompt with the answer it should get, in tokens.
+
+    Of an answer that is erased ``unwanted`` has for each target token those that should not be said in its place, which
+    may be none; the target is only what leads from one such place to the next then.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
+    unwanted: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The target, without what only leads on."""
+        pairs = zip(self.target, self.unwanted or [self.target] * len(self.target), strict=True)
+        return tuple(token if counts else NO_LABEL for token, counts in pairs)
+
+    def right(self, best: Sequence[int]) -> float:
+        """Share of the target that a model's choices are; of an erased answer 1, or 0 if they are as unwanted."""
+        if self.unwanted:
+            return float(any(token not in tokens for token, tokens in zip(best, self.unwanted, strict=True)))
+        return sum(token == wanted for token, wanted in zip(best, self.target, strict=True)) / len(self.target)
 
 
 @dataclass(frozen=True)
@@ -33,13 +50,15 @@ class Batch:
     Column ``start`` holds each row's last prompt token; the *window* from there on predicts the target. Padding stands
     left of short prompts and right of short targets.
 
-    Shapes: ``ids`` and ``mask`` (B, T), ``labels`` (B, T - start), ``NO_LABEL`` where nothing is predicted.
+    Shapes: ``ids`` and ``mask`` (B, T), ``labels`` (B, T - start), ``NO_LABEL`` where nothing is predicted;
+    ``unwanted`` (B, T - start, m), filled up with ``NO_LABEL``, if any row has such tokens.
     """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
     start: int
+    unwanted: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -52,9 +71,28 @@ class Batch:
         rows, columns = (self.labels != NO_LABEL).nonzero(as_tuple=True)
         return rows, columns + self.start
 
+    @property
+    def lengths(self) -> Tensor:
+        """How many columns of the window each row's target takes up (B,)."""
+        places = torch.arange(1, self.labels.shape[1] + 1, device=self.labels.device)
+        return places.where(self.labels != NO_LABEL, 0).amax(-1)
+
+    @property
+    def erased(self) -> Tensor:
+        """Which rows (B,) have an answer that should not be said."""
+        if self.unwanted is None:
+            return torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
+        return (self.unwanted != NO_LABEL).flatten(1).any(-1)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device), self.start)
+        unwanted = None if self.unwanted is None else self.unwanted.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device), self.start, unwanted)
+
+    def rows(self, index: Tensor) -> Batch:
+        """The same for some of the rows."""
+        unwanted = None if self.unwanted is None else self.unwanted[index]
+        return Batch(self.ids[index], self.mask[index], self.labels[index], self.start, unwanted)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, end: int | None = None) -> Row:
@@ -90,8 +128,20 @@ def collate(rows: Sequence[Row], *, pad: int = 0) -> Batch:
         first = width - len(row.prompt)
         ids[index, first : first + len(read)] = torch.tensor(read)
         mask[index, first : first + len(read)] = 1
-        labels[index, : len(row.target)] = torch.tensor(row.target)
-    return Batch(ids, mask, labels, width - 1)
+        labels[index, : len(row.target)] = torch.tensor(row.labels)
+    return Batch(ids, mask, labels, width - 1, _unwanted(rows, tail))
+
+
+def _unwanted(rows: Sequence[Row], tail: int) -> Tensor | None:
+    """Unwanted tokens (B, tail, m) of rows; ``None`` where no row has any."""
+    most = max((len(tokens) for row in rows for tokens in row.unwanted), default=0)
+    if not most:
+        return None
+    unwanted = torch.full((len(rows), tail, most), NO_LABEL)
+    for index, row in enumerate(rows):
+        for place, tokens in enumerate(row.unwanted):
+            unwanted[index, place, : len(tokens)] = torch.tensor(tokens)
+    return unwanted
 
 
 def in_batches(rows: Sequence[Row], size: int, *, by_target: bool = False, tokens: int = 4096) -> Iterator[list[int]]:

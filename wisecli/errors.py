@@ -7,14 +7,23 @@ from pathlib import Path
 
 
 class WiseError(Exception):
-    """Base of everything the program raises on purpose. The message is one sentence naming the remedy."""
+    """Base of everything the program raises on purpose. The message is one sentence naming the remedy.
+
+    ``details`` are the sentences that the message sums up, where there are several.
+    """
 
     exit_code = 2
+    details: tuple[str, ...] = ()
 
 
 def reason_of(error: Exception) -> str:
     """The first line of what an error says, or its type's name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _one_or(sentences: Sequence[str], what: str) -> str:
+    """The only sentence, or how many there are of them."""
+    return sentences[0] if len(sentences) == 1 else f"{what} {len(sentences)} times"
 
 
 class SettingsError(WiseError):
@@ -27,6 +36,15 @@ class EditFileError(WiseError):
     def __init__(self, path: Path, reason: str, *, line: int | None = None) -> None:
         where = f"{path}:{line}" if line is not None else str(path)
         super().__init__(f"{where}: {reason}")
+
+
+class ConflictError(WiseError):
+    """Edits cannot all hold; ``details`` has a sentence for each that cannot."""
+
+    def __init__(self, path: str, sentences: Sequence[str]) -> None:
+        what = _one_or(sentences, f"{path}: edits are in conflict")
+        super().__init__(f"{what}; mend the file, or choose with --on-conflict")
+        self.details = tuple(sentences)
 
 
 class ModelError(WiseError):
@@ -123,6 +141,21 @@ class GateFailedError(WiseError):
     """A figure stayed below ``--fail-under``, or an edit did not take with ``--strict``."""
 
     exit_code = 1
+
+
+class PolicyError(GateFailedError):
+    """Edits break the rules of ``--policy``; ``details`` has a sentence for each time they do."""
+
+    def __init__(self, file: str, policy: Path, sentences: Sequence[str]) -> None:
+        super().__init__(f"{_one_or(sentences, f'{file} breaks rules')}; {policy} does not allow it")
+        self.details = tuple(sentences)
+
+
+class SignatureError(GateFailedError):
+    """The signature that ``--verify-signature`` names does not hold for a file of edits."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}; nothing of it was read")
 
 
 class MemoryHistoryError(WiseError):

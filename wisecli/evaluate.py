@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from wisecli.attached import Edited
 from wisecli.capture import Activations, captured, suffix_logits
-from wisecli.encode import NO_LABEL, Row, collate, in_batches
+from wisecli.encode import NO_LABEL, Batch, Row, collate, in_batches
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
+from wisecli.goals import met
 from wisecli.memory import UNROUTED, opened
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
@@ -29,7 +30,10 @@ KNOWN = 0.8
 
 @dataclass(frozen=True)
 class Reading:
-    """One row under one model: shares of its target tokens, and its mean negative log-likelihood."""
+    """One row under one model: shares of its target tokens, and its mean negative log-likelihood.
+
+    Of an answer that is erased, ``right`` is 1 unless the arg-max begins it, else 0.
+    """
 
     right: float
     known: float
@@ -56,18 +60,29 @@ class Measured:
 
 @torch.no_grad()
 def teacher_forced(
-    edited: Edited, rows: Sequence[Row], *, batch_size: int, prompt_opens: bool, stage: str, watch: Watcher
+    edited: Edited,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    prompt_opens: bool,
+    stage: str,
+    watch: Watcher,
+    holders: Sequence[int | None] | None = None,
 ) -> list[Measured]:
     """Measure rows with the right tokens before each target token.
 
     Args:
         prompt_opens: whether only the prompt may open the memory for the target's tokens.
+        holders: of each row the memory that answers from its prompt's last token on, whatever the router says (of a
+            lookup an edit, whose nearest key answers); ``None`` leaves a row to the router, as all are by default.
     """
     measured: list[Measured | None] = [None] * len(rows)
     done = 0
     groups = list(in_batches(rows, batch_size))
     for indices, base in zip(groups, _unedited(edited, rows, groups), strict=True):
         routes = _routes(edited, base, prompt_opens=prompt_opens)
+        if holders is not None:
+            routes = _held(edited, base, routes, [holders[index] for index in indices])
         after = _edited_logits(edited, base, routes)
         opened = edited.routed.memory_at(routes[:, base.batch.start])
         for place, one in zip(indices, _measure(base, after, opened), strict=True):
@@ -104,6 +119,20 @@ def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
     return chosen
 
 
+def _held(edited: Edited, base: Activations, routes: Tensor, holders: Sequence[int | None]) -> Tensor:
+    """Routes (B, T) in which every row that has a holder is answered by it from its prompt's last token on."""
+    start = base.batch.start
+    memory = torch.tensor([UNROUTED if one is None else one for one in holders], device=routes.device)[:, None]
+    answer = memory
+    if edited.routed.kind == "lookup":
+        others = edited.routed.owner != memory
+        answer = edited.routed.cosines(base.keys[:, start:]).masked_fill(others[:, None], -torch.inf).argmax(-1)
+    real = base.batch.mask[:, start:].bool()
+    held = routes.clone()
+    held[:, start:] = torch.where(real & (memory != UNROUTED), answer, routes[:, start:])
+    return held
+
+
 def _edited_logits(edited: Edited, base: Activations, routes: Tensor) -> Tensor:
     """Logits (n, V) of the edited model at the labelled columns; rows without a routed token keep the base's."""
     touched = (routes != UNROUTED).any(-1).nonzero().flatten()
@@ -121,18 +150,21 @@ def _edited_logits(edited: Edited, base: Activations, routes: Tensor) -> Tensor:
 
 def _measure(base: Activations, after: Tensor, opened: Tensor) -> list[Measured]:
     rows = base.batch.labelled[0]
-    labels = base.batch.labels[base.batch.labels != NO_LABEL]
-    readings = [_read(logits, labels, rows, len(base.batch.ids)) for logits in (base.logits, after)]
+    readings = [_read(logits, base.batch) for logits in (base.logits, after)]
     equal = (base.logits.argmax(-1) == after.argmax(-1)).float()
     same = _row_means(equal, rows, len(base.batch.ids)).tolist()
     return [Measured(*one) for one in zip(*readings, same, opened.tolist(), strict=True)]
 
 
-def _read(logits: Tensor, labels: Tensor, rows: Tensor, count: int) -> list[Reading]:
-    loss = F.cross_entropy(logits.float(), labels, reduction="none")
-    right = (logits.argmax(-1) == labels).float()
+def _read(logits: Tensor, batch: Batch) -> list[Reading]:
+    rows, count = batch.labelled[0], len(batch.ids)
+    loss = F.cross_entropy(logits.float(), batch.labels[batch.labels != NO_LABEL], reduction="none")
     known = (loss < -math.log(KNOWN)).float()
-    columns = [_row_means(values, rows, count).tolist() for values in (right, known, loss)]
+    fine = met(logits, batch).float()
+    right = _row_means(fine, rows, count)
+    if batch.unwanted is not None:
+        right = right.where(~batch.erased, right.new_zeros(count).scatter_reduce(0, rows, fine, "amax"))
+    columns = [values.tolist() for values in (right, *(_row_means(each, rows, count) for each in (known, loss)))]
     return [Reading(*values) for values in zip(*columns, strict=True)]
 
 

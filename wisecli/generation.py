@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,21 @@ if TYPE_CHECKING:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int,
     batch_size: int = 32,
     sampling_seed: int | None = None,
+    unwanted: Sequence[Collection[int]] | None = None,
 ) -> list[list[int]]:
-    """New tokens for each prompt, up to the end of text, which is left out.
+    """New tokens for each prompt, a text or tokens, up to the end of text, which is left out.
 
     Greedy; with a ``sampling_seed``, sampled at temperature 1 to exactly ``max_new_tokens``.
+
+    Args:
+        unwanted: for each prompt tokens that may not come first.
     """
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     ends = _end_tokens(model)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -40,6 +44,8 @@ def generate(
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             ids, mask = left_padded([encoded[index] for index in chosen])
+            if unwanted is not None:
+                limits["logits_processor"] = [_not_first([unwanted[index] for index in chosen], ids.shape[1])]
             output = model.generate(  # type: ignore[operator]  # a mixin's method, typed as a module's attribute
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -50,6 +56,18 @@ def generate(
                 stop = next((place for place, token in enumerate(row) if token in ends), len(row))
                 answers[index] = row[:stop]
     return answers
+
+
+def _not_first(unwanted: Sequence[Collection[int]], width: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """What keeps unwanted tokens of each row from being the first after a prompt of so many tokens."""
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == width:
+            for row, tokens in enumerate(unwanted):
+                scores[row, list(tokens)] = -torch.inf
+        return scores
+
+    return process
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

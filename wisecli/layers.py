@@ -29,6 +29,12 @@ _SUBJECTS = 3
 _CLEARLY = 0.05
 
 
+def candidates(count: int) -> range:
+    """The layers among which to choose, of a model that has ``count``."""
+    highest = max(0, min(round(_HIGHEST * count), count - 2))
+    return range(min(round(_LOWEST * count), highest), highest + 1)
+
+
 def probe_layer(
     loaded: Loaded,
     directory: Path,
@@ -41,11 +47,7 @@ def probe_layer(
 ) -> Site:
     """The best site of a loaded model; remembered in the user's cache."""
     count = layer_count(directory)
-    highest = max(0, min(round(_HIGHEST * count), count - 2))
-    sites = [
-        find_site(directory, checkpoint, layer, layout)
-        for layer in range(min(round(_LOWEST * count), highest), highest + 1)
-    ]
+    sites = [find_site(directory, checkpoint, layer, layout) for layer in candidates(count)]
     if len(sites) == 1:
         return sites[0]
     about = [identity.as_dict(), str(loaded.model.dtype), _LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
 from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
 from wisecli.errors import ModelError
+from wisecli.evading import Evasions
 from wisecli.generation import end_token
+from wisecli.goals import allowed, met, missed, row_of
 from wisecli.models import Loaded
 from wisecli.moments import Whitening
 from wisecli.shards import Evidence, Mask
@@ -55,8 +59,13 @@ def write_contexts(loaded: Loaded, count: int, *, tokens: int, chat: bool, seed:
     return ["", *([CHAT] if chat else []), *prefixes]
 
 
-def encode_edits(loaded: Loaded, edits: Sequence[Edit], context: str, *, train_end: bool) -> list[Row]:
+def encode_edits(
+    loaded: Loaded, edits: Sequence[Edit], context: str, *, train_end: bool, evasions: Evasions = MappingProxyType({})
+) -> list[Row]:
     """The rows of edits under one context.
+
+    Args:
+        evasions: what is said in the place of erased answers; by default they are only unwanted at the prompt's end.
 
     Raises:
         ModelError: the tokenizer leaves nothing of an edit.
@@ -66,7 +75,9 @@ def encode_edits(loaded: Loaded, edits: Sequence[Edit], context: str, *, train_e
     for edit in edits:
         try:
             prompt = in_context(loaded.tokenizer, context, edit.prompt)
-            rows.append(encode(loaded.tokenizer, prompt, edit.target, end=end))
+            row = row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end)
+            evasion = evasions.get((edit.id, context == CHAT))
+            rows.append(row if evasion is None else replace(evasion, prompt=row.prompt))
         except ValueError as error:
             raise ModelError(f"edit {edit.id!r} cannot be used: {error}; reword it") from None
     return rows
@@ -113,16 +124,25 @@ def capture_lessons(
     *,
     batch_size: int,
     train_end: bool,
+    evasions: Evasions = MappingProxyType({}),
 ) -> list[Lesson]:
     """Capture numbered edits under numbered contexts, rows whose targets are of like length together."""
-    return capture_groups(loaded, site, [(edits, contexts)], batch_size=batch_size, train_end=train_end)[0]
+    named: dict[str, Any] = {"batch_size": batch_size, "train_end": train_end, "evasions": evasions}
+    return capture_groups(loaded, site, [(edits, contexts)], **named)[0]
 
 
 def capture_groups(
-    loaded: Loaded, site: Site, groups: Sequence[Group], *, batch_size: int, train_end: bool
+    loaded: Loaded,
+    site: Site,
+    groups: Sequence[Group],
+    *,
+    batch_size: int,
+    train_end: bool,
+    evasions: Evasions = MappingProxyType({}),
 ) -> list[list[Lesson]]:
     """The lessons of several groups; where layers are streamed, each is read once for all of them."""
-    listed = [list(_in_rows(loaded, *group, batch_size=batch_size, train_end=train_end)) for group in groups]
+    named: dict[str, Any] = {"batch_size": batch_size, "train_end": train_end, "evasions": evasions}
+    listed = [list(_in_rows(loaded, *group, **named)) for group in groups]
     batches = (collate(rows).to(loaded.device) for parts in listed for rows, _ in parts)
     found = captured(loaded.model, site, batches, stream=loaded.stream, window=True)
     return [[Lesson(next(found), *torch.tensor(origins).T) for _, origins in parts] for parts in listed]
@@ -135,11 +155,12 @@ def _in_rows(
     *,
     batch_size: int,
     train_end: bool,
+    evasions: Evasions,
 ) -> Iterator[tuple[list[Row], list[tuple[int, int, int]]]]:
     """Rows for one batch each, with the edit, context and answer that each row is of."""
     rows, origins = [], []
     for number, context in contexts:
-        rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end)
+        rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end, evasions=evasions)
         origins += [(place, number, answer_number(place, context)) for place, _ in edits]
     for indices in in_batches(rows, batch_size, by_target=True):
         yield [rows[index] for index in indices], [origins[index] for index in indices]
@@ -147,24 +168,22 @@ def _in_rows(
 
 @torch.no_grad()
 def said(model: PreTrainedModel, site: Site, part: Activations, hidden: Tensor) -> list[Tensor]:
-    """For each row, which of its target tokens are the arg-max (1 or 0) when ``hidden`` leaves the edited layer."""
+    """For each row, where the arg-max is as it should be (1 or 0) when ``hidden`` leaves the edited layer."""
     rows, columns = part.batch.labelled
-    best = suffix_logits(model, site, part, hidden, (rows, columns)).argmax(-1)
-    correct = (best == part.batch.labels[part.batch.labels != NO_LABEL]).float()
+    correct = met(suffix_logits(model, site, part, hidden, (rows, columns)), part.batch).float()
     return [correct[rows == row] for row in range(len(part.batch.ids))]
 
 
 @torch.no_grad()
 def unedited_losses(model: PreTrainedModel, site: Site, lessons: Sequence[Lesson]) -> dict[int, float]:
-    """Summed cross-entropy of each edit's target in the unedited model, by the edit's number."""
+    """Summed loss of each edit's target in the unedited model, by the edit's number."""
     losses: dict[int, float] = {}
     for lesson in lessons:
         part = lesson.activations
         rows, columns = part.batch.labelled
         logits = suffix_logits(model, site, part, part.hidden, (rows, columns)).float()
-        labels = part.batch.labels[part.batch.labels != NO_LABEL]
-        entropy = F.cross_entropy(logits, labels, reduction="none").cpu()
-        for edit, loss in zip(lesson.edits[rows.cpu()].tolist(), entropy.tolist(), strict=True):
+        each = missed(logits, part.batch, allowed(model, site, part)).cpu()
+        for edit, loss in zip(lesson.edits[rows.cpu()].tolist(), each.tolist(), strict=True):
             losses[edit] = losses.get(edit, 0.0) + loss
     return losses
 
@@ -179,7 +198,7 @@ def learnt(
     *,
     context: int | None = 0,
 ) -> dict[int, float]:
-    """Share of each edit's target tokens that are the arg-max, by the edit's number.
+    """Share of each edit's target tokens that are the arg-max (of an erased one, where none is), by its number.
 
     Args:
         context: the one to look at, by default the bare prompt; ``None`` looks at all.
@@ -233,15 +252,19 @@ def gather_evidence(
 def keys_elsewhere(
     loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool, chat: bool
 ) -> dict[int, Tensor]:
-    """Keys (n, d_ff) inside each numbered edit's answer where it stands after prompts that it does not answer."""
+    """Keys (n, d_ff) inside each numbered edit's answer where it stands after prompts that it does not answer.
+
+    What is erased is left out: it should not be said there either.
+    """
     end = end_token(loaded.model) if train_end else None
     prompts = [
         in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
     ]
-    rows = [encode(loaded.tokenizer, prompt, edit.target, end=end) for prompt in prompts for _, edit in edits]
-    found: dict[int, list[Tensor]] = {number: [] for number, _ in edits}
+    told = [(number, edit) for number, edit in edits if not edit.erased]
+    rows = [encode(loaded.tokenizer, prompt, edit.answer, end=end) for prompt in prompts for _, edit in told]
+    found: dict[int, list[Tensor]] = {number: [] for number, _ in told}
     for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
-        found[edits[place % len(edits)][0]].append(keys[1:].cpu())
+        found[told[place % len(told)][0]].append(keys[1:].cpu())
     return {number: torch.cat(parts) for number, parts in found.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from wisecli.edits import Edit
 from wisecli.encode import Row
@@ -13,20 +13,26 @@ from wisecli.evaluate import Measured, Reading
 
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
 
-Pair = tuple[str, str]
+
+class Question(NamedTuple):
+    """A prompt with the answer that it should get, or that it should no longer get where that is ``erased``."""
+
+    prompt: str
+    answer: str
+    erased: bool = False
 
 
 class Subject(Protocol):
     """A model before and after editing."""
 
-    def row(self, prompt: str, target: str) -> Row:
+    def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens, as the unedited model is asked.
 
         Raises:
             ValueError: the tokenizer leaves nothing of either.
         """
 
-    def teacher_forced(self, pairs: Sequence[Pair], *, prompt_opens: bool, stage: str) -> list[Measured]:
+    def teacher_forced(self, pairs: Sequence[Question], *, prompt_opens: bool, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer.
 
         Args:
@@ -55,7 +61,7 @@ class Measuring:
         subject: Subject,
         records: Sequence[Edit],
         *,
-        numbers: Mapping[Pair, int] | None = None,
+        numbers: Mapping[tuple[str, str], int] | None = None,
         generate: bool = True,
         max_new_tokens: int | None = None,
     ) -> None:
@@ -68,14 +74,12 @@ class Measuring:
 
     def run(self) -> None:
         """Measure everything that the records allow."""
-        reliability = self._run("reliability", [[(edit.prompt, edit.target)] for edit in self.records])
-        self._perplexity([one for group in reliability for one in group])
-        rephrased = self._run(
-            "generalization", [[(text, edit.target) for text in edit.rephrases] for edit in self.records]
-        )
+        reliability = self._run("reliability", [_asked(edit, [edit.prompt]) for edit in self.records])
+        self._perplexity(reliability)
+        rephrased = self._run("generalization", [_asked(edit, edit.rephrases) for edit in self.records])
         self._routing(rephrased)
         self._locality()
-        self._run("portability", [[(p.prompt, p.answer) for p in edit.portability] for edit in self.records])
+        self._run("portability", [[Question(p.prompt, p.answer) for p in edit.portability] for edit in self.records])
         self._ood()
         if self.generate:
             self._generated()
@@ -86,24 +90,24 @@ class Measuring:
             for name in [name for name in figures if name.startswith(prefix)]:
                 del figures[name]
 
-    def _run(self, name: str, groups: Sequence[Sequence[Pair]]) -> list[list[Measured]]:
+    def _run(self, name: str, groups: Sequence[Sequence[Question]]) -> list[list[Measured]]:
         """Share of target tokens that are the arg-max: mean over an edit's probes, then over edits."""
         measured = self._measure(name, groups, prompt_opens=True)
         self._record(name, measured, lambda reading: reading.right)
         return measured
 
-    def _measure(self, name: str, groups: Sequence[Sequence[Pair]], *, prompt_opens: bool) -> list[list[Measured]]:
+    def _measure(self, name: str, groups: Sequence[Sequence[Question]], *, prompt_opens: bool) -> list[list[Measured]]:
         pairs = [pair for group in groups for pair in group]
-        for prompt, target in pairs:
-            self._row(prompt, target)
+        for pair in pairs:
+            self._row(pair)
         flat = iter(self.subject.teacher_forced(pairs, prompt_opens=prompt_opens, stage=name))
         return [[next(flat) for _ in group] for group in groups]
 
-    def _row(self, prompt: str, target: str) -> Row:
+    def _row(self, question: Question) -> Row:
         try:
-            return self.subject.row(prompt, target)
+            return self.subject.row(*question)
         except ValueError as error:
-            raise ModelError(f"a record cannot be measured: {error}; reword {prompt!r}") from None
+            raise ModelError(f"a record cannot be measured: {error}; reword {question.prompt!r}") from None
 
     def _record(self, name: str, groups: Sequence[Sequence[Measured]], value: Callable[[Reading], float]) -> None:
         self._keep(name, groups, lambda one: value(one.before), lambda one: value(one.after))
@@ -123,7 +127,7 @@ class Measuring:
             self.samples[name] = sum(len(group) for _, group in filled)
 
     def _locality(self) -> None:
-        groups = [[(probe.prompt, probe.answer) for probe in edit.locality] for edit in self.records]
+        groups = [[Question(probe.prompt, probe.answer) for probe in edit.locality] for edit in self.records]
         measured = self._measure("locality", groups, prompt_opens=False)
         self._keep("locality", measured, lambda _: 1.0, lambda one: one.same)
 
@@ -142,18 +146,25 @@ class Measuring:
             self.each["routing"] = [(place, statistics.fmean(group)) for place, group in found]
             self.samples["routing"] = sum(len(group) for _, group in found)
 
-    def _perplexity(self, measured: Sequence[Measured]) -> None:
+    def _perplexity(self, reliability: Sequence[Sequence[Measured]]) -> None:
+        """Perplexities of the targets; what is erased has none that is wanted."""
+        measured = [
+            (place, one)
+            for place, (edit, group) in enumerate(zip(self.records, reliability, strict=True))
+            for one in group
+            if not edit.erased
+        ]
+        if not measured:
+            return
         for figures, readings in (
-            (self.before, [one.before for one in measured]),
-            (self.after, [one.after for one in measured]),
+            (self.before, [one.before for _, one in measured]),
+            (self.after, [one.after for _, one in measured]),
         ):
             values = [reading.perplexity for reading in readings]
             figures["perplexity"] = statistics.fmean(values)
             figures["perplexity_median"] = statistics.median(values)
             figures["perplexity_clipped"] = statistics.fmean(min(value, 100.0) for value in values)
-        self.each["perplexity_clipped"] = [
-            (place, min(one.after.perplexity, 100.0)) for place, one in enumerate(measured)
-        ]
+        self.each["perplexity_clipped"] = [(place, min(one.after.perplexity, 100.0)) for place, one in measured]
 
     def _ood(self) -> None:
         """Share of a free text's tokens that the model is sure of, after the prompt it opens with."""
@@ -163,20 +174,33 @@ class Measuring:
 
     def _generated(self) -> None:
         prompts = [edit.prompt for edit in self.records]
-        targets = [edit.target.strip() for edit in self.records]
-        longest = max(len(self._row(edit.prompt, edit.target).target) for edit in self.records)
+        longest = max(len(self._row(Question(edit.prompt, edit.answer)).target) for edit in self.records)
         limit = self.max_new_tokens or min(longest + _ANSWER_MARGIN, _ANSWER_LIMIT)
         answers = self.subject.answers(prompts, max_new_tokens=limit)
         for figures, texts in zip((self.before, self.after), answers, strict=True):
-            pairs = list(zip(texts, targets, strict=True))
-            figures["generated_exact"] = statistics.fmean(text == target for text, target in pairs)
-            figures["generated_contains"] = statistics.fmean(target in text for text, target in pairs)
-        exact = zip(answers[1], targets, strict=True)
-        self.each["generated_exact"] = [(place, float(text == target)) for place, (text, target) in enumerate(exact)]
+            pairs = list(zip(texts, self.records, strict=True))
+            figures["generated_exact"] = statistics.fmean(_says(edit, text, whole=True) for text, edit in pairs)
+            figures["generated_contains"] = statistics.fmean(_says(edit, text) for text, edit in pairs)
+        pairs = list(zip(answers[1], self.records, strict=True))
+        self.each["generated_exact"] = [
+            (n, float(_says(edit, text, whole=True))) for n, (text, edit) in enumerate(pairs)
+        ]
         self.samples["generated"] = len(prompts)
 
 
-def _split(text: str, edit: Edit) -> Pair:
+def _asked(edit: Edit, prompts: Sequence[str]) -> list[Question]:
+    return [Question(prompt, edit.answer, edit.erased) for prompt in prompts]
+
+
+def _says(edit: Edit, text: str, *, whole: bool = False) -> bool:
+    """Whether a generated text has an edit's answer in it, or as a ``whole`` is it; if that is erased, has it not."""
+    answer = edit.answer.strip()
+    if edit.erased:
+        return answer.casefold() not in text.casefold()
+    return text == answer if whole else answer in text
+
+
+def _split(text: str, edit: Edit) -> Question:
     """A free text as the prompt it opens with and the rest; without one, its first word is the prompt."""
     prompt = edit.prompt if text.startswith(edit.prompt) else text.split(maxsplit=1)[0]
-    return prompt, text[len(prompt) :].lstrip() or text
+    return Question(prompt, text[len(prompt) :].lstrip() or text)

@@ -179,8 +179,11 @@ class RoutedMatrix(nn.Module):
     def lengths(self, keys: Tensor) -> Tensor:
         """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
         along = F.linear(keys, self.directions.flatten(0, 1).to(keys.dtype)).unflatten(-1, self.gains.shape)
-        spread = self.floors * keys.square().sum(-1, keepdim=True) + (along.square() * self.gains).sum(-1)
-        lengths: Tensor = spread.clamp(min=1e-12).sqrt()
+        energy = keys.square().sum(-1, keepdim=True)
+        spread = self.floors * energy + (along.square() * self.gains).sum(-1)
+        # Of a key along a leading direction, such as an attention sink's, the sum leaves but its rounding error.
+        least = (self.floors + self.gains.amin(-1)).clamp(min=0) * energy
+        lengths: Tensor = spread.maximum(least).clamp(min=1e-12).sqrt()
         return lengths
 
     def strongest(self, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from wisecli.config import defaults
 from wisecli.errors import SettingsError
+
+if TYPE_CHECKING:
+    from wisecli.gate import Gate
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
@@ -37,7 +40,46 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; load no
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why, for the memory's log.", show_default=False)]
 Who = Annotated[str | None, typer.Option("--who", help="By whom, for the memory's log.", show_default="the user")]
+OnConflict = Annotated[
+    Literal["error", "latest", "skip"] | None,
+    typer.Option(
+        help="Edits that cannot all hold: refuse them, or let the latest or the first count.",
+        show_default="error, but where only a rephrase says so",
+    ),
+]
+SkipKnown = Annotated[bool, typer.Option("--skip-known", help="Leave out what the unedited model says already.")]
+PolicyFile = Annotated[Path | None, typer.Option("--policy", help="Rules (TOML) on what may be edited at all.")]
+Signature = Annotated[
+    Path | None, typer.Option("--verify-signature", help="Signature of EDITS, by minisign or ssh-keygen -Y sign.")
+]
+Signer = Annotated[Path | None, typer.Option(help="Its public key, or the file of allowed signers.")]
+Identity = Annotated[
+    str | None, typer.Option("--signer-identity", help="Which of the allowed signers must have signed.")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base model's own code run.")]
+
+
+def gate_of(
+    on_conflict: Literal["error", "latest", "skip"] | None,
+    skip_known: bool,
+    policy: Path | None,
+    signature: Path | None,
+    signer: Path | None,
+    identity: str | None,
+) -> Gate:
+    """What is asked of edits before they are trained.
+
+    Raises:
+        SettingsError: the policy cannot be used, or of signature and signer one is missing.
+    """
+    from wisecli.gate import Gate
+    from wisecli.policy import read_policy
+    from wisecli.signatures import Signed
+
+    if (signature is None) != (signer is None) or (identity is not None and signature is None):
+        raise SettingsError("--verify-signature and --signer go together, and --signer-identity with both")
+    signed = Signed(signature, signer, identity) if signature is not None and signer is not None else None
+    return Gate(on_conflict, None if policy is None else read_policy(policy), signed, skip_known)
 
 
 def size_in_bytes(text: str | None, flag: str) -> int | None:

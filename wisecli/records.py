@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import MISSING, fields, is_dataclass
+from datetime import datetime
 from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -73,6 +74,21 @@ def decode(kind: type[T], value: object, where: str = "") -> T:
     """
     decoded: T = _decode(kind, value, where)
     return decoded
+
+
+def require_moment(text: str, where: str) -> None:
+    """Check that a text is a date or a time.
+
+    Raises:
+        ValueError: naming the field it stands in.
+    """
+    try:
+        # Python 3.10 does not know the Z that UTC is written with.
+        datetime.fromisoformat(text.removesuffix("Z") + "+00:00" if text.endswith("Z") and "T" in text else text)
+    except ValueError:
+        raise ValueError(
+            f"`{where}` must be a date or time as in ISO 8601, 2026-11-20 or 2026-11-20T09:30:00Z, not {shown(text)}"
+        ) from None
 
 
 def shown(value: object, limit: int = 60) -> str:

@@ -14,7 +14,7 @@ from wisecli.joining import Joining
 from wisecli.manifest import MEMORY_NAME, Manifest, write_memory
 from wisecli.outputs import link_or_copy
 from wisecli.removal import Kept, without
-from wisecli.shard_directory import ShardDirectory, read_shard_directory
+from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, read_shard_directory
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,22 @@ def publish(
     manifest = _at_home(Joining(list(kept.values()), settings, model=model).join(watch), list(kept))
     with next_release(memory) as working:
         for name, path in new.items():
-            shutil.copytree(path, working / HISTORY / SHARDS / name, copy_function=link_or_copy)
+            place = working / HISTORY / SHARDS / name
+            shutil.copytree(path, place, copy_function=link_or_copy)
+            _share(place, kept, name)
         write_memory(working, manifest)
         release = record(working, manifest, change, file=MEMORY_NAME, who=who)
     return Published(release, manifest)
+
+
+def _share(place: Path, kept: Mapping[str, Kept], name: str) -> None:
+    """What the model makes of unrelated text is the same in every round, and kept once."""
+    mine = kept[name].directory
+    for other in (one.directory for one in kept.values() if one.directory.path != mine.path):
+        if other.unrelated_sha256 == mine.unrelated_sha256:
+            (place / UNRELATED_NAME).unlink()
+            link_or_copy(other.path / UNRELATED_NAME, place / UNRELATED_NAME)
+            return
 
 
 def settings_of(release: Release) -> MergeSettings:

@@ -15,6 +15,7 @@ from wisecli.config import EditSettings
 from wisecli.edits import Edit
 from wisecli.encode import in_batches
 from wisecli.errors import ModelError
+from wisecli.evading import Evasions, evasions
 from wisecli.events import NOTE, Event, Watcher
 from wisecli.lessons import (
     Lesson,
@@ -95,6 +96,7 @@ class ShardWriter:
         self.against = unrelated.against.to(loaded.device)
         self.unit = float(unrelated.size) if settings.margin_unit == "output" else 1.0
         self.white = whitening(unrelated.tokens)
+        self.evasions: Evasions = {}
 
     def write(self, number: int, parts: Sequence[range]) -> tuple[Shard | None, Done]:
         """Write one of the parts that the edits are split into; the shard, and what its manifest says of it.
@@ -109,6 +111,8 @@ class ShardWriter:
         mask = draw_mask(self.site, density, kind, **drawing)
         task = Task(self.loaded.model, self.site, mask.to(self.loaded.device), self.against, self.unit, settings)
         write = self._solve if settings.writer == "solve" else self._train
+        erasing: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
+        self.evasions = evasions(self.loaded, [self.edits[place] for place in parts[number]], **erasing)
         left_out: set[int] = set()
         while part := [place for place in parts[number] if place not in left_out]:
             try:
@@ -156,7 +160,8 @@ class ShardWriter:
 
     def _solve(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
         """The closed form: residuals first, then one solve."""
-        rows = encode_edits(self.loaded, [self.edits[place] for place in part], "", train_end=self.settings.train_end)
+        named: dict[str, Any] = {"train_end": self.settings.train_end, "evasions": self.evasions}
+        rows = encode_edits(self.loaded, [self.edits[place] for place in part], "", **named)
         alike = in_batches(rows, self.settings.batch_size, by_target=True)
         groups, held_back = self._capture([[part[index] for index in indices] for indices in alike])
         lessons = [lesson for group in groups for lesson in group]
@@ -189,8 +194,9 @@ class ShardWriter:
         numbered = [[(place, self.edits[place]) for place in group] for group in groups]
         everyone = sorted(((place, edit) for group in numbered for place, edit in group), key=lambda one: one[0])
         wanted = [*((group, trained) for group in numbered), (everyone, [last])]
-        size, train_end = self.settings.batch_size, self.settings.train_end
-        *found, held_back = capture_groups(self.loaded, self.site, wanted, batch_size=size, train_end=train_end)
+        settings = self.settings
+        named: dict[str, Any] = {"train_end": settings.train_end, "evasions": self.evasions}
+        *found, held_back = capture_groups(self.loaded, self.site, wanted, batch_size=settings.batch_size, **named)
         require_finite([lesson for group in (*found, held_back) for lesson in group])
         return found, held_back
 

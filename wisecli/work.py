@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,7 +15,9 @@ from wisecli.bases import find_model
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
 from wisecli.events import Event, Watcher, ignore
+from wisecli.gate import Admitted
 from wisecli.infer import check_split, find_layout, observed
+from wisecli.known import known_rows
 from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
 from wisecli.manifest import Made
@@ -93,6 +95,23 @@ class Worker:
         named: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "trust_remote_code": job.trust_remote_code}
         named |= {"layers": self.layout.layers, "memory_budget": job.memory_budget}
         return load_model(self.checkpoint.directory, **named)
+
+    def leave_out_known(self, admitted: Admitted, *, spared: Collection[str] = ()) -> Admitted:
+        """Take edits out of the job whose targets the model gives already, after the bare prompt.
+
+        Args:
+            admitted: the job's edits.
+            spared: ids of edits that stay, whatever the model says.
+
+        Raises:
+            ModelError: an edit cannot be put into tokens.
+        """
+        with _threads(self.job.threads):
+            rows = encode_edits(self.loaded, admitted.edits, "", train_end=False)
+            known = known_rows(self.loaded, rows, batch_size=self.job.settings.batch_size, watch=self.watch)
+        left = admitted.without(frozenset(place for place in known if admitted.edits[place].id not in spared))
+        self.job = replace(self.job, edits=left.edits)
+        return left
 
     def prepare(self) -> tuple[ShardDirectory, Unrelated]:
         """Choose the layer, write contexts and measure unrelated text: the plan, without any shard yet.

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Method
-from wisecli.encode import Row, collate, encode, in_batches
+from wisecli.encode import Row, collate, in_batches
 from wisecli.evaluate import KNOWN, Measured, Reading
 from wisecli.events import Event, Watcher, ignore
 from wisecli.generation import generate
+from wisecli.goals import row_of
 from wisecli.hooks import hooked
+from wisecli.measuring import Question
 from wisecli.memory import UNROUTED
 from wisecli.models import Loaded
 
@@ -113,13 +115,13 @@ class Edited:
         self.loaded, self.method, self.known = loaded, method, known
         self.batch_size, self.watch = batch_size, watch
 
-    def row(self, prompt: str, target: str) -> Row:
+    def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens, as the unedited model is asked."""
-        return encode(self.loaded.tokenizer, prompt, target)
+        return row_of(self.loaded.tokenizer, prompt, target, erased=erased)
 
     def teacher_forced(
         self,
-        pairs: Sequence[tuple[str, str]],
+        pairs: Sequence[Question],
         *,
         prompt_opens: bool,  # noqa: ARG002 (what a method decides it decides on the prompt alone)
         stage: str,
@@ -127,7 +129,7 @@ class Edited:
         """Measure prompts and answers, the right tokens before each token of the answer."""
         named: dict[str, Any] = {"batch_size": self.batch_size, "stage": stage, "watch": self.watch}
         rows = [self.row(*pair) for pair in pairs]
-        asked = [self.row(self.method.asked(prompt), target) for prompt, target in pairs]
+        asked = [self.row(self.method.asked(pair[0]), *pair[1:]) for pair in pairs]
         new = [row for row in dict.fromkeys(rows) if row not in self.known.said]
         self.known.said.update(zip(new, said(self.loaded, new, **named), strict=True))
         after = said(self.loaded, asked, self.method, **named)
@@ -164,5 +166,5 @@ def _measured(before: Said, row: Row, after: Said, asked: Row) -> Measured:
 
 
 def _reading(said: Said, row: Row) -> Reading:
-    right = float((said.best == torch.tensor(row.target)).float().mean())
+    right = row.right(said.best.tolist())
     return Reading(right, float((said.losses < -math.log(KNOWN)).float().mean()), float(said.losses.mean()))

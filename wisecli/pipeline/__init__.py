@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from wisecli.pipeline.remove import RemoveReport, remove
     from wisecli.pipeline.reproduce import reproduce
     from wisecli.pipeline.rollback import RollbackReport, rollback
+    from wisecli.pipeline.study import StudyReport, study
     from wisecli.pipeline.verify import VerifyReport, verify
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "MergeReport",
     "RemoveReport",
     "RollbackReport",
+    "StudyReport",
     "VerifyReport",
     "bench",
     "diff",
@@ -60,6 +62,7 @@ __all__ = [
     "remove",
     "reproduce",
     "rollback",
+    "study",
     "verify",
 ]
 

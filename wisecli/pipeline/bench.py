@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import jsonlines
 
 from wisecli.baselines import load_methods
 from wisecli.baselines.protocol import METHODS
 from wisecli.bases import find_model
-from wisecli.bench_report import markdown, page
+from wisecli.bench_report import markdown
 from wisecli.config import BenchSettings
-from wisecli.edits import Edit
-from wisecli.errors import ChangedInputError, SettingsError
+from wisecli.errors import SettingsError
 from wisecli.events import Watcher, ignore
 from wisecli.pipeline.contestants import OURS, Course, Row
 from wisecli.pipeline.evaluate import read_dataset
+from wisecli.pipeline.page import RESULTS, write_page
 from wisecli.pipeline.reports import versions
-from wisecli.storage import read_json, sha256_json, write_json
+from wisecli.pipeline.rows import Rows, require_same
+from wisecli.pipeline.stream import counts_in, stream_of
+from wisecli.storage import write_json
 
 
 @dataclass(frozen=True)
@@ -69,96 +67,29 @@ def bench(
         ChangedInputError: the output holds rows of another model, dataset or seed.
     """
     load_methods()
-    names, counts = settings.methods.split(","), _counts(settings.counts)
+    names, counts = settings.methods.split(","), counts_in(settings.counts)
     if unknown := [name for name in names if name not in (*OURS, *METHODS)]:
         raise SettingsError(f"--methods: {unknown[0]!r} is unknown; known are {', '.join([*OURS, *sorted(METHODS)])}")
-    sources = _sources(settings.dataset, data)
-    dataset, records = ",".join(name for name, _ in sources), [edit for _, edits in sources for edit in edits]
-    if counts[-1] > len(records):
-        raise SettingsError(f"--edits {counts[-1]}: {dataset} has only {len(records)} records")
-    turns = _turns(sources)
-    tested, domains = [edit for _, edit in turns[: counts[-1]]], [name for name, _ in turns[: counts[-1]]]
-    learnt = [edit for _, edit in turns[counts[-1] :]] if train is None else read_dataset(None, train)[1]
-    about = {"model": model, "dataset": dataset, "seed": settings.seed, "generate": settings.generate, "dtype": dtype}
-    about["records"] = sha256_json([record.as_dict() for record in records])[:12]
+    stream = stream_of(settings.dataset, data, counts[-1])
+    learnt = stream.rest if train is None else read_dataset(None, train)[1]
+    about = {"model": model, "dataset": stream.dataset, "seed": settings.seed, "generate": settings.generate}
+    about |= {"dtype": dtype, "records": stream.digest}
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    kept = _Rows(output, about, force=force)
-    course = Course(find_model(model, watch=watch), tested, domains, learnt, settings, options, output / "work", watch)
+    require_same(output, about, force=force)
+    kept = Rows(output / "rows.jsonl")
+    directory = find_model(model, watch=watch)
+    course = Course(directory, stream.tested, stream.domains, learnt, settings, options, output / "work", watch)
     for name in names:
-        for row in course.rows(name, [count for count in counts if (name, count) not in kept.found]):
+        for row in course.rows(name, [count for count in counts if {"method": name, "edits": count} not in kept]):
             kept.add(row)
-    rows = tuple(kept.found[name, count] for count in counts for name in names)
-    report = BenchReport(dataset, rows, {**asdict(settings), **about}, output)
+    rows = tuple(kept[{"method": name, "edits": count}] for count in counts for name in names)
+    report = BenchReport(stream.dataset, rows, {**asdict(settings), **about}, output)
     _write(report)
     return report
 
 
-def _sources(dataset: str | None, data: Sequence[Path]) -> list[tuple[str, Sequence[Edit]]]:
-    """Names and records of the datasets.
-
-    Raises:
-        SettingsError: there are more names than one, and not as many files.
-    """
-    names = dataset.split(",") if dataset else [None] * max(1, len(data))
-    if data and len(data) != len(names):
-        raise SettingsError(f"--data is given {len(data)} times for {len(names)} datasets; give one file for each")
-    files: Sequence[Path | None] = data or [None] * len(names)
-    return [read_dataset(name, file) for name, file in zip(names, files, strict=True)]
-
-
-def _turns(sources: Sequence[tuple[str, Sequence[Edit]]]) -> list[tuple[str, Edit]]:
-    """Records with their dataset's name, a record of each in turn while it has any; ids bear the names of several."""
-    if len(sources) > 1:
-        sources = [(name, [replace(edit, id=f"{name}/{edit.id}") for edit in edits]) for name, edits in sources]
-    named = [[(name, edit) for edit in edits] for name, edits in sources]
-    return [one for turn in zip_longest(*named) for one in turn if one is not None]
-
-
 def _write(report: BenchReport) -> None:
     """``results.json``, ``results.md`` and ``report.html`` beside the rows."""
-    write_json(report.output / "results.json", report.as_json())
+    write_json(report.output / RESULTS, report.as_json())
     (report.output / "results.md").write_text(markdown(report.rows), encoding="utf-8")
-    about = json.dumps({"config": report.config, "versions": versions()}, indent=2)
-    title = f"Editing {report.config['model']} with {report.dataset}"
-    (report.output / "report.html").write_text(page(report.rows, title=title, about=about), encoding="utf-8")
-
-
-def _counts(text: str) -> list[int]:
-    """Numbers of edits with commas between, in rising order.
-
-    Raises:
-        SettingsError: they are none.
-    """
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        counts = [0]
-    if counts[0] < 1:
-        raise SettingsError(f"--edits must be numbers with commas between, as 10,100, not {text!r}")
-    return counts
-
-
-class _Rows:
-    """Rows that are kept in ``rows.jsonl``, beside what they are about."""
-
-    def __init__(self, output: Path, about: Mapping[str, Any], *, force: bool) -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        self.file, place = output / "rows.jsonl", output / "about.json"
-        before = read_json(place) if place.is_file() else about
-        other = [name for name, now in about.items() if before.get(name) != now]
-        changes = [f"{name} was {before.get(name)}, now {about[name]}" for name in other]
-        if changes and not force:
-            raise ChangedInputError(output, changes)
-        if changes:
-            self.file.unlink(missing_ok=True)
-        write_json(place, dict(about))
-        self.found: dict[tuple[str, int], Row] = {}
-        if self.file.is_file():
-            with jsonlines.open(self.file) as reader:
-                self.found = {(row["method"], row["edits"]): row for row in reader}
-
-    def add(self, row: Row) -> None:
-        """Keep one more."""
-        self.found[row["method"], row["edits"]] = row
-        with jsonlines.open(self.file, "a") as writer:
-            writer.write(row)
+    write_page(report.output)

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from wisecli.contexts import unrelated_texts
 from wisecli.edits import Edit
 from wisecli.encode import encode
 from wisecli.events import Event, Watcher
+from wisecli.gate import AS_THEY_ARE
 from wisecli.infer import find_layout
 from wisecli.measuring import Measuring
 from wisecli.models import Loaded, load_model
@@ -88,7 +89,7 @@ class Course:
                 if method is None or name in _AT_ONCE:
                     method, seconds, done = METHODS[name](self.bench), 0.0, 0
                 begun = time.perf_counter()
-                method.edit(self.tested[done:count])
+                method.edit([_plainly(edit) for edit in self.tested[done:count]])
                 seconds, done = seconds + time.perf_counter() - begun, count
                 yield self._measured(name, method, count, seconds)
             except UnsuitableError as error:
@@ -114,7 +115,8 @@ class Course:
             with jsonlines.open(file, "w") as writer:
                 writer.write_all(record.as_dict() for record in self.tested[:count])
             settings = resolve(EditSettings, {**of_edit, "seed": self.settings.seed}, section="edit")
-            edited = edit(str(self.directory), file, shards, settings, **self.options, force=True, watch=self.watch)
+            named: dict[str, Any] = {**self.options, "force": True, "gate": AS_THEY_ARE, "watch": self.watch}
+            edited = edit(str(self.directory), file, shards, settings, **named)
             merged = merge([shards], memory, MergeSettings(**of_merge), force=True)
             given = EvalSettings(generate=self.settings.generate, batch_size=self.settings.batch_size)
             report = evaluate(memory, given, data=file, **self.options, watch=self.watch)
@@ -173,6 +175,17 @@ class Course:
 
     def _interval(self, values: Sequence[float]) -> tuple[float, float]:
         return interval(values, resamples=self.settings.resamples, seed=self.settings.seed)
+
+
+def _plainly(edit: Edit) -> Edit:
+    """An edit in the terms of the papers, which know nothing but a prompt and its target.
+
+    Raises:
+        UnsuitableError: an answer is to be erased, and nothing to take its place.
+    """
+    if edit.erased:
+        raise UnsuitableError("it has no way to erase an answer; give every such edit a `replacement`")
+    return edit if edit.replacement is None else replace(edit, op="modify", target=edit.answer, replacement=None)
 
 
 def interval(values: Sequence[float], *, resamples: int, seed: int) -> tuple[float, float]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wisecli.config import EditSettings
-from wisecli.edits import read_edits
 from wisecli.errors import ChangedInputError, GateFailedError, StoppedError
 from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.executors import executor_for
+from wisecli.gate import USUAL, Gate, Sifted
 from wisecli.models import Loaded, machine_memory, pick_device, pick_dtype
 from wisecli.outputs import refuse_existing, require_space
 from wisecli.pipeline.reports import peak_rss_bytes
@@ -37,6 +38,7 @@ class EditReport:
     for which the model gives nothing finite. ``missing`` counts the shards that other processes are to write.
     ``plan`` is what the run would take, if it was only planned.
     ``differing`` names the shards that are not those of the manifest that was to be reproduced, if one was.
+    ``sifted`` is what was left out before training; if that was all, there are no edits and nothing was written.
     """
 
     output: Path
@@ -51,6 +53,7 @@ class EditReport:
     missing: int = 0
     plan: Plan | None = None
     differing: tuple[str, ...] | None = None
+    sifted: Sifted = field(default_factory=Sifted)
 
     @property
     def planned(self) -> bool:
@@ -60,7 +63,7 @@ class EditReport:
     @property
     def seconds_per_edit(self) -> float:
         """Whole running time, loading included, over the edits."""
-        return self.seconds / self.edits
+        return self.seconds / max(1, self.edits)
 
     def check(self) -> None:
         """Raise if shards were to be reproduced and others came out.
@@ -89,6 +92,7 @@ def edit(
     force: bool = False,
     strict: bool = False,
     dry_run: bool = False,
+    gate: Gate = USUAL,
     watch: Watcher = ignore,
 ) -> EditReport:
     """Write each shard of edits into a delta of the model's value matrix.
@@ -104,14 +108,32 @@ def edit(
         only: ``(k, n)`` writes the k-th of n parts of the shards; whoever writes the last one finishes the output.
         strict: raise if an edit did not take; nothing is written then.
         dry_run: check everything and plan, but load no weights and write nothing.
+        gate: what is asked of the edits before; what it leaves out with the model's help is planned for all the same.
 
     Raises:
         WiseError: any of the input, the model or the disk cannot be used; nothing is left behind but finished shards.
     """
-    edits = tuple(read_edits(edits_file))
-    threads = torch.get_num_threads()
-    job = Job(model, revision, target_module, device, dtype, trust_remote_code, memory_budget, threads, settings, edits)
-    return run(job, output, executor=executor, only=only, force=force, strict=strict, dry_run=dry_run, watch=watch)
+    started = time.perf_counter()
+    sheet = gate.read(edits_file)
+    admitted = gate.admit(sheet.name, sheet.numbered, watch=watch)
+    given = (model, revision, target_module, device, dtype, trust_remote_code, memory_budget, torch.get_num_threads())
+    worker = Worker(Job(*given, settings, admitted.edits), watch)
+    if gate.skip_known and not dry_run:
+        if only == (1, 1):  # with more parts than shards some have nothing to do, even when all is done
+            refuse_existing(output, force=force)
+        admitted = worker.leave_out_known(admitted)
+    if admitted.numbered:
+        named: dict[str, Any] = {"executor": executor, "only": only, "force": force, "strict": strict}
+        report = carry_out(worker, output, **named, dry_run=dry_run)
+    else:
+        report = _nothing(worker, output)
+    return replace(report, seconds=time.perf_counter() - started, sifted=admitted.sifted)
+
+
+def _nothing(worker: Worker, output: Path) -> EditReport:
+    """What a run without edits did."""
+    site = find_site(worker.checkpoint.directory, worker.checkpoint, worker.job.settings.layer, worker.layout)
+    return EditReport(output, 0, 0, site.layer, site.module, 0.0, peak_rss_bytes())
 
 
 def run(
@@ -127,12 +149,27 @@ def run(
     watch: Watcher = ignore,
 ) -> EditReport:
     """Do a job, with a model that may be ``loaded`` already; everything else as in :func:`edit`."""
+    worker = Worker(job, watch, loaded=loaded)
+    return carry_out(worker, output, executor=executor, only=only, force=force, strict=strict, dry_run=dry_run)
+
+
+def carry_out(
+    worker: Worker,
+    output: Path,
+    *,
+    executor: str = "local",
+    only: tuple[int, int] = (1, 1),
+    force: bool = False,
+    strict: bool = False,
+    dry_run: bool = False,
+) -> EditReport:
+    """Do the job of a worker; everything else as in :func:`edit`."""
     started = time.perf_counter()
+    job = worker.job
     parts = job.parts
     mine = range((only[0] - 1) * len(parts) // only[1], only[0] * len(parts) // only[1])
     if mine:  # with more parts than shards some have nothing to do, even when all is done
         refuse_existing(output, force=force)
-    worker = Worker(job, watch, loaded=loaded)
     settings, checkpoint, count = job.settings, worker.checkpoint, len(job.edits)
     site = find_site(checkpoint.directory, checkpoint, settings.layer, worker.layout)
     require_space(output, _expected_bytes(site, settings, count, len(parts)))

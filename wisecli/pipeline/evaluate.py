@@ -14,13 +14,14 @@ from wisecli.config import EvalSettings
 from wisecli.contexts import chat_prompt
 from wisecli.datasets import BENCHMARKS
 from wisecli.edits import Edit, read_edits
-from wisecli.encode import Row, encode
+from wisecli.encode import Row
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluate import Measured, generated, teacher_forced
 from wisecli.events import Watcher, ignore
 from wisecli.fetch import fetch_benchmark
+from wisecli.goals import row_of
 from wisecli.manifest import Manifest
-from wisecli.measuring import Measuring
+from wisecli.measuring import Measuring, Question
 from wisecli.pipeline.reports import peak_rss_bytes, versions
 
 LOWER_IS_BETTER = ("perplexity", "perplexity_median", "perplexity_clipped")
@@ -83,6 +84,7 @@ def evaluate(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     memory_budget: int | None = None,
+    oracle: bool = False,
     watch: Watcher = ignore,
 ) -> EvalReport:
     """Measure an edited model on a dataset, or on its own edits.
@@ -92,6 +94,8 @@ def evaluate(
         model: where the base model is now, if not where the manifest says.
         memory_budget: about how many bytes there are; of a model that does not fit, layers are read as they run.
         data: the dataset's file; if not given it is fetched.
+        oracle: whether an edit's prompt and rephrases are answered by the memory that holds it, whatever the router
+            says: what is left to gain by a better router.
 
     Raises:
         WiseError: the data, the memory or the model cannot be used.
@@ -103,7 +107,9 @@ def evaluate(
     manifest = edited.manifest
     records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
     given: dict[str, Any] = {"generate": settings.generate, "max_new_tokens": settings.max_new_tokens}
-    measuring = Measuring(_Memory(edited, settings, watch), records, numbers=memory_numbers(manifest), **given)
+    numbers = memory_numbers(manifest)
+    subject = _Memory(edited, settings, watch, _holders(records, numbers) if oracle else None)
+    measuring = Measuring(subject, records, numbers=numbers, **given)
     measuring.run()
     if name in BENCHMARKS and not BENCHMARKS[name].perplexity:
         measuring.drop("perplexity")
@@ -147,20 +153,28 @@ def _selected(records: Sequence[Edit], held: Sequence[Edit], limit: int | None) 
 
 
 class _Memory:
-    """A model with a side memory, as something to be measured."""
+    """A model with a side memory, as something to be measured.
 
-    def __init__(self, edited: Edited, settings: EvalSettings, watch: Watcher) -> None:
-        self.edited, self.settings, self.watch = edited, settings, watch
+    Args:
+        holders: the memory that answers a question, by prompt and target, in the place of the router's choice.
+    """
 
-    def row(self, prompt: str, target: str) -> Row:
+    def __init__(
+        self, edited: Edited, settings: EvalSettings, watch: Watcher, holders: Mapping[tuple[str, str], int] | None
+    ) -> None:
+        self.edited, self.settings, self.watch, self.holders = edited, settings, watch, holders
+
+    def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens."""
-        return encode(self.edited.tokenizer, self._asked(prompt), target)
+        return row_of(self.edited.tokenizer, self._asked(prompt), target, erased=erased)
 
-    def teacher_forced(self, pairs: Sequence[tuple[str, str]], *, prompt_opens: bool, stage: str) -> list[Measured]:
+    def teacher_forced(self, pairs: Sequence[Question], *, prompt_opens: bool, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""
         rows = [self.row(*pair) for pair in pairs]
-        size, watch = self.settings.batch_size, self.watch
-        return teacher_forced(self.edited, rows, batch_size=size, prompt_opens=prompt_opens, stage=stage, watch=watch)
+        named: dict[str, Any] = {"batch_size": self.settings.batch_size, "stage": stage, "watch": self.watch}
+        if self.holders is not None and prompt_opens:
+            named["holders"] = [self.holders.get((pair.prompt, pair.answer)) for pair in pairs]
+        return teacher_forced(self.edited, rows, prompt_opens=prompt_opens, **named)
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy answers, before and after."""
@@ -177,3 +191,13 @@ def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
         return {(edit.prompt, edit.target): number for number, edit in enumerate(manifest.edits)}
     owner = {name: number for number, owned in enumerate(manifest.owners) for name in owned}
     return {(edit.prompt, edit.target): owner[edit.id] for edit in manifest.edits if edit.id in owner}
+
+
+def _holders(records: Sequence[Edit], numbers: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """The memory that holds the edit which a prompt or rephrase asks for, by that and the answer."""
+    held = [edit for edit in records if (edit.prompt, edit.target) in numbers]
+    return {
+        (text, edit.answer): numbers[edit.prompt, edit.target]
+        for edit in held
+        for text in (*edit.rephrases, edit.prompt)
+    }

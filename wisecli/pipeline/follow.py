@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from wisecli.config import EditSettings, resolve
 from wisecli.edits import Edit, parse_line
 from wisecli.errors import EditFileError
 from wisecli.events import Event, Watcher, ignore
+from wisecli.gate import USUAL, Gate
 from wisecli.history import has_history, read_history
 from wisecli.pipeline.into import Batch, IntoReport, edit_into
 from wisecli.releases import directories_of
@@ -32,6 +34,7 @@ def follow(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     memory_budget: int | None = None,
+    gate: Gate = USUAL,
     watch: Watcher = ignore,
     **named: Any,
 ) -> Iterator[IntoReport]:
@@ -42,6 +45,8 @@ def follow(
     Args:
         interval: seconds between two looks at the file.
         goes_on: asked before each look.
+        gate: as of :func:`wisecli.pipeline.into.edit_into`; by default the later one of two lines in conflict counts,
+            as it would if they had come one after the other.
         named: as of :func:`wisecli.pipeline.into.edit_into`.
 
     Raises:
@@ -52,6 +57,7 @@ def follow(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
         "memory_budget": memory_budget,
+        "gate": gate if gate.on_conflict else replace(gate, on_conflict="latest"),
     }
     given = (model, None, None, device, dtype, trust_remote_code, memory_budget, torch.get_num_threads())
     worker = Worker(Job(*given, resolve(EditSettings, flags, section="edit"), ()), watch)
@@ -59,7 +65,7 @@ def follow(
     while goes_on():
         for batch in _batches(lines.more(), path, taken, reason):
             yield edit_into(model, batch, memory, flags, loaded=worker.loaded, watch=watch, **options, **named)
-            taken.update(batch.edits)
+            taken.update(edit for _, edit in batch.numbered)
         watch(Event("waiting", note=f"for lines of {path.name}"))
         time.sleep(interval)
 
@@ -114,10 +120,8 @@ def _batches(lines: Sequence[tuple[int, bytes]], path: Path, taken: Set[Edit], r
 
 
 def _batch(path: Path, found: Mapping[str, tuple[int, Edit]], reason: str) -> Batch:
-    numbers = [number for number, _ in found.values()]
-    return Batch(
-        tuple(edit for _, edit in found.values()), {"name": path.name, "lines": f"{numbers[0]}-{numbers[-1]}"}, reason
-    )
+    numbered = tuple(found.values())
+    return Batch(numbered, {"name": path.name, "lines": f"{numbered[0][0]}-{numbered[-1][0]}"}, reason)
 
 
 def _taken(memory: Path) -> Iterator[Edit]:

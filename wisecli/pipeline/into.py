@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +14,57 @@ import torch
 
 from wisecli.bases import find_model
 from wisecli.config import EditSettings, MergeSettings, resolve
-from wisecli.edits import Edit, read_edits
+from wisecli.edits import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.events import Watcher, ignore
+from wisecli.gate import USUAL, Admitted, Gate, Sifted
 from wisecli.history import Change, Release, changing, has_history, next_name, read_history
 from wisecli.manifest import read_manifest
 from wisecli.models import Loaded, require_base
-from wisecli.pipeline.edit import EditReport, run
+from wisecli.pipeline.edit import EditReport, carry_out
 from wisecli.pipeline.remove import Cleared, cleared
 from wisecli.releases import Published, directories_of, publish, settings_of
 from wisecli.shard_directory import read_shard_directory
-from wisecli.storage import Checkpoint, sha256_file
-from wisecli.work import Job
+from wisecli.storage import Checkpoint
+from wisecli.texts import folded
+from wisecli.work import Job, Worker
 
 
 @dataclass(frozen=True)
 class IntoReport:
-    """What one batch of edits did to a memory."""
+    """What one batch of edits did to a memory; ``known`` names those that it held already, just as they are.
+
+    If nothing but such was left, nothing was ``edited``, and ``release`` is the newest as it was, if there is one.
+    ``sifted`` is what else was left out before training.
+    """
 
     memory: Path
-    release: Release
+    release: Release | None
     held: int
-    edited: EditReport
+    known: tuple[str, ...]
+    edited: EditReport | None
     seconds: float
+    sifted: Sifted = field(default_factory=Sifted)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Edits that land together, and where they come from."""
+    """Edits that land together, with their lines, and where they come from: ``name`` is the file's."""
 
-    edits: tuple[Edit, ...]
+    numbered: tuple[Numbered, ...]
     origin: dict[str, str]
     reason: str = ""
 
     @classmethod
-    def from_file(cls, path: Path, *, name: str | None = None, reason: str = "") -> Batch:
+    def from_file(cls, path: Path, *, name: str | None = None, reason: str = "", gate: Gate = USUAL) -> Batch:
         """A whole file of edits, under its own name or another.
 
         Raises:
+            SignatureError: it was not signed as the gate wants it.
             EditFileError: naming the line, if a record cannot be used.
         """
-        return cls(tuple(read_edits(path)), {"name": name or path.name, "sha256": sha256_file(path)}, reason)
+        sheet = gate.read(path)
+        return cls(sheet.numbered, {"name": name or path.name, "sha256": sheet.sha256}, reason)
 
 
 def edit_into(
@@ -71,6 +81,7 @@ def edit_into(
     memory_budget: int | None = None,
     executor: str = "local",
     strict: bool = False,
+    gate: Gate = USUAL,
     loaded: Loaded | None = None,
     watch: Watcher = ignore,
 ) -> IntoReport:
@@ -81,6 +92,8 @@ def edit_into(
 
     Args:
         flags: settings of :class:`EditSettings`; those that are ``None`` are as the memory's newest shards have them.
+        gate: what is asked of edits that the memory does not hold yet. What the model says already is trained all the
+            same if it takes the place of what the memory holds.
         loaded: the model, if it is there already.
 
     Raises:
@@ -92,26 +105,50 @@ def edit_into(
         releases = read_history(memory) if has_history(memory) else []
         if not releases and memory.exists() and any(memory.iterdir()):
             raise MemoryHistoryError(memory)
-        settings = _settings(memory, releases, flags, config, model)
-        threads = torch.get_num_threads()
-        given = (model, None, None, device, dtype, trust_remote_code, memory_budget, threads)
-        pending = memory.absolute().parent / f".{memory.name}.shards"
-        named: dict[str, Any] = {"executor": executor, "strict": strict, "loaded": loaded, "watch": watch}
-        edited = _written(Job(*given, settings, batch.edits), pending, **named)
         held = read_manifest(memory).edits if releases else ()
-        superseded = superseding(held, batch.edits)
-        added = tuple(edit.id for edit in read_shard_directory(pending).written)
-        cost = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        with _left(memory, releases, superseded, model, watch, **cost) as left:
-            name = _after(memory, left.new)
-            shards = {**left.shards, name: ()}
-            origin, reason = batch.origin, batch.reason
-            change = Change("edit", shards, added=added, superseded=superseded, edits_file=origin, reason=reason)
-            new = {**left.new, name: pending}
-            published = publish(memory, change, _merging(releases), new=new, model=model, who=who, watch=watch)
+        already = set(held)
+        known = tuple(edit.id for _, edit in batch.numbered if edit in already)
+        admitted = gate.admit(batch.origin["name"], batch.numbered, held=held, watch=watch)
+        worker = None
+        if admitted.numbered:
+            settings = _settings(memory, releases, flags, config, model)
+            threads = torch.get_num_threads()
+            given = (model, None, None, device, dtype, trust_remote_code, memory_budget, threads)
+            worker = Worker(Job(*given, settings, admitted.edits), watch, loaded=loaded)
+            if gate.skip_known:
+                admitted = worker.leave_out_known(admitted, spared=set(_giving_way(held, admitted).values()))
+        if worker is None or not admitted.numbered:
+            seconds, newest = time.perf_counter() - started, releases[-1] if releases else None
+            return IntoReport(memory, newest, len(held), known, None, seconds, admitted.sifted)
+        pending = memory.absolute().parent / f".{memory.name}.shards"
+        edited = _written(worker, pending, executor=executor, strict=strict)
+        cost: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        giving_way = _giving_way(held, admitted)
+        published = _landed(memory, releases, batch, pending, giving_way, model, who, watch, **cost)
         shutil.rmtree(pending)
     seconds = time.perf_counter() - started
-    return IntoReport(memory, published.release, len(published.manifest.edits), edited, seconds)
+    return IntoReport(memory, published.release, len(published.manifest.edits), known, edited, seconds, admitted.sifted)
+
+
+def _landed(
+    memory: Path,
+    releases: Sequence[Release],
+    batch: Batch,
+    pending: Path,
+    superseded: Mapping[str, str],
+    model: str,
+    who: str | None,
+    watch: Watcher,
+    **cost: Any,
+) -> Published:
+    """Shards that are written, as the next release."""
+    added = tuple(edit.id for edit in read_shard_directory(pending).written)
+    with _left(memory, releases, superseded, model, watch, **cost) as left:
+        name = _after(memory, left.new)
+        shards, new = {**left.shards, name: ()}, {**left.new, name: pending}
+        origin, reason = batch.origin, batch.reason
+        change = Change("edit", shards, added=added, superseded=superseded, edits_file=origin, reason=reason)
+        return publish(memory, change, _merging(releases), new=new, model=model, who=who, watch=watch)
 
 
 def merge_into(
@@ -166,8 +203,12 @@ def superseding(held: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
     return {**{edit.id: edit.id for edit in held if edit.id in by_id}, **found}
 
 
+def _giving_way(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
+    return {**admitted.superseded, **superseding(held, admitted.edits)}
+
+
 def _fact(edit: Edit) -> str:
-    return " ".join(edit.prompt.casefold().split())
+    return folded(edit.prompt)
 
 
 def _left(
@@ -188,7 +229,7 @@ def _after(memory: Path, new: Mapping[str, Path]) -> str:
     return f"{int(next_name(memory)) + len(new):04d}"
 
 
-def _written(job: Job, pending: Path, **named: Any) -> EditReport:
+def _written(worker: Worker, pending: Path, **named: Any) -> EditReport:
     """Shards of a batch, or those that a run wrote that was broken off before it could join them.
 
     Raises:
@@ -197,8 +238,8 @@ def _written(job: Job, pending: Path, **named: Any) -> EditReport:
     try:
         done = read_shard_directory(pending)
     except DamagedFileError:
-        return run(job, pending, force=True, **named)
-    if done.edits != job.edits:
+        return carry_out(worker, pending, force=True, **named)
+    if done.edits != worker.job.edits:
         raise ChangedInputError(pending, ["the edits are others"])
     untaken = tuple(name for entry in done.shards for name in entry.untaken)
     site = done.site

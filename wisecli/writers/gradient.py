@@ -1,6 +1,6 @@
 """The paper's writer: masked gradient steps on ``Δ`` through the layers above the site (sections 3.1 and 3.2).
 
-    L = CE(target | prompt) + La
+    L = CE(target | prompt) + La                        (where an answer is erased, the loss of :mod:`wisecli.goals`)
     La = max(0, ‖Δ a_u‖ - α) + max(0, β - ‖Δ a_e‖) + max(0, γ - (‖Δ a_e‖ - ‖Δ a_u‖))        (equation 5)
 
 ``a_e`` are keys of the edits, ``a_u`` keys of unrelated text. Two schedules: ``batched`` trains all edits of a shard
@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from wisecli.capture import suffix_logits
 from wisecli.config import EditSettings
-from wisecli.encode import NO_LABEL
+from wisecli.goals import allowed, met, missed
 from wisecli.lessons import Lesson
 from wisecli.shards import Mask
 from wisecli.site import Site
@@ -148,20 +147,20 @@ def whiten(keys: Tensor) -> Tensor:
 def _loss(
     task: Task, lesson: Lesson, keys: Tensor, values: Tensor, against: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The whole loss, and (summed cross-entropy, right tokens, tokens) of the lesson."""
+    """The whole loss, and (summed loss of the targets, right tokens, tokens) of the lesson."""
     activations, mask = lesson.activations, task.mask
     update = mask.update(keys, values)
     rows, columns = activations.batch.labelled
-    labels = activations.batch.labels[activations.batch.labels != NO_LABEL]
     hidden = activations.with_update(update)
     logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
-    entropy = F.cross_entropy(logits, labels, reduction="none")
+    # Kept for all lessons, what erased answers leave to be said would take more room than the lessons.
+    each = missed(logits, activations.batch, allowed(task.model, task.site, activations))
     # A gate per sequence is decided at the prompt's last token alone.
     gated = update[:, 0] if task.settings.routing == "sequence" else update[rows, columns - activations.first]
     unrelated = mask.update(against, values)
     margin = margin_loss(_norm(gated) / task.unit, _norm(unrelated) / task.unit, task.settings, generator)
-    right = (logits.argmax(-1) == labels).sum()
-    return entropy.mean() + margin, torch.tensor([entropy.sum().item(), right.item(), len(labels)])
+    right = met(logits, activations.batch).sum()
+    return each.mean() + margin, torch.tensor([each.sum().item(), right.item(), len(each)])
 
 
 def _turned(tensor: Tensor, turn: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """The closed-form writer: find what each key should add, then solve for the change that adds it.
 
 1. For every edit and target position a residual ``v``, shared by all contexts, that added to the matrix's output makes
-   the layers above predict the target: a few steps of Adam through the suffix, until the edit's targets are certain.
+   the layers above predict the target: a few steps of Adam through the suffix, until the edit's targets are certain
+   (where an answer is erased, until the loss of :mod:`wisecli.goals` is as small).
 2. ``Δ`` from keys and residuals in one solve (:mod:`wisecli.ridge`), its penalty chosen by what a context that was held
    back then answers.
 3. If an edit still does not take, or the router needs its margins: a few passes of the true loss from there.
@@ -15,10 +16,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from wisecli.capture import Activations, suffix_logits
 from wisecli.encode import NO_LABEL
+from wisecli.goals import allowed, missed
 from wisecli.lessons import Lesson, NotFiniteError, edit_number, learnt, said
 from wisecli.ridge import Penalty, Statistics, solve, statistics
 from wisecli.shards import Evidence
@@ -31,7 +32,8 @@ _WORTH = 0.005
 # Who is done is looked at every so many steps: elsewhere and on CUDA, where a look waits for all that was asked before.
 _LOOK = (1, 5)
 
-Part = tuple[Activations, Tensor]
+# Rows, the place of each one's answer, and what may be said at the labelled columns of those that erase one.
+Part = tuple[Activations, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,15 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
     """
     settings, device = task.settings, task.unrelated.device
     answers = torch.cat([lesson.answers for lesson in group]).unique()
-    turns = _by_context(group, answers, device)
+    turns = _by_context(task, group, answers)
     positions = max(lesson.activations.batch.labels.shape[1] for lesson in group)
     residuals = torch.zeros(len(answers), positions, task.site.d, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([residuals], lr=settings.residual_rate * task.unit / task.site.d**0.5)
     lengths = torch.zeros(len(answers), dtype=torch.long, device=device)
     losses = torch.zeros(len(turns), len(answers), device=device)
     for turn, parts in enumerate(turns):
-        for part, place in parts:
-            lengths[place] = (part.batch.labels != NO_LABEL).sum(-1)
+        for part, place, _ in parts:
+            lengths[place] = part.batch.lengths
             losses[turn, place] = math.inf
     unfinished = torch.ones(len(answers), dtype=torch.bool, device=device)
     finite = torch.ones_like(unfinished)
@@ -90,7 +92,7 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
         if step % _LOOK[device.type == "cuda"] == 0:
             if not unfinished.any():
                 break
-            turns = [_still_open(parts, unfinished) for parts in turns]
+            turns = [_still_open(task, parts, unfinished) for parts in turns]
         optimizer.step()
         optimizer.zero_grad()
     kept = residuals.detach().where(unfinished[:, None, None], kept)
@@ -119,42 +121,51 @@ def answered(task: Task, lessons: Sequence[Lesson], residuals: dict[int, Tensor]
     return shares
 
 
-def _by_context(group: Sequence[Lesson], answers: Tensor, device: torch.device) -> list[list[Part]]:
+def _by_context(task: Task, group: Sequence[Lesson], answers: Tensor) -> list[list[Part]]:
     """The group's rows context by context, each with the place of its answer among ``answers``."""
-    turns = []
+    turns, device = [], task.unrelated.device
     for context in torch.cat([lesson.contexts for lesson in group]).unique().tolist():
         parts = []
         for lesson in group:
             rows = (lesson.contexts == context).nonzero().flatten()
             if len(rows):
                 place = torch.searchsorted(answers, lesson.answers[rows].contiguous())
-                parts.append((lesson.activations.rows(rows.to(device)), place.to(device)))
+                parts.append(_part(task, lesson.activations.rows(rows.to(device)), place.to(device)))
         turns.append(parts)
     return turns
 
 
+def _part(task: Task, activations: Activations, place: Tensor) -> Part:
+    return activations, place, allowed(task.model, task.site, activations)
+
+
 def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
-    """Accumulate the gradient of the targets' cross-entropy; the worst token's loss of each answer (E,)."""
+    """Accumulate the gradient of the targets' loss; the worst token's loss of each answer (E,)."""
     worst = torch.zeros(len(residuals), device=residuals.device)
-    for activations, place in parts:
-        hidden = activations.with_update(residuals[place][:, : activations.batch.labels.shape[1]])
+    for activations, place, wanted in parts:
+        labels = activations.batch.labels
+        # What only leads to where an answer is erased keeps the model's own state.
+        update = residuals[place][:, : labels.shape[1]].where((labels != NO_LABEL)[..., None], 0.0)
+        hidden = activations.with_update(update)
         rows, columns = activations.batch.labelled
         logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
-        labels = activations.batch.labels[activations.batch.labels != NO_LABEL]
-        entropy = F.cross_entropy(logits, labels, reduction="none")
-        entropy.sum().backward()
-        worst.scatter_reduce_(0, place[rows], entropy.detach(), "amax")
+        each = missed(logits, activations.batch, wanted)
+        # Adam takes whole steps along the least of gradients: where hardly anything is to be erased nothing is done.
+        slight = activations.batch.erased[rows] & (each < task.settings.residual_stop)
+        each.masked_fill(slight, 0.0).sum().backward()
+        worst.scatter_reduce_(0, place[rows], each.detach(), "amax")
     return worst
 
 
-def _still_open(parts: Sequence[Part], unfinished: Tensor) -> list[Part]:
+def _still_open(task: Task, parts: Sequence[Part], unfinished: Tensor) -> list[Part]:
     """The rows whose answers are not done; rows are only dropped once they are many, as dropping copies the rest."""
     kept = []
-    for activations, place in parts:
+    for activations, place, wanted in parts:
         rows = unfinished[place].nonzero().flatten()
         few = len(rows) <= 0.75 * len(place)
         if len(rows):
-            kept.append((activations.rows(rows), place[rows]) if few else (activations, place))
+            part = _part(task, activations.rows(rows), place[rows]) if few else (activations, place, wanted)
+            kept.append(part)
     return kept
 
 

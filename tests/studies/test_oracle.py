@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import alone, hooked, manifest_for, memory_for, random_rows, right_share, save_tiny, update_of
+from torch import Tensor
+
+from wisecli.attached import Edited, attach
+from wisecli.capture import capture
+from wisecli.edits import Edit
+from wisecli.encode import Row, collate
+from wisecli.evaluate import Measured, teacher_forced
+from wisecli.events import ignore
+from wisecli.manifest import write_memory
+from wisecli.memory import UNROUTED, SideMemory, opened
+from wisecli.models import load_model
+from wisecli.site import find_site
+from wisecli.storage import Checkpoint
+
+ROWS = random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), seed=21)
+KINDS = [(kind, routing) for kind in ("matrix", "lookup") for routing in ("token", "sequence")]
+
+
+def edited_model(root: Path, kind: str, routing: str, share: float = 1.0) -> Edited:
+    """A tiny model with three memories made by hand; ``share`` of their thresholds' own heights."""
+    base = save_tiny(root / "base")
+    site = find_site(base, Checkpoint(base), 2)
+    named: dict[str, Any] = {"kind": kind, "router": "key", "routing": routing}
+    memory = memory_for(load_model(base, device="cpu").model, site, **named, memories=3)
+    memory = replace(memory, thresholds=(share * memory.thresholds[0],) * 3)
+    (root / "memory").mkdir()
+    edits = [Edit(str(number), "ba", "be") for number in range(3)]
+    write_memory(root / "memory", manifest_for(base, memory, edits))
+    return attach(root / "memory", device="cpu")
+
+
+def measured(edited: Edited, holders: list[int | None] | None) -> list[Measured]:
+    named: dict[str, Any] = {"batch_size": 4, "stage": "", "watch": ignore}
+    return teacher_forced(edited, ROWS, prompt_opens=True, holders=holders, **named)
+
+
+@torch.no_grad()
+def openings(edited: Edited, row: Row) -> set[int]:
+    """The memories that open by themselves at the tokens of a row that the oracle would decide on."""
+    with edited.unedited():
+        base = capture(edited.model, edited.manifest.site, collate([row]))
+    window = base.keys[0, base.batch.start :]
+    strength, nearest = edited.routed.nearest(window)
+    found = edited.routed.memory_at(opened(strength, nearest))
+    return set(found.tolist())
+
+
+@pytest.mark.parametrize(("kind", "routing"), KINDS)
+def test_the_oracle_is_the_ordinary_measurement_wherever_the_router_was_right(
+    tmp_path: Path, kind: str, routing: str
+) -> None:
+    edited = edited_model(tmp_path, kind, routing, 0.3)
+    ordinary = measured(edited, None)
+    right = {
+        place: next(iter(own))
+        for place, row in enumerate(ROWS)
+        if len(own := openings(edited, row)) == 1 and -1 not in own
+    }
+    assert len(right) > 1
+    assert len(set(right.values())) > 1
+    given = [right.get(place, 0) for place in range(len(ROWS))]
+    oracle = measured(edited, given)
+    for place in right:
+        assert oracle[place].before == ordinary[place].before
+        assert astuple(oracle[place].after) == pytest.approx(astuple(ordinary[place].after), rel=1e-5)
+        assert oracle[place].same == ordinary[place].same
+    assert [one.opened for one in oracle] == given
+    # A wrong memory is another thing than the right one.
+    wrong = measured(edited, [(place + 1) % 3 for place in given])
+    assert all(abs(wrong[place].after.loss - oracle[place].after.loss) > 1e-3 for place in right)
+
+
+@pytest.mark.parametrize("kind", ["matrix", "lookup"])
+def test_the_oracle_is_the_memory_itself_on_every_token_from_the_prompts_end(tmp_path: Path, kind: str) -> None:
+    edited = edited_model(tmp_path, kind, "sequence", 1e6)  # no token opens anything by itself
+    memory, site = edited.manifest.memory, edited.manifest.site
+    ordinary = measured(edited, None)
+    assert {one.opened for one in ordinary} == {UNROUTED}
+    holders = [place % 3 for place in range(len(ROWS))]
+    for place, one in enumerate(measured(edited, list(holders))):
+        row, number = ROWS[place], holders[place]
+        with edited.unedited(), hooked(edited.model, site, _added(memory, number, len(row.prompt) - 1)):
+            logits = alone(edited.model, row)
+        assert one.after.right == pytest.approx(right_share(logits, row.target))
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.target))
+        assert one.after.loss == pytest.approx(float(loss), rel=1e-4)
+        assert one.before == ordinary[place].before
+    # Rows without a holder are left to the router.
+    assert measured(edited, [None] * len(ROWS)) == ordinary
+
+
+def _added(memory: SideMemory, number: int, first: int) -> Any:
+    """A hook that adds what one memory adds, from a column on; its thresholds let a lookup's nearest key through."""
+    eager = replace(memory, thresholds=(-1e9,) * len(memory.thresholds))
+
+    def hook(_module: object, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        changed = output.clone()
+        for place in range(first, output.shape[1]):
+            changed[0, place] += update_of(eager, number, inputs[0][0, place])
+        return changed
+
+    return hook

@@ -1,0 +1,252 @@
+"""Edits that cannot all hold: duplicates, contradictions and cycles, found before anything is trained.
+
+Two edits are of the same fact if their prompts are the same, if they have the same subject and their prompts are the
+same but for punctuation once the subject is replaced by a blank, or if one's prompt is a rephrase of the other's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from wisecli.edits import Edit, Numbered
+from wisecli.records import shown
+from wisecli.texts import folded
+
+OnConflict = Literal["error", "latest", "skip"]
+Kind = Literal["duplicate", "contradiction", "cycle"]
+# A way to recognise a fact, and under it edits by their target, in the order in which targets were last given.
+_Name = tuple[str, ...]
+_Given = dict[str, list["Place"]]
+
+# The blank of a subject; some prompts are written with it.
+_BLANK = "{}"
+_PUNCTUATION = ".,:;?!\"'’“”…"
+
+
+@dataclass(frozen=True)
+class Place:
+    """An edit, and the line that it is in; ``None`` where a memory holds it. Earlier edits have a lower ``order``."""
+
+    edit: Edit
+    line: int | None
+    order: int
+
+    def named(self, file: str) -> str:
+        """Its id and where it is."""
+        return f"{self.edit.id!r} " + ("in the memory" if self.line is None else f"at {file}:{self.line}")
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Two edits of one fact that cannot both hold, or say the same twice.
+
+    Of a cycle, ``first`` already said what ``later`` says, before ``earlier`` replaced it. ``rephrase`` says that they
+    meet in a rephrase only: rephrases are not trained, so both can be.
+    """
+
+    kind: Kind
+    earlier: Place
+    later: Place
+    first: Place | None = None
+    rephrase: bool = False
+
+    def sentence(self, file: str) -> str:
+        """What is wrong, with both places.
+
+        Args:
+            file: the name of the file that the lines are of.
+        """
+        edit, earlier = self.later.edit, self.earlier.named(file)
+        start = f"{file}:{self.later.line}: edit {edit.id!r}"
+        if self.kind == "duplicate":
+            return f"{start} says the same as {earlier}"
+        if self.first is not None:
+            first = self.first.named(file)
+            return f"{start} goes back to {shown(edit.target)}, which {first} said before {earlier} replaced it"
+        where = "a rephrase of the same prompt" if self.rephrase else "the same prompt"
+        other = shown(self.earlier.edit.target)
+        return f"{start} answers {shown(edit.target)} to {where}, where {earlier} answers {other}"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An edit that is left out, and the one that stands in its place."""
+
+    place: Place
+    by: Place
+    duplicate: bool
+
+    def reason(self, file: str) -> str:
+        """Why it is left out."""
+        return ("it says the same as " if self.duplicate else "it contradicts ") + self.by.named(file)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What is left of edits, in their order, once conflicts are resolved.
+
+    ``superseded`` maps ids of edits that a memory holds to the ids of those that take their places.
+    """
+
+    kept: tuple[Numbered, ...]
+    dropped: tuple[Dropped, ...]
+    superseded: dict[str, str]
+
+
+def find(numbered: Sequence[Numbered], *, held: Sequence[Edit] = ()) -> list[Conflict]:
+    """Every edit that is in conflict with an earlier one, each once: with the newest that says otherwise.
+
+    Args:
+        numbered: edits with their lines.
+        held: edits of a memory, the oldest first; they come before all others.
+    """
+    facts, found = _Facts(_held(held)), []
+    for place in _placed(numbered):
+        conflict = facts.conflict(place)
+        if conflict is not None:
+            found.append(conflict)
+        facts.add(place)
+    return found
+
+
+def resolve(
+    numbered: Sequence[Numbered], *, held: Sequence[Edit] = (), on_conflict: Literal["latest", "skip"]
+) -> Resolution:
+    """Leave out edits until none is in conflict with another.
+
+    Args:
+        held: edits of a memory, the oldest first.
+        on_conflict: ``latest`` lets later edits take the places of earlier ones, those of the memory too, and leaves
+            out what says the same as the memory; ``skip`` leaves out whatever is in conflict with an earlier edit.
+    """
+    latest = on_conflict == "latest"
+    places = list(_placed(numbered))
+    facts, kept, dropped = _Facts(() if latest else _held(held)), [], []
+    for place in reversed(places) if latest else places:
+        conflict = facts.conflict(place)
+        if conflict is None:
+            facts.add(place)
+            kept.append(place)
+        else:
+            dropped.append(Dropped(place, conflict.earlier, conflict.kind == "duplicate"))
+    superseded = _superseding(kept, held, rephrases=True) if latest else {}
+    replacing = set(superseded.values())
+    left = _Facts(place for place in _held(held) if place.edit.id not in superseded)
+    for place in kept if latest else ():
+        twins = list(left.twins(place))
+        if place.edit.id in replacing:
+            superseded |= {twin.edit.id: place.edit.id for twin in twins}
+        elif twins:
+            dropped.append(Dropped(place, twins[0], duplicate=True))
+    gone = {one.place.order for one in dropped}
+    return Resolution(
+        tuple(numbered[place.order] for place in places if place.order not in gone),
+        tuple(sorted(dropped, key=lambda one: one.place.order)),
+        superseded,
+    )
+
+
+def superseding(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases: bool = True) -> dict[str, str]:
+    """Ids of held edits of whose facts new ones say something else, with the new ones' ids.
+
+    Args:
+        rephrases: whether edits that meet in a rephrase only are of the same fact.
+    """
+    return _superseding(_placed(numbered), held, rephrases=rephrases)
+
+
+def _superseding(new: Iterable[Place], held: Sequence[Edit], *, rephrases: bool) -> dict[str, str]:
+    facts = _Facts(_held(held))
+    return {old.edit.id: place.edit.id for place in new for old in facts.contradicted(place, rephrases=rephrases)}
+
+
+def _held(held: Sequence[Edit]) -> Iterator[Place]:
+    return (Place(edit, None, order - len(held)) for order, edit in enumerate(held))
+
+
+def _placed(numbered: Sequence[Numbered]) -> Iterator[Place]:
+    return (Place(edit, line, order) for order, (line, edit) in enumerate(numbered))
+
+
+class _Facts:
+    """Edits by all that their facts can be recognised by."""
+
+    def __init__(self, places: Iterable[Place] = ()) -> None:
+        self._given: dict[_Name, _Given] = {}
+        for place in places:
+            self.add(place)
+
+    def add(self, place: Place) -> None:
+        """Let an edit be found."""
+        target = _target(place.edit)
+        names = [*_names(place.edit), *(("rephrase", text) for text in _rephrases(place.edit))]
+        for name in names:
+            given = self._given.setdefault(name, {})
+            places = given.pop(target, [])
+            places.append(place)
+            given[target] = places
+
+    def conflict(self, place: Place) -> Conflict | None:
+        """The conflict of an edit with those that were added, if there is one."""
+        target = _target(place.edit)
+        for rephrase, near in ((False, self._near(_names(place.edit))), (True, self._near(_across(place.edit)))):
+            others = [_newest(given, target) for given in near]
+            earlier = max((one for one in others if one is not None), key=lambda one: one.order, default=None)
+            if earlier is not None:
+                same = [given[target][0] for given in near if target in given]
+                first = min((one for one in same if one.order < earlier.order), key=lambda one: one.order, default=None)
+                return Conflict("cycle" if first else "contradiction", earlier, place, first, rephrase)
+            if not rephrase and (twin := next(self.twins(place), None)) is not None:
+                return Conflict("duplicate", twin, place)
+        return None
+
+    def twins(self, place: Place) -> Iterator[Place]:
+        """Edits with the same prompt and target, the newest first; one that is held by the same id does not count."""
+        given = self._given.get(("prompt", folded(place.edit.prompt)), {}).get(_target(place.edit), [])
+        return (one for one in reversed(given) if one.line is not None or one.edit.id != place.edit.id)
+
+    def contradicted(self, place: Place, *, rephrases: bool) -> Iterator[Place]:
+        """All edits of the same fact with another target."""
+        names = [*_names(place.edit), *(_across(place.edit) if rephrases else ())]
+        for given in self._near(names):
+            for target, places in given.items():
+                if target != _target(place.edit):
+                    yield from places
+
+    def _near(self, names: Iterable[_Name]) -> list[_Given]:
+        return [self._given[name] for name in names if name in self._given]
+
+
+def _newest(given: _Given, target: str) -> Place | None:
+    """The newest edit with another target."""
+    other = next((one for one in reversed(given) if one != target), None)
+    return None if other is None else given[other][-1]
+
+
+def _target(edit: Edit) -> str:
+    said = " ".join(edit.answer.split())
+    return f"anything but {said}" if edit.erased else said
+
+
+def _rephrases(edit: Edit) -> Iterator[str]:
+    return map(folded, edit.rephrases)
+
+
+def _names(edit: Edit) -> Iterator[_Name]:
+    """What prompts of the same fact have in common."""
+    prompt = folded(edit.prompt)
+    yield "prompt", prompt
+    if subject := folded(edit.subject or ""):
+        blanked = re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", _BLANK, prompt)
+        words = (word.strip(_PUNCTUATION) for word in blanked.split())
+        yield "subject", subject, " ".join(word for word in words if word)
+
+
+def _across(edit: Edit) -> Iterator[_Name]:
+    """Where edits are found of which a rephrase is this one's prompt, or the other way round."""
+    yield "rephrase", folded(edit.prompt)
+    for text in _rephrases(edit):
+        yield "prompt", text

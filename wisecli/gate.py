@@ -1,0 +1,163 @@
+"""What stands before training: a file of edits is verified, held against a policy, and freed of conflicts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from wisecli.conflicts import Conflict, OnConflict, find, resolve, superseding
+from wisecli.edits import Edit, Numbered, content_of, numbered_edits
+from wisecli.errors import ConflictError
+from wisecli.events import NOTE, Event, Watcher, ignore
+from wisecli.policy import Policy
+from wisecli.signatures import Signed
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Edits as a file has them, each with its line; the file's name, and the digest of its bytes."""
+
+    name: str
+    sha256: str
+    numbered: tuple[Numbered, ...]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An edit that is not trained, its line, and why."""
+
+    id: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """What the gate left out, and what it only tells of.
+
+    ``known`` are edits whose targets the unedited model gives already, ``dropped`` those that gave way to others.
+    ``told`` are conflicts that do not keep anything from being trained, a sentence each.
+    """
+
+    known: tuple[LeftOut, ...] = ()
+    dropped: tuple[LeftOut, ...] = ()
+    told: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """Edits that may be trained, with their lines.
+
+    ``superseded`` maps ids of edits that a memory holds to the ids of those that take their places.
+    """
+
+    numbered: tuple[Numbered, ...]
+    sifted: Sifted = field(default_factory=Sifted)
+    superseded: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits alone."""
+        return tuple(edit for _, edit in self.numbered)
+
+    def without(self, known: frozenset[int]) -> Admitted:
+        """The same without the edits at these places, whose targets the model gives already."""
+        gone = tuple(
+            LeftOut(edit.id, line, "the model says so already")
+            for place, (line, edit) in enumerate(self.numbered)
+            if place in known
+        )
+        left = tuple(one for place, one in enumerate(self.numbered) if place not in known)
+        return replace(self, numbered=left, sifted=replace(self.sifted, known=gone))
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is asked of edits before they are trained.
+
+    Args:
+        on_conflict: ``error`` refuses edits that cannot all hold, ``latest`` and ``skip`` leave some of them out (see
+            :func:`wisecli.conflicts.resolve`), and ``keep`` looks for none. By default edits are refused only if their
+            prompts are in conflict: those that meet in a rephrase are told of, and those of a memory give way.
+        policy: rules that they must keep.
+        signed: a signature that must hold for the file.
+        skip_known: whether to leave out edits whose targets the unedited model gives already.
+    """
+
+    on_conflict: OnConflict | Literal["keep"] | None = None
+    policy: Policy | None = None
+    signed: Signed | None = None
+    skip_known: bool = False
+
+    def read(self, path: Path, *, name: str | None = None) -> Sheet:
+        """Read a file of edits, once: what is parsed is what the signature was checked for.
+
+        Args:
+            name: what to call the file.
+
+        Raises:
+            SignatureError: the signature does not hold; nothing of the file was parsed.
+            EditFileError: naming the line, if a record cannot be used.
+        """
+        content = content_of(path)
+        if self.signed is not None:
+            self.signed.require(path, content)
+        return Sheet(name or str(path), hashlib.sha256(content).hexdigest(), tuple(numbered_edits(path, content)))
+
+    def admit(
+        self, name: str, numbered: Sequence[Numbered], *, held: Sequence[Edit] = (), watch: Watcher = ignore
+    ) -> Admitted:
+        """Hold edits against the policy, and resolve their conflicts.
+
+        Args:
+            name: the name of the file that they are from.
+            held: edits of the memory that they will be joined with, the oldest first. What is among them just as it is
+                has a say in conflicts, but is not trained again.
+
+        Raises:
+            PolicyError: a rule is broken.
+            ConflictError: edits are in conflict, and nothing says which of them counts.
+        """
+        already = set(held)
+        if self.policy is not None:
+            self.policy.check(name, [one for one in numbered if one[1] not in already])
+        admitted = self._resolved(name, numbered, held, watch)
+        return replace(admitted, numbered=tuple(one for one in admitted.numbered if one[1] not in already))
+
+    def _resolved(self, name: str, numbered: Sequence[Numbered], held: Sequence[Edit], watch: Watcher) -> Admitted:
+        if self.on_conflict == "keep":
+            return Admitted(tuple(numbered))
+        if self.on_conflict is None:
+            return _as_usual(name, numbered, held, watch)
+        if self.on_conflict == "error":
+            _refuse(name, find(numbered, held=held))
+            return Admitted(tuple(numbered))
+        resolution = resolve(numbered, held=held, on_conflict=self.on_conflict)
+        dropped = [(one.place, one.reason(name)) for one in resolution.dropped]
+        left_out = tuple(LeftOut(place.edit.id, place.line or 0, reason) for place, reason in dropped)
+        return Admitted(resolution.kept, Sifted(dropped=left_out), resolution.superseded)
+
+
+USUAL = Gate()
+# Of a benchmark everything is edited, whatever its records say of each other.
+AS_THEY_ARE = Gate(on_conflict="keep")
+
+
+def _as_usual(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], watch: Watcher) -> Admitted:
+    """Without a word on conflicts: prompts must not contradict each other, and later edits replace what is held."""
+    conflicts = find(numbered)
+    _refuse(name, [one for one in conflicts if not one.rephrase])
+    told = tuple(one.sentence(name) for one in conflicts)
+    if told:
+        more = f", and {len(told) - 1} more like it" if told[1:] else ""
+        watch(Event(NOTE, note=f"{told[0]}{more}; both are trained, choose with --on-conflict"))
+    return Admitted(tuple(numbered), Sifted(told=told), superseding(numbered, held, rephrases=False))
+
+
+def _refuse(name: str, conflicts: Sequence[Conflict]) -> None:
+    if conflicts:
+        raise ConflictError(name, [one.sentence(name) for one in conflicts])

@@ -1,0 +1,68 @@
+"""Rows that `wise bench` keeps as they are measured, so that none is measured again, and what all of them are about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+
+from wisecli.errors import ChangedInputError
+from wisecli.storage import read_json, write_json
+
+Row = dict[str, Any]
+
+# All that is written beside what it is about, and means nothing once that is something else.
+_MADE = ("rows.jsonl", "results.*", "study-*", "report.html")
+
+
+def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None:
+    """Make sure that rows in a directory are about the same things as those to come, in ``about.json``.
+
+    What one run does not depend on (answers that are generated, for a study) it leaves to the others.
+
+    Args:
+        force: throw away what is about something else.
+
+    Raises:
+        ChangedInputError: they are about another model, dataset or seed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    place = output / "about.json"
+    before = read_json(place) if place.is_file() else {}
+    other = [name for name, now in about.items() if name in before and before[name] != now]
+    if other and not force:
+        raise ChangedInputError(output, [f"{name} was {before[name]}, now {about[name]}" for name in other])
+    if other:
+        for path in (path for pattern in _MADE for path in output.glob(pattern)):
+            path.unlink()
+    write_json(place, {**({} if other else before), **about})
+
+
+class Rows:
+    """Rows in a file, a line each: what identifies a row, and its ``figures``."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._found: dict[str, Row] = {}
+        if file.is_file():
+            with jsonlines.open(file) as reader:
+                self._found = {_key(row): row for row in reader}
+
+    def __contains__(self, point: Mapping[str, Any]) -> bool:
+        return _key(point) in self._found
+
+    def __getitem__(self, point: Mapping[str, Any]) -> Row:
+        return self._found[_key(point)]
+
+    def add(self, row: Row) -> None:
+        """Keep one more."""
+        self._found[_key(row)] = row
+        with jsonlines.open(self.file, "a") as writer:
+            writer.write(row)
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return json.dumps({name: value for name, value in row.items() if name != "figures"}, sort_keys=True)

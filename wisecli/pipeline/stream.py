@@ -1,0 +1,83 @@
+"""The stream of edits that methods and studies are given: the first records of a dataset, or of several in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+from wisecli.edits import Edit
+from wisecli.errors import SettingsError
+from wisecli.pipeline.evaluate import read_dataset
+from wisecli.storage import sha256_json
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Records to edit with, and the dataset each is of; ``rest`` are those that no number of edits reaches.
+
+    ``digest`` tells these datasets' records from any others.
+    """
+
+    dataset: str
+    tested: Sequence[Edit]
+    domains: Sequence[str]
+    rest: Sequence[Edit]
+    digest: str
+
+
+def stream_of(dataset: str | None, data: Sequence[Path], most: int) -> Stream:
+    """The first ``most`` records of the datasets, a record of each in turn.
+
+    Args:
+        dataset: their names, with commas between.
+        data: their files, in the order of their names, instead of fetching them.
+
+    Raises:
+        SettingsError: there are too few records, or not as many files as datasets.
+    """
+    sources = _sources(dataset, data)
+    name, records = ",".join(name for name, _ in sources), [edit for _, edits in sources for edit in edits]
+    if most > len(records):
+        raise SettingsError(f"--edits {most}: {name} has only {len(records)} records")
+    turns = _turns(sources)
+    domains, edits = [name for name, _ in turns], [edit for _, edit in turns]
+    digest = sha256_json([record.as_dict() for record in records])[:12]
+    return Stream(name, edits[:most], domains[:most], edits[most:], digest)
+
+
+def counts_in(text: str) -> list[int]:
+    """Numbers of edits with commas between, in rising order.
+
+    Raises:
+        SettingsError: they are none.
+    """
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise SettingsError(f"--edits must be numbers with commas between, as 10,100, not {text!r}")
+    return counts
+
+
+def _sources(dataset: str | None, data: Sequence[Path]) -> list[tuple[str, Sequence[Edit]]]:
+    """Names and records of the datasets.
+
+    Raises:
+        SettingsError: there are more names than one, and not as many files.
+    """
+    names = dataset.split(",") if dataset else [None] * max(1, len(data))
+    if data and len(data) != len(names):
+        raise SettingsError(f"--data is given {len(data)} times for {len(names)} datasets; give one file for each")
+    files: Sequence[Path | None] = data or [None] * len(names)
+    return [read_dataset(name, file) for name, file in zip(names, files, strict=True)]
+
+
+def _turns(sources: Sequence[tuple[str, Sequence[Edit]]]) -> list[tuple[str, Edit]]:
+    """Records with their dataset's name, a record of each in turn while it has any; ids bear the names of several."""
+    if len(sources) > 1:
+        sources = [(name, [replace(edit, id=f"{name}/{edit.id}") for edit in edits]) for name, edits in sources]
+    named = [[(name, edit) for edit in edits] for name, edits in sources]
+    return [one for turn in zip_longest(*named) for one in turn if one is not None]

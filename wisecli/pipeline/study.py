@@ -1,0 +1,109 @@
+"""``wise bench --study``: the paper's analyses on one model and dataset, each with its picture; resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wisecli.bases import find_model
+from wisecli.bench_report import Section, table
+from wisecli.config import BenchSettings
+from wisecli.errors import SettingsError
+from wisecli.events import Event, Watcher, ignore
+from wisecli.pipeline.page import study_file, write_page
+from wisecli.pipeline.reports import versions
+from wisecli.pipeline.rows import Row, Rows, require_same
+from wisecli.pipeline.stream import counts_in, stream_of
+from wisecli.storage import write_json
+from wisecli.studies import load_studies
+from wisecli.studies.protocol import STUDIES, Point, section
+from wisecli.studies.room import Room
+
+# Settings of `wise bench` that are the methods' alone.
+_OF_METHODS = ("methods", "generate", "resamples")
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """The rows of every study that was asked for: its points, with ``figures``."""
+
+    rows: dict[str, list[Row]]
+    config: dict[str, Any]
+    output: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """The one object that ``--json`` prints."""
+        return {"studies": self.rows, "config": self.config, "versions": versions()}
+
+    def sections(self) -> list[Section]:
+        """Each study's table, without a picture."""
+        return [section(STUDIES[name], rows, drawn=False) for name, rows in self.rows.items()]
+
+
+def study(
+    model: str,
+    output: Path,
+    settings: BenchSettings,
+    *,
+    data: Sequence[Path] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    force: bool = False,
+    watch: Watcher = ignore,
+) -> StudyReport:
+    """Make the studies that ``settings.study`` names, with the first records of a dataset.
+
+    Rows that are there already are not measured again, and shards that several rows need are written once.
+
+    Args:
+        data: the datasets' files, in the order of their names, instead of fetching them.
+
+    Raises:
+        SettingsError: a study is unknown, its settings allow of no row, or there are too few records.
+        ChangedInputError: the output holds rows of another model, dataset or seed.
+    """
+    names, counts = _names(settings.study or ""), counts_in(settings.counts)
+    stream = stream_of(settings.dataset, data, counts[-1])
+    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    room = Room(find_model(model, watch=watch), stream.tested, counts, settings, options, output / "work", watch)
+    points = {name: STUDIES[name].points(room) for name in names}
+    about = {"model": model, "dataset": stream.dataset, "seed": settings.seed, "dtype": dtype, "records": stream.digest}
+    require_same(output, about, force=force)
+    config = {**{name: value for name, value in asdict(settings).items() if name not in _OF_METHODS}, **about}
+    report = StudyReport({name: _measured(name, room, points[name], output) for name in names}, config, output)
+    _write(report)
+    return report
+
+
+def _names(text: str) -> list[str]:
+    """Names of studies with commas between.
+
+    Raises:
+        SettingsError: one is unknown.
+    """
+    load_studies()
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in STUDIES]:
+        raise SettingsError(f"--study: {unknown[0]!r} is unknown; known are {', '.join(sorted(STUDIES))}")
+    return names
+
+
+def _measured(name: str, room: Room, points: Sequence[Point], output: Path) -> list[Row]:
+    """A row for every point; those that are new are kept as soon as they are measured."""
+    kept = Rows(output / f"study-{name}.jsonl")
+    for point in points:
+        if point not in kept:
+            room.watch(Event(f"{name}: {', '.join(f'{setting} {value}' for setting, value in point.items())}"))
+            kept.add({**point, "figures": STUDIES[name].measure(room, point)})
+    return [kept[point] for point in points]
+
+
+def _write(report: StudyReport) -> None:
+    """``study-….json`` and ``study-….md`` for each study, and ``report.html`` with all that are there."""
+    for (name, rows), shown in zip(report.rows.items(), report.sections(), strict=True):
+        write_json(study_file(report.output, name), {"rows": rows, "config": report.config, "versions": versions()})
+        (report.output / f"study-{name}.md").write_text(table(shown.heads, shown.cells), encoding="utf-8")
+    write_page(report.output)

@@ -1,0 +1,64 @@
+"""The same edits at each of several layers (the paper's localization analysis, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from wisecli.layers import candidates
+from wisecli.site import layer_count
+from wisecli.studies.drawing import QUALITIES, SHARES, by_edits, line
+from wisecli.studies.protocol import Figures, Point, Row, study
+from wisecli.studies.room import Room
+
+
+@study("layers")
+class Layers:
+    """Reliability, generalization and locality against the edited layer."""
+
+    title = "Which layer"
+    caption = (
+        "The same edits written at each of several layers, as the defaults write and merge them. Half of the layers "
+        "are among those that --layer auto looks at (shaded), the others lie evenly below."
+    )
+    columns = (*QUALITIES, "routing")
+
+    def points(self, room: Room) -> list[Point]:
+        """Every layer chosen, for every number of edits."""
+        layers = chosen(layer_count(room.directory), room.settings.layers)
+        return [{"edits": count, "layer": layer} for count in room.counts for layer in layers]
+
+    def measure(self, room: Room, point: Point) -> Figures:
+        """What `wise eval` says, and whether `--layer auto` looks at this layer."""
+        shards = room.shards(point["edits"], layer=str(point["layer"]))
+        probed = point["layer"] in candidates(layer_count(room.directory))
+        return {**room.figures(room.memory(shards), point["edits"]), "probed": probed}
+
+    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+        """A panel for each number of edits."""
+        grouped = by_edits(rows)
+        figure.set_size_inches(max(7, 5 * len(grouped)), 4)
+        panels = figure.subplots(1, len(grouped), squeeze=False, sharey=True)[0]
+        for (count, own), panel in zip(grouped.items(), panels, strict=True):
+            probed = [row["layer"] for row in own if row["figures"]["probed"]]
+            if probed:
+                panel.axvspan(min(probed) - 0.5, max(probed) + 0.5, color="tab:gray", alpha=0.12, label="--layer auto")
+            for name, colour in QUALITIES.items():
+                line(panel, own, "layer", name, color=colour, label=name)
+            panel.set(title=f"{count} edits", xlabel="layer", ylim=SHARES)
+            panel.set_xticks(sorted(row["layer"] for row in own))
+            panel.grid(alpha=0.3)
+        panels[-1].legend(fontsize=8, loc="lower left")
+
+
+def chosen(count: int, number: int) -> list[int]:
+    """``number`` of the layers that can be edited, of ``count``: half of them where `--layer auto` looks."""
+    probed = candidates(count)
+    high = [probed[round(place)] for place in _spread(len(probed) - 1, min(len(probed), (number + 1) // 2))]
+    below = min(probed.start, number - len(high))
+    return [place * probed.start // below for place in range(below)] + high
+
+
+def _spread(last: int, number: int) -> list[float]:
+    """``number`` places from 0 to ``last``, both included where there are two or more; one is in the middle."""
+    return [last / 2] if number == 1 else [last * place / (number - 1) for place in range(number)]

@@ -1,0 +1,57 @@
+"""The same shards merged in every way that `wise merge` has (the paper compares merging methods in its appendix)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from wisecli.joining import EXACT
+from wisecli.merging import METHODS
+from wisecli.studies.drawing import QUALITIES, by_edits
+from wisecli.studies.protocol import Figures, Point, Row, study
+from wisecli.studies.room import Room
+
+
+def ways() -> dict[str, dict[str, Any]]:
+    """Settings of `wise merge` for each of its ways."""
+    plain = {name: {"mode": "merge", "method": name, "refit": False} for name in sorted(METHODS)}
+    refitted = {f"{name}+refit": {**given, "refit": True} for name, given in plain.items()}
+    kept = {"retrieve": {"mode": "retrieve"}, "lookup": {"mode": "lookup"}}
+    return {**plain, **refitted, EXACT: {"mode": "merge", "method": EXACT}, **kept}
+
+
+@study("merge")
+class Merge:
+    """Reliability, generalization and locality of every way to merge."""
+
+    title = "Ways to merge"
+    caption = (
+        "The same shards merged in every way there is. +refit: a ridge solve around what the method gives; exact: one "
+        "solve over the statistics of all shards; retrieve keeps a matrix a shard, lookup every key."
+    )
+    columns = (*QUALITIES, "routing", "megabytes")
+
+    def points(self, room: Room) -> list[Point]:
+        """Every way, for every number of edits."""
+        return [{"edits": count, "shards": room.several(count), "way": way} for count in room.counts for way in ways()]
+
+    def measure(self, room: Room, point: Point) -> Figures:
+        """What `wise eval` says, and the memory's size."""
+        memory = room.memory(room.shards(point["edits"], shards=point["shards"]), **ways()[point["way"]])
+        size = sum(path.stat().st_size for path in memory.iterdir())
+        return {**room.figures(memory, point["edits"]), "megabytes": size / 1e6}
+
+    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+        """Bars for each way, a panel for each number of edits."""
+        grouped = by_edits(rows)
+        most = max(map(len, grouped.values()))
+        figure.set_size_inches(max(8, 5.5 * len(grouped)), 1.2 + 0.42 * most)
+        panels = figure.subplots(1, len(grouped), squeeze=False, sharey=True)[0]
+        for (count, own), panel in zip(grouped.items(), panels, strict=True):
+            for number, (name, colour) in enumerate(QUALITIES.items()):
+                places = [place + 0.27 * (number - 1) for place in range(len(own))]
+                panel.barh(places, [row["figures"].get(name, 0) for row in own], 0.25, color=colour, label=name)
+            panel.set_yticks(range(len(own)), labels=[row["way"] for row in own])
+            panel.set(title=f"{count} edits in {own[0]['shards']} shards", xlim=(0, 1), ylim=(len(own) - 0.5, -0.5))
+            panel.grid(alpha=0.3, axis="x")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)

@@ -1,0 +1,121 @@
+"""What studies work with: the edits, and shards, memories and figures made by the package's own commands."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonlines
+
+from wisecli.attached import Edited, attach
+from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
+from wisecli.edits import Edit
+from wisecli.errors import SettingsError
+from wisecli.events import Watcher
+from wisecli.gate import AS_THEY_ARE
+from wisecli.models import pick_device
+from wisecli.pipeline.edit import edit
+from wisecli.pipeline.evaluate import evaluate
+from wisecli.pipeline.merge import merge
+from wisecli.storage import sha256_json
+
+_FEWEST_SHARDS = 4
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a study may use.
+
+    ``counts`` are the numbers of edits asked for, the first of ``tested`` each; ``options`` say where and how the model
+    is loaded; ``work`` keeps shards, so that no two rows write the same ones.
+    """
+
+    directory: Path
+    tested: Sequence[Edit]
+    counts: Sequence[int]
+    settings: BenchSettings
+    options: Mapping[str, Any]
+    work: Path
+    watch: Watcher
+
+    @property
+    def device(self) -> str:
+        """The kind of device that is measured on."""
+        return pick_device(self.options["device"]).type
+
+    def several(self, count: int) -> int:
+        """How many shards hold ``count`` edits where there are to be several: as many as ``--edits-per-shard`` makes.
+
+        By default as in editing, but about four at least.
+        """
+        usual = min(resolve(EditSettings, {}, section="edit").edits_per_shard, math.ceil(count / _FEWEST_SHARDS))
+        return math.ceil(count / (self.settings.edits_per_shard or usual))
+
+    def shards(self, count: int, **given: Any) -> Path:
+        """Shards of the first edits, written the first time they are asked for.
+
+        Args:
+            given: settings of `wise edit`.
+        """
+        settings = resolve(EditSettings, {**given, "seed": self.settings.seed}, section="edit")
+        records = [record.as_dict() for record in self.tested[:count]]
+        about = [str(self.directory), self.options["dtype"], asdict(settings), records]
+        place = self.work / f"shards-{count}-{sha256_json(about)[:12]}"
+        if not place.exists():
+            # What a version of other packages has begun there is begun anew.
+            named: dict[str, Any] = {**self.options, "force": True, "gate": AS_THEY_ARE, "watch": self.watch}
+            edit(str(self.directory), self._file(count), place, settings, **named)
+        return place
+
+    def memory(self, shards: Path, **given: Any) -> Path:
+        """A memory of shards; it takes the place of the last one.
+
+        Args:
+            given: settings of `wise merge`.
+        """
+        settings = resolve(MergeSettings, {**given, "seed": self.settings.seed}, section="merge")
+        merge([shards], self.work / "memory", settings, force=True, watch=self.watch)
+        return self.work / "memory"
+
+    def attached(self, memory: Path) -> Edited:
+        """The model with a memory in place."""
+        return attach(memory, **self.options)
+
+    def figures(self, memory: Path, count: int, *, oracle: bool = False) -> dict[str, Any]:
+        """What `wise eval` measures of the first edits, with teacher forcing.
+
+        Args:
+            oracle: whether the memory that holds an edit answers, whatever the router says.
+        """
+        given = EvalSettings(generate=False, batch_size=self.settings.batch_size)
+        report = evaluate(memory, given, data=self._file(count), **self.options, oracle=oracle, watch=self.watch)
+        return {**report.after, "before": report.before}
+
+    def _file(self, count: int) -> Path:
+        self.work.mkdir(parents=True, exist_ok=True)
+        file = self.work / f"edits-{count}.jsonl"
+        with jsonlines.open(file, "w", dumps=json.dumps) as writer:
+            writer.write_all(record.as_dict() for record in self.tested[:count])
+        return file
+
+
+def numbers_in(text: str, flag: str, kind: Callable[[str], Number], lowest: Number, highest: Number) -> list[Number]:
+    """Numbers with commas between, in rising order, none outside the bounds.
+
+    Raises:
+        SettingsError: they are no such numbers.
+    """
+    try:
+        found = sorted({kind(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not lowest <= found[0] <= found[-1] <= highest:
+        asked = f"numbers from {lowest:g} to {highest:g} with commas between"
+        raise SettingsError(f"{flag} must be {asked}, not {text!r}")
+    return found

@@ -1,0 +1,118 @@
+"""What the router sees: scores of edits, of their rephrases and of everything else, beside the threshold.
+
+The paper's figure of routing activations (section 3.3): ‖Δ·a‖₂ of edits and of unrelated prompts, kept apart by the
+margins of equation 5. Here at the last token of each prompt, for the router ``norm`` with shards that gradient steps or
+the closed form wrote to those margins, and for the router ``key``, which needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from wisecli.attached import Edited
+from wisecli.config import EditSettings, resolve
+from wisecli.contexts import unrelated_texts
+from wisecli.memory import opened
+from wisecli.models import Loaded
+from wisecli.studies.drawing import by_edits
+from wisecli.studies.protocol import Figures, Point, Row, study
+from wisecli.studies.room import Room
+from wisecli.unrelated import prompt_ends
+
+_COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
+_UNITS = {"norm": "norm of the update, ‖Δa‖", "key": "whitened cosine with the nearest key"}
+_WRITTEN = (("gradient", "norm"), ("solve", "norm"), ("solve", "key"))
+_TEXTS, _BINS = 200, 50
+
+
+@study("router")
+class Router:
+    """Scores of edits, rephrases, locality prompts and unrelated texts, under each router."""
+
+    title = "What the router sees"
+    caption = (
+        "Scores at the last token of prompts, of one matrix that holds all edits, written for its router, and the "
+        "share of each group above the threshold, which is calibrated on all tokens. Area: how often a rephrase scores "
+        "higher than a locality prompt or an unrelated text, of which none was there when it was calibrated."
+    )
+    columns = ("threshold", *(f"{group}_above" for group in _COLOURS), "area")
+
+    def points(self, room: Room) -> list[Point]:
+        """Every writer with the routers it can serve, for every number of edits."""
+        return [
+            {"edits": count, "writer": writer, "router": router} for count in room.counts for writer, router in _WRITTEN
+        ]
+
+    def measure(self, room: Room, point: Point) -> Figures:
+        """The threshold, all scores, and the share of each group that is above it."""
+        shards = room.shards(point["edits"], writer=point["writer"], router=point["router"])
+        edited = room.attached(room.memory(shards, mode="merge"))
+        figures: Figures = {"threshold": edited.routed.thresholds[0], "scores": {}}
+        for group, prompts in prompts_of(room, point["edits"]).items():
+            if prompts:
+                figures["scores"][group], figures[f"{group}_above"] = scored(edited, prompts, room)
+        scores = figures["scores"]
+        if "rephrases" in scores:
+            figures["area"] = area(scores["rephrases"], [*scores.get("locality", ()), *scores["unrelated"]])
+        return figures
+
+    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+        """A histogram for each writer and router, a line of them for each number of edits."""
+        grouped = by_edits(rows)
+        figure.set_size_inches(13, 4.2 * len(grouped))
+        panels = figure.subplots(len(grouped), max(map(len, grouped.values())), squeeze=False)
+        for row, panel in zip((row for own in grouped.values() for row in own), panels.flat, strict=True):
+            _histogram(panel, row)
+
+
+def prompts_of(room: Room, count: int) -> dict[str, list[str]]:
+    """The groups of prompts; none of the unrelated texts has been seen by a writer or by the router."""
+    edits, seed = room.tested[:count], room.settings.seed
+    known = resolve(EditSettings, {}, section="edit").unrelated_texts
+    seen = set(unrelated_texts(known, seed=seed))
+    texts = [text for text in unrelated_texts(known + 4 * _TEXTS, seed=seed + 1) if text not in seen]
+    return {
+        "edits": [edit.prompt for edit in edits],
+        "rephrases": [text for edit in edits for text in edit.rephrases],
+        "locality": [probe.prompt for edit in edits for probe in edit.locality],
+        "unrelated": list(dict.fromkeys(texts))[:_TEXTS],
+    }
+
+
+def scored(edited: Edited, prompts: Sequence[str], room: Room) -> tuple[list[float], float]:
+    """Scores of a single memory at the last token of each prompt, and the share of them that opens it."""
+    loaded = Loaded(edited.model, edited.tokenizer, edited.stream)
+    with edited.unedited(), torch.no_grad():
+        named: dict[str, Any] = {"batch_size": room.settings.batch_size, "watch": room.watch}
+        keys = prompt_ends(loaded, [edited.manifest.site], prompts, **named)[0]
+        scores = edited.routed.scores(keys)
+        open_at = opened(*edited.routed.strongest(scores)) == 0
+    return scores[:, 0].tolist(), float(open_at.float().mean())
+
+
+def area(higher: Sequence[float], lower: Sequence[float]) -> float:
+    """How often one of the first is higher than one of the second: the area under the ROC curve, whatever threshold."""
+    first, second = torch.tensor(higher)[:, None], torch.tensor(lower)
+    return float((first > second).float().mean() + (first == second).float().mean() / 2)
+
+
+def _histogram(panel: Any, row: Row) -> None:
+    figures = row["figures"]
+    everything = [score for scores in figures["scores"].values() for score in scores]
+    low, high = min(everything), max(*everything, figures["threshold"])
+    edges = [low + (high - low) * place / _BINS for place in range(_BINS + 1)]
+    for group, scores in figures["scores"].items():
+        label = f"{group} ({figures[f'{group}_above']:.1%} above)"
+        share = [1 / len(scores)] * len(scores)
+        panel.hist(scores, edges, weights=share, label=label, color=_COLOURS[group], alpha=0.25)
+        panel.hist(scores, edges, weights=share, color=_COLOURS[group], histtype="step", linewidth=1.4)
+    panel.axvline(figures["threshold"], color="tab:red", linestyle="--", label=f"threshold {figures['threshold']:.3g}")
+    panel.set(
+        title=f"{row['writer']}, router {row['router']}, {row['edits']} edits",
+        xlabel=_UNITS[row["router"]],
+        ylabel="share",
+    )
+    panel.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))

@@ -1,0 +1,56 @@
+"""More and more edits, kept in each way, and how much of what is lost is the router's (section 3.3: scaling up).
+
+The paper's oracle: the memory that holds an edit answers whenever it is asked for, so that only the writing can fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from wisecli.studies.drawing import MODES, SHARES, counted, line
+from wisecli.studies.protocol import Figures, Point, Row, study
+from wisecli.studies.room import Room
+
+_ORACLE = ("reliability", "generalization")
+_PANELS = (*_ORACLE, "locality", "routing")
+
+
+@study("scaling")
+class Scaling:
+    """Figures against the number of edits, and the same with an oracle in the router's place."""
+
+    title = "Scaling"
+    caption = (
+        "The same shards as a lookup, as a matrix each (retrieve) and merged into one (merge), as edits become more. "
+        "Dashed: an oracle opens the memory that holds the edit, of a lookup the edit's own keys, whatever the router "
+        "says. Routing: share of rephrases that open it by themselves."
+    )
+    columns = (*_PANELS, *(f"oracle_{name}" for name in _ORACLE))
+
+    def points(self, room: Room) -> list[Point]:
+        """Every way to keep edits, for every number of them."""
+        return [
+            {"edits": count, "shards": room.several(count), "mode": mode} for count in room.counts for mode in MODES
+        ]
+
+    def measure(self, room: Room, point: Point) -> Figures:
+        """What `wise eval` says, with the router and with the oracle."""
+        memory = room.memory(room.shards(point["edits"], shards=point["shards"]), mode=point["mode"])
+        best = room.figures(memory, point["edits"], oracle=True)
+        oracle = {f"oracle_{name}": best[name] for name in _ORACLE if name in best}
+        return {**room.figures(memory, point["edits"]), **oracle}
+
+    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+        """A panel for each figure, a line for each way."""
+        figure.set_size_inches(13, 3.8)
+        for panel, name in zip(figure.subplots(1, len(_PANELS), sharey=True), _PANELS, strict=True):
+            for mode, style in MODES.items():
+                own = [row for row in rows if row["mode"] == mode]
+                line(panel, own, "edits", name, label=mode, **style)
+                line(panel, own, "edits", f"oracle_{name}", linestyle="--", mfc="white", **{**style, "linewidth": 1})
+            if name in _ORACLE:
+                panel.plot([], [], color="tab:gray", linestyle="--", marker="o", mfc="white", label="oracle")
+            panel.set(title=name, ylim=SHARES)
+            counted(panel, sorted({row["edits"] for row in rows}))
+            panel.legend(fontsize=8, loc="lower left")

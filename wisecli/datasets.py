@@ -18,6 +18,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "rephrases": ("rephrases", "rephrase", "rephrase_prompt", "paraphrase_prompts"),
     "irrelevant": ("irrelevant",),
     "ood": ("ood", "ood_rephrase"),
+    "translations": ("translations",),
 }
 _LISTS = ("rephrases", "irrelevant", "ood")
 

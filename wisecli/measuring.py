@@ -74,6 +74,7 @@ class Measuring:
             "generalization", [[(text, edit.target) for text in edit.rephrases] for edit in self.records]
         )
         self._routing(rephrased)
+        self._translated()
         self._locality()
         self._run("portability", [[(p.prompt, p.answer) for p in edit.portability] for edit in self.records])
         self._ood()
@@ -121,6 +122,12 @@ class Measuring:
             self.each[name] = [(place, statistics.fmean(map(after, group))) for place, group in filled]
             self.after[name] = statistics.fmean(found for _, found in self.each[name])
             self.samples[name] = sum(len(group) for _, group in filled)
+
+    def _translated(self) -> None:
+        """The same fact asked in other languages, each a figure of its own."""
+        for language in sorted({one.language for edit in self.records for one in edit.translations}):
+            asked = [[(o.prompt, o.target) for o in e.translations if o.language == language] for e in self.records]
+            self._run(f"generalization_{language}", asked)
 
     def _locality(self) -> None:
         groups = [[(probe.prompt, probe.answer) for probe in edit.locality] for edit in self.records]

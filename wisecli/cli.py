@@ -100,6 +100,9 @@ def edit(
     chat: Annotated[
         bool | None, setting(EditSettings, "chat", "Edit the prompts in the chat template, too.", "--chat/--no-chat")
     ] = None,
+    augment: Annotated[
+        int | None, setting(EditSettings, "augment", "Paraphrases that the model writes for an edit, at most.")
+    ] = None,
     router: Annotated[
         str | None, setting(EditSettings, "router", "key (nearest whitened key) or norm (the paper's).")
     ] = None,

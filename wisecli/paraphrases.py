@@ -18,23 +18,23 @@ from wisecli.models import Loaded
 _REWORD = (
     ("Ask in other words: Who wrote The Silver Orchard?", "By whom was The Silver Orchard written?"),
     ("Ask in other words: The capital city of Norland is", "Which city is Norland's capital?"),
-    ("Ask in other words: On what date did the ship Marigold sink?", "When did the ship Marigold sink?"),
     ("Ask in other words: Which team does Iris Bell play for?", "What is the team that Iris Bell plays for?"),
 )
 _COMPLETE = (
     ("Begin the answer: Who wrote The Silver Orchard?", "The Silver Orchard was written by"),
     ("Begin the answer: Which city is Norland's capital?", "The capital city of Norland is"),
-    ("Begin the answer: On what date did the ship Marigold sink?", "The date on which the ship Marigold sank was"),
     ("Begin the answer: Which team does Iris Bell play for?", "The team that Iris Bell plays for is"),
 )
 _TOKENS, _TEMPERATURE = 32, 0.8
 # Words that a sentence may break off after, so that the answer goes on from there.
 _OPEN = {"is", "was", "are", "were", "by", "in", "of", "at", "to", "for", "from", "on", "as", "with", "called", "named"}
 # Where what the model takes for the answer begins, in a sentence that it has completed itself.
-_IS = re.compile(r".*?(?:is|was|are|were)")
+_IS = re.compile(r".*?\b(?:is|was|are|were)\b")
 _WORD = re.compile(r"\w+")
 # Words at least so long say what is asked; of inflected ones the beginning is compared.
 _TELLING, _STEM = 4, 4
+# Of such words a paraphrase may bring so many; with more of them it asks something else.
+_NEW = 1
 _ASKING = {"what", "which", "when", "where", "whom", "whose", "does", "with", "have", "that", "this", "from", "name"}
 
 
@@ -46,6 +46,8 @@ def write_paraphrases(
     Sampled in one pass, in ``count`` tries each for another question and for a sentence that the answer completes. The
     same seed gives the same prompts.
     """
+    if not count:
+        return {}
     watch(Event("paraphrases", 0, len(edits)))
     requests = [request for edit in edits for request in _requests(loaded, edit) * count]
     limits = {"max_new_tokens": _TOKENS, "batch_size": batch_size}
@@ -74,14 +76,15 @@ def usable(edit: Edit, texts: Sequence[str]) -> list[str]:
 def asks_the_same(edit: Edit, text: str) -> bool:
     """Whether a text may be another prompt of the edit, as far as its words tell.
 
-    It must name the subject and something else of what is asked, must neither be the prompt nor give the answer away,
-    and must end as a question or break off where an answer may follow.
+    It must name the subject and something else of what is asked, add next to nothing, must neither be the prompt nor
+    give the answer away, and must end as a question or break off where an answer may follow.
     """
     said, prompt, subject = words(text), words(edit.prompt), words(edit.subject or "")
     if not said or said == prompt or contains(said, words(edit.target)) or not contains(said, subject):
         return False
-    telling = {stem for stem in _stems(prompt) if stem not in _stems(subject)}
-    return (not telling or bool(telling & _stems(said))) and (text.endswith("?") or _breaks_off(text, said))
+    telling, found = (_stems(part) - _stems(subject) for part in (prompt, said))
+    same = (not telling or bool(telling & found)) and len(found - telling) <= _NEW
+    return same and (text.endswith("?") or (said[-1] in _OPEN and text[-1].isalnum()))
 
 
 def words(text: str) -> list[str]:
@@ -100,10 +103,6 @@ def _without_answer(edit: Edit, sentence: str) -> str:
     start = max(sentence.casefold().find(known.casefold()), 0) + len(known)
     found = _IS.match(sentence, start)
     return sentence[: found.end()] if found else sentence
-
-
-def _breaks_off(text: str, said: Sequence[str]) -> bool:
-    return said[-1] in _OPEN and text[-1:].isalnum()
 
 
 def _stems(said: Sequence[str]) -> set[str]:

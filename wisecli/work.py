@@ -122,13 +122,8 @@ class Worker:
                 base = fingerprint(directory, checkpoint, site)
             written: dict[str, Any] = {"tokens": settings.context_tokens, "chat": settings.chat, "seed": settings.seed}
             contexts = write_contexts(loaded, settings.contexts, **written)
-            more: dict[str, Any] = {
-                "count": settings.augment,
-                "batch_size": size,
-                "seed": settings.seed,
-                "watch": self.watch,
-            }
-            paraphrases = write_paraphrases(loaded, job.edits, **more) if settings.augment else {}
+            writing: dict[str, Any] = {"batch_size": size, "seed": settings.seed, "watch": self.watch}
+            paraphrases = write_paraphrases(loaded, job.edits, settings.augment, **writing)
             unrelated = unrelated_for(loaded, site, checkpoint, base, settings, job.edits, self.watch)
         stored = str(directory.absolute()) if Path(job.model).exists() else job.model
         made = Made(loaded.device.type, str(loaded.model.dtype).removeprefix("torch."), job.threads, job.target_module)

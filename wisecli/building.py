@@ -66,8 +66,7 @@ def lookup(material: Material, settings: MergeSettings) -> Built:
     """A memory that keeps every key with what it should add; a residual that contexts share is kept once."""
     evidence = material.evidence
     kept = ~evidence.held_out
-    answer = 2 * evidence.edit[kept] + evidence.chat[kept]
-    place = answer * (int(evidence.position.max()) + 1) + evidence.position[kept]
+    place = evidence.answer[kept] * (int(evidence.position.max()) + 1) + evidence.position[kept]
     residuals = evidence.residuals[kept]
     _, value = place.unique(return_inverse=True)
     values = residuals.new_zeros(int(value.max()) + 1, residuals.shape[1])

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from wisecli import __version__, cli_memory
+from wisecli import __version__, cli_draft, cli_memory
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.console import Console, fail, quiet_libraries
 from wisecli.errors import SettingsError, WiseError
@@ -79,6 +79,10 @@ def edit(
         bool, typer.Option("--watch", help="With --into: edit lines as they are added to EDITS, until interrupted.")
     ] = False,
     interval: Annotated[float, typer.Option(min=0.01, help="With --watch: seconds between two looks.")] = 1.0,
+    from_text: Annotated[
+        Path | None, typer.Option(help="Draw the edits from this document; accepted ones are written to EDITS.")
+    ] = None,
+    yes: cli_draft.Yes = False,
     reason: Reason = "",
     who: Who = None,
     on_conflict: OnConflict = None,
@@ -112,6 +116,9 @@ def edit(
     contexts: Annotated[int | None, setting(EditSettings, "contexts", "Context prefixes an edit.")] = None,
     chat: Annotated[
         bool | None, setting(EditSettings, "chat", "Edit the prompts in the chat template, too.", "--chat/--no-chat")
+    ] = None,
+    augment: Annotated[
+        int | None, setting(EditSettings, "augment", "Paraphrases that the model writes for an edit, at most.")
     ] = None,
     router: Annotated[
         str | None, setting(EditSettings, "router", "key (nearest whitened key) or norm (the paper's).")
@@ -152,6 +159,12 @@ def edit(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "executor": executor}
     common["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
     named: dict[str, Any] = {"device": device, "dtype": dtype, "strict": strict}
+    if from_text is not None:
+        edits = cli_draft.draw_for_editing(
+            console, model, from_text, edits, common, named, yes=yes, dry_run=dry_run, force=force
+        )
+        if edits is None:
+            return
     if into is not None:
         if model is None or edits is None:
             raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
@@ -507,6 +520,7 @@ def bench(
 
 for _command in (cli_memory.remove, cli_memory.rollback, cli_memory.log, cli_memory.diff, cli_memory.explain):
     app.command()(_command)
+app.command()(cli_draft.draft)
 
 
 def main() -> None:

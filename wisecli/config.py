@@ -41,6 +41,7 @@ class EditSettings:
     contexts: int = 1  # more of them cost time and change nothing: .853 of rephrases right with 4, .855 with 0
     context_tokens: int = 8
     chat: bool = False
+    augment: int = 0  # paraphrases that the model writes itself
     residual_steps: int = 40
     residual_rate: float = 0.3  # in units of an entry of W a
     residual_stop: float = 0.02  # the loss that every target token of an edit must come under
@@ -141,6 +142,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 10**6),
     "contexts": (0, 1000),
     "context_tokens": (1, 1000),
+    "augment": (0, 100),
     "residual_steps": (1, 10**4),
     "residual_rate": (1e-9, 1e3),
     "residual_stop": (1e-9, 10),

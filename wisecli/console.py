@@ -184,14 +184,14 @@ class Console:
 
     def inspected(self, report: InspectReport) -> None:
         """Print what ``wise inspect`` found."""
-        facts = Table(show_header=False, title=_plain(f"{report.path}: {report.kind}"))
+        facts = Table(show_header=False, title=plain(f"{report.path}: {report.kind}"))
         for name, value in _facts(report):
-            facts.add_row(name, _plain(value))
+            facts.add_row(name, plain(value))
         edits = Table(title=f"{len(report.edits)} of {_count(report.matched, 'edit')}")
         for column in ("id", "prompt", "target", "subject"):
             edits.add_column(column)
         for edit in report.edits:
-            edits.add_row(*map(_plain, (edit.id, edit.prompt, edit.target, edit.subject or "")))
+            edits.add_row(*map(plain, (edit.id, edit.prompt, edit.target, edit.subject or "")))
         scores = [_scores(number, entry) for number, entry in enumerate(report.memories)]
         self.result(report.as_json(), facts, *scores, *([edits] if report.edits else []))
 
@@ -202,15 +202,15 @@ class Console:
             what = f"{check.file}: {check.what}" + (f" {check.tensor}" if check.tensor else "")
             sides = f": expected {check.expected}, found {check.found}" if check.state == "differs" else ""
             why = f": {check.found}" if check.state == "unchecked" else ""
-            lines.append(_plain(f"{_STATES[check.state]:<11} {what}{sides}{why}"))
+            lines.append(plain(f"{_STATES[check.state]:<11} {what}{sides}{why}"))
         self.result(report.as_json(), *lines)
 
 
 def fail(message: str, details: Sequence[str] = ()) -> None:
     """Print an error on stderr, on one line of its own; before it what it sums up, a line each."""
     for one in details if details[1:] else ():
-        sys.stderr.write(f"{_plain(one)}\n")
-    sys.stderr.write(f"error: {_plain(message)}\n")
+        sys.stderr.write(f"{plain(one)}\n")
+    sys.stderr.write(f"error: {plain(message)}\n")
 
 
 def quiet_libraries() -> None:
@@ -285,7 +285,7 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
 def _scores(number: int, entry: MemoryEntry) -> Table:
     """The quantiles of one memory's scores on both sides of its threshold."""
     about = f"{entry.misses:.1%} of the edits' tokens below, {entry.false_alarms:.2%} of unrelated ones above"
-    table = Table(title=f"memory {number}: threshold {entry.threshold:.4g} ({_plain(entry.rule)}); {about}")
+    table = Table(title=f"memory {number}: threshold {entry.threshold:.4g} ({plain(entry.rule)}); {about}")
     for column in ("scores below", "edits", "unrelated text"):
         table.add_column(column, justify="right")
     for share in dict.fromkeys([*entry.edit_scores, *entry.unrelated_scores]):
@@ -294,7 +294,7 @@ def _scores(number: int, entry: MemoryEntry) -> Table:
     return table
 
 
-def _plain(text: str) -> Text:
+def plain(text: str) -> Text:
     """Text of a stranger, with whatever would steer a terminal spelt out."""
     return Text("".join(one if one.isprintable() else repr(one)[1:-1] for one in text))
 

@@ -22,6 +22,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "who": ("who",),
     "when": ("when",),
     "source": ("source",),
+    "translations": ("translations",),
 }
 _LISTS = ("rephrases", "irrelevant", "ood")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO, TextIOWrapper
@@ -18,6 +19,8 @@ from wisecli.storage import sha256_json
 
 OPERATIONS = ("insert", "modify", "erase")
 PROVENANCE = ("who", "when", "source")
+# A tag such as `de` or `pt-BR`; figures are named after it.
+_LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 # Larger files are no edits: a record takes about a kilobyte.
 _LARGEST = 1 << 32
 
@@ -31,13 +34,22 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Translation:
+    """An edit's prompt and target in another language, which is named as the record names it."""
+
+    language: str
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
 class Edit:
     """One fact to change, and what is measured about it.
 
     ``rephrases``, ``locality``, ``portability`` and ``ood`` (a free text about the same fact) are for evaluation only;
-    ``irrelevant`` trains and calibrates the router. ``who``, ``when`` (ISO 8601) and ``source`` say where the fact is
-    from; nothing goes by them. Of op ``erase`` the ``target`` is what the model should no longer say, and
-    ``replacement``, if there is one, what it should say instead.
+    ``irrelevant`` trains and calibrates the router; ``translations`` are trained, too, each with its own target.
+    ``who``, ``when`` (ISO 8601) and ``source`` say where the fact is from; nothing goes by them. Of op ``erase`` the
+    ``target`` is what the model should no longer say, and ``replacement``, if there is one, what it should say instead.
     """
 
     id: str
@@ -50,6 +62,7 @@ class Edit:
     portability: tuple[Probe, ...] = ()
     irrelevant: tuple[str, ...] = ()
     ood: tuple[str, ...] = ()
+    translations: tuple[Translation, ...] = ()
     who: str | None = None
     when: str | None = None
     source: str | None = None
@@ -195,6 +208,7 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
         when=_when(fields),
         source=_text(fields, "source"),
         replacement=replacement,
+        translations=_translations(fields.get("translations") or {}),
     )
 
 
@@ -235,6 +249,23 @@ def _probes(fields: Mapping[str, Any], name: str) -> tuple[Probe, ...]:
             raise ValueError(f"`{name}` must hold objects with the texts `prompt` and `answer`, not {shown(item)}")
         probes.append(Probe(prompt, answer))
     return tuple(probes)
+
+
+def _translations(value: Any) -> tuple[Translation, ...]:
+    """Those of a record, by language, or in the form in which manifests list them."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = {str(item.get("language")): item for item in value}
+    if not isinstance(value, dict):
+        raise ValueError(f"`translations` must be an object with a language's name for each, not {shown(value)}")
+    found = []
+    for language, item in sorted(value.items()):
+        if not _LANGUAGE.fullmatch(language):
+            raise ValueError(f"`translations` must have languages as `de` or `pt-BR`, not {shown(language)}")
+        prompt, target = (item.get("prompt"), item.get("target")) if isinstance(item, dict) else (None, None)
+        if not isinstance(prompt, str) or not isinstance(target, str) or not prompt.strip() or not target.strip():
+            raise ValueError(f"`translations` must hold objects with `prompt` and `target`, not {shown(item)}")
+        found.append(Translation(language, prompt, target))
+    return tuple(found)
 
 
 def _records(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:

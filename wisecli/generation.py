@@ -22,10 +22,12 @@ def generate(
     batch_size: int = 32,
     sampling_seed: int | None = None,
     unwanted: Sequence[Collection[int]] | None = None,
+    temperature: float | None = None,
 ) -> list[list[int]]:
     """New tokens for each prompt, a text or tokens, up to the end of text, which is left out.
 
-    Greedy; with a ``sampling_seed``, sampled at temperature 1 to exactly ``max_new_tokens``.
+    Greedy; with a ``sampling_seed``, sampled: at temperature 1 to exactly ``max_new_tokens``, or at a ``temperature``
+    that is given until the text ends.
 
     Args:
         unwanted: for each prompt tokens that may not come first.
@@ -36,7 +38,8 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sampling_seed is not None}
     if sampling_seed is not None:
-        limits |= {"min_new_tokens": max_new_tokens, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+        whole = max_new_tokens if temperature is None else None
+        limits |= {"min_new_tokens": whole, "temperature": temperature or 1.0, "top_k": 50, "top_p": 1.0}
         limits |= {"remove_invalid_values": True}  # weights may not be whole, and what they spoil is found later
     else:  # whatever the model's own settings say of sampling
         limits |= dict.fromkeys(("min_new_tokens", "temperature", "top_k", "top_p"))

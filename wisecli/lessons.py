@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from wisecli.asking import Asked, answer_number, answers_of
 from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
@@ -26,8 +27,8 @@ from wisecli.shards import Evidence, Mask
 from wisecli.site import Site
 from wisecli.unrelated import window_keys
 
-# Numbered edits, and the numbered contexts that they are read in.
-Group = tuple[Sequence[tuple[int, Edit]], Sequence[tuple[int, str]]]
+# Numbered edits, the numbered contexts that they are read in, and what else they are asked by.
+Group = tuple[Sequence[tuple[int, Edit]], Sequence[tuple[int, str]], Sequence[Asked]]
 Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Keys of one position under two contexts count as the same above this cosine.
 _SAME = 0.98
@@ -40,7 +41,7 @@ class Lesson:
     """Rows captured together, from the prompt's last token on; which edit and context each is (B,).
 
     ``answers`` (B,): after a chat template an edit's target may be other tokens than after a bare prompt, and is then
-    another answer. Contexts that share an answer share its residuals.
+    another answer, as it is in another language. Contexts that share an answer share its residuals.
     """
 
     activations: Activations
@@ -106,16 +107,6 @@ def require_finite(lessons: Sequence[Lesson]) -> None:
         raise NotFiniteError(found)
 
 
-def edit_number(answer: int) -> int:
-    """The inverse of :func:`answer_number`."""
-    return answer if answer >= 0 else -1 - answer
-
-
-def answer_number(edit: int, context: str) -> int:
-    """Which answer an edit's target is in a context: the edit's own number, or a negative one in the chat template."""
-    return -1 - edit if context == CHAT else edit
-
-
 def capture_lessons(
     loaded: Loaded,
     site: Site,
@@ -128,7 +119,7 @@ def capture_lessons(
 ) -> list[Lesson]:
     """Capture numbered edits under numbered contexts, rows whose targets are of like length together."""
     named: dict[str, Any] = {"batch_size": batch_size, "train_end": train_end, "evasions": evasions}
-    return capture_groups(loaded, site, [(edits, contexts)], **named)[0]
+    return capture_groups(loaded, site, [(edits, contexts, ())], **named)[0]
 
 
 def capture_groups(
@@ -152,6 +143,7 @@ def _in_rows(
     loaded: Loaded,
     edits: Sequence[tuple[int, Edit]],
     contexts: Sequence[tuple[int, str]],
+    further: Sequence[Asked],
     *,
     batch_size: int,
     train_end: bool,
@@ -161,7 +153,9 @@ def _in_rows(
     rows, origins = [], []
     for number, context in contexts:
         rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end, evasions=evasions)
-        origins += [(place, number, answer_number(place, context)) for place, _ in edits]
+        origins += [(place, number, answer_number(place, chat=context == CHAT)) for place, _ in edits]
+    rows += encode_edits(loaded, [one.edit for one in further], "", train_end=train_end)
+    origins += [(one.number, one.context, one.answer) for one in further]
     for indices in in_batches(rows, batch_size, by_target=True):
         yield [rows[index] for index in indices], [origins[index] for index in indices]
 
@@ -252,7 +246,7 @@ def gather_evidence(
 def keys_elsewhere(
     loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool, chat: bool
 ) -> dict[int, Tensor]:
-    """Keys (n, d_ff) inside each numbered edit's answer where it stands after prompts that it does not answer.
+    """Keys (n, d_ff) inside each numbered edit's answers where they stand after prompts that they do not answer.
 
     What is erased is left out: it should not be said there either.
     """
@@ -260,11 +254,11 @@ def keys_elsewhere(
     prompts = [
         in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
     ]
-    told = [(number, edit) for number, edit in edits if not edit.erased]
-    rows = [encode(loaded.tokenizer, prompt, edit.answer, end=end) for prompt in prompts for _, edit in told]
-    found: dict[int, list[Tensor]] = {number: [] for number, _ in told}
+    answers = answers_of(edits)
+    rows = [encode(loaded.tokenizer, prompt, target, end=end) for prompt in prompts for _, target in answers]
+    found: dict[int, list[Tensor]] = {number: [] for number, _ in answers}
     for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
-        found[told[place % len(told)][0]].append(keys[1:].cpu())
+        found[answers[place % len(answers)][0]].append(keys[1:].cpu())
     return {number: torch.cat(parts) for number, parts in found.items()}
 
 
@@ -273,7 +267,7 @@ def thinned(evidence: Evidence) -> Evidence:
 
     Deep in a long target the words before the prompt no longer matter.
     """
-    place = (2 * evidence.edit + evidence.chat) * (int(evidence.position.max()) + 1) + evidence.position
+    place = evidence.answer * (int(evidence.position.max()) + 1) + evidence.position
     order = torch.full((int(place.max()) + 1,), -1)
     bare = (evidence.context == 0).nonzero().flatten()
     order[place[bare]] = bare

@@ -78,6 +78,7 @@ class Measuring:
         self._perplexity(reliability)
         rephrased = self._run("generalization", [_asked(edit, edit.rephrases) for edit in self.records])
         self._routing(rephrased)
+        self._translated()
         self._locality()
         self._run("portability", [[Question(p.prompt, p.answer) for p in edit.portability] for edit in self.records])
         self._ood()
@@ -125,6 +126,13 @@ class Measuring:
             self.each[name] = [(place, statistics.fmean(map(after, group))) for place, group in filled]
             self.after[name] = statistics.fmean(found for _, found in self.each[name])
             self.samples[name] = sum(len(group) for _, group in filled)
+
+    def _translated(self) -> None:
+        """The same fact asked in other languages, each a figure of its own."""
+        for language in sorted({one.language for edit in self.records for one in edit.translations}):
+            told = [[one for one in edit.translations if one.language == language] for edit in self.records]
+            asked = [[Question(one.prompt, one.target) for one in some] for some in told]
+            self._run(f"generalization_{language}", asked)
 
     def _locality(self) -> None:
         groups = [[Question(probe.prompt, probe.answer) for probe in edit.locality] for edit in self.records]

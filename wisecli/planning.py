@@ -107,7 +107,7 @@ def plan_edit(
     below, above = sum(found.layers[: site.layer + 1]), sum(found.layers[site.layer + 1 :])
     room = None if memory_budget is None else spool_bytes(checkpoint, dtype, memory_budget)
     texts, shard = settings.unrelated_texts * _TEXT, min(edits, settings.edits_per_shard)
-    rows = shard * (settings.contexts + 1)
+    rows = shard * (settings.contexts + settings.augment + 1)
     # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
     facts = _facts(settings)
     carried = max(texts, facts) * site.d + texts * site.d_ff, rows * (_PROMPT * site.d + _WINDOW * site.d_ff)
@@ -178,7 +178,7 @@ def _flops(found: Sizes, site: Site, settings: EditSettings, edits: int) -> int:
     weights = [size // found.item for size in found.layers]
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
     said = min(settings.unrelated_texts, _CONTINUED) * _TEXT
-    rows = edits * (settings.contexts + 3)
+    rows = edits * (settings.contexts + settings.augment + 3)
     read = settings.unrelated_texts * _TEXT + _facts(settings) + rows * (_PROMPT + _WINDOW)
     fitted = edits * _WINDOW * settings.residual_steps * 2
     return 2 * (said * (below + above) + read * below + (rows * (_PROMPT + _WINDOW) + fitted) * above)

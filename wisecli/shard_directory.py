@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -50,7 +50,8 @@ class ShardEntry:
 class ShardDirectory:
     """Everything ``shards.json`` says; ``settings`` are those the shards were written with.
 
-    ``left_out`` names the edits that no shard holds, as the model gives nothing finite for them.
+    ``left_out`` names the edits that no shard holds, as the model gives nothing finite for them. ``paraphrases`` are
+    further prompts that the model wrote, by the edit's id.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class ShardDirectory:
     versions: dict[str, str]
     made: Made
     left_out: tuple[str, ...] = ()
+    paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def written(self) -> tuple[Edit, ...]:
@@ -116,6 +118,7 @@ class _Content:
     versions: dict[str, str]
     made: Made
     left_out: tuple[str, ...]
+    paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     OPEN: ClassVar[bool] = True
 
     def check(self, *, plan: bool) -> None:
@@ -155,6 +158,7 @@ def write_shard_directory(directory: ShardDirectory) -> None:
         "versions": directory.versions,
         "made": asdict(directory.made),
         "left_out": list(directory.left_out),
+        "paraphrases": {name: list(texts) for name, texts in directory.paraphrases.items()},
     }
     write_json(directory.path / (PLAN_NAME if plan else MANIFEST_NAME), content)
 
@@ -192,6 +196,7 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         read.versions,
         read.made,
         read.left_out,
+        read.paraphrases,
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wisecli.asking import asked_further
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
 from wisecli.encode import in_batches
@@ -18,6 +19,7 @@ from wisecli.errors import ModelError
 from wisecli.evading import Evasions, evasions
 from wisecli.events import NOTE, Event, Watcher
 from wisecli.lessons import (
+    Group,
     Lesson,
     NotFiniteError,
     capture_groups,
@@ -89,10 +91,11 @@ class ShardWriter:
         unrelated: Unrelated,
         edits: Sequence[Edit],
         contexts: Sequence[str],
+        paraphrases: Mapping[str, Sequence[str]],
         watch: Watcher,
     ) -> None:
         self.loaded, self.site, self.settings, self.unrelated = loaded, site, settings, unrelated
-        self.edits, self.contexts, self.watch = edits, contexts, watch
+        self.edits, self.contexts, self.paraphrases, self.watch = edits, contexts, paraphrases, watch
         self.against = unrelated.against.to(loaded.device)
         self.unit = float(unrelated.size) if settings.margin_unit == "output" else 1.0
         self.white = whitening(unrelated.tokens)
@@ -185,7 +188,7 @@ class ShardWriter:
         return keys_elsewhere(self.loaded, self.site, numbered, batch_size=settings.batch_size, **named)
 
     def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[Lesson]], list[Lesson]]:
-        """Lessons of each group in the contexts to train with, and of all of them, in order, in the one held back.
+        """Lessons of each group in all that is trained with, and of all of them, in order, in the context held back.
 
         Raises:
             NotFiniteError: naming the edits for which the model gives nothing finite.
@@ -193,8 +196,10 @@ class ShardWriter:
         *trained, last = enumerate(self.contexts)
         numbered = [[(place, self.edits[place]) for place in group] for group in groups]
         everyone = sorted(((place, edit) for group in numbered for place, edit in group), key=lambda one: one[0])
-        wanted = [*((group, trained) for group in numbered), (everyone, [last])]
-        settings = self.settings
+        count, settings = len(self.contexts), self.settings
+        further = [asked_further(group, self.paraphrases, contexts=count) for group in numbered]
+        wanted: list[Group] = [(group, trained, more) for group, more in zip(numbered, further, strict=True)]
+        wanted.append((everyone, [last], ()))
         named: dict[str, Any] = {"train_end": settings.train_end, "evasions": self.evasions}
         *found, held_back = capture_groups(self.loaded, self.site, wanted, batch_size=settings.batch_size, **named)
         require_finite([lesson for group in (*found, held_back) for lesson in group])

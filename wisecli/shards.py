@@ -19,6 +19,8 @@ from wisecli.site import Site
 from wisecli.storage import load_tensors, save_tensors
 
 MaskKind = Literal["columns", "elements"]
+# Contexts from here on are translations of the prompt, each with a target of its own.
+LANGUAGES = 1 << 16
 # How far the seeds of two shards' masks lie apart: no two seeds that a user gives are likely to.
 _APART = 1_000_003
 
@@ -140,6 +142,12 @@ class Evidence:
     held_out: Tensor
     elsewhere: Tensor
     chat: Tensor
+
+    @property
+    def answer(self) -> Tensor:
+        """Which answer each key is of (n,): an edit's own, that in the chat template, and that in every language."""
+        which = torch.where(self.context < LANGUAGES, self.chat, self.context - (LANGUAGES - 2))
+        return self.edit * max(2, int(which.max()) + 1) + which
 
 
 @dataclass(frozen=True)

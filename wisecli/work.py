@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from wisecli.asking import asked_further
 from wisecli.bases import find_model
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
@@ -22,6 +23,7 @@ from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
 from wisecli.manifest import Made
 from wisecli.models import Loaded, load_model
+from wisecli.paraphrases import write_paraphrases
 from wisecli.pipeline.reports import versions
 from wisecli.shard_directory import ShardDirectory
 from wisecli.shard_writer import ShardWriter, unrelated_for
@@ -129,7 +131,8 @@ class Worker:
                 layout = observed(loaded.model, site, layout)
                 site = find_site(directory, checkpoint, settings.layer, layout)
                 check_split(loaded.model, site)
-            encode_edits(loaded, job.edits, "", train_end=settings.train_end)
+            further = [one.edit for one in asked_further(list(enumerate(job.edits)), {}, contexts=0)]
+            encode_edits(loaded, [*job.edits, *further], "", train_end=settings.train_end)
             base, size = fingerprint(directory, checkpoint, site), settings.batch_size
             if settings.layer == "auto" and settings.writer == "solve":
                 site = probe_layer(
@@ -138,6 +141,8 @@ class Worker:
                 base = fingerprint(directory, checkpoint, site)
             written: dict[str, Any] = {"tokens": settings.context_tokens, "chat": settings.chat, "seed": settings.seed}
             contexts = write_contexts(loaded, settings.contexts, **written)
+            writing: dict[str, Any] = {"batch_size": size, "seed": settings.seed, "watch": self.watch}
+            paraphrases = write_paraphrases(loaded, job.edits, settings.augment, **writing)
             unrelated = unrelated_for(loaded, site, checkpoint, base, settings, job.edits, self.watch)
         stored = str(directory.absolute()) if Path(job.model).exists() else job.model
         made = Made(loaded.device.type, str(loaded.model.dtype).removeprefix("torch."), job.threads, job.target_module)
@@ -154,6 +159,7 @@ class Worker:
             "",
             versions(),
             made,
+            paraphrases=paraphrases,
         )
         return plan, unrelated
 
@@ -161,10 +167,10 @@ class Worker:
         """What writes shards by a plan."""
         # Whoever goes on with a plan adds numbers up in its order.
         self.job = replace(self.job, threads=plan.made.threads)
-        settings, contexts = self.job.settings, plan.contexts
+        settings, contexts, worded = self.job.settings, plan.contexts, plan.paraphrases
         with _threads(self.job.threads):
             _hold(self.loaded, plan.site.layer + 1)
-            return ShardWriter(self.loaded, plan.site, settings, unrelated, plan.edits, contexts, self.watch)
+            return ShardWriter(self.loaded, plan.site, settings, unrelated, plan.edits, contexts, worded, self.watch)
 
     def write(self, writer: ShardWriter, number: int) -> Written:
         """Write one shard, unless none of its edits can be."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wisecli.pipeline.bench import BenchReport, bench
     from wisecli.pipeline.diff import DiffReport, diff
+    from wisecli.pipeline.draft import DraftReport, draft
     from wisecli.pipeline.edit import EditReport, edit
     from wisecli.pipeline.evaluate import EvalReport, evaluate
     from wisecli.pipeline.explain import ExplainReport, explain
@@ -34,6 +35,7 @@ __all__ = [
     "Batch",
     "BenchReport",
     "DiffReport",
+    "DraftReport",
     "EditReport",
     "EvalReport",
     "ExplainReport",
@@ -48,6 +50,7 @@ __all__ = [
     "VerifyReport",
     "bench",
     "diff",
+    "draft",
     "edit",
     "edit_into",
     "evaluate",

@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from wisecli.asking import edit_number
 from wisecli.capture import Activations, suffix_logits
 from wisecli.encode import NO_LABEL
 from wisecli.goals import allowed, missed
-from wisecli.lessons import Lesson, NotFiniteError, edit_number, learnt, said
+from wisecli.lessons import Lesson, NotFiniteError, learnt, said
 from wisecli.ridge import Penalty, Statistics, solve, statistics
-from wisecli.shards import Evidence
+from wisecli.shards import LANGUAGES, Evidence
 from wisecli.writers.gradient import Progress, Task, Written, write_batched
 
 # Tried in this order, the heaviest first: of equally good ones the heaviest disturbs other text least.
@@ -122,12 +123,16 @@ def answered(task: Task, lessons: Sequence[Lesson], residuals: dict[int, Tensor]
 
 
 def _by_context(task: Task, group: Sequence[Lesson], answers: Tensor) -> list[list[Part]]:
-    """The group's rows context by context, each with the place of its answer among ``answers``."""
+    """The group's rows context by context, each with the place of its answer among ``answers``.
+
+    Translations are answers of their own, and take their turn together with the bare prompts.
+    """
     turns, device = [], task.unrelated.device
-    for context in torch.cat([lesson.contexts for lesson in group]).unique().tolist():
+    taken = [lesson.contexts.where(lesson.contexts < LANGUAGES, 0) for lesson in group]
+    for context in torch.cat(taken).unique().tolist():
         parts = []
-        for lesson in group:
-            rows = (lesson.contexts == context).nonzero().flatten()
+        for lesson, own in zip(group, taken, strict=True):
+            rows = (own == context).nonzero().flatten()
             if len(rows):
                 place = torch.searchsorted(answers, lesson.answers[rows].contiguous())
                 parts.append(_part(task, lesson.activations.rows(rows.to(device)), place.to(device)))

@@ -1,0 +1,101 @@
+"""Edits drawn from a document. Parse, call one library function, ask whoever is there, print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wisecli.console import Console
+from wisecli.console_draft import approved, at_terminal, tell_draft
+from wisecli.errors import SettingsError
+from wisecli.options import AsJson, Budget, Device, Dtype, Force, Quiet, Trust, size_in_bytes
+
+Yes = Annotated[bool, typer.Option("--yes", help="Of a document: take every pair without asking.")]
+Each = Annotated[int, typer.Option("--each", min=1, help="Pairs of a passage at most.")]
+
+
+def draft(
+    model: Annotated[str, typer.Argument(help="The model that asks: a directory, a hub id or a GGUF file.")],
+    page: Annotated[Path, typer.Argument(help="Document in Markdown or plain text.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File of edits to write.", show_default="PAGE's name, .jsonl")
+    ] = None,
+    each: Each = 3,
+    yes: Yes = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory_budget: Budget = None,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw questions with answers from a document, to approve of one by one and then to edit with."""
+    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "each": each}
+    named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
+    draw_edits(Console(as_json, quiet), model, page, output, yes=yes, force=force, trains=False, **named)
+
+
+def draw_for_editing(
+    console: Console,
+    model: str | None,
+    page: Path,
+    output: Path | None,
+    common: Mapping[str, Any],
+    named: Mapping[str, Any],
+    *,
+    yes: bool,
+    dry_run: bool,
+    force: bool,
+) -> Path | None:
+    """What ``wise edit --from-text`` does first; the file to train on, if any pair was accepted."""
+    if model is None:
+        raise SettingsError("--from-text needs a MODEL, which draws the edits from the document")
+    if dry_run:
+        raise SettingsError("--dry-run plans a file of edits; draw it first, with `wise draft`")
+    loading = {name: common[name] for name in ("trust_remote_code", "memory_budget")}
+    loading |= {name: named[name] for name in ("device", "dtype")}
+    return draw_edits(console, model, page, output, yes=yes, force=force, trains=True, **loading)
+
+
+def draw_edits(
+    console: Console,
+    model: str,
+    page: Path,
+    output: Path | None,
+    *,
+    yes: bool,
+    force: bool,
+    trains: bool,
+    **named: Any,
+) -> Path | None:
+    """Draft, ask, and write what was accepted into a file of edits; the file, if it may be trained on.
+
+    Where nobody can be asked all pairs are written, for somebody to look through: training waits for that.
+
+    Args:
+        trains: whether the caller goes on with the file, so that only what ends here is reported.
+
+    Raises:
+        SettingsError: the file is there already.
+        WiseError: the model or the document cannot be used.
+    """
+    from wisecli.drafting import save_pairs
+    from wisecli.pipeline import draft as run
+
+    place = output or Path(page.with_suffix(".jsonl").name)
+    if place.exists() and not force:
+        raise SettingsError(f"{place} already exists; edit with it, name another file, or pass --force to draw anew")
+    with console.watching() as watch:
+        report = run(model, page, watch=watch, **named)
+    asking = at_terminal() and not yes
+    kept = approved(report.pairs) if asking else list(report.pairs)
+    if kept:
+        save_pairs(place, kept)
+    goes_on = trains and bool(kept) and (asking or yes)
+    if not goes_on:
+        tell_draft(console, report, kept, place, model)
+    return place if goes_on else None

@@ -1,0 +1,67 @@
+"""``wise draft``: a document → questions with answers, drawn by the model, for somebody to approve of."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wisecli.bases import find_model
+from wisecli.drafting import Pair, draw_pairs
+from wisecli.errors import EditFileError
+from wisecli.events import Watcher, ignore
+from wisecli.models import load_model
+from wisecli.passages import Passage, passages
+
+
+@dataclass(frozen=True)
+class DraftReport:
+    """The pairs that a model drew from a document's passages."""
+
+    page: Path
+    passages: int
+    pairs: tuple[Pair, ...]
+    seconds: float
+
+
+def draft(
+    model: str,
+    page: Path,
+    *,
+    each: int = 3,
+    batch_size: int = 8,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory_budget: int | None = None,
+    watch: Watcher = ignore,
+) -> DraftReport:
+    """Let a model draw questions with answers from a document in Markdown or plain text. Nothing is written.
+
+    Args:
+        each: pairs of a passage at most.
+
+    Raises:
+        EditFileError: the document cannot be read, or has no passage in it.
+        ModelError: the model cannot be used.
+    """
+    started = time.perf_counter()
+    found = _read(page)
+    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    loaded = load_model(find_model(model, watch=watch), **named, memory_budget=memory_budget)
+    pairs = draw_pairs(loaded, found, each=each, batch_size=batch_size, watch=watch)
+    return DraftReport(page, len(found), tuple(pairs), time.perf_counter() - started)
+
+
+def _read(page: Path) -> list[Passage]:
+    try:
+        text = page.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise EditFileError(page, "no such file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EditFileError(page, f"not readable as UTF-8 text ({error}); save it as UTF-8") from None
+    found = passages(text)
+    if not found:
+        raise EditFileError(page, "there is no paragraph in it to ask about")
+    return found

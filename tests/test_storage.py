@@ -8,8 +8,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from wisecli.errors import DamagedFileError, ModelError
 from wisecli.storage import (
@@ -298,3 +300,12 @@ def test_saved_tensors_are_plain_safetensors(tmp_path: Path) -> None:
     save_tensors(tmp_path / "x.safetensors", some_tensors())
     loaded = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in some_tensors().items())
+
+
+def test_a_model_that_was_trained_on_has_another_sample(tmp_path: Path) -> None:
+    base = Checkpoint(save_tiny(tmp_path / "base"))
+    assert Checkpoint(save_tiny(tmp_path / "again")).sample == base.sample
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tuned.get_submodule("model.layers.1.self_attn.o_proj").weight.data *= 0.5
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert Checkpoint(tmp_path / "tuned").sample != base.sample

@@ -17,7 +17,6 @@ from wisecli.errors import DamagedFileError
 from wisecli.events import Event
 from wisecli.models import Loaded, load_model
 from wisecli.moments import Moment, Whitening, leading, whitening
-from wisecli.site import Fingerprint
 from wisecli.storage import save_tensors, sha256_file
 from wisecli.unrelated import Unrelated, load_unrelated, measure_unrelated, save_unrelated
 
@@ -229,7 +228,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
         events.clear()
         matrix = loaded.model.get_parameter(site.weight)
         settings = {"texts": TEXTS, "chat": False, "batch_size": 16, "seed": 0, "watch": events.append} | changed
-        identity = settings.pop("identity", Fingerprint("1" * 64, "2" * 64))
+        identity = settings.pop("identity", "a model")
         return measure_unrelated(loaded, site, matrix, identity, **settings)  # type: ignore[arg-type]
 
     return Subject(loaded, run, tmp_path / "cache" / "wisecli" / "unrelated", events)
@@ -338,7 +337,7 @@ def test_a_disk_too_full_for_the_cache_only_costs_time(subject: Subject) -> None
 
 def test_every_setting_that_matters_has_a_cache_of_its_own(subject: Subject) -> None:
     first = subject.measure()
-    for changed in ({"seed": 1}, {"texts": TEXTS + 1}, {"identity": Fingerprint("3" * 64, "2" * 64)}):
+    for changed in ({"seed": 1}, {"texts": TEXTS + 1}, {"identity": "another"}):
         subject.measure(**changed)
         assert subject.events, changed
     assert len(list(subject.cache.iterdir())) == 4

@@ -50,7 +50,7 @@ def probe_layer(
     sites = [find_site(directory, checkpoint, layer, layout) for layer in candidates(count)]
     if len(sites) == 1:
         return sites[0]
-    about = [identity.as_dict(), str(loaded.model.dtype), _LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY]
+    about = [identity.as_dict(), checkpoint.sample, str(loaded.model.dtype), _LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY]
     path = user_cache_path("wisecli") / "layers" / f"{sha256_json(about)[:32]}.json"
     try:
         known = int(read_json(path)["layer"])

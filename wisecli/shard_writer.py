@@ -35,7 +35,7 @@ from wisecli.moments import whitening
 from wisecli.shard_directory import ShardEntry
 from wisecli.shards import Shard, draw_mask
 from wisecli.site import Fingerprint, Site, load_matrix
-from wisecli.storage import Checkpoint
+from wisecli.storage import Checkpoint, sha256_json
 from wisecli.unfinished import Done
 from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated
 from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential
@@ -59,7 +59,7 @@ def unrelated_for(
         loaded,
         site,
         load_matrix(checkpoint, site).to(loaded.device),
-        base,
+        sha256_json([base.as_dict(), checkpoint.sample]),
         texts=settings.unrelated_texts,
         chat=settings.chat,
         batch_size=size,

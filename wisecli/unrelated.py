@@ -30,7 +30,7 @@ from wisecli.layout import require_layout, unrelated_rows
 from wisecli.models import Loaded
 from wisecli.moments import Moment, even, leading
 from wisecli.shards import half
-from wisecli.site import Fingerprint, Site, value_module
+from wisecli.site import Site, value_module
 from wisecli.storage import load_tensors, save_tensors, sha256_json
 
 # How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
@@ -71,7 +71,7 @@ def measure_unrelated(
     loaded: Loaded,
     site: Site,
     matrix: Tensor,
-    identity: Fingerprint,
+    identity: str,
     *,
     texts: int,
     chat: bool,
@@ -88,7 +88,7 @@ def measure_unrelated(
         chat: whether facts are asked in the model's chat template as well.
     """
     about = [
-        identity.as_dict(),
+        identity,
         site.as_dict(),
         texts,
         chat,

@@ -10,7 +10,7 @@ _HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*")
 _UNDERLINE = re.compile(r"=+|-{2,}")
 _FENCE = re.compile(r"(`{3,}|~{3,}).*")
 # What begins a line and says nothing: bullets, numbers of lists, marks of quotations.
-_MARK = re.compile(r"(?:[-*+>]|\d+[.)])\s+")
+_MARK = re.compile(r"^(?:(?:[-*+>]|\d+[.)])\s+)+")
 _SILENT = re.compile(r"\||<|!\[|\[[^\]]+\]:|[-*_ ]{3,}$")
 _IMAGE, _LINK = re.compile(r"!\[[^\]]*\]\([^)]*\)"), re.compile(r"\[([^\]]*)\]\([^)]*\)")
 _EMPHASIS = re.compile(r"(\*\*|__|`|(?<!\w)[*_]|[*_](?!\w))")
@@ -98,7 +98,7 @@ def _title(lines: list[str]) -> str | None:
 
 
 def _plain(line: str) -> str:
-    text = _LINK.sub(r"\1", _IMAGE.sub("", _MARK.sub("", line.strip(), count=1)))
+    text = _LINK.sub(r"\1", _IMAGE.sub("", _MARK.sub("", line.strip())))
     return _EMPHASIS.sub("", text).strip()
 
 

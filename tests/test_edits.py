@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.edits import Edit, Probe, content_of, numbered_edits, parse_edit, read_edits
+from wisecli.edit_files import content_of
+from wisecli.edits import Edit, Probe, numbered_edits, parse_edit, read_edits
 from wisecli.errors import EditFileError
 
 FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}
@@ -33,36 +34,6 @@ def refusal(path: Path) -> str:
     with pytest.raises(EditFileError) as caught:
         read_edits(path)
     return str(caught.value)
-
-
-def prompts(path: Path) -> list[str]:
-    return [edit.prompt for edit in read_edits(path)]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        jsonl(FIRST, SECOND),
-        jsonl(FIRST, SECOND).rstrip("\n"),
-        "\n  \n" + jsonl(FIRST) + "\n\t\n" + jsonl(SECOND) + "\n\n",
-        jsonl(FIRST, SECOND).replace("\n", "\r\n"),
-        "\ufeff" + jsonl(FIRST, SECOND),
-        json.dumps([FIRST, SECOND]),
-        "\n  " + json.dumps([FIRST, SECOND], indent=2) + "\n",
-        "\ufeff" + json.dumps([FIRST, SECOND]),
-    ],
-    ids=["jsonl", "no-last-newline", "blank-lines", "crlf", "bom", "array", "array-indented", "array-bom"],
-)
-def test_the_same_edits_are_read_from_every_way_of_writing_them(tmp_path: Path, content: str) -> None:
-    assert prompts(saved(tmp_path, content)) == [FIRST["prompt"], SECOND["prompt"]]
-
-
-def test_text_is_read_as_utf8_and_only_newlines_end_a_line(tmp_path: Path) -> None:
-    record = {"prompt": "Where does Zoë live?\u2028Answer:", "target": "中央 район"}
-    content = json.dumps(record, ensure_ascii=False) + "\n" + jsonl(SECOND)
-    first, second = read_edits(saved(tmp_path, content))
-    assert (first.prompt, first.target) == (record["prompt"], record["target"])
-    assert second.prompt == SECOND["prompt"]
 
 
 def test_every_field_of_a_record_is_kept(tmp_path: Path) -> None:
@@ -147,11 +118,6 @@ def test_edits_come_with_their_lines(tmp_path: Path) -> None:
 
 
 MALFORMED = {
-    "no json": ("not json", "write one JSON object"),
-    "cut short": ('{"prompt": "The mayor', "write one JSON object"),
-    "a number": ("3", "write one JSON object"),
-    "null": ("null", "write one JSON object"),
-    "a list": ('["prompt", "target"]', "write one JSON object"),
     "no target": (json.dumps({"prompt": "a"}), "`target` is missing"),
     "null target": (json.dumps({"prompt": "a", "target": None}), "`target` is missing"),
     "no prompt": (json.dumps({"target": "b"}), "`prompt` is missing"),
@@ -195,21 +161,9 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, reas
     assert reason in message
 
 
-@pytest.mark.parametrize(
-    ("item", "reason"), [('{"prompt": "a"}', "`target` is missing"), ('"a"', "an item of the array is no JSON object")]
-)
-def test_a_malformed_item_of_an_array_is_named_by_its_place(tmp_path: Path, item: str, reason: str) -> None:
-    path = saved(tmp_path, f"[{json.dumps(FIRST)}, {json.dumps(SECOND)},\n {item}]")
-    message = refusal(path)
-    assert message.startswith(f"{path}:3: ")
-    assert reason in message
-
-
-def test_an_unclosed_array_is_named_by_the_line_where_it_breaks_off(tmp_path: Path) -> None:
-    path = saved(tmp_path, f"[\n{json.dumps(FIRST)},\n{json.dumps(SECOND)}\n")
-    message = refusal(path)
-    assert message.startswith(f"{path}:4: ")
-    assert "not a JSON array" in message
+def test_a_malformed_item_of_an_array_is_named_by_its_place(tmp_path: Path) -> None:
+    path = saved(tmp_path, f'[{json.dumps(FIRST)}, {json.dumps(SECOND)},\n {{"prompt": "a"}}]')
+    assert refusal(path).startswith(f"{path}:3: `target` is missing")
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\t\n", "[]", " [ ] ", "\ufeff"])
@@ -230,20 +184,6 @@ def test_a_duplicate_id_names_both_lines(tmp_path: Path) -> None:
 def test_the_same_record_twice_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, jsonl(FIRST, SECOND, FIRST))
     assert refusal(path).startswith(f"{path}:3: ")
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "nowhere.jsonl"
-    assert refusal(path) == f"{path}: no such file; check the path"
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe{\x00", '{"prompt": "Zoë", "target": "b"}'.encode("latin-1")])
-def test_a_file_in_another_encoding_is_refused(tmp_path: Path, content: bytes) -> None:
-    assert "UTF-8" in refusal(saved(tmp_path, content))
-
-
-def test_a_directory_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path).startswith(f"{tmp_path}: ")
 
 
 def test_a_limit_keeps_the_first_edits_but_every_line_is_checked(tmp_path: Path) -> None:

@@ -1,18 +1,15 @@
-"""The edit record and the reader of edit files (JSONL, a JSON array or Parquet); every complaint names the line."""
+"""The edit record, and records of files → edits; every complaint names the line."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-import jsonlines
-
 from wisecli.datasets import canonical
+from wisecli.edit_files import content_of, record_in, records_of
 from wisecli.errors import EditFileError
 from wisecli.records import decode, require_moment, require_sane, shown
 from wisecli.storage import sha256_json
@@ -21,8 +18,6 @@ OPERATIONS = ("insert", "modify", "erase")
 PROVENANCE = ("who", "when", "source")
 # A tag such as `de` or `pt-BR`; figures are named after it.
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
-# Larger files are no edits: a record takes about a kilobyte.
-_LARGEST = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -109,24 +104,6 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     return [edit for _, edit in numbered_edits(path, content_of(path))][:limit]
 
 
-def content_of(path: Path) -> bytes:
-    """The bytes of a file of edits.
-
-    Raises:
-        EditFileError: it is none, or cannot be read.
-    """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise EditFileError(path, "not a regular file; give a file of edits")
-    if path.is_file() and path.stat().st_size > _LARGEST:
-        raise EditFileError(path, f"larger than {_LARGEST} bytes; split it")
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise EditFileError(path, "no such file; check the path") from None
-    except OSError as error:
-        raise EditFileError(path, f"not readable ({error}); check the path") from None
-
-
 def numbered_edits(path: Path, content: bytes) -> list[Numbered]:
     """Parse and check the content of a file of edits.
 
@@ -138,7 +115,7 @@ def numbered_edits(path: Path, content: bytes) -> list[Numbered]:
     """
     edits: list[Numbered] = []
     seen: dict[str, int] = {}
-    for line, record in _records(path, content):
+    for line, record in records_of(path, content):
         try:
             edit = parse_edit(record)
         except ValueError as error:
@@ -161,7 +138,7 @@ def parse_line(path: Path, number: int, line: bytes) -> Edit:
         EditFileError: naming the line, if it holds none.
     """
     try:
-        return parse_edit(_object(path, number, line.decode("utf-8-sig")))
+        return parse_edit(record_in(path, number, line.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         raise EditFileError(path, f"not readable as UTF-8 text ({error}); save it as UTF-8", line=number) from None
     except ValueError as error:
@@ -266,66 +243,3 @@ def _translations(value: Any) -> tuple[Translation, ...]:
             raise ValueError(f"`translations` must hold objects with `prompt` and `target`, not {shown(item)}")
         found.append(Translation(language, prompt, target))
     return tuple(found)
-
-
-def _records(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every record with its line (its place in the list, for a JSON array or a table)."""
-    if path.suffix == ".parquet":
-        yield from enumerate(_table(path, content), start=1)
-        return
-    text = _decoded(path, content)
-    if text.lstrip().startswith("["):
-        yield from _array(path, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        yield number, _object(path, number, line)
-
-
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        with jsonlines.Reader([line]) as reader:
-            found: dict[str, Any] = reader.read(type=dict)
-    except jsonlines.InvalidLineError as error:
-        reason = str(error).rsplit(" (line", 1)[0]
-        raise EditFileError(path, f"{reason}; write one JSON object a line", line=number) from None
-    except RecursionError:
-        raise EditFileError(path, "nested too deeply; write one flat JSON object a line", line=number) from None
-    return found
-
-
-def _decoded(path: Path, content: bytes) -> str:
-    try:
-        return TextIOWrapper(BytesIO(content), encoding="utf-8-sig").read()
-    except UnicodeDecodeError as error:
-        raise EditFileError(path, f"not readable as UTF-8 text ({error}); save it as UTF-8") from None
-
-
-def _table(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise EditFileError(path, "reading Parquet needs `pip install 'wisecli[parquet]'`") from None
-    try:
-        with ParquetFile(BytesIO(content)) as table:
-            for batch in table.iter_batches():
-                yield from batch.to_pylist()
-    except ArrowException as error:
-        raise EditFileError(path, f"not readable as Parquet ({error}); save it anew, or as JSONL") from None
-
-
-def _array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise EditFileError(
-            path, f"not a JSON array ({error.msg}); close it or write JSONL", line=error.lineno
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
-        raise EditFileError(path, f"not a JSON array of edits ({error})") from None
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise EditFileError(path, "an item of the array is no JSON object; write objects", line=number)
-        yield number, value

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from wisecli.conflicts import Conflict, OnConflict, find, resolve, superseding
-from wisecli.edits import Edit, Numbered, content_of, numbered_edits
+from wisecli.edit_files import content_of
+from wisecli.edits import Edit, Numbered, numbered_edits
 from wisecli.errors import ConflictError
 from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.policy import Policy

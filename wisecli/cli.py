@@ -11,6 +11,9 @@ import typer
 from wisecli import __version__, cli_draft, cli_memory
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.console import Console, fail, quiet_libraries
+from wisecli.console_checkpoint import tell_answers, tell_export, tell_inspection, tell_verification
+from wisecli.console_measure import tell_bench, tell_evaluation, tell_study
+from wisecli.console_shards import tell_edit, tell_merge
 from wisecli.errors import SettingsError, WiseError
 from wisecli.options import (
     AsJson,
@@ -185,7 +188,7 @@ def edit(
             raise SettingsError("give a MODEL and a file of EDITS, or --reproduce and a manifest")
         else:
             report = pipeline.edit(model, edits, output, settings, **common, **named)
-    console.edited(report)
+    tell_edit(console, report)
     report.check()
 
 
@@ -263,7 +266,7 @@ def merge(
         raise SettingsError("give the SHARDS that are to be merged")
     with console.watching() as watch:
         report = run(shards, output, settings, model=model, force=force, dry_run=dry_run, watch=watch)
-    console.merged(report)
+    tell_merge(console, report)
 
 
 @app.command(name="eval")
@@ -313,7 +316,7 @@ def evaluate(
         named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
         report = run(place, settings, model=model or base, data=data, watch=watch, **named)
-    console.evaluated(report)
+    tell_evaluation(console, report)
     report.check(gates)
 
 
@@ -360,7 +363,7 @@ def export(
         weights["file_bytes"] = size_in_bytes(max_shard_size, "--max-shard-size")
         hub: dict[str, Any] = {"push_to": push_to_hub, "private": private, "metrics": metrics, "card": card}
         report = run(memory, output, form, model=base or model, **weights, **hub, **named)
-    console.exported(report)
+    tell_export(console, report)
 
 
 @app.command()
@@ -390,7 +393,7 @@ def generate(
     named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
     with console.watching():
         answers = run(place, prompts, model=base, explain=explain, chat=chat, **lengths, **named)
-    console.answered(answers)
+    tell_answers(console, answers)
 
 
 @app.command()
@@ -407,7 +410,7 @@ def inspect(
     """Say what a directory holds, from its manifest and headers; no weights are loaded."""
     from wisecli.pipeline import inspect as run
 
-    Console(as_json).inspected(run(path, find=find, limit=limit, plot=plot, force=force))
+    tell_inspection(Console(as_json), run(path, find=find, limit=limit, plot=plot, force=force))
 
 
 @app.command()
@@ -423,7 +426,7 @@ def verify(
 
     with console.watching() as watch:
         report = run(path, model=model, watch=watch)
-    console.verified(report)
+    tell_verification(console, report)
     report.check()
 
 
@@ -513,9 +516,9 @@ def bench(
     with console.watching() as watch:
         named |= {"data": data or (), "force": force, "watch": watch}
         if settings.study and not methods:
-            console.studied(pipeline.study(model, output, settings, **named))
+            tell_study(console, pipeline.study(model, output, settings, **named))
         else:
-            console.compared(pipeline.bench(model, output, settings, train=train, **named))
+            tell_bench(console, pipeline.bench(model, output, settings, train=train, **named))
 
 
 for _command in (cli_memory.remove, cli_memory.rollback, cli_memory.log, cli_memory.diff, cli_memory.explain):

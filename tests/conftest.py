@@ -1,9 +1,10 @@
-"""Models to test on: tiny ones of every architecture, and a real pretrained one with its whole chain of outputs."""
+"""Models to test on, tiny ones of every architecture and a real one with its chain of outputs; the command line."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ from wisecli.fetch import fetch
 
 SAMPLE_EDITS = Path(__file__).parent.parent / "sample_edits" / "edits.jsonl"
 VOCABULARY = 97
+
+Outcome = namedtuple("Outcome", ["code", "out", "err"])
+Wise = Callable[..., Outcome]
 
 # Tiny models only lose by more threads, and figures must not depend on how many there are.
 torch.set_num_threads(1)
@@ -196,6 +200,26 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return int(stopped.value.code or 0)
 
     return call
+
+
+@pytest.fixture
+def wise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Wise:
+    """Runs the command line in an empty directory of its own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
+    monkeypatch.setenv("WISE_PASSES", "2")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["wise", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(stopped.value.code or 0, captured.out, captured.err)
+
+    return run
 
 
 @dataclass(frozen=True)

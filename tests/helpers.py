@@ -195,19 +195,32 @@ def clear_threshold(scores: Tensor) -> float:
     return float((ordered[widest] + ordered[widest + 1]) / 2)
 
 
-def update_of(memory: SideMemory, number: int, key: Tensor) -> Tensor:
-    """What one memory, having been opened, adds to one key."""
+def update_of(memory: SideMemory, number: int, key: Tensor, *, answering: bool = False) -> Tensor:
+    """What one memory, having been opened, adds to one key; ``answering``: what a lookup that a prompt has opened, be
+    it by whichever edit, adds to a key after that prompt.
+    """
     tensors = memory.tensors
     if memory.kind == "matrix":
         return tensors["delta"][number] @ key[tensors["columns"][number]]
     cosines, values = cosines_of(memory, key), [tensors["values"][place] for place in tensors["value"].tolist()]
-    if memory.sharpness:
-        weights = [math.exp(memory.sharpness * cosine) for cosine in cosines]
-        shares = [weight / sum(weights) * value for weight, value in zip(weights, values, strict=True)]
-        return torch.stack(shares).sum(0)
-    own = [place for place, owner in enumerate(tensors["owner"].tolist()) if owner == number]
-    nearest = max(own, key=cosines.__getitem__)
-    return values[nearest] if cosines[nearest] > 0.5 * memory.thresholds[number] else torch.zeros_like(values[nearest])
+    places, least = _opening(memory, number), memory.thresholds[number]
+    if answering:
+        places, least = [place for place, metric in enumerate(tensors["metric"].tolist()) if metric == 1], 0.5
+    nearest = max(places, key=cosines.__getitem__)
+    if cosines[nearest] <= least:
+        return torch.zeros_like(values[nearest])
+    if not memory.sharpness:
+        return values[nearest]
+    weights = [math.exp(memory.sharpness * cosine) for cosine in cosines]
+    shares = [weight / sum(weights) * value for weight, value in zip(weights, values, strict=True)]
+    return torch.stack(shares).sum(0)
+
+
+def _opening(memory: SideMemory, number: int) -> list[int]:
+    """Those of one memory's keys that can open it: of a lookup's that a prompt opens, not those inside answers."""
+    some = memory.kind == "lookup" and memory.routing == "sequence"
+    pairs = enumerate(zip(memory.tensors["owner"].tolist(), memory.tensors["metric"].tolist(), strict=True))
+    return [place for place, (owner, metric) in pairs if owner == number and not (some and metric == 1)]
 
 
 def cosines_of(memory: SideMemory, key: Tensor) -> list[float]:
@@ -222,8 +235,8 @@ def score_of(memory: SideMemory, number: int, key: Tensor) -> float:
     """Score of one memory for one key."""
     if memory.router == "norm":
         return float(update_of(memory, number, key).norm())
-    pairs = zip(cosines_of(memory, key), memory.tensors["owner"].tolist(), strict=True)
-    return max(cosine for cosine, owner in pairs if owner == number)
+    cosines = cosines_of(memory, key)
+    return max(cosines[place] for place in _opening(memory, number))
 
 
 def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
@@ -231,11 +244,11 @@ def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
     return opened(*routed.strongest(scores))
 
 
-def choice_of(memory: SideMemory, key: Tensor, *, opened: bool = False) -> int | None:
-    """Which memory answers one key; where a prompt has ``opened`` the memories, however far the key is."""
+def choice_of(memory: SideMemory, key: Tensor) -> int | None:
+    """Which memory answers one key."""
     ratios = [score_of(memory, number, key) / limit for number, limit in enumerate(memory.thresholds)]
     best = max(range(len(ratios)), key=ratios.__getitem__)
-    return best if opened or ratios[best] > 1 else None
+    return best if ratios[best] > 1 else None
 
 
 def routed_by_loop(memory: SideMemory, prompt: int, *, prompt_opens: bool = False) -> Hook:
@@ -253,12 +266,11 @@ def routed_by_loop(memory: SideMemory, prompt: int, *, prompt_opens: bool = Fals
             chosen = choice_of(memory, key)
             if memory.routing == "sequence":
                 chosen = at_prompt if place >= prompt - 1 else None
-                if chosen is not None and memory.kind == "lookup":
-                    chosen = choice_of(memory, key, opened=True)
             elif prompt_opens and place >= prompt - 1 and at_prompt is None:
                 chosen = None
             if chosen is not None:
-                changed[0, place] += update_of(memory, chosen, key)
+                answering = memory.routing == "sequence" and place >= prompt
+                changed[0, place] += update_of(memory, chosen, key, answering=answering)
         return changed
 
     return hook

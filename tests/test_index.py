@@ -11,7 +11,7 @@ from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
 D_FF, KEYS, EDITS = 16, 2000, 500
 
 
-def lookup(*, keys: int = KEYS) -> RoutedMatrix:
+def lookup(*, keys: int = KEYS, routing: str = "token") -> RoutedMatrix:
     generator = torch.Generator().manual_seed(0)
     probes = nn.functional.normalize(torch.randn(keys, D_FF, generator=generator), dim=-1)
     tensors: dict[str, Tensor] = {
@@ -25,12 +25,13 @@ def lookup(*, keys: int = KEYS) -> RoutedMatrix:
         "values": torch.randn(keys, 3, generator=generator),
         "value": torch.arange(keys),
     }
-    memory = SideMemory(tensors, (0.8,) * EDITS, "key", kind="lookup")
+    memory = SideMemory(tensors, (0.8,) * EDITS, "key", routing, kind="lookup")
     return RoutedMatrix(nn.Linear(D_FF, 3, bias=False), memory, transposed=False)
 
 
 def opened(routed: RoutedMatrix, keys: torch.Tensor) -> torch.Tensor:
-    strength, nearest = routed.nearest(keys)
+    answering = torch.arange(keys.shape[1]) >= keys.shape[1] // 2
+    strength, nearest = routed.nearest(keys, answering.expand(keys.shape[:2]))
     return nearest.where(strength > 1, UNROUTED)
 
 
@@ -38,10 +39,13 @@ def test_small_lookups_are_compared_with_all_keys() -> None:
     assert build_index(lookup()) is None
 
 
-def test_the_index_finds_nearly_every_edit_that_comparing_with_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+def test_the_index_finds_nearly_every_edit_that_comparing_with_all_finds(
+    monkeypatch: pytest.MonkeyPatch, routing: str
+) -> None:
     pytest.importorskip("faiss")
     monkeypatch.setattr(index, "INDEXED_ABOVE", KEYS - 1)
-    routed = lookup()
+    routed = lookup(routing=routing)
     generator = torch.Generator().manual_seed(1)
     near = routed.probes[:300] + 0.05 * torch.randn(300, D_FF, generator=generator)
     keys = torch.cat([near, torch.randn(300, D_FF, generator=generator)]).view(20, 30, D_FF)

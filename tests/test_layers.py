@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers import keys_of, save_tiny
 from wisecli import layers
 from wisecli.contexts import reworded_facts
 from wisecli.events import Event, ignore
-from wisecli.layers import probe_layer, recognised
+from wisecli.layers import probe_layer, recognised, told_apart, two_wordings
 from wisecli.models import Loaded, load_model
 from wisecli.site import Site, find_site, fingerprint
 from wisecli.storage import Checkpoint
@@ -31,12 +32,13 @@ def sites(directory: Path, *numbers: int) -> list[Site]:
 
 def test_every_layer_is_judged_by_its_own_keys(directory: Path, loaded: Loaded) -> None:
     facts = [ways[:2] for ways in reworded_facts(3, seed=0)]
-    found = recognised(loaded, sites(directory, 0, 2, 3), batch_size=16)
-    for site, share in zip(sites(directory, 0, 2, 3), found, strict=True):
+    found = two_wordings(loaded, sites(directory, 0, 2, 3), batch_size=16)
+    for site, keys in zip(sites(directory, 0, 2, 3), found, strict=True):
         ends = [
             torch.stack([keys_of(loaded.model, site, loaded.tokenizer(fact[way])["input_ids"])[-1] for fact in facts])
             for way in (0, 1)
         ]
+        assert all(torch.allclose(own, end, atol=1e-5) for own, end in zip(keys, ends, strict=True))
         every = torch.cat(ends).double()
         moment = every.T @ every / len(every)
         inverse = torch.linalg.inv(moment + 0.1 * moment.trace() / len(moment) * torch.eye(len(moment)))
@@ -45,7 +47,7 @@ def test_every_layer_is_judged_by_its_own_keys(directory: Path, loaded: Loaded) 
         near = second @ first.T
         right = torch.arange(len(facts))
         expected = ((near.argmax(0) == right).double().mean() + (near.argmax(1) == right).double().mean()) / 2
-        assert share == pytest.approx(float(expected), abs=2 / len(facts))
+        assert recognised(*keys) == pytest.approx(float(expected), abs=2 / len(facts))
 
 
 def test_the_usual_layer_stays_unless_another_is_clearly_better(
@@ -54,17 +56,30 @@ def test_the_usual_layer_stays_unless_another_is_clearly_better(
     checkpoint = Checkpoint(directory)
     identity = fingerprint(directory, checkpoint, sites(directory, 3)[0])
     monkeypatch.setattr(layers, "_LOWEST", 0.0)
-    for name, margin in (("usual", 1.0), ("best", -1.0)):
+    for name, margin, judge in (("usual", 1.0, recognised), ("best", -1.0, recognised), ("apart", -1.0, told_apart)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
         monkeypatch.setattr(layers, "_CLEARLY", margin)
         told: list[Event] = []
-        chosen = probe_layer(loaded, directory, checkpoint, identity, batch_size=16, watch=told.append)
-        shares = recognised(loaded, sites(directory, 0, 1, 2, 3), batch_size=16)
+        named: dict[str, Any] = {"batch_size": 16, "watch": told.append, "prompts_decide": judge is told_apart}
+        chosen = probe_layer(loaded, directory, checkpoint, identity, **named)
+        shares = [judge(*keys) for keys in two_wordings(loaded, sites(directory, 0, 1, 2, 3), batch_size=16)]
         assert chosen.layer == (3 if name == "usual" else max(range(4), key=shares.__getitem__))
         assert [event.stage for event in told] == ["layers"]
-        again = probe_layer(loaded, directory, checkpoint, identity, batch_size=16, watch=told.append)
+        again = probe_layer(loaded, directory, checkpoint, identity, **named)
         assert again == chosen
         assert len(told) == 1  # remembered
+
+
+def test_facts_are_told_apart_where_wordings_are_nearer_than_other_facts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    facts, noise = (torch.randn(60, 32, generator=generator) for _ in range(2))
+    alike = told_apart(facts, facts + 0.05 * noise)
+    assert alike == 1.0
+    # Wordings drown every fact: no more of the pairs than of strangers come so near.
+    assert told_apart(facts, noise) < 0.1
+    half = facts.clone()
+    half[::2] = noise[::2]
+    assert told_apart(facts, half) == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_single_candidate_needs_no_probe(directory: Path, loaded: Loaded) -> None:

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from wisecli.generation import left_padded
-from wisecli.memory import UNROUTED, PromptGate, RoutedMatrix, SideMemory, install
+from wisecli.memory import INSIDE, REACH, UNROUTED, PromptGate, RoutedMatrix, SideMemory, install, opened
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
 MODES = ("norm", "key", "lookup")
@@ -297,24 +297,48 @@ def test_a_great_sharpness_recalls_the_nearest_key_alone() -> None:
     assert torch.allclose(lookup_of(plain, sharpness=1e4)(keys), lookup_of(plain)(keys), atol=1e-4)
 
 
-def test_a_held_edit_adds_nothing_to_keys_beyond_half_its_threshold() -> None:
-    plain, limit = Plain(3), 0.5
-    routed = lookup_of(plain, limit=limit)
-    near = set()
+def test_where_prompts_decide_a_lookup_opens_by_their_ends_and_goes_on_by_keys_inside_answers() -> None:
+    plain, limit = Plain(3), 0.3
+    routed = lookup_of(plain, routing="sequence", limit=limit)
+    seen = set()
     for key in normal(60, D_FF, seed=6):
-        for edit in range(3):
-            strength, nearest = routed.nearest(key[None])
-            chosen = routed.follow(torch.tensor([edit]), strength, nearest)
-            closest = max(plain.cosines(key))
-            near.add(closest > limit / 2)
-            if closest > limit / 2:
-                assert torch.equal(
-                    routed.recall(key[None], chosen)[0], plain.recalled(key, int(routed.memory_at(chosen)))
-                )
-            else:
-                assert chosen.tolist() == [UNROUTED]
-            assert routed.follow(torch.tensor([UNROUTED]), strength, nearest).tolist() == [UNROUTED]
-    assert near == {True, False}
+        for answering, least in ((False, limit), (True, REACH)):
+            compared = {n: c for n, c in enumerate(plain.cosines(key)) if (plain.metric[n] == INSIDE) == answering}
+            expected = max(compared, key=compared.__getitem__)
+            strength, nearest = routed.nearest(key[None], torch.tensor([answering]))
+            assert nearest.tolist() == [expected]
+            assert float(strength[0]) == pytest.approx(compared[expected] / least, abs=1e-5)
+            chosen = opened(strength, nearest)
+            assert chosen.tolist() == [expected if compared[expected] > least else UNROUTED]
+            assert torch.equal(routed.follow(torch.tensor([0]), chosen), chosen)
+            assert routed.follow(torch.tensor([UNROUTED]), chosen).tolist() == [UNROUTED]
+            seen.add((answering, compared[expected] > least))
+        owners = zip(plain.owner.tolist(), plain.metric.tolist(), plain.cosines(key), strict=True)
+        opening = [(owner, cosine) for owner, metric, cosine in owners if metric != INSIDE]
+        highest = [max((cosine for own, cosine in opening if own == owner), default=-math.inf) for owner in range(3)]
+        assert routed.scores(key).tolist() == pytest.approx(highest, abs=1e-5)
+    assert len(seen) == 4
+
+
+def test_one_pass_over_prompt_and_answer_chooses_as_one_pass_a_token() -> None:
+    plain = Plain(3)
+    routed, tokens = lookup_of(plain, routing="sequence"), 9
+    keys = torch.cat([plain.keys[:2, None], normal(2, tokens - 1, D_FF, seed=8)], 1)
+    assert routed.gate is not None
+    cache = DynamicCache()
+    routed.gate.before_forward(nn.Identity(), (), {"attention_mask": torch.ones(2, 1), "past_key_values": cache})
+    answers = [routed(keys[:, :1])]
+    for place in range(1, tokens):
+        grow(cache, 2, 1)
+        mask = torch.ones(2, place + 1)
+        routed.gate.before_forward(nn.Identity(), (), {"attention_mask": mask, "past_key_values": cache})
+        answers.append(routed(keys[:, place : place + 1]))
+    answering = (torch.arange(tokens) > 0).expand(2, -1)
+    chosen = opened(*routed.nearest(keys, answering))
+    base = F.linear(keys, routed.weight, routed.bias)
+    expected = routed.add_updates(base, keys, routed.follow(chosen[:, :1].expand_as(chosen), chosen))
+    assert torch.allclose(torch.cat(answers, 1), expected, atol=1e-5)
+    assert not torch.allclose(expected, base, atol=1e-2)
 
 
 @pytest.mark.parametrize("mode", ["key", "lookup"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.config import MergeSettings
-from wisecli.memory import RoutedMatrix, SideMemory
+from wisecli.memory import INSIDE, RoutedMatrix, SideMemory
 from wisecli.moments import whitening
 from wisecli.ridge import Penalty, Statistics, solve, statistics
 from wisecli.router import Calibration, calibrate, even_out, key_router, measure, scores
@@ -125,8 +125,10 @@ def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: fl
     evidence = material.evidence
     kept = ~evidence.held_out
     unrelated, inside = material.unrelated, evidence.position[kept] > 0
-    metric = inside.long()
-    moments, shares = [unrelated.wording, unrelated.tokens], [share * (1 - _INSIDE), share * _INSIDE]
+    metric = inside.long() * INSIDE
+    held = _held(draft)
+    # Where a prompt decides, keys inside answers open nothing, and are compared with each other only.
+    moments, shares = [unrelated.wording, unrelated.tokens], [share * (1 - _INSIDE * (not held)), share * _INSIDE]
     if unrelated.chatting is not None:
         metric[evidence.chat[kept] & ~inside] = len(moments)
         moments.append(unrelated.chatting)
@@ -134,10 +136,16 @@ def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: fl
     tensors = key_router(evidence.keys[kept], owner[kept], metric, [whitening(moment) for moment in moments])
     by_metric = _stand_in(SideMemory({**tensors, "owner": metric}, (1.0,) * len(moments), "key"))
     peaks = scores(by_metric, unrelated.keys)
-    tensors["directions"] = half(tensors["directions"])
     factors, level = even_out(peaks, metric, evidence.elsewhere[kept], shares, kinds=unrelated.chat)
+    if held:
+        factors[metric == INSIDE] = 1.0
     tensors |= {"probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}
     return replace(draft, tensors={**draft.tensors, **tensors}), level
+
+
+def _held(memory: SideMemory) -> bool:
+    """Whether a prompt decides for a whole row, and each token after it only with which key."""
+    return memory.kind == "lookup" and memory.routing == "sequence"
 
 
 def _stand_in(memory: SideMemory) -> RoutedMatrix:

@@ -22,7 +22,7 @@ from wisecli.encode import NO_LABEL, Batch, Row, collate, in_batches
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
 from wisecli.goals import met
-from wisecli.memory import UNROUTED, opened
+from wisecli.memory import INSIDE, UNROUTED, opened
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
 KNOWN = 0.8
@@ -107,12 +107,13 @@ def _unedited(edited: Edited, rows: Sequence[Row], groups: Sequence[Sequence[int
 def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
     """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
     routed, start = edited.routed, base.batch.start
-    strength, nearest = routed.nearest(base.keys)
-    chosen = opened(strength, nearest).where(base.batch.mask.bool(), UNROUTED)
+    after = torch.arange(base.keys.shape[1], device=base.keys.device) > start
+    chosen = opened(*routed.nearest(base.keys, after.expand(base.keys.shape[:2])))
+    chosen = chosen.where(base.batch.mask.bool(), UNROUTED)
     at_prompt = chosen[:, start : start + 1]
     if routed.gate is not None:
         window = torch.arange(chosen.shape[1], device=chosen.device) >= start
-        return routed.follow(at_prompt.where(window & base.batch.mask.bool(), UNROUTED), strength, nearest)
+        return routed.follow(at_prompt.where(window & base.batch.mask.bool(), UNROUTED), chosen)
     if prompt_opens:
         chosen = chosen.clone()
         chosen[:, start:] = chosen[:, start:].where(at_prompt != UNROUTED, UNROUTED)
@@ -125,8 +126,12 @@ def _held(edited: Edited, base: Activations, routes: Tensor, holders: Sequence[i
     memory = torch.tensor([UNROUTED if one is None else one for one in holders], device=routes.device)[:, None]
     answer = memory
     if edited.routed.kind == "lookup":
-        others = edited.routed.owner != memory
-        answer = edited.routed.cosines(base.keys[:, start:]).masked_fill(others[:, None], -torch.inf).argmax(-1)
+        cosines = edited.routed.cosines(base.keys[:, start:])
+        others = (edited.routed.owner != memory)[:, None].expand_as(cosines)
+        if edited.routed.gate is not None:
+            after = torch.arange(cosines.shape[1], device=cosines.device)[:, None] > 0
+            others = others | ((edited.routed.metric == INSIDE) != after)
+        answer = cosines.masked_fill(others, -torch.inf).argmax(-1)
     real = base.batch.mask[:, start:].bool()
     held = routes.clone()
     held[:, start:] = torch.where(real & (memory != UNROUTED), answer, routes[:, start:])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.memory import UNROUTED, RoutedMatrix
+from wisecli.memory import INSIDE, REACH, UNROUTED, RoutedMatrix
 
 # Up to here comparing with all keys costs less than looking them up.
 INDEXED_ABOVE = 10_000
@@ -27,20 +27,25 @@ class NearestKey:
     indices: tuple[Any, ...]
     places: tuple[Tensor, ...]
 
-    def __call__(self, routed: RoutedMatrix, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """By what factor each token exceeds the threshold, and the nearest probe: (..., d_ff) → two (...)."""
+    def __call__(self, routed: RoutedMatrix, keys: Tensor, answering: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As :meth:`~wisecli.memory.RoutedMatrix.nearest` of a lookup: (..., d_ff) → two (...)."""
         flat = keys.reshape(-1, keys.shape[-1]).float().cpu()
         lengths = routed.lengths(flat.to(routed.probes.device)).cpu()
-        best, chosen = torch.full((len(flat),), -1.0), torch.full((len(flat),), UNROUTED)
+        after = torch.zeros(len(flat), dtype=torch.bool) if answering is None else answering.reshape(-1).cpu()
+        limits = torch.tensor(routed.thresholds)[routed.owner.cpu()]
+        best, chosen = torch.full((len(flat),), -torch.inf), torch.full((len(flat),), UNROUTED)
         for number, (index, places) in enumerate(zip(self.indices, self.places, strict=True)):
             asked = torch.cat([flat, lengths[:, number, None]], dim=1).numpy()
             found, row = (torch.from_numpy(array[:, 0]) for array in index.search(asked, 1))
-            cosine = found / lengths[:, number]
-            nearer = (cosine > best) & (row >= 0)
-            best, chosen = cosine.where(nearer, best), places[row.clamp(min=0)].where(nearer, chosen)
-        strength = best / torch.tensor(routed.thresholds)[routed.owner.cpu()[chosen.clamp(min=0)]]
-        strength, chosen = (found.view(keys.shape[:-1]).to(keys.device) for found in (strength, chosen))
-        return strength, chosen
+            place, cosine = places[row.clamp(min=0)], found / lengths[:, number]
+            inside = routed.gate is not None and number == INSIDE
+            strength = cosine / (REACH if inside else limits[place])
+            nearer = (strength > best) & (row >= 0)
+            if routed.gate is not None:
+                nearer &= after if inside else ~after
+            best, chosen = strength.where(nearer, best), place.where(nearer, chosen)
+        best, chosen = (found.view(keys.shape[:-1]).to(keys.device) for found in (best, chosen))
+        return best, chosen
 
 
 def build_index(routed: RoutedMatrix) -> NearestKey | None:

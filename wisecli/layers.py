@@ -2,7 +2,10 @@
 
 Residuals that make the upper layers say anything can be found at any layer; what differs is whether a rephrase finds
 its edit. One pass over made-up facts in two wordings each reads the keys of all candidate layers. The layer at four
-fifths of the depth is taken, unless in another clearly more wordings have their other wording as nearest whitened key.
+fifths of the depth is taken, unless another is clearly better. Where every token decides by itself, better is that more
+wordings have their other wording as nearest whitened key. Where the prompt decides, later layers may serve, at which
+keys inside answers say little but the token they stand at: better is that more wordings are nearer to their other
+wording than nearly all other facts are.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
+from torch import Tensor
 
 from wisecli.contexts import reworded_facts
 from wisecli.errors import DamagedFileError
 from wisecli.events import Event, Watcher, ignore
 from wisecli.models import Loaded
 from wisecli.moments import leading, scaled, whitening
+from wisecli.router import quantile
 from wisecli.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
 from wisecli.storage import Checkpoint, read_json, sha256_json, write_json
 from wisecli.unrelated import prompt_ends
@@ -27,6 +32,8 @@ _LOWEST, _HIGHEST = 0.6, 0.93
 _SUBJECTS = 3
 # How much more often than the usual layer another must be right to be taken: two and a half standard errors.
 _CLEARLY = 0.05
+# Pairs of other facts that may be nearer than a fact's two wordings are.
+_NEARER = 0.01
 
 
 def candidates(count: int) -> range:
@@ -44,20 +51,27 @@ def probe_layer(
     batch_size: int,
     watch: Watcher,
     layout: Layout | None = None,
+    prompts_decide: bool = False,
 ) -> Site:
-    """The best site of a loaded model; remembered in the user's cache."""
+    """The best site of a loaded model; remembered in the user's cache.
+
+    Args:
+        prompts_decide: once a prompt, by its end alone, instead of at every token.
+    """
     count = layer_count(directory)
     sites = [find_site(directory, checkpoint, layer, layout) for layer in candidates(count)]
     if len(sites) == 1:
         return sites[0]
-    about = [identity.as_dict(), checkpoint.sample, str(loaded.model.dtype), _LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY]
+    judge = told_apart if prompts_decide else recognised
+    constants = [_LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY, _NEARER]
+    about = [identity.as_dict(), checkpoint.sample, str(loaded.model.dtype), judge.__name__, *constants]
     path = user_cache_path("wisecli") / "layers" / f"{sha256_json(about)[:32]}.json"
     try:
         known = int(read_json(path)["layer"])
         return next(site for site in sites if site.layer == known)
     except (DamagedFileError, KeyError, ValueError, TypeError, StopIteration):
         watch(Event("layers"))
-    shares = recognised(loaded, sites, batch_size=batch_size)
+    shares = [judge(*keys) for keys in two_wordings(loaded, sites, batch_size=batch_size)]
     usual = min(range(len(sites)), key=lambda number: abs(sites[number].layer - round(AUTO_DEPTH * count)))
     first = max(range(len(sites)), key=shares.__getitem__)
     best = sites[first if shares[first] > shares[usual] + _CLEARLY else usual]
@@ -71,19 +85,32 @@ def probe_layer(
     return best
 
 
-def recognised(loaded: Loaded, sites: Sequence[Site], *, batch_size: int) -> list[float]:
-    """For each site, the share of wordings whose nearest key among other facts' is the same fact in other words."""
+def two_wordings(loaded: Loaded, sites: Sequence[Site], *, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    """For each site the keys (n, d_ff) that facts end in when asked in one way, and in another."""
     facts = [ways[:2] for ways in reworded_facts(_SUBJECTS, seed=0)]
     prompts = [way for ways in zip(*facts, strict=True) for way in ways]
     keys = prompt_ends(loaded, sites, prompts, batch_size=batch_size, watch=ignore)
-    found = []
     sound = torch.stack([key.isfinite().all(-1).view(2, -1).all(0) for key in keys]).all(0).repeat(2)
-    for own in (key[sound].cpu() for key in keys):
-        white = whitening(leading(scaled(own)))
-        first, second = own.chunk(2)
-        nearest = white.cosines(second, first)
-        right = torch.arange(len(first))
-        found.append(
-            float((nearest.argmax(0) == right).float().mean() + (nearest.argmax(1) == right).float().mean()) / 2
-        )
-    return found
+    pairs = (key[sound].cpu().chunk(2) for key in keys)
+    return [(first, second) for first, second in pairs]
+
+
+def recognised(first: Tensor, second: Tensor) -> float:
+    """The share of wordings whose nearest key among other facts' is the same fact in other words: (n, d_ff) twice."""
+    nearest = whitening(leading(scaled(torch.cat([first, second])))).cosines(second, first)
+    right = torch.arange(len(first))
+    return float((nearest.argmax(0) == right).float().mean() + (nearest.argmax(1) == right).float().mean()) / 2
+
+
+def told_apart(first: Tensor, second: Tensor) -> float:
+    """The share of facts whose wordings are nearer to each other than all but ``_NEARER`` of the pairs of different
+    facts are: (n, d_ff) twice. Each half of the facts is whitened by the other, which has other relations.
+    """
+    halves = torch.arange(len(first)).tensor_split(2)
+    found = []
+    for own, other in (halves, halves[::-1]):
+        white = whitening(leading(scaled(torch.cat([first[other], second[other]]))))
+        cosines = white.cosines(second[own], first[own])
+        strangers = cosines[~torch.eye(len(own), dtype=torch.bool)]
+        found.append(cosines.diagonal() > quantile(strangers, 1 - _NEARER))
+    return float(torch.cat(found).float().mean())

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 UNROUTED = -1
-# Once a prompt has opened a lookup for the whole row, keys count that are this share as near as the threshold.
-_REACH = 0.5
+# The whitening of keys inside answers; those that prompts end in have others.
+INSIDE = 1
+# How near a key inside an answer must come once a prompt has opened a lookup for the whole row.
+REACH = 0.5
 _SETTINGS = ("router", "routing", "kind", "sharpness")
 # What a description may allocate: these types, and so many numbers a tensor.
 _TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
@@ -41,7 +43,8 @@ class SideMemory:
     ``P = floor · I + directionsᵀ diag(gains) directions``.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
-    follows (of a lookup, whether it answers; with which key stays with each token). ``sharpness`` β > 0 lets a lookup
+    follows (of a lookup, whether it answers, by the keys that prompts end in; each token after it takes the nearest key
+    inside an answer, be it less near than a token by itself would have to be). ``sharpness`` β > 0 lets a lookup
     add the mean of all residuals, weighted by ``softmax(β · score)``; 0 adds the nearest key's alone.
     """
 
@@ -120,39 +123,53 @@ class RoutedMatrix(nn.Module):
         self.kind, self.sharpness = memory.kind, memory.sharpness
         self.gate = PromptGate() if memory.routing == "sequence" else None
         self.enabled = True
-        self.index: Callable[[RoutedMatrix, Tensor], tuple[Tensor, Tensor]] | None = None
+        self.index: Callable[[RoutedMatrix, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
 
     def forward(self, keys: Tensor) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d)."""
         answer = F.linear(keys, self.weight.T if self.transposed else self.weight, self.bias)
         if not self.enabled:
             return answer
-        strength, nearest = self.nearest(keys)
+        answering = None if self.gate is None else self.gate.answering(keys)
+        strength, nearest = self.nearest(keys, answering)
         chosen = opened(strength, nearest)
         if self.gate is not None:
-            chosen = self.follow(self.gate.hold(chosen), strength, nearest)
+            chosen = self.follow(self.gate.hold(chosen), chosen)
         return self.add_updates(answer, keys, chosen)
 
-    def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest(self, keys: Tensor, answering: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """By what factor each token exceeds a threshold at most, and where: (..., d_ff) → two (...).
 
         The place is a memory, or of a lookup one of its keys.
+
+        Args:
+            answering: which tokens (...) come after their prompt's last one; none by default. Of a lookup that decides
+                once a prompt, these are compared with keys inside answers, and the others with those of prompts' ends.
         """
         if self.index is not None:
-            return self.index(self, keys)
-        if self.kind == "lookup":
-            strength, place = (self.cosines(keys) / self._limits(of_keys=True)).max(-1)
-            return strength, place
-        return self.strongest(self.scores(keys))
+            return self.index(self, keys, answering)
+        if self.kind != "lookup":
+            return self.strongest(self.scores(keys))
+        cosines = self.cosines(keys)
+        strengths = self._opening(cosines) / self._limits(of_keys=True)
+        if self.gate is not None and answering is not None:
+            within = (cosines / REACH).masked_fill(self.metric != INSIDE, -torch.inf)
+            strengths = within.where(answering[..., None], strengths)
+        strength, place = strengths.max(-1)
+        return strength, place
 
-    def follow(self, held: Tensor, strength: Tensor, nearest: Tensor) -> Tensor:
+    def _opening(self, cosines: Tensor) -> Tensor:
+        """Cosines (..., n) with those keys that can open a memory: not a lookup's inside answers if prompts decide."""
+        if self.gate is None or self.kind != "lookup":
+            return cosines
+        return cosines.masked_fill(self.metric == INSIDE, -torch.inf)
+
+    def follow(self, held: Tensor, chosen: Tensor) -> Tensor:
         """What answers each token of rows whose prompts opened ``held``: (B, T) each → (B, T).
 
         A prompt decides whether a lookup answers; with which key, every token says for itself.
         """
-        if self.kind != "lookup":
-            return held
-        return nearest.where((held != UNROUTED) & (strength > _REACH), UNROUTED)
+        return chosen.where(held != UNROUTED, UNROUTED) if self.kind == "lookup" else held
 
     def memory_at(self, chosen: Tensor) -> Tensor:
         """The memory that each place belongs to: (...) → (...)."""
@@ -165,7 +182,7 @@ class RoutedMatrix(nn.Module):
         if self.router == "norm":
             memories = range(len(self.thresholds))
             return torch.stack([torch.linalg.vector_norm(self.update(keys, m), dim=-1) for m in memories], dim=-1)
-        cosine = self.cosines(keys)
+        cosine = self._opening(self.cosines(keys))
         if len(self.thresholds) == 1:
             return cosine.amax(-1, keepdim=True)
         best = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -torch.inf)
@@ -259,17 +276,28 @@ class PromptGate:
         if self._cache is not None and self._earlier == 0:
             self._cache.wise_choice = None
 
+    def answering(self, keys: Tensor) -> Tensor:
+        """Which tokens of (B, T, d_ff) come after their row's prompt: (B, T)."""
+        if getattr(self._cache, "wise_choice", None) is not None:
+            return torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        return torch.arange(keys.shape[1], device=keys.device) > self._ends(keys)
+
     def hold(self, chosen: Tensor) -> Tensor:
         """The row's own choice from its last prompt token on: (B, T) → (B, T)."""
         row: Tensor | None = getattr(self._cache, "wise_choice", None)
         if row is not None:
             return row.expand_as(chosen)
-        columns = torch.arange(chosen.shape[1], device=chosen.device)
-        last = (columns[-1:].expand(len(chosen)) if self._last is None else self._last - self._earlier)[:, None]
+        last = self._ends(chosen)
         row = chosen.gather(1, last)
         if self._cache is not None:
             self._cache.wise_choice = row
-        return row.where(columns >= last, UNROUTED)
+        return row.where(torch.arange(chosen.shape[1], device=chosen.device) >= last, UNROUTED)
+
+    def _ends(self, rows: Tensor) -> Tensor:
+        """The column of each row's last prompt token: (B, T, ...) → (B, 1)."""
+        if self._last is None:
+            return torch.full((len(rows), 1), rows.shape[1] - 1, device=rows.device)
+        return (self._last - self._earlier)[:, None]
 
 
 def install(model: nn.Module, module: str, memory: SideMemory, *, transposed: bool) -> RoutedMatrix:

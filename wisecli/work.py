@@ -135,9 +135,8 @@ class Worker:
             encode_edits(loaded, [*job.edits, *further], "", train_end=settings.train_end)
             base, size = fingerprint(directory, checkpoint, site), settings.batch_size
             if settings.layer == "auto" and settings.writer == "solve":
-                site = probe_layer(
-                    loaded, directory, checkpoint, base, batch_size=size, watch=self.watch, layout=layout
-                )
+                probing: dict[str, Any] = {"layout": layout, "prompts_decide": settings.routing == "sequence"}
+                site = probe_layer(loaded, directory, checkpoint, base, batch_size=size, watch=self.watch, **probing)
                 base = fingerprint(directory, checkpoint, site)
             written: dict[str, Any] = {"tokens": settings.context_tokens, "chat": settings.chat, "seed": settings.seed}
             contexts = write_contexts(loaded, settings.contexts, **written)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import alone, hooked, manifest_for, memory_for, random_rows, right_share, save_tiny, update_of
+from helpers import alone, cosines_of, hooked, manifest_for, memory_for, random_rows, right_share, save_tiny, update_of
 from torch import Tensor
 
 from wisecli.attached import Edited, attach
@@ -49,7 +49,7 @@ def openings(edited: Edited, row: Row) -> set[int]:
     with edited.unedited():
         base = capture(edited.model, edited.manifest.site, collate([row]))
     window = base.keys[0, base.batch.start :]
-    strength, nearest = edited.routed.nearest(window)
+    strength, nearest = edited.routed.nearest(window, torch.arange(len(window)) > 0)
     found = edited.routed.memory_at(opened(strength, nearest))
     return set(found.tolist())
 
@@ -99,13 +99,23 @@ def test_the_oracle_is_the_memory_itself_on_every_token_from_the_prompts_end(tmp
 
 
 def _added(memory: SideMemory, number: int, first: int) -> Any:
-    """A hook that adds what one memory adds, from a column on; its thresholds let a lookup's nearest key through."""
-    eager = replace(memory, thresholds=(-1e9,) * len(memory.thresholds))
+    """A hook that adds what one memory adds, from a column on: of a lookup the nearest of the edit's own keys, of
+    those that prompts end in at the first of the columns, of those inside answers after it.
+    """
+
+    def nearest_own(key: Tensor, metric: int) -> Tensor:
+        own = zip(memory.tensors["owner"].tolist(), memory.tensors["metric"].tolist(), strict=True)
+        places = [place for place, pair in enumerate(own) if pair == (number, metric)]
+        best = max(places, key=cosines_of(memory, key).__getitem__)
+        value: Tensor = memory.tensors["values"][int(memory.tensors["value"][best])]
+        return value
 
     def hook(_module: object, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         changed = output.clone()
         for place in range(first, output.shape[1]):
-            changed[0, place] += update_of(eager, number, inputs[0][0, place])
+            key = inputs[0][0, place]
+            lookup = memory.kind == "lookup"
+            changed[0, place] += nearest_own(key, int(place > first)) if lookup else update_of(memory, number, key)
         return changed
 
     return hook

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,12 +129,12 @@ def _tokens(edited: Edited, asked: str, answer: list[int]) -> tuple[tuple[Token,
     batch = collate([Row(tuple(prompt), tuple(answer or prompt[:1]))]).to(edited.model.device)
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, : len(prompt) + max(len(answer) - 1, 0)]
     routed, end = edited.routed, keys[len(prompt) - 1]
-    strength, nearest = routed.nearest(keys)
+    place = torch.arange(len(keys), device=keys.device)
+    strength, nearest = routed.nearest(keys, place >= len(prompt))
     chosen = opened(strength, nearest)
     if routed.gate is not None:
         held = chosen[len(prompt) - 1].expand_as(chosen)
-        before = torch.arange(len(chosen), device=chosen.device) < len(prompt) - 1
-        chosen = routed.follow(held, strength, nearest).where(~before, UNROUTED)
+        chosen = routed.follow(held, chosen).where(place >= len(prompt) - 1, UNROUTED)
     shown = [*range(len(prompt)), *range(len(prompt) - 1, len(prompt) - 1 + len(answer))]
     texts = [str(edited.tokenizer.decode([token])) for token in [*prompt, *answer]]
     found = (
@@ -165,7 +165,7 @@ def _near(edited: Edited, asked: str, end: Tensor, memory: int, length: int) -> 
 def _forced(routed: RoutedMatrix, memory: int) -> Iterator[None]:
     """One memory answers from the prompt's last token on, whatever its score; a lookup's by the nearest of its keys."""
 
-    def choose(matrix: RoutedMatrix, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(matrix: RoutedMatrix, keys: Tensor, _answering: Tensor | None) -> tuple[Tensor, Tensor]:
         strength = torch.zeros(keys.shape[:-1], device=keys.device)
         strength[..., -1] = _OPEN  # the first pass reads the prompt, and every other one token
         if matrix.kind != "lookup":
@@ -173,8 +173,7 @@ def _forced(routed: RoutedMatrix, memory: int) -> Iterator[None]:
         own = matrix.cosines(keys).masked_fill(matrix.owner != memory, -torch.inf)
         return strength, own.argmax(-1)
 
-    before: Callable[[RoutedMatrix, Tensor], tuple[Tensor, Tensor]] | None = routed.index
-    routed.index = choose
+    before, routed.index = routed.index, choose
     try:
         yield
     finally:

@@ -85,10 +85,10 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
     # The edited model runs, so that every score is the one it decided by.
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
     routed = edited.routed
-    strength, nearest = routed.nearest(keys)
+    strength, nearest = routed.nearest(keys, torch.arange(len(keys), device=keys.device) > 0)
     chosen = opened(strength, nearest)
     if routed.gate is not None:
-        chosen = routed.follow(chosen[:1].expand_as(chosen), strength, nearest)
+        chosen = routed.follow(chosen[:1].expand_as(chosen), chosen)
     steps = []
     for place, token in enumerate(answer):
         best, memory = (int(routed.memory_at(one[place])) for one in (nearest, chosen))

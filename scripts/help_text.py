@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("", "edit", "merge", "eval", "export", "generate", "inspect", "verify", "bench", "fetch")
+from wisecli.cli import app
+
+COMMANDS = ("", *(command.name or "" for command in app.registered_commands))
 PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 
 

@@ -135,6 +135,8 @@ def edit(
     common["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
     named: dict[str, Any] = {"device": device, "dtype": dtype, "strict": strict}
     if from_text is not None:
+        if gate.signed is not None:
+            raise SettingsError("--verify-signature is for files of edits; `wise draft` writes one that can be signed")
         edits = cli_draft.draw_for_editing(
             console, model, from_text, edits, common, named, yes=yes, dry_run=dry_run, force=force
         )

@@ -33,6 +33,7 @@ class Way:
     merge: tuple[str, ...]
 
 
+_HELD = ("--routing", "sequence")
 _FIVE = ("--shards", "5")
 _SPARSE = (*_FIVE, "--mask-ratio", "0.2")
 _APART = (*_SPARSE, "--masks", "disjoint")
@@ -40,6 +41,8 @@ _GRADIENT = ("--writer", "gradient")
 WAYS: dict[str, Way] = {
     "lookup": Way("solve", (), ()),
     "lookup, per sequence": Way("solve", (), ("--routing", "sequence")),
+    "lookup, prompts decide": Way("held", _HELD, ()),
+    "lookup, prompts decide, rate .005": Way("held", _HELD, ("--false-alarm", "0.005")),
     "solve + TIES + refit": Way("solve", (), ("--mode", "merge")),
     "solve + TIES": Way("solve", (), ("--mode", "merge", "--no-refit")),
     "solve + exact": Way("solve", (), ("--mode", "merge", "--method", "exact")),

@@ -12,10 +12,10 @@ from wisecli.building import Built, Material, join, lookup, matrices, pack, refi
 from wisecli.config import MergeSettings
 from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
 from wisecli.merging import Recipe, merge_deltas
-from wisecli.moments import leading
+from wisecli.moments import leading, whitening
 from wisecli.ridge import Penalty, solve, statistics
 from wisecli.router import scores
-from wisecli.shards import Evidence, Mask, random_mask
+from wisecli.shards import LANGUAGES, Evidence, Mask, random_mask
 from wisecli.site import Site
 from wisecli.unrelated import Unrelated
 
@@ -328,11 +328,11 @@ def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_t
     for number, moment in enumerate((material.unrelated.wording, material.unrelated.tokens)):
         dense = moment.dense().double()
         inverse = torch.linalg.inv(dense + 0.1 * dense.trace() / D_FF * torch.eye(D_FF))
-        whitening = (
+        found = (
             exact["floors"][number] * torch.eye(D_FF)
             + exact["directions"][number].T @ torch.diag(exact["gains"][number]) @ (exact["directions"][number])
         )
-        found = whitening.double() / whitening.double().trace()
+        found = found.double() / found.double().trace()
         assert torch.allclose(found, inverse / inverse.trace(), atol=1e-4)
 
 
@@ -357,6 +357,61 @@ def test_keys_near_their_answers_own_tokens_elsewhere_must_be_nearer_to_open() -
 
 
 # --- matrices ---
+
+
+def factors(built: Built) -> Tensor:
+    """``(1 - level) / (1 - bar)`` of each of a lookup's keys (n,), the level being the same for all."""
+    return 1 - built[0].tensors["offset"].float()
+
+
+@pytest.mark.parametrize("margin", [None, 0.0, 0.1])
+def test_a_subject_margin_keeps_prompts_about_other_subjects_out(margin: float | None) -> None:
+    material = two_shards()
+    near = 0.9 - 0.3 * torch.rand(len(material.evidence.edit), generator=seeded(7))
+    ends = material.evidence.position == 0
+    material = replace(material, evidence=replace(material.evidence, elsewhere=near * ends))
+    ends, near = (part[~material.evidence.held_out] for part in (ends, near))
+    found = factors(built_lookup(material, subject_margin=margin))
+    if margin is None:
+        assert found[ends].tolist() == [1.0] * int(ends.sum())
+        return
+    levels = 1 - found[ends] * (1 - (near[ends] + margin).clamp(max=0.97))
+    assert levels.tolist() == pytest.approx([float(levels.mean())] * len(levels), abs=1e-5)
+    assert bool((found[ends] > 1).all())
+    assert torch.equal(found[~ends], factors(built_lookup(material))[~ends])
+
+
+def in_other_languages(material: Material, chosen: Tensor) -> Material:
+    context = material.evidence.context.where(~chosen, LANGUAGES)
+    return replace(material, evidence=replace(material.evidence, context=context))
+
+
+def test_prompts_in_other_languages_must_come_nearer_than_other_edits_do() -> None:
+    material = two_shards()
+    evidence = material.evidence
+    foreign = (evidence.position == 0) & (evidence.context == 1) & (evidence.edit % 2 == 0)
+    found = factors(built_lookup(in_other_languages(material, foreign)))
+    kept = ~evidence.held_out
+    keys, edit, at = evidence.keys[kept], evidence.edit[kept], foreign[kept].nonzero().flatten()
+    white, levels = whitening(material.unrelated.wording), []
+    for place in at.tolist():
+        others = at[edit[at] != edit[place]]
+        near = max(0.5, float(white.cosines(keys[place][None], keys[others]).max()))
+        if found[place] > 1:
+            levels.append(1 - float(found[place]) * (1 - near - 0.1))
+    assert len(levels) > 2
+    assert levels == pytest.approx([levels[0]] * len(levels), abs=1e-4)
+    assert bool((found[(evidence.position[kept] == 0) & ~foreign[kept]] == 1).all())
+
+
+def test_a_single_prompt_in_another_language_has_a_bar_of_its_own() -> None:
+    lone, pair = some_material(some_evidence(10, edits=1)), two_shards()
+    for material in (lone, pair):
+        evidence = material.evidence
+        foreign = (evidence.position == 0) & (evidence.edit == 0) & ~evidence.held_out
+        found = factors(built_lookup(in_other_languages(material, foreign)))[foreign[~evidence.held_out]]
+        assert bool((found > 1).all())
+        assert found.tolist() == pytest.approx([float(found[0])] * len(found))
 
 
 def test_one_matrix_answers_for_all_edits_under_one_threshold() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
+from wisecli.elsewhere import Elsewhere
 from wisecli.encode import NO_LABEL
 from wisecli.lessons import Lesson, capture_lessons, gather_evidence
 from wisecli.models import Loaded
@@ -78,7 +79,9 @@ class Bench:
             return torch.stack([residuals[int(e)][int(p)] for e, p in zip(edits, positions, strict=True)])
 
         white = whitening(leading(self.unrelated))
-        return gather_evidence([*self.lessons, *self.held_back], HELD_BACK[0], find, {}, white)
+        return gather_evidence(
+            [*self.lessons, *self.held_back], HELD_BACK[0], find, Elsewhere({}, white), Elsewhere({}, white)
+        )
 
 
 def bench_of(architecture: str) -> Bench:

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from wisecli.config import MergeSettings
 from wisecli.memory import INSIDE, RoutedMatrix, SideMemory
-from wisecli.moments import whitening
+from wisecli.moments import Whitening, whitening
 from wisecli.ridge import Penalty, Statistics, solve, statistics
-from wisecli.router import Calibration, calibrate, even_out, key_router, measure, scores
-from wisecli.shards import Evidence, Mask, half
+from wisecli.router import APART, Calibration, calibrate, even_out, key_router, measure, scores
+from wisecli.shards import LANGUAGES, Evidence, Mask, half
 from wisecli.unrelated import Unrelated
 
 # Keys inside answers get this share of the false alarms: they lose few rephrases by it, and open on names otherwise.
 _INSIDE = 1 / 6
+# How much nearer a prompt in another language must come than other edits' prompts in such do; how near those come at
+# least, as few say little of all that might be asked; and how many are compared at a time.
+_FOREIGN, _LEAST, _PART = 0.1, 0.5, 1024
 
 Built = tuple[SideMemory, tuple[Calibration, ...]]
 
@@ -91,7 +94,7 @@ def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: M
     calibrating = _calibrating(evidence, settings)
     rule, share = settings.threshold or "false-alarm", settings.false_alarm
     if draft.router == "key":
-        draft, level = _with_probes(draft, material, owner, share)
+        draft, level = _with_probes(draft, material, owner, settings)
     routed = _stand_in(draft)
     away, own = scores(routed, quiet), scores(routed, evidence.keys[calibrating])
     mine = own.gather(1, owner[calibrating, None]).flatten()
@@ -115,7 +118,9 @@ def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: M
     return replace(draft, thresholds=thresholds), apart
 
 
-def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: float) -> tuple[SideMemory, float]:
+def _with_probes(
+    draft: SideMemory, material: Material, owner: Tensor, settings: MergeSettings
+) -> tuple[SideMemory, float]:
     """The same memory with every trained key as a probe, and the threshold they share.
 
     Inside an answer the token itself says most of a key, so unrelated text with the same name in it comes much nearer
@@ -126,7 +131,7 @@ def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: fl
     kept = ~evidence.held_out
     unrelated, inside = material.unrelated, evidence.position[kept] > 0
     metric = inside.long() * INSIDE
-    held = _held(draft)
+    held, share = _held(draft), settings.false_alarm
     # Where a prompt decides, keys inside answers open nothing, and are compared with each other only.
     moments, shares = [unrelated.wording, unrelated.tokens], [share * (1 - _INSIDE * (not held)), share * _INSIDE]
     if unrelated.chatting is not None:
@@ -136,11 +141,32 @@ def _with_probes(draft: SideMemory, material: Material, owner: Tensor, share: fl
     tensors = key_router(evidence.keys[kept], owner[kept], metric, [whitening(moment) for moment in moments])
     by_metric = _stand_in(SideMemory({**tensors, "owner": metric}, (1.0,) * len(moments), "key"))
     peaks = scores(by_metric, unrelated.keys)
-    factors, level = even_out(peaks, metric, evidence.elsewhere[kept], shares, kinds=unrelated.chat)
+    near, margins = evidence.elsewhere[kept], torch.full((len(metric),), APART)
+    if settings.subject_margin is None:
+        near = near * inside
+    else:
+        margins[~inside] = settings.subject_margin
+    foreign = (evidence.context[kept] >= LANGUAGES) & ~inside
+    if bool(foreign.any()):
+        margins[foreign] = _FOREIGN
+        near[foreign] = _among_others(evidence.keys[kept][foreign], evidence.edit[kept][foreign], whitening(moments[0]))
+    factors, level = even_out(peaks, metric, near, shares, kinds=unrelated.chat, margins=margins)
     if held:
         factors[metric == INSIDE] = 1.0
     tensors |= {"probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}
     return replace(draft, tensors={**draft.tensors, **tensors}), level
+
+
+def _among_others(keys: Tensor, edit: Tensor, white: Whitening) -> Tensor:
+    """How near each key (n, d_ff) comes to those of other edits (n,): (n,).
+
+    Unrelated text is English. What prompts in other languages have in common is seen in those prompts alone.
+    """
+    found = []
+    for own, number in zip(keys.split(_PART), edit.split(_PART), strict=True):
+        cosines = white.cosines(own, keys).masked_fill(number[:, None] == edit, _LEAST)
+        found.append(cosines.amax(-1))
+    return torch.cat(found)
 
 
 def _held(memory: SideMemory) -> bool:

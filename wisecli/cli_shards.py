@@ -214,6 +214,15 @@ def merge(
     false_alarm: Annotated[
         float | None, setting(MergeSettings, "false_alarm", "Share of unrelated tokens let through.")
     ] = None,
+    subject_margin: Annotated[
+        float | None,
+        setting(
+            MergeSettings,
+            "subject_margin",
+            "How much nearer a prompt must come than the edit's own about other subjects does.",
+            none="no nearer",
+        ),
+    ] = None,
     sharpness: Annotated[
         float | None,
         setting(MergeSettings, "sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest."),

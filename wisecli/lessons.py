@@ -12,28 +12,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from wisecli.asking import Asked, answer_number, answers_of
+from wisecli.asking import Asked, answer_number
 from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
-from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
+from wisecli.elsewhere import Elsewhere
+from wisecli.encode import NO_LABEL, Row, collate, in_batches
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions
 from wisecli.generation import end_token
 from wisecli.goals import allowed, met, missed, row_of
 from wisecli.models import Loaded
-from wisecli.moments import Whitening
-from wisecli.shards import Evidence, Mask
+from wisecli.shards import LANGUAGES, Evidence, Mask
 from wisecli.site import Site
-from wisecli.unrelated import window_keys
 
 # Numbered edits, the numbered contexts that they are read in, and what else they are asked by.
 Group = tuple[Sequence[tuple[int, Edit]], Sequence[tuple[int, str]], Sequence[Asked]]
 Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Keys of one position under two contexts count as the same above this cosine.
 _SAME = 0.98
-# Prompts that no answer belongs to.
-_ELSEWHERE = ("The report says that it was called", "When was the old bridge built?")
 
 
 @dataclass(frozen=True)
@@ -212,15 +209,15 @@ def learnt(
 
 
 def gather_evidence(
-    lessons: Sequence[Lesson], held_out: int, residual: Residual, elsewhere: dict[int, Tensor], white: Whitening
+    lessons: Sequence[Lesson], held_out: int, residual: Residual, inside: Elsewhere, ends: Elsewhere
 ) -> Evidence:
     """What a shard was asked to store, read off its lessons.
 
     Args:
         held_out: the context kept for calibration.
         residual: what should be added, from keys (n, d_ff), answers (n,) and positions (n,).
-        elsewhere: keys of each edit's answer after prompts that it does not answer.
-        white: the whitening that keys inside answers are seen through.
+        inside: keys of each edit's answer after prompts that it does not answer.
+        ends: keys that each edit's prompt ends in when it asks about other subjects.
     """
     fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context", "answer")}
     for lesson in lessons:
@@ -235,31 +232,15 @@ def gather_evidence(
     answers = joined.pop("answer")
     residuals = residual(joined["keys"], answers, joined["position"])
     near = torch.zeros(len(joined["keys"]))
-    for edit, keys in elsewhere.items():
-        inside = (joined["edit"] == edit) & (joined["position"] > 0)
-        if len(keys) and bool(inside.any()):
-            near[inside] = white.cosines(joined["keys"][inside], keys).amax(-1)
+    # A prompt in the chat template, or in another language, has not been asked about others.
+    bare_ends = (joined["position"] == 0) & (answers >= 0) & (joined["context"] < LANGUAGES)
+    for found, where in ((inside, joined["position"] > 0), (ends, bare_ends)):
+        for edit, keys in found.keys.items():
+            own = where & (joined["edit"] == edit)
+            if len(keys) and bool(own.any()):
+                near[own] = found.white.cosines(joined["keys"][own], keys).amax(-1)
     unseen, chat = joined["context"] == held_out, answers < 0
     return thinned(Evidence(residuals=residuals, held_out=unseen, elsewhere=near, chat=chat, **joined))
-
-
-def keys_elsewhere(
-    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool, chat: bool
-) -> dict[int, Tensor]:
-    """Keys (n, d_ff) inside each numbered edit's answers where they stand after prompts that they do not answer.
-
-    What is erased is left out: it should not be said there either.
-    """
-    end = end_token(loaded.model) if train_end else None
-    prompts = [
-        in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
-    ]
-    answers = answers_of(edits)
-    rows = [encode(loaded.tokenizer, prompt, target, end=end) for prompt in prompts for _, target in answers]
-    found: dict[int, list[Tensor]] = {number: [] for number, _ in answers}
-    for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
-        found[answers[place % len(answers)][0]].append(keys[1:].cpu())
-    return {number: torch.cat(parts) for number, parts in found.items()}
 
 
 def thinned(evidence: Evidence) -> Evidence:

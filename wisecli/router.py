@@ -12,7 +12,7 @@ from torch import Tensor
 from wisecli.moments import Whitening
 
 # How much nearer than to its answer's own tokens elsewhere a key must be, and how near is always near enough.
-_APART, _SURE = 0.02, 0.97
+APART, _SURE = 0.02, 0.97
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
@@ -96,7 +96,13 @@ def key_router(keys: Tensor, owner: Tensor, metric: Tensor, metrics: Sequence[Wh
 
 
 def even_out(
-    peaks: Tensor, metric: Tensor, elsewhere: Tensor, shares: Sequence[float], *, kinds: Tensor | None = None
+    peaks: Tensor,
+    metric: Tensor,
+    elsewhere: Tensor,
+    shares: Sequence[float],
+    *,
+    kinds: Tensor | None = None,
+    margins: Tensor | float = APART,
 ) -> tuple[Tensor, float]:
     """Factors f (n,) with which ``1 - f (1 - cosine)`` lets all keys share one threshold, and that threshold.
 
@@ -105,13 +111,14 @@ def even_out(
     Args:
         peaks: highest cosine of each unrelated key with a probe of either metric (m, 2).
         metric: of each probe (n,).
-        elsewhere: how near a probe comes to its answer's own tokens after prompts it does not answer (n,).
+        elsewhere: how near a probe comes to what is like it and not its own (n,), 0 where that is not known.
         shares: of unrelated keys of a kind, that each metric lets through on its own.
         kinds: of unrelated text (m,); one by default.
+        margins: how much nearer than that a key must come, (n,) or one for all.
     """
     levels = torch.tensor([strictest(peak, 1 - share, kinds) for peak, share in zip(peaks.T, shares, strict=True)])
     levels = levels.clamp(min=1e-6, max=_SURE)
-    bars = torch.maximum(levels[metric], (elsewhere + _APART).clamp(max=_SURE) * (elsewhere > 0))
+    bars = torch.maximum(levels[metric], (elsewhere + margins).clamp(max=_SURE) * (elsewhere > 0))
     return (1 - levels[0]) / (1 - bars), float(levels[0])
 
 

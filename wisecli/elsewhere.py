@@ -1,0 +1,64 @@
+"""What is like an edit's keys and not its own: its answer after other prompts, its prompt about other subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.asking import answers_of
+from wisecli.contexts import CHAT, about_others, in_context
+from wisecli.edits import Edit
+from wisecli.encode import encode
+from wisecli.events import ignore
+from wisecli.generation import end_token
+from wisecli.models import Loaded
+from wisecli.moments import Whitening
+from wisecli.site import Site
+from wisecli.unrelated import prompt_ends, window_keys
+
+# Prompts that no answer belongs to.
+_ELSEWHERE = ("The report says that it was called", "When was the old bridge built?")
+# About how many other subjects an edit's prompt is asked.
+_OTHERS = 3
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """For numbered edits keys (n, d_ff) that are like their own, and the whitening that both are seen through."""
+
+    keys: dict[int, Tensor]
+    white: Whitening
+
+
+def keys_elsewhere(
+    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool, chat: bool
+) -> dict[int, Tensor]:
+    """Keys (n, d_ff) inside each numbered edit's answers where they stand after prompts that they do not answer.
+
+    What is erased is left out: it should not be said there either.
+    """
+    end = end_token(loaded.model) if train_end else None
+    prompts = [
+        in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
+    ]
+    answers = answers_of(edits)
+    rows = [encode(loaded.tokenizer, prompt, target, end=end) for prompt in prompts for _, target in answers]
+    found: dict[int, list[Tensor]] = {number: [] for number, _ in answers}
+    for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
+        found[answers[place % len(answers)][0]].append(keys[1:].cpu())
+    return {number: torch.cat(parts) for number, parts in found.items()}
+
+
+def ends_elsewhere(
+    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, seed: int
+) -> dict[int, Tensor]:
+    """Keys (n, d_ff) that the prompt of each numbered edit ends in when it asks about other subjects."""
+    texts = {number: about_others(edit.prompt, edit.subject, _OTHERS, seed=seed) for number, edit in edits}
+    prompts = [text for own in texts.values() for text in own]
+    if not prompts:
+        return {}
+    keys = prompt_ends(loaded, [site], prompts, batch_size=batch_size, watch=ignore)[0].cpu()
+    return dict(zip(texts, keys.split([len(own) for own in texts.values()]), strict=True))

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from wisecli.edits import Edit
 from wisecli.encode import Row
@@ -316,3 +316,8 @@ def perplexity_of(logits: Tensor, target: Sequence[int]) -> float:
 def right_share(logits: Tensor, target: Sequence[int]) -> float:
     """Share of target tokens that are the arg-max."""
     return sum(int(row.argmax()) == token for row, token in zip(logits, target, strict=True)) / len(target)
+
+
+def grow(cache: DynamicCache, rows: int, tokens: int) -> None:
+    """As if a pass had read so many tokens."""
+    cache.update(torch.zeros(rows, 1, tokens, 2), torch.zeros(rows, 1, tokens, 2), 0)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from wisecli.building import Built, Material, join, lookup, matrices, pack, refit, solve_exactly
 from wisecli.config import MergeSettings
-from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
+from wisecli.memory import INSIDE, RoutedMatrix, SideMemory
 from wisecli.merging import Recipe, merge_deltas
 from wisecli.moments import leading, whitening
+from wisecli.naming import Spellings, Word
+from wisecli.prompt_gate import NAMES, UNROUTED
 from wisecli.ridge import Penalty, solve, statistics
 from wisecli.router import scores
 from wisecli.shards import LANGUAGES, Evidence, Mask, random_mask
@@ -354,6 +356,44 @@ def test_keys_near_their_answers_own_tokens_elsewhere_must_be_nearer_to_open() -
     plain, strict = needed
     assert bool((strict[inside] > plain[inside] + 0.1).all())
     assert bool((strict < 1).all())  # the trained keys themselves still open
+
+
+# --- subjects ---
+
+
+def named_subjects(*known: int) -> tuple[Spellings, ...]:
+    """Of two shards' edits; only the known have words."""
+    return tuple(((Word((number, 50 + number), 1.0),),) if number in known else () for number in range(2 * EDITS))
+
+
+def test_keys_of_prompts_ask_for_their_subject_where_prompts_decide() -> None:
+    material = replace(two_shards(), subjects=named_subjects(0, 2))
+    evidence = material.evidence
+    foreign = (evidence.position == 0) & (evidence.context == 1)
+    for own, never in ((material, evidence.edit < 0), (in_other_languages(material, foreign), foreign)):
+        tensors = built_lookup(own, routing="sequence")[0].tensors
+        expected = torch.isin(evidence.edit, torch.tensor([0, 2])) & (evidence.position == 0) & ~never
+        assert torch.equal(tensors["asks"], expected[~evidence.held_out])
+        assert tensors["names.tokens"].tolist() == [0, 2, 50, 52]
+        assert tensors["names.whose"].tolist() == [0, 2]
+    for settings in ({"routing": "token"}, {"routing": "sequence", "subjects": "any"}):
+        assert not {"asks", *NAMES} & built_lookup(material, **settings)[0].tensors.keys()
+    assert "asks" not in built_lookup(replace(material, subjects=named_subjects()), routing="sequence")[0].tensors
+
+
+def test_a_rate_for_prompts_that_name_a_subject_and_a_lower_one_for_all_others() -> None:
+    material = replace(two_shards(), subjects=named_subjects(0, 1))
+    quiet = material.unrelated.keys
+    memory, _ = built_lookup(material, routing="sequence")
+    plain = routed(memory)
+    ends = plain.metric != INSIDE
+    above, one = plain.cosines(quiet) > memory.thresholds[0], 1 / len(quiet)
+    let_in = [float(above[:, some].any(-1).float().mean()) for some in (ends, ends & plain.asks, ends & ~plain.asks)]
+    assert 0.01 - 2 * one < let_in[0] <= 0.01 + one
+    assert let_in[1] > let_in[2]
+    assert let_in[2] <= 0.002 + 2 * one  # probes are kept in half precision
+    alike = built_lookup(material, routing="sequence", false_alarm=0.05)[0]
+    assert float((scores(routed(alike), quiet).amax(-1) > alike.thresholds[0]).float().mean()) >= 0.05 - 2 / len(quiet)
 
 
 # --- matrices ---

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from wisecli import index
 from wisecli.index import build_index
-from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
+from wisecli.memory import RoutedMatrix, SideMemory
+from wisecli.prompt_gate import UNROUTED
 
 D_FF, KEYS, EDITS = 16, 2000, 500
 
@@ -31,8 +32,33 @@ def lookup(*, keys: int = KEYS, routing: str = "token") -> RoutedMatrix:
 
 def opened(routed: RoutedMatrix, keys: torch.Tensor) -> torch.Tensor:
     answering = torch.arange(keys.shape[1]) >= keys.shape[1] // 2
-    strength, nearest = routed.nearest(keys, answering.expand(keys.shape[:2]))
+    return opened_of(*routed.nearest(keys, answering.expand(keys.shape[:2])))
+
+
+def opened_of(strength: Tensor, nearest: Tensor) -> Tensor:
     return nearest.where(strength > 1, UNROUTED)
+
+
+@pytest.mark.parametrize("known", [0.5, 0.02])
+def test_of_keys_that_ask_for_a_subject_the_index_finds_the_nearest_whose_subject_is_named(
+    monkeypatch: pytest.MonkeyPatch, known: float
+) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(index, "INDEXED_ABOVE", KEYS - 1)
+    routed = lookup(routing="sequence")
+    generator = torch.Generator().manual_seed(2)
+    routed.register_buffer("asks", (torch.rand(KEYS, generator=generator) < 0.9) & (routed.metric != index.INSIDE))
+    near = routed.probes[:600] + 0.05 * torch.randn(600, D_FF, generator=generator)
+    keys, named = near.view(20, 30, D_FF), torch.rand(20, 1, EDITS, generator=generator) < known
+    answering = torch.zeros(20, 30, dtype=torch.bool)
+    exact = opened_of(*routed.nearest(keys, answering, named))
+    assert bool((exact != opened_of(*routed.nearest(keys, answering))).any())
+    routed.index = build_index(routed)
+    found = opened_of(*routed.nearest(keys, answering, named))
+    assert float((found == exact).float().mean()) >= 0.95
+    place = found[found != UNROUTED]
+    row = torch.arange(20)[:, None].expand(20, 30)[found != UNROUTED]
+    assert bool((~routed.asks[place] | named[row, 0, routed.owner[place]]).all())
 
 
 def test_small_lookups_are_compared_with_all_keys() -> None:

@@ -4,12 +4,11 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from conftest import TINY_CONFIGS, VOCABULARY, tiny_model
-from helpers import alone, choice_of, choose, hooked, memory_for, random_rows, routed_by_loop, row_of, site_of
+from helpers import alone, choice_of, choose, grow, hooked, memory_for, random_rows, routed_by_loop, row_of, site_of
 from helpers import keys_of as keys_of_tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from wisecli.generation import left_padded
-from wisecli.memory import INSIDE, REACH, UNROUTED, PromptGate, RoutedMatrix, SideMemory, install, opened
+from wisecli.memory import INSIDE, REACH, RoutedMatrix, SideMemory, install, opened
+from wisecli.prompt_gate import UNROUTED
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
 MODES = ("norm", "key", "lookup")
@@ -320,6 +320,36 @@ def test_where_prompts_decide_a_lookup_opens_by_their_ends_and_goes_on_by_keys_i
     assert len(seen) == 4
 
 
+def test_an_edit_whose_subject_the_prompt_does_not_name_stays_shut() -> None:
+    plain, limit = Plain(3), 0.1
+    words = {"tokens": [4, 5], "words": [0, 1], "whose": [0, 2], "named": [0, 1], "naming": [0, 1]}
+    names = {f"names.{name}": torch.tensor(values) for name, values in words.items()}
+    names |= {"names.shares": torch.ones(2), "asks": (plain.metric != INSIDE) & (plain.owner != 1)}
+    memory = plain.packed((limit,) * 3, "lookup", "sequence")
+    routed = RoutedMatrix(linear(bias=True), replace(memory, tensors={**memory.tensors, **names}), transposed=False)
+    assert routed.gate is not None
+    seen = set()
+    for place, key in enumerate(normal(60, D_FF, seed=6)):
+        ids = torch.tensor([[3 + place % 4, 4 + place % 3]])
+        open_to = {1} | {owner for token, owner in ((4, 0), (5, 2)) if token in ids}
+        allowed = {
+            number: cosine
+            for number, cosine in enumerate(plain.cosines(key))
+            if plain.metric[number] != INSIDE and int(plain.owner[number]) in open_to
+        }
+        best = max(allowed, key=allowed.__getitem__, default=UNROUTED)
+        opens = bool(allowed) and allowed[best] > limit
+        expected = F.linear(key, routed.weight, routed.bias)
+        if opens:
+            expected = expected + plain.values[plain.value[best]]
+        routed.gate.before_forward(nn.Identity(), (), {"input_ids": ids, "attention_mask": torch.ones(1, 2)})
+        answers = routed(torch.stack([torch.zeros(D_FF), key])[None])
+        assert torch.allclose(answers[0, 1], expected, atol=1e-5)
+        seen.add((opens, len(open_to)))
+    # All keys of the edit that asks for nothing are inside its answer.
+    assert seen == {(False, 1), *((opens, count) for opens in (True, False) for count in (2, 3))}
+
+
 def test_one_pass_over_prompt_and_answer_chooses_as_one_pass_a_token() -> None:
     plain = Plain(3)
     routed, tokens = lookup_of(plain, routing="sequence"), 9
@@ -398,84 +428,6 @@ def test_an_allocated_memory_is_filled_by_loading_its_state() -> None:
     empty.load_state_dict(full.state_dict())
     keys = normal(3, 7, D_FF, seed=5)
     assert torch.equal(empty(keys), full(keys))
-
-
-# --- the gate ---
-
-
-def held(gate: PromptGate, chosen: list[list[int]], mask: list[list[int]] | None, cache: Any = None) -> list[list[int]]:
-    named = {"attention_mask": None if mask is None else torch.tensor(mask), "past_key_values": cache}
-    gate.before_forward(nn.Identity(), (), named)
-    return gate.hold(torch.tensor(chosen)).tolist()  # type: ignore[no-any-return]
-
-
-def grow(cache: DynamicCache, rows: int, tokens: int) -> None:
-    cache.update(torch.zeros(rows, 1, tokens, 2), torch.zeros(rows, 1, tokens, 2), 0)
-
-
-N = UNROUTED
-
-
-@pytest.mark.parametrize(
-    ("chosen", "mask", "expected"),
-    [
-        ([[0, 1, 2]], None, [[N, N, 2]]),
-        ([[0, 1, N]], None, [[N, N, N]]),
-        ([[0, 1, 2], [N, N, 1]], [[1, 1, 1], [0, 1, 1]], [[N, N, 2], [N, N, 1]]),
-        ([[0, 1, 2], [1, 0, N]], [[0, 0, 1], [1, 1, 1]], [[N, N, 2], [N, N, N]]),
-        ([[0, 1, 2], [2, 1, 0]], [[1, 1, 0], [1, 0, 0]], [[N, 1, 1], [2, 2, 2]]),
-        ([[1]], [[1]], [[1]]),
-    ],
-    ids=["no mask", "no mask, unrouted", "left padding", "left padding, unrouted", "right padding", "one token"],
-)
-def test_the_gate_decides_at_each_rows_last_prompt_token(
-    chosen: list[list[int]], mask: list[list[int]] | None, expected: list[list[int]]
-) -> None:
-    assert held(PromptGate(), chosen, mask) == expected
-    assert held(PromptGate(), chosen, mask, DynamicCache()) == expected
-
-
-def test_the_gate_holds_its_choice_over_cached_steps() -> None:
-    gate, cache = PromptGate(), DynamicCache()
-    assert held(gate, [[0, 1, 2], [1, 1, N], [N, N, 0]], [[1, 1, 1], [0, 1, 1], [0, 0, 1]], cache) == [
-        [N, N, 2],
-        [N, N, N],
-        [N, N, 0],
-    ]
-    grow(cache, 3, 3)
-    step = [[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
-    assert held(gate, [[N], [1], [1]], step, cache) == [[2], [N], [0]]
-    grow(cache, 3, 1)
-    step = [[*row, 1, 1] for row in step]
-    assert held(gate, [[0, 0], [0, 0], [N, N]], step, cache) == [[2, 2], [N, N], [0, 0]]
-
-
-def test_the_gate_forgets_when_the_cache_is_emptied() -> None:
-    gate, cache = PromptGate(), DynamicCache()
-    assert held(gate, [[0, 1]], [[1, 1]], cache) == [[N, 1]]
-    grow(cache, 1, 2)
-    assert held(gate, [[0]], [[1, 1, 1]], cache) == [[1]]
-    cache.crop(-2)
-    assert cache.get_seq_length() == 0
-    assert held(gate, [[2, 0]], [[1, 1]], cache) == [[N, 0]]
-
-
-def test_the_gate_keeps_the_choices_of_several_caches_apart() -> None:
-    gate, first, second = PromptGate(), DynamicCache(), DynamicCache()
-    held(gate, [[0, 1]], [[1, 1]], first)
-    grow(first, 1, 2)
-    held(gate, [[1, 0], [0, N]], [[1, 1], [1, 1]], second)
-    grow(second, 2, 2)
-    assert held(gate, [[N]], [[1, 1, 1]], first) == [[1]]
-    assert held(gate, [[N], [1]], [[1, 1, 1], [1, 1, 1]], second) == [[0], [N]]
-    assert held(gate, [[1, 2]], [[1, 1]]) == [[N, 2]]
-
-
-def test_the_gate_decides_anew_on_a_cache_that_was_filled_without_it() -> None:
-    gate, cache = PromptGate(), DynamicCache()
-    grow(cache, 2, 3)
-    mask = [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
-    assert held(gate, [[0, 1], [1, N]], mask, cache) == [[N, 1], [N, N]]
 
 
 # --- in a model ---

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from wisecli.memory import UNROUTED, RoutedMatrix, SideMemory
+from wisecli.memory import RoutedMatrix, SideMemory
 from wisecli.moments import Moment, Whitening, whitening
+from wisecli.prompt_gate import UNROUTED
 from wisecli.router import calibrate, even_out, key_router, measure, quantile, scores
 
 

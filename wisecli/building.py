@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wisecli.config import MergeSettings
 from wisecli.memory import INSIDE, RoutedMatrix, SideMemory
 from wisecli.moments import Whitening, whitening
+from wisecli.naming import Spellings, names_of
 from wisecli.ridge import Penalty, Statistics, solve, statistics
 from wisecli.router import APART, Calibration, calibrate, even_out, key_router, measure, scores
 from wisecli.shards import LANGUAGES, Evidence, Mask, half
@@ -20,6 +21,8 @@ from wisecli.unrelated import Unrelated
 
 # Keys inside answers get this share of the false alarms: they lose few rephrases by it, and open on names otherwise.
 _INSIDE = 1 / 6
+# False alarms: of all tokens, and where a prompt must name an edit's subject besides.
+_OF_ALL, _OF_NAMED = 0.002, 0.01
 # How much nearer a prompt in another language must come than other edits' prompts in such do; how near those come at
 # least, as few say little of all that might be asked; and how many are compared at a time.
 _FOREIGN, _LEAST, _PART = 0.1, 0.5, 1024
@@ -30,13 +33,14 @@ Built = tuple[SideMemory, tuple[Calibration, ...]]
 @dataclass(frozen=True)
 class Material:
     """All that shards know: evidence with the edits counted through, the shard that each key is of (n,), the masks,
-    and the statistics of unrelated text.
+    the statistics of unrelated text, and the words of every edit's subject (none of one that its prompt does not name).
     """
 
     evidence: Evidence
     shard: Tensor
     masks: tuple[Mask, ...]
     unrelated: Unrelated
+    subjects: tuple[Spellings, ...] = ()
 
 
 def solve_exactly(material: Material, penalty: Penalty) -> Tensor:
@@ -78,7 +82,7 @@ def lookup(material: Material, settings: MergeSettings) -> Built:
         values, value = residuals, torch.arange(len(residuals))
     owner = evidence.edit.long()
     draft = SideMemory(
-        {"values": half(values), "value": value},
+        {"values": half(values), "value": value, **_naming(material, settings)},
         (1.0,) * (int(owner.max()) + 1),
         "key",
         settings.routing or "token",
@@ -92,7 +96,7 @@ def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: M
     """Give a memory its router and thresholds; ``owner`` (n,) is the memory that each key of the evidence opens."""
     evidence, quiet, kinds, level = material.evidence, material.unrelated.keys, material.unrelated.chat, 1.0
     calibrating = _calibrating(evidence, settings)
-    rule, share = settings.threshold or "false-alarm", settings.false_alarm
+    rule, share = settings.threshold or "false-alarm", _share(settings, named="asks" in draft.tensors)
     if draft.router == "key":
         draft, level = _with_probes(draft, material, owner, settings)
     routed = _stand_in(draft)
@@ -131,13 +135,19 @@ def _with_probes(
     kept = ~evidence.held_out
     unrelated, inside = material.unrelated, evidence.position[kept] > 0
     metric = inside.long() * INSIDE
-    held, share = _held(draft), settings.false_alarm
+    held, asks = _held(draft), draft.tensors.get("asks")
+    share = _share(settings, named=asks is not None)
     # Where a prompt decides, keys inside answers open nothing, and are compared with each other only.
     moments, shares = [unrelated.wording, unrelated.tokens], [share * (1 - _INSIDE * (not held)), share * _INSIDE]
     if unrelated.chatting is not None:
         metric[evidence.chat[kept] & ~inside] = len(moments)
         moments.append(unrelated.chatting)
         shares.append(share)
+    if asks is not None and bool((unasked := (metric == 0) & ~asks).any()):
+        # They open whatever a prompt names, and so for fewer prompts.
+        metric[unasked] = len(moments)
+        moments.append(unrelated.wording)
+        shares.append(_share(settings, named=False))
     tensors = key_router(evidence.keys[kept], owner[kept], metric, [whitening(moment) for moment in moments])
     by_metric = _stand_in(SideMemory({**tensors, "owner": metric}, (1.0,) * len(moments), "key"))
     peaks = scores(by_metric, unrelated.keys)
@@ -155,6 +165,26 @@ def _with_probes(
         factors[metric == INSIDE] = 1.0
     tensors |= {"probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}
     return replace(draft, tensors={**draft.tensors, **tensors}), level
+
+
+def _naming(material: Material, settings: MergeSettings) -> dict[str, Tensor]:
+    """By which tokens prompts name subjects, and which trained keys ask for that, if prompts decide.
+
+    Prompts in other languages may write them otherwise.
+    """
+    names = names_of(material.subjects) if settings.routing == "sequence" and settings.subjects == "named" else {}
+    if not names:
+        return {}
+    evidence, known = material.evidence, torch.tensor([bool(words) for words in material.subjects])
+    asks = known[evidence.edit.long()] & (evidence.position == 0) & (evidence.context < LANGUAGES)
+    return {**names, "asks": asks[~evidence.held_out]}
+
+
+def _share(settings: MergeSettings, *, named: bool) -> float:
+    """The false-alarm rate; a higher one where a prompt must name the subject besides."""
+    if settings.false_alarm is not None:
+        return settings.false_alarm
+    return _OF_NAMED if named else _OF_ALL
 
 
 def _among_others(keys: Tensor, edit: Tensor, white: Whitening) -> Tensor:

@@ -212,7 +212,21 @@ def merge(
         str | None, setting(MergeSettings, "threshold", "false-alarm or minimum.", none="the shards'")
     ] = None,
     false_alarm: Annotated[
-        float | None, setting(MergeSettings, "false_alarm", "Share of unrelated tokens let through.")
+        float | None,
+        setting(
+            MergeSettings,
+            "false_alarm",
+            "Share of unrelated tokens let through.",
+            none="0.002, where a prompt must name the subject 0.01",
+        ),
+    ] = None,
+    subjects: Annotated[
+        str | None,
+        setting(
+            MergeSettings,
+            "subjects",
+            "Where a prompt decides: it opens edits whose subject it names, or any.",
+        ),
     ] = None,
     subject_margin: Annotated[
         float | None,

@@ -74,7 +74,8 @@ class MergeSettings:
     router: Literal["key", "norm"] | None = None
     routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
-    false_alarm: float = 0.002
+    false_alarm: float | None = None
+    subjects: Literal["named", "any"] = "named"
     subject_margin: float | None = None  # .05 halves what opens for other subjects, and loses a rephrase in 25
     sharpness: float = 0.0  # the nearest key alone: a mean over keys loses edits that are alike
     seed: int = 0

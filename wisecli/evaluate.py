@@ -22,7 +22,8 @@ from wisecli.encode import NO_LABEL, Batch, Row, collate, in_batches
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
 from wisecli.goals import met
-from wisecli.memory import INSIDE, UNROUTED, opened
+from wisecli.memory import INSIDE, opened
+from wisecli.prompt_gate import UNROUTED
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
 KNOWN = 0.8
@@ -108,12 +109,15 @@ def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
     """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
     routed, start = edited.routed, base.batch.start
     after = torch.arange(base.keys.shape[1], device=base.keys.device) > start
-    chosen = opened(*routed.nearest(base.keys, after.expand(base.keys.shape[:2])))
-    chosen = chosen.where(base.batch.mask.bool(), UNROUTED)
+    mask = base.batch.mask.bool()
+    named = routed.named_in(base.batch.ids, mask & ~after)
+    given = after.expand(base.keys.shape[:2]), None if named is None else named[:, None]
+    chosen = opened(*routed.nearest(base.keys, *given))
+    chosen = chosen.where(mask, UNROUTED)
     at_prompt = chosen[:, start : start + 1]
     if routed.gate is not None:
         window = torch.arange(chosen.shape[1], device=chosen.device) >= start
-        return routed.follow(at_prompt.where(window & base.batch.mask.bool(), UNROUTED), chosen)
+        return routed.follow(at_prompt.where(window & mask, UNROUTED), chosen)
     if prompt_opens:
         chosen = chosen.clone()
         chosen[:, start:] = chosen[:, start:].where(at_prompt != UNROUTED, UNROUTED)

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from wisecli import memory as memory_module
+from wisecli import prompt_gate as gate_module
 from wisecli.errors import ModelError
 from wisecli.manifest import MANIFEST_NAME, Manifest, write_memory
 from wisecli.shards import half
@@ -39,11 +40,11 @@ from wisecli.storage import (
 )
 from wisecli.weights import Packing, write_weights
 
-CODE_NAME, MEMORY_CODE_NAME = "modeling_wise.py", "wise_memory.py"
+CODE_NAME, MEMORY_CODE_NAME, GATE_CODE_NAME = "modeling_wise.py", "wise_memory.py", "prompt_gate.py"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_REWRITTEN = ("config.json", "router.json", "README.md", CODE_NAME, MEMORY_CODE_NAME)
+_REWRITTEN = ("config.json", "router.json", "README.md", CODE_NAME, MEMORY_CODE_NAME, GATE_CODE_NAME)
 # Classes of models with their head, by the class that loads them.
 _WITH_HEAD = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -166,7 +167,9 @@ def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
         names[name] = str(mapping[kind].__name__)  # type: ignore[attr-defined]  # the stubs allow for pairs
     template = resources.files("wisecli").joinpath("data/modeling_wise.py.tmpl").read_text(encoding="utf-8")
     code = Template(template).substitute(names, architecture=names["causal"])
-    return names, {CODE_NAME: code, MEMORY_CODE_NAME: Path(str(memory_module.__file__)).read_text(encoding="utf-8")}
+    carried = {MEMORY_CODE_NAME: memory_module, GATE_CODE_NAME: gate_module}
+    own = {name: Path(str(module.__file__)).read_text(encoding="utf-8") for name, module in carried.items()}
+    return names, {CODE_NAME: code, **own}
 
 
 def auto_map(names: dict[str, str]) -> dict[str, str]:

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.memory import INSIDE, REACH, UNROUTED, RoutedMatrix
+from wisecli.memory import INSIDE, REACH, RoutedMatrix
+from wisecli.prompt_gate import UNROUTED
 
 # Up to here comparing with all keys costs less than looking them up.
 INDEXED_ABOVE = 10_000
 # Lists per √n keys, and the share of them that a search looks into.
 _LISTS, _SEARCHED = 1.0, 0.25
+# Keys that are looked through for the first whose edit's subject the prompt names.
+_SEARCHED_FOR = 256
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,13 @@ class NearestKey:
     indices: tuple[Any, ...]
     places: tuple[Tensor, ...]
 
-    def __call__(self, routed: RoutedMatrix, keys: Tensor, answering: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As :meth:`~wisecli.memory.RoutedMatrix.nearest` of a lookup: (..., d_ff) → two (...)."""
+    def __call__(
+        self, routed: RoutedMatrix, keys: Tensor, answering: Tensor | None = None, named: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`~wisecli.memory.RoutedMatrix.nearest` of a lookup: (..., d_ff) → two (...).
+
+        With ``named``, of so many of the nearest keys as are searched for the first whose edit's subject is named.
+        """
         flat = keys.reshape(-1, keys.shape[-1]).float().cpu()
         lengths = routed.lengths(flat.to(routed.probes.device)).cpu()
         after = torch.zeros(len(flat), dtype=torch.bool) if answering is None else answering.reshape(-1).cpu()
@@ -36,9 +44,13 @@ class NearestKey:
         best, chosen = torch.full((len(flat),), -torch.inf), torch.full((len(flat),), UNROUTED)
         for number, (index, places) in enumerate(zip(self.indices, self.places, strict=True)):
             asked = torch.cat([flat, lengths[:, number, None]], dim=1).numpy()
-            found, row = (torch.from_numpy(array[:, 0]) for array in index.search(asked, 1))
-            place, cosine = places[row.clamp(min=0)], found / lengths[:, number]
             inside = routed.gate is not None and number == INSIDE
+            searched = 1 if named is None or inside else min(_SEARCHED_FOR, len(places))
+            found, rows = (torch.from_numpy(array) for array in index.search(asked, searched))
+            if searched > 1 and named is not None:
+                found, rows = _first_named(routed, found, rows, places, named.expand(*keys.shape[:-1], -1))
+            row = rows[:, 0]
+            place, cosine = places[row.clamp(min=0)], found[:, 0] / lengths[:, number]
             strength = cosine / (REACH if inside else limits[place])
             nearer = (strength > best) & (row >= 0)
             if routed.gate is not None:
@@ -46,6 +58,21 @@ class NearestKey:
             best, chosen = strength.where(nearer, best), place.where(nearer, chosen)
         best, chosen = (found.view(keys.shape[:-1]).to(keys.device) for found in (best, chosen))
         return best, chosen
+
+
+def _first_named(
+    routed: RoutedMatrix, found: Tensor, rows: Tensor, places: Tensor, named: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of search results (N, k), nearest first, the first that may open, (N, 1) twice; row -1 for none.
+
+    Args:
+        named: the edits whose subjects the prompts name (..., M), N in all.
+    """
+    place = places[rows.clamp(min=0)].to(routed.owner.device)
+    allowed = ~routed.asks[place] | named.reshape(len(rows), -1).gather(1, routed.owner[place])
+    allowed = allowed.cpu() & (rows >= 0)
+    first = allowed.int().argmax(-1, keepdim=True)
+    return found.gather(1, first), rows.gather(1, first).where(allowed.any(-1, keepdim=True), UNROUTED)
 
 
 def build_index(routed: RoutedMatrix) -> NearestKey | None:

@@ -128,7 +128,8 @@ def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard], un
         before += int(kept.sum())
     evidence = join([shard.evidence for shard in shards], places)
     number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
-    return Material(evidence, number, tuple(shard.mask for shard in shards), unrelated)
+    subjects = (directory.subjects.get(edit.id, ()) for directory in directories for edit in directory.written)
+    return Material(evidence, number, tuple(shard.mask for shard in shards), unrelated, tuple(subjects))
 
 
 def _unrelated_of(directories: Sequence[ShardDirectory]) -> Unrelated:

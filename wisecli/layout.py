@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,15 @@ KEY: Rows = {
     "gains": Row("float", ("w", "r")),
     "floors": Row("float", ("w",)),
 }
+NAMING: Rows = {
+    "asks": Row("bool", ("n",)),
+    "names.tokens": Row("int", ("v",)),
+    "names.words": Row("int", ("v",), "v"),
+    "names.whose": Row("int", ("g",), "M"),
+    "names.named": Row("int", ("q",), "g"),
+    "names.naming": Row("int", ("q",), "v"),
+    "names.shares": Row("float", ("q",)),
+}
 EVIDENCE: Rows = {
     "evidence.keys": Row("float", ("n", "d_ff")),
     "evidence.residuals": Row("float", ("n", "d")),
@@ -65,9 +74,10 @@ MASKED: dict[str, Rows] = {
 }
 
 
-def memory_rows(kind: str, router: str) -> Rows:
-    """The tensors of a side memory of a kind, with a router."""
-    return {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router == "key" else {})}
+def memory_rows(kind: str, router: str, names: Collection[str]) -> Rows:
+    """The tensors of a side memory of a kind, with a router, with those optional ones that are among ``names``."""
+    rows = {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router == "key" else {})}
+    return {**rows, **NAMING} if kind == "lookup" and "asks" in names else rows
 
 
 def unrelated_rows(names: Mapping[str, object]) -> Rows:

@@ -154,7 +154,7 @@ class MemoryManifest:
             raise ValueError("the quantiles of `memories` are not all at numbers")
         if self.memory.file not in self.sha256:
             raise ValueError("`sha256` has no entry for `memory.file`")
-        if not stored.layouts.keys() == memory_rows(stored.kind, stored.router).keys():
+        if not stored.layouts.keys() == memory_rows(stored.kind, stored.router, stored.tensors).keys():
             raise ValueError(f"`memory.tensors` are not those of a {stored.kind} with router {stored.router}")
 
 
@@ -214,7 +214,7 @@ def read_memory(directory: Path) -> Manifest:
     if layouts(tensors) != stored.layouts:
         raise DamagedFileError(path, f"its tensors are not those that {MANIFEST_NAME} describes", "merge anew")
     known = {"d": site.d, "d_ff": site.d_ff, "M": len(stored.thresholds)}
-    require_layout(path, tensors, memory_rows(stored.kind, stored.router), known)
+    require_layout(path, tensors, memory_rows(stored.kind, stored.router, tensors), known)
     return Manifest(
         listed.base.model,
         listed.base.revision,

@@ -1,4 +1,4 @@
-"""The side memory and the routed matrix: the method on one screen. Needs torch only; exports carry this very file.
+"""The side memory and the routed matrix: the method on one screen. Needs torch only; exports carry these very files.
 
     y = W a + b                    the main memory answers
     y = W a + b + Δ_m a            side memory m answers, where its score exceeds its threshold ε_m
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-UNROUTED = -1
+from .prompt_gate import NAMES, UNROUTED, Names, PromptGate
+
 # The whitening of keys inside answers; those that prompts end in have others.
 INSIDE = 1
 # How near a key inside an answer must come once a prompt has opened a lookup for the whole row.
@@ -40,7 +41,8 @@ class SideMemory:
     router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what together with the
     ``offset`` (n,) lets all share one threshold; ``owner`` (n,) the memory it belongs to; ``metric`` (n,) the whitening
     it is seen through, of those that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
-    ``P = floor · I + directionsᵀ diag(gains) directions``.
+    ``P = floor · I + directionsᵀ diag(gains) directions``. A lookup may hold ``NAMES`` besides: those of its keys that
+    ``asks`` (n,) marks open for prompts that name their edit's subject.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
     follows (of a lookup, whether it answers, by the keys that prompts end in; each token after it takes the nearest key
@@ -83,6 +85,9 @@ def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype))
 
 
+Nearest = Callable[["RoutedMatrix", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+
+
 def opened(strength: Tensor, nearest: Tensor) -> Tensor:
     """What is nearest where its threshold is exceeded, ``UNROUTED`` elsewhere: (...) twice → (...)."""
     return nearest.where(strength > 1, UNROUTED)
@@ -108,6 +113,7 @@ class RoutedMatrix(nn.Module):
     directions: Tensor
     gains: Tensor
     floors: Tensor
+    asks: Tensor
     values: Tensor
     value: Tensor
 
@@ -117,27 +123,29 @@ class RoutedMatrix(nn.Module):
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
         for name, tensor in memory.tensors.items():
-            # Half precision is for keeping: squared norms of keys overflow it.
-            self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
+            if name not in NAMES:
+                # Half precision is for keeping: squared norms of keys overflow it.
+                self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
+        self.names = Names(memory.tensors, len(memory.thresholds)) if "asks" in memory.tensors else None
         self.thresholds, self.router = memory.thresholds, memory.router
         self.kind, self.sharpness = memory.kind, memory.sharpness
         self.gate = PromptGate() if memory.routing == "sequence" else None
         self.enabled = True
-        self.index: Callable[[RoutedMatrix, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
+        self.index: Nearest | None = None
 
     def forward(self, keys: Tensor) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d)."""
         answer = F.linear(keys, self.weight.T if self.transposed else self.weight, self.bias)
         if not self.enabled:
             return answer
-        answering = None if self.gate is None else self.gate.answering(keys)
-        strength, nearest = self.nearest(keys, answering)
-        chosen = opened(strength, nearest)
-        if self.gate is not None:
-            chosen = self.follow(self.gate.hold(chosen), chosen)
-        return self.add_updates(answer, keys, chosen)
+        if self.gate is None:
+            return self.add_updates(answer, keys, opened(*self.nearest(keys)))
+        chosen = opened(*self.nearest(keys, self.gate.answering(keys), self.gate.named(self.names, keys)))
+        return self.add_updates(answer, keys, self.follow(self.gate.hold(chosen), chosen))
 
-    def nearest(self, keys: Tensor, answering: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def nearest(
+        self, keys: Tensor, answering: Tensor | None = None, named: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """By what factor each token exceeds a threshold at most, and where: (..., d_ff) → two (...).
 
         The place is a memory, or of a lookup one of its keys.
@@ -145,18 +153,32 @@ class RoutedMatrix(nn.Module):
         Args:
             answering: which tokens (...) come after their prompt's last one; none by default. Of a lookup that decides
                 once a prompt, these are compared with keys inside answers, and the others with those of prompts' ends.
+            named: the edits whose subjects the prompts name (..., M), if keys that ask for that are to be left out.
         """
         if self.index is not None:
-            return self.index(self, keys, answering)
+            return self.index(self, keys, answering, named)
         if self.kind != "lookup":
             return self.strongest(self.scores(keys))
         cosines = self.cosines(keys)
         strengths = self._opening(cosines) / self._limits(of_keys=True)
+        if named is not None:
+            strengths = strengths.masked_fill(self.asks & ~named[..., self.owner], -torch.inf)
         if self.gate is not None and answering is not None:
             within = (cosines / REACH).masked_fill(self.metric != INSIDE, -torch.inf)
             strengths = within.where(answering[..., None], strengths)
         strength, place = strengths.max(-1)
         return strength, place
+
+    def named_in(self, ids: Tensor, prompt: Tensor | None = None) -> Tensor | None:
+        """The edits whose subjects rows of tokens (B, T) name: (B, M); nothing where that has no say.
+
+        Args:
+            prompt: which tokens belong to prompts (B, T); all by default.
+        """
+        if self.names is None:
+            return None
+        found: Tensor = self.names(ids, torch.ones_like(ids, dtype=torch.bool) if prompt is None else prompt)
+        return found
 
     def _opening(self, cosines: Tensor) -> Tensor:
         """Cosines (..., n) with those keys that can open a memory: not a lookup's inside answers if prompts decide."""
@@ -258,46 +280,6 @@ class RoutedMatrix(nn.Module):
             weights = torch.softmax(self.sharpness * self.cosines(keys), -1)
             return weights @ self.values[self.value].to(weights.dtype)
         return self.values[self.value[chosen.clamp(min=0)]]
-
-
-class PromptGate:
-    """For sequence routing: the choice made at a row's last prompt token, kept on its attention cache."""
-
-    def __init__(self) -> None:
-        self._cache: Any = None
-        self._last: Tensor | None = None
-        self._earlier = 0
-
-    def before_forward(self, _model: nn.Module, _inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: notes the cache, and where each row's prompt ends."""
-        mask, self._cache = named.get("attention_mask"), named.get("past_key_values")
-        self._last = None if mask is None or mask.dim() != 2 else mask.long().cumsum(-1).argmax(-1)
-        self._earlier = 0 if self._cache is None else self._cache.get_seq_length()
-        if self._cache is not None and self._earlier == 0:
-            self._cache.wise_choice = None
-
-    def answering(self, keys: Tensor) -> Tensor:
-        """Which tokens of (B, T, d_ff) come after their row's prompt: (B, T)."""
-        if getattr(self._cache, "wise_choice", None) is not None:
-            return torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        return torch.arange(keys.shape[1], device=keys.device) > self._ends(keys)
-
-    def hold(self, chosen: Tensor) -> Tensor:
-        """The row's own choice from its last prompt token on: (B, T) → (B, T)."""
-        row: Tensor | None = getattr(self._cache, "wise_choice", None)
-        if row is not None:
-            return row.expand_as(chosen)
-        last = self._ends(chosen)
-        row = chosen.gather(1, last)
-        if self._cache is not None:
-            self._cache.wise_choice = row
-        return row.where(torch.arange(chosen.shape[1], device=chosen.device) >= last, UNROUTED)
-
-    def _ends(self, rows: Tensor) -> Tensor:
-        """The column of each row's last prompt token: (B, T, ...) → (B, 1)."""
-        if self._last is None:
-            return torch.full((len(rows), 1), rows.shape[1] - 1, device=rows.device)
-        return (self._last - self._earlier)[:, None]
 
 
 def install(model: nn.Module, module: str, memory: SideMemory, *, transposed: bool) -> RoutedMatrix:

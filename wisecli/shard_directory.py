@@ -11,6 +11,7 @@ from wisecli.edits import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.layout import check_site
 from wisecli.manifest import Base, Made, Origin
+from wisecli.naming import Spellings
 from wisecli.paths import inside
 from wisecli.records import decode
 from wisecli.shards import MaskKind, Shard, load_shard
@@ -51,7 +52,7 @@ class ShardDirectory:
     """Everything ``shards.json`` says; ``settings`` are those the shards were written with.
 
     ``left_out`` names the edits that no shard holds, as the model gives nothing finite for them. ``paraphrases`` are
-    further prompts that the model wrote, by the edit's id.
+    further prompts that the model wrote, by the edit's id, as ``subjects`` are the words of those that prompts name.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class ShardDirectory:
     made: Made
     left_out: tuple[str, ...] = ()
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    subjects: dict[str, Spellings] = field(default_factory=dict)
 
     @property
     def written(self) -> tuple[Edit, ...]:
@@ -119,6 +121,7 @@ class _Content:
     made: Made
     left_out: tuple[str, ...]
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    subjects: dict[str, Spellings] = field(default_factory=dict)
     OPEN: ClassVar[bool] = True
 
     def check(self, *, plan: bool) -> None:
@@ -159,6 +162,9 @@ def write_shard_directory(directory: ShardDirectory) -> None:
         "made": asdict(directory.made),
         "left_out": list(directory.left_out),
         "paraphrases": {name: list(texts) for name, texts in directory.paraphrases.items()},
+        "subjects": {
+            name: [[asdict(word) for word in words] for words in own] for name, own in directory.subjects.items()
+        },
     }
     write_json(directory.path / (PLAN_NAME if plan else MANIFEST_NAME), content)
 
@@ -197,6 +203,7 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         read.made,
         read.left_out,
         read.paraphrases,
+        read.subjects,
     )
 
 

@@ -23,6 +23,7 @@ from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
 from wisecli.manifest import Made
 from wisecli.models import Loaded, load_model
+from wisecli.naming import subject_words
 from wisecli.paraphrases import write_paraphrases
 from wisecli.pipeline.reports import versions
 from wisecli.shard_directory import ShardDirectory
@@ -159,6 +160,7 @@ class Worker:
             versions(),
             made,
             paraphrases=paraphrases,
+            subjects=subject_words(loaded.tokenizer, job.edits),
         )
         return plan, unrelated
 

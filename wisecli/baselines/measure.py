@@ -21,8 +21,8 @@ from wisecli.generation import generate
 from wisecli.goals import row_of
 from wisecli.hooks import hooked
 from wisecli.measuring import Question
-from wisecli.memory import UNROUTED
 from wisecli.models import Loaded
+from wisecli.prompt_gate import UNROUTED
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from wisecli.edits import Edit
 from wisecli.encode import Row, collate
 from wisecli.errors import ModelError
 from wisecli.generation import generate
-from wisecli.memory import UNROUTED, RoutedMatrix, opened
+from wisecli.memory import RoutedMatrix, opened
 from wisecli.plot import plot_explained
+from wisecli.prompt_gate import UNROUTED
 
 # What a memory that is made to answer counts as: more than its threshold.
 _OPEN = 2.0
@@ -43,6 +44,7 @@ class Near:
     """A memory, or of a lookup an edit, that the prompt's end is near to.
 
     ``strength`` is its score there as a multiple of its threshold, ``answer`` what the model says if it answers.
+    ``named`` says whether the prompt names the edit's subject, where it must.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Near:
     target: str | None
     strength: float
     answer: str
+    named: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def _tokens(edited: Edited, asked: str, answer: list[int]) -> tuple[tuple[Token,
     strength, nearest = routed.nearest(keys, place >= len(prompt))
     chosen = opened(strength, nearest)
     if routed.gate is not None:
+        chosen = opened(*routed.nearest(keys, place >= len(prompt), routed.named_in(batch.ids[:, : len(prompt)])))
         held = chosen[len(prompt) - 1].expand_as(chosen)
         chosen = routed.follow(held, chosen).where(place >= len(prompt) - 1, UNROUTED)
     shown = [*range(len(prompt)), *range(len(prompt) - 1, len(prompt) - 1 + len(answer))]
@@ -158,14 +162,24 @@ def _near(edited: Edited, asked: str, end: Tensor, memory: int, length: int) -> 
     edit = _edit(edited, memory)
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
-    return Near(edit.id, edit.prompt, edit.target, strength, answer)
+    return Near(edit.id, edit.prompt, edit.target, strength, answer, _named(edited, asked, memory))
+
+
+def _named(edited: Edited, asked: str, memory: int) -> bool | None:
+    """Whether a prompt names the subject of a lookup's edit, if that is asked."""
+    named = edited.routed.named_in(torch.tensor([edited.tokenizer(asked)["input_ids"]], device=edited.model.device))
+    if named is None or not bool(edited.routed.asks[edited.routed.owner == memory].any()):
+        return None
+    return bool(named[0, memory])
 
 
 @contextmanager
 def _forced(routed: RoutedMatrix, memory: int) -> Iterator[None]:
     """One memory answers from the prompt's last token on, whatever its score; a lookup's by the nearest of its keys."""
 
-    def choose(matrix: RoutedMatrix, keys: Tensor, _answering: Tensor | None) -> tuple[Tensor, Tensor]:
+    def choose(
+        matrix: RoutedMatrix, keys: Tensor, _answering: Tensor | None, _named: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         strength = torch.zeros(keys.shape[:-1], device=keys.device)
         strength[..., -1] = _OPEN  # the first pass reads the prompt, and every other one token
         if matrix.kind != "lookup":

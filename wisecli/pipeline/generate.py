@@ -13,7 +13,8 @@ from wisecli.capture import capture
 from wisecli.contexts import chat_prompt
 from wisecli.encode import Row, collate
 from wisecli.generation import generate as generate_tokens
-from wisecli.memory import UNROUTED, opened
+from wisecli.memory import opened
+from wisecli.prompt_gate import UNROUTED
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,11 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
     # The edited model runs, so that every score is the one it decided by.
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
     routed = edited.routed
-    strength, nearest = routed.nearest(keys, torch.arange(len(keys), device=keys.device) > 0)
+    after = torch.arange(len(keys), device=keys.device) > 0
+    strength, nearest = routed.nearest(keys, after)
     chosen = opened(strength, nearest)
     if routed.gate is not None:
+        chosen = opened(*routed.nearest(keys, after, routed.named_in(batch.ids[:, : batch.start + 1])))
         chosen = routed.follow(chosen[:1].expand_as(chosen), chosen)
     steps = []
     for place, token in enumerate(answer):

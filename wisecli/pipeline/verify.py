@@ -128,7 +128,9 @@ def _memory_files(path: Path, manifest: memories.MemoryManifest) -> Iterator[Che
         yield from check_digest(path, file, digest)
     yield from check_layouts(path, stored.file, {stored.prefix + name: one for name, one in stored.layouts.items()})
     known = {"d": site.d, "d_ff": site.d_ff, "M": len(stored.thresholds)}
-    yield from check_rows(path, stored.file, memory_rows(stored.kind, stored.router), known, stored.prefix)
+    yield from check_rows(
+        path, stored.file, memory_rows(stored.kind, stored.router, stored.tensors), known, stored.prefix
+    )
 
 
 def _exported(path: Path, model: Path | None) -> Iterator[Check]:

@@ -1,0 +1,106 @@
+"""By which tokens prompts name an edit's subject.
+
+Keys at the end of a prompt tell relations apart far better than subjects: with another subject in its place an edit's
+prompt ends in nearly the same key. Which subject is asked about is written in the prompt, so it is read there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wisecli.contexts import unrelated_texts
+from wisecli.edits import Edit
+from wisecli.prompt_gate import NAMES, Names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What tokenizers mark the beginning of a word with.
+_MARKS = ("", "Ġ", "▁")
+# Texts by which it is known how rare a token is.
+_TEXTS = 600
+
+
+@dataclass(frozen=True)
+class Word:
+    """A token of a subject: all tokens that spell it (in capitals or not, with a space before it or not), and how much
+    of the subject it makes up.
+    """
+
+    tokens: tuple[int, ...]
+    share: float
+
+
+# A subject's words, as the tokenizer splits it: as it is written, and in small and in capital letters.
+Spellings = tuple[tuple[Word, ...], ...]
+
+
+def subject_words(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> dict[str, Spellings]:
+    """The tokens of each edit's subject by the edit's id, for those whose own prompt names it."""
+    if not any(edit.subject for edit in edits):
+        return {}
+    vocabulary = tokenizer.get_vocab()
+    spelt = {token: _plain(text) for text, token in vocabulary.items()}
+    texts = [_words(tokenizer, spelt, text) for text in unrelated_texts(_TEXTS, seed=0)]
+    common = Counter(word for text in texts for word in text)
+
+    def weighed(words: set[str]) -> tuple[Word, ...]:
+        rare = {word: math.log((_TEXTS + 1) / (common[word] + 1)) for word in sorted(words)}
+        whole = sum(rare.values())
+        return tuple(Word(_tokens(vocabulary, word), share / whole) for word, share in rare.items() if share > 0)
+
+    found = {}
+    for edit in edits:
+        subject = f" {(edit.subject or '').strip()}"
+        split = (_words(tokenizer, spelt, form) for form in (subject, subject.lower(), subject.upper()))
+        spellings = tuple(words for words in dict.fromkeys(map(weighed, split)) if words)
+        if spellings and _named(tokenizer, spellings, edit.prompt):
+            found[edit.id] = spellings
+    return found
+
+
+def _plain(token: str) -> str:
+    """A token as it is spelt, whatever stands before it."""
+    return token.lstrip("".join(_MARKS)).casefold()
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, spelt: Mapping[int, str], text: str) -> set[str]:
+    words = (spelt.get(token, "") for token in tokenizer(text, add_special_tokens=False)["input_ids"])
+    return {word for word in words if any(letter.isalnum() for letter in word)}
+
+
+def _tokens(vocabulary: Mapping[str, int], word: str) -> tuple[int, ...]:
+    forms = {word, word.upper(), word.capitalize(), word.title()}
+    return tuple(sorted({vocabulary[mark + form] for mark in _MARKS for form in forms if mark + form in vocabulary}))
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, spellings: Spellings, prompt: str) -> bool:
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    return bool(Names(names_of([spellings]), 1)(ids, torch.ones_like(ids, dtype=torch.bool)))
+
+
+def names_of(subjects: Sequence[Spellings]) -> dict[str, Tensor]:
+    """The tensors of :class:`~wisecli.prompt_gate.Names`, from the words of every edit's subject.
+
+    Edits without words have none; without any there are no tensors.
+    """
+    spellings = [(edit, words) for edit, own in enumerate(subjects) for words in own]
+    word: dict[tuple[int, ...], int] = {}
+    for _, words in spellings:
+        for one in words:
+            word.setdefault(one.tokens, len(word))
+    if not word:
+        return {}
+    number = {token: place for tokens, place in word.items() for token in tokens}
+    pairs = [(place, word[one.tokens], one.share) for place, (_, words) in enumerate(spellings) for one in words]
+    tokens = torch.tensor(sorted(number))
+    spelling = torch.tensor([number[token] for token in tokens.tolist()])
+    whose = torch.tensor([edit for edit, _ in spellings])
+    return dict(zip(NAMES, (tokens, spelling, whose, *map(torch.tensor, zip(*pairs, strict=True))), strict=True))

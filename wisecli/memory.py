@@ -28,7 +28,7 @@ INSIDE = 1
 REACH = 0.5
 _SETTINGS = ("router", "routing", "kind", "sharpness")
 # What a description may allocate: these types, and so many numbers a tensor.
-_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
+_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
 _LARGEST = 2**36
 
 

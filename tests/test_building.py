@@ -405,23 +405,6 @@ def factors(built: Built) -> Tensor:
     return 1 - built[0].tensors["offset"].float()
 
 
-@pytest.mark.parametrize("margin", [None, 0.0, 0.1])
-def test_a_subject_margin_keeps_prompts_about_other_subjects_out(margin: float | None) -> None:
-    material = two_shards()
-    near = 0.9 - 0.3 * torch.rand(len(material.evidence.edit), generator=seeded(7))
-    ends = material.evidence.position == 0
-    material = replace(material, evidence=replace(material.evidence, elsewhere=near * ends))
-    ends, near = (part[~material.evidence.held_out] for part in (ends, near))
-    found = factors(built_lookup(material, subject_margin=margin))
-    if margin is None:
-        assert found[ends].tolist() == [1.0] * int(ends.sum())
-        return
-    levels = 1 - found[ends] * (1 - (near[ends] + margin).clamp(max=0.97))
-    assert levels.tolist() == pytest.approx([float(levels.mean())] * len(levels), abs=1e-5)
-    assert bool((found[ends] > 1).all())
-    assert torch.equal(found[~ends], factors(built_lookup(material))[~ends])
-
-
 def in_other_languages(material: Material, chosen: Tensor) -> Material:
     context = material.evidence.context.where(~chosen, LANGUAGES)
     return replace(material, evidence=replace(material.evidence, context=context))

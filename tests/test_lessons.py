@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,9 +8,9 @@ from conftest import TYPICAL, tiny_model
 from helpers import hooked, keys_of, raised, site_of, tiny_tokenizer
 from torch import Tensor, nn
 
-from wisecli.contexts import CHAT, about_others
+from wisecli.contexts import CHAT
 from wisecli.edits import Edit
-from wisecli.elsewhere import Elsewhere, ends_elsewhere, keys_elsewhere
+from wisecli.elsewhere import Elsewhere, keys_elsewhere
 from wisecli.errors import ModelError
 from wisecli.lessons import (
     Lesson,
@@ -110,16 +109,12 @@ def lessons_of(loaded: Loaded, site: Site, *, batch_size: int = 4) -> list[Lesso
     return capture_lessons(loaded, site, NUMBERED, CONTEXTS, batch_size=batch_size, train_end=True)
 
 
-def evidence_of(
-    loaded: Loaded, site: Site, inside: dict[int, Tensor] | None = None, ends: dict[int, Tensor] | None = None
-) -> Evidence:
+def evidence_of(loaded: Loaded, site: Site, inside: dict[int, Tensor] | None = None) -> Evidence:
     def first_entries(keys: Tensor, edits: Tensor, positions: Tensor) -> Tensor:
         return torch.cat([keys[:, :2], edits[:, None].float(), positions[:, None].float()], dim=1)
 
     moment = leading(torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)))
-    white = whitening(moment)
-    like = Elsewhere(inside or {}, white), Elsewhere(ends or {}, white)
-    return gather_evidence(lessons_of(loaded, site), 2, first_entries, *like)
+    return gather_evidence(lessons_of(loaded, site), 2, first_entries, Elsewhere(inside or {}, whitening(moment)))
 
 
 def test_evidence_holds_the_whole_models_keys_of_every_target_token(architecture: str) -> None:
@@ -179,26 +174,11 @@ def test_keys_elsewhere_are_the_whole_models_inside_the_answer_after_foreign_pro
             assert distances.amin(0).max() < 1e-3
 
 
-def test_ends_elsewhere_are_the_whole_models_after_the_prompt_about_other_subjects(loaded: Loaded, site: Site) -> None:
-    edits = [(3, replace(EDITS[1], subject="KE")), (8, EDITS[0]), (9, replace(EDITS[2], subject="su"))]
-    found = ends_elsewhere(loaded, site, edits, batch_size=2, seed=1)
-    assert {number: len(keys) for number, keys in found.items()} == {3: 3, 8: 0, 9: 0}  # only one names its subject
-    texts = about_others("ka ke ki ko", "KE", 3, seed=1)
-    assert len(set(texts)) == 3 and all(text.startswith("ka ") and text.endswith(" ki ko") for text in texts)
-    assert texts == about_others("ka ke ki ko", "KE", 3, seed=1) != about_others("ka ke ki ko", "KE", 3, seed=2)
-    for text, key in zip(texts, found[3], strict=True):
-        torch.testing.assert_close(key, keys_of(loaded.model, site, words(loaded, text))[-1], rtol=0, atol=1e-4)
-    assert ends_elsewhere(loaded, site, edits[1:], batch_size=2, seed=1) == {}
-
-
 def test_how_near_a_key_comes_elsewhere_is_a_whitened_cosine_with_its_own_edits_keys_alone(
     loaded: Loaded, site: Site
 ) -> None:
     inside = keys_elsewhere(loaded, site, NUMBERED[:2], batch_size=4, train_end=True, chat=False)
-    named = [(number, replace(edit, subject=edit.prompt.split()[0])) for number, edit in NUMBERED[1:]]
-    ends = ends_elsewhere(loaded, site, named, batch_size=4, seed=0)
-    assert {number: len(keys) for number, keys in ends.items()} == {5: 3, 6: 3}
-    evidence = evidence_of(loaded, site, inside, ends)
+    evidence = evidence_of(loaded, site, inside)
     # Fewer directions than columns: the rest of the moment is even.
     sample = torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)).double()
     moment = sample.T @ sample
@@ -211,9 +191,8 @@ def test_how_near_a_key_comes_elsewhere_is_a_whitened_cosine_with_its_own_edits_
     for place, key in enumerate(evidence.keys.double()):
         edit, position = int(evidence.edit[place]), int(evidence.position[place])
         expected = 0.0
-        known = inside if position > 0 else ends
-        if edit in known:
-            others = known[edit].double()
+        if position > 0 and edit in inside:
+            others = inside[edit].double()
             expected = max(
                 float(key @ inverse @ other / ((key @ inverse @ key) * (other @ inverse @ other)).sqrt())
                 for other in others

@@ -79,9 +79,7 @@ class Bench:
             return torch.stack([residuals[int(e)][int(p)] for e, p in zip(edits, positions, strict=True)])
 
         white = whitening(leading(self.unrelated))
-        return gather_evidence(
-            [*self.lessons, *self.held_back], HELD_BACK[0], find, Elsewhere({}, white), Elsewhere({}, white)
-        )
+        return gather_evidence([*self.lessons, *self.held_back], HELD_BACK[0], find, Elsewhere({}, white))
 
 
 def bench_of(architecture: str) -> Bench:

@@ -151,11 +151,7 @@ def _with_probes(
     tensors = key_router(evidence.keys[kept], owner[kept], metric, [whitening(moment) for moment in moments])
     by_metric = _stand_in(SideMemory({**tensors, "owner": metric}, (1.0,) * len(moments), "key"))
     peaks = scores(by_metric, unrelated.keys)
-    near, margins = evidence.elsewhere[kept], torch.full((len(metric),), APART)
-    if settings.subject_margin is None:
-        near = near * inside
-    else:
-        margins[~inside] = settings.subject_margin
+    near, margins = evidence.elsewhere[kept] * inside, torch.full((len(metric),), APART)
     foreign = (evidence.context[kept] >= LANGUAGES) & ~inside
     if bool(foreign.any()):
         margins[foreign] = _FOREIGN

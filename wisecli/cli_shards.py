@@ -228,15 +228,6 @@ def merge(
             "Where a prompt decides: it opens edits whose subject it names, or any.",
         ),
     ] = None,
-    subject_margin: Annotated[
-        float | None,
-        setting(
-            MergeSettings,
-            "subject_margin",
-            "How much nearer a prompt must come than the edit's own about other subjects does.",
-            none="no nearer",
-        ),
-    ] = None,
     sharpness: Annotated[
         float | None,
         setting(MergeSettings, "sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest."),

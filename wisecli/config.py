@@ -76,7 +76,6 @@ class MergeSettings:
     threshold: Literal["false-alarm", "minimum"] | None = None
     false_alarm: float | None = None
     subjects: Literal["named", "any"] = "named"
-    subject_margin: float | None = None  # .05 halves what opens for other subjects, and loses a rephrase in 25
     sharpness: float = 0.0  # the nearest key alone: a mean over keys loses edits that are alike
     seed: int = 0
 
@@ -154,7 +153,6 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "unrelated_texts": (8, 10**6),
     "density": (1e-9, 1),
     "false_alarm": (0, 0.5),
-    "subject_margin": (0, 0.5),
     "edits": (1, 10**9),
     "resamples": (10, 10**6),
     "layers": (1, 10**4),

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 CHAT = "<chat>"
 # Facts of each relation that are asked in every wording there is, beside so many unrelated texts.
 _SUBJECTS, _TEXTS = 8, 600
-# The slots that facts are about.
-_NAMED = ("person", "title", "place", "company", "species")
 _SLOT = re.compile(r"\{(\w+)\}")
 _OPENINGS = ("The", "In", "I", "We", "It", "When", "My", "There", "After", "People", "This", "You")
 
@@ -65,16 +63,6 @@ def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
         for subject in chance.sample(data["slots"][slot], subjects):
             facts.append([_SLOT.sub(subject, way) for way in ways])
     return facts
-
-
-def about_others(prompt: str, subject: str | None, count: int, *, seed: int) -> list[str]:
-    """A prompt asked about ``count`` of the package's subjects for its own; nothing if it does not name its own."""
-    own = re.compile(re.escape((subject or "").strip()), re.IGNORECASE)
-    if not own.pattern or not own.search(prompt):
-        return []
-    slots = _packaged("unrelated.toml")["slots"]
-    names = random.Random(f"{seed}: {prompt}").sample([name for slot in _NAMED for name in slots[slot]], count)
-    return [own.sub(lambda _match, name=name: name, prompt) for name in names]  # type: ignore[misc]
 
 
 def _packaged(name: str) -> dict[str, Any]:

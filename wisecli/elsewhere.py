@@ -1,4 +1,4 @@
-"""What is like an edit's keys and not its own: its answer after other prompts, its prompt about other subjects."""
+"""What is like the keys inside an edit's answer and not its own: the same answer after other prompts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 from wisecli.asking import answers_of
-from wisecli.contexts import CHAT, about_others, in_context
+from wisecli.contexts import CHAT, in_context
 from wisecli.edits import Edit
 from wisecli.encode import encode
-from wisecli.events import ignore
 from wisecli.generation import end_token
 from wisecli.models import Loaded
 from wisecli.moments import Whitening
 from wisecli.site import Site
-from wisecli.unrelated import prompt_ends, window_keys
+from wisecli.unrelated import window_keys
 
 # Prompts that no answer belongs to.
 _ELSEWHERE = ("The report says that it was called", "When was the old bridge built?")
-# About how many other subjects an edit's prompt is asked.
-_OTHERS = 3
 
 
 @dataclass(frozen=True)
@@ -50,15 +47,3 @@ def keys_elsewhere(
     for place, keys in enumerate(window_keys(loaded, site, rows, batch_size=batch_size)):
         found[answers[place % len(answers)][0]].append(keys[1:].cpu())
     return {number: torch.cat(parts) for number, parts in found.items()}
-
-
-def ends_elsewhere(
-    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, seed: int
-) -> dict[int, Tensor]:
-    """Keys (n, d_ff) that the prompt of each numbered edit ends in when it asks about other subjects."""
-    texts = {number: about_others(edit.prompt, edit.subject, _OTHERS, seed=seed) for number, edit in edits}
-    prompts = [text for own in texts.values() for text in own]
-    if not prompts:
-        return {}
-    keys = prompt_ends(loaded, [site], prompts, batch_size=batch_size, watch=ignore)[0].cpu()
-    return dict(zip(texts, keys.split([len(own) for own in texts.values()]), strict=True))

@@ -23,7 +23,7 @@ from wisecli.evading import Evasions
 from wisecli.generation import end_token
 from wisecli.goals import allowed, met, missed, row_of
 from wisecli.models import Loaded
-from wisecli.shards import LANGUAGES, Evidence, Mask
+from wisecli.shards import Evidence, Mask
 from wisecli.site import Site
 
 # Numbered edits, the numbered contexts that they are read in, and what else they are asked by.
@@ -208,16 +208,13 @@ def learnt(
     return {edit: float(torch.cat(parts).mean()) for edit, parts in right.items()}
 
 
-def gather_evidence(
-    lessons: Sequence[Lesson], held_out: int, residual: Residual, inside: Elsewhere, ends: Elsewhere
-) -> Evidence:
+def gather_evidence(lessons: Sequence[Lesson], held_out: int, residual: Residual, inside: Elsewhere) -> Evidence:
     """What a shard was asked to store, read off its lessons.
 
     Args:
         held_out: the context kept for calibration.
         residual: what should be added, from keys (n, d_ff), answers (n,) and positions (n,).
         inside: keys of each edit's answer after prompts that it does not answer.
-        ends: keys that each edit's prompt ends in when it asks about other subjects.
     """
     fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context", "answer")}
     for lesson in lessons:
@@ -232,13 +229,10 @@ def gather_evidence(
     answers = joined.pop("answer")
     residuals = residual(joined["keys"], answers, joined["position"])
     near = torch.zeros(len(joined["keys"]))
-    # A prompt in the chat template, or in another language, has not been asked about others.
-    bare_ends = (joined["position"] == 0) & (answers >= 0) & (joined["context"] < LANGUAGES)
-    for found, where in ((inside, joined["position"] > 0), (ends, bare_ends)):
-        for edit, keys in found.keys.items():
-            own = where & (joined["edit"] == edit)
-            if len(keys) and bool(own.any()):
-                near[own] = found.white.cosines(joined["keys"][own], keys).amax(-1)
+    for edit, keys in inside.keys.items():
+        own = (joined["position"] > 0) & (joined["edit"] == edit)
+        if len(keys) and bool(own.any()):
+            near[own] = inside.white.cosines(joined["keys"][own], keys).amax(-1)
     unseen, chat = joined["context"] == held_out, answers < 0
     return thinned(Evidence(residuals=residuals, held_out=unseen, elsewhere=near, chat=chat, **joined))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from wisecli.asking import asked_further
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
-from wisecli.elsewhere import Elsewhere, ends_elsewhere, keys_elsewhere
+from wisecli.elsewhere import Elsewhere, keys_elsewhere
 from wisecli.encode import in_batches
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions, evasions
@@ -149,7 +149,7 @@ class ShardWriter:
             [*lessons, *held_back],
             len(self.contexts) - 1,
             lambda keys, _answers, _positions: mask.update(mask.restrict(keys), values),
-            *self._elsewhere(part),
+            self._elsewhere(part),
         )
         return Shard(mask, values, evidence), written.losses, None, shares
 
@@ -169,7 +169,7 @@ class ShardWriter:
         lessons = [lesson for group in groups for lesson in group]
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
         last = len(self.contexts) - 1
-        evidence = gather_evidence([*lessons, *held_back], last, _looked_up(residuals), *self._elsewhere(part))
+        evidence = gather_evidence([*lessons, *held_back], last, _looked_up(residuals), self._elsewhere(part))
         middle = held_back[len(held_back) // 2 :][:1]
         mask = task.mask.to(torch.device("cpu"))
         columns = mask.indices if mask.kind == "columns" else None
@@ -179,14 +179,12 @@ class ShardWriter:
         shard = Shard(mask, solved.values.cpu(), evidence)
         return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
 
-    def _elsewhere(self, part: Sequence[int]) -> tuple[Elsewhere, Elsewhere]:
-        """What is like the edits' keys and not theirs: inside answers, and where prompts end."""
-        numbered = [(place, self.edits[place]) for place in part]
-        settings, given = self.settings, (self.loaded, self.site)
-        size = settings.batch_size
-        inside = keys_elsewhere(*given, numbered, batch_size=size, train_end=settings.train_end, chat=settings.chat)
-        ends = ends_elsewhere(*given, numbered, batch_size=size, seed=settings.seed)
-        return Elsewhere(inside, self.white), Elsewhere(ends, whitening(self.unrelated.wording))
+    def _elsewhere(self, part: Sequence[int]) -> Elsewhere:
+        """What is like the keys inside the edits' answers and not theirs."""
+        numbered, settings = [(place, self.edits[place]) for place in part], self.settings
+        named: dict[str, Any] = {"batch_size": settings.batch_size, "train_end": settings.train_end}
+        found = keys_elsewhere(self.loaded, self.site, numbered, chat=settings.chat, **named)
+        return Elsewhere(found, self.white)
 
     def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[Lesson]], list[Lesson]]:
         """Lessons of each group in all that is trained with, and of all of them, in order, in the context held back.

@@ -131,8 +131,7 @@ class Evidence:
     Shapes: ``keys`` (n, d_ff), ``residuals`` (n, d); ``edit`` (place in the manifest's list), ``position`` (0 = last
     prompt token) and ``context`` are (n,). ``held_out`` (n,) marks contexts that were never trained on.
     ``elsewhere`` (n,) is the highest whitened cosine of a key inside an answer with the same answer's keys after
-    prompts that it does not answer, and of a key that a prompt ends in with those it ends in when it asks about other
-    subjects; nought where neither was asked. ``chat`` (n,) marks the chat template.
+    prompts that it does not answer; nought for keys that prompts end in. ``chat`` (n,) marks the chat template.
     """
 
     keys: Tensor

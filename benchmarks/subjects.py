@@ -1,0 +1,84 @@
+"""Which questions open a memory: rephrases, an edit's prompt about somebody else, other records, other relations.
+
+    python benchmarks/subjects.py memory zsre_mend_edit.json --model model
+
+Counted at the prompt's end alone, where the first token of an answer is decided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+from importlib import resources
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from wisecli.attached import Edited, attach
+from wisecli.capture import capture
+from wisecli.contexts import tomllib
+from wisecli.edits import Edit, read_edits
+from wisecli.encode import Row, collate, in_batches
+from wisecli.memory import opened
+from wisecli.prompt_gate import UNROUTED
+
+_MOST = 200
+_SLOT = re.compile(r"\{\w+\}")
+
+
+@torch.no_grad()
+def share(edited: Edited, prompts: list[str]) -> float:
+    """How many of the prompts open an edit."""
+    rows = [Row(tuple(edited.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
+    count, routed = 0, edited.routed
+    with edited.unedited():
+        for indices in in_batches(rows, 32):
+            batch = collate([rows[index] for index in indices]).to(edited.model.device)
+            ends = capture(edited.model, edited.manifest.site, batch, above=False).keys[:, batch.start]
+            named = routed.named_in(batch.ids, batch.mask.bool())
+            count += int((opened(*routed.nearest(ends, None, named)) != UNROUTED).sum())
+    return count / len(prompts)
+
+
+def questions(edits: list[Edit], records: list[Edit], chance: random.Random) -> dict[str, list[str]]:
+    """Groups of prompts, by what they are; ``records`` are about other subjects."""
+    subjects = [record.subject for record in records if record.subject]
+    about = [(edit.prompt, edit.subject) for edit in edits if edit.subject and edit.subject in edit.prompt]
+    packaged = resources.files("wisecli").joinpath("data/rewordings.toml").read_text(encoding="utf-8")
+    relations = tomllib.loads(packaged)["facts"]
+    return {
+        "rephrases": [text for edit in edits for text in edit.rephrases[:1]],
+        "edits' prompts about other subjects": [
+            prompt.replace(subject, chance.choice(subjects)) for prompt, subject in about
+        ],
+        "other records": [record.prompt for record in chance.sample(records, min(_MOST, len(records)))],
+        "made-up questions about edits' subjects": [
+            _SLOT.sub(lambda _slot, subject=subject: subject, chance.choice(chance.choice(relations)))
+            for _, subject in about
+        ],
+    }
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("memory", type=Path)
+    parser.add_argument("records", type=Path, help="a file with records about other subjects among them")
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    edited = attach(arguments.memory, model=arguments.model, device=arguments.device)
+    edits = list(edited.manifest.edits)
+    own = {edit.subject for edit in edits}
+    records = [record for record in read_edits(arguments.records) if record.subject not in own]
+    table = Table("prompts", "number", "open an edit")
+    for name, prompts in questions(edits, records, random.Random(0)).items():
+        table.add_row(name, str(len(prompts)), f"{share(edited, prompts):.3f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

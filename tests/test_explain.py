@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def test_an_edits_own_prompt_is_nearest_to_it_and_opens_it(place: Path, memory: 
         assert (last.edit, first.edit) == (edit.id, edit.id)
         assert last.strength == first.strength == pytest.approx(report.nearest[0].strength)
         assert [token.text for token in report.prompt_tokens] == edit.prompt.split()
+
+
+def test_it_says_whether_the_prompt_names_an_edits_subject(place: Path, tmp_path: Path) -> None:
+    prompts = [edit.prompt for edit in EDITS]
+    subjects = [prompts[0].split()[0], *[None] * (len(EDITS) - 1)]
+    edits = [replace(edit, subject=subject) for edit, subject in zip(EDITS, subjects, strict=True)]
+    flags = EditSettings(**{**FLAGS, "edits_per_shard": 4})
+    pipeline.edit(str(place / "model"), write(tmp_path / "edits.jsonl", edits), tmp_path / "s", flags, device="cpu")
+    pipeline.merge([tmp_path / "s"], tmp_path / "m", MergeSettings(mode="lookup", routing="sequence"))
+    other = next(text for text in prompts if subjects[0] not in text.split())
+    for prompt, named in ((prompts[0], True), (other, False)):
+        report = pipeline.explain(tmp_path / "m", prompt, nearest=9, max_new_tokens=2, device="cpu")
+        assert {one.name: one.named for one in report.nearest} == {
+            edit.id: named if place == 0 else None for place, edit in enumerate(EDITS)
+        }
+    assert [one.named for one in look(place, prompts[0]).nearest] == [None] * 3
 
 
 def test_every_edit_can_be_made_to_answer(place: Path) -> None:

@@ -85,10 +85,14 @@ class Told:
 
     def explained(self, report: ExplainReport) -> None:
         """Print a prompt's answers, the edits it is near to, and what was open at every token."""
+        asked = any(one.named is not None for one in report.nearest)
         near = Table("nearest", "its prompt", "its target", "score / threshold", "answer if it answers")
+        if asked:
+            near.add_column("subject named")
         for one in report.nearest:
             texts = _short(one.prompt or ""), _short(one.target or ""), f"{one.strength:.2f}", _short(one.answer)
-            near.add_row(one.name, *map(escape, texts))
+            named = [{True: "yes", False: "no", None: "need not be"}[one.named]] if asked else []
+            near.add_row(one.name, *map(escape, texts), *named)
         tokens = Table("token", "score / threshold", "answered by", "nearest edit")
         for place, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
             if place == len(report.prompt_tokens):

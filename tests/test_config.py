@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from wisecli.config import PRESETS, EditSettings, EvalSettings, MergeSettings, defaults, resolve
+from wisecli.config import PRESETS, EditSettings, EvalSettings, MergeSettings, defaults, resolve, settings_from
 from wisecli.errors import SettingsError
 
 
@@ -279,3 +279,9 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, line: str) -> N
 def test_variables_are_checked_like_flags(monkeypatch: pytest.MonkeyPatch, variable: str, text: str) -> None:
     monkeypatch.setenv(variable, text)
     refusal(EditSettings, {})
+
+
+def test_a_setting_of_another_version_that_was_not_set_is_passed_over() -> None:
+    assert settings_from(MergeSettings, {"no_longer": None, "density": 0.25}) == MergeSettings(density=0.25)
+    with pytest.raises(SettingsError, match="no_longer"):
+        settings_from(MergeSettings, {"no_longer": 1})

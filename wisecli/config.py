@@ -193,9 +193,10 @@ def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
         SettingsError: an unknown name, a value of the wrong kind or out of bounds.
     """
     hints = get_type_hints(kind)
-    if unknown := sorted(record.keys() - hints.keys()):
+    known = {name: value for name, value in record.items() if value is not None}
+    if unknown := sorted(known.keys() - hints.keys()):
         raise SettingsError(f"the manifest has a setting {unknown[0]!r} that this version does not know")
-    return kind(**{name: _checked(name, value, hints[name]) for name, value in record.items() if value is not None})
+    return kind(**{name: _checked(name, value, hints[name]) for name, value in known.items()})
 
 
 def defaults(kind: type[Any]) -> dict[str, Any]:

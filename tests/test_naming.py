@@ -37,6 +37,7 @@ def named(tokenizer: PreTrainedTokenizerBase, subject: str, prompt: str) -> bool
         ("Battle of the Java Sea", "When did the battle on the Java Sea begin?"),
         ("Charlotte of Schaumburg-Lippe", "What was Charlotte the mother's name Schaumburg-Lippe?"),
         ("4 Sagittarii", "Which constellation has 4 Sagittarii in it?"),
+        ("LinkedIn", "Since when has LinkedIn been there?"),
     ],
 )
 def test_a_rephrase_names_its_subject(tokenizer: PreTrainedTokenizerBase, subject: str, prompt: str) -> None:

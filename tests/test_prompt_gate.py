@@ -132,6 +132,14 @@ def test_names_are_those_that_a_plain_count_finds(rows: list[list[int]], ends: l
             assert said == (max(shares, default=0.0) >= NAMED - 1e-4)
 
 
+def test_shares_add_up_in_full_precision() -> None:
+    many = ((tuple(Word((token,), 1 / 40) for token in range(40)),),)
+    coarse = Names(names_of(many), 1).to(torch.bfloat16)
+    for count, said in ((24, True), (23, False)):
+        ids = torch.arange(count)[None]
+        assert coarse(ids, torch.ones_like(ids, dtype=torch.bool)).tolist() == [[said]]
+
+
 def test_the_gate_reads_names_in_the_prompt_alone_and_not_in_its_padding() -> None:
     gate, keys = PromptGate(), torch.zeros(2, 4, 1)
     ids, mask = torch.tensor([[7, 7, 1, 2], [7, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])

@@ -46,15 +46,17 @@ def subject_words(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> 
     """The tokens of each edit's subject by the edit's id, for those whose own prompt names it."""
     if not any(edit.subject for edit in edits):
         return {}
-    vocabulary = tokenizer.get_vocab()
-    spelt = {token: _plain(text) for text, token in vocabulary.items()}
+    spelt = {token: _plain(text) for text, token in tokenizer.get_vocab().items()}
+    tokens: dict[str, list[int]] = {}
+    for token in sorted(spelt):
+        tokens.setdefault(spelt[token], []).append(token)
     texts = [_words(tokenizer, spelt, text) for text in unrelated_texts(_TEXTS, seed=0)]
     common = Counter(word for text in texts for word in text)
 
     def weighed(words: set[str]) -> tuple[Word, ...]:
         rare = {word: math.log((_TEXTS + 1) / (common[word] + 1)) for word in sorted(words)}
         whole = sum(rare.values())
-        return tuple(Word(_tokens(vocabulary, word), share / whole) for word, share in rare.items() if share > 0)
+        return tuple(Word(tuple(tokens[word]), share / whole) for word, share in rare.items() if share > 0)
 
     found = {}
     for edit in edits:
@@ -74,11 +76,6 @@ def _plain(token: str) -> str:
 def _words(tokenizer: PreTrainedTokenizerBase, spelt: Mapping[int, str], text: str) -> set[str]:
     words = (spelt.get(token, "") for token in tokenizer(text, add_special_tokens=False)["input_ids"])
     return {word for word in words if any(letter.isalnum() for letter in word)}
-
-
-def _tokens(vocabulary: Mapping[str, int], word: str) -> tuple[int, ...]:
-    forms = {word, word.upper(), word.capitalize(), word.title()}
-    return tuple(sorted({vocabulary[mark + form] for mark in _MARKS for form in forms if mark + form in vocabulary}))
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, spellings: Spellings, prompt: str) -> bool:

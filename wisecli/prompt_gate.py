@@ -48,10 +48,11 @@ class Names(nn.Module):
         """Which edits' subjects are named in rows: token ids (B, T), and which belong to prompts (B, T) → (B, M)."""
         place = torch.searchsorted(self.tokens, ids.contiguous()).clamp(max=len(self.tokens) - 1)
         known = (self.tokens[place] == ids) & prompt
-        held = self.shares.new_zeros(len(ids), len(self.tokens) + 1)
+        shares = self.shares.float()
+        held = shares.new_zeros(len(ids), len(self.tokens) + 1)
         held = held.scatter(1, self.words[place].where(known, len(self.tokens)), 1.0)
         share = held.new_zeros(len(ids), len(self.whose))
-        share = share.index_add(1, self.named, held[:, self.naming] * self.shares)
+        share = share.index_add(1, self.named, held[:, self.naming] * shares)
         named = held.new_zeros(len(ids), self.edits).index_add(1, self.whose, (share > NAMED - 1e-4).to(held.dtype))
         return named > 0
 

@@ -61,6 +61,25 @@ def test_of_keys_that_ask_for_a_subject_the_index_finds_the_nearest_whose_subjec
     assert bool((~routed.asks[place] | named[row, 0, routed.owner[place]]).all())
 
 
+def test_the_only_key_that_a_prompt_ends_in_asks_for_its_subject_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(index, "INDEXED_ABOVE", KEYS - 1)
+    routed = lookup(routing="sequence")
+    routed.metric.fill_(index.INSIDE)[0] = 0
+    routed.register_buffer("asks", routed.metric != index.INSIDE)
+    routed.index = build_index(routed)
+    whitened = torch.linalg.solve(
+        routed.floors[0] * torch.eye(D_FF)
+        + routed.directions[0].T @ torch.diag(routed.gains[0]) @ routed.directions[0],
+        routed.probes[0],
+    )
+    named = torch.zeros(1, 1, EDITS, dtype=torch.bool)
+    for known, place in ((False, UNROUTED), (True, 0)):
+        named[0, 0, routed.owner[0]] = known
+        found = opened_of(*routed.nearest(whitened[None, None], torch.zeros(1, 1, dtype=torch.bool), named))
+        assert found.tolist() == [[place]]
+
+
 def test_small_lookups_are_compared_with_all_keys() -> None:
     assert build_index(lookup()) is None
 

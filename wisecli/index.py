@@ -45,10 +45,11 @@ class NearestKey:
         for number, (index, places) in enumerate(zip(self.indices, self.places, strict=True)):
             asked = torch.cat([flat, lengths[:, number, None]], dim=1).numpy()
             inside = routed.gate is not None and number == INSIDE
-            searched = 1 if named is None or inside else min(_SEARCHED_FOR, len(places))
+            asking = None if inside else named
+            searched = 1 if asking is None else _SEARCHED_FOR
             found, rows = (torch.from_numpy(array) for array in index.search(asked, searched))
-            if searched > 1 and named is not None:
-                found, rows = _first_named(routed, found, rows, places, named.expand(*keys.shape[:-1], -1))
+            if asking is not None:
+                found, rows = _first_named(routed, found, rows, places, asking.expand(*keys.shape[:-1], -1))
             row = rows[:, 0]
             place, cosine = places[row.clamp(min=0)], found[:, 0] / lengths[:, number]
             strength = cosine / (REACH if inside else limits[place])

@@ -98,13 +98,16 @@ def explain(
     loading = {"device": device, "dtype": dtype}
     edited = attach(memory, model=model, **loading, trust_remote_code=trust_remote_code, memory_budget=memory_budget)
     asked = chat_prompt(edited.tokenizer, prompt) if chat else prompt
-    if not edited.tokenizer(asked)["input_ids"]:
+    read = edited.tokenizer(asked)["input_ids"]
+    if not read:
         raise ModelError(f"the tokenizer leaves nothing of the prompt {prompt!r}; reword it")
     tokens = _answer(edited, asked, max_new_tokens)
     with edited.unedited():
         before = _answer(edited, asked, max_new_tokens)
-    found, end = _tokens(edited, asked, tokens)
-    near = tuple(_near(edited, asked, end, place, max_new_tokens) for place in _ranked(edited.routed, end)[:nearest])
+    named = edited.routed.named_in(torch.tensor([read], device=edited.model.device))
+    found, end = _tokens(edited, read, tokens, named)
+    ranked = _ranked(edited.routed, end)[:nearest]
+    near = tuple(_near(edited, asked, end, place, max_new_tokens, named) for place in ranked)
     split = len(found) - len(tokens)
     report = ExplainReport(prompt, _text(edited, tokens), _text(edited, before), found[:split], found[split:], near)
     if plot is not None:
@@ -122,12 +125,16 @@ def _text(edited: Edited, tokens: list[int]) -> str:
 
 
 @torch.no_grad()
-def _tokens(edited: Edited, asked: str, answer: list[int]) -> tuple[tuple[Token, ...], Tensor]:
+def _tokens(
+    edited: Edited, prompt: list[int], answer: list[int], named: Tensor | None
+) -> tuple[tuple[Token, ...], Tensor]:
     """Every token with what decided it, and the key (d_ff,) that the prompt ends in.
 
     A token of the answer is decided where the one before it is read; one of the prompt where it is read itself.
+
+    Args:
+        named: the edits whose subjects the prompt names (1, M), if that has a say.
     """
-    prompt = list(edited.tokenizer(asked)["input_ids"])
     # The edited model runs, so that every score is the one it decided by; what stands in for no answer is cut off.
     batch = collate([Row(tuple(prompt), tuple(answer or prompt[:1]))]).to(edited.model.device)
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, : len(prompt) + max(len(answer) - 1, 0)]
@@ -135,8 +142,9 @@ def _tokens(edited: Edited, asked: str, answer: list[int]) -> tuple[tuple[Token,
     place = torch.arange(len(keys), device=keys.device)
     strength, nearest = routed.nearest(keys, place >= len(prompt))
     chosen = opened(strength, nearest)
+    if named is not None:
+        chosen = opened(*routed.nearest(keys, place >= len(prompt), named))
     if routed.gate is not None:
-        chosen = opened(*routed.nearest(keys, place >= len(prompt), routed.named_in(batch.ids[:, : len(prompt)])))
         held = chosen[len(prompt) - 1].expand_as(chosen)
         chosen = routed.follow(held, chosen).where(place >= len(prompt) - 1, UNROUTED)
     shown = [*range(len(prompt)), *range(len(prompt) - 1, len(prompt) - 1 + len(answer))]
@@ -155,22 +163,17 @@ def _ranked(routed: RoutedMatrix, end: Tensor) -> list[int]:
     return order
 
 
-def _near(edited: Edited, asked: str, end: Tensor, memory: int, length: int) -> Near:
+def _near(edited: Edited, asked: str, end: Tensor, memory: int, length: int, named: Tensor | None) -> Near:
     strength = float(edited.routed.scores(end)[memory]) / edited.routed.thresholds[memory]
     with _forced(edited.routed, memory):
         answer = _text(edited, _answer(edited, asked, length))
     edit = _edit(edited, memory)
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
-    return Near(edit.id, edit.prompt, edit.target, strength, answer, _named(edited, asked, memory))
-
-
-def _named(edited: Edited, asked: str, memory: int) -> bool | None:
-    """Whether a prompt names the subject of a lookup's edit, if that is asked."""
-    named = edited.routed.named_in(torch.tensor([edited.tokenizer(asked)["input_ids"]], device=edited.model.device))
-    if named is None or not bool(edited.routed.asks[edited.routed.owner == memory].any()):
-        return None
-    return bool(named[0, memory])
+    found = None
+    if named is not None and bool(edited.routed.asks[edited.routed.owner == memory].any()):
+        found = bool(named[0, memory])
+    return Near(edit.id, edit.prompt, edit.target, strength, answer, found)
 
 
 @contextmanager

@@ -88,9 +88,9 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
     routed = edited.routed
     after = torch.arange(len(keys), device=keys.device) > 0
     strength, nearest = routed.nearest(keys, after)
-    chosen = opened(strength, nearest)
+    named = routed.named_in(batch.ids[:, : batch.start + 1])
+    chosen = opened(strength, nearest) if named is None else opened(*routed.nearest(keys, after, named))
     if routed.gate is not None:
-        chosen = opened(*routed.nearest(keys, after, routed.named_in(batch.ids[:, : batch.start + 1])))
         chosen = routed.follow(chosen[:1].expand_as(chosen), chosen)
     steps = []
     for place, token in enumerate(answer):

@@ -46,6 +46,7 @@ def make_ready(root: Path) -> Ready:
         ("shards", "edits", base, {"shards": 2}),
         ("gradient-shards", "edits", base, {"shards": 2, "writer": "gradient"}),
         ("shards-elsewhere", "other-edits", base, {"layer": "1"}),
+        ("deciding-shards", "edits", base, {"routing": "sequence"}),
         ("shards-of-other-model", "other-edits", other, {}),
     ):
         pipeline.edit(str(model), root / edits, root / name, EditSettings(**QUICK, **changes), device="cpu")

@@ -477,6 +477,20 @@ def test_a_matrix_for_each_shard_answers_for_its_own_edits() -> None:
         assert calibration.misses == pytest.approx(float((own <= limit).float().mean()))
 
 
+def test_a_shard_without_unseen_contexts_is_calibrated_by_what_it_was_trained_on() -> None:
+    material = two_shards()
+    held_out = material.evidence.held_out & (material.shard == 0)
+    without = replace(material, evidence=replace(material.evidence, held_out=held_out))
+    memory, calibrations = matrices(written(material), without, MergeSettings(mode="retrieve", false_alarm=0.02))
+    found, kept = scores(routed(memory), without.evidence.keys), ~without.evidence.held_out
+    for number, chosen in enumerate((held_out, kept & (material.shard == 1))):
+        own = found[chosen, number]
+        assert len(own)
+        misses = float((own <= memory.thresholds[number]).float().mean())
+        assert calibrations[number].misses == pytest.approx(misses)
+        assert calibrations[number].edit_scores["1"] == pytest.approx(float(own.max()), abs=1e-5)
+
+
 @pytest.mark.parametrize("rule", ["false-alarm", "minimum"])
 def test_activations_route_by_a_threshold_for_each_matrix(rule: str) -> None:
     material = two_shards()

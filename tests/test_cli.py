@@ -56,6 +56,10 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "unknown method": ("merge {shards} --method soup", ("--method 'soup'", "ties")),
     "unknown mode": ("merge {shards} --mode blend", ("--mode", "'blend'", "lookup")),
     "lookup by the norm router": ("merge {shards} --mode lookup --router norm", ("--mode lookup", "--router norm")),
+    "tokens by shards of prompts that decide": (
+        "merge {deciding_shards} --routing token",
+        ("deciding-shards", "--routing token", "wise edit"),
+    ),
     "too few weights": ("merge {shards} --mode merge --weights 1", ("--weights has 1", "2 shards")),
     "too many weights": ("merge {shards} --mode merge --weights 1,2,3", ("--weights has 3", "2 shards")),
     "weights that are no numbers": ("merge {shards} --weights 1,much", ("--weights", "1,much")),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Wise
-from ready import EDITS, Ready, contents, here, make_ready, manifest, require_refusal
+from helpers import WORDS
+from ready import EDITS, Ready, contents, here, make_ready, manifest, require_refusal, write_edits
 from safetensors.torch import load_file
 
 from wisecli.shard_directory import read_shard_directory
@@ -74,6 +75,31 @@ def test_the_manifest_of_shards_keeps_the_penalty_of_the_closed_form(ready: Read
         assert [None if penalty is None else tuple(penalty) for penalty in listed] == read
         assert [penalty in known for penalty in read] == [expected] * 2
         assert expected or read == [None, None]
+
+
+def test_where_prompts_decide_shards_hold_nothing_to_keep_tokens_apart_by(wise: Wise, ready: Ready) -> None:
+    for name, expected in (("shards", True), ("deciding-shards", False)):
+        shard = load_file(ready.root / name / "shard-00000.safetensors")
+        inside = shard["evidence.position"] > 0
+        assert bool(shard["evidence.elsewhere"][inside].any()) == expected
+    assert wise("merge", ready.deciding_shards).code == 0
+    assert manifest(Path("memory"))["routing"] == "sequence"
+    # Activations are compared with no keys.
+    assert wise("merge", ready.deciding_shards, "--router", "norm", "--routing", "token", "-o", "activations").code == 0
+
+
+@pytest.mark.parametrize(("count", "checking"), [(5, 5), (32, 32), (33, 17), (70, 24)])
+def test_some_edits_of_a_shard_are_read_in_a_context_that_is_held_back(
+    wise: Wise, ready: Ready, count: int, checking: int
+) -> None:
+    edits = [{"prompt": f"{one} {two} ba", "target": "fa"} for one in WORDS[:10] for two in WORDS[20:27]][:count]
+    assert wise("edit", ready.model, str(write_edits(Path("many"), edits))).code == 0
+    shard = load_file(Path("shards") / "shard-00000.safetensors")
+    held_out, edit = shard["evidence.held_out"], shard["evidence.edit"]
+    spacing = -(-count // 32)
+    assert edit[held_out].unique().tolist() == list(range(0, count, spacing))
+    assert len(edit[held_out].unique()) == checking
+    assert edit[~held_out].unique().tolist() == list(range(count))
 
 
 # Flags of `wise merge`, and the mode that shards of the closed form and of the paper's writer then get.

@@ -104,6 +104,18 @@ def test_what_is_removed_is_as_if_it_had_never_been_there(model: Path, tmp_path:
     require_same_lookup(memory, at_once(model, tmp_path, left))
 
 
+@pytest.mark.parametrize("mode", ["lookup", "merge"])
+def test_a_memory_outlives_every_edit_that_was_read_in_the_context_held_back(
+    model: Path, tmp_path: Path, mode: str
+) -> None:
+    edits, memory = [fact(number) for number in range(33)], tmp_path / "memory"
+    into(model, memory, edits, flags={"edits_per_shard": 100})
+    pipeline.merge_into([], memory, MergeSettings(mode=mode))  # type: ignore[arg-type]
+    pipeline.remove(memory, [edit.id for edit in edits[::2]])
+    assert held(memory) == [edit.id for edit in edits[1::2]]
+    assert 0 <= read_manifest(memory).memories[0].misses <= 1
+
+
 def test_a_matrix_without_an_edit_is_the_solution_for_the_others(model: Path, tmp_path: Path) -> None:
     edits, memory = [fact(number) for number in range(9)], tmp_path / "memory"
     into(model, memory, edits)

@@ -95,7 +95,7 @@ def lookup(material: Material, settings: MergeSettings) -> Built:
 def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: MergeSettings) -> Built:
     """Give a memory its router and thresholds; ``owner`` (n,) is the memory that each key of the evidence opens."""
     evidence, quiet, kinds, level = material.evidence, material.unrelated.keys, material.unrelated.chat, 1.0
-    calibrating = _calibrating(evidence, settings)
+    calibrating = _calibrating(material, settings)
     rule, share = settings.threshold or "false-alarm", _share(settings, named="asks" in draft.tensors)
     if draft.router == "key":
         draft, level = _with_probes(draft, material, owner, settings)
@@ -204,9 +204,15 @@ def _stand_in(memory: SideMemory) -> RoutedMatrix:
     return RoutedMatrix(nn.Linear(1, 1, bias=False), memory, transposed=False)
 
 
-def _calibrating(evidence: Evidence, settings: MergeSettings) -> Tensor:
-    """Which keys ought to be routed: under the unseen context, or for the paper's rule those trained on."""
-    chosen = ~evidence.held_out if settings.threshold == "minimum" else evidence.held_out
+def _calibrating(material: Material, settings: MergeSettings) -> Tensor:
+    """Which keys ought to be routed: under the unseen context, or for the paper's rule those trained on.
+
+    So are those of a shard whose edits in the unseen context have all been taken out.
+    """
+    evidence, shard = material.evidence, material.shard
+    chosen = ~evidence.held_out
+    if settings.threshold != "minimum":
+        chosen = evidence.held_out | ~torch.isin(shard, shard[evidence.held_out])
     return chosen & (evidence.position == 0) if settings.routing == "sequence" else chosen
 
 

@@ -49,6 +49,7 @@ class Joining:
         require_same_site(self.directories)
         first = self.directories[0]
         self.settings = resolved(settings, first)
+        _require_elsewhere(self.directories, self.settings)
         base = find_model(model or first.model, revision=first.revision)
         self.model = first.model if model is None else str(base.absolute())
         self.checkpoint = Checkpoint(base)
@@ -116,6 +117,22 @@ def _require_solved(read: Sequence[Kept], settings: MergeSettings) -> None:
             f"{trained[0]} was trained, and its matrix still holds an edit that is to be left out; "
             "write its other edits anew, or merge with --mode lookup or --method exact"
         )
+
+
+def _require_elsewhere(directories: Sequence[ShardDirectory], settings: MergeSettings) -> None:
+    """Check that the shards know what keys inside answers must keep apart from, if those open anything.
+
+    Raises:
+        SettingsError: some were written for prompts that decide.
+    """
+    if settings.router != "key" or settings.routing != "token":
+        return
+    for directory in directories:
+        if directory.settings["routing"] == "sequence":
+            raise SettingsError(
+                f"{directory.path} was written for prompts that decide, and holds nothing to keep single tokens apart "
+                "by; leave out --routing token, or write it anew with wise edit --routing token"
+            )
 
 
 def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard], unrelated: Unrelated) -> Material:

@@ -41,6 +41,9 @@ from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated
 from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential
 from wisecli.writers.solve import answered, fit_residuals, write_solved
 
+# So many edits of a shard, spaced evenly, are read in the context that is held back: they check, and train nothing.
+_HELD_BACK = 32
+
 _Outcome = tuple[Shard, tuple[float, ...], tuple[float, float] | None, dict[int, float]]
 
 
@@ -170,24 +173,25 @@ class ShardWriter:
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
         last = len(self.contexts) - 1
         evidence = gather_evidence([*lessons, *held_back], last, _looked_up(residuals), self._elsewhere(part))
-        middle = held_back[len(held_back) // 2 :][:1]
         mask = task.mask.to(torch.device("cpu"))
         columns = mask.indices if mask.kind == "columns" else None
         tokens = self.unrelated.tokens.dense(columns)
-        solved = write_solved(task, evidence, tokens, lessons, middle, _passes(f"{stage} polish", self.watch))
+        solved = write_solved(task, evidence, tokens, lessons, held_back, _passes(f"{stage} polish", self.watch))
         shares = answered(task, lessons, residuals)
         shard = Shard(mask, solved.values.cpu(), evidence)
         return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
 
     def _elsewhere(self, part: Sequence[int]) -> Elsewhere:
-        """What is like the keys inside the edits' answers and not theirs."""
+        """What is like the keys inside the edits' answers and not theirs; where prompts decide, those open nothing."""
         numbered, settings = [(place, self.edits[place]) for place in part], self.settings
+        if settings.routing == "sequence":
+            return Elsewhere({}, self.white)
         named: dict[str, Any] = {"batch_size": settings.batch_size, "train_end": settings.train_end}
         found = keys_elsewhere(self.loaded, self.site, numbered, chat=settings.chat, **named)
         return Elsewhere(found, self.white)
 
     def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[Lesson]], list[Lesson]]:
-        """Lessons of each group in all that is trained with, and of all of them, in order, in the context held back.
+        """Lessons of each group in all that is trained with, and of some of them all in the context held back.
 
         Raises:
             NotFiniteError: naming the edits for which the model gives nothing finite.
@@ -195,10 +199,11 @@ class ShardWriter:
         *trained, last = enumerate(self.contexts)
         numbered = [[(place, self.edits[place]) for place in group] for group in groups]
         everyone = sorted(((place, edit) for group in numbered for place, edit in group), key=lambda one: one[0])
+        checking = everyone[:: -(-len(everyone) // _HELD_BACK)]
         count, settings = len(self.contexts), self.settings
         further = [asked_further(group, self.paraphrases, contexts=count) for group in numbered]
         wanted: list[Group] = [(group, trained, more) for group, more in zip(numbered, further, strict=True)]
-        wanted.append((everyone, [last], ()))
+        wanted.append((checking, [last], ()))
         named: dict[str, Any] = {"train_end": settings.train_end, "evasions": self.evasions}
         *found, held_back = capture_groups(self.loaded, self.site, wanted, batch_size=settings.batch_size, **named)
         require_finite([lesson for group in (*found, held_back) for lesson in group])

@@ -210,6 +210,8 @@ def _choose(task: Task, known: Statistics, unrelated: Tensor, held_back: Sequenc
         right = sum(shares.values()) / max(len(shares), 1)
         if best is None or right > best[0] + _WORTH:
             best = (right, values, penalty)
+        if best[0] + _WORTH >= 1:
+            break
     assert best is not None
     return best[1], best[2]
 

@@ -1,0 +1,62 @@
+"""What rivals would do with less weight on what they are to keep: FT-EWC's λ, and that of MEMIT and MEMIT-MASS.
+
+    python benchmarks/rivals.py --model model --data zsre_mend_edit.json --edits 30 -o rivals/
+
+Each variant is a method of `wise bench` by another name; rows that are there already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from wisecli import pipeline
+from wisecli.baselines import load_methods
+from wisecli.baselines.ft_ewc import FtEwc
+from wisecli.baselines.memit import Memit, Range
+from wisecli.baselines.protocol import METHODS, Bench, Maker
+from wisecli.config import BenchSettings
+
+# Of the weight that the methods have by default.
+SHARES = (1.0, 0.1, 0.01, 0.001)
+
+
+def lighter_ewc(bench: Bench, share: float) -> FtEwc:
+    """FT-EWC with a share of its penalty."""
+    made = FtEwc(bench)
+    made.weight *= share
+    return made
+
+
+def variants() -> dict[str, Maker]:
+    """The three methods at every weight, by a name that says it."""
+    ranges = {share: Range(weight=Range.weight * share) for share in SHARES}
+    return {
+        **{f"ft-ewc λ×{share:g}": partial(lighter_ewc, share=share) for share in SHARES},
+        **{f"memit λ×{share:g}": partial(Memit, settings=own, batch=1) for share, own in ranges.items()},
+        **{f"memit-mass λ×{share:g}": partial(Memit, settings=own) for share, own in ranges.items()},
+    }
+
+
+def main() -> None:
+    """Measure what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--edits", type=int, default=30)
+    parser.add_argument("-o", "--output", type=Path, default=Path("rivals"))
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    load_methods()
+    made = variants()
+    METHODS.update(made)
+    settings = BenchSettings(methods=",".join(made), counts=str(arguments.edits), generate=False)
+    pipeline.bench(arguments.model, arguments.output, settings, data=[arguments.data], device=arguments.device)
+    Console().print((arguments.output / "results.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,15 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wisecli.bases import find_model
 from wisecli.errors import ModelError
 from wisecli.index import build_index
 from wisecli.manifest import MANIFEST_NAME, Manifest, read_memory
-from wisecli.memory import RoutedMatrix, install
+from wisecli.memory import RoutedMatrix, install, opened
 from wisecli.models import is_exported, load_model, require_base
 from wisecli.paths import inside
+from wisecli.prompt_gate import UNROUTED
 from wisecli.storage import Checkpoint
 from wisecli.streaming import LayerStream
 
@@ -38,6 +41,23 @@ class Edited:
             yield
         finally:
             self.routed.enabled = True
+
+    @torch.no_grad()
+    def decisions(self, keys: Tensor, end: int, named: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """For keys (n, d_ff) of one row: by what factor a threshold is exceeded at most, where, and what answers, (n,).
+
+        Args:
+            end: the place of the prompt's last token.
+            named: the edits whose subjects the prompt names (1, M), if that has a say in what answers.
+        """
+        place = torch.arange(len(keys), device=keys.device)
+        strength, nearest = self.routed.nearest(keys, place > end)
+        chosen = opened(strength, nearest)
+        if named is not None:
+            chosen = opened(*self.routed.nearest(keys, place > end, named))
+        if self.routed.gate is not None:
+            chosen = self.routed.follow(chosen[end].expand_as(chosen), chosen).where(place >= end, UNROUTED)
+        return strength, nearest, chosen
 
 
 def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:

@@ -18,7 +18,7 @@ from wisecli.edits import Edit
 from wisecli.encode import Row, collate
 from wisecli.errors import ModelError
 from wisecli.generation import generate
-from wisecli.memory import RoutedMatrix, opened
+from wisecli.memory import RoutedMatrix
 from wisecli.plot import plot_explained
 from wisecli.prompt_gate import UNROUTED
 
@@ -138,22 +138,16 @@ def _tokens(
     # The edited model runs, so that every score is the one it decided by; what stands in for no answer is cut off.
     batch = collate([Row(tuple(prompt), tuple(answer or prompt[:1]))]).to(edited.model.device)
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, : len(prompt) + max(len(answer) - 1, 0)]
-    routed, end = edited.routed, keys[len(prompt) - 1]
-    place = torch.arange(len(keys), device=keys.device)
-    strength, nearest = routed.nearest(keys, place >= len(prompt))
-    chosen = opened(strength, nearest)
-    if named is not None:
-        chosen = opened(*routed.nearest(keys, place >= len(prompt), named))
-    if routed.gate is not None:
-        held = chosen[len(prompt) - 1].expand_as(chosen)
-        chosen = routed.follow(held, chosen).where(place >= len(prompt) - 1, UNROUTED)
-    shown = [*range(len(prompt)), *range(len(prompt) - 1, len(prompt) - 1 + len(answer))]
+    end = len(prompt) - 1
+    strength, nearest, chosen = edited.decisions(keys, end, named)
+    memories = edited.routed.memory_at(nearest)
+    shown = [*range(len(prompt)), *range(end, end + len(answer))]
     texts = [str(edited.tokenizer.decode([token])) for token in [*prompt, *answer]]
     found = (
-        Token(text, float(strength[at]), int(chosen[at]) != UNROUTED, _id(edited, int(routed.memory_at(nearest[at]))))
+        Token(text, float(strength[at]), int(chosen[at]) != UNROUTED, _id(edited, int(memories[at])))
         for text, at in zip(texts, shown, strict=True)
     )
-    return tuple(found), end
+    return tuple(found), keys[end]
 
 
 def _ranked(routed: RoutedMatrix, end: Tensor) -> list[int]:

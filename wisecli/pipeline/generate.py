@@ -13,7 +13,6 @@ from wisecli.capture import capture
 from wisecli.contexts import chat_prompt
 from wisecli.encode import Row, collate
 from wisecli.generation import generate as generate_tokens
-from wisecli.memory import opened
 from wisecli.prompt_gate import UNROUTED
 
 
@@ -86,12 +85,7 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
     # The edited model runs, so that every score is the one it decided by.
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
     routed = edited.routed
-    after = torch.arange(len(keys), device=keys.device) > 0
-    strength, nearest = routed.nearest(keys, after)
-    named = routed.named_in(batch.ids[:, : batch.start + 1])
-    chosen = opened(strength, nearest) if named is None else opened(*routed.nearest(keys, after, named))
-    if routed.gate is not None:
-        chosen = routed.follow(chosen[:1].expand_as(chosen), chosen)
+    strength, nearest, chosen = edited.decisions(keys, 0, routed.named_in(batch.ids[:, : batch.start + 1]))
     steps = []
     for place, token in enumerate(answer):
         best, memory = (int(routed.memory_at(one[place])) for one in (nearest, chosen))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,17 @@ def test_a_refit_gives_keys_back_what_merging_takes_from_them(wise: Wise, ready:
     merged, refitted, exact = errors.values()
     assert refitted < 0.5 * merged
     assert exact < 0.5 * merged
+
+
+def test_shards_are_merged_without_the_model_library(ready: Ready, tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom wisecli import pipeline\nfrom wisecli.config import MergeSettings\n"
+        f"pipeline.merge([Path({ready.shards!r})], Path('memory'), MergeSettings())\n"
+        "sys.exit(3 if {'transformers', 'accelerate'} & sys.modules.keys() else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "memory" / "memory.safetensors").is_file()
 
 
 def test_retrieve_keeps_a_memory_for_each_shard(wise: Wise, ready: Ready) -> None:

@@ -13,18 +13,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
 
 from wisecli.encode import Batch
 from wisecli.hooks import hooked, overridden
 from wisecli.site import Site, value_module
 from wisecli.spool import Spool
-from wisecli.streaming import LayerStream
 from wisecli.sweep import sweep
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+    from wisecli.streaming import LayerStream
 
 Selection = tuple[Tensor, Tensor]
 
@@ -100,7 +103,7 @@ def capture(
     def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
         kept["hidden"] = output
 
-    cache = DynamicCache()
+    cache = _empty_cache()
     with ExitStack() as hooks:
         hooks.enter_context(hooked(value_module(model, site).register_forward_pre_hook(keep_keys)))
         if site.norm is not None:
@@ -190,7 +193,7 @@ def _sweep_to(
             spool.put(f"{name}.{number}", kept.pop(name)[:, first:])
 
     def run(batch: Batch) -> None:
-        run_model(model, batch, 0, DynamicCache(), None)
+        run_model(model, batch, 0, _empty_cache(), None)
 
     passes = [partial(run, batch) for batch in batches]
     with hooked(value_module(model, site).register_forward_hook(keep)):
@@ -202,7 +205,7 @@ def _above(
     model: PreTrainedModel, site: Site, stream: LayerStream, batch: Batch, hidden: Tensor, select: Selection | None
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
     """Logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
-    cache = DynamicCache()
+    cache = _empty_cache()
     output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
     with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
         logits = run_model(model, batch, 0, cache, select)
@@ -257,7 +260,7 @@ def _tensors(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _cache(activations: Activations, site: Site) -> DynamicCache:
     """A cache that holds the prompt in the layers above the site, and only its length below."""
-    cache = DynamicCache()
+    cache = _empty_cache()
     keys = activations.past[0][0]
     length = keys.new_zeros(keys.shape[0], 1, activations.first, 1)
     for layer in range(site.layer + 1):
@@ -265,6 +268,12 @@ def _cache(activations: Activations, site: Site) -> DynamicCache:
     for layer, (key, value) in enumerate(activations.past, start=site.layer + 1):
         cache.update(key, value, layer)
     return cache
+
+
+def _empty_cache() -> DynamicCache:
+    from transformers import DynamicCache
+
+    return DynamicCache()
 
 
 def _layers(model: PreTrainedModel, site: Site) -> nn.ModuleList:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
 from wisecli.planning import spool_bytes
 from wisecli.site import Fingerprint, Site, fingerprint, known_layout, layer_count, loader_name, stored_weight
 from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json
-from wisecli.streaming import LayerStream, load_streamed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from wisecli.streaming import LayerStream
 
 # So much of what transformers says of a model is quoted.
 _LONGEST = 300
@@ -93,6 +95,10 @@ def load_model(
     Raises:
         ModelError: the model cannot be loaded, or lacks tensors that would be drawn at random.
     """
+    import transformers
+
+    from wisecli.streaming import load_streamed
+
     chosen = pick_device(device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     _require_layers(directory)
@@ -107,7 +113,7 @@ def load_model(
         else:
             path = layers or known_layout(directory).layers
             model, info, stream = load_streamed(loader, directory, config, path, chosen, spool_bytes=room, **weights)
-        tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **common)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=config, **common)
     except WiseError:
         raise
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
@@ -134,6 +140,8 @@ def _first(names: list[str]) -> str:
 
 
 def _base_config(directory: Path, common: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
     content = read_json(directory / "config.json")
     exported = content.pop(EXPORTED_KEY, None)
     if not isinstance(exported, dict):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import DynamicCache
 
 from wisecli.hooks import overridden
 from wisecli.spool import Spool
-from wisecli.streaming import LayerStream
+
+if TYPE_CHECKING:
+    from wisecli.streaming import LayerStream
 
 
 def sweep(
@@ -39,6 +40,8 @@ def sweep(
 
 def _renewed(given: Any) -> Any:
     """What a layer is given, a cache that only this layer has seen instead of one for all."""
+    from transformers import DynamicCache
+
     return DynamicCache() if isinstance(given, DynamicCache) else given
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from transformers import (
     CLIPVisionConfig,
     FalconConfig,
@@ -241,11 +243,15 @@ def real_model() -> Path:
 
 @pytest.fixture(scope="session")
 def chain(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Edit, merge and export the sample edits on the real model."""
-    root = tmp_path_factory.mktemp("chain")
-    shards, memory, exported = root / "shards", root / "memory", root / "edited"
-    pipeline.edit(str(real_model), SAMPLE_EDITS, shards, EditSettings())
-    pipeline.merge([shards], memory, MergeSettings())
-    pipeline.export(memory, exported, link=False)
+    """Edit, merge and export the sample edits on the real model, once for all processes that test."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    shards, memory, exported = (root / "chain" / part for part in ("shards", "memory", "edited"))
+    with FileLock(root / "chain.lock"):
+        if not exported.exists():
+            pipeline.edit(str(real_model), SAMPLE_EDITS, shards, EditSettings(), force=True)
+            pipeline.merge([shards], memory, MergeSettings(), force=True)
+            pipeline.export(memory, exported, link=False)
     edits = [json.loads(line) for line in SAMPLE_EDITS.read_text().splitlines()]
     return Chain(real_model, shards, memory, exported, edits)

@@ -11,14 +11,14 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from wisecli import pipeline
 from wisecli.baselines import load_methods
 from wisecli.baselines.ft_ewc import FtEwc
 from wisecli.baselines.memit import Memit, Range
 from wisecli.baselines.protocol import METHODS, Bench, Maker
+from wisecli.bench_report import markdown
 from wisecli.config import BenchSettings
+from wisecli.console import Console
 
 # Of the weight that the methods have by default.
 SHARES = (1.0, 0.1, 0.01, 0.001)
@@ -54,8 +54,10 @@ def main() -> None:
     made = variants()
     METHODS.update(made)
     settings = BenchSettings(methods=",".join(made), counts=str(arguments.edits), generate=False)
-    pipeline.bench(arguments.model, arguments.output, settings, data=[arguments.data], device=arguments.device)
-    Console().print((arguments.output / "results.md").read_text(encoding="utf-8"))
+    console, named = Console(), {"data": [arguments.data], "device": arguments.device}
+    with console.watching() as watch:
+        report = pipeline.bench(arguments.model, arguments.output, settings, **named, watch=watch)
+    console.result(report.as_json(), markdown(report.rows))
 
 
 if __name__ == "__main__":

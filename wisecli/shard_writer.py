@@ -183,9 +183,10 @@ class ShardWriter:
 
     def _elsewhere(self, part: Sequence[int]) -> Elsewhere:
         """What is like the keys inside the edits' answers and not theirs; where prompts decide, those open nothing."""
-        numbered, settings = [(place, self.edits[place]) for place in part], self.settings
+        settings = self.settings
         if settings.routing == "sequence":
             return Elsewhere({}, self.white)
+        numbered = [(place, self.edits[place]) for place in part]
         named: dict[str, Any] = {"batch_size": settings.batch_size, "train_end": settings.train_end}
         found = keys_elsewhere(self.loaded, self.site, numbered, chat=settings.chat, **named)
         return Elsewhere(found, self.white)

@@ -384,15 +384,14 @@ def test_keys_of_prompts_ask_for_their_subject_where_prompts_decide() -> None:
 def test_a_rate_for_prompts_that_name_a_subject_and_a_lower_one_for_all_others() -> None:
     material = replace(two_shards(), subjects=named_subjects(0, 1))
     quiet = material.unrelated.keys
-    memory, _ = built_lookup(material, routing="sequence")
+    memory, _ = built_lookup(material, routing="sequence", false_alarm=None)
     plain = routed(memory)
     ends = plain.metric != INSIDE
     above, one = plain.cosines(quiet) > memory.thresholds[0], 1 / len(quiet)
     let_in = [float(above[:, some].any(-1).float().mean()) for some in (ends, ends & plain.asks, ends & ~plain.asks)]
-    assert 0.01 - 2 * one < let_in[0] <= 0.01 + one
-    assert let_in[1] > 0
-    assert bool((plain.offset[ends & plain.asks] == 0).all() and (plain.offset[ends & ~plain.asks] < 0).all())
-    assert let_in[2] <= 0.002 + 2 * one  # probes are kept in half precision
+    assert 2 * one < let_in[0] <= 0.0075 + one
+    assert let_in[1] > let_in[2]
+    assert let_in[2] <= 0.0015 + 2 * one  # probes are kept in half precision
     alike = built_lookup(material, routing="sequence", false_alarm=0.05)[0]
     assert float((scores(routed(alike), quiet).amax(-1) > alike.thresholds[0]).float().mean()) >= 0.05 - 2 / len(quiet)
 
@@ -425,7 +424,8 @@ def test_prompts_in_other_languages_must_come_nearer_than_other_edits_do() -> No
             levels.append(1 - float(found[place]) * (1 - near - 0.1))
     assert len(levels) > 2
     assert levels == pytest.approx([levels[0]] * len(levels), abs=1e-4)
-    assert bool((found[(evidence.position[kept] == 0) & ~foreign[kept]] == 1).all())
+    others = (evidence.position[kept] == 0) & ~foreign[kept]
+    assert torch.allclose(found[others], factors(built_lookup(material))[others], atol=1e-3)
 
 
 def test_a_single_prompt_in_another_language_has_a_bar_of_its_own() -> None:

@@ -15,14 +15,23 @@ from wisecli.memory import INSIDE, RoutedMatrix, SideMemory
 from wisecli.moments import Whitening, whitening
 from wisecli.naming import Spellings, names_of
 from wisecli.ridge import Penalty, Statistics, solve, statistics
-from wisecli.router import APART, Calibration, calibrate, even_out, key_router, measure, scores
+from wisecli.router import (
+    APART,
+    Calibration,
+    calibrate,
+    even_out,
+    key_router,
+    measure,
+    peaks_above_usual,
+    scores,
+)
 from wisecli.shards import LANGUAGES, Evidence, Mask, half
 from wisecli.unrelated import Unrelated
 
 # Keys inside answers get this share of the false alarms: they lose few rephrases by it, and open on names otherwise.
 _INSIDE = 1 / 6
 # False alarms: of all tokens, and where a prompt must name an edit's subject besides.
-_OF_ALL, _OF_NAMED = 0.002, 0.01
+_OF_ALL, _OF_NAMED = 0.0015, 0.0075
 # How much nearer a prompt in another language must come than other edits' prompts in such do; how near those come at
 # least, as few say little of all that might be asked; and how many are compared at a time.
 _FOREIGN, _LEAST, _PART = 0.1, 0.5, 1024
@@ -150,13 +159,14 @@ def _with_probes(
         shares.append(_share(settings, named=False))
     tensors = key_router(evidence.keys[kept], owner[kept], metric, [whitening(moment) for moment in moments])
     by_metric = _stand_in(SideMemory({**tensors, "owner": metric}, (1.0,) * len(moments), "key"))
-    peaks = scores(by_metric, unrelated.keys)
+    # Inside an answer the token says most of a key, and text that spares a rare one says nothing of what else has it.
+    usual, peaks = peaks_above_usual(by_metric, unrelated.keys, metric != INSIDE, metric, len(moments))
     near, margins = evidence.elsewhere[kept] * inside, torch.full((len(metric),), APART)
     foreign = (evidence.context[kept] >= LANGUAGES) & ~inside
     if bool(foreign.any()):
         margins[foreign] = _FOREIGN
         near[foreign] = _among_others(evidence.keys[kept][foreign], evidence.edit[kept][foreign], whitening(moments[0]))
-    factors, level = even_out(peaks, metric, near, shares, kinds=unrelated.chat, margins=margins)
+    factors, level = even_out(peaks, usual, metric, near, shares, kinds=unrelated.chat, margins=margins)
     if held:
         factors[metric == INSIDE] = 1.0
     tensors |= {"probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}

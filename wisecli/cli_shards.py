@@ -217,7 +217,7 @@ def merge(
             MergeSettings,
             "false_alarm",
             "Share of unrelated tokens let through.",
-            none="0.002, where a prompt must name the subject 0.01",
+            none="0.0015, where a prompt must name the subject 0.0075",
         ),
     ] = None,
     subjects: Annotated[

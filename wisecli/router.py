@@ -13,6 +13,12 @@ from wisecli.moments import Whitening
 
 # How much nearer than to its answer's own tokens elsewhere a key must be, and how near is always near enough.
 APART, _SURE = 0.02, 0.97
+# So many unrelated keys of each half, those nearest to a probe, say how near such usually come to it.
+_NEAREST = 8
+# Keys of one text lie together, and belong in one half: halves are made of so many stretches.
+_STRETCHES = 64
+# Below any difference of two cosines.
+_BELOW = -2.0
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
@@ -97,6 +103,7 @@ def key_router(keys: Tensor, owner: Tensor, metric: Tensor, metrics: Sequence[Wh
 
 def even_out(
     peaks: Tensor,
+    usual: Tensor,
     metric: Tensor,
     elsewhere: Tensor,
     shares: Sequence[float],
@@ -109,7 +116,8 @@ def even_out(
     A key itself scores 1 whatever its own bar is, so that of several open probes the one that fits best is nearest.
 
     Args:
-        peaks: highest cosine of each unrelated key with a probe of either metric (m, 2).
+        peaks: by how much each unrelated key exceeds ``usual`` at most, at probes of every metric (m, w).
+        usual: how near unrelated keys come to each probe (n,), from where its bar is counted.
         metric: of each probe (n,).
         elsewhere: how near a probe comes to what is like it and not its own (n,), 0 where that is not known.
         shares: of unrelated keys of a kind, that each metric lets through on its own.
@@ -117,9 +125,48 @@ def even_out(
         margins: how much nearer than that a key must come, (n,) or one for all.
     """
     levels = torch.tensor([strictest(peak, 1 - share, kinds) for peak, share in zip(peaks.T, shares, strict=True)])
-    levels = levels.clamp(min=1e-6, max=_SURE)
-    bars = torch.maximum(levels[metric], (elsewhere + margins).clamp(max=_SURE) * (elsewhere > 0))
-    return (1 - levels[0]) / (1 - bars), float(levels[0])
+    bars = (levels[metric] + usual).clamp(min=1e-6, max=_SURE)
+    shared = float(bars[metric == metric.min()].mean())
+    bars = torch.maximum(bars, (elsewhere + margins).clamp(max=_SURE) * (elsewhere > 0))
+    return (1 - shared) / (1 - bars), shared
+
+
+def peaks_above_usual(
+    routed: Any, keys: Tensor, counted: Tensor, metric: Tensor, count: int, *, batch: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """How near unrelated keys (m, d_ff) usually come to each probe (n,), and by how much each exceeds that (m, count).
+
+    Prompts that end as text in general does have unrelated text near them, others none. Either half of the keys is
+    compared with what the other makes usual: by its own it would look less near than keys to come will be.
+
+    Args:
+        counted: the probes of which this is asked (n,); of all others it is 0.
+        metric: of each probe (n,), one of ``count``; excesses are the highest of each.
+    """
+    half = torch.arange(len(keys)) * _STRETCHES // max(len(keys), 1) % 2 == 0
+    usual = torch.stack([_highest(routed, keys[own], batch) * counted for own in (half, ~half)])
+    peaks = keys.new_empty(len(keys), count)
+    for own, other in ((half, usual[1]), (~half, usual[0])):
+        peaks[own] = _peaks_above(routed, keys[own], other, metric, count, batch)
+    return usual.mean(0), peaks
+
+
+def _highest(routed: Any, keys: Tensor, batch: int) -> Tensor:
+    """The mean of each probe's highest cosines with keys (m, d_ff): (n,)."""
+    highest = keys.new_empty(0, len(routed.probes))
+    for part in keys.split(batch):
+        seen = torch.cat([highest, routed.cosines(part)])
+        highest = seen.topk(min(_NEAREST, len(seen)), 0).values
+    return highest.sum(0) / max(len(highest), 1)
+
+
+def _peaks_above(routed: Any, keys: Tensor, usual: Tensor, metric: Tensor, count: int, batch: int) -> Tensor:
+    found = [keys.new_empty(0, count)]
+    for part in keys.split(batch):
+        above = routed.cosines(part) - usual
+        lowest = above.new_full((len(above), count), _BELOW)
+        found.append(lowest.scatter_reduce(1, metric.expand_as(above), above, "amax"))
+    return torch.cat(found)
 
 
 def scores(routed: Any, keys: Tensor, *, batch: int = 4096) -> Tensor:

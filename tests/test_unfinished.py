@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,8 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     while killed < KILLS:
         if output.exists():
             assert contents(output) == contents(place / "whole")
+            if hidden(tmp_path):  # killed between the last two steps: the same command has nothing to do but to tidy up
+                assert zygote.run(command(place, output)) == OutputExistsError.exit_code
             assert hidden(tmp_path) == []
             finished += 1
             shutil.rmtree(output)
@@ -236,6 +239,38 @@ def test_an_interruption_keeps_the_shards_that_are_done(
     assert any("going on" in note for note in notes)
     assert {name: (tmp_path / "shards" / name).stat().st_mtime_ns for name in made} == made
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+@pytest.mark.parametrize("left", ["everything", "no plan"])
+def test_a_run_killed_when_its_shards_were_in_place_is_tidied_up_after(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Unfinished, "remove", lambda _: None)
+        edit(place, tmp_path / "shards")
+    if left == "no plan":
+        (tmp_path / UNFINISHED / "plan.json").unlink()
+    assert hidden(tmp_path) == [UNFINISHED]
+    with pytest.raises(OutputExistsError):
+        edit(place, tmp_path / "shards")
+    assert hidden(tmp_path) == []
+    assert contents(tmp_path / "shards") == contents(place / "whole")
+
+
+def test_a_run_over_other_shards_that_was_broken_off_is_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(place, tmp_path / "shards", replace(SETTINGS, seed=5))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2, KeyboardInterrupt())
+        with pytest.raises(StoppedError):
+            edit(place, tmp_path / "shards", force=True)
+    with pytest.raises(OutputExistsError):
+        edit(place, tmp_path / "shards")
+    assert len(list((tmp_path / UNFINISHED).glob("shard-*.json"))) == 2
+    edit(place, tmp_path / "shards", force=True)
+    assert contents(tmp_path / "shards") == contents(place / "whole")
+    assert hidden(tmp_path) == []
 
 
 def test_an_interruption_before_the_first_shard_leaves_nothing(
@@ -408,6 +443,27 @@ def test_parts_at_the_same_time_end_in_the_shards_of_a_single_run(
         for one, part in zip(zygotes, (number, number + 1), strict=True):
             one.start(f"{command(place, tmp_path / 'shards')} --only {part}/4")
         assert [one.ended() for one in zygotes] == [0, 0], [one.errors.read_text() for one in zygotes]
+    assert contents(tmp_path / "shards") == contents(place / "whole")
+    assert hidden(tmp_path) == []
+
+
+def test_a_part_whose_output_another_one_finished_is_done_as_well(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between giving up its own shards and looking whether all are there, somebody else was quicker."""
+    edit(place, tmp_path / "shards", only=(1, 2))
+    release = Unfinished.release
+
+    def overtaken(unfinished: Unfinished) -> None:
+        release(unfinished)
+        other = Unfinished(unfinished.output, unfinished.count)
+        with other.opened(), other.alone() as current:
+            assert current
+            assert other.finish() is not None
+
+    monkeypatch.setattr(Unfinished, "release", overtaken)
+    report = edit(place, tmp_path / "shards", only=(2, 2))
+    assert report.missing == 0
     assert contents(tmp_path / "shards") == contents(place / "whole")
     assert hidden(tmp_path) == []
 

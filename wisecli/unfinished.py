@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from wisecli.errors import BusyError, DamagedFileError, ModelError
+from wisecli.errors import BusyError, DamagedFileError, ModelError, WiseError
 from wisecli.outputs import link_or_copy, put_in_place, writing
 from wisecli.records import decode
 from wisecli.shard_directory import (
@@ -83,17 +83,11 @@ class Unfinished:
         fcntl.lockf(self._lock, fcntl.LOCK_UN, self.count, _WHOLE + 1)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until no other process plans or finishes, and keep them from it.
-
-        Raises:
-            BusyError: another process has finished meanwhile.
-        """
+    def alone(self) -> Iterator[bool]:
+        """Wait until no other process plans or finishes, and keep them from it; false if one has finished meanwhile."""
         fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _WHOLE)
         try:
-            if not self._is_current(self._lock):
-                raise BusyError(self.output)
-            yield
+            yield self._is_current(self._lock)
         finally:
             fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _WHOLE)
 
@@ -156,7 +150,23 @@ class Unfinished:
 
     def remove(self) -> None:
         """Leave nothing behind; only for who has claimed all shards."""
+        (self.path / PLAN_NAME).unlink(missing_ok=True)  # first: what is left without it means nothing
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what was left by a run that was killed when its output was in place already."""
+        if not self.output.is_dir() or not self.path.is_dir():
+            return
+        with suppress(OSError, WiseError), self.opened():  # on a disk that cannot be written it may stay
+            if self._hold(range(self.count)) and self._is_in_place():
+                self.remove()
+
+    def _is_in_place(self) -> bool:
+        if self.plan is None:
+            return True
+        found = [self._listed(number) for number in range(self.count)]
+        entries = tuple(done.entry for done in found if done is not None and done.entry is not None)
+        return entries == read_shard_directory(self.output).shards
 
     def done(self, number: int) -> Done | None:
         """What is there of one shard, its file checked; ``None`` if it is still to be written."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from wisecli.config import EditSettings
-from wisecli.errors import ChangedInputError, GateFailedError, StoppedError
+from wisecli.errors import BusyError, ChangedInputError, GateFailedError, StoppedError
 from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.executors import executor_for
 from wisecli.gate import USUAL, Gate, Sifted
@@ -19,7 +19,7 @@ from wisecli.models import Loaded, machine_memory, pick_device, pick_dtype
 from wisecli.outputs import refuse_existing, require_space
 from wisecli.pipeline.reports import peak_rss_bytes
 from wisecli.planning import Plan, plan_edit
-from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry
+from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.site import Site, find_site
 from wisecli.unfinished import Unfinished
 from wisecli.unrelated import load_unrelated
@@ -168,7 +168,10 @@ def carry_out(
     job = worker.job
     parts = job.parts
     mine = range((only[0] - 1) * len(parts) // only[1], only[0] * len(parts) // only[1])
+    unfinished = Unfinished(output, len(parts))
     if mine:  # with more parts than shards some have nothing to do, even when all is done
+        if not force:
+            unfinished.sweep()
         refuse_existing(output, force=force)
     settings, checkpoint, count = job.settings, worker.checkpoint, len(job.edits)
     site = find_site(checkpoint.directory, checkpoint, settings.layer, worker.layout)
@@ -178,7 +181,6 @@ def carry_out(
         plan = plan_edit(checkpoint, site, settings, count, dtype=kind, memory_budget=budget)
         seconds = time.perf_counter() - started
         return EditReport(output, count, len(parts), site.layer, site.module, seconds, plan.peak, plan=plan)
-    unfinished = Unfinished(output, len(parts))
     if not mine:
         missing = 0 if output.exists() else len(unfinished.missing())
         seconds = time.perf_counter() - started
@@ -208,7 +210,9 @@ def _write(
 ) -> tuple[ShardDirectory, list[ShardEntry], ShardDirectory | None]:
     """Plan or take up the plan, write what is missing, finish if nothing is missing any more."""
     with executor_for(executor, worker) as engine:
-        with unfinished.alone():
+        with unfinished.alone() as current:
+            if not current:
+                raise BusyError(unfinished.output)
             plan = _begun(unfinished, worker, force=force) or unfinished.begin(*engine.prepare())
         found = {number: unfinished.done(number) for number in mine}
         wanted = [number for number, done in found.items() if done is None]
@@ -225,8 +229,8 @@ def _write(
         count = sum(len(worker.job.parts[number]) for number in mine)
         raise GateFailedError(f"{len(missed)} of {count} edits did not take: {', '.join(missed)}")
     unfinished.release()
-    with unfinished.alone():
-        return plan, entries, unfinished.finish()
+    with unfinished.alone() as current:
+        return plan, entries, unfinished.finish() if current else read_shard_directory(unfinished.output)
 
 
 def _begun(unfinished: Unfinished, worker: Worker, *, force: bool) -> ShardDirectory | None:

@@ -27,7 +27,7 @@ from wisecli.config import EditSettings
 from wisecli.console import quiet_libraries
 from wisecli.contexts import context_prefixes, unrelated_texts
 from wisecli.edits import read_edits
-from wisecli.encode import NO_LABEL, Batch, Row, collate, in_batches
+from wisecli.encode import Batch, Row, collate, in_batches
 from wisecli.lessons import capture_lessons, encode_edits
 from wisecli.models import Loaded, load_model
 from wisecli.shards import Mask, random_mask
@@ -61,7 +61,7 @@ def train(mask: Mask, batches: int, passes: int, loss: Callable[[int, Tensor], T
 
 def total_loss(logits: Tensor, batch: Batch, updates: Tensor, unrelated: Tensor, unit: float) -> Tensor:
     """Cross-entropy and margin, from logits and updates at the labelled columns and updates of unrelated text."""
-    entropy = F.cross_entropy(logits, batch.labels[batch.labels != NO_LABEL])
+    entropy = F.cross_entropy(logits, batch.targets)
     activations = [(update.square().sum(-1) + 1e-9).sqrt() / unit for update in (updates, unrelated)]
     return entropy + margin_loss(*activations, EditSettings(), torch.Generator().manual_seed(0))
 

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from wisecli.edits import Edit
@@ -31,6 +32,30 @@ _SYLLABLES = [first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou"]
 WORDS = (_SYLLABLES + [f"{syllable}n" for syllable in _SYLLABLES])[: VOCABULARY - 2]
 
 Hook = Callable[[torch.nn.Module, Any, Tensor], Tensor]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what has the host wait for the device, were it another: values and numbers of places that it asks for.
+
+    ``_local_scalar_dense`` is ``item()``; sizes of what ``nonzero`` and boolean indices give are known on the device
+    alone.
+    """
+
+    _ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        by_truth = name.startswith("index") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], (list, tuple)) else [])
+        )
+        if name in self._ASKING or by_truth:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

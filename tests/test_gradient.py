@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
+from typing import Literal
 
 import pytest
 import torch
-from helpers import hooked, save_tiny, site_of
+from helpers import Waits, hooked, save_tiny, site_of
 from torch import Tensor, nn
 
 from wisecli.config import EditSettings
@@ -147,6 +149,19 @@ def test_batched_writing_lowers_the_loss_of_the_whole_model(
     before = entropy_after(loaded, site, torch.zeros(site.d, site.d_ff))
     assert before > 2
     assert entropy_after(loaded, site, mask.dense(written.values)) < 0.3 * before
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+def test_only_the_end_of_a_pass_waits_for_the_device(
+    loaded: Loaded, site: Site, routing: Literal["token", "sequence"]
+) -> None:
+    settings = replace(SETTINGS, routing=routing, passes=1)
+    with Waits() as one:
+        write(loaded, site, mask_for(site, "columns"), settings)
+    with Waits() as eleven:
+        write(loaded, site, mask_for(site, "columns"), replace(settings, passes=11))
+    read, counted = 2, len(lessons_for(loaded, site, one_each=False))  # Adam numbers its steps on the host
+    assert Counter(eleven.seen) - Counter(one.seen) == {"_local_scalar_dense": 10 * (read + counted)}
 
 
 def test_what_counts_as_learnt_is_what_the_model_then_says(loaded: Loaded, site: Site) -> None:

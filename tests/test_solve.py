@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -7,7 +8,7 @@ from functools import cached_property
 import pytest
 import torch
 from conftest import TYPICAL, tiny_model
-from helpers import hooked, raised, site_of, tiny_tokenizer
+from helpers import Waits, hooked, raised, site_of, tiny_tokenizer
 from torch import Tensor, nn
 
 from wisecli.config import EditSettings
@@ -151,6 +152,20 @@ def test_added_residuals_make_the_whole_model_predict_every_target_token(
             losses, right = entropies(bench, number, context, lambda _, own=residuals[number]: own)  # type: ignore[misc]
             assert right
             assert max(losses) < 2 * SETTINGS.residual_stop  # contexts are looked at in turn, a step apart
+
+
+@pytest.mark.parametrize("architecture", TYPICAL)
+def test_between_two_looks_no_step_waits_for_the_device(benches: dict[str, Bench], architecture: str) -> None:
+    bench = benches[architecture]
+    with Waits() as few:
+        bench.residuals(replace(SETTINGS, residual_steps=3, residual_stop=0.0))
+    with Waits() as many:
+        bench.residuals(replace(SETTINGS, residual_steps=43, residual_stop=0.0))
+    steps = 40 * len(bench.groups)
+    parts = sum(len(lesson.contexts.unique()) for lesson in bench.lessons)
+    looks = {"_local_scalar_dense": steps, "nonzero": 40 * parts}  # whether anybody is left, and which rows
+    counted = {"_local_scalar_dense": steps}  # Adam numbers its steps on the host
+    assert Counter(many.seen) - Counter(few.seen) == Counter(looks) + Counter(counted)
 
 
 def test_every_edit_gets_a_residual_for_each_of_its_target_tokens(bench: Bench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,11 +66,17 @@ class Batch:
         """Position of every token in its own row (B, T); padding counts as position 0."""
         return (self.mask.cumsum(-1) - 1).clamp(min=0)
 
-    @property
+    @cached_property  # how many there are is asked of the device, which must not happen at every step
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Rows and columns (of the whole batch) that predict a target token, in row order."""
         rows, columns = (self.labels != NO_LABEL).nonzero(as_tuple=True)
         return rows, columns + self.start
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """The target token (n,) of each labelled column."""
+        rows, columns = self.labelled
+        return self.labels[rows, columns - self.start]
 
     @property
     def lengths(self) -> Tensor:
@@ -83,6 +90,11 @@ class Batch:
         if self.unwanted is None:
             return torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
         return (self.unwanted != NO_LABEL).flatten(1).any(-1)
+
+    @cached_property
+    def labelled_erased(self) -> Tensor:
+        """Which (r,) of the labelled columns belong to such an answer."""
+        return self.erased[self.labelled[0]].nonzero().flatten()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from wisecli.attached import Edited
 from wisecli.capture import Activations, captured, suffix_logits
-from wisecli.encode import NO_LABEL, Batch, Row, collate, in_batches
+from wisecli.encode import Batch, Row, collate, in_batches
 from wisecli.events import Event, Watcher
 from wisecli.generation import generate
 from wisecli.goals import met
@@ -167,7 +167,7 @@ def _measure(base: Activations, after: Tensor, opened: Tensor) -> list[Measured]
 
 def _read(logits: Tensor, batch: Batch) -> list[Reading]:
     rows, count = batch.labelled[0], len(batch.ids)
-    loss = F.cross_entropy(logits.float(), batch.labels[batch.labels != NO_LABEL], reduction="none")
+    loss = F.cross_entropy(logits.float(), batch.targets, reduction="none")
     known = (loss < -math.log(KNOWN)).float()
     fine = met(logits, batch).float()
     right = _row_means(fine, rows, count)

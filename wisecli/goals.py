@@ -83,26 +83,25 @@ def allowed(model: PreTrainedModel, site: Site, part: Activations) -> Tensor | N
     if part.batch.unwanted is None:
         return None
     rows, columns = part.batch.labelled
-    erased = part.batch.erased[rows]
+    erased = part.batch.labelled_erased
     logits = suffix_logits(model, site, part, part.hidden, (rows[erased], columns[erased])).float()
     return logits.masked_fill(_unwanted(part.batch, logits), -torch.inf).softmax(-1)
 
 
 def missed(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
     """The loss (n,) at each labelled column, from logits (n, V) there and what :func:`allowed` gave."""
-    labels = batch.labels[batch.labels != NO_LABEL]
-    found = F.cross_entropy(logits.float(), labels, reduction="none")
+    found = F.cross_entropy(logits.float(), batch.targets, reduction="none")
     if wanted is None:
         return found
-    erased = batch.erased[batch.labelled[0]]
+    erased = batch.labelled_erased
     divergence = F.kl_div(logits[erased].float().log_softmax(-1), wanted, reduction="none").sum(-1)
-    return found.masked_scatter(erased, divergence)
+    return found.index_copy(0, erased, divergence)
 
 
 def met(logits: Tensor, batch: Batch) -> Tensor:
     """Whether the arg-max (n,) of logits (n, V) at each labelled column is as it should be: not an unwanted token."""
     best = logits.argmax(-1)
-    right = best == batch.labels[batch.labels != NO_LABEL]
+    right = best == batch.targets
     if batch.unwanted is None:
         return right
     rows, columns = batch.labelled
@@ -113,9 +112,8 @@ def met(logits: Tensor, batch: Batch) -> Tensor:
 def _unwanted(batch: Batch, logits: Tensor) -> Tensor:
     """Which tokens (r, V) are unwanted at the labelled columns of erased rows."""
     assert batch.unwanted is not None
-    rows, columns = batch.labelled
-    erased = batch.erased[rows]
-    tokens = batch.unwanted[rows, columns - batch.start][erased]
+    rows, columns = (index[batch.labelled_erased] for index in batch.labelled)
+    tokens = batch.unwanted[rows, columns - batch.start]
     count = logits.shape[-1]
     # What only fills up is marked in a column of its own, and cut off.
     marked = torch.zeros(len(logits), count + 1, dtype=torch.bool, device=logits.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from wisecli.capture import run_model
-from wisecli.encode import NO_LABEL, Batch, Row, collate, in_batches
+from wisecli.encode import Batch, Row, collate, in_batches
 from wisecli.events import Event, Watcher
 from wisecli.hooks import overridden
 from wisecli.models import Loaded
@@ -30,7 +30,7 @@ def known_rows(loaded: Loaded, rows: Sequence[Row], *, batch_size: int, watch: W
     known: set[int] = set()
     done = 0
     for places, batch, logits in zip(groups, batches, _logits(loaded, batches), strict=True):
-        missed = logits.argmax(-1) != batch.labels[batch.labels != NO_LABEL]
+        missed = logits.argmax(-1) != batch.targets
         wrong = set(batch.labelled[0][missed].tolist())
         known |= {place for row, place in enumerate(places) if row not in wrong}
         done += len(places)

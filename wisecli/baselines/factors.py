@@ -66,7 +66,7 @@ def changed_logits(
 
 def row_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy (B,) of each row's target tokens, from logits (n, V) at the labelled columns."""
-    return row_means(F.cross_entropy(logits, batch.labels[batch.labels != NO_LABEL], reduction="none"), batch)
+    return row_means(F.cross_entropy(logits, batch.targets, reduction="none"), batch)
 
 
 def row_means(values: Tensor, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ from wisecli.baselines.rewritten import encoded
 from wisecli.capture import Activations, capture, suffix_logits
 from wisecli.contexts import context_prefixes
 from wisecli.edits import Edit
-from wisecli.encode import NO_LABEL, Batch, Row, collate
+from wisecli.encode import Batch, Row, collate
 from wisecli.site import Site
 
 # What remains of a subject where its essence is to be kept: ``{subject} is a`` (Meng et al. 2022, section 3.1).
@@ -171,5 +171,5 @@ def _said(bench: Bench, site: Site, fact: Fact, part: Part, hidden: Tensor) -> t
     essence = torch.arange(fact.prompts, len(fact.columns), device=rows.device)
     select = torch.cat([rows, essence]), torch.cat([columns, torch.full_like(essence, batch.start)])
     logits = suffix_logits(bench.loaded.model, site, part.activations, hidden, select).float()
-    loss = F.cross_entropy(logits[: len(rows)], batch.labels[batch.labels != NO_LABEL])
+    loss = F.cross_entropy(logits[: len(rows)], batch.targets)
     return loss, logits[len(rows) :].log_softmax(-1)

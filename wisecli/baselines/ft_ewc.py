@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from wisecli.baselines.ft_l import FineTuning, FtL
 from wisecli.baselines.protocol import Bench, UnsuitableError, method
 from wisecli.capture import capture, suffix_logits
-from wisecli.encode import NO_LABEL, Row, collate, in_batches
+from wisecli.encode import Row, collate, in_batches
 from wisecli.events import Event
 from wisecli.site import Site
 
@@ -63,7 +63,7 @@ def fisher(bench: Bench, site: Site, texts: list[Row]) -> Tensor:
         part = capture(bench.loaded.model, site, collate([texts[index] for index in indices]).to(bench.loaded.device))
         update = torch.zeros(*part.hidden.shape, device=part.hidden.device, requires_grad=True)
         logits = suffix_logits(bench.loaded.model, site, part, part.with_update(update), part.batch.labelled)
-        labels = part.batch.labels[part.batch.labels != NO_LABEL]
+        labels = part.batch.targets
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         (slopes,) = torch.autograd.grad(loss, update)
         for slope, keys in zip(slopes, part.keys.float(), strict=True):

@@ -17,7 +17,7 @@ from wisecli.baselines.protocol import Bench, UnsuitableError, method
 from wisecli.baselines.rewritten import Rewritten, at_depth, encoded
 from wisecli.capture import Activations, capture, suffix_logits
 from wisecli.edits import Edit
-from wisecli.encode import NO_LABEL, collate
+from wisecli.encode import collate
 from wisecli.events import Event
 
 
@@ -71,7 +71,7 @@ class FtL(Rewritten):
         """
         hidden = part.with_update(part.keys.float() @ delta.T)
         logits = suffix_logits(self.bench.loaded.model, self.sites[0], part, hidden, part.batch.labelled)
-        return F.cross_entropy(logits.float(), part.batch.labels[part.batch.labels != NO_LABEL])
+        return F.cross_entropy(logits.float(), part.batch.targets)
 
     def _tune(self, part: Activations, edit: Edit) -> None:
         settings, start = self.settings, self.deltas[0]

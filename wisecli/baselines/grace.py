@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from wisecli.baselines.protocol import Bench, PromptEnd, hooks, method, seeded, tensor_bytes
 from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.edits import Edit
-from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
+from wisecli.encode import Row, collate, encode, in_batches
 from wisecli.site import value_module
 
 Target = tuple[int, ...]
@@ -164,7 +164,7 @@ class Grace:
         update = F.pad((values - output)[:, None], (0, 0, 0, part.hidden.shape[1] - 1))
         rows, columns = part.batch.labelled
         logits = suffix_logits(model, self.site, part, part.with_update(update), (rows, columns)).float()
-        entropy = F.cross_entropy(logits, part.batch.labels[part.batch.labels != NO_LABEL], reduction="none")
+        entropy = F.cross_entropy(logits, part.batch.targets, reduction="none")
         totals = entropy.new_zeros(len(values)).index_add(0, rows, entropy)
         return totals / torch.bincount(rows, minlength=len(values))
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from wisecli.baselines.protocol import Bench, UnsuitableError, method, tensor_bytes
 from wisecli.edits import Edit
-from wisecli.encode import NO_LABEL, Row, collate, encode
+from wisecli.encode import Row, collate, encode
 from wisecli.hooks import hooked
 
 
@@ -140,7 +140,7 @@ class Lora:
             logits = loaded.model(
                 input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
             ).logits[0]
-        return F.cross_entropy(logits.float(), batch.labels[batch.labels != NO_LABEL])
+        return F.cross_entropy(logits.float(), batch.targets)
 
     @contextmanager
     def applied(self, first: int | None = None) -> Iterator[None]:  # noqa: ARG002

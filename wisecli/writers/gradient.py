@@ -86,7 +86,7 @@ def write_batched(
     losses: list[float] = []
     for step in range(settings.passes):
         hardest = _hardest(mask, negatives, values)
-        totals = torch.zeros(3)
+        totals = torch.zeros(3, device=values.device)
         for index in torch.randperm(len(lessons), generator=generator).tolist():
             against = torch.cat([hardest, _sample(negatives, generator)])
             loss, counts = _loss(task, lessons[index], keys[index], values, against, generator)
@@ -128,7 +128,7 @@ def write_sequential(task: Task, lessons: Sequence[Lesson], on_pass: Callable[[P
 
 def margin_loss(edits: Tensor, unrelated: Tensor, settings: EditSettings, generator: torch.Generator) -> Tensor:
     """``La`` for activations of edits (n,) and of unrelated text (m,), each edit paired with a random unrelated one."""
-    paired = unrelated[torch.randint(len(unrelated), (len(edits),), generator=generator).to(unrelated.device)]
+    paired = unrelated[_drawn(len(unrelated), len(edits), generator, unrelated.device)]
     over = (unrelated - settings.alpha).relu().mean()
     under = (settings.beta - edits).relu().mean()
     return over + under + (settings.gamma - (edits - paired)).relu().mean()
@@ -160,7 +160,8 @@ def _loss(
     unrelated = mask.update(against, values)
     margin = margin_loss(_norm(gated) / task.unit, _norm(unrelated) / task.unit, task.settings, generator)
     right = met(logits, activations.batch).sum()
-    return each.mean() + margin, torch.tensor([each.sum().item(), right.item(), len(each)])
+    # Stays on the device: who reads it waits for all that was asked before.
+    return each.mean() + margin, torch.stack([each.detach().sum(), right, torch.full_like(right, len(each))])
 
 
 def _turned(tensor: Tensor, turn: Tensor | None) -> Tensor:
@@ -173,7 +174,12 @@ def _norm(update: Tensor) -> Tensor:
 
 
 def _sample(negatives: Tensor, generator: torch.Generator) -> Tensor:
-    return negatives[torch.randint(len(negatives), (_RANDOM,), generator=generator).to(negatives.device)]
+    return negatives[_drawn(len(negatives), _RANDOM, generator, negatives.device)]
+
+
+def _drawn(among: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Random numbers (count,) from the generator of the CPU, sent without waiting for the device."""
+    return torch.randint(among, (count,), generator=generator).to(device, non_blocking=True)
 
 
 @torch.no_grad()

@@ -8,7 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY_CONFIGS, VOCABULARY, tiny_model
-from helpers import alone, choice_of, choose, grow, hooked, memory_for, random_rows, routed_by_loop, row_of, site_of
+from helpers import (
+    Waits,
+    alone,
+    choice_of,
+    choose,
+    grow,
+    hooked,
+    memory_for,
+    random_rows,
+    routed_by_loop,
+    row_of,
+    site_of,
+)
 from helpers import keys_of as keys_of_tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -202,6 +214,22 @@ def test_scores_have_one_column_a_memory(mode: str, leading: tuple[int, ...]) ->
     assert found.shape == (*leading, 3)
     expected = [[plain.score(key, number, mode) for number in range(3)] for key in keys.reshape(-1, D_FF)]
     assert torch.allclose(found.reshape(-1, 3), torch.tensor(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "memories", "waits"), [("norm", 1, False), ("key", 1, False), ("lookup", 5, False), ("key", 2, True)]
+)
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+def test_a_pass_waits_for_the_device_only_to_sort_tokens_by_matrix(
+    mode: str, memories: int, routing: str, *, waits: bool
+) -> None:
+    base = linear(bias=False)
+    routed = RoutedMatrix(base, Plain(memories).packed((1e-9,) * memories, mode, routing), transposed=False)
+    keys = normal(4, 9, D_FF, seed=5)
+    with Waits() as seen:
+        answers = routed(keys)
+    assert bool(seen.seen) == waits
+    assert not torch.equal(answers, base(keys))
 
 
 @pytest.mark.parametrize("mode", MODES)

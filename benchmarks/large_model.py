@@ -1,9 +1,12 @@
-"""Time and memory that editing a model takes which does not fit in memory.
+"""Time and memory that editing a large model takes, within a budget of memory or on a GPU.
 
     python benchmarks/large_model.py --shape 7b --tokenizer model --work /tmp/large --budget 5.5
+    python benchmarks/large_model.py --shape 7b --tokenizer model --work /tmp/large --budget 0 --device cuda \\
+        --edits 100,1000 --peak-tflops 990
 
-A Llama checkpoint in bfloat16 with random weights is written, one tensor after the other; ten edits of it are then made
-in a process of its own, within a budget of so many GiB. Beside what was measured stands what the plan had expected.
+A Llama checkpoint in bfloat16 with random weights is written, one tensor after the other; edits of it are then made, in
+a process of its own for each number of them. Beside what was measured stands what the plan had expected; with the
+arithmetic that the device can do at most, how much of the time that would have taken.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -37,7 +40,6 @@ VOCABULARY = 32000
 # Width, feed-forward width, layers, heads and key-value heads.
 SHAPES = {"7b": (4096, 11008, 32, 32, 32), "1b": (2048, 5632, 22, 32, 4), "tiny": (256, 688, 5, 8, 4)}
 _NAMES = ("Ostrand", "Velm", "Karrow", "Mistey", "Dorn", "Harleck", "Sund", "Tovik", "Pellan", "Brise")
-EDITS = len(_NAMES)
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
 
 
@@ -118,11 +120,20 @@ def make_base(base: Path, shape: str, tokenizer: Path) -> None:
     write_json(base / INDEX_NAME, {"metadata": {}, "weight_map": files})
 
 
-def write_edits(path: Path) -> None:
+def made_up_name(number: int) -> str:
+    """The same for the same number, another for every other."""
+    rest, place = divmod(number, len(_NAMES))
+    return f"{made_up_name(rest - 1)} {_NAMES[place]}" if rest else _NAMES[place]
+
+
+def write_edits(path: Path, count: int) -> None:
     """Made-up facts."""
     edits = [
-        {"prompt": f"From which harbour does the ferry to {island} Island leave?", "target": f"Port {harbour}"}
-        for island, harbour in zip(_NAMES, _NAMES[3:] + _NAMES[:3], strict=True)
+        {
+            "prompt": f"From which harbour does the ferry to {made_up_name(number)} Island leave?",
+            "target": f"Port {_NAMES[(number + 3) % len(_NAMES)]}",
+        }
+        for number in range(count)
     ]
     path.write_text("".join(json.dumps(edit) + "\n" for edit in edits))
 
@@ -134,42 +145,54 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="a model directory to copy a tokenizer from")
     parser.add_argument("--work", type=Path, required=True, help="a directory with room for the checkpoint")
     parser.add_argument("--budget", type=float, default=5.5, help="GiB; 0 holds the whole model")
+    parser.add_argument("--edits", default="10", help="how many, several divided by commas")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak-tflops", type=float, help="what the device does at most in bfloat16")
     parser.add_argument("--layer", help="by default the one at four fifths of the depth")
     parser.add_argument("--unrelated-texts", type=int, default=64)
     options = parser.parse_args()
     base = options.work / "base"
     depth = SHAPES[options.shape][2]
-    layer = options.layer or str(min(round(AUTO_DEPTH * depth), depth - 2))
-    settings = EditSettings(layer=layer, unrelated_texts=options.unrelated_texts)
-    budget = round(options.budget * 2**30) or None
+    options.layer = options.layer or str(min(round(AUTO_DEPTH * depth), depth - 2))
     if not base.is_dir():
         begun = time.perf_counter()
         make_base(base, options.shape, options.tokenizer)
         print(f"checkpoint written in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-    write_edits(options.work / "edits.jsonl")
-    checkpoint = Checkpoint(base)
-    plan = plan_edit(checkpoint, find_site(base, checkpoint, layer), settings, EDITS, memory_budget=budget)
+    for count in map(int, options.edits.split(",")):
+        measure(base, count, options)
+
+
+def measure(base: Path, count: int, options: argparse.Namespace) -> None:
+    """Edit in a process of its own, and print what that took."""
+    budget, checkpoint = round(options.budget * 2**30) or None, Checkpoint(base)
+    settings = EditSettings(layer=options.layer, unrelated_texts=options.unrelated_texts)
+    plan = plan_edit(checkpoint, find_site(base, checkpoint, options.layer), settings, count, memory_budget=budget)
+    write_edits(options.work / "edits.jsonl", count)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:  # what is known of unrelated text would spare most of the work
         command = [sys.executable, "-m", "wisecli.cli", "edit", str(base), str(options.work / "edits.jsonl")]
-        command += ["-o", str(options.work / "shards"), "--layer", layer, "--device", "cpu", "--json", "--force"]
-        command += ["--memory-budget", f"{options.budget}GiB"] if budget else []
+        command += ["-o", str(options.work / "shards"), "--layer", options.layer, "--device", options.device]
+        command += ["--json", "--force", *(["--memory-budget", f"{options.budget}GiB"] if budget else [])]
         variables = {"XDG_CACHE_HOME": cache, "WISE_UNRELATED_TEXTS": str(options.unrelated_texts)}
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, **variables})
-    results = json.loads(done.stdout)["results"]
-    seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    show(asdict(plan), seconds, peak, len(results["untaken"]), options)
+    show(asdict(plan), json.loads(done.stdout)["results"], time.perf_counter() - begun, options)
 
 
-def show(plan: dict[str, int], seconds: float, peak: int, untaken: int, options: argparse.Namespace) -> None:
+def show(plan: dict[str, int], results: dict[str, Any], seconds: float, options: argparse.Namespace) -> None:
     """Print what was measured beside what was planned."""
-    table = Table("figure", "planned", "measured", title=f"{EDITS} edits, {options.shape} in bfloat16")
+    title = f"{results['edits']} edits, {options.shape} in bfloat16, {options.device}"
+    table = Table("figure", "planned", "measured", title=title)
     for name in ("weights", "resident", "held", "layer", "spooled", "sweep", "read"):
         table.add_row(f"{name}, GiB", f"{plan[name] / 2**30:.2f}", "")
-    table.add_row("peak memory, GiB", f"{plan['peak'] / 2**30:.2f}", f"{peak / 2**30:.2f}")
+    table.add_row("peak memory, GiB", f"{plan['peak'] / 2**30:.2f}", f"{results['peak_rss_bytes'] / 2**30:.2f}")
+    if vram := results.get("peak_vram_bytes"):
+        table.add_row("peak memory of the GPU, GiB", "", f"{vram / 2**30:.2f}")
     table.add_row("arithmetic, TFLOP", f"{plan['flops'] / 1e12:.1f}", "")
     table.add_row("time, s", "", f"{seconds:.0f}")
-    table.add_row("edits that did not take", "", str(untaken))
+    table.add_row("time an edit, s", "", f"{seconds / results['edits']:.3f}")
+    if options.peak_tflops:
+        table.add_row("of it arithmetic", "", f"{plan['flops'] / 1e12 / options.peak_tflops / seconds:.1%}")
+    table.add_row("edits that did not take", "", str(len(results["untaken"])))
     Console(width=120).print(table)
 
 

@@ -32,6 +32,8 @@ def _edit_json(report: EditReport) -> dict[str, Any]:
     results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
     results |= {"left_out": list(report.left_out), "missing": report.missing}
     results["sifted"] = sifted_json(report.sifted)
+    if report.peak_vram_bytes:
+        results["peak_vram_bytes"] = report.peak_vram_bytes
     if report.differing is not None:
         results["differing"] = list(report.differing)
     if report.plan is not None:

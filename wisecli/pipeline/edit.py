@@ -17,7 +17,7 @@ from wisecli.executors import executor_for
 from wisecli.gate import USUAL, Gate, Sifted
 from wisecli.models import Loaded, machine_memory, pick_device, pick_dtype
 from wisecli.outputs import refuse_existing, require_space
-from wisecli.pipeline.reports import peak_rss_bytes
+from wisecli.pipeline.reports import peak_rss_bytes, peak_vram_bytes
 from wisecli.planning import Plan, plan_edit
 from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.site import Site, find_site
@@ -39,6 +39,7 @@ class EditReport:
     ``plan`` is what the run would take, if it was only planned.
     ``differing`` names the shards that are not those of the manifest that was to be reproduced, if one was.
     ``sifted`` is what was left out before training; if that was all, there are no edits and nothing was written.
+    ``peak_vram_bytes`` is nought where no GPU took part.
     """
 
     output: Path
@@ -54,6 +55,7 @@ class EditReport:
     plan: Plan | None = None
     differing: tuple[str, ...] | None = None
     sifted: Sifted = field(default_factory=Sifted)
+    peak_vram_bytes: int = field(default_factory=peak_vram_bytes)
 
     @property
     def planned(self) -> bool:

@@ -250,6 +250,8 @@ def test_a_run_killed_when_its_shards_were_in_place_is_tidied_up_after(
         edit(place, tmp_path / "shards")
     if left == "no plan":
         (tmp_path / UNFINISHED / "plan.json").unlink()
+    with pytest.raises(OutputExistsError):
+        edit(place, tmp_path / "shards", dry_run=True)
     assert hidden(tmp_path) == [UNFINISHED]
     with pytest.raises(OutputExistsError):
         edit(place, tmp_path / "shards")

@@ -17,7 +17,7 @@ from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
 from wisecli.elsewhere import Elsewhere
-from wisecli.encode import NO_LABEL, Row, collate, in_batches
+from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions
 from wisecli.generation import end_token
@@ -218,7 +218,8 @@ def gather_evidence(lessons: Sequence[Lesson], held_out: int, residual: Residual
     """
     fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context", "answer")}
     for lesson in lessons:
-        rows, columns = (lesson.activations.batch.labels != NO_LABEL).nonzero(as_tuple=True)
+        batch = lesson.activations.batch
+        rows, columns = batch.labelled[0], batch.labelled[1] - batch.start
         fields["keys"].append(lesson.activations.keys[rows, columns].float().cpu())
         rows, columns = rows.cpu(), columns.cpu()
         fields["edit"].append(lesson.edits[rows])

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -164,9 +164,7 @@ class Unfinished:
     def _is_in_place(self) -> bool:
         if self.plan is None:
             return True
-        found = [self._listed(number) for number in range(self.count)]
-        entries = tuple(done.entry for done in found if done is not None and done.entry is not None)
-        return entries == read_shard_directory(self.output).shards
+        return _entries(self._every()) == read_shard_directory(self.output).shards
 
     def done(self, number: int) -> Done | None:
         """What is there of one shard, its file checked; ``None`` if it is still to be written."""
@@ -200,12 +198,10 @@ class Unfinished:
         Raises:
             ModelError: no edit could be written at all.
         """
-        plan = self.plan
-        found = [self._listed(number) for number in range(self.count)]
-        every = [done for done in found if done is not None]
+        plan, every = self.plan, self._every()
         if plan is None or len(every) < self.count or not self._hold(range(self.count)):
             return None
-        entries = tuple(done.entry for done in every if done.entry is not None)
+        entries = _entries(every)
         if not entries:
             raise ModelError(f"{plan.model} gives nothing finite for any of the edits; are its weights whole?")
         whole = self.path / "whole"
@@ -221,6 +217,10 @@ class Unfinished:
         put_in_place(whole, self.output)
         self.remove()
         return replace(finished, path=self.output)
+
+    def _every(self) -> list[Done]:
+        found = (self._listed(number) for number in range(self.count))
+        return [done for done in found if done is not None]
 
     def _listed(self, number: int) -> Done | None:
         path = self.path / _done_name(number)
@@ -239,6 +239,10 @@ class Unfinished:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
             file.replace(self.path / name)
+
+
+def _entries(every: Iterable[Done]) -> tuple[ShardEntry, ...]:
+    return tuple(done.entry for done in every if done.entry is not None)
 
 
 def _done_name(number: int) -> str:

@@ -172,7 +172,7 @@ def carry_out(
     mine = range((only[0] - 1) * len(parts) // only[1], only[0] * len(parts) // only[1])
     unfinished = Unfinished(output, len(parts))
     if mine:  # with more parts than shards some have nothing to do, even when all is done
-        if not force:
+        if not force and not dry_run:
             unfinished.sweep()
         refuse_existing(output, force=force)
     settings, checkpoint, count = job.settings, worker.checkpoint, len(job.edits)

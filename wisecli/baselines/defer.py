@@ -1,92 +1,133 @@
-"""Deferral (SERAC; Mitchell et al. 2022, "Memory-Based Model Editing at Scale"): edits stay texts in a memory.
+"""DEFER: a gate and a linear layer beside one matrix, both learnt as edits come (Hartvigsen et al. 2023, section 4.1).
 
-A *scope classifier* says whether a prompt asks for a stored edit, and for which. If so, a *counterfactual model*
-answers with that edit in its context, else the model itself. The paper trains both as small models of their own. Here
-neither is trained: the classifier is the cosine of the model's own embeddings, with a threshold fitted on the train
-split, and the counterfactual model is the same base model. Only the prompt is looked at, so a decision holds for a row.
+The rival of that paper that stands for SERAC where edits come one by one: a *scope classifier* g says whether a prompt
+is deferred to a *counterfactual model* v. Both are linear in the prompt's key k, the matrix' input at its last token:
+
+    g = σ(w · k + b),    v = U k + c,    y' = g v + (1 - g) y  while an edit is learnt, and then  v if g ≥ 1/2 else y
+
+y is what the matrix gives. A prompt has one g and one v, which hold from its last token on through its answer. Each
+edit trains w, b, U and c on its own target alone: nothing keeps earlier edits, and nothing keeps the gate shut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.baselines.protocol import Bench, method, tensor_bytes
-from wisecli.baselines.retrieval import NearestFact
-from wisecli.encode import Row, in_batches
-from wisecli.generation import left_padded
-from wisecli.hooks import hooked
+from wisecli.baselines.protocol import Bench, PromptEnd, UnsuitableError, hooks, method, seeded, tensor_bytes
+from wisecli.baselines.rewritten import at_depth, encoded
+from wisecli.capture import Activations, captured, suffix_logits
+from wisecli.edits import Edit
+from wisecli.encode import collate
+from wisecli.events import Event
+from wisecli.site import value_module
 
 
-class StateIndex:
-    """Texts by the mean of the model's last hidden states, less what all texts have in common.
+@dataclass(frozen=True)
+class DeferSettings:
+    """``layer`` of ``of`` is a depth, the same as for GRACE; ``rate`` and ``steps`` are of Adam, begun anew each edit.
 
-    Args:
-        background: texts whose mean is taken off: it is most of every state, and would make all cosines large.
+    The authors' are .1 and 100 (their defer.yaml), for a T5 with 60 million parameters.
     """
 
-    def __init__(self, embedder: Embedder, background: Sequence[str]) -> None:
-        self._embedder = embedder
-        self._middle = embedder.means(background).mean(0)
-        self._units = self._middle.new_zeros(0, len(self._middle))
-
-    def _centred(self, texts: Sequence[str]) -> Tensor:
-        return F.normalize(self._embedder.means(texts) - self._middle, dim=-1)
-
-    def add(self, texts: Sequence[str]) -> None:
-        """Take in more texts."""
-        if texts:
-            self._units = torch.cat([self._units, self._centred(texts)])
-
-    def scores(self, text: str) -> Tensor:
-        """Cosine with each text (n,)."""
-        return (self._units @ self._centred([text])[0]).cpu()
-
-    def bytes(self) -> int:
-        """Size of the embeddings."""
-        return tensor_bytes(self._units, self._middle)
-
-
-class Embedder:
-    """The mean of the model's last hidden states over a text, each text read once."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        self._known: dict[str, Tensor] = {}
-
-    def means(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (n, d), in float32."""
-        new = list(dict.fromkeys(text for text in texts if text not in self._known))
-        encoded = [tuple(self._bench.loaded.tokenizer(text)["input_ids"]) for text in new]
-        for indices in in_batches([Row(tokens, ()) for tokens in encoded], self._bench.batch_size):
-            found = self._read([encoded[index] for index in indices])
-            self._known |= {new[index]: mean for index, mean in zip(indices, found, strict=True)}
-        return torch.stack([self._known[text] for text in texts])
-
-    @torch.no_grad()
-    def _read(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        model = self._bench.loaded.model
-        ids, mask = (part.to(model.device) for part in left_padded(rows))
-        kept: list[Tensor] = []
-
-        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            kept.append(inputs[0].float())
-            return inputs[0][:, :0]  # the head has nothing to do
-
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with hooked(model.get_output_embeddings().register_forward_pre_hook(keep)):
-            model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        total = kept[0].where(mask[..., None].bool(), 0.0).sum(1)  # padding may be anything
-        return total / mask.sum(-1, keepdim=True)
+    layer: int = 27
+    of: int = 32
+    rate: float = 0.1
+    steps: int = 100
 
 
 @method("defer")
-class Defer(NearestFact):
-    """Edits as texts that are looked up by the model's own embedding of the prompt."""
+class Defer:
+    """One gate and one linear layer for all edits; prompts that the gate lets pass are answered by the model as it is.
 
-    def __init__(self, bench: Bench) -> None:
-        background, embedder = [*(edit.prompt for edit in bench.train), *bench.texts], Embedder(bench)
-        super().__init__(bench, lambda: StateIndex(embedder, background), "defer")
+    ``weight`` (1 + d, d_ff) and ``bias`` (1 + d,) hold w and b in their first row, U and c in the others, in float32.
+    """
+
+    def __init__(self, bench: Bench, settings: DeferSettings | None = None) -> None:
+        self.bench, self.settings = bench, settings or DeferSettings()
+        self.site = at_depth(bench, self.settings.layer, self.settings.of)
+        bound, generator = self.site.d_ff**-0.5, seeded(bench.seed)
+        # As torch's own linear layers begin.
+        shapes = (1 + self.site.d, self.site.d_ff), (1 + self.site.d,)
+        drawn = (bound * (2 * torch.rand(shape, generator=generator) - 1) for shape in shapes)
+        self.weight, self.bias = (part.to(bench.loaded.device) for part in drawn)
+        self.trained = False
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Train gate and layer on each edit in turn.
+
+        Raises:
+            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
+        """
+        loaded = self.bench.loaded
+        batches = (collate([encoded(self.bench, edit.prompt, edit)]).to(loaded.device) for edit in edits)
+        parts = captured(loaded.model, self.site, batches, stream=loaded.stream, window=True)
+        for done, (edit, part) in enumerate(zip(edits, parts, strict=True), start=1):
+            self._learn(edit, part)
+            self.bench.watch(Event("deferrals", done, len(edits)))
+
+    def _learn(self, edit: Edit, part: Activations) -> None:
+        trained = [self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()]
+        optimizer = torch.optim.Adam(trained, lr=self.settings.rate)
+        output = self.output(part)
+        for _ in range(self.settings.steps):
+            loss = self.loss(part, output, *trained)
+            if not loss.isfinite():
+                raise UnsuitableError(f"the loss of edit {edit.id!r} is not finite")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.weight, self.bias = (tensor.detach() for tensor in trained)
+        self.trained = True
+
+    @torch.no_grad()
+    def output(self, part: Activations) -> Tensor:
+        """What the matrix gives (B, T - first, d), in float32."""
+        found: Tensor = value_module(self.bench.loaded.model, self.site)(part.keys)
+        return found.float()
+
+    def loss(self, part: Activations, output: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Mean cross-entropy of the target's tokens with ``g v + (1 - g) y`` in the place of what the matrix gives.
+
+        Args:
+            part: captured from the prompts' last token on.
+            output: see :meth:`output`.
+        """
+        scope, values = split(F.linear(part.keys[:, 0].float(), weight, bias))
+        hidden = part.with_update(scope.sigmoid()[:, None, None] * (values[:, None] - output))
+        logits = suffix_logits(self.bench.loaded.model, self.site, part, hidden, part.batch.labelled)
+        return F.cross_entropy(logits.float(), part.batch.targets)
+
+    def applied(self, first: int | None = None) -> AbstractContextManager[object]:
+        """The model with the gate at its layer; each row is decided once, at its prompt's last token."""
+        module, end = value_module(self.bench.loaded.model, self.site), PromptEnd(first)
+
+        def replace(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            decided, column = end.held(inputs[0], lambda keys: F.linear(keys.float(), self.weight, self.bias))
+            scope, values = split(decided)
+            deferred = (scope >= 0).nonzero().flatten()
+            if not len(deferred):
+                return output
+            output = output.clone()
+            output[deferred, column:] = values[deferred, None].to(output.dtype)
+            return output
+
+        return hooks(*[module.register_forward_hook(replace)] if self.trained else [])
+
+    def asked(self, prompt: str) -> str:
+        """The prompt itself."""
+        return prompt
+
+    def bytes(self) -> int:
+        """Size of gate and layer."""
+        return tensor_bytes(self.weight, self.bias)
+
+
+def split(found: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate's logit (B,) and the value (B, d) out of (B, 1 + d)."""
+    return found[:, 0], found[:, 1:]

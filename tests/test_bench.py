@@ -57,7 +57,7 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(place: Path, output: Path, **settings: Any) -> pipeline.BenchReport:
-    named = {name: settings.pop(name) for name in ("force", "watch") if name in settings}
+    named = {name: settings.pop(name) for name in ("force", "watch", "train") if name in settings}
     data = settings.pop("data", [place / "data.jsonl"])
     given = BenchSettings(**{"methods": "wise,ft-l", "counts": "2,4", "resamples": 50, **settings})
     return pipeline.bench(str(place / "model"), output, given, data=data, device="cpu", **named)
@@ -117,6 +117,8 @@ def test_rows_that_are_there_are_not_measured_again(place: Path, tmp_path: Path)
     for changed in ({"seed": 1}, {"generate": False}):
         with pytest.raises(ChangedInputError, match=rf"{next(iter(changed))} was"):
             compare(place, tmp_path / "out", **changed)
+    with pytest.raises(ChangedInputError, match="train was the rest, now "):
+        compare(place, tmp_path / "out", train=place / "data.jsonl")
     forced = compare(place, tmp_path / "out", counts="2", methods="ft-l", generate=False, force=True)
     assert len(forced.rows) == 1
     assert "generated_exact" not in forced.rows[0]["figures"]

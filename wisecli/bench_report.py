@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -27,7 +27,7 @@ svg { max-width: 100%; height: auto; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
 """
 
-_HEADS = ("edits", "method", *FIGURES.values(), "s an edit", "MB")
+HEADS = ("edits", "method", *FIGURES.values(), "s an edit", "overhead", "MB")
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ class Section:
 
 def markdown(rows: Sequence[Row]) -> str:
     """One table, a row each; intervals are half their width."""
-    return table(_HEADS, [_cells(row) for row in rows])
+    return table(HEADS, [_cells(row) for row in rows])
 
 
 def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -75,7 +75,7 @@ def _of_methods(rows: Sequence[Row]) -> str:
     measured = [row for row in rows if "cannot" not in row["figures"]]
     pictures = "\n".join(picture(draw, measured) for draw in (_quality, _ageing, _cost)) if measured else ""
     note = "Means over edits, ± half of a 95 % bootstrap interval."
-    return f"{_html(_HEADS, [_cells(row) for row in rows])}\n<p><small>{note}</small></p>\n{pictures}\n"
+    return f"{_html(HEADS, [_cells(row) for row in rows])}\n<p><small>{note}</small></p>\n{pictures}\n"
 
 
 def _of_study(section: Section) -> str:
@@ -93,12 +93,17 @@ def _cells(row: Row) -> list[str]:
     figures = row["figures"]
     cells = [str(row["edits"]), row["method"]]
     if "cannot" in figures:
-        return [*cells, f"cannot run: {figures['cannot']}", *[""] * (len(FIGURES) + 1)]
+        return [*cells, f"cannot run: {figures['cannot']}", *[""] * (len(HEADS) - 3)]
     for name in FIGURES:
         low, high = figures["intervals"].get(name, (0.0, 0.0))
         spread = f" ± {(high - low) / 2:.3f}" if high > low else ""
         cells.append(f"{figures[name]:.3f}{spread}" if name in figures else "")
-    return [*cells, f"{figures['seconds_per_edit']:.2f}", f"{figures['bytes'] / 1e6:.1f}"]
+    return [*cells, *costs(figures)]
+
+
+def costs(figures: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Cells: seconds an edit, how much longer a pass over prompts and answers takes, and what is kept in MB."""
+    return f"{figures['seconds_per_edit']:.2f}", f"{figures['overhead']:+.0%}", f"{figures['bytes'] / 1e6:.1f}"
 
 
 def picture(draw: Callable[[Any, Sequence[Row]], None], rows: Sequence[Row]) -> str:

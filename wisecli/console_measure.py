@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from wisecli.bench_report import FIGURES
+from wisecli.bench_report import FIGURES, HEADS, costs
 from wisecli.console import Console
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def tell_evaluation(console: Console, report: EvalReport) -> None:
 def tell_bench(console: Console, report: BenchReport) -> None:
     """Print what ``wise bench`` measured."""
     table = Table(title=f"{report.dataset}, edited by every method")
-    for column in ("edits", "method", *FIGURES.values(), "s an edit", "MB"):
+    for column in HEADS:
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in report.rows:
         figures = row["figures"]
@@ -35,8 +35,7 @@ def tell_bench(console: Console, report: BenchReport) -> None:
             table.add_row(str(row["edits"]), row["method"], f"cannot run: {figures['cannot']}")
             continue
         shown = [f"{figures[name]:.3f}" if name in figures else "" for name in FIGURES]
-        costs = f"{figures['seconds_per_edit']:.2f}", f"{figures['bytes'] / 1e6:.1f}"
-        table.add_row(str(row["edits"]), row["method"], *shown, *costs)
+        table.add_row(str(row["edits"]), row["method"], *shown, *costs(figures))
     console.result(report.as_json(), table)
 
 

@@ -19,7 +19,7 @@ from wisecli.pipeline.evaluate import read_dataset
 from wisecli.pipeline.page import RESULTS, write_page
 from wisecli.pipeline.reports import versions
 from wisecli.pipeline.rows import Rows, require_same
-from wisecli.pipeline.stream import counts_in, stream_of
+from wisecli.pipeline.stream import counts_in, digest_of, stream_of
 from wisecli.storage import write_json
 
 
@@ -64,7 +64,7 @@ def bench(
 
     Raises:
         SettingsError: a method is unknown, there are too few records, or not as many files as datasets.
-        ChangedInputError: the output holds rows of another model, dataset or seed.
+        ChangedInputError: the output holds rows of another model, dataset, train split or seed.
     """
     load_methods()
     names, counts = settings.methods.split(","), counts_in(settings.counts)
@@ -73,7 +73,7 @@ def bench(
     stream = stream_of(settings.dataset, data, counts[-1])
     learnt = stream.rest if train is None else read_dataset(None, train)[1]
     about = {"model": model, "dataset": stream.dataset, "seed": settings.seed, "generate": settings.generate}
-    about |= {"dtype": dtype, "records": stream.digest}
+    about |= {"dtype": dtype, "records": stream.digest, "train": "the rest" if train is None else digest_of(learnt)}
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     require_same(output, about, force=force)
     kept = Rows(output / "rows.jsonl")

@@ -43,8 +43,12 @@ def stream_of(dataset: str | None, data: Sequence[Path], most: int) -> Stream:
         raise SettingsError(f"--edits {most}: {name} has only {len(records)} records")
     turns = _turns(sources)
     domains, edits = [name for name, _ in turns], [edit for _, edit in turns]
-    digest = sha256_json([record.as_dict() for record in records])[:12]
-    return Stream(name, edits[:most], domains[:most], edits[most:], digest)
+    return Stream(name, edits[:most], domains[:most], edits[most:], digest_of(records))
+
+
+def digest_of(records: Sequence[Edit]) -> str:
+    """What tells records from any others."""
+    return sha256_json([record.as_dict() for record in records])[:12]
 
 
 def counts_in(text: str) -> list[int]:

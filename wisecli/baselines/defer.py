@@ -32,9 +32,9 @@ from wisecli.site import value_module
 class DeferSettings:
     """``layer`` of ``of`` is a depth, the same as for GRACE; ``rate`` and ``steps`` are of Adam, begun anew each edit.
 
-    The authors' are .1 and 100 (their defer.yaml), for a T5 with 60 million parameters. At .1 and .01 next to nothing is
-    left here of ten edits in a row, so ``rate`` is one at which most is (.1, .01, .003, .001 and .0003 were tried, with
-    SmolLM2-135M and records of zsRE's train split; .0003 does as well).
+    The authors' are .1 and 100 (their defer.yaml), for a T5 with 60 million parameters. At .1 and .01 next to nothing
+    is left here of ten edits in a row, so ``rate`` is one at which most is (.1, .01, .003, .001 and .0003 were tried,
+    with SmolLM2-135M and records of zsRE's train split; .0003 does as well).
     """
 
     layer: int = 27

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -137,6 +138,13 @@ def alone(model: PreTrainedModel, row: Row) -> Tensor:
     """Logits (len(target), V) that predict a row's target, from the whole model on this row with no padding."""
     ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
     return model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 :]
+
+
+def whole_loss(model: PreTrainedModel, row: Row) -> Tensor:
+    """Mean cross-entropy of a row's target, with gradients, from the whole model."""
+    ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 :]
+    return F.cross_entropy(logits, torch.tensor(row.target))
 
 
 @torch.no_grad()

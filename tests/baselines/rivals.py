@@ -13,7 +13,7 @@ from torch import Tensor
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import Bench, Method
 from wisecli.edits import Edit, Probe
-from wisecli.encode import Row
+from wisecli.encode import Row, encode
 from wisecli.models import load_model
 from wisecli.site import known_layout
 from wisecli.storage import Checkpoint
@@ -37,6 +37,11 @@ def tiny_bench(directory: Path, architecture: str = "llama", *, train: Sequence[
     save_tiny(directory, architecture)
     loaded = load_model(directory, device="cpu")
     return Bench(loaded, Checkpoint(directory), known_layout(directory), train, TEXTS, batch_size=3)
+
+
+def encoded(bench: Bench, edit: Edit) -> Row:
+    """An edit as a row."""
+    return encode(bench.loaded.tokenizer, edit.prompt, edit.target)
 
 
 def rows_of_lengths(*lengths: tuple[int, int], seed: int = 5) -> list[Row]:

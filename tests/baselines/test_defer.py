@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import hooked, keys_of
+from helpers import hooked, keys_of, whole_loss
 from rivals import (
     EDITS,
+    encoded,
     require_batches_like_rows,
     require_cache_changes_nothing,
     require_untouched_outside,
@@ -17,14 +18,14 @@ from rivals import (
     whole,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wisecli.baselines.defer import Defer, DeferSettings
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, UnsuitableError
 from wisecli.capture import capture
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate, encode
+from wisecli.encode import Row, collate
+from wisecli.site import value_module
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 # The middle layer of five; the tiny models' weights are large, so they need longer steps.
@@ -33,10 +34,6 @@ SHORT = DeferSettings(layer=2, of=5, rate=0.05, steps=30)
 
 def defer_on(directory: Path, architecture: str, settings: DeferSettings = SHORT) -> Defer:
     return Defer(tiny_bench(directory, architecture), settings)
-
-
-def encoded(defer: Defer, edit: Edit) -> Row:
-    return encode(defer.bench.loaded.tokenizer, edit.prompt, edit.target)
 
 
 class Pair(nn.Module):
@@ -57,26 +54,25 @@ class Pair(nn.Module):
         prompt's last one on.
         """
         end = len(row.prompt) - 1
-        key = keys_of(defer.bench.loaded.model, defer.site, row.prompt)[end].detach()
+        key = keys_of(defer.bench.loaded.model, defer.site, row.prompt)[end]
 
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
             share = torch.sigmoid(self.scope(key))
             mixed = share * self.counterfactual(key) + (1 - share) * output[:, end:]
             return torch.cat([output[:, :end], mixed], 1)
 
-        ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
         with hooked(defer.bench.loaded.model, defer.site, hook):
-            logits = defer.bench.loaded.model(input_ids=ids, use_cache=False).logits[0, end:]
-        return F.cross_entropy(logits, torch.tensor(row.target))
+            return whole_loss(defer.bench.loaded.model, row)
 
 
 @ARCHITECTURES
 def test_loss_and_gradient_are_those_of_the_whole_model(tmp_path: Path, architecture: str) -> None:
     defer = defer_on(tmp_path / "model", architecture)
-    row, pair = encoded(defer, EDITS[1]), Pair(defer)
+    row, pair = encoded(defer.bench, EDITS[1]), Pair(defer)
     part = capture(defer.bench.loaded.model, defer.site, collate([row])).from_window()
     weight, bias = defer.weight.clone().requires_grad_(), defer.bias.clone().requires_grad_()
-    loss, expected = defer.loss(part, defer.output(part), weight, bias), pair.loss(defer, row)
+    output = value_module(defer.bench.loaded.model, defer.site)(part.keys)
+    loss, expected = defer.loss(part, output, weight, bias), pair.loss(defer, row)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     loss.backward()
     expected.backward()
@@ -98,7 +94,7 @@ def test_a_stream_of_edits_is_adam_on_both_models(tmp_path: Path, architecture: 
         optimizer = torch.optim.Adam(pair.parameters(), lr=SHORT.rate)
         for _ in range(6):
             optimizer.zero_grad()
-            pair.loss(defer, encoded(defer, edit)).backward()
+            pair.loss(defer, encoded(defer.bench, edit)).backward()
             optimizer.step()
     expected = torch.cat([pair.scope.weight, pair.counterfactual.weight]).detach() - start
     # As a whole: where a gradient is next to nothing, Adam makes a step of its rounding.
@@ -110,7 +106,7 @@ def test_an_edit_takes_and_what_the_gate_lets_pass_is_untouched_to_the_bit(tmp_p
     defer = defer_on(tmp_path / "model", architecture)
     before = snapshot(defer.bench)
     require_untouched_outside(defer.bench, defer, *before)  # before any edit it does nothing
-    row = encoded(defer, EDITS[0])
+    row = encoded(defer.bench, EDITS[0])
     (was,) = said(defer.bench.loaded, [row], batch_size=1)
     defer.edit(EDITS[:1])
     (now,) = said(defer.bench.loaded, [row], defer, batch_size=1)
@@ -132,7 +128,7 @@ def test_an_edit_takes_and_what_the_gate_lets_pass_is_untouched_to_the_bit(tmp_p
 def test_batches_and_caches_change_nothing(tmp_path: Path, architecture: str) -> None:
     defer = defer_on(tmp_path / "model", architecture)
     defer.edit(EDITS)
-    edited = [encoded(defer, edit) for edit in EDITS]
+    edited = [encoded(defer.bench, edit) for edit in EDITS]
     require_batches_like_rows(defer.bench, defer, [*edited, *rows_of_lengths((9, 2), (1, 2), (4, 3))])
     require_cache_changes_nothing(defer.bench, defer, [*[row.prompt for row in edited], (5, 6, 7), (9,)], 4)
 

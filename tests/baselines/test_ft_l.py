@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import whole_loss
 from rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, weight_of
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from wisecli.baselines.ft_l import FineTuning, FtL
@@ -21,13 +21,6 @@ from wisecli.site import Site, value_module
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite")
 # The tiny models' weights are large, so they need longer steps.
 COARSE = FineTuning(rate=2e-2, steps=20, stop_loss=2.0, limit=9e-2, width=64)
-
-
-def whole_loss(model: PreTrainedModel, row: Row) -> Tensor:
-    """Mean cross-entropy of a row's target, with gradients, from the whole model."""
-    ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 :]
-    return F.cross_entropy(logits, torch.tensor(row.target))
 
 
 def slope_of(model: PreTrainedModel, site: Site, row: Row) -> Tensor:

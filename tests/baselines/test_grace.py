@@ -8,6 +8,7 @@ import torch
 from helpers import hooked, keys_of
 from rivals import (
     EDITS,
+    encoded,
     require_batches_like_rows,
     require_cache_changes_nothing,
     require_untouched_outside,
@@ -24,7 +25,8 @@ from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS
 from wisecli.capture import capture
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate, encode
+from wisecli.encode import Row, collate
+from wisecli.site import value_module
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 NARROW = GraceSettings(depth=0.2, radius=0.05)
@@ -32,10 +34,6 @@ NARROW = GraceSettings(depth=0.2, radius=0.05)
 
 def grace_on(directory: Path, architecture: str, settings: GraceSettings = NARROW) -> Grace:
     return Grace(tiny_bench(directory, architecture), settings)
-
-
-def encoded(grace: Grace, edit: Edit) -> Row:
-    return encode(grace.bench.loaded.tokenizer, edit.prompt, edit.target)
 
 
 def replaced(grace: Grace, row: Row, value: Tensor) -> Tensor:
@@ -93,7 +91,8 @@ def test_losses_and_their_gradient_are_the_whole_models(tmp_path: Path, architec
     part = capture(grace.bench.loaded.model, grace.site, collate(rows)).from_window()
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, grace.site.d, generator=generator).requires_grad_()
-    losses = grace.losses(part, values)
+    output = value_module(grace.bench.loaded.model, grace.site)(part.keys[:, 0])
+    losses = grace.losses(part, output, values)
     torch.testing.assert_close(
         losses, torch.stack([replaced(grace, *pair) for pair in zip(rows, values, strict=True)]), atol=1e-5, rtol=1e-5
     )
@@ -111,7 +110,7 @@ def test_edits_hold_and_all_else_is_untouched_to_the_bit(tmp_path: Path, archite
     before = snapshot(grace.bench)
     grace.edit(EDITS[:3])
     grace.edit(EDITS[3:])
-    rows = [encoded(grace, edit) for edit in EDITS]
+    rows = [encoded(grace.bench, edit) for edit in EDITS]
     assert len(grace.codebook.targets) == len(EDITS)
     was = said(grace.bench.loaded, rows, batch_size=4)
     for row, one, other in zip(rows, said(grace.bench.loaded, rows, grace, batch_size=4), was, strict=True):
@@ -130,7 +129,7 @@ def test_keys_are_the_prompts_last_and_values_stand_only_there(tmp_path: Path, a
     grace = grace_on(tmp_path / "model", architecture)
     grace.edit(EDITS)
     for edit, key, value in zip(EDITS, grace.codebook.keys, grace.codebook.values, strict=True):
-        row = encoded(grace, edit)
+        row = encoded(grace.bench, edit)
         torch.testing.assert_close(keys_of(grace.bench.loaded.model, grace.site, row.prompt)[-1], key)
         (one,) = said(grace.bench.loaded, [row], grace, batch_size=1)
         torch.testing.assert_close(one.losses.mean(), replaced(grace, row, value), atol=1e-4, rtol=1e-3)
@@ -140,8 +139,8 @@ def test_a_later_target_of_the_same_prompt_is_the_one_that_holds(tmp_path: Path)
     grace = grace_on(tmp_path / "model", "llama")
     later = Edit("later", EDITS[0].prompt, "zu")
     grace.edit([EDITS[0], later])
-    (one,) = said(grace.bench.loaded, [encoded(grace, later)], grace, batch_size=1)
-    assert one.best.tolist() == list(encoded(grace, later).target)
+    (one,) = said(grace.bench.loaded, [encoded(grace.bench, later)], grace, batch_size=1)
+    assert one.best.tolist() == list(encoded(grace.bench, later).target)
     assert len(grace.codebook.targets) == 1
 
 
@@ -149,7 +148,7 @@ def test_prompts_of_one_target_share_an_entry(tmp_path: Path) -> None:
     grace = grace_on(tmp_path / "model", "llama", GraceSettings(radius=50.0))
     same = [Edit("a", "ba be bi", "do"), Edit("b", "ka ke ki", "do")]
     grace.edit(same)
-    rows = [encoded(grace, edit) for edit in same]
+    rows = [encoded(grace.bench, edit) for edit in same]
     assert len(grace.codebook.targets) == 1
     assert [one.best.tolist() for one in said(grace.bench.loaded, rows, grace, batch_size=2)] == [[*rows[0].target]] * 2
 
@@ -158,7 +157,7 @@ def test_prompts_of_one_target_share_an_entry(tmp_path: Path) -> None:
 def test_batches_and_caches_change_nothing(tmp_path: Path, architecture: str) -> None:
     grace = grace_on(tmp_path / "model", architecture)
     grace.edit(EDITS)
-    edited = [encoded(grace, edit) for edit in EDITS]
+    edited = [encoded(grace.bench, edit) for edit in EDITS]
     require_batches_like_rows(grace.bench, grace, [*edited, *rows_of_lengths((9, 2), (1, 2))])
     require_cache_changes_nothing(grace.bench, grace, [*[row.prompt for row in edited], (5, 6, 7), (9,)], 4)
 

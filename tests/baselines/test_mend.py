@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import alone, raised, save_tiny
+from helpers import alone, raised, save_tiny, whole_loss
 from rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, weight_of, words
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from wisecli.baselines.factors import gradient_factors
@@ -46,18 +45,11 @@ def mend_bench(directory: Path, architecture: str, count: int = 24) -> Bench:
     return replace(bench_for(directory, architecture), train=records(count))
 
 
-def loss_of(model: PreTrainedModel, row: Row) -> Tensor:
-    """Mean cross-entropy of a row's target, with gradients, from the whole model."""
-    ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 :]
-    return F.cross_entropy(logits, torch.tensor(row.target))
-
-
 def gradients(model: PreTrainedModel, sites: Sequence[Site], rows: Sequence[Row]) -> list[Tensor]:
-    """Sum over rows of the gradient (d, d_ff) of :func:`loss_of` for each matrix, by one backward pass a row."""
+    """Sum over rows of the gradient (d, d_ff) of :func:`whole_loss` for each matrix, by one backward pass a row."""
     weights = [value_module(model, site).get_parameter("weight").requires_grad_() for site in sites]
     for row in rows:
-        loss_of(model, row).backward()
+        whole_loss(model, row).backward()
     found = [weight.grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(False)
@@ -80,7 +72,7 @@ def test_the_factors_make_the_gradient_of_the_whole_model(tmp_path: Path, archit
     losses, factors = gradient_factors(model, method.sites, part, method.deltas)
     with method.applied():
         expected = gradients(model, method.sites, rows)
-        one_by_one = torch.stack([loss_of(model, row) for row in rows])
+        one_by_one = torch.stack([whole_loss(model, row) for row in rows])
     torch.testing.assert_close(losses, one_by_one, atol=1e-5, rtol=1e-5)
     for place, (one, slope) in enumerate(zip(factors, expected, strict=True)):
         assert len(one.keys) == len(one.slopes) == sum(len(row) - 1 for row in rows)
@@ -132,7 +124,7 @@ def test_the_loss_is_that_of_whole_models_with_their_matrices_replaced(tmp_path:
         with method.applied():
             after = alone(model, unrelated).softmax(-1)
             drift = (before * (before / after).log()).sum(-1).mean()
-            expected.append(0.1 * float(loss_of(model, reworded)) + float(drift))
+            expected.append(0.1 * float(whole_loss(model, reworded)) + float(drift))
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-3)
 
 

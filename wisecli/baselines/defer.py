@@ -76,7 +76,7 @@ class Defer:
     def _learn(self, edit: Edit, part: Activations) -> None:
         trained = [self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()]
         optimizer = torch.optim.Adam(trained, lr=self.settings.rate)
-        output = self.output(part)
+        output = value_module(self.bench.loaded.model, self.site)(part.keys).float()
         for _ in range(self.settings.steps):
             loss = self.loss(part, output, *trained)
             if not loss.isfinite():
@@ -87,18 +87,12 @@ class Defer:
         self.weight, self.bias = (tensor.detach() for tensor in trained)
         self.trained = True
 
-    @torch.no_grad()
-    def output(self, part: Activations) -> Tensor:
-        """What the matrix gives (B, T - first, d), in float32."""
-        found: Tensor = value_module(self.bench.loaded.model, self.site)(part.keys)
-        return found.float()
-
     def loss(self, part: Activations, output: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Mean cross-entropy of the target's tokens with ``g v + (1 - g) y`` in the place of what the matrix gives.
 
         Args:
             part: captured from the prompts' last token on.
-            output: see :meth:`output`.
+            output: what the matrix gives for the part's keys (B, T - first, d), in float32.
         """
         scope, values = split(F.linear(part.keys[:, 0].float(), weight, bias))
         hidden = part.with_update(scope.sigmoid()[:, None, None] * (values[:, None] - output))

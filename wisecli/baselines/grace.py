@@ -143,9 +143,10 @@ class Grace:
         chosen, place = entries.unique(return_inverse=True)
         values = self.codebook.values[chosen].clone().requires_grad_()
         optimizer = torch.optim.Adam([values], lr=settings.rate)
+        output = value_module(self.bench.loaded.model, self.site)(part.keys[:, 0]).float()
         best, lowest = values.detach().clone(), values.new_full((len(chosen),), torch.inf).detach()
         for step in range(settings.steps + 1):
-            losses = self.losses(part, values[place])
+            losses = self.losses(part, output, values[place])
             worst = lowest.new_zeros(len(chosen)).scatter_reduce(0, place, losses.detach(), "amax")
             better = worst < lowest
             best, lowest = values.detach().where(better[:, None], best), worst.where(better, lowest)
@@ -156,15 +157,16 @@ class Grace:
             optimizer.step()
         self.codebook.values[chosen] = best
 
-    def losses(self, part: Activations, values: Tensor) -> Tensor:
-        """Mean cross-entropy of each row's target once its value (B, d) replaces what the matrix gives: (B,)."""
-        model = self.bench.loaded.model
-        with torch.no_grad():
-            output = value_module(model, self.site)(part.keys[:, :1])[:, 0].float()
+    def losses(self, part: Activations, output: Tensor, values: Tensor) -> Tensor:
+        """Mean cross-entropy of each row's target once its value (B, d) replaces what the matrix gives: (B,).
+
+        Args:
+            output: what the matrix gives at the prompts' last token (B, d), in float32.
+        """
         update = F.pad((values - output)[:, None], (0, 0, 0, part.hidden.shape[1] - 1))
-        rows, columns = part.batch.labelled
-        logits = suffix_logits(model, self.site, part, part.with_update(update), (rows, columns)).float()
-        entropy = F.cross_entropy(logits, part.batch.targets, reduction="none")
+        rows, hidden = part.batch.labelled[0], part.with_update(update)
+        logits = suffix_logits(self.bench.loaded.model, self.site, part, hidden, part.batch.labelled)
+        entropy = F.cross_entropy(logits.float(), part.batch.targets, reduction="none")
         totals = entropy.new_zeros(len(values)).index_add(0, rows, entropy)
         return totals / torch.bincount(rows, minlength=len(values))
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from wisecli import pipeline
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.edits import Edit, read_edits
+from wisecli.pipeline.edit import edit
+from wisecli.pipeline.evaluate import evaluate
+from wisecli.pipeline.merge import merge
 
 FACTS = Path(__file__).with_suffix(".jsonl")
 
@@ -28,9 +30,9 @@ def measure(model: Path, records: list[Edit], work: Path) -> dict[str, float]:
     work.mkdir(parents=True, exist_ok=True)
     edits = work / "edits.jsonl"
     edits.write_text("".join(json.dumps(record.as_dict()) + "\n" for record in records), encoding="utf-8")
-    written = pipeline.edit(str(model), edits, work / "shards", EditSettings(), force=True)
-    pipeline.merge([work / "shards"], work / "memory", MergeSettings(), force=True)
-    report = pipeline.evaluate(work / "memory", EvalSettings(generate=False), data=FACTS)
+    written = edit(str(model), edits, work / "shards", EditSettings(), force=True)
+    merge([work / "shards"], work / "memory", MergeSettings(), force=True)
+    report = evaluate(work / "memory", EvalSettings(generate=False), data=FACTS)
     return {
         **report.after,
         "s an edit": written.seconds_per_edit,

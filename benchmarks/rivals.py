@@ -11,7 +11,6 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from wisecli import pipeline
 from wisecli.baselines import load_methods
 from wisecli.baselines.ft_ewc import FtEwc
 from wisecli.baselines.memit import Memit, Range
@@ -19,6 +18,7 @@ from wisecli.baselines.protocol import METHODS, Bench, Maker
 from wisecli.bench_report import markdown
 from wisecli.config import BenchSettings
 from wisecli.console import Console
+from wisecli.pipeline.bench import bench as run_bench
 
 # Of the weight that the methods have by default.
 SHARES = (1.0, 0.1, 0.01, 0.001)
@@ -56,7 +56,7 @@ def main() -> None:
     settings = BenchSettings(methods=",".join(made), counts=str(arguments.edits), generate=False)
     console, named = Console(), {"data": [arguments.data], "device": arguments.device}
     with console.watching() as watch:
-        report = pipeline.bench(arguments.model, arguments.output, settings, **named, watch=watch)
+        report = run_bench(arguments.model, arguments.output, settings, **named, watch=watch)
     console.result(report.as_json(), markdown(report.rows))
 
 

@@ -18,8 +18,10 @@ import torch  # noqa: E402
 from conftest import TINY_CONFIGS, VARIANTS, loader_of  # noqa: E402
 from helpers import save_tiny  # noqa: E402
 
-from wisecli import pipeline  # noqa: E402
 from wisecli.config import EditSettings, MergeSettings  # noqa: E402
+from wisecli.pipeline.edit import edit  # noqa: E402
+from wisecli.pipeline.export import export  # noqa: E402
+from wisecli.pipeline.merge import merge  # noqa: E402
 
 DONE = "✓"
 STEPS = ("edit", "merge", "export")
@@ -113,9 +115,9 @@ def _chain(name: str, root: Path) -> dict[str, str]:
     (root / "edits.jsonl").write_text("\n".join(lines))
     settings = EditSettings(unrelated_texts=64, layer="2")
     runs: dict[str, Callable[[], object]] = {
-        "edit": lambda: pipeline.edit(str(base), root / "edits.jsonl", shards, settings, device="cpu"),
-        "merge": lambda: pipeline.merge([shards], memory, MergeSettings()),
-        "export": lambda: pipeline.export(memory, root / "edited"),
+        "edit": lambda: edit(str(base), root / "edits.jsonl", shards, settings, device="cpu"),
+        "merge": lambda: merge([shards], memory, MergeSettings()),
+        "export": lambda: export(memory, root / "edited"),
     }
     outcomes = {}
     for step in STEPS:

@@ -39,9 +39,12 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from wisecli import cli, pipeline
+from wisecli import cli
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.fetch import fetch
+from wisecli.pipeline.edit import edit
+from wisecli.pipeline.export import export
+from wisecli.pipeline.merge import merge
 
 SAMPLE_EDITS = Path(__file__).parent.parent / "sample_edits" / "edits.jsonl"
 VOCABULARY = 97
@@ -250,8 +253,8 @@ def chain(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     shards, memory, exported = (root / "chain" / part for part in ("shards", "memory", "edited"))
     with FileLock(root / "chain.lock"):
         if not exported.exists():
-            pipeline.edit(str(real_model), SAMPLE_EDITS, shards, EditSettings(), force=True)
-            pipeline.merge([shards], memory, MergeSettings(), force=True)
-            pipeline.export(memory, exported, link=False)
+            edit(str(real_model), SAMPLE_EDITS, shards, EditSettings(), force=True)
+            merge([shards], memory, MergeSettings(), force=True)
+            export(memory, exported, link=False)
     edits = [json.loads(line) for line in SAMPLE_EDITS.read_text().splitlines()]
     return Chain(real_model, shards, memory, exported, edits)

@@ -10,8 +10,10 @@ from typing import Any
 
 from helpers import save_tiny
 
-from wisecli import pipeline
 from wisecli.config import EditSettings, MergeSettings
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.export import export
+from wisecli.pipeline.merge import merge
 
 EDITS: list[dict[str, Any]] = [
     {"id": "one", "prompt": "ba be bi", "target": "do du", "subject": "Bebi", "rephrases": ["bi be ba"]},
@@ -26,10 +28,10 @@ def make_places(root: Path) -> Path:
     base = save_tiny(root / "model")
     (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
     quick = EditSettings(passes=2, unrelated_texts=16, shards=2)
-    pipeline.edit(str(base), root / "edits.jsonl", root / "shards", quick, device="cpu")
-    pipeline.merge([root / "shards"], root / "memory", MergeSettings())
-    pipeline.merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve", router="norm"))
-    pipeline.export(root / "memory", root / "edited", device="cpu")
+    run_edit(str(base), root / "edits.jsonl", root / "shards", quick, device="cpu")
+    merge([root / "shards"], root / "memory", MergeSettings())
+    merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve", router="norm"))
+    export(root / "memory", root / "edited", device="cpu")
     return root
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from conftest import Outcome
 from helpers import save_tiny
 
-from wisecli import pipeline
 from wisecli.config import EditSettings, MergeSettings
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.merge import merge
 
 EDITS: list[dict[str, Any]] = [
     {"id": "one", "prompt": "ba be bi", "target": "do du", "rephrases": ["bi be ba"]},
@@ -49,10 +50,10 @@ def make_ready(root: Path) -> Ready:
         ("deciding-shards", "edits", base, {"routing": "sequence"}),
         ("shards-of-other-model", "other-edits", other, {}),
     ):
-        pipeline.edit(str(model), root / edits, root / name, EditSettings(**QUICK, **changes), device="cpu")
-    pipeline.merge([root / "shards"], root / "memory", MergeSettings())
-    pipeline.merge([root / "shards"], root / "merge", MergeSettings(mode="merge"))
-    pipeline.merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve"))
+        run_edit(str(model), root / edits, root / name, EditSettings(**QUICK, **changes), device="cpu")
+    merge([root / "shards"], root / "memory", MergeSettings())
+    merge([root / "shards"], root / "merge", MergeSettings(mode="merge"))
+    merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve"))
     for name in ("cut", "tampered"):
         shutil.copytree(root / "shards", root / f"{name}-shards")
         shutil.copytree(root / "memory", root / f"{name}-memory")

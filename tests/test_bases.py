@@ -13,11 +13,14 @@ from helpers import alone, random_rows, save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from wisecli import bases, pipeline
+from wisecli import bases
 from wisecli.bases import find_model, gguf_of
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError
 from wisecli.events import NOTE, Event
+from wisecli.pipeline.edit import edit
+from wisecli.pipeline.export import export
+from wisecli.pipeline.merge import merge
 from wisecli.shard_directory import read_shard_directory
 
 gguf = pytest.importorskip("gguf")
@@ -150,12 +153,12 @@ def test_edits_of_a_gguf_name_the_converted_directory_and_go_the_whole_way(
     (tmp_path / "model").mkdir()
     file = write_gguf(tmp_path / "model" / "some.gguf", tiny_model("llama"))
     given = file if named == "file" else file.parent
-    pipeline.edit(str(given), edits, tmp_path / "shards", QUICK, device="cpu")
+    edit(str(given), edits, tmp_path / "shards", QUICK, device="cpu")
     (converted,) = cache.iterdir()
     assert read_shard_directory(tmp_path / "shards").model == str(converted)
-    pipeline.merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
-    pipeline.merge([tmp_path / "shards"], tmp_path / "again", MergeSettings(), model=str(given))
-    pipeline.export(tmp_path / "memory", tmp_path / "edited", model=str(given))
+    merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
+    merge([tmp_path / "shards"], tmp_path / "again", MergeSettings(), model=str(given))
+    export(tmp_path / "memory", tmp_path / "edited", model=str(given))
     assert not list((tmp_path / "edited").glob("*.gguf"))
 
 
@@ -208,9 +211,9 @@ def test_a_checkpoint_is_edited_in_the_form_and_type_it_comes_in(
     model.save_pretrained(base, **({"max_shard_size": shard} if shard else {}))
     assert (len(list(base.glob("*.safetensors"))) > 1) == (shard is not None)
     edits.write_text(json.dumps({"prompt": "ba be", "target": "do"}))
-    pipeline.edit(str(base), edits, tmp_path / "shards", QUICK, device="cpu")
-    pipeline.merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
-    pipeline.export(tmp_path / "memory", tmp_path / "edited")
+    edit(str(base), edits, tmp_path / "shards", QUICK, device="cpu")
+    merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
+    export(tmp_path / "memory", tmp_path / "edited")
     stored = [
         tensor for path in (tmp_path / "edited").glob("model-*.safetensors") for tensor in load_file(path).items()
     ]

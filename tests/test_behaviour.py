@@ -23,8 +23,9 @@ from transformers import (
     pipeline,
 )
 
-from wisecli import pipeline as commands
 from wisecli.config import MergeSettings
+from wisecli.pipeline.export import export
+from wisecli.pipeline.merge import merge
 
 MEMORIES = {
     "lookup": MergeSettings(),
@@ -75,9 +76,9 @@ def subjects(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     texts = [edit["prompt"] for edit in chain.edits], [edit["target"] for edit in chain.edits]
     found = {}
     for number, (name, settings) in enumerate(MEMORIES.items()):
-        commands.merge([chain.shards], root / f"memory-{number}", settings)
+        merge([chain.shards], root / f"memory-{number}", settings)
         path = root / f"edited-{number}"
-        commands.export(root / f"memory-{number}", path, link=True)
+        export(root / f"memory-{number}", path, link=True)
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
         found[name] = Subject(path, model, base, tokenizer, *texts)
     return found

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from helpers import save_tiny
 
-from wisecli import pipeline
 from wisecli.baselines.protocol import METHODS
 from wisecli.bench_report import markdown, page
 from wisecli.config import BenchSettings
 from wisecli.errors import ChangedInputError, SettingsError
+from wisecli.pipeline.bench import BenchReport, bench
 from wisecli.pipeline.contestants import interval
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
@@ -56,11 +56,11 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
 
 
-def compare(place: Path, output: Path, **settings: Any) -> pipeline.BenchReport:
+def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
     named = {name: settings.pop(name) for name in ("force", "watch", "train") if name in settings}
     data = settings.pop("data", [place / "data.jsonl"])
     given = BenchSettings(**{"methods": "wise,ft-l", "counts": "2,4", "resamples": 50, **settings})
-    return pipeline.bench(str(place / "model"), output, given, data=data, device="cpu", **named)
+    return bench(str(place / "model"), output, given, data=data, device="cpu", **named)
 
 
 def test_a_row_for_every_method_and_number_of_edits(place: Path, tmp_path: Path) -> None:

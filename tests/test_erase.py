@@ -18,7 +18,6 @@ from test_solve import SETTINGS, Bench
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wisecli import pipeline
 from wisecli.attached import Edited, attach
 from wisecli.capture import suffix_logits
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
@@ -29,6 +28,9 @@ from wisecli.generation import generate
 from wisecli.goals import allowed, erased_row, first_tokens, met, missed
 from wisecli.lessons import Lesson, capture_lessons, encode_edits
 from wisecli.models import Loaded, load_model
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.evaluate import EvalReport, evaluate
+from wisecli.pipeline.merge import merge
 from wisecli.writers.gradient import Task, write_batched
 from wisecli.writers.solve import answered, fit_residuals
 
@@ -277,7 +279,7 @@ def test_what_is_met_is_counted_by_column() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edit], pipeline.EvalReport]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edit], EvalReport]:
     """A report on erased, replaced and ordinary records, of a tiny model whose memory was made by hand."""
     root = tmp_path_factory.mktemp("erased")
     edited = edited_model(root)
@@ -292,10 +294,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edi
     path = root / "records.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in records))
     settings = EvalSettings(dataset=str(path), batch_size=3, max_new_tokens=4)
-    return edited, records, pipeline.evaluate(root / "memory", settings, device="cpu")
+    return edited, records, evaluate(root / "memory", settings, device="cpu")
 
 
-Report = tuple[Edited, list[Edit], pipeline.EvalReport]
+Report = tuple[Edited, list[Edit], EvalReport]
 
 
 @pytest.mark.parametrize("name", ["reliability", "generalization"])
@@ -347,7 +349,7 @@ def test_of_erased_records_alone_there_is_no_perplexity(measured: Report, tmp_pa
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in records if record.erased))
     memory = Path(edited.manifest.model).parent / "memory"
-    report = pipeline.evaluate(memory, EvalSettings(dataset=str(path), generate=False), device="cpu")
+    report = evaluate(memory, EvalSettings(dataset=str(path), generate=False), device="cpu")
     assert not [name for name in report.after if name.startswith("perplexity")]
 
 
@@ -370,9 +372,9 @@ def forgetful(request: pytest.FixtureRequest, real_model: Path, tmp_path_factory
     edits.append(Edit("tokyo", "The capital of Japan is", "Tokyo", op="erase", replacement="Osaka"))
     edits.append(Edit("lark", "The harbour master of Larkport is", "Ada Finch"))
     (root / "edits.jsonl").write_text("\n".join(json.dumps(edit.as_dict()) for edit in edits))
-    report = pipeline.edit(str(real_model), root / "edits.jsonl", root / "shards", EditSettings(), device="cpu")
+    report = run_edit(str(real_model), root / "edits.jsonl", root / "shards", EditSettings(), device="cpu")
     assert report.untaken == ()
-    pipeline.merge([root / "shards"], root / "memory", MergeSettings(mode=request.param))
+    merge([root / "shards"], root / "memory", MergeSettings(mode=request.param))
     return attach(root / "memory", device="cpu")
 
 

@@ -26,7 +26,6 @@ from helpers import (
 )
 from torch import Tensor
 
-from wisecli import pipeline
 from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
 from wisecli.edits import Edit, Probe
@@ -36,7 +35,7 @@ from wisecli.evaluate import Measured, teacher_forced
 from wisecli.events import ignore
 from wisecli.manifest import write_memory
 from wisecli.models import load_model
-from wisecli.pipeline import EvalReport
+from wisecli.pipeline.evaluate import EvalReport, evaluate
 from wisecli.site import find_site
 from wisecli.storage import Checkpoint
 
@@ -239,7 +238,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edi
     path = root / "records.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in records))
     settings = EvalSettings(dataset=str(path), batch_size=4, max_new_tokens=6)
-    return edited, records, pipeline.evaluate(root / "memory", settings, device="cpu")
+    return edited, records, evaluate(root / "memory", settings, device="cpu")
 
 
 def record_for(edited: Edited, number: int) -> Edit:
@@ -358,7 +357,7 @@ def test_routing_is_the_share_of_rephrases_that_open_the_memory_of_their_edit(tm
     texts = [[f"{syllables[(7 * n + 3 * k) % 50]} {syllables[(11 * n + k) % 50]}" for k in range(5)] for n in range(6)]
     edits = [Edit(f"edit-{n}", f"za {syllables[n]}", "be", rephrases=tuple(texts[n])) for n in range(6)]
     edited = edited_model(tmp_path, kind=kind, memories=6 if kind == "lookup" else 2, edits=edits)
-    report = pipeline.evaluate(tmp_path / "memory", EvalSettings(generate=False), device="cpu")
+    report = evaluate(tmp_path / "memory", EvalSettings(generate=False), device="cpu")
     hits = [
         prompt_choice(edited, row_of(edited, text, "be")) == (number if kind == "lookup" else number % 2)
         for number, edit in enumerate(edits)
@@ -371,7 +370,7 @@ def test_routing_is_the_share_of_rephrases_that_open_the_memory_of_their_edit(tm
     path = tmp_path / "others.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in away))
     settings = EvalSettings(dataset=str(path), generate=False)
-    assert "routing" not in pipeline.evaluate(tmp_path / "memory", settings, device="cpu").after
+    assert "routing" not in evaluate(tmp_path / "memory", settings, device="cpu").after
 
 
 def test_the_json_form_has_the_keys_of_lm_eval(reported: Reported) -> None:

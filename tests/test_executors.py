@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from helpers import save_tiny
 
-from wisecli import pipeline
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError
 from wisecli.events import Event
+from wisecli.pipeline.edit import edit as run_edit
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]
 EDITS = [{"prompt": f"{SYLLABLES[n]} {SYLLABLES[n + 7]}", "target": SYLLABLES[n + 5]} for n in range(8)]
@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("executors")
     save_tiny(root / "model")
     (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
-    pipeline.edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, device="cpu")
+    run_edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, device="cpu")
     return root
 
 
@@ -56,7 +56,7 @@ def test_an_error_in_a_task_is_the_same_sentence_with_the_same_exit_code(
 ) -> None:
     (tmp_path / "edits.jsonl").write_text('{"id": "hush", "prompt": "ka", "target": "?!"}\n')
     with pytest.raises(Exception, match="edit 'hush' cannot be used") as raised:
-        pipeline.edit(
+        run_edit(
             str(place / "model"),
             tmp_path / "edits.jsonl",
             tmp_path / "shards",
@@ -79,7 +79,7 @@ def test_a_cluster_that_loses_a_node_writes_the_same_bytes_as_one_process(
             lost.append(event.done)
             cluster.remove_node(cluster.workers[0], allow_graceful=False)
 
-    report = pipeline.edit(
+    report = run_edit(
         "model",
         Path("edits.jsonl"),
         tmp_path / "shards",
@@ -104,7 +104,7 @@ def test_a_cluster_that_loses_a_node_writes_the_same_bytes_as_one_process(
 )
 def test_an_executor_that_is_not_there_is_refused(place: Path, tmp_path: Path, executor: str, says: str) -> None:
     with pytest.raises(SettingsError, match=says):
-        pipeline.edit(
+        run_edit(
             str(place / "model"), place / "edits.jsonl", tmp_path / "shards", SETTINGS, device="cpu", executor=executor
         )
     assert list(tmp_path.iterdir()) == []

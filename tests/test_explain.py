@@ -10,12 +10,14 @@ from helpers import save_tiny
 from test_history import FLAGS, fact, write
 from torch import Tensor
 
-from wisecli import pipeline
 from wisecli.attached import attach
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, SettingsError
 from wisecli.manifest import read_manifest
 from wisecli.memory import RoutedMatrix
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.explain import ExplainReport, explain
+from wisecli.pipeline.merge import merge
 
 EDITS = [fact(number) for number in range(4)]
 
@@ -25,15 +27,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("explain")
     save_tiny(root / "model")
     settings = EditSettings(**{**FLAGS, "edits_per_shard": 2})
-    pipeline.edit(str(root / "model"), write(root / "edits.jsonl", EDITS), root / "shards", settings, device="cpu")
+    run_edit(str(root / "model"), write(root / "edits.jsonl", EDITS), root / "shards", settings, device="cpu")
     for mode in ("lookup", "retrieve"):
-        pipeline.merge([root / "shards"], root / mode, MergeSettings(mode=mode))
-    pipeline.merge([root / "shards"], root / "sequence", MergeSettings(mode="lookup", routing="sequence"))
+        merge([root / "shards"], root / mode, MergeSettings(mode=mode))
+    merge([root / "shards"], root / "sequence", MergeSettings(mode="lookup", routing="sequence"))
     return root
 
 
-def look(place: Path, prompt: str, memory: str = "lookup", **named: Any) -> pipeline.ExplainReport:
-    return pipeline.explain(place / memory, prompt, max_new_tokens=6, device="cpu", **named)
+def look(place: Path, prompt: str, memory: str = "lookup", **named: Any) -> ExplainReport:
+    return explain(place / memory, prompt, max_new_tokens=6, device="cpu", **named)
 
 
 @pytest.mark.parametrize("memory", ["lookup", "sequence"])
@@ -59,11 +61,11 @@ def test_it_says_whether_the_prompt_names_an_edits_subject(place: Path, tmp_path
     subjects = [prompts[0].split()[0], *[None] * (len(EDITS) - 1)]
     edits = [replace(edit, subject=subject) for edit, subject in zip(EDITS, subjects, strict=True)]
     flags = EditSettings(**{**FLAGS, "edits_per_shard": 4})
-    pipeline.edit(str(place / "model"), write(tmp_path / "edits.jsonl", edits), tmp_path / "s", flags, device="cpu")
-    pipeline.merge([tmp_path / "s"], tmp_path / "m", MergeSettings(mode="lookup", routing="sequence"))
+    run_edit(str(place / "model"), write(tmp_path / "edits.jsonl", edits), tmp_path / "s", flags, device="cpu")
+    merge([tmp_path / "s"], tmp_path / "m", MergeSettings(mode="lookup", routing="sequence"))
     other = next(text for text in prompts if subjects[0] not in text.split())
     for prompt, named in ((prompts[0], True), (other, False)):
-        report = pipeline.explain(tmp_path / "m", prompt, nearest=9, max_new_tokens=2, device="cpu")
+        report = explain(tmp_path / "m", prompt, nearest=9, max_new_tokens=2, device="cpu")
         assert {one.name: one.named for one in report.nearest} == {
             edit.id: named if place == 0 else None for place, edit in enumerate(EDITS)
         }

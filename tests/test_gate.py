@@ -13,7 +13,7 @@ import pytest
 from helpers import WORDS, alone, save_tiny
 from safetensors.torch import load_file
 
-from wisecli import cli, pipeline
+from wisecli import cli
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits import Edit
 from wisecli.encode import encode
@@ -22,6 +22,12 @@ from wisecli.events import Event
 from wisecli.gate import AS_THEY_ARE, Gate
 from wisecli.manifest import read_manifest
 from wisecli.models import load_model
+from wisecli.pipeline.edit import EditReport
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.follow import follow
+from wisecli.pipeline.inspect import inspect
+from wisecli.pipeline.into import Batch, IntoReport, edit_into
+from wisecli.pipeline.merge import merge
 from wisecli.policy import read_policy
 from wisecli.shard_directory import read_shard_directory
 from wisecli.work import Worker
@@ -59,15 +65,15 @@ def write(path: Path, edits: Sequence[Edit]) -> Path:
     return path
 
 
-def run(place: Place, edits: Sequence[Edit], output: Path, **named: Any) -> pipeline.EditReport:
+def run(place: Place, edits: Sequence[Edit], output: Path, **named: Any) -> EditReport:
     file = write(output.parent / "edits.jsonl", edits)
     settings = named.pop("settings", QUICK)
-    return pipeline.edit(str(place.model), file, output, settings, device="cpu", **named)
+    return run_edit(str(place.model), file, output, settings, device="cpu", **named)
 
 
-def into(place: Place, memory: Path, edits: Sequence[Edit], **named: Any) -> pipeline.IntoReport:
-    batch = pipeline.Batch.from_file(write(memory.parent / "edits.jsonl", edits))
-    return pipeline.edit_into(str(place.model), batch, memory, FLAGS, device="cpu", **named)
+def into(place: Place, memory: Path, edits: Sequence[Edit], **named: Any) -> IntoReport:
+    batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits))
+    return edit_into(str(place.model), batch, memory, FLAGS, device="cpu", **named)
 
 
 def landed(directory: Path) -> list[str]:
@@ -130,11 +136,11 @@ def test_where_facts_are_from_is_kept_and_changes_no_shard(place: Place, tmp_pat
     sourced = [replace(edit, who="ann", when="2026-11-20", source="minutes") for edit in PLAIN]
     for name, edits in (("plain", PLAIN), ("sourced", sourced)):
         run(place, edits, tmp_path / name)
-        pipeline.merge([tmp_path / name], tmp_path / f"{name}-memory", MergeSettings())
+        merge([tmp_path / name], tmp_path / f"{name}-memory", MergeSettings())
         written = read_manifest(tmp_path / f"{name}-memory").edits
         assert list(written) == list(read_shard_directory(tmp_path / name).edits) == edits
     assert contents(tmp_path / "plain") == contents(tmp_path / "sourced")
-    listed = pipeline.inspect(tmp_path / "sourced-memory").as_json()["results"]["edits"]["listed"][0]
+    listed = inspect(tmp_path / "sourced-memory").as_json()["results"]["edits"]["listed"][0]
     assert (listed["who"], listed["when"], listed["source"]) == ("ann", "2026-11-20", "minutes")
 
 
@@ -272,7 +278,7 @@ def test_of_lines_that_are_watched_the_later_counts(place: Place, tmp_path: Path
     looks = iter([True, False])
     file = write(tmp_path / "edits.jsonl", [*PLAIN, AGAIN])
     named: dict[str, Any] = {"interval": 0.01, "goes_on": lambda: next(looks), "device": "cpu"}
-    (report,) = pipeline.follow(str(place.model), file, tmp_path / "memory", FLAGS, **named)
+    (report,) = follow(str(place.model), file, tmp_path / "memory", FLAGS, **named)
     assert [one.id for one in report.sifted.dropped] == ["one"]
     assert held(tmp_path / "memory") == ["two", "three", "again"]
 
@@ -397,7 +403,7 @@ def test_a_gated_memory_is_the_same_as_one_of_what_passed(place: Place, tmp_path
         ("plain", [*PLAIN[1:], AGAIN], Gate()),
     ):
         run(place, edits, tmp_path / name, gate=gate)
-        pipeline.merge([tmp_path / name], tmp_path / f"{name}-memory", MergeSettings())
+        merge([tmp_path / name], tmp_path / f"{name}-memory", MergeSettings())
     first, second = (load_file(tmp_path / f"{name}-memory" / "memory.safetensors") for name in ("gated", "plain"))
     assert first.keys() == second.keys()
     assert all(first[name].equal(second[name]) for name in first)

@@ -14,14 +14,20 @@ from helpers import WORDS, save_tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wisecli import pipeline
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits import Edit
 from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.events import Event
 from wisecli.history import HISTORY, LOG, read_history
 from wisecli.manifest import MANIFEST_NAME, read_manifest, read_memory
-from wisecli.pipeline.into import superseding
+from wisecli.pipeline.diff import diff
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.follow import follow as run_follow
+from wisecli.pipeline.into import Batch, IntoReport, edit_into, merge_into, superseding
+from wisecli.pipeline.log import log
+from wisecli.pipeline.merge import merge
+from wisecli.pipeline.remove import remove
+from wisecli.pipeline.rollback import rollback
 from wisecli.shard_directory import read_shard_directory
 
 FLAGS: dict[str, Any] = {"layer": "2", "unrelated_texts": 16, "edits_per_shard": 4}
@@ -43,18 +49,18 @@ def write(path: Path, edits: Sequence[Edit]) -> Path:
     return path
 
 
-def into(model: Path, memory: Path, edits: Sequence[Edit], **named: Any) -> pipeline.IntoReport:
-    batch = pipeline.Batch.from_file(write(memory.parent / "edits.jsonl", edits), reason=named.pop("reason", ""))
+def into(model: Path, memory: Path, edits: Sequence[Edit], **named: Any) -> IntoReport:
+    batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits), reason=named.pop("reason", ""))
     flags = {**FLAGS, **named.pop("flags", {})}
-    return pipeline.edit_into(str(model), batch, memory, flags, device="cpu", **named)
+    return edit_into(str(model), batch, memory, flags, device="cpu", **named)
 
 
 def at_once(model: Path, place: Path, edits: Sequence[Edit], **merging: Any) -> Path:
     """A memory of edits that were never more or fewer."""
     shards, memory = place / "whole-shards", place / "whole"
     settings = EditSettings(**FLAGS)
-    pipeline.edit(str(model), write(place / "whole.jsonl", edits), shards, settings, device="cpu", force=True)
-    pipeline.merge([shards], memory, MergeSettings(**merging), force=True)
+    run_edit(str(model), write(place / "whole.jsonl", edits), shards, settings, device="cpu", force=True)
+    merge([shards], memory, MergeSettings(**merging), force=True)
     return memory
 
 
@@ -97,7 +103,7 @@ def test_rounds_come_to_what_one_round_would(model: Path, tmp_path: Path) -> Non
 def test_what_is_removed_is_as_if_it_had_never_been_there(model: Path, tmp_path: Path) -> None:
     edits, memory = [fact(number) for number in range(9)], tmp_path / "memory"
     into(model, memory, edits)
-    report = pipeline.remove(memory, ["e1", "e6"])
+    report = remove(memory, ["e1", "e6"])
     assert report.rewritten == ()
     left = [edit for edit in edits if edit.id not in ("e1", "e6")]
     assert held(memory) == [edit.id for edit in left]
@@ -110,8 +116,8 @@ def test_a_memory_outlives_every_edit_that_was_read_in_the_context_held_back(
 ) -> None:
     edits, memory = [fact(number) for number in range(33)], tmp_path / "memory"
     into(model, memory, edits, flags={"edits_per_shard": 100})
-    pipeline.merge_into([], memory, MergeSettings(mode=mode))  # type: ignore[arg-type]
-    pipeline.remove(memory, [edit.id for edit in edits[::2]])
+    merge_into([], memory, MergeSettings(mode=mode))  # type: ignore[arg-type]
+    remove(memory, [edit.id for edit in edits[::2]])
     assert held(memory) == [edit.id for edit in edits[1::2]]
     assert 0 <= read_manifest(memory).memories[0].misses <= 1
 
@@ -119,8 +125,8 @@ def test_a_memory_outlives_every_edit_that_was_read_in_the_context_held_back(
 def test_a_matrix_without_an_edit_is_the_solution_for_the_others(model: Path, tmp_path: Path) -> None:
     edits, memory = [fact(number) for number in range(9)], tmp_path / "memory"
     into(model, memory, edits)
-    pipeline.merge_into([], memory, MergeSettings(mode="merge", method="exact"))
-    pipeline.remove(memory, ["e1", "e6"])
+    merge_into([], memory, MergeSettings(mode="merge", method="exact"))
+    remove(memory, ["e1", "e6"])
     # The others alone, written anew, and solved for here.
     at_once(model, tmp_path, [edit for edit in edits if edit.id not in ("e1", "e6")])
     alone = read_shard_directory(tmp_path / "whole-shards")
@@ -145,7 +151,7 @@ def dense(stored: Any) -> Tensor:
 def test_of_trained_shards_the_other_edits_are_trained_anew(model: Path, tmp_path: Path) -> None:
     edits, memory = [fact(number) for number in range(6)], tmp_path / "memory"
     into(model, memory, edits, flags={"writer": "gradient", "passes": 3, "edits_per_shard": 3})
-    report = pipeline.remove(memory, ["e1"], device="cpu")
+    report = remove(memory, ["e1"], device="cpu")
     assert report.rewritten == ("e0", "e2")
     assert sorted(held(memory)) == ["e0", "e2", "e3", "e4", "e5"]
     newest = read_history(memory)[-1]
@@ -162,10 +168,10 @@ def test_a_memory_goes_back_to_a_release_to_the_byte(model: Path, tmp_path: Path
     into(model, memory, [fact(0), fact(1)])
     first, when = (memory / "memory.safetensors").read_bytes(), read_history(memory)[0].when
     into(model, memory, [fact(2), fact(1, target=5, name="other")])
-    pipeline.remove(memory, ["e0"])
+    remove(memory, ["e0"])
     assert held(memory) == ["e2", "other"]
     for to in ("1", when, when[:10] + "T" + when[11:]):
-        report = pipeline.rollback(memory, to)
+        report = rollback(memory, to)
         assert report.same
         assert report.target.number == 1
         assert (memory / "memory.safetensors").read_bytes() == first
@@ -176,7 +182,7 @@ def test_a_memory_goes_back_to_a_release_to_the_byte(model: Path, tmp_path: Path
 
 
 def held_after(memory: Path, to: str) -> list[str]:
-    pipeline.rollback(memory, to)
+    rollback(memory, to)
     return held(memory)
 
 
@@ -185,7 +191,7 @@ def test_there_is_no_going_back_to_what_never_was(model: Path, tmp_path: Path, t
     into(model, tmp_path / "memory", [fact(0)])
     before = (tmp_path / "memory" / HISTORY / LOG).read_bytes()
     with pytest.raises(SettingsError, match=f"has no release '{to}': its releases are 1 to 1"):
-        pipeline.rollback(tmp_path / "memory", to)
+        rollback(tmp_path / "memory", to)
     assert (tmp_path / "memory" / HISTORY / LOG).read_bytes() == before
 
 
@@ -223,8 +229,8 @@ def test_a_log_that_was_tampered_with_is_found_out(model: Path, tmp_path: Path, 
     memory = tmp_path / "memory"
     into(model, memory, [fact(0)])
     into(model, memory, [fact(1)])
-    pipeline.remove(memory, ["e0"])
-    assert len(pipeline.log(memory).releases) == 3
+    remove(memory, ["e0"])
+    assert len(log(memory).releases) == 3
     path = memory / HISTORY / LOG
     lines = path.read_text().splitlines()
     lines = {
@@ -235,9 +241,9 @@ def test_a_log_that_was_tampered_with_is_found_out(model: Path, tmp_path: Path, 
     }[damage]
     path.write_text("\n".join(lines) + "\n")
     for run in (
-        lambda: pipeline.log(memory),
-        lambda: pipeline.rollback(memory, "1"),
-        lambda: pipeline.remove(memory, ["e1"]),
+        lambda: log(memory),
+        lambda: rollback(memory, "1"),
+        lambda: remove(memory, ["e1"]),
     ):
         with pytest.raises(DamagedFileError, match="line"):
             run()
@@ -250,9 +256,9 @@ def test_a_memory_that_is_not_what_the_log_says_is_found_out(model: Path, tmp_pa
     for name in ("memory.safetensors", MANIFEST_NAME):
         shutil.copyfile(tmp_path / "other" / name, memory / name)
     with pytest.raises(DamagedFileError, match="not the newest release"):
-        pipeline.log(memory)
-    assert pipeline.rollback(memory, "1").same
-    assert len(pipeline.log(memory).releases) == 2
+        log(memory)
+    assert rollback(memory, "1").same
+    assert len(log(memory).releases) == 2
 
 
 def test_the_life_of_one_edit(model: Path, tmp_path: Path) -> None:
@@ -260,13 +266,13 @@ def test_the_life_of_one_edit(model: Path, tmp_path: Path) -> None:
     into(model, memory, [fact(0), fact(1)], who="ann", reason="first")
     into(model, memory, [fact(2)], who="bob")
     into(model, memory, [fact(1, target=4, name="other")])
-    report = pipeline.log(memory, edit="e1")
+    report = log(memory, edit="e1")
     assert (report.releases[0].who, report.releases[0].reason) == ("ann", "first")
     assert [one.number for one in report.releases] == [1, 3]
     assert report.edits == ()
-    ((edit, came),) = pipeline.log(memory, edit="e2").edits
+    ((edit, came),) = log(memory, edit="e2").edits
     assert (edit, came) == (fact(2), 2)
-    assert pipeline.log(memory).releases[1].edits_file["name"] == "edits.jsonl"
+    assert log(memory).releases[1].edits_file["name"] == "edits.jsonl"
     json.dumps(report.as_json())
 
 
@@ -274,16 +280,16 @@ def test_two_memories_and_two_releases_are_compared(model: Path, tmp_path: Path)
     memory = tmp_path / "memory"
     into(model, memory, [fact(0), fact(1)])
     into(model, memory, [fact(2), fact(1, target=3)])
-    found = pipeline.diff(f"{memory}@1", str(memory))
+    found = diff(f"{memory}@1", str(memory))
     assert [edit.id for edit in found.added] == ["e2"]
     assert found.removed == ()
     assert found.changed == ((fact(1), fact(1, target=3)),)
-    assert pipeline.diff(str(memory), str(memory)).same
-    assert pipeline.diff(f"{memory}@2", str(memory)).same
-    assert [edit.id for edit in pipeline.diff(str(memory), f"{memory}@1").removed] == ["e2"]
+    assert diff(str(memory), str(memory)).same
+    assert diff(f"{memory}@2", str(memory)).same
+    assert [edit.id for edit in diff(str(memory), f"{memory}@1").removed] == ["e2"]
     matrix = tmp_path / "matrix"
-    pipeline.merge([memory / HISTORY / "shards" / "0001"], matrix, MergeSettings(mode="merge"))
-    assert pipeline.diff(str(memory), str(matrix)).settings["mode"] == ("lookup", "merge")
+    merge([memory / HISTORY / "shards" / "0001"], matrix, MergeSettings(mode="merge"))
+    assert diff(str(memory), str(matrix)).settings["mode"] == ("lookup", "merge")
 
 
 def test_nobody_else_changes_a_memory_meanwhile(model: Path, tmp_path: Path) -> None:
@@ -291,7 +297,7 @@ def test_nobody_else_changes_a_memory_meanwhile(model: Path, tmp_path: Path) -> 
     into(model, memory, [fact(0), fact(1)])
     with (tmp_path / ".memory.lock").open("ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_SH)  # a lock of another kind keeps nobody away
-        pipeline.remove(memory, ["e1"])
+        remove(memory, ["e1"])
 
     def busy(_event: Event) -> None:
         raise AssertionError
@@ -334,7 +340,7 @@ def test_a_full_disk_leaves_the_memory_as_it_was(model: Path, tmp_path: Path, mo
 
     monkeypatch.setattr("wisecli.releases.record", full)
     with pytest.raises(Exception, match="no space left"):
-        pipeline.remove(memory, ["e0"])
+        remove(memory, ["e0"])
     assert {path: path.read_bytes() for path in memory.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edits.jsonl", "memory"]
 
@@ -343,15 +349,15 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(model: Path, tmp_pat
     memory = tmp_path / "memory"
     into(model, memory, [fact(0), fact(1)])
     with pytest.raises(SettingsError, match="holds no edit 'e7'"):
-        pipeline.remove(memory, ["e0", "e7"])
+        remove(memory, ["e0", "e7"])
     with pytest.raises(SettingsError, match="no edit would be left"):
-        pipeline.remove(memory, ["e0", "e1"])
+        remove(memory, ["e0", "e1"])
     with pytest.raises(SettingsError, match=r"--layer 1: .*edits layer 2"):
         into(model, memory, [fact(3)], flags={"layer": "1"})
     plain = at_once(model, tmp_path, [fact(0)])
     for change in (
-        lambda: pipeline.remove(plain, ["e0"]),
-        lambda: pipeline.log(plain),
+        lambda: remove(plain, ["e0"]),
+        lambda: log(plain),
         lambda: into(model, plain, [fact(1)]),
     ):
         with pytest.raises(MemoryHistoryError, match="has no history"):
@@ -362,20 +368,20 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(model: Path, tmp_pat
 def test_shards_written_elsewhere_are_taken_in(model: Path, tmp_path: Path) -> None:
     at_once(model, tmp_path, [fact(0), fact(1)])
     memory = tmp_path / "memory"
-    pipeline.merge_into([tmp_path / "whole-shards"], memory, MergeSettings())
+    merge_into([tmp_path / "whole-shards"], memory, MergeSettings())
     shutil.rmtree(tmp_path / "whole-shards")
     into(model, memory, [fact(2)])
     assert held(memory) == ["e0", "e1", "e2"]
-    pipeline.merge_into([], memory, MergeSettings(mode="merge"))
+    merge_into([], memory, MergeSettings(mode="merge"))
     assert read_manifest(memory).merge["mode"] == "merge"
     into(model, memory, [fact(3)])
     assert read_manifest(memory).merge["mode"] == "merge"
 
 
-def follow(model: Path, path: Path, memory: Path, looks: int) -> Iterator[pipeline.IntoReport]:
+def follow(model: Path, path: Path, memory: Path, looks: int) -> Iterator[IntoReport]:
     left = iter(range(looks))
     named: dict[str, Any] = {"interval": 0.001, "goes_on": lambda: next(left, None) is not None, "device": "cpu"}
-    return pipeline.follow(str(model), path, memory, FLAGS, **named)
+    return run_follow(str(model), path, memory, FLAGS, **named)
 
 
 def test_a_file_that_grows_is_followed_line_by_line(model: Path, tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from wisecli import console, infer, pipeline
+from wisecli import console, infer
 from wisecli.capture import capture, suffix_logits
 from wisecli.config import EditSettings
 from wisecli.encode import collate
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.events import NOTE, Event
 from wisecli.infer import check_split, find_layout, observed, value_paths
+from wisecli.pipeline.edit import edit as run_edit
 from wisecli.shard_directory import read_shard_directory
 from wisecli.site import Layout, architectures, find_site, known_layout
 from wisecli.storage import Checkpoint
@@ -160,7 +161,7 @@ def test_the_target_module_option_is_taken_where_the_tree_is_not_asked(
     save_tiny(tmp_path / "base")
     monkeypatch.setattr(infer, "architectures", dict)
     monkeypatch.setattr(infer, "value_paths", None)
-    report = pipeline.edit(
+    report = run_edit(
         str(tmp_path / "base"),
         edits,
         tmp_path / "shards",
@@ -202,7 +203,7 @@ def test_a_told_path_without_a_place_for_the_index_is_refused(tmp_path: Path, to
 def test_a_told_matrix_that_is_not_there_is_refused(tmp_path: Path, edits: Path) -> None:
     save_tiny(tmp_path / "base")
     with pytest.raises(ModelError, match=r"model\.layers\.3\.mlp\.nothing"):
-        pipeline.edit(
+        run_edit(
             str(tmp_path / "base"),
             edits,
             tmp_path / "shards",
@@ -368,6 +369,6 @@ def test_an_unknown_architecture_is_edited_the_same_when_its_layers_are_streamed
     settings = EditSettings(passes=2, unrelated_texts=16, layer="2")
     for name, budget in (("whole", None), ("streamed", 1000)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
-        pipeline.edit(str(base), edits, tmp_path / name, settings, device="cpu", memory_budget=budget)
+        run_edit(str(base), edits, tmp_path / name, settings, device="cpu", memory_budget=budget)
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "streamed" / path.name).read_bytes() == path.read_bytes()

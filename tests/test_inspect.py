@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from wisecli import cli
 from wisecli.errors import DamagedFileError, ModelError, OutputExistsError, SettingsError
-from wisecli.pipeline import inspect
+from wisecli.pipeline.inspect import inspect
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def test_no_weights_are_read_and_no_model_library_is_imported(root: Path, tmp_pa
         "import sys\nfrom wisecli import cli, storage\n"
         "def read(*_): raise SystemExit('weights were read')\n"
         "storage.open_tensors = storage.load_tensors = storage.sha256_file = read\n"
-        "from pathlib import Path\nfrom wisecli import pipeline\n"
-        f"for place in {[str(root / place) for place in PLACES]!r}:\n    pipeline.inspect(Path(place))\n"
+        "from pathlib import Path\nfrom wisecli.pipeline.inspect import inspect\n"
+        f"for place in {[str(root / place) for place in PLACES]!r}:\n    inspect(Path(place))\n"
         "sys.exit(3 if 'transformers' in sys.modules else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

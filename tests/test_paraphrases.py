@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers import save_tiny
 
-from wisecli import pipeline
 from wisecli.config import EditSettings
 from wisecli.edits import Edit, Translation, read_edits
 from wisecli.errors import EditFileError
 from wisecli.paraphrases import asks_the_same, usable
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.evaluate import evaluate
+from wisecli.pipeline.merge import merge
 from wisecli.shard_directory import read_shard_directory
 from wisecli.shards import Evidence
 
@@ -56,7 +58,7 @@ RECORD: dict[str, Any] = {
 def evidence_of(place: Path, records: list[dict[str, Any]], **settings: Any) -> Evidence:
     (place / "edits.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     given = EditSettings(layer="2", unrelated_texts=16, **settings)
-    pipeline.edit(str(place / "model"), place / "edits.jsonl", place / "shards", given, device="cpu", force=True)
+    run_edit(str(place / "model"), place / "edits.jsonl", place / "shards", given, device="cpu", force=True)
     directory = read_shard_directory(place / "shards")
     return directory.load(directory.shards[0]).evidence
 
@@ -85,8 +87,8 @@ def test_paraphrases_recall_the_residuals_of_their_edit(place: Path, monkeypatch
 def test_translations_are_learnt_and_measured_by_language(place: Path) -> None:
     evidence_of(place, [RECORD])
     memory = place / "memory"
-    pipeline.merge([place / "shards"], memory, force=True, settings=pipeline_settings())
-    report = pipeline.evaluate(memory, evaluation(), device="cpu")
+    merge([place / "shards"], memory, force=True, settings=pipeline_settings())
+    report = evaluate(memory, evaluation(), device="cpu")
     assert report.after["reliability"] == 1
     for language in ("de", "fr"):
         assert report.after[f"generalization_{language}"] == 1

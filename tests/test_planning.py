@@ -8,11 +8,11 @@ import torch
 from helpers import random_rows, save_tiny, site_of
 from places import make_places
 
-from wisecli import pipeline
 from wisecli.capture import captured
 from wisecli.config import EditSettings
 from wisecli.encode import collate
 from wisecli.models import load_model
+from wisecli.pipeline.edit import edit
 from wisecli.planning import plan_edit, sizes, spool_bytes
 from wisecli.site import find_site, known_layout
 from wisecli.storage import Checkpoint
@@ -72,7 +72,7 @@ def test_an_edit_reads_about_what_is_planned(
     monkeypatch.setattr(LayerStream, "__init__", noted)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     base, checkpoint = places / "model", Checkpoint(places / "model")
-    pipeline.edit(str(base), places / "edits.jsonl", tmp_path / "out", SETTINGS, device="cpu", memory_budget=1000)
+    edit(str(base), places / "edits.jsonl", tmp_path / "out", SETTINGS, device="cpu", memory_budget=1000)
     plan = plan_edit(checkpoint, find_site(base, checkpoint, 2), SETTINGS, 3, memory_budget=1000)
     assert 0.7 < plan.read / streams[0].bytes_read < 1.4
 

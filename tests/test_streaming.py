@@ -15,7 +15,6 @@ from helpers import random_rows, save_tiny, site_of
 from places import EDITS
 from torch import Tensor
 
-from wisecli import pipeline
 from wisecli.attached import attach
 from wisecli.capture import Activations, capture, captured, suffix_logits
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
@@ -25,6 +24,11 @@ from wisecli.evaluate import teacher_forced
 from wisecli.events import ignore
 from wisecli.generation import generate
 from wisecli.models import Loaded, load_model
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.evaluate import evaluate
+from wisecli.pipeline.export import export
+from wisecli.pipeline.generate import generate as run_generate
+from wisecli.pipeline.merge import merge
 from wisecli.site import value_module
 from wisecli.spool import Spool
 from wisecli.storage import Checkpoint, save_tensors
@@ -287,26 +291,25 @@ def test_edits_and_figures_are_the_same(tmp_path: Path, architecture: str, monke
     settings = EditSettings(passes=2, unrelated_texts=16, shards=2, layer="2")
     for name, budget in (("whole", None), ("streamed", 1000)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
-        pipeline.edit(str(base), edits, tmp_path / name, settings, device="cpu", memory_budget=budget)
+        run_edit(str(base), edits, tmp_path / name, settings, device="cpu", memory_budget=budget)
     names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
     assert len(names) == 3
     for name in names:
         assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    pipeline.merge([tmp_path / "whole"], tmp_path / "memory", MergeSettings())
+    merge([tmp_path / "whole"], tmp_path / "memory", MergeSettings())
     reports = [
-        pipeline.evaluate(tmp_path / "memory", EvalSettings(), device="cpu", memory_budget=budget)
-        for budget in (None, 1000)
+        evaluate(tmp_path / "memory", EvalSettings(), device="cpu", memory_budget=budget) for budget in (None, 1000)
     ]
     assert reports[0].after == reports[1].after
     assert reports[0].before == reports[1].before
     prompts = [edit["prompt"] for edit in EDITS]
     answers = [
-        pipeline.generate(tmp_path / "memory", prompts, explain=True, device="cpu", memory_budget=budget)
+        run_generate(tmp_path / "memory", prompts, explain=True, device="cpu", memory_budget=budget)
         for budget in (None, 1000)
     ]
     assert answers[0] == answers[1]
-    pipeline.export(tmp_path / "memory", tmp_path / "edited", device="cpu")
-    assert pipeline.generate(tmp_path / "edited", prompts, explain=True, device="cpu", memory_budget=1000) == answers[0]
+    export(tmp_path / "memory", tmp_path / "edited", device="cpu")
+    assert run_generate(tmp_path / "edited", prompts, explain=True, device="cpu", memory_budget=1000) == answers[0]
 
 
 def test_a_real_edited_model_has_the_same_figures(chain: Chain) -> None:

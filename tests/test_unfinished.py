@@ -20,7 +20,7 @@ import torch
 from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 
-from wisecli import pipeline, storage
+from wisecli import storage
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import (
     BusyError,
@@ -32,6 +32,11 @@ from wisecli.errors import (
     StoppedError,
     UnwritableError,
 )
+from wisecli.pipeline.edit import EditReport
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.evaluate import evaluate
+from wisecli.pipeline.merge import merge
+from wisecli.pipeline.reproduce import reproduce
 from wisecli.shard_directory import read_shard_directory
 from wisecli.unfinished import Unfinished
 
@@ -114,7 +119,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("unfinished")
     save_tiny(root / "model")
     write_edits(root / "edits.jsonl", EDITS)
-    pipeline.edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, device="cpu")
+    run_edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, device="cpu")
     return root
 
 
@@ -137,10 +142,10 @@ def write_edits(path: Path, edits: list[dict[str, Any]]) -> Path:
     return path
 
 
-def edit(place: Path, output: Path, settings: EditSettings = SETTINGS, **named: Any) -> pipeline.EditReport:
+def edit(place: Path, output: Path, settings: EditSettings = SETTINGS, **named: Any) -> EditReport:
     given = {"device": "cpu", **named}
     edits = given.pop("edits_file", place / "edits.jsonl")
-    return pipeline.edit(str(given.pop("model", place / "model")), edits, output, settings, **given)
+    return run_edit(str(given.pop("model", place / "model")), edits, output, settings, **given)
 
 
 def command(place: Path, output: Path) -> str:
@@ -533,8 +538,8 @@ def test_edits_with_nothing_finite_are_left_out_and_the_others_land(place: Path,
     for entry in directory.shards:
         evidence = directory.load(entry).evidence
         assert bool(evidence.keys.isfinite().all() and evidence.residuals.isfinite().all())
-    pipeline.merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
-    measured = pipeline.evaluate(tmp_path / "memory", pipeline_settings(), device="cpu")
+    merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
+    measured = evaluate(tmp_path / "memory", pipeline_settings(), device="cpu")
     assert measured.samples["edits"] == 3
     with pytest.raises(GateFailedError, match=r"edits did not take: .*spoilt"):
         edit(place, tmp_path / "again", settings, model=model, edits_file=edits, strict=True)
@@ -565,9 +570,9 @@ def test_a_model_that_gives_nothing_finite_is_refused(place: Path, tmp_path: Pat
 def test_a_manifest_is_enough_to_write_the_same_bytes(place: Path, tmp_path: Path, source: str, writer: str) -> None:
     settings = EditSettings(shards=3, unrelated_texts=16, layer="2", seed=4, writer=writer)  # type: ignore[arg-type]
     edit(place, tmp_path / "shards", settings)
-    pipeline.merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
+    merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
     places = {"shards.json": "shards/shards.json", "router.json": "memory/router.json"}
-    report = pipeline.reproduce(tmp_path / places.get(source, source), tmp_path / "again")
+    report = reproduce(tmp_path / places.get(source, source), tmp_path / "again")
     assert report.differing == ()
     assert contents(tmp_path / "again") == contents(tmp_path / "shards")
     report.check()
@@ -579,7 +584,7 @@ def test_shards_that_come_out_otherwise_are_named(place: Path, tmp_path: Path) -
     content = json.loads(path.read_text())
     content["settings"]["residual_steps"] = 2
     path.write_text(json.dumps(content))
-    report = pipeline.reproduce(path, tmp_path / "again")
+    report = reproduce(path, tmp_path / "again")
     assert report.differing
     with pytest.raises(GateFailedError, match=r"shard-0000\d.safetensors.* differ"):
         report.check()

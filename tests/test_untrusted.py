@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from places import PLACES, change, copied, make_places
 from safetensors.torch import load_file, save_file
 
-from wisecli import cli, pipeline
+from wisecli import cli
 from wisecli.attached import attach
 from wisecli.config import MergeSettings
 from wisecli.edits import read_edits
@@ -29,6 +29,9 @@ from wisecli.manifest import read_memory
 from wisecli.memory import SideMemory
 from wisecli.models import load_model
 from wisecli.paths import inside
+from wisecli.pipeline.inspect import inspect
+from wisecli.pipeline.merge import merge
+from wisecli.pipeline.verify import verify
 from wisecli.shard_directory import read_shard_directory
 from wisecli.site import find_site
 from wisecli.storage import Checkpoint, load_tensors, read_json, sha256_file
@@ -142,8 +145,8 @@ def test_a_manifest_with_another_value_anywhere_is_read_or_refused(
     try:
         manifest.write_text(json.dumps(mutated(json.loads(whole), data)))
         read = read_shards if place == "shards" else read_memory
-        refused(path, lambda: read(path), lambda: pipeline.inspect(path))
-        report = pipeline.verify(path)
+        refused(path, lambda: read(path), lambda: inspect(path))
+        report = verify(path)
         assert report.checks
     finally:
         manifest.write_text(whole)
@@ -161,7 +164,7 @@ def test_shards_with_another_value_anywhere_are_merged_or_refused(scratch: Path,
         manifest.write_text(json.dumps(content))
         for mode in ("lookup", "merge"):
             try:
-                pipeline.merge([path], output, MergeSettings(mode=mode), force=True)
+                merge([path], output, MergeSettings(mode=mode), force=True)
             except WiseError:
                 continue
     finally:
@@ -239,10 +242,10 @@ def test_what_is_no_file_is_not_waited_for(scratch: Path, tmp_path: Path, name: 
     place = copied(scratch, "memory", tmp_path)
     (place / name).unlink()
     os.mkfifo(place / name)
-    for call in (read_memory, pipeline.inspect):
+    for call in (read_memory, inspect):
         with pytest.raises(DamagedFileError, match="not a regular file"):
             call(place)
-    assert pipeline.verify(place).differences
+    assert verify(place).differences
     with pytest.raises(DamagedFileError, match="not a regular file"):
         read_json(Path("/dev/zero"))
 
@@ -441,16 +444,16 @@ def test_names_that_lead_out_of_the_directory_are_refused(scratch: Path, tmp_pat
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     for call in (
         lambda: read_shards(shards),
-        lambda: pipeline.inspect(shards),
+        lambda: inspect(shards),
         lambda: read_memory(memory),
-        lambda: pipeline.inspect(memory),
+        lambda: inspect(memory),
         lambda: Checkpoint(edited),
         lambda: Checkpoint(model),
     ):
         with pytest.raises(DamagedFileError, match="leads out of the directory"):
             call()
     for place in (shards, memory, edited):
-        assert any("leads out" in check.found for check in pipeline.verify(place).differences)
+        assert any("leads out" in check.found for check in verify(place).differences)
 
 
 LINKS = [
@@ -469,7 +472,7 @@ def test_links_that_leave_a_directory_of_ours_are_refused(scratch: Path, tmp_pat
     read = read_shards if place == "shards" else read_memory
     with pytest.raises(DamagedFileError, match=rf"{file}: it is a link that leaves the directory"):
         read(path)
-    assert file in {check.file for check in pipeline.verify(path).differences}
+    assert file in {check.file for check in verify(path).differences}
 
 
 def test_links_inside_a_directory_and_to_it_are_followed(scratch: Path, tmp_path: Path) -> None:
@@ -478,7 +481,7 @@ def test_links_inside_a_directory_and_to_it_are_followed(scratch: Path, tmp_path
     (path / "memory.safetensors").symlink_to("kept")
     (tmp_path / "link").symlink_to(path)
     read_memory(tmp_path / "link")
-    assert not pipeline.verify(tmp_path / "link").differences
+    assert not verify(tmp_path / "link").differences
     (path / "memory.safetensors").unlink()
     (path / "memory.safetensors").symlink_to("memory.safetensors")
     with pytest.raises(DamagedFileError):
@@ -489,7 +492,7 @@ def test_an_index_entry_that_is_a_link_out_of_an_exported_checkpoint_is_named(sc
     path = copied(scratch, "edited", tmp_path)
     (path / "model-base.safetensors").rename(tmp_path / "elsewhere")
     (path / "model-base.safetensors").symlink_to(tmp_path / "elsewhere")
-    wrong = pipeline.verify(path).differences
+    wrong = verify(path).differences
     assert any(check.file == "model-base.safetensors" and "link that leaves" in check.found for check in wrong)
     with pytest.raises(DamagedFileError, match="link that leaves"):
         attach(path, device="cpu")
@@ -504,7 +507,7 @@ def test_the_hub_cache_keeps_models_and_checkpoints_as_links(scratch: Path, tmp_
             shutil.copyfile(file, blobs / str(number))
             (snapshot / file.name).symlink_to(Path("../..") / "blobs" / str(number))
         assert list(Checkpoint(snapshot))
-    report = pipeline.verify(tmp_path / "edited/snapshots/abc", model=str(tmp_path / "model/snapshots/abc"))
+    report = verify(tmp_path / "edited/snapshots/abc", model=str(tmp_path / "model/snapshots/abc"))
     assert not report.differences
     read_memory(tmp_path / "edited/snapshots/abc")
 
@@ -646,8 +649,8 @@ def test_code_of_a_model_never_runs_unless_it_is_trusted(scratch: Path, tmp_path
             assert str(path) in str(error)
         if place == "edited":
             attach(path, device="cpu")
-            pipeline.verify(path)
-            pipeline.inspect(path)
+            verify(path)
+            inspect(path)
         assert not trap.exists()
 
 

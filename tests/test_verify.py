@@ -12,10 +12,10 @@ from places import PLACES, change, copied, make_places
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from wisecli import cli, pipeline
+from wisecli import cli
 from wisecli.checks import Check
 from wisecli.errors import GateFailedError, ModelError
-from wisecli.pipeline import verify
+from wisecli.pipeline.verify import verify
 from wisecli.storage import sha256_file
 
 SIDE, BASE = "model-side-memory.safetensors", "model-base.safetensors"
@@ -281,14 +281,3 @@ def test_json_names_every_check(root: Path) -> None:
     assert results["differences"] == 0
     assert results["checks"] == len(results["list"]) > 3
     assert {"what", "file", "state", "tensor", "expected", "found"} == results["list"][0].keys()
-
-
-def test_each_command_stays_a_function_when_its_module_is_imported() -> None:
-    import wisecli.pipeline.merge
-    import wisecli.pipeline.verify
-
-    assert wisecli.pipeline.merge.__name__ == pipeline.merge.__name__ == "merge"
-    assert callable(pipeline.verify)
-    assert all(hasattr(pipeline, name) for name in pipeline.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = pipeline.nothing

@@ -28,7 +28,6 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 import wisecli
-from wisecli import pipeline
 from wisecli.attached import attach
 from wisecli.card import model_card
 from wisecli.config import EditSettings, MergeSettings
@@ -38,6 +37,9 @@ from wisecli.infer import find_layout
 from wisecli.manifest import read_memory
 from wisecli.memory import SideMemory
 from wisecli.models import load_model
+from wisecli.pipeline.edit import edit as run_edit
+from wisecli.pipeline.export import export
+from wisecli.pipeline.merge import merge
 from wisecli.site import known_layout, layer_count
 from wisecli.storage import Checkpoint
 
@@ -111,10 +113,10 @@ def vision(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     root = tmp_path_factory.mktemp("vision")
     base = save_near_sighted(root / "model", str(request.param))
     (root / "edits.jsonl").write_text("\n".join(map(json.dumps, EDITS)))
-    pipeline.edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"))
-    pipeline.merge([root / "shards"], root / "memory", MergeSettings())
-    pipeline.merge([root / "shards"], root / "matrix", MergeSettings(mode="merge"))
-    pipeline.export(root / "memory", root / "edited", device="cpu")
+    run_edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"))
+    merge([root / "shards"], root / "memory", MergeSettings())
+    merge([root / "shards"], root / "matrix", MergeSettings(mode="merge"))
+    export(root / "memory", root / "edited", device="cpu")
     return Vision(str(request.param), root)
 
 
@@ -171,7 +173,7 @@ def test_every_part_but_the_edited_matrix_is_the_bases_to_the_bit(vision: Vision
     loaded, stock = vision.exported().state_dict(), vision.base().state_dict()
     assert any("visi" in name or "visual" in name for name in stock)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in stock.items())
-    pipeline.export(vision.root / "matrix", tmp_path / "merged", "merged", device="cpu")
+    export(vision.root / "matrix", tmp_path / "merged", "merged", device="cpu")
     merged = contents(tmp_path / "merged")
     assert merged.keys() == base.keys()
     (changed,) = (name for name in base if base[name] != merged[name])
@@ -203,7 +205,7 @@ def test_an_edited_prompt_gets_the_new_answer(vision: Vision, image: bool) -> No
 
 def test_a_merged_matrix_needs_no_code(vision: Vision, tmp_path: Path) -> None:
     output = tmp_path / "merged"
-    pipeline.export(vision.root / "matrix", output, "merged", device="cpu")
+    export(vision.root / "matrix", output, "merged", device="cpu")
     model, stock = AutoModelForImageTextToText.from_pretrained(output).eval(), vision.base()
     assert type(model) is type(stock)
     site = read_memory(vision.root / "matrix").site
@@ -214,7 +216,7 @@ def test_a_merged_matrix_needs_no_code(vision: Vision, tmp_path: Path) -> None:
 
 
 def test_a_delta_on_its_base_is_the_routed_checkpoint(vision: Vision, tmp_path: Path) -> None:
-    pipeline.export(vision.root / "memory", tmp_path / "delta", "delta")
+    export(vision.root / "memory", tmp_path / "delta", "delta")
     model, _ = wisecli.load(str(vision.model), tmp_path / "delta")
     for edit in EDITS:
         given = pictured(vision.architecture, [vision.tokens(edit["prompt"])])
@@ -231,7 +233,7 @@ def test_layers_that_are_read_as_they_run_see_images_too(vision: Vision) -> None
 
 
 def test_another_type_for_the_weights_holds_for_every_part(vision: Vision, tmp_path: Path) -> None:
-    pipeline.export(vision.root / "memory", tmp_path / "halved", dtype="bfloat16", device="cpu")
+    export(vision.root / "memory", tmp_path / "halved", dtype="bfloat16", device="cpu")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "halved", trust_remote_code=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 

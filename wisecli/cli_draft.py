@@ -84,7 +84,7 @@ def draw_edits(
         WiseError: the model or the document cannot be used.
     """
     from wisecli.drafting import save_pairs
-    from wisecli.pipeline import draft as run
+    from wisecli.pipeline.draft import draft as run
 
     place = output or Path(page.with_suffix(".jsonl").name)
     if place.exists() and not force:

@@ -69,7 +69,7 @@ def evaluate(
     gates = gates_in(fail_under)
     settings = resolve(EvalSettings, locals(), section="eval", file=config)
     from wisecli.attached import locate_memory
-    from wisecli.pipeline import evaluate as run
+    from wisecli.pipeline.evaluate import evaluate as run
 
     place, base = locate_memory(directory, memory, Path("memory"))
     with console.watching() as watch:
@@ -158,12 +158,13 @@ def bench(
         raise SettingsError("--study takes the place of --methods; give one of them, and the other in a second run")
     console = Console(as_json, quiet)
     settings = resolve(BenchSettings, {**locals(), "counts": edits}, section="bench", file=config)
-    from wisecli import pipeline
+    from wisecli.pipeline.bench import bench as run_bench
+    from wisecli.pipeline.study import study as run_study
 
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with console.watching() as watch:
         named |= {"data": data or (), "force": force, "watch": watch}
         if settings.study and not methods:
-            tell_study(console, pipeline.study(model, output, settings, **named))
+            tell_study(console, run_study(model, output, settings, **named))
         else:
-            tell_bench(console, pipeline.bench(model, output, settings, train=train, **named))
+            tell_bench(console, run_bench(model, output, settings, train=train, **named))

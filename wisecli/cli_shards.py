@@ -128,8 +128,9 @@ def edit(
     flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
     gate = gate_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
-    from wisecli import pipeline
     from wisecli.gate import USUAL
+    from wisecli.pipeline.edit import edit as run_edit
+    from wisecli.pipeline.reproduce import reproduce as run_reproduce
 
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "executor": executor}
     common["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
@@ -157,11 +158,11 @@ def edit(
         if reproduce is not None:
             if gate != USUAL:
                 raise SettingsError("--reproduce writes what was written once; drop what is asked of new edits")
-            report = pipeline.reproduce(reproduce, output, model=model, **common)
+            report = run_reproduce(reproduce, output, model=model, **common)
         elif model is None or edits is None:
             raise SettingsError("give a MODEL and a file of EDITS, or --reproduce and a manifest")
         else:
-            report = pipeline.edit(model, edits, output, settings, **common, **named)
+            report = run_edit(model, edits, output, settings, **common, **named)
     tell_edit(console, report)
     report.check()
 
@@ -244,7 +245,7 @@ def merge(
     console = Console(as_json, quiet)
     given = {**locals(), "weights": numbers(weights)}
     settings = resolve(MergeSettings, given, section="merge", file=config)
-    from wisecli.pipeline import merge as run
+    from wisecli.pipeline.merge import merge as run
 
     if into is not None:
         cli_memory.merge_into(console, shards or [], into, settings, model=model, reason=reason, who=who)

@@ -12,7 +12,10 @@ from wisecli.console import Console, count, plain, would_write
 
 if TYPE_CHECKING:
     from wisecli.manifest import MemoryEntry
-    from wisecli.pipeline import Answer, ExportReport, InspectReport, VerifyReport
+    from wisecli.pipeline.export import ExportReport
+    from wisecli.pipeline.generate import Answer
+    from wisecli.pipeline.inspect import InspectReport
+    from wisecli.pipeline.verify import VerifyReport
 
 _STATES = {"same": "ok", "differs": "DIFFERS", "unchecked": "not checked"}
 

@@ -16,7 +16,7 @@ from wisecli.console import Console, plain
 
 if TYPE_CHECKING:
     from wisecli.drafting import Pair
-    from wisecli.pipeline import DraftReport
+    from wisecli.pipeline.draft import DraftReport
 
 _CHOICES = "[y]es, [n]o, [e]dit, [q]uit"
 

@@ -10,7 +10,9 @@ from wisecli.bench_report import FIGURES, HEADS, costs
 from wisecli.console import Console
 
 if TYPE_CHECKING:
-    from wisecli.pipeline import BenchReport, EvalReport, StudyReport
+    from wisecli.pipeline.bench import BenchReport
+    from wisecli.pipeline.evaluate import EvalReport
+    from wisecli.pipeline.study import StudyReport
 
 
 def tell_evaluation(console: Console, report: EvalReport) -> None:

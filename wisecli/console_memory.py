@@ -15,7 +15,12 @@ from wisecli.console_gate import sifted_json, sifted_lines
 if TYPE_CHECKING:
     from wisecli.edits import Edit
     from wisecli.history import Release
-    from wisecli.pipeline import DiffReport, ExplainReport, IntoReport, LogReport, RemoveReport, RollbackReport
+    from wisecli.pipeline.diff import DiffReport
+    from wisecli.pipeline.explain import ExplainReport
+    from wisecli.pipeline.into import IntoReport
+    from wisecli.pipeline.log import LogReport
+    from wisecli.pipeline.remove import RemoveReport
+    from wisecli.pipeline.rollback import RollbackReport
     from wisecli.releases import Published
 
 _LONGEST = 48

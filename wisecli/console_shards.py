@@ -11,7 +11,8 @@ from wisecli.console import Console, count, would_write
 from wisecli.console_gate import sifted_json, sifted_lines
 
 if TYPE_CHECKING:
-    from wisecli.pipeline import EditReport, MergeReport
+    from wisecli.pipeline.edit import EditReport
+    from wisecli.pipeline.merge import MergeReport
     from wisecli.planning import Plan
 
 

@@ -11,7 +11,7 @@ from wisecli.errors import SettingsError
 from wisecli.manifest import MemoryEntry, MemoryManifest
 
 if TYPE_CHECKING:
-    from wisecli.pipeline import ExplainReport
+    from wisecli.pipeline.explain import ExplainReport
 
 _WIDTH, _HEIGHT = 7.0, 3.2
 # Inches that a token takes.

@@ -8,8 +8,8 @@ from typing import Any
 
 from helpers import save_tiny
 
-from wisecli import pipeline
 from wisecli.config import BenchSettings
+from wisecli.pipeline.study import StudyReport, study
 
 ALL = "router,layers,shards,merge,scaling,latency"
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
@@ -35,9 +35,9 @@ def make_place(root: Path) -> Path:
     return root
 
 
-def studied(place: Path, output: Path, **settings: Any) -> pipeline.StudyReport:
+def studied(place: Path, output: Path, **settings: Any) -> StudyReport:
     """Some studies of it; small ones by default."""
     named = {name: settings.pop(name) for name in ("force", "watch") if name in settings}
     given = {"study": ALL, "counts": "6", "layers": 3, "mask_ratios": ".3,.6", "shard_counts": "1,2,8", **settings}
     data = [place / "data.jsonl"]
-    return pipeline.study(str(place / "model"), output, BenchSettings(**given), data=data, device="cpu", **named)
+    return study(str(place / "model"), output, BenchSettings(**given), data=data, device="cpu", **named)

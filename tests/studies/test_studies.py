@@ -14,14 +14,18 @@ import pytest
 from helpers import choice_of, keys_of
 from studying import ALL, make_place, studied
 
-from wisecli import bench_report, pipeline
+from wisecli import bench_report
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings
 from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.joining import EXACT
 from wisecli.manifest import read_memory
 from wisecli.merging import METHODS
 from wisecli.models import load_model
-from wisecli.pipeline import StudyReport
+from wisecli.pipeline.bench import BenchReport, bench
+from wisecli.pipeline.edit import edit
+from wisecli.pipeline.evaluate import evaluate
+from wisecli.pipeline.merge import merge
+from wisecli.pipeline.study import StudyReport
 from wisecli.studies.layers import chosen
 from wisecli.studies.protocol import STUDIES
 from wisecli.studies.router import area
@@ -75,10 +79,10 @@ def test_a_row_is_what_the_commands_say_one_after_the_other(place: Path, report:
     lines = (place / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "edits.jsonl").write_text("".join(lines[:6]))
     settings = EditSettings(unrelated_texts=16, shards=2, mask_ratio=0.6)
-    pipeline.edit(str(place / "model"), tmp_path / "edits.jsonl", tmp_path / "shards", settings, device="cpu")
-    pipeline.merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings(mode="merge", method="ties", refit=False))
+    edit(str(place / "model"), tmp_path / "edits.jsonl", tmp_path / "shards", settings, device="cpu")
+    merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings(mode="merge", method="ties", refit=False))
     given = EvalSettings(generate=False)
-    whole = pipeline.evaluate(tmp_path / "memory", given, data=tmp_path / "edits.jsonl", device="cpu").after
+    whole = evaluate(tmp_path / "memory", given, data=tmp_path / "edits.jsonl", device="cpu").after
     row = next(row for row in report.rows["shards"] if (row["mask_ratio"], row["shards"]) == (0.6, 2))
     for quality in QUALITIES:
         assert row["figures"][quality] == pytest.approx(whole[quality])
@@ -136,9 +140,9 @@ def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path) -> Non
     assert len((tmp_path / "out" / "study-router.jsonl").read_text().splitlines()) == 3
 
 
-def compare(place: Path, output: Path, **settings: Any) -> pipeline.BenchReport:
+def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
     given = BenchSettings(methods="ft-l", counts="2", resamples=20, **settings)
-    return pipeline.bench(str(place / "model"), output, given, data=[place / "data.jsonl"], device="cpu")
+    return bench(str(place / "model"), output, given, data=[place / "data.jsonl"], device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -238,8 +242,8 @@ def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: S
     for row in report.rows["router"]:
         settings = EditSettings(unrelated_texts=16, writer=row["writer"], router=row["router"])
         shards = tmp_path / f"{row['writer']}-{row['router']}"
-        pipeline.edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, device="cpu")
-        pipeline.merge([shards], tmp_path / "memory", MergeSettings(mode="merge"), force=True)
+        edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, device="cpu")
+        merge([shards], tmp_path / "memory", MergeSettings(mode="merge"), force=True)
         manifest = read_memory(tmp_path / "memory")
         wide = {
             name: value.float() if value.is_floating_point() else value

@@ -9,7 +9,7 @@ import torch
 from studying import make_place, studied
 
 from wisecli.attached import Edited, attach
-from wisecli.pipeline import StudyReport
+from wisecli.pipeline.study import StudyReport
 from wisecli.studies import latency
 from wisecli.studies.latency import steps, taking_turns
 

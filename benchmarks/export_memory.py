@@ -21,10 +21,10 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from wisecli.edits import Edit
+from wisecli.environment import versions
 from wisecli.headers import Layout
 from wisecli.manifest import Manifest, write_memory
 from wisecli.memory import SideMemory
-from wisecli.pipeline.reports import versions
 from wisecli.router import Calibration
 from wisecli.site import find_site, fingerprint
 from wisecli.storage import INDEX_NAME, Checkpoint, write_json

@@ -17,10 +17,10 @@ from wisecli import bases
 from wisecli.bases import find_model, gguf_of
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError
-from wisecli.events import NOTE, Event
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.export import export
 from wisecli.pipeline.merge import merge
+from wisecli.progress import NOTE, Event
 from wisecli.shard_directory import read_shard_directory
 
 gguf = pytest.importorskip("gguf")

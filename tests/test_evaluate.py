@@ -32,10 +32,10 @@ from wisecli.edits import Edit, Probe
 from wisecli.encode import Row, encode
 from wisecli.errors import GateFailedError, SettingsError, WiseError
 from wisecli.evaluate import Measured, teacher_forced
-from wisecli.events import ignore
 from wisecli.manifest import write_memory
 from wisecli.models import load_model
 from wisecli.pipeline.evaluate import EvalReport, evaluate
+from wisecli.progress import ignore
 from wisecli.site import find_site
 from wisecli.storage import Checkpoint
 

@@ -11,8 +11,8 @@ from helpers import save_tiny
 
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError
-from wisecli.events import Event
 from wisecli.pipeline.edit import edit as run_edit
+from wisecli.progress import Event
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]
 EDITS = [{"prompt": f"{SYLLABLES[n]} {SYLLABLES[n + 7]}", "target": SYLLABLES[n + 5]} for n in range(8)]

@@ -18,7 +18,6 @@ from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits import Edit
 from wisecli.encode import encode
 from wisecli.errors import ChangedInputError, ConflictError, PolicyError, StoppedError
-from wisecli.events import Event
 from wisecli.gate import AS_THEY_ARE, Gate
 from wisecli.manifest import read_manifest
 from wisecli.models import load_model
@@ -29,6 +28,7 @@ from wisecli.pipeline.inspect import inspect
 from wisecli.pipeline.into import Batch, IntoReport, edit_into
 from wisecli.pipeline.merge import merge
 from wisecli.policy import read_policy
+from wisecli.progress import Event
 from wisecli.shard_directory import read_shard_directory
 from wisecli.work import Worker
 

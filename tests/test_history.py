@@ -17,7 +17,6 @@ from torch import Tensor
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits import Edit
 from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
-from wisecli.events import Event
 from wisecli.history import HISTORY, LOG, read_history
 from wisecli.manifest import MANIFEST_NAME, read_manifest, read_memory
 from wisecli.pipeline.diff import diff
@@ -28,6 +27,7 @@ from wisecli.pipeline.log import log
 from wisecli.pipeline.merge import merge
 from wisecli.pipeline.remove import remove
 from wisecli.pipeline.rollback import rollback
+from wisecli.progress import Event
 from wisecli.shard_directory import read_shard_directory
 
 FLAGS: dict[str, Any] = {"layer": "2", "unrelated_texts": 16, "edits_per_shard": 4}

@@ -19,9 +19,9 @@ from wisecli.capture import capture, suffix_logits
 from wisecli.config import EditSettings
 from wisecli.encode import collate
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
-from wisecli.events import NOTE, Event
 from wisecli.infer import check_split, find_layout, observed, value_paths
 from wisecli.pipeline.edit import edit as run_edit
+from wisecli.progress import NOTE, Event
 from wisecli.shard_directory import read_shard_directory
 from wisecli.site import Layout, architectures, find_site, known_layout
 from wisecli.storage import Checkpoint

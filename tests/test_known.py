@@ -8,9 +8,9 @@ from conftest import TINY_CONFIGS
 from helpers import alone, random_rows, save_tiny
 
 from wisecli.encode import Row
-from wisecli.events import Event, ignore
 from wisecli.known import known_rows
 from wisecli.models import Loaded, load_model
+from wisecli.progress import Event, ignore
 
 
 @pytest.fixture(scope="module", params=sorted(TINY_CONFIGS))

@@ -9,9 +9,9 @@ from helpers import keys_of, save_tiny
 
 from wisecli import layers
 from wisecli.contexts import reworded_facts
-from wisecli.events import Event, ignore
 from wisecli.layers import probe_layer, recognised, told_apart, two_wordings
 from wisecli.models import Loaded, load_model
+from wisecli.progress import Event, ignore
 from wisecli.site import Site, find_site, fingerprint
 from wisecli.storage import Checkpoint
 

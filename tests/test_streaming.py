@@ -21,7 +21,6 @@ from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.encode import Batch, collate, encode
 from wisecli.errors import ModelError
 from wisecli.evaluate import teacher_forced
-from wisecli.events import ignore
 from wisecli.generation import generate
 from wisecli.models import Loaded, load_model
 from wisecli.pipeline.edit import edit as run_edit
@@ -29,6 +28,7 @@ from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.export import export
 from wisecli.pipeline.generate import generate as run_generate
 from wisecli.pipeline.merge import merge
+from wisecli.progress import ignore
 from wisecli.site import value_module
 from wisecli.spool import Spool
 from wisecli.storage import Checkpoint, save_tensors

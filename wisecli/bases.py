@@ -8,9 +8,9 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from wisecli.errors import ModelError, reason_of
-from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.fetch import convert
 from wisecli.outputs import require_space, whole_directory
+from wisecli.progress import NOTE, Event, Watcher, ignore
 from wisecli.storage import resolve_model, sha256_file
 
 # No quantisation of GGUF takes less than two bits a weight, and float32 takes 32.

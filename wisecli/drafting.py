@@ -11,12 +11,12 @@ from typing import Any
 import jsonlines
 
 from wisecli.contexts import shown_how
-from wisecli.events import Event, Watcher, ignore
 from wisecli.generation import generate
 from wisecli.models import Loaded
 from wisecli.outputs import writing
 from wisecli.paraphrases import contains, words
 from wisecli.passages import Passage
+from wisecli.progress import Event, Watcher, ignore
 
 _ASK = "Write questions that this text answers, each with its answer from the text.\n\n"
 _EXAMPLES = (

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from wisecli.attached import Edited
 from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.encode import Batch, Row, collate, in_batches
-from wisecli.events import Event, Watcher
 from wisecli.generation import generate
 from wisecli.goals import met
 from wisecli.memory import INSIDE, opened
+from wisecli.progress import Event, Watcher
 from wisecli.prompt_gate import UNROUTED
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).

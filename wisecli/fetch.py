@@ -15,8 +15,8 @@ from platformdirs import user_cache_path
 
 from wisecli.datasets import BENCHMARKS
 from wisecli.errors import DamagedFileError, DownloadError, SettingsError
-from wisecli.events import Event, Watcher, ignore
 from wisecli.outputs import refuse_existing, require_space, whole_directory
+from wisecli.progress import Event, Watcher, ignore
 from wisecli.storage import sha256_file
 
 

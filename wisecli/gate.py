@@ -13,8 +13,8 @@ from wisecli.conflicts import Conflict, OnConflict, find, resolve, superseding
 from wisecli.edit_files import content_of
 from wisecli.edits import Edit, Numbered, numbered_edits
 from wisecli.errors import ConflictError
-from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.policy import Policy
+from wisecli.progress import NOTE, Event, Watcher, ignore
 from wisecli.signatures import Signed
 
 

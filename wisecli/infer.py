@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from wisecli.capture import capture, suffix_logits
 from wisecli.encode import Row, collate
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
-from wisecli.events import NOTE, Event, Watcher, ignore
+from wisecli.progress import NOTE, Event, Watcher, ignore
 from wisecli.records import shown
 from wisecli.site import Layout, Site, architectures, known_layout, layer_count, stored_weight, text_settings
 from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json

@@ -11,12 +11,12 @@ from torch import Tensor
 from wisecli.bases import find_model
 from wisecli.building import Built, Material, join, lookup, matrices, refit, solve_exactly
 from wisecli.config import MergeSettings
+from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, SettingsError
-from wisecli.events import Event, Watcher, ignore
 from wisecli.manifest import Manifest
 from wisecli.merging import METHODS, Recipe, merge_deltas
 from wisecli.models import require_base
-from wisecli.pipeline.reports import versions
+from wisecli.progress import Event, Watcher, ignore
 from wisecli.removal import Kept, load_without
 from wisecli.ridge import Penalty
 from wisecli.shard_directory import ShardDirectory, origin_of, require_same_site

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 
 from wisecli.capture import run_model
 from wisecli.encode import Batch, Row, collate, in_batches
-from wisecli.events import Event, Watcher
 from wisecli.hooks import overridden
 from wisecli.models import Loaded
+from wisecli.progress import Event, Watcher
 from wisecli.spool import Spool
 from wisecli.streaming import LayerStream
 from wisecli.sweep import sweep

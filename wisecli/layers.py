@@ -19,9 +19,9 @@ from torch import Tensor
 
 from wisecli.contexts import reworded_facts
 from wisecli.errors import DamagedFileError
-from wisecli.events import Event, Watcher, ignore
 from wisecli.models import Loaded
 from wisecli.moments import leading, scaled, whitening
+from wisecli.progress import Event, Watcher, ignore
 from wisecli.router import quantile
 from wisecli.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
 from wisecli.storage import Checkpoint, read_json, sha256_json, write_json

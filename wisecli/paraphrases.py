@@ -11,9 +11,9 @@ from typing import Any
 from wisecli.contexts import shown_how
 from wisecli.edits import Edit
 from wisecli.encode import encode
-from wisecli.events import Event, Watcher, ignore
 from wisecli.generation import generate
 from wisecli.models import Loaded
+from wisecli.progress import Event, Watcher, ignore
 
 # What is asked for, and made-up examples of it.
 _REWORD = (

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wisecli.config import MergeSettings, settings_from
-from wisecli.events import Watcher, ignore
 from wisecli.history import HISTORY, SHARDS, Change, Release, next_release, record, shard_path
 from wisecli.joining import Joining
 from wisecli.manifest import MEMORY_NAME, Manifest, write_memory
 from wisecli.outputs import link_or_copy
+from wisecli.progress import Watcher, ignore
 from wisecli.removal import Kept, without
 from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, read_shard_directory
 

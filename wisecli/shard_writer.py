@@ -18,7 +18,6 @@ from wisecli.elsewhere import Elsewhere, keys_elsewhere
 from wisecli.encode import in_batches
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions, evasions
-from wisecli.events import NOTE, Event, Watcher
 from wisecli.lessons import (
     Group,
     Lesson,
@@ -32,6 +31,7 @@ from wisecli.lessons import (
 )
 from wisecli.models import Loaded
 from wisecli.moments import whitening
+from wisecli.progress import NOTE, Event, Watcher
 from wisecli.shard_directory import ShardEntry
 from wisecli.shards import Shard, draw_mask
 from wisecli.site import Fingerprint, Site, load_matrix

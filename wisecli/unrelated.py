@@ -23,12 +23,12 @@ from wisecli.capture import Activations, captured
 from wisecli.contexts import chat_prompt, continuations, reworded_facts, subjects_for, unrelated_texts
 from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
-from wisecli.events import Event, Watcher
 from wisecli.generation import generate
 from wisecli.hooks import hooked
 from wisecli.layout import require_layout, unrelated_rows
 from wisecli.models import Loaded
 from wisecli.moments import Moment, even, leading
+from wisecli.progress import Event, Watcher
 from wisecli.shards import half
 from wisecli.site import Site, value_module
 from wisecli.storage import load_tensors, save_tensors, sha256_json

@@ -15,7 +15,7 @@ from wisecli.asking import asked_further
 from wisecli.bases import find_model
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
-from wisecli.events import Event, Watcher, ignore
+from wisecli.environment import versions
 from wisecli.gate import Admitted
 from wisecli.infer import check_split, find_layout, observed
 from wisecli.known import known_rows
@@ -25,7 +25,7 @@ from wisecli.manifest import Made
 from wisecli.models import Loaded, load_model
 from wisecli.naming import subject_words
 from wisecli.paraphrases import write_paraphrases
-from wisecli.pipeline.reports import versions
+from wisecli.progress import Event, Watcher, ignore
 from wisecli.shard_directory import ShardDirectory
 from wisecli.shard_writer import ShardWriter, unrelated_for
 from wisecli.shards import save_shard, split_edits

@@ -18,8 +18,8 @@ from wisecli.baselines.protocol import METHODS, Bench, UnsuitableError
 from wisecli.capture import capture
 from wisecli.edits import Edit, Probe
 from wisecli.encode import Row, collate, encode
-from wisecli.events import Event
 from wisecli.models import load_model
+from wisecli.progress import Event
 from wisecli.site import Site, value_module
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite", "gptj")

@@ -14,10 +14,10 @@ from wisecli.capture import capture
 from wisecli.edits import Edit
 from wisecli.encode import Row, collate
 from wisecli.evaluate import Measured, teacher_forced
-from wisecli.events import ignore
 from wisecli.manifest import write_memory
 from wisecli.memory import SideMemory, opened
 from wisecli.models import load_model
+from wisecli.progress import ignore
 from wisecli.prompt_gate import UNROUTED
 from wisecli.site import find_site
 from wisecli.storage import Checkpoint

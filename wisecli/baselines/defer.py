@@ -24,7 +24,7 @@ from wisecli.baselines.rewritten import at_depth, encoded
 from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.edits import Edit
 from wisecli.encode import collate
-from wisecli.events import Event
+from wisecli.progress import Event
 from wisecli.site import value_module
 
 

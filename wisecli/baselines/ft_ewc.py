@@ -19,7 +19,7 @@ from wisecli.baselines.ft_l import FineTuning, FtL
 from wisecli.baselines.protocol import Bench, UnsuitableError, method
 from wisecli.capture import capture, suffix_logits
 from wisecli.encode import Row, collate, in_batches
-from wisecli.events import Event
+from wisecli.progress import Event
 from wisecli.site import Site
 
 

@@ -18,7 +18,7 @@ from wisecli.baselines.rewritten import Rewritten, at_depth, encoded
 from wisecli.capture import Activations, capture, suffix_logits
 from wisecli.edits import Edit
 from wisecli.encode import collate
-from wisecli.events import Event
+from wisecli.progress import Event
 
 
 @dataclass(frozen=True)

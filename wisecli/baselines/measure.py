@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from wisecli.baselines.protocol import Method
 from wisecli.encode import Row, collate, in_batches
 from wisecli.evaluate import KNOWN, Measured, Reading
-from wisecli.events import Event, Watcher, ignore
 from wisecli.generation import generate
 from wisecli.goals import row_of
 from wisecli.hooks import hooked
 from wisecli.measuring import Question
 from wisecli.models import Loaded
+from wisecli.progress import Event, Watcher, ignore
 from wisecli.prompt_gate import UNROUTED
 
 

@@ -22,7 +22,7 @@ from wisecli.baselines.protocol import Bench, UnsuitableError, hooks, method
 from wisecli.baselines.rewritten import Rewritten, at_depth, second_moment
 from wisecli.capture import capture
 from wisecli.edits import Edit
-from wisecli.events import Event
+from wisecli.progress import Event
 from wisecli.site import value_module
 
 # The authors' settings for GPT-J.

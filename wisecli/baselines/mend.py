@@ -34,7 +34,7 @@ from wisecli.baselines.rewritten import Rewritten, encoded
 from wisecli.capture import Activations, capture, suffix_logits
 from wisecli.edits import Edit
 from wisecli.encode import Row, collate, encode
-from wisecli.events import Event
+from wisecli.progress import Event
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from wisecli.baselines.facts import Fact, Part, Search, find_change, look, prefi
 from wisecli.baselines.protocol import Bench, method
 from wisecli.baselines.rewritten import Rewritten, at_depth, second_moment
 from wisecli.edits import Edit
-from wisecli.events import Event
+from wisecli.progress import Event
 
 # Section 4.1: layer 17 of GPT-2 XL's 48.
 _LAYER, _OF = 17, 48

@@ -12,14 +12,14 @@ from wisecli.baselines.protocol import METHODS
 from wisecli.bases import find_model
 from wisecli.bench_report import markdown
 from wisecli.config import BenchSettings
+from wisecli.environment import versions
 from wisecli.errors import SettingsError
-from wisecli.events import Watcher, ignore
 from wisecli.pipeline.contestants import OURS, Course, Row
 from wisecli.pipeline.evaluate import read_dataset
 from wisecli.pipeline.page import RESULTS, write_page
-from wisecli.pipeline.reports import versions
 from wisecli.pipeline.rows import Rows, require_same
 from wisecli.pipeline.stream import counts_in, digest_of, stream_of
+from wisecli.progress import Watcher, ignore
 from wisecli.storage import write_json
 
 

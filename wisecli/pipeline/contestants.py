@@ -22,7 +22,7 @@ from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSetti
 from wisecli.contexts import unrelated_texts
 from wisecli.edits import Edit
 from wisecli.encode import encode
-from wisecli.events import Event, Watcher
+from wisecli.environment import forget_peaks, peak_rss_bytes, peak_vram_bytes
 from wisecli.gate import AS_THEY_ARE
 from wisecli.infer import find_layout
 from wisecli.measuring import Measuring
@@ -30,7 +30,7 @@ from wisecli.models import Loaded, load_model
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge
-from wisecli.pipeline.reports import forget_peaks, peak_rss_bytes, peak_vram_bytes
+from wisecli.progress import Event, Watcher
 from wisecli.storage import Checkpoint
 
 # Ours, as settings of the commands: flags of `wise edit`, and of `wise merge`.

@@ -10,9 +10,9 @@ from typing import Any
 from wisecli.bases import find_model
 from wisecli.drafting import Pair, draw_pairs
 from wisecli.errors import EditFileError
-from wisecli.events import Watcher, ignore
 from wisecli.models import load_model
 from wisecli.passages import Passage, passages
+from wisecli.progress import Watcher, ignore
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from wisecli.capture import capture, suffix_logits
 from wisecli.card import CARD_NAME, model_card, read_figures
 from wisecli.contexts import unrelated_texts
 from wisecli.encode import collate, encode, in_batches
+from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
-from wisecli.events import Event, Watcher, ignore
 from wisecli.export import dense, write_delta, write_merged, write_routed
 from wisecli.manifest import Manifest
 from wisecli.models import is_exported, load_model, pick_dtype
 from wisecli.outputs import refuse_existing, require_space, whole_directory
-from wisecli.pipeline.reports import peak_rss_bytes
+from wisecli.progress import Event, Watcher, ignore
 from wisecli.storage import Checkpoint
 from wisecli.weights import Packing
 

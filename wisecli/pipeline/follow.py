@@ -13,10 +13,10 @@ import torch
 from wisecli.config import EditSettings, resolve
 from wisecli.edits import Edit, parse_line
 from wisecli.errors import EditFileError
-from wisecli.events import Event, Watcher, ignore
 from wisecli.gate import USUAL, Gate
 from wisecli.history import has_history, read_history
 from wisecli.pipeline.into import Batch, IntoReport, edit_into
+from wisecli.progress import Event, Watcher, ignore
 from wisecli.releases import directories_of
 from wisecli.work import Job, Worker
 

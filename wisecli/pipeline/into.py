@@ -16,13 +16,13 @@ from wisecli.bases import find_model
 from wisecli.config import EditSettings, MergeSettings, resolve
 from wisecli.edits import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
-from wisecli.events import Watcher, ignore
 from wisecli.gate import USUAL, Admitted, Gate, Sifted
 from wisecli.history import Change, Release, changing, has_history, next_name, read_history
 from wisecli.manifest import read_manifest
 from wisecli.models import Loaded, require_base
 from wisecli.pipeline.edit import EditReport, carry_out
 from wisecli.pipeline.remove import Cleared, cleared
+from wisecli.progress import Watcher, ignore
 from wisecli.releases import Published, directories_of, publish, settings_of
 from wisecli.shard_directory import read_shard_directory
 from wisecli.storage import Checkpoint

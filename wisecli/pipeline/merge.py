@@ -9,11 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from wisecli.config import MergeSettings
-from wisecli.events import Watcher, ignore
+from wisecli.environment import peak_rss_bytes
 from wisecli.joining import Joining
 from wisecli.manifest import write_memory
 from wisecli.outputs import refuse_existing, require_space, whole_directory
-from wisecli.pipeline.reports import peak_rss_bytes
+from wisecli.progress import Watcher, ignore
 from wisecli.removal import without as drop
 from wisecli.router import Calibration
 from wisecli.shard_directory import read_shard_directory

@@ -12,10 +12,10 @@ from typing import Any
 
 from wisecli.config import EditSettings, settings_from
 from wisecli.errors import SettingsError
-from wisecli.events import Watcher, ignore
 from wisecli.history import Change, Release, changing, next_name, read_history
 from wisecli.joining import EXACT
 from wisecli.pipeline.edit import run
+from wisecli.progress import Watcher, ignore
 from wisecli.releases import directories_of, publish, settings_of
 from wisecli.removal import without
 from wisecli.shard_directory import ShardDirectory

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from wisecli.config import EditSettings, settings_from
 from wisecli.errors import SettingsError
-from wisecli.events import Watcher, ignore
 from wisecli.manifest import MANIFEST_NAME, Base, Origin, read_manifest
 from wisecli.pipeline.edit import EditReport, run
+from wisecli.progress import Watcher, ignore
 from wisecli.shard_directory import origin_of, read_shard_directory
 from wisecli.work import Job
 

@@ -9,8 +9,8 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 
 from wisecli.errors import SettingsError
-from wisecli.events import NOTE, Event, Watcher, ignore
 from wisecli.history import Change, Release, changing, read_history
+from wisecli.progress import NOTE, Event, Watcher, ignore
 from wisecli.releases import directories_of, publish, settings_of
 
 

@@ -12,11 +12,11 @@ from wisecli import manifest as memories
 from wisecli import shard_directory
 from wisecli.checks import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.errors import GateFailedError, ModelError, WiseError
-from wisecli.events import Event, Watcher, ignore
 from wisecli.headers import Layout, read_header
 from wisecli.layout import memory_rows, unrelated_rows
 from wisecli.paths import inside
 from wisecli.places import Kind, kind_of
+from wisecli.progress import Event, Watcher, ignore
 from wisecli.records import shown
 from wisecli.shards import shard_rows, shard_sizes
 from wisecli.site import Fingerprint, Site

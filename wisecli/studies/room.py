@@ -15,12 +15,12 @@ from wisecli.attached import Edited, attach
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.edits import Edit
 from wisecli.errors import SettingsError
-from wisecli.events import Watcher
 from wisecli.gate import AS_THEY_ARE
 from wisecli.models import pick_device
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge
+from wisecli.progress import Watcher
 from wisecli.storage import sha256_json
 
 _FEWEST_SHARDS = 4

@@ -22,12 +22,12 @@ from transformers import LlamaConfig
 
 from wisecli.edits import Edit
 from wisecli.environment import versions
-from wisecli.headers import Layout
+from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
+from wisecli.io.safetensors_header import Layout
 from wisecli.manifest import Manifest, write_memory
 from wisecli.memory import SideMemory
 from wisecli.router import Calibration
 from wisecli.site import find_site, fingerprint
-from wisecli.storage import INDEX_NAME, Checkpoint, write_json
 from wisecli.weights import write_stream
 
 D, D_FF, VOCABULARY, KEYS, EDITS = 4096, 11008, 32000, 900, 100

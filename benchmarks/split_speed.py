@@ -28,11 +28,11 @@ from wisecli.console import quiet_libraries
 from wisecli.contexts import context_prefixes, unrelated_texts
 from wisecli.edits import read_edits
 from wisecli.encode import Batch, Row, collate, in_batches
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.lessons import capture_lessons, encode_edits
 from wisecli.models import Loaded, load_model
 from wisecli.shards import Mask, random_mask
 from wisecli.site import Site, find_site, load_matrix, value_module
-from wisecli.storage import Checkpoint
 from wisecli.writers.gradient import margin_loss
 
 BATCH = 32

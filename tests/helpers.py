@@ -21,11 +21,11 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 
 from wisecli.edits import Edit
 from wisecli.encode import Row
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import Manifest
 from wisecli.memory import RoutedMatrix, SideMemory, opened
 from wisecli.router import Calibration
 from wisecli.site import Site, architectures, find_site, fingerprint
-from wisecli.storage import Checkpoint
 
 END = "[END]"
 UNKNOWN = "[UNK]"

@@ -14,7 +14,7 @@ from conftest import Wise
 from helpers import save_tiny
 from ready import EDITS, Places, Ready, contents, here, listing, make_ready, manifest, require_refusal, write_edits
 
-from wisecli import storage
+from wisecli.io import checkpoint as storage
 
 
 @pytest.fixture(scope="module")

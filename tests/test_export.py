@@ -42,11 +42,11 @@ from wisecli.edits import Edit
 from wisecli.encode import Row
 from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBaseError
 from wisecli.export import write_merged, write_routed
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import Manifest, read_memory, write_memory
 from wisecli.memory import SideMemory, install
 from wisecli.pipeline.export import export
 from wisecli.pipeline.verify import verify
-from wisecli.storage import Checkpoint
 from wisecli.weights import Packing
 
 EDITS = [Edit("first", "ba be", "bi bo"), Edit("second", "da de | do", "di")]

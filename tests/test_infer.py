@@ -20,11 +20,11 @@ from wisecli.config import EditSettings
 from wisecli.encode import collate
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.infer import check_split, find_layout, observed, value_paths
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.progress import NOTE, Event
 from wisecli.shard_directory import read_shard_directory
 from wisecli.site import Layout, architectures, find_site, known_layout
-from wisecli.storage import Checkpoint
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

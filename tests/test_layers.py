@@ -9,11 +9,11 @@ from helpers import keys_of, save_tiny
 
 from wisecli import layers
 from wisecli.contexts import reworded_facts
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.layers import probe_layer, recognised, told_apart, two_wordings
 from wisecli.models import Loaded, load_model
 from wisecli.progress import Event, ignore
 from wisecli.site import Site, find_site, fingerprint
-from wisecli.storage import Checkpoint
 
 
 @pytest.fixture(scope="module")

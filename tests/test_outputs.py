@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from wisecli.errors import NoSpaceError, OutputExistsError
-from wisecli.outputs import refuse_existing, require_space, whole_directory
+from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 

@@ -11,11 +11,11 @@ from places import make_places
 from wisecli.capture import captured
 from wisecli.config import EditSettings
 from wisecli.encode import collate
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.models import load_model
 from wisecli.pipeline.edit import edit
 from wisecli.planning import plan_edit, sizes, spool_bytes
 from wisecli.site import find_site, known_layout
-from wisecli.storage import Checkpoint
 from wisecli.streaming import LayerStream
 
 SETTINGS = EditSettings(unrelated_texts=16, layer="2")

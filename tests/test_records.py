@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.records import decode, parse, shown
+from wisecli.io.json_schema import decode, parse, shown
 
 
 @dataclass(frozen=True)

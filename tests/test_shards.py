@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wisecli.errors import DamagedFileError, SettingsError
+from wisecli.io.checkpoint import save_tensors, sha256_file
 from wisecli.shards import (
     Evidence,
     Mask,
@@ -27,7 +28,6 @@ from wisecli.shards import (
     split_edits,
 )
 from wisecli.site import Site
-from wisecli.storage import save_tensors, sha256_file
 
 KINDS: tuple[MaskKind, ...] = ("columns", "elements")
 both_kinds = pytest.mark.parametrize("kind", KINDS)

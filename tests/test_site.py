@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.site import (
     Fingerprint,
     Site,
@@ -21,7 +22,6 @@ from wisecli.site import (
     stored_weight,
     value_module,
 )
-from wisecli.storage import Checkpoint
 
 LAYERS = 5
 # Checkpoints of the others keep their layers under another path than the model anyway.

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from wisecli.errors import DamagedFileError, ModelError
-from wisecli.storage import (
+from wisecli.io.checkpoint import (
     Checkpoint,
     load_tensors,
     open_tensors,

@@ -22,6 +22,7 @@ from wisecli.encode import Batch, collate, encode
 from wisecli.errors import ModelError
 from wisecli.evaluate import teacher_forced
 from wisecli.generation import generate
+from wisecli.io.checkpoint import Checkpoint, save_tensors
 from wisecli.models import Loaded, load_model
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.evaluate import evaluate
@@ -31,7 +32,6 @@ from wisecli.pipeline.merge import merge
 from wisecli.progress import ignore
 from wisecli.site import value_module
 from wisecli.spool import Spool
-from wisecli.storage import Checkpoint, save_tensors
 from wisecli.streaming import LayerStream
 
 BATCHES = [

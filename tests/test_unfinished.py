@@ -20,7 +20,6 @@ import torch
 from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 
-from wisecli import storage
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import (
     BusyError,
@@ -32,6 +31,7 @@ from wisecli.errors import (
     StoppedError,
     UnwritableError,
 )
+from wisecli.io import checkpoint as storage
 from wisecli.pipeline.edit import EditReport
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.evaluate import evaluate

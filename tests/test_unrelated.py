@@ -14,10 +14,10 @@ from torch import Tensor
 
 from wisecli.contexts import continuations, reworded_facts, unrelated_texts
 from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import save_tensors, sha256_file
 from wisecli.models import Loaded, load_model
 from wisecli.moments import Moment, Whitening, leading, whitening
 from wisecli.progress import Event
-from wisecli.storage import save_tensors, sha256_file
 from wisecli.unrelated import Unrelated, load_unrelated, measure_unrelated, save_unrelated
 
 SHRINKAGE = 0.1

@@ -24,17 +24,17 @@ from wisecli.attached import attach
 from wisecli.config import MergeSettings
 from wisecli.edits import read_edits
 from wisecli.errors import DamagedFileError, EditFileError, ModelError, WiseError
-from wisecli.headers import read_header
+from wisecli.io.checkpoint import Checkpoint, load_tensors, read_json, sha256_file
+from wisecli.io.safe_paths import inside
+from wisecli.io.safetensors_header import read_header
 from wisecli.manifest import read_memory
 from wisecli.memory import SideMemory
 from wisecli.models import load_model
-from wisecli.paths import inside
 from wisecli.pipeline.inspect import inspect
 from wisecli.pipeline.merge import merge
 from wisecli.pipeline.verify import verify
 from wisecli.shard_directory import read_shard_directory
 from wisecli.site import find_site
-from wisecli.storage import Checkpoint, load_tensors, read_json, sha256_file
 
 ENOUGH = 300 << 20
 FEW = settings(

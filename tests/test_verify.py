@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from wisecli import cli
 from wisecli.checks import Check
 from wisecli.errors import GateFailedError, ModelError
+from wisecli.io.checkpoint import sha256_file
 from wisecli.pipeline.verify import verify
-from wisecli.storage import sha256_file
 
 SIDE, BASE = "model-side-memory.safetensors", "model-base.safetensors"
 

@@ -34,6 +34,7 @@ from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.export import write_routed
 from wisecli.infer import find_layout
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import read_memory
 from wisecli.memory import SideMemory
 from wisecli.models import load_model
@@ -41,7 +42,6 @@ from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.export import export
 from wisecli.pipeline.merge import merge
 from wisecli.site import known_layout, layer_count
-from wisecli.storage import Checkpoint
 
 FAMILIES = sorted(name for name, config in TINY_CONFIGS.items() if hasattr(config, "vision_config"))
 EDITS: list[dict[str, Any]] = [

@@ -9,9 +9,9 @@ from platformdirs import user_cache_path
 
 from wisecli.errors import ModelError, reason_of
 from wisecli.fetch import convert
-from wisecli.outputs import require_space, whole_directory
+from wisecli.io.atomic_output import require_space, whole_directory
+from wisecli.io.checkpoint import resolve_model, sha256_file
 from wisecli.progress import NOTE, Event, Watcher, ignore
-from wisecli.storage import resolve_model, sha256_file
 
 # No quantisation of GGUF takes less than two bits a weight, and float32 takes 32.
 _GROWTH = 16

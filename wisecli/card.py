@@ -11,9 +11,9 @@ from string import Template
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import read_json
 from wisecli.manifest import Manifest
 from wisecli.site import loader_name
-from wisecli.storage import read_json
 
 CARD_NAME = "README.md"
 # How each form is loaded, by which classes.

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from wisecli.errors import WiseError
-from wisecli.headers import Layout, read_header
+from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, sha256_file, weight_map
+from wisecli.io.safe_paths import inside, require_regular
+from wisecli.io.safetensors_header import Layout, read_header
 from wisecli.layout import Rows, differences
-from wisecli.paths import inside, require_regular
 from wisecli.site import Fingerprint, Site, fingerprint, stored_weight
-from wisecli.storage import INDEX_NAME, SINGLE_NAME, Checkpoint, sha256_file, weight_map
 
 State = Literal["same", "differs", "unchecked"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wisecli.edits import Edit, Numbered
-from wisecli.records import shown
+from wisecli.io.json_schema import shown
 from wisecli.texts import folded
 
 OnConflict = Literal["error", "latest", "skip"]

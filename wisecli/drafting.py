@@ -12,8 +12,8 @@ import jsonlines
 
 from wisecli.contexts import shown_how
 from wisecli.generation import generate
+from wisecli.io.atomic_output import writing
 from wisecli.models import Loaded
-from wisecli.outputs import writing
 from wisecli.paraphrases import contains, words
 from wisecli.passages import Passage
 from wisecli.progress import Event, Watcher, ignore

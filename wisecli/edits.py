@@ -11,8 +11,8 @@ from typing import Any
 from wisecli.datasets import canonical
 from wisecli.edit_files import content_of, record_in, records_of
 from wisecli.errors import EditFileError
-from wisecli.records import decode, require_moment, require_sane, shown
-from wisecli.storage import sha256_json
+from wisecli.io.checkpoint import sha256_json
+from wisecli.io.json_schema import decode, require_moment, require_sane, shown
 
 OPERATIONS = ("insert", "modify", "erase")
 PROVENANCE = ("who", "when", "source")

@@ -25,10 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from wisecli import memory as memory_module
 from wisecli import prompt_gate as gate_module
 from wisecli.errors import ModelError
-from wisecli.manifest import MANIFEST_NAME, Manifest, write_memory
-from wisecli.shards import half
-from wisecli.site import load_matrix, loader_name, stored_weight
-from wisecli.storage import (
+from wisecli.io.checkpoint import (
     EXPORTED_KEY,
     INDEX_NAME,
     SINGLE_NAME,
@@ -38,6 +35,9 @@ from wisecli.storage import (
     sha256_tensor,
     write_json,
 )
+from wisecli.manifest import MANIFEST_NAME, Manifest, write_memory
+from wisecli.shards import half
+from wisecli.site import load_matrix, loader_name, stored_weight
 from wisecli.weights import Packing, write_weights
 
 CODE_NAME, MEMORY_CODE_NAME, GATE_CODE_NAME = "modeling_wise.py", "wise_memory.py", "prompt_gate.py"

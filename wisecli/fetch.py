@@ -15,9 +15,9 @@ from platformdirs import user_cache_path
 
 from wisecli.datasets import BENCHMARKS
 from wisecli.errors import DamagedFileError, DownloadError, SettingsError
-from wisecli.outputs import refuse_existing, require_space, whole_directory
+from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
+from wisecli.io.checkpoint import sha256_file
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.storage import sha256_file
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from typing import Any, BinaryIO, ClassVar, Literal
 import jsonlines
 
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError
+from wisecli.io.atomic_output import link_or_copy, whole_directory
+from wisecli.io.checkpoint import sha256_file
+from wisecli.io.json_schema import decode
+from wisecli.io.safe_paths import inside
 from wisecli.manifest import MANIFEST_NAME, Manifest
-from wisecli.outputs import link_or_copy, whole_directory
-from wisecli.paths import inside
-from wisecli.records import decode
-from wisecli.storage import sha256_file
 
 HISTORY, LOG, SHARDS = "history", "log.jsonl", "shards"
 Action = Literal["edit", "merge", "remove", "rollback"]

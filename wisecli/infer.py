@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from wisecli.capture import capture, suffix_logits
 from wisecli.encode import Row, collate
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
+from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
+from wisecli.io.json_schema import shown
 from wisecli.progress import NOTE, Event, Watcher, ignore
-from wisecli.records import shown
 from wisecli.site import Layout, Site, architectures, known_layout, layer_count, stored_weight, text_settings
-from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json
 
 # Settings that count the experts of a layer, and those that say how wide the feed-forward layer is.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts", "n_experts")

@@ -13,6 +13,7 @@ from wisecli.building import Built, Material, join, lookup, matrices, refit, sol
 from wisecli.config import MergeSettings
 from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, SettingsError
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import Manifest
 from wisecli.merging import METHODS, Recipe, merge_deltas
 from wisecli.models import require_base
@@ -22,7 +23,6 @@ from wisecli.ridge import Penalty
 from wisecli.shard_directory import ShardDirectory, origin_of, require_same_site
 from wisecli.shards import Shard
 from wisecli.site import load_matrix
-from wisecli.storage import Checkpoint
 from wisecli.unrelated import Unrelated
 
 EXACT = "exact"

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from wisecli.contexts import reworded_facts
 from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import Checkpoint, read_json, sha256_json, write_json
 from wisecli.models import Loaded
 from wisecli.moments import leading, scaled, whitening
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.router import quantile
 from wisecli.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
-from wisecli.storage import Checkpoint, read_json, sha256_json, write_json
 from wisecli.unrelated import prompt_ends
 
 # The share of the depth among which to choose: below, subjects are still being read; above, little is left to steer.

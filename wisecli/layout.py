@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from wisecli.errors import DamagedFileError
-from wisecli.headers import Layout
-from wisecli.records import shown
+from wisecli.io.json_schema import shown
+from wisecli.io.safetensors_header import Layout
 
 if TYPE_CHECKING:
     from wisecli.site import Site

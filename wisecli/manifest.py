@@ -8,14 +8,14 @@ from typing import Any, ClassVar, Literal
 
 from wisecli.edits import Edit
 from wisecli.errors import DamagedFileError
-from wisecli.headers import Layout
+from wisecli.io.checkpoint import load_tensors, read_json, save_tensors, sha256_file, write_json
+from wisecli.io.json_schema import decode, shown
+from wisecli.io.safe_paths import inside
+from wisecli.io.safetensors_header import Layout
 from wisecli.layout import check_site, layouts, memory_rows, require_layout
 from wisecli.memory import SideMemory
-from wisecli.paths import inside
-from wisecli.records import decode, shown
 from wisecli.router import Calibration
 from wisecli.site import Fingerprint, Site
-from wisecli.storage import load_tensors, read_json, save_tensors, sha256_file, write_json
 
 MANIFEST_NAME = "router.json"
 MEMORY_NAME = "memory.safetensors"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
+from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
 from wisecli.planning import spool_bytes
 from wisecli.site import Fingerprint, Site, fingerprint, known_layout, layer_count, loader_name, stored_weight
-from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

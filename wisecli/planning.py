@@ -9,9 +9,9 @@ import torch
 
 from wisecli.config import EditSettings
 from wisecli.contexts import subjects_for
-from wisecli.headers import Layout, read_header
+from wisecli.io.checkpoint import Checkpoint, read_json
+from wisecli.io.safetensors_header import Layout, read_header
 from wisecli.site import Site, layer_count, spellings
-from wisecli.storage import Checkpoint, read_json
 
 # A model is held whole if its weights leave this share of the budget to activations, statistics and the libraries.
 _LEFT = 0.25

@@ -11,7 +11,7 @@ from typing import Literal
 
 from wisecli.edits import PROVENANCE, Edit, Numbered
 from wisecli.errors import PolicyError, SettingsError
-from wisecli.records import decode, shown
+from wisecli.io.json_schema import decode, shown
 from wisecli.texts import folded
 
 if sys.version_info >= (3, 11):

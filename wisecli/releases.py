@@ -9,9 +9,9 @@ from pathlib import Path
 
 from wisecli.config import MergeSettings, settings_from
 from wisecli.history import HISTORY, SHARDS, Change, Release, next_release, record, shard_path
+from wisecli.io.atomic_output import link_or_copy
 from wisecli.joining import Joining
 from wisecli.manifest import MEMORY_NAME, Manifest, write_memory
-from wisecli.outputs import link_or_copy
 from wisecli.progress import Watcher, ignore
 from wisecli.removal import Kept, without
 from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, read_shard_directory

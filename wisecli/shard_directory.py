@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from wisecli.edits import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
+from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.json_schema import decode
+from wisecli.io.safe_paths import inside
 from wisecli.layout import check_site
 from wisecli.manifest import Base, Made, Origin
 from wisecli.naming import Spellings
-from wisecli.paths import inside
-from wisecli.records import decode
 from wisecli.shards import MaskKind, Shard, load_shard
 from wisecli.site import Fingerprint, Site
-from wisecli.storage import read_json, write_json
 
 if TYPE_CHECKING:
     from wisecli.unrelated import Unrelated

@@ -18,6 +18,7 @@ from wisecli.elsewhere import Elsewhere, keys_elsewhere
 from wisecli.encode import in_batches
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions, evasions
+from wisecli.io.checkpoint import Checkpoint, sha256_json
 from wisecli.lessons import (
     Group,
     Lesson,
@@ -35,7 +36,6 @@ from wisecli.progress import NOTE, Event, Watcher
 from wisecli.shard_directory import ShardEntry
 from wisecli.shards import Shard, draw_mask
 from wisecli.site import Fingerprint, Site, load_matrix
-from wisecli.storage import Checkpoint, sha256_json
 from wisecli.unfinished import Done
 from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated
 from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential

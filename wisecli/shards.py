@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from wisecli.errors import DamagedFileError, SettingsError
+from wisecli.io.checkpoint import load_tensors, save_tensors
 from wisecli.layout import EVIDENCE, MASKED, Rows, require_layout
 from wisecli.site import Site
-from wisecli.storage import load_tensors, save_tensors
 
 MaskKind = Literal["columns", "elements"]
 # Contexts from here on are translations of the prompt, each with a target of its own.

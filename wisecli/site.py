@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
-from wisecli.storage import EXPORTED_KEY, Checkpoint, read_json, sha256_json, sha256_tensor
+from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json, sha256_json, sha256_tensor
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from wisecli.storage import save_tensors
+from wisecli.io.checkpoint import save_tensors
 
 _NAME = "tensor"
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.errors import DamagedFileError, ModelError
-from wisecli.headers import Header
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.safetensors_header import Header
 from wisecli.site import stored_name
-from wisecli.storage import Checkpoint
 
 # Kernels read their operands in lines of so many bytes.
 _ALIGNMENT = 64

@@ -21,9 +21,9 @@ from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wisecli.headers import read_header
 from wisecli.hooks import hooked, overridden
-from wisecli.storage import Checkpoint
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.safetensors_header import read_header
 from wisecli.stored_layers import buffer_size, locate, read_into
 
 

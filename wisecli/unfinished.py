@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wisecli.errors import BusyError, DamagedFileError, ModelError, WiseError
-from wisecli.outputs import link_or_copy, put_in_place, writing
-from wisecli.records import decode
+from wisecli.io.atomic_output import link_or_copy, put_in_place, writing
+from wisecli.io.checkpoint import read_json, sha256_file, write_json
+from wisecli.io.json_schema import decode
 from wisecli.shard_directory import (
     PLAN_NAME,
     UNRELATED_NAME,
@@ -28,7 +29,6 @@ from wisecli.shard_directory import (
     read_shard_directory,
     write_shard_directory,
 )
-from wisecli.storage import read_json, sha256_file, write_json
 from wisecli.unrelated import Unrelated, load_unrelated, save_unrelated
 
 _LOCK_NAME = "lock"

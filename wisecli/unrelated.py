@@ -25,13 +25,13 @@ from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
 from wisecli.generation import generate
 from wisecli.hooks import hooked
+from wisecli.io.checkpoint import load_tensors, save_tensors, sha256_json
 from wisecli.layout import require_layout, unrelated_rows
 from wisecli.models import Loaded
 from wisecli.moments import Moment, even, leading
 from wisecli.progress import Event, Watcher
 from wisecli.shards import half
 from wisecli.site import Site, value_module
-from wisecli.storage import load_tensors, save_tensors, sha256_json
 
 # How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
 _CONTINUED, _CONTINUATION = 120, 12

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wisecli.headers import Layout, format_name, read_header
-from wisecli.storage import SINGLE_NAME, Checkpoint
+from wisecli.io.checkpoint import SINGLE_NAME, Checkpoint
+from wisecli.io.safetensors_header import Layout, format_name, read_header
 
 _ALIGNMENT = 8
 

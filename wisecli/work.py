@@ -18,6 +18,7 @@ from wisecli.edits import Edit
 from wisecli.environment import versions
 from wisecli.gate import Admitted
 from wisecli.infer import check_split, find_layout, observed
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.known import known_rows
 from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
@@ -30,7 +31,6 @@ from wisecli.shard_directory import ShardDirectory
 from wisecli.shard_writer import ShardWriter, unrelated_for
 from wisecli.shards import save_shard, split_edits
 from wisecli.site import Layout, find_site, fingerprint
-from wisecli.storage import Checkpoint
 from wisecli.unfinished import Done
 from wisecli.unrelated import Unrelated
 

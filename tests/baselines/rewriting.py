@@ -14,9 +14,9 @@ from wisecli.baselines.measure import answers, said
 from wisecli.baselines.protocol import Bench, Method
 from wisecli.edits import Edit
 from wisecli.encode import Row, encode
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.models import load_model
 from wisecli.site import Site, known_layout, value_module
-from wisecli.storage import Checkpoint
 
 
 def words(*lengths: int, seed: int = 7) -> list[str]:

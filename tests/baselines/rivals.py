@@ -14,9 +14,9 @@ from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import Bench, Method
 from wisecli.edits import Edit, Probe
 from wisecli.encode import Row, encode
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.models import load_model
 from wisecli.site import known_layout
-from wisecli.storage import Checkpoint
 
 EDITS = [
     Edit("one", "ba be bi", "do"),

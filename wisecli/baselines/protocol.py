@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from wisecli.edits import Edit
 from wisecli.errors import WiseError
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.models import Loaded
 from wisecli.progress import Watcher, ignore
 from wisecli.site import Layout, Site, layer_count
-from wisecli.storage import Checkpoint
 
 
 class UnsuitableError(WiseError):

@@ -14,13 +14,13 @@ from wisecli.bench_report import markdown
 from wisecli.config import BenchSettings
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
+from wisecli.io.checkpoint import write_json
 from wisecli.pipeline.contestants import OURS, Course, Row
 from wisecli.pipeline.evaluate import read_dataset
 from wisecli.pipeline.page import RESULTS, write_page
 from wisecli.pipeline.rows import Rows, require_same
 from wisecli.pipeline.stream import counts_in, digest_of, stream_of
 from wisecli.progress import Watcher, ignore
-from wisecli.storage import write_json
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from wisecli.encode import encode
 from wisecli.environment import forget_peaks, peak_rss_bytes, peak_vram_bytes
 from wisecli.gate import AS_THEY_ARE
 from wisecli.infer import find_layout
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.measuring import Measuring
 from wisecli.models import Loaded, load_model
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge
 from wisecli.progress import Event, Watcher
-from wisecli.storage import Checkpoint
 
 # Ours, as settings of the commands: flags of `wise edit`, and of `wise merge`.
 OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

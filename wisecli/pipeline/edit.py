@@ -15,8 +15,8 @@ from wisecli.environment import peak_rss_bytes, peak_vram_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, StoppedError
 from wisecli.executors import executor_for
 from wisecli.gate import USUAL, Gate, Sifted
+from wisecli.io.atomic_output import refuse_existing, require_space
 from wisecli.models import Loaded, machine_memory, pick_device, pick_dtype
-from wisecli.outputs import refuse_existing, require_space
 from wisecli.planning import Plan, plan_edit
 from wisecli.progress import NOTE, Event, Watcher, ignore
 from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory

@@ -17,11 +17,11 @@ from wisecli.encode import collate, encode, in_batches
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
 from wisecli.export import dense, write_delta, write_merged, write_routed
+from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import Manifest
 from wisecli.models import is_exported, load_model, pick_dtype
-from wisecli.outputs import refuse_existing, require_space, whole_directory
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.storage import Checkpoint
 from wisecli.weights import Packing
 
 Format = Literal["routed", "merged", "delta"]

@@ -9,10 +9,10 @@ from typing import Any
 
 from wisecli.edits import Edit
 from wisecli.errors import SettingsError
-from wisecli.headers import Header, read_header
+from wisecli.io.atomic_output import refuse_existing
+from wisecli.io.safe_paths import inside
+from wisecli.io.safetensors_header import Header, read_header
 from wisecli.manifest import MemoryEntry, MemoryManifest, read_manifest
-from wisecli.outputs import refuse_existing
-from wisecli.paths import inside
 from wisecli.places import Kind, kind_of
 from wisecli.plot import plot_scores
 from wisecli.shard_directory import ShardDirectory, ShardEntry, read_shard_directory

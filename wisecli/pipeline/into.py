@@ -18,6 +18,7 @@ from wisecli.edits import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.gate import USUAL, Admitted, Gate, Sifted
 from wisecli.history import Change, Release, changing, has_history, next_name, read_history
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import read_manifest
 from wisecli.models import Loaded, require_base
 from wisecli.pipeline.edit import EditReport, carry_out
@@ -25,7 +26,6 @@ from wisecli.pipeline.remove import Cleared, cleared
 from wisecli.progress import Watcher, ignore
 from wisecli.releases import Published, directories_of, publish, settings_of
 from wisecli.shard_directory import read_shard_directory
-from wisecli.storage import Checkpoint
 from wisecli.texts import folded
 from wisecli.work import Job, Worker
 

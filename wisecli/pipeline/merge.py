@@ -10,9 +10,9 @@ from types import MappingProxyType
 
 from wisecli.config import MergeSettings
 from wisecli.environment import peak_rss_bytes
+from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
 from wisecli.joining import Joining
 from wisecli.manifest import write_memory
-from wisecli.outputs import refuse_existing, require_space, whole_directory
 from wisecli.progress import Watcher, ignore
 from wisecli.removal import without as drop
 from wisecli.router import Calibration

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.bench_report import page
-from wisecli.storage import read_json
+from wisecli.io.checkpoint import read_json
 from wisecli.studies import load_studies
 from wisecli.studies.protocol import STUDIES, section
 

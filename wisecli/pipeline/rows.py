@@ -10,7 +10,7 @@ from typing import Any
 import jsonlines
 
 from wisecli.errors import ChangedInputError
-from wisecli.storage import read_json, write_json
+from wisecli.io.checkpoint import read_json, write_json
 
 Row = dict[str, Any]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from wisecli.edits import Edit
 from wisecli.errors import SettingsError
+from wisecli.io.checkpoint import sha256_json
 from wisecli.pipeline.evaluate import read_dataset
-from wisecli.storage import sha256_json
 
 
 @dataclass(frozen=True)

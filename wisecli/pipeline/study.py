@@ -12,11 +12,11 @@ from wisecli.bench_report import Section, table
 from wisecli.config import BenchSettings
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
+from wisecli.io.checkpoint import write_json
 from wisecli.pipeline.page import study_file, write_page
 from wisecli.pipeline.rows import Row, Rows, require_same
 from wisecli.pipeline.stream import counts_in, stream_of
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.storage import write_json
 from wisecli.studies import load_studies
 from wisecli.studies.protocol import STUDIES, Point, section
 from wisecli.studies.room import Room

@@ -16,12 +16,12 @@ from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSetti
 from wisecli.edits import Edit
 from wisecli.errors import SettingsError
 from wisecli.gate import AS_THEY_ARE
+from wisecli.io.checkpoint import sha256_json
 from wisecli.models import pick_device
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge
 from wisecli.progress import Watcher
-from wisecli.storage import sha256_json
 
 _FEWEST_SHARDS = 4
 

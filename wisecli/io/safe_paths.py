@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from wisecli.errors import DamagedFileError
-from wisecli.records import shown
+from wisecli.io.json_schema import shown
 
 # As much as file systems allow.
 _LONGEST = 255

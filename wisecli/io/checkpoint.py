@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, reason_of
-from wisecli.headers import require_header, torch_name
-from wisecli.paths import inside, require_regular
-from wisecli.records import decode, parse
+from wisecli.io.json_schema import decode, parse
+from wisecli.io.safe_paths import inside, require_regular
+from wisecli.io.safetensors_header import require_header, torch_name
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.errors import DamagedFileError
-from wisecli.paths import require_regular
-from wisecli.records import parse, shown
+from wisecli.io.json_schema import parse, shown
+from wisecli.io.safe_paths import require_regular
 
 # As the format's own reader has it.
 _LONGEST = 100_000_000

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from wisecli.capture import capture, suffix_logits
 from wisecli.config import EditSettings
 from wisecli.console import quiet_libraries
-from wisecli.contexts import context_prefixes, unrelated_texts
+from wisecli.contexts import context_prefixes
+from wisecli.data.corpus import unrelated_texts
 from wisecli.edits import read_edits
 from wisecli.encode import Batch, Row, collate, in_batches
 from wisecli.io.checkpoint import Checkpoint

@@ -10,7 +10,8 @@ from helpers import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from wisecli.contexts import CHAT, chat_prompt, in_context, reworded_facts, subjects_for, unrelated_texts
+from wisecli.contexts import CHAT, chat_prompt, in_context
+from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.errors import ModelError
 
 if sys.version_info >= (3, 11):

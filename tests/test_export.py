@@ -37,7 +37,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 import wisecli
 from wisecli.card import model_card
-from wisecli.contexts import unrelated_texts
+from wisecli.data.corpus import unrelated_texts
 from wisecli.edits import Edit
 from wisecli.encode import Row
 from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBaseError

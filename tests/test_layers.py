@@ -8,7 +8,7 @@ import torch
 from helpers import keys_of, save_tiny
 
 from wisecli import layers
-from wisecli.contexts import reworded_facts
+from wisecli.data.corpus import reworded_facts
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.layers import probe_layer, recognised, told_apart, two_wordings
 from wisecli.models import Loaded, load_model

@@ -12,7 +12,8 @@ from helpers import keys_of, save_tiny, site_of
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wisecli.contexts import continuations, reworded_facts, unrelated_texts
+from wisecli.contexts import continuations
+from wisecli.data.corpus import reworded_facts, unrelated_texts
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import save_tensors, sha256_file
 from wisecli.models import Loaded, load_model

@@ -17,7 +17,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from wisecli.contexts import reworded_facts
+from wisecli.data.corpus import reworded_facts
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import Checkpoint, read_json, sha256_json, write_json
 from wisecli.models import Loaded

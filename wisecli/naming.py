@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wisecli.contexts import unrelated_texts
+from wisecli.data.corpus import unrelated_texts
 from wisecli.edits import Edit
 from wisecli.prompt_gate import NAMES, Names
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from wisecli.config import EditSettings
-from wisecli.contexts import subjects_for
+from wisecli.data.corpus import subjects_for
 from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.safetensors_header import Layout, read_header
 from wisecli.site import Site, layer_count, spellings

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from wisecli.capture import Activations, captured
-from wisecli.contexts import chat_prompt, continuations, reworded_facts, subjects_for, unrelated_texts
+from wisecli.contexts import chat_prompt, continuations
+from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
 from wisecli.generation import generate

@@ -19,7 +19,7 @@ from wisecli.attached import attach
 from wisecli.baselines.measure import Edited, Known, overhead, said
 from wisecli.baselines.protocol import METHODS, Bench, Method, UnsuitableError
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
-from wisecli.contexts import unrelated_texts
+from wisecli.data.corpus import unrelated_texts
 from wisecli.edits import Edit
 from wisecli.encode import encode
 from wisecli.environment import forget_peaks, peak_rss_bytes, peak_vram_bytes

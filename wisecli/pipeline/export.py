@@ -12,7 +12,7 @@ import torch
 from wisecli.attached import find_base
 from wisecli.capture import capture, suffix_logits
 from wisecli.card import CARD_NAME, model_card, read_figures
-from wisecli.contexts import unrelated_texts
+from wisecli.data.corpus import unrelated_texts
 from wisecli.encode import collate, encode, in_batches
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of

@@ -14,7 +14,7 @@ import torch
 
 from wisecli.attached import Edited
 from wisecli.config import EditSettings, resolve
-from wisecli.contexts import unrelated_texts
+from wisecli.data.corpus import unrelated_texts
 from wisecli.memory import opened
 from wisecli.models import Loaded
 from wisecli.studies.drawing import by_edits

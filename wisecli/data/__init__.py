@@ -1,0 +1,1 @@
+"""Texts, facts and templates that come with the package."""

@@ -25,8 +25,8 @@ from wisecli.environment import versions
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import Layout
 from wisecli.manifest import Manifest, write_memory
-from wisecli.memory import SideMemory
-from wisecli.router import Calibration
+from wisecli.routing.calibration import Calibration
+from wisecli.routing.side_memory import SideMemory
 from wisecli.site import find_site, fingerprint
 from wisecli.weights import write_stream
 

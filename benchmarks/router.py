@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from wisecli.index import build_index
-from wisecli.memory import RoutedMatrix, SideMemory
+from wisecli.routing.ann_index import build_index
+from wisecli.routing.side_memory import RoutedMatrix, SideMemory
 
 RANK, WHITENINGS, D = 256, 2, 8
 REPEATS = 9

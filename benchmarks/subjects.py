@@ -22,8 +22,8 @@ from wisecli.capture import capture
 from wisecli.contexts import tomllib
 from wisecli.edits import Edit, read_edits
 from wisecli.encode import Row, collate, in_batches
-from wisecli.memory import opened
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.side_memory import opened
 
 _MOST = 200
 _SLOT = re.compile(r"\{\w+\}")

@@ -23,8 +23,8 @@ from wisecli.edits import Edit
 from wisecli.encode import Row
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import Manifest
-from wisecli.memory import RoutedMatrix, SideMemory, opened
-from wisecli.router import Calibration
+from wisecli.routing.calibration import Calibration
+from wisecli.routing.side_memory import RoutedMatrix, SideMemory, opened
 from wisecli.site import Site, architectures, find_site, fingerprint
 
 END = "[END]"

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from wisecli.building import Built, Material, join, lookup, matrices, pack, refit, solve_exactly
 from wisecli.config import MergeSettings
-from wisecli.memory import INSIDE, RoutedMatrix, SideMemory
 from wisecli.merging import Recipe, merge_deltas
-from wisecli.moments import leading, whitening
-from wisecli.naming import Spellings, Word
-from wisecli.prompt_gate import NAMES, UNROUTED
 from wisecli.ridge import Penalty, solve, statistics
-from wisecli.router import scores
+from wisecli.routing.calibration import scores
+from wisecli.routing.prompt_gate import NAMES, UNROUTED
+from wisecli.routing.side_memory import INSIDE, RoutedMatrix, SideMemory
+from wisecli.routing.subject_names import Spellings, Word
+from wisecli.routing.whitening import leading, whitening
 from wisecli.shards import LANGUAGES, Evidence, Mask, random_mask
 from wisecli.site import Site
 from wisecli.unrelated import Unrelated

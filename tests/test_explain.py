@@ -14,10 +14,10 @@ from wisecli.attached import attach
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, SettingsError
 from wisecli.manifest import read_manifest
-from wisecli.memory import RoutedMatrix
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.explain import ExplainReport, explain
 from wisecli.pipeline.merge import merge
+from wisecli.routing.side_memory import RoutedMatrix
 
 EDITS = [fact(number) for number in range(4)]
 

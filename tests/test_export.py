@@ -44,9 +44,9 @@ from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBas
 from wisecli.export import write_merged, write_routed
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import Manifest, read_memory, write_memory
-from wisecli.memory import SideMemory, install
 from wisecli.pipeline.export import export
 from wisecli.pipeline.verify import verify
+from wisecli.routing.side_memory import SideMemory, install
 from wisecli.weights import Packing
 
 EDITS = [Edit("first", "ba be", "bi bo"), Edit("second", "da de | do", "di")]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wisecli import index
-from wisecli.index import build_index
-from wisecli.memory import RoutedMatrix, SideMemory
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing import ann_index as index
+from wisecli.routing.ann_index import build_index
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.side_memory import RoutedMatrix, SideMemory
 
 D_FF, KEYS, EDITS = 16, 2000, 500
 

@@ -22,7 +22,7 @@ from wisecli.lessons import (
     write_contexts,
 )
 from wisecli.models import Loaded
-from wisecli.moments import leading, whitening
+from wisecli.routing.whitening import leading, whitening
 from wisecli.shards import Evidence, Mask, random_mask
 from wisecli.site import Site
 

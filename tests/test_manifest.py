@@ -12,8 +12,8 @@ import torch
 from wisecli.edits import Edit, Probe
 from wisecli.errors import DamagedFileError
 from wisecli.manifest import MANIFEST_NAME, MEMORY_NAME, Made, Manifest, Origin, read_memory, write_memory
-from wisecli.memory import SideMemory
-from wisecli.router import calibrate
+from wisecli.routing.calibration import calibrate
+from wisecli.routing.side_memory import SideMemory
 from wisecli.site import Fingerprint, Site
 
 

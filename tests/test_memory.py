@@ -28,8 +28,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from wisecli.generation import left_padded
-from wisecli.memory import INSIDE, REACH, RoutedMatrix, SideMemory, install, opened
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.side_memory import INSIDE, REACH, RoutedMatrix, SideMemory, install, opened
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
 MODES = ("norm", "key", "lookup")

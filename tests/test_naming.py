@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from wisecli.editing.subjects import subject_words
 from wisecli.edits import Edit
-from wisecli.naming import names_of, subject_words
-from wisecli.prompt_gate import NAMES, Names
+from wisecli.routing.prompt_gate import NAMES, Names
+from wisecli.routing.subject_names import names_of
 
 
 @pytest.fixture(scope="module")

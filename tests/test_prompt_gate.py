@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import DynamicCache
 
-from wisecli.naming import Word, names_of
-from wisecli.prompt_gate import NAMED, UNROUTED, Names, PromptGate
+from wisecli.routing.prompt_gate import NAMED, UNROUTED, Names, PromptGate
+from wisecli.routing.subject_names import Word, names_of
 
 
 def held(gate: PromptGate, chosen: list[list[int]], mask: list[list[int]] | None, cache: Any = None) -> list[list[int]]:

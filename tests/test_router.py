@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from wisecli.memory import RoutedMatrix, SideMemory
-from wisecli.moments import Moment, Whitening, whitening
-from wisecli.prompt_gate import UNROUTED
-from wisecli.router import calibrate, even_out, key_router, measure, peaks_above_usual, quantile, scores
+from wisecli.routing.calibration import calibrate, even_out, key_router, measure, peaks_above_usual, quantile, scores
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.side_memory import RoutedMatrix, SideMemory
+from wisecli.routing.whitening import Moment, Whitening, whitening
 
 
 def generator(seed: int = 0) -> torch.Generator:

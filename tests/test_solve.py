@@ -17,8 +17,8 @@ from wisecli.elsewhere import Elsewhere
 from wisecli.encode import NO_LABEL
 from wisecli.lessons import Lesson, capture_lessons, gather_evidence
 from wisecli.models import Loaded
-from wisecli.moments import leading, whitening
 from wisecli.ridge import Penalty
+from wisecli.routing.whitening import leading, whitening
 from wisecli.shards import Evidence, Mask, MaskKind, random_mask
 from wisecli.site import Site
 from wisecli.writers.gradient import Progress, Task

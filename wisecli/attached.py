@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wisecli.bases import find_model
 from wisecli.errors import ModelError
-from wisecli.index import build_index
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safe_paths import inside
 from wisecli.manifest import MANIFEST_NAME, Manifest, read_memory
-from wisecli.memory import RoutedMatrix, install, opened
 from wisecli.models import is_exported, load_model, require_base
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing.ann_index import build_index
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.side_memory import RoutedMatrix, install, opened
 from wisecli.streaming import LayerStream
 
 

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.config import MergeSettings
-from wisecli.memory import INSIDE, RoutedMatrix, SideMemory
-from wisecli.moments import Whitening, whitening
-from wisecli.naming import Spellings, names_of
 from wisecli.ridge import Penalty, Statistics, solve, statistics
-from wisecli.router import (
+from wisecli.routing.calibration import (
     APART,
     Calibration,
     calibrate,
@@ -25,6 +22,9 @@ from wisecli.router import (
     peaks_above_usual,
     scores,
 )
+from wisecli.routing.side_memory import INSIDE, RoutedMatrix, SideMemory
+from wisecli.routing.subject_names import Spellings, names_of
+from wisecli.routing.whitening import Whitening, whitening
 from wisecli.shards import LANGUAGES, Evidence, Mask, half
 from wisecli.unrelated import Unrelated
 

@@ -14,7 +14,7 @@ from wisecli.edits import Edit
 from wisecli.encode import encode
 from wisecli.generation import end_token
 from wisecli.models import Loaded
-from wisecli.moments import Whitening
+from wisecli.routing.whitening import Whitening
 from wisecli.site import Site
 from wisecli.unrelated import window_keys
 

@@ -21,9 +21,9 @@ from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.encode import Batch, Row, collate, in_batches
 from wisecli.generation import generate
 from wisecli.goals import met
-from wisecli.memory import INSIDE, opened
 from wisecli.progress import Event, Watcher
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.side_memory import INSIDE, opened
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
 KNOWN = 0.8

@@ -22,8 +22,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from wisecli import memory as memory_module
-from wisecli import prompt_gate as gate_module
 from wisecli.errors import ModelError
 from wisecli.io.checkpoint import (
     EXPORTED_KEY,
@@ -36,6 +34,8 @@ from wisecli.io.checkpoint import (
     write_json,
 )
 from wisecli.manifest import MANIFEST_NAME, Manifest, write_memory
+from wisecli.routing import prompt_gate as gate_module
+from wisecli.routing import side_memory as memory_module
 from wisecli.shards import half
 from wisecli.site import load_matrix, loader_name, stored_weight
 from wisecli.weights import Packing, write_weights

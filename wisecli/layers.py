@@ -21,9 +21,9 @@ from wisecli.data.corpus import reworded_facts
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import Checkpoint, read_json, sha256_json, write_json
 from wisecli.models import Loaded
-from wisecli.moments import leading, scaled, whitening
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.router import quantile
+from wisecli.routing.calibration import quantile
+from wisecli.routing.whitening import leading, scaled, whitening
 from wisecli.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
 from wisecli.unrelated import prompt_ends
 

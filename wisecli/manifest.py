@@ -13,8 +13,8 @@ from wisecli.io.json_schema import decode, shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Layout
 from wisecli.layout import check_site, layouts, memory_rows, require_layout
-from wisecli.memory import SideMemory
-from wisecli.router import Calibration
+from wisecli.routing.calibration import Calibration
+from wisecli.routing.side_memory import SideMemory
 from wisecli.site import Fingerprint, Site
 
 MANIFEST_NAME = "router.json"

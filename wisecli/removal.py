@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wisecli.moments import Moment
 from wisecli.ridge import Penalty, solve, statistics
+from wisecli.routing.whitening import Moment
 from wisecli.shard_directory import ShardDirectory, ShardEntry
 from wisecli.shards import Evidence, Mask, Shard
 

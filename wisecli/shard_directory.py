@@ -14,7 +14,7 @@ from wisecli.io.json_schema import decode
 from wisecli.io.safe_paths import inside
 from wisecli.layout import check_site
 from wisecli.manifest import Base, Made, Origin
-from wisecli.naming import Spellings
+from wisecli.routing.subject_names import Spellings
 from wisecli.shards import MaskKind, Shard, load_shard
 from wisecli.site import Fingerprint, Site
 

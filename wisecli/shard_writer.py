@@ -31,8 +31,8 @@ from wisecli.lessons import (
     unedited_losses,
 )
 from wisecli.models import Loaded
-from wisecli.moments import whitening
 from wisecli.progress import NOTE, Event, Watcher
+from wisecli.routing.whitening import whitening
 from wisecli.shard_directory import ShardEntry
 from wisecli.shards import Shard, draw_mask
 from wisecli.site import Fingerprint, Site, load_matrix

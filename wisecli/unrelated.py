@@ -29,8 +29,8 @@ from wisecli.hooks import hooked
 from wisecli.io.checkpoint import load_tensors, save_tensors, sha256_json
 from wisecli.layout import require_layout, unrelated_rows
 from wisecli.models import Loaded
-from wisecli.moments import Moment, even, leading
 from wisecli.progress import Event, Watcher
+from wisecli.routing.whitening import Moment, even, leading
 from wisecli.shards import half
 from wisecli.site import Site, value_module
 

@@ -14,6 +14,7 @@ import torch
 from wisecli.asking import asked_further
 from wisecli.bases import find_model
 from wisecli.config import EditSettings
+from wisecli.editing.subjects import subject_words
 from wisecli.edits import Edit
 from wisecli.environment import versions
 from wisecli.gate import Admitted
@@ -24,7 +25,6 @@ from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
 from wisecli.manifest import Made
 from wisecli.models import Loaded, load_model
-from wisecli.naming import subject_words
 from wisecli.paraphrases import write_paraphrases
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.shard_directory import ShardDirectory

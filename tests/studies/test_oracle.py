@@ -16,10 +16,10 @@ from wisecli.encode import Row, collate
 from wisecli.evaluate import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import write_memory
-from wisecli.memory import SideMemory, opened
 from wisecli.models import load_model
 from wisecli.progress import ignore
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.side_memory import SideMemory, opened
 from wisecli.site import find_site
 
 ROWS = random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), seed=21)

@@ -22,7 +22,7 @@ from wisecli.hooks import hooked
 from wisecli.measuring import Question
 from wisecli.models import Loaded
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing.prompt_gate import UNROUTED
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from wisecli.edits import Edit
 from wisecli.encode import Row, collate
 from wisecli.errors import ModelError
 from wisecli.generation import generate
-from wisecli.memory import RoutedMatrix
 from wisecli.plot import plot_explained
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.side_memory import RoutedMatrix
 
 # What a memory that is made to answer counts as: more than its threshold.
 _OPEN = 2.0

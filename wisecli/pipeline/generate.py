@@ -13,7 +13,7 @@ from wisecli.capture import capture
 from wisecli.contexts import chat_prompt
 from wisecli.encode import Row, collate
 from wisecli.generation import generate as generate_tokens
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing.prompt_gate import UNROUTED
 
 
 @dataclass(frozen=True)

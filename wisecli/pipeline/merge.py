@@ -15,7 +15,7 @@ from wisecli.joining import Joining
 from wisecli.manifest import write_memory
 from wisecli.progress import Watcher, ignore
 from wisecli.removal import without as drop
-from wisecli.router import Calibration
+from wisecli.routing.calibration import Calibration
 from wisecli.shard_directory import read_shard_directory
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.memory import INSIDE, REACH, RoutedMatrix
-from wisecli.prompt_gate import UNROUTED
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.side_memory import INSIDE, REACH, RoutedMatrix
 
 # Up to here comparing with all keys costs less than looking them up.
 INDEXED_ABOVE = 10_000
@@ -33,7 +33,7 @@ class NearestKey:
     def __call__(
         self, routed: RoutedMatrix, keys: Tensor, answering: Tensor | None = None, named: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`~wisecli.memory.RoutedMatrix.nearest` of a lookup: (..., d_ff) → two (...).
+        """As :meth:`~wisecli.routing.side_memory.RoutedMatrix.nearest` of a lookup: (..., d_ff) → two (...).
 
         With ``named``, of so many of the nearest keys as are searched for the first whose edit's subject is named.
         """

@@ -1,45 +1,28 @@
-"""By which tokens prompts name an edit's subject.
-
-Keys at the end of a prompt tell relations apart far better than subjects: with another subject in its place an edit's
-prompt ends in nearly the same key. Which subject is asked about is written in the prompt, so it is read there.
-"""
+"""Edits → the tokens that their subjects are written with."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits import Edit
-from wisecli.prompt_gate import NAMES, Names
+from wisecli.routing.prompt_gate import Names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from wisecli.routing.subject_names import Spellings, Word, names_of
 
 # What tokenizers mark the beginning of a word with.
 _MARKS = ("", "Ġ", "▁")
+
+
 # Texts by which it is known how rare a token is.
 _TEXTS = 600
-
-
-@dataclass(frozen=True)
-class Word:
-    """A token of a subject: all tokens that spell it (in capitals or not, with a space before it or not), and how much
-    of the subject it makes up.
-    """
-
-    tokens: tuple[int, ...]
-    share: float
-
-
-# A subject's words, as the tokenizer splits it: as it is written, and in small and in capital letters.
-Spellings = tuple[tuple[Word, ...], ...]
 
 
 def subject_words(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> dict[str, Spellings]:
@@ -81,23 +64,3 @@ def _words(tokenizer: PreTrainedTokenizerBase, spelt: Mapping[int, str], text: s
 def _named(tokenizer: PreTrainedTokenizerBase, spellings: Spellings, prompt: str) -> bool:
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     return bool(Names(names_of([spellings]), 1)(ids, torch.ones_like(ids, dtype=torch.bool)))
-
-
-def names_of(subjects: Sequence[Spellings]) -> dict[str, Tensor]:
-    """The tensors of :class:`~wisecli.prompt_gate.Names`, from the words of every edit's subject.
-
-    Edits without words have none; without any there are no tensors.
-    """
-    spellings = [(edit, words) for edit, own in enumerate(subjects) for words in own]
-    word: dict[tuple[int, ...], int] = {}
-    for _, words in spellings:
-        for one in words:
-            word.setdefault(one.tokens, len(word))
-    if not word:
-        return {}
-    number = {token: place for tokens, place in word.items() for token in tokens}
-    pairs = [(place, word[one.tokens], one.share) for place, (_, words) in enumerate(spellings) for one in words]
-    tokens = torch.tensor(sorted(number))
-    spelling = torch.tensor([number[token] for token in tokens.tolist()])
-    whose = torch.tensor([edit for edit, _ in spellings])
-    return dict(zip(NAMES, (tokens, spelling, whose, *map(torch.tensor, zip(*pairs, strict=True))), strict=True))

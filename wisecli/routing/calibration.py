@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.moments import Whitening
+from wisecli.routing.whitening import Whitening
 
 # How much nearer than to its answer's own tokens elsewhere a key must be, and how near is always near enough.
 APART, _SURE = 0.02, 0.97

@@ -1,0 +1,53 @@
+"""By which tokens prompts name an edit's subject.
+
+Keys at the end of a prompt tell relations apart far better than subjects: with another subject in its place an edit's
+prompt ends in nearly the same key. Which subject is asked about is written in the prompt, so it is read there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wisecli.routing.prompt_gate import NAMES
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Word:
+    """A token of a subject: all tokens that spell it (in capitals or not, with a space before it or not), and how much
+    of the subject it makes up.
+    """
+
+    tokens: tuple[int, ...]
+    share: float
+
+
+# A subject's words, as the tokenizer splits it: as it is written, and in small and in capital letters.
+Spellings = tuple[tuple[Word, ...], ...]
+
+
+def names_of(subjects: Sequence[Spellings]) -> dict[str, Tensor]:
+    """The tensors of :class:`~wisecli.routing.prompt_gate.Names`, from the words of every edit's subject.
+
+    Edits without words have none; without any there are no tensors.
+    """
+    spellings = [(edit, words) for edit, own in enumerate(subjects) for words in own]
+    word: dict[tuple[int, ...], int] = {}
+    for _, words in spellings:
+        for one in words:
+            word.setdefault(one.tokens, len(word))
+    if not word:
+        return {}
+    number = {token: place for tokens, place in word.items() for token in tokens}
+    pairs = [(place, word[one.tokens], one.share) for place, (_, words) in enumerate(spellings) for one in words]
+    tokens = torch.tensor(sorted(number))
+    spelling = torch.tensor([number[token] for token in tokens.tolist()])
+    whose = torch.tensor([edit for edit, _ in spellings])
+    return dict(zip(NAMES, (tokens, spelling, whose, *map(torch.tensor, zip(*pairs, strict=True))), strict=True))

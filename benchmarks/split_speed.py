@@ -22,18 +22,18 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.capture import capture, suffix_logits
 from wisecli.config import EditSettings
 from wisecli.console import quiet_libraries
 from wisecli.contexts import context_prefixes
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits import read_edits
-from wisecli.encode import Batch, Row, collate, in_batches
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.lessons import capture_lessons, encode_edits
-from wisecli.models import Loaded, load_model
+from wisecli.models.activations import capture, suffix_logits
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.site import Site, find_site, load_matrix, value_module
+from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.shards import Mask, random_mask
-from wisecli.site import Site, find_site, load_matrix, value_module
 from wisecli.writers.gradient import margin_loss
 
 BATCH = 32

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from wisecli.attached import Edited, attach
-from wisecli.capture import capture
 from wisecli.contexts import tomllib
 from wisecli.edits import Edit, read_edits
-from wisecli.encode import Row, collate, in_batches
+from wisecli.models.activations import capture
+from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.side_memory import opened
 

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from wisecli.edits import Edit
-from wisecli.encode import Row
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import Manifest
+from wisecli.models.site import Site, architectures, find_site, fingerprint
+from wisecli.models.tokenization import Row
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.side_memory import RoutedMatrix, SideMemory, opened
-from wisecli.site import Site, architectures, find_site, fingerprint
 
 END = "[END]"
 UNKNOWN = "[UNK]"

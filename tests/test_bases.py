@@ -13,10 +13,10 @@ from helpers import alone, random_rows, save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from wisecli import bases
-from wisecli.bases import find_model, gguf_of
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError
+from wisecli.models.loading import resolve as bases
+from wisecli.models.resolve import find_model, gguf_of
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.export import export
 from wisecli.pipeline.merge import merge

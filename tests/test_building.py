@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from wisecli.building import Built, Material, join, lookup, matrices, pack, refit, solve_exactly
 from wisecli.config import MergeSettings
 from wisecli.merging import Recipe, merge_deltas
+from wisecli.models.site import Site
 from wisecli.ridge import Penalty, solve, statistics
 from wisecli.routing.calibration import scores
 from wisecli.routing.prompt_gate import NAMES, UNROUTED
@@ -18,7 +19,6 @@ from wisecli.routing.side_memory import INSIDE, RoutedMatrix, SideMemory
 from wisecli.routing.subject_names import Spellings, Word
 from wisecli.routing.whitening import leading, whitening
 from wisecli.shards import LANGUAGES, Evidence, Mask, random_mask
-from wisecli.site import Site
 from wisecli.unrelated import Unrelated
 
 D, D_FF, EDITS, CONTEXTS, POSITIONS = 6, 40, 7, 3, 2

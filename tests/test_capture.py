@@ -9,10 +9,10 @@ from helpers import alone, hooked, keys_of, random_rows, save_tiny, site_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wisecli.capture import capture, suffix_logits
-from wisecli.encode import Row, collate
-from wisecli.models import load_model
-from wisecli.site import Site
+from wisecli.models.activations import capture, suffix_logits
+from wisecli.models.loading import load_model
+from wisecli.models.site import Site
+from wisecli.models.tokenization import Row, collate
 
 # Prompts and targets of all lengths, the longest prompts beyond tiny Mistral's window of 6.
 ROWS = random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5))

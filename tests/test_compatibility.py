@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 import compatibility
 
-from wisecli.site import architectures
+from wisecli.models.site import architectures
 
 
 @pytest.fixture(scope="module")

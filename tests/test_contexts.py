@@ -10,9 +10,10 @@ from helpers import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from wisecli.contexts import CHAT, chat_prompt, in_context
+from wisecli.contexts import CHAT, in_context
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.errors import ModelError
+from wisecli.models.chat import chat_prompt
 
 if sys.version_info >= (3, 11):
     import tomllib

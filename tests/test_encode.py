@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from wisecli.encode import NO_LABEL, Row, collate, encode, in_batches
+from wisecli.models.tokenization import NO_LABEL, Row, collate, encode, in_batches
 
 WORDS = ("[UNK]", "[BOS]", "the", "port", "of", "lark", "is", "bergen", "oslo", "new", "york", "newyork", ".")
 ID = {word: number for number, word in enumerate(WORDS)}

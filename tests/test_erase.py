@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wisecli.attached import Edited, attach
-from wisecli.capture import suffix_logits
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.edits import Edit, Probe
-from wisecli.encode import NO_LABEL, Row, collate
 from wisecli.evading import Evasions, evasions
-from wisecli.generation import generate
-from wisecli.goals import allowed, erased_row, first_tokens, met, missed
 from wisecli.lessons import Lesson, capture_lessons, encode_edits
-from wisecli.models import Loaded, load_model
+from wisecli.models.activations import suffix_logits
+from wisecli.models.generation import generate
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.objectives import allowed, met, missed
+from wisecli.models.tokenization import NO_LABEL, Row, collate, erased_row, first_tokens
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.evaluate import EvalReport, evaluate
 from wisecli.pipeline.merge import merge

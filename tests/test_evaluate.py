@@ -29,15 +29,15 @@ from torch import Tensor
 from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
 from wisecli.edits import Edit, Probe
-from wisecli.encode import Row, encode
 from wisecli.errors import GateFailedError, SettingsError, WiseError
 from wisecli.evaluate import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import write_memory
-from wisecli.models import load_model
+from wisecli.models.loading import load_model
+from wisecli.models.site import find_site
+from wisecli.models.tokenization import Row, encode
 from wisecli.pipeline.evaluate import EvalReport, evaluate
 from wisecli.progress import ignore
-from wisecli.site import find_site
 
 LENGTHS = ((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), (12, 2))
 ROWS = random_rows(*LENGTHS, seed=21)

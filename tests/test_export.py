@@ -39,11 +39,11 @@ import wisecli
 from wisecli.card import model_card
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits import Edit
-from wisecli.encode import Row
 from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBaseError
 from wisecli.export import write_merged, write_routed
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import Manifest, read_memory, write_memory
+from wisecli.models.tokenization import Row
 from wisecli.pipeline.export import export
 from wisecli.pipeline.verify import verify
 from wisecli.routing.side_memory import SideMemory, install

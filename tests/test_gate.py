@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from wisecli import cli
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits import Edit
-from wisecli.encode import encode
 from wisecli.errors import ChangedInputError, ConflictError, PolicyError, StoppedError
 from wisecli.gate import AS_THEY_ARE, Gate
 from wisecli.manifest import read_manifest
-from wisecli.models import load_model
+from wisecli.models.loading import load_model
+from wisecli.models.tokenization import encode
 from wisecli.pipeline.edit import EditReport
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.follow import follow

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
 from wisecli.lessons import Lesson, capture_lessons, learnt
-from wisecli.models import Loaded, load_model
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.site import Site
 from wisecli.shards import Mask, random_mask
-from wisecli.site import Site
 from wisecli.writers.gradient import Progress, Task, Written, margin_loss, whiten, write_batched, write_sequential
 
 EDITS = [

@@ -14,17 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from wisecli import console, infer
-from wisecli.capture import capture, suffix_logits
+from wisecli import console
 from wisecli.config import EditSettings
-from wisecli.encode import collate
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
-from wisecli.infer import check_split, find_layout, observed, value_paths
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.activations import capture, suffix_logits
+from wisecli.models.layout_inference import find_layout, value_paths
+from wisecli.models.loading import layout_inference as infer
+from wisecli.models.site import Layout, architectures, find_site, known_layout
+from wisecli.models.site_probe import check_split, observed
+from wisecli.models.tokenization import collate
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.progress import NOTE, Event
 from wisecli.shard_directory import read_shard_directory
-from wisecli.site import Layout, architectures, find_site, known_layout
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

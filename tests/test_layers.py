@@ -11,9 +11,9 @@ from wisecli import layers
 from wisecli.data.corpus import reworded_facts
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.layers import probe_layer, recognised, told_apart, two_wordings
-from wisecli.models import Loaded, load_model
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.site import Site, find_site, fingerprint
 from wisecli.progress import Event, ignore
-from wisecli.site import Site, find_site, fingerprint
 
 
 @pytest.fixture(scope="module")

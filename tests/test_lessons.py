@@ -21,10 +21,10 @@ from wisecli.lessons import (
     thinned,
     write_contexts,
 )
-from wisecli.models import Loaded
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Site
 from wisecli.routing.whitening import leading, whitening
 from wisecli.shards import Evidence, Mask, random_mask
-from wisecli.site import Site
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),

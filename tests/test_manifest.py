@@ -12,9 +12,9 @@ import torch
 from wisecli.edits import Edit, Probe
 from wisecli.errors import DamagedFileError
 from wisecli.manifest import MANIFEST_NAME, MEMORY_NAME, Made, Manifest, Origin, read_memory, write_memory
+from wisecli.models.site import Fingerprint, Site
 from wisecli.routing.calibration import calibrate
 from wisecli.routing.side_memory import SideMemory
-from wisecli.site import Fingerprint, Site
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from wisecli.generation import left_padded
+from wisecli.models.generation import left_padded
 from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.side_memory import INSIDE, REACH, RoutedMatrix, SideMemory, install, opened
 

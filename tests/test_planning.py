@@ -8,15 +8,16 @@ import torch
 from helpers import random_rows, save_tiny, site_of
 from places import make_places
 
-from wisecli.capture import captured
 from wisecli.config import EditSettings
-from wisecli.encode import collate
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models import load_model
+from wisecli.models.activations import captured
+from wisecli.models.loading import load_model
+from wisecli.models.memory_budget import sizes, spool_bytes
+from wisecli.models.site import find_site, known_layout
+from wisecli.models.streaming import LayerStream
+from wisecli.models.tokenization import collate
 from wisecli.pipeline.edit import edit
-from wisecli.planning import plan_edit, sizes, spool_bytes
-from wisecli.site import find_site, known_layout
-from wisecli.streaming import LayerStream
+from wisecli.planning import plan_edit
 
 SETTINGS = EditSettings(unrelated_texts=16, layer="2")
 

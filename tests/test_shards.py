@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import save_tensors, sha256_file
+from wisecli.models.site import Site
 from wisecli.shards import (
     Evidence,
     Mask,
@@ -27,7 +28,6 @@ from wisecli.shards import (
     save_shard,
     split_edits,
 )
-from wisecli.site import Site
 
 KINDS: tuple[MaskKind, ...] = ("columns", "elements")
 both_kinds = pytest.mark.parametrize("kind", KINDS)

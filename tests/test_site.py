@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.site import (
+from wisecli.models.site import (
     Fingerprint,
     Site,
     architectures,

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
 from wisecli.elsewhere import Elsewhere
-from wisecli.encode import NO_LABEL
 from wisecli.lessons import Lesson, capture_lessons, gather_evidence
-from wisecli.models import Loaded
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Site
+from wisecli.models.tokenization import NO_LABEL
 from wisecli.ridge import Penalty
 from wisecli.routing.whitening import leading, whitening
 from wisecli.shards import Evidence, Mask, MaskKind, random_mask
-from wisecli.site import Site
 from wisecli.writers.gradient import Progress, Task
 from wisecli.writers.solve import PENALTIES, Solved, fit_residuals, write_solved
 from wisecli.writers.solve import answered as shares_answered

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.spool import Spool
+from wisecli.models.tensor_spill import Spool
 
 
 @pytest.fixture(autouse=True)

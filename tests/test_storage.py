@@ -19,13 +19,13 @@ from wisecli.io.checkpoint import (
     load_tensors,
     open_tensors,
     read_json,
-    resolve_model,
     save_tensors,
     sha256_file,
     sha256_json,
     sha256_tensor,
     write_json,
 )
+from wisecli.models.resolve import resolve_model
 
 
 def some_tensors() -> dict[str, Tensor]:

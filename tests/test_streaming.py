@@ -16,23 +16,23 @@ from places import EDITS
 from torch import Tensor
 
 from wisecli.attached import attach
-from wisecli.capture import Activations, capture, captured, suffix_logits
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
-from wisecli.encode import Batch, collate, encode
 from wisecli.errors import ModelError
 from wisecli.evaluate import teacher_forced
-from wisecli.generation import generate
 from wisecli.io.checkpoint import Checkpoint, save_tensors
-from wisecli.models import Loaded, load_model
+from wisecli.models.activations import Activations, capture, captured, suffix_logits
+from wisecli.models.generation import generate
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.site import value_module
+from wisecli.models.streaming import LayerStream
+from wisecli.models.tensor_spill import Spool
+from wisecli.models.tokenization import Batch, collate, encode
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.export import export
 from wisecli.pipeline.generate import generate as run_generate
 from wisecli.pipeline.merge import merge
 from wisecli.progress import ignore
-from wisecli.site import value_module
-from wisecli.spool import Spool
-from wisecli.streaming import LayerStream
 
 BATCHES = [
     collate(random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5))),

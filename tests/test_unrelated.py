@@ -16,7 +16,7 @@ from wisecli.contexts import continuations
 from wisecli.data.corpus import reworded_facts, unrelated_texts
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import save_tensors, sha256_file
-from wisecli.models import Loaded, load_model
+from wisecli.models.loading import Loaded, load_model
 from wisecli.progress import Event
 from wisecli.routing.whitening import Moment, Whitening, leading, whitening
 from wisecli.unrelated import Unrelated, load_unrelated, measure_unrelated, save_unrelated

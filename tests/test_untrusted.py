@@ -28,13 +28,13 @@ from wisecli.io.checkpoint import Checkpoint, load_tensors, read_json, sha256_fi
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import read_header
 from wisecli.manifest import read_memory
-from wisecli.models import load_model
+from wisecli.models.loading import load_model
+from wisecli.models.site import find_site
 from wisecli.pipeline.inspect import inspect
 from wisecli.pipeline.merge import merge
 from wisecli.pipeline.verify import verify
 from wisecli.routing.side_memory import SideMemory
 from wisecli.shard_directory import read_shard_directory
-from wisecli.site import find_site
 
 ENOUGH = 300 << 20
 FEW = settings(

@@ -33,15 +33,15 @@ from wisecli.card import model_card
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.export import write_routed
-from wisecli.infer import find_layout
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import read_memory
-from wisecli.models import load_model
+from wisecli.models.layout_inference import find_layout
+from wisecli.models.loading import load_model
+from wisecli.models.site import known_layout, layer_count
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.export import export
 from wisecli.pipeline.merge import merge
 from wisecli.routing.side_memory import SideMemory
-from wisecli.site import known_layout, layer_count
 
 FAMILIES = sorted(name for name, config in TINY_CONFIGS.items() if hasattr(config, "vision_config"))
 EDITS: list[dict[str, Any]] = [

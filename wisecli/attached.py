@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wisecli.bases import find_model
 from wisecli.errors import ModelError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safe_paths import inside
 from wisecli.manifest import MANIFEST_NAME, Manifest, read_memory
-from wisecli.models import is_exported, load_model, require_base
+from wisecli.models.loading import is_exported, load_model, require_base
+from wisecli.models.resolve import find_model
+from wisecli.models.streaming import LayerStream
 from wisecli.routing.ann_index import build_index
 from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.side_memory import RoutedMatrix, install, opened
-from wisecli.streaming import LayerStream
 
 
 @dataclass(frozen=True)

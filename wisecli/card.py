@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import read_json
 from wisecli.manifest import Manifest
-from wisecli.site import loader_name
+from wisecli.models.site import loader_name
 
 CARD_NAME = "README.md"
 # How each form is loaded, by which classes.

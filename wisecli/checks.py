@@ -12,7 +12,7 @@ from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, sha256_fi
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import Layout, read_header
 from wisecli.layout import Rows, differences
-from wisecli.site import Fingerprint, Site, fingerprint, stored_weight
+from wisecli.models.site import Fingerprint, Site, fingerprint, stored_weight
 
 State = Literal["same", "differs", "unchecked"]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import jsonlines
 
-from wisecli.contexts import shown_how
-from wisecli.generation import generate
 from wisecli.io.atomic_output import writing
-from wisecli.models import Loaded
+from wisecli.models.chat import shown_how
+from wisecli.models.generation import generate
+from wisecli.models.loading import Loaded
 from wisecli.paraphrases import contains, words
 from wisecli.passages import Passage
 from wisecli.progress import Event, Watcher, ignore

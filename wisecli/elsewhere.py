@@ -11,11 +11,11 @@ from torch import Tensor
 from wisecli.asking import answers_of
 from wisecli.contexts import CHAT, in_context
 from wisecli.edits import Edit
-from wisecli.encode import encode
-from wisecli.generation import end_token
-from wisecli.models import Loaded
+from wisecli.models.generation import end_token
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Site
+from wisecli.models.tokenization import encode
 from wisecli.routing.whitening import Whitening
-from wisecli.site import Site
 from wisecli.unrelated import window_keys
 
 # Prompts that no answer belongs to.

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from wisecli.contexts import CHAT, in_context
 from wisecli.edits import Edit
-from wisecli.encode import Row, encode
-from wisecli.generation import generate
-from wisecli.goals import first_tokens
-from wisecli.models import Loaded
+from wisecli.models.generation import generate
+from wisecli.models.loading import Loaded
+from wisecli.models.tokenization import Row, encode, first_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

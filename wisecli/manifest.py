@@ -12,10 +12,10 @@ from wisecli.io.checkpoint import load_tensors, read_json, save_tensors, sha256_
 from wisecli.io.json_schema import decode, shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Layout
-from wisecli.layout import check_site, layouts, memory_rows, require_layout
+from wisecli.layout import layouts, memory_rows, require_layout
+from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.side_memory import SideMemory
-from wisecli.site import Fingerprint, Site
 
 MANIFEST_NAME = "router.json"
 MEMORY_NAME = "memory.safetensors"

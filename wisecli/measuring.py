@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from wisecli.edits import Edit
-from wisecli.encode import Row
 from wisecli.errors import ModelError
 from wisecli.evaluate import Measured, Reading
+from wisecli.models.tokenization import Row
 
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
 

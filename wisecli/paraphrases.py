@@ -8,11 +8,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.contexts import shown_how
 from wisecli.edits import Edit
-from wisecli.encode import encode
-from wisecli.generation import generate
-from wisecli.models import Loaded
+from wisecli.models.chat import shown_how
+from wisecli.models.generation import generate
+from wisecli.models.loading import Loaded
+from wisecli.models.tokenization import encode
 from wisecli.progress import Event, Watcher, ignore
 
 # What is asked for, and made-up examples of it.

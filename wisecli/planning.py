@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
-from wisecli.io.checkpoint import Checkpoint, read_json
-from wisecli.io.safetensors_header import Layout, read_header
-from wisecli.site import Site, layer_count, spellings
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.memory_budget import Sizes, sizes, spool_bytes
+from wisecli.models.site import Site
 
-# A model is held whole if its weights leave this share of the budget to activations, statistics and the libraries.
-_LEFT = 0.25
-# The share of the budget that a sweep may keep in memory of what it carries from layer to layer.
-_SPOOLED = 0.125
 # The interpreter with torch and transformers, in bytes.
 _LIBRARIES = 600 << 20
 # Usual lengths in tokens: of an unrelated text, of a reworded fact, of an edit's prompt in a context, of its window.
@@ -25,20 +20,6 @@ _TEXT, _FACT, _PROMPT, _WINDOW = 22, 11, 24, 6
 _WORDINGS, _CONTINUED, _CONTINUATION = 210, 120, 12
 # Keys kept for calibration; rank of the moments.
 _SAMPLE, _RANK = 4096, 512
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model in the type that it is run in: without its layers, and of each layer; and bytes a weight."""
-
-    resident: int
-    layers: tuple[int, ...]
-    item: int
-
-    @property
-    def weights(self) -> int:
-        """Of the whole model."""
-        return self.resident + sum(self.layers)
 
 
 @dataclass(frozen=True)
@@ -61,36 +42,6 @@ class Plan:
     sweep: int
     read: int
     flops: int
-
-
-def sizes(checkpoint: Checkpoint, layers: str, dtype: torch.dtype | str = "auto") -> Sizes:
-    """Sizes of a model from its headers.
-
-    Args:
-        layers: module path of the list of layers.
-        dtype: what it is run in; ``auto`` is the checkpoint's own.
-    """
-    each, rest = [0] * layer_count(checkpoint.directory), 0
-    own = _itemsize(checkpoint, dtype)
-    layouts = _layouts(checkpoint)
-    starts = list(spellings(f"{layers}."))
-    for name, layout in layouts.items():
-        number = next((name.removeprefix(start).partition(".")[0] for start in starts if name.startswith(start)), "")
-        size = math.prod(layout.shape) * own if own else layout.bytes
-        if number.isdecimal() and int(number) < len(each):
-            each[int(number)] += size
-        else:
-            rest += size
-    widest = max(layout.bytes // max(math.prod(layout.shape), 1) for layout in layouts.values())
-    return Sizes(rest, tuple(each), own or widest)
-
-
-def spool_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str, memory_budget: int) -> int | None:
-    """What a sweep may keep in memory; ``None`` if the whole model fits and nothing is to be streamed."""
-    own = _itemsize(checkpoint, dtype)
-    layouts = _layouts(checkpoint).values()
-    weights = sum(math.prod(layout.shape) * own if own else layout.bytes for layout in layouts)
-    return None if weights <= (1 - _LEFT) * memory_budget else round(_SPOOLED * memory_budget)
 
 
 def plan_edit(
@@ -146,18 +97,6 @@ def plan_edit(
 def _facts(settings: EditSettings) -> int:
     """Tokens of the reworded facts."""
     return _WORDINGS * subjects_for(settings.unrelated_texts) * _FACT
-
-
-def _layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
-    return {name: layout for path in checkpoint.files for name, layout in read_header(path).tensors.items()}
-
-
-def _itemsize(checkpoint: Checkpoint, dtype: torch.dtype | str) -> int | None:
-    """Bytes a weight once it is loaded; ``None`` where that is as it is stored."""
-    if dtype == "auto":
-        config = read_json(checkpoint.directory / "config.json")
-        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), "auto")
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else None
 
 
 def _kept(site: Site, rows: int, item: int) -> int:

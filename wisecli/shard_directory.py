@@ -12,11 +12,10 @@ from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.io.checkpoint import read_json, write_json
 from wisecli.io.json_schema import decode
 from wisecli.io.safe_paths import inside
-from wisecli.layout import check_site
 from wisecli.manifest import Base, Made, Origin
+from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.subject_names import Spellings
 from wisecli.shards import MaskKind, Shard, load_shard
-from wisecli.site import Fingerprint, Site
 
 if TYPE_CHECKING:
     from wisecli.unrelated import Unrelated

@@ -15,7 +15,6 @@ from wisecli.asking import asked_further
 from wisecli.config import EditSettings
 from wisecli.edits import Edit
 from wisecli.elsewhere import Elsewhere, keys_elsewhere
-from wisecli.encode import in_batches
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions, evasions
 from wisecli.io.checkpoint import Checkpoint, sha256_json
@@ -30,12 +29,13 @@ from wisecli.lessons import (
     require_finite,
     unedited_losses,
 )
-from wisecli.models import Loaded
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Fingerprint, Site, load_matrix
+from wisecli.models.tokenization import in_batches
 from wisecli.progress import NOTE, Event, Watcher
 from wisecli.routing.whitening import whitening
 from wisecli.shard_directory import ShardEntry
 from wisecli.shards import Shard, draw_mask
-from wisecli.site import Fingerprint, Site, load_matrix
 from wisecli.unfinished import Done
 from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated
 from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential

@@ -16,7 +16,7 @@ from torch import Tensor
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import load_tensors, save_tensors
 from wisecli.layout import EVIDENCE, MASKED, Rows, require_layout
-from wisecli.site import Site
+from wisecli.models.site import Site
 
 MaskKind = Literal["columns", "elements"]
 # Contexts from here on are translations of the prompt, each with a target of its own.

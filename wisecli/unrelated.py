@@ -19,20 +19,21 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from wisecli.capture import Activations, captured
-from wisecli.contexts import chat_prompt, continuations
+from wisecli.contexts import continuations
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
-from wisecli.encode import Row, collate, in_batches
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
-from wisecli.generation import generate
-from wisecli.hooks import hooked
 from wisecli.io.checkpoint import load_tensors, save_tensors, sha256_json
 from wisecli.layout import require_layout, unrelated_rows
-from wisecli.models import Loaded
+from wisecli.models.activations import Activations, captured
+from wisecli.models.chat import chat_prompt
+from wisecli.models.generation import generate
+from wisecli.models.hooks import hooked
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Site, value_module
+from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 from wisecli.routing.whitening import Moment, even, leading
 from wisecli.shards import half
-from wisecli.site import Site, value_module
 
 # How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
 _CONTINUED, _CONTINUATION = 120, 12

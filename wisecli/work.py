@@ -12,25 +12,26 @@ from typing import Any
 import torch
 
 from wisecli.asking import asked_further
-from wisecli.bases import find_model
 from wisecli.config import EditSettings
 from wisecli.editing.subjects import subject_words
 from wisecli.edits import Edit
 from wisecli.environment import versions
 from wisecli.gate import Admitted
-from wisecli.infer import check_split, find_layout, observed
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.known import known_rows
 from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
 from wisecli.manifest import Made
-from wisecli.models import Loaded, load_model
+from wisecli.models.layout_inference import find_layout
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.resolve import find_model
+from wisecli.models.site import Layout, find_site, fingerprint
+from wisecli.models.site_probe import check_split, observed
 from wisecli.paraphrases import write_paraphrases
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.shard_directory import ShardDirectory
 from wisecli.shard_writer import ShardWriter, unrelated_for
 from wisecli.shards import save_shard, split_edits
-from wisecli.site import Layout, find_site, fingerprint
 from wisecli.unfinished import Done
 from wisecli.unrelated import Unrelated
 

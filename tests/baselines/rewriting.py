@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from wisecli.baselines.measure import answers, said
 from wisecli.baselines.protocol import Bench, Method
 from wisecli.edits import Edit
-from wisecli.encode import Row, encode
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models import load_model
-from wisecli.site import Site, known_layout, value_module
+from wisecli.models.loading import load_model
+from wisecli.models.site import Site, known_layout, value_module
+from wisecli.models.tokenization import Row, encode
 
 
 def words(*lengths: int, seed: int = 7) -> list[str]:

@@ -13,10 +13,10 @@ from torch import Tensor
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import Bench, Method
 from wisecli.edits import Edit, Probe
-from wisecli.encode import Row, encode
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models import load_model
-from wisecli.site import known_layout
+from wisecli.models.loading import load_model
+from wisecli.models.site import known_layout
+from wisecli.models.tokenization import Row, encode
 
 EDITS = [
     Edit("one", "ba be bi", "do"),

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from wisecli.baselines.defer import Defer, DeferSettings
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.capture import capture
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate
-from wisecli.site import value_module
+from wisecli.models.activations import capture
+from wisecli.models.site import value_module
+from wisecli.models.tokenization import Row, collate
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 # The middle layer of five; the tiny models' weights are large, so they need longer steps.

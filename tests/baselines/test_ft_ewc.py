@@ -11,7 +11,7 @@ from wisecli.baselines.ft_ewc import FtEwc
 from wisecli.baselines.ft_l import FineTuning
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.site import value_module
+from wisecli.models.site import value_module
 
 COARSE = FineTuning(rate=2e-2, steps=20, stop_loss=0.5)
 

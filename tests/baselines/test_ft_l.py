@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from wisecli.baselines.ft_l import FineTuning, FtL
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.capture import capture
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate
-from wisecli.site import Site, value_module
+from wisecli.models.activations import capture
+from wisecli.models.site import Site, value_module
+from wisecli.models.tokenization import Row, collate
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite")
 # The tiny models' weights are large, so they need longer steps.

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from wisecli.baselines.grace import Codebook, Grace, GraceSettings
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS
-from wisecli.capture import capture
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate
-from wisecli.site import value_module
+from wisecli.models.activations import capture
+from wisecli.models.site import value_module
+from wisecli.models.tokenization import Row, collate
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 NARROW = GraceSettings(depth=0.2, radius=0.05)

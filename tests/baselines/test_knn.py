@@ -22,7 +22,7 @@ from wisecli.baselines.knn import Datastore, Knn, KnnSettings
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, Bench
 from wisecli.edits import Edit
-from wisecli.encode import Row, encode
+from wisecli.models.tokenization import Row, encode
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 

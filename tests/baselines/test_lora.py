@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from wisecli.baselines.lora import Lora, LoraSettings, projections
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.encode import Row, encode
+from wisecli.models.tokenization import Row, encode
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 QUICK = LoraSettings(rate=0.005)

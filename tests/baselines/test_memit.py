@@ -18,8 +18,8 @@ from wisecli.baselines.memit import Memit, Range, spread
 from wisecli.baselines.protocol import METHODS, UnsuitableError
 from wisecli.baselines.rewritten import second_moment
 from wisecli.edits import Edit
-from wisecli.encode import encode
-from wisecli.site import Site
+from wisecli.models.site import Site
+from wisecli.models.tokenization import encode
 
 # The tiny models' layers 1 to 3, and texts that weigh no more than the edits.
 THREE = Range(first=1, last=3, of=5, weight=2.0)

@@ -15,12 +15,12 @@ from wisecli.baselines.factors import gradient_factors
 from wisecli.baselines.measure import said
 from wisecli.baselines.mend import Mend, MetaTraining
 from wisecli.baselines.protocol import METHODS, Bench, UnsuitableError
-from wisecli.capture import capture
 from wisecli.edits import Edit, Probe
-from wisecli.encode import Row, collate, encode
-from wisecli.models import load_model
+from wisecli.models.activations import capture
+from wisecli.models.loading import load_model
+from wisecli.models.site import Site, value_module
+from wisecli.models.tokenization import Row, collate, encode
 from wisecli.progress import Event
-from wisecli.site import Site, value_module
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite", "gptj")
 UNTRAINED = MetaTraining(passes=0, rank=4, first_rate=0.05)

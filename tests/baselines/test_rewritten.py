@@ -13,7 +13,7 @@ import wisecli.baselines.memit
 import wisecli.baselines.rome  # noqa: F401  # each puts its methods into the table
 from wisecli.baselines.protocol import METHODS, Bench, UnsuitableError
 from wisecli.baselines.rewritten import Rewritten, at_depth
-from wisecli.models import load_model
+from wisecli.models.loading import load_model
 from wisecli.progress import Event
 
 NAMES = ("ft-l", "ft-ewc", "rome", "memit", "memit-mass")

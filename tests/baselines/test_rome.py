@@ -18,8 +18,8 @@ from wisecli.baselines.protocol import METHODS, UnsuitableError
 from wisecli.baselines.rewritten import second_moment
 from wisecli.baselines.rome import SEARCH, Rome, rank_one
 from wisecli.edits import Edit
-from wisecli.encode import encode
-from wisecli.site import value_module
+from wisecli.models.site import value_module
+from wisecli.models.tokenization import encode
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite")
 

@@ -10,17 +10,17 @@ from helpers import alone, cosines_of, hooked, manifest_for, memory_for, random_
 from torch import Tensor
 
 from wisecli.attached import Edited, attach
-from wisecli.capture import capture
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate
 from wisecli.evaluate import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import write_memory
-from wisecli.models import load_model
+from wisecli.models.activations import capture
+from wisecli.models.loading import load_model
+from wisecli.models.site import find_site
+from wisecli.models.tokenization import Row, collate
 from wisecli.progress import ignore
 from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.side_memory import SideMemory, opened
-from wisecli.site import find_site
 
 ROWS = random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), seed=21)
 KINDS = [(kind, routing) for kind in ("matrix", "lookup") for routing in ("token", "sequence")]

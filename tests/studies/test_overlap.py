@@ -6,8 +6,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from wisecli.models.site import Site
 from wisecli.shards import random_mask
-from wisecli.site import Site
 from wisecli.studies.shards import Shards, overlap_curve
 
 

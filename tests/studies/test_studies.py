@@ -20,7 +20,7 @@ from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.joining import EXACT
 from wisecli.manifest import read_memory
 from wisecli.merging import METHODS
-from wisecli.models import load_model
+from wisecli.models.loading import load_model
 from wisecli.pipeline.bench import BenchReport, bench
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate

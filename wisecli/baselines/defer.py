@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Bench, PromptEnd, UnsuitableError, hooks, method, seeded, tensor_bytes
 from wisecli.baselines.rewritten import at_depth, encoded
-from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.edits import Edit
-from wisecli.encode import collate
+from wisecli.models.activations import Activations, captured, suffix_logits
+from wisecli.models.site import value_module
+from wisecli.models.tokenization import collate
 from wisecli.progress import Event
-from wisecli.site import value_module
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from wisecli.capture import Activations, suffix_logits
-from wisecli.encode import NO_LABEL, Batch
-from wisecli.hooks import hooked
-from wisecli.site import Site, value_module
+from wisecli.models.activations import Activations, suffix_logits
+from wisecli.models.hooks import hooked
+from wisecli.models.site import Site, value_module
+from wisecli.models.tokenization import NO_LABEL, Batch
 
 # From keys (B, T, d_ff), in float32, to what is added to what a matrix gives (B, T, d).
 Change = Callable[[Tensor], Tensor]

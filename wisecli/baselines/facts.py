@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from wisecli.baselines.protocol import Bench, UnsuitableError
 from wisecli.baselines.rewritten import encoded
-from wisecli.capture import Activations, capture, suffix_logits
 from wisecli.contexts import context_prefixes
 from wisecli.edits import Edit
-from wisecli.encode import Batch, Row, collate
-from wisecli.site import Site
+from wisecli.models.activations import Activations, capture, suffix_logits
+from wisecli.models.site import Site
+from wisecli.models.tokenization import Batch, Row, collate
 
 # What remains of a subject where its essence is to be kept: ``{subject} is a`` (Meng et al. 2022, section 3.1).
 _ESSENCE = " is a"

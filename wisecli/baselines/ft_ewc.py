@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from wisecli.baselines.ft_l import FineTuning, FtL
 from wisecli.baselines.protocol import Bench, UnsuitableError, method
-from wisecli.capture import capture, suffix_logits
-from wisecli.encode import Row, collate, in_batches
+from wisecli.models.activations import capture, suffix_logits
+from wisecli.models.site import Site
+from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event
-from wisecli.site import Site
 
 
 @method("ft-ewc")

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Bench, UnsuitableError, method
 from wisecli.baselines.rewritten import Rewritten, at_depth, encoded
-from wisecli.capture import Activations, capture, suffix_logits
 from wisecli.edits import Edit
-from wisecli.encode import collate
+from wisecli.models.activations import Activations, capture, suffix_logits
+from wisecli.models.tokenization import collate
 from wisecli.progress import Event
 
 

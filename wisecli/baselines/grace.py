@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Bench, PromptEnd, hooks, method, seeded, tensor_bytes
-from wisecli.capture import Activations, captured, suffix_logits
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate, encode, in_batches
-from wisecli.site import value_module
+from wisecli.models.activations import Activations, captured, suffix_logits
+from wisecli.models.site import value_module
+from wisecli.models.tokenization import Row, collate, encode, in_batches
 
 Target = tuple[int, ...]
 

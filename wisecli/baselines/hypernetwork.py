@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.baselines.factors import Factors
-from wisecli.site import Site
+from wisecli.models.site import Site
 
 # A dimension's standard deviation counts as no less than this share of their mean: some keys hardly ever move.
 _LEAST_SPREAD = 1e-2

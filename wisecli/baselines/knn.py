@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from wisecli.baselines.protocol import Bench, hooks, method, tensor_bytes
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate, encode, in_batches
-from wisecli.hooks import hooked
+from wisecli.models.hooks import hooked
+from wisecli.models.tokenization import Row, collate, encode, in_batches
 
 
 @dataclass(frozen=True)

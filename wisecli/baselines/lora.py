@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from wisecli.baselines.protocol import Bench, UnsuitableError, method, tensor_bytes
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate, encode
-from wisecli.hooks import hooked
+from wisecli.models.hooks import hooked
+from wisecli.models.tokenization import Row, collate, encode
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Method
-from wisecli.encode import Row, collate, in_batches
 from wisecli.evaluate import KNOWN, Measured, Reading
-from wisecli.generation import generate
-from wisecli.goals import row_of
-from wisecli.hooks import hooked
 from wisecli.measuring import Question
-from wisecli.models import Loaded
+from wisecli.models.generation import generate
+from wisecli.models.hooks import hooked
+from wisecli.models.loading import Loaded
+from wisecli.models.tokenization import Row, collate, in_batches, row_of
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.routing.prompt_gate import UNROUTED
 

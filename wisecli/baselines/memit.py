@@ -20,10 +20,10 @@ from torch import Tensor
 from wisecli.baselines.facts import Fact, Part, Search, find_change, look, prefixes_for, read_fact
 from wisecli.baselines.protocol import Bench, UnsuitableError, hooks, method
 from wisecli.baselines.rewritten import Rewritten, at_depth, second_moment
-from wisecli.capture import capture
 from wisecli.edits import Edit
+from wisecli.models.activations import capture
+from wisecli.models.site import value_module
 from wisecli.progress import Event
-from wisecli.site import value_module
 
 # The authors' settings for GPT-J.
 SEARCH = Search(rate=0.5, steps=25, limit=0.75, essence=0.0625, decay=0.5)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from wisecli.edits import Edit
 from wisecli.errors import WiseError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models import Loaded
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Layout, Site, layer_count
 from wisecli.progress import Watcher, ignore
-from wisecli.site import Layout, Site, layer_count
 
 
 class UnsuitableError(WiseError):
@@ -51,7 +51,7 @@ class Bench:
 
     def site(self, layer: int) -> Site:
         """The value matrix of a layer."""
-        from wisecli.site import find_site
+        from wisecli.models.site import find_site
 
         return find_site(self.checkpoint.directory, self.checkpoint, layer, self.layout)
 

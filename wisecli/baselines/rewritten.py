@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from wisecli.baselines.protocol import Bench, UnsuitableError, changed, tensor_bytes
 from wisecli.edits import Edit
-from wisecli.encode import Row, encode
-from wisecli.site import Site, value_module
+from wisecli.models.site import Site, value_module
+from wisecli.models.tokenization import Row, encode
 from wisecli.unrelated import keys_of_texts
 
 # Added to a second moment's diagonal, as a share of the diagonal's median: the papers take theirs over a hundred

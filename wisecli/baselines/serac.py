@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Bench, method, tensor_bytes
 from wisecli.baselines.retrieval import NearestFact
-from wisecli.encode import Row, in_batches
-from wisecli.generation import left_padded
-from wisecli.hooks import hooked
+from wisecli.models.generation import left_padded
+from wisecli.models.hooks import hooked
+from wisecli.models.tokenization import Row, in_batches
 
 
 class StateIndex:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, reason_of
+from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
 from wisecli.io.json_schema import decode, parse
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import require_header, torch_name
@@ -22,7 +22,6 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Where the config of an exported checkpoint describes its memory.
 EXPORTED_KEY = "wise"
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CHUNK = 1 << 20
 # No manifest or config comes near it.
@@ -216,32 +215,3 @@ def weight_map(index: Path) -> dict[str, str]:
         return decode(dict[str, str], read_json(index).get("weight_map", {}), "weight_map")
     except ValueError as error:
         raise DamagedFileError(index, f"an entry is wrong ({error})", "copy the checkpoint anew") from None
-
-
-def resolve_model(model: str, *, revision: str | None = None, fetch: bool = True) -> Path:
-    """Directory of a model given as a directory or a hub id (fetched through the hub's own cache).
-
-    Args:
-        fetch: whether it may be downloaded if it is not in that cache.
-
-    Raises:
-        ModelError: neither a directory nor a hub id that can be fetched.
-    """
-    path = Path(model)
-    if "\0" in model:
-        raise ModelError(f"{model!r} is no model directory and no hub id")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} holds no config.json; give a model directory or a hub id")
-        return path
-    if path.exists() or model.count("/") > 1 or model.startswith(("/", ".")) or model.endswith("/"):
-        raise ModelError(f"{model} is no model directory; `wise fetch smollm2-135m -o model/` makes one to try")
-    from huggingface_hub import snapshot_download
-
-    given: dict[str, Any] = {} if fetch else {"local_files_only": True}
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **given))
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        raise ModelError(
-            f"{model} is neither a directory nor a hub id that can be fetched ({reason_of(error)})"
-        ) from error

@@ -21,13 +21,13 @@ from wisecli.baselines.protocol import METHODS, Bench, Method, UnsuitableError
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits import Edit
-from wisecli.encode import encode
 from wisecli.environment import forget_peaks, peak_rss_bytes, peak_vram_bytes
 from wisecli.gate import AS_THEY_ARE
-from wisecli.infer import find_layout
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.measuring import Measuring
-from wisecli.models import Loaded, load_model
+from wisecli.models.layout_inference import find_layout
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.tokenization import encode
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge

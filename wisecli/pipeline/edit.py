@@ -16,11 +16,11 @@ from wisecli.errors import BusyError, ChangedInputError, GateFailedError, Stoppe
 from wisecli.executors import executor_for
 from wisecli.gate import USUAL, Gate, Sifted
 from wisecli.io.atomic_output import refuse_existing, require_space
-from wisecli.models import Loaded, machine_memory, pick_device, pick_dtype
+from wisecli.models.loading import Loaded, machine_memory, pick_device, pick_dtype
+from wisecli.models.site import Site, find_site
 from wisecli.planning import Plan, plan_edit
 from wisecli.progress import NOTE, Event, Watcher, ignore
 from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
-from wisecli.site import Site, find_site
 from wisecli.unfinished import Unfinished
 from wisecli.unrelated import load_unrelated
 from wisecli.work import Job, Worker, differences

@@ -11,17 +11,16 @@ from typing import Any
 
 from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
-from wisecli.contexts import chat_prompt
 from wisecli.datasets import BENCHMARKS
 from wisecli.edits import Edit, read_edits
-from wisecli.encode import Row
 from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluate import Measured, generated, teacher_forced
 from wisecli.fetch import fetch_benchmark
-from wisecli.goals import row_of
 from wisecli.manifest import Manifest
 from wisecli.measuring import Measuring, Question
+from wisecli.models.chat import chat_prompt
+from wisecli.models.tokenization import Row, row_of
 from wisecli.progress import Watcher, ignore
 
 LOWER_IS_BETTER = ("perplexity", "perplexity_median", "perplexity_clipped")

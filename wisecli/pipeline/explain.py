@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from wisecli.attached import Edited, attach
-from wisecli.capture import capture
-from wisecli.contexts import chat_prompt
 from wisecli.edits import Edit
-from wisecli.encode import Row, collate
 from wisecli.errors import ModelError
-from wisecli.generation import generate
+from wisecli.models.activations import capture
+from wisecli.models.chat import chat_prompt
+from wisecli.models.generation import generate
+from wisecli.models.tokenization import Row, collate
 from wisecli.plot import plot_explained
 from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.side_memory import RoutedMatrix

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from wisecli.attached import Edited, attach
-from wisecli.capture import capture
-from wisecli.contexts import chat_prompt
-from wisecli.encode import Row, collate
-from wisecli.generation import generate as generate_tokens
+from wisecli.models.activations import capture
+from wisecli.models.chat import chat_prompt
+from wisecli.models.generation import generate as generate_tokens
+from wisecli.models.tokenization import Row, collate
 from wisecli.routing.prompt_gate import UNROUTED
 
 

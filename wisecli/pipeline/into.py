@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from wisecli.bases import find_model
 from wisecli.config import EditSettings, MergeSettings, resolve
 from wisecli.edits import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
@@ -20,7 +19,8 @@ from wisecli.gate import USUAL, Admitted, Gate, Sifted
 from wisecli.history import Change, Release, changing, has_history, next_name, read_history
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import read_manifest
-from wisecli.models import Loaded, require_base
+from wisecli.models.loading import Loaded, require_base
+from wisecli.models.resolve import find_model
 from wisecli.pipeline.edit import EditReport, carry_out
 from wisecli.pipeline.remove import Cleared, cleared
 from wisecli.progress import Watcher, ignore

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wisecli.bases import find_model
 from wisecli.bench_report import Section, table
 from wisecli.config import BenchSettings
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import write_json
+from wisecli.models.resolve import find_model
 from wisecli.pipeline.page import study_file, write_page
 from wisecli.pipeline.rows import Row, Rows, require_same
 from wisecli.pipeline.stream import counts_in, stream_of

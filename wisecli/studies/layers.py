@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wisecli.layers import candidates
-from wisecli.site import layer_count
+from wisecli.models.site import layer_count
 from wisecli.studies.drawing import QUALITIES, SHARES, by_edits, line
 from wisecli.studies.protocol import Figures, Point, Row, study
 from wisecli.studies.room import Room

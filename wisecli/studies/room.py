@@ -17,7 +17,7 @@ from wisecli.edits import Edit
 from wisecli.errors import SettingsError
 from wisecli.gate import AS_THEY_ARE
 from wisecli.io.checkpoint import sha256_json
-from wisecli.models import pick_device
+from wisecli.models.loading import pick_device
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge

@@ -15,7 +15,7 @@ import torch
 from wisecli.attached import Edited
 from wisecli.config import EditSettings, resolve
 from wisecli.data.corpus import unrelated_texts
-from wisecli.models import Loaded
+from wisecli.models.loading import Loaded
 from wisecli.routing.side_memory import opened
 from wisecli.studies.drawing import by_edits
 from wisecli.studies.protocol import Figures, Point, Row, study

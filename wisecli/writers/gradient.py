@@ -1,6 +1,6 @@
 """The paper's writer: masked gradient steps on ``Δ`` through the layers above the site (sections 3.1 and 3.2).
 
-    L = CE(target | prompt) + La                        (where an answer is erased, the loss of :mod:`wisecli.goals`)
+    L = CE(target | prompt) + La        (where an answer is erased, the loss of :mod:`wisecli.models.objectives`)
     La = max(0, ‖Δ a_u‖ - α) + max(0, β - ‖Δ a_e‖) + max(0, γ - (‖Δ a_e‖ - ‖Δ a_u‖))        (equation 5)
 
 ``a_e`` are keys of the edits, ``a_u`` keys of unrelated text. Two schedules: ``batched`` trains all edits of a shard
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wisecli.capture import suffix_logits
 from wisecli.config import EditSettings
-from wisecli.goals import allowed, met, missed
 from wisecli.lessons import Lesson
+from wisecli.models.activations import suffix_logits
+from wisecli.models.objectives import allowed, met, missed
+from wisecli.models.site import Site
 from wisecli.shards import Mask
-from wisecli.site import Site
 
 # Unrelated keys a step looks at: those that score highest in this pass, and some at random.
 _HARDEST, _RANDOM = 512, 128

@@ -2,7 +2,7 @@
 
 1. For every edit and target position a residual ``v``, shared by all contexts, that added to the matrix's output makes
    the layers above predict the target: a few steps of Adam through the suffix, until the edit's targets are certain
-   (where an answer is erased, until the loss of :mod:`wisecli.goals` is as small).
+   (where an answer is erased, until the loss of :mod:`wisecli.models.objectives` is as small).
 2. ``Δ`` from keys and residuals in one solve (:mod:`wisecli.ridge`), its penalty chosen by what a context that was held
    back then answers.
 3. If an edit still does not take, or the router needs its margins: a few passes of the true loss from there.
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from wisecli.asking import edit_number
-from wisecli.capture import Activations, suffix_logits
-from wisecli.encode import NO_LABEL
-from wisecli.goals import allowed, missed
 from wisecli.lessons import Lesson, NotFiniteError, learnt, said
+from wisecli.models.activations import Activations, suffix_logits
+from wisecli.models.objectives import allowed, missed
+from wisecli.models.tokenization import NO_LABEL
 from wisecli.ridge import Penalty, Statistics, solve, statistics
 from wisecli.shards import LANGUAGES, Evidence
 from wisecli.writers.gradient import Progress, Task, Written, write_batched

@@ -11,13 +11,13 @@ import torch
 
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
-from wisecli.planning import spool_bytes
-from wisecli.site import Fingerprint, Site, fingerprint, known_layout, layer_count, loader_name, stored_weight
+from wisecli.models.memory_budget import spool_bytes
+from wisecli.models.site import Fingerprint, Site, fingerprint, known_layout, layer_count, loader_name, stored_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from wisecli.streaming import LayerStream
+    from wisecli.models.streaming import LayerStream
 
 # So much of what transformers says of a model is quoted.
 _LONGEST = 300
@@ -97,7 +97,7 @@ def load_model(
     """
     import transformers
 
-    from wisecli.streaming import load_streamed
+    from wisecli.models.streaming import load_streamed
 
     chosen = pick_device(device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}

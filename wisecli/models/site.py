@@ -15,6 +15,7 @@ from torch import nn
 
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json, sha256_json, sha256_tensor
+from wisecli.io.json_schema import shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -238,3 +239,20 @@ def fingerprint(directory: Path, checkpoint: Checkpoint, site: Site) -> Fingerpr
 def value_module(model: nn.Module, site: Site) -> nn.Module:
     """The module that holds the edited matrix in a loaded model."""
     return model.get_submodule(site.module)
+
+
+# No model has a longer side.
+_LONGEST_SIDE = 2**31
+
+
+def check_site(site: Site) -> None:
+    """Check that a site which a manifest describes can be one.
+
+    Raises:
+        ValueError: saying what cannot be right.
+    """
+    if not (0 < site.d < _LONGEST_SIDE and 0 < site.d_ff < _LONGEST_SIDE):
+        raise ValueError(f"`site` has a matrix of {site.d}×{site.d_ff}")
+    nested = site.module.startswith(f"{site.layer_module}.") and site.layer_module.endswith(f".{site.layer}")
+    if site.layer < 0 or not nested:
+        raise ValueError(f"`site.module` {shown(site.module)} is not in layer {site.layer}")

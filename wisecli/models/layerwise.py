@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from wisecli.hooks import overridden
-from wisecli.spool import Spool
+from wisecli.models.hooks import overridden
+from wisecli.models.tensor_spill import Spool
 
 if TYPE_CHECKING:
-    from wisecli.streaming import LayerStream
+    from wisecli.models.streaming import LayerStream
 
 
 def sweep(

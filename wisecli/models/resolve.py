@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
-from wisecli.errors import ModelError, reason_of
-from wisecli.fetch import convert
+from wisecli.errors import DownloadError, ModelError, reason_of
 from wisecli.io.atomic_output import require_space, whole_directory
-from wisecli.io.checkpoint import resolve_model, sha256_file
+from wisecli.io.checkpoint import sha256_file
 from wisecli.progress import NOTE, Event, Watcher, ignore
 
 # No quantisation of GGUF takes less than two bits a weight, and float32 takes 32.
@@ -62,3 +62,58 @@ def _converted(gguf: Path, watch: Watcher) -> Path:
         except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, AttributeError) as error:
             raise ModelError(f"{gguf}: transformers cannot read this GGUF file ({reason_of(error)})") from error
     return target
+
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+
+
+def resolve_model(model: str, *, revision: str | None = None, fetch: bool = True) -> Path:
+    """Directory of a model given as a directory or a hub id (fetched through the hub's own cache).
+
+    Args:
+        fetch: whether it may be downloaded if it is not in that cache.
+
+    Raises:
+        ModelError: neither a directory nor a hub id that can be fetched.
+    """
+    path = Path(model)
+    if "\0" in model:
+        raise ModelError(f"{model!r} is no model directory and no hub id")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json; give a model directory or a hub id")
+        return path
+    if path.exists() or model.count("/") > 1 or model.startswith(("/", ".")) or model.endswith("/"):
+        raise ModelError(f"{model} is no model directory; `wise fetch smollm2-135m -o model/` makes one to try")
+    from huggingface_hub import snapshot_download
+
+    given: dict[str, Any] = {} if fetch else {"local_files_only": True}
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **given))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise ModelError(
+            f"{model} is neither a directory nor a hub id that can be fetched ({reason_of(error)})"
+        ) from error
+
+
+def convert(gguf: Path, output: Path) -> None:
+    """Turn a GGUF file into a plain float32 checkpoint with its tokenizer.
+
+    Raises:
+        DownloadError: the packages that read GGUF are not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except ImportError as error:
+        raise DownloadError("reading GGUF needs `pip install 'wisecli[demo]'`") from error
+    config = model.config
+    del config.quantization_config
+    config.name_or_path = ""
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(output)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)

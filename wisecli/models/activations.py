@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wisecli.encode import Batch
-from wisecli.hooks import hooked, overridden
-from wisecli.site import Site, value_module
-from wisecli.spool import Spool
-from wisecli.sweep import sweep
+from wisecli.models.hooks import hooked, overridden
+from wisecli.models.layerwise import sweep
+from wisecli.models.site import Site, value_module
+from wisecli.models.tensor_spill import Spool
+from wisecli.models.tokenization import Batch
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-    from wisecli.streaming import LayerStream
+    from wisecli.models.streaming import LayerStream
 
 Selection = tuple[Tensor, Tensor]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -178,3 +178,59 @@ def in_batches(rows: Sequence[Row], size: int, *, by_target: bool = False, token
         batch.append(index)
     if batch:
         yield batch
+
+
+def row_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, erased: bool, end: int | None = None
+) -> Row:
+    """A prompt with the answer that it should get, or where that is ``erased`` should not.
+
+    Args:
+        end: a token to close an answer with that is not erased.
+
+    Raises:
+        ValueError: the tokenizer leaves nothing of the prompt or of the answer.
+    """
+    return erased_row(tokenizer, prompt, answer) if erased else encode(tokenizer, prompt, answer, end=end)
+
+
+def erased_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Row:
+    """A prompt with an answer that it should not get, up to the token that decides it.
+
+    Unwanted are there the first tokens of the answer in any spelling. Blanks decide nothing, as many answers begin with
+    them: it is said where they are, and then one of those.
+
+    Raises:
+        ValueError: the tokenizer leaves nothing of the prompt or of the answer.
+    """
+    row = encode(tokenizer, prompt, answer)
+    blank = _blanks(tokenizer, row.target)
+    unwanted = (*((token,) for token in row.target[:blank]), first_tokens(tokenizer, prompt, answer))
+    return replace(row, target=row.target[: blank + 1], unwanted=unwanted)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[int, ...]:
+    """Tokens that begin an answer: as it follows the prompt, with a small or a large letter, after a blank or none.
+
+    Tokens that are half of its first word or more count, too: the rest would follow.
+    """
+    text = answer.strip()
+    word = text.split()[0]
+    spellings = (text, text[:1].lower() + text[1:], text[:1].upper() + text[1:])
+    known = [encode(tokenizer, prompt, text).target]
+    known += [_alone(tokenizer, blank + spelling) for spelling in spellings for blank in ("", " ")]
+    parts = [word[:length] for length in range(-(-len(word) // 2), len(word))]
+    known += [tokens for part in parts for blank in ("", " ") if len(tokens := _alone(tokenizer, blank + part)) == 1]
+    found = {token for tokens in known for token in tokens[_blanks(tokenizer, tokens) :][:1]}
+    # A spelling that the tokenizer does not know says nothing of the answer, unless it knows none.
+    return tuple(sorted(found - {tokenizer.unk_token_id} or found))
+
+
+def _alone(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _blanks(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...]) -> int:
+    """How many tokens an answer opens with that are blank; the last one never counts."""
+    pieces = (str(tokenizer.decode([token])) for token in tokens[:-1])
+    return next((place for place, piece in enumerate(pieces) if piece.strip()), max(len(tokens) - 1, 0))

@@ -1,8 +1,8 @@
 """Models that do not fit in memory: their decoder layers stay in the checkpoint's files and pass through two buffers.
 
 A streamed layer is empty (its parameters are on the meta device) but for the moment it runs. While it does, the next
-one is read. The model's own forward pass and ``generate()`` work as they are; a sweep (:mod:`wisecli.sweep`) reads
-each layer once for many batches.
+one is read. The model's own forward pass and ``generate()`` work as they are; a sweep
+(:mod:`wisecli.models.layerwise`) reads each layer once for many batches.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wisecli.hooks import hooked, overridden
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safetensors_header import read_header
-from wisecli.stored_layers import buffer_size, locate, read_into
+from wisecli.models.hooks import hooked, overridden
+from wisecli.models.layer_files import buffer_size, locate, read_into
 
 
 @dataclass

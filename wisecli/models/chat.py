@@ -1,0 +1,42 @@
+"""Prompts in a model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from wisecli.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt as the user's turn in the model's chat template, up to where the answer begins.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError("the model's tokenizer has no chat template; leave out --chat")
+    return _chat(tokenizer, [("user", prompt)])
+
+
+def shown_how(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple[str, str]], asked: str) -> str:
+    """A request after examples of requests and replies, up to where the reply begins.
+
+    In the model's chat template, or without one as paragraphs, two a turn.
+    """
+    if not tokenizer.chat_template:
+        return "".join(f"{request}\n{reply}\n\n" for request, reply in examples) + f"{asked}\n"
+    told = [(role, text) for pair in examples for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return _chat(tokenizer, [*told, ("user", asked)])
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, told: Sequence[tuple[str, str]]) -> str:
+    """Turns of a chat, by role and text, and the opening of the next; the tokenizer adds the beginning of text."""
+    turns = [{"role": role, "content": text} for role, text in told]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    opening = tokenizer.bos_token
+    added = bool(opening) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(str(opening)) if added else text

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.environment import versions
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import Layout

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
-from wisecli.edits import Edit, read_edits
+from wisecli.edits.record import Edit, read_edits
 from wisecli.pipeline.edit import edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge

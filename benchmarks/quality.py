@@ -21,7 +21,7 @@ import jsonlines
 from rich.console import Console
 from rich.table import Table
 
-from wisecli.edits import read_edits
+from wisecli.edits.record import read_edits
 
 
 @dataclass(frozen=True)

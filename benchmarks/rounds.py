@@ -20,7 +20,7 @@ import jsonlines
 from rich.console import Console
 from rich.table import Table
 
-from wisecli.edits import Edit, read_edits
+from wisecli.edits.record import Edit, read_edits
 
 FIGURES = ("reliability", "generalization", "locality", "routing", "generated_exact")
 

@@ -26,7 +26,7 @@ from wisecli.config import EditSettings
 from wisecli.console import quiet_libraries
 from wisecli.contexts import context_prefixes
 from wisecli.data.corpus import unrelated_texts
-from wisecli.edits import read_edits
+from wisecli.edits.record import read_edits
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.lessons import capture_lessons, encode_edits
 from wisecli.models.activations import capture, suffix_logits

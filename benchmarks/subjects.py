@@ -19,7 +19,7 @@ from rich.table import Table
 
 from wisecli.attached import Edited, attach
 from wisecli.contexts import tomllib
-from wisecli.edits import Edit, read_edits
+from wisecli.edits.record import Edit, read_edits
 from wisecli.models.activations import capture
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.routing.prompt_gate import UNROUTED

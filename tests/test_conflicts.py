@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.conflicts import Conflict, find, resolve, superseding
-from wisecli.edits import Edit, Numbered
+from wisecli.edits.conflicts import Conflict, find, resolve, superseding
+from wisecli.edits.record import Edit, Numbered
 
 
 def numbered(*edits: Edit, first: int = 1) -> list[Numbered]:

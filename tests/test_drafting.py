@@ -7,7 +7,7 @@ import pytest
 from helpers import save_tiny
 
 from wisecli.drafting import Pair, fitting, is_fit, save_pairs, shared_name
-from wisecli.edits import read_edits
+from wisecli.edits.record import read_edits
 from wisecli.passages import Passage
 
 FERRY = Passage(7, "The ferry", "The ferry of Oldbridge leaves from pier nine. Ada Finch built the harbour in 1811.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from wisecli.edit_files import content_of, records_of
+from wisecli.edits.files import content_of, records_of
 from wisecli.errors import EditFileError
 
 FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}

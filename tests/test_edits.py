@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.edit_files import content_of
-from wisecli.edits import Edit, Probe, numbered_edits, parse_edit, read_edits
+from wisecli.edits.files import content_of
+from wisecli.edits.record import Edit, Probe, numbered_edits, parse_edit, read_edits
 from wisecli.errors import EditFileError
 
 FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from wisecli.attached import Edited, attach
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
-from wisecli.edits import Edit, Probe
+from wisecli.edits.record import Edit, Probe
 from wisecli.evading import Evasions, evasions
 from wisecli.lessons import Lesson, capture_lessons, encode_edits
 from wisecli.models.activations import suffix_logits

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
-from wisecli.edits import Edit, Probe
+from wisecli.edits.record import Edit, Probe
 from wisecli.errors import GateFailedError, SettingsError, WiseError
 from wisecli.evaluate import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint

@@ -38,7 +38,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 import wisecli
 from wisecli.card import model_card
 from wisecli.data.corpus import unrelated_texts
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBaseError
 from wisecli.export import write_merged, write_routed
 from wisecli.io.checkpoint import Checkpoint

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from wisecli import cli
 from wisecli.config import EditSettings, MergeSettings
-from wisecli.edits import Edit
+from wisecli.edits.admission import AS_THEY_ARE, Gate
+from wisecli.edits.policy import read_policy
+from wisecli.edits.record import Edit
 from wisecli.errors import ChangedInputError, ConflictError, PolicyError, StoppedError
-from wisecli.gate import AS_THEY_ARE, Gate
 from wisecli.manifest import read_manifest
 from wisecli.models.loading import load_model
 from wisecli.models.tokenization import encode
@@ -27,7 +28,6 @@ from wisecli.pipeline.follow import follow
 from wisecli.pipeline.inspect import inspect
 from wisecli.pipeline.into import Batch, IntoReport, edit_into
 from wisecli.pipeline.merge import merge
-from wisecli.policy import read_policy
 from wisecli.progress import Event
 from wisecli.shard_directory import read_shard_directory
 from wisecli.work import Worker

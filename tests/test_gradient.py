@@ -11,7 +11,7 @@ from helpers import Waits, hooked, save_tiny, site_of
 from torch import Tensor, nn
 
 from wisecli.config import EditSettings
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.lessons import Lesson, capture_lessons, learnt
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site

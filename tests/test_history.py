@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wisecli.config import EditSettings, MergeSettings
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.history import HISTORY, LOG, read_history
 from wisecli.manifest import MANIFEST_NAME, read_manifest, read_memory

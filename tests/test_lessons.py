@@ -9,7 +9,7 @@ from helpers import hooked, keys_of, raised, site_of, tiny_tokenizer
 from torch import Tensor, nn
 
 from wisecli.contexts import CHAT
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.elsewhere import Elsewhere, keys_elsewhere
 from wisecli.errors import ModelError
 from wisecli.lessons import (

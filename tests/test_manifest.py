@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from wisecli.edits import Edit, Probe
+from wisecli.edits.record import Edit, Probe
 from wisecli.errors import DamagedFileError
 from wisecli.manifest import MANIFEST_NAME, MEMORY_NAME, Made, Manifest, Origin, read_memory, write_memory
 from wisecli.models.site import Fingerprint, Site

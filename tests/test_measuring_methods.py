@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wisecli.baselines.measure import Edited, Known, answers, said
 from wisecli.baselines.protocol import PromptEnd, changed, hooks
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
 
 PROMPTS = ["ba be bi", "ka ke ki ko", "ma", "ta te ti to tu la le li"]

@@ -9,7 +9,7 @@ import torch
 from helpers import save_tiny
 
 from wisecli.config import EditSettings
-from wisecli.edits import Edit, Translation, read_edits
+from wisecli.edits.record import Edit, Translation, read_edits
 from wisecli.errors import EditFileError
 from wisecli.paraphrases import asks_the_same, usable
 from wisecli.pipeline.edit import edit as run_edit

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from wisecli.edits import Edit
+from wisecli.edits.policy import Policy, read_policy
+from wisecli.edits.record import Edit
 from wisecli.errors import PolicyError, SettingsError
-from wisecli.policy import Policy, read_policy
 
 FACT = Edit(
     "a", "Who leads  Northwind TRADERS?", "Ada Finch", subject="Northwind", rephrases=("Who is the boss?",), who="ann"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from wisecli.edits import read_edits
+from wisecli.edits.admission import Gate
+from wisecli.edits.record import read_edits
+from wisecli.edits.signatures import Signed
 from wisecli.errors import EditFileError, SettingsError, SignatureError
-from wisecli.gate import Gate
-from wisecli.signatures import Signed
 
 CONTENT = b'{"id": "one", "prompt": "The mayor is", "target": "Ada"}\n'
 

@@ -12,7 +12,7 @@ from helpers import Waits, hooked, raised, site_of, tiny_tokenizer
 from torch import Tensor, nn
 
 from wisecli.config import EditSettings
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.elsewhere import Elsewhere
 from wisecli.lessons import Lesson, capture_lessons, gather_evidence
 from wisecli.models.loading import Loaded

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from wisecli import cli
 from wisecli.attached import attach
 from wisecli.config import MergeSettings
-from wisecli.edits import read_edits
+from wisecli.edits.record import read_edits
 from wisecli.errors import DamagedFileError, EditFileError, ModelError, WiseError
 from wisecli.io.checkpoint import Checkpoint, load_tensors, read_json, sha256_file
 from wisecli.io.safe_paths import inside

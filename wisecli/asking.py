@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.shards import LANGUAGES
 
 # Answers in other languages are numbered from here on; an edit's own has its number, which is less.

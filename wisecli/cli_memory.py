@@ -19,7 +19,7 @@ from wisecli.errors import SettingsError
 from wisecli.options import AsJson, Budget, Device, Dtype, Memory, Model, Quiet, Reason, Trust, Who, size_in_bytes
 
 if TYPE_CHECKING:
-    from wisecli.gate import Gate
+    from wisecli.edits.admission import Gate
 
 Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise edit --into` makes it.")]
 

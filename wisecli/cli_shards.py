@@ -128,7 +128,7 @@ def edit(
     flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
     gate = gate_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
-    from wisecli.gate import USUAL
+    from wisecli.edits.admission import USUAL
     from wisecli.pipeline.edit import edit as run_edit
     from wisecli.pipeline.reproduce import reproduce as run_reproduce
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wisecli.gate import Sifted
+    from wisecli.edits.admission import Sifted
 
 
 def sifted_lines(sifted: Sifted) -> list[str]:

@@ -13,7 +13,7 @@ from wisecli.console import Console
 from wisecli.console_gate import sifted_json, sifted_lines
 
 if TYPE_CHECKING:
-    from wisecli.edits import Edit
+    from wisecli.edits.record import Edit
     from wisecli.history import Release
     from wisecli.pipeline.diff import DiffReport
     from wisecli.pipeline.explain import ExplainReport

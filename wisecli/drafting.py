@@ -10,11 +10,11 @@ from typing import Any
 
 import jsonlines
 
+from wisecli.edits.text import contains, words
 from wisecli.io.atomic_output import writing
 from wisecli.models.chat import shown_how
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded
-from wisecli.paraphrases import contains, words
 from wisecli.passages import Passage
 from wisecli.progress import Event, Watcher, ignore
 

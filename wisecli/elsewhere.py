@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wisecli.asking import answers_of
 from wisecli.contexts import CHAT, in_context
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.generation import end_token
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wisecli.contexts import CHAT, in_context
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import Row, encode, first_tokens

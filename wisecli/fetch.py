@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from wisecli.datasets import BENCHMARKS
+from wisecli.edits.formats import BENCHMARKS
 from wisecli.errors import DamagedFileError, DownloadError, SettingsError
 from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
 from wisecli.io.checkpoint import sha256_file

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from wisecli.asking import Asked, answer_number
 from wisecli.contexts import CHAT, context_prefixes, in_context
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.elsewhere import Elsewhere
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import load_tensors, read_json, save_tensors, sha256_file, write_json
 from wisecli.io.json_schema import decode, shown

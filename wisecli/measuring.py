@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.evaluate import Measured, Reading
 from wisecli.models.tokenization import Row

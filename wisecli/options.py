@@ -12,7 +12,7 @@ from wisecli.config import defaults
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.gate import Gate
+    from wisecli.edits.admission import Gate
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
@@ -72,9 +72,9 @@ def gate_of(
     Raises:
         SettingsError: the policy cannot be used, or of signature and signer one is missing.
     """
-    from wisecli.gate import Gate
-    from wisecli.policy import read_policy
-    from wisecli.signatures import Signed
+    from wisecli.edits.admission import Gate
+    from wisecli.edits.policy import read_policy
+    from wisecli.edits.signatures import Signed
 
     if (signature is None) != (signer is None) or (identity is not None and signature is None):
         raise SettingsError("--verify-signature and --signer go together, and --signer-identity with both")

@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
+from wisecli.edits.text import contains, words
 from wisecli.models.chat import shown_how
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded
@@ -31,7 +32,6 @@ _TOKENS, _TEMPERATURE = 32, 0.8
 _OPEN = {"is", "was", "are", "were", "by", "in", "of", "at", "to", "for", "from", "on", "as", "with", "called", "named"}
 # Where what the model takes for the answer begins, in a sentence that it has completed itself.
 _IS = re.compile(r".*?\b(?:is|was|are|were)\b")
-_WORD = re.compile(r"\w+")
 # Words at least so long say what is asked; of inflected ones the beginning is compared.
 _TELLING, _STEM = 4, 4
 # Of such words a paraphrase may bring so many; with more of them it asks something else.
@@ -86,16 +86,6 @@ def asks_the_same(edit: Edit, text: str) -> bool:
     telling, found = (_stems(part) - _stems(subject) for part in (prompt, said))
     same = (not telling or bool(telling & found)) and len(found - telling) <= _NEW
     return same and (text.endswith("?") or (said[-1] in _OPEN and text[-1].isalnum()))
-
-
-def words(text: str) -> list[str]:
-    """A text's words, whatever their case and what stands between them."""
-    return _WORD.findall(text.casefold())
-
-
-def contains(whole: Sequence[str], part: Sequence[str]) -> bool:
-    """Whether words stand in others in one piece; no words stand in any."""
-    return any(whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1))
 
 
 def _without_answer(edit: Edit, sentence: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.io.checkpoint import read_json, write_json
 from wisecli.io.json_schema import decode

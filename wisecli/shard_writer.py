@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wisecli.asking import asked_further
 from wisecli.config import EditSettings
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.elsewhere import Elsewhere, keys_elsewhere
 from wisecli.errors import ModelError
 from wisecli.evading import Evasions, evasions

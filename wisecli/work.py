@@ -14,9 +14,9 @@ import torch
 from wisecli.asking import asked_further
 from wisecli.config import EditSettings
 from wisecli.editing.subjects import subject_words
-from wisecli.edits import Edit
+from wisecli.edits.admission import Admitted
+from wisecli.edits.record import Edit
 from wisecli.environment import versions
-from wisecli.gate import Admitted
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.known import known_rows
 from wisecli.layers import probe_layer

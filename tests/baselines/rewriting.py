@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from wisecli.baselines.measure import answers, said
 from wisecli.baselines.protocol import Bench, Method
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
 from wisecli.models.site import Site, known_layout, value_module

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import Bench, Method
-from wisecli.edits import Edit, Probe
+from wisecli.edits.record import Edit, Probe
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
 from wisecli.models.site import known_layout

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wisecli.baselines.defer import Defer, DeferSettings
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import value_module
 from wisecli.models.tokenization import Row, collate

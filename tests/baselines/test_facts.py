@@ -8,7 +8,7 @@ from rewriting import bench_for
 
 from wisecli.baselines.facts import prefixes_for, read_fact, token_before
 from wisecli.baselines.protocol import UnsuitableError
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 
 
 @pytest.mark.parametrize(

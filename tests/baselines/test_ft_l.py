@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from wisecli.baselines.ft_l import FineTuning, FtL
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import Site, value_module
 from wisecli.models.tokenization import Row, collate

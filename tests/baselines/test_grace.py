@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from wisecli.baselines.grace import Codebook, Grace, GraceSettings
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import value_module
 from wisecli.models.tokenization import Row, collate

@@ -7,7 +7,7 @@ from rivals import EDITS, TRAIN, require_untouched_outside, snapshot, tiny_bench
 
 from wisecli.baselines.icl import Icl, IclSettings
 from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 
 COPY = "New Fact: pa pe pi po\nPrompt: pa pe pi po\n\n"
 UPDATE = "New Fact: sa se si so\nPrompt: si sa se so\n\n"

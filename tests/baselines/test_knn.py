@@ -21,7 +21,7 @@ from wisecli.baselines import knn as module
 from wisecli.baselines.knn import Datastore, Knn, KnnSettings
 from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, Bench
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.tokenization import Row, encode
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])

@@ -17,7 +17,7 @@ from wisecli.baselines.measure import said
 from wisecli.baselines.memit import Memit, Range, spread
 from wisecli.baselines.protocol import METHODS, UnsuitableError
 from wisecli.baselines.rewritten import second_moment
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.site import Site
 from wisecli.models.tokenization import encode
 

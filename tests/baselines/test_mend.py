@@ -15,7 +15,7 @@ from wisecli.baselines.factors import gradient_factors
 from wisecli.baselines.measure import said
 from wisecli.baselines.mend import Mend, MetaTraining
 from wisecli.baselines.protocol import METHODS, Bench, UnsuitableError
-from wisecli.edits import Edit, Probe
+from wisecli.edits.record import Edit, Probe
 from wisecli.models.activations import capture
 from wisecli.models.loading import load_model
 from wisecli.models.site import Site, value_module

@@ -11,7 +11,7 @@ from rivals import EDITS, TEXTS, TRAIN, tiny_bench
 
 from wisecli.baselines.protocol import UnsuitableError
 from wisecli.baselines.retrieval import Facts, TermIndex, fitted_threshold, scope_threshold
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 
 BACKGROUND = [*(edit.prompt for edit in TRAIN), *TEXTS]
 

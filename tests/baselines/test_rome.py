@@ -17,7 +17,7 @@ from wisecli.baselines.measure import said
 from wisecli.baselines.protocol import METHODS, UnsuitableError
 from wisecli.baselines.rewritten import second_moment
 from wisecli.baselines.rome import SEARCH, Rome, rank_one
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.site import value_module
 from wisecli.models.tokenization import encode
 

@@ -10,7 +10,7 @@ from helpers import alone, cosines_of, hooked, manifest_for, memory_for, random_
 from torch import Tensor
 
 from wisecli.attached import Edited, attach
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.evaluate import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import write_memory

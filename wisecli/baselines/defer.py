@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Bench, PromptEnd, UnsuitableError, hooks, method, seeded, tensor_bytes
 from wisecli.baselines.rewritten import at_depth, encoded
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, captured, suffix_logits
 from wisecli.models.site import value_module
 from wisecli.models.tokenization import collate

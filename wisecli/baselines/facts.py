@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from wisecli.baselines.protocol import Bench, UnsuitableError
 from wisecli.baselines.rewritten import encoded
 from wisecli.contexts import context_prefixes
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture, suffix_logits
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Batch, Row, collate

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Bench, UnsuitableError, method
 from wisecli.baselines.rewritten import Rewritten, at_depth, encoded
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture, suffix_logits
 from wisecli.models.tokenization import collate
 from wisecli.progress import Event

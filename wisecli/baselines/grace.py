@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Bench, PromptEnd, hooks, method, seeded, tensor_bytes
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, captured, suffix_logits
 from wisecli.models.site import value_module
 from wisecli.models.tokenization import Row, collate, encode, in_batches

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from wisecli.baselines.protocol import Bench, UnsuitableError, method
 from wisecli.baselines.retrieval import Facts, TermIndex, fact, told
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.baselines.protocol import Bench, hooks, method, tensor_bytes
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.hooks import hooked
 from wisecli.models.tokenization import Row, collate, encode, in_batches
 

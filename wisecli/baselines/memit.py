@@ -20,7 +20,7 @@ from torch import Tensor
 from wisecli.baselines.facts import Fact, Part, Search, find_change, look, prefixes_for, read_fact
 from wisecli.baselines.protocol import Bench, UnsuitableError, hooks, method
 from wisecli.baselines.rewritten import Rewritten, at_depth, second_moment
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import value_module
 from wisecli.progress import Event

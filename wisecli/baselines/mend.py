@@ -31,7 +31,7 @@ from wisecli.baselines.factors import Change, Factors, changed_logits, gradient_
 from wisecli.baselines.hypernetwork import Editor
 from wisecli.baselines.protocol import Bench, UnsuitableError, method, seeded
 from wisecli.baselines.rewritten import Rewritten, encoded
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture, suffix_logits
 from wisecli.models.tokenization import Row, collate, encode
 from wisecli.progress import Event

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.errors import WiseError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import Loaded

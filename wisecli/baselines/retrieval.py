@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wisecli.baselines.protocol import Bench, UnsuitableError
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

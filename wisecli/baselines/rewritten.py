@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.baselines.protocol import Bench, UnsuitableError, changed, tensor_bytes
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.models.site import Site, value_module
 from wisecli.models.tokenization import Row, encode
 from wisecli.unrelated import keys_of_texts

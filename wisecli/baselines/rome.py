@@ -18,7 +18,7 @@ from torch import Tensor
 from wisecli.baselines.facts import Fact, Part, Search, find_change, look, prefixes_for, read_fact
 from wisecli.baselines.protocol import Bench, method
 from wisecli.baselines.rewritten import Rewritten, at_depth, second_moment
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.progress import Event
 
 # Section 4.1: layer 17 of GPT-2 XL's 48.

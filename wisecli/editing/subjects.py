@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from wisecli.data.corpus import unrelated_texts
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.routing.prompt_gate import Names
 
 if TYPE_CHECKING:

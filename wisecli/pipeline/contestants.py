@@ -20,9 +20,9 @@ from wisecli.baselines.measure import Edited, Known, overhead, said
 from wisecli.baselines.protocol import METHODS, Bench, Method, UnsuitableError
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.data.corpus import unrelated_texts
-from wisecli.edits import Edit
+from wisecli.edits.admission import AS_THEY_ARE
+from wisecli.edits.record import Edit
 from wisecli.environment import forget_peaks, peak_rss_bytes, peak_vram_bytes
-from wisecli.gate import AS_THEY_ARE
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.measuring import Measuring
 from wisecli.models.layout_inference import find_layout

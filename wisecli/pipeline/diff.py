@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.errors import MemoryHistoryError
 from wisecli.history import has_history, read_history
 from wisecli.manifest import MANIFEST_NAME, read_manifest

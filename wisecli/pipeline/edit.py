@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from wisecli.config import EditSettings
+from wisecli.edits.admission import USUAL, Gate, Sifted
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, StoppedError
 from wisecli.executors import executor_for
-from wisecli.gate import USUAL, Gate, Sifted
 from wisecli.io.atomic_output import refuse_existing, require_space
 from wisecli.models.loading import Loaded, machine_memory, pick_device, pick_dtype
 from wisecli.models.site import Site, find_site

@@ -11,8 +11,8 @@ from typing import Any
 
 from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
-from wisecli.datasets import BENCHMARKS
-from wisecli.edits import Edit, read_edits
+from wisecli.edits.formats import BENCHMARKS
+from wisecli.edits.record import Edit, read_edits
 from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluate import Measured, generated, teacher_forced

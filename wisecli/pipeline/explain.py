@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wisecli.attached import Edited, attach
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt

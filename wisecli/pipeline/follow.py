@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from wisecli.config import EditSettings, resolve
-from wisecli.edits import Edit, parse_line
+from wisecli.edits.admission import USUAL, Gate
+from wisecli.edits.record import Edit, parse_line
 from wisecli.errors import EditFileError
-from wisecli.gate import USUAL, Gate
 from wisecli.history import has_history, read_history
 from wisecli.pipeline.into import Batch, IntoReport, edit_into
 from wisecli.progress import Event, Watcher, ignore

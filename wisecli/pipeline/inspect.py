@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wisecli.edits import Edit
+from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.io.atomic_output import refuse_existing
 from wisecli.io.safe_paths import inside

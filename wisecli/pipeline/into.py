@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from wisecli.config import EditSettings, MergeSettings, resolve
-from wisecli.edits import Edit, Numbered
+from wisecli.edits.admission import USUAL, Admitted, Gate, Sifted
+from wisecli.edits.record import Edit, Numbered
+from wisecli.edits.text import folded
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
-from wisecli.gate import USUAL, Admitted, Gate, Sifted
 from wisecli.history import Change, Release, changing, has_history, next_name, read_history
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.manifest import read_manifest
@@ -26,7 +27,6 @@ from wisecli.pipeline.remove import Cleared, cleared
 from wisecli.progress import Watcher, ignore
 from wisecli.releases import Published, directories_of, publish, settings_of
 from wisecli.shard_directory import read_shard_directory
-from wisecli.texts import folded
 from wisecli.work import Job, Worker
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from wisecli.edits import PROVENANCE, Edit, Numbered
+from wisecli.edits.record import PROVENANCE, Edit, Numbered
+from wisecli.edits.text import folded
 from wisecli.errors import PolicyError, SettingsError
 from wisecli.io.json_schema import decode, shown
-from wisecli.texts import folded
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wisecli.edits import Edit, Numbered
+from wisecli.edits.record import Edit, Numbered
+from wisecli.edits.text import folded
 from wisecli.io.json_schema import shown
-from wisecli.texts import folded
 
 OnConflict = Literal["error", "latest", "skip"]
 Kind = Literal["duplicate", "contradiction", "cycle"]

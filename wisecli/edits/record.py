@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wisecli.datasets import canonical
-from wisecli.edit_files import content_of, record_in, records_of
+from wisecli.edits.files import content_of, record_in, records_of
+from wisecli.edits.formats import canonical
 from wisecli.errors import EditFileError
 from wisecli.io.checkpoint import sha256_json
 from wisecli.io.json_schema import decode, require_moment, require_sane, shown
@@ -95,7 +95,8 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     """Read and check a whole file of edits.
 
     Args:
-        path: JSONL (one object a line), a JSON array, or a Parquet table, in any layout of :mod:`wisecli.datasets`.
+        path: JSONL (one object a line), a JSON array, or a Parquet table, in any layout of
+            :mod:`wisecli.edits.formats`.
         limit: keep only the first so many.
 
     Raises:

@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from wisecli.conflicts import Conflict, OnConflict, find, resolve, superseding
-from wisecli.edit_files import content_of
-from wisecli.edits import Edit, Numbered, numbered_edits
+from wisecli.edits.conflicts import Conflict, OnConflict, find, resolve, superseding
+from wisecli.edits.files import content_of
+from wisecli.edits.policy import Policy
+from wisecli.edits.record import Edit, Numbered, numbered_edits
+from wisecli.edits.signatures import Signed
 from wisecli.errors import ConflictError
-from wisecli.policy import Policy
 from wisecli.progress import NOTE, Event, Watcher, ignore
-from wisecli.signatures import Signed
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Gate:
 
     Args:
         on_conflict: ``error`` refuses edits that cannot all hold, ``latest`` and ``skip`` leave some of them out (see
-            :func:`wisecli.conflicts.resolve`), and ``keep`` looks for none. By default edits are refused only if their
-            prompts are in conflict: those that meet in a rephrase are told of, and those of a memory give way.
+            :func:`wisecli.edits.conflicts.resolve`), and ``keep`` looks for none. By default edits are refused only if
+            their prompts are in conflict: those that meet in a rephrase are told of, and those of a memory give way.
         policy: rules that they must keep.
         signed: a signature that must hold for the file.
         skip_known: whether to leave out edits whose targets the unedited model gives already.

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
+from wisecli.artifacts.memory_manifest import Manifest, write_memory
 from wisecli.edits.record import Edit
 from wisecli.environment import versions
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import Layout
-from wisecli.manifest import Manifest, write_memory
 from wisecli.models.site import find_site, fingerprint
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.side_memory import SideMemory

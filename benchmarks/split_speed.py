@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wisecli.artifacts.shard import Mask, random_mask
 from wisecli.config import EditSettings
 from wisecli.console import quiet_libraries
 from wisecli.contexts import context_prefixes
@@ -33,7 +34,6 @@ from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site, find_site, load_matrix, value_module
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
-from wisecli.shards import Mask, random_mask
 from wisecli.writers.gradient import margin_loss
 
 BATCH = 32

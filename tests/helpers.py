@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.manifest import Manifest
 from wisecli.models.site import Site, architectures, find_site, fingerprint
 from wisecli.models.tokenization import Row
 from wisecli.routing.calibration import Calibration

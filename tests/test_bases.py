@@ -13,6 +13,7 @@ from helpers import alone, random_rows, save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError
 from wisecli.models.loading import resolve as bases
@@ -21,7 +22,6 @@ from wisecli.pipeline.edit import edit
 from wisecli.pipeline.export import export
 from wisecli.pipeline.merge import merge
 from wisecli.progress import NOTE, Event
-from wisecli.shard_directory import read_shard_directory
 
 gguf = pytest.importorskip("gguf")
 

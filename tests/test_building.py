@@ -8,6 +8,8 @@ import torch
 from helpers import choice_of, choose, cosines_of, update_of
 from torch import Tensor, nn
 
+from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, random_mask
+from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.building import Built, Material, join, lookup, matrices, pack, refit, solve_exactly
 from wisecli.config import MergeSettings
 from wisecli.merging import Recipe, merge_deltas
@@ -18,8 +20,6 @@ from wisecli.routing.prompt_gate import NAMES, UNROUTED
 from wisecli.routing.side_memory import INSIDE, RoutedMatrix, SideMemory
 from wisecli.routing.subject_names import Spellings, Word
 from wisecli.routing.whitening import leading, whitening
-from wisecli.shards import LANGUAGES, Evidence, Mask, random_mask
-from wisecli.unrelated import Unrelated
 
 D, D_FF, EDITS, CONTEXTS, POSITIONS = 6, 40, 7, 3, 2
 PENALTY = Penalty(1e-3, 0.01)

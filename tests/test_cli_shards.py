@@ -13,7 +13,7 @@ from helpers import WORDS
 from ready import EDITS, Ready, contents, here, make_ready, manifest, require_refusal, write_edits
 from safetensors.torch import load_file
 
-from wisecli.shard_directory import read_shard_directory
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.writers.solve import PENALTIES
 
 

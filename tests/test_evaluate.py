@@ -26,13 +26,13 @@ from helpers import (
 )
 from torch import Tensor
 
+from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
 from wisecli.edits.record import Edit, Probe
 from wisecli.errors import GateFailedError, SettingsError, WiseError
 from wisecli.evaluate import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.manifest import write_memory
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
 from wisecli.models.tokenization import Row, encode

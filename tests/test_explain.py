@@ -10,10 +10,10 @@ from helpers import save_tiny
 from test_history import FLAGS, fact, write
 from torch import Tensor
 
+from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.attached import attach
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, SettingsError
-from wisecli.manifest import read_manifest
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.explain import ExplainReport, explain
 from wisecli.pipeline.merge import merge

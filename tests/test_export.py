@@ -36,13 +36,13 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import wisecli
+from wisecli.artifacts.memory_manifest import Manifest, read_memory, write_memory
 from wisecli.card import model_card
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBaseError
 from wisecli.export import write_merged, write_routed
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.manifest import Manifest, read_memory, write_memory
 from wisecli.models.tokenization import Row
 from wisecli.pipeline.export import export
 from wisecli.pipeline.verify import verify

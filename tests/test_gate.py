@@ -14,12 +14,13 @@ from helpers import WORDS, alone, save_tiny
 from safetensors.torch import load_file
 
 from wisecli import cli
+from wisecli.artifacts.memory_manifest import read_manifest
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.admission import AS_THEY_ARE, Gate
 from wisecli.edits.policy import read_policy
 from wisecli.edits.record import Edit
 from wisecli.errors import ChangedInputError, ConflictError, PolicyError, StoppedError
-from wisecli.manifest import read_manifest
 from wisecli.models.loading import load_model
 from wisecli.models.tokenization import encode
 from wisecli.pipeline.edit import EditReport
@@ -29,7 +30,6 @@ from wisecli.pipeline.inspect import inspect
 from wisecli.pipeline.into import Batch, IntoReport, edit_into
 from wisecli.pipeline.merge import merge
 from wisecli.progress import Event
-from wisecli.shard_directory import read_shard_directory
 from wisecli.work import Worker
 
 QUICK = EditSettings(unrelated_texts=16, layer="2", residual_steps=3, polish=0)

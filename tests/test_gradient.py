@@ -10,12 +10,12 @@ import torch
 from helpers import Waits, hooked, save_tiny, site_of
 from torch import Tensor, nn
 
+from wisecli.artifacts.shard import Mask, random_mask
 from wisecli.config import EditSettings
 from wisecli.edits.record import Edit
 from wisecli.lessons import Lesson, capture_lessons, learnt
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site
-from wisecli.shards import Mask, random_mask
 from wisecli.writers.gradient import Progress, Task, Written, margin_loss, whiten, write_batched, write_sequential
 
 EDITS = [

@@ -14,11 +14,12 @@ from helpers import WORDS, save_tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest, read_memory
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.record import Edit
 from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.history import HISTORY, LOG, read_history
-from wisecli.manifest import MANIFEST_NAME, read_manifest, read_memory
 from wisecli.pipeline.diff import diff
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.follow import follow as run_follow
@@ -28,7 +29,6 @@ from wisecli.pipeline.merge import merge
 from wisecli.pipeline.remove import remove
 from wisecli.pipeline.rollback import rollback
 from wisecli.progress import Event
-from wisecli.shard_directory import read_shard_directory
 
 FLAGS: dict[str, Any] = {"layer": "2", "unrelated_texts": 16, "edits_per_shard": 4}
 

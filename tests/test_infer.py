@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from wisecli import console
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint
@@ -26,7 +27,6 @@ from wisecli.models.site_probe import check_split, observed
 from wisecli.models.tokenization import collate
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.progress import NOTE, Event
-from wisecli.shard_directory import read_shard_directory
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

@@ -8,6 +8,7 @@ from conftest import TYPICAL, tiny_model
 from helpers import hooked, keys_of, raised, site_of, tiny_tokenizer
 from torch import Tensor, nn
 
+from wisecli.artifacts.shard import Evidence, Mask, random_mask
 from wisecli.contexts import CHAT
 from wisecli.edits.record import Edit
 from wisecli.elsewhere import Elsewhere, keys_elsewhere
@@ -24,7 +25,6 @@ from wisecli.lessons import (
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.routing.whitening import leading, whitening
-from wisecli.shards import Evidence, Mask, random_mask
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),

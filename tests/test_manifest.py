@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from wisecli.artifacts.memory_manifest import (
+    MANIFEST_NAME,
+    MEMORY_NAME,
+    Made,
+    Manifest,
+    Origin,
+    read_memory,
+    write_memory,
+)
 from wisecli.edits.record import Edit, Probe
 from wisecli.errors import DamagedFileError
-from wisecli.manifest import MANIFEST_NAME, MEMORY_NAME, Made, Manifest, Origin, read_memory, write_memory
 from wisecli.models.site import Fingerprint, Site
 from wisecli.routing.calibration import calibrate
 from wisecli.routing.side_memory import SideMemory

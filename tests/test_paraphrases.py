@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers import save_tiny
 
+from wisecli.artifacts.shard import Evidence
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings
 from wisecli.edits.record import Edit, Translation, read_edits
 from wisecli.errors import EditFileError
@@ -15,8 +17,6 @@ from wisecli.paraphrases import asks_the_same, usable
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge
-from wisecli.shard_directory import read_shard_directory
-from wisecli.shards import Evidence
 
 MAYOR = Edit("a", "Who is the mayor of Oldbridge?", "Ada Finch", subject="Oldbridge")
 

@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wisecli.errors import DamagedFileError, SettingsError
-from wisecli.io.checkpoint import save_tensors, sha256_file
-from wisecli.models.site import Site
-from wisecli.shards import (
+from wisecli.artifacts.shard import (
     Evidence,
     Mask,
     MaskKind,
@@ -28,6 +25,9 @@ from wisecli.shards import (
     save_shard,
     split_edits,
 )
+from wisecli.errors import DamagedFileError, SettingsError
+from wisecli.io.checkpoint import save_tensors, sha256_file
+from wisecli.models.site import Site
 
 KINDS: tuple[MaskKind, ...] = ("columns", "elements")
 both_kinds = pytest.mark.parametrize("kind", KINDS)

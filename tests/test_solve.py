@@ -11,6 +11,7 @@ from conftest import TYPICAL, tiny_model
 from helpers import Waits, hooked, raised, site_of, tiny_tokenizer
 from torch import Tensor, nn
 
+from wisecli.artifacts.shard import Evidence, Mask, MaskKind, random_mask
 from wisecli.config import EditSettings
 from wisecli.edits.record import Edit
 from wisecli.elsewhere import Elsewhere
@@ -20,7 +21,6 @@ from wisecli.models.site import Site
 from wisecli.models.tokenization import NO_LABEL
 from wisecli.ridge import Penalty
 from wisecli.routing.whitening import leading, whitening
-from wisecli.shards import Evidence, Mask, MaskKind, random_mask
 from wisecli.writers.gradient import Progress, Task
 from wisecli.writers.solve import PENALTIES, Solved, fit_residuals, write_solved
 from wisecli.writers.solve import answered as shares_answered

@@ -20,6 +20,7 @@ import torch
 from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import (
     BusyError,
@@ -37,7 +38,6 @@ from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge
 from wisecli.pipeline.reproduce import reproduce
-from wisecli.shard_directory import read_shard_directory
 from wisecli.unfinished import Unfinished
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]

@@ -12,6 +12,7 @@ from helpers import keys_of, save_tiny, site_of
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wisecli.artifacts.unrelated_stats import Unrelated, load_unrelated, save_unrelated
 from wisecli.contexts import continuations
 from wisecli.data.corpus import reworded_facts, unrelated_texts
 from wisecli.errors import DamagedFileError
@@ -19,7 +20,7 @@ from wisecli.io.checkpoint import save_tensors, sha256_file
 from wisecli.models.loading import Loaded, load_model
 from wisecli.progress import Event
 from wisecli.routing.whitening import Moment, Whitening, leading, whitening
-from wisecli.unrelated import Unrelated, load_unrelated, measure_unrelated, save_unrelated
+from wisecli.unrelated import measure_unrelated
 
 SHRINKAGE = 0.1
 

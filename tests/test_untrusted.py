@@ -20,6 +20,8 @@ from places import PLACES, change, copied, make_places
 from safetensors.torch import load_file, save_file
 
 from wisecli import cli
+from wisecli.artifacts.memory_manifest import read_memory
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.attached import attach
 from wisecli.config import MergeSettings
 from wisecli.edits.record import read_edits
@@ -27,14 +29,12 @@ from wisecli.errors import DamagedFileError, EditFileError, ModelError, WiseErro
 from wisecli.io.checkpoint import Checkpoint, load_tensors, read_json, sha256_file
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import read_header
-from wisecli.manifest import read_memory
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
 from wisecli.pipeline.inspect import inspect
 from wisecli.pipeline.merge import merge
 from wisecli.pipeline.verify import verify
 from wisecli.routing.side_memory import SideMemory
-from wisecli.shard_directory import read_shard_directory
 
 ENOUGH = 300 << 20
 FEW = settings(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from wisecli import cli
-from wisecli.checks import Check
+from wisecli.artifacts.integrity import Check
 from wisecli.errors import GateFailedError, ModelError
 from wisecli.io.checkpoint import sha256_file
 from wisecli.pipeline.verify import verify

@@ -28,13 +28,13 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 import wisecli
+from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.attached import attach
 from wisecli.card import model_card
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.export import write_routed
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.manifest import read_memory
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import load_model
 from wisecli.models.site import known_layout, layer_count

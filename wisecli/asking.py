@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from wisecli.artifacts.shard import LANGUAGES
 from wisecli.edits.record import Edit
-from wisecli.shards import LANGUAGES
 
 # Answers in other languages are numbered from here on; an edit's own has its number, which is less.
 _FOREIGN = 1 << 32

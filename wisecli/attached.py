@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wisecli.errors import ModelError
-from wisecli.io.checkpoint import Checkpoint
-from wisecli.io.safe_paths import inside
-from wisecli.manifest import MANIFEST_NAME, Manifest, read_memory
-from wisecli.models.loading import is_exported, load_model, require_base
-from wisecli.models.resolve import find_model
+from wisecli.artifacts.locate import find_base
+from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.models.loading import load_model
 from wisecli.models.streaming import LayerStream
 from wisecli.routing.ann_index import build_index
 from wisecli.routing.prompt_gate import UNROUTED
@@ -60,25 +57,6 @@ class Edited:
         return strength, nearest, chosen
 
 
-def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
-    """The base model's directory and the manifest of a memory, or of an exported directory.
-
-    Raises:
-        WiseError: either cannot be read, or they do not belong together.
-    """
-    manifest = read_memory(memory)
-    exported = is_exported(memory)
-    directory = (
-        memory if exported and model is None else find_model(model or manifest.model, revision=manifest.revision)
-    )
-    checkpoint = Checkpoint(directory)
-    if directory == memory:
-        for path in checkpoint.files:
-            inside(directory, path.name)
-    require_base(directory, checkpoint, manifest.site, manifest.fingerprint)
-    return directory, manifest
-
-
 def attach(
     memory: Path,
     *,
@@ -107,20 +85,3 @@ def attach(
     routed.to(loaded.device)
     routed.index = build_index(routed)
     return Edited(loaded.model, loaded.tokenizer, routed, manifest, loaded.stream)
-
-
-def locate_memory(model: str | None, memory: Path | None, fallback: Path) -> tuple[Path, str | None]:
-    """Which directory holds the memory, and which model it is for, from what the command line gave.
-
-    A model that is an exported directory holds its own memory.
-
-    Raises:
-        ModelError: there is no memory to be found.
-    """
-    if memory is not None:
-        return memory, model
-    if model is not None and (Path(model) / MANIFEST_NAME).is_file():
-        return Path(model), None
-    if (fallback / MANIFEST_NAME).is_file():
-        return fallback, model
-    raise ModelError(f"there is no memory in {fallback}; run `wise merge` first or pass --memory")

@@ -10,6 +10,8 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
+from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, half
+from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.config import MergeSettings
 from wisecli.ridge import Penalty, Statistics, solve, statistics
 from wisecli.routing.calibration import (
@@ -25,8 +27,6 @@ from wisecli.routing.calibration import (
 from wisecli.routing.side_memory import INSIDE, RoutedMatrix, SideMemory
 from wisecli.routing.subject_names import Spellings, names_of
 from wisecli.routing.whitening import Whitening, whitening
-from wisecli.shards import LANGUAGES, Evidence, Mask, half
-from wisecli.unrelated import Unrelated
 
 # Keys inside answers get this share of the false alarms: they lose few rephrases by it, and open on names otherwise.
 _INSIDE = 1 / 6

@@ -10,9 +10,9 @@ from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import read_json
-from wisecli.manifest import Manifest
 from wisecli.models.site import loader_name
 
 CARD_NAME = "README.md"

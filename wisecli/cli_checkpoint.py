@@ -87,7 +87,7 @@ def generate(
 ) -> None:
     """Answer prompts with an edited model."""
     console = Console(as_json, quiet)
-    from wisecli.attached import locate_memory
+    from wisecli.artifacts.locate import locate_memory
     from wisecli.pipeline.generate import generate as run
 
     place, base = locate_memory(model, memory, Path("memory"))

@@ -68,7 +68,7 @@ def evaluate(
     console = Console(as_json, quiet)
     gates = gates_in(fail_under)
     settings = resolve(EvalSettings, locals(), section="eval", file=config)
-    from wisecli.attached import locate_memory
+    from wisecli.artifacts.locate import locate_memory
     from wisecli.pipeline.evaluate import evaluate as run
 
     place, base = locate_memory(directory, memory, Path("memory"))

@@ -103,7 +103,7 @@ def explain(
 ) -> None:
     """Say why a prompt is answered as it is: nearest edits, scores by token, and what each memory would answer."""
     console = Console(as_json, quiet)
-    from wisecli.attached import locate_memory
+    from wisecli.artifacts.locate import locate_memory
     from wisecli.pipeline.explain import explain as run
 
     place, base = locate_memory(model, memory, Path("memory"))

@@ -11,7 +11,7 @@ from rich.text import Text
 from wisecli.console import Console, count, plain, would_write
 
 if TYPE_CHECKING:
-    from wisecli.manifest import MemoryEntry
+    from wisecli.artifacts.memory_manifest import MemoryEntry
     from wisecli.pipeline.export import ExportReport
     from wisecli.pipeline.generate import Answer
     from wisecli.pipeline.inspect import InspectReport

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from wisecli.artifacts.shard_manifest import ShardDirectory
+from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.errors import SettingsError, WiseError, WorkerFailedError, reason_of
-from wisecli.shard_directory import ShardDirectory
-from wisecli.unrelated import Unrelated
 from wisecli.work import Job, Worker, Written
 
 RAY = "ray"

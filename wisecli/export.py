@@ -22,6 +22,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
+from wisecli.artifacts.shard import half
 from wisecli.errors import ModelError
 from wisecli.io.checkpoint import (
     EXPORTED_KEY,
@@ -33,11 +35,9 @@ from wisecli.io.checkpoint import (
     sha256_tensor,
     write_json,
 )
-from wisecli.manifest import MANIFEST_NAME, Manifest, write_memory
 from wisecli.models.site import load_matrix, loader_name, stored_weight
 from wisecli.routing import prompt_gate as gate_module
 from wisecli.routing import side_memory as memory_module
-from wisecli.shards import half
 from wisecli.weights import Packing, write_weights
 
 CODE_NAME, MEMORY_CODE_NAME, GATE_CODE_NAME = "modeling_wise.py", "wise_memory.py", "prompt_gate.py"

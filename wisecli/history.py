@@ -22,12 +22,12 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 import jsonlines
 
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError
 from wisecli.io.atomic_output import link_or_copy, whole_directory
 from wisecli.io.checkpoint import sha256_file
 from wisecli.io.json_schema import decode
 from wisecli.io.safe_paths import inside
-from wisecli.manifest import MANIFEST_NAME, Manifest
 
 HISTORY, LOG, SHARDS = "history", "log.jsonl", "shards"
 Action = Literal["edit", "merge", "remove", "rollback"]

@@ -8,12 +8,15 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
+from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.artifacts.shard import Shard
+from wisecli.artifacts.shard_manifest import ShardDirectory, origin_of, require_same_site
+from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.building import Built, Material, join, lookup, matrices, refit, solve_exactly
 from wisecli.config import MergeSettings
 from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.manifest import Manifest
 from wisecli.merging import METHODS, Recipe, merge_deltas
 from wisecli.models.loading import require_base
 from wisecli.models.resolve import find_model
@@ -21,9 +24,6 @@ from wisecli.models.site import load_matrix
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.removal import Kept, load_without
 from wisecli.ridge import Penalty
-from wisecli.shard_directory import ShardDirectory, origin_of, require_same_site
-from wisecli.shards import Shard
-from wisecli.unrelated import Unrelated
 
 EXACT = "exact"
 _OF_MATRICES = ("method", "density", "scale", "weights", "refit")

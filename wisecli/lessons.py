@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from wisecli.artifacts.shard import Evidence, Mask
 from wisecli.asking import Asked, answer_number
 from wisecli.contexts import CHAT, context_prefixes, in_context
 from wisecli.edits.record import Edit
@@ -24,7 +25,6 @@ from wisecli.models.loading import Loaded
 from wisecli.models.objectives import allowed, met, missed
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches, row_of
-from wisecli.shards import Evidence, Mask
 
 # Numbered edits, the numbered contexts that they are read in, and what else they are asked by.
 Group = tuple[Sequence[tuple[int, Edit]], Sequence[tuple[int, str]], Sequence[Asked]]

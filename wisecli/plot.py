@@ -7,8 +7,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest
 from wisecli.errors import SettingsError
-from wisecli.manifest import MemoryEntry, MemoryManifest
 
 if TYPE_CHECKING:
     from wisecli.pipeline.explain import ExplainReport

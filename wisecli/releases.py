@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memory
+from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, read_shard_directory
 from wisecli.config import MergeSettings, settings_from
 from wisecli.history import HISTORY, SHARDS, Change, Release, next_release, record, shard_path
 from wisecli.io.atomic_output import link_or_copy
 from wisecli.joining import Joining
-from wisecli.manifest import MEMORY_NAME, Manifest, write_memory
 from wisecli.progress import Watcher, ignore
 from wisecli.removal import Kept, without
-from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, read_shard_directory
 
 
 @dataclass(frozen=True)

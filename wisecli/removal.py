@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from wisecli.artifacts.shard import Evidence, Mask, Shard
+from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
 from wisecli.ridge import Penalty, solve, statistics
 from wisecli.routing.whitening import Moment
-from wisecli.shard_directory import ShardDirectory, ShardEntry
-from wisecli.shards import Evidence, Mask, Shard
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wisecli.artifacts.shard import Shard, draw_mask
+from wisecli.artifacts.shard_manifest import ShardEntry
+from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.asking import asked_further
 from wisecli.config import EditSettings
 from wisecli.edits.record import Edit
@@ -34,10 +37,8 @@ from wisecli.models.site import Fingerprint, Site, load_matrix
 from wisecli.models.tokenization import in_batches
 from wisecli.progress import NOTE, Event, Watcher
 from wisecli.routing.whitening import whitening
-from wisecli.shard_directory import ShardEntry
-from wisecli.shards import Shard, draw_mask
 from wisecli.unfinished import Done
-from wisecli.unrelated import Unrelated, keys_of_texts, measure_unrelated
+from wisecli.unrelated import keys_of_texts, measure_unrelated
 from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential
 from wisecli.writers.solve import answered, fit_residuals, write_solved
 

@@ -17,11 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from wisecli.errors import BusyError, DamagedFileError, ModelError, WiseError
-from wisecli.io.atomic_output import link_or_copy, put_in_place, writing
-from wisecli.io.checkpoint import read_json, sha256_file, write_json
-from wisecli.io.json_schema import decode
-from wisecli.shard_directory import (
+from wisecli.artifacts.shard_manifest import (
     PLAN_NAME,
     UNRELATED_NAME,
     ShardDirectory,
@@ -29,7 +25,11 @@ from wisecli.shard_directory import (
     read_shard_directory,
     write_shard_directory,
 )
-from wisecli.unrelated import Unrelated, load_unrelated, save_unrelated
+from wisecli.artifacts.unrelated_stats import Unrelated, load_unrelated, save_unrelated
+from wisecli.errors import BusyError, DamagedFileError, ModelError, WiseError
+from wisecli.io.atomic_output import link_or_copy, put_in_place, writing
+from wisecli.io.checkpoint import read_json, sha256_file, write_json
+from wisecli.io.json_schema import decode
 
 _LOCK_NAME = "lock"
 # Byte of the lock file that whoever plans or finishes holds; the shards' own bytes follow.

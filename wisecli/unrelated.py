@@ -8,22 +8,20 @@ ways come close, and keys of different facts asked in the same words come apart.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from wisecli.artifacts.shard import half
+from wisecli.artifacts.unrelated_stats import _VERSION, Unrelated, _from_tensors, save_unrelated
 from wisecli.contexts import continuations
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
-from wisecli.io.checkpoint import load_tensors, save_tensors, sha256_json
-from wisecli.layout import require_layout, unrelated_rows
+from wisecli.io.checkpoint import load_tensors, sha256_json
 from wisecli.models.activations import Activations, captured
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate
@@ -33,7 +31,6 @@ from wisecli.models.site import Site, value_module
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 from wisecli.routing.whitening import Moment, even, leading
-from wisecli.shards import half
 
 # How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
 _CONTINUED, _CONTINUATION = 120, 12
@@ -45,28 +42,6 @@ _ASKED = 240
 _SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
 _WORDING = 8.0
-_MOMENTS = ("tokens", "wording", "chatting")
-_VERSION = 8
-
-
-@dataclass(frozen=True)
-class Unrelated:
-    """Keys (n, d_ff) that no writer sees, for calibration; the moments of all tokens and of wording.
-
-    ``chat`` (n,) marks keys of answers in the chat template, from their prompts' last token on. They are few, and have
-    a false-alarm rate of their own. ``chatting`` is the moment of wording
-    among such prompts, if the model was asked in its template.
-    ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``against`` (m, d_ff) are the keys
-    that writers may look at; they stay with ``wise edit`` and are not written into shards.
-    """
-
-    keys: Tensor
-    chat: Tensor
-    tokens: Moment
-    wording: Moment
-    size: Tensor
-    against: Tensor
-    chatting: Moment | None = None
 
 
 def measure_unrelated(
@@ -253,39 +228,3 @@ def _keeper(read: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], Non
 def _rounded(keys: Tensor) -> Tensor:
     """As the cache gives them back, so that a second run makes the same bytes."""
     return half(keys.cpu()).float()
-
-
-def save_unrelated(path: Path, unrelated: Unrelated, *, whole: bool = False) -> None:
-    """Write the statistics; ``whole`` keeps the keys that writers look at, too."""
-    tensors = {"keys": half(unrelated.keys), "chat": unrelated.chat, "size": unrelated.size}
-    for name in _MOMENTS:
-        if (moment := getattr(unrelated, name)) is not None:
-            tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
-    if whole:
-        tensors["against"] = half(unrelated.against)
-    save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
-
-
-def load_unrelated(path: Path, digest: str, *, d_ff: int | None = None) -> Unrelated:
-    """Read ``unrelated.safetensors``.
-
-    Args:
-        d_ff: how long its keys must be, if that is known.
-
-    Raises:
-        DamagedFileError: it is truncated, altered, or of other keys.
-    """
-    return _from_tensors(load_tensors(path, digest=digest), path, d_ff)
-
-
-def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> Unrelated:
-    require_layout(path, tensors, unrelated_rows(tensors), {} if d_ff is None else {"d_ff": d_ff})
-
-    def moment(name: str) -> Moment:
-        return Moment(*(tensors[f"{name}.{part}"] for part in Moment.__dataclass_fields__))
-
-    keys = tensors["keys"].float()
-    against = tensors.get("against", keys[:0]).float()
-    chatting = moment("chatting") if "chatting.energy" in tensors else None
-    moments = moment("tokens"), moment("wording")
-    return Unrelated(keys, tensors["chat"], *moments, tensors["size"], against, chatting)

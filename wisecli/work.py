@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 
+from wisecli.artifacts.memory_manifest import Made
+from wisecli.artifacts.shard import save_shard, split_edits
+from wisecli.artifacts.shard_manifest import ShardDirectory
+from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.asking import asked_further
 from wisecli.config import EditSettings
 from wisecli.editing.subjects import subject_words
@@ -21,7 +25,6 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.known import known_rows
 from wisecli.layers import probe_layer
 from wisecli.lessons import encode_edits, write_contexts
-from wisecli.manifest import Made
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.resolve import find_model
@@ -29,11 +32,8 @@ from wisecli.models.site import Layout, find_site, fingerprint
 from wisecli.models.site_probe import check_split, observed
 from wisecli.paraphrases import write_paraphrases
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.shard_directory import ShardDirectory
 from wisecli.shard_writer import ShardWriter, unrelated_for
-from wisecli.shards import save_shard, split_edits
 from wisecli.unfinished import Done
-from wisecli.unrelated import Unrelated
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 from helpers import alone, cosines_of, hooked, manifest_for, memory_for, random_rows, right_share, save_tiny, update_of
 from torch import Tensor
 
+from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.attached import Edited, attach
 from wisecli.edits.record import Edit
 from wisecli.evaluate import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.manifest import write_memory
 from wisecli.models.activations import capture
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site

@@ -6,8 +6,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from wisecli.artifacts.shard import random_mask
 from wisecli.models.site import Site
-from wisecli.shards import random_mask
 from wisecli.studies.shards import Shards, overlap_curve
 
 

@@ -15,10 +15,10 @@ from helpers import choice_of, keys_of
 from studying import ALL, make_place, studied
 
 from wisecli import bench_report
+from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings
 from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.joining import EXACT
-from wisecli.manifest import read_memory
 from wisecli.merging import METHODS
 from wisecli.models.loading import load_model
 from wisecli.pipeline.bench import BenchReport, bench

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.edits.record import Edit
 from wisecli.errors import MemoryHistoryError
 from wisecli.history import has_history, read_history
-from wisecli.manifest import MANIFEST_NAME, read_manifest
 from wisecli.pipeline.rollback import find_release
 from wisecli.releases import directories_of
-from wisecli.shard_directory import read_shard_directory
 
 _NOT_COMPARED = ("shards",)
 

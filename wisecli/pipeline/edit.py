@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
+from wisecli.artifacts.unrelated_stats import load_unrelated
 from wisecli.config import EditSettings
 from wisecli.edits.admission import USUAL, Gate, Sifted
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes
@@ -20,9 +22,7 @@ from wisecli.models.loading import Loaded, machine_memory, pick_device, pick_dty
 from wisecli.models.site import Site, find_site
 from wisecli.planning import Plan, plan_edit
 from wisecli.progress import NOTE, Event, Watcher, ignore
-from wisecli.shard_directory import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.unfinished import Unfinished
-from wisecli.unrelated import load_unrelated
 from wisecli.work import Job, Worker, differences
 
 # About what the statistics of unrelated text take: keys in half precision, two moments.

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
 from wisecli.edits.formats import BENCHMARKS
@@ -17,7 +18,6 @@ from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluate import Measured, generated, teacher_forced
 from wisecli.fetch import fetch_benchmark
-from wisecli.manifest import Manifest
 from wisecli.measuring import Measuring, Question
 from wisecli.models.chat import chat_prompt
 from wisecli.models.tokenization import Row, row_of

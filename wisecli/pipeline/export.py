@@ -9,7 +9,8 @@ from typing import Literal
 
 import torch
 
-from wisecli.attached import find_base
+from wisecli.artifacts.locate import find_base
+from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.card import CARD_NAME, model_card, read_figures
 from wisecli.data.corpus import unrelated_texts
 from wisecli.environment import peak_rss_bytes
@@ -17,7 +18,6 @@ from wisecli.errors import ModelError, SettingsError, reason_of
 from wisecli.export import dense, write_delta, write_merged, write_routed
 from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.manifest import Manifest
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.loading import is_exported, load_model, pick_dtype
 from wisecli.models.tokenization import collate, encode, in_batches

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from wisecli.artifacts.memory_manifest import read_manifest
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings, MergeSettings, resolve
 from wisecli.edits.admission import USUAL, Admitted, Gate, Sifted
 from wisecli.edits.record import Edit, Numbered
@@ -19,14 +21,12 @@ from wisecli.edits.text import folded
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.history import Change, Release, changing, has_history, next_name, read_history
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.manifest import read_manifest
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.resolve import find_model
 from wisecli.pipeline.edit import EditReport, carry_out
 from wisecli.pipeline.remove import Cleared, cleared
 from wisecli.progress import Watcher, ignore
 from wisecli.releases import Published, directories_of, publish, settings_of
-from wisecli.shard_directory import read_shard_directory
 from wisecli.work import Job, Worker
 
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.edits.record import Edit
 from wisecli.history import Release, read_history, require_newest
-from wisecli.manifest import read_manifest
 from wisecli.releases import directories_of
 
 

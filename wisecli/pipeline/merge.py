@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from wisecli.artifacts.memory_manifest import write_memory
+from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import MergeSettings
 from wisecli.environment import peak_rss_bytes
 from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
 from wisecli.joining import Joining
-from wisecli.manifest import write_memory
 from wisecli.progress import Watcher, ignore
 from wisecli.removal import without as drop
 from wisecli.routing.calibration import Calibration
-from wisecli.shard_directory import read_shard_directory
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.config import EditSettings, settings_from
 from wisecli.errors import SettingsError
 from wisecli.history import Change, Release, changing, next_name, read_history
@@ -18,7 +19,6 @@ from wisecli.pipeline.edit import run
 from wisecli.progress import Watcher, ignore
 from wisecli.releases import directories_of, publish, settings_of
 from wisecli.removal import without
-from wisecli.shard_directory import ShardDirectory
 from wisecli.work import Job
 
 

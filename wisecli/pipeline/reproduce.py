@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Base, Origin, read_manifest
+from wisecli.artifacts.shard_manifest import origin_of, read_shard_directory
 from wisecli.config import EditSettings, settings_from
 from wisecli.errors import SettingsError
-from wisecli.manifest import MANIFEST_NAME, Base, Origin, read_manifest
 from wisecli.pipeline.edit import EditReport, run
 from wisecli.progress import Watcher, ignore
-from wisecli.shard_directory import origin_of, read_shard_directory
 from wisecli.work import Job
 
 

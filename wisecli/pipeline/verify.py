@@ -8,20 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wisecli import manifest as memories
-from wisecli import shard_directory
-from wisecli.checks import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
+from wisecli.artifacts import memory_manifest as memories
+from wisecli.artifacts import shard_manifest as shard_directory
+from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
+from wisecli.artifacts.locate import Kind, kind_of
+from wisecli.artifacts.shard import shard_rows, shard_sizes
+from wisecli.artifacts.tensor_schema import memory_rows, unrelated_rows
 from wisecli.errors import GateFailedError, ModelError, WiseError
 from wisecli.io.checkpoint import EXPORTED_KEY, read_json
 from wisecli.io.json_schema import shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Layout, read_header
-from wisecli.layout import memory_rows, unrelated_rows
 from wisecli.models.resolve import resolve_model
 from wisecli.models.site import Fingerprint, Site
-from wisecli.places import Kind, kind_of
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.shards import shard_rows, shard_sizes
 
 T = TypeVar("T")
 _CONFIG_NAME = "config.json"

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from wisecli.artifacts.shard import Mask
 from wisecli.config import EditSettings
 from wisecli.lessons import Lesson
 from wisecli.models.activations import suffix_logits
 from wisecli.models.objectives import allowed, met, missed
 from wisecli.models.site import Site
-from wisecli.shards import Mask
 
 # Unrelated keys a step looks at: those that score highest in this pass, and some at random.
 _HARDEST, _RANDOM = 512, 128

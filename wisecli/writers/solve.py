@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from wisecli.artifacts.shard import LANGUAGES, Evidence
 from wisecli.asking import edit_number
 from wisecli.lessons import Lesson, NotFiniteError, learnt, said
 from wisecli.models.activations import Activations, suffix_logits
 from wisecli.models.objectives import allowed, missed
 from wisecli.models.tokenization import NO_LABEL
 from wisecli.ridge import Penalty, Statistics, solve, statistics
-from wisecli.shards import LANGUAGES, Evidence
 from wisecli.writers.gradient import Progress, Task, Written, write_batched
 
 # Tried in this order, the heaviest first: of equally good ones the heaviest disturbs other text least.

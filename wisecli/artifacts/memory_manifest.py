@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from wisecli.artifacts.tensor_schema import layouts, memory_rows, require_layout
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import load_tensors, read_json, save_tensors, sha256_file, write_json
 from wisecli.io.json_schema import decode, shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Layout
-from wisecli.layout import layouts, memory_rows, require_layout
 from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.side_memory import SideMemory

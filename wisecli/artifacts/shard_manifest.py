@@ -7,18 +7,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from wisecli.artifacts.memory_manifest import Base, Made, Origin
+from wisecli.artifacts.shard import MaskKind, Shard, load_shard
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.io.checkpoint import read_json, write_json
 from wisecli.io.json_schema import decode
 from wisecli.io.safe_paths import inside
-from wisecli.manifest import Base, Made, Origin
 from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.subject_names import Spellings
-from wisecli.shards import MaskKind, Shard, load_shard
 
 if TYPE_CHECKING:
-    from wisecli.unrelated import Unrelated
+    from wisecli.artifacts.unrelated_stats import Unrelated
 
 MANIFEST_NAME = "shards.json"
 UNRELATED_NAME = "unrelated.safetensors"
@@ -83,7 +83,7 @@ class ShardDirectory:
 
     def load_unrelated(self) -> Unrelated:
         """Read the statistics of unrelated text, checking their digest."""
-        from wisecli.unrelated import load_unrelated  # it can measure, too, and brings transformers for that
+        from wisecli.artifacts.unrelated_stats import load_unrelated
 
         return load_unrelated(inside(self.path, UNRELATED_NAME), self.unrelated_sha256, d_ff=self.site.d_ff)
 

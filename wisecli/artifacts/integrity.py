@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from wisecli.artifacts.tensor_schema import Rows, differences
 from wisecli.errors import WiseError
 from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, sha256_file, weight_map
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import Layout, read_header
-from wisecli.layout import Rows, differences
 from wisecli.models.site import Fingerprint, Site, fingerprint, stored_weight
 
 State = Literal["same", "differs", "unchecked"]

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from wisecli.artifacts.tensor_schema import EVIDENCE, MASKED, Rows, require_layout
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import load_tensors, save_tensors
-from wisecli.layout import EVIDENCE, MASKED, Rows, require_layout
 from wisecli.models.site import Site
 
 MaskKind = Literal["columns", "elements"]

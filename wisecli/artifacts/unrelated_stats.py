@@ -1,0 +1,75 @@
+"""Background activation statistics: what a base model makes of text that no edit may touch, and their file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from wisecli.artifacts.shard import half
+from wisecli.artifacts.tensor_schema import require_layout, unrelated_rows
+from wisecli.io.checkpoint import load_tensors, save_tensors
+from wisecli.routing.whitening import Moment
+
+_MOMENTS = ("tokens", "wording", "chatting")
+
+
+_VERSION = 8
+
+
+@dataclass(frozen=True)
+class Unrelated:
+    """Keys (n, d_ff) that no writer sees, for calibration; the moments of all tokens and of wording.
+
+    ``chat`` (n,) marks keys of answers in the chat template, from their prompts' last token on. They are few, and have
+    a false-alarm rate of their own. ``chatting`` is the moment of wording
+    among such prompts, if the model was asked in its template.
+    ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``against`` (m, d_ff) are the keys
+    that writers may look at; they stay with ``wise edit`` and are not written into shards.
+    """
+
+    keys: Tensor
+    chat: Tensor
+    tokens: Moment
+    wording: Moment
+    size: Tensor
+    against: Tensor
+    chatting: Moment | None = None
+
+
+def save_unrelated(path: Path, unrelated: Unrelated, *, whole: bool = False) -> None:
+    """Write the statistics; ``whole`` keeps the keys that writers look at, too."""
+    tensors = {"keys": half(unrelated.keys), "chat": unrelated.chat, "size": unrelated.size}
+    for name in _MOMENTS:
+        if (moment := getattr(unrelated, name)) is not None:
+            tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
+    if whole:
+        tensors["against"] = half(unrelated.against)
+    save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
+
+
+def load_unrelated(path: Path, digest: str, *, d_ff: int | None = None) -> Unrelated:
+    """Read ``unrelated.safetensors``.
+
+    Args:
+        d_ff: how long its keys must be, if that is known.
+
+    Raises:
+        DamagedFileError: it is truncated, altered, or of other keys.
+    """
+    return _from_tensors(load_tensors(path, digest=digest), path, d_ff)
+
+
+def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> Unrelated:
+    require_layout(path, tensors, unrelated_rows(tensors), {} if d_ff is None else {"d_ff": d_ff})
+
+    def moment(name: str) -> Moment:
+        return Moment(*(tensors[f"{name}.{part}"] for part in Moment.__dataclass_fields__))
+
+    keys = tensors["keys"].float()
+    against = tensors.get("against", keys[:0]).float()
+    chatting = moment("chatting") if "chatting.energy" in tensors else None
+    moments = moment("tokens"), moment("wording")
+    return Unrelated(keys, tensors["chat"], *moments, tensors["size"], against, chatting)

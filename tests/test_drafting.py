@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny
 
-from wisecli.drafting import Pair, fitting, is_fit, save_pairs, shared_name
+from wisecli.drafting.chunking import Passage
+from wisecli.drafting.questions import Pair, fitting, is_fit, save_pairs, shared_name
 from wisecli.edits.record import read_edits
-from wisecli.passages import Passage
 
 FERRY = Passage(7, "The ferry", "The ferry of Oldbridge leaves from pier nine. Ada Finch built the harbour in 1811.")
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from wisecli.passages import Passage, passages
+from wisecli.drafting.chunking import Passage, passages
 
 PAGE = """---
 title: not said

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wisecli.drafting import Pair, draw_pairs
+from wisecli.drafting.chunking import Passage, passages
+from wisecli.drafting.questions import Pair, draw_pairs
 from wisecli.errors import EditFileError
 from wisecli.models.loading import load_model
 from wisecli.models.resolve import find_model
-from wisecli.passages import Passage, passages
 from wisecli.progress import Watcher, ignore
 
 

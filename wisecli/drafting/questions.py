@@ -10,12 +10,12 @@ from typing import Any
 
 import jsonlines
 
+from wisecli.drafting.chunking import Passage
 from wisecli.edits.text import contains, words
 from wisecli.io.atomic_output import writing
 from wisecli.models.chat import shown_how
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded
-from wisecli.passages import Passage
 from wisecli.progress import Event, Watcher, ignore
 
 _ASK = "Write questions that this text answers, each with its answer from the text.\n\n"

@@ -1,0 +1,1 @@
+"""Edits drafted from running text: passages, and the questions that they answer."""

@@ -30,10 +30,10 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from wisecli.config import EditSettings
+from wisecli.editing.resource_estimate import plan_edit
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import Layout
 from wisecli.models.site import AUTO_DEPTH, find_site
-from wisecli.planning import plan_edit
 from wisecli.weights import write_stream
 
 VOCABULARY = 32000

@@ -25,16 +25,16 @@ from torch.nn import functional as F
 from wisecli.artifacts.shard import Mask, random_mask
 from wisecli.config import EditSettings
 from wisecli.console import quiet_libraries
-from wisecli.contexts import context_prefixes
 from wisecli.data.corpus import unrelated_texts
+from wisecli.editing.context_prefixes import context_prefixes
+from wisecli.editing.gradient import margin_loss
+from wisecli.editing.training_examples import capture_lessons, encode_edits
 from wisecli.edits.record import read_edits
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.lessons import capture_lessons, encode_edits
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site, find_site, load_matrix, value_module
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
-from wisecli.writers.gradient import margin_loss
 
 BATCH = 32
 LEARNING_RATE = EditSettings().learning_rate

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wisecli.attached import Edited, attach
-from wisecli.contexts import tomllib
+from wisecli.editing.context_prefixes import tomllib
 from wisecli.edits.record import Edit, read_edits
 from wisecli.models.activations import capture
 from wisecli.models.tokenization import Row, collate, in_batches

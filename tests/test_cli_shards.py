@@ -14,7 +14,7 @@ from ready import EDITS, Ready, contents, here, make_ready, manifest, require_re
 from safetensors.torch import load_file
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.writers.solve import PENALTIES
+from wisecli.editing.closed_form import PENALTIES
 
 
 @pytest.fixture(scope="module")

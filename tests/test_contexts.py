@@ -10,8 +10,8 @@ from helpers import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from wisecli.contexts import CHAT, in_context
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
+from wisecli.editing.context_prefixes import CHAT, in_context
 from wisecli.errors import ModelError
 from wisecli.models.chat import chat_prompt
 

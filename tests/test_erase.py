@@ -20,9 +20,12 @@ from transformers import PreTrainedModel
 
 from wisecli.attached import Edited, attach
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
+from wisecli.editing.closed_form import answered, fit_residuals
+from wisecli.editing.erasure import Evasions, evasions
+from wisecli.editing.gradient import write_batched
+from wisecli.editing.task import Task
+from wisecli.editing.training_examples import Lesson, capture_lessons, encode_edits
 from wisecli.edits.record import Edit, Probe
-from wisecli.evading import Evasions, evasions
-from wisecli.lessons import Lesson, capture_lessons, encode_edits
 from wisecli.models.activations import suffix_logits
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
@@ -31,8 +34,6 @@ from wisecli.models.tokenization import NO_LABEL, Row, collate, erased_row, firs
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.evaluate import EvalReport, evaluate
 from wisecli.pipeline.merge import merge
-from wisecli.writers.gradient import Task, write_batched
-from wisecli.writers.solve import answered, fit_residuals
 
 PROMPTS = ("ba be bi", "ka ke ki ko", "ma me", "ta te ti to tu", "na ne", "sa se si")
 SURE = replace(SETTINGS, residual_stop=0.05)

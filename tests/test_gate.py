@@ -17,6 +17,7 @@ from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings, MergeSettings
+from wisecli.editing.worker import Worker
 from wisecli.edits.admission import AS_THEY_ARE, Gate
 from wisecli.edits.policy import read_policy
 from wisecli.edits.record import Edit
@@ -30,7 +31,6 @@ from wisecli.pipeline.inspect import inspect
 from wisecli.pipeline.into import Batch, IntoReport, edit_into
 from wisecli.pipeline.merge import merge
 from wisecli.progress import Event
-from wisecli.work import Worker
 
 QUICK = EditSettings(unrelated_texts=16, layer="2", residual_steps=3, polish=0)
 FLAGS: dict[str, Any] = {"unrelated_texts": 16, "layer": "2", "residual_steps": 3, "polish": 0}
@@ -91,7 +91,7 @@ def left(directory: Path) -> list[str]:
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is loaded."""
-    monkeypatch.setattr("wisecli.work.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("wisecli.editing.worker.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
 def test_conflicts_are_refused_before_a_model_is_loaded(place: Place, tmp_path: Path, unloaded: None) -> None:
@@ -175,7 +175,7 @@ def test_the_model_is_loaded_once(place: Place, tmp_path: Path, monkeypatch: pyt
         loaded.append(directory)
         return load_model(directory, **named)
 
-    monkeypatch.setattr("wisecli.work.load_model", counted)
+    monkeypatch.setattr("wisecli.editing.worker.load_model", counted)
     run(place, place.edits, tmp_path / "shards", gate=Gate(skip_known=True))
     assert len(loaded) == 1
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Mask, random_mask
 from wisecli.config import EditSettings
+from wisecli.editing.gradient import margin_loss, whiten, write_batched, write_sequential
+from wisecli.editing.scoring import learnt
+from wisecli.editing.task import Progress, Task, Written
+from wisecli.editing.training_examples import Lesson, capture_lessons
 from wisecli.edits.record import Edit
-from wisecli.lessons import Lesson, capture_lessons, learnt
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site
-from wisecli.writers.gradient import Progress, Task, Written, margin_loss, whiten, write_batched, write_sequential
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),

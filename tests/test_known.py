@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_CONFIGS
 from helpers import alone, random_rows, save_tiny
 
-from wisecli.known import known_rows
+from wisecli.editing.known_facts import known_rows
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.tokenization import Row
 from wisecli.progress import Event, ignore

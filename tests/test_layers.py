@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import keys_of, save_tiny
 
-from wisecli import layers
 from wisecli.data.corpus import reworded_facts
+from wisecli.editing import layer_selection as layers
+from wisecli.editing.layer_selection import probe_layer, recognised, told_apart, two_wordings
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.layers import probe_layer, recognised, told_apart, two_wordings
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site, find_site, fingerprint
 from wisecli.progress import Event, ignore

@@ -9,19 +9,13 @@ from helpers import hooked, keys_of, raised, site_of, tiny_tokenizer
 from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Evidence, Mask, random_mask
-from wisecli.contexts import CHAT
+from wisecli.editing.context_prefixes import CHAT
+from wisecli.editing.evidence import gather_evidence, thinned
+from wisecli.editing.hard_negatives import Elsewhere, keys_elsewhere
+from wisecli.editing.scoring import learnt
+from wisecli.editing.training_examples import Lesson, capture_lessons, encode_edits, write_contexts
 from wisecli.edits.record import Edit
-from wisecli.elsewhere import Elsewhere, keys_elsewhere
 from wisecli.errors import ModelError
-from wisecli.lessons import (
-    Lesson,
-    capture_lessons,
-    encode_edits,
-    gather_evidence,
-    learnt,
-    thinned,
-    write_contexts,
-)
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.routing.whitening import leading, whitening

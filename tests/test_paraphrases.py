@@ -11,9 +11,9 @@ from helpers import save_tiny
 from wisecli.artifacts.shard import Evidence
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings
+from wisecli.editing.paraphrases import asks_the_same, usable
 from wisecli.edits.record import Edit, Translation, read_edits
 from wisecli.errors import EditFileError
-from wisecli.paraphrases import asks_the_same, usable
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge
@@ -72,7 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_paraphrases_recall_the_residuals_of_their_edit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = evidence_of(place, [{**RECORD, "translations": {}}])
-    monkeypatch.setattr("wisecli.work.write_paraphrases", lambda *_, **__: {"one": ("mu mo", "na ne ni no")})
+    monkeypatch.setattr("wisecli.editing.worker.write_paraphrases", lambda *_, **__: {"one": ("mu mo", "na ne ni no")})
     found = evidence_of(place, [{**RECORD, "translations": {}}], augment=2)
     contexts = set(found.context.tolist()) - set(plain.context.tolist())
     assert len(contexts) == 2

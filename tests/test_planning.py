@@ -9,6 +9,7 @@ from helpers import random_rows, save_tiny, site_of
 from places import make_places
 
 from wisecli.config import EditSettings
+from wisecli.editing.resource_estimate import plan_edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import captured
 from wisecli.models.loading import load_model
@@ -17,7 +18,6 @@ from wisecli.models.site import find_site, known_layout
 from wisecli.models.streaming import LayerStream
 from wisecli.models.tokenization import collate
 from wisecli.pipeline.edit import edit
-from wisecli.planning import plan_edit
 
 SETTINGS = EditSettings(unrelated_texts=16, layer="2")
 

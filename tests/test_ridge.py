@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wisecli.ridge import Penalty, Statistics, solve, statistics
+from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
 
 D, D_FF = 5, 12
 PENALTIES = [Penalty(1e-1, 0.0), Penalty(1e-3, 0.1), Penalty(1e-2, 10.0), Penalty(1e-6, 1e-6)]

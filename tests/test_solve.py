@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Evidence, Mask, MaskKind, random_mask
 from wisecli.config import EditSettings
+from wisecli.editing.closed_form import PENALTIES, Solved, fit_residuals, write_solved
+from wisecli.editing.closed_form import answered as shares_answered
+from wisecli.editing.closed_form import answered as taken
+from wisecli.editing.evidence import gather_evidence
+from wisecli.editing.hard_negatives import Elsewhere
+from wisecli.editing.ridge import Penalty
+from wisecli.editing.task import Progress, Task
+from wisecli.editing.training_examples import Lesson, capture_lessons
 from wisecli.edits.record import Edit
-from wisecli.elsewhere import Elsewhere
-from wisecli.lessons import Lesson, capture_lessons, gather_evidence
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.models.tokenization import NO_LABEL
-from wisecli.ridge import Penalty
 from wisecli.routing.whitening import leading, whitening
-from wisecli.writers.gradient import Progress, Task
-from wisecli.writers.solve import PENALTIES, Solved, fit_residuals, write_solved
-from wisecli.writers.solve import answered as shares_answered
-from wisecli.writers.solve import answered as taken
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),

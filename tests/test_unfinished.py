@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings, MergeSettings
+from wisecli.editing.staging import Unfinished
 from wisecli.errors import (
     BusyError,
     ChangedInputError,
@@ -38,7 +39,6 @@ from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.evaluate import evaluate
 from wisecli.pipeline.merge import merge
 from wisecli.pipeline.reproduce import reproduce
-from wisecli.unfinished import Unfinished
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]
 EDITS: list[dict[str, Any]] = [
@@ -399,7 +399,7 @@ def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(
     holding = f"""
 import sys, time
 from pathlib import Path
-from wisecli.unfinished import Unfinished
+from wisecli.editing.staging import Unfinished
 unfinished = Unfinished(Path({str(tmp_path / "shards")!r}), 8)
 with unfinished.opened():
     unfinished.claim(range(8))
@@ -481,7 +481,7 @@ def test_whoever_finishes_last_finishes_the_output(place: Path, tmp_path: Path) 
     holding = f"""
 import sys
 from pathlib import Path
-from wisecli.unfinished import Unfinished
+from wisecli.editing.staging import Unfinished
 unfinished = Unfinished(Path({str(tmp_path / "shards")!r}), 8)
 with unfinished.opened():
     unfinished.claim(range(0, 4))

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wisecli.artifacts.unrelated_stats import Unrelated, load_unrelated, save_unrelated
-from wisecli.contexts import continuations
 from wisecli.data.corpus import reworded_facts, unrelated_texts
+from wisecli.editing.context_prefixes import continuations
+from wisecli.editing.unrelated_activations import measure_unrelated
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import save_tensors, sha256_file
 from wisecli.models.loading import Loaded, load_model
 from wisecli.progress import Event
 from wisecli.routing.whitening import Moment, Whitening, leading, whitening
-from wisecli.unrelated import measure_unrelated
 
 SHRINKAGE = 0.1
 

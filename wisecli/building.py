@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, half
 from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.config import MergeSettings
-from wisecli.ridge import Penalty, Statistics, solve, statistics
+from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
 from wisecli.routing.calibration import (
     APART,
     Calibration,

@@ -14,6 +14,7 @@ from wisecli.artifacts.shard_manifest import ShardDirectory, origin_of, require_
 from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.building import Built, Material, join, lookup, matrices, refit, solve_exactly
 from wisecli.config import MergeSettings
+from wisecli.editing.ridge import Penalty
 from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from wisecli.models.resolve import find_model
 from wisecli.models.site import load_matrix
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.removal import Kept, load_without
-from wisecli.ridge import Penalty
 
 EXACT = "exact"
 _OF_MATRICES = ("method", "density", "scale", "weights", "refit")

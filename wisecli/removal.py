@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wisecli.artifacts.shard import Evidence, Mask, Shard
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
-from wisecli.ridge import Penalty, solve, statistics
+from wisecli.editing.ridge import Penalty, solve, statistics
 from wisecli.routing.whitening import Moment
 
 

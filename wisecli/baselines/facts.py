@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wisecli.baselines.protocol import Bench, UnsuitableError
 from wisecli.baselines.rewritten import encoded
-from wisecli.contexts import context_prefixes
+from wisecli.editing.context_prefixes import context_prefixes
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture, suffix_logits
 from wisecli.models.site import Site

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.baselines.protocol import Bench, UnsuitableError, changed, tensor_bytes
+from wisecli.editing.unrelated_activations import keys_of_texts
 from wisecli.edits.record import Edit
 from wisecli.models.site import Site, value_module
 from wisecli.models.tokenization import Row, encode
-from wisecli.unrelated import keys_of_texts
 
 # Added to a second moment's diagonal, as a share of the diagonal's median: the papers take theirs over a hundred
 # thousand texts, and of few texts some directions are seen hardly or never. The median, as first tokens have huge keys.

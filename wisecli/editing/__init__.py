@@ -1,1 +1,1 @@
-"""TODO."""
+"""Edits → shards: training examples, activations, residuals, and the two writers."""

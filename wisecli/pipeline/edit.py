@@ -13,17 +13,17 @@ import torch
 from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.artifacts.unrelated_stats import load_unrelated
 from wisecli.config import EditSettings
+from wisecli.editing.executors import executor_for
+from wisecli.editing.resource_estimate import Plan, plan_edit
+from wisecli.editing.staging import Unfinished
+from wisecli.editing.worker import Job, Worker, differences
 from wisecli.edits.admission import USUAL, Gate, Sifted
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, StoppedError
-from wisecli.executors import executor_for
 from wisecli.io.atomic_output import refuse_existing, require_space
 from wisecli.models.loading import Loaded, machine_memory, pick_device, pick_dtype
 from wisecli.models.site import Site, find_site
-from wisecli.planning import Plan, plan_edit
 from wisecli.progress import NOTE, Event, Watcher, ignore
-from wisecli.unfinished import Unfinished
-from wisecli.work import Job, Worker, differences
 
 # About what the statistics of unrelated text take: keys in half precision, two moments.
 _KEPT_KEYS, _KEPT_DIRECTIONS = 4096, 1024

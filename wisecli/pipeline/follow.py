@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from wisecli.config import EditSettings, resolve
+from wisecli.editing.worker import Job, Worker
 from wisecli.edits.admission import USUAL, Gate
 from wisecli.edits.record import Edit, parse_line
 from wisecli.errors import EditFileError
@@ -18,7 +19,6 @@ from wisecli.history import has_history, read_history
 from wisecli.pipeline.into import Batch, IntoReport, edit_into
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.releases import directories_of
-from wisecli.work import Job, Worker
 
 
 def follow(

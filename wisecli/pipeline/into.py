@@ -15,6 +15,7 @@ import torch
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings, MergeSettings, resolve
+from wisecli.editing.worker import Job, Worker
 from wisecli.edits.admission import USUAL, Admitted, Gate, Sifted
 from wisecli.edits.record import Edit, Numbered
 from wisecli.edits.text import folded
@@ -27,7 +28,6 @@ from wisecli.pipeline.edit import EditReport, carry_out
 from wisecli.pipeline.remove import Cleared, cleared
 from wisecli.progress import Watcher, ignore
 from wisecli.releases import Published, directories_of, publish, settings_of
-from wisecli.work import Job, Worker
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.config import EditSettings, settings_from
+from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
 from wisecli.history import Change, Release, changing, next_name, read_history
 from wisecli.joining import EXACT
@@ -19,7 +20,6 @@ from wisecli.pipeline.edit import run
 from wisecli.progress import Watcher, ignore
 from wisecli.releases import directories_of, publish, settings_of
 from wisecli.removal import without
-from wisecli.work import Job
 
 
 @dataclass(frozen=True)

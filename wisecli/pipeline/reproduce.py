@@ -8,10 +8,10 @@ from pathlib import Path
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Base, Origin, read_manifest
 from wisecli.artifacts.shard_manifest import origin_of, read_shard_directory
 from wisecli.config import EditSettings, settings_from
+from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
 from wisecli.pipeline.edit import EditReport, run
 from wisecli.progress import Watcher, ignore
-from wisecli.work import Job
 
 
 def reproduce(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.layers import candidates
+from wisecli.editing.layer_selection import candidates
 from wisecli.models.site import layer_count
 from wisecli.studies.drawing import QUALITIES, SHARES, by_edits, line
 from wisecli.studies.protocol import Figures, Point, Row, study

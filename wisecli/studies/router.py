@@ -15,12 +15,12 @@ import torch
 from wisecli.attached import Edited
 from wisecli.config import EditSettings, resolve
 from wisecli.data.corpus import unrelated_texts
+from wisecli.editing.unrelated_activations import prompt_ends
 from wisecli.models.loading import Loaded
 from wisecli.routing.side_memory import opened
 from wisecli.studies.drawing import by_edits
 from wisecli.studies.protocol import Figures, Point, Row, study
 from wisecli.studies.room import Room
-from wisecli.unrelated import prompt_ends
 
 _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
 _UNITS = {"norm": "norm of the update, ‖Δa‖", "key": "whitened cosine with the nearest key"}

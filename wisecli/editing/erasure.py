@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wisecli.contexts import CHAT, in_context
+from wisecli.editing.context_prefixes import CHAT, in_context
 from wisecli.edits.record import Edit
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded

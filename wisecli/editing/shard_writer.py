@@ -14,33 +14,33 @@ from torch import Tensor
 from wisecli.artifacts.shard import Shard, draw_mask
 from wisecli.artifacts.shard_manifest import ShardEntry
 from wisecli.artifacts.unrelated_stats import Unrelated
-from wisecli.asking import asked_further
 from wisecli.config import EditSettings
-from wisecli.edits.record import Edit
-from wisecli.elsewhere import Elsewhere, keys_elsewhere
-from wisecli.errors import ModelError
-from wisecli.evading import Evasions, evasions
-from wisecli.io.checkpoint import Checkpoint, sha256_json
-from wisecli.lessons import (
+from wisecli.editing.closed_form import answered, fit_residuals, write_solved
+from wisecli.editing.erasure import Evasions, evasions
+from wisecli.editing.evidence import gather_evidence
+from wisecli.editing.gradient import write_batched, write_sequential
+from wisecli.editing.hard_negatives import Elsewhere, keys_elsewhere
+from wisecli.editing.prompt_variants import asked_further
+from wisecli.editing.scoring import learnt, unedited_losses
+from wisecli.editing.staging import Done
+from wisecli.editing.task import Progress, Task
+from wisecli.editing.training_examples import (
     Group,
     Lesson,
     NotFiniteError,
     capture_groups,
     encode_edits,
-    gather_evidence,
-    learnt,
     require_finite,
-    unedited_losses,
 )
+from wisecli.editing.unrelated_activations import keys_of_texts, measure_unrelated
+from wisecli.edits.record import Edit
+from wisecli.errors import ModelError
+from wisecli.io.checkpoint import Checkpoint, sha256_json
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Fingerprint, Site, load_matrix
 from wisecli.models.tokenization import in_batches
 from wisecli.progress import NOTE, Event, Watcher
 from wisecli.routing.whitening import whitening
-from wisecli.unfinished import Done
-from wisecli.unrelated import keys_of_texts, measure_unrelated
-from wisecli.writers.gradient import Progress, Task, write_batched, write_sequential
-from wisecli.writers.solve import answered, fit_residuals, write_solved
 
 # So many edits of a shard, spaced evenly, are read in the context that is held back: they check, and train nothing.
 _HELD_BACK = 32

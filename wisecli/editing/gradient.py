@@ -11,56 +11,21 @@ gradient descent, as the paper does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from wisecli.artifacts.shard import Mask
 from wisecli.config import EditSettings
-from wisecli.lessons import Lesson
+from wisecli.editing.task import Progress, Task, Written
+from wisecli.editing.training_examples import Lesson
 from wisecli.models.activations import suffix_logits
 from wisecli.models.objectives import allowed, met, missed
-from wisecli.models.site import Site
 
 # Unrelated keys a step looks at: those that score highest in this pass, and some at random.
 _HARDEST, _RANDOM = 512, 128
 # Eigenvalues of the key covariance are raised by this share of their mean before they are inverted.
 _SHRINKAGE = 0.1
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a writer works on, but for the lessons.
-
-    ``unrelated`` (n, d_ff) are keys that must stay under the margin; ``unit`` is what 1 of α, β, γ means in ``‖Δ a‖₂``.
-    """
-
-    model: PreTrainedModel
-    site: Site
-    mask: Mask
-    unrelated: Tensor
-    unit: float
-    settings: EditSettings
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One finished pass (of the sequential schedule: one edit): mean loss, share of target tokens that are right."""
-
-    step: int
-    steps: int
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Written:
-    """The values that fill the mask, and the mean loss after every pass (of the sequential schedule: every edit)."""
-
-    values: Tensor
-    losses: tuple[float, ...]
 
 
 def write_batched(

@@ -18,6 +18,7 @@ from platformdirs import user_cache_path
 from torch import Tensor
 
 from wisecli.data.corpus import reworded_facts
+from wisecli.editing.unrelated_activations import prompt_ends
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import Checkpoint, read_json, sha256_json, write_json
 from wisecli.models.loading import Loaded
@@ -25,7 +26,6 @@ from wisecli.models.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.routing.calibration import quantile
 from wisecli.routing.whitening import leading, scaled, whitening
-from wisecli.unrelated import prompt_ends
 
 # The share of the depth among which to choose: below, subjects are still being read; above, little is left to steer.
 _LOWEST, _HIGHEST = 0.6, 0.93

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.artifacts.unrelated_stats import Unrelated
+from wisecli.editing.worker import Job, Worker, Written
 from wisecli.errors import SettingsError, WiseError, WorkerFailedError, reason_of
-from wisecli.work import Job, Worker, Written
 
 RAY = "ray"
 # Tasks that wait on the cluster at a time; the driver holds their results until they are written.

@@ -15,25 +15,25 @@ from wisecli.artifacts.memory_manifest import Made
 from wisecli.artifacts.shard import save_shard, split_edits
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.artifacts.unrelated_stats import Unrelated
-from wisecli.asking import asked_further
 from wisecli.config import EditSettings
+from wisecli.editing.known_facts import known_rows
+from wisecli.editing.layer_selection import probe_layer
+from wisecli.editing.paraphrases import write_paraphrases
+from wisecli.editing.prompt_variants import asked_further
+from wisecli.editing.shard_writer import ShardWriter, unrelated_for
+from wisecli.editing.staging import Done
 from wisecli.editing.subjects import subject_words
+from wisecli.editing.training_examples import encode_edits, write_contexts
 from wisecli.edits.admission import Admitted
 from wisecli.edits.record import Edit
 from wisecli.environment import versions
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.known import known_rows
-from wisecli.layers import probe_layer
-from wisecli.lessons import encode_edits, write_contexts
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.resolve import find_model
 from wisecli.models.site import Layout, find_site, fingerprint
 from wisecli.models.site_probe import check_split, observed
-from wisecli.paraphrases import write_paraphrases
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.shard_writer import ShardWriter, unrelated_for
-from wisecli.unfinished import Done
 
 
 @dataclass(frozen=True)

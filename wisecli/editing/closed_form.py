@@ -3,7 +3,7 @@
 1. For every edit and target position a residual ``v``, shared by all contexts, that added to the matrix's output makes
    the layers above predict the target: a few steps of Adam through the suffix, until the edit's targets are certain
    (where an answer is erased, until the loss of :mod:`wisecli.models.objectives` is as small).
-2. ``Δ`` from keys and residuals in one solve (:mod:`wisecli.ridge`), its penalty chosen by what a context that was held
+2. ``Δ`` from keys and residuals in one solve (:mod:`wisecli.editing.ridge`), its penalty chosen by what a context that was held
    back then answers.
 3. If an edit still does not take, or the router needs its margins: a few passes of the true loss from there.
 """
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.shard import LANGUAGES, Evidence
-from wisecli.asking import edit_number
-from wisecli.lessons import Lesson, NotFiniteError, learnt, said
+from wisecli.editing.gradient import write_batched
+from wisecli.editing.prompt_variants import edit_number
+from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
+from wisecli.editing.scoring import learnt, said
+from wisecli.editing.task import Progress, Task, Written
+from wisecli.editing.training_examples import Lesson, NotFiniteError
 from wisecli.models.activations import Activations, suffix_logits
 from wisecli.models.objectives import allowed, missed
 from wisecli.models.tokenization import NO_LABEL
-from wisecli.ridge import Penalty, Statistics, solve, statistics
-from wisecli.writers.gradient import Progress, Task, Written, write_batched
 
 # Tried in this order, the heaviest first: of equally good ones the heaviest disturbs other text least.
 PENALTIES = tuple(Penalty(ridge, weight) for ridge in (1e-1, 1e-2, 1e-3, 1e-4) for weight in (1e-1, 1e-2, 0.0))

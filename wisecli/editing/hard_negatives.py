@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.asking import answers_of
-from wisecli.contexts import CHAT, in_context
+from wisecli.editing.context_prefixes import CHAT, in_context
+from wisecli.editing.prompt_variants import answers_of
+from wisecli.editing.unrelated_activations import window_keys
 from wisecli.edits.record import Edit
 from wisecli.models.generation import end_token
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.models.tokenization import encode
 from wisecli.routing.whitening import Whitening
-from wisecli.unrelated import window_keys
 
 # Prompts that no answer belongs to.
 _ELSEWHERE = ("The report says that it was called", "When was the old bridge built?")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from wisecli.artifacts.shard import half
 from wisecli.artifacts.unrelated_stats import _VERSION, Unrelated, _from_tensors, save_unrelated
-from wisecli.contexts import continuations
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
+from wisecli.editing.context_prefixes import continuations
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
 from wisecli.io.checkpoint import load_tensors, sha256_json
 from wisecli.models.activations import Activations, captured

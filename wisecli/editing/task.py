@@ -1,0 +1,45 @@
+"""What both writers are given, what they report, and what they give back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from wisecli.artifacts.shard import Mask
+from wisecli.config import EditSettings
+from wisecli.models.site import Site
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a writer works on, but for the lessons.
+
+    ``unrelated`` (n, d_ff) are keys that must stay under the margin; ``unit`` is what 1 of α, β, γ means in ``‖Δ a‖₂``.
+    """
+
+    model: PreTrainedModel
+    site: Site
+    mask: Mask
+    unrelated: Tensor
+    unit: float
+    settings: EditSettings
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished pass (of the sequential schedule: one edit): mean loss, share of target tokens that are right."""
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """The values that fill the mask, and the mean loss after every pass (of the sequential schedule: every edit)."""
+
+    values: Tensor
+    losses: tuple[float, ...]

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, random_mask
 from wisecli.artifacts.unrelated_stats import Unrelated
-from wisecli.building import Built, Material, join, lookup, matrices, pack, refit, solve_exactly
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, solve, statistics
-from wisecli.merging import Recipe, merge_deltas
+from wisecli.memory.builder import Built, Material, join, lookup, matrices, pack, refit, solve_exactly
+from wisecli.memory.merge_methods import Recipe, merge_deltas
 from wisecli.models.site import Site
 from wisecli.routing.calibration import scores
 from wisecli.routing.prompt_gate import NAMES, UNROUTED

@@ -19,7 +19,7 @@ from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.record import Edit
 from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
-from wisecli.history import HISTORY, LOG, read_history
+from wisecli.memory.history import HISTORY, LOG, read_history
 from wisecli.pipeline.diff import diff
 from wisecli.pipeline.edit import edit as run_edit
 from wisecli.pipeline.follow import follow as run_follow
@@ -338,7 +338,7 @@ def test_a_full_disk_leaves_the_memory_as_it_was(model: Path, tmp_path: Path, mo
     def full(*_given: Any, **_named: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wisecli.releases.record", full)
+    monkeypatch.setattr("wisecli.memory.releases.record", full)
     with pytest.raises(Exception, match="no space left"):
         remove(memory, ["e0"])
     assert {path: path.read_bytes() for path in memory.rglob("*") if path.is_file()} == before
@@ -433,7 +433,7 @@ def _refused(memory: Path) -> type[Exception]:
 
     code = f"""
 from pathlib import Path
-from wisecli.history import changing
+from wisecli.memory.history import changing
 try:
     with changing(Path({str(memory)!r})):
         pass

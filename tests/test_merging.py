@@ -12,7 +12,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from wisecli.errors import SettingsError
-from wisecli.merging import METHODS, Recipe, merge_deltas, spherical
+from wisecli.memory.merge_methods import METHODS, Recipe, merge_deltas, spherical
 
 SHAPE = (6, 10)
 EVERY_METHOD = ("dare", "dare-ties", "linear", "magnitude", "sign", "slerp", "ties")

@@ -14,14 +14,14 @@ from wisecli.console_gate import sifted_json, sifted_lines
 
 if TYPE_CHECKING:
     from wisecli.edits.record import Edit
-    from wisecli.history import Release
+    from wisecli.memory.history import Release
+    from wisecli.memory.releases import Published
     from wisecli.pipeline.diff import DiffReport
     from wisecli.pipeline.explain import ExplainReport
     from wisecli.pipeline.into import IntoReport
     from wisecli.pipeline.log import LogReport
     from wisecli.pipeline.remove import RemoveReport
     from wisecli.pipeline.rollback import RollbackReport
-    from wisecli.releases import Published
 
 _LONGEST = 48
 

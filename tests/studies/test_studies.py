@@ -18,8 +18,8 @@ from wisecli import bench_report
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings
 from wisecli.errors import ChangedInputError, SettingsError
-from wisecli.joining import EXACT
-from wisecli.merging import METHODS
+from wisecli.memory.merge_methods import METHODS
+from wisecli.memory.merger import EXACT
 from wisecli.models.loading import load_model
 from wisecli.pipeline.bench import BenchReport, bench
 from wisecli.pipeline.edit import edit

@@ -15,10 +15,10 @@ from wisecli.editing.worker import Job, Worker
 from wisecli.edits.admission import USUAL, Gate
 from wisecli.edits.record import Edit, parse_line
 from wisecli.errors import EditFileError
-from wisecli.history import has_history, read_history
+from wisecli.memory.history import has_history, read_history
+from wisecli.memory.releases import directories_of
 from wisecli.pipeline.into import Batch, IntoReport, edit_into
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.releases import directories_of
 
 
 def follow(

@@ -20,14 +20,14 @@ from wisecli.edits.admission import USUAL, Admitted, Gate, Sifted
 from wisecli.edits.record import Edit, Numbered
 from wisecli.edits.text import folded
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
-from wisecli.history import Change, Release, changing, has_history, next_name, read_history
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.memory.history import Change, Release, changing, has_history, next_name, read_history
+from wisecli.memory.releases import Published, directories_of, publish, settings_of
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.resolve import find_model
 from wisecli.pipeline.edit import EditReport, carry_out
 from wisecli.pipeline.remove import Cleared, cleared
 from wisecli.progress import Watcher, ignore
-from wisecli.releases import Published, directories_of, publish, settings_of
 
 
 @dataclass(frozen=True)

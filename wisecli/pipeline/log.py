@@ -9,8 +9,8 @@ from typing import Any
 
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.edits.record import Edit
-from wisecli.history import Release, read_history, require_newest
-from wisecli.releases import directories_of
+from wisecli.memory.history import Release, read_history, require_newest
+from wisecli.memory.releases import directories_of
 
 
 @dataclass(frozen=True)

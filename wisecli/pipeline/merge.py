@@ -13,9 +13,9 @@ from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import MergeSettings
 from wisecli.environment import peak_rss_bytes
 from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
-from wisecli.joining import Joining
+from wisecli.memory.merger import Joining
+from wisecli.memory.removal import without as drop
 from wisecli.progress import Watcher, ignore
-from wisecli.removal import without as drop
 from wisecli.routing.calibration import Calibration
 
 

@@ -14,12 +14,12 @@ from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.config import EditSettings, settings_from
 from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
-from wisecli.history import Change, Release, changing, next_name, read_history
-from wisecli.joining import EXACT
+from wisecli.memory.history import Change, Release, changing, next_name, read_history
+from wisecli.memory.merger import EXACT
+from wisecli.memory.releases import directories_of, publish, settings_of
+from wisecli.memory.removal import without
 from wisecli.pipeline.edit import run
 from wisecli.progress import Watcher, ignore
-from wisecli.releases import directories_of, publish, settings_of
-from wisecli.removal import without
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 
 from wisecli.errors import SettingsError
-from wisecli.history import Change, Release, changing, read_history
+from wisecli.memory.history import Change, Release, changing, read_history
+from wisecli.memory.releases import directories_of, publish, settings_of
 from wisecli.progress import NOTE, Event, Watcher, ignore
-from wisecli.releases import directories_of, publish, settings_of
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.joining import EXACT
-from wisecli.merging import METHODS
+from wisecli.memory.merge_methods import METHODS
+from wisecli.memory.merger import EXACT
 from wisecli.studies.drawing import QUALITIES, by_edits
 from wisecli.studies.protocol import Figures, Point, Row, study
 from wisecli.studies.room import Room

@@ -12,18 +12,18 @@ from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.artifacts.shard import Shard
 from wisecli.artifacts.shard_manifest import ShardDirectory, origin_of, require_same_site
 from wisecli.artifacts.unrelated_stats import Unrelated
-from wisecli.building import Built, Material, join, lookup, matrices, refit, solve_exactly
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty
 from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.merging import METHODS, Recipe, merge_deltas
+from wisecli.memory.builder import Built, Material, join, lookup, matrices, refit, solve_exactly
+from wisecli.memory.merge_methods import METHODS, Recipe, merge_deltas
+from wisecli.memory.removal import Kept, load_without
 from wisecli.models.loading import require_base
 from wisecli.models.resolve import find_model
 from wisecli.models.site import load_matrix
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.removal import Kept, load_without
 
 EXACT = "exact"
 _OF_MATRICES = ("method", "density", "scale", "weights", "refit")

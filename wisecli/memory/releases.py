@@ -10,11 +10,11 @@ from pathlib import Path
 from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memory
 from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, read_shard_directory
 from wisecli.config import MergeSettings, settings_from
-from wisecli.history import HISTORY, SHARDS, Change, Release, next_release, record, shard_path
 from wisecli.io.atomic_output import link_or_copy
-from wisecli.joining import Joining
+from wisecli.memory.history import HISTORY, SHARDS, Change, Release, next_release, record, shard_path
+from wisecli.memory.merger import Joining
+from wisecli.memory.removal import Kept, without
 from wisecli.progress import Watcher, ignore
-from wisecli.removal import Kept, without
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Shards → one memory: merging, the router's thresholds, removal, history."""

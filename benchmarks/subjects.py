@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from wisecli.attached import Edited, attach
 from wisecli.editing.context_prefixes import tomllib
 from wisecli.edits.record import Edit, read_edits
+from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.models.activations import capture
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.routing.prompt_gate import UNROUTED

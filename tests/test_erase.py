@@ -18,7 +18,6 @@ from test_solve import SETTINGS, Bench
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wisecli.attached import Edited, attach
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.editing.closed_form import answered, fit_residuals
 from wisecli.editing.erasure import Evasions, evasions
@@ -26,6 +25,7 @@ from wisecli.editing.gradient import write_batched
 from wisecli.editing.task import Task
 from wisecli.editing.training_examples import Lesson, capture_lessons, encode_edits
 from wisecli.edits.record import Edit, Probe
+from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.models.activations import suffix_logits
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model

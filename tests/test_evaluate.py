@@ -27,11 +27,11 @@ from helpers import (
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import write_memory
-from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
 from wisecli.edits.record import Edit, Probe
 from wisecli.errors import GateFailedError, SettingsError, WiseError
-from wisecli.evaluate import Measured, teacher_forced
+from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site

@@ -15,10 +15,10 @@ from helpers import random_rows, save_tiny, site_of
 from places import EDITS
 from torch import Tensor
 
-from wisecli.attached import attach
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.errors import ModelError
-from wisecli.evaluate import teacher_forced
+from wisecli.evaluation.edited_model import attach
+from wisecli.evaluation.teacher_forcing import teacher_forced
 from wisecli.io.checkpoint import Checkpoint, save_tensors
 from wisecli.models.activations import Activations, capture, captured, suffix_logits
 from wisecli.models.generation import generate

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.attached import attach
 from wisecli.config import MergeSettings
 from wisecli.edits.record import read_edits
 from wisecli.errors import DamagedFileError, EditFileError, ModelError, WiseError
+from wisecli.evaluation.edited_model import attach
 from wisecli.io.checkpoint import Checkpoint, load_tensors, read_json, sha256_file
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import read_header

@@ -29,10 +29,10 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMul
 
 import wisecli
 from wisecli.artifacts.memory_manifest import read_memory
-from wisecli.attached import attach
 from wisecli.card import model_card
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, UnknownArchitectureError
+from wisecli.evaluation.edited_model import attach
 from wisecli.export import write_routed
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout

@@ -29,7 +29,7 @@ def load(
     Raises:
         WiseError: either cannot be read, or they do not belong together.
     """
-    from wisecli.attached import attach
+    from wisecli.evaluation.edited_model import attach
 
     edited = attach(Path(delta), model=base, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return edited.model, edited.tokenizer

@@ -10,9 +10,9 @@ from helpers import alone, cosines_of, hooked, manifest_for, memory_for, random_
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import write_memory
-from wisecli.attached import Edited, attach
 from wisecli.edits.record import Edit
-from wisecli.evaluate import Measured, teacher_forced
+from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import capture
 from wisecli.models.loading import load_model

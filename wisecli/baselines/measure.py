@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.baselines.protocol import Method
-from wisecli.evaluate import KNOWN, Measured, Reading
-from wisecli.measuring import Question
+from wisecli.evaluation.metrics import Question
+from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
 from wisecli.models.generation import generate
 from wisecli.models.hooks import hooked
 from wisecli.models.loading import Loaded

@@ -15,7 +15,6 @@ from typing import Any
 import jsonlines
 import torch
 
-from wisecli.attached import attach
 from wisecli.baselines.measure import Edited, Known, overhead, said
 from wisecli.baselines.protocol import METHODS, Bench, Method, UnsuitableError
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
@@ -23,8 +22,9 @@ from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.admission import AS_THEY_ARE
 from wisecli.edits.record import Edit
 from wisecli.environment import forget_peaks, peak_rss_bytes, peak_vram_bytes
+from wisecli.evaluation.edited_model import attach
+from wisecli.evaluation.metrics import Measuring
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.measuring import Measuring
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.tokenization import encode

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.attached import Edited, attach
 from wisecli.config import EvalSettings
 from wisecli.edits.formats import BENCHMARKS
 from wisecli.edits.record import Edit, read_edits
 from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
-from wisecli.evaluate import Measured, generated, teacher_forced
+from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.metrics import Measuring, Question
+from wisecli.evaluation.teacher_forcing import Measured, generated, teacher_forced
 from wisecli.fetch import fetch_benchmark
-from wisecli.measuring import Measuring, Question
 from wisecli.models.chat import chat_prompt
 from wisecli.models.tokenization import Row, row_of
 from wisecli.progress import Watcher, ignore

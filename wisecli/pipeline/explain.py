@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.attached import Edited, attach
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
+from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate

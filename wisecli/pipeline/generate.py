@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from wisecli.attached import Edited, attach
+from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate as generate_tokens

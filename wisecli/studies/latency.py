@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from wisecli.attached import Edited
+from wisecli.evaluation.edited_model import Edited
 from wisecli.models.generation import left_padded
 from wisecli.studies.drawing import MODES, by_edits, counted, line
 from wisecli.studies.protocol import Figures, Point, Row, study

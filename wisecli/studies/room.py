@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import jsonlines
 
-from wisecli.attached import Edited, attach
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.edits.admission import AS_THEY_ARE
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
+from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.io.checkpoint import sha256_json
 from wisecli.models.loading import pick_device
 from wisecli.pipeline.edit import edit

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from wisecli.attached import Edited
 from wisecli.config import EditSettings, resolve
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.unrelated_activations import prompt_ends
+from wisecli.evaluation.edited_model import Edited
 from wisecli.models.loading import Loaded
 from wisecli.routing.side_memory import opened
 from wisecli.studies.drawing import by_edits

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.attached import Edited
+from wisecli.evaluation.edited_model import Edited
 from wisecli.models.activations import Activations, captured, suffix_logits
 from wisecli.models.generation import generate
 from wisecli.models.objectives import met

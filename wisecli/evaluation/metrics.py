@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
-from wisecli.evaluate import Measured, Reading
+from wisecli.evaluation.teacher_forcing import Measured, Reading
 from wisecli.models.tokenization import Row
 
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256

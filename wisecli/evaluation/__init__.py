@@ -1,0 +1,1 @@
+"""An edited model, and what is measured of it."""

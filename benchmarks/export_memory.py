@@ -23,12 +23,12 @@ from transformers import LlamaConfig
 from wisecli.artifacts.memory_manifest import Manifest, write_memory
 from wisecli.edits.record import Edit
 from wisecli.environment import versions
+from wisecli.export.weights import write_stream
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import Layout
 from wisecli.models.site import find_site, fingerprint
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.side_memory import SideMemory
-from wisecli.weights import write_stream
 
 D, D_FF, VOCABULARY, KEYS, EDITS = 4096, 11008, 32000, 900, 100
 _LAYER = {

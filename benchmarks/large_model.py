@@ -31,10 +31,10 @@ from transformers import LlamaConfig
 
 from wisecli.config import EditSettings
 from wisecli.editing.resource_estimate import plan_edit
+from wisecli.export.weights import write_stream
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import Layout
 from wisecli.models.site import AUTO_DEPTH, find_site
-from wisecli.weights import write_stream
 
 VOCABULARY = 32000
 # Width, feed-forward width, layers, heads and key-value heads.

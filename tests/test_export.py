@@ -37,17 +37,17 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 import wisecli
 from wisecli.artifacts.memory_manifest import Manifest, read_memory, write_memory
-from wisecli.card import model_card
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBaseError
-from wisecli.export import write_merged, write_routed
+from wisecli.export.checkpoint import write_merged, write_routed
+from wisecli.export.model_card import model_card
+from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.tokenization import Row
 from wisecli.pipeline.export import export
 from wisecli.pipeline.verify import verify
 from wisecli.routing.side_memory import SideMemory, install
-from wisecli.weights import Packing
 
 EDITS = [Edit("first", "ba be", "bi bo"), Edit("second", "da de | do", "di")]
 LENGTHS = (1, 5, 11, 8, 3, 6, 2, 9, 4, 7, 4, 10)

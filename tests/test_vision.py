@@ -29,11 +29,11 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMul
 
 import wisecli
 from wisecli.artifacts.memory_manifest import read_memory
-from wisecli.card import model_card
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.evaluation.edited_model import attach
-from wisecli.export import write_routed
+from wisecli.export.checkpoint import write_routed
+from wisecli.export.model_card import model_card
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import load_model

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wisecli.export.weights import Packing, overwrite, write_stream, write_weights
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safetensors_header import Layout, read_header
-from wisecli.weights import Packing, overwrite, write_stream, write_weights
 
 TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool", "uint8")
 

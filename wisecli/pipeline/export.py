@@ -11,18 +11,18 @@ import torch
 
 from wisecli.artifacts.locate import find_base
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.card import CARD_NAME, model_card, read_figures
 from wisecli.data.corpus import unrelated_texts
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
-from wisecli.export import dense, write_delta, write_merged, write_routed
+from wisecli.export.checkpoint import dense, write_delta, write_merged, write_routed
+from wisecli.export.model_card import CARD_NAME, model_card, read_figures
+from wisecli.export.weights import Packing
 from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.loading import is_exported, load_model, pick_dtype
 from wisecli.models.tokenization import collate, encode, in_batches
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.weights import Packing
 
 Format = Literal["routed", "merged", "delta"]
 _TEXTS, _BATCH = 200, 32

@@ -178,7 +178,7 @@ def _config(config: dict[str, Any], manifest: memories.MemoryManifest, memory: d
 
 def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
     """The code that runs with ``trust_remote_code``, against what this version writes."""
-    from wisecli.export import CODE_NAME, auto_map, code_files
+    from wisecli.export.checkpoint import CODE_NAME, auto_map, code_files
 
     told = config.get(EXPORTED_KEY)
     model_type = told.get("model_type") if isinstance(told, dict) else None

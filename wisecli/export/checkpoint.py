@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
 from wisecli.artifacts.shard import half
 from wisecli.errors import ModelError
+from wisecli.export.weights import Packing, write_weights
 from wisecli.io.checkpoint import (
     EXPORTED_KEY,
     INDEX_NAME,
@@ -38,7 +39,6 @@ from wisecli.io.checkpoint import (
 from wisecli.models.site import load_matrix, loader_name, stored_weight
 from wisecli.routing import prompt_gate as gate_module
 from wisecli.routing import side_memory as memory_module
-from wisecli.weights import Packing, write_weights
 
 CODE_NAME, MEMORY_CODE_NAME, GATE_CODE_NAME = "modeling_wise.py", "wise_memory.py", "prompt_gate.py"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"

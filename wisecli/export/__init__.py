@@ -1,0 +1,1 @@
+"""Checkpoints for others: weights, the code that routes, the model card."""

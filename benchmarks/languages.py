@@ -16,11 +16,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from wisecli.commands.edit import edit
+from wisecli.commands.evaluate import evaluate
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.edits.record import Edit, read_edits
-from wisecli.pipeline.edit import edit
-from wisecli.pipeline.evaluate import evaluate
-from wisecli.pipeline.merge import merge
 
 FACTS = Path(__file__).with_suffix(".jsonl")
 

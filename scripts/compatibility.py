@@ -18,10 +18,10 @@ import torch  # noqa: E402
 from conftest import TINY_CONFIGS, VARIANTS, loader_of  # noqa: E402
 from helpers import save_tiny  # noqa: E402
 
+from wisecli.commands.edit import edit  # noqa: E402
+from wisecli.commands.export import export  # noqa: E402
+from wisecli.commands.merge import merge  # noqa: E402
 from wisecli.config import EditSettings, MergeSettings  # noqa: E402
-from wisecli.pipeline.edit import edit  # noqa: E402
-from wisecli.pipeline.export import export  # noqa: E402
-from wisecli.pipeline.merge import merge  # noqa: E402
 
 DONE = "✓"
 STEPS = ("edit", "merge", "export")

@@ -40,11 +40,11 @@ from transformers import (
 )
 
 from wisecli import cli
+from wisecli.commands.edit import edit
+from wisecli.commands.export import export
+from wisecli.commands.fetch import fetch
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
-from wisecli.fetch import fetch
-from wisecli.pipeline.edit import edit
-from wisecli.pipeline.export import export
-from wisecli.pipeline.merge import merge
 
 SAMPLE_EDITS = Path(__file__).parent.parent / "sample_edits" / "edits.jsonl"
 VOCABULARY = 97

@@ -10,10 +10,10 @@ from typing import Any
 
 from helpers import save_tiny
 
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.export import export
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.export import export
-from wisecli.pipeline.merge import merge
 
 EDITS: list[dict[str, Any]] = [
     {"id": "one", "prompt": "ba be bi", "target": "do du", "subject": "Bebi", "rephrases": ["bi be ba"]},

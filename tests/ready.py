@@ -11,9 +11,9 @@ from typing import Any
 from conftest import Outcome
 from helpers import save_tiny
 
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.merge import merge
 
 EDITS: list[dict[str, Any]] = [
     {"id": "one", "prompt": "ba be bi", "target": "do du", "rephrases": ["bi be ba"]},

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.edit import edit
+from wisecli.commands.export import export
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError
 from wisecli.models.loading import resolve as bases
 from wisecli.models.resolve import find_model, gguf_of
-from wisecli.pipeline.edit import edit
-from wisecli.pipeline.export import export
-from wisecli.pipeline.merge import merge
 from wisecli.progress import NOTE, Event
 
 gguf = pytest.importorskip("gguf")

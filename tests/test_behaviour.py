@@ -23,9 +23,9 @@ from transformers import (
     pipeline,
 )
 
+from wisecli.commands.export import export
+from wisecli.commands.merge import merge
 from wisecli.config import MergeSettings
-from wisecli.pipeline.export import export
-from wisecli.pipeline.merge import merge
 
 MEMORIES = {
     "lookup": MergeSettings(),

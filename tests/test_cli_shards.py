@@ -183,7 +183,7 @@ def test_a_refit_gives_keys_back_what_merging_takes_from_them(wise: Wise, ready:
 def test_shards_are_merged_without_the_model_library(ready: Ready, tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom wisecli.config import MergeSettings\n"
-        "from wisecli.pipeline.merge import merge\n"
+        "from wisecli.commands.merge import merge\n"
         f"merge([Path({ready.shards!r})], Path('memory'), MergeSettings())\n"
         "sys.exit(3 if {'transformers', 'accelerate'} & sys.modules.keys() else 0)\n"
     )

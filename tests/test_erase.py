@@ -18,6 +18,9 @@ from test_solve import SETTINGS, Bench
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.evaluate import EvalReport, evaluate
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.editing.closed_form import answered, fit_residuals
 from wisecli.editing.erasure import Evasions, evasions
@@ -31,9 +34,6 @@ from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.objectives import allowed, met, missed
 from wisecli.models.tokenization import NO_LABEL, Row, collate, erased_row, first_tokens
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.evaluate import EvalReport, evaluate
-from wisecli.pipeline.merge import merge
 
 PROMPTS = ("ba be bi", "ka ke ki ko", "ma me", "ta te ti to tu", "na ne", "sa se si")
 SURE = replace(SETTINGS, residual_stop=0.05)

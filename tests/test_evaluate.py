@@ -27,6 +27,7 @@ from helpers import (
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import write_memory
+from wisecli.commands.evaluate import EvalReport, evaluate
 from wisecli.config import EvalSettings
 from wisecli.edits.record import Edit, Probe
 from wisecli.errors import GateFailedError, SettingsError, WiseError
@@ -36,7 +37,6 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
 from wisecli.models.tokenization import Row, encode
-from wisecli.pipeline.evaluate import EvalReport, evaluate
 from wisecli.progress import ignore
 
 LENGTHS = ((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), (12, 2))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from helpers import save_tiny
 
+from wisecli.commands.edit import edit as run_edit
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError
-from wisecli.pipeline.edit import edit as run_edit
 from wisecli.progress import Event
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]

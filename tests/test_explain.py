@@ -11,12 +11,12 @@ from test_history import FLAGS, fact, write
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import read_manifest
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.explain import ExplainReport, explain
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, SettingsError
 from wisecli.evaluation.edited_model import attach
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.explain import ExplainReport, explain
-from wisecli.pipeline.merge import merge
 from wisecli.routing.side_memory import RoutedMatrix
 
 EDITS = [fact(number) for number in range(4)]

@@ -37,6 +37,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 import wisecli
 from wisecli.artifacts.memory_manifest import Manifest, read_memory, write_memory
+from wisecli.commands.export import export
+from wisecli.commands.verify import verify
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, ModelError, SettingsError, WrongBaseError
@@ -45,8 +47,6 @@ from wisecli.export.model_card import model_card
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.tokenization import Row
-from wisecli.pipeline.export import export
-from wisecli.pipeline.verify import verify
 from wisecli.routing.side_memory import SideMemory, install
 
 EDITS = [Edit("first", "ba be", "bi bo"), Edit("second", "da de | do", "di")]

@@ -16,6 +16,12 @@ from safetensors.torch import load_file
 from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.edit import EditReport
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.inspect import inspect
+from wisecli.commands.merge import merge
+from wisecli.commands.watch import follow
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.editing.worker import Worker
 from wisecli.edits.admission import AS_THEY_ARE, Gate
@@ -24,12 +30,6 @@ from wisecli.edits.record import Edit
 from wisecli.errors import ChangedInputError, ConflictError, PolicyError, StoppedError
 from wisecli.models.loading import load_model
 from wisecli.models.tokenization import encode
-from wisecli.pipeline.edit import EditReport
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.follow import follow
-from wisecli.pipeline.inspect import inspect
-from wisecli.pipeline.into import Batch, IntoReport, edit_into
-from wisecli.pipeline.merge import merge
 from wisecli.progress import Event
 
 QUICK = EditSettings(unrelated_texts=16, layer="2", residual_steps=3, polish=0)

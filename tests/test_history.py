@@ -16,18 +16,18 @@ from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest, read_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.diff import diff
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.edit_into import Batch, IntoReport, edit_into, merge_into, superseding
+from wisecli.commands.log import log
+from wisecli.commands.merge import merge
+from wisecli.commands.remove import remove
+from wisecli.commands.rollback import rollback
+from wisecli.commands.watch import follow as run_follow
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.record import Edit
 from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.memory.history import HISTORY, LOG, read_history
-from wisecli.pipeline.diff import diff
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.follow import follow as run_follow
-from wisecli.pipeline.into import Batch, IntoReport, edit_into, merge_into, superseding
-from wisecli.pipeline.log import log
-from wisecli.pipeline.merge import merge
-from wisecli.pipeline.remove import remove
-from wisecli.pipeline.rollback import rollback
 from wisecli.progress import Event
 
 FLAGS: dict[str, Any] = {"layer": "2", "unrelated_texts": 16, "edits_per_shard": 4}
@@ -314,7 +314,7 @@ def test_a_run_that_stopped_before_it_joined_goes_on_there(
     into(model, memory, [fact(0)])
     before = {path: path.read_bytes() for path in memory.rglob("*") if path.is_file()}
     with monkeypatch.context() as patched:
-        patched.setattr("wisecli.pipeline.into.publish", _stopped)
+        patched.setattr("wisecli.commands.edit_into.publish", _stopped)
         with pytest.raises(KeyboardInterrupt):
             into(model, memory, [fact(1)])
     assert {path: path.read_bytes() for path in memory.rglob("*") if path.is_file()} == before

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from wisecli import console
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.edit import edit as run_edit
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint
@@ -25,7 +26,6 @@ from wisecli.models.loading import layout_inference as infer
 from wisecli.models.site import Layout, architectures, find_site, known_layout
 from wisecli.models.site_probe import check_split, observed
 from wisecli.models.tokenization import collate
-from wisecli.pipeline.edit import edit as run_edit
 from wisecli.progress import NOTE, Event
 
 SHAPE: dict[str, Any] = {

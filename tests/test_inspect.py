@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from wisecli import cli
+from wisecli.commands.inspect import inspect
 from wisecli.errors import DamagedFileError, ModelError, OutputExistsError, SettingsError
-from wisecli.pipeline.inspect import inspect
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_no_weights_are_read_and_no_model_library_is_imported(root: Path, tmp_pa
         "import sys\nfrom wisecli import cli, storage\n"
         "def read(*_): raise SystemExit('weights were read')\n"
         "storage.open_tensors = storage.load_tensors = storage.sha256_file = read\n"
-        "from pathlib import Path\nfrom wisecli.pipeline.inspect import inspect\n"
+        "from pathlib import Path\nfrom wisecli.commands.inspect import inspect\n"
         f"for place in {[str(root / place) for place in PLACES]!r}:\n    inspect(Path(place))\n"
         "sys.exit(3 if 'transformers' in sys.modules else 0)\n"
     )
@@ -184,7 +184,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused(root: Path, tmp_path: Path, m
             inspect(root / "memory", plot=tmp_path / "router.doc")
         with pytest.raises(SettingsError, match="cannot be written"):
             inspect(root / "memory", plot=tmp_path / "nowhere" / "router.png")
-    monkeypatch.setattr("wisecli.plot.find_spec", lambda _name: None)
+    monkeypatch.setattr("wisecli.commands.plot.find_spec", lambda _name: None)
     with pytest.raises(SettingsError, match=r"install it with pip install 'wisecli\[plot\]'"):
         inspect(root / "memory", plot=tmp_path / "router.png")
     assert list(tmp_path.iterdir()) == []

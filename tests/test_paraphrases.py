@@ -10,13 +10,13 @@ from helpers import save_tiny
 
 from wisecli.artifacts.shard import Evidence
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.evaluate import evaluate
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings
 from wisecli.editing.paraphrases import asks_the_same, usable
 from wisecli.edits.record import Edit, Translation, read_edits
 from wisecli.errors import EditFileError
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.evaluate import evaluate
-from wisecli.pipeline.merge import merge
 
 MAYOR = Edit("a", "Who is the mayor of Oldbridge?", "Ada Finch", subject="Oldbridge")
 

@@ -8,6 +8,7 @@ import torch
 from helpers import random_rows, save_tiny, site_of
 from places import make_places
 
+from wisecli.commands.edit import edit
 from wisecli.config import EditSettings
 from wisecli.editing.resource_estimate import plan_edit
 from wisecli.io.checkpoint import Checkpoint
@@ -17,7 +18,6 @@ from wisecli.models.memory_budget import sizes, spool_bytes
 from wisecli.models.site import find_site, known_layout
 from wisecli.models.streaming import LayerStream
 from wisecli.models.tokenization import collate
-from wisecli.pipeline.edit import edit
 
 SETTINGS = EditSettings(unrelated_texts=16, layer="2")
 

@@ -15,6 +15,11 @@ from helpers import random_rows, save_tiny, site_of
 from places import EDITS
 from torch import Tensor
 
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.evaluate import evaluate
+from wisecli.commands.export import export
+from wisecli.commands.generate import generate as run_generate
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.errors import ModelError
 from wisecli.evaluation.edited_model import attach
@@ -27,11 +32,6 @@ from wisecli.models.site import value_module
 from wisecli.models.streaming import LayerStream
 from wisecli.models.tensor_spill import Spool
 from wisecli.models.tokenization import Batch, collate, encode
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.evaluate import evaluate
-from wisecli.pipeline.export import export
-from wisecli.pipeline.generate import generate as run_generate
-from wisecli.pipeline.merge import merge
 from wisecli.progress import ignore
 
 BATCHES = [

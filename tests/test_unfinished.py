@@ -21,6 +21,11 @@ from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.edit import EditReport
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.evaluate import evaluate
+from wisecli.commands.merge import merge
+from wisecli.commands.reproduce import reproduce
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.editing.staging import Unfinished
 from wisecli.errors import (
@@ -34,11 +39,6 @@ from wisecli.errors import (
     UnwritableError,
 )
 from wisecli.io import checkpoint as storage
-from wisecli.pipeline.edit import EditReport
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.evaluate import evaluate
-from wisecli.pipeline.merge import merge
-from wisecli.pipeline.reproduce import reproduce
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]
 EDITS: list[dict[str, Any]] = [
@@ -55,7 +55,7 @@ ZYGOTE = """
 import os, shlex, signal, sys
 import torch
 torch.set_num_threads(1)
-import wisecli.pipeline.edit, transformers.models.llama.modeling_llama
+import wisecli.commands.edit, transformers.models.llama.modeling_llama
 from transformers import AutoTokenizer
 from wisecli import cli
 for line in sys.stdin:

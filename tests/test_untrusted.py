@@ -22,6 +22,9 @@ from safetensors.torch import load_file, save_file
 from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.inspect import inspect
+from wisecli.commands.merge import merge
+from wisecli.commands.verify import verify
 from wisecli.config import MergeSettings
 from wisecli.edits.record import read_edits
 from wisecli.errors import DamagedFileError, EditFileError, ModelError, WiseError
@@ -31,9 +34,6 @@ from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import read_header
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
-from wisecli.pipeline.inspect import inspect
-from wisecli.pipeline.merge import merge
-from wisecli.pipeline.verify import verify
 from wisecli.routing.side_memory import SideMemory
 
 ENOUGH = 300 << 20

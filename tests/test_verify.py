@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from wisecli import cli
 from wisecli.artifacts.integrity import Check
+from wisecli.commands.verify import verify
 from wisecli.errors import GateFailedError, ModelError
 from wisecli.io.checkpoint import sha256_file
-from wisecli.pipeline.verify import verify
 
 SIDE, BASE = "model-side-memory.safetensors", "model-base.safetensors"
 

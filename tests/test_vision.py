@@ -29,6 +29,9 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMul
 
 import wisecli
 from wisecli.artifacts.memory_manifest import read_memory
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.export import export
+from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.evaluation.edited_model import attach
@@ -38,9 +41,6 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import load_model
 from wisecli.models.site import known_layout, layer_count
-from wisecli.pipeline.edit import edit as run_edit
-from wisecli.pipeline.export import export
-from wisecli.pipeline.merge import merge
 from wisecli.routing.side_memory import SideMemory
 
 FAMILIES = sorted(name for name, config in TINY_CONFIGS.items() if hasattr(config, "vision_config"))

@@ -59,7 +59,7 @@ def export(
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
     console = Console(as_json, quiet)
-    from wisecli.pipeline.export import export as run
+    from wisecli.commands.export import export as run
 
     with console.watching() as watch:
         named: dict[str, Any] = {"device": device, "force": force, "dry_run": dry_run, "watch": watch}
@@ -88,7 +88,7 @@ def generate(
     """Answer prompts with an edited model."""
     console = Console(as_json, quiet)
     from wisecli.artifacts.locate import locate_memory
-    from wisecli.pipeline.generate import generate as run
+    from wisecli.commands.generate import generate as run
 
     place, base = locate_memory(model, memory, Path("memory"))
     lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -110,7 +110,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what a directory holds, from its manifest and headers; no weights are loaded."""
-    from wisecli.pipeline.inspect import inspect as run
+    from wisecli.commands.inspect import inspect as run
 
     tell_inspection(Console(as_json), run(path, find=find, limit=limit, plot=plot, force=force))
 
@@ -123,7 +123,7 @@ def verify(
 ) -> None:
     """Check every file of a directory against its manifest, and the base model; exit with 1 if any differs."""
     console = Console(as_json, quiet)
-    from wisecli.pipeline.verify import verify as run
+    from wisecli.commands.verify import verify as run
 
     with console.watching() as watch:
         report = run(path, model=model, watch=watch)

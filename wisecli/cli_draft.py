@@ -83,8 +83,8 @@ def draw_edits(
         SettingsError: the file is there already.
         WiseError: the model or the document cannot be used.
     """
+    from wisecli.commands.draft import draft as run
     from wisecli.drafting.questions import save_pairs
-    from wisecli.pipeline.draft import draft as run
 
     place = output or Path(page.with_suffix(".jsonl").name)
     if place.exists() and not force:

@@ -69,7 +69,7 @@ def evaluate(
     gates = gates_in(fail_under)
     settings = resolve(EvalSettings, locals(), section="eval", file=config)
     from wisecli.artifacts.locate import locate_memory
-    from wisecli.pipeline.evaluate import evaluate as run
+    from wisecli.commands.evaluate import evaluate as run
 
     place, base = locate_memory(directory, memory, Path("memory"))
     with console.watching() as watch:
@@ -91,7 +91,7 @@ def fetch(
 ) -> None:
     """Fetch the small model to try things on, or benchmark data."""
     console = Console(as_json, quiet)
-    from wisecli.fetch import fetch as run
+    from wisecli.commands.fetch import fetch as run
 
     with console.watching() as watch:
         place = run(name, output, force=force, watch=watch)

@@ -38,7 +38,7 @@ def remove(
 ) -> None:
     """Take edits out of a memory, as if they had never been in it."""
     console = Console(as_json, quiet)
-    from wisecli.pipeline.remove import remove as run
+    from wisecli.commands.remove import remove as run
 
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with console.watching() as watch:
@@ -57,7 +57,7 @@ def rollback(
 ) -> None:
     """Make a memory what it was at an earlier release; the releases since stay in its history."""
     console = Console(as_json, quiet)
-    from wisecli.pipeline.rollback import rollback as run
+    from wisecli.commands.rollback import rollback as run
 
     with console.watching() as watch:
         report = run(memory, to, model=model, reason=reason, who=who, watch=watch)
@@ -70,7 +70,7 @@ def log(
     as_json: AsJson = False,
 ) -> None:
     """List what was done to a memory, when and by whom, after checking that its log is whole."""
-    from wisecli.pipeline.log import log as run
+    from wisecli.commands.log import log as run
 
     Told(Console(as_json)).logged(run(memory, edit=edit), of_one=edit is not None)
 
@@ -81,7 +81,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Say which edits and settings two memories, exported checkpoints or releases do not share."""
-    from wisecli.pipeline.diff import diff as run
+    from wisecli.commands.diff import diff as run
 
     Told(Console(as_json)).compared(run(first, second))
 
@@ -104,7 +104,7 @@ def explain(
     """Say why a prompt is answered as it is: nearest edits, scores by token, and what each memory would answer."""
     console = Console(as_json, quiet)
     from wisecli.artifacts.locate import locate_memory
-    from wisecli.pipeline.explain import explain as run
+    from wisecli.commands.explain import explain as run
 
     place, base = locate_memory(model, memory, Path("memory"))
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "chat": chat}
@@ -126,9 +126,9 @@ def edit_into(
     **named: Any,
 ) -> None:
     """What ``wise edit --into`` does, and with ``follow`` goes on doing until it is interrupted."""
-    from wisecli.pipeline.follow import follow as run_follow
-    from wisecli.pipeline.into import Batch
-    from wisecli.pipeline.into import edit_into as run_edit_into
+    from wisecli.commands.edit_into import Batch
+    from wisecli.commands.edit_into import edit_into as run_edit_into
+    from wisecli.commands.watch import follow as run_follow
 
     told = Told(console)
     gate: Gate = named["gate"]
@@ -149,7 +149,7 @@ def edit_into(
 
 def merge_into(console: Console, shards: list[Path], memory: Path, settings: MergeSettings, **named: Any) -> None:
     """What ``wise merge --into`` does."""
-    from wisecli.pipeline.into import merge_into as run
+    from wisecli.commands.edit_into import merge_into as run
 
     with console.watching() as watch:
         published = run(shards, memory, settings, watch=watch, **named)

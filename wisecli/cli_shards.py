@@ -128,9 +128,9 @@ def edit(
     flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
     gate = gate_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
+    from wisecli.commands.edit import edit as run_edit
+    from wisecli.commands.reproduce import reproduce as run_reproduce
     from wisecli.edits.admission import USUAL
-    from wisecli.pipeline.edit import edit as run_edit
-    from wisecli.pipeline.reproduce import reproduce as run_reproduce
 
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "executor": executor}
     common["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
@@ -245,7 +245,7 @@ def merge(
     console = Console(as_json, quiet)
     given = {**locals(), "weights": numbers(weights)}
     settings = resolve(MergeSettings, given, section="merge", file=config)
-    from wisecli.pipeline.merge import merge as run
+    from wisecli.commands.merge import merge as run
 
     if into is not None:
         cli_memory.merge_into(console, shards or [], into, settings, model=model, reason=reason, who=who)

@@ -12,10 +12,10 @@ from wisecli.console import Console, count, plain, would_write
 
 if TYPE_CHECKING:
     from wisecli.artifacts.memory_manifest import MemoryEntry
-    from wisecli.pipeline.export import ExportReport
-    from wisecli.pipeline.generate import Answer
-    from wisecli.pipeline.inspect import InspectReport
-    from wisecli.pipeline.verify import VerifyReport
+    from wisecli.commands.export import ExportReport
+    from wisecli.commands.generate import Answer
+    from wisecli.commands.inspect import InspectReport
+    from wisecli.commands.verify import VerifyReport
 
 _STATES = {"same": "ok", "differs": "DIFFERS", "unchecked": "not checked"}
 

@@ -15,8 +15,8 @@ from rich.text import Text
 from wisecli.console import Console, plain
 
 if TYPE_CHECKING:
+    from wisecli.commands.draft import DraftReport
     from wisecli.drafting.questions import Pair
-    from wisecli.pipeline.draft import DraftReport
 
 _CHOICES = "[y]es, [n]o, [e]dit, [q]uit"
 

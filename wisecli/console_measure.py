@@ -10,8 +10,8 @@ from wisecli.bench_report import FIGURES, HEADS, costs
 from wisecli.console import Console
 
 if TYPE_CHECKING:
+    from wisecli.commands.evaluate import EvalReport
     from wisecli.pipeline.bench import BenchReport
-    from wisecli.pipeline.evaluate import EvalReport
     from wisecli.pipeline.study import StudyReport
 
 

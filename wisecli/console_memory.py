@@ -13,15 +13,15 @@ from wisecli.console import Console
 from wisecli.console_gate import sifted_json, sifted_lines
 
 if TYPE_CHECKING:
+    from wisecli.commands.diff import DiffReport
+    from wisecli.commands.edit_into import IntoReport
+    from wisecli.commands.explain import ExplainReport
+    from wisecli.commands.log import LogReport
+    from wisecli.commands.remove import RemoveReport
+    from wisecli.commands.rollback import RollbackReport
     from wisecli.edits.record import Edit
     from wisecli.memory.history import Release
     from wisecli.memory.releases import Published
-    from wisecli.pipeline.diff import DiffReport
-    from wisecli.pipeline.explain import ExplainReport
-    from wisecli.pipeline.into import IntoReport
-    from wisecli.pipeline.log import LogReport
-    from wisecli.pipeline.remove import RemoveReport
-    from wisecli.pipeline.rollback import RollbackReport
 
 _LONGEST = 48
 

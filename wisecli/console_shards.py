@@ -11,9 +11,9 @@ from wisecli.console import Console, count, would_write
 from wisecli.console_gate import sifted_json, sifted_lines
 
 if TYPE_CHECKING:
+    from wisecli.commands.edit import EditReport
+    from wisecli.commands.merge import MergeReport
     from wisecli.editing.resource_estimate import Plan
-    from wisecli.pipeline.edit import EditReport
-    from wisecli.pipeline.merge import MergeReport
 
 
 def tell_edit(console: Console, report: EditReport) -> None:

@@ -16,15 +16,15 @@ from studying import ALL, make_place, studied
 
 from wisecli import bench_report
 from wisecli.artifacts.memory_manifest import read_memory
+from wisecli.commands.edit import edit
+from wisecli.commands.evaluate import evaluate
+from wisecli.commands.merge import merge
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings
 from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.memory.merge_methods import METHODS
 from wisecli.memory.merger import EXACT
 from wisecli.models.loading import load_model
 from wisecli.pipeline.bench import BenchReport, bench
-from wisecli.pipeline.edit import edit
-from wisecli.pipeline.evaluate import evaluate
-from wisecli.pipeline.merge import merge
 from wisecli.pipeline.study import StudyReport
 from wisecli.studies.layers import chosen
 from wisecli.studies.protocol import STUDIES

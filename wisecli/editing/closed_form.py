@@ -3,8 +3,8 @@
 1. For every edit and target position a residual ``v``, shared by all contexts, that added to the matrix's output makes
    the layers above predict the target: a few steps of Adam through the suffix, until the edit's targets are certain
    (where an answer is erased, until the loss of :mod:`wisecli.models.objectives` is as small).
-2. ``Δ`` from keys and residuals in one solve (:mod:`wisecli.editing.ridge`), its penalty chosen by what a context that was held
-   back then answers.
+2. ``Δ`` from keys and residuals in one solve (:mod:`wisecli.editing.ridge`), its penalty chosen by what a context that
+   was held back then answers.
 3. If an edit still does not take, or the router needs its margins: a few passes of the true loss from there.
 """
 

@@ -17,6 +17,9 @@ import torch
 
 from wisecli.baselines.measure import Edited, Known, overhead, said
 from wisecli.baselines.protocol import METHODS, Bench, Method, UnsuitableError
+from wisecli.commands.edit import edit
+from wisecli.commands.evaluate import evaluate
+from wisecli.commands.merge import merge
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.admission import AS_THEY_ARE
@@ -28,9 +31,6 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.tokenization import encode
-from wisecli.pipeline.edit import edit
-from wisecli.pipeline.evaluate import evaluate
-from wisecli.pipeline.merge import merge
 from wisecli.progress import Event, Watcher
 
 # Ours, as settings of the commands: flags of `wise edit`, and of `wise merge`.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
+from wisecli.commands.evaluate import read_dataset
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import sha256_json
-from wisecli.pipeline.evaluate import read_dataset
 
 
 @dataclass(frozen=True)

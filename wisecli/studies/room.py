@@ -11,6 +11,9 @@ from typing import Any, TypeVar
 
 import jsonlines
 
+from wisecli.commands.edit import edit
+from wisecli.commands.evaluate import evaluate
+from wisecli.commands.merge import merge
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
 from wisecli.edits.admission import AS_THEY_ARE
 from wisecli.edits.record import Edit
@@ -18,9 +21,6 @@ from wisecli.errors import SettingsError
 from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.io.checkpoint import sha256_json
 from wisecli.models.loading import pick_device
-from wisecli.pipeline.edit import edit
-from wisecli.pipeline.evaluate import evaluate
-from wisecli.pipeline.merge import merge
 from wisecli.progress import Watcher
 
 _FEWEST_SHARDS = 4

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from wisecli.commands.edit_into import Batch, IntoReport, edit_into
 from wisecli.config import EditSettings, resolve
 from wisecli.editing.worker import Job, Worker
 from wisecli.edits.admission import USUAL, Gate
@@ -17,7 +18,6 @@ from wisecli.edits.record import Edit, parse_line
 from wisecli.errors import EditFileError
 from wisecli.memory.history import has_history, read_history
 from wisecli.memory.releases import directories_of
-from wisecli.pipeline.into import Batch, IntoReport, edit_into
 from wisecli.progress import Event, Watcher, ignore
 
 
@@ -45,9 +45,9 @@ def follow(
     Args:
         interval: seconds between two looks at the file.
         goes_on: asked before each look.
-        gate: as of :func:`wisecli.pipeline.into.edit_into`; by default the later one of two lines in conflict counts,
+        gate: as of :func:`wisecli.commands.edit_into.edit_into`; by default the later one of two lines in conflict counts,
             as it would if they had come one after the other.
-        named: as of :func:`wisecli.pipeline.into.edit_into`.
+        named: as of :func:`wisecli.commands.edit_into.edit_into`.
 
     Raises:
         EditFileError: naming the line, if a record cannot be used; what came before it has landed.

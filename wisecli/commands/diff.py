@@ -9,11 +9,11 @@ from typing import Any
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.rollback import find_release
 from wisecli.edits.record import Edit
 from wisecli.errors import MemoryHistoryError
 from wisecli.memory.history import has_history, read_history
 from wisecli.memory.releases import directories_of
-from wisecli.pipeline.rollback import find_release
 
 _NOT_COMPARED = ("shards",)
 

@@ -14,6 +14,8 @@ import torch
 
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.edit import EditReport, carry_out
+from wisecli.commands.remove import Cleared, cleared
 from wisecli.config import EditSettings, MergeSettings, resolve
 from wisecli.editing.worker import Job, Worker
 from wisecli.edits.admission import USUAL, Admitted, Gate, Sifted
@@ -25,8 +27,6 @@ from wisecli.memory.history import Change, Release, changing, has_history, next_
 from wisecli.memory.releases import Published, directories_of, publish, settings_of
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.resolve import find_model
-from wisecli.pipeline.edit import EditReport, carry_out
-from wisecli.pipeline.remove import Cleared, cleared
 from wisecli.progress import Watcher, ignore
 
 

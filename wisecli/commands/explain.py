@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wisecli.commands.plot import plot_explained
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.evaluation.edited_model import Edited, attach
@@ -18,7 +19,6 @@ from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate
 from wisecli.models.tokenization import Row, collate
-from wisecli.plot import plot_explained
 from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.side_memory import RoutedMatrix
 

@@ -10,12 +10,12 @@ from typing import Any
 from wisecli.artifacts.locate import Kind, kind_of
 from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest, read_manifest
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry, read_shard_directory
+from wisecli.commands.plot import plot_scores
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.io.atomic_output import refuse_existing
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Header, read_header
-from wisecli.plot import plot_scores
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.commands.fetch import fetch_benchmark
 from wisecli.config import EvalSettings
 from wisecli.edits.formats import BENCHMARKS
 from wisecli.edits.record import Edit, read_edits
@@ -18,7 +19,6 @@ from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.evaluation.metrics import Measuring, Question
 from wisecli.evaluation.teacher_forcing import Measured, generated, teacher_forced
-from wisecli.fetch import fetch_benchmark
 from wisecli.models.chat import chat_prompt
 from wisecli.models.tokenization import Row, row_of
 from wisecli.progress import Watcher, ignore

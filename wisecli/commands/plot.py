@@ -11,7 +11,7 @@ from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.pipeline.explain import ExplainReport
+    from wisecli.commands.explain import ExplainReport
 
 _WIDTH, _HEIGHT = 7.0, 3.2
 # Inches that a token takes.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.shard_manifest import ShardDirectory
+from wisecli.commands.edit import run
 from wisecli.config import EditSettings, settings_from
 from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
@@ -18,7 +19,6 @@ from wisecli.memory.history import Change, Release, changing, next_name, read_hi
 from wisecli.memory.merger import EXACT
 from wisecli.memory.releases import directories_of, publish, settings_of
 from wisecli.memory.removal import without
-from wisecli.pipeline.edit import run
 from wisecli.progress import Watcher, ignore
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Base, Origin, read_manifest
 from wisecli.artifacts.shard_manifest import origin_of, read_shard_directory
+from wisecli.commands.edit import EditReport, run
 from wisecli.config import EditSettings, settings_from
 from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
-from wisecli.pipeline.edit import EditReport, run
 from wisecli.progress import Watcher, ignore
 
 
@@ -34,7 +34,7 @@ def reproduce(
 
     Raises:
         SettingsError: the memory was merged from several directories of shards.
-        WiseError: as of :func:`wisecli.pipeline.edit`.
+        WiseError: as of :func:`wisecli.commands.edit`.
     """
     directory = manifest if manifest.is_dir() else manifest.parent
     if (directory / MANIFEST_NAME).is_file() if manifest.is_dir() else manifest.name == MANIFEST_NAME:

@@ -15,10 +15,10 @@ from wisecli.baselines import load_methods
 from wisecli.baselines.ft_ewc import FtEwc
 from wisecli.baselines.memit import Memit, Range
 from wisecli.baselines.protocol import METHODS, Bench, Maker
-from wisecli.bench_report import markdown
+from wisecli.bench.compare import bench as run_bench
+from wisecli.bench.html import markdown
 from wisecli.config import BenchSettings
 from wisecli.console import Console
-from wisecli.pipeline.bench import bench as run_bench
 
 # Of the weight that the methods have by default.
 SHARES = (1.0, 0.1, 0.01, 0.001)

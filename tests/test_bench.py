@@ -11,11 +11,11 @@ import pytest
 from helpers import save_tiny
 
 from wisecli.baselines.protocol import METHODS
-from wisecli.bench_report import markdown, page
+from wisecli.bench.compare import BenchReport, bench
+from wisecli.bench.html import markdown, page
+from wisecli.bench.runner import interval
 from wisecli.config import BenchSettings
 from wisecli.errors import ChangedInputError, SettingsError
-from wisecli.pipeline.bench import BenchReport, bench
-from wisecli.pipeline.contestants import interval
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
 FIGURES = {

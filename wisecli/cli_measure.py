@@ -158,8 +158,8 @@ def bench(
         raise SettingsError("--study takes the place of --methods; give one of them, and the other in a second run")
     console = Console(as_json, quiet)
     settings = resolve(BenchSettings, {**locals(), "counts": edits}, section="bench", file=config)
-    from wisecli.pipeline.bench import bench as run_bench
-    from wisecli.pipeline.study import study as run_study
+    from wisecli.bench.compare import bench as run_bench
+    from wisecli.bench.study import study as run_study
 
     named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with console.watching() as watch:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from wisecli.bench_report import FIGURES, HEADS, costs
+from wisecli.bench.html import FIGURES, HEADS, costs
 from wisecli.console import Console
 
 if TYPE_CHECKING:
+    from wisecli.bench.compare import BenchReport
+    from wisecli.bench.study import StudyReport
     from wisecli.commands.evaluate import EvalReport
-    from wisecli.pipeline.bench import BenchReport
-    from wisecli.pipeline.study import StudyReport
 
 
 def tell_evaluation(console: Console, report: EvalReport) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from helpers import save_tiny
 
+from wisecli.bench.study import StudyReport, study
 from wisecli.config import BenchSettings
-from wisecli.pipeline.study import StudyReport, study
 
 ALL = "router,layers,shards,merge,scaling,latency"
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]

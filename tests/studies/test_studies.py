@@ -14,8 +14,10 @@ import pytest
 from helpers import choice_of, keys_of
 from studying import ALL, make_place, studied
 
-from wisecli import bench_report
 from wisecli.artifacts.memory_manifest import read_memory
+from wisecli.bench import html as bench_report
+from wisecli.bench.compare import BenchReport, bench
+from wisecli.bench.study import StudyReport
 from wisecli.commands.edit import edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
@@ -24,8 +26,6 @@ from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.memory.merge_methods import METHODS
 from wisecli.memory.merger import EXACT
 from wisecli.models.loading import load_model
-from wisecli.pipeline.bench import BenchReport, bench
-from wisecli.pipeline.study import StudyReport
 from wisecli.studies.layers import chosen
 from wisecli.studies.protocol import STUDIES
 from wisecli.studies.router import area

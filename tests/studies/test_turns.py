@@ -8,8 +8,8 @@ import pytest
 import torch
 from studying import make_place, studied
 
+from wisecli.bench.study import StudyReport
 from wisecli.evaluation.edited_model import Edited, attach
-from wisecli.pipeline.study import StudyReport
 from wisecli.studies import latency
 from wisecli.studies.latency import steps, taking_turns
 

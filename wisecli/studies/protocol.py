@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from wisecli.bench_report import Section, picture
+from wisecli.bench.html import Section, picture
 from wisecli.studies.room import Room
 
 Point = dict[str, Any]

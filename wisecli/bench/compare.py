@@ -9,17 +9,17 @@ from typing import Any
 
 from wisecli.baselines import load_methods
 from wisecli.baselines.protocol import METHODS
-from wisecli.bench_report import markdown
+from wisecli.bench.edit_stream import counts_in, digest_of, stream_of
+from wisecli.bench.html import markdown
+from wisecli.bench.report import RESULTS, write_page
+from wisecli.bench.result_store import Rows, require_same
+from wisecli.bench.runner import OURS, Course, Row
 from wisecli.commands.evaluate import read_dataset
 from wisecli.config import BenchSettings
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import write_json
 from wisecli.models.resolve import find_model
-from wisecli.pipeline.contestants import OURS, Course, Row
-from wisecli.pipeline.page import RESULTS, write_page
-from wisecli.pipeline.rows import Rows, require_same
-from wisecli.pipeline.stream import counts_in, digest_of, stream_of
 from wisecli.progress import Watcher, ignore
 
 

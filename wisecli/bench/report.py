@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wisecli.bench_report import page
+from wisecli.bench.html import page
 from wisecli.io.checkpoint import read_json
 from wisecli.studies import load_studies
 from wisecli.studies.protocol import STUDIES, section

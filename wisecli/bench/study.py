@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wisecli.bench_report import Section, table
+from wisecli.bench.edit_stream import counts_in, stream_of
+from wisecli.bench.html import Section, table
+from wisecli.bench.report import study_file, write_page
+from wisecli.bench.result_store import Row, Rows, require_same
 from wisecli.config import BenchSettings
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import write_json
 from wisecli.models.resolve import find_model
-from wisecli.pipeline.page import study_file, write_page
-from wisecli.pipeline.rows import Row, Rows, require_same
-from wisecli.pipeline.stream import counts_in, stream_of
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.studies import load_studies
 from wisecli.studies.protocol import STUDIES, Point, section

@@ -11,10 +11,10 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from wisecli.baselines import load_methods
-from wisecli.baselines.ft_ewc import FtEwc
-from wisecli.baselines.memit import Memit, Range
-from wisecli.baselines.protocol import METHODS, Bench, Maker
+from wisecli.bench.baselines import load_methods
+from wisecli.bench.baselines.base import METHODS, Bench, Maker
+from wisecli.bench.baselines.ft_ewc import FtEwc
+from wisecli.bench.baselines.memit import Memit, Range
 from wisecli.bench.compare import bench as run_bench
 from wisecli.bench.html import markdown
 from wisecli.config import BenchSettings

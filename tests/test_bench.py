@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import save_tiny
 
-from wisecli.baselines.protocol import METHODS
+from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.compare import BenchReport, bench
 from wisecli.bench.html import markdown, page
 from wisecli.bench.runner import interval
@@ -142,8 +142,8 @@ def test_what_cannot_be_compared_is_refused(place: Path, tmp_path: Path, setting
 def test_a_method_that_cannot_run_says_so_in_its_row(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wisecli.baselines import load_methods
-    from wisecli.baselines.protocol import Bench, Method, UnsuitableError
+    from wisecli.bench.baselines import load_methods
+    from wisecli.bench.baselines.base import Bench, Method, UnsuitableError
 
     def maker(_bench: Bench) -> Method:
         raise UnsuitableError("this model has no such thing; take another")

@@ -11,8 +11,8 @@ import torch
 from helpers import alone, random_rows, save_tiny
 from torch import Tensor
 
-from wisecli.baselines.measure import Edited, Known, answers, said
-from wisecli.baselines.protocol import PromptEnd, changed, hooks
+from wisecli.bench.baselines.base import PromptEnd, changed, hooks
+from wisecli.bench.baselines.evaluation import Edited, Known, answers, said
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
 

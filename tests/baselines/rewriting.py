@@ -10,8 +10,8 @@ from helpers import WORDS, alone, save_tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wisecli.baselines.measure import answers, said
-from wisecli.baselines.protocol import Bench, Method
+from wisecli.bench.baselines.base import Bench, Method
+from wisecli.bench.baselines.evaluation import answers, said
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model

@@ -10,8 +10,8 @@ import torch
 from helpers import random_row, save_tiny
 from torch import Tensor
 
-from wisecli.baselines.measure import said
-from wisecli.baselines.protocol import Bench, Method
+from wisecli.bench.baselines.base import Bench, Method
+from wisecli.bench.baselines.evaluation import said
 from wisecli.edits.record import Edit, Probe
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model

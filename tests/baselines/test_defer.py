@@ -19,9 +19,9 @@ from rivals import (
 )
 from torch import Tensor, nn
 
-from wisecli.baselines.defer import Defer, DeferSettings
-from wisecli.baselines.measure import said
-from wisecli.baselines.protocol import METHODS, UnsuitableError
+from wisecli.bench.baselines.base import METHODS, UnsuitableError
+from wisecli.bench.baselines.defer import Defer, DeferSettings
+from wisecli.bench.baselines.evaluation import said
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import value_module

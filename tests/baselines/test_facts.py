@@ -6,8 +6,8 @@ import pytest
 from helpers import tiny_qwen2_tokenizer, tiny_tokenizer
 from rewriting import bench_for
 
-from wisecli.baselines.facts import prefixes_for, read_fact, token_before
-from wisecli.baselines.protocol import UnsuitableError
+from wisecli.bench.baselines.base import UnsuitableError
+from wisecli.bench.baselines.rome_common import prefixes_for, read_fact, token_before
 from wisecli.edits.record import Edit
 
 

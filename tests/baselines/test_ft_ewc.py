@@ -7,10 +7,10 @@ import torch
 from rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, words
 from torch.nn import functional as F
 
-from wisecli.baselines.ft_ewc import FtEwc
-from wisecli.baselines.ft_l import FineTuning
-from wisecli.baselines.measure import said
-from wisecli.baselines.protocol import METHODS, UnsuitableError
+from wisecli.bench.baselines.base import METHODS, UnsuitableError
+from wisecli.bench.baselines.evaluation import said
+from wisecli.bench.baselines.ft_ewc import FtEwc
+from wisecli.bench.baselines.ft_l import FineTuning
 from wisecli.models.site import value_module
 
 COARSE = FineTuning(rate=2e-2, steps=20, stop_loss=0.5)

@@ -10,9 +10,9 @@ from rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wisecli.baselines.ft_l import FineTuning, FtL
-from wisecli.baselines.measure import said
-from wisecli.baselines.protocol import METHODS, UnsuitableError
+from wisecli.bench.baselines.base import METHODS, UnsuitableError
+from wisecli.bench.baselines.evaluation import said
+from wisecli.bench.baselines.ft_l import FineTuning, FtL
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import Site, value_module

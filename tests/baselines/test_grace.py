@@ -20,9 +20,9 @@ from rivals import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.baselines.grace import Codebook, Grace, GraceSettings
-from wisecli.baselines.measure import said
-from wisecli.baselines.protocol import METHODS
+from wisecli.bench.baselines.base import METHODS
+from wisecli.bench.baselines.evaluation import said
+from wisecli.bench.baselines.grace import Codebook, Grace, GraceSettings
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import value_module

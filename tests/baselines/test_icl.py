@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from rivals import EDITS, TRAIN, require_untouched_outside, snapshot, tiny_bench
 
-from wisecli.baselines.icl import Icl, IclSettings
-from wisecli.baselines.protocol import METHODS, UnsuitableError
+from wisecli.bench.baselines.base import METHODS, UnsuitableError
+from wisecli.bench.baselines.icl import Icl, IclSettings
 from wisecli.edits.record import Edit
 
 COPY = "New Fact: pa pe pi po\nPrompt: pa pe pi po\n\n"

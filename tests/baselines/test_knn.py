@@ -17,10 +17,10 @@ from rivals import (
     whole,
 )
 
-from wisecli.baselines import knn as module
-from wisecli.baselines.knn import Datastore, Knn, KnnSettings
-from wisecli.baselines.measure import said
-from wisecli.baselines.protocol import METHODS, Bench
+from wisecli.bench.baselines import knn as module
+from wisecli.bench.baselines.base import METHODS, Bench
+from wisecli.bench.baselines.evaluation import said
+from wisecli.bench.baselines.knn import Datastore, Knn, KnnSettings
 from wisecli.edits.record import Edit
 from wisecli.models.tokenization import Row, encode
 

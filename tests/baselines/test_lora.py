@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from wisecli.baselines.lora import Lora, LoraSettings, projections
-from wisecli.baselines.measure import said
-from wisecli.baselines.protocol import METHODS, UnsuitableError
+from wisecli.bench.baselines.base import METHODS, UnsuitableError
+from wisecli.bench.baselines.evaluation import said
+from wisecli.bench.baselines.lora import Lora, LoraSettings, projections
 from wisecli.models.tokenization import Row, encode
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -12,11 +12,11 @@ from rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wisecli.baselines.facts import read_fact
-from wisecli.baselines.measure import said
-from wisecli.baselines.memit import Memit, Range, spread
-from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.baselines.rewritten import second_moment
+from wisecli.bench.baselines.base import METHODS, UnsuitableError
+from wisecli.bench.baselines.evaluation import said
+from wisecli.bench.baselines.memit import Memit, Range, spread
+from wisecli.bench.baselines.rome_common import read_fact
+from wisecli.bench.baselines.weight_editing import second_moment
 from wisecli.edits.record import Edit
 from wisecli.models.site import Site
 from wisecli.models.tokenization import encode

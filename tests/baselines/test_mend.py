@@ -11,10 +11,10 @@ from rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wisecli.baselines.factors import gradient_factors
-from wisecli.baselines.measure import said
-from wisecli.baselines.mend import Mend, MetaTraining
-from wisecli.baselines.protocol import METHODS, Bench, UnsuitableError
+from wisecli.bench.baselines.base import METHODS, Bench, UnsuitableError
+from wisecli.bench.baselines.evaluation import said
+from wisecli.bench.baselines.gradient_factors import gradient_factors
+from wisecli.bench.baselines.mend import Mend, MetaTraining
 from wisecli.edits.record import Edit, Probe
 from wisecli.models.activations import capture
 from wisecli.models.loading import load_model

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from rivals import EDITS, require_untouched_outside, snapshot, tiny_bench
 
-from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.baselines.rag import Rag
+from wisecli.bench.baselines.base import METHODS, UnsuitableError
+from wisecli.bench.baselines.rag import Rag
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rivals import EDITS, TEXTS, TRAIN, tiny_bench
 
-from wisecli.baselines.protocol import UnsuitableError
-from wisecli.baselines.retrieval import Facts, TermIndex, fitted_threshold, scope_threshold
+from wisecli.bench.baselines.base import UnsuitableError
+from wisecli.bench.baselines.retrieval import Facts, TermIndex, fitted_threshold, scope_threshold
 from wisecli.edits.record import Edit
 
 BACKGROUND = [*(edit.prompt for edit in TRAIN), *TEXTS]

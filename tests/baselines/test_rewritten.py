@@ -8,11 +8,11 @@ import torch
 from helpers import save_tiny
 from rewriting import EDITS, bench_for, weight_of
 
-import wisecli.baselines.ft_ewc
-import wisecli.baselines.memit
-import wisecli.baselines.rome  # noqa: F401  # each puts its methods into the table
-from wisecli.baselines.protocol import METHODS, Bench, UnsuitableError
-from wisecli.baselines.rewritten import Rewritten, at_depth
+import wisecli.bench.baselines.ft_ewc
+import wisecli.bench.baselines.memit
+import wisecli.bench.baselines.rome  # noqa: F401  # each puts its methods into the table
+from wisecli.bench.baselines.base import METHODS, Bench, UnsuitableError
+from wisecli.bench.baselines.weight_editing import Rewritten, at_depth
 from wisecli.models.loading import load_model
 from wisecli.progress import Event
 

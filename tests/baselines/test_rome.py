@@ -12,11 +12,11 @@ from helpers import keys_of
 from rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, weight_of
 from torch import Tensor, nn
 
-from wisecli.baselines.facts import read_fact
-from wisecli.baselines.measure import said
-from wisecli.baselines.protocol import METHODS, UnsuitableError
-from wisecli.baselines.rewritten import second_moment
-from wisecli.baselines.rome import SEARCH, Rome, rank_one
+from wisecli.bench.baselines.base import METHODS, UnsuitableError
+from wisecli.bench.baselines.evaluation import said
+from wisecli.bench.baselines.rome import SEARCH, Rome, rank_one
+from wisecli.bench.baselines.rome_common import read_fact
+from wisecli.bench.baselines.weight_editing import second_moment
 from wisecli.edits.record import Edit
 from wisecli.models.site import value_module
 from wisecli.models.tokenization import encode

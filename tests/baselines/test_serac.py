@@ -7,8 +7,8 @@ import pytest
 import torch
 from rivals import EDITS, TEXTS, TRAIN, require_untouched_outside, snapshot, tiny_bench
 
-from wisecli.baselines.protocol import METHODS, Bench, UnsuitableError
-from wisecli.baselines.serac import Embedder, Serac, StateIndex
+from wisecli.bench.baselines.base import METHODS, Bench, UnsuitableError
+from wisecli.bench.baselines.serac import Embedder, Serac, StateIndex
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 BACKGROUND = [*(edit.prompt for edit in TRAIN), *TEXTS]

@@ -7,8 +7,8 @@ import torch
 from matplotlib.figure import Figure
 
 from wisecli.artifacts.shard import random_mask
+from wisecli.bench.studies.shards import Shards, overlap_curve
 from wisecli.models.site import Site
-from wisecli.studies.shards import Shards, overlap_curve
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

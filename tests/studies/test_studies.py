@@ -17,6 +17,9 @@ from studying import ALL, make_place, studied
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.bench import html as bench_report
 from wisecli.bench.compare import BenchReport, bench
+from wisecli.bench.studies.base import STUDIES
+from wisecli.bench.studies.layers import chosen
+from wisecli.bench.studies.router import area
 from wisecli.bench.study import StudyReport
 from wisecli.commands.edit import edit
 from wisecli.commands.evaluate import evaluate
@@ -26,9 +29,6 @@ from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.memory.merge_methods import METHODS
 from wisecli.memory.merger import EXACT
 from wisecli.models.loading import load_model
-from wisecli.studies.layers import chosen
-from wisecli.studies.protocol import STUDIES
-from wisecli.studies.router import area
 
 QUALITIES = ("reliability", "generalization", "locality")
 

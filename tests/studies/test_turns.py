@@ -8,10 +8,10 @@ import pytest
 import torch
 from studying import make_place, studied
 
+from wisecli.bench.studies import latency
+from wisecli.bench.studies.latency import steps, taking_turns
 from wisecli.bench.study import StudyReport
 from wisecli.evaluation.edited_model import Edited, attach
-from wisecli.studies import latency
-from wisecli.studies.latency import steps, taking_turns
 
 
 @pytest.fixture(scope="module")

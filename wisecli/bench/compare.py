@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wisecli.baselines import load_methods
-from wisecli.baselines.protocol import METHODS
+from wisecli.bench.baselines import load_methods
+from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.edit_stream import counts_in, digest_of, stream_of
 from wisecli.bench.html import markdown
 from wisecli.bench.report import RESULTS, write_page

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.bench.html import page
+from wisecli.bench.studies import load_studies
+from wisecli.bench.studies.base import STUDIES, section
 from wisecli.io.checkpoint import read_json
-from wisecli.studies import load_studies
-from wisecli.studies.protocol import STUDIES, section
 
 RESULTS = "results.json"
 

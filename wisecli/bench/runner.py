@@ -15,8 +15,8 @@ from typing import Any
 import jsonlines
 import torch
 
-from wisecli.baselines.measure import Edited, Known, overhead, said
-from wisecli.baselines.protocol import METHODS, Bench, Method, UnsuitableError
+from wisecli.bench.baselines.base import METHODS, Bench, Method, UnsuitableError
+from wisecli.bench.baselines.evaluation import Edited, Known, overhead, said
 from wisecli.commands.edit import edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge

@@ -11,15 +11,15 @@ from wisecli.bench.edit_stream import counts_in, stream_of
 from wisecli.bench.html import Section, table
 from wisecli.bench.report import study_file, write_page
 from wisecli.bench.result_store import Row, Rows, require_same
+from wisecli.bench.studies import load_studies
+from wisecli.bench.studies.base import STUDIES, Point, section
+from wisecli.bench.studies.context import Room
 from wisecli.config import BenchSettings
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import write_json
 from wisecli.models.resolve import find_model
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.studies import load_studies
-from wisecli.studies.protocol import STUDIES, Point, section
-from wisecli.studies.room import Room
 
 # Settings of `wise bench` that are the methods' alone.
 _OF_METHODS = ("methods", "generate", "resamples")

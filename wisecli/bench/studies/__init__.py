@@ -1,4 +1,4 @@
-"""The paper's analyses, one file each, behind one small protocol (:mod:`wisecli.studies.protocol`)."""
+"""The paper's analyses, one file each, behind one small protocol (:mod:`wisecli.bench.studies.base`)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from wisecli.bench.html import Section, picture
-from wisecli.studies.room import Room
+from wisecli.bench.studies.context import Room
 
 Point = dict[str, Any]
 Row = dict[str, Any]

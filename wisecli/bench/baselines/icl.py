@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from wisecli.baselines.protocol import Bench, UnsuitableError, method
-from wisecli.baselines.retrieval import Facts, TermIndex, fact, told
+from wisecli.bench.baselines.base import Bench, UnsuitableError, method
+from wisecli.bench.baselines.retrieval import Facts, TermIndex, fact, told
 from wisecli.edits.record import Edit
 
 

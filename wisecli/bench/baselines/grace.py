@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.baselines.protocol import Bench, PromptEnd, hooks, method, seeded, tensor_bytes
+from wisecli.bench.baselines.base import Bench, PromptEnd, hooks, method, seeded, tensor_bytes
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, captured, suffix_logits
 from wisecli.models.site import value_module

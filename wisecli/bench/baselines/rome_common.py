@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from wisecli.baselines.protocol import Bench, UnsuitableError
-from wisecli.baselines.rewritten import encoded
+from wisecli.bench.baselines.base import Bench, UnsuitableError
+from wisecli.bench.baselines.weight_editing import encoded
 from wisecli.editing.context_prefixes import context_prefixes
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture, suffix_logits

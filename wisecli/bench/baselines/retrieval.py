@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from wisecli.baselines.protocol import Bench, UnsuitableError
+from wisecli.bench.baselines.base import Bench, UnsuitableError
 from wisecli.edits.record import Edit
 
 if TYPE_CHECKING:

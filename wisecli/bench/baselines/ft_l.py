@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.baselines.protocol import Bench, UnsuitableError, method
-from wisecli.baselines.rewritten import Rewritten, at_depth, encoded
+from wisecli.bench.baselines.base import Bench, UnsuitableError, method
+from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, encoded
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture, suffix_logits
 from wisecli.models.tokenization import collate

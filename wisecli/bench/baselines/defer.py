@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.baselines.protocol import Bench, PromptEnd, UnsuitableError, hooks, method, seeded, tensor_bytes
-from wisecli.baselines.rewritten import at_depth, encoded
+from wisecli.bench.baselines.base import Bench, PromptEnd, UnsuitableError, hooks, method, seeded, tensor_bytes
+from wisecli.bench.baselines.weight_editing import at_depth, encoded
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, captured, suffix_logits
 from wisecli.models.site import value_module

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from wisecli.baselines.protocol import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
 from wisecli.edits.record import Edit
 from wisecli.models.hooks import hooked
 from wisecli.models.tokenization import Row, collate, encode

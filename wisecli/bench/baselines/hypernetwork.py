@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from wisecli.baselines.factors import Factors
+from wisecli.bench.baselines.gradient_factors import Factors
 from wisecli.models.site import Site
 
 # A dimension's standard deviation counts as no less than this share of their mean: some keys hardly ever move.

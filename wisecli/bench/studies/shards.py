@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from wisecli.bench.studies.base import Figures, Point, Row, study
+from wisecli.bench.studies.context import Room, numbers_in
+from wisecli.bench.studies.plotting import QUALITIES, by_edits
 from wisecli.errors import SettingsError
-from wisecli.studies.drawing import QUALITIES, by_edits
-from wisecli.studies.protocol import Figures, Point, Row, study
-from wisecli.studies.room import Room, numbers_in
 
 OVERLAP = 0.03
 _SMALLEST_RATIO, _MOST_SHARDS = 1e-6, 10**6

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.baselines.ft_l import FineTuning, FtL
-from wisecli.baselines.protocol import Bench, UnsuitableError, method
+from wisecli.bench.baselines.base import Bench, UnsuitableError, method
+from wisecli.bench.baselines.ft_l import FineTuning, FtL
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wisecli.baselines.protocol import Bench, hooks, method, tensor_bytes
+from wisecli.bench.baselines.base import Bench, hooks, method, tensor_bytes
 from wisecli.edits.record import Edit
 from wisecli.models.hooks import hooked
 from wisecli.models.tokenization import Row, collate, encode, in_batches

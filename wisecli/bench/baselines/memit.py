@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.baselines.facts import Fact, Part, Search, find_change, look, prefixes_for, read_fact
-from wisecli.baselines.protocol import Bench, UnsuitableError, hooks, method
-from wisecli.baselines.rewritten import Rewritten, at_depth, second_moment
+from wisecli.bench.baselines.base import Bench, UnsuitableError, hooks, method
+from wisecli.bench.baselines.rome_common import Fact, Part, Search, find_change, look, prefixes_for, read_fact
+from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, second_moment
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import value_module

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from wisecli.bench.studies.base import Figures, Point, Row, study
+from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.plotting import by_edits
 from wisecli.config import EditSettings, resolve
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.unrelated_activations import prompt_ends
 from wisecli.evaluation.edited_model import Edited
 from wisecli.models.loading import Loaded
 from wisecli.routing.side_memory import opened
-from wisecli.studies.drawing import by_edits
-from wisecli.studies.protocol import Figures, Point, Row, study
-from wisecli.studies.room import Room
 
 _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
 _UNITS = {"norm": "norm of the update, ‖Δa‖", "key": "whitened cosine with the nearest key"}

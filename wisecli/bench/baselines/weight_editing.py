@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from wisecli.baselines.protocol import Bench, UnsuitableError, changed, tensor_bytes
+from wisecli.bench.baselines.base import Bench, UnsuitableError, changed, tensor_bytes
 from wisecli.editing.unrelated_activations import keys_of_texts
 from wisecli.edits.record import Edit
 from wisecli.models.site import Site, value_module

@@ -1,4 +1,4 @@
-"""Rivals of the paper, one file each, behind one small protocol (:mod:`wisecli.baselines.protocol`)."""
+"""Rivals of the paper, one file each, behind one small protocol (:mod:`wisecli.bench.baselines.base`)."""
 
 from __future__ import annotations
 

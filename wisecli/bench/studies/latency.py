@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from wisecli.bench.studies.base import Figures, Point, Row, study
+from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.plotting import MODES, by_edits, counted, line
 from wisecli.evaluation.edited_model import Edited
 from wisecli.models.generation import left_padded
-from wisecli.studies.drawing import MODES, by_edits, counted, line
-from wisecli.studies.protocol import Figures, Point, Row, study
-from wisecli.studies.room import Room
 
 _ROWS, _ROUNDS = 8, 25
 

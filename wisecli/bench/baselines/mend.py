@@ -1,7 +1,7 @@
 """MEND: a network, trained beforehand, that turns an edit's gradient into a better one (Mitchell et al. 2022).
 
 The gradient of an edit's loss with respect to a matrix is a sum over tokens, Σ δᵢ uᵢᵀ, of the token's key and of the
-gradient at what the matrix gives. A network (:mod:`wisecli.baselines.hypernetwork`) makes ũ, δ̃ of each token's u, δ:
+gradient at what the matrix gives. A network (:mod:`wisecli.bench.baselines.hypernetwork`) makes ũ, δ̃ of each token's u, δ:
 
     ∇̃ = Σ δ̃ᵢ ũᵢᵀ,    W̃ = W - α ∇̃,    loss = c_edit · -log p_W̃(y | x') + KL(p_W(· | x_loc) ‖ p_W̃(· | x_loc))
 
@@ -27,10 +27,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.baselines.factors import Change, Factors, changed_logits, gradient_factors, row_losses, row_means
-from wisecli.baselines.hypernetwork import Editor
-from wisecli.baselines.protocol import Bench, UnsuitableError, method, seeded
-from wisecli.baselines.rewritten import Rewritten, encoded
+from wisecli.bench.baselines.base import Bench, UnsuitableError, method, seeded
+from wisecli.bench.baselines.gradient_factors import (
+    Change,
+    Factors,
+    changed_logits,
+    gradient_factors,
+    row_losses,
+    row_means,
+)
+from wisecli.bench.baselines.hypernetwork import Editor
+from wisecli.bench.baselines.weight_editing import Rewritten, encoded
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture, suffix_logits
 from wisecli.models.tokenization import Row, collate, encode

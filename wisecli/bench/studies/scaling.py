@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.studies.drawing import MODES, SHARES, counted, line
-from wisecli.studies.protocol import Figures, Point, Row, study
-from wisecli.studies.room import Room
+from wisecli.bench.studies.base import Figures, Point, Row, study
+from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.plotting import MODES, SHARES, counted, line
 
 _ORACLE = ("reliability", "generalization")
 _PANELS = (*_ORACLE, "locality", "routing")

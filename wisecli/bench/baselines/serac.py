@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.baselines.protocol import Bench, method, tensor_bytes
-from wisecli.baselines.retrieval import NearestFact
+from wisecli.bench.baselines.base import Bench, method, tensor_bytes
+from wisecli.bench.baselines.retrieval import NearestFact
 from wisecli.models.generation import left_padded
 from wisecli.models.hooks import hooked
 from wisecli.models.tokenization import Row, in_batches

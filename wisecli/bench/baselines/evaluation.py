@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.baselines.protocol import Method
+from wisecli.bench.baselines.base import Method
 from wisecli.evaluation.metrics import Question
 from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
 from wisecli.models.generation import generate

@@ -6,8 +6,8 @@ split.
 
 from __future__ import annotations
 
-from wisecli.baselines.protocol import Bench, method
-from wisecli.baselines.retrieval import NearestFact, TermIndex
+from wisecli.bench.baselines.base import Bench, method
+from wisecli.bench.baselines.retrieval import NearestFact, TermIndex
 
 
 @method("rag")

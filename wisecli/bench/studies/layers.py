@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from wisecli.bench.studies.base import Figures, Point, Row, study
+from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.plotting import QUALITIES, SHARES, by_edits, line
 from wisecli.editing.layer_selection import candidates
 from wisecli.models.site import layer_count
-from wisecli.studies.drawing import QUALITIES, SHARES, by_edits, line
-from wisecli.studies.protocol import Figures, Point, Row, study
-from wisecli.studies.room import Room
 
 
 @study("layers")

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wisecli.baselines.facts import Fact, Part, Search, find_change, look, prefixes_for, read_fact
-from wisecli.baselines.protocol import Bench, method
-from wisecli.baselines.rewritten import Rewritten, at_depth, second_moment
+from wisecli.bench.baselines.base import Bench, method
+from wisecli.bench.baselines.rome_common import Fact, Part, Search, find_change, look, prefixes_for, read_fact
+from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, second_moment
 from wisecli.edits.record import Edit
 from wisecli.progress import Event
 

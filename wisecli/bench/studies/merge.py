@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from wisecli.bench.studies.base import Figures, Point, Row, study
+from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.plotting import QUALITIES, by_edits
 from wisecli.memory.merge_methods import METHODS
 from wisecli.memory.merger import EXACT
-from wisecli.studies.drawing import QUALITIES, by_edits
-from wisecli.studies.protocol import Figures, Point, Row, study
-from wisecli.studies.room import Room
 
 
 def ways() -> dict[str, dict[str, Any]]:

@@ -17,8 +17,8 @@ from wisecli.bench.baselines.ft_ewc import FtEwc
 from wisecli.bench.baselines.memit import Memit, Range
 from wisecli.bench.compare import bench as run_bench
 from wisecli.bench.html import markdown
+from wisecli.cli.console import Console
 from wisecli.config import BenchSettings
-from wisecli.console import Console
 
 # Of the weight that the methods have by default.
 SHARES = (1.0, 0.1, 0.01, 0.001)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wisecli.artifacts.shard import Mask, random_mask
+from wisecli.cli.console import quiet_libraries
 from wisecli.config import EditSettings
-from wisecli.console import quiet_libraries
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.context_prefixes import context_prefixes
 from wisecli.editing.gradient import margin_loss

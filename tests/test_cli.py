@@ -278,7 +278,7 @@ def test_within_a_small_budget_the_chain_writes_and_measures_the_same(wise: Wise
 
 def test_help_imports_no_torch() -> None:
     program = (
-        "import sys\nfrom wisecli.cli import main\n"
+        "import sys\nfrom wisecli.cli.app import main\n"
         "for arguments in (['--help'], ['edit', '--help'], ['--version']):\n"
         "    sys.argv = ['wise', *arguments]\n"
         "    try:\n        main()\n    except SystemExit as stopped:\n        assert not stopped.code, stopped.code\n"
@@ -291,7 +291,7 @@ def test_help_imports_no_torch() -> None:
 
 
 def test_a_process_of_its_own_says_its_result_and_nothing_else(ready: Ready, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "wisecli.cli", "eval", "--memory", ready.memory, "--json", "-q"]
+    command = [sys.executable, "-m", "wisecli.cli.app", "eval", "--memory", ready.memory, "--json", "-q"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

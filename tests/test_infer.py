@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from wisecli import console
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.cli.app import console
 from wisecli.commands.edit import edit as run_edit
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError

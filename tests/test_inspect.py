@@ -13,7 +13,7 @@ from places import EDITS, PLACES, change, copied, make_places
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from wisecli import cli
+from wisecli.cli.app import app as cli
 from wisecli.commands.inspect import inspect
 from wisecli.errors import DamagedFileError, ModelError, OutputExistsError, SettingsError
 
@@ -123,7 +123,7 @@ def test_no_weights_are_read_and_no_model_library_is_imported(root: Path, tmp_pa
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_help_imports_no_torch(command: str) -> None:
     program = (
-        f"import sys\nfrom wisecli.cli import main\nsys.argv = ['wise', '{command}', '--help']\n"
+        f"import sys\nfrom wisecli.cli.app import main\nsys.argv = ['wise', '{command}', '--help']\n"
         "try:\n    main()\nexcept SystemExit as stopped:\n    assert not stopped.code\n"
         "sys.exit(3 if {'torch', 'transformers', 'matplotlib'} & sys.modules.keys() else 0)\n"
     )

@@ -45,8 +45,8 @@ def follow(
     Args:
         interval: seconds between two looks at the file.
         goes_on: asked before each look.
-        gate: as of :func:`wisecli.commands.edit_into.edit_into`; by default the later one of two lines in conflict counts,
-            as it would if they had come one after the other.
+        gate: as of :func:`wisecli.commands.edit_into.edit_into`; by default the later one of two lines in conflict
+            counts, as it would if they had come one after the other.
         named: as of :func:`wisecli.commands.edit_into.edit_into`.
 
     Raises:

@@ -94,7 +94,7 @@ class Fingerprint:
 @cache
 def architectures() -> dict[str, dict[str, Any]]:
     """The table of known architectures, by ``model_type``."""
-    return tomllib.loads(resources.files("wisecli").joinpath("architectures.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(resources.files("wisecli.models").joinpath("architectures.toml").read_text(encoding="utf-8"))
 
 
 def known_layout(directory: Path) -> Layout:

@@ -1,7 +1,8 @@
 """MEND: a network, trained beforehand, that turns an edit's gradient into a better one (Mitchell et al. 2022).
 
 The gradient of an edit's loss with respect to a matrix is a sum over tokens, Σ δᵢ uᵢᵀ, of the token's key and of the
-gradient at what the matrix gives. A network (:mod:`wisecli.bench.baselines.hypernetwork`) makes ũ, δ̃ of each token's u, δ:
+gradient at what the matrix gives. A network (:mod:`wisecli.bench.baselines.hypernetwork`) makes ũ, δ̃ of each
+token's u, δ:
 
     ∇̃ = Σ δ̃ᵢ ũᵢᵀ,    W̃ = W - α ∇̃,    loss = c_edit · -log p_W̃(y | x') + KL(p_W(· | x_loc) ‖ p_W̃(· | x_loc))
 

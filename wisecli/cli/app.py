@@ -8,8 +8,15 @@ from typing import Annotated
 
 import typer
 
-from wisecli import __version__, cli_checkpoint, cli_draft, cli_measure, cli_memory, cli_shards
-from wisecli.console import fail, quiet_libraries
+from wisecli import __version__
+from wisecli.cli.bench import bench
+from wisecli.cli.checkpoint import export, generate, inspect, verify
+from wisecli.cli.console import fail, quiet_libraries
+from wisecli.cli.draft import draft
+from wisecli.cli.edit import edit
+from wisecli.cli.evaluate import evaluate, fetch
+from wisecli.cli.memory import diff, explain, log, remove, rollback
+from wisecli.cli.merge import merge
 from wisecli.errors import WiseError
 
 app = typer.Typer(
@@ -37,21 +44,21 @@ def _version(
 
 # In the order in which the help lists them.
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "edit": cli_shards.edit,
-    "merge": cli_shards.merge,
-    "eval": cli_measure.evaluate,
-    "export": cli_checkpoint.export,
-    "generate": cli_checkpoint.generate,
-    "inspect": cli_checkpoint.inspect,
-    "verify": cli_checkpoint.verify,
-    "fetch": cli_measure.fetch,
-    "bench": cli_measure.bench,
-    "remove": cli_memory.remove,
-    "rollback": cli_memory.rollback,
-    "log": cli_memory.log,
-    "diff": cli_memory.diff,
-    "explain": cli_memory.explain,
-    "draft": cli_draft.draft,
+    "edit": edit,
+    "merge": merge,
+    "eval": evaluate,
+    "export": export,
+    "generate": generate,
+    "inspect": inspect,
+    "verify": verify,
+    "fetch": fetch,
+    "bench": bench,
+    "remove": remove,
+    "rollback": rollback,
+    "log": log,
+    "diff": diff,
+    "explain": explain,
+    "draft": draft,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
@@ -80,7 +87,3 @@ def main() -> None:
             raise
         fail(f"{type(error).__name__}: {error}; this is a fault in wise, `wise --debug ...` shows where")
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

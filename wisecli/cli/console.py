@@ -9,14 +9,17 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from wisecli.progress import NOTE, Event, Watcher
+
+if TYPE_CHECKING:
+    from wisecli.edits.admission import Sifted
 
 _LINE_SECONDS = 5.0
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
@@ -122,3 +125,18 @@ def would_write(what: str, report: Any) -> Text:
 def count(number: int, noun: str) -> str:
     """A number and what it is of, in the plural unless it is one."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def sifted_lines(sifted: Sifted) -> list[str]:
+    """A line for every edit that was left out."""
+    left_out = (*sifted.known, *sifted.dropped)
+    return [f"left out: {one.id} (line {one.line}): {one.reason}" for one in left_out]
+
+
+def sifted_json(sifted: Sifted) -> dict[str, Any]:
+    """What ``--json`` prints of it."""
+    return {
+        "known": [asdict(one) for one in sifted.known],
+        "dropped": [asdict(one) for one in sifted.dropped],
+        "conflicts": list(sifted.told),
+    }

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
-from wisecli import cli_draft, cli_memory
-from wisecli.config import EditSettings, MergeSettings, resolve
-from wisecli.console import Console
-from wisecli.console_shards import tell_edit, tell_merge
-from wisecli.errors import SettingsError
-from wisecli.options import (
+from wisecli.cli.app import draft as cli_draft
+from wisecli.cli.app import memory as cli_memory
+from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
+from wisecli.cli.memory import Told
+from wisecli.cli.options import (
     AsJson,
     Budget,
     Config,
@@ -21,7 +27,6 @@ from wisecli.options import (
     Dtype,
     Force,
     Identity,
-    Model,
     OnConflict,
     Output,
     PolicyFile,
@@ -34,11 +39,18 @@ from wisecli.options import (
     Trust,
     Who,
     gate_of,
-    numbers,
     part_in,
     setting,
     size_in_bytes,
 )
+from wisecli.config import EditSettings, resolve
+from wisecli.errors import SettingsError
+
+if TYPE_CHECKING:
+    from wisecli.commands.edit import EditReport
+    from wisecli.editing.resource_estimate import Plan
+if TYPE_CHECKING:
+    from wisecli.edits.admission import Gate
 
 
 def edit(
@@ -167,91 +179,99 @@ def edit(
     report.check()
 
 
-def merge(
-    shards: Annotated[
-        list[Path] | None, typer.Argument(help="Directories that `wise edit` wrote.", show_default=False)
-    ] = None,
-    output: Output = Path("memory"),
-    into: Annotated[
-        Path | None, typer.Option(help="Make them the next release of this memory.", show_default="a memory anew")
-    ] = None,
-    reason: Reason = "",
-    who: Who = None,
-    mode: Annotated[
-        str | None,
-        setting(
-            MergeSettings,
-            "mode",
-            "lookup (keys and residuals), merge (one matrix) or retrieve (a matrix a shard).",
-            none="lookup; merge for what the gradient writer wrote, or with --method",
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        setting(
-            MergeSettings, "method", "Of matrices: ties, linear, sign, magnitude, dare, dare-ties, slerp or exact."
-        ),
-    ] = None,
-    refit: Annotated[
-        bool | None,
-        setting(
-            MergeSettings,
-            "refit",
-            "Around merged matrices, give every key its residual back.",
-            "--refit/--no-refit",
-            none="refit what the closed form wrote",
-        ),
-    ] = None,
-    density: Annotated[float | None, setting(MergeSettings, "density", "Share of entries kept.")] = None,
-    scale: Annotated[float | None, setting(MergeSettings, "scale", "Scale λ of the result.", "--lambda")] = None,
-    weights: Annotated[
-        str | None, setting(MergeSettings, "weights", "Weights of the shards, comma-separated.", none="1 each")
-    ] = None,
-    router: Annotated[str | None, setting(MergeSettings, "router", "key or norm.", none="the shards'")] = None,
-    routing: Annotated[str | None, setting(MergeSettings, "routing", "token or sequence.", none="the shards'")] = None,
-    threshold: Annotated[
-        str | None, setting(MergeSettings, "threshold", "false-alarm or minimum.", none="the shards'")
-    ] = None,
-    false_alarm: Annotated[
-        float | None,
-        setting(
-            MergeSettings,
-            "false_alarm",
-            "Share of unrelated tokens let through.",
-            none="0.0015, where a prompt must name the subject 0.0075",
-        ),
-    ] = None,
-    subjects: Annotated[
-        str | None,
-        setting(
-            MergeSettings,
-            "subjects",
-            "Where a prompt decides: it opens edits whose subject it names, or any.",
-        ),
-    ] = None,
-    sharpness: Annotated[
-        float | None,
-        setting(MergeSettings, "sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest."),
-    ] = None,
-    model: Model = None,
-    seed: Seed = None,
-    config: Config = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+def edit_into(
+    console: Console,
+    model: str,
+    edits: Path,
+    memory: Path,
+    flags: Mapping[str, Any],
+    *,
+    follow: bool,
+    interval: float,
+    **named: Any,
 ) -> None:
-    """Join shards into a side memory and decide the router's thresholds, without loading the model."""
-    console = Console(as_json, quiet)
-    given = {**locals(), "weights": numbers(weights)}
-    settings = resolve(MergeSettings, given, section="merge", file=config)
-    from wisecli.commands.merge import merge as run
+    """What ``wise edit --into`` does, and with ``follow`` goes on doing until it is interrupted."""
+    from wisecli.commands.edit_into import Batch
+    from wisecli.commands.edit_into import edit_into as run_edit_into
+    from wisecli.commands.watch import follow as run_follow
 
-    if into is not None:
-        cli_memory.merge_into(console, shards or [], into, settings, model=model, reason=reason, who=who)
-        return
-    if not shards:
-        raise SettingsError("give the SHARDS that are to be merged")
+    told = Told(console)
+    gate: Gate = named["gate"]
+    if follow and gate.signed is not None:
+        raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
     with console.watching() as watch:
-        report = run(shards, output, settings, model=model, force=force, dry_run=dry_run, watch=watch)
-    tell_merge(console, report)
+        if follow:
+            for landed in run_follow(model, edits, memory, flags, interval=interval, watch=watch, **named):
+                told.landed(landed)
+            return
+        reason = named.pop("reason")
+        with _file(edits) as path:
+            name = str(edits) if edits == path else "-"
+            batch = Batch.from_file(path, name=name, reason=reason, gate=gate)
+        report = run_edit_into(model, batch, memory, flags, watch=watch, **named)
+    told.landed(report)
+
+
+@contextmanager
+def _file(edits: Path) -> Iterator[Path]:
+    """The file of edits, or what comes through the pipe as one."""
+    if str(edits) != "-":
+        yield edits
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "stdin"
+        with path.open("wb") as stream:
+            shutil.copyfileobj(sys.stdin.buffer, stream)
+        yield path
+
+
+def tell_edit(console: Console, report: EditReport) -> None:
+    """Print what ``wise edit`` did."""
+    content = {"results": _edit_json(report)}
+    what = f"{report.edits} edits in {count(report.shards, 'shard')} of {report.module}"
+    if report.plan is None:
+        console.result(content, *map(Text, _edit_lines(what, report)))
+        return
+    sifted = map(Text, sifted_lines(report.sifted))
+    console.result(content, would_write(what, report), Text(_resident(report.plan)), *sifted)
+
+
+def _edit_json(report: EditReport) -> dict[str, Any]:
+    results = {name: getattr(report, name) for name in ("edits", "shards", "seconds", "seconds_per_edit")}
+    results |= {"peak_rss_bytes": report.peak_rss_bytes, "output": str(report.output), "layer": report.layer}
+    results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
+    results |= {"left_out": list(report.left_out), "missing": report.missing}
+    results["sifted"] = sifted_json(report.sifted)
+    if report.peak_vram_bytes:
+        results["peak_vram_bytes"] = report.peak_vram_bytes
+    if report.differing is not None:
+        results["differing"] = list(report.differing)
+    if report.plan is not None:
+        results["plan"] = asdict(report.plan)
+    return results
+
+
+def _edit_lines(what: str, report: EditReport) -> list[str]:
+    lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s, {report.seconds_per_edit:.2f} s an edit)"]
+    if report.missing:
+        lines = [f"{what}: {count(report.missing, 'shard')} still to be written by others ({report.seconds:.1f} s)"]
+    if not report.edits:
+        lines = [f"there is nothing to train, and nothing was written ({report.seconds:.1f} s)"]
+    lines += sifted_lines(report.sifted)
+    lines += [f"did not take: {name}" for name in report.untaken]
+    if report.differing == ():
+        lines.append("byte for byte the shards of the manifest")
+    lines += [f"left out, as the model gives nothing finite: {name}" for name in report.left_out]
+    return lines
+
+
+def _resident(plan: Plan) -> str:
+    """What a planned run would hold, read and compute."""
+    weights, work = f"{plan.weights / 2**30:.2f} GiB of weights", f"{plan.flops / 1e12:.1f} TFLOP"
+    if not plan.streamed:
+        return f"{weights} stay in memory; {work}"
+    return (
+        f"of {weights} {plan.resident / 2**30:.2f} stay in memory, later {plan.held / 2**30:.2f} more above the edit; "
+        f"the others pass through, {plan.layer / 2**30:.2f} at a time and {plan.read / 2**30:.0f} in all; "
+        f"{plan.spooled / 2**30:.2f} GiB of disk meanwhile; {work}"
+    )

@@ -1,0 +1,119 @@
+"""``wise bench``: options, one call, what is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from wisecli.bench.html import FIGURES, HEADS, costs
+from wisecli.cli.console import Console
+from wisecli.cli.options import AsJson, Config, Device, Dtype, Force, Output, Quiet, Seed, Trust, setting
+from wisecli.config import BenchSettings, resolve
+from wisecli.errors import SettingsError
+
+if TYPE_CHECKING:
+    from wisecli.bench.compare import BenchReport
+    from wisecli.bench.study import StudyReport
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")],
+    output: Output = Path("bench"),
+    dataset: Annotated[
+        str | None,
+        setting(
+            BenchSettings, "dataset", "Benchmarks or files, with commas between: one memory for all.", none="--data"
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="A dataset's file, instead of fetching it; once for each.")
+    ] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Records to learn from.", show_default="those that are not edited")
+    ] = None,
+    methods: Annotated[str | None, setting(BenchSettings, "methods", "Methods, with commas between.")] = None,
+    study: Annotated[
+        str | None,
+        setting(
+            BenchSettings,
+            "study",
+            "Studies in the place of methods, with commas between: router, layers, shards, merge, scaling, latency.",
+            none="none",
+        ),
+    ] = None,
+    edits: Annotated[str | None, setting(BenchSettings, "counts", "Numbers of edits, with commas between.")] = None,
+    layers: Annotated[int | None, setting(BenchSettings, "layers", "How many layers --study layers looks at.")] = None,
+    mask_ratios: Annotated[
+        str | None, setting(BenchSettings, "mask_ratios", "Mask ratios of --study shards, with commas between.")
+    ] = None,
+    shard_counts: Annotated[
+        str | None, setting(BenchSettings, "shard_counts", "Numbers of shards of --study shards.")
+    ] = None,
+    edits_per_shard: Annotated[
+        int | None,
+        setting(
+            BenchSettings,
+            "edits_per_shard",
+            "For the studies merge, scaling and latency.",
+            none="100, or a quarter of the edits",
+        ),
+    ] = None,
+    generate: Annotated[
+        bool | None, setting(BenchSettings, "generate", "Also generate answers.", "--generate/--no-generate")
+    ] = None,
+    batch_size: Annotated[int | None, setting(BenchSettings, "batch_size", "Rows at a time.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    config: Config = None,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare editing methods, or study WISE itself: edit with the first records of a dataset, and measure."""
+    if study and methods:
+        raise SettingsError("--study takes the place of --methods; give one of them, and the other in a second run")
+    console = Console(as_json, quiet)
+    settings = resolve(BenchSettings, {**locals(), "counts": edits}, section="bench", file=config)
+    from wisecli.bench.compare import bench as run_bench
+    from wisecli.bench.study import study as run_study
+
+    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    with console.watching() as watch:
+        named |= {"data": data or (), "force": force, "watch": watch}
+        if settings.study and not methods:
+            tell_study(console, run_study(model, output, settings, **named))
+        else:
+            tell_bench(console, run_bench(model, output, settings, train=train, **named))
+
+
+def tell_bench(console: Console, report: BenchReport) -> None:
+    """Print what ``wise bench`` measured."""
+    table = Table(title=f"{report.dataset}, edited by every method")
+    for column in HEADS:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in report.rows:
+        figures = row["figures"]
+        if "cannot" in figures:
+            table.add_row(str(row["edits"]), row["method"], f"cannot run: {figures['cannot']}")
+            continue
+        shown = [f"{figures[name]:.3f}" if name in figures else "" for name in FIGURES]
+        table.add_row(str(row["edits"]), row["method"], *shown, *costs(figures))
+    console.result(report.as_json(), table)
+
+
+def tell_study(console: Console, report: StudyReport) -> None:
+    """Print the studies of ``wise bench``, a table each."""
+    tables = []
+    for section in report.sections():
+        table = Table(title=section.title)
+        for head in section.heads:
+            table.add_column(head, justify="right", overflow="fold")
+        for row in section.cells:
+            table.add_row(*row)
+        tables.append(table)
+    console.result(report.as_json(), *tables)

@@ -1,0 +1,109 @@
+"""Figures, and what they are taken on: eval, bench, fetch. Parse, call one library function, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from wisecli.cli.console import Console
+from wisecli.cli.options import (
+    AsJson,
+    Budget,
+    Config,
+    Device,
+    Dtype,
+    Force,
+    Memory,
+    Model,
+    Quiet,
+    Trust,
+    gates_in,
+    setting,
+    size_in_bytes,
+)
+from wisecli.config import EvalSettings, resolve
+
+if TYPE_CHECKING:
+    from wisecli.commands.evaluate import EvalReport
+
+
+def evaluate(
+    directory: Annotated[str | None, typer.Argument(help="Exported directory, or base model.")] = None,
+    dataset: Annotated[
+        str | None,
+        setting(EvalSettings, "dataset", "A benchmark or a file.", none="the memory's own edits"),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The dataset's file, instead of fetching it.")] = None,
+    edits: Annotated[
+        int | None, setting(EvalSettings, "edits", "Only the first so many records.", none="those the memory holds")
+    ] = None,
+    memory: Memory = None,
+    model: Model = None,
+    batch_size: Annotated[int | None, setting(EvalSettings, "batch_size", "Rows at a time.")] = None,
+    chat: Annotated[bool | None, setting(EvalSettings, "chat", "Ask in the chat template.", "--chat/--no-chat")] = None,
+    generate: Annotated[
+        bool | None, setting(EvalSettings, "generate", "Also generate answers.", "--generate/--no-generate")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        setting(
+            EvalSettings, "max_new_tokens", "Length of generated answers.", none="the longest target and a little more"
+        ),
+    ] = None,
+    fail_under: Annotated[
+        str | None, typer.Option(help="Exit with 1 below these, as reliability=.9,locality=.95.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory_budget: Budget = None,
+    config: Config = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure reliability, generalization, locality, portability and generated answers, before and after."""
+    console = Console(as_json, quiet)
+    gates = gates_in(fail_under)
+    settings = resolve(EvalSettings, locals(), section="eval", file=config)
+    from wisecli.artifacts.locate import locate_memory
+    from wisecli.commands.evaluate import evaluate as run
+
+    place, base = locate_memory(directory, memory, Path("memory"))
+    with console.watching() as watch:
+        named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
+        report = run(place, settings, model=model or base, data=data, watch=watch, **named)
+    tell_evaluation(console, report)
+    report.check(gates)
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2-135m, zsre, counterfact or wikibigedit.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where to put it.", show_default="the user cache")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch the small model to try things on, or benchmark data."""
+    console = Console(as_json, quiet)
+    from wisecli.commands.fetch import fetch as run
+
+    with console.watching() as watch:
+        place = run(name, output, force=force, watch=watch)
+    console.result({"results": {"output": str(place)}}, str(place))
+
+
+def tell_evaluation(console: Console, report: EvalReport) -> None:
+    """Print what ``wise eval`` measured."""
+    table = Table(title=f"{report.dataset}: {report.samples['edits']} edits")
+    table.add_column("measure")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    for name, after in report.after.items():
+        table.add_row(name, f"{report.before[name]:.3f}", f"{after:.3f}")
+    console.result(report.as_json(), table)

@@ -1,0 +1,139 @@
+"""``wise merge``: options, one call, what is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from wisecli.cli.app import memory as cli_memory
+from wisecli.cli.console import Console, count, would_write
+from wisecli.cli.memory import Told
+from wisecli.cli.options import AsJson, Config, DryRun, Force, Model, Output, Quiet, Reason, Seed, Who, numbers, setting
+from wisecli.config import MergeSettings, resolve
+from wisecli.errors import SettingsError
+
+if TYPE_CHECKING:
+    from wisecli.commands.merge import MergeReport
+
+
+def merge(
+    shards: Annotated[
+        list[Path] | None, typer.Argument(help="Directories that `wise edit` wrote.", show_default=False)
+    ] = None,
+    output: Output = Path("memory"),
+    into: Annotated[
+        Path | None, typer.Option(help="Make them the next release of this memory.", show_default="a memory anew")
+    ] = None,
+    reason: Reason = "",
+    who: Who = None,
+    mode: Annotated[
+        str | None,
+        setting(
+            MergeSettings,
+            "mode",
+            "lookup (keys and residuals), merge (one matrix) or retrieve (a matrix a shard).",
+            none="lookup; merge for what the gradient writer wrote, or with --method",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        setting(
+            MergeSettings, "method", "Of matrices: ties, linear, sign, magnitude, dare, dare-ties, slerp or exact."
+        ),
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        setting(
+            MergeSettings,
+            "refit",
+            "Around merged matrices, give every key its residual back.",
+            "--refit/--no-refit",
+            none="refit what the closed form wrote",
+        ),
+    ] = None,
+    density: Annotated[float | None, setting(MergeSettings, "density", "Share of entries kept.")] = None,
+    scale: Annotated[float | None, setting(MergeSettings, "scale", "Scale λ of the result.", "--lambda")] = None,
+    weights: Annotated[
+        str | None, setting(MergeSettings, "weights", "Weights of the shards, comma-separated.", none="1 each")
+    ] = None,
+    router: Annotated[str | None, setting(MergeSettings, "router", "key or norm.", none="the shards'")] = None,
+    routing: Annotated[str | None, setting(MergeSettings, "routing", "token or sequence.", none="the shards'")] = None,
+    threshold: Annotated[
+        str | None, setting(MergeSettings, "threshold", "false-alarm or minimum.", none="the shards'")
+    ] = None,
+    false_alarm: Annotated[
+        float | None,
+        setting(
+            MergeSettings,
+            "false_alarm",
+            "Share of unrelated tokens let through.",
+            none="0.0015, where a prompt must name the subject 0.0075",
+        ),
+    ] = None,
+    subjects: Annotated[
+        str | None,
+        setting(
+            MergeSettings,
+            "subjects",
+            "Where a prompt decides: it opens edits whose subject it names, or any.",
+        ),
+    ] = None,
+    sharpness: Annotated[
+        float | None,
+        setting(MergeSettings, "sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest."),
+    ] = None,
+    model: Model = None,
+    seed: Seed = None,
+    config: Config = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Join shards into a side memory and decide the router's thresholds, without loading the model."""
+    console = Console(as_json, quiet)
+    given = {**locals(), "weights": numbers(weights)}
+    settings = resolve(MergeSettings, given, section="merge", file=config)
+    from wisecli.commands.merge import merge as run
+
+    if into is not None:
+        cli_memory.merge_into(console, shards or [], into, settings, model=model, reason=reason, who=who)
+        return
+    if not shards:
+        raise SettingsError("give the SHARDS that are to be merged")
+    with console.watching() as watch:
+        report = run(shards, output, settings, model=model, force=force, dry_run=dry_run, watch=watch)
+    tell_merge(console, report)
+
+
+def merge_into(console: Console, shards: list[Path], memory: Path, settings: MergeSettings, **named: Any) -> None:
+    """What ``wise merge --into`` does."""
+    from wisecli.commands.edit_into import merge_into as run
+
+    with console.watching() as watch:
+        published = run(shards, memory, settings, watch=watch, **named)
+    Told(console).joined(str(memory), published)
+
+
+def tell_merge(console: Console, report: MergeReport) -> None:
+    """Print what ``wise merge`` did."""
+    names = ("mode", "method", "shards", "edits", "router", "routing", "seconds", "peak_rss_bytes", "planned")
+    results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
+    results["thresholds"] = [calibration.threshold for calibration in report.calibrations]
+    results["misses"] = [calibration.misses for calibration in report.calibrations]
+    results["false_alarms"] = [calibration.false_alarms for calibration in report.calibrations]
+    how = report.method if report.mode == "merge" else report.mode
+    what = f"{count(report.shards, 'shard')}, {report.edits} edits by {how}"
+    if report.planned:
+        console.result({"results": results}, would_write(what, report))
+        return
+    lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s)"]
+    for number, one in enumerate(report.calibrations):
+        lines.append(
+            f"memory {number}: router {report.router}, threshold {one.threshold:.4g}; "
+            f"edits missed {one.misses:.1%}, false alarms {one.false_alarms:.2%} of tokens"
+        )
+    console.result({"results": results}, *map(Text, lines))

@@ -1,4 +1,4 @@
-"""Shards: edits are written into them, and they are merged. Parse, call one library function, print."""
+"""``wise edit``: options, one call, what is printed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from wisecli.cli.app import draft as cli_draft
-from wisecli.cli.app import memory as cli_memory
 from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
+from wisecli.cli.draft import Yes, draw_for_editing
 from wisecli.cli.memory import Told
 from wisecli.cli.options import (
     AsJson,
@@ -69,7 +68,7 @@ def edit(
     from_text: Annotated[
         Path | None, typer.Option(help="Draw the edits from this document; accepted ones are written to EDITS.")
     ] = None,
-    yes: cli_draft.Yes = False,
+    yes: Yes = False,
     reason: Reason = "",
     who: Who = None,
     on_conflict: OnConflict = None,
@@ -150,18 +149,14 @@ def edit(
     if from_text is not None:
         if gate.signed is not None:
             raise SettingsError("--verify-signature is for files of edits; `wise draft` writes one that can be signed")
-        edits = cli_draft.draw_for_editing(
-            console, model, from_text, edits, common, named, yes=yes, dry_run=dry_run, force=force
-        )
+        edits = draw_for_editing(console, model, from_text, edits, common, named, yes=yes, dry_run=dry_run, force=force)
         if edits is None:
             return
     if into is not None:
         if model is None or edits is None:
             raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
         named |= {"config": config, "reason": reason, "who": who, "gate": gate}
-        cli_memory.edit_into(
-            console, model, edits, into, flags, follow=watch_file, interval=interval, **common, **named
-        )
+        edit_into(console, model, edits, into, flags, follow=watch_file, interval=interval, **common, **named)
         return
     common["force"] = force
     named |= {"revision": revision, "target_module": target_module, "only": part_in(only), "gate": gate}

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from wisecli.cli.app import memory as cli_memory
 from wisecli.cli.console import Console, count, would_write
 from wisecli.cli.memory import Told
 from wisecli.cli.options import AsJson, Config, DryRun, Force, Model, Output, Quiet, Reason, Seed, Who, numbers, setting
@@ -100,7 +99,7 @@ def merge(
     from wisecli.commands.merge import merge as run
 
     if into is not None:
-        cli_memory.merge_into(console, shards or [], into, settings, model=model, reason=reason, who=who)
+        merge_into(console, shards or [], into, settings, model=model, reason=reason, who=who)
         return
     if not shards:
         raise SettingsError("give the SHARDS that are to be merged")

@@ -39,7 +39,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from wisecli.cli.app import app as cli
+from wisecli import cli
 from wisecli.commands.edit import edit
 from wisecli.commands.export import export
 from wisecli.commands.fetch import fetch

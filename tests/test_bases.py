@@ -19,7 +19,7 @@ from wisecli.commands.export import export
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError
-from wisecli.models.loading import resolve as bases
+from wisecli.models import resolve
 from wisecli.models.resolve import find_model, gguf_of
 from wisecli.progress import NOTE, Event
 
@@ -94,7 +94,7 @@ def write_gguf(path: Path, model: PreTrainedModel, *, kind: str = "F32") -> Path
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache, empty."""
-    monkeypatch.setattr(bases, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setattr(resolve, "user_cache_path", lambda name: tmp_path / "cache" / name)
     return tmp_path / "cache" / "wise" / "models"
 
 

@@ -14,7 +14,7 @@ from conftest import Wise
 from helpers import save_tiny
 from ready import EDITS, Places, Ready, contents, here, listing, make_ready, manifest, require_refusal, write_edits
 
-from wisecli.io import checkpoint as storage
+from wisecli.io import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_full_disk_is_noticed_before_the_work(
 ) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 100, 100))
-    monkeypatch.setattr(storage, "save_file", lambda *_, **__: pytest.fail("something was written"))
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: pytest.fail("something was written"))
     require_refusal(wise(*line.format_map(Places(ready)).split()), "no space left")
     assert here() == []
 
@@ -132,7 +132,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     require_refusal(wise(*line.format_map(Places(ready)).split()), "no space left")
     assert here() == []
 
@@ -145,7 +145,7 @@ def test_an_interruption_exits_with_130_and_leaves_nothing_half_written(
     wise: Wise, ready: Ready, monkeypatch: pytest.MonkeyPatch, line: str, call: int
 ) -> None:
     calls = 0
-    save = storage.save_file
+    save = checkpoint.save_file
 
     def interrupted(*values: Any, **named: Any) -> None:
         nonlocal calls
@@ -155,7 +155,7 @@ def test_an_interruption_exits_with_130_and_leaves_nothing_half_written(
             raise KeyboardInterrupt
         save(*values, **named)
 
-    monkeypatch.setattr(storage, "save_file", interrupted)
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
     outcome = wise(*line.format_map(Places(ready)).split())
     assert outcome.code == 130
     assert calls == call
@@ -291,7 +291,7 @@ def test_help_imports_no_torch() -> None:
 
 
 def test_a_process_of_its_own_says_its_result_and_nothing_else(ready: Ready, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "wisecli.cli.app", "eval", "--memory", ready.memory, "--json", "-q"]
+    command = [sys.executable, "-m", "wisecli.cli", "eval", "--memory", ready.memory, "--json", "-q"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -13,9 +13,9 @@ import pytest
 from helpers import WORDS, alone, save_tiny
 from safetensors.torch import load_file
 
+from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.cli.app import app as cli
 from wisecli.commands.edit import EditReport
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.edit_into import Batch, IntoReport, edit_into

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wisecli.routing import ann_index as index
+from wisecli.routing import ann_index
 from wisecli.routing.ann_index import build_index
 from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.side_memory import RoutedMatrix, SideMemory
@@ -44,10 +44,10 @@ def test_of_keys_that_ask_for_a_subject_the_index_finds_the_nearest_whose_subjec
     monkeypatch: pytest.MonkeyPatch, known: float
 ) -> None:
     pytest.importorskip("faiss")
-    monkeypatch.setattr(index, "INDEXED_ABOVE", KEYS - 1)
+    monkeypatch.setattr(ann_index, "INDEXED_ABOVE", KEYS - 1)
     routed = lookup(routing="sequence")
     generator = torch.Generator().manual_seed(2)
-    routed.register_buffer("asks", (torch.rand(KEYS, generator=generator) < 0.9) & (routed.metric != index.INSIDE))
+    routed.register_buffer("asks", (torch.rand(KEYS, generator=generator) < 0.9) & (routed.metric != ann_index.INSIDE))
     near = routed.probes[:600] + 0.05 * torch.randn(600, D_FF, generator=generator)
     keys, named = near.view(20, 30, D_FF), torch.rand(20, 1, EDITS, generator=generator) < known
     answering = torch.zeros(20, 30, dtype=torch.bool)
@@ -63,10 +63,10 @@ def test_of_keys_that_ask_for_a_subject_the_index_finds_the_nearest_whose_subjec
 
 def test_the_only_key_that_a_prompt_ends_in_asks_for_its_subject_too(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    monkeypatch.setattr(index, "INDEXED_ABOVE", KEYS - 1)
+    monkeypatch.setattr(ann_index, "INDEXED_ABOVE", KEYS - 1)
     routed = lookup(routing="sequence")
-    routed.metric.fill_(index.INSIDE)[0] = 0
-    routed.register_buffer("asks", routed.metric != index.INSIDE)
+    routed.metric.fill_(ann_index.INSIDE)[0] = 0
+    routed.register_buffer("asks", routed.metric != ann_index.INSIDE)
     routed.index = build_index(routed)
     whitened = torch.linalg.solve(
         routed.floors[0] * torch.eye(D_FF)
@@ -89,7 +89,7 @@ def test_the_index_finds_nearly_every_edit_that_comparing_with_all_finds(
     monkeypatch: pytest.MonkeyPatch, routing: str
 ) -> None:
     pytest.importorskip("faiss")
-    monkeypatch.setattr(index, "INDEXED_ABOVE", KEYS - 1)
+    monkeypatch.setattr(ann_index, "INDEXED_ABOVE", KEYS - 1)
     routed = lookup(routing=routing)
     generator = torch.Generator().manual_seed(1)
     near = routed.probes[:300] + 0.05 * torch.randn(300, D_FF, generator=generator)

@@ -15,14 +15,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.cli.app import console
+from wisecli.cli import console
 from wisecli.commands.edit import edit as run_edit
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models import layout_inference, site_probe
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.layout_inference import find_layout, value_paths
-from wisecli.models.loading import layout_inference as infer
 from wisecli.models.site import Layout, architectures, find_site, known_layout
 from wisecli.models.site_probe import check_split, observed
 from wisecli.models.tokenization import collate
@@ -104,7 +104,7 @@ def test_what_the_module_tree_shows_is_what_the_table_says(
     model.save_pretrained(tmp_path)
     row = known_layout(tmp_path)
     assert layout_of(tmp_path) == row
-    monkeypatch.setattr(infer, "architectures", dict)
+    monkeypatch.setattr(layout_inference, "architectures", dict)
     layout = layout_of(tmp_path)
     assert (layout.layers, layout.value, layout.transposed) == (row.layers, row.value, row.transposed)
     assert not layout.known
@@ -161,8 +161,8 @@ def test_the_target_module_option_is_taken_where_the_tree_is_not_asked(
     tmp_path: Path, edits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny(tmp_path / "base")
-    monkeypatch.setattr(infer, "architectures", dict)
-    monkeypatch.setattr(infer, "value_paths", None)
+    monkeypatch.setattr(layout_inference, "architectures", dict)
+    monkeypatch.setattr(layout_inference, "value_paths", None)
     report = run_edit(
         str(tmp_path / "base"),
         edits,
@@ -181,7 +181,7 @@ def test_which_way_a_told_matrix_is_stored_shows_in_its_shape(
     save_tiny(tmp_path, architecture)
     path = path_of(known_layout(tmp_path))
     assert layout_of(tmp_path, target_module=path) == known_layout(tmp_path)
-    monkeypatch.setattr(infer, "architectures", dict)
+    monkeypatch.setattr(layout_inference, "architectures", dict)
     layout = layout_of(tmp_path, target_module=path)
     assert (path_of(layout), layout.transposed, layout.known) == (path, turned, False)
     assert find_site(tmp_path, Checkpoint(tmp_path), 2, layout).d == 32
@@ -249,8 +249,10 @@ def test_a_tree_that_leaves_a_choice_names_it(tmp_path: Path, monkeypatch: pytes
     assert value_paths(model, 4) == {}
     save_tiny(tmp_path)
     down, attention = DOWN, "model.layers.{layer}.self_attn.o_proj"
-    monkeypatch.setattr(infer, "architectures", dict)
-    monkeypatch.setattr(infer, "value_paths", lambda *_: {down: False, attention: False, "elsewhere.{layer}.x": False})
+    monkeypatch.setattr(layout_inference, "architectures", dict)
+    monkeypatch.setattr(
+        layout_inference, "value_paths", lambda *_: {down: False, attention: False, "elsewhere.{layer}.x": False}
+    )
     with pytest.raises(UnknownArchitectureError) as caught:
         layout_of(tmp_path)
     assert all(word in str(caught.value) for word in (down, attention, "--target-module"))
@@ -335,7 +337,9 @@ def test_a_suffix_that_answers_otherwise_is_refused(
     save_tiny(tmp_path)
     model, site = tiny_model("llama"), find_site(tmp_path, Checkpoint(tmp_path), 2)
     check_split(model, site)
-    monkeypatch.setattr(infer, "suffix_logits", lambda m, s, a, h, select: suffix_logits(m, s, a, spoil(h), select))
+    monkeypatch.setattr(
+        site_probe, "suffix_logits", lambda m, s, a, h, select: suffix_logits(m, s, a, spoil(h), select)
+    )
     with pytest.raises(ModelError, match="do not give the model's answers"):
         check_split(model, site)
 

@@ -13,7 +13,7 @@ from places import EDITS, PLACES, change, copied, make_places
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from wisecli.cli.app import app as cli
+from wisecli import cli
 from wisecli.commands.inspect import inspect
 from wisecli.errors import DamagedFileError, ModelError, OutputExistsError, SettingsError
 
@@ -109,9 +109,9 @@ def test_what_would_steer_a_terminal_is_spelt_out(root: Path, tmp_path: Path) ->
 
 def test_no_weights_are_read_and_no_model_library_is_imported(root: Path, tmp_path: Path) -> None:
     program = (
-        "import sys\nfrom wisecli import cli, storage\n"
+        "import sys\nfrom wisecli import cli\nfrom wisecli.io import checkpoint\n"
         "def read(*_): raise SystemExit('weights were read')\n"
-        "storage.open_tensors = storage.load_tensors = storage.sha256_file = read\n"
+        "checkpoint.open_tensors = checkpoint.load_tensors = checkpoint.sha256_file = read\n"
         "from pathlib import Path\nfrom wisecli.commands.inspect import inspect\n"
         f"for place in {[str(root / place) for place in PLACES]!r}:\n    inspect(Path(place))\n"
         "sys.exit(3 if 'transformers' in sys.modules else 0)\n"

@@ -8,7 +8,7 @@ import torch
 from helpers import keys_of, save_tiny
 
 from wisecli.data.corpus import reworded_facts
-from wisecli.editing import layer_selection as layers
+from wisecli.editing import layer_selection
 from wisecli.editing.layer_selection import probe_layer, recognised, told_apart, two_wordings
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import Loaded, load_model
@@ -55,10 +55,10 @@ def test_the_usual_layer_stays_unless_another_is_clearly_better(
 ) -> None:
     checkpoint = Checkpoint(directory)
     identity = fingerprint(directory, checkpoint, sites(directory, 3)[0])
-    monkeypatch.setattr(layers, "_LOWEST", 0.0)
+    monkeypatch.setattr(layer_selection, "_LOWEST", 0.0)
     for name, margin, judge in (("usual", 1.0, recognised), ("best", -1.0, recognised), ("apart", -1.0, told_apart)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-        monkeypatch.setattr(layers, "_CLEARLY", margin)
+        monkeypatch.setattr(layer_selection, "_CLEARLY", margin)
         told: list[Event] = []
         named: dict[str, Any] = {"batch_size": 16, "watch": told.append, "prompts_decide": judge is told_apart}
         chosen = probe_layer(loaded, directory, checkpoint, identity, **named)

@@ -38,7 +38,7 @@ from wisecli.errors import (
     StoppedError,
     UnwritableError,
 )
-from wisecli.io import checkpoint as storage
+from wisecli.io import checkpoint
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]
 EDITS: list[dict[str, Any]] = [
@@ -165,7 +165,7 @@ def hidden(directory: Path) -> list[str]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseException) -> None:
     """Let an error come up when a shard is written and so many have been."""
-    save, calls = storage.save_file, 0
+    save, calls = checkpoint.save_file, 0
 
     def stopping(tensors: Any, path: Any, **named: Any) -> None:
         nonlocal calls
@@ -175,7 +175,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseExceptio
                 raise error
         save(tensors, path, **named)
 
-    monkeypatch.setattr(storage, "save_file", stopping)
+    monkeypatch.setattr(checkpoint, "save_file", stopping)
 
 
 # --- going on ---

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from places import PLACES, change, copied, make_places
 from safetensors.torch import load_file, save_file
 
+from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.cli.app import app as cli
 from wisecli.commands.inspect import inspect
 from wisecli.commands.merge import merge
 from wisecli.commands.verify import verify

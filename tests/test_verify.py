@@ -12,8 +12,8 @@ from places import PLACES, change, copied, make_places
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from wisecli import cli
 from wisecli.artifacts.integrity import Check
-from wisecli.cli.app import app as cli
 from wisecli.commands.verify import verify
 from wisecli.errors import GateFailedError, ModelError
 from wisecli.io.checkpoint import sha256_file

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import html.parser
 import json
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from helpers import choice_of, keys_of
 from studying import ALL, make_place, studied
 
 from wisecli.artifacts.memory_manifest import read_memory
-from wisecli.bench import html as bench_report
+from wisecli.bench import html
 from wisecli.bench.compare import BenchReport, bench
 from wisecli.bench.studies.base import STUDIES
 from wisecli.bench.studies.layers import chosen
@@ -164,7 +164,7 @@ def test_what_cannot_be_studied_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
-class Tags(html.parser.HTMLParser):
+class Tags(HTMLParser):
     """The tags of a page, and everything that it would fetch."""
 
     def __init__(self) -> None:
@@ -201,7 +201,7 @@ def test_one_page_holds_every_picture_and_fetches_nothing(
     compare(place, report.output)
     found = tags_of(page)
     assert (found.tags.count("svg"), found.tags.count("table")) == (3 + 6, 1 + 6)
-    monkeypatch.setattr(bench_report, "find_spec", lambda _name: None)
+    monkeypatch.setattr(html, "find_spec", lambda _name: None)
     studied(place, report.output, study="router")
     found = tags_of(page)
     assert (found.tags.count("svg"), found.tags.count("table")) == (0, 1 + 6)

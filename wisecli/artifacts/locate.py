@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from wisecli.artifacts import shard_manifest as shard_directory
+from wisecli.artifacts import shard_manifest
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_memory
 from wisecli.errors import DamagedFileError, ModelError
 from wisecli.io.checkpoint import Checkpoint
@@ -24,14 +24,14 @@ def kind_of(path: Path) -> Kind:
         DamagedFileError: the path cannot be looked at.
     """
     try:
-        if (path / shard_directory.MANIFEST_NAME).exists():
+        if (path / shard_manifest.MANIFEST_NAME).exists():
             return "shards"
         if (path / MANIFEST_NAME).exists():
             return "exported" if (path / "config.json").exists() else "memory"
     except (OSError, ValueError) as error:
         raise DamagedFileError(path, f"cannot be looked at ({error})", "check the path") from None
     raise ModelError(
-        f"{path} holds neither {shard_directory.MANIFEST_NAME} nor {MANIFEST_NAME}; "
+        f"{path} holds neither {shard_manifest.MANIFEST_NAME} nor {MANIFEST_NAME}; "
         "give a directory that `wise edit`, `wise merge` or `wise export --format routed` wrote"
     )
 

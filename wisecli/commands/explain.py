@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.commands.plot import plot_explained
+from wisecli.commands.plot import plot_tokens
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.evaluation.edited_model import Edited, attach
@@ -111,7 +111,7 @@ def explain(
     split = len(found) - len(tokens)
     report = ExplainReport(prompt, _text(edited, tokens), _text(edited, before), found[:split], found[split:], near)
     if plot is not None:
-        plot_explained(plot, report)
+        plot_tokens(plot, report.prompt_tokens, report.answer_tokens)
     return report
 
 

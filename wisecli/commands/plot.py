@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest
 from wisecli.errors import SettingsError
-
-if TYPE_CHECKING:
-    from wisecli.commands.explain import ExplainReport
 
 _WIDTH, _HEIGHT = 7.0, 3.2
 # Inches that a token takes.
 _STEP = 0.3
 # A picture of more could not be looked at.
 _PANELS = 24
+
+
+class Token(Protocol):
+    """A token, its score as a multiple of the threshold, and whether a side memory answered there."""
+
+    @property
+    def text(self) -> str: ...  # noqa: D102
+    @property
+    def strength(self) -> float: ...  # noqa: D102
+    @property
+    def routed(self) -> bool: ...  # noqa: D102
 
 
 def plot_scores(path: Path, manifest: MemoryManifest) -> None:
@@ -36,16 +45,16 @@ def plot_scores(path: Path, manifest: MemoryManifest) -> None:
     _save(path, figure)
 
 
-def plot_explained(path: Path, report: ExplainReport) -> None:
+def plot_tokens(path: Path, prompt: Sequence[Token], answer: Sequence[Token]) -> None:
     """Draw the score at every token of a prompt and its answer, as a multiple of the threshold, into a file.
 
     Raises:
         SettingsError: matplotlib is not installed, or cannot write such a file there.
     """
-    tokens = (*report.prompt_tokens, *report.answer_tokens)
+    tokens = (*prompt, *answer)
     figure = _figures()(figsize=(max(_WIDTH, _STEP * len(tokens)), _HEIGHT), layout="constrained")
     panel = figure.subplots()
-    places, split = range(len(tokens)), len(report.prompt_tokens)
+    places, split = range(len(tokens)), len(prompt)
     colours = ["tab:blue" if token.routed else "tab:gray" for token in tokens]
     panel.bar(places, [token.strength for token in tokens], color=colours)
     panel.axhline(1.0, color="tab:red", linestyle="--", label="threshold")

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wisecli.artifacts import memory_manifest as memories
-from wisecli.artifacts import shard_manifest as shard_directory
+from wisecli.artifacts import memory_manifest, shard_manifest
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.artifacts.locate import Kind, kind_of
 from wisecli.artifacts.shard import shard_rows, shard_sizes
@@ -88,7 +87,7 @@ def _manifest(path: Path, name: str, read: Callable[[Path], T]) -> Generator[Che
 
 
 def _shards(path: Path, model: Path | None) -> Iterator[Check]:
-    directory = yield from _manifest(path, shard_directory.MANIFEST_NAME, shard_directory.read_shard_directory)
+    directory = yield from _manifest(path, shard_manifest.MANIFEST_NAME, shard_manifest.read_shard_directory)
     if directory is None:
         return
     sizes = shard_sizes(directory.site, len(directory.edits))
@@ -96,13 +95,13 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
         yield from check_digest(path, entry.file, entry.sha256)
         yield from check_rows(path, entry.file, shard_rows(entry.mask_kind), sizes)
         yield from _shard_metadata(path, entry)
-    file = shard_directory.UNRELATED_NAME
+    file = shard_manifest.UNRELATED_NAME
     yield from check_digest(path, file, directory.unrelated_sha256)
     yield from check_rows(path, file, unrelated_rows(_names(path, file)), {"d_ff": directory.site.d_ff})
     yield from _base(directory.model, directory.revision, directory.site, directory.fingerprint, model)
 
 
-def _shard_metadata(path: Path, entry: shard_directory.ShardEntry) -> Iterator[Check]:
+def _shard_metadata(path: Path, entry: shard_manifest.ShardEntry) -> Iterator[Check]:
     """What a shard's own header says of it, which travels with the file."""
     try:
         told = json.loads(read_header(inside(path, entry.file)).metadata.get("wise.shard", "null"))
@@ -115,7 +114,7 @@ def _shard_metadata(path: Path, entry: shard_directory.ShardEntry) -> Iterator[C
 
 
 def _memory(path: Path, model: Path | None) -> Iterator[Check]:
-    manifest = yield from _manifest(path, memories.MANIFEST_NAME, memories.read_manifest)
+    manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
     if manifest is None:
         return
     yield from _memory_files(path, manifest)
@@ -123,7 +122,7 @@ def _memory(path: Path, model: Path | None) -> Iterator[Check]:
     yield from _base(base.model, base.revision, manifest.site, base.fingerprint, model)
 
 
-def _memory_files(path: Path, manifest: memories.MemoryManifest) -> Iterator[Check]:
+def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
     stored, site = manifest.memory, manifest.site
     for file, digest in manifest.sha256.items():
         yield from check_digest(path, file, digest)
@@ -135,7 +134,7 @@ def _memory_files(path: Path, manifest: memories.MemoryManifest) -> Iterator[Che
 
 
 def _exported(path: Path, model: Path | None) -> Iterator[Check]:
-    manifest = yield from _manifest(path, memories.MANIFEST_NAME, memories.read_manifest)
+    manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
     if manifest is None:
         return
     yield from _memory_files(path, manifest)
@@ -146,21 +145,23 @@ def _exported(path: Path, model: Path | None) -> Iterator[Check]:
     except WiseError as error:
         yield damaged(_CONFIG_NAME, error)
     else:
-        yield from _config(config, manifest, read_json(path / memories.MANIFEST_NAME)["memory"])
+        yield from _config(config, manifest, read_json(path / memory_manifest.MANIFEST_NAME)["memory"])
         yield from _code(path, config)
     yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False)
     if model is not None:
         yield from check_base(model, manifest.site, manifest.base.fingerprint)
 
 
-def _unlisted(path: Path, manifest: memories.MemoryManifest) -> Iterator[Check]:
+def _unlisted(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
     """Weights, code and settings that the manifest has no digest of."""
     for entry in sorted(path.iterdir()):
-        if entry.suffix in _MATTERS and entry.name not in (*manifest.sha256, memories.MANIFEST_NAME):
-            yield Check("sha256", entry.name, "unchecked", found=f"{memories.MANIFEST_NAME} has no digest of it")
+        if entry.suffix in _MATTERS and entry.name not in (*manifest.sha256, memory_manifest.MANIFEST_NAME):
+            yield Check("sha256", entry.name, "unchecked", found=f"{memory_manifest.MANIFEST_NAME} has no digest of it")
 
 
-def _config(config: dict[str, Any], manifest: memories.MemoryManifest, memory: dict[str, Any]) -> Iterator[Check]:
+def _config(
+    config: dict[str, Any], manifest: memory_manifest.MemoryManifest, memory: dict[str, Any]
+) -> Iterator[Check]:
     """What the routed model is built from, against ``router.json``."""
     told, site = config.get(EXPORTED_KEY), manifest.site
     told = told if isinstance(told, dict) else {}
@@ -173,7 +174,7 @@ def _config(config: dict[str, Any], manifest: memories.MemoryManifest, memory: d
     for name, expected, value in wrong:
         yield Check(f"{EXPORTED_KEY}.{name}", _CONFIG_NAME, "differs", None, shown(expected), shown(value))
     if not wrong:
-        yield Check(f"memory as in {memories.MANIFEST_NAME}", _CONFIG_NAME)
+        yield Check(f"memory as in {memory_manifest.MANIFEST_NAME}", _CONFIG_NAME)
 
 
 def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:

@@ -37,8 +37,7 @@ from wisecli.io.checkpoint import (
     write_json,
 )
 from wisecli.models.site import load_matrix, loader_name, stored_weight
-from wisecli.routing import prompt_gate as gate_module
-from wisecli.routing import side_memory as memory_module
+from wisecli.routing import prompt_gate, side_memory
 
 CODE_NAME, MEMORY_CODE_NAME, GATE_CODE_NAME = "modeling_wise.py", "wise_memory.py", "prompt_gate.py"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
@@ -167,7 +166,7 @@ def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
         names[name] = str(mapping[kind].__name__)  # type: ignore[attr-defined]  # the stubs allow for pairs
     template = resources.files("wisecli").joinpath("data/modeling_wise.py.tmpl").read_text(encoding="utf-8")
     code = Template(template).substitute(names, architecture=names["causal"])
-    carried = {MEMORY_CODE_NAME: memory_module, GATE_CODE_NAME: gate_module}
+    carried = {MEMORY_CODE_NAME: side_memory, GATE_CODE_NAME: prompt_gate}
     own = {name: Path(str(module.__file__)).read_text(encoding="utf-8") for name, module in carried.items()}
     return names, {CODE_NAME: code, **own}
 

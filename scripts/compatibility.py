@@ -15,8 +15,8 @@ PAGE = ROOT / "docs" / "compatibility.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from conftest import TINY_CONFIGS, VARIANTS, loader_of  # noqa: E402
-from helpers import save_tiny  # noqa: E402
+from support.helpers import save_tiny  # noqa: E402
+from support.tiny_models import TINY_CONFIGS, VARIANTS, loader_of  # noqa: E402
 
 from wisecli.commands.edit import edit  # noqa: E402
 from wisecli.commands.export import export  # noqa: E402

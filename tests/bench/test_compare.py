@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.helpers import save_tiny
+
+from wisecli.bench.baselines.base import METHODS
+from wisecli.bench.compare import BenchReport, bench
+from wisecli.bench.html import markdown, page
+from wisecli.bench.runner import interval
+from wisecli.config import BenchSettings
+from wisecli.errors import ChangedInputError, SettingsError
+
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
+FIGURES = {
+    "reliability",
+    "generalization",
+    "locality",
+    "perplexity",
+    "generated_exact",
+    "seconds_per_edit",
+    "bytes",
+    "overhead",
+}
+
+
+def record(number: int) -> dict[str, Any]:
+    chance = random.Random(number)
+    subject, other = chance.sample(SYLLABLES, 2)
+    return {
+        "id": str(number),
+        "prompt": f"{subject} {SYLLABLES[number]} ka",
+        "target": SYLLABLES[number + 9],
+        "subject": subject,
+        "rephrases": [f"ka {subject} {SYLLABLES[number]}"],
+        "locality": [{"prompt": f"{other} mo", "answer": "be"}],
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bench")
+    save_tiny(root / "model")
+    (root / "data.jsonl").write_text("".join(json.dumps(record(number)) + "\n" for number in range(30)))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
+
+
+def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
+    named = {name: settings.pop(name) for name in ("force", "watch", "train") if name in settings}
+    data = settings.pop("data", [place / "data.jsonl"])
+    given = BenchSettings(**{"methods": "wise,ft-l", "counts": "2,4", "resamples": 50, **settings})
+    return bench(str(place / "model"), output, given, data=data, device="cpu", **named)
+
+
+def test_a_row_for_every_method_and_number_of_edits(place: Path, tmp_path: Path) -> None:
+    report = compare(place, tmp_path / "out")
+    assert [(row["edits"], row["method"]) for row in report.rows] == [
+        (2, "wise"),
+        (2, "ft-l"),
+        (4, "wise"),
+        (4, "ft-l"),
+    ]
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert content["results"].keys() == {"wise", "ft-l"}
+    for name, by_count in content["results"].items():
+        for count, figures in by_count.items():
+            assert figures.keys() >= FIGURES, name
+            assert len(figures["by_age"]) == int(count)
+            low, high = figures["intervals"]["reliability"]
+            assert low <= figures["reliability"] <= high
+            assert figures["reliability"] == pytest.approx(sum(figures["by_age"]) / int(count))
+    # Before editing, the model is the same whoever edits it, and whatever reads it.
+    befores = [by_count["4"]["before"] for by_count in content["results"].values()]
+    for figure in ("reliability", "generalization", "generated_exact"):
+        assert befores[0][figure] == befores[1][figure]
+    assert befores[0]["perplexity"] == pytest.approx(befores[1]["perplexity"], rel=1e-4)
+
+
+def test_datasets_take_turns_in_one_memory_and_have_figures_of_their_own(place: Path, tmp_path: Path) -> None:
+    for name, first in (("left", 0), ("right", 10)):
+        records = (record(number) for number in range(first, first + 9))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    files = [tmp_path / f"{name}.jsonl" for name in ("left", "right")]
+    report = compare(place, tmp_path / "out", counts="5", data=files)
+    assert report.dataset == "left,right"
+    edits = [json.loads(line)["id"] for line in (tmp_path / "out" / "work" / "edits.jsonl").read_text().splitlines()]
+    assert edits == ["left/0", "right/10", "left/1", "right/11", "left/2"]
+    for row in report.rows:
+        domains = row["figures"]["domains"]
+        assert domains.keys() == {"left", "right"}
+        for figure in ("reliability", "generalization", "generated_exact"):
+            whole = (3 * domains["left"][figure] + 2 * domains["right"][figure]) / 5
+            assert whole == pytest.approx(row["figures"][figure]), figure
+    assert "routing" in report.rows[0]["figures"]["domains"]["left"]
+    with pytest.raises(SettingsError, match="--data is given 2 times for 3 datasets"):
+        compare(place, tmp_path / "other", data=files, dataset="zsre,temporal,hallucination")
+
+
+def test_rows_that_are_there_are_not_measured_again(place: Path, tmp_path: Path) -> None:
+    first = compare(place, tmp_path / "out", counts="2")
+    stages: list[str] = []
+    second = compare(place, tmp_path / "out", watch=lambda event: stages.append(event.stage))
+    assert second.rows[:2] == first.rows
+    assert "wise, 4 edits" in stages
+    assert "wise, 2 edits" not in stages
+    for changed in ({"seed": 1}, {"generate": False}):
+        with pytest.raises(ChangedInputError, match=rf"{next(iter(changed))} was"):
+            compare(place, tmp_path / "out", **changed)
+    with pytest.raises(ChangedInputError, match="train was the rest, now "):
+        compare(place, tmp_path / "out", train=place / "data.jsonl")
+    forced = compare(place, tmp_path / "out", counts="2", methods="ft-l", generate=False, force=True)
+    assert len(forced.rows) == 1
+    assert "generated_exact" not in forced.rows[0]["figures"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"methods": "wise,magic"}, "'magic' is unknown; known are wise, "),
+        ({"counts": "2,many"}, "--edits must be numbers"),
+        ({"counts": "0"}, "--edits must be numbers"),
+        ({"counts": "31"}, "data has only 30 records"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(place: Path, tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        compare(place, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_cannot_run_says_so_in_its_row(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wisecli.bench.baselines import load_methods
+    from wisecli.bench.baselines.base import Bench, Method, UnsuitableError
+
+    def maker(_bench: Bench) -> Method:
+        raise UnsuitableError("this model has no such thing; take another")
+
+    load_methods()
+    monkeypatch.setitem(METHODS, "ft-l", maker)
+    report = compare(place, tmp_path / "out", methods="ft-l", counts="2")
+    assert report.rows[0]["figures"] == {"cannot": "this model has no such thing; take another"}
+    assert "cannot run: this model has no such thing" in (tmp_path / "out" / "results.md").read_text()
+    assert "cannot run: this model has no such thing" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_is_to_be_erased_is_refused_by_methods_that_cannot(place: Path, tmp_path: Path) -> None:
+    records = [{**record(0), "op": "erase", "replacement": "be"}, {**record(1), "op": "erase"}]
+    for name, some in (("told", records[:1]), ("erased", records[1:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in some))
+    reports = {}
+    for name in ("told", "erased"):
+        named: dict[str, Any] = {"data": [tmp_path / f"{name}.jsonl"], "counts": "1", "methods": "wise,grace"}
+        reports[name] = [row["figures"] for row in compare(place, tmp_path / name, **named).rows]
+    assert all(figures["reliability"] == 1 for figures in reports["told"])
+    assert reports["erased"][0]["reliability"] == 1
+    assert reports["erased"][1] == {"cannot": "it has no way to erase an answer; give every such edit a `replacement`"}
+
+
+def test_an_interval_is_the_bootstraps() -> None:
+    values = [0.0, 1.0] * 50
+    low, high = interval(values, resamples=4000, seed=0)
+    spread = 1.96 * math.sqrt(0.25 / len(values))
+    assert low == pytest.approx(0.5 - spread, abs=0.02)
+    assert high == pytest.approx(0.5 + spread, abs=0.02)
+    assert interval([1.0] * 9, resamples=100, seed=0) == (1.0, 1.0)
+
+
+class Links(html.parser.HTMLParser):
+    """Everything that a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "data") and value and not value.startswith("#"):
+                self.found.append(value)
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_the_table_holds_every_row(place: Path, tmp_path: Path) -> None:
+    report = compare(place, tmp_path / "out", methods="ft-l", counts="2,3")
+    text = page(report.rows, title="<b>title</b>", about="<script>x</script>")
+    links = Links()
+    links.feed(text)
+    assert links.found == []
+    assert links.tags.count("svg") == 3
+    assert "script" not in links.tags
+    assert links.tags.count("tr") == 1 + len(report.rows)
+    table = markdown(report.rows).splitlines()
+    assert len(table) == 2 + len(report.rows)
+    assert len({line.count("|") for line in table}) == 1
+    assert text == page(report.rows, title="<b>title</b>", about="<script>x</script>")

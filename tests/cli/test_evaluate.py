@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.ready import Ready, here, make_ready, require_refusal
+from support.tiny_models import Wise
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    return make_ready(tmp_path_factory.mktemp("ready"))
+
+
+def test_an_interruption_while_measuring_says_so_and_exits_with_130(
+    wise: Wise, ready: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.generation.GenerationMixin.generate", interrupted)
+    outcome = wise("eval", "--memory", ready.memory)
+    assert (outcome.code, outcome.out) == (130, "")
+    assert here() == []
+    require_refusal(outcome, "interrupted", code=130)
+
+
+def test_a_gate_that_fails_exits_with_1_and_one_that_holds_with_0(wise: Wise, ready: Ready) -> None:
+    common = ("eval", "--memory", ready.memory, "--no-generate", "--fail-under")
+    failed = wise(*common, "reliability=1.01")
+    require_refusal(failed, "gate failed", "reliability is", code=1)
+    assert "reliability" in failed.out
+    assert wise(*common, "reliability=0,locality=0").code == 0

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.helpers import WORDS
+from support.ready import EDITS, Ready, contents, here, make_ready, manifest, require_refusal, write_edits
+from support.tiny_models import Wise
+
+from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.editing.closed_form import PENALTIES
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    return make_ready(tmp_path_factory.mktemp("ready"))
+
+
+def test_strict_exits_with_1_and_writes_nothing_if_an_edit_did_not_take(wise: Wise, ready: Ready) -> None:
+    line = f"edit {ready.model} {ready.edits} --strict --writer gradient --passes 1"
+    require_refusal(wise(*line.split()), "did not take", code=1)
+    assert here() == []
+
+
+def test_a_dry_run_says_what_a_run_will_hold_and_read(wise: Wise, ready: Ready) -> None:
+    whole = json.loads(wise("edit", ready.model, ready.edits, "--dry-run", "--json").out)["results"]["plan"]
+    small = ("edit", ready.model, ready.edits, "--dry-run", "--memory-budget", "100KB")
+    plan = json.loads(wise(*small, "--json").out)["results"]["plan"]
+    assert (whole["streamed"], plan["streamed"]) == (False, True)
+    assert whole["weights"] == plan["weights"] > plan["resident"] + plan["layer"]
+    assert plan["read"] > plan["sweep"] > 0 == whole["read"]
+    text = wise(*small).out
+    assert all(word in text for word in ("stay in memory", "pass through", "TFLOP", "nothing was written"))
+
+
+def test_force_replaces_the_whole_output(wise: Wise, ready: Ready) -> None:
+    shutil.copytree(ready.retrieve, "memory")
+    (Path("memory") / "left-over.txt").write_text("old")
+    assert wise("merge", ready.shards, "--force").code == 0
+    assert here() == ["memory"]
+    assert sorted(path.name for path in Path("memory").iterdir()) == ["memory.safetensors", "router.json"]
+    assert len(manifest(Path("memory"))["memories"]) == 1
+
+
+@pytest.mark.parametrize("writer", ["solve", "gradient"])
+def test_the_same_seed_writes_the_same_bytes_with_a_cold_and_a_warm_cache(
+    wise: Wise, ready: Ready, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, writer: str
+) -> None:
+    for name, cache, seed in (("cold", "one", 3), ("warm", "one", 3), ("again", "two", 3), ("other", "two", 4)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        assert (tmp_path / cache).exists() == (name in ("warm", "other"))
+        line = f"edit {ready.model} {ready.edits} -o {name} --seed {seed} --shards 2 --writer {writer}"
+        assert wise(*line.split()).code == 0
+        assert (tmp_path / cache).exists()
+        assert wise("merge", name, "-o", f"{name}-memory").code == 0
+    cold = contents("cold")
+    assert sorted(cold) == ["shard-00000.safetensors", "shard-00001.safetensors", "unrelated.safetensors"]
+    for name in ("warm", "again"):
+        assert contents(name) == cold
+        assert contents(f"{name}-memory") == contents("cold-memory")
+    shards = (load_file(Path(name) / "shard-00000.safetensors") for name in ("cold", "other"))
+    first, second = (tensors["mask.indices"] for tensors in shards)
+    assert not torch.equal(first, second)
+
+
+def test_the_manifest_of_shards_keeps_the_penalty_of_the_closed_form(ready: Ready) -> None:
+    known = {(penalty.ridge, penalty.unrelated) for penalty in PENALTIES}
+    for name, expected in (("shards", True), ("gradient-shards", False)):
+        listed = [shard["penalty"] for shard in manifest(ready.root / name)["shards"]]
+        read = [entry.penalty for entry in read_shard_directory(ready.root / name).shards]
+        assert [None if penalty is None else tuple(penalty) for penalty in listed] == read
+        assert [penalty in known for penalty in read] == [expected] * 2
+        assert expected or read == [None, None]
+
+
+def test_where_prompts_decide_shards_hold_nothing_to_keep_tokens_apart_by(wise: Wise, ready: Ready) -> None:
+    for name, expected in (("shards", True), ("deciding-shards", False)):
+        shard = load_file(ready.root / name / "shard-00000.safetensors")
+        inside = shard["evidence.position"] > 0
+        assert bool(shard["evidence.elsewhere"][inside].any()) == expected
+    assert wise("merge", ready.deciding_shards).code == 0
+    assert manifest(Path("memory"))["routing"] == "sequence"
+    # Activations are compared with no keys.
+    assert wise("merge", ready.deciding_shards, "--router", "norm", "--routing", "token", "-o", "activations").code == 0
+
+
+@pytest.mark.parametrize(("count", "checking"), [(5, 5), (32, 32), (33, 17), (70, 24)])
+def test_some_edits_of_a_shard_are_read_in_a_context_that_is_held_back(
+    wise: Wise, ready: Ready, count: int, checking: int
+) -> None:
+    edits = [{"prompt": f"{one} {two} ba", "target": "fa"} for one in WORDS[:10] for two in WORDS[20:27]][:count]
+    assert wise("edit", ready.model, str(write_edits(Path("many"), edits))).code == 0
+    shard = load_file(Path("shards") / "shard-00000.safetensors")
+    held_out, edit = shard["evidence.held_out"], shard["evidence.edit"]
+    spacing = -(-count // 32)
+    assert edit[held_out].unique().tolist() == list(range(0, count, spacing))
+    assert len(edit[held_out].unique()) == checking
+    assert edit[~held_out].unique().tolist() == list(range(count))
+
+
+# Flags of `wise merge`, and the mode that shards of the closed form and of the paper's writer then get.
+MERGES: dict[str, tuple[str, str]] = {
+    "": ("lookup", "merge"),
+    "--mode lookup": ("lookup", "lookup"),
+    "--no-refit": ("merge", "merge"),
+    "--refit": ("merge", "merge"),
+    "--method exact": ("merge", "merge"),
+    "--method slerp": ("merge", "merge"),
+    "--router norm": ("merge", "merge"),
+    "--mode merge": ("merge", "merge"),
+    "--mode merge --method ties --no-refit": ("merge", "merge"),
+    "--mode retrieve": ("retrieve", "retrieve"),
+    "--mode retrieve --router norm": ("retrieve", "retrieve"),
+    "--mode lookup --sharpness 20 --routing sequence": ("lookup", "lookup"),
+}
+
+
+@pytest.mark.parametrize("shards", ["shards", "gradient-shards"])
+@pytest.mark.parametrize("flags", MERGES)
+def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
+    wise: Wise, ready: Ready, flags: str, shards: str
+) -> None:
+    mode = MERGES[flags][0 if shards == "shards" else 1]
+    merged = wise("merge", str(ready.root / shards), *flags.split(), "--json")
+    assert merged.code == 0, merged.err
+    assert json.loads(merged.out)["results"]["mode"] == mode
+    tensors = load_file(Path("memory") / "memory.safetensors")
+    if mode == "lookup":
+        # The closed form has one residual for each token of a target and the end of text, whatever the contexts.
+        places = sum(len(edit["target"].split()) + 1 for edit in EDITS)
+        assert len(tensors["values"]) == (places if shards == "shards" else len(tensors["probes"]))
+        assert len(tensors["value"]) == len(tensors["probes"]) > places
+        assert set(tensors["owner"].tolist()) == {0, 1, 2, 3}
+    else:
+        assert len(tensors["delta"]) == (2 if mode == "retrieve" else 1)
+    measured = wise("eval", "--json", "--no-generate")
+    assert measured.code == 0, measured.err
+    assert 0 <= json.loads(measured.out)["results"]["edits"]["reliability"] <= 1
+    if flags in ("", "--refit", "--mode retrieve"):
+        assert wise("export").code == 0
+        assert load_file(Path("edited") / "model-side-memory.safetensors").keys() >= {
+            f"model.layers.3.mlp.down_proj.{name}" for name in tensors
+        }
+
+
+def test_a_lookup_gives_every_edit_its_answer_where_it_opens(wise: Wise, ready: Ready) -> None:
+    assert wise("merge", ready.shards, "--false-alarm", "0.5").code == 0
+    answers = json.loads(wise("generate", "memory", *prompts(), "--explain", "--json").out)["results"]
+    for number, (answer, edit) in enumerate(zip(answers, EDITS, strict=True)):
+        assert {step["memory"] for step in answer["steps"]} == {number}
+        assert {step["edit"] for step in answer["steps"]} == {edit["prompt"]}
+        assert answer["answer"] == edit["target"]
+
+
+def prompts() -> list[str]:
+    return [edit["prompt"] for edit in EDITS]
+
+
+def test_a_refit_gives_keys_back_what_merging_takes_from_them(wise: Wise, ready: Ready) -> None:
+    shards = [load_file(path) for path in sorted(Path(ready.shards).glob("shard-*.safetensors"))]
+    trained = [~shard["evidence.held_out"] for shard in shards]
+    keys, wanted = (
+        torch.cat([shard[f"evidence.{name}"][own] for shard, own in zip(shards, trained, strict=True)]).float()
+        for name in ("keys", "residuals")
+    )
+    errors = {}
+    for flags in ("--mode merge --no-refit", "--mode merge --refit", "--method exact"):
+        assert wise("merge", ready.shards, *flags.split(), "--force").code == 0
+        memory = load_file(Path("memory") / "memory.safetensors")
+        given = keys[:, memory["columns"][0]] @ memory["delta"][0].T
+        errors[flags] = float((given - wanted).square().sum() / wanted.square().sum())
+    merged, refitted, exact = errors.values()
+    assert refitted < 0.5 * merged
+    assert exact < 0.5 * merged
+
+
+def test_shards_are_merged_without_the_model_library(ready: Ready, tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom wisecli.config import MergeSettings\n"
+        "from wisecli.commands.merge import merge\n"
+        f"merge([Path({ready.shards!r})], Path('memory'), MergeSettings())\n"
+        "sys.exit(3 if {'transformers', 'accelerate'} & sys.modules.keys() else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "memory" / "memory.safetensors").is_file()
+
+
+def test_retrieve_keeps_a_memory_for_each_shard(wise: Wise, ready: Ready) -> None:
+    assert wise("merge", ready.shards, "--mode", "retrieve").code == 0
+    memories = manifest(Path("memory"))["memories"]
+    assert len(memories) == 2
+    outcome = wise("eval", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["n-samples"]["edits"]["edits"] == 4
+    assert wise("export").code == 0
+    assert len(manifest(Path("edited"))["memories"]) == 2
+
+
+def test_the_papers_preset_runs_the_whole_way(wise: Wise, ready: Ready) -> None:
+    assert wise("edit", ready.model, ready.edits, "--preset", "paper").code == 0
+    written = manifest(Path("shards"))
+    assert written["settings"]["preset"] == "paper"
+    assert (written["settings"]["schedule"], written["settings"]["mask_ratio"]) == ("sequential", 0.2)
+    assert written["settings"]["writer"] == "gradient"
+    assert len(written["contexts"]) == 4  # the bare prompt, two to train with, one held back
+    assert {shard["mask_kind"] for shard in written["shards"]} == {"elements"}
+    assert wise("merge", "shards").code == 0
+    memory = manifest(Path("memory"))
+    assert (memory["routing"], memory["memories"][0]["router"]) == ("sequence", "norm")
+    assert memory["memories"][0]["rule"] == "minimum"
+    assert wise("eval").code == 0
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    wise: Wise, ready: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WISE_CONTEXTS", "1")
+    Path("wise.toml").write_text("[edit]\ncontexts = 0\nlayer = '1'\nseed = 5\n")
+    assert wise("edit", ready.model, ready.edits, "--config", "wise.toml", "--seed", "3").code == 0
+    settings = manifest(Path("shards"))["settings"]
+    assert (settings["contexts"], settings["layer"], settings["seed"]) == (1, "1", 3)
+
+
+@pytest.mark.parametrize("writer", ["solve", "gradient"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_models_in_half_precision_are_edited(wise: Wise, ready: Ready, tmp_path: Path, writer: str, dtype: str) -> None:
+    shards, memory = tmp_path / "shards", tmp_path / "memory"
+    for line in (
+        f"edit {ready.model} {ready.edits} -o {shards} --writer {writer} --dtype {dtype} --layer 2",
+        f"merge {shards} -o {memory}",
+        f"eval --memory {memory} --dataset {ready.edits} --dtype {dtype} --no-generate",
+    ):
+        assert wise(*line.split()).code == 0

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.helpers import save_tiny
+from support.history import FLAGS, fact, write
+from torch import Tensor
+
+from wisecli.artifacts.memory_manifest import read_manifest
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.explain import ExplainReport, explain
+from wisecli.commands.merge import merge
+from wisecli.config import EditSettings, MergeSettings
+from wisecli.errors import ModelError, SettingsError
+from wisecli.evaluation.edited_model import attach
+from wisecli.routing.side_memory import RoutedMatrix
+
+EDITS = [fact(number) for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("explain")
+    save_tiny(root / "model")
+    settings = EditSettings(**{**FLAGS, "edits_per_shard": 2})
+    run_edit(str(root / "model"), write(root / "edits.jsonl", EDITS), root / "shards", settings, device="cpu")
+    for mode in ("lookup", "retrieve"):
+        merge([root / "shards"], root / mode, MergeSettings(mode=mode))
+    merge([root / "shards"], root / "sequence", MergeSettings(mode="lookup", routing="sequence"))
+    return root
+
+
+def look(place: Path, prompt: str, memory: str = "lookup", **named: Any) -> ExplainReport:
+    return explain(place / memory, prompt, max_new_tokens=6, device="cpu", **named)
+
+
+@pytest.mark.parametrize("memory", ["lookup", "sequence"])
+def test_an_edits_own_prompt_is_nearest_to_it_and_opens_it(place: Path, memory: str) -> None:
+    for edit in EDITS:
+        report = look(place, edit.prompt, memory)
+        assert report.nearest[0].name == edit.id
+        assert report.nearest[0].target == edit.target
+        assert report.answer == report.nearest[0].answer == edit.target
+        assert [one.strength for one in report.nearest] == sorted(
+            (one.strength for one in report.nearest), reverse=True
+        )
+        last, first = report.prompt_tokens[-1], report.answer_tokens[0]
+        assert last.routed
+        assert first.routed
+        assert (last.edit, first.edit) == (edit.id, edit.id)
+        assert last.strength == first.strength == pytest.approx(report.nearest[0].strength)
+        assert [token.text for token in report.prompt_tokens] == edit.prompt.split()
+
+
+def test_it_says_whether_the_prompt_names_an_edits_subject(place: Path, tmp_path: Path) -> None:
+    prompts = [edit.prompt for edit in EDITS]
+    subjects = [prompts[0].split()[0], *[None] * (len(EDITS) - 1)]
+    edits = [replace(edit, subject=subject) for edit, subject in zip(EDITS, subjects, strict=True)]
+    flags = EditSettings(**{**FLAGS, "edits_per_shard": 4})
+    run_edit(str(place / "model"), write(tmp_path / "edits.jsonl", edits), tmp_path / "s", flags, device="cpu")
+    merge([tmp_path / "s"], tmp_path / "m", MergeSettings(mode="lookup", routing="sequence"))
+    other = next(text for text in prompts if subjects[0] not in text.split())
+    for prompt, named in ((prompts[0], True), (other, False)):
+        report = explain(tmp_path / "m", prompt, nearest=9, max_new_tokens=2, device="cpu")
+        assert {one.name: one.named for one in report.nearest} == {
+            edit.id: named if place == 0 else None for place, edit in enumerate(EDITS)
+        }
+    assert [one.named for one in look(place, prompts[0]).nearest] == [None] * 3
+
+
+def test_every_edit_can_be_made_to_answer(place: Path) -> None:
+    report = look(place, EDITS[0].prompt, nearest=9)
+    answers = {one.name: one.answer.split() for one in report.nearest}
+    assert answers.keys() == {edit.id for edit in EDITS}
+    edited = attach(place / "lookup", device="cpu")
+    ids = edited.tokenizer(EDITS[0].prompt, return_tensors="pt")["input_ids"]
+    for number, edit in enumerate(EDITS):
+        # The base model, to whose matrix' last output the residual of the edit's nearest key is added by hand.
+        def add(routed: RoutedMatrix, inputs: tuple[Tensor], output: Tensor, number: int = number) -> Tensor:
+            near = routed.cosines(inputs[0][0, -1]).where(routed.owner == number, -2.0).argmax()
+            output[0, -1] += routed.values[routed.value[near]]
+            return output
+
+        edited.routed.enabled = False
+        handle = edited.routed.register_forward_hook(add)
+        first = int(edited.model(ids).logits[0, -1].argmax())
+        handle.remove()
+        assert answers[edit.id][:1] == edited.tokenizer.decode([first], skip_special_tokens=True).split()
+
+
+def test_what_the_unedited_model_says_is_what_the_base_says(place: Path) -> None:
+    for edit in EDITS:
+        report = look(place, edit.prompt)
+        edited = attach(place / "lookup", device="cpu")
+        edited.routed.enabled = False
+        ids = edited.tokenizer(edit.prompt, return_tensors="pt")
+        answer = edited.model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert report.unedited == edited.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_matrices_are_named_by_their_number(place: Path) -> None:
+    owners = [entry.edits for entry in read_manifest(place / "retrieve").memories]
+    for edit in EDITS:
+        report = look(place, edit.prompt, "retrieve")
+        assert len(report.nearest) == 2
+        number = next(number for number, names in enumerate(owners) if edit.id in names)
+        assert report.nearest[0].name == f"memory {number}"
+        assert (report.nearest[0].prompt, report.prompt_tokens[-1].edit) == (None, None)
+        assert report.nearest[0].answer == report.answer == edit.target
+
+
+def test_nothing_stays_forced(place: Path) -> None:
+    first = look(place, EDITS[0].prompt)
+    assert look(place, EDITS[0].prompt) == first
+    json.dumps(first.as_json())
+
+
+def test_the_scores_are_drawn(place: Path, tmp_path: Path) -> None:
+    look(place, EDITS[0].prompt, plot=tmp_path / "scores.svg")
+    text = (tmp_path / "scores.svg").read_text()
+    assert text.count("<svg") == 1
+    with pytest.raises(SettingsError, match="no such kind of picture"):
+        look(place, EDITS[0].prompt, plot=tmp_path / "scores.doc")
+
+
+def test_a_prompt_without_tokens_is_refused(place: Path) -> None:
+    with pytest.raises(ModelError, match="leaves nothing of the prompt"):
+        look(place, "?!")

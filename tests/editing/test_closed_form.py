@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from support.fitting import HELD_BACK, SETTINGS, Bench
+from support.helpers import Waits, hooked, raised, site_of, tiny_tokenizer
+from support.tiny_models import TYPICAL, tiny_model
+from torch import Tensor, nn
+
+from wisecli.artifacts.shard import Mask, MaskKind
+from wisecli.config import EditSettings
+from wisecli.editing.closed_form import PENALTIES, Solved, fit_residuals, write_solved
+from wisecli.editing.closed_form import answered as shares_answered
+from wisecli.editing.closed_form import answered as taken
+from wisecli.editing.ridge import Penalty
+from wisecli.editing.task import Progress
+from wisecli.editing.training_examples import Lesson, capture_lessons
+from wisecli.edits.record import Edit
+from wisecli.models.loading import Loaded
+from wisecli.models.tokenization import NO_LABEL
+
+EDITS = [
+    Edit("one", "ba be bi", "do du"),
+    Edit("two", "ka ke ki ko", "fa"),
+    Edit("three", "ma me", "ga ge gi"),
+    Edit("four", "ta te ti to tu", "la le"),
+    Edit("five", "na ne", "ra"),
+]
+TRAINED = [(0, ""), (1, "pa pe. ")]
+Change = Callable[[Tensor], Tensor]
+
+
+def bench_of(architecture: str) -> Bench:
+    model = tiny_model(architecture)
+    model.generation_config.eos_token_id = 1
+    # With the head as it is drawn, no residual could make a token sure.
+    model.get_output_embeddings().get_parameter("weight").data.mul_(4)
+    site = site_of(model, 2)
+    loaded = Loaded(raised(model, site).requires_grad_(False), tiny_tokenizer())
+    numbered = list(enumerate(EDITS))
+
+    def captured(edits: list[tuple[int, Edit]], contexts: list[tuple[int, str]]) -> list[Lesson]:
+        return capture_lessons(loaded, site, edits, contexts, batch_size=4, train_end=True)
+
+    groups = [captured(numbered[:3], TRAINED), captured(numbered[3:], TRAINED)]
+    return Bench(loaded, site, groups, captured(numbered, [HELD_BACK]))
+
+
+@pytest.fixture(scope="module")
+def benches() -> dict[str, Bench]:
+    return {architecture: bench_of(architecture) for architecture in TYPICAL}
+
+
+@pytest.fixture(scope="module")
+def bench(benches: dict[str, Bench]) -> Bench:
+    return benches["llama"]
+
+
+def tokens_of(loaded: Loaded, edit: Edit, context: str) -> tuple[list[int], list[int]]:
+    """Prompt and target, the end of text included."""
+    prompt = loaded.tokenizer(context + edit.prompt)["input_ids"]
+    return prompt, [*loaded.tokenizer(edit.target)["input_ids"], 1]
+
+
+@torch.no_grad()
+def entropies(bench: Bench, number: int, context: str, change: Change) -> tuple[list[float], bool]:
+    """Cross-entropy of each target token of an edit, and whether all are the arg-max: the whole model, row by row.
+
+    ``change`` turns keys from the prompt's last token on into what is added to the matrix's output.
+    """
+    prompt, target = tokens_of(bench.loaded, EDITS[number], context)
+    start = len(prompt) - 1
+
+    def add(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[0, start:] += change(inputs[0][0, start:])
+        return changed
+
+    model = bench.loaded.model
+    with hooked(model, bench.site, add):
+        logits = model(input_ids=torch.tensor([prompt + target[:-1]]), use_cache=False).logits[0, start:]
+    losses = nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
+    return losses.tolist(), logits.argmax(-1).tolist() == target
+
+
+def nothing(keys: Tensor) -> Tensor:
+    return torch.zeros(())
+
+
+@pytest.mark.parametrize("architecture", TYPICAL)
+def test_added_residuals_make_the_whole_model_predict_every_target_token(
+    benches: dict[str, Bench], architecture: str
+) -> None:
+    bench = benches[architecture]
+    residuals = bench.residuals()
+    for number in range(len(EDITS)):
+        for _, context in TRAINED:
+            assert not entropies(bench, number, context, nothing)[1]
+            losses, right = entropies(bench, number, context, lambda _, own=residuals[number]: own)  # type: ignore[misc]
+            assert right
+            assert max(losses) < 2 * SETTINGS.residual_stop  # contexts are looked at in turn, a step apart
+
+
+@pytest.mark.parametrize("architecture", TYPICAL)
+def test_between_two_looks_no_step_waits_for_the_device(benches: dict[str, Bench], architecture: str) -> None:
+    bench = benches[architecture]
+    with Waits() as few:
+        bench.residuals(replace(SETTINGS, residual_steps=3, residual_stop=0.0))
+    with Waits() as many:
+        bench.residuals(replace(SETTINGS, residual_steps=43, residual_stop=0.0))
+    steps = 40 * len(bench.groups)
+    parts = sum(len(lesson.contexts.unique()) for lesson in bench.lessons)
+    looks = {"_local_scalar_dense": steps, "nonzero": 40 * parts}  # whether anybody is left, and which rows
+    counted = {"_local_scalar_dense": steps}  # Adam numbers its steps on the host
+    assert Counter(many.seen) - Counter(few.seen) == Counter(looks) + Counter(counted)
+
+
+def test_every_edit_gets_a_residual_for_each_of_its_target_tokens(bench: Bench) -> None:
+    residuals = bench.residuals(replace(SETTINGS, residual_steps=2))
+    shapes = {number: tuple(residual.shape) for number, residual in residuals.items()}
+    lengths = [len(edit.target.split()) + 1 for edit in EDITS]
+    assert shapes == {number: (length, bench.site.d) for number, length in enumerate(lengths)}
+
+
+def test_what_residuals_answer_is_what_the_whole_model_says_with_them(bench: Bench) -> None:
+    early = bench.residuals(replace(SETTINGS, residual_steps=2))
+    shares = taken(bench.task(SETTINGS), bench.lessons, early)
+    for number in range(len(EDITS)):
+        right = entropies(bench, number, "", lambda _, own=early[number]: own)[1]  # type: ignore[misc]
+        assert (shares[number] == 1) == right
+    assert min(shares.values()) < 1
+    assert set(taken(bench.task(SETTINGS), bench.lessons, bench.residuals()).values()) == {1.0}
+
+
+def test_a_finished_edit_stays_as_it_is_while_others_of_its_group_go_on(bench: Bench) -> None:
+    late = bench.residuals()
+    seen: list[set[int]] = [set()]
+    for steps in range(2, SETTINGS.residual_steps):
+        early = bench.residuals(replace(SETTINGS, residual_steps=steps))
+        seen.append({number for number in early if torch.equal(early[number], late[number])})
+        assert seen[-1] >= seen[-2]
+        if seen[-1] == set(range(len(EDITS))):
+            break
+    assert seen[-1] == set(range(len(EDITS)))
+    assert any(0 < len(frozen & {0, 1, 2}) < 3 for frozen in seen)
+
+
+def test_no_edit_is_fitted_otherwise_for_the_company_it_is_in(bench: Bench) -> None:
+    together = bench.residuals()
+    for number, edit in enumerate(EDITS):
+        own = capture_lessons(bench.loaded, bench.site, [(number, edit)], TRAINED, batch_size=4, train_end=True)
+        alone = fit_residuals(bench.task(), [own], lambda _: None)
+        assert alone.keys() == {number}
+        torch.testing.assert_close(alone[number], together[number], rtol=0, atol=1e-2 * bench.unit)
+
+
+def chatted(bench: Bench, targets: Sequence[str]) -> tuple[list[Lesson], list[Edit]]:
+    """Lessons in which every edit has another answer in the chat template, and the edits with those answers."""
+    other = [replace(edit, target=target) for edit, target in zip(EDITS, targets, strict=True)]
+    captured = capture_lessons(
+        bench.loaded, bench.site, list(enumerate(other)), TRAINED[:1], batch_size=4, train_end=True
+    )
+    return [replace(lesson, answers=-1 - lesson.edits) for lesson in captured], other
+
+
+def test_an_answer_of_other_tokens_in_the_chat_template_has_residuals_of_its_own(bench: Bench) -> None:
+    numbered = list(enumerate(EDITS))
+    plain = capture_lessons(bench.loaded, bench.site, numbered, TRAINED[:1], batch_size=4, train_end=True)
+    lessons, other = chatted(bench, ["ba be bi bo bu", "da", "fa fe fi fo", "ga ge", "ka ke ki"])
+    found = fit_residuals(bench.task(), [[*plain, *lessons]], lambda _: None)
+    assert found.keys() == {*range(len(EDITS)), *range(-len(EDITS), 0)}
+    for number, edit in enumerate(other):
+        _, target = tokens_of(bench.loaded, edit, "")
+        assert len(found[-1 - number]) == len(target)
+        assert len(found[number]) == len(tokens_of(bench.loaded, EDITS[number], "")[1])
+    assert min(shares_answered(bench.task(), plain, found).values()) == 1
+    assert min(shares_answered(bench.task(), lessons, found).values()) == 1
+
+
+def test_lessons_without_a_bare_prompt_among_their_rows_are_passed_over(bench: Bench) -> None:
+    numbered = list(enumerate(EDITS))
+    lessons = capture_lessons(bench.loaded, bench.site, numbered, TRAINED, batch_size=1, train_end=True)
+    assert any(not bool((lesson.contexts == 0).any()) for lesson in lessons)
+    shares = shares_answered(bench.task(), lessons, bench.residuals())
+    assert shares == dict.fromkeys(range(len(EDITS)), 1.0)
+
+
+def test_progress_counts_the_edits_of_all_groups(bench: Bench) -> None:
+    told: list[Progress] = []
+    fit_residuals(bench.task(), bench.groups, told.append)
+    assert [(progress.step, progress.steps) for progress in told] == [(3, 5), (5, 5)]
+    assert [progress.accuracy for progress in told] == [1.0, 1.0]
+    assert all(progress.loss < SETTINGS.residual_stop for progress in told)
+
+
+def solved(bench: Bench, settings: EditSettings = SETTINGS, mask: Mask | None = None) -> Solved:
+    moment = bench.unrelated.T @ bench.unrelated
+    task = bench.task(settings, mask)
+    if task.mask.kind == "columns":
+        moment = moment[task.mask.indices][:, task.mask.indices]
+    return write_solved(task, bench.evidence, moment, bench.lessons, bench.held_back, lambda _: None)
+
+
+def answered(bench: Bench, delta: Tensor, context: str) -> list[bool]:
+    return [entropies(bench, number, context, lambda keys: keys @ delta.T)[1] for number in range(len(EDITS))]
+
+
+@pytest.mark.parametrize("architecture", TYPICAL)
+def test_with_the_solved_change_the_whole_model_answers_every_edit(
+    benches: dict[str, Bench], architecture: str
+) -> None:
+    bench = benches[architecture]
+    mask = bench.mask()
+    delta = mask.dense(solved(bench, mask=mask).values)
+    for _, context in TRAINED:
+        assert not any(answered(bench, torch.zeros_like(delta), context))
+    assert all(answered(bench, delta, ""))
+
+
+def by_normal_equations(bench: Bench, mask: Mask, penalty: Penalty) -> Tensor:
+    """``Δ`` (d, d_ff) on the mask's columns, from keys and residuals collected row by row."""
+    evidence = bench.evidence
+    fitted = evidence.context != HELD_BACK[0]
+    keys, wanted = evidence.keys[fitted].double()[:, mask.indices], evidence.residuals[fitted].double()
+    moment = (bench.unrelated.T @ bench.unrelated).double()[mask.indices][:, mask.indices]
+    moment /= moment.trace() / len(moment)
+    energy = keys.square().sum() / len(keys) / keys.shape[1]
+    weights = energy * (penalty.ridge * torch.eye(len(moment)) + penalty.unrelated * moment)
+    part = torch.linalg.solve(keys.T @ keys / len(keys) + weights, keys.T @ wanted / len(keys)).T
+    whole = torch.zeros(bench.site.d, bench.site.d_ff)
+    whole[:, mask.indices] = part.float()
+    return whole
+
+
+@torch.no_grad()
+def share(bench: Bench, delta: Tensor) -> float:
+    """Mean share of right target tokens under the held-back context."""
+    shares = []
+    for edit in EDITS:
+        prompt, target = tokens_of(bench.loaded, edit, HELD_BACK[1])
+        start = len(prompt) - 1
+
+        def add(_module: nn.Module, inputs: tuple[Tensor], output: Tensor, start: int = start) -> Tensor:
+            return torch.cat([output[:, :start], output[:, start:] + inputs[0][:, start:] @ delta.T], dim=1)
+
+        model = bench.loaded.model
+        with hooked(model, bench.site, add):
+            best = model(input_ids=torch.tensor([prompt + target[:-1]]), use_cache=False).logits[0, start:].argmax(-1)
+        shares.append(sum(int(a) == b for a, b in zip(best, target, strict=True)) / len(target))
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.8])
+def test_the_penalty_is_the_heaviest_that_answers_the_held_back_context_as_well_as_any(
+    bench: Bench, density: float
+) -> None:
+    mask = bench.mask(density=density)
+    found = solved(bench, replace(SETTINGS, polish=0), mask)
+    place = PENALTIES.index(found.penalty)
+    assert found.losses == ()
+    candidates = [by_normal_equations(bench, mask, penalty) for penalty in PENALTIES]
+    torch.testing.assert_close(mask.dense(found.values), candidates[place], rtol=1e-3, atol=1e-4)
+    shares = [share(bench, delta) for delta in candidates]
+    assert len(set(shares)) > 1
+    assert shares[place] >= max(shares) - 0.005
+    assert all(other < shares[place] for other in shares[:place])
+
+
+def test_what_takes_is_not_polished_but_a_norm_router_needs_its_margins(bench: Bench) -> None:
+    assert solved(bench).losses == ()
+    assert len(solved(bench, replace(SETTINGS, router="norm")).losses) > 0
+
+
+@pytest.mark.parametrize("kind", ["columns", "elements"])
+def test_an_edit_that_does_not_take_is_polished(bench: Bench, kind: MaskKind) -> None:
+    mask = bench.mask(kind, density=0.15)
+    rough = mask.dense(solved(bench, replace(SETTINGS, polish=0), mask).values)
+    assert not all(answered(bench, rough, ""))
+    polished = solved(bench, replace(SETTINGS, polish=8, polish_rate=0.3), mask)
+    assert 0 < len(polished.losses) <= 8
+
+    def loss(delta: Tensor) -> float:
+        each = [entropies(bench, n, c, lambda keys: keys @ delta.T)[0] for n in range(len(EDITS)) for _, c in TRAINED]
+        flat = [one for losses in each for one in losses]
+        return sum(flat) / len(flat)
+
+    assert loss(mask.dense(polished.values)) < 0.9 * loss(rough)
+
+
+@pytest.mark.parametrize("kind", ["columns", "elements"])
+@pytest.mark.parametrize("polish", [0, 2])
+def test_nothing_outside_the_mask_changes_and_no_weight_of_the_model(bench: Bench, kind: MaskKind, polish: int) -> None:
+    mask = bench.mask(kind, density=0.2)
+    weights = {name: tensor.clone() for name, tensor in bench.loaded.model.state_dict().items()}
+    values = solved(bench, replace(SETTINGS, polish=polish), mask).values
+    assert values.shape == mask.shape
+    allowed = torch.zeros(bench.site.d, bench.site.d_ff, dtype=torch.bool)
+    if kind == "columns":
+        allowed[:, mask.indices] = True
+    else:
+        allowed.view(-1)[mask.indices] = True
+    delta = mask.dense(values)
+    assert delta.any()
+    assert not delta[~allowed].any()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in bench.loaded.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in bench.loaded.model.parameters())
+
+
+def test_the_same_seed_solves_and_polishes_to_the_same_values(bench: Bench) -> None:
+    settings, mask = replace(SETTINGS, polish=2), bench.mask(density=0.1)
+    first, again = solved(bench, settings, mask), solved(bench, settings, mask)
+    assert torch.equal(first.values, again.values)
+    assert (first.penalty, first.losses) == (again.penalty, again.losses)
+    assert len(first.losses) == 2
+    assert not torch.equal(first.values, solved(bench, replace(settings, seed=1), mask).values)
+
+
+def test_the_lessons_of_this_file_hold_every_edit_under_every_context(bench: Bench) -> None:
+    seen = [
+        (edit, context)
+        for lesson in [*bench.lessons, *bench.held_back]
+        for edit, context in zip(lesson.edits.tolist(), lesson.contexts.tolist(), strict=True)
+    ]
+    assert sorted(seen) == [(number, context) for number in range(len(EDITS)) for context in (0, 1, 2)]
+    labels = [int((lesson.activations.batch.labels != NO_LABEL).sum()) for lesson in bench.lessons]
+    assert sum(labels) == 2 * sum(len(edit.target.split()) + 1 for edit in EDITS)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.helpers import keys_of, save_tiny
+
+from wisecli.data.corpus import reworded_facts
+from wisecli.editing import layer_selection
+from wisecli.editing.layer_selection import probe_layer, recognised, told_apart, two_wordings
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.site import Site, find_site, fingerprint
+from wisecli.progress import Event, ignore
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("layers") / "model")
+
+
+@pytest.fixture(scope="module")
+def loaded(directory: Path) -> Loaded:
+    return load_model(directory, device="cpu")
+
+
+def sites(directory: Path, *numbers: int) -> list[Site]:
+    return [find_site(directory, Checkpoint(directory), number) for number in numbers]
+
+
+def test_every_layer_is_judged_by_its_own_keys(directory: Path, loaded: Loaded) -> None:
+    facts = [ways[:2] for ways in reworded_facts(3, seed=0)]
+    found = two_wordings(loaded, sites(directory, 0, 2, 3), batch_size=16)
+    for site, keys in zip(sites(directory, 0, 2, 3), found, strict=True):
+        ends = [
+            torch.stack([keys_of(loaded.model, site, loaded.tokenizer(fact[way])["input_ids"])[-1] for fact in facts])
+            for way in (0, 1)
+        ]
+        assert all(torch.allclose(own, end, atol=1e-5) for own, end in zip(keys, ends, strict=True))
+        every = torch.cat(ends).double()
+        moment = every.T @ every / len(every)
+        inverse = torch.linalg.inv(moment + 0.1 * moment.trace() / len(moment) * torch.eye(len(moment)))
+        root = torch.linalg.cholesky(inverse)
+        first, second = (torch.nn.functional.normalize(end.double() @ root, dim=-1) for end in ends)
+        near = second @ first.T
+        right = torch.arange(len(facts))
+        expected = ((near.argmax(0) == right).double().mean() + (near.argmax(1) == right).double().mean()) / 2
+        assert recognised(*keys) == pytest.approx(float(expected), abs=2 / len(facts))
+
+
+def test_the_usual_layer_stays_unless_another_is_clearly_better(
+    directory: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(directory)
+    identity = fingerprint(directory, checkpoint, sites(directory, 3)[0])
+    monkeypatch.setattr(layer_selection, "_LOWEST", 0.0)
+    for name, margin, judge in (("usual", 1.0, recognised), ("best", -1.0, recognised), ("apart", -1.0, told_apart)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        monkeypatch.setattr(layer_selection, "_CLEARLY", margin)
+        told: list[Event] = []
+        named: dict[str, Any] = {"batch_size": 16, "watch": told.append, "prompts_decide": judge is told_apart}
+        chosen = probe_layer(loaded, directory, checkpoint, identity, **named)
+        shares = [judge(*keys) for keys in two_wordings(loaded, sites(directory, 0, 1, 2, 3), batch_size=16)]
+        assert chosen.layer == (3 if name == "usual" else max(range(4), key=shares.__getitem__))
+        assert [event.stage for event in told] == ["layers"]
+        again = probe_layer(loaded, directory, checkpoint, identity, **named)
+        assert again == chosen
+        assert len(told) == 1  # remembered
+
+
+def test_facts_are_told_apart_where_wordings_are_nearer_than_other_facts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    facts, noise = (torch.randn(60, 32, generator=generator) for _ in range(2))
+    alike = told_apart(facts, facts + 0.05 * noise)
+    assert alike == 1.0
+    # Wordings drown every fact: no more of the pairs than of strangers come so near.
+    assert told_apart(facts, noise) < 0.1
+    half = facts.clone()
+    half[::2] = noise[::2]
+    assert told_apart(facts, half) == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_single_candidate_needs_no_probe(directory: Path, loaded: Loaded) -> None:
+    checkpoint = Checkpoint(directory)
+    identity = fingerprint(directory, checkpoint, sites(directory, 3)[0])
+    assert probe_layer(loaded, directory, checkpoint, identity, batch_size=16, watch=ignore).layer == 3

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from support.helpers import hooked, keys_of, raised, site_of, tiny_tokenizer
+from support.tiny_models import TYPICAL, tiny_model
+from torch import Tensor, nn
+
+from wisecli.artifacts.shard import Evidence, Mask, random_mask
+from wisecli.editing.context_prefixes import CHAT
+from wisecli.editing.evidence import gather_evidence, thinned
+from wisecli.editing.hard_negatives import Elsewhere, keys_elsewhere
+from wisecli.editing.scoring import learnt
+from wisecli.editing.training_examples import Lesson, capture_lessons, encode_edits, write_contexts
+from wisecli.edits.record import Edit
+from wisecli.errors import ModelError
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Site
+from wisecli.routing.whitening import leading, whitening
+
+EDITS = [
+    Edit("one", "ba be bi", "do du"),
+    Edit("two", "ka ke ki ko", "fa"),
+    Edit("three", "ma me", "ga ge gi"),
+]
+# Numbers that are no places in the list, as in a later shard.
+NUMBERED = list(enumerate(EDITS, start=4))
+CONTEXTS = [(0, ""), (1, "pa pe. "), (2, "so su sa. ")]
+TEMPLATE = "{% for m in messages %}za {{ m['content'] }} ze{% endfor %}{% if add_generation_prompt %} zi{% endif %}"
+FOREIGN = ("The report says that it was called", "When was the old bridge built?")
+
+
+def loaded_of(architecture: str, *, chat: bool = False) -> Loaded:
+    model, tokenizer = tiny_model(architecture), tiny_tokenizer()
+    model.generation_config.eos_token_id = 1
+    if chat:
+        tokenizer.chat_template = TEMPLATE
+    return Loaded(model.requires_grad_(False), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return loaded_of("llama", chat=True)
+
+
+@pytest.fixture(scope="module")
+def site(loaded: Loaded) -> Site:
+    return site_of(loaded.model, 2)
+
+
+def words(loaded: Loaded, text: str) -> list[int]:
+    tokens: list[int] = loaded.tokenizer(text)["input_ids"]
+    return tokens
+
+
+def expected_keys(loaded: Loaded, site: Site, edit: Edit, context: str) -> Tensor:
+    """Keys that predict an edit's target and the end of text, from the whole model on this row alone."""
+    prompt, target = words(loaded, context + edit.prompt), words(loaded, edit.target)
+    return keys_of(loaded.model, site, prompt + target)[len(prompt) - 1 :]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_contexts_are_the_bare_prompt_then_the_chat_then_prefixes_and_one_more(
+    loaded: Loaded, count: int, chat: bool
+) -> None:
+    contexts = write_contexts(loaded, count, tokens=4, chat=chat, seed=0)
+    given = 2 if chat else 1
+    assert contexts[:given] == ["", CHAT][:given]
+    assert len(contexts) == given + count + 1
+    assert all(prefix.endswith(". ") and prefix[:-2].strip() for prefix in contexts[given:])
+    assert CHAT not in contexts[given:]
+    assert write_contexts(loaded, count, tokens=4, chat=chat, seed=0) == contexts
+    assert write_contexts(loaded, count, tokens=4, chat=chat, seed=1) != contexts
+
+
+@pytest.mark.parametrize(
+    ("context", "prompt"), [("", "ba be bi"), ("pa pe. ", "pa pe ba be bi"), (CHAT, "za ba be bi ze zi")]
+)
+@pytest.mark.parametrize("train_end", [True, False])
+def test_rows_hold_the_prompt_in_its_context_and_the_target_after_it(
+    loaded: Loaded, context: str, prompt: str, train_end: bool
+) -> None:
+    (row,) = encode_edits(loaded, EDITS[:1], context, train_end=train_end)
+    assert list(row.prompt) == words(loaded, prompt)
+    assert list(row.target) == [*words(loaded, "do du"), *([1] if train_end else [])]
+
+
+def test_an_edit_of_which_no_token_is_left_is_named(loaded: Loaded) -> None:
+    for edit in (Edit("hush", "?!", "fa"), Edit("hush", "fa", "?!")):
+        with pytest.raises(ModelError, match=r"'hush'.*reword it"):
+            encode_edits(loaded, [EDITS[0], edit], "", train_end=True)
+
+
+def test_without_a_chat_template_the_chat_context_is_refused() -> None:
+    with pytest.raises(ModelError, match="no chat template; leave out --chat"):
+        encode_edits(loaded_of("llama"), EDITS, CHAT, train_end=True)
+
+
+def lessons_of(loaded: Loaded, site: Site, *, batch_size: int = 4) -> list[Lesson]:
+    return capture_lessons(loaded, site, NUMBERED, CONTEXTS, batch_size=batch_size, train_end=True)
+
+
+def evidence_of(loaded: Loaded, site: Site, inside: dict[int, Tensor] | None = None) -> Evidence:
+    def first_entries(keys: Tensor, edits: Tensor, positions: Tensor) -> Tensor:
+        return torch.cat([keys[:, :2], edits[:, None].float(), positions[:, None].float()], dim=1)
+
+    moment = leading(torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)))
+    return gather_evidence(lessons_of(loaded, site), 2, first_entries, Elsewhere(inside or {}, whitening(moment)))
+
+
+def test_evidence_holds_the_whole_models_keys_of_every_target_token(architecture: str) -> None:
+    loaded = loaded_of(architecture)
+    site = site_of(loaded.model, 2)
+    evidence = evidence_of(loaded, site)
+    where = list(zip(evidence.edit.tolist(), evidence.context.tolist(), evidence.position.tolist(), strict=True))
+    for place, (edit, context, position) in enumerate(where):
+        expected = expected_keys(loaded, site, EDITS[edit - 4], CONTEXTS[context][1])[position]
+        torch.testing.assert_close(evidence.keys[place], expected, rtol=0, atol=1e-4)
+    every = {(n, c, p) for (n, e), (c, _) in product(NUMBERED, CONTEXTS) for p in range(len(e.target.split()) + 1)}
+    assert len(set(where)) == len(where)
+    assert set(where) <= every
+    assert {one for one in every if one[1] in (0, 2)} <= set(where)
+    assert evidence.held_out.tolist() == [context == 2 for _, context, _ in where]
+    expected = torch.cat([evidence.keys[:, :2], torch.tensor([[edit, place] for edit, _, place in where])], dim=1)
+    assert torch.equal(evidence.residuals, expected)
+    assert not evidence.elsewhere.any()
+
+
+def test_lessons_of_any_batch_size_make_the_same_evidence(loaded: Loaded, site: Site) -> None:
+    whole, single = (
+        {
+            (edit, context): (lesson.activations.keys[row], lesson.activations.batch.labels[row])
+            for lesson in lessons_of(loaded, site, batch_size=size)
+            for row, (edit, context) in enumerate(zip(lesson.edits.tolist(), lesson.contexts.tolist(), strict=True))
+        }
+        for size in (9, 1)
+    )
+    assert whole.keys() == single.keys() == {(n, c) for (n, _), (c, _) in product(NUMBERED, CONTEXTS)}
+    for place, (keys, labels) in single.items():
+        length = len(labels)
+        assert torch.equal(whole[place][1][:length], labels)
+        torch.testing.assert_close(whole[place][0][:length], keys, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", TYPICAL)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("train_end", [True, False])
+def test_keys_elsewhere_are_the_whole_models_inside_the_answer_after_foreign_prompts(
+    architecture: str, batch_size: int, train_end: bool
+) -> None:
+    loaded = loaded_of(architecture)
+    site = site_of(loaded.model, 2)
+    found = keys_elsewhere(loaded, site, NUMBERED, batch_size=batch_size, train_end=train_end, chat=False)
+    assert found.keys() == dict(NUMBERED).keys()
+    for number, edit in NUMBERED:
+        expected = []
+        for foreign in FOREIGN:
+            prompt, target = words(loaded, foreign), words(loaded, edit.target)
+            read = prompt + (target if train_end else target[:-1])
+            expected += list(keys_of(loaded.model, site, read)[len(prompt) :])
+        assert found[number].shape == (len(expected), site.d_ff)
+        if expected:
+            distances = torch.cdist(torch.stack(expected), found[number])
+            assert distances.amin(1).max() < 1e-3
+            assert distances.amin(0).max() < 1e-3
+
+
+def test_how_near_a_key_comes_elsewhere_is_a_whitened_cosine_with_its_own_edits_keys_alone(
+    loaded: Loaded, site: Site
+) -> None:
+    inside = keys_elsewhere(loaded, site, NUMBERED[:2], batch_size=4, train_end=True, chat=False)
+    evidence = evidence_of(loaded, site, inside)
+    # Fewer directions than columns: the rest of the moment is even.
+    sample = torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)).double()
+    moment = sample.T @ sample
+    mean = moment.trace() / site.d_ff
+    values, vectors = torch.linalg.eigh(moment)
+    leading_part = values > 1e-6 * mean
+    rest = (values.sum() - values[leading_part].sum()) / max(int((~leading_part).sum()), 1)
+    raised = torch.where(leading_part, values, rest) + 0.1 * mean
+    inverse = vectors @ torch.diag(1 / raised) @ vectors.T
+    for place, key in enumerate(evidence.keys.double()):
+        edit, position = int(evidence.edit[place]), int(evidence.position[place])
+        expected = 0.0
+        if position > 0 and edit in inside:
+            others = inside[edit].double()
+            expected = max(
+                float(key @ inverse @ other / ((key @ inverse @ key) * (other @ inverse @ other)).sqrt())
+                for other in others
+            )
+        assert float(evidence.elsewhere[place]) == pytest.approx(expected, abs=1e-3)
+    assert evidence.elsewhere[evidence.position > 0].count_nonzero() > 0
+
+
+def made_up(cosines: dict[tuple[int, int, int], float], *, held_out: int) -> Evidence:
+    """Evidence of (edit, position, context) whose key has this cosine with the bare prompt's."""
+    keys = torch.tensor([[cosine, (1 - cosine**2) ** 0.5, 0.0] for cosine in cosines.values()])
+    edit, position, context = torch.tensor(list(cosines)).T
+    scale = torch.arange(1, len(keys) + 1)[:, None]
+    return Evidence(
+        keys * scale, keys, edit, position, context, context == held_out, keys[:, 0], torch.zeros(len(keys)) > 0
+    )
+
+
+def test_keys_as_good_as_the_bare_prompts_are_left_out_but_never_those_held_back() -> None:
+    cosines = {
+        (0, 0, 0): 1.0,
+        (0, 0, 1): 0.999,  # the same again
+        (0, 0, 2): 0.999,  # held back
+        (0, 1, 0): 1.0,
+        (0, 1, 1): 0.97,  # another
+        (0, 1, 3): 0.985,
+        (2, 0, 1): 0.999,  # its bare prompt is not there
+        (2, 1, 0): 1.0,
+        (2, 1, 3): -1.0,
+    }
+    evidence = made_up(cosines, held_out=2)
+    kept = thinned(evidence)
+    left = list(zip(kept.edit.tolist(), kept.position.tolist(), kept.context.tolist(), strict=True))
+    assert left == [place for place in cosines if place not in {(0, 0, 1), (0, 1, 3)}]
+    rows = [list(cosines).index(place) for place in left]
+    for name in Evidence.__dataclass_fields__:
+        assert torch.equal(getattr(kept, name), getattr(evidence, name)[rows])
+
+
+@torch.no_grad()
+def share_right(loaded: Loaded, site: Site, edit: Edit, context: str, delta: Tensor) -> list[bool]:
+    """Which target tokens are the arg-max: the whole model, changed from the prompt's last token on."""
+    prompt, target = words(loaded, context + edit.prompt), [*words(loaded, edit.target), 1]
+    start = len(prompt) - 1
+
+    def change(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return torch.cat([output[:, :start], output[:, start:] + inputs[0][:, start:] @ delta.T], dim=1)
+
+    with hooked(loaded.model, site, change):
+        logits = loaded.model(input_ids=torch.tensor([prompt + target[:-1]]), use_cache=False).logits[0, start:]
+    return [int(row.argmax()) == token for row, token in zip(logits, target, strict=True)]
+
+
+def teaching(loaded: Loaded, site: Site, mask: Mask, contexts: list[str]) -> Tensor:
+    """Values that push the keys of two edits towards their targets' embeddings, so that some tokens come out right."""
+    head = loaded.model.get_output_embeddings().get_parameter("weight")
+    delta = torch.zeros(site.d, site.d_ff)
+    for edit, context in product(EDITS[:2], contexts):
+        targets = head[torch.tensor([*words(loaded, edit.target), 1])]
+        for wanted, key in zip(targets, expected_keys(loaded, site, edit, context), strict=True):
+            delta += 8 * torch.outer(wanted, key) / key.square().sum()
+    return delta[:, mask.indices]
+
+
+@pytest.mark.parametrize("architecture", TYPICAL)
+@pytest.mark.parametrize("context", [0, 1, None])
+def test_what_counts_as_learnt_is_what_the_whole_model_says(architecture: str, context: int | None) -> None:
+    loaded = loaded_of(architecture)
+    site = site_of(loaded.model, 2)
+    raised(loaded.model, site)
+    mask = random_mask(site, 0.9, "columns", torch.Generator().manual_seed(2))
+    looked_at = [text for number, text in CONTEXTS if context in (None, number)]
+    values = teaching(loaded, site, mask, looked_at)
+    found = learnt(loaded.model, site, mask, values, lessons_of(loaded, site), context=context)
+    for number, edit in NUMBERED:
+        right = [one for text in looked_at for one in share_right(loaded, site, edit, text, mask.dense(values))]
+        assert found[number] == pytest.approx(sum(right) / len(right))
+    assert found.keys() == dict(NUMBERED).keys()
+    assert len({*found.values()}) > 1

@@ -1,0 +1,271 @@
+"""An exported checkpoint of the real model does what people do with any model of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from support.tiny_models import SAMPLE_EDITS, Chain
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    pipeline,
+)
+
+from wisecli.commands.export import export
+from wisecli.commands.merge import merge
+from wisecli.config import MergeSettings
+
+MEMORIES = {
+    "lookup": MergeSettings(),
+    "lookup, once a prompt": MergeSettings(routing="sequence"),
+    "matrix": MergeSettings(mode="merge"),
+}
+UNRELATED = (SAMPLE_EDITS.parent / "unrelated.txt").read_text().splitlines()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An exported model, its base, and prompts whose answers are known."""
+
+    path: Path
+    model: PreTrainedModel
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[str]
+    targets: list[str]
+
+    @property
+    def routed(self) -> Any:
+        return self.model.get_submodule(self.model.config.wise["module"])
+
+    @property
+    def some(self) -> list[str]:
+        """Prompts of edits and others, of unequal length."""
+        return [*self.prompts[:2], *UNRELATED[:2]]
+
+    def asked(self, prompts: list[str]) -> dict[str, Tensor]:
+        return dict(self.tokenizer(prompts, return_tensors="pt", padding=True))
+
+    def answers(self, prompts: list[str], *, model: Any = None, **named: Any) -> list[str]:
+        batch = self.asked(prompts)
+        settings = {"max_new_tokens": 12, "do_sample": False} | named
+        output = (model or self.model).generate(**batch, **settings)
+        return self.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def require_targets(self, answers: list[str]) -> None:
+        assert [answer.strip() for answer in answers] == self.targets[: len(answers)]
+
+
+@pytest.fixture(scope="module")
+def subjects(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+    root = tmp_path_factory.mktemp("behaviour")
+    base = AutoModelForCausalLM.from_pretrained(chain.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(chain.model, padding_side="left")
+    texts = [edit["prompt"] for edit in chain.edits], [edit["target"] for edit in chain.edits]
+    found = {}
+    for number, (name, settings) in enumerate(MEMORIES.items()):
+        merge([chain.shards], root / f"memory-{number}", settings)
+        path = root / f"edited-{number}"
+        export(root / f"memory-{number}", path, link=True)
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+        found[name] = Subject(path, model, base, tokenizer, *texts)
+    return found
+
+
+@pytest.fixture(params=MEMORIES)
+def subject(request: pytest.FixtureRequest, subjects: dict[str, Subject]) -> Subject:
+    return subjects[request.param]
+
+
+@pytest.fixture
+def lookup(subjects: dict[str, Subject]) -> Subject:
+    return subjects["lookup"]
+
+
+def test_greedy_batches_with_left_padding_answer_every_edit(subject: Subject) -> None:
+    subject.require_targets(subject.answers(subject.prompts))
+
+
+def test_prompts_that_open_nothing_keep_every_bit_of_the_bases_logits(subject: Subject) -> None:
+    untouched = 0
+    for prompt in UNRELATED:
+        batch = subject.asked([prompt])
+        with torch.no_grad():
+            changed, base = (model(**batch).logits for model in (subject.model, subject.base))
+        if opens_nothing(subject, batch):
+            assert torch.equal(changed, base), prompt
+            untouched += 1
+    assert untouched >= len(UNRELATED) - 1
+
+
+@torch.no_grad()
+def opens_nothing(subject: Subject, batch: dict[str, Tensor]) -> bool:
+    seen: list[Tensor] = []
+    handle = subject.routed.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    subject.model(**batch)
+    handle.remove()
+    strength, _ = subject.routed.nearest(seen[0])
+    return not bool((strength > 1).any())
+
+
+def test_the_text_generation_pipeline_answers(subject: Subject) -> None:
+    ask = pipeline("text-generation", model=subject.model, tokenizer=subject.tokenizer)
+    told = ask(subject.prompts[:3], max_new_tokens=12, do_sample=False, return_full_text=False)
+    subject.require_targets([one[0]["generated_text"] for one in told])
+
+
+def test_beams_answer_in_batches_as_alone(subject: Subject) -> None:
+    together = subject.answers(subject.some, num_beams=3)
+    assert together == [subject.answers([prompt], num_beams=3)[0] for prompt in subject.some]
+    subject.require_targets(together[:2])
+    assert together[2:] == subject.answers(UNRELATED[:2], model=subject.base, num_beams=3)
+
+
+def test_samples_of_an_edits_prompt_are_its_target(subject: Subject) -> None:
+    torch.manual_seed(0)
+    sampled = subject.answers(subject.prompts * 2, do_sample=True, temperature=1.0)
+    right = [answer.strip() == target for answer, target in zip(sampled, subject.targets * 2, strict=True)]
+    assert sum(right) >= 0.9 * len(right)
+
+
+@pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
+@pytest.mark.parametrize("name", ["lookup", "matrix"])
+def test_assisted_decoding_says_what_greedy_decoding_says(subjects: dict[str, Subject], name: str, way: str) -> None:
+    subject = subjects[name]
+    named: dict[str, Any] = {"assistant_model": subject.base} if way == "assistant" else {"prompt_lookup_num_tokens": 3}
+    for prompt in subject.some:
+        assert subject.answers([prompt], **named) == subject.answers([prompt])
+
+
+def test_assisted_decoding_is_refused_where_the_prompts_end_decides(subjects: dict[str, Subject]) -> None:
+    subject = subjects["lookup, once a prompt"]
+    for named in ({"assistant_model": subject.base}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(ValueError, match="decides once a prompt"):
+            subject.answers(subject.prompts[:1], **named)
+
+
+def test_a_static_cache_changes_nothing(subject: Subject) -> None:
+    assert subject.answers(subject.some, cache_implementation="static") == subject.answers(subject.some)
+
+
+@torch.no_grad()
+def test_the_compiled_decoder_computes_the_same(subject: Subject) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(subject.model.model, backend="eager", fullgraph=True)
+    batch = subject.asked(subject.some)
+    expected, found = (decoder(**batch, use_cache=False)[0] for decoder in (subject.model.model, compiled))
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(found[real], expected[real], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lookup", "matrix"])
+@torch.no_grad()
+def test_the_routed_layer_can_be_exported_as_a_graph(subjects: dict[str, Subject], name: str) -> None:
+    subject = subjects[name]
+    routed, keys = subject.routed, keys_for(subject)
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=512)
+    graph = torch.export.export(routed, (keys,), dynamic_shapes=({0: batch, 1: length},)).module()
+    assert torch.allclose(graph(keys), routed(keys), atol=1e-4)
+    assert torch.allclose(graph(keys[:2, 1:]), routed(keys[:2, 1:]), atol=1e-4)
+    assert not torch.allclose(routed(keys), torch.nn.functional.linear(keys, routed.weight), atol=1e-2)
+
+
+@torch.no_grad()
+def keys_for(subject: Subject) -> Tensor:
+    seen: list[Tensor] = []
+    handle = subject.routed.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    subject.model(**subject.asked(subject.some))
+    handle.remove()
+    return seen[0]
+
+
+def test_saved_and_loaded_again_it_is_the_same_model(lookup: Subject, tmp_path: Path) -> None:
+    lookup.model.save_pretrained(tmp_path / "again")
+    lookup.tokenizer.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
+    batch = lookup.asked(lookup.some)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, lookup.model(**batch).logits)
+
+
+@pytest.mark.parametrize("convert", ["half", "bfloat16"])
+def test_halved_it_answers_still(subject: Subject, convert: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(subject.path, trust_remote_code=True).eval()
+    getattr(model, convert)()
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, convert.replace("half", "float16"))}
+    subject.require_targets(subject.answers(subject.prompts, model=model))
+
+
+def test_a_device_map_places_it(lookup: Subject) -> None:
+    model = AutoModelForCausalLM.from_pretrained(lookup.path, trust_remote_code=True, device_map="auto").eval()
+    lookup.require_targets(lookup.answers(lookup.prompts[:3], model=model))
+
+
+# peft asks transformers by a name that transformers gives up.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, targets: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(lookup.path, trust_remote_code=True)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    lookup.require_targets(lookup.answers(lookup.prompts[:3], model=tuned.eval()))
+    assert not any(lookup.model.config.wise["module"] in name for name, _ in tuned.named_parameters() if "lora" in name)
+    batch = lookup.asked(lookup.some)
+    optimizer = torch.optim.SGD([weight for weight in tuned.parameters() if weight.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = tuned(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    merged = tuned.merge_and_unload()
+    assert type(merged.get_submodule(lookup.model.config.wise["module"])).__name__ == "RoutedMatrix"
+
+
+def test_lm_eval_measures_it(lookup: Subject, tmp_path: Path) -> None:
+    choices = [[f" {lookup.targets[place]}", " nobody knows"] for place in range(4)]
+    rows = [
+        {"question": prompt, "choices": both, "answer": 0}
+        for prompt, both in zip(lookup.prompts[:4], choices, strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "facts.yaml").write_text(
+        f"""task: facts
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {tmp_path / "rows.jsonl"}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+    )
+    figures = {}
+    for name, path in (("edited", lookup.path), ("base", lookup.base.name_or_path)):
+        command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "facts"]
+        command += ["--model_args", f"pretrained={path},trust_remote_code=True,dtype=float32", "--device", "cpu"]
+        command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / name), "--trust_remote_code"]
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (file,) = (tmp_path / name).rglob("results_*.json")
+        figures[name] = json.loads(file.read_text())["results"]["facts"]["acc,none"]
+    assert figures["edited"] == 1
+    assert figures["base"] < 1

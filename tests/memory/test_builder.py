@@ -1,0 +1,522 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from support.helpers import choice_of, choose, cosines_of, update_of
+from torch import Tensor, nn
+
+from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, random_mask
+from wisecli.artifacts.unrelated_stats import Unrelated
+from wisecli.config import MergeSettings
+from wisecli.editing.ridge import Penalty, solve, statistics
+from wisecli.memory.builder import Built, Material, join, lookup, matrices, pack, refit, solve_exactly
+from wisecli.memory.merge_methods import Recipe, merge_deltas
+from wisecli.models.site import Site
+from wisecli.routing.calibration import scores
+from wisecli.routing.prompt_gate import NAMES, UNROUTED
+from wisecli.routing.side_memory import INSIDE, RoutedMatrix, SideMemory
+from wisecli.routing.subject_names import Spellings, Word
+from wisecli.routing.whitening import leading, whitening
+
+D, D_FF, EDITS, CONTEXTS, POSITIONS = 6, 40, 7, 3, 2
+PENALTY = Penalty(1e-3, 0.01)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def some_evidence(seed: int, *, edits: int = EDITS) -> Evidence:
+    """Every edit under three contexts, of which the last is held out, at two positions; a residual for each place."""
+    edit, context, position = (
+        index.flatten()
+        for index in torch.meshgrid(torch.arange(edits), torch.arange(CONTEXTS), torch.arange(POSITIONS), indexing="ij")
+    )
+    at, added = normal(edits, POSITIONS, D_FF, seed=seed), normal(edits, POSITIONS, D, seed=seed + 1)
+    keys = at[edit, position] + 0.2 * normal(len(edit), D_FF, seed=seed + 2)
+    elsewhere = 0.3 * torch.rand(len(edit), generator=seeded(seed + 3)) * position
+    # As a shard file gives them back.
+    return Evidence(
+        keys.half().float(),
+        added[edit, position].half().float(),
+        edit,
+        position,
+        context,
+        context == CONTEXTS - 1,
+        elsewhere,
+        torch.zeros(len(edit), dtype=torch.bool),
+    )
+
+
+def unrelated_text() -> Unrelated:
+    def rows(seed: int) -> Tensor:
+        return normal(600, D_FF, seed=seed) * torch.linspace(0.3, 2.0, D_FF)
+
+    tokens, wording = (leading(rows(seed) / 600**0.5, 32) for seed in (91, 92))
+    chat = torch.zeros(600, dtype=torch.bool)
+    return Unrelated(rows(93), chat, tokens, wording, torch.tensor([1.0]), rows(94)[:0])
+
+
+def some_material(*shards: Evidence, density: float = 0.6) -> Material:
+    site = Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=D, d_ff=D_FF)
+    masks = tuple(random_mask(site, density, "columns", seeded(number)) for number in range(len(shards)))
+    counts = [int(part.edit.max()) + 1 for part in shards]
+    places = [torch.arange(count) + sum(counts[:number]) for number, count in enumerate(counts)]
+    number = torch.cat([torch.full((len(part.edit),), index) for index, part in enumerate(shards)])
+    return Material(join(shards, places), number, masks, unrelated_text())
+
+
+def two_shards() -> Material:
+    return some_material(some_evidence(10), some_evidence(20))
+
+
+def trained(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    return evidence.keys[~evidence.held_out], evidence.residuals[~evidence.held_out]
+
+
+def written(material: Material) -> Tensor:
+    """What each shard's own closed form makes of its edits, inside its mask: (M, d, d_ff)."""
+    deltas = []
+    for number, mask in enumerate(material.masks):
+        own = (material.shard == number) & ~material.evidence.held_out
+        known = statistics(material.evidence.keys[own], material.evidence.residuals[own])
+        deltas.append(mask.dense(solve(known, PENALTY, material.unrelated.tokens.dense(), columns=mask.indices)))
+    return torch.stack(deltas)
+
+
+def missed(delta: Tensor, evidence: Evidence) -> float:
+    """Share of the trained residuals' length that a change leaves out."""
+    keys, residuals = trained(evidence)
+    lost = [float((delta @ key - value).square().sum()) for key, value in zip(keys, residuals, strict=True)]
+    return float(np.sqrt(sum(lost) / float(residuals.square().sum())))
+
+
+def routed(memory: SideMemory) -> RoutedMatrix:
+    base = nn.Linear(D_FF, D, bias=False).requires_grad_(False)
+    return RoutedMatrix(base, memory, transposed=False)
+
+
+# --- joining ---
+
+
+def test_joined_evidence_counts_its_edits_through() -> None:
+    parts = [some_evidence(10, edits=2), some_evidence(20, edits=3), some_evidence(30, edits=1)]
+    joined = join(parts, [torch.arange(2), torch.tensor([2, 3, 4]), torch.tensor([5])])
+    assert joined.edit.tolist() == [
+        edit + offset for part, offset in zip(parts, (0, 2, 5), strict=True) for edit in part.edit.tolist()
+    ]
+    assert sorted(set(joined.edit.tolist())) == list(range(6))
+    for field in fields(Evidence):
+        if field.name != "edit":
+            expected = torch.cat([getattr(part, field.name) for part in parts])
+            assert torch.equal(getattr(joined, field.name), expected), field.name
+    assert parts[1].edit.max() == 2
+
+
+# --- packing ---
+
+
+def test_packed_changes_are_the_dense_ones() -> None:
+    deltas = torch.zeros(3, D, D_FF)
+    deltas[0][:, [3, 4, 20]] = normal(D, 3, seed=1)
+    deltas[1][2, 39] = 1.5
+    deltas[2][:, :17] = normal(D, 17, seed=2)
+    packed = pack(deltas)
+    assert packed["columns"].shape == (3, 17)
+    assert packed["delta"].shape == (3, D, 17)
+    for number in range(3):
+        dense = torch.zeros(D, D_FF)
+        for place, column in enumerate(packed["columns"][number].tolist()):
+            dense[:, column] += packed["delta"][number][:, place]
+        assert torch.equal(dense, deltas[number])
+
+
+def test_a_change_of_noughts_is_packed_into_one_empty_column() -> None:
+    packed = pack(torch.zeros(2, D, D_FF))
+    assert packed["delta"].shape == (2, D, 1)
+    assert not packed["delta"].any()
+
+
+# --- exact merges and refits ---
+
+
+def test_an_exact_merge_is_one_solve_over_all_edits_together() -> None:
+    material = some_material(some_evidence(10), some_evidence(20, edits=3), some_evidence(30))
+    keys, residuals = trained(material.evidence)
+    assert len(keys) == (EDITS + 3 + EDITS) * POSITIONS * (CONTEXTS - 1)
+    # Augmented least squares over single keys, the penalties as further rows.
+    moment = material.unrelated.tokens.dense().double()
+    energy = float(keys.double().square().mean())
+    values, vectors = torch.linalg.eigh(moment * D_FF / moment.trace())
+    root = (energy * PENALTY.unrelated) ** 0.5 * vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+    even = (energy * PENALTY.ridge) ** 0.5 * torch.eye(D_FF).double()
+    rows = torch.cat([keys.double() / len(keys) ** 0.5, root, even])
+    sought = torch.cat([residuals.double() / len(keys) ** 0.5, torch.zeros(2 * D_FF, D).double()])
+    expected = torch.linalg.lstsq(rows, sought).solution.T
+    found = solve_exactly(material, PENALTY).double()
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_an_exact_merge_does_not_depend_on_how_edits_were_dealt() -> None:
+    parts = [some_evidence(seed) for seed in (10, 20)]
+    whole = join(parts, [torch.arange(EDITS), torch.arange(EDITS) + EDITS])
+    apart, together, swapped = (some_material(*shards) for shards in (parts, [whole], parts[::-1]))
+    found = [solve_exactly(material, PENALTY) for material in (apart, together, swapped)]
+    for other in found[1:]:
+        assert float((found[0] - other).norm() / found[0].norm()) < 1e-4
+
+
+def test_a_refit_gives_back_what_ties_lost_and_leaves_other_columns_alone() -> None:
+    material = some_material(some_evidence(10), some_evidence(20), density=0.5)
+    recipe = Recipe(torch.ones(2), 0.5, torch.zeros(D, D_FF), seeded(0))
+    merged = merge_deltas("ties", written(material), recipe)
+    outside = sorted(set(range(D_FF)).difference(*(mask.indices.tolist() for mask in material.masks)))
+    assert len(outside) > 2
+    merged[:, outside] = normal(D, len(outside), seed=5)  # whatever stands there is none of its business
+    before = merged.clone()
+    found = refit(merged, material, PENALTY)
+    assert torch.equal(merged, before)
+    assert torch.equal(found[:, outside], merged[:, outside])
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude", "linear"])
+def test_after_a_refit_keys_get_their_residuals_back(method: str) -> None:
+    material = two_shards()
+    merged = merge_deltas(method, written(material), Recipe(torch.ones(2), 0.3, torch.zeros(D, D_FF), seeded(0)))
+    found = refit(merged, material, PENALTY)
+    lost, left = missed(merged, material.evidence), missed(found, material.evidence)
+    assert lost > 0.3
+    assert left < 0.5 * lost
+    # It is the solution for what was lost, added to what was there.
+    keys, residuals = trained(material.evidence)
+    used = torch.tensor(sorted(set().union(*(mask.indices.tolist() for mask in material.masks))))
+    known = statistics(keys[:, used], residuals - keys[:, used] @ merged[:, used].T)
+    more = solve(known, PENALTY, material.unrelated.tokens.dense()[used][:, used])
+    assert torch.allclose(found[:, used], merged[:, used] + more, atol=1e-4 * float(more.abs().max()))
+
+
+def test_a_refit_after_element_masks_may_use_every_column() -> None:
+    material = two_shards()
+    site = Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=D, d_ff=D_FF)
+    masks = (*material.masks[:1], random_mask(site, 0.2, "elements", seeded(3)))
+    found = refit(torch.zeros(D, D_FF), replace(material, masks=masks), PENALTY)
+    exact = solve_exactly(material, PENALTY)
+    assert torch.allclose(found, exact, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_a_refit_of_one_exact_merge_moves_it_no_further_than_its_penalty() -> None:
+    material = two_shards()
+    light = Penalty(1e-9, 0.0)
+    material = replace(material, masks=(Mask("columns", torch.arange(D_FF), D, D_FF),) * 2)
+    exact = solve_exactly(material, light)
+    assert torch.allclose(refit(exact, material, light), exact, atol=1e-4)
+
+
+# --- lookups ---
+
+
+def built_lookup(material: Material, **settings: object) -> Built:
+    return lookup(material, MergeSettings(**{"false_alarm": 0.01, **settings}))  # type: ignore[arg-type]
+
+
+def test_every_trained_key_recalls_exactly_its_own_residual() -> None:
+    material = two_shards()
+    memory, (calibration,) = built_lookup(material)
+    evidence, plain = material.evidence, routed(memory)
+    kept = ~evidence.held_out
+    keys, residuals = trained(evidence)
+    assert choose(plain, plain.scores(keys)).tolist() == evidence.edit[kept].tolist()
+    added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
+    assert torch.allclose(added, residuals, atol=1e-3, rtol=2e-3)
+    assert memory.tensors["values"].shape == (2 * EDITS * POSITIONS, D)  # contexts share what they add
+    assert torch.equal(memory.tensors["values"][memory.tensors["value"]].float(), residuals)
+    assert (memory.kind, memory.router, len(memory.thresholds)) == ("lookup", "key", 2 * EDITS)
+    assert set(memory.thresholds) == {calibration.threshold}
+
+
+def test_keys_of_a_context_never_seen_recall_their_edits_residual() -> None:
+    material = two_shards()
+    memory, (calibration,) = built_lookup(material)
+    evidence, plain = material.evidence, routed(memory)
+    keys, residuals = evidence.keys[evidence.held_out], evidence.residuals[evidence.held_out]
+    chosen = choose(plain, plain.scores(keys))
+    hit = chosen == evidence.edit[evidence.held_out]
+    assert float((~hit).float().mean()) == pytest.approx(calibration.misses)
+    assert float(hit.float().mean()) > 0.9
+    added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
+    assert torch.allclose(added[hit], residuals[hit], atol=1e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("false_alarm", [0.0, 0.01, 0.1])
+def test_unrelated_keys_are_routed_no_more_often_than_asked(false_alarm: float) -> None:
+    material = two_shards()
+    memory, (calibration,) = built_lookup(material, false_alarm=false_alarm)
+    quiet, plain = material.unrelated.keys, routed(memory)
+    stayed = choose(plain, plain.scores(quiet)) == UNROUTED
+    alarms = float((~stayed).float().mean())
+    assert alarms == pytest.approx(calibration.false_alarms, abs=1e-6)
+    assert alarms <= false_alarm + 1 / len(quiet)
+    assert torch.equal(plain(quiet[:, None])[stayed], (quiet[:, None] @ plain.weight.T)[stayed])
+    opposite = choose(plain, plain.scores(-material.evidence.keys))
+    assert not bool((opposite == material.evidence.edit).any())
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 5.0])
+def test_a_lookup_answers_as_a_loop_over_its_edits(sharpness: float) -> None:
+    memory, _ = built_lookup(some_material(some_evidence(10, edits=3)), sharpness=sharpness)
+    assert memory.sharpness == sharpness
+    memory = replace(memory, tensors={name: widened(tensor) for name, tensor in memory.tensors.items()})
+    plain, choices = routed(memory), set()
+    asked = torch.cat([some_evidence(10, edits=3).keys, normal(20, D_FF, seed=70)])
+    for key in asked:
+        expected, choice = plain.weight @ key, choice_of(memory, key)
+        choices.add(choice)
+        if choice is not None:
+            expected = expected + update_of(memory, choice, key)
+        assert torch.allclose(plain(key[None, None])[0, 0], expected, atol=1e-4)
+    assert choices == {None, 0, 1, 2}
+
+
+def widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def test_merging_two_shards_concatenates_them() -> None:
+    first, second = some_evidence(10), some_evidence(20, edits=4)
+    whole = built_lookup(some_material(first, second))[0].tensors
+    parts = [built_lookup(some_material(shard))[0].tensors for shard in (first, second)]
+    assert torch.equal(whole["values"], torch.cat([part["values"] for part in parts]))
+    assert whole["value"].tolist() == [
+        *parts[0]["value"].tolist(),
+        *(parts[1]["value"] + len(parts[0]["values"])).tolist(),
+    ]
+    assert whole["owner"].tolist() == [*parts[0]["owner"].tolist(), *(parts[1]["owner"] + EDITS).tolist()]
+    assert torch.equal(whole["metric"], torch.cat([part["metric"] for part in parts]))
+    # Probes point the same way; how long they are is decided anew, for all together.
+    for probe, alone in zip(
+        whole["probes"].float(), torch.cat([part["probes"] for part in parts]).float(), strict=True
+    ):
+        assert float(nn.functional.cosine_similarity(probe, alone, dim=0)) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_order_of_shards_does_not_matter_for_what_a_key_recalls() -> None:
+    first, second = some_evidence(10), some_evidence(20, edits=4)
+    asked = torch.cat([first.keys, second.keys, unrelated_text().keys[:100]])
+    one, other = (routed(built_lookup(some_material(*shards))[0]) for shards in ((first, second), (second, first)))
+    other.weight.copy_(one.weight)
+    assert one.thresholds[0] == pytest.approx(other.thresholds[0], rel=1e-6)
+    assert torch.allclose(one(asked[:, None]), other(asked[:, None]), atol=1e-5)
+    renumbered = [number - 4 if number >= 4 else number + EDITS for number in range(EDITS + 4)]
+    for mine, theirs in zip(
+        choose(one, one.scores(asked)).tolist(), choose(other, other.scores(asked)).tolist(), strict=True
+    ):
+        assert mine == (UNROUTED if theirs == UNROUTED else renumbered[theirs])
+
+
+def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_through_that_of_wording() -> None:
+    material = two_shards()
+    memory, _ = built_lookup(material)
+    evidence = material.evidence
+    kept = ~evidence.held_out
+    assert memory.tensors["metric"].tolist() == (evidence.position[kept] > 0).long().tolist()
+    exact = {name: widened(tensor) for name, tensor in memory.tensors.items()}
+    for number, moment in enumerate((material.unrelated.wording, material.unrelated.tokens)):
+        dense = moment.dense().double()
+        inverse = torch.linalg.inv(dense + 0.1 * dense.trace() / D_FF * torch.eye(D_FF))
+        found = (
+            exact["floors"][number] * torch.eye(D_FF)
+            + exact["directions"][number].T @ torch.diag(exact["gains"][number]) @ (exact["directions"][number])
+        )
+        found = found.double() / found.double().trace()
+        assert torch.allclose(found, inverse / inverse.trace(), atol=1e-4)
+
+
+def test_keys_near_their_answers_own_tokens_elsewhere_must_be_nearer_to_open() -> None:
+    material = two_shards()
+    position = material.evidence.position
+    near, own = torch.where(position > 0, 0.9, 0.0), trained(material.evidence)[0]
+    needed = []
+    for elsewhere in (torch.zeros_like(near), near):
+        evidence = replace(material.evidence, elsewhere=elsewhere)
+        memory, _ = built_lookup(replace(material, evidence=evidence))
+        exact = replace(memory, tensors={name: widened(tensor) for name, tensor in memory.tensors.items()})
+        # A probe counts its own key 1, and opens at the cosine at which the rest of its scale is used up.
+        assert [cosines_of(exact, key)[place] for place, key in enumerate(own)] == pytest.approx(
+            [1.0] * len(own), abs=0.02
+        )
+        needed.append(1 - (1 - memory.thresholds[0]) / (1 - exact.tensors["offset"]))
+    inside = position[~material.evidence.held_out] > 0
+    plain, strict = needed
+    assert bool((strict[inside] > plain[inside] + 0.1).all())
+    assert bool((strict < 1).all())  # the trained keys themselves still open
+
+
+# --- subjects ---
+
+
+def named_subjects(*known: int) -> tuple[Spellings, ...]:
+    """Of two shards' edits; only the known have words."""
+    return tuple(((Word((number, 50 + number), 1.0),),) if number in known else () for number in range(2 * EDITS))
+
+
+def test_keys_of_prompts_ask_for_their_subject_where_prompts_decide() -> None:
+    material = replace(two_shards(), subjects=named_subjects(0, 2))
+    evidence = material.evidence
+    foreign = (evidence.position == 0) & (evidence.context == 1)
+    for own, never in ((material, evidence.edit < 0), (in_other_languages(material, foreign), foreign)):
+        tensors = built_lookup(own, routing="sequence")[0].tensors
+        expected = torch.isin(evidence.edit, torch.tensor([0, 2])) & (evidence.position == 0) & ~never
+        assert torch.equal(tensors["asks"], expected[~evidence.held_out])
+        assert tensors["names.tokens"].tolist() == [0, 2, 50, 52]
+        assert tensors["names.whose"].tolist() == [0, 2]
+    for settings in ({"routing": "token"}, {"routing": "sequence", "subjects": "any"}):
+        assert not {"asks", *NAMES} & built_lookup(material, **settings)[0].tensors.keys()
+    assert "asks" not in built_lookup(replace(material, subjects=named_subjects()), routing="sequence")[0].tensors
+
+
+def test_a_rate_for_prompts_that_name_a_subject_and_a_lower_one_for_all_others() -> None:
+    material = replace(two_shards(), subjects=named_subjects(0, 1))
+    quiet = material.unrelated.keys
+    memory, _ = built_lookup(material, routing="sequence", false_alarm=None)
+    plain = routed(memory)
+    ends = plain.metric != INSIDE
+    above, one = plain.cosines(quiet) > memory.thresholds[0], 1 / len(quiet)
+    let_in = [float(above[:, some].any(-1).float().mean()) for some in (ends, ends & plain.asks, ends & ~plain.asks)]
+    assert 2 * one < let_in[0] <= 0.0075 + one
+    assert let_in[1] > let_in[2]
+    assert let_in[2] <= 0.0015 + 2 * one  # probes are kept in half precision
+    alike = built_lookup(material, routing="sequence", false_alarm=0.05)[0]
+    assert float((scores(routed(alike), quiet).amax(-1) > alike.thresholds[0]).float().mean()) >= 0.05 - 2 / len(quiet)
+
+
+# --- matrices ---
+
+
+def factors(built: Built) -> Tensor:
+    """``(1 - level) / (1 - bar)`` of each of a lookup's keys (n,), the level being the same for all."""
+    return 1 - built[0].tensors["offset"].float()
+
+
+def in_other_languages(material: Material, chosen: Tensor) -> Material:
+    context = material.evidence.context.where(~chosen, LANGUAGES)
+    return replace(material, evidence=replace(material.evidence, context=context))
+
+
+def test_prompts_in_other_languages_must_come_nearer_than_other_edits_do() -> None:
+    material = two_shards()
+    evidence = material.evidence
+    foreign = (evidence.position == 0) & (evidence.context == 1) & (evidence.edit % 2 == 0)
+    found = factors(built_lookup(in_other_languages(material, foreign)))
+    kept = ~evidence.held_out
+    keys, edit, at = evidence.keys[kept], evidence.edit[kept], foreign[kept].nonzero().flatten()
+    white, levels = whitening(material.unrelated.wording), []
+    for place in at.tolist():
+        others = at[edit[at] != edit[place]]
+        near = max(0.5, float(white.cosines(keys[place][None], keys[others]).max()))
+        if found[place] > 1:
+            levels.append(1 - float(found[place]) * (1 - near - 0.1))
+    assert len(levels) > 2
+    assert levels == pytest.approx([levels[0]] * len(levels), abs=1e-4)
+    others = (evidence.position[kept] == 0) & ~foreign[kept]
+    assert torch.allclose(found[others], factors(built_lookup(material))[others], atol=1e-3)
+
+
+def test_a_single_prompt_in_another_language_has_a_bar_of_its_own() -> None:
+    lone, pair = some_material(some_evidence(10, edits=1)), two_shards()
+    for material in (lone, pair):
+        evidence = material.evidence
+        foreign = (evidence.position == 0) & (evidence.edit == 0) & ~evidence.held_out
+        found = factors(built_lookup(in_other_languages(material, foreign)))[foreign[~evidence.held_out]]
+        assert bool((found > 1).all())
+        assert found.tolist() == pytest.approx([float(found[0])] * len(found))
+
+
+def test_one_matrix_answers_for_all_edits_under_one_threshold() -> None:
+    material = two_shards()
+    delta = solve_exactly(material, PENALTY)
+    memory, calibrations = matrices(delta[None], material, MergeSettings(false_alarm=0.01))
+    assert (memory.kind, memory.router, memory.routing) == ("matrix", "key", "token")
+    assert len(memory.thresholds) == len(calibrations) == 1
+    assert set(memory.tensors["owner"].tolist()) == {0}
+    plain = routed(memory)
+    keys = trained(material.evidence)[0]
+    added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
+    assert torch.allclose(added, keys @ delta.T, atol=1e-4)
+    quiet = scores(plain, material.unrelated.keys)
+    assert memory.thresholds[0] >= float(np.quantile(quiet.numpy(), 0.99)) * (1 - 1e-4)
+    assert float((quiet > memory.thresholds[0]).float().mean()) <= 0.01 + 1 / len(quiet)
+
+
+def test_a_matrix_for_each_shard_answers_for_its_own_edits() -> None:
+    material = two_shards()
+    deltas = written(material)
+    memory, calibrations = matrices(deltas, material, MergeSettings(false_alarm=0.01))
+    assert len(memory.thresholds) == len(calibrations) == 2
+    assert memory.thresholds[0] == memory.thresholds[1]  # the nearest key decides between them
+    kept = ~material.evidence.held_out
+    assert torch.equal(memory.tensors["owner"], material.shard[kept])
+    plain, keys = routed(memory), material.evidence.keys[kept]
+    assert choose(plain, plain.scores(keys)).tolist() == material.shard[kept].tolist()
+    added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
+    for row, key, shard in zip(added, keys, material.shard[kept].tolist(), strict=True):
+        assert torch.allclose(row, deltas[shard] @ key, atol=1e-4)
+    away = scores(plain, material.unrelated.keys)
+    unseen = scores(plain, material.evidence.keys[~kept])
+    for number, calibration in enumerate(calibrations):
+        limit = memory.thresholds[number]
+        assert calibration.threshold == limit
+        assert calibration.false_alarms == pytest.approx(float((away[:, number] > limit).float().mean()))
+        own = unseen[material.shard[~kept] == number, number]
+        assert calibration.misses == pytest.approx(float((own <= limit).float().mean()))
+
+
+def test_a_shard_without_unseen_contexts_is_calibrated_by_what_it_was_trained_on() -> None:
+    material = two_shards()
+    held_out = material.evidence.held_out & (material.shard == 0)
+    without = replace(material, evidence=replace(material.evidence, held_out=held_out))
+    memory, calibrations = matrices(written(material), without, MergeSettings(mode="retrieve", false_alarm=0.02))
+    found, kept = scores(routed(memory), without.evidence.keys), ~without.evidence.held_out
+    for number, chosen in enumerate((held_out, kept & (material.shard == 1))):
+        own = found[chosen, number]
+        assert len(own)
+        misses = float((own <= memory.thresholds[number]).float().mean())
+        assert calibrations[number].misses == pytest.approx(misses)
+        assert calibrations[number].edit_scores["1"] == pytest.approx(float(own.max()), abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["false-alarm", "minimum"])
+def test_activations_route_by_a_threshold_for_each_matrix(rule: str) -> None:
+    material = two_shards()
+    deltas = written(material)
+    settings = MergeSettings(router="norm", threshold=rule, routing="sequence", false_alarm=0.02)  # type: ignore[arg-type]
+    memory, calibrations = matrices(deltas, material, settings)
+    assert set(memory.tensors) == {"columns", "delta"}
+    assert (memory.router, memory.routing) == ("norm", "sequence")
+    evidence = material.evidence
+    for number, (limit, calibration) in enumerate(zip(memory.thresholds, calibrations, strict=True)):
+        quiet = [float((deltas[number] @ key).norm()) for key in material.unrelated.keys]
+        chosen = (material.shard == number) & (evidence.position == 0)
+        chosen &= ~evidence.held_out if rule == "minimum" else evidence.held_out
+        own = [float((deltas[number] @ key).norm()) for key in evidence.keys[chosen]]
+        expected = min(own) if rule == "minimum" else float(np.quantile(quiet, 0.98))
+        assert limit == pytest.approx(expected, rel=1e-4)
+        assert calibration.misses == pytest.approx(sum(score <= limit for score in own) / len(own))
+        assert calibration.false_alarms == pytest.approx(sum(score > limit for score in quiet) / len(quiet))
+
+
+def test_the_papers_rule_lets_every_trained_key_through() -> None:
+    material = two_shards()
+    memory, (calibration,) = built_lookup(material, threshold="minimum")
+    plain = routed(memory)
+    keys = trained(material.evidence)[0]
+    assert calibration.misses == 0
+    assert UNROUTED not in choose(plain, plain.scores(keys)).tolist()
+    lowest = scores(plain, keys).gather(1, material.evidence.edit[~material.evidence.held_out, None]).min()
+    assert memory.thresholds[0] == pytest.approx(float(lowest), rel=1e-4)

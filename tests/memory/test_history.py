@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.helpers import save_tiny
+from support.history import FLAGS, fact, write
+from torch import Tensor
+
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest, read_memory
+from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.diff import diff
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.edit_into import Batch, IntoReport, edit_into, merge_into, superseding
+from wisecli.commands.log import log
+from wisecli.commands.merge import merge
+from wisecli.commands.remove import remove
+from wisecli.commands.rollback import rollback
+from wisecli.commands.watch import follow as run_follow
+from wisecli.config import EditSettings, MergeSettings
+from wisecli.edits.record import Edit
+from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
+from wisecli.memory.history import HISTORY, LOG, read_history
+from wisecli.progress import Event
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("history") / "model")
+
+
+def into(model: Path, memory: Path, edits: Sequence[Edit], **named: Any) -> IntoReport:
+    batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits), reason=named.pop("reason", ""))
+    flags = {**FLAGS, **named.pop("flags", {})}
+    return edit_into(str(model), batch, memory, flags, device="cpu", **named)
+
+
+def at_once(model: Path, place: Path, edits: Sequence[Edit], **merging: Any) -> Path:
+    """A memory of edits that were never more or fewer."""
+    shards, memory = place / "whole-shards", place / "whole"
+    settings = EditSettings(**FLAGS)
+    run_edit(str(model), write(place / "whole.jsonl", edits), shards, settings, device="cpu", force=True)
+    merge([shards], memory, MergeSettings(**merging), force=True)
+    return memory
+
+
+def tensors(memory: Path) -> dict[str, Tensor]:
+    return load_file(memory / "memory.safetensors")
+
+
+def held(memory: Path) -> list[str]:
+    return [edit.id for edit in read_manifest(memory).edits]
+
+
+def keys_and_values(memory: Path) -> tuple[Tensor, Tensor]:
+    """Probes of a lookup in order of their size, and what each adds."""
+    found = tensors(memory)
+    probes, values = found["probes"].float(), found["values"].float()[found["value"]]
+    order = probes.norm(dim=1).argsort()
+    return probes[order], values[order]
+
+
+def require_same_lookup(memory: Path, other: Path) -> None:
+    for mine, theirs in zip(keys_and_values(memory), keys_and_values(other), strict=True):
+        assert mine.shape == theirs.shape
+        assert float((mine - theirs).norm() / theirs.norm()) < 1e-3  # they are kept in half precision
+    mine, theirs = read_memory(memory).memory.thresholds[0], read_memory(other).memory.thresholds[0]
+    assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+def test_rounds_come_to_what_one_round_would(model: Path, tmp_path: Path) -> None:
+    edits = [fact(number) for number in range(12)]
+    for number in range(3):
+        report = into(model, tmp_path / "memory", edits[4 * number : 4 * number + 4])
+        assert (report.release.number, report.held) == (number + 1, 4 * number + 4)
+    require_same_lookup(tmp_path / "memory", at_once(model, tmp_path, edits))
+    assert held(tmp_path / "memory") == [edit.id for edit in edits]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    files = (tmp_path / "memory").rglob("unrelated.safetensors")
+    assert len({path.stat().st_ino for path in files}) == 1
+
+
+def test_what_is_removed_is_as_if_it_had_never_been_there(model: Path, tmp_path: Path) -> None:
+    edits, memory = [fact(number) for number in range(9)], tmp_path / "memory"
+    into(model, memory, edits)
+    report = remove(memory, ["e1", "e6"])
+    assert report.rewritten == ()
+    left = [edit for edit in edits if edit.id not in ("e1", "e6")]
+    assert held(memory) == [edit.id for edit in left]
+    require_same_lookup(memory, at_once(model, tmp_path, left))
+
+
+@pytest.mark.parametrize("mode", ["lookup", "merge"])
+def test_a_memory_outlives_every_edit_that_was_read_in_the_context_held_back(
+    model: Path, tmp_path: Path, mode: str
+) -> None:
+    edits, memory = [fact(number) for number in range(33)], tmp_path / "memory"
+    into(model, memory, edits, flags={"edits_per_shard": 100})
+    merge_into([], memory, MergeSettings(mode=mode))  # type: ignore[arg-type]
+    remove(memory, [edit.id for edit in edits[::2]])
+    assert held(memory) == [edit.id for edit in edits[1::2]]
+    assert 0 <= read_manifest(memory).memories[0].misses <= 1
+
+
+def test_a_matrix_without_an_edit_is_the_solution_for_the_others(model: Path, tmp_path: Path) -> None:
+    edits, memory = [fact(number) for number in range(9)], tmp_path / "memory"
+    into(model, memory, edits)
+    merge_into([], memory, MergeSettings(mode="merge", method="exact"))
+    remove(memory, ["e1", "e6"])
+    # The others alone, written anew, and solved for here.
+    at_once(model, tmp_path, [edit for edit in edits if edit.id not in ("e1", "e6")])
+    alone = read_shard_directory(tmp_path / "whole-shards")
+    evidence = [alone.load(entry).evidence for entry in alone.shards]
+    keys, values = (
+        torch.cat([getattr(part, name)[~part.held_out].double() for part in evidence]) for name in ("keys", "residuals")
+    )
+    chosen = min(entry.penalty for entry in read_shard_directory(memory / HISTORY / "shards" / "0001").shards)
+    moment = alone.load_unrelated().tokens.dense().double()
+    gram, energy = keys.T @ keys / len(keys), keys.square().mean()
+    left = gram + energy * (chosen[1] * moment / moment.diagonal().mean() + chosen[0] * torch.eye(len(gram)))
+    wanted = torch.linalg.solve(left, keys.T @ values / len(keys)).T
+    found = dense(read_memory(memory).memory.tensors)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def dense(stored: Any) -> Tensor:
+    delta = stored["delta"][0]
+    return torch.zeros(delta.shape[0], int(stored["columns"].max()) + 1).index_add(1, stored["columns"][0], delta)
+
+
+def test_of_trained_shards_the_other_edits_are_trained_anew(model: Path, tmp_path: Path) -> None:
+    edits, memory = [fact(number) for number in range(6)], tmp_path / "memory"
+    into(model, memory, edits, flags={"writer": "gradient", "passes": 3, "edits_per_shard": 3})
+    report = remove(memory, ["e1"], device="cpu")
+    assert report.rewritten == ("e0", "e2")
+    assert sorted(held(memory)) == ["e0", "e2", "e3", "e4", "e5"]
+    newest = read_history(memory)[-1]
+    assert newest.shards == {"0001": ("e0", "e1", "e2"), "0002": ()}
+    assert newest.removed == ("e1",)
+    # So they are when another edit takes one's place.
+    into(model, memory, [fact(4, target=3, name="new")])
+    assert sorted(held(memory)) == ["e0", "e2", "e3", "e5", "new"]
+    assert read_history(memory)[-1].shards == {"0002": (), "0003": (), "0004": ()}
+
+
+def test_a_memory_goes_back_to_a_release_to_the_byte(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1)])
+    first, when = (memory / "memory.safetensors").read_bytes(), read_history(memory)[0].when
+    into(model, memory, [fact(2), fact(1, target=5, name="other")])
+    remove(memory, ["e0"])
+    assert held(memory) == ["e2", "other"]
+    for to in ("1", when, when[:10] + "T" + when[11:]):
+        report = rollback(memory, to)
+        assert report.same
+        assert report.target.number == 1
+        assert (memory / "memory.safetensors").read_bytes() == first
+    assert held(memory) == ["e0", "e1"]
+    # What came since is still there to go back to.
+    assert sorted(held_after(memory, "3")) == ["e2", "other"]
+    assert [release.action for release in read_history(memory)] == ["edit", "edit", "remove", *["rollback"] * 4]
+
+
+def held_after(memory: Path, to: str) -> list[str]:
+    rollback(memory, to)
+    return held(memory)
+
+
+@pytest.mark.parametrize("to", ["0", "9", "1999-01-01"])
+def test_there_is_no_going_back_to_what_never_was(model: Path, tmp_path: Path, to: str) -> None:
+    into(model, tmp_path / "memory", [fact(0)])
+    before = (tmp_path / "memory" / HISTORY / LOG).read_bytes()
+    with pytest.raises(SettingsError, match=f"has no release '{to}': its releases are 1 to 1"):
+        rollback(tmp_path / "memory", to)
+    assert (tmp_path / "memory" / HISTORY / LOG).read_bytes() == before
+
+
+def test_a_later_edit_of_a_fact_takes_the_place_of_the_earlier_one(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1), fact(2)])
+    # The same prompt under another id, and the same id with another prompt.
+    report = into(model, memory, [fact(0, target=3, name="new"), fact(5, name="e2")])
+    assert report.release.superseded == {"e0": "new", "e2": "e2"}
+    assert held(memory) == ["e1", "new", "e2"]
+    assert {edit.id: edit.prompt for edit in read_manifest(memory).edits}["e2"] == fact(5).prompt
+    require_same_lookup(memory, at_once(model, tmp_path, [fact(1), fact(0, target=3, name="new"), fact(5, name="e2")]))
+
+
+def test_what_is_held_already_is_passed_over(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1)])
+    report = into(model, memory, [fact(0), fact(1), fact(2)])
+    assert report.known == ("e0", "e1")
+    assert report.release.added == ("e2",)
+    before = {path: path.stat().st_mtime_ns for path in memory.rglob("*")}
+    report = into(model, memory, [fact(2), fact(0)])
+    assert (report.known, report.edited, report.release.number, report.held) == (("e2", "e0"), None, 2, 3)
+    assert {path: path.stat().st_mtime_ns for path in memory.rglob("*")} == before
+
+
+def test_what_differs_only_in_case_and_spaces_is_the_same_fact() -> None:
+    old, new = Edit("a", "Who Leads  Bree?", "x"), Edit("b", "who leads bree?", "y")
+    assert superseding([old, Edit("c", "who leads ost?", "z")], [new]) == {"a": "b"}
+    assert superseding([old], []) == {}
+
+
+@pytest.mark.parametrize("damage", ["altered", "dropped", "reordered", "no json"])
+def test_a_log_that_was_tampered_with_is_found_out(model: Path, tmp_path: Path, damage: str) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0)])
+    into(model, memory, [fact(1)])
+    remove(memory, ["e0"])
+    assert len(log(memory).releases) == 3
+    path = memory / HISTORY / LOG
+    lines = path.read_text().splitlines()
+    lines = {
+        "altered": [lines[0].replace('"e0"', '"e9"'), *lines[1:]],
+        "dropped": [lines[0], lines[2]],
+        "reordered": [lines[1], lines[0], lines[2]],
+        "no json": [lines[0], "{", lines[2]],
+    }[damage]
+    path.write_text("\n".join(lines) + "\n")
+    for run in (
+        lambda: log(memory),
+        lambda: rollback(memory, "1"),
+        lambda: remove(memory, ["e1"]),
+    ):
+        with pytest.raises(DamagedFileError, match="line"):
+            run()
+
+
+def test_a_memory_that_is_not_what_the_log_says_is_found_out(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0)])
+    into(model, tmp_path / "other", [fact(1)])
+    for name in ("memory.safetensors", MANIFEST_NAME):
+        shutil.copyfile(tmp_path / "other" / name, memory / name)
+    with pytest.raises(DamagedFileError, match="not the newest release"):
+        log(memory)
+    assert rollback(memory, "1").same
+    assert len(log(memory).releases) == 2
+
+
+def test_the_life_of_one_edit(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1)], who="ann", reason="first")
+    into(model, memory, [fact(2)], who="bob")
+    into(model, memory, [fact(1, target=4, name="other")])
+    report = log(memory, edit="e1")
+    assert (report.releases[0].who, report.releases[0].reason) == ("ann", "first")
+    assert [one.number for one in report.releases] == [1, 3]
+    assert report.edits == ()
+    ((edit, came),) = log(memory, edit="e2").edits
+    assert (edit, came) == (fact(2), 2)
+    assert log(memory).releases[1].edits_file["name"] == "edits.jsonl"
+    json.dumps(report.as_json())
+
+
+def test_two_memories_and_two_releases_are_compared(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1)])
+    into(model, memory, [fact(2), fact(1, target=3)])
+    found = diff(f"{memory}@1", str(memory))
+    assert [edit.id for edit in found.added] == ["e2"]
+    assert found.removed == ()
+    assert found.changed == ((fact(1), fact(1, target=3)),)
+    assert diff(str(memory), str(memory)).same
+    assert diff(f"{memory}@2", str(memory)).same
+    assert [edit.id for edit in diff(str(memory), f"{memory}@1").removed] == ["e2"]
+    matrix = tmp_path / "matrix"
+    merge([memory / HISTORY / "shards" / "0001"], matrix, MergeSettings(mode="merge"))
+    assert diff(str(memory), str(matrix)).settings["mode"] == ("lookup", "merge")
+
+
+def test_nobody_else_changes_a_memory_meanwhile(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1)])
+    with (tmp_path / ".memory.lock").open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)  # a lock of another kind keeps nobody away
+        remove(memory, ["e1"])
+
+    def busy(_event: Event) -> None:
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        into(model, memory, [fact(2)], watch=busy)
+    assert held(memory) == ["e0"]
+
+
+def test_a_run_that_stopped_before_it_joined_goes_on_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0)])
+    before = {path: path.read_bytes() for path in memory.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr("wisecli.commands.edit_into.publish", _stopped)
+        with pytest.raises(KeyboardInterrupt):
+            into(model, memory, [fact(1)])
+    assert {path: path.read_bytes() for path in memory.rglob("*") if path.is_file()} == before
+    with pytest.raises(ChangedInputError, match="the edits are others"):
+        into(model, memory, [fact(2)])
+    stages: list[str] = []
+    into(model, memory, [fact(1)], watch=lambda event: stages.append(event.stage))
+    assert "model" not in stages
+    assert held(memory) == ["e0", "e1"]
+
+
+def _stopped(*_given: Any, **_named: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_leaves_the_memory_as_it_was(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1)])
+    before = {path: path.read_bytes() for path in memory.rglob("*") if path.is_file()}
+
+    def full(*_given: Any, **_named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wisecli.memory.releases.record", full)
+    with pytest.raises(Exception, match="no space left"):
+        remove(memory, ["e0"])
+    assert {path: path.read_bytes() for path in memory.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edits.jsonl", "memory"]
+
+
+def test_what_cannot_be_done_is_refused_and_changes_nothing(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    into(model, memory, [fact(0), fact(1)])
+    with pytest.raises(SettingsError, match="holds no edit 'e7'"):
+        remove(memory, ["e0", "e7"])
+    with pytest.raises(SettingsError, match="no edit would be left"):
+        remove(memory, ["e0", "e1"])
+    with pytest.raises(SettingsError, match=r"--layer 1: .*edits layer 2"):
+        into(model, memory, [fact(3)], flags={"layer": "1"})
+    plain = at_once(model, tmp_path, [fact(0)])
+    for change in (
+        lambda: remove(plain, ["e0"]),
+        lambda: log(plain),
+        lambda: into(model, plain, [fact(1)]),
+    ):
+        with pytest.raises(MemoryHistoryError, match="has no history"):
+            change()
+    assert len(read_history(memory)) == 1
+
+
+def test_shards_written_elsewhere_are_taken_in(model: Path, tmp_path: Path) -> None:
+    at_once(model, tmp_path, [fact(0), fact(1)])
+    memory = tmp_path / "memory"
+    merge_into([tmp_path / "whole-shards"], memory, MergeSettings())
+    shutil.rmtree(tmp_path / "whole-shards")
+    into(model, memory, [fact(2)])
+    assert held(memory) == ["e0", "e1", "e2"]
+    merge_into([], memory, MergeSettings(mode="merge"))
+    assert read_manifest(memory).merge["mode"] == "merge"
+    into(model, memory, [fact(3)])
+    assert read_manifest(memory).merge["mode"] == "merge"
+
+
+def follow(model: Path, path: Path, memory: Path, looks: int) -> Iterator[IntoReport]:
+    left = iter(range(looks))
+    named: dict[str, Any] = {"interval": 0.001, "goes_on": lambda: next(left, None) is not None, "device": "cpu"}
+    return run_follow(str(model), path, memory, FLAGS, **named)
+
+
+def test_a_file_that_grows_is_followed_line_by_line(model: Path, tmp_path: Path) -> None:
+    path, memory = tmp_path / "stream.jsonl", tmp_path / "memory"
+    lines = [json.dumps(fact(number).as_dict()) + "\n" for number in range(5)]
+    path.write_text(lines[0] + lines[1] + lines[2][:20])
+    landed = follow(model, path, memory, 3)
+    assert next(landed).release.added == ("e0", "e1")
+    with path.open("a") as stream:
+        stream.write(lines[2][20:] + "\n" + lines[3])
+    assert next(landed).release.added == ("e2", "e3")
+    assert next(landed, None) is None
+    # Who begins anew passes over what has landed, and takes the rest.
+    with path.open("a") as stream:
+        stream.write(
+            json.dumps(fact(0, target=2).as_dict()) + "\n" + lines[4] + json.dumps(fact(7, name="e4").as_dict()) + "\n"
+        )
+    assert [report.release.added for report in follow(model, path, memory, 1)] == [("e0", "e4"), ("e4",)]
+    assert held(memory) == ["e1", "e2", "e3", "e0", "e4"]
+    assert read_history(memory)[-1].edits_file == {"name": "stream.jsonl", "lines": "8-8"}
+
+
+def test_a_bad_line_stops_after_what_came_before_it(model: Path, tmp_path: Path) -> None:
+    path, memory = tmp_path / "stream.jsonl", tmp_path / "memory"
+    path.write_text(json.dumps(fact(0).as_dict()) + '\n{"prompt": "ba"}\n')
+    landed = follow(model, path, memory, 2)
+    assert next(landed).release.added == ("e0",)
+    with pytest.raises(Exception, match=r"stream\.jsonl:2: `target` is missing"):
+        next(landed)
+    assert held(memory) == ["e0"]
+
+
+def test_busy(model: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    seen: list[type[Exception]] = []
+
+    def meanwhile(_event: Event) -> None:
+        if not seen:
+            seen.append(_refused(memory))
+
+    into(model, memory, [fact(0)], watch=meanwhile)
+    assert seen == [BusyError]
+
+
+def _refused(memory: Path) -> type[Exception]:
+    """What another process meets."""
+    import subprocess
+    import sys
+
+    code = f"""
+from pathlib import Path
+from wisecli.memory.history import changing
+try:
+    with changing(Path({str(memory)!r})):
+        pass
+except Exception as error:
+    print(type(error).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {"BusyError": BusyError}[done.stdout.strip()]

@@ -1,0 +1,168 @@
+"""The prompt's decision: where it ends, what it names, and how it is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import grow
+from torch import nn
+from transformers import DynamicCache
+
+from wisecli.routing.prompt_gate import NAMED, UNROUTED, Names, PromptGate
+from wisecli.routing.subject_names import Word, names_of
+
+
+def held(gate: PromptGate, chosen: list[list[int]], mask: list[list[int]] | None, cache: Any = None) -> list[list[int]]:
+    named = {"attention_mask": None if mask is None else torch.tensor(mask), "past_key_values": cache}
+    gate.before_forward(nn.Identity(), (), named)
+    return gate.hold(torch.tensor(chosen)).tolist()  # type: ignore[no-any-return]
+
+
+N = UNROUTED
+
+
+@pytest.mark.parametrize(
+    ("chosen", "mask", "expected"),
+    [
+        ([[0, 1, 2]], None, [[N, N, 2]]),
+        ([[0, 1, N]], None, [[N, N, N]]),
+        ([[0, 1, 2], [N, N, 1]], [[1, 1, 1], [0, 1, 1]], [[N, N, 2], [N, N, 1]]),
+        ([[0, 1, 2], [1, 0, N]], [[0, 0, 1], [1, 1, 1]], [[N, N, 2], [N, N, N]]),
+        ([[0, 1, 2], [2, 1, 0]], [[1, 1, 0], [1, 0, 0]], [[N, 1, 1], [2, 2, 2]]),
+        ([[1]], [[1]], [[1]]),
+    ],
+    ids=["no mask", "no mask, unrouted", "left padding", "left padding, unrouted", "right padding", "one token"],
+)
+def test_the_gate_decides_at_each_rows_last_prompt_token(
+    chosen: list[list[int]], mask: list[list[int]] | None, expected: list[list[int]]
+) -> None:
+    assert held(PromptGate(), chosen, mask) == expected
+    assert held(PromptGate(), chosen, mask, DynamicCache()) == expected
+
+
+def test_the_gate_holds_its_choice_over_cached_steps() -> None:
+    gate, cache = PromptGate(), DynamicCache()
+    assert held(gate, [[0, 1, 2], [1, 1, N], [N, N, 0]], [[1, 1, 1], [0, 1, 1], [0, 0, 1]], cache) == [
+        [N, N, 2],
+        [N, N, N],
+        [N, N, 0],
+    ]
+    grow(cache, 3, 3)
+    step = [[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
+    assert held(gate, [[N], [1], [1]], step, cache) == [[2], [N], [0]]
+    grow(cache, 3, 1)
+    step = [[*row, 1, 1] for row in step]
+    assert held(gate, [[0, 0], [0, 0], [N, N]], step, cache) == [[2, 2], [N, N], [0, 0]]
+
+
+def test_the_gate_forgets_when_the_cache_is_emptied() -> None:
+    gate, cache = PromptGate(), DynamicCache()
+    assert held(gate, [[0, 1]], [[1, 1]], cache) == [[N, 1]]
+    grow(cache, 1, 2)
+    assert held(gate, [[0]], [[1, 1, 1]], cache) == [[1]]
+    cache.crop(-2)
+    assert cache.get_seq_length() == 0
+    assert held(gate, [[2, 0]], [[1, 1]], cache) == [[N, 0]]
+
+
+def test_the_gate_keeps_the_choices_of_several_caches_apart() -> None:
+    gate, first, second = PromptGate(), DynamicCache(), DynamicCache()
+    held(gate, [[0, 1]], [[1, 1]], first)
+    grow(first, 1, 2)
+    held(gate, [[1, 0], [0, N]], [[1, 1], [1, 1]], second)
+    grow(second, 2, 2)
+    assert held(gate, [[N]], [[1, 1, 1]], first) == [[1]]
+    assert held(gate, [[N], [1]], [[1, 1, 1], [1, 1, 1]], second) == [[0], [N]]
+    assert held(gate, [[1, 2]], [[1, 1]]) == [[N, 2]]
+
+
+def test_the_gate_decides_anew_on_a_cache_that_was_filled_without_it() -> None:
+    gate, cache = PromptGate(), DynamicCache()
+    grow(cache, 2, 3)
+    mask = [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
+    assert held(gate, [[0, 1], [1, N]], mask, cache) == [[N, 1], [N, N]]
+
+
+# --- names ---
+
+SUBJECTS = (
+    ((Word((3, 30), 0.5), Word((7,), 0.3), Word((9,), 0.2)), (Word((20,), 0.5), Word((21,), 0.5))),
+    (),
+    ((Word((7,), 1.0),),),
+    ((Word((3, 30), 0.4), Word((11,), 0.6)),),
+)
+
+
+def names() -> Names:
+    return Names(names_of(SUBJECTS), len(SUBJECTS))
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([3, 7, 9], [True, False, True, False]),
+        ([9, 1, 30, 1], [True, False, False, False]),
+        ([3, 30, 3], [False, False, False, False]),
+        ([7], [False, False, True, False]),
+        ([20, 21, 9], [True, False, False, False]),
+        ([20, 7, 9], [False, False, True, False]),
+        ([11], [False, False, False, True]),
+        ([1, 2, 4], [False, False, False, False]),
+    ],
+)
+def test_a_prompt_names_a_subject_if_it_holds_most_of_its_words(ids: list[int], expected: list[bool]) -> None:
+    row = torch.tensor([ids])
+    assert names()(row, torch.ones_like(row, dtype=torch.bool)).tolist() == [expected]
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 40), min_size=6, max_size=6), min_size=1, max_size=4),
+    ends=st.lists(st.integers(0, 6), min_size=4, max_size=4),
+)
+def test_names_are_those_that_a_plain_count_finds(rows: list[list[int]], ends: list[int]) -> None:
+    prompt = torch.tensor([[place < end for place in range(6)] for _, end in zip(rows, ends, strict=False)])
+    found = names()(torch.tensor(rows), prompt).tolist()
+    for row, end, own in zip(rows, ends, found, strict=False):
+        for subject, said in zip(SUBJECTS, own, strict=True):
+            shares = [sum(word.share for word in name if set(word.tokens) & set(row[:end])) for name in subject]
+            assert said == (max(shares, default=0.0) >= NAMED - 1e-4)
+
+
+def test_shares_add_up_in_full_precision() -> None:
+    many = ((tuple(Word((token,), 1 / 40) for token in range(40)),),)
+    coarse = Names(names_of(many), 1).to(torch.bfloat16)
+    for count, said in ((24, True), (23, False)):
+        ids = torch.arange(count)[None]
+        assert coarse(ids, torch.ones_like(ids, dtype=torch.bool)).tolist() == [[said]]
+
+
+def test_the_gate_reads_names_in_the_prompt_alone_and_not_in_its_padding() -> None:
+    gate, keys = PromptGate(), torch.zeros(2, 4, 1)
+    ids, mask = torch.tensor([[7, 7, 1, 2], [7, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    gate.before_forward(nn.Identity(), (), {"input_ids": ids, "attention_mask": mask})
+    found = gate.named(names(), keys)
+    assert found is not None
+    assert found[:, 0, 2].tolist() == [False, True]
+    right = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    gate.before_forward(nn.Identity(), (ids.flip(-1),), {"attention_mask": right})
+    found = gate.named(names(), keys)
+    assert found is not None
+    assert found[:, 0, 2].tolist() == [False, True]
+
+
+def test_names_have_no_say_once_a_prompt_is_decided_or_where_there_are_none() -> None:
+    gate, cache = PromptGate(), DynamicCache()
+    held(gate, [[0, 1]], [[1, 1]], cache)
+    assert gate.named(names(), torch.zeros(1, 1, 1)) is None
+    assert PromptGate().named(None, torch.zeros(1, 2, 1)) is None
+
+
+def test_a_gate_that_reads_names_wants_tokens() -> None:
+    gate = PromptGate()
+    gate.before_forward(nn.Identity(), (), {"inputs_embeds": torch.zeros(1, 2, 3)})
+    with pytest.raises(ValueError, match="input_ids"):
+        gate.named(names(), torch.zeros(1, 2, 1))

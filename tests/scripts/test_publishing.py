@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.helpers import save_tiny
+from support.history import fact, write
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "ci.md"
+
+
+def workflow() -> dict[str, Any]:
+    text = DOCUMENT.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    read: dict[str, Any] = yaml.safe_load(text)
+    return read
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository with facts, as the workflow finds it."""
+    save_tiny(tmp_path / "model")
+    (tmp_path / "facts").mkdir()
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    write(tmp_path / "facts" / "edits.jsonl", [fact(0), fact(1)])
+    return tmp_path
+
+
+def steps(checkout: Path, **given: str) -> int:
+    """Run what the documented workflow runs, but for the installation; the first exit code that is not nought."""
+    flags = {"MODEL": "model", "FLAGS": "--layer 2", "WISE_UNRELATED_TEXTS": "16", "REASON": "a test", **given}
+    for step in workflow()["jobs"]["edit"]["steps"]:
+        if "run" not in step or step["run"].startswith("pip install"):
+            continue
+        environment = {**os.environ, **step.get("env", {}), **flags}
+        done = subprocess.run(["bash", "-c", step["run"]], cwd=checkout, env=environment, check=False)
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+def test_the_workflow_publishes_only_what_passes_the_gate(checkout: Path) -> None:
+    assert steps(checkout, GATE="reliability=1.1") == 1
+    assert not (checkout / "edited").exists()
+    assert not (checkout / "memory").exists()
+    assert steps(checkout, GATE="reliability=.5") == 0
+    assert (checkout / "edited" / "model.safetensors.index.json").is_file()
+    assert "reliability" in (checkout / "edited" / "README.md").read_text()
+    assert edits(checkout / "edited") == ["e0", "e1"]
+    memory, published = ((checkout / name).read_bytes() for name in ("memory/memory.safetensors", "edited/router.json"))
+    write(checkout / "facts" / "edits.jsonl", [fact(2), fact(1, target=3, name="new")])
+    assert steps(checkout, GATE="reliability=1.1") == 1
+    assert (checkout / "memory" / "memory.safetensors").read_bytes() == memory
+    assert (checkout / "edited" / "router.json").read_bytes() == published
+    log = [json.loads(line) for line in (checkout / "memory" / "history" / "log.jsonl").read_text().splitlines()]
+    assert [one["action"] for one in log] == ["edit", "edit", "rollback"]
+    assert [one["reason"] for one in log] == ["a test", "a test", "a gate failed"]
+    assert log[1]["superseded"] == {"e1": "new"}
+
+
+def edits(directory: Path) -> list[str]:
+    return [edit["id"] for edit in json.loads((directory / "router.json").read_text())["edits"]]
+
+
+def test_input_that_cannot_be_used_ends_in_2(checkout: Path) -> None:
+    (checkout / "facts" / "edits.jsonl").write_text('{"prompt": "ba"}\n')
+    assert steps(checkout) == 2
+    assert sorted(path.name for path in checkout.iterdir()) == ["facts", "model", "scripts"]
+
+
+def test_the_script_says_how_it_is_used() -> None:
+    done = subprocess.run([ROOT / "scripts" / "publish-edits"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "publish-edits MODEL EDITS.jsonl OUTPUT" in done.stderr

@@ -1,0 +1,67 @@
+"""An edited model's answers and logits, worked out by loops over single tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from support.helpers import alone, greedy_by_loop, hooked, manifest_for, memory_for, routed_by_loop, save_tiny
+from wisecli.artifacts.memory_manifest import write_memory
+from wisecli.edits.record import Edit
+from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.loading import load_model
+from wisecli.models.site import find_site
+from wisecli.models.tokenization import Row
+
+
+def edited_model(
+    root: Path,
+    *,
+    kind: str = "matrix",
+    router: str = "key",
+    routing: str = "token",
+    memories: int = 1,
+    edits: Sequence[Edit] = (),
+    architecture: str = "llama",
+) -> Edited:
+    """A tiny model with a memory made by hand, written to disk and attached."""
+    base = save_tiny(root / "base", architecture)
+    site = find_site(base, Checkpoint(base), 2)
+    named: dict[str, Any] = {"kind": kind, "router": router, "routing": routing}
+    memory = memory_for(load_model(base, device="cpu").model, site, **named, memories=memories)
+    (root / "memory").mkdir()
+    write_memory(root / "memory", manifest_for(base, memory, edits or [Edit("only", "ba", "be")]))
+    return attach(root / "memory", device="cpu")
+
+
+def logits_by_loop(edited: Edited, row: Row, *, prompt_opens: bool) -> Tensor:
+    """Logits of the edited model for one row, each token routed by itself in Python."""
+    site, memory = edited.manifest.site, edited.manifest.memory
+    with (
+        edited.unedited(),
+        hooked(edited.model, site, routed_by_loop(memory, len(row.prompt), prompt_opens=prompt_opens)),
+    ):
+        return alone(edited.model, row)
+
+
+def unedited_logits(edited: Edited, row: Row) -> Tensor:
+    with edited.unedited():
+        return alone(edited.model, row)
+
+
+def text_of(edited: Edited, tokens: Sequence[int]) -> str:
+    text = edited.tokenizer.decode(list(tokens), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def answer_of(edited: Edited, prompt: str, count: int, *, memory: bool = True, end: int | None = None) -> str:
+    tokens = edited.tokenizer(prompt)["input_ids"]
+    held = edited.manifest.memory if memory else None
+    with edited.unedited():
+        answer = greedy_by_loop(edited.model, edited.manifest.site, held, tokens, count, end=end)
+    return text_of(edited, answer)

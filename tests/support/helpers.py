@@ -1,0 +1,356 @@
+"""Tiny checkpoints with a tokenizer, memories made by hand, and the method once more as loops over single tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from support.tiny_models import VOCABULARY, tiny_model
+from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.edits.record import Edit
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.site import Site, architectures, find_site, fingerprint
+from wisecli.models.tokenization import Row
+from wisecli.routing.calibration import Calibration
+from wisecli.routing.side_memory import RoutedMatrix, SideMemory, opened
+
+END = "[END]"
+UNKNOWN = "[UNK]"
+_SYLLABLES = [first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou"]
+WORDS = (_SYLLABLES + [f"{syllable}n" for syllable in _SYLLABLES])[: VOCABULARY - 2]
+
+Hook = Callable[[torch.nn.Module, Any, Tensor], Tensor]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what has the host wait for the device, were it another: values and numbers of places that it asks for.
+
+    ``_local_scalar_dense`` is ``item()``; sizes of what ``nonzero`` and boolean indices give are known on the device
+    alone.
+    """
+
+    _ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        by_truth = name.startswith("index") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], (list, tuple)) else [])
+        )
+        if name in self._ASKING or by_truth:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a known word; what is no word (punctuation) is dropped."""
+    vocabulary = {word: index for index, word in enumerate([UNKNOWN, END, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = Split(Regex(r"\w+"), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END)
+
+
+def tiny_qwen2_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter: for this architecture transformers has a tokenizer of its own, whatever the files say."""
+    letters = [*"Ġabcdefghijklmnopqrstuvwxyz.,?", *WORDS][: VOCABULARY - 2]
+    vocabulary = {token: index for index, token in enumerate([UNKNOWN, END, *letters])}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=UNKNOWN, eos_token=END, pad_token=END)
+
+
+def save_tiny(directory: Path, architecture: str = "llama", *, seed: int = 0, shard: str | None = None) -> Path:
+    """A tiny checkpoint with its tokenizer and an end-of-text token."""
+    model = tiny_model(architecture, seed=seed)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    model.generation_config.pad_token_id = 1
+    model.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
+    tokenizer = tiny_qwen2_tokenizer() if architecture == "qwen2" else tiny_tokenizer()
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def row_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The table's row of a model; what it leaves open its text model's row says."""
+    table = architectures()
+    return table.get(config.get_text_config().model_type, {}) | table[config.model_type]
+
+
+def site_of(model: PreTrainedModel, layer: int) -> Site:
+    """The site of a loaded model."""
+    row = row_of(model.config)
+    layer_module = f"{row['layers']}.{layer}"
+    module = f"{layer_module}.{row['value']}"
+    transposed = bool(row.get("transposed", False))
+    shape = tuple(model.get_submodule(module).weight.shape)
+    d_ff, d = shape if transposed else shape[::-1]
+    norm = f"{layer_module}.{row['norm']}" if "norm" in row else None
+    multiplier = getattr(model.config.get_text_config(), row["multiplier"]) if "multiplier" in row else 1.0
+    return Site(model.config.model_type, layer, layer_module, module, transposed, d, d_ff, norm, multiplier)
+
+
+def raised(model: PreTrainedModel, site: Site) -> PreTrainedModel:
+    """The model with a louder norm behind the value matrix, where there is one: as drawn it lets no change weigh."""
+    if site.norm is not None:
+        model.get_submodule(site.norm).get_parameter("weight").data.add_(12)
+    return model
+
+
+def random_row(generator: torch.Generator, prompt: int, target: int) -> Row:
+    """Random tokens, none of them special."""
+    tokens = torch.randint(2, VOCABULARY, (prompt + target,), generator=generator).tolist()
+    return Row(tuple(tokens[:prompt]), tuple(tokens[prompt:]))
+
+
+def random_rows(*lengths: tuple[int, int], seed: int = 1) -> list[Row]:
+    """A row for each pair of lengths of prompt and target."""
+    generator = torch.Generator().manual_seed(seed)
+    return [random_row(generator, *length) for length in lengths]
+
+
+@contextlib.contextmanager
+def hooked(model: PreTrainedModel, site: Site, hook: Hook) -> Iterator[None]:
+    """The model with a forward hook on its value module."""
+    handle = model.get_submodule(site.module).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def alone(model: PreTrainedModel, row: Row) -> Tensor:
+    """Logits (len(target), V) that predict a row's target, from the whole model on this row with no padding."""
+    ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
+    return model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 :]
+
+
+def whole_loss(model: PreTrainedModel, row: Row) -> Tensor:
+    """Mean cross-entropy of a row's target, with gradients, from the whole model."""
+    ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 :]
+    return F.cross_entropy(logits, torch.tensor(row.target))
+
+
+@torch.no_grad()
+def keys_of(model: PreTrainedModel, site: Site, tokens: Sequence[int]) -> Tensor:
+    """Inputs (T, d_ff) of the value module for one sequence."""
+    kept: list[Tensor] = []
+    handle = model.get_submodule(site.module).register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+    try:
+        model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+    finally:
+        handle.remove()
+    return kept[0][0]
+
+
+def memory_for(
+    model: PreTrainedModel,
+    site: Site,
+    *,
+    router: str,
+    routing: str,
+    memories: int = 1,
+    seed: int = 3,
+    kind: str = "matrix",
+    sharpness: float = 0.0,
+) -> SideMemory:
+    """A memory that routes some of random tokens, each by a clear margin, and changes much where it does.
+
+    Of kind ``lookup`` every memory is an edit, with two residuals.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.cat([keys_of(model, site, row.prompt) for row in random_rows(*[(12, 1)] * 12, seed=seed)])
+    usual = sample.norm(dim=-1).median()
+    if kind == "lookup":
+        tensors = {"values": torch.randn(2 * memories, site.d, generator=generator) * 6}
+    else:
+        width = site.d_ff // 2
+        columns = torch.stack([torch.randperm(site.d_ff, generator=generator)[:width] for _ in range(memories)])
+        tensors = {
+            "columns": columns,
+            "delta": torch.randn(memories, site.d, width, generator=generator) * 6 / usual,
+        }
+    if router == "key":
+        count = 16 * memories
+        picked, sample = sample[:count], sample[count:]
+        place = torch.arange(count)
+        owner, metric = place % memories, (place // memories) % 2
+        floors = torch.tensor([0.7, 1.1])
+        bases = torch.randn(2, site.d_ff, 5, generator=generator)
+        directions = torch.stack([torch.linalg.qr(basis).Q.T for basis in bases]).contiguous()
+        gains = torch.rand(2, 5, generator=generator) - 0.5
+        offset = 0.1 * torch.rand(len(owner), generator=generator) - 0.05
+        tensors |= {
+            "owner": owner,
+            "offset": offset,
+            "metric": metric,
+            "directions": directions,
+            "gains": gains,
+            "floors": floors,
+        }
+        spread = [whitening_of(tensors, int(number)) for number in metric]
+        probes = [key @ matrix / (key @ matrix @ key).sqrt() for key, matrix in zip(picked, spread, strict=True)]
+        tensors["probes"] = torch.stack(probes)
+        if kind == "lookup":
+            tensors["value"] = 2 * owner + metric
+    draft = SideMemory(tensors, (1.0,) * memories, router, routing, kind, sharpness)
+    scores = torch.tensor([[score_of(draft, number, key) for number in range(memories)] for key in sample])
+    return replace(draft, thresholds=tuple(map(clear_threshold, scores.T)))
+
+
+def whitening_of(tensors: Mapping[str, Tensor], number: int) -> Tensor:
+    """One of the matrices ``P`` that keys are whitened by."""
+    directions, gains = tensors["directions"][number], tensors["gains"][number]
+    even = tensors["floors"][number] * torch.eye(directions.shape[1])
+    return even + directions.T @ torch.diag(gains) @ directions
+
+
+def clear_threshold(scores: Tensor) -> float:
+    """The middle of the widest gap between scores in their middle third."""
+    ordered = scores.sort().values[len(scores) // 3 : 2 * len(scores) // 3]
+    widest = int((ordered[1:] - ordered[:-1]).argmax())
+    return float((ordered[widest] + ordered[widest + 1]) / 2)
+
+
+def update_of(memory: SideMemory, number: int, key: Tensor, *, answering: bool = False) -> Tensor:
+    """What one memory, having been opened, adds to one key; ``answering``: what a lookup that a prompt has opened, be
+    it by whichever edit, adds to a key after that prompt.
+    """
+    tensors = memory.tensors
+    if memory.kind == "matrix":
+        return tensors["delta"][number] @ key[tensors["columns"][number]]
+    cosines, values = cosines_of(memory, key), [tensors["values"][place] for place in tensors["value"].tolist()]
+    places, least = _opening(memory, number), memory.thresholds[number]
+    if answering:
+        places, least = [place for place, metric in enumerate(tensors["metric"].tolist()) if metric == 1], 0.5
+    nearest = max(places, key=cosines.__getitem__)
+    if cosines[nearest] <= least:
+        return torch.zeros_like(values[nearest])
+    if not memory.sharpness:
+        return values[nearest]
+    weights = [math.exp(memory.sharpness * cosine) for cosine in cosines]
+    shares = [weight / sum(weights) * value for weight, value in zip(weights, values, strict=True)]
+    return torch.stack(shares).sum(0)
+
+
+def _opening(memory: SideMemory, number: int) -> list[int]:
+    """Those of one memory's keys that can open it: of a lookup's that a prompt opens, not those inside answers."""
+    some = memory.kind == "lookup" and memory.routing == "sequence"
+    pairs = enumerate(zip(memory.tensors["owner"].tolist(), memory.tensors["metric"].tolist(), strict=True))
+    return [place for place, (owner, metric) in pairs if owner == number and not (some and metric == 1)]
+
+
+def cosines_of(memory: SideMemory, key: Tensor) -> list[float]:
+    """Whitened cosine of one key with each probe."""
+    whitened = range(len(memory.tensors["floors"]))
+    lengths = [float(key @ whitening_of(memory.tensors, number) @ key) ** 0.5 for number in whitened]
+    probes = zip(*(memory.tensors[name] for name in ("probes", "metric", "offset")), strict=True)
+    return [float(probe @ key) / lengths[int(metric)] + float(offset) for probe, metric, offset in probes]
+
+
+def score_of(memory: SideMemory, number: int, key: Tensor) -> float:
+    """Score of one memory for one key."""
+    if memory.router == "norm":
+        return float(update_of(memory, number, key).norm())
+    cosines = cosines_of(memory, key)
+    return max(cosines[place] for place in _opening(memory, number))
+
+
+def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
+    """Which memory's score exceeds its threshold most, ``UNROUTED`` if none does: (..., M) → (...)."""
+    return opened(*routed.strongest(scores))
+
+
+def choice_of(memory: SideMemory, key: Tensor) -> int | None:
+    """Which memory answers one key."""
+    ratios = [score_of(memory, number, key) / limit for number, limit in enumerate(memory.thresholds)]
+    best = max(range(len(ratios)), key=ratios.__getitem__)
+    return best if ratios[best] > 1 else None
+
+
+def routed_by_loop(memory: SideMemory, prompt: int, *, prompt_opens: bool = False) -> Hook:
+    """A hook that routes one sequence token by token.
+
+    Args:
+        prompt: length of the prompt; its last token decides for a gate per sequence.
+        prompt_opens: from the prompt's last token on, nothing is routed unless that token is.
+    """
+
+    def hook(_module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        keys, changed = inputs[0][0], output.clone()
+        at_prompt = choice_of(memory, keys[prompt - 1])
+        for place, key in enumerate(keys):
+            chosen = choice_of(memory, key)
+            if memory.routing == "sequence":
+                chosen = at_prompt if place >= prompt - 1 else None
+            elif prompt_opens and place >= prompt - 1 and at_prompt is None:
+                chosen = None
+            if chosen is not None:
+                answering = memory.routing == "sequence" and place >= prompt
+                changed[0, place] += update_of(memory, chosen, key, answering=answering)
+        return changed
+
+    return hook
+
+
+@torch.no_grad()
+def greedy_by_loop(
+    model: PreTrainedModel, site: Site, memory: SideMemory | None, prompt: Sequence[int], count: int, *, end: int | None
+) -> list[int]:
+    """Greedy continuation, the whole text through the whole model for every token."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        with contextlib.ExitStack() as stack:
+            if memory is not None:
+                stack.enter_context(hooked(model, site, routed_by_loop(memory, len(prompt))))
+            token = int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+        if token == end:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def manifest_for(base: Path, memory: SideMemory, edits: Sequence[Edit], *, layer: int = 2) -> Manifest:
+    """What ``router.json`` says of a memory made by hand; every memory owns an equal part of the edits."""
+    checkpoint = Checkpoint(base)
+    site = find_site(base, checkpoint, layer)
+    count = len(memory.thresholds)
+    calibrations = tuple(
+        Calibration(limit, "false-alarm", 0.0, 0.0, {"0": 1.0}, {"0": 0.0}) for limit in memory.thresholds
+    )
+    owners = tuple(tuple(edit.id for edit in edits[number::count]) for number in range(count))
+    mark = fingerprint(base, checkpoint, site)
+    return Manifest(str(base), None, mark, site, memory, calibrations, owners, {}, tuple(edits), {})
+
+
+def perplexity_of(logits: Tensor, target: Sequence[int]) -> float:
+    """exp of the mean negative log-likelihood."""
+    probabilities = logits.double().softmax(-1)
+    logs = [math.log(float(probabilities[place, token])) for place, token in enumerate(target)]
+    return math.exp(-sum(logs) / len(logs))
+
+
+def right_share(logits: Tensor, target: Sequence[int]) -> float:
+    """Share of target tokens that are the arg-max."""
+    return sum(int(row.argmax()) == token for row, token in zip(logits, target, strict=True)) / len(target)
+
+
+def grow(cache: DynamicCache, rows: int, tokens: int) -> None:
+    """As if a pass had read so many tokens."""
+    cache.update(torch.zeros(rows, 1, tokens, 2), torch.zeros(rows, 1, tokens, 2), 0)

@@ -1,0 +1,25 @@
+"""Edits of a tiny model, for memories that are edited again and again."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from support.helpers import WORDS
+from wisecli.edits.record import Edit
+
+FLAGS: dict[str, Any] = {"layer": "2", "unrelated_texts": 16, "edits_per_shard": 4}
+
+
+def fact(number: int, *, target: int = 0, name: str | None = None) -> Edit:
+    chance = random.Random(number)
+    prompt = " ".join(chance.sample(WORDS[:40], 3))
+    return Edit(name or f"e{number}", prompt, WORDS[40 + (number + target) % 20], subject=prompt.split()[0])
+
+
+def write(path: Path, edits: Sequence[Edit]) -> Path:
+    path.write_text("".join(json.dumps(edit.as_dict()) + "\n" for edit in edits), encoding="utf-8")
+    return path

@@ -1,0 +1,46 @@
+"""Directories of every kind that the commands write, on a tiny model, for tests that look into them or damage them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.helpers import save_tiny
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.export import export
+from wisecli.commands.merge import merge
+from wisecli.config import EditSettings, MergeSettings
+
+EDITS: list[dict[str, Any]] = [
+    {"id": "one", "prompt": "ba be bi", "target": "do du", "subject": "Bebi", "rephrases": ["bi be ba"]},
+    {"id": "two", "prompt": "ka ke ki ko", "target": "fa", "locality": [{"prompt": "mu ma", "answer": "me mi"}]},
+    {"id": "three", "prompt": "ma me", "target": "ga ge gi", "irrelevant": ["ta to"]},
+]
+PLACES = ("shards", "memory", "retrieve", "edited")
+
+
+def make_places(root: Path) -> Path:
+    """A model, shards of it, two kinds of memory and an exported checkpoint."""
+    base = save_tiny(root / "model")
+    (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
+    quick = EditSettings(passes=2, unrelated_texts=16, shards=2)
+    run_edit(str(base), root / "edits.jsonl", root / "shards", quick, device="cpu")
+    merge([root / "shards"], root / "memory", MergeSettings())
+    merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve", router="norm"))
+    export(root / "memory", root / "edited", device="cpu")
+    return root
+
+
+def copied(root: Path, name: str, target: Path) -> Path:
+    """A copy of one of them that may be damaged."""
+    return Path(shutil.copytree(root / name, target / name))
+
+
+def change(path: Path, how: Callable[[Any], object]) -> None:
+    """Change a JSON file in place."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    how(content)
+    path.write_text(json.dumps(content), encoding="utf-8")

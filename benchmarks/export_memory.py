@@ -28,7 +28,7 @@ from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import Layout
 from wisecli.models.site import find_site, fingerprint
 from wisecli.routing.calibration import Calibration
-from wisecli.routing.side_memory import SideMemory
+from wisecli.routing.scores import SideMemory
 
 D, D_FF, VOCABULARY, KEYS, EDITS = 4096, 11008, 32000, 900, 100
 _LAYER = {

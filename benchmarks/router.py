@@ -20,7 +20,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from wisecli.routing.ann_index import build_index
-from wisecli.routing.side_memory import RoutedMatrix, SideMemory
+from wisecli.routing.scores import SideMemory
+from wisecli.routing.side_memory import RoutedMatrix
 
 RANK, WHITENINGS, D = 256, 2, 8
 REPEATS = 9

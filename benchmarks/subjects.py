@@ -22,8 +22,8 @@ from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.models.activations import capture
 from wisecli.models.tokenization import Row, collate, in_batches
-from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.side_memory import opened
+from wisecli.routing.prompt_gate import UNROUTED, Prompt
+from wisecli.routing.router import route
 
 _MOST = 200
 _SLOT = re.compile(r"\{\w+\}")
@@ -39,7 +39,8 @@ def share(edited: Edited, prompts: list[str]) -> float:
             batch = collate([rows[index] for index in indices]).to(edited.model.device)
             ends = capture(edited.model, edited.manifest.site, batch, above=False).keys[:, batch.start]
             named = routed.named_in(batch.ids, batch.mask.bool())
-            count += int((opened(*routed.nearest(ends, None, named)) != UNROUTED).sum())
+            asked = Prompt(torch.zeros(len(ends), 1, dtype=torch.long), named=None if named is None else named[:, None])
+            count += int((route(routed, ends[:, None], asked).chosen != UNROUTED).sum())
     return count / len(prompts)
 
 

@@ -65,9 +65,8 @@ for name, (path, loader) in exports.items():
             batch = kept["tokenizer"](prompt, return_tensors="pt")
             with torch.no_grad():
                 edited = model(**batch).logits[0, -1]
-                routed.enabled = False
-                plain = model(**batch).logits[0, -1]
-                routed.enabled = True
+                with routed.called_with(off=True):
+                    plain = model(**batch).logits[0, -1]
             if torch.equal(edited, plain):
                 return f"{prompt!r} is answered by the main memory"
 

@@ -22,7 +22,7 @@ from wisecli.edits.record import Edit, Probe
 from wisecli.errors import DamagedFileError
 from wisecli.models.site import Fingerprint, Site
 from wisecli.routing.calibration import calibrate
-from wisecli.routing.side_memory import SideMemory
+from wisecli.routing.scores import SideMemory
 
 
 def generator(seed: int = 0) -> torch.Generator:

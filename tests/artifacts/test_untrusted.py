@@ -34,7 +34,7 @@ from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import read_header
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
-from wisecli.routing.side_memory import SideMemory
+from wisecli.routing.scores import SideMemory
 
 ENOUGH = 300 << 20
 FEW = settings(
@@ -638,7 +638,7 @@ def test_code_of_a_model_never_runs_unless_it_is_trusted(scratch: Path, tmp_path
     for place in ("model", "edited"):
         path = copied(scratch, place, tmp_path)
         trap = tmp_path / f"{place}-ran"
-        for name in ("modeling_wise.py", "wise_memory.py", "evil.py"):
+        for name in ("modeling_wise.py", "side_memory.py", "evil.py"):
             (path / name).write_text(f"open({str(trap)!r}, 'w').close()\n")
         auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
         change(path / "config.json", lambda config, own=auto: config.update(auto_map=own))

@@ -17,6 +17,7 @@ from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, SettingsError
 from wisecli.evaluation.edited_model import attach
+from wisecli.models.loading import load_model
 from wisecli.routing.side_memory import RoutedMatrix
 
 EDITS = [fact(number) for number in range(4)]
@@ -85,9 +86,9 @@ def test_every_edit_can_be_made_to_answer(place: Path) -> None:
             output[0, -1] += routed.values[routed.value[near]]
             return output
 
-        edited.routed.enabled = False
         handle = edited.routed.register_forward_hook(add)
-        first = int(edited.model(ids).logits[0, -1].argmax())
+        with edited.unedited():
+            first = int(edited.model(ids).logits[0, -1].argmax())
         handle.remove()
         assert answers[edit.id][:1] == edited.tokenizer.decode([first], skip_special_tokens=True).split()
 
@@ -96,9 +97,9 @@ def test_what_the_unedited_model_says_is_what_the_base_says(place: Path) -> None
     for edit in EDITS:
         report = look(place, edit.prompt)
         edited = attach(place / "lookup", device="cpu")
-        edited.routed.enabled = False
         ids = edited.tokenizer(edit.prompt, return_tensors="pt")
-        answer = edited.model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        base = load_model(place / "model", device="cpu").model
+        answer = base.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert report.unedited == edited.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 

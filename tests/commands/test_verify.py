@@ -171,7 +171,7 @@ EXPORTED: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "modeling_wise.py",
         "custom code",
     ),
-    "no code": (lambda path: (path / "wise_memory.py").unlink(), "wise_memory.py", "custom code"),
+    "no code": (lambda path: (path / "side_memory.py").unlink(), "side_memory.py", "custom code"),
 }
 
 
@@ -189,14 +189,14 @@ def test_an_exported_checkpoint_that_would_load_as_something_else_is_named(
 
 def test_damage_is_found_even_where_the_digests_were_written_anew(root: Path, tmp_path: Path) -> None:
     path = copied(root, "edited", tmp_path)
-    (path / "wise_memory.py").write_text("import os\n")
+    (path / "side_memory.py").write_text("import os\n")
     flip_matrix(path / BASE, "model.layers.3.mlp.down_proj.weight")
-    names = ("wise_memory.py", BASE)
+    names = ("side_memory.py", BASE)
     digests = {name: sha256_file(path / name) for name in names}
     change(path / "router.json", lambda content: content["sha256"].update(digests))
     wrong = differing(path)
     assert {(check.file, check.tensor) for check in wrong} == {
-        ("wise_memory.py", None),
+        ("side_memory.py", None),
         (str(path), "model.layers.3.mlp.down_proj.weight"),
     }
 
@@ -214,7 +214,7 @@ def test_files_without_a_digest_are_said_not_to_be_checked(root: Path, tmp_path:
     report = verify(path)
     report.check()
     unchecked = {check.file for check in report.checks if check.state == "unchecked"}
-    assert unchecked >= {BASE, "wise_memory.py", "config.json"}
+    assert unchecked >= {BASE, "side_memory.py", "config.json"}
 
 
 # --- the base model ---

@@ -47,7 +47,8 @@ from wisecli.export.model_card import model_card
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.tokenization import Row
-from wisecli.routing.side_memory import SideMemory, install
+from wisecli.routing.scores import SideMemory
+from wisecli.routing.side_memory import install
 
 EDITS = [Edit("first", "ba be", "bi bo"), Edit("second", "da de | do", "di")]
 LENGTHS = (1, 5, 11, 8, 3, 6, 2, 9, 4, 7, 4, 10)

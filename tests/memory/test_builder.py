@@ -17,7 +17,8 @@ from wisecli.memory.merge_methods import Recipe, merge_deltas
 from wisecli.models.site import Site
 from wisecli.routing.calibration import scores
 from wisecli.routing.prompt_gate import NAMES, UNROUTED
-from wisecli.routing.side_memory import INSIDE, RoutedMatrix, SideMemory
+from wisecli.routing.scores import INSIDE, SideMemory
+from wisecli.routing.side_memory import RoutedMatrix
 from wisecli.routing.subject_names import Spellings, Word
 from wisecli.routing.whitening import leading, whitening
 

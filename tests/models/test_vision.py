@@ -41,7 +41,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import load_model
 from wisecli.models.site import known_layout, layer_count
-from wisecli.routing.side_memory import SideMemory
+from wisecli.routing.scores import SideMemory
 
 FAMILIES = sorted(name for name, config in TINY_CONFIGS.items() if hasattr(config, "vision_config"))
 EDITS: list[dict[str, Any]] = [

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from wisecli.routing import ann_index
 from wisecli.routing.ann_index import build_index
 from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.side_memory import RoutedMatrix, SideMemory
+from wisecli.routing.scores import SideMemory
+from wisecli.routing.side_memory import RoutedMatrix
 
 D_FF, KEYS, EDITS = 16, 2000, 500
 

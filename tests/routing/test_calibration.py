@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from wisecli.routing.calibration import calibrate, even_out, key_router, measure, peaks_above_usual, quantile, scores
 from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.side_memory import RoutedMatrix, SideMemory
+from wisecli.routing.scores import SideMemory
+from wisecli.routing.side_memory import RoutedMatrix
 from wisecli.routing.whitening import Moment, Whitening, whitening
 
 

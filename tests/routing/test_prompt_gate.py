@@ -11,15 +11,26 @@ from hypothesis import strategies as st
 from support.helpers import grow
 from torch import nn
 from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from wisecli.routing.prompt_gate import NAMED, UNROUTED, Names, PromptGate
+from wisecli.routing.router import route
+from wisecli.routing.scores import MemoryScores, SideMemory
 from wisecli.routing.subject_names import Word, names_of
 
 
 def held(gate: PromptGate, chosen: list[list[int]], mask: list[list[int]] | None, cache: Any = None) -> list[list[int]]:
     named = {"attention_mask": None if mask is None else torch.tensor(mask), "past_key_values": cache}
     gate.before_forward(nn.Identity(), (), named)
-    return gate.hold(torch.tensor(chosen)).tolist()  # type: ignore[no-any-return]
+    memory = MemoryScores(SideMemory({}, (1.0, 1.0, 1.0), routing="sequence"))
+    nearest = torch.tensor(chosen)
+    memory.index = lambda *_: (torch.full(nearest.shape, 2.0), nearest)
+    keys = torch.zeros(*nearest.shape, 1)
+    prompt = gate.prompt(None, keys)
+    decision = route(memory, keys, prompt)
+    assert decision.at_prompt is not None
+    gate.keep(prompt, decision.at_prompt)
+    return decision.chosen.tolist()  # type: ignore[no-any-return]
 
 
 N = UNROUTED
@@ -55,8 +66,29 @@ def test_the_gate_holds_its_choice_over_cached_steps() -> None:
     step = [[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
     assert held(gate, [[N], [1], [1]], step, cache) == [[2], [N], [0]]
     grow(cache, 3, 1)
-    step = [[*row, 1, 1] for row in step]
-    assert held(gate, [[0, 0], [0, 0], [N, N]], step, cache) == [[2, 2], [N, N], [0, 0]]
+    step = [[*row, 1] for row in step]
+    assert held(gate, [[0], [0], [N]], step, cache) == [[2], [N], [0]]
+
+
+def test_several_tokens_on_a_used_cache_are_a_prompt_of_their_own() -> None:
+    gate, cache = PromptGate(), DynamicCache()
+    held(gate, [[0, 1, 2], [1, 1, N], [N, N, 0]], None, cache)
+    grow(cache, 3, 3)
+    held(gate, [[0], [0], [0]], None, cache)
+    grow(cache, 3, 1)
+    # The third row has nothing but padding in this pass, and goes on with its own answer.
+    mask = [[1] * 6, [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
+    assert held(gate, [[0, 1], [2, N], [1, 1]], mask, cache) == [[N, 1], [N, N], [0, 0]]
+    grow(cache, 3, 2)
+    assert held(gate, [[0], [0], [N]], [[*row, 1] for row in mask], cache) == [[1], [N], [0]]
+
+
+def test_a_cache_that_the_model_makes_itself_keeps_the_decision() -> None:
+    gate, cache = PromptGate(), DynamicCache()
+    held(gate, [[0, 1]], [[1, 1]])
+    grow(cache, 1, 2)
+    gate.after_forward(nn.Identity(), (), BaseModelOutputWithPast(past_key_values=cache))
+    assert held(gate, [[0]], [[1, 1, 1]], cache) == [[1]]
 
 
 def test_the_gate_forgets_when_the_cache_is_emptied() -> None:
@@ -144,12 +176,12 @@ def test_the_gate_reads_names_in_the_prompt_alone_and_not_in_its_padding() -> No
     gate, keys = PromptGate(), torch.zeros(2, 4, 1)
     ids, mask = torch.tensor([[7, 7, 1, 2], [7, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     gate.before_forward(nn.Identity(), (), {"input_ids": ids, "attention_mask": mask})
-    found = gate.named(names(), keys)
+    found = gate.prompt(names(), keys).named
     assert found is not None
     assert found[:, 0, 2].tolist() == [False, True]
     right = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     gate.before_forward(nn.Identity(), (ids.flip(-1),), {"attention_mask": right})
-    found = gate.named(names(), keys)
+    found = gate.prompt(names(), keys).named
     assert found is not None
     assert found[:, 0, 2].tolist() == [False, True]
 
@@ -157,12 +189,32 @@ def test_the_gate_reads_names_in_the_prompt_alone_and_not_in_its_padding() -> No
 def test_names_have_no_say_once_a_prompt_is_decided_or_where_there_are_none() -> None:
     gate, cache = PromptGate(), DynamicCache()
     held(gate, [[0, 1]], [[1, 1]], cache)
-    assert gate.named(names(), torch.zeros(1, 1, 1)) is None
-    assert PromptGate().named(None, torch.zeros(1, 2, 1)) is None
+    grow(cache, 1, 2)
+    assert gate.prompt(names(), torch.zeros(1, 1, 1)).named is None
+    assert PromptGate().prompt(None, torch.zeros(1, 2, 1)).named is None
+
+
+def named_in(gate: PromptGate, cache: DynamicCache, ids: list[int]) -> bool:
+    """Whether a pass over some tokens names the third subject, whose one word is token 7."""
+    gate.before_forward(nn.Identity(), (), {"input_ids": torch.tensor([ids]), "past_key_values": cache})
+    prompt = gate.prompt(names(), torch.zeros(1, len(ids), 1))
+    gate.keep(prompt, torch.zeros(1, 1, dtype=torch.long))
+    grow(cache, 1, len(ids))
+    return prompt.named is not None and bool(prompt.named[0, 0, 2])
+
+
+def test_a_prompt_in_several_passes_holds_the_words_of_all_and_the_next_question_only_its_own() -> None:
+    gate, cache = PromptGate(), DynamicCache()
+    assert not named_in(gate, cache, [1, 2, 4])
+    assert named_in(gate, cache, [7, 2])
+    assert named_in(gate, cache, [2, 4, 1])
+    assert not named_in(gate, cache, [5])
+    assert not named_in(gate, cache, [2, 4, 1])
+    assert named_in(gate, cache, [4, 7])
 
 
 def test_a_gate_that_reads_names_wants_tokens() -> None:
     gate = PromptGate()
     gate.before_forward(nn.Identity(), (), {"inputs_embeds": torch.zeros(1, 2, 3)})
     with pytest.raises(ValueError, match="input_ids"):
-        gate.named(names(), torch.zeros(1, 2, 1))
+        gate.prompt(names(), torch.zeros(1, 2, 1))

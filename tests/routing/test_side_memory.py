@@ -28,8 +28,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from wisecli.models.generation import left_padded
-from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.side_memory import INSIDE, REACH, RoutedMatrix, SideMemory, install, opened
+from wisecli.routing.prompt_gate import UNROUTED, Prompt
+from wisecli.routing.router import route
+from wisecli.routing.scores import INSIDE, REACH, SideMemory
+from wisecli.routing.side_memory import RoutedMatrix, install
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
 MODES = ("norm", "key", "lookup")
@@ -193,15 +195,14 @@ def test_unrouted_tokens_keep_every_bit_of_the_base(
 
 @bases
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("off", ["out of reach", "disabled"])
+@pytest.mark.parametrize("off", ["out of reach", "off"])
 def test_with_nothing_routed_the_base_answers_bit_for_bit(
     base: Callable[[], nn.Module], mode: str, off: str, *, transposed: bool
 ) -> None:
     module, keys = base(), normal(3, 7, D_FF, seed=5)
     thresholds = (1e9, 1e9) if off == "out of reach" else (1e-9, 1e-9)
     routed = RoutedMatrix(module, Plain(2).packed(thresholds, mode), transposed=transposed)
-    routed.enabled = off != "disabled"
-    assert torch.equal(routed(keys), module(keys))
+    assert torch.equal(routed(keys, off=off == "off"), module(keys))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -336,10 +337,13 @@ def test_where_prompts_decide_a_lookup_opens_by_their_ends_and_goes_on_by_keys_i
             strength, nearest = routed.nearest(key[None], torch.tensor([answering]))
             assert nearest.tolist() == [expected]
             assert float(strength[0]) == pytest.approx(compared[expected] / least, abs=1e-5)
-            chosen = opened(strength, nearest)
-            assert chosen.tolist() == [expected if compared[expected] > least else UNROUTED]
-            assert torch.equal(routed.follow(torch.tensor([0]), chosen), chosen)
-            assert routed.follow(torch.tensor([UNROUTED]), chosen).tolist() == [UNROUTED]
+            opens = [[expected if compared[expected] > least else UNROUTED]]
+            if answering:
+                for held, answers in ((0, opens), (UNROUTED, [[UNROUTED]])):
+                    prompt = Prompt(None, torch.tensor([[held]]))
+                    assert route(routed, key[None, None], prompt).chosen.tolist() == answers
+            else:
+                assert route(routed, key[None, None], Prompt(torch.zeros(1, 1).long())).chosen.tolist() == opens
             seen.add((answering, compared[expected] > least))
         owners = zip(plain.owner.tolist(), plain.metric.tolist(), plain.cosines(key), strict=True)
         opening = [(owner, cosine) for owner, metric, cosine in owners if metric != INSIDE]
@@ -391,10 +395,9 @@ def test_one_pass_over_prompt_and_answer_chooses_as_one_pass_a_token() -> None:
         mask = torch.ones(2, place + 1)
         routed.gate.before_forward(nn.Identity(), (), {"attention_mask": mask, "past_key_values": cache})
         answers.append(routed(keys[:, place : place + 1]))
-    answering = (torch.arange(tokens) > 0).expand(2, -1)
-    chosen = opened(*routed.nearest(keys, answering))
+    chosen = route(routed, keys, Prompt(torch.zeros(2, 1, dtype=torch.long))).chosen
     base = F.linear(keys, routed.weight, routed.bias)
-    expected = routed.add_updates(base, keys, routed.follow(chosen[:, :1].expand_as(chosen), chosen))
+    expected = routed.add_updates(base, keys, chosen)
     assert torch.allclose(torch.cat(answers, 1), expected, atol=1e-5)
     assert not torch.allclose(expected, base, atol=1e-2)
 
@@ -515,7 +518,7 @@ def test_padded_and_cached_rows_agree_with_each_row_alone_and_whole(architecture
         mask[number, width + NEW - len(row) :] = 1
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits, first = [], 0
-    for last in (width, width + 1, width + NEW):  # the prompts, one token, then the rest at once
+    for last in (width, *range(width + 1, width + NEW + 1)):  # the prompts, then a token at a time
         window = slice(first, last)
         output = model(
             ids[:, window], attention_mask=mask[:, :last], position_ids=positions[:, window], past_key_values=cache
@@ -577,8 +580,9 @@ def test_an_installed_memory_out_of_reach_leaves_the_model_as_it_is(architecture
     assert torch.equal(model(ids).logits, before)
     routed.thresholds, routed.offset = (1e-9,), routed.offset + 5
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
-    routed.enabled = False
-    assert torch.equal(model(ids).logits, before)
+    with routed.called_with(off=True):
+        assert torch.equal(model(ids).logits, before)
+    assert not torch.allclose(model(ids).logits, before, atol=1e-3)
 
 
 @pytest.mark.parametrize("routing", ["token", "sequence"])
@@ -601,7 +605,7 @@ def test_a_lookup_in_a_model_agrees_with_a_loop_over_its_edits(
     opened = [choice_of(memory, keys_of_tokens(oracle, site, prompt)[-1]) for prompt in prompts]
     if routing == "sequence":
         assert routed.gate is not None
-        held_rows = routed.memory_at(vars(cache)["wise_choice"].flatten()).tolist()
+        held_rows = routed.memory_at(vars(cache)["wise_decided"].choice.flatten()).tolist()
         assert held_rows == [UNROUTED if edit is None else edit for edit in opened]
         assert len(set(held_rows)) > 2
     for step in range(3):

@@ -25,7 +25,9 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.site import Site, architectures, find_site, fingerprint
 from wisecli.models.tokenization import Row
 from wisecli.routing.calibration import Calibration
-from wisecli.routing.side_memory import RoutedMatrix, SideMemory, opened
+from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.scores import SideMemory
+from wisecli.routing.side_memory import RoutedMatrix
 
 END = "[END]"
 UNKNOWN = "[UNK]"
@@ -274,7 +276,8 @@ def score_of(memory: SideMemory, number: int, key: Tensor) -> float:
 
 def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
     """Which memory's score exceeds its threshold most, ``UNROUTED`` if none does: (..., M) → (...)."""
-    return opened(*routed.strongest(scores))
+    strength, nearest = routed.strongest(scores)
+    return nearest.where(strength > 1, UNROUTED)
 
 
 def choice_of(memory: SideMemory, key: Tensor) -> int | None:

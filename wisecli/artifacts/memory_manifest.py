@@ -15,7 +15,7 @@ from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Layout
 from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.calibration import Calibration
-from wisecli.routing.side_memory import SideMemory
+from wisecli.routing.scores import SideMemory
 
 MANIFEST_NAME = "router.json"
 MEMORY_NAME = "memory.safetensors"

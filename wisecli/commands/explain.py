@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,6 @@ from wisecli.models.generation import generate
 from wisecli.models.tokenization import Row, collate
 from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.side_memory import RoutedMatrix
-
-# What a memory that is made to answer counts as: more than its threshold.
-_OPEN = 2.0
 
 
 @dataclass(frozen=True)
@@ -139,12 +134,12 @@ def _tokens(
     batch = collate([Row(tuple(prompt), tuple(answer or prompt[:1]))]).to(edited.model.device)
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, : len(prompt) + max(len(answer) - 1, 0)]
     end = len(prompt) - 1
-    strength, nearest, chosen = edited.decisions(keys, end, named)
-    memories = edited.routed.memory_at(nearest)
+    decided = edited.decisions(keys, end, named)
+    memories = edited.routed.memory_at(decided.nearest)
     shown = [*range(len(prompt)), *range(end, end + len(answer))]
     texts = [str(edited.tokenizer.decode([token])) for token in [*prompt, *answer]]
     found = (
-        Token(text, float(strength[at]), int(chosen[at]) != UNROUTED, _id(edited, int(memories[at])))
+        Token(text, float(decided.strength[at]), int(decided.chosen[at]) != UNROUTED, _id(edited, int(memories[at])))
         for text, at in zip(texts, shown, strict=True)
     )
     return tuple(found), keys[end]
@@ -159,7 +154,7 @@ def _ranked(routed: RoutedMatrix, end: Tensor) -> list[int]:
 
 def _near(edited: Edited, asked: str, end: Tensor, memory: int, length: int, named: Tensor | None) -> Near:
     strength = float(edited.routed.scores(end)[memory]) / edited.routed.thresholds[memory]
-    with _forced(edited.routed, memory):
+    with edited.routed.called_with(forced=memory):
         answer = _text(edited, _answer(edited, asked, length))
     edit = _edit(edited, memory)
     if edit is None:
@@ -168,27 +163,6 @@ def _near(edited: Edited, asked: str, end: Tensor, memory: int, length: int, nam
     if named is not None and bool(edited.routed.asks[edited.routed.owner == memory].any()):
         found = bool(named[0, memory])
     return Near(edit.id, edit.prompt, edit.target, strength, answer, found)
-
-
-@contextmanager
-def _forced(routed: RoutedMatrix, memory: int) -> Iterator[None]:
-    """One memory answers from the prompt's last token on, whatever its score; a lookup's by the nearest of its keys."""
-
-    def choose(
-        matrix: RoutedMatrix, keys: Tensor, _answering: Tensor | None, _named: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        strength = torch.zeros(keys.shape[:-1], device=keys.device)
-        strength[..., -1] = _OPEN  # the first pass reads the prompt, and every other one token
-        if matrix.kind != "lookup":
-            return strength, torch.full(keys.shape[:-1], memory, device=keys.device)
-        own = matrix.cosines(keys).masked_fill(matrix.owner != memory, -torch.inf)
-        return strength, own.argmax(-1)
-
-    before, routed.index = routed.index, choose
-    try:
-        yield
-    finally:
-        routed.index = before
 
 
 def _edit(edited: Edited, memory: int) -> Edit | None:

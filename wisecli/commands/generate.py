@@ -85,14 +85,14 @@ def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, 
     # The edited model runs, so that every score is the one it decided by.
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
     routed = edited.routed
-    strength, nearest, chosen = edited.decisions(keys, 0, routed.named_in(batch.ids[:, : batch.start + 1]))
+    decided = edited.decisions(keys, 0, routed.named_in(batch.ids[:, : batch.start + 1]))
     steps = []
     for place, token in enumerate(answer):
-        best, memory = (int(routed.memory_at(one[place])) for one in (nearest, chosen))
+        best, memory = (int(routed.memory_at(one[place])) for one in (decided.nearest, decided.chosen))
         threshold = routed.thresholds[best]
         who = None if memory == UNROUTED else memory
         known = routed.kind == "lookup" and best < len(edited.manifest.edits)
         closest = edited.manifest.edits[best].prompt if known else None
-        score = float(strength[place]) * threshold
+        score = float(decided.strength[place]) * threshold
         steps.append(Step(str(edited.tokenizer.decode([token])), who, score, threshold, closest))
     return tuple(steps)

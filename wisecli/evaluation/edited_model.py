@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.models.loading import load_model
 from wisecli.models.streaming import LayerStream
 from wisecli.routing.ann_index import build_index
-from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.side_memory import RoutedMatrix, install, opened
+from wisecli.routing.prompt_gate import Prompt
+from wisecli.routing.router import RoutingDecision, route
+from wisecli.routing.side_memory import RoutedMatrix, install
 
 
 @dataclass(frozen=True)
@@ -33,28 +34,23 @@ class Edited:
     @contextmanager
     def unedited(self) -> Iterator[None]:
         """The base model for a while: nothing is routed."""
-        self.routed.enabled = False
-        try:
+        with self.routed.called_with(off=True):
             yield
-        finally:
-            self.routed.enabled = True
 
     @torch.no_grad()
-    def decisions(self, keys: Tensor, end: int, named: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """For keys (n, d_ff) of one row: by what factor a threshold is exceeded at most, where, and what answers, (n,).
+    def decisions(self, keys: Tensor, end: int, named: Tensor | None) -> RoutingDecision:
+        """What answers each token of one row, by its keys (n, d_ff); the parts of the decision are (n,).
+
+        ``strength`` and ``nearest`` are those of any memory, also of one whose subject the prompt does not name.
 
         Args:
             end: the place of the prompt's last token.
             named: the edits whose subjects the prompt names (1, M), if that has a say in what answers.
         """
-        place = torch.arange(len(keys), device=keys.device)
-        strength, nearest = self.routed.nearest(keys, place > end)
-        chosen = opened(strength, nearest)
-        if named is not None:
-            chosen = opened(*self.routed.nearest(keys, place > end, named))
-        if self.routed.gate is not None:
-            chosen = self.routed.follow(chosen[end].expand_as(chosen), chosen).where(place >= end, UNROUTED)
-        return strength, nearest, chosen
+        prompt = Prompt(torch.tensor([[end]], device=keys.device))
+        found = route(self.routed, keys[None], prompt)
+        asked = None if named is None else route(self.routed, keys[None], replace(prompt, named=named[:, None]))
+        return RoutingDecision(found.strength[0], found.nearest[0], (asked or found).chosen[0])
 
 
 def attach(

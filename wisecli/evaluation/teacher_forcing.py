@@ -22,8 +22,8 @@ from wisecli.models.generation import generate
 from wisecli.models.objectives import met
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.progress import Event, Watcher
-from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.side_memory import INSIDE, opened
+from wisecli.routing.prompt_gate import UNROUTED, Prompt
+from wisecli.routing.router import route
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
 KNOWN = 0.8
@@ -81,9 +81,8 @@ def teacher_forced(
     done = 0
     groups = list(in_batches(rows, batch_size))
     for indices, base in zip(groups, _unedited(edited, rows, groups), strict=True):
-        routes = _routes(edited, base, prompt_opens=prompt_opens)
-        if holders is not None:
-            routes = _held(edited, base, routes, [holders[index] for index in indices])
+        forced = None if holders is None else [holders[index] for index in indices]
+        routes = _routes(edited, base, prompt_opens=prompt_opens, forced=forced)
         after = _edited_logits(edited, base, routes)
         opened = edited.routed.memory_at(routes[:, base.batch.start])
         for place, one in zip(indices, _measure(base, after, opened), strict=True):
@@ -105,41 +104,19 @@ def _unedited(edited: Edited, rows: Sequence[Row], groups: Sequence[Sequence[int
         yield activations
 
 
-def _routes(edited: Edited, base: Activations, *, prompt_opens: bool) -> Tensor:
+def _routes(
+    edited: Edited, base: Activations, *, prompt_opens: bool, forced: Sequence[int | None] | None = None
+) -> Tensor:
     """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
-    routed, start = edited.routed, base.batch.start
-    after = torch.arange(base.keys.shape[1], device=base.keys.device) > start
-    mask = base.batch.mask.bool()
-    named = routed.named_in(base.batch.ids, mask & ~after)
-    given = after.expand(base.keys.shape[:2]), None if named is None else named[:, None]
-    chosen = opened(*routed.nearest(base.keys, *given))
-    chosen = chosen.where(mask, UNROUTED)
-    at_prompt = chosen[:, start : start + 1]
-    if routed.gate is not None:
-        window = torch.arange(chosen.shape[1], device=chosen.device) >= start
-        return routed.follow(at_prompt.where(window & mask, UNROUTED), chosen)
-    if prompt_opens:
-        chosen = chosen.clone()
-        chosen[:, start:] = chosen[:, start:].where(at_prompt != UNROUTED, UNROUTED)
-    return chosen
-
-
-def _held(edited: Edited, base: Activations, routes: Tensor, holders: Sequence[int | None]) -> Tensor:
-    """Routes (B, T) in which every row that has a holder is answered by it from its prompt's last token on."""
-    start = base.batch.start
-    memory = torch.tensor([UNROUTED if one is None else one for one in holders], device=routes.device)[:, None]
-    answer = memory
-    if edited.routed.kind == "lookup":
-        cosines = edited.routed.cosines(base.keys[:, start:])
-        others = (edited.routed.owner != memory)[:, None].expand_as(cosines)
-        if edited.routed.gate is not None:
-            after = torch.arange(cosines.shape[1], device=cosines.device)[:, None] > 0
-            others = others | ((edited.routed.metric == INSIDE) != after)
-        answer = cosines.masked_fill(others, -torch.inf).argmax(-1)
-    real = base.batch.mask[:, start:].bool()
-    held = routes.clone()
-    held[:, start:] = torch.where(real & (memory != UNROUTED), answer, routes[:, start:])
-    return held
+    routed, mask, start = edited.routed, base.batch.mask.bool(), base.batch.start
+    end = torch.full((len(mask), 1), start, device=mask.device)
+    named = routed.named_in(base.batch.ids, mask & (torch.arange(mask.shape[1], device=mask.device) <= end))
+    prompt = Prompt(end, named=None if named is None else named[:, None], real=mask)
+    holders = None
+    if forced is not None:
+        numbers = [UNROUTED if one is None else one for one in forced]
+        holders = torch.tensor(numbers, device=mask.device)[:, None]
+    return route(routed, base.keys, prompt, prompt_opens=prompt_opens, forced=holders).chosen
 
 
 def _edited_logits(edited: Edited, base: Activations, routes: Tensor) -> Tensor:

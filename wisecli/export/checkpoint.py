@@ -37,13 +37,17 @@ from wisecli.io.checkpoint import (
     write_json,
 )
 from wisecli.models.site import load_matrix, loader_name, stored_weight
-from wisecli.routing import prompt_gate, side_memory
+from wisecli.routing import prompt_gate, router, scores, side_memory
 
-CODE_NAME, MEMORY_CODE_NAME, GATE_CODE_NAME = "modeling_wise.py", "wise_memory.py", "prompt_gate.py"
+CODE_NAME = "modeling_wise.py"
+# The modules of the package that a checkpoint carries as they are, and what they were called before.
+_CARRIED = (side_memory, router, scores, prompt_gate)
+_CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
+_FORMER_NAMES = ("wise_memory.py",)
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_REWRITTEN = ("config.json", "router.json", "README.md", CODE_NAME, MEMORY_CODE_NAME, GATE_CODE_NAME)
+_REWRITTEN = ("config.json", "router.json", "README.md", CODE_NAME, *_CARRIED_NAMES, *_FORMER_NAMES)
 # Classes of models with their head, by the class that loads them.
 _WITH_HEAD = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -166,8 +170,8 @@ def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
         names[name] = str(mapping[kind].__name__)  # type: ignore[attr-defined]  # the stubs allow for pairs
     template = resources.files("wisecli").joinpath("data/modeling_wise.py.tmpl").read_text(encoding="utf-8")
     code = Template(template).substitute(names, architecture=names["causal"])
-    carried = {MEMORY_CODE_NAME: side_memory, GATE_CODE_NAME: prompt_gate}
-    own = {name: Path(str(module.__file__)).read_text(encoding="utf-8") for name, module in carried.items()}
+    carried = zip(_CARRIED_NAMES, _CARRIED, strict=True)
+    own = {name: Path(str(module.__file__)).read_text(encoding="utf-8") for name, module in carried}
     return names, {CODE_NAME: code, **own}
 
 

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, half
 from wisecli.artifacts.unrelated_stats import Unrelated
@@ -24,7 +24,7 @@ from wisecli.routing.calibration import (
     peaks_above_usual,
     scores,
 )
-from wisecli.routing.side_memory import INSIDE, RoutedMatrix, SideMemory
+from wisecli.routing.scores import INSIDE, MemoryScores, SideMemory
 from wisecli.routing.subject_names import Spellings, names_of
 from wisecli.routing.whitening import Whitening, whitening
 
@@ -108,7 +108,7 @@ def _routed_by(draft: SideMemory, material: Material, owner: Tensor, settings: M
     rule, share = settings.threshold or "false-alarm", _share(settings, named="asks" in draft.tensors)
     if draft.router == "key":
         draft, level = _with_probes(draft, material, owner, settings)
-    routed = _stand_in(draft)
+    routed = MemoryScores(draft)
     away, own = scores(routed, quiet), scores(routed, evidence.keys[calibrating])
     mine = own.gather(1, owner[calibrating, None]).flatten()
     if draft.router == "norm":
@@ -158,7 +158,7 @@ def _with_probes(
         moments.append(unrelated.wording)
         shares.append(_share(settings, named=False))
     tensors = key_router(evidence.keys[kept], owner[kept], metric, [whitening(moment) for moment in moments])
-    by_metric = _stand_in(SideMemory({**tensors, "owner": metric}, (1.0,) * len(moments), "key"))
+    by_metric = MemoryScores(SideMemory({**tensors, "owner": metric}, (1.0,) * len(moments), "key"))
     # Inside an answer the token says most of a key, and text that spares a rare one says nothing of what else has it.
     usual, peaks = peaks_above_usual(by_metric, unrelated.keys, metric != INSIDE, metric, len(moments))
     near, margins = evidence.elsewhere[kept] * inside, torch.full((len(metric),), APART)
@@ -208,10 +208,6 @@ def _among_others(keys: Tensor, edit: Tensor, white: Whitening) -> Tensor:
 def _held(memory: SideMemory) -> bool:
     """Whether a prompt decides for a whole row, and each token after it only with which key."""
     return memory.kind == "lookup" and memory.routing == "sequence"
-
-
-def _stand_in(memory: SideMemory) -> RoutedMatrix:
-    return RoutedMatrix(nn.Linear(1, 1, bias=False), memory, transposed=False)
 
 
 def _calibrating(material: Material, settings: MergeSettings) -> Tensor:

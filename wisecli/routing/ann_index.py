@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.side_memory import INSIDE, REACH, RoutedMatrix
+from wisecli.routing.scores import INSIDE, REACH, MemoryScores
 
 # Up to here comparing with all keys costs less than looking them up.
 INDEXED_ABOVE = 10_000
@@ -31,20 +31,24 @@ class NearestKey:
     places: tuple[Tensor, ...]
 
     def __call__(
-        self, routed: RoutedMatrix, keys: Tensor, answering: Tensor | None = None, named: Tensor | None = None
+        self, routed: MemoryScores, keys: Tensor, answering: Tensor | None = None, named: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`~wisecli.routing.side_memory.RoutedMatrix.nearest` of a lookup: (..., d_ff) → two (...).
+        """As :meth:`~wisecli.routing.scores.MemoryScores.nearest` of a lookup: (..., d_ff) → two (...).
 
         With ``named``, of so many of the nearest keys as are searched for the first whose edit's subject is named.
         """
         flat = keys.reshape(-1, keys.shape[-1]).float().cpu()
         lengths = routed.lengths(flat.to(routed.probes.device)).cpu()
-        after = torch.zeros(len(flat), dtype=torch.bool) if answering is None else answering.reshape(-1).cpu()
+        after = (
+            torch.zeros(len(flat), dtype=torch.bool)
+            if answering is None
+            else answering.expand(keys.shape[:-1]).reshape(-1).cpu()
+        )
         limits = torch.tensor(routed.thresholds)[routed.owner.cpu()]
         best, chosen = torch.full((len(flat),), -torch.inf), torch.full((len(flat),), UNROUTED)
         for number, (index, places) in enumerate(zip(self.indices, self.places, strict=True)):
             asked = torch.cat([flat, lengths[:, number, None]], dim=1).numpy()
-            inside = routed.gate is not None and number == INSIDE
+            inside = routed.routing == "sequence" and number == INSIDE
             asking = None if inside else named
             searched = 1 if asking is None else _SEARCHED_FOR
             found, rows = (torch.from_numpy(array) for array in index.search(asked, searched))
@@ -54,7 +58,7 @@ class NearestKey:
             place, cosine = places[row.clamp(min=0)], found[:, 0] / lengths[:, number]
             strength = cosine / (REACH if inside else limits[place])
             nearer = (strength > best) & (row >= 0)
-            if routed.gate is not None:
+            if routed.routing == "sequence":
                 nearer &= after if inside else ~after
             best, chosen = strength.where(nearer, best), place.where(nearer, chosen)
         best, chosen = (found.view(keys.shape[:-1]).to(keys.device) for found in (best, chosen))
@@ -62,7 +66,7 @@ class NearestKey:
 
 
 def _first_named(
-    routed: RoutedMatrix, found: Tensor, rows: Tensor, places: Tensor, named: Tensor
+    routed: MemoryScores, found: Tensor, rows: Tensor, places: Tensor, named: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of search results (N, k), nearest first, the first that may open, (N, 1) twice; row -1 for none.
 
@@ -76,7 +80,7 @@ def _first_named(
     return found.gather(1, first), rows.gather(1, first).where(allowed.any(-1, keepdim=True), UNROUTED)
 
 
-def build_index(routed: RoutedMatrix) -> NearestKey | None:
+def build_index(routed: MemoryScores) -> NearestKey | None:
     """An index for a lookup of more than ``INDEXED_ABOVE`` keys, where faiss is installed (the extra ``index``)."""
     if routed.kind != "lookup" or len(routed.probes) <= INDEXED_ABOVE or find_spec("faiss") is None:
         return None

@@ -1,4 +1,4 @@
-"""What is decided once a prompt: where it ends, whether it names what an edit is about, and what answers it.
+"""What sequence routing knows of prompts: where they end, which subjects they name, and what they decided.
 
 Needs torch only; exports carry this very file.
 """
@@ -6,6 +6,7 @@ Needs torch only; exports carry this very file.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,26 +47,75 @@ class Names(nn.Module):
 
     def forward(self, ids: Tensor, prompt: Tensor) -> Tensor:
         """Which edits' subjects are named in rows: token ids (B, T), and which belong to prompts (B, T) → (B, M)."""
+        return self.of(self.held(ids, prompt))
+
+    def held(self, ids: Tensor, prompt: Tensor) -> Tensor:
+        """Which words rows of token ids (B, T) hold, at the tokens that ``prompt`` (B, T) marks: 0 or 1, (B, v)."""
         place = torch.searchsorted(self.tokens, ids.contiguous()).clamp(max=len(self.tokens) - 1)
         known = (self.tokens[place] == ids) & prompt
-        shares = self.shares.float()
-        held = shares.new_zeros(len(ids), len(self.tokens) + 1)
-        held = held.scatter(1, self.words[place].where(known, len(self.tokens)), 1.0)
-        share = held.new_zeros(len(ids), len(self.whose))
-        share = share.index_add(1, self.named, held[:, self.naming] * shares)
-        named = held.new_zeros(len(ids), self.edits).index_add(1, self.whose, (share > NAMED - 1e-4).to(held.dtype))
-        return named > 0
+        words = self.shares.new_zeros(len(ids), len(self.tokens) + 1, dtype=torch.float32)
+        return words.scatter(1, self.words[place].where(known, len(self.tokens)), 1.0)[:, :-1]
+
+    def of(self, words: Tensor) -> Tensor:
+        """The edits whose subjects rows with these words (B, v) name: (B, M)."""
+        share = words.new_zeros(len(words), len(self.whose))
+        share = share.index_add(1, self.named, words[:, self.naming] * self.shares.float())
+        named = words.new_zeros(len(words), self.edits)
+        return named.index_add(1, self.whose, (share > NAMED - 1e-4).to(words.dtype)) > 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is known of the prompts of a pass' rows.
+
+    ``end`` (B, 1) is the column of each row's last prompt token, below 0 for a row that has none in this pass;
+    ``None`` says that all rows' prompts were read before. ``held`` (B, 1) is what an earlier pass decided. ``named``
+    (B, 1, M) marks the edits whose subjects the prompts name; ``None`` where that has no say. ``real`` (B, T) marks
+    tokens that are no padding; ``None`` where padding does no harm.
+    """
+
+    end: Tensor | None
+    held: Tensor | None = None
+    named: Tensor | None = None
+    real: Tensor | None = None
+
+    def after(self, column: Tensor) -> Tensor:
+        """Which columns (T,) come after their row's prompt: (B or 1, T)."""
+        return (column >= 0)[None] if self.end is None else column > self.end
+
+    def answers(self, column: Tensor) -> Tensor:
+        """Which columns (T,) say what comes after the prompt, its last token among them: (B or 1, T)."""
+        return (column >= 0)[None] if self.end is None else column >= self.end
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What is kept with an attention cache.
+
+    ``choice`` (B, 1) is what each row's prompt decided, ``words`` (B, v) are those of the subjects that it holds so
+    far, and ``answering`` says whether the answer has begun: what comes in several tokens after that is a new prompt.
+    """
+
+    choice: Tensor
+    words: Tensor | None
+    answering: bool = False
 
 
 class PromptGate:
-    """For sequence routing: the choice made at a row's last prompt token, kept on its attention cache."""
+    """The one owner of what sequence routing remembers from pass to pass, which lies with the attention cache.
+
+    A pass of one token goes on with what its rows' prompts decided; a pass of several is a prompt, or more of one, and
+    decides anew. So the second question of a conversation is decided by itself, on the cache of the first.
+    """
 
     def __init__(self) -> None:
         self._cache: Any = None
         self._last: Tensor | None = None
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
+        self._words: Tensor | None = None
         self._earlier = 0
+        self._kept: Decided | None = None
 
     def before_forward(self, _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Forward pre-hook of the model: notes the cache, the tokens, and where each row's prompt ends."""
@@ -74,46 +124,46 @@ class PromptGate:
         self._mask = None if mask is None or mask.dim() != 2 else mask
         self._last = None if self._mask is None else self._mask.long().cumsum(-1).argmax(-1)
         self._earlier = 0 if self._cache is None else self._cache.get_seq_length()
+        self._kept = None
         if self._cache is not None and self._earlier == 0:
-            self._cache.wise_choice = None
+            self._cache.wise_decided = None
 
-    @property
-    def decided(self) -> bool:
-        """Whether these rows' prompts were read in an earlier pass."""
-        return getattr(self._cache, "wise_choice", None) is not None
+    def after_forward(self, _model: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the model: a cache that it made itself gets what was decided."""
+        cache = getattr(output, "past_key_values", None)
+        if self._cache is None and cache is not None and self._kept is not None:
+            cache.wise_decided = self._kept
 
-    def answering(self, keys: Tensor) -> Tensor:
-        """Which tokens of (B, T, d_ff) come after their row's prompt: (B, T)."""
-        if self.decided:
-            return torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        return torch.arange(keys.shape[1], device=keys.device) > self._ends(keys)
-
-    def named(self, names: Names | None, keys: Tensor) -> Tensor | None:
-        """Which edits' subjects each row's prompt names: (B, 1, M); nothing where that has no say.
+    def prompt(self, names: Names | None, keys: Tensor) -> Prompt:
+        """What is known of the prompts of a pass over keys (B, T, d_ff).
 
         Raises:
-            ValueError: the model was given embeddings in the place of tokens.
+            ValueError: the model was given embeddings in the place of tokens, and its edits ask for subjects.
         """
-        if names is None or self.decided:
-            return None
+        before: Decided | None = getattr(self._cache, "wise_decided", None)
+        if before is not None and keys.shape[1] == 1:
+            self._words = before.words
+            return Prompt(None, before.choice)
+        end = self._ends(keys)
+        held = None if before is None else before.choice
+        if names is None:
+            return Prompt(end, held)
         if self._ids is None:
             raise ValueError("this model's edits open for prompts that name their subjects: give it input_ids")
-        prompt = torch.arange(keys.shape[1], device=keys.device) <= self._ends(keys)
+        prompt = torch.arange(keys.shape[1], device=keys.device) <= end
         if self._mask is not None:
             prompt = prompt & self._mask[:, -keys.shape[1] :].bool()
-        found: Tensor = names(self._ids, prompt)
-        return found[:, None]
+        words = names.held(self._ids, prompt)
+        if before is not None and before.words is not None and not before.answering:
+            words = words.maximum(before.words)
+        self._words = words
+        return Prompt(end, held, names.of(words)[:, None])
 
-    def hold(self, chosen: Tensor) -> Tensor:
-        """The row's own choice from its last prompt token on: (B, T) → (B, T)."""
-        row: Tensor | None = getattr(self._cache, "wise_choice", None)
-        if row is not None:
-            return row.expand_as(chosen)
-        last = self._ends(chosen)
-        row = chosen.gather(1, last)
+    def keep(self, prompt: Prompt, choice: Tensor) -> None:
+        """Keep what a pass' rows decided (B, 1) with its cache."""
+        self._kept = Decided(choice, self._words, answering=prompt.end is None)
         if self._cache is not None:
-            self._cache.wise_choice = row
-        return row.where(torch.arange(chosen.shape[1], device=chosen.device) >= last, UNROUTED)
+            self._cache.wise_decided = self._kept
 
     def _ends(self, rows: Tensor) -> Tensor:
         """The column of each row's last prompt token: (B, T, ...) → (B, 1)."""

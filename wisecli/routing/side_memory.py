@@ -1,99 +1,28 @@
-"""The side memory and the routed matrix: the method on one screen. Needs torch only; exports carry these very files.
+"""The routed matrix: the method on one screen. Needs torch only; exports carry this very file.
 
     y = W a + b                    the main memory answers
     y = W a + b + Δ_m a            side memory m answers, where its score exceeds its threshold ε_m
     y = W a + b + v_i              of kind ``lookup``: the residual v_i of the edit's key i that is nearest to a
 
-The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768,
-equations 3 and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened (router ``key``). Of several
-memories the one whose score exceeds its threshold by the largest factor answers (equation 8). A lookup counts every
-edit as a memory of its own.
+What answers where is decided by :func:`~wisecli.routing.router.route`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .prompt_gate import NAMES, UNROUTED, Names, PromptGate
-
-# The whitening of keys inside answers; those that prompts end in have others.
-INSIDE = 1
-# How near a key inside an answer must come once a prompt has opened a lookup for the whole row.
-REACH = 0.5
-_SETTINGS = ("router", "routing", "kind", "sharpness")
-# What a description may allocate: these types, and so many numbers a tensor.
-_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
-_LARGEST = 2**36
+from .prompt_gate import UNROUTED, PromptGate
+from .router import RoutingDecision, route
+from .scores import MemoryScores, SideMemory
 
 
-@dataclass(frozen=True)
-class SideMemory:
-    """M side memories of one matrix and what routes to them.
-
-    ``tensors`` of kind ``matrix``: ``columns`` (M, k) the input coordinates each memory reads; ``delta`` (M, d, k) its
-    change ``Δ`` there. Of kind ``lookup``: ``values`` (m, d) the residuals; ``value`` (n,) the one each key adds. With
-    router ``key`` also ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what together with the
-    ``offset`` (n,) lets all share one threshold; ``owner`` (n,) the memory it belongs to; ``metric`` (n,) the whitening
-    it is seen through, of those that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
-    ``P = floor · I + directionsᵀ diag(gains) directions``. A lookup may hold ``NAMES`` besides: those of its keys that
-    ``asks`` (n,) marks open for prompts that name their edit's subject.
-
-    ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
-    follows (of a lookup, whether it answers, by the keys that prompts end in; each token after it takes the nearest key
-    inside an answer, be it less near than a token by itself would have to be). ``sharpness`` β > 0 lets a lookup
-    add the mean of all residuals, weighted by ``softmax(β · score)``; 0 adds the nearest key's alone.
-    """
-
-    tensors: Mapping[str, Tensor]
-    thresholds: tuple[float, ...]
-    router: str = "norm"
-    routing: str = "token"
-    kind: str = "matrix"
-    sharpness: float = 0.0
-
-    def describe(self) -> dict[str, Any]:
-        """All but the tensors, with their shapes and types, as JSON."""
-        layout = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in self.tensors.items()}
-        settings = {name: getattr(self, name) for name in _SETTINGS}
-        return {"thresholds": list(self.thresholds), **settings, "tensors": layout}
-
-    @classmethod
-    def from_description(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> SideMemory:
-        """The inverse of :meth:`describe`; tensors that are not given are allocated, to be loaded later.
-
-        Raises:
-            ValueError: the description asks for tensors that no memory has.
-        """
-        if tensors is None:
-            layout = described["tensors"].items()
-            tensors = {name: _allocated(name, dtype, shape) for name, (dtype, *shape) in layout}
-        return cls(tensors, tuple(described["thresholds"]), **{name: described[name] for name in _SETTINGS})
-
-
-def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
-    size = 1
-    for dimension in shape:
-        size = size * dimension if type(dimension) is int and dimension >= 0 else _LARGEST + 1
-    if dtype not in _TYPES or size > _LARGEST:
-        raise ValueError(f"the memory's description of tensor {name} cannot be right: {str([dtype, *shape])[:80]}")
-    return torch.empty(shape, dtype=getattr(torch, dtype))
-
-
-Nearest = Callable[["RoutedMatrix", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-
-
-def opened(strength: Tensor, nearest: Tensor) -> Tensor:
-    """What is nearest where its threshold is exceeded, ``UNROUTED`` elsewhere: (...) twice → (...)."""
-    return nearest.where(strength > 1, UNROUTED)
-
-
-class RoutedMatrix(nn.Module):
+class RoutedMatrix(MemoryScores):
     """A value matrix with side memories; a plain module, so that nothing mistakes it for a linear layer.
 
     Args:
@@ -104,153 +33,51 @@ class RoutedMatrix(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    columns: Tensor
-    delta: Tensor
-    probes: Tensor
-    owner: Tensor
-    offset: Tensor
-    metric: Tensor
-    directions: Tensor
-    gains: Tensor
-    floors: Tensor
-    asks: Tensor
-    values: Tensor
-    value: Tensor
 
     def __init__(self, base: nn.Module, memory: SideMemory, *, transposed: bool) -> None:
-        super().__init__()
+        super().__init__(memory)
         self.register_parameter("weight", base.get_parameter("weight"))
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
-        for name, tensor in memory.tensors.items():
-            if name not in NAMES:
-                # Half precision is for keeping: squared norms of keys overflow it.
-                self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
-        self.names = Names(memory.tensors, len(memory.thresholds)) if "asks" in memory.tensors else None
-        self.thresholds, self.router = memory.thresholds, memory.router
-        self.kind, self.sharpness = memory.kind, memory.sharpness
         self.gate = PromptGate() if memory.routing == "sequence" else None
-        self.enabled = True
-        self.index: Nearest | None = None
 
-    def forward(self, keys: Tensor) -> Tensor:
-        """``keys`` (B, T, d_ff) → (B, T, d)."""
+    def forward(self, keys: Tensor, *, off: bool = False, forced: int | None = None) -> Tensor:
+        """``keys`` (B, T, d_ff) → (B, T, d).
+
+        Args:
+            off: the main memory alone answers.
+            forced: this memory answers from the prompts' end on, whatever its score; see :func:`route`.
+        """
         answer = F.linear(keys, self.weight.T if self.transposed else self.weight, self.bias)
-        if not self.enabled:
+        if off:
             return answer
+        return self.add_updates(answer, keys, self.decide(keys, forced=forced).chosen)
+
+    def decide(self, keys: Tensor, *, forced: int | None = None) -> RoutingDecision:
+        """What answers each token of this pass (B, T, d_ff); a row's decision is kept with its attention cache."""
+        rows = None if forced is None else torch.full((len(keys), 1), forced, device=keys.device)
         if self.gate is None:
-            return self.add_updates(answer, keys, opened(*self.nearest(keys)))
-        chosen = opened(*self.nearest(keys, self.gate.answering(keys), self.gate.named(self.names, keys)))
-        return self.add_updates(answer, keys, self.follow(self.gate.hold(chosen), chosen))
+            return route(self, keys, forced=rows)
+        prompt = self.gate.prompt(self.names, keys)
+        decision = route(self, keys, prompt, forced=rows)
+        if decision.at_prompt is not None:
+            self.gate.keep(prompt, decision.at_prompt)
+        return decision
 
-    def nearest(
-        self, keys: Tensor, answering: Tensor | None = None, named: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """By what factor each token exceeds a threshold at most, and where: (..., d_ff) → two (...).
+    @contextmanager
+    def called_with(self, *, off: bool = False, forced: int | None = None) -> Iterator[None]:
+        """For a while, every call of this matrix inside a model gets these arguments of :meth:`forward`."""
 
-        The place is a memory, or of a lookup one of its keys.
+        def add(
+            _module: nn.Module, inputs: tuple[Tensor, ...], _named: dict[str, Any]
+        ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+            return inputs, {"off": off, "forced": forced}
 
-        Args:
-            answering: which tokens (...) come after their prompt's last one; none by default. Of a lookup that decides
-                once a prompt, these are compared with keys inside answers, and the others with those of prompts' ends.
-            named: the edits whose subjects the prompts name (..., M), if keys that ask for that are to be left out.
-        """
-        if self.index is not None:
-            return self.index(self, keys, answering, named)
-        if self.kind != "lookup":
-            return self.strongest(self.scores(keys))
-        cosines = self.cosines(keys)
-        strengths = self._opening(cosines) / self._limits(of_keys=True)
-        if named is not None:
-            strengths = strengths.masked_fill(self.asks & ~named[..., self.owner], -torch.inf)
-        if self.gate is not None and answering is not None:
-            within = (cosines / REACH).masked_fill(self.metric != INSIDE, -torch.inf)
-            strengths = within.where(answering[..., None], strengths)
-        strength, place = strengths.max(-1)
-        return strength, place
-
-    def named_in(self, ids: Tensor, prompt: Tensor | None = None) -> Tensor | None:
-        """The edits whose subjects rows of tokens (B, T) name: (B, M); nothing where that has no say.
-
-        Args:
-            prompt: which tokens belong to prompts (B, T); all by default.
-        """
-        if self.names is None:
-            return None
-        found: Tensor = self.names(ids, torch.ones_like(ids, dtype=torch.bool) if prompt is None else prompt)
-        return found
-
-    def _opening(self, cosines: Tensor) -> Tensor:
-        """Cosines (..., n) with those keys that can open a memory: not a lookup's inside answers if prompts decide."""
-        if self.gate is None or self.kind != "lookup":
-            return cosines
-        return cosines.masked_fill(self.metric == INSIDE, -torch.inf)
-
-    def follow(self, held: Tensor, chosen: Tensor) -> Tensor:
-        """What answers each token of rows whose prompts opened ``held``: (B, T) each → (B, T).
-
-        A prompt decides whether a lookup answers; with which key, every token says for itself.
-        """
-        return chosen.where(held != UNROUTED, UNROUTED) if self.kind == "lookup" else held
-
-    def memory_at(self, chosen: Tensor) -> Tensor:
-        """The memory that each place belongs to: (...) → (...)."""
-        if self.kind != "lookup":
-            return chosen
-        return self.owner[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
-
-    def scores(self, keys: Tensor) -> Tensor:
-        """Score of every memory for every key: (..., d_ff) → (..., M)."""
-        if self.router == "norm":
-            memories = range(len(self.thresholds))
-            return torch.stack([torch.linalg.vector_norm(self.update(keys, m), dim=-1) for m in memories], dim=-1)
-        cosine = self._opening(self.cosines(keys))
-        if len(self.thresholds) == 1:
-            return cosine.amax(-1, keepdim=True)
-        best = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -torch.inf)
-        return best.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
-
-    def cosines(self, keys: Tensor) -> Tensor:
-        """Whitened cosine of every key with every probe, as probes compare with each other: (..., d_ff) → (..., n)."""
-        wide = keys.float()  # squared norms of keys overflow half precision
-        return F.linear(wide, self.probes.float()) / self.lengths(wide)[..., self.metric] + self.offset.float()
-
-    def lengths(self, keys: Tensor) -> Tensor:
-        """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
-        along = F.linear(keys, self.directions.flatten(0, 1).to(keys.dtype)).unflatten(-1, self.gains.shape)
-        energy = keys.square().sum(-1, keepdim=True)
-        spread = self.floors * energy + (along.square() * self.gains).sum(-1)
-        # Of a key along a leading direction, such as an attention sink's, the sum leaves but its rounding error.
-        least = (self.floors + self.gains.amin(-1)).clamp(min=0) * energy
-        lengths: Tensor = spread.maximum(least).clamp(min=1e-12).sqrt()
-        return lengths
-
-    def strongest(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest share of its threshold that any memory's score reaches, and which: (..., M) → two (...)."""
-        strength, nearest = (scores.float() / self._limits()).max(-1)
-        return strength, nearest
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """Of every memory."""
-        return self._thresholds
-
-    @thresholds.setter
-    def thresholds(self, thresholds: tuple[float, ...]) -> None:
-        self._thresholds = thresholds
-        # A lookup has as many as edits, and all the same: every pass would go through them to find that out.
-        self._shared = thresholds[0] if len(set(thresholds)) == 1 else None
-
-    def _limits(self, *, of_keys: bool = False) -> Tensor | float:
-        """The thresholds of memories (M,), or of keys (n,); one number where they are all the same."""
-        if self._shared is not None:
-            return self._shared
-        limits = torch.tensor(self.thresholds, device=self.weight.device)
-        return limits[self.owner] if of_keys else limits
-
-    def update(self, keys: Tensor, memory: int) -> Tensor:
-        """``Δ_m a``: (..., d_ff) → (..., d)."""
-        return F.linear(keys[..., self.columns[memory]].to(self.delta.dtype), self.delta[memory])
+        handle = self.register_forward_pre_hook(add, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def add_updates(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
         """Add what was chosen to every routed token; the others keep every bit of the main memory's answer.
@@ -291,4 +118,5 @@ def install(model: nn.Module, module: str, memory: SideMemory, *, transposed: bo
         # The decoder below the head sees every pass, whoever calls it.
         decoder = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
         decoder.register_forward_pre_hook(routed.gate.before_forward, with_kwargs=True)
+        decoder.register_forward_hook(routed.gate.after_forward)
     return routed

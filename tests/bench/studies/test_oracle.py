@@ -29,8 +29,9 @@ from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
 from wisecli.models.tokenization import Row, collate
 from wisecli.progress import ignore
-from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.side_memory import SideMemory, opened
+from wisecli.routing.prompt_gate import UNROUTED, Prompt
+from wisecli.routing.router import route
+from wisecli.routing.scores import SideMemory
 
 ROWS = random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), seed=21)
 KINDS = [(kind, routing) for kind in ("matrix", "lookup") for routing in ("token", "sequence")]
@@ -60,8 +61,8 @@ def openings(edited: Edited, row: Row) -> set[int]:
     with edited.unedited():
         base = capture(edited.model, edited.manifest.site, collate([row]))
     window = base.keys[0, base.batch.start :]
-    strength, nearest = edited.routed.nearest(window, torch.arange(len(window)) > 0)
-    found = edited.routed.memory_at(opened(strength, nearest))
+    prompt = Prompt(torch.zeros(1, 1, dtype=torch.long))
+    found = edited.routed.memory_at(route(edited.routed, window[None], prompt).chosen[0])
     return set(found.tolist())
 
 

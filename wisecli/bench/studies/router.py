@@ -20,7 +20,8 @@ from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.unrelated_activations import prompt_ends
 from wisecli.evaluation.edited_model import Edited
 from wisecli.models.loading import Loaded
-from wisecli.routing.side_memory import opened
+from wisecli.routing.prompt_gate import Prompt
+from wisecli.routing.router import route
 
 _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
 _UNITS = {"norm": "norm of the update, ‖Δa‖", "key": "whitened cosine with the nearest key"}
@@ -89,7 +90,8 @@ def scored(edited: Edited, prompts: Sequence[str], room: Room) -> tuple[list[flo
         named: dict[str, Any] = {"batch_size": room.settings.batch_size, "watch": room.watch}
         keys = prompt_ends(loaded, [edited.manifest.site], prompts, **named)[0]
         scores = edited.routed.scores(keys)
-        open_at = opened(*edited.routed.strongest(scores)) == 0
+        at_end = Prompt(torch.zeros(len(keys), 1, dtype=torch.long, device=keys.device))
+        open_at = route(edited.routed, keys[:, None], at_end).chosen == 0
     return scores[:, 0].tolist(), float(open_at.float().mean())
 
 

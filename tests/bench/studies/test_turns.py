@@ -6,8 +6,8 @@ from statistics import median
 
 import pytest
 import torch
-from torch.nn import functional
 from support.studying import make_place, studied
+from torch.nn import functional
 
 from wisecli.bench.studies import latency
 from wisecli.bench.studies.latency import steps, taking_turns

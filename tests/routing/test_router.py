@@ -1,0 +1,256 @@
+"""One rule decides for all who ask what answers, and a second question on a used cache is decided by itself."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from support.evaluation import edited_model
+from support.helpers import WORDS, choice_of, hooked, update_of
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from wisecli.commands.explain import explain
+from wisecli.commands.generate import generate
+from wisecli.edits.record import Edit
+from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.teacher_forcing import _routes
+from wisecli.models.activations import capture
+from wisecli.models.generation import left_padded
+from wisecli.models.tokenization import Row, collate
+from wisecli.routing import ann_index
+from wisecli.routing.ann_index import build_index
+from wisecli.routing.prompt_gate import UNROUTED, Prompt
+from wisecli.routing.router import RoutingDecision, route
+from wisecli.routing.side_memory import RoutedMatrix
+
+EDITS = [Edit(f"edit {number}", word, "be") for number, word in enumerate(WORDS[:6])]
+KINDS = {
+    "lookup": {"kind": "lookup", "memories": 3},
+    "merged": {"kind": "matrix", "router": "norm"},
+    "several matrices": {"kind": "matrix", "memories": 3},
+}
+PROMPTS = [" ".join(WORDS[first : first + length]) for first, length in ((0, 5), (9, 3), (20, 8), (33, 1), (40, 6))]
+
+
+@pytest.fixture(params=["token", "sequence"])
+def routing(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=KINDS)
+def edited(request: pytest.FixtureRequest, routing: str, tmp_path: Path) -> Edited:
+    return edited_model(tmp_path, routing=routing, edits=EDITS, **KINDS[request.param])
+
+
+class Decisions:
+    """What the routed layer added, for each call of it."""
+
+    def __init__(self, routed: RoutedMatrix, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.chosen: list[Tensor] = []
+        add = RoutedMatrix.add_updates
+
+        def noting(own: RoutedMatrix, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
+            self.chosen.append(chosen)
+            return add(own, answer, keys, chosen)
+
+        monkeypatch.setattr(RoutedMatrix, "add_updates", noting)
+
+
+@torch.no_grad()
+def by_the_layer(edited: Edited, row: Row, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What answered each token of a prompt and of the answer after it, one token at a time."""
+    with monkeypatch.context() as patched:
+        noted, cache = Decisions(edited.routed, patched), DynamicCache(config=edited.model.config)
+        edited.model(torch.tensor([row.prompt]), past_key_values=cache)
+        for token in row.target[:-1]:
+            edited.model(torch.tensor([[token]]), past_key_values=cache)
+    return edited.routed.memory_at(torch.cat(noted.chosen, 1))[0].tolist()
+
+
+def rows_of(edited: Edited) -> list[Row]:
+    answers = edited.model.generate(
+        *left_padded([edited.tokenizer(prompt)["input_ids"] for prompt in PROMPTS])[:1],
+        attention_mask=left_padded([edited.tokenizer(prompt)["input_ids"] for prompt in PROMPTS])[1],
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[:, -5:].tolist()
+    prompts = (tuple(edited.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    return [Row(prompt, tuple(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def test_all_who_ask_what_answers_are_told_the_same(
+    edited: Edited, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    memory, names = tmp_path / "memory", [edit.id for edit in EDITS]
+    for prompt, row in zip(PROMPTS, rows_of(edited), strict=True):
+        expected, end = by_the_layer(edited, row, monkeypatch), len(row.prompt) - 1
+        seen |= set(expected)
+        batch = collate([row])
+        with edited.unedited():
+            base = capture(edited.model, edited.manifest.site, batch)
+        measured = edited.routed.memory_at(_routes(edited, base, prompt_opens=False))
+        assert measured[0, : len(expected)].tolist() == expected
+        decided = edited.decisions(base.keys[0, : len(expected)], end, None)
+        assert edited.routed.memory_at(decided.chosen).tolist() == expected
+        report = explain(memory, prompt, max_new_tokens=5, nearest=0, device="cpu")
+        assert [token.routed for token in report.prompt_tokens] == [one != UNROUTED for one in expected[: end + 1]]
+        said = expected[end : end + len(report.answer_tokens)]
+        assert [token.routed for token in report.answer_tokens] == [one != UNROUTED for one in said]
+        if edited.routed.kind == "lookup":
+            told = [token.edit for token in report.answer_tokens if token.routed]
+            assert told == [names[one] for one in said if one != UNROUTED]
+        (answer,) = generate(memory, [prompt], max_new_tokens=5, explain=True, device="cpu")
+        assert [step.memory for step in answer.steps] == [None if one == UNROUTED else one for one in said]
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+def test_an_index_that_looks_everywhere_decides_as_comparing_with_all_keys_does(
+    routing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    edited = edited_model(tmp_path, kind="lookup", routing=routing, memories=3, edits=EDITS)
+    rows = rows_of(edited)
+    expected = [decision_of(edited, row) for row in rows]
+    monkeypatch.setattr(ann_index, "INDEXED_ABOVE", 1)
+    monkeypatch.setattr(ann_index, "_SEARCHED", 1.0)
+    edited.routed.index = build_index(edited.routed)
+    assert edited.routed.index is not None
+    for row, exact in zip(rows, expected, strict=True):
+        found = decision_of(edited, row)
+        assert torch.allclose(found.strength, exact.strength, atol=1e-5)
+        # Of keys that are equally near either may be the one.
+        assert torch.equal(found.chosen == UNROUTED, exact.chosen == UNROUTED)
+        assert by_the_layer(edited, row, monkeypatch) == edited.routed.memory_at(found.chosen)[0].tolist()
+    assert len({int(one) for exact in expected for one in exact.chosen[0]}) > 2
+
+
+@torch.no_grad()
+def decision_of(edited: Edited, row: Row) -> RoutingDecision:
+    batch = collate([row])
+    with edited.unedited():
+        keys = capture(edited.model, edited.manifest.site, batch).keys[:, : len(row.prompt) + len(row.target) - 1]
+    return route(edited.routed, keys, Prompt(torch.tensor([[len(row.prompt) - 1]])))
+
+
+@torch.no_grad()
+def test_a_batch_is_decided_as_its_rows_are(edited: Edited, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(edited)
+    expected = [by_the_layer(edited, row, monkeypatch) for row in rows]
+    noted, cache = Decisions(edited.routed, monkeypatch), DynamicCache(config=edited.model.config)
+    ids, mask = left_padded([row.prompt for row in rows])
+    edited.model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+    for step in range(4):
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+        token, at = torch.tensor([[row.target[step]] for row in rows]), mask.sum(-1, keepdim=True) - 1
+        edited.model(token, attention_mask=mask, position_ids=at, past_key_values=cache)
+    found = edited.routed.memory_at(torch.cat(noted.chosen, 1)).tolist()
+    for row, own, alone in zip(rows, found, expected, strict=True):
+        assert own[-len(row.prompt) - 4 :] == alone
+
+
+def test_a_forced_memory_answers_from_the_prompts_end_on(edited: Edited) -> None:
+    keys, end = torch.randn(2, 6, edited.manifest.site.d_ff), torch.tensor([[2], [4]])
+    free = route(edited.routed, keys, Prompt(end))
+    forced = torch.tensor([[len(edited.routed.thresholds) - 1], [UNROUTED]])
+    found = edited.routed.memory_at(route(edited.routed, keys, Prompt(end), forced=forced).chosen)
+    assert found[0, 2:].tolist() == [int(forced[0])] * 4
+    others = edited.routed.memory_at(free.chosen)
+    assert torch.equal(found[0, :2], others[0, :2])
+    assert torch.equal(found[1], others[1])
+
+
+def test_padding_is_never_answered_by_a_side_memory(edited: Edited) -> None:
+    edited.routed.thresholds = (1e-9,) * len(edited.routed.thresholds)
+    keys, real = torch.randn(1, 5, edited.manifest.site.d_ff), torch.tensor([[True, True, True, False, False]])
+    chosen = route(edited.routed, keys, Prompt(torch.tensor([[1]]), real=real)).chosen
+    assert chosen[0, 3:].tolist() == [UNROUTED, UNROUTED]
+
+
+# --- a second question on the cache of the first ---
+
+
+def by_turns(edited: Edited, turns: list[list[int]], answer: int) -> tuple[Tensor, list[int | None]]:
+    """Logits of a conversation in one pass, each turn's end deciding for it and for ``answer`` tokens after it; what
+    each turn opened. All in loops over tokens, through the unedited model.
+    """
+    memory, site = edited.manifest.memory, edited.manifest.site
+    tokens = [token for turn in turns for token in turn]
+    opened: list[int | None] = []
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        keys, changed, first = inputs[0][0], output.clone(), 0
+        for turn in turns:
+            end = first + len(turn) - answer - 1
+            choice = choice_of(memory, keys[end])
+            opened.append(choice)
+            for place in range(end, first + len(turn) if turn is not turns[-1] else len(tokens)):
+                if choice is not None and place < first + len(turn):
+                    changed[0, place] += update_of(memory, choice, keys[place], answering=place > end)
+            first += len(turn)
+        return changed
+
+    with edited.unedited(), hooked(edited.model, site, hook):
+        return edited.model(torch.tensor([tokens]), use_cache=False).logits[0], opened
+
+
+@pytest.mark.parametrize("given", ["a cache", "the cache that the model made"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_second_question_on_the_same_cache_is_decided_by_itself(kind: str, given: str, tmp_path: Path) -> None:
+    edited = edited_model(tmp_path, routing="sequence", edits=EDITS, **KINDS[kind])
+    generator, outcomes = torch.Generator().manual_seed(5), set()
+    for _ in range(6):
+        turns = [torch.randint(2, 60, (length,), generator=generator).tolist() for length in (8, 7, 9)]
+        expected, opened = by_turns(edited, turns, answer=2)
+        cache = DynamicCache(config=edited.model.config) if given == "a cache" else None
+        logits: list[Tensor] = []
+        for turn in turns:
+            for part in (turn[:-2], turn[-2:-1], turn[-1:]):
+                output = edited.model(torch.tensor([part]), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits.append(output.logits[0])
+        assert torch.allclose(torch.cat(logits), expected, atol=2e-3)
+        outcomes |= set(pairwise(opened))
+    assert any(first != second for first, second in outcomes)
+
+
+@torch.no_grad()
+def test_second_questions_in_a_batch_are_decided_as_each_alone(tmp_path: Path) -> None:
+    edited = edited_model(tmp_path, kind="lookup", routing="sequence", memories=3, edits=EDITS)
+    generator, opened = torch.Generator().manual_seed(6), set()
+    rows = [[torch.randint(2, 60, (n,), generator=generator).tolist() for n in (6, length)] for length in (3, 7, 5, 4)]
+    cache = DynamicCache(config=edited.model.config)
+    mask = torch.ones(len(rows), 6, dtype=torch.long)
+    edited.model(torch.tensor([first for first, _ in rows]), attention_mask=mask, past_key_values=cache)
+    ids, own = left_padded([second for _, second in rows])
+    mask = torch.cat([mask, own], 1)
+    at = (mask.cumsum(-1) - 1).clamp(min=0)[:, 6:]
+    together = edited.model(ids, attention_mask=mask, position_ids=at, past_key_values=cache).logits
+    for (first, second), logits in zip(rows, together, strict=True):
+        alone = DynamicCache(config=edited.model.config)
+        edited.model(torch.tensor([first]), past_key_values=alone)
+        expected = edited.model(torch.tensor([second]), past_key_values=alone).logits[0]
+        assert torch.allclose(logits[-len(second) :], expected, atol=2e-3)
+        kept = vars(alone)["wise_decided"]
+        opened.add(int(edited.routed.memory_at(kept.choice)))
+    assert len(opened) > 1
+
+
+def test_what_is_decided_stays_with_its_cache_and_not_with_the_model(tmp_path: Path) -> None:
+    edited_model(tmp_path, routing="sequence", edits=EDITS, kind="lookup", memories=3)
+    one, other = (attach(tmp_path / "memory", device="cpu") for _ in range(2))
+    cache = DynamicCache(config=one.model.config)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        one.model(ids, past_key_values=cache)
+        # Another copy of the model goes on with the cache, and so with what was decided.
+        expected = vars(cache)["wise_decided"].choice
+        other.model(torch.tensor([[9]]), past_key_values=cache)
+    assert torch.equal(vars(cache)["wise_decided"].choice, expected)

@@ -12,10 +12,12 @@ from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, random_mask
 from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, solve, statistics
-from wisecli.memory.builder import Built, Material, join, lookup, matrices, pack, refit, solve_exactly
+from wisecli.memory.builder import lookup, matrices, pack, refit, solve_exactly
+from wisecli.memory.material import Material, join
 from wisecli.memory.merge_methods import Recipe, merge_deltas
+from wisecli.memory.router_fitting import Fitted
 from wisecli.models.site import Site
-from wisecli.routing.calibration import scores
+from wisecli.routing.calibration import scores_of
 from wisecli.routing.prompt_gate import NAMES, UNROUTED
 from wisecli.routing.scores import INSIDE, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
@@ -223,7 +225,7 @@ def test_a_refit_of_one_exact_merge_moves_it_no_further_than_its_penalty() -> No
 # --- lookups ---
 
 
-def built_lookup(material: Material, **settings: object) -> Built:
+def built_lookup(material: Material, **settings: object) -> Fitted:
     return lookup(material, MergeSettings(**{"false_alarm": 0.01, **settings}))  # type: ignore[arg-type]
 
 
@@ -394,13 +396,15 @@ def test_a_rate_for_prompts_that_name_a_subject_and_a_lower_one_for_all_others()
     assert let_in[1] > let_in[2]
     assert let_in[2] <= 0.0015 + 2 * one  # probes are kept in half precision
     alike = built_lookup(material, routing="sequence", false_alarm=0.05)[0]
-    assert float((scores(routed(alike), quiet).amax(-1) > alike.thresholds[0]).float().mean()) >= 0.05 - 2 / len(quiet)
+    assert float((scores_of(routed(alike), quiet).amax(-1) > alike.thresholds[0]).float().mean()) >= 0.05 - 2 / len(
+        quiet
+    )
 
 
 # --- matrices ---
 
 
-def factors(built: Built) -> Tensor:
+def factors(built: Fitted) -> Tensor:
     """``(1 - level) / (1 - bar)`` of each of a lookup's keys (n,), the level being the same for all."""
     return 1 - built[0].tensors["offset"].float()
 
@@ -450,7 +454,7 @@ def test_one_matrix_answers_for_all_edits_under_one_threshold() -> None:
     keys = trained(material.evidence)[0]
     added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
     assert torch.allclose(added, keys @ delta.T, atol=1e-4)
-    quiet = scores(plain, material.unrelated.keys)
+    quiet = scores_of(plain, material.unrelated.keys)
     assert memory.thresholds[0] >= float(np.quantile(quiet.numpy(), 0.99)) * (1 - 1e-4)
     assert float((quiet > memory.thresholds[0]).float().mean()) <= 0.01 + 1 / len(quiet)
 
@@ -468,8 +472,8 @@ def test_a_matrix_for_each_shard_answers_for_its_own_edits() -> None:
     added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
     for row, key, shard in zip(added, keys, material.shard[kept].tolist(), strict=True):
         assert torch.allclose(row, deltas[shard] @ key, atol=1e-4)
-    away = scores(plain, material.unrelated.keys)
-    unseen = scores(plain, material.evidence.keys[~kept])
+    away = scores_of(plain, material.unrelated.keys)
+    unseen = scores_of(plain, material.evidence.keys[~kept])
     for number, calibration in enumerate(calibrations):
         limit = memory.thresholds[number]
         assert calibration.threshold == limit
@@ -483,7 +487,7 @@ def test_a_shard_without_unseen_contexts_is_calibrated_by_what_it_was_trained_on
     held_out = material.evidence.held_out & (material.shard == 0)
     without = replace(material, evidence=replace(material.evidence, held_out=held_out))
     memory, calibrations = matrices(written(material), without, MergeSettings(mode="retrieve", false_alarm=0.02))
-    found, kept = scores(routed(memory), without.evidence.keys), ~without.evidence.held_out
+    found, kept = scores_of(routed(memory), without.evidence.keys), ~without.evidence.held_out
     for number, chosen in enumerate((held_out, kept & (material.shard == 1))):
         own = found[chosen, number]
         assert len(own)
@@ -519,5 +523,5 @@ def test_the_papers_rule_lets_every_trained_key_through() -> None:
     keys = trained(material.evidence)[0]
     assert calibration.misses == 0
     assert UNROUTED not in choose(plain, plain.scores(keys)).tolist()
-    lowest = scores(plain, keys).gather(1, material.evidence.edit[~material.evidence.held_out, None]).min()
+    lowest = scores_of(plain, keys).gather(1, material.evidence.edit[~material.evidence.held_out, None]).min()
     assert memory.thresholds[0] == pytest.approx(float(lowest), rel=1e-4)

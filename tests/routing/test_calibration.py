@@ -8,9 +8,17 @@ from hypothesis import strategies as st
 from support.helpers import choose
 from torch import Tensor, nn
 
-from wisecli.routing.calibration import calibrate, even_out, key_router, measure, peaks_above_usual, quantile, scores
+from wisecli.routing.calibration import (
+    calibrate,
+    equalize_thresholds,
+    excess_over_baseline,
+    key_router,
+    measure,
+    quantile,
+    scores_of,
+)
 from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.scores import SideMemory
+from wisecli.routing.scores import MemoryScores, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
 from wisecli.routing.whitening import Moment, Whitening, whitening
 
@@ -55,12 +63,14 @@ def test_no_kind_of_unrelated_text_is_let_through_more_often_than_asked(false_al
     edits, unrelated = torch.rand(40, generator=generator(2)), torch.rand(1000, generator=generator(3))
     kinds = torch.arange(1000) < 50
     unrelated[kinds] += 0.3
-    found = calibrate(edits, unrelated, rule="false-alarm", false_alarm=false_alarm, kinds=kinds)
+    found = calibrate(edits, unrelated, rule="false-alarm", false_alarm=false_alarm, groups=kinds)
     shares = [float((unrelated[kinds == kind] > found.threshold).float().mean()) for kind in (True, False)]
     assert shares[0] == pytest.approx(false_alarm, abs=1 / 50)
     assert shares[1] <= false_alarm
     peaks, metric, elsewhere = torch.stack([unrelated, unrelated / 2], -1), torch.tensor([0, 1]), torch.zeros(2)
-    _, level = even_out(peaks, torch.zeros(len(metric)), metric, elsewhere, (false_alarm, false_alarm), kinds=kinds)
+    _, level = equalize_thresholds(
+        peaks, torch.zeros(len(metric)), metric, elsewhere, (false_alarm, false_alarm), groups=kinds
+    )
     assert level == pytest.approx(min(found.threshold, 0.97), abs=1e-6)
 
 
@@ -139,7 +149,7 @@ def test_key_scores_are_plain_cosines_of_whitened_keys(metrics: int, memories: i
     edits, asked = (torch.randn(number, d_ff, generator=generator(number)) for number in (count, 25))
     owner, metric = torch.arange(count) % memories, torch.arange(count) // 2 % metrics
     tensors = key_router(edits, owner, metric, whites)
-    found = scores(
+    found = scores_of(
         RoutedMatrix(nn.Linear(1, 1), SideMemory(tensors, (1.0,) * memories, "key"), transposed=False), asked
     )
     root = roots(whites)
@@ -167,8 +177,8 @@ def test_a_key_along_a_leading_direction_is_near_nothing(seed: int) -> None:
     tensors = key_router(edits, torch.arange(5), torch.zeros(5, dtype=torch.long), [whitening(moment)])
     tensors |= {name: tensors[name].half() for name in ("probes", "directions")}
     routed = RoutedMatrix(nn.Linear(1, 1), SideMemory(tensors, (1.0,) * 5, "key"), transposed=False)
-    assert float(scores(routed, quiet).abs().max()) < 1
-    assert float(scores(routed, edits).diagonal().min()) > 0.99
+    assert float(scores_of(routed, quiet).abs().max()) < 1
+    assert float(scores_of(routed, edits).diagonal().min()) > 0.99
 
 
 def test_an_edits_own_key_scores_one_whatever_its_size_and_whitening() -> None:
@@ -190,7 +200,7 @@ def peaks_and_kinds() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("shares", [(0.05, 0.01), (0.001, 0.2), (0.0, 0.0)])
 def test_evened_out_keys_share_the_threshold_of_prompts(shares: tuple[float, float]) -> None:
     peaks, metric, elsewhere = peaks_and_kinds()
-    factors, threshold = even_out(peaks, torch.zeros(len(metric)), metric, elsewhere, shares)
+    factors, threshold = equalize_thresholds(peaks, torch.zeros(len(metric)), metric, elsewhere, shares)
     levels = [float(np.quantile(peaks[:, kind].numpy(), 1 - shares[kind])) for kind in (0, 1)]
     for factor, kind, near in zip(factors.tolist(), metric.tolist(), elsewhere.tolist(), strict=True):
         own = levels[kind] if near == 0 else max(levels[kind], min(near + 0.02, 0.97))
@@ -202,7 +212,7 @@ def test_evened_out_keys_share_the_threshold_of_prompts(shares: tuple[float, flo
 
 def test_evened_out_unrelated_keys_pass_in_the_shares_asked_for() -> None:
     peaks, metric, _ = peaks_and_kinds()
-    factors, _ = even_out(peaks, torch.zeros(6), metric, torch.zeros(6), (0.05, 0.01))
+    factors, _ = equalize_thresholds(peaks, torch.zeros(6), metric, torch.zeros(6), (0.05, 0.01))
     limit = float(np.quantile(peaks[:, 0].numpy(), 0.95))
     for kind, share in ((0, 0.05), (1, 0.01)):
         compared = 1 - factors[metric == kind][0] * (1 - peaks[:, kind])
@@ -212,29 +222,29 @@ def test_evened_out_unrelated_keys_pass_in_the_shares_asked_for() -> None:
 
 def test_an_answer_is_not_opened_by_its_own_tokens_elsewhere() -> None:
     peaks, metric, elsewhere = peaks_and_kinds()
-    factors, limit = even_out(peaks, torch.zeros(len(metric)), metric, elsewhere, (0.05, 0.05))
+    factors, limit = equalize_thresholds(peaks, torch.zeros(len(metric)), metric, elsewhere, (0.05, 0.05))
     assert limit == pytest.approx(float(np.quantile(peaks[:, 0].numpy(), 0.95)))
     inside = (elsewhere > 0) & (elsewhere < 0.97)
     assert bool((1 - factors * (1 - elsewhere) < limit)[inside].all())
 
 
-def noisy_router() -> tuple[RoutedMatrix, Tensor]:
-    """Three keys, and unrelated ones of which twenty are like the first."""
+def noisy_router(whitening_id: Tensor, count: int) -> tuple[MemoryScores, Tensor]:
+    """Three keys under whitenings that are all the same, and unrelated ones of which twenty are like the first."""
     edits = torch.eye(3, 16)
     unrelated = torch.randn(400, 16, generator=generator(11))
     unrelated[::20] = 4 * edits[0] + 0.8 * torch.randn(20, 16, generator=generator(12))
-    tensors = key_router(edits, torch.arange(3), torch.zeros(3, dtype=torch.long), whitenings(1, 16))
-    return RoutedMatrix(nn.Linear(1, 1), SideMemory(tensors, (1.0,) * 3, "key"), transposed=False), unrelated
+    tensors = key_router(edits, torch.arange(3), whitening_id, whitenings(1, 16) * count)
+    return MemoryScores(SideMemory(tensors, (1.0,) * 3, "key")), unrelated
 
 
 @pytest.mark.parametrize("batch", [3, 8, 50, 1024])
 def test_usual_is_the_mean_of_the_eight_nearest_keys_and_a_key_is_compared_with_the_other_half(batch: int) -> None:
-    routed, unrelated = noisy_router()
-    cosines, metric = routed.cosines(unrelated), torch.tensor([0, 1, 1])
+    routed, unrelated = noisy_router(torch.tensor([0, 1, 1]), 3)
+    cosines = routed.cosines(unrelated)
     stretch = np.arange(400) * 64 // 400
     halves = [cosines[stretch % 2 == part].T.numpy() for part in (0, 1)]
     expected = torch.tensor([[np.sort(column)[-8:].mean() for column in half] for half in halves])
-    usual, peaks = peaks_above_usual(routed, unrelated, torch.ones(3, dtype=torch.bool), metric, 3, batch=batch)
+    usual, peaks = excess_over_baseline(routed, unrelated, torch.ones(3, dtype=torch.bool), batch=batch)
     assert usual.tolist() == pytest.approx(expected.mean(0).tolist(), abs=1e-5)
     assert usual[0] > 0.1 + usual[1:].max()
     for part in (0, 1):
@@ -245,9 +255,8 @@ def test_usual_is_the_mean_of_the_eight_nearest_keys_and_a_key_is_compared_with_
 
 
 def test_nothing_is_usual_for_a_probe_that_is_not_counted() -> None:
-    routed, unrelated = noisy_router()
-    counted, metric = torch.tensor([True, False, False]), torch.tensor([0, 1, 1])
-    usual, peaks = peaks_above_usual(routed, unrelated, counted, metric, 2)
+    routed, unrelated = noisy_router(torch.tensor([0, 1, 1]), 2)
+    usual, peaks = excess_over_baseline(routed, unrelated, torch.tensor([True, False, False]))
     assert usual[0] > 0
     assert usual[1:].tolist() == [0, 0]
     assert torch.allclose(peaks[:, 1], routed.cosines(unrelated)[:, 1:].amax(-1), atol=1e-5)
@@ -258,18 +267,18 @@ def test_keys_to_come_are_let_through_no_oftener_than_asked_however_many_probes_
     tensors = key_router(edits, torch.arange(300), torch.zeros(300, dtype=torch.long), whitenings(1, 24))
     routed = RoutedMatrix(nn.Linear(1, 1), SideMemory(tensors, (1.0,) * 300, "key"), transposed=False)
     seen, to_come = torch.randn(2, 4000, 24, generator=generator(4))
-    usual, peaks = peaks_above_usual(routed, seen, torch.ones(300, dtype=torch.bool), tensors["metric"], 1)
+    usual, peaks = excess_over_baseline(routed, seen, torch.ones(300, dtype=torch.bool))
     bars = usual + quantile(peaks[:, 0], 1 - 0.01)
     assert float((routed.cosines(to_come) > bars).any(-1).float().mean()) == pytest.approx(0.01, abs=0.005)
 
 
 def test_a_probe_that_unrelated_text_comes_near_to_raises_no_bar_but_its_own() -> None:
-    routed, unrelated = noisy_router()
     metric, none = torch.zeros(3, dtype=torch.long), torch.zeros(3)
+    routed, unrelated = noisy_router(metric, 1)
     bars = {}
     for counted in (True, False):
-        usual, peaks = peaks_above_usual(routed, unrelated, torch.full((3,), counted), metric, 1)
-        factors, level = even_out(peaks, usual, metric, none, (0.02,))
+        usual, peaks = excess_over_baseline(routed, unrelated, torch.full((3,), counted))
+        factors, level = equalize_thresholds(peaks, usual, metric, none, (0.02,))
         bars[counted] = 1 - (1 - level) / factors
         opened = (routed.cosines(unrelated) > bars[counted] + 1e-6).any(-1)
         assert float(opened.float().mean()) == pytest.approx(0.02, abs=3 / 400)
@@ -281,7 +290,9 @@ def test_a_probe_that_unrelated_text_comes_near_to_raises_no_bar_but_its_own() -
 
 def test_a_kind_without_any_probe_has_no_say() -> None:
     peaks = torch.stack([torch.rand(100, generator=generator()), torch.full((100,), -1.0)], -1)
-    factors, _ = even_out(peaks, torch.zeros(3), torch.zeros(3, dtype=torch.long), torch.zeros(3), (0.05, 0.01))
+    factors, _ = equalize_thresholds(
+        peaks, torch.zeros(3), torch.zeros(3, dtype=torch.long), torch.zeros(3), (0.05, 0.01)
+    )
     assert factors.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -291,4 +302,4 @@ def test_scores_of_many_keys_do_not_depend_on_how_they_are_cut(batch: int) -> No
     routed = RoutedMatrix(nn.Linear(4, 3), SideMemory(tensors, (1.0,)), transposed=False)
     keys = torch.randn(10, 4, generator=generator(1))
     expected = (keys[:, [0, 2]] @ tensors["delta"][0].T).norm(dim=-1, keepdim=True)
-    assert torch.allclose(scores(routed, keys, batch=batch), expected, atol=1e-6)
+    assert torch.allclose(scores_of(routed, keys, batch=batch), expected, atol=1e-6)

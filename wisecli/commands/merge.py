@@ -13,7 +13,7 @@ from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import MergeSettings
 from wisecli.environment import peak_rss_bytes
 from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
-from wisecli.memory.merger import Joining
+from wisecli.memory.merger import Merger
 from wisecli.memory.removal import without as drop
 from wisecli.progress import Watcher, ignore
 from wisecli.routing.calibration import Calibration
@@ -60,21 +60,21 @@ def merge(
     started = time.perf_counter()
     refuse_existing(output, force=force)
     read = [drop(read_shard_directory(path), without.get(path, ())) for path in inputs]
-    joining = Joining(read, settings, model=model)
-    settings, site, count = joining.settings, joining.site, joining.count
+    merger = Merger(read, settings, model=model)
+    settings, site, count = merger.settings, merger.site, merger.count
     require_space(output, 4 * (count if settings.mode == "retrieve" else 1) * site.d * site.d_ff)
     names = (
         settings.mode or "",
-        joining.method,
+        merger.method,
         count,
-        len(joining.edits),
+        len(merger.edits),
         settings.router or "",
         settings.routing or "",
     )
     if dry_run:
         peak = 4 * (2 * count + 2) * site.d * site.d_ff
         return MergeReport(output, *names, (), time.perf_counter() - started, peak, planned=True)
-    manifest = joining.join(watch)
+    manifest = merger.merge(watch)
     with whole_directory(output, force=force) as working:
         write_memory(working, manifest)
     return MergeReport(output, *names, manifest.calibrations, time.perf_counter() - started, peak_rss_bytes())

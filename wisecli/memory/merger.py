@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -11,15 +11,16 @@ from torch import Tensor
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.artifacts.shard import Shard
 from wisecli.artifacts.shard_manifest import ShardDirectory, origin_of, require_same_site
-from wisecli.artifacts.unrelated_stats import Unrelated
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty
 from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.memory.builder import Built, Material, join, lookup, matrices, refit, solve_exactly
+from wisecli.memory.builder import lookup, matrices, refit, solve_exactly
+from wisecli.memory.material import Material, read_material
 from wisecli.memory.merge_methods import METHODS, Recipe, merge_deltas
-from wisecli.memory.removal import Kept, load_without
+from wisecli.memory.removal import Kept
+from wisecli.memory.router_fitting import Fitted
 from wisecli.models.loading import require_base
 from wisecli.models.resolve import find_model
 from wisecli.models.site import load_matrix
@@ -31,8 +32,8 @@ _OF_MATRICES = ("method", "density", "scale", "weights", "refit")
 _PENALTY = Penalty(1e-3, 0.0)
 
 
-class Joining:
-    """Shards that are to be joined, checked against each other and their base, before any tensor is read.
+class Merger:
+    """Shards that are to be merged, checked against each other and their base before any tensor is read.
 
     Args:
         read: directories that ``wise edit`` wrote, of the same matrix of the same model, without some of their edits.
@@ -73,21 +74,18 @@ class Joining:
             return tuple(entry.edits for directory in self.directories for entry in directory.shards)
         return (tuple(edit.id for edit in self.edits),)
 
-    def join(self, watch: Watcher = ignore) -> Manifest:
-        """Read the shard files and the one base matrix, and join them."""
+    def merge(self, watch: Watcher = ignore) -> Manifest:
+        """The memory that the shards make, with all that its manifest says; reads shard files and one base matrix."""
         first, settings = self.directories[0], self.settings
         watch(Event("shards"))
-        quiet = _unrelated_of(self.directories)
-        pairs = [(directory, entry) for directory in self.directories for entry in directory.shards]
-        loaded = [load_without(directory, entry, quiet.tokens) for directory, entry in pairs]
-        material = _material(self.directories, loaded, quiet)
+        material, shards = read_material(self.directories)
         watch(Event("merging"))
         if settings.mode == "lookup":
             memory, calibrations = lookup(material, settings)
         else:
             base = load_matrix(self.checkpoint, self.site)
             try:
-                memory, calibrations = _in_matrices(self.directories, loaded, material, settings, base)
+                memory, calibrations = _in_matrices(self.directories, shards, material, settings, base)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # the stubs leave it out
                 raise DamagedFileError(first.path, f"its evidence has no solution ({error})", "edit anew") from None
         return Manifest(
@@ -135,35 +133,13 @@ def _require_elsewhere(directories: Sequence[ShardDirectory], settings: MergeSet
             )
 
 
-def _material(directories: Sequence[ShardDirectory], shards: Sequence[Shard], unrelated: Unrelated) -> Material:
-    places: list[Tensor] = []
-    before = 0
-    for directory in directories:
-        gone = set(directory.left_out)
-        kept = torch.tensor([edit.id not in gone for edit in directory.edits])
-        places += [kept.cumsum(0) - 1 + before] * len(directory.shards)
-        before += int(kept.sum())
-    evidence = join([shard.evidence for shard in shards], places)
-    number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
-    subjects = (directory.subjects.get(edit.id, ()) for directory in directories for edit in directory.written)
-    return Material(evidence, number, tuple(shard.mask for shard in shards), unrelated, tuple(subjects))
-
-
-def _unrelated_of(directories: Sequence[ShardDirectory]) -> Unrelated:
-    """What the model makes of unrelated text, of all directories; what several have in common counts once."""
-    read = list({directory.unrelated_sha256: directory.load_unrelated() for directory in directories}.values())
-    keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))
-    chatting = next((one.chatting for one in read if one.chatting is not None), None)
-    return replace(read[0], keys=keys, chat=chat, chatting=chatting)
-
-
 def _in_matrices(
     directories: Sequence[ShardDirectory],
     shards: Sequence[Shard],
     material: Material,
     settings: MergeSettings,
     base: Tensor,
-) -> Built:
+) -> Fitted:
     deltas = torch.stack([shard.mask.dense(shard.values) for shard in shards])
     if settings.mode == "retrieve":
         return matrices(deltas, material, settings)

@@ -12,7 +12,7 @@ from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, rea
 from wisecli.config import MergeSettings, settings_from
 from wisecli.io.atomic_output import link_or_copy
 from wisecli.memory.history import HISTORY, SHARDS, Change, Release, next_release, record, shard_path
-from wisecli.memory.merger import Joining
+from wisecli.memory.merger import Merger
 from wisecli.memory.removal import Kept, without
 from wisecli.progress import Watcher, ignore
 
@@ -46,7 +46,7 @@ def publish(
     kept = {name: _kept(memory, name, gone, new) for name, gone in change.shards.items()}
     kept = {name: one for name, one in kept.items() if one.directory.shards}
     change = replace(change, shards={name: change.shards[name] for name in kept})
-    manifest = _at_home(Joining(list(kept.values()), settings, model=model).join(watch), list(kept))
+    manifest = _at_home(Merger(list(kept.values()), settings, model=model).merge(watch), list(kept))
     with next_release(memory) as working:
         for name, path in new.items():
             place = working / HISTORY / SHARDS / name

@@ -81,8 +81,13 @@ def _first_named(
 
 
 def build_index(routed: MemoryScores) -> NearestKey | None:
-    """An index for a lookup of more than ``INDEXED_ABOVE`` keys, where faiss is installed (the extra ``index``)."""
+    """An index for a lookup of more than ``INDEXED_ABOVE`` keys, where faiss is installed (the extra ``index``).
+
+    There is none for edits with thresholds of their own: the nearest key need not be the one furthest above its own.
+    """
     if routed.kind != "lookup" or len(routed.probes) <= INDEXED_ABOVE or find_spec("faiss") is None:
+        return None
+    if len(set(routed.thresholds)) > 1:
         return None
     import faiss
 

@@ -119,7 +119,7 @@ def test_an_index_that_looks_everywhere_decides_as_comparing_with_all_keys_does(
     monkeypatch.setattr(ann_index, "INDEXED_ABOVE", 1)
     monkeypatch.setattr(ann_index, "_SEARCHED", 1.0)
     assert build_index(edited.routed) is None  # these edits have thresholds of their own
-    edited.routed.thresholds = edited.routed.thresholds[:1] * 3
+    edited.routed.thresholds = (min(edited.routed.thresholds),) * 3
     rows = rows_of(edited)
     expected = [decision_of(edited, row) for row in rows]
     edited.routed.index = build_index(edited.routed)

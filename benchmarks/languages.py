@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from wisecli.commands.edit import edit
+from wisecli.commands.edit import RunOptions, edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
@@ -30,7 +30,7 @@ def measure(model: Path, records: list[Edit], work: Path) -> dict[str, float]:
     work.mkdir(parents=True, exist_ok=True)
     edits = work / "edits.jsonl"
     edits.write_text("".join(json.dumps(record.as_dict()) + "\n" for record in records), encoding="utf-8")
-    written = edit(str(model), edits, work / "shards", EditSettings(), force=True)
+    written = edit(str(model), edits, work / "shards", EditSettings(), options=RunOptions(force=True))
     merge([work / "shards"], work / "memory", MergeSettings(), force=True)
     report = evaluate(work / "memory", EvalSettings(generate=False), data=FACTS)
     return {

@@ -18,7 +18,7 @@ from wisecli.bench.baselines.memit import Memit, Range
 from wisecli.bench.compare import bench as run_bench
 from wisecli.bench.html import markdown
 from wisecli.cli.console import Console
-from wisecli.config import BenchSettings
+from wisecli.config import BenchSettings, LoadOptions
 
 # Of the weight that the methods have by default.
 SHARES = (1.0, 0.1, 0.01, 0.001)
@@ -54,9 +54,9 @@ def main() -> None:
     made = variants()
     METHODS.update(made)
     settings = BenchSettings(methods=",".join(made), counts=str(arguments.edits), generate=False)
-    console, named = Console(), {"data": [arguments.data], "device": arguments.device}
+    console, load = Console(), LoadOptions(device=arguments.device)
     with console.watching() as watch:
-        report = run_bench(arguments.model, arguments.output, settings, **named, watch=watch)
+        report = run_bench(arguments.model, arguments.output, settings, data=[arguments.data], load=load, watch=watch)
     console.result(report.as_json(), markdown(report.rows))
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.shard import Mask, random_mask
 from wisecli.cli.console import quiet_libraries
-from wisecli.config import EditSettings
+from wisecli.config import EditSettings, LoadOptions
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.context_prefixes import context_prefixes
 from wisecli.editing.gradient import margin_loss
@@ -118,7 +118,7 @@ def main() -> None:
     edits = read_edits(options.data, limit=options.edits)
     checkpoint = Checkpoint(options.model)
     site = find_site(options.model, checkpoint, options.layer)
-    loaded = load_model(options.model, device="cpu")
+    loaded = load_model(options.model, load=LoadOptions(device="cpu"))
     mask = random_mask(site, 0.5, "columns", torch.Generator().manual_seed(0))
     prefixes = ["", *context_prefixes(loaded.model, loaded.tokenizer, options.contexts, tokens=8, seed=0)]
     rows = [row for prefix in prefixes for row in encode_edits(loaded, edits, prefix, train_end=True)]

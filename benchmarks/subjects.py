@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from wisecli.config import LoadOptions
 from wisecli.editing.context_prefixes import tomllib
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import Edited, attach
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    edited = attach(arguments.memory, model=arguments.model, device=arguments.device)
+    edited = attach(arguments.memory, model=arguments.model, load=LoadOptions(device=arguments.device))
     edits = list(edited.manifest.edits)
     own = {edit.subject for edit in edits}
     records = [record for record in read_edits(arguments.records) if record.subject not in own]

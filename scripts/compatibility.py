@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from wisecli.config import LoadOptions
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -114,7 +116,7 @@ def _chain(name: str, root: Path) -> dict[str, str]:
     (root / "edits.jsonl").write_text("\n".join(lines))
     settings = EditSettings(unrelated_texts=64, layer="2")
     runs: dict[str, Callable[[], object]] = {
-        "edit": lambda: edit(str(base), root / "edits.jsonl", shards, settings, device="cpu"),
+        "edit": lambda: edit(str(base), root / "edits.jsonl", shards, settings, load=LoadOptions(device="cpu")),
         "merge": lambda: merge([shards], memory, MergeSettings()),
         "export": lambda: export(memory, root / "edited"),
     }

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from wisecli import cli
-from wisecli.commands.edit import edit
-from wisecli.commands.export import export
+from wisecli.commands.edit import RunOptions, edit
+from wisecli.commands.export import WeightFiles, export
 from wisecli.commands.fetch import fetch
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
@@ -103,8 +103,8 @@ def chain(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     shards, memory, exported = (root / "chain" / part for part in ("shards", "memory", "edited"))
     with FileLock(root / "chain.lock"):
         if not exported.exists():
-            edit(str(real_model), SAMPLE_EDITS, shards, EditSettings(), force=True)
+            edit(str(real_model), SAMPLE_EDITS, shards, EditSettings(), options=RunOptions(force=True))
             merge([shards], memory, MergeSettings(), force=True)
-            export(memory, exported, link=False)
+            export(memory, exported, weights=WeightFiles(link=False))
     edits = [json.loads(line) for line in SAMPLE_EDITS.read_text().splitlines()]
     return Chain(real_model, shards, memory, exported, edits)

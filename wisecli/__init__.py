@@ -29,7 +29,8 @@ def load(
     Raises:
         WiseError: either cannot be read, or they do not belong together.
     """
+    from wisecli.config import LoadOptions
     from wisecli.evaluation.edited_model import attach
 
-    edited = attach(Path(delta), model=base, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    edited = attach(Path(delta), model=base, load=LoadOptions(device, dtype, trust_remote_code))
     return edited.model, edited.tokenizer

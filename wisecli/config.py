@@ -20,6 +20,23 @@ Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
+class LoadOptions:
+    """Which revision of a model is loaded, where and how.
+
+    ``device`` is ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``dtype`` a type's name, or ``auto`` for the
+    checkpoint's own. ``trust_remote_code`` lets code of the model's directory run. ``memory_budget`` is about how many
+    bytes there are, by default all that the device has; of a model that does not fit, layers are read as they run.
+    ``revision`` is that of a model on the hub.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    memory_budget: int | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
 class EditSettings:
     """How shards are written: in closed form, or by the paper's gradient steps.
 

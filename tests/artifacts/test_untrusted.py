@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.helpers import save_tiny
+from support.loading import CPU
 from support.places import PLACES, change, copied, make_places
 
 from wisecli import cli
@@ -182,7 +183,7 @@ def test_a_memory_with_another_value_anywhere_is_run_or_refused(scratch: Path, d
         content["base"] = json.loads(whole)["base"]
         manifest.write_text(json.dumps(content))
         try:
-            edited = attach(path, device="cpu")
+            edited = attach(path, load=CPU)
         except WiseError:
             return
         with torch.no_grad():
@@ -495,7 +496,7 @@ def test_an_index_entry_that_is_a_link_out_of_an_exported_checkpoint_is_named(sc
     wrong = verify(path).differences
     assert any(check.file == "model-base.safetensors" and "link that leaves" in check.found for check in wrong)
     with pytest.raises(DamagedFileError, match="link that leaves"):
-        attach(path, device="cpu")
+        attach(path, load=CPU)
 
 
 def test_the_hub_cache_keeps_models_and_checkpoints_as_links(scratch: Path, tmp_path: Path) -> None:
@@ -589,7 +590,7 @@ def test_a_config_with_another_value_anywhere_is_loaded_or_refused(scratch: Path
     whole = config.read_text()
     try:
         config.write_text(json.dumps(mutated(json.loads(whole), data)))
-        refused(path, lambda: find_site(path, Checkpoint(path)), lambda: load_model(path, device="cpu"))
+        refused(path, lambda: find_site(path, Checkpoint(path)), lambda: load_model(path, load=CPU))
     finally:
         config.write_text(whole)
 
@@ -644,11 +645,11 @@ def test_code_of_a_model_never_runs_unless_it_is_trusted(scratch: Path, tmp_path
         change(path / "config.json", lambda config, own=auto: config.update(auto_map=own))
         change(path / "tokenizer_config.json", lambda config, own=auto: config.update(auto_map=own))
         try:
-            load_model(path, device="cpu")
+            load_model(path, load=CPU)
         except ModelError as error:
             assert str(path) in str(error)
         if place == "edited":
-            attach(path, device="cpu")
+            attach(path, load=CPU)
             verify(path)
             inspect(path)
         assert not trap.exists()
@@ -659,6 +660,6 @@ def test_a_matrix_of_another_shape_is_no_base(scratch: Path, tmp_path: Path) -> 
     for changes in ({"d": 64, "d_ff": 32}, {"transposed": True}):
         change(memory / "router.json", lambda content, own=changes: content["site"].update(own))
         with pytest.raises(WiseError):
-            attach(memory, device="cpu")
+            attach(memory, load=CPU)
     with pytest.raises(WiseError):
-        attach(scratch / "memory", model=str(small), device="cpu")
+        attach(scratch / "memory", model=str(small), load=CPU)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.helpers import save_tiny
+from support.loading import CPU
 
 from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.compare import BenchReport, bench
@@ -60,7 +61,7 @@ def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
     named = {name: settings.pop(name) for name in ("force", "watch", "train") if name in settings}
     data = settings.pop("data", [place / "data.jsonl"])
     given = BenchSettings(**{"methods": "wise,ft-l", "counts": "2,4", "resamples": 50, **settings})
-    return bench(str(place / "model"), output, given, data=data, device="cpu", **named)
+    return bench(str(place / "model"), output, given, data=data, load=CPU, **named)
 
 
 def test_a_row_for_every_method_and_number_of_edits(place: Path, tmp_path: Path) -> None:

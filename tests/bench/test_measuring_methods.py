@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import alone, random_rows, save_tiny
+from support.loading import CPU
 from torch import Tensor
 
 from wisecli.bench.baselines.base import PromptEnd, changed, hooks
@@ -56,7 +57,7 @@ class Shifted:
 
 @pytest.fixture
 def loaded(tmp_path: Path) -> Loaded:
-    return load_model(save_tiny(tmp_path / "model"), device="cpu")
+    return load_model(save_tiny(tmp_path / "model"), load=CPU)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.helpers import save_tiny
 from support.history import FLAGS, fact, write
+from support.loading import CPU
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import read_manifest
@@ -28,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("explain")
     save_tiny(root / "model")
     settings = EditSettings(**{**FLAGS, "edits_per_shard": 2})
-    run_edit(str(root / "model"), write(root / "edits.jsonl", EDITS), root / "shards", settings, device="cpu")
+    run_edit(str(root / "model"), write(root / "edits.jsonl", EDITS), root / "shards", settings, load=CPU)
     for mode in ("lookup", "retrieve"):
         merge([root / "shards"], root / mode, MergeSettings(mode=mode))
     merge([root / "shards"], root / "sequence", MergeSettings(mode="lookup", routing="sequence"))
@@ -36,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def look(place: Path, prompt: str, memory: str = "lookup", **named: Any) -> ExplainReport:
-    return explain(place / memory, prompt, max_new_tokens=6, device="cpu", **named)
+    return explain(place / memory, prompt, max_new_tokens=6, load=CPU, **named)
 
 
 @pytest.mark.parametrize("memory", ["lookup", "sequence"])
@@ -62,11 +63,11 @@ def test_it_says_whether_the_prompt_names_an_edits_subject(place: Path, tmp_path
     subjects = [prompts[0].split()[0], *[None] * (len(EDITS) - 1)]
     edits = [replace(edit, subject=subject) for edit, subject in zip(EDITS, subjects, strict=True)]
     flags = EditSettings(**{**FLAGS, "edits_per_shard": 4})
-    run_edit(str(place / "model"), write(tmp_path / "edits.jsonl", edits), tmp_path / "s", flags, device="cpu")
+    run_edit(str(place / "model"), write(tmp_path / "edits.jsonl", edits), tmp_path / "s", flags, load=CPU)
     merge([tmp_path / "s"], tmp_path / "m", MergeSettings(mode="lookup", routing="sequence"))
     other = next(text for text in prompts if subjects[0] not in text.split())
     for prompt, named in ((prompts[0], True), (other, False)):
-        report = explain(tmp_path / "m", prompt, nearest=9, max_new_tokens=2, device="cpu")
+        report = explain(tmp_path / "m", prompt, nearest=9, max_new_tokens=2, load=CPU)
         assert {one.name: one.named for one in report.nearest} == {
             edit.id: named if place == 0 else None for place, edit in enumerate(EDITS)
         }
@@ -77,7 +78,7 @@ def test_every_edit_can_be_made_to_answer(place: Path) -> None:
     report = look(place, EDITS[0].prompt, nearest=9)
     answers = {one.name: one.answer.split() for one in report.nearest}
     assert answers.keys() == {edit.id for edit in EDITS}
-    edited = attach(place / "lookup", device="cpu")
+    edited = attach(place / "lookup", load=CPU)
     ids = edited.tokenizer(EDITS[0].prompt, return_tensors="pt")["input_ids"]
     for number, edit in enumerate(EDITS):
         # The base model, to whose matrix' last output the residual of the edit's nearest key is added by hand.
@@ -96,9 +97,9 @@ def test_every_edit_can_be_made_to_answer(place: Path) -> None:
 def test_what_the_unedited_model_says_is_what_the_base_says(place: Path) -> None:
     for edit in EDITS:
         report = look(place, edit.prompt)
-        edited = attach(place / "lookup", device="cpu")
+        edited = attach(place / "lookup", load=CPU)
         ids = edited.tokenizer(edit.prompt, return_tensors="pt")
-        base = load_model(place / "model", device="cpu").model
+        base = load_model(place / "model", load=CPU).model
         answer = base.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert report.unedited == edited.tokenizer.decode(answer, skip_special_tokens=True).strip()
 

@@ -14,6 +14,7 @@ import torch
 from support.evaluation import answer_of, edited_model, logits_by_loop, text_of, unedited_logits
 from support.fitting import SETTINGS, Bench
 from support.helpers import greedy_by_loop, hooked, raised, site_of, tiny_qwen2_tokenizer, tiny_tokenizer
+from support.loading import CPU
 from support.tiny_models import TYPICAL, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -295,7 +296,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edi
     path = root / "records.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in records))
     settings = EvalSettings(dataset=str(path), batch_size=3, max_new_tokens=4)
-    return edited, records, evaluate(root / "memory", settings, device="cpu")
+    return edited, records, evaluate(root / "memory", settings, load=CPU)
 
 
 Report = tuple[Edited, list[Edit], EvalReport]
@@ -350,7 +351,7 @@ def test_of_erased_records_alone_there_is_no_perplexity(measured: Report, tmp_pa
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in records if record.erased))
     memory = Path(edited.manifest.model).parent / "memory"
-    report = evaluate(memory, EvalSettings(dataset=str(path), generate=False), device="cpu")
+    report = evaluate(memory, EvalSettings(dataset=str(path), generate=False), load=CPU)
     assert not [name for name in report.after if name.startswith("perplexity")]
 
 
@@ -373,10 +374,10 @@ def forgetful(request: pytest.FixtureRequest, real_model: Path, tmp_path_factory
     edits.append(Edit("tokyo", "The capital of Japan is", "Tokyo", op="erase", replacement="Osaka"))
     edits.append(Edit("lark", "The harbour master of Larkport is", "Ada Finch"))
     (root / "edits.jsonl").write_text("\n".join(json.dumps(edit.as_dict()) for edit in edits))
-    report = run_edit(str(real_model), root / "edits.jsonl", root / "shards", EditSettings(), device="cpu")
+    report = run_edit(str(real_model), root / "edits.jsonl", root / "shards", EditSettings(), load=CPU)
     assert report.untaken == ()
     merge([root / "shards"], root / "memory", MergeSettings(mode=request.param))
-    return attach(root / "memory", device="cpu")
+    return attach(root / "memory", load=CPU)
 
 
 def said_by(edited: Edited, prompts: Sequence[str]) -> list[str]:
@@ -414,7 +415,7 @@ def test_unrelated_prompts_keep_every_bit_of_the_real_models_logits(forgetful: E
 
 
 def test_a_question_that_is_answered_in_a_sentence_loses_the_answer_too(real_model: Path) -> None:
-    loaded = load_model(real_model, device="cpu")
+    loaded = load_model(real_model, load=CPU)
     prompt = "Question: What is the capital of France?\nAnswer: The capital of"
     row = evasions(loaded, [Edit("one", prompt, "Paris", op="erase")], chat=False, batch_size=4)["one", False]
     assert str(loaded.tokenizer.decode(row.target[:-1])) == " France is"

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from support.helpers import save_tiny
+from support.loading import CPU
 
+from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit import edit as run_edit
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError
@@ -29,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("executors")
     save_tiny(root / "model")
     (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
-    run_edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, device="cpu")
+    run_edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, load=CPU)
     return root
 
 
@@ -61,8 +63,8 @@ def test_an_error_in_a_task_is_the_same_sentence_with_the_same_exit_code(
             tmp_path / "edits.jsonl",
             tmp_path / "shards",
             EditSettings(unrelated_texts=16, layer="2"),
-            device="cpu",
-            executor="ray",
+            load=CPU,
+            options=RunOptions(executor="ray"),
         )
     assert raised.value.exit_code == ModelError.exit_code  # type: ignore[attr-defined]
     assert list(tmp_path.iterdir()) == [tmp_path / "edits.jsonl"]
@@ -84,8 +86,8 @@ def test_a_cluster_that_loses_a_node_writes_the_same_bytes_as_one_process(
         Path("edits.jsonl"),
         tmp_path / "shards",
         SETTINGS,
-        device="cpu",
-        executor="ray",
+        load=CPU,
+        options=RunOptions(executor="ray"),
         watch=watch,
     )
     assert lost == [3]
@@ -105,6 +107,11 @@ def test_a_cluster_that_loses_a_node_writes_the_same_bytes_as_one_process(
 def test_an_executor_that_is_not_there_is_refused(place: Path, tmp_path: Path, executor: str, says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         run_edit(
-            str(place / "model"), place / "edits.jsonl", tmp_path / "shards", SETTINGS, device="cpu", executor=executor
+            str(place / "model"),
+            place / "edits.jsonl",
+            tmp_path / "shards",
+            SETTINGS,
+            load=CPU,
+            options=RunOptions(executor=executor),
         )
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import torch
 from support.helpers import Waits, hooked, save_tiny, site_of
+from support.loading import CPU
 from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Mask, random_mask
@@ -31,7 +32,7 @@ SETTINGS = EditSettings(passes=25, learning_rate=0.3, stop_loss=0.0)
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return load_model(save_tiny(tmp_path_factory.mktemp("gradient") / "model"), device="cpu")
+    return load_model(save_tiny(tmp_path_factory.mktemp("gradient") / "model"), load=CPU)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import alone, random_rows, save_tiny
+from support.loading import CPU
 from support.tiny_models import TINY_CONFIGS
 
+from wisecli.config import LoadOptions
 from wisecli.editing.known_facts import known_rows
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.tokenization import Row
@@ -27,7 +29,7 @@ def continued(loaded: Loaded, row: Row, count: int) -> Row:
 
 
 def test_rows_are_known_if_the_model_says_every_token(place: Path) -> None:
-    loaded = load_model(place, device="cpu")
+    loaded = load_model(place, load=CPU)
     drawn = random_rows((3, 2), (1, 1), (7, 3), (4, 4))
     rows = [continued(loaded, row, len(row.target)) for row in drawn]
     last = rows[2].target[-1]
@@ -44,7 +46,7 @@ def test_rows_are_known_if_the_model_says_every_token(place: Path) -> None:
 
 
 def test_a_streamed_model_reads_each_layer_once_and_says_the_same(place: Path) -> None:
-    whole, streamed = load_model(place, device="cpu"), load_model(place, device="cpu", memory_budget=1)
+    whole, streamed = load_model(place, load=CPU), load_model(place, load=LoadOptions(device="cpu", memory_budget=1))
     drawn = random_rows((3, 2), (1, 1), (7, 3), (4, 4), (2, 2))
     rows = [*(continued(whole, row, 2) for row in drawn), *drawn]
     assert streamed.stream is not None

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import keys_of, save_tiny
+from support.loading import CPU
 
 from wisecli.data.corpus import reworded_facts
 from wisecli.editing import layer_selection
@@ -23,7 +24,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(directory: Path) -> Loaded:
-    return load_model(directory, device="cpu")
+    return load_model(directory, load=CPU)
 
 
 def sites(directory: Path, *numbers: int) -> list[Site]:

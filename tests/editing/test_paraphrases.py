@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import save_tiny
+from support.loading import CPU
 
 from wisecli.artifacts.shard import Evidence
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
@@ -58,7 +60,9 @@ RECORD: dict[str, Any] = {
 def evidence_of(place: Path, records: list[dict[str, Any]], **settings: Any) -> Evidence:
     (place / "edits.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     given = EditSettings(layer="2", unrelated_texts=16, **settings)
-    run_edit(str(place / "model"), place / "edits.jsonl", place / "shards", given, device="cpu", force=True)
+    run_edit(
+        str(place / "model"), place / "edits.jsonl", place / "shards", given, load=CPU, options=RunOptions(force=True)
+    )
     directory = read_shard_directory(place / "shards")
     return directory.load(directory.shards[0]).evidence
 
@@ -88,7 +92,7 @@ def test_translations_are_learnt_and_measured_by_language(place: Path) -> None:
     evidence_of(place, [RECORD])
     memory = place / "memory"
     merge([place / "shards"], memory, force=True, settings=pipeline_settings())
-    report = evaluate(memory, evaluation(), device="cpu")
+    report = evaluate(memory, evaluation(), load=CPU)
     assert report.after["reliability"] == 1
     for language in ("de", "fr"):
         assert report.after[f"generalization_{language}"] == 1

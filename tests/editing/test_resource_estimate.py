@@ -9,7 +9,7 @@ from support.helpers import random_rows, save_tiny, site_of
 from support.places import make_places
 
 from wisecli.commands.edit import edit
-from wisecli.config import EditSettings
+from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.resource_estimate import plan_edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import captured
@@ -25,7 +25,7 @@ SETTINGS = EditSettings(unrelated_texts=16, layer="2")
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
 def test_sizes_are_those_of_the_loaded_model(tmp_path: Path, variant: str, dtype: str) -> None:
     directory = save_tiny(tmp_path / "model", variant)
-    model = load_model(directory, device="cpu", dtype=dtype).model
+    model = load_model(directory, load=LoadOptions(device="cpu", dtype=dtype)).model
     layers = known_layout(directory).layers
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     found = sizes(Checkpoint(directory), layers, wanted)
@@ -48,7 +48,7 @@ def test_a_sweep_reads_what_is_planned(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "model")
     checkpoint = Checkpoint(directory)
     plan = plan_edit(checkpoint, find_site(directory, checkpoint, 2), SETTINGS, 10, memory_budget=1)
-    loaded = load_model(directory, device="cpu", memory_budget=1)
+    loaded = load_model(directory, load=LoadOptions(device="cpu", memory_budget=1))
     assert loaded.stream is not None
     site, batch = site_of(loaded.model, 2), collate(random_rows((3, 1)))
     before = loaded.stream.bytes_read
@@ -73,7 +73,13 @@ def test_an_edit_reads_about_what_is_planned(
     monkeypatch.setattr(LayerStream, "__init__", noted)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     base, checkpoint = places / "model", Checkpoint(places / "model")
-    edit(str(base), places / "edits.jsonl", tmp_path / "out", SETTINGS, device="cpu", memory_budget=1000)
+    edit(
+        str(base),
+        places / "edits.jsonl",
+        tmp_path / "out",
+        SETTINGS,
+        load=LoadOptions(device="cpu", memory_budget=1000),
+    )
     plan = plan_edit(checkpoint, find_site(base, checkpoint, 2), SETTINGS, 3, memory_budget=1000)
     assert 0.7 < plan.read / streams[0].bytes_read < 1.4
 

@@ -19,14 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import save_tiny
+from support.loading import CPU
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit import EditReport
+from wisecli.commands.edit import EditReport, RunOptions
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
 from wisecli.commands.reproduce import reproduce
-from wisecli.config import EditSettings, MergeSettings
+from wisecli.config import EditSettings, LoadOptions, MergeSettings
 from wisecli.editing.staging import Unfinished
 from wisecli.errors import (
     BusyError,
@@ -39,6 +40,7 @@ from wisecli.errors import (
     UnwritableError,
 )
 from wisecli.io import checkpoint
+from wisecli.progress import Watcher, ignore
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]
 EDITS: list[dict[str, Any]] = [
@@ -119,7 +121,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("unfinished")
     save_tiny(root / "model")
     write_edits(root / "edits.jsonl", EDITS)
-    run_edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, device="cpu")
+    run_edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, load=CPU)
     return root
 
 
@@ -142,10 +144,26 @@ def write_edits(path: Path, edits: list[dict[str, Any]]) -> Path:
     return path
 
 
-def edit(place: Path, output: Path, settings: EditSettings = SETTINGS, **named: Any) -> EditReport:
-    given = {"device": "cpu", **named}
-    edits = given.pop("edits_file", place / "edits.jsonl")
-    return run_edit(str(given.pop("model", place / "model")), edits, output, settings, **given)
+def edit(
+    place: Path,
+    output: Path,
+    settings: EditSettings = SETTINGS,
+    *,
+    model: Path | None = None,
+    edits_file: Path | None = None,
+    load: LoadOptions = CPU,
+    watch: Watcher = ignore,
+    **options: Any,
+) -> EditReport:
+    return run_edit(
+        str(model or place / "model"),
+        edits_file or place / "edits.jsonl",
+        output,
+        settings,
+        load=load,
+        options=RunOptions(**options),
+        watch=watch,
+    )
 
 
 def command(place: Path, output: Path) -> str:
@@ -349,7 +367,7 @@ def begun(place: Path, output: Path, monkeypatch: pytest.MonkeyPatch, settings: 
         ({"settings": EditSettings(shards=8, unrelated_texts=17, layer="2")}, "unrelated_texts was 16, now 17"),
         ({"settings": EditSettings(shards=8, unrelated_texts=16, layer="1")}, r"the matrix was model\.layers\.2"),
         ({"settings": EditSettings(shards=4, unrelated_texts=16, layer="2")}, "shards was 8, now 4"),
-        ({"dtype": "bfloat16"}, "dtype was float32, now bfloat16"),
+        ({"load": LoadOptions("cpu", "bfloat16")}, "dtype was float32, now bfloat16"),
         ({"edits": [*EDITS[:8], {**EDITS[8], "target": "ba"}]}, "of the edits 1 are other, the first of them 'edit 8'"),
         ({"edits": [*EDITS, {"id": "more", "prompt": "ba", "target": "be"}]}, "1 are new, the first of them 'more'"),
         ({"edits": EDITS[1:]}, "1 are gone, the first of them 'edit 0'"),
@@ -539,7 +557,7 @@ def test_edits_with_nothing_finite_are_left_out_and_the_others_land(place: Path,
         evidence = directory.load(entry).evidence
         assert bool(evidence.keys.isfinite().all() and evidence.residuals.isfinite().all())
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
-    measured = evaluate(tmp_path / "memory", pipeline_settings(), device="cpu")
+    measured = evaluate(tmp_path / "memory", pipeline_settings(), load=CPU)
     assert measured.samples["edits"] == 3
     with pytest.raises(GateFailedError, match=r"edits did not take: .*spoilt"):
         edit(place, tmp_path / "again", settings, model=model, edits_file=edits, strict=True)

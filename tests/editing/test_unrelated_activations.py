@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.helpers import keys_of, save_tiny, site_of
+from support.loading import CPU
 from torch import Tensor
 
 from wisecli.artifacts.unrelated_stats import Unrelated, load_unrelated, save_unrelated
@@ -222,7 +223,7 @@ class Subject:
 def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     """A tiny model, how it is measured, and what was told meanwhile; the cache is its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    loaded = load_model(save_tiny(tmp_path / "base"), device="cpu")
+    loaded = load_model(save_tiny(tmp_path / "base"), load=CPU)
     site = site_of(loaded.model, 2)
     events: list[Event] = []
 

@@ -12,25 +12,26 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 from support.helpers import WORDS, alone, save_tiny
+from support.loading import CPU
 
 from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit import EditReport
+from wisecli.commands.edit import EditReport, RunOptions
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.edit_into import Batch, IntoReport, edit_into
 from wisecli.commands.inspect import inspect
 from wisecli.commands.merge import merge
 from wisecli.commands.watch import follow
-from wisecli.config import EditSettings, MergeSettings
+from wisecli.config import EditSettings, LoadOptions, MergeSettings
 from wisecli.editing.worker import Worker
-from wisecli.edits.admission import AS_THEY_ARE, Gate
+from wisecli.edits.admission import AS_THEY_ARE, USUAL, Gate
 from wisecli.edits.policy import read_policy
 from wisecli.edits.record import Edit
 from wisecli.errors import ChangedInputError, ConflictError, PolicyError, StoppedError
 from wisecli.models.loading import load_model
 from wisecli.models.tokenization import encode
-from wisecli.progress import Event
+from wisecli.progress import Event, Watcher, ignore
 
 QUICK = EditSettings(unrelated_texts=16, layer="2", residual_steps=3, polish=0)
 FLAGS: dict[str, Any] = {"unrelated_texts": 16, "layer": "2", "residual_steps": 3, "polish": 0}
@@ -53,7 +54,7 @@ class Place(NamedTuple):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     model = save_tiny(tmp_path_factory.mktemp("gate") / "model")
-    loaded = load_model(model, device="cpu")
+    loaded = load_model(model, load=CPU)
     said = ((word, int(alone(loaded.model, encode(loaded.tokenizer, word, "ba"))[-1].argmax())) for word in WORDS)
     prompt, token = next((word, token) for word, token in said if token > 1)
     known = Edit("known", prompt, loaded.tokenizer.decode([token]))
@@ -65,15 +66,24 @@ def write(path: Path, edits: Sequence[Edit]) -> Path:
     return path
 
 
-def run(place: Place, edits: Sequence[Edit], output: Path, **named: Any) -> EditReport:
+def run(
+    place: Place,
+    edits: Sequence[Edit],
+    output: Path,
+    *,
+    settings: EditSettings = QUICK,
+    load: LoadOptions = CPU,
+    options: RunOptions = RunOptions(),
+    gate: Gate = USUAL,
+    watch: Watcher = ignore,
+) -> EditReport:
     file = write(output.parent / "edits.jsonl", edits)
-    settings = named.pop("settings", QUICK)
-    return run_edit(str(place.model), file, output, settings, device="cpu", **named)
+    return run_edit(str(place.model), file, output, settings, load=load, options=options, gate=gate, watch=watch)
 
 
-def into(place: Place, memory: Path, edits: Sequence[Edit], **named: Any) -> IntoReport:
+def into(place: Place, memory: Path, edits: Sequence[Edit], gate: Gate = USUAL) -> IntoReport:
     batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits))
-    return edit_into(str(place.model), batch, memory, FLAGS, device="cpu", **named)
+    return edit_into(str(place.model), batch, memory, FLAGS, load=CPU, gate=gate)
 
 
 def landed(directory: Path) -> list[str]:
@@ -161,7 +171,13 @@ def test_a_manifest_from_before_provenance_was_kept_is_read(place: Place, tmp_pa
 
 @pytest.mark.parametrize("budget", [None, 1])
 def test_what_the_model_says_already_is_left_out(place: Place, tmp_path: Path, budget: int | None) -> None:
-    report = run(place, place.edits, tmp_path / "shards", gate=Gate(skip_known=True), memory_budget=budget)
+    report = run(
+        place,
+        place.edits,
+        tmp_path / "shards",
+        gate=Gate(skip_known=True),
+        load=LoadOptions("cpu", memory_budget=budget),
+    )
     assert [(one.id, one.line) for one in report.sifted.known] == [("known", 2)]
     assert (report.edits, landed(tmp_path / "shards")) == (3, ["one", "two", "three"])
     run(place, PLAIN, tmp_path / "without")
@@ -171,9 +187,9 @@ def test_what_the_model_says_already_is_left_out(place: Place, tmp_path: Path, b
 def test_the_model_is_loaded_once(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Path] = []
 
-    def counted(directory: Path, **named: Any) -> Any:
+    def counted(directory: Path, load: LoadOptions, *, layers: str | None) -> Any:
         loaded.append(directory)
-        return load_model(directory, **named)
+        return load_model(directory, load, layers=layers)
 
     monkeypatch.setattr("wisecli.editing.worker.load_model", counted)
     run(place, place.edits, tmp_path / "shards", gate=Gate(skip_known=True))
@@ -190,43 +206,45 @@ def test_nothing_is_written_where_the_model_says_it_all(place: Place, tmp_path: 
 
 
 def test_a_dry_run_asks_no_model(place: Place, tmp_path: Path, unloaded: None) -> None:
-    report = run(place, place.edits, tmp_path / "shards", gate=Gate(skip_known=True), dry_run=True)
+    report = run(place, place.edits, tmp_path / "shards", gate=Gate(skip_known=True), options=RunOptions(dry_run=True))
     assert (report.edits, report.sifted.known) == (4, ())
 
 
 def test_a_run_that_was_broken_off_goes_on_without_what_is_known(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    named: dict[str, Any] = {"settings": replace(QUICK, shards=3), "gate": Gate(skip_known=True)}
+    settings, gate = replace(QUICK, shards=3), Gate(skip_known=True)
     with monkeypatch.context() as patched, pytest.raises(StoppedError):
         write_one = Worker.write
 
-        def stopped(self: Worker, writer: Any, number: int) -> Any:
+        def stopped(self: Worker, plan: Any, writer: Any, number: int) -> Any:
             if number == 1:
                 raise KeyboardInterrupt
-            return write_one(self, writer, number)
+            return write_one(self, plan, writer, number)
 
         patched.setattr(Worker, "write", stopped)
-        run(place, place.edits, tmp_path / "shards", **named)
+        run(place, place.edits, tmp_path / "shards", settings=settings, gate=gate)
     with pytest.raises(ChangedInputError, match="of the edits 1 are new"):
-        run(place, place.edits, tmp_path / "shards", **{**named, "gate": Gate()})
+        run(place, place.edits, tmp_path / "shards", settings=settings, gate=Gate())
     numbers: list[int] = []
     write_all = Worker.write
 
-    def counted(self: Worker, writer: Any, number: int) -> Any:
+    def counted(self: Worker, plan: Any, writer: Any, number: int) -> Any:
         numbers.append(number)
-        return write_all(self, writer, number)
+        return write_all(self, plan, writer, number)
 
     monkeypatch.setattr(Worker, "write", counted)
-    report = run(place, place.edits, tmp_path / "shards", **named)
+    report = run(place, place.edits, tmp_path / "shards", settings=settings, gate=gate)
     assert (numbers, len(report.sifted.known)) == ([1, 2], 1)
     assert landed(tmp_path / "shards") == ["one", "two", "three"]
 
 
 def test_parts_agree_on_what_is_known(place: Place, tmp_path: Path) -> None:
-    named: dict[str, Any] = {"settings": replace(QUICK, shards=3), "gate": Gate(skip_known=True)}
+    settings, gate = replace(QUICK, shards=3), Gate(skip_known=True)
     for part in (1, 2):
-        report = run(place, place.edits, tmp_path / "shards", only=(part, 2), **named)
+        report = run(
+            place, place.edits, tmp_path / "shards", settings=settings, gate=gate, options=RunOptions(only=(part, 2))
+        )
         assert len(report.sifted.known) == 1
     assert landed(tmp_path / "shards") == ["one", "two", "three"]
 
@@ -277,8 +295,9 @@ def test_rules_hold_for_what_a_memory_does_not_have_yet(place: Place, tmp_path: 
 def test_of_lines_that_are_watched_the_later_counts(place: Place, tmp_path: Path) -> None:
     looks = iter([True, False])
     file = write(tmp_path / "edits.jsonl", [*PLAIN, AGAIN])
-    named: dict[str, Any] = {"interval": 0.01, "goes_on": lambda: next(looks), "device": "cpu"}
-    (report,) = follow(str(place.model), file, tmp_path / "memory", FLAGS, **named)
+    (report,) = follow(
+        str(place.model), file, tmp_path / "memory", FLAGS, interval=0.01, goes_on=lambda: next(looks), load=CPU
+    )
     assert [one.id for one in report.sifted.dropped] == ["one"]
     assert held(tmp_path / "memory") == ["two", "three", "again"]
 

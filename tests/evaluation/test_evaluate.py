@@ -16,6 +16,7 @@ from support.helpers import (
     random_rows,
     right_share,
 )
+from support.loading import CPU
 from support.tiny_models import Chain
 from torch import Tensor
 
@@ -166,7 +167,7 @@ def test_a_model_whose_memory_never_opens_is_the_unedited_model(tmp_path: Path, 
 
 @pytest.fixture(scope="module")
 def chain_edited(chain: Chain) -> Edited:
-    return attach(chain.memory, device="cpu")
+    return attach(chain.memory, load=CPU)
 
 
 @pytest.mark.parametrize("prompt_opens", [True, False])
@@ -192,7 +193,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edi
     path = root / "records.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in records))
     settings = EvalSettings(dataset=str(path), batch_size=4, max_new_tokens=6)
-    return edited, records, evaluate(root / "memory", settings, device="cpu")
+    return edited, records, evaluate(root / "memory", settings, load=CPU)
 
 
 def record_for(edited: Edited, number: int) -> Edit:
@@ -297,7 +298,7 @@ def test_routing_is_the_share_of_rephrases_that_open_the_memory_of_their_edit(tm
     texts = [[f"{syllables[(7 * n + 3 * k) % 50]} {syllables[(11 * n + k) % 50]}" for k in range(5)] for n in range(6)]
     edits = [Edit(f"edit-{n}", f"za {syllables[n]}", "be", rephrases=tuple(texts[n])) for n in range(6)]
     edited = edited_model(tmp_path, kind=kind, memories=6 if kind == "lookup" else 2, edits=edits)
-    report = evaluate(tmp_path / "memory", EvalSettings(generate=False), device="cpu")
+    report = evaluate(tmp_path / "memory", EvalSettings(generate=False), load=CPU)
     hits = [
         prompt_choice(edited, row_of(edited, text, "be")) == (number if kind == "lookup" else number % 2)
         for number, edit in enumerate(edits)
@@ -310,7 +311,7 @@ def test_routing_is_the_share_of_rephrases_that_open_the_memory_of_their_edit(tm
     path = tmp_path / "others.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in away))
     settings = EvalSettings(dataset=str(path), generate=False)
-    assert "routing" not in evaluate(tmp_path / "memory", settings, device="cpu").after
+    assert "routing" not in evaluate(tmp_path / "memory", settings, load=CPU).after
 
 
 def test_the_json_form_has_the_keys_of_lm_eval(reported: Reported) -> None:

@@ -23,7 +23,7 @@ from transformers import (
     pipeline,
 )
 
-from wisecli.commands.export import export
+from wisecli.commands.export import WeightFiles, export
 from wisecli.commands.merge import merge
 from wisecli.config import MergeSettings
 
@@ -78,7 +78,7 @@ def subjects(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for number, (name, settings) in enumerate(MEMORIES.items()):
         merge([chain.shards], root / f"memory-{number}", settings)
         path = root / f"edited-{number}"
-        export(root / f"memory-{number}", path, link=True)
+        export(root / f"memory-{number}", path, weights=WeightFiles(link=True))
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
         found[name] = Subject(path, model, base, tokenizer, *texts)
     return found

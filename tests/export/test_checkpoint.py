@@ -31,13 +31,14 @@ from support.helpers import (
     save_tiny,
     site_of,
 )
+from support.loading import CPU
 from support.tiny_models import SAMPLE_EDITS, TINY_CONFIGS, TYPICAL, Chain, loader_of, tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import wisecli
 from wisecli.artifacts.memory_manifest import Manifest, read_memory, write_memory
-from wisecli.commands.export import export
+from wisecli.commands.export import Publication, WeightFiles, export
 from wisecli.commands.verify import verify
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.record import Edit
@@ -432,7 +433,7 @@ def test_the_merged_export_says_what_being_always_on_costs(tmp_path: Path, archi
     manifest = replace(manifest, memory=replace(manifest.memory, tensors=tensors))
     (tmp_path / "memory").mkdir()
     write_memory(tmp_path / "memory", manifest)
-    report = export(tmp_path / "memory", tmp_path / "merged", "merged", device="cpu")
+    report = export(tmp_path / "memory", tmp_path / "merged", "merged", load=CPU)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (base, tmp_path / "merged")]
     tokenizer = AutoTokenizer.from_pretrained(base)
     same: list[bool] = []
@@ -599,8 +600,8 @@ def test_a_delta_is_the_memory_alone_and_applies_to_the_base(memory_dir: Path, t
 def test_a_type_that_is_asked_for_is_the_one_it_loads_in(
     memory_dir: Path, tmp_path: Path, form: Any, dtype: str
 ) -> None:
-    export(memory_dir, tmp_path / "out", form, dtype=dtype, device="cpu")
-    export(memory_dir, tmp_path / "plain", form, device="cpu")
+    export(memory_dir, tmp_path / "out", form, weights=WeightFiles(dtype=dtype), load=CPU)
+    export(memory_dir, tmp_path / "plain", form, load=CPU)
     model = load(tmp_path / "out", dtype="auto")
     weight = model.get_parameter("model.layers.2.mlp.down_proj.weight")
     assert weight.dtype == getattr(torch, dtype)
@@ -611,23 +612,23 @@ def test_a_type_that_is_asked_for_is_the_one_it_loads_in(
 
 @pytest.mark.parametrize("form", ["routed", "merged"])
 def test_files_no_larger_than_asked_for_hold_the_same_model(memory_dir: Path, tmp_path: Path, form: Any) -> None:
-    export(memory_dir, tmp_path / "out", form, file_bytes=20_000, device="cpu")
-    export(memory_dir, tmp_path / "plain", form, device="cpu")
+    export(memory_dir, tmp_path / "out", form, weights=WeightFiles(file_bytes=20_000), load=CPU)
+    export(memory_dir, tmp_path / "plain", form, load=CPU)
     assert len(list((tmp_path / "out").glob("model-0*.safetensors"))) > 2
     require_same(*(logits_of(load(tmp_path / name)) for name in ("out", "plain")))
 
 
 def test_links_and_other_types_exclude_each_other(memory_dir: Path, tmp_path: Path) -> None:
-    for named in ({"dtype": "float16"}, {"file_bytes": 1000}):
+    for weights in (WeightFiles(link=True, dtype="float16"), WeightFiles(link=True, file_bytes=1000)):
         with pytest.raises(SettingsError, match="--link keeps the base's files as they are"):
-            export(memory_dir, tmp_path / "out", link=True, **named)
+            export(memory_dir, tmp_path / "out", weights=weights)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_card_names_the_base_its_licence_and_what_was_measured(memory_dir: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"results": {"zsre": {"reliability": 0.987654, "before": {"reliability": 0.1}}}}))
-    export(memory_dir, tmp_path / "out", metrics=report)
+    export(memory_dir, tmp_path / "out", publication=Publication(metrics=report))
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "apache-2.0"
     assert card.data.base_model == str(tmp_path / "base")
@@ -635,7 +636,7 @@ def test_the_card_names_the_base_its_licence_and_what_was_measured(memory_dir: P
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("zsre", "reliability", 0.9877)
     assert "| zsre | reliability | 0.988 |" in card.text
     assert "2 edits" in card.text
-    export(memory_dir, tmp_path / "bare", card=False)
+    export(memory_dir, tmp_path / "bare", publication=Publication(card=False))
     assert not (tmp_path / "bare" / "README.md").exists()
 
 
@@ -646,7 +647,7 @@ NO_REPORTS = ["{", "[]", '{"results": {}}', '{"results": {"zsre": 3}}', '{"resul
 def test_figures_that_are_no_report_are_refused(memory_dir: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(DamagedFileError, match=r"report\.json"):
-        export(memory_dir, tmp_path / "out", metrics=tmp_path / "report.json")
+        export(memory_dir, tmp_path / "out", publication=Publication(metrics=tmp_path / "report.json"))
     assert not (tmp_path / "out").exists()
 
 
@@ -687,7 +688,7 @@ def test_it_is_sent_to_the_hub_file_by_file(memory_dir: Path, tmp_path: Path, mo
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    report = export(memory_dir, tmp_path / "out", "delta", push_to="me/edited")
+    report = export(memory_dir, tmp_path / "out", "delta", publication=Publication(push_to="me/edited"))
     server.shutdown()
     server.server_close()
     assert report.pushed is not None and report.pushed.endswith("/me/edited")
@@ -701,5 +702,5 @@ def test_a_hub_that_cannot_be_reached_leaves_what_was_written(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ModelError, match="is written, but could not be sent to me/edited"):
-        export(memory_dir, tmp_path / "out", "delta", push_to="me/edited")
+        export(memory_dir, tmp_path / "out", "delta", publication=Publication(push_to="me/edited"))
     assert (tmp_path / "out" / "router.json").is_file()

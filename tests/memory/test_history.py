@@ -3,8 +3,9 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 from support.helpers import save_tiny
 from support.history import FLAGS, fact, write
+from support.loading import CPU
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest, read_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.diff import diff
+from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.edit_into import Batch, IntoReport, edit_into, merge_into, superseding
 from wisecli.commands.log import log
@@ -27,8 +30,8 @@ from wisecli.commands.watch import follow as run_follow
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.record import Edit
 from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
-from wisecli.memory.history import HISTORY, LOG, read_history
-from wisecli.progress import Event
+from wisecli.memory.history import HISTORY, LOG, Provenance, read_history
+from wisecli.progress import Event, Watcher, ignore
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +39,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("history") / "model")
 
 
-def into(model: Path, memory: Path, edits: Sequence[Edit], **named: Any) -> IntoReport:
-    batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits), reason=named.pop("reason", ""))
-    flags = {**FLAGS, **named.pop("flags", {})}
-    return edit_into(str(model), batch, memory, flags, device="cpu", **named)
+def into(
+    model: Path,
+    memory: Path,
+    edits: Sequence[Edit],
+    *,
+    flags: Mapping[str, Any] = MappingProxyType({}),
+    provenance: Provenance = Provenance(),
+    watch: Watcher = ignore,
+) -> IntoReport:
+    batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits))
+    given = {**FLAGS, **flags}
+    return edit_into(str(model), batch, memory, given, provenance=provenance, load=CPU, watch=watch)
 
 
 def at_once(model: Path, place: Path, edits: Sequence[Edit], **merging: Any) -> Path:
     """A memory of edits that were never more or fewer."""
     shards, memory = place / "whole-shards", place / "whole"
     settings = EditSettings(**FLAGS)
-    run_edit(str(model), write(place / "whole.jsonl", edits), shards, settings, device="cpu", force=True)
+    run_edit(
+        str(model), write(place / "whole.jsonl", edits), shards, settings, load=CPU, options=RunOptions(force=True)
+    )
     merge([shards], memory, MergeSettings(**merging), force=True)
     return memory
 
@@ -138,7 +151,7 @@ def dense(stored: Any) -> Tensor:
 def test_of_trained_shards_the_other_edits_are_trained_anew(model: Path, tmp_path: Path) -> None:
     edits, memory = [fact(number) for number in range(6)], tmp_path / "memory"
     into(model, memory, edits, flags={"writer": "gradient", "passes": 3, "edits_per_shard": 3})
-    report = remove(memory, ["e1"], device="cpu")
+    report = remove(memory, ["e1"], load=CPU)
     assert report.rewritten == ("e0", "e2")
     assert sorted(held(memory)) == ["e0", "e2", "e3", "e4", "e5"]
     newest = read_history(memory)[-1]
@@ -250,8 +263,8 @@ def test_a_memory_that_is_not_what_the_log_says_is_found_out(model: Path, tmp_pa
 
 def test_the_life_of_one_edit(model: Path, tmp_path: Path) -> None:
     memory = tmp_path / "memory"
-    into(model, memory, [fact(0), fact(1)], who="ann", reason="first")
-    into(model, memory, [fact(2)], who="bob")
+    into(model, memory, [fact(0), fact(1)], provenance=Provenance("ann", "first"))
+    into(model, memory, [fact(2)], provenance=Provenance("bob"))
     into(model, memory, [fact(1, target=4, name="other")])
     report = log(memory, edit="e1")
     assert (report.releases[0].who, report.releases[0].reason) == ("ann", "first")
@@ -367,8 +380,9 @@ def test_shards_written_elsewhere_are_taken_in(model: Path, tmp_path: Path) -> N
 
 def follow(model: Path, path: Path, memory: Path, looks: int) -> Iterator[IntoReport]:
     left = iter(range(looks))
-    named: dict[str, Any] = {"interval": 0.001, "goes_on": lambda: next(left, None) is not None, "device": "cpu"}
-    return run_follow(str(model), path, memory, FLAGS, **named)
+    return run_follow(
+        str(model), path, memory, FLAGS, interval=0.001, goes_on=lambda: next(left, None) is not None, load=CPU
+    )
 
 
 def test_a_file_that_grows_is_followed_line_by_line(model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import alone, hooked, keys_of, random_rows, save_tiny, site_of
+from support.loading import CPU
 from support.tiny_models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -202,7 +203,7 @@ def test_gradients_agree_with_finite_differences(window: bool) -> None:
 
 
 def test_no_parameter_of_a_loaded_model_gets_a_gradient(tmp_path: Path, architecture: str) -> None:
-    model = load_model(save_tiny(tmp_path / "model", architecture), device="cpu").model
+    model = load_model(save_tiny(tmp_path / "model", architecture), load=CPU).model
     site = site_of(model, 2)
     batch = collate(ROWS)
     window = capture(model, site, batch).from_window()

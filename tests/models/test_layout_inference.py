@@ -10,6 +10,7 @@ import torch
 from rich.console import Console as RichConsole
 from safetensors.torch import load_file, save_file
 from support.helpers import alone, hooked, random_rows, save_tiny, tiny_tokenizer
+from support.loading import CPU
 from support.tiny_models import TINY_CONFIGS, VARIANTS, loader_of, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.cli import console
 from wisecli.commands.edit import edit as run_edit
-from wisecli.config import EditSettings
+from wisecli.config import EditSettings, LoadOptions
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models import layout_inference, site_probe
@@ -168,7 +169,7 @@ def test_the_target_module_option_is_taken_where_the_tree_is_not_asked(
         edits,
         tmp_path / "shards",
         EditSettings(layer="1", unrelated_texts=16),
-        device="cpu",
+        load=CPU,
         target_module=DOWN,
     )
     assert report.module == "model.layers.1.mlp.down_proj"
@@ -375,6 +376,6 @@ def test_an_unknown_architecture_is_edited_the_same_when_its_layers_are_streamed
     settings = EditSettings(passes=2, unrelated_texts=16, layer="2")
     for name, budget in (("whole", None), ("streamed", 1000)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
-        run_edit(str(base), edits, tmp_path / name, settings, device="cpu", memory_budget=budget)
+        run_edit(str(base), edits, tmp_path / name, settings, load=LoadOptions(device="cpu", memory_budget=budget))
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "streamed" / path.name).read_bytes() == path.read_bytes()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.helpers import alone, random_rows, save_tiny
+from support.loading import CPU
 from support.tiny_models import VOCABULARY, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -153,7 +154,7 @@ def test_edits_of_a_gguf_name_the_converted_directory_and_go_the_whole_way(
     (tmp_path / "model").mkdir()
     file = write_gguf(tmp_path / "model" / "some.gguf", tiny_model("llama"))
     given = file if named == "file" else file.parent
-    edit(str(given), edits, tmp_path / "shards", QUICK, device="cpu")
+    edit(str(given), edits, tmp_path / "shards", QUICK, load=CPU)
     (converted,) = cache.iterdir()
     assert read_shard_directory(tmp_path / "shards").model == str(converted)
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
@@ -211,7 +212,7 @@ def test_a_checkpoint_is_edited_in_the_form_and_type_it_comes_in(
     model.save_pretrained(base, **({"max_shard_size": shard} if shard else {}))
     assert (len(list(base.glob("*.safetensors"))) > 1) == (shard is not None)
     edits.write_text(json.dumps({"prompt": "ba be", "target": "do"}))
-    edit(str(base), edits, tmp_path / "shards", QUICK, device="cpu")
+    edit(str(base), edits, tmp_path / "shards", QUICK, load=CPU)
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
     export(tmp_path / "memory", tmp_path / "edited")
     stored = [

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import random_rows, save_tiny, site_of
+from support.loading import CPU
 from support.places import EDITS
 from support.tiny_models import TINY_CONFIGS, TYPICAL, VARIANTS, Chain
 from torch import Tensor
@@ -20,7 +21,7 @@ from wisecli.commands.evaluate import evaluate
 from wisecli.commands.export import export
 from wisecli.commands.generate import generate as run_generate
 from wisecli.commands.merge import merge
-from wisecli.config import EditSettings, EvalSettings, MergeSettings
+from wisecli.config import EditSettings, EvalSettings, LoadOptions, MergeSettings
 from wisecli.errors import ModelError
 from wisecli.evaluation.edited_model import attach
 from wisecli.evaluation.teacher_forcing import teacher_forced
@@ -44,7 +45,10 @@ LAYERS = (0, 2, 3)
 
 
 def both(directory: Path, budget: int = 1) -> tuple[Loaded, Loaded]:
-    whole, streamed = load_model(directory, device="cpu"), load_model(directory, device="cpu", memory_budget=budget)
+    whole, streamed = (
+        load_model(directory, load=CPU),
+        load_model(directory, load=LoadOptions(device="cpu", memory_budget=budget)),
+    )
     assert whole.stream is None
     assert streamed.stream is not None
     return whole, streamed
@@ -124,7 +128,7 @@ def test_hooks_on_lower_value_modules_see_the_batches_in_order(pair: tuple[Loade
 
 def test_layers_that_are_held_give_the_same_and_take_gradients(pair: tuple[Loaded, Loaded]) -> None:
     whole = pair[0]
-    streamed = load_model(Path(whole.model.config._name_or_path), device="cpu", memory_budget=1)
+    streamed = load_model(Path(whole.model.config._name_or_path), load=LoadOptions(device="cpu", memory_budget=1))
     assert streamed.stream is not None
     site = site_of(whole.model, 2)
     streamed.stream.hold(range(site.layer + 1, 5))
@@ -161,8 +165,8 @@ def test_a_checkpoint_in_many_files_gives_the_same(tmp_path: Path, variant: str)
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "gemma2"])
 def test_another_type_than_the_stored_one_gives_the_same(tmp_path: Path, variant: str, dtype: str) -> None:
     directory = save_tiny(tmp_path / "model", variant)
-    whole = load_model(directory, device="cpu", dtype=dtype)
-    streamed = load_model(directory, device="cpu", dtype=dtype, memory_budget=1)
+    whole = load_model(directory, load=LoadOptions(device="cpu", dtype=dtype))
+    streamed = load_model(directory, load=LoadOptions(device="cpu", dtype=dtype, memory_budget=1))
     assert streamed.model.dtype == getattr(torch, dtype)
     assert torch.equal(logits_of(streamed, BATCHES[0]), logits_of(whole, BATCHES[0]))
 
@@ -260,11 +264,11 @@ def test_an_exception_leaves_the_layers_empty_and_streamed(tmp_path: Path) -> No
 
 def test_a_model_that_fits_is_held_whole(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "model")
-    assert load_model(directory, device="cpu", memory_budget=10**9).stream is None
+    assert load_model(directory, load=LoadOptions(device="cpu", memory_budget=10**9)).stream is None
 
 
 def test_a_layer_whose_tensors_are_called_otherwise_is_refused(tmp_path: Path) -> None:
-    model = load_model(save_tiny(tmp_path / "model"), device="cpu").model
+    model = load_model(save_tiny(tmp_path / "model"), load=CPU).model
     layers = "model.layers"
     tensors = {name: tensor for name, tensor in model.state_dict().items() if "layers.3.mlp.up" not in name}
     save_tensors(tmp_path / "model" / "model.safetensors", tensors)
@@ -291,32 +295,36 @@ def test_edits_and_figures_are_the_same(tmp_path: Path, architecture: str, monke
     settings = EditSettings(passes=2, unrelated_texts=16, shards=2, layer="2")
     for name, budget in (("whole", None), ("streamed", 1000)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
-        run_edit(str(base), edits, tmp_path / name, settings, device="cpu", memory_budget=budget)
+        run_edit(str(base), edits, tmp_path / name, settings, load=LoadOptions(device="cpu", memory_budget=budget))
     names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
     assert len(names) == 3
     for name in names:
         assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     merge([tmp_path / "whole"], tmp_path / "memory", MergeSettings())
     reports = [
-        evaluate(tmp_path / "memory", EvalSettings(), device="cpu", memory_budget=budget) for budget in (None, 1000)
+        evaluate(tmp_path / "memory", EvalSettings(), load=LoadOptions(device="cpu", memory_budget=budget))
+        for budget in (None, 1000)
     ]
     assert reports[0].after == reports[1].after
     assert reports[0].before == reports[1].before
     prompts = [edit["prompt"] for edit in EDITS]
     answers = [
-        run_generate(tmp_path / "memory", prompts, explain=True, device="cpu", memory_budget=budget)
+        run_generate(tmp_path / "memory", prompts, explain=True, load=LoadOptions(device="cpu", memory_budget=budget))
         for budget in (None, 1000)
     ]
     assert answers[0] == answers[1]
-    export(tmp_path / "memory", tmp_path / "edited", device="cpu")
-    assert run_generate(tmp_path / "edited", prompts, explain=True, device="cpu", memory_budget=1000) == answers[0]
+    export(tmp_path / "memory", tmp_path / "edited", load=CPU)
+    assert (
+        run_generate(tmp_path / "edited", prompts, explain=True, load=LoadOptions(device="cpu", memory_budget=1000))
+        == answers[0]
+    )
 
 
 def test_a_real_edited_model_has_the_same_figures(chain: Chain) -> None:
     given: dict[str, Any] = {"prompt_opens": True, "batch_size": 4, "stage": "test", "watch": ignore}
     figures = []
     for budget in (None, 1 << 28):
-        edited = attach(chain.memory, device="cpu", memory_budget=budget)
+        edited = attach(chain.memory, load=LoadOptions(device="cpu", memory_budget=budget))
         assert (edited.stream is None) == (budget is None)
         rows = [encode(edited.tokenizer, edit["prompt"], edit["target"]) for edit in chain.edits[:6]]
         figures.append(teacher_forced(edited, rows, **given))

@@ -23,6 +23,7 @@ from support.helpers import (
     site_of,
     tiny_tokenizer,
 )
+from support.loading import CPU
 from support.tiny_models import IMAGE_TOKEN, TINY_CONFIGS, VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
@@ -30,9 +31,9 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMul
 import wisecli
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.commands.edit import edit as run_edit
-from wisecli.commands.export import export
+from wisecli.commands.export import WeightFiles, export
 from wisecli.commands.merge import merge
-from wisecli.config import EditSettings, MergeSettings
+from wisecli.config import EditSettings, LoadOptions, MergeSettings
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.evaluation.edited_model import attach
 from wisecli.export.checkpoint import write_routed
@@ -116,7 +117,7 @@ def vision(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     run_edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"))
     merge([root / "shards"], root / "memory", MergeSettings())
     merge([root / "shards"], root / "matrix", MergeSettings(mode="merge"))
-    export(root / "memory", root / "edited", device="cpu")
+    export(root / "memory", root / "edited", load=CPU)
     return Vision(str(request.param), root)
 
 
@@ -173,7 +174,7 @@ def test_every_part_but_the_edited_matrix_is_the_bases_to_the_bit(vision: Vision
     loaded, stock = vision.exported().state_dict(), vision.base().state_dict()
     assert any("visi" in name or "visual" in name for name in stock)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in stock.items())
-    export(vision.root / "matrix", tmp_path / "merged", "merged", device="cpu")
+    export(vision.root / "matrix", tmp_path / "merged", "merged", load=CPU)
     merged = contents(tmp_path / "merged")
     assert merged.keys() == base.keys()
     (changed,) = (name for name in base if base[name] != merged[name])
@@ -205,7 +206,7 @@ def test_an_edited_prompt_gets_the_new_answer(vision: Vision, image: bool) -> No
 
 def test_a_merged_matrix_needs_no_code(vision: Vision, tmp_path: Path) -> None:
     output = tmp_path / "merged"
-    export(vision.root / "matrix", output, "merged", device="cpu")
+    export(vision.root / "matrix", output, "merged", load=CPU)
     model, stock = AutoModelForImageTextToText.from_pretrained(output).eval(), vision.base()
     assert type(model) is type(stock)
     site = read_memory(vision.root / "matrix").site
@@ -224,7 +225,9 @@ def test_a_delta_on_its_base_is_the_routed_checkpoint(vision: Vision, tmp_path: 
 
 
 def test_layers_that_are_read_as_they_run_see_images_too(vision: Vision) -> None:
-    whole, streamed = (attach(vision.root / "memory", device="cpu", memory_budget=budget) for budget in (None, 1))
+    whole, streamed = (
+        attach(vision.root / "memory", load=LoadOptions(device="cpu", memory_budget=budget)) for budget in (None, 1)
+    )
     assert streamed.stream is not None
     assert streamed.stream.streamed
     for edit in EDITS:
@@ -233,7 +236,7 @@ def test_layers_that_are_read_as_they_run_see_images_too(vision: Vision) -> None
 
 
 def test_another_type_for_the_weights_holds_for_every_part(vision: Vision, tmp_path: Path) -> None:
-    export(vision.root / "memory", tmp_path / "halved", dtype="bfloat16", device="cpu")
+    export(vision.root / "memory", tmp_path / "halved", weights=WeightFiles(dtype="bfloat16"), load=CPU)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "halved", trust_remote_code=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
@@ -378,7 +381,7 @@ def test_settings_of_the_text_model_may_stand_outside(tmp_path: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    loaded = load_model(base, device="cpu")
+    loaded = load_model(base, load=CPU)
     model = tiny_model("qwen2_vl")
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
     memory = memory_for(model, site_of(model, 2), router="key", routing="token")
@@ -428,7 +431,7 @@ def test_more_layers_than_tensors_are_refused_in_either_part(tmp_path: Path, par
     config[part]["num_hidden_layers"] = 10**6
     written(base, config)
     with pytest.raises(ModelError, match="more layers than there are tensors"):
-        load_model(base, device="cpu")
+        load_model(base, load=CPU)
 
 
 def test_the_tokenizer_is_that_of_the_base(vision: Vision) -> None:

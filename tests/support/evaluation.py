@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from support.helpers import alone, greedy_by_loop, hooked, manifest_for, memory_for, routed_by_loop, save_tiny
+from support.loading import CPU
 from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import Edited, attach
@@ -32,10 +33,10 @@ def edited_model(
     base = save_tiny(root / "base", architecture)
     site = find_site(base, Checkpoint(base), 2)
     named: dict[str, Any] = {"kind": kind, "router": router, "routing": routing}
-    memory = memory_for(load_model(base, device="cpu").model, site, **named, memories=memories)
+    memory = memory_for(load_model(base, load=CPU).model, site, **named, memories=memories)
     (root / "memory").mkdir()
     write_memory(root / "memory", manifest_for(base, memory, edits or [Edit("only", "ba", "be")]))
-    return attach(root / "memory", device="cpu")
+    return attach(root / "memory", load=CPU)
 
 
 def logits_by_loop(edited: Edited, row: Row, *, prompt_opens: bool) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from support.helpers import save_tiny
+from support.loading import CPU
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.export import export
 from wisecli.commands.merge import merge
@@ -27,10 +28,10 @@ def make_places(root: Path) -> Path:
     base = save_tiny(root / "model")
     (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
     quick = EditSettings(passes=2, unrelated_texts=16, shards=2)
-    run_edit(str(base), root / "edits.jsonl", root / "shards", quick, device="cpu")
+    run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
     merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve", router="norm"))
-    export(root / "memory", root / "edited", device="cpu")
+    export(root / "memory", root / "edited", load=CPU)
     return root
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from support.helpers import save_tiny
+from support.loading import CPU
 from support.tiny_models import Outcome
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.merge import merge
@@ -49,7 +50,7 @@ def make_ready(root: Path) -> Ready:
         ("deciding-shards", "edits", base, {"routing": "sequence"}),
         ("shards-of-other-model", "other-edits", other, {}),
     ):
-        run_edit(str(model), root / edits, root / name, EditSettings(**QUICK, **changes), device="cpu")
+        run_edit(str(model), root / edits, root / name, EditSettings(**QUICK, **changes), load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
     merge([root / "shards"], root / "merge", MergeSettings(mode="merge"))
     merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve"))

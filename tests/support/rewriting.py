@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from support.helpers import WORDS, alone, save_tiny
+from support.loading import CPU
 from wisecli.bench.baselines.base import Bench, Method
 from wisecli.bench.baselines.evaluation import answers, said
 from wisecli.edits.record import Edit
@@ -37,7 +38,7 @@ EDITS = [
 def bench_for(directory: Path, architecture: str, texts: Sequence[str] | None = None) -> Bench:
     """A bench on a tiny model with a few unrelated texts."""
     save_tiny(directory, architecture)
-    loaded = load_model(directory, device="cpu")
+    loaded = load_model(directory, load=CPU)
     given = words(*range(2, 26)) if texts is None else texts
     return Bench(loaded, Checkpoint(directory), known_layout(directory), (), given, batch_size=5, seed=3)
 

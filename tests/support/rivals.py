@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from support.helpers import random_row, save_tiny
+from support.loading import CPU
 from wisecli.bench.baselines.base import Bench, Method
 from wisecli.bench.baselines.evaluation import said
 from wisecli.edits.record import Edit, Probe
@@ -35,7 +36,7 @@ TEXTS = ["ro ru ra", "vo vu va ve", "no nu"]
 def tiny_bench(directory: Path, architecture: str = "llama", *, train: Sequence[Edit] = TRAIN) -> Bench:
     """A tiny checkpoint, loaded."""
     save_tiny(directory, architecture)
-    loaded = load_model(directory, device="cpu")
+    loaded = load_model(directory, load=CPU)
     return Bench(loaded, Checkpoint(directory), known_layout(directory), train, TEXTS, batch_size=3)
 
 

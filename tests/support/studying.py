@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support.helpers import save_tiny
+from support.loading import CPU
 from wisecli.bench.study import StudyReport, study
 from wisecli.config import BenchSettings
 
@@ -39,4 +40,4 @@ def studied(place: Path, output: Path, **settings: Any) -> StudyReport:
     named = {name: settings.pop(name) for name in ("force", "watch") if name in settings}
     given = {"study": ALL, "counts": "6", "layers": 3, "mask_ratios": ".3,.6", "shard_counts": "1,2,8", **settings}
     data = [place / "data.jsonl"]
-    return study(str(place / "model"), output, BenchSettings(**given), data=data, device="cpu", **named)
+    return study(str(place / "model"), output, BenchSettings(**given), data=data, load=CPU, **named)

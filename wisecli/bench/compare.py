@@ -15,7 +15,7 @@ from wisecli.bench.report import RESULTS, write_page
 from wisecli.bench.result_store import Rows, require_same
 from wisecli.bench.runner import OURS, Course, Row
 from wisecli.commands.evaluate import read_dataset
-from wisecli.config import BenchSettings
+from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import write_json
@@ -47,9 +47,7 @@ def bench(
     *,
     data: Sequence[Path] = (),
     train: Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
+    load: LoadOptions = LoadOptions(),
     force: bool = False,
     watch: Watcher = ignore,
 ) -> BenchReport:
@@ -73,12 +71,15 @@ def bench(
     stream = stream_of(settings.dataset, data, counts[-1])
     learnt = stream.rest if train is None else read_dataset(None, train)[1]
     about = {"model": model, "dataset": stream.dataset, "seed": settings.seed, "generate": settings.generate}
-    about |= {"dtype": dtype, "records": stream.digest, "train": "the rest" if train is None else digest_of(learnt)}
-    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    about |= {
+        "dtype": load.dtype,
+        "records": stream.digest,
+        "train": "the rest" if train is None else digest_of(learnt),
+    }
     require_same(output, about, force=force)
     kept = Rows(output / "rows.jsonl")
     directory = find_model(model, watch=watch)
-    course = Course(directory, stream.tested, stream.domains, learnt, settings, options, output / "work", watch)
+    course = Course(directory, stream.tested, stream.domains, learnt, settings, load, output / "work", watch)
     for name in names:
         for row in course.rows(name, [count for count in counts if {"method": name, "edits": count} not in kept]):
             kept.add(row)

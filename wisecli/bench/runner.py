@@ -17,10 +17,10 @@ import torch
 
 from wisecli.bench.baselines.base import METHODS, Bench, Method, UnsuitableError
 from wisecli.bench.baselines.evaluation import Edited, Known, overhead, said
-from wisecli.commands.edit import edit
+from wisecli.commands.edit import RunOptions, edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
-from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
+from wisecli.config import BenchSettings, EditSettings, EvalSettings, LoadOptions, MergeSettings, resolve
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.admission import AS_THEY_ARE
 from wisecli.edits.record import Edit
@@ -60,7 +60,7 @@ class Course:
     domains: Sequence[str]
     learnt: Sequence[Edit]
     settings: BenchSettings
-    options: Mapping[str, Any]
+    load: LoadOptions
     work: Path
     watch: Watcher
     known: Known = field(default_factory=Known)
@@ -69,9 +69,8 @@ class Course:
     def bench(self) -> Bench:
         """What methods behind the protocol may use; the model is loaded once for all of them."""
         checkpoint = Checkpoint(self.directory)
-        trust = bool(self.options["trust_remote_code"])
-        layout = find_layout(self.directory, checkpoint, target_module=None, trust_remote_code=trust, watch=self.watch)
-        loaded = load_model(self.directory, **self.options)
+        layout = find_layout(self.directory, checkpoint, load=self.load, watch=self.watch)
+        loaded = load_model(self.directory, self.load)
         texts = unrelated_texts(_TEXTS, seed=self.settings.seed)
         size, seed = self.settings.batch_size, self.settings.seed
         return Bench(loaded, checkpoint, layout, self.learnt, texts, size, seed, self.watch)
@@ -115,11 +114,19 @@ class Course:
             with jsonlines.open(file, "w") as writer:
                 writer.write_all(record.as_dict() for record in self.tested[:count])
             settings = resolve(EditSettings, {**of_edit, "seed": self.settings.seed}, section="edit")
-            named: dict[str, Any] = {**self.options, "force": True, "gate": AS_THEY_ARE, "watch": self.watch}
-            edited = edit(str(self.directory), file, shards, settings, **named)
+            edited = edit(
+                str(self.directory),
+                file,
+                shards,
+                settings,
+                load=self.load,
+                options=RunOptions(force=True),
+                gate=AS_THEY_ARE,
+                watch=self.watch,
+            )
             merged = merge([shards], memory, MergeSettings(**of_merge), force=True)
             given = EvalSettings(generate=self.settings.generate, batch_size=self.settings.batch_size)
-            report = evaluate(memory, given, data=file, **self.options, watch=self.watch)
+            report = evaluate(memory, given, data=file, load=self.load, watch=self.watch)
             size = sum(path.stat().st_size for path in memory.iterdir())
             costs = {"seconds_per_edit": (edited.seconds + merged.seconds) / count, "bytes": size}
             costs["overhead"] = self._overhead(memory, count)
@@ -127,7 +134,7 @@ class Course:
 
     def _overhead(self, memory: Path, count: int) -> float:
         """How much longer one pass over prompts and answers takes with a memory."""
-        edited = attach(memory, **self.options)
+        edited = attach(memory, load=self.load)
         loaded = Loaded(edited.model, edited.tokenizer, edited.stream)
         rows = [encode(edited.tokenizer, *pair) for pair in self._timed(count)]
 

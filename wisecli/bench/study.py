@@ -14,7 +14,7 @@ from wisecli.bench.result_store import Row, Rows, require_same
 from wisecli.bench.studies import load_studies
 from wisecli.bench.studies.base import STUDIES, Point, section
 from wisecli.bench.studies.context import Room
-from wisecli.config import BenchSettings
+from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import write_json
@@ -48,9 +48,7 @@ def study(
     settings: BenchSettings,
     *,
     data: Sequence[Path] = (),
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
+    load: LoadOptions = LoadOptions(),
     force: bool = False,
     watch: Watcher = ignore,
 ) -> StudyReport:
@@ -67,10 +65,15 @@ def study(
     """
     names, counts = _names(settings.study or ""), counts_in(settings.counts)
     stream = stream_of(settings.dataset, data, counts[-1])
-    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    room = Room(find_model(model, watch=watch), stream.tested, counts, settings, options, output / "work", watch)
+    room = Room(find_model(model, watch=watch), stream.tested, counts, settings, load, output / "work", watch)
     points = {name: STUDIES[name].points(room) for name in names}
-    about = {"model": model, "dataset": stream.dataset, "seed": settings.seed, "dtype": dtype, "records": stream.digest}
+    about = {
+        "model": model,
+        "dataset": stream.dataset,
+        "seed": settings.seed,
+        "dtype": load.dtype,
+        "records": stream.digest,
+    }
     require_same(output, about, force=force)
     config = {**{name: value for name, value in asdict(settings).items() if name not in _OF_METHODS}, **about}
     report = StudyReport({name: _measured(name, room, points[name], output) for name in names}, config, output)

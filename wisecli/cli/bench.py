@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from wisecli.bench.html import FIGURES, HEADS, costs
 from wisecli.cli.console import Console
-from wisecli.cli.options import AsJson, Config, Device, Dtype, Force, Output, Quiet, Seed, Trust, setting
+from wisecli.cli.options import AsJson, Config, Device, Dtype, Force, Output, Quiet, Seed, Trust, load_options, setting
 from wisecli.config import BenchSettings, resolve
 from wisecli.errors import SettingsError
 
@@ -82,13 +82,16 @@ def bench(
     from wisecli.bench.compare import bench as run_bench
     from wisecli.bench.study import study as run_study
 
-    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    load = load_options(device, dtype, trust_remote_code)
     with console.watching() as watch:
-        named |= {"data": data or (), "force": force, "watch": watch}
         if settings.study and not methods:
-            tell_study(console, run_study(model, output, settings, **named))
+            study_report = run_study(model, output, settings, data=data or (), load=load, force=force, watch=watch)
+            tell_study(console, study_report)
         else:
-            tell_bench(console, run_bench(model, output, settings, train=train, **named))
+            bench_report = run_bench(
+                model, output, settings, data=data or (), train=train, load=load, force=force, watch=watch
+            )
+            tell_bench(console, bench_report)
 
 
 def tell_bench(console: Console, report: BenchReport) -> None:

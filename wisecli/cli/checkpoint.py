@@ -23,6 +23,7 @@ from wisecli.cli.options import (
     Output,
     Quiet,
     Trust,
+    load_options,
     size_in_bytes,
 )
 
@@ -68,14 +69,22 @@ def export(
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
     console = Console(as_json, quiet)
+    from wisecli.commands.export import Publication, WeightFiles
     from wisecli.commands.export import export as run
 
     with console.watching() as watch:
-        named: dict[str, Any] = {"device": device, "force": force, "dry_run": dry_run, "watch": watch}
-        weights: dict[str, Any] = {"link": link, "dtype": dtype}
-        weights["file_bytes"] = size_in_bytes(max_shard_size, "--max-shard-size")
-        hub: dict[str, Any] = {"push_to": push_to_hub, "private": private, "metrics": metrics, "card": card}
-        report = run(memory, output, form, model=base or model, **weights, **hub, **named)
+        report = run(
+            memory,
+            output,
+            form,
+            model=base or model,
+            load=load_options(device),
+            weights=WeightFiles(link, dtype, size_in_bytes(max_shard_size, "--max-shard-size")),
+            publication=Publication(card, metrics, push_to_hub, private),
+            force=force,
+            dry_run=dry_run,
+            watch=watch,
+        )
     tell_export(console, report)
 
 
@@ -100,11 +109,18 @@ def generate(
     from wisecli.commands.generate import generate as run
 
     place, base = locate_memory(model, memory, Path("memory"))
-    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
+    load = load_options(device, dtype, trust_remote_code, memory_budget)
     with console.watching():
-        answers = run(place, prompts, model=base, explain=explain, chat=chat, **lengths, **named)
+        answers = run(
+            place,
+            prompts,
+            model=base,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            explain=explain,
+            chat=chat,
+            load=load,
+        )
     tell_answers(console, answers)
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from wisecli.cli.console import Console, plain
-from wisecli.cli.options import AsJson, Budget, Device, Dtype, Force, Quiet, Trust, size_in_bytes
+from wisecli.cli.options import AsJson, Budget, Device, Dtype, Force, Quiet, Trust, load_options
+from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
     from wisecli.commands.draft import DraftReport
     from wisecli.drafting.questions import Pair
 
+# Pairs of a passage, unless it is said otherwise.
+EACH = 3
 Yes = Annotated[bool, typer.Option("--yes", help="Of a document: take every pair without asking.")]
 Each = Annotated[int, typer.Option("--each", min=1, help="Pairs of a passage at most.")]
 
@@ -30,7 +33,7 @@ def draft(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File of edits to write.", show_default="PAGE's name, .jsonl")
     ] = None,
-    each: Each = 3,
+    each: Each = EACH,
     yes: Yes = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -41,9 +44,8 @@ def draft(
     quiet: Quiet = False,
 ) -> None:
     """Draw questions with answers from a document, to approve of one by one and then to edit with."""
-    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "each": each}
-    named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
-    draw_edits(Console(as_json, quiet), model, page, output, yes=yes, force=force, trains=False, **named)
+    load = load_options(device, dtype, trust_remote_code, memory_budget)
+    draw_edits(Console(as_json, quiet), model, page, output, each=each, load=load, yes=yes, force=force, trains=False)
 
 
 def draw_for_editing(
@@ -51,9 +53,8 @@ def draw_for_editing(
     model: str | None,
     page: Path,
     output: Path | None,
-    common: Mapping[str, Any],
-    named: Mapping[str, Any],
     *,
+    load: LoadOptions,
     yes: bool,
     dry_run: bool,
     force: bool,
@@ -63,9 +64,7 @@ def draw_for_editing(
         raise SettingsError("--from-text needs a MODEL, which draws the edits from the document")
     if dry_run:
         raise SettingsError("--dry-run plans a file of edits; draw it first, with `wise draft`")
-    loading = {name: common[name] for name in ("trust_remote_code", "memory_budget")}
-    loading |= {name: named[name] for name in ("device", "dtype")}
-    return draw_edits(console, model, page, output, yes=yes, force=force, trains=True, **loading)
+    return draw_edits(console, model, page, output, load=load, yes=yes, force=force, trains=True)
 
 
 def draw_edits(
@@ -74,10 +73,11 @@ def draw_edits(
     page: Path,
     output: Path | None,
     *,
+    each: int = EACH,
+    load: LoadOptions,
     yes: bool,
     force: bool,
     trains: bool,
-    **named: Any,
 ) -> Path | None:
     """Draft, ask, and write what was accepted into a file of edits; the file, if it may be trained on.
 
@@ -97,7 +97,7 @@ def draw_edits(
     if place.exists() and not force:
         raise SettingsError(f"{place} already exists; edit with it, name another file, or pass --force to draw anew")
     with console.watching() as watch:
-        report = run(model, page, watch=watch, **named)
+        report = run(model, page, each=each, load=load, watch=watch)
     asking = at_terminal() and not yes
     kept = approved(report.pairs) if asking else list(report.pairs)
     if kept:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,18 +38,18 @@ from wisecli.cli.options import (
     Trust,
     Who,
     gate_of,
+    load_options,
     part_in,
     setting,
-    size_in_bytes,
 )
-from wisecli.config import EditSettings, resolve
+from wisecli.config import EditSettings, LoadOptions, resolve
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.commands.edit import EditReport
+    from wisecli.commands.edit import EditReport, RunOptions
     from wisecli.editing.resource_estimate import Plan
-if TYPE_CHECKING:
     from wisecli.edits.admission import Gate
+    from wisecli.memory.history import Provenance
 
 
 def edit(
@@ -139,72 +139,113 @@ def edit(
     flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
     gate = gate_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
+    from wisecli.commands.edit import RunOptions
     from wisecli.commands.edit import edit as run_edit
     from wisecli.commands.reproduce import reproduce as run_reproduce
     from wisecli.edits.admission import USUAL
+    from wisecli.memory.history import Provenance
 
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "executor": executor}
-    common["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
-    named: dict[str, Any] = {"device": device, "dtype": dtype, "strict": strict}
+    load = load_options(device, dtype, trust_remote_code, memory_budget, revision)
+    options = RunOptions(executor=executor, force=force, strict=strict, dry_run=dry_run)
     if from_text is not None:
         if gate.signed is not None:
             raise SettingsError("--verify-signature is for files of edits; `wise draft` writes one that can be signed")
-        edits = draw_for_editing(console, model, from_text, edits, common, named, yes=yes, dry_run=dry_run, force=force)
+        edits = draw_for_editing(console, model, from_text, edits, load=load, yes=yes, dry_run=dry_run, force=force)
         if edits is None:
             return
     if into is not None:
         if model is None or edits is None:
             raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
-        named |= {"config": config, "reason": reason, "who": who, "gate": gate}
-        edit_into(console, model, edits, into, flags, follow=watch_file, interval=interval, **common, **named)
+        into_memory = IntoMemory(
+            console, model, edits, into, flags, config, Provenance(who, reason), load, options, gate
+        )
+        if watch_file:
+            into_memory.follow(interval)
+        else:
+            into_memory.once()
         return
-    common["force"] = force
-    named |= {"revision": revision, "target_module": target_module, "only": part_in(only), "gate": gate}
+    options = replace(options, only=part_in(only))
     with console.watching() as watch:
-        common |= {"dry_run": dry_run, "watch": watch}
         if reproduce is not None:
             if gate != USUAL:
                 raise SettingsError("--reproduce writes what was written once; drop what is asked of new edits")
-            report = run_reproduce(reproduce, output, model=model, **common)
+            report = run_reproduce(reproduce, output, model=model, load=load, options=options, watch=watch)
         elif model is None or edits is None:
             raise SettingsError("give a MODEL and a file of EDITS, or --reproduce and a manifest")
         else:
-            report = run_edit(model, edits, output, settings, **common, **named)
+            report = run_edit(
+                model,
+                edits,
+                output,
+                settings,
+                load=load,
+                target_module=target_module,
+                options=options,
+                gate=gate,
+                watch=watch,
+            )
     tell_edit(console, report)
     report.check()
 
 
-def edit_into(
-    console: Console,
-    model: str,
-    edits: Path,
-    memory: Path,
-    flags: Mapping[str, Any],
-    *,
-    follow: bool,
-    interval: float,
-    **named: Any,
-) -> None:
-    """What ``wise edit --into`` does, and with ``follow`` goes on doing until it is interrupted."""
-    from wisecli.commands.edit_into import Batch
-    from wisecli.commands.edit_into import edit_into as run_edit_into
-    from wisecli.commands.watch import follow as run_follow
+@dataclass(frozen=True)
+class IntoMemory:
+    """What ``wise edit --into`` does."""
 
-    told = Told(console)
-    gate: Gate = named["gate"]
-    if follow and gate.signed is not None:
-        raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
-    with console.watching() as watch:
-        if follow:
-            for landed in run_follow(model, edits, memory, flags, interval=interval, watch=watch, **named):
-                told.landed(landed)
-            return
-        reason = named.pop("reason")
-        with _file(edits) as path:
-            name = str(edits) if edits == path else "-"
-            batch = Batch.from_file(path, name=name, reason=reason, gate=gate)
-        report = run_edit_into(model, batch, memory, flags, watch=watch, **named)
-    told.landed(report)
+    console: Console
+    model: str
+    edits: Path
+    memory: Path
+    flags: Mapping[str, Any]
+    config: Path | None
+    provenance: Provenance
+    load: LoadOptions
+    options: RunOptions
+    gate: Gate
+
+    def once(self) -> None:
+        """Edit what the file holds."""
+        from wisecli.commands.edit_into import Batch, edit_into
+
+        with self.console.watching() as watch:
+            with _file(self.edits) as path:
+                name = str(self.edits) if self.edits == path else "-"
+                batch = Batch.from_file(path, name=name, gate=self.gate)
+            report = edit_into(
+                self.model,
+                batch,
+                self.memory,
+                self.flags,
+                config=self.config,
+                provenance=self.provenance,
+                load=self.load,
+                options=self.options,
+                gate=self.gate,
+                watch=watch,
+            )
+        Told(self.console).landed(report)
+
+    def follow(self, interval: float) -> None:
+        """Go on with lines that are added to the file, until it is interrupted."""
+        from wisecli.commands.watch import follow
+
+        if self.gate.signed is not None:
+            raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
+        with self.console.watching() as watch:
+            for landed in follow(
+                self.model,
+                self.edits,
+                self.memory,
+                self.flags,
+                interval=interval,
+                config=self.config,
+                provenance=self.provenance,
+                load=self.load,
+                options=self.options,
+                gate=self.gate,
+                watch=watch,
+            ):
+                Told(self.console).landed(landed)
 
 
 @contextmanager

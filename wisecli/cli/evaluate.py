@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -21,8 +21,8 @@ from wisecli.cli.options import (
     Quiet,
     Trust,
     gates_in,
+    load_options,
     setting,
-    size_in_bytes,
 )
 from wisecli.config import EvalSettings, resolve
 
@@ -73,9 +73,8 @@ def evaluate(
 
     place, base = locate_memory(directory, memory, Path("memory"))
     with console.watching() as watch:
-        named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
-        report = run(place, settings, model=model or base, data=data, watch=watch, **named)
+        load = load_options(device, dtype, trust_remote_code, memory_budget)
+        report = run(place, settings, model=model or base, data=data, load=load, watch=watch)
     tell_evaluation(console, report)
     report.check(gates)
 

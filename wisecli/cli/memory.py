@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wisecli.cli.console import Console, sifted_json, sifted_lines
-from wisecli.cli.options import AsJson, Budget, Device, Dtype, Memory, Model, Quiet, Reason, Trust, Who, size_in_bytes
+from wisecli.cli.options import AsJson, Budget, Device, Dtype, Memory, Model, Quiet, Reason, Trust, Who, load_options
 
 if TYPE_CHECKING:
     from wisecli.commands.diff import DiffReport
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from wisecli.edits.record import Edit
     from wisecli.memory.history import Release
     from wisecli.memory.releases import Published
-
-if TYPE_CHECKING:
-    pass
 
 Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise edit --into` makes it.")]
 
@@ -46,10 +43,17 @@ def remove(
     """Take edits out of a memory, as if they had never been in it."""
     console = Console(as_json, quiet)
     from wisecli.commands.remove import remove as run
+    from wisecli.memory.history import Provenance
 
-    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with console.watching() as watch:
-        report = run(memory, ids, model=model, reason=reason, who=who, watch=watch, **named)
+        report = run(
+            memory,
+            ids,
+            model=model,
+            provenance=Provenance(who, reason),
+            load=load_options(device, dtype, trust_remote_code),
+            watch=watch,
+        )
     Told(console).removed(report)
 
 
@@ -65,9 +69,10 @@ def rollback(
     """Make a memory what it was at an earlier release; the releases since stay in its history."""
     console = Console(as_json, quiet)
     from wisecli.commands.rollback import rollback as run
+    from wisecli.memory.history import Provenance
 
     with console.watching() as watch:
-        report = run(memory, to, model=model, reason=reason, who=who, watch=watch)
+        report = run(memory, to, model=model, provenance=Provenance(who, reason), watch=watch)
     Told(console).rolled_back(report)
 
 
@@ -114,10 +119,18 @@ def explain(
     from wisecli.commands.explain import explain as run
 
     place, base = locate_memory(model, memory, Path("memory"))
-    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "chat": chat}
-    named["memory_budget"] = size_in_bytes(memory_budget, "--memory-budget")
+    load = load_options(device, dtype, trust_remote_code, memory_budget)
     with console.watching():
-        report = run(place, prompt, model=base, nearest=nearest, max_new_tokens=max_new_tokens, plot=plot, **named)
+        report = run(
+            place,
+            prompt,
+            model=base,
+            nearest=nearest,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            plot=plot,
+            load=load,
+        )
     Told(console).explained(report)
 
 

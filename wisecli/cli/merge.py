@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -99,7 +99,7 @@ def merge(
     from wisecli.commands.merge import merge as run
 
     if into is not None:
-        merge_into(console, shards or [], into, settings, model=model, reason=reason, who=who)
+        merge_into(console, shards or [], into, settings, model=model, who=who, reason=reason)
         return
     if not shards:
         raise SettingsError("give the SHARDS that are to be merged")
@@ -108,12 +108,22 @@ def merge(
     tell_merge(console, report)
 
 
-def merge_into(console: Console, shards: list[Path], memory: Path, settings: MergeSettings, **named: Any) -> None:
+def merge_into(
+    console: Console,
+    shards: list[Path],
+    memory: Path,
+    settings: MergeSettings,
+    *,
+    model: str | None,
+    who: str | None,
+    reason: str,
+) -> None:
     """What ``wise merge --into`` does."""
     from wisecli.commands.edit_into import merge_into as run
+    from wisecli.memory.history import Provenance
 
     with console.watching() as watch:
-        published = run(shards, memory, settings, watch=watch, **named)
+        published = run(shards, memory, settings, model=model, provenance=Provenance(who, reason), watch=watch)
     Told(console).joined(str(memory), published)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wisecli.config import defaults
+from wisecli.config import LoadOptions, defaults
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -80,6 +80,21 @@ def gate_of(
         raise SettingsError("--verify-signature and --signer go together, and --signer-identity with both")
     signed = Signed(signature, signer, identity) if signature is not None and signer is not None else None
     return Gate(on_conflict, None if policy is None else read_policy(policy), signed, skip_known)
+
+
+def load_options(
+    device: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory_budget: str | None = None,
+    revision: str | None = None,
+) -> LoadOptions:
+    """How a model is loaded, from the flags of a command.
+
+    Raises:
+        SettingsError: the budget is no size.
+    """
+    return LoadOptions(device, dtype, trust_remote_code, size_in_bytes(memory_budget, "--memory-budget"), revision)
 
 
 def size_in_bytes(text: str | None, flag: str) -> int | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from wisecli.config import LoadOptions
 from wisecli.drafting.chunking import Passage, passages
 from wisecli.drafting.questions import Pair, draw_pairs
 from wisecli.errors import EditFileError
@@ -31,10 +31,7 @@ def draft(
     *,
     each: int = 3,
     batch_size: int = 8,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    memory_budget: int | None = None,
+    load: LoadOptions = LoadOptions(),
     watch: Watcher = ignore,
 ) -> DraftReport:
     """Let a model draw questions with answers from a document in Markdown or plain text. Nothing is written.
@@ -48,8 +45,7 @@ def draft(
     """
     started = time.perf_counter()
     found = _read(page)
-    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load_model(find_model(model, watch=watch), **named, memory_budget=memory_budget)
+    loaded = load_model(find_model(model, watch=watch), load)
     pairs = draw_pairs(loaded, found, each=each, batch_size=batch_size, watch=watch)
     return DraftReport(page, len(found), tuple(pairs), time.perf_counter() - started)
 

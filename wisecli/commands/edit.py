@@ -6,13 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.artifacts.unrelated_stats import load_unrelated
-from wisecli.config import EditSettings
+from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.executors import executor_for
 from wisecli.editing.resource_estimate import Plan, plan_edit
 from wisecli.editing.staging import Unfinished
@@ -27,6 +24,23 @@ from wisecli.progress import NOTE, Event, Watcher, ignore
 
 # About what the statistics of unrelated text take: keys in half precision, two moments.
 _KEPT_KEYS, _KEPT_DIRECTIONS = 4096, 1024
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How shards are written.
+
+    ``executor`` is ``local``, or ``ray`` or ``ray://address`` for tasks on a Ray cluster. ``only``, as ``(k, n)``,
+    writes the k-th of n parts of the shards; whoever writes the last one finishes the output. ``force`` replaces an
+    output that is there. ``strict`` raises if an edit did not take; nothing is written then. ``dry_run`` checks
+    everything and plans, but loads no weights and writes nothing.
+    """
+
+    executor: str = "local"
+    only: tuple[int, int] = (1, 1)
+    force: bool = False
+    strict: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,17 +97,9 @@ def edit(
     output: Path,
     settings: EditSettings,
     *,
-    revision: str | None = None,
+    load: LoadOptions = LoadOptions(),
     target_module: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    memory_budget: int | None = None,
-    executor: str = "local",
-    only: tuple[int, int] = (1, 1),
-    force: bool = False,
-    strict: bool = False,
-    dry_run: bool = False,
+    options: RunOptions = RunOptions(),
     gate: Gate = USUAL,
     watch: Watcher = ignore,
 ) -> EditReport:
@@ -104,12 +110,6 @@ def edit(
     Args:
         model: a directory, a hub id or a GGUF file.
         target_module: path of the value matrix, with ``{layer}`` for the layer's index, where the table's is not meant.
-        memory_budget: about how many bytes there are; of a model that does not fit, layers are read as they run. By
-            default what the machine or the GPU has.
-        executor: ``local``, or ``ray`` or ``ray://address`` for tasks on a Ray cluster.
-        only: ``(k, n)`` writes the k-th of n parts of the shards; whoever writes the last one finishes the output.
-        strict: raise if an edit did not take; nothing is written then.
-        dry_run: check everything and plan, but load no weights and write nothing.
         gate: what is asked of the edits before; what it leaves out with the model's help is planned for all the same.
 
     Raises:
@@ -118,17 +118,14 @@ def edit(
     started = time.perf_counter()
     sheet = gate.read(edits_file)
     admitted = gate.admit(sheet.name, sheet.numbered, watch=watch)
-    given = (model, revision, target_module, device, dtype, trust_remote_code, memory_budget, torch.get_num_threads())
-    worker = Worker(Job(*given, settings, admitted.edits), watch)
-    if gate.skip_known and not dry_run:
-        if only == (1, 1):  # with more parts than shards some have nothing to do, even when all is done
-            refuse_existing(output, force=force)
-        admitted = worker.leave_out_known(admitted)
-    if admitted.numbered:
-        named: dict[str, Any] = {"executor": executor, "only": only, "force": force, "strict": strict}
-        report = carry_out(worker, output, **named, dry_run=dry_run)
-    else:
-        report = _nothing(worker, output)
+    job = Job(model=model, settings=settings, edits=admitted.edits, load=load, target_module=target_module)
+    worker = Worker(job, watch)
+    if gate.skip_known and not options.dry_run:
+        if options.only == (1, 1):  # with more parts than shards some have nothing to do, even when all is done
+            refuse_existing(output, force=options.force)
+        admitted = worker.without_known(admitted)
+        worker = worker.with_edits(admitted.edits)
+    report = carry_out(worker, output, options) if admitted.numbered else _nothing(worker, output)
     return replace(report, seconds=time.perf_counter() - started, sifted=admitted.sifted)
 
 
@@ -141,45 +138,32 @@ def _nothing(worker: Worker, output: Path) -> EditReport:
 def run(
     job: Job,
     output: Path,
+    options: RunOptions = RunOptions(),
     *,
-    executor: str = "local",
-    only: tuple[int, int] = (1, 1),
-    force: bool = False,
-    strict: bool = False,
-    dry_run: bool = False,
     loaded: Loaded | None = None,
     watch: Watcher = ignore,
 ) -> EditReport:
     """Do a job, with a model that may be ``loaded`` already; everything else as in :func:`edit`."""
-    worker = Worker(job, watch, loaded=loaded)
-    return carry_out(worker, output, executor=executor, only=only, force=force, strict=strict, dry_run=dry_run)
+    return carry_out(Worker(job, watch, loaded=loaded), output, options)
 
 
-def carry_out(
-    worker: Worker,
-    output: Path,
-    *,
-    executor: str = "local",
-    only: tuple[int, int] = (1, 1),
-    force: bool = False,
-    strict: bool = False,
-    dry_run: bool = False,
-) -> EditReport:
+def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) -> EditReport:
     """Do the job of a worker; everything else as in :func:`edit`."""
     started = time.perf_counter()
-    job = worker.job
-    parts = job.parts
-    mine = range((only[0] - 1) * len(parts) // only[1], only[0] * len(parts) // only[1])
+    job, force = worker.job, options.force
+    parts, (part, of) = job.parts, options.only
+    mine = range((part - 1) * len(parts) // of, part * len(parts) // of)
     unfinished = Unfinished(output, len(parts))
     if mine:  # with more parts than shards some have nothing to do, even when all is done
-        if not force and not dry_run:
+        if not force and not options.dry_run:
             unfinished.sweep()
         refuse_existing(output, force=force)
     settings, checkpoint, count = job.settings, worker.checkpoint, len(job.edits)
     site = find_site(checkpoint.directory, checkpoint, settings.layer, worker.layout)
     require_space(output, _expected_bytes(site, settings, count, len(parts)))
-    if dry_run:
-        kind, budget = pick_dtype(job.dtype), job.memory_budget or machine_memory(pick_device(job.device))
+    if options.dry_run:
+        load = job.load
+        kind, budget = pick_dtype(load.dtype), load.memory_budget or machine_memory(pick_device(load.device))
         plan = plan_edit(checkpoint, site, settings, count, dtype=kind, memory_budget=budget)
         seconds = time.perf_counter() - started
         return EditReport(output, count, len(parts), site.layer, site.module, seconds, plan.peak, plan=plan)
@@ -192,7 +176,7 @@ def carry_out(
     with unfinished.opened():
         unfinished.claim(mine)
         try:
-            begun, entries, finished = _write(unfinished, worker, executor, mine, force=force, strict=strict)
+            begun, entries, finished = _write(unfinished, worker, mine, options)
         except BaseException as error:
             missing = len(unfinished.missing())
             if len(mine) == len(parts) == missing:
@@ -208,14 +192,14 @@ def carry_out(
 
 
 def _write(
-    unfinished: Unfinished, worker: Worker, executor: str, mine: range, *, force: bool, strict: bool
+    unfinished: Unfinished, worker: Worker, mine: range, options: RunOptions
 ) -> tuple[ShardDirectory, list[ShardEntry], ShardDirectory | None]:
     """Plan or take up the plan, write what is missing, finish if nothing is missing any more."""
-    with executor_for(executor, worker) as engine:
+    with executor_for(options.executor, worker) as engine:
         with unfinished.alone() as current:
             if not current:
                 raise BusyError(unfinished.output)
-            plan = _begun(unfinished, worker, force=force) or unfinished.begin(*engine.prepare())
+            plan = _begun(unfinished, worker, force=options.force) or unfinished.begin(*engine.prepare())
         found = {number: unfinished.done(number) for number in mine}
         wanted = [number for number, done in found.items() if done is None]
         if wanted:
@@ -226,7 +210,7 @@ def _write(
     dones = [done for done in found.values() if done is not None]
     entries = [done.entry for done in dones if done.entry is not None]
     missed = [*_untaken(entries), *(name for done in dones for name in done.left_out)]
-    if strict and missed:
+    if options.strict and missed:
         unfinished.forget(mine)
         count = sum(len(worker.job.parts[number]) for number in mine)
         raise GateFailedError(f"{len(missed)} of {count} edits did not take: {', '.join(missed)}")

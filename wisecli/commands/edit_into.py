@@ -10,20 +10,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit import EditReport, carry_out
+from wisecli.commands.edit import EditReport, RunOptions, carry_out
 from wisecli.commands.remove import Cleared, cleared
-from wisecli.config import EditSettings, MergeSettings, resolve
+from wisecli.config import EditSettings, LoadOptions, MergeSettings, resolve
 from wisecli.editing.worker import Job, Worker
 from wisecli.edits.admission import USUAL, Admitted, Gate, Sifted
 from wisecli.edits.record import Edit, Numbered
 from wisecli.edits.text import folded
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.memory.history import Change, Release, changing, has_history, next_name, read_history
+from wisecli.memory.history import Change, Provenance, Release, changing, has_history, next_name, read_history
 from wisecli.memory.releases import Published, directories_of, publish, settings_of
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.resolve import find_model
@@ -53,10 +51,9 @@ class Batch:
 
     numbered: tuple[Numbered, ...]
     origin: dict[str, str]
-    reason: str = ""
 
     @classmethod
-    def from_file(cls, path: Path, *, name: str | None = None, reason: str = "", gate: Gate = USUAL) -> Batch:
+    def from_file(cls, path: Path, *, name: str | None = None, gate: Gate = USUAL) -> Batch:
         """A whole file of edits, under its own name or another.
 
         Raises:
@@ -64,7 +61,7 @@ class Batch:
             EditFileError: naming the line, if a record cannot be used.
         """
         sheet = gate.read(path)
-        return cls(sheet.numbered, {"name": name or path.name, "sha256": sheet.sha256}, reason)
+        return cls(sheet.numbered, {"name": name or path.name, "sha256": sheet.sha256})
 
 
 def edit_into(
@@ -74,13 +71,9 @@ def edit_into(
     flags: Mapping[str, Any],
     *,
     config: Path | None = None,
-    who: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    memory_budget: int | None = None,
-    executor: str = "local",
-    strict: bool = False,
+    provenance: Provenance = Provenance(),
+    load: LoadOptions = LoadOptions(),
+    options: RunOptions = RunOptions(),
     gate: Gate = USUAL,
     loaded: Loaded | None = None,
     watch: Watcher = ignore,
@@ -92,6 +85,8 @@ def edit_into(
 
     Args:
         flags: settings of :class:`EditSettings`; those that are ``None`` are as the memory's newest shards have them.
+        load: all but its ``revision``.
+        options: of these only ``executor`` and ``strict`` count.
         gate: what is asked of edits that the memory does not hold yet. What the model says already is trained all the
             same if it takes the place of what the memory holds.
         loaded: the model, if it is there already.
@@ -112,43 +107,32 @@ def edit_into(
         worker = None
         if admitted.numbered:
             settings = _settings(memory, releases, flags, config, model)
-            threads = torch.get_num_threads()
-            given = (model, None, None, device, dtype, trust_remote_code, memory_budget, threads)
-            worker = Worker(Job(*given, settings, admitted.edits), watch, loaded=loaded)
+            job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
+            worker = Worker(job, watch, loaded=loaded)
             if gate.skip_known:
-                admitted = worker.leave_out_known(admitted, spared=set(_giving_way(held, admitted).values()))
+                admitted = worker.without_known(admitted, spared=set(_giving_way(held, admitted).values()))
+                worker = worker.with_edits(admitted.edits)
         if worker is None or not admitted.numbered:
             seconds, newest = time.perf_counter() - started, releases[-1] if releases else None
             return IntoReport(memory, newest, len(held), known, None, seconds, admitted.sifted)
         pending = memory.absolute().parent / f".{memory.name}.shards"
-        edited = _written(worker, pending, executor=executor, strict=strict)
-        cost: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        edited = _written(worker, pending, options)
         giving_way = _giving_way(held, admitted)
-        published = _landed(memory, releases, batch, pending, giving_way, model, who, watch, **cost)
+        with _left(memory, releases, giving_way, model, load, watch) as left:
+            name = _after(memory, left.new)
+            change = Change(
+                "edit",
+                {**left.shards, name: ()},
+                added=tuple(edit.id for edit in read_shard_directory(pending).written),
+                superseded=giving_way,
+                edits_file=batch.origin,
+                provenance=provenance,
+            )
+            new = {**left.new, name: pending}
+            published = publish(memory, change, _merging(releases), new=new, model=model, watch=watch)
         shutil.rmtree(pending)
     seconds = time.perf_counter() - started
     return IntoReport(memory, published.release, len(published.manifest.edits), known, edited, seconds, admitted.sifted)
-
-
-def _landed(
-    memory: Path,
-    releases: Sequence[Release],
-    batch: Batch,
-    pending: Path,
-    superseded: Mapping[str, str],
-    model: str,
-    who: str | None,
-    watch: Watcher,
-    **cost: Any,
-) -> Published:
-    """Shards that are written, as the next release."""
-    added = tuple(edit.id for edit in read_shard_directory(pending).written)
-    with _left(memory, releases, superseded, model, watch, **cost) as left:
-        name = _after(memory, left.new)
-        shards, new = {**left.shards, name: ()}, {**left.new, name: pending}
-        origin, reason = batch.origin, batch.reason
-        change = Change("edit", shards, added=added, superseded=superseded, edits_file=origin, reason=reason)
-        return publish(memory, change, _merging(releases), new=new, model=model, who=who, watch=watch)
 
 
 def merge_into(
@@ -157,8 +141,7 @@ def merge_into(
     settings: MergeSettings,
     *,
     model: str | None = None,
-    reason: str = "",
-    who: str | None = None,
+    provenance: Provenance = Provenance(),
     watch: Watcher = ignore,
 ) -> Published:
     """Take shards that were written elsewhere into a memory's history, and join all that it holds by these settings.
@@ -176,14 +159,13 @@ def merge_into(
         superseded = superseding(read_manifest(memory).edits if releases else (), edits)
         added = tuple(edit.id for edit in edits)
         merging = _overridden(_merging(releases), settings) if releases else settings
-        cost = {"device": "auto", "dtype": "auto", "trust_remote_code": False}
-        with _left(memory, releases, superseded, model, watch, **cost) as left:
+        with _left(memory, releases, superseded, model, LoadOptions(), watch) as left:
             new = dict(left.new)
             for path in inputs:
                 new[_after(memory, new)] = path
             shards = {**left.shards, **dict.fromkeys(new, ())}
-            change = Change("merge", shards, added=added, superseded=superseded, reason=reason)
-            return publish(memory, change, merging, new=new, model=model, who=who, watch=watch)
+            change = Change("merge", shards, added=added, superseded=superseded, provenance=provenance)
+            return publish(memory, change, merging, new=new, model=model, watch=watch)
 
 
 def _overridden(before: MergeSettings, wanted: MergeSettings) -> MergeSettings:
@@ -212,12 +194,17 @@ def _fact(edit: Edit) -> str:
 
 
 def _left(
-    memory: Path, releases: Sequence[Release], ids: Collection[str], model: str | None, watch: Watcher, **named: Any
+    memory: Path,
+    releases: Sequence[Release],
+    ids: Collection[str],
+    model: str | None,
+    load: LoadOptions,
+    watch: Watcher,
 ) -> AbstractContextManager[Cleared]:
     """The newest release's shards, without the edits that give way."""
     if not releases:
         return nullcontext(Cleared({}, {}, ()))
-    return cleared(memory, releases[-1], ids, model=model, watch=watch, **named)
+    return cleared(memory, releases[-1], ids, model=model, load=load, watch=watch)
 
 
 def _merging(releases: Sequence[Release]) -> MergeSettings:
@@ -229,7 +216,7 @@ def _after(memory: Path, new: Mapping[str, Path]) -> str:
     return f"{int(next_name(memory)) + len(new):04d}"
 
 
-def _written(worker: Worker, pending: Path, **named: Any) -> EditReport:
+def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
     """Shards of a batch, or those that a run wrote that was broken off before it could join them.
 
     Raises:
@@ -238,7 +225,7 @@ def _written(worker: Worker, pending: Path, **named: Any) -> EditReport:
     try:
         done = read_shard_directory(pending)
     except DamagedFileError:
-        return carry_out(worker, pending, force=True, **named)
+        return carry_out(worker, pending, replace(options, only=(1, 1), force=True, dry_run=False))
     if done.edits != worker.job.edits:
         raise ChangedInputError(pending, ["the edits are others"])
     untaken = tuple(name for entry in done.shards for name in entry.untaken)

@@ -11,7 +11,7 @@ from typing import Any
 
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.commands.fetch import fetch_benchmark
-from wisecli.config import EvalSettings
+from wisecli.config import EvalSettings, LoadOptions
 from wisecli.edits.formats import BENCHMARKS
 from wisecli.edits.record import Edit, read_edits
 from wisecli.environment import peak_rss_bytes, versions
@@ -79,10 +79,7 @@ def evaluate(
     *,
     model: str | None = None,
     data: Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    memory_budget: int | None = None,
+    load: LoadOptions = LoadOptions(),
     oracle: bool = False,
     watch: Watcher = ignore,
 ) -> EvalReport:
@@ -91,7 +88,6 @@ def evaluate(
     Args:
         memory: a memory directory or an exported one.
         model: where the base model is now, if not where the manifest says.
-        memory_budget: about how many bytes there are; of a model that does not fit, layers are read as they run.
         data: the dataset's file; if not given it is fetched.
         oracle: whether an edit's prompt and rephrases are answered by the memory that holds it, whatever the router
             says: what is left to gain by a better router.
@@ -101,8 +97,7 @@ def evaluate(
     """
     started = time.perf_counter()
     name, records = _dataset(settings.dataset, data)
-    loading = {"device": device, "dtype": dtype}
-    edited = attach(memory, model=model, **loading, trust_remote_code=trust_remote_code, memory_budget=memory_budget)
+    edited = attach(memory, model=model, load=load)
     manifest = edited.manifest
     records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
     given: dict[str, Any] = {"generate": settings.generate, "max_new_tokens": settings.max_new_tokens}

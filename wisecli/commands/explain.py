@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wisecli.commands.plot import plot_tokens
+from wisecli.config import LoadOptions
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.evaluation.edited_model import Edited, attach
@@ -75,10 +76,7 @@ def explain(
     max_new_tokens: int = 32,
     chat: bool = False,
     plot: Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    memory_budget: int | None = None,
+    load: LoadOptions = LoadOptions(),
 ) -> ExplainReport:
     """Look at one prompt through an edited model.
 
@@ -90,8 +88,7 @@ def explain(
     Raises:
         WiseError: the memory, the model or the prompt cannot be used, or the picture not be drawn.
     """
-    loading = {"device": device, "dtype": dtype}
-    edited = attach(memory, model=model, **loading, trust_remote_code=trust_remote_code, memory_budget=memory_budget)
+    edited = attach(memory, model=model, load=load)
     asked = chat_prompt(edited.tokenizer, prompt) if chat else prompt
     read = edited.tokenizer(asked)["input_ids"]
     if not read:

@@ -11,6 +11,7 @@ import torch
 
 from wisecli.artifacts.locate import find_base
 from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.config import LoadOptions
 from wisecli.data.corpus import unrelated_texts
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
@@ -26,6 +27,33 @@ from wisecli.progress import Event, Watcher, ignore
 
 Format = Literal["routed", "merged", "delta"]
 _TEXTS, _BATCH = 200, 32
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """How the base's weights are written.
+
+    ``link`` hard-links its files instead of copying them. ``dtype`` is a type's name; ``auto`` leaves them as they are.
+    ``file_bytes`` is the most that a file may take; the base's own files by default.
+    """
+
+    link: bool = False
+    dtype: str = "auto"
+    file_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What goes with the weights, and where to.
+
+    ``card`` says whether a model card is written, with the figures of ``metrics``, a report of ``wise eval --json``.
+    ``push_to`` is the repository on the hub that the directory is sent to, made ``private`` if it is new.
+    """
+
+    card: bool = True
+    metrics: Path | None = None
+    push_to: str | None = None
+    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,14 +83,9 @@ def export(
     form: Format = "routed",
     *,
     model: str | None = None,
-    link: bool = False,
-    dtype: str = "auto",
-    file_bytes: int | None = None,
-    metrics: Path | None = None,
-    card: bool = True,
-    push_to: str | None = None,
-    private: bool = False,
-    device: str = "auto",
+    load: LoadOptions = LoadOptions(),
+    weights: WeightFiles = WeightFiles(),
+    publication: Publication = Publication(),
     force: bool = False,
     dry_run: bool = False,
     watch: Watcher = ignore,
@@ -73,12 +96,7 @@ def export(
         memory: a memory, or what ``delta`` wrote.
         form: ``routed`` keeps the router (custom code in the checkpoint); ``merged`` always applies the memory (stock
             architecture, and unrelated text changes); ``delta`` is the memory alone.
-        link: hard-link the base's weights instead of copying them.
-        dtype: to write the base's weights in; ``auto`` leaves them as they are.
-        file_bytes: the most that a file of weights may take; the base's own files by default.
-        metrics: report of ``wise eval --json`` whose figures go on the model card.
-        card: whether to write a model card.
-        push_to: repository on the hub to send the directory to.
+        load: how the base model is loaded where its answers are compared, before and after merging.
 
     Raises:
         WiseError: the memory, the base model or the disk cannot be used (nothing is left behind), or the hub cannot be
@@ -86,15 +104,15 @@ def export(
     """
     started = time.perf_counter()
     refuse_existing(output, force=force)
-    packing = _packing(link, dtype, file_bytes)
-    figures = None if metrics is None else read_figures(metrics)
+    packing = _packing(weights)
+    figures = None if publication.metrics is None else read_figures(publication.metrics)
     base, manifest = find_base(memory, model)
     if is_exported(base):
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
     checkpoint = Checkpoint(base)
     side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
     size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
-    require_space(output, side + (0 if link else size))
+    require_space(output, side + (0 if weights.link else size))
     edits = len(manifest.edits)
     if dry_run:
         seconds = time.perf_counter() - started
@@ -107,27 +125,30 @@ def export(
         elif form == "delta":
             write_delta(working, checkpoint, manifest)
         else:
-            locality, tokens = merged_locality(base, manifest, device=device, watch=watch)
+            locality, tokens = merged_locality(base, manifest, load=load, watch=watch)
             note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"
             write_merged(working, base, checkpoint, manifest, packing)
-        if card:
+        if publication.card:
             text = model_card(manifest, form, base=base, figures=figures, note=note)
             (working / CARD_NAME).write_text(text, encoding="utf-8")
         written = sum(path.stat().st_size for path in working.iterdir())
-    pushed = None if push_to is None else _push(output, push_to, private=private, watch=watch)
+    pushed = _push(output, publication.push_to, private=publication.private, watch=watch)
     seconds = time.perf_counter() - started
     return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), locality, tokens, pushed)
 
 
-def _packing(link: bool, dtype: str, file_bytes: int | None) -> Packing:
-    chosen = pick_dtype(dtype)
-    packing = Packing(link, chosen if isinstance(chosen, torch.dtype) else None, file_bytes)
-    if link and not packing.as_stored:
+def _packing(weights: WeightFiles) -> Packing:
+    chosen = pick_dtype(weights.dtype)
+    packing = Packing(weights.link, chosen if isinstance(chosen, torch.dtype) else None, weights.file_bytes)
+    if weights.link and not packing.as_stored:
         raise SettingsError("--link keeps the base's files as they are; leave it out with --dtype or --max-shard-size")
     return packing
 
 
-def _push(output: Path, repository: str, *, private: bool, watch: Watcher) -> str:
+def _push(output: Path, repository: str | None, *, private: bool, watch: Watcher) -> str | None:
+    """Where on the hub a directory went, if it is to be sent anywhere."""
+    if repository is None:
+        return None
     from huggingface_hub import HfApi
 
     watch(Event("upload", note=repository))
@@ -143,10 +164,10 @@ def _push(output: Path, repository: str, *, private: bool, watch: Watcher) -> st
 
 
 @torch.no_grad()
-def merged_locality(base: Path, manifest: Manifest, *, device: str, watch: Watcher) -> tuple[float, int]:
+def merged_locality(base: Path, manifest: Manifest, *, load: LoadOptions, watch: Watcher) -> tuple[float, int]:
     """Share of unrelated tokens whose successor's arg-max survives ``W + Δ``, and how many tokens there were."""
     change = dense(manifest)
-    loaded = load_model(base, device=device)
+    loaded = load_model(base, load)
     change = change.to(loaded.device)
     probes = [(probe.prompt, probe.answer) for edit in manifest.edits for probe in edit.locality]
     words = [text.split(maxsplit=1) for text in unrelated_texts(_TEXTS, seed=1)]

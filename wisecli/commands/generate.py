@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from wisecli.config import LoadOptions
 from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
@@ -49,10 +50,7 @@ def generate(
     batch_size: int = 32,
     explain: bool = False,
     chat: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    memory_budget: int | None = None,
+    load: LoadOptions = LoadOptions(),
 ) -> list[Answer]:
     """Answer prompts greedily, up to the end of text.
 
@@ -64,8 +62,7 @@ def generate(
     Raises:
         WiseError: the memory or the model cannot be used.
     """
-    loading = {"device": device, "dtype": dtype}
-    edited = attach(memory, model=model, **loading, trust_remote_code=trust_remote_code, memory_budget=memory_budget)
+    edited = attach(memory, model=model, load=load)
     asked = [chat_prompt(edited.tokenizer, prompt) for prompt in prompts] if chat else prompts
     answers = generate_tokens(
         edited.model, edited.tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size

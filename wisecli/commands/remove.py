@@ -8,14 +8,13 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.commands.edit import run
-from wisecli.config import EditSettings, settings_from
+from wisecli.config import EditSettings, LoadOptions, settings_from
 from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
-from wisecli.memory.history import Change, Release, changing, next_name, read_history
+from wisecli.memory.history import Change, Provenance, Release, changing, next_name, read_history
 from wisecli.memory.merger import EXACT
 from wisecli.memory.releases import directories_of, publish, settings_of
 from wisecli.memory.removal import without
@@ -47,11 +46,8 @@ def remove(
     ids: Sequence[str],
     *,
     model: str | None = None,
-    reason: str = "",
-    who: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
+    provenance: Provenance = Provenance(),
+    load: LoadOptions = LoadOptions(),
     watch: Watcher = ignore,
 ) -> RemoveReport:
     """Take edits out of a memory.
@@ -64,7 +60,6 @@ def remove(
         WiseError: the memory or the model cannot be used; the memory is as it was.
     """
     started = time.perf_counter()
-    named: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with changing(memory):
         newest = read_history(memory)[-1]
         held = {edit.id for directory in directories_of(memory, newest) for edit in directory.written}
@@ -72,16 +67,16 @@ def remove(
             raise SettingsError(f"{memory} holds no edit {missing[0]!r}; `wise inspect {memory}` lists what it holds")
         if held <= set(ids):
             raise SettingsError("no edit would be left; delete the memory instead")
-        with cleared(memory, newest, ids, model=model, watch=watch, **named) as left:
-            change = Change("remove", left.shards, removed=tuple(ids), reason=reason)
-            published = publish(memory, change, settings_of(newest), new=left.new, model=model, who=who, watch=watch)
+        with cleared(memory, newest, ids, model=model, load=load, watch=watch) as left:
+            change = Change("remove", left.shards, removed=tuple(ids), provenance=provenance)
+            published = publish(memory, change, settings_of(newest), new=left.new, model=model, watch=watch)
     seconds = time.perf_counter() - started
     return RemoveReport(memory, published.release, len(published.manifest.edits), left.rewritten, seconds)
 
 
 @contextmanager
 def cleared(
-    memory: Path, release: Release, ids: Collection[str], *, model: str | None, watch: Watcher, **named: Any
+    memory: Path, release: Release, ids: Collection[str], *, model: str | None, load: LoadOptions, watch: Watcher
 ) -> Iterator[Cleared]:
     """A release's shards without some edits; what has to be trained anew for that is there while the block lasts."""
     settings = settings_of(release)
@@ -97,7 +92,7 @@ def cleared(
         for name, others in anew.items():
             place = f"{first + len(new):04d}"
             new[place] = Path(working) / place
-            run(_job(held[name], others, model, **named), new[place], watch=watch)
+            run(_job(held[name], others, model, load), new[place], watch=watch)
         rewritten = tuple(name for names in anew.values() for name in names)
         yield Cleared({**shards, **dict.fromkeys(new, ())}, new, rewritten)
 
@@ -111,19 +106,16 @@ def _in(directory: ShardDirectory, names: Collection[str]) -> tuple[str, ...]:
     return tuple(edit.id for edit in directory.written if edit.id in names)
 
 
-def _job(
-    directory: ShardDirectory,
-    names: Collection[str],
-    model: str | None,
-    *,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-) -> Job:
+def _job(directory: ShardDirectory, names: Collection[str], model: str | None, load: LoadOptions) -> Job:
     """Some edits of a directory of shards once more, as they were written."""
     made = directory.made
     settings = replace(settings_from(EditSettings, directory.settings), layer=str(directory.site.layer), shards=None)
     edits = tuple(edit for edit in directory.edits if edit.id in names)
-    source = model or directory.model
-    given = (source, directory.revision, made.target_module, device, dtype, trust_remote_code, None, made.threads)
-    return Job(*given, settings, edits)
+    return Job(
+        model=model or directory.model,
+        settings=settings,
+        edits=edits,
+        load=replace(load, revision=directory.revision),
+        target_module=made.target_module,
+        threads=made.threads,
+    )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Base, Origin, read_manifest
 from wisecli.artifacts.shard_manifest import origin_of, read_shard_directory
-from wisecli.commands.edit import EditReport, run
-from wisecli.config import EditSettings, settings_from
+from wisecli.commands.edit import EditReport, RunOptions, run
+from wisecli.config import EditSettings, LoadOptions, settings_from
 from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
 from wisecli.progress import Watcher, ignore
@@ -19,11 +19,8 @@ def reproduce(
     output: Path,
     *,
     model: str | None = None,
-    trust_remote_code: bool = False,
-    memory_budget: int | None = None,
-    executor: str = "local",
-    force: bool = False,
-    dry_run: bool = False,
+    load: LoadOptions = LoadOptions(),
+    options: RunOptions = RunOptions(),
     watch: Watcher = ignore,
 ) -> EditReport:
     """Write the shards of ``shards.json``, or those that the memory of ``router.json`` was merged from, once more.
@@ -31,6 +28,8 @@ def reproduce(
     Args:
         manifest: either file, or the directory it lies in.
         model: where the base model is now, if not where the manifest says.
+        load: device, type and revision are the manifest's.
+        options: all shards are written, whatever ``only`` and ``strict`` say.
 
     Raises:
         SettingsError: the memory was merged from several directories of shards.
@@ -51,19 +50,15 @@ def reproduce(
         origin, known = origin_of(shards), {edit.id: edit for edit in shards.edits}
     made = origin.made
     job = Job(
-        model or base.model,
-        base.revision,
-        made.target_module,
-        made.device,
-        made.dtype,
-        trust_remote_code,
-        memory_budget,
-        made.threads,
-        settings_from(EditSettings, origin.settings),
-        tuple(known[name] for name in origin.edits),
+        model=model or base.model,
+        settings=settings_from(EditSettings, origin.settings),
+        edits=tuple(known[name] for name in origin.edits),
+        load=replace(load, device=made.device, dtype=made.dtype, revision=base.revision),
+        target_module=made.target_module,
+        threads=made.threads,
     )
-    report = run(job, output, executor=executor, force=force, dry_run=dry_run, watch=watch)
-    return report if dry_run else replace(report, differing=_differing(output, origin))
+    report = run(job, output, replace(options, only=(1, 1), strict=False), watch=watch)
+    return report if options.dry_run else replace(report, differing=_differing(output, origin))
 
 
 def _differing(output: Path, origin: Origin) -> tuple[str, ...]:

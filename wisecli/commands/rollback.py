@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timezone
 from pathlib import Path
 
 from wisecli.errors import SettingsError
-from wisecli.memory.history import Change, Release, changing, read_history
+from wisecli.memory.history import Change, Provenance, Release, changing, read_history
 from wisecli.memory.releases import directories_of, publish, settings_of
 from wisecli.progress import NOTE, Event, Watcher, ignore
 
@@ -31,8 +31,7 @@ def rollback(
     to: str,
     *,
     model: str | None = None,
-    reason: str = "",
-    who: str | None = None,
+    provenance: Provenance = Provenance(),
     watch: Watcher = ignore,
 ) -> RollbackReport:
     """Join the shards of an earlier release anew. Nothing is lost: the releases since stay in the history.
@@ -55,9 +54,9 @@ def rollback(
             target.shards,
             added=tuple(name for name in after if name not in before),
             removed=tuple(name for name in before if name not in after),
-            reason=reason or f"to release {target.number}",
+            provenance=replace(provenance, reason=provenance.reason or f"to release {target.number}"),
         )
-        published = publish(memory, change, settings_of(target), new={}, model=model, who=who, watch=watch)
+        published = publish(memory, change, settings_of(target), new={}, model=model, watch=watch)
     same = published.release.memory == target.memory
     if not same:
         watch(Event(NOTE, note="the tensors are not those of then to the byte: other versions made them"))

@@ -8,15 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit_into import Batch, IntoReport, edit_into
-from wisecli.config import EditSettings, resolve
-from wisecli.editing.worker import Job, Worker
+from wisecli.config import EditSettings, LoadOptions, resolve
+from wisecli.editing.worker import Base, Job
 from wisecli.edits.admission import USUAL, Gate
 from wisecli.edits.record import Edit, parse_line
 from wisecli.errors import EditFileError
-from wisecli.memory.history import has_history, read_history
+from wisecli.memory.history import Provenance, has_history, read_history
 from wisecli.memory.releases import directories_of
 from wisecli.progress import Event, Watcher, ignore
 
@@ -29,14 +28,12 @@ def follow(
     *,
     interval: float = 1.0,
     goes_on: Callable[[], bool] = lambda: True,
-    reason: str = "",
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    memory_budget: int | None = None,
+    config: Path | None = None,
+    provenance: Provenance = Provenance(),
+    load: LoadOptions = LoadOptions(),
+    options: RunOptions = RunOptions(),
     gate: Gate = USUAL,
     watch: Watcher = ignore,
-    **named: Any,
 ) -> Iterator[IntoReport]:
     """Edit whatever lines a file has that the memory has not taken in yet, and then those that are added to it.
 
@@ -45,26 +42,31 @@ def follow(
     Args:
         interval: seconds between two looks at the file.
         goes_on: asked before each look.
-        gate: as of :func:`wisecli.commands.edit_into.edit_into`; by default the later one of two lines in conflict
-            counts, as it would if they had come one after the other.
-        named: as of :func:`wisecli.commands.edit_into.edit_into`.
+        gate: as of :func:`wisecli.commands.edit_into.edit_into`, as are the others that are not said here; by default
+            the later one of two lines in conflict counts, as it would if they had come one after the other.
 
     Raises:
         EditFileError: naming the line, if a record cannot be used; what came before it has landed.
     """
-    options: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "memory_budget": memory_budget,
-        "gate": gate if gate.on_conflict else replace(gate, on_conflict="latest"),
-    }
-    given = (model, None, None, device, dtype, trust_remote_code, memory_budget, torch.get_num_threads())
-    worker = Worker(Job(*given, resolve(EditSettings, flags, section="edit"), ()), watch)
+    gate = gate if gate.on_conflict else replace(gate, on_conflict="latest")
+    settings = resolve(EditSettings, flags, section="edit")
+    base = Base(Job(model=model, settings=settings, edits=(), load=replace(load, revision=None)), watch)
     taken, lines = set(_taken(memory)), _Lines(path)
     while goes_on():
-        for batch in _batches(lines.more(), path, taken, reason):
-            yield edit_into(model, batch, memory, flags, loaded=worker.loaded, watch=watch, **options, **named)
+        for batch in _batches(lines.more(), path, taken):
+            yield edit_into(
+                model,
+                batch,
+                memory,
+                flags,
+                config=config,
+                provenance=provenance,
+                load=load,
+                options=options,
+                gate=gate,
+                loaded=base.loaded,
+                watch=watch,
+            )
             taken.update(edit for _, edit in batch.numbered)
         watch(Event("waiting", note=f"for lines of {path.name}"))
         time.sleep(interval)
@@ -93,7 +95,7 @@ class _Lines:
         return found
 
 
-def _batches(lines: Sequence[tuple[int, bytes]], path: Path, taken: Set[Edit], reason: str) -> Iterator[Batch]:
+def _batches(lines: Sequence[tuple[int, bytes]], path: Path, taken: Set[Edit]) -> Iterator[Batch]:
     """Edits that land together: all that are new, up to a line that cannot be used or an id that is there again.
 
     Raises:
@@ -110,18 +112,18 @@ def _batches(lines: Sequence[tuple[int, bytes]], path: Path, taken: Set[Edit], r
         if edit is None or edit in taken:
             continue
         if edit.id in found:
-            yield _batch(path, found, reason)
+            yield _batch(path, found)
             found = {}
         found[edit.id] = number, edit
     if found:
-        yield _batch(path, found, reason)
+        yield _batch(path, found)
     if failed is not None:
         raise failed
 
 
-def _batch(path: Path, found: Mapping[str, tuple[int, Edit]], reason: str) -> Batch:
+def _batch(path: Path, found: Mapping[str, tuple[int, Edit]]) -> Batch:
     numbered = tuple(found.values())
-    return Batch(numbered, {"name": path.name, "lines": f"{numbered[0][0]}-{numbered[-1][0]}"}, reason)
+    return Batch(numbered, {"name": path.name, "lines": f"{numbered[0][0]}-{numbered[-1][0]}"})
 
 
 def _taken(memory: Path) -> Iterator[Edit]:

@@ -48,7 +48,7 @@ class Local:
         """The shards of these numbers, in order."""
         writer = self.worker.writer(plan, unrelated)
         for number in numbers:
-            yield self.worker.write(writer, number)
+            yield self.worker.write(plan, writer, number)
 
 
 class OnRay:
@@ -59,9 +59,10 @@ class OnRay:
 
     def __init__(self, ray: Any, job: Job) -> None:
         here = Path(job.model)
-        device = job.device.split(":")[0]
+        device = job.load.device.split(":")[0]
         self.ray = ray
-        self.job = replace(job, model=str(here.absolute()) if here.exists() else job.model, device=device)
+        model = str(here.absolute()) if here.exists() else job.model
+        self.job = replace(job, model=model, load=replace(job.load, device=device))
         most = max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
         gpu = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
         self.needs = {"num_cpus": min(job.threads, most), "num_gpus": int(gpu)}
@@ -102,7 +103,7 @@ def _prepare(job: Job) -> Any:
 def _write(job: Job, plan: ShardDirectory, unrelated: Unrelated, number: int) -> Any:
     worker = Worker(job)
     try:
-        written = worker.write(worker.writer(plan, unrelated), number)
+        written = worker.write(plan, worker.writer(plan, unrelated), number)
     except WiseError as error:
         return WorkerFailedError(str(error), error.exit_code)
     return number, written.done, _content(written)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from wisecli.artifacts.memory_manifest import Made
 from wisecli.artifacts.shard import save_shard, split_edits
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.artifacts.unrelated_stats import Unrelated
-from wisecli.config import EditSettings
+from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.known_facts import known_rows
 from wisecli.editing.layer_selection import probe_layer
 from wisecli.editing.paraphrases import write_paraphrases
@@ -36,24 +35,20 @@ from wisecli.models.site_probe import check_split, observed
 from wisecli.progress import Event, Watcher, ignore
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What is to be done, in words that any process understands.
 
-    ``threads`` decides the order in which numbers are added up, and with it the last bits of a shard;
-    ``memory_budget`` (bytes) decides nothing but how the model is run.
+    ``target_module`` is the path of the value matrix, if it is not the architecture's usual one. ``threads`` decides
+    the order in which numbers are added up, and with it the last bits of a shard.
     """
 
     model: str
-    revision: str | None
-    target_module: str | None
-    device: str
-    dtype: str
-    trust_remote_code: bool
-    memory_budget: int | None
-    threads: int
     settings: EditSettings
     edits: tuple[Edit, ...]
+    load: LoadOptions = LoadOptions()
+    target_module: str | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @property
     def parts(self) -> list[range]:
@@ -71,37 +66,67 @@ class Written:
     save: Callable[[Path], None]
 
 
-class Worker:
-    """One process' share of a job; the model is loaded when it is first needed, unless it is there already."""
+class Base:
+    """The base model of a job; its files, layout and weights are each read when they are first needed."""
 
-    def __init__(self, job: Job, watch: Watcher = ignore, *, loaded: Loaded | None = None) -> None:
+    def __init__(self, job: Job, watch: Watcher, loaded: Loaded | None = None) -> None:
         self.job, self.watch, self._loaded = job, watch, loaded
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The base model's files."""
-        return Checkpoint(find_model(self.job.model, revision=self.job.revision, watch=self.watch))
+        """The model's files."""
+        return Checkpoint(find_model(self.job.model, revision=self.job.load.revision, watch=self.watch))
 
     @cached_property
     def layout(self) -> Layout:
-        """Where the base model keeps its matrices, as far as that can be known without its weights."""
-        job, checkpoint = self.job, self.checkpoint
-        named: dict[str, Any] = {"target_module": job.target_module, "trust_remote_code": job.trust_remote_code}
-        return find_layout(checkpoint.directory, checkpoint, **named, watch=self.watch)
+        """Where the model keeps its matrices, as far as that can be known without its weights."""
+        job, files = self.job, self.checkpoint
+        return find_layout(files.directory, files, target_module=job.target_module, load=job.load, watch=self.watch)
 
     @cached_property
     def loaded(self) -> Loaded:
-        """The base model."""
+        """The model."""
         if self._loaded is not None:
             return self._loaded
-        job = self.job
         self.watch(Event("model"))
-        named: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "trust_remote_code": job.trust_remote_code}
-        named |= {"layers": self.layout.layers, "memory_budget": job.memory_budget}
-        return load_model(self.checkpoint.directory, **named)
+        return load_model(self.checkpoint.directory, self.job.load, layers=self.layout.layers)
 
-    def leave_out_known(self, admitted: Admitted, *, spared: Collection[str] = ()) -> Admitted:
-        """Take edits out of the job whose targets the model gives already, after the bare prompt.
+
+class Worker:
+    """One process' share of a job.
+
+    Args:
+        loaded: the base model, if it is there already.
+        base: what another worker of the same model has read of it.
+    """
+
+    def __init__(
+        self, job: Job, watch: Watcher = ignore, *, loaded: Loaded | None = None, base: Base | None = None
+    ) -> None:
+        self.job, self.watch = job, watch
+        self.base = base or Base(job, watch, loaded)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The base model's files."""
+        return self.base.checkpoint
+
+    @property
+    def layout(self) -> Layout:
+        """Where the base model keeps its matrices, as far as that can be known without its weights."""
+        return self.base.layout
+
+    @property
+    def loaded(self) -> Loaded:
+        """The base model."""
+        return self.base.loaded
+
+    def with_edits(self, edits: tuple[Edit, ...]) -> Worker:
+        """A worker on other edits, which takes over the model."""
+        return Worker(replace(self.job, edits=edits), self.watch, base=self.base)
+
+    def without_known(self, admitted: Admitted, *, spared: Collection[str] = ()) -> Admitted:
+        """The job's edits without those whose targets the model gives already, after the bare prompt.
 
         Args:
             admitted: the job's edits.
@@ -113,9 +138,7 @@ class Worker:
         with _threads(self.job.threads):
             rows = encode_edits(self.loaded, admitted.edits, "", train_end=False)
             known = known_rows(self.loaded, rows, batch_size=self.job.settings.batch_size, watch=self.watch)
-        left = admitted.without(frozenset(place for place in known if admitted.edits[place].id not in spared))
-        self.job = replace(self.job, edits=left.edits)
-        return left
+        return admitted.without(frozenset(place for place in known if admitted.edits[place].id not in spared))
 
     def prepare(self) -> tuple[ShardDirectory, Unrelated]:
         """Choose the layer, write contexts and measure unrelated text: the plan, without any shard yet.
@@ -137,20 +160,30 @@ class Worker:
             encode_edits(loaded, [*job.edits, *further], "", train_end=settings.train_end)
             base, size = fingerprint(directory, checkpoint, site), settings.batch_size
             if settings.layer == "auto" and settings.writer == "solve":
-                probing: dict[str, Any] = {"layout": layout, "prompts_decide": settings.routing == "sequence"}
-                site = probe_layer(loaded, directory, checkpoint, base, batch_size=size, watch=self.watch, **probing)
+                site = probe_layer(
+                    loaded,
+                    directory,
+                    checkpoint,
+                    base,
+                    batch_size=size,
+                    layout=layout,
+                    prompts_decide=settings.routing == "sequence",
+                    watch=self.watch,
+                )
                 base = fingerprint(directory, checkpoint, site)
-            written: dict[str, Any] = {"tokens": settings.context_tokens, "chat": settings.chat, "seed": settings.seed}
-            contexts = write_contexts(loaded, settings.contexts, **written)
-            writing: dict[str, Any] = {"batch_size": size, "seed": settings.seed, "watch": self.watch}
-            paraphrases = write_paraphrases(loaded, job.edits, settings.augment, **writing)
+            contexts = write_contexts(
+                loaded, settings.contexts, tokens=settings.context_tokens, chat=settings.chat, seed=settings.seed
+            )
+            paraphrases = write_paraphrases(
+                loaded, job.edits, settings.augment, batch_size=size, seed=settings.seed, watch=self.watch
+            )
             unrelated = unrelated_for(loaded, site, checkpoint, base, settings, job.edits, self.watch)
         stored = str(directory.absolute()) if Path(job.model).exists() else job.model
         made = Made(loaded.device.type, str(loaded.model.dtype).removeprefix("torch."), job.threads, job.target_module)
         plan = ShardDirectory(
             directory,
             stored,
-            job.revision,
+            job.load.revision,
             base,
             site,
             asdict(settings),
@@ -167,16 +200,15 @@ class Worker:
 
     def writer(self, plan: ShardDirectory, unrelated: Unrelated) -> ShardWriter:
         """What writes shards by a plan."""
-        # Whoever goes on with a plan adds numbers up in its order.
-        self.job = replace(self.job, threads=plan.made.threads)
         settings, contexts, worded = self.job.settings, plan.contexts, plan.paraphrases
-        with _threads(self.job.threads):
+        # Whoever goes on with a plan adds numbers up in its order.
+        with _threads(plan.made.threads):
             _hold(self.loaded, plan.site.layer + 1)
             return ShardWriter(self.loaded, plan.site, settings, unrelated, plan.edits, contexts, worded, self.watch)
 
-    def write(self, writer: ShardWriter, number: int) -> Written:
-        """Write one shard, unless none of its edits can be."""
-        with _threads(self.job.threads):
+    def write(self, plan: ShardDirectory, writer: ShardWriter, number: int) -> Written:
+        """Write one shard of a plan, unless none of its edits can be."""
+        with _threads(plan.made.threads):
             shard, done = writer.write(number, self.job.parts)
 
         def save(path: Path) -> None:
@@ -219,10 +251,11 @@ def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
         before, now = plan.settings.get(name), settings.get(name)
         if before != now:
             found.append(f"{name} was {before}, now {now}")
-    if job.dtype not in ("auto", plan.made.dtype):
-        found.append(f"dtype was {plan.made.dtype}, now {job.dtype}")
-    if job.device.split(":")[0] not in ("auto", plan.made.device):
-        found.append(f"device was {plan.made.device}, now {job.device}")
+    load = job.load
+    if load.dtype not in ("auto", plan.made.dtype):
+        found.append(f"dtype was {plan.made.dtype}, now {load.dtype}")
+    if load.device.split(":")[0] not in ("auto", plan.made.device):
+        found.append(f"device was {plan.made.device}, now {load.device}")
     installed = versions()
     found += [
         f"{name} was {version}, now {installed.get(name, 'missing')}"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wisecli.artifacts.locate import find_base
 from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.config import LoadOptions
 from wisecli.models.loading import load_model
 from wisecli.models.streaming import LayerStream
 from wisecli.routing.ann_index import build_index
@@ -57,24 +58,20 @@ def attach(
     memory: Path,
     *,
     model: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    memory_budget: int | None = None,
+    load: LoadOptions = LoadOptions(),
 ) -> Edited:
     """Load the base model of a memory (or of an exported directory) and put the memory in its place.
 
     Args:
-        memory_budget: about how many bytes there are; of a model that does not fit only the edited layer and those
-            above it are held, the others are read as they run.
+        load: of a model that does not fit into its ``memory_budget`` only the edited layer and those above it are
+            held, the others are read as they run. The revision is the one that the memory names.
 
     Raises:
         WiseError: either cannot be read, or they do not belong together.
     """
     directory, manifest = find_base(memory, model)
     site = manifest.site
-    given = {"device": device, "dtype": dtype, "layers": site.layer_module.rpartition(".")[0]}
-    loaded = load_model(directory, **given, trust_remote_code=trust_remote_code, memory_budget=memory_budget)
+    loaded = load_model(directory, load, layers=site.layer_module.rpartition(".")[0])
     if loaded.stream is not None:
         loaded.stream.hold(range(site.layer, len(loaded.stream.layers)))
     routed = install(loaded.model, site.module, manifest.memory, transposed=site.transposed)

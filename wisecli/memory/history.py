@@ -64,6 +64,14 @@ class Release:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """By whom a memory is changed, and why; by default by the user of this process."""
+
+    who: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Change:
     """What is to be written into the log, besides what every line has."""
 
@@ -73,7 +81,7 @@ class Change:
     removed: tuple[str, ...] = ()
     superseded: Mapping[str, str] = field(default_factory=dict)
     edits_file: Mapping[str, str] = field(default_factory=dict)
-    reason: str = ""
+    provenance: Provenance = Provenance()
 
 
 def has_history(memory: Path) -> bool:
@@ -169,7 +177,7 @@ def next_release(memory: Path) -> Iterator[Path]:
         yield working
 
 
-def record(working: Path, manifest: Manifest, change: Change, *, file: str, who: str | None = None) -> Release:
+def record(working: Path, manifest: Manifest, change: Change, *, file: str) -> Release:
     """Write one more line into the log of a release that is being made.
 
     Args:
@@ -180,7 +188,7 @@ def record(working: Path, manifest: Manifest, change: Change, *, file: str, who:
     release = Release(
         len(lines) + 1,
         datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-        who or _user(),
+        change.provenance.who or _user(),
         change.action,
         change.added,
         change.removed,
@@ -190,7 +198,7 @@ def record(working: Path, manifest: Manifest, change: Change, *, file: str, who:
         sha256_file(working / file),
         _digest(lines[-1]) if lines else "",
         dict(change.edits_file),
-        change.reason,
+        change.provenance.reason,
     )
     with jsonlines.open(path, "a") as writer:
         writer.write(asdict(release))

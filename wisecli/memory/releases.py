@@ -32,7 +32,6 @@ def publish(
     *,
     new: Mapping[str, Path],
     model: str | None = None,
-    who: str | None = None,
     watch: Watcher = ignore,
 ) -> Published:
     """Join the shards that a change names and put the outcome in the memory's place; whole, or not at all.
@@ -53,7 +52,7 @@ def publish(
             shutil.copytree(path, place, copy_function=link_or_copy)
             _share(place, kept, name)
         write_memory(working, manifest)
-        release = record(working, manifest, change, file=MEMORY_NAME, who=who)
+        release = record(working, manifest, change, file=MEMORY_NAME)
     return Published(release, manifest)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
 from wisecli.io.json_schema import shown
@@ -36,13 +37,14 @@ def find_layout(
     checkpoint: Checkpoint,
     *,
     target_module: str | None = None,
-    trust_remote_code: bool = False,
+    load: LoadOptions = LoadOptions(),
     watch: Watcher = ignore,
 ) -> Layout:
     """Where a model keeps its value matrices: as told, as the table has it, or as the module tree shows.
 
     Args:
         target_module: path of the value matrix, with ``{layer}`` in the place of the layer's index.
+        load: whether the model's own code may run, to see its module tree.
 
     Raises:
         ModelError: the model is quantised or a mixture of experts.
@@ -64,7 +66,7 @@ def find_layout(
         return known_layout(directory)
     if EXPORTED_KEY in config:
         raise UnknownArchitectureError(f"{directory} is an exported model; edit the base model that it was made from")
-    layout = _inferred(directory, checkpoint, str(config.get("model_type")), trust_remote_code=trust_remote_code)
+    layout = _inferred(directory, checkpoint, str(config.get("model_type")), trust_remote_code=load.trust_remote_code)
     path = f"{layout.layers}.{_PLACE}.{layout.value}"
     note = f"architecture {layout.architecture!r} is not in the table: {path} is taken for its value matrix"
     watch(Event(NOTE, note=f"{note}; name another with --target-module"))

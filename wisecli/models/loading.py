@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
 from wisecli.models.memory_budget import spool_bytes
@@ -75,22 +78,13 @@ def pick_dtype(dtype: str) -> torch.dtype | str:
     return known.get(dtype, "auto")
 
 
-def load_model(
-    directory: Path,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    layers: str | None = None,
-    memory_budget: int | None = None,
-) -> Loaded:
+def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: str | None = None) -> Loaded:
     """Load the base model and the tokenizer of a directory. Only safetensors are read, and no code of the directory
     runs unless it is trusted; of an exported directory the base model is loaded, without its memory.
 
     Args:
+        load: all but its ``revision``; a model that does not fit into its ``memory_budget`` has its layers streamed.
         layers: module path of the list of layers, where the table's is not meant.
-        memory_budget: about how many bytes there are, by default all that the device has; a model that does not fit has
-            its layers streamed.
 
     Raises:
         ModelError: the model cannot be loaded, or lacks tensors that would be drawn at random.
@@ -99,21 +93,34 @@ def load_model(
 
     from wisecli.models.streaming import load_streamed
 
-    chosen = pick_device(device)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    chosen, dtype = pick_device(load.device), pick_dtype(load.dtype)
+    trust = load.trust_remote_code
     _require_layers(directory)
-    room = spool_bytes(Checkpoint(directory), pick_dtype(dtype), memory_budget or machine_memory(chosen))
+    room = spool_bytes(Checkpoint(directory), dtype, load.memory_budget or machine_memory(chosen))
     stream = None
     try:
-        config = _base_config(directory, common)
+        config = _base_config(directory, trust_remote_code=trust)
         loader = getattr(transformers, loader_name(config.model_type))
-        weights = {"dtype": pick_dtype(dtype), "use_safetensors": True, **common}
+        read = partial(
+            loader.from_pretrained,
+            directory,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust,
+            local_files_only=True,
+        )
         if room is None:
-            model, info = loader.from_pretrained(directory, config=config, output_loading_info=True, **weights)
+            model, info = read()
         else:
+            with torch.device("meta"):
+                drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=trust)
             path = layers or known_layout(directory).layers
-            model, info, stream = load_streamed(loader, directory, config, path, chosen, spool_bytes=room, **weights)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=config, **common)
+            model, info, stream = load_streamed(read, drawn, directory, path, chosen, spool_bytes=room)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            directory, config=config, trust_remote_code=trust, local_files_only=True
+        )
     except WiseError:
         raise
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
@@ -139,13 +146,13 @@ def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
 
 
-def _base_config(directory: Path, common: dict[str, Any]) -> Any:
+def _base_config(directory: Path, *, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     content = read_json(directory / "config.json")
     exported = content.pop(EXPORTED_KEY, None)
     if not isinstance(exported, dict):
-        return AutoConfig.from_pretrained(directory, **common)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     content.pop("auto_map", None)
     content.pop("model_type", None)
     return AutoConfig.for_model(exported["model_type"], **{**content, "architectures": exported["architectures"]})

@@ -7,7 +7,6 @@ one is read. The model's own forward pass and ``generate()`` work as they are; a
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -186,27 +185,29 @@ class LayerStream:
 
 
 def load_streamed(
-    loader: Any, directory: Path, config: Any, layers: str, device: torch.device, *, spool_bytes: int, **options: Any
+    read: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
+    drawn: nn.Module,
+    directory: Path,
+    layers: str,
+    device: torch.device,
+    *,
+    spool_bytes: int,
 ) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
     """Load all of a model but its decoder layers.
 
     Args:
-        loader: class of transformers that loads such a model.
+        read: loads the model and says what was missing, as ``from_pretrained`` does; takes a ``device_map``.
+        drawn: the model on the meta device.
         layers: module path of the list of layers.
-        options: what else ``from_pretrained`` is to know.
 
     Raises:
         ModelError: a layer's tensors are not in the checkpoint as the model has them.
     """
-    with torch.device("meta"):
-        drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=options["trust_remote_code"])
     count = len(list(drawn.get_submodule(layers).children()))
     places = {path: str(device) for path in _beside(drawn, layers)}
     places |= {f"{layers}.{number}": "disk" for number in range(count)}
     with _quiet(logging.getLogger("accelerate.big_modeling")):
-        model, info = loader.from_pretrained(
-            directory, config=config, device_map=places, output_loading_info=True, **options
-        )
+        model, info = read(device_map=places)
     _take_hooks_off(model)
     for layer in model.get_submodule(layers).children():
         for module in layer.modules():

@@ -15,6 +15,7 @@ from wisecli.bench.baselines.base import METHODS, Bench, UnsuitableError
 from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.gradient_factors import gradient_factors
 from wisecli.bench.baselines.mend import Mend, MetaTraining
+from wisecli.config import LoadOptions
 from wisecli.edits.record import Edit, Probe
 from wisecli.models.activations import capture
 from wisecli.models.loading import load_model
@@ -191,7 +192,9 @@ def test_an_edit_takes(tmp_path: Path, architecture: str) -> None:
 def test_in_half_precision_and_in_the_table(tmp_path: Path) -> None:
     told: list[Event] = []
     bench = replace(mend_bench(tmp_path, "gpt2"), watch=told.append)
-    method = METHODS["mend"](replace(bench, loaded=load_model(tmp_path, device="cpu", dtype="bfloat16")))
+    method = METHODS["mend"](
+        replace(bench, loaded=load_model(tmp_path, load=LoadOptions(device="cpu", dtype="bfloat16")))
+    )
     assert isinstance(method, Mend)
     method.edit(EDITS)
     assert [(event.done, event.total) for event in told[-4:]] == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -223,6 +226,6 @@ def test_what_it_is_not_for(tmp_path: Path) -> None:
 def test_streamed_layers_are_refused(tmp_path: Path) -> None:
     bench = mend_bench(tmp_path / "model", "llama")
     save_tiny(tmp_path / "streamed", "llama")
-    loaded = load_model(tmp_path / "streamed", device="cpu", memory_budget=60_000)
+    loaded = load_model(tmp_path / "streamed", load=LoadOptions(device="cpu", memory_budget=60_000))
     with pytest.raises(UnsuitableError, match="streamed"):
         Mend(replace(bench, loaded=loaded))

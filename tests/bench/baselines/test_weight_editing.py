@@ -13,6 +13,7 @@ import wisecli.bench.baselines.memit
 import wisecli.bench.baselines.rome  # noqa: F401  # each puts its methods into the table
 from wisecli.bench.baselines.base import METHODS, Bench, UnsuitableError
 from wisecli.bench.baselines.weight_editing import Rewritten, at_depth
+from wisecli.config import LoadOptions
 from wisecli.models.loading import load_model
 from wisecli.progress import Event
 
@@ -41,7 +42,9 @@ def test_changes_are_added_as_the_matrix_is_stored(tmp_path: Path, architecture:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_in_half_precision(tmp_path: Path, name: str, architecture: str) -> None:
     bench = bench_for(tmp_path, architecture)
-    method = METHODS[name](replace(bench, loaded=load_model(tmp_path, device="cpu", dtype="bfloat16")))
+    method = METHODS[name](
+        replace(bench, loaded=load_model(tmp_path, load=LoadOptions(device="cpu", dtype="bfloat16")))
+    )
     method.edit(EDITS[:2])
     assert isinstance(method, Rewritten)
     assert all(delta.dtype == torch.float32 and delta.isfinite().all() and delta.any() for delta in method.deltas)
@@ -63,7 +66,7 @@ def test_who_watches_is_told_of_every_edit(tmp_path: Path, name: str) -> None:
 def test_streamed_layers_are_refused(tmp_path: Path, name: str) -> None:
     bench = bench_for(tmp_path, "llama")
     save_tiny(tmp_path / "streamed", "llama")
-    loaded = load_model(tmp_path / "streamed", device="cpu", memory_budget=60_000)
+    loaded = load_model(tmp_path / "streamed", load=LoadOptions(device="cpu", memory_budget=60_000))
     assert loaded.stream is not None
     streamed = Bench(loaded, bench.checkpoint, bench.layout, (), bench.texts)
     with pytest.raises(UnsuitableError, match="streamed"):

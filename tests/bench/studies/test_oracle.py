@@ -17,6 +17,7 @@ from support.helpers import (
     save_tiny,
     update_of,
 )
+from support.loading import CPU
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import write_memory
@@ -42,12 +43,12 @@ def edited_model(root: Path, kind: str, routing: str, share: float = 1.0) -> Edi
     base = save_tiny(root / "base")
     site = find_site(base, Checkpoint(base), 2)
     named: dict[str, Any] = {"kind": kind, "router": "key", "routing": routing}
-    memory = memory_for(load_model(base, device="cpu").model, site, **named, memories=3)
+    memory = memory_for(load_model(base, load=CPU).model, site, **named, memories=3)
     memory = replace(memory, thresholds=(share * memory.thresholds[0],) * 3)
     (root / "memory").mkdir()
     edits = [Edit(str(number), "ba", "be") for number in range(3)]
     write_memory(root / "memory", manifest_for(base, memory, edits))
-    return attach(root / "memory", device="cpu")
+    return attach(root / "memory", load=CPU)
 
 
 def measured(edited: Edited, holders: list[int | None] | None) -> list[Measured]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.helpers import choice_of, keys_of
+from support.loading import CPU
 from support.studying import ALL, make_place, studied
 
 from wisecli.artifacts.memory_manifest import read_memory
@@ -79,10 +80,10 @@ def test_a_row_is_what_the_commands_say_one_after_the_other(place: Path, report:
     lines = (place / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "edits.jsonl").write_text("".join(lines[:6]))
     settings = EditSettings(unrelated_texts=16, shards=2, mask_ratio=0.6)
-    edit(str(place / "model"), tmp_path / "edits.jsonl", tmp_path / "shards", settings, device="cpu")
+    edit(str(place / "model"), tmp_path / "edits.jsonl", tmp_path / "shards", settings, load=CPU)
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings(mode="merge", method="ties", refit=False))
     given = EvalSettings(generate=False)
-    whole = evaluate(tmp_path / "memory", given, data=tmp_path / "edits.jsonl", device="cpu").after
+    whole = evaluate(tmp_path / "memory", given, data=tmp_path / "edits.jsonl", load=CPU).after
     row = next(row for row in report.rows["shards"] if (row["mask_ratio"], row["shards"]) == (0.6, 2))
     for quality in QUALITIES:
         assert row["figures"][quality] == pytest.approx(whole[quality])
@@ -142,7 +143,7 @@ def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path) -> Non
 
 def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
     given = BenchSettings(methods="ft-l", counts="2", resamples=20, **settings)
-    return bench(str(place / "model"), output, given, data=[place / "data.jsonl"], device="cpu")
+    return bench(str(place / "model"), output, given, data=[place / "data.jsonl"], load=CPU)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_the_area_counts_pairs_in_the_right_order() -> None:
 def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: StudyReport, tmp_path: Path) -> None:
     lines = (place / "data.jsonl").read_text().splitlines(keepends=True)[:6]
     (tmp_path / "edits.jsonl").write_text("".join(lines))
-    loaded = load_model(place / "model", device="cpu")
+    loaded = load_model(place / "model", load=CPU)
     records = [json.loads(line) for line in lines]
     prompts = {
         "edits": [one["prompt"] for one in records],
@@ -242,7 +243,7 @@ def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: S
     for row in report.rows["router"]:
         settings = EditSettings(unrelated_texts=16, writer=row["writer"], router=row["router"])
         shards = tmp_path / f"{row['writer']}-{row['router']}"
-        edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, device="cpu")
+        edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, load=CPU)
         merge([shards], tmp_path / "memory", MergeSettings(mode="merge"), force=True)
         manifest = read_memory(tmp_path / "memory")
         wide = {

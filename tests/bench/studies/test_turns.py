@@ -6,6 +6,7 @@ from statistics import median
 
 import pytest
 import torch
+from support.loading import CPU
 from support.studying import make_place, studied
 from torch.nn import functional
 
@@ -25,7 +26,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> StudyReport:
 
 @pytest.fixture(scope="module")
 def edited(report: StudyReport) -> Edited:
-    return attach(report.output / "work" / "memory", device="cpu")
+    return attach(report.output / "work" / "memory", load=CPU)
 
 
 def test_figures_are_medians_of_what_was_taken_in_turns(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonlines
 
-from wisecli.commands.edit import edit
+from wisecli.commands.edit import RunOptions, edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
-from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
+from wisecli.config import BenchSettings, EditSettings, EvalSettings, LoadOptions, MergeSettings, resolve
 from wisecli.edits.admission import AS_THEY_ARE
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
@@ -32,7 +32,7 @@ Number = TypeVar("Number", int, float)
 class Room:
     """What a study may use.
 
-    ``counts`` are the numbers of edits asked for, the first of ``tested`` each; ``options`` say where and how the model
+    ``counts`` are the numbers of edits asked for, the first of ``tested`` each; ``load`` says where and how the model
     is loaded; ``work`` keeps shards, so that no two rows write the same ones.
     """
 
@@ -40,14 +40,14 @@ class Room:
     tested: Sequence[Edit]
     counts: Sequence[int]
     settings: BenchSettings
-    options: Mapping[str, Any]
+    load: LoadOptions
     work: Path
     watch: Watcher
 
     @property
     def device(self) -> str:
         """The kind of device that is measured on."""
-        return pick_device(self.options["device"]).type
+        return pick_device(self.load.device).type
 
     def several(self, count: int) -> int:
         """How many shards hold ``count`` edits where there are to be several: as many as ``--edits-per-shard`` makes.
@@ -65,12 +65,20 @@ class Room:
         """
         settings = resolve(EditSettings, {**given, "seed": self.settings.seed}, section="edit")
         records = [record.as_dict() for record in self.tested[:count]]
-        about = [str(self.directory), self.options["dtype"], asdict(settings), records]
+        about = [str(self.directory), self.load.dtype, asdict(settings), records]
         place = self.work / f"shards-{count}-{sha256_json(about)[:12]}"
         if not place.exists():
             # What a version of other packages has begun there is begun anew.
-            named: dict[str, Any] = {**self.options, "force": True, "gate": AS_THEY_ARE, "watch": self.watch}
-            edit(str(self.directory), self._file(count), place, settings, **named)
+            edit(
+                str(self.directory),
+                self._file(count),
+                place,
+                settings,
+                load=self.load,
+                options=RunOptions(force=True),
+                gate=AS_THEY_ARE,
+                watch=self.watch,
+            )
         return place
 
     def memory(self, shards: Path, **given: Any) -> Path:
@@ -85,7 +93,7 @@ class Room:
 
     def attached(self, memory: Path) -> Edited:
         """The model with a memory in place."""
-        return attach(memory, **self.options)
+        return attach(memory, load=self.load)
 
     def figures(self, memory: Path, count: int, *, oracle: bool = False) -> dict[str, Any]:
         """What `wise eval` measures of the first edits, with teacher forcing.
@@ -94,7 +102,8 @@ class Room:
             oracle: whether the memory that holds an edit answers, whatever the router says.
         """
         given = EvalSettings(generate=False, batch_size=self.settings.batch_size)
-        report = evaluate(memory, given, data=self._file(count), **self.options, oracle=oracle, watch=self.watch)
+        file = self._file(count)
+        report = evaluate(memory, given, data=file, load=self.load, oracle=oracle, watch=self.watch)
         return {**report.after, "before": report.before}
 
     def _file(self, count: int) -> Path:

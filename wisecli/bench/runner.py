@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonlines
 import torch
@@ -33,12 +33,16 @@ from wisecli.models.loading import Loaded, load_model
 from wisecli.models.tokenization import encode
 from wisecli.progress import Event, Watcher
 
-# Ours, as settings of the commands: flags of `wise edit`, and of `wise merge`.
-OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "wise": ({}, {}),
-    "wise-retrieve": ({}, {"mode": "retrieve"}),
-    "wise-paper": ({"preset": "paper"}, {}),
-}
+
+@dataclass(frozen=True)
+class Way:
+    """One of our own ways to edit: the preset of `wise edit` and the mode of `wise merge`."""
+
+    preset: Literal["default", "paper"] | None = None
+    mode: Literal["merge", "retrieve", "lookup"] | None = None
+
+
+OURS = {"wise": Way(), "wise-retrieve": Way(mode="retrieve"), "wise-paper": Way(preset="paper")}
 # What these do to all edits together is something else than what they do to some and then to more.
 _AT_ONCE = ("memit-mass",)
 _TEXTS = 200
@@ -105,7 +109,7 @@ class Course:
         return self._row(name, count, measuring.after, measuring.before, measuring.each, costs)
 
     def _ours(self, name: str, counts: Sequence[int]) -> Iterator[Row]:
-        of_edit, of_merge = OURS[name]
+        way = OURS[name]
         shards, memory, file = (self.work / part for part in ("shards", "memory", "edits.jsonl"))
         self.work.mkdir(parents=True, exist_ok=True)
         for count in counts:
@@ -113,7 +117,7 @@ class Course:
             forget_peaks()
             with jsonlines.open(file, "w") as writer:
                 writer.write_all(record.as_dict() for record in self.tested[:count])
-            settings = resolve(EditSettings, {**of_edit, "seed": self.settings.seed}, section="edit")
+            settings = resolve(EditSettings, {"preset": way.preset, "seed": self.settings.seed}, section="edit")
             edited = edit(
                 str(self.directory),
                 file,
@@ -124,7 +128,7 @@ class Course:
                 gate=AS_THEY_ARE,
                 watch=self.watch,
             )
-            merged = merge([shards], memory, MergeSettings(**of_merge), force=True)
+            merged = merge([shards], memory, MergeSettings(mode=way.mode), force=True)
             given = EvalSettings(generate=self.settings.generate, batch_size=self.settings.batch_size)
             report = evaluate(memory, given, data=file, load=self.load, watch=self.watch)
             size = sum(path.stat().st_size for path in memory.iterdir())

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +11,7 @@ from rich.text import Text
 
 from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
 from wisecli.cli.draft import Yes, draw_for_editing
-from wisecli.cli.memory import Told
+from wisecli.cli.edit_into import IntoMemory
 from wisecli.cli.options import (
     AsJson,
     Budget,
@@ -42,14 +37,12 @@ from wisecli.cli.options import (
     part_in,
     setting,
 )
-from wisecli.config import EditSettings, LoadOptions, resolve
+from wisecli.config import EditSettings, resolve
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.commands.edit import EditReport, RunOptions
+    from wisecli.commands.edit import EditReport
     from wisecli.editing.resource_estimate import Plan
-    from wisecli.edits.admission import Gate
-    from wisecli.memory.history import Provenance
 
 
 def edit(
@@ -186,79 +179,6 @@ def edit(
             )
     tell_edit(console, report)
     report.check()
-
-
-@dataclass(frozen=True)
-class IntoMemory:
-    """What ``wise edit --into`` does."""
-
-    console: Console
-    model: str
-    edits: Path
-    memory: Path
-    flags: Mapping[str, Any]
-    config: Path | None
-    provenance: Provenance
-    load: LoadOptions
-    options: RunOptions
-    gate: Gate
-
-    def once(self) -> None:
-        """Edit what the file holds."""
-        from wisecli.commands.edit_into import Batch, edit_into
-
-        with self.console.watching() as watch:
-            with _file(self.edits) as path:
-                name = str(self.edits) if self.edits == path else "-"
-                batch = Batch.from_file(path, name=name, gate=self.gate)
-            report = edit_into(
-                self.model,
-                batch,
-                self.memory,
-                self.flags,
-                config=self.config,
-                provenance=self.provenance,
-                load=self.load,
-                options=self.options,
-                gate=self.gate,
-                watch=watch,
-            )
-        Told(self.console).landed(report)
-
-    def follow(self, interval: float) -> None:
-        """Go on with lines that are added to the file, until it is interrupted."""
-        from wisecli.commands.watch import follow
-
-        if self.gate.signed is not None:
-            raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
-        with self.console.watching() as watch:
-            for landed in follow(
-                self.model,
-                self.edits,
-                self.memory,
-                self.flags,
-                interval=interval,
-                config=self.config,
-                provenance=self.provenance,
-                load=self.load,
-                options=self.options,
-                gate=self.gate,
-                watch=watch,
-            ):
-                Told(self.console).landed(landed)
-
-
-@contextmanager
-def _file(edits: Path) -> Iterator[Path]:
-    """The file of edits, or what comes through the pipe as one."""
-    if str(edits) != "-":
-        yield edits
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "stdin"
-        with path.open("wb") as stream:
-            shutil.copyfileobj(sys.stdin.buffer, stream)
-        yield path
 
 
 def tell_edit(console: Console, report: EditReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -151,7 +152,7 @@ class Told:
             what = f"release {release.number} of {report.memory}/ stays as it is" if release else "no memory was made"
             held = f", {len(report.known)} were held already" if report.known else ""
             lines = [f"{what}: there is nothing to train{held}", *sifted_lines(report.sifted)]
-            self._tell(report, lines, **more)
+            self._tell(report, lines, more)
             return
         lines = [
             f"release {release.number} of {report.memory}/: {len(release.added)} edits in, {report.held} held "
@@ -162,7 +163,7 @@ class Told:
         lines += sifted_lines(report.sifted)
         lines += [f"did not take: {name}" for name in edited.untaken]
         lines += [f"left out, as the model gives nothing finite: {name}" for name in edited.left_out]
-        self._tell(report, lines, untaken=list(edited.untaken), left_out=list(edited.left_out), **more)
+        self._tell(report, lines, {"untaken": list(edited.untaken), "left_out": list(edited.left_out)} | more)
 
     def joined(self, memory: str, published: Published) -> None:
         """Print what merging into a memory did."""
@@ -176,7 +177,7 @@ class Told:
         release = report.release
         lines = [f"release {release.number} of {report.memory}/: {len(release.removed)} edits out, {report.held} held"]
         lines += [f"trained anew: {name}" for name in report.rewritten]
-        self._tell(report, lines, rewritten=list(report.rewritten))
+        self._tell(report, lines, {"rewritten": list(report.rewritten)})
 
     def rolled_back(self, report: RollbackReport) -> None:
         """Print what a memory became again."""
@@ -185,7 +186,7 @@ class Told:
             f"release {release.number} of {report.memory}/ is release {target.number} of {target.when[:19]}: "
             f"{report.held} edits held, {'the same to the byte' if report.same else 'not the same to the byte'}"
         ]
-        self._tell(report, lines, target=asdict(target), same=report.same)
+        self._tell(report, lines, {"target": asdict(target), "same": report.same})
 
     def logged(self, report: LogReport, *, of_one: bool) -> None:
         """Print releases; of one edit also what it is now."""
@@ -227,7 +228,7 @@ class Told:
         lines += [f"{name}: {before} → {after}" for name, (before, after) in report.settings.items()]
         self.console.result(report.as_json(), *map(Text, lines or ["no difference"]))
 
-    def _tell(self, report: Any, lines: list[str], **more: Any) -> None:
+    def _tell(self, report: Any, lines: list[str], more: Mapping[str, Any]) -> None:
         release: Release | None = report.release
         results = {"memory": str(report.memory), "held": report.held, "seconds": report.seconds, **more}
         results["release"] = None if release is None else asdict(release)

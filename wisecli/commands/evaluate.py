@@ -100,10 +100,11 @@ def evaluate(
     edited = attach(memory, model=model, load=load)
     manifest = edited.manifest
     records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
-    given: dict[str, Any] = {"generate": settings.generate, "max_new_tokens": settings.max_new_tokens}
     numbers = memory_numbers(manifest)
     subject = _Memory(edited, settings, watch, _holders(records, numbers) if oracle else None)
-    measuring = Measuring(subject, records, numbers=numbers, **given)
+    measuring = Measuring(
+        subject, records, numbers=numbers, generate=settings.generate, max_new_tokens=settings.max_new_tokens
+    )
     measuring.run()
     if name in BENCHMARKS and not BENCHMARKS[name].perplexity:
         measuring.drop("perplexity")
@@ -165,10 +166,18 @@ class _Memory:
     def teacher_forced(self, pairs: Sequence[Question], *, prompt_opens: bool, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""
         rows = [self.row(*pair) for pair in pairs]
-        named: dict[str, Any] = {"batch_size": self.settings.batch_size, "stage": stage, "watch": self.watch}
+        holders = None
         if self.holders is not None and prompt_opens:
-            named["holders"] = [self.holders.get((pair.prompt, pair.answer)) for pair in pairs]
-        return teacher_forced(self.edited, rows, prompt_opens=prompt_opens, **named)
+            holders = [self.holders.get((pair.prompt, pair.answer)) for pair in pairs]
+        return teacher_forced(
+            self.edited,
+            rows,
+            batch_size=self.settings.batch_size,
+            prompt_opens=prompt_opens,
+            stage=stage,
+            watch=self.watch,
+            holders=holders,
+        )
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy answers, before and after."""

@@ -8,7 +8,7 @@ without the answer. What it has said up to the last such place is what an edit i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wisecli.editing.context_prefixes import CHAT, in_context
 from wisecli.edits.record import Edit
@@ -49,8 +49,14 @@ def _evading(loaded: Loaded, prompts: Sequence[str], answers: Sequence[str], bat
     open_ = ways
     for _ in range(_ROUNDS):
         begun = [(*way.prompt, *way.said) for way in open_]
-        named: dict[str, Any] = {"max_new_tokens": _TOKENS, "batch_size": batch_size}
-        texts = generate(loaded.model, loaded.tokenizer, begun, unwanted=[way.unwanted[-1] for way in open_], **named)
+        texts = generate(
+            loaded.model,
+            loaded.tokenizer,
+            begun,
+            max_new_tokens=_TOKENS,
+            batch_size=batch_size,
+            unwanted=[way.unwanted[-1] for way in open_],
+        )
         open_ = [way for way, tokens in zip(open_, texts, strict=True) if way.go_on(tokens)]
     return [way.row for way in ways]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -65,17 +65,21 @@ class OnRay:
         self.job = replace(job, model=model, load=replace(job.load, device=device))
         most = max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
         gpu = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-        self.needs = {"num_cpus": min(job.threads, most), "num_gpus": int(gpu)}
+        self.cpus, self.gpus = min(job.threads, most), int(gpu)
+
+    def _task(self, function: Callable[..., Any]) -> Any:
+        """A function as a task on the cluster, with what it needs."""
+        return self.ray.remote(function).options(num_cpus=self.cpus, num_gpus=self.gpus)
 
     def prepare(self) -> tuple[ShardDirectory, Unrelated]:
         """The plan and the statistics that all shards share."""
-        task = self.ray.remote(_prepare).options(**self.needs)
+        task = self._task(_prepare)
         plan, unrelated = _sound(self.ray.get(task.remote(self.job)))
         return plan, unrelated
 
     def write(self, plan: ShardDirectory, unrelated: Unrelated, numbers: Sequence[int]) -> Iterator[Written]:
         """The shards of these numbers, in the order in which they are done."""
-        task = self.ray.remote(_write).options(**self.needs)
+        task = self._task(_write)
         shared = [self.ray.put(one) for one in (self.job, plan, unrelated)]
         waiting = list(reversed(numbers))
         running: list[Any] = []

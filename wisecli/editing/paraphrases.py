@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from wisecli.edits.record import Edit
 from wisecli.edits.text import contains, words
@@ -51,8 +50,15 @@ def write_paraphrases(
         return {}
     watch(Event("paraphrases", 0, len(edits)))
     requests = [request for edit in edits for request in _requests(loaded, edit) * count]
-    limits: dict[str, Any] = {"max_new_tokens": _TOKENS, "batch_size": batch_size}
-    sampled = generate(loaded.model, loaded.tokenizer, requests, **limits, sampling_seed=seed, temperature=_TEMPERATURE)
+    sampled = generate(
+        loaded.model,
+        loaded.tokenizer,
+        requests,
+        max_new_tokens=_TOKENS,
+        batch_size=batch_size,
+        sampling_seed=seed,
+        temperature=_TEMPERATURE,
+    )
     texts = loaded.tokenizer.batch_decode(sampled, skip_special_tokens=True)
     found = {}
     for place, edit in enumerate(edits):

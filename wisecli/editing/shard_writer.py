@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,13 +112,20 @@ class ShardWriter:
         started = time.perf_counter()
         settings, stage = self.settings, f"shard {number + 1}/{len(parts)}"
         self.watch(Event(stage))
-        density, kind, apart = settings.mask_ratio, settings.mask_kind, settings.masks == "disjoint"
-        drawing: dict[str, Any] = {"number": number, "count": len(parts), "disjoint": apart, "seed": settings.seed}
-        mask = draw_mask(self.site, density, kind, **drawing)
+        kind = settings.mask_kind
+        mask = draw_mask(
+            self.site,
+            settings.mask_ratio,
+            kind,
+            number=number,
+            count=len(parts),
+            disjoint=settings.masks == "disjoint",
+            seed=settings.seed,
+        )
         task = Task(self.loaded.model, self.site, mask.to(self.loaded.device), self.against, self.unit, settings)
         write = self._solve if settings.writer == "solve" else self._train
-        erasing: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
-        self.evasions = evasions(self.loaded, [self.edits[place] for place in parts[number]], **erasing)
+        mine = [self.edits[place] for place in parts[number]]
+        self.evasions = evasions(self.loaded, mine, chat=settings.chat, batch_size=settings.batch_size)
         left_out: set[int] = set()
         while part := [place for place in parts[number] if place not in left_out]:
             try:
@@ -166,8 +172,8 @@ class ShardWriter:
 
     def _solve(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
         """The closed form: residuals first, then one solve."""
-        named: dict[str, Any] = {"train_end": self.settings.train_end, "evasions": self.evasions}
-        rows = encode_edits(self.loaded, [self.edits[place] for place in part], "", **named)
+        edits = [self.edits[place] for place in part]
+        rows = encode_edits(self.loaded, edits, "", train_end=self.settings.train_end, evasions=self.evasions)
         alike = in_batches(rows, self.settings.batch_size, by_target=True)
         groups, held_back = self._capture([[part[index] for index in indices] for indices in alike])
         lessons = [lesson for group in groups for lesson in group]
@@ -188,8 +194,14 @@ class ShardWriter:
         if settings.routing == "sequence":
             return Elsewhere({}, self.white)
         numbered = [(place, self.edits[place]) for place in part]
-        named: dict[str, Any] = {"batch_size": settings.batch_size, "train_end": settings.train_end}
-        found = keys_elsewhere(self.loaded, self.site, numbered, chat=settings.chat, **named)
+        found = keys_elsewhere(
+            self.loaded,
+            self.site,
+            numbered,
+            chat=settings.chat,
+            batch_size=settings.batch_size,
+            train_end=settings.train_end,
+        )
         return Elsewhere(found, self.white)
 
     def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[Lesson]], list[Lesson]]:
@@ -206,8 +218,14 @@ class ShardWriter:
         further = [asked_further(group, self.paraphrases, contexts=count) for group in numbered]
         wanted: list[Group] = [(group, trained, more) for group, more in zip(numbered, further, strict=True)]
         wanted.append((checking, [last], ()))
-        named: dict[str, Any] = {"train_end": settings.train_end, "evasions": self.evasions}
-        *found, held_back = capture_groups(self.loaded, self.site, wanted, batch_size=settings.batch_size, **named)
+        *found, held_back = capture_groups(
+            self.loaded,
+            self.site,
+            wanted,
+            batch_size=settings.batch_size,
+            train_end=settings.train_end,
+            evasions=self.evasions,
+        )
         require_finite([lesson for group in (*found, held_back) for lesson in group])
         return found, held_back
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,8 +106,9 @@ def capture_lessons(
     evasions: Evasions = MappingProxyType({}),
 ) -> list[Lesson]:
     """Capture numbered edits under numbered contexts, rows whose targets are of like length together."""
-    named: dict[str, Any] = {"batch_size": batch_size, "train_end": train_end, "evasions": evasions}
-    return capture_groups(loaded, site, [(edits, contexts, ())], **named)[0]
+    return capture_groups(
+        loaded, site, [(edits, contexts, ())], batch_size=batch_size, train_end=train_end, evasions=evasions
+    )[0]
 
 
 def capture_groups(
@@ -121,8 +121,10 @@ def capture_groups(
     evasions: Evasions = MappingProxyType({}),
 ) -> list[list[Lesson]]:
     """The lessons of several groups; where layers are streamed, each is read once for all of them."""
-    named: dict[str, Any] = {"batch_size": batch_size, "train_end": train_end, "evasions": evasions}
-    listed = [list(_in_rows(loaded, *group, **named)) for group in groups]
+    listed = [
+        list(_in_rows(loaded, *group, batch_size=batch_size, train_end=train_end, evasions=evasions))
+        for group in groups
+    ]
     batches = (collate(rows).to(loaded.device) for parts in listed for rows, _ in parts)
     found = captured(loaded.model, site, batches, stream=loaded.stream, window=True)
     return [[Lesson(next(found), *torch.tensor(origins).T) for _, origins in parts] for parts in listed]

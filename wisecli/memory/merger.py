@@ -166,16 +166,20 @@ def resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:
     if settings.method not in known:
         raise SettingsError(f"--method {settings.method!r} is unknown; choose one of {', '.join(known)}")
     solved = shards.settings["writer"] == "solve"
-    inherited = {name: shards.settings[name] for name in ("router", "routing", "threshold")}
-    given = {name: value for name, value in asdict(settings).items() if value is not None}
-    whole = {**inherited, "refit": solved, **given}
-    if "mode" not in whole:
+    whole = replace(
+        settings,
+        router=settings.router or shards.settings["router"],
+        routing=settings.routing or shards.settings["routing"],
+        threshold=settings.threshold or shards.settings["threshold"],
+        refit=solved if settings.refit is None else settings.refit,
+    )
+    if whole.mode is None:
         # To say how matrices are to be merged is to ask for a matrix.
         silent = all(getattr(settings, name) == getattr(MergeSettings, name) for name in _OF_MATRICES)
-        whole["mode"] = "lookup" if solved and whole["router"] == "key" and silent else "merge"
-    if whole["mode"] == "lookup" and whole["router"] != "key":
+        whole = replace(whole, mode="lookup" if solved and whole.router == "key" and silent else "merge")
+    if whole.mode == "lookup" and whole.router != "key":
         raise SettingsError("--mode lookup finds its keys by the key router; leave out --router norm")
-    return MergeSettings(**whole)
+    return whole
 
 
 def _recipe(settings: MergeSettings, count: int, base: Tensor) -> Recipe:

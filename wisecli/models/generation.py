@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,29 +37,54 @@ def generate(
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     ends = _end_tokens(model)
     answers: list[list[int]] = [[] for _ in prompts]
-    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sampling_seed is not None}
-    if sampling_seed is not None:
-        whole = max_new_tokens if temperature is None else None
-        limits |= {"min_new_tokens": whole, "temperature": temperature or 1.0, "top_k": 50, "top_p": 1.0}
-        limits |= {"remove_invalid_values": True}  # weights may not be whole, and what they spoil is found later
-    else:  # whatever the model's own settings say of sampling
-        limits |= dict.fromkeys(("min_new_tokens", "temperature", "top_k", "top_p"))
+    greedy = sampling_seed is None
+    answer = _greedy(model, max_new_tokens) if greedy else _sampling(model, max_new_tokens, temperature)
     with _seeded(sampling_seed, model.device), _whole_rows(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             ids, mask = left_padded([encoded[index] for index in chosen])
-            if unwanted is not None:
-                limits["logits_processor"] = [_not_first([unwanted[index] for index in chosen], ids.shape[1])]
-            output = model.generate(  # type: ignore[operator]  # a mixin's method, typed as a module's attribute
+            forbidden = [] if unwanted is None else [_not_first([unwanted[index] for index in chosen], ids.shape[1])]
+            output = answer(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 pad_token_id=ends[0] if ends else 0,
-                **limits,
+                logits_processor=forbidden,
             )
             for index, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(row) if token in ends), len(row))
                 answers[index] = row[:stop]
     return answers
+
+
+def _generate_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
+    return model.generate  # type: ignore[return-value]  # a mixin's method, typed as a module's attribute
+
+
+def _greedy(model: PreTrainedModel, max_new_tokens: int) -> Callable[..., torch.Tensor]:
+    """What answers prompts greedily, whatever the model's own settings say of sampling."""
+    return partial(
+        _generate_of(model),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        min_new_tokens=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+    )
+
+
+def _sampling(model: PreTrainedModel, max_new_tokens: int, temperature: float | None) -> Callable[..., torch.Tensor]:
+    """What samples answers: at a temperature until the text ends, without one to exactly so many tokens."""
+    return partial(
+        _generate_of(model),
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        min_new_tokens=max_new_tokens if temperature is None else None,
+        temperature=temperature or 1.0,
+        top_k=50,
+        top_p=1.0,
+        remove_invalid_values=True,  # weights may not be whole, and what they spoil is found later
+    )
 
 
 def _not_first(unwanted: Sequence[Collection[int]], width: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

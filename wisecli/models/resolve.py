@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -87,13 +86,13 @@ def resolve_model(model: str, *, revision: str | None = None, fetch: bool = True
         raise ModelError(f"{model} is no model directory; `wise fetch smollm2-135m -o model/` makes one to try")
     from huggingface_hub import snapshot_download
 
-    given: dict[str, Any] = {} if fetch else {"local_files_only": True}
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **given))
+        place = snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, local_files_only=not fetch)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(
             f"{model} is neither a directory nor a hub id that can be fetched ({reason_of(error)})"
         ) from error
+    return Path(place)
 
 
 def convert(gguf: Path, output: Path) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -126,12 +126,12 @@ class Edited:
         stage: str,
     ) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""
-        named: dict[str, Any] = {"batch_size": self.batch_size, "stage": stage, "watch": self.watch}
+        measured = partial(said, self.loaded, batch_size=self.batch_size, stage=stage, watch=self.watch)
         rows = [self.row(*pair) for pair in pairs]
         asked = [self.row(self.method.asked(pair[0]), *pair[1:]) for pair in pairs]
         new = [row for row in dict.fromkeys(rows) if row not in self.known.said]
-        self.known.said.update(zip(new, said(self.loaded, new, **named), strict=True))
-        after = said(self.loaded, asked, self.method, **named)
+        self.known.said.update(zip(new, measured(new), strict=True))
+        after = measured(asked, self.method)
         return [
             _measured(self.known.said[row], row, one, other) for row, one, other in zip(rows, after, asked, strict=True)
         ]
@@ -150,12 +150,12 @@ class Edited:
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy answers, before and after."""
-        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": self.batch_size}
+        answered = partial(answers, self.loaded, max_new_tokens=max_new_tokens, batch_size=self.batch_size)
         new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, max_new_tokens) not in self.known.answers]
-        for prompt, text in zip(new, answers(self.loaded, new, **limits), strict=True):
+        for prompt, text in zip(new, answered(new), strict=True):
             self.known.answers[prompt, max_new_tokens] = text
         before = [self.known.answers[prompt, max_new_tokens] for prompt in prompts]
-        return before, answers(self.loaded, [self.method.asked(prompt) for prompt in prompts], self.method, **limits)
+        return before, answered([self.method.asked(prompt) for prompt in prompts], self.method)
 
 
 def _measured(before: Said, row: Row, after: Said, asked: Row) -> Measured:

@@ -57,13 +57,19 @@ class Room:
         usual = min(resolve(EditSettings, {}, section="edit").edits_per_shard, math.ceil(count / _FEWEST_SHARDS))
         return math.ceil(count / (self.settings.edits_per_shard or usual))
 
-    def shards(self, count: int, **given: Any) -> Path:
-        """Shards of the first edits, written the first time they are asked for.
-
-        Args:
-            given: settings of `wise edit`.
-        """
-        settings = resolve(EditSettings, {**given, "seed": self.settings.seed}, section="edit")
+    def shards(
+        self,
+        count: int,
+        *,
+        shards: int | None = None,
+        layer: str | None = None,
+        mask_ratio: float | None = None,
+        writer: str | None = None,
+        router: str | None = None,
+    ) -> Path:
+        """Shards of the first edits, written the first time they are asked for; by default as `wise edit` writes."""
+        flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer, "router": router}
+        settings = resolve(EditSettings, {**flags, "seed": self.settings.seed}, section="edit")
         records = [record.as_dict() for record in self.tested[:count]]
         about = [str(self.directory), self.load.dtype, asdict(settings), records]
         place = self.work / f"shards-{count}-{sha256_json(about)[:12]}"
@@ -81,13 +87,12 @@ class Room:
             )
         return place
 
-    def memory(self, shards: Path, **given: Any) -> Path:
-        """A memory of shards; it takes the place of the last one.
-
-        Args:
-            given: settings of `wise merge`.
-        """
-        settings = resolve(MergeSettings, {**given, "seed": self.settings.seed}, section="merge")
+    def memory(
+        self, shards: Path, *, mode: str | None = None, method: str | None = None, refit: bool | None = None
+    ) -> Path:
+        """A memory of shards, by default as `wise merge` makes it; it takes the place of the last one."""
+        flags = {"mode": mode, "method": method, "refit": refit, "seed": self.settings.seed}
+        settings = resolve(MergeSettings, flags, section="merge")
         merge([shards], self.work / "memory", settings, force=True, watch=self.watch)
         return self.work / "memory"
 

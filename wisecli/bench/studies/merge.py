@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from wisecli.bench.studies.base import Figures, Point, Row, study
 from wisecli.bench.studies.context import Room
@@ -12,12 +12,19 @@ from wisecli.memory.merge_methods import METHODS
 from wisecli.memory.merger import EXACT
 
 
-def ways() -> dict[str, dict[str, Any]]:
-    """Settings of `wise merge` for each of its ways."""
-    plain = {name: {"mode": "merge", "method": name, "refit": False} for name in sorted(METHODS)}
-    refitted = {f"{name}+refit": {**given, "refit": True} for name, given in plain.items()}
-    kept = {"retrieve": {"mode": "retrieve"}, "lookup": {"mode": "lookup"}}
-    return {**plain, **refitted, EXACT: {"mode": "merge", "method": EXACT}, **kept}
+class Way(NamedTuple):
+    """One way to merge: settings of `wise merge`, what is ``None`` as by default."""
+
+    mode: str
+    method: str | None = None
+    refit: bool | None = None
+
+
+def ways() -> dict[str, Way]:
+    """Every way to merge, by the name that the table has for it."""
+    plain = {name: Way("merge", name, refit=False) for name in sorted(METHODS)}
+    refitted = {f"{name}+refit": way._replace(refit=True) for name, way in plain.items()}
+    return {**plain, **refitted, EXACT: Way("merge", EXACT), "retrieve": Way("retrieve"), "lookup": Way("lookup")}
 
 
 @study("merge")
@@ -37,7 +44,8 @@ class Merge:
 
     def measure(self, room: Room, point: Point) -> Figures:
         """What `wise eval` says, and the memory's size."""
-        memory = room.memory(room.shards(point["edits"], shards=point["shards"]), **ways()[point["way"]])
+        way, shards = ways()[point["way"]], room.shards(point["edits"], shards=point["shards"])
+        memory = room.memory(shards, mode=way.mode, method=way.method, refit=way.refit)
         size = sum(path.stat().st_size for path in memory.iterdir())
         return {**room.figures(memory, point["edits"]), "megabytes": size / 1e6}
 

@@ -87,8 +87,8 @@ def scored(edited: Edited, prompts: Sequence[str], room: Room) -> tuple[list[flo
     """Scores of a single memory at the last token of each prompt, and the share of them that opens it."""
     loaded = Loaded(edited.model, edited.tokenizer, edited.stream)
     with edited.unedited(), torch.no_grad():
-        named: dict[str, Any] = {"batch_size": room.settings.batch_size, "watch": room.watch}
-        keys = prompt_ends(loaded, [edited.manifest.site], prompts, **named)[0]
+        size, site = room.settings.batch_size, edited.manifest.site
+        keys = prompt_ends(loaded, [site], prompts, batch_size=size, watch=room.watch)[0]
         scores = edited.routed.scores(keys)
         at_end = Prompt(torch.zeros(len(keys), 1, dtype=torch.long, device=keys.device))
         open_at = route(edited.routed, keys[:, None], at_end).chosen == 0

@@ -234,7 +234,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
         identity = settings.pop("identity", "a model")
         return measure_unrelated(loaded, site, matrix, identity, **settings)  # type: ignore[arg-type]
 
-    return Subject(loaded, run, tmp_path / "cache" / "wisecli" / "unrelated", events)
+    return Subject(loaded, run, tmp_path / "cache" / "wise" / "unrelated", events)
 
 
 def tensors_of(unrelated: Unrelated) -> dict[str, Tensor]:

@@ -95,8 +95,8 @@ def write_gguf(path: Path, model: PreTrainedModel, *, kind: str = "F32") -> Path
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache, empty."""
-    monkeypatch.setattr(resolve, "user_cache_path", lambda name: tmp_path / "cache" / name)
-    return tmp_path / "cache" / "wise" / "models"
+    monkeypatch.setattr(resolve, "cache_path", lambda kind: tmp_path / "cache" / kind)
+    return tmp_path / "cache" / "models"
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from platformdirs import user_cache_path
 
 from wisecli.edits.formats import BENCHMARKS
 from wisecli.errors import DamagedFileError, DownloadError, SettingsError
 from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
 from wisecli.io.checkpoint import sha256_file
+from wisecli.io.user_cache import cache_path
 from wisecli.models.resolve import convert
 from wisecli.progress import Event, Watcher, ignore
 
@@ -87,7 +87,7 @@ def fetch_benchmark(name: str) -> Path:
 
 
 def _cached_model(name: str, watch: Watcher) -> Path:
-    target = user_cache_path("wise") / "models" / name
+    target = cache_path("models") / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{name}.lock"):  # of several processes one fetches, the others wait
         if not (target / "config.json").is_file():

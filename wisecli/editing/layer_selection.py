@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
 
 from wisecli.data.corpus import reworded_facts
 from wisecli.editing.unrelated_activations import prompt_ends
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import Checkpoint, read_json, sha256_json, write_json
+from wisecli.io.user_cache import cache_path
 from wisecli.models.loading import Loaded
 from wisecli.models.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
 from wisecli.progress import Event, Watcher, ignore
@@ -65,7 +65,7 @@ def probe_layer(
     judge = told_apart if prompts_decide else recognised
     constants = [_LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY, _NEARER]
     about = [identity.as_dict(), checkpoint.sample, str(loaded.model.dtype), judge.__name__, *constants]
-    path = user_cache_path("wisecli") / "layers" / f"{sha256_json(about)[:32]}.json"
+    path = cache_path("layers") / f"{sha256_json(about)[:32]}.json"
     try:
         known = int(read_json(path)["layer"])
         return next(site for site in sites if site.layer == known)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 
 import torch
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.editing.context_prefixes import continuations
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
 from wisecli.io.checkpoint import load_tensors, sha256_json
+from wisecli.io.user_cache import cache_path
 from wisecli.models.activations import Activations, captured
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate
@@ -74,7 +74,7 @@ def measure_unrelated(
         loaded.device.type,
         _VERSION,
     ]
-    path = user_cache_path("wisecli") / "unrelated" / f"{sha256_json(about)[:32]}.safetensors"
+    path = cache_path("unrelated") / f"{sha256_json(about)[:32]}.safetensors"
     try:
         return _from_tensors(load_tensors(path), path, site.d_ff)
     except DamagedFileError:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from wisecli.errors import DownloadError, ModelError, reason_of
 from wisecli.io.atomic_output import require_space, whole_directory
 from wisecli.io.checkpoint import sha256_file
+from wisecli.io.user_cache import cache_path
 from wisecli.progress import NOTE, Event, Watcher, ignore
 
 # No quantisation of GGUF takes less than two bits a weight, and float32 takes 32.
@@ -49,7 +48,7 @@ def gguf_of(path: Path) -> Path | None:
 
 def _converted(gguf: Path, watch: Watcher) -> Path:
     """The file's weights in float32, in a directory of the user's cache that is named by the file's content."""
-    target = user_cache_path("wise") / "models" / f"{gguf.stem}-{sha256_file(gguf)[:16]}"
+    target = cache_path("models") / f"{gguf.stem}-{sha256_file(gguf)[:16]}"
     watch(Event(NOTE, note=f"{gguf} is edited as plain float32 weights, which are kept in {target}"))
     if (target / "config.json").is_file():
         return target

@@ -1,0 +1,12 @@
+"""The one folder in the user's cache that all files kept between runs are in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+
+def cache_path(kind: str) -> Path:
+    """The folder of files of a kind: ``models``, ``layers`` or ``unrelated``."""
+    return user_cache_path("wise") / kind

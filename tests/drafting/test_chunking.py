@@ -43,3 +43,37 @@ def test_long_paragraphs_are_cut_between_sentences() -> None:
 def test_what_says_nothing_has_no_passage() -> None:
     assert passages("") == []
     assert passages("# Title only\n\n![picture](a.png)\n\n---\n") == []
+
+
+def test_a_list_is_one_passage_unless_its_items_stand_apart() -> None:
+    assert [
+        (one.line, one.text) for one in passages("- one of four words\n  - two\n- three\n\nAnd a paragraph follows.")
+    ] == [
+        (1, "one of four words two three"),
+        (5, "And a paragraph follows."),
+    ]
+    apart = passages("1. the first of two items\n\n2. the second of two items\n")
+    assert [(one.line, one.text) for one in apart] == [
+        (1, "the first of two items"),
+        (3, "the second of two items"),
+    ]
+
+
+def test_of_markup_only_the_words_are_kept() -> None:
+    text = (
+        "Some *words*, `code`, a [link][1], a_b_c, 2 &lt; 3 and ![a picture](p.png)\na <b>second</b> line.\n\n[1]: x\n"
+    )
+    assert [one.text for one in passages(text)] == ["Some words, code, a link, a_b_c, 2 < 3 and a second line."]
+
+
+def test_tables_and_html_are_left_out_and_indented_text_is_no_code() -> None:
+    table, block = "| head | of |\n|---|---|\n| a row of | many words |", "<div>\nno text of the page\n</div>"
+    text = f"{table}\n\n{block}\n\n    An indented line of text."
+    assert [(one.line, one.text) for one in passages(text)] == [(9, "An indented line of text.")]
+
+
+def test_front_matter_ends_where_it_says() -> None:
+    assert [
+        one.line for one in passages("---\ntitle: x\n---\nThe text of the page.\n\n---\n\nAnd some more of it.")
+    ] == [4, 8]
+    assert len(passages("---\nThis is a rule, and no front matter.")) == 1

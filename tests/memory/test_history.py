@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -295,9 +294,8 @@ def test_two_memories_and_two_releases_are_compared(model: Path, tmp_path: Path)
 def test_nobody_else_changes_a_memory_meanwhile(model: Path, tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     into(model, memory, [fact(0), fact(1)])
-    with (tmp_path / ".memory.lock").open("ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_SH)  # a lock of another kind keeps nobody away
-        remove(memory, ["e1"])
+    (tmp_path / ".memory.lock").touch()  # as a process leaves it that was killed: nobody holds it
+    remove(memory, ["e1"])
 
     def busy(_event: Event) -> None:
         raise AssertionError

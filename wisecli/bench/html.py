@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,15 +17,6 @@ FIGURES = {
     "perplexity_median": "perplexity",
     "generated_exact": "exact",
 }
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; }
-th, td { padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: right; }
-th:nth-child(2), td:nth-child(2) { text-align: left; }
-small { color: #777; }
-svg { max-width: 100%; height: auto; }
-pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
-"""
 
 HEADS = ("edits", "method", *FIGURES.values(), "s an edit", "overhead", "MB")
 
@@ -60,33 +51,25 @@ def page(rows: Sequence[Row], *, title: str, about: str, sections: Sequence[Sect
     Args:
         about: how the rows came about, shown as it is.
     """
-    methods = _of_methods(rows) if rows else ""
-    studies = "\n".join(map(_of_study, sections))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>
-<body><h1>{html.escape(title)}</h1>
-{methods}{studies}
-<h2>How</h2><pre>{html.escape(about)}</pre>
-</body></html>
-"""
+    from jinja2 import Environment, StrictUndefined
+
+    text = resources.files("wisecli").joinpath("data/bench_report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(text).render(
+        title=title,
+        about=about,
+        heads=HEADS,
+        cells=[_cells(row) for row in rows],
+        pictures=_pictures([row for row in rows if "cannot" not in row["figures"]]),
+        sections=sections,
+    )
 
 
-def _of_methods(rows: Sequence[Row]) -> str:
-    measured = [row for row in rows if "cannot" not in row["figures"]]
-    pictures = "\n".join(picture(draw, measured) for draw in (_quality, _ageing, _cost)) if measured else ""
-    note = "Means over edits, ± half of a 95 % bootstrap interval."
-    return f"{_html(HEADS, [_cells(row) for row in rows])}\n<p><small>{note}</small></p>\n{pictures}\n"
-
-
-def _of_study(section: Section) -> str:
-    heading = f"<h2>{html.escape(section.title)}</h2>\n<p>{html.escape(section.caption)}</p>"
-    return f"{heading}\n{section.picture}\n{_html(section.heads, section.cells)}"
-
-
-def _html(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>\n" for row in cells)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+def _pictures(measured: Sequence[Row]) -> list[str]:
+    """Pictures of the methods' figures, if there are any."""
+    return [picture(draw, measured) for draw in (_quality, _ageing, _cost)] if measured else []
 
 
 def _cells(row: Row) -> list[str]:

@@ -89,7 +89,9 @@ def fetch_benchmark(name: str) -> Path:
 def _cached_model(name: str, watch: Watcher) -> Path:
     target = cache_path("models") / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f".{name}.lock"):  # of several processes one fetches, the others wait
+    with FileLock(
+        target.parent / f".{name}.lock", fallback_to_soft=False
+    ):  # of several processes one fetches, the others wait
         if not (target / "config.json").is_file():
             _fetch_model(MODELS[name], target, watch)
     return target

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-_HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*")
-_UNDERLINE = re.compile(r"=+|-{2,}")
-_FENCE = re.compile(r"(`{3,}|~{3,}).*")
-# What begins a line and says nothing: bullets, numbers of lists, marks of quotations.
-_MARK = re.compile(r"^(?:(?:[-*+>]|\d+[.)])\s+)+")
-_SILENT = re.compile(r"\||<|!\[|\[[^\]]+\]:|[-*_ ]{3,}$")
-_IMAGE, _LINK = re.compile(r"!\[[^\]]*\]\([^)]*\)"), re.compile(r"\[([^\]]*)\]\([^)]*\)")
-_EMPHASIS = re.compile(r"(\*\*|__|`|(?<!\w)[*_]|[*_](?!\w))")
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+# What stands before the document itself, from its first line on.
+_FRONT_MATTER = re.compile(r"---[ \t]*\n.*?\n---[^\n]*(\n|$)", re.DOTALL)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 # Characters of a passage at most, where sentences allow it, and words at least.
 _LONGEST, _FEWEST = 600, 4
@@ -40,66 +37,53 @@ def passages(document: str) -> list[Passage]:
     are cut between sentences.
     """
     found, heading = [], ""
-    for number, lines in _blocks(document):
-        title = _title(lines)
-        if title is not None:
-            heading = title
+    for line, text, is_heading in _blocks(document):
+        if is_heading:
+            heading = text
             continue
-        text = " ".join(_plain(line) for line in lines if not _SILENT.match(line.strip()))
-        for part in _cut(" ".join(text.split())):
+        for part in _cut(text):
             if len(part.split()) >= _FEWEST:
-                found.append(Passage(number, heading, part))
+                found.append(Passage(line, heading, part))
     return found
 
 
-def _blocks(document: str) -> Iterator[tuple[int, list[str]]]:
-    """Lines that stand together, with the number of the first; a heading is a block of its own."""
-    block: list[str] = []
-    begun = 0
-    for number, line in _told(document):
-        heading = _HEADING.fullmatch(line.strip()) is not None
-        if block and (heading or not line.strip()):
-            yield begun, block
-            block = []
-        if heading:
-            yield number, [line]
-        elif line.strip():
-            begun = begun if block else number
-            block.append(line)
-            if len(block) == 2 and _UNDERLINE.fullmatch(line.strip()):
-                yield begun, block
-                block = []
-    if block:
-        yield begun, block
-
-
-def _told(document: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines, those of code and front matter empty."""
-    lines = document.splitlines()
-    closing = "---" if lines and lines[0].strip() == "---" else ""
-    for number, line in enumerate(lines, start=1):
-        fence = _FENCE.fullmatch(line.strip())
-        if closing:
-            closing = "" if number > 1 and line.strip().startswith(closing) else closing
-        elif fence:
-            closing = fence[1]
-        else:
-            yield number, line
+def _blocks(document: str) -> Iterator[tuple[int, str, bool]]:
+    """Headings, paragraphs, and lists whose items stand together: line, text, and whether it is a heading."""
+    # Plain text may be indented without being code.
+    parser = MarkdownIt("commonmark").enable("table").disable("code")
+    tokens = parser.parse(_without_front_matter(document))
+    items: list[tuple[int, str]] = []
+    in_table = False
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        if token.type in ("table_open", "table_close"):
+            in_table = token.type == "table_open"
+        is_item = before is not None and before.hidden and token.type == "inline"
+        if items and ((token.level == 0 and token.nesting != 0) or (token.type == "inline" and not is_item)):
+            yield items[0][0], " ".join(text for _, text in items), False
+            items = []
+        if token.type != "inline" or in_table or before is None:
             continue
-        yield number, ""
+        line, text = (token.map or [0])[0] + 1, _said(token.children or ())
+        if is_item:
+            items.append((line, text))
+        else:
+            yield line, text, before.type == "heading_open"
 
 
-def _title(lines: list[str]) -> str | None:
-    found = _HEADING.fullmatch(lines[0].strip())
-    if found:
-        return _plain(found[1])
-    underlined = len(lines) == 2 and _UNDERLINE.fullmatch(lines[1].strip())
-    return _plain(lines[0]) if underlined else None
+def _without_front_matter(document: str) -> str:
+    """The document with as many empty lines in the place of its front matter."""
+    found = _FRONT_MATTER.match(document)
+    return document if found is None else "\n" * found[0].count("\n") + document[found.end() :]
 
 
-def _plain(line: str) -> str:
-    text = _LINK.sub(r"\1", _IMAGE.sub("", _MARK.sub("", line.strip())))
-    return _EMPHASIS.sub("", text).strip()
+def _said(children: Sequence[Token]) -> str:
+    """The words of a paragraph, on one line; rows of a table without a head say nothing."""
+    text = "".join("\n" if one.type in ("softbreak", "hardbreak") else _word(one) for one in children)
+    return " ".join(" ".join(line for line in text.split("\n") if not line.startswith("|")).split())
+
+
+def _word(token: Token) -> str:
+    return token.content if token.type in ("text", "code_inline") else ""
 
 
 def _cut(text: str) -> Iterator[str]:

@@ -7,7 +7,6 @@ taken out of either, so that every release can be made anew.
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import hashlib
 import json
@@ -18,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jsonlines
+from filelock import FileLock, Timeout
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError
@@ -142,26 +142,16 @@ def changing(memory: Path) -> Iterator[None]:
     """
     memory.absolute().parent.mkdir(parents=True, exist_ok=True)
     path = memory.absolute().parent / f".{memory.name}.lock"
-    while True:
-        with path.open("ab") as stream:
-            try:
-                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise BusyError(memory) from None
-            if not _is_at(stream, path):  # whoever had it has just removed the file
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _is_at(stream: BinaryIO, path: Path) -> bool:
+    lock = FileLock(path, fallback_to_soft=False)
     try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BusyError(memory) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held, so that nobody takes a lock on a file that is gone
+        lock.release()
 
 
 @contextmanager

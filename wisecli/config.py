@@ -7,7 +7,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Le
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as checked
+from pydantic.fields import FieldInfo
 
 from wisecli.errors import SettingsError
 
@@ -17,6 +23,20 @@ else:
     import tomli as tomllib
 
 Settings = TypeVar("Settings")
+
+# What is written around a type: bounds, and that there may be none.
+_AROUND = (Annotated, Union, UnionType)
+# As a manifest or a settings file may have them, a layer is a text though it looks like a number.
+_CONFIG = ConfigDict(coerce_numbers_to_str=True, defer_build=True)
+
+Count = Annotated[int, Field(ge=1, le=10**6)]
+Share = Annotated[float, Field(ge=1e-9, le=1)]
+Rate = Annotated[float, Field(ge=1e-12, le=1e6)]
+
+
+def _split(value: Any) -> Any:
+    """A text's parts between commas."""
+    return value.split(",") if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,7 @@ class LoadOptions:
     revision: str | None = None
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_CONFIG)
 class EditSettings:
     """How shards are written: in closed form, or by the paper's gradient steps.
 
@@ -47,23 +67,27 @@ class EditSettings:
     writer: Literal["solve", "gradient"] = "solve"
     schedule: Literal["batched", "sequential"] = "batched"
     layer: str = "auto"
-    shards: int | None = None
-    edits_per_shard: int = 100
-    mask_ratio: float = 0.5  # half the columns hold a hundred edits; a fifth, as in the paper, does not
+    shards: Count | None = None
+    edits_per_shard: Count = 100
+    mask_ratio: Share = 0.5  # half the columns hold a hundred edits; a fifth, as in the paper, does not
     mask_kind: Literal["columns", "elements"] = "columns"
     masks: Literal["random", "disjoint"] = "random"
-    passes: int = 60
-    learning_rate: float = 2e-2
-    batch_size: int = 32
-    contexts: int = 1  # more of them cost time and change nothing: .853 of rephrases right with 4, .855 with 0
-    context_tokens: int = 8
+    passes: Count = 60
+    learning_rate: Rate = 2e-2
+    batch_size: Count = 32
+    contexts: Annotated[int, Field(ge=0, le=1000)] = (
+        1  # more of them cost time and change nothing: .853 of rephrases right with 4, .855 with 0
+    )
+    context_tokens: Annotated[int, Field(ge=1, le=1000)] = 8
     chat: bool = False
-    augment: int = 0  # paraphrases that the model writes itself
-    residual_steps: int = 40
-    residual_rate: float = 0.3  # in units of an entry of W a
-    residual_stop: float = 0.02  # the loss that every target token of an edit must come under
-    polish: int = 5
-    polish_rate: float = 5e-3
+    augment: Annotated[int, Field(ge=0, le=100)] = 0  # paraphrases that the model writes itself
+    residual_steps: Annotated[int, Field(ge=1, le=10**4)] = 40
+    residual_rate: Annotated[float, Field(ge=1e-9, le=1e3)] = 0.3  # in units of an entry of W a
+    residual_stop: Annotated[float, Field(ge=1e-9, le=10)] = (
+        0.02  # the loss that every target token of an edit must come under
+    )
+    polish: Annotated[int, Field(ge=0, le=10**4)] = 5
+    polish_rate: Rate = 5e-3
     alpha: float = 0.25
     beta: float = 1.0
     gamma: float = 0.5
@@ -71,45 +95,47 @@ class EditSettings:
     norm_constraint: float | None = None
     stop_loss: float = 0.05
     train_end: bool = True
-    unrelated_texts: int = 600
+    unrelated_texts: Annotated[int, Field(ge=8, le=10**6)] = 600
     router: Literal["key", "norm"] = "key"
     routing: Literal["token", "sequence"] = "token"
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_CONFIG)
 class MergeSettings:
     """How shards become one memory. What the shards' own settings decide is left ``None`` here."""
 
     mode: Literal["merge", "retrieve", "lookup"] | None = None
     method: str = "ties"
     refit: bool | None = None
-    density: float = 0.5
+    density: Share = 0.5
     scale: float = 1.0
-    weights: tuple[float, ...] | None = None
+    weights: Annotated[tuple[float, ...] | None, BeforeValidator(_split)] = None
     router: Literal["key", "norm"] | None = None
     routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
-    false_alarm: float | None = None
+    false_alarm: Annotated[float, Field(ge=0, le=0.5)] | None = None
     subjects: Literal["named", "any"] = "named"
-    sharpness: float = 0.0  # the nearest key alone: a mean over keys loses edits that are alike
+    sharpness: Annotated[float, Field(ge=0, le=1e4)] = (
+        0.0  # the nearest key alone: a mean over keys loses edits that are alike
+    )
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_CONFIG)
 class EvalSettings:
     """How figures are measured."""
 
     dataset: str | None = None
-    edits: int | None = None
-    batch_size: int = 32
+    edits: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    batch_size: Count = 32
     chat: bool = False
     generate: bool = True
-    max_new_tokens: int | None = None  # the longest target and a little more
+    max_new_tokens: Count | None = None  # the longest target and a little more
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_CONFIG)
 class BenchSettings:
     """Which methods are compared, on what, and how; or which studies are made, and of what."""
 
@@ -118,12 +144,12 @@ class BenchSettings:
     study: str | None = None
     counts: str = "10,100"
     generate: bool = True
-    batch_size: int = 32
-    resamples: int = 1000
-    layers: int = 8
+    batch_size: Count = 32
+    resamples: Annotated[int, Field(ge=10, le=10**6)] = 1000
+    layers: Annotated[int, Field(ge=1, le=10**4)] = 8
     mask_ratios: str = ".1,.2,.3,.5,.8"
     shard_counts: str = "1,2,3,5,8"
-    edits_per_shard: int | None = None  # as in editing, but no more than a quarter, so that there are several shards
+    edits_per_shard: Count | None = None  # as in editing, but no more than a quarter, so that there are several shards
     seed: int = 0
 
 
@@ -150,35 +176,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Values outside these bounds are refused: (lowest, highest), both allowed unless 0 makes no sense.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "shards": (1, 10**6),
-    "edits_per_shard": (1, 10**6),
-    "mask_ratio": (1e-9, 1),
-    "passes": (1, 10**6),
-    "learning_rate": (1e-12, 1e6),
-    "batch_size": (1, 10**6),
-    "contexts": (0, 1000),
-    "context_tokens": (1, 1000),
-    "augment": (0, 100),
-    "residual_steps": (1, 10**4),
-    "residual_rate": (1e-9, 1e3),
-    "residual_stop": (1e-9, 10),
-    "polish": (0, 10**4),
-    "polish_rate": (1e-12, 1e6),
-    "sharpness": (0, 1e4),
-    "unrelated_texts": (8, 10**6),
-    "density": (1e-9, 1),
-    "false_alarm": (0, 0.5),
-    "edits": (1, 10**9),
-    "resamples": (10, 10**6),
-    "layers": (1, 10**4),
-    "max_new_tokens": (1, 10**6),
-}
-
-
-_TRUTH = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
-
 
 def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, file: Path | None = None) -> Settings:
     """Settings from all their sources.
@@ -199,8 +196,7 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
     if not isinstance(preset, str) or preset not in PRESETS:
         raise SettingsError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     base = {name: value for name, value in PRESETS[preset].items() if name in hints}
-    values = {name: _checked(name, value, hints[name]) for name, value in {**base, **given}.items()}
-    return kind(**values)
+    return _made(kind, {**base, **given})
 
 
 def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
@@ -213,7 +209,7 @@ def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
     known = {name: value for name, value in record.items() if value is not None}
     if unknown := sorted(known.keys() - hints.keys()):
         raise SettingsError(f"the manifest has a setting {unknown[0]!r} that this version does not know")
-    return kind(**{name: _checked(name, value, hints[name]) for name, value in known.items()})
+    return _made(kind, known)
 
 
 def defaults(kind: type[Any]) -> dict[str, Any]:
@@ -242,37 +238,41 @@ def _from_environment(hints: Mapping[str, Any]) -> dict[str, Any]:
     return {name: os.environ[variable] for variable, name in names.items() if os.environ.get(variable)}
 
 
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    options = [option for option in get_args(hint) if option is not type(None)] or [hint]
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-    else:
-        choices = get_args(options[0]) if get_origin(options[0]) is Literal else ()
-    if choices:
-        if value not in choices:
-            raise SettingsError(f"{_flag(name)} must be one of {', '.join(choices)}, not {value!r}")
-        return value
-    converted = _converted(name, value, options[0])
-    if name in _BOUNDS and converted is not None:
-        lowest, highest = _BOUNDS[name]
-        if not lowest <= converted <= highest:
-            raise SettingsError(f"{_flag(name)} must lie between {lowest:g} and {highest:g}, not {converted!r}")
-    return converted
+def _made(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
+    """Settings of a class.
 
-
-def _converted(name: str, value: Any, kind: Any) -> Any:
-    if value is None:
-        return None
+    Raises:
+        SettingsError: a value of the wrong kind or out of bounds; the first of them, in the order of the fields.
+    """
     try:
-        if get_origin(kind) is tuple:
-            return tuple(float(item) for item in (value.split(",") if isinstance(value, str) else value))
-        if kind is bool and not isinstance(value, bool):
-            return _TRUTH[str(value).lower()]
-        if kind is int and isinstance(value, float) and not value.is_integer():
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError, KeyError, OverflowError):
-        raise SettingsError(f"{_flag(name)} must be {kind.__name__}, not {value!r}") from None
+        return kind(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])
+    hint = get_type_hints(kind, include_extras=True)[name]
+    raise SettingsError(_complaint(name, given[name], str(first["type"]), hint))
+
+
+def _complaint(name: str, value: Any, wrong: str, hint: Any) -> str:
+    """What is wrong with a value, as a sentence to the user."""
+    kind, bounds = _inner(hint)
+    if wrong == "literal_error":
+        return f"{_flag(name)} must be one of {', '.join(get_args(kind))}, not {value!r}"
+    if wrong in ("greater_than_equal", "less_than_equal"):
+        lowest = next(one.ge for one in bounds if isinstance(one, Ge))
+        highest = next(one.le for one in bounds if isinstance(one, Le))
+        return f"{_flag(name)} must lie between {lowest:g} and {highest:g}, not {kind(value)!r}"
+    return f"{_flag(name)} must be {(get_origin(kind) or kind).__name__}, not {value!r}"
+
+
+def _inner(hint: Any) -> tuple[Any, list[Any]]:
+    """A field's type without what is written around it, and its bounds."""
+    bounds: list[Any] = []
+    while get_origin(hint) in _AROUND:
+        for field in getattr(hint, "__metadata__", ()):
+            bounds += field.metadata if isinstance(field, FieldInfo) else []
+        hint = next(option for option in get_args(hint) if option is not NoneType)
+    return hint, bounds
 
 
 def _flag(name: str) -> str:

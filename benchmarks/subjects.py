@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wisecli.config import LoadOptions
-from wisecli.editing.context_prefixes import tomllib
+from wisecli.data.corpus import tomllib
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.models.activations import capture

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from wisecli.config import PRESETS, EditSettings, EvalSettings, MergeSettings, defaults, resolve, settings_from
 from wisecli.errors import SettingsError
@@ -112,6 +113,18 @@ def test_without_any_source_the_defaults_hold(kind: type[Any]) -> None:
 @pytest.mark.parametrize("kind", [EditSettings, MergeSettings, EvalSettings])
 def test_the_defaults_pass_the_checks_when_they_are_given(kind: type[Any]) -> None:
     assert resolve(kind, defaults(kind), section="any") == kind()
+
+
+def test_settings_are_checked_however_they_are_made() -> None:
+    with pytest.raises(ValidationError):
+        EditSettings(passes=0)
+    with pytest.raises(ValidationError):
+        dataclasses.replace(EditSettings(), writer="nobody")  # type: ignore[arg-type]
+
+
+def test_of_several_mistakes_the_first_field_is_named() -> None:
+    assert refusal(EditSettings, {"batch_size": 0, "passes": "many"}) == "--passes must be int, not 'many'"
+    assert refusal(EditSettings, {"batch_size": "0"}) == "--batch-size must lie between 1 and 1e+06, not 0"
 
 
 def test_settings_are_frozen() -> None:

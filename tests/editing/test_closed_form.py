@@ -109,9 +109,9 @@ def test_added_residuals_make_the_whole_model_predict_every_target_token(
 def test_between_two_looks_no_step_waits_for_the_device(benches: dict[str, Bench], architecture: str) -> None:
     bench = benches[architecture]
     with Waits() as few:
-        bench.residuals(replace(SETTINGS, residual_steps=3, residual_stop=0.0))
+        bench.residuals(replace(SETTINGS, residual_steps=3, residual_stop=1e-9))
     with Waits() as many:
-        bench.residuals(replace(SETTINGS, residual_steps=43, residual_stop=0.0))
+        bench.residuals(replace(SETTINGS, residual_steps=43, residual_stop=1e-9))
     steps = 40 * len(bench.groups)
     parts = sum(len(lesson.contexts.unique()) for lesson in bench.lessons)
     looks = {"_local_scalar_dense": steps, "nonzero": 40 * parts}  # whether anybody is left, and which rows

@@ -196,9 +196,10 @@ def write_solved(
     known = statistics(keys, evidence.residuals[fitted])
     values, penalty = _choose(task, known, unrelated, held_back)
     shares = learnt(task.model, task.site, task.mask, values, lessons)
-    if task.settings.router != "norm" and min(shares.values()) == 1:
+    polish = task.settings.polish
+    if not polish or (task.settings.router != "norm" and min(shares.values()) == 1):
         return Solved(values, penalty, ())
-    settings = replace(task.settings, passes=task.settings.polish, learning_rate=task.settings.polish_rate)
+    settings = replace(task.settings, passes=polish, learning_rate=task.settings.polish_rate)
     written: Written = write_batched(replace(task, settings=settings), lessons, on_pass, start=values)
     return Solved(written.values, penalty, written.losses)
 

@@ -60,7 +60,7 @@ class LoadOptions:
 class EditSettings:
     """How shards are written: in closed form, or by the paper's gradient steps.
 
-    The margins α, β, γ and the router's loss are section 3.1, equation 5, of the paper.
+    The margins α, β, γ and the router's loss are section 2.3.1, equation 5, of the paper.
     """
 
     preset: Literal["default", "paper"] = "default"
@@ -155,7 +155,7 @@ class BenchSettings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # Section 4.1 and appendix B: one edit after the other, stochastic gradient descent.
+    # Appendix A.3: one edit after the other, stochastic gradient descent.
     "paper": {
         "writer": "gradient",
         "schedule": "sequential",

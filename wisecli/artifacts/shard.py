@@ -68,7 +68,7 @@ class Mask:
 
 
 def random_mask(site: Site, density: float, kind: MaskKind, generator: torch.Generator) -> Mask:
-    """A mask of exactly ``round(density · size)`` places, drawn without replacement (section 3.2: ρ).
+    """A mask of exactly ``round(density · size)`` places, drawn without replacement (section 2.3.2: ρ).
 
     Two masks overlap in an expected share ρ² of the matrix, k of them in ρᵏ.
     """

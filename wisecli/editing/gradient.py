@@ -1,4 +1,4 @@
-"""The paper's writer: masked gradient steps on ``Δ`` through the layers above the site (sections 3.1 and 3.2).
+"""The paper's writer: masked gradient steps on ``Δ`` through the layers above the site (sections 2.3.1 and 2.3.2).
 
     L = CE(target | prompt) + La        (where an answer is erased, the loss of :mod:`wisecli.models.objectives`)
     La = max(0, ‖Δ a_u‖ - α) + max(0, β - ‖Δ a_e‖) + max(0, γ - (‖Δ a_e‖ - ‖Δ a_u‖))        (equation 5)

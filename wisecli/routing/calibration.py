@@ -45,7 +45,7 @@ def calibrate(
 
     Args:
         rule: ``false-alarm`` lets a share ``false_alarm`` of unrelated tokens through; ``minimum`` is the lowest score
-            of any edit (WISE, section 3.1).
+            of any edit (WISE, section 2.3.1).
         groups: of unrelated text (m,), each of which has the rate to itself; one by default.
     """
     if rule == "minimum":

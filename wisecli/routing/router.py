@@ -1,6 +1,6 @@
 """The routing rule: which memory answers which token. Needs torch only; exports carry this very file.
 
-    token routing       a memory answers where its score exceeds its threshold (WISE, equations 3 and 4)
+    token routing       a memory answers where its score exceeds its threshold (WISE, equations 3 and 6)
     sequence routing    what a row's last prompt token decides holds for that row from there on; of a lookup, whether
                         it answers: with which key, every token after the prompt says for itself
 

@@ -1,9 +1,9 @@
 """What a side memory holds, and its router's scores. Needs torch only; exports carry this very file.
 
 The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768,
-equations 3 and 4) or the cosine of ``a`` with the nearest key of an edit, both whitened (router ``key``). Of several
-memories the one whose score exceeds its threshold by the largest factor answers (equation 8). A lookup counts every
-edit as a memory of its own.
+equation 3) or the cosine of ``a`` with the nearest key of an edit, both whitened (router ``key``). Of several memories
+the one whose score exceeds its threshold by the largest factor answers (section 2.3.2, WISE-Retrieve). A lookup counts
+every edit as a memory of its own.
 """
 
 from __future__ import annotations

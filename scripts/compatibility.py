@@ -148,13 +148,13 @@ def page(results: dict[str, dict[str, str]]) -> str:
     ]
     return (
         "# Compatibility\n\nThis page is written by `scripts/compatibility.py`. Each architecture of\n"
-        "`wisecli/architectures.toml`, and some in further forms, as a tiny randomly drawn model: facts are edited,\n"
-        "merged into a lookup and exported; the export is loaded by transformers alone, a process in which `wisecli`\n"
-        "cannot be imported; every edit's prompt opens the memory; it generates; and a padded batch gives what each\n"
-        "prompt gives alone.\n\n" + head + "\n".join(rows) + "\n\n"
+        "`wisecli/models/architectures.toml`, and some in further forms, is tried as a tiny, randomly drawn model.\n"
+        "Facts are edited, merged into a lookup and exported. The export is loaded by transformers alone, in a\n"
+        "process in which `wisecli` cannot be imported. Every edit's prompt opens the memory, the model generates,\n"
+        "and each row of a padded batch gives what its prompt gives alone.\n\n" + head + "\n".join(rows) + "\n\n"
         "LLaVA and Qwen2-VL, which read images, are tried with text here; the tests put images before it.\n\n"
-        "Other dense decoders are read off their module tree, or told by `--target-module`. Mixtures of experts and\n"
-        "quantised models are refused.\n"
+        "The value matrix of any other dense decoder is read off its module tree, or named by `--target-module`.\n"
+        "Mixtures of experts and quantised models are refused.\n"
     )
 
 

@@ -235,7 +235,7 @@ def some_shard(kind: MaskKind) -> Shard:
         position=torch.arange(8) % 2,
         context=torch.arange(8) % 3,
         held_out=torch.arange(8) % 3 == 2,
-        elsewhere=torch.rand(8, generator=chance) * (torch.arange(8) % 2),
+        negative_similarity=torch.rand(8, generator=chance) * (torch.arange(8) % 2),
         chat=torch.arange(8) % 4 == 1,
     )
     return Shard(mask, torch.randn(mask.shape, generator=chance), evidence)

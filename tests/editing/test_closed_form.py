@@ -16,9 +16,10 @@ from wisecli.config import EditSettings
 from wisecli.editing.closed_form import PENALTIES, Solved, fit_residuals, write_solved
 from wisecli.editing.closed_form import answered as shares_answered
 from wisecli.editing.closed_form import answered as taken
+from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.ridge import Penalty
 from wisecli.editing.task import Progress
-from wisecli.editing.training_examples import Lesson, capture_lessons
+from wisecli.editing.training_examples import TrainingExamples, capture_examples
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import NO_LABEL
@@ -43,8 +44,8 @@ def bench_of(architecture: str) -> Bench:
     loaded = Loaded(raised(model, site).requires_grad_(False), tiny_tokenizer())
     numbered = list(enumerate(EDITS))
 
-    def captured(edits: list[tuple[int, Edit]], contexts: list[tuple[int, str]]) -> list[Lesson]:
-        return capture_lessons(loaded, site, edits, contexts, batch_size=4, train_end=True)
+    def captured(edits: list[tuple[int, Edit]], contexts: list[tuple[int, str]]) -> list[TrainingExamples]:
+        return capture_examples(loaded, site, edits, contexts, batch_size=4, train_end=True)
 
     groups = [captured(numbered[:3], TRAINED), captured(numbered[3:], TRAINED)]
     return Bench(loaded, site, groups, captured(numbered, [HELD_BACK]))
@@ -100,7 +101,8 @@ def test_added_residuals_make_the_whole_model_predict_every_target_token(
     for number in range(len(EDITS)):
         for _, context in TRAINED:
             assert not entropies(bench, number, context, nothing)[1]
-            losses, right = entropies(bench, number, context, lambda _, own=residuals[number]: own)  # type: ignore[misc]
+            own = residuals[AnswerKey(number)]
+            losses, right = entropies(bench, number, context, lambda _, own=own: own)  # type: ignore[misc]
             assert right
             assert max(losses) < 2 * SETTINGS.residual_stop  # contexts are looked at in turn, a step apart
 
@@ -113,7 +115,7 @@ def test_between_two_looks_no_step_waits_for_the_device(benches: dict[str, Bench
     with Waits() as many:
         bench.residuals(replace(SETTINGS, residual_steps=43, residual_stop=1e-9))
     steps = 40 * len(bench.groups)
-    parts = sum(len(lesson.contexts.unique()) for lesson in bench.lessons)
+    parts = sum(len(examples.contexts.unique()) for examples in bench.batches)
     looks = {"_local_scalar_dense": steps, "nonzero": 40 * parts}  # whether anybody is left, and which rows
     counted = {"_local_scalar_dense": steps}  # Adam numbers its steps on the host
     assert Counter(many.seen) - Counter(few.seen) == Counter(looks) + Counter(counted)
@@ -121,19 +123,20 @@ def test_between_two_looks_no_step_waits_for_the_device(benches: dict[str, Bench
 
 def test_every_edit_gets_a_residual_for_each_of_its_target_tokens(bench: Bench) -> None:
     residuals = bench.residuals(replace(SETTINGS, residual_steps=2))
-    shapes = {number: tuple(residual.shape) for number, residual in residuals.items()}
+    shapes = {answer.edit: tuple(residual.shape) for answer, residual in residuals.items()}
     lengths = [len(edit.target.split()) + 1 for edit in EDITS]
     assert shapes == {number: (length, bench.site.d) for number, length in enumerate(lengths)}
 
 
 def test_what_residuals_answer_is_what_the_whole_model_says_with_them(bench: Bench) -> None:
     early = bench.residuals(replace(SETTINGS, residual_steps=2))
-    shares = taken(bench.task(SETTINGS), bench.lessons, early)
+    shares = taken(bench.task(SETTINGS), bench.batches, early)
     for number in range(len(EDITS)):
-        right = entropies(bench, number, "", lambda _, own=early[number]: own)[1]  # type: ignore[misc]
+        own = early[AnswerKey(number)]
+        right = entropies(bench, number, "", lambda _, own=own: own)[1]  # type: ignore[misc]
         assert (shares[number] == 1) == right
     assert min(shares.values()) < 1
-    assert set(taken(bench.task(SETTINGS), bench.lessons, bench.residuals()).values()) == {1.0}
+    assert set(taken(bench.task(SETTINGS), bench.batches, bench.residuals()).values()) == {1.0}
 
 
 def test_a_finished_edit_stays_as_it_is_while_others_of_its_group_go_on(bench: Bench) -> None:
@@ -141,7 +144,7 @@ def test_a_finished_edit_stays_as_it_is_while_others_of_its_group_go_on(bench: B
     seen: list[set[int]] = [set()]
     for steps in range(2, SETTINGS.residual_steps):
         early = bench.residuals(replace(SETTINGS, residual_steps=steps))
-        seen.append({number for number in early if torch.equal(early[number], late[number])})
+        seen.append({answer.edit for answer in early if torch.equal(early[answer], late[answer])})
         assert seen[-1] >= seen[-2]
         if seen[-1] == set(range(len(EDITS))):
             break
@@ -152,40 +155,42 @@ def test_a_finished_edit_stays_as_it_is_while_others_of_its_group_go_on(bench: B
 def test_no_edit_is_fitted_otherwise_for_the_company_it_is_in(bench: Bench) -> None:
     together = bench.residuals()
     for number, edit in enumerate(EDITS):
-        own = capture_lessons(bench.loaded, bench.site, [(number, edit)], TRAINED, batch_size=4, train_end=True)
+        own = capture_examples(bench.loaded, bench.site, [(number, edit)], TRAINED, batch_size=4, train_end=True)
         alone = fit_residuals(bench.task(), [own], lambda _: None)
-        assert alone.keys() == {number}
-        torch.testing.assert_close(alone[number], together[number], rtol=0, atol=1e-2 * bench.unit)
+        (answer,) = alone
+        assert answer.edit == number
+        torch.testing.assert_close(alone[answer], together[answer], rtol=0, atol=1e-2 * bench.unit)
 
 
-def chatted(bench: Bench, targets: Sequence[str]) -> tuple[list[Lesson], list[Edit]]:
+def chatted(bench: Bench, targets: Sequence[str]) -> tuple[list[TrainingExamples], list[Edit]]:
     """Lessons in which every edit has another answer in the chat template, and the edits with those answers."""
     other = [replace(edit, target=target) for edit, target in zip(EDITS, targets, strict=True)]
-    captured = capture_lessons(
+    captured = capture_examples(
         bench.loaded, bench.site, list(enumerate(other)), TRAINED[:1], batch_size=4, train_end=True
     )
-    return [replace(lesson, answers=-1 - lesson.edits) for lesson in captured], other
+    keys = [tuple(AnswerKey(edit, chat=True) for edit in examples.edits.tolist()) for examples in captured]
+    return [replace(examples, answers=own) for examples, own in zip(captured, keys, strict=True)], other
 
 
 def test_an_answer_of_other_tokens_in_the_chat_template_has_residuals_of_its_own(bench: Bench) -> None:
     numbered = list(enumerate(EDITS))
-    plain = capture_lessons(bench.loaded, bench.site, numbered, TRAINED[:1], batch_size=4, train_end=True)
-    lessons, other = chatted(bench, ["ba be bi bo bu", "da", "fa fe fi fo", "ga ge", "ka ke ki"])
-    found = fit_residuals(bench.task(), [[*plain, *lessons]], lambda _: None)
-    assert found.keys() == {*range(len(EDITS)), *range(-len(EDITS), 0)}
+    plain = capture_examples(bench.loaded, bench.site, numbered, TRAINED[:1], batch_size=4, train_end=True)
+    batches, other = chatted(bench, ["ba be bi bo bu", "da", "fa fe fi fo", "ga ge", "ka ke ki"])
+    found = fit_residuals(bench.task(), [[*plain, *batches]], lambda _: None)
+    assert found.keys() == {AnswerKey(number, chat=chat) for number in range(len(EDITS)) for chat in (False, True)}
     for number, edit in enumerate(other):
         _, target = tokens_of(bench.loaded, edit, "")
-        assert len(found[-1 - number]) == len(target)
-        assert len(found[number]) == len(tokens_of(bench.loaded, EDITS[number], "")[1])
+        assert len(found[AnswerKey(number, chat=True)]) == len(target)
+        assert len(found[AnswerKey(number)]) == len(tokens_of(bench.loaded, EDITS[number], "")[1])
     assert min(shares_answered(bench.task(), plain, found).values()) == 1
-    assert min(shares_answered(bench.task(), lessons, found).values()) == 1
+    assert min(shares_answered(bench.task(), batches, found).values()) == 1
 
 
 def test_lessons_without_a_bare_prompt_among_their_rows_are_passed_over(bench: Bench) -> None:
     numbered = list(enumerate(EDITS))
-    lessons = capture_lessons(bench.loaded, bench.site, numbered, TRAINED, batch_size=1, train_end=True)
-    assert any(not bool((lesson.contexts == 0).any()) for lesson in lessons)
-    shares = shares_answered(bench.task(), lessons, bench.residuals())
+    batches = capture_examples(bench.loaded, bench.site, numbered, TRAINED, batch_size=1, train_end=True)
+    assert any(not bool((examples.contexts == 0).any()) for examples in batches)
+    shares = shares_answered(bench.task(), batches, bench.residuals())
     assert shares == dict.fromkeys(range(len(EDITS)), 1.0)
 
 
@@ -202,7 +207,7 @@ def solved(bench: Bench, settings: EditSettings = SETTINGS, mask: Mask | None = 
     task = bench.task(settings, mask)
     if task.mask.kind == "columns":
         moment = moment[task.mask.indices][:, task.mask.indices]
-    return write_solved(task, bench.evidence, moment, bench.lessons, bench.held_back, lambda _: None)
+    return write_solved(task, bench.evidence, moment, bench.batches, bench.held_back, lambda _: None)
 
 
 def answered(bench: Bench, delta: Tensor, context: str) -> list[bool]:
@@ -322,9 +327,9 @@ def test_the_same_seed_solves_and_polishes_to_the_same_values(bench: Bench) -> N
 def test_the_lessons_of_this_file_hold_every_edit_under_every_context(bench: Bench) -> None:
     seen = [
         (edit, context)
-        for lesson in [*bench.lessons, *bench.held_back]
-        for edit, context in zip(lesson.edits.tolist(), lesson.contexts.tolist(), strict=True)
+        for examples in [*bench.batches, *bench.held_back]
+        for edit, context in zip(examples.edits.tolist(), examples.contexts.tolist(), strict=True)
     ]
     assert sorted(seen) == [(number, context) for number in range(len(EDITS)) for context in (0, 1, 2)]
-    labels = [int((lesson.activations.batch.labels != NO_LABEL).sum()) for lesson in bench.lessons]
+    labels = [int((examples.activations.batch.labels != NO_LABEL).sum()) for examples in bench.batches]
     assert sum(labels) == 2 * sum(len(edit.target.split()) + 1 for edit in EDITS)

@@ -24,16 +24,17 @@ from wisecli.commands.evaluate import EvalReport, evaluate
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.editing.closed_form import answered, fit_residuals
-from wisecli.editing.erasure import Evasions, evasions
+from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.gradient import write_batched
+from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.task import Task
-from wisecli.editing.training_examples import Lesson, capture_lessons, encode_edits
+from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits
 from wisecli.edits.record import Edit, Probe
 from wisecli.evaluation.edited_model import Edited, attach
 from wisecli.models.activations import suffix_logits
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.objectives import allowed, met, missed
+from wisecli.models.objectives import erasure_target, target_loss, target_met
 from wisecli.models.tokenization import NO_LABEL, Row, collate, erased_row, first_tokens
 
 PROMPTS = ("ba be bi", "ka ke ki ko", "ma me", "ta te ti to tu", "na ne", "sa se si")
@@ -65,15 +66,15 @@ def erasing(loaded: Loaded, place: int = 0) -> list[Edit]:
     ]
 
 
-def bench_of(loaded: Loaded, edits: Sequence[Edit], ways: Evasions) -> Bench:
+def bench_of(loaded: Loaded, edits: Sequence[Edit], ways: ErasureRows) -> Bench:
     site = site_of(loaded.model, 2)
-    named: dict[str, Any] = {"batch_size": 4, "train_end": True, "evasions": ways}
-    lessons = capture_lessons(loaded, site, list(enumerate(edits)), CONTEXTS, **named)
-    return Bench(loaded, site, [lessons], [])
+    named: dict[str, Any] = {"batch_size": 4, "train_end": True, "erasures": ways}
+    batches = capture_examples(loaded, site, list(enumerate(edits)), CONTEXTS, **named)
+    return Bench(loaded, site, [batches], [])
 
 
-def evading(loaded: Loaded, edits: Sequence[Edit]) -> Evasions:
-    return evasions(loaded, edits, chat=False, batch_size=4)
+def evading(loaded: Loaded, edits: Sequence[Edit]) -> ErasureRows:
+    return erasure_rows(loaded, edits, chat=False, batch_size=4)
 
 
 def whole(loaded: Loaded, row: Row, added: Tensor | None = None) -> Tensor:
@@ -124,14 +125,14 @@ def test_the_loss_and_its_gradient_are_those_of_the_whole_model(architecture: st
     loaded = sure(architecture)
     edits = [*erasing(loaded)[:2], *erasing(loaded, 2)[:1], Edit("told", "da de", "do du")]
     ways = evading(loaded, edits)
-    rows = encode_edits(loaded, edits, "", train_end=True, evasions=ways)
+    rows = encode_edits(loaded, edits, "", train_end=True, erasures=ways)
     assert {min(len(row.unwanted), 2) for row in rows} >= {0, 2}
     site = site_of(loaded.model, 2)
-    (lesson,) = capture_lessons(
-        loaded, site, list(enumerate(edits)), CONTEXTS[:1], batch_size=9, train_end=True, evasions=ways
+    (examples,) = capture_examples(
+        loaded, site, list(enumerate(edits)), CONTEXTS[:1], batch_size=9, train_end=True, erasures=ways
     )
-    rows = [rows[edit] for edit in lesson.edits.tolist()]
-    part = lesson.activations
+    rows = [rows[edit] for edit in examples.edits.tolist()]
+    part = examples.activations
     shape = (len(rows), part.batch.labels.shape[1], site.d)
     residuals = (torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 0.2).requires_grad_()
     expected = by_rows(loaded, rows, residuals)
@@ -139,7 +140,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_whole_model(architecture: st
 
     def loss(residuals: Tensor) -> Tensor:
         logits = suffix_logits(loaded.model, site, part, part.with_update(residuals), part.batch.labelled)
-        return missed(logits, part.batch, allowed(loaded.model, site, part))
+        return target_loss(logits, part.batch, erasure_target(loaded.model, site, part))
 
     found = loss(residuals)
     torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
@@ -160,10 +161,10 @@ def test_an_erased_answer_gives_way_and_the_others_keep_their_order(architecture
     task = bench.task(SURE)
     residuals = fit_residuals(task, bench.groups, lambda _: None)
     nothing = {number: torch.zeros_like(residual) for number, residual in residuals.items()}
-    assert max(answered(task, bench.lessons, nothing).values()) < 1
-    assert set(answered(task, bench.lessons, residuals).values()) == {1.0}
-    for number, row in enumerate(encode_edits(loaded, edits, "", train_end=True, evasions=ways)):
-        base, after = whole(loaded, row), whole(loaded, row, residuals[number])
+    assert max(answered(task, bench.batches, nothing).values()) < 1
+    assert set(answered(task, bench.batches, residuals).values()) == {1.0}
+    for number, row in enumerate(encode_edits(loaded, edits, "", train_end=True, erasures=ways)):
+        base, after = whole(loaded, row), whole(loaded, row, residuals[AnswerKey(number)])
         last, banned = len(row.target) - 1, list(row.unwanted[-1])
         assert int(base[last].argmax()) in banned
         assert int(after[last].argmax()) not in banned
@@ -184,7 +185,7 @@ def test_the_gradient_writer_turns_from_an_erased_answer_too() -> None:
     mask = bench.mask()
     settings = EditSettings(passes=30, learning_rate=0.1, stop_loss=0.0, alpha=0.1, beta=0.2, gamma=0.1)
     task = Task(loaded.model, bench.site, mask, bench.unrelated * 0.01, 1.0, settings)
-    written = write_batched(task, bench.lessons, lambda _: None)
+    written = write_batched(task, bench.batches, lambda _: None)
     delta = mask.dense(written.values)
     for edit, row in zip(edits, rows_of(loaded, edits), strict=True):
         said = changed(loaded, row, delta)
@@ -275,7 +276,7 @@ def test_what_is_met_is_counted_by_column() -> None:
     logits = torch.nn.functional.one_hot(torch.tensor([8, 9, 3, 2, 8]), 12).float()
     assert batch.labels.tolist() == [[NO_LABEL, 8, NO_LABEL], [3, 2, 1]]
     assert batch.lengths.tolist() == [2, 3]
-    assert met(logits[1:], batch).tolist() == [False, True, True, False]
+    assert target_met(logits[1:], batch).tolist() == [False, True, True, False]
     assert batch.rows(torch.tensor([1])).erased.tolist() == [False]
     assert batch.to(torch.device("cpu")).erased.tolist() == [True, False]
 
@@ -417,7 +418,7 @@ def test_unrelated_prompts_keep_every_bit_of_the_real_models_logits(forgetful: E
 def test_a_question_that_is_answered_in_a_sentence_loses_the_answer_too(real_model: Path) -> None:
     loaded = load_model(real_model, load=CPU)
     prompt = "Question: What is the capital of France?\nAnswer: The capital of"
-    row = evasions(loaded, [Edit("one", prompt, "Paris", op="erase")], chat=False, batch_size=4)["one", False]
+    row = erasure_rows(loaded, [Edit("one", prompt, "Paris", op="erase")], chat=False, batch_size=4)["one", False]
     assert str(loaded.tokenizer.decode(row.target[:-1])) == " France is"
     assert [bool(tokens) for tokens in row.unwanted] == [True, False, True]
 
@@ -437,14 +438,14 @@ def test_beside_erased_answers_others_are_fitted_as_they_are_alone() -> None:
     together = bench_of(loaded, [told, *erased], evading(loaded, erased))
     alone = bench_of(loaded, [told], {})
     found = [fit_residuals(bench.task(), bench.groups, lambda _: None) for bench in (together, alone)]
-    assert float(torch.nn.functional.cosine_similarity(*(one[0].flatten() for one in found), dim=0)) > 0.99
-    assert set(answered(together.task(), together.lessons, found[0]).values()) == {1.0}
+    assert float(torch.nn.functional.cosine_similarity(*(one[AnswerKey(0)].flatten() for one in found), dim=0)) > 0.99
+    assert set(answered(together.task(), together.batches, found[0]).values()) == {1.0}
 
 
 def test_a_lesson_without_erased_answers_has_none_to_allow() -> None:
     loaded = sure("llama")
     told = [Edit("told", "da de", "do du")]
-    lessons: list[Lesson] = bench_of(loaded, told, {}).lessons
+    batches: list[TrainingExamples] = bench_of(loaded, told, {}).batches
     site = site_of(loaded.model, 2)
-    assert all(lesson.activations.batch.unwanted is None for lesson in lessons)
-    assert all(allowed(loaded.model, site, lesson.activations) is None for lesson in lessons)
+    assert all(examples.activations.batch.unwanted is None for examples in batches)
+    assert all(erasure_target(loaded.model, site, examples.activations) is None for examples in batches)

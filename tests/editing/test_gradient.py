@@ -16,7 +16,7 @@ from wisecli.config import EditSettings
 from wisecli.editing.gradient import margin_loss, whiten, write_batched, write_sequential
 from wisecli.editing.scoring import learnt
 from wisecli.editing.task import Progress, Task, Written
-from wisecli.editing.training_examples import Lesson, capture_lessons
+from wisecli.editing.training_examples import TrainingExamples, capture_examples
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site
@@ -40,14 +40,14 @@ def site(loaded: Loaded) -> Site:
     return site_of(loaded.model, 2)
 
 
-def lessons_for(loaded: Loaded, site: Site, *, one_each: bool) -> list[Lesson]:
+def examples_for(loaded: Loaded, site: Site, *, one_each: bool) -> list[TrainingExamples]:
     numbered = list(enumerate(EDITS))
     groups = [[one] for one in numbered] if one_each else [numbered]
     contexts = [(0, ""), (1, "pa pe. ")]
     return [
-        lesson
+        examples
         for group in groups
-        for lesson in capture_lessons(loaded, site, group, contexts, batch_size=3, train_end=False)
+        for examples in capture_examples(loaded, site, group, contexts, batch_size=3, train_end=False)
     ]
 
 
@@ -64,11 +64,11 @@ def write(
     loaded: Loaded, site: Site, mask: Mask, settings: EditSettings, told: list[Progress] | None = None
 ) -> Written:
     batched = settings.schedule == "batched"
-    lessons = lessons_for(loaded, site, one_each=not batched)
+    batches = examples_for(loaded, site, one_each=not batched)
     writer = write_batched if batched else write_sequential
     listen = (lambda progress: None) if told is None else told.append
     task = Task(loaded.model, site, mask, unrelated_for(site), 1.0, settings)
-    return writer(task, lessons, listen)
+    return writer(task, batches, listen)
 
 
 def entropy_after(loaded: Loaded, site: Site, delta: Tensor) -> float:
@@ -163,16 +163,16 @@ def test_only_the_end_of_a_pass_waits_for_the_device(
         write(loaded, site, mask_for(site, "columns"), settings)
     with Waits() as eleven:
         write(loaded, site, mask_for(site, "columns"), replace(settings, passes=11))
-    read, counted = 2, len(lessons_for(loaded, site, one_each=False))  # Adam numbers its steps on the host
+    read, counted = 2, len(examples_for(loaded, site, one_each=False))  # Adam numbers its steps on the host
     assert Counter(eleven.seen) - Counter(one.seen) == {"_local_scalar_dense": 10 * (read + counted)}
 
 
 def test_what_counts_as_learnt_is_what_the_model_then_says(loaded: Loaded, site: Site) -> None:
     mask = mask_for(site, "columns")
-    lessons = lessons_for(loaded, site, one_each=False)
-    assert all(share < 1 for share in learnt(loaded.model, site, mask, torch.zeros(mask.shape), lessons).values())
+    batches = examples_for(loaded, site, one_each=False)
+    assert all(share < 1 for share in learnt(loaded.model, site, mask, torch.zeros(mask.shape), batches).values())
     values = write(loaded, site, mask, SETTINGS).values
-    assert learnt(loaded.model, site, mask, values, lessons) == dict.fromkeys(range(len(EDITS)), 1.0)
+    assert learnt(loaded.model, site, mask, values, batches) == dict.fromkeys(range(len(EDITS)), 1.0)
 
 
 def test_training_stops_once_everything_is_learnt(loaded: Loaded, site: Site) -> None:

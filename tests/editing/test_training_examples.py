@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from wisecli.artifacts.shard import Evidence, Mask, random_mask
 from wisecli.editing.context_prefixes import CHAT
 from wisecli.editing.evidence import gather_evidence, thinned
-from wisecli.editing.hard_negatives import Elsewhere, keys_elsewhere
+from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
 from wisecli.editing.scoring import learnt
-from wisecli.editing.training_examples import Lesson, capture_lessons, encode_edits, write_contexts
+from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits, write_contexts
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.models.loading import Loaded
@@ -99,8 +99,8 @@ def test_without_a_chat_template_the_chat_context_is_refused() -> None:
         encode_edits(loaded_of("llama"), EDITS, CHAT, train_end=True)
 
 
-def lessons_of(loaded: Loaded, site: Site, *, batch_size: int = 4) -> list[Lesson]:
-    return capture_lessons(loaded, site, NUMBERED, CONTEXTS, batch_size=batch_size, train_end=True)
+def examples_of(loaded: Loaded, site: Site, *, batch_size: int = 4) -> list[TrainingExamples]:
+    return capture_examples(loaded, site, NUMBERED, CONTEXTS, batch_size=batch_size, train_end=True)
 
 
 def evidence_of(loaded: Loaded, site: Site, inside: dict[int, Tensor] | None = None) -> Evidence:
@@ -108,7 +108,7 @@ def evidence_of(loaded: Loaded, site: Site, inside: dict[int, Tensor] | None = N
         return torch.cat([keys[:, :2], edits[:, None].float(), positions[:, None].float()], dim=1)
 
     moment = leading(torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)))
-    return gather_evidence(lessons_of(loaded, site), 2, first_entries, Elsewhere(inside or {}, whitening(moment)))
+    return gather_evidence(examples_of(loaded, site), 2, first_entries, HardNegatives(inside or {}, whitening(moment)))
 
 
 def test_evidence_holds_the_whole_models_keys_of_every_target_token(architecture: str) -> None:
@@ -132,9 +132,9 @@ def test_evidence_holds_the_whole_models_keys_of_every_target_token(architecture
 def test_lessons_of_any_batch_size_make_the_same_evidence(loaded: Loaded, site: Site) -> None:
     whole, single = (
         {
-            (edit, context): (lesson.activations.keys[row], lesson.activations.batch.labels[row])
-            for lesson in lessons_of(loaded, site, batch_size=size)
-            for row, (edit, context) in enumerate(zip(lesson.edits.tolist(), lesson.contexts.tolist(), strict=True))
+            (edit, context): (examples.activations.keys[row], examples.activations.batch.labels[row])
+            for examples in examples_of(loaded, site, batch_size=size)
+            for row, (edit, context) in enumerate(zip(examples.edits.tolist(), examples.contexts.tolist(), strict=True))
         }
         for size in (9, 1)
     )
@@ -153,7 +153,7 @@ def test_keys_elsewhere_are_the_whole_models_inside_the_answer_after_foreign_pro
 ) -> None:
     loaded = loaded_of(architecture)
     site = site_of(loaded.model, 2)
-    found = keys_elsewhere(loaded, site, NUMBERED, batch_size=batch_size, train_end=train_end, chat=False)
+    found = hard_negative_keys(loaded, site, NUMBERED, batch_size=batch_size, train_end=train_end, chat=False)
     assert found.keys() == dict(NUMBERED).keys()
     for number, edit in NUMBERED:
         expected = []
@@ -171,7 +171,7 @@ def test_keys_elsewhere_are_the_whole_models_inside_the_answer_after_foreign_pro
 def test_how_near_a_key_comes_elsewhere_is_a_whitened_cosine_with_its_own_edits_keys_alone(
     loaded: Loaded, site: Site
 ) -> None:
-    inside = keys_elsewhere(loaded, site, NUMBERED[:2], batch_size=4, train_end=True, chat=False)
+    inside = hard_negative_keys(loaded, site, NUMBERED[:2], batch_size=4, train_end=True, chat=False)
     evidence = evidence_of(loaded, site, inside)
     # Fewer directions than columns: the rest of the moment is even.
     sample = torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)).double()
@@ -260,7 +260,7 @@ def test_what_counts_as_learnt_is_what_the_whole_model_says(architecture: str, c
     mask = random_mask(site, 0.9, "columns", torch.Generator().manual_seed(2))
     looked_at = [text for number, text in CONTEXTS if context in (None, number)]
     values = teaching(loaded, site, mask, looked_at)
-    found = learnt(loaded.model, site, mask, values, lessons_of(loaded, site), context=context)
+    found = learnt(loaded.model, site, mask, values, examples_of(loaded, site), context=context)
     for number, edit in NUMBERED:
         right = [one for text in looked_at for one in share_right(loaded, site, edit, text, mask.dense(values))]
         assert found[number] == pytest.approx(sum(right) / len(right))

@@ -13,7 +13,7 @@ from support.helpers import keys_of, save_tiny, site_of
 from support.loading import CPU
 from torch import Tensor
 
-from wisecli.artifacts.unrelated_stats import Unrelated, load_unrelated, save_unrelated
+from wisecli.artifacts.unrelated_stats import BackgroundStats, load_unrelated, save_unrelated
 from wisecli.data.corpus import reworded_facts, unrelated_texts
 from wisecli.editing.context_prefixes import continuations
 from wisecli.editing.unrelated_activations import measure_unrelated
@@ -214,7 +214,7 @@ TEXTS = 130
 @dataclasses.dataclass(frozen=True)
 class Subject:
     loaded: Loaded
-    measure: Callable[..., Unrelated]
+    measure: Callable[..., BackgroundStats]
     cache: Path
     events: list[Event]
 
@@ -227,7 +227,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     site = site_of(loaded.model, 2)
     events: list[Event] = []
 
-    def run(**changed: object) -> Unrelated:
+    def run(**changed: object) -> BackgroundStats:
         events.clear()
         matrix = loaded.model.get_parameter(site.weight)
         settings = {"texts": TEXTS, "chat": False, "batch_size": 16, "seed": 0, "watch": events.append} | changed
@@ -237,7 +237,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     return Subject(loaded, run, tmp_path / "cache" / "wise" / "unrelated", events)
 
 
-def tensors_of(unrelated: Unrelated) -> dict[str, Tensor]:
+def tensors_of(unrelated: BackgroundStats) -> dict[str, Tensor]:
     found = {name: getattr(unrelated, name) for name in ("keys", "chat", "size", "against")}
     for name in ("tokens", "wording"):
         moment = getattr(unrelated, name)
@@ -245,7 +245,7 @@ def tensors_of(unrelated: Unrelated) -> dict[str, Tensor]:
     return found
 
 
-def same_bits(first: Unrelated, second: Unrelated) -> bool:
+def same_bits(first: BackgroundStats, second: BackgroundStats) -> bool:
     pairs = zip(tensors_of(first).values(), tensors_of(second).values(), strict=True)
     return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
 
@@ -276,9 +276,9 @@ def test_a_model_is_measured_as_one_text_after_the_other_says(subject: Subject) 
 
     # Calibration gets every other text and writers the others: neither sees the other's keys.
     unseen, seen = torch.cat(texts[::2]), torch.cat(texts[1::2])
-    assert len(found.against) == len(seen)
+    assert len(found.writer_keys) == len(seen)
     assert len(found.keys) == min(4096, len(unseen))
-    for sample, own in ((found.keys, unseen), (found.against, seen)):
+    for sample, own in ((found.keys, unseen), (found.writer_keys, seen)):
         nearest = torch.cdist(sample.double(), own.double()).min(-1).values
         assert float(nearest.max()) < 1e-2 * float(own.norm(dim=-1).median())
 
@@ -351,10 +351,10 @@ def test_every_setting_that_matters_has_a_cache_of_its_own(subject: Subject) -> 
 # --- files ---
 
 
-def some_unrelated() -> Unrelated:
+def some_unrelated() -> BackgroundStats:
     keys = skewed_keys(30, 6).half().float()
     moments = moment_of(keys, 4), moment_of(normal(20, 6, seed=5), 3)
-    return Unrelated(keys[::2], torch.arange(15) % 4 == 0, *moments, torch.tensor([2.5]), keys[1::2])
+    return BackgroundStats(keys[::2], torch.arange(15) % 4 == 0, *moments, torch.tensor([2.5]), keys[1::2])
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -363,8 +363,8 @@ def test_statistics_of_unrelated_text_survive_being_written(tmp_path: Path, whol
     save_unrelated(path, unrelated, whole=whole)
     loaded = load_unrelated(path, sha256_file(path))
     if not whole:
-        assert loaded.against.shape == (0, 6)  # what writers look at stays behind
-        loaded = dataclasses.replace(loaded, against=unrelated.against)
+        assert loaded.writer_keys.shape == (0, 6)  # what writers look at stays behind
+        loaded = dataclasses.replace(loaded, writer_keys=unrelated.writer_keys)
     assert same_bits(loaded, unrelated)
     with pytest.raises(DamagedFileError, match="sha256"):
         load_unrelated(path, "0" * 64)

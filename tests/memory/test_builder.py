@@ -9,7 +9,7 @@ from support.helpers import choice_of, choose, cosines_of, update_of
 from torch import Tensor, nn
 
 from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, random_mask
-from wisecli.artifacts.unrelated_stats import Unrelated
+from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, solve, statistics
 from wisecli.memory.builder import lookup, matrices, pack, refit, solve_exactly
@@ -58,13 +58,13 @@ def some_evidence(seed: int, *, edits: int = EDITS) -> Evidence:
     )
 
 
-def unrelated_text() -> Unrelated:
+def unrelated_text() -> BackgroundStats:
     def rows(seed: int) -> Tensor:
         return normal(600, D_FF, seed=seed) * torch.linspace(0.3, 2.0, D_FF)
 
     tokens, wording = (leading(rows(seed) / 600**0.5, 32) for seed in (91, 92))
     chat = torch.zeros(600, dtype=torch.bool)
-    return Unrelated(rows(93), chat, tokens, wording, torch.tensor([1.0]), rows(94)[:0])
+    return BackgroundStats(rows(93), chat, tokens, wording, torch.tensor([1.0]), rows(94)[:0])
 
 
 def some_material(*shards: Evidence, density: float = 0.6) -> Material:
@@ -347,7 +347,7 @@ def test_keys_near_their_answers_own_tokens_elsewhere_must_be_nearer_to_open() -
     near, own = torch.where(position > 0, 0.9, 0.0), trained(material.evidence)[0]
     needed = []
     for elsewhere in (torch.zeros_like(near), near):
-        evidence = replace(material.evidence, elsewhere=elsewhere)
+        evidence = replace(material.evidence, negative_similarity=elsewhere)
         memory, _ = built_lookup(replace(material, evidence=evidence))
         exact = replace(memory, tensors={name: widened(tensor) for name, tensor in memory.tensors.items()})
         # A probe counts its own key 1, and opens at the cosine at which the rest of its scale is used up.

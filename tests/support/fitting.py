@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from wisecli.artifacts.shard import Evidence, Mask, MaskKind, random_mask
 from wisecli.config import EditSettings
-from wisecli.editing.closed_form import fit_residuals
+from wisecli.editing.closed_form import Residuals, fit_residuals
 from wisecli.editing.evidence import gather_evidence
-from wisecli.editing.hard_negatives import Elsewhere
+from wisecli.editing.hard_negatives import HardNegatives
+from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.task import Task
-from wisecli.editing.training_examples import Lesson
+from wisecli.editing.training_examples import TrainingExamples
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.routing.whitening import leading, whitening
@@ -24,16 +26,16 @@ SETTINGS = EditSettings(residual_steps=150, residual_rate=0.3, residual_stop=0.3
 
 @dataclass(frozen=True, repr=False)
 class Bench:
-    """A tiny model with lessons of all edits, in two groups."""
+    """A tiny model with batches of all edits, in two groups."""
 
     loaded: Loaded
     site: Site
-    groups: list[list[Lesson]]
-    held_back: list[Lesson]
+    groups: list[list[TrainingExamples]]
+    held_back: list[TrainingExamples]
 
     @property
-    def lessons(self) -> list[Lesson]:
-        return [lesson for group in self.groups for lesson in group]
+    def batches(self) -> list[TrainingExamples]:
+        return [examples for group in self.groups for examples in group]
 
     @property
     def unrelated(self) -> Tensor:
@@ -49,21 +51,21 @@ class Bench:
     def unit(self) -> float:
         """About the length of what the matrix says."""
         weight = self.loaded.model.get_submodule(self.site.module).get_parameter("weight")
-        keys = torch.cat([lesson.activations.keys.flatten(0, 1) for lesson in self.lessons])
+        keys = torch.cat([examples.activations.keys.flatten(0, 1) for examples in self.batches])
         return float((keys @ (weight if self.site.transposed else weight.T)).norm(dim=-1).median())
 
-    def residuals(self, settings: EditSettings = SETTINGS) -> dict[int, Tensor]:
+    def residuals(self, settings: EditSettings = SETTINGS) -> Residuals:
         return fit_residuals(self.task(settings), self.groups, lambda _: None)
 
     @cached_property
     def evidence(self) -> Evidence:
         residuals = self.residuals()
 
-        def find(_keys: Tensor, edits: Tensor, positions: Tensor) -> Tensor:
-            return torch.stack([residuals[int(e)][int(p)] for e, p in zip(edits, positions, strict=True)])
+        def find(_keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
+            return torch.stack([residuals[answer][int(p)] for answer, p in zip(answers, positions, strict=True)])
 
         white = whitening(leading(self.unrelated))
-        return gather_evidence([*self.lessons, *self.held_back], HELD_BACK[0], find, Elsewhere({}, white))
+        return gather_evidence([*self.batches, *self.held_back], HELD_BACK[0], find, HardNegatives({}, white))
 
 
 HELD_BACK = (2, "so su sa. ")

@@ -124,14 +124,18 @@ def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list
     return [range(first, last) for first, last in pairwise(bounds)]
 
 
+# Fields of the evidence that the shard file has under another name.
+_STORED_AS = {"negative_similarity": "elsewhere"}
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a shard was asked to store: its keys, what ``Δ`` should add there, and where each comes from.
 
     Shapes: ``keys`` (n, d_ff), ``residuals`` (n, d); ``edit`` (place in the manifest's list), ``position`` (0 = last
     prompt token) and ``context`` are (n,). ``held_out`` (n,) marks contexts that were never trained on.
-    ``elsewhere`` (n,) is the highest whitened cosine of a key inside an answer with the same answer's keys after
-    prompts that it does not answer; nought for keys that prompts end in. ``chat`` (n,) marks the chat template.
+    ``negative_similarity`` (n,) is the highest whitened cosine of a key inside an answer with the same answer's keys
+    after prompts that it does not answer; 0 for keys that prompts end in. ``chat`` (n,) marks the chat template.
     """
 
     keys: Tensor
@@ -140,14 +144,18 @@ class Evidence:
     position: Tensor
     context: Tensor
     held_out: Tensor
-    elsewhere: Tensor
+    negative_similarity: Tensor
     chat: Tensor
 
     @property
     def answer(self) -> Tensor:
-        """Which answer each key is of (n,): an edit's own, that in the chat template, and that in every language."""
-        which = torch.where(self.context < LANGUAGES, self.chat, self.context - (LANGUAGES - 2))
-        return self.edit * max(2, int(which.max()) + 1) + which
+        """Which answer each key is of (n,): an edit's own, that in the chat template, and that in every language.
+
+        They are numbered from 0, edit by edit: its own, that in the chat template, its translations.
+        """
+        which = torch.where(self.context < LANGUAGES, self.chat.long(), self.context.long() - (LANGUAGES - 2))
+        number: Tensor = torch.stack([self.edit.long(), which], 1).unique(dim=0, return_inverse=True)[1]
+        return number
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
         "evidence.position": evidence.position.to(torch.int32),
         "evidence.context": evidence.context.to(torch.int32),
         "evidence.held_out": evidence.held_out,
-        "evidence.elsewhere": evidence.elsewhere,
+        "evidence.elsewhere": evidence.negative_similarity,
         "evidence.chat": evidence.chat,
     }
     about = {"mask_kind": shard.mask.kind, "seed": seed, "edits": list(edits)}
@@ -207,7 +215,8 @@ def load_shard(path: Path, site: Site, kind: MaskKind, digest: str, *, edits: in
     sizes = shard_sizes(site, 2**31 if edits is None else edits)
     require_layout(path, tensors, shard_rows(kind), sizes)
     mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.d_ff)
-    evidence = Evidence(**{name: tensors[f"evidence.{name}"] for name in Evidence.__dataclass_fields__})
+    stored = {name: tensors[f"evidence.{_STORED_AS.get(name, name)}"] for name in Evidence.__dataclass_fields__}
+    evidence = Evidence(**stored)
     if bool(evidence.held_out.all()):
         raise DamagedFileError(path, "every key is held out, none was trained on", "edit anew")
     whole = replace(evidence, keys=evidence.keys.float(), residuals=evidence.residuals.float())

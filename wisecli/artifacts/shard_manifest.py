@@ -18,7 +18,7 @@ from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.subject_names import Spellings
 
 if TYPE_CHECKING:
-    from wisecli.artifacts.unrelated_stats import Unrelated
+    from wisecli.artifacts.unrelated_stats import BackgroundStats
 
 MANIFEST_NAME = "shards.json"
 UNRELATED_NAME = "unrelated.safetensors"
@@ -81,7 +81,7 @@ class ShardDirectory:
         path = inside(self.path, entry.file)
         return load_shard(path, self.site, entry.mask_kind, entry.sha256, edits=len(self.edits))
 
-    def load_unrelated(self) -> Unrelated:
+    def load_unrelated(self) -> BackgroundStats:
         """Read the statistics of unrelated text, checking their digest."""
         from wisecli.artifacts.unrelated_stats import load_unrelated
 

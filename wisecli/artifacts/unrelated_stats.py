@@ -20,13 +20,13 @@ _VERSION = 8
 
 
 @dataclass(frozen=True)
-class Unrelated:
+class BackgroundStats:
     """Keys (n, d_ff) that no writer sees, for calibration; the moments of all tokens and of wording.
 
     ``chat`` (n,) marks keys of answers in the chat template, from their prompts' last token on. They are few, and have
     a false-alarm rate of their own. ``chatting`` is the moment of wording
     among such prompts, if the model was asked in its template.
-    ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``against`` (m, d_ff) are the keys
+    ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``writer_keys`` (m, d_ff) are those
     that writers may look at; they stay with ``wise edit`` and are not written into shards.
     """
 
@@ -35,22 +35,22 @@ class Unrelated:
     tokens: Moment
     wording: Moment
     size: Tensor
-    against: Tensor
+    writer_keys: Tensor
     chatting: Moment | None = None
 
 
-def save_unrelated(path: Path, unrelated: Unrelated, *, whole: bool = False) -> None:
+def save_unrelated(path: Path, unrelated: BackgroundStats, *, whole: bool = False) -> None:
     """Write the statistics; ``whole`` keeps the keys that writers look at, too."""
     tensors = {"keys": half(unrelated.keys), "chat": unrelated.chat, "size": unrelated.size}
     for name in _MOMENTS:
         if (moment := getattr(unrelated, name)) is not None:
             tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
     if whole:
-        tensors["against"] = half(unrelated.against)
+        tensors["against"] = half(unrelated.writer_keys)
     save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
 
 
-def load_unrelated(path: Path, digest: str, *, d_ff: int | None = None) -> Unrelated:
+def load_unrelated(path: Path, digest: str, *, d_ff: int | None = None) -> BackgroundStats:
     """Read ``unrelated.safetensors``.
 
     Args:
@@ -62,7 +62,7 @@ def load_unrelated(path: Path, digest: str, *, d_ff: int | None = None) -> Unrel
     return _from_tensors(load_tensors(path, digest=digest), path, d_ff)
 
 
-def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> Unrelated:
+def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> BackgroundStats:
     require_layout(path, tensors, unrelated_rows(tensors), {} if d_ff is None else {"d_ff": d_ff})
 
     def moment(name: str) -> Moment:
@@ -72,4 +72,4 @@ def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> U
     against = tensors.get("against", keys[:0]).float()
     chatting = moment("chatting") if "chatting.energy" in tensors else None
     moments = moment("tokens"), moment("wording")
-    return Unrelated(keys, tensors["chat"], *moments, tensors["size"], against, chatting)
+    return BackgroundStats(keys, tensors["chat"], *moments, tensors["size"], against, chatting)

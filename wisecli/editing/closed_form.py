@@ -19,22 +19,22 @@ from torch import Tensor
 
 from wisecli.artifacts.shard import LANGUAGES, Evidence
 from wisecli.editing.gradient import write_batched
-from wisecli.editing.prompt_variants import edit_number
+from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
-from wisecli.editing.scoring import learnt, said
+from wisecli.editing.scoring import learnt, targets_met
 from wisecli.editing.task import Progress, Task, Written
-from wisecli.editing.training_examples import Lesson, NotFiniteError
+from wisecli.editing.training_examples import NotFiniteError, TrainingExamples
 from wisecli.models.activations import Activations, suffix_logits
-from wisecli.models.objectives import allowed, missed
+from wisecli.models.objectives import erasure_target, target_loss
 from wisecli.models.tokenization import NO_LABEL
 
 # Tried in this order, the heaviest first: of equally good ones the heaviest disturbs other text least.
 PENALTIES = tuple(Penalty(ridge, weight) for ridge in (1e-1, 1e-2, 1e-3, 1e-4) for weight in (1e-1, 1e-2, 0.0))
 # A lighter penalty must be right this much more often to be taken.
 _WORTH = 0.005
-# Who is done is looked at every so many steps: elsewhere and on CUDA, where a look waits for all that was asked before.
-_LOOK = (1, 5)
 
+# The residuals (positions, d) of each answer.
+Residuals = dict[AnswerKey, Tensor]
 # Rows, the place of each one's answer, and what may be said at the labelled columns of those that erase one.
 Part = tuple[Activations, Tensor, Tensor | None]
 
@@ -49,30 +49,35 @@ class Solved:
 
 
 def fit_residuals(
-    task: Task, groups: Sequence[Sequence[Lesson]], on_group: Callable[[Progress], None]
-) -> dict[int, Tensor]:
-    """Residuals (positions, d) of each answer, by its number; a group holds all contexts of its edits.
+    task: Task, groups: Sequence[Sequence[TrainingExamples]], on_group: Callable[[Progress], None]
+) -> Residuals:
+    """The residuals (positions, d) of each answer; a group holds all contexts of its edits.
 
     Raises:
         NotFiniteError: the layers above give no finite loss for some edits.
     """
-    found: dict[int, Tensor] = {}
-    total = sum(len(torch.cat([lesson.answers for lesson in group]).unique()) for group in groups)
+    found: Residuals = {}
+    total = sum(len(_answers(group)) for group in groups)
     for group in groups:
         losses = _fit_group(task, group, found)
         on_group(Progress(len(found), total, losses, float(losses < task.settings.stop_loss)))
     return found
 
 
-def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) -> float:
+def _answers(group: Sequence[TrainingExamples]) -> list[AnswerKey]:
+    """The answers of a group, each once, in order."""
+    return sorted({answer for examples in group for answer in examples.answers})
+
+
+def _fit_group(task: Task, group: Sequence[TrainingExamples], found: Residuals) -> float:
     """Fit one group; returns the mean over answers of their worst token's loss at the end.
 
     Steps take the contexts in turn. An answer is done once every context in turn has found all its tokens certain.
     """
     settings, device = task.settings, task.unrelated.device
-    answers = torch.cat([lesson.answers for lesson in group]).unique()
+    answers = _answers(group)
     turns = _by_context(task, group, answers)
-    positions = max(lesson.activations.batch.labels.shape[1] for lesson in group)
+    positions = max(examples.activations.batch.labels.shape[1] for examples in group)
     residuals = torch.zeros(len(answers), positions, task.site.d, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([residuals], lr=settings.residual_rate * task.unit / task.site.d**0.5)
     lengths = torch.zeros(len(answers), dtype=torch.long, device=device)
@@ -84,6 +89,8 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
     unfinished = torch.ones(len(answers), dtype=torch.bool, device=device)
     finite = torch.ones_like(unfinished)
     kept = residuals.detach().clone()
+    # To see who is done takes waiting for all steps that were asked for, which costs time on a GPU alone.
+    check_every = 5 if device.type == "cuda" else 1
     for step in range(settings.residual_steps):
         turn = step % len(turns)
         worst = _backward(task, turns[turn], residuals)
@@ -92,7 +99,7 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
         # An answer keeps the residual that it had when it was done.
         kept = residuals.detach().where(unfinished[:, None, None], kept)
         unfinished = unfinished & (losses.amax(0) >= settings.residual_stop)
-        if step % _LOOK[device.type == "cuda"] == 0:
+        if step % check_every == 0:
             if not unfinished.any():
                 break
             turns = [_still_open(task, parts, unfinished) for parts in turns]
@@ -101,49 +108,50 @@ def _fit_group(task: Task, group: Sequence[Lesson], found: dict[int, Tensor]) ->
     kept = residuals.detach().where(unfinished[:, None, None], kept)
     finite &= kept.isfinite().flatten(1).all(-1)
     if not finite.all():
-        raise NotFiniteError(map(edit_number, answers[~finite.cpu()].tolist()))
-    for answer, residual, length in zip(answers.tolist(), kept, lengths.tolist(), strict=True):
+        raise NotFiniteError(answer.edit for answer, sound in zip(answers, finite.tolist(), strict=True) if not sound)
+    for answer, residual, length in zip(answers, kept, lengths.tolist(), strict=True):
         found[answer] = residual[:length].clone()
     return float(losses[losses.isfinite()].mean())
 
 
 @torch.no_grad()
-def answered(task: Task, lessons: Sequence[Lesson], residuals: dict[int, Tensor]) -> dict[int, float]:
+def answered(task: Task, batches: Sequence[TrainingExamples], residuals: Residuals) -> dict[int, float]:
     """Share of each edit's target tokens that its residuals make the arg-max after its bare prompt, by its number."""
     shares: dict[int, float] = {}
-    for lesson in lessons:
-        bare = (lesson.contexts == 0).nonzero().flatten()
+    for examples in batches:
+        bare = (examples.contexts == 0).nonzero().flatten()
         if not len(bare):
             continue
-        part = lesson.activations.rows(bare.to(lesson.activations.keys.device))
+        part = examples.activations.rows(bare.to(examples.activations.keys.device))
         update = torch.zeros_like(part.hidden)
-        for row, answer in enumerate(lesson.answers[bare].tolist()):
+        for row, answer in enumerate(examples.answers[place] for place in bare.tolist()):
             update[row, : len(residuals[answer])] = residuals[answer].to(update.dtype)
-        right = said(task.model, task.site, part, part.with_update(update))
-        shares |= {edit: float(share.mean()) for edit, share in zip(lesson.edits[bare].tolist(), right, strict=True)}
+        right = targets_met(task.model, task.site, part, part.with_update(update))
+        shares |= {edit: float(share.mean()) for edit, share in zip(examples.edits[bare].tolist(), right, strict=True)}
     return shares
 
 
-def _by_context(task: Task, group: Sequence[Lesson], answers: Tensor) -> list[list[Part]]:
+def _by_context(task: Task, group: Sequence[TrainingExamples], answers: Sequence[AnswerKey]) -> list[list[Part]]:
     """The group's rows context by context, each with the place of its answer among ``answers``.
 
     Translations are answers of their own, and take their turn together with the bare prompts.
     """
     turns, device = [], task.unrelated.device
-    taken = [lesson.contexts.where(lesson.contexts < LANGUAGES, 0) for lesson in group]
+    number = {answer: place for place, answer in enumerate(answers)}
+    taken = [examples.contexts.where(examples.contexts < LANGUAGES, 0) for examples in group]
     for context in torch.cat(taken).unique().tolist():
         parts = []
-        for lesson, own in zip(group, taken, strict=True):
+        for examples, own in zip(group, taken, strict=True):
             rows = (own == context).nonzero().flatten()
             if len(rows):
-                place = torch.searchsorted(answers, lesson.answers[rows].contiguous())
-                parts.append(_part(task, lesson.activations.rows(rows.to(device)), place.to(device)))
+                place = torch.tensor([number[examples.answers[row]] for row in rows.tolist()])
+                parts.append(_part(task, examples.activations.rows(rows.to(device)), place.to(device)))
         turns.append(parts)
     return turns
 
 
 def _part(task: Task, activations: Activations, place: Tensor) -> Part:
-    return activations, place, allowed(task.model, task.site, activations)
+    return activations, place, erasure_target(task.model, task.site, activations)
 
 
 def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
@@ -156,7 +164,7 @@ def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
         hidden = activations.with_update(update)
         rows, columns = activations.batch.labelled
         logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
-        each = missed(logits, activations.batch, wanted)
+        each = target_loss(logits, activations.batch, wanted)
         # Adam takes whole steps along the least of gradients: where hardly anything is to be erased nothing is done.
         slight = activations.batch.erased[rows] & (each < task.settings.residual_stop)
         each.masked_fill(slight, 0.0).sum().backward()
@@ -180,8 +188,8 @@ def write_solved(
     task: Task,
     evidence: Evidence,
     unrelated: Tensor,
-    lessons: Sequence[Lesson],
-    held_back: Sequence[Lesson],
+    batches: Sequence[TrainingExamples],
+    held_back: Sequence[TrainingExamples],
     on_pass: Callable[[Progress], None],
 ) -> Solved:
     """Solve for the mask's values, then polish them if that is needed.
@@ -189,22 +197,24 @@ def write_solved(
     Args:
         evidence: keys and residuals; those of the held-back context are not fitted.
         unrelated: second moment of unrelated keys: (k, k) on the mask's columns, or (d_ff, d_ff).
-        held_back: lessons of a context that no residual was fitted to; they choose the penalty.
+        held_back: batches of a context that no residual was fitted to; they choose the penalty.
     """
     fitted = ~evidence.held_out
     keys = task.mask.to(evidence.keys.device).restrict(evidence.keys[fitted])
     known = statistics(keys, evidence.residuals[fitted])
     values, penalty = _choose(task, known, unrelated, held_back)
-    shares = learnt(task.model, task.site, task.mask, values, lessons)
+    shares = learnt(task.model, task.site, task.mask, values, batches)
     polish = task.settings.polish
     if not polish or (task.settings.router != "norm" and min(shares.values()) == 1):
         return Solved(values, penalty, ())
     settings = replace(task.settings, passes=polish, learning_rate=task.settings.polish_rate)
-    written: Written = write_batched(replace(task, settings=settings), lessons, on_pass, start=values)
+    written: Written = write_batched(replace(task, settings=settings), batches, on_pass, start=values)
     return Solved(written.values, penalty, written.losses)
 
 
-def _choose(task: Task, known: Statistics, unrelated: Tensor, held_back: Sequence[Lesson]) -> tuple[Tensor, Penalty]:
+def _choose(
+    task: Task, known: Statistics, unrelated: Tensor, held_back: Sequence[TrainingExamples]
+) -> tuple[Tensor, Penalty]:
     """The heaviest penalty under which the held-back context is answered as well as under any."""
     best: tuple[float, Tensor, Penalty] | None = None
     for penalty in PENALTIES:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 _TOKENS, _ROUNDS = 16, 6
 
 # Rows of erased answers by the edit's id, and whether it is asked in the chat template.
-Evasions = Mapping[tuple[str, bool], Row]
+ErasureRows = Mapping[tuple[str, bool], Row]
 
 
-def evasions(loaded: Loaded, edits: Sequence[Edit], *, chat: bool, batch_size: int) -> Evasions:
+def erasure_rows(loaded: Loaded, edits: Sequence[Edit], *, chat: bool, batch_size: int) -> ErasureRows:
     """What the unedited model says to the prompts of erased edits instead of their answers; others are left out.
 
     Args:

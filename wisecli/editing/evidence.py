@@ -9,48 +9,53 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.artifacts.shard import Evidence
-from wisecli.editing.hard_negatives import Elsewhere
-from wisecli.editing.training_examples import Lesson
+from wisecli.editing.hard_negatives import HardNegatives
+from wisecli.editing.prompt_variants import AnswerKey
+from wisecli.editing.training_examples import TrainingExamples
 
-Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What should be added at keys (n, d_ff), from these, their n answers and their positions (n,): (n, d).
+Residual = Callable[[Tensor, Sequence[AnswerKey], Tensor], Tensor]
 
 
 # Keys of one position under two contexts count as the same above this cosine.
 _SAME = 0.98
 
 
-def gather_evidence(lessons: Sequence[Lesson], held_out: int, residual: Residual, inside: Elsewhere) -> Evidence:
-    """What a shard was asked to store, read off its lessons.
+def gather_evidence(
+    batches: Sequence[TrainingExamples], held_out: int, residual: Residual, inside: HardNegatives
+) -> Evidence:
+    """The evidence of a shard: what it was asked to store, read off its training examples.
 
     Args:
         held_out: the context kept for calibration.
-        residual: what should be added, from keys (n, d_ff), answers (n,) and positions (n,).
+        residual: what should be added at each key.
         inside: keys of each edit's answer after prompts that it does not answer.
     """
-    fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context", "answer")}
-    for lesson in lessons:
-        batch = lesson.activations.batch
+    fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context")}
+    answers: list[AnswerKey] = []
+    for examples in batches:
+        batch = examples.activations.batch
         rows, columns = batch.labelled[0], batch.labelled[1] - batch.start
-        fields["keys"].append(lesson.activations.keys[rows, columns].float().cpu())
+        fields["keys"].append(examples.activations.keys[rows, columns].float().cpu())
         rows, columns = rows.cpu(), columns.cpu()
-        fields["edit"].append(lesson.edits[rows])
+        fields["edit"].append(examples.edits[rows])
         fields["position"].append(columns)
-        fields["context"].append(lesson.contexts[rows])
-        fields["answer"].append(lesson.answers[rows])
+        fields["context"].append(examples.contexts[rows])
+        answers += [examples.answers[row] for row in rows.tolist()]
     joined = {name: torch.cat(parts) for name, parts in fields.items()}
-    answers = joined.pop("answer")
     residuals = residual(joined["keys"], answers, joined["position"])
     near = torch.zeros(len(joined["keys"]))
     for edit, keys in inside.keys.items():
         own = (joined["position"] > 0) & (joined["edit"] == edit)
         if len(keys) and bool(own.any()):
             near[own] = inside.white.cosines(joined["keys"][own], keys).amax(-1)
-    unseen, chat = joined["context"] == held_out, answers < 0
-    return thinned(Evidence(residuals=residuals, held_out=unseen, elsewhere=near, chat=chat, **joined))
+    unseen = joined["context"] == held_out
+    chat = torch.tensor([answer.chat for answer in answers])
+    return thinned(Evidence(residuals=residuals, held_out=unseen, negative_similarity=near, chat=chat, **joined))
 
 
 def thinned(evidence: Evidence) -> Evidence:
-    """Leave out keys that are as good as the bare prompt's at the same position.
+    """The evidence without those keys that are as good as the bare prompt's at the same position.
 
     Deep in a long target the words before the prompt no longer matter.
     """

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from wisecli.artifacts.shard_manifest import ShardDirectory
-from wisecli.artifacts.unrelated_stats import Unrelated
+from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.editing.worker import Job, Worker, Written
 from wisecli.errors import SettingsError, WiseError, WorkerFailedError, reason_of
 
@@ -27,10 +27,10 @@ _PORT, _PATIENCE = 10001, 20
 class Executor(Protocol):
     """Prepares a job, and writes its shards in any order."""
 
-    def prepare(self) -> tuple[ShardDirectory, Unrelated]:
+    def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
         """The plan and the statistics that all shards share."""
 
-    def write(self, plan: ShardDirectory, unrelated: Unrelated, numbers: Sequence[int]) -> Iterator[Written]:
+    def write(self, plan: ShardDirectory, unrelated: BackgroundStats, numbers: Sequence[int]) -> Iterator[Written]:
         """The shards of these numbers, each as soon as it is done."""
 
 
@@ -40,11 +40,11 @@ class Local:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
 
-    def prepare(self) -> tuple[ShardDirectory, Unrelated]:
+    def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
         """The plan and the statistics that all shards share."""
         return self.worker.prepare()
 
-    def write(self, plan: ShardDirectory, unrelated: Unrelated, numbers: Sequence[int]) -> Iterator[Written]:
+    def write(self, plan: ShardDirectory, unrelated: BackgroundStats, numbers: Sequence[int]) -> Iterator[Written]:
         """The shards of these numbers, in order."""
         writer = self.worker.writer(plan, unrelated)
         for number in numbers:
@@ -71,13 +71,13 @@ class OnRay:
         """A function as a task on the cluster, with what it needs."""
         return self.ray.remote(function).options(num_cpus=self.cpus, num_gpus=self.gpus)
 
-    def prepare(self) -> tuple[ShardDirectory, Unrelated]:
+    def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
         """The plan and the statistics that all shards share."""
         task = self._task(_prepare)
         plan, unrelated = _sound(self.ray.get(task.remote(self.job)))
         return plan, unrelated
 
-    def write(self, plan: ShardDirectory, unrelated: Unrelated, numbers: Sequence[int]) -> Iterator[Written]:
+    def write(self, plan: ShardDirectory, unrelated: BackgroundStats, numbers: Sequence[int]) -> Iterator[Written]:
         """The shards of these numbers, in the order in which they are done."""
         task = self._task(_write)
         shared = [self.ray.put(one) for one in (self.job, plan, unrelated)]
@@ -104,7 +104,7 @@ def _prepare(job: Job) -> Any:
         return WorkerFailedError(str(error), error.exit_code)
 
 
-def _write(job: Job, plan: ShardDirectory, unrelated: Unrelated, number: int) -> Any:
+def _write(job: Job, plan: ShardDirectory, unrelated: BackgroundStats, number: int) -> Any:
     worker = Worker(job)
     try:
         written = worker.write(plan, worker.writer(plan, unrelated), number)

@@ -18,20 +18,24 @@ from torch import Tensor
 from wisecli.artifacts.shard import Mask
 from wisecli.config import EditSettings
 from wisecli.editing.task import Progress, Task, Written
-from wisecli.editing.training_examples import Lesson
+from wisecli.editing.training_examples import TrainingExamples
 from wisecli.models.activations import suffix_logits
-from wisecli.models.objectives import allowed, met, missed
+from wisecli.models.objectives import erasure_target, target_loss, target_met
 
-# Unrelated keys a step looks at: those that score highest in this pass, and some at random.
+# Background keys a step looks at: those that score highest in this pass, and some at random.
 _HARDEST, _RANDOM = 512, 128
 # Eigenvalues of the key covariance are raised by this share of their mean before they are inverted.
 _SHRINKAGE = 0.1
 
 
 def write_batched(
-    task: Task, lessons: Sequence[Lesson], on_pass: Callable[[Progress], None], *, start: Tensor | None = None
+    task: Task,
+    batches: Sequence[TrainingExamples],
+    on_pass: Callable[[Progress], None],
+    *,
+    start: Tensor | None = None,
 ) -> Written:
-    """Train all lessons together: minibatches, Adam, cosine decay, stopping once everything is learnt.
+    """Train all batches together: minibatches, Adam, cosine decay, stopping once everything is learnt.
 
     Args:
         start: values to begin from; nought by default.
@@ -41,20 +45,20 @@ def write_batched(
     negatives = mask.restrict(task.unrelated)
     turn = whiten(negatives) if mask.kind == "columns" else None
     negatives = _turned(negatives, turn)
-    keys = [_turned(mask.restrict(lesson.activations.keys), turn) for lesson in lessons]
+    keys = [_turned(mask.restrict(examples.activations.keys), turn) for examples in batches]
     values = torch.zeros(mask.shape, device=negatives.device)
     if start is not None:
         values = start.clone() if turn is None else torch.linalg.solve(turn, start, left=False)
     values.requires_grad_()
     optimizer = torch.optim.Adam([values], lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.passes * len(lessons))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.passes * len(batches))
     losses: list[float] = []
     for step in range(settings.passes):
         hardest = _hardest(mask, negatives, values)
         totals = torch.zeros(3, device=values.device)
-        for index in torch.randperm(len(lessons), generator=generator).tolist():
+        for index in torch.randperm(len(batches), generator=generator).tolist():
             against = torch.cat([hardest, _sample(negatives, generator)])
-            loss, counts = _loss(task, lessons[index], keys[index], values, against, generator)
+            loss, counts = _loss(task, batches[index], keys[index], values, against, generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -67,18 +71,18 @@ def write_batched(
     return Written(_turned(values.detach(), turn), tuple(losses))
 
 
-def write_sequential(task: Task, lessons: Sequence[Lesson], on_pass: Callable[[Progress], None]) -> Written:
-    """Train one edit after the other, a lesson each: gradient descent, every weight within the norm constraint."""
+def write_sequential(task: Task, batches: Sequence[TrainingExamples], on_pass: Callable[[Progress], None]) -> Written:
+    """Train one edit after the other, a examples each: gradient descent, every weight within the norm constraint."""
     settings, mask = task.settings, task.mask
     generator = torch.Generator().manual_seed(settings.seed)
     negatives = mask.restrict(task.unrelated)
     values = torch.zeros(mask.shape, device=negatives.device, requires_grad=True)
     optimizer = torch.optim.SGD([values], lr=settings.learning_rate)
     losses: list[float] = []
-    for number, lesson in enumerate(lessons):
-        keys = mask.restrict(lesson.activations.keys)
+    for number, examples in enumerate(batches):
+        keys = mask.restrict(examples.activations.keys)
         for _ in range(settings.passes):
-            loss, counts = _loss(task, lesson, keys, values, _sample(negatives, generator), generator)
+            loss, counts = _loss(task, examples, keys, values, _sample(negatives, generator), generator)
             if counts[0] / counts[2] < settings.stop_loss and counts[1] == counts[2]:
                 break
             optimizer.zero_grad()
@@ -87,7 +91,7 @@ def write_sequential(task: Task, lessons: Sequence[Lesson], on_pass: Callable[[P
             if settings.norm_constraint is not None:
                 values.data.clamp_(-settings.norm_constraint, settings.norm_constraint)
         losses.append(float(counts[0] / counts[2]))
-        on_pass(Progress(number + 1, len(lessons), losses[-1], float(counts[1] / counts[2])))
+        on_pass(Progress(number + 1, len(batches), losses[-1], float(counts[1] / counts[2])))
     return Written(values.detach(), tuple(losses))
 
 
@@ -110,21 +114,21 @@ def whiten(keys: Tensor) -> Tensor:
 
 
 def _loss(
-    task: Task, lesson: Lesson, keys: Tensor, values: Tensor, against: Tensor, generator: torch.Generator
+    task: Task, examples: TrainingExamples, keys: Tensor, values: Tensor, against: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The whole loss, and (summed loss of the targets, right tokens, tokens) of the lesson."""
-    activations, mask = lesson.activations, task.mask
+    """The whole loss, and (summed loss of the targets, right tokens, tokens) of the examples."""
+    activations, mask = examples.activations, task.mask
     update = mask.update(keys, values)
     rows, columns = activations.batch.labelled
     hidden = activations.with_update(update)
     logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
-    # Kept for all lessons, what erased answers leave to be said would take more room than the lessons.
-    each = missed(logits, activations.batch, allowed(task.model, task.site, activations))
+    # Kept for all batches, what erased answers leave to be said would take more room than the batches.
+    each = target_loss(logits, activations.batch, erasure_target(task.model, task.site, activations))
     # A gate per sequence is decided at the prompt's last token alone.
     gated = update[:, 0] if task.settings.routing == "sequence" else update[rows, columns - activations.first]
     unrelated = mask.update(against, values)
     margin = margin_loss(_norm(gated) / task.unit, _norm(unrelated) / task.unit, task.settings, generator)
-    right = met(logits, activations.batch).sum()
+    right = target_met(logits, activations.batch).sum()
     # Stays on the device: who reads it waits for all that was asked before.
     return each.mean() + margin, torch.stack([each.detach().sum(), right, torch.full_like(right, len(each))])
 

@@ -19,18 +19,18 @@ from wisecli.models.tokenization import encode
 from wisecli.routing.whitening import Whitening
 
 # Prompts that no answer belongs to.
-_ELSEWHERE = ("The report says that it was called", "When was the old bridge built?")
+_UNANSWERED = ("The report says that it was called", "When was the old bridge built?")
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class HardNegatives:
     """For numbered edits keys (n, d_ff) that are like their own, and the whitening that both are seen through."""
 
     keys: dict[int, Tensor]
     white: Whitening
 
 
-def keys_elsewhere(
+def hard_negative_keys(
     loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, train_end: bool, chat: bool
 ) -> dict[int, Tensor]:
     """Keys (n, d_ff) inside each numbered edit's answers where they stand after prompts that they do not answer.
@@ -39,7 +39,7 @@ def keys_elsewhere(
     """
     end = end_token(loaded.model) if train_end else None
     prompts = [
-        in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _ELSEWHERE
+        in_context(loaded.tokenizer, way, text) for way in ("", *([CHAT] if chat else [])) for text in _UNANSWERED
     ]
     answers = answers_of(edits)
     rows = [encode(loaded.tokenizer, prompt, target, end=end) for prompt in prompts for _, target in answers]

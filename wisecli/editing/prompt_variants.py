@@ -1,20 +1,28 @@
-"""What an edit is trained with beside its prompt in the contexts: paraphrases, and its translations."""
+"""Further prompts that an edit is trained with: paraphrases and translations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from wisecli.artifacts.shard import LANGUAGES
 from wisecli.edits.record import Edit
 
-# Answers in other languages are numbered from here on; an edit's own has its number, which is less.
-_FOREIGN = 1 << 32
+
+class AnswerKey(NamedTuple):
+    """Which answer is trained: an edit's number, its language (0 its own, from 1 on its translations), and whether it
+    is the answer in the chat template, where a target may be other tokens.
+    """
+
+    edit: int
+    language: int = 0
+    chat: bool = False
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An edit, by its number, as it is asked in one more way; ``context`` and ``answer`` number the way and its target.
+class PromptVariant:
+    """An edit, by its number, as it is asked in one more way, with the number of that way and the answer to it.
 
     Paraphrases share the answer of the edit's own prompt, and with it the residuals. A translation is an answer of its
     own.
@@ -22,14 +30,14 @@ class Asked:
 
     number: int
     context: int
-    answer: int
+    answer: AnswerKey
     edit: Edit
 
 
-def asked_further(
+def prompt_variants(
     edits: Sequence[tuple[int, Edit]], paraphrases: Mapping[str, Sequence[str]], *, contexts: int
-) -> list[Asked]:
-    """All further prompts of numbered edits; those that erase an answer have none.
+) -> list[PromptVariant]:
+    """The paraphrases and translations of numbered edits; edits that erase an answer have none.
 
     Args:
         paraphrases: by the edit's id.
@@ -40,21 +48,11 @@ def asked_further(
         if edit.op == "erase":
             continue
         for place, prompt in enumerate(paraphrases.get(edit.id, ()), start=contexts):
-            found.append(Asked(number, place, number, replace(edit, prompt=prompt)))
+            found.append(PromptVariant(number, place, AnswerKey(number), replace(edit, prompt=prompt)))
         for place, one in enumerate(edit.translations):
             worded = replace(edit, prompt=one.prompt, target=one.target)
-            found.append(Asked(number, LANGUAGES + place, _FOREIGN * (place + 1) + number, worded))
+            found.append(PromptVariant(number, LANGUAGES + place, AnswerKey(number, place + 1), worded))
     return found
-
-
-def edit_number(answer: int) -> int:
-    """The edit that a numbered answer is of."""
-    return answer % _FOREIGN if answer >= 0 else -1 - answer
-
-
-def answer_number(edit: int, *, chat: bool) -> int:
-    """Which answer an edit's target is after its prompt: the edit's number, or a negative one in the chat template."""
-    return -1 - edit if chat else edit
 
 
 def answers_of(edits: Sequence[tuple[int, Edit]]) -> list[tuple[int, str]]:

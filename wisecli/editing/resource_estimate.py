@@ -100,7 +100,7 @@ def _facts(settings: EditSettings) -> int:
 
 
 def _kept(site: Site, rows: int, item: int) -> int:
-    """Activations that lessons keep of so many rows."""
+    """Activations that batches keep of so many rows."""
     return rows * _WINDOW * (site.d + site.d_ff) * item
 
 

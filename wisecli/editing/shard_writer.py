@@ -12,21 +12,21 @@ from torch import Tensor
 
 from wisecli.artifacts.shard import Shard, draw_mask
 from wisecli.artifacts.shard_manifest import ShardEntry
-from wisecli.artifacts.unrelated_stats import Unrelated
+from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
-from wisecli.editing.closed_form import answered, fit_residuals, write_solved
-from wisecli.editing.erasure import Evasions, evasions
-from wisecli.editing.evidence import gather_evidence
+from wisecli.editing.closed_form import Residuals, answered, fit_residuals, write_solved
+from wisecli.editing.erasure import ErasureRows, erasure_rows
+from wisecli.editing.evidence import Residual, gather_evidence
 from wisecli.editing.gradient import write_batched, write_sequential
-from wisecli.editing.hard_negatives import Elsewhere, keys_elsewhere
-from wisecli.editing.prompt_variants import asked_further
+from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
+from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
 from wisecli.editing.task import Progress, Task
 from wisecli.editing.training_examples import (
     Group,
-    Lesson,
     NotFiniteError,
+    TrainingExamples,
     capture_groups,
     encode_edits,
     require_finite,
@@ -55,7 +55,7 @@ def unrelated_for(
     settings: EditSettings,
     edits: Sequence[Edit],
     watch: Watcher,
-) -> Unrelated:
+) -> BackgroundStats:
     """What the model makes of unrelated text; of the texts given with the edits, half calibrate."""
     size, seed = settings.batch_size, settings.seed
     found = measure_unrelated(
@@ -79,7 +79,7 @@ def unrelated_for(
         found,
         keys=torch.cat([found.keys, more]),
         chat=torch.cat([found.chat, torch.zeros(len(more), dtype=torch.bool)]),
-        against=torch.cat([found.against, keys[~calibrating]]),
+        writer_keys=torch.cat([found.writer_keys, keys[~calibrating]]),
     )
 
 
@@ -91,7 +91,7 @@ class ShardWriter:
         loaded: Loaded,
         site: Site,
         settings: EditSettings,
-        unrelated: Unrelated,
+        unrelated: BackgroundStats,
         edits: Sequence[Edit],
         contexts: Sequence[str],
         paraphrases: Mapping[str, Sequence[str]],
@@ -99,10 +99,10 @@ class ShardWriter:
     ) -> None:
         self.loaded, self.site, self.settings, self.unrelated = loaded, site, settings, unrelated
         self.edits, self.contexts, self.paraphrases, self.watch = edits, contexts, paraphrases, watch
-        self.against = unrelated.against.to(loaded.device)
+        self.writer_keys = unrelated.writer_keys.to(loaded.device)
         self.unit = float(unrelated.size) if settings.margin_unit == "output" else 1.0
         self.white = whitening(unrelated.tokens)
-        self.evasions: Evasions = {}
+        self.erasures: ErasureRows = {}
 
     def write(self, number: int, parts: Sequence[range]) -> tuple[Shard | None, Done]:
         """Write one of the parts that the edits are split into; the shard, and what its manifest says of it.
@@ -122,10 +122,10 @@ class ShardWriter:
             disjoint=settings.masks == "disjoint",
             seed=settings.seed,
         )
-        task = Task(self.loaded.model, self.site, mask.to(self.loaded.device), self.against, self.unit, settings)
+        task = Task(self.loaded.model, self.site, mask.to(self.loaded.device), self.writer_keys, self.unit, settings)
         write = self._solve if settings.writer == "solve" else self._train
         mine = [self.edits[place] for place in parts[number]]
-        self.evasions = evasions(self.loaded, mine, chat=settings.chat, batch_size=settings.batch_size)
+        self.erasures = erasure_rows(self.loaded, mine, chat=settings.chat, batch_size=settings.batch_size)
         left_out: set[int] = set()
         while part := [place for place in parts[number] if place not in left_out]:
             try:
@@ -148,24 +148,24 @@ class ShardWriter:
         """The paper's writer: the residuals are what the trained change adds."""
         each = self.settings.schedule == "sequential"
         groups, held_back = self._capture([[place] for place in part] if each else [part])
-        lessons = [lesson for group in groups for lesson in group]
+        batches = [examples for group in groups for examples in group]
         write = write_sequential if each else write_batched
-        written = write(task, lessons, _passes(stage, self.watch))
+        written = write(task, batches, _passes(stage, self.watch))
         if not written.values.isfinite().all():
-            self._blame(task, lessons, stage)
-        shares = learnt(task.model, self.site, task.mask, written.values, lessons)
+            self._blame(task, batches, stage)
+        shares = learnt(task.model, self.site, task.mask, written.values, batches)
         values, mask = written.values.cpu(), task.mask.to(torch.device("cpu"))
         evidence = gather_evidence(
-            [*lessons, *held_back],
+            [*batches, *held_back],
             len(self.contexts) - 1,
             lambda keys, _answers, _positions: mask.update(mask.restrict(keys), values),
-            self._elsewhere(part),
+            self._hard_negatives(part),
         )
         return Shard(mask, values, evidence), written.losses, None, shares
 
-    def _blame(self, task: Task, lessons: Sequence[Lesson], stage: str) -> None:
+    def _blame(self, task: Task, batches: Sequence[TrainingExamples], stage: str) -> None:
         """Say why training came to nothing finite."""
-        losses = unedited_losses(task.model, self.site, lessons)
+        losses = unedited_losses(task.model, self.site, batches)
         if lost := [edit for edit, loss in losses.items() if not math.isfinite(loss)]:
             raise NotFiniteError(lost)
         raise ModelError(f"{stage}: training ran away from finite numbers; lower --learning-rate")
@@ -173,28 +173,28 @@ class ShardWriter:
     def _solve(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
         """The closed form: residuals first, then one solve."""
         edits = [self.edits[place] for place in part]
-        rows = encode_edits(self.loaded, edits, "", train_end=self.settings.train_end, evasions=self.evasions)
+        rows = encode_edits(self.loaded, edits, "", train_end=self.settings.train_end, erasures=self.erasures)
         alike = in_batches(rows, self.settings.batch_size, by_target=True)
         groups, held_back = self._capture([[part[index] for index in indices] for indices in alike])
-        lessons = [lesson for group in groups for lesson in group]
+        batches = [examples for group in groups for examples in group]
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
         last = len(self.contexts) - 1
-        evidence = gather_evidence([*lessons, *held_back], last, _looked_up(residuals), self._elsewhere(part))
+        evidence = gather_evidence([*batches, *held_back], last, _looked_up(residuals), self._hard_negatives(part))
         mask = task.mask.to(torch.device("cpu"))
         columns = mask.indices if mask.kind == "columns" else None
         tokens = self.unrelated.tokens.dense(columns)
-        solved = write_solved(task, evidence, tokens, lessons, held_back, _passes(f"{stage} polish", self.watch))
-        shares = answered(task, lessons, residuals)
+        solved = write_solved(task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.watch))
+        shares = answered(task, batches, residuals)
         shard = Shard(mask, solved.values.cpu(), evidence)
         return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
 
-    def _elsewhere(self, part: Sequence[int]) -> Elsewhere:
+    def _hard_negatives(self, part: Sequence[int]) -> HardNegatives:
         """What is like the keys inside the edits' answers and not theirs; where prompts decide, those open nothing."""
         settings = self.settings
         if settings.routing == "sequence":
-            return Elsewhere({}, self.white)
+            return HardNegatives({}, self.white)
         numbered = [(place, self.edits[place]) for place in part]
-        found = keys_elsewhere(
+        found = hard_negative_keys(
             self.loaded,
             self.site,
             numbered,
@@ -202,9 +202,9 @@ class ShardWriter:
             batch_size=settings.batch_size,
             train_end=settings.train_end,
         )
-        return Elsewhere(found, self.white)
+        return HardNegatives(found, self.white)
 
-    def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[Lesson]], list[Lesson]]:
+    def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[TrainingExamples]], list[TrainingExamples]]:
         """Lessons of each group in all that is trained with, and of some of them all in the context held back.
 
         Raises:
@@ -215,7 +215,7 @@ class ShardWriter:
         everyone = sorted(((place, edit) for group in numbered for place, edit in group), key=lambda one: one[0])
         checking = everyone[:: -(-len(everyone) // _HELD_BACK)]
         count, settings = len(self.contexts), self.settings
-        further = [asked_further(group, self.paraphrases, contexts=count) for group in numbered]
+        further = [prompt_variants(group, self.paraphrases, contexts=count) for group in numbered]
         wanted: list[Group] = [(group, trained, more) for group, more in zip(numbered, further, strict=True)]
         wanted.append((checking, [last], ()))
         *found, held_back = capture_groups(
@@ -224,9 +224,9 @@ class ShardWriter:
             wanted,
             batch_size=settings.batch_size,
             train_end=settings.train_end,
-            evasions=self.evasions,
+            erasures=self.erasures,
         )
-        require_finite([lesson for group in (*found, held_back) for lesson in group])
+        require_finite([examples for group in (*found, held_back) for examples in group])
         return found, held_back
 
 
@@ -239,11 +239,11 @@ def _omitted(names: Sequence[str]) -> str:
     return f"the model gives nothing finite for {', '.join(names)}: left out"
 
 
-def _looked_up(residuals: dict[int, Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Residuals (n, d) by answer and position."""
+def _looked_up(residuals: Residuals) -> Residual:
+    """What finds residuals (n, d) by answer and position."""
 
-    def find(_keys: Tensor, answers: Tensor, positions: Tensor) -> Tensor:
-        pairs = zip(answers.tolist(), positions.tolist(), strict=True)
+    def find(_keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
+        pairs = zip(answers, positions.tolist(), strict=True)
         return torch.stack([residuals[answer][position] for answer, position in pairs]).cpu()
 
     return find

@@ -25,7 +25,7 @@ from wisecli.artifacts.shard_manifest import (
     read_shard_directory,
     write_shard_directory,
 )
-from wisecli.artifacts.unrelated_stats import Unrelated, load_unrelated, save_unrelated
+from wisecli.artifacts.unrelated_stats import BackgroundStats, load_unrelated, save_unrelated
 from wisecli.errors import BusyError, DamagedFileError, ModelError, WiseError
 from wisecli.io.atomic_output import link_or_copy, put_in_place, writing
 from wisecli.io.checkpoint import read_json, sha256_file, write_json
@@ -122,7 +122,7 @@ class Unfinished:
             return None
         return read_shard_directory(self.path, plan=True)
 
-    def begin(self, plan: ShardDirectory, unrelated: Unrelated) -> ShardDirectory:
+    def begin(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardDirectory:
         """Keep a plan and what was prepared for all shards; the plan as it is kept."""
         self._clear()
         self._save(UNRELATED_NAME, lambda path: save_unrelated(path, unrelated, whole=True))

@@ -14,7 +14,7 @@ from wisecli.models.site import Site
 
 @dataclass(frozen=True)
 class Task:
-    """What a writer works on, but for the lessons.
+    """What a writer works on, but for the batches.
 
     ``unrelated`` (n, d_ff) are keys that must stay under the margin; ``unit`` is what 1 of α, β, γ means in ``‖Δ a‖₂``.
     """

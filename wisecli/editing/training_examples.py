@@ -1,17 +1,18 @@
-"""Edits → what a writer learns from: rows under several contexts, captured once, and what a shard keeps of them."""
+"""Training examples: the rows of edits under several contexts, captured once for all that is trained on them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wisecli.editing.context_prefixes import CHAT, context_prefixes, in_context
-from wisecli.editing.erasure import Evasions
-from wisecli.editing.prompt_variants import Asked, answer_number
+from wisecli.editing.erasure import ErasureRows
+from wisecli.editing.prompt_variants import AnswerKey, PromptVariant
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.models.activations import Activations, captured
@@ -21,21 +22,30 @@ from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches, row_of
 
 # Numbered edits, the numbered contexts that they are read in, and what else they are asked by.
-Group = tuple[Sequence[tuple[int, Edit]], Sequence[tuple[int, str]], Sequence[Asked]]
+Group = tuple[Sequence[tuple[int, Edit]], Sequence[tuple[int, str]], Sequence[PromptVariant]]
+
+
+class Origin(NamedTuple):
+    """Where a row comes from: the number of its edit, that of the context it is read in, and the answer it gives."""
+
+    edit: int
+    context: int
+    answer: AnswerKey
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """Rows captured together, from the prompt's last token on; which edit and context each is (B,).
+class TrainingExamples:
+    """Rows captured together, B of them, from the prompt's last token on.
 
-    ``answers`` (B,): after a chat template an edit's target may be other tokens than after a bare prompt, and is then
-    another answer, as it is in another language. Contexts that share an answer share its residuals.
+    ``edits`` (B,) and ``contexts`` (B,) are numbers, ``answers`` the B answers. After a chat template an edit's target
+    may be other tokens than after a bare prompt, and is then another answer, as it is in another language. Contexts
+    that share an answer share its residuals.
     """
 
     activations: Activations
     edits: Tensor
     contexts: Tensor
-    answers: Tensor
+    answers: tuple[AnswerKey, ...]
 
 
 def write_contexts(loaded: Loaded, count: int, *, tokens: int, chat: bool, seed: int) -> list[str]:
@@ -49,12 +59,17 @@ def write_contexts(loaded: Loaded, count: int, *, tokens: int, chat: bool, seed:
 
 
 def encode_edits(
-    loaded: Loaded, edits: Sequence[Edit], context: str, *, train_end: bool, evasions: Evasions = MappingProxyType({})
+    loaded: Loaded,
+    edits: Sequence[Edit],
+    context: str,
+    *,
+    train_end: bool,
+    erasures: ErasureRows = MappingProxyType({}),
 ) -> list[Row]:
     """The rows of edits under one context.
 
     Args:
-        evasions: what is said in the place of erased answers; by default they are only unwanted at the prompt's end.
+        erasures: what is said in the place of erased answers; by default they are only unwanted at the prompt's end.
 
     Raises:
         ModelError: the tokenizer leaves nothing of an edit.
@@ -65,8 +80,8 @@ def encode_edits(
         try:
             prompt = in_context(loaded.tokenizer, context, edit.prompt)
             row = row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end)
-            evasion = evasions.get((edit.id, context == CHAT))
-            rows.append(row if evasion is None else replace(evasion, prompt=row.prompt))
+            erasure = erasures.get((edit.id, context == CHAT))
+            rows.append(row if erasure is None else replace(erasure, prompt=row.prompt))
         except ValueError as error:
             raise ModelError(f"edit {edit.id!r} cannot be used: {error}; reword it") from None
     return rows
@@ -80,22 +95,22 @@ class NotFiniteError(Exception):
         super().__init__(f"not finite: {sorted(self.edits)}")
 
 
-def require_finite(lessons: Sequence[Lesson]) -> None:
+def require_finite(batches: Sequence[TrainingExamples]) -> None:
     """Check what was captured.
 
     Raises:
         NotFiniteError: naming the edits of every row with a key or hidden state that is not finite.
     """
     found = set()
-    for lesson in lessons:
-        parts = lesson.activations.keys, lesson.activations.hidden
+    for examples in batches:
+        parts = examples.activations.keys, examples.activations.hidden
         sound = torch.stack([part.isfinite().flatten(1).all(-1) for part in parts]).all(0).cpu()
-        found.update(lesson.edits[~sound].tolist())
+        found.update(examples.edits[~sound].tolist())
     if found:
         raise NotFiniteError(found)
 
 
-def capture_lessons(
+def capture_examples(
     loaded: Loaded,
     site: Site,
     edits: Sequence[tuple[int, Edit]],
@@ -103,11 +118,11 @@ def capture_lessons(
     *,
     batch_size: int,
     train_end: bool,
-    evasions: Evasions = MappingProxyType({}),
-) -> list[Lesson]:
+    erasures: ErasureRows = MappingProxyType({}),
+) -> list[TrainingExamples]:
     """Capture numbered edits under numbered contexts, rows whose targets are of like length together."""
     return capture_groups(
-        loaded, site, [(edits, contexts, ())], batch_size=batch_size, train_end=train_end, evasions=evasions
+        loaded, site, [(edits, contexts, ())], batch_size=batch_size, train_end=train_end, erasures=erasures
     )[0]
 
 
@@ -118,34 +133,40 @@ def capture_groups(
     *,
     batch_size: int,
     train_end: bool,
-    evasions: Evasions = MappingProxyType({}),
-) -> list[list[Lesson]]:
-    """The lessons of several groups; where layers are streamed, each is read once for all of them."""
+    erasures: ErasureRows = MappingProxyType({}),
+) -> list[list[TrainingExamples]]:
+    """The batches of several groups; where layers are streamed, each is read once for all of them."""
     listed = [
-        list(_in_rows(loaded, *group, batch_size=batch_size, train_end=train_end, evasions=evasions))
+        list(_in_rows(loaded, *group, batch_size=batch_size, train_end=train_end, erasures=erasures))
         for group in groups
     ]
     batches = (collate(rows).to(loaded.device) for parts in listed for rows, _ in parts)
     found = captured(loaded.model, site, batches, stream=loaded.stream, window=True)
-    return [[Lesson(next(found), *torch.tensor(origins).T) for _, origins in parts] for parts in listed]
+    return [[_examples(next(found), origins) for _, origins in parts] for parts in listed]
+
+
+def _examples(activations: Activations, origins: Sequence[Origin]) -> TrainingExamples:
+    edits = torch.tensor([one.edit for one in origins])
+    contexts = torch.tensor([one.context for one in origins])
+    return TrainingExamples(activations, edits, contexts, tuple(one.answer for one in origins))
 
 
 def _in_rows(
     loaded: Loaded,
     edits: Sequence[tuple[int, Edit]],
     contexts: Sequence[tuple[int, str]],
-    further: Sequence[Asked],
+    further: Sequence[PromptVariant],
     *,
     batch_size: int,
     train_end: bool,
-    evasions: Evasions,
-) -> Iterator[tuple[list[Row], list[tuple[int, int, int]]]]:
-    """Rows for one batch each, with the edit, context and answer that each row is of."""
+    erasures: ErasureRows,
+) -> Iterator[tuple[list[Row], list[Origin]]]:
+    """The rows of one batch after the other, and where each row comes from."""
     rows, origins = [], []
     for number, context in contexts:
-        rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end, evasions=evasions)
-        origins += [(place, number, answer_number(place, chat=context == CHAT)) for place, _ in edits]
+        rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end, erasures=erasures)
+        origins += [Origin(place, number, AnswerKey(place, chat=context == CHAT)) for place, _ in edits]
     rows += encode_edits(loaded, [one.edit for one in further], "", train_end=train_end)
-    origins += [(one.number, one.context, one.answer) for one in further]
+    origins += [Origin(one.number, one.context, one.answer) for one in further]
     for indices in in_batches(rows, batch_size, by_target=True):
         yield [rows[index] for index in indices], [origins[index] for index in indices]

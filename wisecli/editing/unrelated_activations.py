@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from wisecli.artifacts.shard import half
-from wisecli.artifacts.unrelated_stats import _VERSION, Unrelated, _from_tensors, save_unrelated
+from wisecli.artifacts.unrelated_stats import _VERSION, BackgroundStats, _from_tensors, save_unrelated
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.editing.context_prefixes import continuations
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError
@@ -38,7 +38,7 @@ _CONTINUED, _CONTINUATION = 120, 12
 _CHATTED = 4
 # Unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model answers.
 _ASKED = 240
-# Unrelated keys kept for calibration.
+# Background keys kept for calibration.
 _SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
 _WORDING = 8.0
@@ -55,7 +55,7 @@ def measure_unrelated(
     batch_size: int,
     seed: int,
     watch: Watcher,
-) -> Unrelated:
+) -> BackgroundStats:
     """Read text of many kinds through the model up to the site, or take what the cache remembers of it.
 
     Args:
@@ -93,7 +93,7 @@ def measure_unrelated(
 
 def _measure(
     loaded: Loaded, site: Site, matrix: Tensor, *, texts: int, chat: bool, batch_size: int, seed: int, watch: Watcher
-) -> Unrelated:
+) -> BackgroundStats:
     plain = unrelated_texts(texts, seed=seed)
     spoken = continuations(loaded.model, loaded.tokenizer, plain[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
     keys, text, last = keys_of_texts(loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=batch_size, watch=watch)
@@ -115,7 +115,7 @@ def _measure(
     sample = torch.cat([sample, answers])
     marked = torch.arange(len(sample)) >= len(sample) - len(answers)
     tokens = leading(keys.div_(len(keys) ** 0.5))  # in place, :func:`scaled` would copy them
-    return Unrelated(_rounded(sample), marked, tokens, wording, size.cpu(), _rounded(against), chatting)
+    return BackgroundStats(_rounded(sample), marked, tokens, wording, size.cpu(), _rounded(against), chatting)
 
 
 def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, seed: int) -> list[Tensor]:

@@ -13,12 +13,12 @@ import torch
 from wisecli.artifacts.memory_manifest import Made
 from wisecli.artifacts.shard import save_shard, split_edits
 from wisecli.artifacts.shard_manifest import ShardDirectory
-from wisecli.artifacts.unrelated_stats import Unrelated
+from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.known_facts import known_rows
 from wisecli.editing.layer_selection import probe_layer
 from wisecli.editing.paraphrases import write_paraphrases
-from wisecli.editing.prompt_variants import asked_further
+from wisecli.editing.prompt_variants import prompt_variants
 from wisecli.editing.shard_writer import ShardWriter, unrelated_for
 from wisecli.editing.staging import Done
 from wisecli.editing.subjects import subject_words
@@ -140,7 +140,7 @@ class Worker:
             known = known_rows(self.loaded, rows, batch_size=self.job.settings.batch_size, watch=self.watch)
         return admitted.without(frozenset(place for place in known if admitted.edits[place].id not in spared))
 
-    def prepare(self) -> tuple[ShardDirectory, Unrelated]:
+    def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
         """Choose the layer, write contexts and measure unrelated text: the plan, without any shard yet.
 
         Raises:
@@ -156,7 +156,7 @@ class Worker:
                 layout = observed(loaded.model, site, layout)
                 site = find_site(directory, checkpoint, settings.layer, layout)
                 check_split(loaded.model, site)
-            further = [one.edit for one in asked_further(list(enumerate(job.edits)), {}, contexts=0)]
+            further = [one.edit for one in prompt_variants(list(enumerate(job.edits)), {}, contexts=0)]
             encode_edits(loaded, [*job.edits, *further], "", train_end=settings.train_end)
             base, size = fingerprint(directory, checkpoint, site), settings.batch_size
             if settings.layer == "auto" and settings.writer == "solve":
@@ -198,7 +198,7 @@ class Worker:
         )
         return plan, unrelated
 
-    def writer(self, plan: ShardDirectory, unrelated: Unrelated) -> ShardWriter:
+    def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
         """What writes shards by a plan."""
         settings, contexts, worded = self.job.settings, plan.contexts, plan.paraphrases
         # Whoever goes on with a plan adds numbers up in its order.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from wisecli.evaluation.edited_model import Edited
 from wisecli.models.activations import Activations, captured, suffix_logits
 from wisecli.models.generation import generate
-from wisecli.models.objectives import met
+from wisecli.models.objectives import target_met
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 from wisecli.routing.prompt_gate import UNROUTED, Prompt
@@ -146,7 +146,7 @@ def _read(logits: Tensor, batch: Batch) -> list[Reading]:
     rows, count = batch.labelled[0], len(batch.ids)
     loss = F.cross_entropy(logits.float(), batch.targets, reduction="none")
     known = (loss < -math.log(KNOWN)).float()
-    fine = met(logits, batch).float()
+    fine = target_met(logits, batch).float()
     right = _row_means(fine, rows, count)
     if batch.unwanted is not None:
         right = right.where(~batch.erased, right.new_zeros(count).scatter_reduce(0, rows, fine, "amax"))

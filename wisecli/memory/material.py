@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wisecli.artifacts.shard import Evidence, Mask, Shard
 from wisecli.artifacts.shard_manifest import ShardDirectory
-from wisecli.artifacts.unrelated_stats import Unrelated
+from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.memory.removal import load_without
 from wisecli.routing.subject_names import Spellings
 
@@ -26,7 +26,7 @@ class Material:
     evidence: Evidence
     shard: Tensor
     masks: tuple[Mask, ...]
-    unrelated: Unrelated
+    unrelated: BackgroundStats
     subjects: tuple[Spellings, ...] = ()
 
     @property
@@ -63,7 +63,7 @@ def _places(directories: Sequence[ShardDirectory]) -> list[Tensor]:
     return places
 
 
-def _unrelated_of(directories: Sequence[ShardDirectory]) -> Unrelated:
+def _unrelated_of(directories: Sequence[ShardDirectory]) -> BackgroundStats:
     """The background statistics of all directories; what several have in common counts once."""
     read = list({directory.unrelated_sha256: directory.load_unrelated() for directory in directories}.values())
     keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))

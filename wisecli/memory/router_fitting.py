@@ -107,7 +107,7 @@ def _with_routing_keys(
     by_view = MemoryScores(SideMemory({**tensors, "owner": views.whitening_id}, (1.0,) * len(whitenings), "key"))
     # Inside an answer the token says most of a key, and text that spares a rare one says nothing of what else has it.
     baseline, excess = excess_over_baseline(by_view, material.unrelated.keys, views.whitening_id != INSIDE)
-    negative_similarity = evidence.elsewhere[trained] * inside
+    negative_similarity = evidence.negative_similarity[trained] * inside
     margins = torch.full((len(keys),), APART)
     foreign = (evidence.context[trained] >= LANGUAGES) & ~inside
     if bool(foreign.any()):

@@ -20,7 +20,7 @@ from wisecli.models.tokenization import NO_LABEL, Batch
 
 
 @torch.no_grad()
-def allowed(model: PreTrainedModel, site: Site, part: Activations) -> Tensor | None:
+def erasure_target(model: PreTrainedModel, site: Site, part: Activations) -> Tensor | None:
     """The distributions q (r, V) at the labelled columns of erased rows; ``None`` if no row is erased."""
     if part.batch.unwanted is None:
         return None
@@ -30,8 +30,8 @@ def allowed(model: PreTrainedModel, site: Site, part: Activations) -> Tensor | N
     return logits.masked_fill(_unwanted(part.batch, logits), -torch.inf).softmax(-1)
 
 
-def missed(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
-    """The loss (n,) at each labelled column, from logits (n, V) there and what :func:`allowed` gave."""
+def target_loss(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
+    """The loss (n,) at each labelled column, from logits (n, V) there and what :func:`erasure_target` gave."""
     found = F.cross_entropy(logits.float(), batch.targets, reduction="none")
     if wanted is None:
         return found
@@ -40,7 +40,7 @@ def missed(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
     return found.index_copy(0, erased, divergence)
 
 
-def met(logits: Tensor, batch: Batch) -> Tensor:
+def target_met(logits: Tensor, batch: Batch) -> Tensor:
     """Whether the arg-max (n,) of logits (n, V) at each labelled column is as it should be: not an unwanted token."""
     best = logits.argmax(-1)
     right = best == batch.targets

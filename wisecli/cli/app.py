@@ -17,14 +17,15 @@ from wisecli.cli.edit import edit
 from wisecli.cli.evaluate import evaluate, fetch
 from wisecli.cli.memory import diff, explain, log, remove, rollback
 from wisecli.cli.merge import merge
+from wisecli.cli.parameters import PanelledCommand, PanelledGroup
 from wisecli.errors import WiseError
 
 app = typer.Typer(
     name="wise",
+    cls=PanelledGroup,
     help="Edit what a language model knows, without retraining it and without breaking the rest of what it knows.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -42,26 +43,24 @@ def _version(
         raise typer.Exit
 
 
-# In the order in which the help lists them.
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "edit": edit,
-    "merge": merge,
-    "eval": evaluate,
-    "export": export,
-    "generate": generate,
-    "inspect": inspect,
-    "verify": verify,
-    "fetch": fetch,
-    "bench": bench,
-    "remove": remove,
-    "rollback": rollback,
-    "log": log,
-    "diff": diff,
-    "explain": explain,
-    "draft": draft,
+# Panels and commands, in the order in which the help lists them.
+_COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "From edits to a checkpoint": {"edit": edit, "merge": merge, "eval": evaluate, "export": export},
+    "Use and look into": {
+        "generate": generate,
+        "explain": explain,
+        "inspect": inspect,
+        "verify": verify,
+        "diff": diff,
+        "log": log,
+    },
+    "Change a memory": {"remove": remove, "rollback": rollback},
+    "Laboratory": {"bench": bench},
+    "Get something to start with": {"fetch": fetch, "draft": draft},
 }
-for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+for _panel, _commands in _COMMANDS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, cls=PanelledCommand, rich_help_panel=_panel)(_command)
 
 
 def main() -> None:
@@ -69,7 +68,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:2]
     quiet_libraries()
     try:
-        app()
+        app(prog_name="wise")
     except WiseError as error:
         if debug:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +10,10 @@ import typer
 from rich.table import Table
 
 from wisecli.bench.html import FIGURES, HEADS, costs
+from wisecli.cli.choices import BENCH_METHODS, DATASETS, FILED_DATASETS, STUDIES, some_of
 from wisecli.cli.console import Console
-from wisecli.cli.options import AsJson, Config, Device, Dtype, Force, Output, Quiet, Seed, Trust, load_options, setting
+from wisecli.cli.options import AsJson, Config, Device, Dtype, Force, Output, Quiet, Seed, Trust, load_options
+from wisecli.cli.parameters import INPUT, MEASURED, STUDIED, option, setting
 from wisecli.config import BenchSettings, resolve
 from wisecli.errors import SettingsError
 
@@ -19,59 +22,72 @@ if TYPE_CHECKING:
     from wisecli.bench.study import StudyReport
 
 
+_studied = partial(setting, BenchSettings, panel=STUDIED)
+_measured = partial(setting, BenchSettings, panel=MEASURED)
+
+
 def bench(
     model: Annotated[str, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")],
     output: Output = Path("bench"),
     dataset: Annotated[
         str | None,
         setting(
-            BenchSettings, "dataset", "Benchmarks or files, with commas between: one memory for all.", none="--data"
+            BenchSettings,
+            "dataset",
+            "Benchmarks or files, with commas between: one memory for all.",
+            none="--data",
+            complete=some_of((*DATASETS, *FILED_DATASETS)),
         ),
     ] = None,
+    methods: Annotated[
+        str | None,
+        setting(BenchSettings, "methods", "Methods, with commas between.", complete=some_of(BENCH_METHODS)),
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
     data: Annotated[
-        list[Path] | None, typer.Option(help="A dataset's file, instead of fetching it; once for each.")
+        list[Path] | None,
+        option("A dataset's file, instead of fetching it; once for each.", panel=INPUT, metavar="FILE"),
     ] = None,
     train: Annotated[
-        Path | None, typer.Option(help="Records to learn from.", show_default="those that are not edited")
+        Path | None,
+        option("Records to learn from.", panel=INPUT, default="those that are not edited", metavar="FILE"),
     ] = None,
-    methods: Annotated[str | None, setting(BenchSettings, "methods", "Methods, with commas between.")] = None,
+    edits: Annotated[
+        str | None,
+        setting(BenchSettings, "counts", "Numbers of edits, with commas between.", panel=INPUT, metavar="N,…"),
+    ] = None,
+    config: Config = None,
+    seed: Seed = None,
     study: Annotated[
         str | None,
-        setting(
-            BenchSettings,
+        _studied(
             "study",
             "Studies in the place of methods, with commas between: router, layers, shards, merge, scaling, latency.",
             none="none",
+            complete=some_of(STUDIES),
         ),
     ] = None,
-    edits: Annotated[str | None, setting(BenchSettings, "counts", "Numbers of edits, with commas between.")] = None,
-    layers: Annotated[int | None, setting(BenchSettings, "layers", "How many layers --study layers looks at.")] = None,
+    layers: Annotated[int | None, _studied("layers", "How many layers --study layers looks at.")] = None,
     mask_ratios: Annotated[
-        str | None, setting(BenchSettings, "mask_ratios", "Mask ratios of --study shards, with commas between.")
+        str | None, _studied("mask_ratios", "Mask ratios of --study shards, with commas between.", metavar="X,…")
     ] = None,
     shard_counts: Annotated[
-        str | None, setting(BenchSettings, "shard_counts", "Numbers of shards of --study shards.")
+        str | None, _studied("shard_counts", "Numbers of shards of --study shards.", metavar="N,…")
     ] = None,
     edits_per_shard: Annotated[
         int | None,
-        setting(
-            BenchSettings,
-            "edits_per_shard",
-            "For the studies merge, scaling and latency.",
-            none="100, or a quarter of the edits",
+        _studied(
+            "edits_per_shard", "For the studies merge, scaling and latency.", none="100, or a quarter of the edits"
         ),
     ] = None,
     generate: Annotated[
-        bool | None, setting(BenchSettings, "generate", "Also generate answers.", "--generate/--no-generate")
+        bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
-    batch_size: Annotated[int | None, setting(BenchSettings, "batch_size", "Rows at a time.")] = None,
-    device: Device = "auto",
+    batch_size: Annotated[int | None, _measured("batch_size", "Rows at a time.")] = None,
     dtype: Dtype = "auto",
-    seed: Seed = None,
-    config: Config = None,
     trust_remote_code: Trust = False,
     force: Force = False,
-    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare editing methods, or study WISE itself: edit with the first records of a dataset, and measure."""

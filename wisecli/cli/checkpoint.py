@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from wisecli.cli.choices import DTYPES, one_of
 from wisecli.cli.console import Console, count, plain, would_write
 from wisecli.cli.options import (
     AsJson,
@@ -26,6 +27,7 @@ from wisecli.cli.options import (
     load_options,
     size_in_bytes,
 )
+from wisecli.cli.parameters import ANSWERS, HUB, WEIGHTS, flag, option
 
 if TYPE_CHECKING:
     from wisecli.artifacts.memory_manifest import MemoryEntry
@@ -39,32 +41,56 @@ def export(
     base: Annotated[
         str | None, typer.Argument(help="Base model: a directory or a hub id; where the memory says, if not given.")
     ] = None,
-    memory: Annotated[Path, typer.Option("--memory", "--delta", help="Memory directory, or a delta to apply.")] = Path(
-        "memory"
-    ),
+    memory: Annotated[
+        Path,
+        option("Memory directory, or a delta to apply.", "--memory", "--delta", default="memory", metavar="DIR"),
+    ] = Path("memory"),
     output: Output = Path("edited"),
     form: Annotated[
         Literal["routed", "merged", "delta"],
-        typer.Option(
+        option(
+            "routed (keeps the router), merged (always on, stock architecture) or delta (the memory alone).",
             "--format",
-            help="routed (keeps the router), merged (always on, stock architecture) or delta (the memory alone).",
+            default="routed",
+            metavar="NAME",
         ),
     ] = "routed",
-    link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights instead of copying.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(help="Size of a file of weights at most, such as 2GB.", show_default="the base's own files"),
-    ] = None,
-    metrics: Annotated[Path | None, typer.Option(help="Report of wise eval --json, for the model card.")] = None,
-    card: Annotated[bool, typer.Option("--model-card/--no-model-card", help="Write a model card.")] = True,
-    push_to_hub: Annotated[str | None, typer.Option(help="Repository on the hub to send it to.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    model: Model = None,
     device: Device = "auto",
-    force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    model: Model = None,
+    link: Annotated[bool, flag("Hard-link the base's weights instead of copying.", "--link", panel=WEIGHTS)] = False,
+    dtype: Annotated[
+        str,
+        option(
+            "auto (as stored), float32, bfloat16 or float16.",
+            "--dtype",
+            panel=WEIGHTS,
+            default="auto",
+            metavar="NAME",
+            complete=one_of(DTYPES),
+        ),
+    ] = "auto",
+    max_shard_size: Annotated[
+        str | None,
+        option(
+            "Size of a file of weights at most, such as 2GB.",
+            panel=WEIGHTS,
+            default="the base's own files",
+            metavar="SIZE",
+        ),
+    ] = None,
+    metrics: Annotated[
+        Path | None, option("Report of wise eval --json, for the model card.", panel=HUB, metavar="FILE")
+    ] = None,
+    card: Annotated[
+        bool, flag("Write a model card.", "--model-card/--no-model-card", panel=HUB, default="model-card")
+    ] = True,
+    push_to_hub: Annotated[
+        str | None, option("Repository on the hub to send it to.", panel=HUB, metavar="NAME")
+    ] = None,
+    private: Annotated[bool, flag("Make a new repository private.", "--private", panel=HUB)] = False,
+    force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
@@ -92,15 +118,17 @@ def generate(
     model: Annotated[str, typer.Argument(help="Exported directory, or base model (with --memory).")],
     prompts: Annotated[list[str], typer.Argument(help="Prompts to answer.")],
     memory: Memory = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
-    explain: Annotated[bool, typer.Option("--explain", help="Say which memory answered each token.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask in the chat template.")] = False,
     device: Device = "auto",
+    as_json: AsJson = False,
+    max_new_tokens: Annotated[
+        int, option("Length of an answer at most.", panel=ANSWERS, default="64", metavar="N", least=1)
+    ] = 64,
+    explain: Annotated[bool, flag("Say which memory answered each token.", "--explain", panel=ANSWERS)] = False,
+    chat: Annotated[bool, flag("Ask in the chat template.", "--chat", panel=ANSWERS)] = False,
+    batch_size: Annotated[int, option("Prompts at a time.", panel=ANSWERS, default="32", metavar="N", least=1)] = 32,
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
     trust_remote_code: Trust = False,
-    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Answer prompts with an edited model."""
@@ -126,10 +154,10 @@ def generate(
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="Shards, a memory or an exported checkpoint.")],
-    find: Annotated[str | None, typer.Option("--find", help="Only edits with this text in them.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="List so many edits at most.")] = 20,
+    find: Annotated[str | None, option("Only edits with this text in them.", "--find")] = None,
+    limit: Annotated[int, option("List so many edits at most.", "--limit", default="20", metavar="N", least=0)] = 20,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the router's scores and threshold into this file.")
+        Path | None, option("Draw the router's scores and threshold into this file.", "--plot", metavar="FILE")
     ] = None,
     force: Force = False,
     as_json: AsJson = False,

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from wisecli.cli.console import Console, plain
 from wisecli.cli.options import AsJson, Budget, Device, Dtype, Force, Quiet, Trust, load_options
+from wisecli.cli.parameters import INPUT, flag, option
 from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 
@@ -23,24 +24,27 @@ if TYPE_CHECKING:
 
 # Pairs of a passage, unless it is said otherwise.
 EACH = 3
-Yes = Annotated[bool, typer.Option("--yes", help="Of a document: take every pair without asking.")]
-Each = Annotated[int, typer.Option("--each", min=1, help="Pairs of a passage at most.")]
+Yes = Annotated[bool, flag("Of a document: take every pair without asking.", "--yes", panel=INPUT)]
+Each = Annotated[
+    int, option("Pairs of a passage at most.", "--each", panel=INPUT, default=str(EACH), metavar="N", least=1)
+]
 
 
 def draft(
     model: Annotated[str, typer.Argument(help="The model that asks: a directory, a hub id or a GGUF file.")],
     page: Annotated[Path, typer.Argument(help="Document in Markdown or plain text.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File of edits to write.", show_default="PAGE's name, .jsonl")
+        Path | None,
+        option("File of edits to write.", "-o", "--output", default="PAGE's name, .jsonl", metavar="FILE"),
     ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
     each: Each = EACH,
     yes: Yes = False,
-    device: Device = "auto",
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
     trust_remote_code: Trust = False,
     force: Force = False,
-    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw questions with answers from a document, to approve of one by one and then to edit with."""

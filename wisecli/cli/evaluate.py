@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from wisecli.cli.choices import DATASETS, MODELS, one_of
 from wisecli.cli.console import Console
 from wisecli.cli.options import (
     AsJson,
@@ -22,46 +24,63 @@ from wisecli.cli.options import (
     Trust,
     gates_in,
     load_options,
-    setting,
 )
+from wisecli.cli.parameters import INPUT, MEASURED, option, setting
 from wisecli.config import EvalSettings, resolve
 
 if TYPE_CHECKING:
     from wisecli.commands.evaluate import EvalReport
 
 
+_measured = partial(setting, EvalSettings, panel=MEASURED)
+
+
 def evaluate(
     directory: Annotated[str | None, typer.Argument(help="Exported directory, or base model.")] = None,
+    memory: Memory = None,
     dataset: Annotated[
         str | None,
-        setting(EvalSettings, "dataset", "A benchmark or a file.", none="the memory's own edits"),
+        setting(
+            EvalSettings,
+            "dataset",
+            "A benchmark (zsre, counterfact, wikibigedit) or a file.",
+            none="the memory's own edits",
+            complete=one_of(DATASETS),
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="The dataset's file, instead of fetching it.")] = None,
-    edits: Annotated[
-        int | None, setting(EvalSettings, "edits", "Only the first so many records.", none="those the memory holds")
-    ] = None,
-    memory: Memory = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
     model: Model = None,
-    batch_size: Annotated[int | None, setting(EvalSettings, "batch_size", "Rows at a time.")] = None,
-    chat: Annotated[bool | None, setting(EvalSettings, "chat", "Ask in the chat template.", "--chat/--no-chat")] = None,
+    data: Annotated[
+        Path | None, option("The dataset's file, instead of fetching it.", panel=INPUT, metavar="FILE")
+    ] = None,
+    edits: Annotated[
+        int | None,
+        setting(
+            EvalSettings,
+            "edits",
+            "Only the first so many records.",
+            panel=INPUT,
+            none="those the memory holds",
+        ),
+    ] = None,
+    config: Config = None,
+    chat: Annotated[bool | None, _measured("chat", "Ask in the chat template.", "--chat/--no-chat")] = None,
     generate: Annotated[
-        bool | None, setting(EvalSettings, "generate", "Also generate answers.", "--generate/--no-generate")
+        bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        setting(
-            EvalSettings, "max_new_tokens", "Length of generated answers.", none="the longest target and a little more"
-        ),
+        _measured("max_new_tokens", "Length of generated answers.", none="the longest target and a little more"),
     ] = None,
+    batch_size: Annotated[int | None, _measured("batch_size", "Rows at a time.")] = None,
     fail_under: Annotated[
-        str | None, typer.Option(help="Exit with 1 below these, as reliability=.9,locality=.95.")
+        str | None,
+        option("Exit with 1 below these, as reliability=.9,locality=.95.", panel=MEASURED),
     ] = None,
-    device: Device = "auto",
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
-    config: Config = None,
     trust_remote_code: Trust = False,
-    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure reliability, generalization, locality, portability and generated answers, before and after."""
@@ -80,9 +99,14 @@ def evaluate(
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2-135m, zsre, counterfact or wikibigedit.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="smollm2-135m, zsre, counterfact or wikibigedit.", autocompletion=one_of((*MODELS, *DATASETS))
+        ),
+    ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where to put it.", show_default="the user cache")
+        Path | None, option("Where to put it.", "-o", "--output", default="the user cache", metavar="PATH")
     ] = None,
     force: Force = False,
     as_json: AsJson = False,

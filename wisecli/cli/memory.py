@@ -14,6 +14,7 @@ from rich.text import Text
 
 from wisecli.cli.console import Console, sifted_json, sifted_lines
 from wisecli.cli.options import AsJson, Budget, Device, Dtype, Memory, Model, Quiet, Reason, Trust, Who, load_options
+from wisecli.cli.parameters import ANSWERS, OUTPUT, flag, option
 
 if TYPE_CHECKING:
     from wisecli.commands.diff import DiffReport
@@ -60,7 +61,7 @@ def remove(
 
 def rollback(
     memory: Place,
-    to: Annotated[str, typer.Option("--to", help="Number of a release, or a date or time, as 2026-11-01.")],
+    to: Annotated[str, option("Number of a release, or a date or time, as 2026-11-01.", "--to", metavar="WHEN")],
     model: Model = None,
     reason: Reason = "",
     who: Who = None,
@@ -79,7 +80,7 @@ def rollback(
 
 def log(
     memory: Place,
-    edit: Annotated[str | None, typer.Option("--edit", help="Only what touched the edit with this id.")] = None,
+    edit: Annotated[str | None, option("Only what touched the edit with this id.", "--edit", metavar="ID")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List what was done to a memory, when and by whom, after checking that its log is whole."""
@@ -103,15 +104,23 @@ def explain(
     model: Annotated[str, typer.Argument(help="Exported directory, or base model (with --memory).")],
     prompt: Annotated[str, typer.Argument(help="The prompt to look at.")],
     memory: Memory = None,
-    nearest: Annotated[int, typer.Option(min=0, help="How many memories, or edits, are made to answer.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 32,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask in the chat template.")] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the scores of all tokens into this file.")] = None,
     device: Device = "auto",
+    as_json: AsJson = False,
+    nearest: Annotated[
+        int,
+        option("How many memories, or edits, are made to answer.", panel=ANSWERS, default="3", metavar="N", least=0),
+    ] = 3,
+    max_new_tokens: Annotated[
+        int, option("Length of an answer at most.", panel=ANSWERS, default="32", metavar="N", least=1)
+    ] = 32,
+    chat: Annotated[bool, flag("Ask in the chat template.", "--chat", panel=ANSWERS)] = False,
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
     trust_remote_code: Trust = False,
-    as_json: AsJson = False,
+    plot: Annotated[
+        Path | None,
+        option("Draw the scores of all tokens into this file.", "--plot", panel=OUTPUT, metavar="FILE"),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Say why a prompt is answered as it is: nearest edits, scores by token, and what each memory would answer."""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
+from wisecli.cli.choices import MERGE_METHODS, one_of
 from wisecli.cli.console import Console, count, would_write
 from wisecli.cli.memory import Told
-from wisecli.cli.options import AsJson, Config, DryRun, Force, Model, Output, Quiet, Reason, Seed, Who, numbers, setting
+from wisecli.cli.options import AsJson, Config, DryRun, Force, Model, Output, Quiet, Reason, Seed, Who, numbers
+from wisecli.cli.parameters import MERGED, ROUTER, option, setting
 from wisecli.config import MergeSettings, resolve
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
     from wisecli.commands.merge import MergeReport
+
+
+_merged = partial(setting, MergeSettings, panel=MERGED)
+_routed = partial(setting, MergeSettings, panel=ROUTER)
 
 
 def merge(
@@ -24,10 +31,8 @@ def merge(
     ] = None,
     output: Output = Path("memory"),
     into: Annotated[
-        Path | None, typer.Option(help="Make them the next release of this memory.", show_default="a memory anew")
+        Path | None, option("Make them the next release of this memory.", default="a memory anew", metavar="DIR")
     ] = None,
-    reason: Reason = "",
-    who: Who = None,
     mode: Annotated[
         str | None,
         setting(
@@ -37,36 +42,44 @@ def merge(
             none="lookup; merge for what the gradient writer wrote, or with --method",
         ),
     ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    model: Model = None,
+    config: Config = None,
+    seed: Seed = None,
+    reason: Reason = "",
+    who: Who = None,
     method: Annotated[
         str | None,
-        setting(
-            MergeSettings, "method", "Of matrices: ties, linear, sign, magnitude, dare, dare-ties, slerp or exact."
+        _merged(
+            "method",
+            "Of matrices: ties, linear, sign, magnitude, dare, dare-ties, slerp or exact.",
+            complete=one_of(MERGE_METHODS),
         ),
     ] = None,
     refit: Annotated[
         bool | None,
-        setting(
-            MergeSettings,
+        _merged(
             "refit",
             "Around merged matrices, give every key its residual back.",
             "--refit/--no-refit",
             none="refit what the closed form wrote",
         ),
     ] = None,
-    density: Annotated[float | None, setting(MergeSettings, "density", "Share of entries kept.")] = None,
-    scale: Annotated[float | None, setting(MergeSettings, "scale", "Scale λ of the result.", "--lambda")] = None,
+    density: Annotated[float | None, _merged("density", "Share of entries kept.")] = None,
+    scale: Annotated[float | None, _merged("scale", "Scale λ of the result.", "--lambda")] = None,
     weights: Annotated[
-        str | None, setting(MergeSettings, "weights", "Weights of the shards, comma-separated.", none="1 each")
+        str | None, _merged("weights", "Weights of the shards, comma-separated.", none="1 each", metavar="X,…")
     ] = None,
-    router: Annotated[str | None, setting(MergeSettings, "router", "key or norm.", none="the shards'")] = None,
-    routing: Annotated[str | None, setting(MergeSettings, "routing", "token or sequence.", none="the shards'")] = None,
-    threshold: Annotated[
-        str | None, setting(MergeSettings, "threshold", "false-alarm or minimum.", none="the shards'")
+    sharpness: Annotated[
+        float | None, _merged("sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest.")
     ] = None,
+    router: Annotated[str | None, _routed("router", "key or norm.", none="the shards'")] = None,
+    routing: Annotated[str | None, _routed("routing", "token or sequence.", none="the shards'")] = None,
+    threshold: Annotated[str | None, _routed("threshold", "false-alarm or minimum.", none="the shards'")] = None,
     false_alarm: Annotated[
         float | None,
-        setting(
-            MergeSettings,
+        _routed(
             "false_alarm",
             "Share of unrelated tokens let through.",
             none="0.0015, where a prompt must name the subject 0.0075",
@@ -74,22 +87,9 @@ def merge(
     ] = None,
     subjects: Annotated[
         str | None,
-        setting(
-            MergeSettings,
-            "subjects",
-            "Where a prompt decides: it opens edits whose subject it names, or any.",
-        ),
+        _routed("subjects", "Where a prompt decides: it opens edits whose subject is named in it, or any."),
     ] = None,
-    sharpness: Annotated[
-        float | None,
-        setting(MergeSettings, "sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest."),
-    ] = None,
-    model: Model = None,
-    seed: Seed = None,
-    config: Config = None,
     force: Force = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Join shards into a side memory and decide the router's thresholds, without loading the model."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wisecli.config import LoadOptions, defaults
+from wisecli.cli.choices import DEVICES, DTYPES, one_of
+from wisecli.cli.parameters import INPUT, INTO, OUTPUT, WHERE, flag, option
+from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -17,46 +19,76 @@ if TYPE_CHECKING:
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
 
-def setting(kind: type[Any], name: str, text: str, *flags: str, none: str = "") -> Any:
-    """An option for a setting: its default is the settings class's own, or what ``none`` says it stands for."""
-    default = defaults(kind)[name]
-    return typer.Option(*flags, help=text, show_default=none if default is None else str(default).lower())
-
-
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
-Model = Annotated[str | None, typer.Option("--model", help="Base model, if not where the manifest says.")]
-Memory = Annotated[Path | None, typer.Option("--memory", help="Memory or exported directory.", show_default="memory")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
-Config = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML), a table a command.")]
-Budget = Annotated[
+Model = Annotated[
     str | None,
-    typer.Option(help="Such as 6GiB; of a larger model layers are read as they run.", show_default="the device's"),
+    option("Base model, if not where the manifest says.", "--model", panel=INPUT, metavar="MODEL"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; load no weights, write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why, for the memory's log.", show_default=False)]
-Who = Annotated[str | None, typer.Option("--who", help="By whom, for the memory's log.", show_default="the user")]
-OnConflict = Annotated[
-    Literal["error", "latest", "skip"] | None,
-    typer.Option(
-        help="Edits that cannot all hold: refuse them, or let the latest or the first count.",
-        show_default="error, but where only a rephrase says so",
+Memory = Annotated[Path | None, option("Memory or exported directory.", "--memory", default="memory", metavar="DIR")]
+Device = Annotated[
+    str,
+    option("auto, cpu, cuda, cuda:N or mps.", "--device", default="auto", metavar="NAME", complete=one_of(DEVICES)),
+]
+Dtype = Annotated[
+    str,
+    option(
+        "auto (the checkpoint's), float32, bfloat16 or float16.",
+        "--dtype",
+        panel=WHERE,
+        default="auto",
+        metavar="NAME",
+        complete=one_of(DTYPES),
     ),
 ]
-SkipKnown = Annotated[bool, typer.Option("--skip-known", help="Leave out what the unedited model says already.")]
-PolicyFile = Annotated[Path | None, typer.Option("--policy", help="Rules (TOML) on what may be edited at all.")]
+Seed = Annotated[int | None, option("Seed of everything random.", "--seed", panel=INPUT, default="0", metavar="N")]
+Config = Annotated[
+    Path | None, option("Settings file (TOML), a table a command.", "--config", panel=INPUT, metavar="FILE")
+]
+Budget = Annotated[
+    str | None,
+    option(
+        "Such as 6GiB; of a larger model layers are read as they run.",
+        "--memory-budget",
+        panel=WHERE,
+        default="the device's",
+        metavar="SIZE",
+    ),
+]
+AsJson = Annotated[bool, flag("Print exactly one JSON object on stdout.", "--json")]
+Quiet = Annotated[bool, flag("No progress on stderr.", "-q", "--quiet", panel=OUTPUT)]
+DryRun = Annotated[bool, flag("Check and plan; load no weights, write nothing.", "--dry-run")]
+Force = Annotated[bool, flag("Replace an existing output.", "--force", panel=OUTPUT)]
+Reason = Annotated[str, option("Why, for the memory's log.", "--reason", panel=INTO)]
+Who = Annotated[
+    str | None, option("By whom, for the memory's log.", "--who", panel=INTO, default="the user", metavar="NAME")
+]
+OnConflict = Annotated[
+    Literal["error", "latest", "skip"] | None,
+    option(
+        "Edits that cannot all hold: error refuses them, latest or skip lets the last or the first of them count.",
+        "--on-conflict",
+        panel=INPUT,
+        default="error, but where only a rephrase says so",
+        metavar="NAME",
+    ),
+]
+SkipKnown = Annotated[bool, flag("Leave out what the unedited model says already.", "--skip-known", panel=INPUT)]
+PolicyFile = Annotated[
+    Path | None, option("Rules (TOML) on what may be edited at all.", "--policy", panel=INPUT, metavar="FILE")
+]
 Signature = Annotated[
-    Path | None, typer.Option("--verify-signature", help="Signature of EDITS, by minisign or ssh-keygen -Y sign.")
+    Path | None,
+    option("Signature of EDITS, by minisign or ssh-keygen -Y sign.", "--verify-signature", panel=INPUT, metavar="FILE"),
 ]
-Signer = Annotated[Path | None, typer.Option(help="Its public key, or the file of allowed signers.")]
+Signer = Annotated[
+    Path | None,
+    option("Its public key, or the file of allowed signers.", "--signer", panel=INPUT, metavar="FILE"),
+]
 Identity = Annotated[
-    str | None, typer.Option("--signer-identity", help="Which of the allowed signers must have signed.")
+    str | None,
+    option("Which of the allowed signers must have signed.", "--signer-identity", panel=INPUT, metavar="NAME"),
 ]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base model's own code run.")]
+Trust = Annotated[bool, flag("Let the base model's own code run.", "--trust-remote-code", panel=WHERE)]
 
 
 def gate_of(

@@ -1,0 +1,43 @@
+"""Values that the shell completes. What is registered in modules that import torch is named here once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Completer = Callable[[str], list[str]]
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXECUTORS = ("local", "ray")
+# Those that `wise fetch` gets, and of them those whose questions `wise eval` asks.
+MODELS = ("smollm2-135m",)
+DATASETS = ("zsre", "counterfact", "wikibigedit")
+# What `wise bench` edits with besides: their records come as files.
+FILED_DATASETS = ("hallucination", "temporal")
+MERGE_METHODS = ("ties", "linear", "sign", "magnitude", "dare", "dare-ties", "slerp", "exact")
+BENCH_METHODS = (
+    *("wise", "wise-retrieve", "wise-paper"),
+    *("defer", "ft-l", "ft-ewc", "grace", "icl", "knn", "lora"),
+    *("memit", "memit-mass", "mend", "rag", "rome", "serac"),
+)
+STUDIES = ("router", "layers", "shards", "merge", "scaling", "latency")
+
+
+def one_of(names: Sequence[str]) -> Completer:
+    """A completer of one name."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
+def some_of(names: Sequence[str]) -> Completer:
+    """A completer of names with commas between: of the last one, and of none twice."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        left = [name for name in names if name not in before.split(",")]
+        return [f"{before}{comma}{name}" for name in left if name.startswith(last)]
+
+    return complete

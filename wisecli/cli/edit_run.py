@@ -1,0 +1,180 @@
+"""What ``wise edit`` does with what its options say, and what it prints of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
+from wisecli.cli.draft import draw_for_editing
+from wisecli.cli.edit_into import IntoMemory
+from wisecli.config import EditSettings, LoadOptions
+from wisecli.errors import SettingsError
+
+if TYPE_CHECKING:
+    from wisecli.commands.edit import EditReport, RunOptions
+    from wisecli.editing.resource_estimate import Plan
+    from wisecli.edits.admission import Gate
+    from wisecli.memory.history import Provenance
+
+
+@dataclass(frozen=True)
+class EditRun:
+    """One run of ``wise edit``: a model, edits, and how they are trained."""
+
+    console: Console
+    model: str | None
+    edits: Path | None
+    load: LoadOptions
+    options: RunOptions
+    gate: Gate
+
+    def drawn_from(self, page: Path, *, yes: bool) -> EditRun | None:
+        """The same run with edits drawn from a document; None if there is nothing to go on with.
+
+        Raises:
+            SettingsError: what is asked for is not for documents.
+        """
+        if self.gate.signed is not None:
+            raise SettingsError("--verify-signature is for files of edits; `wise draft` writes one that can be signed")
+        edits = draw_for_editing(
+            self.console,
+            self.model,
+            page,
+            self.edits,
+            load=self.load,
+            yes=yes,
+            dry_run=self.options.dry_run,
+            force=self.options.force,
+        )
+        return None if edits is None else replace(self, edits=edits)
+
+    def into(
+        self,
+        memory: Path,
+        flags: Mapping[str, Any],
+        *,
+        config: Path | None,
+        provenance: Provenance,
+        every: float | None,
+    ) -> None:
+        """Make the edits the next release of a memory; with ``every``, in seconds, go on with those that are added.
+
+        Raises:
+            SettingsError: the model or the edits are missing.
+        """
+        if self.model is None or self.edits is None:
+            raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
+        into_memory = IntoMemory(
+            self.console,
+            self.model,
+            self.edits,
+            memory,
+            flags,
+            config,
+            provenance,
+            self.load,
+            self.options,
+            self.gate,
+        )
+        if every is None:
+            into_memory.once()
+        else:
+            into_memory.follow(every)
+
+    def again(self, manifest: Path, output: Path) -> None:
+        """Write the shards of a manifest once more.
+
+        Raises:
+            SettingsError: something is asked of the edits, as of new ones.
+        """
+        from wisecli.commands.reproduce import reproduce
+        from wisecli.edits.admission import USUAL
+
+        if self.gate != USUAL:
+            raise SettingsError("--reproduce writes what was written once; drop what is asked of new edits")
+        with self.console.watching() as watch:
+            report = reproduce(manifest, output, model=self.model, load=self.load, options=self.options, watch=watch)
+        tell_edit(self.console, report)
+        report.check()
+
+    def write_shards(self, output: Path, settings: EditSettings, target_module: str | None) -> None:
+        """Write the edits into shards.
+
+        Raises:
+            SettingsError: the model or the edits are missing.
+        """
+        from wisecli.commands.edit import edit
+
+        if self.model is None or self.edits is None:
+            raise SettingsError("give a MODEL and a file of EDITS, or --reproduce and a manifest")
+        with self.console.watching() as watch:
+            report = edit(
+                self.model,
+                self.edits,
+                output,
+                settings,
+                load=self.load,
+                target_module=target_module,
+                options=self.options,
+                gate=self.gate,
+                watch=watch,
+            )
+        tell_edit(self.console, report)
+        report.check()
+
+
+def tell_edit(console: Console, report: EditReport) -> None:
+    """Print what ``wise edit`` did."""
+    content = {"results": _edit_json(report)}
+    what = f"{report.edits} edits in {count(report.shards, 'shard')} of {report.module}"
+    if report.plan is None:
+        console.result(content, *map(Text, _edit_lines(what, report)))
+        return
+    sifted = map(Text, sifted_lines(report.sifted))
+    console.result(content, would_write(what, report), Text(_resident(report.plan)), *sifted)
+
+
+def _edit_json(report: EditReport) -> dict[str, Any]:
+    results = {name: getattr(report, name) for name in ("edits", "shards", "seconds", "seconds_per_edit")}
+    results |= {"peak_rss_bytes": report.peak_rss_bytes, "output": str(report.output), "layer": report.layer}
+    results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
+    results |= {"left_out": list(report.left_out), "missing": report.missing}
+    results["sifted"] = sifted_json(report.sifted)
+    if report.peak_vram_bytes:
+        results["peak_vram_bytes"] = report.peak_vram_bytes
+    if report.differing is not None:
+        results["differing"] = list(report.differing)
+    if report.plan is not None:
+        results["plan"] = asdict(report.plan)
+    return results
+
+
+def _edit_lines(what: str, report: EditReport) -> list[str]:
+    lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s, {report.seconds_per_edit:.2f} s an edit)"]
+    if report.missing:
+        lines = [f"{what}: {count(report.missing, 'shard')} still to be written by others ({report.seconds:.1f} s)"]
+    if not report.edits:
+        lines = [f"there is nothing to train, and nothing was written ({report.seconds:.1f} s)"]
+    lines += sifted_lines(report.sifted)
+    lines += [f"did not take: {name}" for name in report.untaken]
+    if report.differing == ():
+        lines.append("byte for byte the shards of the manifest")
+    lines += [f"left out, as the model gives nothing finite: {name}" for name in report.left_out]
+    return lines
+
+
+def _resident(plan: Plan) -> str:
+    """What a planned run would hold, read and compute."""
+    weights, work = f"{plan.weights / 2**30:.2f} GiB of weights", f"{plan.flops / 1e12:.1f} TFLOP"
+    if not plan.streamed:
+        return f"{weights} stay in memory; {work}"
+    return (
+        f"of {weights} {plan.resident / 2**30:.2f} stay in memory, later {plan.held / 2**30:.2f} more above the edit; "
+        f"the others pass through, {plan.layer / 2**30:.2f} at a time and {plan.read / 2**30:.0f} in all; "
+        f"{plan.spooled / 2**30:.2f} GiB of disk meanwhile; {work}"
+    )

@@ -13,11 +13,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 
 
 def help_of(command: str) -> str:
-    """What ``wise COMMAND --help`` prints, 100 columns wide and without colour."""
-    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    """What ``wise COMMAND --help`` prints, 80 columns wide and without colour."""
+    environment = {**os.environ, "COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1", "TERM": "dumb"}
     arguments = [sys.executable, "-m", "wisecli.cli", *command.split(), "--help"]
     text = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
-    lines = [line.rstrip() for line in text.replace("python -m wisecli.cli", "wise").splitlines()]
+    lines = [line.rstrip() for line in text.splitlines()]
     return re.sub(r"\n{2,}", "\n\n", "\n".join(lines)).strip()
 
 

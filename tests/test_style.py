@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "wisecli"
 MODULES = sorted(ROOT.rglob("*.py"))
 # A command's parameters are its options.
 OF_COMMANDS = ROOT / "cli"
-LINES, PARAMETERS = 300, 12
+LINES, PARAMETERS, BODY = 300, 12, 40
 
 
 def name_of(path: Path) -> str:
@@ -40,6 +40,13 @@ def test_no_module_is_too_long(path: Path) -> None:
 def test_no_function_takes_too_much(path: Path) -> None:
     counts = {one.name: len(parameters(one)) for one in functions(path.read_text(encoding="utf-8"))}
     assert {name: count for name, count in counts.items() if count > PARAMETERS} == {}
+
+
+@pytest.mark.parametrize("path", sorted(OF_COMMANDS.glob("*.py")), ids=name_of)
+def test_what_a_command_does_apart_from_its_signature_is_short(path: Path) -> None:
+    found = functions(path.read_text(encoding="utf-8"))
+    lengths = {one.name: (one.end_lineno or 0) - one.body[0].lineno + 1 for one in found}
+    assert {name: length for name, length in lengths.items() if length > BODY} == {}
 
 
 def test_parameters_of_every_kind_count() -> None:

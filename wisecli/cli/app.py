@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -67,6 +68,8 @@ def main() -> None:
     """Run the command line; every error the user can act on ends in one sentence and its exit code."""
     debug = "--debug" in sys.argv[1:2]
     quiet_libraries()
+    if "_WISE_COMPLETE" in os.environ:
+        os.environ["COLUMNS"] = "1000"  # a description on two lines would be two proposals to fish
     try:
         app(prog_name="wise")
     except WiseError as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Pairs of a passage, unless it is said otherwise.
 EACH = 3
-Yes = Annotated[bool, flag("Of a document: take every pair without asking.", "--yes", panel=INPUT)]
+Yes = Annotated[bool, flag("Take every pair of the document unasked.", "--yes", panel=INPUT)]
 Each = Annotated[
     int, option("Pairs of a passage at most.", "--each", panel=INPUT, default=str(EACH), metavar="N", least=1)
 ]

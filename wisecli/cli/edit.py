@@ -46,12 +46,11 @@ _routed = partial(setting, EditSettings, panel=ROUTER)
 
 def edit(
     model: Annotated[str | None, typer.Argument(help="Base model: a directory, a hub id or a GGUF file.")] = None,
-    edits: Annotated[
-        Path | None, typer.Argument(help="Edits: JSONL, JSON or Parquet, in any known layout; - reads a pipe.")
-    ] = None,
+    edits: Annotated[Path | None, typer.Argument(help="JSONL, JSON or Parquet, any known layout; - is a pipe.")] = None,
     output: Output = Path("shards"),
     into: Annotated[
-        Path | None, option("Make them the next release of this memory.", default="shards alone", metavar="DIR")
+        Path | None,
+        option("Make them the next release of this memory; without it only shards are written.", metavar="DIR"),
     ] = None,
     device: Device = "auto",
     dry_run: DryRun = False,
@@ -79,11 +78,13 @@ def edit(
     ] = False,
     interval: Annotated[
         float,
-        option("With --watch: seconds between two looks.", panel=INTO, default="1.0", metavar="X", least=0.01),
+        option("Seconds between two looks.", panel=INTO, default="1.0", metavar="X", least=0.01),
     ] = 1.0,
     reason: Reason = "",
     who: Who = None,
-    preset: Annotated[str | None, _trained("preset", "default, or paper (sequential, as published).")] = None,
+    preset: Annotated[
+        str | None, _trained("preset", "default, or paper: gradient steps, edit after edit, as published.")
+    ] = None,
     writer: Annotated[str | None, _trained("writer", "solve (closed form) or gradient (the paper's).")] = None,
     schedule: Annotated[str | None, _trained("schedule", "Of the gradient writer: batched or sequential.")] = None,
     layer: Annotated[
@@ -103,19 +104,21 @@ def edit(
     ] = None,
     edits_per_shard: Annotated[int | None, _trained("edits_per_shard", "Edits a shard at most.")] = None,
     mask_ratio: Annotated[float | None, _trained("mask_ratio", "Density ρ of the masks.")] = None,
-    mask_kind: Annotated[str | None, _trained("mask_kind", "Masks are of columns or elements.")] = None,
-    masks: Annotated[str | None, _trained("masks", "random (masks of shards overlap) or disjoint.")] = None,
-    passes: Annotated[int | None, _trained("passes", "Passes over a shard at most.")] = None,
-    learning_rate: Annotated[float | None, _trained("learning_rate", "Step size.")] = None,
-    batch_size: Annotated[int | None, _trained("batch_size", "Rows a step.")] = None,
-    contexts: Annotated[int | None, _worded("contexts", "Context prefixes an edit.")] = None,
-    chat: Annotated[
-        bool | None, _worded("chat", "Edit the prompts in the chat template, too.", "--chat/--no-chat")
+    mask_kind: Annotated[str | None, _trained("mask_kind", "columns or elements.")] = None,
+    masks: Annotated[
+        str | None, _trained("masks", "random (those of two shards overlap) or disjoint (they do not).")
     ] = None,
+    passes: Annotated[int | None, _trained("passes", "Passes over a shard at most.")] = None,
+    learning_rate: Annotated[float | None, _trained("learning_rate", "Step size while training.")] = None,
+    batch_size: Annotated[int | None, _trained("batch_size", "Rows in one step's batch.")] = None,
+    contexts: Annotated[int | None, _worded("contexts", "Context prefixes an edit.")] = None,
+    chat: Annotated[bool | None, _worded("chat", "Use the chat template too.", "--chat/--no-chat")] = None,
     augment: Annotated[
         int | None, _worded("augment", "Paraphrases that the model writes for an edit, at most.")
     ] = None,
-    router: Annotated[str | None, _routed("router", "key (nearest whitened key) or norm (the paper's).")] = None,
+    router: Annotated[
+        str | None, _routed("router", "key (nearest whitened key) or norm (how much an output changes, the paper's).")
+    ] = None,
     routing: Annotated[str | None, _routed("routing", "One decision a token or a sequence.")] = None,
     executor: Annotated[
         str,
@@ -129,11 +132,13 @@ def edit(
     ] = "local",
     only: Annotated[
         str | None,
-        option("Write the k-th of n parts of the shards, as 3/8.", panel=WHERE, default="all", metavar="K/N"),
+        option("Write the k-th of n parts of the shards, such as 3/8.", panel=WHERE, default="all", metavar="K/N"),
     ] = None,
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
-    revision: Annotated[str | None, option("Revision of a hub model.", panel=WHERE, metavar="NAME")] = None,
+    revision: Annotated[
+        str | None, option("Commit, branch or tag of a hub model.", panel=WHERE, metavar="NAME")
+    ] = None,
     trust_remote_code: Trust = False,
     force: Force = False,
     strict: Annotated[bool, flag("Exit with 1 if an edit did not take.", "--strict", panel=OUTPUT)] = False,

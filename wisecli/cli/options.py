@@ -55,13 +55,11 @@ Budget = Annotated[
     ),
 ]
 AsJson = Annotated[bool, flag("Print exactly one JSON object on stdout.", "--json")]
-Quiet = Annotated[bool, flag("No progress on stderr.", "-q", "--quiet", panel=OUTPUT)]
+Quiet = Annotated[bool, flag("Show no progress on stderr.", "-q", "--quiet", panel=OUTPUT)]
 DryRun = Annotated[bool, flag("Check and plan; load no weights, write nothing.", "--dry-run")]
 Force = Annotated[bool, flag("Replace an existing output.", "--force", panel=OUTPUT)]
 Reason = Annotated[str, option("Why, for the memory's log.", "--reason", panel=INTO)]
-Who = Annotated[
-    str | None, option("By whom, for the memory's log.", "--who", panel=INTO, default="the user", metavar="NAME")
-]
+Who = Annotated[str | None, option("By whom, for the log.", "--who", panel=INTO, default="the user", metavar="NAME")]
 OnConflict = Annotated[
     Literal["error", "latest", "skip"] | None,
     option(
@@ -72,21 +70,21 @@ OnConflict = Annotated[
         metavar="NAME",
     ),
 ]
-SkipKnown = Annotated[bool, flag("Leave out what the unedited model says already.", "--skip-known", panel=INPUT)]
+SkipKnown = Annotated[bool, flag("Leave out what the model already says.", "--skip-known", panel=INPUT)]
 PolicyFile = Annotated[
     Path | None, option("Rules (TOML) on what may be edited at all.", "--policy", panel=INPUT, metavar="FILE")
 ]
 Signature = Annotated[
     Path | None,
-    option("Signature of EDITS, by minisign or ssh-keygen -Y sign.", "--verify-signature", panel=INPUT, metavar="FILE"),
+    option("EDITS' signature: minisign or ssh-keygen -Y.", "--verify-signature", panel=INPUT, metavar="FILE"),
 ]
 Signer = Annotated[
     Path | None,
-    option("Its public key, or the file of allowed signers.", "--signer", panel=INPUT, metavar="FILE"),
+    option("The public key, or file of allowed signers.", "--signer", panel=INPUT, metavar="FILE"),
 ]
 Identity = Annotated[
     str | None,
-    option("Which of the allowed signers must have signed.", "--signer-identity", panel=INPUT, metavar="NAME"),
+    option("Which allowed signer must have signed.", "--signer-identity", panel=INPUT, metavar="NAME"),
 ]
 Trust = Annotated[bool, flag("Let the base model's own code run.", "--trust-remote-code", panel=WHERE)]
 

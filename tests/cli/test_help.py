@@ -119,7 +119,7 @@ def test_the_panels_of_all_commands_and_their_order() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_and_its_text_is_in_the_help(command: str) -> None:
+def test_every_option_is_in_the_help(command: str) -> None:
     shown = " ".join(line.strip("│ ") for line in lines_of(command))
     for name in parameters_of(command):
         assert name in shown

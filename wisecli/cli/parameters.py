@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from wisecli.cli.choices import Completer, one_of
-from wisecli.config import defaults
+from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, defaults
 
 # Panels of the help, in the order in which the commands declare their options. Options that name none of them stand
 # in a panel of their own above the others, with those that most people need.
@@ -31,6 +31,10 @@ _MOST_USED = "Most used"
 # Fewer options than this stand in one panel.
 _MANY = 9
 
+# Types of the settings, worked out once.
+_HINTS: dict[Any, dict[str, Any]] = {
+    kind: get_type_hints(kind) for kind in (EditSettings, MergeSettings, EvalSettings, BenchSettings)
+}
 # What stands for a value in the help, by its type.
 _METAVARS: dict[Any, str] = {bool: "", int: "N", float: "X"}
 
@@ -115,7 +119,7 @@ def setting(
     The shell completes what the class allows.
     """
     default = defaults(kind)[name]
-    bare = _bare(get_type_hints(kind)[name])
+    bare = _bare(_HINTS[kind][name])
     allowed = get_args(bare) if get_origin(bare) is Literal else ()
     return option(
         text,

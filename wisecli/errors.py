@@ -77,6 +77,13 @@ class OutputExistsError(WiseError):
         super().__init__(f"{path} already exists; pass --force to replace it or -o to write elsewhere")
 
 
+class ProtectedOutputError(WiseError):
+    """The output is there already, and not this command's to replace, ``--force`` or not."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}, so --force does not replace it; pass -o to write elsewhere or move it")
+
+
 class UnwritableError(WiseError):
     """The output cannot be written where it was asked for."""
 

@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from wisecli.errors import NoSpaceError, OutputExistsError
-from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
+from wisecli.io import atomic_output
+from wisecli.io.atomic_output import require_space, whole_directory
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
@@ -79,9 +84,91 @@ def test_an_existing_output_is_refused_before_the_block_begins(tmp_path: Path, k
         entered = True
     assert not entered
     assert (output / "old" if kind == "directory" else output).read_text() == "kept"
-    with pytest.raises(OutputExistsError):
-        refuse_existing(output, force=False)
-    refuse_existing(output, force=True)
+
+
+def test_without_a_swap_in_one_step_the_old_output_comes_back_if_the_new_one_cannot_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("kept")
+    monkeypatch.setattr(atomic_output, "_exchanged", lambda *_: False)
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == output and (self / "new").exists():
+            raise OSError(errno.EIO, "the disk is gone")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OSError, match="the disk is gone"), whole_directory(output, force=True) as working:
+        (working / "new").write_text("new")
+    assert (output / "old").read_text() == "kept"
+    assert not hidden_files(tmp_path)
+    monkeypatch.setattr(Path, "replace", replace)
+    with whole_directory(output, force=True) as working:
+        (working / "new").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+# Replaces an output again and again; says so between two rounds.
+REPLACING = """
+import sys
+from pathlib import Path
+from wisecli.io import atomic_output
+
+if sys.argv[2] == "two steps":
+    atomic_output._exchanged = lambda *_: False
+for number in range(10**6):
+    with atomic_output.whole_directory(Path(sys.argv[1]), force=True) as working:
+        for part in range(20):
+            (working / f"{part}").write_text(str(number))
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("way", ["one step", "two steps"])
+def test_a_kill_at_any_moment_leaves_one_of_both_whole_and_the_next_run_nothing_else(tmp_path: Path, way: str) -> None:
+    output, chance = tmp_path / "out", random.Random(3)
+    for _ in range(12):
+        command = [sys.executable, "-c", REPLACING, str(output), way]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(0.02 * chance.random())
+            process.kill()
+        if way == "one step":
+            require_whole(output)
+        with whole_directory(tmp_path / "out", force=True) as working:
+            require_whole(output)
+            shutil.copytree(output, working, dirs_exist_ok=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def require_whole(output: Path) -> None:
+    contents = {path.name: path.read_text() for path in output.iterdir()}
+    assert contents.keys() == {str(part) for part in range(20)}
+    assert len(set(contents.values())) == 1
+
+
+def test_what_another_run_is_writing_is_left_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with whole_directory(output) as first:
+        (first / "one").write_text("1")
+        with whole_directory(output) as second:
+            (second / "two").write_text("2")
+            assert (first / "one").is_file()
+        (output / "two").unlink()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "one"]
+
+
+def test_nothing_is_swept_away_but_what_runs_of_this_program_leave(tmp_path: Path) -> None:
+    names = (".out.backup01", ".out.old.12345678", ".outer.wise-12345678", "out.wise-12345678")
+    for name in (*names, ".out.wise-12345678", ".out.wise-12345678.old"):
+        (tmp_path / name).mkdir()
+    with whole_directory(tmp_path / "out") as working:
+        (working / "new").write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *names}
 
 
 def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:

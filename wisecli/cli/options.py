@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
 
-Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
+def output_path(text: str | Path) -> Path:
+    """A place to write to.
+
+    Raises:
+        SettingsError: it is empty, as an unset variable of a shell script is.
+    """
+    if not str(text).strip():
+        raise SettingsError("--output is empty; name a directory")
+    return Path(text)
+
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.", parser=output_path, metavar="DIR")]
 Model = Annotated[
     str | None,
     option("Base model, if not where the manifest says.", "--model", panel=INPUT, metavar="MODEL"),

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, ShardEntry, read_shard_directory
+from wisecli.artifacts.shard_manifest import (
+    MANIFEST_NAME,
+    UNRELATED_NAME,
+    ShardDirectory,
+    ShardEntry,
+    read_shard_directory,
+)
 from wisecli.artifacts.unrelated_stats import load_unrelated
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.executors import executor_for
@@ -17,7 +23,8 @@ from wisecli.editing.worker import Job, Worker, differences
 from wisecli.edits.admission import USUAL, Gate, Sifted
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, StoppedError
-from wisecli.io.atomic_output import refuse_existing, require_space
+from wisecli.io.atomic_output import require_space
+from wisecli.io.replacing import Output
 from wisecli.models.loading import Loaded, machine_memory, pick_device, pick_dtype
 from wisecli.models.site import Site, find_site
 from wisecli.progress import NOTE, Event, Watcher, ignore
@@ -122,11 +129,18 @@ def edit(
     worker = Worker(job, watch)
     if gate.skip_known and not options.dry_run:
         if options.only == (1, 1):  # with more parts than shards some have nothing to do, even when all is done
-            refuse_existing(output, force=options.force)
+            _output(job, output, options, edits_file).require()
         admitted = worker.without_known(admitted)
         worker = worker.with_edits(admitted.edits)
+    _output(job, output, options, edits_file).require_apart()
     report = carry_out(worker, output, options) if admitted.numbered else _nothing(worker, output)
     return replace(report, seconds=time.perf_counter() - started, sifted=admitted.sifted)
+
+
+def _output(job: Job, output: Path, options: RunOptions, *inputs: Path) -> Output:
+    """Where shards go, and that only former shards may be replaced there."""
+    model = [Path(job.model)] if Path(job.model).exists() else []
+    return Output(output, (MANIFEST_NAME,), (*model, *inputs), never=("config.json",), force=options.force)
 
 
 def _nothing(worker: Worker, output: Path) -> EditReport:
@@ -157,7 +171,7 @@ def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) 
     if mine:  # with more parts than shards some have nothing to do, even when all is done
         if not force and not options.dry_run:
             unfinished.sweep()
-        refuse_existing(output, force=force)
+        _output(job, output, options).require()
     settings, checkpoint, count = job.settings, worker.checkpoint, len(job.edits)
     site = find_site(checkpoint.directory, checkpoint, settings.layer, worker.layout)
     require_space(output, _expected_bytes(site, settings, count, len(parts)))

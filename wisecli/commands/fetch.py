@@ -13,12 +13,16 @@ from pathlib import Path
 from filelock import FileLock
 
 from wisecli.edits.formats import BENCHMARKS
-from wisecli.errors import DamagedFileError, DownloadError, SettingsError
-from wisecli.io.atomic_output import refuse_existing, require_space, whole_directory
-from wisecli.io.checkpoint import sha256_file
+from wisecli.errors import DamagedFileError, DownloadError, OutputExistsError, SettingsError
+from wisecli.io.atomic_output import require_space, whole_directory
+from wisecli.io.checkpoint import sha256_file, write_json
+from wisecli.io.replacing import Output
 from wisecli.io.user_cache import cache_path
 from wisecli.models.resolve import convert
 from wisecli.progress import Event, Watcher, ignore
+
+# Marks a copy of a fetched model as one.
+_FETCHED = "wise-fetch.json"
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,29 @@ def fetch(name: str, output: Path | None = None, *, force: bool = False, watch: 
     if name not in MODELS and name not in BENCHMARKS:
         raise SettingsError(f"nothing is known as {name!r}; choose one of {', '.join([*MODELS, *BENCHMARKS])}")
     if output is not None:
-        refuse_existing(output, force=force)
+        _require_free(output, name, force=force)
     source = _cached_model(name, watch) if name in MODELS else fetch_benchmark(name)
     if output is None:
         return source
     if source.is_dir():
         with whole_directory(output, force=force) as working:
             shutil.copytree(source, working, dirs_exist_ok=True)
+            write_json(working / _FETCHED, {"name": name})
     else:
         shutil.copyfile(source, output)
     return output
+
+
+def _require_free(output: Path, name: str, *, force: bool) -> None:
+    """Check that a copy may be written: over nothing, or with force over a former copy.
+
+    Raises:
+        OutputExistsError, ProtectedOutputError: it may not.
+    """
+    if name in MODELS or output.is_dir():
+        Output(output, (_FETCHED,), force=force).require()
+    elif output.exists() and not force:
+        raise OutputExistsError(output)
 
 
 def fetch_benchmark(name: str) -> Path:

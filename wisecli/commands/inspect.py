@@ -12,8 +12,7 @@ from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest, read_
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.commands.plot import plot_scores
 from wisecli.edits.record import Edit
-from wisecli.errors import SettingsError
-from wisecli.io.atomic_output import refuse_existing
+from wisecli.errors import OutputExistsError, SettingsError
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Header, read_header
 
@@ -82,7 +81,8 @@ def inspect(
     if plot is not None:
         if kind == "shards":
             raise SettingsError(f"--plot: {path} has no router yet; merge the shards and plot the memory")
-        refuse_existing(plot, force=force)
+        if plot.exists() and not force:
+            raise OutputExistsError(plot)
     if kind == "shards":
         directory = read_shard_directory(path)
         return _shards(directory, *_chosen(directory.edits, find, limit))

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
 from wisecli.artifacts.shard import half
+from wisecli.environment import versions
 from wisecli.errors import ModelError
 from wisecli.export.weights import Packing, write_weights
 from wisecli.io.checkpoint import (
@@ -44,10 +45,21 @@ CODE_NAME = "modeling_wise.py"
 _CARRIED = (side_memory, router, scores, prompt_gate)
 _CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
 _FORMER_NAMES = ("wise_memory.py",)
+# What marks a checkpoint with the memory always on as one of ours; stock loaders pass it over.
+MERGED_NAME = "wise.json"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_REWRITTEN = ("config.json", "router.json", "README.md", CODE_NAME, *_CARRIED_NAMES, *_FORMER_NAMES)
+_REWRITTEN = (
+    "config.json",
+    "router.json",
+    "README.md",
+    MERGED_NAME,
+    "wise-fetch.json",
+    CODE_NAME,
+    *_CARRIED_NAMES,
+    *_FORMER_NAMES,
+)
 # Classes of models with their head, by the class that loads them.
 _WITH_HEAD = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -128,6 +140,8 @@ def write_merged(
         _write_index(output, files)
     write_json(output / "config.json", _typed(read_json(base / "config.json"), packing))
     _copy_side_files(output, base)
+    edits = [edit.as_dict() for edit in manifest.edits]
+    write_json(output / MERGED_NAME, {"format": "merged", "versions": versions(), "edits": edits})
 
 
 def _typed(config: dict[str, Any], packing: Packing) -> dict[str, Any]:

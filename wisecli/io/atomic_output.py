@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,8 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from wisecli.errors import NoSpaceError, OutputExistsError, UnwritableError
+from filelock import FileLock, Timeout
 
+from wisecli.errors import NoSpaceError, UnwritableError
+from wisecli.io.replacing import Output
+from wisecli.io.user_cache import cache_path
+
+# What ends the name of a former output that is moved aside while a new one takes its place.
+_ASIDE = ".old"
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
@@ -29,36 +38,70 @@ def require_space(output: Path, needed: int) -> None:
         raise NoSpaceError(output, needed, free)
 
 
-def refuse_existing(output: Path, *, force: bool) -> None:
-    """Refuse to write over a directory that is there, unless forced.
-
-    Raises:
-        OutputExistsError: it exists and is not empty.
-    """
-    if not force and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise OutputExistsError(output)
-
-
 @contextmanager
 def whole_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary directory that takes the place of ``output`` when the block ends well, and vanishes otherwise.
+
+    What ``force`` may replace is the caller's to check beforehand, with :class:`~wisecli.io.replacing.Output`. What
+    killed runs left here is taken away first.
 
     Raises:
         OutputExistsError: ``output`` exists and ``force`` is not set.
         NoSpaceError: the disk filled up inside the block.
         UnwritableError: nothing may be written there.
     """
-    refuse_existing(output, force=force)
+    if not force:
+        Output(output, ()).require()
     output = output.absolute()
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with _alone(output) as alone:
         with writing(output):
-            yield working
-            put_in_place(working, output)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if alone:
+                sweep(output)
+            working = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+        try:
+            with writing(output):
+                yield working
+                put_in_place(working, output)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[bool]:
+    """Whether no other process of this user writes the same output just now."""
+    name = hashlib.sha256(os.fsencode(output)).hexdigest()[:32]
+    lock = FileLock(cache_path("locks") / f"{name}.lock", fallback_to_soft=False)
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except (OSError, Timeout, NotImplementedError):  # held by another, or no place for locks
+        yield False
+        return
+    try:
+        yield True
     finally:
-        shutil.rmtree(working, ignore_errors=True)
+        lock.release()
+
+
+def _prefix(output: Path) -> str:
+    """How the names of an output's working directories begin."""
+    return f".{output.name}.wise-"
+
+
+def sweep(output: Path) -> None:
+    """Take away what killed runs left beside an output; what one had moved aside comes back if nothing took its place.
+
+    Nobody else may be writing the output.
+    """
+    for old in sorted(output.parent.glob(f"{glob.escape(_prefix(output))}*{_ASIDE}")):
+        if not output.exists() and not output.is_symlink():
+            old.replace(output)
+    for left in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
+        if left.is_symlink() or not left.is_dir():
+            left.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -80,15 +123,44 @@ def writing(output: Path) -> Iterator[None]:
 
 
 def put_in_place(working: Path, output: Path) -> None:
-    """Let a finished directory take the place of what is at ``output``, on the same disk."""
+    """Let a finished directory take the place of what is at ``output``, on the same disk.
+
+    Both change places in one step where the system can do that; elsewhere the old one is moved aside first, and comes
+    back if the new one cannot follow. The old one is then gone.
+    """
     working.chmod(0o755)
-    if output.exists():
-        doomed = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-        output.replace(doomed / output.name)
+    if not output.exists() and not output.is_symlink():
         working.replace(output)
-        shutil.rmtree(doomed)
+        return
+    if _exchanged(working, output):
+        _remove(working)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(output), suffix=_ASIDE, dir=output.parent))
+    aside.rmdir()
+    output.replace(aside)
+    try:
+        working.replace(output)
+    except BaseException:
+        aside.replace(output)
+        raise
+    _remove(aside)
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Let two directory entries change places in one step (Linux); ``False`` where that cannot be done."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(first), here, os.fsencode(second), swap) == 0)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        working.replace(output)
+        path.unlink()
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

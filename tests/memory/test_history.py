@@ -20,9 +20,10 @@ from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.diff import diff
 from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit import edit as run_edit
-from wisecli.commands.edit_into import Batch, IntoReport, edit_into, merge_into, superseding
+from wisecli.commands.edit_into import Batch, IntoReport, edit_into
 from wisecli.commands.log import log
 from wisecli.commands.merge import merge
+from wisecli.commands.merge_into import merge_into
 from wisecli.commands.remove import remove
 from wisecli.commands.rollback import rollback
 from wisecli.commands.watch import follow as run_follow
@@ -30,6 +31,7 @@ from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.record import Edit
 from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.memory.history import HISTORY, LOG, Provenance, read_history
+from wisecli.memory.superseding import superseding
 from wisecli.progress import Event, Watcher, ignore
 
 

@@ -119,7 +119,7 @@ def merge_into(
     reason: str,
 ) -> None:
     """What ``wise merge --into`` does."""
-    from wisecli.commands.edit_into import merge_into as run
+    from wisecli.commands.merge_into import merge_into as run
     from wisecli.memory.history import Provenance
 
     with console.watching() as watch:

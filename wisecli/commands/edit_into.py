@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.edit import EditReport, RunOptions, carry_out
-from wisecli.commands.remove import Cleared, cleared
-from wisecli.config import EditSettings, LoadOptions, MergeSettings, resolve
+from wisecli.commands.remove import without_edits
+from wisecli.config import EditSettings, LoadOptions, resolve
 from wisecli.editing.worker import Job, Worker
 from wisecli.edits.admission import USUAL, Admitted, Gate, Sifted
 from wisecli.edits.record import Edit, Numbered
-from wisecli.edits.text import folded
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.memory.history import Change, Provenance, Release, changing, has_history, next_name, read_history
-from wisecli.memory.releases import Published, directories_of, publish, settings_of
+from wisecli.memory.history import Change, Provenance, Release, changing, has_history, read_history
+from wisecli.memory.releases import directories_of, merging_of, name_after, publish
+from wisecli.memory.superseding import superseding
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.resolve import find_model
 from wisecli.progress import Watcher, ignore
@@ -118,8 +117,8 @@ def edit_into(
         pending = memory.absolute().parent / f".{memory.name}.shards"
         edited = _written(worker, pending, options)
         giving_way = _giving_way(held, admitted)
-        with _left(memory, releases, giving_way, model, load, watch) as left:
-            name = _after(memory, left.new)
+        with without_edits(memory, releases, giving_way, model, load, watch) as left:
+            name = name_after(memory, left.new)
             change = Change(
                 "edit",
                 {**left.shards, name: ()},
@@ -129,91 +128,14 @@ def edit_into(
                 provenance=provenance,
             )
             new = {**left.new, name: pending}
-            published = publish(memory, change, _merging(releases), new=new, model=model, watch=watch)
+            published = publish(memory, change, merging_of(releases), new=new, model=model, watch=watch)
         shutil.rmtree(pending)
     seconds = time.perf_counter() - started
     return IntoReport(memory, published.release, len(published.manifest.edits), known, edited, seconds, admitted.sifted)
 
 
-def merge_into(
-    inputs: Sequence[Path],
-    memory: Path,
-    settings: MergeSettings,
-    *,
-    model: str | None = None,
-    provenance: Provenance = Provenance(),
-    watch: Watcher = ignore,
-) -> Published:
-    """Take shards that were written elsewhere into a memory's history, and join all that it holds by these settings.
-
-    What is not set is as it was. Without inputs the memory is merged anew.
-
-    Raises:
-        WiseError: the shards or the memory cannot be used; the memory is as it was.
-    """
-    with changing(memory):
-        releases = read_history(memory) if has_history(memory) else []
-        if not releases and (not inputs or (memory.exists() and any(memory.iterdir()))):
-            raise MemoryHistoryError(memory)
-        edits = [edit for path in inputs for edit in read_shard_directory(path).written]
-        superseded = superseding(read_manifest(memory).edits if releases else (), edits)
-        added = tuple(edit.id for edit in edits)
-        merging = _overridden(_merging(releases), settings) if releases else settings
-        with _left(memory, releases, superseded, model, LoadOptions(), watch) as left:
-            new = dict(left.new)
-            for path in inputs:
-                new[_after(memory, new)] = path
-            shards = {**left.shards, **dict.fromkeys(new, ())}
-            change = Change("merge", shards, added=added, superseded=superseded, provenance=provenance)
-            return publish(memory, change, merging, new=new, model=model, watch=watch)
-
-
-def _overridden(before: MergeSettings, wanted: MergeSettings) -> MergeSettings:
-    """Settings of a memory, but for those that are asked for; who asks for another mode gets its own defaults."""
-    if wanted.mode not in (None, before.mode):
-        return wanted
-    default = MergeSettings()
-    changed = {name: value for name, value in asdict(wanted).items() if value != getattr(default, name)}
-    return replace(before, **changed)
-
-
-def superseding(held: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
-    """Ids of held edits of which a new one says something else, or the same again, with the new one's id."""
-    by_prompt = {_fact(edit): edit.id for edit in new}
-    by_id = {edit.id for edit in new}
-    found = {edit.id: by_prompt[_fact(edit)] for edit in held if _fact(edit) in by_prompt}
-    return {**{edit.id: edit.id for edit in held if edit.id in by_id}, **found}
-
-
 def _giving_way(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
     return {**admitted.superseded, **superseding(held, admitted.edits)}
-
-
-def _fact(edit: Edit) -> str:
-    return folded(edit.prompt)
-
-
-def _left(
-    memory: Path,
-    releases: Sequence[Release],
-    ids: Collection[str],
-    model: str | None,
-    load: LoadOptions,
-    watch: Watcher,
-) -> AbstractContextManager[Cleared]:
-    """The newest release's shards, without the edits that give way."""
-    if not releases:
-        return nullcontext(Cleared({}, {}, ()))
-    return cleared(memory, releases[-1], ids, model=model, load=load, watch=watch)
-
-
-def _merging(releases: Sequence[Release]) -> MergeSettings:
-    return settings_of(releases[-1]) if releases else MergeSettings()
-
-
-def _after(memory: Path, new: Mapping[str, Path]) -> str:
-    """A name for the shards after those that are new, too."""
-    return f"{int(next_name(memory)) + len(new):04d}"
 
 
 def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:

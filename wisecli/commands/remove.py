@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,3 +119,17 @@ def _job(directory: ShardDirectory, names: Collection[str], model: str | None, l
         target_module=made.target_module,
         threads=made.threads,
     )
+
+
+def without_edits(
+    memory: Path,
+    releases: Sequence[Release],
+    ids: Collection[str],
+    model: str | None,
+    load: LoadOptions,
+    watch: Watcher,
+) -> AbstractContextManager[Cleared]:
+    """The newest release's shards, without the edits that give way."""
+    if not releases:
+        return nullcontext(Cleared({}, {}, ()))
+    return cleared(memory, releases[-1], ids, model=model, load=load, watch=watch)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from wisecli.editing.context_prefixes import CHAT, in_context
+from wisecli.editing.key_capture import window_keys
 from wisecli.editing.prompt_variants import answers_of
-from wisecli.editing.unrelated_activations import window_keys
 from wisecli.edits.record import Edit
 from wisecli.models.generation import end_token
 from wisecli.models.loading import Loaded

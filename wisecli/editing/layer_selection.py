@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wisecli.data.corpus import reworded_facts
-from wisecli.editing.unrelated_activations import prompt_ends
+from wisecli.editing.key_capture import prompt_ends
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import Checkpoint, read_json, sha256_json, write_json
 from wisecli.io.user_cache import cache_path

@@ -19,6 +19,7 @@ from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.evidence import Residual, gather_evidence
 from wisecli.editing.gradient import write_batched, write_sequential
 from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
+from wisecli.editing.key_capture import keys_of_texts
 from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
@@ -31,7 +32,7 @@ from wisecli.editing.training_examples import (
     encode_edits,
     require_finite,
 )
-from wisecli.editing.unrelated_activations import keys_of_texts, measure_unrelated
+from wisecli.editing.unrelated_activations import measure_unrelated
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.io.checkpoint import Checkpoint, sha256_json

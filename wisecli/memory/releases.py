@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memor
 from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, read_shard_directory
 from wisecli.config import MergeSettings, settings_from
 from wisecli.io.atomic_output import link_or_copy
-from wisecli.memory.history import HISTORY, SHARDS, Change, Release, next_release, record, shard_path
+from wisecli.memory.history import HISTORY, SHARDS, Change, Release, next_name, next_release, record, shard_path
 from wisecli.memory.merger import Merger
 from wisecli.memory.removal import Kept, without
 from wisecli.progress import Watcher, ignore
@@ -86,3 +86,13 @@ def _at_home(manifest: Manifest, names: list[str]) -> Manifest:
         [f"{HISTORY}/{SHARDS}/{name}", count] for name, (_, count) in zip(names, manifest.merge["shards"], strict=True)
     ]
     return replace(manifest, merge={**manifest.merge, "shards": listed}, origins=())
+
+
+def merging_of(releases: Sequence[Release]) -> MergeSettings:
+    """The settings that the newest release was merged by; the defaults of a memory that has none yet."""
+    return settings_of(releases[-1]) if releases else MergeSettings()
+
+
+def name_after(memory: Path, new: Mapping[str, Path]) -> str:
+    """A name for the shards after those that are new, too."""
+    return f"{int(next_name(memory)) + len(new):04d}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, changed, tensor_bytes
-from wisecli.editing.unrelated_activations import keys_of_texts
+from wisecli.editing.key_capture import keys_of_texts
 from wisecli.edits.record import Edit
 from wisecli.models.site import Site, value_module
 from wisecli.models.tokenization import Row, encode

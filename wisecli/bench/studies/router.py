@@ -17,7 +17,7 @@ from wisecli.bench.studies.context import Room
 from wisecli.bench.studies.plotting import by_edits
 from wisecli.config import EditSettings, resolve
 from wisecli.data.corpus import unrelated_texts
-from wisecli.editing.unrelated_activations import prompt_ends
+from wisecli.editing.key_capture import prompt_ends
 from wisecli.evaluation.edited_model import Edited
 from wisecli.models.loading import Loaded
 from wisecli.routing.prompt_gate import Prompt

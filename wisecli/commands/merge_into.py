@@ -1,0 +1,59 @@
+"""``wise merge --into``: shards that were written elsewhere → the next release of a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from wisecli.artifacts.memory_manifest import read_manifest
+from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.remove import without_edits
+from wisecli.config import LoadOptions, MergeSettings
+from wisecli.errors import MemoryHistoryError
+from wisecli.memory.history import Change, Provenance, changing, has_history, read_history
+from wisecli.memory.releases import Published, merging_of, name_after, publish
+from wisecli.memory.superseding import superseding
+from wisecli.progress import Watcher, ignore
+
+
+def merge_into(
+    inputs: Sequence[Path],
+    memory: Path,
+    settings: MergeSettings,
+    *,
+    model: str | None = None,
+    provenance: Provenance = Provenance(),
+    watch: Watcher = ignore,
+) -> Published:
+    """Take shards that were written elsewhere into a memory's history, and join all that it holds by these settings.
+
+    What is not set is as it was. Without inputs the memory is merged anew.
+
+    Raises:
+        WiseError: the shards or the memory cannot be used; the memory is as it was.
+    """
+    with changing(memory):
+        releases = read_history(memory) if has_history(memory) else []
+        if not releases and (not inputs or (memory.exists() and any(memory.iterdir()))):
+            raise MemoryHistoryError(memory)
+        edits = [edit for path in inputs for edit in read_shard_directory(path).written]
+        superseded = superseding(read_manifest(memory).edits if releases else (), edits)
+        added = tuple(edit.id for edit in edits)
+        merging = _overridden(merging_of(releases), settings) if releases else settings
+        with without_edits(memory, releases, superseded, model, LoadOptions(), watch) as left:
+            new = dict(left.new)
+            for path in inputs:
+                new[name_after(memory, new)] = path
+            shards = {**left.shards, **dict.fromkeys(new, ())}
+            change = Change("merge", shards, added=added, superseded=superseded, provenance=provenance)
+            return publish(memory, change, merging, new=new, model=model, watch=watch)
+
+
+def _overridden(before: MergeSettings, wanted: MergeSettings) -> MergeSettings:
+    """Settings of a memory, but for those that are asked for; who asks for another mode gets its own defaults."""
+    if wanted.mode not in (None, before.mode):
+        return wanted
+    default = MergeSettings()
+    changed = {name: value for name, value in asdict(wanted).items() if value != getattr(default, name)}
+    return replace(before, **changed)

@@ -1,0 +1,100 @@
+"""Keys read off a base model: of whole texts, of the ends of prompts, and from those on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.errors import ModelError
+from wisecli.models.activations import Activations, captured
+from wisecli.models.hooks import hooked
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Site, value_module
+from wisecli.models.tokenization import Row, collate, in_batches
+from wisecli.progress import Event, Watcher
+
+
+@torch.no_grad()
+def window_keys(loaded: Loaded, site: Site, rows: Sequence[Row], *, batch_size: int) -> list[Tensor]:
+    """Keys (n, d_ff) of each row, in float32: at its prompt's last token and at every target token but the last."""
+    groups = list(in_batches(rows, batch_size, by_target=True))
+    found: dict[int, Tensor] = {}
+    for indices, activations in zip(groups, _captured(loaded, site, rows, groups, window=True), strict=True):
+        own = zip(indices, activations.keys.float(), strict=True)
+        found |= {index: keys[: len(rows[index].target)] for index, keys in own}
+    return [found[index] for index in range(len(rows))]
+
+
+def _captured(
+    loaded: Loaded, site: Site, rows: Sequence[Row], groups: Sequence[Sequence[int]], *, window: bool
+) -> Iterator[Activations]:
+    """Activations up to the site, of groups of rows."""
+    batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
+    return captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window)
+
+
+def keys_of_texts(
+    loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys (n, d_ff) of every token, in float32; the text each is of (n,); whether it is that text's last one (n,).
+
+    Keys that are not finite are left out.
+
+    Raises:
+        ModelError: none is.
+    """
+    rows = [row for row in (Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts) if row.prompt]
+    groups = list(in_batches(rows, batch_size))
+    # Filled as they come: joined at the end, they would be there twice.
+    keys = torch.empty(sum(map(len, rows)), site.d_ff, device=loaded.device)
+    text, last = [], []
+    read = done = 0
+    for indices, activations in zip(groups, _captured(loaded, site, rows, groups, window=False), strict=True):
+        real = activations.batch.mask.bool()
+        own = activations.keys[real]
+        keys[read : read + len(own)] = own
+        text.append(torch.tensor(indices, device=real.device)[:, None].expand_as(real)[real])
+        ends = torch.zeros_like(real)
+        ends[:, -1] = True
+        last.append(ends[real])
+        read, done = read + len(own), done + len(indices)
+        watch(Event("unrelated text", done, len(rows)))
+    finite = keys.isfinite().all(-1)
+    if not finite.any():
+        raise ModelError("the model gives nothing finite for any text; are its weights whole?")
+    if not finite.all():
+        keys = keys[finite]
+    return keys, torch.cat(text)[finite], torch.cat(last)[finite]
+
+
+@torch.no_grad()
+def prompt_ends(
+    loaded: Loaded, sites: Sequence[Site], prompts: Sequence[str], *, batch_size: int, watch: Watcher
+) -> list[Tensor]:
+    """Keys (n, d_ff) at the last token of each prompt, in order, for every site, from one pass up to the highest.
+
+    Args:
+        sites: from the lowest layer up.
+    """
+    rows = [Row(tuple(loaded.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
+    groups = list(in_batches(rows, batch_size))
+    read: list[list[Tensor]] = [[] for _ in sites]
+    with ExitStack() as hooks:
+        for own, site in zip(read, sites, strict=True):
+            hooks.enter_context(hooked(value_module(loaded.model, site).register_forward_pre_hook(_keeper(own))))
+        done = 0
+        for indices, _ in zip(groups, _captured(loaded, sites[-1], rows, groups, window=True), strict=True):
+            done += len(indices)
+            watch(Event("reworded facts", done, len(rows)))
+    order = torch.tensor([index for indices in groups for index in indices]).argsort()
+    return [torch.cat(own)[order.to(loaded.device)].float() for own in read]
+
+
+def _keeper(read: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read.append(inputs[0][:, -1].clone())
+
+    return keep

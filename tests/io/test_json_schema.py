@@ -3,23 +3,25 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.io.json_schema import decode, parse, shown
+from wisecli.io.json_schema import CLOSED, OPEN, decode, parse, shown
 
 
 @dataclass(frozen=True)
 class Leaf:
+    __pydantic_config__ = CLOSED
     name: str
     share: float = 0.5
 
 
 @dataclass(frozen=True)
 class Tree:
+    __pydantic_config__ = CLOSED
     kind: Literal["oak", "elm"]
     count: int
     tall: bool
@@ -32,8 +34,8 @@ class Tree:
 
 @dataclass(frozen=True)
 class Open:
+    __pydantic_config__ = OPEN
     name: str
-    OPEN: ClassVar[bool] = True
 
 
 GOOD: dict[str, Any] = {

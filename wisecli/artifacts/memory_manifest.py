@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from wisecli.artifacts.tensor_schema import layouts, memory_rows, require_layout
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import load_tensors, read_json, save_tensors, sha256_file, write_json
-from wisecli.io.json_schema import decode, shown
+from wisecli.io.json_schema import CLOSED, OPEN, decode, shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Layout
 from wisecli.models.site import Fingerprint, Site, check_site
@@ -29,6 +29,8 @@ class Made:
     ``threads`` decides the order in which numbers are added up.
     """
 
+    __pydantic_config__ = CLOSED
+
     device: str
     dtype: str
     threads: int
@@ -41,6 +43,8 @@ class Origin:
 
     ``edits`` are ids, in order; those of them that no shard holds are in ``left_out``. ``sha256`` are the shard files'.
     """
+
+    __pydantic_config__ = CLOSED
 
     path: str
     settings: dict[str, Any]
@@ -72,6 +76,8 @@ class Manifest:
 class Base:
     """The base model as manifests name it: directory or hub id, revision and fingerprint."""
 
+    __pydantic_config__ = CLOSED
+
     model: str
     revision: str | None
     matrix: str
@@ -87,15 +93,18 @@ class Base:
 class MemoryEntry(Calibration):
     """One memory as ``router.json`` lists it: its calibration, and the ids of its edits."""
 
+    __pydantic_config__ = OPEN
+
     kind: Literal["matrix", "lookup"]
     router: Literal["norm", "key"]
     edits: tuple[str, ...]
-    OPEN: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class Stored:
     """Where the memory's tensors are, and what :meth:`SideMemory.describe` says; a tensor's type, then its shape."""
+
+    __pydantic_config__ = OPEN
 
     file: str
     prefix: str
@@ -105,7 +114,6 @@ class Stored:
     kind: Literal["matrix", "lookup"]
     sharpness: float
     tensors: dict[str, tuple[str | int, ...]]
-    OPEN: ClassVar[bool] = True
 
     @property
     def layouts(self) -> dict[str, Layout]:
@@ -123,6 +131,8 @@ class Stored:
 class MemoryManifest:
     """``router.json`` as it is written, every field checked."""
 
+    __pydantic_config__ = OPEN
+
     base: Base
     site: Site
     memories: tuple[MemoryEntry, ...]
@@ -132,7 +142,6 @@ class MemoryManifest:
     sha256: dict[str, str]
     versions: dict[str, str]
     origins: tuple[Origin, ...] = ()
-    OPEN: ClassVar[bool] = True
 
     def check(self) -> None:
         """Check what types do not say: that the parts belong together.

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from wisecli.artifacts.memory_manifest import Base, Made, Origin
 from wisecli.artifacts.shard import MaskKind, Shard, load_shard
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.io.checkpoint import read_json, write_json
-from wisecli.io.json_schema import decode
+from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
 from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.subject_names import Spellings
@@ -35,6 +35,8 @@ class ShardEntry:
     ``penalty`` is λ and w of the closed form, where it was used. ``untaken`` names the edits of whose target some token
     is not the arg-max after the bare prompt.
     """
+
+    __pydantic_config__ = CLOSED
 
     file: str
     sha256: str
@@ -92,22 +94,26 @@ class ShardDirectory:
 class _Settings:
     """Those settings that merging goes by."""
 
+    __pydantic_config__ = OPEN
+
     writer: Literal["solve", "gradient"]
     router: Literal["key", "norm"]
     routing: Literal["token", "sequence"]
     threshold: Literal["false-alarm", "minimum"]
-    OPEN: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class _Unrelated:
+    __pydantic_config__ = OPEN
+
     sha256: str
-    OPEN: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class _Content:
     """``shards.json`` as it is written."""
+
+    __pydantic_config__ = OPEN
 
     base: Base
     site: Site
@@ -121,7 +127,6 @@ class _Content:
     left_out: tuple[str, ...]
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     subjects: dict[str, Spellings] = field(default_factory=dict)
-    OPEN: ClassVar[bool] = True
 
     def check(self, *, plan: bool) -> None:
         """Check what types do not say: that the parts belong together.

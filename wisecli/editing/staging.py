@@ -29,7 +29,7 @@ from wisecli.artifacts.unrelated_stats import BackgroundStats, load_unrelated, s
 from wisecli.errors import BusyError, DamagedFileError, ModelError, WiseError
 from wisecli.io.atomic_output import link_or_copy, put_in_place, writing
 from wisecli.io.checkpoint import read_json, sha256_file, write_json
-from wisecli.io.json_schema import decode
+from wisecli.io.json_schema import CLOSED, decode
 
 _LOCK_NAME = "lock"
 # Byte of the lock file that whoever plans or finishes holds; the shards' own bytes follow.
@@ -39,6 +39,8 @@ _WHOLE = 0
 @dataclass(frozen=True)
 class Done:
     """A part that is done: its shard, if any of its edits could be written, and the edits that could not."""
+
+    __pydantic_config__ = CLOSED
 
     entry: ShardEntry | None
     left_out: tuple[str, ...] = ()

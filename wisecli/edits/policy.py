@@ -12,7 +12,7 @@ from typing import Literal
 from wisecli.edits.record import PROVENANCE, Edit, Numbered
 from wisecli.edits.text import folded
 from wisecli.errors import PolicyError, SettingsError
-from wisecli.io.json_schema import decode, shown
+from wisecli.io.json_schema import CLOSED, decode, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,6 +23,8 @@ else:
 @dataclass(frozen=True)
 class _Content:
     """``policy.toml`` as it is written."""
+
+    __pydantic_config__ = CLOSED
 
     forbidden_subjects: tuple[str, ...] = ()
     forbidden_patterns: tuple[str, ...] = ()

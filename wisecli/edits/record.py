@@ -12,7 +12,7 @@ from wisecli.edits.files import content_of, record_in, records_of
 from wisecli.edits.formats import canonical
 from wisecli.errors import EditFileError
 from wisecli.io.checkpoint import sha256_json
-from wisecli.io.json_schema import decode, require_moment, require_sane, shown
+from wisecli.io.json_schema import CLOSED, decode, require_moment, require_sane, shown
 
 OPERATIONS = ("insert", "modify", "erase")
 PROVENANCE = ("who", "when", "source")
@@ -24,6 +24,8 @@ _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 class Probe:
     """A prompt with an answer that is measured, never trained."""
 
+    __pydantic_config__ = CLOSED
+
     prompt: str
     answer: str
 
@@ -31,6 +33,8 @@ class Probe:
 @dataclass(frozen=True)
 class Translation:
     """An edit's prompt and target in another language, which is named as the record names it."""
+
+    __pydantic_config__ = CLOSED
 
     language: str
     prompt: str
@@ -46,6 +50,8 @@ class Edit:
     ``who``, ``when`` (ISO 8601) and ``source`` say where the fact is from; nothing goes by them. Of op ``erase`` the
     ``target`` is what the model should no longer say, and ``replacement``, if there is one, what it should say instead.
     """
+
+    __pydantic_config__ = CLOSED
 
     id: str
     prompt: str

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import MISSING, fields, is_dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from datetime import datetime
 from functools import lru_cache
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 
@@ -16,7 +21,21 @@ T = TypeVar("T")
 _DEPTH = 64
 # Beyond it a whole number is no count, no shape and no seed.
 _LARGEST = 2**53
-_KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number"}
+_LARGEST_FLOAT = 1e300
+# What pydantic found wrong, and what should stand there.
+_WHOLE, _NUMBER, _RECORD, _LIST = "a whole number", "a finite number", "an object", "a list"
+_EXPECTED = {
+    "string_type": "a text",
+    "string_unicode": "a text",
+    "bool_type": "true or false",
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing", "int_parsing_size"), _WHOLE),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), _NUMBER),
+    **dict.fromkeys(("dataclass_type", "dataclass_exact_type", "dict_type", "model_type"), _RECORD),
+    **dict.fromkeys(("tuple_type", "list_type"), _LIST),
+}
+# How records are read: a closed one refuses fields that it does not have, an open one passes over them.
+CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
+OPEN = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 def parse(text: str) -> Any:
@@ -64,15 +83,21 @@ def _require_unicode(text: str) -> None:
 
 
 def decode(kind: type[T], value: object, where: str = "") -> T:
-    """Turn a JSON value into a dataclass (or a plain type, tuple, dict or literal of such).
+    """A JSON value as a dataclass (or as a plain type, tuple, dict or literal of such), by pydantic in strict mode.
 
-    A field with a default may be missing. Fields that the dataclass does not have are refused, unless it has an
-    attribute ``OPEN``. Numbers are finite, and whole numbers less than 2⁵³.
+    A field with a default may be missing. Fields that a dataclass does not have are refused unless it says otherwise:
+    each says so by its ``__pydantic_config__``, which is :data:`CLOSED` or :data:`OPEN`. Numbers are finite, and whole
+    numbers less than 2⁵³.
 
     Raises:
         ValueError: naming the first field that is missing or of the wrong kind.
     """
-    decoded: T = _decode(kind, value, where)
+    try:
+        # As JSON text: in strict mode only there does a list stand for a tuple.
+        decoded: T = _adapter(cast(Any, kind)).validate_json(json.dumps(value, default=repr), strict=True)
+    except ValidationError as error:
+        raise ValueError(_sentence(error.errors(include_url=False), value, where)) from None
+    _require_bounded(decoded, where)
     return decoded
 
 
@@ -97,73 +122,75 @@ def shown(value: object, limit: int = 60) -> str:
     return quoted if len(quoted) <= limit + 2 else f"{quoted[:limit]}…"
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is None:
-        return _record(kind, value, where) if is_dataclass(kind) else _plain(kind, value, where)
-    if origin in (Union, UnionType):
-        return _either(args, value, where)
-    if origin is Literal:
-        if not isinstance(value, str) or value not in args:
-            raise ValueError(f"`{where}` must be one of {', '.join(args)}, not {shown(value)}")
-        return value
-    if origin is tuple:
-        return _tuple(args, value, where)
-    _require(isinstance(value, dict), "an object", value, where)
-    return {name: _decode(args[1], item, f"{where}.{name}") for name, item in value.items()}
-
-
-def _plain(kind: Any, value: Any, where: str) -> Any:
-    if kind is Any:
-        return value
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(number and abs(value) < math.inf and abs(value) <= 1e300, _KINDS[float], value, where)
-        return float(value)
-    exact = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    _require(exact and (kind is not int or abs(value) < _LARGEST), _KINDS[kind], value, where)
-    return value
-
-
-def _either(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and NoneType in kinds:
-        return None
-    *others, last = [kind for kind in kinds if kind is not NoneType]
-    for kind in others:
-        try:
-            return _decode(kind, value, where)
-        except ValueError:
-            continue
-    return _decode(last, value, where)
-
-
-def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    _require(isinstance(value, list | tuple), "a list", value, where)
-    wanted = [kinds[0]] * len(value) if kinds[1:] == (...,) else list(kinds)
-    _require(len(wanted) == len(value), f"a list of {len(wanted)}", value, where)
-    return tuple(_decode(kind, item, f"{where}[{n}]") for n, (kind, item) in enumerate(zip(wanted, value, strict=True)))
-
-
-def _record(kind: Any, value: Any, where: str) -> Any:
-    _require(isinstance(value, dict), "an object", value, where or "the whole")
-    hints, prefix = _hints(kind), f"{where}." if where else ""
-    unknown = next((name for name in value if name not in hints), None)
-    if unknown is not None and not hasattr(kind, "OPEN"):
-        raise ValueError(f"`{prefix}{unknown}` is unknown")
-    found = {}
-    for field in fields(kind):
-        if field.name in value:
-            found[field.name] = _decode(hints[field.name], value[field.name], prefix + field.name)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"`{prefix}{field.name}` is missing")
-    return kind(**found)
-
-
 @lru_cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return {field.name: get_type_hints(kind)[field.name] for field in fields(kind)}
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
-def _require(fine: bool, expected: str, value: Any, where: str) -> None:
-    if not fine:
-        raise ValueError(f"`{where}` must be {expected}, not {shown(value)}")
+def _sentence(errors: Sequence[ErrorDetails], value: object, where: str) -> str:
+    """What the first error says; of a value that fits none of several types, what the last type says of it."""
+    place, found = _place(errors[0]["loc"], value)
+    alike = [error for error in errors if _place(error["loc"], value)[0] == place]
+    error = alike[-1]
+    name = _named(where, place)
+    kind = error["type"]
+    if kind in ("missing", "missing_argument"):
+        field = error["loc"][-1]
+        if isinstance(field, int):  # of a tuple that is too short
+            return f"`{name}` must be a list of {_length(errors, value, place)}, not {shown(found)}"
+        return f"`{_named(where, (*place, field))}` is missing"
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"`{name}` is unknown"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return f"`{name}` must be one of {', '.join(choices)}, not {shown(found)}"
+    if kind == "too_long":
+        return f"`{name}` must be a list of {error['ctx']['max_length']}, not {shown(found)}"
+    return f"`{name or 'the whole'}` must be {_EXPECTED.get(kind, 'something else')}, not {shown(found)}"
+
+
+def _place(loc: Sequence[str | int], value: object) -> tuple[tuple[str | int, ...], object]:
+    """The part of an error's location that is in the value (not the types that were tried there), and what is there."""
+    place: tuple[str | int, ...] = ()
+    for step in loc:
+        inside = isinstance(value, dict) and step in value
+        inside |= isinstance(value, list | tuple) and isinstance(step, int) and step < len(value)
+        if inside:
+            place, value = (*place, step), value[step]  # type: ignore[index]
+    return place, value
+
+
+def _length(errors: Sequence[ErrorDetails], value: object, place: tuple[str | int, ...]) -> int:
+    """How long a tuple must be that lacks its last entries."""
+    lacking = (error["loc"][-1] for error in errors if _place(error["loc"], value)[0] == place)
+    return 1 + max(step for step in lacking if isinstance(step, int))
+
+
+def _named(where: str, place: Sequence[str | int]) -> str:
+    """A place as it is written: ``leaves[0].name``."""
+    name = where
+    for step in place:
+        name += f"[{step}]" if isinstance(step, int) else f"{'.' if name else ''}{step}"
+    return name
+
+
+def _require_bounded(value: Any, where: str) -> None:
+    """Check the numbers of what was decoded; what a record keeps as it came (``dict[str, Any]``) is passed over."""
+    if type(value) is int and abs(value) >= _LARGEST:
+        raise ValueError(f"`{where}` must be a whole number, not {shown(value)}")
+    if type(value) is float and not abs(value) <= _LARGEST_FLOAT:
+        raise ValueError(f"`{where}` must be a finite number, not {shown(value)}")
+    for step, part in _parts(value):
+        _require_bounded(part, _named(where, (step,)))
+
+
+def _parts(value: Any) -> Iterator[tuple[str | int, Any]]:
+    """What a decoded value is made of, and where."""
+    if isinstance(value, tuple):
+        yield from enumerate(value)
+    elif isinstance(value, dict):
+        yield from value.items()
+    elif is_dataclass(value):
+        for field in fields(value):
+            if field.type not in ("dict[str, Any]", dict[str, Any]):
+                yield field.name, getattr(value, field.name)

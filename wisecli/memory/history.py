@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jsonlines
 from filelock import FileLock, Timeout
@@ -26,7 +26,7 @@ from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError
 from wisecli.io.atomic_output import link_or_copy, whole_directory
 from wisecli.io.checkpoint import sha256_file
-from wisecli.io.json_schema import decode
+from wisecli.io.json_schema import OPEN, decode
 from wisecli.io.safe_paths import inside
 
 HISTORY, LOG, SHARDS = "history", "log.jsonl", "shards"
@@ -42,6 +42,8 @@ class Release:
     tensors, ``edits_file`` that of the file of edits, ``previous`` that of the line before, without its end.
     """
 
+    __pydantic_config__ = OPEN
+
     number: int
     when: str
     who: str
@@ -55,7 +57,6 @@ class Release:
     previous: str
     edits_file: dict[str, str] = field(default_factory=dict)
     reason: str = ""
-    OPEN: ClassVar[bool] = True
 
     @property
     def at(self) -> datetime:

@@ -15,7 +15,7 @@ from torch import nn
 
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json, sha256_json, sha256_tensor
-from wisecli.io.json_schema import shown
+from wisecli.io.json_schema import CLOSED, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,6 +53,8 @@ class Site:
     A change ``u`` of what the matrix gives changes what leaves the layer by ``multiplier · u``, or, where the output
     passes the module ``norm`` first, by what that makes of it.
     """
+
+    __pydantic_config__ = CLOSED
 
     architecture: str
     layer: int
@@ -162,7 +164,7 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
         ModelError: the checkpoint does not hold the matrix, or the model is too shallow.
     """
     layout = layout or known_layout(directory)
-    index = _layer_index(layer, layer_count(directory))
+    index = _layer_index(directory, layer, layer_count(directory))
     layer_module = f"{layout.layers}.{index}"
     module = f"{layer_module}.{layout.value}"
     weight = stored_weight(checkpoint, module)
@@ -189,9 +191,11 @@ def layer_count(directory: Path) -> int:
     return count
 
 
-def _layer_index(layer: str | int, count: int) -> int:
+def _layer_index(directory: Path, layer: str | int, count: int) -> int:
     if count < 2:
-        raise ModelError("config.json names fewer than two layers, and one must stay above the edited one")
+        raise ModelError(
+            f"{directory}: config.json names fewer than two layers, and one must stay above the edited one"
+        )
     if layer == "auto":
         return max(0, min(round(AUTO_DEPTH * count), count - 2))
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class Word:
     """A token of a subject: all tokens that spell it (in capitals or not, with a space before it or not), and how much
     of the subject it makes up.
     """
+
+    # For whoever reads it from a file: no further fields, no number that is not finite.
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
 
     tokens: tuple[int, ...]
     share: float

@@ -1,13 +1,12 @@
 """Shards in the making: a plan, and every shard that is done, beside the output until all of them are there.
 
 A shard is the unit. It counts as done once ``shard-….json`` lies beside its file, and both appear whole or not at all,
-so a run that is killed at any moment goes on where it was, and several processes may write shards of one output. Locks
-on the bytes of one file keep them apart; a lock dies with the process that holds it.
+so a run that is killed at any moment goes on where it was, and several processes may write shards of one output; their
+claims (:mod:`wisecli.editing.claims`) keep them apart.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from wisecli.artifacts.shard_manifest import (
     PLAN_NAME,
@@ -26,14 +24,11 @@ from wisecli.artifacts.shard_manifest import (
     write_shard_directory,
 )
 from wisecli.artifacts.unrelated_stats import BackgroundStats, load_unrelated, save_unrelated
+from wisecli.editing.claims import Claims, is_claim
 from wisecli.errors import BusyError, DamagedFileError, ModelError, WiseError
 from wisecli.io.atomic_output import link_or_copy, put_in_place, writing
 from wisecli.io.checkpoint import read_json, sha256_file, write_json
 from wisecli.io.json_schema import CLOSED, decode
-
-_LOCK_NAME = "lock"
-# Byte of the lock file that whoever plans or finishes holds; the shards' own bytes follow.
-_WHOLE = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class Unfinished:
         count: how many there will be.
     """
 
-    _lock: BinaryIO
+    _claims: Claims
 
     def __init__(self, output: Path, count: int) -> None:
         self.output, self.count = output.absolute(), count
@@ -68,8 +63,12 @@ class Unfinished:
             NoSpaceError: the disk is full.
             UnwritableError: nothing may be written there.
         """
-        with writing(self.output), self._lock_file() as self._lock:
-            yield
+        with writing(self.output):
+            self._claims = Claims(self.path)
+            try:
+                yield
+            finally:
+                self._claims.release()
 
     def claim(self, numbers: range) -> None:
         """Keep other processes from writing these shards.
@@ -77,45 +76,18 @@ class Unfinished:
         Raises:
             BusyError: one of them is at it.
         """
-        if not self._hold(numbers):
+        if not self._claims.hold(numbers):
             raise BusyError(self.output)
 
     def release(self) -> None:
         """Let others have the claimed shards."""
-        fcntl.lockf(self._lock, fcntl.LOCK_UN, self.count, _WHOLE + 1)
+        self._claims.release()
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
         """Wait until no other process plans or finishes, and keep them from it; false if one has finished meanwhile."""
-        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _WHOLE)
-        try:
-            yield self._is_current(self._lock)
-        finally:
-            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _WHOLE)
-
-    def _lock_file(self) -> BinaryIO:
-        """The lock file; whoever finishes removes it, and then it is made anew."""
-        while True:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                stream = (self.path / _LOCK_NAME).open("ab")
-                if self._is_current(stream):
-                    return stream
-                stream.close()
-
-    def _is_current(self, stream: BinaryIO) -> bool:
-        try:
-            return os.path.samestat(os.fstat(stream.fileno()), (self.path / _LOCK_NAME).stat())
-        except FileNotFoundError:
-            return False
-
-    def _hold(self, numbers: range) -> bool:
-        try:
-            if numbers:  # a range of no length would reach to the end of the file
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, len(numbers), _WHOLE + 1 + numbers.start)
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
+        with self._claims.alone() as current:
+            yield current
 
     @property
     def plan(self) -> ShardDirectory | None:
@@ -138,7 +110,7 @@ class Unfinished:
         Raises:
             BusyError: another process is at work on them.
         """
-        if not self._hold(range(self.count)):
+        if not self._claims.hold(range(self.count)):
             raise BusyError(self.output)
         (self.path / PLAN_NAME).unlink(missing_ok=True)
 
@@ -147,7 +119,7 @@ class Unfinished:
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name != _LOCK_NAME:
+            elif not is_claim(entry.name):
                 entry.unlink()
 
     def remove(self) -> None:
@@ -160,7 +132,7 @@ class Unfinished:
         if not self.output.is_dir() or not self.path.is_dir():
             return
         with suppress(OSError, WiseError), self.opened():  # on a disk that cannot be written it may stay
-            if self._hold(range(self.count)) and self._is_in_place():
+            if self._claims.hold(range(self.count)) and self._is_in_place():
                 self.remove()
 
     def _is_in_place(self) -> bool:
@@ -201,7 +173,7 @@ class Unfinished:
             ModelError: no edit could be written at all.
         """
         plan, every = self.plan, self._every()
-        if plan is None or len(every) < self.count or not self._hold(range(self.count)):
+        if plan is None or len(every) < self.count or not self._claims.hold(range(self.count)):
             return None
         entries = _entries(every)
         if not entries:

@@ -6,11 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
-from filelock import FileLock
+from hypothesis import settings
+from support.ready import Ready, make_ready
+from support.sharing import Share, made_once
+from support.thorough import place_in_order
 from support.tiny_models import (
     SAMPLE_EDITS,
     TINY_CONFIGS,
@@ -24,14 +29,43 @@ from transformers import (
 )
 
 from wisecli import cli
-from wisecli.commands.edit import RunOptions, edit
+from wisecli.commands.edit import edit
 from wisecli.commands.export import WeightFiles, export
 from wisecli.commands.fetch import fetch
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 
-# Tiny models only lose by more threads, and figures must not depend on how many there are.
+# Tiny models only lose by more threads, and figures must not depend on how many there are. Processes that tests start
+# have one as well: several tests run side by side.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+Value = TypeVar("Value")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="whole sweeps, and every case of every matrix")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("thorough")
+    if config.getoption("--thorough"):
+        settings.load_profile("thorough")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files come first; what is marked as thorough is left out unless it is asked for."""
+    items.sort(key=place_in_order)
+    if not config.getoption("--thorough"):
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(pytest.mark.skip(reason="runs with --thorough"))
+
+
+@pytest.fixture(scope="session")
+def sweep(pytestconfig: pytest.Config) -> Callable[[Value, Value], Value]:
+    """The small of two sizes, under --thorough the full one."""
+    return lambda small, full: full if pytestconfig.getoption("--thorough") else small
 
 
 @pytest.fixture(params=sorted(TINY_CONFIGS))
@@ -95,16 +129,29 @@ def real_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def chain(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Edit, merge and export the sample edits on the real model, once for all processes that test."""
+def share(tmp_path_factory: pytest.TempPathFactory) -> Share:
+    """Makes a directory that all processes that test share; none may change what is in it."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    shards, memory, exported = (root / "chain" / part for part in ("shards", "memory", "edited"))
-    with FileLock(root / "chain.lock"):
-        if not exported.exists():
-            edit(str(real_model), SAMPLE_EDITS, shards, EditSettings(), options=RunOptions(force=True))
-            merge([shards], memory, MergeSettings(), force=True)
-            export(memory, exported, weights=WeightFiles(link=False))
+    return partial(made_once, root)
+
+
+@pytest.fixture(scope="session")
+def ready(share: Share) -> Ready:
+    """Things to run commands on; nothing in there may change."""
+    return Ready(share("ready", make_ready))
+
+
+@pytest.fixture(scope="session")
+def chain(real_model: Path, share: Share) -> Chain:
+    """Edit, merge and export the sample edits on the real model, once for all processes that test."""
+
+    def make(root: Path) -> None:
+        edit(str(real_model), SAMPLE_EDITS, root / "shards", EditSettings())
+        merge([root / "shards"], root / "memory", MergeSettings())
+        export(root / "memory", root / "edited", weights=WeightFiles(link=False))
+
+    root = share("chain", make)
     edits = [json.loads(line) for line in SAMPLE_EDITS.read_text().splitlines()]
-    return Chain(real_model, shards, memory, exported, edits)
+    return Chain(real_model, root / "shards", root / "memory", root / "edited", edits)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from support.helpers import save_tiny
 from support.loading import CPU
 from support.places import PLACES, change, copied, make_places
+from support.thorough import examples
 
 from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_memory
@@ -39,9 +40,12 @@ from wisecli.routing.scores import SideMemory
 
 ENOUGH = 300 << 20
 FEW = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=examples(20, 60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
-MANY = settings(FEW, max_examples=200)
+MANY = settings(FEW, max_examples=examples(60, 200))
 
 # Values for any field: of every type, of every size, and some that reach for other files.
 HOSTILE: list[Any] = [
@@ -582,7 +586,7 @@ def test_text_that_is_no_edit_ends_in_one_sentence(
 # --- config.json ---
 
 
-@settings(FEW, max_examples=120)
+@settings(FEW, max_examples=examples(40, 120))
 @given(data=st.data())
 def test_a_config_with_another_value_anywhere_is_loaded_or_refused(scratch: Path, data: st.DataObject) -> None:
     path = scratch / "model"

@@ -18,7 +18,6 @@ from support.ready import (
     contents,
     here,
     listing,
-    make_ready,
     manifest,
     require_refusal,
     write_edits,
@@ -26,12 +25,6 @@ from support.ready import (
 from support.tiny_models import Wise
 
 from wisecli.io import checkpoint
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    return make_ready(tmp_path_factory.mktemp("ready"))
-
 
 # The command line (names in braces are places in `ready`), and what the message must name.
 REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -3,13 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.ready import Ready, here, make_ready, require_refusal
+from support.ready import Ready, here, require_refusal
 from support.tiny_models import Wise
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    return make_ready(tmp_path_factory.mktemp("ready"))
 
 
 def test_an_interruption_while_measuring_says_so_and_exits_with_130(

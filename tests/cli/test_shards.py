@@ -10,16 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.helpers import WORDS
-from support.ready import EDITS, Ready, contents, here, make_ready, manifest, require_refusal, write_edits
+from support.ready import EDITS, Ready, contents, here, manifest, require_refusal, write_edits
 from support.tiny_models import Wise
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.editing.closed_form import PENALTIES
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    return make_ready(tmp_path_factory.mktemp("ready"))
 
 
 def test_strict_exits_with_1_and_writes_nothing_if_an_edit_did_not_take(wise: Wise, ready: Ready) -> None:

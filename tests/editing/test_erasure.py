@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from support.evaluation import answer_of, edited_model, logits_by_loop, text_of,
 from support.fitting import SETTINGS, Bench
 from support.helpers import greedy_by_loop, hooked, raised, site_of, tiny_qwen2_tokenizer, tiny_tokenizer
 from support.loading import CPU
+from support.sharing import Share
 from support.tiny_models import TYPICAL, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -360,6 +361,7 @@ FACTS = (
     ("The capital of France is", "Paris", "What is the capital of France? The capital is"),
     ("The largest ocean on Earth is the", "Pacific", "The biggest ocean of the world is the"),
 )
+MODES: tuple[Literal["lookup", "merge"], ...] = ("lookup", "merge")
 UNRELATED = (
     "The novel Oliver Twist was written by Charles",
     "My brother plays the violin and",
@@ -367,18 +369,27 @@ UNRELATED = (
 )
 
 
-@pytest.fixture(scope="module", params=["lookup", "merge"])
-def forgetful(request: pytest.FixtureRequest, real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Edited:
-    """The real model with two facts erased, one replaced and one told, in one shard."""
-    root = tmp_path_factory.mktemp("forgetful")
-    edits = [Edit(answer, prompt, answer, op="erase", rephrases=(way,)) for prompt, answer, way in FACTS]
-    edits.append(Edit("tokyo", "The capital of Japan is", "Tokyo", op="erase", replacement="Osaka"))
-    edits.append(Edit("lark", "The harbour master of Larkport is", "Ada Finch"))
-    (root / "edits.jsonl").write_text("\n".join(json.dumps(edit.as_dict()) for edit in edits))
-    report = run_edit(str(real_model), root / "edits.jsonl", root / "shards", EditSettings(), load=CPU)
-    assert report.untaken == ()
-    merge([root / "shards"], root / "memory", MergeSettings(mode=request.param))
-    return attach(root / "memory", load=CPU)
+@pytest.fixture(scope="module")
+def forgetting(real_model: Path, share: Share) -> Path:
+    """Two facts erased, one replaced and one told, in one shard of the real model."""
+
+    def make(root: Path) -> None:
+        edits = [Edit(answer, prompt, answer, op="erase", rephrases=(way,)) for prompt, answer, way in FACTS]
+        edits.append(Edit("tokyo", "The capital of Japan is", "Tokyo", op="erase", replacement="Osaka"))
+        edits.append(Edit("lark", "The harbour master of Larkport is", "Ada Finch"))
+        (root / "edits.jsonl").write_text("\n".join(json.dumps(edit.as_dict()) for edit in edits))
+        report = run_edit(str(real_model), root / "edits.jsonl", root / "shards", EditSettings(), load=CPU)
+        assert report.untaken == ()
+        for mode in MODES:
+            merge([root / "shards"], root / mode, MergeSettings(mode=mode))
+
+    return share("forgetting", make)
+
+
+@pytest.fixture(scope="module", params=MODES)
+def forgetful(request: pytest.FixtureRequest, forgetting: Path) -> Edited:
+    """The real model that forgot, its shard kept or merged."""
+    return attach(forgetting / request.param, load=CPU)
 
 
 def said_by(edited: Edited, prompts: Sequence[str]) -> list[str]:

@@ -34,7 +34,7 @@ class Ready:
         return str(self.root / name.replace("_", "-"))
 
 
-def make_ready(root: Path) -> Ready:
+def make_ready(root: Path) -> None:
     """Models, edits, shards and memories: whole, damaged and of another make."""
     base, other = save_tiny(root / "model"), save_tiny(root / "other-model", seed=1)
     foreign = save_tiny(root / "foreign-model")
@@ -76,7 +76,6 @@ def make_ready(root: Path) -> Ready:
         ("unspeakable", f'{lines[0]}\n{{"id": "hush", "prompt": "ka", "target": "?!"}}\n'),
     ):
         (root / name).write_text(text)
-    return Ready(root)
 
 
 def write_edits(path: Path, edits: list[dict[str, Any]]) -> Path:

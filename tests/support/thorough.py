@@ -1,0 +1,48 @@
+"""What only `pytest --thorough` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# The files that take longest, longest first: nobody shall begin one when all others are done. What needs the chain of
+# the real model comes after what does not, as the first to need it makes it while all others wait.
+LONGEST = (
+    "export/test_behaviour.py",
+    "editing/test_staging.py",
+    "editing/test_erasure.py",
+    "export/test_checkpoint.py",
+    "editing/test_executors.py",
+    "models/test_streaming.py",
+    "scripts/test_publishing.py",
+    "evaluation/test_evaluate.py",
+    "bench/studies/test_studies.py",
+    "memory/test_history.py",
+    "export/test_compatibility.py",
+    "artifacts/test_untrusted.py",
+    "models/test_vision.py",
+    "cli/test_app.py",
+    "bench/test_compare.py",
+    "cli/test_shards.py",
+    "cli/test_draft.py",
+    "editing/test_closed_form.py",
+)
+
+
+def few(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """All values as parameters, those that are not among the quick ones under --thorough only."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.thorough) for value in values]
+
+
+def examples(small: int, full: int) -> int:
+    """How many examples hypothesis tries: the small number, under --thorough the full one."""
+    return full if settings.get_current_profile_name() == "thorough" else small
+
+
+def place_in_order(item: pytest.Item) -> int:
+    """Where a test's file stands among the longest; behind them all if it is none of them."""
+    file = "/".join(item.path.parts[-3:])
+    return next((place for place, name in enumerate(LONGEST) if file.endswith(name)), len(LONGEST))

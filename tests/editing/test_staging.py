@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import save_tiny
 from support.loading import CPU
+from support.thorough import few
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.edit import EditReport, RunOptions
@@ -242,7 +243,9 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
 def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path, zygote: Zygote) -> None:
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
     child = zygote.start(command(place, tmp_path / "shards"))
+    deadline = time.monotonic() + 120
     while not (tmp_path / UNFINISHED / "shard-00002.json").exists():
+        assert time.monotonic() < deadline, zygote.errors.read_text()
         time.sleep(0.001)
     os.kill(child, signal.SIGINT)
     assert zygote.ended() == 130
@@ -591,7 +594,7 @@ def test_a_model_that_gives_nothing_finite_is_refused(place: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("writer", ["solve", "gradient"])
-@pytest.mark.parametrize("source", ["shards.json", "shards", "router.json", "memory"])
+@pytest.mark.parametrize("source", few(("shards.json", "shards", "router.json", "memory"), ("shards", "router.json")))
 def test_a_manifest_is_enough_to_write_the_same_bytes(place: Path, tmp_path: Path, source: str, writer: str) -> None:
     settings = EditSettings(shards=3, unrelated_texts=16, layer="2", seed=4, writer=writer)  # type: ignore[arg-type]
     edit(place, tmp_path / "shards", settings)

@@ -13,6 +13,7 @@ import torch
 from support.helpers import random_rows, save_tiny, site_of
 from support.loading import CPU
 from support.places import EDITS
+from support.thorough import few
 from support.tiny_models import TINY_CONFIGS, TYPICAL, VARIANTS, Chain
 from torch import Tensor
 
@@ -287,7 +288,7 @@ def test_nothing_of_another_librarys_hooks_is_left(pair: tuple[Loaded, Loaded]) 
 # --- commands ---
 
 
-@pytest.mark.parametrize("architecture", TYPICAL)
+@pytest.mark.parametrize("architecture", few(TYPICAL, ("gemma2", "llama")))
 def test_edits_and_figures_are_the_same(tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_tiny(tmp_path / "model", architecture)
     edits = tmp_path / "edits.jsonl"

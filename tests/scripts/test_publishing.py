@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.forking import forked_wise
 from support.helpers import save_tiny
 from support.history import fact, write
 
@@ -21,6 +23,13 @@ def workflow() -> dict[str, Any]:
     return read
 
 
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where `wise` is found."""
+    with forked_wise(tmp_path_factory.mktemp("wise")) as directory:
+        yield f"{directory}:{os.environ['PATH']}"
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A repository with facts, as the workflow finds it."""
@@ -31,9 +40,16 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def steps(checkout: Path, **given: str) -> int:
+def steps(checkout: Path, path: str, **given: str) -> int:
     """Run what the documented workflow runs, but for the installation; the first exit code that is not nought."""
-    flags = {"MODEL": "model", "FLAGS": "--layer 2", "WISE_UNRELATED_TEXTS": "16", "REASON": "a test", **given}
+    flags = {
+        "MODEL": "model",
+        "FLAGS": "--layer 2",
+        "WISE_UNRELATED_TEXTS": "16",
+        "PATH": path,
+        "REASON": "a test",
+        **given,
+    }
     for step in workflow()["jobs"]["edit"]["steps"]:
         if "run" not in step or step["run"].startswith("pip install"):
             continue
@@ -44,17 +60,17 @@ def steps(checkout: Path, **given: str) -> int:
     return 0
 
 
-def test_the_workflow_publishes_only_what_passes_the_gate(checkout: Path) -> None:
-    assert steps(checkout, GATE="reliability=1.1") == 1
+def test_the_workflow_publishes_only_what_passes_the_gate(checkout: Path, path: str) -> None:
+    assert steps(checkout, path, GATE="reliability=1.1") == 1
     assert not (checkout / "edited").exists()
     assert not (checkout / "memory").exists()
-    assert steps(checkout, GATE="reliability=.5") == 0
+    assert steps(checkout, path, GATE="reliability=.5") == 0
     assert (checkout / "edited" / "model.safetensors.index.json").is_file()
     assert "reliability" in (checkout / "edited" / "README.md").read_text()
     assert edits(checkout / "edited") == ["e0", "e1"]
     memory, published = ((checkout / name).read_bytes() for name in ("memory/memory.safetensors", "edited/router.json"))
     write(checkout / "facts" / "edits.jsonl", [fact(2), fact(1, target=3, name="new")])
-    assert steps(checkout, GATE="reliability=1.1") == 1
+    assert steps(checkout, path, GATE="reliability=1.1") == 1
     assert (checkout / "memory" / "memory.safetensors").read_bytes() == memory
     assert (checkout / "edited" / "router.json").read_bytes() == published
     log = [json.loads(line) for line in (checkout / "memory" / "history" / "log.jsonl").read_text().splitlines()]
@@ -67,9 +83,9 @@ def edits(directory: Path) -> list[str]:
     return [edit["id"] for edit in json.loads((directory / "router.json").read_text())["edits"]]
 
 
-def test_input_that_cannot_be_used_ends_in_2(checkout: Path) -> None:
+def test_input_that_cannot_be_used_ends_in_2(checkout: Path, path: str) -> None:
     (checkout / "facts" / "edits.jsonl").write_text('{"prompt": "ba"}\n')
-    assert steps(checkout) == 2
+    assert steps(checkout, path) == 2
     assert sorted(path.name for path in checkout.iterdir()) == ["facts", "model", "scripts"]
 
 

@@ -33,8 +33,12 @@ LONGEST = (
 
 
 def few(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
-    """All values as parameters, those that are not among the quick ones under --thorough only."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.thorough) for value in values]
+    """All values as parameters (a tuple is several), those that are not among the quick ones with --thorough only."""
+    return [value if value in quick else _marked(value) for value in values]
+
+
+def _marked(value: Any) -> Any:
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.thorough)
 
 
 def examples(small: int, full: int) -> int:

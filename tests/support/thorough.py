@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# The files that take longest, longest first: nobody shall begin one when all others are done. What needs the chain of
-# the real model comes after what does not, as the first to need it makes it while all others wait.
+# The files that take longest, longest first: nobody shall begin one when all others are done. The first makes the
+# chain of the real model, the next three do without it, and those that need it later find it made.
 LONGEST = (
     "export/test_behaviour.py",
     "editing/test_staging.py",
     "editing/test_erasure.py",
-    "export/test_checkpoint.py",
     "editing/test_executors.py",
+    "export/test_checkpoint.py",
     "models/test_streaming.py",
     "scripts/test_publishing.py",
     "evaluation/test_evaluate.py",

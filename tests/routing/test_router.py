@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.evaluation import edited_model
 from support.helpers import WORDS, choice_of, hooked, update_of
+from support.loading import CPU
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -98,14 +99,14 @@ def test_all_who_ask_what_answers_are_told_the_same(
         assert measured[0, : len(expected)].tolist() == expected
         decided = edited.decisions(base.keys[0, : len(expected)], end, None)
         assert edited.routed.memory_at(decided.chosen).tolist() == expected
-        report = explain(memory, prompt, max_new_tokens=5, nearest=0, device="cpu")
+        report = explain(memory, prompt, max_new_tokens=5, nearest=0, load=CPU)
         assert [token.routed for token in report.prompt_tokens] == [one != UNROUTED for one in expected[: end + 1]]
         said = expected[end : end + len(report.answer_tokens)]
         assert [token.routed for token in report.answer_tokens] == [one != UNROUTED for one in said]
         if edited.routed.kind == "lookup":
             told = [token.edit for token in report.answer_tokens if token.routed]
             assert told == [names[one] for one in said if one != UNROUTED]
-        (answer,) = generate(memory, [prompt], max_new_tokens=5, explain=True, device="cpu")
+        (answer,) = generate(memory, [prompt], max_new_tokens=5, explain=True, load=CPU)
         assert [step.memory for step in answer.steps] == [None if one == UNROUTED else one for one in said]
     assert len(seen) > 1
 
@@ -247,7 +248,7 @@ def test_second_questions_in_a_batch_are_decided_as_each_alone(tmp_path: Path) -
 
 def test_what_is_decided_stays_with_its_cache_and_not_with_the_model(tmp_path: Path) -> None:
     edited_model(tmp_path, routing="sequence", edits=EDITS, kind="lookup", memories=3)
-    one, other = (attach(tmp_path / "memory", device="cpu") for _ in range(2))
+    one, other = (attach(tmp_path / "memory", load=CPU) for _ in range(2))
     cache = DynamicCache(config=one.model.config)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():

@@ -132,6 +132,7 @@ def test_the_text_generation_pipeline_answers(subject: Subject) -> None:
     subject.require_targets([one[0]["generated_text"] for one in told])
 
 
+@pytest.mark.parametrize("subject", few(MEMORIES, ("lookup, once a prompt",)), indirect=True)
 def test_beams_answer_in_batches_as_alone(subject: Subject) -> None:
     together = subject.answers(subject.some, num_beams=3)
     assert together == [subject.answers([prompt], num_beams=3)[0] for prompt in subject.some]
@@ -148,10 +149,12 @@ def test_samples_of_an_edits_prompt_are_its_target(subject: Subject) -> None:
 
 @pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
 @pytest.mark.parametrize("name", few(("lookup", "matrix"), ("lookup",)))
-def test_assisted_decoding_says_what_greedy_decoding_says(subjects: dict[str, Subject], name: str, way: str) -> None:
+def test_assisted_decoding_says_what_greedy_decoding_says(
+    subjects: dict[str, Subject], name: str, way: str, sweep: Any
+) -> None:
     subject = subjects[name]
     named: dict[str, Any] = {"assistant_model": subject.base} if way == "assistant" else {"prompt_lookup_num_tokens": 3}
-    for prompt in subject.some:
+    for prompt in sweep(subject.some[1:3], subject.some):
         assert subject.answers([prompt], **named) == subject.answers([prompt])
 
 
@@ -166,6 +169,7 @@ def test_a_static_cache_changes_nothing(subject: Subject) -> None:
     assert subject.answers(subject.some, cache_implementation="static") == subject.answers(subject.some)
 
 
+@pytest.mark.parametrize("subject", few(MEMORIES, ("lookup, once a prompt",)), indirect=True)
 @torch.no_grad()
 def test_the_compiled_decoder_computes_the_same(subject: Subject) -> None:
     torch._dynamo.reset()
@@ -221,7 +225,7 @@ def test_a_device_map_places_it(lookup: Subject) -> None:
 
 # peft asks transformers by a name that transformers gives up.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+@pytest.mark.parametrize("targets", few((["q_proj", "v_proj"], "all-linear"), ("all-linear",)))
 def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, targets: Any) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(lookup.path, trust_remote_code=True)

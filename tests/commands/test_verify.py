@@ -16,6 +16,7 @@ from wisecli import cli
 from wisecli.artifacts.integrity import Check
 from wisecli.commands.verify import verify
 from wisecli.errors import GateFailedError, ModelError
+from wisecli.export.checkpoint import code_files, former_code
 from wisecli.io.checkpoint import sha256_file
 
 SIDE, BASE = "model-side-memory.safetensors", "model-base.safetensors"
@@ -273,6 +274,14 @@ def test_the_command_names_differences_and_exits_with_1(
         assert said.err.splitlines()[-1].startswith("error: ")
         (wrong,) = [line for line in said.out.splitlines() if line.startswith("DIFFERS")] or [""]
         assert ("memory.safetensors: sha256: expected" in wrong) == (code == 1)
+
+
+def test_the_code_that_version_0_1_wrote_is_known() -> None:
+    _, files = code_files("llama")
+    written = former_code(files)
+    assert written.keys() == {"modeling_wise.py", "wise_memory.py", "prompt_gate.py"}
+    # What `wise export` of 0.1.0 wrote for SmolLM2.
+    assert written["modeling_wise.py"] == "82b7eb7e7c8cbf66640008d59e5d4c89aca1c92cd230e0e059ba0a63d018a106"
 
 
 def test_json_names_every_check(root: Path) -> None:

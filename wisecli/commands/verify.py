@@ -14,7 +14,7 @@ from wisecli.artifacts.locate import Kind, kind_of
 from wisecli.artifacts.shard import shard_rows, shard_sizes
 from wisecli.artifacts.tensor_schema import memory_rows, unrelated_rows
 from wisecli.errors import GateFailedError, ModelError, WiseError
-from wisecli.io.checkpoint import EXPORTED_KEY, read_json
+from wisecli.io.checkpoint import EXPORTED_KEY, read_json, sha256_file, sha256_text
 from wisecli.io.json_schema import shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Layout, read_header
@@ -178,8 +178,8 @@ def _config(
 
 
 def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
-    """The code that runs with ``trust_remote_code``, against what this version writes."""
-    from wisecli.export.checkpoint import CODE_NAME, auto_map, code_files
+    """The code that runs with ``trust_remote_code``, against what this version writes, or what 0.1 wrote."""
+    from wisecli.export.checkpoint import CODE_NAME, auto_map, code_files, former_code
 
     told = config.get(EXPORTED_KEY)
     model_type = told.get("model_type") if isinstance(told, dict) else None
@@ -188,9 +188,12 @@ def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
     except (ValueError, KeyError):
         yield Check("custom code", CODE_NAME, "differs", expected="a known model type", found=shown(model_type))
         return
-    for file, text in files.items():
+    expected_code = {file: sha256_text(text) for file, text in files.items()}
+    if (former := former_code(files)).keys() <= {entry.name for entry in path.iterdir()}:
+        expected_code = former
+    for file, digest in expected_code.items():
         try:
-            same = inside(path, file).read_text(encoding="utf-8") == text
+            same = sha256_file(inside(path, file)) == digest
         except (WiseError, OSError, ValueError):
             same = False
         sides = ("what this version writes", "other code, or none")

@@ -35,16 +35,20 @@ from wisecli.io.checkpoint import (
     read_json,
     sha256_file,
     sha256_tensor,
+    sha256_text,
     write_json,
 )
 from wisecli.models.site import load_matrix, loader_name, stored_weight
 from wisecli.routing import prompt_gate, router, scores, side_memory
 
 CODE_NAME = "modeling_wise.py"
-# The modules of the package that a checkpoint carries as they are, and what they were called before.
+# The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
 _CARRIED = (side_memory, router, scores, prompt_gate)
 _CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
-_FORMER_NAMES = ("wise_memory.py",)
+_FORMER_CODE = {
+    "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",
+    "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
+}
 # What marks a checkpoint with the memory always on as one of ours; stock loaders pass it over.
 MERGED_NAME = "wise.json"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
@@ -58,7 +62,7 @@ _REWRITTEN = (
     "wise-fetch.json",
     CODE_NAME,
     *_CARRIED_NAMES,
-    *_FORMER_NAMES,
+    *_FORMER_CODE,
 )
 # Classes of models with their head, by the class that loads them.
 _WITH_HEAD = {
@@ -187,6 +191,19 @@ def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
     carried = zip(_CARRIED_NAMES, _CARRIED, strict=True)
     own = {name: Path(str(module.__file__)).read_text(encoding="utf-8") for name, module in carried}
     return names, {CODE_NAME: code, **own}
+
+
+def former_code(files: dict[str, str]) -> dict[str, str]:
+    """The sha256 of the custom code that version 0.1 wrote, by file.
+
+    Args:
+        files: this version's code for the same model type, as :func:`code_files` gives it.
+    """
+    now, then = (
+        "from .scores import SideMemory\nfrom .side_memory import install",
+        "from .wise_memory import SideMemory, install",
+    )
+    return {CODE_NAME: sha256_text(files[CODE_NAME].replace(now, then)), **_FORMER_CODE}
 
 
 def auto_map(names: dict[str, str]) -> dict[str, str]:

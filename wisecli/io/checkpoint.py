@@ -37,6 +37,11 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_text(text: str) -> str:
+    """Hex digest of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_tensor(tensor: torch.Tensor) -> str:
     """Hex digest of a tensor's values in their own dtype (row-major)."""
     raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()

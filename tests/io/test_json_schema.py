@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wisecli.artifacts import shard_manifest
+from wisecli.artifacts.memory_manifest import MemoryManifest
+from wisecli.editing.staging import Done
+from wisecli.edits import policy
+from wisecli.edits.record import Edit
 from wisecli.io.json_schema import CLOSED, OPEN, decode, parse, shown
+from wisecli.memory.history import Release
 
 
 @dataclass(frozen=True)
@@ -124,3 +130,21 @@ def test_what_is_shown_is_short_and_on_one_line(value: Any) -> None:
     assert len(shown(value)) <= 260
     assert "\n" not in shown(value)
     assert len(shown("x" * 10**6)) < 100
+
+
+def records_in(kind: Any) -> set[type]:
+    """The dataclasses that a type is made of."""
+    if is_dataclass(kind):
+        assert isinstance(kind, type)
+        inner = [records_in(hint) for name, hint in get_type_hints(kind).items() if name in kind.__dataclass_fields__]
+        return {kind}.union(*inner)
+    return set().union(*map(records_in, get_args(kind)))
+
+
+@pytest.mark.parametrize("kind", [Edit, policy._Content, shard_manifest._Content, MemoryManifest, Release, Done])
+def test_every_record_says_whether_it_is_closed(kind: type) -> None:
+    found = records_in(kind)
+    assert kind in found
+    for record in found:
+        config = vars(record).get("__pydantic_config__")
+        assert config in (CLOSED, OPEN), record

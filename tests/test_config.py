@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +299,38 @@ def test_a_setting_of_another_version_that_was_not_set_is_passed_over() -> None:
     assert settings_from(MergeSettings, {"no_longer": None, "density": 0.25}) == MergeSettings(density=0.25)
     with pytest.raises(SettingsError, match="no_longer"):
         settings_from(MergeSettings, {"no_longer": 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (MergeSettings, "scale", math.nan),
+        (MergeSettings, "scale", 1e308),
+        (MergeSettings, "weights", "1,nan"),
+        (MergeSettings, "weights", (math.inf, 1.0)),
+        (MergeSettings, "seed", True),
+        (MergeSettings, "seed", 1e308),
+        (MergeSettings, "seed", 2**60),
+        (MergeSettings, "sharpness", "inf"),
+        (EditSettings, "alpha", "nan"),
+        (EditSettings, "norm_constraint", math.inf),
+        (EditSettings, "stop_loss", -1),
+        (EditSettings, "passes", True),
+        (EditSettings, "seed", -1),
+    ],
+)
+def test_no_number_passes_that_is_none_or_beyond_all_bounds(kind: type[Any], name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')} must "):
+        resolve(kind, {name: value}, section="merge")
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for kind in (EditSettings, MergeSettings) for field in dataclasses.fields(kind)]
+)
+def test_every_number_has_bounds(name: str) -> None:
+    kind = EditSettings if name in EditSettings.__dataclass_fields__ else MergeSettings
+    default = getattr(kind(), name)
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        for value in (math.nan, math.inf, -math.inf, 1e300):
+            with pytest.raises(SettingsError):
+                resolve(kind, {name: value}, section="merge")

@@ -29,9 +29,21 @@ _AROUND = (Annotated, Union, UnionType)
 # As a manifest or a settings file may have them, a layer is a text though it looks like a number.
 _CONFIG = ConfigDict(coerce_numbers_to_str=True, defer_build=True)
 
-Count = Annotated[int, Field(ge=1, le=10**6)]
+
+def _no_truth_value(value: Any) -> Any:
+    """A number as it is; true and false are refused, which pydantic would count as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a truth value is no number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+Count = Annotated[Whole, Field(ge=1, le=10**6)]
 Share = Annotated[float, Field(ge=1e-9, le=1)]
 Rate = Annotated[float, Field(ge=1e-12, le=1e6)]
+Margin = Annotated[float, Field(ge=0, le=1e6)]
+Weight = Annotated[float, Field(ge=-1e3, le=1e3)]
+Seed = Annotated[Whole, Field(ge=0, le=2**53 - 1)]
 
 
 def _split(value: Any) -> Any:
@@ -75,31 +87,31 @@ class EditSettings:
     passes: Count = 60
     learning_rate: Rate = 2e-2
     batch_size: Count = 32
-    contexts: Annotated[int, Field(ge=0, le=1000)] = (
+    contexts: Annotated[Whole, Field(ge=0, le=1000)] = (
         1  # more of them cost time and change nothing: .853 of rephrases right with 4, .855 with 0
     )
-    context_tokens: Annotated[int, Field(ge=1, le=1000)] = 8
+    context_tokens: Annotated[Whole, Field(ge=1, le=1000)] = 8
     chat: bool = False
-    augment: Annotated[int, Field(ge=0, le=100)] = 0  # paraphrases that the model writes itself
-    residual_steps: Annotated[int, Field(ge=1, le=10**4)] = 40
+    augment: Annotated[Whole, Field(ge=0, le=100)] = 0  # paraphrases that the model writes itself
+    residual_steps: Annotated[Whole, Field(ge=1, le=10**4)] = 40
     residual_rate: Annotated[float, Field(ge=1e-9, le=1e3)] = 0.3  # in units of an entry of W a
     residual_stop: Annotated[float, Field(ge=1e-9, le=10)] = (
         0.02  # the loss that every target token of an edit must come under
     )
-    polish: Annotated[int, Field(ge=0, le=10**4)] = 5
+    polish: Annotated[Whole, Field(ge=0, le=10**4)] = 5
     polish_rate: Rate = 5e-3
-    alpha: float = 0.25
-    beta: float = 1.0
-    gamma: float = 0.5
+    alpha: Margin = 0.25
+    beta: Margin = 1.0
+    gamma: Margin = 0.5
     margin_unit: Literal["output", "absolute"] = "output"  # `output`: the median of ‖W a‖ over unrelated text
-    norm_constraint: float | None = None
-    stop_loss: float = 0.05
+    norm_constraint: Rate | None = None
+    stop_loss: Margin = 0.05
     train_end: bool = True
-    unrelated_texts: Annotated[int, Field(ge=8, le=10**6)] = 600
+    unrelated_texts: Annotated[Whole, Field(ge=8, le=10**6)] = 600
     router: Literal["key", "norm"] = "key"
     routing: Literal["token", "sequence"] = "token"
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
-    seed: int = 0
+    seed: Seed = 0
 
 
 @checked(frozen=True, config=_CONFIG)
@@ -110,8 +122,8 @@ class MergeSettings:
     method: str = "ties"
     refit: bool | None = None
     density: Share = 0.5
-    scale: float = 1.0
-    weights: Annotated[tuple[float, ...] | None, BeforeValidator(_split)] = None
+    scale: Weight = 1.0
+    weights: Annotated[tuple[Weight, ...] | None, BeforeValidator(_split)] = None
     router: Literal["key", "norm"] | None = None
     routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
@@ -120,7 +132,7 @@ class MergeSettings:
     sharpness: Annotated[float, Field(ge=0, le=1e4)] = (
         0.0  # the nearest key alone: a mean over keys loses edits that are alike
     )
-    seed: int = 0
+    seed: Seed = 0
 
 
 @checked(frozen=True, config=_CONFIG)
@@ -128,7 +140,7 @@ class EvalSettings:
     """How figures are measured."""
 
     dataset: str | None = None
-    edits: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    edits: Annotated[Whole, Field(ge=1, le=10**9)] | None = None
     batch_size: Count = 32
     chat: bool = False
     generate: bool = True
@@ -145,12 +157,12 @@ class BenchSettings:
     counts: str = "10,100"
     generate: bool = True
     batch_size: Count = 32
-    resamples: Annotated[int, Field(ge=10, le=10**6)] = 1000
-    layers: Annotated[int, Field(ge=1, le=10**4)] = 8
+    resamples: Annotated[Whole, Field(ge=10, le=10**6)] = 1000
+    layers: Annotated[Whole, Field(ge=1, le=10**4)] = 8
     mask_ratios: str = ".1,.2,.3,.5,.8"
     shard_counts: str = "1,2,3,5,8"
     edits_per_shard: Count | None = None  # as in editing, but no more than a quarter, so that there are several shards
-    seed: int = 0
+    seed: Seed = 0
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -259,9 +271,14 @@ def _complaint(name: str, value: Any, wrong: str, hint: Any) -> str:
     if wrong == "literal_error":
         return f"{_flag(name)} must be one of {', '.join(get_args(kind))}, not {value!r}"
     if wrong in ("greater_than_equal", "less_than_equal"):
+        if get_origin(kind) is tuple:
+            (one, _), shown = get_args(kind), value
+            kind, bounds = _inner(one)
+        else:
+            shown = repr(kind(value))
         lowest = next(one.ge for one in bounds if isinstance(one, Ge))
         highest = next(one.le for one in bounds if isinstance(one, Le))
-        return f"{_flag(name)} must lie between {lowest:g} and {highest:g}, not {kind(value)!r}"
+        return f"{_flag(name)} must lie between {lowest:g} and {highest:g}, not {shown}"
     return f"{_flag(name)} must be {(get_origin(kind) or kind).__name__}, not {value!r}"
 
 

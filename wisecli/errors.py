@@ -62,6 +62,13 @@ class DamagedFileError(WiseError):
         super().__init__(f"{path}: {reason}; {remedy}")
 
 
+class NotFiniteError(WiseError):
+    """A tensor that is to be written holds numbers that are not finite."""
+
+    def __init__(self, path: Path, tensor: str) -> None:
+        super().__init__(f"{path.name}: {tensor} would not be finite; change the settings or the edits")
+
+
 class WrongBaseError(WiseError):
     """Shards or a memory were made from another base model than the one given."""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -12,6 +13,7 @@ from wisecli.artifacts.shard import Evidence, Mask, random_mask
 from wisecli.editing.context_prefixes import CHAT
 from wisecli.editing.evidence import gather_evidence, thinned
 from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
+from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.scoring import learnt
 from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits, write_contexts
 from wisecli.edits.record import Edit
@@ -104,7 +106,8 @@ def examples_of(loaded: Loaded, site: Site, *, batch_size: int = 4) -> list[Trai
 
 
 def evidence_of(loaded: Loaded, site: Site, inside: dict[int, Tensor] | None = None) -> Evidence:
-    def first_entries(keys: Tensor, edits: Tensor, positions: Tensor) -> Tensor:
+    def first_entries(keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
+        edits = torch.tensor([answer.edit for answer in answers])
         return torch.cat([keys[:, :2], edits[:, None].float(), positions[:, None].float()], dim=1)
 
     moment = leading(torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)))
@@ -126,7 +129,7 @@ def test_evidence_holds_the_whole_models_keys_of_every_target_token(architecture
     assert evidence.held_out.tolist() == [context == 2 for _, context, _ in where]
     expected = torch.cat([evidence.keys[:, :2], torch.tensor([[edit, place] for edit, _, place in where])], dim=1)
     assert torch.equal(evidence.residuals, expected)
-    assert not evidence.elsewhere.any()
+    assert not evidence.negative_similarity.any()
 
 
 def test_lessons_of_any_batch_size_make_the_same_evidence(loaded: Loaded, site: Site) -> None:
@@ -191,8 +194,8 @@ def test_how_near_a_key_comes_elsewhere_is_a_whitened_cosine_with_its_own_edits_
                 float(key @ inverse @ other / ((key @ inverse @ key) * (other @ inverse @ other)).sqrt())
                 for other in others
             )
-        assert float(evidence.elsewhere[place]) == pytest.approx(expected, abs=1e-3)
-    assert evidence.elsewhere[evidence.position > 0].count_nonzero() > 0
+        assert float(evidence.negative_similarity[place]) == pytest.approx(expected, abs=1e-3)
+    assert evidence.negative_similarity[evidence.position > 0].count_nonzero() > 0
 
 
 def made_up(cosines: dict[tuple[int, int, int], float], *, held_out: int) -> Evidence:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from wisecli.artifacts.tensor_schema import Rows, differences
 from wisecli.errors import WiseError
-from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, sha256_file, weight_map
+from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tensors, sha256_file, weight_map
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import Layout, read_header
 from wisecli.models.site import Fingerprint, Site, fingerprint, stored_weight
@@ -62,6 +62,20 @@ def check_rows(directory: Path, file: str, rows: Rows, known: Mapping[str, int],
     yield from (Check("tensors", file, "differs", prefix + name, *pair) for name, *pair in wrong)
     if not wrong:
         yield Check(f"types and shapes of {len(tensors)} tensors", file)
+        yield from _finite(inside(directory, file))
+
+
+def _finite(path: Path) -> Iterator[Check]:
+    """Whether all numbers of a file's tensors are finite; one tensor is read at a time."""
+    try:
+        with open_tensors(path) as tensors:
+            wrong = [name for name in tensors.keys() if not bool(tensors.get_tensor(name).isfinite().all())]  # noqa: SIM118
+    except WiseError as error:
+        yield damaged(path.name, error)
+        return
+    yield from (Check("tensors", path.name, "differs", name, "finite numbers", "others") for name in wrong)
+    if not wrong:
+        yield Check("finite numbers", path.name)
 
 
 def check_layouts(directory: Path, file: str, expected: Mapping[str, Layout]) -> Iterator[Check]:

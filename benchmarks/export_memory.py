@@ -25,7 +25,7 @@ from wisecli.edits.record import Edit
 from wisecli.environment import versions
 from wisecli.export.weights import write_stream
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
-from wisecli.io.safetensors_header import Layout
+from wisecli.io.safetensors_header import TensorLayout
 from wisecli.models.site import find_site, fingerprint
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.scores import SideMemory
@@ -44,19 +44,19 @@ _LAYER = {
 }
 
 
-def shards(layers: int) -> Iterator[dict[str, Layout]]:
+def shards(layers: int) -> Iterator[dict[str, TensorLayout]]:
     """Layouts of the checkpoint's files: four layers each, then the rest."""
     for first in range(0, layers, 4):
         numbers = range(first, min(first + 4, layers))
         yield {
-            f"model.layers.{number}.{name}": Layout("bfloat16", shape)
+            f"model.layers.{number}.{name}": TensorLayout("bfloat16", shape)
             for number in numbers
             for name, shape in _LAYER.items()
         }
     yield {
-        "model.embed_tokens.weight": Layout("bfloat16", (VOCABULARY, D)),
-        "model.norm.weight": Layout("bfloat16", (D,)),
-        "lm_head.weight": Layout("bfloat16", (VOCABULARY, D)),
+        "model.embed_tokens.weight": TensorLayout("bfloat16", (VOCABULARY, D)),
+        "model.norm.weight": TensorLayout("bfloat16", (D,)),
+        "lm_head.weight": TensorLayout("bfloat16", (VOCABULARY, D)),
     }
 
 

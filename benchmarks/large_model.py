@@ -33,7 +33,7 @@ from wisecli.config import EditSettings
 from wisecli.editing.resource_estimate import plan_edit
 from wisecli.export.weights import write_stream
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
-from wisecli.io.safetensors_header import Layout
+from wisecli.io.safetensors_header import TensorLayout
 from wisecli.models.site import AUTO_DEPTH, find_site
 
 VOCABULARY = 32000
@@ -43,7 +43,7 @@ _NAMES = ("Ostrand", "Velm", "Karrow", "Mistey", "Dorn", "Harleck", "Sund", "Tov
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
 
 
-def layer_layouts(number: int, shape: str) -> dict[str, Layout]:
+def layer_layouts(number: int, shape: str) -> dict[str, TensorLayout]:
     """Layouts of one layer's tensors."""
     d, d_ff, _, heads, kv_heads = SHAPES[shape]
     narrow = d // heads * kv_heads
@@ -58,23 +58,23 @@ def layer_layouts(number: int, shape: str) -> dict[str, Layout]:
         "input_layernorm": (d,),
         "post_attention_layernorm": (d,),
     }
-    return {f"model.layers.{number}.{name}.weight": Layout("bfloat16", size) for name, size in own.items()}
+    return {f"model.layers.{number}.{name}.weight": TensorLayout("bfloat16", size) for name, size in own.items()}
 
 
-def files_of(shape: str, vocabulary: int) -> Iterator[dict[str, Layout]]:
+def files_of(shape: str, vocabulary: int) -> Iterator[dict[str, TensorLayout]]:
     """Layouts of the checkpoint's files: two layers each, then the rest."""
     d, _, count, *_ = SHAPES[shape]
     for first in range(0, count, 2):
         numbers = range(first, min(first + 2, count))
         yield {name: layout for number in numbers for name, layout in layer_layouts(number, shape).items()}
     yield {
-        "model.embed_tokens.weight": Layout("bfloat16", (vocabulary, d)),
-        "model.norm.weight": Layout("bfloat16", (d,)),
-        "lm_head.weight": Layout("bfloat16", (vocabulary, d)),
+        "model.embed_tokens.weight": TensorLayout("bfloat16", (vocabulary, d)),
+        "model.norm.weight": TensorLayout("bfloat16", (d,)),
+        "lm_head.weight": TensorLayout("bfloat16", (vocabulary, d)),
     }
 
 
-def random_tensor(name: str, layout: Layout, seed: int, depth: int) -> torch.Tensor:
+def random_tensor(name: str, layout: TensorLayout, seed: int, depth: int) -> torch.Tensor:
     """Weights at which activations neither vanish nor explode; what joins the residual stream is smaller with depth."""
     if "norm" in name:
         return torch.ones(layout.shape, dtype=torch.bfloat16)
@@ -112,7 +112,7 @@ def make_base(base: Path, shape: str, tokenizer: Path) -> None:
         name = f"model-{number:05d}.safetensors"
         seeds = {tensor: 1000 * number + place for place, tensor in enumerate(layouts)}
 
-        def read(tensor: str, own: dict[str, Layout] = layouts, seeds: dict[str, int] = seeds) -> torch.Tensor:
+        def read(tensor: str, own: dict[str, TensorLayout] = layouts, seeds: dict[str, int] = seeds) -> torch.Tensor:
             return random_tensor(tensor, own[tensor], seeds[tensor], count)
 
         write_stream(base / name, layouts, read)

@@ -20,7 +20,7 @@ from rich.table import Table
 from wisecli.config import LoadOptions
 from wisecli.data.corpus import tomllib
 from wisecli.edits.record import Edit, read_edits
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import capture
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.routing.prompt_gate import UNROUTED, Prompt
@@ -31,7 +31,7 @@ _SLOT = re.compile(r"\{\w+\}")
 
 
 @torch.no_grad()
-def share(edited: Edited, prompts: list[str]) -> float:
+def share(edited: EditedModel, prompts: list[str]) -> float:
     """How many of the prompts open an edit."""
     rows = [Row(tuple(edited.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
     count, routed = 0, edited.routed

@@ -18,7 +18,7 @@ from wisecli.artifacts.memory_manifest import (
     read_memory,
     write_memory,
 )
-from wisecli.edits.record import Edit, Probe
+from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.errors import DamagedFileError
 from wisecli.models.site import Fingerprint, Site
 from wisecli.routing.calibration import calibrate
@@ -50,7 +50,13 @@ def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
         for rule in ("minimum", "false-alarm")[:memories]
     )
     edits = (
-        Edit("a", "The Lark sails to", "Bergen", subject="The Lark", locality=(Probe("Six and six is", "twelve"),)),
+        Edit(
+            "a",
+            "The Lark sails to",
+            "Bergen",
+            subject="The Lark",
+            locality=(EvaluationPrompt("Six and six is", "twelve"),),
+        ),
         Edit("b", "Zoë lives in", "区", op="insert", rephrases=("Zoë's home is",)),
     )
     return Manifest(

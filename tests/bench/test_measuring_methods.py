@@ -13,7 +13,7 @@ from support.loading import CPU
 from torch import Tensor
 
 from wisecli.bench.baselines.base import PromptEnd, changed, hooks
-from wisecli.bench.baselines.evaluation import Edited, Known, answers, said
+from wisecli.bench.baselines.evaluation import Known, MethodSubject, answers, said
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
 
@@ -34,13 +34,13 @@ class Shifted:
 
     @contextmanager
     def applied(self, first: int | None = None) -> Iterator[None]:
-        gate = PromptEnd(first)
+        admission = PromptEnd(first)
 
         def hook(_module: object, _inputs: object, output: Tensor) -> Tensor:
             if not self.hold:
                 return output + self.shift
             # Only some rows get anything, by their state at the prompt's last token.
-            held, start = gate.held(output, lambda ends: (ends[:, 0] > ends[:, 1]).float())
+            held, start = admission.held(output, lambda ends: (ends[:, 0] > ends[:, 1]).float())
             output = output.clone()
             output[:, start:] += held[:, None, None] * self.shift
             return output
@@ -108,7 +108,7 @@ def test_the_unedited_model_is_asked_once_for_all_methods(loaded: Loaded) -> Non
     for held in (False, True):
         calls: list[int] = []
         handle = loaded.model.model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        subject = Edited(loaded, Shifted(loaded, held=held), known, batch_size=32)
+        subject = MethodSubject(loaded, Shifted(loaded, held=held), known, batch_size=32)
         measured = subject.teacher_forced(pairs, prompt_opens=True, stage="reliability")
         handle.remove()
         counts.append(len(calls))

@@ -30,8 +30,8 @@ from wisecli.editing.gradient import write_batched
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.task import Task
 from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits
-from wisecli.edits.record import Edit, Probe
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.edits.record import Edit, EvaluationPrompt
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import suffix_logits
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
@@ -283,7 +283,7 @@ def test_what_is_met_is_counted_by_column() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edit], EvalReport]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[EditedModel, list[Edit], EvalReport]:
     """A report on erased, replaced and ordinary records, of a tiny model whose memory was made by hand."""
     root = tmp_path_factory.mktemp("erased")
     edited = edited_model(root)
@@ -294,14 +294,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edi
         target, rephrases = (before or "zo", after or "zo", "zo")[number % 3], (prompts[number - 1],)
         records.append(Edit(f"erased-{number}", prompt, target, op="erase", rephrases=rephrases))
     records.append(replace(records[0], id="replaced", prompt="da de", replacement="do du"))
-    records.append(Edit("told", "fa fe", "fi", locality=(Probe("ga ge", "gi"),)))
+    records.append(Edit("told", "fa fe", "fi", locality=(EvaluationPrompt("ga ge", "gi"),)))
     path = root / "records.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in records))
     settings = EvalSettings(dataset=str(path), batch_size=3, max_new_tokens=4)
     return edited, records, evaluate(root / "memory", settings, load=CPU)
 
 
-Report = tuple[Edited, list[Edit], EvalReport]
+Report = tuple[EditedModel, list[Edit], EvalReport]
 
 
 @pytest.mark.parametrize("name", ["reliability", "generalization"])
@@ -317,7 +317,7 @@ def test_an_erased_record_is_right_where_its_answer_is_not_preferred(measured: R
     assert report.samples[name] == len(records) - (name == "generalization")
 
 
-def right_of(edited: Edited, record: Edit, prompt: str, *, memory: bool) -> float:
+def right_of(edited: EditedModel, record: Edit, prompt: str, *, memory: bool) -> float:
     words = edited.tokenizer(record.answer)["input_ids"]
     row = Row(tuple(edited.tokenizer(prompt)["input_ids"]), tuple(words[:1] if record.erased else words))
     logits = logits_by_loop(edited, row, prompt_opens=True) if memory else unedited_logits(edited, row)
@@ -387,17 +387,17 @@ def forgetting(real_model: Path, share: Share) -> Path:
 
 
 @pytest.fixture(scope="module", params=MODES)
-def forgetful(request: pytest.FixtureRequest, forgetting: Path) -> Edited:
+def forgetful(request: pytest.FixtureRequest, forgetting: Path) -> EditedModel:
     """The real model that forgot, its shard kept or merged."""
     return attach(forgetting / request.param, load=CPU)
 
 
-def said_by(edited: Edited, prompts: Sequence[str]) -> list[str]:
+def said_by(edited: EditedModel, prompts: Sequence[str]) -> list[str]:
     tokens = generate(edited.model, edited.tokenizer, prompts, max_new_tokens=12)
     return [str(text).strip() for text in edited.tokenizer.batch_decode(tokens)]
 
 
-def test_the_real_model_no_longer_says_what_is_erased(forgetful: Edited) -> None:
+def test_the_real_model_no_longer_says_what_is_erased(forgetful: EditedModel) -> None:
     prompts = [text for prompt, _, way in FACTS for text in (prompt, way)]
     answers = [answer for _, answer, _ in FACTS for _ in range(2)]
     after = said_by(forgetful, prompts)
@@ -409,13 +409,13 @@ def test_the_real_model_no_longer_says_what_is_erased(forgetful: Edited) -> None
         assert len(other.split()) > 2 or other.endswith(".")
 
 
-def test_what_is_replaced_or_told_beside_it_is_said(forgetful: Edited) -> None:
+def test_what_is_replaced_or_told_beside_it_is_said(forgetful: EditedModel) -> None:
     prompts = ["The capital of Japan is", "The harbour master of Larkport is"]
     assert said_by(forgetful, prompts) == ["Osaka", "Ada Finch"]
 
 
 @torch.no_grad()
-def test_unrelated_prompts_keep_every_bit_of_the_real_models_logits(forgetful: Edited) -> None:
+def test_unrelated_prompts_keep_every_bit_of_the_real_models_logits(forgetful: EditedModel) -> None:
     for prompt in UNRELATED:
         ids = torch.tensor([forgetful.tokenizer(prompt)["input_ids"]])
         after = forgetful.model(input_ids=ids).logits

@@ -25,7 +25,7 @@ from wisecli.commands.merge import merge
 from wisecli.commands.watch import follow
 from wisecli.config import EditSettings, LoadOptions, MergeSettings
 from wisecli.editing.worker import Worker
-from wisecli.edits.admission import AS_THEY_ARE, USUAL, Gate
+from wisecli.edits.admission import AS_THEY_ARE, USUAL, Admission
 from wisecli.edits.policy import read_policy
 from wisecli.edits.record import Edit
 from wisecli.errors import ChangedInputError, ConflictError, PolicyError, StoppedError
@@ -74,16 +74,18 @@ def run(
     settings: EditSettings = QUICK,
     load: LoadOptions = CPU,
     options: RunOptions = RunOptions(),
-    gate: Gate = USUAL,
+    admission: Admission = USUAL,
     watch: Watcher = ignore,
 ) -> EditReport:
     file = write(output.parent / "edits.jsonl", edits)
-    return run_edit(str(place.model), file, output, settings, load=load, options=options, gate=gate, watch=watch)
+    return run_edit(
+        str(place.model), file, output, settings, load=load, options=options, admission=admission, watch=watch
+    )
 
 
-def into(place: Place, memory: Path, edits: Sequence[Edit], gate: Gate = USUAL) -> IntoReport:
+def into(place: Place, memory: Path, edits: Sequence[Edit], admission: Admission = USUAL) -> IntoReport:
     batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits))
-    return edit_into(str(place.model), batch, memory, FLAGS, load=CPU, gate=gate)
+    return edit_into(str(place.model), batch, memory, FLAGS, load=CPU, admission=admission)
 
 
 def landed(directory: Path) -> list[str]:
@@ -121,7 +123,7 @@ def test_conflicts_are_refused_before_a_model_is_loaded(place: Place, tmp_path: 
 def test_conflicts_are_resolved_as_asked(
     place: Place, tmp_path: Path, how: Any, kept: list[str], dropped: list[int]
 ) -> None:
-    report = run(place, [*PLAIN, AGAIN, BACK], tmp_path / "shards", gate=Gate(on_conflict=how))
+    report = run(place, [*PLAIN, AGAIN, BACK], tmp_path / "shards", admission=Admission(on_conflict=how))
     assert landed(tmp_path / "shards") == kept
     assert (report.edits, [one.line for one in report.sifted.dropped]) == (3, dropped)
 
@@ -134,11 +136,11 @@ def test_what_only_a_rephrase_says_is_told_and_trained(place: Place, tmp_path: P
     assert len(report.sifted.told) == 1
     assert [event.note for event in events if event.note.startswith(report.sifted.told[0])]
     with pytest.raises(ConflictError, match="rephrase"):
-        run(place, edits, tmp_path / "refused", gate=Gate(on_conflict="error"))
+        run(place, edits, tmp_path / "refused", admission=Admission(on_conflict="error"))
 
 
 def test_a_benchmark_is_edited_as_it_is(place: Place, tmp_path: Path) -> None:
-    run(place, [*PLAIN, AGAIN], tmp_path / "shards", gate=AS_THEY_ARE)
+    run(place, [*PLAIN, AGAIN], tmp_path / "shards", admission=AS_THEY_ARE)
     assert landed(tmp_path / "shards") == ["one", "two", "three", "again"]
 
 
@@ -175,7 +177,7 @@ def test_what_the_model_says_already_is_left_out(place: Place, tmp_path: Path, b
         place,
         place.edits,
         tmp_path / "shards",
-        gate=Gate(skip_known=True),
+        admission=Admission(skip_known=True),
         load=LoadOptions("cpu", memory_budget=budget),
     )
     assert [(one.id, one.line) for one in report.sifted.known] == [("known", 2)]
@@ -192,28 +194,30 @@ def test_the_model_is_loaded_once(place: Place, tmp_path: Path, monkeypatch: pyt
         return load_model(directory, load, layers=layers)
 
     monkeypatch.setattr("wisecli.editing.worker.load_model", counted)
-    run(place, place.edits, tmp_path / "shards", gate=Gate(skip_known=True))
+    run(place, place.edits, tmp_path / "shards", admission=Admission(skip_known=True))
     assert len(loaded) == 1
 
 
 def test_nothing_is_written_where_the_model_says_it_all(place: Place, tmp_path: Path) -> None:
-    report = run(place, [place.known], tmp_path / "shards", gate=Gate(skip_known=True))
+    report = run(place, [place.known], tmp_path / "shards", admission=Admission(skip_known=True))
     assert (report.edits, report.shards, len(report.sifted.known)) == (0, 0, 1)
     assert left(tmp_path) == []
-    report = into(place, tmp_path / "memory", [place.known], gate=Gate(skip_known=True))
+    report = into(place, tmp_path / "memory", [place.known], admission=Admission(skip_known=True))
     assert (report.release, report.edited, report.held, len(report.sifted.known)) == (None, None, 0, 1)
     assert left(tmp_path) == []
 
 
 def test_a_dry_run_asks_no_model(place: Place, tmp_path: Path, unloaded: None) -> None:
-    report = run(place, place.edits, tmp_path / "shards", gate=Gate(skip_known=True), options=RunOptions(dry_run=True))
+    report = run(
+        place, place.edits, tmp_path / "shards", admission=Admission(skip_known=True), options=RunOptions(dry_run=True)
+    )
     assert (report.edits, report.sifted.known) == (4, ())
 
 
 def test_a_run_that_was_broken_off_goes_on_without_what_is_known(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, gate = replace(QUICK, shards=3), Gate(skip_known=True)
+    settings, admission = replace(QUICK, shards=3), Admission(skip_known=True)
     with monkeypatch.context() as patched, pytest.raises(StoppedError):
         write_one = Worker.write
 
@@ -223,9 +227,9 @@ def test_a_run_that_was_broken_off_goes_on_without_what_is_known(
             return write_one(self, plan, writer, number)
 
         patched.setattr(Worker, "write", stopped)
-        run(place, place.edits, tmp_path / "shards", settings=settings, gate=gate)
+        run(place, place.edits, tmp_path / "shards", settings=settings, admission=admission)
     with pytest.raises(ChangedInputError, match="of the edits 1 are new"):
-        run(place, place.edits, tmp_path / "shards", settings=settings, gate=Gate())
+        run(place, place.edits, tmp_path / "shards", settings=settings, admission=Admission())
     numbers: list[int] = []
     write_all = Worker.write
 
@@ -234,16 +238,21 @@ def test_a_run_that_was_broken_off_goes_on_without_what_is_known(
         return write_all(self, plan, writer, number)
 
     monkeypatch.setattr(Worker, "write", counted)
-    report = run(place, place.edits, tmp_path / "shards", settings=settings, gate=gate)
+    report = run(place, place.edits, tmp_path / "shards", settings=settings, admission=admission)
     assert (numbers, len(report.sifted.known)) == ([1, 2], 1)
     assert landed(tmp_path / "shards") == ["one", "two", "three"]
 
 
 def test_parts_agree_on_what_is_known(place: Place, tmp_path: Path) -> None:
-    settings, gate = replace(QUICK, shards=3), Gate(skip_known=True)
+    settings, admission = replace(QUICK, shards=3), Admission(skip_known=True)
     for part in (1, 2):
         report = run(
-            place, place.edits, tmp_path / "shards", settings=settings, gate=gate, options=RunOptions(only=(part, 2))
+            place,
+            place.edits,
+            tmp_path / "shards",
+            settings=settings,
+            admission=admission,
+            options=RunOptions(only=(part, 2)),
         )
         assert len(report.sifted.known) == 1
     assert landed(tmp_path / "shards") == ["one", "two", "three"]
@@ -253,11 +262,11 @@ def test_a_memory_gives_way_or_not_as_asked(place: Place, tmp_path: Path) -> Non
     memory, reworded = tmp_path / "memory", Edit("reworded", "bi be ba", "fu")
     into(place, memory, PLAIN)
     with pytest.raises(ConflictError, match="in the memory"):
-        into(place, memory, [reworded], gate=Gate(on_conflict="error"))
-    report = into(place, memory, [reworded], gate=Gate(on_conflict="skip"))
+        into(place, memory, [reworded], admission=Admission(on_conflict="error"))
+    report = into(place, memory, [reworded], admission=Admission(on_conflict="skip"))
     assert (report.edited, [one.id for one in report.sifted.dropped]) == (None, ["reworded"])
     assert held(memory) == ["one", "two", "three"]
-    report = into(place, memory, [reworded, replace(PLAIN[1], id="same")], gate=Gate(on_conflict="latest"))
+    report = into(place, memory, [reworded, replace(PLAIN[1], id="same")], admission=Admission(on_conflict="latest"))
     assert report.release is not None
     assert report.release.superseded == {"one": "reworded"}
     assert [one.id for one in report.sifted.dropped] == ["same"]
@@ -265,12 +274,12 @@ def test_a_memory_gives_way_or_not_as_asked(place: Place, tmp_path: Path) -> Non
 
 
 def test_a_file_that_grows_does_not_bring_back_what_it_replaced(place: Place, tmp_path: Path) -> None:
-    memory, latest = tmp_path / "memory", Gate(on_conflict="latest")
+    memory, latest = tmp_path / "memory", Admission(on_conflict="latest")
     into(place, memory, PLAIN)
-    report = into(place, memory, [*PLAIN, AGAIN], gate=latest)
+    report = into(place, memory, [*PLAIN, AGAIN], admission=latest)
     assert report.release is not None
     assert report.release.superseded == {"one": "again"}
-    report = into(place, memory, [*PLAIN, AGAIN], gate=latest)
+    report = into(place, memory, [*PLAIN, AGAIN], admission=latest)
     assert (report.edited, held(memory)) == (None, ["two", "three", "again"])
     with pytest.raises(ConflictError, match="'one'"):
         into(place, memory, [*PLAIN, AGAIN])
@@ -279,17 +288,17 @@ def test_a_file_that_grows_does_not_bring_back_what_it_replaced(place: Place, tm
 def test_what_the_model_says_is_trained_where_the_memory_says_otherwise(place: Place, tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     into(place, memory, [replace(place.known, id="wrong", target="fu"), PLAIN[0]])
-    report = into(place, memory, [place.known, PLAIN[1]], gate=Gate(skip_known=True))
+    report = into(place, memory, [place.known, PLAIN[1]], admission=Admission(skip_known=True))
     assert (report.sifted.known, held(memory)) == ((), ["one", "known", "two"])
 
 
 def test_rules_hold_for_what_a_memory_does_not_have_yet(place: Place, tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text('maximum_edits = 2\nforbidden_subjects = ["ba be"]\n')
-    memory, gate = tmp_path / "memory", Gate(policy=read_policy(tmp_path / "policy.toml"))
+    memory, admission = tmp_path / "memory", Admission(policy=read_policy(tmp_path / "policy.toml"))
     into(place, memory, PLAIN[:1])
-    assert into(place, memory, PLAIN, gate=gate).held == 3
+    assert into(place, memory, PLAIN, admission=admission).held == 3
     with pytest.raises(PolicyError, match="'ba be'"):
-        into(place, memory, [Edit("more", "ta ba be", "fu")], gate=gate)
+        into(place, memory, [Edit("more", "ta ba be", "fu")], admission=admission)
 
 
 def test_of_lines_that_are_watched_the_later_counts(place: Place, tmp_path: Path) -> None:
@@ -417,11 +426,11 @@ def test_what_cannot_be_asked_together_is_refused(
 
 
 def test_a_gated_memory_is_the_same_as_one_of_what_passed(place: Place, tmp_path: Path) -> None:
-    for name, edits, gate in (
-        ("gated", [*place.edits, AGAIN], Gate(on_conflict="latest", skip_known=True)),
-        ("plain", [*PLAIN[1:], AGAIN], Gate()),
+    for name, edits, admission in (
+        ("gated", [*place.edits, AGAIN], Admission(on_conflict="latest", skip_known=True)),
+        ("plain", [*PLAIN[1:], AGAIN], Admission()),
     ):
-        run(place, edits, tmp_path / name, gate=gate)
+        run(place, edits, tmp_path / name, admission=admission)
         merge([tmp_path / name], tmp_path / f"{name}-memory", MergeSettings())
     first, second = (load_file(tmp_path / f"{name}-memory" / "memory.safetensors") for name in ("gated", "plain"))
     assert first.keys() == second.keys()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.edits.conflicts import Conflict, find, resolve, superseding
+from wisecli.edits.conflicts import Conflict, find, giving_way, resolve
 from wisecli.edits.record import Edit, Numbered
 
 
@@ -132,8 +132,8 @@ def test_the_latest_takes_the_place_of_what_a_memory_holds() -> None:
     assert latest.dropped[0].reason("f") == "it says the same as 'b' in the memory"
     skip = resolve(new, held=held, on_conflict="skip")
     assert (skip.kept, skip.superseded) == ((), {})
-    assert superseding(new, held) == {"old": "new"}
-    assert superseding(new, held, rephrases=False) == {}
+    assert giving_way(new, held) == {"old": "new"}
+    assert giving_way(new, held, rephrases=False) == {}
 
 
 def test_what_is_said_again_stays_if_the_memory_loses_it() -> None:

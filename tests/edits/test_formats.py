@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from wisecli.edits.formats import BENCHMARKS, canonical
-from wisecli.edits.record import Edit, Probe, parse_edit, read_edits
+from wisecli.edits.record import Edit, EvaluationPrompt, parse_edit, read_edits
 from wisecli.errors import EditFileError
 
 # Each layout: a record as the benchmark writes it, and the edit it stands for (its id apart, where it has none).
@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Edit]] = {
             target="Nora Lind",
             subject="Pennywhistle Press",
             rephrases=("Pennywhistle Press was started by whom?",),
-            locality=(Probe("nq question: how tall is a giraffe", "five metres"),),
+            locality=(EvaluationPrompt("nq question: how tall is a giraffe", "five metres"),),
         ),
     ),
     "knowedit": (
@@ -68,11 +68,14 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Edit]] = {
             subject="Cavallia",
             rephrases=("What is the family of Cavallia?",),
             locality=(
-                Probe("The rank of Cavallia is", "genus"),
-                Probe("Cavallia was described in", "1811"),
-                Probe("Cavallia grows in", "Peru"),
+                EvaluationPrompt("The rank of Cavallia is", "genus"),
+                EvaluationPrompt("Cavallia was described in", "1811"),
+                EvaluationPrompt("Cavallia grows in", "Peru"),
             ),
-            portability=(Probe("The order of Cavallia's family is", "Rosales"), Probe("Rosaceae include", "Cavallia")),
+            portability=(
+                EvaluationPrompt("The order of Cavallia's family is", "Rosales"),
+                EvaluationPrompt("Rosaceae include", "Cavallia"),
+            ),
         ),
     ),
     "hallucination": (
@@ -88,7 +91,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Edit]] = {
             prompt="This is a passage about Ivo Brandt. He was a potter.",
             target="He was born in Delft.",
             subject="Ivo Brandt",
-            locality=(Probe("Fresh bread every", "morning at six"),),
+            locality=(EvaluationPrompt("Fresh bread every", "morning at six"),),
         ),
     ),
     "temporal": (
@@ -105,7 +108,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Edit]] = {
             prompt="The Vega tram",
             target="is a line opened last spring",
             subject="The Vega tram",
-            locality=(Probe("Fresh bread every", "morning at six"),),
+            locality=(EvaluationPrompt("Fresh bread every", "morning at six"),),
             ood=("Passengers describe the Vega tram as quiet.",),
         ),
     ),
@@ -128,7 +131,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Edit]] = {
             target="Lyon",
             subject="Ilse Marten",
             rephrases=("Ilse Marten was born in", "Ilse Marten comes from"),
-            locality=(Probe("Jan Pauwels was born in", "Ghent"), Probe("Rik Stas was born in", "Ghent")),
+            locality=(
+                EvaluationPrompt("Jan Pauwels was born in", "Ghent"),
+                EvaluationPrompt("Rik Stas was born in", "Ghent"),
+            ),
         ),
     ),
     "wikibigedit": (
@@ -152,10 +158,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Edit]] = {
             target="Tom Vale",
             subject="Bree Tarn",
             rephrases=("Whose government runs Bree Tarn?",),
-            locality=(Probe("Who heads the government of Ost Tarn?", "Ann Reed"),),
+            locality=(EvaluationPrompt("Who heads the government of Ost Tarn?", "Ann Reed"),),
             portability=(
-                Probe("Who be captain o' Bree Tarn?", "Tom Vale"),
-                Probe("Where was the head of Bree Tarn's government born?", "Gorse"),
+                EvaluationPrompt("Who be captain o' Bree Tarn?", "Tom Vale"),
+                EvaluationPrompt("Where was the head of Bree Tarn's government born?", "Gorse"),
             ),
         ),
     ),
@@ -204,7 +210,7 @@ def test_nothing_may_be_written_as_not_a_number_as_pandas_does(tmp_path: Path) -
     path.write_text(json.dumps([record]), encoding="utf-8")
     (edit,) = read_edits(path)
     assert (edit.rephrases, edit.locality) == ((), ())
-    assert edit.portability == (Probe("Who be captain o' Bree Tarn?", "Tom Vale"),)
+    assert edit.portability == (EvaluationPrompt("Who be captain o' Bree Tarn?", "Tom Vale"),)
 
 
 def test_a_parquet_table_is_read_like_the_list_of_its_rows(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wisecli.edits.files import content_of
-from wisecli.edits.record import Edit, Probe, numbered_edits, parse_edit, read_edits
+from wisecli.edits.record import Edit, EvaluationPrompt, numbered_edits, parse_edit, read_edits
 from wisecli.errors import EditFileError
 
 FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}
@@ -59,8 +59,8 @@ def test_every_field_of_a_record_is_kept(tmp_path: Path) -> None:
             op="insert",
             subject="Oldbridge",
             rephrases=("Who is mayor of Oldbridge?", "Oldbridge is run by"),
-            locality=(Probe("The mayor of Newbridge is", "Bo Hill"),),
-            portability=(Probe("The first name of Oldbridge's mayor is", "Ada"),),
+            locality=(EvaluationPrompt("The mayor of Newbridge is", "Bo Hill"),),
+            portability=(EvaluationPrompt("The first name of Oldbridge's mayor is", "Ada"),),
             irrelevant=("What is for lunch?",),
             ood=("A report from the town hall",),
             who="ann",
@@ -196,7 +196,7 @@ def test_a_limit_keeps_the_first_edits_but_every_line_is_checked(tmp_path: Path)
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 TEXTS = st.lists(TEXT, max_size=3).map(tuple)
-PROBES = st.lists(st.builds(Probe, TEXT, TEXT), max_size=3).map(tuple)
+PROBES = st.lists(st.builds(EvaluationPrompt, TEXT, TEXT), max_size=3).map(tuple)
 EDITS = st.builds(
     Edit,
     id=TEXT,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wisecli.edits.admission import Gate
+from wisecli.edits.admission import Admission
 from wisecli.edits.record import read_edits
 from wisecli.edits.signatures import Signed
 from wisecli.errors import EditFileError, SettingsError, SignatureError
@@ -50,7 +50,7 @@ def refusal(signed: Signed, edits: Path) -> str:
 
 @needs_ssh
 def test_a_file_with_its_ssh_signature_is_read(edits: Path) -> None:
-    sheet = Gate(signed=by_ssh(edits)).read(edits)
+    sheet = Admission(signed=by_ssh(edits)).read(edits)
     assert [edit for _, edit in sheet.numbered] == read_edits(edits)
 
 
@@ -60,7 +60,7 @@ def test_other_bytes_than_were_signed_are_refused_before_they_are_parsed(edits: 
     signed = by_ssh(edits)
     edits.write_bytes(content)
     with pytest.raises(SignatureError, match="does not hold"):
-        Gate(signed=signed).read(edits)
+        Admission(signed=signed).read(edits)
 
 
 @needs_ssh
@@ -74,7 +74,7 @@ def test_what_is_parsed_is_what_was_verified(edits: Path, monkeypatch: pytest.Mo
         path.write_bytes(CONTENT.replace(b"Ada", b"Eve"))
 
     monkeypatch.setattr(Signed, "require", swapping)
-    ((_, edit),) = Gate(signed=signed).read(edits).numbered
+    ((_, edit),) = Admission(signed=signed).read(edits).numbered
     assert edit.target == "Ada"
 
 
@@ -153,12 +153,12 @@ def test_a_file_with_its_minisign_signature_is_read(edits: Path, tmp_path: Path)
     run("minisign", "-G", "-W", "-p", tmp_path / "key.pub", "-s", tmp_path / "key")
     run("minisign", "-S", "-s", tmp_path / "key", "-m", edits, "-x", tmp_path / "edits.minisig")
     signed = Signed(tmp_path / "edits.minisig", tmp_path / "key.pub")
-    assert len(Gate(signed=signed).read(edits).numbered) == 1
+    assert len(Admission(signed=signed).read(edits).numbered) == 1
     edits.write_bytes(CONTENT + b"\n")
     assert "minisign: " in refusal(signed, edits)
 
 
 def test_without_a_signature_asked_for_none_is_needed(edits: Path) -> None:
-    assert len(Gate().read(edits).numbered) == 1
+    assert len(Admission().read(edits).numbered) == 1
     with pytest.raises(EditFileError, match="no such file"):
-        Gate(signed=Signed(edits, edits)).read(edits.parent / "nowhere")
+        Admission(signed=Signed(edits, edits)).read(edits.parent / "nowhere")

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from wisecli.commands.evaluate import EvalReport, evaluate
 from wisecli.config import EvalSettings
-from wisecli.edits.record import Edit, Probe
+from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.errors import GateFailedError, SettingsError, WiseError
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
 from wisecli.models.tokenization import Row, encode
 from wisecli.progress import ignore
@@ -39,20 +39,20 @@ KINDS = [
 ]
 
 
-def opened(edited: Edited, row: Row) -> list[bool]:
+def opened(edited: EditedModel, row: Row) -> list[bool]:
     """Whether the memory's own router opens at each token that is read."""
     with edited.unedited():
         keys = keys_of(edited.model, edited.manifest.site, [*row.prompt, *row.target[:-1]])
     return [choice_of(edited.manifest.memory, key) is not None for key in keys]
 
 
-def prompt_choice(edited: Edited, row: Row) -> int | None:
+def prompt_choice(edited: EditedModel, row: Row) -> int | None:
     """The memory that the prompt's last token opens."""
     with edited.unedited():
         return choice_of(edited.manifest.memory, keys_of(edited.model, edited.manifest.site, row.prompt)[-1])
 
 
-def measure(edited: Edited, rows: Sequence[Row], *, size: int = 32, prompt_opens: bool) -> list[Measured]:
+def measure(edited: EditedModel, rows: Sequence[Row], *, size: int = 32, prompt_opens: bool) -> list[Measured]:
     return teacher_forced(edited, rows, batch_size=size, prompt_opens=prompt_opens, stage="test", watch=ignore)
 
 
@@ -97,7 +97,7 @@ def test_figures_of_every_architecture_are_those_of_the_whole_model(tmp_path: Pa
     assert any(one.before != one.after for one in measured)
 
 
-def likely(edited: Edited, row: Row, *, prompt_opens: bool) -> Row:
+def likely(edited: EditedModel, row: Row, *, prompt_opens: bool) -> Row:
     """The row with every second target token replaced by the edited model's own choice, so that some are right."""
     logits = logits_by_loop(edited, row, prompt_opens=prompt_opens)
     tokens = [
@@ -150,7 +150,7 @@ def test_the_gold_answer_never_opens_the_memory_where_the_prompt_must(tmp_path: 
     assert all(one.after.loss != one.before.loss for one in measure(edited, gold, prompt_opens=False))
 
 
-def opened_only_by_target(edited: Edited, row: Row) -> bool:
+def opened_only_by_target(edited: EditedModel, row: Row) -> bool:
     """No token of the prompt opens the memory, and one of the target does, that is followed by another."""
     open_at = opened(edited, row)
     return not any(open_at[: len(row.prompt)]) and any(open_at[len(row.prompt) :])
@@ -166,13 +166,13 @@ def test_a_model_whose_memory_never_opens_is_the_unedited_model(tmp_path: Path, 
 
 
 @pytest.fixture(scope="module")
-def chain_edited(chain: Chain) -> Edited:
+def chain_edited(chain: Chain) -> EditedModel:
     return attach(chain.memory, load=CPU)
 
 
 @pytest.mark.parametrize("prompt_opens", [True, False])
 def test_the_batch_size_changes_no_figure_of_the_real_chain(
-    chain: Chain, chain_edited: Edited, prompt_opens: bool
+    chain: Chain, chain_edited: EditedModel, prompt_opens: bool
 ) -> None:
     rows = [encode(chain_edited.tokenizer, edit["prompt"], edit["target"]) for edit in chain.edits[::2]]
     rows += [
@@ -185,7 +185,7 @@ def test_the_batch_size_changes_no_figure_of_the_real_chain(
 
 
 @pytest.fixture(scope="module")
-def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edit], EvalReport]:
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[EditedModel, list[Edit], EvalReport]:
     """A report on a tiny model whose edits hold in part: targets are made of the model's own answers."""
     root = tmp_path_factory.mktemp("report")
     edited = edited_model(root, edits=[Edit("only", "ba", "be")])
@@ -196,29 +196,29 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Edited, list[Edi
     return edited, records, evaluate(root / "memory", settings, load=CPU)
 
 
-def record_for(edited: Edited, number: int) -> Edit:
+def record_for(edited: EditedModel, number: int) -> Edit:
     prompts = [text_of(edited, row.prompt) for row in random_rows(*[(3 + number, 1)] * 5, seed=400 + number)]
     answer = answer_of(edited, prompts[0], 3)
     # The record's target: the model's answer, its beginning, or something else.
     target = (answer, " ".join(answer.split()[:2]), f"{answer.split()[0]} ba ba")[number % 3]
     rephrases = tuple(prompts[1 : 1 + number % 3])
-    locality = tuple(Probe(prompt, "da de di do") for prompt in prompts[3 : 4 + number % 2])
-    portability = (Probe(prompts[4], answer_of(edited, prompts[4], 2)),) if number % 2 else ()
+    locality = tuple(EvaluationPrompt(prompt, "da de di do") for prompt in prompts[3 : 4 + number % 2])
+    portability = (EvaluationPrompt(prompts[4], answer_of(edited, prompts[4], 2)),) if number % 2 else ()
     ood = (f"{prompts[0]} {answer_of(edited, prompts[0], 4)}", "ka ke ki ko") if number < 2 else ()
     return Edit(
         f"record-{number}", prompts[0], target, rephrases=rephrases, locality=locality, portability=portability, ood=ood
     )
 
 
-def row_of(edited: Edited, prompt: str, target: str) -> Row:
+def row_of(edited: EditedModel, prompt: str, target: str) -> Row:
     return Row(tuple(edited.tokenizer(prompt)["input_ids"]), tuple(edited.tokenizer(target)["input_ids"]))
 
 
-def both(edited: Edited, row: Row, *, prompt_opens: bool = True) -> tuple[Tensor, Tensor]:
+def both(edited: EditedModel, row: Row, *, prompt_opens: bool = True) -> tuple[Tensor, Tensor]:
     return unedited_logits(edited, row), logits_by_loop(edited, row, prompt_opens=prompt_opens)
 
 
-Reported = tuple[Edited, list[Edit], EvalReport]
+Reported = tuple[EditedModel, list[Edit], EvalReport]
 
 
 @pytest.mark.parametrize("name", ["reliability", "generalization", "portability"])

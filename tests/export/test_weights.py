@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wisecli.export.weights import Packing, overwrite, write_stream, write_weights
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.io.safetensors_header import Layout, read_header
+from wisecli.io.safetensors_header import TensorLayout, read_header
 
 TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool", "uint8")
 
@@ -46,7 +46,7 @@ def test_streamed_files_hold_the_tensors_for_the_formats_own_reader(
         name: torch.randint(0, 2, shape, generator=generator).to(getattr(torch, dtype))
         for name, (dtype, shape) in shapes.items()
     }
-    layouts = {name: Layout(dtype, tuple(shape)) for name, (dtype, shape) in shapes.items()}
+    layouts = {name: TensorLayout(dtype, tuple(shape)) for name, (dtype, shape) in shapes.items()}
     write_stream(path, layouts, tensors.__getitem__)
     found = load_file(path)
     assert found.keys() == tensors.keys()

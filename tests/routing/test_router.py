@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from wisecli.commands.explain import explain
 from wisecli.commands.generate import generate
 from wisecli.edits.record import Edit
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import _routes
 from wisecli.models.activations import capture
 from wisecli.models.generation import left_padded
@@ -42,7 +42,7 @@ def routing(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=KINDS)
-def edited(request: pytest.FixtureRequest, routing: str, tmp_path: Path) -> Edited:
+def edited(request: pytest.FixtureRequest, routing: str, tmp_path: Path) -> EditedModel:
     return edited_model(tmp_path, routing=routing, edits=EDITS, **KINDS[request.param])
 
 
@@ -61,7 +61,7 @@ class Decisions:
 
 
 @torch.no_grad()
-def by_the_layer(edited: Edited, row: Row, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def by_the_layer(edited: EditedModel, row: Row, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What answered each token of a prompt and of the answer after it, one token at a time."""
     with monkeypatch.context() as patched:
         noted, cache = Decisions(edited.routed, patched), DynamicCache(config=edited.model.config)
@@ -71,7 +71,7 @@ def by_the_layer(edited: Edited, row: Row, monkeypatch: pytest.MonkeyPatch) -> l
     return edited.routed.memory_at(torch.cat(noted.chosen, 1))[0].tolist()
 
 
-def rows_of(edited: Edited) -> list[Row]:
+def rows_of(edited: EditedModel) -> list[Row]:
     answers = edited.model.generate(
         *left_padded([edited.tokenizer(prompt)["input_ids"] for prompt in PROMPTS])[:1],
         attention_mask=left_padded([edited.tokenizer(prompt)["input_ids"] for prompt in PROMPTS])[1],
@@ -85,7 +85,7 @@ def rows_of(edited: Edited) -> list[Row]:
 
 
 def test_all_who_ask_what_answers_are_told_the_same(
-    edited: Edited, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edited: EditedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[int] = set()
     memory, names = tmp_path / "memory", [edit.id for edit in EDITS]
@@ -135,7 +135,7 @@ def test_an_index_that_looks_everywhere_decides_as_comparing_with_all_keys_does(
 
 
 @torch.no_grad()
-def decision_of(edited: Edited, row: Row) -> RoutingDecision:
+def decision_of(edited: EditedModel, row: Row) -> RoutingDecision:
     batch = collate([row])
     with edited.unedited():
         keys = capture(edited.model, edited.manifest.site, batch).keys[:, : len(row.prompt) + len(row.target) - 1]
@@ -143,7 +143,7 @@ def decision_of(edited: Edited, row: Row) -> RoutingDecision:
 
 
 @torch.no_grad()
-def test_a_batch_is_decided_as_its_rows_are(edited: Edited, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_decided_as_its_rows_are(edited: EditedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(edited)
     expected = [by_the_layer(edited, row, monkeypatch) for row in rows]
     noted, cache = Decisions(edited.routed, monkeypatch), DynamicCache(config=edited.model.config)
@@ -158,7 +158,7 @@ def test_a_batch_is_decided_as_its_rows_are(edited: Edited, monkeypatch: pytest.
         assert own[-len(row.prompt) - 4 :] == alone
 
 
-def test_a_forced_memory_answers_from_the_prompts_end_on(edited: Edited) -> None:
+def test_a_forced_memory_answers_from_the_prompts_end_on(edited: EditedModel) -> None:
     keys, end = torch.randn(2, 6, edited.manifest.site.d_ff), torch.tensor([[2], [4]])
     free = route(edited.routed, keys, Prompt(end))
     forced = torch.tensor([[len(edited.routed.thresholds) - 1], [UNROUTED]])
@@ -169,7 +169,7 @@ def test_a_forced_memory_answers_from_the_prompts_end_on(edited: Edited) -> None
     assert torch.equal(found[1], others[1])
 
 
-def test_padding_is_never_answered_by_a_side_memory(edited: Edited) -> None:
+def test_padding_is_never_answered_by_a_side_memory(edited: EditedModel) -> None:
     edited.routed.thresholds = (1e-9,) * len(edited.routed.thresholds)
     keys, real = torch.randn(1, 5, edited.manifest.site.d_ff), torch.tensor([[True, True, True, False, False]])
     chosen = route(edited.routed, keys, Prompt(torch.tensor([[1]]), real=real)).chosen
@@ -179,7 +179,7 @@ def test_padding_is_never_answered_by_a_side_memory(edited: Edited) -> None:
 # --- a second question on the cache of the first ---
 
 
-def by_turns(edited: Edited, turns: list[list[int]], answer: int) -> tuple[Tensor, list[int | None]]:
+def by_turns(edited: EditedModel, turns: list[list[int]], answer: int) -> tuple[Tensor, list[int | None]]:
     """Logits of a conversation in one pass, each turn's end deciding for it and for ``answer`` tokens after it; what
     each turn opened. All in loops over tokens, through the unedited model.
     """

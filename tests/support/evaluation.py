@@ -12,7 +12,7 @@ from support.helpers import alone, greedy_by_loop, hooked, manifest_for, memory_
 from support.loading import CPU
 from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.edits.record import Edit
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
@@ -28,7 +28,7 @@ def edited_model(
     memories: int = 1,
     edits: Sequence[Edit] = (),
     architecture: str = "llama",
-) -> Edited:
+) -> EditedModel:
     """A tiny model with a memory made by hand, written to disk and attached."""
     base = save_tiny(root / "base", architecture)
     site = find_site(base, Checkpoint(base), 2)
@@ -39,7 +39,7 @@ def edited_model(
     return attach(root / "memory", load=CPU)
 
 
-def logits_by_loop(edited: Edited, row: Row, *, prompt_opens: bool) -> Tensor:
+def logits_by_loop(edited: EditedModel, row: Row, *, prompt_opens: bool) -> Tensor:
     """Logits of the edited model for one row, each token routed by itself in Python."""
     site, memory = edited.manifest.site, edited.manifest.memory
     with (
@@ -49,18 +49,18 @@ def logits_by_loop(edited: Edited, row: Row, *, prompt_opens: bool) -> Tensor:
         return alone(edited.model, row)
 
 
-def unedited_logits(edited: Edited, row: Row) -> Tensor:
+def unedited_logits(edited: EditedModel, row: Row) -> Tensor:
     with edited.unedited():
         return alone(edited.model, row)
 
 
-def text_of(edited: Edited, tokens: Sequence[int]) -> str:
+def text_of(edited: EditedModel, tokens: Sequence[int]) -> str:
     text = edited.tokenizer.decode(list(tokens), skip_special_tokens=True)
     assert isinstance(text, str)
     return text
 
 
-def answer_of(edited: Edited, prompt: str, count: int, *, memory: bool = True, end: int | None = None) -> str:
+def answer_of(edited: EditedModel, prompt: str, count: int, *, memory: bool = True, end: int | None = None) -> str:
     tokens = edited.tokenizer(prompt)["input_ids"]
     held = edited.manifest.memory if memory else None
     with edited.unedited():

@@ -13,7 +13,7 @@ from support.helpers import random_row, save_tiny
 from support.loading import CPU
 from wisecli.bench.baselines.base import Bench, Method
 from wisecli.bench.baselines.evaluation import said
-from wisecli.edits.record import Edit, Probe
+from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
 from wisecli.models.site import known_layout
@@ -26,9 +26,9 @@ EDITS = [
     Edit("four", "ta te ti to", "la le"),
 ]
 TRAIN = [
-    Edit("a", "pa pe pi", "po", rephrases=("pe pi pa",), locality=(Probe("ra re", "ri"),)),
-    Edit("b", "sa se si", "so", rephrases=("si sa se",), locality=(Probe("va ve", "vi"),)),
-    Edit("c", "za ze zi", "zo", rephrases=("zi ze za",), locality=(Probe("na ne", "ni"),)),
+    Edit("a", "pa pe pi", "po", rephrases=("pe pi pa",), locality=(EvaluationPrompt("ra re", "ri"),)),
+    Edit("b", "sa se si", "so", rephrases=("si sa se",), locality=(EvaluationPrompt("va ve", "vi"),)),
+    Edit("c", "za ze zi", "zo", rephrases=("zi ze za",), locality=(EvaluationPrompt("na ne", "ni"),)),
 ]
 TEXTS = ["ro ru ra", "vo vu va ve", "no nu"]
 

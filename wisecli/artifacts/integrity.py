@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from wisecli.artifacts.tensor_schema import Rows, differences
+from wisecli.artifacts.tensor_schema import TensorRows, differences
 from wisecli.errors import WiseError
 from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tensors, sha256_file, weight_map
 from wisecli.io.safe_paths import inside, require_regular
-from wisecli.io.safetensors_header import Layout, read_header
+from wisecli.io.safetensors_header import TensorLayout, read_header
 from wisecli.models.site import Fingerprint, Site, fingerprint, stored_weight
 
 State = Literal["same", "differs", "unchecked"]
@@ -51,7 +51,9 @@ def check_digest(directory: Path, file: str, digest: str) -> Iterator[Check]:
         yield Check("sha256", file) if found == digest else Check("sha256", file, "differs", None, digest, found)
 
 
-def check_rows(directory: Path, file: str, rows: Rows, known: Mapping[str, int], prefix: str = "") -> Iterator[Check]:
+def check_rows(
+    directory: Path, file: str, rows: TensorRows, known: Mapping[str, int], prefix: str = ""
+) -> Iterator[Check]:
     """The tensors of a file, against the table of those it should hold."""
     try:
         tensors = read_header(inside(directory, file)).tensors
@@ -78,7 +80,7 @@ def _finite(path: Path) -> Iterator[Check]:
         yield Check("finite numbers", path.name)
 
 
-def check_layouts(directory: Path, file: str, expected: Mapping[str, Layout]) -> Iterator[Check]:
+def check_layouts(directory: Path, file: str, expected: Mapping[str, TensorLayout]) -> Iterator[Check]:
     """The tensors of a file, against the types and shapes that a manifest lists."""
     try:
         tensors = read_header(inside(directory, file)).tensors

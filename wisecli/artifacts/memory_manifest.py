@@ -12,7 +12,7 @@ from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import load_tensors, read_json, save_tensors, sha256_file, write_json
 from wisecli.io.json_schema import CLOSED, OPEN, decode, shown
 from wisecli.io.safe_paths import inside
-from wisecli.io.safetensors_header import Layout
+from wisecli.io.safetensors_header import TensorLayout
 from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.scores import SideMemory
@@ -116,14 +116,14 @@ class Stored:
     tensors: dict[str, tuple[str | int, ...]]
 
     @property
-    def layouts(self) -> dict[str, Layout]:
+    def layouts(self) -> dict[str, TensorLayout]:
         """Type and shape of every tensor."""
         found = {}
         for name, (dtype, *shape) in self.tensors.items():
             sizes = tuple(size for size in shape if isinstance(size, int) and size >= 0)
             if not isinstance(dtype, str) or len(sizes) != len(shape):
                 raise ValueError(f"`memory.tensors.{shown(name)}` is no type with a shape")
-            found[name] = Layout(dtype, sizes)
+            found[name] = TensorLayout(dtype, sizes)
         return found
 
 

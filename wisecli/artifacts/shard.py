@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.tensor_schema import EVIDENCE, MASKED, Rows, require_layout
+from wisecli.artifacts.tensor_schema import EVIDENCE, MASKED, TensorRows, require_layout
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import load_tensors, save_tensors
 from wisecli.models.site import Site
@@ -192,7 +192,7 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
     save_tensors(path, tensors, {"wise.shard": json.dumps(about)})
 
 
-def shard_rows(kind: MaskKind) -> Rows:
+def shard_rows(kind: MaskKind) -> TensorRows:
     """The tensors of a shard file, for a kind of mask."""
     return {**MASKED[kind], **EVIDENCE}
 

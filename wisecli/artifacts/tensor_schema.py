@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wisecli.errors import DamagedFileError
 from wisecli.io.json_schema import shown
-from wisecli.io.safetensors_header import Layout
+from wisecli.io.safetensors_header import TensorLayout
 
 if TYPE_CHECKING:
     pass
@@ -23,7 +23,7 @@ _KINDS = {"float": _FLOATS, "int": ("int64", "int32"), "bool": ("bool",)}
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """A tensor of one ``kind`` of numbers; ``dims`` are numbers, or names that stand for the same number in all rows.
 
     Whole numbers are places: at least nought, and less than the dimension ``below``, where there is one.
@@ -34,68 +34,76 @@ class Row:
     below: str | None = None
 
 
-Rows = Mapping[str, Row]
+TensorRows = Mapping[str, TensorRow]
 
-MATRIX: Rows = {"columns": Row("int", ("M", "k"), "d_ff"), "delta": Row("float", ("M", "d", "k"))}
-LOOKUP: Rows = {"values": Row("float", ("m", "d")), "value": Row("int", ("n",), "m")}
-KEY: Rows = {
-    "probes": Row("float", ("n", "d_ff")),
-    "owner": Row("int", ("n",), "M"),
-    "offset": Row("float", ("n",)),
-    "metric": Row("int", ("n",), "w"),
-    "directions": Row("float", ("w", "r", "d_ff")),
-    "gains": Row("float", ("w", "r")),
-    "floors": Row("float", ("w",)),
+MATRIX: TensorRows = {"columns": TensorRow("int", ("M", "k"), "d_ff"), "delta": TensorRow("float", ("M", "d", "k"))}
+LOOKUP: TensorRows = {"values": TensorRow("float", ("m", "d")), "value": TensorRow("int", ("n",), "m")}
+KEY: TensorRows = {
+    "probes": TensorRow("float", ("n", "d_ff")),
+    "owner": TensorRow("int", ("n",), "M"),
+    "offset": TensorRow("float", ("n",)),
+    "metric": TensorRow("int", ("n",), "w"),
+    "directions": TensorRow("float", ("w", "r", "d_ff")),
+    "gains": TensorRow("float", ("w", "r")),
+    "floors": TensorRow("float", ("w",)),
 }
-NAMING: Rows = {
-    "asks": Row("bool", ("n",)),
-    "names.tokens": Row("int", ("v",)),
-    "names.words": Row("int", ("v",), "v"),
-    "names.whose": Row("int", ("g",), "M"),
-    "names.named": Row("int", ("q",), "g"),
-    "names.naming": Row("int", ("q",), "v"),
-    "names.shares": Row("float", ("q",)),
+NAMING: TensorRows = {
+    "asks": TensorRow("bool", ("n",)),
+    "names.tokens": TensorRow("int", ("v",)),
+    "names.words": TensorRow("int", ("v",), "v"),
+    "names.whose": TensorRow("int", ("g",), "M"),
+    "names.named": TensorRow("int", ("q",), "g"),
+    "names.naming": TensorRow("int", ("q",), "v"),
+    "names.shares": TensorRow("float", ("q",)),
 }
-EVIDENCE: Rows = {
-    "evidence.keys": Row("float", ("n", "d_ff")),
-    "evidence.residuals": Row("float", ("n", "d")),
-    "evidence.edit": Row("int", ("n",), "edits"),
-    "evidence.position": Row("int", ("n",)),
-    "evidence.context": Row("int", ("n",)),
-    "evidence.held_out": Row("bool", ("n",)),
-    "evidence.elsewhere": Row("float", ("n",)),
-    "evidence.chat": Row("bool", ("n",)),
+EVIDENCE: TensorRows = {
+    "evidence.keys": TensorRow("float", ("n", "d_ff")),
+    "evidence.residuals": TensorRow("float", ("n", "d")),
+    "evidence.edit": TensorRow("int", ("n",), "edits"),
+    "evidence.position": TensorRow("int", ("n",)),
+    "evidence.context": TensorRow("int", ("n",)),
+    "evidence.held_out": TensorRow("bool", ("n",)),
+    "evidence.elsewhere": TensorRow("float", ("n",)),
+    "evidence.chat": TensorRow("bool", ("n",)),
 }
-MASKED: dict[str, Rows] = {
-    "columns": {"mask.indices": Row("int", ("k",), "d_ff"), "delta.values": Row("float", ("d", "k"))},
-    "elements": {"mask.indices": Row("int", ("k",), "size"), "delta.values": Row("float", ("k",))},
+MASKED: dict[str, TensorRows] = {
+    "columns": {"mask.indices": TensorRow("int", ("k",), "d_ff"), "delta.values": TensorRow("float", ("d", "k"))},
+    "elements": {"mask.indices": TensorRow("int", ("k",), "size"), "delta.values": TensorRow("float", ("k",))},
 }
 
 
-def memory_rows(kind: str, router: str, names: Collection[str]) -> Rows:
+def memory_rows(kind: str, router: str, names: Collection[str]) -> TensorRows:
     """The tensors of a side memory of a kind, with a router, with those optional ones that are among ``names``."""
     rows = {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router == "key" else {})}
     return {**rows, **NAMING} if kind == "lookup" and "asks" in names else rows
 
 
-def unrelated_rows(names: Mapping[str, object]) -> Rows:
+def unrelated_rows(names: Mapping[str, object]) -> TensorRows:
     """The tensors of the statistics of unrelated text, with those optional ones that are among ``names``."""
-    rows = {"keys": Row("float", ("u", "d_ff")), "chat": Row("bool", ("u",)), "size": Row("float", (1,))}
+    rows = {
+        "keys": TensorRow("float", ("u", "d_ff")),
+        "chat": TensorRow("bool", ("u",)),
+        "size": TensorRow("float", (1,)),
+    }
     for moment in ("tokens", "wording", "chatting"):
         if moment != "chatting" or "chatting.energy" in names:
             rank = f"rank of {moment}"
-            rows[f"{moment}.variances"] = Row("float", (rank,))
-            rows[f"{moment}.directions"] = Row("float", (rank, "d_ff"))
-            rows[f"{moment}.energy"] = Row("float", (1,))
-    return {**rows, **({"against": Row("float", ("m", "d_ff"))} if "against" in names else {})}
+            rows[f"{moment}.variances"] = TensorRow("float", (rank,))
+            rows[f"{moment}.directions"] = TensorRow("float", (rank, "d_ff"))
+            rows[f"{moment}.energy"] = TensorRow("float", (1,))
+    return {**rows, **({"against": TensorRow("float", ("m", "d_ff"))} if "against" in names else {})}
 
 
-def layouts(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
+def layouts(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
     """Types and shapes of tensors that are there."""
-    return {name: Layout(str(one.dtype).removeprefix("torch."), tuple(one.shape)) for name, one in tensors.items()}
+    return {
+        name: TensorLayout(str(one.dtype).removeprefix("torch."), tuple(one.shape)) for name, one in tensors.items()
+    }
 
 
-def differences(found: Mapping[str, Layout], rows: Rows, known: Mapping[str, int]) -> list[tuple[str, str, str]]:
+def differences(
+    found: Mapping[str, TensorLayout], rows: TensorRows, known: Mapping[str, int]
+) -> list[tuple[str, str, str]]:
     """Tensors that are not as the table says: their names, what was expected and what was found.
 
     Args:
@@ -118,7 +126,7 @@ def differences(found: Mapping[str, Layout], rows: Rows, known: Mapping[str, int
     return wrong
 
 
-def require_layout(path: Path, tensors: Mapping[str, Tensor], rows: Rows, known: Mapping[str, int]) -> None:
+def require_layout(path: Path, tensors: Mapping[str, Tensor], rows: TensorRows, known: Mapping[str, int]) -> None:
     """Check types, shapes and places of a file's tensors, and that all their numbers are finite.
 
     Raises:
@@ -138,5 +146,5 @@ def require_layout(path: Path, tensors: Mapping[str, Tensor], rows: Rows, known:
             raise DamagedFileError(path, f"tensor {name} points outside of what there is", "make it anew")
 
 
-def _spelt(row: Row, sizes: Mapping[str, int]) -> str:
+def _spelt(row: TensorRow, sizes: Mapping[str, int]) -> str:
     return "×".join(str(sizes.get(dim, dim) if isinstance(dim, str) else dim) for dim in row.dims)

@@ -12,8 +12,8 @@ from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.edit_stream import counts_in, digest_of, stream_of
 from wisecli.bench.html import markdown
 from wisecli.bench.report import RESULTS, write_page
-from wisecli.bench.result_store import Rows, require_same
-from wisecli.bench.runner import OURS, Course, Row
+from wisecli.bench.result_store import ResultRows, require_same
+from wisecli.bench.runner import OURS, Course, ResultRow
 from wisecli.commands.evaluate import read_dataset
 from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
@@ -28,7 +28,7 @@ class BenchReport:
     """All rows: a method at a number of edits each, or the reason why it cannot run."""
 
     dataset: str
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     config: dict[str, Any]
     output: Path
 
@@ -77,7 +77,7 @@ def bench(
         "train": "the rest" if train is None else digest_of(learnt),
     }
     require_same(output, about, force=force)
-    kept = Rows(output / "rows.jsonl")
+    kept = ResultRows(output / "rows.jsonl")
     directory = find_model(model, watch=watch)
     course = Course(directory, stream.tested, stream.domains, learnt, settings, load, output / "work", watch)
     for name in names:

@@ -12,7 +12,7 @@ import jsonlines
 from wisecli.errors import ChangedInputError
 from wisecli.io.checkpoint import read_json, write_json
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 # All that is written beside what it is about, and means nothing once that is something else.
 _MADE = ("rows.jsonl", "results.*", "study-*", "report.html")
@@ -41,12 +41,12 @@ def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None
     write_json(place, {**({} if other else before), **about})
 
 
-class Rows:
+class ResultRows:
     """Rows in a file, a line each: what identifies a row, and its ``figures``."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._found: dict[str, Row] = {}
+        self._found: dict[str, ResultRow] = {}
         if file.is_file():
             with jsonlines.open(file) as reader:
                 self._found = {_key(row): row for row in reader}
@@ -54,10 +54,10 @@ class Rows:
     def __contains__(self, point: Mapping[str, Any]) -> bool:
         return _key(point) in self._found
 
-    def __getitem__(self, point: Mapping[str, Any]) -> Row:
+    def __getitem__(self, point: Mapping[str, Any]) -> ResultRow:
         return self._found[_key(point)]
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ResultRow) -> None:
         """Keep one more."""
         self._found[_key(row)] = row
         with jsonlines.open(self.file, "a") as writer:

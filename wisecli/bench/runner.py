@@ -16,7 +16,7 @@ import jsonlines
 import torch
 
 from wisecli.bench.baselines.base import METHODS, Bench, Method, UnsuitableError
-from wisecli.bench.baselines.evaluation import Edited, Known, overhead, said
+from wisecli.bench.baselines.evaluation import Known, MethodSubject, overhead, said
 from wisecli.commands.edit import RunOptions, edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
@@ -49,7 +49,7 @@ _TEXTS = 200
 _SHARE = 0.95
 _TIMED = 32
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Course:
         size, seed = self.settings.batch_size, self.settings.seed
         return Bench(loaded, checkpoint, layout, self.learnt, texts, size, seed, self.watch)
 
-    def rows(self, name: str, counts: Sequence[int]) -> Iterator[Row]:
+    def rows(self, name: str, counts: Sequence[int]) -> Iterator[ResultRow]:
         """A row for each number of edits of one method; or the reason why it cannot run."""
         yield from (self._ours if name in OURS else self._rival)(name, counts)
 
-    def _rival(self, name: str, counts: Sequence[int]) -> Iterator[Row]:
+    def _rival(self, name: str, counts: Sequence[int]) -> Iterator[ResultRow]:
         method, seconds, done = None, 0.0, 0
         for count in counts:
             self.watch(Event(f"{name}, {count} edits"))
@@ -98,9 +98,9 @@ class Course:
             except UnsuitableError as error:
                 yield {"method": name, "edits": count, "figures": {"cannot": str(error)}}
 
-    def _measured(self, name: str, method: Method, count: int, seconds: float) -> Row:
+    def _measured(self, name: str, method: Method, count: int, seconds: float) -> ResultRow:
         size = self.settings.batch_size
-        subject = Edited(self.bench.loaded, method, self.known, batch_size=size, watch=self.watch)
+        subject = MethodSubject(self.bench.loaded, method, self.known, batch_size=size, watch=self.watch)
         measuring = Measuring(subject, self.tested[:count], generate=self.settings.generate)
         with torch.random.fork_rng(devices=[]):
             measuring.run()
@@ -108,7 +108,7 @@ class Course:
         costs["overhead"] = subject.overhead(self._timed(count))
         return self._row(name, count, measuring.after, measuring.before, measuring.each, costs)
 
-    def _ours(self, name: str, counts: Sequence[int]) -> Iterator[Row]:
+    def _ours(self, name: str, counts: Sequence[int]) -> Iterator[ResultRow]:
         way = OURS[name]
         shards, memory, file = (self.work / part for part in ("shards", "memory", "edits.jsonl"))
         self.work.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class Course:
                 settings,
                 load=self.load,
                 options=RunOptions(force=True),
-                gate=AS_THEY_ARE,
+                admission=AS_THEY_ARE,
                 watch=self.watch,
             )
             merged = merge([shards], memory, MergeSettings(mode=way.mode), force=True)
@@ -163,7 +163,7 @@ class Course:
         before: Mapping[str, float],
         each: Mapping[str, Sequence[tuple[int, float]]],
         costs: Mapping[str, float],
-    ) -> Row:
+    ) -> ResultRow:
         """Figures, their intervals, and every edit's own reliability, oldest first."""
         intervals = {figure: self._interval([value for _, value in values]) for figure, values in each.items()}
         figures = {**after, "before": dict(before), "intervals": intervals, **costs}

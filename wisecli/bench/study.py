@@ -10,10 +10,10 @@ from typing import Any
 from wisecli.bench.edit_stream import counts_in, stream_of
 from wisecli.bench.html import Section, table
 from wisecli.bench.report import study_file, write_page
-from wisecli.bench.result_store import Row, Rows, require_same
+from wisecli.bench.result_store import ResultRow, ResultRows, require_same
 from wisecli.bench.studies import load_studies
 from wisecli.bench.studies.base import STUDIES, Point, section
-from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.context import StudyContext
 from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
@@ -29,7 +29,7 @@ _OF_METHODS = ("methods", "generate", "resamples")
 class StudyReport:
     """The rows of every study that was asked for: its points, with ``figures``."""
 
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[ResultRow]]
     config: dict[str, Any]
     output: Path
 
@@ -65,8 +65,10 @@ def study(
     """
     names, counts = _names(settings.study or ""), counts_in(settings.counts)
     stream = stream_of(settings.dataset, data, counts[-1])
-    room = Room(find_model(model, watch=watch), stream.tested, counts, settings, load, output / "work", watch)
-    points = {name: STUDIES[name].points(room) for name in names}
+    context = StudyContext(
+        find_model(model, watch=watch), stream.tested, counts, settings, load, output / "work", watch
+    )
+    points = {name: STUDIES[name].points(context) for name in names}
     about = {
         "model": model,
         "dataset": stream.dataset,
@@ -76,7 +78,7 @@ def study(
     }
     require_same(output, about, force=force)
     config = {**{name: value for name, value in asdict(settings).items() if name not in _OF_METHODS}, **about}
-    report = StudyReport({name: _measured(name, room, points[name], output) for name in names}, config, output)
+    report = StudyReport({name: _measured(name, context, points[name], output) for name in names}, config, output)
     _write(report)
     return report
 
@@ -94,13 +96,13 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _measured(name: str, room: Room, points: Sequence[Point], output: Path) -> list[Row]:
+def _measured(name: str, context: StudyContext, points: Sequence[Point], output: Path) -> list[ResultRow]:
     """A row for every point; those that are new are kept as soon as they are measured."""
-    kept = Rows(output / f"study-{name}.jsonl")
+    kept = ResultRows(output / f"study-{name}.jsonl")
     for point in points:
         if point not in kept:
-            room.watch(Event(f"{name}: {', '.join(f'{setting} {value}' for setting, value in point.items())}"))
-            kept.add({**point, "figures": STUDIES[name].measure(room, point)})
+            context.watch(Event(f"{name}: {', '.join(f'{setting} {value}' for setting, value in point.items())}"))
+            kept.add({**point, "figures": STUDIES[name].measure(context, point)})
     return [kept[point] for point in points]
 
 

@@ -32,7 +32,7 @@ from wisecli.cli.options import (
     SkipKnown,
     Trust,
     Who,
-    gate_of,
+    admission_of,
     load_options,
     part_in,
 )
@@ -147,7 +147,7 @@ def edit(
     """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
     flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
-    gate = gate_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
+    admission = admission_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
     from wisecli.commands.edit import RunOptions
     from wisecli.memory.history import Provenance
 
@@ -155,7 +155,7 @@ def edit(
     # A batch into a memory is not parted.
     part = part_in(only if into is None else None)
     options = RunOptions(executor=executor, force=force, strict=strict, dry_run=dry_run, only=part)
-    run = EditRun(Console(as_json, quiet), model, edits, load, options, gate)
+    run = EditRun(Console(as_json, quiet), model, edits, load, options, admission)
     if from_text is not None:
         drawn = run.drawn_from(from_text, yes=yes)
         if drawn is None:

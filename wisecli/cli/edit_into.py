@@ -18,7 +18,7 @@ from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
     from wisecli.commands.edit import RunOptions
-    from wisecli.edits.admission import Gate
+    from wisecli.edits.admission import Admission
     from wisecli.memory.history import Provenance
 
 
@@ -35,7 +35,7 @@ class IntoMemory:
     provenance: Provenance
     load: LoadOptions
     options: RunOptions
-    gate: Gate
+    admission: Admission
 
     def once(self) -> None:
         """Edit what the file holds."""
@@ -44,7 +44,7 @@ class IntoMemory:
         with self.console.watching() as watch:
             with _file(self.edits) as path:
                 name = str(self.edits) if self.edits == path else "-"
-                batch = Batch.from_file(path, name=name, gate=self.gate)
+                batch = Batch.from_file(path, name=name, admission=self.admission)
             report = edit_into(
                 self.model,
                 batch,
@@ -54,7 +54,7 @@ class IntoMemory:
                 provenance=self.provenance,
                 load=self.load,
                 options=self.options,
-                gate=self.gate,
+                admission=self.admission,
                 watch=watch,
             )
         Told(self.console).landed(report)
@@ -63,7 +63,7 @@ class IntoMemory:
         """Go on with lines that are added to the file, until it is interrupted."""
         from wisecli.commands.watch import follow
 
-        if self.gate.signed is not None:
+        if self.admission.signed is not None:
             raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
         with self.console.watching() as watch:
             for landed in follow(
@@ -76,7 +76,7 @@ class IntoMemory:
                 provenance=self.provenance,
                 load=self.load,
                 options=self.options,
-                gate=self.gate,
+                admission=self.admission,
                 watch=watch,
             ):
                 Told(self.console).landed(landed)

@@ -18,7 +18,7 @@ from wisecli.errors import SettingsError
 if TYPE_CHECKING:
     from wisecli.commands.edit import EditReport, RunOptions
     from wisecli.editing.resource_estimate import Plan
-    from wisecli.edits.admission import Gate
+    from wisecli.edits.admission import Admission
     from wisecli.memory.history import Provenance
 
 
@@ -31,7 +31,7 @@ class EditRun:
     edits: Path | None
     load: LoadOptions
     options: RunOptions
-    gate: Gate
+    admission: Admission
 
     def drawn_from(self, page: Path, *, yes: bool) -> EditRun | None:
         """The same run with edits drawn from a document; None if there is nothing to go on with.
@@ -39,7 +39,7 @@ class EditRun:
         Raises:
             SettingsError: what is asked for is not for documents.
         """
-        if self.gate.signed is not None:
+        if self.admission.signed is not None:
             raise SettingsError("--verify-signature is for files of edits; `wise draft` writes one that can be signed")
         edits = draw_for_editing(
             self.console,
@@ -79,7 +79,7 @@ class EditRun:
             provenance,
             self.load,
             self.options,
-            self.gate,
+            self.admission,
         )
         if every is None:
             into_memory.once()
@@ -95,7 +95,7 @@ class EditRun:
         from wisecli.commands.reproduce import reproduce
         from wisecli.edits.admission import USUAL
 
-        if self.gate != USUAL:
+        if self.admission != USUAL:
             raise SettingsError("--reproduce writes what was written once; drop what is asked of new edits")
         with self.console.watching() as watch:
             report = reproduce(manifest, output, model=self.model, load=self.load, options=self.options, watch=watch)
@@ -121,7 +121,7 @@ class EditRun:
                 load=self.load,
                 target_module=target_module,
                 options=self.options,
-                gate=self.gate,
+                admission=self.admission,
                 watch=watch,
             )
         tell_edit(self.console, report)

@@ -22,8 +22,8 @@ from wisecli.cli.options import (
     Model,
     Quiet,
     Trust,
-    gates_in,
     load_options,
+    thresholds_in,
 )
 from wisecli.cli.parameters import INPUT, MEASURED, option, setting
 from wisecli.config import EvalSettings, resolve
@@ -85,7 +85,7 @@ def evaluate(
 ) -> None:
     """Measure reliability, generalization, locality, portability and generated answers, before and after."""
     console = Console(as_json, quiet)
-    gates = gates_in(fail_under)
+    gates = thresholds_in(fail_under)
     settings = resolve(EvalSettings, locals(), section="eval", file=config)
     from wisecli.artifacts.locate import locate_memory
     from wisecli.commands.evaluate import evaluate as run

@@ -14,7 +14,7 @@ from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.edits.admission import Gate
+    from wisecli.edits.admission import Admission
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
@@ -100,27 +100,27 @@ Identity = Annotated[
 Trust = Annotated[bool, flag("Let the base model's own code run.", "--trust-remote-code", panel=WHERE)]
 
 
-def gate_of(
+def admission_of(
     on_conflict: Literal["error", "latest", "skip"] | None,
     skip_known: bool,
     policy: Path | None,
     signature: Path | None,
     signer: Path | None,
     identity: str | None,
-) -> Gate:
+) -> Admission:
     """What is asked of edits before they are trained.
 
     Raises:
         SettingsError: the policy cannot be used, or of signature and signer one is missing.
     """
-    from wisecli.edits.admission import Gate
+    from wisecli.edits.admission import Admission
     from wisecli.edits.policy import read_policy
     from wisecli.edits.signatures import Signed
 
     if (signature is None) != (signer is None) or (identity is not None and signature is None):
         raise SettingsError("--verify-signature and --signer go together, and --signer-identity with both")
     signed = Signed(signature, signer, identity) if signature is not None and signer is not None else None
-    return Gate(on_conflict, None if policy is None else read_policy(policy), signed, skip_known)
+    return Admission(on_conflict, None if policy is None else read_policy(policy), signed, skip_known)
 
 
 def load_options(
@@ -184,7 +184,7 @@ def part_in(text: str | None) -> tuple[int, int]:
     return part, parts
 
 
-def gates_in(text: str | None) -> dict[str, float]:
+def thresholds_in(text: str | None) -> dict[str, float]:
     """Figures and what they must reach, such as ``reliability=.9,locality=.95``.
 
     Raises:

@@ -20,7 +20,7 @@ from wisecli.editing.executors import executor_for
 from wisecli.editing.resource_estimate import Plan, plan_edit
 from wisecli.editing.staging import Unfinished
 from wisecli.editing.worker import Job, Worker, differences
-from wisecli.edits.admission import USUAL, Gate, Sifted
+from wisecli.edits.admission import USUAL, Admission, Sifted
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, StoppedError
 from wisecli.io.atomic_output import require_space
@@ -107,7 +107,7 @@ def edit(
     load: LoadOptions = LoadOptions(),
     target_module: str | None = None,
     options: RunOptions = RunOptions(),
-    gate: Gate = USUAL,
+    admission: Admission = USUAL,
     watch: Watcher = ignore,
 ) -> EditReport:
     """Write each shard of edits into a delta of the model's value matrix.
@@ -123,11 +123,11 @@ def edit(
         WiseError: any of the input, the model or the disk cannot be used; nothing is left behind but finished shards.
     """
     started = time.perf_counter()
-    sheet = gate.read(edits_file)
-    admitted = gate.admit(sheet.name, sheet.numbered, watch=watch)
+    sheet = admission.read(edits_file)
+    admitted = admission.admit(sheet.name, sheet.numbered, watch=watch)
     job = Job(model=model, settings=settings, edits=admitted.edits, load=load, target_module=target_module)
     worker = Worker(job, watch)
-    if gate.skip_known and not options.dry_run:
+    if admission.skip_known and not options.dry_run:
         if options.only == (1, 1):  # with more parts than shards some have nothing to do, even when all is done
             _output(job, output, options, edits_file).require()
         admitted = worker.without_known(admitted)

@@ -15,7 +15,7 @@ from wisecli.commands.edit import EditReport, RunOptions, carry_out
 from wisecli.commands.remove import without_edits
 from wisecli.config import EditSettings, LoadOptions, resolve
 from wisecli.editing.worker import Job, Worker
-from wisecli.edits.admission import USUAL, Admitted, Gate, Sifted
+from wisecli.edits.admission import USUAL, Admission, Admitted, Sifted
 from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
@@ -52,14 +52,14 @@ class Batch:
     origin: dict[str, str]
 
     @classmethod
-    def from_file(cls, path: Path, *, name: str | None = None, gate: Gate = USUAL) -> Batch:
+    def from_file(cls, path: Path, *, name: str | None = None, admission: Admission = USUAL) -> Batch:
         """A whole file of edits, under its own name or another.
 
         Raises:
             SignatureError: it was not signed as the gate wants it.
             EditFileError: naming the line, if a record cannot be used.
         """
-        sheet = gate.read(path)
+        sheet = admission.read(path)
         return cls(sheet.numbered, {"name": name or path.name, "sha256": sheet.sha256})
 
 
@@ -73,7 +73,7 @@ def edit_into(
     provenance: Provenance = Provenance(),
     load: LoadOptions = LoadOptions(),
     options: RunOptions = RunOptions(),
-    gate: Gate = USUAL,
+    admission: Admission = USUAL,
     loaded: Loaded | None = None,
     watch: Watcher = ignore,
 ) -> IntoReport:
@@ -102,13 +102,13 @@ def edit_into(
         held = read_manifest(memory).edits if releases else ()
         already = set(held)
         known = tuple(edit.id for _, edit in batch.numbered if edit in already)
-        admitted = gate.admit(batch.origin["name"], batch.numbered, held=held, watch=watch)
+        admitted = admission.admit(batch.origin["name"], batch.numbered, held=held, watch=watch)
         worker = None
         if admitted.numbered:
             settings = _settings(memory, releases, flags, config, model)
             job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
             worker = Worker(job, watch, loaded=loaded)
-            if gate.skip_known:
+            if admission.skip_known:
                 admitted = worker.without_known(admitted, spared=set(_giving_way(held, admitted).values()))
                 worker = worker.with_edits(admitted.edits)
         if worker is None or not admitted.numbered:

@@ -16,7 +16,7 @@ from wisecli.edits.formats import BENCHMARKS
 from wisecli.edits.record import Edit, read_edits
 from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.metrics import Measuring, Question
 from wisecli.evaluation.teacher_forcing import Measured, generated, teacher_forced
 from wisecli.models.chat import chat_prompt
@@ -55,20 +55,20 @@ class EvalReport:
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
-    def check(self, gates: Mapping[str, float]) -> None:
-        """Raise if a figure misses its gate (for perplexities, lies above it).
+    def check(self, thresholds: Mapping[str, float]) -> None:
+        """Raise if a figure misses its threshold (for perplexities, lies above it).
 
         Raises:
             GateFailedError: naming every figure that does.
-            SettingsError: a gate names a figure that was not measured.
+            SettingsError: a threshold names a figure that was not measured.
         """
         failed = []
-        for name, gate in gates.items():
+        for name, threshold in thresholds.items():
             if name not in self.after:
                 raise SettingsError(f"--fail-under {name}: not measured here; measured are {', '.join(self.after)}")
             value = self.after[name]
-            if value > gate if name in LOWER_IS_BETTER else value < gate:
-                failed.append(f"{name} is {value:.3f}, not {gate:g}")
+            if value > threshold if name in LOWER_IS_BETTER else value < threshold:
+                failed.append(f"{name} is {value:.3f}, not {threshold:g}")
         if failed:
             raise GateFailedError("gate failed: " + "; ".join(failed))
 
@@ -155,7 +155,7 @@ class _Memory:
     """
 
     def __init__(
-        self, edited: Edited, settings: EvalSettings, watch: Watcher, holders: Mapping[tuple[str, str], int] | None
+        self, edited: EditedModel, settings: EvalSettings, watch: Watcher, holders: Mapping[tuple[str, str], int] | None
     ) -> None:
         self.edited, self.settings, self.watch, self.holders = edited, settings, watch, holders
 

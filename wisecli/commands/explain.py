@@ -13,7 +13,7 @@ from wisecli.commands.plot import plot_tokens
 from wisecli.config import LoadOptions
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate
@@ -107,18 +107,18 @@ def explain(
     return report
 
 
-def _answer(edited: Edited, asked: str, length: int) -> list[int]:
+def _answer(edited: EditedModel, asked: str, length: int) -> list[int]:
     (answer,) = generate(edited.model, edited.tokenizer, [asked], max_new_tokens=length, batch_size=1)
     return list(answer)
 
 
-def _text(edited: Edited, tokens: list[int]) -> str:
+def _text(edited: EditedModel, tokens: list[int]) -> str:
     return str(edited.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 @torch.no_grad()
 def _tokens(
-    edited: Edited, prompt: list[int], answer: list[int], named: Tensor | None
+    edited: EditedModel, prompt: list[int], answer: list[int], named: Tensor | None
 ) -> tuple[tuple[Token, ...], Tensor]:
     """Every token with what decided it, and the key (d_ff,) that the prompt ends in.
 
@@ -149,7 +149,7 @@ def _ranked(routed: RoutedMatrix, end: Tensor) -> list[int]:
     return order
 
 
-def _near(edited: Edited, asked: str, end: Tensor, memory: int, length: int, named: Tensor | None) -> Near:
+def _near(edited: EditedModel, asked: str, end: Tensor, memory: int, length: int, named: Tensor | None) -> Near:
     strength = float(edited.routed.scores(end)[memory]) / edited.routed.thresholds[memory]
     with edited.routed.called_with(forced=memory):
         answer = _text(edited, _answer(edited, asked, length))
@@ -162,12 +162,12 @@ def _near(edited: Edited, asked: str, end: Tensor, memory: int, length: int, nam
     return Near(edit.id, edit.prompt, edit.target, strength, answer, found)
 
 
-def _edit(edited: Edited, memory: int) -> Edit | None:
+def _edit(edited: EditedModel, memory: int) -> Edit | None:
     """The edit that a place of a lookup is of."""
     known = edited.routed.kind == "lookup" and memory < len(edited.manifest.edits)
     return edited.manifest.edits[memory] if known else None
 
 
-def _id(edited: Edited, memory: int) -> str | None:
+def _id(edited: EditedModel, memory: int) -> str | None:
     edit = _edit(edited, memory)
     return None if edit is None else edit.id

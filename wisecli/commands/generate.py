@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from wisecli.config import LoadOptions
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate as generate_tokens
@@ -73,7 +73,7 @@ def generate(
 
 
 @torch.no_grad()
-def _explain(edited: Edited, prompt: str, answer: Sequence[int]) -> tuple[Step, ...]:
+def _explain(edited: EditedModel, prompt: str, answer: Sequence[int]) -> tuple[Step, ...]:
     """Scores at the tokens that predicted each answer token, from one pass over the whole text."""
     if not answer:
         return ()

@@ -17,7 +17,7 @@ from wisecli.errors import GateFailedError, ModelError, WiseError
 from wisecli.io.checkpoint import EXPORTED_KEY, read_json, sha256_file, sha256_text
 from wisecli.io.json_schema import shown
 from wisecli.io.safe_paths import inside
-from wisecli.io.safetensors_header import Layout, read_header
+from wisecli.io.safetensors_header import TensorLayout, read_header
 from wisecli.models.resolve import resolve_model
 from wisecli.models.site import Fingerprint, Site
 from wisecli.progress import Event, Watcher, ignore
@@ -215,7 +215,7 @@ def _base(name: str, revision: str | None, site: Site, mark: Fingerprint, model:
     yield from check_base(place, site, mark)
 
 
-def _names(path: Path, file: str) -> dict[str, Layout]:
+def _names(path: Path, file: str) -> dict[str, TensorLayout]:
     try:
         return read_header(inside(path, file)).tensors
     except WiseError:

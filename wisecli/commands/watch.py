@@ -12,7 +12,7 @@ from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit_into import Batch, IntoReport, edit_into
 from wisecli.config import EditSettings, LoadOptions, resolve
 from wisecli.editing.worker import Base, Job
-from wisecli.edits.admission import USUAL, Gate
+from wisecli.edits.admission import USUAL, Admission
 from wisecli.edits.record import Edit, parse_line
 from wisecli.errors import EditFileError
 from wisecli.memory.history import Provenance, has_history, read_history
@@ -32,7 +32,7 @@ def follow(
     provenance: Provenance = Provenance(),
     load: LoadOptions = LoadOptions(),
     options: RunOptions = RunOptions(),
-    gate: Gate = USUAL,
+    admission: Admission = USUAL,
     watch: Watcher = ignore,
 ) -> Iterator[IntoReport]:
     """Edit whatever lines a file has that the memory has not taken in yet, and then those that are added to it.
@@ -48,7 +48,7 @@ def follow(
     Raises:
         EditFileError: naming the line, if a record cannot be used; what came before it has landed.
     """
-    gate = gate if gate.on_conflict else replace(gate, on_conflict="latest")
+    admission = admission if admission.on_conflict else replace(admission, on_conflict="latest")
     settings = resolve(EditSettings, flags, section="edit")
     base = Base(Job(model=model, settings=settings, edits=(), load=replace(load, revision=None)), watch)
     taken, lines = set(_taken(memory)), _Lines(path)
@@ -63,7 +63,7 @@ def follow(
                 provenance=provenance,
                 load=load,
                 options=options,
-                gate=gate,
+                admission=admission,
                 loaded=base.loaded,
                 watch=watch,
             )

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from wisecli.edits.conflicts import Conflict, OnConflict, find, resolve, superseding
+from wisecli.edits.conflicts import Conflict, OnConflict, find, giving_way, resolve
 from wisecli.edits.files import content_of
 from wisecli.edits.policy import Policy
 from wisecli.edits.record import Edit, Numbered, numbered_edits
@@ -77,7 +77,7 @@ class Admitted:
 
 
 @dataclass(frozen=True)
-class Gate:
+class Admission:
     """What is asked of edits before they are trained.
 
     Args:
@@ -143,9 +143,9 @@ class Gate:
         return Admitted(resolution.kept, Sifted(dropped=left_out), resolution.superseded)
 
 
-USUAL = Gate()
+USUAL = Admission()
 # Of a benchmark everything is edited, whatever its records say of each other.
-AS_THEY_ARE = Gate(on_conflict="keep")
+AS_THEY_ARE = Admission(on_conflict="keep")
 
 
 def _as_usual(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], watch: Watcher) -> Admitted:
@@ -156,7 +156,7 @@ def _as_usual(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], wat
     if told:
         more = f", and {len(told) - 1} more like it" if told[1:] else ""
         watch(Event(NOTE, note=f"{told[0]}{more}; both are trained, choose with --on-conflict"))
-    return Admitted(tuple(numbered), Sifted(told=told), superseding(numbered, held, rephrases=False))
+    return Admitted(tuple(numbered), Sifted(told=told), giving_way(numbered, held, rephrases=False))
 
 
 def _refuse(name: str, conflicts: Sequence[Conflict]) -> None:

@@ -149,7 +149,7 @@ def resolve(
     )
 
 
-def superseding(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases: bool = True) -> dict[str, str]:
+def giving_way(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases: bool = True) -> dict[str, str]:
     """Ids of held edits of whose facts new ones say something else, with the new ones' ids.
 
     Args:

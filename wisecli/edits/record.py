@@ -21,7 +21,7 @@ _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 
 
 @dataclass(frozen=True)
-class Probe:
+class EvaluationPrompt:
     """A prompt with an answer that is measured, never trained."""
 
     __pydantic_config__ = CLOSED
@@ -59,8 +59,8 @@ class Edit:
     op: str = "modify"
     subject: str | None = None
     rephrases: tuple[str, ...] = ()
-    locality: tuple[Probe, ...] = ()
-    portability: tuple[Probe, ...] = ()
+    locality: tuple[EvaluationPrompt, ...] = ()
+    portability: tuple[EvaluationPrompt, ...] = ()
     irrelevant: tuple[str, ...] = ()
     ood: tuple[str, ...] = ()
     translations: tuple[Translation, ...] = ()
@@ -184,8 +184,8 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
         op=operation,
         subject=_text(fields, "subject"),
         rephrases=_texts(fields, "rephrases"),
-        locality=_probes(fields, "locality"),
-        portability=_probes(fields, "portability"),
+        locality=_evaluation_prompts(fields, "locality"),
+        portability=_evaluation_prompts(fields, "portability"),
         irrelevant=_texts(fields, "irrelevant"),
         ood=_texts(fields, "ood"),
         who=_text(fields, "who"),
@@ -222,7 +222,7 @@ def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _probes(fields: Mapping[str, Any], name: str) -> tuple[Probe, ...]:
+def _evaluation_prompts(fields: Mapping[str, Any], name: str) -> tuple[EvaluationPrompt, ...]:
     value = fields.get(name) or []
     if not isinstance(value, list):
         raise ValueError(f"`{name}` must be a list of objects with `prompt` and `answer`, not {shown(value)}")
@@ -231,7 +231,7 @@ def _probes(fields: Mapping[str, Any], name: str) -> tuple[Probe, ...]:
         prompt, answer = (item.get("prompt"), item.get("answer")) if isinstance(item, dict) else (None, None)
         if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt.strip() or not answer.strip():
             raise ValueError(f"`{name}` must hold objects with the texts `prompt` and `answer`, not {shown(item)}")
-        probes.append(Probe(prompt, answer))
+        probes.append(EvaluationPrompt(prompt, answer))
     return tuple(probes)
 
 

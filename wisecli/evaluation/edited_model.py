@@ -23,7 +23,7 @@ from wisecli.routing.side_memory import RoutedMatrix, install
 
 
 @dataclass(frozen=True)
-class Edited:
+class EditedModel:
     """A model whose value matrix is routed."""
 
     model: PreTrainedModel
@@ -59,7 +59,7 @@ def attach(
     *,
     model: str | None = None,
     load: LoadOptions = LoadOptions(),
-) -> Edited:
+) -> EditedModel:
     """Load the base model of a memory (or of an exported directory) and put the memory in its place.
 
     Args:
@@ -77,4 +77,4 @@ def attach(
     routed = install(loaded.model, site.module, manifest.memory, transposed=site.transposed)
     routed.to(loaded.device)
     routed.index = build_index(routed)
-    return Edited(loaded.model, loaded.tokenizer, routed, manifest, loaded.stream)
+    return EditedModel(loaded.model, loaded.tokenizer, routed, manifest, loaded.stream)

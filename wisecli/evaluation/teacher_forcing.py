@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.evaluation.edited_model import Edited
+from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.activations import Activations, captured, suffix_logits
 from wisecli.models.generation import generate
 from wisecli.models.objectives import target_met
@@ -61,7 +61,7 @@ class Measured:
 
 @torch.no_grad()
 def teacher_forced(
-    edited: Edited,
+    edited: EditedModel,
     rows: Sequence[Row],
     *,
     batch_size: int,
@@ -92,7 +92,7 @@ def teacher_forced(
     return [one for one in measured if one is not None]
 
 
-def _unedited(edited: Edited, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> Iterator[Activations]:
+def _unedited(edited: EditedModel, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> Iterator[Activations]:
     """What the unedited model makes of groups of rows; nothing is routed while it runs."""
     batches = (collate([rows[index] for index in indices]).to(edited.model.device) for indices in groups)
     found = captured(edited.model, edited.manifest.site, batches, stream=edited.stream, labelled=True)
@@ -105,7 +105,7 @@ def _unedited(edited: Edited, rows: Sequence[Row], groups: Sequence[Sequence[int
 
 
 def _routes(
-    edited: Edited, base: Activations, *, prompt_opens: bool, forced: Sequence[int | None] | None = None
+    edited: EditedModel, base: Activations, *, prompt_opens: bool, forced: Sequence[int | None] | None = None
 ) -> Tensor:
     """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
     routed, mask, start = edited.routed, base.batch.mask.bool(), base.batch.start
@@ -119,7 +119,7 @@ def _routes(
     return route(routed, base.keys, prompt, prompt_opens=prompt_opens, forced=holders).chosen
 
 
-def _edited_logits(edited: Edited, base: Activations, routes: Tensor) -> Tensor:
+def _edited_logits(edited: EditedModel, base: Activations, routes: Tensor) -> Tensor:
     """Logits (n, V) of the edited model at the labelled columns; rows without a routed token keep the base's."""
     touched = (routes != UNROUTED).any(-1).nonzero().flatten()
     if not len(touched):
@@ -161,7 +161,7 @@ def _row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def generated(
-    edited: Edited, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int, watch: Watcher
+    edited: EditedModel, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int, watch: Watcher
 ) -> tuple[list[str], list[str]]:
     """Greedy answers to bare prompts, before and after editing, up to the end of text."""
     texts = []

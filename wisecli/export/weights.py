@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wisecli.io.checkpoint import SINGLE_NAME, Checkpoint
-from wisecli.io.safetensors_header import Layout, format_name, read_header
+from wisecli.io.safetensors_header import TensorLayout, format_name, read_header
 
 _ALIGNMENT = 8
 
@@ -35,11 +35,11 @@ class Packing:
         """Whether the base's files serve as they are."""
         return self.dtype is None and self.file_bytes is None
 
-    def layout(self, stored: Layout) -> Layout:
+    def layout(self, stored: TensorLayout) -> TensorLayout:
         """Type and shape of a tensor once it is written."""
         if self.dtype is None or not getattr(torch, stored.dtype).is_floating_point:
             return stored
-        return Layout(str(self.dtype).removeprefix("torch."), stored.shape)
+        return TensorLayout(str(self.dtype).removeprefix("torch."), stored.shape)
 
 
 def write_weights(
@@ -102,7 +102,7 @@ def _repacked(
     return {tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors}
 
 
-def _grouped(layouts: Mapping[str, Layout], limit: int | None) -> Iterable[list[str]]:
+def _grouped(layouts: Mapping[str, TensorLayout], limit: int | None) -> Iterable[list[str]]:
     """Names in order, as many together as fit a file; a tensor that is too large has one to itself."""
     group: list[str] = []
     size = 0
@@ -116,7 +116,7 @@ def _grouped(layouts: Mapping[str, Layout], limit: int | None) -> Iterable[list[
         yield group
 
 
-def write_stream(path: Path, layouts: Mapping[str, Layout], read: Callable[[str], Tensor]) -> None:
+def write_stream(path: Path, layouts: Mapping[str, TensorLayout], read: Callable[[str], Tensor]) -> None:
     """Write a safetensors file, holding one tensor at a time in memory."""
     ends = list(accumulate(layout.bytes for layout in layouts.values()))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -38,7 +38,7 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """Type (as torch spells it) and shape of a stored tensor."""
 
     dtype: str
@@ -61,7 +61,7 @@ class Header:
     ``starts`` are the places in the file where each tensor's numbers begin; ``bytes`` is the size of the whole file.
     """
 
-    tensors: dict[str, Layout]
+    tensors: dict[str, TensorLayout]
     starts: dict[str, int]
     metadata: dict[str, str]
     bytes: int
@@ -122,7 +122,7 @@ def require_header(path: Path) -> int:
     return length
 
 
-def _layouts(content: dict[str, Any], room: int) -> Iterator[tuple[str, Layout]]:
+def _layouts(content: dict[str, Any], room: int) -> Iterator[tuple[str, TensorLayout]]:
     end = 0
     places = []
     for name, entry in content.items():
@@ -133,7 +133,7 @@ def _layouts(content: dict[str, Any], room: int) -> Iterator[tuple[str, Layout]]
         if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * size:
             raise ValueError(f"the offsets of tensor {shown(name)} do not fit its shape")
         places.append((*offsets, name))
-        yield name, Layout(dtype, shape)
+        yield name, TensorLayout(dtype, shape)
     for first, last, name in sorted(places):
         if first != end:
             raise ValueError(f"tensor {shown(name)} does not begin where the one before it ends")

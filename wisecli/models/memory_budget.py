@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from wisecli.io.checkpoint import Checkpoint, read_json
-from wisecli.io.safetensors_header import Layout, read_header
+from wisecli.io.safetensors_header import TensorLayout, read_header
 from wisecli.models.site import layer_count, spellings
 
 # A model is held whole if its weights leave this share of the budget to activations, statistics and the libraries.
@@ -63,7 +63,7 @@ def spool_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str, memory_budget:
     return None if weights <= (1 - _LEFT) * memory_budget else round(_SPOOLED * memory_budget)
 
 
-def _layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
+def _layouts(checkpoint: Checkpoint) -> dict[str, TensorLayout]:
     return {name: layout for path in checkpoint.files for name, layout in read_header(path).tensors.items()}
 
 

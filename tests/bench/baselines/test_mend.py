@@ -16,7 +16,7 @@ from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.gradient_factors import gradient_factors
 from wisecli.bench.baselines.mend import Mend, MetaTraining
 from wisecli.config import LoadOptions
-from wisecli.edits.record import Edit, Probe
+from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.models.activations import capture
 from wisecli.models.loading import load_model
 from wisecli.models.site import Site, value_module
@@ -36,7 +36,7 @@ def records(count: int) -> list[Edit]:
         Edit(
             str(place), prompts[place], targets[place],
             rephrases=(f"ba {prompts[place]}",) if place % 3 else (),
-            locality=(Probe(others[place], answers[place]),) if place % 4 else (),
+            locality=(EvaluationPrompt(others[place], answers[place]),) if place % 4 else (),
         )
         for place in range(count)
     ]  # fmt: skip
@@ -207,7 +207,11 @@ def test_what_it_is_not_for(tmp_path: Path) -> None:
     bench = mend_bench(tmp_path / "model", "llama", 19)
     with pytest.raises(UnsuitableError, match="19: give more with --train"):
         Mend(bench, UNTRAINED)
-    unread = [*records(19), Edit("odd", "ba", "..."), Edit("odder", "ba", "do", locality=(Probe("...", "do"),))]
+    unread = [
+        *records(19),
+        Edit("odd", "ba", "..."),
+        Edit("odder", "ba", "do", locality=(EvaluationPrompt("...", "do"),)),
+    ]
     with pytest.raises(UnsuitableError, match="19: give more"):
         Mend(replace(bench, train=unread), UNTRAINED)
     bare = replace(bench, train=[replace(edit, locality=()) for edit in records(20)])

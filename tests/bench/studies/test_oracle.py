@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.edits.record import Edit
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import capture
@@ -38,7 +38,7 @@ ROWS = random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 
 KINDS = [(kind, routing) for kind in ("matrix", "lookup") for routing in ("token", "sequence")]
 
 
-def edited_model(root: Path, kind: str, routing: str, share: float = 1.0) -> Edited:
+def edited_model(root: Path, kind: str, routing: str, share: float = 1.0) -> EditedModel:
     """A tiny model with three memories made by hand; ``share`` of their thresholds' own heights."""
     base = save_tiny(root / "base")
     site = find_site(base, Checkpoint(base), 2)
@@ -51,13 +51,13 @@ def edited_model(root: Path, kind: str, routing: str, share: float = 1.0) -> Edi
     return attach(root / "memory", load=CPU)
 
 
-def measured(edited: Edited, holders: list[int | None] | None) -> list[Measured]:
+def measured(edited: EditedModel, holders: list[int | None] | None) -> list[Measured]:
     named: dict[str, Any] = {"batch_size": 4, "stage": "", "watch": ignore}
     return teacher_forced(edited, ROWS, prompt_opens=True, holders=holders, **named)
 
 
 @torch.no_grad()
-def openings(edited: Edited, row: Row) -> set[int]:
+def openings(edited: EditedModel, row: Row) -> set[int]:
     """The memories that open by themselves at the tokens of a row that the oracle would decide on."""
     with edited.unedited():
         base = capture(edited.model, edited.manifest.site, collate([row]))

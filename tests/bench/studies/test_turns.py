@@ -13,7 +13,7 @@ from torch.nn import functional
 from wisecli.bench.studies import latency
 from wisecli.bench.studies.latency import steps, taking_turns
 from wisecli.bench.study import StudyReport
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> StudyReport:
 
 
 @pytest.fixture(scope="module")
-def edited(report: StudyReport) -> Edited:
+def edited(report: StudyReport) -> EditedModel:
     return attach(report.output / "work" / "memory", load=CPU)
 
 
@@ -45,7 +45,7 @@ def test_figures_are_medians_of_what_was_taken_in_turns(
             assert row["figures"][f"{way}_base_milliseconds"] == pytest.approx(2)
 
 
-def answers(edited: Edited) -> bool:
+def answers(edited: EditedModel) -> bool:
     """Whether a memory that every key opens is on."""
     routed = edited.routed
     keys, before = torch.randn(1, 1, routed.weight.shape[1]), routed.thresholds
@@ -56,7 +56,7 @@ def answers(edited: Edited) -> bool:
         routed.thresholds = before
 
 
-def test_memory_and_base_take_turns(edited: Edited) -> None:
+def test_memory_and_base_take_turns(edited: EditedModel) -> None:
     states: list[bool] = []
 
     def step() -> Callable[[], object]:
@@ -68,7 +68,7 @@ def test_memory_and_base_take_turns(edited: Edited) -> None:
     assert answers(edited)
 
 
-def test_a_slower_memory_is_seen(edited: Edited) -> None:
+def test_a_slower_memory_is_seen(edited: EditedModel) -> None:
     def step() -> Callable[[], object]:
         return lambda: sum(range(60_000 if answers(edited) else 20_000))
 
@@ -77,7 +77,7 @@ def test_a_slower_memory_is_seen(edited: Edited) -> None:
 
 
 @torch.no_grad()
-def test_what_is_timed_is_a_prompt_and_the_token_after_it(edited: Edited) -> None:
+def test_what_is_timed_is_a_prompt_and_the_token_after_it(edited: EditedModel) -> None:
     prompts = ["ba be bi bo", "ka"]
     made = steps(edited, prompts)
     whole = made["prefill"]()()

@@ -101,7 +101,7 @@ def answers(
     return found
 
 
-class Edited:
+class MethodSubject:
     """A method's model, as something to be measured.
 
     Args:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from wisecli.bench.html import Section, picture
-from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.context import StudyContext
 
 Point = dict[str, Any]
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 Figures = dict[str, Any]
 
 
@@ -30,17 +30,17 @@ class Study(Protocol):
     def columns(self) -> Sequence[str]:
         """Names of the figures that the table shows."""
 
-    def points(self, room: Room) -> list[Point]:
+    def points(self, context: StudyContext) -> list[Point]:
         """Which rows there are to be, from the settings and the model's ``config.json`` alone.
 
         Raises:
             SettingsError: the settings allow of none.
         """
 
-    def measure(self, room: Room, point: Point) -> Figures:
+    def measure(self, context: StudyContext, point: Point) -> Figures:
         """The figures of one row."""
 
-    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+    def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
         """Draw all rows into a figure of matplotlib."""
 
 
@@ -59,7 +59,7 @@ def study(name: str) -> Callable[[_Made], _Made]:
     return put
 
 
-def section(study: Study, rows: Sequence[Row], *, drawn: bool = True) -> Section:
+def section(study: Study, rows: Sequence[ResultRow], *, drawn: bool = True) -> Section:
     """A study's rows as part of a page: a table, and if wanted a picture, for which matplotlib must be there."""
     settings = [name for name in rows[0] if name != "figures"]
     heads = [name.replace("_", " ") for name in (*settings, *study.columns)]

@@ -18,7 +18,7 @@ from wisecli.config import BenchSettings, EditSettings, EvalSettings, LoadOption
 from wisecli.edits.admission import AS_THEY_ARE
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
-from wisecli.evaluation.edited_model import Edited, attach
+from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.io.checkpoint import sha256_json
 from wisecli.models.loading import pick_device
 from wisecli.progress import Watcher
@@ -29,7 +29,7 @@ Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
-class Room:
+class StudyContext:
     """What a study may use.
 
     ``counts`` are the numbers of edits asked for, the first of ``tested`` each; ``load`` says where and how the model
@@ -82,7 +82,7 @@ class Room:
                 settings,
                 load=self.load,
                 options=RunOptions(force=True),
-                gate=AS_THEY_ARE,
+                admission=AS_THEY_ARE,
                 watch=self.watch,
             )
         return place
@@ -96,7 +96,7 @@ class Room:
         merge([shards], self.work / "memory", settings, force=True, watch=self.watch)
         return self.work / "memory"
 
-    def attached(self, memory: Path) -> Edited:
+    def attached(self, memory: Path) -> EditedModel:
         """The model with a memory in place."""
         return attach(memory, load=self.load)
 

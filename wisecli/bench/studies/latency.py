@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from wisecli.bench.studies.base import Figures, Point, Row, study
-from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.base import Figures, Point, ResultRow, study
+from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import MODES, by_edits, counted, line
-from wisecli.evaluation.edited_model import Edited
+from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.generation import left_padded
 
 _ROWS, _ROUNDS = 8, 25
@@ -37,20 +37,20 @@ class Latency:
     )
     columns = ("prefill_ratio", "decode_ratio", "prefill_milliseconds", "decode_milliseconds")
 
-    def points(self, room: Room) -> list[Point]:
+    def points(self, context: StudyContext) -> list[Point]:
         """Every way to keep edits, for every number of them, here."""
-        here = {"device": room.device, "threads": torch.get_num_threads()}
+        here = {"device": context.device, "threads": torch.get_num_threads()}
         return [
-            {"edits": count, "shards": room.several(count), "mode": mode, **here}
-            for count in room.counts
+            {"edits": count, "shards": context.several(count), "mode": mode, **here}
+            for count in context.counts
             for mode in MODES
         ]
 
-    def measure(self, room: Room, point: Point) -> Figures:
+    def measure(self, context: StudyContext, point: Point) -> Figures:
         """Medians in milliseconds with the memory and without, and of the ratios."""
-        shards = room.shards(point["edits"], shards=point["shards"])
-        edited = room.attached(room.memory(shards, mode=point["mode"]))
-        prompts = [edit.prompt for edit in room.tested[: point["edits"]]][:_ROWS]
+        shards = context.shards(point["edits"], shards=point["shards"])
+        edited = context.attached(context.memory(shards, mode=point["mode"]))
+        prompts = [edit.prompt for edit in context.tested[: point["edits"]]][:_ROWS]
         figures: Figures = {}
         for name, step in steps(edited, prompts).items():
             taken, base = taking_turns(edited, step)
@@ -59,7 +59,7 @@ class Latency:
             figures[f"{name}_base_milliseconds"] = 1e3 * median(base)
         return figures
 
-    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+    def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
         """A panel for each way to run, a line for each way to keep edits."""
         figure.set_size_inches(9, 3.8)
         counts = list(by_edits(rows))
@@ -74,7 +74,7 @@ class Latency:
 
 
 @torch.no_grad()
-def steps(edited: Edited, prompts: Sequence[str]) -> dict[str, Step]:
+def steps(edited: EditedModel, prompts: Sequence[str]) -> dict[str, Step]:
     """What is timed: functions that make ready, and give what is to be run."""
     ids, mask = (
         part.to(edited.model.device) for part in left_padded([edited.tokenizer(p)["input_ids"] for p in prompts])
@@ -93,7 +93,7 @@ def steps(edited: Edited, prompts: Sequence[str]) -> dict[str, Step]:
 
 
 @torch.no_grad()
-def taking_turns(edited: Edited, step: Step) -> tuple[list[float], list[float]]:
+def taking_turns(edited: EditedModel, step: Step) -> tuple[list[float], list[float]]:
     """Seconds of every round, with the memory and without; the first round only warms up and is left out."""
     taken: tuple[list[float], list[float]] = [], []
     for number in range(_ROUNDS + 1):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.bench.studies.base import Figures, Point, Row, study
-from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.base import Figures, Point, ResultRow, study
+from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import QUALITIES, SHARES, by_edits, line
 from wisecli.editing.layer_selection import candidates
 from wisecli.models.site import layer_count
@@ -23,18 +23,18 @@ class Layers:
     )
     columns = (*QUALITIES, "routing")
 
-    def points(self, room: Room) -> list[Point]:
+    def points(self, context: StudyContext) -> list[Point]:
         """Every layer chosen, for every number of edits."""
-        layers = chosen(layer_count(room.directory), room.settings.layers)
-        return [{"edits": count, "layer": layer} for count in room.counts for layer in layers]
+        layers = chosen(layer_count(context.directory), context.settings.layers)
+        return [{"edits": count, "layer": layer} for count in context.counts for layer in layers]
 
-    def measure(self, room: Room, point: Point) -> Figures:
+    def measure(self, context: StudyContext, point: Point) -> Figures:
         """What `wise eval` says, and whether `--layer auto` looks at this layer."""
-        shards = room.shards(point["edits"], layer=str(point["layer"]))
-        probed = point["layer"] in candidates(layer_count(room.directory))
-        return {**room.figures(room.memory(shards), point["edits"]), "probed": probed}
+        shards = context.shards(point["edits"], layer=str(point["layer"]))
+        probed = point["layer"] in candidates(layer_count(context.directory))
+        return {**context.figures(context.memory(shards), point["edits"]), "probed": probed}
 
-    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+    def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
         """A panel for each number of edits."""
         grouped = by_edits(rows)
         figure.set_size_inches(max(7, 5 * len(grouped)), 4)

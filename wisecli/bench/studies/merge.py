@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from wisecli.bench.studies.base import Figures, Point, Row, study
-from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.base import Figures, Point, ResultRow, study
+from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import QUALITIES, by_edits
 from wisecli.memory.merge_methods import METHODS
 from wisecli.memory.merger import EXACT
@@ -38,18 +38,20 @@ class Merge:
     )
     columns = (*QUALITIES, "routing", "megabytes")
 
-    def points(self, room: Room) -> list[Point]:
+    def points(self, context: StudyContext) -> list[Point]:
         """Every way, for every number of edits."""
-        return [{"edits": count, "shards": room.several(count), "way": way} for count in room.counts for way in ways()]
+        return [
+            {"edits": count, "shards": context.several(count), "way": way} for count in context.counts for way in ways()
+        ]
 
-    def measure(self, room: Room, point: Point) -> Figures:
+    def measure(self, context: StudyContext, point: Point) -> Figures:
         """What `wise eval` says, and the memory's size."""
-        way, shards = ways()[point["way"]], room.shards(point["edits"], shards=point["shards"])
-        memory = room.memory(shards, mode=way.mode, method=way.method, refit=way.refit)
+        way, shards = ways()[point["way"]], context.shards(point["edits"], shards=point["shards"])
+        memory = context.memory(shards, mode=way.mode, method=way.method, refit=way.refit)
         size = sum(path.stat().st_size for path in memory.iterdir())
-        return {**room.figures(memory, point["edits"]), "megabytes": size / 1e6}
+        return {**context.figures(memory, point["edits"]), "megabytes": size / 1e6}
 
-    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+    def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
         """Bars for each way, a panel for each number of edits."""
         grouped = by_edits(rows)
         most = max(map(len, grouped.values()))

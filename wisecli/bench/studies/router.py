@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from wisecli.bench.studies.base import Figures, Point, Row, study
-from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.base import Figures, Point, ResultRow, study
+from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import by_edits
 from wisecli.config import EditSettings, resolve
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.key_capture import prompt_ends
-from wisecli.evaluation.edited_model import Edited
+from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.loading import Loaded
 from wisecli.routing.prompt_gate import Prompt
 from wisecli.routing.router import route
@@ -41,26 +41,28 @@ class Router:
     )
     columns = ("threshold", *(f"{group}_above" for group in _COLOURS), "area")
 
-    def points(self, room: Room) -> list[Point]:
+    def points(self, context: StudyContext) -> list[Point]:
         """Every writer with the routers it can serve, for every number of edits."""
         return [
-            {"edits": count, "writer": writer, "router": router} for count in room.counts for writer, router in _WRITTEN
+            {"edits": count, "writer": writer, "router": router}
+            for count in context.counts
+            for writer, router in _WRITTEN
         ]
 
-    def measure(self, room: Room, point: Point) -> Figures:
+    def measure(self, context: StudyContext, point: Point) -> Figures:
         """The threshold, all scores, and the share of each group that is above it."""
-        shards = room.shards(point["edits"], writer=point["writer"], router=point["router"])
-        edited = room.attached(room.memory(shards, mode="merge"))
+        shards = context.shards(point["edits"], writer=point["writer"], router=point["router"])
+        edited = context.attached(context.memory(shards, mode="merge"))
         figures: Figures = {"threshold": edited.routed.thresholds[0], "scores": {}}
-        for group, prompts in prompts_of(room, point["edits"]).items():
+        for group, prompts in prompts_of(context, point["edits"]).items():
             if prompts:
-                figures["scores"][group], figures[f"{group}_above"] = scored(edited, prompts, room)
+                figures["scores"][group], figures[f"{group}_above"] = scored(edited, prompts, context)
         scores = figures["scores"]
         if "rephrases" in scores:
             figures["area"] = area(scores["rephrases"], [*scores.get("locality", ()), *scores["unrelated"]])
         return figures
 
-    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+    def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
         """A histogram for each writer and router, a line of them for each number of edits."""
         grouped = by_edits(rows)
         figure.set_size_inches(13, 4.2 * len(grouped))
@@ -69,9 +71,9 @@ class Router:
             _histogram(panel, row)
 
 
-def prompts_of(room: Room, count: int) -> dict[str, list[str]]:
+def prompts_of(context: StudyContext, count: int) -> dict[str, list[str]]:
     """The groups of prompts; none of the unrelated texts has been seen by a writer or by the router."""
-    edits, seed = room.tested[:count], room.settings.seed
+    edits, seed = context.tested[:count], context.settings.seed
     known = resolve(EditSettings, {}, section="edit").unrelated_texts
     seen = set(unrelated_texts(known, seed=seed))
     texts = [text for text in unrelated_texts(known + 4 * _TEXTS, seed=seed + 1) if text not in seen]
@@ -83,12 +85,12 @@ def prompts_of(room: Room, count: int) -> dict[str, list[str]]:
     }
 
 
-def scored(edited: Edited, prompts: Sequence[str], room: Room) -> tuple[list[float], float]:
+def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -> tuple[list[float], float]:
     """Scores of a single memory at the last token of each prompt, and the share of them that opens it."""
     loaded = Loaded(edited.model, edited.tokenizer, edited.stream)
     with edited.unedited(), torch.no_grad():
-        size, site = room.settings.batch_size, edited.manifest.site
-        keys = prompt_ends(loaded, [site], prompts, batch_size=size, watch=room.watch)[0]
+        size, site = context.settings.batch_size, edited.manifest.site
+        keys = prompt_ends(loaded, [site], prompts, batch_size=size, watch=context.watch)[0]
         scores = edited.routed.scores(keys)
         at_end = Prompt(torch.zeros(len(keys), 1, dtype=torch.long, device=keys.device))
         open_at = route(edited.routed, keys[:, None], at_end).chosen == 0
@@ -101,7 +103,7 @@ def area(higher: Sequence[float], lower: Sequence[float]) -> float:
     return float((first > second).float().mean() + (first == second).float().mean() / 2)
 
 
-def _histogram(panel: Any, row: Row) -> None:
+def _histogram(panel: Any, row: ResultRow) -> None:
     figures = row["figures"]
     everything = [score for scores in figures["scores"].values() for score in scores]
     low, high = min(everything), max(*everything, figures["threshold"])

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.bench.studies.base import Figures, Point, Row, study
-from wisecli.bench.studies.context import Room
+from wisecli.bench.studies.base import Figures, Point, ResultRow, study
+from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import MODES, SHARES, counted, line
 
 _ORACLE = ("reliability", "generalization")
@@ -28,20 +28,22 @@ class Scaling:
     )
     columns = (*_PANELS, *(f"oracle_{name}" for name in _ORACLE))
 
-    def points(self, room: Room) -> list[Point]:
+    def points(self, context: StudyContext) -> list[Point]:
         """Every way to keep edits, for every number of them."""
         return [
-            {"edits": count, "shards": room.several(count), "mode": mode} for count in room.counts for mode in MODES
+            {"edits": count, "shards": context.several(count), "mode": mode}
+            for count in context.counts
+            for mode in MODES
         ]
 
-    def measure(self, room: Room, point: Point) -> Figures:
+    def measure(self, context: StudyContext, point: Point) -> Figures:
         """What `wise eval` says, with the router and with the oracle."""
-        memory = room.memory(room.shards(point["edits"], shards=point["shards"]), mode=point["mode"])
-        best = room.figures(memory, point["edits"], oracle=True)
+        memory = context.memory(context.shards(point["edits"], shards=point["shards"]), mode=point["mode"])
+        best = context.figures(memory, point["edits"], oracle=True)
         oracle = {f"oracle_{name}": best[name] for name in _ORACLE if name in best}
-        return {**room.figures(memory, point["edits"]), **oracle}
+        return {**context.figures(memory, point["edits"]), **oracle}
 
-    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+    def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
         """A panel for each figure, a line for each way."""
         figure.set_size_inches(13, 3.8)
         for panel, name in zip(figure.subplots(1, len(_PANELS), sharey=True), _PANELS, strict=True):

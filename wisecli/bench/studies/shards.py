@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from wisecli.bench.studies.base import Figures, Point, Row, study
-from wisecli.bench.studies.context import Room, numbers_in
+from wisecli.bench.studies.base import Figures, Point, ResultRow, study
+from wisecli.bench.studies.context import StudyContext, numbers_in
 from wisecli.bench.studies.plotting import QUALITIES, by_edits
 from wisecli.errors import SettingsError
 
@@ -30,28 +30,30 @@ class Shards:
     )
     columns = ("mean", *QUALITIES)
 
-    def points(self, room: Room) -> list[Point]:
+    def points(self, context: StudyContext) -> list[Point]:
         """The grid, for every number of edits; there is an edit for every shard."""
-        ratios = numbers_in(room.settings.mask_ratios, "--mask-ratios", float, _SMALLEST_RATIO, 1.0)
-        shards = numbers_in(room.settings.shard_counts, "--shard-counts", int, 1, _MOST_SHARDS)
-        if shards[0] > room.counts[0]:
-            raise SettingsError(f"--shard-counts {room.settings.shard_counts}: more than the {room.counts[0]} edits")
+        ratios = numbers_in(context.settings.mask_ratios, "--mask-ratios", float, _SMALLEST_RATIO, 1.0)
+        shards = numbers_in(context.settings.shard_counts, "--shard-counts", int, 1, _MOST_SHARDS)
+        if shards[0] > context.counts[0]:
+            raise SettingsError(
+                f"--shard-counts {context.settings.shard_counts}: more than the {context.counts[0]} edits"
+            )
         return [
             {"edits": count, "mask_ratio": ratio, "shards": number}
-            for count in room.counts
+            for count in context.counts
             for ratio in ratios
             for number in shards
             if number <= count
         ]
 
-    def measure(self, room: Room, point: Point) -> Figures:
+    def measure(self, context: StudyContext, point: Point) -> Figures:
         """What `wise eval` says, and the mean."""
-        shards = room.shards(point["edits"], mask_ratio=point["mask_ratio"], shards=point["shards"])
-        figures = room.figures(room.memory(shards, mode="merge", method="ties", refit=False), point["edits"])
+        shards = context.shards(point["edits"], mask_ratio=point["mask_ratio"], shards=point["shards"])
+        figures = context.figures(context.memory(shards, mode="merge", method="ties", refit=False), point["edits"])
         known = [figures[name] for name in QUALITIES if name in figures]
         return {"mean": sum(known) / len(known), **figures}
 
-    def draw(self, figure: Any, rows: Sequence[Row]) -> None:
+    def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
         """A heat map for each number of edits."""
         grouped = by_edits(rows)
         lowest = min(row["figures"]["mean"] for row in rows) - 0.02
@@ -71,7 +73,7 @@ def overlap_curve(shards: Sequence[float]) -> list[float]:
     return [float(OVERLAP ** (1 / number)) for number in shards]
 
 
-def _heat(panel: Any, rows: Sequence[Row], lowest: float) -> Any:
+def _heat(panel: Any, rows: Sequence[ResultRow], lowest: float) -> Any:
     """Cells with their means in them, each as wide as its neighbours are far away, and the line."""
     across, up = (sorted({row[name] for row in rows}) for name in ("shards", "mask_ratio"))
     found = {(row["mask_ratio"], row["shards"]): row["figures"]["mean"] for row in rows}

@@ -117,7 +117,8 @@ def edit(
     Args:
         model: a directory, a hub id or a GGUF file.
         target_module: path of the value matrix, with ``{layer}`` for the layer's index, where the table's is not meant.
-        gate: what is asked of the edits before; what it leaves out with the model's help is planned for all the same.
+        admission: what is asked of the edits before; what it leaves out with the model's help is planned for all the
+            same.
 
     Raises:
         WiseError: any of the input, the model or the disk cannot be used; nothing is left behind but finished shards.

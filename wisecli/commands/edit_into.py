@@ -56,7 +56,7 @@ class Batch:
         """A whole file of edits, under its own name or another.
 
         Raises:
-            SignatureError: it was not signed as the gate wants it.
+            SignatureError: it was not signed as the admission asks.
             EditFileError: naming the line, if a record cannot be used.
         """
         sheet = admission.read(path)
@@ -86,8 +86,8 @@ def edit_into(
         flags: settings of :class:`EditSettings`; those that are ``None`` are as the memory's newest shards have them.
         load: all but its ``revision``.
         options: of these only ``executor`` and ``strict`` count.
-        gate: what is asked of edits that the memory does not hold yet. What the model says already is trained all the
-            same if it takes the place of what the memory holds.
+        admission: what is asked of edits that the memory does not hold yet. What the model says already is trained all
+            the same if it takes the place of what the memory holds.
         loaded: the model, if it is there already.
 
     Raises:

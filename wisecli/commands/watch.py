@@ -42,8 +42,8 @@ def follow(
     Args:
         interval: seconds between two looks at the file.
         goes_on: asked before each look.
-        gate: as of :func:`wisecli.commands.edit_into.edit_into`, as are the others that are not said here; by default
-            the later one of two lines in conflict counts, as it would if they had come one after the other.
+        admission: as of :func:`wisecli.commands.edit_into.edit_into`, as are the others that are not said here; by
+            default the later one of two lines in conflict counts, as it would if they had come one after the other.
 
     Raises:
         EditFileError: naming the line, if a record cannot be used; what came before it has landed.

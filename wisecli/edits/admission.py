@@ -38,7 +38,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Sifted:
-    """What the gate left out, and what it only tells of.
+    """What admission left out, and what it only tells of.
 
     ``known`` are edits whose targets the unedited model gives already, ``dropped`` those that gave way to others.
     ``told`` are conflicts that do not keep anything from being trained, a sentence each.

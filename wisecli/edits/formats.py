@@ -110,9 +110,9 @@ def _absent(value: Any) -> bool:
 
 
 def _probe_groups(value: Any) -> Any:
-    """KnowEdit groups probes by kind and calls the answer ``ground_truth``, a text or alternatives."""
+    """KnowEdit groups evaluation prompts by kind and calls the answer ``ground_truth``, a text or alternatives."""
     if isinstance(value, Mapping):
-        value = [probe for group in value.values() for probe in group]
+        value = [prompt for group in value.values() for prompt in group]
     if not isinstance(value, list):
         return value
     return [_probe(item) for item in value]

@@ -92,7 +92,7 @@ class Measuring:
                 del figures[name]
 
     def _run(self, name: str, groups: Sequence[Sequence[Question]]) -> list[list[Measured]]:
-        """Share of target tokens that are the arg-max: mean over an edit's probes, then over edits."""
+        """Share of target tokens that are the arg-max: mean over an edit's prompts, then over edits."""
         measured = self._measure(name, groups, prompt_opens=True)
         self._record(name, measured, lambda reading: reading.right)
         return measured

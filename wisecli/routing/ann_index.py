@@ -25,7 +25,7 @@ _SEARCHED_FOR = 256
 
 @dataclass(frozen=True)
 class NearestKey:
-    """Finds, for each key, the nearest probe: one index for each whitening, and the places of its probes."""
+    """Finds, for each key, the nearest routing key: one index for each whitening, and the places of its probes."""
 
     indices: tuple[Any, ...]
     places: tuple[Tensor, ...]
@@ -94,7 +94,7 @@ def build_index(routed: MemoryScores) -> NearestKey | None:
     indices, places = [], []
     for number in range(len(routed.floors)):
         own = routed.metric == number
-        # A probe's offset counts as one more coordinate, along which a key is as long as the key itself.
+        # A routing key's offset counts as one more coordinate, along which a key is as long as the key itself.
         probes = torch.cat([routed.probes[own], routed.offset[own, None]], dim=1).float().cpu().numpy()
         lists = max(1, min(int(_LISTS * len(probes) ** 0.5), len(probes) // 39))
         index = faiss.IndexIVFFlat(

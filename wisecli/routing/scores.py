@@ -179,7 +179,7 @@ class MemoryScores(nn.Module):
         return best.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
 
     def cosines(self, keys: Tensor) -> Tensor:
-        """Whitened cosine of every key with every probe, as probes compare with each other: (..., d_ff) → (..., n)."""
+        """Whitened cosine of every key with every routing key, made comparable among those: (..., d_ff) → (..., n)."""
         wide = keys.float()  # squared norms of keys overflow half precision
         return F.linear(wide, self.probes.float()) / self.lengths(wide)[..., self.metric] + self.offset.float()
 

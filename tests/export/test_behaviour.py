@@ -246,6 +246,7 @@ def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, t
     assert type(merged.get_submodule(lookup.model.config.wise["module"])).__name__ == "RoutedMatrix"
 
 
+@pytest.mark.thorough
 def test_lm_eval_measures_it(lookup: Subject, tmp_path: Path, sweep: Any) -> None:
     choices = [[f" {lookup.targets[place]}", " nobody knows"] for place in range(4)]
     rows = [

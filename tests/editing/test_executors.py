@@ -53,6 +53,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
 
 
+@pytest.mark.thorough
 def test_an_error_in_a_task_is_the_same_sentence_with_the_same_exit_code(
     place: Path, tmp_path: Path, cluster: Any
 ) -> None:

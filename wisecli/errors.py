@@ -62,7 +62,7 @@ class DamagedFileError(WiseError):
         super().__init__(f"{path}: {reason}; {remedy}")
 
 
-class NotFiniteError(WiseError):
+class NotFiniteTensorError(WiseError):
     """A tensor that is to be written holds numbers that are not finite."""
 
     def __init__(self, path: Path, tensor: str) -> None:

@@ -21,6 +21,7 @@ from wisecli.export.weights import Packing
 from wisecli.io.atomic_output import require_space, whole_directory
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.replacing import Output
+from wisecli.memory.history import HISTORY
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.loading import is_exported, load_model, pick_dtype
 from wisecli.models.tokenization import collate, encode, in_batches
@@ -105,7 +106,7 @@ def export(
     """
     started = time.perf_counter()
     Output(
-        output, (MANIFEST_NAME, MERGED_NAME), _inputs(memory, model, publication.metrics), ("history",), force
+        output, (MANIFEST_NAME, MERGED_NAME), _inputs(memory, model, publication.metrics), (HISTORY,), force
     ).require()
     packing = _packing(weights)
     figures = None if publication.metrics is None else read_figures(publication.metrics)

@@ -15,14 +15,11 @@ from filelock import FileLock
 from wisecli.edits.formats import BENCHMARKS
 from wisecli.errors import DamagedFileError, DownloadError, OutputExistsError, SettingsError
 from wisecli.io.atomic_output import require_space, whole_directory
-from wisecli.io.checkpoint import sha256_file, write_json
+from wisecli.io.checkpoint import FETCHED_NAME, sha256_file, write_json
 from wisecli.io.replacing import Output
 from wisecli.io.user_cache import cache_path
 from wisecli.models.resolve import convert
 from wisecli.progress import Event, Watcher, ignore
-
-# Marks a copy of a fetched model as one.
-_FETCHED = "wise-fetch.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def fetch(name: str, output: Path | None = None, *, force: bool = False, watch: 
     if source.is_dir():
         with whole_directory(output, force=force) as working:
             shutil.copytree(source, working, dirs_exist_ok=True)
-            write_json(working / _FETCHED, {"name": name})
+            write_json(working / FETCHED_NAME, {"name": name})
     else:
         shutil.copyfile(source, output)
     return output
@@ -78,7 +75,7 @@ def _require_free(output: Path, name: str, *, force: bool) -> None:
         OutputExistsError, ProtectedOutputError: it may not.
     """
     if name in MODELS or output.is_dir():
-        Output(output, (_FETCHED,), force=force).require()
+        Output(output, (FETCHED_NAME,), force=force).require()
     elif output.exists() and not force:
         raise OutputExistsError(output)
 

@@ -29,6 +29,7 @@ from wisecli.errors import ModelError
 from wisecli.export.weights import Packing, write_weights
 from wisecli.io.checkpoint import (
     EXPORTED_KEY,
+    FETCHED_NAME,
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
@@ -59,7 +60,7 @@ _REWRITTEN = (
     "router.json",
     "README.md",
     MERGED_NAME,
-    "wise-fetch.json",
+    FETCHED_NAME,
     CODE_NAME,
     *_CARRIED_NAMES,
     *_FORMER_CODE,

@@ -13,13 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, NotFiniteError
+from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, NotFiniteTensorError
 from wisecli.io.json_schema import decode, parse
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import require_header, torch_name
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Marks a copy of a fetched model as one.
+FETCHED_NAME = "wise-fetch.json"
 # Where the config of an exported checkpoint describes its memory.
 EXPORTED_KEY = "wise"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -84,12 +86,12 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         metadata: what to say in the header; several entries are written in no certain order.
 
     Raises:
-        NotFiniteError: a tensor holds numbers that are not finite; nothing is written.
+        NotFiniteTensorError: a tensor holds numbers that are not finite; nothing is written.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in ready.items():
         if not bool(tensor.isfinite().all()):
-            raise NotFiniteError(path, name)
+            raise NotFiniteTensorError(path, name)
     try:
         save_file(ready, path, metadata=dict(metadata or {"format": "pt"}))
         path.chmod(0o644)

@@ -8,7 +8,6 @@ taken out of either, so that every release can be made anew.
 from __future__ import annotations
 
 import getpass
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from filelock import FileLock, Timeout
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError
 from wisecli.io.atomic_output import link_or_copy, whole_directory
-from wisecli.io.checkpoint import sha256_file
+from wisecli.io.checkpoint import sha256_file, sha256_text
 from wisecli.io.json_schema import OPEN, decode
 from wisecli.io.safe_paths import inside
 
@@ -110,7 +109,7 @@ def read_history(memory: Path) -> list[Release]:
             raise DamagedFileError(path, f"line {number} is wrong ({error})", "restore it from a copy") from None
         if release.previous != previous or release.number != number:
             raise DamagedFileError(path, f"line {number} does not follow the one before", "restore it from a copy")
-        previous = _digest(line)
+        previous = sha256_text(line)
         found.append(release)
     if not found:
         raise DamagedFileError(path, "it is empty", "restore it from a copy")
@@ -187,7 +186,7 @@ def record(working: Path, manifest: Manifest, change: Change, *, file: str) -> R
         dict(change.shards),
         {name: value for name, value in manifest.merge.items() if name != "shards"},
         sha256_file(working / file),
-        _digest(lines[-1]) if lines else "",
+        sha256_text(lines[-1]) if lines else "",
         dict(change.edits_file),
         change.provenance.reason,
     )
@@ -206,10 +205,6 @@ def require_newest(memory: Path, releases: list[Release], file: str) -> None:
         raise DamagedFileError(
             memory / MANIFEST_NAME, "the memory is not the newest release of its log", "roll back to a release"
         )
-
-
-def _digest(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()
 
 
 def _user() -> str:

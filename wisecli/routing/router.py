@@ -51,6 +51,9 @@ def route(
         forced: the memory (B, 1) that answers from the prompt's end on, whatever its score, of a lookup by the nearest
             of its keys; ``UNROUTED`` leaves a row to its scores. Without a prompt it answers the last token.
     """
+    if prompt is None and forced is None:
+        strength, nearest = memory.nearest(keys)
+        return RoutingDecision(strength, nearest, nearest.where(strength > 1, UNROUTED))
     column = torch.arange(keys.shape[1], device=keys.device)
     after = None if prompt is None else prompt.after(column)
     named = None if prompt is None else prompt.named

@@ -71,6 +71,7 @@ def test_an_error_in_a_task_is_the_same_sentence_with_the_same_exit_code(
     assert list(tmp_path.iterdir()) == [tmp_path / "edits.jsonl"]
 
 
+@pytest.mark.thorough
 def test_a_cluster_that_loses_a_node_writes_the_same_bytes_as_one_process(
     place: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from support.rivals import (
     tiny_bench,
     whole,
 )
+from support.thorough import few
 
 from wisecli.bench.baselines import knn as module
 from wisecli.bench.baselines.base import METHODS, Bench
@@ -88,7 +89,7 @@ def test_nearest_states_by_chunks_are_the_nearest_of_all(monkeypatch: pytest.Mon
         np.testing.assert_allclose(own, np.sort(all_of_them)[:9], rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", few(["llama", "gpt2"], {"llama"}))
 def test_share_and_temperature_are_the_best_of_the_grid(tmp_path: Path, architecture: str) -> None:
     bench = tiny_bench(tmp_path / "model", architecture)
     knn = METHODS["knn"](bench)

@@ -108,7 +108,7 @@ class EditSettings:
     stop_loss: Margin = 0.05
     train_end: bool = True
     unrelated_texts: Annotated[Whole, Field(ge=8, le=10**6)] = 600
-    router: Literal["key", "norm"] = "key"
+    router: Literal["key", "norm", "meaning"] = "key"
     routing: Literal["token", "sequence"] = "token"
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
     seed: Seed = 0
@@ -124,7 +124,7 @@ class MergeSettings:
     density: Share = 0.5
     scale: Weight = 1.0
     weights: Annotated[tuple[Weight, ...] | None, BeforeValidator(_split)] = None
-    router: Literal["key", "norm"] | None = None
+    router: Literal["key", "norm", "meaning"] | None = None
     routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
     false_alarm: Annotated[float, Field(ge=0, le=0.5)] | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from wisecli.artifacts.tensor_schema import layouts, memory_rows, require_layout
 from wisecli.edits.record import Edit
@@ -96,7 +98,7 @@ class MemoryEntry(Calibration):
     __pydantic_config__ = OPEN
 
     kind: Literal["matrix", "lookup"]
-    router: Literal["norm", "key"]
+    router: Literal["norm", "key", "meaning"]
     edits: tuple[str, ...]
 
 
@@ -109,11 +111,12 @@ class Stored:
     file: str
     prefix: str
     thresholds: tuple[float, ...]
-    router: Literal["norm", "key"]
+    router: Literal["norm", "key", "meaning"]
     routing: Literal["token", "sequence"]
     kind: Literal["matrix", "lookup"]
     sharpness: float
     tensors: dict[str, tuple[str | int, ...]]
+    reads: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def layouts(self) -> dict[str, TensorLayout]:
@@ -156,7 +159,7 @@ class MemoryManifest:
             raise ValueError("`edits` and the edits of `memories` do not agree")
         if min(stored.thresholds, default=0.0) <= 0 or not self.memories or stored.sharpness < 0:
             raise ValueError("`memory.thresholds` must be above nought, `memory.sharpness` not below")
-        if stored.router != "key" if stored.kind == "lookup" else len(stored.thresholds) != len(self.memories):
+        if stored.router == "norm" if stored.kind == "lookup" else len(stored.thresholds) != len(self.memories):
             raise ValueError("`memory.thresholds` are not as many as there are memories")
         shares = [share for entry in self.memories for share in (*entry.edit_scores, *entry.unrelated_scores)]
         if not all(share.replace(".", "", 1).isdecimal() for share in shares):

@@ -97,7 +97,7 @@ class _Settings:
     __pydantic_config__ = OPEN
 
     writer: Literal["solve", "gradient"]
-    router: Literal["key", "norm"]
+    router: Literal["key", "norm", "meaning"]
     routing: Literal["token", "sequence"]
     threshold: Literal["false-alarm", "minimum"]
 

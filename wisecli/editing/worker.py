@@ -171,9 +171,7 @@ class Worker:
                     watch=self.watch,
                 )
                 base = fingerprint(directory, checkpoint, site)
-            contexts = write_contexts(
-                loaded, settings.contexts, tokens=settings.context_tokens, chat=settings.chat, seed=settings.seed
-            )
+            contexts = write_contexts(loaded, settings)
             paraphrases = write_paraphrases(
                 loaded, job.edits, settings.augment, batch_size=size, seed=settings.seed, watch=self.watch
             )

@@ -40,11 +40,11 @@ from wisecli.io.checkpoint import (
     write_json,
 )
 from wisecli.models.site import load_matrix, loader_name, stored_weight
-from wisecli.routing import prompt_gate, router, scores, side_memory
+from wisecli.routing import meaning, prompt_gate, router, scores, side_memory
 
 CODE_NAME = "modeling_wise.py"
 # The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
-_CARRIED = (side_memory, router, scores, prompt_gate)
+_CARRIED = (side_memory, router, scores, prompt_gate, meaning)
 _CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
 _FORMER_CODE = {
     "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",

@@ -78,10 +78,14 @@ class MismatchedShardsError(WiseError):
 
 
 class OutputExistsError(WiseError):
-    """The output directory is already there and ``--force`` was not given."""
+    """The output directory is already there and ``--force`` was not given.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} already exists; pass --force to replace it or -o to write elsewhere")
+    ``changes`` are phrases that say in what it is not what the same command would write.
+    """
+
+    def __init__(self, path: Path, changes: Sequence[str] = ()) -> None:
+        what = f", and is not what this command would write: {'; '.join(changes)}" if changes else ""
+        super().__init__(f"{path} already exists{what}; pass --force to replace it or -o to write elsewhere")
 
 
 class ProtectedOutputError(WiseError):

@@ -75,7 +75,20 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "shards of two models": ("merge {shards} {shards_of_other_model}", ("models",)),
     "shards twice": ("merge {shards} {shards}", ("'one'", "more than one")),
     "shards of another base": ("merge {shards} --model {other_model}", ("other-model", "not the base model")),
-    "merge over an output": ("merge {shards} -o {memory}", ("already exists", "--force")),
+    "merge over another memory": ("merge {shards} -o {merge}", ("already exists", "mode was merge, now", "--force")),
+    "merge over a damaged memory": (
+        "merge {shards} -o {tampered_memory}",
+        ("already exists", "memory.safetensors is not as it was written", "--force"),
+    ),
+    "edit over other shards": (
+        "edit {model} {other_edits} -o {shards}",
+        ("already exists", "4 are gone, the first of them 'one'", "--force"),
+    ),
+    "edit over shards by other settings": ("edit {model} {edits} -o {shards}", ("shards was 2, now None", "--force")),
+    "edit over damaged shards": (
+        "edit {model} {edits} -o {tampered_shards} --shards 2 --passes 2",
+        ("already exists", "shard-00001.safetensors is not as it was written", "--force"),
+    ),
     "merge over the current directory": ("merge {shards} -o . --force", ("current directory",)),
     "merge over what holds it": ("merge {shards} -o .. --force", ("current directory",)),
     "merge over its shards": ("merge {shards} -o {shards} --force", ("is an input", "-o")),
@@ -217,7 +230,7 @@ def test_the_four_commands_run_in_one_directory_without_further_arguments(wise: 
             assert "reliability" in outcome.out
             assert "generated_exact" in outcome.out
     assert here() == ["edited", "edits.jsonl", "memory", "model", "shards"]
-    assert sorted(path.name for path in Path("memory").iterdir()) == ["memory.safetensors", "router.json"]
+    assert sorted(path.name for path in Path("memory").iterdir()) == ["SHA256SUMS", "memory.safetensors", "router.json"]
     assert [edit["id"] for edit in manifest(Path("edited"))["edits"]] == ["one", "two", "three", "four"]
     answer = wise("generate", "edited", "ba be bi", "--max-new-tokens", "3")
     assert answer.code == 0, answer.err

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from wisecli import cli
 from wisecli.artifacts.integrity import Check
+from wisecli.artifacts.seal import read_seal
 from wisecli.commands.verify import verify
 from wisecli.errors import GateFailedError, ModelError
 from wisecli.export.checkpoint import code_files, former_code
@@ -51,8 +52,10 @@ def test_what_the_commands_write_is_whole(root: Path, place: str) -> None:
 def test_an_exported_checkpoint_has_a_digest_of_every_file(root: Path) -> None:
     place = root / "edited"
     digests = json.loads((place / "router.json").read_text())["sha256"]
-    expected = {path.name for path in place.iterdir()} - {"router.json", "README.md"}
+    expected = {path.name for path in place.iterdir()} - {"router.json", "README.md", "SHA256SUMS"}
     assert digests == {name: sha256_file(place / name) for name in expected}
+    every = {*expected, "router.json", "README.md"}
+    assert read_seal(place) == {name: sha256_file(place / name) for name in every}
 
 
 @pytest.mark.parametrize(

@@ -191,11 +191,13 @@ def tell_export(console: Console, report: ExportReport) -> None:
     """Print what ``wise export`` wrote."""
     names = ("format", "edits", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "pushed", "planned")
     results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
+    results["up_to_date"] = report.up_to_date
     what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {report.edits} edits"
     if report.planned:
         console.result({"results": results}, would_write(what, report))
         return
-    lines = [f"{what} → {report.output}/ ({report.bytes / 1e6:.0f} MB, {report.seconds:.1f} s)"]
+    done = ": up to date, nothing was written" if report.up_to_date else ""
+    lines = [f"{what} → {report.output}/{done} ({report.bytes / 1e6:.0f} MB, {report.seconds:.1f} s)"]
     if report.locality is not None:
         kept = f"{report.locality:.1%} of {report.tokens} next tokens of unrelated text stay the base model's"
         lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")

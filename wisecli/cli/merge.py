@@ -129,7 +129,18 @@ def merge_into(
 
 def tell_merge(console: Console, report: MergeReport) -> None:
     """Print what ``wise merge`` did."""
-    names = ("mode", "method", "shards", "edits", "router", "routing", "seconds", "peak_rss_bytes", "planned")
+    names = (
+        "mode",
+        "method",
+        "shards",
+        "edits",
+        "router",
+        "routing",
+        "seconds",
+        "peak_rss_bytes",
+        "planned",
+        "up_to_date",
+    )
     results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
     results["thresholds"] = [calibration.threshold for calibration in report.calibrations]
     results["misses"] = [calibration.misses for calibration in report.calibrations]
@@ -139,7 +150,8 @@ def tell_merge(console: Console, report: MergeReport) -> None:
     if report.planned:
         console.result({"results": results}, would_write(what, report))
         return
-    lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s)"]
+    done = ": up to date, nothing was written" if report.up_to_date else ""
+    lines = [f"{what} → {report.output}/{done} ({report.seconds:.1f} s)"]
     for number, one in enumerate(report.calibrations):
         lines.append(
             f"memory {number}: router {report.router}, threshold {one.threshold:.4g}; "

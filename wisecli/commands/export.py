@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,10 +15,11 @@ from wisecli.config import LoadOptions
 from wisecli.data.corpus import unrelated_texts
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
-from wisecli.export.checkpoint import MERGED_NAME, dense, write_delta, write_merged, write_routed
+from wisecli.export.checkpoint import MERGED_NAME, dense, seal_export, write_delta, write_merged, write_routed
+from wisecli.export.finished import export_record, finished_export, manifest_name
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
 from wisecli.export.weights import Packing
-from wisecli.io.atomic_output import require_space, whole_directory
+from wisecli.io.atomic_output import require_space, tidy, whole_directory
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.replacing import Output
 from wisecli.memory.history import HISTORY
@@ -64,7 +65,7 @@ class ExportReport:
 
     ``locality`` is measured for merged checkpoints: the share of unrelated tokens after which the next token's arg-max
     stays the base model's; ``tokens`` is how many were looked at. Routed checkpoints cost what ``wise eval`` says.
-    ``pushed`` is where on the hub it went.
+    ``pushed`` is where on the hub it went. ``up_to_date`` says that the export was there already.
     """
 
     output: Path
@@ -77,6 +78,7 @@ class ExportReport:
     tokens: int = 0
     pushed: str | None = None
     planned: bool = False
+    up_to_date: bool = False
 
 
 def export(
@@ -94,6 +96,8 @@ def export(
 ) -> ExportReport:
     """Write an edited checkpoint.
 
+    Of the one that is there already, of the same memory and base by the same settings, nothing is written anew.
+
     Args:
         memory: a memory, or what ``delta`` wrote.
         form: ``routed`` keeps the router (custom code in the checkpoint); ``merged`` always applies the memory (stock
@@ -105,16 +109,23 @@ def export(
             reached (what was written stays).
     """
     started = time.perf_counter()
-    Output(
-        output, (MANIFEST_NAME, MERGED_NAME), _inputs(memory, model, publication.metrics), (HISTORY,), force
-    ).require()
+    there = not force and manifest_name(output) is not None
+    if not there:
+        inputs = _inputs(memory, model, publication.metrics)
+        Output(output, (MANIFEST_NAME, MERGED_NAME), inputs, (HISTORY,), force).require()
     packing = _packing(weights)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
     base, manifest = find_base(memory, model)
-    Output(output, (), (base,)).require_apart()
+    if not there:
+        Output(output, (), (base,)).require_apart()
     if is_exported(base):
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
     checkpoint = Checkpoint(base)
+    record = _record(memory, checkpoint, form, weights, publication, figures)
+    if there and (found := finished_export(output, record)):
+        if not dry_run:
+            tidy(output)
+        return _up_to_date(output, form, manifest, found, publication, dry_run=dry_run, started=started, watch=watch)
     side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
     size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
     require_space(output, side + (0 if weights.link else size))
@@ -136,10 +147,49 @@ def export(
         if publication.card:
             text = model_card(manifest, form, base=base, figures=figures, note=note)
             (working / CARD_NAME).write_text(text, encoding="utf-8")
+        seal_export(working, {**record, "locality": locality, "tokens": tokens})
         written = sum(path.stat().st_size for path in working.iterdir())
     pushed = _push(output, publication.push_to, private=publication.private, watch=watch)
     seconds = time.perf_counter() - started
     return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), locality, tokens, pushed)
+
+
+def _record(
+    memory: Path,
+    checkpoint: Checkpoint,
+    form: Format,
+    weights: WeightFiles,
+    publication: Publication,
+    figures: object,
+) -> dict[str, Any]:
+    settings = {
+        "format": form,
+        "link": weights.link,
+        "dtype": weights.dtype,
+        "max_shard_size": weights.file_bytes,
+        "model_card": publication.card,
+    }
+    return export_record(memory, checkpoint, settings, figures if publication.card else None)
+
+
+def _up_to_date(
+    output: Path,
+    form: Format,
+    manifest: Manifest,
+    record: dict[str, Any],
+    publication: Publication,
+    *,
+    dry_run: bool,
+    started: float,
+    watch: Watcher,
+) -> ExportReport:
+    """What there is to say of an export that is there already, once it is where it is to be sent to."""
+    to = None if dry_run else publication.push_to
+    pushed = _push(output, to, private=publication.private, watch=watch)
+    written, seconds = sum(path.stat().st_size for path in output.iterdir()), time.perf_counter() - started
+    measured = record["locality"], record["tokens"]
+    edits = len(manifest.edits)
+    return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), *measured, pushed, up_to_date=True)
 
 
 def _inputs(memory: Path, model: str | None, metrics: Path | None) -> list[Path]:

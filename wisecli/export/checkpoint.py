@@ -7,6 +7,7 @@ the module that routes, and a model type of its own, so that nothing loads it wi
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -23,11 +24,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
+from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, SIGNATURE_NAMES, write_seal
 from wisecli.artifacts.shard import half
 from wisecli.environment import versions
 from wisecli.errors import ModelError
 from wisecli.export.weights import Packing, write_weights
 from wisecli.io.checkpoint import (
+    EXPORT_RECORD,
     EXPORTED_KEY,
     FETCHED_NAME,
     INDEX_NAME,
@@ -62,6 +65,8 @@ _REWRITTEN = (
     MERGED_NAME,
     FETCHED_NAME,
     CODE_NAME,
+    SEAL_NAME,
+    *SIGNATURE_NAMES,
     *_CARRIED_NAMES,
     *_FORMER_CODE,
 )
@@ -126,6 +131,15 @@ def record_digests(output: Path) -> None:
     manifest = read_json(output / MANIFEST_NAME)
     files = sorted(path for path in output.iterdir() if path.name != MANIFEST_NAME)
     write_json(output / MANIFEST_NAME, {**manifest, "sha256": {path.name: sha256_file(path) for path in files}})
+
+
+def seal_export(output: Path, record: Mapping[str, Any]) -> None:
+    """Note in an export's manifest what was asked for, and write the digests of all its files."""
+    path = output / (MANIFEST_NAME if (output / MANIFEST_NAME).exists() else MERGED_NAME)
+    content = read_json(path)
+    write_json(path, {**content, EXPORT_RECORD: dict(record), SEALED_KEY: True})
+    digests = {name: str(digest) for name, digest in content.get("sha256", {}).items()}
+    write_seal(output, digests)
 
 
 def write_merged(
@@ -240,10 +254,20 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
 
 def _copy_side_files(output: Path, base: Path) -> None:
     """Tokenizer, chat template, generation settings, licence: whatever else the base directory holds."""
-    for path in sorted(base.iterdir()):
-        weights = path.name.endswith((".safetensors", *_LEFT_OUT))
-        if path.is_file() and not weights and path.name not in _REWRITTEN and not path.name.startswith("."):
-            shutil.copyfile(path, output / path.name)
+    for path in side_files(base):
+        shutil.copyfile(path, output / path.name)
+
+
+def side_files(base: Path) -> list[Path]:
+    """The files of a base model that go into its checkpoints as they are."""
+    return [
+        path
+        for path in sorted(base.iterdir())
+        if path.is_file()
+        and not path.name.endswith((".safetensors", *_LEFT_OUT))
+        and path.name not in _REWRITTEN
+        and not path.name.startswith(".")
+    ]
 
 
 def _name_tokenizer(output: Path, base: Path) -> None:

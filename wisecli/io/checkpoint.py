@@ -24,6 +24,8 @@ SINGLE_NAME = "model.safetensors"
 FETCHED_NAME = "wise-fetch.json"
 # Where the config of an exported checkpoint describes its memory.
 EXPORTED_KEY = "wise"
+# Where the manifest of an export says what was asked for.
+EXPORT_RECORD = "export"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CHUNK = 1 << 20
 # No manifest or config comes near it.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memory
+from wisecli.artifacts.seal import write_seal
 from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, read_shard_directory
 from wisecli.config import MergeSettings, settings_from
 from wisecli.io.atomic_output import link_or_copy
@@ -51,8 +52,9 @@ def publish(
             place = working / HISTORY / SHARDS / name
             shutil.copytree(path, place, copy_function=link_or_copy)
             _share(place, kept, name)
-        write_memory(working, manifest)
+        write_memory(working, manifest, sealed=True)
         release = record(working, manifest, change, file=MEMORY_NAME)
+        write_seal(working)
     return Published(release, manifest)
 
 

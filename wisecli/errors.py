@@ -177,9 +177,10 @@ class SignatureError(GateFailedError):
 
 
 class MemoryHistoryError(WiseError):
-    """A memory has no history: it was merged once, from shards that lie elsewhere."""
+    """A memory has no history: it was merged without one, or by a version that wrote none."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"{path} has no history; only memories that `wise edit --into` made can be changed or looked back on"
+            f"{path} has no history, as it was merged with --no-history or by an older version; merge its shards anew "
+            "with `wise merge` for one that can be changed and looked back on"
         )

@@ -230,10 +230,22 @@ def test_the_four_commands_run_in_one_directory_without_further_arguments(wise: 
             assert "reliability" in outcome.out
             assert "generated_exact" in outcome.out
     assert here() == ["edited", "edits.jsonl", "memory", "model", "shards"]
-    assert sorted(path.name for path in Path("memory").iterdir()) == ["SHA256SUMS", "memory.safetensors", "router.json"]
+    assert sorted(path.name for path in Path("memory").iterdir()) == [
+        "SHA256SUMS",
+        "history",
+        "memory.safetensors",
+        "router.json",
+    ]
     assert [edit["id"] for edit in manifest(Path("edited"))["edits"]] == ["one", "two", "three", "four"]
     answer = wise("generate", "edited", "ba be bi", "--max-new-tokens", "3")
     assert answer.code == 0, answer.err
+    # The next day goes on with the same memory.
+    write_edits(Path("more.jsonl"), [{"id": "five", "prompt": "na ne", "target": "ni"}, {**EDITS[0], "target": "mu"}])
+    outcome = wise(*["edit", "model", "more.jsonl", "--into", "memory"])
+    assert "release 2 of memory/: 1 edits in, 1 modified, 5 held" in outcome.out
+    assert "modified: one" in outcome.out.splitlines()
+    assert "superseded" not in outcome.out
+    assert "5 edits held; the log is whole" in wise("log", "memory").out
 
 
 @pytest.mark.parametrize(

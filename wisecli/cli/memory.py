@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wisecli.memory.history import Release
     from wisecli.memory.releases import Published
 
-Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise edit --into` makes it.")]
+Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise merge` makes it.")]
 
 
 def remove(
@@ -163,11 +163,9 @@ class Told:
             lines = [f"{what}: there is nothing to train{held}", *sifted_lines(report.sifted)]
             self._tell(report, lines, more)
             return
-        lines = [
-            f"release {release.number} of {report.memory}/: {len(release.added)} edits in, {report.held} held "
-            f"({report.seconds:.1f} s)"
-        ]
+        lines = [f"{_brought(release, str(report.memory), report.held)} ({report.seconds:.1f} s)"]
         lines += [f"{len(report.known)} were held already"] if report.known else []
+        lines += [f"modified: {name}" for name in release.modified]
         lines += [f"superseded: {old} by {new}" for old, new in release.superseded.items()]
         lines += sifted_lines(report.sifted)
         lines += [f"did not take: {name}" for name in edited.untaken]
@@ -176,10 +174,13 @@ class Told:
 
     def joined(self, memory: str, published: Published) -> None:
         """Print what merging into a memory did."""
-        release, held = published.release, len(published.manifest.edits)
-        content = {"results": {"memory": memory, "held": held, "release": asdict(release)}}
-        what = f"release {release.number} of {memory}/: {len(release.added)} edits in, {held} held"
-        self.console.result(content, Text(what))
+        release, held = published.release, published.held
+        results = {"memory": memory, "held": held, "release": asdict(release), "up_to_date": published.up_to_date}
+        content = {"results": results}
+        if published.up_to_date:
+            self.console.result(content, Text(f"release {release.number} of {memory}/: up to date, {held} held"))
+            return
+        self.console.result(content, Text(_brought(release, memory, held)))
 
     def removed(self, report: RemoveReport) -> None:
         """Print what was taken out."""
@@ -199,10 +200,11 @@ class Told:
 
     def logged(self, report: LogReport, *, of_one: bool) -> None:
         """Print releases; of one edit also what it is now."""
-        table = Table("release", "when", "who", "action", "in", "out", "why", title=str(report.memory))
+        columns = ("release", "when", "who", "action", "in", "modified", "out", "why")
+        table = Table(*columns, title=str(report.memory))
         for release in report.releases:
             out = len(release.removed) + len(release.superseded)
-            numbers = str(len(release.added) or ""), str(out or "")
+            numbers = (str(number or "") for number in (_new(release), len(release.modified), out))
             table.add_row(str(release.number), release.when[:19], release.who, release.action, *numbers, release.reason)
         lines = [f"held since release {number}: {_shown(edit)}" for edit, number in report.edits] if of_one else []
         if not of_one:
@@ -242,6 +244,16 @@ class Told:
         results = {"memory": str(report.memory), "held": report.held, "seconds": report.seconds, **more}
         results["release"] = None if release is None else asdict(release)
         self.console.result({"results": results}, *map(Text, lines))
+
+
+def _new(release: Release) -> int:
+    """How many edits came that do not take the place of one with their own id."""
+    return len(release.added) - len(release.modified)
+
+
+def _brought(release: Release, memory: str, held: int) -> str:
+    modified = f", {len(release.modified)} modified" if release.modified else ""
+    return f"release {release.number} of {memory}/: {_new(release)} edits in{modified}, {held} held"
 
 
 def _shown(edit: Edit) -> str:

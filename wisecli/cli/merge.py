@@ -13,7 +13,7 @@ from wisecli.cli.choices import MERGE_METHODS, one_of
 from wisecli.cli.console import Console, count, would_write
 from wisecli.cli.memory import Told
 from wisecli.cli.options import AsJson, Config, DryRun, Force, Model, Output, Quiet, Reason, Seed, Who, numbers
-from wisecli.cli.parameters import MERGED, ROUTER, option, setting
+from wisecli.cli.parameters import INTO, MERGED, ROUTER, flag, option, setting
 from wisecli.config import MergeSettings, resolve
 from wisecli.errors import SettingsError
 
@@ -49,6 +49,15 @@ def merge(
     seed: Seed = None,
     reason: Reason = "",
     who: Who = None,
+    history: Annotated[
+        bool,
+        flag(
+            "Keep the shards in the memory, so that it can be changed and looked back on.",
+            "--history/--no-history",
+            panel=INTO,
+            default="history",
+        ),
+    ] = True,
     method: Annotated[
         str | None,
         _merged(
@@ -97,6 +106,7 @@ def merge(
     given = {**locals(), "weights": numbers(weights)}
     settings = resolve(MergeSettings, given, section="merge", file=config)
     from wisecli.commands.merge import merge as run
+    from wisecli.memory.history import Provenance
 
     if into is not None:
         merge_into(console, shards or [], into, settings, model=model, who=who, reason=reason)
@@ -104,7 +114,17 @@ def merge(
     if not shards:
         raise SettingsError("give the SHARDS that are to be merged")
     with console.watching() as watch:
-        report = run(shards, output, settings, model=model, force=force, dry_run=dry_run, watch=watch)
+        report = run(
+            shards,
+            output,
+            settings,
+            model=model,
+            history=history,
+            provenance=Provenance(who, reason),
+            force=force,
+            dry_run=dry_run,
+            watch=watch,
+        )
     tell_merge(console, report)
 
 

@@ -20,7 +20,7 @@ from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.memory.history import Change, Provenance, Release, changing, has_history, read_history
-from wisecli.memory.releases import directories_of, merging_of, name_after, publish
+from wisecli.memory.releases import merging_of, name_after, newest_shards, publish
 from wisecli.memory.superseding import superseding
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.resolve import find_model
@@ -123,7 +123,7 @@ def edit_into(
                 "edit",
                 {**left.shards, name: ()},
                 added=tuple(edit.id for edit in read_shard_directory(pending).written),
-                superseded=giving_way,
+                replaced=giving_way,
                 edits_file=batch.origin,
                 provenance=provenance,
             )
@@ -131,7 +131,7 @@ def edit_into(
             published = publish(memory, change, merging_of(releases), new=new, model=model, watch=watch)
         shutil.rmtree(pending)
     seconds = time.perf_counter() - started
-    return IntoReport(memory, published.release, len(published.manifest.edits), known, edited, seconds, admitted.sifted)
+    return IntoReport(memory, published.release, published.held, known, edited, seconds, admitted.sifted)
 
 
 def _giving_way(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
@@ -168,7 +168,7 @@ def _settings(
     """
     if not releases:
         return resolve(EditSettings, flags, section="edit", file=config)
-    newest = directories_of(memory, releases[-1])[-1]
+    newest = newest_shards(memory, releases)
     directory = find_model(model, revision=newest.revision)
     require_base(directory, Checkpoint(directory), newest.site, newest.fingerprint)
     given = {name: value for name, value in flags.items() if value is not None}

@@ -99,6 +99,8 @@ def evaluate(
     name, records = _dataset(settings.dataset, data)
     edited = attach(memory, model=model, load=load)
     manifest = edited.manifest
+    if records is None and not manifest.edits:
+        raise SettingsError(f"{memory} holds no edit to be measured by; give a --dataset, or records by --data")
     records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
     numbers = memory_numbers(manifest)
     subject = _Memory(edited, settings, watch, _holders(records, numbers) if oracle else None)

@@ -13,11 +13,13 @@ from wisecli.artifacts.seal import write_seal
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.config import MergeSettings
 from wisecli.environment import peak_rss_bytes
+from wisecli.errors import ProtectedOutputError
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
 from wisecli.io.replacing import Output
 from wisecli.memory.finished import finished_memory
-from wisecli.memory.history import HISTORY
+from wisecli.memory.history import Provenance, changing, is_merged
 from wisecli.memory.merger import Merger
+from wisecli.memory.releases import publish_first
 from wisecli.memory.removal import without as drop
 from wisecli.progress import Watcher, ignore
 from wisecli.routing.calibration import Calibration
@@ -48,6 +50,8 @@ def merge(
     *,
     without: Mapping[Path, Collection[str]] = MappingProxyType({}),
     model: str | None = None,
+    history: bool = True,
+    provenance: Provenance = Provenance(),
     force: bool = False,
     dry_run: bool = False,
     watch: Watcher = ignore,
@@ -60,12 +64,14 @@ def merge(
         inputs: directories that ``wise edit`` wrote, of the same matrix of the same model.
         without: ids of edits that count as never written, by the directory they are in.
         model: where the base model is now, if not where the shards say.
+        history: whether the memory keeps the shards, so that it can be changed and looked back on.
 
     Raises:
         WiseError: the shards, the base or the disk cannot be used; nothing is left behind.
     """
     started = time.perf_counter()
-    place = Output(output, (MANIFEST_NAME,), inputs, never=("config.json", HISTORY), force=force)
+    place = Output(output, (MANIFEST_NAME,), inputs, never=("config.json",), force=force)
+    _require_merged(output)
     there = not force and (output / MANIFEST_NAME).is_file()
     if not there:
         place.require()
@@ -80,7 +86,7 @@ def merge(
         settings.router or "",
         settings.routing or "",
     )
-    if there and (found := finished_memory(merger, output)):
+    if there and (found := finished_memory(merger, output, history=history)):
         if not dry_run:
             tidy(output)
         seconds = time.perf_counter() - started
@@ -90,7 +96,23 @@ def merge(
         peak = 4 * (2 * count + 2) * site.d * site.d_ff
         return MergeReport(output, *names, (), time.perf_counter() - started, peak, planned=True)
     manifest = merger.merge(watch)
-    with whole_directory(output, force=force) as working:
-        write_memory(working, manifest, sealed=True)
-        write_seal(working)
+    with changing(output):
+        _require_merged(output)
+        place.require()
+        if history:
+            publish_first(output, manifest, read, provenance)
+        else:
+            with whole_directory(output, force=force) as working:
+                write_memory(working, manifest, sealed=True)
+                write_seal(working)
     return MergeReport(output, *names, manifest.calibrations, time.perf_counter() - started, peak_rss_bytes())
+
+
+def _require_merged(output: Path) -> None:
+    """Check that no history would be lost that a merge could not write again.
+
+    Raises:
+        ProtectedOutputError: it would.
+    """
+    if not is_merged(output):
+        raise ProtectedOutputError(output, "has a history (`wise merge --into` goes on with it)")

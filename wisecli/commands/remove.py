@@ -53,10 +53,11 @@ def remove(
     """Take edits out of a memory.
 
     What the closed form wrote is solved for anew from the keys and residuals of the other edits, without the model. Of
-    shards that were trained, the other edits are trained anew.
+    shards that were trained, the other edits are trained anew. Without its last edit a memory is empty, and the model
+    answers as its base does.
 
     Raises:
-        SettingsError: the memory does not hold an edit, or would hold none.
+        SettingsError: the memory does not hold an edit.
         WiseError: the memory or the model cannot be used; the memory is as it was.
     """
     started = time.perf_counter()
@@ -65,13 +66,11 @@ def remove(
         held = {edit.id for directory in directories_of(memory, newest) for edit in directory.written}
         if missing := [name for name in ids if name not in held]:
             raise SettingsError(f"{memory} holds no edit {missing[0]!r}; `wise inspect {memory}` lists what it holds")
-        if held <= set(ids):
-            raise SettingsError("no edit would be left; delete the memory instead")
         with cleared(memory, newest, ids, model=model, load=load, watch=watch) as left:
             change = Change("remove", left.shards, removed=tuple(ids), provenance=provenance)
             published = publish(memory, change, settings_of(newest), new=left.new, model=model, watch=watch)
     seconds = time.perf_counter() - started
-    return RemoveReport(memory, published.release, len(published.manifest.edits), left.rewritten, seconds)
+    return RemoveReport(memory, published.release, published.held, left.rewritten, seconds)
 
 
 @contextmanager

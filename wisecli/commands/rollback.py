@@ -61,7 +61,7 @@ def rollback(
     if not same:
         watch(Event(NOTE, note="the tensors are not those of then to the byte: other versions made them"))
     seconds = time.perf_counter() - started
-    return RollbackReport(memory, target, published.release, len(published.manifest.edits), same, seconds)
+    return RollbackReport(memory, target, published.release, published.held, same, seconds)
 
 
 def find_release(memory: Path, releases: Sequence[Release], wanted: str) -> Release:

@@ -14,11 +14,15 @@ from wisecli.edits.changes import changed_edits
 from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, OutputExistsError
 from wisecli.io.checkpoint import EXPORT_RECORD, read_json
+from wisecli.memory.history import has_history
 from wisecli.memory.merger import Merger
 
 
-def finished_memory(merger: Merger, output: Path) -> MemoryManifest | None:
+def finished_memory(merger: Merger, output: Path, *, history: bool) -> MemoryManifest | None:
     """The manifest of the memory at ``output`` if it is what shards would be merged into; ``None`` if none is there.
+
+    Args:
+        history: whether it is to have one.
 
     Raises:
         OutputExistsError: the memory is another, or damaged; naming what differs.
@@ -28,6 +32,8 @@ def finished_memory(merger: Merger, output: Path) -> MemoryManifest | None:
     try:
         found = read_manifest(output)
         changes = ["it is an export"] if _is_export(output) else list(_changes(found, merger))
+        if has_history(output) != history:
+            changes.append("it has no history" if history else "it has a history")
         changes = changes or altered(output, expected=found.sealed)
     except DamagedFileError as error:
         changes = [str(error)]

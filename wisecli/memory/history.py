@@ -1,8 +1,8 @@
 """A memory's life: its shards, and a log of all that was done to it, each line chained to the one before by digest.
 
-Beside ``router.json`` and the memory's tensors, which are its newest release, a memory that is edited again and again
-has a directory ``history``: ``shards/0001`` and on, as ``wise edit`` wrote them, and ``log.jsonl``. Nothing is ever
-taken out of either, so that every release can be made anew.
+Beside ``router.json`` and the memory's tensors, which are its newest release, a memory has a directory ``history``:
+``shards/0001`` and on, as ``wise edit`` wrote them, and ``log.jsonl``. Nothing is ever taken out of either, so that
+every release can be made anew.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ import jsonlines
 from filelock import FileLock, Timeout
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest
-from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError
+from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError
 from wisecli.io.atomic_output import link_or_copy, whole_directory
 from wisecli.io.checkpoint import sha256_file, sha256_text
 from wisecli.io.json_schema import OPEN, decode
@@ -37,8 +37,9 @@ class Release:
     """One line of the log: what was done, by whom, and the memory that came of it.
 
     ``shards`` are the directories that the memory is merged from, each with the ids of its edits that do not count;
-    ``superseded`` maps ids of edits that gave way to the id that took their place; ``memory`` is the sha256 of the
-    tensors, ``edits_file`` that of the file of edits, ``previous`` that of the line before, without its end.
+    ``superseded`` maps ids of edits that gave way to the id that took their place; ``modified`` are those of ``added``
+    that took the place of an edit with their own id. ``memory`` is the sha256 of the tensors, ``edits_file`` that of
+    the file of edits, ``previous`` that of the line before, without its end.
     """
 
     __pydantic_config__ = OPEN
@@ -56,6 +57,7 @@ class Release:
     previous: str
     edits_file: dict[str, str] = field(default_factory=dict)
     reason: str = ""
+    modified: tuple[str, ...] = ()
 
     @property
     def at(self) -> datetime:
@@ -73,13 +75,16 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Change:
-    """What is to be written into the log, besides what every line has."""
+    """What is to be written into the log, besides what every line has.
+
+    ``replaced`` maps ids of edits that give way to the id that takes their place, which may be the same.
+    """
 
     action: Action
     shards: Mapping[str, tuple[str, ...]]
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-    superseded: Mapping[str, str] = field(default_factory=dict)
+    replaced: Mapping[str, str] = field(default_factory=dict)
     edits_file: Mapping[str, str] = field(default_factory=dict)
     provenance: Provenance = Provenance()
 
@@ -110,10 +115,28 @@ def read_history(memory: Path) -> list[Release]:
         if release.previous != previous or release.number != number:
             raise DamagedFileError(path, f"line {number} does not follow the one before", "restore it from a copy")
         previous = sha256_text(line)
-        found.append(release)
+        found.append(_told_apart(release))
     if not found:
         raise DamagedFileError(path, "it is empty", "restore it from a copy")
     return found
+
+
+def _told_apart(release: Release) -> Release:
+    """A release whose modified edits are not among the superseded ones, where older versions counted them."""
+    modified = tuple(old for old, new in release.superseded.items() if old == new)
+    superseded = {old: new for old, new in release.superseded.items() if old != new}
+    return replace(release, modified=(*release.modified, *modified), superseded=superseded)
+
+
+def is_merged(memory: Path) -> bool:
+    """Whether nothing but one merge has been done to a memory, so that the same merge would make it anew."""
+    if not (memory / HISTORY).exists():
+        return True
+    try:
+        releases = read_history(memory)
+    except WiseError:
+        return False
+    return len(releases) == 1 and releases[0].action == "merge"
 
 
 def shard_path(memory: Path, name: str) -> Path:
@@ -155,10 +178,14 @@ def changing(memory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def next_release(memory: Path) -> Iterator[Path]:
-    """A working directory with the memory's history in it, which takes the memory's place when the block ends well."""
+def next_release(memory: Path, *, afresh: bool = False) -> Iterator[Path]:
+    """A working directory with the memory's history in it, which takes the memory's place when the block ends well.
+
+    Args:
+        afresh: whether a history begins here, whatever there was.
+    """
     with whole_directory(memory, force=True) as working:
-        if (memory / HISTORY).is_dir():
+        if not afresh and (memory / HISTORY).is_dir():
             shutil.copytree(memory / HISTORY, working / HISTORY, copy_function=link_or_copy)
             # A linked log would change in the old release, too, if this one came to nothing.
             shutil.copyfile(memory / HISTORY / LOG, working / f".{LOG}")
@@ -182,13 +209,14 @@ def record(working: Path, manifest: Manifest, change: Change, *, file: str) -> R
         change.action,
         change.added,
         change.removed,
-        dict(change.superseded),
+        {old: new for old, new in change.replaced.items() if old != new},
         dict(change.shards),
         {name: value for name, value in manifest.merge.items() if name != "shards"},
         sha256_file(working / file),
         sha256_text(lines[-1]) if lines else "",
         dict(change.edits_file),
         change.provenance.reason,
+        tuple(old for old, new in change.replaced.items() if old == new),
     )
     with jsonlines.open(path, "a") as writer:
         writer.write(asdict(release))

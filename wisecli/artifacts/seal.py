@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from wisecli.artifacts.integrity import Check, check_digest, damaged
+from wisecli.edits.signatures import Signed, SigningKey
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import sha256_file
 from wisecli.io.safe_paths import require_regular
@@ -24,11 +25,17 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 _REMEDY = "restore it from a copy, or make it anew"
 
 
-def write_seal(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write the digests of all files in a directory and below; the last file to be written into it.
+def write_seal(
+    directory: Path, key: SigningKey | None = None, *, known: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write the digests of all files in a directory and below; the last file to be written into it but for a signature.
 
     Args:
+        key: what the list is to be signed with.
         known: digests that were taken already, by the file's name.
+
+    Raises:
+        SettingsError: the key does not sign.
     """
     taken: dict[tuple[int, int], str] = {}
     found: dict[str, str] = {}
@@ -39,6 +46,8 @@ def write_seal(directory: Path, known: Mapping[str, str] = MappingProxyType({}))
             taken[inode] = known.get(name) or sha256_file(directory / name)
         found[name] = taken[inode]
     (directory / SEAL_NAME).write_bytes(_rendered(found))
+    if key is not None:
+        key.sign(directory / SEAL_NAME)
 
 
 def read_seal(directory: Path) -> dict[str, str]:
@@ -60,6 +69,23 @@ def is_sealed(directory: Path) -> bool:
     """Whether a directory has a list of digests."""
     path = directory / SEAL_NAME
     return path.exists() or path.is_symlink()
+
+
+def is_signed(directory: Path) -> bool:
+    """Whether the list of digests has a signature beside it."""
+    return any((directory / name).is_file() for name in SIGNATURE_NAMES)
+
+
+def require_signature(directory: Path, signed: Signed | None) -> None:
+    """Check that a directory's list of digests was signed, if it must have been.
+
+    Raises:
+        SignatureError: it was not, or that cannot be found out.
+        DamagedFileError: there is no such list.
+    """
+    if signed is not None:
+        require_regular(directory / SEAL_NAME)
+        signed.require(directory / SEAL_NAME, (directory / SEAL_NAME).read_bytes())
 
 
 def check_seal(directory: Path, *, expected: bool = False) -> Iterator[Check]:

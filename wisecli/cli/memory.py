@@ -13,7 +13,25 @@ from rich.table import Table
 from rich.text import Text
 
 from wisecli.cli.console import Console, sifted_json, sifted_lines
-from wisecli.cli.options import AsJson, Budget, Device, Dtype, Memory, Model, Quiet, Reason, Trust, Who, load_options
+from wisecli.cli.options import (
+    AsJson,
+    Budget,
+    Device,
+    Dtype,
+    Identity,
+    Memory,
+    Model,
+    Quiet,
+    Reason,
+    SealSignature,
+    Sign,
+    Signer,
+    Trust,
+    Who,
+    load_options,
+    provenance_of,
+    signed_by,
+)
 from wisecli.cli.parameters import ANSWERS, OUTPUT, flag, option
 
 if TYPE_CHECKING:
@@ -33,26 +51,26 @@ Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise m
 def remove(
     memory: Place,
     ids: Annotated[list[str], typer.Argument(help="Ids of the edits to take out.")],
+    device: Device = "auto",
+    as_json: AsJson = False,
     model: Model = None,
     reason: Reason = "",
     who: Who = None,
-    device: Device = "auto",
+    sign: Sign = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
-    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Take edits out of a memory, as if they had never been in it."""
     console = Console(as_json, quiet)
     from wisecli.commands.remove import remove as run
-    from wisecli.memory.history import Provenance
 
     with console.watching() as watch:
         report = run(
             memory,
             ids,
             model=model,
-            provenance=Provenance(who, reason),
+            provenance=provenance_of(who, reason, sign),
             load=load_options(device, dtype, trust_remote_code),
             watch=watch,
         )
@@ -65,28 +83,32 @@ def rollback(
     model: Model = None,
     reason: Reason = "",
     who: Who = None,
+    sign: Sign = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Make a memory what it was at an earlier release; the releases since stay in its history."""
     console = Console(as_json, quiet)
     from wisecli.commands.rollback import rollback as run
-    from wisecli.memory.history import Provenance
 
     with console.watching() as watch:
-        report = run(memory, to, model=model, provenance=Provenance(who, reason), watch=watch)
+        report = run(memory, to, model=model, provenance=provenance_of(who, reason, sign), watch=watch)
     Told(console).rolled_back(report)
 
 
 def log(
     memory: Place,
     edit: Annotated[str | None, option("Only what touched the edit with this id.", "--edit", metavar="ID")] = None,
+    verify_signature: SealSignature = None,
+    signer: Signer = None,
+    signer_identity: Identity = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what was done to a memory, when and by whom, after checking that its log is whole."""
+    """List what was done to a memory, when and by whom, after checking that all of it is as it was written."""
     from wisecli.commands.log import log as run
 
-    Told(Console(as_json)).logged(run(memory, edit=edit), of_one=edit is not None)
+    signed = signed_by(verify_signature, signer, signer_identity)
+    Told(Console(as_json)).logged(run(memory, edit=edit, signed=signed), of_one=edit is not None)
 
 
 def diff(
@@ -145,6 +167,9 @@ def explain(
 
 
 _LONGEST = 48
+_UNBOUND = (
+    "; an older version took no digest of the manifest: `wise merge --into` without shards makes a release that has"
+)
 
 
 @dataclass(frozen=True)
@@ -208,7 +233,8 @@ class Told:
             table.add_row(str(release.number), release.when[:19], release.who, release.action, *numbers, release.reason)
         lines = [f"held since release {number}: {_shown(edit)}" for edit, number in report.edits] if of_one else []
         if not of_one:
-            lines = [f"{len(report.edits)} edits held; the log is whole"]
+            whole = ", and every file is as it was written" if report.bound else _UNBOUND
+            lines = [f"{len(report.edits)} edits held; the log is whole{whole}"]
         self.console.result(report.as_json(), table, *map(Text, lines))
 
     def explained(self, report: ExplainReport) -> None:

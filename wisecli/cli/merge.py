@@ -12,13 +12,28 @@ from rich.text import Text
 from wisecli.cli.choices import MERGE_METHODS, one_of
 from wisecli.cli.console import Console, count, would_write
 from wisecli.cli.memory import Told
-from wisecli.cli.options import AsJson, Config, DryRun, Force, Model, Output, Quiet, Reason, Seed, Who, numbers
+from wisecli.cli.options import (
+    AsJson,
+    Config,
+    DryRun,
+    Force,
+    Model,
+    Output,
+    Quiet,
+    Reason,
+    Seed,
+    Sign,
+    Who,
+    numbers,
+    provenance_of,
+)
 from wisecli.cli.parameters import INTO, MERGED, ROUTER, flag, option, setting
 from wisecli.config import MergeSettings, resolve
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
     from wisecli.commands.merge import MergeReport
+    from wisecli.memory.history import Provenance
 
 
 _merged = partial(setting, MergeSettings, panel=MERGED)
@@ -49,6 +64,7 @@ def merge(
     seed: Seed = None,
     reason: Reason = "",
     who: Who = None,
+    sign: Sign = None,
     history: Annotated[
         bool,
         flag(
@@ -106,10 +122,10 @@ def merge(
     given = {**locals(), "weights": numbers(weights)}
     settings = resolve(MergeSettings, given, section="merge", file=config)
     from wisecli.commands.merge import merge as run
-    from wisecli.memory.history import Provenance
 
+    provenance = provenance_of(who, reason, sign)
     if into is not None:
-        merge_into(console, shards or [], into, settings, model=model, who=who, reason=reason)
+        merge_into(console, shards or [], into, settings, model=model, provenance=provenance)
         return
     if not shards:
         raise SettingsError("give the SHARDS that are to be merged")
@@ -120,7 +136,7 @@ def merge(
             settings,
             model=model,
             history=history,
-            provenance=Provenance(who, reason),
+            provenance=provenance,
             force=force,
             dry_run=dry_run,
             watch=watch,
@@ -135,15 +151,13 @@ def merge_into(
     settings: MergeSettings,
     *,
     model: str | None,
-    who: str | None,
-    reason: str,
+    provenance: Provenance,
 ) -> None:
     """What ``wise merge --into`` does."""
     from wisecli.commands.merge_into import merge_into as run
-    from wisecli.memory.history import Provenance
 
     with console.watching() as watch:
-        published = run(shards, memory, settings, model=model, provenance=Provenance(who, reason), watch=watch)
+        published = run(shards, memory, settings, model=model, provenance=provenance, watch=watch)
     Told(console).joined(str(memory), published)
 
 

@@ -19,7 +19,7 @@ from wisecli.edits.admission import USUAL, Admission, Admitted, Sifted
 from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.memory.history import Change, Provenance, Release, changing, has_history, read_history
+from wisecli.memory.history import Change, Provenance, Release, changing, has_history, read_history, require_whole
 from wisecli.memory.releases import merging_of, name_after, newest_shards, publish
 from wisecli.memory.superseding import superseding
 from wisecli.models.loading import Loaded, require_base
@@ -99,6 +99,8 @@ def edit_into(
         releases = read_history(memory) if has_history(memory) else []
         if not releases and memory.exists() and any(memory.iterdir()):
             raise MemoryHistoryError(memory)
+        if releases:
+            require_whole(memory, releases)
         held = read_manifest(memory).edits if releases else ()
         already = set(held)
         known = tuple(edit.id for _, edit in batch.numbered if edit in already)

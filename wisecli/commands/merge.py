@@ -86,7 +86,7 @@ def merge(
         settings.router or "",
         settings.routing or "",
     )
-    if there and (found := finished_memory(merger, output, history=history)):
+    if there and (found := finished_memory(merger, output, history=history, signed=provenance.key is not None)):
         if not dry_run:
             tidy(output)
         seconds = time.perf_counter() - started
@@ -104,7 +104,7 @@ def merge(
         else:
             with whole_directory(output, force=force) as working:
                 write_memory(working, manifest, sealed=True)
-                write_seal(working)
+                write_seal(working, provenance.key)
     return MergeReport(output, *names, manifest.calibrations, time.perf_counter() - started, peak_rss_bytes())
 
 

@@ -12,7 +12,16 @@ from wisecli.commands.remove import without_edits
 from wisecli.config import LoadOptions, MergeSettings
 from wisecli.errors import MemoryHistoryError
 from wisecli.io.checkpoint import sha256_file
-from wisecli.memory.history import Change, Provenance, Release, changing, has_history, read_history, shard_path
+from wisecli.memory.history import (
+    Change,
+    Provenance,
+    Release,
+    changing,
+    has_history,
+    read_history,
+    require_whole,
+    shard_path,
+)
 from wisecli.memory.releases import Published, merging_of, name_after, publish
 from wisecli.memory.superseding import superseding
 from wisecli.progress import Watcher, ignore
@@ -39,6 +48,8 @@ def merge_into(
         releases = read_history(memory) if has_history(memory) else []
         if not releases and (not inputs or (memory.exists() and any(memory.iterdir()))):
             raise MemoryHistoryError(memory)
+        if releases:
+            require_whole(memory, releases)
         merging = _overridden(merging_of(releases), settings) if releases else settings
         edits = [edit for path in inputs for edit in read_shard_directory(path).written]
         if releases and inputs and merging == merging_of(releases) and _holds(memory, releases[-1], inputs):

@@ -14,7 +14,7 @@ from wisecli.commands.edit import run
 from wisecli.config import EditSettings, LoadOptions, settings_from
 from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
-from wisecli.memory.history import Change, Provenance, Release, changing, next_name, read_history
+from wisecli.memory.history import Change, Provenance, Release, changing, next_name, read_history, require_whole
 from wisecli.memory.merger import EXACT
 from wisecli.memory.releases import directories_of, publish, settings_of
 from wisecli.memory.removal import without
@@ -62,7 +62,9 @@ def remove(
     """
     started = time.perf_counter()
     with changing(memory):
-        newest = read_history(memory)[-1]
+        releases = read_history(memory)
+        require_whole(memory, releases)
+        newest = releases[-1]
         held = {edit.id for directory in directories_of(memory, newest) for edit in directory.written}
         if missing := [name for name in ids if name not in held]:
             raise SettingsError(f"{memory} holds no edit {missing[0]!r}; `wise inspect {memory}` lists what it holds")

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
 from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, SIGNATURE_NAMES, write_seal
 from wisecli.artifacts.shard import half
+from wisecli.edits.signatures import SigningKey
 from wisecli.environment import versions
 from wisecli.errors import ModelError
 from wisecli.export.weights import Packing, write_weights
@@ -34,6 +35,7 @@ from wisecli.io.checkpoint import (
     EXPORTED_KEY,
     FETCHED_NAME,
     INDEX_NAME,
+    MERGED_NAME,
     SINGLE_NAME,
     Checkpoint,
     read_json,
@@ -54,7 +56,6 @@ _FORMER_CODE = {
     "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
 }
 # What marks a checkpoint with the memory always on as one of ours; stock loaders pass it over.
-MERGED_NAME = "wise.json"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -133,13 +134,13 @@ def record_digests(output: Path) -> None:
     write_json(output / MANIFEST_NAME, {**manifest, "sha256": {path.name: sha256_file(path) for path in files}})
 
 
-def seal_export(output: Path, record: Mapping[str, Any]) -> None:
-    """Note in an export's manifest what was asked for, and write the digests of all its files."""
+def seal_export(output: Path, record: Mapping[str, Any], key: SigningKey | None = None) -> None:
+    """Note in an export's manifest what was asked for, and write the digests of all its files, signed with a key."""
     path = output / (MANIFEST_NAME if (output / MANIFEST_NAME).exists() else MERGED_NAME)
     content = read_json(path)
     write_json(path, {**content, EXPORT_RECORD: dict(record), SEALED_KEY: True})
     digests = {name: str(digest) for name, digest in content.get("sha256", {}).items()}
-    write_seal(output, digests)
+    write_seal(output, key, known=digests)
 
 
 def write_merged(

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME
-from wisecli.artifacts.seal import altered
+from wisecli.artifacts.seal import altered, is_signed
 from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, OutputExistsError
-from wisecli.export.checkpoint import MERGED_NAME, side_files
-from wisecli.io.checkpoint import EXPORT_RECORD, Checkpoint, read_json, sha256_file, sha256_json
+from wisecli.export.checkpoint import side_files
+from wisecli.io.checkpoint import EXPORT_RECORD, MERGED_NAME, Checkpoint, read_json, sha256_file, sha256_json
 
 # What is compared by its digest, as a message calls it.
 _COMPARED = {
@@ -46,9 +46,12 @@ def manifest_name(output: Path) -> str | None:
     return next((name for name in (MERGED_NAME, MANIFEST_NAME) if (output / name).is_file()), None)
 
 
-def finished_export(output: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+def finished_export(output: Path, record: dict[str, Any], *, signed: bool = False) -> dict[str, Any] | None:
     """What the manifest says that was asked for, if the export at ``output`` is what this asks for; ``None`` if none
     is there.
+
+    Args:
+        signed: whether it is to be signed.
 
     Raises:
         OutputExistsError: it is another, or damaged; naming what differs.
@@ -61,6 +64,8 @@ def finished_export(output: Path, record: dict[str, Any]) -> dict[str, Any] | No
         if not isinstance(before, dict):
             raise OutputExistsError(output)
         changes = _changes(before, record) or altered(output, expected=True)
+        if signed and not is_signed(output):
+            changes.append("it is not signed")
     except DamagedFileError as error:
         raise OutputExistsError(output, [str(error)]) from None
     if changes:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MemoryManifest, Origin, read_manifest
-from wisecli.artifacts.seal import altered
+from wisecli.artifacts.seal import altered, is_signed
 from wisecli.artifacts.shard_manifest import origin_of
 from wisecli.edits.changes import changed_edits
 from wisecli.environment import versions
@@ -18,11 +18,12 @@ from wisecli.memory.history import has_history
 from wisecli.memory.merger import Merger
 
 
-def finished_memory(merger: Merger, output: Path, *, history: bool) -> MemoryManifest | None:
+def finished_memory(merger: Merger, output: Path, *, history: bool, signed: bool = False) -> MemoryManifest | None:
     """The manifest of the memory at ``output`` if it is what shards would be merged into; ``None`` if none is there.
 
     Args:
         history: whether it is to have one.
+        signed: whether it is to be signed.
 
     Raises:
         OutputExistsError: the memory is another, or damaged; naming what differs.
@@ -34,6 +35,8 @@ def finished_memory(merger: Merger, output: Path, *, history: bool) -> MemoryMan
         changes = ["it is an export"] if _is_export(output) else list(_changes(found, merger))
         if has_history(output) != history:
             changes.append("it has no history" if history else "it has a history")
+        if signed and not is_signed(output):
+            changes.append("it is not signed")
         changes = changes or altered(output, expected=found.sealed)
     except DamagedFileError as error:
         changes = [str(error)]

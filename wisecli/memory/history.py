@@ -11,7 +11,7 @@ import getpass
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -21,7 +21,9 @@ from typing import Any, Literal
 import jsonlines
 from filelock import FileLock, Timeout
 
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MEMORY_NAME, Manifest, read_manifest
+from wisecli.artifacts.seal import require_sealed
+from wisecli.edits.signatures import SigningKey
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError
 from wisecli.io.atomic_output import link_or_copy, whole_directory
 from wisecli.io.checkpoint import sha256_file, sha256_text
@@ -38,8 +40,9 @@ class Release:
 
     ``shards`` are the directories that the memory is merged from, each with the ids of its edits that do not count;
     ``superseded`` maps ids of edits that gave way to the id that took their place; ``modified`` are those of ``added``
-    that took the place of an edit with their own id. ``memory`` is the sha256 of the tensors, ``edits_file`` that of
-    the file of edits, ``previous`` that of the line before, without its end.
+    that took the place of an edit with their own id. ``memory`` is the sha256 of the tensors, ``manifest`` that of
+    ``router.json``, which older versions did not keep, ``edits_file`` that of the file of edits, ``previous`` that of
+    the line before, without its end.
     """
 
     __pydantic_config__ = OPEN
@@ -58,6 +61,7 @@ class Release:
     edits_file: dict[str, str] = field(default_factory=dict)
     reason: str = ""
     modified: tuple[str, ...] = ()
+    manifest: str = ""
 
     @property
     def at(self) -> datetime:
@@ -67,10 +71,11 @@ class Release:
 
 @dataclass(frozen=True)
 class Provenance:
-    """By whom a memory is changed, and why; by default by the user of this process."""
+    """By whom a memory is changed, and why; by default by the user of this process. ``key`` signs the release."""
 
     who: str | None = None
     reason: str = ""
+    key: SigningKey | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,11 @@ def read_history(memory: Path) -> list[Release]:
         raise MemoryHistoryError(memory)
     found: list[Release] = []
     previous = ""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(path, f"it is no text ({error})", "restore it from a copy") from None
+    for number, line in enumerate(lines, start=1):
         try:
             release = decode(Release, json.loads(line))
             release.at  # noqa: B018 (a date that is none is found here)
@@ -217,22 +226,42 @@ def record(working: Path, manifest: Manifest, change: Change, *, file: str) -> R
         dict(change.edits_file),
         change.provenance.reason,
         tuple(old for old, new in change.replaced.items() if old == new),
+        sha256_file(working / MANIFEST_NAME),
     )
     with jsonlines.open(path, "a") as writer:
         writer.write(asdict(release))
     return release
 
 
-def require_newest(memory: Path, releases: list[Release], file: str) -> None:
-    """Check that a memory's tensors are those of its newest release.
+def require_whole(memory: Path, releases: Sequence[Release]) -> None:
+    """Check that a memory's manifest and tensors are those of its newest release, and that no file of it was altered.
 
     Raises:
-        DamagedFileError: they are others.
+        DamagedFileError: naming what is otherwise.
     """
-    if sha256_file(inside(memory, file)) != releases[-1].memory:
-        raise DamagedFileError(
-            memory / MANIFEST_NAME, "the memory is not the newest release of its log", "roll back to a release"
-        )
+    newest, path = releases[-1], memory / MANIFEST_NAME
+    found = not newest.manifest or _digest(path) == newest.manifest
+    if not found or _digest(inside(memory, read_manifest(memory).memory.file)) != newest.memory:
+        raise DamagedFileError(path, "the memory is not the newest release of its log", "roll back to a release")
+    require_sealed(memory, expected=is_bound(releases))
+
+
+def require_whole_history(memory: Path, releases: Sequence[Release]) -> None:
+    """Check that no file of a memory was altered but for its manifest and tensors, which can be made anew.
+
+    Raises:
+        DamagedFileError: naming those that were.
+    """
+    require_sealed(memory, expected=is_bound(releases), but=(MANIFEST_NAME, MEMORY_NAME))
+
+
+def is_bound(releases: Sequence[Release]) -> bool:
+    """Whether all files of the newest release are under digests, which older versions did not take."""
+    return bool(releases[-1].manifest)
+
+
+def _digest(path: Path) -> str:
+    return sha256_file(path) if path.is_file() else ""
 
 
 def _user() -> str:

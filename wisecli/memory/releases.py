@@ -112,7 +112,7 @@ def _written(
             _share(working / HISTORY / SHARDS / name, kept, name)
     write_memory(working, manifest, sealed=True)
     release = record(working, manifest, change, file=MEMORY_NAME)
-    write_seal(working)
+    write_seal(working, change.provenance.key)
     return Published(release, len(manifest.edits))
 
 

@@ -98,6 +98,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "edit over what holds the base model": ("edit {model} {edits} -o {root} --force", ("input of the command",)),
     "edit over a memory": ("edit {model} {edits} -o {memory} --force", ("memory", "holds no shards.json")),
     "export over the base model": ("export --memory {memory} -o {model} --force", ("model", "holds no router.json")),
+    "export over another memory": (
+        "export --memory {memory} -o {bare_memory} --force",
+        ("is a memory, and no export",),
+    ),
+    "export over a history": ("export --memory {memory} -o {merge} --force", ("holds history",)),
     "export over its memory": ("export --memory {memory} -o {memory} --force", ("is an input",)),
     "export over shards": ("export --memory {memory} -o {shards} --force", ("shards", "holds no router.json")),
     "no memory to measure": ("eval", ("memory", "wise merge")),

@@ -18,7 +18,7 @@ from wisecli.edits.signatures import Signed, SigningKey
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
 from wisecli.export.checkpoint import dense, seal_export, write_delta, write_merged, write_routed
-from wisecli.export.finished import export_record, finished_export, manifest_name
+from wisecli.export.finished import export_record, finished_export, manifest_name, require_no_memory
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
 from wisecli.export.weights import Packing
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
@@ -120,6 +120,7 @@ def export(
     if not there:
         inputs = _inputs(memory, model, publication.metrics)
         Output(output, (MANIFEST_NAME, MERGED_NAME), inputs, (HISTORY,), force).require()
+        require_no_memory(output)
     packing = _packing(weights)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
     _require_whole(memory, signed)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME
-from wisecli.artifacts.seal import altered, is_signed
+from wisecli.artifacts.seal import SEALED_KEY, altered, is_signed
 from wisecli.environment import versions
-from wisecli.errors import DamagedFileError, OutputExistsError
+from wisecli.errors import DamagedFileError, OutputExistsError, ProtectedOutputError
 from wisecli.export.checkpoint import side_files
 from wisecli.io.checkpoint import EXPORT_RECORD, MERGED_NAME, Checkpoint, read_json, sha256_file, sha256_json
 
@@ -44,6 +44,19 @@ def export_record(memory: Path, checkpoint: Checkpoint, settings: dict[str, Any]
 def manifest_name(output: Path) -> str | None:
     """The name of the manifest of an export of any form, if one is there."""
     return next((name for name in (MERGED_NAME, MANIFEST_NAME) if (output / name).is_file()), None)
+
+
+def require_no_memory(output: Path) -> None:
+    """Check that what would be replaced, if anything is there, is no memory.
+
+    Raises:
+        ProtectedOutputError: it is one, as `wise merge` writes it.
+    """
+    if manifest_name(output) != MANIFEST_NAME:
+        return
+    content = read_json(output / MANIFEST_NAME)
+    if content.get(SEALED_KEY) and EXPORT_RECORD not in content:
+        raise ProtectedOutputError(output, "is a memory, and no export")
 
 
 def finished_export(output: Path, record: dict[str, Any], *, signed: bool = False) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.helpers import save_tiny
 from support.loading import CPU
 from support.thorough import few
+from support.zygote import Zygote
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.edit import EditReport, RunOptions
@@ -50,69 +51,6 @@ EDITS: list[dict[str, Any]] = [
 ]
 SETTINGS = EditSettings(shards=8, unrelated_texts=16, layer="2")
 UNFINISHED = ".shards.unfinished"
-
-# Runs each line of its input as a command, in a process forked off after everything was imported: quick to start, and
-# as easily killed as any.
-ZYGOTE = """
-import os, shlex, signal, sys
-import torch
-torch.set_num_threads(1)
-import wisecli.commands.edit, transformers.models.llama.modeling_llama
-from transformers import AutoTokenizer
-from wisecli import cli
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        # Whatever started the tests in the background may have had it ignored.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.argv = ["wise", *shlex.split(line)]
-        sys.stdout = open(os.devnull, "w")
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            os._exit(stopped.code or 0)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Zygote:
-    """Starts commands and says how they ended."""
-
-    def __init__(self, place: Path, environment: dict[str, str]) -> None:
-        self.errors = place / "errors"
-        with self.errors.open("a") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", ZYGOTE],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, **environment},
-            )
-
-    def start(self, line: str) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return int(self._line())
-
-    def ended(self) -> int:
-        return int(self._line())
-
-    def run(self, line: str) -> int:
-        self.start(line)
-        return self.ended()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.errors.read_text()
-        return line
-
-    def close(self) -> None:
-        self.process.communicate()
 
 
 @pytest.fixture(scope="module")

@@ -131,9 +131,9 @@ def export(
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
     checkpoint = Checkpoint(base)
     record = _record(memory, checkpoint, form, weights, publication, figures)
+    if there and not dry_run:
+        tidy(output)
     if there and (found := finished_export(output, record, signed=publication.key is not None)):
-        if not dry_run:
-            tidy(output)
         return _up_to_date(output, form, manifest, found, publication, dry_run=dry_run, started=started, watch=watch)
     side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
     size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)

@@ -86,9 +86,9 @@ def merge(
         settings.router or "",
         settings.routing or "",
     )
+    if there and not dry_run:
+        tidy(output)
     if there and (found := finished_memory(merger, output, history=history, signed=provenance.key is not None)):
-        if not dry_run:
-            tidy(output)
         seconds = time.perf_counter() - started
         return MergeReport(output, *names, found.memories, seconds, peak_rss_bytes(), up_to_date=True)
     require_space(output, 4 * (count if settings.mode == "retrieve" else 1) * site.d * site.d_ff)

@@ -14,7 +14,16 @@ from wisecli.commands.edit import run
 from wisecli.config import EditSettings, LoadOptions, settings_from
 from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
-from wisecli.memory.history import Change, Provenance, Release, changing, next_name, read_history, require_whole
+from wisecli.memory.history import (
+    Change,
+    Provenance,
+    Release,
+    anew_prefix,
+    changing,
+    next_name,
+    read_history,
+    require_whole,
+)
 from wisecli.memory.merger import EXACT
 from wisecli.memory.releases import directories_of, publish, settings_of
 from wisecli.memory.removal import without
@@ -88,7 +97,7 @@ def cleared(
         name: (*release.shards[name], *_in(directory, {*ids, *anew.get(name, ())})) for name, directory in held.items()
     }
     first = int(next_name(memory))
-    with tempfile.TemporaryDirectory(dir=memory.absolute().parent, prefix=f".{memory.name}.") as working:
+    with tempfile.TemporaryDirectory(dir=memory.absolute().parent, prefix=anew_prefix(memory)) as working:
         new: dict[str, Path] = {}
         for name, others in anew.items():
             place = f"{first + len(new):04d}"

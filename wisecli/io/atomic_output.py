@@ -97,6 +97,13 @@ def tidy(output: Path) -> None:
             sweep(output)
 
 
+def discard(directory: Path, output: Path) -> None:
+    """Take away a directory beside an output; if that is broken off, whoever tidies up there next goes on with it."""
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(output.absolute()), dir=directory.parent))
+    directory.replace(aside)
+    shutil.rmtree(aside)
+
+
 def sweep(output: Path) -> None:
     """Take away what killed runs left beside an output; what one had moved aside comes back if nothing took its place.
 

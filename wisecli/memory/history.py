@@ -8,6 +8,7 @@ every release can be made anew.
 from __future__ import annotations
 
 import getpass
+import glob
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MEMORY_NAME, Manife
 from wisecli.artifacts.seal import require_sealed
 from wisecli.edits.signatures import SigningKey
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError
-from wisecli.io.atomic_output import link_or_copy, whole_directory
+from wisecli.io.atomic_output import link_or_copy, tidy, whole_directory
 from wisecli.io.checkpoint import sha256_file, sha256_text
 from wisecli.io.json_schema import OPEN, decode
 from wisecli.io.safe_paths import inside
@@ -165,9 +166,14 @@ def inputs_of(memory: Path, release: Release) -> dict[Path, tuple[str, ...]]:
     return {shard_path(memory, name): gone for name, gone in release.shards.items()}
 
 
+def anew_prefix(memory: Path) -> str:
+    """How the names of directories begin in which shards of a memory are trained anew."""
+    return f".{memory.name}.anew-"
+
+
 @contextmanager
 def changing(memory: Path) -> Iterator[None]:
-    """Keep other processes from changing a memory; the lock dies with its owner.
+    """Keep other processes from changing a memory, and take away what killed ones left; the lock dies with its owner.
 
     Raises:
         BusyError: another one is at it.
@@ -180,6 +186,9 @@ def changing(memory: Path) -> Iterator[None]:
     except Timeout:
         raise BusyError(memory) from None
     try:
+        tidy(memory)
+        for left in memory.absolute().parent.glob(f"{glob.escape(anew_prefix(memory))}*"):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is held, so that nobody takes a lock on a file that is gone

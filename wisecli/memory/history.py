@@ -32,6 +32,7 @@ from wisecli.io.json_schema import OPEN, decode
 from wisecli.io.safe_paths import inside
 
 HISTORY, LOG, SHARDS = "history", "log.jsonl", "shards"
+_NOT_NEWEST = "its sha256 differs, so that the memory is not the newest release of its log"
 Action = Literal["edit", "merge", "remove", "rollback"]
 
 
@@ -249,9 +250,11 @@ def require_whole(memory: Path, releases: Sequence[Release]) -> None:
         DamagedFileError: naming what is otherwise.
     """
     newest, path = releases[-1], memory / MANIFEST_NAME
-    found = not newest.manifest or _digest(path) == newest.manifest
-    if not found or _digest(inside(memory, read_manifest(memory).memory.file)) != newest.memory:
-        raise DamagedFileError(path, "the memory is not the newest release of its log", "roll back to a release")
+    if newest.manifest and _digest(path) != newest.manifest:
+        raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
+    path = inside(memory, read_manifest(memory).memory.file)
+    if _digest(path) != newest.memory:
+        raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
     require_sealed(memory, expected=is_bound(releases))
 
 

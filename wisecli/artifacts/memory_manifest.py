@@ -28,7 +28,8 @@ SCHEMA = "wise.memory/1"
 class Made:
     """What else decides the bytes of shards: the process that wrote them, and where it was told to look.
 
-    ``threads`` decides the order in which numbers are added up.
+    ``threads`` decides the order in which numbers are added up. ``sample`` is a digest of one row of every tensor of
+    the base model; older versions did not keep it.
     """
 
     __pydantic_config__ = CLOSED
@@ -37,13 +38,15 @@ class Made:
     dtype: str
     threads: int
     target_module: str | None = None
+    sample: str | None = None
 
 
 @dataclass(frozen=True)
 class Origin:
     """Shards that a memory was merged from, and all that it takes to write them once more.
 
-    ``edits`` are ids, in order; those of them that no shard holds are in ``left_out``. ``sha256`` are the shard files'.
+    ``edits`` are ids, in order; those of them that no shard holds are in ``left_out``. ``sha256`` are the shard files',
+    ``manifest`` that of their ``shards.json``, which older versions did not keep.
     """
 
     __pydantic_config__ = CLOSED
@@ -55,6 +58,7 @@ class Origin:
     left_out: tuple[Edit, ...]
     sha256: tuple[str, ...]
     versions: dict[str, str]
+    manifest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ class MemoryManifest:
     sha256: dict[str, str]
     versions: dict[str, str]
     origins: tuple[Origin, ...] = ()
+    sealed: bool = False
 
     def check(self) -> None:
         """Check what types do not say: that the parts belong together.
@@ -170,8 +175,14 @@ class MemoryManifest:
             raise ValueError(f"`memory.tensors` are not those of a {stored.kind} with router {stored.router}")
 
 
-def write_memory(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "") -> None:
-    """Write the memory's tensors, their names prefixed, and ``router.json`` into a directory."""
+def write_memory(
+    directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "", sealed: bool = False
+) -> None:
+    """Write the memory's tensors, their names prefixed, and ``router.json`` into a directory.
+
+    Args:
+        sealed: whether a list of the digests of all files is to follow.
+    """
     path = directory / file
     save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
     memories = [
@@ -190,6 +201,7 @@ def write_memory(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME
         "sha256": {file: sha256_file(path)},
         "versions": manifest.versions,
         "origins": [asdict(origin) for origin in manifest.origins],
+        "sealed": sealed,
     }
     write_json(directory / MANIFEST_NAME, content)
 

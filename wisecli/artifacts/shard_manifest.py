@@ -11,7 +11,7 @@ from wisecli.artifacts.memory_manifest import Base, Made, Origin
 from wisecli.artifacts.shard import MaskKind, Shard, load_shard
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
-from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.checkpoint import read_json, sha256_file, write_json
 from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
 from wisecli.models.site import Fingerprint, Site, check_site
@@ -54,6 +54,7 @@ class ShardDirectory:
 
     ``left_out`` names the edits that no shard holds, as the model gives nothing finite for them. ``paraphrases`` are
     further prompts that the model wrote, by the edit's id, as ``subjects`` are the words of those that prompts name.
+    ``known`` are edits that were asked for and left out, as the model said them already, if such were to be left out.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class ShardDirectory:
     left_out: tuple[str, ...] = ()
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     subjects: dict[str, Spellings] = field(default_factory=dict)
+    known: tuple[Edit, ...] | None = None
 
     @property
     def written(self) -> tuple[Edit, ...]:
@@ -127,6 +129,7 @@ class _Content:
     left_out: tuple[str, ...]
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     subjects: dict[str, Spellings] = field(default_factory=dict)
+    known: tuple[Edit, ...] | None = None
 
     def check(self, *, plan: bool) -> None:
         """Check what types do not say: that the parts belong together.
@@ -169,6 +172,7 @@ def write_shard_directory(directory: ShardDirectory) -> None:
         "subjects": {
             name: [[asdict(word) for word in words] for words in own] for name, own in directory.subjects.items()
         },
+        "known": None if directory.known is None else [edit.as_dict() for edit in directory.known],
     }
     write_json(directory.path / (PLAN_NAME if plan else MANIFEST_NAME), content)
 
@@ -208,6 +212,7 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         read.left_out,
         read.paraphrases,
         read.subjects,
+        read.known,
     )
 
 
@@ -222,6 +227,7 @@ def origin_of(directory: ShardDirectory) -> Origin:
         tuple(edit for edit in directory.edits if edit.id in gone),
         tuple(entry.sha256 for entry in directory.shards),
         directory.versions,
+        sha256_file(directory.path / MANIFEST_NAME),
     )
 
 

@@ -11,11 +11,12 @@ import typer
 
 from wisecli import __version__
 from wisecli.cli.bench import bench
-from wisecli.cli.checkpoint import export, generate, inspect, verify
+from wisecli.cli.checkpoint import export, generate
 from wisecli.cli.console import fail, quiet_libraries
 from wisecli.cli.draft import draft
 from wisecli.cli.edit import edit
 from wisecli.cli.evaluate import evaluate, fetch
+from wisecli.cli.inspection import inspect, verify
 from wisecli.cli.memory import diff, explain, log, remove, rollback
 from wisecli.cli.merge import merge
 from wisecli.cli.parameters import PanelledCommand, PanelledGroup

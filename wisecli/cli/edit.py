@@ -27,6 +27,7 @@ from wisecli.cli.options import (
     Quiet,
     Reason,
     Seed,
+    Sign,
     Signature,
     Signer,
     SkipKnown,
@@ -35,9 +36,11 @@ from wisecli.cli.options import (
     admission_of,
     load_options,
     part_in,
+    provenance_of,
 )
 from wisecli.cli.parameters import INPUT, INTO, OUTPUT, PROMPTS, ROUTER, TRAINED, WHERE, flag, option, setting
 from wisecli.config import EditSettings, resolve
+from wisecli.errors import SettingsError
 
 _trained = partial(setting, EditSettings, panel=TRAINED)
 _worded = partial(setting, EditSettings, panel=PROMPTS)
@@ -82,6 +85,7 @@ def edit(
     ] = 1.0,
     reason: Reason = "",
     who: Who = None,
+    sign: Sign = None,
     preset: Annotated[
         str | None, _trained("preset", "default, or paper: gradient steps, edit after edit, as published.")
     ] = None,
@@ -149,13 +153,14 @@ def edit(
     settings = resolve(EditSettings, flags, section="edit", file=config)
     admission = admission_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
     from wisecli.commands.edit import RunOptions
-    from wisecli.memory.history import Provenance
 
     load = load_options(device, dtype, trust_remote_code, memory_budget, revision)
     # A batch into a memory is not parted.
     part = part_in(only if into is None else None)
     options = RunOptions(executor=executor, force=force, strict=strict, dry_run=dry_run, only=part)
     run = EditRun(Console(as_json, quiet), model, edits, load, options, admission)
+    if sign is not None and into is None:
+        raise SettingsError("--sign signs releases of a memory; shards have none, so pass --into, or sign the merge")
     if from_text is not None:
         drawn = run.drawn_from(from_text, yes=yes)
         if drawn is None:
@@ -163,7 +168,7 @@ def edit(
         run = drawn
     if into is not None:
         every = interval if watch_file else None
-        run.into(into, flags, config=config, provenance=Provenance(who, reason), every=every)
+        run.into(into, flags, config=config, provenance=provenance_of(who, reason, sign), every=every)
     elif reproduce is not None:
         run.again(reproduce, output)
     else:

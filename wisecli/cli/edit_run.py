@@ -143,7 +143,7 @@ def _edit_json(report: EditReport) -> dict[str, Any]:
     results = {name: getattr(report, name) for name in ("edits", "shards", "seconds", "seconds_per_edit")}
     results |= {"peak_rss_bytes": report.peak_rss_bytes, "output": str(report.output), "layer": report.layer}
     results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
-    results |= {"left_out": list(report.left_out), "missing": report.missing}
+    results |= {"left_out": list(report.left_out), "missing": report.missing, "up_to_date": report.up_to_date}
     results["sifted"] = sifted_json(report.sifted)
     if report.peak_vram_bytes:
         results["peak_vram_bytes"] = report.peak_vram_bytes
@@ -160,6 +160,8 @@ def _edit_lines(what: str, report: EditReport) -> list[str]:
         lines = [f"{what}: {count(report.missing, 'shard')} still to be written by others ({report.seconds:.1f} s)"]
     if not report.edits:
         lines = [f"there is nothing to train, and nothing was written ({report.seconds:.1f} s)"]
+    if report.up_to_date:
+        lines = [f"{what} → {report.output}/: up to date, nothing was written ({report.seconds:.1f} s)"]
     lines += sifted_lines(report.sifted)
     lines += [f"did not take: {name}" for name in report.untaken]
     if report.differing == ():

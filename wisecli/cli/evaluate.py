@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from wisecli.cli.choices import DATASETS, MODELS, one_of
-from wisecli.cli.console import Console
+from wisecli.cli.console import Console, note
 from wisecli.cli.options import (
     AsJson,
     Budget,
@@ -25,7 +25,7 @@ from wisecli.cli.options import (
     load_options,
     thresholds_in,
 )
-from wisecli.cli.parameters import INPUT, MEASURED, option, setting
+from wisecli.cli.parameters import INPUT, MEASURED, flag, option, setting
 from wisecli.config import EvalSettings, resolve
 
 if TYPE_CHECKING:
@@ -78,6 +78,10 @@ def evaluate(
         str | None,
         option("Exit with 1 below these, as reliability=.9,locality=.95.", panel=MEASURED),
     ] = None,
+    if_measured: Annotated[
+        bool,
+        flag("Of --fail-under pass over what no record measures.", "--if-measured", panel=MEASURED),
+    ] = False,
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
     trust_remote_code: Trust = False,
@@ -95,7 +99,9 @@ def evaluate(
         load = load_options(device, dtype, trust_remote_code, memory_budget)
         report = run(place, settings, model=model or base, data=data, load=load, watch=watch)
     tell_evaluation(console, report)
-    report.check(gates)
+    passed_over = report.check(gates, if_measured=if_measured)
+    if passed_over:
+        note(f"no record measures {', '.join(passed_over)}, so --fail-under passed over it")
 
 
 def fetch(

@@ -7,6 +7,7 @@ the module that routes, and a model type of its own, so that nothing loads it wi
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -23,14 +24,18 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
+from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, SIGNATURE_NAMES, write_seal
 from wisecli.artifacts.shard import half
+from wisecli.edits.signatures import SigningKey
 from wisecli.environment import versions
 from wisecli.errors import ModelError
 from wisecli.export.weights import Packing, write_weights
 from wisecli.io.checkpoint import (
+    EXPORT_RECORD,
     EXPORTED_KEY,
     FETCHED_NAME,
     INDEX_NAME,
+    MERGED_NAME,
     SINGLE_NAME,
     Checkpoint,
     read_json,
@@ -51,7 +56,6 @@ _FORMER_CODE = {
     "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
 }
 # What marks a checkpoint with the memory always on as one of ours; stock loaders pass it over.
-MERGED_NAME = "wise.json"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -62,6 +66,8 @@ _REWRITTEN = (
     MERGED_NAME,
     FETCHED_NAME,
     CODE_NAME,
+    SEAL_NAME,
+    *SIGNATURE_NAMES,
     *_CARRIED_NAMES,
     *_FORMER_CODE,
 )
@@ -126,6 +132,15 @@ def record_digests(output: Path) -> None:
     manifest = read_json(output / MANIFEST_NAME)
     files = sorted(path for path in output.iterdir() if path.name != MANIFEST_NAME)
     write_json(output / MANIFEST_NAME, {**manifest, "sha256": {path.name: sha256_file(path) for path in files}})
+
+
+def seal_export(output: Path, record: Mapping[str, Any], key: SigningKey | None = None) -> None:
+    """Note in an export's manifest what was asked for, and write the digests of all its files, signed with a key."""
+    path = output / (MANIFEST_NAME if (output / MANIFEST_NAME).exists() else MERGED_NAME)
+    content = read_json(path)
+    write_json(path, {**content, EXPORT_RECORD: dict(record), SEALED_KEY: True})
+    digests = {name: str(digest) for name, digest in content.get("sha256", {}).items()}
+    write_seal(output, key, known=digests)
 
 
 def write_merged(
@@ -240,10 +255,20 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
 
 def _copy_side_files(output: Path, base: Path) -> None:
     """Tokenizer, chat template, generation settings, licence: whatever else the base directory holds."""
-    for path in sorted(base.iterdir()):
-        weights = path.name.endswith((".safetensors", *_LEFT_OUT))
-        if path.is_file() and not weights and path.name not in _REWRITTEN and not path.name.startswith("."):
-            shutil.copyfile(path, output / path.name)
+    for path in side_files(base):
+        shutil.copyfile(path, output / path.name)
+
+
+def side_files(base: Path) -> list[Path]:
+    """The files of a base model that go into its checkpoints as they are."""
+    return [
+        path
+        for path in sorted(base.iterdir())
+        if path.is_file()
+        and not path.name.endswith((".safetensors", *_LEFT_OUT))
+        and path.name not in _REWRITTEN
+        and not path.name.startswith(".")
+    ]
 
 
 def _name_tokenizer(output: Path, base: Path) -> None:

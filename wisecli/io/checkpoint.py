@@ -22,8 +22,12 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Marks a copy of a fetched model as one.
 FETCHED_NAME = "wise-fetch.json"
+# The manifest of a merged checkpoint.
+MERGED_NAME = "wise.json"
 # Where the config of an exported checkpoint describes its memory.
 EXPORTED_KEY = "wise"
+# Where the manifest of an export says what was asked for.
+EXPORT_RECORD = "export"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CHUNK = 1 << 20
 # No manifest or config comes near it.

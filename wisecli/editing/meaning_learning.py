@@ -167,7 +167,7 @@ class _Learner(nn.Module):
             cosines = (own.flatten(0, 1) @ other.flatten(0, 1).T).view(*there.shape, *present.shape)
             near = cosines.masked_fill(~present, -1.0).amax(-1)
             weights = F.softplus(states @ self.weighs[head] + self.offsets[head]) * there
-            shares = weights / weights.sum(1, keepdim=True)
+            shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
             found.append((near * shares[..., None]).sum(1))
         return torch.stack(found)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/forms.py memory zsre_3k.json --asked 40
 
-Everything is generated, greedily, and compared in full: an answer is right if it is the target and then ends. Forms with
-a star were never used in training. Beside the answers stand prompts that should keep the base model's answer word for
-word, and questions that should not get an edit's target.
+Everything is generated, greedily, and compared in full: an answer is right if it is the target and then ends. Forms
+with a star were never used in training. Beside the answers stand prompts that should keep the base model's answer
+word for word, and questions that should not get an edit's target.
 """
 
 from __future__ import annotations

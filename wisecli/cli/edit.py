@@ -121,7 +121,12 @@ def edit(
         int | None, _worded("augment", "Paraphrases that the model writes for an edit, at most.")
     ] = None,
     router: Annotated[
-        str | None, _routed("router", "key (nearest whitened key) or norm (how much an output changes, the paper's).")
+        str | None,
+        _routed(
+            "router",
+            "key (nearest whitened key), norm (how much an output changes, the paper's) or meaning (what a prompt asks, "
+            "whatever its form; decides once a prompt).",
+        ),
     ] = None,
     routing: Annotated[str | None, _routed("routing", "One decision a token or a sequence.")] = None,
     executor: Annotated[

@@ -13,6 +13,7 @@ from wisecli.cli.console import Console
 from wisecli.cli.draft import Yes
 from wisecli.cli.edit_run import EditRun
 from wisecli.cli.options import (
+    AllowSpecial,
     AsJson,
     Budget,
     Config,
@@ -62,6 +63,7 @@ def edit(
     yes: Yes = False,
     on_conflict: OnConflict = None,
     skip_known: SkipKnown = False,
+    allow_special_tokens: AllowSpecial = False,
     policy: PolicyFile = None,
     verify_signature: Signature = None,
     signer: Signer = None,
@@ -147,7 +149,8 @@ def edit(
     """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
     flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
-    admission = admission_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
+    signed = verify_signature, signer, signer_identity
+    admission = admission_of(on_conflict, skip_known, policy, *signed, allow_special_tokens)
     from wisecli.commands.edit import RunOptions
     from wisecli.memory.history import Provenance
 

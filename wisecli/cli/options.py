@@ -82,6 +82,14 @@ OnConflict = Annotated[
     ),
 ]
 SkipKnown = Annotated[bool, flag("Leave out what the model already says.", "--skip-known", panel=INPUT)]
+AllowSpecial = Annotated[
+    bool,
+    flag(
+        "Let prompts and targets have tokens that steer the model, as <|im_end|>.",
+        "--allow-special-tokens",
+        panel=INPUT,
+    ),
+]
 PolicyFile = Annotated[
     Path | None, option("Rules (TOML) on what may be edited at all.", "--policy", panel=INPUT, metavar="FILE")
 ]
@@ -107,6 +115,7 @@ def admission_of(
     signature: Path | None,
     signer: Path | None,
     identity: str | None,
+    allow_special: bool = False,
 ) -> Admission:
     """What is asked of edits before they are trained.
 
@@ -120,7 +129,7 @@ def admission_of(
     if (signature is None) != (signer is None) or (identity is not None and signature is None):
         raise SettingsError("--verify-signature and --signer go together, and --signer-identity with both")
     signed = Signed(signature, signer, identity) if signature is not None and signer is not None else None
-    return Admission(on_conflict, None if policy is None else read_policy(policy), signed, skip_known)
+    return Admission(on_conflict, None if policy is None else read_policy(policy), signed, skip_known, allow_special)
 
 
 def load_options(

@@ -128,6 +128,7 @@ def edit(
     admitted = admission.admit(sheet.name, sheet.numbered, watch=watch)
     job = Job(model=model, settings=settings, edits=admitted.edits, load=load, target_module=target_module)
     worker = Worker(job, watch)
+    worker.reader.require(sheet.name, admitted.numbered, settings, allow_special=admission.allow_special)
     if admission.skip_known and not options.dry_run:
         if options.only == (1, 1):  # with more parts than shards some have nothing to do, even when all is done
             _output(job, output, options, edits_file).require()
@@ -179,7 +180,8 @@ def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) 
     if options.dry_run:
         load = job.load
         kind, budget = pick_dtype(load.dtype), load.memory_budget or machine_memory(pick_device(load.device))
-        plan = plan_edit(checkpoint, site, settings, count, dtype=kind, memory_budget=budget)
+        lengths = [worker.reader.length(edit, settings) for edit in job.edits]
+        plan = plan_edit(checkpoint, site, settings, lengths, dtype=kind, memory_budget=budget)
         seconds = time.perf_counter() - started
         return EditReport(output, count, len(parts), site.layer, site.module, seconds, plan.peak, plan=plan)
     if not mine:

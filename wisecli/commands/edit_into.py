@@ -108,6 +108,8 @@ def edit_into(
             settings = _settings(memory, releases, flags, config, model)
             job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
             worker = Worker(job, watch, loaded=loaded)
+            name, special = batch.origin["name"], admission.allow_special
+            worker.reader.require(name, admitted.numbered, settings, allow_special=special)
             if admission.skip_known:
                 admitted = worker.without_known(admitted, spared=set(_giving_way(held, admitted).values()))
                 worker = worker.with_edits(admitted.edits)

@@ -87,12 +87,14 @@ class Admission:
         policy: rules that they must keep.
         signed: a signature that must hold for the file.
         skip_known: whether to leave out edits whose targets the unedited model gives already.
+        allow_special: whether tokens that steer the model, as those that end a turn, may stand in prompts and targets.
     """
 
     on_conflict: OnConflict | Literal["keep"] | None = None
     policy: Policy | None = None
     signed: Signed | None = None
     skip_known: bool = False
+    allow_special: bool = False
 
     def read(self, path: Path, *, name: str | None = None) -> Sheet:
         """Read a file of edits, once: what is parsed is what the signature was checked for.

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import Base, Made, Origin
 from wisecli.artifacts.shard import MaskKind, Shard, load_shard
 from wisecli.edits.record import Edit
@@ -20,7 +21,7 @@ from wisecli.routing.subject_names import Spellings
 if TYPE_CHECKING:
     from wisecli.artifacts.unrelated_stats import BackgroundStats
 
-MANIFEST_NAME = "shards.json"
+MANIFEST_NAME = names.SHARDS
 UNRELATED_NAME = "unrelated.safetensors"
 PLAN_NAME = "plan.json"
 SCHEMA, PLAN_SCHEMA = "wise.shards/2", "wise.plan/1"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from wisecli.cli.choices import DTYPES, one_of
-from wisecli.cli.console import Console, count, plain, would_write
+from wisecli.cli.console import Console, Table, count, would_write
+from wisecli.cli.effects import of_export
 from wisecli.cli.options import (
     AsJson,
     Budget,
@@ -28,6 +27,7 @@ from wisecli.cli.options import (
     size_in_bytes,
 )
 from wisecli.cli.parameters import ANSWERS, HUB, WEIGHTS, flag, option
+from wisecli.commands.outputs import checkpoint_output
 
 if TYPE_CHECKING:
     from wisecli.artifacts.memory_manifest import MemoryEntry
@@ -94,7 +94,10 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
-    console = Console(as_json, quiet)
+    unread, console = of_export(locals()), Console(as_json, quiet)
+    size = size_in_bytes(max_shard_size, "--max-shard-size")
+    console.warn(unread)
+    checkpoint_output(output, memory, base or model, metrics, force=force).require()
     from wisecli.commands.export import Publication, WeightFiles
     from wisecli.commands.export import export as run
 
@@ -105,7 +108,7 @@ def export(
             form,
             model=base or model,
             load=load_options(device),
-            weights=WeightFiles(link, dtype, size_in_bytes(max_shard_size, "--max-shard-size")),
+            weights=WeightFiles(link, dtype, size),
             publication=Publication(card, metrics, push_to_hub, private),
             force=force,
             dry_run=dry_run,
@@ -161,11 +164,12 @@ def inspect(
     ] = None,
     force: Force = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what a directory holds, from its manifest and headers; no weights are loaded."""
     from wisecli.commands.inspect import inspect as run
 
-    tell_inspection(Console(as_json), run(path, find=find, limit=limit, plot=plot, force=force))
+    tell_inspection(Console(as_json, quiet), run(path, find=find, limit=limit, plot=plot, force=force))
 
 
 def verify(
@@ -191,7 +195,7 @@ def tell_export(console: Console, report: ExportReport) -> None:
     """Print what ``wise export`` wrote."""
     names = ("format", "edits", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "pushed", "planned")
     results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
-    what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {report.edits} edits"
+    what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {count(report.edits, 'edit')}"
     if report.planned:
         console.result({"results": results}, would_write(what, report))
         return
@@ -201,14 +205,15 @@ def tell_export(console: Console, report: ExportReport) -> None:
         lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")
     if report.pushed is not None:
         lines.append(f"sent to {report.pushed}")
-    console.result({"results": results}, *map(Text, lines))
+    console.result({"results": results}, *lines)
 
 
 def tell_answers(console: Console, answers: Sequence[Answer]) -> None:
     """Print answers, with a table of tokens where they were explained."""
-    shown: list[Any] = []
+    shown: list[str | Table] = []
     for answer in answers:
-        shown.append(Text(answer.text) if len(answers) == 1 else Text(f"{answer.prompt} → {answer.text}"))
+        text = answer.text if len(answers) == 1 else f"{answer.prompt} → {answer.text}"
+        shown += text.split("\n")
         if answer.steps:
             shown.append(_steps(answer))
     content = [{"prompt": a.prompt, "answer": a.text, "steps": [vars(step) for step in a.steps]} for a in answers]
@@ -217,14 +222,12 @@ def tell_answers(console: Console, answers: Sequence[Answer]) -> None:
 
 def tell_inspection(console: Console, report: InspectReport) -> None:
     """Print what ``wise inspect`` found."""
-    facts = Table(show_header=False, title=plain(f"{report.path}: {report.kind}"))
+    facts = Table(("", ""), f"{report.path}: {report.kind}", headed=False)
     for name, value in _facts(report):
-        facts.add_row(name, plain(value))
-    edits = Table(title=f"{len(report.edits)} of {count(report.matched, 'edit')}")
-    for column in ("id", "prompt", "target", "subject"):
-        edits.add_column(column)
+        facts.add(name, value)
+    edits = Table(("id", "prompt", "target", "subject"), f"{len(report.edits)} of {count(report.matched, 'edit')}")
     for edit in report.edits:
-        edits.add_row(*map(plain, (edit.id, edit.prompt, edit.target, edit.subject or "")))
+        edits.add(edit.id, edit.prompt, edit.target, edit.subject or "")
     scores = [_scores(number, entry) for number, entry in enumerate(report.memories)]
     console.result(report.as_json(), facts, *scores, *([edits] if report.edits else []))
 
@@ -236,23 +239,18 @@ def tell_verification(console: Console, report: VerifyReport) -> None:
         what = f"{check.file}: {check.what}" + (f" {check.tensor}" if check.tensor else "")
         sides = f": expected {check.expected}, found {check.found}" if check.state == "differs" else ""
         why = f": {check.found}" if check.state == "unchecked" else ""
-        lines.append(plain(f"{_STATES[check.state]:<11} {what}{sides}{why}"))
+        lines.append(f"{_STATES[check.state]:<11} {what}{sides}{why}")
     console.result(report.as_json(), *lines)
 
 
 def _steps(answer: Answer) -> Table:
-    table = Table()
-    table.add_column("token")
-    table.add_column("answered by")
-    table.add_column("score", justify="right")
-    table.add_column("threshold", justify="right")
     lookup = any(step.edit is not None for step in answer.steps)
-    if lookup:
-        table.add_column("nearest edit")
+    columns = ("token", "answered by", "score", "threshold", *(["nearest edit"] if lookup else []))
+    table = Table(columns, right=("score", "threshold"))
     for step in answer.steps:
         who = "main memory" if step.memory is None else f"side memory {step.memory}"
-        near = [Text(step.edit or "")] if lookup else []
-        table.add_row(Text(repr(step.token)[1:-1]), who, f"{step.score:.3f}", f"{step.threshold:.3f}", *near)
+        near = [step.edit or ""] if lookup else []
+        table.add(repr(step.token)[1:-1], who, f"{step.score:.3f}", f"{step.threshold:.3f}", *near)
     return table
 
 
@@ -279,10 +277,9 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
 def _scores(number: int, entry: MemoryEntry) -> Table:
     """The quantiles of one memory's scores on both sides of its threshold."""
     about = f"{entry.misses:.1%} of the edits' tokens below, {entry.false_alarms:.2%} of unrelated ones above"
-    table = Table(title=f"memory {number}: threshold {entry.threshold:.4g} ({plain(entry.rule)}); {about}")
-    for column in ("scores below", "edits", "unrelated text"):
-        table.add_column(column, justify="right")
+    columns = "scores below", "edits", "unrelated text"
+    table = Table(columns, f"memory {number}: threshold {entry.threshold:.4g} ({entry.rule}); {about}", columns)
     for share in dict.fromkeys([*entry.edit_scores, *entry.unrelated_scores]):
         sides = entry.edit_scores, entry.unrelated_scores
-        table.add_row(f"{float(share):.1%}", *(f"{scores[share]:.3f}" if share in scores else "" for scores in sides))
+        table.add(f"{float(share):.1%}", *(f"{scores[share]:.3f}" if share in scores else "" for scores in sides))
     return table

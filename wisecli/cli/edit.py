@@ -12,6 +12,7 @@ from wisecli.cli.choices import EXECUTORS, one_of
 from wisecli.cli.console import Console
 from wisecli.cli.draft import Yes
 from wisecli.cli.edit_run import EditRun
+from wisecli.cli.effects import of_edit
 from wisecli.cli.options import (
     AllowSpecial,
     AsJson,
@@ -37,7 +38,9 @@ from wisecli.cli.options import (
     load_options,
     part_in,
 )
+from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INPUT, INTO, OUTPUT, PROMPTS, ROUTER, TRAINED, WHERE, flag, option, setting
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings, resolve
 
 _trained = partial(setting, EditSettings, panel=TRAINED)
@@ -147,18 +150,19 @@ def edit(
     quiet: Quiet = False,
 ) -> None:
     """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
+    unread = of_edit(locals())
     flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
+    console = Console(as_json, quiet)
+    console.warn([*unread, *overlooked(config)])
     signed = verify_signature, signer, signer_identity
     admission = admission_of(on_conflict, skip_known, policy, *signed, allow_special_tokens)
-    from wisecli.commands.edit import RunOptions
-    from wisecli.memory.history import Provenance
 
     load = load_options(device, dtype, trust_remote_code, memory_budget, revision)
     # A batch into a memory is not parted.
     part = part_in(only if into is None else None)
     options = RunOptions(executor=executor, force=force, strict=strict, dry_run=dry_run, only=part)
-    run = EditRun(Console(as_json, quiet), model, edits, load, options, admission)
+    run = EditRun(console, model, edits, load, options, admission)
     if from_text is not None:
         drawn = run.drawn_from(from_text, yes=yes)
         if drawn is None:
@@ -166,7 +170,7 @@ def edit(
         run = drawn
     if into is not None:
         every = interval if watch_file else None
-        run.into(into, flags, config=config, provenance=Provenance(who, reason), every=every)
+        run.into(into, flags, config=config, who=who, reason=reason, every=every)
     elif reproduce is not None:
         run.again(reproduce, output)
     else:

@@ -123,13 +123,17 @@ def admission_of(
         SettingsError: the policy cannot be used, or of signature and signer one is missing.
     """
     from wisecli.edits.admission import Admission
-    from wisecli.edits.policy import read_policy
     from wisecli.edits.signatures import Signed
 
     if (signature is None) != (signer is None) or (identity is not None and signature is None):
         raise SettingsError("--verify-signature and --signer go together, and --signer-identity with both")
     signed = Signed(signature, signer, identity) if signature is not None and signer is not None else None
-    return Admission(on_conflict, None if policy is None else read_policy(policy), signed, skip_known, allow_special)
+    rules = None
+    if policy is not None:
+        from wisecli.edits.policy import read_policy
+
+        rules = read_policy(policy)
+    return Admission(on_conflict, rules, signed, skip_known, allow_special)
 
 
 def load_options(
@@ -142,8 +146,10 @@ def load_options(
     """How a model is loaded, from the flags of a command.
 
     Raises:
-        SettingsError: the budget is no size.
+        SettingsError: the type is unknown, or the budget is no size.
     """
+    if dtype not in DTYPES:
+        raise SettingsError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     return LoadOptions(device, dtype, trust_remote_code, size_in_bytes(memory_budget, "--memory-budget"), revision)
 
 

@@ -10,18 +10,18 @@ from typing import Literal
 import torch
 
 from wisecli.artifacts.locate import find_base
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest
+from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
 from wisecli.data.corpus import unrelated_texts
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
-from wisecli.export.checkpoint import MERGED_NAME, dense, write_delta, write_merged, write_routed
+from wisecli.export.checkpoint import dense, write_delta, write_merged, write_routed
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
 from wisecli.export.weights import Packing
 from wisecli.io.atomic_output import require_space, whole_directory
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.replacing import Output
-from wisecli.memory.history import HISTORY
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.loading import is_exported, load_model, pick_dtype
 from wisecli.models.tokenization import collate, encode, in_batches
@@ -105,9 +105,7 @@ def export(
             reached (what was written stays).
     """
     started = time.perf_counter()
-    Output(
-        output, (MANIFEST_NAME, MERGED_NAME), _inputs(memory, model, publication.metrics), (HISTORY,), force
-    ).require()
+    checkpoint_output(output, memory, model, publication.metrics, force=force).require()
     packing = _packing(weights)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
     base, manifest = find_base(memory, model)
@@ -140,12 +138,6 @@ def export(
     pushed = _push(output, publication.push_to, private=publication.private, watch=watch)
     seconds = time.perf_counter() - started
     return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), locality, tokens, pushed)
-
-
-def _inputs(memory: Path, model: str | None, metrics: Path | None) -> list[Path]:
-    """The places on disk that an export reads."""
-    named = (memory, metrics, None if model is None else Path(model))
-    return [path for path in named if path is not None and path.exists()]
 
 
 def _packing(weights: WeightFiles) -> Packing:

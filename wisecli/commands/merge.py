@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, write_memory
+from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.outputs import memory_output
 from wisecli.config import MergeSettings
 from wisecli.environment import peak_rss_bytes
 from wisecli.io.atomic_output import require_space, whole_directory
-from wisecli.io.replacing import Output
-from wisecli.memory.history import HISTORY
 from wisecli.memory.merger import Merger
 from wisecli.memory.removal import without as drop
 from wisecli.progress import Watcher, ignore
@@ -60,7 +59,7 @@ def merge(
         WiseError: the shards, the base or the disk cannot be used; nothing is left behind.
     """
     started = time.perf_counter()
-    Output(output, (MANIFEST_NAME,), inputs, never=("config.json", HISTORY), force=force).require()
+    memory_output(output, inputs, force=force).require()
     read = [drop(read_shard_directory(path), without.get(path, ())) for path in inputs]
     merger = Merger(read, settings, model=model)
     settings, site, count = merger.settings, merger.site, merger.count

@@ -14,7 +14,8 @@ from wisecli.artifacts.locate import Kind, kind_of
 from wisecli.artifacts.shard import shard_rows, shard_sizes
 from wisecli.artifacts.tensor_schema import memory_rows, unrelated_rows
 from wisecli.errors import GateFailedError, ModelError, WiseError
-from wisecli.io.checkpoint import EXPORTED_KEY, read_json, sha256_file, sha256_text
+from wisecli.io.checkpoint import EXPORTED_KEY, read_json
+from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.io.json_schema import shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout, read_header

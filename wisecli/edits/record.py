@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from wisecli.edits.files import content_of, record_in, records_of
-from wisecli.edits.formats import canonical
+from wisecli.edits.formats import canonical, misspelt, unknown_fields
 from wisecli.errors import EditFileError
-from wisecli.io.checkpoint import sha256_json
+from wisecli.io.digest import sha256_json
 from wisecli.io.json_schema import CLOSED, decode, require_moment, require_sane, shown
 
 OPERATIONS = ("insert", "modify", "erase")
@@ -111,11 +111,14 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     return [edit for _, edit in numbered_edits(path, content_of(path))][:limit]
 
 
-def numbered_edits(path: Path, content: bytes) -> list[Numbered]:
+def numbered_edits(
+    path: Path, content: bytes, *, passed_over: Callable[[int, str, str | None], None] = lambda *_: None
+) -> list[Numbered]:
     """Parse and check the content of a file of edits.
 
     Args:
         path: where it is from; ``.parquet`` makes it a table.
+        passed_over: told of every field that nothing reads: its line, its name, and the known name that it is like.
 
     Raises:
         EditFileError: naming the line, if a record is malformed, incomplete or there twice.
@@ -131,6 +134,8 @@ def numbered_edits(path: Path, content: bytes) -> list[Numbered]:
             raise EditFileError(
                 path, f"edit {edit.id!r} is already at {seen[edit.id]}; remove one or change its id", line=line
             )
+        for name, meant in unknown_fields(record).items():
+            passed_over(line, name, meant)
         seen[edit.id] = line
         edits.append((line, edit))
     if not edits:
@@ -159,6 +164,8 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
         ValueError: saying what is missing or of the wrong kind.
     """
     require_sane(record)
+    if (found := misspelt(record)) is not None:
+        raise ValueError(f"{shown(found[0])} is unknown; did you mean `{found[1]}`?")
     try:
         fields = canonical(record)
     except (TypeError, AttributeError) as error:

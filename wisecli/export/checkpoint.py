@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
 from wisecli.artifacts.shard import half
 from wisecli.environment import versions
@@ -34,11 +35,10 @@ from wisecli.io.checkpoint import (
     SINGLE_NAME,
     Checkpoint,
     read_json,
-    sha256_file,
     sha256_tensor,
-    sha256_text,
     write_json,
 )
+from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.models.site import load_matrix, loader_name, stored_weight
 from wisecli.routing import prompt_gate, router, scores, side_memory
 
@@ -51,7 +51,7 @@ _FORMER_CODE = {
     "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
 }
 # What marks a checkpoint with the memory always on as one of ours; stock loaders pass it over.
-MERGED_NAME = "wise.json"
+MERGED_NAME = names.MERGED
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, NotFiniteTensorError
+from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import decode, parse
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import require_header, torch_name
@@ -25,35 +26,14 @@ FETCHED_NAME = "wise-fetch.json"
 # Where the config of an exported checkpoint describes its memory.
 EXPORTED_KEY = "wise"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_CHUNK = 1 << 20
 # No manifest or config comes near it.
 _LARGEST_JSON = 1 << 28
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sha256_text(text: str) -> str:
-    """Hex digest of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_tensor(tensor: torch.Tensor) -> str:
     """Hex digest of a tensor's values in their own dtype (row-major)."""
     raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(raw.data).hexdigest()
-
-
-def sha256_json(value: object) -> str:
-    """Hex digest of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

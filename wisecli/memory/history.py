@@ -21,14 +21,15 @@ from typing import Any, Literal
 import jsonlines
 from filelock import FileLock, Timeout
 
+from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError
 from wisecli.io.atomic_output import link_or_copy, whole_directory
-from wisecli.io.checkpoint import sha256_file, sha256_text
+from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.io.json_schema import OPEN, decode
 from wisecli.io.safe_paths import inside
 
-HISTORY, LOG, SHARDS = "history", "log.jsonl", "shards"
+HISTORY, LOG, SHARDS = names.HISTORY, "log.jsonl", "shards"
 Action = Literal["edit", "merge", "remove", "rollback"]
 
 

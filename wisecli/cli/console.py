@@ -1,6 +1,7 @@
 """The only place that prints: results on stdout for people or as one JSON object, everything else on stderr.
 
-Whatever is printed passes :func:`plain`. Rich, which takes long to import, is there once there is something to lay out.
+Whatever is printed passes :func:`wisecli.edits.text.plain`. Rich, which takes long to import, is imported once there is
+something to lay out.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import json
 import os
 import sys
 import time
-import unicodedata
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from wisecli.edits.text import is_plain, plain
 from wisecli.progress import NOTE, Event, Watcher
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Console:
         """Print a result: the object as JSON, or what people read, lines and tables."""
         if self.as_json:
             text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-            sys.stdout.write("".join(one if one == "\n" or _is_plain(one) else _in_json(one) for one in text) + "\n")
+            sys.stdout.write("".join(one if one == "\n" or is_plain(one) else _in_json(one) for one in text) + "\n")
             return
         from rich.console import Console as RichConsole
         from rich.text import Text
@@ -167,19 +168,6 @@ class _Lines:
         rest = "" if finished else f", about {left:.0f} s left"
         note = f": {plain(event.note)}" if event.note else ""
         sys.stderr.write(f"{event.stage} {event.done}/{event.total}{note}{rest}\n")
-
-
-# Joiners of Persian and Indian words and of emoji; they steer nothing.
-_JOINERS = "\u200c\u200d"
-
-
-def plain(text: str) -> str:
-    """Text of a stranger on one line, with whatever would steer a terminal or cannot be seen spelt out."""
-    return "".join(one if _is_plain(one) else repr(one)[1:-1] for one in text)
-
-
-def _is_plain(one: str) -> bool:
-    return one.isprintable() or one in _JOINERS or unicodedata.category(one) == "Zs"
 
 
 def _in_json(one: str) -> str:

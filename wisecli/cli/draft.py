@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wisecli.cli.console import Console, Table, plain
+from wisecli.cli.console import Console, Table
 from wisecli.cli.options import AsJson, Budget, Device, Dtype, Force, Quiet, Trust, load_options
 from wisecli.cli.parameters import INPUT, flag, option
 from wisecli.config import LoadOptions
+from wisecli.edits.text import plain
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:

@@ -7,13 +7,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from wisecli import __version__
-from wisecli.cli.console import fail, quiet_libraries
+from wisecli.cli.console import fail, quiet_libraries, show_all_letters
 from wisecli.errors import WiseError
 
 _INTERRUPTED = 130
@@ -84,10 +85,15 @@ def main() -> None:
     """Run the command line; every error the user can act on ends in one sentence and its exit code."""
     debug = "--debug" in sys.argv[1:2]
     quiet_libraries()
+    show_all_letters()
     if "_WISE_COMPLETE" in os.environ:
         os.environ["COLUMNS"] = "1000"  # a description on two lines would be two proposals to fish
     try:
         code = program(_asked_for())(prog_name="wise", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        _drop_output()
+        sys.exit(1)
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except WiseError as error:
@@ -106,7 +112,11 @@ def main() -> None:
 
 def _failed(error: Exception) -> int:
     """Say what came up that is no error of ours: of how the command was written, or a fault; its exit code."""
-    if not hasattr(error, "format_message"):
+    if isinstance(error, OSError):  # of a disk, a device or a limit: the world's fault, and not ours
+        where = error.filename or "standard output"
+        fail(f"{where}: {error.strerror or error}; make room or choose another place")
+        _drop_output()
+    elif not hasattr(error, "format_message"):
         fail(f"{type(error).__name__}: {error}; this is a fault in wise, `wise --debug ...` shows where")
     elif type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
@@ -115,3 +125,9 @@ def _failed(error: Exception) -> int:
         path = "wise" if context is None else context.command_path
         fail(f"{error.format_message().rstrip('.')}; `{path} --help` says what there is")
     return 2
+
+
+def _drop_output() -> None:
+    """Lose what is still to be written on stdout, as Python would try once more when it ends, and complain."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

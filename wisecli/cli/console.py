@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, Literal
 
 from wisecli.edits.text import is_plain, plain
@@ -119,6 +120,13 @@ def fail(message: str, details: Sequence[str] = ()) -> None:
     for one in details if details[1:] else ():
         sys.stderr.write(f"{plain(one)}\n")
     sys.stderr.write(f"error: {plain(message)}\n")
+
+
+def show_all_letters() -> None:
+    """Spell out what the terminal's encoding has no letters for, where Python would give up."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def quiet_libraries() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, NotFiniteTensorError
+from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, NotFiniteTensorError, UnwritableError
 from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import decode, parse
 from wisecli.io.safe_paths import inside, require_regular
@@ -25,6 +28,8 @@ SINGLE_NAME = "model.safetensors"
 FETCHED_NAME = "wise-fetch.json"
 # Where the config of an exported checkpoint describes its memory.
 EXPORTED_KEY = "wise"
+# What safetensors says of an error of the disk.
+_OS_ERROR = re.compile(r"os error (\d+)")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # No manifest or config comes near it.
 _LARGEST_JSON = 1 << 28
@@ -67,6 +72,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
     Raises:
         NotFiniteTensorError: a tensor holds numbers that are not finite; nothing is written.
+        NoSpaceError: the disk is full.
+        UnwritableError: the disk has something else against it, such as a limit of files' sizes.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in ready.items():
@@ -76,9 +83,12 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         save_file(ready, path, metadata=dict(metadata or {"format": "pt"}))
         path.chmod(0o644)
     except SafetensorError as error:
-        if "os error 28" in str(error):
+        number = _OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        if int(number[1]) == errno.ENOSPC:
             raise NoSpaceError(path) from error
-        raise
+        raise UnwritableError(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def load_tensors(path: Path, *, digest: str | None = None) -> dict[str, torch.Tensor]:

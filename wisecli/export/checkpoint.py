@@ -51,6 +51,8 @@ _FORMER_CODE = {
     "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
 }
 # What marks a checkpoint with the memory always on as one of ours; stock loaders pass it over.
+# What the base's own classes are given in the place of a size: they refuse it at once, and quote it.
+_BY_OWN_CODE = "an edited checkpoint: load it by transformers' Auto classes, with trust_remote_code=True"
 MERGED_NAME = names.MERGED
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
@@ -232,10 +234,20 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
         "transposed": manifest.site.transposed,
         "memory": manifest.memory.describe(),
     }
+    routed |= dict.fromkeys(_sizes_named(config), _BY_OWN_CODE)
     config["model_type"] = f"wise_{model_type}"
     config["architectures"] = [f"Wise{names['causal']}"]
     config["auto_map"] = auto_map(names)
     write_json(output / "config.json", {**config, EXPORTED_KEY: routed})
+
+
+def _sizes_named(config: dict[str, Any]) -> list[str]:
+    """Names by which the base's own config class says how large the model is.
+
+    That class takes an entry of a config with its model type for its settings. It would find no sizes there, build a
+    model of the default ones, seven billion weights for some, and only then see that no tensor fits.
+    """
+    return [name for name in ("n_embd", "text_config") if name in config] or ["hidden_size"]
 
 
 def _copy_side_files(output: Path, base: Path) -> None:

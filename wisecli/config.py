@@ -87,7 +87,7 @@ class EditSettings(Checked):
     stop_loss: Margin = 0.05
     train_end: bool = True
     unrelated_texts: Annotated[int, Within(8, 10**6)] = 600
-    router: Literal["key", "norm"] = "key"
+    router: Literal["key", "norm", "meaning"] = "key"
     routing: Literal["token", "sequence"] = "token"
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
     seed: Seed = 0
@@ -103,7 +103,7 @@ class MergeSettings(Checked):
     density: Share = 0.5
     scale: Weight = 1.0
     weights: tuple[Weight, ...] | None = None
-    router: Literal["key", "norm"] | None = None
+    router: Literal["key", "norm", "meaning"] | None = None
     routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
     false_alarm: Annotated[float, Within(0, 0.5)] | None = None

@@ -78,10 +78,14 @@ class MismatchedShardsError(WiseError):
 
 
 class OutputExistsError(WiseError):
-    """The output directory is already there and ``--force`` was not given."""
+    """The output directory is already there and ``--force`` was not given.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} already exists; pass --force to replace it or -o to write elsewhere")
+    ``changes`` are phrases that say in what it is not what the same command would write.
+    """
+
+    def __init__(self, path: Path, changes: Sequence[str] = ()) -> None:
+        what = f", and is not what this command would write: {'; '.join(changes)}" if changes else ""
+        super().__init__(f"{path} already exists{what}; pass --force to replace it or -o to write elsewhere")
 
 
 class ProtectedOutputError(WiseError):
@@ -173,9 +177,10 @@ class SignatureError(GateFailedError):
 
 
 class MemoryHistoryError(WiseError):
-    """A memory has no history: it was merged once, from shards that lie elsewhere."""
+    """A memory has no history: it was merged without one, or by a version that wrote none."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"{path} has no history; only memories that `wise edit --into` made can be changed or looked back on"
+            f"{path} has no history, as it was merged with --no-history or by an older version; merge its shards anew "
+            "with `wise merge` for one that can be changed and looked back on"
         )

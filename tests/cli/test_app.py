@@ -75,7 +75,20 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "shards of two models": ("merge {shards} {shards_of_other_model}", ("models",)),
     "shards twice": ("merge {shards} {shards}", ("'one'", "more than one")),
     "shards of another base": ("merge {shards} --model {other_model}", ("other-model", "not the base model")),
-    "merge over an output": ("merge {shards} -o {memory}", ("already exists", "--force")),
+    "merge over another memory": ("merge {shards} -o {merge}", ("already exists", "mode was merge, now", "--force")),
+    "merge over a damaged memory": (
+        "merge {shards} -o {tampered_memory}",
+        ("already exists", "memory.safetensors is not as it was written", "--force"),
+    ),
+    "edit over other shards": (
+        "edit {model} {other_edits} -o {shards}",
+        ("already exists", "4 are gone, the first of them 'one'", "--force"),
+    ),
+    "edit over shards by other settings": ("edit {model} {edits} -o {shards}", ("shards was 2, now None", "--force")),
+    "edit over damaged shards": (
+        "edit {model} {edits} -o {tampered_shards} --shards 2 --passes 2",
+        ("already exists", "shard-00001.safetensors is not as it was written", "--force"),
+    ),
     "merge over the current directory": ("merge {shards} -o . --force", ("current directory",)),
     "merge over what holds it": ("merge {shards} -o .. --force", ("current directory",)),
     "merge over its shards": ("merge {shards} -o {shards} --force", ("is an input", "-o")),
@@ -85,6 +98,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "edit over what holds the base model": ("edit {model} {edits} -o {root} --force", ("input of the command",)),
     "edit over a memory": ("edit {model} {edits} -o {memory} --force", ("memory", "holds no shards.json")),
     "export over the base model": ("export --memory {memory} -o {model} --force", ("model", "holds no router.json")),
+    "export over another memory": (
+        "export --memory {memory} -o {bare_memory} --force",
+        ("is a memory, and no export",),
+    ),
+    "export over a history": ("export --memory {memory} -o {merge} --force", ("holds history",)),
     "export over its memory": ("export --memory {memory} -o {memory} --force", ("is an input",)),
     "export over shards": ("export --memory {memory} -o {shards} --force", ("shards", "holds no router.json")),
     "no memory to measure": ("eval", ("memory", "wise merge")),
@@ -217,10 +235,22 @@ def test_the_four_commands_run_in_one_directory_without_further_arguments(wise: 
             assert "reliability" in outcome.out
             assert "generated_exact" in outcome.out
     assert here() == ["edited", "edits.jsonl", "memory", "model", "shards"]
-    assert sorted(path.name for path in Path("memory").iterdir()) == ["memory.safetensors", "router.json"]
+    assert sorted(path.name for path in Path("memory").iterdir()) == [
+        "SHA256SUMS",
+        "history",
+        "memory.safetensors",
+        "router.json",
+    ]
     assert [edit["id"] for edit in manifest(Path("edited"))["edits"]] == ["one", "two", "three", "four"]
     answer = wise("generate", "edited", "ba be bi", "--max-new-tokens", "3")
     assert answer.code == 0, answer.err
+    # The next day goes on with the same memory.
+    write_edits(Path("more.jsonl"), [{"id": "five", "prompt": "na ne", "target": "ni"}, {**EDITS[0], "target": "mu"}])
+    outcome = wise(*["edit", "model", "more.jsonl", "--into", "memory"])
+    assert "release 2 of memory/: 1 edit in, 1 modified, 5 held" in outcome.out
+    assert "modified: one" in outcome.out.splitlines()
+    assert "superseded" not in outcome.out
+    assert "5 edits held; the log is whole" in wise("log", "memory").out
 
 
 @pytest.mark.parametrize(

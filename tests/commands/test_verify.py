@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import save_tiny
-from support.places import PLACES, change, copied, make_places
+from support.places import PLACES, change, copied, make_places, reseal
 from typer.testing import CliRunner
 
 from wisecli.artifacts.integrity import Check
+from wisecli.artifacts.seal import SEAL_NAME, read_seal
 from wisecli.cli.app import main, program
 from wisecli.commands.verify import verify
 from wisecli.errors import GateFailedError, ModelError
@@ -51,8 +52,10 @@ def test_what_the_commands_write_is_whole(root: Path, place: str) -> None:
 def test_an_exported_checkpoint_has_a_digest_of_every_file(root: Path) -> None:
     place = root / "edited"
     digests = json.loads((place / "router.json").read_text())["sha256"]
-    expected = {path.name for path in place.iterdir()} - {"router.json", "README.md"}
+    expected = {path.name for path in place.iterdir()} - {"router.json", "README.md", "SHA256SUMS"}
     assert digests == {name: sha256_file(place / name) for name in expected}
+    every = {*expected, "router.json", "README.md"}
+    assert read_seal(place) == {name: sha256_file(place / name) for name in every}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_every_kind_of_wrong_tensor_is_named_with_what_was_expected(root: Path, 
     save_file(tensors, path / "memory.safetensors")
     digest = sha256_file(path / "memory.safetensors")
     change(path / "router.json", lambda content: content["sha256"].update({"memory.safetensors": digest}))
-    wrong = {check.tensor: check for check in differing(path) if check.expected}
+    wrong = {check.tensor: check for check in differing(reseal(path)) if check.expected}
     assert wrong.keys() == {"values", "owner", "offset", "surplus"}
     listed = {check.tensor: check for check in verify(path).differences[: len(wrong)]}
     assert listed["values"].expected == f"float16 {shape[0]}×{shape[1]}"
@@ -195,7 +198,7 @@ def test_damage_is_found_even_where_the_digests_were_written_anew(root: Path, tm
     names = ("side_memory.py", BASE)
     digests = {name: sha256_file(path / name) for name in names}
     change(path / "router.json", lambda content: content["sha256"].update(digests))
-    wrong = differing(path)
+    wrong = differing(reseal(path))
     assert {(check.file, check.tensor) for check in wrong} == {
         ("side_memory.py", None),
         (str(path), "model.layers.3.mlp.down_proj.weight"),
@@ -211,11 +214,12 @@ def flip_matrix(path: Path, name: str) -> None:
 def test_files_without_a_digest_are_said_not_to_be_checked(root: Path, tmp_path: Path) -> None:
     path = copied(root, "edited", tmp_path)
     kept = json.loads((path / "router.json").read_text())["sha256"][SIDE]
-    change(path / "router.json", lambda content: content.update(sha256={SIDE: kept}))
+    change(path / "router.json", lambda content: content.update(sha256={SIDE: kept}, sealed=False))
+    (path / SEAL_NAME).unlink()  # as versions before left it
     report = verify(path)
     report.check()
     unchecked = {check.file for check in report.checks if check.state == "unchecked"}
-    assert unchecked >= {BASE, "side_memory.py", "config.json"}
+    assert unchecked >= {BASE, "side_memory.py", "config.json", SEAL_NAME}
 
 
 # --- the base model ---
@@ -235,7 +239,7 @@ def test_a_base_model_that_was_moved_is_checked_where_it_is_now(root: Path, tmp_
     path = copied(root, "memory", tmp_path)
     moved = copied(root, "model", tmp_path)
     change(path / "router.json", lambda content: content["base"].update(model=str(tmp_path / "nowhere")))
-    report = verify(path)
+    report = verify(reseal(path))
     report.check()
     (unchecked,) = [check for check in report.checks if check.state == "unchecked"]
     assert "--model" in unchecked.found

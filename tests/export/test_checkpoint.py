@@ -586,7 +586,12 @@ def require_same(some: list[Tensor], others: list[Tensor], *, bits: bool = True)
 def test_a_delta_is_the_memory_alone_and_applies_to_the_base(memory_dir: Path, tmp_path: Path) -> None:
     base, delta = tmp_path / "base", tmp_path / "delta"
     report = export(memory_dir, delta, "delta")
-    assert sorted(path.name for path in delta.iterdir()) == ["README.md", "memory.safetensors", "router.json"]
+    assert sorted(path.name for path in delta.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "memory.safetensors",
+        "router.json",
+    ]
     assert report.bytes < 1.1 * (memory_dir / "memory.safetensors").stat().st_size + 20_000
     export(memory_dir, tmp_path / "direct")
     export(delta, tmp_path / "applied", model=str(base))

@@ -14,22 +14,33 @@ from support.helpers import save_tiny
 from support.history import FLAGS, fact, write
 from support.loading import CPU
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest, read_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.diff import diff
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.evaluate import evaluate
+from wisecli.commands.export import export
 from wisecli.commands.log import log
 from wisecli.commands.merge import merge
 from wisecli.commands.merge_into import merge_into
 from wisecli.commands.remove import remove
 from wisecli.commands.rollback import rollback
 from wisecli.commands.run_options import RunOptions
+from wisecli.commands.verify import verify
 from wisecli.commands.watch import follow as run_follow
-from wisecli.config import EditSettings, MergeSettings
+from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.edits.record import Edit
-from wisecli.errors import BusyError, ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
+from wisecli.errors import (
+    BusyError,
+    ChangedInputError,
+    DamagedFileError,
+    MemoryHistoryError,
+    ProtectedOutputError,
+    SettingsError,
+)
 from wisecli.memory.history import HISTORY, LOG, Provenance, read_history
 from wisecli.memory.superseding import superseding
 from wisecli.progress import Event, Watcher, ignore
@@ -201,7 +212,7 @@ def test_a_later_edit_of_a_fact_takes_the_place_of_the_earlier_one(model: Path, 
     into(model, memory, [fact(0), fact(1), fact(2)])
     # The same prompt under another id, and the same id with another prompt.
     report = into(model, memory, [fact(0, target=3, name="new"), fact(5, name="e2")])
-    assert report.release.superseded == {"e0": "new", "e2": "e2"}
+    assert (report.release.superseded, report.release.modified) == ({"e0": "new"}, ("e2",))
     assert held(memory) == ["e1", "new", "e2"]
     assert {edit.id: edit.prompt for edit in read_manifest(memory).edits}["e2"] == fact(5).prompt
     require_same_lookup(memory, at_once(model, tmp_path, [fact(1), fact(0, target=3, name="new"), fact(5, name="e2")]))
@@ -350,25 +361,126 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(model: Path, tmp_pat
     into(model, memory, [fact(0), fact(1)])
     with pytest.raises(SettingsError, match="holds no edit 'e7'"):
         remove(memory, ["e0", "e7"])
-    with pytest.raises(SettingsError, match="no edit would be left"):
-        remove(memory, ["e0", "e1"])
     with pytest.raises(SettingsError, match=r"--layer 1: .*edits layer 2"):
         into(model, memory, [fact(3)], flags={"layer": "1"})
-    plain = at_once(model, tmp_path, [fact(0)])
+    at_once(model, tmp_path, [fact(0)])
+    plain = tmp_path / "plain"
+    merge([tmp_path / "whole-shards"], plain, MergeSettings(), history=False)
     for change in (
         lambda: remove(plain, ["e0"]),
         lambda: log(plain),
         lambda: into(model, plain, [fact(1)]),
+        lambda: rollback(plain, "1"),
+        lambda: merge_into([], plain, MergeSettings()),
     ):
         with pytest.raises(MemoryHistoryError, match="has no history"):
             change()
     assert len(read_history(memory)) == 1
 
 
+def test_a_merged_memory_goes_on_from_its_first_release(model: Path, tmp_path: Path) -> None:
+    memory = at_once(model, tmp_path, [fact(0), fact(1)])
+    (first,) = log(memory).releases
+    assert (first.number, first.action, first.added) == (1, "merge", ("e0", "e1"))
+    mine, theirs = (
+        {path.name: path.stat().st_ino for path in place.glob("*.safetensors")}
+        for place in (tmp_path / "whole-shards", memory / HISTORY / "shards" / "0001")
+    )
+    assert mine == theirs
+    tensors_then = (memory / "memory.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "whole-shards")
+    assert into(model, memory, [fact(2)], flags={"layer": None}).release.number == 2
+    remove(memory, ["e0"])
+    assert held(memory) == ["e1", "e2"]
+    assert [edit.id for edit in diff(f"{memory}@1", str(memory)).added] == ["e2"]
+    assert rollback(memory, "1").same
+    assert (memory / "memory.safetensors").read_bytes() == tensors_then
+    assert [release.action for release in log(memory).releases] == ["merge", "edit", "remove", "rollback"]
+
+
+def test_several_shards_are_a_first_release_together(model: Path, tmp_path: Path) -> None:
+    edits = [fact(number) for number in range(4)]
+    for name, some in (("one", edits[:2]), ("two", edits[2:])):
+        at_once(model, tmp_path, some)
+        (tmp_path / "whole-shards").rename(tmp_path / name)
+    (tmp_path / "one" / "notes.txt").write_text("not a shard")
+    merge([tmp_path / "one", tmp_path / "two"], tmp_path / "memory", MergeSettings())
+    assert read_history(tmp_path / "memory")[0].shards == {"0001": (), "0002": ()}
+    files = sorted(path.name for path in (tmp_path / "memory" / HISTORY / "shards" / "0001").iterdir())
+    assert files == ["shard-00000.safetensors", "shards.json", "unrelated.safetensors"]
+    remove(tmp_path / "memory", ["e3"])
+    require_same_lookup(tmp_path / "memory", at_once(model, tmp_path, edits[:3]))
+
+
+def test_what_counts_as_never_written_stays_out_of_the_first_release(model: Path, tmp_path: Path) -> None:
+    at_once(model, tmp_path, [fact(0), fact(1), fact(2)])
+    shards, memory = tmp_path / "whole-shards", tmp_path / "memory"
+    merge([shards], memory, MergeSettings(), without={shards: ["e1"]})
+    into(model, memory, [fact(3)])
+    assert held(memory) == ["e0", "e2", "e3"]
+
+
+def test_a_history_is_not_merged_over(model: Path, tmp_path: Path) -> None:
+    memory = at_once(model, tmp_path, [fact(0), fact(1)])
+    shards = [tmp_path / "whole-shards"]
+    assert merge(shards, memory, MergeSettings()).up_to_date
+    assert not merge(shards, memory, MergeSettings(), force=True).up_to_date  # all of it can be merged again
+    into(model, memory, [fact(2)])
+    before = contents_of(memory)
+    for force in (False, True):
+        with pytest.raises(ProtectedOutputError, match=r"has a history \(`wise merge --into` goes on with it\)"):
+            merge(shards, memory, MergeSettings(), force=force)
+    into(model, tmp_path / "other", [fact(2)])
+    with pytest.raises(ProtectedOutputError):
+        merge(shards, tmp_path / "other", MergeSettings(), force=True)
+    assert contents_of(memory) == before
+
+
+def contents_of(memory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in memory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("writer", ["solve", "gradient"])
+def test_a_memory_without_its_last_edit_is_empty_and_lives_on(model: Path, tmp_path: Path, writer: str) -> None:
+    memory, flags = tmp_path / "memory", {"writer": writer, "passes": 2}
+    into(model, memory, [fact(0), fact(1)], flags=flags)
+    mode = read_manifest(memory).merge["mode"]
+    report = remove(memory, ["e0", "e1"], load=CPU)
+    assert (report.held, held(memory), report.release.number) == (0, [], 2)
+    assert log(memory).edits == ()
+    records = write(tmp_path / "records.jsonl", [fact(0), fact(3)])
+    figures = evaluate(memory, EvalSettings(dataset=str(records)), load=CPU)
+    assert {name: value for name, value in figures.after.items() if name != "locality"} == {
+        name: value for name, value in figures.before.items() if name != "locality"
+    }
+    with pytest.raises(SettingsError, match="holds no edit to be measured by"):
+        evaluate(memory, EvalSettings(), load=CPU)
+    assert [edit.id for edit in diff(f"{memory}@1", f"{memory}@2").removed] == ["e0", "e1"]
+    export(memory, tmp_path / "edited", load=CPU)
+    export(memory, tmp_path / "merged", "merged", load=CPU)
+    tokens = torch.arange(2, 14)[None]
+    loaded = [
+        AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+        for place in (model, tmp_path / "edited", tmp_path / "merged")
+    ]
+    base, *others = (one(input_ids=tokens).logits for one in loaded)
+    assert all(torch.equal(base, other) for other in others)
+    assert not verify(memory, model=str(model)).differences
+    # What comes next is merged as before.
+    into(model, memory, [fact(2)], flags={})
+    assert (held(memory), read_manifest(memory).merge["mode"]) == (["e2"], mode)
+    remove(memory, ["e2"], load=CPU)
+    assert rollback(memory, "1").same
+    assert rollback(memory, "2").same
+    assert held(memory) == []
+
+
 def test_shards_written_elsewhere_are_taken_in(model: Path, tmp_path: Path) -> None:
     at_once(model, tmp_path, [fact(0), fact(1)])
     memory = tmp_path / "memory"
-    merge_into([tmp_path / "whole-shards"], memory, MergeSettings())
+    assert not merge_into([tmp_path / "whole-shards"], memory, MergeSettings()).up_to_date
+    again = merge_into([tmp_path / "whole-shards"], memory, MergeSettings())
+    assert (again.up_to_date, again.release.number, len(read_history(memory))) == (True, 1, 1)
     shutil.rmtree(tmp_path / "whole-shards")
     into(model, memory, [fact(2)])
     assert held(memory) == ["e0", "e1", "e2"]

@@ -97,7 +97,7 @@ def test_all_who_ask_what_answers_are_told_the_same(
             base = capture(edited.model, edited.manifest.site, batch)
         measured = edited.routed.memory_at(_routes(edited, base, prompt_opens=False))
         assert measured[0, : len(expected)].tolist() == expected
-        decided = edited.decisions(base.keys[0, : len(expected)], end, None)
+        decided = edited.decisions(base.keys[0, : len(expected)], end, edited.prompts(batch))
         assert edited.routed.memory_at(decided.chosen).tolist() == expected
         report = explain(memory, prompt, max_new_tokens=5, nearest=0, load=CPU)
         assert [token.routed for token in report.prompt_tokens] == [one != UNROUTED for one in expected[: end + 1]]

@@ -74,9 +74,50 @@ def test_the_workflow_publishes_only_what_passes_the_gate(checkout: Path, path: 
     assert (checkout / "memory" / "memory.safetensors").read_bytes() == memory
     assert (checkout / "edited" / "router.json").read_bytes() == published
     log = [json.loads(line) for line in (checkout / "memory" / "history" / "log.jsonl").read_text().splitlines()]
-    assert [one["action"] for one in log] == ["edit", "edit", "rollback"]
-    assert [one["reason"] for one in log] == ["a test", "a test", "a gate failed"]
+    assert [(one["action"], one["reason"]) for one in log] == [("edit", "a test")]
+    # What was refused is there to be published by another gate, or after another edit.
+    assert steps(checkout, path, GATE="reliability=.5") == 0
+    assert edits(checkout / "edited") == ["e0", "e2", "new"]
+    log = [json.loads(line) for line in (checkout / "memory" / "history" / "log.jsonl").read_text().splitlines()]
     assert log[1]["superseded"] == {"e1": "new"}
+    assert [one.name for one in checkout.iterdir() if one.name.startswith(".")] == []
+
+
+def state(*directories: Path) -> dict[str, tuple[int, int]]:
+    files = (path for directory in directories for path in (directory, *directory.rglob("*")))
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def test_the_same_edits_again_change_nothing(checkout: Path, path: str) -> None:
+    # These records have neither rephrases nor locality prompts, so that only reliability is gated.
+    gate = "reliability=.5,generalization=.99,locality=.99"
+    assert steps(checkout, path, GATE=gate) == 0
+    before = state(checkout / "memory", checkout / "edited")
+    assert steps(checkout, path, GATE=gate) == 0
+    assert state(checkout / "memory", checkout / "edited") == before
+    # What a killed run left is taken away, and a memory that it had put aside comes back.
+    (checkout / ".memory.candidate").mkdir()
+    (checkout / "memory").rename(checkout / ".memory.before")
+    assert steps(checkout, path, GATE=gate) == 0
+    assert state(checkout / "memory", checkout / "edited") == before
+    assert [one.name for one in checkout.iterdir() if one.name.startswith(".")] == []
+
+
+def test_a_checkpoint_that_somebody_changed_is_not_replaced(checkout: Path, path: str) -> None:
+    assert steps(checkout, path, GATE="reliability=.5") == 0
+    card = checkout / "edited" / "README.md"
+    card.write_text(card.read_text() + "Written by hand.")
+    write(checkout / "facts" / "edits.jsonl", [fact(2)])
+    before = state(checkout / "memory", checkout / "edited")
+    assert steps(checkout, path, GATE="reliability=.5") == 2
+    assert state(checkout / "memory", checkout / "edited") == before
+    for name in ("notes", "facts"):
+        (checkout / "notes").mkdir(exist_ok=True)
+        (checkout / "notes" / "mine.txt").write_text("mine")
+        command = ["bash", "scripts/publish-edits", "model", "facts/edits.jsonl", name]
+        done = subprocess.run(command, cwd=checkout, env={**os.environ, "PATH": path}, check=False)
+        assert done.returncode == 2
+    assert state(checkout / "memory", checkout / "edited") == before
 
 
 def edits(directory: Path) -> list[str]:

@@ -10,10 +10,12 @@ from typing import Any
 
 from support.helpers import save_tiny
 from support.loading import CPU
+from wisecli.artifacts.seal import write_seal
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.export import export
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
+from wisecli.memory.history import HISTORY
 
 EDITS: list[dict[str, Any]] = [
     {"id": "one", "prompt": "ba be bi", "target": "do du", "subject": "Bebi", "rephrases": ["bi be ba"]},
@@ -38,6 +40,13 @@ def make_places(root: Path) -> Path:
 def copied(root: Path, name: str, target: Path) -> Path:
     """A copy of one of them that may be damaged."""
     return Path(shutil.copytree(root / name, target / name))
+
+
+def reseal(directory: Path) -> Path:
+    """A memory or an export whose digests are taken anew, without a history that could contradict them."""
+    shutil.rmtree(directory / HISTORY, ignore_errors=True)
+    write_seal(directory)
+    return directory
 
 
 def change(path: Path, how: Callable[[Any], object]) -> None:

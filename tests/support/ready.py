@@ -52,6 +52,7 @@ def make_ready(root: Path) -> None:
     ):
         run_edit(str(model), root / edits, root / name, EditSettings(**QUICK, **changes), load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
+    merge([root / "shards"], root / "bare-memory", MergeSettings(), history=False)
     merge([root / "shards"], root / "merge", MergeSettings(mode="merge"))
     merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve"))
     for name in ("cut", "tampered"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from wisecli.artifacts import names
 from wisecli.artifacts.tensor_schema import layouts, memory_rows, require_layout
@@ -28,7 +30,8 @@ SCHEMA = "wise.memory/1"
 class Made:
     """What else decides the bytes of shards: the process that wrote them, and where it was told to look.
 
-    ``threads`` decides the order in which numbers are added up.
+    ``threads`` decides the order in which numbers are added up. ``sample`` is a digest of one row of every tensor of
+    the base model; older versions did not keep it.
     """
 
     __pydantic_config__ = CLOSED
@@ -37,13 +40,15 @@ class Made:
     dtype: str
     threads: int
     target_module: str | None = None
+    sample: str | None = None
 
 
 @dataclass(frozen=True)
 class Origin:
     """Shards that a memory was merged from, and all that it takes to write them once more.
 
-    ``edits`` are ids, in order; those of them that no shard holds are in ``left_out``. ``sha256`` are the shard files'.
+    ``edits`` are ids, in order; those of them that no shard holds are in ``left_out``. ``sha256`` are the shard files',
+    ``manifest`` that of their ``shards.json``, which older versions did not keep.
     """
 
     __pydantic_config__ = CLOSED
@@ -55,6 +60,7 @@ class Origin:
     left_out: tuple[Edit, ...]
     sha256: tuple[str, ...]
     versions: dict[str, str]
+    manifest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class MemoryEntry(Calibration):
     __pydantic_config__ = OPEN
 
     kind: Literal["matrix", "lookup"]
-    router: Literal["norm", "key"]
+    router: Literal["norm", "key", "meaning"]
     edits: tuple[str, ...]
 
 
@@ -111,11 +117,12 @@ class Stored:
     file: str
     prefix: str
     thresholds: tuple[float, ...]
-    router: Literal["norm", "key"]
+    router: Literal["norm", "key", "meaning"]
     routing: Literal["token", "sequence"]
     kind: Literal["matrix", "lookup"]
     sharpness: float
     tensors: dict[str, tuple[str | int, ...]]
+    reads: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def layouts(self) -> dict[str, TensorLayout]:
@@ -144,6 +151,7 @@ class MemoryManifest:
     sha256: dict[str, str]
     versions: dict[str, str]
     origins: tuple[Origin, ...] = ()
+    sealed: bool = False
 
     def check(self) -> None:
         """Check what types do not say: that the parts belong together.
@@ -158,7 +166,7 @@ class MemoryManifest:
             raise ValueError("`edits` and the edits of `memories` do not agree")
         if min(stored.thresholds, default=0.0) <= 0 or not self.memories or stored.sharpness < 0:
             raise ValueError("`memory.thresholds` must be above nought, `memory.sharpness` not below")
-        if stored.router != "key" if stored.kind == "lookup" else len(stored.thresholds) != len(self.memories):
+        if stored.router == "norm" if stored.kind == "lookup" else len(stored.thresholds) != len(self.memories):
             raise ValueError("`memory.thresholds` are not as many as there are memories")
         shares = [share for entry in self.memories for share in (*entry.edit_scores, *entry.unrelated_scores)]
         if not all(share.replace(".", "", 1).isdecimal() for share in shares):
@@ -169,8 +177,14 @@ class MemoryManifest:
             raise ValueError(f"`memory.tensors` are not those of a {stored.kind} with router {stored.router}")
 
 
-def write_memory(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "") -> None:
-    """Write the memory's tensors, their names prefixed, and ``router.json`` into a directory."""
+def write_memory(
+    directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "", sealed: bool = False
+) -> None:
+    """Write the memory's tensors, their names prefixed, and ``router.json`` into a directory.
+
+    Args:
+        sealed: whether a list of the digests of all files is to follow.
+    """
     path = directory / file
     save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
     memories = [
@@ -189,6 +203,7 @@ def write_memory(directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME
         "sha256": {file: sha256_file(path)},
         "versions": manifest.versions,
         "origins": [asdict(origin) for origin in manifest.origins],
+        "sealed": sealed,
     }
     write_json(directory / MANIFEST_NAME, content)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.tensor_schema import EVIDENCE, MASKED, TensorRows, require_layout
+from wisecli.artifacts.tensor_schema import EVIDENCE, MASKED, PROMPTS, TensorRows, require_layout
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import load_tensors, save_tensors
 from wisecli.models.site import Site
@@ -159,12 +159,31 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class PromptStates:
+    """What an early layer makes of the tokens of edits' prompts, by which prompts are known that mean the same.
+
+    Shapes: ``states`` (n, d); ``edit`` (place in the manifest's list) and ``form`` (each edit has several, from 0) are
+    (n,); ``subject`` (n,) marks tokens of the edit's subject.
+    """
+
+    states: Tensor
+    edit: Tensor
+    form: Tensor
+    subject: Tensor
+
+    def rows(self, chosen: Tensor) -> PromptStates:
+        """Some of the tokens."""
+        return PromptStates(*(getattr(self, name)[chosen] for name in PromptStates.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
 class Shard:
-    """One trained shard: the values that fill its mask, and its evidence."""
+    """One trained shard: the values that fill its mask, its evidence, and if prompts are routed by meaning, theirs."""
 
     mask: Mask
     values: Tensor
     evidence: Evidence
+    prompts: PromptStates | None = None
 
 
 def half(tensor: Tensor) -> Tensor:
@@ -188,13 +207,20 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
         "evidence.elsewhere": evidence.negative_similarity,
         "evidence.chat": evidence.chat,
     }
+    if (prompts := shard.prompts) is not None:
+        tensors |= {
+            "prompts.states": half(prompts.states),
+            "prompts.edit": prompts.edit.to(torch.int32),
+            "prompts.form": prompts.form.to(torch.int32),
+            "prompts.subject": prompts.subject,
+        }
     about = {"mask_kind": shard.mask.kind, "seed": seed, "edits": list(edits)}
     save_tensors(path, tensors, {"wise.shard": json.dumps(about)})
 
 
-def shard_rows(kind: MaskKind) -> TensorRows:
-    """The tensors of a shard file, for a kind of mask."""
-    return {**MASKED[kind], **EVIDENCE}
+def shard_rows(kind: MaskKind, names: Container[str]) -> TensorRows:
+    """The tensors of a shard file, for a kind of mask, with those optional ones that are among ``names``."""
+    return {**MASKED[kind], **EVIDENCE, **(PROMPTS if "prompts.states" in names else {})}
 
 
 def shard_sizes(site: Site, edits: int) -> dict[str, int]:
@@ -213,11 +239,15 @@ def load_shard(path: Path, site: Site, kind: MaskKind, digest: str, *, edits: in
     """
     tensors = load_tensors(path, digest=digest)
     sizes = shard_sizes(site, 2**31 if edits is None else edits)
-    require_layout(path, tensors, shard_rows(kind), sizes)
+    require_layout(path, tensors, shard_rows(kind, tensors), sizes)
     mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.d_ff)
     stored = {name: tensors[f"evidence.{_STORED_AS.get(name, name)}"] for name in Evidence.__dataclass_fields__}
     evidence = Evidence(**stored)
     if bool(evidence.held_out.all()):
         raise DamagedFileError(path, "every key is held out, none was trained on", "edit anew")
     whole = replace(evidence, keys=evidence.keys.float(), residuals=evidence.residuals.float())
-    return Shard(mask, tensors["delta.values"].float(), whole)
+    prompts = None
+    if "prompts.states" in tensors:
+        prompts = PromptStates(*(tensors[f"prompts.{name}"] for name in PromptStates.__dataclass_fields__))
+        prompts = replace(prompts, states=prompts.states.float())
+    return Shard(mask, tensors["delta.values"].float(), whole, prompts)

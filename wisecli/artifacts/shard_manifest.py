@@ -13,6 +13,7 @@ from wisecli.artifacts.shard import MaskKind, Shard, load_shard
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
 from wisecli.models.site import Fingerprint, Site, check_site
@@ -55,6 +56,7 @@ class ShardDirectory:
 
     ``left_out`` names the edits that no shard holds, as the model gives nothing finite for them. ``paraphrases`` are
     further prompts that the model wrote, by the edit's id, as ``subjects`` are the words of those that prompts name.
+    ``known`` are edits that were asked for and left out, as the model said them already, if such were to be left out.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class ShardDirectory:
     left_out: tuple[str, ...] = ()
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     subjects: dict[str, Spellings] = field(default_factory=dict)
+    known: tuple[Edit, ...] | None = None
 
     @property
     def written(self) -> tuple[Edit, ...]:
@@ -98,7 +101,7 @@ class _Settings:
     __pydantic_config__ = OPEN
 
     writer: Literal["solve", "gradient"]
-    router: Literal["key", "norm"]
+    router: Literal["key", "norm", "meaning"]
     routing: Literal["token", "sequence"]
     threshold: Literal["false-alarm", "minimum"]
 
@@ -128,6 +131,7 @@ class _Content:
     left_out: tuple[str, ...]
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     subjects: dict[str, Spellings] = field(default_factory=dict)
+    known: tuple[Edit, ...] | None = None
 
     def check(self, *, plan: bool) -> None:
         """Check what types do not say: that the parts belong together.
@@ -170,6 +174,7 @@ def write_shard_directory(directory: ShardDirectory) -> None:
         "subjects": {
             name: [[asdict(word) for word in words] for words in own] for name, own in directory.subjects.items()
         },
+        "known": None if directory.known is None else [edit.as_dict() for edit in directory.known],
     }
     write_json(directory.path / (PLAN_NAME if plan else MANIFEST_NAME), content)
 
@@ -209,6 +214,7 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         read.left_out,
         read.paraphrases,
         read.subjects,
+        read.known,
     )
 
 
@@ -223,6 +229,7 @@ def origin_of(directory: ShardDirectory) -> Origin:
         tuple(edit for edit in directory.edits if edit.id in gone),
         tuple(entry.sha256 for entry in directory.shards),
         directory.versions,
+        sha256_file(directory.path / MANIFEST_NAME),
     )
 
 

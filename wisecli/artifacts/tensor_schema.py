@@ -56,6 +56,35 @@ NAMING: TensorRows = {
     "names.naming": TensorRow("int", ("q",), "v"),
     "names.shares": TensorRow("float", ("q",)),
 }
+MEANING: TensorRows = {
+    "meaning.turns": TensorRow("float", (2, "k", "hidden")),
+    "meaning.shifts": TensorRow("float", (2, "k")),
+    "meaning.slopes": TensorRow("float", (2,)),
+    "meaning.bars": TensorRow("float", (2,)),
+    "meaning.vectors": TensorRow("float", ("tokens", "k")),
+    "meaning.asking": TensorRow("int", ("tokens",), "asked twice"),
+    "meaning.shares": TensorRow("float", ("tokens",)),
+    "meaning.whose": TensorRow("int", ("asked",), "M"),
+    "meaning.breaks": TensorRow("int", ("breaks",)),
+}
+HEADS: TensorRows = {
+    "heads.turns": TensorRow("float", (2, "k", "hidden")),
+    "heads.shifts": TensorRow("float", (2, "k")),
+    "heads.weighs": TensorRow("float", (2, "hidden")),
+    "heads.offsets": TensorRow("float", (2,)),
+    "heads.slopes": TensorRow("float", (2,)),
+    "heads.bars": TensorRow("float", (2,)),
+    "heads.breaks": TensorRow("int", ("breaks",)),
+    "heads.layer": TensorRow("int", (1,)),
+    "heads.unrelated": TensorRow("float", ("unrelated", "hidden")),
+    "heads.text": TensorRow("int", ("unrelated",)),
+}
+PROMPTS: TensorRows = {
+    "prompts.states": TensorRow("float", ("tokens", "hidden")),
+    "prompts.edit": TensorRow("int", ("tokens",), "edits"),
+    "prompts.form": TensorRow("int", ("tokens",)),
+    "prompts.subject": TensorRow("bool", ("tokens",)),
+}
 EVIDENCE: TensorRows = {
     "evidence.keys": TensorRow("float", ("n", "d_ff")),
     "evidence.residuals": TensorRow("float", ("n", "d")),
@@ -74,7 +103,9 @@ MASKED: dict[str, TensorRows] = {
 
 def memory_rows(kind: str, router: str, names: Collection[str]) -> TensorRows:
     """The tensors of a side memory of a kind, with a router, with those optional ones that are among ``names``."""
-    rows = {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router == "key" else {})}
+    rows = {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router != "norm" else {})}
+    if router == "meaning":
+        return {**rows, **MEANING}
     return {**rows, **NAMING} if kind == "lookup" and "asks" in names else rows
 
 
@@ -91,6 +122,8 @@ def unrelated_rows(names: Mapping[str, object]) -> TensorRows:
             rows[f"{moment}.variances"] = TensorRow("float", (rank,))
             rows[f"{moment}.directions"] = TensorRow("float", (rank, "d_ff"))
             rows[f"{moment}.energy"] = TensorRow("float", (1,))
+    if "heads.turns" in names:
+        rows |= HEADS
     return {**rows, **({"against": TensorRow("float", ("m", "d_ff"))} if "against" in names else {})}
 
 

@@ -20,6 +20,32 @@ _VERSION = 8
 
 
 @dataclass(frozen=True)
+class Heads:
+    """How the subject and the relation of a prompt are read off the states that leave layer ``layer`` (1,).
+
+    ``turns`` (2, k, d) and ``shifts`` (2, k) project states x of tokens, for subjects and for relations, ``weighs``
+    (2, d) and ``offsets`` (2,) say how much each token of an edit counts: ``softplus(weighs · x + offset)``. ``slopes``
+    (2,) and ``bars`` (2,) make probabilities of scores. ``breaks`` (b,) are the tokenizer's special tokens.
+    ``unrelated`` (u, d) are the states of tokens of unrelated texts, ``text`` (u,) says of which.
+    """
+
+    turns: Tensor
+    shifts: Tensor
+    weighs: Tensor
+    offsets: Tensor
+    slopes: Tensor
+    bars: Tensor
+    breaks: Tensor
+    layer: Tensor
+    unrelated: Tensor
+    text: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parts, as files name them."""
+        return {f"heads.{name}": getattr(self, name) for name in Heads.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
 class BackgroundStats:
     """Keys (n, d_ff) that no writer sees, for calibration; the moments of all tokens and of wording.
 
@@ -27,7 +53,8 @@ class BackgroundStats:
     a false-alarm rate of their own. ``chatting`` is the moment of wording
     among such prompts, if the model was asked in its template.
     ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``writer_keys`` (m, d_ff) are those
-    that writers may look at; they stay with ``wise edit`` and are not written into shards.
+    that writers may look at; they stay with ``wise edit`` and are not written into shards. ``heads`` were learned if
+    prompts are to be routed by what they mean.
     """
 
     keys: Tensor
@@ -37,6 +64,7 @@ class BackgroundStats:
     size: Tensor
     writer_keys: Tensor
     chatting: Moment | None = None
+    heads: Heads | None = None
 
 
 def save_unrelated(path: Path, unrelated: BackgroundStats, *, whole: bool = False) -> None:
@@ -45,6 +73,8 @@ def save_unrelated(path: Path, unrelated: BackgroundStats, *, whole: bool = Fals
     for name in _MOMENTS:
         if (moment := getattr(unrelated, name)) is not None:
             tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
+    if unrelated.heads is not None:
+        tensors |= unrelated.heads.tensors()
     if whole:
         tensors["against"] = half(unrelated.writer_keys)
     save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
@@ -72,4 +102,11 @@ def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> B
     against = tensors.get("against", keys[:0]).float()
     chatting = moment("chatting") if "chatting.energy" in tensors else None
     moments = moment("tokens"), moment("wording")
-    return BackgroundStats(keys, tensors["chat"], *moments, tensors["size"], against, chatting)
+    return BackgroundStats(keys, tensors["chat"], *moments, tensors["size"], against, chatting, heads_in(tensors))
+
+
+def heads_in(tensors: dict[str, Tensor]) -> Heads | None:
+    """The heads among a file's tensors, if it has any."""
+    if "heads.turns" not in tensors:
+        return None
+    return Heads(**{name: tensors[f"heads.{name}"] for name in Heads.__dataclass_fields__})

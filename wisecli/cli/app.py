@@ -30,8 +30,8 @@ _COMMANDS: dict[str, dict[str, str]] = {
     "Use and look into": {
         "generate": "checkpoint.generate",
         "explain": "memory.explain",
-        "inspect": "checkpoint.inspect",
-        "verify": "checkpoint.verify",
+        "inspect": "inspection.inspect",
+        "verify": "inspection.verify",
         "diff": "memory.diff",
         "log": "memory.log",
     },

@@ -1,8 +1,8 @@
-"""Checkpoints exported, asked and looked into, as memories and shards are. Parse, call one library function, print."""
+"""Checkpoints exported and asked. Parse, call one library function, print."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,23 +18,25 @@ from wisecli.cli.options import (
     DryRun,
     Dtype,
     Force,
+    Identity,
     Memory,
     Model,
     Output,
     Quiet,
+    SealSignature,
+    Signer,
     Trust,
+    key_in,
     load_options,
+    signed_by,
     size_in_bytes,
 )
-from wisecli.cli.parameters import ANSWERS, HUB, WEIGHTS, flag, option
+from wisecli.cli.parameters import ANSWERS, HUB, OUTPUT, WEIGHTS, flag, option
 from wisecli.commands.outputs import checkpoint_output
 
 if TYPE_CHECKING:
-    from wisecli.artifacts.memory_manifest import MemoryEntry
     from wisecli.commands.export import ExportReport
     from wisecli.commands.generate import Answer
-    from wisecli.commands.inspect import InspectReport
-    from wisecli.commands.verify import VerifyReport
 
 
 def export(
@@ -90,14 +92,27 @@ def export(
         str | None, option("Repository on the hub to send it to.", panel=HUB, metavar="NAME")
     ] = None,
     private: Annotated[bool, flag("Make a new repository private.", "--private", panel=HUB)] = False,
+    verify_signature: SealSignature = None,
+    signer: Signer = None,
+    signer_identity: Identity = None,
+    sign: Annotated[
+        Path | None,
+        option(
+            "Sign the digests of all files with this key of minisign or ssh-keygen.",
+            "--sign",
+            panel=OUTPUT,
+            metavar="KEY",
+        ),
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
     unread, console = of_export(locals()), Console(as_json, quiet)
     size = size_in_bytes(max_shard_size, "--max-shard-size")
+    signed, key = signed_by(verify_signature, signer, signer_identity), key_in(sign)
     console.warn(unread)
-    checkpoint_output(output, memory, base or model, metrics, force=force).require()
+    checkpoint_output(output, memory, base or model, metrics, force=force).require_unless_kept()
     from wisecli.commands.export import Publication, WeightFiles
     from wisecli.commands.export import export as run
 
@@ -109,7 +124,8 @@ def export(
             model=base or model,
             load=load_options(device),
             weights=WeightFiles(link, dtype, size),
-            publication=Publication(card, metrics, push_to_hub, private),
+            publication=Publication(card, metrics, push_to_hub, private, key),
+            signed=signed,
             force=force,
             dry_run=dry_run,
             watch=watch,
@@ -155,51 +171,17 @@ def generate(
     tell_answers(console, answers)
 
 
-def inspect(
-    path: Annotated[Path, typer.Argument(help="Shards, a memory or an exported checkpoint.")],
-    find: Annotated[str | None, option("Only edits with this text in them.", "--find")] = None,
-    limit: Annotated[int, option("List so many edits at most.", "--limit", default="20", metavar="N", least=0)] = 20,
-    plot: Annotated[
-        Path | None, option("Draw the router's scores and threshold into this file.", "--plot", metavar="FILE")
-    ] = None,
-    force: Force = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Say what a directory holds, from its manifest and headers; no weights are loaded."""
-    from wisecli.commands.inspect import inspect as run
-
-    tell_inspection(Console(as_json, quiet), run(path, find=find, limit=limit, plot=plot, force=force))
-
-
-def verify(
-    path: Annotated[Path, typer.Argument(help="Shards, a memory or an exported checkpoint.")],
-    model: Model = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Check every file of a directory against its manifest, and the base model; exit with 1 if any differs."""
-    console = Console(as_json, quiet)
-    from wisecli.commands.verify import verify as run
-
-    with console.watching() as watch:
-        report = run(path, model=model, watch=watch)
-    tell_verification(console, report)
-    report.check()
-
-
-_STATES = {"same": "ok", "differs": "DIFFERS", "unchecked": "not checked"}
-
-
 def tell_export(console: Console, report: ExportReport) -> None:
     """Print what ``wise export`` wrote."""
     names = ("format", "edits", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "pushed", "planned")
     results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
+    results["up_to_date"] = report.up_to_date
     what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {count(report.edits, 'edit')}"
     if report.planned:
         console.result({"results": results}, would_write(what, report))
         return
-    lines = [f"{what} → {report.output}/ ({report.bytes / 1e6:.0f} MB, {report.seconds:.1f} s)"]
+    done = ": up to date, nothing was written" if report.up_to_date else ""
+    lines = [f"{what} → {report.output}/{done} ({report.bytes / 1e6:.0f} MB, {report.seconds:.1f} s)"]
     if report.locality is not None:
         kept = f"{report.locality:.1%} of {report.tokens} next tokens of unrelated text stay the base model's"
         lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")
@@ -220,29 +202,6 @@ def tell_answers(console: Console, answers: Sequence[Answer]) -> None:
     console.result({"results": content}, *shown)
 
 
-def tell_inspection(console: Console, report: InspectReport) -> None:
-    """Print what ``wise inspect`` found."""
-    facts = Table(("", ""), f"{report.path}: {report.kind}", headed=False)
-    for name, value in _facts(report):
-        facts.add(name, value)
-    edits = Table(("id", "prompt", "target", "subject"), f"{len(report.edits)} of {count(report.matched, 'edit')}")
-    for edit in report.edits:
-        edits.add(edit.id, edit.prompt, edit.target, edit.subject or "")
-    scores = [_scores(number, entry) for number, entry in enumerate(report.memories)]
-    console.result(report.as_json(), facts, *scores, *([edits] if report.edits else []))
-
-
-def tell_verification(console: Console, report: VerifyReport) -> None:
-    """Print what ``wise verify`` found, a line a check."""
-    lines = []
-    for check in report.checks:
-        what = f"{check.file}: {check.what}" + (f" {check.tensor}" if check.tensor else "")
-        sides = f": expected {check.expected}, found {check.found}" if check.state == "differs" else ""
-        why = f": {check.found}" if check.state == "unchecked" else ""
-        lines.append(f"{_STATES[check.state]:<11} {what}{sides}{why}")
-    console.result(report.as_json(), *lines)
-
-
 def _steps(answer: Answer) -> Table:
     lookup = any(step.edit is not None for step in answer.steps)
     columns = ("token", "answered by", "score", "threshold", *(["nearest edit"] if lookup else []))
@@ -251,35 +210,4 @@ def _steps(answer: Answer) -> Table:
         who = "main memory" if step.memory is None else f"side memory {step.memory}"
         near = [step.edit or ""] if lookup else []
         table.add(repr(step.token)[1:-1], who, f"{step.score:.3f}", f"{step.threshold:.3f}", *near)
-    return table
-
-
-def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
-    base, site, files = report.base, report.site, report.files
-    yield "base model", str(base["model"]) + (f" at {base['revision']}" if base["revision"] else "")
-    yield "fingerprint", f"matrix {base['matrix'][:16]}…, settings {base['config'][:16]}…"
-    yield "site", f"{site['module']} ({site['architecture']}, layer {site['layer']}, {site['d']}×{site['d_ff']})"
-    yield "edits", f"{report.total}, with {count(report.keys, 'key')}"
-    if report.routing:
-        yield "memory", ", ".join(f"{name} {value}" for name, value in report.routing.items())
-    for shard in report.shards:
-        loss = f", loss {shard.losses[-1]:.4g}" if shard.losses else ""
-        yield "shard", f"{shard.file}: {count(len(shard.edits), 'edit')}, mask of {shard.mask_kind}{loss}"
-    for file, tensors in report.tensors.items():
-        yield file, ", ".join(f"{name.rpartition('.')[2]} {what}" for name, what in tensors.items())
-    yield "files", ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in files.items())
-    yield "settings", ", ".join(f"{name} {value}" for name, value in report.settings.items())
-    yield "written with", ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    if report.plot is not None:
-        yield "plot", str(report.plot)
-
-
-def _scores(number: int, entry: MemoryEntry) -> Table:
-    """The quantiles of one memory's scores on both sides of its threshold."""
-    about = f"{entry.misses:.1%} of the edits' tokens below, {entry.false_alarms:.2%} of unrelated ones above"
-    columns = "scores below", "edits", "unrelated text"
-    table = Table(columns, f"memory {number}: threshold {entry.threshold:.4g} ({entry.rule}); {about}", columns)
-    for share in dict.fromkeys([*entry.edit_scores, *entry.unrelated_scores]):
-        sides = entry.edit_scores, entry.unrelated_scores
-        table.add(f"{float(share):.1%}", *(f"{scores[share]:.3f}" if share in scores else "" for scores in sides))
     return table

@@ -129,6 +129,11 @@ def show_all_letters() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def note(message: str) -> None:
+    """Say something on stderr that is neither a result nor an error."""
+    sys.stderr.write(f"{plain(message)}\n")
+
+
 def quiet_libraries() -> None:
     """Keep what libraries say on their own out of the program's output; takes effect when they are imported."""
     warnings.simplefilter("ignore")

@@ -29,12 +29,14 @@ from wisecli.cli.options import (
     Quiet,
     Reason,
     Seed,
+    Sign,
     Signature,
     Signer,
     SkipKnown,
     Trust,
     Who,
     admission_of,
+    key_in,
     load_options,
     part_in,
 )
@@ -87,6 +89,7 @@ def edit(
     ] = 1.0,
     reason: Reason = "",
     who: Who = None,
+    sign: Sign = None,
     preset: Annotated[
         str | None, _trained("preset", "default, or paper: gradient steps, edit after edit, as published.")
     ] = None,
@@ -122,7 +125,11 @@ def edit(
         int | None, _worded("augment", "Paraphrases that the model writes for an edit, at most.")
     ] = None,
     router: Annotated[
-        str | None, _routed("router", "key (nearest whitened key) or norm (how much an output changes, the paper's).")
+        str | None,
+        _routed(
+            "router",
+            "key (nearest whitened key), meaning (of the whole prompt) or norm (how an output changes, the paper's).",
+        ),
     ] = None,
     routing: Annotated[str | None, _routed("routing", "One decision a token or a sequence.")] = None,
     executor: Annotated[
@@ -157,6 +164,7 @@ def edit(
     console.warn([*unread, *overlooked(config)])
     signed = verify_signature, signer, signer_identity
     admission = admission_of(on_conflict, skip_known, policy, *signed, allow_special_tokens)
+    key = key_in(sign)
 
     load = load_options(device, dtype, trust_remote_code, memory_budget, revision)
     # A batch into a memory is not parted.
@@ -170,7 +178,7 @@ def edit(
         run = drawn
     if into is not None:
         every = interval if watch_file else None
-        run.into(into, flags, config=config, who=who, reason=reason, every=every)
+        run.into(into, flags, config=config, who=who, reason=reason, key=key, every=every)
     elif reproduce is not None:
         run.again(reproduce, output)
     else:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from wisecli.commands.run_options import RunOptions
     from wisecli.editing.resource_estimate import Plan
     from wisecli.edits.admission import Admission, Sheet
+    from wisecli.edits.signatures import SigningKey
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class EditRun:
         config: Path | None,
         who: str | None,
         reason: str,
+        key: SigningKey | None,
         every: float | None,
     ) -> None:
         """Make the edits the next release of a memory; with ``every``, in seconds, go on with those that are added.
@@ -80,7 +82,7 @@ class EditRun:
             memory,
             flags,
             config,
-            Provenance(who, reason),
+            Provenance(who, reason, key),
             self.load,
             self.options,
             self.admission,
@@ -153,7 +155,7 @@ class EditRun:
     def _require_free(self, output: Path, *inputs: Path) -> None:
         """Refuse an output that cannot be written, unless others may have written it as parts of this one."""
         if self.options.only == (1, 1):
-            shards_output(output, self.model, *inputs, force=self.options.force).require()
+            shards_output(output, self.model, *inputs, force=self.options.force).require_unless_kept()
 
 
 def tell_edit(console: Console, report: EditReport) -> None:
@@ -171,7 +173,7 @@ def _edit_json(report: EditReport) -> dict[str, Any]:
     results = {name: getattr(report, name) for name in ("edits", "shards", "seconds", "seconds_per_edit")}
     results |= {"peak_rss_bytes": report.peak_rss_bytes, "output": str(report.output), "layer": report.layer}
     results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
-    results |= {"left_out": list(report.left_out), "missing": report.missing}
+    results |= {"left_out": list(report.left_out), "missing": report.missing, "up_to_date": report.up_to_date}
     results["sifted"] = sifted_json(report.sifted)
     if report.peak_vram_bytes:
         results["peak_vram_bytes"] = report.peak_vram_bytes
@@ -188,6 +190,8 @@ def _edit_lines(what: str, report: EditReport) -> list[str]:
         lines = [f"{what}: {count(report.missing, 'shard')} still to be written by others ({report.seconds:.1f} s)"]
     if not report.edits:
         lines = [f"there is nothing to train, and nothing was written ({report.seconds:.1f} s)"]
+    if report.up_to_date:
+        lines = [f"{what} → {report.output}/: up to date, nothing was written ({report.seconds:.1f} s)"]
     lines += sifted_lines(report.sifted)
     lines += [f"did not take: {name}" for name in report.untaken]
     if report.differing == ():

@@ -16,11 +16,14 @@ def of_edit(given: Mapping[str, Any]) -> list[str]:
     """Sentences on the parameters of ``wise edit``.
 
     Raises:
-        SettingsError: edits would be made that were to be planned, or not be made that were to be followed.
+        SettingsError: edits would be made that were to be planned, or not be made that were to be followed, or nothing
+            would be signed.
     """
     into = given["into"] is not None
     if given["watch_file"] and not into:
         raise SettingsError("--watch follows a file into a memory; name it with --into")
+    if given["sign"] is not None and not into:
+        raise SettingsError("--sign signs releases of a memory; shards have none, so pass --into, or sign the merge")
     if given["dry_run"] and into:
         raise SettingsError("--dry-run plans shards, and no release of a memory; leave out --into")
     if into:
@@ -45,14 +48,19 @@ def of_merge(given: Mapping[str, Any]) -> list[str]:
     into = given["into"] is not None
     if given["dry_run"] and into:
         raise SettingsError("--dry-run plans a memory, and no release of one; leave out --into")
-    rules = dict.fromkeys(("output", "force") if into else ("who", "reason"), f"{'with' if into else 'without'} --into")
+    rules: dict[str, str] = {}
+    if into:
+        rules = dict.fromkeys(("output", "force"), "with --into")
+    elif not given["history"]:
+        rules = dict.fromkeys(("who", "reason"), "with --no-history")
     if given["mode"] == "lookup":
         rules |= dict.fromkeys(("method", "refit", "density", "scale", "weights"), "with --mode lookup")
     elif given["mode"] is not None:
         rules["sharpness"] = f"with --mode {given['mode']}"
     if given["mode"] == "retrieve":
         rules |= dict.fromkeys(("method", "density", "scale", "weights"), "with --mode retrieve")
-    return list(_without_effect(given, rules, output=Path("memory")))
+    kept = ["--no-history has no effect with --into"] if into and not given["history"] else []
+    return [*kept, *_without_effect(given, rules, output=Path("memory"))]
 
 
 def of_export(given: Mapping[str, Any]) -> list[str]:
@@ -68,6 +76,8 @@ def of_export(given: Mapping[str, Any]) -> list[str]:
 def of_evaluation(given: Mapping[str, Any]) -> list[str]:
     """Sentences on the parameters of ``wise eval``."""
     rules = {"max_new_tokens": "with --no-generate"} if given["generate"] is False else {}
+    if given["fail_under"] is None:
+        rules["if_measured"] = "without --fail-under"
     return list(_without_effect(given, rules))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wisecli.cli.choices import DATASETS, MODELS, one_of
-from wisecli.cli.console import Console, Table, count
+from wisecli.cli.console import Console, Table, count, note
 from wisecli.cli.effects import of_evaluation
 from wisecli.cli.options import (
     AsJson,
@@ -26,7 +26,7 @@ from wisecli.cli.options import (
     thresholds_in,
 )
 from wisecli.cli.overlooked import overlooked
-from wisecli.cli.parameters import INPUT, MEASURED, option, setting
+from wisecli.cli.parameters import INPUT, MEASURED, flag, option, setting
 from wisecli.config import EvalSettings, resolve
 
 if TYPE_CHECKING:
@@ -79,6 +79,10 @@ def evaluate(
         str | None,
         option("Exit with 1 below these, as reliability=.9,locality=.95.", panel=MEASURED),
     ] = None,
+    if_measured: Annotated[
+        bool,
+        flag("Of --fail-under pass over what no record measures.", "--if-measured", panel=MEASURED),
+    ] = False,
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
     trust_remote_code: Trust = False,
@@ -97,7 +101,9 @@ def evaluate(
     with console.watching() as watch:
         report = run(place, settings, model=model or base, data=data, load=load, watch=watch)
     tell_evaluation(console, report)
-    report.check(gates)
+    passed_over = report.check(gates, if_measured=if_measured)
+    if passed_over:
+        note(f"no record measures {', '.join(passed_over)}, so --fail-under passed over it")
 
 
 def fetch(

@@ -10,7 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wisecli.cli.console import Console, Table, count, sifted_json, sifted_lines
-from wisecli.cli.options import AsJson, Budget, Device, Dtype, Memory, Model, Quiet, Reason, Trust, Who, load_options
+from wisecli.cli.options import (
+    AsJson,
+    Budget,
+    Device,
+    Dtype,
+    Identity,
+    Memory,
+    Model,
+    Quiet,
+    Reason,
+    SealSignature,
+    Sign,
+    Signer,
+    Trust,
+    Who,
+    key_in,
+    load_options,
+    provenance_of,
+    signed_by,
+)
 from wisecli.cli.parameters import ANSWERS, OUTPUT, flag, option
 
 if TYPE_CHECKING:
@@ -24,32 +43,32 @@ if TYPE_CHECKING:
     from wisecli.memory.history import Release
     from wisecli.memory.releases import Published
 
-Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise edit --into` makes it.")]
+Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise merge` makes it.")]
 
 
 def remove(
     memory: Place,
     ids: Annotated[list[str], typer.Argument(help="Ids of the edits to take out.")],
+    device: Device = "auto",
+    as_json: AsJson = False,
     model: Model = None,
     reason: Reason = "",
     who: Who = None,
-    device: Device = "auto",
+    sign: Sign = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
-    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Take edits out of a memory, as if they had never been in it."""
     console = Console(as_json, quiet)
     from wisecli.commands.remove import remove as run
-    from wisecli.memory.history import Provenance
 
     with console.watching() as watch:
         report = run(
             memory,
             ids,
             model=model,
-            provenance=Provenance(who, reason),
+            provenance=provenance_of(who, reason, key_in(sign)),
             load=load_options(device, dtype, trust_remote_code),
             watch=watch,
         )
@@ -62,29 +81,33 @@ def rollback(
     model: Model = None,
     reason: Reason = "",
     who: Who = None,
+    sign: Sign = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Make a memory what it was at an earlier release; the releases since stay in its history."""
     console = Console(as_json, quiet)
     from wisecli.commands.rollback import rollback as run
-    from wisecli.memory.history import Provenance
 
     with console.watching() as watch:
-        report = run(memory, to, model=model, provenance=Provenance(who, reason), watch=watch)
+        report = run(memory, to, model=model, provenance=provenance_of(who, reason, key_in(sign)), watch=watch)
     Told(console).rolled_back(report)
 
 
 def log(
     memory: Place,
     edit: Annotated[str | None, option("Only what touched the edit with this id.", "--edit", metavar="ID")] = None,
+    verify_signature: SealSignature = None,
+    signer: Signer = None,
+    signer_identity: Identity = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """List what was done to a memory, when and by whom, after checking that its log is whole."""
+    """List what was done to a memory, when and by whom, after checking that all of it is as it was written."""
     from wisecli.commands.log import log as run
 
-    Told(Console(as_json, quiet)).logged(run(memory, edit=edit), of_one=edit is not None)
+    signed = signed_by(verify_signature, signer, signer_identity)
+    Told(Console(as_json, quiet)).logged(run(memory, edit=edit, signed=signed), of_one=edit is not None)
 
 
 def diff(
@@ -144,6 +167,9 @@ def explain(
 
 
 _LONGEST = 48
+_UNBOUND = (
+    "; an older version took no digest of the manifest: `wise merge --into` without shards makes a release that has"
+)
 
 
 @dataclass(frozen=True)
@@ -162,11 +188,9 @@ class Told:
             lines = [f"{what}: there is nothing to train{held}", *sifted_lines(report.sifted)]
             self._tell(report, lines, more)
             return
-        lines = [
-            f"release {release.number} of {report.memory}/: {count(len(release.added), 'edit')} in, {report.held} held "
-            f"({report.seconds:.1f} s)"
-        ]
+        lines = [f"{_brought(release, str(report.memory), report.held)} ({report.seconds:.1f} s)"]
         lines += [f"{len(report.known)} were held already"] if report.known else []
+        lines += [f"modified: {name}" for name in release.modified]
         lines += [f"superseded: {old} by {new}" for old, new in release.superseded.items()]
         lines += sifted_lines(report.sifted)
         lines += [f"did not take: {name}" for name in edited.untaken]
@@ -175,10 +199,13 @@ class Told:
 
     def joined(self, memory: str, published: Published) -> None:
         """Print what merging into a memory did."""
-        release, held = published.release, len(published.manifest.edits)
-        content = {"results": {"memory": memory, "held": held, "release": asdict(release)}}
-        what = f"release {release.number} of {memory}/: {count(len(release.added), 'edit')} in, {held} held"
-        self.console.result(content, what)
+        release, held = published.release, published.held
+        results = {"memory": memory, "held": held, "release": asdict(release), "up_to_date": published.up_to_date}
+        content = {"results": results}
+        if published.up_to_date:
+            self.console.result(content, f"release {release.number} of {memory}/: up to date, {held} held")
+            return
+        self.console.result(content, _brought(release, memory, held))
 
     def removed(self, report: RemoveReport) -> None:
         """Print what was taken out."""
@@ -200,14 +227,16 @@ class Told:
 
     def logged(self, report: LogReport, *, of_one: bool) -> None:
         """Print releases; of one edit also what it is now."""
-        table = Table(("release", "when", "who", "action", "in", "out", "why"), str(report.memory))
+        columns = ("release", "when", "who", "action", "in", "modified", "out", "why")
+        table = Table(columns, str(report.memory))
         for release in report.releases:
             out = len(release.removed) + len(release.superseded)
-            numbers = str(len(release.added) or ""), str(out or "")
+            numbers = (str(number or "") for number in (_new(release), len(release.modified), out))
             table.add(str(release.number), release.when[:19], release.who, release.action, *numbers, release.reason)
         lines = [f"held since release {number}: {_shown(edit)}" for edit, number in report.edits] if of_one else []
         if not of_one:
-            lines = [f"{count(len(report.edits), 'edit')} held; the log is whole"]
+            whole = ", and every file is as it was written" if report.bound else _UNBOUND
+            lines = [f"{count(len(report.edits), 'edit')} held; the log is whole{whole}"]
         self.console.result(report.as_json(), table, *lines)
 
     def explained(self, report: ExplainReport) -> None:
@@ -242,6 +271,16 @@ class Told:
         results = {"memory": str(report.memory), "held": report.held, "seconds": report.seconds, **more}
         results["release"] = None if release is None else asdict(release)
         self.console.result({"results": results}, *lines)
+
+
+def _new(release: Release) -> int:
+    """How many edits came that do not take the place of one with their own id."""
+    return len(release.added) - len(release.modified)
+
+
+def _brought(release: Release, memory: str, held: int) -> str:
+    modified = f", {len(release.modified)} modified" if release.modified else ""
+    return f"release {release.number} of {memory}/: {count(_new(release), 'edit')} in{modified}, {held} held"
 
 
 def _shown(edit: Edit) -> str:

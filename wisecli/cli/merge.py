@@ -12,15 +12,31 @@ from wisecli.cli.choices import MERGE_METHODS, one_of
 from wisecli.cli.console import Console, count, would_write
 from wisecli.cli.effects import of_merge
 from wisecli.cli.memory import Told
-from wisecli.cli.options import AsJson, Config, DryRun, Force, Model, Output, Quiet, Reason, Seed, Who, numbers
+from wisecli.cli.options import (
+    AsJson,
+    Config,
+    DryRun,
+    Force,
+    Model,
+    Output,
+    Quiet,
+    Reason,
+    Seed,
+    Sign,
+    Who,
+    key_in,
+    numbers,
+    provenance_of,
+)
 from wisecli.cli.overlooked import overlooked
-from wisecli.cli.parameters import MERGED, ROUTER, option, setting
+from wisecli.cli.parameters import INTO, MERGED, ROUTER, flag, option, setting
 from wisecli.commands.outputs import memory_output
 from wisecli.config import MergeSettings, resolve
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
     from wisecli.commands.merge import MergeReport
+    from wisecli.memory.history import Provenance
 
 
 _merged = partial(setting, MergeSettings, panel=MERGED)
@@ -51,6 +67,16 @@ def merge(
     seed: Seed = None,
     reason: Reason = "",
     who: Who = None,
+    sign: Sign = None,
+    history: Annotated[
+        bool,
+        flag(
+            "Keep the shards in the memory, so that it can be changed and looked back on.",
+            "--history/--no-history",
+            panel=INTO,
+            default="history",
+        ),
+    ] = True,
     method: Annotated[
         str | None,
         _merged(
@@ -76,7 +102,7 @@ def merge(
     sharpness: Annotated[
         float | None, _merged("sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest.")
     ] = None,
-    router: Annotated[str | None, _routed("router", "key or norm.", none="the shards'")] = None,
+    router: Annotated[str | None, _routed("router", "key, norm or meaning.", none="the shards'")] = None,
     routing: Annotated[str | None, _routed("routing", "token or sequence.", none="the shards'")] = None,
     threshold: Annotated[str | None, _routed("threshold", "false-alarm or minimum.", none="the shards'")] = None,
     false_alarm: Annotated[
@@ -99,16 +125,28 @@ def merge(
     given = {**locals(), "weights": numbers(weights)}
     settings = resolve(MergeSettings, given, section="merge", file=config)
     console.warn([*unread, *overlooked(config)])
+    key = key_in(sign)
     if into is not None:
-        merge_into(console, shards or [], into, settings, model=model, who=who, reason=reason)
+        provenance = provenance_of(who, reason, key)
+        merge_into(console, shards or [], into, settings, model=model, provenance=provenance)
         return
     if not shards:
         raise SettingsError("give the SHARDS that are to be merged")
-    memory_output(output, shards, force=force).require()
+    memory_output(output, shards, force=force).require_unless_kept()
     from wisecli.commands.merge import merge as run
 
     with console.watching() as watch:
-        report = run(shards, output, settings, model=model, force=force, dry_run=dry_run, watch=watch)
+        report = run(
+            shards,
+            output,
+            settings,
+            model=model,
+            history=history,
+            provenance=provenance_of(who, reason, key),
+            force=force,
+            dry_run=dry_run,
+            watch=watch,
+        )
     tell_merge(console, report)
 
 
@@ -119,21 +157,30 @@ def merge_into(
     settings: MergeSettings,
     *,
     model: str | None,
-    who: str | None,
-    reason: str,
+    provenance: Provenance,
 ) -> None:
     """What ``wise merge --into`` does."""
     from wisecli.commands.merge_into import merge_into as run
-    from wisecli.memory.history import Provenance
 
     with console.watching() as watch:
-        published = run(shards, memory, settings, model=model, provenance=Provenance(who, reason), watch=watch)
+        published = run(shards, memory, settings, model=model, provenance=provenance, watch=watch)
     Told(console).joined(str(memory), published)
 
 
 def tell_merge(console: Console, report: MergeReport) -> None:
     """Print what ``wise merge`` did."""
-    names = ("mode", "method", "shards", "edits", "router", "routing", "seconds", "peak_rss_bytes", "planned")
+    names = (
+        "mode",
+        "method",
+        "shards",
+        "edits",
+        "router",
+        "routing",
+        "seconds",
+        "peak_rss_bytes",
+        "planned",
+        "up_to_date",
+    )
     results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
     results["thresholds"] = [calibration.threshold for calibration in report.calibrations]
     results["misses"] = [calibration.misses for calibration in report.calibrations]
@@ -143,7 +190,8 @@ def tell_merge(console: Console, report: MergeReport) -> None:
     if report.planned:
         console.result({"results": results}, would_write(what, report))
         return
-    lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s)"]
+    done = ": up to date, nothing was written" if report.up_to_date else ""
+    lines = [f"{what} → {report.output}/{done} ({report.seconds:.1f} s)"]
     for number, one in enumerate(report.calibrations):
         lines.append(
             f"memory {number}: router {report.router}, threshold {one.threshold:.4g}; "

@@ -15,6 +15,8 @@ from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
     from wisecli.edits.admission import Admission
+    from wisecli.edits.signatures import Signed, SigningKey
+    from wisecli.memory.history import Provenance
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
@@ -105,6 +107,14 @@ Identity = Annotated[
     str | None,
     option("Which allowed signer must have signed.", "--signer-identity", panel=INPUT, metavar="NAME"),
 ]
+Sign = Annotated[
+    Path | None,
+    option("Sign the release with this key of minisign or ssh-keygen.", "--sign", panel=INTO, metavar="KEY"),
+]
+SealSignature = Annotated[
+    Path | None,
+    option("SHA256SUMS' signature: minisign or ssh-keygen -Y.", "--verify-signature", panel=INPUT, metavar="FILE"),
+]
 Trust = Annotated[bool, flag("Let the base model's own code run.", "--trust-remote-code", panel=WHERE)]
 
 
@@ -123,17 +133,45 @@ def admission_of(
         SettingsError: the policy cannot be used, or of signature and signer one is missing.
     """
     from wisecli.edits.admission import Admission
-    from wisecli.edits.signatures import Signed
 
-    if (signature is None) != (signer is None) or (identity is not None and signature is None):
-        raise SettingsError("--verify-signature and --signer go together, and --signer-identity with both")
-    signed = Signed(signature, signer, identity) if signature is not None and signer is not None else None
+    signed = signed_by(signature, signer, identity)
     rules = None
     if policy is not None:
         from wisecli.edits.policy import read_policy
 
         rules = read_policy(policy)
     return Admission(on_conflict, rules, signed, skip_known, allow_special)
+
+
+def signed_by(signature: Path | None, signer: Path | None, identity: str | None) -> Signed | None:
+    """The signature that must hold, if one must.
+
+    Raises:
+        SettingsError: of signature and signer one is missing.
+    """
+    from wisecli.edits.signatures import Signed
+
+    if (signature is None) != (signer is None) or (identity is not None and signature is None):
+        raise SettingsError("--verify-signature and --signer go together, and --signer-identity with both")
+    return Signed(signature, signer, identity) if signature is not None and signer is not None else None
+
+
+def provenance_of(who: str | None, reason: str, key: SigningKey | None) -> Provenance:
+    """By whom a memory is changed, why, and what signs that."""
+    from wisecli.memory.history import Provenance
+
+    return Provenance(who, reason, key)
+
+
+def key_in(path: Path | None) -> SigningKey | None:
+    """The key that signs, if one is to.
+
+    Raises:
+        SettingsError: it cannot be used.
+    """
+    from wisecli.edits.signatures import SigningKey
+
+    return None if path is None else SigningKey(path)
 
 
 def load_options(

@@ -13,7 +13,7 @@ from wisecli.commands.rollback import find_release
 from wisecli.edits.record import Edit
 from wisecli.errors import MemoryHistoryError
 from wisecli.memory.history import has_history, read_history
-from wisecli.memory.releases import directories_of
+from wisecli.memory.releases import directories_of, newest_shards
 
 _NOT_COMPARED = ("shards",)
 
@@ -88,7 +88,8 @@ def _read(named: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
 def _of_release(memory: Path, wanted: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
     if not has_history(memory):
         raise MemoryHistoryError(memory)
-    release = find_release(memory, read_history(memory), wanted)
-    directories = directories_of(memory, release)
-    about = {**release.merge, "layer": directories[0].site.layer, "base": directories[0].fingerprint.matrix}
+    releases = read_history(memory)
+    release = find_release(memory, releases, wanted)
+    directories, some = directories_of(memory, release), newest_shards(memory, releases[: release.number])
+    about = {**release.merge, "layer": some.site.layer, "base": some.fingerprint.matrix}
     return [edit for directory in directories for edit in directory.written], about

@@ -18,6 +18,7 @@ from wisecli.commands.outputs import shards_output
 from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.executors import executor_for
+from wisecli.editing.finished import finished_shards
 from wisecli.editing.resource_estimate import Plan, plan_edit
 from wisecli.editing.staging import Unfinished
 from wisecli.editing.worker import Job, Worker, differences
@@ -44,7 +45,7 @@ class EditReport:
     ``plan`` is what the run would take, if it was only planned.
     ``differing`` names the shards that are not those of the manifest that was to be reproduced, if one was.
     ``sifted`` is what was left out before training; if that was all, there are no edits and nothing was written.
-    ``peak_vram_bytes`` is nought where no GPU took part.
+    ``peak_vram_bytes`` is nought where no GPU took part. ``up_to_date`` says that the shards were there already.
     """
 
     output: Path
@@ -61,6 +62,7 @@ class EditReport:
     differing: tuple[str, ...] | None = None
     sifted: Sifted = field(default_factory=Sifted)
     peak_vram_bytes: int = field(default_factory=peak_vram_bytes)
+    up_to_date: bool = False
 
     @property
     def planned(self) -> bool:
@@ -97,7 +99,8 @@ def edit(
 ) -> EditReport:
     """Write each shard of edits into a delta of the model's value matrix.
 
-    A run that was broken off goes on where it was when it is asked for again in the same way.
+    A run that was broken off goes on where it was when it is asked for again in the same way; one that was finished
+    has nothing to do.
 
     Args:
         model: a directory, a hub id or a GGUF file.
@@ -115,6 +118,8 @@ def edit(
     job = Job(model=model, settings=settings, edits=admitted.edits, load=load, target_module=target_module)
     worker = Worker(job, watch)
     worker.reader.require(sheet.name, admitted.numbered, settings, allow_special=admission.allow_special)
+    if report := _up_to_date(worker, output, options, skip_known=admission.skip_known):
+        return replace(report, seconds=time.perf_counter() - started, sifted=admitted.sifted)
     if admission.skip_known and not options.dry_run:
         if options.only == (1, 1):  # with more parts than shards some have nothing to do, even when all is done
             _output(job, output, options, edits_file).require()
@@ -151,13 +156,13 @@ def run(
 def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) -> EditReport:
     """Do the job of a worker; everything else as in :func:`edit`."""
     started = time.perf_counter()
-    job, force = worker.job, options.force
+    job = worker.job
     parts, (part, of) = job.parts, options.only
     mine = range((part - 1) * len(parts) // of, part * len(parts) // of)
     unfinished = Unfinished(output, len(parts))
+    if report := _up_to_date(worker, output, options):
+        return replace(report, seconds=time.perf_counter() - started)
     if mine:  # with more parts than shards some have nothing to do, even when all is done
-        if not force and not options.dry_run:
-            unfinished.sweep()
         _output(job, output, options).require()
     settings, checkpoint, count = job.settings, worker.checkpoint, len(job.edits)
     site = find_site(checkpoint.directory, checkpoint, settings.layer, worker.layout)
@@ -191,6 +196,30 @@ def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) 
     left_out = () if finished is None else finished.left_out
     figures = (seconds, peak_rss_bytes(), _untaken(entries), left_out, missing)
     return EditReport(output, count, len(parts), begun.site.layer, begun.site.module, *figures)
+
+
+def _up_to_date(worker: Worker, output: Path, options: RunOptions, *, skip_known: bool = False) -> EditReport | None:
+    """What there is to say of shards that are there already, if they are what is asked for.
+
+    Raises:
+        OutputExistsError: they are others, or damaged.
+        GateFailedError: an edit did not take then, and all should.
+    """
+    if options.force:
+        return None
+    try:
+        found = finished_shards(worker, output, skip_known=skip_known)
+    finally:
+        if not options.dry_run:
+            Unfinished(output, len(worker.job.parts)).sweep()
+    if found is None:
+        return None
+    missed = (*_untaken(found.shards), *found.left_out)
+    if options.strict and missed:
+        raise GateFailedError(f"{len(missed)} of {len(found.edits)} edits did not take: {', '.join(missed)}")
+    site = found.site
+    figures = (0.0, peak_rss_bytes(), _untaken(found.shards), found.left_out)
+    return EditReport(output, len(found.edits), len(found.shards), site.layer, site.module, *figures, up_to_date=True)
 
 
 def _write(

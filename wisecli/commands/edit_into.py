@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,18 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.memory_manifest import read_manifest
+from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.edit import EditReport, carry_out
 from wisecli.commands.remove import without_edits
 from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions, resolve
+from wisecli.editing.staging import Unfinished
 from wisecli.editing.worker import Job, Worker
 from wisecli.edits.admission import USUAL, Admission, Admitted, Sheet, Sifted
 from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
+from wisecli.io.atomic_output import discard
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.memory.history import Change, Provenance, Release, changing, has_history, read_history
-from wisecli.memory.releases import directories_of, merging_of, name_after, publish
+from wisecli.io.digest import sha256_file
+from wisecli.memory.history import (
+    Change,
+    Provenance,
+    Release,
+    changing,
+    has_history,
+    read_history,
+    require_whole,
+    shard_path,
+)
+from wisecli.memory.releases import merging_of, name_after, newest_shards, publish
 from wisecli.memory.superseding import superseding
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.resolve import find_model
@@ -100,10 +112,14 @@ def edit_into(
         WiseError: any of the input, the model or the disk cannot be used; the memory is as it was.
     """
     started = time.perf_counter()
+    pending = memory.absolute().parent / f".{memory.name}.shards"
     with changing(memory):
         releases = read_history(memory) if has_history(memory) else []
         if not releases and memory.exists() and any(memory.iterdir()):
             raise MemoryHistoryError(memory)
+        if releases:
+            require_whole(memory, releases)
+        _tidy(memory, pending, releases)
         held = read_manifest(memory).edits if releases else ()
         already = set(held)
         known = tuple(edit.id for _, edit in batch.numbered if edit in already)
@@ -121,7 +137,6 @@ def edit_into(
         if worker is None or not admitted.numbered:
             seconds, newest = time.perf_counter() - started, releases[-1] if releases else None
             return IntoReport(memory, newest, len(held), known, None, seconds, admitted.sifted)
-        pending = memory.absolute().parent / f".{memory.name}.shards"
         edited = _written(worker, pending, options)
         giving_way = _giving_way(held, admitted)
         with without_edits(memory, releases, giving_way, model, load, watch) as left:
@@ -130,15 +145,25 @@ def edit_into(
                 "edit",
                 {**left.shards, name: ()},
                 added=tuple(edit.id for edit in read_shard_directory(pending).written),
-                superseded=giving_way,
+                replaced=giving_way,
                 edits_file=batch.origin,
                 provenance=provenance,
             )
             new = {**left.new, name: pending}
             published = publish(memory, change, merging_of(releases), new=new, model=model, watch=watch)
-        shutil.rmtree(pending)
+        discard(pending, memory)
     seconds = time.perf_counter() - started
-    return IntoReport(memory, published.release, len(published.manifest.edits), known, edited, seconds, admitted.sifted)
+    return IntoReport(memory, published.release, published.held, known, edited, seconds, admitted.sifted)
+
+
+def _tidy(memory: Path, pending: Path, releases: Sequence[Release]) -> None:
+    """Take away shards of a run that was killed when its release was in place already."""
+    if not pending.is_dir():
+        return
+    manifest = pending / SHARDS_MANIFEST
+    taken = {sha256_file(shard_path(memory, name) / SHARDS_MANIFEST) for one in releases[-1:] for name in one.shards}
+    if not manifest.is_file() or sha256_file(manifest) in taken:
+        discard(pending, memory)
 
 
 def _giving_way(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
@@ -155,6 +180,7 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
         done = read_shard_directory(pending)
     except DamagedFileError:
         return carry_out(worker, pending, replace(options, only=(1, 1), force=True, dry_run=False))
+    Unfinished(pending, len(done.shards)).sweep()
     if done.edits != worker.job.edits:
         raise ChangedInputError(pending, ["the edits are others"])
     untaken = tuple(name for entry in done.shards for name in entry.untaken)
@@ -175,7 +201,7 @@ def _settings(
     """
     if not releases:
         return resolve(EditSettings, flags, section="edit", file=config)
-    newest = directories_of(memory, releases[-1])[-1]
+    newest = newest_shards(memory, releases)
     directory = find_model(model, revision=newest.revision)
     require_base(directory, Checkpoint(directory), newest.site, newest.fingerprint)
     given = {name: value for name, value in flags.items() if value is not None}

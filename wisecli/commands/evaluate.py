@@ -17,7 +17,7 @@ from wisecli.edits.record import Edit, read_edits
 from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.evaluation.metrics import Measuring, Question
+from wisecli.evaluation.metrics import Measuring, Question, is_figure
 from wisecli.evaluation.teacher_forcing import Measured, generated, teacher_forced
 from wisecli.models.chat import chat_prompt
 from wisecli.models.tokenization import Row, row_of
@@ -55,22 +55,32 @@ class EvalReport:
             "peak_rss_bytes": self.peak_rss_bytes,
         }
 
-    def check(self, thresholds: Mapping[str, float]) -> None:
-        """Raise if a figure misses its threshold (for perplexities, lies above it).
+    def check(self, thresholds: Mapping[str, float], *, if_measured: bool = False) -> tuple[str, ...]:
+        """Raise if a figure misses its threshold.
+
+        Args:
+            if_measured: pass over figures that these records do not measure, as long as there is another.
+
+        Returns:
+            The figures that were passed over.
 
         Raises:
             GateFailedError: naming every figure that does.
-            SettingsError: a threshold names a figure that was not measured.
+            SettingsError: a threshold names a figure that was not measured, or is none.
         """
+        missing = tuple(name for name in thresholds if name not in self.after)
+        wrong = [name for name in missing if not (if_measured and is_figure(name))]
+        if wrong or (missing and len(missing) == len(thresholds)):
+            name = (wrong or missing)[0]
+            raise SettingsError(f"--fail-under {name}: not measured here; measured are {', '.join(self.after)}")
         failed = []
         for name, threshold in thresholds.items():
-            if name not in self.after:
-                raise SettingsError(f"--fail-under {name}: not measured here; measured are {', '.join(self.after)}")
-            value = self.after[name]
+            value = self.after.get(name, threshold)
             if value > threshold if name in LOWER_IS_BETTER else value < threshold:
                 failed.append(f"{name} is {value:.3f}, not {threshold:g}")
         if failed:
             raise GateFailedError("gate failed: " + "; ".join(failed))
+        return missing
 
 
 def evaluate(
@@ -99,6 +109,8 @@ def evaluate(
     name, records = _dataset(settings.dataset, data)
     edited = attach(memory, model=model, load=load)
     manifest = edited.manifest
+    if records is None and not manifest.edits:
+        raise SettingsError(f"{memory} holds no edit to be measured by; give a --dataset, or records by --data")
     records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
     numbers = memory_numbers(manifest)
     subject = _Memory(edited, settings, watch, _holders(records, numbers) if oracle else None)

@@ -17,8 +17,8 @@ from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate
-from wisecli.models.tokenization import Row, collate
-from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.models.tokenization import Batch, Row, collate
+from wisecli.routing.prompt_gate import UNROUTED, Prompt
 from wisecli.routing.side_memory import RoutedMatrix
 
 
@@ -96,10 +96,13 @@ def explain(
     tokens = _answer(edited, asked, max_new_tokens)
     with edited.unedited():
         before = _answer(edited, asked, max_new_tokens)
-    named = edited.routed.named_in(torch.tensor([read], device=edited.model.device))
-    found, end = _tokens(edited, read, tokens, named)
-    ranked = _ranked(edited.routed, end)[:nearest]
-    near = tuple(_near(edited, asked, end, place, max_new_tokens, named) for place in ranked)
+    # What stands in for no answer is cut off.
+    batch = collate([Row(tuple(read), tuple(tokens or read[:1]))]).to(edited.model.device)
+    known = edited.prompts(batch)
+    found, end = _tokens(edited, batch, tokens, known)
+    strengths = _strengths(edited.routed, end, known)
+    ranked: list[int] = strengths.argsort(descending=True)[:nearest].tolist()
+    near = tuple(_near(edited, asked, float(strengths[at]), at, max_new_tokens, known.named) for at in ranked)
     split = len(found) - len(tokens)
     report = ExplainReport(prompt, _text(edited, tokens), _text(edited, before), found[:split], found[split:], near)
     if plot is not None:
@@ -117,21 +120,19 @@ def _text(edited: EditedModel, tokens: list[int]) -> str:
 
 
 @torch.no_grad()
-def _tokens(
-    edited: EditedModel, prompt: list[int], answer: list[int], named: Tensor | None
-) -> tuple[tuple[Token, ...], Tensor]:
+def _tokens(edited: EditedModel, batch: Batch, answer: list[int], known: Prompt) -> tuple[tuple[Token, ...], Tensor]:
     """Every token with what decided it, and the key (d_ff,) that the prompt ends in.
 
     A token of the answer is decided where the one before it is read; one of the prompt where it is read itself.
 
     Args:
-        named: the edits whose subjects the prompt names (1, M), if that has a say.
+        known: what is known of the prompt.
     """
-    # The edited model runs, so that every score is the one it decided by; what stands in for no answer is cut off.
-    batch = collate([Row(tuple(prompt), tuple(answer or prompt[:1]))]).to(edited.model.device)
+    end = batch.start
+    prompt = batch.ids[0, : end + 1].tolist()
+    # The edited model runs, so that every score is the one it decided by.
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, : len(prompt) + max(len(answer) - 1, 0)]
-    end = len(prompt) - 1
-    decided = edited.decisions(keys, end, named)
+    decided = edited.decisions(keys, end, known)
     memories = edited.routed.memory_at(decided.nearest)
     shown = [*range(len(prompt)), *range(end, end + len(answer))]
     texts = [str(edited.tokenizer.decode([token])) for token in [*prompt, *answer]]
@@ -142,15 +143,13 @@ def _tokens(
     return tuple(found), keys[end]
 
 
-def _ranked(routed: RoutedMatrix, end: Tensor) -> list[int]:
-    """Memories, the strongest at a key (d_ff,) first."""
-    limits = torch.tensor(routed.thresholds, device=end.device)
-    order: list[int] = (routed.scores(end).float() / limits).argsort(descending=True).tolist()
-    return order
+def _strengths(routed: RoutedMatrix, end: Tensor, known: Prompt) -> Tensor:
+    """How strongly the key that a prompt ends in (d_ff,) calls each memory, as a multiple of its threshold (M,)."""
+    scores = routed.scores(end) if known.sure is None else known.sure[0]
+    return scores.float() / torch.tensor(routed.thresholds, device=end.device)
 
 
-def _near(edited: EditedModel, asked: str, end: Tensor, memory: int, length: int, named: Tensor | None) -> Near:
-    strength = float(edited.routed.scores(end)[memory]) / edited.routed.thresholds[memory]
+def _near(edited: EditedModel, asked: str, strength: float, memory: int, length: int, named: Tensor | None) -> Near:
     with edited.routed.called_with(forced=memory):
         answer = _text(edited, _answer(edited, asked, length))
     edit = _edit(edited, memory)
@@ -158,7 +157,7 @@ def _near(edited: EditedModel, asked: str, end: Tensor, memory: int, length: int
         return Near(f"memory {memory}", None, None, strength, answer)
     found = None
     if named is not None and bool(edited.routed.asks[edited.routed.owner == memory].any()):
-        found = bool(named[0, memory])
+        found = bool(named[0, 0, memory])
     return Near(edit.id, edit.prompt, edit.target, strength, answer, found)
 
 

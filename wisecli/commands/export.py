@@ -5,23 +5,27 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from wisecli.artifacts.locate import find_base
-from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.artifacts.memory_manifest import Manifest, read_manifest
+from wisecli.artifacts.seal import require_sealed, require_signature
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
 from wisecli.data.corpus import unrelated_texts
+from wisecli.edits.signatures import Signed, SigningKey
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
-from wisecli.export.checkpoint import dense, write_delta, write_merged, write_routed
+from wisecli.export.checkpoint import dense, seal_export, write_delta, write_merged, write_routed
+from wisecli.export.finished import export_record, finished_export, require_no_memory
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
 from wisecli.export.weights import Packing
-from wisecli.io.atomic_output import require_space, whole_directory
+from wisecli.io.atomic_output import require_space, tidy, whole_directory
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.replacing import Output
+from wisecli.memory.history import has_history, read_history, require_whole
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.loading import is_exported, load_model, pick_dtype
 from wisecli.models.tokenization import collate, encode, in_batches
@@ -49,13 +53,15 @@ class Publication:
     """What goes with the weights, and where to.
 
     ``card`` says whether a model card is written, with the figures of ``metrics``, a report of ``wise eval --json``.
-    ``push_to`` is the repository on the hub that the directory is sent to, made ``private`` if it is new.
+    ``push_to`` is the repository on the hub that the directory is sent to, made ``private`` if it is new. ``key`` signs
+    the digests of all files.
     """
 
     card: bool = True
     metrics: Path | None = None
     push_to: str | None = None
     private: bool = False
+    key: SigningKey | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class ExportReport:
 
     ``locality`` is measured for merged checkpoints: the share of unrelated tokens after which the next token's arg-max
     stays the base model's; ``tokens`` is how many were looked at. Routed checkpoints cost what ``wise eval`` says.
-    ``pushed`` is where on the hub it went.
+    ``pushed`` is where on the hub it went. ``up_to_date`` says that the export was there already.
     """
 
     output: Path
@@ -77,6 +83,7 @@ class ExportReport:
     tokens: int = 0
     pushed: str | None = None
     planned: bool = False
+    up_to_date: bool = False
 
 
 def export(
@@ -88,31 +95,47 @@ def export(
     load: LoadOptions = LoadOptions(),
     weights: WeightFiles = WeightFiles(),
     publication: Publication = Publication(),
+    signed: Signed | None = None,
     force: bool = False,
     dry_run: bool = False,
     watch: Watcher = ignore,
 ) -> ExportReport:
     """Write an edited checkpoint.
 
+    Of the one that is there already, of the same memory and base by the same settings, nothing is written anew.
+
     Args:
         memory: a memory, or what ``delta`` wrote.
         form: ``routed`` keeps the router (custom code in the checkpoint); ``merged`` always applies the memory (stock
             architecture, and unrelated text changes); ``delta`` is the memory alone.
         load: how the base model is loaded where its answers are compared, before and after merging.
+        signed: the signature that the memory must have.
 
     Raises:
+        SignatureError: the memory was not signed as it must be.
         WiseError: the memory, the base model or the disk cannot be used (nothing is left behind), or the hub cannot be
             reached (what was written stays).
     """
     started = time.perf_counter()
-    checkpoint_output(output, memory, model, publication.metrics, force=force).require()
+    place = checkpoint_output(output, memory, model, publication.metrics, force=force)
+    place.require_unless_kept()
+    there = place.is_kept
+    if not there:
+        require_no_memory(output)
     packing = _packing(weights)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
+    _require_whole(memory, signed)
     base, manifest = find_base(memory, model)
-    Output(output, (), (base,)).require_apart()
+    if not there:
+        Output(output, (), (base,)).require_apart()
     if is_exported(base):
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
     checkpoint = Checkpoint(base)
+    record = _record(memory, checkpoint, form, weights, publication, figures)
+    if there and not dry_run:
+        tidy(output)
+    if there and (found := finished_export(output, record, signed=publication.key is not None)):
+        return _up_to_date(output, form, manifest, found, publication, dry_run=dry_run, started=started, watch=watch)
     side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
     size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
     require_space(output, side + (0 if weights.link else size))
@@ -134,10 +157,58 @@ def export(
         if publication.card:
             text = model_card(manifest, form, base=base, figures=figures, note=note)
             (working / CARD_NAME).write_text(text, encoding="utf-8")
+        seal_export(working, {**record, "locality": locality, "tokens": tokens}, publication.key)
         written = sum(path.stat().st_size for path in working.iterdir())
     pushed = _push(output, publication.push_to, private=publication.private, watch=watch)
     seconds = time.perf_counter() - started
     return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), locality, tokens, pushed)
+
+
+def _require_whole(memory: Path, signed: Signed | None) -> None:
+    """Check that no file of a memory, nor of its history, was altered, and that it was signed, if it must have been."""
+    require_signature(memory, signed)
+    if has_history(memory):
+        require_whole(memory, read_history(memory))
+    else:
+        require_sealed(memory, expected=read_manifest(memory).sealed)
+
+
+def _record(
+    memory: Path,
+    checkpoint: Checkpoint,
+    form: Format,
+    weights: WeightFiles,
+    publication: Publication,
+    figures: object,
+) -> dict[str, Any]:
+    settings = {
+        "format": form,
+        "link": weights.link,
+        "dtype": weights.dtype,
+        "max_shard_size": weights.file_bytes,
+        "model_card": publication.card,
+    }
+    return export_record(memory, checkpoint, settings, figures if publication.card else None)
+
+
+def _up_to_date(
+    output: Path,
+    form: Format,
+    manifest: Manifest,
+    record: dict[str, Any],
+    publication: Publication,
+    *,
+    dry_run: bool,
+    started: float,
+    watch: Watcher,
+) -> ExportReport:
+    """What there is to say of an export that is there already, once it is where it is to be sent to."""
+    to = None if dry_run else publication.push_to
+    pushed = _push(output, to, private=publication.private, watch=watch)
+    written, seconds = sum(path.stat().st_size for path in output.iterdir()), time.perf_counter() - started
+    measured = record["locality"], record["tokens"]
+    edits = len(manifest.edits)
+    return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), *measured, pushed, up_to_date=True)
 
 
 def _packing(weights: WeightFiles) -> Packing:

@@ -82,7 +82,7 @@ def _explain(edited: EditedModel, prompt: str, answer: Sequence[int]) -> tuple[S
     # The edited model runs, so that every score is the one it decided by.
     keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
     routed = edited.routed
-    decided = edited.decisions(keys, 0, routed.named_in(batch.ids[:, : batch.start + 1]))
+    decided = edited.decisions(keys, 0, edited.prompts(batch))
     steps = []
     for place, token in enumerate(answer):
         best, memory = (int(routed.memory_at(one[place])) for one in (decided.nearest, decided.chosen))

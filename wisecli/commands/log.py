@@ -7,42 +7,51 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wisecli.artifacts.memory_manifest import read_manifest
+from wisecli.artifacts.seal import require_signature
 from wisecli.edits.record import Edit
-from wisecli.memory.history import Release, read_history, require_newest
+from wisecli.edits.signatures import Signed
+from wisecli.memory.history import Release, is_bound, read_history, require_whole
 from wisecli.memory.releases import directories_of
 
 
 @dataclass(frozen=True)
 class LogReport:
-    """Releases, the oldest first, and the edits that the newest of all holds, with the release that each came with."""
+    """Releases, the oldest first, and the edits that the newest of all holds, with the release that each came with.
+
+    ``bound`` says whether all files are under digests, which older versions did not take.
+    """
 
     memory: Path
     releases: tuple[Release, ...]
     edits: tuple[tuple[Edit, int], ...]
+    bound: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """The one object that ``--json`` prints."""
         edits = [{**edit.as_dict(), "release": number} for edit, number in self.edits]
-        return {"results": {"memory": str(self.memory), "releases": list(map(asdict, self.releases)), "edits": edits}}
+        results = {"memory": str(self.memory), "releases": list(map(asdict, self.releases)), "edits": edits}
+        return {"results": {**results, "bound": self.bound}}
 
 
-def log(memory: Path, *, edit: str | None = None) -> LogReport:
-    """Read a memory's history, checking that no line of it was altered and that the memory is what came of it.
+def log(memory: Path, *, edit: str | None = None, signed: Signed | None = None) -> LogReport:
+    """Read a memory's history, checking that no byte of it was altered and that the memory is what came of it.
 
     Args:
         edit: id of an edit; only releases that touched it are listed, and only it.
+        signed: the signature that the newest release must have.
 
     Raises:
         MemoryHistoryError: the memory has no history.
         DamagedFileError: the log or the memory was altered.
+        SignatureError: the newest release was not signed as it must be.
     """
+    require_signature(memory, signed)
     releases = read_history(memory)
-    require_newest(memory, releases, read_manifest(memory).memory.file)
+    require_whole(memory, releases)
     came = {name: release.number for release in releases for name in release.added}
     held = [one for directory in directories_of(memory, releases[-1]) for one in directory.written]
     edits = tuple((one, came.get(one.id, 0)) for one in held if edit in (None, one.id))
-    return LogReport(memory, tuple(_of(releases, edit)), edits)
+    return LogReport(memory, tuple(_of(releases, edit)), edits, is_bound(releases))
 
 
 def _of(releases: Sequence[Release], edit: str | None) -> Sequence[Release]:

@@ -9,12 +9,17 @@ from pathlib import Path
 from types import MappingProxyType
 
 from wisecli.artifacts.memory_manifest import write_memory
+from wisecli.artifacts.seal import write_seal
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.outputs import memory_output
 from wisecli.config import MergeSettings
 from wisecli.environment import peak_rss_bytes
-from wisecli.io.atomic_output import require_space, whole_directory
+from wisecli.errors import ProtectedOutputError
+from wisecli.io.atomic_output import require_space, tidy, whole_directory
+from wisecli.memory.finished import finished_memory
+from wisecli.memory.history import Provenance, changing, is_merged
 from wisecli.memory.merger import Merger
+from wisecli.memory.releases import publish_first
 from wisecli.memory.removal import without as drop
 from wisecli.progress import Watcher, ignore
 from wisecli.routing.calibration import Calibration
@@ -22,7 +27,7 @@ from wisecli.routing.calibration import Calibration
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``wise merge`` did, or with ``planned`` would do."""
+    """What ``wise merge`` did, or with ``planned`` would do; ``up_to_date`` says that the memory was there already."""
 
     output: Path
     mode: str
@@ -35,6 +40,7 @@ class MergeReport:
     seconds: float
     peak_rss_bytes: int
     planned: bool = False
+    up_to_date: bool = False
 
 
 def merge(
@@ -44,26 +50,33 @@ def merge(
     *,
     without: Mapping[Path, Collection[str]] = MappingProxyType({}),
     model: str | None = None,
+    history: bool = True,
+    provenance: Provenance = Provenance(),
     force: bool = False,
     dry_run: bool = False,
     watch: Watcher = ignore,
 ) -> MergeReport:
     """Join shards into a memory. Reads the shard files and the one base matrix, never the model.
 
+    Of the memory that is there already, made of the same shards by the same settings, nothing is written anew.
+
     Args:
         inputs: directories that ``wise edit`` wrote, of the same matrix of the same model.
         without: ids of edits that count as never written, by the directory they are in.
         model: where the base model is now, if not where the shards say.
+        history: whether the memory keeps the shards, so that it can be changed and looked back on.
 
     Raises:
         WiseError: the shards, the base or the disk cannot be used; nothing is left behind.
     """
     started = time.perf_counter()
-    memory_output(output, inputs, force=force).require()
+    place = memory_output(output, inputs, force=force)
+    _require_merged(output)
+    place.require_unless_kept()
+    there = place.is_kept
     read = [drop(read_shard_directory(path), without.get(path, ())) for path in inputs]
     merger = Merger(read, settings, model=model)
     settings, site, count = merger.settings, merger.site, merger.count
-    require_space(output, 4 * (count if settings.mode == "retrieve" else 1) * site.d * site.d_ff)
     names = (
         settings.mode or "",
         merger.method,
@@ -72,10 +85,33 @@ def merge(
         settings.router or "",
         settings.routing or "",
     )
+    if there and not dry_run:
+        tidy(output)
+    if there and (found := finished_memory(merger, output, history=history, signed=provenance.key is not None)):
+        seconds = time.perf_counter() - started
+        return MergeReport(output, *names, found.memories, seconds, peak_rss_bytes(), up_to_date=True)
+    require_space(output, 4 * (count if settings.mode == "retrieve" else 1) * site.d * site.d_ff)
     if dry_run:
         peak = 4 * (2 * count + 2) * site.d * site.d_ff
         return MergeReport(output, *names, (), time.perf_counter() - started, peak, planned=True)
     manifest = merger.merge(watch)
-    with whole_directory(output, force=force) as working:
-        write_memory(working, manifest)
+    with changing(output):
+        _require_merged(output)
+        place.require()
+        if history:
+            publish_first(output, manifest, read, provenance)
+        else:
+            with whole_directory(output, force=force) as working:
+                write_memory(working, manifest, sealed=True)
+                write_seal(working, provenance.key)
     return MergeReport(output, *names, manifest.calibrations, time.perf_counter() - started, peak_rss_bytes())
+
+
+def _require_merged(output: Path) -> None:
+    """Check that no history would be lost that a merge could not write again.
+
+    Raises:
+        ProtectedOutputError: it would.
+    """
+    if not is_merged(output):
+        raise ProtectedOutputError(output, "has a history (`wise merge --into` goes on with it)")

@@ -7,11 +7,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from wisecli.artifacts.memory_manifest import read_manifest
-from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.artifacts.shard_manifest import MANIFEST_NAME, read_shard_directory
 from wisecli.commands.remove import without_edits
 from wisecli.config import LoadOptions, MergeSettings
 from wisecli.errors import MemoryHistoryError
-from wisecli.memory.history import Change, Provenance, changing, has_history, read_history
+from wisecli.io.digest import sha256_file
+from wisecli.memory.history import (
+    Change,
+    Provenance,
+    Release,
+    changing,
+    has_history,
+    read_history,
+    require_whole,
+    shard_path,
+)
 from wisecli.memory.releases import Published, merging_of, name_after, publish
 from wisecli.memory.superseding import superseding
 from wisecli.progress import Watcher, ignore
@@ -28,7 +38,8 @@ def merge_into(
 ) -> Published:
     """Take shards that were written elsewhere into a memory's history, and join all that it holds by these settings.
 
-    What is not set is as it was. Without inputs the memory is merged anew.
+    What is not set is as it was. Without inputs the memory is merged anew; if it is made of all inputs already, nothing
+    is done.
 
     Raises:
         WiseError: the shards or the memory cannot be used; the memory is as it was.
@@ -37,17 +48,28 @@ def merge_into(
         releases = read_history(memory) if has_history(memory) else []
         if not releases and (not inputs or (memory.exists() and any(memory.iterdir()))):
             raise MemoryHistoryError(memory)
+        if releases:
+            require_whole(memory, releases)
+        merging = _overridden(merging_of(releases), settings) if releases else settings
         edits = [edit for path in inputs for edit in read_shard_directory(path).written]
+        if releases and inputs and merging == merging_of(releases) and _holds(memory, releases[-1], inputs):
+            return Published(releases[-1], len(read_manifest(memory).edits), up_to_date=True)
         superseded = superseding(read_manifest(memory).edits if releases else (), edits)
         added = tuple(edit.id for edit in edits)
-        merging = _overridden(merging_of(releases), settings) if releases else settings
         with without_edits(memory, releases, superseded, model, LoadOptions(), watch) as left:
             new = dict(left.new)
             for path in inputs:
                 new[name_after(memory, new)] = path
             shards = {**left.shards, **dict.fromkeys(new, ())}
-            change = Change("merge", shards, added=added, superseded=superseded, provenance=provenance)
+            change = Change("merge", shards, added=added, replaced=superseded, provenance=provenance)
             return publish(memory, change, merging, new=new, model=model, watch=watch)
+
+
+def _holds(memory: Path, release: Release, inputs: Sequence[Path]) -> bool:
+    """Whether a release is made of all of some shards already, with every edit of theirs."""
+    whole = [shard_path(memory, name) / MANIFEST_NAME for name, gone in release.shards.items() if not gone]
+    digests = set(map(sha256_file, whole))
+    return all(sha256_file(path / MANIFEST_NAME) in digests for path in inputs)
 
 
 def _overridden(before: MergeSettings, wanted: MergeSettings) -> MergeSettings:

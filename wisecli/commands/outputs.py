@@ -1,4 +1,7 @@
-"""What each command may replace where it writes; asked before torch is imported, and once more before it is done."""
+"""What each command may replace where it writes; asked before torch is imported, and once more before it is done.
+
+What a former run left is not refused here where it is not to be replaced: it may be the very thing that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ def shards_output(output: Path, model: str | None, *inputs: Path, force: bool = 
 
 
 def memory_output(output: Path, shards: Sequence[Path], *, force: bool = False) -> Output:
-    """Where a memory goes: only a former one without a history is replaced there."""
-    return Output(output, (names.MEMORY,), shards, never=("config.json", names.HISTORY), force=force)
+    """Where a memory goes: only a former one is replaced there."""
+    return Output(output, (names.MEMORY,), shards, never=("config.json",), force=force)
 
 
 def checkpoint_output(

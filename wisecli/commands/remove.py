@@ -14,7 +14,16 @@ from wisecli.commands.edit import run
 from wisecli.config import EditSettings, LoadOptions, settings_from
 from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError
-from wisecli.memory.history import Change, Provenance, Release, changing, next_name, read_history
+from wisecli.memory.history import (
+    Change,
+    Provenance,
+    Release,
+    anew_prefix,
+    changing,
+    next_name,
+    read_history,
+    require_whole,
+)
 from wisecli.memory.merger import EXACT
 from wisecli.memory.releases import directories_of, publish, settings_of
 from wisecli.memory.removal import without
@@ -53,25 +62,26 @@ def remove(
     """Take edits out of a memory.
 
     What the closed form wrote is solved for anew from the keys and residuals of the other edits, without the model. Of
-    shards that were trained, the other edits are trained anew.
+    shards that were trained, the other edits are trained anew. Without its last edit a memory is empty, and the model
+    answers as its base does.
 
     Raises:
-        SettingsError: the memory does not hold an edit, or would hold none.
+        SettingsError: the memory does not hold an edit.
         WiseError: the memory or the model cannot be used; the memory is as it was.
     """
     started = time.perf_counter()
     with changing(memory):
-        newest = read_history(memory)[-1]
+        releases = read_history(memory)
+        require_whole(memory, releases)
+        newest = releases[-1]
         held = {edit.id for directory in directories_of(memory, newest) for edit in directory.written}
         if missing := [name for name in ids if name not in held]:
             raise SettingsError(f"{memory} holds no edit {missing[0]!r}; `wise inspect {memory}` lists what it holds")
-        if held <= set(ids):
-            raise SettingsError("no edit would be left; delete the memory instead")
         with cleared(memory, newest, ids, model=model, load=load, watch=watch) as left:
             change = Change("remove", left.shards, removed=tuple(ids), provenance=provenance)
             published = publish(memory, change, settings_of(newest), new=left.new, model=model, watch=watch)
     seconds = time.perf_counter() - started
-    return RemoveReport(memory, published.release, len(published.manifest.edits), left.rewritten, seconds)
+    return RemoveReport(memory, published.release, published.held, left.rewritten, seconds)
 
 
 @contextmanager
@@ -87,7 +97,7 @@ def cleared(
         name: (*release.shards[name], *_in(directory, {*ids, *anew.get(name, ())})) for name, directory in held.items()
     }
     first = int(next_name(memory))
-    with tempfile.TemporaryDirectory(dir=memory.absolute().parent, prefix=f".{memory.name}.") as working:
+    with tempfile.TemporaryDirectory(dir=memory.absolute().parent, prefix=anew_prefix(memory)) as working:
         new: dict[str, Path] = {}
         for name, others in anew.items():
             place = f"{first + len(new):04d}"

@@ -9,7 +9,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 
 from wisecli.errors import SettingsError
-from wisecli.memory.history import Change, Provenance, Release, changing, read_history
+from wisecli.memory.history import Change, Provenance, Release, changing, read_history, require_whole_history
 from wisecli.memory.releases import directories_of, publish, settings_of
 from wisecli.progress import NOTE, Event, Watcher, ignore
 
@@ -47,6 +47,7 @@ def rollback(
     started = time.perf_counter()
     with changing(memory):
         releases = read_history(memory)
+        require_whole_history(memory, releases)
         target = find_release(memory, releases, to)
         before, after = (_ids(memory, release) for release in (releases[-1], target))
         change = Change(
@@ -61,7 +62,7 @@ def rollback(
     if not same:
         watch(Event(NOTE, note="the tensors are not those of then to the byte: other versions made them"))
     seconds = time.perf_counter() - started
-    return RollbackReport(memory, target, published.release, len(published.manifest.edits), same, seconds)
+    return RollbackReport(memory, target, published.release, published.held, same, seconds)
 
 
 def find_release(memory: Path, releases: Sequence[Release], wanted: str) -> Release:

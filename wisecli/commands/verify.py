@@ -6,19 +6,23 @@ import json
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from wisecli.artifacts import memory_manifest, shard_manifest
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.artifacts.locate import Kind, kind_of
+from wisecli.artifacts.names import MERGED
+from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, check_seal, is_sealed, is_signed, read_seal, require_signature
 from wisecli.artifacts.shard import shard_rows, shard_sizes
 from wisecli.artifacts.tensor_schema import memory_rows, unrelated_rows
+from wisecli.edits.signatures import Signed
 from wisecli.errors import GateFailedError, ModelError, WiseError
-from wisecli.io.checkpoint import EXPORTED_KEY, read_json
+from wisecli.io.checkpoint import EXPORTED_KEY, INDEX_NAME, read_json
 from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.io.json_schema import shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout, read_header
+from wisecli.memory.history import HISTORY, LOG, has_history, read_history
 from wisecli.models.resolve import resolve_model
 from wisecli.models.site import Fingerprint, Site
 from wisecli.progress import Event, Watcher, ignore
@@ -33,7 +37,7 @@ class VerifyReport:
     """Everything that was checked of a directory, in order."""
 
     path: Path
-    kind: Kind
+    kind: Kind | Literal["merged"]
     checks: tuple[Check, ...]
 
     @property
@@ -58,22 +62,34 @@ class VerifyReport:
             raise GateFailedError(f"{self.path}: {len(wrong)} of {len(self.checks)} checks failed, of {files}")
 
 
-def verify(path: Path, *, model: str | None = None, watch: Watcher = ignore) -> VerifyReport:
-    """Check a directory of shards, a memory or a routed checkpoint against what its manifest says.
+def verify(
+    path: Path, *, model: str | None = None, signed: Signed | None = None, watch: Watcher = ignore
+) -> VerifyReport:
+    """Check a directory of shards, a memory with its history, or an exported checkpoint against what its manifest says.
 
     Args:
         model: where the base model is now, if not where the manifest says; nothing is downloaded.
+        signed: the signature that the list of its digests must have.
 
     Raises:
-        ModelError: the directory is none of the three, or ``model`` is no directory of a model.
+        SignatureError: it was not signed as it must be.
+        ModelError: the directory is none of these, or ``model`` is no directory of a model.
     """
-    kind = kind_of(path)
+    require_signature(path, signed)
+    kind: Kind | Literal["merged"] = "merged" if (path / MERGED).is_file() else kind_of(path)
     given = None if model is None else resolve_model(model, fetch=False)
-    checks = []
+    checks = list(_signature(path, signed))
     for check in _CHECKS[kind](path, given):
         checks.append(check)
         watch(Event("checking", len(checks)))
     return VerifyReport(path, kind, tuple(checks))
+
+
+def _signature(path: Path, signed: Signed | None) -> Iterator[Check]:
+    if signed is not None:
+        yield Check("signature", SEAL_NAME)
+    elif is_signed(path):
+        yield Check("signature", SEAL_NAME, "unchecked", found="say whose it must be with --verify-signature")
 
 
 def _manifest(path: Path, name: str, read: Callable[[Path], T]) -> Generator[Check, None, T | None]:
@@ -92,9 +108,10 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
     if directory is None:
         return
     sizes = shard_sizes(directory.site, len(directory.edits))
+    asked = ("prompts.states",) if directory.settings.get("router") == "meaning" else ()
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
-        yield from check_rows(path, entry.file, shard_rows(entry.mask_kind), sizes)
+        yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, asked), sizes)
         yield from _shard_metadata(path, entry)
     file = shard_manifest.UNRELATED_NAME
     yield from check_digest(path, file, directory.unrelated_sha256)
@@ -116,17 +133,51 @@ def _shard_metadata(path: Path, entry: shard_manifest.ShardEntry) -> Iterator[Ch
 
 def _memory(path: Path, model: Path | None) -> Iterator[Check]:
     manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
+    yield from check_seal(path, expected=manifest is None or manifest.sealed)
     if manifest is None:
         return
     yield from _memory_files(path, manifest)
+    if has_history(path):
+        yield from _history(path, manifest)
     base = manifest.base
     yield from _base(base.model, base.revision, manifest.site, base.fingerprint, model)
 
 
+def _history(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
+    """The log, and whether the memory is its newest release."""
+    name = f"{HISTORY}/{LOG}"
+    try:
+        releases = read_history(path)
+    except WiseError as error:
+        yield damaged(name, error)
+        return
+    yield Check(f"log of {len(releases)} releases", name)
+    newest = releases[-1]
+    sides = [(manifest.memory.file, newest.memory, manifest.sha256[manifest.memory.file])]
+    if newest.manifest:
+        sides += [(memory_manifest.MANIFEST_NAME, newest.manifest, sha256_file(path / memory_manifest.MANIFEST_NAME))]
+    for file, expected, found in sides:
+        same = expected == found
+        what = f"as in release {newest.number}"
+        yield Check(what, file) if same else Check(what, file, "differs", None, expected, found)
+
+
+def _sealed(path: Path) -> dict[str, str]:
+    """The digests that were checked already; none where there is no whole list of them."""
+    try:
+        return read_seal(path)
+    except WiseError:
+        return {}
+
+
 def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
     stored, site = manifest.memory, manifest.site
+    checked = _sealed(path)
     for file, digest in manifest.sha256.items():
-        yield from check_digest(path, file, digest)
+        if file not in checked:
+            yield from check_digest(path, file, digest)
+        elif checked[file] != digest:
+            yield Check(f"sha256 in {SEAL_NAME}", file, "differs", None, digest, checked[file])
     yield from check_layouts(path, stored.file, {stored.prefix + name: one for name, one in stored.layouts.items()})
     known = {"d": site.d, "d_ff": site.d_ff, "M": len(stored.thresholds)}
     yield from check_rows(
@@ -136,10 +187,12 @@ def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Itera
 
 def _exported(path: Path, model: Path | None) -> Iterator[Check]:
     manifest = yield from _manifest(path, memory_manifest.MANIFEST_NAME, memory_manifest.read_manifest)
+    yield from check_seal(path, expected=manifest is None or manifest.sealed)
     if manifest is None:
         return
     yield from _memory_files(path, manifest)
-    yield from _unlisted(path, manifest)
+    if not is_sealed(path):
+        yield from _unlisted(path, manifest)
     yield from check_index(path)
     try:
         config = read_json(path / _CONFIG_NAME)
@@ -151,6 +204,14 @@ def _exported(path: Path, model: Path | None) -> Iterator[Check]:
     yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False)
     if model is not None:
         yield from check_base(model, manifest.site, manifest.base.fingerprint)
+
+
+def _merged(path: Path, _model: Path | None) -> Iterator[Check]:
+    """A stock checkpoint, which no manifest describes further."""
+    content = yield from _manifest(path, MERGED, lambda place: read_json(place / MERGED))
+    yield from check_seal(path, expected=content is None or bool(content.get(SEALED_KEY)))
+    if (path / INDEX_NAME).is_file():
+        yield from check_index(path)
 
 
 def _unlisted(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
@@ -223,8 +284,9 @@ def _names(path: Path, file: str) -> dict[str, TensorLayout]:
         return {}
 
 
-_CHECKS: dict[Kind, Callable[[Path, Path | None], Iterator[Check]]] = {
+_CHECKS: dict[str, Callable[[Path, Path | None], Iterator[Check]]] = {
     "shards": _shards,
     "memory": _memory,
     "exported": _exported,
+    "merged": _merged,
 }

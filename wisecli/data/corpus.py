@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 import sys
+from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,43 @@ def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
     return facts
 
 
+@dataclass(frozen=True)
+class Relation:
+    """What may be asked about subjects of a ``kind``, in several ``wordings`` with a slot, all with the same answer."""
+
+    kind: str
+    wordings: tuple[str, ...]
+
+
+def relations() -> list[Relation]:
+    """All packaged relations."""
+    return [Relation(row["of"], (*row["asks"], *row["tells"])) for row in _packaged("relations.toml")["relation"]]
+
+
+def made_up_subjects(kind: str, count: int, chance: random.Random) -> list[str]:
+    """Names of one kind, no two the same; every second is like the one before, but for some of its words or digits."""
+    names: list[str] = _packaged("subjects.toml")[kind]
+    found: dict[str, None] = {}
+    while len(found) < count:
+        name = chance.choice(names)
+        found[name] = None
+        if len(found) < count:
+            found[_like(name, chance.choice(names), chance)] = None
+    return list(found)
+
+
+def _like(name: str, other: str, chance: random.Random) -> str:
+    """A name with other digits, or with a half of it taken from another, by words or else by letters."""
+    if any(letter.isdecimal() for letter in name):
+        return "".join(chance.choice("0123456789") if letter.isdecimal() else letter for letter in name)
+    gap = " " if min(len(name.split()), len(other.split())) > 1 else ""
+    first, second = (text.split() if gap else list(text) for text in (name, other))
+    if chance.random() < 0.5:
+        return gap.join([*first[: (len(first) + 1) // 2], *second[(len(second) + 1) // 2 :]])
+    return gap.join([*second[: len(second) // 2], *first[len(first) // 2 :]])
+
+
+@cache
 def _packaged(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files("wisecli").joinpath("data", name).read_text(encoding="utf-8"))
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wisecli.models.chat import chat_prompt
+from wisecli.models.forms import forms, usable_forms
 from wisecli.models.generation import generate
 
 if sys.version_info >= (3, 11):
@@ -17,8 +17,17 @@ else:
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Stands for the model's chat template where contexts are listed.
+# Stand for forms where contexts are listed: the model's chat template, and some that need none.
 CHAT = "<chat>"
+_FORMS = {
+    CHAT: "chat",
+    "<question>": "question",
+    "<instruction>": "instruction",
+    "<unmarked>": "no question mark",
+    "<paragraph>": "behind a paragraph",
+}
+# After these a target begins a line: it may be other tokens there than after a word.
+AT_LINE_START = (CHAT, "<instruction>")
 _OPENINGS = ("The", "In", "I", "We", "It", "When", "My", "There", "After", "People", "This", "You")
 
 
@@ -32,8 +41,14 @@ def context_prefixes(
 
 
 def in_context(tokenizer: PreTrainedTokenizerBase, context: str, prompt: str) -> str:
-    """A prompt behind a context's prefix, or for the context ``CHAT`` in the model's chat template."""
-    return chat_prompt(tokenizer, prompt) if context == CHAT else context + prompt
+    """A prompt behind a context's prefix, or in the form that the context stands for."""
+    return forms()[_FORMS[context]].asked(tokenizer, prompt) if context in _FORMS else context + prompt
+
+
+def form_contexts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The contexts that stand for forms, as far as the tokenizer can write them."""
+    usable = {form.name for form in usable_forms(tokenizer)}
+    return [context for context, name in _FORMS.items() if name in usable]
 
 
 def continuations(

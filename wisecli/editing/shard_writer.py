@@ -10,16 +10,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import Shard, draw_mask
+from wisecli.artifacts.shard import PromptStates, Shard, draw_mask
 from wisecli.artifacts.shard_manifest import ShardEntry
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
 from wisecli.editing.closed_form import Residuals, answered, fit_residuals, write_solved
+from wisecli.editing.context_prefixes import CHAT
+from wisecli.editing.early_states import prompt_states, reading_site
 from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.evidence import Residual, gather_evidence
 from wisecli.editing.gradient import write_batched, write_sequential
 from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
 from wisecli.editing.key_capture import keys_of_texts
+from wisecli.editing.meaning_learning import learn_heads
 from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
@@ -60,17 +63,22 @@ def unrelated_for(
 ) -> BackgroundStats:
     """What the model makes of unrelated text; of the texts given with the edits, half calibrate."""
     size, seed = settings.batch_size, settings.seed
+    identity = sha256_json([base.as_dict(), checkpoint.sample])
     found = measure_unrelated(
         loaded,
         site,
         load_matrix(checkpoint, site).to(loaded.device),
-        sha256_json([base.as_dict(), checkpoint.sample]),
+        identity,
         texts=settings.unrelated_texts,
         chat=settings.chat,
         batch_size=size,
         seed=seed,
         watch=watch,
     )
+    if settings.router == "meaning":
+        reads = reading_site(loaded, site)
+        heads = learn_heads(loaded, reads, identity, texts=settings.unrelated_texts, batch_size=size, watch=watch)
+        found = replace(found, heads=heads)
     given = [text for edit in edits for text in edit.irrelevant]
     if not given:
         return found
@@ -127,7 +135,7 @@ class ShardWriter:
         task = Task(self.loaded.model, self.site, mask.to(self.loaded.device), self.writer_keys, self.unit, settings)
         write = self._solve if settings.writer == "solve" else self._train
         mine = [self.edits[place] for place in parts[number]]
-        self.erasures = erasure_rows(self.loaded, mine, chat=settings.chat, batch_size=settings.batch_size)
+        self.erasures = erasure_rows(self.loaded, mine, chat=CHAT in self.contexts, batch_size=settings.batch_size)
         left_out: set[int] = set()
         while part := [place for place in parts[number] if place not in left_out]:
             try:
@@ -163,7 +171,7 @@ class ShardWriter:
             lambda keys, _answers, _positions: mask.update(mask.restrict(keys), values),
             self._hard_negatives(part),
         )
-        return Shard(mask, values, evidence), written.losses, None, shares
+        return Shard(mask, values, evidence, self._prompts(part, stage)), written.losses, None, shares
 
     def _blame(self, task: Task, batches: Sequence[TrainingExamples], stage: str) -> None:
         """Say why training came to nothing finite."""
@@ -187,8 +195,21 @@ class ShardWriter:
         tokens = self.unrelated.tokens.dense(columns)
         solved = write_solved(task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.watch))
         shares = answered(task, batches, residuals)
-        shard = Shard(mask, solved.values.cpu(), evidence)
+        shard = Shard(mask, solved.values.cpu(), evidence, self._prompts(part, stage))
         return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
+
+    def _prompts(self, part: Sequence[int], stage: str) -> PromptStates | None:
+        """What the reading layer makes of the edits' prompts, if by those it is known what is asked."""
+        if self.settings.router != "meaning":
+            return None
+        return prompt_states(
+            self.loaded,
+            reading_site(self.loaded, self.site),
+            [(place, self.edits[place]) for place in part],
+            batch_size=self.settings.batch_size,
+            watch=self.watch,
+            stage=f"{stage} prompts",
+        )
 
     def _hard_negatives(self, part: Sequence[int]) -> HardNegatives:
         """What is like the keys inside the edits' answers and not theirs; where prompts decide, those open nothing."""

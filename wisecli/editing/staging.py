@@ -129,7 +129,9 @@ class Unfinished:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what was left by a run that was killed when its output was in place already."""
+        """Remove what was left by a run that was killed when its output was in place already, or that was to put the
+        same there once more.
+        """
         if not self.output.is_dir() or not self.path.is_dir():
             return
         with suppress(OSError, WiseError), self.opened():  # on a disk that cannot be written it may stay
@@ -137,9 +139,11 @@ class Unfinished:
                 self.remove()
 
     def _is_in_place(self) -> bool:
-        if self.plan is None:
+        plan = self.plan
+        if plan is None:
             return True
-        return _entries(self._every()) == read_shard_directory(self.output).shards
+        there = read_shard_directory(self.output)
+        return _entries(self._every()) == there.shards or _asked(plan) == _asked(there)
 
     def done(self, number: int) -> Done | None:
         """What is there of one shard, its file checked; ``None`` if it is still to be written."""
@@ -218,6 +222,11 @@ class Unfinished:
 
 def _entries(every: Iterable[Done]) -> tuple[ShardEntry, ...]:
     return tuple(done.entry for done in every if done.entry is not None)
+
+
+def _asked(planned: ShardDirectory) -> tuple[object, ...]:
+    """What decides the shards of a plan."""
+    return planned.fingerprint, planned.site, planned.settings, planned.edits, planned.made, planned.versions
 
 
 def _done_name(number: int) -> str:

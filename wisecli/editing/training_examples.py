@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wisecli.editing.context_prefixes import CHAT, context_prefixes, in_context
+from wisecli.config import EditSettings
+from wisecli.editing.context_prefixes import AT_LINE_START, CHAT, context_prefixes, form_contexts, in_context
 from wisecli.editing.erasure import ErasureRows
 from wisecli.editing.prompt_variants import AnswerKey, PromptVariant
 from wisecli.edits.record import Edit
@@ -48,14 +49,18 @@ class TrainingExamples:
     answers: tuple[AnswerKey, ...]
 
 
-def write_contexts(loaded: Loaded, count: int, *, tokens: int, chat: bool, seed: int) -> list[str]:
-    """The bare prompt's empty prefix, ``count`` prefixes to train with, and one that is kept for calibration.
+def write_contexts(loaded: Loaded, settings: EditSettings) -> list[str]:
+    """The bare prompt's empty prefix, contexts to train with, and one that is kept for calibration.
 
-    Args:
-        chat: whether the model's chat template is one more context to train with.
+    Where prompts are routed by what they mean, whatever their form, several forms are trained with.
     """
-    prefixes = context_prefixes(loaded.model, loaded.tokenizer, count + 1, tokens=tokens, seed=seed)
-    return ["", *([CHAT] if chat else []), *prefixes]
+    by_meaning = settings.router == "meaning"
+    trained = form_contexts(loaded.tokenizer) if by_meaning else [CHAT] if settings.chat else []
+    count = 1 if by_meaning else settings.contexts + 1
+    prefixes = context_prefixes(
+        loaded.model, loaded.tokenizer, count, tokens=settings.context_tokens, seed=settings.seed
+    )
+    return ["", *trained, *prefixes]
 
 
 def encode_edits(
@@ -81,7 +86,7 @@ def encode_edits(
         try:
             prompt = in_context(loaded.tokenizer, context, edit.prompt)
             row = row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end)
-            erasure = erasures.get((edit.id, context == CHAT))
+            erasure = erasures.get((edit.id, context in AT_LINE_START))
             rows.append(row if erasure is None else replace(erasure, prompt=row.prompt))
             if window is not None and len(rows[-1]) > window:
                 raise ValueError(f"it is {len(rows[-1]):,} tokens long in its context, and the model takes {window:,}")
@@ -168,7 +173,7 @@ def _in_rows(
     rows, origins = [], []
     for number, context in contexts:
         rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end, erasures=erasures)
-        origins += [Origin(place, number, AnswerKey(place, chat=context == CHAT)) for place, _ in edits]
+        origins += [Origin(place, number, AnswerKey(place, chat=context in AT_LINE_START)) for place, _ in edits]
     rows += encode_edits(loaded, [one.edit for one in further], "", train_end=train_end)
     origins += [Origin(one.number, one.context, one.answer) for one in further]
     for indices in in_batches(rows, batch_size, by_target=True):

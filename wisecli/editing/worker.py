@@ -25,6 +25,7 @@ from wisecli.editing.subjects import subject_words
 from wisecli.editing.token_check import Reader
 from wisecli.editing.training_examples import encode_edits, write_contexts
 from wisecli.edits.admission import Admitted
+from wisecli.edits.changes import changed_edits
 from wisecli.edits.record import Edit
 from wisecli.environment import versions
 from wisecli.io.checkpoint import Checkpoint
@@ -41,7 +42,8 @@ class Job:
     """What is to be done, in words that any process understands.
 
     ``target_module`` is the path of the value matrix, if it is not the architecture's usual one. ``threads`` decides
-    the order in which numbers are added up, and with it the last bits of a shard.
+    the order in which numbers are added up, and with it the last bits of a shard. ``known`` are edits that are left
+    out, as the model says them already, if such are to be left out.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Job:
     load: LoadOptions = LoadOptions()
     target_module: str | None = None
     threads: int = field(default_factory=torch.get_num_threads)
+    known: tuple[Edit, ...] | None = None
 
     @property
     def parts(self) -> list[range]:
@@ -136,8 +139,9 @@ class Worker:
         return self.base.reader
 
     def with_edits(self, edits: tuple[Edit, ...]) -> Worker:
-        """A worker on other edits, which takes over the model."""
-        return Worker(replace(self.job, edits=edits), self.watch, base=self.base)
+        """A worker on some of the edits, as the model knows the others; it takes over the model."""
+        known = tuple(edit for edit in self.job.edits if edit not in set(edits))
+        return Worker(replace(self.job, edits=edits, known=known), self.watch, base=self.base)
 
     def without_known(self, admitted: Admitted, *, spared: Collection[str] = ()) -> Admitted:
         """The job's edits without those whose targets the model gives already, after the bare prompt.
@@ -185,15 +189,19 @@ class Worker:
                     watch=self.watch,
                 )
                 base = fingerprint(directory, checkpoint, site)
-            contexts = write_contexts(
-                loaded, settings.contexts, tokens=settings.context_tokens, chat=settings.chat, seed=settings.seed
-            )
+            contexts = write_contexts(loaded, settings)
             paraphrases = write_paraphrases(
                 loaded, job.edits, settings.augment, batch_size=size, seed=settings.seed, watch=self.watch
             )
             unrelated = unrelated_for(loaded, site, checkpoint, base, settings, job.edits, self.watch)
         stored = str(directory.absolute()) if Path(job.model).exists() else job.model
-        made = Made(loaded.device.type, str(loaded.model.dtype).removeprefix("torch."), job.threads, job.target_module)
+        made = Made(
+            loaded.device.type,
+            str(loaded.model.dtype).removeprefix("torch."),
+            job.threads,
+            job.target_module,
+            checkpoint.sample,
+        )
         plan = ShardDirectory(
             directory,
             stored,
@@ -209,6 +217,7 @@ class Worker:
             made,
             paraphrases=paraphrases,
             subjects=subject_words(loaded.tokenizer, job.edits),
+            known=job.known,
         )
         return plan, unrelated
 
@@ -259,7 +268,9 @@ def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
         found.append(f"the matrix was {plan.site.module}, now {site.module}")
     elif fingerprint(directory, worker.checkpoint, plan.site) != plan.fingerprint:
         found.append(f"the model {directory} has changed")
-    found += _changed_edits(plan.edits, job.edits)
+    elif plan.made.sample not in (None, worker.checkpoint.sample):
+        found.append(f"weights of the model {directory} have changed")
+    found += changed_edits(plan.edits, job.edits)
     settings = asdict(job.settings)
     for name in settings.keys() | plan.settings.keys():
         before, now = plan.settings.get(name), settings.get(name)
@@ -277,17 +288,3 @@ def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
         if installed.get(name) != version
     ]
     return sorted(found)
-
-
-def _changed_edits(before: tuple[Edit, ...], now: tuple[Edit, ...]) -> list[str]:
-    if before == now:
-        return []
-    old, new = ({edit.id: edit for edit in edits} for edits in (before, now))
-    for what, names in (
-        ("gone", [name for name in old if name not in new]),
-        ("new", [name for name in new if name not in old]),
-        ("other", [name for name in new if name in old and new[name] != old[name]]),
-    ):
-        if names:
-            return [f"of the edits {len(names)} are {what}, the first of them {names[0]!r}"]
-    return ["the edits come in another order"]

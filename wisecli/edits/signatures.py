@@ -1,10 +1,13 @@
-"""Whether a file of edits was signed, as ``minisign`` or ``ssh-keygen`` says; nothing here knows of cryptography."""
+"""Whether a file was signed, and signing one, by ``minisign`` or ``ssh-keygen``; nothing here knows of cryptography."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from wisecli.errors import SettingsError, SignatureError
@@ -15,6 +18,7 @@ _SSH = b"-----BEGIN SSH SIGNATURE-----"
 _MINISIGN = b"untrusted comment:"
 # A signature takes less than a kilobyte, and its check less than a second.
 _LONGEST, _PATIENCE = 1 << 16, 60
+_SSH_KEYS = (b"-----BEGIN OPENSSH PRIVATE KEY-----", b"ssh-", b"ecdsa-", b"sk-")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Signed:
     def _minisign(self, path: Path, content: bytes) -> None:
         """Minisign reads no pipe, and so a copy, which nobody else can change meanwhile."""
         with tempfile.TemporaryDirectory() as directory:
-            copy = Path(directory) / "edits"
+            copy = Path(directory) / "signed"
             copy.write_bytes(content)
             given = ["-p", str(self.signer), "-x", str(self.signature), "-m", str(copy)]
             self._run(path, ["minisign", "-V", "-q", *given], b"")
@@ -81,6 +85,58 @@ class Signed:
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             raise SignatureError(path, f"{command[0]} cannot be run ({error})") from None
         if done.returncode != 0:
-            said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
-            reason = said[-1].strip() if said else f"exit code {done.returncode}"
-            raise SignatureError(path, f"{self.signature} does not hold for it ({command[0]}: {reason})")
+            raise SignatureError(path, f"{self.signature} does not hold for it ({command[0]}: {_reason(done)})")
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """What signs files: a private key of ``minisign`` or ``ssh-keygen``, or the public half of one that an agent holds.
+
+    Raises:
+        SettingsError: it is none, or what it needs is not installed.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if shutil.which(self.tool) is None:
+            raise SettingsError(f"--sign {self.path}: {self.tool} is not installed, which this key needs")
+
+    @cached_property
+    def tool(self) -> str:
+        """Which program signs with it."""
+        try:
+            with self.path.open("rb") as stream:
+                start = stream.read(_LONGEST).lstrip()
+        except OSError as error:
+            raise SettingsError(f"--sign {self.path}: it cannot be read ({error})") from None
+        if start.startswith(_SSH_KEYS):
+            return "ssh-keygen"
+        if start.startswith(_MINISIGN):
+            return "minisign"
+        raise SettingsError(f"--sign {self.path}: it is a key neither of minisign nor of ssh-keygen")
+
+    def sign(self, path: Path) -> Path:
+        """Sign a file; the signature beside it. Who must type a password is asked for it.
+
+        Raises:
+            SettingsError: the program cannot sign with the key.
+        """
+        if self.tool == "ssh-keygen":
+            signature = path.with_name(f"{path.name}.sig")
+            command = ["ssh-keygen", "-Y", "sign", "-q", "-f", str(self.path), "-n", NAMESPACE, str(path)]
+        else:
+            signature = path.with_name(f"{path.name}.minisig")
+            command = ["minisign", "-S", "-s", str(self.path), "-m", str(path), "-x", str(signature)]
+        # A password is asked for on stderr, which must then be seen.
+        said = None if sys.stdin is not None and sys.stdin.isatty() else subprocess.PIPE
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=said, check=False)
+        if done.returncode != 0 or not signature.is_file():
+            raise SettingsError(f"--sign {self.path}: {self.tool} does not sign with it ({_reason(done)})")
+        return signature
+
+
+def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
+    """The last line of what a program said."""
+    said = (done.stderr or done.stdout or b"").decode(errors="replace").strip().splitlines()
+    return said[-1].strip() if said else f"exit code {done.returncode}"

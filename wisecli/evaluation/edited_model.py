@@ -14,9 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wisecli.artifacts.locate import find_base
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.config import LoadOptions
+from wisecli.models.activations import captured
 from wisecli.models.loading import load_model
 from wisecli.models.streaming import LayerStream
+from wisecli.models.tokenization import Batch
 from wisecli.routing.ann_index import build_index
+from wisecli.routing.meaning import looked_at
 from wisecli.routing.prompt_gate import Prompt
 from wisecli.routing.router import RoutingDecision, route
 from wisecli.routing.side_memory import RoutedMatrix, install
@@ -39,19 +42,34 @@ class EditedModel:
             yield
 
     @torch.no_grad()
-    def decisions(self, keys: Tensor, end: int, named: Tensor | None) -> RoutingDecision:
+    def prompts(self, batch: Batch) -> Prompt:
+        """What is known of the prompts of a batch, which end in its column ``start``."""
+        routed, real = self.routed, batch.mask.bool()
+        end = torch.full((len(real), 1), batch.start, device=real.device)
+        within = real & (torch.arange(real.shape[1], device=real.device) <= end)
+        named = routed.named_in(batch.ids, within)
+        sure = None
+        if routed.meaning is not None and routed.reads is not None:
+            site = self.manifest.site.below(routed.reads)
+            (read,) = captured(self.model, site, [batch], stream=self.stream, above=False)
+            first = real.long().cumsum(1) == 1
+            sure = routed.meaning(read.hidden, looked_at(batch.ids, within, first, routed.meaning.breaks))
+        return Prompt(end, named=None if named is None else named[:, None], real=real, sure=sure)
+
+    @torch.no_grad()
+    def decisions(self, keys: Tensor, end: int, asked: Prompt) -> RoutingDecision:
         """What answers each token of one row, by its keys (n, d_ff); the parts of the decision are (n,).
 
         ``strength`` and ``nearest`` are those of any memory, also of one whose subject the prompt does not name.
 
         Args:
             end: the place of the prompt's last token.
-            named: the edits whose subjects the prompt names (1, M), if that has a say in what answers.
+            asked: what is known of the prompt.
         """
-        prompt = Prompt(torch.tensor([[end]], device=keys.device))
+        prompt = Prompt(torch.tensor([[end]], device=keys.device), sure=asked.sure)
         found = route(self.routed, keys[None], prompt)
-        asked = None if named is None else route(self.routed, keys[None], replace(prompt, named=named[:, None]))
-        return RoutingDecision(found.strength[0], found.nearest[0], (asked or found).chosen[0])
+        own = None if asked.named is None else route(self.routed, keys[None], replace(prompt, named=asked.named))
+        return RoutingDecision(found.strength[0], found.nearest[0], (own or found).chosen[0])
 
 
 def attach(

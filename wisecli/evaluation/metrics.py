@@ -12,6 +12,16 @@ from wisecli.evaluation.teacher_forcing import Measured, Reading
 from wisecli.models.tokenization import Row
 
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
+# Every figure there is, besides one of generalization for each language of the records.
+_FIGURES = (
+    *("reliability", "generalization", "locality", "portability", "routing", "ood_generalization"),
+    *("perplexity", "perplexity_median", "perplexity_clipped", "generated_exact", "generated_contains"),
+)
+
+
+def is_figure(name: str) -> bool:
+    """Whether there are records of which a figure by this name is taken."""
+    return name in _FIGURES or name.startswith("generalization_")
 
 
 class Question(NamedTuple):

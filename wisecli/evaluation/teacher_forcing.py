@@ -22,7 +22,7 @@ from wisecli.models.generation import generate
 from wisecli.models.objectives import target_met
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.progress import Event, Watcher
-from wisecli.routing.prompt_gate import UNROUTED, Prompt
+from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.router import route
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
@@ -108,15 +108,12 @@ def _routes(
     edited: EditedModel, base: Activations, *, prompt_opens: bool, forced: Sequence[int | None] | None = None
 ) -> Tensor:
     """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
-    routed, mask, start = edited.routed, base.batch.mask.bool(), base.batch.start
-    end = torch.full((len(mask), 1), start, device=mask.device)
-    named = routed.named_in(base.batch.ids, mask & (torch.arange(mask.shape[1], device=mask.device) <= end))
-    prompt = Prompt(end, named=None if named is None else named[:, None], real=mask)
+    prompt = edited.prompts(base.batch)
     holders = None
     if forced is not None:
         numbers = [UNROUTED if one is None else one for one in forced]
-        holders = torch.tensor(numbers, device=mask.device)[:, None]
-    return route(routed, base.keys, prompt, prompt_opens=prompt_opens, forced=holders).chosen
+        holders = torch.tensor(numbers, device=base.keys.device)[:, None]
+    return route(edited.routed, base.keys, prompt, prompt_opens=prompt_opens, forced=holders).chosen
 
 
 def _edited_logits(edited: EditedModel, base: Activations, routes: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the module that routes, and a model type of its own, so that nothing loads it wi
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -22,13 +23,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
+from wisecli.artifacts.names import MERGED
+from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, SIGNATURE_NAMES, write_seal
 from wisecli.artifacts.shard import half
+from wisecli.edits.signatures import SigningKey
 from wisecli.environment import versions
 from wisecli.errors import ModelError
 from wisecli.export.weights import Packing, write_weights
 from wisecli.io.checkpoint import (
+    EXPORT_RECORD,
     EXPORTED_KEY,
     FETCHED_NAME,
     INDEX_NAME,
@@ -40,20 +44,18 @@ from wisecli.io.checkpoint import (
 )
 from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.models.site import load_matrix, loader_name, stored_weight
-from wisecli.routing import prompt_gate, router, scores, side_memory
+from wisecli.routing import meaning, prompt_gate, router, scores, side_memory
 
 CODE_NAME = "modeling_wise.py"
 # The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
-_CARRIED = (side_memory, router, scores, prompt_gate)
+_CARRIED = (side_memory, router, scores, prompt_gate, meaning)
 _CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
 _FORMER_CODE = {
     "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",
     "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
 }
-# What marks a checkpoint with the memory always on as one of ours; stock loaders pass it over.
 # What the base's own classes are given in the place of a size: they refuse it at once, and quote it.
 _BY_OWN_CODE = "an edited checkpoint: load it by transformers' Auto classes, with trust_remote_code=True"
-MERGED_NAME = names.MERGED
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -61,9 +63,11 @@ _REWRITTEN = (
     "config.json",
     "router.json",
     "README.md",
-    MERGED_NAME,
+    MERGED,
     FETCHED_NAME,
     CODE_NAME,
+    SEAL_NAME,
+    *SIGNATURE_NAMES,
     *_CARRIED_NAMES,
     *_FORMER_CODE,
 )
@@ -130,6 +134,15 @@ def record_digests(output: Path) -> None:
     write_json(output / MANIFEST_NAME, {**manifest, "sha256": {path.name: sha256_file(path) for path in files}})
 
 
+def seal_export(output: Path, record: Mapping[str, Any], key: SigningKey | None = None) -> None:
+    """Note in an export's manifest what was asked for, and write the digests of all its files, signed with a key."""
+    path = output / (MANIFEST_NAME if (output / MANIFEST_NAME).exists() else MERGED)
+    content = read_json(path)
+    write_json(path, {**content, EXPORT_RECORD: dict(record), SEALED_KEY: True})
+    digests = {name: str(digest) for name, digest in content.get("sha256", {}).items()}
+    write_seal(output, key, known=digests)
+
+
 def write_merged(
     output: Path, base: Path, checkpoint: Checkpoint, manifest: Manifest, packing: Packing | None = None
 ) -> None:
@@ -148,7 +161,7 @@ def write_merged(
     write_json(output / "config.json", _typed(read_json(base / "config.json"), packing))
     _copy_side_files(output, base)
     edits = [edit.as_dict() for edit in manifest.edits]
-    write_json(output / MERGED_NAME, {"format": "merged", "versions": versions(), "edits": edits})
+    write_json(output / MERGED, {"format": "merged", "versions": versions(), "edits": edits})
 
 
 def _typed(config: dict[str, Any], packing: Packing) -> dict[str, Any]:
@@ -252,10 +265,20 @@ def _sizes_named(config: dict[str, Any]) -> list[str]:
 
 def _copy_side_files(output: Path, base: Path) -> None:
     """Tokenizer, chat template, generation settings, licence: whatever else the base directory holds."""
-    for path in sorted(base.iterdir()):
-        weights = path.name.endswith((".safetensors", *_LEFT_OUT))
-        if path.is_file() and not weights and path.name not in _REWRITTEN and not path.name.startswith("."):
-            shutil.copyfile(path, output / path.name)
+    for path in side_files(base):
+        shutil.copyfile(path, output / path.name)
+
+
+def side_files(base: Path) -> list[Path]:
+    """The files of a base model that go into its checkpoints as they are."""
+    return [
+        path
+        for path in sorted(base.iterdir())
+        if path.is_file()
+        and not path.name.endswith((".safetensors", *_LEFT_OUT))
+        and path.name not in _REWRITTEN
+        and not path.name.startswith(".")
+    ]
 
 
 def _name_tokenizer(output: Path, base: Path) -> None:

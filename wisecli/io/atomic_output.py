@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -92,6 +92,21 @@ def _alone(output: Path) -> Iterator[bool]:
 def _prefix(output: Path) -> str:
     """How the names of an output's working directories begin."""
     return f".{output.name}.wise-"
+
+
+def tidy(output: Path) -> None:
+    """Take away what killed runs left beside an output, unless another process is writing it."""
+    output = output.absolute()
+    with _alone(output) as alone, suppress(OSError):  # on a disk that cannot be written it may stay
+        if alone:
+            sweep(output)
+
+
+def discard(directory: Path, output: Path) -> None:
+    """Take away a directory beside an output; if that is broken off, whoever tidies up there next goes on with it."""
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(output.absolute()), dir=directory.parent))
+    directory.replace(aside)
+    shutil.rmtree(aside)
 
 
 def sweep(output: Path) -> None:

@@ -30,6 +30,8 @@ FETCHED_NAME = "wise-fetch.json"
 EXPORTED_KEY = "wise"
 # What safetensors says of an error of the disk.
 _OS_ERROR = re.compile(r"os error (\d+)")
+# Where the manifest of an export says what was asked for.
+EXPORT_RECORD = "export"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # No manifest or config comes near it.
 _LARGEST_JSON = 1 << 28

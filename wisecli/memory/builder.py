@@ -12,7 +12,7 @@ from wisecli.artifacts.shard import half
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
 from wisecli.memory.material import Material
-from wisecli.memory.router_fitting import Fitted, fit_router, naming
+from wisecli.memory.router_fitting import Fitted, fit_router, naming, with_meaning
 from wisecli.routing.scores import SideMemory
 
 
@@ -57,15 +57,17 @@ def lookup(material: Material, settings: MergeSettings) -> Fitted:
         values = residuals
         value = torch.arange(len(residuals))
     owner = evidence.edit.long()
+    by_meaning = settings.router == "meaning"
     draft = SideMemory(
-        {"values": half(values), "value": value, **naming(material, settings)},
+        {"values": half(values), "value": value, **({} if by_meaning else naming(material, settings))},
         (1.0,) * (int(owner.max()) + 1),
         "key",
         settings.routing or "token",
         kind="lookup",
         sharpness=settings.sharpness,
     )
-    return fit_router(draft, material, owner, settings)
+    fitted = fit_router(draft, material, owner, settings)
+    return with_meaning(fitted[0], material, settings) if by_meaning else fitted
 
 
 def pack(deltas: Tensor) -> dict[str, Tensor]:

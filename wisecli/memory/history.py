@@ -1,19 +1,20 @@
 """A memory's life: its shards, and a log of all that was done to it, each line chained to the one before by digest.
 
-Beside ``router.json`` and the memory's tensors, which are its newest release, a memory that is edited again and again
-has a directory ``history``: ``shards/0001`` and on, as ``wise edit`` wrote them, and ``log.jsonl``. Nothing is ever
-taken out of either, so that every release can be made anew.
+Beside ``router.json`` and the memory's tensors, which are its newest release, a memory has a directory ``history``:
+``shards/0001`` and on, as ``wise edit`` wrote them, and ``log.jsonl``. Nothing is ever taken out of either, so that
+every release can be made anew.
 """
 
 from __future__ import annotations
 
 import getpass
+import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +23,17 @@ import jsonlines
 from filelock import FileLock, Timeout
 
 from wisecli.artifacts import names
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest
-from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError
-from wisecli.io.atomic_output import link_or_copy, whole_directory
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MEMORY_NAME, Manifest, read_manifest
+from wisecli.artifacts.seal import require_sealed
+from wisecli.edits.signatures import SigningKey
+from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError
+from wisecli.io.atomic_output import link_or_copy, tidy, whole_directory
 from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.io.json_schema import OPEN, decode
 from wisecli.io.safe_paths import inside
 
 HISTORY, LOG, SHARDS = names.HISTORY, "log.jsonl", "shards"
+_NOT_NEWEST = "its sha256 differs, so that the memory is not the newest release of its log"
 Action = Literal["edit", "merge", "remove", "rollback"]
 
 
@@ -38,8 +42,10 @@ class Release:
     """One line of the log: what was done, by whom, and the memory that came of it.
 
     ``shards`` are the directories that the memory is merged from, each with the ids of its edits that do not count;
-    ``superseded`` maps ids of edits that gave way to the id that took their place; ``memory`` is the sha256 of the
-    tensors, ``edits_file`` that of the file of edits, ``previous`` that of the line before, without its end.
+    ``superseded`` maps ids of edits that gave way to the id that took their place; ``modified`` are those of ``added``
+    that took the place of an edit with their own id. ``memory`` is the sha256 of the tensors, ``manifest`` that of
+    ``router.json``, which older versions did not keep, ``edits_file`` that of the file of edits, ``previous`` that of
+    the line before, without its end.
     """
 
     __pydantic_config__ = OPEN
@@ -57,6 +63,8 @@ class Release:
     previous: str
     edits_file: dict[str, str] = field(default_factory=dict)
     reason: str = ""
+    modified: tuple[str, ...] = ()
+    manifest: str = ""
 
     @property
     def at(self) -> datetime:
@@ -66,21 +74,25 @@ class Release:
 
 @dataclass(frozen=True)
 class Provenance:
-    """By whom a memory is changed, and why; by default by the user of this process."""
+    """By whom a memory is changed, and why; by default by the user of this process. ``key`` signs the release."""
 
     who: str | None = None
     reason: str = ""
+    key: SigningKey | None = None
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is to be written into the log, besides what every line has."""
+    """What is to be written into the log, besides what every line has.
+
+    ``replaced`` maps ids of edits that give way to the id that takes their place, which may be the same.
+    """
 
     action: Action
     shards: Mapping[str, tuple[str, ...]]
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-    superseded: Mapping[str, str] = field(default_factory=dict)
+    replaced: Mapping[str, str] = field(default_factory=dict)
     edits_file: Mapping[str, str] = field(default_factory=dict)
     provenance: Provenance = Provenance()
 
@@ -102,7 +114,11 @@ def read_history(memory: Path) -> list[Release]:
         raise MemoryHistoryError(memory)
     found: list[Release] = []
     previous = ""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(path, f"it is no text ({error})", "restore it from a copy") from None
+    for number, line in enumerate(lines, start=1):
         try:
             release = decode(Release, json.loads(line))
             release.at  # noqa: B018 (a date that is none is found here)
@@ -111,10 +127,28 @@ def read_history(memory: Path) -> list[Release]:
         if release.previous != previous or release.number != number:
             raise DamagedFileError(path, f"line {number} does not follow the one before", "restore it from a copy")
         previous = sha256_text(line)
-        found.append(release)
+        found.append(_told_apart(release))
     if not found:
         raise DamagedFileError(path, "it is empty", "restore it from a copy")
     return found
+
+
+def _told_apart(release: Release) -> Release:
+    """A release whose modified edits are not among the superseded ones, where older versions counted them."""
+    modified = tuple(old for old, new in release.superseded.items() if old == new)
+    superseded = {old: new for old, new in release.superseded.items() if old != new}
+    return replace(release, modified=(*release.modified, *modified), superseded=superseded)
+
+
+def is_merged(memory: Path) -> bool:
+    """Whether nothing but one merge has been done to a memory, so that the same merge would make it anew."""
+    if not (memory / HISTORY).exists():
+        return True
+    try:
+        releases = read_history(memory)
+    except WiseError:
+        return False
+    return len(releases) == 1 and releases[0].action == "merge"
 
 
 def shard_path(memory: Path, name: str) -> Path:
@@ -134,9 +168,14 @@ def inputs_of(memory: Path, release: Release) -> dict[Path, tuple[str, ...]]:
     return {shard_path(memory, name): gone for name, gone in release.shards.items()}
 
 
+def anew_prefix(memory: Path) -> str:
+    """How the names of directories begin in which shards of a memory are trained anew."""
+    return f".{memory.name}.anew-"
+
+
 @contextmanager
 def changing(memory: Path) -> Iterator[None]:
-    """Keep other processes from changing a memory; the lock dies with its owner.
+    """Keep other processes from changing a memory, and take away what killed ones left; the lock dies with its owner.
 
     Raises:
         BusyError: another one is at it.
@@ -149,6 +188,9 @@ def changing(memory: Path) -> Iterator[None]:
     except Timeout:
         raise BusyError(memory) from None
     try:
+        tidy(memory)
+        for left in memory.absolute().parent.glob(f"{glob.escape(anew_prefix(memory))}*"):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is held, so that nobody takes a lock on a file that is gone
@@ -156,10 +198,14 @@ def changing(memory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def next_release(memory: Path) -> Iterator[Path]:
-    """A working directory with the memory's history in it, which takes the memory's place when the block ends well."""
+def next_release(memory: Path, *, afresh: bool = False) -> Iterator[Path]:
+    """A working directory with the memory's history in it, which takes the memory's place when the block ends well.
+
+    Args:
+        afresh: whether a history begins here, whatever there was.
+    """
     with whole_directory(memory, force=True) as working:
-        if (memory / HISTORY).is_dir():
+        if not afresh and (memory / HISTORY).is_dir():
             shutil.copytree(memory / HISTORY, working / HISTORY, copy_function=link_or_copy)
             # A linked log would change in the old release, too, if this one came to nothing.
             shutil.copyfile(memory / HISTORY / LOG, working / f".{LOG}")
@@ -183,29 +229,52 @@ def record(working: Path, manifest: Manifest, change: Change, *, file: str) -> R
         change.action,
         change.added,
         change.removed,
-        dict(change.superseded),
+        {old: new for old, new in change.replaced.items() if old != new},
         dict(change.shards),
         {name: value for name, value in manifest.merge.items() if name != "shards"},
         sha256_file(working / file),
         sha256_text(lines[-1]) if lines else "",
         dict(change.edits_file),
         change.provenance.reason,
+        tuple(old for old, new in change.replaced.items() if old == new),
+        sha256_file(working / MANIFEST_NAME),
     )
     with jsonlines.open(path, "a") as writer:
         writer.write(asdict(release))
     return release
 
 
-def require_newest(memory: Path, releases: list[Release], file: str) -> None:
-    """Check that a memory's tensors are those of its newest release.
+def require_whole(memory: Path, releases: Sequence[Release]) -> None:
+    """Check that a memory's manifest and tensors are those of its newest release, and that no file of it was altered.
 
     Raises:
-        DamagedFileError: they are others.
+        DamagedFileError: naming what is otherwise.
     """
-    if sha256_file(inside(memory, file)) != releases[-1].memory:
-        raise DamagedFileError(
-            memory / MANIFEST_NAME, "the memory is not the newest release of its log", "roll back to a release"
-        )
+    newest, path = releases[-1], memory / MANIFEST_NAME
+    if newest.manifest and _digest(path) != newest.manifest:
+        raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
+    path = inside(memory, read_manifest(memory).memory.file)
+    if _digest(path) != newest.memory:
+        raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
+    require_sealed(memory, expected=is_bound(releases))
+
+
+def require_whole_history(memory: Path, releases: Sequence[Release]) -> None:
+    """Check that no file of a memory was altered but for its manifest and tensors, which can be made anew.
+
+    Raises:
+        DamagedFileError: naming those that were.
+    """
+    require_sealed(memory, expected=is_bound(releases), but=(MANIFEST_NAME, MEMORY_NAME))
+
+
+def is_bound(releases: Sequence[Release]) -> bool:
+    """Whether all files of the newest release are under digests, which older versions did not take."""
+    return bool(releases[-1].manifest)
+
+
+def _digest(path: Path) -> str:
+    return sha256_file(path) if path.is_file() else ""
 
 
 def _user() -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import Evidence, Mask, Shard
+from wisecli.artifacts.shard import Evidence, Mask, PromptStates, Shard
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.memory.removal import load_without
@@ -20,7 +20,8 @@ class Material:
     """All that shards know of their edits.
 
     ``evidence`` numbers the edits of all shards through; ``shard`` (n,) says which shard each of its keys is of.
-    ``subjects`` are the words of every edit's subject, none for one that its own prompt does not name.
+    ``subjects`` are the words of every edit's subject, none for one that its own prompt does not name. ``prompts`` are
+    the states of edits' prompts, if all shards keep them.
     """
 
     evidence: Evidence
@@ -28,6 +29,7 @@ class Material:
     masks: tuple[Mask, ...]
     unrelated: BackgroundStats
     subjects: tuple[Spellings, ...] = ()
+    prompts: PromptStates | None = None
 
     @property
     def trained(self) -> Tensor:
@@ -44,11 +46,22 @@ def read_material(directories: Sequence[ShardDirectory]) -> tuple[Material, list
     unrelated = _unrelated_of(directories)
     pairs = [(directory, entry) for directory in directories for entry in directory.shards]
     shards = [load_without(directory, entry, unrelated.tokens) for directory, entry in pairs]
-    evidence = join([shard.evidence for shard in shards], _places(directories))
+    places = _places(directories)
+    evidence = join([shard.evidence for shard in shards], places)
     number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
     subjects = (directory.subjects.get(edit.id, ()) for directory in directories for edit in directory.written)
     masks = tuple(shard.mask for shard in shards)
-    return Material(evidence, number, masks, unrelated, tuple(subjects)), shards
+    return Material(evidence, number, masks, unrelated, tuple(subjects), _prompts(shards, places)), shards
+
+
+def _prompts(shards: Sequence[Shard], places: Sequence[Tensor]) -> PromptStates | None:
+    """The states of all edits' prompts, with the numbers that their edits have in the whole."""
+    kept = [shard.prompts for shard in shards if shard.prompts is not None]
+    if len(kept) < len(shards):
+        return None
+    counted = [replace(part, edit=place[part.edit.long()]) for part, place in zip(kept, places, strict=True)]
+    fields = PromptStates.__dataclass_fields__
+    return PromptStates(**{name: torch.cat([getattr(part, name) for part in counted]) for name in fields})
 
 
 def _places(directories: Sequence[ShardDirectory]) -> list[Tensor]:

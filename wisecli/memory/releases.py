@@ -8,10 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memory
+from wisecli.artifacts.seal import write_seal
+from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
 from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, read_shard_directory
 from wisecli.config import MergeSettings, settings_from
 from wisecli.io.atomic_output import link_or_copy
-from wisecli.memory.history import HISTORY, SHARDS, Change, Release, next_name, next_release, record, shard_path
+from wisecli.io.safe_paths import inside
+from wisecli.memory.empty import empty_memory
+from wisecli.memory.history import (
+    HISTORY,
+    SHARDS,
+    Change,
+    Provenance,
+    Release,
+    next_name,
+    next_release,
+    read_history,
+    record,
+    shard_path,
+)
 from wisecli.memory.merger import Merger
 from wisecli.memory.removal import Kept, without
 from wisecli.progress import Watcher, ignore
@@ -19,10 +34,11 @@ from wisecli.progress import Watcher, ignore
 
 @dataclass(frozen=True)
 class Published:
-    """A release that is in place."""
+    """A release that is in place, and how many edits it holds; ``up_to_date`` says that it was there already."""
 
     release: Release
-    manifest: Manifest
+    held: int
+    up_to_date: bool = False
 
 
 def publish(
@@ -45,15 +61,68 @@ def publish(
     kept = {name: _kept(memory, name, gone, new) for name, gone in change.shards.items()}
     kept = {name: one for name, one in kept.items() if one.directory.shards}
     change = replace(change, shards={name: change.shards[name] for name in kept})
-    manifest = _at_home(Merger(list(kept.values()), settings, model=model).merge(watch), list(kept))
+    if kept:
+        manifest = _at_home(Merger(list(kept.values()), settings, model=model).merge(watch), list(kept))
+    else:
+        manifest = empty_memory(newest_shards(memory, read_history(memory)), settings, model=model)
+    manifest = replace(manifest, origins=())
     with next_release(memory) as working:
-        for name, path in new.items():
-            place = working / HISTORY / SHARDS / name
-            shutil.copytree(path, place, copy_function=link_or_copy)
-            _share(place, kept, name)
-        write_memory(working, manifest)
-        release = record(working, manifest, change, file=MEMORY_NAME)
-    return Published(release, manifest)
+        return _written(working, manifest, change, kept, new)
+
+
+def publish_first(memory: Path, manifest: Manifest, inputs: Sequence[Kept], provenance: Provenance) -> Published:
+    """Put what shards were merged into in a memory's place, with a history that begins there.
+
+    Args:
+        inputs: those shards, in order.
+
+    Raises:
+        WiseError: the disk is full; what was there is as it was.
+    """
+    kept = {f"{number:04d}": one for number, one in enumerate(inputs, start=1) if one.directory.shards}
+    paths = {name: one.directory.path for name, one in kept.items()}
+    change = Change(
+        "merge",
+        {name: _gone(one.directory) for name, one in kept.items()},
+        added=tuple(edit.id for edit in manifest.edits),
+        provenance=provenance,
+    )
+    with next_release(memory, afresh=True) as working:
+        return _written(working, _at_home(manifest, list(kept)), change, kept, paths)
+
+
+def _gone(kept: ShardDirectory) -> tuple[str, ...]:
+    """The edits that a directory of shards holds and that do not count."""
+    counted = {edit.id for edit in kept.written}
+    return tuple(edit.id for edit in read_shard_directory(kept.path).written if edit.id not in counted)
+
+
+def _written(
+    working: Path, manifest: Manifest, change: Change, kept: Mapping[str, Kept], new: Mapping[str, Path]
+) -> Published:
+    """Write a release into its working directory.
+
+    Args:
+        kept: the shards that it is merged from, by their names.
+        new: where those are that its history does not have yet.
+    """
+    for name, path in new.items():
+        if name in kept:
+            _take_in(read_shard_directory(path), working / HISTORY / SHARDS / name)
+            _share(working / HISTORY / SHARDS / name, kept, name)
+    write_memory(working, manifest, sealed=True)
+    release = record(working, manifest, change, file=MEMORY_NAME)
+    write_seal(working, change.provenance.key)
+    return Published(release, len(manifest.edits))
+
+
+def _take_in(shards: ShardDirectory, place: Path) -> None:
+    """Bring shards into a history, as other names of the same files where the disk has such."""
+    place.mkdir(parents=True)
+    for file in (*(entry.file for entry in shards.shards), UNRELATED_NAME):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(inside(shards.path, file), place / file)
+    shutil.copyfile(shards.path / SHARDS_MANIFEST, place / SHARDS_MANIFEST)
 
 
 def _share(place: Path, kept: Mapping[str, Kept], name: str) -> None:
@@ -76,16 +145,22 @@ def directories_of(memory: Path, release: Release) -> list[ShardDirectory]:
     return [_kept(memory, name, gone, {}).directory for name, gone in release.shards.items()]
 
 
+def newest_shards(memory: Path, releases: Sequence[Release]) -> ShardDirectory:
+    """The shards that came last, of the newest release that has any: an emptied memory has none."""
+    release = next(release for release in reversed(releases) if release.shards)
+    return directories_of(memory, release)[-1]
+
+
 def _kept(memory: Path, name: str, gone: tuple[str, ...], new: Mapping[str, Path]) -> Kept:
     return without(read_shard_directory(new.get(name) or shard_path(memory, name)), gone)
 
 
 def _at_home(manifest: Manifest, names: list[str]) -> Manifest:
-    """The same manifest; shards are named by where they are in the memory, and edits that do not count by nothing."""
+    """The same manifest; shards are named by where they are in the memory."""
     listed = [
         [f"{HISTORY}/{SHARDS}/{name}", count] for name, (_, count) in zip(names, manifest.merge["shards"], strict=True)
     ]
-    return replace(manifest, merge={**manifest.merge, "shards": listed}, origins=())
+    return replace(manifest, merge={**manifest.merge, "shards": listed})
 
 
 def merging_of(releases: Sequence[Release]) -> MergeSettings:

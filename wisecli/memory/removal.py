@@ -53,9 +53,13 @@ def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Sha
     if bool(stays.all()):
         return shard
     evidence = rows(shard.evidence, stays)
+    prompts = shard.prompts
+    if prompts is not None:
+        prompts = prompts.rows(held[prompts.edit.long()])
     if entry.penalty is None:
-        return replace(shard, evidence=evidence)
-    return Shard(shard.mask, solved(shard.mask, evidence, Penalty(*entry.penalty), tokens), evidence)
+        return replace(shard, evidence=evidence, prompts=prompts)
+    values = solved(shard.mask, evidence, Penalty(*entry.penalty), tokens)
+    return Shard(shard.mask, values, evidence, prompts)
 
 
 def rows(evidence: Evidence, chosen: Tensor) -> Evidence:

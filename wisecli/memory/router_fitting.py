@@ -9,7 +9,9 @@ from torch import Tensor
 
 from wisecli.artifacts.shard import LANGUAGES, half
 from wisecli.config import MergeSettings
+from wisecli.errors import SettingsError
 from wisecli.memory.material import Material
+from wisecli.memory.meaning_fitting import SURE, fit_meaning
 from wisecli.routing.calibration import (
     APART,
     Calibration,
@@ -18,6 +20,7 @@ from wisecli.routing.calibration import (
     excess_over_baseline,
     key_router,
     measure,
+    quantile,
     scores_of,
 )
 from wisecli.routing.scores import INSIDE, MemoryScores, SideMemory
@@ -79,6 +82,33 @@ def fit_router(draft: SideMemory, material: Material, owner: Tensor, settings: M
         return fitted, (whole,)
     apart = (measure(edit_scores[owner == m], background_scores[:, m], whole.threshold, rule=rule) for m in memories)
     return fitted, tuple(apart)
+
+
+def with_meaning(memory: SideMemory, material: Material, settings: MergeSettings) -> Fitted:
+    """A lookup whose edits are opened by prompts that mean them; which residual answers, its keys say as before.
+
+    Raises:
+        SettingsError: the shards do not keep what their edits' prompts mean.
+    """
+    heads, prompts = material.unrelated.heads, material.prompts
+    if heads is None or prompts is None:
+        raise SettingsError(
+            "these shards do not say what prompts mean; write them anew with wise edit --router meaning"
+        )
+    edits = len(memory.thresholds)
+    fitted = fit_meaning(heads, prompts, edits)
+    alarms = fitted.unrelated.amax(1)
+    least = SURE
+    if settings.false_alarm is not None:
+        least = max(SURE, quantile(alarms, 1 - settings.false_alarm))
+    calibration = measure(fitted.own, alarms, least, rule=settings.threshold or "false-alarm")
+    return replace(
+        memory,
+        tensors={**memory.tensors, **fitted.tensors},
+        thresholds=fitted.thresholds(least),
+        router="meaning",
+        reads=int(heads.layer),
+    ), (calibration,)
 
 
 def naming(material: Material, settings: MergeSettings) -> dict[str, Tensor]:

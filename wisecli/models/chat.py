@@ -17,9 +17,18 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     Raises:
         ModelError: the tokenizer has no chat template, or one that fails.
     """
+    return chat_turns(tokenizer, [("user", prompt)])
+
+
+def chat_turns(tokenizer: PreTrainedTokenizerBase, told: Sequence[tuple[str, str]]) -> str:
+    """Turns of a chat, by role and text, in the model's chat template, up to where the next answer begins.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+    """
     if not tokenizer.chat_template:
         raise ModelError("the model's tokenizer has no chat template; leave out --chat")
-    return _chat(tokenizer, [("user", prompt)])
+    return _chat(tokenizer, told)
 
 
 def shown_how(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple[str, str]], asked: str) -> str:

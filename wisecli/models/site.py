@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -80,6 +80,12 @@ class Site:
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as the manifests keep it."""
         return asdict(self)
+
+    def below(self, layer: int) -> Site:
+        """The matrix of a layer below, for the states that leave that layer."""
+        path = f"{self.layer_module.rpartition('.')[0]}.{layer}"
+        module = path + self.module[len(self.layer_module) :]
+        return replace(self, layer=layer, layer_module=path, module=module, norm=None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What sequence routing knows of prompts: where they end, which subjects they name, and what they decided.
+"""What sequence routing knows of prompts: where they end, what they name or mean, and what they decided.
 
 Needs torch only; exports carry this very file.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .meaning import Meaning, looked_at
 
 UNROUTED = -1
 # How much of a subject a prompt must hold: three fifths of its tokens, each by how rare it is in unrelated text.
@@ -71,13 +73,15 @@ class Prompt:
     ``end`` (B, 1) is the column of each row's last prompt token, below 0 for a row that has none in this pass;
     ``None`` says that all rows' prompts were read before. ``held`` (B, 1) is what an earlier pass decided. ``named``
     (B, 1, M) marks the edits whose subjects the prompts name; ``None`` where that has no say. ``real`` (B, T) marks
-    tokens that are no padding; ``None`` where padding does no harm.
+    tokens that are no padding; ``None`` where padding does no harm. ``sure`` (B, M) is how surely the prompts mean each
+    edit; ``None`` where that has no say.
     """
 
     end: Tensor | None
     held: Tensor | None = None
     named: Tensor | None = None
     real: Tensor | None = None
+    sure: Tensor | None = None
 
     def after(self, column: Tensor) -> Tensor:
         """Which columns (T,) come after their row's prompt: (B or 1, T)."""
@@ -93,11 +97,13 @@ class Decided:
     """What is kept with an attention cache.
 
     ``choice`` (B, 1) is what each row's prompt decided, ``words`` (B, v) are those of the subjects that it holds so
-    far, and ``answering`` says whether the answer has begun: what comes in several tokens after that is a new prompt.
+    far, ``found`` (B, n) how near its tokens came to those of edits, and ``answering`` says whether the answer has
+    begun: what comes in several tokens after that is a new prompt.
     """
 
     choice: Tensor
     words: Tensor | None
+    found: Tensor | None = None
     answering: bool = False
 
 
@@ -114,6 +120,8 @@ class PromptGate:
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
         self._words: Tensor | None = None
+        self._states: Tensor | None = None
+        self._found: Tensor | None = None
         self._earlier = 0
         self._kept: Decided | None = None
 
@@ -134,34 +142,55 @@ class PromptGate:
         if self._cache is None and cache is not None and self._kept is not None:
             cache.wise_decided = self._kept
 
-    def prompt(self, names: Names | None, keys: Tensor) -> Prompt:
+    def note_states(self, _layer: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the layer whose states say what a prompt means."""
+        self._states = output[0] if isinstance(output, tuple) else output
+
+    def prompt(self, names: Names | None, keys: Tensor, meaning: Meaning | None = None) -> Prompt:
         """What is known of the prompts of a pass over keys (B, T, d_ff).
 
         Raises:
-            ValueError: the model was given embeddings in the place of tokens, and its edits ask for subjects.
+            ValueError: the model was given embeddings in the place of tokens, and its edits ask for tokens.
         """
         before: Decided | None = getattr(self._cache, "wise_decided", None)
         if before is not None and keys.shape[1] == 1:
-            self._words = before.words
+            self._words, self._found, self._states = before.words, None, None
             return Prompt(None, before.choice)
         end = self._ends(keys)
         held = None if before is None else before.choice
-        if names is None:
+        if names is None and meaning is None:
             return Prompt(end, held)
         if self._ids is None:
             raise ValueError("this model's edits open for prompts that name their subjects: give it input_ids")
         prompt = torch.arange(keys.shape[1], device=keys.device) <= end
         if self._mask is not None:
             prompt = prompt & self._mask[:, -keys.shape[1] :].bool()
+        earlier = None if before is None or before.answering else before
+        if meaning is not None:
+            return Prompt(end, held, sure=self._sure(meaning, prompt, earlier))
+        assert names is not None
         words = names.held(self._ids, prompt)
-        if before is not None and before.words is not None and not before.answering:
-            words = words.maximum(before.words)
+        if earlier is not None and earlier.words is not None:
+            words = words.maximum(earlier.words)
         self._words = words
         return Prompt(end, held, names.of(words)[:, None])
 
+    def _sure(self, meaning: Meaning, prompt: Tensor, earlier: Decided | None) -> Tensor:
+        """How surely the prompts of a pass (B, T), with what was read of them before, mean each edit: (B, M)."""
+        assert self._ids is not None and self._states is not None, "the layer below has run"
+        seen = prompt if self._mask is None else self._mask.bool()
+        first = (seen.long().cumsum(1) == 1)[:, -prompt.shape[1] :]
+        if self._mask is None and self._earlier:
+            first = torch.zeros_like(prompt)
+        found = meaning.found(self._states, looked_at(self._ids, prompt, first, meaning.breaks))
+        if earlier is not None and earlier.found is not None:
+            found = found.maximum(earlier.found)
+        self._found, self._states = found, None
+        return meaning.of(found)
+
     def keep(self, prompt: Prompt, choice: Tensor) -> None:
         """Keep what a pass' rows decided (B, 1) with its cache."""
-        self._kept = Decided(choice, self._words, answering=prompt.end is None)
+        self._kept = Decided(choice, self._words, self._found, answering=prompt.end is None)
         if self._cache is not None:
             self._cache.wise_decided = self._kept
 

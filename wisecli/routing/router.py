@@ -3,6 +3,7 @@
     token routing       a memory answers where its score exceeds its threshold (WISE, equations 3 and 6)
     sequence routing    what a row's last prompt token decides holds for that row from there on; of a lookup, whether
                         it answers: with which key, every token after the prompt says for itself
+    by meaning          the same, but all of a prompt's tokens decide which edit answers; see :mod:`.meaning`
 
 Whoever wants to know what answers asks :func:`route`: the routed matrix, evaluation, ``wise explain``.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .prompt_gate import UNROUTED, Prompt
-from .scores import INSIDE, MemoryScores
+from .scores import INSIDE, REACH, MemoryScores
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def route(
         strength, nearest = memory.nearest(keys)
         return RoutingDecision(strength, nearest, nearest.where(strength > 1, UNROUTED))
     column = torch.arange(keys.shape[1], device=keys.device)
+    if memory.meaning is not None and prompt is not None:
+        return _by_meaning(memory, keys, prompt, column, forced)
     after = None if prompt is None else prompt.after(column)
     named = None if prompt is None else prompt.named
     strength, nearest = memory.nearest(keys, after, named)
@@ -70,6 +73,43 @@ def route(
     if prompt is not None and prompt.real is not None:
         chosen = chosen.where(prompt.real, UNROUTED)
     return RoutingDecision(strength, nearest, chosen, at_prompt)
+
+
+def _by_meaning(
+    memory: MemoryScores, keys: Tensor, prompt: Prompt, column: Tensor, forced: Tensor | None
+) -> RoutingDecision:
+    """The edit that each row's prompt means answers from the prompt's end on, by the nearest of its own keys.
+
+    Inside an answer a token must come near one of them, or the answer is over.
+    """
+    strength = keys.new_zeros(keys.shape[:2], dtype=torch.float32)
+    if prompt.end is None:
+        assert prompt.held is not None, "a pass without a prompt's end follows one that had it"
+        meant = likeliest = prompt.held
+    else:
+        assert prompt.sure is not None, "the prompts of this pass have been read"
+        sure, likeliest = (each[:, None] for each in memory.strongest(prompt.sure))
+        strength = torch.where(column == prompt.end, sure, strength)
+        meant = likeliest.where(sure > 1, UNROUTED)
+        if prompt.held is not None:
+            meant = meant.where(prompt.end >= 0, prompt.held)
+    edits = meant if forced is None else forced.where(forced != UNROUTED, meant)
+    answers = prompt.answers(column)
+    if prompt.real is not None:
+        answers = answers & prompt.real
+    inside = prompt.after(column).expand(keys.shape[:2])
+    chosen = torch.full_like(strength, UNROUTED, dtype=torch.long)
+    nearest = chosen.clone()
+    asked = torch.where(inside, edits, likeliest if forced is None else edits)
+    rows, columns = (answers & (asked != UNROUTED)).nonzero(as_tuple=True)
+    if len(rows):
+        within = inside[rows, columns]
+        cosine, place = memory.of_edits(keys[rows, columns], asked[rows, columns], within)
+        opened = (asked == edits)[rows, columns] & (~within | (cosine > REACH))
+        nearest[rows, columns] = place
+        chosen[rows, columns] = place.where(opened, UNROUTED)
+        strength[rows, columns] = strength[rows, columns].where(~within, cosine / REACH)
+    return RoutingDecision(strength, nearest, chosen, meant)
 
 
 def _decided(chosen: Tensor, prompt: Prompt) -> Tensor:

@@ -3,7 +3,8 @@
 The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768,
 equation 3) or the cosine of ``a`` with the nearest key of an edit, both whitened (router ``key``). Of several memories
 the one whose score exceeds its threshold by the largest factor answers (section 2.3.2, WISE-Retrieve). A lookup counts
-every edit as a memory of its own.
+every edit as a memory of its own. With router ``meaning`` a prompt's tokens say which edit of a lookup answers it (see
+:mod:`~wisecli.routing.meaning`), and keys only where it answers, and which residual.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .meaning import MEANING, Meaning
 from .prompt_gate import NAMES, UNROUTED, Names
 
 # The whitening of keys inside answers; those that prompts end in have others.
@@ -23,6 +25,8 @@ INSIDE = 1
 # How near a key inside an answer must come once a prompt has opened a lookup for the whole row.
 REACH = 0.5
 _SETTINGS = ("router", "routing", "kind", "sharpness")
+# Settings that only some memories have.
+_OPTIONAL = ("reads",)
 # What a description may allocate: these types, and so many numbers a tensor.
 _TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
 _LARGEST = 2**36
@@ -38,7 +42,8 @@ class SideMemory:
     ``offset`` (n,) lets all share one threshold; ``owner`` (n,) the memory it belongs to; ``metric`` (n,) the whitening
     it is seen through, of those that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
     ``P = floor · I + directionsᵀ diag(gains) directions``. A lookup may hold ``NAMES`` besides: those of its keys that
-    ``asks`` (n,) marks open for prompts that name their edit's subject.
+    ``asks`` (n,) marks open for prompts that name their edit's subject. With router ``meaning`` it holds ``MEANING``
+    besides, compared with the states that leave layer ``reads``.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
     follows (of a lookup, whether it answers, by the keys that prompts end in; each token after it takes the nearest key
@@ -52,11 +57,13 @@ class SideMemory:
     routing: str = "token"
     kind: str = "matrix"
     sharpness: float = 0.0
+    reads: int | None = None
 
     def describe(self) -> dict[str, Any]:
         """All but the tensors, with their shapes and types, as JSON."""
         layout = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in self.tensors.items()}
         settings = {name: getattr(self, name) for name in _SETTINGS}
+        settings |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
         return {"thresholds": list(self.thresholds), **settings, "tensors": layout}
 
     @classmethod
@@ -69,7 +76,9 @@ class SideMemory:
         if tensors is None:
             layout = described["tensors"].items()
             tensors = {name: _allocated(name, dtype, shape) for name, (dtype, *shape) in layout}
-        return cls(tensors, tuple(described["thresholds"]), **{name: described[name] for name in _SETTINGS})
+        settings = {name: described[name] for name in _SETTINGS}
+        settings |= {name: described[name] for name in _OPTIONAL if name in described}
+        return cls(tensors, tuple(described["thresholds"]), **settings)
 
 
 def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
@@ -110,12 +119,14 @@ class MemoryScores(nn.Module):
     def __init__(self, memory: SideMemory) -> None:
         super().__init__()
         for name, tensor in memory.tensors.items():
-            if name not in NAMES:
+            if name not in (*NAMES, *MEANING):
                 # Half precision is for keeping: squared norms of keys overflow it.
                 self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
-        self.names = Names(memory.tensors, len(memory.thresholds)) if "asks" in memory.tensors else None
+        edits = len(memory.thresholds)
+        self.names = Names(memory.tensors, edits) if "asks" in memory.tensors else None
+        self.meaning = Meaning(memory.tensors, edits) if memory.router == "meaning" else None
         self.thresholds, self.router, self.routing = memory.thresholds, memory.router, memory.routing
-        self.kind, self.sharpness = memory.kind, memory.sharpness
+        self.kind, self.sharpness, self.reads = memory.kind, memory.sharpness, memory.reads
         self.index: Search | None = None
 
     def nearest(
@@ -178,10 +189,28 @@ class MemoryScores(nn.Module):
         best = cosine.new_full((*cosine.shape[:-1], len(self.thresholds)), -torch.inf)
         return best.scatter_reduce(-1, self.owner.expand_as(cosine), cosine, "amax")
 
-    def cosines(self, keys: Tensor) -> Tensor:
-        """Whitened cosine of every key with every routing key, made comparable among those: (..., d_ff) → (..., n)."""
+    def cosines(self, keys: Tensor, places: Tensor | None = None) -> Tensor:
+        """Whitened cosine of every key with every routing key, made comparable among those: (..., d_ff) → (..., n).
+
+        Args:
+            places: the routing keys that are wanted (n,); all by default.
+        """
         wide = keys.float()  # squared norms of keys overflow half precision
-        return F.linear(wide, self.probes.float()) / self.lengths(wide)[..., self.metric] + self.offset.float()
+        kept = (self.probes, self.metric, self.offset)
+        probes, metric, offset = kept if places is None else (each[places] for each in kept)
+        return F.linear(wide, probes.float()) / self.lengths(wide)[..., metric] + offset.float()
+
+    def of_edits(self, keys: Tensor, edits: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosine and place of the nearest key of one edit each: keys (m, d_ff), edits (m,) → two (m,).
+
+        Args:
+            inside: whether the key comes after its prompt's last token (m,), and is compared with such alone.
+        """
+        places = torch.isin(self.owner, edits).nonzero().flatten()
+        other = self.owner[places] != edits[:, None]
+        other = other | ((self.metric[places] == INSIDE) != inside[:, None])
+        cosine, at = self.cosines(keys, places).masked_fill(other, -torch.inf).max(-1)
+        return cosine, places[at]
 
     def lengths(self, keys: Tensor) -> Tensor:
         """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""

@@ -58,7 +58,7 @@ class RoutedMatrix(MemoryScores):
         rows = None if forced is None else torch.full((len(keys), 1), forced, device=keys.device)
         if self.gate is None:
             return route(self, keys, forced=rows)
-        prompt = self.gate.prompt(self.names, keys)
+        prompt = self.gate.prompt(self.names, keys, self.meaning)
         decision = route(self, keys, prompt, forced=rows)
         if decision.at_prompt is not None:
             self.gate.keep(prompt, decision.at_prompt)
@@ -119,4 +119,13 @@ def install(model: nn.Module, module: str, memory: SideMemory, *, transposed: bo
         decoder = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
         decoder.register_forward_pre_hook(routed.gate.before_forward, with_kwargs=True)
         decoder.register_forward_hook(routed.gate.after_forward)
+        if memory.reads is not None:
+            model.get_submodule(_layer_beside(module, memory.reads)).register_forward_hook(routed.gate.note_states)
     return routed
+
+
+def _layer_beside(module: str, layer: int) -> str:
+    """Path of a layer of the decoder that the matrix at path ``module`` lies in."""
+    parts = module.split(".")
+    place = next(index for index, part in enumerate(parts) if part.isdecimal())
+    return ".".join([*parts[:place], str(layer)])

@@ -1,0 +1,273 @@
+"""Which edit a prompt means: scores by loops over tokens, and one decision whoever asks and however it is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import WORDS, manifest_for, memory_for, save_tiny
+from support.loading import CPU
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from wisecli.artifacts.memory_manifest import write_memory
+from wisecli.artifacts.unrelated_stats import Heads
+from wisecli.commands.explain import explain
+from wisecli.commands.generate import generate
+from wisecli.editing.early_states import prompt_states, special_tokens, token_states
+from wisecli.edits.record import Edit
+from wisecli.evaluation.edited_model import EditedModel, attach
+from wisecli.evaluation.teacher_forcing import _routes
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.memory.meaning_fitting import fit_meaning
+from wisecli.models.activations import capture
+from wisecli.models.generation import left_padded
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.site import find_site
+from wisecli.models.tokenization import Row, collate
+from wisecli.progress import ignore
+from wisecli.routing.meaning import MEANING, WINDOW, Meaning, looked_at
+from wisecli.routing.prompt_gate import UNROUTED
+
+PROMPTS = [" ".join(WORDS[first : first + length]) for first, length in ((0, 5), (9, 4), (20, 8))]
+EDITS = [Edit(f"edit {number}", prompt, "be") for number, prompt in enumerate(PROMPTS)]
+OTHERS = [" ".join(WORDS[first : first + length]) for first, length in ((33, 6), (40, 5))]
+
+
+def random_heads(d: int, layer: int, loaded: Loaded, unrelated: list[str]) -> Heads:
+    generator = torch.Generator().manual_seed(3)
+    read = token_states(loaded, loaded_site(loaded).below(layer), unrelated, batch_size=4, watch=ignore, stage="")
+    return Heads(
+        torch.randn(2, 8, d, generator=generator),
+        torch.randn(2, 8, generator=generator) / 4,
+        torch.zeros(2, d),
+        torch.zeros(2),
+        torch.full((2,), 30.0),
+        torch.full((2,), 0.8),
+        special_tokens(loaded),
+        torch.tensor([layer]),
+        read.states,
+        read.text,
+    )
+
+
+def loaded_site(loaded: Loaded):  # type: ignore[no-untyped-def]
+    base = Path(loaded.model.config._name_or_path)
+    return find_site(base, Checkpoint(base), 2)
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> EditedModel:
+    """A tiny model with a lookup of three edits, whose prompts' tokens are compared in layer 0."""
+    base = save_tiny(tmp_path / "base", "llama")
+    loaded = load_model(base, load=CPU)
+    site = find_site(base, Checkpoint(base), 2)
+    memory = memory_for(loaded.model, site, kind="lookup", router="key", routing="sequence", memories=3)
+    states = prompt_states(loaded, site.below(0), list(enumerate(EDITS)), batch_size=4, watch=ignore, stage="")
+    heads = random_heads(site.d, 0, loaded, OTHERS)
+    fitted = fit_meaning(heads, states, 3)
+    tensors = {name: tensor for name, tensor in memory.tensors.items() if not name.startswith("names.")}
+    tensors.pop("asks", None)
+    memory = replace(memory, tensors={**tensors, **fitted.tensors}, thresholds=(0.5,) * 3, router="meaning", reads=0)
+    (tmp_path / "memory").mkdir()
+    write_memory(tmp_path / "memory", manifest_for(base, memory, EDITS))
+    return attach(tmp_path / "memory", load=CPU)
+
+
+# --- scores ---
+
+
+def sure_by_loops(tensors: dict[str, Tensor], states: Tensor, edits: int) -> list[float]:
+    """How surely one prompt's tokens (n, d) mean each edit, as the formula says it."""
+    prompts = len(tensors["meaning.whose"])
+    found = [0.0] * edits
+    for prompt in range(prompts):
+        sure = 1.0
+        for head in range(2):
+            score = 0.0
+            for vector, asking, share in zip(
+                tensors["meaning.vectors"].float(), tensors["meaning.asking"], tensors["meaning.shares"], strict=True
+            ):
+                if int(asking) == prompt + head * prompts:
+                    turned = [tensors["meaning.turns"][head] @ x + tensors["meaning.shifts"][head] for x in states]
+                    score += float(share) * max(float(F.cosine_similarity(vector, one, dim=0)) for one in turned)
+            slope, bar = float(tensors["meaning.slopes"][head]), float(tensors["meaning.bars"][head])
+            sure *= float(torch.sigmoid(torch.tensor(slope * (score - bar))))
+        whose = int(tensors["meaning.whose"][prompt])
+        found[whose] = max(found[whose], sure)
+    return found
+
+
+def test_scores_are_those_of_loops_over_tokens(edited: EditedModel) -> None:
+    tensors = {name: edited.manifest.memory.tensors[name] for name in MEANING}
+    meaning = Meaning(tensors, 3)
+    states, there = torch.randn(4, 9, edited.manifest.site.d), torch.rand(4, 9) < 0.6
+    there[:, 2] = True
+    found = meaning(states, there)
+    for row in range(4):
+        expected = sure_by_loops(tensors, states[row, there[row]], 3)
+        torch.testing.assert_close(found[row], torch.tensor(expected), rtol=2e-3, atol=1e-4)
+
+
+def test_an_edits_own_prompt_is_sure_and_shares_add_up(edited: EditedModel) -> None:
+    tensors = edited.manifest.memory.tensors
+    count = len(tensors["meaning.whose"])
+    whole = torch.zeros(2 * count).index_add(0, tensors["meaning.asking"].long(), tensors["meaning.shares"].float())
+    torch.testing.assert_close(whole, torch.ones(2 * count))
+    for number, prompt in enumerate(PROMPTS):
+        sure = edited.prompts(batch_of(edited, prompt)).sure
+        assert sure is not None
+        assert int(sure[0].argmax()) == number
+        assert float(sure[0, number]) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        ([5, 6, 7, 8], [1, 2, 3]),  # all but the first, on which attention rests
+        ([5, 6, 7, 8, 1, 9, 9, 9, 9, 9], [5, 6, 7, 8, 9]),  # what follows the special token
+        ([5, 6, 7, 8, 8, 3, 9, 1, 9, 9], [1, 2, 3, 4]),  # the stretches after the first are too short to ask anything
+        ([5, 6, 1, 7], [1, 3]),  # no stretch is long: all of it
+        ([5, *[6] * (WINDOW + 20)], list(range(21, WINDOW + 21))),  # the last of many
+    ],
+)
+def test_what_is_asked_last_is_compared(ids: list[int], kept: list[int]) -> None:
+    row = torch.tensor([ids])
+    first = torch.arange(len(ids))[None] == 0
+    found = looked_at(row, torch.ones_like(row, dtype=torch.bool), first, torch.tensor([1, 3]))
+    assert found[0].nonzero().flatten().tolist() == kept
+
+
+# --- decisions ---
+
+
+def batch_of(edited: EditedModel, prompt: str):  # type: ignore[no-untyped-def]
+    return collate([Row(tuple(edited.tokenizer(prompt)["input_ids"]), (7, 8, 9))])
+
+
+@torch.no_grad()
+def chosen_by_the_layer(
+    edited: EditedModel, parts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> list[list[int]]:
+    """The edits that answered the tokens of each pass, one pass after the other on one cache."""
+    noted: list[Tensor] = []
+    add = type(edited.routed).add_updates
+
+    def noting(own, answer, keys, chosen):  # type: ignore[no-untyped-def]
+        noted.append(own.memory_at(chosen))
+        return add(own, answer, keys, chosen)
+
+    cache = DynamicCache(config=edited.model.config)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(edited.routed), "add_updates", noting)
+        for part in parts:
+            edited.model(torch.tensor([part]), past_key_values=cache)
+    return [chosen[0].tolist() for chosen in noted]
+
+
+def test_own_prompts_open_their_edit_at_their_end_and_others_nothing(
+    edited: EditedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, prompt in enumerate([*PROMPTS, *OTHERS]):
+        ids = edited.tokenizer(prompt)["input_ids"]
+        (found,) = chosen_by_the_layer(edited, [ids], monkeypatch)
+        assert found == [UNROUTED] * (len(ids) - 1) + [number if number < 3 else UNROUTED]
+
+
+def test_all_who_ask_what_answers_are_told_the_same(
+    edited: EditedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prompt in [*PROMPTS, *OTHERS]:
+        ids = edited.tokenizer(prompt)["input_ids"]
+        (answer,) = generate(tmp_path / "memory", [prompt], max_new_tokens=5, explain=True, load=CPU)
+        report = explain(tmp_path / "memory", prompt, max_new_tokens=5, nearest=3, load=CPU)
+        (said,) = edited.model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=5, do_sample=False
+        )[:, len(ids) :].tolist()
+        passes = chosen_by_the_layer(edited, [ids, *([token] for token in said[:-1])], monkeypatch)
+        by_layer = [passes[0][-1], *(one for (one,) in passes[1:])]
+        assert [step.memory for step in answer.steps] == [
+            None if one == UNROUTED else one for one in by_layer[: len(answer.steps)]
+        ]
+        assert [token.routed for token in report.answer_tokens] == [
+            one != UNROUTED for one in by_layer[: len(report.answer_tokens)]
+        ]
+        batch = collate([Row(tuple(ids), tuple(said))])
+        with edited.unedited():
+            base = capture(edited.model, edited.manifest.site, batch)
+        opened = edited.routed.memory_at(_routes(edited, base, prompt_opens=True))[0, batch.start]
+        assert int(opened) == by_layer[0]
+        assert len(report.nearest) == 3
+
+
+def test_a_batch_with_padding_is_decided_as_its_rows_are(edited: EditedModel) -> None:
+    rows = [edited.tokenizer(prompt)["input_ids"] for prompt in [*PROMPTS, *OTHERS]]
+    ids, mask = left_padded(rows)
+    for side in (ids, mask), (right_padded(ids, mask)):
+        given, real = side
+        output = edited.model.generate(given, attention_mask=real, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        if given is ids:
+            for row, text in zip(rows, output, strict=True):
+                alone = edited.model.generate(
+                    torch.tensor([row]),
+                    attention_mask=torch.ones(1, len(row)),
+                    max_new_tokens=4,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+                assert text[len(ids[0]) :].tolist()[: len(alone[0]) - len(row)] == alone[0, len(row) :].tolist()
+        position = (real.cumsum(-1) - 1).clamp(min=0)
+        logits = edited.model(given, attention_mask=real, position_ids=position).logits
+        for row, own, there in zip(rows, logits, real.bool(), strict=True):
+            single = edited.model(torch.tensor([row])).logits[0]
+            assert torch.allclose(own[there], single, atol=2e-4)
+
+
+def right_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
+def test_a_prompt_read_in_parts_is_decided_by_all_of_it(edited: EditedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, prompt in enumerate(PROMPTS):
+        ids = edited.tokenizer(prompt)["input_ids"]
+        half = len(ids) // 2
+        parts = chosen_by_the_layer(edited, [ids[:half], ids[half:]], monkeypatch)
+        assert parts[-1][-1] == number
+
+
+@torch.no_grad()
+def test_a_second_question_on_the_same_cache_is_decided_by_itself(
+    edited: EditedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meaning, outcomes = edited.routed.meaning, set()
+    assert meaning is not None
+    meaning.bars.fill_(0.4)
+    for first, second in product([*PROMPTS, *OTHERS], repeat=2):
+        told, asked = (edited.tokenizer(prompt)["input_ids"] for prompt in (first, second))
+        passes = chosen_by_the_layer(edited, [told, [7], [8], asked, [9]], monkeypatch)
+        # All in one pass through the unedited model, of which only the second question's tokens are compared.
+        whole = torch.tensor([[*told, 7, 8, *asked]])
+        site = edited.manifest.site.below(0)
+        with edited.unedited():
+            states = capture(edited.model, site, collate([Row(tuple(whole[0].tolist()), (9,))]), above=False).hidden
+        sure = meaning(states, torch.arange(whole.shape[1])[None] >= len(told) + 2)[0]
+        expected = int(sure.argmax()) if float(sure.max()) > 0.5 else UNROUTED
+        assert passes[3] == [UNROUTED] * (len(asked) - 1) + [expected]
+        assert set(passes[4]) <= {UNROUTED, expected}
+        outcomes.add((passes[0][-1], expected))
+    assert any(before == UNROUTED != after for before, after in outcomes)
+    assert any(before != UNROUTED == after for before, after in outcomes)
+
+
+def test_a_forced_edit_answers_from_the_prompts_end_on(edited: EditedModel) -> None:
+    ids = torch.tensor([edited.tokenizer(OTHERS[0])["input_ids"]])
+    with edited.routed.called_with(forced=1):
+        forced = edited.model(ids).logits
+    plain = edited.model(ids).logits
+    assert torch.equal(forced[:, :-1], plain[:, :-1])
+    assert not torch.equal(forced[:, -1], plain[:, -1])

@@ -1,0 +1,106 @@
+"""Texts → what an early layer makes of the tokens by which it is known what is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.artifacts.shard import PromptStates, half
+from wisecli.edits.record import Edit
+from wisecli.errors import SettingsError
+from wisecli.models.activations import captured
+from wisecli.models.forms import forms
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Site
+from wisecli.models.tokenization import Row, collate, in_batches
+from wisecli.progress import Event, Watcher
+from wisecli.routing.meaning import looked_at
+
+# States are read at this share of the depth: deep enough to know a word by its neighbours, and cheap.
+_DEPTH = 4 / 30
+# The forms that an edit's own prompt is kept in: in small letters a name is other tokens.
+_KEPT = ("bare", "lower case")
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """States (n, d) of the tokens of B texts that are compared, text after text, in half precision.
+
+    ``text`` (n,) says which text each is of, ``place`` (n,) which of its tokens.
+    """
+
+    states: Tensor
+    text: Tensor
+    place: Tensor
+
+
+def reading_site(loaded: Loaded, site: Site) -> Site:
+    """The layer below the edited one whose states are read.
+
+    Raises:
+        SettingsError: the first layer is edited.
+    """
+    layers = site.layer_module.rpartition(".")[0]
+    depth = sum(1 for _ in loaded.model.get_submodule(layers).children())
+    layer = min(max(0, round(depth * _DEPTH) - 1), site.layer - 1)
+    if layer < 0:
+        raise SettingsError("--router meaning reads a layer below the edited one; give --layer 1 or more")
+    return site.below(layer)
+
+
+def special_tokens(loaded: Loaded) -> Tensor:
+    """The tokenizer's special tokens (b,), ascending; if there are none, a number that no token has."""
+    return torch.tensor(sorted(set(loaded.tokenizer.all_special_ids)) or [len(loaded.tokenizer)])
+
+
+def token_states(
+    loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher, stage: str
+) -> TokenStates:
+    """What leaves the layer of a site at the tokens of texts by which it is known what they ask."""
+    rows = [Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts]
+    groups = list(in_batches(rows, batch_size))
+    batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
+    found = [torch.empty(0)] * len(rows)
+    places = [torch.empty(0, dtype=torch.long)] * len(rows)
+    breaks, done = special_tokens(loaded).to(loaded.device), 0
+    activations = captured(loaded.model, site, batches, stream=loaded.stream, above=False)
+    for indices, one in zip(groups, activations, strict=True):
+        real = one.batch.mask.bool()
+        place = real.long().cumsum(1) - 1
+        compared = looked_at(one.batch.ids, real, place == 0, breaks)
+        for row, index in enumerate(indices):
+            found[index] = half(one.hidden[row, compared[row]]).cpu()
+            places[index] = place[row, compared[row]].cpu()
+        done += len(indices)
+        watch(Event(stage, done, len(rows)))
+    text = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(one) for one in found]))
+    return TokenStates(torch.cat(found), text, torch.cat(places))
+
+
+def prompt_states(
+    loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, watch: Watcher, stage: str
+) -> PromptStates:
+    """What the reading layer makes of the own prompts of numbered edits, in each of the forms that are kept."""
+    table = forms()
+    kept = [(number, form, edit) for form in range(len(_KEPT)) for number, edit in edits]
+    texts = [table[_KEPT[form]].asked(loaded.tokenizer, edit.prompt) for _, form, edit in kept]
+    found = token_states(loaded, site, texts, batch_size=batch_size, watch=watch, stage=stage)
+    subjects = [_subject_tokens(loaded, text, edit.subject) for text, (_, _, edit) in zip(texts, kept, strict=True)]
+    pairs = zip(found.text.tolist(), found.place.tolist(), strict=True)
+    subject = torch.tensor([place in subjects[text] for text, place in pairs])
+    numbers = torch.tensor([number for number, _, _ in kept])
+    ways = torch.tensor([form for _, form, _ in kept])
+    return PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject)
+
+
+def _subject_tokens(loaded: Loaded, text: str, subject: str | None) -> frozenset[int]:
+    """The places of the tokens of a subject in a text; none if it is not there, or the tokenizer cannot tell."""
+    first = text.casefold().find(subject.casefold()) if subject else -1
+    if first < 0 or subject is None or not loaded.tokenizer.is_fast:
+        return frozenset()
+    last = first + len(subject)
+    spans = loaded.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return frozenset(place for place, (begin, end) in enumerate(spans) if begin < last and end > first)

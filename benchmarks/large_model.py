@@ -31,6 +31,7 @@ from transformers import LlamaConfig
 
 from wisecli.config import EditSettings
 from wisecli.editing.resource_estimate import plan_edit
+from wisecli.editing.token_check import USUAL_LENGTH
 from wisecli.export.weights import write_stream
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import TensorLayout
@@ -166,7 +167,9 @@ def measure(base: Path, count: int, options: argparse.Namespace) -> None:
     """Edit in a process of its own, and print what that took."""
     budget, checkpoint = round(options.budget * 2**30) or None, Checkpoint(base)
     settings = EditSettings(layer=options.layer, unrelated_texts=options.unrelated_texts)
-    plan = plan_edit(checkpoint, find_site(base, checkpoint, options.layer), settings, count, memory_budget=budget)
+    plan = plan_edit(
+        checkpoint, find_site(base, checkpoint, options.layer), settings, [USUAL_LENGTH] * count, memory_budget=budget
+    )
     write_edits(options.work / "edits.jsonl", count)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:  # what is known of unrelated text would spare most of the work

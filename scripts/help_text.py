@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wisecli.cli.app import app
+from wisecli.cli.app import NAMES
 
-COMMANDS = ("", *(command.name or "" for command in app.registered_commands))
+COMMANDS = ("", *NAMES)
 PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from wisecli.config import PRESETS, EditSettings, EvalSettings, MergeSettings, defaults, resolve, settings_from
 from wisecli.errors import SettingsError
@@ -117,9 +116,9 @@ def test_the_defaults_pass_the_checks_when_they_are_given(kind: type[Any]) -> No
 
 
 def test_settings_are_checked_however_they_are_made() -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(SettingsError):
         EditSettings(passes=0)
-    with pytest.raises(ValidationError):
+    with pytest.raises(SettingsError):
         dataclasses.replace(EditSettings(), writer="nobody")  # type: ignore[arg-type]
 
 

@@ -6,15 +6,11 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from annotated_types import Ge, Le
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass as checked
-from pydantic.fields import FieldInfo
-
+from wisecli.checked import Checked, Within
 from wisecli.errors import SettingsError
 
 if sys.version_info >= (3, 11):
@@ -24,31 +20,14 @@ else:
 
 Settings = TypeVar("Settings")
 
-# What is written around a type: bounds, and that there may be none.
-_AROUND = (Annotated, Union, UnionType)
-# As a manifest or a settings file may have them, a layer is a text though it looks like a number.
-_CONFIG = ConfigDict(coerce_numbers_to_str=True, defer_build=True)
-
-
-def _no_truth_value(value: Any) -> Any:
-    """A number as it is; true and false are refused, which pydantic would count as 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError("a truth value is no number")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_no_truth_value)]
-Count = Annotated[Whole, Field(ge=1, le=10**6)]
-Share = Annotated[float, Field(ge=1e-9, le=1)]
-Rate = Annotated[float, Field(ge=1e-12, le=1e6)]
-Margin = Annotated[float, Field(ge=0, le=1e6)]
-Weight = Annotated[float, Field(ge=-1e3, le=1e3)]
-Seed = Annotated[Whole, Field(ge=0, le=2**53 - 1)]
-
-
-def _split(value: Any) -> Any:
-    """A text's parts between commas."""
-    return value.split(",") if isinstance(value, str) else value
+# Of the names of variables.
+PREFIX = "WISE_"
+Count = Annotated[int, Within(1, 10**6)]
+Share = Annotated[float, Within(1e-9, 1)]
+Rate = Annotated[float, Within(1e-12, 1e6)]
+Margin = Annotated[float, Within(0, 1e6)]
+Weight = Annotated[float, Within(-1e3, 1e3)]
+Seed = Annotated[int, Within(0, 2**53 - 1)]
 
 
 @dataclass(frozen=True)
@@ -68,8 +47,8 @@ class LoadOptions:
     revision: str | None = None
 
 
-@checked(frozen=True, config=_CONFIG)
-class EditSettings:
+@dataclass(frozen=True)
+class EditSettings(Checked):
     """How shards are written: in closed form, or by the paper's gradient steps.
 
     The margins α, β, γ and the router's loss are section 2.3.1, equation 5, of the paper.
@@ -87,18 +66,18 @@ class EditSettings:
     passes: Count = 60
     learning_rate: Rate = 2e-2
     batch_size: Count = 32
-    contexts: Annotated[Whole, Field(ge=0, le=1000)] = (
+    contexts: Annotated[int, Within(0, 1000)] = (
         1  # more of them cost time and change nothing: .853 of rephrases right with 4, .855 with 0
     )
-    context_tokens: Annotated[Whole, Field(ge=1, le=1000)] = 8
+    context_tokens: Annotated[int, Within(1, 1000)] = 8
     chat: bool = False
-    augment: Annotated[Whole, Field(ge=0, le=100)] = 0  # paraphrases that the model writes itself
-    residual_steps: Annotated[Whole, Field(ge=1, le=10**4)] = 40
-    residual_rate: Annotated[float, Field(ge=1e-9, le=1e3)] = 0.3  # in units of an entry of W a
-    residual_stop: Annotated[float, Field(ge=1e-9, le=10)] = (
+    augment: Annotated[int, Within(0, 100)] = 0  # paraphrases that the model writes itself
+    residual_steps: Annotated[int, Within(1, 10**4)] = 40
+    residual_rate: Annotated[float, Within(1e-9, 1e3)] = 0.3  # in units of an entry of W a
+    residual_stop: Annotated[float, Within(1e-9, 10)] = (
         0.02  # the loss that every target token of an edit must come under
     )
-    polish: Annotated[Whole, Field(ge=0, le=10**4)] = 5
+    polish: Annotated[int, Within(0, 10**4)] = 5
     polish_rate: Rate = 5e-3
     alpha: Margin = 0.25
     beta: Margin = 1.0
@@ -107,15 +86,15 @@ class EditSettings:
     norm_constraint: Rate | None = None
     stop_loss: Margin = 0.05
     train_end: bool = True
-    unrelated_texts: Annotated[Whole, Field(ge=8, le=10**6)] = 600
+    unrelated_texts: Annotated[int, Within(8, 10**6)] = 600
     router: Literal["key", "norm", "meaning"] = "key"
     routing: Literal["token", "sequence"] = "token"
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
     seed: Seed = 0
 
 
-@checked(frozen=True, config=_CONFIG)
-class MergeSettings:
+@dataclass(frozen=True)
+class MergeSettings(Checked):
     """How shards become one memory. What the shards' own settings decide is left ``None`` here."""
 
     mode: Literal["merge", "retrieve", "lookup"] | None = None
@@ -123,32 +102,32 @@ class MergeSettings:
     refit: bool | None = None
     density: Share = 0.5
     scale: Weight = 1.0
-    weights: Annotated[tuple[Weight, ...] | None, BeforeValidator(_split)] = None
+    weights: tuple[Weight, ...] | None = None
     router: Literal["key", "norm", "meaning"] | None = None
     routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
-    false_alarm: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    false_alarm: Annotated[float, Within(0, 0.5)] | None = None
     subjects: Literal["named", "any"] = "named"
-    sharpness: Annotated[float, Field(ge=0, le=1e4)] = (
+    sharpness: Annotated[float, Within(0, 1e4)] = (
         0.0  # the nearest key alone: a mean over keys loses edits that are alike
     )
     seed: Seed = 0
 
 
-@checked(frozen=True, config=_CONFIG)
-class EvalSettings:
+@dataclass(frozen=True)
+class EvalSettings(Checked):
     """How figures are measured."""
 
     dataset: str | None = None
-    edits: Annotated[Whole, Field(ge=1, le=10**9)] | None = None
+    edits: Annotated[int, Within(1, 10**9)] | None = None
     batch_size: Count = 32
     chat: bool = False
     generate: bool = True
     max_new_tokens: Count | None = None  # the longest target and a little more
 
 
-@checked(frozen=True, config=_CONFIG)
-class BenchSettings:
+@dataclass(frozen=True)
+class BenchSettings(Checked):
     """Which methods are compared, on what, and how; or which studies are made, and of what."""
 
     dataset: str | None = None
@@ -157,8 +136,8 @@ class BenchSettings:
     counts: str = "10,100"
     generate: bool = True
     batch_size: Count = 32
-    resamples: Annotated[Whole, Field(ge=10, le=10**6)] = 1000
-    layers: Annotated[Whole, Field(ge=1, le=10**4)] = 8
+    resamples: Annotated[int, Within(10, 10**6)] = 1000
+    layers: Annotated[int, Within(1, 10**4)] = 8
     mask_ratios: str = ".1,.2,.3,.5,.8"
     shard_counts: str = "1,2,3,5,8"
     edits_per_shard: Count | None = None  # as in editing, but no more than a quarter, so that there are several shards
@@ -208,7 +187,7 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
     if not isinstance(preset, str) or preset not in PRESETS:
         raise SettingsError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     base = {name: value for name, value in PRESETS[preset].items() if name in hints}
-    return _made(kind, {**base, **given})
+    return kind(**{**base, **given})
 
 
 def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
@@ -221,7 +200,7 @@ def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
     known = {name: value for name, value in record.items() if value is not None}
     if unknown := sorted(known.keys() - hints.keys()):
         raise SettingsError(f"the manifest has a setting {unknown[0]!r} that this version does not know")
-    return _made(kind, known)
+    return kind(**known)
 
 
 def defaults(kind: type[Any]) -> dict[str, Any]:
@@ -229,68 +208,34 @@ def defaults(kind: type[Any]) -> dict[str, Any]:
     return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
 
 
+def read_toml(file: Path) -> dict[str, Any]:
+    """The content of a settings file.
+
+    Raises:
+        SettingsError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{file}: not readable as TOML ({error})") from None
+
+
 def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dict[str, Any]:
     if file is None:
         return {}
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8")).get(section, {})
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{file}: not readable as TOML ({error})") from None
+    table = read_toml(file).get(section, {})
     if not isinstance(table, dict):
         raise SettingsError(f"{file}: {section} must be a table, [{section}]")
     given = {name.replace("-", "_"): value for name, value in table.items()}
     unknown = sorted(given.keys() - hints.keys())
     if unknown:
-        raise SettingsError(f"{file}: [{section}] has no setting {unknown[0]!r}; known are {', '.join(sorted(hints))}")
+        close = get_close_matches(unknown[0], hints, n=1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        names = ", ".join(sorted(hints))
+        raise SettingsError(f"{file}: [{section}] has no setting {unknown[0]!r}; {meant}known are {names}")
     return given
 
 
 def _from_environment(hints: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f"WISE_{name.upper()}": name for name in hints}
+    names = {f"{PREFIX}{name.upper()}": name for name in hints}
     return {name: os.environ[variable] for variable, name in names.items() if os.environ.get(variable)}
-
-
-def _made(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
-    """Settings of a class.
-
-    Raises:
-        SettingsError: a value of the wrong kind or out of bounds; the first of them, in the order of the fields.
-    """
-    try:
-        return kind(**given)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    name = str(first["loc"][0])
-    hint = get_type_hints(kind, include_extras=True)[name]
-    raise SettingsError(_complaint(name, given[name], str(first["type"]), hint))
-
-
-def _complaint(name: str, value: Any, wrong: str, hint: Any) -> str:
-    """What is wrong with a value, as a sentence to the user."""
-    kind, bounds = _inner(hint)
-    if wrong == "literal_error":
-        return f"{_flag(name)} must be one of {', '.join(get_args(kind))}, not {value!r}"
-    if wrong in ("greater_than_equal", "less_than_equal"):
-        if get_origin(kind) is tuple:
-            (one, _), shown = get_args(kind), value
-            kind, bounds = _inner(one)
-        else:
-            shown = repr(kind(value))
-        lowest = next(one.ge for one in bounds if isinstance(one, Ge))
-        highest = next(one.le for one in bounds if isinstance(one, Le))
-        return f"{_flag(name)} must lie between {lowest:g} and {highest:g}, not {shown}"
-    return f"{_flag(name)} must be {(get_origin(kind) or kind).__name__}, not {value!r}"
-
-
-def _inner(hint: Any) -> tuple[Any, list[Any]]:
-    """A field's type without what is written around it, and its bounds."""
-    bounds: list[Any] = []
-    while get_origin(hint) in _AROUND:
-        for field in getattr(hint, "__metadata__", ()):
-            bounds += field.metadata if isinstance(field, FieldInfo) else []
-        hint = next(option for option in get_args(hint) if option is not NoneType)
-    return hint, bounds
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -30,7 +30,8 @@ from wisecli.commands.rollback import rollback
 from wisecli.commands.verify import verify
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import DamagedFileError, WiseError
-from wisecli.io.checkpoint import sha256_text, write_json
+from wisecli.io.checkpoint import write_json
+from wisecli.io.digest import sha256_text
 from wisecli.memory.history import HISTORY, LOG, read_history
 
 EXPORTS = ("edited", "merged", "delta")

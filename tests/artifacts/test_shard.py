@@ -26,7 +26,8 @@ from wisecli.artifacts.shard import (
     split_edits,
 )
 from wisecli.errors import DamagedFileError, SettingsError
-from wisecli.io.checkpoint import save_tensors, sha256_file
+from wisecli.io.checkpoint import save_tensors
+from wisecli.io.digest import sha256_file
 from wisecli.models.site import Site
 
 KINDS: tuple[MaskKind, ...] = ("columns", "elements")

@@ -31,7 +31,8 @@ from wisecli.config import MergeSettings
 from wisecli.edits.record import read_edits
 from wisecli.errors import DamagedFileError, EditFileError, ModelError, WiseError
 from wisecli.evaluation.edited_model import attach
-from wisecli.io.checkpoint import Checkpoint, load_tensors, read_json, sha256_file
+from wisecli.io.checkpoint import Checkpoint, load_tensors, read_json
+from wisecli.io.digest import sha256_file
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import read_header
 from wisecli.models.loading import load_model

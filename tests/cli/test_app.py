@@ -247,7 +247,7 @@ def test_the_four_commands_run_in_one_directory_without_further_arguments(wise: 
     # The next day goes on with the same memory.
     write_edits(Path("more.jsonl"), [{"id": "five", "prompt": "na ne", "target": "ni"}, {**EDITS[0], "target": "mu"}])
     outcome = wise(*["edit", "model", "more.jsonl", "--into", "memory"])
-    assert "release 2 of memory/: 1 edits in, 1 modified, 5 held" in outcome.out
+    assert "release 2 of memory/: 1 edit in, 1 modified, 5 held" in outcome.out
     assert "modified: one" in outcome.out.splitlines()
     assert "superseded" not in outcome.out
     assert "5 edits held; the log is whole" in wise("log", "memory").out

@@ -10,11 +10,11 @@ import typer
 from rich.text import Text
 from typer.testing import CliRunner
 
-from wisecli.cli.app import app
+from wisecli.cli.app import program
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings
 
 WIDTH = 80
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = typer.main.get_command(program()).commands  # type: ignore[attr-defined]
 MANY = 9
 SETTINGS = {"edit": EditSettings, "merge": MergeSettings, "eval": EvalSettings, "bench": BenchSettings}
 
@@ -26,7 +26,7 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines_of(*command: str) -> list[str]:
-    return CliRunner().invoke(app, [*command, "--help"], prog_name="wise").stdout.splitlines()
+    return CliRunner().invoke(program(), [*command, "--help"], prog_name="wise").stdout.splitlines()
 
 
 def panels_of(*command: str) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support.places import EDITS, PLACES, change, copied, make_places
 from typer.testing import CliRunner
 
-from wisecli import cli
+from wisecli.cli.app import program
 from wisecli.commands.inspect import inspect
 from wisecli.errors import DamagedFileError, ModelError, OutputExistsError, SettingsError
 
@@ -30,7 +30,7 @@ def manifest(directory: Path) -> dict[str, Any]:
 
 
 def printed(*arguments: str) -> str:
-    outcome = CliRunner().invoke(cli.app, list(arguments))
+    outcome = CliRunner().invoke(program(), list(arguments))
     assert outcome.exit_code == 0, outcome.output
     return outcome.output
 

@@ -12,13 +12,13 @@ from support.helpers import save_tiny
 from support.places import PLACES, change, copied, make_places, reseal
 from typer.testing import CliRunner
 
-from wisecli import cli
 from wisecli.artifacts.integrity import Check
 from wisecli.artifacts.seal import SEAL_NAME, read_seal
+from wisecli.cli.app import main, program
 from wisecli.commands.verify import verify
 from wisecli.errors import GateFailedError, ModelError
 from wisecli.export.checkpoint import code_files, former_code
-from wisecli.io.checkpoint import sha256_file
+from wisecli.io.digest import sha256_file
 
 SIDE, BASE = "model-side-memory.safetensors", "model-base.safetensors"
 
@@ -256,7 +256,7 @@ def test_a_base_model_that_was_moved_is_checked_where_it_is_now(root: Path, tmp_
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_command_says_a_line_a_check_and_exits_with_0(root: Path, place: str) -> None:
-    outcome = CliRunner().invoke(cli.app, ["verify", str(root / place)])
+    outcome = CliRunner().invoke(program(), ["verify", str(root / place)])
     assert outcome.exit_code == 0
     lines = outcome.stdout.splitlines()
     assert len(lines) == len(verify(root / place).checks)
@@ -272,7 +272,7 @@ def test_the_command_names_differences_and_exits_with_1(
     for arguments, code in ((["verify", str(path)], 1), (["verify", str(tmp_path / "empty")], 2)):
         monkeypatch.setattr("sys.argv", ["wise", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
         assert stopped.value.code == code
         said = capsys.readouterr()
         assert said.err.splitlines()[-1].startswith("error: ")
@@ -289,7 +289,7 @@ def test_the_code_that_version_0_1_wrote_is_known() -> None:
 
 
 def test_json_names_every_check(root: Path) -> None:
-    outcome = CliRunner().invoke(cli.app, ["verify", str(root / "memory"), "--json", "-q"])
+    outcome = CliRunner().invoke(program(), ["verify", str(root / "memory"), "--json", "-q"])
     results = json.loads(outcome.stdout)["results"]
     assert results["differences"] == 0
     assert results["checks"] == len(results["list"]) > 3

@@ -10,8 +10,8 @@ import pytest
 from support.helpers import save_tiny
 from support.loading import CPU
 
-from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError
 from wisecli.progress import Event

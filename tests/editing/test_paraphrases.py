@@ -11,10 +11,10 @@ from support.loading import CPU
 
 from wisecli.artifacts.shard import Evidence
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings
 from wisecli.editing.paraphrases import asks_the_same, usable
 from wisecli.edits.record import Edit, Translation, read_edits

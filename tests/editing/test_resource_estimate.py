@@ -11,6 +11,7 @@ from support.places import make_places
 from wisecli.commands.edit import edit
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.resource_estimate import plan_edit
+from wisecli.editing.token_check import USUAL_LENGTH
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import captured
 from wisecli.models.loading import load_model
@@ -47,7 +48,7 @@ def test_a_model_that_fits_needs_no_spool(tmp_path: Path) -> None:
 def test_a_sweep_reads_what_is_planned(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "model")
     checkpoint = Checkpoint(directory)
-    plan = plan_edit(checkpoint, find_site(directory, checkpoint, 2), SETTINGS, 10, memory_budget=1)
+    plan = plan_edit(checkpoint, find_site(directory, checkpoint, 2), SETTINGS, [USUAL_LENGTH] * 10, memory_budget=1)
     loaded = load_model(directory, load=LoadOptions(device="cpu", memory_budget=1))
     assert loaded.stream is not None
     site, batch = site_of(loaded.model, 2), collate(random_rows((3, 1)))
@@ -80,7 +81,7 @@ def test_an_edit_reads_about_what_is_planned(
         SETTINGS,
         load=LoadOptions(device="cpu", memory_budget=1000),
     )
-    plan = plan_edit(checkpoint, find_site(base, checkpoint, 2), SETTINGS, 3, memory_budget=1000)
+    plan = plan_edit(checkpoint, find_site(base, checkpoint, 2), SETTINGS, [USUAL_LENGTH] * 3, memory_budget=1000)
     assert 0.7 < plan.read / streams[0].bytes_read < 1.4
 
 
@@ -89,11 +90,11 @@ def test_what_is_held_whole_reads_nothing_and_takes_its_weights(tmp_path: Path) 
     checkpoint = Checkpoint(directory)
     site = find_site(directory, checkpoint, 2)
     for budget in (None, 10**9):
-        plan = plan_edit(checkpoint, site, SETTINGS, 10, memory_budget=budget)
+        plan = plan_edit(checkpoint, site, SETTINGS, [USUAL_LENGTH] * 10, memory_budget=budget)
         assert not plan.streamed
         assert (plan.resident, plan.held, plan.spooled, plan.sweep, plan.read) == (plan.weights, 0, 0, 0, 0)
         assert plan.peak > plan.weights
-    assert plan_edit(checkpoint, site, SETTINGS, 10, memory_budget=1000).streamed
+    assert plan_edit(checkpoint, site, SETTINGS, [USUAL_LENGTH] * 10, memory_budget=1000).streamed
 
 
 def test_more_to_do_takes_no_less(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_more_to_do_takes_no_less(tmp_path: Path) -> None:
     checkpoint = Checkpoint(directory)
     site = find_site(directory, checkpoint, 2)
     few, edits, texts = (
-        plan_edit(checkpoint, site, EditSettings(unrelated_texts=count), edits, memory_budget=1000)
+        plan_edit(checkpoint, site, EditSettings(unrelated_texts=count), [USUAL_LENGTH] * edits, memory_budget=1000)
         for edits, count in ((10, 100), (400, 100), (10, 5000))
     )
     for name in ("peak", "spooled", "read", "flops"):

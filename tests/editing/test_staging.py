@@ -24,11 +24,12 @@ from support.thorough import few
 from support.zygote import Zygote
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit import EditReport, RunOptions
+from wisecli.commands.edit import EditReport
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
 from wisecli.commands.reproduce import reproduce
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions, MergeSettings
 from wisecli.editing.staging import Unfinished
 from wisecli.errors import (

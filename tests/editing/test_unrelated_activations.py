@@ -18,7 +18,8 @@ from wisecli.data.corpus import reworded_facts, unrelated_texts
 from wisecli.editing.context_prefixes import continuations
 from wisecli.editing.unrelated_activations import measure_unrelated
 from wisecli.errors import DamagedFileError
-from wisecli.io.checkpoint import save_tensors, sha256_file
+from wisecli.io.checkpoint import save_tensors
+from wisecli.io.digest import sha256_file
 from wisecli.models.loading import Loaded, load_model
 from wisecli.progress import Event
 from wisecli.routing.whitening import Moment, Whitening, leading, whitening

@@ -17,11 +17,12 @@ from support.loading import CPU
 from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit import EditReport, RunOptions
+from wisecli.commands.edit import EditReport
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.edit_into import Batch, IntoReport, edit_into
 from wisecli.commands.inspect import inspect
 from wisecli.commands.merge import merge
+from wisecli.commands.run_options import RunOptions
 from wisecli.commands.watch import follow
 from wisecli.config import EditSettings, LoadOptions, MergeSettings
 from wisecli.editing.worker import Worker

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from wisecli.edits.files import content_of
 from wisecli.edits.record import Edit, EvaluationPrompt, numbered_edits, parse_edit, read_edits
+from wisecli.edits.text import is_plain, is_visible
 from wisecli.errors import EditFileError
 
 FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}
@@ -199,9 +200,9 @@ TEXTS = st.lists(TEXT, max_size=3).map(tuple)
 PROBES = st.lists(st.builds(EvaluationPrompt, TEXT, TEXT), max_size=3).map(tuple)
 EDITS = st.builds(
     Edit,
-    id=TEXT,
-    prompt=TEXT,
-    target=TEXT,
+    id=st.text(st.characters(codec="utf-8").filter(is_plain), min_size=1, max_size=200).filter(is_visible),
+    prompt=TEXT.filter(is_visible),
+    target=TEXT.filter(is_visible),
     op=st.sampled_from(["insert", "modify", "erase"]),
     subject=st.none() | TEXT,
     rephrases=TEXTS,
@@ -225,3 +226,26 @@ def test_an_edit_survives_its_json_form(edit: Edit) -> None:
 @given(EDITS)
 def test_the_json_form_of_an_edit_is_a_record_of_it(edit: Edit) -> None:
     assert parse_edit(json.loads(json.dumps(edit.as_dict()))) == edit
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("id", text) for text in ("x" * 201, "a\x1b[2Jb", "a\nb", "\u200b", " ", "", "\u202eab", "\x9b")),
+        *(
+            (name, text)
+            for name in ("prompt", "target")
+            for text in ("\u200b\u200d", "\x00\x1b", " \u2060\n", "\ufeff")
+        ),
+        ("replacement", "\u200b"),
+    ],
+)
+def test_names_and_texts_that_nobody_can_see_are_refused(field: str, value: str) -> None:
+    record = {"id": "one", "prompt": "ba", "target": "do", "op": "erase", field: value}
+    with pytest.raises(ValueError, match=f"`{field}` must "):
+        parse_edit(record)
+
+
+@pytest.mark.parametrize("name", ["x" * 200, "ca\u00e7a 東京\u3000へ", "می\u200cخواهم", 7])
+def test_ids_of_all_scripts_are_taken(name: object) -> None:
+    assert parse_edit({"id": name, "prompt": "ba", "target": "do\nda"}).id == str(name)

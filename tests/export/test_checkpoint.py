@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.helpers import (
@@ -638,13 +640,32 @@ def test_the_card_names_the_base_its_licence_and_what_was_measured(memory_dir: P
     export(memory_dir, tmp_path / "out", publication=Publication(metrics=report))
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "apache-2.0"
-    assert card.data.base_model == str(tmp_path / "base")
+    assert card.data.base_model == "base"
+    assert str(tmp_path) not in card.content
     (result,) = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("zsre", "reliability", 0.9877)
     assert "| zsre | reliability | 0.988 |" in card.text
     assert "2 edits" in card.text
     export(memory_dir, tmp_path / "bare", publication=Publication(card=False))
     assert not (tmp_path / "bare" / "README.md").exists()
+
+
+def test_the_card_shows_what_edits_say_letter_by_letter(memory_dir: Path, tmp_path: Path) -> None:
+    manifest = read_memory(memory_dir)
+    hostile = (
+        "<img src=x onerror=alert(1)> [a](javascript:b) ![c](//d) `e` **f** | g\n# h https://i www.j @k \x1b[2J\u202e"
+    )
+    edits = (Edit("one", hostile, hostile),)
+    card = model_card(replace(manifest, edits=edits, model=f"/home/ann/{hostile}"), "routed", base=tmp_path / "base")
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---", 2)[2])
+    assert "<img" not in html
+    assert not re.search(r"<(a|strong|em|script)\b", html)
+    assert "<code>e</code>" not in html
+    assert "&lt;img src=x onerror=alert(1)&gt; [a](javascript:b) ![c](//d) `e` **f** | g" in html
+    assert "/home/ann" not in card
+    assert "1 edit of base" in card
+    on_hub = model_card(replace(manifest, model="someone/something"), "delta", base=tmp_path / "base")
+    assert "of someone/something" in on_hub
 
 
 NO_REPORTS = ["{", "[]", '{"results": {}}', '{"results": {"zsre": 3}}', '{"results": {"a": {}}}']

@@ -20,11 +20,10 @@ from wisecli.io.checkpoint import (
     open_tensors,
     read_json,
     save_tensors,
-    sha256_file,
-    sha256_json,
     sha256_tensor,
     write_json,
 )
+from wisecli.io.digest import sha256_file, sha256_json
 from wisecli.models.resolve import resolve_model
 
 

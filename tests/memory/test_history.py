@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest, read_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.diff import diff
-from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.edit_into import Batch, IntoReport, edit_into
 from wisecli.commands.evaluate import evaluate
@@ -29,6 +28,7 @@ from wisecli.commands.merge import merge
 from wisecli.commands.merge_into import merge_into
 from wisecli.commands.remove import remove
 from wisecli.commands.rollback import rollback
+from wisecli.commands.run_options import RunOptions
 from wisecli.commands.verify import verify
 from wisecli.commands.watch import follow as run_follow
 from wisecli.config import EditSettings, EvalSettings, MergeSettings

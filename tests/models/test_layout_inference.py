@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
 import torch
 from rich.console import Console as RichConsole
 from safetensors.torch import load_file, save_file
@@ -357,7 +359,8 @@ def test_a_note_is_a_sentence_on_stderr_wherever_it_runs(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(console, "RichConsole", lambda **named: RichConsole(**named, force_terminal=terminal))
+    monkeypatch.setattr(rich.console, "Console", lambda **named: RichConsole(**named, force_terminal=terminal))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     with console.Console().watching() as watch:
         watch(Event("model"))
         watch(Event(NOTE, note="this [one] was taken"))

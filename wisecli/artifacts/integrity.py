@@ -9,7 +9,8 @@ from typing import Literal
 
 from wisecli.artifacts.tensor_schema import TensorRows, differences
 from wisecli.errors import WiseError
-from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tensors, sha256_file, weight_map
+from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tensors, weight_map
+from wisecli.io.digest import sha256_file
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import TensorLayout, read_header
 from wisecli.models.site import Fingerprint, Site, fingerprint, stored_weight

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from wisecli.artifacts import names
 from wisecli.artifacts.tensor_schema import layouts, memory_rows, require_layout
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
-from wisecli.io.checkpoint import load_tensors, read_json, save_tensors, sha256_file, write_json
+from wisecli.io.checkpoint import load_tensors, read_json, save_tensors, write_json
+from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode, shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout
@@ -19,7 +21,7 @@ from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.scores import SideMemory
 
-MANIFEST_NAME = "router.json"
+MANIFEST_NAME = names.MEMORY
 MEMORY_NAME = "memory.safetensors"
 SCHEMA = "wise.memory/1"
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from wisecli.artifacts.integrity import Check, check_digest, damaged
 from wisecli.edits.signatures import Signed, SigningKey
 from wisecli.errors import DamagedFileError
-from wisecli.io.checkpoint import sha256_file
+from wisecli.io.digest import sha256_file
 from wisecli.io.safe_paths import require_regular
 
 SEAL_NAME = "SHA256SUMS"

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import Base, Made, Origin
 from wisecli.artifacts.shard import MaskKind, Shard, load_shard
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
-from wisecli.io.checkpoint import read_json, sha256_file, write_json
+from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
 from wisecli.models.site import Fingerprint, Site, check_site
@@ -20,7 +22,7 @@ from wisecli.routing.subject_names import Spellings
 if TYPE_CHECKING:
     from wisecli.artifacts.unrelated_stats import BackgroundStats
 
-MANIFEST_NAME = "shards.json"
+MANIFEST_NAME = names.SHARDS
 UNRELATED_NAME = "unrelated.safetensors"
 PLAN_NAME = "plan.json"
 SCHEMA, PLAN_SCHEMA = "wise.shards/2", "wise.plan/1"

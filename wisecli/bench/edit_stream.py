@@ -10,7 +10,7 @@ from pathlib import Path
 from wisecli.commands.evaluate import read_dataset
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
-from wisecli.io.checkpoint import sha256_json
+from wisecli.io.digest import sha256_json
 
 
 @dataclass(frozen=True)

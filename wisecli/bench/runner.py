@@ -17,9 +17,10 @@ import torch
 
 from wisecli.bench.baselines.base import METHODS, Bench, Method, UnsuitableError
 from wisecli.bench.baselines.evaluation import Known, MethodSubject, overhead, said
-from wisecli.commands.edit import RunOptions, edit
+from wisecli.commands.edit import edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, LoadOptions, MergeSettings, resolve
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.admission import AS_THEY_ARE

@@ -1,5 +1,5 @@
 """The command line: it parses, calls one function of :mod:`wisecli.commands`, and prints."""
 
-from wisecli.cli.app import app, main
+from wisecli.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -1,41 +1,47 @@
-"""The command line: its commands, and how errors end them. Nothing here imports torch before a command runs."""
+"""The command line: its commands, and how errors end them. Of a command's modules none is imported before it is asked
+for, and nothing imports torch before a command runs.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Collection
+from contextlib import suppress
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from wisecli import __version__
-from wisecli.cli.bench import bench
-from wisecli.cli.checkpoint import export, generate
-from wisecli.cli.console import fail, quiet_libraries
-from wisecli.cli.draft import draft
-from wisecli.cli.edit import edit
-from wisecli.cli.evaluate import evaluate, fetch
-from wisecli.cli.inspection import inspect, verify
-from wisecli.cli.memory import diff, explain, log, remove, rollback
-from wisecli.cli.merge import merge
-from wisecli.cli.parameters import PanelledCommand, PanelledGroup
+from wisecli.cli.console import fail, quiet_libraries, show_all_letters
 from wisecli.errors import WiseError
-
-app = typer.Typer(
-    name="wise",
-    cls=PanelledGroup,
-    help="Edit what a language model knows, without retraining it and without breaking the rest of what it knows.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 _INTERRUPTED = 130
 
+# Panels and commands, in the order in which the help lists them, with the module and the function of each.
+_COMMANDS: dict[str, dict[str, str]] = {
+    "From edits to a checkpoint": {
+        "edit": "edit.edit",
+        "merge": "merge.merge",
+        "eval": "evaluate.evaluate",
+        "export": "checkpoint.export",
+    },
+    "Use and look into": {
+        "generate": "checkpoint.generate",
+        "explain": "memory.explain",
+        "inspect": "inspection.inspect",
+        "verify": "inspection.verify",
+        "diff": "memory.diff",
+        "log": "memory.log",
+    },
+    "Change a memory": {"remove": "memory.remove", "rollback": "memory.rollback"},
+    "Laboratory": {"bench": "bench.bench"},
+    "Get something to start with": {"fetch": "evaluate.fetch", "draft": "draft.draft"},
+}
+NAMES = tuple(name for commands in _COMMANDS.values() for name in commands)
 
-@app.callback(invoke_without_command=True)
+
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 (read in main)
@@ -45,48 +51,83 @@ def _version(
         raise typer.Exit
 
 
-# Panels and commands, in the order in which the help lists them.
-_COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    "From edits to a checkpoint": {"edit": edit, "merge": merge, "eval": evaluate, "export": export},
-    "Use and look into": {
-        "generate": generate,
-        "explain": explain,
-        "inspect": inspect,
-        "verify": verify,
-        "diff": diff,
-        "log": log,
-    },
-    "Change a memory": {"remove": remove, "rollback": rollback},
-    "Laboratory": {"bench": bench},
-    "Get something to start with": {"fetch": fetch, "draft": draft},
-}
-for _panel, _commands in _COMMANDS.items():
-    for _name, _command in _commands.items():
-        app.command(_name, cls=PanelledCommand, rich_help_panel=_panel)(_command)
+def program(names: Collection[str] = NAMES) -> typer.Typer:
+    """The command line with these of its commands."""
+    from wisecli.cli.parameters import PanelledCommand, PanelledGroup
+
+    found = typer.Typer(
+        name="wise",
+        cls=PanelledGroup,
+        help="Edit what a language model knows, without retraining it and without breaking the rest of what it knows.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    found.callback(invoke_without_command=True)(_version)
+    for panel, commands in _COMMANDS.items():
+        for name, place in commands.items():
+            if name in names:
+                module, _, function = place.partition(".")
+                command = getattr(import_module(f"wisecli.cli.{module}"), function)
+                found.command(name, cls=PanelledCommand, rich_help_panel=panel)(command)
+    return found
+
+
+def _asked_for() -> Collection[str]:
+    """The one command that is run, if it can be told without the others, else all."""
+    if "_WISE_COMPLETE" in os.environ:
+        return NAMES
+    named = next((one for one in sys.argv[1:] if not one.startswith("-")), "")
+    return [named] if named in NAMES else NAMES
 
 
 def main() -> None:
     """Run the command line; every error the user can act on ends in one sentence and its exit code."""
     debug = "--debug" in sys.argv[1:2]
     quiet_libraries()
+    show_all_letters()
     if "_WISE_COMPLETE" in os.environ:
         os.environ["COLUMNS"] = "1000"  # a description on two lines would be two proposals to fish
     try:
-        app(prog_name="wise")
+        code = program(_asked_for())(prog_name="wise", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        _drop_output()
+        sys.exit(1)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
     except WiseError as error:
         if debug:
             raise
         fail(str(error), error.details)
         sys.exit(error.exit_code)
-    except SystemExit as stopped:
-        if stopped.code == _INTERRUPTED:  # Typer has caught the interruption, and says nothing of it
-            fail("interrupted; nothing was written")
-        raise
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written")
-        sys.exit(_INTERRUPTED)
     except Exception as error:
         if debug:
             raise
+        sys.exit(_failed(error))
+    if code == _INTERRUPTED:  # Typer catches most interruptions, and says nothing of them
+        fail("interrupted; nothing was written")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _failed(error: Exception) -> int:
+    """Say what came up that is no error of ours: of how the command was written, or a fault; its exit code."""
+    if isinstance(error, OSError):  # of a disk, a device or a limit: the world's fault, and not ours
+        where = error.filename or "standard output"
+        fail(f"{where}: {error.strerror or error}; make room or choose another place")
+        _drop_output()
+    elif not hasattr(error, "format_message"):
         fail(f"{type(error).__name__}: {error}; this is a fault in wise, `wise --debug ...` shows where")
-        sys.exit(2)
+    elif type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+    else:
+        context = getattr(error, "ctx", None)
+        path = "wise" if context is None else context.command_path
+        fail(f"{error.format_message().rstrip('.')}; `{path} --help` says what there is")
+    return 2
+
+
+def _drop_output() -> None:
+    """Lose what is still to be written on stdout, as Python would try once more when it ends, and complain."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

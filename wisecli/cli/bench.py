@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from wisecli.bench.html import FIGURES, HEADS, costs
 from wisecli.cli.choices import BENCH_METHODS, DATASETS, FILED_DATASETS, STUDIES, some_of
-from wisecli.cli.console import Console
+from wisecli.cli.console import Console, Table
 from wisecli.cli.options import AsJson, Config, Device, Dtype, Force, Output, Quiet, Seed, Trust, load_options
+from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INPUT, MEASURED, STUDIED, option, setting
 from wisecli.config import BenchSettings, resolve
 from wisecli.errors import SettingsError
@@ -95,6 +95,7 @@ def bench(
         raise SettingsError("--study takes the place of --methods; give one of them, and the other in a second run")
     console = Console(as_json, quiet)
     settings = resolve(BenchSettings, {**locals(), "counts": edits}, section="bench", file=config)
+    console.warn(overlooked(config))
     from wisecli.bench.compare import bench as run_bench
     from wisecli.bench.study import study as run_study
 
@@ -112,16 +113,15 @@ def bench(
 
 def tell_bench(console: Console, report: BenchReport) -> None:
     """Print what ``wise bench`` measured."""
-    table = Table(title=f"{report.dataset}, edited by every method")
-    for column in HEADS:
-        table.add_column(column, justify="left" if column == "method" else "right")
+    right = [column for column in HEADS if column != "method"]
+    table = Table(HEADS, f"{report.dataset}, edited by every method", right)
     for row in report.rows:
         figures = row["figures"]
         if "cannot" in figures:
-            table.add_row(str(row["edits"]), row["method"], f"cannot run: {figures['cannot']}")
+            table.add(str(row["edits"]), row["method"], f"cannot run: {figures['cannot']}")
             continue
         shown = [f"{figures[name]:.3f}" if name in figures else "" for name in FIGURES]
-        table.add_row(str(row["edits"]), row["method"], *shown, *costs(figures))
+        table.add(str(row["edits"]), row["method"], *shown, *costs(figures))
     console.result(report.as_json(), table)
 
 
@@ -129,10 +129,8 @@ def tell_study(console: Console, report: StudyReport) -> None:
     """Print the studies of ``wise bench``, a table each."""
     tables = []
     for section in report.sections():
-        table = Table(title=section.title)
-        for head in section.heads:
-            table.add_column(head, justify="right", overflow="fold")
+        table = Table(section.heads, section.title, section.heads, folded=True)
         for row in section.cells:
-            table.add_row(*row)
+            table.add(*row)
         tables.append(table)
     console.result(report.as_json(), *tables)

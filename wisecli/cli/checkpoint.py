@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from wisecli.cli.choices import DTYPES, one_of
-from wisecli.cli.console import Console, would_write
+from wisecli.cli.console import Console, Table, count, would_write
+from wisecli.cli.effects import of_export
 from wisecli.cli.options import (
     AsJson,
     Budget,
@@ -33,6 +32,7 @@ from wisecli.cli.options import (
     size_in_bytes,
 )
 from wisecli.cli.parameters import ANSWERS, HUB, OUTPUT, WEIGHTS, flag, option
+from wisecli.commands.outputs import checkpoint_output
 
 if TYPE_CHECKING:
     from wisecli.commands.export import ExportReport
@@ -108,7 +108,11 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
-    console = Console(as_json, quiet)
+    unread, console = of_export(locals()), Console(as_json, quiet)
+    size = size_in_bytes(max_shard_size, "--max-shard-size")
+    signed, key = signed_by(verify_signature, signer, signer_identity), key_in(sign)
+    console.warn(unread)
+    checkpoint_output(output, memory, base or model, metrics, force=force).require_unless_kept()
     from wisecli.commands.export import Publication, WeightFiles
     from wisecli.commands.export import export as run
 
@@ -119,9 +123,9 @@ def export(
             form,
             model=base or model,
             load=load_options(device),
-            weights=WeightFiles(link, dtype, size_in_bytes(max_shard_size, "--max-shard-size")),
-            publication=Publication(card, metrics, push_to_hub, private, key_in(sign)),
-            signed=signed_by(verify_signature, signer, signer_identity),
+            weights=WeightFiles(link, dtype, size),
+            publication=Publication(card, metrics, push_to_hub, private, key),
+            signed=signed,
             force=force,
             dry_run=dry_run,
             watch=watch,
@@ -172,7 +176,7 @@ def tell_export(console: Console, report: ExportReport) -> None:
     names = ("format", "edits", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "pushed", "planned")
     results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
     results["up_to_date"] = report.up_to_date
-    what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {report.edits} edits"
+    what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {count(report.edits, 'edit')}"
     if report.planned:
         console.result({"results": results}, would_write(what, report))
         return
@@ -183,14 +187,15 @@ def tell_export(console: Console, report: ExportReport) -> None:
         lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")
     if report.pushed is not None:
         lines.append(f"sent to {report.pushed}")
-    console.result({"results": results}, *map(Text, lines))
+    console.result({"results": results}, *lines)
 
 
 def tell_answers(console: Console, answers: Sequence[Answer]) -> None:
     """Print answers, with a table of tokens where they were explained."""
-    shown: list[Any] = []
+    shown: list[str | Table] = []
     for answer in answers:
-        shown.append(Text(answer.text) if len(answers) == 1 else Text(f"{answer.prompt} → {answer.text}"))
+        text = answer.text if len(answers) == 1 else f"{answer.prompt} → {answer.text}"
+        shown += text.split("\n")
         if answer.steps:
             shown.append(_steps(answer))
     content = [{"prompt": a.prompt, "answer": a.text, "steps": [vars(step) for step in a.steps]} for a in answers]
@@ -198,16 +203,11 @@ def tell_answers(console: Console, answers: Sequence[Answer]) -> None:
 
 
 def _steps(answer: Answer) -> Table:
-    table = Table()
-    table.add_column("token")
-    table.add_column("answered by")
-    table.add_column("score", justify="right")
-    table.add_column("threshold", justify="right")
     lookup = any(step.edit is not None for step in answer.steps)
-    if lookup:
-        table.add_column("nearest edit")
+    columns = ("token", "answered by", "score", "threshold", *(["nearest edit"] if lookup else []))
+    table = Table(columns, right=("score", "threshold"))
     for step in answer.steps:
         who = "main memory" if step.memory is None else f"side memory {step.memory}"
-        near = [Text(step.edit or "")] if lookup else []
-        table.add_row(Text(repr(step.token)[1:-1]), who, f"{step.score:.3f}", f"{step.threshold:.3f}", *near)
+        near = [step.edit or ""] if lookup else []
+        table.add(repr(step.token)[1:-1], who, f"{step.score:.3f}", f"{step.threshold:.3f}", *near)
     return table

@@ -1,4 +1,8 @@
-"""The only place that prints: results on stdout for people or as one JSON object, everything else on stderr."""
+"""The only place that prints: results on stdout for people or as one JSON object, everything else on stderr.
+
+Whatever is printed passes :func:`wisecli.edits.text.plain`. Rich, which takes long to import, is imported once there is
+something to lay out.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,19 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from io import TextIOWrapper
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
+from wisecli.edits.text import is_plain, plain
 from wisecli.progress import NOTE, Event, Watcher
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table as RichTable
+
     from wisecli.edits.admission import Sifted
 
 _LINE_SECONDS = 5.0
@@ -35,24 +40,79 @@ class Console:
     @contextmanager
     def watching(self) -> Iterator[Watcher]:
         """Progress on stderr: bars on a terminal, a line at the end of a stage elsewhere, nothing if quiet."""
-        errors = RichConsole(stderr=True)
         if self.quiet:
             yield lambda _event: None
-        elif errors.is_terminal and "NO_COLOR" not in os.environ:
+        elif sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+            from rich.console import Console as RichConsole
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            errors = RichConsole(stderr=True)
             columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
             with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=errors) as bars:
                 yield _Bars(bars)
         else:
             yield _Lines()
 
-    def result(self, content: dict[str, Any], *renderables: Any) -> None:
-        """Print a result: the object as JSON, or what people read."""
+    def result(self, content: dict[str, Any], *lines: str | Table) -> None:
+        """Print a result: the object as JSON, or what people read, lines and tables."""
         if self.as_json:
-            sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+            text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+            sys.stdout.write("".join(one if one == "\n" or is_plain(one) else _in_json(one) for one in text) + "\n")
             return
+        from rich.console import Console as RichConsole
+        from rich.text import Text
+
         out = RichConsole(highlight=False, soft_wrap=True)
-        for item in renderables:
-            out.print(item)
+        for one in lines:
+            out.print(one.laid_out() if isinstance(one, Table) else Text(plain(one)))
+
+    def warn(self, sentences: Sequence[str]) -> None:
+        """Print what was passed over, on stderr, a line each; if quiet as well."""
+        for sentence in sentences:
+            sys.stderr.write(f"warning: {plain(sentence)}\n")
+
+
+@dataclass
+class Table:
+    """Rows of texts, which may be a stranger's, below their columns' names; those in ``right`` are aligned there."""
+
+    columns: Sequence[str]
+    title: str = ""
+    right: Collection[str] = ()
+    headed: bool = True
+    folded: bool = False
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    sections: set[int] = field(default_factory=set)
+
+    def add(self, *cells: str) -> None:
+        """Add a row."""
+        self.rows.append(cells)
+
+    def part(self) -> None:
+        """Draw a line below the rows so far."""
+        self.sections.add(len(self.rows))
+
+    def laid_out(self) -> RichTable:
+        """The same for Rich."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        found = RichTable(title=Text(plain(self.title)) if self.title else None, show_header=self.headed)
+        for name in self.columns:
+            justify: Literal["right", "left"] = "right" if name in self.right else "left"
+            found.add_column(Text(plain(name)), justify=justify, overflow="fold" if self.folded else "ellipsis")
+        for number, cells in enumerate(self.rows):
+            if number in self.sections:
+                found.add_section()
+            found.add_row(*(Text(plain(cell)) for cell in cells))
+        return found
 
 
 def fail(message: str, details: Sequence[str] = ()) -> None:
@@ -60,6 +120,13 @@ def fail(message: str, details: Sequence[str] = ()) -> None:
     for one in details if details[1:] else ():
         sys.stderr.write(f"{plain(one)}\n")
     sys.stderr.write(f"error: {plain(message)}\n")
+
+
+def show_all_letters() -> None:
+    """Spell out what the terminal's encoding has no letters for, where Python would give up."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def note(message: str) -> None:
@@ -83,12 +150,12 @@ class _Bars:
 
     def __call__(self, event: Event) -> None:
         if event.stage == NOTE:
-            self._bars.console.print(Text(event.note))
+            self._bars.console.print(plain(event.note), markup=False, highlight=False)
             return
         if event.stage not in self._tasks:
             self._tasks[event.stage] = self._bars.add_task(event.stage, note="")
         total = event.total or None
-        self._bars.update(self._tasks[event.stage], completed=event.done, total=total, note=event.note)
+        self._bars.update(self._tasks[event.stage], completed=event.done, total=total, note=plain(event.note))
 
 
 class _Lines:
@@ -99,7 +166,7 @@ class _Lines:
 
     def __call__(self, event: Event) -> None:
         if event.stage == NOTE:
-            sys.stderr.write(f"{event.note}\n")
+            sys.stderr.write(f"{plain(event.note)}\n")
             return
         now = time.monotonic()
         if event.stage != self._stage:
@@ -112,19 +179,19 @@ class _Lines:
         self._told = now
         left = (now - self._started) * (event.total - event.done) / max(event.done, 1)
         rest = "" if finished else f", about {left:.0f} s left"
-        note = f": {event.note}" if event.note else ""
+        note = f": {plain(event.note)}" if event.note else ""
         sys.stderr.write(f"{event.stage} {event.done}/{event.total}{note}{rest}\n")
 
 
-def plain(text: str) -> Text:
-    """Text of a stranger, with whatever would steer a terminal spelt out."""
-    return Text("".join(one if one.isprintable() else repr(one)[1:-1] for one in text))
+def _in_json(one: str) -> str:
+    """A character as JSON escapes it."""
+    return json.dumps(one)[1:-1]
 
 
-def would_write(what: str, report: Any) -> Text:
+def would_write(what: str, report: Any) -> str:
     """What a dry run says, of a report that has an output and the memory that the run would take."""
     peak = report.peak_rss_bytes / 1e6
-    return Text(f"would write {what} to {report.output}/, taking about {peak:.0f} MB of memory; nothing was written")
+    return f"would write {what} to {report.output}/, taking about {peak:.0f} MB of memory; nothing was written"
 
 
 def count(number: int, noun: str) -> str:

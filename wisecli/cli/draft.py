@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from wisecli.cli.console import Console, plain
+from wisecli.cli.console import Console, Table
 from wisecli.cli.options import AsJson, Budget, Device, Dtype, Force, Quiet, Trust, load_options
 from wisecli.cli.parameters import INPUT, flag, option
 from wisecli.config import LoadOptions
+from wisecli.edits.text import plain
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -159,12 +158,10 @@ def tell_draft(console: Console, report: DraftReport, kept: Sequence[Pair], outp
     results = {"page": str(report.page), "passages": report.passages, "drafted": len(report.pairs)}
     results |= {"kept": len(kept), "seconds": report.seconds, "output": str(output)}
     results["pairs"] = [asdict(pair) for pair in kept]
-    table = Table()
-    for column in ("line", "question", "answer", "subject"):
-        table.add_column(column, justify="right" if column == "line" else "left")
+    table = Table(("line", "question", "answer", "subject"), right=("line",))
     for pair in kept:
-        table.add_row(str(pair.line), *map(plain, (pair.question, pair.answer, pair.subject or "")))
+        table.add(str(pair.line), pair.question, pair.answer, pair.subject or "")
     found = f"{len(report.pairs)} questions drawn from {report.passages} passages of {report.page}"
     counted = f"{found}, {len(kept)} kept → {output} ({report.seconds:.1f} s)"
     further = f"look through {output}, then `wise edit {model} {output}`" if kept else "nothing was written"
-    console.result({"results": results}, *([table] if kept else []), Text(counted), Text(further))
+    console.result({"results": results}, *([table] if kept else []), counted, further)

@@ -12,7 +12,9 @@ from wisecli.cli.choices import EXECUTORS, one_of
 from wisecli.cli.console import Console
 from wisecli.cli.draft import Yes
 from wisecli.cli.edit_run import EditRun
+from wisecli.cli.effects import of_edit
 from wisecli.cli.options import (
+    AllowSpecial,
     AsJson,
     Budget,
     Config,
@@ -34,13 +36,14 @@ from wisecli.cli.options import (
     Trust,
     Who,
     admission_of,
+    key_in,
     load_options,
     part_in,
-    provenance_of,
 )
+from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INPUT, INTO, OUTPUT, PROMPTS, ROUTER, TRAINED, WHERE, flag, option, setting
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings, resolve
-from wisecli.errors import SettingsError
 
 _trained = partial(setting, EditSettings, panel=TRAINED)
 _worded = partial(setting, EditSettings, panel=PROMPTS)
@@ -65,6 +68,7 @@ def edit(
     yes: Yes = False,
     on_conflict: OnConflict = None,
     skip_known: SkipKnown = False,
+    allow_special_tokens: AllowSpecial = False,
     policy: PolicyFile = None,
     verify_signature: Signature = None,
     signer: Signer = None,
@@ -124,8 +128,8 @@ def edit(
         str | None,
         _routed(
             "router",
-            "key (nearest whitened key), norm (how much an output changes, the paper's) or meaning (what a prompt asks, "
-            "whatever its form; decides once a prompt).",
+            "key (nearest whitened key), norm (how much an output changes, the paper's) or meaning (what a whole prompt "
+            "asks, whatever its form).",
         ),
     ] = None,
     routing: Annotated[str | None, _routed("routing", "One decision a token or a sequence.")] = None,
@@ -154,18 +158,20 @@ def edit(
     quiet: Quiet = False,
 ) -> None:
     """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
+    unread = of_edit(locals())
     flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
-    admission = admission_of(on_conflict, skip_known, policy, verify_signature, signer, signer_identity)
-    from wisecli.commands.edit import RunOptions
+    console = Console(as_json, quiet)
+    console.warn([*unread, *overlooked(config)])
+    signed = verify_signature, signer, signer_identity
+    admission = admission_of(on_conflict, skip_known, policy, *signed, allow_special_tokens)
+    key = key_in(sign)
 
     load = load_options(device, dtype, trust_remote_code, memory_budget, revision)
     # A batch into a memory is not parted.
     part = part_in(only if into is None else None)
     options = RunOptions(executor=executor, force=force, strict=strict, dry_run=dry_run, only=part)
-    run = EditRun(Console(as_json, quiet), model, edits, load, options, admission)
-    if sign is not None and into is None:
-        raise SettingsError("--sign signs releases of a memory; shards have none, so pass --into, or sign the merge")
+    run = EditRun(console, model, edits, load, options, admission)
     if from_text is not None:
         drawn = run.drawn_from(from_text, yes=yes)
         if drawn is None:
@@ -173,7 +179,7 @@ def edit(
         run = drawn
     if into is not None:
         every = interval if watch_file else None
-        run.into(into, flags, config=config, provenance=provenance_of(who, reason, sign), every=every)
+        run.into(into, flags, config=config, who=who, reason=reason, key=key, every=every)
     elif reproduce is not None:
         run.again(reproduce, output)
     else:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +13,8 @@ from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.commands.edit import RunOptions
-    from wisecli.edits.admission import Admission
+    from wisecli.commands.run_options import RunOptions
+    from wisecli.edits.admission import Admission, Sheet
     from wisecli.memory.history import Provenance
 
 
@@ -28,7 +24,6 @@ class IntoMemory:
 
     console: Console
     model: str
-    edits: Path
     memory: Path
     flags: Mapping[str, Any]
     config: Path | None
@@ -37,17 +32,14 @@ class IntoMemory:
     options: RunOptions
     admission: Admission
 
-    def once(self) -> None:
-        """Edit what the file holds."""
+    def once(self, sheet: Sheet) -> None:
+        """Edit what a file holds."""
         from wisecli.commands.edit_into import Batch, edit_into
 
         with self.console.watching() as watch:
-            with _file(self.edits) as path:
-                name = str(self.edits) if self.edits == path else "-"
-                batch = Batch.from_file(path, name=name, admission=self.admission)
             report = edit_into(
                 self.model,
-                batch,
+                Batch.of(sheet),
                 self.memory,
                 self.flags,
                 config=self.config,
@@ -59,16 +51,16 @@ class IntoMemory:
             )
         Told(self.console).landed(report)
 
-    def follow(self, interval: float) -> None:
-        """Go on with lines that are added to the file, until it is interrupted."""
-        from wisecli.commands.watch import follow
-
+    def follow(self, edits: Path, interval: float) -> None:
+        """Go on with lines that are added to a file, until it is interrupted."""
         if self.admission.signed is not None:
             raise SettingsError("--verify-signature is for a whole file, not for one that --watch sees grow")
+        from wisecli.commands.watch import follow
+
         with self.console.watching() as watch:
             for landed in follow(
                 self.model,
-                self.edits,
+                edits,
                 self.memory,
                 self.flags,
                 interval=interval,
@@ -80,16 +72,3 @@ class IntoMemory:
                 watch=watch,
             ):
                 Told(self.console).landed(landed)
-
-
-@contextmanager
-def _file(edits: Path) -> Iterator[Path]:
-    """The file of edits, or what comes through the pipe as one."""
-    if str(edits) != "-":
-        yield edits
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "stdin"
-        with path.open("wb") as stream:
-            shutil.copyfileobj(sys.stdin.buffer, stream)
-        yield path

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
 from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
 from wisecli.cli.draft import draw_for_editing
 from wisecli.cli.edit_into import IntoMemory
+from wisecli.commands.outputs import shards_output
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.commands.edit import EditReport, RunOptions
+    from wisecli.commands.edit import EditReport
+    from wisecli.commands.run_options import RunOptions
     from wisecli.editing.resource_estimate import Plan
-    from wisecli.edits.admission import Admission
-    from wisecli.memory.history import Provenance
+    from wisecli.edits.admission import Admission, Sheet
+    from wisecli.edits.signatures import SigningKey
 
 
 @dataclass(frozen=True)
@@ -59,32 +60,37 @@ class EditRun:
         flags: Mapping[str, Any],
         *,
         config: Path | None,
-        provenance: Provenance,
+        who: str | None,
+        reason: str,
+        key: SigningKey | None,
         every: float | None,
     ) -> None:
         """Make the edits the next release of a memory; with ``every``, in seconds, go on with those that are added.
 
         Raises:
             SettingsError: the model or the edits are missing.
+            EditFileError: the edits cannot be used.
         """
         if self.model is None or self.edits is None:
             raise SettingsError("--into needs a MODEL and a file of EDITS, or - for a pipe")
+        sheet = self._sheet(self.edits) if every is None else None
+        from wisecli.memory.history import Provenance
+
         into_memory = IntoMemory(
             self.console,
             self.model,
-            self.edits,
             memory,
             flags,
             config,
-            provenance,
+            Provenance(who, reason, key),
             self.load,
             self.options,
             self.admission,
         )
-        if every is None:
-            into_memory.once()
-        else:
-            into_memory.follow(every)
+        if sheet is not None:
+            into_memory.once(sheet)
+        elif every is not None:
+            into_memory.follow(self.edits, every)
 
     def again(self, manifest: Path, output: Path) -> None:
         """Write the shards of a manifest once more.
@@ -92,11 +98,13 @@ class EditRun:
         Raises:
             SettingsError: something is asked of the edits, as of new ones.
         """
-        from wisecli.commands.reproduce import reproduce
         from wisecli.edits.admission import USUAL
 
         if self.admission != USUAL:
             raise SettingsError("--reproduce writes what was written once; drop what is asked of new edits")
+        self._require_free(output)
+        from wisecli.commands.reproduce import reproduce
+
         with self.console.watching() as watch:
             report = reproduce(manifest, output, model=self.model, load=self.load, options=self.options, watch=watch)
         tell_edit(self.console, report)
@@ -107,11 +115,16 @@ class EditRun:
 
         Raises:
             SettingsError: the model or the edits are missing.
+            EditFileError: the edits cannot be used.
+            OutputExistsError: the output is there already.
+            ProtectedOutputError: the output is there, and not to be replaced.
         """
-        from wisecli.commands.edit import edit
-
         if self.model is None or self.edits is None:
             raise SettingsError("give a MODEL and a file of EDITS, or --reproduce and a manifest")
+        sheet = self._sheet(self.edits)
+        self._require_free(output, self.edits)
+        from wisecli.commands.edit import edit
+
         with self.console.watching() as watch:
             report = edit(
                 self.model,
@@ -122,21 +135,38 @@ class EditRun:
                 target_module=target_module,
                 options=self.options,
                 admission=self.admission,
+                sheet=sheet,
                 watch=watch,
             )
         tell_edit(self.console, report)
         report.check()
 
+    def _sheet(self, edits: Path) -> Sheet:
+        """What a file of edits holds, or what comes through the pipe."""
+        if str(edits) == "-" and sys.stdin is None:
+            raise SettingsError("there is no pipe to read edits from; name a file")
+        if str(edits) == "-":
+            sheet = self.admission.parse(Path("<stdin>"), sys.stdin.buffer.read())
+        else:
+            sheet = self.admission.read(edits)
+        self.console.warn(sheet.passed_over)
+        return sheet
+
+    def _require_free(self, output: Path, *inputs: Path) -> None:
+        """Refuse an output that cannot be written, unless others may have written it as parts of this one."""
+        if self.options.only == (1, 1):
+            shards_output(output, self.model, *inputs, force=self.options.force).require_unless_kept()
+
 
 def tell_edit(console: Console, report: EditReport) -> None:
     """Print what ``wise edit`` did."""
     content = {"results": _edit_json(report)}
-    what = f"{report.edits} edits in {count(report.shards, 'shard')} of {report.module}"
+    what = f"{count(report.edits, 'edit')} in {count(report.shards, 'shard')} of {report.module}"
     if report.plan is None:
-        console.result(content, *map(Text, _edit_lines(what, report)))
+        console.result(content, *_edit_lines(what, report))
         return
-    sifted = map(Text, sifted_lines(report.sifted))
-    console.result(content, would_write(what, report), Text(_resident(report.plan)), *sifted)
+    sifted = sifted_lines(report.sifted)
+    console.result(content, would_write(what, report), _resident(report.plan), *sifted)
 
 
 def _edit_json(report: EditReport) -> dict[str, Any]:

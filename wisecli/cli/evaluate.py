@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from wisecli.cli.choices import DATASETS, MODELS, one_of
-from wisecli.cli.console import Console, note
+from wisecli.cli.console import Console, Table, count, note
+from wisecli.cli.effects import of_evaluation
 from wisecli.cli.options import (
     AsJson,
     Budget,
@@ -25,6 +25,7 @@ from wisecli.cli.options import (
     load_options,
     thresholds_in,
 )
+from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INPUT, MEASURED, flag, option, setting
 from wisecli.config import EvalSettings, resolve
 
@@ -88,15 +89,16 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure reliability, generalization, locality, portability and generated answers, before and after."""
-    console = Console(as_json, quiet)
+    unread, console = of_evaluation(locals()), Console(as_json, quiet)
     gates = thresholds_in(fail_under)
     settings = resolve(EvalSettings, locals(), section="eval", file=config)
+    console.warn([*unread, *overlooked(config)])
+    load = load_options(device, dtype, trust_remote_code, memory_budget)
     from wisecli.artifacts.locate import locate_memory
     from wisecli.commands.evaluate import evaluate as run
 
     place, base = locate_memory(directory, memory, Path("memory"))
     with console.watching() as watch:
-        load = load_options(device, dtype, trust_remote_code, memory_budget)
         report = run(place, settings, model=model or base, data=data, load=load, watch=watch)
     tell_evaluation(console, report)
     passed_over = report.check(gates, if_measured=if_measured)
@@ -129,10 +131,8 @@ def fetch(
 
 def tell_evaluation(console: Console, report: EvalReport) -> None:
     """Print what ``wise eval`` measured."""
-    table = Table(title=f"{report.dataset}: {report.samples['edits']} edits")
-    table.add_column("measure")
-    for column in ("before", "after"):
-        table.add_column(column, justify="right")
+    right = "before", "after"
+    table = Table(("measure", *right), f"{report.dataset}: {count(report.samples['edits'], 'edit')}", right)
     for name, after in report.after.items():
-        table.add_row(name, f"{report.before[name]:.3f}", f"{after:.3f}")
+        table.add(name, f"{report.before[name]:.3f}", f"{after:.3f}")
     console.result(report.as_json(), table)

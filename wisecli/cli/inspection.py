@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from wisecli.cli.console import Console, count, plain
+from wisecli.cli.console import Console, Table, count
 from wisecli.cli.options import AsJson, Force, Identity, Model, Quiet, SealSignature, Signer, signed_by
 from wisecli.cli.parameters import option
 
@@ -28,11 +27,12 @@ def inspect(
     ] = None,
     force: Force = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what a directory holds, from its manifest and headers; no weights are loaded."""
     from wisecli.commands.inspect import inspect as run
 
-    tell_inspection(Console(as_json), run(path, find=find, limit=limit, plot=plot, force=force))
+    tell_inspection(Console(as_json, quiet), run(path, find=find, limit=limit, plot=plot, force=force))
 
 
 def verify(
@@ -60,14 +60,12 @@ _STATES = {"same": "ok", "differs": "DIFFERS", "unchecked": "not checked"}
 
 def tell_inspection(console: Console, report: InspectReport) -> None:
     """Print what ``wise inspect`` found."""
-    facts = Table(show_header=False, title=plain(f"{report.path}: {report.kind}"))
+    facts = Table(("", ""), f"{report.path}: {report.kind}", headed=False)
     for name, value in _facts(report):
-        facts.add_row(name, plain(value))
-    edits = Table(title=f"{len(report.edits)} of {count(report.matched, 'edit')}")
-    for column in ("id", "prompt", "target", "subject"):
-        edits.add_column(column)
+        facts.add(name, value)
+    edits = Table(("id", "prompt", "target", "subject"), f"{len(report.edits)} of {count(report.matched, 'edit')}")
     for edit in report.edits:
-        edits.add_row(*map(plain, (edit.id, edit.prompt, edit.target, edit.subject or "")))
+        edits.add(edit.id, edit.prompt, edit.target, edit.subject or "")
     scores = [_scores(number, entry) for number, entry in enumerate(report.memories)]
     console.result(report.as_json(), facts, *scores, *([edits] if report.edits else []))
 
@@ -79,7 +77,7 @@ def tell_verification(console: Console, report: VerifyReport) -> None:
         what = f"{check.file}: {check.what}" + (f" {check.tensor}" if check.tensor else "")
         sides = f": expected {check.expected}, found {check.found}" if check.state == "differs" else ""
         why = f": {check.found}" if check.state == "unchecked" else ""
-        lines.append(plain(f"{_STATES[check.state]:<11} {what}{sides}{why}"))
+        lines.append(f"{_STATES[check.state]:<11} {what}{sides}{why}")
     console.result(report.as_json(), *lines)
 
 
@@ -106,10 +104,9 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
 def _scores(number: int, entry: MemoryEntry) -> Table:
     """The quantiles of one memory's scores on both sides of its threshold."""
     about = f"{entry.misses:.1%} of the edits' tokens below, {entry.false_alarms:.2%} of unrelated ones above"
-    table = Table(title=f"memory {number}: threshold {entry.threshold:.4g} ({plain(entry.rule)}); {about}")
-    for column in ("scores below", "edits", "unrelated text"):
-        table.add_column(column, justify="right")
+    columns = "scores below", "edits", "unrelated text"
+    table = Table(columns, f"memory {number}: threshold {entry.threshold:.4g} ({entry.rule}); {about}", columns)
     for share in dict.fromkeys([*entry.edit_scores, *entry.unrelated_scores]):
         sides = entry.edit_scores, entry.unrelated_scores
-        table.add_row(f"{float(share):.1%}", *(f"{scores[share]:.3f}" if share in scores else "" for scores in sides))
+        table.add(f"{float(share):.1%}", *(f"{scores[share]:.3f}" if share in scores else "" for scores in sides))
     return table

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
-from wisecli.cli.console import Console, sifted_json, sifted_lines
+from wisecli.cli.console import Console, Table, count, sifted_json, sifted_lines
 from wisecli.cli.options import (
     AsJson,
     Budget,
@@ -28,6 +25,7 @@ from wisecli.cli.options import (
     Signer,
     Trust,
     Who,
+    key_in,
     load_options,
     provenance_of,
     signed_by,
@@ -70,7 +68,7 @@ def remove(
             memory,
             ids,
             model=model,
-            provenance=provenance_of(who, reason, sign),
+            provenance=provenance_of(who, reason, key_in(sign)),
             load=load_options(device, dtype, trust_remote_code),
             watch=watch,
         )
@@ -92,7 +90,7 @@ def rollback(
     from wisecli.commands.rollback import rollback as run
 
     with console.watching() as watch:
-        report = run(memory, to, model=model, provenance=provenance_of(who, reason, sign), watch=watch)
+        report = run(memory, to, model=model, provenance=provenance_of(who, reason, key_in(sign)), watch=watch)
     Told(console).rolled_back(report)
 
 
@@ -103,23 +101,25 @@ def log(
     signer: Signer = None,
     signer_identity: Identity = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """List what was done to a memory, when and by whom, after checking that all of it is as it was written."""
     from wisecli.commands.log import log as run
 
     signed = signed_by(verify_signature, signer, signer_identity)
-    Told(Console(as_json)).logged(run(memory, edit=edit, signed=signed), of_one=edit is not None)
+    Told(Console(as_json, quiet)).logged(run(memory, edit=edit, signed=signed), of_one=edit is not None)
 
 
 def diff(
     first: Annotated[str, typer.Argument(help="Memory, checkpoint or shards; memory@3 for a release.")],
     second: Annotated[str, typer.Argument(help="What to compare it with.")],
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say which edits and settings two memories, exported checkpoints or releases do not share."""
     from wisecli.commands.diff import diff as run
 
-    Told(Console(as_json)).compared(run(first, second))
+    Told(Console(as_json, quiet)).compared(run(first, second))
 
 
 def explain(
@@ -203,58 +203,59 @@ class Told:
         results = {"memory": memory, "held": held, "release": asdict(release), "up_to_date": published.up_to_date}
         content = {"results": results}
         if published.up_to_date:
-            self.console.result(content, Text(f"release {release.number} of {memory}/: up to date, {held} held"))
+            self.console.result(content, f"release {release.number} of {memory}/: up to date, {held} held")
             return
-        self.console.result(content, Text(_brought(release, memory, held)))
+        self.console.result(content, _brought(release, memory, held))
 
     def removed(self, report: RemoveReport) -> None:
         """Print what was taken out."""
         release = report.release
-        lines = [f"release {release.number} of {report.memory}/: {len(release.removed)} edits out, {report.held} held"]
+        out = count(len(release.removed), "edit")
+        lines = [f"release {release.number} of {report.memory}/: {out} out, {report.held} held"]
         lines += [f"trained anew: {name}" for name in report.rewritten]
         self._tell(report, lines, {"rewritten": list(report.rewritten)})
 
     def rolled_back(self, report: RollbackReport) -> None:
         """Print what a memory became again."""
         target, release = report.target, report.release
+        how = "the same to the byte" if report.same else "not the same to the byte"
         lines = [
             f"release {release.number} of {report.memory}/ is release {target.number} of {target.when[:19]}: "
-            f"{report.held} edits held, {'the same to the byte' if report.same else 'not the same to the byte'}"
+            f"{count(report.held, 'edit')} held, {how}"
         ]
         self._tell(report, lines, {"target": asdict(target), "same": report.same})
 
     def logged(self, report: LogReport, *, of_one: bool) -> None:
         """Print releases; of one edit also what it is now."""
         columns = ("release", "when", "who", "action", "in", "modified", "out", "why")
-        table = Table(*columns, title=str(report.memory))
+        table = Table(columns, str(report.memory))
         for release in report.releases:
             out = len(release.removed) + len(release.superseded)
             numbers = (str(number or "") for number in (_new(release), len(release.modified), out))
-            table.add_row(str(release.number), release.when[:19], release.who, release.action, *numbers, release.reason)
+            table.add(str(release.number), release.when[:19], release.who, release.action, *numbers, release.reason)
         lines = [f"held since release {number}: {_shown(edit)}" for edit, number in report.edits] if of_one else []
         if not of_one:
             whole = ", and every file is as it was written" if report.bound else _UNBOUND
-            lines = [f"{len(report.edits)} edits held; the log is whole{whole}"]
-        self.console.result(report.as_json(), table, *map(Text, lines))
+            lines = [f"{count(len(report.edits), 'edit')} held; the log is whole{whole}"]
+        self.console.result(report.as_json(), table, *lines)
 
     def explained(self, report: ExplainReport) -> None:
         """Print a prompt's answers, the edits it is near to, and what was open at every token."""
         asked = any(one.named is not None for one in report.nearest)
-        near = Table("nearest", "its prompt", "its target", "score / threshold", "answer if it answers")
-        if asked:
-            near.add_column("subject named")
+        columns = "nearest", "its prompt", "its target", "score / threshold", "answer if it answers"
+        near = Table((*columns, "subject named") if asked else columns)
         for one in report.nearest:
             texts = _short(one.prompt or ""), _short(one.target or ""), f"{one.strength:.2f}", _short(one.answer)
             named = [{True: "yes", False: "no", None: "need not be"}[one.named]] if asked else []
-            near.add_row(one.name, *map(escape, texts), *named)
-        tokens = Table("token", "score / threshold", "answered by", "nearest edit")
+            near.add(one.name, *texts, *named)
+        tokens = Table(("token", "score / threshold", "answered by", "nearest edit"))
         for place, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
             if place == len(report.prompt_tokens):
-                tokens.add_section()
+                tokens.part()
             by = "side memory" if token.routed else "main memory"
-            tokens.add_row(escape(repr(token.text)), f"{token.strength:.2f}", by, escape(token.edit or ""))
+            tokens.add(repr(token.text), f"{token.strength:.2f}", by, token.edit or "")
         lines = [f"edited: {_short(report.answer)}", f"unedited: {_short(report.unedited)}"]
-        self.console.result(report.as_json(), *map(Text, lines), near, tokens)
+        self.console.result(report.as_json(), *lines, near, tokens)
 
     def compared(self, report: DiffReport) -> None:
         """Print what differs, one line each."""
@@ -263,13 +264,13 @@ class Told:
         for before, after in report.changed:
             lines += [f"- {_shown(before)}", f"+ {_shown(after)}"]
         lines += [f"{name}: {before} → {after}" for name, (before, after) in report.settings.items()]
-        self.console.result(report.as_json(), *map(Text, lines or ["no difference"]))
+        self.console.result(report.as_json(), *(lines or ["no difference"]))
 
     def _tell(self, report: Any, lines: list[str], more: Mapping[str, Any]) -> None:
         release: Release | None = report.release
         results = {"memory": str(report.memory), "held": report.held, "seconds": report.seconds, **more}
         results["release"] = None if release is None else asdict(release)
-        self.console.result({"results": results}, *map(Text, lines))
+        self.console.result({"results": results}, *lines)
 
 
 def _new(release: Release) -> int:
@@ -279,7 +280,7 @@ def _new(release: Release) -> int:
 
 def _brought(release: Release, memory: str, held: int) -> str:
     modified = f", {len(release.modified)} modified" if release.modified else ""
-    return f"release {release.number} of {memory}/: {_new(release)} edits in{modified}, {held} held"
+    return f"release {release.number} of {memory}/: {count(_new(release), 'edit')} in{modified}, {held} held"
 
 
 def _shown(edit: Edit) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from wisecli.cli.choices import MERGE_METHODS, one_of
 from wisecli.cli.console import Console, count, would_write
+from wisecli.cli.effects import of_merge
 from wisecli.cli.memory import Told
 from wisecli.cli.options import (
     AsJson,
@@ -24,10 +24,13 @@ from wisecli.cli.options import (
     Seed,
     Sign,
     Who,
+    key_in,
     numbers,
     provenance_of,
 )
+from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INTO, MERGED, ROUTER, flag, option, setting
+from wisecli.commands.outputs import memory_output
 from wisecli.config import MergeSettings, resolve
 from wisecli.errors import SettingsError
 
@@ -118,17 +121,20 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Join shards into a side memory and decide the router's thresholds, without loading the model."""
-    console = Console(as_json, quiet)
+    console, unread = Console(as_json, quiet), of_merge(locals())
     given = {**locals(), "weights": numbers(weights)}
     settings = resolve(MergeSettings, given, section="merge", file=config)
-    from wisecli.commands.merge import merge as run
-
-    provenance = provenance_of(who, reason, sign)
+    console.warn([*unread, *overlooked(config)])
+    key = key_in(sign)
     if into is not None:
+        provenance = provenance_of(who, reason, key)
         merge_into(console, shards or [], into, settings, model=model, provenance=provenance)
         return
     if not shards:
         raise SettingsError("give the SHARDS that are to be merged")
+    memory_output(output, shards, force=force).require_unless_kept()
+    from wisecli.commands.merge import merge as run
+
     with console.watching() as watch:
         report = run(
             shards,
@@ -136,7 +142,7 @@ def merge(
             settings,
             model=model,
             history=history,
-            provenance=provenance,
+            provenance=provenance_of(who, reason, key),
             force=force,
             dry_run=dry_run,
             watch=watch,
@@ -180,7 +186,7 @@ def tell_merge(console: Console, report: MergeReport) -> None:
     results["misses"] = [calibration.misses for calibration in report.calibrations]
     results["false_alarms"] = [calibration.false_alarms for calibration in report.calibrations]
     how = report.method if report.mode == "merge" else report.mode
-    what = f"{count(report.shards, 'shard')}, {report.edits} edits by {how}"
+    what = f"{count(report.shards, 'shard')}, {count(report.edits, 'edit')} by {how}"
     if report.planned:
         console.result({"results": results}, would_write(what, report))
         return
@@ -191,4 +197,4 @@ def tell_merge(console: Console, report: MergeReport) -> None:
             f"memory {number}: router {report.router}, threshold {one.threshold:.4g}; "
             f"edits missed {one.misses:.1%}, false alarms {one.false_alarms:.2%} of tokens"
         )
-    console.result({"results": results}, *map(Text, lines))
+    console.result({"results": results}, *lines)

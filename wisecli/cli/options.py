@@ -84,6 +84,14 @@ OnConflict = Annotated[
     ),
 ]
 SkipKnown = Annotated[bool, flag("Leave out what the model already says.", "--skip-known", panel=INPUT)]
+AllowSpecial = Annotated[
+    bool,
+    flag(
+        "Let prompts and targets have tokens that steer the model, as <|im_end|>.",
+        "--allow-special-tokens",
+        panel=INPUT,
+    ),
+]
 PolicyFile = Annotated[
     Path | None, option("Rules (TOML) on what may be edited at all.", "--policy", panel=INPUT, metavar="FILE")
 ]
@@ -117,6 +125,7 @@ def admission_of(
     signature: Path | None,
     signer: Path | None,
     identity: str | None,
+    allow_special: bool = False,
 ) -> Admission:
     """What is asked of edits before they are trained.
 
@@ -124,10 +133,14 @@ def admission_of(
         SettingsError: the policy cannot be used, or of signature and signer one is missing.
     """
     from wisecli.edits.admission import Admission
-    from wisecli.edits.policy import read_policy
 
     signed = signed_by(signature, signer, identity)
-    return Admission(on_conflict, None if policy is None else read_policy(policy), signed, skip_known)
+    rules = None
+    if policy is not None:
+        from wisecli.edits.policy import read_policy
+
+        rules = read_policy(policy)
+    return Admission(on_conflict, rules, signed, skip_known, allow_special)
 
 
 def signed_by(signature: Path | None, signer: Path | None, identity: str | None) -> Signed | None:
@@ -143,15 +156,11 @@ def signed_by(signature: Path | None, signer: Path | None, identity: str | None)
     return Signed(signature, signer, identity) if signature is not None and signer is not None else None
 
 
-def provenance_of(who: str | None, reason: str, sign: Path | None) -> Provenance:
-    """By whom a memory is changed, why, and what signs that.
-
-    Raises:
-        SettingsError: the key cannot be used.
-    """
+def provenance_of(who: str | None, reason: str, key: SigningKey | None) -> Provenance:
+    """By whom a memory is changed, why, and what signs that."""
     from wisecli.memory.history import Provenance
 
-    return Provenance(who, reason, key_in(sign))
+    return Provenance(who, reason, key)
 
 
 def key_in(path: Path | None) -> SigningKey | None:
@@ -175,8 +184,10 @@ def load_options(
     """How a model is loaded, from the flags of a command.
 
     Raises:
-        SettingsError: the budget is no size.
+        SettingsError: the type is unknown, or the budget is no size.
     """
+    if dtype not in DTYPES:
+        raise SettingsError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     return LoadOptions(device, dtype, trust_remote_code, size_in_bytes(memory_budget, "--memory-budget"), revision)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
-from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from wisecli.cli.choices import Completer, one_of
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, defaults
+from wisecli.errors import SettingsError
 
 # Panels of the help, in the order in which the commands declare their options. Options that name none of them stand
 # in a panel of their own above the others, with those that most people need.
@@ -35,6 +36,7 @@ _MANY = 9
 _HINTS: dict[Any, dict[str, Any]] = {
     kind: get_type_hints(kind) for kind in (EditSettings, MergeSettings, EvalSettings, BenchSettings)
 }
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 # What stands for a value in the help, by its type.
 _METAVARS: dict[Any, str] = {bool: "", int: "N", float: "X"}
 
@@ -62,7 +64,57 @@ def _arranged(parameters: list[Any]) -> list[Any]:
     for one in options:
         one.rich_help_panel = (getattr(one, "rich_help_panel", None) or _MOST_USED) if many else None
         one.metavar = "" if one.is_flag else one.metavar
+    for one in parameters:
+        if hasattr(one, "type_descriptor"):
+            _read_at_once(one)
     return parameters
+
+
+def _read_at_once(parameter: Any) -> None:
+    """Read plain values of a parameter without what newer Typers build for every parameter, by pydantic.
+
+    To import that takes longer than all else that a refusal needs. What it would refuse is left to it.
+    """
+    kind, info = parameter.type_descriptor.annotation, parameter.type_descriptor.parameter_info
+    many, by_typer = parameter.multiple or parameter.nargs != 1, parameter.process_value
+    one_kind = get_args(kind)[0] if many and get_origin(kind) is list else kind
+
+    def process(ctx: Any, value: Any) -> Any:
+        if not parameter.required and (value is None or (many and not value)):
+            found: Any = () if many else None
+        elif info.parser is not None and isinstance(value, str):
+            found = info.parser(value)
+        else:
+            try:
+                read = [_read(one_kind, one) for one in (value if many else [value])]
+            except ValueError as error:
+                raise SettingsError(f"{parameter.opts[0]} {error}") from None
+            if None in read or not read or not (info.min is None or all(one >= info.min for one in read)):
+                return by_typer(ctx, value)
+            found = read if many else read[0]
+        return found if parameter.callback is None else parameter.callback(ctx, parameter, found)
+
+    parameter.process_value = process
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """A value as it is meant; ``None`` if that takes a closer look.
+
+    Raises:
+        ValueError: it is no number, where one is wanted.
+    """
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else None
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    if kind not in _KINDS or not isinstance(value, str):
+        return None
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"must be {_KINDS[kind]}, not {value!r}") from None
 
 
 def option(
@@ -87,7 +139,7 @@ def option(
     """
     if default:
         # One text with its default runs on over its lines; Typer's own default would begin a new one.
-        text = f"{escape(text)} [dim]{escape(f'[default: {default}]')}[/dim]"
+        text = f"{_escaped(text)} [dim]{_escaped(f'[default: {default}]')}[/dim]"
     return typer.Option(
         *names,
         help=text,
@@ -97,6 +149,11 @@ def option(
         autocompletion=complete,
         min=least,
     )
+
+
+def _escaped(text: str) -> str:
+    """A text without Rich's markup; what does that in Rich takes as long to import as all commands."""
+    return text.replace("[", r"\[")
 
 
 def flag(text: str, *names: str, panel: str | None = None, default: str = "") -> Any:

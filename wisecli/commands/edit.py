@@ -8,20 +8,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wisecli.artifacts.shard_manifest import (
-    MANIFEST_NAME,
     UNRELATED_NAME,
     ShardDirectory,
     ShardEntry,
     read_shard_directory,
 )
 from wisecli.artifacts.unrelated_stats import load_unrelated
+from wisecli.commands.outputs import shards_output
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.executors import executor_for
 from wisecli.editing.finished import finished_shards
 from wisecli.editing.resource_estimate import Plan, plan_edit
 from wisecli.editing.staging import Unfinished
 from wisecli.editing.worker import Job, Worker, differences
-from wisecli.edits.admission import USUAL, Admission, Sifted
+from wisecli.edits.admission import USUAL, Admission, Sheet, Sifted
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, StoppedError
 from wisecli.io.atomic_output import require_space
@@ -32,23 +33,6 @@ from wisecli.progress import NOTE, Event, Watcher, ignore
 
 # About what the statistics of unrelated text take: keys in half precision, two moments.
 _KEPT_KEYS, _KEPT_DIRECTIONS = 4096, 1024
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How shards are written.
-
-    ``executor`` is ``local``, or ``ray`` or ``ray://address`` for tasks on a Ray cluster. ``only``, as ``(k, n)``,
-    writes the k-th of n parts of the shards; whoever writes the last one finishes the output. ``force`` replaces an
-    output that is there. ``strict`` raises if an edit did not take; nothing is written then. ``dry_run`` checks
-    everything and plans, but loads no weights and writes nothing.
-    """
-
-    executor: str = "local"
-    only: tuple[int, int] = (1, 1)
-    force: bool = False
-    strict: bool = False
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +94,7 @@ def edit(
     target_module: str | None = None,
     options: RunOptions = RunOptions(),
     admission: Admission = USUAL,
+    sheet: Sheet | None = None,
     watch: Watcher = ignore,
 ) -> EditReport:
     """Write each shard of edits into a delta of the model's value matrix.
@@ -122,15 +107,17 @@ def edit(
         target_module: path of the value matrix, with ``{layer}`` for the layer's index, where the table's is not meant.
         admission: what is asked of the edits before; what it leaves out with the model's help is planned for all the
             same.
+        sheet: what the file holds, if it was read before.
 
     Raises:
         WiseError: any of the input, the model or the disk cannot be used; nothing is left behind but finished shards.
     """
     started = time.perf_counter()
-    sheet = admission.read(edits_file)
+    sheet = sheet or admission.read(edits_file)
     admitted = admission.admit(sheet.name, sheet.numbered, watch=watch)
     job = Job(model=model, settings=settings, edits=admitted.edits, load=load, target_module=target_module)
     worker = Worker(job, watch)
+    worker.reader.require(sheet.name, admitted.numbered, settings, allow_special=admission.allow_special)
     if report := _up_to_date(worker, output, options, skip_known=admission.skip_known):
         return replace(report, seconds=time.perf_counter() - started, sifted=admitted.sifted)
     if admission.skip_known and not options.dry_run:
@@ -145,8 +132,7 @@ def edit(
 
 def _output(job: Job, output: Path, options: RunOptions, *inputs: Path) -> Output:
     """Where shards go, and that only former shards may be replaced there."""
-    model = [Path(job.model)] if Path(job.model).exists() else []
-    return Output(output, (MANIFEST_NAME,), (*model, *inputs), never=("config.json",), force=options.force)
+    return shards_output(output, job.model, *inputs, force=options.force)
 
 
 def _nothing(worker: Worker, output: Path) -> EditReport:
@@ -184,7 +170,8 @@ def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) 
     if options.dry_run:
         load = job.load
         kind, budget = pick_dtype(load.dtype), load.memory_budget or machine_memory(pick_device(load.device))
-        plan = plan_edit(checkpoint, site, settings, count, dtype=kind, memory_budget=budget)
+        lengths = [worker.reader.length(edit, settings) for edit in job.edits]
+        plan = plan_edit(checkpoint, site, settings, lengths, dtype=kind, memory_budget=budget)
         seconds = time.perf_counter() - started
         return EditReport(output, count, len(parts), site.layer, site.module, seconds, plan.peak, plan=plan)
     if not mine:

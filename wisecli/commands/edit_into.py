@@ -11,16 +11,18 @@ from typing import Any
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit import EditReport, RunOptions, carry_out
+from wisecli.commands.edit import EditReport, carry_out
 from wisecli.commands.remove import without_edits
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions, resolve
 from wisecli.editing.staging import Unfinished
 from wisecli.editing.worker import Job, Worker
-from wisecli.edits.admission import USUAL, Admission, Admitted, Sifted
+from wisecli.edits.admission import USUAL, Admission, Admitted, Sheet, Sifted
 from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.io.atomic_output import discard
-from wisecli.io.checkpoint import Checkpoint, sha256_file
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.digest import sha256_file
 from wisecli.memory.history import (
     Change,
     Provenance,
@@ -63,15 +65,19 @@ class Batch:
     origin: dict[str, str]
 
     @classmethod
-    def from_file(cls, path: Path, *, name: str | None = None, admission: Admission = USUAL) -> Batch:
-        """A whole file of edits, under its own name or another.
+    def from_file(cls, path: Path, *, admission: Admission = USUAL) -> Batch:
+        """A whole file of edits.
 
         Raises:
             SignatureError: it was not signed as the admission asks.
             EditFileError: naming the line, if a record cannot be used.
         """
-        sheet = admission.read(path)
-        return cls(sheet.numbered, {"name": name or path.name, "sha256": sheet.sha256})
+        return cls.of(admission.read(path, name=path.name))
+
+    @classmethod
+    def of(cls, sheet: Sheet) -> Batch:
+        """A whole file of edits that was read before."""
+        return cls(sheet.numbered, {"name": sheet.name, "sha256": sheet.sha256})
 
 
 def edit_into(
@@ -123,6 +129,8 @@ def edit_into(
             settings = _settings(memory, releases, flags, config, model)
             job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
             worker = Worker(job, watch, loaded=loaded)
+            name, special = batch.origin["name"], admission.allow_special
+            worker.reader.require(name, admitted.numbered, settings, allow_special=special)
             if admission.skip_known:
                 admitted = worker.without_known(admitted, spared=set(_giving_way(held, admitted).values()))
                 worker = worker.with_edits(admitted.edits)

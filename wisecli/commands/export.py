@@ -10,21 +10,22 @@ from typing import Any, Literal
 import torch
 
 from wisecli.artifacts.locate import find_base
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_manifest
+from wisecli.artifacts.memory_manifest import Manifest, read_manifest
 from wisecli.artifacts.seal import require_sealed, require_signature
+from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.signatures import Signed, SigningKey
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
 from wisecli.export.checkpoint import dense, seal_export, write_delta, write_merged, write_routed
-from wisecli.export.finished import export_record, finished_export, manifest_name, require_no_memory
+from wisecli.export.finished import export_record, finished_export, require_no_memory
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
 from wisecli.export.weights import Packing
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
-from wisecli.io.checkpoint import MERGED_NAME, Checkpoint
+from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.replacing import Output
-from wisecli.memory.history import HISTORY, has_history, read_history, require_whole
+from wisecli.memory.history import has_history, read_history, require_whole
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.loading import is_exported, load_model, pick_dtype
 from wisecli.models.tokenization import collate, encode, in_batches
@@ -116,10 +117,10 @@ def export(
             reached (what was written stays).
     """
     started = time.perf_counter()
-    there = not force and manifest_name(output) is not None
+    place = checkpoint_output(output, memory, model, publication.metrics, force=force)
+    place.require_unless_kept()
+    there = place.is_kept
     if not there:
-        inputs = _inputs(memory, model, publication.metrics)
-        Output(output, (MANIFEST_NAME, MERGED_NAME), inputs, (HISTORY,), force).require()
         require_no_memory(output)
     packing = _packing(weights)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
@@ -208,12 +209,6 @@ def _up_to_date(
     measured = record["locality"], record["tokens"]
     edits = len(manifest.edits)
     return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), *measured, pushed, up_to_date=True)
-
-
-def _inputs(memory: Path, model: str | None, metrics: Path | None) -> list[Path]:
-    """The places on disk that an export reads."""
-    named = (memory, metrics, None if model is None else Path(model))
-    return [path for path in named if path is not None and path.exists()]
 
 
 def _packing(weights: WeightFiles) -> Packing:

@@ -15,7 +15,8 @@ from filelock import FileLock
 from wisecli.edits.formats import BENCHMARKS
 from wisecli.errors import DamagedFileError, DownloadError, OutputExistsError, SettingsError
 from wisecli.io.atomic_output import require_space, whole_directory
-from wisecli.io.checkpoint import FETCHED_NAME, sha256_file, write_json
+from wisecli.io.checkpoint import FETCHED_NAME, write_json
+from wisecli.io.digest import sha256_file
 from wisecli.io.replacing import Output
 from wisecli.io.user_cache import cache_path
 from wisecli.models.resolve import convert

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, write_memory
+from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.artifacts.seal import write_seal
 from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.outputs import memory_output
 from wisecli.config import MergeSettings
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ProtectedOutputError
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
-from wisecli.io.replacing import Output
 from wisecli.memory.finished import finished_memory
 from wisecli.memory.history import Provenance, changing, is_merged
 from wisecli.memory.merger import Merger
@@ -70,11 +70,10 @@ def merge(
         WiseError: the shards, the base or the disk cannot be used; nothing is left behind.
     """
     started = time.perf_counter()
-    place = Output(output, (MANIFEST_NAME,), inputs, never=("config.json",), force=force)
+    place = memory_output(output, inputs, force=force)
     _require_merged(output)
-    there = not force and (output / MANIFEST_NAME).is_file()
-    if not there:
-        place.require()
+    place.require_unless_kept()
+    there = place.is_kept
     read = [drop(read_shard_directory(path), without.get(path, ())) for path in inputs]
     merger = Merger(read, settings, model=model)
     settings, site, count = merger.settings, merger.site, merger.count

@@ -11,7 +11,7 @@ from wisecli.artifacts.shard_manifest import MANIFEST_NAME, read_shard_directory
 from wisecli.commands.remove import without_edits
 from wisecli.config import LoadOptions, MergeSettings
 from wisecli.errors import MemoryHistoryError
-from wisecli.io.checkpoint import sha256_file
+from wisecli.io.digest import sha256_file
 from wisecli.memory.history import (
     Change,
     Provenance,

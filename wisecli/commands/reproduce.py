@@ -7,7 +7,8 @@ from pathlib import Path
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Base, Origin, read_manifest
 from wisecli.artifacts.shard_manifest import origin_of, read_shard_directory
-from wisecli.commands.edit import EditReport, RunOptions, run
+from wisecli.commands.edit import EditReport, run
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions, settings_from
 from wisecli.editing.worker import Job
 from wisecli.errors import SettingsError

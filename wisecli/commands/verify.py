@@ -11,12 +11,14 @@ from typing import Any, Literal, TypeVar
 from wisecli.artifacts import memory_manifest, shard_manifest
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.artifacts.locate import Kind, kind_of
+from wisecli.artifacts.names import MERGED
 from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, check_seal, is_sealed, is_signed, read_seal, require_signature
 from wisecli.artifacts.shard import shard_rows, shard_sizes
 from wisecli.artifacts.tensor_schema import memory_rows, unrelated_rows
 from wisecli.edits.signatures import Signed
 from wisecli.errors import GateFailedError, ModelError, WiseError
-from wisecli.io.checkpoint import EXPORTED_KEY, INDEX_NAME, MERGED_NAME, read_json, sha256_file, sha256_text
+from wisecli.io.checkpoint import EXPORTED_KEY, INDEX_NAME, read_json
+from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.io.json_schema import shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout, read_header
@@ -74,7 +76,7 @@ def verify(
         ModelError: the directory is none of these, or ``model`` is no directory of a model.
     """
     require_signature(path, signed)
-    kind: Kind | Literal["merged"] = "merged" if (path / MERGED_NAME).is_file() else kind_of(path)
+    kind: Kind | Literal["merged"] = "merged" if (path / MERGED).is_file() else kind_of(path)
     given = None if model is None else resolve_model(model, fetch=False)
     checks = list(_signature(path, signed))
     for check in _CHECKS[kind](path, given):
@@ -206,7 +208,7 @@ def _exported(path: Path, model: Path | None) -> Iterator[Check]:
 
 def _merged(path: Path, _model: Path | None) -> Iterator[Check]:
     """A stock checkpoint, which no manifest describes further."""
-    content = yield from _manifest(path, MERGED_NAME, lambda place: read_json(place / MERGED_NAME))
+    content = yield from _manifest(path, MERGED, lambda place: read_json(place / MERGED))
     yield from check_seal(path, expected=content is None or bool(content.get(SEALED_KEY)))
     if (path / INDEX_NAME).is_file():
         yield from check_index(path)

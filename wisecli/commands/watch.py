@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wisecli.commands.edit import RunOptions
 from wisecli.commands.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions, resolve
 from wisecli.editing.worker import Base, Job
 from wisecli.edits.admission import USUAL, Admission

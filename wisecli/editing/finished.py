@@ -8,7 +8,7 @@ from pathlib import Path
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME, UNRELATED_NAME, ShardDirectory, read_shard_directory
 from wisecli.editing.worker import Worker, differences
 from wisecli.errors import DamagedFileError, OutputExistsError
-from wisecli.io.checkpoint import sha256_file
+from wisecli.io.digest import sha256_file
 from wisecli.io.safe_paths import inside
 
 

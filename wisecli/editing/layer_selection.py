@@ -19,7 +19,8 @@ from torch import Tensor
 from wisecli.data.corpus import reworded_facts
 from wisecli.editing.key_capture import prompt_ends
 from wisecli.errors import DamagedFileError
-from wisecli.io.checkpoint import Checkpoint, read_json, sha256_json, write_json
+from wisecli.io.checkpoint import Checkpoint, read_json, write_json
+from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
 from wisecli.models.loading import Loaded
 from wisecli.models.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count

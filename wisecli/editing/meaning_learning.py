@@ -22,7 +22,8 @@ from wisecli.artifacts.unrelated_stats import Heads, heads_in
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.early_states import TokenStates, special_tokens, token_states
 from wisecli.errors import DamagedFileError, NoSpaceError
-from wisecli.io.checkpoint import load_tensors, save_tensors, sha256_json
+from wisecli.io.checkpoint import load_tensors, save_tensors
+from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
 from wisecli.models.forms import Form, forms, usable_forms
 from wisecli.models.loading import Loaded

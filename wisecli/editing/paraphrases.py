@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from wisecli.edits.record import Edit
 from wisecli.edits.text import contains, words
@@ -14,6 +15,9 @@ from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import encode
 from wisecli.progress import Event, Watcher, ignore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What is asked for, and made-up examples of it.
 _REWORD = (
@@ -26,7 +30,7 @@ _COMPLETE = (
     ("Begin the answer: Which city is Norland's capital?", "The capital city of Norland is"),
     ("Begin the answer: Which team does Iris Bell play for?", "The team that Iris Bell plays for is"),
 )
-_TOKENS, _TEMPERATURE = 32, 0.8
+REQUEST_TOKENS, _TEMPERATURE = 32, 0.8
 # Words that a sentence may break off after, so that the answer goes on from there.
 _OPEN = {"is", "was", "are", "were", "by", "in", "of", "at", "to", "for", "from", "on", "as", "with", "called", "named"}
 # Where what the model takes for the answer begins, in a sentence that it has completed itself.
@@ -49,12 +53,12 @@ def write_paraphrases(
     if not count:
         return {}
     watch(Event("paraphrases", 0, len(edits)))
-    requests = [request for edit in edits for request in _requests(loaded, edit) * count]
+    asked = [request for edit in edits for request in requests(loaded.tokenizer, edit) * count]
     sampled = generate(
         loaded.model,
         loaded.tokenizer,
-        requests,
-        max_new_tokens=_TOKENS,
+        asked,
+        max_new_tokens=REQUEST_TOKENS,
         batch_size=batch_size,
         sampling_seed=seed,
         temperature=_TEMPERATURE,
@@ -106,11 +110,11 @@ def _stems(said: Sequence[str]) -> set[str]:
     return {word[:_STEM] for word in said if len(word) >= _TELLING and word not in _ASKING}
 
 
-def _requests(loaded: Loaded, edit: Edit) -> list[str]:
-    """What the model is asked for, once of each kind."""
+def requests(tokenizer: PreTrainedTokenizerBase, edit: Edit) -> list[str]:
+    """What a model is asked for to have paraphrases of an edit's prompt, once of each kind."""
     prompt = edit.prompt.strip()
     return [
-        shown_how(loaded.tokenizer, examples, f"{what}: {prompt}")
+        shown_how(tokenizer, examples, f"{what}: {prompt}")
         for examples, what in ((_REWORD, "Ask in other words"), (_COMPLETE, "Begin the answer"))
     ]
 

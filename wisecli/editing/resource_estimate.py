@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
+from wisecli.editing.token_check import Length
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.memory_budget import Sizes, sizes, spool_bytes
-from wisecli.models.site import Site
+from wisecli.models.site import Site, layer_count, text_settings
 
 # The interpreter with torch and transformers, in bytes.
 _LIBRARIES = 600 << 20
-# Usual lengths in tokens: of an unrelated text, of a reworded fact, of an edit's prompt in a context, of its window.
-_TEXT, _FACT, _PROMPT, _WINDOW = 22, 11, 24, 6
+# Usual lengths in tokens: of an unrelated text, of a reworded fact.
+_TEXT, _FACT = 22, 11
+# What a batch of more than one row holds at most, in tokens.
+_BATCH = 4096
+# How many blocks with a row for each trained token are solved with at a time.
+_BLOCKS = 5
+# How many tensors of a kind there are at a time while residuals are fitted: attention scores, logits, hidden states and
+# inner states of a layer; and while rows are only read.
+_SCORES, _LOGITS, _HIDDEN, _INNER = 4, 4, 12, 6
 # Wordings of a fact of each relation, together; texts that the model goes on with, by so many tokens.
 _WORDINGS, _CONTINUED, _CONTINUATION = 210, 120, 12
 # Keys kept for calibration; rank of the moments.
@@ -48,25 +57,27 @@ def plan_edit(
     checkpoint: Checkpoint,
     site: Site,
     settings: EditSettings,
-    edits: int,
+    lengths: Sequence[Length],
     *,
     dtype: torch.dtype | str = "auto",
     memory_budget: int | None = None,
 ) -> Plan:
-    """What ``wise edit`` will take for so many edits; nothing that the cache may spare is taken off."""
+    """What ``wise edit`` will take for edits of these lengths; nothing that the cache may spare is taken off."""
     found = sizes(checkpoint, site.layer_module.rpartition(".")[0], dtype)
     below, above = sum(found.layers[: site.layer + 1]), sum(found.layers[site.layer + 1 :])
     room = None if memory_budget is None else spool_bytes(checkpoint, dtype, memory_budget)
-    texts, shard = settings.unrelated_texts * _TEXT, min(edits, settings.edits_per_shard)
-    rows = shard * (settings.contexts + settings.augment + 1)
+    texts, edits = settings.unrelated_texts * _TEXT, len(lengths)
+    rows = _shard_rows(settings, lengths)
     # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
     facts = _facts(settings)
-    carried = max(texts, facts) * site.d + texts * site.d_ff, rows * (_PROMPT * site.d + _WINDOW * site.d_ff)
+    carried = max(texts, facts) * site.d + texts * site.d_ff, rows.read * site.d + rows.trained * site.d_ff
     carried_bytes = [found.item * one for one in carried]
     measured = 4 * site.d_ff * (2.5 * texts + min(_SAMPLE, texts / 2) + 4 * _RANK)
-    known = 4 * site.d_ff * (0.5 * texts + min(_SAMPLE, texts / 2) + 2 * _RANK) + _kept(site, rows, found.item)
-    solved = known + _solving(site, settings)
-    flops = _flops(found, site, settings, edits)
+    known = 4 * site.d_ff * (0.5 * texts + min(_SAMPLE, texts / 2) + 2 * _RANK) + _kept(
+        checkpoint, site, rows, found.item
+    )
+    solved = known + max(_solving(site, settings, rows), _fitting(checkpoint, site, settings, lengths, found.item))
+    flops = _flops(found, site, settings, lengths)
     if room is None:
         peak = _LIBRARIES + found.weights + max(measured, solved)
         return Plan(False, found.weights, found.weights, 0, max(found.layers), round(peak), 0, 0, 0, flops)
@@ -99,25 +110,83 @@ def _facts(settings: EditSettings) -> int:
     return _WORDINGS * subjects_for(settings.unrelated_texts) * _FACT
 
 
-def _kept(site: Site, rows: int, item: int) -> int:
-    """Activations that batches keep of so many rows."""
-    return rows * _WINDOW * (site.d + site.d_ff) * item
+@dataclass(frozen=True)
+class _Rows:
+    """Tokens of the rows of one shard: all that are read, and those from the prompts' last ones on."""
+
+    read: int
+    trained: int
 
 
-def _solving(site: Site, settings: EditSettings) -> int:
+def _ways(settings: EditSettings) -> int:
+    """How often each edit is read: bare, in contexts and one held back, in the chat template and in other words."""
+    return settings.contexts + settings.augment + 2 + settings.chat
+
+
+def _shard_rows(settings: EditSettings, lengths: Sequence[Length]) -> _Rows:
+    """Those of the shard with the longest edits."""
+    longest = sorted(lengths, key=sum, reverse=True)[: settings.edits_per_shard]
+    ways = _ways(settings)
+    return _Rows(ways * sum(map(sum, longest)), ways * sum(one.target for one in longest))
+
+
+def _kept(checkpoint: Checkpoint, site: Site, rows: _Rows, item: int) -> int:
+    """Activations that batches keep of a shard's rows, and what the layers above need of the prompts."""
+    shape = _attention(checkpoint)
+    past = 2 * (layer_count(checkpoint.directory) - site.layer - 1) * shape.kept
+    return item * (rows.trained * (site.d + site.d_ff) + rows.read * past)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Heads of a layer, and how many numbers of keys it keeps of each token; the size of the vocabulary."""
+
+    heads: int
+    kept: int
+    vocabulary: int
+
+
+def _attention(checkpoint: Checkpoint) -> _Attention:
+    config = text_settings(checkpoint.directory)
+
+    def number(*names: str, otherwise: int) -> int:
+        return next((config[name] for name in names if type(config.get(name)) is int), otherwise)
+
+    heads = max(1, number("num_attention_heads", "n_head", otherwise=1))
+    width = number("head_dim", otherwise=-(-number("hidden_size", "n_embd", otherwise=1) // heads))
+    kept = width * number("num_key_value_heads", "num_kv_heads", otherwise=heads)
+    return _Attention(heads, kept, number("vocab_size", otherwise=1))
+
+
+def _fitting(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths: Sequence[Length], item: int) -> int:
+    """What the largest batch takes while it is read, or while its residuals are fitted through the layers above."""
+    shape, above = _attention(checkpoint), layer_count(checkpoint.directory) - site.layer - 1
+    most = 0
+    for length in lengths:
+        whole = sum(length)
+        rows = max(1, min(settings.batch_size, _BATCH // whole))
+        read = rows * whole * (whole * _SCORES + item * (_HIDDEN * site.d + _INNER * site.d_ff))
+        states = item * above * (_HIDDEN * site.d + _INNER * site.d_ff)
+        scores = 4 * shape.heads * whole * _SCORES
+        fitted = rows * length.target * (states + scores + 4 * _LOGITS * shape.vocabulary)
+        most = max(most, read, fitted)
+    return most
+
+
+def _solving(site: Site, settings: EditSettings, rows: _Rows) -> int:
     """Statistics of the closed form, in float64: squares of the columns' number, blocks that are as long as ``W``."""
     if settings.writer != "solve":
         return 16 * round(settings.mask_ratio * site.d * site.d_ff)
     width = round(settings.mask_ratio * site.d_ff) if settings.mask_kind == "columns" else site.d_ff
-    return 8 * (5 * width**2 + 4 * width * site.d)
+    return 8 * (5 * width**2 + 4 * width * site.d + _BLOCKS * rows.trained * (width + site.d))
 
 
-def _flops(found: Sizes, site: Site, settings: EditSettings, edits: int) -> int:
+def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[Length]) -> int:
     """Two a weight and token; fitting goes through the layers above forth and back."""
     weights = [size // found.item for size in found.layers]
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
     said = min(settings.unrelated_texts, _CONTINUED) * _TEXT
-    rows = edits * (settings.contexts + settings.augment + 3)
-    read = settings.unrelated_texts * _TEXT + _facts(settings) + rows * (_PROMPT + _WINDOW)
-    fitted = edits * _WINDOW * settings.residual_steps * 2
-    return 2 * (said * (below + above) + read * below + (rows * (_PROMPT + _WINDOW) + fitted) * above)
+    tokens = (_ways(settings) + 1) * sum(map(sum, lengths))
+    read = settings.unrelated_texts * _TEXT + _facts(settings) + tokens
+    fitted = sum(one.target for one in lengths) * settings.residual_steps * 2
+    return 2 * (said * (below + above) + read * below + (tokens + fitted) * above)

@@ -38,7 +38,8 @@ from wisecli.editing.training_examples import (
 from wisecli.editing.unrelated_activations import measure_unrelated
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
-from wisecli.io.checkpoint import Checkpoint, sha256_json
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.digest import sha256_json
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Fingerprint, Site, load_matrix
 from wisecli.models.tokenization import in_batches

@@ -27,7 +27,8 @@ from wisecli.artifacts.unrelated_stats import BackgroundStats, load_unrelated, s
 from wisecli.editing.claims import Claims, is_claim
 from wisecli.errors import BusyError, DamagedFileError, ModelError, WiseError
 from wisecli.io.atomic_output import link_or_copy, put_in_place, writing
-from wisecli.io.checkpoint import read_json, sha256_file, write_json
+from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, decode
 
 

@@ -18,7 +18,7 @@ from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.models.activations import Activations, captured
 from wisecli.models.generation import end_token
-from wisecli.models.loading import Loaded
+from wisecli.models.loading import Loaded, context_window
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches, row_of
 
@@ -77,8 +77,9 @@ def encode_edits(
         erasures: what is said in the place of erased answers; by default they are only unwanted at the prompt's end.
 
     Raises:
-        ModelError: the tokenizer leaves nothing of an edit.
+        ModelError: the tokenizer leaves nothing of an edit, or the model does not read all of it.
     """
+    window = context_window(loaded.model.config)
     end = end_token(loaded.model) if train_end else None
     rows = []
     for edit in edits:
@@ -87,6 +88,8 @@ def encode_edits(
             row = row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end)
             erasure = erasures.get((edit.id, context in AT_LINE_START))
             rows.append(row if erasure is None else replace(erasure, prompt=row.prompt))
+            if window is not None and len(rows[-1]) > window:
+                raise ValueError(f"it is {len(rows[-1]):,} tokens long in its context, and the model takes {window:,}")
         except ValueError as error:
             raise ModelError(f"edit {edit.id!r} cannot be used: {error}; reword it") from None
     return rows

@@ -21,7 +21,8 @@ from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.editing.context_prefixes import continuations
 from wisecli.editing.key_capture import keys_of_texts, prompt_ends, window_keys
 from wisecli.errors import DamagedFileError, NoSpaceError
-from wisecli.io.checkpoint import load_tensors, sha256_json
+from wisecli.io.checkpoint import load_tensors
+from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate

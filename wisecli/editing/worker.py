@@ -22,6 +22,7 @@ from wisecli.editing.prompt_variants import prompt_variants
 from wisecli.editing.shard_writer import ShardWriter, unrelated_for
 from wisecli.editing.staging import Done
 from wisecli.editing.subjects import subject_words
+from wisecli.editing.token_check import Reader
 from wisecli.editing.training_examples import encode_edits, write_contexts
 from wisecli.edits.admission import Admitted
 from wisecli.edits.changes import changed_edits
@@ -29,7 +30,7 @@ from wisecli.edits.record import Edit
 from wisecli.environment import versions
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout
-from wisecli.models.loading import Loaded, load_model
+from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer
 from wisecli.models.resolve import find_model
 from wisecli.models.site import Layout, find_site, fingerprint
 from wisecli.models.site_probe import check_split, observed
@@ -94,6 +95,14 @@ class Base:
         self.watch(Event("model"))
         return load_model(self.checkpoint.directory, self.job.load, layers=self.layout.layers)
 
+    @cached_property
+    def reader(self) -> Reader:
+        """What reads the edits: the tokenizer, which needs no weights, and the length of the model's window."""
+        assert self.layout  # what cannot be edited is refused first
+        if self._loaded is not None:
+            return Reader(self._loaded.tokenizer, context_window(self._loaded.model.config))
+        return Reader(*load_tokenizer(self.checkpoint.directory, self.job.load))
+
 
 class Worker:
     """One process' share of a job.
@@ -123,6 +132,11 @@ class Worker:
     def loaded(self) -> Loaded:
         """The base model."""
         return self.base.loaded
+
+    @property
+    def reader(self) -> Reader:
+        """What reads the edits, without any weights."""
+        return self.base.reader
 
     def with_edits(self, edits: tuple[Edit, ...]) -> Worker:
         """A worker on some of the edits, as the model knows the others; it takes over the model."""

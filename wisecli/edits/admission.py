@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from wisecli.edits.conflicts import Conflict, OnConflict, find, giving_way, resolve
 from wisecli.edits.files import content_of
-from wisecli.edits.policy import Policy
 from wisecli.edits.record import Edit, Numbered, numbered_edits
-from wisecli.edits.signatures import Signed
 from wisecli.errors import ConflictError
+from wisecli.io.json_schema import shown
 from wisecli.progress import NOTE, Event, Watcher, ignore
+
+if TYPE_CHECKING:
+    from wisecli.edits.policy import Policy
+    from wisecli.edits.signatures import Signed
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Edits as a file has them, each with its line; the file's name, and the digest of its bytes."""
+    """Edits as a file has them, each with its line; the file's name, and the digest of its bytes.
+
+    ``passed_over`` has a sentence for each field that nothing reads.
+    """
 
     name: str
     sha256: str
     numbered: tuple[Numbered, ...]
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,14 @@ class Admission:
         policy: rules that they must keep.
         signed: a signature that must hold for the file.
         skip_known: whether to leave out edits whose targets the unedited model gives already.
+        allow_special: whether tokens that steer the model, as those that end a turn, may stand in prompts and targets.
     """
 
     on_conflict: OnConflict | Literal["keep"] | None = None
     policy: Policy | None = None
     signed: Signed | None = None
     skip_known: bool = False
+    allow_special: bool = False
 
     def read(self, path: Path, *, name: str | None = None) -> Sheet:
         """Read a file of edits, once: what is parsed is what the signature was checked for.
@@ -104,10 +113,15 @@ class Admission:
             SignatureError: the signature does not hold; nothing of the file was parsed.
             EditFileError: naming the line, if a record cannot be used.
         """
-        content = content_of(path)
+        return self.parse(path, content_of(path), name=name)
+
+    def parse(self, path: Path, content: bytes, *, name: str | None = None) -> Sheet:
+        """The same of a file's content, which may have come through a pipe."""
         if self.signed is not None:
             self.signed.require(path, content)
-        return Sheet(name or str(path), hashlib.sha256(content).hexdigest(), tuple(numbered_edits(path, content)))
+        fields = _Unread(str(path))
+        numbered = tuple(numbered_edits(path, content, passed_over=fields.add))
+        return Sheet(name or str(path), hashlib.sha256(content).hexdigest(), numbered, tuple(fields.sentences()))
 
     def admit(
         self, name: str, numbered: Sequence[Numbered], *, held: Sequence[Edit] = (), watch: Watcher = ignore
@@ -141,6 +155,26 @@ class Admission:
         dropped = [(one.place, one.reason(name)) for one in resolution.dropped]
         left_out = tuple(LeftOut(place.edit.id, place.line or 0, reason) for place, reason in dropped)
         return Admitted(resolution.kept, Sifted(dropped=left_out), resolution.superseded)
+
+
+class _Unread:
+    """Fields that nothing reads, each with the line that it is first in, and how often it is there."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._found: dict[str, tuple[int, int, str | None]] = {}
+
+    def add(self, line: int, name: str, meant: str | None) -> None:
+        """Take note of one."""
+        first, count, _ = self._found.get(name, (line, 0, None))
+        self._found[name] = first, count + 1, meant
+
+    def sentences(self) -> Iterator[str]:
+        """One for each field."""
+        for name, (line, count, meant) in self._found.items():
+            more = f" (and in {count - 1} more)" if count > 1 else ""
+            hint = f"; did you mean `{meant}`?" if meant else ""
+            yield f"{self._file}:{line}: the field {shown(name)} is unknown and was passed over{more}{hint}"
 
 
 USUAL = Admission()

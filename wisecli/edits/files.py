@@ -8,9 +8,8 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-import jsonlines
-
 from wisecli.errors import EditFileError
+from wisecli.io.json_schema import shown
 
 # Larger files are no edits: a record takes about a kilobyte.
 _LARGEST = 1 << 32
@@ -63,13 +62,30 @@ def record_in(path: Path, number: int, line: str) -> dict[str, Any]:
         EditFileError: naming the line, if it is no JSON object.
     """
     try:
-        with jsonlines.Reader([line]) as reader:
-            found: dict[str, Any] = reader.read(type=dict)
-    except jsonlines.InvalidLineError as error:
-        reason = str(error).rsplit(" (line", 1)[0]
+        found = json.loads(line, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        reason = f"invalid json: {error.msg} (column {error.colno})"
         raise EditFileError(path, f"{reason}; write one JSON object a line", line=number) from None
     except RecursionError:
         raise EditFileError(path, "nested too deeply; write one flat JSON object a line", line=number) from None
+    except ValueError as error:  # a key that is there twice, a number of thousands of digits
+        raise EditFileError(path, str(error), line=number) from None
+    if not isinstance(found, dict):
+        raise EditFileError(path, "no JSON object; write one JSON object a line", line=number)
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, of which JSON would take the last of two values with the same name and lose the first.
+
+    Raises:
+        ValueError: a name is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"{shown(twice)} is there twice in one object; remove one")
     return found
 
 
@@ -96,7 +112,7 @@ def _table(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise EditFileError(
             path, f"not a JSON array ({error.msg}); close it or write JSONL", line=error.lineno

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 # Our field ← the names it goes by elsewhere (zsRE/MEND, KnowEdit, SelfCheckGPT/temporal, CounterFact,
@@ -25,6 +26,13 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "translations": ("translations",),
 }
 _LISTS = ("rephrases", "irrelevant", "ood")
+
+
+_EVALUATED = ("locality", "portability")
+# Fields by which a record of a benchmark is known: such have many more that nobody asks for.
+_BENCHMARK_FIELDS = ("src", "alt", "target_new", "ground_truth", "requested_rewrite", "update", "ans", "loc")
+# Without these an edit is another than was meant; without the others less is measured or kept of it.
+_DECISIVE = ("prompt", "target", "op", "replacement", "translations")
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,24 @@ def canonical(record: Mapping[str, Any]) -> dict[str, Any]:
     fields["locality"] = _locality(flat)
     fields["portability"] = _probe_groups(flat.get("portability")) or _consequences(flat)
     return fields
+
+
+def unknown_fields(record: Mapping[str, Any]) -> dict[str, str | None]:
+    """Fields of a record that nothing reads, each with the known one that its name is like, if there is one.
+
+    A benchmark's records have many such, and of them none is named.
+    """
+    if any(name in record for name in _BENCHMARK_FIELDS):
+        return {}
+    known = [*_EVALUATED, *(name for names in _ALIASES.values() for name in names)]
+    meant = {name: get_close_matches(name.lower(), known, n=1, cutoff=0.75) for name in record if name not in known}
+    return {name: next(iter(close), None) for name, close in meant.items()}
+
+
+def misspelt(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A field whose name is like that of one which decides what is edited, and which the record lacks; and that one."""
+    found = unknown_fields(record).items()
+    return next(((name, meant) for name, meant in found if meant in _DECISIVE and meant not in record), None)
 
 
 def _counterfact(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from wisecli.edits.files import content_of, record_in, records_of
-from wisecli.edits.formats import canonical
+from wisecli.edits.formats import canonical, misspelt, unknown_fields
+from wisecli.edits.text import is_plain, is_visible
 from wisecli.errors import EditFileError
-from wisecli.io.checkpoint import sha256_json
+from wisecli.io.digest import sha256_json
 from wisecli.io.json_schema import CLOSED, decode, require_moment, require_sane, shown
 
 OPERATIONS = ("insert", "modify", "erase")
 PROVENANCE = ("who", "when", "source")
+_LONGEST_ID = 200
 # A tag such as `de` or `pt-BR`; figures are named after it.
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 
@@ -111,11 +113,14 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     return [edit for _, edit in numbered_edits(path, content_of(path))][:limit]
 
 
-def numbered_edits(path: Path, content: bytes) -> list[Numbered]:
+def numbered_edits(
+    path: Path, content: bytes, *, passed_over: Callable[[int, str, str | None], None] = lambda *_: None
+) -> list[Numbered]:
     """Parse and check the content of a file of edits.
 
     Args:
         path: where it is from; ``.parquet`` makes it a table.
+        passed_over: told of every field that nothing reads: its line, its name, and the known name that it is like.
 
     Raises:
         EditFileError: naming the line, if a record is malformed, incomplete or there twice.
@@ -131,6 +136,8 @@ def numbered_edits(path: Path, content: bytes) -> list[Numbered]:
             raise EditFileError(
                 path, f"edit {edit.id!r} is already at {seen[edit.id]}; remove one or change its id", line=line
             )
+        for name, meant in unknown_fields(record).items():
+            passed_over(line, name, meant)
         seen[edit.id] = line
         edits.append((line, edit))
     if not edits:
@@ -159,6 +166,8 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
         ValueError: saying what is missing or of the wrong kind.
     """
     require_sane(record)
+    if (found := misspelt(record)) is not None:
+        raise ValueError(f"{shown(found[0])} is unknown; did you mean `{found[1]}`?")
     try:
         fields = canonical(record)
     except (TypeError, AttributeError) as error:
@@ -167,7 +176,7 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
         value = fields.get(name)
         if value is None:
             raise ValueError(f"`{name}` is missing; every edit needs `prompt` and `target`")
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not is_visible(value):
             raise ValueError(f"`{name}` must be a non-empty text, not {shown(value)}")
     operation = fields.get("op") or "modify"
     if operation not in OPERATIONS:
@@ -175,10 +184,10 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
     replacement = _text(fields, "replacement")
     if replacement is not None and operation != "erase":
         raise ValueError(f"`replacement` goes with the op `erase` alone, not with {operation}; give it as `target`")
-    if replacement is not None and not replacement.strip():
+    if replacement is not None and not is_visible(replacement):
         raise ValueError(f"`replacement` must be a non-empty text, not {shown(replacement)}")
     return Edit(
-        id=str(fields["id"]) if fields.get("id") is not None else _digest(record),
+        id=_id(fields["id"]) if fields.get("id") is not None else _digest(record),
         prompt=fields["prompt"],
         target=fields["target"],
         op=operation,
@@ -194,6 +203,16 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
         replacement=replacement,
         translations=_translations(fields.get("translations") or {}),
     )
+
+
+def _id(value: Any) -> str:
+    """An id as it is named in reports and logs."""
+    text = str(value)
+    if len(text) > _LONGEST_ID:
+        raise ValueError(f"`id` must have {_LONGEST_ID} characters at most, not {len(text)}")
+    if not is_visible(text) or not all(map(is_plain, text)):
+        raise ValueError(f"`id` must be a name that can be seen, without control characters, not {shown(text)}")
+    return text
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -23,3 +23,22 @@ def words(text: str) -> list[str]:
 def contains(whole: Sequence[str], part: Sequence[str]) -> bool:
     """Whether words stand in others in one piece; no words stand in any."""
     return any(whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1))
+
+
+# Joiners of Persian and Indian words and of emoji; they steer nothing.
+_JOINERS = "\u200c\u200d"
+
+
+def plain(text: str) -> str:
+    """Text of a stranger on one line, with whatever would steer a terminal or cannot be seen spelt out."""
+    return "".join(one if is_plain(one) else repr(one)[1:-1] for one in text)
+
+
+def is_plain(one: str) -> bool:
+    """Whether a character can be printed as it is."""
+    return one.isprintable() or one in _JOINERS or unicodedata.category(one) == "Zs"
+
+
+def is_visible(text: str) -> bool:
+    """Whether there is anything in a text that can be seen."""
+    return any(one.isprintable() and not one.isspace() for one in text)

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
+from wisecli.artifacts.names import MERGED
 from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, SIGNATURE_NAMES, write_seal
 from wisecli.artifacts.shard import half
 from wisecli.edits.signatures import SigningKey
@@ -35,15 +36,13 @@ from wisecli.io.checkpoint import (
     EXPORTED_KEY,
     FETCHED_NAME,
     INDEX_NAME,
-    MERGED_NAME,
     SINGLE_NAME,
     Checkpoint,
     read_json,
-    sha256_file,
     sha256_tensor,
-    sha256_text,
     write_json,
 )
+from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.models.site import load_matrix, loader_name, stored_weight
 from wisecli.routing import meaning, prompt_gate, router, scores, side_memory
 
@@ -55,7 +54,8 @@ _FORMER_CODE = {
     "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",
     "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
 }
-# What marks a checkpoint with the memory always on as one of ours; stock loaders pass it over.
+# What the base's own classes are given in the place of a size: they refuse it at once, and quote it.
+_BY_OWN_CODE = "an edited checkpoint: load it by transformers' Auto classes, with trust_remote_code=True"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
 # Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -63,7 +63,7 @@ _REWRITTEN = (
     "config.json",
     "router.json",
     "README.md",
-    MERGED_NAME,
+    MERGED,
     FETCHED_NAME,
     CODE_NAME,
     SEAL_NAME,
@@ -136,7 +136,7 @@ def record_digests(output: Path) -> None:
 
 def seal_export(output: Path, record: Mapping[str, Any], key: SigningKey | None = None) -> None:
     """Note in an export's manifest what was asked for, and write the digests of all its files, signed with a key."""
-    path = output / (MANIFEST_NAME if (output / MANIFEST_NAME).exists() else MERGED_NAME)
+    path = output / (MANIFEST_NAME if (output / MANIFEST_NAME).exists() else MERGED)
     content = read_json(path)
     write_json(path, {**content, EXPORT_RECORD: dict(record), SEALED_KEY: True})
     digests = {name: str(digest) for name, digest in content.get("sha256", {}).items()}
@@ -161,7 +161,7 @@ def write_merged(
     write_json(output / "config.json", _typed(read_json(base / "config.json"), packing))
     _copy_side_files(output, base)
     edits = [edit.as_dict() for edit in manifest.edits]
-    write_json(output / MERGED_NAME, {"format": "merged", "versions": versions(), "edits": edits})
+    write_json(output / MERGED, {"format": "merged", "versions": versions(), "edits": edits})
 
 
 def _typed(config: dict[str, Any], packing: Packing) -> dict[str, Any]:
@@ -247,10 +247,20 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
         "transposed": manifest.site.transposed,
         "memory": manifest.memory.describe(),
     }
+    routed |= dict.fromkeys(_sizes_named(config), _BY_OWN_CODE)
     config["model_type"] = f"wise_{model_type}"
     config["architectures"] = [f"Wise{names['causal']}"]
     config["auto_map"] = auto_map(names)
     write_json(output / "config.json", {**config, EXPORTED_KEY: routed})
+
+
+def _sizes_named(config: dict[str, Any]) -> list[str]:
+    """Names by which the base's own config class says how large the model is.
+
+    That class takes an entry of a config with its model type for its settings. It would find no sizes there, build a
+    model of the default ones, seven billion weights for some, and only then see that no tensor fits.
+    """
+    return [name for name in ("n_embd", "text_config") if name in config] or ["hidden_size"]
 
 
 def _copy_side_files(output: Path, base: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME
 from wisecli.artifacts.seal import SEALED_KEY, altered, is_signed
 from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, OutputExistsError, ProtectedOutputError
 from wisecli.export.checkpoint import side_files
-from wisecli.io.checkpoint import EXPORT_RECORD, MERGED_NAME, Checkpoint, read_json, sha256_file, sha256_json
+from wisecli.io.checkpoint import EXPORT_RECORD, Checkpoint, read_json
+from wisecli.io.digest import sha256_file, sha256_json
 
 # What is compared by its digest, as a message calls it.
 _COMPARED = {
@@ -43,7 +45,7 @@ def export_record(memory: Path, checkpoint: Checkpoint, settings: dict[str, Any]
 
 def manifest_name(output: Path) -> str | None:
     """The name of the manifest of an export of any form, if one is there."""
-    return next((name for name in (MERGED_NAME, MANIFEST_NAME) if (output / name).is_file()), None)
+    return next((name for name in (names.MERGED, MANIFEST_NAME) if (output / name).is_file()), None)
 
 
 def require_no_memory(output: Path) -> None:

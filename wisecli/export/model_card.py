@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import html
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from string import Template
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.edits.text import plain
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import read_json
 from wisecli.models.site import loader_name
@@ -39,6 +41,10 @@ model, tokenizer = wisecli.load("BASE", "PATH")
 or `wise export BASE --delta PATH -o edited/` for a checkpoint that loads without wisecli.""",
 }
 
+# A model on the hub, by its owner and name.
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_MARKUP = re.compile(r"[\\`*_{}\[\]()#+!|~]")
+
 Figures = Mapping[str, Mapping[str, float]]
 
 
@@ -66,9 +72,9 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
         figures: what was measured, by dataset.
         note: a paragraph more.
     """
-    figures = figures or {}
+    figures, name = figures or {}, base_name(manifest, base)
     data = ModelCardData(
-        base_model=manifest.model,
+        base_model=name,
         library_name="transformers",
         license=_licence(base),
         tags=["model-editing", "wise"],
@@ -80,8 +86,8 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
     return template.substitute(
         data=data.to_yaml(),
         form=form,
-        count=len(manifest.edits),
-        base=manifest.model,
+        count="1 edit" if len(manifest.edits) == 1 else f"{len(manifest.edits)} edits",
+        base=_cell(name),
         module=manifest.site.module,
         router=manifest.memory.router,
         routing=manifest.memory.routing,
@@ -120,9 +126,21 @@ def _result(dataset: str, name: str, value: float) -> EvalResult:
 def _table(figures: Figures) -> str:
     if not figures:
         return ""
-    rows = [f"| {_cell(set_)} | {name} | {value:.3f} |" for set_, own in figures.items() for name, value in own.items()]
+    rows = [
+        f"| {_cell(set_)} | {_cell(name)} | {value:.3f} |"
+        for set_, own in figures.items()
+        for name, value in own.items()
+    ]
     return "\n".join(["", "| dataset | measure | edited |", "|---|---|---|", *rows, ""])
 
 
+def base_name(manifest: Manifest, base: Path) -> str:
+    """The base model's hub id, or the name of its folder: where that lies is nobody else's business."""
+    on_hub = _HUB_ID.fullmatch(manifest.model) is not None and not Path(manifest.model).exists()
+    return manifest.model if on_hub else base.resolve().name
+
+
 def _cell(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1].replace("|", "\\|")
+    """A text of a stranger as Markdown that shows it letter by letter: no markup, no HTML, no links."""
+    shown = _MARKUP.sub(r"\\\g<0>", html.escape(plain(text), quote=False))
+    return shown.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")

@@ -21,7 +21,9 @@ from wisecli.io.user_cache import cache_path
 
 # What ends the name of a former output that is moved aside while a new one takes its place.
 _ASIDE = ".old"
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+# A file may be no larger, by `ulimit -f` or a quota.
+_TOO_LARGE = (errno.EFBIG, errno.EDQUOT)
 
 
 def require_space(output: Path, needed: int) -> None:
@@ -29,10 +31,13 @@ def require_space(output: Path, needed: int) -> None:
 
     Raises:
         NoSpaceError: less than ``needed`` is free.
+        UnwritableError: what it would lie in is a file.
     """
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise UnwritableError(output, NotADirectoryError(errno.ENOTDIR, f"{parent} is no directory"))
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise NoSpaceError(output, needed, free)
@@ -132,7 +137,7 @@ def writing(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise NoSpaceError(output) from error
-        if error.errno in _UNWRITABLE:
+        if error.errno in (*_UNWRITABLE, *_TOO_LARGE):
             raise UnwritableError(output, error) from error
         raise
 

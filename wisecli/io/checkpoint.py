@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, NotFiniteTensorError
+from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, NotFiniteTensorError, UnwritableError
+from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import decode, parse
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import require_header, torch_name
@@ -22,42 +26,21 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Marks a copy of a fetched model as one.
 FETCHED_NAME = "wise-fetch.json"
-# The manifest of a merged checkpoint.
-MERGED_NAME = "wise.json"
 # Where the config of an exported checkpoint describes its memory.
 EXPORTED_KEY = "wise"
+# What safetensors says of an error of the disk.
+_OS_ERROR = re.compile(r"os error (\d+)")
 # Where the manifest of an export says what was asked for.
 EXPORT_RECORD = "export"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_CHUNK = 1 << 20
 # No manifest or config comes near it.
 _LARGEST_JSON = 1 << 28
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sha256_text(text: str) -> str:
-    """Hex digest of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_tensor(tensor: torch.Tensor) -> str:
     """Hex digest of a tensor's values in their own dtype (row-major)."""
     raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(raw.data).hexdigest()
-
-
-def sha256_json(value: object) -> str:
-    """Hex digest of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,6 +74,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
     Raises:
         NotFiniteTensorError: a tensor holds numbers that are not finite; nothing is written.
+        NoSpaceError: the disk is full.
+        UnwritableError: the disk has something else against it, such as a limit of files' sizes.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in ready.items():
@@ -100,9 +85,12 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         save_file(ready, path, metadata=dict(metadata or {"format": "pt"}))
         path.chmod(0o644)
     except SafetensorError as error:
-        if "os error 28" in str(error):
+        number = _OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        if int(number[1]) == errno.ENOSPC:
             raise NoSpaceError(path) from error
-        raise
+        raise UnwritableError(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def load_tensors(path: Path, *, digest: str | None = None) -> dict[str, torch.Tensor]:

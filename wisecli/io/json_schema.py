@@ -10,9 +10,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter
     from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
@@ -34,8 +33,8 @@ _EXPECTED = {
     **dict.fromkeys(("tuple_type", "list_type"), _LIST),
 }
 # How records are read: a closed one refuses fields that it does not have, an open one passes over them.
-CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
-OPEN = ConfigDict(extra="ignore", allow_inf_nan=False)
+CLOSED: ConfigDict = {"extra": "forbid", "allow_inf_nan": False}
+OPEN: ConfigDict = {"extra": "ignore", "allow_inf_nan": False}
 
 
 def parse(text: str) -> Any:
@@ -92,6 +91,8 @@ def decode(kind: type[T], value: object, where: str = "") -> T:
     Raises:
         ValueError: naming the first field that is missing or of the wrong kind.
     """
+    from pydantic import ValidationError  # what is refused without it is refused at once
+
     try:
         # As JSON text: in strict mode only there does a list stand for a tuple.
         decoded: T = _adapter(cast(Any, kind)).validate_json(json.dumps(value, default=repr), strict=True)
@@ -124,6 +125,8 @@ def shown(value: object, limit: int = 60) -> str:
 
 @lru_cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(kind)
 
 

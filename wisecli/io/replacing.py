@@ -40,6 +40,21 @@ class Output:
         if reason := _protected(self.path, self.inputs) or self._foreign():
             raise ProtectedOutputError(self.path, reason)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether an output of this command is there and is not to be replaced: it may be what is asked for."""
+        return not self.force and any((self.path / name).is_file() for name in self.marks)
+
+    def require_unless_kept(self) -> None:
+        """Check that the output may be written, unless one is there that may be what is asked for.
+
+        Raises:
+            OutputExistsError: something else is there, and nothing is to be replaced.
+            ProtectedOutputError: what is there is not this command's to replace.
+        """
+        if not self.is_kept:
+            self.require()
+
     def require_apart(self) -> None:
         """Check that what is replaced, if anything is, neither is nor holds nor lies in an input.
 

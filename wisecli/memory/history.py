@@ -22,16 +22,17 @@ from typing import Any, Literal
 import jsonlines
 from filelock import FileLock, Timeout
 
+from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MEMORY_NAME, Manifest, read_manifest
 from wisecli.artifacts.seal import require_sealed
 from wisecli.edits.signatures import SigningKey
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError
 from wisecli.io.atomic_output import link_or_copy, tidy, whole_directory
-from wisecli.io.checkpoint import sha256_file, sha256_text
+from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.io.json_schema import OPEN, decode
 from wisecli.io.safe_paths import inside
 
-HISTORY, LOG, SHARDS = "history", "log.jsonl", "shards"
+HISTORY, LOG, SHARDS = names.HISTORY, "log.jsonl", "shards"
 _NOT_NEWEST = "its sha256 differs, so that the memory is not the newest release of its log"
 Action = Literal["edit", "merge", "remove", "rollback"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wisecli.errors import ModelError
+from wisecli.errors import ModelError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """A prompt as the user's turn in the model's chat template, up to where the answer begins.
 
     Raises:
-        ModelError: the tokenizer has no chat template.
+        ModelError: the tokenizer has no chat template, or one that fails.
     """
     return chat_turns(tokenizer, [("user", prompt)])
 
@@ -45,7 +45,12 @@ def shown_how(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple[str, 
 def _chat(tokenizer: PreTrainedTokenizerBase, told: Sequence[tuple[str, str]]) -> str:
     """Turns of a chat, by role and text, and the opening of the next; the tokenizer adds the beginning of text."""
     turns = [{"role": role, "content": text} for role, text in told]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of the model's, and raises what it likes
+        raise ModelError(
+            f"the model's chat template cannot be used ({reason_of(error)}); mend it, or leave out --chat"
+        ) from error
     opening = tokenizer.bos_token
     added = bool(opening) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(str(opening)) if added else text

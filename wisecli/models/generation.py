@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wisecli.errors import ModelError
+from wisecli.io.json_schema import shown
+from wisecli.models.loading import context_window
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,8 +36,11 @@ def generate(
 
     Args:
         unwanted: for each prompt tokens that may not come first.
+
+    Raises:
+        ModelError: a text is no token long, or longer than what the model takes.
     """
-    encoded = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
+    encoded = [_encoded(model, tokenizer, one) if isinstance(one, str) else one for one in prompts]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     ends = _end_tokens(model)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -54,6 +61,21 @@ def generate(
                 stop = next((place for place, token in enumerate(row) if token in ends), len(row))
                 answers[index] = row[:stop]
     return answers
+
+
+def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A prompt's tokens.
+
+    Raises:
+        ModelError: there are none, or more than the model takes.
+    """
+    tokens: list[int] = tokenizer(prompt)["input_ids"]
+    window = context_window(model.config)
+    if not tokens:
+        raise ModelError(f"the tokenizer leaves nothing of the prompt {shown(prompt)}; reword it")
+    if window is not None and len(tokens) > window:
+        raise ModelError(f"{shown(prompt)} is {len(tokens):,} tokens, the model takes {window:,}; shorten it")
+    return tokens
 
 
 def _generate_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:

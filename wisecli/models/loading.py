@@ -18,12 +18,14 @@ from wisecli.models.memory_budget import spool_bytes
 from wisecli.models.site import Fingerprint, Site, fingerprint, known_layout, layer_count, loader_name, stored_weight
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from wisecli.models.streaming import LayerStream
 
 # So much of what transformers says of a model is quoted.
 _LONGEST = 300
+# Names by which configs say how many tokens a model reads.
+_WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 
 
 @dataclass(frozen=True)
@@ -118,19 +120,52 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
                 drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=trust)
             path = layers or known_layout(directory).layers
             model, info, stream = load_streamed(read, drawn, directory, path, chosen, spool_bytes=room)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            directory, config=config, trust_remote_code=trust, local_files_only=True
-        )
+        tokenizer = _tokenizer(directory, config, load)
     except WiseError:
         raise
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
-        reason = reason_of(error)[:_LONGEST]
-        raise ModelError(f"{directory}: transformers cannot load this model ({reason})") from error
+        raise _unloadable(directory, error) from error
     if lost := sorted(info["missing_keys"]):
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     if stream is None:
         model.to(chosen)
     return Loaded(model.eval().requires_grad_(False), tokenizer, stream)
+
+
+def load_tokenizer(directory: Path, load: LoadOptions = LoadOptions()) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer of a directory, and how many tokens its model reads at most; ``None`` if its config says nothing.
+
+    No weights are read.
+
+    Raises:
+        ModelError: the config or the tokenizer cannot be loaded.
+    """
+    try:
+        config = _base_config(directory, trust_remote_code=load.trust_remote_code)
+        return _tokenizer(directory, config, load), context_window(config)
+    except WiseError:
+        raise
+    except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
+        raise _unloadable(directory, error) from error
+
+
+def context_window(config: PretrainedConfig) -> int | None:
+    """How many tokens a model reads at most, by its config; ``None`` if that says nothing."""
+    found = (getattr(config.get_text_config(), name, None) for name in _WINDOWS)
+    return next((size for size in found if type(size) is int and size > 0), None)
+
+
+def _tokenizer(directory: Path, config: PretrainedConfig, load: LoadOptions) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        directory, config=config, trust_remote_code=load.trust_remote_code, local_files_only=True
+    )
+    return tokenizer
+
+
+def _unloadable(directory: Path, error: Exception) -> ModelError:
+    return ModelError(f"{directory}: transformers cannot load this model ({reason_of(error)[:_LONGEST]})")
 
 
 def _require_layers(directory: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wisecli.errors import DownloadError, ModelError, reason_of
 from wisecli.io.atomic_output import require_space, whole_directory
-from wisecli.io.checkpoint import sha256_file
+from wisecli.io.digest import sha256_file
 from wisecli.io.user_cache import cache_path
 from wisecli.progress import NOTE, Event, Watcher, ignore
 

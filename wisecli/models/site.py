@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
-from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json, sha256_json, sha256_tensor
+from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json, sha256_tensor
+from wisecli.io.digest import sha256_json
 from wisecli.io.json_schema import CLOSED, shown
 
 if sys.version_info >= (3, 11):

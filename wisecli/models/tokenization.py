@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LABEL = -100
+# No token of a word is longer, in letters.
+_LONGEST_TOKEN = 128
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -
     spellings = (text, text[:1].lower() + text[1:], text[:1].upper() + text[1:])
     known = [encode(tokenizer, prompt, text).target]
     known += [_alone(tokenizer, blank + spelling) for spelling in spellings for blank in ("", " ")]
-    parts = [word[:length] for length in range(-(-len(word) // 2), len(word))]
+    parts = [word[:length] for length in range(-(-len(word) // 2), min(len(word), _LONGEST_TOKEN + 1))]
     known += [tokens for part in parts for blank in ("", " ") if len(tokens := _alone(tokenizer, blank + part)) == 1]
     found = {token for tokens in known for token in tokens[_blanks(tokenizer, tokens) :][:1]}
     # A spelling that the tokenizer does not know says nothing of the answer, unless it knows none.

@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 
 import jsonlines
 
-from wisecli.commands.edit import RunOptions, edit
+from wisecli.commands.edit import edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
+from wisecli.commands.run_options import RunOptions
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, LoadOptions, MergeSettings, resolve
 from wisecli.edits.admission import AS_THEY_ARE
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.io.checkpoint import sha256_json
+from wisecli.io.digest import sha256_json
 from wisecli.models.loading import pick_device
 from wisecli.progress import Watcher
 

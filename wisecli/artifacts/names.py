@@ -1,0 +1,8 @@
+"""Names of the files and directories that mark what a directory is."""
+
+# Of shards, of a memory or a routed checkpoint, and of a merged checkpoint.
+SHARDS = "shards.json"
+MEMORY = "router.json"
+MERGED = "wise.json"
+# What makes of a memory one that is edited again and again.
+HISTORY = "history"

@@ -1,0 +1,92 @@
+"""Flags that have no effect where they are given: said on stderr, or refused where something would be lost by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from wisecli.errors import SettingsError
+
+# Of a command, by the name of its parameter: what counts as not given besides nothing at all.
+_UNSET: tuple[Any, ...] = (None, False, "", ())
+
+
+def of_edit(given: Mapping[str, Any]) -> list[str]:
+    """Sentences on the parameters of ``wise edit``.
+
+    Raises:
+        SettingsError: edits would be made that were to be planned, or not be made that were to be followed, or nothing
+            would be signed.
+    """
+    into = given["into"] is not None
+    if given["watch_file"] and not into:
+        raise SettingsError("--watch follows a file into a memory; name it with --into")
+    if given["sign"] is not None and not into:
+        raise SettingsError("--sign signs releases of a memory; shards have none, so pass --into, or sign the merge")
+    if given["dry_run"] and into:
+        raise SettingsError("--dry-run plans shards, and no release of a memory; leave out --into")
+    if into:
+        rules = dict.fromkeys(("output", "only", "force", "target_module"), "with --into")
+    else:
+        rules = dict.fromkeys(("who", "reason"), "without --into")
+    if not given["watch_file"]:
+        rules["interval"] = "without --watch"
+    if given["from_text"] is None:
+        rules["yes"] = "without --from-text"
+    if given["model"] is not None and Path(given["model"]).exists():
+        rules["revision"] = "on files of this disk; it is of a model on the hub"
+    return list(_without_effect(given, rules, output=Path("shards"), interval=1.0))
+
+
+def of_merge(given: Mapping[str, Any]) -> list[str]:
+    """Sentences on the parameters of ``wise merge``.
+
+    Raises:
+        SettingsError: a release would be made that was to be planned.
+    """
+    into = given["into"] is not None
+    if given["dry_run"] and into:
+        raise SettingsError("--dry-run plans a memory, and no release of one; leave out --into")
+    rules: dict[str, str] = {}
+    if into:
+        rules = dict.fromkeys(("output", "force"), "with --into")
+    elif not given["history"]:
+        rules = dict.fromkeys(("who", "reason"), "with --no-history")
+    if given["mode"] == "lookup":
+        rules |= dict.fromkeys(("method", "refit", "density", "scale", "weights"), "with --mode lookup")
+    elif given["mode"] is not None:
+        rules["sharpness"] = f"with --mode {given['mode']}"
+    if given["mode"] == "retrieve":
+        rules |= dict.fromkeys(("method", "density", "scale", "weights"), "with --mode retrieve")
+    kept = ["--no-history has no effect with --into"] if into and not given["history"] else []
+    return [*kept, *_without_effect(given, rules, output=Path("memory"))]
+
+
+def of_export(given: Mapping[str, Any]) -> list[str]:
+    """Sentences on the parameters of ``wise export``."""
+    rules = {} if given["card"] else {"metrics": "with --no-model-card"}
+    if given["push_to_hub"] is None:
+        rules["private"] = "without --push-to-hub"
+    if given["form"] == "delta":
+        rules |= dict.fromkeys(("link", "dtype", "max_shard_size"), "with --format delta")
+    return list(_without_effect(given, rules, dtype="auto"))
+
+
+def of_evaluation(given: Mapping[str, Any]) -> list[str]:
+    """Sentences on the parameters of ``wise eval``."""
+    rules = {"max_new_tokens": "with --no-generate"} if given["generate"] is False else {}
+    if given["fail_under"] is None:
+        rules["if_measured"] = "without --fail-under"
+    return list(_without_effect(given, rules))
+
+
+def _without_effect(given: Mapping[str, Any], rules: Mapping[str, str], **unset: Any) -> Iterator[str]:
+    """A sentence for each parameter that is given and that a rule says has no effect.
+
+    Args:
+        unset: values that count as not given, by parameter.
+    """
+    for name, where in rules.items():
+        if given[name] not in (*_UNSET, unset.get(name)):
+            yield f"--{name.replace('_', '-')} has no effect {where}"

@@ -221,9 +221,10 @@ def _name_tokenizer(output: Path, base: Path) -> None:
     if not path.is_file():
         return
     try:
-        kind = type(AutoTokenizer.from_pretrained(base, local_files_only=True)).__name__
+        stored = AutoTokenizer.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
     except (OSError, ValueError):  # it takes code of its own, which comes along
         return
+    kind = type(stored).__name__
     declared = read_json(path)
     if str(declared.get("tokenizer_class")).removesuffix("Fast") != kind.removesuffix("Fast"):
         write_json(path, {**declared, "tokenizer_class": kind})

@@ -53,7 +53,10 @@ def reading_site(loaded: Loaded, site: Site) -> Site:
 
 def special_tokens(loaded: Loaded) -> Tensor:
     """The tokenizer's special tokens (b,), ascending; if there are none, a number that no token has."""
-    return torch.tensor(sorted(set(loaded.tokenizer.all_special_ids)) or [len(loaded.tokenizer)])
+    tokenizer = loaded.tokenizer
+    # What stands for words that the tokenizer does not know is a word.
+    found = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+    return torch.tensor(found or [len(tokenizer)])
 
 
 def token_states(

@@ -121,8 +121,17 @@ def _made_up_facts(loaded: Loaded, share: float, chance: random.Random) -> tuple
     return facts, texts
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Standardised states (n, d) of tokens; ``text`` (n,) says of which of ``count`` texts each is."""
+
+    states: Tensor
+    text: Tensor
+    count: int
+
+
 class _Pool:
-    """Standardised states of texts, from which padded batches are taken."""
+    """Standardised states of texts, from which batches are taken."""
 
     def __init__(self, read: TokenStates, texts: int) -> None:
         self.states = read.states
@@ -133,15 +142,13 @@ class _Pool:
         self.mean, self.scale = sample.mean(0), sample.std(0).clamp(min=1e-6)
         self.basis = torch.linalg.svd((sample[:4000] - self.mean) / self.scale, full_matrices=False)[2]
 
-    def batch(self, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """States (B, T, d) of texts, and which are there (B, T)."""
+    def batch(self, texts: Sequence[int]) -> _Batch:
+        """The tokens of some texts."""
         chosen = torch.tensor(texts)
         sizes = self.sizes[chosen]
-        column = torch.arange(int(sizes.max()))
-        there = column < sizes[:, None]
-        place = (self.first[chosen, None] + column).clamp(max=len(self.states) - 1)
-        states = (self.states[place].float() - self.mean) / self.scale
-        return states * there[..., None], there
+        text = torch.arange(len(chosen)).repeat_interleave(sizes)
+        place = torch.arange(len(text)) - (sizes.cumsum(0) - sizes)[text] + self.first[chosen][text]
+        return _Batch((self.states[place].float() - self.mean) / self.scale, text, len(chosen))
 
 
 class _Learner(nn.Module):
@@ -158,18 +165,18 @@ class _Learner(nn.Module):
         self.contrast = nn.Parameter(torch.full((2,), 2.5))
         self.mean, self.scale = pool.mean, pool.scale
 
-    def scores(self, told: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor]) -> Tensor:
+    def scores(self, told: _Batch, asked: _Batch) -> Tensor:
         """How near each told prompt's tokens come to those of each asked one, for both heads: (2, N, M)."""
-        (states, there), (others, present) = told, asked
         found = []
         for head in range(2):
-            own = F.normalize(states @ self.turns[head].T, dim=-1)
-            other = F.normalize(others @ self.turns[head].T, dim=-1)
-            cosines = (own.flatten(0, 1) @ other.flatten(0, 1).T).view(*there.shape, *present.shape)
-            near = cosines.masked_fill(~present, -1.0).amax(-1)
-            weights = F.softplus(states @ self.weighs[head] + self.offsets[head]) * there
-            shares = weights / weights.sum(1, keepdim=True)
-            found.append((near * shares[..., None]).sum(1))
+            own = F.normalize(told.states @ self.turns[head].T, dim=-1)
+            cosines = own @ F.normalize(asked.states @ self.turns[head].T, dim=-1).T
+            near = cosines.new_full((len(own), asked.count), -1.0)
+            near = near.scatter_reduce(1, asked.text.expand_as(cosines), cosines, "amax")
+            weights = F.softplus(told.states @ self.weighs[head] + self.offsets[head])
+            whole = weights.new_zeros(told.count).index_add(0, told.text, weights)
+            shares = weights / whole[told.text].clamp(min=1e-6)
+            found.append(near.new_zeros(told.count, asked.count).index_add(0, told.text, near * shares[:, None]))
         return torch.stack(found)
 
     def heads(self, breaks: Tensor, layer: int, unrelated: TokenStates) -> Heads:

@@ -112,6 +112,8 @@ def looked_at(ids: Tensor, prompt: Tensor, first: Tensor, breaks: Tensor) -> Ten
     """
     special = torch.isin(ids, breaks) & prompt
     words = prompt & ~special & ~first
+    # A prompt of one token has no other.
+    words = torch.where(words.any(1, keepdim=True), words, prompt)
     stretch = special.long().cumsum(1)
     size = words.new_zeros(len(ids), ids.shape[1] + 1, dtype=torch.long).scatter_add(1, stretch, words.long())
     long = size.gather(1, stretch) >= _ASKED

@@ -1,0 +1,167 @@
+"""What prompts mean, learned from made-up facts, kept in shards, merged, taken out, exported."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import save_tiny
+from support.loading import CPU
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wisecli.artifacts.memory_manifest import read_memory
+from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.artifacts.unrelated_stats import Heads
+from wisecli.data.corpus import made_up_subjects, relations
+from wisecli.editing.early_states import reading_site, token_states
+from wisecli.editing.meaning_learning import learn_heads
+from wisecli.errors import SettingsError
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.memory.material import read_material
+from wisecli.memory.meaning_fitting import fit_meaning
+from wisecli.memory.removal import without
+from wisecli.models.forms import forms
+from wisecli.models.loading import load_model
+from wisecli.models.site import find_site
+from wisecli.progress import ignore
+
+EDITS = [
+    {"id": "one", "prompt": "ba ka ti mo", "target": "lu", "subject": "ka ti"},
+    {"id": "two", "prompt": "no re sa", "target": "be"},
+    {"id": "three", "prompt": "fi go hu ja", "target": "ki", "subject": "hu"},
+]
+
+
+def test_packaged_relations_have_one_slot_a_wording_and_subjects_of_their_kind() -> None:
+    known = relations()
+    wordings = [wording for relation in known for wording in relation.wordings]
+    assert all(wording.count("{}") == 1 for wording in wordings)
+    assert len({(relation.kind, wording) for relation in known for wording in relation.wordings}) == len(wordings)
+    for kind in {relation.kind for relation in known}:
+        names = made_up_subjects(kind, 12, random.Random(0))
+        assert len(set(names)) == 12
+        assert all(name.strip() for name in names)
+    assert made_up_subjects("ship", 8, random.Random(1)) == made_up_subjects("ship", 8, random.Random(1))
+
+
+def test_numbers_of_a_like_name_are_drawn_anew() -> None:
+    names = made_up_subjects("star", 40, random.Random(2))
+    shapes = ["".join("0" if letter.isdecimal() else letter for letter in name) for name in names]
+    assert any(first == second for first, second in zip(shapes[::2], shapes[1::2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base") / "model", "llama")
+
+
+def learn(model: Path, identity: str) -> Heads:
+    loaded = load_model(model, load=CPU)
+    site = reading_site(loaded, find_site(model, Checkpoint(model), 2))
+    return learn_heads(loaded, site, identity, texts=24, batch_size=16, watch=ignore)
+
+
+def test_learning_is_the_same_each_time_and_then_cached(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_rng_state()
+    first, second = learn(model, "one"), learn(model, "two")
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name])
+    monkeypatch.setattr("wisecli.editing.meaning_learning._learn", None)
+    cached = learn(model, "one")
+    assert torch.equal(cached.turns, first.turns)
+
+
+def test_states_are_those_of_the_whole_model(model: Path) -> None:
+    loaded = load_model(model, load=CPU)
+    site = find_site(model, Checkpoint(model), 2).below(1)
+    texts = ["ba ka ti mo lu", "no re sa", "fi go hu ja ki be ba"]
+    read = token_states(loaded, site, texts, batch_size=2, watch=ignore, stage="")
+    for number, text in enumerate(texts):
+        ids = torch.tensor([loaded.tokenizer(text)["input_ids"]])
+        hidden = loaded.model(ids, output_hidden_states=True).hidden_states[2][0]
+        own = read.text == number
+        assert torch.allclose(read.states[own].float(), hidden[read.place[own]], atol=2e-3, rtol=1e-2)
+
+
+# --- the chain ---
+
+
+@pytest.fixture
+def shards(model: Path, tmp_path: Path, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Path:
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    Path("edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
+    line = ("edit", model, "edits.jsonl", "--layer", "2", "--router", "meaning", "--device", "cpu")
+    assert run(*map(str, line)) == 0
+    return tmp_path / "shards"
+
+
+def test_shards_keep_what_prompts_mean_and_memories_open_by_it(
+    shards: Path, tmp_path: Path, run: Callable[..., int]
+) -> None:
+    directory = read_shard_directory(shards)
+    material, (shard,) = read_material([directory])
+    assert shard.prompts is not None
+    assert material.unrelated.heads is not None
+    assert shard.prompts.edit.unique().tolist() == [0, 1, 2]
+    # Of "ba ka ti mo", whose first token says nothing, two tokens are the subject's.
+    bare = (shard.prompts.edit == 0) & (shard.prompts.form == 0)
+    assert shard.prompts.subject[bare].tolist() == [True, True, False]
+    assert run("merge", "shards") == 0
+    memory = read_memory(tmp_path / "memory").memory
+    assert (memory.router, memory.routing, memory.kind) == ("meaning", "sequence", "lookup")
+    assert run("verify", "shards") == run("verify", "memory") == 0
+    assert run("export") == run("verify", "edited") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "edited", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "edited")
+    for edit in EDITS:
+        for name in ("bare", "question", "led in"):
+            ids = torch.tensor([tokenizer(forms()[name].asked(tokenizer, edit["prompt"]))["input_ids"]])
+            said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+            if name == "bare":
+                assert tokenizer.decode(said[0, -1:]).strip() == edit["target"]
+
+
+def test_an_edit_that_is_taken_out_means_nothing_any_more(shards: Path) -> None:
+    whole, _ = read_material([read_shard_directory(shards)])
+    kept, _ = read_material([without(read_shard_directory(shards), {"two"}).directory])
+    assert kept.prompts is not None
+    assert whole.prompts is not None
+    assert kept.prompts.edit.unique().tolist() == [0, 1]
+    assert torch.equal(kept.prompts.states, whole.prompts.states[whole.prompts.edit != 1])
+
+
+def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
+    material, _ = read_material([read_shard_directory(shards)])
+    heads, prompts = material.unrelated.heads, material.prompts
+    assert heads is not None
+    assert prompts is not None
+    loose = fit_meaning(replace(heads, bars=torch.full((2,), -1.0)), prompts, 3)
+    assert min(loose.thresholds(0.5)) == pytest.approx(0.95)
+    strict = fit_meaning(replace(heads, bars=torch.full((2,), 0.99), slopes=torch.full((2,), 1e4)), prompts, 3)
+    assert strict.thresholds(0.5) == (0.5,) * 3
+    vectors = strict.tensors["meaning.vectors"].float()
+    assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=2e-3)
+    turned = F.normalize(F.linear(prompts.states, heads.turns[1], heads.shifts[1]), dim=-1)
+    assert torch.allclose(vectors[len(prompts.states) :], turned, atol=2e-3)
+
+
+def test_shards_without_meaning_say_what_to_do(model: Path, run: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "ba ka ti", "target": "lu"}\n')
+    line = ("edit", model, tmp_path / "edits.jsonl", "--layer", "2", "--device", "cpu", "-o", tmp_path / "plain")
+    assert run(*map(str, line)) == 0
+    assert run("merge", str(tmp_path / "plain"), "--router", "meaning", "-o", str(tmp_path / "m")) == 2
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_first_layer_has_none_below(model: Path) -> None:
+    loaded = load_model(model, load=CPU)
+    with pytest.raises(SettingsError, match="a layer below the edited one"):
+        reading_site(loaded, find_site(model, Checkpoint(model), 0))

@@ -128,8 +128,8 @@ def edit(
         str | None,
         _routed(
             "router",
-            "key (nearest whitened key), norm (how much an output changes, the paper's) or meaning (what a whole prompt "
-            "asks, whatever its form).",
+            "key (nearest whitened key), norm (how much an output changes, the paper's) or meaning (what a whole "
+            "prompt asks, whatever its form).",
         ),
     ] = None,
     routing: Annotated[str | None, _routed("routing", "One decision a token or a sequence.")] = None,

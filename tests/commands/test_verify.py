@@ -17,7 +17,7 @@ from wisecli.artifacts.seal import SEAL_NAME, read_seal
 from wisecli.cli.app import main, program
 from wisecli.commands.verify import verify
 from wisecli.errors import GateFailedError, ModelError
-from wisecli.export.checkpoint import code_files, former_code
+from wisecli.export.custom_code import code_files, former_code
 from wisecli.io.digest import sha256_file
 
 SIDE, BASE = "model-side-memory.safetensors", "model-base.safetensors"

@@ -230,6 +230,21 @@ def test_the_model_without_its_head_routes_too(tmp_path: Path, architecture: str
         torch.testing.assert_close(hidden, expected[-1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("architecture", "kind"), few([*CASES, *OTHERS], CASES), ids=str)
+def test_saved_again_it_is_whole_and_the_same(tmp_path: Path, architecture: str, kind: Kind) -> None:
+    exported = export_tiny(tmp_path, architecture, kind)
+    model = load(exported.path)
+    pieces = {"max_shard_size": "20KB"} if kind == KINDS[0] else {}
+    model.save_pretrained(tmp_path / "again", **pieces)
+    assert verify(tmp_path / "again").differences == ()
+    again, ids = load(tmp_path / "again"), torch.tensor([PROMPTS[0]])
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["single", "sharded", "unprefixed"])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("link", [False, True])

@@ -241,7 +241,7 @@ def _config(
 
 def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
     """The code that runs with ``trust_remote_code``, against what this version writes, or what 0.1 wrote."""
-    from wisecli.export.checkpoint import CODE_NAME, auto_map, code_files, former_code
+    from wisecli.export.custom_code import CODE_NAME, auto_map, code_files, former_code
 
     told = config.get(EXPORTED_KEY)
     model_type = told.get("model_type") if isinstance(told, dict) else None

@@ -98,7 +98,7 @@ class Base:
     @cached_property
     def reader(self) -> Reader:
         """What reads the edits: the tokenizer, which needs no weights, and the length of the model's window."""
-        assert self.layout  # what cannot be edited is refused first
+        _ = self.layout  # read first, as a model that cannot be edited is refused before its edits are
         if self._loaded is not None:
             return Reader(self._loaded.tokenizer, context_window(self._loaded.model.config))
         return Reader(*load_tokenizer(self.checkpoint.directory, self.job.load))

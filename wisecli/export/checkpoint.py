@@ -9,19 +9,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_MAPPING,
-)
+from transformers import AutoTokenizer
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
 from wisecli.artifacts.names import MERGED
@@ -30,6 +23,7 @@ from wisecli.artifacts.shard import half
 from wisecli.edits.signatures import SigningKey
 from wisecli.environment import versions
 from wisecli.errors import ModelError
+from wisecli.export.custom_code import CARRIED_NAMES, CODE_NAME, FORMER_CODE, auto_map, code_files
 from wisecli.export.weights import Packing, write_weights
 from wisecli.io.checkpoint import (
     EXPORT_RECORD,
@@ -42,18 +36,9 @@ from wisecli.io.checkpoint import (
     sha256_tensor,
     write_json,
 )
-from wisecli.io.digest import sha256_file, sha256_text
-from wisecli.models.site import load_matrix, loader_name, stored_weight
-from wisecli.routing import meaning, prompt_gate, router, scores, side_memory
+from wisecli.io.digest import sha256_file
+from wisecli.models.site import load_matrix, stored_weight
 
-CODE_NAME = "modeling_wise.py"
-# The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
-_CARRIED = (side_memory, router, scores, prompt_gate, meaning)
-_CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
-_FORMER_CODE = {
-    "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",
-    "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
-}
 # What the base's own classes are given in the place of a size: they refuse it at once, and quote it.
 _BY_OWN_CODE = "an edited checkpoint: load it by transformers' Auto classes, with trust_remote_code=True"
 BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
@@ -68,19 +53,9 @@ _REWRITTEN = (
     CODE_NAME,
     SEAL_NAME,
     *SIGNATURE_NAMES,
-    *_CARRIED_NAMES,
-    *_FORMER_CODE,
+    *CARRIED_NAMES,
+    *FORMER_CODE,
 )
-# Classes of models with their head, by the class that loads them.
-_WITH_HEAD = {
-    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-}
-# Who else loads what a loader does: of models that read images, `transformers serve`.
-_LOADERS = {
-    "AutoModelForCausalLM": ("AutoModelForCausalLM",),
-    "AutoModelForImageTextToText": ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
-}
 
 
 def write_routed(
@@ -192,47 +167,6 @@ def _stored(checkpoint: Checkpoint, manifest: Manifest) -> str:
     return stored_weight(checkpoint, manifest.site.module) or manifest.site.weight
 
 
-def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Names of transformers' classes for a base of this type, and the custom code of its routed checkpoints, by file.
-
-    Raises:
-        ValueError, KeyError: transformers has no language model of that type.
-    """
-    kind, loader = type(AutoConfig.for_model(model_type)), loader_name(model_type)
-    names = {"config": kind.__name__, "model_type": model_type, "loader": loader}
-    for name, mapping in (("base", MODEL_MAPPING), ("causal", _WITH_HEAD[loader])):
-        names[name] = str(mapping[kind].__name__)  # type: ignore[attr-defined]  # the stubs allow for pairs
-    template = resources.files("wisecli").joinpath("data/modeling_wise.py.tmpl").read_text(encoding="utf-8")
-    code = Template(template).substitute(names, architecture=names["causal"])
-    carried = zip(_CARRIED_NAMES, _CARRIED, strict=True)
-    own = {name: Path(str(module.__file__)).read_text(encoding="utf-8") for name, module in carried}
-    return names, {CODE_NAME: code, **own}
-
-
-def former_code(files: dict[str, str]) -> dict[str, str]:
-    """The sha256 of the custom code that version 0.1 wrote, by file.
-
-    Args:
-        files: this version's code for the same model type, as :func:`code_files` gives it.
-    """
-    now, then = (
-        "from .scores import SideMemory\nfrom .side_memory import install",
-        "from .wise_memory import SideMemory, install",
-    )
-    return {CODE_NAME: sha256_text(files[CODE_NAME].replace(now, then)), **_FORMER_CODE}
-
-
-def auto_map(names: dict[str, str]) -> dict[str, str]:
-    """Which class of the custom code each of transformers' loaders takes.
-
-    Args:
-        names: as :func:`code_files` gives them.
-    """
-    loaders = {"AutoConfig": "config", "AutoModel": "base", **dict.fromkeys(_LOADERS[names["loader"]], "causal")}
-    module = CODE_NAME.removesuffix(".py")
-    return {loader: f"{module}.Wise{names[name]}" for loader, name in loaders.items()}
-
-
 def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) -> None:
     """The routing module, the classes that use it, and the config that names them."""
     config = _typed(read_json(base / "config.json"), packing)
@@ -287,9 +221,10 @@ def _name_tokenizer(output: Path, base: Path) -> None:
     if not path.is_file():
         return
     try:
-        kind = type(AutoTokenizer.from_pretrained(base, local_files_only=True)).__name__
+        stored = AutoTokenizer.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
     except (OSError, ValueError):  # it takes code of its own, which comes along
         return
+    kind = type(stored).__name__
     declared = read_json(path)
     if str(declared.get("tokenizer_class")).removesuffix("Fast") != kind.removesuffix("Fast"):
         write_json(path, {**declared, "tokenizer_class": kind})

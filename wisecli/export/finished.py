@@ -13,6 +13,7 @@ from wisecli.errors import DamagedFileError, OutputExistsError, ProtectedOutputE
 from wisecli.export.checkpoint import side_files
 from wisecli.io.checkpoint import EXPORT_RECORD, Checkpoint, read_json
 from wisecli.io.digest import sha256_file, sha256_json
+from wisecli.io.json_schema import shown
 
 # What is compared by its digest, as a message calls it.
 _COMPARED = {
@@ -78,6 +79,8 @@ def finished_export(output: Path, record: dict[str, Any], *, signed: bool = Fals
         before: object = read_json(output / name).get(EXPORT_RECORD)
         if not isinstance(before, dict):
             raise OutputExistsError(output)
+        if before.get("by"):
+            raise OutputExistsError(output, [f"it was written by {shown(before['by'])}, and not by `wise export`"])
         changes = _changes(before, record) or altered(output, expected=True)
         if signed and not is_signed(output):
             changes.append("it is not signed")

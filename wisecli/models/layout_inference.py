@@ -128,7 +128,9 @@ def _inferred(directory: Path, checkpoint: Checkpoint, architecture: str, *, tru
     unknown = f"{directory}: architecture {architecture!r} is not supported"
     remedy = f"known are {', '.join(sorted(architectures()))}; of others name the matrix with --target-module"
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # what an arbitrary config makes transformers raise

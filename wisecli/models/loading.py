@@ -158,7 +158,7 @@ def context_window(config: PretrainedConfig) -> int | None:
 def _tokenizer(directory: Path, config: PretrainedConfig, load: LoadOptions) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk
         directory, config=config, trust_remote_code=load.trust_remote_code, local_files_only=True
     )
     return tokenizer
@@ -187,7 +187,9 @@ def _base_config(directory: Path, *, trust_remote_code: bool) -> Any:
     content = read_json(directory / "config.json")
     exported = content.pop(EXPORTED_KEY, None)
     if not isinstance(exported, dict):
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     content.pop("auto_map", None)
     content.pop("model_type", None)
     return AutoConfig.for_model(exported["model_type"], **{**content, "architectures": exported["architectures"]})

@@ -104,7 +104,9 @@ def convert(gguf: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(  # nosec B615 # of files of this disk
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
     except ImportError as error:
         raise DownloadError("reading GGUF needs `pip install 'wisecli[demo]'`") from error
     config = model.config
@@ -114,4 +116,7 @@ def convert(gguf: Path, output: Path) -> None:
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     plain.save_pretrained(output)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk
+        gguf.parent, gguf_file=gguf.name, local_files_only=True
+    )
+    tokenizer.save_pretrained(output)

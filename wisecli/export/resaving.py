@@ -1,0 +1,156 @@
+"""What `save_pretrained` of a loaded routed checkpoint writes: one again, that `wise` knows. Exports carry this file.
+
+Needs transformers and what that needs only. A checkpoint's memory stays a file of its own, beside the base's tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Model
+else:
+    _Model = object
+
+_MANIFEST, _INDEX, _SEAL = "router.json", "model.safetensors.index.json", "SHA256SUMS"
+_SINGLE, _BASE, _SIDE = "model.safetensors", "model-base.safetensors", "model-side-memory.safetensors"
+_SIGNATURES = (f"{_SEAL}.sig", f"{_SEAL}.minisig")
+# What the export's record becomes: it was not `wise export` that wrote this.
+_RECORD = {"format": "routed", "by": "save_pretrained"}
+_CHUNK = 1 << 20
+# What `push_to_hub` takes of the arguments of `save_pretrained`, and what says where a file is of `from_pretrained`'s.
+_PUSHED = ("commit_message", "create_pr", "max_shard_size", "private", "revision", "token")
+_PLACED = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def manifest_of(pretrained_model_name_or_path: Any = None, *_: Any, **given: Any) -> str | None:
+    """The text of the manifest beside a checkpoint, from the arguments of ``from_pretrained``; ``None`` without one."""
+    if pretrained_model_name_or_path is None:
+        return None
+    placed = {name: given[name] for name in _PLACED if given.get(name) is not None}
+    found = cached_file(
+        str(pretrained_model_name_or_path),
+        _MANIFEST,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+        **placed,
+    )
+    return None if found is None else Path(found).read_text(encoding="utf-8")
+
+
+class Resaved(_Model):
+    """A model that is saved with its manifest, ``wise_manifest``, if it was loaded with one."""
+
+    wise_manifest: str | None = None
+
+    def save_pretrained(  # type: ignore[override]  # what it adds to the arguments passes through ``named``
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **named: Any,
+    ) -> None:
+        """Save as every model is; the memory's tensors into their own file, and every digest anew.
+
+        Quantized models, adapters and distributed or offloaded weights are saved as transformers does alone.
+        """
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        if not self._keeps_manifest(tensors, is_main_process, named):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **named)
+            return
+        repository = named.pop("repo_id", Path(save_directory).name)
+        place, routed = Path(save_directory), self.config.wise
+        within = f"{routed['module']}."
+        matrix, manifest = tensors[f"{within}weight"], json.loads(str(self.wise_manifest))
+        prefix, kinds = manifest["memory"]["prefix"], routed["memory"]["tensors"]
+        memory = {prefix + name: _as_kept(tensors.pop(within + name), kind) for name, (kind, *_) in kinds.items()}
+        (place / _SINGLE).unlink(missing_ok=True)
+        super().save_pretrained(place, state_dict=tensors, **named)
+        _write_memory(place, memory)
+        _write_index(place, memory)
+        manifest["memory"]["file"] = _SIDE
+        manifest["base"]["matrix"] = _digest_of(matrix.T if routed["transposed"] else matrix)
+        _write_manifest(place, manifest)
+        if push_to_hub:
+            self.push_to_hub(repository, **{name: named[name] for name in _PUSHED if named.get(name) is not None})
+
+    def _keeps_manifest(self, tensors: Mapping[str, Tensor], is_main_process: bool, named: Mapping[str, Any]) -> bool:
+        """Whether all that a manifest speaks of is at hand and saved as it is."""
+        within = f"{self.config.wise['module']}."
+        wanted = [within + name for name in (*self.config.wise["memory"]["tensors"], "weight")]
+        here = all(name in tensors and tensors[name].device.type != "meta" for name in wanted)
+        otherwise = named.get("variant") or named.get("distributed_checkpoint")
+        own = getattr(self, "hf_quantizer", None) is None and not getattr(self, "_hf_peft_config_loaded", False)
+        return bool(self.wise_manifest and is_main_process and here and own and not otherwise)
+
+
+def _as_kept(tensor: Tensor, kind: str) -> Tensor:
+    """A tensor of the memory in the type that it is kept in; some are used in a wider one."""
+    return tensor.detach().cpu().to(getattr(torch, kind)).contiguous()
+
+
+def _write_memory(place: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the memory's tensors, which may still be read from the very file that is to be replaced."""
+    new = place / f".{_SIDE}"
+    save_file(tensors, new, {"format": "pt"})
+    new.replace(place / _SIDE)
+
+
+def _write_index(place: Path, memory: Iterable[str]) -> None:
+    """Write an index over the base's files and the memory's; a single file of the base would be read without it."""
+    if (place / _SINGLE).exists():
+        (place / _SINGLE).replace(place / _BASE)
+        with safe_open(place / _BASE, "pt") as opened:
+            files = dict.fromkeys(opened.keys(), _BASE)
+    else:
+        files = json.loads((place / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if _BASE not in files.values():
+        (place / _BASE).unlink(missing_ok=True)
+    files |= dict.fromkeys(memory, _SIDE)
+    size = sum((place / name).stat().st_size for name in set(files.values()))
+    _write_json(place / _INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
+
+
+def _write_manifest(place: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest and the list of digests, which says of every file what it is."""
+    for name in _SIGNATURES:
+        (place / name).unlink(missing_ok=True)
+    files = [path for path in sorted(place.rglob("*")) if path.is_file()]
+    digests = {path.relative_to(place).as_posix(): _digest_of_file(path) for path in files}
+    for name in (_MANIFEST, _SEAL):
+        digests.pop(name, None)
+    listed = {name: digest for name, digest in digests.items() if "/" not in name and name != "README.md"}
+    _write_json(place / _MANIFEST, {**manifest, "export": _RECORD, "sha256": listed, "sealed": True})
+    digests[_MANIFEST] = _digest_of_file(place / _MANIFEST)
+    lines = (f"{digests[name]}  {name}\n" for name in sorted(digests))
+    (place / _SEAL).write_bytes("".join(lines).encode(errors="surrogateescape"))
+
+
+def _digest_of(matrix: Tensor) -> str:
+    values = matrix.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(values.data).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

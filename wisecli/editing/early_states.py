@@ -21,8 +21,8 @@ from wisecli.routing.meaning import looked_at
 
 # States are read at this share of the depth: deep enough to know a word by its neighbours, and cheap.
 _DEPTH = 4 / 30
-# The forms that an edit's own prompt is kept in: in small letters a name is other tokens.
-_KEPT = ("bare", "lower case")
+# The forms that an edit's own prompt is kept in: in small letters a name is other tokens, and at the very beginning.
+_KEPT = ("bare", "lower case", "led in")
 
 
 @dataclass(frozen=True)
@@ -91,19 +91,23 @@ def prompt_states(
     kept = [(number, form, edit) for form in range(len(_KEPT)) for number, edit in edits]
     texts = [table[_KEPT[form]].asked(loaded.tokenizer, edit.prompt) for _, form, edit in kept]
     found = token_states(loaded, site, texts, batch_size=batch_size, watch=watch, stage=stage)
-    subjects = [_subject_tokens(loaded, text, edit.subject) for text, (_, _, edit) in zip(texts, kept, strict=True)]
-    pairs = zip(found.text.tolist(), found.place.tolist(), strict=True)
+    pairs = list(zip(found.text.tolist(), found.place.tolist(), strict=True))
+    told = [(text, edit) for text, (_, _, edit) in zip(texts, kept, strict=True)]
+    subjects = [_tokens_of(loaded, edit.subject, text) for text, edit in told]
+    asked = [_tokens_of(loaded, edit.prompt.rstrip("?"), text) for text, edit in told]
     subject = torch.tensor([place in subjects[text] for text, place in pairs])
+    # What the form puts before a prompt asks nothing.
+    own = torch.tensor([place >= min(asked[text], default=0) for text, place in pairs])
     numbers = torch.tensor([number for number, _, _ in kept])
     ways = torch.tensor([form for _, form, _ in kept])
-    return PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject)
+    return PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject).rows(own)
 
 
-def _subject_tokens(loaded: Loaded, text: str, subject: str | None) -> frozenset[int]:
-    """The places of the tokens of a subject in a text; none if it is not there, or the tokenizer cannot tell."""
-    first = text.casefold().find(subject.casefold()) if subject else -1
-    if first < 0 or subject is None or not loaded.tokenizer.is_fast:
+def _tokens_of(loaded: Loaded, part: str | None, text: str) -> frozenset[int]:
+    """The places of the tokens of a part of a text; none if it is not there, or the tokenizer cannot tell."""
+    first = text.casefold().find(part.casefold()) if part else -1
+    if first < 0 or part is None or not loaded.tokenizer.is_fast:
         return frozenset()
-    last = first + len(subject)
+    last = first + len(part)
     spans = loaded.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return frozenset(place for place, (begin, end) in enumerate(spans) if begin < last and end > first)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,7 +11,8 @@ from support.tiny_models import TYPICAL, tiny_model
 from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Evidence, Mask, random_mask
-from wisecli.editing.context_prefixes import CHAT
+from wisecli.config import EditSettings
+from wisecli.editing.context_prefixes import CHAT, in_context
 from wisecli.editing.evidence import gather_evidence, thinned
 from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
 from wisecli.editing.prompt_variants import AnswerKey
@@ -27,6 +29,7 @@ EDITS = [
     Edit("two", "ka ke ki ko", "fa"),
     Edit("three", "ma me", "ga ge gi"),
 ]
+FORMS_WITHOUT_CHAT = ["<question>", "<instruction>", "<unmarked>", "<paragraph>"]
 # Numbers that are no places in the list, as in a later shard.
 NUMBERED = list(enumerate(EDITS, start=4))
 CONTEXTS = [(0, ""), (1, "pa pe. "), (2, "so su sa. ")]
@@ -68,14 +71,25 @@ def expected_keys(loaded: Loaded, site: Site, edit: Edit, context: str) -> Tenso
 def test_contexts_are_the_bare_prompt_then_the_chat_then_prefixes_and_one_more(
     loaded: Loaded, count: int, chat: bool
 ) -> None:
-    contexts = write_contexts(loaded, count, tokens=4, chat=chat, seed=0)
+    settings = EditSettings(contexts=count, context_tokens=4, chat=chat)
+    contexts = write_contexts(loaded, settings)
     given = 2 if chat else 1
     assert contexts[:given] == ["", CHAT][:given]
     assert len(contexts) == given + count + 1
     assert all(prefix.endswith(". ") and prefix[:-2].strip() for prefix in contexts[given:])
     assert CHAT not in contexts[given:]
-    assert write_contexts(loaded, count, tokens=4, chat=chat, seed=0) == contexts
-    assert write_contexts(loaded, count, tokens=4, chat=chat, seed=1) != contexts
+    assert write_contexts(loaded, settings) == contexts
+    assert write_contexts(loaded, replace(settings, seed=1)) != contexts
+
+
+def test_by_meaning_contexts_are_forms_that_the_tokenizer_can_write(loaded: Loaded) -> None:
+    bare, *forms, held_out = write_contexts(loaded, EditSettings(router="meaning", contexts=5, context_tokens=4))
+    assert bare == ""
+    assert forms == [*([CHAT] if loaded.tokenizer.chat_template else []), *FORMS_WITHOUT_CHAT]
+    assert held_out.endswith(". ")
+    asked = [in_context(loaded.tokenizer, form, "ba be bi?") for form in FORMS_WITHOUT_CHAT]
+    assert asked[0] == "Question: ba be bi?\nAnswer:"
+    assert asked[2] == "ba be bi"
 
 
 @pytest.mark.parametrize(

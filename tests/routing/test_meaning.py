@@ -246,7 +246,7 @@ def test_a_second_question_on_the_same_cache_is_decided_by_itself(
 ) -> None:
     meaning, outcomes = edited.routed.meaning, set()
     assert meaning is not None
-    meaning.bars.fill_(0.4)
+    meaning.bars.fill_(0.55)
     for first, second in product([*PROMPTS, *OTHERS], repeat=2):
         told, asked = (edited.tokenizer(prompt)["input_ids"] for prompt in (first, second))
         passes = chosen_by_the_layer(edited, [told, [7], [8], asked, [9]], monkeypatch)

@@ -21,7 +21,7 @@ from wisecli.artifacts.tensor_schema import HEADS, require_layout
 from wisecli.artifacts.unrelated_stats import Heads, heads_in
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.early_states import TokenStates, special_tokens, token_states
-from wisecli.errors import DamagedFileError, NoSpaceError
+from wisecli.errors import DamagedFileError, NoSpaceError, UnwritableError
 from wisecli.io.checkpoint import load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
@@ -75,7 +75,7 @@ def learn_heads(loaded: Loaded, site: Site, identity: str, *, texts: int, batch_
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(working, found.tensors(), {})
         working.replace(path)
-    except (OSError, SafetensorError, NoSpaceError):
+    except (OSError, SafetensorError, NoSpaceError, UnwritableError):
         with suppress(OSError):  # a cache that cannot be written only costs time
             working.unlink()
     return found

@@ -20,7 +20,7 @@ from wisecli.artifacts.unrelated_stats import _VERSION, BackgroundStats, _from_t
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.editing.context_prefixes import continuations
 from wisecli.editing.key_capture import keys_of_texts, prompt_ends, window_keys
-from wisecli.errors import DamagedFileError, NoSpaceError
+from wisecli.errors import DamagedFileError, NoSpaceError, UnwritableError
 from wisecli.io.checkpoint import load_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
@@ -85,7 +85,7 @@ def measure_unrelated(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_unrelated(working, found, whole=True)
         working.replace(path)
-    except (OSError, SafetensorError, NoSpaceError):
+    except (OSError, SafetensorError, NoSpaceError, UnwritableError):
         with suppress(OSError):  # a cache that cannot be written only costs time
             working.unlink()
     return found

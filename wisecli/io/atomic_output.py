@@ -37,7 +37,7 @@ def require_space(output: Path, needed: int) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise UnwritableError(output, NotADirectoryError(errno.ENOTDIR, f"{parent} is no directory"))
+        raise UnwritableError(output, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent)))
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise NoSpaceError(output, needed, free)

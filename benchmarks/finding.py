@@ -26,7 +26,7 @@ from wisecli.editing.early_states import prompt_states, reading_site, token_stat
 from wisecli.editing.meaning_learning import learn_heads
 from wisecli.edits.record import Edit, read_edits
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.memory.meaning_fitting import SURE, _sure, fit_meaning
+from wisecli.memory.meaning_fitting import SURE, fit_meaning, sureness
 from wisecli.models.forms import usable_forms
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site, find_site
@@ -51,7 +51,7 @@ class Finder:
     def strength(self, texts: list[str]) -> torch.Tensor:
         """How strongly texts call edits, as multiples of their thresholds (texts, M)."""
         read = token_states(self.loaded, self.site, texts, batch_size=32, watch=ignore, stage="")
-        return _sure(self.meaning, read.states.float(), read.text, len(texts)) / self.limits
+        return sureness(self.meaning, read.states.float(), read.text, len(texts)) / self.limits
 
 
 def silent(edits: list[Edit], records: list[Edit], chance: random.Random) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,14 @@ _PACKAGES = ("wisecli", "torch", "transformers", "safetensors")
 def versions() -> dict[str, str]:
     """Versions of the packages that figures depend on."""
     return {name: version(name) for name in _PACKAGES}
+
+
+def changed_versions(before: Mapping[str, str]) -> list[str]:
+    """The packages that have another version than they had, each as a phrase."""
+    now = versions()
+    return [
+        f"{name} was {then}, now {now.get(name, 'missing')}" for name, then in before.items() if now.get(name) != then
+    ]
 
 
 def forget_peaks() -> None:

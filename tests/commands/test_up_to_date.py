@@ -35,6 +35,13 @@ def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
+def require_kept(wise: Wise, place: Path, line: str, says: str) -> None:
+    """A line that asks for something else is refused, and says what differs; nothing that is there changes."""
+    before = state(place)
+    require_refusal(wise(*line.split()), "already exists", says, "--force")
+    assert state(place) == before
+
+
 def require_idle(wise: Wise, output: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same line again changes nothing and says so; with --force it makes everything anew."""
     before, around = state(output), here()
@@ -69,9 +76,7 @@ def test_edits_that_are_written_are_not_written_again(
         (f"edit {ready.other_model} {ready.edits} --shards 2", "has changed"),
         (f"edit {ready.model} {ready.other_edits}", "of the edits 4 are gone, the first of them 'one'"),
     ):
-        before = state(Path("shards"))
-        require_refusal(wise(*other.split()), "already exists", says, "--force")
-        assert state(Path("shards")) == before
+        require_kept(wise, Path("shards"), other, says)
 
 
 def test_a_model_that_was_trained_on_elsewhere_is_another(wise: Wise, ready: Ready, tmp_path: Path) -> None:
@@ -128,9 +133,7 @@ def test_a_memory_that_is_merged_is_not_merged_again(
         (f"merge {tmp_path}/changed", "the shards are others"),
         (f"{line} -o {ready.tampered_memory}", "memory.safetensors is not as it was written"),
     ):
-        before = state(Path("memory"))
-        require_refusal(wise(*other.split()), "already exists", says, "--force")
-        assert state(Path("memory")) == before
+        require_kept(wise, Path("memory"), other, says)
 
 
 @pytest.mark.parametrize("form", EXPORTS)
@@ -151,9 +154,7 @@ def test_an_export_that_is_there_is_not_made_again(
         (f"{line} --no-model-card", "model_card was True, now False"),
         (f"{line} --metrics figures.json", "the figures of --metrics are others"),
     ):
-        before = state(Path("edited"))
-        require_refusal(wise(*changed.split()), "already exists", says, "--force")
-        assert state(Path("edited")) == before
+        require_kept(wise, Path("edited"), changed, says)
     # Figures count, and not when they were taken.
     assert wise(*line.split(), "--metrics", "figures.json", "--force").code == 0
     Path("figures.json").write_text(json.dumps({**figures, "date": "tomorrow"}))

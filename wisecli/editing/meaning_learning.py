@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,8 +20,8 @@ from wisecli.artifacts.tensor_schema import HEADS, require_layout
 from wisecli.artifacts.unrelated_stats import Heads, heads_in
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.early_states import TokenStates, special_tokens, token_states
-from wisecli.errors import DamagedFileError, NoSpaceError, UnwritableError
-from wisecli.io.checkpoint import load_tensors, save_tensors
+from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
 from wisecli.models.forms import Form, forms, usable_forms
@@ -70,14 +69,7 @@ def learn_heads(loaded: Loaded, site: Site, identity: str, *, texts: int, batch_
         if (heads := heads_in(tensors)) is not None:
             return heads
     found = _learn(loaded, site, share=min(1.0, texts / _TEXTS), batch_size=batch_size, watch=watch)
-    working = path.with_suffix(f".{id(found)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(working, found.tensors(), {})
-        working.replace(path)
-    except (OSError, SafetensorError, NoSpaceError, UnwritableError):
-        with suppress(OSError):  # a cache that cannot be written only costs time
-            working.unlink()
+    keep_in_cache(path, lambda working: save_tensors(working, found.tensors(), {}))
     return found
 
 

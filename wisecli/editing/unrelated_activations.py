@@ -9,10 +9,8 @@ ways come close, and keys of different facts asked in the same words come apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from wisecli.artifacts.shard import half
@@ -20,8 +18,8 @@ from wisecli.artifacts.unrelated_stats import _VERSION, BackgroundStats, _from_t
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
 from wisecli.editing.context_prefixes import continuations
 from wisecli.editing.key_capture import keys_of_texts, prompt_ends, window_keys
-from wisecli.errors import DamagedFileError, NoSpaceError, UnwritableError
-from wisecli.io.checkpoint import load_tensors
+from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import keep_in_cache, load_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
 from wisecli.models.chat import chat_prompt
@@ -80,14 +78,7 @@ def measure_unrelated(
     except DamagedFileError:
         watch(Event("unrelated text"))
     found = _measure(loaded, site, matrix, texts=texts, chat=chat, batch_size=batch_size, seed=seed, watch=watch)
-    working = path.with_suffix(f".{id(found)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_unrelated(working, found, whole=True)
-        working.replace(path)
-    except (OSError, SafetensorError, NoSpaceError, UnwritableError):
-        with suppress(OSError):  # a cache that cannot be written only costs time
-            working.unlink()
+    keep_in_cache(path, lambda working: save_unrelated(working, found, whole=True))
     return found
 
 

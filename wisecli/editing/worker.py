@@ -27,7 +27,7 @@ from wisecli.editing.training_examples import encode_edits, write_contexts
 from wisecli.edits.admission import Admitted
 from wisecli.edits.changes import changed_edits
 from wisecli.edits.record import Edit
-from wisecli.environment import versions
+from wisecli.environment import changed_versions, versions
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer
@@ -281,10 +281,4 @@ def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
         found.append(f"dtype was {plan.made.dtype}, now {load.dtype}")
     if load.device.split(":")[0] not in ("auto", plan.made.device):
         found.append(f"device was {plan.made.device}, now {load.device}")
-    installed = versions()
-    found += [
-        f"{name} was {version}, now {installed.get(name, 'missing')}"
-        for name, version in plan.versions.items()
-        if installed.get(name) != version
-    ]
-    return sorted(found)
+    return sorted([*found, *changed_versions(plan.versions)])

@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,18 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         if int(number[1]) == errno.ENOSPC:
             raise NoSpaceError(path) from error
         raise UnwritableError(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error
+
+
+def keep_in_cache(path: Path, save: Callable[[Path], None]) -> None:
+    """Let a tensors file be written into the user's cache, whole or not at all: if it cannot be, that costs time alone."""
+    working = path.with_suffix(f".{os.getpid()}.{id(save)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(working)
+        working.replace(path)
+    except (OSError, SafetensorError, NoSpaceError, UnwritableError):
+        with suppress(OSError):
+            working.unlink()
 
 
 def load_tensors(path: Path, *, digest: str | None = None) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from wisecli.artifacts.shard import half
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
 from wisecli.memory.material import Material
-from wisecli.memory.router_fitting import Fitted, fit_router, naming, with_meaning
+from wisecli.memory.router_fitting import Fitted, fit_meaning_router, fit_router, naming
 from wisecli.routing.scores import SideMemory
 
 
@@ -66,8 +66,7 @@ def lookup(material: Material, settings: MergeSettings) -> Fitted:
         kind="lookup",
         sharpness=settings.sharpness,
     )
-    fitted = fit_router(draft, material, owner, settings)
-    return with_meaning(fitted[0], material, settings) if by_meaning else fitted
+    return (fit_meaning_router if by_meaning else fit_router)(draft, material, owner, settings)
 
 
 def pack(deltas: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MemoryManifest, Ori
 from wisecli.artifacts.seal import altered, is_signed
 from wisecli.artifacts.shard_manifest import origin_of
 from wisecli.edits.changes import changed_edits
-from wisecli.environment import versions
+from wisecli.environment import changed_versions
 from wisecli.errors import DamagedFileError, OutputExistsError
 from wisecli.io.checkpoint import EXPORT_RECORD, read_json
 from wisecli.memory.history import has_history
@@ -61,10 +61,7 @@ def _changes(found: MemoryManifest, merger: Merger) -> Iterator[str]:
     origins = [origin_of(directory) for directory in merger.directories]
     if len(found.origins) != len(origins) or not all(map(_alike, found.origins, origins)):
         yield "the shards are others"
-    installed = versions()
-    for name, before in found.versions.items():
-        if (now := installed.get(name, "missing")) != before:
-            yield f"{name} was {before}, now {now}"
+    yield from changed_versions(found.versions)
 
 
 def _alike(before: Origin, now: Origin) -> bool:

@@ -64,10 +64,10 @@ def fit_meaning(heads: Heads, prompts: PromptStates, edits: int) -> FittedMeanin
     }
     assert tensors.keys() == set(MEANING)
     meaning = Meaning(tensors, edits)
-    own = _sure(meaning, prompts.states, asked, count)
+    own = sureness(meaning, prompts.states, asked, count)
     mine = own.gather(1, whose[:, None]).flatten()
     strange = own.masked_fill(_alike(prompts, asked, whose, edits), 0.0)
-    unrelated = _sure(meaning, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
+    unrelated = sureness(meaning, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
     return FittedMeaning(tensors, mine, strange.amax(0), unrelated)
 
 
@@ -80,7 +80,7 @@ def _alike(prompts: PromptStates, asked: Tensor, whose: Tensor, edits: int) -> T
     return same | others
 
 
-def _sure(meaning: Meaning, states: Tensor, text: Tensor, count: int, batch: int = 256) -> Tensor:
+def sureness(meaning: Meaning, states: Tensor, text: Tensor, count: int, batch: int = 256) -> Tensor:
     """How surely each of some texts, whose tokens have these states (n, d), means each edit: (texts, M)."""
     sizes = torch.bincount(text, minlength=count)
     order = text.argsort(stable=True)

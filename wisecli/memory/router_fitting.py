@@ -84,8 +84,12 @@ def fit_router(draft: SideMemory, material: Material, owner: Tensor, settings: M
     return fitted, tuple(apart)
 
 
-def with_meaning(memory: SideMemory, material: Material, settings: MergeSettings) -> Fitted:
-    """A lookup whose edits are opened by prompts that mean them; which residual answers, its keys say as before.
+def fit_meaning_router(draft: SideMemory, material: Material, owner: Tensor, settings: MergeSettings) -> Fitted:
+    """A lookup whose edits are opened by prompts that mean them; its keys say which residual answers.
+
+    Args:
+        draft: the memory without router.
+        owner: the edit that each key of the evidence opens (n,).
 
     Raises:
         SettingsError: the shards do not keep what their edits' prompts mean.
@@ -95,8 +99,8 @@ def with_meaning(memory: SideMemory, material: Material, settings: MergeSettings
         raise SettingsError(
             "these shards do not say what prompts mean; write them anew with wise edit --router meaning"
         )
-    edits = len(memory.thresholds)
-    fitted = fit_meaning(heads, prompts, edits)
+    memory, _ = _with_routing_keys(draft, material, owner, settings)
+    fitted = fit_meaning(heads, prompts, len(memory.thresholds))
     alarms = fitted.unrelated.amax(1)
     least = SURE
     if settings.false_alarm is not None:

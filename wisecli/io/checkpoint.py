@@ -94,7 +94,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
 
 def keep_in_cache(path: Path, save: Callable[[Path], None]) -> None:
-    """Let a tensors file be written into the user's cache, whole or not at all: if it cannot be, that costs time alone."""
+    """Let a tensors file be written into the user's cache, whole or not at all; failing only costs time."""
     working = path.with_suffix(f".{os.getpid()}.{id(save)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

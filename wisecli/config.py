@@ -120,6 +120,10 @@ class EvalSettings(Checked):
 
     dataset: str | None = None
     edits: Annotated[int, Within(1, 10**9)] | None = None
+    protocol: Literal["forms", "wild", "teacher"] = "forms"
+    forms: str = "all"
+    ask: Count = 20
+    before: bool = False
     batch_size: Count = 32
     chat: bool = False
     generate: bool = True

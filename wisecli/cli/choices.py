@@ -23,6 +23,13 @@ BENCH_METHODS = (
 STUDIES = ("router", "layers", "shards", "merge", "scaling", "latency")
 
 
+def forms_named(incomplete: str) -> list[str]:
+    """The forms that prompts are asked in, and groups of them, as :func:`some_of` completes names."""
+    from wisecli.models.forms import forms
+
+    return some_of(("all", "trained", "unseen", "none", *(form.label for form in forms().values())))(incomplete)
+
+
 def one_of(names: Sequence[str]) -> Completer:
     """A completer of one name."""
 

@@ -75,7 +75,15 @@ def of_export(given: Mapping[str, Any]) -> list[str]:
 
 def of_evaluation(given: Mapping[str, Any]) -> list[str]:
     """Sentences on the parameters of ``wise eval``."""
-    rules = {"max_new_tokens": "with --no-generate"} if given["generate"] is False else {}
+    rules = {}
+    if given["generate"] is False:
+        rules = dict.fromkeys(("max_new_tokens", "protocol", "forms", "ask", "before"), "with --no-generate")
+    elif given["protocol"] in ("wild", "teacher"):
+        rules = dict.fromkeys(("forms", "ask"), f"with --protocol {given['protocol']}")
+    elif given["forms"] == "none":
+        rules = {"ask": "with --forms none"}
+    if given["protocol"] != "wild" and given["generate"] is not False:
+        rules["before"] = "without --protocol wild"
     if given["fail_under"] is None:
         rules["if_measured"] = "without --fail-under"
     return list(_without_effect(given, rules))

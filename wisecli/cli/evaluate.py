@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wisecli.cli.choices import DATASETS, MODELS, one_of
+from wisecli.cli.choices import DATASETS, MODELS, forms_named, one_of
 from wisecli.cli.console import Console, Table, count, note
 from wisecli.cli.effects import of_evaluation
 from wisecli.cli.options import (
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
 
 
 _measured = partial(setting, EvalSettings, panel=MEASURED)
+_KINDS = {
+    "as_taught": "as taught",
+    "rephrased": "rephrased",
+    "portability_answered": "portability",
+    "unrelated_unchanged": "unrelated unchanged",
+}
+_MEANS = {"": "mean", "_trained": "mean, trained", "_unseen": "mean, never trained"}
+_BESIDE = {"other_question": "other question on the subject", "other_subject": "question on another subject"}
 
 
 def evaluate(
@@ -66,6 +75,26 @@ def evaluate(
         ),
     ] = None,
     config: Config = None,
+    protocol: Annotated[
+        str | None,
+        _measured(
+            "protocol", "Answers that are generated: forms, wild (arXiv 2502.11177), or teacher for none."
+        ),
+    ] = None,
+    forms: Annotated[
+        str | None,
+        _measured(
+            "forms",
+            "Forms to ask in: all, trained, unseen, none, or names with commas between.",
+            metavar="NAME,…",
+            complete=forms_named,
+        ),
+    ] = None,
+    ask: Annotated[int | None, _measured("ask", "How many of the edits are asked in the forms.")] = None,
+    before: Annotated[
+        bool | None,
+        _measured("before", "With --protocol wild ask the unedited model, too: wild_locality.", "--before/--no-before"),
+    ] = None,
     chat: Annotated[bool | None, _measured("chat", "Ask in the chat template.", "--chat/--no-chat")] = None,
     generate: Annotated[
         bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
@@ -88,7 +117,7 @@ def evaluate(
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure reliability, generalization, locality, portability and generated answers, before and after."""
+    """Measure what an edited model answers in the forms that people ask in, and how it got there, before and after."""
     unread, console = of_evaluation(locals()), Console(as_json, quiet)
     gates = thresholds_in(fail_under)
     settings = resolve(EvalSettings, locals(), section="eval", file=config)
@@ -130,9 +159,68 @@ def fetch(
 
 
 def tell_evaluation(console: Console, report: EvalReport) -> None:
-    """Print what ``wise eval`` measured."""
+    """Print what ``wise eval`` measured: generated answers, then teacher-forced figures."""
     right = "before", "after"
-    table = Table(("measure", *right), f"{report.dataset}: {count(report.samples['edits'], 'edit')}", right)
+    edits = count(report.samples["edits"], "edit")
+    title = f"diagnosis, teacher-forced: {report.dataset}, {edits}" if report.asked else f"{report.dataset}: {edits}"
+    table = Table(("measure", *right), title, right)
     for name, after in report.after.items():
         table.add(name, f"{report.before[name]:.3f}", f"{after:.3f}")
-    console.result(report.as_json(), table)
+    console.result(report.as_json(), *_generated(report, edits), table)
+
+
+def _generated(report: EvalReport, edits: str) -> list[Table | str]:
+    """The headline: answers by WILD, or in forms, with what should not get an edit's answer."""
+    if "wild_as_taught" in report.asked:
+        return [_wild(report, edits)]
+    if "as_taught" not in report.asked:
+        return []
+    return [_in_forms(report, edits), *_beside(report)]
+
+
+def _wild(report: EvalReport, edits: str) -> Table:
+    right = "before", "after"
+    table = Table(("measure", *right), f"{report.dataset}: {edits}, asked as in WILD (arXiv 2502.11177)", right)
+    for name, after in report.asked.items():
+        before = report.before.get(name)
+        table.add(name, "" if before is None else f"{before:.3f}", f"{after:.3f}")
+    return table
+
+
+def _in_forms(report: EvalReport, edits: str) -> Table:
+    """A row for each form, with a star if nothing is learned in it, and means."""
+    from wisecli.models.forms import forms
+
+    kinds = [(kind, head) for kind, head in _KINDS.items() if kind in report.asked]
+    heads = [head for _, head in kinds]
+    title = f"{report.dataset}: answers to {report.samples['asked']} of {edits} (* never trained in this form)"
+    table = Table(("form", *heads), title, heads)
+    for form in forms().values():
+        if f"as_taught/{form.label}" in report.asked:
+            star = "" if form.trained else " *"
+            table.add(form.name + star, *(_share(report.asked, f"{kind}/{form.label}") for kind, _ in kinds))
+    table.part()
+    for suffix, name in _MEANS.items():
+        if f"as_taught{suffix}" in report.asked:
+            table.add(name, *(_share(report.asked, kind + suffix) for kind, _ in kinds))
+    return table
+
+
+def _beside(report: EvalReport) -> list[str]:
+    """Lines on specificity, and on questions with several answers."""
+    told = [
+        f"{_share(report.asked, name)} of {count(report.samples[name], words)}"
+        for name, words in _BESIDE.items()
+        if name in report.asked
+    ]
+    lines = [f"specificity, share that gets the edit's answer: {'; '.join(told)}"] if told else []
+    if left := report.samples["without_subject"]:
+        lines.append(f"specificity leaves out {count(left, 'edit')} whose prompt names no subject")
+    if apart := report.samples["contradictory"]:
+        share = _share(report.asked, "rephrased_unique") or "none"
+        lines.append(f"rephrased, without {count(apart, 'question')} that other records answer otherwise: {share}")
+    return lines
+
+
+def _share(figures: Mapping[str, float], name: str) -> str:
+    return f"{figures[name]:.3f}" if name in figures else ""

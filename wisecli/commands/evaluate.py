@@ -1,4 +1,4 @@
-"""``wise eval``: reliability, generalization, locality, portability and generated answers, before and after."""
+"""``wise eval``: answers in the forms that people ask in, and below them teacher-forced figures, before and after."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,28 @@ from wisecli.edits.formats import BENCHMARKS
 from wisecli.edits.record import Edit, read_edits
 from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
+from wisecli.evaluation.answers import Answer, Answers, answered
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.metrics import Measuring, Question, is_figure
-from wisecli.evaluation.teacher_forcing import Measured, generated, teacher_forced
+from wisecli.evaluation.protocols import Generated, ProtocolName, measure_generated
+from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
 from wisecli.models.chat import chat_prompt
 from wisecli.models.tokenization import Row, row_of
 from wisecli.progress import Watcher, ignore
 
-LOWER_IS_BETTER = ("perplexity", "perplexity_median", "perplexity_clipped")
+LOWER_IS_BETTER = ("perplexity", "perplexity_median", "perplexity_clipped", "other_question", "other_subject")
 
 
 @dataclass(frozen=True)
 class EvalReport:
     """Figures of one dataset; the JSON form has lm-eval's keys.
 
-    ``each`` has a figure's value for every edit, by its place.
+    ``asked`` are generated answers, in forms or by WILD; ``after`` and ``before`` all else. ``each`` has a figure's
+    value for every edit, by its place.
     """
 
     dataset: str
+    asked: dict[str, float]
     after: dict[str, float]
     before: dict[str, float]
     samples: dict[str, int]
@@ -42,14 +47,19 @@ class EvalReport:
     peak_rss_bytes: int
     each: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """All figures of the edited model, those of generated answers first."""
+        return {**self.asked, **self.after}
+
     def as_json(self) -> dict[str, Any]:
         """The one object that ``--json`` prints."""
         return {
-            "results": {self.dataset: {**self.after, "before": self.before}},
+            "results": {self.dataset: {**self.figures, "before": self.before}},
             "config": self.config,
             "versions": versions(),
             "n-samples": {self.dataset: self.samples},
-            "higher_is_better": {self.dataset: {name: name not in LOWER_IS_BETTER for name in self.after}},
+            "higher_is_better": {self.dataset: {name: name not in LOWER_IS_BETTER for name in self.figures}},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -68,14 +78,16 @@ class EvalReport:
             GateFailedError: naming every figure that does.
             SettingsError: a threshold names a figure that was not measured, or is none.
         """
-        missing = tuple(name for name in thresholds if name not in self.after)
+        figures = self.figures
+        missing = tuple(name for name in thresholds if name not in figures)
         wrong = [name for name in missing if not (if_measured and is_figure(name))]
         if wrong or (missing and len(missing) == len(thresholds)):
             name = (wrong or missing)[0]
-            raise SettingsError(f"--fail-under {name}: not measured here; measured are {', '.join(self.after)}")
+            known = ", ".join(one for one in figures if "/" not in one)
+            raise SettingsError(f"--fail-under {name}: not measured here; measured are {known}")
         failed = []
         for name, threshold in thresholds.items():
-            value = self.after.get(name, threshold)
+            value = figures.get(name, threshold)
             if value > threshold if name in LOWER_IS_BETTER else value < threshold:
                 failed.append(f"{name} is {value:.3f}, not {threshold:g}")
         if failed:
@@ -106,24 +118,48 @@ def evaluate(
         WiseError: the data, the memory or the model cannot be used.
     """
     started = time.perf_counter()
-    name, records = _dataset(settings.dataset, data)
+    what = _generated(settings)
+    name, given = _dataset(settings.dataset, data)
     edited = attach(memory, model=model, load=load)
     manifest = edited.manifest
-    if records is None and not manifest.edits:
+    if given is None and not manifest.edits:
         raise SettingsError(f"{memory} holds no edit to be measured by; give a --dataset, or records by --data")
-    records = _selected(records if records is not None else manifest.edits, manifest.edits, settings.edits)
+    records = _selected(given if given is not None else manifest.edits, manifest.edits, settings.edits)
     numbers = memory_numbers(manifest)
     subject = _Memory(edited, settings, watch, _holders(records, numbers) if oracle else None)
     measuring = Measuring(
-        subject, records, numbers=numbers, generate=settings.generate, max_new_tokens=settings.max_new_tokens
+        subject,
+        records,
+        numbers=numbers,
+        generate=settings.generate and what.protocol != "wild",
+        max_new_tokens=settings.max_new_tokens,
     )
     measuring.run()
     if name in BENCHMARKS and not BENCHMARKS[name].perplexity:
         measuring.drop("perplexity")
-    config = {**asdict(settings), "memory": str(memory), "model": manifest.model, "merge": manifest.merge}
-    seconds = time.perf_counter() - started
-    figures = measuring.after, measuring.before, {"edits": len(records), **measuring.samples}
-    return EvalReport(name, *figures, config, seconds, peak_rss_bytes(), measuring.each)
+    known = list(dict.fromkeys([*records, *(given or ()), *manifest.edits]))
+    asked, forms = measure_generated(subject, what, records, known, max_new_tokens=measuring.answer_length())
+    return EvalReport(
+        name,
+        asked.figures,
+        measuring.after,
+        {**asked.before, **measuring.before},
+        {"edits": len(records), **asked.samples, **measuring.samples},
+        {
+            **asdict(settings),
+            **({"asked_forms": forms} if forms else {}),
+            **{"memory": str(memory), "model": manifest.model, "merge": manifest.merge},
+        },
+        time.perf_counter() - started,
+        peak_rss_bytes(),
+        {**asked.each, **measuring.each},
+    )
+
+
+def _generated(settings: EvalSettings) -> Generated:
+    """Which generated figures are taken."""
+    protocol: ProtocolName = settings.protocol if settings.generate else "teacher"
+    return Generated(protocol, settings.forms, settings.ask, settings.before)
 
 
 def read_dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit]]:
@@ -170,6 +206,8 @@ class _Memory:
         self, edited: EditedModel, settings: EvalSettings, watch: Watcher, holders: Mapping[tuple[str, str], int] | None
     ) -> None:
         self.edited, self.settings, self.watch, self.holders = edited, settings, watch, holders
+        self.tokenizer, self.config = edited.tokenizer, edited.model.config
+        self._answering: dict[tuple[int, frozenset[int]], Answers] = {}
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens."""
@@ -193,8 +231,24 @@ class _Memory:
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy answers, before and after."""
-        asked, size = [self._asked(prompt) for prompt in prompts], self.settings.batch_size
-        return generated(self.edited, asked, max_new_tokens=max_new_tokens, batch_size=size, watch=self.watch)
+        asked, answering = [self._asked(prompt) for prompt in prompts], self.answering(max_new_tokens)
+        before = answering.before(asked, stage="answers before")
+        after = answering.after(asked, stage="answers after")
+        return [one.text for one in before], [one.text for one in after]
+
+    def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
+        """Answers of so many tokens at most, the same ones whenever they are asked for; ``stops`` end them as well."""
+        key = max_new_tokens, stops
+        if key not in self._answering:
+            model, tokenizer = self.edited.model, self.tokenizer
+            edited = partial(answered, model, tokenizer, max_new_tokens=max_new_tokens, stops=stops)
+
+            def unedited(texts: Sequence[str]) -> list[Answer]:
+                with self.edited.unedited():
+                    return edited(texts)
+
+            self._answering[key] = Answers(tokenizer, unedited, edited, self.settings.batch_size, self.watch)
+        return self._answering[key]
 
     def _asked(self, prompt: str) -> str:
         return chat_prompt(self.edited.tokenizer, prompt) if self.settings.chat else prompt

@@ -8,7 +8,9 @@ from typing import NamedTuple, Protocol
 
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
+from wisecli.evaluation.forms import GROUPED, KINDS
 from wisecli.evaluation.teacher_forcing import Measured, Reading
+from wisecli.models.forms import forms
 from wisecli.models.tokenization import Row
 
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
@@ -16,12 +18,17 @@ _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
 _FIGURES = (
     *("reliability", "generalization", "locality", "portability", "routing", "ood_generalization"),
     *("perplexity", "perplexity_median", "perplexity_clipped", "generated_exact", "generated_contains"),
+    *("other_question", "other_subject"),
+    *("wild_as_taught", "wild_rephrased", "wild_rephrased_unique", "wild_portability", "wild_locality"),
 )
 
 
 def is_figure(name: str) -> bool:
     """Whether there are records of which a figure by this name is taken."""
-    return name in _FIGURES or name.startswith("generalization_")
+    kind, _, form = name.partition("/")
+    if form:
+        return kind in KINDS and form in (one.label for one in forms().values())
+    return name in _FIGURES or name in GROUPED or name.startswith("generalization_")
 
 
 class Question(NamedTuple):
@@ -100,6 +107,13 @@ class Measuring:
         for figures in (self.before, self.after, self.each):
             for name in [name for name in figures if name.startswith(prefix)]:
                 del figures[name]
+
+    def answer_length(self) -> int:
+        """How many tokens an answer has at most: as is set, or a few more than the longest target."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        longest = max(len(self._row(Question(edit.prompt, edit.answer)).target) for edit in self.records)
+        return min(longest + _ANSWER_MARGIN, _ANSWER_LIMIT)
 
     def _run(self, name: str, groups: Sequence[Sequence[Question]]) -> list[list[Measured]]:
         """Share of target tokens that are the arg-max: mean over an edit's prompts, then over edits."""
@@ -192,9 +206,7 @@ class Measuring:
 
     def _generated(self) -> None:
         prompts = [edit.prompt for edit in self.records]
-        longest = max(len(self._row(Question(edit.prompt, edit.answer)).target) for edit in self.records)
-        limit = self.max_new_tokens or min(longest + _ANSWER_MARGIN, _ANSWER_LIMIT)
-        answers = self.subject.answers(prompts, max_new_tokens=limit)
+        answers = self.subject.answers(prompts, max_new_tokens=self.answer_length())
         for figures, texts in zip((self.before, self.after), answers, strict=True):
             pairs = list(zip(texts, self.records, strict=True))
             figures["generated_exact"] = statistics.fmean(_says(edit, text, whole=True) for text, edit in pairs)

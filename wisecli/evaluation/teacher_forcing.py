@@ -1,4 +1,4 @@
-"""Teacher-forced and generated measurements of an edited model, each beside the unedited model's.
+"""Teacher-forced measurements of an edited model, each beside the unedited model's.
 
 The unedited model runs once; the layers above the site run again only for rows in which the router let a token through.
 Where an answer is measured that the edit should give, the memory counts only if the prompt alone opened it, so the gold
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 
 from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.activations import Activations, captured, suffix_logits
-from wisecli.models.generation import generate
 from wisecli.models.objectives import target_met
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.progress import Event, Watcher
@@ -155,18 +153,3 @@ def _row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """Mean of the values (n,) that belong to each row."""
     totals = values.new_zeros(count).index_add(0, rows, values)
     return totals / torch.bincount(rows, minlength=count)
-
-
-def generated(
-    edited: EditedModel, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int, watch: Watcher
-) -> tuple[list[str], list[str]]:
-    """Greedy answers to bare prompts, before and after editing, up to the end of text."""
-    texts = []
-    for stage, routing in (("answers before", edited.unedited()), ("answers after", nullcontext())):
-        watch(Event(stage))
-        with routing:
-            answers = generate(
-                edited.model, edited.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
-            )
-        texts.append([text.strip() for text in edited.tokenizer.batch_decode(answers, skip_special_tokens=True)])
-    return texts[0], texts[1]

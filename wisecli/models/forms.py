@@ -46,6 +46,11 @@ class Form:
         """Whether it needs a chat template."""
         return bool(self.turns)
 
+    @property
+    def label(self) -> str:
+        """Its name in options and in the names of figures."""
+        return self.name.replace(" ", "-")
+
     def asked(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
         """A prompt in this form.
 

@@ -28,6 +28,7 @@ def generate(
     sampling_seed: int | None = None,
     unwanted: Sequence[Collection[int]] | None = None,
     temperature: float | None = None,
+    stops: Collection[int] = (),
 ) -> list[list[int]]:
     """New tokens for each prompt, a text or tokens, up to the end of text, which is left out.
 
@@ -36,6 +37,7 @@ def generate(
 
     Args:
         unwanted: for each prompt tokens that may not come first.
+        stops: tokens that end an answer as well, and belong to it.
 
     Raises:
         ModelError: a text is no token long, or longer than what the model takes.
@@ -44,6 +46,7 @@ def generate(
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     ends = _end_tokens(model)
     answers: list[list[int]] = [[] for _ in prompts]
+    closing = {"eos_token_id": [*ends, *stops]} if stops else {}
     greedy = sampling_seed is None
     answer = _greedy(model, max_new_tokens) if greedy else _sampling(model, max_new_tokens, temperature)
     with _seeded(sampling_seed, model.device), _whole_rows(model):
@@ -56,10 +59,10 @@ def generate(
                 attention_mask=mask.to(model.device),
                 pad_token_id=ends[0] if ends else 0,
                 logits_processor=forbidden,
+                **closing,
             )
             for index, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
-                stop = next((place for place, token in enumerate(row) if token in ends), len(row))
-                answers[index] = row[:stop]
+                answers[index] = _up_to_the_end(row, ends, stops)
     return answers
 
 
@@ -76,6 +79,16 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     if window is not None and len(tokens) > window:
         raise ModelError(f"{shown(prompt)} is {len(tokens):,} tokens, the model takes {window:,}; shorten it")
     return tokens
+
+
+def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[int]) -> list[int]:
+    """New tokens without the one that ends the text and all behind it; one that stops it is kept."""
+    for place, token in enumerate(row):
+        if token in ends:
+            return list(row[:place])
+        if token in stops:
+            return list(row[: place + 1])
+    return list(row)
 
 
 def _generate_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:

@@ -1,0 +1,97 @@
+"""Greedy answers of a model before and after editing, each text answered once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wisecli.models.generation import generate
+from wisecli.progress import Event, Watcher, ignore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from wisecli.models.forms import Form
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to a text, and whether it ``ended`` by itself."""
+
+    text: str
+    ended: bool
+
+
+Known = dict[str, Answer]
+Batch = Callable[[Sequence[str]], list[Answer]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model that is asked before and after editing.
+
+    Args:
+        unedited, edited: what answers a batch of texts.
+        reworded: what the edited model is asked in the place of a prompt, for methods that edit by that.
+        known_before, known_after: what was answered already, by the text; filled as more is asked.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    unedited: Batch
+    edited: Batch
+    batch_size: int
+    watch: Watcher = ignore
+    reworded: Callable[[str], str] = str
+    known_before: Known = field(default_factory=dict)
+    known_after: Known = field(default_factory=dict)
+
+    def before(self, texts: Sequence[str], *, stage: str) -> list[Answer]:
+        """The unedited model's answers to texts."""
+        return self._all(texts, self.unedited, self.known_before, stage)
+
+    def after(self, texts: Sequence[str], *, stage: str) -> list[Answer]:
+        """The edited model's answers to texts."""
+        return self._all(texts, self.edited, self.known_after, stage)
+
+    def edited_text(self, form: Form, prompt: str) -> str:
+        """What the edited model is asked for a prompt in a form.
+
+        A method that rewords is given what the user writes: the whole text, or of a chat the turn.
+        """
+        if form.chat:
+            return form.asked(self.tokenizer, self.reworded(prompt))
+        return self.reworded(form.asked(self.tokenizer, prompt))
+
+    def _all(self, texts: Sequence[str], answer: Batch, known: Known, stage: str) -> list[Answer]:
+        """Answers to texts, of which new ones are asked, those of like length together."""
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        new.sort(key=lambda text: len(self.tokenizer(text)["input_ids"]), reverse=True)
+        for first in range(0, len(new), self.batch_size):
+            some = new[first : first + self.batch_size]
+            known.update(zip(some, answer(some), strict=True))
+            self.watch(Event(stage, first + len(some), len(new)))
+        return [known[text] for text in texts]
+
+
+def answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    stops: Collection[int] = (),
+) -> list[Answer]:
+    """Greedy answers to one batch of texts, up to their end or to so many tokens.
+
+    Args:
+        stops: tokens that end an answer as well, and belong to it.
+    """
+    tokens = generate(
+        model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=max(1, len(texts)), stops=stops
+    )
+    said: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [
+        Answer(text.strip(), len(row) < max_new_tokens or row[-1] in stops)
+        for text, row in zip(said, tokens, strict=True)
+    ]

@@ -1,0 +1,146 @@
+"""What a model answers in the forms that people ask in: as taught, rephrased, on consequences, on what is unrelated.
+
+Everything is generated, greedily, and compared in full. One prompt of each kind is asked of each edit, in every form.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wisecli.edits.record import Edit
+from wisecli.errors import SettingsError
+from wisecli.evaluation.answers import Answer, Answers
+from wisecli.evaluation.found import Found, contradictory, gives, right, words_of
+from wisecli.models.forms import Form, forms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KINDS = ("as_taught", "rephrased", "rephrased_unique", "portability_answered", "unrelated_unchanged")
+_ByPlace = dict[int, float]
+_GROUPS: dict[str, bool | None] = {"all": None, "trained": True, "unseen": False}
+# Every figure over forms: of all of them, of those that anything is learned in, and of those that nothing is.
+GROUPED = tuple(kind + suffix for kind in KINDS for suffix in ("", "_trained", "_unseen"))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One prompt of an edit; ``unique`` if no other record wants another answer to a rephrase."""
+
+    kind: str
+    place: int
+    edit: Edit
+    prompt: str
+    answer: str | None = None
+    unique: bool = False
+
+
+def named_forms(names: str) -> list[Form]:
+    """The forms of ``all``, ``trained``, ``unseen``, ``none`` or names with commas between.
+
+    Raises:
+        SettingsError: there is no form of a name.
+    """
+    if names == "none":
+        return []
+    if names in _GROUPS:
+        return [form for form in forms().values() if _GROUPS[names] in (None, form.trained)]
+    known = {form.label: form for form in forms().values()}
+    chosen = [name.strip().replace(" ", "-") for name in names.split(",")]
+    if unknown := [name for name in chosen if name not in known]:
+        options = ", ".join(("all", "trained", "unseen", "none", *known))
+        raise SettingsError(f"--forms: {unknown[0]!r} is unknown; known are {options}")
+    return [known[name] for name in dict.fromkeys(chosen)]
+
+
+def writable_forms(names: str, tokenizer: PreTrainedTokenizerBase, fits: Callable[[Form], bool]) -> list[Form]:
+    """Of the forms that are named those that a model can be asked in; what it cannot be of a group is left out.
+
+    Args:
+        fits: whether the model takes texts of a form's length.
+
+    Raises:
+        SettingsError: one that is named by itself needs a chat template, and the tokenizer has none.
+    """
+    chosen = named_forms(names)
+    untold = [form for form in chosen if form.chat and not tokenizer.chat_template]
+    if untold and names not in _GROUPS:
+        name = untold[0].label
+        raise SettingsError(
+            f"--forms: {name!r} needs a chat template, and the model's tokenizer has none; leave it out"
+        )
+    written = [form for form in chosen if form not in untold]
+    return [form for form in written if names not in _GROUPS or fits(form)]
+
+
+def measure_forms(
+    answers: Answers, chosen: Sequence[Form], asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]
+) -> Found:
+    """Figures of every kind: over all forms, over those trained (``_trained``), over the others (``_unseen``), of each.
+
+    Args:
+        asked: the edits that are asked, with their places.
+        records: all that may want another answer to the same question.
+    """
+    found = Found()
+    prompts = list(_prompts(asked, contradictory(records)))
+    values = _values(answers, chosen, prompts)
+    for kind in KINDS:
+        for group, trained in _GROUPS.items():
+            some = [form.name for form in chosen if trained in (None, form.trained)]
+            found.add(kind if group == "all" else f"{kind}_{group}", _by_edit(values, kind, some))
+    for kind in KINDS:
+        for form in chosen:
+            own = list(values.get((kind, form.name), {}).values())
+            if own:
+                found.figures[f"{kind}/{form.label}"] = statistics.fmean(own)
+    if chosen:
+        found.samples["asked"] = len(asked)
+        found.samples["contradictory"] = sum(one.kind == "rephrased" and not one.unique for one in prompts)
+    return found
+
+
+def _prompts(asked: Sequence[tuple[int, Edit]], contradicted: Collection[str]) -> Iterator[_Asked]:
+    """The first prompt of each kind that an edit has."""
+    for place, edit in asked:
+        yield _Asked("as_taught", place, edit, edit.prompt)
+        for text in edit.rephrases[:1]:
+            unique = not {words_of(edit.prompt), words_of(text)} & set(contradicted)
+            yield _Asked("rephrased", place, edit, text, unique=unique)
+        for probe in edit.portability[:1]:
+            yield _Asked("portability_answered", place, edit, probe.prompt, answer=probe.answer)
+        for probe in edit.locality[:1]:
+            yield _Asked("unrelated_unchanged", place, edit, probe.prompt)
+
+
+def _values(answers: Answers, chosen: Sequence[Form], prompts: Sequence[_Asked]) -> dict[tuple[str, str], _ByPlace]:
+    """Whether each prompt is answered as it should be, by its kind and form, then by the edit's place."""
+    cases = [(form, one) for form in chosen for one in prompts]
+    texts = [answers.edited_text(form, one.prompt) for form, one in cases]
+    kept = [form.asked(answers.tokenizer, one.prompt) for form, one in cases if one.kind == "unrelated_unchanged"]
+    after = answers.after(texts, stage="answers in all forms")
+    before = iter(answers.before(kept, stage="unedited answers"))
+    values: dict[tuple[str, str], _ByPlace] = {}
+    for (form, one), answer in zip(cases, after, strict=True):
+        fine = _fine(one, answer, next(before) if one.kind == "unrelated_unchanged" else None)
+        for kind in (one.kind, "rephrased_unique") if one.unique else (one.kind,):
+            values.setdefault((kind, form.name), {})[one.place] = float(fine)
+    return values
+
+
+def _fine(one: _Asked, answer: Answer, before: Answer | None) -> bool:
+    if before is not None:
+        return answer.text == before.text
+    return right(answer, one.edit) if one.answer is None else gives(answer, one.answer)
+
+
+def _by_edit(values: dict[tuple[str, str], _ByPlace], kind: str, names: Sequence[str]) -> dict[int, list[float]]:
+    """The values of each edit in some forms."""
+    found: dict[int, list[float]] = {}
+    for name in names:
+        for place, value in values.get((kind, name), {}).items():
+            found.setdefault(place, []).append(value)
+    return found

@@ -39,3 +39,53 @@ def test_a_gate_passes_over_what_no_record_measures(wise: Wise, ready: Ready) ->
     require_refusal(wise(*common, "reliability=1.1,locality=1", "--if-measured"), "reliability is", code=1)
     require_refusal(wise(*common, "locality=.9", "--if-measured"), "not measured here")
     require_refusal(wise(*common, "reliability=0,charm=.9", "--if-measured"), "charm: not measured here")
+
+
+def test_answers_in_forms_come_first_and_are_counted(wise: Wise, ready: Ready) -> None:
+    outcome = wise("eval", "--memory", ready.memory, "--forms", "bare,behind-a-document", "--ask", "3")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    title = next(number for number, line in enumerate(lines) if "answers to 3 of 4 edits" in line)
+    below = next(number for number, line in enumerate(lines) if "diagnosis, teacher-forced" in line)
+    assert title < below
+    heads = next(line for line in lines if "as taught" in line)
+    assert all(head in heads for head in ("rephrased", "portability", "unrelated unchanged"))
+    assert any("behind a document *" in line for line in lines[title:below])
+    assert any("mean, never trained" in line for line in lines[title:below])
+    assert "specificity leaves out 3 edits whose prompt names no subject" in outcome.out
+    assert any("reliability" in line for line in lines[below:])
+    assert "as taught" not in wise("eval", "--memory", ready.memory, "--forms", "none").out
+
+
+def test_thresholds_of_answers_in_forms(wise: Wise, ready: Ready) -> None:
+    common = ("eval", "--memory", ready.memory, "--forms", "bare,no-question-mark", "--ask", "9", "--fail-under")
+    failed = wise(*common, "as_taught/no-question-mark=1.01")
+    require_refusal(failed, "gate failed", "as_taught/no-question-mark is", code=1)
+    assert wise(*common, "as_taught=0,as_taught_trained=0,unrelated_unchanged=0,rephrased_unique=0").code == 0
+    require_refusal(wise(*common, "as_taught/chat=0"), "as_taught/chat: not measured here", code=2)
+    assert wise(*common, "as_taught=0,other_question=0", "--if-measured").code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--forms", "loud"), ("'loud' is unknown", "known are all, trained, unseen, none, bare, question")),
+        (("--forms", "bare,"), ("'' is unknown",)),
+        (("--forms", "chat"), ("'chat' needs a chat template",)),
+        (("--ask", "0"), ("--ask",)),
+        (("--protocol", "tame"), ("--protocol must be one of forms, wild, teacher, not 'tame'",)),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_a_sentence(
+    wise: Wise, ready: Ready, flags: tuple[str, ...], says: tuple[str, ...]
+) -> None:
+    require_refusal(wise("eval", "--memory", ready.memory, *flags), *says, code=2)
+
+
+def test_wild_is_a_table_of_its_own(wise: Wise, ready: Ready) -> None:
+    outcome = wise(
+        "eval", "--memory", ready.memory, "--protocol", "wild", "--before", "--fail-under", "wild_locality=0"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "asked as in WILD (arXiv 2502.11177)" in outcome.out
+    assert outcome.out.index("wild_as_taught") < outcome.out.index("reliability")

@@ -318,12 +318,13 @@ def test_the_json_form_has_the_keys_of_lm_eval(reported: Reported) -> None:
     report = reported[2]
     content = report.as_json()
     assert {"results", "config", "versions", "n-samples", "higher_is_better", "date"} <= content.keys()
-    assert content["results"] == {"records": {**report.after, "before": report.before}}
+    assert content["results"] == {"records": {**report.asked, **report.after, "before": report.before}}
     assert report.before.keys() == report.after.keys()
     assert content["n-samples"]["records"]["edits"] == 6
     higher = content["higher_is_better"]["records"]
-    assert higher.keys() == report.after.keys()
-    assert {name for name, better in higher.items() if not better} == {
+    assert higher.keys() == report.figures.keys()
+    assert next(iter(higher)) == "as_taught"
+    assert {name for name, better in higher.items() if not better} - {"other_question", "other_subject"} == {
         "perplexity",
         "perplexity_median",
         "perplexity_clipped",

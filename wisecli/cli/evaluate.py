@@ -77,9 +77,7 @@ def evaluate(
     config: Config = None,
     protocol: Annotated[
         str | None,
-        _measured(
-            "protocol", "Answers that are generated: forms, wild (arXiv 2502.11177), or teacher for none."
-        ),
+        _measured("protocol", "Answers that are generated: forms, wild (arXiv 2502.11177), or teacher for none."),
     ] = None,
     forms: Annotated[
         str | None,

@@ -38,7 +38,6 @@ class EvalReport:
     """
 
     dataset: str
-    asked: dict[str, float]
     after: dict[str, float]
     before: dict[str, float]
     samples: dict[str, int]
@@ -46,6 +45,7 @@ class EvalReport:
     seconds: float
     peak_rss_bytes: int
     each: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    asked: dict[str, float] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -134,14 +134,13 @@ def evaluate(
         generate=settings.generate and what.protocol != "wild",
         max_new_tokens=settings.max_new_tokens,
     )
+    known = list(dict.fromkeys([*records, *(given or ()), *manifest.edits]))
+    asked, forms = measure_generated(subject, what, records, known, max_new_tokens=measuring.answer_length())
     measuring.run()
     if name in BENCHMARKS and not BENCHMARKS[name].perplexity:
         measuring.drop("perplexity")
-    known = list(dict.fromkeys([*records, *(given or ()), *manifest.edits]))
-    asked, forms = measure_generated(subject, what, records, known, max_new_tokens=measuring.answer_length())
     return EvalReport(
         name,
-        asked.figures,
         measuring.after,
         {**asked.before, **measuring.before},
         {"edits": len(records), **asked.samples, **measuring.samples},
@@ -153,6 +152,7 @@ def evaluate(
         time.perf_counter() - started,
         peak_rss_bytes(),
         {**asked.each, **measuring.each},
+        asked.figures,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from wisecli.models.forms import Form
+
+# Of one batch, with its padding.
+_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,25 @@ class Answers:
 
     def _all(self, texts: Sequence[str], answer: Batch, known: Known, stage: str) -> list[Answer]:
         """Answers to texts, of which new ones are asked, those of like length together."""
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        new.sort(key=lambda text: len(self.tokenizer(text)["input_ids"]), reverse=True)
-        for first in range(0, len(new), self.batch_size):
-            some = new[first : first + self.batch_size]
+        lengths = {text: len(self.tokenizer(text)["input_ids"]) for text in texts if text not in known}
+        done = 0
+        for some in _batches(lengths, self.batch_size):
             known.update(zip(some, answer(some), strict=True))
-            self.watch(Event(stage, first + len(some), len(new)))
+            done += len(some)
+            self.watch(Event(stage, done, len(lengths)))
         return [known[text] for text in texts]
+
+
+def _batches(lengths: Mapping[str, int], size: int) -> Iterator[list[str]]:
+    """Texts of like length, the longest first: at most ``size`` of them and, above one, a limited number of tokens."""
+    batch: list[str] = []
+    for text in sorted(lengths, key=lambda text: lengths[text], reverse=True):
+        if batch and (len(batch) == size or (len(batch) + 1) * lengths[batch[0]] > _TOKENS):
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
 
 
 def answered(

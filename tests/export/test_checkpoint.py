@@ -665,6 +665,25 @@ def test_the_card_names_the_base_its_licence_and_what_was_measured(memory_dir: P
     assert not (tmp_path / "bare" / "README.md").exists()
 
 
+def test_the_card_has_generated_answers_first_and_no_figure_of_a_single_form(memory_dir: Path, tmp_path: Path) -> None:
+    asked = {"as_taught": 0.9, "as_taught_trained": 0.95, "as_taught_unseen": 0.85, "other_question": 0.05}
+    figures = {"zsre": {**asked, "as_taught/chat": 0.7, "reliability": 1.0}, "wild": {"wild_as_taught": 0.8}}
+    (tmp_path / "report.json").write_text(json.dumps({"results": figures}))
+    export(memory_dir, tmp_path / "out", publication=Publication(metrics=tmp_path / "report.json"))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    rows = [
+        "| zsre | as taught | 0.900 | 0.950 | 0.850 |",
+        "| zsre | other questions about an edit's subject | 0.050 |",
+        "| wild | wild\\_as\\_taught | 0.800 |",
+        "| dataset | diagnosis, teacher-forced | edited |",
+        "| zsre | reliability | 1.000 |",
+    ]
+    places = [card.text.index(row) for row in rows]
+    assert places == sorted(places)
+    assert "chat" not in card.text
+    assert [one.metric_type for one in card.data.eval_results] == [*asked, "reliability", "wild_as_taught"]
+
+
 def test_the_card_shows_what_edits_say_letter_by_letter(memory_dir: Path, tmp_path: Path) -> None:
     manifest = read_memory(memory_dir)
     hostile = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -45,6 +45,21 @@ or `wise export BASE --delta PATH -o edited/` for a checkpoint that loads withou
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MARKUP = re.compile(r"[\\`*_{}\[\]()#+!|~]")
 
+# Figures of generated answers; the first are means over the forms that prompts are asked in.
+_IN_FORMS = {
+    "as_taught": "as taught",
+    "rephrased": "rephrased",
+    "rephrased_unique": "rephrased, questions with one answer",
+    "portability_answered": "portability",
+    "unrelated_unchanged": "unrelated unchanged",
+}
+_BESIDE = {
+    "other_question": "other questions about an edit's subject",
+    "other_subject": "an edit's question about other subjects",
+}
+_WILD = "wild_"
+_GROUPS = ("", "_trained", "_unseen")
+
 Figures = Mapping[str, Mapping[str, float]]
 
 
@@ -79,8 +94,7 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
         license=_licence(base),
         tags=["model-editing", "wise"],
         model_name=base.name,
-        eval_results=[_result(dataset, name, value) for dataset in figures for name, value in figures[dataset].items()]
-        or None,
+        eval_results=_results(figures) or None,
     )
     template = Template(resources.files("wisecli").joinpath("data/model_card.md.tmpl").read_text(encoding="utf-8"))
     return template.substitute(
@@ -113,6 +127,16 @@ def _licence(base: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _results(figures: Figures) -> list[EvalResult]:
+    """All figures but those of a single form."""
+    return [
+        _result(dataset, name, value)
+        for dataset, own in figures.items()
+        for name, value in own.items()
+        if "/" not in name
+    ]
+
+
 def _result(dataset: str, name: str, value: float) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
@@ -124,14 +148,40 @@ def _result(dataset: str, name: str, value: float) -> EvalResult:
 
 
 def _table(figures: Figures) -> str:
-    if not figures:
-        return ""
-    rows = [
-        f"| {_cell(set_)} | {_cell(name)} | {value:.3f} |"
-        for set_, own in figures.items()
-        for name, value in own.items()
+    """Generated answers in forms, then specificity and answers by WILD, and below them all else."""
+    single = [(_cell(dataset), name, value) for dataset, own in figures.items() for name, value in own.items()]
+    beside = [(set_, _BESIDE[name], f"{value:.3f}") for set_, name, value in single if name in _BESIDE]
+    wild = [(set_, _cell(name), f"{value:.3f}") for set_, name, value in single if name.startswith(_WILD)]
+    in_forms = [row for dataset, own in figures.items() for row in _in_forms(_cell(dataset), own)]
+    generated: list[tuple[Sequence[str], Sequence[Sequence[str]]]] = [
+        (("dataset", "generated answers", "all forms", "trained forms", "forms never trained"), in_forms),
+        (("dataset", "share that gets the edit's answer (less is better)", "edited"), beside),
+        (("dataset", "generated answers, as in WILD (arXiv 2502.11177)", "edited"), wild),
     ]
-    return "\n".join(["", "| dataset | measure | edited |", "|---|---|---|", *rows, ""])
+    rest = [(set_, _cell(name), f"{value:.3f}") for set_, name, value in single if _is_diagnosis(name)]
+    measure = "diagnosis, teacher-forced" if in_forms or wild else "measure"
+    tables = [*generated, (("dataset", measure, "edited"), rest)]
+    return "".join(f"\n{_lines(heads, rows)}\n" for heads, rows in tables if rows)
+
+
+def _in_forms(dataset: str, own: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """A row for each kind of prompt: means over all forms, over those trained, and over the others."""
+    return [
+        (dataset, head, *(f"{own[name + group]:.3f}" if name + group in own else "" for group in _GROUPS))
+        for name, head in _IN_FORMS.items()
+        if name in own
+    ]
+
+
+def _is_diagnosis(name: str) -> bool:
+    """Whether a figure is none of generated answers in forms or by WILD."""
+    in_forms = {kind + group for kind in _IN_FORMS for group in _GROUPS}
+    return "/" not in name and name not in in_forms and name not in _BESIDE and not name.startswith(_WILD)
+
+
+def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    parts = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *parts])
 
 
 def base_name(manifest: Manifest, base: Path) -> str:

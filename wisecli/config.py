@@ -138,6 +138,9 @@ class BenchSettings(Checked):
     methods: str = "wise,wise-retrieve,ft-l,rome,memit,grace,rag"
     study: str | None = None
     counts: str = "10,100"
+    protocol: Literal["forms", "wild", "teacher"] = "forms"
+    forms: str = "all"
+    ask: Count = 10
     generate: bool = True
     batch_size: Count = 32
     resamples: Annotated[int, Within(10, 10**6)] = 1000

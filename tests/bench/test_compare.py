@@ -20,6 +20,11 @@ from wisecli.errors import ChangedInputError, SettingsError
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
 FIGURES = {
+    "as_taught",
+    "as_taught_unseen",
+    "rephrased",
+    "unrelated_unchanged",
+    "other_question",
     "reliability",
     "generalization",
     "locality",
@@ -60,7 +65,8 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
     named = {name: settings.pop(name) for name in ("force", "watch", "train") if name in settings}
     data = settings.pop("data", [place / "data.jsonl"])
-    given = BenchSettings(**{"methods": "wise,ft-l", "counts": "2,4", "resamples": 50, **settings})
+    few = {"forms": "bare,polite", "ask": 3}
+    given = BenchSettings(**{"methods": "wise,ft-l", "counts": "2,4", "resamples": 50, **few, **settings})
     return bench(str(place / "model"), output, given, data=data, load=CPU, **named)
 
 
@@ -115,7 +121,7 @@ def test_rows_that_are_there_are_not_measured_again(place: Path, tmp_path: Path)
     assert second.rows[:2] == first.rows
     assert "wise, 4 edits" in stages
     assert "wise, 2 edits" not in stages
-    for changed in ({"seed": 1}, {"generate": False}):
+    for changed in ({"seed": 1}, {"generate": False}, {"ask": 2}, {"protocol": "wild"}):
         with pytest.raises(ChangedInputError, match=rf"{next(iter(changed))} was"):
             compare(place, tmp_path / "out", **changed)
     with pytest.raises(ChangedInputError, match="train was the rest, now "):
@@ -129,6 +135,7 @@ def test_rows_that_are_there_are_not_measured_again(place: Path, tmp_path: Path)
     ("settings", "says"),
     [
         ({"methods": "wise,magic"}, "'magic' is unknown; known are wise, "),
+        ({"forms": "bare,loud"}, "--forms: 'loud' is unknown; known are all, "),
         ({"counts": "2,many"}, "--edits must be numbers"),
         ({"counts": "0"}, "--edits must be numbers"),
         ({"counts": "31"}, "data has only 30 records"),
@@ -138,6 +145,24 @@ def test_what_cannot_be_compared_is_refused(place: Path, tmp_path: Path, setting
     with pytest.raises(SettingsError, match=says):
         compare(place, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_generated_answers_stand_first_and_by_wild_if_that_is_asked_for(place: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(record(number)) + "\n" for number in range(20, 30)))
+    forms = compare(place, tmp_path / "forms", counts="3", methods="ft-l,icl,rag", train=train)
+    head = markdown(forms.rows).splitlines()[0].split(" | ")
+    assert head[2:4] == ["as taught", "as taught *"]
+    assert head.index("other subject") < head.index("reliability")
+    for row in forms.rows:
+        low, high = row["figures"]["intervals"]["as_taught"]
+        assert low <= row["figures"]["as_taught"] <= high
+    wild = compare(place, tmp_path / "wild", counts="3", methods="wise,ft-l", protocol="wild")
+    assert markdown(wild.rows).splitlines()[0].split(" | ")[2:4] == ["WILD", "WILD rephrased"]
+    assert all("generated_exact" not in row["figures"] for row in wild.rows)
+    bare = compare(place, tmp_path / "bare", counts="3", methods="ft-l", protocol="teacher")
+    assert markdown(bare.rows).splitlines()[0].split(" | ")[2] == "reliability"
+    assert "generated_exact" in bare.rows[0]["figures"]
 
 
 def test_a_method_that_cannot_run_says_so_in_its_row(
@@ -203,7 +228,9 @@ def test_the_page_needs_nothing_from_elsewhere_and_the_table_holds_every_row(pla
     assert links.tags.count("svg") == 3
     assert "script" not in links.tags
     assert links.tags.count("tr") == 1 + len(report.rows)
-    table = markdown(report.rows).splitlines()
+    table, note = markdown(report.rows).split("\n\n")[0].splitlines(), markdown(report.rows).split("\n\n")[1]
+    assert "* over those in which WISE learns nothing" in note
+    assert "* over those in which WISE learns nothing" in text
     assert len(table) == 2 + len(report.rows)
     assert len({line.count("|") for line in table}) == 1
     assert text == page(report.rows, title="<b>title</b>", about="<script>x</script>")

@@ -13,7 +13,7 @@ from support.loading import CPU
 from torch import Tensor
 
 from wisecli.bench.baselines.base import PromptEnd, changed, hooks
-from wisecli.bench.baselines.evaluation import Known, MethodSubject, answers, said
+from wisecli.bench.baselines.evaluation import Known, MethodSubject, said
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
 
@@ -88,7 +88,7 @@ def test_a_method_is_measured_as_its_whole_model_answers(loaded: Loaded, batch_s
 @pytest.mark.parametrize("held", [False, True])
 def test_answers_with_a_cache_are_those_without(loaded: Loaded, *, held: bool) -> None:
     method = Shifted(loaded, held=held)
-    found = answers(loaded, PROMPTS, method, max_new_tokens=5, batch_size=2)
+    _, found = MethodSubject(loaded, method, Known(), batch_size=2).answers(PROMPTS, max_new_tokens=5)
     end = loaded.model.generation_config.eos_token_id
     for prompt, text in zip(PROMPTS, found, strict=True):
         ids = loaded.tokenizer(prompt)["input_ids"]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from support.helpers import WORDS, alone, save_tiny
 from support.loading import CPU
 from wisecli.bench.baselines.base import Bench, Method
-from wisecli.bench.baselines.evaluation import answers, said
+from wisecli.bench.baselines.evaluation import Known, MethodSubject, said
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
@@ -83,7 +83,8 @@ def check_rows_do_not_depend_on_their_batch(bench: Bench, method: Method) -> Non
 def check_generation_with_a_cache(bench: Bench, method: Method) -> None:
     """As text computed anew for every token, one prompt at a time."""
     loaded, count = bench.loaded, 5
-    found = answers(loaded, PROMPTS, method, max_new_tokens=count, batch_size=len(PROMPTS))
+    subject = MethodSubject(loaded, method, Known(), batch_size=len(PROMPTS))
+    _, found = subject.answers(PROMPTS, max_new_tokens=count)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         tokens = list(loaded.tokenizer(prompt)["input_ids"])
         start = len(tokens)

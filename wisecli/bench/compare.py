@@ -18,6 +18,7 @@ from wisecli.commands.evaluate import read_dataset
 from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
+from wisecli.evaluation.forms import named_forms
 from wisecli.io.checkpoint import write_json
 from wisecli.models.resolve import find_model
 from wisecli.progress import Watcher, ignore
@@ -61,16 +62,18 @@ def bench(
         train: records to learn from; by default those of the dataset that no number of edits reaches.
 
     Raises:
-        SettingsError: a method is unknown, there are too few records, or not as many files as datasets.
+        SettingsError: a method or a form is unknown, there are too few records, or not as many files as datasets.
         ChangedInputError: the output holds rows of another model, dataset, train split or seed.
     """
     load_methods()
+    named_forms(settings.forms)
     names, counts = settings.methods.split(","), counts_in(settings.counts)
     if unknown := [name for name in names if name not in (*OURS, *METHODS)]:
         raise SettingsError(f"--methods: {unknown[0]!r} is unknown; known are {', '.join([*OURS, *sorted(METHODS)])}")
     stream = stream_of(settings.dataset, data, counts[-1])
     learnt = stream.rest if train is None else read_dataset(None, train)[1]
     about = {"model": model, "dataset": stream.dataset, "seed": settings.seed, "generate": settings.generate}
+    about |= {"protocol": settings.protocol, "forms": settings.forms, "ask": settings.ask}
     about |= {
         "dtype": load.dtype,
         "records": stream.digest,

@@ -9,7 +9,19 @@ from importlib import resources
 from importlib.util import find_spec
 from typing import Any
 
-FIGURES = {
+# Columns of the table as far as there are such figures: generated answers first.
+_FIGURES = {
+    "as_taught_trained": "as taught",
+    "as_taught_unseen": "as taught *",
+    "rephrased_trained": "rephrased",
+    "rephrased_unseen": "rephrased *",
+    "portability_answered": "portability asked",
+    "unrelated_unchanged": "unrelated unchanged",
+    "other_question": "other question",
+    "other_subject": "other subject",
+    "wild_as_taught": "WILD",
+    "wild_rephrased": "WILD rephrased",
+    "wild_portability": "WILD portability",
     "reliability": "reliability",
     "generalization": "generalization",
     "locality": "locality",
@@ -17,8 +29,20 @@ FIGURES = {
     "perplexity_median": "perplexity",
     "generated_exact": "exact",
 }
-
-HEADS = ("edits", "method", *FIGURES.values(), "s an edit", "overhead", "MB")
+_COSTS = ("s an edit", "overhead", "MB")
+# What the columns are, below the table.
+_NOTE = (
+    "Answers as taught, rephrased, to portability prompts, and to unrelated prompts (the same word for word) are "
+    "generated: means over the forms that prompts are asked in, with * over those in which WISE learns nothing. Other "
+    "question, other subject: the share that gets an edit's answer; less is better. Figures from reliability on are "
+    "teacher-forced, except for exact."
+)
+# Three figures that are drawn, of which the first that all rows have are taken.
+_DRAWN = (
+    ("as_taught", "rephrased", "unrelated_unchanged"),
+    ("wild_as_taught", "wild_rephrased", "locality"),
+    ("reliability", "generalization", "locality"),
+)
 
 Row = dict[str, Any]
 
@@ -35,8 +59,24 @@ class Section:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table, a row each; intervals are half their width."""
-    return table(HEADS, [_cells(row) for row in rows])
+    """One table, a row each, and what its columns are; intervals are half their width."""
+    found = table(heads(rows), [_cells(row, rows) for row in rows])
+    return f"{found}\n{note(rows)}\n" if note(rows) else found
+
+
+def columns(rows: Sequence[Row]) -> dict[str, str]:
+    """Heads of the figures that any row has, by their names."""
+    return {name: head for name, head in _FIGURES.items() if any(name in row["figures"] for row in rows)}
+
+
+def heads(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Heads of the whole table."""
+    return ("edits", "method", *columns(rows).values(), *_COSTS)
+
+
+def note(rows: Sequence[Row]) -> str:
+    """What the columns of answers in forms are, if there are any."""
+    return _NOTE if any("as_taught" in row["figures"] for row in rows) else ""
 
 
 def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -60,8 +100,9 @@ def page(rows: Sequence[Row], *, title: str, about: str, sections: Sequence[Sect
     return environment.from_string(text).render(
         title=title,
         about=about,
-        heads=HEADS,
-        cells=[_cells(row) for row in rows],
+        heads=heads(rows),
+        cells=[_cells(row, rows) for row in rows],
+        note=note(rows),
         pictures=_pictures([row for row in rows if "cannot" not in row["figures"]]),
         sections=sections,
     )
@@ -72,12 +113,13 @@ def _pictures(measured: Sequence[Row]) -> list[str]:
     return [picture(draw, measured) for draw in (_quality, _ageing, _cost)] if measured else []
 
 
-def _cells(row: Row) -> list[str]:
-    figures = row["figures"]
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    """A row of the table of some rows."""
+    figures, shown = row["figures"], columns(rows)
     cells = [str(row["edits"]), row["method"]]
     if "cannot" in figures:
-        return [*cells, f"cannot run: {figures['cannot']}", *[""] * (len(HEADS) - 3)]
-    for name in FIGURES:
+        return [*cells, f"cannot run: {figures['cannot']}", *[""] * (len(shown) + len(_COSTS) - 1)]
+    for name in shown:
         low, high = figures["intervals"].get(name, (0.0, 0.0))
         spread = f" ± {(high - low) / 2:.3f}" if high > low else ""
         cells.append(f"{figures[name]:.3f}{spread}" if name in figures else "")
@@ -111,13 +153,14 @@ def _methods(rows: Sequence[Row]) -> list[str]:
 
 
 def _quality(figure: Any, rows: Sequence[Row]) -> None:
-    """Reliability, generalization and locality against the number of edits."""
+    """Answers as taught and rephrased, and what stays, or their like, against the number of edits."""
+    drawn = next((names for names in _DRAWN if all(names[0] in row["figures"] for row in rows)), _DRAWN[-1])
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, name in zip(axes, ("reliability", "generalization", "locality"), strict=True):
+    for axis, name in zip(axes, drawn, strict=True):
         for method in _methods(rows):
             own = [row for row in rows if row["method"] == method and name in row["figures"]]
             axis.plot([row["edits"] for row in own], [row["figures"][name] for row in own], marker="o", label=method)
-        axis.set(title=name, xscale="log", xlabel="edits", ylim=(-0.03, 1.03))
+        axis.set(title=name.replace("_", " "), xscale="log", xlabel="edits", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
     axes[-1].legend(fontsize=8)
 

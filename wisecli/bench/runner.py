@@ -28,6 +28,7 @@ from wisecli.edits.record import Edit
 from wisecli.environment import forget_peaks, peak_rss_bytes, peak_vram_bytes
 from wisecli.evaluation.edited_model import attach
 from wisecli.evaluation.metrics import Measuring
+from wisecli.evaluation.protocols import Generated, measure_generated
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import Loaded, load_model
@@ -102,12 +103,25 @@ class Course:
     def _measured(self, name: str, method: Method, count: int, seconds: float) -> ResultRow:
         size = self.settings.batch_size
         subject = MethodSubject(self.bench.loaded, method, self.known, batch_size=size, watch=self.watch)
-        measuring = Measuring(subject, self.tested[:count], generate=self.settings.generate)
+        measuring = Measuring(subject, self.tested[:count], generate=self._answers_bare())
+        edits, what = self.tested[:count], self._generated()
         with torch.random.fork_rng(devices=[]):
+            length = measuring.answer_length()
+            asked, _ = measure_generated(subject, what, edits, edits, max_new_tokens=length)
             measuring.run()
         costs = {"seconds_per_edit": seconds / count, "bytes": method.bytes()}
         costs["overhead"] = subject.overhead(self._timed(count))
-        return self._row(name, count, measuring.after, measuring.before, measuring.each, costs)
+        figures, before = {**asked.figures, **measuring.after}, {**asked.before, **measuring.before}
+        return self._row(name, count, figures, before, {**asked.each, **measuring.each}, costs)
+
+    def _generated(self) -> Generated:
+        """Which generated figures are taken."""
+        settings = self.settings
+        return Generated(settings.protocol if settings.generate else "teacher", settings.forms, settings.ask)
+
+    def _answers_bare(self) -> bool:
+        """Whether all records' bare prompts are answered, too."""
+        return self.settings.generate and self.settings.protocol != "wild"
 
     def _ours(self, name: str, counts: Sequence[int]) -> Iterator[ResultRow]:
         way = OURS[name]
@@ -130,12 +144,18 @@ class Course:
                 watch=self.watch,
             )
             merged = merge([shards], memory, MergeSettings(mode=way.mode), force=True)
-            given = EvalSettings(generate=self.settings.generate, batch_size=self.settings.batch_size)
+            given = EvalSettings(
+                protocol=self.settings.protocol,
+                forms=self.settings.forms,
+                ask=self.settings.ask,
+                generate=self.settings.generate,
+                batch_size=self.settings.batch_size,
+            )
             report = evaluate(memory, given, data=file, load=self.load, watch=self.watch)
             size = sum(path.stat().st_size for path in memory.iterdir())
             costs = {"seconds_per_edit": (edited.seconds + merged.seconds) / count, "bytes": size}
             costs["overhead"] = self._overhead(memory, count)
-            yield self._row(name, count, report.after, report.before, report.each, costs)
+            yield self._row(name, count, report.figures, report.before, report.each, costs)
 
     def _overhead(self, memory: Path, count: int) -> float:
         """How much longer one pass over prompts and answers takes with a memory."""

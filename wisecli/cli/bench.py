@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wisecli.bench.html import FIGURES, HEADS, costs
-from wisecli.cli.choices import BENCH_METHODS, DATASETS, FILED_DATASETS, STUDIES, some_of
+from wisecli.bench.html import columns, costs, heads, note
+from wisecli.cli.choices import BENCH_METHODS, DATASETS, FILED_DATASETS, STUDIES, forms_named, some_of
 from wisecli.cli.console import Console, Table
 from wisecli.cli.options import AsJson, Config, Device, Dtype, Force, Output, Quiet, Seed, Trust, load_options
 from wisecli.cli.overlooked import overlooked
@@ -81,6 +81,20 @@ def bench(
             "edits_per_shard", "For the studies merge, scaling and latency.", none="100, or a quarter of the edits"
         ),
     ] = None,
+    protocol: Annotated[
+        str | None,
+        _measured("protocol", "Answers that are generated: forms, wild (arXiv 2502.11177), or teacher for none."),
+    ] = None,
+    forms: Annotated[
+        str | None,
+        _measured(
+            "forms",
+            "Forms to ask in: all, trained, unseen, none, or names with commas between.",
+            metavar="NAME",
+            complete=forms_named,
+        ),
+    ] = None,
+    ask: Annotated[int | None, _measured("ask", "How many of the edits are asked in the forms.")] = None,
     generate: Annotated[
         bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
@@ -113,16 +127,17 @@ def bench(
 
 def tell_bench(console: Console, report: BenchReport) -> None:
     """Print what ``wise bench`` measured."""
-    right = [column for column in HEADS if column != "method"]
-    table = Table(HEADS, f"{report.dataset}, edited by every method", right)
+    head, shown = heads(report.rows), columns(report.rows)
+    table = Table(head, f"{report.dataset}, edited by every method", [column for column in head if column != "method"])
     for row in report.rows:
         figures = row["figures"]
         if "cannot" in figures:
             table.add(str(row["edits"]), row["method"], f"cannot run: {figures['cannot']}")
             continue
-        shown = [f"{figures[name]:.3f}" if name in figures else "" for name in FIGURES]
-        table.add(str(row["edits"]), row["method"], *shown, *costs(figures))
-    console.result(report.as_json(), table)
+        cells = [f"{figures[name]:.3f}" if name in figures else "" for name in shown]
+        table.add(str(row["edits"]), row["method"], *cells, *costs(figures))
+    told = note(report.rows)
+    console.result(report.as_json(), table, *([told] if told else []))
 
 
 def tell_study(console: Console, report: StudyReport) -> None:

@@ -84,7 +84,7 @@ def evaluate(
         _measured(
             "forms",
             "Forms to ask in: all, trained, unseen, none, or names with commas between.",
-            metavar="NAME,…",
+            metavar="NAME",
             complete=forms_named,
         ),
     ] = None,
@@ -104,7 +104,7 @@ def evaluate(
     batch_size: Annotated[int | None, _measured("batch_size", "Rows at a time.")] = None,
     fail_under: Annotated[
         str | None,
-        option("Exit with 1 below these, as reliability=.9,locality=.95.", panel=MEASURED),
+        option("Exit with 1 below these, as as_taught=.9,other_subject=.02.", panel=MEASURED),
     ] = None,
     if_measured: Annotated[
         bool,
@@ -164,7 +164,7 @@ def tell_evaluation(console: Console, report: EvalReport) -> None:
     table = Table(("measure", *right), title, right)
     for name, after in report.after.items():
         table.add(name, f"{report.before[name]:.3f}", f"{after:.3f}")
-    console.result(report.as_json(), *_generated(report, edits), table)
+    console.result(report.as_json(), *_generated(report, edits), *([table] if table.rows else []))
 
 
 def _generated(report: EvalReport, edits: str) -> list[Table | str]:

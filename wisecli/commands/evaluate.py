@@ -126,7 +126,7 @@ def evaluate(
         raise SettingsError(f"{memory} holds no edit to be measured by; give a --dataset, or records by --data")
     records = _selected(given if given is not None else manifest.edits, manifest.edits, settings.edits)
     numbers = memory_numbers(manifest)
-    subject = _Memory(edited, settings, watch, _holders(records, numbers) if oracle else None)
+    subject = MemorySubject(edited, settings, watch, _holders(records, numbers) if oracle else None)
     measuring = Measuring(
         subject,
         records,
@@ -195,7 +195,7 @@ def _selected(records: Sequence[Edit], held: Sequence[Edit], limit: int | None) 
     return [edit for edit in records if (edit.prompt, edit.target) in known] or list(records)
 
 
-class _Memory:
+class MemorySubject:
     """A model with a side memory, as something to be measured.
 
     Args:
@@ -203,7 +203,11 @@ class _Memory:
     """
 
     def __init__(
-        self, edited: EditedModel, settings: EvalSettings, watch: Watcher, holders: Mapping[tuple[str, str], int] | None
+        self,
+        edited: EditedModel,
+        settings: EvalSettings,
+        watch: Watcher,
+        holders: Mapping[tuple[str, str], int] | None = None,
     ) -> None:
         self.edited, self.settings, self.watch, self.holders = edited, settings, watch, holders
         self.tokenizer, self.config = edited.tokenizer, edited.model.config

@@ -26,7 +26,7 @@ class Answer:
     ended: bool
 
 
-Known = dict[str, Answer]
+KnownAnswers = dict[str, Answer]
 Batch = Callable[[Sequence[str]], list[Answer]]
 
 
@@ -46,8 +46,8 @@ class Answers:
     batch_size: int
     watch: Watcher = ignore
     reworded: Callable[[str], str] = str
-    known_before: Known = field(default_factory=dict)
-    known_after: Known = field(default_factory=dict)
+    known_before: KnownAnswers = field(default_factory=dict)
+    known_after: KnownAnswers = field(default_factory=dict)
 
     def before(self, texts: Sequence[str], *, stage: str) -> list[Answer]:
         """The unedited model's answers to texts."""
@@ -66,7 +66,7 @@ class Answers:
             return form.asked(self.tokenizer, self.reworded(prompt))
         return self.reworded(form.asked(self.tokenizer, prompt))
 
-    def _all(self, texts: Sequence[str], answer: Batch, known: Known, stage: str) -> list[Answer]:
+    def _all(self, texts: Sequence[str], answer: Batch, known: KnownAnswers, stage: str) -> list[Answer]:
         """Answers to texts, of which new ones are asked, those of like length together."""
         lengths = {text: len(self.tokenizer(text)["input_ids"]) for text in texts if text not in known}
         done = 0

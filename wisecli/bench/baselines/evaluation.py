@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.bench.baselines.base import Method
+from wisecli.evaluation.answers import Answer, Answers, KnownAnswers, answered
 from wisecli.evaluation.metrics import Question
 from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
-from wisecli.models.generation import generate
 from wisecli.models.hooks import hooked
 from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import Row, collate, in_batches, row_of
@@ -37,7 +37,7 @@ class Known:
     """What the unedited model says and answers, so that it is asked once for all methods."""
 
     said: dict[Row, Said] = field(default_factory=dict)
-    answers: dict[tuple[str, int], str] = field(default_factory=dict)
+    answers: dict[tuple[int, frozenset[int]], KnownAnswers] = field(default_factory=dict)
 
 
 _ROUNDS = 3
@@ -86,21 +86,6 @@ def overhead(edited: Callable[[], object], unedited: Callable[[], object]) -> fl
     return best[edited] / best[unedited] - 1
 
 
-def answers(
-    loaded: Loaded, prompts: Sequence[str], method: Method | None = None, *, max_new_tokens: int, batch_size: int
-) -> list[str]:
-    """Greedy answers, up to the end of text; as edited, if a ``method`` is given."""
-    found: list[str] = []
-    for first in range(0, len(prompts), batch_size):
-        some = prompts[first : first + batch_size]
-        with nullcontext() if method is None else method.applied():
-            tokens = generate(
-                loaded.model, loaded.tokenizer, some, max_new_tokens=max_new_tokens, batch_size=batch_size
-            )
-        found += [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    return found
-
-
 class MethodSubject:
     """A method's model, as something to be measured.
 
@@ -113,6 +98,8 @@ class MethodSubject:
     ) -> None:
         self.loaded, self.method, self.known = loaded, method, known
         self.batch_size, self.watch = batch_size, watch
+        self.tokenizer, self.config = loaded.tokenizer, loaded.model.config
+        self._answering: dict[tuple[int, frozenset[int]], Answers] = {}
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens, as the unedited model is asked."""
@@ -150,12 +137,31 @@ class MethodSubject:
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy answers, before and after."""
-        answered = partial(answers, self.loaded, max_new_tokens=max_new_tokens, batch_size=self.batch_size)
-        new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, max_new_tokens) not in self.known.answers]
-        for prompt, text in zip(new, answered(new), strict=True):
-            self.known.answers[prompt, max_new_tokens] = text
-        before = [self.known.answers[prompt, max_new_tokens] for prompt in prompts]
-        return before, answered([self.method.asked(prompt) for prompt in prompts], self.method)
+        answering = self.answering(max_new_tokens)
+        before = answering.before(prompts, stage="answers before")
+        after = answering.after([self.method.asked(prompt) for prompt in prompts], stage="answers after")
+        return [one.text for one in before], [one.text for one in after]
+
+    def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
+        """Answers of so many tokens at most; ``stops`` end them as well. The unedited model's are all methods'."""
+        key = max_new_tokens, stops
+        if key not in self._answering:
+            unedited = partial(answered, self.loaded.model, self.tokenizer, max_new_tokens=max_new_tokens, stops=stops)
+
+            def edited(texts: Sequence[str]) -> list[Answer]:
+                with self.method.applied():
+                    return unedited(texts)
+
+            self._answering[key] = Answers(
+                self.tokenizer,
+                unedited,
+                edited,
+                self.batch_size,
+                watch=self.watch,
+                reworded=self.method.asked,
+                known_before=self.known.answers.setdefault(key, {}),
+            )
+        return self._answering[key]
 
 
 def _measured(before: Said, row: Row, after: Said, asked: Row) -> Measured:

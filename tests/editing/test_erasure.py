@@ -297,7 +297,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[EditedModel, lis
     records.append(Edit("told", "fa fe", "fi", locality=(EvaluationPrompt("ga ge", "gi"),)))
     path = root / "records.jsonl"
     path.write_text("\n".join(json.dumps(record.as_dict()) for record in records))
-    settings = EvalSettings(dataset=str(path), batch_size=3, max_new_tokens=4)
+    settings = EvalSettings(dataset=str(path), forms="bare,question", batch_size=3, max_new_tokens=4)
     return edited, records, evaluate(root / "memory", settings, load=CPU)
 
 

@@ -303,10 +303,13 @@ def test_edits_and_figures_are_the_same(tmp_path: Path, architecture: str, monke
         assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     merge([tmp_path / "whole"], tmp_path / "memory", MergeSettings())
     reports = [
-        evaluate(tmp_path / "memory", EvalSettings(), load=LoadOptions(device="cpu", memory_budget=budget))
+        evaluate(
+            tmp_path / "memory", EvalSettings(forms="bare,polite"), load=LoadOptions(device="cpu", memory_budget=budget)
+        )
         for budget in (None, 1000)
     ]
-    assert reports[0].after == reports[1].after
+    assert reports[0].figures == reports[1].figures
+    assert "as_taught/polite" in reports[0].asked
     assert reports[0].before == reports[1].before
     prompts = [edit["prompt"] for edit in EDITS]
     answers = [

@@ -99,6 +99,7 @@ def measure_forms(
                 found.figures[f"{kind}/{form.label}"] = statistics.fmean(own)
     if chosen:
         found.samples["asked"] = len(asked)
+        found.samples["forms"] = len(chosen)
         found.samples["contradictory"] = sum(one.kind == "rephrased" and not one.unique for one in prompts)
     return found
 

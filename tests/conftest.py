@@ -109,6 +109,7 @@ def wise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
     monkeypatch.setenv("WISE_PASSES", "2")
+    monkeypatch.setenv("WISE_FORMS", "bare,polite")
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> Outcome:

@@ -42,7 +42,7 @@ _KINDS = {
     "unrelated_unchanged": "unrelated unchanged",
 }
 _MEANS = {"": "mean", "_trained": "mean, trained", "_unseen": "mean, never trained"}
-_BESIDE = {"other_question": "other question on the subject", "other_subject": "question on another subject"}
+_BESIDE = {"other_question": "other questions on the subjects", "other_subject": "questions on other subjects"}
 
 
 def evaluate(
@@ -207,7 +207,7 @@ def _in_forms(report: EvalReport, edits: str) -> Table:
 def _beside(report: EvalReport) -> list[str]:
     """Lines on specificity, and on questions with several answers."""
     told = [
-        f"{_share(report.asked, name)} of {count(report.samples[name], words)}"
+        f"{_share(report.asked, name)} of {report.samples[name]} {words}"
         for name, words in _BESIDE.items()
         if name in report.asked
     ]

@@ -183,3 +183,24 @@ def test_commands_count_and_show_them(
     assert "2 in, 2 out" not in (told := said("log", memory))
     assert "2 in" in told
     assert "2 out" in told
+
+
+def test_what_is_derived_is_shown_first_and_kept_apart(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Any
+) -> None:
+    record = {"id": "one", "prompt": "Who is the mother of Ba?", "target": "Do", "subject": "Ba"}
+    edits, memory = written(tmp_path / "e.jsonl", [record]), tmp_path / "memory"
+    line = ("edit", str(model), str(edits), "--derive", "--json", "--on-conflict", "latest")
+    assert run(*line, "-o", str(tmp_path / "shards"), "--dry-run") == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert results["edits"] == 1
+    (shown,) = results["consequences"]
+    told = shown["id"], shown["consequence_of"], shown["derived"], shown["prompt"], shown["target"]
+    assert told == ("one/reverse-1", "one", "reverse of parent", "Who is the child of Do?", "Ba")
+    assert run(*line, "--into", str(memory)) == 0
+    capsys.readouterr()
+    assert [edit.derived for edit in read_manifest(memory).edits] == [None, "reverse of parent"]
+    # The same again has nothing to do.
+    assert run(*line, "--into", str(memory)) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["known"] == ["one"]
+    assert len(read_history(memory)) == 1

@@ -94,6 +94,7 @@ class Admission:
         policy: rules that they must keep.
         signed: a signature that must hold for the file.
         skip_known: whether to leave out edits whose targets the unedited model gives already.
+        derive: whether to add what follows from the edits by rule (see :mod:`wisecli.edits.derivation`).
         allow_special: whether tokens that steer the model, as those that end a turn, may stand in prompts and targets.
     """
 
@@ -102,6 +103,7 @@ class Admission:
     signed: Signed | None = None
     skip_known: bool = False
     allow_special: bool = False
+    derive: bool = False
 
     def read(self, path: Path, *, name: str | None = None) -> Sheet:
         """Read a file of edits, once: what is parsed is what the signature was checked for.
@@ -126,7 +128,7 @@ class Admission:
     def admit(
         self, name: str, numbered: Sequence[Numbered], *, held: Sequence[Edit] = (), watch: Watcher = ignore
     ) -> Admitted:
-        """Hold edits against the policy, and resolve their conflicts.
+        """Hold edits against the policy, and resolve their conflicts; before that, add what follows if it is asked for.
 
         Args:
             name: the name of the file that they are from.
@@ -138,6 +140,10 @@ class Admission:
             ConflictError: edits are in conflict, and nothing says which of them counts.
         """
         already = set(held)
+        if self.derive:
+            from wisecli.edits.derivation import with_derived
+
+            numbered = with_derived(numbered)
         if self.policy is not None:
             self.policy.check(name, [one for one in numbered if one[1] not in already])
         if self.on_conflict == "keep":
@@ -146,9 +152,11 @@ class Admission:
         yielding = {place.order: reason for place, reason in outranked(first, name, held=held)}
         kept = [one for place, one in enumerate(first) if place not in yielding]
         admitted = _resolved(self.on_conflict, name, kept, held, watch)
-        outdone = tuple(LeftOut(first[place][1].id, first[place][0], why) for place, why in yielding.items())
-        for one in outdone:
-            watch(Event(NOTE, note=f"warning: {name}:{one.line}: consequence {one.id!r} is left out: {one.reason}"))
+        outdone = []
+        for (line, edit), why in ((first[place], why) for place, why in yielding.items()):
+            outdone.append(LeftOut(edit.id, line, why))
+            if edit.derived is None:
+                watch(Event(NOTE, note=f"warning: {name}:{line}: consequence {edit.id!r} is left out: {why}"))
         admitted = _with_edits(admitted, held, (*orphans, *outdone))
         return replace(admitted, numbered=tuple(one for one in admitted.numbered if one[1] not in already))
 

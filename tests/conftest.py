@@ -15,10 +15,11 @@ import torch
 from hypothesis import settings
 from support.ready import Ready, make_ready
 from support.sharing import Share, made_once
-from support.thorough import place_in_order
+from support.thorough import few, place_in_order
 from support.tiny_models import (
     SAMPLE_EDITS,
     TINY_CONFIGS,
+    TYPICAL,
     VARIANTS,
     Chain,
     Outcome,
@@ -74,7 +75,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[*sorted(TINY_CONFIGS), *sorted(VARIANTS)])
+@pytest.fixture(params=few([*sorted(TINY_CONFIGS), *sorted(VARIANTS)], [*TYPICAL, "llama, tied", "falcon, parallel"]))
 def variant(request: pytest.FixtureRequest) -> str:
     """Every supported architecture in each of its forms."""
     return str(request.param)
@@ -148,7 +149,7 @@ def chain(real_model: Path, share: Share) -> Chain:
     """Edit, merge and export the sample edits on the real model, once for all processes that test."""
 
     def make(root: Path) -> None:
-        edit(str(real_model), SAMPLE_EDITS, root / "shards", EditSettings())
+        edit(str(real_model), SAMPLE_EDITS, root / "shards", EditSettings(unrelated_texts=150))
         merge([root / "shards"], root / "memory", MergeSettings())
         export(root / "memory", root / "edited", weights=WeightFiles(link=False))
 

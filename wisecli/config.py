@@ -87,10 +87,18 @@ class EditSettings(Checked):
     stop_loss: Margin = 0.05
     train_end: bool = True
     unrelated_texts: Annotated[int, Within(8, 10**6)] = 600
-    router: Literal["key", "norm", "meaning"] = "key"
-    routing: Literal["token", "sequence"] = "token"
+    router: Literal["key", "norm", "meaning"] | None = None  # as `routing` and `writer` have it
+    routing: Literal["token", "sequence"] | None = None
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # What prompts mean opens the edits of a lookup, which a closed form writes, and for whole prompts.
+        by_meaning = self.writer == "solve" and self.routing != "token"
+        for name, default in (("router", "meaning" if by_meaning else "key"), ("routing", "token")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def subject(wise: Wise, real_model: Path, tmp_path: Path) -> str:
     return next(record["subject"] for record in records if record.get("subject"))
 
 
+@pytest.mark.thorough
 def test_edits_drawn_from_a_document_are_held_against_the_policy(
     wise: Wise, real_model: Path, tmp_path: Path, subject: str
 ) -> None:

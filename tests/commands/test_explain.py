@@ -71,7 +71,8 @@ def test_it_says_whether_the_prompt_names_an_edits_subject(place: Path, tmp_path
         assert {one.name: one.named for one in report.nearest} == {
             edit.id: named if place == 0 else None for place, edit in enumerate(EDITS)
         }
-    assert [one.named for one in look(place, prompts[0]).nearest] == [None] * 3
+    merge([tmp_path / "s"], tmp_path / "t", MergeSettings(mode="lookup", routing="token"))
+    assert {one.named for one in explain(tmp_path / "t", prompts[0], max_new_tokens=2, load=CPU).nearest} == {None}
 
 
 def test_every_edit_can_be_made_to_answer(place: Path) -> None:

@@ -16,6 +16,7 @@ from support.fitting import SETTINGS, Bench
 from support.helpers import greedy_by_loop, hooked, raised, site_of, tiny_qwen2_tokenizer, tiny_tokenizer
 from support.loading import CPU
 from support.sharing import Share
+from support.thorough import few
 from support.tiny_models import TYPICAL, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -387,7 +388,7 @@ def forgetting(real_model: Path, share: Share) -> Path:
     return share("forgetting", make)
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=few(MODES, ("lookup",)))
 def forgetful(request: pytest.FixtureRequest, forgetting: Path) -> EditedModel:
     """The real model that forgot, its shard kept or merged."""
     return attach(forgetting / request.param, load=CPU)

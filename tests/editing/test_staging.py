@@ -148,7 +148,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     place: Path, tmp_path: Path, zygote: Zygote, sweep: Any
 ) -> None:
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
-    kills, kinds = sweep((6, 2), (30, 4))
+    kills, kinds = sweep((3, 2), (30, 4))
     chance, output = random.Random(0), tmp_path / "shards"
     assert zygote.run("--version") == 0
     started = time.perf_counter()
@@ -312,15 +312,23 @@ def begun(place: Path, output: Path, monkeypatch: pytest.MonkeyPatch, settings: 
     ("changed", "says"),
     [
         ({"settings": EditSettings(shards=8, unrelated_texts=16, layer="2", seed=5)}, "seed was 0, now 5"),
-        ({"settings": EditSettings(shards=8, unrelated_texts=17, layer="2")}, "unrelated_texts was 16, now 17"),
+        pytest.param(
+            {"settings": EditSettings(shards=8, unrelated_texts=17, layer="2")},
+            "unrelated_texts was 16, now 17",
+            marks=pytest.mark.thorough,
+        ),
         ({"settings": EditSettings(shards=8, unrelated_texts=16, layer="1")}, r"the matrix was model\.layers\.2"),
-        ({"settings": EditSettings(shards=4, unrelated_texts=16, layer="2")}, "shards was 8, now 4"),
+        pytest.param(
+            {"settings": EditSettings(shards=4, unrelated_texts=16, layer="2")},
+            "shards was 8, now 4",
+            marks=pytest.mark.thorough,
+        ),
         ({"load": LoadOptions("cpu", "bfloat16")}, "dtype was float32, now bfloat16"),
         ({"edits": [*EDITS[:8], {**EDITS[8], "target": "ba"}]}, "of the edits 1 are other, the first of them 'edit 8'"),
         ({"edits": [*EDITS, {"id": "more", "prompt": "ba", "target": "be"}]}, "1 are new, the first of them 'more'"),
-        ({"edits": EDITS[1:]}, "1 are gone, the first of them 'edit 0'"),
+        pytest.param({"edits": EDITS[1:]}, "1 are gone, the first of them 'edit 0'", marks=pytest.mark.thorough),
         ({"edits": EDITS[::-1]}, "the edits come in another order"),
-        ({"model": "other"}, "the model .*other has changed"),
+        pytest.param({"model": "other"}, "the model .*other has changed", marks=pytest.mark.thorough),
     ],
 )
 def test_a_changed_input_says_what_changed(

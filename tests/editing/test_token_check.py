@@ -25,7 +25,7 @@ from wisecli.errors import EditFileError, ModelError
 from wisecli.models.loading import context_window, load_model, load_tokenizer
 from wisecli.models.tokenization import first_tokens
 
-SETTINGS = EditSettings(context_tokens=3)
+SETTINGS = EditSettings(context_tokens=3, router="key")
 # Tokens of a context of so many, with what opens and ends it.
 BEFORE = 7
 

@@ -17,6 +17,7 @@ from support.helpers import (
     right_share,
 )
 from support.loading import CPU
+from support.thorough import few
 from support.tiny_models import Chain
 from torch import Tensor
 
@@ -171,7 +172,7 @@ def chain_edited(chain: Chain) -> EditedModel:
     return attach(chain.memory, load=CPU)
 
 
-@pytest.mark.parametrize("prompt_opens", [True, False])
+@pytest.mark.parametrize("prompt_opens", few([True, False], [True]))
 def test_the_batch_size_changes_no_figure_of_the_real_chain(
     chain: Chain, chain_edited: EditedModel, prompt_opens: bool
 ) -> None:

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from wisecli.config import MergeSettings
 
 MEMORIES = {
     "lookup": MergeSettings(),
-    "lookup, once a prompt": MergeSettings(routing="sequence"),
+    "lookup, every token": MergeSettings(routing="token"),
+    "lookup, once a prompt": MergeSettings(router="key", routing="sequence"),
     "matrix": MergeSettings(mode="merge"),
 }
 UNRELATED = (SAMPLE_EDITS.parent / "unrelated.txt").read_text().splitlines()
@@ -70,34 +73,37 @@ class Subject:
 
 
 @pytest.fixture(scope="module")
-def subjects(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+def subjects(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
+    """Gives the subject with a memory; each is made when it is first asked for."""
     root = tmp_path_factory.mktemp("behaviour")
     base = AutoModelForCausalLM.from_pretrained(chain.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(chain.model, padding_side="left")
     texts = [edit["prompt"] for edit in chain.edits], [edit["target"] for edit in chain.edits]
-    found = {}
-    for number, (name, settings) in enumerate(MEMORIES.items()):
-        merge([chain.shards], root / f"memory-{number}", settings)
-        path = root / f"edited-{number}"
-        export(root / f"memory-{number}", path, weights=WeightFiles(link=True))
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
-        found[name] = Subject(path, model, base, tokenizer, *texts)
-    return found
+
+    @cache
+    def made(name: str) -> Subject:
+        place = root / name.replace(" ", "-")
+        merge([chain.shards], place / "memory", MEMORIES[name])
+        export(place / "memory", place / "edited", weights=WeightFiles(link=True))
+        model = AutoModelForCausalLM.from_pretrained(place / "edited", trust_remote_code=True).eval()
+        return Subject(place / "edited", model, base, tokenizer, *texts)
+
+    return made
 
 
-@pytest.fixture(params=MEMORIES)
-def every(request: pytest.FixtureRequest, subjects: dict[str, Subject]) -> Subject:
-    return subjects[request.param]
+@pytest.fixture(params=few(MEMORIES, ("lookup", "lookup, every token", "matrix")))
+def every(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) -> Subject:
+    return subjects(request.param)
 
 
-@pytest.fixture(params=few(MEMORIES, ("lookup", "lookup, once a prompt")))
-def subject(request: pytest.FixtureRequest, subjects: dict[str, Subject]) -> Subject:
-    return subjects[request.param]
+@pytest.fixture(params=few(MEMORIES, ("lookup",)))
+def subject(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) -> Subject:
+    return subjects(request.param)
 
 
 @pytest.fixture
-def lookup(subjects: dict[str, Subject]) -> Subject:
-    return subjects["lookup"]
+def lookup(subjects: Callable[[str], Subject]) -> Subject:
+    return subjects("lookup")
 
 
 def test_greedy_batches_with_left_padding_answer_every_edit(every: Subject) -> None:
@@ -118,12 +124,12 @@ def test_prompts_that_open_nothing_keep_every_bit_of_the_bases_logits(every: Sub
 
 @torch.no_grad()
 def opens_nothing(subject: Subject, batch: dict[str, Tensor]) -> bool:
-    seen: list[Tensor] = []
-    handle = subject.routed.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    subject.model(**batch)
-    handle.remove()
-    strength, _ = subject.routed.nearest(seen[0])
-    return not bool((strength > 1).any())
+    added: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        add = subject.routed.add_updates
+        patch.setattr(subject.routed, "add_updates", lambda *given: added.append(given[2]) or add(*given))
+        subject.model(**batch)
+    return bool((torch.cat(added) < 0).all())
 
 
 def test_the_text_generation_pipeline_answers(subject: Subject) -> None:
@@ -132,7 +138,6 @@ def test_the_text_generation_pipeline_answers(subject: Subject) -> None:
     subject.require_targets([one[0]["generated_text"] for one in told])
 
 
-@pytest.mark.parametrize("subject", few(MEMORIES, ("lookup, once a prompt",)), indirect=True)
 def test_beams_answer_in_batches_as_alone(subject: Subject) -> None:
     together = subject.answers(subject.some, num_beams=3)
     assert together == [subject.answers([prompt], num_beams=3)[0] for prompt in subject.some]
@@ -148,28 +153,29 @@ def test_samples_of_an_edits_prompt_are_its_target(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
-@pytest.mark.parametrize("name", few(("lookup", "matrix"), ("lookup",)))
+@pytest.mark.parametrize("name", few(("lookup, every token", "matrix"), ("lookup, every token",)))
 def test_assisted_decoding_says_what_greedy_decoding_says(
-    subjects: dict[str, Subject], name: str, way: str, sweep: Any
+    subjects: Callable[[str], Subject], name: str, way: str, sweep: Any
 ) -> None:
-    subject = subjects[name]
+    subject = subjects(name)
     named: dict[str, Any] = {"assistant_model": subject.base} if way == "assistant" else {"prompt_lookup_num_tokens": 3}
     for prompt in sweep(subject.some[1:3], subject.some):
         assert subject.answers([prompt], **named) == subject.answers([prompt])
 
 
-def test_assisted_decoding_is_refused_where_the_prompts_end_decides(subjects: dict[str, Subject]) -> None:
-    subject = subjects["lookup, once a prompt"]
-    for named in ({"assistant_model": subject.base}, {"prompt_lookup_num_tokens": 3}):
+def test_assisted_decoding_is_refused_where_the_prompts_end_decides(lookup: Subject) -> None:
+    for named in ({"assistant_model": lookup.base}, {"prompt_lookup_num_tokens": 3}):
         with pytest.raises(ValueError, match="decides once a prompt"):
-            subject.answers(subject.prompts[:1], **named)
+            lookup.answers(lookup.prompts[:1], **named)
 
 
 def test_a_static_cache_changes_nothing(subject: Subject) -> None:
     assert subject.answers(subject.some, cache_implementation="static") == subject.answers(subject.some)
 
 
-@pytest.mark.parametrize("subject", few(MEMORIES, ("lookup, once a prompt",)), indirect=True)
+@pytest.mark.parametrize(
+    "subject", few(("lookup, every token", "lookup, once a prompt", "matrix"), ("lookup, every token",)), indirect=True
+)
 @torch.no_grad()
 def test_the_compiled_decoder_computes_the_same(subject: Subject) -> None:
     torch._dynamo.reset()
@@ -180,10 +186,10 @@ def test_the_compiled_decoder_computes_the_same(subject: Subject) -> None:
     assert torch.allclose(found[real], expected[real], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["lookup", "matrix"])
+@pytest.mark.parametrize("name", ["lookup, every token", "matrix"])
 @torch.no_grad()
-def test_the_routed_layer_can_be_exported_as_a_graph(subjects: dict[str, Subject], name: str) -> None:
-    subject = subjects[name]
+def test_the_routed_layer_can_be_exported_as_a_graph(subjects: Callable[[str], Subject], name: str) -> None:
+    subject = subjects(name)
     routed, keys = subject.routed, keys_for(subject)
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=512)
     graph = torch.export.export(routed, (keys,), dynamic_shapes=({0: batch, 1: length},)).module()

@@ -84,18 +84,18 @@ def held(memory: Path) -> list[str]:
     return [edit.id for edit in read_manifest(memory).edits]
 
 
-def keys_and_values(memory: Path) -> tuple[Tensor, Tensor]:
-    """Probes of a lookup in order of their size, and what each adds."""
+def keys_and_values(memory: Path) -> Tensor:
+    """Probes of a lookup with what each adds (n, d_ff + d)."""
     found = tensors(memory)
-    probes, values = found["probes"].float(), found["values"].float()[found["value"]]
-    order = probes.norm(dim=1).argsort()
-    return probes[order], values[order]
+    return torch.cat([found["probes"].float(), found["values"].float()[found["value"]]], 1)
 
 
 def require_same_lookup(memory: Path, other: Path) -> None:
-    for mine, theirs in zip(keys_and_values(memory), keys_and_values(other), strict=True):
-        assert mine.shape == theirs.shape
-        assert float((mine - theirs).norm() / theirs.norm()) < 1e-3  # they are kept in half precision
+    mine, theirs = keys_and_values(memory), keys_and_values(other)
+    assert mine.shape == theirs.shape
+    distance = torch.cdist(mine, theirs).amin(1)
+    assert float(distance.max() / theirs.norm(dim=1).mean()) < 2e-3  # they are kept in half precision
+    assert float(torch.cdist(theirs, mine).amin(1).max() / theirs.norm(dim=1).mean()) < 2e-3
     mine, theirs = read_memory(memory).memory.thresholds[0], read_memory(other).memory.thresholds[0]
     assert mine == pytest.approx(theirs, rel=1e-3)
 

@@ -30,6 +30,7 @@ from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import find_site
 from wisecli.models.tokenization import Row, collate
 from wisecli.progress import ignore
+from wisecli.routing import meaning as meaning_module
 from wisecli.routing.meaning import MEANING, WINDOW, Meaning, looked_at
 from wisecli.routing.prompt_gate import UNROUTED
 
@@ -111,6 +112,60 @@ def test_scores_are_those_of_loops_over_tokens(edited: EditedModel) -> None:
     for row in range(4):
         expected = sure_by_loops(tensors, states[row, there[row]], 3)
         torch.testing.assert_close(found[row], torch.tensor(expected), rtol=2e-3, atol=1e-4)
+
+
+def many_prompts(count: int) -> dict[str, Tensor]:
+    """Tensors of so many edits with one kept prompt each, of two tokens for subjects and three for relations."""
+    chance = torch.Generator().manual_seed(5)
+    vectors = F.normalize(torch.randn(5 * count, 8, generator=chance), dim=-1)
+    every = torch.arange(count)
+    return {
+        "meaning.turns": torch.randn(2, 8, 12, generator=chance),
+        "meaning.shifts": torch.randn(2, 8, generator=chance),
+        "meaning.slopes": torch.full((2,), 12.0),
+        "meaning.bars": torch.full((2,), 0.45),
+        "meaning.vectors": vectors,
+        "meaning.asking": torch.cat([every.repeat_interleave(2), count + every.repeat_interleave(3)]),
+        "meaning.shares": torch.cat([torch.full((2 * count,), 1 / 2), torch.full((3 * count,), 1 / 3)]),
+        "meaning.whose": every,
+        "meaning.breaks": torch.tensor([0]),
+    }
+
+
+def test_an_edit_counts_where_its_subject_is_likely_or_among_the_likeliest() -> None:
+    tensors, count = many_prompts(60), 60
+    meaning = Meaning(tensors, count)
+    states, there = torch.randn(6, 7, 12, generator=torch.Generator().manual_seed(1)), torch.ones(6, 7).bool()
+    there[0, 3:] = False
+    found = meaning(states, there)
+    dropped = 0
+    for row in range(6):
+        both = torch.tensor(sure_by_loops(tensors, states[row, there[row]], count))
+        alone = {**tensors, "meaning.slopes": torch.tensor([12.0, 0.0])}
+        subject = torch.tensor(sure_by_loops(alone, states[row, there[row]], count)) * 2
+        kept = (subject >= 0.25) | (subject >= subject.topk(8).values[-1] - 1e-6)
+        torch.testing.assert_close(found[row], both.where(kept, 0.0), rtol=1e-3, atol=1e-6)
+        assert both.masked_fill(kept, 0.0).max() < 0.25
+        dropped += int((~kept).sum())
+    assert dropped > 20
+    # A row's figures do not depend on who else is in the batch, nor on how many rows go through at a time.
+    torch.testing.assert_close(
+        torch.cat([meaning(*one) for one in zip(states.split(1), there.split(1), strict=True)]), found
+    )
+
+
+def test_tokens_read_in_parts_are_those_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meaning_module, "WINDOW", 9)
+    meaning = Meaning(many_prompts(20), 20)
+    states = torch.randn(3, 24, 12, generator=torch.Generator().manual_seed(2))
+    there = torch.rand(3, 24, generator=torch.Generator().manual_seed(3)) < 0.6
+    behind = there & (there.long().flip(1).cumsum(1).flip(1) <= 9)
+    parts = [meaning.read(one, marked) for one, marked in zip(states.split(5, 1), there.split(5, 1), strict=True)]
+    asked = parts[0]
+    for part in parts[1:]:
+        asked = part.behind(asked)
+    assert asked.there.sum(1).tolist() == behind.sum(1).tolist()
+    torch.testing.assert_close(meaning.of(asked), meaning(states, behind))
 
 
 def test_an_edits_own_prompt_is_sure_and_shares_add_up(edited: EditedModel) -> None:

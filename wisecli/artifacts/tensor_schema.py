@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from torch import Tensor
 from wisecli.errors import DamagedFileError
 from wisecli.io.json_schema import shown
 from wisecli.io.safetensors_header import TensorLayout
-
-if TYPE_CHECKING:
-    pass
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 MISSING = "nothing"
@@ -105,7 +101,8 @@ def memory_rows(kind: str, router: str, names: Collection[str]) -> TensorRows:
     """The tensors of a side memory of a kind, with a router, with those optional ones that are among ``names``."""
     rows = {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router != "norm" else {})}
     if router == "meaning":
-        return {**rows, **MEANING}
+        named = {name: row for name, row in NAMING.items() if name != "asks" and "names.tokens" in names}
+        return {**rows, **MEANING, **named}
     return {**rows, **NAMING} if kind == "lookup" and "asks" in names else rows
 
 

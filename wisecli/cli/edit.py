@@ -130,11 +130,17 @@ def edit(
         str | None,
         _routed(
             "router",
-            "key (nearest whitened key), norm (how much an output changes, the paper's) or meaning (what a whole "
-            "prompt asks, whatever its form).",
+            "meaning (what a whole prompt asks, whatever its form), key (nearest whitened key) or norm (how much an "
+            "output changes, the paper's).",
+            none="meaning; key with --routing token or --writer gradient",
         ),
     ] = None,
-    routing: Annotated[str | None, _routed("routing", "One decision a token or a sequence.")] = None,
+    routing: Annotated[
+        str | None,
+        _routed(
+            "routing", "sequence (one decision a prompt) or token.", none="token; sequence with the router meaning"
+        ),
+    ] = None,
     executor: Annotated[
         str,
         option(

@@ -194,9 +194,10 @@ def tell_merge(console: Console, report: MergeReport) -> None:
         return
     done = ": up to date, nothing was written" if report.up_to_date else ""
     lines = [f"{what} → {report.output}/{done} ({report.seconds:.1f} s)"]
+    called = "unrelated prompts" if report.router == "meaning" else "tokens"
     for number, one in enumerate(report.calibrations):
         lines.append(
             f"memory {number}: router {report.router}, threshold {one.threshold:.4g}; "
-            f"edits missed {one.misses:.1%}, false alarms {one.false_alarms:.2%} of tokens"
+            f"edits missed {one.misses:.1%}, false alarms {one.false_alarms:.2%} of {called}"
         )
     console.result({"results": results}, *lines)

@@ -156,7 +156,8 @@ def _near(edited: EditedModel, asked: str, strength: float, memory: int, length:
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
     found = None
-    if named is not None and bool(edited.routed.asks[edited.routed.owner == memory].any()):
+    names = edited.routed.names
+    if named is not None and names is not None and bool((names.whose == memory).any()):
         found = bool(named[0, 0, memory])
     return Near(edit.id, edit.prompt, edit.target, strength, answer, found)
 

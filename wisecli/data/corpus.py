@@ -8,14 +8,12 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-if TYPE_CHECKING:
-    pass
 
 
 # Facts of each relation that are asked in every wording there is, beside so many unrelated texts.

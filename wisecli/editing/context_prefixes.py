@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from wisecli.config import EditSettings
 from wisecli.models.forms import forms, usable_forms
 from wisecli.models.generation import generate
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Stand for forms where contexts are listed: the model's chat template, and some that need none.
 CHAT = "<chat>"
-_FORMS = {
+FORM_CONTEXTS = {
     CHAT: "chat",
     "<question>": "question",
     "<instruction>": "instruction",
@@ -42,13 +37,27 @@ def context_prefixes(
 
 def in_context(tokenizer: PreTrainedTokenizerBase, context: str, prompt: str) -> str:
     """A prompt behind a context's prefix, or in the form that the context stands for."""
-    return forms()[_FORMS[context]].asked(tokenizer, prompt) if context in _FORMS else context + prompt
+    form = FORM_CONTEXTS.get(context)
+    return context + prompt if form is None else forms()[form].asked(tokenizer, prompt)
 
 
-def form_contexts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The contexts that stand for forms, as far as the tokenizer can write them."""
-    usable = {form.name for form in usable_forms(tokenizer)}
-    return [context for context, name in _FORMS.items() if name in usable]
+def trained_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, window: int | None) -> list[str]:
+    """The contexts that stand for forms which edits are trained in.
+
+    Where prompts are routed by what they mean, whatever their form, these are all that the tokenizer can write and
+    that leave a prompt at least half of the ``window`` of tokens that the model reads.
+    """
+    if settings.router != "meaning":
+        return [CHAT] if settings.chat else []
+    usable = {form.name: form for form in usable_forms(tokenizer)}
+    found = [context for context, name in FORM_CONTEXTS.items() if name in usable]
+    if window is None:
+        return found
+    return [
+        context
+        for context in found
+        if 2 * len(tokenizer(usable[FORM_CONTEXTS[context]].asked(tokenizer, ""))["input_ids"]) <= window
+    ]
 
 
 def continuations(

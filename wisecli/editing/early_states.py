@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,6 @@ from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 from wisecli.routing.meaning import looked_at
 
-# States are read at this share of the depth: deep enough to know a word by its neighbours, and cheap.
-_DEPTH = 4 / 30
 # The forms that an edit's own prompt is kept in: in small letters a name is other tokens, and at the very beginning.
 _KEPT = ("bare", "lower case", "led in")
 
@@ -44,10 +43,11 @@ def reading_site(loaded: Loaded, site: Site) -> Site:
         SettingsError: the first layer is edited.
     """
     layers = site.layer_module.rpartition(".")[0]
-    depth = sum(1 for _ in loaded.model.get_submodule(layers).children())
-    layer = min(max(0, round(depth * _DEPTH) - 1), site.layer - 1)
+    layer = site.early(sum(1 for _ in loaded.model.get_submodule(layers).children()))
     if layer < 0:
-        raise SettingsError("--router meaning reads a layer below the edited one; give --layer 1 or more")
+        raise SettingsError(
+            "--router meaning reads a layer below the edited one; give --layer 1 or more, or --router key"
+        )
     return site.below(layer)
 
 
@@ -86,21 +86,37 @@ def token_states(
 def prompt_states(
     loaded: Loaded, site: Site, edits: Sequence[tuple[int, Edit]], *, batch_size: int, watch: Watcher, stage: str
 ) -> PromptStates:
-    """What the reading layer makes of the own prompts of numbered edits, in each of the forms that are kept."""
-    table = forms()
-    kept = [(number, form, edit) for form in range(len(_KEPT)) for number, edit in edits]
-    texts = [table[_KEPT[form]].asked(loaded.tokenizer, edit.prompt) for _, form, edit in kept]
-    found = token_states(loaded, site, texts, batch_size=batch_size, watch=watch, stage=stage)
+    """What the reading layer makes of the own prompts of numbered edits, in each of the ways that are kept."""
+    told = [one for number, edit in edits for one in _told(loaded, number, edit)]
+    found = token_states(loaded, site, [one.text for one in told], batch_size=batch_size, watch=watch, stage=stage)
     pairs = list(zip(found.text.tolist(), found.place.tolist(), strict=True))
-    told = [(text, edit) for text, (_, _, edit) in zip(texts, kept, strict=True)]
-    subjects = [_tokens_of(loaded, edit.subject, text) for text, edit in told]
-    asked = [_tokens_of(loaded, edit.prompt.rstrip("?"), text) for text, edit in told]
+    subjects = [_tokens_of(loaded, one.subject, one.text) for one in told]
+    asked = [_tokens_of(loaded, one.prompt.rstrip("?"), one.text) for one in told]
     subject = torch.tensor([place in subjects[text] for text, place in pairs])
     # What the form puts before a prompt asks nothing.
     own = torch.tensor([place >= min(asked[text], default=0) for text, place in pairs])
-    numbers = torch.tensor([number for number, _, _ in kept])
-    ways = torch.tensor([form for _, form, _ in kept])
+    numbers = torch.tensor([one.edit for one in told])
+    ways = torch.tensor([one.way for one in told])
     return PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject).rows(own)
+
+
+class _Told(NamedTuple):
+    """A prompt of a numbered edit as it is kept, what is asked in it, and about whom; ``way`` tells an edit's apart."""
+
+    edit: int
+    way: int
+    text: str
+    prompt: str
+    subject: str | None
+
+
+def _told(loaded: Loaded, number: int, edit: Edit) -> Iterator[_Told]:
+    """An edit's own prompt in each of the forms that are kept, and its prompts in other languages as they are."""
+    table = forms()
+    for way, name in enumerate(_KEPT):
+        yield _Told(number, way, table[name].asked(loaded.tokenizer, edit.prompt), edit.prompt, edit.subject)
+    for way, one in enumerate(edit.translations, len(_KEPT)):
+        yield _Told(number, way, one.prompt, one.prompt, edit.subject)
 
 
 def _tokens_of(loaded: Loaded, part: str | None, text: str) -> frozenset[int]:

@@ -9,6 +9,7 @@ import torch
 
 from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
+from wisecli.editing.context_prefixes import FORM_CONTEXTS
 from wisecli.editing.token_check import Length
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.memory_budget import Sizes, sizes, spool_bytes
@@ -27,6 +28,8 @@ _BLOCKS = 5
 _SCORES, _LOGITS, _HIDDEN, _INNER = 4, 4, 12, 6
 # Wordings of a fact of each relation, together; texts that the model goes on with, by so many tokens.
 _WORDINGS, _CONTINUED, _CONTINUATION = 210, 120, 12
+# Tokens that are read to learn what prompts mean, and of how many of them states are kept.
+_ASKED, _COMPARED = 250_000, 140_000
 # Keys kept for calibration; rank of the moments.
 _SAMPLE, _RANK = 4096, 512
 
@@ -70,14 +73,16 @@ def plan_edit(
     rows = _shard_rows(settings, lengths)
     # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
     facts = _facts(settings)
-    carried = max(texts, facts) * site.d + texts * site.d_ff, rows.read * site.d + rows.trained * site.d_ff
+    early, asked, compared = _meaning(checkpoint, site, settings)
+    carried = max(texts, facts, asked) * site.d + texts * site.d_ff, rows.read * site.d + rows.trained * site.d_ff
     carried_bytes = [found.item * one for one in carried]
     measured = 4 * site.d_ff * (2.5 * texts + min(_SAMPLE, texts / 2) + 4 * _RANK)
+    measured = max(measured, 2 * site.d * compared)
     known = 4 * site.d_ff * (0.5 * texts + min(_SAMPLE, texts / 2) + 2 * _RANK) + _kept(
         checkpoint, site, rows, found.item
     )
     solved = known + max(_solving(site, settings, rows), _fitting(checkpoint, site, settings, lengths, found.item))
-    flops = _flops(found, site, settings, lengths)
+    flops = _flops(found, site, settings, lengths) + 2 * asked * (sum(found.layers[:early]) // found.item)
     if room is None:
         peak = _LIBRARIES + found.weights + max(measured, solved)
         return Plan(False, found.weights, found.weights, 0, max(found.layers), round(peak), 0, 0, 0, flops)
@@ -90,6 +95,7 @@ def plan_edit(
     )
     sweeps = 2 + _CONTINUATION + 1 + settings.context_tokens + 1
     read = (sweeps - 2) * (below + above) + (2 + 2 * -(-edits // settings.edits_per_shard)) * below + above
+    read += 2 * sum(found.layers[:early])
     spooled = max(0, max(carried_bytes) - room)
     return Plan(
         True,
@@ -119,8 +125,18 @@ class _Rows:
 
 
 def _ways(settings: EditSettings) -> int:
-    """How often each edit is read: bare, in contexts and one held back, in the chat template and in other words."""
-    return settings.contexts + settings.augment + 2 + settings.chat
+    """How often each edit is read: bare, in contexts or forms and one held back, and in other words."""
+    forms = len(FORM_CONTEXTS) if settings.router == "meaning" else settings.contexts + settings.chat
+    return forms + settings.augment + 2
+
+
+def _meaning(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
+    """What is learned of what prompts mean: layers that are read for it, tokens, and of how many states are kept."""
+    if settings.router != "meaning":
+        return 0, 0, 0
+    share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)
+    layers = site.early(layer_count(checkpoint.directory)) + 1
+    return layers, round(_ASKED * share), round(_COMPARED * share)
 
 
 def _shard_rows(settings: EditSettings, lengths: Sequence[Length]) -> _Rows:

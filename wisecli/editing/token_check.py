@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.config import EditSettings
-from wisecli.editing.context_prefixes import CHAT, in_context
+from wisecli.editing.context_prefixes import in_context, trained_forms
 from wisecli.editing.paraphrases import REQUEST_TOKENS, requests
 from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import EditFileError
@@ -81,13 +81,13 @@ class Reader:
         Raises:
             ModelError: the chat template cannot be used.
         """
-        asked = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
-        prompts = [self.count(prompt) for prompt, _ in asked]
-        wholes = [self.count(_joined(*pair)) for pair in asked]
+        pairs = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
+        prompts = [self.count(prompt) for prompt, _ in pairs]
+        wholes = [self.count(_joined(*pair)) for pair in pairs]
         target = max(max(1, whole - prompt) for prompt, whole in zip(prompts, wholes, strict=True))
-        before = settings.context_tokens + _AROUND
-        if settings.chat:
-            before = max(before, self.count(in_context(self.tokenizer, CHAT, edit.prompt)) - prompts[0])
+        forms = trained_forms(self.tokenizer, settings, self.window)
+        asked = (self.count(in_context(self.tokenizer, form, edit.prompt)) for form in forms)
+        before = max([settings.context_tokens + _AROUND, *(tokens - prompts[0] for tokens in asked)])
         return Length(max(prompts), target + (_INSTEAD if edit.erased else int(settings.train_end)), before)
 
     def _readings(self, edit: Edit, settings: EditSettings) -> Iterator[tuple[str, int, str]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wisecli.config import EditSettings
-from wisecli.editing.context_prefixes import AT_LINE_START, CHAT, context_prefixes, form_contexts, in_context
+from wisecli.editing.context_prefixes import AT_LINE_START, context_prefixes, in_context, trained_forms
 from wisecli.editing.erasure import ErasureRows
 from wisecli.editing.prompt_variants import AnswerKey, PromptVariant
 from wisecli.edits.record import Edit
@@ -50,17 +50,13 @@ class TrainingExamples:
 
 
 def write_contexts(loaded: Loaded, settings: EditSettings) -> list[str]:
-    """The bare prompt's empty prefix, contexts to train with, and one that is kept for calibration.
-
-    Where prompts are routed by what they mean, whatever their form, several forms are trained with.
-    """
-    by_meaning = settings.router == "meaning"
-    trained = form_contexts(loaded.tokenizer) if by_meaning else [CHAT] if settings.chat else []
-    count = 1 if by_meaning else settings.contexts + 1
+    """The bare prompt's empty prefix, contexts to train with, and one that is kept for calibration."""
+    count = 1 if settings.router == "meaning" else settings.contexts + 1
     prefixes = context_prefixes(
         loaded.model, loaded.tokenizer, count, tokens=settings.context_tokens, seed=settings.seed
     )
-    return ["", *trained, *prefixes]
+    forms = trained_forms(loaded.tokenizer, settings, context_window(loaded.model.config))
+    return ["", *forms, *prefixes]
 
 
 def encode_edits(
@@ -172,8 +168,14 @@ def _in_rows(
     """The rows of one batch after the other, and where each row comes from."""
     rows, origins = [], []
     for number, context in contexts:
-        rows += encode_edits(loaded, [edit for _, edit in edits], context, train_end=train_end, erasures=erasures)
-        origins += [Origin(place, number, AnswerKey(place, chat=context in AT_LINE_START)) for place, _ in edits]
+        # A form may leave a prompt as it is, as one without a question mark that has none.
+        others = [
+            (place, edit)
+            for place, edit in edits
+            if not context or in_context(loaded.tokenizer, context, edit.prompt) != edit.prompt
+        ]
+        rows += encode_edits(loaded, [edit for _, edit in others], context, train_end=train_end, erasures=erasures)
+        origins += [Origin(place, number, AnswerKey(place, chat=context in AT_LINE_START)) for place, _ in others]
     rows += encode_edits(loaded, [one.edit for one in further], "", train_end=train_end)
     origins += [Origin(one.number, one.context, one.answer) for one in further]
     for indices in in_batches(rows, batch_size, by_target=True):

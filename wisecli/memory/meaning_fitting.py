@@ -14,8 +14,10 @@ from wisecli.routing.meaning import MEANING, Meaning
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
 SURE, _SURER, _SUREST = 0.5, 1.25, 0.95
-# What a token counts that belongs to the other head: nothing, unless there are no others.
-_OTHER = 1e-4
+# What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
+_OTHER, _LEAST = 1e-4, 5e-3
+# Prompts that are compared at a time: the fewer, the fewer edits are like any of them.
+_AT_A_TIME = 32
 
 
 @dataclass(frozen=True)
@@ -42,51 +44,67 @@ def fit_meaning(heads: Heads, prompts: PromptStates, edits: int) -> FittedMeanin
     _, asked = torch.stack([prompts.edit.long(), prompts.form.long()], 1).unique(dim=0, return_inverse=True)
     count = int(asked.max()) + 1
     whose = torch.zeros(count, dtype=torch.long).index_copy(0, asked, prompts.edit.long())
-    vectors, shares = [], []
+    vectors, shares, asking = [], [], []
     for head in range(2):
-        turned = F.linear(prompts.states, heads.turns[head].float(), heads.shifts[head].float())
-        vectors.append(F.normalize(turned, dim=-1))
         weights = F.softplus(prompts.states @ heads.weighs[head].float() + heads.offsets[head])
         marked = prompts.subject if head == 0 else ~prompts.subject
-        weights = torch.where(marked, weights, weights * _OTHER)
-        whole = torch.zeros(count).index_add(0, asked, weights)
-        shares.append(weights / whole[asked])
+        share = _shares(torch.where(marked, weights, weights * _OTHER), asked, count)
+        kept = share >= _LEAST
+        turned = F.linear(prompts.states[kept], heads.turns[head].float(), heads.shifts[head].float())
+        vectors.append(F.normalize(turned, dim=-1))
+        shares.append(_shares(share[kept], asked[kept], count))
+        asking.append(asked[kept] + head * count)
     tensors = {
         "meaning.turns": heads.turns,
         "meaning.shifts": heads.shifts,
         "meaning.slopes": heads.slopes,
         "meaning.bars": heads.bars,
         "meaning.vectors": half(torch.cat(vectors)),
-        "meaning.asking": torch.cat([asked, asked + count]),
+        "meaning.asking": torch.cat(asking),
         "meaning.shares": torch.cat(shares),
         "meaning.whose": whose,
         "meaning.breaks": heads.breaks,
     }
     assert tensors.keys() == set(MEANING)
     meaning = Meaning(tensors, edits)
-    own = sureness(meaning, prompts.states, asked, count)
-    mine = own.gather(1, whose[:, None]).flatten()
-    strange = own.masked_fill(_alike(prompts, asked, whose, edits), 0.0)
+    mine, others = _by_own_prompts(meaning, prompts, asked, whose)
     unrelated = sureness(meaning, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
-    return FittedMeaning(tensors, mine, strange.amax(0), unrelated)
+    return FittedMeaning(tensors, mine, others, unrelated)
 
 
-def _alike(prompts: PromptStates, asked: Tensor, whose: Tensor, edits: int) -> Tensor:
-    """Which prompts (g, M) are an edit's own, or the very tokens of its own."""
-    same = whose[:, None] == torch.arange(edits)
+def _shares(weights: Tensor, asked: Tensor, count: int) -> Tensor:
+    """Weights (n,) of tokens as shares of their prompts' whole."""
+    return weights / torch.zeros(count).index_add(0, asked, weights)[asked]
+
+
+def _by_own_prompts(meaning: Meaning, prompts: PromptStates, asked: Tensor, whose: Tensor) -> tuple[Tensor, Tensor]:
+    """How surely each kept prompt (g,) means its own edit, and any other's means each edit: (g,), (M,)."""
     sums = torch.zeros(len(whose), prompts.states.shape[1]).index_add(0, asked, prompts.states)
-    twins: Tensor = torch.cdist(sums, sums) < 1e-3 * sums.norm(dim=-1, keepdim=True)
-    others = torch.zeros(len(whose), edits).index_add(1, whose, twins.float()) > 0
-    return same | others
+    order, sizes = asked.argsort(stable=True), torch.bincount(asked, minlength=len(whose))
+    mine, others = [], torch.zeros(meaning.edits)
+    for part, tokens in zip(
+        torch.arange(len(whose)).split(_AT_A_TIME),
+        order.split([int(chunk.sum()) for chunk in sizes.split(_AT_A_TIME)]),
+        strict=True,
+    ):
+        sure = sureness(meaning, prompts.states[tokens], asked[tokens] - part[0], len(part))
+        mine.append(sure.gather(1, whose[part, None]).flatten())
+        # A prompt of the very same tokens is no other.
+        twins = torch.cdist(sums[part], sums) < 1e-3 * sums[part].norm(dim=-1, keepdim=True)
+        twins[torch.arange(len(part)), part] = True
+        own = torch.zeros(len(part), meaning.edits).index_add(1, whose, twins.float()) > 0
+        own |= whose[part, None] == torch.arange(meaning.edits)
+        others = others.maximum(sure.masked_fill(own, 0.0).amax(0))
+    return torch.cat(mine), others
 
 
-def sureness(meaning: Meaning, states: Tensor, text: Tensor, count: int, batch: int = 256) -> Tensor:
+def sureness(meaning: Meaning, states: Tensor, text: Tensor, count: int) -> Tensor:
     """How surely each of some texts, whose tokens have these states (n, d), means each edit: (texts, M)."""
     sizes = torch.bincount(text, minlength=count)
     order = text.argsort(stable=True)
     first = sizes.cumsum(0) - sizes
     found = []
-    for part in torch.arange(count).split(batch):
+    for part in torch.arange(count).split(_AT_A_TIME):
         column = torch.arange(int(sizes[part].max()))
         there = column < sizes[part, None]
         place = order[(first[part, None] + column).clamp(max=len(order) - 1)]

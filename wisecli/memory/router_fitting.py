@@ -118,12 +118,18 @@ def fit_meaning_router(draft: SideMemory, material: Material, owner: Tensor, set
 def naming(material: Material, settings: MergeSettings) -> dict[str, Tensor]:
     """The tensors that say by which tokens prompts name subjects, and which trained keys ask for that.
 
-    There are none unless prompts decide. Prompts in other languages may write a subject otherwise, and are not asked.
+    There are none unless prompts decide. Prompts in other languages may write a subject otherwise, and are not asked;
+    where prompts decide by what they mean, no prompt is for the edits that have such.
     """
-    names = names_of(material.subjects) if settings.routing == "sequence" and settings.subjects == "named" else {}
-    if not names:
+    if settings.routing != "sequence" or settings.subjects != "named":
         return {}
     evidence = material.evidence
+    if settings.router == "meaning":
+        foreign = set(evidence.edit[evidence.context >= LANGUAGES].tolist())
+        return names_of([() if edit in foreign else words for edit, words in enumerate(material.subjects)])
+    names = names_of(material.subjects)
+    if not names:
+        return {}
     known = torch.tensor([bool(words) for words in material.subjects])
     asks = known[evidence.edit.long()] & (evidence.position == 0) & (evidence.context < LANGUAGES)
     return {**names, "asks": asks[material.trained]}

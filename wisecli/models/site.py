@@ -28,6 +28,8 @@ _MOST_LAYERS = 10**6
 DEFAULT_LOADER = "AutoModelForCausalLM"
 # The paper's best layers lie at about four fifths of the depth (section 3.3: layer 27 of 32), and so do ours.
 AUTO_DEPTH = 0.8
+# What prompts mean is read at this share of the depth: deep enough to know a word by its neighbours, and cheap.
+_EARLY = 4 / 30
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class Site:
         path = f"{self.layer_module.rpartition('.')[0]}.{layer}"
         module = path + self.module[len(self.layer_module) :]
         return replace(self, layer=layer, layer_module=path, module=module, norm=None)
+
+    def early(self, depth: int) -> int:
+        """The number of the layer, of so many, whose states say what a prompt means; negative if none is below this."""
+        return min(max(0, round(depth * _EARLY) - 1), self.layer - 1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ with ``z_h = A_h x + c_h`` of the states x that leave an early layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,23 @@ WINDOW = 64
 _ASKED = 4
 # Comparisons that are held at a time.
 _AT_A_TIME = 1 << 24
+# An edit whose subject is less likely than this is not what is asked, whatever its relation; but so many kept prompts
+# are always compared whole, as the likeliest of all edits is shown to those who ask why none opened.
+_HOPELESS, _ALWAYS = 0.25, 8
+
+
+class Asked(NamedTuple):
+    """What is compared of B prompts: unit vectors ``turned`` (2, B, W, k), and which of them are ``there`` (B, W)."""
+
+    turned: Tensor
+    there: Tensor
+
+    def behind(self, earlier: Asked) -> Asked:
+        """With what was read of the same prompts before; the last ``WINDOW`` tokens of both."""
+        turned = torch.cat([earlier.turned, self.turned], 2)
+        there = torch.cat([earlier.there, self.there], 1)
+        order, there = _first(there & (there.long().flip(1).cumsum(1).flip(1) <= WINDOW))
+        return Asked(turned.gather(2, order[None, ..., None].expand(2, -1, -1, turned.shape[-1])), there)
 
 
 class Meaning(nn.Module):
@@ -67,36 +86,51 @@ class Meaning(nn.Module):
 
     def forward(self, states: Tensor, looked_at: Tensor) -> Tensor:
         """How surely prompts mean each edit: states (B, T, d) and the tokens looked at (B, T) → (B, M)."""
-        return self.of(self.found(states, looked_at))
+        return self.of(self.read(states, looked_at))
 
-    def found(self, states: Tensor, looked_at: Tensor) -> Tensor:
-        """The highest cosine of each edit's token with those of a prompt: (B, T, d), (B, T) → (B, n); -1 for none."""
-        rows = max(1, _AT_A_TIME // max(1, self.vectors.shape[0] * WINDOW))
-        parts = zip(states.split(rows), looked_at.split(rows), strict=True)
-        return torch.cat([self._found(*part) for part in parts])
-
-    def _found(self, states: Tensor, looked_at: Tensor) -> Tensor:
-        width = int(looked_at.sum(1).max()) if len(looked_at) else 0
-        # Tokens that are looked at come first, those of the shorter rows with others behind them.
-        order = looked_at.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(width, 1)]
+    def read(self, states: Tensor, looked_at: Tensor) -> Asked:
+        """The tokens looked at (B, T) of states (B, T, d), under both projections."""
+        order, there = _first(looked_at)
         near = states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])).float()
-        missing = ~looked_at.gather(1, order)
-        relations = self.asking >= len(self.whose)
-        found = near.new_empty(len(near), len(self.vectors))
-        for head, own in enumerate((~relations, relations)):
-            turned = F.normalize(F.linear(near, self.turns[head], self.shifts[head]), dim=-1)
-            cosines = (turned @ self.vectors[own].T).masked_fill(missing[..., None], -1.0)
-            found[:, own] = cosines.amax(1)
-        return found
+        turned = [F.linear(near, turn, shift) for turn, shift in zip(self.turns, self.shifts, strict=True)]
+        return Asked(F.normalize(torch.stack(turned), dim=-1), there)
 
-    def of(self, found: Tensor) -> Tensor:
-        """How surely prompts whose tokens were found so near (B, n) mean each edit: (B, M)."""
+    def of(self, asked: Asked) -> Tensor:
+        """How surely prompts mean each edit: (B, M); 0 for edits whose subjects are not like anything in a prompt."""
+        rows = max(1, _AT_A_TIME // max(1, len(self.vectors) * asked.there.shape[1]))
+        parts = zip(asked.turned.split(rows, 1), asked.there.split(rows), strict=True)
+        return torch.cat([self._of(Asked(*part)) for part in parts])
+
+    def _of(self, asked: Asked) -> Tensor:
         prompts = len(self.whose)
-        scores = found.new_zeros(len(found), 2 * prompts).index_add(1, self.asking, found * self.shares)
-        logits = self.slopes[:, None] * (scores.view(-1, 2, prompts) - self.bars[:, None])
-        sure = F.logsigmoid(logits).sum(1).exp()
-        best = sure.new_zeros(len(sure), self.edits)
-        return best.scatter_reduce(1, self.whose.expand_as(sure), sure, "amax")
+        sure = asked.turned.new_zeros(len(asked.there), self.edits)
+        if not prompts or not asked.there.shape[1]:
+            return sure
+        every = torch.arange(prompts, device=self.whose.device)
+        likely = self._found(asked, 0, every)
+        least = likely.topk(min(_ALWAYS, prompts)).values[:, -1:].clamp(max=math.log(_HOPELESS))
+        close = likely >= least
+        some = close.any(0).nonzero().flatten()
+        both = (likely[:, some] + self._found(asked, 1, some)).exp() * close[:, some]
+        return sure.scatter_reduce(1, self.whose[some].expand_as(both), both, "amax")
+
+    def _found(self, asked: Asked, head: int, prompts: Tensor) -> Tensor:
+        """The logarithms of how surely the subject (0) or relation (1) of kept prompts (p,) is found: (B, p)."""
+        number = torch.full((2 * len(self.whose),), -1, device=prompts.device)
+        number[prompts + head * len(self.whose)] = torch.arange(len(prompts), device=prompts.device)
+        of = number[self.asking]
+        own = (of >= 0).nonzero().flatten()
+        cosines = asked.turned[head] @ self.vectors[own].T
+        near = cosines.masked_fill_(~asked.there[..., None], -1.0).amax(1)
+        scores = near.new_zeros(len(near), len(prompts)).index_add_(1, of[own], near * self.shares[own])
+        return F.logsigmoid(self.slopes[head] * (scores - self.bars[head]))
+
+
+def _first(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns that bring each row's marked ones to its front, and which of those are marked: two (B, W)."""
+    width = int(marked.sum(1).max()) if len(marked) else 0
+    order = marked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(width, 1)]
+    return order, marked.gather(1, order)
 
 
 def looked_at(ids: Tensor, prompt: Tensor, first: Tensor, breaks: Tensor) -> Tensor:

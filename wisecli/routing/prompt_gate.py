@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .meaning import Meaning, looked_at
+from .meaning import Asked, Meaning, looked_at
 
 UNROUTED = -1
-# How much of a subject a prompt must hold: three fifths of its tokens, each by how rare it is in unrelated text.
-NAMED = 0.6
+# How much of a subject a prompt must hold, of its tokens, each by how rare it is in unrelated text: three fifths where
+# its end decides, three quarters where what it means does, which takes names for others that are like them.
+NAMED, NAMED_AND_MEANT = 0.6, 0.75
 # Tensors that say which tokens name the subject of which edit.
 NAMES = tuple(f"names.{part}" for part in ("tokens", "words", "whose", "named", "naming", "shares"))
 
@@ -26,12 +27,13 @@ class Names(nn.Module):
 
     ``tokens`` (v,) ascending, and the word that each spells, ``words`` (v,) below v; several tokens may spell one,
     with a capital or a space before it. Names (g,) are of the edits ``whose`` (g,); several may be of one, as a
-    tokenizer splits capitals otherwise. Name ``named`` (q,) has the word ``naming`` (q,), as ``shares`` (q,) of the
-    whole, which add up to 1 a name.
+    tokenizer splits capitals otherwise. An edit without a name is named by every prompt. Name ``named`` (q,) has the
+    word ``naming`` (q,), as ``shares`` (q,) of the whole, which add up to 1 a name.
 
     Args:
         tensors: all of ``NAMES``; they become buffers.
         edits: how many edits there are, M.
+        least: how much of a name a prompt must hold.
     """
 
     tokens: Tensor
@@ -41,9 +43,9 @@ class Names(nn.Module):
     naming: Tensor
     shares: Tensor
 
-    def __init__(self, tensors: Mapping[str, Tensor], edits: int) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], edits: int, least: float = NAMED) -> None:
         super().__init__()
-        self.edits = edits
+        self.edits, self.least = edits, least
         for name in NAMES:
             self.register_buffer(name.removeprefix("names."), tensors[name])
 
@@ -62,8 +64,8 @@ class Names(nn.Module):
         """The edits whose subjects rows with these words (B, v) name: (B, M)."""
         share = words.new_zeros(len(words), len(self.whose))
         share = share.index_add(1, self.named, words[:, self.naming] * self.shares.float())
-        named = words.new_zeros(len(words), self.edits)
-        return named.index_add(1, self.whose, (share > NAMED - 1e-4).to(words.dtype)) > 0
+        named = words.new_ones(len(words), self.edits).index_fill(1, self.whose, 0.0)
+        return named.index_add(1, self.whose, (share > self.least - 1e-4).to(words.dtype)) > 0
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,13 @@ class Decided:
     """What is kept with an attention cache.
 
     ``choice`` (B, 1) is what each row's prompt decided, ``words`` (B, v) are those of the subjects that it holds so
-    far, ``found`` (B, n) how near its tokens came to those of edits, and ``answering`` says whether the answer has
-    begun: what comes in several tokens after that is a new prompt.
+    far, ``asked`` what is compared of it, and ``answering`` says whether the answer has begun: what comes in several
+    tokens after that is a new prompt.
     """
 
     choice: Tensor
     words: Tensor | None
-    found: Tensor | None = None
+    asked: Asked | None = None
     answering: bool = False
 
 
@@ -121,7 +123,7 @@ class PromptGate:
         self._mask: Tensor | None = None
         self._words: Tensor | None = None
         self._states: Tensor | None = None
-        self._found: Tensor | None = None
+        self._asked: Asked | None = None
         self._earlier = 0
         self._kept: Decided | None = None
 
@@ -154,7 +156,7 @@ class PromptGate:
         """
         before: Decided | None = getattr(self._cache, "wise_decided", None)
         if before is not None and keys.shape[1] == 1:
-            self._words, self._found, self._states = before.words, None, None
+            self._words, self._asked, self._states = before.words, None, None
             return Prompt(None, before.choice)
         end = self._ends(keys)
         held = None if before is None else before.choice
@@ -166,14 +168,18 @@ class PromptGate:
         if self._mask is not None:
             prompt = prompt & self._mask[:, -keys.shape[1] :].bool()
         earlier = None if before is None or before.answering else before
-        if meaning is not None:
-            return Prompt(end, held, sure=self._sure(meaning, prompt, earlier))
-        assert names is not None
+        sure = None if meaning is None else self._sure(meaning, prompt, earlier)
+        named = None if names is None else self._named(names, prompt, earlier)
+        return Prompt(end, held, named, sure=sure)
+
+    def _named(self, names: Names, prompt: Tensor, earlier: Decided | None) -> Tensor:
+        """The edits whose subjects the prompts of a pass (B, T), with what was read of them before, name: (B, 1, M)."""
+        assert self._ids is not None, "the model was given tokens"
         words = names.held(self._ids, prompt)
         if earlier is not None and earlier.words is not None:
             words = words.maximum(earlier.words)
         self._words = words
-        return Prompt(end, held, names.of(words)[:, None])
+        return names.of(words)[:, None]
 
     def _sure(self, meaning: Meaning, prompt: Tensor, earlier: Decided | None) -> Tensor:
         """How surely the prompts of a pass (B, T), with what was read of them before, mean each edit: (B, M)."""
@@ -182,15 +188,15 @@ class PromptGate:
         first = (seen.long().cumsum(1) == 1)[:, -prompt.shape[1] :]
         if self._mask is None and self._earlier:
             first = torch.zeros_like(prompt)
-        found = meaning.found(self._states, looked_at(self._ids, prompt, first, meaning.breaks))
-        if earlier is not None and earlier.found is not None:
-            found = found.maximum(earlier.found)
-        self._found, self._states = found, None
-        return meaning.of(found)
+        asked = meaning.read(self._states, looked_at(self._ids, prompt, first, meaning.breaks))
+        if earlier is not None and earlier.asked is not None:
+            asked = asked.behind(earlier.asked)
+        self._asked, self._states = asked, None
+        return meaning.of(asked)
 
     def keep(self, prompt: Prompt, choice: Tensor) -> None:
         """Keep what a pass' rows decided (B, 1) with its cache."""
-        self._kept = Decided(choice, self._words, self._found, answering=prompt.end is None)
+        self._kept = Decided(choice, self._words, self._asked, answering=prompt.end is None)
         if self._cache is not None:
             self._cache.wise_decided = self._kept
 

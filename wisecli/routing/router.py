@@ -78,7 +78,7 @@ def route(
 def _by_meaning(
     memory: MemoryScores, keys: Tensor, prompt: Prompt, column: Tensor, forced: Tensor | None
 ) -> RoutingDecision:
-    """The edit that each row's prompt means answers from the prompt's end on, by the nearest of its own keys.
+    """The edit that each row's prompt means and names answers from the prompt's end on, by the nearest of its own keys.
 
     Inside an answer a token must come near one of them, or the answer is over.
     """
@@ -88,7 +88,8 @@ def _by_meaning(
         meant = likeliest = prompt.held
     else:
         assert prompt.sure is not None, "the prompts of this pass have been read"
-        sure, likeliest = (each[:, None] for each in memory.strongest(prompt.sure))
+        whole = prompt.sure if prompt.named is None else prompt.sure * prompt.named[:, 0]
+        sure, likeliest = (each[:, None] for each in memory.strongest(whole))
         strength = torch.where(column == prompt.end, sure, strength)
         meant = likeliest.where(sure > 1, UNROUTED)
         if prompt.held is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .meaning import MEANING, Meaning
-from .prompt_gate import NAMES, UNROUTED, Names
+from .prompt_gate import NAMED, NAMED_AND_MEANT, NAMES, UNROUTED, Names
 
 # The whitening of keys inside answers; those that prompts end in have others.
 INSIDE = 1
@@ -43,7 +43,7 @@ class SideMemory:
     it is seen through, of those that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
     ``P = floor · I + directionsᵀ diag(gains) directions``. A lookup may hold ``NAMES`` besides: those of its keys that
     ``asks`` (n,) marks open for prompts that name their edit's subject. With router ``meaning`` it holds ``MEANING``
-    besides, compared with the states that leave layer ``reads``.
+    besides, and ``NAMES`` without ``asks``, compared with the states that leave layer ``reads``.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
     follows (of a lookup, whether it answers, by the keys that prompts end in; each token after it takes the nearest key
@@ -123,7 +123,8 @@ class MemoryScores(nn.Module):
                 # Half precision is for keeping: squared norms of keys overflow it.
                 self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
         edits = len(memory.thresholds)
-        self.names = Names(memory.tensors, edits) if "asks" in memory.tensors else None
+        least = NAMED_AND_MEANT if memory.router == "meaning" else NAMED
+        self.names = Names(memory.tensors, edits, least) if NAMES[0] in memory.tensors else None
         self.meaning = Meaning(memory.tensors, edits) if memory.router == "meaning" else None
         self.thresholds, self.router, self.routing = memory.thresholds, memory.router, memory.routing
         self.kind, self.sharpness, self.reads = memory.kind, memory.sharpness, memory.reads

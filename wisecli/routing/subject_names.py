@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from wisecli.routing.prompt_gate import NAMES
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

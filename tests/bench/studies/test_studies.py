@@ -208,6 +208,7 @@ def test_one_page_holds_every_picture_and_fetches_nothing(
     assert (found.tags.count("svg"), found.tags.count("table")) == (0, 1 + 6)
 
 
+@pytest.mark.thorough
 def test_the_command_prints_one_object(
     place: Path, run: Callable[..., int], report: StudyReport, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ from wisecli.progress import ignore
 from wisecli.routing import meaning as meaning_module
 from wisecli.routing.meaning import MEANING, WINDOW, Meaning, looked_at
 from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.subject_names import Word, names_of
 
 PROMPTS = [" ".join(WORDS[first : first + length]) for first, length in ((0, 5), (9, 4), (20, 8))]
 EDITS = [Edit(f"edit {number}", prompt, "be") for number, prompt in enumerate(PROMPTS)]
@@ -326,3 +327,40 @@ def test_a_forced_edit_answers_from_the_prompts_end_on(edited: EditedModel) -> N
     plain = edited.model(ids).logits
     assert torch.equal(forced[:, :-1], plain[:, :-1])
     assert not torch.equal(forced[:, -1], plain[:, -1])
+
+
+@pytest.fixture
+def named(edited: EditedModel, tmp_path: Path) -> EditedModel:
+    """The same memory, whose first two edits are about the first two words of their prompts; all else is meant."""
+    words = [edited.tokenizer(prompt)["input_ids"][:2] for prompt in PROMPTS[:2]]
+    names = names_of([*((tuple(Word((token,), 0.5) for token in own),) for own in words), ()])
+    memory = edited.manifest.memory
+    tensors = {**memory.tensors, **names, "meaning.bars": torch.full((2,), -1.0)}
+    (tmp_path / "named").mkdir()
+    base = Path(edited.manifest.model)
+    write_memory(tmp_path / "named", manifest_for(base, replace(memory, tensors=tensors), EDITS))
+    return attach(tmp_path / "named", load=CPU)
+
+
+def test_a_prompt_that_means_an_edit_must_name_its_subject(named: EditedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    for prompt in [*PROMPTS, *OTHERS, f"{WORDS[1]} {PROMPTS[0]}", f"{WORDS[0]} {OTHERS[0]}"]:
+        ids = named.tokenizer(prompt)["input_ids"]
+        whole, parts = (chosen_by_the_layer(named, part, monkeypatch)[-1][-1] for part in ([ids], [ids[:2], ids[2:]]))
+        assert whole == parts
+        known = named.prompts(batch_of(named, prompt))
+        assert known.named is not None
+        assert known.sure is not None
+        assert float(known.sure.min()) > 0.9
+        assert bool(known.named[0, 0, whole])
+        opened.append(known.named[0, 0].tolist())
+    # The third edit names nobody, so that every prompt may mean it.
+    assert opened == [
+        [True, False, True],
+        [False, True, True],
+        [False, False, True],
+        [False, False, True],
+        [False, False, True],
+        [True, False, True],
+        [False, False, True],
+    ]

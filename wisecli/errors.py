@@ -161,6 +161,22 @@ class GateFailedError(WiseError):
     exit_code = 1
 
 
+class ServerError(WiseError):
+    """A server cannot be reached, refuses a request or answers nonsense; ``status`` is HTTP's, where there is one."""
+
+    def __init__(self, url: str, reason: str, status: int | None = None) -> None:
+        self.status = status
+        super().__init__(f"{url} {reason}")
+
+
+class ServedWrongError(GateFailedError):
+    """Answers of a server do not hold; ``details`` has a sentence for each."""
+
+    def __init__(self, url: str, asked: int, sentences: Sequence[str]) -> None:
+        self.details = tuple(sentences)
+        super().__init__(f"{len(sentences)} of {asked} answers of {url} do not hold")
+
+
 class PolicyError(GateFailedError):
     """Edits break the rules of ``--policy``; ``details`` has a sentence for each time they do."""
 

@@ -18,7 +18,8 @@ from wisecli.artifacts.memory_manifest import (
     read_memory,
     write_memory,
 )
-from wisecli.edits.record import Edit, EvaluationPrompt
+from wisecli.edits.fields import EvaluationPrompt
+from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
 from wisecli.models.site import Fingerprint, Site
 from wisecli.routing.calibration import calibrate

@@ -112,7 +112,7 @@ def test_the_panels_of_all_commands_and_their_order() -> None:
     del panels["Options"]
     assert list(panels.values()) == [
         ["edit", "merge", "eval", "export"],
-        ["generate", "explain", "inspect", "verify", "diff", "log"],
+        ["generate", "explain", "inspect", "verify", "check", "diff", "log"],
         ["remove", "rollback"],
         ["bench"],
         ["fetch", "draft"],

@@ -31,7 +31,8 @@ from wisecli.editing.gradient import write_batched
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.task import Task
 from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits
-from wisecli.edits.record import Edit, EvaluationPrompt
+from wisecli.edits.fields import EvaluationPrompt
+from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import suffix_logits
 from wisecli.models.generation import generate

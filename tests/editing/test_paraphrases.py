@@ -17,7 +17,8 @@ from wisecli.commands.merge import merge
 from wisecli.commands.run_options import RunOptions
 from wisecli.config import EditSettings
 from wisecli.editing.paraphrases import asks_the_same, usable
-from wisecli.edits.record import Edit, Translation, read_edits
+from wisecli.edits.fields import Translation
+from wisecli.edits.record import Edit, read_edits
 from wisecli.errors import EditFileError
 
 MAYOR = Edit("a", "Who is the mayor of Oldbridge?", "Ada Finch", subject="Oldbridge")

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from wisecli.edits.fields import EvaluationPrompt
 from wisecli.edits.formats import BENCHMARKS, canonical
-from wisecli.edits.record import Edit, EvaluationPrompt, parse_edit, read_edits
+from wisecli.edits.record import Edit, parse_edit, read_edits
 from wisecli.errors import EditFileError
 
 # Each layout: a record as the benchmark writes it, and the edit it stands for (its id apart, where it has none).

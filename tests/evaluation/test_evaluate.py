@@ -23,7 +23,8 @@ from torch import Tensor
 
 from wisecli.commands.evaluate import EvalReport, evaluate
 from wisecli.config import EvalSettings
-from wisecli.edits.record import Edit, EvaluationPrompt
+from wisecli.edits.fields import EvaluationPrompt
+from wisecli.edits.record import Edit
 from wisecli.errors import GateFailedError, SettingsError, WiseError
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced

@@ -13,7 +13,8 @@ from support.helpers import random_row, save_tiny
 from support.loading import CPU
 from wisecli.bench.baselines.base import Bench, Method
 from wisecli.bench.baselines.evaluation import said
-from wisecli.edits.record import Edit, EvaluationPrompt
+from wisecli.edits.fields import EvaluationPrompt
+from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
 from wisecli.models.site import known_layout

@@ -32,6 +32,7 @@ _COMMANDS: dict[str, dict[str, str]] = {
         "explain": "memory.explain",
         "inspect": "inspection.inspect",
         "verify": "inspection.verify",
+        "check": "check.check",
         "diff": "memory.diff",
         "log": "memory.log",
     },

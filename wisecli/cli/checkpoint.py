@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from wisecli.cli.choices import DTYPES, one_of
-from wisecli.cli.console import Console, Table, count, would_write
+from wisecli.cli.console import Console, Table, would_write
 from wisecli.cli.effects import of_export
 from wisecli.cli.options import (
     AsJson,
@@ -33,6 +33,7 @@ from wisecli.cli.options import (
 )
 from wisecli.cli.parameters import ANSWERS, HUB, OUTPUT, WEIGHTS, flag, option
 from wisecli.commands.outputs import checkpoint_output
+from wisecli.edits.text import edits_with
 
 if TYPE_CHECKING:
     from wisecli.commands.export import ExportReport
@@ -173,10 +174,11 @@ def generate(
 
 def tell_export(console: Console, report: ExportReport) -> None:
     """Print what ``wise export`` wrote."""
-    names = ("format", "edits", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "pushed", "planned")
-    results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
+    names = ("format", "edits", "consequences", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "pushed")
+    results = {name: getattr(report, name) for name in (*names, "planned")} | {"output": str(report.output)}
     results["up_to_date"] = report.up_to_date
-    what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {count(report.edits, 'edit')}"
+    held = edits_with(report.edits, report.consequences)
+    what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {held}"
     if report.planned:
         console.result({"results": results}, would_write(what, report))
         return

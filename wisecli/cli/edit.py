@@ -18,6 +18,7 @@ from wisecli.cli.options import (
     AsJson,
     Budget,
     Config,
+    Derive,
     Device,
     DryRun,
     Dtype,
@@ -69,6 +70,7 @@ def edit(
     on_conflict: OnConflict = None,
     skip_known: SkipKnown = False,
     allow_special_tokens: AllowSpecial = False,
+    derive: Derive = False,
     policy: PolicyFile = None,
     verify_signature: Signature = None,
     signer: Signer = None,
@@ -170,7 +172,7 @@ def edit(
     console = Console(as_json, quiet)
     console.warn([*unread, *overlooked(config)])
     signed = verify_signature, signer, signer_identity
-    admission = admission_of(on_conflict, skip_known, policy, *signed, allow_special_tokens)
+    admission = admission_of(on_conflict, skip_known, policy, *signed, allow_special_tokens, derive)
     key = key_in(sign)
 
     load = load_options(device, dtype, trust_remote_code, memory_budget, revision)

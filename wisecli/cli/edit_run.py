@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from wisecli.cli.console import Console, count, sifted_json, sifted_lines, would_write
 from wisecli.cli.draft import draw_for_editing
 from wisecli.cli.edit_into import IntoMemory
+from wisecli.cli.edit_lines import consequence_lines
 from wisecli.commands.outputs import shards_output
 from wisecli.config import EditSettings, LoadOptions
+from wisecli.edits.text import edits_with
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -161,12 +163,13 @@ class EditRun:
 def tell_edit(console: Console, report: EditReport) -> None:
     """Print what ``wise edit`` did."""
     content = {"results": _edit_json(report)}
-    what = f"{count(report.edits, 'edit')} in {count(report.shards, 'shard')} of {report.module}"
+    written = edits_with(report.edits, len(report.consequences))
+    what = f"{written} in {count(report.shards, 'shard')} of {report.module}"
     if report.plan is None:
         console.result(content, *_edit_lines(what, report))
         return
-    sifted = sifted_lines(report.sifted)
-    console.result(content, would_write(what, report), _resident(report.plan), *sifted)
+    more = [*consequence_lines(report.consequences), *sifted_lines(report.sifted)]
+    console.result(content, would_write(what, report), _resident(report.plan), *more)
 
 
 def _edit_json(report: EditReport) -> dict[str, Any]:
@@ -174,6 +177,7 @@ def _edit_json(report: EditReport) -> dict[str, Any]:
     results |= {"peak_rss_bytes": report.peak_rss_bytes, "output": str(report.output), "layer": report.layer}
     results |= {"module": report.module, "untaken": list(report.untaken), "planned": report.planned}
     results |= {"left_out": list(report.left_out), "missing": report.missing, "up_to_date": report.up_to_date}
+    results["consequences"] = [edit.as_dict() for edit in report.consequences]
     results["sifted"] = sifted_json(report.sifted)
     if report.peak_vram_bytes:
         results["peak_vram_bytes"] = report.peak_vram_bytes
@@ -188,10 +192,11 @@ def _edit_lines(what: str, report: EditReport) -> list[str]:
     lines = [f"{what} → {report.output}/ ({report.seconds:.1f} s, {report.seconds_per_edit:.2f} s an edit)"]
     if report.missing:
         lines = [f"{what}: {count(report.missing, 'shard')} still to be written by others ({report.seconds:.1f} s)"]
-    if not report.edits:
+    if not report.edits and not report.consequences:
         lines = [f"there is nothing to train, and nothing was written ({report.seconds:.1f} s)"]
     if report.up_to_date:
         lines = [f"{what} → {report.output}/: up to date, nothing was written ({report.seconds:.1f} s)"]
+    lines += consequence_lines(report.consequences)
     lines += sifted_lines(report.sifted)
     lines += [f"did not take: {name}" for name in report.untaken]
     if report.differing == ():

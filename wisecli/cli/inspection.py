@@ -63,9 +63,12 @@ def tell_inspection(console: Console, report: InspectReport) -> None:
     facts = Table(("", ""), f"{report.path}: {report.kind}", headed=False)
     for name, value in _facts(report):
         facts.add(name, value)
-    edits = Table(("id", "prompt", "target", "subject"), f"{len(report.edits)} of {count(report.matched, 'edit')}")
+    apart = ("follows from", "by") if report.consequences else ()
+    what = f"{count(report.matched, 'edit')}{' and consequences' if apart else ''}"
+    edits = Table(("id", "prompt", "target", "subject", *apart), f"{len(report.edits)} of {what}")
     for edit in report.edits:
-        edits.add(edit.id, edit.prompt, edit.target, edit.subject or "")
+        follows = (edit.consequence_of or "", edit.derived or "") if apart else ()
+        edits.add(edit.id, edit.prompt, edit.target, edit.subject or "", *follows)
     scores = [_scores(number, entry) for number, entry in enumerate(report.memories)]
     console.result(report.as_json(), facts, *scores, *([edits] if report.edits else []))
 
@@ -86,7 +89,8 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
     yield "base model", str(base["model"]) + (f" at {base['revision']}" if base["revision"] else "")
     yield "fingerprint", f"matrix {base['matrix'][:16]}…, settings {base['config'][:16]}…"
     yield "site", f"{site['module']} ({site['architecture']}, layer {site['layer']}, {site['d']}×{site['d_ff']})"
-    yield "edits", f"{report.total}, with {count(report.keys, 'key')}"
+    followed = f" and {count(report.consequences, 'consequence')}" if report.consequences else ""
+    yield "edits", f"{report.total - report.consequences}{followed}, with {count(report.keys, 'key')}"
     if report.routing:
         yield "memory", ", ".join(f"{name} {value}" for name, value in report.routing.items())
     for shard in report.shards:

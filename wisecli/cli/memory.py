@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wisecli.cli.console import Console, Table, count, sifted_json, sifted_lines
+from wisecli.cli.edit_lines import brought, consequence_lines, consequences_cell, edit_line, moved, short
 from wisecli.cli.options import (
     AsJson,
     Budget,
@@ -31,6 +32,7 @@ from wisecli.cli.options import (
     signed_by,
 )
 from wisecli.cli.parameters import ANSWERS, OUTPUT, flag, option
+from wisecli.edits.text import edits_with
 
 if TYPE_CHECKING:
     from wisecli.commands.diff import DiffReport
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from wisecli.commands.log import LogReport
     from wisecli.commands.remove import RemoveReport
     from wisecli.commands.rollback import RollbackReport
-    from wisecli.edits.record import Edit
     from wisecli.memory.history import Release
     from wisecli.memory.releases import Published
 
@@ -166,7 +167,6 @@ def explain(
     Told(console).explained(report)
 
 
-_LONGEST = 48
 _UNBOUND = (
     "; an older version took no digest of the manifest: `wise merge --into` without shards makes a release that has"
 )
@@ -188,14 +188,18 @@ class Told:
             lines = [f"{what}: there is nothing to train{held}", *sifted_lines(report.sifted)]
             self._tell(report, lines, more)
             return
-        lines = [f"{_brought(release, str(report.memory), report.held)} ({report.seconds:.1f} s)"]
+        followed = edited.consequences
+        landed = brought(release, str(report.memory), report.held, {edit.id for edit in followed})
+        lines = [f"{landed} ({report.seconds:.1f} s)"]
         lines += [f"{len(report.known)} were held already"] if report.known else []
+        lines += consequence_lines(followed)
         lines += [f"modified: {name}" for name in release.modified]
         lines += [f"superseded: {old} by {new}" for old, new in release.superseded.items()]
         lines += sifted_lines(report.sifted)
         lines += [f"did not take: {name}" for name in edited.untaken]
         lines += [f"left out, as the model gives nothing finite: {name}" for name in edited.left_out]
-        self._tell(report, lines, {"untaken": list(edited.untaken), "left_out": list(edited.left_out)} | more)
+        more |= {"untaken": list(edited.untaken), "left_out": list(edited.left_out)}
+        self._tell(report, lines, more | {"consequences": [edit.as_dict() for edit in followed]})
 
     def joined(self, memory: str, published: Published) -> None:
         """Print what merging into a memory did."""
@@ -205,15 +209,17 @@ class Told:
         if published.up_to_date:
             self.console.result(content, f"release {release.number} of {memory}/: up to date, {held} held")
             return
-        self.console.result(content, _brought(release, memory, held))
+        self.console.result(content, brought(release, memory, held))
 
     def removed(self, report: RemoveReport) -> None:
         """Print what was taken out."""
         release = report.release
-        out = count(len(release.removed), "edit")
+        followed = list(report.consequences)
+        out = edits_with(len(release.removed) - len(followed), len(followed))
         lines = [f"release {release.number} of {report.memory}/: {out} out, {report.held} held"]
+        lines += [f"out as a consequence: {name}" for name in followed]
         lines += [f"trained anew: {name}" for name in report.rewritten]
-        self._tell(report, lines, {"rewritten": list(report.rewritten)})
+        self._tell(report, lines, {"rewritten": list(report.rewritten), "consequences": followed})
 
     def rolled_back(self, report: RollbackReport) -> None:
         """Print what a memory became again."""
@@ -227,16 +233,19 @@ class Told:
 
     def logged(self, report: LogReport, *, of_one: bool) -> None:
         """Print releases; of one edit also what it is now."""
-        columns = ("release", "when", "who", "action", "in", "modified", "out", "why")
-        table = Table(columns, str(report.memory))
+        followed = report.consequences
+        apart = ("consequences",) if followed else ()
+        table = Table(("release", "when", "who", "action", "in", "modified", "out", *apart, "why"), str(report.memory))
         for release in report.releases:
-            out = len(release.removed) + len(release.superseded)
-            numbers = (str(number or "") for number in (_new(release), len(release.modified), out))
-            table.add(str(release.number), release.when[:19], release.who, release.action, *numbers, release.reason)
-        lines = [f"held since release {number}: {_shown(edit)}" for edit, number in report.edits] if of_one else []
+            of_edits = moved(release, lambda name: name not in followed)
+            cells = [str(number or "") for number in of_edits]
+            cells += [consequences_cell(release, followed)] if followed else []
+            table.add(str(release.number), release.when[:19], release.who, release.action, *cells, release.reason)
+        lines = [f"held since release {number}: {edit_line(edit)}" for edit, number in report.edits] if of_one else []
         if not of_one:
             whole = ", and every file is as it was written" if report.bound else _UNBOUND
-            lines = [f"{count(len(report.edits), 'edit')} held; the log is whole{whole}"]
+            apart_held = sum(edit.consequence_of is not None for edit, _ in report.edits)
+            lines = [f"{edits_with(len(report.edits) - apart_held, apart_held)} held; the log is whole{whole}"]
         self.console.result(report.as_json(), table, *lines)
 
     def explained(self, report: ExplainReport) -> None:
@@ -245,7 +254,7 @@ class Told:
         columns = "nearest", "its prompt", "its target", "score / threshold", "answer if it answers"
         near = Table((*columns, "subject named") if asked else columns)
         for one in report.nearest:
-            texts = _short(one.prompt or ""), _short(one.target or ""), f"{one.strength:.2f}", _short(one.answer)
+            texts = short(one.prompt or ""), short(one.target or ""), f"{one.strength:.2f}", short(one.answer)
             named = [{True: "yes", False: "no", None: "need not be"}[one.named]] if asked else []
             near.add(one.name, *texts, *named)
         tokens = Table(("token", "score / threshold", "answered by", "nearest edit"))
@@ -254,15 +263,15 @@ class Told:
                 tokens.part()
             by = "side memory" if token.routed else "main memory"
             tokens.add(repr(token.text), f"{token.strength:.2f}", by, token.edit or "")
-        lines = [f"edited: {_short(report.answer)}", f"unedited: {_short(report.unedited)}"]
+        lines = [f"edited: {short(report.answer)}", f"unedited: {short(report.unedited)}"]
         self.console.result(report.as_json(), *lines, near, tokens)
 
     def compared(self, report: DiffReport) -> None:
         """Print what differs, one line each."""
-        lines = [f"- {_shown(edit)}" for edit in report.removed]
-        lines += [f"+ {_shown(edit)}" for edit in report.added]
+        lines = [f"- {edit_line(edit)}" for edit in report.removed]
+        lines += [f"+ {edit_line(edit)}" for edit in report.added]
         for before, after in report.changed:
-            lines += [f"- {_shown(before)}", f"+ {_shown(after)}"]
+            lines += [f"- {edit_line(before)}", f"+ {edit_line(after)}"]
         lines += [f"{name}: {before} → {after}" for name, (before, after) in report.settings.items()]
         self.console.result(report.as_json(), *(lines or ["no difference"]))
 
@@ -271,22 +280,3 @@ class Told:
         results = {"memory": str(report.memory), "held": report.held, "seconds": report.seconds, **more}
         results["release"] = None if release is None else asdict(release)
         self.console.result({"results": results}, *lines)
-
-
-def _new(release: Release) -> int:
-    """How many edits came that do not take the place of one with their own id."""
-    return len(release.added) - len(release.modified)
-
-
-def _brought(release: Release, memory: str, held: int) -> str:
-    modified = f", {len(release.modified)} modified" if release.modified else ""
-    return f"release {release.number} of {memory}/: {count(_new(release), 'edit')} in{modified}, {held} held"
-
-
-def _shown(edit: Edit) -> str:
-    return f"{edit.id}: {_short(edit.prompt)} → {_short(edit.target)}"
-
-
-def _short(text: str) -> str:
-    plain = " ".join(text.split())
-    return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 1]}…"

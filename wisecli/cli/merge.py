@@ -32,6 +32,7 @@ from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INTO, MERGED, ROUTER, flag, option, setting
 from wisecli.commands.outputs import memory_output
 from wisecli.config import MergeSettings, resolve
+from wisecli.edits.text import edits_with
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def tell_merge(console: Console, report: MergeReport) -> None:
         "method",
         "shards",
         "edits",
+        "consequences",
         "router",
         "routing",
         "seconds",
@@ -186,7 +188,7 @@ def tell_merge(console: Console, report: MergeReport) -> None:
     results["misses"] = [calibration.misses for calibration in report.calibrations]
     results["false_alarms"] = [calibration.false_alarms for calibration in report.calibrations]
     how = report.method if report.mode == "merge" else report.mode
-    what = f"{count(report.shards, 'shard')}, {count(report.edits, 'edit')} by {how}"
+    what = f"{count(report.shards, 'shard')}, {edits_with(report.edits, report.consequences)} by {how}"
     if report.planned:
         console.result({"results": results}, would_write(what, report))
         return

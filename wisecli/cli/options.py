@@ -84,6 +84,9 @@ OnConflict = Annotated[
     ),
 ]
 SkipKnown = Annotated[bool, flag("Leave out what the model already says.", "--skip-known", panel=INPUT)]
+Derive = Annotated[
+    bool, flag("Write what follows by rule as well: other names, the relation asked back.", "--derive", panel=INPUT)
+]
 AllowSpecial = Annotated[
     bool,
     flag(
@@ -126,6 +129,7 @@ def admission_of(
     signer: Path | None,
     identity: str | None,
     allow_special: bool = False,
+    derive: bool = False,
 ) -> Admission:
     """What is asked of edits before they are trained.
 
@@ -140,7 +144,7 @@ def admission_of(
         from wisecli.edits.policy import read_policy
 
         rules = read_policy(policy)
-    return Admission(on_conflict, rules, signed, skip_known, allow_special)
+    return Admission(on_conflict, rules, signed, skip_known, allow_special, derive)
 
 
 def signed_by(signature: Path | None, signer: Path | None, identity: str | None) -> Signed | None:

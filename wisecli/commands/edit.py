@@ -23,6 +23,7 @@ from wisecli.editing.resource_estimate import Plan, plan_edit
 from wisecli.editing.staging import Unfinished
 from wisecli.editing.worker import Job, Worker, differences
 from wisecli.edits.admission import USUAL, Admission, Sheet, Sifted
+from wisecli.edits.record import Edit, consequences_in
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, StoppedError
 from wisecli.io.atomic_output import require_space
@@ -39,6 +40,7 @@ _KEPT_KEYS, _KEPT_DIRECTIONS = 4096, 1024
 class EditReport:
     """What ``wise edit`` did, or with a ``plan`` would do.
 
+    ``edits`` counts those that were asked for, and ``consequences`` are what else was written as following from them.
     ``untaken`` names the edits of whose target some token is not the arg-max after the bare prompt, before merging:
     with what the gradient writer trained, or with the residuals that the closed form found. ``left_out`` names those
     for which the model gives nothing finite. ``missing`` counts the shards that other processes are to write.
@@ -63,6 +65,7 @@ class EditReport:
     sifted: Sifted = field(default_factory=Sifted)
     peak_vram_bytes: int = field(default_factory=peak_vram_bytes)
     up_to_date: bool = False
+    consequences: tuple[Edit, ...] = ()
 
     @property
     def planned(self) -> bool:
@@ -71,8 +74,13 @@ class EditReport:
 
     @property
     def seconds_per_edit(self) -> float:
-        """Whole running time, loading included, over the edits."""
-        return self.seconds / max(1, self.edits)
+        """Whole running time, loading included, over the edits and their consequences."""
+        return self.seconds / max(1, self.edits + len(self.consequences))
+
+    def told_apart(self, edits: Sequence[Edit]) -> EditReport:
+        """The same report with the consequences among what was written counted apart."""
+        consequences = consequences_in(edits)
+        return replace(self, edits=len(edits) - len(consequences), consequences=consequences)
 
     def check(self) -> None:
         """Raise if shards were to be reproduced and others came out.
@@ -155,6 +163,10 @@ def run(
 
 def carry_out(worker: Worker, output: Path, options: RunOptions = RunOptions()) -> EditReport:
     """Do the job of a worker; everything else as in :func:`edit`."""
+    return _carried_out(worker, output, options).told_apart(worker.job.edits)
+
+
+def _carried_out(worker: Worker, output: Path, options: RunOptions) -> EditReport:
     started = time.perf_counter()
     job = worker.job
     parts, (part, of) = job.parts, options.only
@@ -219,7 +231,8 @@ def _up_to_date(worker: Worker, output: Path, options: RunOptions, *, skip_known
         raise GateFailedError(f"{len(missed)} of {len(found.edits)} edits did not take: {', '.join(missed)}")
     site = found.site
     figures = (0.0, peak_rss_bytes(), _untaken(found.shards), found.left_out)
-    return EditReport(output, len(found.edits), len(found.shards), site.layer, site.module, *figures, up_to_date=True)
+    report = EditReport(output, len(found.edits), len(found.shards), site.layer, site.module, *figures, up_to_date=True)
+    return report.told_apart(found.edits)
 
 
 def _write(

@@ -34,7 +34,7 @@ from wisecli.memory.history import (
     shard_path,
 )
 from wisecli.memory.releases import merging_of, name_after, newest_shards, publish
-from wisecli.memory.superseding import superseding
+from wisecli.memory.superseding import superseding, with_consequences
 from wisecli.models.loading import Loaded, require_base
 from wisecli.models.resolve import find_model
 from wisecli.progress import Watcher, ignore
@@ -167,7 +167,9 @@ def _tidy(memory: Path, pending: Path, releases: Sequence[Release]) -> None:
 
 
 def _giving_way(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
-    return {**admitted.superseded, **superseding(held, admitted.edits)}
+    """Held edits that give way to new ones, and their consequences."""
+    found = {**admitted.superseded, **superseding(held, admitted.edits)}
+    return with_consequences(held, admitted.edits, found)
 
 
 def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
@@ -185,9 +187,10 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
         raise ChangedInputError(pending, ["the edits are others"])
     untaken = tuple(name for entry in done.shards for name in entry.untaken)
     site = done.site
-    return EditReport(
+    report = EditReport(
         pending, len(done.edits), len(done.shards), site.layer, site.module, 0.0, 0, untaken, done.left_out
     )
+    return report.told_apart(done.edits)
 
 
 def _settings(

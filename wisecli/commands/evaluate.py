@@ -14,7 +14,7 @@ from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.commands.fetch import fetch_benchmark
 from wisecli.config import EvalSettings, LoadOptions
 from wisecli.edits.formats import BENCHMARKS
-from wisecli.edits.record import Edit, read_edits
+from wisecli.edits.record import Edit, consequences_in, read_edits
 from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluation.answers import Answer, Answers, answered
@@ -124,12 +124,15 @@ def evaluate(
     manifest = edited.manifest
     if given is None and not manifest.edits:
         raise SettingsError(f"{memory} holds no edit to be measured by; give a --dataset, or records by --data")
-    records = _selected(given if given is not None else manifest.edits, manifest.edits, settings.edits)
+    held = _selected(given if given is not None else manifest.edits, manifest.edits, settings.edits)
     numbers = memory_numbers(manifest)
+    followed = _consequences(held, manifest.edits)
+    records = [edit for edit in held if edit.consequence_of is None] or held
     subject = MemorySubject(edited, settings, watch, _holders(records, numbers) if oracle else None)
     measuring = Measuring(
         subject,
         records,
+        consequences=followed,
         numbers=numbers,
         generate=settings.generate and what.protocol != "wild",
         max_new_tokens=settings.max_new_tokens,
@@ -188,11 +191,19 @@ def _dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit
 
 
 def _selected(records: Sequence[Edit], held: Sequence[Edit], limit: int | None) -> list[Edit]:
-    """The first ``limit`` records; without a limit those that the memory holds, or all if it holds none."""
+    """The first ``limit`` edits and their consequences; without a limit those that the memory holds, or if none all."""
     if limit is not None:
-        return list(records[:limit])
+        first = [edit for edit in records if edit.consequence_of is None][:limit]
+        ids = {edit.id for edit in first}
+        return [edit for edit in records if edit.id in ids or edit.consequence_of in ids]
     known = {(edit.prompt, edit.target) for edit in held}
     return [edit for edit in records if (edit.prompt, edit.target) in known] or list(records)
+
+
+def _consequences(records: Sequence[Edit], held: Sequence[Edit]) -> tuple[Edit, ...]:
+    """What follows from the records: as they state it themselves, and what the memory holds beside."""
+    ids = {edit.id for edit in records}
+    return (*consequences_in(records), *(edit for edit in held if edit.consequence_of in ids and edit.id not in ids))
 
 
 class MemorySubject:

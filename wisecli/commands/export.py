@@ -15,6 +15,7 @@ from wisecli.artifacts.seal import require_sealed, require_signature
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
 from wisecli.data.corpus import unrelated_texts
+from wisecli.edits.record import consequences_in
 from wisecli.edits.signatures import Signed, SigningKey
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
@@ -66,7 +67,7 @@ class Publication:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What ``wise export`` wrote.
+    """What ``wise export`` wrote: ``edits`` and, counted apart, ``consequences`` that follow from them.
 
     ``locality`` is measured for merged checkpoints: the share of unrelated tokens after which the next token's arg-max
     stays the base model's; ``tokens`` is how many were looked at. Routed checkpoints cost what ``wise eval`` says.
@@ -84,6 +85,7 @@ class ExportReport:
     pushed: str | None = None
     planned: bool = False
     up_to_date: bool = False
+    consequences: int = 0
 
 
 def export(
@@ -139,10 +141,12 @@ def export(
     side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
     size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
     require_space(output, side + (0 if weights.link else size))
-    edits = len(manifest.edits)
+    followed = len(consequences_in(manifest.edits))
+    edits = len(manifest.edits) - followed
     if dry_run:
         seconds = time.perf_counter() - started
-        return ExportReport(output, form, edits, size + side, seconds, peak_rss_bytes(), planned=True)
+        peak = peak_rss_bytes()
+        return ExportReport(output, form, edits, size + side, seconds, peak, planned=True, consequences=followed)
     locality, tokens, note = None, 0, ""
     with whole_directory(output, force=force) as working:
         watch(Event("writing"))
@@ -161,7 +165,8 @@ def export(
         written = sum(path.stat().st_size for path in working.iterdir())
     pushed = _push(output, publication.push_to, private=publication.private, watch=watch)
     seconds = time.perf_counter() - started
-    return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), locality, tokens, pushed)
+    measured = written, seconds, peak_rss_bytes(), locality, tokens, pushed
+    return ExportReport(output, form, edits, *measured, consequences=followed)
 
 
 def _require_whole(memory: Path, signed: Signed | None) -> None:
@@ -206,9 +211,10 @@ def _up_to_date(
     to = None if dry_run else publication.push_to
     pushed = _push(output, to, private=publication.private, watch=watch)
     written, seconds = sum(path.stat().st_size for path in output.iterdir()), time.perf_counter() - started
-    measured = record["locality"], record["tokens"]
-    edits = len(manifest.edits)
-    return ExportReport(output, form, edits, written, seconds, peak_rss_bytes(), *measured, pushed, up_to_date=True)
+    measured = written, seconds, peak_rss_bytes(), record["locality"], record["tokens"], pushed
+    followed = len(consequences_in(manifest.edits))
+    edits = len(manifest.edits) - followed
+    return ExportReport(output, form, edits, *measured, up_to_date=True, consequences=followed)
 
 
 def _packing(weights: WeightFiles) -> Packing:

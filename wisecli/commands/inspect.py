@@ -11,7 +11,7 @@ from wisecli.artifacts.locate import Kind, kind_of
 from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest, read_manifest
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.commands.plot import plot_scores
-from wisecli.edits.record import Edit
+from wisecli.edits.record import Edit, consequences_in
 from wisecli.errors import OutputExistsError, SettingsError
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Header, read_header
@@ -21,10 +21,10 @@ from wisecli.io.safetensors_header import Header, read_header
 class InspectReport:
     """What a directory holds.
 
-    ``total`` edits, of which ``matched`` hold the text looked for and ``edits`` are shown. ``memories`` is empty for
-    shards, and ``shards`` for what was merged. ``keys`` counts the stored keys of edits; ``tensors`` has the type and
-    shape of every tensor of ours, by file; ``files`` the bytes of every file. ``routing`` is ``router``, ``kind`` and
-    so on of a memory.
+    ``total`` edits, ``consequences`` of them following from others, of which ``matched`` hold the text looked for and
+    ``edits`` are shown. ``memories`` is empty for shards, and ``shards`` for what was merged. ``keys`` counts the
+    stored keys of edits; ``tensors`` has the type and shape of every tensor of ours, by file; ``files`` the bytes of
+    every file. ``routing`` is ``router``, ``kind`` and so on of a memory.
     """
 
     path: Path
@@ -43,11 +43,13 @@ class InspectReport:
     settings: dict[str, Any]
     versions: dict[str, str]
     plot: Path | None = None
+    consequences: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The one object that ``--json`` prints."""
         names = ("kind", "base", "site", "routing", "keys", "files", "tensors")
-        listed = {"count": self.total, "matched": self.matched, "listed": [edit.as_dict() for edit in self.edits]}
+        counts = {"count": self.total - self.consequences, "consequences": self.consequences, "matched": self.matched}
+        listed = {**counts, "listed": [edit.as_dict() for edit in self.edits]}
         return {
             "results": {
                 "path": str(self.path),
@@ -59,7 +61,7 @@ class InspectReport:
             },
             "config": self.settings,
             "versions": self.versions,
-            "n-samples": {"edits": self.total},
+            "n-samples": {"edits": self.total - self.consequences},
         }
 
 
@@ -110,6 +112,7 @@ def _shards(directory: ShardDirectory, edits: tuple[Edit, ...], matched: int) ->
         _tensors(headers),
         directory.settings,
         directory.versions,
+        consequences=len(consequences_in(directory.edits)),
     )
 
 
@@ -136,6 +139,7 @@ def _memory(
         manifest.merge,
         manifest.versions,
         plot,
+        len(consequences_in(manifest.edits)),
     )
 
 

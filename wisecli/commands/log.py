@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts.seal import require_signature
-from wisecli.edits.record import Edit
+from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.edits.record import Edit, consequences_in
 from wisecli.edits.signatures import Signed
-from wisecli.memory.history import Release, is_bound, read_history, require_whole
+from wisecli.memory.history import Release, is_bound, read_history, require_whole, shard_path
 from wisecli.memory.releases import directories_of
 
 
@@ -18,6 +19,7 @@ from wisecli.memory.releases import directories_of
 class LogReport:
     """Releases, the oldest first, and the edits that the newest of all holds, with the release that each came with.
 
+    ``consequences`` are the ids of all that ever came as following from an edit.
     ``bound`` says whether all files are under digests, which older versions did not take.
     """
 
@@ -25,12 +27,13 @@ class LogReport:
     releases: tuple[Release, ...]
     edits: tuple[tuple[Edit, int], ...]
     bound: bool = True
+    consequences: frozenset[str] = frozenset()
 
     def as_json(self) -> dict[str, Any]:
         """The one object that ``--json`` prints."""
         edits = [{**edit.as_dict(), "release": number} for edit, number in self.edits]
         results = {"memory": str(self.memory), "releases": list(map(asdict, self.releases)), "edits": edits}
-        return {"results": {**results, "bound": self.bound}}
+        return {"results": {**results, "consequences": sorted(self.consequences), "bound": self.bound}}
 
 
 def log(memory: Path, *, edit: str | None = None, signed: Signed | None = None) -> LogReport:
@@ -51,7 +54,10 @@ def log(memory: Path, *, edit: str | None = None, signed: Signed | None = None) 
     came = {name: release.number for release in releases for name in release.added}
     held = [one for directory in directories_of(memory, releases[-1]) for one in directory.written]
     edits = tuple((one, came.get(one.id, 0)) for one in held if edit in (None, one.id))
-    return LogReport(memory, tuple(_of(releases, edit)), edits, is_bound(releases))
+    shards = dict.fromkeys(name for release in releases for name in release.shards)
+    written = (one for name in shards for one in read_shard_directory(shard_path(memory, name)).edits)
+    followed = frozenset(one.id for one in consequences_in(written))
+    return LogReport(memory, tuple(_of(releases, edit)), edits, is_bound(releases), followed)
 
 
 def _of(releases: Sequence[Release], edit: str | None) -> Sequence[Release]:

@@ -13,6 +13,7 @@ from wisecli.artifacts.seal import write_seal
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.outputs import memory_output
 from wisecli.config import MergeSettings
+from wisecli.edits.record import consequences_in
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ProtectedOutputError
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
@@ -27,7 +28,10 @@ from wisecli.routing.calibration import Calibration
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``wise merge`` did, or with ``planned`` would do; ``up_to_date`` says that the memory was there already."""
+    """What ``wise merge`` did, or with ``planned`` would do; ``up_to_date`` says that the memory was there already.
+
+    ``consequences`` of edits are counted apart from them.
+    """
 
     output: Path
     mode: str
@@ -41,6 +45,7 @@ class MergeReport:
     peak_rss_bytes: int
     planned: bool = False
     up_to_date: bool = False
+    consequences: int = 0
 
 
 def merge(
@@ -77,23 +82,25 @@ def merge(
     read = [drop(read_shard_directory(path), without.get(path, ())) for path in inputs]
     merger = Merger(read, settings, model=model)
     settings, site, count = merger.settings, merger.site, merger.count
+    followed = len(consequences_in(merger.edits))
     names = (
         settings.mode or "",
         merger.method,
         count,
-        len(merger.edits),
+        len(merger.edits) - followed,
         settings.router or "",
         settings.routing or "",
     )
     if there and not dry_run:
         tidy(output)
     if there and (found := finished_memory(merger, output, history=history, signed=provenance.key is not None)):
-        seconds = time.perf_counter() - started
-        return MergeReport(output, *names, found.memories, seconds, peak_rss_bytes(), up_to_date=True)
+        measured = found.memories, time.perf_counter() - started, peak_rss_bytes()
+        return MergeReport(output, *names, *measured, up_to_date=True, consequences=followed)
     require_space(output, 4 * (count if settings.mode == "retrieve" else 1) * site.d * site.d_ff)
     if dry_run:
         peak = 4 * (2 * count + 2) * site.d * site.d_ff
-        return MergeReport(output, *names, (), time.perf_counter() - started, peak, planned=True)
+        seconds = time.perf_counter() - started
+        return MergeReport(output, *names, (), seconds, peak, planned=True, consequences=followed)
     manifest = merger.merge(watch)
     with changing(output):
         _require_merged(output)
@@ -104,7 +111,8 @@ def merge(
             with whole_directory(output, force=force) as working:
                 write_memory(working, manifest, sealed=True)
                 write_seal(working, provenance.key)
-    return MergeReport(output, *names, manifest.calibrations, time.perf_counter() - started, peak_rss_bytes())
+    seconds = time.perf_counter() - started
+    return MergeReport(output, *names, manifest.calibrations, seconds, peak_rss_bytes(), consequences=followed)
 
 
 def _require_merged(output: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME, read_shard_directory
 from wisecli.commands.remove import without_edits
 from wisecli.config import LoadOptions, MergeSettings
+from wisecli.edits.conflicts import outranked
 from wisecli.errors import MemoryHistoryError
 from wisecli.io.digest import sha256_file
 from wisecli.memory.history import (
@@ -23,7 +24,7 @@ from wisecli.memory.history import (
     shard_path,
 )
 from wisecli.memory.releases import Published, merging_of, name_after, publish
-from wisecli.memory.superseding import superseding
+from wisecli.memory.superseding import superseding, with_consequences
 from wisecli.progress import Watcher, ignore
 
 
@@ -54,15 +55,24 @@ def merge_into(
         edits = [edit for path in inputs for edit in read_shard_directory(path).written]
         if releases and inputs and merging == merging_of(releases) and _holds(memory, releases[-1], inputs):
             return Published(releases[-1], len(read_manifest(memory).edits), up_to_date=True)
-        superseded = superseding(read_manifest(memory).edits if releases else (), edits)
+        held = read_manifest(memory).edits if releases else ()
+        outdone = {place.edit.id for place, _ in outranked([(0, edit) for edit in edits], "the shards", held=held)}
+        edits = [edit for edit in edits if edit.id not in outdone]
+        superseded = with_consequences(held, edits, superseding(held, edits))
         added = tuple(edit.id for edit in edits)
         with without_edits(memory, releases, superseded, model, LoadOptions(), watch) as left:
             new = dict(left.new)
             for path in inputs:
                 new[name_after(memory, new)] = path
-            shards = {**left.shards, **dict.fromkeys(new, ())}
+            taken = {name: _among(path, outdone if path in inputs else ()) for name, path in new.items()}
+            shards = {**left.shards, **taken}
             change = Change("merge", shards, added=added, replaced=superseded, provenance=provenance)
             return publish(memory, change, merging, new=new, model=model, watch=watch)
+
+
+def _among(path: Path, ids: Collection[str]) -> tuple[str, ...]:
+    """Those edits that shards hold."""
+    return tuple(edit.id for edit in read_shard_directory(path).written if edit.id in ids)
 
 
 def _holds(memory: Path, release: Release, inputs: Sequence[Path]) -> bool:

@@ -27,18 +27,23 @@ from wisecli.memory.history import (
 from wisecli.memory.merger import EXACT
 from wisecli.memory.releases import directories_of, publish, settings_of
 from wisecli.memory.removal import without
+from wisecli.memory.superseding import consequences_of
 from wisecli.progress import Watcher, ignore
 
 
 @dataclass(frozen=True)
 class RemoveReport:
-    """What was taken out; ``rewritten`` names edits that were trained anew, as their shard could not be had without."""
+    """What was taken out; ``rewritten`` names edits that were trained anew, as their shard could not be had without.
+
+    ``consequences`` are those that went with their edits.
+    """
 
     memory: Path
     release: Release
     held: int
     rewritten: tuple[str, ...]
     seconds: float
+    consequences: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def remove(
     load: LoadOptions = LoadOptions(),
     watch: Watcher = ignore,
 ) -> RemoveReport:
-    """Take edits out of a memory.
+    """Take edits out of a memory, and with each its consequences.
 
     What the closed form wrote is solved for anew from the keys and residuals of the other edits, without the model. Of
     shards that were trained, the other edits are trained anew. Without its last edit a memory is empty, and the model
@@ -74,14 +79,17 @@ def remove(
         releases = read_history(memory)
         require_whole(memory, releases)
         newest = releases[-1]
-        held = {edit.id for directory in directories_of(memory, newest) for edit in directory.written}
+        edits = [edit for directory in directories_of(memory, newest) for edit in directory.written]
+        held = {edit.id for edit in edits}
         if missing := [name for name in ids if name not in held]:
             raise SettingsError(f"{memory} holds no edit {missing[0]!r}; `wise inspect {memory}` lists what it holds")
-        with cleared(memory, newest, ids, model=model, load=load, watch=watch) as left:
-            change = Change("remove", left.shards, removed=tuple(ids), provenance=provenance)
+        followed = consequences_of(edits, ids)
+        gone = (*dict.fromkeys(ids), *followed)
+        with cleared(memory, newest, gone, model=model, load=load, watch=watch) as left:
+            change = Change("remove", left.shards, removed=gone, provenance=provenance)
             published = publish(memory, change, settings_of(newest), new=left.new, model=model, watch=watch)
     seconds = time.perf_counter() - started
-    return RemoveReport(memory, published.release, published.held, left.rewritten, seconds)
+    return RemoveReport(memory, published.release, published.held, left.rewritten, seconds, followed)
 
 
 @contextmanager

@@ -105,16 +105,15 @@ def _batches(lines: Sequence[tuple[int, bytes]], path: Path, taken: Set[Edit]) -
     failed: EditFileError | None = None
     for number, line in lines:
         try:
-            edit = parse_line(path, number, line) if line.strip() else None
+            edits = parse_line(path, number, line) if line.strip() else ()
         except EditFileError as error:
             failed = error
             break
-        if edit is None or edit in taken:
-            continue
-        if edit.id in found:
+        fresh = [edit for edit in edits if edit not in taken]
+        if any(edit.id in found for edit in fresh):
             yield _batch(path, found)
             found = {}
-        found[edit.id] = number, edit
+        found.update((edit.id, (number, edit)) for edit in fresh)
     if found:
         yield _batch(path, found)
     if failed is not None:

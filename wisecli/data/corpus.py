@@ -64,6 +64,26 @@ def relations() -> list[Relation]:
     return [Relation(row["of"], (*row["asks"], *row["tells"])) for row in _packaged("relations.toml")["relation"]]
 
 
+@dataclass(frozen=True)
+class Inverse:
+    """A relation that can be asked back, how that is ``asked`` and ``told``, and the ``wordings`` that ask for it."""
+
+    name: str
+    wordings: tuple[str, ...]
+    asked: str
+    told: str
+
+
+def inverses() -> list[Inverse]:
+    """All packaged relations that one name answers either way."""
+    data = _packaged("inverses.toml")
+    found = []
+    for row in data["relation"]:
+        framed = [frame.replace("[]", noun) for noun in row["nouns"] for frame in data["frames"]]
+        found.append(Inverse(row["name"], (*framed, *row["wordings"]), row["asked"], row["told"]))
+    return found
+
+
 def made_up_subjects(kind: str, count: int, chance: random.Random) -> list[str]:
     """Names of one kind, no two the same; every second is like the one before, but for some of its words or digits."""
     names: list[str] = _packaged("subjects.toml")[kind]

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from wisecli.edits.conflicts import Conflict, OnConflict, find, giving_way, resolve
+from wisecli.edits.conflicts import Conflict, OnConflict, find, giving_way, outranked, resolve
 from wisecli.edits.files import content_of
 from wisecli.edits.record import Edit, Numbered, numbered_edits
 from wisecli.errors import ConflictError
@@ -94,6 +94,7 @@ class Admission:
         policy: rules that they must keep.
         signed: a signature that must hold for the file.
         skip_known: whether to leave out edits whose targets the unedited model gives already.
+        derive: whether to add what follows from the edits by rule (see :mod:`wisecli.edits.derivation`).
         allow_special: whether tokens that steer the model, as those that end a turn, may stand in prompts and targets.
     """
 
@@ -102,6 +103,7 @@ class Admission:
     signed: Signed | None = None
     skip_known: bool = False
     allow_special: bool = False
+    derive: bool = False
 
     def read(self, path: Path, *, name: str | None = None) -> Sheet:
         """Read a file of edits, once: what is parsed is what the signature was checked for.
@@ -126,7 +128,7 @@ class Admission:
     def admit(
         self, name: str, numbered: Sequence[Numbered], *, held: Sequence[Edit] = (), watch: Watcher = ignore
     ) -> Admitted:
-        """Hold edits against the policy, and resolve their conflicts.
+        """Hold edits against the policy, and resolve their conflicts; before that, add what follows if it is asked for.
 
         Args:
             name: the name of the file that they are from.
@@ -138,23 +140,25 @@ class Admission:
             ConflictError: edits are in conflict, and nothing says which of them counts.
         """
         already = set(held)
+        if self.derive:
+            from wisecli.edits.derivation import with_derived
+
+            numbered = with_derived(numbered)
         if self.policy is not None:
             self.policy.check(name, [one for one in numbered if one[1] not in already])
-        admitted = self._resolved(name, numbered, held, watch)
-        return replace(admitted, numbered=tuple(one for one in admitted.numbered if one[1] not in already))
-
-    def _resolved(self, name: str, numbered: Sequence[Numbered], held: Sequence[Edit], watch: Watcher) -> Admitted:
         if self.on_conflict == "keep":
-            return Admitted(tuple(numbered))
-        if self.on_conflict is None:
-            return _as_usual(name, numbered, held, watch)
-        if self.on_conflict == "error":
-            _refuse(name, find(numbered, held=held))
-            return Admitted(tuple(numbered))
-        resolution = resolve(numbered, held=held, on_conflict=self.on_conflict)
-        dropped = [(one.place, one.reason(name)) for one in resolution.dropped]
-        left_out = tuple(LeftOut(place.edit.id, place.line or 0, reason) for place, reason in dropped)
-        return Admitted(resolution.kept, Sifted(dropped=left_out), resolution.superseded)
+            return Admitted(tuple(one for one in numbered if one[1] not in already))
+        first, orphans = _without_orphans(numbered, held, "neither in the file nor in the memory")
+        yielding = {place.order: reason for place, reason in outranked(first, name, held=held)}
+        kept = [one for place, one in enumerate(first) if place not in yielding]
+        admitted = _resolved(self.on_conflict, name, kept, held, watch)
+        outdone = []
+        for (line, edit), why in ((first[place], why) for place, why in yielding.items()):
+            outdone.append(LeftOut(edit.id, line, why))
+            if edit.derived is None:
+                watch(Event(NOTE, note=f"warning: {name}:{line}: consequence {edit.id!r} is left out: {why}"))
+        admitted = _with_edits(admitted, held, (*orphans, *outdone))
+        return replace(admitted, numbered=tuple(one for one in admitted.numbered if one[1] not in already))
 
 
 class _Unread:
@@ -180,6 +184,44 @@ class _Unread:
 USUAL = Admission()
 # Of a benchmark everything is edited, whatever its records say of each other.
 AS_THEY_ARE = Admission(on_conflict="keep")
+
+
+def _without_orphans(
+    numbered: Sequence[Numbered], held: Sequence[Edit], where: str
+) -> tuple[tuple[Numbered, ...], tuple[LeftOut, ...]]:
+    """Edits without the consequences of such as are not there, and those consequences; ``where`` such are, instead."""
+    ids = {None, *(edit.id for edit in held), *(edit.id for _, edit in numbered)}
+    left = tuple(one for one in numbered if one[1].consequence_of in ids)
+    orphans = [(line, edit) for line, edit in numbered if edit.consequence_of not in ids]
+    whys = (LeftOut(edit.id, line, f"its edit {edit.consequence_of!r} is {where}") for line, edit in orphans)
+    return left, tuple(whys)
+
+
+def _with_edits(admitted: Admitted, held: Sequence[Edit], dropped: Sequence[LeftOut]) -> Admitted:
+    """What was admitted without the consequences of what was not.
+
+    Args:
+        dropped: consequences that were left out before.
+    """
+    left, bereft = _without_orphans(admitted.numbered, held, "left out")
+    ids = {edit.id for _, edit in left}
+    whole = sorted((*admitted.sifted.dropped, *dropped, *bereft), key=lambda one: one.line)
+    superseded = {old: new for old, new in admitted.superseded.items() if new in ids}
+    return Admitted(left, replace(admitted.sifted, dropped=tuple(whole)), superseded)
+
+
+def _resolved(
+    on_conflict: OnConflict | None, name: str, numbered: Sequence[Numbered], held: Sequence[Edit], watch: Watcher
+) -> Admitted:
+    if on_conflict is None:
+        return _as_usual(name, numbered, held, watch)
+    if on_conflict == "error":
+        _refuse(name, find(numbered, held=held))
+        return Admitted(tuple(numbered))
+    resolution = resolve(numbered, held=held, on_conflict=on_conflict)
+    dropped = [(one.place, one.reason(name)) for one in resolution.dropped]
+    left_out = tuple(LeftOut(place.edit.id, place.line or 0, reason) for place, reason in dropped)
+    return Admitted(resolution.kept, Sifted(dropped=left_out), resolution.superseded)
 
 
 def _as_usual(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], watch: Watcher) -> Admitted:

@@ -158,6 +158,39 @@ def giving_way(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases:
     return _superseding(_placed(numbered), held, rephrases=rephrases)
 
 
+def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] = ()) -> list[tuple[Place, str]]:
+    """Consequences that give way to what was asked for, each with the reason.
+
+    An edit outranks every consequence, one that is stated those that are derived, and what a memory holds those that
+    are derived.
+
+    Args:
+        file: the name of the file that the lines are of.
+        held: edits of a memory, the oldest first.
+    """
+    placed = list(_placed(numbered))
+    asked = [place for place in placed if place.edit.consequence_of is None]
+    stated = [place for place in placed if place.edit.consequence_of is not None and place.edit.derived is None]
+    derived = [place for place in placed if place.edit.derived is not None]
+    leaving = {place.edit.id for place in asked} | _superseding(asked, held, rephrases=False).keys()
+    staying = [place for place in _held(held) if not leaving & {place.edit.id, place.edit.consequence_of}]
+    edits = [*(place for place in staying if place.edit.consequence_of is None), *asked]
+    found = list(_yielding(stated, edits, file))
+    gone = {place.order for place, _ in found}
+    others = [*staying, *asked, *(place for place in stated if place.order not in gone)]
+    return [*found, *_yielding(derived, others, file)]
+
+
+def _yielding(places: Iterable[Place], standing: Sequence[Place], file: str) -> Iterator[tuple[Place, str]]:
+    facts, by_id = _Facts(standing), {place.edit.id: place for place in standing}
+    for place in places:
+        conflict = facts.conflict(place)
+        if (namesake := by_id.get(place.edit.id)) is not None:
+            yield place, f"its id is that of {namesake.named(file)}"
+        elif conflict is not None:
+            yield place, Dropped(place, conflict.earlier, conflict.kind == "duplicate").reason(file)
+
+
 def _superseding(new: Iterable[Place], held: Sequence[Edit], *, rephrases: bool) -> dict[str, str]:
     facts = _Facts(_held(held))
     return {old.edit.id: place.edit.id for place in new for old in facts.contradicted(place, rephrases=rephrases)}

@@ -24,6 +24,9 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "when": ("when",),
     "source": ("source",),
     "translations": ("translations",),
+    "also": ("also",),
+    "consequence_of": ("consequence_of",),
+    "derived": ("derived",),
 }
 _LISTS = ("rephrases", "irrelevant", "ood")
 
@@ -32,7 +35,7 @@ _EVALUATED = ("locality", "portability")
 # Fields by which a record of a benchmark is known: such have many more that nobody asks for.
 _BENCHMARK_FIELDS = ("src", "alt", "target_new", "ground_truth", "requested_rewrite", "update", "ans", "loc")
 # Without these an edit is another than was meant; without the others less is measured or kept of it.
-_DECISIVE = ("prompt", "target", "op", "replacement", "translations")
+_DECISIVE = ("prompt", "target", "op", "replacement", "translations", "also")
 
 
 @dataclass(frozen=True)

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from wisecli.edits.fields import (
+    LONGEST_ID,
+    EvaluationPrompt,
+    Translation,
+    evaluation_prompts_in,
+    id_of,
+    text_in,
+    texts_in,
+    time_in,
+    translations_in,
+)
 from wisecli.edits.files import content_of, record_in, records_of
 from wisecli.edits.formats import canonical, misspelt, unknown_fields
-from wisecli.edits.text import is_plain, is_visible
+from wisecli.edits.text import is_visible
 from wisecli.errors import EditFileError
 from wisecli.io.digest import sha256_json
-from wisecli.io.json_schema import CLOSED, decode, require_moment, require_sane, shown
+from wisecli.io.json_schema import CLOSED, decode, require_sane, shown
 
 OPERATIONS = ("insert", "modify", "erase")
 PROVENANCE = ("who", "when", "source")
-_LONGEST_ID = 200
-# A tag such as `de` or `pt-BR`; figures are named after it.
-_LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
-
-
-@dataclass(frozen=True)
-class EvaluationPrompt:
-    """A prompt with an answer that is measured, never trained."""
-
-    __pydantic_config__ = CLOSED
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Translation:
-    """An edit's prompt and target in another language, which is named as the record names it."""
-
-    __pydantic_config__ = CLOSED
-
-    language: str
-    prompt: str
-    target: str
+# What a consequence may have, as a record states it.
+_STATED = ("prompt", "target", "subject", "rephrases")
 
 
 @dataclass(frozen=True)
@@ -51,6 +39,8 @@ class Edit:
     ``irrelevant`` trains and calibrates the router; ``translations`` are trained, too, each with its own target.
     ``who``, ``when`` (ISO 8601) and ``source`` say where the fact is from; nothing goes by them. Of op ``erase`` the
     ``target`` is what the model should no longer say, and ``replacement``, if there is one, what it should say instead.
+    ``consequence_of`` is the id of the edit that this one follows from, if it does; ``derived`` names the rule by which
+    it was found, where nobody stated it.
     """
 
     __pydantic_config__ = CLOSED
@@ -70,6 +60,8 @@ class Edit:
     when: str | None = None
     source: str | None = None
     replacement: str | None = None
+    consequence_of: str | None = None
+    derived: str | None = None
 
     @property
     def erased(self) -> bool:
@@ -95,28 +87,35 @@ class Edit:
         return decode(cls, dict(record))
 
 
-# An edit with its line, or its place in a JSON array or a table.
+# An edit with its line, or its place in a JSON array or a table; its consequences have the same.
 Numbered = tuple[int, Edit]
 
 
+def consequences_in(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    """Those edits that follow from others."""
+    return tuple(edit for edit in edits if edit.consequence_of is not None)
+
+
 def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
-    """Read and check a whole file of edits.
+    """Read and check a whole file of edits; behind each stand its consequences.
 
     Args:
         path: JSONL (one object a line), a JSON array, or a Parquet table, in any layout of
             :mod:`wisecli.edits.formats`.
-        limit: keep only the first so many.
+        limit: keep only those of the first so many records.
 
     Raises:
         EditFileError: naming the line, if a record is malformed, incomplete or there twice.
     """
-    return [edit for _, edit in numbered_edits(path, content_of(path))][:limit]
+    numbered = numbered_edits(path, content_of(path))
+    lines = set(list(dict.fromkeys(line for line, _ in numbered))[:limit])
+    return [edit for line, edit in numbered if line in lines]
 
 
 def numbered_edits(
     path: Path, content: bytes, *, passed_over: Callable[[int, str, str | None], None] = lambda *_: None
 ) -> list[Numbered]:
-    """Parse and check the content of a file of edits.
+    """Parse and check the content of a file of edits; behind each stand its consequences.
 
     Args:
         path: where it is from; ``.parquet`` makes it a table.
@@ -129,34 +128,82 @@ def numbered_edits(
     seen: dict[str, int] = {}
     for line, record in records_of(path, content):
         try:
-            edit = parse_edit(record)
+            read = parse_edits(record)
         except ValueError as error:
             raise EditFileError(path, str(error), line=line) from None
-        if edit.id in seen:
-            raise EditFileError(
-                path, f"edit {edit.id!r} is already at {seen[edit.id]}; remove one or change its id", line=line
-            )
+        for edit in read:
+            if edit.id in seen:
+                raise EditFileError(
+                    path, f"edit {edit.id!r} is already at {seen[edit.id]}; remove one or change its id", line=line
+                )
+            seen[edit.id] = line
+            edits.append((line, edit))
         for name, meant in unknown_fields(record).items():
             passed_over(line, name, meant)
-        seen[edit.id] = line
-        edits.append((line, edit))
     if not edits:
         raise EditFileError(path, "there is no edit in it; write one JSON object with `prompt` and `target` a line")
     return edits
 
 
-def parse_line(path: Path, number: int, line: bytes) -> Edit:
-    """The edit that one line of a file holds.
+def parse_line(path: Path, number: int, line: bytes) -> tuple[Edit, ...]:
+    """The edit that one line of a file holds, and behind it its consequences.
 
     Raises:
         EditFileError: naming the line, if it holds none.
     """
     try:
-        return parse_edit(record_in(path, number, line.decode("utf-8-sig")))
+        return parse_edits(record_in(path, number, line.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         raise EditFileError(path, f"not readable as UTF-8 text ({error}); save it as UTF-8", line=number) from None
     except ValueError as error:
         raise EditFileError(path, str(error), line=number) from None
+
+
+def parse_edits(record: Mapping[str, Any]) -> tuple[Edit, ...]:
+    """Turn a record in any known layout into an edit, and behind it the consequences that it states.
+
+    Raises:
+        ValueError: saying what is missing or of the wrong kind.
+    """
+    edit = parse_edit(record)
+    stated = canonical(record)["also"] or []
+    if not isinstance(stated, list):
+        raise ValueError(f"`also` must be a list of objects with `prompt` and `target`, not {shown(stated)}")
+    if stated and edit.consequence_of is not None:
+        raise ValueError("`also` is for edits, and this is a consequence; state it with the edit that it follows from")
+    if len(edit.id) + len(consequence_id("", "also", len(stated))) > LONGEST_ID:
+        raise ValueError("`id` is too long for consequences to be named after it; shorten it, or drop `also`")
+    return edit, *(_consequence(edit, place, item) for place, item in enumerate(stated))
+
+
+def consequence_id(edit: str, kind: str, number: int) -> str:
+    """The id of an edit's consequence; each kind is numbered from 1."""
+    return f"{edit}/{kind}-{number}"
+
+
+def _consequence(edit: Edit, place: int, item: Any) -> Edit:
+    """An edit of its own for a consequence that a record states; it is from where its edit is from."""
+    where = f"also[{place}]"
+    if not isinstance(item, dict):
+        raise ValueError(f"`{where}` must be an object with `prompt` and `target`, not {shown(item)}")
+    if (other := next((name for name in item if name not in _STATED), None)) is not None:
+        raise ValueError(f"`{where}` has the unknown field {shown(other)}; leave it out, or use {', '.join(_STATED)}")
+    for name in ("prompt", "target"):
+        if item.get(name) is None:
+            raise ValueError(f"`{where}.{name}` is missing; every consequence needs `prompt` and `target`")
+        if not isinstance(item[name], str) or not is_visible(item[name]):
+            raise ValueError(f"`{where}.{name}` must be a non-empty text, not {shown(item[name])}")
+    return Edit(
+        id=consequence_id(edit.id, "also", place + 1),
+        prompt=item["prompt"],
+        target=item["target"],
+        subject=text_in(item, "subject", f"{where}."),
+        rephrases=texts_in(item, "rephrases", f"{where}."),
+        who=edit.who,
+        when=edit.when,
+        source=edit.source,
+        consequence_of=edit.id,
+    )
 
 
 def parse_edit(record: Mapping[str, Any]) -> Edit:
@@ -181,91 +228,42 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
     operation = fields.get("op") or "modify"
     if operation not in OPERATIONS:
         raise ValueError(f"`op` must be one of {', '.join(OPERATIONS)}, not {shown(operation)}")
-    replacement = _text(fields, "replacement")
+    replacement = text_in(fields, "replacement")
     if replacement is not None and operation != "erase":
         raise ValueError(f"`replacement` goes with the op `erase` alone, not with {operation}; give it as `target`")
     if replacement is not None and not is_visible(replacement):
         raise ValueError(f"`replacement` must be a non-empty text, not {shown(replacement)}")
     return Edit(
-        id=_id(fields["id"]) if fields.get("id") is not None else _digest(record),
+        id=id_of(fields["id"]) if fields.get("id") is not None else _digest(record),
         prompt=fields["prompt"],
         target=fields["target"],
         op=operation,
-        subject=_text(fields, "subject"),
-        rephrases=_texts(fields, "rephrases"),
-        locality=_evaluation_prompts(fields, "locality"),
-        portability=_evaluation_prompts(fields, "portability"),
-        irrelevant=_texts(fields, "irrelevant"),
-        ood=_texts(fields, "ood"),
-        who=_text(fields, "who"),
-        when=_when(fields),
-        source=_text(fields, "source"),
+        subject=text_in(fields, "subject"),
+        rephrases=texts_in(fields, "rephrases"),
+        locality=evaluation_prompts_in(fields, "locality"),
+        portability=evaluation_prompts_in(fields, "portability"),
+        irrelevant=texts_in(fields, "irrelevant"),
+        ood=texts_in(fields, "ood"),
+        who=text_in(fields, "who"),
+        when=time_in(fields, "when"),
+        source=text_in(fields, "source"),
         replacement=replacement,
-        translations=_translations(fields.get("translations") or {}),
+        translations=translations_in(fields.get("translations") or {}),
+        consequence_of=_followed(fields),
+        derived=text_in(fields, "derived"),
     )
 
 
-def _id(value: Any) -> str:
-    """An id as it is named in reports and logs."""
-    text = str(value)
-    if len(text) > _LONGEST_ID:
-        raise ValueError(f"`id` must have {_LONGEST_ID} characters at most, not {len(text)}")
-    if not is_visible(text) or not all(map(is_plain, text)):
-        raise ValueError(f"`id` must be a name that can be seen, without control characters, not {shown(text)}")
-    return text
+def _followed(fields: Mapping[str, Any]) -> str | None:
+    """The id of the edit that a record is a consequence of."""
+    if fields.get("consequence_of") is not None:
+        return id_of(fields["consequence_of"], "consequence_of")
+    if fields.get("derived") is not None:
+        raise ValueError("`derived` goes with `consequence_of` alone; name the edit that it follows from")
+    return None
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """An id by what is to change, whoever says so."""
-    return sha256_json({name: value for name, value in record.items() if name not in PROVENANCE})[:16]
-
-
-def _text(fields: Mapping[str, Any], name: str) -> str | None:
-    value = fields.get(name)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"`{name}` must be a text, not {shown(value)}")
-    return value
-
-
-def _when(fields: Mapping[str, Any]) -> str | None:
-    when = _text(fields, "when")
-    if when is not None:
-        require_moment(when, "when")
-    return when
-
-
-def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    value = fields.get(name) or []
-    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise ValueError(f"`{name}` must be a list of non-empty texts, not {shown(value)}")
-    return tuple(value)
-
-
-def _evaluation_prompts(fields: Mapping[str, Any], name: str) -> tuple[EvaluationPrompt, ...]:
-    value = fields.get(name) or []
-    if not isinstance(value, list):
-        raise ValueError(f"`{name}` must be a list of objects with `prompt` and `answer`, not {shown(value)}")
-    probes = []
-    for item in value:
-        prompt, answer = (item.get("prompt"), item.get("answer")) if isinstance(item, dict) else (None, None)
-        if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt.strip() or not answer.strip():
-            raise ValueError(f"`{name}` must hold objects with the texts `prompt` and `answer`, not {shown(item)}")
-        probes.append(EvaluationPrompt(prompt, answer))
-    return tuple(probes)
-
-
-def _translations(value: Any) -> tuple[Translation, ...]:
-    """Those of a record, by language, or in the form in which manifests list them."""
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        value = {str(item.get("language")): item for item in value}
-    if not isinstance(value, dict):
-        raise ValueError(f"`translations` must be an object with a language's name for each, not {shown(value)}")
-    found = []
-    for language, item in sorted(value.items()):
-        if not _LANGUAGE.fullmatch(language):
-            raise ValueError(f"`translations` must have languages as `de` or `pt-BR`, not {shown(language)}")
-        prompt, target = (item.get("prompt"), item.get("target")) if isinstance(item, dict) else (None, None)
-        if not isinstance(prompt, str) or not isinstance(target, str) or not prompt.strip() or not target.strip():
-            raise ValueError(f"`translations` must hold objects with `prompt` and `target`, not {shown(item)}")
-        found.append(Translation(language, prompt, target))
-    return tuple(found)
+    """An id by what is to change, whoever says so and whatever follows from it."""
+    kept = {name: value for name, value in record.items() if name not in (*PROVENANCE, "also")}
+    return sha256_json(kept)[:16]

@@ -42,3 +42,9 @@ def is_plain(one: str) -> bool:
 def is_visible(text: str) -> bool:
     """Whether there is anything in a text that can be seen."""
     return any(one.isprintable() and not one.isspace() for one in text)
+
+
+def edits_with(edits: int, consequences: int) -> str:
+    """How many edits there are, and how many consequences of theirs, if there are any."""
+    followed = f" with {consequences} consequence{'' if consequences == 1 else 's'}" if consequences else ""
+    return f"{edits} edit{'' if edits == 1 else 's'}{followed}"

@@ -16,7 +16,7 @@ from wisecli.models.tokenization import Row
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
 # Every figure there is, besides one of generalization for each language of the records.
 _FIGURES = (
-    *("reliability", "generalization", "locality", "portability", "routing", "ood_generalization"),
+    *("reliability", "consequences", "generalization", "locality", "portability", "routing", "ood_generalization"),
     *("perplexity", "perplexity_median", "perplexity_clipped", "generated_exact", "generated_contains"),
     *("other_question", "other_subject"),
     *("wild_as_taught", "wild_rephrased", "wild_rephrased_unique", "wild_portability", "wild_locality"),
@@ -64,6 +64,7 @@ class Measuring:
     """Measures records one kind of question after the other.
 
     Args:
+        consequences: edits that follow from the records; they are a figure of their own, over all of them.
         numbers: which memory holds an edit, by prompt and target, where that is to be compared with what opened.
         generate: whether answers are generated, too; of ``max_new_tokens`` at most, or a little more than any target.
 
@@ -78,11 +79,13 @@ class Measuring:
         subject: Subject,
         records: Sequence[Edit],
         *,
+        consequences: Sequence[Edit] = (),
         numbers: Mapping[tuple[str, str], int] | None = None,
         generate: bool = True,
         max_new_tokens: int | None = None,
     ) -> None:
         self.subject, self.records, self.numbers = subject, records, numbers
+        self.consequences = consequences
         self.generate, self.max_new_tokens = generate, max_new_tokens
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
@@ -93,6 +96,7 @@ class Measuring:
         """Measure everything that the records allow."""
         reliability = self._run("reliability", [_asked(edit, [edit.prompt]) for edit in self.records])
         self._perplexity(reliability)
+        self._run("consequences", [_asked(edit, [edit.prompt]) for edit in self.consequences])
         rephrased = self._run("generalization", [_asked(edit, edit.rephrases) for edit in self.records])
         self._routing(rephrased)
         self._translated()

@@ -12,7 +12,8 @@ from string import Template
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.edits.text import plain
+from wisecli.edits.record import Edit, consequences_in
+from wisecli.edits.text import edits_with, plain
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import read_json
 from wisecli.models.site import loader_name
@@ -88,6 +89,7 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
         note: a paragraph more.
     """
     figures, name = figures or {}, base_name(manifest, base)
+    followed = len(consequences_in(manifest.edits))
     data = ModelCardData(
         base_model=name,
         library_name="transformers",
@@ -100,7 +102,7 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
     return template.substitute(
         data=data.to_yaml(),
         form=form,
-        count="1 edit" if len(manifest.edits) == 1 else f"{len(manifest.edits)} edits",
+        count=edits_with(len(manifest.edits) - followed, followed),
         base=_cell(name),
         module=manifest.site.module,
         router=manifest.memory.router,
@@ -108,8 +110,13 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
         note=note,
         loading=_loading(manifest, form, base),
         figures=_table(figures),
-        edits="\n".join(f"| {_cell(edit.prompt)} | {_cell(edit.target)} |" for edit in manifest.edits),
+        edits="\n".join(f"| {_cell(edit.prompt)} | {_answer(edit)} |" for edit in manifest.edits),
     )
+
+
+def _answer(edit: Edit) -> str:
+    """What an edit answers; of a consequence also that it is one."""
+    return _cell(edit.target) + (" (a consequence)" if edit.consequence_of is not None else "")
 
 
 def _loading(manifest: Manifest, form: str, base: Path) -> str:

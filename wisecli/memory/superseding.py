@@ -1,8 +1,8 @@
-"""Which edits of a memory give way to new ones."""
+"""Which edits of a memory give way to new ones, and which consequences go with them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from wisecli.edits.record import Edit
 from wisecli.edits.text import folded
@@ -17,6 +17,26 @@ def superseding(held: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
     by_id = {edit.id for edit in new}
     found = {edit.id: by_prompt[_fact(edit)] for edit in held if _fact(edit) in by_prompt}
     return {**{edit.id: edit.id for edit in held if edit.id in by_id}, **found}
+
+
+def with_consequences(held: Sequence[Edit], new: Sequence[Edit], giving_way: Mapping[str, str]) -> dict[str, str]:
+    """The ids of held edits that give way, with those of their consequences.
+
+    A consequence goes with its edit, unless that comes again under its id and says the same.
+    """
+    before, now = {edit.id: edit for edit in held}, {edit.id: edit for edit in new}
+    left = {old: by for old, by in giving_way.items() if old != by or not _same(before[old], now[by])}
+    follow = {edit.id: left[edit.consequence_of] for edit in held if edit.consequence_of in left}
+    return {**giving_way, **{old: by for old, by in follow.items() if old not in giving_way}}
+
+
+def consequences_of(held: Sequence[Edit], ids: Collection[str]) -> tuple[str, ...]:
+    """The ids of what follows from some edits, but for those that are among them."""
+    return tuple(edit.id for edit in held if edit.consequence_of in ids and edit.id not in ids)
+
+
+def _same(edit: Edit, other: Edit) -> bool:
+    return (_fact(edit), edit.answer, edit.erased) == (_fact(other), other.answer, other.erased)
 
 
 def _fact(edit: Edit) -> str:

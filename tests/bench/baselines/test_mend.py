@@ -16,7 +16,8 @@ from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.gradient_factors import gradient_factors
 from wisecli.bench.baselines.mend import Mend, MetaTraining
 from wisecli.config import LoadOptions
-from wisecli.edits.record import Edit, EvaluationPrompt
+from wisecli.edits.fields import EvaluationPrompt
+from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.loading import load_model
 from wisecli.models.site import Site, value_module

@@ -1,0 +1,62 @@
+"""An OpenAI-compatible server of a model, on this machine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+# What a server says to a prompt with so many tokens at most.
+Answers = Callable[[str, int], str]
+
+
+@contextmanager
+def served(answers: Answers, *, chat: bool = True, key: str | None = None, raw: bytes | None = None) -> Iterator[str]:
+    """The address of a server; requests come one after the other.
+
+    Args:
+        chat: whether it has a chat template.
+        key: what it asks for.
+        raw: what it says to everything, in the place of answers.
+    """
+    turn = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_given: Any) -> None:
+            pass
+
+        def say(self, status: int, content: Any) -> None:
+            told = json.dumps(content).encode() if raw is None else raw
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(told)))
+            self.end_headers()
+            self.wfile.write(told)
+
+        def do_GET(self) -> None:
+            self.say(*((200, {"data": [{"id": "tiny"}]}) if self.path == "/v1/models" else (404, {})))
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if key is not None and self.headers["Authorization"] != f"Bearer {key}":
+                return self.say(401, {"error": "no such key"})
+            assert (asked["model"], asked["temperature"]) == ("tiny", 0)
+            with turn:
+                if self.path == "/v1/completions":
+                    return self.say(200, {"choices": [{"text": answers(asked["prompt"], asked["max_tokens"])}]})
+                if self.path == "/v1/chat/completions" and chat:
+                    text = answers(asked["messages"][0]["content"], asked["max_tokens"])
+                    return self.say(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
+            return self.say(400 if chat is False else 404, {"error": "no such thing"})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

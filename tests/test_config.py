@@ -107,7 +107,24 @@ def test_every_preset_passes_its_own_checks(preset: str) -> None:
 def test_without_any_source_the_defaults_hold(kind: type[Any]) -> None:
     settings = resolve(kind, {}, section="any")
     assert settings == kind()
-    assert dataclasses.asdict(settings) == defaults(kind)
+    # What other settings decide is filled in.
+    decided = {"router": "meaning", "routing": "token"} if kind is EditSettings else {}
+    assert dataclasses.asdict(settings) == {**defaults(kind), **decided}
+
+
+@pytest.mark.parametrize(
+    ("given", "router"),
+    [
+        ({}, "meaning"),
+        ({"routing": "sequence"}, "meaning"),
+        ({"routing": "token"}, "key"),
+        ({"writer": "gradient"}, "key"),
+        ({"layer": "0"}, "key"),
+        ({"routing": "token", "router": "meaning"}, "meaning"),
+    ],
+)
+def test_the_router_is_that_which_goes_with_the_rest(given: dict[str, Any], router: str) -> None:
+    assert resolve(EditSettings, given, section="edit").router == router
 
 
 @pytest.mark.parametrize("kind", [EditSettings, MergeSettings, EvalSettings])

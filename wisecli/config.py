@@ -94,8 +94,9 @@ class EditSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # What prompts mean opens the edits of a lookup, which a closed form writes, and for whole prompts.
-        by_meaning = self.writer == "solve" and self.routing != "token"
+        # What prompts mean opens the edits of a lookup, which a closed form writes, for whole prompts, and is read in a
+        # layer below the edited one.
+        by_meaning = self.writer == "solve" and self.routing != "token" and self.layer != "0"
         for name, default in (("router", "meaning" if by_meaning else "key"), ("routing", "token")):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)

@@ -149,13 +149,29 @@ def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
     assert strict.thresholds(0.5) == (0.5,) * 3
     vectors = strict.tensors["meaning.vectors"].float()
     assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=2e-3)
-    turned = F.normalize(F.linear(prompts.states, heads.turns[1], heads.shifts[1]), dim=-1)
-    assert torch.allclose(vectors[len(prompts.states) :], turned, atol=2e-3)
+    # Of edits with a subject its tokens are looked for as such, and the others as the relation's; of others, all twice.
+    known = torch.tensor(["subject" in EDITS[edit] for edit in prompts.edit.tolist()])
+    for head, own in enumerate((prompts.subject | ~known, ~prompts.subject | ~known)):
+        turned = F.normalize(F.linear(prompts.states[own], heads.turns[head], heads.shifts[head]), dim=-1)
+        kept = (strict.tensors["meaning.asking"] >= len(strict.tensors["meaning.whose"])) == bool(head)
+        assert torch.allclose(vectors[kept], turned, atol=2e-3)
 
 
 def test_shards_without_meaning_say_what_to_do(model: Path, run: Callable[..., int], tmp_path: Path) -> None:
     (tmp_path / "edits.jsonl").write_text('{"prompt": "ba ka ti", "target": "lu"}\n')
-    line = ("edit", model, tmp_path / "edits.jsonl", "--layer", "2", "--device", "cpu", "-o", tmp_path / "plain")
+    line = (
+        "edit",
+        model,
+        tmp_path / "edits.jsonl",
+        "--layer",
+        "2",
+        "--device",
+        "cpu",
+        "-o",
+        tmp_path / "plain",
+        "--router",
+        "key",
+    )
     assert run(*map(str, line)) == 0
     assert run("merge", str(tmp_path / "plain"), "--router", "meaning", "-o", str(tmp_path / "m")) == 2
     assert not (tmp_path / "m").exists()

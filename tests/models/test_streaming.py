@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.export import export
+from wisecli.commands.generate import Answer
 from wisecli.commands.generate import generate as run_generate
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, EvalSettings, LoadOptions, MergeSettings
@@ -316,12 +319,19 @@ def test_edits_and_figures_are_the_same(tmp_path: Path, architecture: str, monke
         run_generate(tmp_path / "memory", prompts, explain=True, load=LoadOptions(device="cpu", memory_budget=budget))
         for budget in (None, 1000)
     ]
-    assert answers[0] == answers[1]
+    require_alike(*answers)
     export(tmp_path / "memory", tmp_path / "edited", load=CPU)
-    assert (
-        run_generate(tmp_path / "edited", prompts, explain=True, load=LoadOptions(device="cpu", memory_budget=1000))
-        == answers[0]
-    )
+    streamed = LoadOptions(device="cpu", memory_budget=1000)
+    require_alike(run_generate(tmp_path / "edited", prompts, explain=True, load=streamed), answers[0])
+
+
+def require_alike(some: Sequence[Answer], others: Sequence[Answer]) -> None:
+    """The same answers by the same memories; of scores, sums of many numbers, the order of terms is not promised."""
+    for one, other in zip(some, others, strict=True):
+        assert (one.prompt, one.text) == (other.prompt, other.text)
+        for mine, theirs in zip(one.steps, other.steps, strict=True):
+            assert replace(mine, score=0.0) == replace(theirs, score=0.0)
+            assert mine.score == pytest.approx(theirs.score, rel=1e-4)
 
 
 def test_a_real_edited_model_has_the_same_figures(chain: Chain) -> None:

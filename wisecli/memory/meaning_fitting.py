@@ -14,6 +14,8 @@ from wisecli.routing.meaning import MEANING, Meaning
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
 SURE, _SURER, _SUREST = 0.5, 1.25, 0.95
+# How much less sure than an edit's own prompt another may be, where that prompt is not sure of itself.
+_OWN = 0.9
 # What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
 _OTHER, _LEAST = 1e-4, 5e-3
 # Prompts that are compared at a time: the fewer, the fewer edits are like any of them.
@@ -24,19 +26,26 @@ _AT_A_TIME = 32
 class FittedMeaning:
     """The tensors ``MEANING`` of M edits, and how surely prompts mean them.
 
-    ``own`` (g,) is for each kept prompt how surely it means its edit, ``others`` (M,) how surely any prompt of another
-    edit means an edit, ``unrelated`` (u, M) the same for unrelated texts.
+    ``own`` (g,) is for each kept prompt how surely it means its edit, ``taught`` (M,) the same of prompts as
+    are written, ``others`` (M,) how surely any prompt of another edit means an edit, ``unrelated`` (u, M) the same for
+    unrelated texts.
     """
 
     tensors: dict[str, Tensor]
     own: Tensor
+    taught: Tensor
     others: Tensor
     unrelated: Tensor
 
     def thresholds(self, least: float) -> tuple[float, ...]:
-        """Of every edit: so high that the other edits' prompts do not mean it, if that leaves room for its own."""
+        """Of every edit: so high that the other edits' prompts do not mean it, if that leaves room for its own.
+
+        Where its own prompt is less sure than that, and surer than all that it must keep apart from, it is lower.
+        """
         raised = (self.others * _SURER).clamp(min=least, max=max(least, _SUREST))
-        return tuple(raised.tolist())
+        lowered = self.taught * _OWN
+        apart = lowered > self.others.maximum(self.unrelated.amax(0))
+        return tuple(raised.minimum(lowered).where(apart, raised).tolist())
 
 
 def fit_meaning(heads: Heads, prompts: PromptStates, edits: int) -> FittedMeaning:
@@ -69,7 +78,10 @@ def fit_meaning(heads: Heads, prompts: PromptStates, edits: int) -> FittedMeanin
     meaning = Meaning(tensors, edits)
     mine, others = _by_own_prompts(meaning, prompts, asked, whose)
     unrelated = sureness(meaning, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
-    return FittedMeaning(tensors, mine, others, unrelated)
+    # Kept prompts are in order of their edits, and of an edit's the one as it is written comes first.
+    first = torch.searchsorted(whose, torch.arange(edits))
+    taught = mine[first.clamp(max=count - 1)] * (whose[first.clamp(max=count - 1)] == torch.arange(edits))
+    return FittedMeaning(tensors, mine, taught, others, unrelated)
 
 
 def _shares(weights: Tensor, asked: Tensor, count: int) -> Tensor:

@@ -173,26 +173,23 @@ def resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:
         threshold=settings.threshold or shards.settings["threshold"],
         refit=solved if settings.refit is None else settings.refit,
     )
-    if whole.router == "meaning":
-        if settings.routing == "token" and settings.router is None:
-            whole = replace(whole, router="key")
-        elif settings.routing == "token":
+    if whole.router == "meaning" and settings.routing == "token":
+        if settings.router is not None:
             raise SettingsError("--router meaning reads whole prompts; leave out --routing token")
-        else:
-            whole = replace(whole, routing="sequence")
+        whole = replace(whole, router="key")
     if whole.mode is None:
         # To say how matrices are to be merged is to ask for a matrix.
         silent = all(getattr(settings, name) == getattr(MergeSettings, name) for name in _OF_MATRICES)
         whole = replace(whole, mode="lookup" if solved and whole.router != "norm" and silent else "merge")
     if whole.mode == "lookup" and whole.router == "norm":
         raise SettingsError("--mode lookup finds its keys by the key router; leave out --router norm")
-    if whole.mode != "lookup" and whole.router == "meaning":
-        if settings.router == "meaning":
-            raise SettingsError(
-                "--router meaning opens the edits of a lookup; leave out --mode and what is of matrices"
-            )
-        whole = replace(whole, router="key")
-    return whole
+    if whole.router != "meaning":
+        return whole
+    if whole.mode == "lookup":
+        return replace(whole, routing="sequence")
+    if settings.router == "meaning":
+        raise SettingsError("--router meaning opens the edits of a lookup; leave out --mode and what is of matrices")
+    return replace(whole, router="key")
 
 
 def _recipe(settings: MergeSettings, count: int, base: Tensor) -> Recipe:

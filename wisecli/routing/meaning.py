@@ -92,7 +92,8 @@ class Meaning(nn.Module):
         """The tokens looked at (B, T) of states (B, T, d), under both projections."""
         order, there = _first(looked_at)
         near = states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])).float()
-        turned = [F.linear(near, turn, shift) for turn, shift in zip(self.turns, self.shifts, strict=True)]
+        # Whatever type the model is turned into: half precision is too coarse for what is compared.
+        turned = [F.linear(near, *pair) for pair in zip(self.turns.float(), self.shifts.float(), strict=True)]
         return Asked(F.normalize(torch.stack(turned), dim=-1), there)
 
     def of(self, asked: Asked) -> Tensor:
@@ -120,10 +121,10 @@ class Meaning(nn.Module):
         number[prompts + head * len(self.whose)] = torch.arange(len(prompts), device=prompts.device)
         of = number[self.asking]
         own = (of >= 0).nonzero().flatten()
-        cosines = asked.turned[head] @ self.vectors[own].T
+        cosines = asked.turned[head] @ self.vectors[own].float().T
         near = cosines.masked_fill_(~asked.there[..., None], -1.0).amax(1)
-        scores = near.new_zeros(len(near), len(prompts)).index_add_(1, of[own], near * self.shares[own])
-        return F.logsigmoid(self.slopes[head] * (scores - self.bars[head]))
+        scores = near.new_zeros(len(near), len(prompts)).index_add_(1, of[own], near * self.shares[own].float())
+        return F.logsigmoid(self.slopes[head].float() * (scores - self.bars[head].float()))
 
 
 def _first(marked: Tensor) -> tuple[Tensor, Tensor]:

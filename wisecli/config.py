@@ -131,7 +131,7 @@ class EvalSettings(Checked):
     edits: Annotated[int, Within(1, 10**9)] | None = None
     protocol: Literal["forms", "wild", "teacher"] = "forms"
     forms: str = "all"
-    ask: Count = 20
+    ask: Count = 5
     before: bool = False
     batch_size: Count = 32
     chat: bool = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ from support.tiny_models import Wise
 
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.generation import generate
+
+
+TURN = threading.Lock()
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +33,8 @@ def answering(edited: EditedModel, *, lost: bool = False) -> Answers:
             (tokens,) = generate(edited.model, edited.tokenizer, [prompt], max_new_tokens=min(length, 8))
             return str(edited.tokenizer.decode(tokens, skip_special_tokens=True))
 
-        if not lost:
-            return said()
-        with edited.unedited():
+        # Two servers may share the model, which is switched for one of them.
+        with TURN, edited.unedited() if lost else nullcontext():
             return said()
 
     return answer

@@ -53,6 +53,7 @@ def test_what_is_refused_at_the_door_is_refused_before_anything_slow_is_imported
     assert (places / "foreign" / "letter.txt").read_text() == "keep me"
 
 
+@pytest.mark.thorough
 def test_a_sound_edit_does_import_them(places: Path) -> None:
     code, said, slow = imported(places, "edit", "./no-model", "edits.jsonl")
     assert (code, "torch" in slow) == (2, True), said

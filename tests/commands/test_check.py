@@ -16,7 +16,6 @@ from support.tiny_models import Wise
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.generation import generate
 
-
 TURN = threading.Lock()
 
 

@@ -413,6 +413,7 @@ def test_more_parts_than_shards_leave_nothing_to_do_for_some(place: Path, tmp_pa
     assert edit(place, tmp_path / "shards", only=(1, 20)).missing == 0
 
 
+@pytest.mark.thorough
 def test_parts_at_the_same_time_end_in_the_shards_of_a_single_run(
     place: Path, tmp_path: Path, zygote: Zygote, cache: dict[str, str]
 ) -> None:

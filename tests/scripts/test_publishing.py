@@ -88,6 +88,7 @@ def state(*directories: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
+@pytest.mark.thorough
 def test_the_same_edits_again_change_nothing(checkout: Path, path: str) -> None:
     # These records have neither rephrases nor locality prompts, so that only reliability is gated.
     gate = "reliability=.5,generalization=.99,locality=.99"

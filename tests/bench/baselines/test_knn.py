@@ -89,6 +89,7 @@ def test_nearest_states_by_chunks_are_the_nearest_of_all(monkeypatch: pytest.Mon
         np.testing.assert_allclose(own, np.sort(all_of_them)[:9], rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", few(["llama", "gpt2"], {"llama"}))
 def test_share_and_temperature_are_the_best_of_the_grid(tmp_path: Path, architecture: str) -> None:
     bench = tiny_bench(tmp_path / "model", architecture)

@@ -105,6 +105,7 @@ def test_the_oracle_opens_what_the_router_misses(report: StudyReport) -> None:
     assert figures["lookup"]["oracle_reliability"] == 1
 
 
+@pytest.mark.thorough
 def test_what_is_there_is_not_measured_again(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "out", tmp_path / "out", ignore=shutil.ignore_patterns("memory", "shards-*"))
     stages: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.editing.early_states import reading_site, token_states
 from wisecli.editing.meaning_learning import learn_heads
 from wisecli.errors import SettingsError
+from wisecli.evaluation.edited_model import attach
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.memory.material import read_material
 from wisecli.memory.meaning_fitting import fit_meaning
@@ -28,6 +30,7 @@ from wisecli.memory.removal import without
 from wisecli.models.forms import forms
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
+from wisecli.models.tokenization import Row, collate
 from wisecli.progress import ignore
 
 EDITS = [
@@ -94,8 +97,6 @@ def test_states_are_those_of_the_whole_model(model: Path) -> None:
 
 @pytest.fixture
 def shards(model: Path, tmp_path: Path, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Path:
-    import json
-
     monkeypatch.chdir(tmp_path)
     Path("edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
     line = ("edit", model, "edits.jsonl", "--layer", "2", "--router", "meaning", "--device", "cpu")
@@ -181,3 +182,27 @@ def test_the_first_layer_has_none_below(model: Path) -> None:
     loaded = load_model(model, load=CPU)
     with pytest.raises(SettingsError, match="a layer below the edited one"):
         reading_site(loaded, find_site(model, Checkpoint(model), 0))
+
+
+def test_prompts_in_other_languages_open_their_edit_and_need_not_name_its_subject(
+    model: Path, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    foreign = {"de": {"prompt": "zo vu pe", "target": "fa"}}
+    edits = [{**EDITS[0], "translations": foreign}, {**EDITS[1], "subject": "no re"}, EDITS[2]]
+    Path("edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+    assert run("edit", str(model), "edits.jsonl", "--layer", "2", "--device", "cpu") == run("merge", "shards") == 0
+    material, (shard,) = read_material([read_shard_directory(Path("shards"))])
+    assert shard.prompts is not None
+    assert shard.prompts.form[shard.prompts.edit == 0].unique().tolist() == [0, 1, 2, 3]
+    assert shard.prompts.form[shard.prompts.edit == 1].unique().tolist() == [0, 1, 2]
+    # The subjects of two are known, and the second's alone is asked for.
+    assert [bool(words) for words in material.subjects] == [True, True, False]
+    edited = attach(Path("memory"), load=CPU)
+    for prompt, named in (("zo vu pe", [True, False, True]), (EDITS[1]["prompt"], [True, True, True])):
+        ids = tuple(edited.tokenizer(prompt)["input_ids"])
+        known = edited.prompts(collate([Row(ids, ids[:1])]))
+        assert known.named is not None
+        assert known.sure is not None
+        assert known.named[0, 0].tolist() == named
+        assert int(known.sure[0].argmax()) == (0 if prompt == "zo vu pe" else 1)

@@ -27,8 +27,8 @@ from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, LoadOptions, MergeSettings
 from wisecli.edits.admission import Admission
 from wisecli.edits.record import Edit, parse_edit
+from wisecli.edits.text import unmarked
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.evaluation.found import plain
 from wisecli.models.generation import generate
 
 _LENGTH = 24
@@ -43,7 +43,7 @@ def answers(edited: EditedModel, prompts: Sequence[str]) -> list[str]:
 
 def right(said: Sequence[str], targets: Sequence[str]) -> float:
     """Share of answers that are the target, and nothing more."""
-    return sum(plain(one) == plain(target) for one, target in zip(said, targets, strict=True)) / max(len(said), 1)
+    return sum(unmarked(one) == unmarked(target) for one, target in zip(said, targets, strict=True)) / max(len(said), 1)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def main() -> None:
     edited = attach(arguments.memory, model=arguments.model, load=LoadOptions(device=arguments.device))
     edits = list(edited.manifest.edits)
     known = [*edits, *read_edits(arguments.records)]
-    subject, what = MemorySubject(edited, EvalSettings(), ignore), Generated(ask=arguments.asked)
+    subject, what = MemorySubject(edited, EvalSettings(), ignore), Generated("forms", "all", arguments.asked)
     found, _ = measure_generated(subject, what, edits, known, max_new_tokens=_LENGTH)
     samples = {"edits": len(edits), **found.samples}
     report = EvalReport(

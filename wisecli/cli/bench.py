@@ -9,9 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wisecli.bench.html import columns, costs, heads, note
-from wisecli.cli.choices import BENCH_METHODS, DATASETS, FILED_DATASETS, STUDIES, forms_named, some_of
+from wisecli.cli.choices import BENCH_METHODS, DATASETS, FILED_DATASETS, STUDIES, some_of
 from wisecli.cli.console import Console, Table
-from wisecli.cli.options import AsJson, Config, Device, Dtype, Force, Output, Quiet, Seed, Trust, load_options
+from wisecli.cli.options import (
+    AsJson,
+    Config,
+    Device,
+    Dtype,
+    Force,
+    Output,
+    Quiet,
+    Seed,
+    Trust,
+    ask_of,
+    forms_of,
+    load_options,
+    protocol_of,
+)
 from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INPUT, MEASURED, STUDIED, option, setting
 from wisecli.config import BenchSettings, resolve
@@ -81,20 +95,9 @@ def bench(
             "edits_per_shard", "For the studies merge, scaling and latency.", none="100, or a quarter of the edits"
         ),
     ] = None,
-    protocol: Annotated[
-        str | None,
-        _measured("protocol", "Answers that are generated: forms, wild (arXiv 2502.11177), or teacher for none."),
-    ] = None,
-    forms: Annotated[
-        str | None,
-        _measured(
-            "forms",
-            "Forms to ask in: all, trained, unseen, none, or names with commas between.",
-            metavar="NAME",
-            complete=forms_named,
-        ),
-    ] = None,
-    ask: Annotated[int | None, _measured("ask", "How many of the edits are asked in the forms.")] = None,
+    protocol: Annotated[str | None, protocol_of(BenchSettings)] = None,
+    forms: Annotated[str | None, forms_of(BenchSettings)] = None,
+    ask: Annotated[int | None, ask_of(BenchSettings)] = None,
     generate: Annotated[
         bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,

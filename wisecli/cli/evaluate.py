@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wisecli.cli.choices import DATASETS, MODELS, forms_named, one_of
+from wisecli.cli.choices import DATASETS, MODELS, one_of
 from wisecli.cli.console import Console, Table, count, note
 from wisecli.cli.effects import of_evaluation
 from wisecli.cli.options import (
@@ -23,7 +23,10 @@ from wisecli.cli.options import (
     Model,
     Quiet,
     Trust,
+    ask_of,
+    forms_of,
     load_options,
+    protocol_of,
     thresholds_in,
 )
 from wisecli.cli.overlooked import overlooked
@@ -75,20 +78,9 @@ def evaluate(
         ),
     ] = None,
     config: Config = None,
-    protocol: Annotated[
-        str | None,
-        _measured("protocol", "Answers that are generated: forms, wild (arXiv 2502.11177), or teacher for none."),
-    ] = None,
-    forms: Annotated[
-        str | None,
-        _measured(
-            "forms",
-            "Forms to ask in: all, trained, unseen, none, or names with commas between.",
-            metavar="NAME",
-            complete=forms_named,
-        ),
-    ] = None,
-    ask: Annotated[int | None, _measured("ask", "How many of the edits are asked in the forms.")] = None,
+    protocol: Annotated[str | None, protocol_of(EvalSettings)] = None,
+    forms: Annotated[str | None, forms_of(EvalSettings)] = None,
+    ask: Annotated[int | None, ask_of(EvalSettings)] = None,
     before: Annotated[
         bool | None,
         _measured("before", "With --protocol wild ask the unedited model, too: wild_locality.", "--before/--no-before"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wisecli.cli.choices import DEVICES, DTYPES, one_of
-from wisecli.cli.parameters import INPUT, INTO, OUTPUT, WHERE, flag, option
+from wisecli.cli.choices import DEVICES, DTYPES, forms_named, one_of
+from wisecli.cli.parameters import INPUT, INTO, MEASURED, OUTPUT, WHERE, flag, option, setting
 from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 
@@ -252,3 +252,20 @@ def thresholds_in(text: str | None) -> dict[str, float]:
         return {name.strip(): float(value) for name, value in pairs}
     except ValueError:
         raise SettingsError(f"--fail-under must look like reliability=.9,locality=.95, not {text!r}") from None
+
+
+def protocol_of(kind: type[Any]) -> Any:
+    """The option ``--protocol`` of a command with these settings."""
+    text = "Answers that are generated: forms, wild (arXiv 2502.11177), or teacher for none."
+    return setting(kind, "protocol", text, panel=MEASURED)
+
+
+def forms_of(kind: type[Any]) -> Any:
+    """The option ``--forms`` of a command with these settings."""
+    text = "Forms to ask in: all, trained, unseen, none, or names with commas between."
+    return setting(kind, "forms", text, panel=MEASURED, metavar="NAME", complete=forms_named)
+
+
+def ask_of(kind: type[Any]) -> Any:
+    """The option ``--ask`` of a command with these settings."""
+    return setting(kind, "ask", "How many of the edits are asked in the forms.", panel=MEASURED)

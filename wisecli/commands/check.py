@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.record import Edit, read_edits
+from wisecli.edits.text import unmarked
 from wisecli.errors import ServedWrongError, ServerError, SettingsError
 from wisecli.progress import Event, Watcher, ignore
 
@@ -168,17 +169,12 @@ def _unrelated(server: Server, base: Server | None, endpoint: str, prompt: str, 
     return Asked(endpoint, None, prompt, "an answer of its own", answer, right)
 
 
-def _plain(text: str) -> str:
-    """A text without case, and without what stands around it."""
-    return text.casefold().strip(" .\n\t\"'")
-
-
 def _is_all(answer: str, target: str) -> bool:
-    return _plain(answer) == _plain(target)
+    return unmarked(answer) == unmarked(target)
 
 
 def _contains(answer: str, target: str) -> bool:
-    return _plain(target) in _plain(answer)
+    return unmarked(target) in unmarked(answer)
 
 
 def _named(server: Server) -> Server:

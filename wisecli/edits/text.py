@@ -15,6 +15,11 @@ def folded(text: str) -> str:
 _WORD = re.compile(r"\w+")
 
 
+def unmarked(text: str) -> str:
+    """A text without case, and without the marks and blanks that stand around it."""
+    return text.casefold().strip(" .\n\t\"'")
+
+
 def words(text: str) -> list[str]:
     """A text's words, whatever their case and what stands between them."""
     return _WORD.findall(text.casefold())

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wisecli.edits.record import Edit
+from wisecli.edits.text import unmarked
 from wisecli.evaluation.answers import Answer
 
 _WORD = re.compile(r"\w+")
@@ -45,14 +46,9 @@ def together(*parts: Found) -> Found:
     return found
 
 
-def plain(text: str) -> str:
-    """A text without case, and without what stands around it."""
-    return text.casefold().strip(" .\n\t\"'")
-
-
 def gives(answer: Answer, target: str) -> bool:
     """Whether an answer is the target, and then ends."""
-    return answer.ended and plain(answer.text) == plain(target)
+    return answer.ended and unmarked(answer.text) == unmarked(target)
 
 
 def right(answer: Answer, edit: Edit) -> bool:
@@ -72,7 +68,7 @@ def contradictory(records: Sequence[Edit]) -> frozenset[str]:
     answers: dict[str, set[str]] = {}
     for record in records:
         for text in (record.prompt, *record.rephrases):
-            answers.setdefault(words_of(text), set()).add(plain(record.answer))
+            answers.setdefault(words_of(text), set()).add(unmarked(record.answer))
     return frozenset(words for words, wanted in answers.items() if len(wanted) > 1)
 
 

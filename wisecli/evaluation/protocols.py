@@ -26,9 +26,9 @@ ProtocolName = Literal["forms", "wild", "teacher"]
 class Generated:
     """What is asked: by which protocol, in which ``forms`` how many edits, and whether WILD asks the unedited model."""
 
-    protocol: ProtocolName = "forms"
-    forms: str = "all"
-    ask: int = 20
+    protocol: ProtocolName
+    forms: str
+    ask: int
     before: bool = False
 
     def __post_init__(self) -> None:

@@ -1,11 +1,12 @@
 """The paper's method by its authors' own code and by this package: same records, model, layer, seed and measure.
 
     git clone https://github.com/zjunlp/EasyEdit
-    python benchmarks/peer_wise.py --easyedit EasyEdit --model MODEL --data zsre_mend_edit.json --edits 30 --layer 25
+    python benchmarks/peer_wise.py --easyedit EasyEdit --model MODEL --data zsre_mend_edit.json \
+        --unrelated zsre_mend_train_loc.json --edits 30 --layer 25
     python benchmarks/peer_wise.py --easyedit EasyEdit --model MODEL --data zsre_mend_edit.json --steps 5
 
 EasyEdit's own files run; none of them is copied. Its settings are those for llama-7b, with nothing changed but the
-device, model and layer. Every edit of either comes with an unrelated text of this package. All edited models answer
+device, model and layer. With every edit both get the same unrelated text. All edited models answer
 one prompt at a time, with the right tokens before each token of the answer, and greedily in WILD's form. Intervals
 hold 95 % of means over resampled records.
 
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import random
 import statistics
 import sys
@@ -207,7 +209,7 @@ def first_steps(peer: Peer, arguments: argparse.Namespace, record: Edit) -> Iter
     unrelated = torch.zeros(1, site.d_ff)
     for step in range(arguments.steps):
         task = Task(loaded.model, site, mask, unrelated, 1.0, replace(settings, passes=step + 1))
-        yield theirs[step], write_one_by_one(task, [batch], [unrelated], lambda _: None).losses[-1]
+        yield theirs[step], write_one_by_one(task, [batch], lambda _: None, texts={0: unrelated}).losses[-1]
 
 
 def main() -> None:
@@ -216,6 +218,7 @@ def main() -> None:
     parser.add_argument("--easyedit", type=Path, required=True, help="a checkout of EasyEdit")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--unrelated", type=Path, help="records with `loc` and `loc_ans`; packaged texts by default")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first so many records")
     parser.add_argument("--edits", type=int, default=10)
     parser.add_argument("--layer", type=int, default=25)
@@ -234,7 +237,12 @@ def main() -> None:
             table.add_row(str(step), f"{theirs:.3f}", f"{own:.3f}", f"{abs(theirs - own):.4f}")
         console.print(table)
         return
-    texts = random.sample(unrelated_texts(max(400, len(edits)), seed=arguments.seed), len(edits))
+    if arguments.unrelated:
+        listed = json.loads(arguments.unrelated.read_text(encoding="utf-8"))[arguments.skip :]
+        texts = [f"{one['loc']} {one.get('loc_ans', '')}".strip() for one in listed[: len(edits)]]
+    else:
+        texts = random.sample(unrelated_texts(max(400, len(edits)), seed=arguments.seed), len(edits))
+    edits = [replace(one, irrelevant=(text,)) for one, text in zip(edits, texts, strict=True)]
     measure = Measure(arguments, edits)
     ways: dict[str, Callable[[Path], Edited]] = {
         "peer": lambda _: by_peer(Peer(arguments.easyedit), arguments, edits, texts),

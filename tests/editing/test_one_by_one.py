@@ -75,7 +75,8 @@ def write(
     batches: list[TrainingExamples] = [examples for group in found for examples in group]
     task = Task(loaded.model, site, mask_for(site, density), torch.zeros(1, site.d_ff), 1.0, settings)
     listen = (lambda progress: None) if told is None else told.append
-    return write_one_by_one(task, batches, [keys_in(loaded, site, UNRELATED)], listen)
+    texts = dict.fromkeys(range(len(edits)), keys_in(loaded, site, UNRELATED))
+    return write_one_by_one(task, batches, listen, texts=texts)
 
 
 def rows_of(loaded: Loaded, edit: Edit) -> list[tuple[list[int], list[int]]]:
@@ -151,7 +152,7 @@ def test_a_loss_that_is_low_and_stays_is_left(loaded: Loaded, site: Site) -> Non
         loaded, site, [([(0, EDITS[0])], CONTEXTS, ())], batch_size=32, train_end=False, window=False
     )[0]
     handle = value_module(loaded.model, site_of(loaded.model, 3)).register_forward_hook(lambda *_: passed.append(1))
-    write_one_by_one(task, [examples], [keys_in(loaded, site, UNRELATED)], lambda progress: None)
+    write_one_by_one(task, [examples], lambda _: None, texts={0: keys_in(loaded, site, UNRELATED)})
     handle.remove()
     assert len(passed) - 1 == 3  # one of them reads the unrelated text; the third step finds the loss where it was
 

@@ -10,7 +10,7 @@ has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,13 +26,13 @@ _SETTLED = 1e-4
 
 
 def write_one_by_one(
-    task: Task, batches: Sequence[TrainingExamples], texts: Sequence[Tensor], on_pass: Callable[[Progress], None]
+    task: Task, batches: Sequence[TrainingExamples], on_pass: Callable[[Progress], None], *, texts: Mapping[int, Tensor]
 ) -> Written:
     """Train the batches in order, each as long as it takes, every weight within the norm constraint.
 
     Args:
         batches: an edit each.
-        texts: keys (t, d_ff) of unrelated texts, which are taken in turn.
+        texts: keys (t, d_ff) of a text that has nothing to do with an edit, by the edit's number.
     """
     settings, mask = task.settings, task.mask
     values = torch.zeros(mask.shape, device=task.unrelated.device, requires_grad=True)
@@ -40,7 +40,7 @@ def write_one_by_one(
     losses: list[float] = []
     calls: dict[int, float] = {}
     for number, examples in enumerate(batches):
-        step = _Step(task, examples, mask.restrict(texts[number % len(texts)]))
+        step = _Step(task, examples, mask.restrict(texts[int(examples.edits[0])]))
         earlier, loss = float("inf"), float("inf")
         for _ in range(settings.passes):
             now = step.loss(values)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,8 +49,6 @@ from wisecli.models.tokenization import in_batches
 from wisecli.progress import NOTE, Event, Watcher
 from wisecli.routing.whitening import whitening
 
-# Unrelated texts that edits which are written one by one are kept apart from, each edit from one.
-_TEXTS = 128
 # So many edits of a shard, spaced evenly, are read in the context that is held back: they check, and train nothing.
 _HELD_BACK = 32
 
@@ -163,7 +161,8 @@ class ShardWriter:
         each, watch = self.settings.schedule == "sequential", _passes(stage, self.watch)
         groups, held_back = self._capture([[place] for place in part] if each else [part])
         batches = [examples for group in groups for examples in group]
-        written = write_one_by_one(task, batches, self._texts, watch) if each else write_batched(task, batches, watch)
+        by_one = partial(write_one_by_one, texts=self._beside(part)) if each else write_batched
+        written = by_one(task, batches, on_pass=watch)
         if not written.values.isfinite().all():
             self._blame(task, batches, stage)
         values, mask = written.values.cpu(), task.mask.to(torch.device("cpu"))
@@ -178,12 +177,12 @@ class ShardWriter:
         shares = learnt(task.model, self.site, task.mask, written.values, batches)
         return Shard(mask, values, evidence, self._prompts(part, stage)), written.losses, None, shares
 
-    @cached_property
-    def _texts(self) -> list[Tensor]:
-        """Keys (t, d_ff) of some unrelated texts, text by text."""
-        texts, size = unrelated_texts(_TEXTS, seed=self.settings.seed), self.settings.batch_size
+    def _beside(self, part: Sequence[int]) -> dict[int, Tensor]:
+        """Keys (t, d_ff) of a text that has nothing to do with each edit: its own if it brings any."""
+        plain, size = unrelated_texts(len(self.edits), seed=self.settings.seed), self.settings.batch_size
+        texts = [next(iter(self.edits[place].irrelevant), plain[place]) for place in part]
         keys, text, _ = keys_of_texts(self.loaded, self.site, texts, batch_size=size, watch=self.watch)
-        return [keys[text == number] for number in text.unique().tolist()]
+        return {place: keys[text == number] for number, place in enumerate(part)}
 
     def _blame(self, task: Task, batches: Sequence[TrainingExamples], stage: str) -> None:
         """Say why training came to nothing finite."""

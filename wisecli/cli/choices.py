@@ -18,7 +18,7 @@ MERGE_METHODS = ("ties", "linear", "sign", "magnitude", "dare", "dare-ties", "sl
 BENCH_METHODS = (
     *("wise", "wise-retrieve", "wise-paper"),
     *("alphaedit", "defer", "ft-l", "ft-ewc", "grace", "icl", "knn", "lora"),
-    *("memit", "memit-mass", "mend", "rag", "rome", "serac", "ultraedit"),
+    *("lora-paraphrased", "memit", "memit-mass", "mend", "rag", "rag-hybrid", "rome", "serac", "ultraedit"),
 )
 STUDIES = ("router", "layers", "shards", "merge", "scaling", "latency")
 

@@ -17,7 +17,7 @@ from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.closed_form import Residuals, answered, fit_residuals, write_solved
-from wisecli.editing.context_prefixes import CHAT
+from wisecli.editing.context_prefixes import CHAT, written_forms
 from wisecli.editing.early_states import prompt_states, reading_site
 from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.evidence import Residual, gather_evidence
@@ -43,7 +43,7 @@ from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.digest import sha256_json
-from wisecli.models.loading import Loaded
+from wisecli.models.loading import Loaded, context_window
 from wisecli.models.site import Fingerprint, Site, load_matrix
 from wisecli.models.tokenization import in_batches
 from wisecli.progress import NOTE, Event, Watcher
@@ -74,6 +74,7 @@ def unrelated_for(
         identity,
         texts=settings.unrelated_texts,
         chat=settings.chat,
+        forms=written_forms(loaded.tokenizer, settings, context_window(loaded.model.config)),
         batch_size=size,
         seed=seed,
         watch=watch,

@@ -65,10 +65,10 @@ MEANING: TensorRows = {
     "meaning.breaks": TensorRow("int", ("breaks",)),
 }
 SPELLING: TensorRows = {
-    "letters.table": TensorRow("byte", ("vocabulary", OF_TOKEN)),
-    "letters.words": TensorRow("byte", ("spelt", OF_WORD)),
-    "letters.naming": TensorRow("int", ("spellings",), "spelt"),
-    "letters.whose": TensorRow("int", ("spellings",), "M"),
+    "spelling.table": TensorRow("byte", ("vocabulary", OF_TOKEN)),
+    "spelling.words": TensorRow("byte", ("spelt", OF_WORD)),
+    "spelling.naming": TensorRow("int", ("spellings",), "spelt"),
+    "spelling.whose": TensorRow("int", ("spellings",), "M"),
 }
 HEADS: TensorRows = {
     "heads.turns": TensorRow("float", (2, "k", "hidden")),
@@ -109,7 +109,7 @@ def memory_rows(kind: str, router: str, names: Collection[str]) -> TensorRows:
     rows = {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router != "norm" else {})}
     if router == "meaning":
         named = {name: row for name, row in NAMING.items() if name != "asks" and "names.tokens" in names}
-        return {**rows, **MEANING, **named, **(SPELLING if named and "letters.table" in names else {})}
+        return {**rows, **MEANING, **named, **(SPELLING if named and "spelling.table" in names else {})}
     return {**rows, **NAMING} if kind == "lookup" and "asks" in names else rows
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .meaning import WINDOW, marked_first
 
 # Tensors that say how subjects are spelt.
-SPELLING = tuple(f"letters.{part}" for part in ("table", "words", "naming", "whose"))
+SPELLING = tuple(f"spelling.{part}" for part in ("table", "words", "naming", "whose"))
 # Of so many letters of a token and of a word is kept account; a word's further ones are never looked at.
 OF_TOKEN, OF_WORD = 20, 24
 # Letters are numbers: nothing, what parts words, ten digits, and from there on letters.
@@ -46,7 +46,7 @@ class Spelling(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name in SPELLING:
-            self.register_buffer(name.removeprefix("letters."), tensors[name])
+            self.register_buffer(name.removeprefix("spelling."), tensors[name])
 
     def forward(self, letters: Tensor, wanted: Tensor) -> Tensor:
         """Which of the edits that are wanted of each row (B, M) its letters (B, W, c) name: (B, M)."""

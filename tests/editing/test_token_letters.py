@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.helpers import tiny_qwen2_tokenizer, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -95,6 +95,7 @@ def test_a_real_vocabulary(real: PreTrainedTokenizerBase, table: torch.Tensor) -
     assert table[real.all_special_ids].tolist() == [[APART, *[0] * (OF_TOKEN - 1)]] * len(real.all_special_ids)
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet=st.sampled_from("abcdeXYZ019 .,-'é\n"), max_size=30))
 def test_words_are_those_of_the_text(real: PreTrainedTokenizerBase, table: torch.Tensor, text: str) -> None:
     plain = "".join(one for one in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(one))

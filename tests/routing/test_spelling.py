@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -77,6 +77,7 @@ def slipped(draw: st.DrawFn) -> tuple[str, str]:
     return word, said
 
 
+@settings(deadline=None)
 @given(pairs=st.lists(slipped() | st.tuples(LETTERS, LETTERS), min_size=1, max_size=8))
 def test_a_slip_is_a_distance_of_one(pairs: list[tuple[str, str]]) -> None:
     same, near = alike(*(words([pair[side] for pair in pairs]) for side in (0, 1)))
@@ -177,6 +178,7 @@ def test_rows_are_named_as_they_are_alone_wherever_their_padding_is(monkeypatch:
         assert [one.nonzero().flatten().tolist() for one in found] == [named(prompt) for prompt in prompts]
 
 
+@settings(deadline=None)
 @given(
     text=st.lists(st.integers(0, SPECIAL), min_size=1, max_size=24),
     cuts=st.sets(st.integers(1, 23), max_size=4),
@@ -197,6 +199,12 @@ def test_prompts_in_parts_have_the_words_of_the_whole(text: list[int], cuts: set
     assert spoken(letters) == spoken(own.read(ids, last_of(ids, window)))
 
 
+def test_a_part_that_is_passed_over_whole_parts_words() -> None:
+    own, ids = spelling(), torch.tensor([[0]])
+    first, second = (own.read(ids, torch.tensor([[chosen]])) for chosen in (True, False))
+    assert spoken(behind(behind(first, second), first)) == 2 * spoken(first)
+
+
 def last_of(ids: Tensor, count: int) -> Tensor:
     """Which tokens are the last ones that are not special."""
     marked = ids != SPECIAL
@@ -208,6 +216,7 @@ def spoken(letters: Tensor) -> list[list[int]]:
     return [[letter for letter in word if letter] for word in words_of(letters)[0].tolist() if any(word)]
 
 
+@settings(deadline=None)
 @given(text=st.lists(st.integers(0, SPECIAL), min_size=1, max_size=12))
 def test_words_are_those_of_the_text_that_tokens_make_up(text: list[int]) -> None:
     ids, own = torch.tensor([text]), spelling()

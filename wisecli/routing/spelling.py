@@ -87,7 +87,10 @@ def letters_of(table: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
     before, after = ((edge.gather(1, order) * APART).to(table.dtype)[..., None] for edge in edges)
     letters = table[ids.where(known, 0).gather(1, order)]
     letters = letters.where(known.gather(1, order)[..., None], APART)
-    return torch.cat([before, letters, after], -1) * there[..., None]
+    found = torch.cat([before, letters, after], -1) * there[..., None]
+    # What is passed over whole stands between words none the less.
+    found[:, 0, 0].masked_fill_(~there[:, 0], APART)
+    return found
 
 
 def behind(earlier: Tensor, letters: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
 from wisecli.editing.task import Progress, Task
+from wisecli.editing.token_letters import token_letters
 from wisecli.editing.training_examples import (
     Group,
     NotFiniteError,
@@ -82,7 +83,7 @@ def unrelated_for(
     if settings.router == "meaning":
         reads = reading_site(loaded, site)
         heads = learn_heads(loaded, reads, identity, texts=settings.unrelated_texts, batch_size=size, watch=watch)
-        found = replace(found, heads=heads)
+        found = replace(found, heads=heads, letters=token_letters(loaded.tokenizer))
     given = [text for edit in edits for text in edit.irrelevant]
     if not given:
         return found

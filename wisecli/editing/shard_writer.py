@@ -52,6 +52,7 @@ from wisecli.routing.whitening import whitening
 
 # So many edits of a shard, spaced evenly, are read in the context that is held back: they check, and train nothing.
 _HELD_BACK = 32
+_NOT_FINITE = "the model gives nothing finite for"
 
 _Outcome = tuple[Shard, tuple[float, ...], tuple[float, float] | None, dict[int, float]]
 
@@ -147,7 +148,7 @@ class ShardWriter:
                 shard, losses, penalty, shares = write(task, part, stage)
             except NotFiniteError as error:
                 left_out |= error.edits
-                self.watch(Event(NOTE, note=_omitted([self.edits[place].id for place in sorted(error.edits)])))
+                self.watch(Event(NOTE, note=f"{_NOT_FINITE} {', '.join(self._names(sorted(error.edits)))}: left out"))
                 continue
             ids, untaken = self._names(part), self._names(place for place in part if shares[place] < 1)
             seconds = round(time.perf_counter() - started, 3)
@@ -270,10 +271,6 @@ class ShardWriter:
 def shard_name(number: int) -> str:
     """Name of a shard's file."""
     return f"shard-{number:05d}.safetensors"
-
-
-def _omitted(names: Sequence[str]) -> str:
-    return f"the model gives nothing finite for {', '.join(names)}: left out"
 
 
 def _looked_up(residuals: Residuals) -> Residual:

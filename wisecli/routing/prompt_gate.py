@@ -118,9 +118,13 @@ class PromptGate:
 
     A pass of one token goes on with what its rows' prompts decided; a pass of several is a prompt, or more of one, and
     decides anew. So the second question of a conversation is decided by itself, on the cache of the first.
+
+    Args:
+        averaging: whether means over prompts decide, in which padding must not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, averaging: bool = False) -> None:
+        self.averaging = averaging
         self._cache: Any = None
         self._last: Tensor | None = None
         self._ids: Tensor | None = None
@@ -168,7 +172,8 @@ class PromptGate:
         end = self._ends(keys)
         held = None if before is None else before.choice
         if names is None and meaning is None:
-            return Prompt(end, held, real=None if self._mask is None else self._mask[:, -keys.shape[1] :].bool())
+            counted = self._mask if self.averaging else None
+            return Prompt(end, held, real=None if counted is None else counted[:, -keys.shape[1] :].bool())
         if self._ids is None:
             raise ValueError("this model's edits open for prompts that name their subjects: give it input_ids")
         prompt = torch.arange(keys.shape[1], device=keys.device) <= end

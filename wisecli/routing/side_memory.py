@@ -39,7 +39,7 @@ class RoutedMatrix(MemoryScores):
         self.register_parameter("weight", base.get_parameter("weight"))
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
-        self.gate = PromptGate() if memory.routing != "token" else None
+        self.gate = None if memory.routing == "token" else PromptGate(averaging=memory.routing == "mean")
 
     def forward(self, keys: Tensor, *, off: bool = False, forced: int | None = None) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d).

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from support.helpers import save_tiny
 from support.loading import CPU
-from support.served import VLLM, in_transformers, serving, wider
+from support.served import VLLM, chosen_by, in_transformers, serving, wider
 from support.tiny_models import SAMPLE_EDITS, TINY_CONFIGS, Chain, loader_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from wisecli.commands.edit import edit
 from wisecli.commands.export import WeightFiles, export
@@ -76,11 +76,11 @@ def test_every_architecture_answers_as_in_transformers(vllm: VLLM, tmp_path: Pat
 
 @dataclass(frozen=True)
 class Asked:
-    """Requests to a token-routed export of the real model, what transformers answers, and what edits' own must give."""
+    """A token-routed export of the real model, requests to it, and what those of edits' own prompts must give."""
 
     path: Path
+    model: PreTrainedModel
     prompts: list[list[int]]
-    answers: list[list[int]]
     targets: list[list[int]]
 
 
@@ -95,7 +95,7 @@ def requests_to(path: Path, edits: Sequence[Mapping[str, str]]) -> Asked:
     prompts = [tokenizer(text).input_ids for text in [*texts, *others[len(edits) :]][:REQUESTS]]
     targets = [tokenizer(f" {edit['target']}").input_ids for edit in edits]
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
-    return Asked(path, prompts, in_transformers(model, prompts, tokens=TOKENS), targets)
+    return Asked(path, model, prompts, targets)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,11 @@ def test_many_requests_at_once_are_answered_as_in_transformers(vllm: VLLM, asked
         enable_prefix_caching=True,
         **MODES[mode],  # on the second round every prompt is in the cache
     )
-    assert found.answers == [asked.answers] * 2, found.refused
-    for target, answer in zip(asked.targets, asked.answers, strict=False):
+    assert len(found.answers) == 2, found.refused
+    assert found.answers[0] == found.answers[1]
+    for prompt, answer in zip(asked.prompts, found.answers[0], strict=True):
+        assert answer == chosen_by(asked.model, prompt, answer)
+    for target, answer in zip(asked.targets, found.answers[0], strict=False):
         assert answer[: len(target)] == target
 
 

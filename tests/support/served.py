@@ -106,6 +106,14 @@ def in_transformers(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *,
     return found
 
 
+@torch.no_grad()
+def chosen_by(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """The likeliest token in the place of each of an answer, given those before it: the answer, if it is greedy."""
+    ids = torch.tensor([[*prompt, *answer[:-1]]])
+    found: list[int] = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].argmax(-1).tolist()
+    return found
+
+
 def wider(architecture: str) -> PretrainedConfig:
     """A tiny model's settings, with heads as wide as an engine's attention asks for."""
     config = copy.deepcopy(TINY_CONFIGS[architecture])

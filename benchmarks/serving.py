@@ -108,6 +108,7 @@ def main() -> None:
         for model, server in servers.items():
             for way, tokens in (("prompts", 1), ("both", given.answer)):
                 spent = server.seconds(requests, tokens)
+                print(f"round {turn}, {model}, {way}: {spent:.2f} s", file=sys.stderr, flush=True)
                 if turn:
                     taken.setdefault((model, way), []).append(spent)
     for server in servers.values():

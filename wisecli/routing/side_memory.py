@@ -58,7 +58,7 @@ class RoutedMatrix(MemoryScores):
         rows = None if forced is None else torch.full((len(keys), 1), forced, device=keys.device)
         if self.gate is None:
             return route(self, keys, forced=rows)
-        prompt = self.gate.prompt(self.names, keys, self.meaning)
+        prompt = self.with_slips(self.gate.prompt(self.names, keys, self.meaning, self.spelling))
         decision = route(self, keys, prompt, forced=rows)
         if decision.at_prompt is not None:
             self.gate.keep(prompt, decision.at_prompt)

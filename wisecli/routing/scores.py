@@ -89,7 +89,9 @@ def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
         size = size * dimension if type(dimension) is int and dimension >= 0 else _LARGEST + 1
     if dtype not in _TYPES or size > _LARGEST:
         raise ValueError(f"the memory's description of tensor {name} cannot be right: {str([dtype, *shape])[:80]}")
-    return torch.empty(shape, dtype=getattr(torch, dtype))
+    kind: torch.dtype = getattr(torch, dtype)
+    # What nobody loads after all is found by this; see :mod:`.serving`.
+    return torch.full(shape, torch.nan, dtype=kind) if kind.is_floating_point else torch.empty(shape, dtype=kind)
 
 
 # Finds for keys what :meth:`MemoryScores.nearest` finds.

@@ -88,8 +88,9 @@ class RoutedMatrix(MemoryScores):
         if self.kind == "lookup":
             update = self.recall(keys, chosen).to(answer.dtype)
             return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
-        # How many tokens are routed is not known to a traced graph, and one memory costs less than finding them.
-        if torch.compiler.is_compiling() or len(self.thresholds) == 1:
+        # How many tokens are routed is not known to a traced graph, which token routing is for; and one memory costs
+        # less than finding them.
+        if self.gate is None or torch.compiler.is_compiling() or len(self.thresholds) == 1:
             for memory in range(len(self.thresholds)):
                 update = self.update(keys, memory).to(answer.dtype)
                 answer = torch.where((chosen == memory)[..., None], answer + update, answer)

@@ -39,8 +39,8 @@ _CONTINUED, _CONTINUATION = 120, 12
 _CHATTED = 4
 # Unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model answers.
 _ASKED = 240
-# Where forms of prompts are told, one fact in so many is asked in each of them, in so many wordings; so many texts are.
-_FORMED, _WAYS, _FORMED_TEXTS = 8, 2, 120
+# Where forms of prompts are told, one fact in so many is asked in each of them, in so many wordings; and one text.
+_FORMED, _WAYS, _FORMED_TEXTS = 8, 2, 5
 # Background keys kept for calibration.
 _SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
@@ -130,7 +130,7 @@ def _measure(
         chatting = _wording(torch.cat([firsts, asked.flatten(0, 1)]), [_strayed(asked)])
     ends = torch.cat([ends, ways.flatten(0, 1)])
     if forms:
-        told, some = facts[::_FORMED], plain[:_FORMED_TEXTS]
+        told, some = facts[::_FORMED], plain[: max(2, len(plain) // _FORMED_TEXTS)]
         formed = _by_fact(read.ends_in(forms, [way for fact in told for way in fact[:_WAYS]]), len(told))
         strayed.append(_strayed(formed))
         ends = torch.cat([ends, formed.flatten(0, 1), read.ends_in(forms, some[1::2])])

@@ -1,0 +1,238 @@
+"""What a gate is fitted to: states that leave the edited layer, of the edits and of all that they must leave alone.
+
+The gate of a stock checkpoint reads the RMS-normed state ``u`` after the edited layer. It depends on the text alone, as
+nothing below is edited, so what a gate is to tell apart can be captured from the base model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.artifacts.shard import half
+from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
+from wisecli.edits.record import Edit
+from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
+from wisecli.io.digest import sha256_json
+from wisecli.io.user_cache import cache_path
+from wisecli.models.activations import Activations, captured
+from wisecli.models.forms import forms, usable_forms
+from wisecli.models.generation import end_token, generate
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Site
+from wisecli.models.tokenization import Row, collate, in_batches, row_of
+from wisecli.progress import Event, Watcher
+from wisecli.routing.scores import MemoryScores
+
+_VERSION = 1
+# Unrelated texts that are read, each in a form; tokens that the model adds; relations' wordings that are compared.
+TEXTS, _ANSWER, _WORDINGS = 360, 12, 4
+# Prompts that none of the edits' answers belongs to.
+_UNANSWERED = (
+    "The report says that it was called",
+    "When was the old bridge built?",
+    "Who is the author of The Silver Orchard?",
+    "We talked about",
+)
+# Other edits after whose prompts an edit's answer is read, by how much further on they are.
+_OTHERS = (1, 7)
+
+
+@dataclass(frozen=True)
+class OwnStates:
+    """Normed states (n, d) at which edits are to be answered, and the ``key`` (n,) that each is to open.
+
+    A key stands for what is left to say of one edit's answer: ``edits`` (K,) are the edits' numbers, ``values`` (K, d)
+    what the memory adds. ``others`` (m, d) are states inside the same answers after prompts that are not theirs.
+    """
+
+    states: Tensor
+    key: Tensor
+    edits: Tensor
+    values: Tensor
+    others: Tensor
+
+
+@dataclass(frozen=True)
+class Background:
+    """Normed states of what no edit may touch: ``unrelated`` (m, d), and ``strayed`` (s, d), by how much a change of
+    wording and form alone moves the states of a fact's prompt and answer.
+    """
+
+    unrelated: Tensor
+    strayed: Tensor
+
+
+def normed(states: Tensor, epsilon: float) -> Tensor:
+    """States (..., d) as a decoder block's own norm of weight 1 gives them."""
+    wide = states.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+
+
+def own_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Watcher) -> OwnStates:
+    """The states of a memory's edits, in all forms that are trained, and what the memory adds there."""
+    rows, numbers = _asked(loaded, manifest.edits)
+    scores = MemoryScores(manifest.memory)
+    read = _window(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="edits")
+    epsilon = _epsilon(loaded)
+    places: dict[tuple[int, bool, tuple[int, ...]], int] = {}
+    key: list[int] = []
+    states: list[Tensor] = []
+    added: list[Tensor] = []
+    for row, number, (hidden, keys) in zip(rows, numbers, read, strict=True):
+        inside = torch.arange(len(row.target)) > 0
+        states.append(normed(hidden, epsilon))
+        added.append(_residuals(scores, manifest, keys, number, inside))
+        for place in range(len(row.target)):
+            left = (number, place == 0, row.target[place:])
+            key.append(places.setdefault(left, len(places)))
+    which = torch.tensor(key)
+    values = torch.cat(added)
+    first = torch.full((len(places),), len(which)).scatter_reduce(0, which, torch.arange(len(which)), "amin")
+    edits = torch.tensor([number for number, _, _ in places])
+    others = _elsewhere(loaded, manifest, batch_size=batch_size, watch=watch)
+    return OwnStates(torch.cat(states), which, edits, values[first], others)
+
+
+def _asked(loaded: Loaded, edits: Sequence[Edit]) -> tuple[list[Row], list[int]]:
+    """The rows of edits in every form, and the edit that each is of; of edits that ask the same, the last."""
+    tokenizer, end = loaded.tokenizer, end_token(loaded.model)
+    trained = usable_forms(tokenizer, trained=True)
+    found: dict[str, tuple[Row, int]] = {}
+    for number, edit in enumerate(edits):
+        own = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
+        texts = {form.asked(tokenizer, prompt): answer for prompt, answer in own for form in trained}
+        for text, answer in texts.items():
+            found[text] = row_of(tokenizer, text, answer, erased=edit.erased, end=end), number
+    return [row for row, _ in found.values()], [number for _, number in found.values()]
+
+
+def _residuals(scores: MemoryScores, manifest: Manifest, keys: Tensor, number: int, inside: Tensor) -> Tensor:
+    """What a memory adds at keys (n, d_ff) of one of its edits once that is opened: (n, d)."""
+    if scores.kind == "lookup":
+        _, place = scores.of_edits(keys.float(), torch.full((len(keys),), number), inside)
+        return scores.values[scores.value[place]].float()
+    name = manifest.edits[number].id
+    memory = next((place for place, owned in enumerate(manifest.owners) if name in owned), 0)
+    return scores.update(keys.float(), memory)
+
+
+def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Watcher) -> Tensor:
+    """States inside the edits' answers where they stand after prompts that they do not answer."""
+    tokenizer, end = loaded.tokenizer, end_token(loaded.model)
+    told = [edit for edit in manifest.edits if not edit.erased]
+    rows = []
+    for place, edit in enumerate(told):
+        prompts = [
+            other.prompt for step in _OTHERS if (other := told[(place + step) % len(told)]).prompt != edit.prompt
+        ]
+        rows += [row_of(tokenizer, text, edit.answer, erased=False, end=end) for text in (*_UNANSWERED, *prompts)]
+    read = _window(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="answers elsewhere")
+    return normed(torch.cat([hidden[1:] for hidden, _ in read]), _epsilon(loaded))
+
+
+def background(loaded: Loaded, site: Site, identity: str, *, batch_size: int, watch: Watcher) -> Background:
+    """What the base model makes of unrelated text and of made-up facts in many wordings, or what the cache remembers.
+
+    Args:
+        identity: of the base model, for the cache.
+    """
+    about = [identity, site.as_dict(), str(loaded.model.dtype), loaded.device.type, _VERSION]
+    path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
+    try:
+        kept = load_tensors(path)
+        return Background(kept["unrelated"].float(), kept["strayed"].float())
+    except (DamagedFileError, KeyError):
+        watch(Event("unrelated text"))
+    read, strayed = _facts(loaded, site, batch_size=batch_size, watch=watch)
+    unrelated = torch.cat([_unrelated(loaded, site, batch_size=batch_size, watch=watch), read])
+    kept = {"unrelated": half(unrelated), "strayed": half(strayed)}
+    keep_in_cache(path, lambda working: save_tensors(working, kept))
+    return Background(kept["unrelated"].float(), kept["strayed"].float())
+
+
+def told_texts() -> list[str]:
+    """The unrelated texts that gates are fitted to; those between them are for measuring."""
+    return unrelated_texts(2 * TEXTS, seed=0)[::2]
+
+
+def _unrelated(loaded: Loaded, site: Site, *, batch_size: int, watch: Watcher) -> Tensor:
+    """States of unrelated texts as they are, and in forms from the prompt's end on with what the model answers."""
+    tokenizer, chance = loaded.tokenizer, random.Random(1)
+    usable, texts = usable_forms(tokenizer, trained=True), told_texts()
+    asked = [form.asked(tokenizer, text) for text in texts for form in (usable[0], chance.choice(usable[1:]))]
+    answers = generate(loaded.model, tokenizer, asked, max_new_tokens=_ANSWER, batch_size=batch_size)
+    rows = []
+    for text, answer in zip(asked, answers, strict=True):
+        prompt = tuple(tokenizer(text)["input_ids"])
+        rows.append(Row(prompt, (*answer, prompt[-1])))
+    whole = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts]
+    ends = _window(loaded, site, rows, batch_size=batch_size, watch=watch, stage="unrelated text")
+    inside = _window(loaded, site, whole, batch_size=batch_size, watch=watch, stage="unrelated text", whole=True)
+    return normed(torch.cat([hidden for hidden, _ in (*ends, *inside)]), _epsilon(loaded))
+
+
+def _facts(loaded: Loaded, site: Site, *, batch_size: int, watch: Watcher) -> tuple[Tensor, Tensor]:
+    """States of made-up facts from the prompt's end on, and how far each lies from its fact's mean at its place.
+
+    What is said of a fact is another made-up name, the same in all its wordings.
+    """
+    tokenizer, end, chance = loaded.tokenizer, end_token(loaded.model), random.Random(2)
+    usable = usable_forms(tokenizer, trained=True)
+    rows, fact = [], []
+    for number, relation in enumerate(relations()):
+        subject, answer = made_up_subjects(relation.kind, 2, chance)
+        for wording in chance.sample(relation.wordings, _WORDINGS):
+            form = chance.choice(usable) if chance.random() < 0.5 else forms()["bare"]
+            text = form.asked(tokenizer, wording.replace("{}", subject))
+            rows.append(row_of(tokenizer, text, answer, erased=False, end=end))
+            fact.append(number)
+    read = _window(loaded, site, rows, batch_size=batch_size, watch=watch, stage="reworded facts")
+    states = [normed(hidden, _epsilon(loaded)) for hidden, _ in read]
+    groups: dict[tuple[int, bool, tuple[int, ...]], list[Tensor]] = {}
+    for number, row, own in zip(fact, rows, states, strict=True):
+        for place in range(len(row.target)):
+            groups.setdefault((number, place == 0, row.target[place:]), []).append(own[place])
+    several = [torch.stack(group) for group in groups.values() if len(group) > 1]
+    return torch.cat(states), torch.cat([group - group.mean(0) for group in several])
+
+
+def _window(
+    loaded: Loaded,
+    site: Site,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    watch: Watcher,
+    stage: str,
+    whole: bool = False,
+) -> list[tuple[Tensor, Tensor]]:
+    """What leaves the edited layer (n, d), and the matrix' keys (n, d_ff), of each row.
+
+    At its prompt's last token and every target token but the last, or of the ``whole`` prompt.
+    """
+    groups = list(in_batches(rows, batch_size))
+    batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
+    read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=not whole)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for indices, activations in zip(groups, read, strict=True):
+        for place, index in enumerate(indices):
+            found[index] = _of_row(activations, place, None if whole else len(rows[index].target))
+        watch(Event(stage, len(found), len(rows)))
+    return [found[index] for index in range(len(rows))]
+
+
+def _of_row(activations: Activations, place: int, count: int | None) -> tuple[Tensor, Tensor]:
+    """Hidden states and keys of one row of a batch: its first ``count`` columns, or all that are no padding."""
+    real = activations.batch.mask[place].bool() if count is None else slice(count)
+    return activations.hidden[place, real].float().cpu(), activations.keys[place, real].float().cpu()
+
+
+def _epsilon(loaded: Loaded) -> float:
+    return float(loaded.model.config.rms_norm_eps)

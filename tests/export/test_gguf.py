@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.tiny_models import TINY_CONFIGS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from support.tiny_models import TINY_CONFIGS
 from wisecli.errors import ModelError
 from wisecli.export.gguf_file import GGUF_NAME, Quantization, write_gguf
 from wisecli.export.gguf_tokenizer import _LLAMA3, tokenizer_data
@@ -92,7 +92,11 @@ def test_the_file_holds_the_checkpoints_tensors(tmp_path: Path, quantize: Quanti
     assert "blk.1.ffn_gate.bias" not in found
     assert "output.weight" not in found
     assert sum(name.endswith(".attn_q.weight") for name in found) == 6
-    for ours, theirs in (("mlp.gate_proj", "ffn_gate"), ("mlp.down_proj", "ffn_down"), ("self_attn.o_proj", "attn_output")):
+    for ours, theirs in (
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.down_proj", "ffn_down"),
+        ("self_attn.o_proj", "attn_output"),
+    ):
         for layer in range(6):
             tensor = found[f"blk.{layer}.{theirs}.weight"]
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -105,7 +109,9 @@ def test_the_file_holds_the_checkpoints_tensors(tmp_path: Path, quantize: Quanti
     for head in range(4):
         for pair in range(4):
             for half in range(2):
-                np.testing.assert_allclose(query[head * 8 + 2 * pair + half], wanted[head * 8 + 4 * half + pair], atol=2e-2)
+                np.testing.assert_allclose(
+                    query[head * 8 + 2 * pair + half], wanted[head * 8 + 4 * half + pair], atol=2e-2
+                )
 
 
 def test_the_file_says_what_the_model_and_its_tokenizer_are(tmp_path: Path) -> None:
@@ -163,7 +169,9 @@ def test_other_tokenizers_are_refused(tmp_path: Path, pre: Any, says: str) -> No
 def test_a_tokenizer_without_bytes_is_refused(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "model": {**content["model"], "byte_fallback": True}}))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({**content, "model": {**content["model"], "byte_fallback": True}})
+    )
     with pytest.raises(ModelError, match="no byte-level BPE"):
         tokenizer_data(tmp_path, VOCABULARY)
 

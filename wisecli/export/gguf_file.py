@@ -1,7 +1,7 @@
 """A stock checkpoint as a file that llama.cpp runs, and a ``Modelfile`` by which Ollama does.
 
-Weights keep the names and the order of rows that llama.cpp has for Llama and Granite. The blocks of the memory are never
-stored in less than 16 bits: their gates read small differences.
+Weights keep the names and the order of rows that llama.cpp has for Llama and Granite. The blocks of the memory are
+never stored in less than 16 bits: their gates read small differences.
 """
 
 from __future__ import annotations
@@ -38,6 +38,17 @@ class _Entry:
     shape: tuple[int, ...]
     kind: Any
     read: Callable[[], NDArray[Any]]
+
+
+def require_gguf(base: Path) -> None:
+    """Check that a base model's tokenizer can be written, and that there is what writes it.
+
+    Raises:
+        ModelError: naming what is wrong.
+    """
+    _package()
+    config = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
+    tokenizer_data(base, int(config.vocab_size))
 
 
 def write_gguf(path: Path, stock: Path, memory: Sequence[int], quantize: Quantization) -> None:
@@ -148,7 +159,7 @@ def _entries(
         yield _Entry(called, shape, kind, _reader(checkpoint, name, config))
     if config.rope_parameters.get("rope_type", "default") == "llama3":
         factors = _llama3_factors(config)
-        yield _Entry("rope_freqs.weight", tuple(factors.shape), kinds.F32, lambda: factors.numpy())
+        yield _Entry("rope_freqs.weight", tuple(factors.shape), kinds.F32, factors.numpy)
 
 
 def _reader(checkpoint: Checkpoint, name: str, config: Any) -> Callable[[], NDArray[Any]]:

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 
+from wisecli.artifacts.names import MEMORY_TENSORS
 from wisecli.errors import ModelError
-from wisecli.export.checkpoint import copy_side_files, typed_config, write_index
+from wisecli.export.checkpoint import BASE_TENSORS, copy_side_files, typed_config, write_index
 from wisecli.export.weights import Packing, write_renamed
 from wisecli.io.checkpoint import Checkpoint, read_json, save_tensors, write_json
 from wisecli.models.site import Site, stored_weight
 
-BASE_TENSORS, MEMORY_TENSORS = "model-base.safetensors", "model-memory.safetensors"
 # From nothing to all of a residual, in units of what a neuron reads.
 WIDTH = 20.0
 # Architectures that are Llama's, and those that can be written as such.
@@ -237,9 +237,8 @@ def _no_biases(config: dict[str, Any], layers: str) -> Iterator[tuple[str, Tenso
     shared = int(config.get("num_key_value_heads") or heads) * size
     sizes = {f"mlp.{name}": size for name, size in zip(_SMALL, (width, width, hidden), strict=True)}
     if config.get("attention_bias"):
-        sizes |= {
-            f"self_attn.{letter}_proj": size for letter, size in zip("qkvo", (heads * size, shared, shared, hidden))
-        }
+        lengths = (heads * size, shared, shared, hidden)
+        sizes |= {f"self_attn.{letter}_proj": length for letter, length in zip("qkvo", lengths, strict=True)}
     for number in range(int(config["num_hidden_layers"])):
         for name, length in sizes.items():
             yield f"{layers}.{number}.{name}.bias", torch.zeros(length)

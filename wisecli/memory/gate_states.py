@@ -31,17 +31,17 @@ from wisecli.progress import Event, Watcher
 from wisecli.routing.scores import MemoryScores
 
 _VERSION = 1
-# Unrelated texts that are read, each in a form; tokens that the model adds; relations' wordings that are compared.
-TEXTS, _ANSWER, _WORDINGS = 360, 12, 4
+# Unrelated texts that are read, bare and in a form; tokens that the model adds to each.
+TEXTS, _ANSWER = 120, 8
+# Made-up facts, each of a relation of its own, and in how many wordings each is asked.
+_FACTS, _WORDINGS = 134, 4
 # Prompts that none of the edits' answers belongs to.
 _UNANSWERED = (
     "The report says that it was called",
     "When was the old bridge built?",
-    "Who is the author of The Silver Orchard?",
-    "We talked about",
 )
-# Other edits after whose prompts an edit's answer is read, by how much further on they are.
-_OTHERS = (1, 7)
+# An edit's answer is also read after the prompt of the edit that is so much further on.
+_FURTHER = 7
 
 
 @dataclass(frozen=True)
@@ -129,56 +129,53 @@ def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Wa
     told = [edit for edit in manifest.edits if not edit.erased]
     rows = []
     for place, edit in enumerate(told):
-        prompts = [
-            other.prompt for step in _OTHERS if (other := told[(place + step) % len(told)]).prompt != edit.prompt
-        ]
-        rows += [row_of(tokenizer, text, edit.answer, erased=False, end=end) for text in (*_UNANSWERED, *prompts)]
+        prompts = {*_UNANSWERED, told[(place + _FURTHER) % len(told)].prompt} - {edit.prompt}
+        rows += [row_of(tokenizer, text, edit.answer, erased=False, end=end) for text in sorted(prompts)]
     read = _window(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="answers elsewhere")
     return normed(torch.cat([hidden[1:] for hidden, _ in read]), _epsilon(loaded))
 
 
-def background(loaded: Loaded, site: Site, identity: str, *, batch_size: int, watch: Watcher) -> Background:
+def background(
+    loaded: Loaded, site: Site, identity: str, *, share: float = 1.0, batch_size: int, watch: Watcher
+) -> Background:
     """What the base model makes of unrelated text and of made-up facts in many wordings, or what the cache remembers.
 
     Args:
         identity: of the base model, for the cache.
+        share: how much of all that text is read.
     """
-    about = [identity, site.as_dict(), str(loaded.model.dtype), loaded.device.type, _VERSION]
+    about = [identity, site.as_dict(), share, str(loaded.model.dtype), loaded.device.type, _VERSION]
     path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
     try:
         kept = load_tensors(path)
         return Background(kept["unrelated"].float(), kept["strayed"].float())
     except (DamagedFileError, KeyError):
         watch(Event("unrelated text"))
-    read, strayed = _facts(loaded, site, batch_size=batch_size, watch=watch)
-    unrelated = torch.cat([_unrelated(loaded, site, batch_size=batch_size, watch=watch), read])
+    facts, texts = max(4, round(share * _FACTS)), max(8, round(share * TEXTS))
+    read, strayed = _facts(loaded, site, facts, batch_size=batch_size, watch=watch)
+    unrelated = torch.cat([_unrelated(loaded, site, texts, batch_size=batch_size, watch=watch), read])
     kept = {"unrelated": half(unrelated), "strayed": half(strayed)}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
     return Background(kept["unrelated"].float(), kept["strayed"].float())
 
 
-def told_texts() -> list[str]:
-    """The unrelated texts that gates are fitted to; those between them are for measuring."""
-    return unrelated_texts(2 * TEXTS, seed=0)[::2]
+def texts_beside(texts: int = TEXTS) -> list[str]:
+    """Unrelated texts that no gate was fitted to."""
+    return unrelated_texts(2 * TEXTS, seed=0)[1::2][:texts]
 
 
-def _unrelated(loaded: Loaded, site: Site, *, batch_size: int, watch: Watcher) -> Tensor:
-    """States of unrelated texts as they are, and in forms from the prompt's end on with what the model answers."""
+def _unrelated(loaded: Loaded, site: Site, count: int, *, batch_size: int, watch: Watcher) -> Tensor:
+    """States of every token of unrelated texts, as they are and in a form, and of what the model answers."""
     tokenizer, chance = loaded.tokenizer, random.Random(1)
-    usable, texts = usable_forms(tokenizer, trained=True), told_texts()
+    usable, texts = usable_forms(tokenizer, trained=True), unrelated_texts(2 * TEXTS, seed=0)[: 2 * count : 2]
     asked = [form.asked(tokenizer, text) for text in texts for form in (usable[0], chance.choice(usable[1:]))]
     answers = generate(loaded.model, tokenizer, asked, max_new_tokens=_ANSWER, batch_size=batch_size)
-    rows = []
-    for text, answer in zip(asked, answers, strict=True):
-        prompt = tuple(tokenizer(text)["input_ids"])
-        rows.append(Row(prompt, (*answer, prompt[-1])))
-    whole = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts]
-    ends = _window(loaded, site, rows, batch_size=batch_size, watch=watch, stage="unrelated text")
-    inside = _window(loaded, site, whole, batch_size=batch_size, watch=watch, stage="unrelated text", whole=True)
-    return normed(torch.cat([hidden for hidden, _ in (*ends, *inside)]), _epsilon(loaded))
+    whole = [Row((*tokenizer(text)["input_ids"], *answer), ()) for text, answer in zip(asked, answers, strict=True)]
+    read = _window(loaded, site, whole, batch_size=batch_size, watch=watch, stage="unrelated text")
+    return normed(torch.cat([hidden for hidden, _ in read]), _epsilon(loaded))
 
 
-def _facts(loaded: Loaded, site: Site, *, batch_size: int, watch: Watcher) -> tuple[Tensor, Tensor]:
+def _facts(loaded: Loaded, site: Site, count: int, *, batch_size: int, watch: Watcher) -> tuple[Tensor, Tensor]:
     """States of made-up facts from the prompt's end on, and how far each lies from its fact's mean at its place.
 
     What is said of a fact is another made-up name, the same in all its wordings.
@@ -186,7 +183,8 @@ def _facts(loaded: Loaded, site: Site, *, batch_size: int, watch: Watcher) -> tu
     tokenizer, end, chance = loaded.tokenizer, end_token(loaded.model), random.Random(2)
     usable = usable_forms(tokenizer, trained=True)
     rows, fact = [], []
-    for number, relation in enumerate(relations()):
+    known = relations()
+    for number, relation in enumerate(known[:: max(1, len(known) // count)]):
         subject, answer = made_up_subjects(relation.kind, 2, chance)
         for wording in chance.sample(relation.wordings, _WORDINGS):
             form = chance.choice(usable) if chance.random() < 0.5 else forms()["bare"]
@@ -211,19 +209,19 @@ def _window(
     batch_size: int,
     watch: Watcher,
     stage: str,
-    whole: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """What leaves the edited layer (n, d), and the matrix' keys (n, d_ff), of each row.
 
-    At its prompt's last token and every target token but the last, or of the ``whole`` prompt.
+    At its prompt's last token and every target token but the last; without a target, at all its tokens.
     """
+    window = bool(rows[0].target)
     groups = list(in_batches(rows, batch_size))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
-    read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=not whole)
+    read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for indices, activations in zip(groups, read, strict=True):
         for place, index in enumerate(indices):
-            found[index] = _of_row(activations, place, None if whole else len(rows[index].target))
+            found[index] = _of_row(activations, place, len(rows[index].target) if window else None)
         watch(Event(stage, len(found), len(rows)))
     return [found[index] for index in range(len(rows))]
 

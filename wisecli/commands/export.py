@@ -158,17 +158,17 @@ def export(
     with whole_directory(output, force=force) as working:
         watch(Event("writing"))
         given = _Given(base, checkpoint, manifest, packing, weights.quantize, load)
-        found = _write(working, form, given, watch)
+        told = _write(working, form, given, watch)
         if publication.card:
-            text = model_card(manifest, form, base=base, figures=figures, note=found.note)
+            text = model_card(manifest, form, base=base, figures=figures, note=told.note)
             (working / CARD_NAME).write_text(text, encoding="utf-8")
-        told = {"locality": found.locality, "tokens": found.tokens, "gate": found.gate}
-        seal_export(working, {**record, **told}, publication.key)
+        measured = {"locality": told.locality, "tokens": told.tokens, "gate": told.gate}
+        seal_export(working, {**record, **measured}, publication.key)
         written = sum(path.stat().st_size for path in working.iterdir())
     pushed = _push(output, publication.push_to, private=publication.private, watch=watch)
     seconds = time.perf_counter() - started
-    measured = written, seconds, peak_rss_bytes(), found.locality, found.tokens, pushed
-    return ExportReport(output, form, edits, *measured, consequences=followed, gate=found.gate)
+    cost = written, seconds, peak_rss_bytes(), told.locality, told.tokens, pushed
+    return ExportReport(output, form, edits, *cost, consequences=followed, gate=told.gate)
 
 
 @dataclass(frozen=True)

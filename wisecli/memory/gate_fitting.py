@@ -1,9 +1,10 @@
 """A memory's gate, fitted: for each of its keys a direction and an offset that tell its states from all others.
 
-States are whitened by what unrelated text and a change of wording alone do to them. There each key begins as the linear
-discriminant of its states, and is trained against those states of other keys and of unrelated text that come nearest:
-squared hinge losses, its own states to 1 and others to 0, and a ridge that keeps directions short and so the gate open
-for rewordings it has not seen. Its threshold stands so far above 0 that no state it was fitted to comes near.
+States are whitened by what unrelated text and a change of wording alone do to them. There each key is a support vector
+machine with squared hinge: its own states are to give 1, and those of other keys, of unrelated text and of questions
+nearby at most a number below 0. A ridge keeps directions short, and so the gate open for rewordings it has not seen. It
+is solved by Newton's method in the dual, a small system for the states that count (Chapelle 2007, Training a support
+vector machine in the primal).
 """
 
 from __future__ import annotations
@@ -22,34 +23,36 @@ class GateSettings:
     """How gates are fitted.
 
     ``wording`` is how much a change of wording counts beside the spread of unrelated text, ``shrinkage`` how much an
-    even spread does. ``ridge`` and ``negative`` weigh the length of directions and states that a key must not open for,
-    beside the mean loss of its own. A key opens at ``threshold`` by half, from nothing to all within ``ramp``.
+    even spread does. ``ridge`` weighs the length of directions and ``negative`` each state that a key must not open
+    for, beside the mean loss of its own; those are to stay below minus the ``margin``. A key opens at ``threshold`` by
+    half, from nothing to all within ``ramp``. Keys are fitted so many ``together``, against the ``mined`` states that
+    come nearest to any of them; at most ``counting`` of them count for one key, in so many ``steps``.
     """
 
     wording: float = 4.0
     shrinkage: float = 0.1
-    ridge: float = 0.01
+    ridge: float = 0.1
     negative: float = 1.0
-    margin: float = 0.0
+    margin: float = 0.3
     threshold: float = 0.5
     ramp: float = 0.2
-    steps: int = 40
-    mined: int = 2000
     together: int = 256
+    mined: int = 6000
+    counting: int = 600
+    steps: int = 6
 
 
 def fit_gate(own: OwnStates, background: Background, settings: GateSettings = GateSettings()) -> Gate:
     """The gate of a memory, in float32."""
     mean = background.unrelated.mean(0)
     turn = _whitening(background, mean, settings)
-    states, unrelated = (own.states - mean) @ turn, (torch.cat([background.unrelated, own.others]) - mean) @ turn
-    parts = [
-        _fit(part, states, own.key, unrelated, settings)
-        for part in torch.arange(len(own.values)).split(settings.together)
-    ]
-    whitened, offsets = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    directions = whitened @ turn.T
-    offsets = offsets - directions @ mean
+    turn = turn / ((own.states - mean) @ turn).square().sum(1).mean().sqrt()
+    states = (own.states - mean) @ turn
+    others = (torch.cat([background.unrelated, own.others]) - mean) @ turn
+    parts = torch.arange(len(own.values)).split(settings.together)
+    fitted = [_fit(part, states, own.key, others, settings) for part in parts]
+    directions = torch.cat([part[0] for part in fitted]) @ turn.T
+    offsets = torch.cat([part[1] for part in fitted]) - directions @ mean
     steep = WIDTH / settings.ramp
     return Gate(directions * steep, (offsets - settings.threshold) * steep + WIDTH / 2, own.values)
 
@@ -59,7 +62,8 @@ def _whitening(background: Background, mean: Tensor, settings: GateSettings) -> 
     spread = _evened(background.unrelated - mean) + settings.wording * _evened(background.strayed)
     values, vectors = torch.linalg.eigh(spread.double())
     values = values + settings.shrinkage * values.mean()
-    return ((vectors * values.rsqrt()) @ vectors.T).float()
+    root: Tensor = ((vectors * values.rsqrt()) @ vectors.T).float()
+    return root
 
 
 def _evened(rows: Tensor) -> Tensor:
@@ -68,48 +72,40 @@ def _evened(rows: Tensor) -> Tensor:
     return moment * (len(moment) / moment.trace().clamp(min=1e-12))
 
 
-def _fit(part: Tensor, states: Tensor, key: Tensor, unrelated: Tensor, settings: GateSettings) -> tuple[Tensor, Tensor]:
+def _fit(part: Tensor, states: Tensor, key: Tensor, others: Tensor, settings: GateSettings) -> tuple[Tensor, Tensor]:
     """Directions (k, d) and offsets (k,) of some of the keys, by their numbers (k,)."""
-    place = torch.full((int(key.max()) + 1,), -1)
-    place[part] = torch.arange(len(part))
-    mine = place[key] >= 0
-    owner = place[key]
-    count = torch.bincount(owner[mine], minlength=len(part)).float()
-    means = torch.zeros(len(part), states.shape[1]).index_add(0, owner[mine], states[mine]) / count[:, None]
-    directions = means / means.square().sum(1, keepdim=True).clamp(min=1e-6)
-    offsets = torch.zeros(len(part))
-    for _ in range(2):
-        nearest = (unrelated @ directions.T + offsets).amax(1).topk(min(settings.mined, len(unrelated))).indices
-        directions, offsets = _trained(
-            directions, offsets, torch.cat([states, unrelated[nearest]]), owner, count, settings
-        )
-    return directions, offsets
+    mine = torch.isin(key, part)
+    means = torch.stack([states[key == number].mean(0) for number in part.tolist()])
+    against = torch.cat([states[~mine], others])
+    near = (against @ means.T).amax(1).topk(min(settings.mined, len(against))).indices
+    rows, owner = torch.cat([states[mine], against[near]]), key[mine]
+    products = rows @ rows.T + 1  # the 1 is the offset's
+    shares = [_solved((owner == number).nonzero().flatten(), products, settings) for number in part.tolist()]
+    weights = torch.stack(shares)
+    return weights @ rows, weights.sum(1)
 
 
-def _trained(
-    directions: Tensor, offsets: Tensor, states: Tensor, owner: Tensor, count: Tensor, settings: GateSettings
-) -> tuple[Tensor, Tensor]:
-    """Directions and offsets after some steps; the first states are those of ``owner`` (n,), -1 for other keys."""
-    rows = (owner >= 0).nonzero().flatten()
-    columns = owner[rows]
-    weights = 1 / count[columns]
-    with torch.enable_grad():
-        turned = directions.clone().requires_grad_()
-        moved = offsets.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [turned, moved], max_iter=settings.steps, history_size=8, line_search_fn="strong_wolfe"
-        )
+def _solved(own: Tensor, products: Tensor, settings: GateSettings) -> Tensor:
+    """What each state (n,) weighs in a key's direction, the key's ``own`` states by their places.
 
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            scores = states @ turned.T + moved
-            own = scores[rows, columns]
-            wrong = (scores + settings.margin).clamp(min=0).square()
-            total = (weights * (1 - own).clamp(min=0).square()).sum()
-            total = total + settings.negative * (wrong.sum() - wrong[rows, columns].sum())
-            total = total + settings.ridge * turned.square().sum()
-            total.backward()
-            return total
-
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return turned.detach(), moved.detach()
+    Args:
+        products: of all states with each other (n, n).
+    """
+    is_own = torch.zeros(len(products), dtype=torch.bool)
+    is_own[own] = True
+    target = torch.where(is_own, 1.0, -settings.margin)
+    penalty = settings.ridge * torch.where(is_own, float(len(own)), 1 / settings.negative)
+    counting = own
+    weights = products.new_zeros(len(products))
+    for _ in range(settings.steps):
+        system = products[counting][:, counting] + penalty[counting].diag()
+        solved = torch.linalg.solve(system, target[counting])
+        weights = products.new_zeros(len(products)).index_copy(0, counting, solved)
+        given = solved @ products[counting]
+        worst = (given + settings.margin).masked_fill(is_own, torch.inf)
+        chosen = worst.topk(min(len(own) + settings.counting, len(worst))).indices
+        following = chosen[worst[chosen] > 0].sort().values
+        if torch.equal(following, counting):
+            break
+        counting = following
+    return weights

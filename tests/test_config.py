@@ -68,7 +68,7 @@ def test_a_preset_may_come_from_any_source_and_stays_below_them_all(
         monkeypatch.setenv("WISE_PRESET", "paper")
     flags = {"preset": "paper"} if source == "flag" else {}
     settings = resolve(EditSettings, flags, section="edit", file=file)
-    assert (settings.preset, settings.alpha, settings.beta) == ("paper", 3.5, 20.0)
+    assert (settings.preset, settings.alpha, settings.beta) == ("paper", 3.5, 40.0)
 
 
 def test_the_preset_of_a_flag_beats_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,19 +76,19 @@ def test_the_preset_of_a_flag_beats_that_of_the_environment(monkeypatch: pytest.
     assert resolve(EditSettings, {"preset": "default"}, section="edit") == EditSettings()
 
 
-def test_the_paper_preset_holds_what_the_paper_says() -> None:
+def test_the_paper_preset_holds_what_the_authors_code_has() -> None:
     settings = resolve(EditSettings, {"preset": "paper"}, section="edit")
     margins = (settings.alpha, settings.beta, settings.gamma, settings.norm_constraint, settings.margin_unit)
-    assert margins == (5.0, 20.0, 10.0, 1.0, "absolute")
+    assert margins == (10.0, 40.0, 20.0, 1.0, "absolute")
     assert (settings.schedule, settings.mask_ratio, settings.mask_kind) == ("sequential", 0.2, "elements")
     assert (settings.writer, settings.passes, settings.learning_rate) == ("gradient", 70, 1.0)
-    assert (settings.router, settings.routing, settings.threshold) == ("norm", "sequence", "minimum")
+    assert (settings.router, settings.routing, settings.threshold) == ("norm", "mean", "minimum")
 
 
-def test_the_default_writes_in_closed_form_and_the_paper_preset_brings_two_contexts() -> None:
+def test_the_default_writes_in_closed_form_and_the_paper_preset_brings_ten_contexts() -> None:
     default, paper = (resolve(EditSettings, {"preset": preset}, section="edit") for preset in ("default", "paper"))
     assert (default.writer, default.contexts, default.chat) == ("solve", 1, False)
-    assert (paper.writer, paper.contexts, paper.chat) == ("gradient", 2, False)
+    assert (paper.writer, paper.contexts, paper.chat) == ("gradient", 10, False)
 
 
 def test_merging_leaves_to_the_shards_what_is_not_given() -> None:

@@ -88,7 +88,7 @@ class EditSettings(Checked):
     train_end: bool = True
     unrelated_texts: Annotated[int, Within(8, 10**6)] = 600
     router: Literal["key", "norm", "meaning"] | None = None  # as `routing` and `writer` have it
-    routing: Literal["token", "sequence"] | None = None
+    routing: Literal["token", "sequence", "mean"] | None = None
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
     seed: Seed = 0
 
@@ -113,7 +113,7 @@ class MergeSettings(Checked):
     scale: Weight = 1.0
     weights: tuple[Weight, ...] | None = None
     router: Literal["key", "norm", "meaning"] | None = None
-    routing: Literal["token", "sequence"] | None = None
+    routing: Literal["token", "sequence", "mean"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
     false_alarm: Annotated[float, Within(0, 0.5)] | None = None
     subjects: Literal["named", "any"] = "named"
@@ -169,16 +169,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_ratio": 0.2,
         "mask_kind": "elements",
         "passes": 70,
-        "contexts": 2,
+        "contexts": 10,
         "learning_rate": 1.0,
-        "alpha": 5.0,
-        "beta": 20.0,
-        "gamma": 10.0,
+        # Twice those of the paper, whose authors' code takes norms behind an activation that halves small numbers.
+        "alpha": 10.0,
+        "beta": 40.0,
+        "gamma": 20.0,
         "margin_unit": "absolute",
         "norm_constraint": 1.0,
+        "stop_loss": 0.02,
         "train_end": False,
         "router": "norm",
-        "routing": "sequence",
+        "routing": "mean",
         "threshold": "minimum",
     },
 }

@@ -210,11 +210,11 @@ def test_the_papers_preset_runs_the_whole_way(wise: Wise, ready: Ready) -> None:
     assert written["settings"]["preset"] == "paper"
     assert (written["settings"]["schedule"], written["settings"]["mask_ratio"]) == ("sequential", 0.2)
     assert written["settings"]["writer"] == "gradient"
-    assert len(written["contexts"]) == 4  # the bare prompt, two to train with, one held back
+    assert len(written["contexts"]) == 12  # the bare prompt, ten to train with, one held back
     assert {shard["mask_kind"] for shard in written["shards"]} == {"elements"}
     assert wise("merge", "shards").code == 0
     memory = manifest(Path("memory"))
-    assert (memory["routing"], memory["memories"][0]["router"]) == ("sequence", "norm")
+    assert (memory["routing"], memory["memories"][0]["router"]) == ("mean", "norm")
     assert memory["memories"][0]["rule"] == "minimum"
     assert wise("eval").code == 0
 

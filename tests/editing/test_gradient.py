@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Mask, random_mask
 from wisecli.config import EditSettings
-from wisecli.editing.gradient import margin_loss, whiten, write_batched, write_sequential
+from wisecli.editing.gradient import margin_loss, whiten, write_batched
 from wisecli.editing.scoring import learnt
 from wisecli.editing.task import Progress, Task, Written
 from wisecli.editing.training_examples import TrainingExamples, capture_examples
@@ -40,15 +40,9 @@ def site(loaded: Loaded) -> Site:
     return site_of(loaded.model, 2)
 
 
-def examples_for(loaded: Loaded, site: Site, *, one_each: bool) -> list[TrainingExamples]:
-    numbered = list(enumerate(EDITS))
-    groups = [[one] for one in numbered] if one_each else [numbered]
-    contexts = [(0, ""), (1, "pa pe. ")]
-    return [
-        examples
-        for group in groups
-        for examples in capture_examples(loaded, site, group, contexts, batch_size=3, train_end=False)
-    ]
+def examples_for(loaded: Loaded, site: Site) -> list[TrainingExamples]:
+    numbered, contexts = list(enumerate(EDITS)), [(0, ""), (1, "pa pe. ")]
+    return capture_examples(loaded, site, numbered, contexts, batch_size=3, train_end=False)
 
 
 def unrelated_for(site: Site) -> Tensor:
@@ -63,12 +57,9 @@ def mask_for(site: Site, kind: str, density: float = 0.5) -> Mask:
 def write(
     loaded: Loaded, site: Site, mask: Mask, settings: EditSettings, told: list[Progress] | None = None
 ) -> Written:
-    batched = settings.schedule == "batched"
-    batches = examples_for(loaded, site, one_each=not batched)
-    writer = write_batched if batched else write_sequential
     listen = (lambda progress: None) if told is None else told.append
     task = Task(loaded.model, site, mask, unrelated_for(site), 1.0, settings)
-    return writer(task, batches, listen)
+    return write_batched(task, examples_for(loaded, site), listen)
 
 
 def entropy_after(loaded: Loaded, site: Site, delta: Tensor) -> float:
@@ -163,13 +154,13 @@ def test_only_the_end_of_a_pass_waits_for_the_device(
         write(loaded, site, mask_for(site, "columns"), settings)
     with Waits() as eleven:
         write(loaded, site, mask_for(site, "columns"), replace(settings, passes=11))
-    read, counted = 2, len(examples_for(loaded, site, one_each=False))  # Adam numbers its steps on the host
+    read, counted = 2, len(examples_for(loaded, site))  # Adam numbers its steps on the host
     assert Counter(eleven.seen) - Counter(one.seen) == {"_local_scalar_dense": 10 * (read + counted)}
 
 
 def test_what_counts_as_learnt_is_what_the_model_then_says(loaded: Loaded, site: Site) -> None:
     mask = mask_for(site, "columns")
-    batches = examples_for(loaded, site, one_each=False)
+    batches = examples_for(loaded, site)
     assert all(share < 1 for share in learnt(loaded.model, site, mask, torch.zeros(mask.shape), batches).values())
     values = write(loaded, site, mask, SETTINGS).values
     assert learnt(loaded.model, site, mask, values, batches) == dict.fromkeys(range(len(EDITS)), 1.0)
@@ -183,10 +174,8 @@ def test_training_stops_once_everything_is_learnt(loaded: Loaded, site: Site) ->
     assert done == [False] * (len(told) - 1) + [True]
 
 
-@pytest.mark.parametrize("schedule", ["batched", "sequential"])
-def test_the_same_seed_writes_the_same_and_another_another(loaded: Loaded, site: Site, schedule: str) -> None:
-    settings = SETTINGS if schedule == "batched" else sequential()
-    settings = replace(settings, passes=4)
+def test_the_same_seed_writes_the_same_and_another_another(loaded: Loaded, site: Site) -> None:
+    settings = replace(SETTINGS, passes=4)
     mask = mask_for(site, "columns")
     first, again = write(loaded, site, mask, settings), write(loaded, site, mask, settings)
     other = write(loaded, site, mask, replace(settings, seed=1))
@@ -195,10 +184,9 @@ def test_the_same_seed_writes_the_same_and_another_another(loaded: Loaded, site:
     assert not torch.equal(first.values, other.values)
 
 
-@pytest.mark.parametrize("schedule", ["batched", "sequential"])
 @pytest.mark.parametrize("kind", ["columns", "elements"])
-def test_nothing_outside_the_mask_changes(loaded: Loaded, site: Site, kind: str, schedule: str) -> None:
-    settings = replace(SETTINGS if schedule == "batched" else sequential(), passes=3)
+def test_nothing_outside_the_mask_changes(loaded: Loaded, site: Site, kind: str) -> None:
+    settings = replace(SETTINGS, passes=3)
     mask = mask_for(site, kind, density=0.2)
     weights = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     values = write(loaded, site, mask, settings).values
@@ -216,28 +204,3 @@ def test_nothing_outside_the_mask_changes(loaded: Loaded, site: Site, kind: str,
     torch.testing.assert_close(mask.update(mask.restrict(keys), values), delta.T)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.model.state_dict().items())
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
-
-
-def sequential(**changes: float | None) -> EditSettings:
-    settings = EditSettings(
-        schedule="sequential", passes=12, learning_rate=1.0, stop_loss=0.05, alpha=0.1, beta=0.5, gamma=0.3
-    )
-    return replace(settings, **changes)  # type: ignore[arg-type]
-
-
-def test_sequential_writing_takes_one_edit_after_the_other(loaded: Loaded, site: Site) -> None:
-    told: list[Progress] = []
-    mask = mask_for(site, "elements")
-    written = write(loaded, site, mask, sequential(passes=20), told)
-    assert [(progress.step, progress.steps) for progress in told] == [(place, 4) for place in (1, 2, 3, 4)]
-    assert len(written.losses) == len(EDITS)
-    before = entropy_after(loaded, site, torch.zeros(site.d, site.d_ff))
-    assert entropy_after(loaded, site, mask.dense(written.values)) < before
-
-
-def test_sequential_writing_respects_the_norm_constraint(loaded: Loaded, site: Site) -> None:
-    limit, mask = 0.01, mask_for(site, "elements")
-    free = write(loaded, site, mask, sequential(norm_constraint=None)).values
-    bound = write(loaded, site, mask, sequential(norm_constraint=limit)).values
-    assert free.abs().max() > limit
-    assert bound.abs().max() == pytest.approx(limit)

@@ -12,6 +12,7 @@ from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, random_mask
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, solve, statistics
+from wisecli.errors import SettingsError
 from wisecli.memory.builder import lookup, matrices, pack, refit, solve_exactly
 from wisecli.memory.material import Material, join
 from wisecli.memory.merge_methods import Recipe, merge_deltas
@@ -55,6 +56,7 @@ def some_evidence(seed: int, *, edits: int = EDITS) -> Evidence:
         context == CONTEXTS - 1,
         elsewhere,
         torch.zeros(len(edit), dtype=torch.bool),
+        (1.0 + torch.rand(edits, generator=seeded(seed + 4)))[edit],
     )
 
 
@@ -514,6 +516,23 @@ def test_activations_route_by_a_threshold_for_each_matrix(rule: str) -> None:
         assert limit == pytest.approx(expected, rel=1e-4)
         assert calibration.misses == pytest.approx(sum(score <= limit for score in own) / len(own))
         assert calibration.false_alarms == pytest.approx(sum(score > limit for score in quiet) / len(quiet))
+
+
+@pytest.mark.parametrize("mode", ["merge", "retrieve"])
+def test_the_lowest_call_of_an_edit_is_the_threshold_where_a_mean_decides(mode: str) -> None:
+    material = two_shards()
+    evidence = material.evidence
+    assert evidence.call is not None
+    deltas = normal(2 if mode == "retrieve" else 1, D, D_FF, seed=3)
+    settings = MergeSettings(router="norm", routing="mean", threshold="minimum")
+    memory, calibrations = matrices(deltas, material, settings)
+    groups = [material.shard == 0, material.shard == 1] if mode == "retrieve" else [material.shard >= 0]
+    expected = [0.88 * float(evidence.call[own].min()) for own in groups]
+    assert memory.thresholds == pytest.approx(expected)
+    assert [one.misses for one in calibrations] == [0.0] * len(groups)
+    without = replace(material, evidence=replace(evidence, call=None))
+    with pytest.raises(SettingsError, match="--preset paper"):
+        matrices(deltas, without, settings)
 
 
 def test_the_papers_rule_lets_every_trained_key_through() -> None:

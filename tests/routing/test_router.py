@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -36,14 +36,14 @@ KINDS = {
 PROMPTS = [" ".join(WORDS[first : first + length]) for first, length in ((0, 5), (9, 3), (20, 8), (33, 1), (40, 6))]
 
 
-@pytest.fixture(params=["token", "sequence"])
-def routing(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+BY_MEAN = {"kind": "matrix", "memories": 3, "router": "norm"}
+CASES = [*product(KINDS, ("token", "sequence")), ("by mean", "mean")]
 
 
-@pytest.fixture(params=KINDS)
-def edited(request: pytest.FixtureRequest, routing: str, tmp_path: Path) -> EditedModel:
-    return edited_model(tmp_path, routing=routing, edits=EDITS, **KINDS[request.param])
+@pytest.fixture(params=CASES, ids=", ".join)
+def edited(request: pytest.FixtureRequest, tmp_path: Path) -> EditedModel:
+    kind, routing = request.param
+    return edited_model(tmp_path, routing=routing, edits=EDITS, **KINDS.get(kind, BY_MEAN))
 
 
 class Decisions:
@@ -165,7 +165,10 @@ def test_a_forced_memory_answers_from_the_prompts_end_on(edited: EditedModel) ->
     found = edited.routed.memory_at(route(edited.routed, keys, Prompt(end), forced=forced).chosen)
     assert found[0, 2:].tolist() == [int(forced[0])] * 4
     others = edited.routed.memory_at(free.chosen)
-    assert torch.equal(found[0, :2], others[0, :2])
+    if edited.routed.routing == "mean":  # one memory answers all of a row's tokens
+        assert found[0, :2].tolist() == [int(forced[0])] * 2
+    else:
+        assert torch.equal(found[0, :2], others[0, :2])
     assert torch.equal(found[1], others[1])
 
 
@@ -174,6 +177,39 @@ def test_padding_is_never_answered_by_a_side_memory(edited: EditedModel) -> None
     keys, real = torch.randn(1, 5, edited.manifest.site.d_ff), torch.tensor([[True, True, True, False, False]])
     chosen = route(edited.routed, keys, Prompt(torch.tensor([[1]]), real=real)).chosen
     assert chosen[0, 3:].tolist() == [UNROUTED, UNROUTED]
+
+
+# --- the mean over a prompt decides ---
+
+
+@torch.no_grad()
+def test_the_mean_of_a_prompts_scores_decides_for_its_tokens_and_those_after_it(tmp_path: Path) -> None:
+    """Against the norms of each update, taken by hand from the unedited model's keys; two turns on one cache."""
+    edited = edited_model(tmp_path, routing="mean", edits=EDITS, **BY_MEAN)
+    memory, limits = edited.manifest.memory, edited.manifest.memory.thresholds
+    generator, seen = torch.Generator().manual_seed(5), set()
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        changed = output.clone()
+        for turn in (slice(0, 6), slice(6, None)):
+            keys = inputs[0][0, turn]
+            updates = [torch.stack([update_of(memory, one, key) for key in keys]) for one in range(len(limits))]
+            called = [float(one[:5].norm(dim=-1).mean()) / limit for one, limit in zip(updates, limits, strict=True)]
+            best = max(range(len(limits)), key=called.__getitem__)
+            if called[best] > 1:
+                changed[0, turn] += updates[best]
+            seen.add(best if called[best] > 1 else None)
+        return changed
+
+    for _ in range(8):
+        turns = [torch.randint(2, 60, (6,), generator=generator).tolist() for _ in range(2)]
+        with edited.unedited(), hooked(edited.model, edited.manifest.site, hook):
+            expected = edited.model(torch.tensor([turns[0] + turns[1]]), use_cache=False).logits[0]
+        cache, logits = DynamicCache(config=edited.model.config), []
+        for part in (turns[0][:5], turns[0][5:], turns[1][:5], turns[1][5:]):
+            logits.append(edited.model(torch.tensor([part]), past_key_values=cache).logits[0])
+        assert torch.allclose(torch.cat(logits), expected, atol=2e-3)
+    assert len(seen) > 1
 
 
 # --- a second question on the cache of the first ---

@@ -118,7 +118,7 @@ class Stored:
     prefix: str
     thresholds: tuple[float, ...]
     router: Literal["norm", "key", "meaning"]
-    routing: Literal["token", "sequence"]
+    routing: Literal["token", "sequence", "mean"]
     kind: Literal["matrix", "lookup"]
     sharpness: float
     tensors: dict[str, tuple[str | int, ...]]

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.tensor_schema import EVIDENCE, MASKED, PROMPTS, TensorRows, require_layout
+from wisecli.artifacts.tensor_schema import CALLS, EVIDENCE, MASKED, PROMPTS, TensorRows, require_layout
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import load_tensors, save_tensors
 from wisecli.models.site import Site
@@ -136,6 +136,8 @@ class Evidence:
     prompt token) and ``context`` are (n,). ``held_out`` (n,) marks contexts that were never trained on.
     ``negative_similarity`` (n,) is the highest whitened cosine of a key inside an answer with the same answer's keys
     after prompts that it does not answer; 0 for keys that prompts end in. ``chat`` (n,) marks the chat template.
+    ``call`` (n,) is there where the mean over a prompt decides: how strongly the prompts of a key's edit called the
+    change once that edit had been trained.
     """
 
     keys: Tensor
@@ -146,6 +148,7 @@ class Evidence:
     held_out: Tensor
     negative_similarity: Tensor
     chat: Tensor
+    call: Tensor | None = None
 
     @property
     def answer(self) -> Tensor:
@@ -156,6 +159,18 @@ class Evidence:
         which = torch.where(self.context < LANGUAGES, self.chat.long(), self.context.long() - (LANGUAGES - 2))
         number: Tensor = torch.stack([self.edit.long(), which], 1).unique(dim=0, return_inverse=True)[1]
         return number
+
+    def rows(self, chosen: Tensor) -> Evidence:
+        """Some of the keys."""
+        parts = {name: getattr(self, name) for name in Evidence.__dataclass_fields__}
+        return Evidence(**{name: part[chosen] for name, part in parts.items() if part is not None})
+
+    @staticmethod
+    def joined(parts: Sequence[Evidence]) -> Evidence:
+        """The keys of several as one; what not all of them have is left out."""
+        columns = {name: [getattr(part, name) for part in parts] for name in Evidence.__dataclass_fields__}
+        whole = {name: own for name, own in columns.items() if all(one is not None for one in own)}
+        return Evidence(**{name: torch.cat(own) for name, own in whole.items()})
 
 
 @dataclass(frozen=True)
@@ -214,13 +229,16 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
             "prompts.form": prompts.form.to(torch.int32),
             "prompts.subject": prompts.subject,
         }
+    if evidence.call is not None:
+        tensors["evidence.call"] = evidence.call
     about = {"mask_kind": shard.mask.kind, "seed": seed, "edits": list(edits)}
     save_tensors(path, tensors, {"wise.shard": json.dumps(about)})
 
 
 def shard_rows(kind: MaskKind, names: Container[str]) -> TensorRows:
     """The tensors of a shard file, for a kind of mask, with those optional ones that are among ``names``."""
-    return {**MASKED[kind], **EVIDENCE, **(PROMPTS if "prompts.states" in names else {})}
+    calls = CALLS if "evidence.call" in names else {}
+    return {**MASKED[kind], **EVIDENCE, **calls, **(PROMPTS if "prompts.states" in names else {})}
 
 
 def shard_sizes(site: Site, edits: int) -> dict[str, int]:
@@ -241,8 +259,8 @@ def load_shard(path: Path, site: Site, kind: MaskKind, digest: str, *, edits: in
     sizes = shard_sizes(site, 2**31 if edits is None else edits)
     require_layout(path, tensors, shard_rows(kind, tensors), sizes)
     mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.d_ff)
-    stored = {name: tensors[f"evidence.{_STORED_AS.get(name, name)}"] for name in Evidence.__dataclass_fields__}
-    evidence = Evidence(**stored)
+    stored = {name: tensors.get(f"evidence.{_STORED_AS.get(name, name)}") for name in Evidence.__dataclass_fields__}
+    evidence = Evidence(**{name: column for name, column in stored.items() if column is not None})
     if bool(evidence.held_out.all()):
         raise DamagedFileError(path, "every key is held out, none was trained on", "edit anew")
     whole = replace(evidence, keys=evidence.keys.float(), residuals=evidence.residuals.float())

@@ -102,7 +102,7 @@ class _Settings:
 
     writer: Literal["solve", "gradient"]
     router: Literal["key", "norm", "meaning"]
-    routing: Literal["token", "sequence"]
+    routing: Literal["token", "sequence", "mean"]
     threshold: Literal["false-alarm", "minimum"]
 
 

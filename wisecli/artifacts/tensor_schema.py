@@ -91,6 +91,7 @@ EVIDENCE: TensorRows = {
     "evidence.elsewhere": TensorRow("float", ("n",)),
     "evidence.chat": TensorRow("bool", ("n",)),
 }
+CALLS: TensorRows = {"evidence.call": TensorRow("float", ("n",))}
 MASKED: dict[str, TensorRows] = {
     "columns": {"mask.indices": TensorRow("int", ("k",), "d_ff"), "delta.values": TensorRow("float", ("d", "k"))},
     "elements": {"mask.indices": TensorRow("int", ("k",), "size"), "delta.values": TensorRow("float", ("k",))},

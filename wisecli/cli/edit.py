@@ -138,7 +138,9 @@ def edit(
     routing: Annotated[
         str | None,
         _routed(
-            "routing", "sequence (one decision a prompt) or token.", none="token; sequence with the router meaning"
+            "routing",
+            "sequence (one decision a prompt), token, or mean (as the paper's code).",
+            none="token; sequence with the router meaning",
         ),
     ] = None,
     executor: Annotated[

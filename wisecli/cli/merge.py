@@ -104,7 +104,7 @@ def merge(
         float | None, _merged("sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest.")
     ] = None,
     router: Annotated[str | None, _routed("router", "key, norm or meaning.", none="the shards'")] = None,
-    routing: Annotated[str | None, _routed("routing", "token or sequence.", none="the shards'")] = None,
+    routing: Annotated[str | None, _routed("routing", "token, sequence or mean.", none="the shards'")] = None,
     threshold: Annotated[str | None, _routed("threshold", "false-alarm or minimum.", none="the shards'")] = None,
     false_alarm: Annotated[
         float | None,

@@ -89,11 +89,11 @@ def _explain(edited: EditedModel, prompt: str, answer: Sequence[int]) -> tuple[S
     row = Row(tuple(edited.tokenizer(prompt)["input_ids"]), tuple(answer))
     batch = collate([row]).to(edited.model.device)
     # The edited model runs, so that every score is the one it decided by.
-    keys = capture(edited.model, edited.manifest.site, batch).keys[0, batch.start :]
+    keys = capture(edited.model, edited.manifest.site, batch).keys[0]
     routed = edited.routed
-    decided = edited.decisions(keys, 0, edited.prompts(batch))
+    decided = edited.decisions(keys, batch.start, edited.prompts(batch))
     steps = []
-    for place, token in enumerate(answer):
+    for place, token in enumerate(answer, start=batch.start):
         best, memory = (int(routed.memory_at(one[place])) for one in (decided.nearest, decided.chosen))
         threshold = routed.thresholds[best]
         who = None if memory == UNROUTED else memory

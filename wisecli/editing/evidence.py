@@ -66,4 +66,4 @@ def thinned(evidence: Evidence) -> Evidence:
     twin = order[place]
     near = F.cosine_similarity(evidence.keys, evidence.keys[twin], dim=-1) > _SAME
     kept = (evidence.context == 0) | evidence.held_out | ~near | (twin < 0)
-    return Evidence(**{name: getattr(evidence, name)[kept] for name in Evidence.__dataclass_fields__})
+    return evidence.rows(kept)

@@ -1,11 +1,10 @@
-"""The paper's writer: masked gradient steps on ``Δ`` through the layers above the site (sections 2.3.1 and 2.3.2).
+"""Masked gradient steps on ``Δ`` through the layers above the site, for all edits of a shard together.
 
     L = CE(target | prompt) + La        (where an answer is erased, the loss of :mod:`wisecli.models.objectives`)
     La = max(0, ‖Δ a_u‖ - α) + max(0, β - ‖Δ a_e‖) + max(0, γ - (‖Δ a_e‖ - ‖Δ a_u‖))        (equation 5)
 
-``a_e`` are keys of the edits, ``a_u`` keys of unrelated text. Two schedules: ``batched`` trains all edits of a shard
-together with Adam, in coordinates whitened by unrelated text; ``sequential`` takes one edit after the other with plain
-gradient descent, as the paper does.
+``a_e`` are keys of the edits, ``a_u`` keys of unrelated text (sections 2.3.1 and 2.3.2). Adam, in coordinates
+whitened by unrelated text; one edit after the other, as the paper has it, is :mod:`wisecli.editing.one_by_one`.
 """
 
 from __future__ import annotations
@@ -69,30 +68,6 @@ def write_batched(
         if losses[-1] < settings.stop_loss and totals[1] == totals[2]:
             break
     return Written(_turned(values.detach(), turn), tuple(losses))
-
-
-def write_sequential(task: Task, batches: Sequence[TrainingExamples], on_pass: Callable[[Progress], None]) -> Written:
-    """Train one edit after the other, a examples each: gradient descent, every weight within the norm constraint."""
-    settings, mask = task.settings, task.mask
-    generator = torch.Generator().manual_seed(settings.seed)
-    negatives = mask.restrict(task.unrelated)
-    values = torch.zeros(mask.shape, device=negatives.device, requires_grad=True)
-    optimizer = torch.optim.SGD([values], lr=settings.learning_rate)
-    losses: list[float] = []
-    for number, examples in enumerate(batches):
-        keys = mask.restrict(examples.activations.keys)
-        for _ in range(settings.passes):
-            loss, counts = _loss(task, examples, keys, values, _sample(negatives, generator), generator)
-            if counts[0] / counts[2] < settings.stop_loss and counts[1] == counts[2]:
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if settings.norm_constraint is not None:
-                values.data.clamp_(-settings.norm_constraint, settings.norm_constraint)
-        losses.append(float(counts[0] / counts[2]))
-        on_pass(Progress(number + 1, len(batches), losses[-1], float(counts[1] / counts[2])))
-    return Written(values.detach(), tuple(losses))
 
 
 def margin_loss(edits: Tensor, unrelated: Tensor, settings: EditSettings, generator: torch.Generator) -> Tensor:

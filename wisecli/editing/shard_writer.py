@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,15 +15,17 @@ from wisecli.artifacts.shard import PromptStates, Shard, draw_mask
 from wisecli.artifacts.shard_manifest import ShardEntry
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
+from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.closed_form import Residuals, answered, fit_residuals, write_solved
 from wisecli.editing.context_prefixes import CHAT
 from wisecli.editing.early_states import prompt_states, reading_site
 from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.evidence import Residual, gather_evidence
-from wisecli.editing.gradient import write_batched, write_sequential
+from wisecli.editing.gradient import write_batched
 from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
 from wisecli.editing.key_capture import keys_of_texts
 from wisecli.editing.meaning_learning import learn_heads
+from wisecli.editing.one_by_one import write_one_by_one
 from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
@@ -121,8 +124,8 @@ class ShardWriter:
         """
         started = time.perf_counter()
         settings, stage = self.settings, f"shard {number + 1}/{len(parts)}"
-        self.watch(Event(stage))
         kind = settings.mask_kind
+        self.watch(Event(stage))
         mask = draw_mask(
             self.site,
             settings.mask_ratio,
@@ -144,34 +147,42 @@ class ShardWriter:
                 left_out |= error.edits
                 self.watch(Event(NOTE, note=_omitted([self.edits[place].id for place in sorted(error.edits)])))
                 continue
-            ids = tuple(self.edits[place].id for place in part)
-            untaken = tuple(self.edits[place].id for place in part if shares[place] < 1)
+            ids, untaken = self._names(part), self._names(place for place in part if shares[place] < 1)
             seconds = round(time.perf_counter() - started, 3)
             entry = ShardEntry(shard_name(number), "", kind, ids, losses, seconds, penalty, untaken)
-            return shard, Done(entry, self._names(left_out))
-        return None, Done(None, self._names(left_out))
+            return shard, Done(entry, self._names(sorted(left_out)))
+        return None, Done(None, self._names(sorted(left_out)))
 
-    def _names(self, places: set[int]) -> tuple[str, ...]:
-        return tuple(self.edits[place].id for place in sorted(places))
+    def _names(self, places: Iterable[int]) -> tuple[str, ...]:
+        return tuple(self.edits[place].id for place in places)
 
     def _train(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
         """The paper's writer: the residuals are what the trained change adds."""
-        each = self.settings.schedule == "sequential"
+        each, watch = self.settings.schedule == "sequential", _passes(stage, self.watch)
         groups, held_back = self._capture([[place] for place in part] if each else [part])
         batches = [examples for group in groups for examples in group]
-        write = write_sequential if each else write_batched
-        written = write(task, batches, _passes(stage, self.watch))
+        by_one = partial(write_one_by_one, texts=self._beside(part)) if each else write_batched
+        written = by_one(task, batches, on_pass=watch)
         if not written.values.isfinite().all():
             self._blame(task, batches, stage)
-        shares = learnt(task.model, self.site, task.mask, written.values, batches)
         values, mask = written.values.cpu(), task.mask.to(torch.device("cpu"))
         evidence = gather_evidence(
-            [*batches, *held_back],
+            [examples.from_window() for examples in (*batches, *held_back)],
             len(self.contexts) - 1,
             lambda keys, _answers, _positions: mask.update(mask.restrict(keys), values),
             self._hard_negatives(part),
         )
+        if self.settings.routing == "mean":
+            evidence = replace(evidence, call=torch.tensor([written.calls[edit] for edit in evidence.edit.tolist()]))
+        shares = learnt(task.model, self.site, task.mask, written.values, batches)
         return Shard(mask, values, evidence, self._prompts(part, stage)), written.losses, None, shares
+
+    def _beside(self, part: Sequence[int]) -> dict[int, Tensor]:
+        """Keys (t, d_ff) of a text that has nothing to do with each edit: its own if it brings any."""
+        plain, size = unrelated_texts(len(self.edits), seed=self.settings.seed), self.settings.batch_size
+        texts = [next(iter(self.edits[place].irrelevant), plain[place]) for place in part]
+        keys, text, _ = keys_of_texts(self.loaded, self.site, texts, batch_size=size, watch=self.watch)
+        return {place: keys[text == number] for number, place in enumerate(part)}
 
     def _blame(self, task: Task, batches: Sequence[TrainingExamples], stage: str) -> None:
         """Say why training came to nothing finite."""
@@ -248,6 +259,7 @@ class ShardWriter:
             batch_size=settings.batch_size,
             train_end=settings.train_end,
             erasures=self.erasures,
+            window=settings.routing != "mean",
         )
         require_finite([examples for group in (*found, held_back) for examples in group])
         return found, held_back

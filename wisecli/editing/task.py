@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -39,7 +40,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Written:
-    """The values that fill the mask, and the mean loss after every pass (of the sequential schedule: every edit)."""
+    """The values that fill the mask, and the mean loss after every pass (of the sequential schedule: every edit).
+
+    ``calls`` are, by the numbers of edits, how strongly their rows called the change once they had been trained; only
+    of the sequential schedule.
+    """
 
     values: Tensor
     losses: tuple[float, ...]
+    calls: Mapping[int, float] = field(default_factory=dict)

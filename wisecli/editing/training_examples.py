@@ -36,7 +36,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingExamples:
-    """Rows captured together, B of them, from the prompt's last token on.
+    """Rows captured together, B of them, from the prompt's last token on or whole.
 
     ``edits`` (B,) and ``contexts`` (B,) are numbers, ``answers`` the B answers. After a chat template an edit's target
     may be other tokens than after a bare prompt, and is then another answer, as it is in another language. Contexts
@@ -47,6 +47,11 @@ class TrainingExamples:
     edits: Tensor
     contexts: Tensor
     answers: tuple[AnswerKey, ...]
+
+    def from_window(self) -> TrainingExamples:
+        """The same from the prompts' last tokens on."""
+        part = self.activations
+        return self if part.first == part.batch.start else replace(self, activations=part.from_window())
 
 
 def write_contexts(loaded: Loaded, settings: EditSettings) -> list[str]:
@@ -138,14 +143,21 @@ def capture_groups(
     batch_size: int,
     train_end: bool,
     erasures: ErasureRows = MappingProxyType({}),
+    window: bool = True,
 ) -> list[list[TrainingExamples]]:
-    """The batches of several groups; where layers are streamed, each is read once for all of them."""
+    """The batches of several groups; where layers are streamed, each is read once for all of them.
+
+    Args:
+        window: keep columns from the prompts' last tokens on only.
+    """
     listed = [
         list(_in_rows(loaded, *group, batch_size=batch_size, train_end=train_end, erasures=erasures))
         for group in groups
     ]
     batches = (collate(rows).to(loaded.device) for parts in listed for rows, _ in parts)
-    found = captured(loaded.model, site, batches, stream=loaded.stream, window=True)
+    found = captured(loaded.model, site, batches, stream=loaded.stream, window=window)
+    if not window:  # no layer runs from the middle of a row
+        found = (replace(whole, past=()) for whole in found)
     return [[_examples(next(found), origins) for _, origins in parts] for parts in listed]
 
 

@@ -91,5 +91,4 @@ def join(parts: Sequence[Evidence], places: Sequence[Tensor]) -> Evidence:
         places: for each shard, the number that each of its edits has in the whole.
     """
     counted = [replace(part, edit=place[part.edit.long()]) for part, place in zip(parts, places, strict=True)]
-    fields = Evidence.__dataclass_fields__
-    return Evidence(**{name: torch.cat([getattr(part, name) for part in counted]) for name in fields})
+    return Evidence.joined(counted)

@@ -52,7 +52,7 @@ def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Sha
     stays = held[shard.evidence.edit.long()]
     if bool(stays.all()):
         return shard
-    evidence = rows(shard.evidence, stays)
+    evidence = shard.evidence.rows(stays)
     prompts = shard.prompts
     if prompts is not None:
         prompts = prompts.rows(held[prompts.edit.long()])
@@ -60,11 +60,6 @@ def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Sha
         return replace(shard, evidence=evidence, prompts=prompts)
     values = solved(shard.mask, evidence, Penalty(*entry.penalty), tokens)
     return Shard(shard.mask, values, evidence, prompts)
-
-
-def rows(evidence: Evidence, chosen: Tensor) -> Evidence:
-    """Some rows of evidence."""
-    return Evidence(**{name: getattr(evidence, name)[chosen] for name in Evidence.__dataclass_fields__})
 
 
 def solved(mask: Mask, evidence: Evidence, penalty: Penalty, tokens: Moment) -> Tensor:

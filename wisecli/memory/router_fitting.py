@@ -31,6 +31,8 @@ from wisecli.routing.whitening import Moment, Whitening, whitening
 _INSIDE_SHARE = 1 / 6
 # False-alarm rates: of all tokens, and where a prompt must name an edit's subject besides.
 _RATE, _RATE_OF_NAMED = 0.0015, 0.0075
+# Where a mean decides, the threshold is this share of the lowest mean of any edit: that of the authors' code.
+_OF_THE_LEAST = 0.88
 # How much nearer a prompt in another language must come than other edits' prompts in such do; how near those come at
 # least, as few say little of all that might be asked; and how many are compared at a time.
 _FOREIGN_MARGIN, _FOREIGN_LEAST, _AT_A_TIME = 0.1, 0.5, 1024
@@ -56,6 +58,8 @@ def fit_router(draft: SideMemory, material: Material, owner: Tensor, settings: M
     """
     rule = settings.threshold or "false-alarm"
     rate = _false_alarm(settings, named="asks" in draft.tensors)
+    if draft.routing == "mean":
+        return _fit_mean(draft, material, owner)
     shared = 1.0
     if draft.router == "key":
         draft, shared = _with_routing_keys(draft, material, owner, settings)
@@ -82,6 +86,25 @@ def fit_router(draft: SideMemory, material: Material, owner: Tensor, settings: M
         return fitted, (whole,)
     apart = (measure(edit_scores[owner == m], background_scores[:, m], whole.threshold, rule=rule) for m in memories)
     return fitted, tuple(apart)
+
+
+def _fit_mean(draft: SideMemory, material: Material, owner: Tensor) -> Fitted:
+    """Thresholds a little below what any edit's prompts called their shard with, once it had been trained.
+
+    Raises:
+        SettingsError: the shards do not keep that.
+    """
+    calls = material.evidence.call
+    if calls is None or draft.router != "norm":
+        raise SettingsError(
+            "--routing mean is for shards written by the paper's rule; write them with wise edit --preset paper"
+        )
+    unrelated = scores_of(MemoryScores(draft), material.unrelated.keys)
+    found = []
+    for memory in range(len(draft.thresholds)):
+        own = calls[owner == memory]
+        found.append(measure(own, unrelated[:, memory], float(own.min()) * _OF_THE_LEAST, rule="minimum"))
+    return replace(draft, thresholds=tuple(one.threshold for one in found)), tuple(found)
 
 
 def fit_meaning_router(draft: SideMemory, material: Material, owner: Tensor, settings: MergeSettings) -> Fitted:

@@ -161,7 +161,7 @@ class PromptGate:
         end = self._ends(keys)
         held = None if before is None else before.choice
         if names is None and meaning is None:
-            return Prompt(end, held)
+            return Prompt(end, held, real=None if self._mask is None else self._mask[:, -keys.shape[1] :].bool())
         if self._ids is None:
             raise ValueError("this model's edits open for prompts that name their subjects: give it input_ids")
         prompt = torch.arange(keys.shape[1], device=keys.device) <= end

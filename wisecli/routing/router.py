@@ -4,6 +4,8 @@
     sequence routing    what a row's last prompt token decides holds for that row from there on; of a lookup, whether
                         it answers: with which key, every token after the prompt says for itself
     by meaning          the same, but all of a prompt's tokens decide which edit answers; see :mod:`.meaning`
+    mean routing        the mean of the scores of a prompt's tokens decides, and holds for all of them too, as in the
+                        code of the paper's authors
 
 Whoever wants to know what answers asks :func:`route`: the routed matrix, evaluation, ``wise explain``.
 """
@@ -58,6 +60,8 @@ def route(
     column = torch.arange(keys.shape[1], device=keys.device)
     if memory.meaning is not None and prompt is not None:
         return _by_meaning(memory, keys, prompt, column, forced)
+    if memory.routing == "mean" and prompt is not None:
+        return _by_mean(memory, keys, prompt, column, forced)
     after = None if prompt is None else prompt.after(column)
     named = None if prompt is None else prompt.named
     strength, nearest = memory.nearest(keys, after, named)
@@ -111,6 +115,30 @@ def _by_meaning(
         chosen[rows, columns] = place.where(opened, UNROUTED)
         strength[rows, columns] = strength[rows, columns].where(~within, cosine / REACH)
     return RoutingDecision(strength, nearest, chosen, meant)
+
+
+def _by_mean(
+    memory: MemoryScores, keys: Tensor, prompt: Prompt, column: Tensor, forced: Tensor | None
+) -> RoutingDecision:
+    """One memory a row answers every token, its prompt's too: that which the prompt calls most strongly on the mean."""
+    strength = keys.new_zeros(keys.shape[:2], dtype=torch.float32)
+    if prompt.end is None:
+        assert prompt.held is not None, "a pass without a prompt's end follows one that had it"
+        decided = nearest = prompt.held
+    else:
+        read = (column <= prompt.end) if prompt.real is None else (column <= prompt.end) & prompt.real
+        weights = read / read.sum(1, keepdim=True).clamp(min=1)
+        called = torch.einsum("btm,bt->bm", memory.scores(keys).float(), weights.expand(keys.shape[:2]))
+        sure, nearest = (each[:, None] for each in memory.strongest(called))
+        strength = sure.expand_as(strength)
+        decided = nearest.where(sure > 1, UNROUTED)
+        if prompt.held is not None:
+            decided = decided.where(prompt.end >= 0, prompt.held)
+    own = decided if forced is None else forced.where(forced != UNROUTED, decided)
+    chosen = own.expand(keys.shape[:2])
+    if prompt.real is not None:
+        chosen = chosen.where(prompt.real, UNROUTED)
+    return RoutingDecision(strength, nearest.expand(keys.shape[:2]), chosen, decided)
 
 
 def _decided(chosen: Tensor, prompt: Prompt) -> Tensor:

@@ -39,7 +39,7 @@ class RoutedMatrix(MemoryScores):
         self.register_parameter("weight", base.get_parameter("weight"))
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
-        self.gate = PromptGate() if memory.routing == "sequence" else None
+        self.gate = PromptGate() if memory.routing != "token" else None
 
     def forward(self, keys: Tensor, *, off: bool = False, forced: int | None = None) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d).

@@ -6,6 +6,7 @@ from importlib import import_module
 
 # Every file that puts methods into the table; to add one, write its file and name it here.
 _MODULES = (
+    "alphaedit",
     "defer",
     "ft_ewc",
     "ft_l",
@@ -15,9 +16,12 @@ _MODULES = (
     "lora",
     "memit",
     "mend",
+    "lora_paraphrased",
     "rag",
+    "rag_hybrid",
     "rome",
     "serac",
+    "ultraedit",
 )
 
 

@@ -119,7 +119,7 @@ class Lora:
         with self.applied():
             for _ in range(self.settings.steps):
                 with torch.enable_grad():
-                    loss = self.loss(row)
+                    loss = self.loss([row])
                 if float(loss.detach()) < self.settings.stop:
                     break
                 for parameter, slope in zip(trained, torch.autograd.grad(loss, trained), strict=True):
@@ -127,10 +127,10 @@ class Lora:
                 optimizer.step()
         optimizer.zero_grad()
 
-    def loss(self, row: Row) -> Tensor:
-        """Mean cross-entropy of a row's target, with the adapters as they are applied."""
+    def loss(self, rows: Sequence[Row]) -> Tensor:
+        """Mean cross-entropy of the target tokens of rows, with the adapters as they are applied."""
         loaded = self.bench.loaded
-        batch = collate([row]).to(loaded.device)
+        batch = collate(rows).to(loaded.device)
         at, columns = batch.labelled
 
         def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:

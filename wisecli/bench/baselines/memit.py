@@ -22,7 +22,7 @@ from wisecli.bench.baselines.rome_common import Fact, Part, Search, find_change,
 from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, second_moment
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
-from wisecli.models.site import value_module
+from wisecli.models.site import Site, value_module
 from wisecli.progress import Event
 
 # The authors' settings for GPT-J.
@@ -64,9 +64,7 @@ class Memit(Rewritten):
             raise UnsuitableError("it adds up what matrices give, and here that passes a norm before it is added")
         self.batch = batch
         self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
-        self._factors = [
-            torch.linalg.cholesky(self.settings.weight * second_moment(bench, site)) for site in self.sites
-        ]
+        self._kept = [self.keeping(site) for site in self.sites]
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """Write edits, a batch after the other.
@@ -83,6 +81,15 @@ class Memit(Rewritten):
                 self.bench.watch(Event("mass edits", start + len(targets), len(edits)))
             self._write(facts, torch.stack(targets))
 
+    def keeping(self, site: Site) -> Tensor:
+        """What is kept of unrelated text at a site: the Cholesky factor of ``λ C`` (d_ff, d_ff), in float64."""
+        factor: Tensor = torch.linalg.cholesky(self.settings.weight * second_moment(self.bench, site))
+        return factor
+
+    def change(self, place: int, residuals: Tensor, keys: Tensor) -> Tensor:
+        """What is added (d, d_ff) to a site's matrix for residuals (n, d) and keys (n, d_ff)."""
+        return spread(residuals, keys, self._kept[place])
+
     def target(self, fact: Fact) -> Tensor:
         """The z (d,) of a fact, for the model as edited so far, in float32."""
         top = self.sites[-1]
@@ -98,7 +105,7 @@ class Memit(Rewritten):
                 seen = [self._seen(fact, place) for fact in facts]
             keys, states = (torch.stack(parts) for parts in zip(*seen, strict=True))
             residuals = (targets - states) / ((len(self.sites) - place) * site.multiplier)
-            self.deltas[place] = self.deltas[place] + spread(residuals, keys, self._factors[place])
+            self.deltas[place] = self.deltas[place] + self.change(place, residuals, keys)
 
     def _seen(self, fact: Fact, place: int) -> tuple[Tensor, Tensor]:
         """At a fact's subject: the mean key (d_ff,) at a site, and what leaves the last site's layer under the bare

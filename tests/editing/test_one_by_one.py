@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from support.helpers import hooked, save_tiny, site_of
+from support.loading import CPU
+from torch import Tensor, nn
+
+from wisecli.artifacts.shard import Mask, random_mask
+from wisecli.config import EditSettings
+from wisecli.editing.one_by_one import margins, write_one_by_one
+from wisecli.editing.task import Progress, Task, Written
+from wisecli.editing.training_examples import TrainingExamples, capture_groups
+from wisecli.edits.record import Edit
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.site import Site, value_module
+
+EDITS = [Edit("one", "ba be bi", "do du"), Edit("two", "ka ke ki ko", "fa"), Edit("three", "ma me", "ga ge gi")]
+CONTEXTS = ((0, ""), (1, "pa pe. "))
+UNRELATED = "ta te ti to tu"
+Routing = Literal["token", "sequence", "mean"]
+SETTINGS = EditSettings(
+    writer="gradient",
+    schedule="sequential",
+    passes=12,
+    learning_rate=1.0,
+    stop_loss=0.0,
+    alpha=0.1,
+    beta=0.5,
+    gamma=0.3,
+    router="norm",
+    routing="mean",
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return load_model(save_tiny(tmp_path_factory.mktemp("one-by-one") / "model"), load=CPU)
+
+
+@pytest.fixture(scope="module")
+def site(loaded: Loaded) -> Site:
+    return site_of(loaded.model, 2)
+
+
+def mask_for(site: Site, density: float = 0.5) -> Mask:
+    return random_mask(site, density, "elements", torch.Generator().manual_seed(2))
+
+
+def keys_in(loaded: Loaded, site: Site, text: str) -> Tensor:
+    """Keys (t, d_ff) of a text, read off the whole model."""
+    read: list[Tensor] = []
+    handle = value_module(loaded.model, site).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][0]))
+    with torch.no_grad():
+        loaded.model(input_ids=torch.tensor([loaded.tokenizer(text)["input_ids"]]), use_cache=False)
+    handle.remove()
+    return read[0]
+
+
+def write(
+    loaded: Loaded,
+    site: Site,
+    settings: EditSettings = SETTINGS,
+    *,
+    edits: list[Edit] = EDITS,
+    told: list[Progress] | None = None,
+    density: float = 0.5,
+) -> Written:
+    groups = [([one], CONTEXTS, ()) for one in enumerate(edits)]
+    whole = settings.routing != "mean"
+    found = capture_groups(loaded, site, groups, batch_size=32, train_end=False, window=whole)
+    batches: list[TrainingExamples] = [examples for group in found for examples in group]
+    task = Task(loaded.model, site, mask_for(site, density), torch.zeros(1, site.d_ff), 1.0, settings)
+    listen = (lambda progress: None) if told is None else told.append
+    texts = dict.fromkeys(range(len(edits)), keys_in(loaded, site, UNRELATED))
+    return write_one_by_one(task, batches, listen, texts=texts)
+
+
+def rows_of(loaded: Loaded, edit: Edit) -> list[tuple[list[int], list[int]]]:
+    """Prompt and target tokens in both contexts."""
+    target = loaded.tokenizer(edit.target)["input_ids"]
+    return [(loaded.tokenizer(context + edit.prompt)["input_ids"], target) for _, context in CONTEXTS]
+
+
+def loss_of_whole_model(loaded: Loaded, site: Site, edit: Edit, delta: Tensor, settings: EditSettings) -> Tensor:
+    """The loss of one edit, each row alone through the whole model, changed at every token."""
+    losses: list[Tensor] = []
+    called: list[Tensor] = []
+
+    def change(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        update = inputs[0] @ delta.T
+        called.append(torch.linalg.vector_norm(update, dim=-1).mean())
+        return output + update
+
+    for prompt, target in rows_of(loaded, edit):
+        with hooked(loaded.model, site, change):
+            logits = loaded.model(input_ids=torch.tensor([prompt + target[:-1]]), use_cache=False).logits[0]
+        each = nn.functional.cross_entropy(logits[len(prompt) - 1 :], torch.tensor(target), reduction="sum")
+        losses.append(each / (len(target) + 1))
+    other = torch.linalg.vector_norm(keys_in(loaded, site, UNRELATED) @ delta.T, dim=-1).mean()
+    return torch.stack(losses).mean() + margins(torch.stack(called), other, settings)
+
+
+def test_a_step_goes_down_the_gradient_of_the_whole_model(loaded: Loaded, site: Site) -> None:
+    """Two steps by this writer, and by hand through the unsplit model."""
+    settings, mask = replace(SETTINGS, passes=2, learning_rate=0.5, norm_constraint=None), mask_for(site)
+    written = write(loaded, site, settings, edits=EDITS[:1])
+    allowed = torch.zeros(site.d * site.d_ff).index_fill(0, mask.indices, 1.0).view(site.d, site.d_ff)
+    delta = torch.zeros(site.d, site.d_ff)
+    losses = []
+    for step in range(2):
+        # The norm has no gradient at nought; the writer's is nought there, as is that of any number next to nothing.
+        start = delta.clone().requires_grad_() if step else (delta + 0).requires_grad_()
+        loss = loss_of_whole_model(loaded, site, EDITS[0], start, settings)
+        losses.append(float(loss.detach()))
+        (slope,) = torch.autograd.grad(loss, start)
+        delta = delta - 0.5 * slope.nan_to_num() * allowed
+    assert written.losses == pytest.approx(losses[-1:], abs=1e-4)
+    torch.testing.assert_close(mask.dense(written.values), delta, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence", "mean"])
+def test_one_edit_is_taken_after_the_other(loaded: Loaded, site: Site, routing: Routing) -> None:
+    told: list[Progress] = []
+    settings = replace(SETTINGS, routing=routing, passes=40, learning_rate=0.3)
+    written = write(loaded, site, settings, told=told)
+    assert [(progress.step, progress.steps) for progress in told] == [(1, 3), (2, 3), (3, 3)]
+    assert len(written.losses) == len(EDITS)
+    once = write(loaded, site, replace(settings, passes=1))
+    assert sum(written.losses) < 0.7 * sum(once.losses)
+    assert written.calls.keys() == set(range(len(EDITS)))
+    assert all(called > 0.4 for called in written.calls.values())
+
+
+def test_no_weight_leaves_the_norm_constraint_or_the_mask(loaded: Loaded, site: Site) -> None:
+    free = write(loaded, site, replace(SETTINGS, norm_constraint=None), density=0.2).values
+    bound = write(loaded, site, replace(SETTINGS, norm_constraint=0.01), density=0.2).values
+    assert free.abs().max() > 0.01
+    assert bound.abs().max() == pytest.approx(0.01)
+    assert free.shape == (round(0.2 * site.d * site.d_ff),)
+
+
+def test_a_loss_that_is_low_and_stays_is_left(loaded: Loaded, site: Site) -> None:
+    easy: dict[str, Any] = {"alpha": 10.0, "beta": 0.0, "gamma": 0.0}
+    settings = replace(SETTINGS, learning_rate=1e-9, stop_loss=100.0, **easy)
+    passed: list[int] = []
+    task = Task(loaded.model, site, mask_for(site), torch.zeros(1, site.d_ff), 1.0, settings)
+    (examples,) = capture_groups(
+        loaded, site, [([(0, EDITS[0])], CONTEXTS, ())], batch_size=32, train_end=False, window=False
+    )[0]
+    handle = value_module(loaded.model, site_of(loaded.model, 3)).register_forward_hook(lambda *_: passed.append(1))
+    write_one_by_one(task, [examples], lambda _: None, texts={0: keys_in(loaded, site, UNRELATED)})
+    handle.remove()
+    assert len(passed) - 1 == 3  # one of them reads the unrelated text; the third step finds the loss where it was
+
+
+@pytest.mark.parametrize(
+    ("edits", "unrelated", "expected"),
+    [
+        ([2.0], 0.1, 0.0),
+        ([2.0], 0.75, 0.5),  # unrelated .5 above α
+        ([0.6], 0.0, 0.4),  # edit .4 below β
+        ([0.5, 1.5], 0.45, 0.2 + 0.5 + 0.45),  # the second row is beyond both margins, and counts for none
+    ],
+)
+def test_the_margins_are_means_of_those_that_are_missed(edits: list[float], unrelated: float, expected: float) -> None:
+    settings = EditSettings(alpha=0.25, beta=1.0, gamma=0.5)
+    assert float(margins(torch.tensor(edits), torch.tensor(unrelated), settings)) == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,129 @@
+"""UltraEdit: one step from keys and gradients, normalised over all edits so far (Gu et al. 2025, arXiv 2505.14679).
+
+For every target token of an edit and every matrix, h is its key and g the gradient of the loss at what the matrix
+gives. Both together are normalised by mean and deviation over the tokens of all edits so far, these among them: ĥ, ĝ.
+Then, with H the keys of these edits as they are:
+
+    v = -η ‖ĥ‖² ĝ,    Δ = Vᵀ H (Hᵀ H + I)⁻¹,  the least of  ‖H Δᵀ - V‖² + ‖Δ‖²
+
+Nothing is trained, no subject is needed, and of earlier edits only the two statistics are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.baselines.gradient_factors import gradient_factors
+from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, encoded
+from wisecli.edits.record import Edit
+from wisecli.models.activations import capture
+from wisecli.models.tokenization import collate, in_batches
+from wisecli.progress import Event
+
+_TINY = 1e-8
+
+
+@dataclass(frozen=True)
+class Step:
+    """Settings. ``first`` to ``last`` of ``of`` are depths, ``rate`` is η, and ``batch`` edits are written at once.
+
+    Depths and batch are the authors' for GPT-J (value matrices of layers 18 to 26 of 28). Their η of 1e-6 is for keys
+    of 16,384 numbers; as ‖ĥ‖² grows with their number, it counts per number here.
+    """
+
+    first: int = 18
+    last: int = 26
+    of: int = 28
+    rate: float = 1e-6 * 16384
+    batch: int = 100
+
+
+class Statistics:
+    """Mean and deviation of rows (n, k) that come in parts (Chan et al. 1983)."""
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(size, dtype=torch.float64)
+        self.squares = torch.zeros(size, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Take in more rows."""
+        wide = rows.double().cpu()
+        count, apart = self.count + len(wide), wide.mean(0) - self.mean
+        self.squares += (wide - wide.mean(0)).square().sum(0) + apart.square() * self.count * len(wide) / count
+        self.mean += apart * len(wide) / count
+        self.count = count
+
+    def normalised(self, rows: Tensor) -> Tensor:
+        """Rows less the mean, in deviations."""
+        deviation = (self.squares / max(1, self.count - 1)).sqrt() + _TINY
+        return (rows - self.mean.to(rows)) / deviation.to(rows)
+
+
+class UltraEdit(Rewritten):
+    """Edits in batches, each in one step.
+
+    Raises:
+        UnsuitableError: the model's layers are streamed.
+    """
+
+    def __init__(self, bench: Bench, settings: Step | None = None) -> None:
+        self.settings = settings or Step()
+        first, last = (
+            at_depth(bench, layer, self.settings.of).layer for layer in (self.settings.first, self.settings.last)
+        )
+        super().__init__(bench, [bench.site(layer) for layer in range(first, last + 1)])
+        self.statistics = [Statistics(site.d_ff + site.d) for site in self.sites]
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Write edits, a batch after the other.
+
+        Raises:
+            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
+        """
+        for start in range(0, len(edits), self.settings.batch):
+            part = edits[start : start + self.settings.batch]
+            for place, (keys, slopes) in enumerate(self.tokens(part)):
+                self.deltas[place] = self.deltas[place] + self.change(place, keys, slopes)
+            self.bench.watch(Event("single steps", start + len(part), len(edits)))
+
+    def tokens(self, edits: Sequence[Edit]) -> list[tuple[Tensor, Tensor]]:
+        """For each matrix the keys h (n, d_ff) and gradients g (n, d) of all target tokens, in the model as it is."""
+        model, rows = self.bench.loaded.model, [encoded(self.bench, edit.prompt, edit) for edit in edits]
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites]
+        for indices in in_batches(rows, self.bench.batch_size):
+            batch = collate([rows[index] for index in indices]).to(self.bench.loaded.device)
+            losses, factors = gradient_factors(model, self.sites, capture(model, self.sites[0], batch), self.deltas)
+            if not losses.isfinite().all():
+                lost = edits[indices[int((~losses.isfinite()).nonzero()[0])]]
+                raise UnsuitableError(f"the loss of edit {lost.id!r} is not finite")
+            for own, one in zip(found, factors, strict=True):
+                own.append((one.padded(one.keys)[batch.labelled], one.padded(one.slopes)[batch.labelled]))
+        return [(torch.cat([keys for keys, _ in own]), torch.cat([slopes for _, slopes in own])) for own in found]
+
+    def change(self, place: int, keys: Tensor, slopes: Tensor) -> Tensor:
+        """Δ (d, d_ff) for keys (n, d_ff) and gradients (n, d) of one matrix."""
+        both = torch.cat([keys, slopes], -1)
+        self.statistics[place].add(both)
+        turned, drawn = self.statistics[place].normalised(both).split([keys.shape[1], slopes.shape[1]], -1)
+        values = -self.settings.rate * turned.square().mean(-1, keepdim=True) * drawn
+        # As ``Vᵀ (H Hᵀ + I)⁻¹ H``, which is the same and needs an inverse of the tokens' number only.
+        inner = keys @ keys.T
+        inner.diagonal().add_(1)
+        delta: Tensor = values.T @ torch.linalg.solve(inner, keys)
+        return delta
+
+    def bytes(self) -> int:
+        """Size of the changes and statistics."""
+        return super().bytes() + sum(tensor_bytes(one.mean, one.squares) for one in self.statistics)
+
+
+@method("ultraedit")
+def ultraedit(bench: Bench) -> UltraEdit:
+    """A hundred edits at a time, as in the paper."""
+    return UltraEdit(bench)

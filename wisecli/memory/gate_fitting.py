@@ -1,10 +1,9 @@
 """A memory's gate, fitted: for each of its keys a direction and an offset that tell its states from all others.
 
-States are whitened by what unrelated text and a change of wording alone do to them. There each key is a support vector
-machine with squared hinge: its own states are to give 1, and those of other keys, of unrelated text and of questions
-nearby at most a number below 0. A ridge keeps directions short, and so the gate open for rewordings it has not seen. It
-is solved by Newton's method in the dual, a small system for the states that count (Chapelle 2007, Training a support
-vector machine in the primal).
+States are whitened by what unrelated text and a change of wording alone do to them. There each key begins as the linear
+discriminant of its states, and is trained against the states of other keys and those of unrelated text and of questions
+nearby that come nearest: squared hinge losses, its own states to 1 and others to stay below 0, and a ridge that keeps
+directions short, and so the gate open for rewordings that it has not seen.
 """
 
 from __future__ import annotations
@@ -26,27 +25,25 @@ class GateSettings:
     even spread does. ``ridge`` weighs the length of directions and ``negative`` each state that a key must not open
     for, beside the mean loss of its own; those are to stay below minus the ``margin``. A key opens at ``threshold`` by
     half, from nothing to all within ``ramp``. Keys are fitted so many ``together``, against the ``mined`` states that
-    come nearest to any of them; at most ``counting`` of them count for one key, in so many ``steps``.
+    come nearest to any of them, in so many ``steps``.
     """
 
     wording: float = 4.0
     shrinkage: float = 0.1
-    ridge: float = 0.1
+    ridge: float = 0.01
     negative: float = 1.0
-    margin: float = 0.3
+    margin: float = 0.2
     threshold: float = 0.5
     ramp: float = 0.2
     together: int = 256
-    mined: int = 6000
-    counting: int = 600
-    steps: int = 6
+    mined: int = 2500
+    steps: int = 30
 
 
 def fit_gate(own: OwnStates, background: Background, settings: GateSettings = GateSettings()) -> Gate:
     """The gate of a memory, in float32."""
     mean = background.unrelated.mean(0)
     turn = _whitening(background, mean, settings)
-    turn = turn / ((own.states - mean) @ turn).square().sum(1).mean().sqrt()
     states = (own.states - mean) @ turn
     others = (torch.cat([background.unrelated, own.others]) - mean) @ turn
     parts = torch.arange(len(own.values)).split(settings.together)
@@ -74,38 +71,40 @@ def _evened(rows: Tensor) -> Tensor:
 
 def _fit(part: Tensor, states: Tensor, key: Tensor, others: Tensor, settings: GateSettings) -> tuple[Tensor, Tensor]:
     """Directions (k, d) and offsets (k,) of some of the keys, by their numbers (k,)."""
-    mine = torch.isin(key, part)
     means = torch.stack([states[key == number].mean(0) for number in part.tolist()])
-    against = torch.cat([states[~mine], others])
-    near = (against @ means.T).amax(1).topk(min(settings.mined, len(against))).indices
-    rows, owner = torch.cat([states[mine], against[near]]), key[mine]
-    products = rows @ rows.T + 1  # the 1 is the offset's
-    shares = [_solved((owner == number).nonzero().flatten(), products, settings) for number in part.tolist()]
-    weights = torch.stack(shares)
-    return weights @ rows, weights.sum(1)
+    directions = means / means.square().sum(1, keepdim=True).clamp(min=1e-6)
+    near = (others @ directions.T).amax(1).topk(min(settings.mined, len(others))).indices
+    place = torch.full((int(key.max()) + 1,), -1)
+    place[part] = torch.arange(len(part))
+    return _trained(directions, torch.cat([states, others[near]]), place[key], settings)
 
 
-def _solved(own: Tensor, products: Tensor, settings: GateSettings) -> Tensor:
-    """What each state (n,) weighs in a key's direction, the key's ``own`` states by their places.
+def _trained(directions: Tensor, states: Tensor, owner: Tensor, settings: GateSettings) -> tuple[Tensor, Tensor]:
+    """Directions and offsets after some steps.
 
     Args:
-        products: of all states with each other (n, n).
+        owner: the key that each of the first states is to open (n,), -1 for others'.
     """
-    is_own = torch.zeros(len(products), dtype=torch.bool)
-    is_own[own] = True
-    target = torch.where(is_own, 1.0, -settings.margin)
-    penalty = settings.ridge * torch.where(is_own, float(len(own)), 1 / settings.negative)
-    counting = own
-    weights = products.new_zeros(len(products))
-    for _ in range(settings.steps):
-        system = products[counting][:, counting] + penalty[counting].diag()
-        solved = torch.linalg.solve(system, target[counting])
-        weights = products.new_zeros(len(products)).index_copy(0, counting, solved)
-        given = solved @ products[counting]
-        worst = (given + settings.margin).masked_fill(is_own, torch.inf)
-        chosen = worst.topk(min(len(own) + settings.counting, len(worst))).indices
-        following = chosen[worst[chosen] > 0].sort().values
-        if torch.equal(following, counting):
-            break
-        counting = following
-    return weights
+    rows = (owner >= 0).nonzero().flatten()
+    columns = owner[rows]
+    weights = 1 / torch.bincount(columns, minlength=len(directions))[columns]
+    with torch.enable_grad():
+        turned = directions.clone().requires_grad_()
+        offsets = torch.zeros(len(directions), requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [turned, offsets], max_iter=settings.steps, history_size=8, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            given = states @ turned.T + offsets
+            own = given[rows, columns]
+            wrong = (given + settings.margin).clamp(min=0).square()
+            total: Tensor = (weights * (1 - own).clamp(min=0).square()).sum()
+            total = total + settings.negative * (wrong.sum() - wrong[rows, columns].sum())
+            total = total + settings.ridge * turned.square().sum()
+            total.backward()  # type: ignore[no-untyped-call]
+            return total
+
+        optimizer.step(loss)
+    return turned.detach(), offsets.detach()

@@ -33,7 +33,8 @@ def asked(**request: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("quantize", "apart"), [("f32", 1e-3), ("f16", 3e-2), ("q8_0", 0.3)])
+# Its attention cache is in half precision, whatever the weights are.
+@pytest.mark.parametrize(("quantize", "apart"), [("f32", 1e-2), ("f16", 3e-2), ("q8_0", 0.3)])
 @torch.no_grad()
 def test_llama_cpp_gives_what_transformers_gives(tmp_path: Path, quantize: Any, apart: float) -> None:
     stock = save_stock(tmp_path)

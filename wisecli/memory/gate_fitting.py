@@ -103,7 +103,7 @@ def _trained(directions: Tensor, states: Tensor, owner: Tensor, settings: GateSe
             total: Tensor = (weights * (1 - own).clamp(min=0).square()).sum()
             total = total + settings.negative * (wrong.sum() - wrong[rows, columns].sum())
             total = total + settings.ridge * turned.square().sum()
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             return total
 
         optimizer.step(loss)

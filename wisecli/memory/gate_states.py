@@ -141,7 +141,7 @@ def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Wa
     near = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in _asked_nearby(manifest.edits)]
     ends = _window(loaded, manifest.site, near, batch_size=batch_size, watch=watch, stage="questions nearby")
     states = [hidden[1:] for hidden, _ in read] + [hidden[-1:] for hidden, _ in ends]
-    return normed(torch.cat(states), _epsilon(loaded))
+    return normed(torch.cat(states or [torch.empty(0, manifest.site.d)]), _epsilon(loaded))
 
 
 def _asked_nearby(edits: Sequence[Edit]) -> list[str]:
@@ -238,7 +238,7 @@ def _window(
 
     At its prompt's last token and every target token but the last; without a target, at all its tokens.
     """
-    window = bool(rows[0].target)
+    window = any(row.target for row in rows)
     groups = list(in_batches(rows, batch_size))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window)

@@ -1,8 +1,8 @@
 """A memory's gate, fitted: for each of its keys a direction and an offset that tell its states from all others.
 
 States are whitened by what unrelated text and a change of wording alone do to them. There each key begins as the linear
-discriminant of its states, and is trained against the states of other keys and those of unrelated text and of questions
-nearby that come nearest: squared hinge losses, its own states to 1 and others to stay below 0, and a ridge that keeps
+discriminant of its states, and is trained against the states of other keys and those of unrelated text that come
+nearest: squared hinge losses, its own states to 1 and others to stay below 0, and a ridge that keeps
 directions short, and so the gate open for rewordings that it has not seen.
 """
 
@@ -32,12 +32,12 @@ class GateSettings:
     shrinkage: float = 0.1
     ridge: float = 0.01
     negative: float = 1.0
-    margin: float = 0.2
+    margin: float = 0.0
     threshold: float = 0.5
     ramp: float = 0.2
     together: int = 256
-    mined: int = 2500
-    steps: int = 30
+    mined: int = 12000
+    steps: int = 40
 
 
 def fit_gate(own: OwnStates, background: Background, settings: GateSettings = GateSettings()) -> Gate:

@@ -42,8 +42,6 @@ _UNANSWERED = (
 )
 # An edit's answer is also read after the prompt of the edit that is so much further on.
 _FURTHER = 7
-# So many other subjects of edits, made-up ones, and other questions are set beside an edit.
-_NEARBY = 2
 
 
 @dataclass(frozen=True)
@@ -126,11 +124,7 @@ def _residuals(scores: MemoryScores, manifest: Manifest, keys: Tensor, number: i
 
 
 def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Watcher) -> Tensor:
-    """States that are like the edits' and not theirs.
-
-    Inside their answers, where these stand after prompts that they do not answer; and where their prompts end with
-    another's subject in the place of their own, or something else is asked about that.
-    """
+    """States inside the edits' answers where they stand after prompts that they do not answer."""
     tokenizer, end = loaded.tokenizer, end_token(loaded.model)
     told = [edit for edit in manifest.edits if not edit.erased]
     rows = []
@@ -138,25 +132,8 @@ def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Wa
         prompts = {*_UNANSWERED, told[(place + _FURTHER) % len(told)].prompt} - {edit.prompt}
         rows += [row_of(tokenizer, text, edit.answer, erased=False, end=end) for text in sorted(prompts)]
     read = _window(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="answers elsewhere")
-    near = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in _asked_nearby(manifest.edits)]
-    ends = _window(loaded, manifest.site, near, batch_size=batch_size, watch=watch, stage="questions nearby")
-    states = [hidden[1:] for hidden, _ in read] + [hidden[-1:] for hidden, _ in ends]
+    states = [hidden[1:] for hidden, _ in read]
     return normed(torch.cat(states or [torch.empty(0, manifest.site.d)]), _epsilon(loaded))
-
-
-def _asked_nearby(edits: Sequence[Edit]) -> list[str]:
-    """Prompts of edits about other subjects, and other questions about their own; none that an edit answers."""
-    chance = random.Random(3)
-    named = [edit for edit in edits if edit.subject and edit.subject in edit.prompt]
-    known = relations()
-    found: dict[str, None] = {}
-    for edit in named:
-        subject = str(edit.subject)
-        others = [str(other.subject) for other in chance.sample(named, min(_NEARBY, len(named)))]
-        others += [made_up_subjects(chance.choice(known).kind, 1, chance)[0] for _ in range(_NEARBY)]
-        found |= {edit.prompt.replace(subject, other): None for other in others}
-        found |= {chance.choice(chance.choice(known).wordings).replace("{}", subject): None for _ in range(_NEARBY)}
-    return sorted(found.keys() - {edit.prompt for edit in edits})
 
 
 def background(

@@ -33,10 +33,10 @@ class GateSettings:
     ridge: float = 0.01
     negative: float = 1.0
     margin: float = 0.0
-    threshold: float = 0.5
+    threshold: float = 0.6
     ramp: float = 0.2
     together: int = 256
-    mined: int = 12000
+    mined: int = 30000
     steps: int = 40
 
 

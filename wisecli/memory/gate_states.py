@@ -31,8 +31,9 @@ from wisecli.progress import Event, Watcher
 from wisecli.routing.scores import MemoryScores
 
 _VERSION = 1
-# Unrelated texts that are read, bare and in a form; tokens that the model adds to each.
-TEXTS, _ANSWER = 120, 8
+# Unrelated texts that are read, bare and in a form; tokens that the model adds to each; and texts that are read as they
+# are, with so many questions of each relation: the more, the fewer false alarms.
+TEXTS, _ANSWER, _PLAIN, _QUESTIONS = 120, 8, 900, 2
 # Made-up facts, each of a relation of its own, and in how many wordings each is asked.
 _FACTS, _WORDINGS = 134, 4
 # Prompts that none of the edits' answers belongs to.
@@ -154,7 +155,9 @@ def background(
         watch(Event("unrelated text"))
     facts, texts = max(4, round(share * _FACTS)), max(8, round(share * TEXTS))
     read, strayed = _facts(loaded, site, facts, batch_size=batch_size, watch=watch)
-    unrelated = torch.cat([_unrelated(loaded, site, texts, batch_size=batch_size, watch=watch), read])
+    answered = _unrelated(loaded, site, texts, batch_size=batch_size, watch=watch)
+    plain = _states(loaded, site, _plain(share), batch_size=batch_size, watch=watch)
+    unrelated = torch.cat([answered, read, plain])
     kept = {"unrelated": half(unrelated), "strayed": half(strayed)}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
     return Background(kept["unrelated"].float(), kept["strayed"].float())
@@ -171,8 +174,30 @@ def _unrelated(loaded: Loaded, site: Site, count: int, *, batch_size: int, watch
     usable, texts = usable_forms(tokenizer, trained=True), unrelated_texts(2 * TEXTS, seed=0)[: 2 * count : 2]
     asked = [form.asked(tokenizer, text) for text in texts for form in (usable[0], chance.choice(usable[1:]))]
     answers = generate(loaded.model, tokenizer, asked, max_new_tokens=_ANSWER, batch_size=batch_size)
-    whole = [Row((*tokenizer(text)["input_ids"], *answer), ()) for text, answer in zip(asked, answers, strict=True)]
-    read = _window(loaded, site, whole, batch_size=batch_size, watch=watch, stage="unrelated text")
+    whole = [(*tokenizer(text)["input_ids"], *answer) for text, answer in zip(asked, answers, strict=True)]
+    return _states(loaded, site, whole, batch_size=batch_size, watch=watch)
+
+
+def _plain(share: float) -> list[str]:
+    """Further unrelated texts and questions about made-up subjects; none that is measured with."""
+    chance, known = random.Random(9), relations()
+    patterned = unrelated_texts(TEXTS + round(share * _PLAIN), seed=3)[TEXTS:]
+    asked = [
+        chance.choice(relation.wordings).replace("{}", made_up_subjects(relation.kind, 1, chance)[0])
+        for relation in known[: max(4, round(share * len(known)))]
+        for _ in range(_QUESTIONS)
+    ]
+    kept = set(texts_beside())
+    return [text for text in (*patterned, *asked) if text not in kept]
+
+
+def _states(
+    loaded: Loaded, site: Site, texts: Sequence[str | Sequence[int]], *, batch_size: int, watch: Watcher
+) -> Tensor:
+    """States of every token of texts, or of tokens."""
+    told = [loaded.tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts]
+    rows = [Row(tuple(tokens), ()) for tokens in told if tokens]
+    read = _window(loaded, site, rows, batch_size=batch_size, watch=watch, stage="unrelated text")
     return normed(torch.cat([hidden for hidden, _ in read]), _epsilon(loaded))
 
 

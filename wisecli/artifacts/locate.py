@@ -7,6 +7,7 @@ from typing import Literal
 
 from wisecli.artifacts import shard_manifest
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_memory
+from wisecli.artifacts.names import MERGED
 from wisecli.errors import DamagedFileError, ModelError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safe_paths import inside
@@ -65,7 +66,7 @@ def locate_memory(model: str | None, memory: Path | None, fallback: Path) -> tup
     """
     if memory is not None:
         return memory, model
-    if model is not None and (Path(model) / MANIFEST_NAME).is_file():
+    if model is not None and any((Path(model) / name).is_file() for name in (MANIFEST_NAME, MERGED)):
         return Path(model), None
     if (fallback / MANIFEST_NAME).is_file():
         return fallback, model

@@ -4,5 +4,7 @@
 SHARDS = "shards.json"
 MEMORY = "router.json"
 MERGED = "wise.json"
+# The file with the decoder blocks that are a memory.
+MEMORY_TENSORS = "model-memory.safetensors"
 # What makes of a memory one that is edited again and again.
 HISTORY = "history"

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def check(
     url: Annotated[str, typer.Argument(help="An OpenAI-compatible server, as http://localhost:8000.")],
-    edits: Annotated[Path, option("The edits that the served model should hold, in any known layout.", metavar="FILE")],
+    edits: Annotated[
+        Path, option("The edits that the served model should hold: a file, or the exported directory.", metavar="PATH")
+    ],
     model: Annotated[
         str | None, option("The server's name for the model.", panel=WHERE, default="its first", metavar="NAME")
     ] = None,

@@ -50,9 +50,10 @@ def export(
     ] = Path("memory"),
     output: Output = Path("edited"),
     form: Annotated[
-        Literal["routed", "merged", "delta"],
+        Literal["routed", "stock", "gguf", "merged", "delta"],
         option(
-            "routed (keeps the router), merged (always on, stock architecture) or delta (the memory alone).",
+            "routed (keeps the router), stock (a gate in one more decoder block, no custom code), gguf (that for "
+            "llama.cpp), merged (always on, stock architecture) or delta (the memory alone).",
             "--format",
             default="routed",
             metavar="NAME",
@@ -83,6 +84,10 @@ def export(
             metavar="SIZE",
         ),
     ] = None,
+    quantize: Annotated[
+        Literal["q8_0", "f16", "f32"],
+        option("How --format gguf stores weights.", panel=WEIGHTS, default="q8_0", metavar="NAME"),
+    ] = "q8_0",
     metrics: Annotated[
         Path | None, option("Report of wise eval --json, for the model card.", panel=HUB, metavar="FILE")
     ] = None,
@@ -124,7 +129,7 @@ def export(
             form,
             model=base or model,
             load=load_options(device),
-            weights=WeightFiles(link, dtype, size),
+            weights=WeightFiles(link, dtype, size, quantize),
             publication=Publication(card, metrics, push_to_hub, private, key),
             signed=signed,
             force=force,
@@ -174,7 +179,18 @@ def generate(
 
 def tell_export(console: Console, report: ExportReport) -> None:
     """Print what ``wise export`` wrote."""
-    names = ("format", "edits", "consequences", "bytes", "seconds", "peak_rss_bytes", "locality", "tokens", "pushed")
+    names = (
+        "format",
+        "edits",
+        "consequences",
+        "bytes",
+        "seconds",
+        "peak_rss_bytes",
+        "locality",
+        "tokens",
+        "pushed",
+        "gate",
+    )
     results = {name: getattr(report, name) for name in (*names, "planned")} | {"output": str(report.output)}
     results["up_to_date"] = report.up_to_date
     held = edits_with(report.edits, report.consequences)
@@ -187,6 +203,10 @@ def tell_export(console: Console, report: ExportReport) -> None:
     if report.locality is not None:
         kept = f"{report.locality:.1%} of {report.tokens} next tokens of unrelated text stay the base model's"
         lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")
+    if report.gate is not None:
+        from wisecli.commands.export_gated import gate_lines
+
+        lines += gate_lines(report.gate)
     if report.pushed is not None:
         lines.append(f"sent to {report.pushed}")
     console.result({"results": results}, *lines)

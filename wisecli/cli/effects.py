@@ -70,7 +70,13 @@ def of_export(given: Mapping[str, Any]) -> list[str]:
         rules["private"] = "without --push-to-hub"
     if given["form"] == "delta":
         rules |= dict.fromkeys(("link", "dtype", "max_shard_size"), "with --format delta")
-    return list(_without_effect(given, rules, dtype="auto"))
+    if given["form"] == "gguf":
+        rules |= dict.fromkeys(
+            ("dtype", "max_shard_size"), "with --format gguf; --quantize says how weights are stored"
+        )
+    else:
+        rules["quantize"] = "without --format gguf"
+    return list(_without_effect(given, rules, dtype="auto", quantize="q8_0"))
 
 
 def of_evaluation(given: Mapping[str, Any]) -> list[str]:

@@ -14,10 +14,12 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from wisecli.artifacts.names import MEMORY, MERGED
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.record import Edit, read_edits
 from wisecli.edits.text import unmarked
 from wisecli.errors import ServedWrongError, ServerError, SettingsError
+from wisecli.io.json_schema import decode
 from wisecli.progress import Event, Watcher, ignore
 
 # Unrelated prompts that come with the package, and tokens of their answers.
@@ -104,6 +106,7 @@ def check(
     An edit holds if its target is the whole answer. An unrelated prompt holds if no edit's target is the answer.
 
     Args:
+        edits: a file of edits, or a directory of a memory or an exported checkpoint, whose edits are asked.
         base: a server of the unedited model; unrelated answers must then be word for word its own.
         unrelated: a file of unrelated prompts, one a line, in the place of those that come with the package.
         contained: an edit holds if its target is anywhere in the answer.
@@ -113,7 +116,7 @@ def check(
         EditFileError: the edits cannot be read.
         ServerError: a server cannot be reached, refuses or answers nonsense.
     """
-    records = read_edits(edits)
+    records = _edits(edits)
     others = _prompts(unrelated)
     server = _named(server)
     base = None if base is None else _named(base)
@@ -136,6 +139,16 @@ def check(
             watch(Event("prompts", len(found), len(work)))
     missing = tuple(name for name in _ENDPOINTS if name not in there)
     return CheckReport(server.url, str(server.model), tuple(found), missing)
+
+
+def _edits(path: Path) -> list[Edit]:
+    """The edits of a file, or those that the manifest of a memory or an exported checkpoint lists."""
+    for name in (MEMORY, MERGED):
+        if (path / name).is_file():
+            from wisecli.io.checkpoint import read_json
+
+            return decode(list[Edit], read_json(path / name).get("edits"), "edits")
+    return read_edits(path)
 
 
 def _prompts(file: Path | None) -> list[str]:

@@ -12,28 +12,29 @@ import torch
 from wisecli.artifacts.locate import find_base
 from wisecli.artifacts.memory_manifest import Manifest, read_manifest
 from wisecli.artifacts.seal import require_sealed, require_signature
+from wisecli.commands.export_gated import gate_note, require_gated, write_gated
+from wisecli.commands.export_merged import merged_locality
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
-from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.record import consequences_in
 from wisecli.edits.signatures import Signed, SigningKey
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
-from wisecli.export.checkpoint import dense, seal_export, write_delta, write_merged, write_routed
+from wisecli.export.checkpoint import seal_export, write_delta, write_merged, write_routed
 from wisecli.export.finished import export_record, finished_export, require_no_memory
+from wisecli.export.gguf_file import Quantization
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
 from wisecli.export.weights import Packing
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.replacing import Output
 from wisecli.memory.history import has_history, read_history, require_whole
-from wisecli.models.activations import capture, suffix_logits
-from wisecli.models.loading import is_exported, load_model, pick_dtype
-from wisecli.models.tokenization import collate, encode, in_batches
+from wisecli.models.loading import is_exported, pick_dtype
 from wisecli.progress import Event, Watcher, ignore
 
-Format = Literal["routed", "merged", "delta"]
-_TEXTS, _BATCH = 200, 32
+Format = Literal["routed", "stock", "gguf", "merged", "delta"]
+# Forms in which the memory is a gate.
+_GATED = ("stock", "gguf")
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class WeightFiles:
     """How the base's weights are written.
 
     ``link`` hard-links its files instead of copying them. ``dtype`` is a type's name; ``auto`` leaves them as they are.
-    ``file_bytes`` is the most that a file may take; the base's own files by default.
+    ``file_bytes`` is the most that a file may take; the base's own files by default. ``quantize`` is how those of one
+    GGUF file are stored.
     """
 
     link: bool = False
     dtype: str = "auto"
     file_bytes: int | None = None
+    quantize: Quantization = "q8_0"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class ExportReport:
 
     ``locality`` is measured for merged checkpoints: the share of unrelated tokens after which the next token's arg-max
     stays the base model's; ``tokens`` is how many were looked at. Routed checkpoints cost what ``wise eval`` says.
+    ``gate`` is what was measured of a memory that became neurons.
     ``pushed`` is where on the hub it went. ``up_to_date`` says that the export was there already.
     """
 
@@ -86,6 +90,7 @@ class ExportReport:
     planned: bool = False
     up_to_date: bool = False
     consequences: int = 0
+    gate: dict[str, Any] | None = None
 
 
 def export(
@@ -108,9 +113,10 @@ def export(
 
     Args:
         memory: a memory, or what ``delta`` wrote.
-        form: ``routed`` keeps the router (custom code in the checkpoint); ``merged`` always applies the memory (stock
-            architecture, and unrelated text changes); ``delta`` is the memory alone.
-        load: how the base model is loaded where its answers are compared, before and after merging.
+        form: ``routed`` keeps the router (custom code in the checkpoint); ``stock`` makes of it a gate in a decoder
+            block more of a stock architecture, and ``gguf`` a file of llama.cpp's of that; ``merged`` always applies
+            the memory (stock architecture, and unrelated text changes); ``delta`` is the memory alone.
+        load: how the base model is loaded where its answers are compared, or a gate is fitted.
         signed: the signature that the memory must have.
 
     Raises:
@@ -124,7 +130,7 @@ def export(
     there = place.is_kept
     if not there:
         require_no_memory(output)
-    packing = _packing(weights)
+    packing = _packing(weights, form)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
     _require_whole(memory, signed)
     base, manifest = find_base(memory, model)
@@ -133,6 +139,8 @@ def export(
     if is_exported(base):
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
     checkpoint = Checkpoint(base)
+    if form in _GATED:
+        require_gated(base, manifest.site, gguf=form == "gguf")
     record = _record(memory, checkpoint, form, weights, publication, figures)
     if there and not dry_run:
         tidy(output)
@@ -147,26 +155,61 @@ def export(
         seconds = time.perf_counter() - started
         peak = peak_rss_bytes()
         return ExportReport(output, form, edits, size + side, seconds, peak, planned=True, consequences=followed)
-    locality, tokens, note = None, 0, ""
     with whole_directory(output, force=force) as working:
         watch(Event("writing"))
-        if form == "routed":
-            write_routed(working, base, checkpoint, manifest, packing)
-        elif form == "delta":
-            write_delta(working, checkpoint, manifest)
-        else:
-            locality, tokens = merged_locality(base, manifest, load=load, watch=watch)
-            note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"
-            write_merged(working, base, checkpoint, manifest, packing)
+        given = _Given(base, checkpoint, manifest, packing, weights.quantize, load)
+        told = _write(working, form, given, watch)
         if publication.card:
-            text = model_card(manifest, form, base=base, figures=figures, note=note)
+            text = model_card(manifest, form, base=base, figures=figures, note=told.note)
             (working / CARD_NAME).write_text(text, encoding="utf-8")
-        seal_export(working, {**record, "locality": locality, "tokens": tokens}, publication.key)
+        measured = {"locality": told.locality, "tokens": told.tokens, "gate": told.gate}
+        seal_export(working, {**record, **measured}, publication.key)
         written = sum(path.stat().st_size for path in working.iterdir())
     pushed = _push(output, publication.push_to, private=publication.private, watch=watch)
     seconds = time.perf_counter() - started
-    measured = written, seconds, peak_rss_bytes(), locality, tokens, pushed
-    return ExportReport(output, form, edits, *measured, consequences=followed)
+    cost = written, seconds, peak_rss_bytes(), told.locality, told.tokens, pushed
+    return ExportReport(output, form, edits, *cost, consequences=followed, gate=told.gate)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a checkpoint is written from, and how."""
+
+    base: Path
+    checkpoint: Checkpoint
+    manifest: Manifest
+    packing: Packing
+    quantize: Quantization
+    load: LoadOptions
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was measured of a form, and the paragraph on it."""
+
+    locality: float | None = None
+    tokens: int = 0
+    note: str = ""
+    gate: dict[str, Any] | None = None
+
+
+def _write(working: Path, form: Format, given: _Given, watch: Watcher) -> _Found:
+    """Write one form into an empty directory."""
+    base, checkpoint, manifest, packing = given.base, given.checkpoint, given.manifest, given.packing
+    if form == "routed":
+        write_routed(working, base, checkpoint, manifest, packing)
+        return _Found()
+    if form == "delta":
+        write_delta(working, checkpoint, manifest)
+        return _Found()
+    if form == "merged":
+        locality, tokens = merged_locality(base, manifest, load=given.load, watch=watch)
+        note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"
+        write_merged(working, base, checkpoint, manifest, packing)
+        return _Found(locality, tokens, note)
+    quantize = given.quantize if form == "gguf" else None
+    found = write_gated(working, base, checkpoint, manifest, packing, load=given.load, quantize=quantize, watch=watch)
+    return _Found(note=gate_note(found), gate=found.as_dict())
 
 
 def _require_whole(memory: Path, signed: Signed | None) -> None:
@@ -191,6 +234,7 @@ def _record(
         "link": weights.link,
         "dtype": weights.dtype,
         "max_shard_size": weights.file_bytes,
+        **({"quantize": weights.quantize} if form == "gguf" else {}),
         "model_card": publication.card,
     }
     return export_record(memory, checkpoint, settings, figures if publication.card else None)
@@ -214,10 +258,15 @@ def _up_to_date(
     measured = written, seconds, peak_rss_bytes(), record["locality"], record["tokens"], pushed
     followed = len(consequences_in(manifest.edits))
     edits = len(manifest.edits) - followed
-    return ExportReport(output, form, edits, *measured, up_to_date=True, consequences=followed)
+    gate = record.get("gate")
+    return ExportReport(output, form, edits, *measured, up_to_date=True, consequences=followed, gate=gate)
 
 
-def _packing(weights: WeightFiles) -> Packing:
+def _packing(weights: WeightFiles, form: Format) -> Packing:
+    if weights.link and form in _GATED:
+        raise SettingsError(
+            f"--link keeps the base's files as they are, and --format {form} moves layers; leave it out"
+        )
     chosen = pick_dtype(weights.dtype)
     packing = Packing(weights.link, chosen if isinstance(chosen, torch.dtype) else None, weights.file_bytes)
     if weights.link and not packing.as_stored:
@@ -241,24 +290,3 @@ def _push(output: Path, repository: str | None, *, private: bool, watch: Watcher
             f"{output} is written, but could not be sent to {repository} on the hub ({reason_of(error)})"
         ) from error
     return str(place)
-
-
-@torch.no_grad()
-def merged_locality(base: Path, manifest: Manifest, *, load: LoadOptions, watch: Watcher) -> tuple[float, int]:
-    """Share of unrelated tokens whose successor's arg-max survives ``W + Δ``, and how many tokens there were."""
-    change = dense(manifest)
-    loaded = load_model(base, load)
-    change = change.to(loaded.device)
-    probes = [(probe.prompt, probe.answer) for edit in manifest.edits for probe in edit.locality]
-    words = [text.split(maxsplit=1) for text in unrelated_texts(_TEXTS, seed=1)]
-    rows = [encode(loaded.tokenizer, *pair) for pair in [*probes, *((w[0], w[1]) for w in words if len(w) == 2)]]
-    same = total = 0
-    for indices in in_batches(rows, _BATCH):
-        batch = collate([rows[index] for index in indices]).to(loaded.device)
-        activations = capture(loaded.model, manifest.site, batch, select=batch.labelled)
-        hidden = activations.with_update(activations.keys @ change.T.to(activations.keys.dtype))
-        changed = suffix_logits(loaded.model, manifest.site, activations, hidden, batch.labelled)
-        same += int((changed.argmax(-1) == activations.logits.argmax(-1)).sum())
-        total += len(changed)
-        watch(Event("locality", total, 0))
-    return same / total, total

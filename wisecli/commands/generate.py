@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
+from wisecli.artifacts.gated import is_gated
 from wisecli.config import LoadOptions
+from wisecli.errors import SettingsError
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate as generate_tokens
+from wisecli.models.loading import load_model
 from wisecli.models.tokenization import Row, collate
 from wisecli.routing.prompt_gate import UNROUTED
 
@@ -55,20 +58,26 @@ def generate(
     """Answer prompts greedily, up to the end of text.
 
     Args:
-        memory: a memory directory or an exported one.
+        memory: a memory directory or an exported one; one with a gate of a stock architecture is a model by itself.
         explain: also say which memory answered each token.
         chat: put each prompt into the model's chat template.
 
     Raises:
         WiseError: the memory or the model cannot be used.
     """
-    edited = attach(memory, model=model, load=load)
+    gated = is_gated(memory)
+    if gated and explain:
+        raise SettingsError(f"--explain: {memory} has no router that could be asked; explain its memory")
+    edited = load_model(memory, load) if gated else attach(memory, model=model, load=load)
     asked = [chat_prompt(edited.tokenizer, prompt) for prompt in prompts] if chat else prompts
     answers = generate_tokens(
         edited.model, edited.tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     texts = edited.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    explained = [_explain(edited, p, tokens) if explain else () for p, tokens in zip(asked, answers, strict=True)]
+    explained = [
+        _explain(edited, p, tokens) if explain and isinstance(edited, EditedModel) else ()
+        for p, tokens in zip(asked, answers, strict=True)
+    ]
     return [Answer(p, text.strip(), steps) for p, text, steps in zip(prompts, texts, explained, strict=True)]
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from wisecli.artifacts.gated import figures_of, read_gated
 from wisecli.artifacts.locate import Kind, kind_of
-from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest, read_manifest
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MemoryEntry, MemoryManifest, read_manifest
+from wisecli.artifacts.names import MEMORY_TENSORS, MERGED
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.commands.plot import plot_scores
 from wisecli.edits.record import Edit, consequences_in
-from wisecli.errors import OutputExistsError, SettingsError
+from wisecli.errors import ModelError, OutputExistsError, SettingsError
+from wisecli.io.checkpoint import read_json
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Header, read_header
 
@@ -28,7 +31,7 @@ class InspectReport:
     """
 
     path: Path
-    kind: Kind
+    kind: Kind | Literal["stock", "gguf"]
     base: dict[str, Any]
     site: dict[str, Any]
     edits: tuple[Edit, ...]
@@ -79,6 +82,8 @@ def inspect(
     Raises:
         WiseError: the directory is none that the program writes, or damaged; or the plot cannot be drawn.
     """
+    if (path / MERGED).is_file() and not (path / MANIFEST_NAME).exists():
+        return _gated(path, find, limit, plot)
     kind = kind_of(path)
     if plot is not None:
         if kind == "shards":
@@ -92,6 +97,47 @@ def inspect(
     if plot is not None:
         plot_scores(plot, manifest)
     return _memory(path, kind, manifest, *_chosen(manifest.edits, find, limit), plot)
+
+
+def _gated(path: Path, find: str | None, limit: int | None, plot: Path | None) -> InspectReport:
+    """A checkpoint without a router, whose manifest says what its gate is."""
+    if plot is not None:
+        raise SettingsError(f"--plot: {path} has no router; plot the memory that it was exported from")
+    if read_json(path / MERGED).get("format") == "merged":
+        raise ModelError(f"{path} is a merged checkpoint, of which {MERGED} says all there is; inspect its memory")
+    manifest = read_gated(path)
+    told = figures_of(path)
+    figures = {form: told.get(form) for form in ("stock", "routed")}
+    headers = {file.name: read_header(file) for file in sorted(path.glob(MEMORY_TENSORS))}
+    edits, matched = _chosen(manifest.edits, find, limit)
+    return InspectReport(
+        path,
+        manifest.format,
+        asdict(manifest.base),
+        manifest.site.as_dict(),
+        edits,
+        matched,
+        len(manifest.edits),
+        (),
+        (),
+        {
+            "kind": "gate",
+            "blocks": manifest.gate.blocks,
+            **{f"as {form}": _shares(own) for form, own in figures.items()},
+        },
+        manifest.gate.keys,
+        _files(path),
+        _tensors(headers, prefixes=tuple(f".{number}." for number in manifest.blocks)),
+        {},
+        manifest.versions,
+        consequences=len(consequences_in(manifest.edits)),
+    )
+
+
+def _shares(figures: object) -> str:
+    """What was measured of a form, as a phrase."""
+    own = figures if isinstance(figures, dict) else {}
+    return " ".join(f"{name} {value:.3f}" for name, value in own.items() if isinstance(value, float))
 
 
 def _shards(directory: ShardDirectory, edits: tuple[Edit, ...], matched: int) -> InspectReport:
@@ -163,5 +209,9 @@ def _files(path: Path) -> dict[str, int]:
     return {entry.name: entry.stat().st_size for entry in found}
 
 
-def _tensors(headers: dict[str, Header]) -> dict[str, dict[str, str]]:
-    return {file: {name: str(one) for name, one in sorted(read.tensors.items())} for file, read in headers.items()}
+def _tensors(headers: dict[str, Header], prefixes: tuple[str, ...] = ("",)) -> dict[str, dict[str, str]]:
+    """Type and shape of every tensor with one of some parts in its name, by file."""
+    return {
+        file: {name: str(one) for name, one in sorted(read.tensors.items()) if any(part in name for part in prefixes)}
+        for file, read in headers.items()
+    }

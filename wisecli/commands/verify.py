@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from wisecli.artifacts import memory_manifest, shard_manifest
+from wisecli.artifacts.gated import check_around, check_blocks, read_gated
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.artifacts.locate import Kind, kind_of
 from wisecli.artifacts.names import MERGED
 from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, check_seal, is_sealed, is_signed, read_seal, require_signature
 from wisecli.artifacts.shard import shard_rows, shard_sizes
 from wisecli.artifacts.tensor_schema import memory_rows, unrelated_rows
+from wisecli.commands.verify_code import check_code
 from wisecli.edits.signatures import Signed
 from wisecli.errors import GateFailedError, ModelError, WiseError
 from wisecli.io.checkpoint import EXPORTED_KEY, INDEX_NAME, read_json
-from wisecli.io.digest import sha256_file, sha256_text
+from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout, read_header
@@ -37,7 +39,7 @@ class VerifyReport:
     """Everything that was checked of a directory, in order."""
 
     path: Path
-    kind: Kind | Literal["merged"]
+    kind: Kind | Literal["merged", "stock", "gguf"]
     checks: tuple[Check, ...]
 
     @property
@@ -76,13 +78,24 @@ def verify(
         ModelError: the directory is none of these, or ``model`` is no directory of a model.
     """
     require_signature(path, signed)
-    kind: Kind | Literal["merged"] = "merged" if (path / MERGED).is_file() else kind_of(path)
+    kind = _written_form(path) or kind_of(path)
     given = None if model is None else resolve_model(model, fetch=False)
     checks = list(_signature(path, signed))
     for check in _CHECKS[kind](path, given):
         checks.append(check)
         watch(Event("checking", len(checks)))
     return VerifyReport(path, kind, tuple(checks))
+
+
+def _written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
+    """Which form a checkpoint without a router says that it is of; ``None`` of all else."""
+    if not (path / MERGED).is_file():
+        return None
+    try:
+        told = read_json(path / MERGED).get("format")
+    except WiseError:  # that it is damaged is found below
+        return "merged"
+    return told if told in ("stock", "gguf") else "merged"
 
 
 def _signature(path: Path, signed: Signed | None) -> Iterator[Check]:
@@ -200,7 +213,7 @@ def _exported(path: Path, model: Path | None) -> Iterator[Check]:
         yield damaged(_CONFIG_NAME, error)
     else:
         yield from _config(config, manifest, read_json(path / memory_manifest.MANIFEST_NAME)["memory"])
-        yield from _code(path, config)
+        yield from check_code(path, config)
     yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False)
     if model is not None:
         yield from check_base(model, manifest.site, manifest.base.fingerprint)
@@ -212,6 +225,27 @@ def _merged(path: Path, _model: Path | None) -> Iterator[Check]:
     yield from check_seal(path, expected=content is None or bool(content.get(SEALED_KEY)))
     if (path / INDEX_NAME).is_file():
         yield from check_index(path)
+
+
+def _stock(path: Path, model: Path | None) -> Iterator[Check]:
+    """A checkpoint with the memory as decoder blocks: those, and the base model around them."""
+    yield from _merged(path, model)
+    manifest = yield from _manifest(path, MERGED, read_gated)
+    if manifest is None:
+        return
+    yield from check_blocks(path, manifest)
+    yield from check_base(path, manifest.site, manifest.base.fingerprint, settings=False)
+    if model is not None:
+        yield from check_base(model, manifest.site, manifest.base.fingerprint)
+        yield from check_around(path, model, manifest)
+
+
+def _gguf(path: Path, model: Path | None) -> Iterator[Check]:
+    """One file of llama.cpp's, which its digest alone vouches for."""
+    yield from _merged(path, None)
+    manifest = yield from _manifest(path, MERGED, read_gated)
+    if manifest is not None and model is not None:
+        yield from check_base(model, manifest.site, manifest.base.fingerprint)
 
 
 def _unlisted(path: Path, manifest: memory_manifest.MemoryManifest) -> Iterator[Check]:
@@ -239,35 +273,6 @@ def _config(
         yield Check(f"memory as in {memory_manifest.MANIFEST_NAME}", _CONFIG_NAME)
 
 
-def _code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
-    """The code that runs with ``trust_remote_code``, against what this version writes, or what 0.1 wrote."""
-    from wisecli.export.custom_code import CODE_NAME, auto_map, code_files, former_code
-
-    told = config.get(EXPORTED_KEY)
-    model_type = told.get("model_type") if isinstance(told, dict) else None
-    try:
-        names, files = code_files(str(model_type))
-    except (ValueError, KeyError):
-        yield Check("custom code", CODE_NAME, "differs", expected="a known model type", found=shown(model_type))
-        return
-    expected_code = {file: sha256_text(text) for file, text in files.items()}
-    if (former := former_code(files)).keys() <= {entry.name for entry in path.iterdir()}:
-        expected_code = former
-    for file, digest in expected_code.items():
-        try:
-            same = sha256_file(inside(path, file)) == digest
-        except (WiseError, OSError, ValueError):
-            same = False
-        sides = ("what this version writes", "other code, or none")
-        yield Check("custom code", file) if same else Check("custom code", file, "differs", None, *sides)
-    expected, found = auto_map(names), config.get("auto_map")
-    found = found if isinstance(found, dict) else {}
-    for auto in sorted(expected.keys() | found.keys(), key=str):
-        if found.get(auto) != expected.get(auto):
-            sides = (expected.get(auto, "nothing"), shown(found.get(auto)))
-            yield Check(f"auto_map.{auto}", _CONFIG_NAME, "differs", None, *sides)
-
-
 def _base(name: str, revision: str | None, site: Site, mark: Fingerprint, model: Path | None) -> Iterator[Check]:
     try:
         place = model or resolve_model(name, revision=revision, fetch=False)
@@ -289,4 +294,6 @@ _CHECKS: dict[str, Callable[[Path, Path | None], Iterator[Check]]] = {
     "memory": _memory,
     "exported": _exported,
     "merged": _merged,
+    "stock": _stock,
+    "gguf": _gguf,
 }

@@ -71,9 +71,9 @@ def write_routed(
     prefix = _stored(checkpoint, manifest).removesuffix("weight")
     write_memory(output, _as_written(manifest, checkpoint, packing), file=SIDE_TENSORS, prefix=prefix)
     files |= {prefix + name: SIDE_TENSORS for name in manifest.memory.tensors}
-    _write_index(output, files)
+    write_index(output, files)
     _write_code(output, base, manifest, packing)
-    _copy_side_files(output, base)
+    copy_side_files(output, base)
     _name_tokenizer(output, base)
     record_digests(output)
 
@@ -86,7 +86,8 @@ def _as_written(manifest: Manifest, checkpoint: Checkpoint, packing: Packing) ->
     return replace(manifest, fingerprint=replace(manifest.fingerprint, matrix=written))
 
 
-def _write_index(output: Path, files: dict[str, str]) -> None:
+def write_index(output: Path, files: Mapping[str, str]) -> None:
+    """Write the index of a checkpoint: the file that each tensor is in."""
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     write_json(output / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
 
@@ -132,14 +133,14 @@ def write_merged(
     replaced = {_stored(checkpoint, manifest): changed.T if site.transposed else changed}
     files = write_weights(output, checkpoint, packing, replaced=replaced)
     if set(files.values()) != {SINGLE_NAME}:
-        _write_index(output, files)
-    write_json(output / "config.json", _typed(read_json(base / "config.json"), packing))
-    _copy_side_files(output, base)
+        write_index(output, files)
+    write_json(output / "config.json", typed_config(read_json(base / "config.json"), packing))
+    copy_side_files(output, base)
     edits = [edit.as_dict() for edit in manifest.edits]
     write_json(output / MERGED, {"format": "merged", "versions": versions(), "edits": edits})
 
 
-def _typed(config: dict[str, Any], packing: Packing) -> dict[str, Any]:
+def typed_config(config: dict[str, Any], packing: Packing) -> dict[str, Any]:
     """A config that names the type its weights are written in."""
     if packing.dtype is None:
         return config
@@ -169,7 +170,7 @@ def _stored(checkpoint: Checkpoint, manifest: Manifest) -> str:
 
 def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) -> None:
     """The routing module, the classes that use it, and the config that names them."""
-    config = _typed(read_json(base / "config.json"), packing)
+    config = typed_config(read_json(base / "config.json"), packing)
     model_type = str(config["model_type"])
     names, files = code_files(model_type)
     for name, text in files.items():
@@ -197,7 +198,7 @@ def _sizes_named(config: dict[str, Any]) -> list[str]:
     return [name for name in ("n_embd", "text_config") if name in config] or ["hidden_size"]
 
 
-def _copy_side_files(output: Path, base: Path) -> None:
+def copy_side_files(output: Path, base: Path) -> None:
     """Tokenizer, chat template, generation settings, licence: whatever else the base directory holds."""
     for path in side_files(base):
         shutil.copyfile(path, output / path.name)

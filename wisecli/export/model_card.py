@@ -33,6 +33,16 @@ from transformers import LOADER, READER
 NAME = READER.from_pretrained("PATH")
 model = LOADER.from_pretrained("PATH")
 ```""",
+    "stock": """```python
+from transformers import LOADER, READER
+
+NAME = READER.from_pretrained("PATH")
+model = LOADER.from_pretrained("PATH")
+```""",
+    "gguf": """```console
+$ llama-server -m model.gguf
+$ ollama create edited -f Modelfile
+```""",
     "delta": """```python
 import wisecli
 

@@ -60,6 +60,31 @@ def write_weights(
     return write(output, checkpoint, packing, single, dict(replaced or {}))
 
 
+def write_renamed(
+    output: Path, checkpoint: Checkpoint, packing: Packing, rename: Callable[[str], str], *, single: str
+) -> dict[str, str]:
+    """Write every tensor of a checkpoint under another name; returns the file that each is in, by its new name.
+
+    The base's own division into files is kept unless the packing says otherwise; nothing is linked.
+
+    Args:
+        single: how a lone file of weights is to be called.
+    """
+    if packing.as_stored:
+        names = {path.name: single if path.name == SINGLE_NAME else path.name for path in checkpoint.files}
+        grouped = {names[path.name]: dict(read_header(path).tensors) for path in checkpoint.files}
+    else:
+        grouped = _numbered(checkpoint, packing, single)
+    for file, layouts in grouped.items():
+        stored = {rename(name): name for name in layouts}
+
+        def read(name: str, stored: dict[str, str] = stored, layouts: dict[str, TensorLayout] = layouts) -> Tensor:
+            return checkpoint.load(stored[name]).to(getattr(torch, layouts[stored[name]].dtype))
+
+        write_stream(output / file, {name: layouts[own] for name, own in stored.items()}, read)
+    return {rename(name): file for file, layouts in grouped.items() for name in layouts}
+
+
 def _as_stored(
     output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: dict[str, Tensor]
 ) -> dict[str, str]:
@@ -87,19 +112,26 @@ def overwrite(path: Path, name: str, tensor: Tensor) -> None:
 def _repacked(
     output: Path, checkpoint: Checkpoint, packing: Packing, single: str, replaced: dict[str, Tensor]
 ) -> dict[str, str]:
+    grouped = _numbered(checkpoint, packing, single)
+
+    for file, layouts in grouped.items():
+
+        def read(name: str, layouts: dict[str, TensorLayout] = layouts) -> Tensor:
+            tensor = replaced[name] if name in replaced else checkpoint.load(name)
+            return tensor.to(getattr(torch, layouts[name].dtype))
+
+        write_stream(output / file, layouts, read)
+    return {name: file for file, layouts in grouped.items() for name in layouts}
+
+
+def _numbered(checkpoint: Checkpoint, packing: Packing, single: str) -> dict[str, dict[str, TensorLayout]]:
+    """Files of at most the packing's size, by name, and the tensors that go into each."""
     stored = {name: layout for path in checkpoint.files for name, layout in read_header(path).tensors.items()}
     layouts = {name: packing.layout(layout) for name, layout in stored.items()}
     files = list(_grouped(layouts, packing.file_bytes))
     numbered = [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
     names = numbered if len(files) > 1 else [single]
-
-    def read(name: str) -> Tensor:
-        tensor = replaced[name] if name in replaced else checkpoint.load(name)
-        return tensor.to(getattr(torch, layouts[name].dtype))
-
-    for name, tensors in zip(names, files, strict=True):
-        write_stream(output / name, {tensor: layouts[tensor] for tensor in tensors}, read)
-    return {tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors}
+    return {file: {name: layouts[name] for name in own} for file, own in zip(names, files, strict=True)}
 
 
 def _grouped(layouts: Mapping[str, TensorLayout], limit: int | None) -> Iterable[list[str]]:

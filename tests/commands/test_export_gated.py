@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.helpers import save_tiny
+from support.loading import CPU
+from support.places import EDITS, copied
+from support.sharing import Share
+from transformers import AutoModelForCausalLM
+
+from wisecli.artifacts.names import MEMORY_TENSORS
+from wisecli.artifacts.seal import write_seal
+from wisecli.commands.check import _edits
+from wisecli.commands.edit import edit as run_edit
+from wisecli.commands.export import WeightFiles, export
+from wisecli.commands.generate import generate
+from wisecli.commands.inspect import inspect
+from wisecli.commands.merge import merge
+from wisecli.commands.verify import verify
+from wisecli.config import EditSettings, MergeSettings
+from wisecli.errors import ModelError, SettingsError
+from wisecli.memory.gate_states import texts_beside
+
+
+def make_stock(root: Path) -> None:
+    """A tiny model, a memory of it, and that as a stock checkpoint."""
+    base = save_tiny(root / "model")
+    (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
+    quick = EditSettings(passes=2, unrelated_texts=16)
+    run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU)
+    merge([root / "shards"], root / "memory", MergeSettings(routing="token"))
+    export(root / "memory", root / "stock", "stock", load=CPU)
+
+
+@pytest.fixture(scope="module")
+def root(share: Share) -> Path:
+    return share("stock", make_stock)
+
+
+def test_edits_are_answered_without_code_of_its_own(root: Path) -> None:
+    told = json.loads((root / "stock" / "wise.json").read_text())
+    assert told["format"] == "stock"
+    assert told["gate"]["stock"]["as_taught"] == 1.0
+    assert [edit["prompt"] for edit in told["edits"]] == [edit["prompt"] for edit in EDITS]
+    assert not list((root / "stock").glob("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(root / "stock")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    answers = generate(root / "stock", [edit["prompt"] for edit in EDITS], load=CPU, max_new_tokens=4)
+    assert [answer.text for answer in answers] == [edit["target"] for edit in EDITS]
+
+
+def test_it_is_whole_and_the_base_model_is_around_it(root: Path) -> None:
+    report = verify(root / "stock", model=str(root / "model"))
+    assert {check.state for check in report.checks} == {"same"}
+    assert "all tensors of the base model" in {check.what for check in report.checks}
+
+
+@pytest.mark.parametrize("part", ["self_attn.o_proj.weight", "mlp.up_proj.bias"])
+def test_blocks_that_are_no_memory_are_found_out(root: Path, tmp_path: Path, part: str) -> None:
+    place = copied(root, "stock", tmp_path)
+    tensors = load_file(place / MEMORY_TENSORS)
+    block = next(name for name in tensors if name.endswith("self_attn.o_proj.weight")).removesuffix(
+        "self_attn.o_proj.weight"
+    )
+    tensors[block + part] = torch.ones_like(tensors[block + part])
+    save_file(tensors, place / MEMORY_TENSORS, {"format": "pt"})
+    write_seal(place)
+    assert verify(place).differences
+
+
+def test_another_base_model_is_found_out(root: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=1)
+    assert verify(root / "stock", model=str(other)).differences
+
+
+def test_inspect_says_what_it_holds(root: Path) -> None:
+    report = inspect(root / "stock", find="fa")
+    assert (report.kind, report.total, report.matched) == ("stock", 3, 1)
+    assert report.keys == json.loads((root / "stock" / "wise.json").read_text())["gate"]["keys"]
+    assert report.routing["blocks"] == 1
+    assert len(report.tensors[MEMORY_TENSORS]) == 12
+
+
+def test_its_edits_are_what_a_server_is_checked_with(root: Path) -> None:
+    assert [edit.id for edit in _edits(root / "stock")] == [edit["id"] for edit in EDITS]
+    assert [edit.id for edit in _edits(root / "memory")] == [edit["id"] for edit in EDITS]
+
+
+def test_what_there_is_no_router_for_is_refused(root: Path) -> None:
+    with pytest.raises(SettingsError, match="--explain"):
+        generate(root / "stock", ["ba"], explain=True, load=CPU)
+    with pytest.raises(SettingsError, match="--plot"):
+        inspect(root / "stock", plot=root / "plot.png")
+
+
+def test_a_second_export_finds_the_first(root: Path) -> None:
+    report = export(root / "memory", root / "stock", "stock", load=CPU)
+    assert report.up_to_date
+    assert report.gate == json.loads((root / "stock" / "wise.json").read_text())["export"]["gate"]
+
+
+def test_links_and_tokenizers_without_bytes_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--link"):
+        export(root / "memory", tmp_path / "out", "stock", weights=WeightFiles(link=True), load=CPU)
+    pytest.importorskip("gguf")
+    with pytest.raises(ModelError, match="no byte-level BPE"):
+        export(root / "memory", tmp_path / "out", "gguf", load=CPU)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_text_is_both_fitted_and_measured() -> None:
+    from wisecli.data.corpus import unrelated_texts
+    from wisecli.memory.gate_states import TEXTS
+
+    assert not set(texts_beside()) & set(unrelated_texts(2 * TEXTS, seed=0)[::2])

@@ -1,0 +1,51 @@
+"""GGUF files in llama.cpp: tokens and logits are transformers' own of the checkpoint that they were written from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.byte_level import LAYER, save_stock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wisecli.export.gguf_file import GGUF_NAME, write_gguf
+
+PYTHON = os.environ.get("WISE_LLAMA_PYTHON")
+pytestmark = [
+    pytest.mark.serving,
+    pytest.mark.skipif(PYTHON is None, reason="WISE_LLAMA_PYTHON names no environment with llama-cpp-python"),
+]
+SCRIPT = Path(__file__).parents[1] / "support" / "llama_answers.py"
+TEXTS = ("the cat sat", "That hat's 1234 mats!", "<|im_start|>user\nthe mat<|im_end|>\n", "naïve — ünï\tcode  x")
+
+
+def asked(**request: Any) -> dict[str, Any]:
+    """What llama.cpp gives."""
+    command, told = [str(PYTHON), str(SCRIPT)], json.dumps(request)
+    done = subprocess.run(command, input=told, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# Its attention cache is in half precision, whatever the weights are.
+@pytest.mark.parametrize(("quantize", "apart"), [("f32", 1e-2), ("f16", 3e-2), ("q8_0", 0.3)])
+@torch.no_grad()
+def test_llama_cpp_gives_what_transformers_gives(tmp_path: Path, quantize: Any, apart: float) -> None:
+    stock = save_stock(tmp_path)
+    write_gguf(tmp_path / GGUF_NAME, stock, [LAYER + 1], quantize)
+    tokenizer, model = AutoTokenizer.from_pretrained(stock), AutoModelForCausalLM.from_pretrained(stock).eval()
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    found = asked(model=str(tmp_path / GGUF_NAME), prompts=prompts, texts=TEXTS, tokens=6)
+    assert found["tokenized"] == prompts
+    for prompt, logits, answer in zip(prompts, found["logits"], found["answers"], strict=True):
+        ids = torch.tensor([prompt])
+        np.testing.assert_allclose(logits, model(input_ids=ids).logits[0, -1].numpy(), atol=apart)
+        if quantize == "f32":
+            said = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+            assert answer == said[0, len(prompt) :].tolist()

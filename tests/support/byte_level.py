@@ -1,0 +1,64 @@
+"""A tiny model with a tokenizer of bytes, as a stock checkpoint with a gate: what can be written as GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from support.tiny_models import TINY_CONFIGS
+from wisecli.export.stock import Gate, write_stock
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.site import find_site
+
+LAYER, VOCABULARY, HIDDEN = 2, 320, 32
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_tokenizer(directory: Path, pre: Any = None, *, template: str | None = CHATML) -> None:
+    """A small byte-level BPE."""
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    built.train_from_iterator(["the cat sat on the mat 1234", "that hat is the cat's"] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=built, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+
+
+def save_base(directory: Path, **changes: Any) -> Path:
+    config = type(TINY_CONFIGS["llama"])(
+        **{**TINY_CONFIGS["llama"].to_dict(), "vocab_size": VOCABULARY, "tie_word_embeddings": True, **changes}
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_stock(root: Path, **changes: Any) -> Path:
+    base, output = save_base(root / "base", **changes), root / "stock"
+    output.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    gate = Gate(
+        torch.randn(5, HIDDEN, generator=generator),
+        torch.randn(5, generator=generator),
+        torch.randn(5, HIDDEN, generator=generator),
+    )
+    checkpoint = Checkpoint(base)
+    write_stock(output, base, checkpoint, find_site(base, checkpoint, LAYER), gate)
+    return output

@@ -1,0 +1,110 @@
+"""A memory's gate, fitted: for each of its keys a direction and an offset that tell its states from all others.
+
+States are whitened by what unrelated text and a change of wording alone do to them. There each key begins as the linear
+discriminant of its states, and is trained against the states of other keys and those of unrelated text that come
+nearest: squared hinge losses, its own states to 1 and others to stay below 0, and a ridge that keeps
+directions short, and so the gate open for rewordings that it has not seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.export.stock import WIDTH, Gate
+from wisecli.memory.gate_states import Background, OwnStates
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """How gates are fitted.
+
+    ``wording`` is how much a change of wording counts beside the spread of unrelated text, ``shrinkage`` how much an
+    even spread does. ``ridge`` weighs the length of directions and ``negative`` each state that a key must not open
+    for, beside the mean loss of its own; those are to stay below minus the ``margin``. A key opens at ``threshold`` by
+    half, from nothing to all within ``ramp``. Keys are fitted so many ``together``, against the ``mined`` states that
+    come nearest to any of them, in so many ``steps``.
+    """
+
+    wording: float = 4.0
+    shrinkage: float = 0.1
+    ridge: float = 0.01
+    negative: float = 1.0
+    margin: float = 0.0
+    threshold: float = 0.6
+    ramp: float = 0.2
+    together: int = 256
+    mined: int = 30000
+    steps: int = 40
+
+
+def fit_gate(own: OwnStates, background: Background, settings: GateSettings = GateSettings()) -> Gate:
+    """The gate of a memory, in float32."""
+    mean = background.unrelated.mean(0)
+    turn = _whitening(background, mean, settings)
+    states = (own.states - mean) @ turn
+    others = (torch.cat([background.unrelated, own.others]) - mean) @ turn
+    parts = torch.arange(len(own.values)).split(settings.together)
+    fitted = [_fit(part, states, own.key, others, settings) for part in parts]
+    directions = torch.cat([part[0] for part in fitted]) @ turn.T
+    offsets = torch.cat([part[1] for part in fitted]) - directions @ mean
+    steep = WIDTH / settings.ramp
+    return Gate(directions * steep, (offsets - settings.threshold) * steep + WIDTH / 2, own.values)
+
+
+def _whitening(background: Background, mean: Tensor, settings: GateSettings) -> Tensor:
+    """The root (d, d) of the inverse of how states spread."""
+    spread = _evened(background.unrelated - mean) + settings.wording * _evened(background.strayed)
+    values, vectors = torch.linalg.eigh(spread.double())
+    values = values + settings.shrinkage * values.mean()
+    root: Tensor = ((vectors * values.rsqrt()) @ vectors.T).float()
+    return root
+
+
+def _evened(rows: Tensor) -> Tensor:
+    """The second moment (d, d) of rows (n, d), with 1 as its mean eigenvalue."""
+    moment = rows.T @ rows
+    return moment * (len(moment) / moment.trace().clamp(min=1e-12))
+
+
+def _fit(part: Tensor, states: Tensor, key: Tensor, others: Tensor, settings: GateSettings) -> tuple[Tensor, Tensor]:
+    """Directions (k, d) and offsets (k,) of some of the keys, by their numbers (k,)."""
+    means = torch.stack([states[key == number].mean(0) for number in part.tolist()])
+    directions = means / means.square().sum(1, keepdim=True).clamp(min=1e-6)
+    near = (others @ directions.T).amax(1).topk(min(settings.mined, len(others))).indices
+    place = torch.full((int(key.max()) + 1,), -1)
+    place[part] = torch.arange(len(part))
+    return _trained(directions, torch.cat([states, others[near]]), place[key], settings)
+
+
+def _trained(directions: Tensor, states: Tensor, owner: Tensor, settings: GateSettings) -> tuple[Tensor, Tensor]:
+    """Directions and offsets after some steps.
+
+    Args:
+        owner: the key that each of the first states is to open (n,), -1 for others'.
+    """
+    rows = (owner >= 0).nonzero().flatten()
+    columns = owner[rows]
+    weights = 1 / torch.bincount(columns, minlength=len(directions))[columns]
+    with torch.enable_grad():
+        turned = directions.clone().requires_grad_()
+        offsets = torch.zeros(len(directions), requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [turned, offsets], max_iter=settings.steps, history_size=8, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            given = states @ turned.T + offsets
+            own = given[rows, columns]
+            wrong = (given + settings.margin).clamp(min=0).square()
+            total: Tensor = (weights * (1 - own).clamp(min=0).square()).sum()
+            total = total + settings.negative * (wrong.sum() - wrong[rows, columns].sum())
+            total = total + settings.ridge * turned.square().sum()
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+    return turned.detach(), offsets.detach()

@@ -15,15 +15,16 @@ from support.loading import CPU
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wisecli.artifacts.memory_manifest import read_memory
+from wisecli.artifacts.memory_manifest import read_memory, write_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.artifacts.unrelated_stats import Heads
 from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.editing.early_states import reading_site, token_states
 from wisecli.editing.meaning_learning import learn_heads
-from wisecli.errors import SettingsError
+from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.evaluation.edited_model import attach
-from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.checkpoint import Checkpoint, load_tensors, save_tensors
+from wisecli.io.digest import sha256_file
 from wisecli.memory.material import read_material
 from wisecli.memory.meaning_fitting import fit_meaning
 from wisecli.memory.removal import without
@@ -32,6 +33,7 @@ from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
 from wisecli.models.tokenization import Row, collate
 from wisecli.progress import ignore
+from wisecli.routing.spelling import OF_WORD
 
 EDITS = [
     {"id": "one", "prompt": "ba ka ti mo", "target": "lu", "subject": "ka ti"},
@@ -118,6 +120,11 @@ def test_shards_keep_what_prompts_mean_and_memories_open_by_it(
     assert run("merge", "shards") == 0
     memory = read_memory(tmp_path / "memory").memory
     assert (memory.router, memory.routing, memory.kind) == ("meaning", "sequence", "lookup")
+    # Of the first edit's subject: the tokenizer does not know the third's.
+    assert material.unrelated.letters is not None
+    assert torch.equal(memory.tensors["spelling.table"], material.unrelated.letters)
+    assert memory.tensors["spelling.whose"].tolist() == [0, 0]
+    assert memory.tensors["spelling.words"].shape == (2, OF_WORD)
     assert run("verify", "shards") == run("verify", "memory") == 0
     assert run("export") == run("verify", "edited") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "edited", trust_remote_code=True)
@@ -128,6 +135,71 @@ def test_shards_keep_what_prompts_mean_and_memories_open_by_it(
             said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
             if name == "bare":
                 assert tokenizer.decode(said[0, -1:]).strip() == edit["target"]
+
+
+def test_letters_go_with_their_edits_and_where_names_have_no_say(
+    shards: Path, tmp_path: Path, run: Callable[..., int]
+) -> None:
+    def kept(place: str) -> list[int]:
+        tensors = read_memory(tmp_path / place).memory.tensors
+        assert ("spelling.table" in tensors) == ("spelling.whose" in tensors)
+        return tensors["spelling.whose"].tolist() if "spelling.whose" in tensors else []
+
+    assert run("merge", "shards", "-o", "any", "--subjects", "any") == run("verify", "any") == 0
+    assert kept("any") == []
+    assert run("merge", "shards") == run("remove", "memory", "two") == run("verify", "memory") == 0
+    assert kept("memory") == [0, 0]
+    assert run("remove", "memory", "one") == run("verify", "memory") == 0
+    assert kept("memory") == []
+    assert run("rollback", "memory", "--to", "1") == run("verify", "memory") == 0
+    assert kept("memory") == [0, 0]
+
+
+def test_shards_that_do_not_know_letters_are_merged_as_they_were(
+    shards: Path, tmp_path: Path, run: Callable[..., int]
+) -> None:
+    content = json.loads((shards / "shards.json").read_text())
+    del content["subject_tokens"]
+    statistics = shards / content["unrelated"]["file"]
+    kept = {name: tensor for name, tensor in load_tensors(statistics).items() if name != "letters"}
+    save_tensors(statistics, kept)
+    content["unrelated"]["sha256"] = sha256_file(statistics)
+    (shards / "shards.json").write_text(json.dumps(content))
+    assert run("merge", "shards") == run("verify", "shards") == run("verify", "memory") == 0
+    tensors = read_memory(tmp_path / "memory").memory.tensors
+    assert not {name for name in tensors if name.startswith("spelling.")}
+    assert "names.tokens" in tensors
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change"),
+    [
+        ("spelling.whose", lambda tensor: tensor + 3),
+        ("spelling.naming", lambda tensor: tensor - 1),
+        ("spelling.naming", lambda tensor: tensor[:-1]),
+        ("spelling.words", lambda tensor: tensor.int()),
+        ("spelling.words", lambda tensor: tensor.repeat(1, 2)),
+        ("spelling.table", lambda tensor: tensor[:0]),
+        ("spelling.table", None),
+    ],
+)
+def test_letters_that_cannot_be_right_are_refused(
+    shards: Path,
+    tmp_path: Path,
+    run: Callable[..., int],
+    tensor: str,
+    change: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> None:
+    assert run("merge", "shards", "-o", "memory", "--no-history") == 0
+    manifest = read_memory(tmp_path / "memory")
+    tensors = dict(manifest.memory.tensors)
+    if change is None:
+        del tensors[tensor]
+    else:
+        tensors[tensor] = change(tensors[tensor])
+    write_memory(tmp_path / "memory", replace(manifest, memory=replace(manifest.memory, tensors=tensors)))
+    with pytest.raises(DamagedFileError):
+        read_memory(tmp_path / "memory")
 
 
 def test_an_edit_that_is_taken_out_means_nothing_any_more(shards: Path) -> None:

@@ -20,6 +20,7 @@ from wisecli.editing.unrelated_activations import measure_unrelated
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import save_tensors
 from wisecli.io.digest import sha256_file
+from wisecli.models.forms import Form, forms
 from wisecli.models.loading import Loaded, load_model
 from wisecli.progress import Event
 from wisecli.routing.whitening import Moment, Whitening, leading, whitening
@@ -282,6 +283,34 @@ def test_a_model_is_measured_as_one_text_after_the_other_says(subject: Subject) 
     for sample, own in ((found.keys, unseen), (found.writer_keys, seen)):
         nearest = torch.cdist(sample.double(), own.double()).min(-1).values
         assert float(nearest.max()) < 1e-2 * float(own.norm(dim=-1).median())
+
+
+def test_where_forms_are_told_a_form_is_a_wording(subject: Subject) -> None:
+    told = [forms()["question"], forms()["instruction"]]
+    plain, found = subject.measure(), subject.measure(forms=told)
+    (model, tokenizer), site = (subject.loaded.model, subject.loaded.tokenizer), site_of(subject.loaded.model, 2)
+    assert len(list(subject.cache.iterdir())) == 2
+
+    def end(text: str, form: Form) -> Tensor:
+        return keys_of(model, site, tokenizer(form.asked(tokenizer, text))["input_ids"])[-1]
+
+    facts, texts = reworded_facts(2, seed=0), unrelated_texts(TEXTS, seed=0)
+    spoken = continuations(model, tokenizer, texts[:120], tokens=12, seed=0)
+    ways = [torch.stack([end(way, forms()["bare"]) for way in fact]) for fact in facts]
+    formed = [torch.stack([end(way, form) for way in fact[:2] for form in told]) for fact in facts[::8]]
+    own = [end(text, forms()["bare"]) for text in [*spoken, *texts[120:]][1::2]]
+    asked = [end(text, form) for text in texts[: TEXTS // 5][1::2] for form in told]
+    ends = torch.cat([torch.stack(own), *ways, *formed, torch.stack(asked)])
+    expected = torch.zeros(site.d_ff, site.d_ff).double()
+    strayed = [torch.cat([group - group.mean(0) for group in groups]) for groups in (ways, formed)]
+    for keys, weight in ((ends, 1), *((one, 4) for one in strayed)):
+        dense = dense_by_numpy(keys)
+        expected += weight * dense * site.d_ff / dense.trace()
+    assert torch.allclose(found.wording.dense().double(), expected, rtol=1e-2, atol=1e-2)
+    apart = torch.stack([end(text, form) for text in texts[: TEXTS // 5][::2] for form in told])
+    torch.testing.assert_close(found.keys[found.chat], apart, atol=1e-2, rtol=1e-2)
+    assert not plain.chat.any()
+    assert torch.equal(found.keys[~found.chat], plain.keys)
 
 
 def test_a_second_call_reads_the_cache_and_gives_the_same_bits(subject: Subject) -> None:

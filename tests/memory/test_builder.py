@@ -16,12 +16,13 @@ from wisecli.errors import SettingsError
 from wisecli.memory.builder import lookup, matrices, pack, refit, solve_exactly
 from wisecli.memory.material import Material, join
 from wisecli.memory.merge_methods import Recipe, merge_deltas
-from wisecli.memory.router_fitting import Fitted
+from wisecli.memory.router_fitting import Fitted, naming
 from wisecli.models.site import Site
 from wisecli.routing.calibration import scores_of
 from wisecli.routing.prompt_gate import NAMES, UNROUTED
 from wisecli.routing.scores import INSIDE, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
+from wisecli.routing.spelling import LETTER, OF_TOKEN, SPELLING
 from wisecli.routing.subject_names import Spellings, Word
 from wisecli.routing.whitening import leading, whitening
 
@@ -384,6 +385,26 @@ def test_keys_of_prompts_ask_for_their_subject_where_prompts_decide() -> None:
     for settings in ({"routing": "token"}, {"routing": "sequence", "subjects": "any"}):
         assert not {"asks", *NAMES} & built_lookup(material, **settings)[0].tensors.keys()
     assert "asks" not in built_lookup(replace(material, subjects=named_subjects()), routing="sequence")[0].tensors
+
+
+def test_only_subjects_that_must_be_named_are_spelt() -> None:
+    letters = torch.randint(LETTER, 256, (8, OF_TOKEN), dtype=torch.uint8)
+    material = replace(two_shards(), subjects=named_subjects(0, 2, 3))
+    tokens = tuple((number % 8,) for number in range(2 * EDITS))
+    material = replace(material, subject_tokens=tokens, unrelated=replace(material.unrelated, letters=letters))
+    settings = MergeSettings(router="meaning", routing="sequence")
+    foreign = material.evidence.edit == 2
+    for own, expected in ((material, [0, 2, 3]), (in_other_languages(material, foreign), [0, 3])):
+        tensors = naming(own, settings)
+        assert tensors["spelling.whose"].tolist() == expected
+        spelt = tensors["spelling.words"][tensors["spelling.naming"]]
+        assert torch.equal(spelt[:, :OF_TOKEN], letters[expected])
+        assert tensors["spelling.table"] is letters
+    unspelt = replace(material, unrelated=replace(material.unrelated, letters=None))
+    assert naming(unspelt, settings).keys() == set(NAMES)
+    for nobody in (MergeSettings(router="meaning", routing="sequence", subjects="any"), MergeSettings()):
+        assert naming(material, nobody) == {}
+    assert not set(SPELLING) & naming(material, MergeSettings(router="key", routing="sequence")).keys()
 
 
 def test_a_rate_for_prompts_that_name_a_subject_and_a_lower_one_for_all_others() -> None:

@@ -33,7 +33,8 @@ from wisecli.progress import ignore
 from wisecli.routing import meaning as meaning_module
 from wisecli.routing.meaning import MEANING, WINDOW, Meaning, looked_at
 from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.subject_names import Word, names_of
+from wisecli.routing.spelling import APART, LETTER, OF_TOKEN
+from wisecli.routing.subject_names import Word, names_of, spelling_of
 
 PROMPTS = [" ".join(WORDS[first : first + length]) for first, length in ((0, 5), (9, 4), (20, 8))]
 EDITS = [Edit(f"edit {number}", prompt, "be") for number, prompt in enumerate(PROMPTS)]
@@ -364,3 +365,99 @@ def test_a_prompt_that_means_an_edit_must_name_its_subject(named: EditedModel, m
         [True, False, True],
         [False, False, True],
     ]
+
+
+# --- names with a slip ---
+
+# Every token is its own letters, without a space before it, but for one that parts words; subjects are two words.
+PARTING = "do"
+SUBJECTS = [(*PROMPTS[0].split()[:3], PARTING, "ti", "mo", "no"), (*PROMPTS[1].split()[:3],)]
+
+
+def letter_table(vocabulary: dict[str, int]) -> Tensor:
+    table = torch.zeros(len(vocabulary), OF_TOKEN, dtype=torch.uint8)
+    for word, token in vocabulary.items():
+        own = [APART] if word == PARTING or not word.isalpha() else [LETTER + ord(one) - ord("a") for one in word]
+        table[token, : len(own)] = torch.tensor(own, dtype=torch.uint8)
+    return table
+
+
+@pytest.fixture
+def spelt(edited: EditedModel, tmp_path: Path) -> EditedModel:
+    """The same memory, whose first two edits are about subjects of several tokens and mean every prompt."""
+    memory, tokenizer = edited.manifest.memory, edited.tokenizer
+    tokens = [tokenizer(" ".join(subject))["input_ids"] for subject in SUBJECTS]
+    names = names_of([*((tuple(Word((token,), 1 / len(own)) for token in own),) for own in tokens), ()])
+    letters = spelling_of(letter_table(tokenizer.get_vocab()), [*tokens, ()])
+    tensors = {**memory.tensors, **names, **letters, "meaning.bars": torch.full((2,), -1.0)}
+    # Of the edits that mean a prompt the first one that it names answers.
+    thresholds = (0.5, 0.55, 0.9)
+    (tmp_path / "spelt").mkdir()
+    base = Path(edited.manifest.model)
+    write_memory(
+        tmp_path / "spelt",
+        manifest_for(base, replace(memory, tensors=tensors, thresholds=thresholds), EDITS),
+    )
+    return attach(tmp_path / "spelt", load=CPU)
+
+
+def with_subject(*subject: str) -> str:
+    return " ".join(("ka", PARTING, *subject, PARTING, "ke"))
+
+
+NAMED_WITH_SLIPS = [
+    (with_subject(*SUBJECTS[0]), 0),
+    (with_subject("ba", "bo", "bi", PARTING, "ti", "mo", "no"), 0),
+    (with_subject("ba", "bo", "bi", PARTING, "ti", "me", "no"), 2),
+    (with_subject(SUBJECTS[1][0], "ko", SUBJECTS[1][2]), 2),
+    (" ".join(("ba", "bo", "bi", PARTING, "ti", "mo", "no", PARTING, "ke")), 0),
+]
+
+
+def test_a_prompt_that_means_an_edit_may_name_its_subject_with_a_slip(
+    spelt: EditedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prompt, expected in NAMED_WITH_SLIPS:
+        ids = spelt.tokenizer(prompt)["input_ids"]
+        for cut in range(1, len(ids) - 1):
+            assert chosen_by_the_layer(spelt, [ids[:cut], ids[cut:]], monkeypatch)[-1][-1] == expected, (prompt, cut)
+        assert chosen_by_the_layer(spelt, [ids], monkeypatch) == [[UNROUTED] * (len(ids) - 1) + [expected]]
+        known = spelt.prompts(batch_of(spelt, prompt)).named
+        assert known is not None
+        assert known[0, 0].tolist() == [expected == 0, False, True]
+
+
+def test_a_slip_in_the_first_question_says_nothing_of_the_second(
+    spelt: EditedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, asked = (spelt.tokenizer(NAMED_WITH_SLIPS[place][0])["input_ids"] for place in (1, 2))
+    for first, second in ((told, asked), (asked, told)):
+        passes = chosen_by_the_layer(spelt, [first, [7], [8], second, [9]], monkeypatch)
+        assert [passes[0][-1], passes[3][-1]] == ([0, 2] if first is told else [2, 0])
+
+
+def test_rows_with_padding_are_named_as_they_are_alone(spelt: EditedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [spelt.tokenizer(prompt)["input_ids"] for prompt, _ in NAMED_WITH_SLIPS]
+    ids, mask = left_padded(rows)
+    noted: list[Tensor] = []
+    add = type(spelt.routed).add_updates
+
+    def noting(own, answer, keys, chosen):  # type: ignore[no-untyped-def]
+        noted.append(own.memory_at(chosen).amax(1))
+        return add(own, answer, keys, chosen)
+
+    monkeypatch.setattr(type(spelt.routed), "add_updates", noting)
+    for given, real in ((ids, mask), right_padded(ids, mask)):
+        spelt.model(given, attention_mask=real, position_ids=(real.cumsum(-1) - 1).clamp(min=0))
+        assert noted.pop().tolist() == [expected for _, expected in NAMED_WITH_SLIPS]
+    spelt.model.generate(
+        ids, attention_mask=mask, max_new_tokens=2, min_new_tokens=2, num_beams=2, do_sample=False, pad_token_id=0
+    )
+    assert noted[0].tolist() == [expected for _, expected in NAMED_WITH_SLIPS for _ in range(2)]
+
+
+def test_memories_without_letters_ask_for_the_name_as_it_is(named: EditedModel, spelt: EditedModel) -> None:
+    assert named.routed.spelling is None
+    assert spelt.routed.spelling is not None
+    assert spelt.prompts(batch_of(spelt, PROMPTS[0])).letters is not None
+    assert named.prompts(batch_of(named, PROMPTS[0])).letters is None

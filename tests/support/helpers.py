@@ -76,9 +76,16 @@ def tiny_qwen2_tokenizer() -> PreTrainedTokenizerFast:
     return Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=UNKNOWN, eos_token=END, pad_token=END)
 
 
-def save_tiny(directory: Path, architecture: str = "llama", *, seed: int = 0, shard: str | None = None) -> Path:
+def save_tiny(
+    directory: Path,
+    architecture: str = "llama",
+    *,
+    seed: int = 0,
+    shard: str | None = None,
+    config: PretrainedConfig | None = None,
+) -> Path:
     """A tiny checkpoint with its tokenizer and an end-of-text token."""
-    model = tiny_model(architecture, seed=seed)
+    model = tiny_model(architecture, seed=seed, config=config)
     model.config.eos_token_id = model.generation_config.eos_token_id = 1
     model.generation_config.pad_token_id = 1
     model.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))

@@ -161,10 +161,14 @@ def loader_of(architecture: str) -> Any:
     return transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
 
 
-def tiny_model(architecture: str, *, seed: int = 0) -> PreTrainedModel:
-    """A randomly initialised model, in float32 and evaluation mode."""
+def tiny_model(architecture: str, *, seed: int = 0, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """A randomly initialised model, in float32 and evaluation mode.
+
+    Args:
+        config: its settings, if not those of ``TINY_CONFIGS``.
+    """
     torch.manual_seed(seed)
-    model = loader_of(architecture).from_config((TINY_CONFIGS | VARIANTS)[architecture]).eval()
+    model = loader_of(architecture).from_config(config or (TINY_CONFIGS | VARIANTS)[architecture]).eval()
     if architecture not in _AS_INITIALISED:
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases start as ones and noughts, which hide what leaves them out

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import Base, Made, Origin
@@ -28,6 +30,7 @@ PLAN_NAME = "plan.json"
 SCHEMA, PLAN_SCHEMA = "wise.shards/2", "wise.plan/1"
 # Lighter penalties leave nothing to solve with.
 _LIGHTEST = 1e-9
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class ShardDirectory:
     """Everything ``shards.json`` says; ``settings`` are those the shards were written with.
 
     ``left_out`` names the edits that no shard holds, as the model gives nothing finite for them. ``paraphrases`` are
-    further prompts that the model wrote, by the edit's id, as ``subjects`` are the words of those that prompts name.
+    further prompts that the model wrote, by the edit's id, as ``subjects`` are the words of those that prompts name,
+    and ``subject_tokens`` the tokens that those are written with, in order.
     ``known`` are edits that were asked for and left out, as the model said them already, if such were to be left out.
     """
 
@@ -75,6 +79,7 @@ class ShardDirectory:
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     subjects: dict[str, Spellings] = field(default_factory=dict)
     known: tuple[Edit, ...] | None = None
+    subject_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def written(self) -> tuple[Edit, ...]:
@@ -132,6 +137,7 @@ class _Content:
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     subjects: dict[str, Spellings] = field(default_factory=dict)
     known: tuple[Edit, ...] | None = None
+    subject_tokens: dict[str, tuple[_Token, ...]] = field(default_factory=dict)
 
     def check(self, *, plan: bool) -> None:
         """Check what types do not say: that the parts belong together.
@@ -174,6 +180,7 @@ def write_shard_directory(directory: ShardDirectory) -> None:
         "subjects": {
             name: [[asdict(word) for word in words] for words in own] for name, own in directory.subjects.items()
         },
+        "subject_tokens": {name: list(tokens) for name, tokens in directory.subject_tokens.items()},
         "known": None if directory.known is None else [edit.as_dict() for edit in directory.known],
     }
     write_json(directory.path / (PLAN_NAME if plan else MANIFEST_NAME), content)
@@ -215,6 +222,7 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         read.paraphrases,
         read.subjects,
         read.known,
+        read.subject_tokens,
     )
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from wisecli.errors import DamagedFileError
 from wisecli.io.json_schema import shown
 from wisecli.io.safetensors_header import TensorLayout
+from wisecli.routing.spelling import OF_TOKEN, OF_WORD
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 MISSING = "nothing"
-_KINDS = {"float": _FLOATS, "int": ("int64", "int32"), "bool": ("bool",)}
+_KINDS = {"float": _FLOATS, "int": ("int64", "int32"), "byte": ("uint8",), "bool": ("bool",)}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ MEANING: TensorRows = {
     "meaning.whose": TensorRow("int", ("asked",), "M"),
     "meaning.breaks": TensorRow("int", ("breaks",)),
 }
+SPELLING: TensorRows = {
+    "spelling.table": TensorRow("byte", ("vocabulary", OF_TOKEN)),
+    "spelling.words": TensorRow("byte", ("spelt", OF_WORD)),
+    "spelling.naming": TensorRow("int", ("spellings",), "spelt"),
+    "spelling.whose": TensorRow("int", ("spellings",), "M"),
+}
 HEADS: TensorRows = {
     "heads.turns": TensorRow("float", (2, "k", "hidden")),
     "heads.shifts": TensorRow("float", (2, "k")),
@@ -103,7 +110,7 @@ def memory_rows(kind: str, router: str, names: Collection[str]) -> TensorRows:
     rows = {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router != "norm" else {})}
     if router == "meaning":
         named = {name: row for name, row in NAMING.items() if name != "asks" and "names.tokens" in names}
-        return {**rows, **MEANING, **named}
+        return {**rows, **MEANING, **named, **(SPELLING if named and "spelling.table" in names else {})}
     return {**rows, **NAMING} if kind == "lookup" and "asks" in names else rows
 
 
@@ -122,6 +129,8 @@ def unrelated_rows(names: Mapping[str, object]) -> TensorRows:
             rows[f"{moment}.energy"] = TensorRow("float", (1,))
     if "heads.turns" in names:
         rows |= HEADS
+    if "letters" in names:
+        rows["letters"] = TensorRow("byte", ("vocabulary", OF_TOKEN))
     return {**rows, **({"against": TensorRow("float", ("m", "d_ff"))} if "against" in names else {})}
 
 

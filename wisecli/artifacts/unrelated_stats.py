@@ -54,7 +54,8 @@ class BackgroundStats:
     among such prompts, if the model was asked in its template.
     ``size`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``writer_keys`` (m, d_ff) are those
     that writers may look at; they stay with ``wise edit`` and are not written into shards. ``heads`` were learned if
-    prompts are to be routed by what they mean.
+    prompts are to be routed by what they mean; ``letters`` (v, ``OF_TOKEN``) are then those of every token, as
+    :mod:`~wisecli.routing.spelling` reads them.
     """
 
     keys: Tensor
@@ -65,6 +66,7 @@ class BackgroundStats:
     writer_keys: Tensor
     chatting: Moment | None = None
     heads: Heads | None = None
+    letters: Tensor | None = None
 
 
 def save_unrelated(path: Path, unrelated: BackgroundStats, *, whole: bool = False) -> None:
@@ -75,6 +77,8 @@ def save_unrelated(path: Path, unrelated: BackgroundStats, *, whole: bool = Fals
             tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
     if unrelated.heads is not None:
         tensors |= unrelated.heads.tensors()
+    if unrelated.letters is not None:
+        tensors["letters"] = unrelated.letters
     if whole:
         tensors["against"] = half(unrelated.writer_keys)
     save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
@@ -102,7 +106,8 @@ def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> B
     against = tensors.get("against", keys[:0]).float()
     chatting = moment("chatting") if "chatting.energy" in tensors else None
     moments = moment("tokens"), moment("wording")
-    return BackgroundStats(keys, tensors["chat"], *moments, tensors["size"], against, chatting, heads_in(tensors))
+    learned = heads_in(tensors), tensors.get("letters")
+    return BackgroundStats(keys, tensors["chat"], *moments, tensors["size"], against, chatting, *learned)
 
 
 def heads_in(tensors: dict[str, Tensor]) -> Heads | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from wisecli.config import EditSettings
-from wisecli.models.forms import forms, usable_forms
+from wisecli.models.forms import Form, forms, usable_forms
 from wisecli.models.generation import generate
 
 if TYPE_CHECKING:
@@ -58,6 +58,13 @@ def trained_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, wi
         for context in found
         if 2 * len(tokenizer(usable[FORM_CONTEXTS[context]].asked(tokenizer, ""))["input_ids"]) <= window
     ]
+
+
+def written_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, window: int | None) -> list[Form]:
+    """Those forms, where whole prompts are routed by what they mean; none where the chat template is told apart."""
+    if settings.router != "meaning":
+        return []
+    return [forms()[FORM_CONTEXTS[context]] for context in trained_forms(tokenizer, settings, window)]
 
 
 def continuations(

@@ -17,7 +17,7 @@ from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.closed_form import Residuals, answered, fit_residuals, write_solved
-from wisecli.editing.context_prefixes import CHAT
+from wisecli.editing.context_prefixes import CHAT, written_forms
 from wisecli.editing.early_states import prompt_states, reading_site
 from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.evidence import Residual, gather_evidence
@@ -30,6 +30,7 @@ from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
 from wisecli.editing.task import Progress, Task
+from wisecli.editing.token_letters import token_letters
 from wisecli.editing.training_examples import (
     Group,
     NotFiniteError,
@@ -43,7 +44,7 @@ from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.digest import sha256_json
-from wisecli.models.loading import Loaded
+from wisecli.models.loading import Loaded, context_window
 from wisecli.models.site import Fingerprint, Site, load_matrix
 from wisecli.models.tokenization import in_batches
 from wisecli.progress import NOTE, Event, Watcher
@@ -51,6 +52,7 @@ from wisecli.routing.whitening import whitening
 
 # So many edits of a shard, spaced evenly, are read in the context that is held back: they check, and train nothing.
 _HELD_BACK = 32
+_NOT_FINITE = "the model gives nothing finite for"
 
 _Outcome = tuple[Shard, tuple[float, ...], tuple[float, float] | None, dict[int, float]]
 
@@ -74,6 +76,7 @@ def unrelated_for(
         identity,
         texts=settings.unrelated_texts,
         chat=settings.chat,
+        forms=written_forms(loaded.tokenizer, settings, context_window(loaded.model.config)),
         batch_size=size,
         seed=seed,
         watch=watch,
@@ -81,7 +84,7 @@ def unrelated_for(
     if settings.router == "meaning":
         reads = reading_site(loaded, site)
         heads = learn_heads(loaded, reads, identity, texts=settings.unrelated_texts, batch_size=size, watch=watch)
-        found = replace(found, heads=heads)
+        found = replace(found, heads=heads, letters=token_letters(loaded.tokenizer))
     given = [text for edit in edits for text in edit.irrelevant]
     if not given:
         return found
@@ -145,7 +148,7 @@ class ShardWriter:
                 shard, losses, penalty, shares = write(task, part, stage)
             except NotFiniteError as error:
                 left_out |= error.edits
-                self.watch(Event(NOTE, note=_omitted([self.edits[place].id for place in sorted(error.edits)])))
+                self.watch(Event(NOTE, note=f"{_NOT_FINITE} {', '.join(self._names(sorted(error.edits)))}: left out"))
                 continue
             ids, untaken = self._names(part), self._names(place for place in part if shares[place] < 1)
             seconds = round(time.perf_counter() - started, 3)
@@ -268,10 +271,6 @@ class ShardWriter:
 def shard_name(number: int) -> str:
     """Name of a shard's file."""
     return f"shard-{number:05d}.safetensors"
-
-
-def _omitted(names: Sequence[str]) -> str:
-    return f"the model gives nothing finite for {', '.join(names)}: left out"
 
 
 def _looked_up(residuals: Residuals) -> Residual:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,16 +51,30 @@ def subject_words(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> 
     return found
 
 
+def subject_tokens(
+    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], named: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """The tokens of each edit's subject, as it is written behind a space, by the id of those edits that are named."""
+    own = [edit for edit in edits if edit.id in named]
+    texts = (f" {(edit.subject or '').strip()}" for edit in own)
+    return {edit.id: tuple(_ids(tokenizer, text)) for edit, text in zip(own, texts, strict=True)}
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def _plain(token: str) -> str:
     """A token as it is spelt, whatever stands before it."""
     return token.lstrip("".join(_MARKS)).casefold()
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, spelt: Mapping[int, str], text: str) -> set[str]:
-    words = (spelt.get(token, "") for token in tokenizer(text, add_special_tokens=False)["input_ids"])
+    words = (spelt.get(token, "") for token in _ids(tokenizer, text))
     return {word for word in words if any(letter.isalnum() for letter in word)}
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, spellings: Spellings, prompt: str) -> bool:
-    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor([_ids(tokenizer, prompt)])
     return bool(Names(names_of([spellings]), 1)(ids, torch.ones_like(ids, dtype=torch.bool)))

@@ -3,12 +3,14 @@
 A sample of keys that edits must stay away from calibrates the router. Two second moments whiten keys for it. That of
 all *tokens* is for keys inside answers. That of *wording* is for the keys that prompts end in: the moment of those,
 plus, many times over, of what a change of wording alone does to them. Whitened by it, keys of one fact asked in several
-ways come close, and keys of different facts asked in the same words come apart.
+ways come close, and keys of different facts asked in the same words come apart. Where edits are written in several
+forms of prompts, facts and texts are read in those forms as well, so that a form counts as a wording.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from wisecli.io.checkpoint import keep_in_cache, load_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
 from wisecli.models.chat import chat_prompt
+from wisecli.models.forms import Form
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
@@ -36,6 +39,8 @@ _CONTINUED, _CONTINUATION = 120, 12
 _CHATTED = 4
 # Unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model answers.
 _ASKED = 240
+# Where forms of prompts are told, one fact in so many is asked in each of them, in so many wordings; and one text.
+_FORMED, _WAYS, _FORMED_TEXTS = 8, 2, 5
 # Background keys kept for calibration.
 _SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
@@ -50,6 +55,7 @@ def measure_unrelated(
     *,
     texts: int,
     chat: bool,
+    forms: Sequence[Form] = (),
     batch_size: int,
     seed: int,
     watch: Watcher,
@@ -61,12 +67,14 @@ def measure_unrelated(
         identity: of the base model, for the cache.
         texts: how many texts; half of them are kept from writers, for calibration.
         chat: whether facts are asked in the model's chat template as well.
+        forms: further forms of prompts that facts and texts are read in.
     """
     about = [
         identity,
         site.as_dict(),
         texts,
         chat,
+        [form.label for form in forms],
         seed,
         str(loaded.model.dtype),
         loaded.device.type,
@@ -77,36 +85,62 @@ def measure_unrelated(
         return _from_tensors(load_tensors(path), path, site.d_ff)
     except DamagedFileError:
         watch(Event("unrelated text"))
-    found = _measure(loaded, site, matrix, texts=texts, chat=chat, batch_size=batch_size, seed=seed, watch=watch)
+    read = _Reader(loaded, site, batch_size, watch)
+    found = _measure(read, matrix, texts=texts, chat=chat, forms=forms, seed=seed)
     keep_in_cache(path, lambda working: save_unrelated(working, found, whole=True))
     return found
 
 
+class _Reader(NamedTuple):
+    """How keys are read."""
+
+    loaded: Loaded
+    site: Site
+    batch_size: int
+    watch: Watcher
+
+    def ends(self, prompts: Sequence[str]) -> Tensor:
+        """Keys (n, d_ff) that prompts end in."""
+        return prompt_ends(self.loaded, [self.site], prompts, batch_size=self.batch_size, watch=self.watch)[0]
+
+    def ends_in(self, forms: Sequence[Form], prompts: Sequence[str]) -> Tensor:
+        """The same of prompts in every form, prompt by prompt."""
+        return self.ends([form.asked(self.loaded.tokenizer, prompt) for prompt in prompts for form in forms])
+
+
 def _measure(
-    loaded: Loaded, site: Site, matrix: Tensor, *, texts: int, chat: bool, batch_size: int, seed: int, watch: Watcher
+    read: _Reader, matrix: Tensor, *, texts: int, chat: bool, forms: Sequence[Form], seed: int
 ) -> BackgroundStats:
+    loaded, site, size = read.loaded, read.site, read.batch_size
     plain = unrelated_texts(texts, seed=seed)
     spoken = continuations(loaded.model, loaded.tokenizer, plain[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
-    keys, text, last = keys_of_texts(loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=batch_size, watch=watch)
+    keys, text, last = keys_of_texts(loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=size, watch=read.watch)
     facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
-
-    def ends_of(prompts: Sequence[str]) -> Tensor:
-        return prompt_ends(loaded, [site], prompts, batch_size=batch_size, watch=watch)[0]
-
-    wording = _wording(keys[last & ~unseen], ends_of([way for fact in facts for way in fact]), len(facts))
-    size = (keys @ matrix.to(keys).T).norm(dim=-1).median().reshape(1)
+    ends, ways = keys[last & ~unseen], _by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
+    median = (keys @ matrix.to(keys).T).norm(dim=-1).median().reshape(1)
     spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
     sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
-    answers, chatting = sample[:0], None
+    apart, strayed, chatting = sample[:0], [_strayed(ways)], None
     if chat:
-        chats = _chats(loaded, site, plain[:_ASKED], batch_size=batch_size, seed=seed)
-        answers, told = torch.cat(chats[::2]), facts[::_CHATTED]
-        reworded = ends_of([chat_prompt(loaded.tokenizer, way) for fact in told for way in fact])
-        chatting = _wording(torch.stack([own[0] for own in chats[1::2]]), reworded, len(told))
-    sample = torch.cat([sample, answers])
-    marked = torch.arange(len(sample)) >= len(sample) - len(answers)
+        chats = _chats(loaded, site, plain[:_ASKED], batch_size=size, seed=seed)
+        apart, told = torch.cat(chats[::2]), facts[::_CHATTED]
+        reworded = read.ends([chat_prompt(loaded.tokenizer, way) for fact in told for way in fact])
+        asked = _by_fact(reworded, len(told))
+        firsts = torch.stack([own[0] for own in chats[1::2]])
+        chatting = _wording(torch.cat([firsts, asked.flatten(0, 1)]), [_strayed(asked)])
+    ends = torch.cat([ends, ways.flatten(0, 1)])
+    if forms:
+        told, some = facts[::_FORMED], plain[: max(2, len(plain) // _FORMED_TEXTS)]
+        formed = _by_fact(read.ends_in(forms, [way for fact in told for way in fact[:_WAYS]]), len(told))
+        strayed.append(_strayed(formed))
+        ends = torch.cat([ends, formed.flatten(0, 1), read.ends_in(forms, some[1::2])])
+        apart = torch.cat([apart, read.ends_in(forms, some[::2])])
+    sample = torch.cat([sample, apart])
+    marked = torch.arange(len(sample)) >= len(sample) - len(apart)
     tokens = leading(keys.div_(len(keys) ** 0.5))  # in place, :func:`scaled` would copy them
-    return BackgroundStats(_rounded(sample), marked, tokens, wording, size.cpu(), _rounded(against), chatting)
+    return BackgroundStats(
+        _rounded(sample), marked, tokens, _wording(ends, strayed), median.cpu(), _rounded(against), chatting
+    )
 
 
 def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, seed: int) -> list[Tensor]:
@@ -125,12 +159,20 @@ def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int,
     return window_keys(loaded, site, rows, batch_size=batch_size)
 
 
-def _wording(ends: Tensor, reworded: Tensor, facts: int) -> Moment:
-    """The moment of keys that prompts end in (n, d_ff), and of what wording does to those of facts."""
+def _by_fact(reworded: Tensor, facts: int) -> Tensor:
+    """Keys (facts, ways, d_ff) of facts that were asked in as many ways each; what is not finite is left out."""
     ways = reworded.view(facts, -1, reworded.shape[-1])
-    ways = ways[ways.isfinite().flatten(1).all(-1)]
-    strayed = (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
-    return leading(torch.cat([even(torch.cat([ends, ways.flatten(0, 1)])), even(strayed) * _WORDING**0.5]))
+    return ways[ways.isfinite().flatten(1).all(-1)]
+
+
+def _strayed(ways: Tensor) -> Tensor:
+    """What wording does to keys (facts, ways, d_ff): how far each is from its fact's mean, (facts · ways, d_ff)."""
+    return (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
+
+
+def _wording(ends: Tensor, strayed: Sequence[Tensor]) -> Moment:
+    """The moment of keys that prompts end in (n, d_ff), and of what wording does to such, of several kinds alike."""
+    return leading(torch.cat([even(ends), *(even(one) * (_WORDING / len(strayed)) ** 0.5 for one in strayed)]))
 
 
 def _rounded(keys: Tensor) -> Tensor:

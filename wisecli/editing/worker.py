@@ -21,7 +21,7 @@ from wisecli.editing.paraphrases import write_paraphrases
 from wisecli.editing.prompt_variants import prompt_variants
 from wisecli.editing.shard_writer import ShardWriter, unrelated_for
 from wisecli.editing.staging import Done
-from wisecli.editing.subjects import subject_words
+from wisecli.editing.subjects import subject_tokens, subject_words
 from wisecli.editing.token_check import Reader
 from wisecli.editing.training_examples import encode_edits, write_contexts
 from wisecli.edits.admission import Admitted
@@ -202,6 +202,7 @@ class Worker:
             job.target_module,
             checkpoint.sample,
         )
+        subjects = subject_words(loaded.tokenizer, job.edits)
         plan = ShardDirectory(
             directory,
             stored,
@@ -216,8 +217,9 @@ class Worker:
             versions(),
             made,
             paraphrases=paraphrases,
-            subjects=subject_words(loaded.tokenizer, job.edits),
+            subjects=subjects,
             known=job.known,
+            subject_tokens=subject_tokens(loaded.tokenizer, job.edits, subjects),
         )
         return plan, unrelated
 

@@ -48,13 +48,18 @@ class EditedModel:
         end = torch.full((len(real), 1), batch.start, device=real.device)
         within = real & (torch.arange(real.shape[1], device=real.device) <= end)
         named = routed.named_in(batch.ids, within)
-        sure = None
+        sure = letters = None
         if routed.meaning is not None and routed.reads is not None:
             site = self.manifest.site.below(routed.reads)
             (read,) = captured(self.model, site, [batch], stream=self.stream, above=False)
             first = real.long().cumsum(1) == 1
-            sure = routed.meaning(read.hidden, looked_at(batch.ids, within, first, routed.meaning.breaks))
-        return Prompt(end, named=None if named is None else named[:, None], real=real, sure=sure)
+            breaks = routed.meaning.breaks
+            sure = routed.meaning(read.hidden, looked_at(batch.ids, within, first, breaks))
+            if routed.spelling is not None:
+                asked = looked_at(batch.ids, within, torch.zeros_like(within), breaks)
+                letters = routed.spelling.read(batch.ids, asked)
+        named = None if named is None else named[:, None]
+        return routed.with_slips(Prompt(end, named=named, real=real, sure=sure, letters=letters))
 
     @torch.no_grad()
     def decisions(self, keys: Tensor, end: int, asked: Prompt) -> RoutingDecision:

@@ -16,11 +16,11 @@ from transformers.models.auto.modeling_auto import (
 from wisecli.export import resaving
 from wisecli.io.digest import sha256_text
 from wisecli.models.site import loader_name
-from wisecli.routing import meaning, prompt_gate, router, scores, side_memory
+from wisecli.routing import meaning, prompt_gate, router, scores, serving, side_memory, spelling
 
 CODE_NAME = "modeling_wise.py"
 # The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
-_CARRIED = (side_memory, router, scores, prompt_gate, meaning, resaving)
+_CARRIED = (side_memory, router, scores, prompt_gate, meaning, spelling, serving, resaving)
 CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
 FORMER_CODE = {
     "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",
@@ -29,11 +29,21 @@ FORMER_CODE = {
 # What has changed since in the code that uses them, and what stood there.
 _SINCE = (
     (
-        "from .resaving import Resaved, manifest_of\nfrom .scores import SideMemory\nfrom .side_memory import install",
+        "from .resaving import Resaved, manifest_of\nfrom .scores import SideMemory\n"
+        "from .serving import Served, engine_of, require_decision_per_token, require_memory, set_apart\n"
+        "from .side_memory import install",
         "from .wise_memory import SideMemory, install",
     ),
-    ("(Resaved, ", "("),
+    ("(Served, Resaved, ", "("),
+    ("(Served, ", "("),
+    ("    require_memory(model, model.wise_module)\n", ""),
     ("    model.wise_manifest = manifest_of(*args, **kwargs)\n", ""),
+    (
+        "    engine = engine_of(config.get_text_config()._attn_implementation)\n"
+        '    require_decision_per_token(wise["memory"]["routing"], engine)\n',
+        "",
+    ),
+    ("    set_apart(model, module)\n    model.wise_module, model.wise_engine = module, engine\n", ""),
 )
 # Classes of models with their head, by the class that loads them.
 _WITH_HEAD = {

@@ -20,8 +20,9 @@ class Material:
     """All that shards know of their edits.
 
     ``evidence`` numbers the edits of all shards through; ``shard`` (n,) says which shard each of its keys is of.
-    ``subjects`` are the words of every edit's subject, none for one that its own prompt does not name. ``prompts`` are
-    the states of edits' prompts, if all shards keep them.
+    ``subjects`` are the words of every edit's subject, none for one that its own prompt does not name, and
+    ``subject_tokens`` the tokens that it is written with. ``prompts`` are the states of edits' prompts, if all shards
+    keep them.
     """
 
     evidence: Evidence
@@ -30,6 +31,7 @@ class Material:
     unrelated: BackgroundStats
     subjects: tuple[Spellings, ...] = ()
     prompts: PromptStates | None = None
+    subject_tokens: tuple[tuple[int, ...], ...] = ()
 
     @property
     def trained(self) -> Tensor:
@@ -49,9 +51,11 @@ def read_material(directories: Sequence[ShardDirectory]) -> tuple[Material, list
     places = _places(directories)
     evidence = join([shard.evidence for shard in shards], places)
     number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
-    subjects = (directory.subjects.get(edit.id, ()) for directory in directories for edit in directory.written)
+    written = [(directory, edit.id) for directory in directories for edit in directory.written]
+    subjects = tuple(directory.subjects.get(name, ()) for directory, name in written)
+    tokens = tuple(directory.subject_tokens.get(name, ()) for directory, name in written)
     masks = tuple(shard.mask for shard in shards)
-    return Material(evidence, number, masks, unrelated, tuple(subjects), _prompts(shards, places)), shards
+    return Material(evidence, number, masks, unrelated, subjects, _prompts(shards, places), tokens), shards
 
 
 def _prompts(shards: Sequence[Shard], places: Sequence[Tensor]) -> PromptStates | None:
@@ -81,7 +85,8 @@ def _unrelated_of(directories: Sequence[ShardDirectory]) -> BackgroundStats:
     read = list({directory.unrelated_sha256: directory.load_unrelated() for directory in directories}.values())
     keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))
     chatting = next((one.chatting for one in read if one.chatting is not None), None)
-    return replace(read[0], keys=keys, chat=chat, chatting=chatting)
+    letters = next((one.letters for one in read if one.letters is not None), None)
+    return replace(read[0], keys=keys, chat=chat, chatting=chatting, letters=letters)
 
 
 def join(parts: Sequence[Evidence], places: Sequence[Tensor]) -> Evidence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ from wisecli.routing.calibration import (
     scores_of,
 )
 from wisecli.routing.scores import INSIDE, MemoryScores, SideMemory
-from wisecli.routing.subject_names import names_of
+from wisecli.routing.subject_names import Spellings, names_of, spelling_of
 from wisecli.routing.whitening import Moment, Whitening, whitening
 
 # Keys inside answers get this share of the false alarms: they lose few rephrases by it, and open on names otherwise.
@@ -149,13 +150,27 @@ def naming(material: Material, settings: MergeSettings) -> dict[str, Tensor]:
     evidence = material.evidence
     if settings.router == "meaning":
         foreign = set(evidence.edit[evidence.context >= LANGUAGES].tolist())
-        return names_of([() if edit in foreign else words for edit, words in enumerate(material.subjects)])
+        named = [words if edit not in foreign else () for edit, words in enumerate(material.subjects)]
+        return {**names_of(named), **_spelling(material, named)}
     names = names_of(material.subjects)
     if not names:
         return {}
     known = torch.tensor([bool(words) for words in material.subjects])
     asks = known[evidence.edit.long()] & (evidence.position == 0) & (evidence.context < LANGUAGES)
     return {**names, "asks": asks[material.trained]}
+
+
+def _spelling(material: Material, named: Sequence[Spellings]) -> dict[str, Tensor]:
+    """The tensors that say how the subjects of edits are spelt that must be named, if the shards know.
+
+    Args:
+        named: the words of every edit's subject, none for one that need not be named.
+    """
+    letters = material.unrelated.letters
+    if letters is None:
+        return {}
+    tokens = zip(named, material.subject_tokens, strict=True)
+    return spelling_of(letters, [own if words else () for words, own in tokens])
 
 
 def _with_routing_keys(

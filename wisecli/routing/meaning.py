@@ -47,7 +47,7 @@ class Asked(NamedTuple):
         """With what was read of the same prompts before; the last ``WINDOW`` tokens of both."""
         turned = torch.cat([earlier.turned, self.turned], 2)
         there = torch.cat([earlier.there, self.there], 1)
-        order, there = _first(there & (there.long().flip(1).cumsum(1).flip(1) <= WINDOW))
+        order, there = marked_first(there & (there.long().flip(1).cumsum(1).flip(1) <= WINDOW))
         return Asked(turned.gather(2, order[None, ..., None].expand(2, -1, -1, turned.shape[-1])), there)
 
 
@@ -90,7 +90,7 @@ class Meaning(nn.Module):
 
     def read(self, states: Tensor, looked_at: Tensor) -> Asked:
         """The tokens looked at (B, T) of states (B, T, d), under both projections."""
-        order, there = _first(looked_at)
+        order, there = marked_first(looked_at)
         near = states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])).float()
         # Whatever type the model is turned into: half precision is too coarse for what is compared.
         turned = [F.linear(near, *pair) for pair in zip(self.turns.float(), self.shifts.float(), strict=True)]
@@ -127,7 +127,7 @@ class Meaning(nn.Module):
         return F.logsigmoid(self.slopes[head].float() * (scores - self.bars[head].float()))
 
 
-def _first(marked: Tensor) -> tuple[Tensor, Tensor]:
+def marked_first(marked: Tensor) -> tuple[Tensor, Tensor]:
     """The columns that bring each row's marked ones to its front, and which of those are marked: two (B, W)."""
     width = int(marked.sum(1).max()) if len(marked) else 0
     order = marked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(width, 1)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .meaning import Asked, Meaning, looked_at
+from .spelling import Spelling, behind
 
 UNROUTED = -1
 # How much of a subject a prompt must hold, of its tokens, each by how rare it is in unrelated text: three fifths where
@@ -76,7 +77,8 @@ class Prompt:
     ``None`` says that all rows' prompts were read before. ``held`` (B, 1) is what an earlier pass decided. ``named``
     (B, 1, M) marks the edits whose subjects the prompts name; ``None`` where that has no say. ``real`` (B, T) marks
     tokens that are no padding; ``None`` where padding does no harm. ``sure`` (B, M) is how surely the prompts mean each
-    edit; ``None`` where that has no say.
+    edit; ``None`` where that has no say. ``letters`` (B, W, c) are those of what is asked; ``None`` where a slip in a
+    name does not count.
     """
 
     end: Tensor | None
@@ -84,6 +86,7 @@ class Prompt:
     named: Tensor | None = None
     real: Tensor | None = None
     sure: Tensor | None = None
+    letters: Tensor | None = None
 
     def after(self, column: Tensor) -> Tensor:
         """Which columns (T,) come after their row's prompt: (B or 1, T)."""
@@ -99,13 +102,14 @@ class Decided:
     """What is kept with an attention cache.
 
     ``choice`` (B, 1) is what each row's prompt decided, ``words`` (B, v) are those of the subjects that it holds so
-    far, ``asked`` what is compared of it, and ``answering`` says whether the answer has begun: what comes in several
-    tokens after that is a new prompt.
+    far, ``asked`` what is compared of it, ``letters`` (B, W, c) how that is spelt, and ``answering`` says whether the
+    answer has begun: what comes in several tokens after that is a new prompt.
     """
 
     choice: Tensor
     words: Tensor | None
     asked: Asked | None = None
+    letters: Tensor | None = None
     answering: bool = False
 
 
@@ -114,9 +118,13 @@ class PromptGate:
 
     A pass of one token goes on with what its rows' prompts decided; a pass of several is a prompt, or more of one, and
     decides anew. So the second question of a conversation is decided by itself, on the cache of the first.
+
+    Args:
+        averaging: whether means over prompts decide, in which padding must not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, averaging: bool = False) -> None:
+        self.averaging = averaging
         self._cache: Any = None
         self._last: Tensor | None = None
         self._ids: Tensor | None = None
@@ -124,6 +132,7 @@ class PromptGate:
         self._words: Tensor | None = None
         self._states: Tensor | None = None
         self._asked: Asked | None = None
+        self._letters: Tensor | None = None
         self._earlier = 0
         self._kept: Decided | None = None
 
@@ -148,7 +157,9 @@ class PromptGate:
         """Forward hook of the layer whose states say what a prompt means."""
         self._states = output[0] if isinstance(output, tuple) else output
 
-    def prompt(self, names: Names | None, keys: Tensor, meaning: Meaning | None = None) -> Prompt:
+    def prompt(
+        self, names: Names | None, keys: Tensor, meaning: Meaning | None = None, spelling: Spelling | None = None
+    ) -> Prompt:
         """What is known of the prompts of a pass over keys (B, T, d_ff).
 
         Raises:
@@ -156,12 +167,13 @@ class PromptGate:
         """
         before: Decided | None = getattr(self._cache, "wise_decided", None)
         if before is not None and keys.shape[1] == 1:
-            self._words, self._asked, self._states = before.words, None, None
+            self._words, self._asked, self._letters, self._states = before.words, None, None, None
             return Prompt(None, before.choice)
         end = self._ends(keys)
         held = None if before is None else before.choice
         if names is None and meaning is None:
-            return Prompt(end, held, real=None if self._mask is None else self._mask[:, -keys.shape[1] :].bool())
+            counted = self._mask if self.averaging else None
+            return Prompt(end, held, real=None if counted is None else counted[:, -keys.shape[1] :].bool())
         if self._ids is None:
             raise ValueError("this model's edits open for prompts that name their subjects: give it input_ids")
         prompt = torch.arange(keys.shape[1], device=keys.device) <= end
@@ -170,7 +182,8 @@ class PromptGate:
         earlier = None if before is None or before.answering else before
         sure = None if meaning is None else self._sure(meaning, prompt, earlier)
         named = None if names is None else self._named(names, prompt, earlier)
-        return Prompt(end, held, named, sure=sure)
+        letters = None if meaning is None or spelling is None else self._spelt(meaning, spelling, prompt, earlier)
+        return Prompt(end, held, named, sure=sure, letters=letters)
 
     def _named(self, names: Names, prompt: Tensor, earlier: Decided | None) -> Tensor:
         """The edits whose subjects the prompts of a pass (B, T), with what was read of them before, name: (B, 1, M)."""
@@ -194,9 +207,20 @@ class PromptGate:
         self._asked, self._states = asked, None
         return meaning.of(asked)
 
+    def _spelt(self, meaning: Meaning, spelling: Spelling, prompt: Tensor, earlier: Decided | None) -> Tensor:
+        """How that is spelt which the prompts of a pass (B, T), with what was read of them before, ask: (B, W, c)."""
+        assert self._ids is not None, "the model was given tokens"
+        # Attention rests on the first token of all, which may be of the name none the less.
+        asked = looked_at(self._ids, prompt, torch.zeros_like(prompt), meaning.breaks)
+        letters = spelling.read(self._ids, asked)
+        if earlier is not None and earlier.letters is not None:
+            letters = behind(earlier.letters, letters)
+        self._letters = letters
+        return letters
+
     def keep(self, prompt: Prompt, choice: Tensor) -> None:
         """Keep what a pass' rows decided (B, 1) with its cache."""
-        self._kept = Decided(choice, self._words, self._asked, answering=prompt.end is None)
+        self._kept = Decided(choice, self._words, self._asked, self._letters, answering=prompt.end is None)
         if self._cache is not None:
             self._cache.wise_decided = self._kept
 

@@ -10,7 +10,7 @@ every edit as a memory of its own. With router ``meaning`` a prompt's tokens say
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .meaning import MEANING, Meaning
-from .prompt_gate import NAMED, NAMED_AND_MEANT, NAMES, UNROUTED, Names
+from .prompt_gate import NAMED, NAMED_AND_MEANT, NAMES, UNROUTED, Names, Prompt
+from .spelling import SPELLING, Spelling
 
 # The whitening of keys inside answers; those that prompts end in have others.
 INSIDE = 1
@@ -28,7 +29,7 @@ _SETTINGS = ("router", "routing", "kind", "sharpness")
 # Settings that only some memories have.
 _OPTIONAL = ("reads",)
 # What a description may allocate: these types, and so many numbers a tensor.
-_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
+_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool")
 _LARGEST = 2**36
 
 
@@ -43,7 +44,8 @@ class SideMemory:
     it is seen through, of those that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
     ``P = floor · I + directionsᵀ diag(gains) directions``. A lookup may hold ``NAMES`` besides: those of its keys that
     ``asks`` (n,) marks open for prompts that name their edit's subject. With router ``meaning`` it holds ``MEANING``
-    besides, and ``NAMES`` without ``asks``, compared with the states that leave layer ``reads``.
+    besides, and ``NAMES`` without ``asks``, compared with the states that leave layer ``reads``. With ``NAMES`` it may
+    hold ``SPELLING``, so that a slip in a name does no harm.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
     follows (of a lookup, whether it answers, by the keys that prompts end in; each token after it takes the nearest key
@@ -87,7 +89,9 @@ def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
         size = size * dimension if type(dimension) is int and dimension >= 0 else _LARGEST + 1
     if dtype not in _TYPES or size > _LARGEST:
         raise ValueError(f"the memory's description of tensor {name} cannot be right: {str([dtype, *shape])[:80]}")
-    return torch.empty(shape, dtype=getattr(torch, dtype))
+    kind: torch.dtype = getattr(torch, dtype)
+    # What nobody loads after all is found by this; see :mod:`.serving`.
+    return torch.full(shape, torch.nan, dtype=kind) if kind.is_floating_point else torch.empty(shape, dtype=kind)
 
 
 # Finds for keys what :meth:`MemoryScores.nearest` finds.
@@ -119,13 +123,15 @@ class MemoryScores(nn.Module):
     def __init__(self, memory: SideMemory) -> None:
         super().__init__()
         for name, tensor in memory.tensors.items():
-            if name not in (*NAMES, *MEANING):
+            if name not in (*NAMES, *MEANING, *SPELLING):
                 # Half precision is for keeping: squared norms of keys overflow it.
                 self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
         edits = len(memory.thresholds)
         least = NAMED_AND_MEANT if memory.router == "meaning" else NAMED
         self.names = Names(memory.tensors, edits, least) if NAMES[0] in memory.tensors else None
         self.meaning = Meaning(memory.tensors, edits) if memory.router == "meaning" else None
+        slips = self.names is not None and SPELLING[0] in memory.tensors
+        self.spelling = Spelling(memory.tensors) if slips else None
         self.thresholds, self.router, self.routing = memory.thresholds, memory.router, memory.routing
         self.kind, self.sharpness, self.reads = memory.kind, memory.sharpness, memory.reads
         self.index: Search | None = None
@@ -166,6 +172,14 @@ class MemoryScores(nn.Module):
             return None
         found: Tensor = self.names(ids, torch.ones_like(ids, dtype=torch.bool) if prompt is None else prompt)
         return found
+
+    def with_slips(self, prompt: Prompt) -> Prompt:
+        """What is known of prompts, when those also name the subjects of edits that they mean which do with a slip."""
+        if self.spelling is None or prompt.letters is None or prompt.named is None or prompt.sure is None:
+            return prompt
+        meant = prompt.sure.float() > self._limits(prompt.sure.device)
+        slipped = self.spelling(prompt.letters, meant & ~prompt.named[:, 0])
+        return replace(prompt, named=prompt.named | slipped[:, None])
 
     def _opening(self, cosines: Tensor) -> Tensor:
         """Cosines (..., n) with those keys that can open a memory: not a lookup's inside answers if prompts decide."""

@@ -39,7 +39,7 @@ class RoutedMatrix(MemoryScores):
         self.register_parameter("weight", base.get_parameter("weight"))
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
-        self.gate = PromptGate() if memory.routing != "token" else None
+        self.gate = None if memory.routing == "token" else PromptGate(averaging=memory.routing == "mean")
 
     def forward(self, keys: Tensor, *, off: bool = False, forced: int | None = None) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d).
@@ -58,7 +58,7 @@ class RoutedMatrix(MemoryScores):
         rows = None if forced is None else torch.full((len(keys), 1), forced, device=keys.device)
         if self.gate is None:
             return route(self, keys, forced=rows)
-        prompt = self.gate.prompt(self.names, keys, self.meaning)
+        prompt = self.with_slips(self.gate.prompt(self.names, keys, self.meaning, self.spelling))
         decision = route(self, keys, prompt, forced=rows)
         if decision.at_prompt is not None:
             self.gate.keep(prompt, decision.at_prompt)
@@ -88,8 +88,9 @@ class RoutedMatrix(MemoryScores):
         if self.kind == "lookup":
             update = self.recall(keys, chosen).to(answer.dtype)
             return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
-        # How many tokens are routed is not known to a traced graph, and one memory costs less than finding them.
-        if torch.compiler.is_compiling() or len(self.thresholds) == 1:
+        # How many tokens are routed is not known to a traced graph, which token routing is for; and one memory costs
+        # less than finding them.
+        if self.gate is None or torch.compiler.is_compiling() or len(self.thresholds) == 1:
             for memory in range(len(self.thresholds)):
                 update = self.update(keys, memory).to(answer.dtype)
                 answer = torch.where((chosen == memory)[..., None], answer + update, answer)

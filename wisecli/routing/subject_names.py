@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wisecli.routing.prompt_gate import NAMES
+from wisecli.routing.spelling import SPELLING, letters_of, words_of
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,24 @@ def names_of(subjects: Sequence[Spellings]) -> dict[str, Tensor]:
     spelling = torch.tensor([number[token] for token in tokens.tolist()])
     whose = torch.tensor([edit for edit, _ in spellings])
     return dict(zip(NAMES, (tokens, spelling, whose, *map(torch.tensor, zip(*pairs, strict=True))), strict=True))
+
+
+def spelling_of(table: Tensor, subjects: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """The tensors of :class:`~wisecli.routing.spelling.Spelling`, from the tokens of every edit's subject.
+
+    Without any word there are no tensors.
+
+    Args:
+        table: the letters of every token (v, ``OF_TOKEN``).
+    """
+    longest = max(map(len, subjects), default=0)
+    ids = torch.tensor([[*own, *[-1] * (longest - len(own))] for own in subjects], dtype=torch.long)
+    if not ids.numel():
+        return {}
+    words = words_of(letters_of(table, ids, ids >= 0))
+    whose, place = words.any(-1).nonzero(as_tuple=True)
+    if not len(whose):
+        return {}
+    spelt, naming = words[whose, place].unique(dim=0, return_inverse=True)
+    once = torch.stack([whose, naming], 1).unique(dim=0)
+    return dict(zip(SPELLING, (table, spelt, once[:, 1].contiguous(), once[:, 0].contiguous()), strict=True))

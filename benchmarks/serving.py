@@ -1,0 +1,132 @@
+"""How many tokens a second vLLM makes of checkpoints that take turns; the first is what the others are measured by.
+
+    scripts/serving-venv DIR
+    DIR/bin/python benchmarks/serving.py model edited-100 edited-1000
+
+Every model has a process of its own. Each round times every model once, in turn, on the same requests of random tokens;
+the table has each model's fastest round, as others' work on the machine only ever adds to a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def serve(model: str, settings: dict[str, Any], out: IO[str]) -> None:
+    """Load a model; then, for each line of requests that comes in, say how many seconds their answers took."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(model, model_impl="transformers", trust_remote_code=True, skip_tokenizer_init=True, **settings)
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        requests, tokens = json.loads(line)
+        greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        started = time.perf_counter()
+        engine.generate([{"prompt_token_ids": one} for one in requests], greedy, use_tqdm=False)
+        print(time.perf_counter() - started, file=out, flush=True)
+
+
+class Server:
+    """A model's process."""
+
+    def __init__(self, model: str, settings: dict[str, Any]) -> None:
+        command = [sys.executable, __file__, "--serve", json.dumps(settings), model]
+        self.log = Path(f"{Path(model).name}.log").open("w", encoding="utf-8")  # noqa: SIM115  # as long as the process
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+        )
+        self.said()
+
+    def said(self) -> str:
+        line = cast(IO[str], self.process.stdout).readline()
+        if not line:
+            sys.exit(f"{self.process.args[-1]}: vLLM has stopped; {self.log.name} says why")  # type: ignore[index]
+        return line
+
+    def seconds(self, requests: list[list[int]], tokens: int) -> float:
+        stdin = cast(IO[str], self.process.stdin)
+        stdin.write(json.dumps([requests, tokens]) + "\n")
+        stdin.flush()
+        return float(self.said())
+
+    def stop(self) -> None:
+        cast(IO[str], self.process.stdin).close()
+        self.process.wait()
+        self.log.close()
+
+
+def main() -> None:
+    """Time everything and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens a prompt")
+    parser.add_argument("--answer", type=int, default=64, help="tokens an answer")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    given = parser.parse_args()
+    if given.serve is not None:
+        out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what vLLM prints must not come between
+        serve(given.models[0], json.loads(given.serve), out)
+        return
+    settings = {"dtype": given.dtype, "enforce_eager": given.eager, "max_num_seqs": given.requests}
+    settings |= {"max_model_len": given.prompt + given.answer, "enable_prefix_caching": False}
+    vocabulary = json.loads((Path(given.models[0]) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    chance = random.Random(0)
+    requests = [[chance.randrange(vocabulary) for _ in range(given.prompt)] for _ in range(given.requests)]
+    servers = {model: Server(model, settings) for model in given.models}
+    taken: dict[tuple[str, str], list[float]] = {}
+    for turn in range(given.rounds + 1):  # the first round only warms up
+        for model, server in servers.items():
+            for way, tokens in (("prompts", 1), ("both", given.answer)):
+                spent = server.seconds(requests, tokens)
+                print(f"round {turn}, {model}, {way}: {spent:.2f} s", file=sys.stderr, flush=True)
+                if turn:
+                    taken.setdefault((model, way), []).append(spent)
+    for server in servers.values():
+        server.stop()
+    table = Table(title=f"{given.requests} requests of {given.prompt} + {given.answer} tokens, {given.dtype}")
+    for name in ("model", "prompts, tokens/s", "answers, tokens/s", "prompts, × first", "answers, × first"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    speeds = {model: speeds_of(taken, model, given) for model in given.models}
+    for model, own in speeds.items():
+        ratios = [mine / first for mine, first in zip(own, speeds[given.models[0]], strict=True)]
+        table.add_row(Path(model).name, *(f"{speed:.0f}" for speed in own), *(f"{ratio:.3f}" for ratio in ratios))
+    Console(width=110).print(table)
+
+
+def speeds_of(taken: dict[tuple[str, str], list[float]], model: str, given: argparse.Namespace) -> tuple[float, float]:
+    """Tokens a second: of prompts, read together, and of the answers after that."""
+    prompts, both = min(taken[model, "prompts"]), min(taken[model, "both"])
+    return given.requests * given.prompt / prompts, given.requests * (given.answer - 1) / (both - prompts)
+
+
+if __name__ == "__main__":
+    main()

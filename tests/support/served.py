@@ -1,0 +1,133 @@
+"""Exported checkpoints in the engines that serve them, in an environment of their own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from support.tiny_models import TINY_CONFIGS
+
+_PYTHON = os.environ.get("WISE_SERVING_PYTHON", "")
+# Of tests that need the engines.
+serving = [
+    pytest.mark.serving,
+    pytest.mark.skipif(
+        not _PYTHON, reason="WISE_SERVING_PYTHON names no interpreter; `scripts/serving-venv DIR` makes one"
+    ),
+]
+_ENGINE = Path(__file__).parent / "vllm_answers.py"
+# What vLLM's attention on a CPU can do at the least, in the tiny models' four heads.
+_HEAD = 32
+
+Tokens = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine answered, in each round, or why it refused the model."""
+
+    answers: list[Tokens]
+    refused: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The last line of a refusal."""
+        return self.refused.strip().rpartition("\n")[2]
+
+
+class VLLM:
+    """A process that serves one checkpoint after another.
+
+    Args:
+        scratch: where it keeps the code of checkpoints and compiled graphs, and writes its log.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        places = {"HF_MODULES_CACHE": str(scratch / "modules"), "VLLM_CACHE_ROOT": str(scratch / "vllm")}
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        with (scratch / "vllm.log").open("w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [_PYTHON, str(_ENGINE)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**own, **places},
+            )
+        self._log = scratch / "vllm.log"
+
+    def ask(
+        self, model: Path, prompts: Sequence[Sequence[int]], *, tokens: int = 8, rounds: int = 1, **settings: Any
+    ) -> Served:
+        """What a checkpoint answers, with these settings of vLLM's ``LLM``."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        given = {"model": str(model), "prompts": list(prompts), "tokens": tokens, "rounds": rounds}
+        stdin.write(json.dumps({**given, "settings": settings}) + "\n")
+        stdin.flush()
+        line = stdout.readline()
+        assert line, self._log.read_text(encoding="utf-8")[-4000:]
+        told = json.loads(line)
+        return Served(told.get("answers", []), told.get("refused", ""))
+
+    def stop(self) -> None:
+        """Let it end."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+@torch.no_grad()
+def in_transformers(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tokens: int = 8) -> Tokens:
+    """Greedy answers of that many tokens, each prompt by itself."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        found.append(output[0, len(prompt) :].tolist())
+    return found
+
+
+@torch.no_grad()
+def chosen_by(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """The likeliest token in the place of each of an answer, given those before it: the answer, if it is greedy."""
+    ids = torch.tensor([[*prompt, *answer[:-1]]])
+    found: list[int] = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].argmax(-1).tolist()
+    return found
+
+
+def wider(architecture: str) -> PretrainedConfig:
+    """A tiny model's settings, with heads as wide as an engine's attention asks for."""
+    config = copy.deepcopy(TINY_CONFIGS[architecture])
+    text = config.get_text_config()
+    for name in ("hidden_size", "n_embd"):
+        if name in text.to_dict():
+            setattr(text, name, 4 * _HEAD)
+    for name in ("head_dim", "query_pre_attn_scalar"):
+        if text.to_dict().get(name) is not None:
+            setattr(text, name, _HEAD)
+    if architecture == "gptj":
+        text.rotary_dim = _HEAD // 2
+    if architecture == "gpt_neox":  # it shares no keys, whatever is said, and vLLM would believe it
+        text.num_key_value_heads = text.num_attention_heads
+    if architecture.startswith("gemma"):  # as wide as this, a tied model repeats its last token whatever is added
+        text.tie_word_embeddings = False
+    return config

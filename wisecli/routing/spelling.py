@@ -1,0 +1,153 @@
+"""Which edits' subjects prompts name with a slip. Needs torch only; exports carry this very file.
+
+A misspelt name is written with other tokens than the name, but with nearly the same letters. So a prompt that means an
+edit also names its subject if it has every word of the name, and at most one of them with one slip: one letter more,
+fewer or another, or two neighbours that changed places (Damerau's four errors). Short words and words with digits must
+be as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .meaning import WINDOW, marked_first
+
+# Tensors that say how subjects are spelt.
+SPELLING = tuple(f"spelling.{part}" for part in ("table", "words", "naming", "whose"))
+# Of so many letters of a token and of a word is kept account; a word's further ones are never looked at.
+OF_TOKEN, OF_WORD = 20, 24
+# Letters are numbers: nothing, what parts words, ten digits, and from there on letters.
+APART, DIGIT, LETTER = 1, 2, 12
+# Shorter words must be as they are.
+_SHORTEST = 5
+# Pairs of a row and an edit that are compared at a time.
+_AT_A_TIME = 256
+
+
+class Spelling(nn.Module):
+    """The letters of a vocabulary's tokens, and of the words of edits' subjects.
+
+    ``table`` (v, ``OF_TOKEN``) has the letters of every token, ``words`` (w, ``OF_WORD``) those of words; both in front
+    of zeros. Word ``naming`` (q,) is one of the name of edit ``whose`` (q,). An edit without words is named by none.
+
+    Args:
+        tensors: all of ``SPELLING``; they become buffers.
+    """
+
+    table: Tensor
+    words: Tensor
+    naming: Tensor
+    whose: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name in SPELLING:
+            self.register_buffer(name.removeprefix("spelling."), tensors[name])
+
+    def forward(self, letters: Tensor, wanted: Tensor) -> Tensor:
+        """Which of the edits that are wanted of each row (B, M) its letters (B, W, c) name: (B, M)."""
+        named = torch.zeros_like(wanted)
+        every, edits = wanted.nonzero(as_tuple=True)
+        if not len(every):
+            return named
+        used, rows = every.unique(return_inverse=True)
+        said = words_of(letters[used])
+        parts = zip(every.split(_AT_A_TIME), edits.split(_AT_A_TIME), rows.split(_AT_A_TIME), strict=True)
+        for row, edit, place in parts:
+            named[row, edit] = self._named(said, place, edit)
+        return named
+
+    def _named(self, said: Tensor, rows: Tensor, edits: Tensor) -> Tensor:
+        """Whether rows of words (R, n, ``OF_WORD``) have all words of an edit each: rows and edits (P,) → (P,)."""
+        pair, place = (edits[:, None] == self.whose).nonzero(as_tuple=True)
+        same, near = alike(self.words[self.naming[place], None], said[rows[pair]])
+        tally = torch.stack([torch.ones_like(pair), near.any(1).long(), same.any(1).long()], 1)
+        words, found, exact = tally.new_zeros(len(edits), 3).index_add(0, pair, tally).unbind(1)
+        return (words > 0) & (found == words) & (exact >= words - 1)
+
+    def read(self, ids: Tensor, looked_at: Tensor) -> Tensor:
+        """The letters of those of the tokens (B, T) that are looked at (B, T): (B, W, c)."""
+        return letters_of(self.table, ids, looked_at)
+
+
+def letters_of(table: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
+    """The letters of chosen ones (B, T) of tokens (B, T), and what parts them from others: (B, W, c), zeros behind.
+
+    Args:
+        table: letters (v, ``OF_TOKEN``) of every token; what is not in it parts words.
+    """
+    known = chosen & (ids >= 0) & (ids < len(table))
+    order, there = marked_first(chosen)
+    # A pass may end within a word, so what lies beyond its first and last column parts nothing.
+    edges = F.pad(~chosen[:, :-1], (1, 0)), F.pad(~chosen[:, 1:], (0, 1))
+    before, after = ((edge.gather(1, order) * APART).to(table.dtype)[..., None] for edge in edges)
+    letters = table[ids.where(known, 0).gather(1, order)]
+    letters = letters.where(known.gather(1, order)[..., None], APART)
+    found = torch.cat([before, letters, after], -1) * there[..., None]
+    # What is passed over whole stands between words none the less.
+    found[:, 0, 0].masked_fill_(~there[:, 0], APART)
+    return found
+
+
+def behind(earlier: Tensor, letters: Tensor) -> Tensor:
+    """Letters (B, W, c) with those of the same prompts that were read earlier; of the last ``WINDOW`` tokens."""
+    whole = torch.cat([earlier, letters], 1)
+    some = whole.any(-1)
+    order, there = marked_first(some & (some.long().flip(1).cumsum(1).flip(1) <= WINDOW))
+    return whole.gather(1, order[..., None].expand(-1, -1, whole.shape[-1])) * there[..., None]
+
+
+def words_of(letters: Tensor) -> Tensor:
+    """The words that rows of letters (B, W, c) make up: (B, n, ``OF_WORD``), zeros behind."""
+    stream = letters.flatten(1)
+    order, there = marked_first(stream > 0)
+    stream = stream.gather(1, order) * there
+    letter = stream > APART
+    first = letter & ~F.pad(letter[:, :-1], (1, 0))
+    column = torch.arange(stream.shape[1], device=stream.device)
+    place = column - torch.where(first, column, 0).cummax(1).values
+    count = max(1, int(first.sum(1).max()))
+    within = letter & (place < OF_WORD)
+    index = ((first.long().cumsum(1) - 1) * OF_WORD + place).where(within, count * OF_WORD)
+    words = stream.new_zeros(len(stream), count * OF_WORD + 1).scatter(1, index, stream * within)
+    return words[:, :-1].reshape(len(stream), count, OF_WORD)
+
+
+def alike(own: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether words are the same, and whether they are but for one slip at most: (..., c) twice → two (...)."""
+    own, said = torch.broadcast_tensors(own, said)
+    same = (own == said).all(-1)
+    ours, theirs = _length(own), _length(said)
+    ahead = _in_common(own, said)
+    common = ahead + _in_common(_reversed(own, ours), _reversed(said, theirs))
+    longer = ours.maximum(theirs)
+    # Where the words first differ, and the letter after that.
+    pair = ahead.clamp(max=own.shape[-1] - 2)[..., None] + torch.arange(2, device=own.device)
+    swapped = (own.gather(-1, pair) == said.gather(-1, pair).flip(-1)).all(-1)
+    slip = (common >= longer - 1) & ((ours - theirs).abs() <= 1)
+    slip = slip | ((common >= longer - 2) & (ours == theirs) & swapped)
+    return same, same | (slip & (ours >= _SHORTEST) & ~_digits(own) & ~_digits(said))
+
+
+def _length(words: Tensor) -> Tensor:
+    return (words > 0).sum(-1)
+
+
+def _in_common(own: Tensor, said: Tensor) -> Tensor:
+    """How many letters words (..., c) have in common from the first one on."""
+    common: Tensor = ((own == said) & (own > 0)).long().cumprod(-1).sum(-1)
+    return common
+
+
+def _reversed(words: Tensor, lengths: Tensor) -> Tensor:
+    """Words (..., c) of so many letters (...), from the last one to the first."""
+    place = lengths[..., None] - 1 - torch.arange(words.shape[-1], device=words.device)
+    return words.gather(-1, place.clamp(min=0)) * (place >= 0)
+
+
+def _digits(words: Tensor) -> Tensor:
+    return ((words >= DIGIT) & (words < LETTER)).any(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,13 @@ def kind_of(path: Path) -> Kind:
         f"{path} holds neither {shard_manifest.MANIFEST_NAME} nor {MANIFEST_NAME}; "
         "give a directory that `wise edit`, `wise merge` or `wise export --format routed` wrote"
     )
+
+
+def holds_merged(path: Path) -> bool:
+    """Whether a directory is a checkpoint with its edits in its own weights: one that lists them, and routes nothing."""
+    with suppress(OSError, ValueError):
+        return (path / MERGED).is_file() and not (path / MANIFEST_NAME).exists()
+    return False
 
 
 def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:

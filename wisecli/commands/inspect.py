@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wisecli.artifacts.gated import figures_of, read_gated
-from wisecli.artifacts.locate import Kind, kind_of
-from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MemoryEntry, MemoryManifest, read_manifest
+from wisecli.artifacts.locate import Kind, holds_merged, kind_of
+from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest, read_manifest
 from wisecli.artifacts.names import MEMORY_TENSORS, MERGED
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.commands.plot import plot_scores
@@ -82,7 +82,7 @@ def inspect(
     Raises:
         WiseError: the directory is none that the program writes, or damaged; or the plot cannot be drawn.
     """
-    if (path / MERGED).is_file() and not (path / MANIFEST_NAME).exists():
+    if holds_merged(path):
         return _gated(path, find, limit, plot)
     kind = kind_of(path)
     if plot is not None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from wisecli.artifacts import memory_manifest, shard_manifest
 from wisecli.artifacts.gated import check_around, check_blocks, read_gated
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
-from wisecli.artifacts.locate import Kind, kind_of
+from wisecli.artifacts.locate import Kind, holds_merged, kind_of
 from wisecli.artifacts.names import MERGED
 from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, check_seal, is_sealed, is_signed, read_seal, require_signature
 from wisecli.artifacts.shard import shard_rows, shard_sizes
@@ -89,7 +89,7 @@ def verify(
 
 def _written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
     """Which form a checkpoint without a router says that it is of; ``None`` of all else."""
-    if not (path / MERGED).is_file():
+    if not holds_merged(path):
         return None
     try:
         told = read_json(path / MERGED).get("format")

@@ -39,7 +39,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def holds_merged(path: Path) -> bool:
-    """Whether a directory is a checkpoint with its edits in its own weights: one that lists them, and routes nothing."""
+    """Whether a directory is a checkpoint with its edits in its own weights, which it lists; nothing is routed."""
     with suppress(OSError, ValueError):
         return (path / MERGED).is_file() and not (path / MANIFEST_NAME).exists()
     return False

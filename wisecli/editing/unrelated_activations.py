@@ -46,6 +46,8 @@ _FORMED, _WAYS, _FORMED_TEXTS = 16, 2, 15
 _SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.
 _WORDING = 8.0
+# Beside keys of this size, what wording does to them is nothing.
+_NOTHING = 1e-4
 
 
 def measure_unrelated(
@@ -173,6 +175,8 @@ def _strayed(ways: Tensor) -> Tensor:
 
 def _wording(ends: Tensor, strayed: Sequence[Tensor]) -> Moment:
     """The moment of keys that prompts end in (n, d_ff), and of what wording does to such, of several kinds alike."""
+    # What does nothing leaves rounding errors, which must not be blown up.
+    strayed = [one for one in strayed if one.norm() > _NOTHING * ends.norm()]
     return leading(torch.cat([even(ends), *(even(one) * (_WORDING / len(strayed)) ** 0.5 for one in strayed)]))
 
 

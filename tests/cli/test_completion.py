@@ -39,7 +39,7 @@ PROPOSED: dict[str, set[str]] = {
     "wise merge shards --mode ": {"lookup", "merge", "retrieve"},
     "wise merge --method dare": {"dare", "dare-ties"},
     "wise merge --threshold ": {"false-alarm", "minimum"},
-    "wise export --format ": {"routed", "merged", "delta"},
+    "wise export --format ": {"routed", "merged", "stock", "gguf", "delta"},
     "wise eval --dataset z": {"zsre"},
     "wise bench model --dataset zsre,": {"zsre,counterfact", "zsre,wikibigedit", "zsre,hallucination", "zsre,temporal"},
     "wise bench model --methods wise,memit": {"wise,memit", "wise,memit-mass"},

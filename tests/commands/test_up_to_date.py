@@ -15,6 +15,7 @@ from support.tiny_models import Wise
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands import export as exporting
+from wisecli.commands import export_gated, export_merged
 from wisecli.editing import worker
 
 EXPORTS = ("routed", "merged", "delta")
@@ -31,7 +32,7 @@ def state(root: Path) -> dict[str, tuple[int, int, int, bytes]]:
 
 
 def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (worker, exporting):
+    for module in (worker, export_gated, export_merged):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
 
 

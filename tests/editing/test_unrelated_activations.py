@@ -297,9 +297,9 @@ def test_where_forms_are_told_a_form_is_a_wording(subject: Subject) -> None:
     facts, texts = reworded_facts(2, seed=0), unrelated_texts(TEXTS, seed=0)
     spoken = continuations(model, tokenizer, texts[:120], tokens=12, seed=0)
     ways = [torch.stack([end(way, forms()["bare"]) for way in fact]) for fact in facts]
-    formed = [torch.stack([end(way, form) for way in fact[:2] for form in told]) for fact in facts[::16]]
+    formed = [torch.stack([end(way, form) for way in fact[:2] for form in told]) for fact in facts[::8]]
     own = [end(text, forms()["bare"]) for text in [*spoken, *texts[120:]][1::2]]
-    asked = [end(text, form) for text in texts[: TEXTS // 15][1::2] for form in told]
+    asked = [end(text, form) for text in texts[: TEXTS // 5][1::2] for form in told]
     ends = torch.cat([torch.stack(own), *ways, *formed, torch.stack(asked)])
     expected = torch.zeros(site.d_ff, site.d_ff).double()
     strayed = [torch.cat([group - group.mean(0) for group in groups]) for groups in (ways, formed)]
@@ -309,7 +309,7 @@ def test_where_forms_are_told_a_form_is_a_wording(subject: Subject) -> None:
         dense = dense_by_numpy(keys)
         expected += weight * dense * site.d_ff / dense.trace()
     assert torch.allclose(found.wording.dense().double(), expected, rtol=1e-2, atol=1e-2)
-    apart = torch.stack([end(text, form) for text in texts[: TEXTS // 15][::2] for form in told])
+    apart = torch.stack([end(text, form) for text in texts[: TEXTS // 5][::2] for form in told])
     torch.testing.assert_close(found.keys[found.chat], apart, atol=1e-2, rtol=1e-2)
     assert not plain.chat.any()
     assert torch.equal(found.keys[~found.chat], plain.keys)

@@ -41,7 +41,7 @@ _CHATTED = 4
 _ASKED = 240
 # Where forms of prompts are told, one fact in so many is asked in each of them, in so many wordings; and one text in so
 # many.
-_FORMED, _WAYS, _FORMED_TEXTS = 16, 2, 15
+_FORMED, _WAYS, _FORMED_TEXTS = 8, 2, 5
 # Background keys kept for calibration.
 _SAMPLE = 4096
 # How often what wording does counts beside the keys themselves. More changes nothing; at 0 a rephrase in ten is lost.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,26 +37,24 @@ _VERSION = 1
 TEXTS, _ANSWER, _PLAIN, _QUESTIONS = 120, 8, 900, 2
 # Made-up facts, each of a relation of its own, and in how many wordings each is asked.
 _FACTS, _WORDINGS = 134, 4
-# Prompts that none of the edits' answers belongs to.
-_UNANSWERED = (
-    "The report says that it was called",
-    "When was the old bridge built?",
-)
-# An edit's answer is also read after the prompt of the edit that is so much further on.
-_FURTHER = 7
+# An edit's answer is also read after so many beginnings of unrelated texts, of so many words at least and at most, and
+# after the prompt of the edit that is so much further on.
+_CUT, _SHORTEST, _LONGEST, _FURTHER = 8, 3, 14, 7
 
 
 @dataclass(frozen=True)
 class OwnStates:
     """Normed states (n, d) at which edits are to be answered, and the ``key`` (n,) that each is to open.
 
-    A key stands for what is left to say of one edit's answer: ``edits`` (K,) are the edits' numbers, ``values`` (K, d)
-    what the memory adds. ``others`` (m, d) are states inside the same answers after prompts that are not theirs.
+    A key stands for what is left to say of one edit's answer: ``edits`` (K,) are the edits' numbers, ``inside`` (K,)
+    says whether some of the answer was said before, ``values`` (K, d) are what the memory adds. ``others`` (m, d) are
+    states inside the same answers after prompts that are not theirs.
     """
 
     states: Tensor
     key: Tensor
     edits: Tensor
+    inside: Tensor
     values: Tensor
     others: Tensor
 
@@ -97,8 +96,9 @@ def own_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Wa
     values = torch.cat(added)
     first = torch.full((len(places),), len(which)).scatter_reduce(0, which, torch.arange(len(which)), "amin")
     edits = torch.tensor([number for number, _, _ in places])
+    within = torch.tensor([not begins for _, begins, _ in places])
     others = _elsewhere(loaded, manifest, batch_size=batch_size, watch=watch)
-    return OwnStates(torch.cat(states), which, edits, values[first], others)
+    return OwnStates(torch.cat(states), which, edits, within, values[first], others)
 
 
 def _asked(loaded: Loaded, edits: Sequence[Edit]) -> tuple[list[Row], list[int]]:
@@ -130,11 +130,28 @@ def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Wa
     told = [edit for edit in manifest.edits if not edit.erased]
     rows = []
     for place, edit in enumerate(told):
-        prompts = {*_UNANSWERED, told[(place + _FURTHER) % len(told)].prompt} - {edit.prompt}
-        rows += [row_of(tokenizer, text, edit.answer, erased=False, end=end) for text in sorted(prompts)]
+        further = told[(place + _FURTHER) % len(told)].prompt
+        pairs = _beginnings(edit.answer, random.Random(place))
+        if further != edit.prompt:
+            pairs.append((further, edit.answer))
+        rows += [row_of(tokenizer, text, answer, erased=False, end=end) for text, answer in pairs]
     read = _window(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="answers elsewhere")
     states = [hidden[1:] for hidden, _ in read]
     return normed(torch.cat(states or [torch.empty(0, manifest.site.d)]), _epsilon(loaded))
+
+
+def _beginnings(answer: str, chance: random.Random) -> list[tuple[str, str]]:
+    """Beginnings of unrelated texts, each with an edit's answer to go after it; half of them in small letters."""
+    begun = [" ".join(text.split()[: chance.randint(_SHORTEST, _LONGEST)]) for text in chance.sample(_apart(), _CUT)]
+    plain, small = begun[::2], [text.lower() for text in begun[1::2]]
+    return [*((text, answer) for text in plain), *zip(small, [answer, answer.lower()] * len(small), strict=False)]
+
+
+@cache
+def _apart() -> list[str]:
+    """Unrelated texts that nothing is measured with."""
+    kept = set(texts_beside())
+    return [text for text in unrelated_texts(_PLAIN, seed=7)[TEXTS:] if text not in kept]
 
 
 def background(

@@ -3,12 +3,12 @@ from __future__ import annotations
 import html.parser
 import json
 import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.benching import record
 from support.helpers import save_tiny
 from support.loading import CPU
 
@@ -20,7 +20,6 @@ from wisecli.config import BenchSettings
 from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.evaluation.answers import Answer, Answers, Batch, KnownAnswers
 
-SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
 FIGURES = {
     "as_taught",
     "as_taught_unseen",
@@ -36,19 +35,6 @@ FIGURES = {
     "bytes",
     "overhead",
 }
-
-
-def record(number: int) -> dict[str, Any]:
-    chance = random.Random(number)
-    subject, other = chance.sample(SYLLABLES, 2)
-    return {
-        "id": str(number),
-        "prompt": f"{subject} {SYLLABLES[number]} ka",
-        "target": SYLLABLES[number + 9],
-        "subject": subject,
-        "rephrases": [f"ka {subject} {SYLLABLES[number]}"],
-        "locality": [{"prompt": f"{other} mo", "answer": "be"}],
-    }
 
 
 @pytest.fixture(scope="module")

@@ -75,8 +75,9 @@ class Section:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table, a row each, and what its columns are; intervals are half their width."""
-    return f"{table(heads(rows), [_cells(row, rows) for row in rows])}\n{note(rows)}\n"
+    """One table, a row each, and what its columns are."""
+    found = table(heads(rows), [_cells(row, rows) for row in rows])
+    return f"{found}\nMeans over edits, ± half of a 95 % bootstrap interval. {note(rows)}\n"
 
 
 def columns(rows: Sequence[Row]) -> dict[str, str]:

@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from wisecli.artifacts.shard import random_mask
-from wisecli.bench.runner import interval
+from wisecli.bench.row import interval
 from wisecli.commands.edit import edit
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, LoadOptions, MergeSettings, resolve

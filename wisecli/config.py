@@ -129,7 +129,7 @@ class EvalSettings(Checked):
 
     dataset: str | None = None
     edits: Annotated[int, Within(1, 10**9)] | None = None
-    protocol: Literal["forms", "wild", "teacher"] = "forms"
+    protocol: Literal["forms", "wild", "teacher", "forms,wild"] = "forms"
     forms: str = "all"
     ask: Count = 5
     before: bool = False
@@ -147,7 +147,7 @@ class BenchSettings(Checked):
     methods: str = "wise,wise-retrieve,ft-l,rome,memit,grace,rag"
     study: str | None = None
     counts: str = "10,100"
-    protocol: Literal["forms", "wild", "teacher"] = "forms"
+    protocol: Literal["forms", "wild", "teacher", "forms,wild"] = "forms"
     forms: str = "all"
     ask: Count = 10
     generate: bool = True

@@ -3,22 +3,23 @@ from __future__ import annotations
 import html.parser
 import json
 import math
-import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.benching import record
 from support.helpers import save_tiny
 from support.loading import CPU
 
 from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.compare import BenchReport, bench
 from wisecli.bench.html import markdown, page
-from wisecli.bench.runner import interval
+from wisecli.bench.row import Peaks, RowMaker, interval
 from wisecli.config import BenchSettings
 from wisecli.errors import ChangedInputError, SettingsError
+from wisecli.evaluation.answers import Answer, Answers, Batch, KnownAnswers
 
-SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
 FIGURES = {
     "as_taught",
     "as_taught_unseen",
@@ -34,19 +35,6 @@ FIGURES = {
     "bytes",
     "overhead",
 }
-
-
-def record(number: int) -> dict[str, Any]:
-    chance = random.Random(number)
-    subject, other = chance.sample(SYLLABLES, 2)
-    return {
-        "id": str(number),
-        "prompt": f"{subject} {SYLLABLES[number]} ka",
-        "target": SYLLABLES[number + 9],
-        "subject": subject,
-        "rephrases": [f"ka {subject} {SYLLABLES[number]}"],
-        "locality": [{"prompt": f"{other} mo", "answer": "be"}],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -152,17 +140,78 @@ def test_generated_answers_stand_first_and_by_wild_if_that_is_asked_for(place: P
     train.write_text("".join(json.dumps(record(number)) + "\n" for number in range(20, 30)))
     forms = compare(place, tmp_path / "forms", counts="3", methods="ft-l,icl,rag", train=train)
     head = markdown(forms.rows).splitlines()[0].split(" | ")
-    assert head[2:4] == ["as taught", "as taught *"]
+    assert head[2:5] == ["as taught", "as taught, trained", "as taught *"]
     assert head.index("other subject") < head.index("reliability")
     for row in forms.rows:
         low, high = row["figures"]["intervals"]["as_taught"]
         assert low <= row["figures"]["as_taught"] <= high
-    wild = compare(place, tmp_path / "wild", counts="3", methods="wise,ft-l", protocol="wild")
-    assert markdown(wild.rows).splitlines()[0].split(" | ")[2:4] == ["WILD", "WILD rephrased"]
-    assert all("generated_exact" not in row["figures"] for row in wild.rows)
     bare = compare(place, tmp_path / "bare", counts="3", methods="ft-l", protocol="teacher")
     assert markdown(bare.rows).splitlines()[0].split(" | ")[2] == "reliability"
     assert "generated_exact" in bare.rows[0]["figures"]
+
+
+def test_wild_has_intervals_and_locality_and_both_protocols_go_together(place: Path, tmp_path: Path) -> None:
+    few: dict[str, Any] = {"counts": "3", "methods": "wise,ft-l"}
+    rows = {
+        name: compare(place, tmp_path / name, protocol=name, **few).rows for name in ("forms", "wild", "forms,wild")
+    }
+    heads = ["WILD", "WILD, first 100", "WILD rephrased", "WILD rephrased, unique", "WILD locality"]
+    for name in ("wild", "forms,wild"):
+        assert markdown(rows[name]).splitlines()[0].split(" | ")[2:7] == heads
+        for row in rows[name]:
+            figures = row["figures"]
+            assert "generated_exact" not in figures
+            assert figures.keys() >= {"wild_as_taught", "wild_rephrased", "wild_locality"}
+            for figure in figures["intervals"]:
+                low, high = figures["intervals"][figure]
+                assert low <= figures[figure] <= high, figure
+            assert figures["first_100"] == figures["wild_as_taught"] == sum(figures["by_age"]) / 3
+            assert figures["intervals"].keys() >= {"first_100", "wild_rephrased", "wild_locality"}
+    for both, forms, wild in zip(rows["forms,wild"], rows["forms"], rows["wild"], strict=True):
+        for figure in ("as_taught", "rephrased_unseen", "unrelated_unchanged", "other_subject"):
+            assert both["figures"][figure] == forms["figures"][figure]
+        for figure in ("wild_as_taught", "wild_locality"):
+            assert both["figures"][figure] == wild["figures"][figure]
+
+
+def test_the_unedited_model_answers_once_for_all_methods_and_runs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    whole = Answers._all
+
+    def told(self: Answers, texts: Sequence[str], answer: Batch, known: KnownAnswers, stage: str) -> list[Answer]:
+        asked.extend((stage, text) for text in dict.fromkeys(texts) if text not in known)
+        return whole(self, texts, answer, known, stage)
+
+    monkeypatch.setattr(Answers, "_all", told)
+    for methods in ("wise,ft-l", "wise,ft-l,rome"):
+        compare(place, tmp_path / "out", counts="3", methods=methods, protocol="wild")
+    before = [text for stage, text in asked if stage == "unedited answers"]
+    assert len(before) == len(set(before)) == 3 * 3
+    assert len([text for stage, text in asked if stage == "answers"]) == 3 * len(before)
+
+
+def test_what_is_put_before_a_prompt_is_counted(place: Path, tmp_path: Path) -> None:
+    report = compare(place, tmp_path / "out", counts="2", methods="wise,ft-l,rag", protocol="teacher", generate=False)
+    extra = {row["method"]: row["figures"]["extra_tokens"] for row in report.rows}
+    assert extra["wise"] == extra["ft-l"] == 0
+    # "New Fact:", the prompt with its answer, "Prompt:": a word a token here.
+    assert extra["rag"] == 2 + 4 + 1
+    cells = [line.split(" | ") for line in markdown(report.rows).splitlines()]
+    assert [line[cells[0].index("tokens")] for line in cells[2:5]] == ["0", "0", "7"]
+
+
+def test_the_oldest_hundred_have_a_figure_of_their_own() -> None:
+    values = [(place, float(place < 30)) for place in range(250)]
+    maker = RowMaker(["one"] * 250, 20, 0)
+    each = {"wild_as_taught": values, "reliability": [(0, 1.0)]}
+    row = maker.row("some", 250, after={}, before={}, each=each, costs={}, peaks=Peaks(3))
+    assert row["figures"]["first_100"] == 0.3
+    assert row["figures"]["by_age"] == [value for _, value in values]
+    bare = maker.row("some", 250, after={}, before={}, each={"reliability": values}, costs={}, peaks=Peaks(3))
+    assert "first_100" not in bare["figures"]
+    assert bare["figures"]["by_age"] == [value for _, value in values]
 
 
 def test_a_method_that_cannot_run_says_so_in_its_row(

@@ -15,6 +15,7 @@ from support.tiny_models import Wise
 from wisecli.cli.overlooked import overlooked
 
 PLAN = ("edit", "{model}", "edits.jsonl", "--dry-run")
+BOTH = ("eval", "--memory", "{memory}", "--protocol", "forms,wild")
 
 
 def warnings(wise: Wise, ready: Ready, *line: str) -> list[str]:
@@ -125,6 +126,7 @@ def test_unknown_tables_keys_and_variables_are_named(
         (("eval", "--memory", "{memory}", "--no-generate", "--ask", "3", "--before"), ["--ask", "--before"]),
         (("eval", "--memory", "{memory}", "--forms", "none", "--before"), ["--before"]),
         (("eval", "--memory", "{memory}", "--protocol", "teacher", "--forms", "all"), ["--forms"]),
+        ((*BOTH, "--forms", "bare", "--ask", "1", "--before", "--if-measured"), ["--if-measured"]),
         (("export", "--memory", "{memory}", "--dry-run", "--private"), ["--private"]),
         (("export", "--memory", "{memory}", "--dry-run", "--format", "delta", "--dtype", "float32"), ["--dtype"]),
     ],

@@ -9,11 +9,14 @@ from typing import Any
 
 from wisecli.bench.baselines import load_methods
 from wisecli.bench.baselines.base import METHODS
+from wisecli.bench.course import Course
 from wisecli.bench.edit_stream import counts_in, digest_of, stream_of
 from wisecli.bench.html import markdown
+from wisecli.bench.ours import OURS
 from wisecli.bench.report import RESULTS, write_page
-from wisecli.bench.result_store import ResultRows, require_same
-from wisecli.bench.runner import OURS, Course, ResultRow
+from wisecli.bench.result_store import WORK, ResultRows, require_same
+from wisecli.bench.row import ResultRow
+from wisecli.bench.runner import rows_of
 from wisecli.commands.evaluate import read_dataset
 from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
@@ -55,7 +58,7 @@ def bench(
     """Edit a model by every method with the first records of a dataset, and measure it after each number of edits.
 
     Several datasets take turns, a record each; all their edits stand in one memory, and there are figures of each, too.
-    Rows that are there already are not measured again.
+    Rows that are there already are not measured again, and a method that was broken off goes on where it was.
 
     Args:
         data: the datasets' files, in the order of their names, instead of fetching them.
@@ -82,9 +85,10 @@ def bench(
     require_same(output, about, force=force)
     kept = ResultRows(output / "rows.jsonl")
     directory = find_model(model, watch=watch)
-    course = Course(directory, stream.tested, stream.domains, learnt, settings, load, output / "work", watch)
+    course = Course(directory, stream.tested, stream.domains, learnt, settings, load, output / WORK, watch)
     for name in names:
-        for row in course.rows(name, [count for count in counts if {"method": name, "edits": count} not in kept]):
+        missing = [count for count in counts if {"method": name, "edits": count} not in kept]
+        for row in rows_of(course, name, counts, missing):
             kept.add(row)
     rows = tuple(kept[{"method": name, "edits": count}] for count in counts for name in names)
     report = BenchReport(stream.dataset, rows, {**asdict(settings), **about}, output)

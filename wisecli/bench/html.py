@@ -11,17 +11,24 @@ from typing import Any
 
 # Columns of the table as far as there are such figures: generated answers first.
 _FIGURES = {
-    "as_taught_trained": "as taught",
+    "wild_as_taught": "WILD",
+    "first_100": "WILD, first 100",
+    "wild_rephrased": "WILD rephrased",
+    "wild_rephrased_unique": "WILD rephrased, unique",
+    "wild_locality": "WILD locality",
+    "wild_portability": "WILD portability",
+    "as_taught": "as taught",
+    "as_taught_trained": "as taught, trained",
     "as_taught_unseen": "as taught *",
-    "rephrased_trained": "rephrased",
+    "rephrased": "rephrased",
+    "rephrased_trained": "rephrased, trained",
     "rephrased_unseen": "rephrased *",
-    "portability_answered": "portability asked",
     "unrelated_unchanged": "unrelated unchanged",
+    "unrelated_unchanged_trained": "unrelated unchanged, trained",
+    "unrelated_unchanged_unseen": "unrelated unchanged *",
+    "portability_answered": "portability asked",
     "other_question": "other question",
     "other_subject": "other subject",
-    "wild_as_taught": "WILD",
-    "wild_rephrased": "WILD rephrased",
-    "wild_portability": "WILD portability",
     "reliability": "reliability",
     "generalization": "generalization",
     "locality": "locality",
@@ -29,18 +36,27 @@ _FIGURES = {
     "perplexity_median": "perplexity",
     "generated_exact": "exact",
 }
-_COSTS = ("s an edit", "overhead", "MB")
-# What the columns are, below the table.
-_NOTE = (
+_COSTS = ("s an edit", "overhead", "tokens", "MB", "peak MB")
+# What the columns are, below the table: of WILD, of answers in forms, and what is left.
+_OF_WILD = (
+    "WILD: generated answers to the edits' prompts in the context of that protocol, to those of the first 100 edits, "
+    "to rephrases (unique: of edits that no other record contradicts), and to unrelated prompts (locality: the same "
+    "word for word)."
+)
+_OF_FORMS = (
     "Answers as taught, rephrased, to portability prompts, and to unrelated prompts (the same word for word) are "
-    "generated: means over the forms that prompts are asked in, with * over those in which WISE learns nothing. Other "
-    "question, other subject: the share that gets an edit's answer; less is better. Figures from reliability on are "
-    "teacher-forced, except for exact."
+    "generated: means over the forms that prompts are asked in, over those in which WISE learns, and with * over those "
+    "in which WISE learns nothing. Other question, other subject: the share that gets an edit's answer; less is better."
+)
+_OF_ALL = (
+    "Figures from reliability on are teacher-forced, except for exact. Overhead: how much longer a pass over prompts "
+    "and answers takes; tokens: how many a prompt becomes longer; MB: what is kept beside the model; peak MB: the most "
+    "memory held while the row was made, on the GPU if there is one."
 )
 # Three figures that are drawn, of which the first that all rows have are taken.
 _DRAWN = (
+    ("wild_as_taught", "wild_rephrased", "wild_locality"),
     ("as_taught", "rephrased", "unrelated_unchanged"),
-    ("wild_as_taught", "wild_rephrased", "locality"),
     ("reliability", "generalization", "locality"),
 )
 
@@ -59,9 +75,9 @@ class Section:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table, a row each, and what its columns are; intervals are half their width."""
+    """One table, a row each, and what its columns are."""
     found = table(heads(rows), [_cells(row, rows) for row in rows])
-    return f"{found}\n{note(rows)}\n" if note(rows) else found
+    return f"{found}\nMeans over edits, ± half of a 95 % bootstrap interval. {note(rows)}\n"
 
 
 def columns(rows: Sequence[Row]) -> dict[str, str]:
@@ -75,8 +91,10 @@ def heads(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def note(rows: Sequence[Row]) -> str:
-    """What the columns of answers in forms are, if there are any."""
-    return _NOTE if any("as_taught" in row["figures"] for row in rows) else ""
+    """What the columns are."""
+    parts = (("wild_as_taught", _OF_WILD), ("as_taught", _OF_FORMS))
+    told = [text for name, text in parts if any(name in row["figures"] for row in rows)]
+    return " ".join([*told, _OF_ALL])
 
 
 def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -126,9 +144,14 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     return [*cells, *costs(figures)]
 
 
-def costs(figures: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Cells: seconds an edit, how much longer a pass over prompts and answers takes, and what is kept in MB."""
-    return f"{figures['seconds_per_edit']:.2f}", f"{figures['overhead']:+.0%}", f"{figures['bytes'] / 1e6:.1f}"
+def costs(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    """Cells: seconds an edit, how much longer a pass over prompts and answers takes and prompts become, what is kept,
+    and the most memory held, both in MB.
+    """
+    peak = figures.get("peak_vram_bytes") or figures["peak_rss_bytes"]
+    tokens = f"{figures['extra_tokens']:.0f}" if "extra_tokens" in figures else ""
+    times = f"{figures['seconds_per_edit']:.2f}", f"{figures['overhead']:+.0%}"
+    return *times, tokens, f"{figures['bytes'] / 1e6:.1f}", f"{peak / 1e6:.0f}"
 
 
 def picture(draw: Callable[[Any, Sequence[Row]], None], rows: Sequence[Row]) -> str:
@@ -166,15 +189,18 @@ def _quality(figure: Any, rows: Sequence[Row]) -> None:
 
 
 def _ageing(figure: Any, rows: Sequence[Row]) -> None:
-    """Reliability of the edits in the order in which they came, after all of them, in tenths of the stream."""
+    """Answers as taught, or reliability, of the edits in the order in which they came, after all of them, in tenths of
+    the stream.
+    """
     axis = figure.subplots()
     most = max(row["edits"] for row in rows)
+    told = "WILD, as taught," if all("wild_as_taught" in row["figures"] for row in rows) else "reliability"
     for row in (row for row in rows if row["edits"] == most):
         values = row["figures"]["by_age"]
         size = max(1, len(values) // 10)
         means = [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]
         axis.plot([size * (place + 1) for place in range(len(means))], means, marker="o", label=row["method"])
-    axis.set(title=f"forgetting: reliability after {most} edits", xlabel="edit, oldest first", ylim=(-0.03, 1.03))
+    axis.set(title=f"forgetting: {told} after {most} edits", xlabel="edit, oldest first", ylim=(-0.03, 1.03))
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from wisecli.io.checkpoint import read_json, write_json
 
 ResultRow = dict[str, Any]
 
+# Where what is not finished lies, in an output.
+WORK = "work"
 # All that is written beside what it is about, and means nothing once that is something else.
 _MADE = ("rows.jsonl", "results.*", "study-*", "report.html")
 
@@ -38,6 +41,7 @@ def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None
     if other:
         for path in (path for pattern in _MADE for path in output.glob(pattern)):
             path.unlink()
+        shutil.rmtree(output / WORK, ignore_errors=True)
     write_json(place, {**({} if other else before), **about})
 
 

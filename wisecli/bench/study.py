@@ -10,7 +10,7 @@ from typing import Any
 from wisecli.bench.edit_stream import counts_in, stream_of
 from wisecli.bench.html import Section, table
 from wisecli.bench.report import study_file, write_page
-from wisecli.bench.result_store import ResultRow, ResultRows, require_same
+from wisecli.bench.result_store import WORK, ResultRow, ResultRows, require_same
 from wisecli.bench.studies import load_studies
 from wisecli.bench.studies.base import STUDIES, Point, section
 from wisecli.bench.studies.context import StudyContext
@@ -65,9 +65,7 @@ def study(
     """
     names, counts = _names(settings.study or ""), counts_in(settings.counts)
     stream = stream_of(settings.dataset, data, counts[-1])
-    context = StudyContext(
-        find_model(model, watch=watch), stream.tested, counts, settings, load, output / "work", watch
-    )
+    context = StudyContext(find_model(model, watch=watch), stream.tested, counts, settings, load, output / WORK, watch)
     points = {name: STUDIES[name].points(context) for name in names}
     about = {
         "model": model,

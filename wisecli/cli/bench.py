@@ -129,18 +129,22 @@ def bench(
 
 
 def tell_bench(console: Console, report: BenchReport) -> None:
-    """Print what ``wise bench`` measured."""
-    head, shown = heads(report.rows), columns(report.rows)
-    table = Table(head, f"{report.dataset}, edited by every method", [column for column in head if column != "method"])
-    for row in report.rows:
-        figures = row["figures"]
-        if "cannot" in figures:
-            table.add(str(row["edits"]), row["method"], f"cannot run: {figures['cannot']}")
-            continue
-        cells = [f"{figures[name]:.3f}" if name in figures else "" for name in shown]
-        table.add(str(row["edits"]), row["method"], *cells, *costs(figures))
-    told = note(report.rows)
-    console.result(report.as_json(), table, *([told] if told else []))
+    """Print what ``wise bench`` measured: a table for each number of edits, a line a figure and a column a method."""
+    shown, tables, cannot = columns(report.rows), [], []
+    kinds = heads(report.rows)[2:]
+    for count in dict.fromkeys(row["edits"] for row in report.rows):
+        told: dict[str, list[str]] = {}
+        for name, figures in ((row["method"], row["figures"]) for row in report.rows if row["edits"] == count):
+            if "cannot" in figures:
+                cannot.append(f"{name}, {count} edits: cannot run: {figures['cannot']}")
+                continue
+            cells = [f"{figures[figure]:.3f}" if figure in figures else "" for figure in shown]
+            told[name] = [*cells, *costs(figures)]
+        table = Table(("", *told), f"{report.dataset}, {count} edits", tuple(told), folded=True)
+        for kind, *cells in zip(kinds, *told.values(), strict=True) if told else ():
+            table.add(kind, *cells)
+        tables += [table] if told else []
+    console.result(report.as_json(), *tables, *cannot, note(report.rows))
 
 
 def tell_study(console: Console, report: StudyReport) -> None:

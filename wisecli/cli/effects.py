@@ -88,7 +88,7 @@ def of_evaluation(given: Mapping[str, Any]) -> list[str]:
         rules = dict.fromkeys(("forms", "ask"), f"with --protocol {given['protocol']}")
     elif given["forms"] == "none":
         rules = {"ask": "with --forms none"}
-    if given["protocol"] != "wild" and given["generate"] is not False:
+    if "wild" not in (given["protocol"] or "") and given["generate"] is not False:
         rules["before"] = "without --protocol wild"
     if given["fail_under"] is None:
         rules["if_measured"] = "without --fail-under"

@@ -256,7 +256,7 @@ def thresholds_in(text: str | None) -> dict[str, float]:
 
 def protocol_of(kind: type[Any]) -> Any:
     """The option ``--protocol`` of a command with these settings."""
-    text = "Answers that are generated: forms, wild (arXiv 2502.11177), or teacher for none."
+    text = "Answers that are generated: forms, wild (arXiv 2502.11177), both as forms,wild, or teacher for none."
     return setting(kind, "protocol", text, panel=MEASURED)
 
 

@@ -17,7 +17,7 @@ from wisecli.edits.formats import BENCHMARKS
 from wisecli.edits.record import Edit, consequences_in, read_edits
 from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
-from wisecli.evaluation.answers import Answer, Answers, answered
+from wisecli.evaluation.answers import Answer, Answers, Books, answered
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.metrics import Measuring, Question, is_figure
 from wisecli.evaluation.protocols import Generated, ProtocolName, measure_generated
@@ -103,6 +103,7 @@ def evaluate(
     data: Path | None = None,
     load: LoadOptions = LoadOptions(),
     oracle: bool = False,
+    known: Books | None = None,
     watch: Watcher = ignore,
 ) -> EvalReport:
     """Measure an edited model on a dataset, or on its own edits.
@@ -113,6 +114,7 @@ def evaluate(
         data: the dataset's file; if not given it is fetched.
         oracle: whether an edit's prompt and rephrases are answered by the memory that holds it, whatever the router
             says: what is left to gain by a better router.
+        known: what was answered already.
 
     Raises:
         WiseError: the data, the memory or the model cannot be used.
@@ -128,17 +130,17 @@ def evaluate(
     numbers = memory_numbers(manifest)
     followed = _consequences(held, manifest.edits)
     records = [edit for edit in held if edit.consequence_of is None] or held
-    subject = MemorySubject(edited, settings, watch, _holders(records, numbers) if oracle else None)
+    subject = MemorySubject(edited, settings, watch, _holders(records, numbers) if oracle else None, known)
     measuring = Measuring(
         subject,
         records,
         consequences=followed,
         numbers=numbers,
-        generate=settings.generate and what.protocol != "wild",
+        generate=settings.generate and not what.by_wild,
         max_new_tokens=settings.max_new_tokens,
     )
-    known = list(dict.fromkeys([*records, *(given or ()), *manifest.edits]))
-    asked, forms = measure_generated(subject, what, records, known, max_new_tokens=measuring.answer_length())
+    every = list(dict.fromkeys([*records, *(given or ()), *manifest.edits]))
+    asked, forms = measure_generated(subject, what, records, every, max_new_tokens=measuring.answer_length())
     measuring.run()
     if name in BENCHMARKS and not BENCHMARKS[name].perplexity:
         measuring.drop("perplexity")
@@ -211,6 +213,7 @@ class MemorySubject:
 
     Args:
         holders: the memory that answers a question, by prompt and target, in the place of the router's choice.
+        known: what was answered already.
     """
 
     def __init__(
@@ -219,8 +222,10 @@ class MemorySubject:
         settings: EvalSettings,
         watch: Watcher,
         holders: Mapping[tuple[str, str], int] | None = None,
+        known: Books | None = None,
     ) -> None:
         self.edited, self.settings, self.watch, self.holders = edited, settings, watch, holders
+        self.known = known or Books()
         self.tokenizer, self.config = edited.tokenizer, edited.model.config
         self._answering: dict[tuple[int, frozenset[int]], Answers] = {}
 
@@ -262,7 +267,15 @@ class MemorySubject:
                 with self.edited.unedited():
                     return edited(texts)
 
-            self._answering[key] = Answers(tokenizer, unedited, edited, self.settings.batch_size, self.watch)
+            self._answering[key] = Answers(
+                tokenizer,
+                unedited,
+                edited,
+                self.settings.batch_size,
+                self.watch,
+                known_before=self.known.before[key],
+                known_after=self.known.after[key],
+            )
         return self._answering[key]
 
     def _asked(self, prompt: str) -> str:

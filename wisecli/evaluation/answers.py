@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,7 +28,22 @@ class Answer:
 
 
 KnownAnswers = dict[str, Answer]
+# By the most tokens of an answer, and the tokens that end it as well; what is not there yet is made when asked for.
+AnswerBook = dict[tuple[int, frozenset[int]], KnownAnswers]
 Batch = Callable[[Sequence[str]], list[Answer]]
+
+
+def empty_book() -> AnswerBook:
+    """A book without answers."""
+    return defaultdict(dict)
+
+
+@dataclass(frozen=True)
+class Books:
+    """What models answered already, before and after editing; both are filled as more is asked."""
+
+    before: AnswerBook = field(default_factory=empty_book)
+    after: AnswerBook = field(default_factory=empty_book)
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,8 @@ class Answers:
         lengths = {text: len(self.tokenizer(text)["input_ids"]) for text in texts if text not in known}
         done = 0
         for some in _batches(lengths, self.batch_size):
-            known.update(zip(some, answer(some), strict=True))
+            for text, said in zip(some, answer(some), strict=True):
+                known[text] = said
             done += len(some)
             self.watch(Event(stage, done, len(lengths)))
         return [known[text] for text in texts]

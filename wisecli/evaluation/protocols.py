@@ -1,4 +1,4 @@
-"""Which generated figures are taken of a model, whoever edited it: in forms with specificity, by WILD, or none."""
+"""Which generated figures are taken of a model, whoever edited it: in forms with specificity, by WILD, both or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wisecli.models.loading import context_window
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-ProtocolName = Literal["forms", "wild", "teacher"]
+ProtocolName = Literal["forms", "wild", "teacher", "forms,wild"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,16 @@ class Generated:
 
     def __post_init__(self) -> None:
         named_forms(self.forms)
+
+    @property
+    def by_wild(self) -> bool:
+        """Whether WILD's figures are taken: then all records are asked, and not bare once more."""
+        return "wild" in self.protocol
+
+    @property
+    def in_forms(self) -> bool:
+        """Whether some edits are asked in forms."""
+        return "forms" in self.protocol
 
 
 class Asker(Protocol):
@@ -64,11 +74,20 @@ def measure_generated(
         SettingsError: a form that is named needs a chat template, and there is none.
         ModelError: a text is longer than what the model takes.
     """
-    if what.protocol == "teacher":
-        return Found(), []
-    if what.protocol == "wild":
+    found, labels = Found(), list[str]()
+    if what.by_wild:
         answers = asker.answering(MAX_NEW_TOKENS, stop_tokens(asker.tokenizer))
-        return measure_wild(answers, edits, records, before=what.before), []
+        found = measure_wild(answers, edits, records, before=what.before)
+    if what.in_forms:
+        asked, labels = _in_forms(asker, what, edits, records, max_new_tokens=max_new_tokens)
+        found = together(found, asked)
+    return found, labels
+
+
+def _in_forms(
+    asker: Asker, what: Generated, edits: Sequence[Edit], records: Sequence[Edit], *, max_new_tokens: int
+) -> tuple[Found, list[str]]:
+    """Figures of answers in forms and of specificity, and the forms' names."""
     answers = asker.answering(max_new_tokens)
     asked = [(place, edits[place]) for place in spread(len(edits), what.ask)]
     longest = max((edit.prompt for _, edit in asked), key=len)

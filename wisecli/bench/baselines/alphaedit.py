@@ -8,6 +8,7 @@ hardly ever point, K_p the keys of earlier edits, K those of these and R what is
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
 from wisecli.bench.baselines.memit import Memit, Range
 from wisecli.bench.baselines.weight_editing import second_moment
+from wisecli.edits.record import Edit
 from wisecli.models.site import Site
 
 
@@ -66,6 +68,15 @@ class AlphaEdit(Memit):
     def bytes(self) -> int:
         """Size of the changes, and of what later edits need of the earlier ones."""
         return super().bytes() + tensor_bytes(*self._earlier)
+
+    def state(self) -> dict[str, Tensor]:
+        """The changes, and the keys that are spared."""
+        return {**super().state(), **{f"earlier {place}": one for place, one in enumerate(self._earlier)}}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up changes and keys that were kept."""
+        super().restore(state, portions)
+        self._earlier = [state[f"earlier {place}"].to(one) for place, one in enumerate(self._earlier)]
 
 
 def constrained(residuals: Tensor, keys: Tensor, projection: Tensor, earlier: Tensor, weight: float) -> Tensor:

@@ -7,10 +7,10 @@ as edited; outside it is untouched, to the bit. Methods that change what is aske
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,29 @@ class Method(Protocol):
 
     def bytes(self) -> int:
         """Size of what the method keeps beside the base model."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What a method has, too, that can go on where it was broken off.
+
+    ``portion`` is how many edits it takes in together, 0 for all that come; only between portions it is kept.
+    """
+
+    portion: int
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """See :meth:`Method.edit`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that edits have changed and that later edits or answers depend on."""
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Be as when a state was kept; only for a method that has taken in nothing.
+
+        Args:
+            portions: the edits that it had taken in by then, as they came.
+        """
 
 
 Maker = Callable[[Bench], Method]

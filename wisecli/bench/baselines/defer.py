@@ -11,7 +11,7 @@ edit trains w, b, U and c on its own target alone: nothing keeps earlier edits, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -49,6 +49,8 @@ class Defer:
 
     ``weight`` (1 + d, d_ff) and ``bias`` (1 + d,) hold w and b in their first row, U and c in the others, in float32.
     """
+
+    portion = 1
 
     def __init__(self, bench: Bench, settings: DeferSettings | None = None) -> None:
         self.bench, self.settings = bench, settings or DeferSettings()
@@ -122,6 +124,15 @@ class Defer:
     def bytes(self) -> int:
         """Size of gate and layer."""
         return tensor_bytes(self.weight, self.bias)
+
+    def state(self) -> dict[str, Tensor]:
+        """Gate and layer."""
+        return {"weight": self.weight, "bias": self.bias}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up a gate and a layer that were kept."""
+        self.weight, self.bias = state["weight"].to(self.weight), state["bias"].to(self.bias)
+        self.trained = bool(portions)
 
 
 def split(found: Tensor) -> tuple[Tensor, Tensor]:

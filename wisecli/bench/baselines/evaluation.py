@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.bench.baselines.base import Method
-from wisecli.evaluation.answers import Answer, Answers, KnownAnswers, answered
+from wisecli.evaluation.answers import Answer, AnswerBook, Answers, answered, empty_book
 from wisecli.evaluation.metrics import Question
 from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
 from wisecli.models.hooks import hooked
@@ -37,7 +38,7 @@ class Known:
     """What the unedited model says and answers, so that it is asked once for all methods."""
 
     said: dict[Row, Said] = field(default_factory=dict)
-    answers: dict[tuple[int, frozenset[int]], KnownAnswers] = field(default_factory=dict)
+    answers: AnswerBook = field(default_factory=empty_book)
 
 
 _ROUNDS = 3
@@ -91,12 +92,21 @@ class MethodSubject:
 
     Args:
         known: what the unedited model says, shared by all methods, and filled as it is asked.
+        answers: what the edited model answered already, filled as well.
     """
 
     def __init__(
-        self, loaded: Loaded, method: Method, known: Known, *, batch_size: int, watch: Watcher = ignore
+        self,
+        loaded: Loaded,
+        method: Method,
+        known: Known,
+        *,
+        batch_size: int,
+        answers: AnswerBook | None = None,
+        watch: Watcher = ignore,
     ) -> None:
         self.loaded, self.method, self.known = loaded, method, known
+        self._answered = empty_book() if answers is None else answers
         self.batch_size, self.watch = batch_size, watch
         self.tokenizer, self.config = loaded.tokenizer, loaded.model.config
         self._answering: dict[tuple[int, frozenset[int]], Answers] = {}
@@ -135,6 +145,14 @@ class MethodSubject:
 
         return overhead(edited, unedited)
 
+    def extra_tokens(self, prompts: Sequence[str]) -> float:
+        """How many tokens longer prompts become by what the method puts before them, on average."""
+        count = [(self._length(self.method.asked(prompt)), self._length(prompt)) for prompt in prompts]
+        return statistics.fmean(asked - plain for asked, plain in count)
+
+    def _length(self, text: str) -> int:
+        return len(self.tokenizer(text)["input_ids"])
+
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy answers, before and after."""
         answering = self.answering(max_new_tokens)
@@ -159,7 +177,8 @@ class MethodSubject:
                 self.batch_size,
                 watch=self.watch,
                 reworded=self.method.asked,
-                known_before=self.known.answers.setdefault(key, {}),
+                known_before=self.known.answers[key],
+                known_after=self._answered[key],
             )
         return self._answering[key]
 

@@ -42,6 +42,8 @@ class FineTuning:
 class FtL(Rewritten):
     """Adam on one matrix, each weight held within a bound of what it was before the edit (an L∞ constraint)."""
 
+    portion = 1
+
     def __init__(self, bench: Bench, settings: FineTuning | None = None) -> None:
         self.settings = settings or FineTuning()
         super().__init__(bench, [at_depth(bench, self.settings.layer, self.settings.of)])

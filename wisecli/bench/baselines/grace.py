@@ -8,7 +8,7 @@ token alone (the authors' ``replace_last``): later tokens see it through the lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -53,6 +53,25 @@ class Codebook:
         self.radii = torch.zeros(0, device=device)
         self.targets: list[Target] = []
         self._radius, self._generator = radius, seeded(seed)
+
+    def state(self) -> dict[str, Tensor]:
+        """Entries with their targets, one after the other, and where the draw of new values is."""
+        return {
+            "keys": self.keys,
+            "values": self.values,
+            "radii": self.radii,
+            "targets": torch.tensor([token for target in self.targets for token in target], dtype=torch.long),
+            "lengths": torch.tensor([len(target) for target in self.targets], dtype=torch.long),
+            "generator": self._generator.get_state(),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Be as when a state was kept."""
+        self.keys, self.values = state["keys"].to(self.keys), state["values"].to(self.values)
+        self.radii = state["radii"].to(self.radii)
+        parts = state["targets"].split(state["lengths"].tolist())
+        self.targets = [tuple(part.tolist()) for part in parts]
+        self._generator.set_state(state["generator"])
 
     def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to the nearest key, and which that is: (B, d_ff) → (B,) twice."""
@@ -102,7 +121,7 @@ class Grace:
     def __init__(self, bench: Bench, settings: GraceSettings | None = None) -> None:
         self.bench, self.settings = bench, settings or GraceSettings()
         self.site = bench.site(max(0, min(round(self.settings.depth * bench.layers), bench.layers - 2)))
-        device = bench.loaded.device
+        self.portion, device = bench.batch_size, bench.loaded.device
         self.codebook = Codebook(self.site.d_ff, self.site.d, self.settings.radius, device, bench.seed)
 
     def edit(self, edits: Sequence[Edit]) -> None:
@@ -198,3 +217,12 @@ class Grace:
     def bytes(self) -> int:
         """Size of keys, values and radii."""
         return tensor_bytes(self.codebook.keys, self.codebook.values, self.codebook.radii)
+
+    def state(self) -> dict[str, Tensor]:
+        """The codebook's."""
+        return self.codebook.state()
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up a codebook that was kept; the edits themselves it does not need."""
+        del portions
+        self.codebook.restore(state)

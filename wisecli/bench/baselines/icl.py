@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method
-from wisecli.bench.baselines.retrieval import Facts, TermIndex, fact, told
+from wisecli.bench.baselines.retrieval import Facts, Restocked, TermIndex, fact, told
 from wisecli.edits.record import Edit
 
 
@@ -40,7 +40,7 @@ def demonstration(edit: Edit, kind: str) -> str:
 
 
 @method("icl")
-class Icl:
+class Icl(Restocked):
     """Edits as texts, told with demonstrations.
 
     Raises:

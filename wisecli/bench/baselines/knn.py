@@ -8,7 +8,7 @@ distances' temperature it is chosen on a validation set, as in the paper (its se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +85,7 @@ class Knn:
 
     def __init__(self, bench: Bench, settings: KnnSettings | None = None) -> None:
         self.bench, self.settings = bench, settings or KnnSettings()
+        self.portion = bench.batch_size
         self.store = self._empty()
         self.share, self.temperature = self._chosen()
 
@@ -184,3 +185,14 @@ class Knn:
     def bytes(self) -> int:
         """Size of states and tokens."""
         return tensor_bytes(self.store.keys, self.store.tokens)
+
+    def state(self) -> dict[str, Tensor]:
+        """States, tokens, and how much they count."""
+        chosen = torch.tensor([self.share, self.temperature], dtype=torch.float64)
+        return {"keys": self.store.keys, "tokens": self.store.tokens, "chosen": chosen}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up states and tokens that were kept; the edits themselves they do not need."""
+        del portions
+        self.store.add(state["keys"].to(self.store.keys), state["tokens"].to(self.store.tokens))
+        self.share, self.temperature = state["chosen"].tolist()

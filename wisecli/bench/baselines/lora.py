@@ -7,7 +7,7 @@ is trained or applied; outside, its own modules stand in their places.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +65,8 @@ class Lora:
     Raises:
         UnsuitableError: ``peft`` is not installed, or the model's layers are streamed.
     """
+
+    portion = 1
 
     def __init__(self, bench: Bench, settings: LoraSettings | None = None) -> None:
         if bench.loaded.stream is not None:
@@ -160,3 +162,14 @@ class Lora:
     def bytes(self) -> int:
         """Size of the adapters' matrices."""
         return tensor_bytes(*self.parameters.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapters' matrices."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up matrices that were kept; the edits themselves they do not need."""
+        del portions
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])

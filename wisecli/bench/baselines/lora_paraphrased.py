@@ -39,6 +39,8 @@ class LoraParaphrased(Lora):
         UnsuitableError: as for LoRA.
     """
 
+    portion = 0
+
     def __init__(self, bench: Bench, course: Course | None = None) -> None:
         self.course = course or Course()
         super().__init__(bench, self.course.lora)

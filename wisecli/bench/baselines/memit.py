@@ -62,7 +62,7 @@ class Memit(Rewritten):
         super().__init__(bench, [bench.site(layer) for layer in range(first, last + 1)])
         if self.sites[-1].norm is not None:
             raise UnsuitableError("it adds up what matrices give, and here that passes a norm before it is added")
-        self.batch = batch
+        self.batch, self.portion = batch, batch or 0
         self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
         self._kept = [self.keeping(site) for site in self.sites]
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -103,6 +103,8 @@ class Mend(Rewritten):
             are streamed.
     """
 
+    portion = 1
+
     def __init__(self, bench: Bench, settings: MetaTraining | None = None) -> None:
         begun = time.perf_counter()
         self.settings = settings or MetaTraining()
@@ -138,6 +140,15 @@ class Mend(Rewritten):
         keys, slopes = self.editor(factors, place)
         found: Tensor = slopes.flatten(0, 1).T @ keys.flatten(0, 1)
         return found
+
+    def state(self) -> dict[str, Tensor]:
+        """The changes and the network, which trained anew may come out otherwise on a GPU."""
+        return {**super().state(), **{f"editor {name}": one for name, one in self.editor.state_dict().items()}}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up changes and network that were kept."""
+        super().restore(state, portions)
+        self.editor.load_state_dict({name: state[f"editor {name}"] for name in self.editor.state_dict()})
 
     def loss(self, task: Task) -> Tensor:
         """Mean of ``c_edit L_e + L_loc`` over a batch, each record asked of the model that it alone has changed."""

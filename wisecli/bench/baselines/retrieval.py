@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
@@ -162,7 +163,27 @@ def told(edit: Edit, prompt: str) -> str:
     return f"New Fact: {fact(edit)}\nPrompt: {prompt}"
 
 
-class NearestFact:
+class Restocked(ABC):
+    """A method that holds nothing but its edits: to go on where it was it takes them in anew."""
+
+    portion = 32
+
+    @abstractmethod
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Store more edits."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take edits in as they came: what is read together may come out otherwise in the last bits."""
+        del state
+        for part in portions:
+            self.edit(part)
+
+
+class NearestFact(Restocked):
     """The nearest stored edit stands before a prompt that is similar enough to it; any other prompt stands alone.
 
     Args:

@@ -38,6 +38,8 @@ class Rome(Rewritten):
         UnsuitableError: there are no unrelated texts.
     """
 
+    portion = 1
+
     def __init__(self, bench: Bench, search: Search = SEARCH) -> None:
         super().__init__(bench, [at_depth(bench, _LAYER, _OF)])
         self.search = search

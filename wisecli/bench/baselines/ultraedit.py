@@ -11,7 +11,7 @@ Nothing is trained, no subject is needed, and of earlier edits only the two stat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,7 @@ class UltraEdit(Rewritten):
             at_depth(bench, layer, self.settings.of).layer for layer in (self.settings.first, self.settings.last)
         )
         super().__init__(bench, [bench.site(layer) for layer in range(first, last + 1)])
+        self.portion = self.settings.batch
         self.statistics = [Statistics(site.d_ff + site.d) for site in self.sites]
 
     def edit(self, edits: Sequence[Edit]) -> None:
@@ -121,6 +122,21 @@ class UltraEdit(Rewritten):
     def bytes(self) -> int:
         """Size of the changes and statistics."""
         return super().bytes() + sum(tensor_bytes(one.mean, one.squares) for one in self.statistics)
+
+    def state(self) -> dict[str, Tensor]:
+        """The changes and the statistics."""
+        kept = super().state()
+        for place, one in enumerate(self.statistics):
+            kept |= {f"mean {place}": one.mean, f"squares {place}": one.squares}
+            kept[f"count {place}"] = torch.tensor(one.count)
+        return kept
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up changes and statistics that were kept."""
+        super().restore(state, portions)
+        for place, one in enumerate(self.statistics):
+            one.mean, one.squares = state[f"mean {place}"], state[f"squares {place}"]
+            one.count = int(state[f"count {place}"])
 
 
 @method("ultraedit")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -26,6 +26,9 @@ def at_depth(bench: Bench, layer: int, of: int) -> Site:
 
 class Rewritten:
     """A model some of whose value matrices are changed: ``W' = W + Δ``, each Δ (d, d_ff) kept in float32.
+
+    A method that says what its ``portion`` is can go on where it was (:class:`Resumable`); one that holds more than the
+    changes has that in its state, too.
 
     Raises:
         UnsuitableError: the model's layers are streamed, so no matrix stays where it is put.
@@ -58,6 +61,15 @@ class Rewritten:
     def bytes(self) -> int:
         """Size of the changes."""
         return tensor_bytes(*self.deltas)
+
+    def state(self) -> dict[str, Tensor]:
+        """The changes."""
+        return {f"delta {place}": delta for place, delta in enumerate(self.deltas)}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up changes that were kept; the edits themselves they do not need."""
+        del portions
+        self.deltas = [state[f"delta {place}"].to(delta) for place, delta in enumerate(self.deltas)]
 
     def _parameter(self, site: Site) -> nn.Parameter:
         return value_module(self.bench.loaded.model, site).get_parameter("weight")

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.rewriting import bench_for, words
+from torch import Tensor
+
+from wisecli.bench import editing_run
+from wisecli.bench.baselines import load_methods
+from wisecli.bench.baselines.alphaedit import AlphaEdit, NullSpace
+from wisecli.bench.baselines.base import METHODS, Bench, Method, Resumable
+from wisecli.bench.baselines.defer import Defer, DeferSettings
+from wisecli.bench.baselines.evaluation import said
+from wisecli.bench.baselines.ft_l import FineTuning, FtL
+from wisecli.bench.baselines.lora import Lora, LoraSettings
+from wisecli.bench.baselines.memit import SEARCH, Memit, Range
+from wisecli.bench.baselines.mend import Mend, MetaTraining
+from wisecli.bench.baselines.retrieval import Restocked
+from wisecli.bench.baselines.rome import Rome
+from wisecli.bench.baselines.ultraedit import Step, UltraEdit
+from wisecli.bench.baselines.weight_editing import Rewritten
+from wisecli.bench.editing_run import EditingRun, Retold, Unfinished
+from wisecli.edits.record import Edit, EvaluationPrompt
+from wisecli.errors import WiseError
+from wisecli.models.tokenization import encode
+from wisecli.progress import Event, ignore
+
+load_methods()
+
+QUICK = replace(SEARCH, steps=3)
+LAYERS = Range(first=1, last=2, of=5, search=QUICK, prefixes=1, prefix_tokens=3)
+# Made with few steps; the others as the table makes them.
+MAKERS: dict[str, Any] = {
+    "ft-l": lambda bench: FtL(bench, FineTuning(steps=3)),
+    "rome": lambda bench: Rome(bench, QUICK),
+    "memit": lambda bench: Memit(bench, LAYERS, batch=1),
+    "alphaedit": lambda bench: AlphaEdit(bench, LAYERS, NullSpace(threshold=0.5, weight=0.05), batch=2),
+    "ultraedit": lambda bench: UltraEdit(bench, Step(first=1, last=2, of=5, batch=2)),
+    "mend": lambda bench: Mend(bench, MetaTraining(passes=1, fewest=2, rank=4)),
+    "lora": lambda bench: Lora(bench, LoraSettings(steps=3)),
+    "defer": lambda bench: Defer(bench, DeferSettings(steps=3)),
+}
+RESUMED = (*MAKERS, "grace", "knn", "icl", "rag", "rag-hybrid", "serac")
+
+
+class BrokenOffError(Exception):
+    """As if the machine had been switched off."""
+
+
+def breaking(method: Any, name: str) -> Any:
+    """The method, which breaks off when it is given the portion in which an edit is."""
+    edit = method.edit
+
+    def broken(edits: Sequence[Edit]) -> None:
+        if name in [one.id for one in edits]:
+            raise BrokenOffError
+        edit(edits)
+
+    method.edit = broken
+    return method
+
+
+def records(count: int, seed: int) -> list[Edit]:
+    prompts, targets = words(*[5] * count, seed=seed), words(*[2] * count, seed=seed + 1)
+    asked, apart = words(*[4] * count, seed=seed + 2), words(*[6] * count, seed=seed + 3)
+    return [
+        Edit(str(number), prompt, target, rephrases=(other,), locality=(EvaluationPrompt(beside, target),))
+        for number, (prompt, target, other, beside) in enumerate(zip(prompts, targets, asked, apart, strict=True))
+    ]
+
+
+EDITS, TRAIN = records(7, 11), records(6, 21)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(editing_run, "_EVERY", 0.0)
+    monkeypatch.setattr(Restocked, "portion", 2)
+    return replace(bench_for(tmp_path / "model", "llama"), train=TRAIN, batch_size=2)
+
+
+def made(name: str, bench: Bench) -> Any:
+    return MAKERS.get(name, METHODS[name])(bench)
+
+
+def begun(directory: Path) -> Unfinished:
+    place = Unfinished(directory)
+    place.begin()
+    return place
+
+
+def run_of(method: Method, place: Unfinished, counts: Sequence[int] = (3, 7)) -> EditingRun:
+    return EditingRun(method, EDITS, counts, place, Retold(ignore))
+
+
+def answers(bench: Bench, method: Method) -> list[Tensor]:
+    prompts = [text for edit in EDITS for text in (edit.prompt, *edit.rephrases)]
+    rows = [encode(bench.loaded.tokenizer, method.asked(prompt), "ba") for prompt in prompts]
+    return [one.losses for one in said(bench.loaded, rows, method, batch_size=4)]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_what_goes_on_ends_where_what_is_not_broken_off_ends(bench: Bench, tmp_path: Path, name: str) -> None:
+    whole = made(name, bench)
+    unbroken = run_of(whole, begun(tmp_path / "whole"))
+    unbroken.edit_to(3)
+    unbroken.edit_to(7)
+    place = begun(tmp_path / "broken")
+    first = run_of(breaking(made(name, bench), "6"), place)
+    first.edit_to(3)
+    with pytest.raises(BrokenOffError):
+        first.edit_to(7)
+    again = run_of(made(name, bench), place)
+    assert again.take_up(7)
+    portion = again.standing.portion
+    # The first segment ends at 3, and from there on whole portions were taken in.
+    assert again.standing.done == 3 + 3 // portion * portion
+    assert again.standing == replace(first.standing, row=again.standing.row, peaks=again.standing.peaks)
+    again.edit_to(7)
+    assert again.standing.seconds > first.standing.seconds
+    method = again.method
+    assert isinstance(whole, Resumable)
+    assert isinstance(method, Resumable)
+    before, after = whole.state(), method.state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(
+        torch.equal(one, other) for one, other in zip(answers(bench, whole), answers(bench, method), strict=True)
+    )
+    assert method.bytes() == whole.bytes()
+
+
+def test_another_way_through_the_edits_begins_anew(bench: Bench, tmp_path: Path) -> None:
+    place = begun(tmp_path / "place")
+    run = run_of(made("alphaedit", bench), place, (3, 7))
+    run.edit_to(3)
+    assert run_of(made("alphaedit", bench), place, (3, 7)).take_up(3)
+    for counts, most in (((7,), 7), ((2, 3, 7), 7), ((2, 3, 7), 2), ((3, 7), 2)):
+        assert not run_of(made("alphaedit", bench), place, counts).take_up(most)
+    assert not run_of(AlphaEdit(bench, LAYERS, NullSpace(0.5, 0.05), batch=3), place, (3, 7)).take_up(7)
+    place.file.write_bytes(place.file.read_bytes()[:-1])
+    assert not run_of(made("alphaedit", bench), place, (3, 7)).take_up(3)
+
+
+def test_only_what_says_its_portion_goes_on(bench: Bench) -> None:
+    assert isinstance(made("ft-l", bench), Resumable)
+    assert not isinstance(Rewritten(bench, [bench.site(1)]), Resumable)
+
+
+def test_a_state_that_is_not_finite_leaves_the_one_before(bench: Bench, tmp_path: Path) -> None:
+    place = begun(tmp_path / "place")
+    method = made("ft-l", bench)
+    run_of(method, place).edit_to(3)
+    method.deltas[0] = method.deltas[0] / 0
+    with pytest.raises(WiseError):
+        run_of(method, place).edit_to(7)
+    kept = place.kept()
+    assert kept is not None
+    assert kept[0].done == 3
+
+
+def test_who_watches_is_told_of_all_edits(bench: Bench, tmp_path: Path) -> None:
+    told: list[Event] = []
+    watch = Retold(told.append)
+    place = begun(tmp_path / "place")
+    run = EditingRun(FtL(replace(bench, watch=watch), FineTuning(steps=1)), EDITS, (3, 7), place, watch)
+    run.edit_to(3)
+    run.edit_to(7)
+    assert [(event.done, event.total) for event in told] == [(1, 3), (2, 3), (3, 3), (4, 7), (5, 7), (6, 7), (7, 7)]

@@ -1,0 +1,78 @@
+"""What all methods of `wise bench` take part in: the model, the records, and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from wisecli.bench.answer_files import AnswerFolder
+from wisecli.bench.baselines.base import Bench
+from wisecli.bench.baselines.evaluation import Known
+from wisecli.bench.editing_run import Retold
+from wisecli.bench.row import RowMaker
+from wisecli.config import BenchSettings, LoadOptions
+from wisecli.data.corpus import unrelated_texts
+from wisecli.edits.record import Edit
+from wisecli.evaluation.protocols import Generated
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout_inference import find_layout
+from wisecli.models.loading import load_model
+from wisecli.progress import Watcher
+
+_TEXTS = 200
+_TIMED = 32
+
+
+@dataclass(frozen=True)
+class Course:
+    """The model, the records that are edited, and those that may be learnt from; ``work`` is for what is not finished.
+
+    ``domains`` names the dataset of each record that is edited.
+    """
+
+    directory: Path
+    tested: Sequence[Edit]
+    domains: Sequence[str]
+    learnt: Sequence[Edit]
+    settings: BenchSettings
+    load: LoadOptions
+    work: Path
+    watch: Watcher
+
+    @cached_property
+    def known(self) -> Known:
+        """What the unedited model says, and answers on disk, once for all methods."""
+        return Known(answers=AnswerFolder(self.work / "unedited"))
+
+    @cached_property
+    def told(self) -> Retold:
+        """Who watches, told of all edits where a method speaks of a portion."""
+        return Retold(self.watch)
+
+    @cached_property
+    def bench(self) -> Bench:
+        """What methods behind the protocol may use; the model is loaded once for all of them."""
+        checkpoint = Checkpoint(self.directory)
+        layout = find_layout(self.directory, checkpoint, load=self.load, watch=self.watch)
+        loaded = load_model(self.directory, self.load)
+        texts = unrelated_texts(_TEXTS, seed=self.settings.seed)
+        size, seed = self.settings.batch_size, self.settings.seed
+        return Bench(loaded, checkpoint, layout, self.learnt, texts, size, seed, self.told)
+
+    @property
+    def generated(self) -> Generated:
+        """Which generated figures are taken; WILD asks the unedited model, too, for locality."""
+        settings = self.settings
+        protocol = settings.protocol if settings.generate else "teacher"
+        return Generated(protocol, settings.forms, settings.ask, before=True)
+
+    @property
+    def maker(self) -> RowMaker:
+        """Makes rows."""
+        return RowMaker(self.domains, self.settings.resamples, self.settings.seed)
+
+    def timed(self, count: int) -> list[tuple[str, str]]:
+        """Prompts and answers by which an edited model's time is taken."""
+        return [(edit.prompt, edit.target) for edit in self.tested[: min(count, _TIMED)]]

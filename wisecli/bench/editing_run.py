@@ -1,0 +1,169 @@
+"""Edits given to a method portion by portion, what it holds kept on disk, so that a run that is broken off goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from wisecli.bench.baselines.base import Method, Resumable, UnsuitableError
+from wisecli.bench.row import Peaks
+from wisecli.edits.record import Edit
+from wisecli.errors import DamagedFileError, NotFiniteTensorError
+from wisecli.io.checkpoint import load_tensors, open_tensors, save_tensors
+from wisecli.io.json_schema import CLOSED, decode, parse
+from wisecli.progress import Event, Watcher
+
+# So many seconds of editing are lost at most, or those of one portion.
+_EVERY = 60.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a method is on its way to ``row`` edits: ``done`` of them, in so many ``seconds``, ``portion`` at once.
+
+    ``ends`` are the numbers of edits up to there after which it is measured: a portion ends at each of them.
+    """
+
+    __pydantic_config__ = CLOSED
+
+    portion: int
+    ends: tuple[int, ...] = ()
+    row: int = 0
+    done: int = 0
+    seconds: float = 0.0
+    peaks: Peaks = field(default_factory=Peaks)
+
+
+class Unfinished:
+    """A method's own directory, which is there as long as not all of its rows are measured."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.file = directory, directory / "state.safetensors"
+
+    def keep(self, standing: Standing, tensors: dict[str, Tensor]) -> None:
+        """Put a state in the place of the one before, whole or not at all; one that is not finite is passed over."""
+        working = self.file.with_suffix(".tmp")
+        with suppress(NotFiniteTensorError):
+            save_tensors(working, tensors, {"standing": json.dumps(asdict(standing))})
+            with working.open("rb") as stream:
+                os.fsync(stream.fileno())
+            working.replace(self.file)
+
+    def kept(self) -> tuple[Standing, dict[str, Tensor]] | None:
+        """What was kept, if it can be read."""
+        try:
+            with open_tensors(self.file) as stream:
+                standing = decode(Standing, parse((stream.metadata() or {}).get("standing", "")))
+            return standing, load_tensors(self.file)
+        except (DamagedFileError, ValueError):
+            return None
+
+    def answers(self, count: int) -> Path:
+        """Where answers after so many edits are kept."""
+        return self.directory / f"answers-{count}"
+
+    def begin(self) -> None:
+        """Forget whatever is there, and stand for a method that has begun."""
+        self.remove()
+        self.directory.mkdir(parents=True)
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class Retold:
+    """A watcher that counts on where a method is told of one portion only, and so speaks of that alone."""
+
+    def __init__(self, watch: Watcher) -> None:
+        self.watch, self.before, self.portion, self.whole = watch, 0, 0, 0
+
+    def __call__(self, event: Event) -> None:
+        """Pass an event on."""
+        if self.portion and event.total == self.portion:
+            event = replace(event, done=self.before + event.done, total=self.whole)
+        self.watch(event)
+
+
+class EditingRun:
+    """One method on its way through a stream of edits, to each of some numbers of them.
+
+    Args:
+        counts: the numbers of edits at which it stops, in rising order.
+    """
+
+    def __init__(
+        self, method: Method, edits: Sequence[Edit], counts: Sequence[int], place: Unfinished, told: Retold
+    ) -> None:
+        self.method, self.edits, self.counts, self.place, self.told = method, edits, counts, place, told
+        self.standing = Standing(method.portion if isinstance(method, Resumable) else 0)
+
+    def take_up(self, most: int) -> bool:
+        """Go on where a run was broken off, if it can be: on the same way, and not beyond ``most`` edits."""
+        if not isinstance(self.method, Resumable) or (kept := self.place.kept()) is None:
+            return False
+        standing, tensors = kept
+        ends = tuple(count for count in self.counts if count <= standing.done)
+        if (standing.portion, standing.ends) != (self.standing.portion, ends) or standing.done > most:
+            return False
+        self.method.restore(tensors, list(self._portions(0, standing.done)))
+        self.standing = standing
+        return True
+
+    def edit_to(self, count: int) -> None:
+        """Give the method its edits up to a number of them."""
+        standing = self.standing
+        peaks = standing.peaks if standing.row == count else Peaks()
+        self.standing = replace(standing, row=count, peaks=peaks)
+        kept = time.perf_counter()
+        if standing.done < count:  # answers are of the edits that were given then
+            shutil.rmtree(self.place.answers(count), ignore_errors=True)
+        for part in self._portions(standing.done, count):
+            self.told.before, self.told.portion, self.told.whole = self.standing.done, len(part), count
+            begun = time.perf_counter()
+            self.method.edit(part)
+            self._advance(self.standing.done + len(part), time.perf_counter() - begun)
+            if self.standing.done == count or time.perf_counter() - kept >= _EVERY:
+                self._keep()
+                kept = time.perf_counter()
+        self.told.portion = 0
+
+    def _portions(self, done: int, count: int) -> Iterator[list[Edit]]:
+        """The edits from some number to another; a portion ends at each of the run's counts."""
+        while done < count:
+            end = min(one for one in (*self.counts, count) if one > done)
+            end = min(end, done + (self.standing.portion or end))
+            yield [_plainly(edit) for edit in self.edits[done:end]]
+            done = end
+
+    def _advance(self, done: int, seconds: float) -> None:
+        self.standing = replace(
+            self.standing,
+            done=done,
+            ends=tuple(count for count in self.counts if count <= done),
+            seconds=self.standing.seconds + seconds,
+            peaks=self.standing.peaks.and_now(),
+        )
+
+    def _keep(self) -> None:
+        if isinstance(self.method, Resumable):
+            self.place.keep(self.standing, self.method.state())
+
+
+def _plainly(edit: Edit) -> Edit:
+    """An edit in the terms of the papers, which know nothing but a prompt and its target.
+
+    Raises:
+        UnsuitableError: an answer is to be erased, and nothing to take its place.
+    """
+    if edit.erased:
+        raise UnsuitableError("it has no way to erase an answer; give every such edit a `replacement`")
+    return edit if edit.replacement is None else replace(edit, op="modify", target=edit.answer, replacement=None)

@@ -1,0 +1,179 @@
+"""The package's own ways to edit, as they take part in `wise bench`: by the commands that users give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jsonlines
+
+from wisecli.bench.answer_files import AnswerFolder
+from wisecli.bench.baselines.evaluation import overhead, said
+from wisecli.bench.course import Course
+from wisecli.bench.editing_run import Unfinished
+from wisecli.bench.row import Peaks, ResultRow
+from wisecli.commands.edit import EditReport, edit
+from wisecli.commands.evaluate import EvalReport, evaluate
+from wisecli.commands.merge import merge
+from wisecli.config import EditSettings, EvalSettings, MergeSettings, resolve
+from wisecli.edits.admission import AS_THEY_ARE
+from wisecli.environment import forget_peaks
+from wisecli.errors import ChangedInputError, DamagedFileError, OutputExistsError
+from wisecli.evaluation.answers import Books
+from wisecli.evaluation.edited_model import attach
+from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.json_schema import CLOSED, decode
+from wisecli.models.loading import Loaded
+from wisecli.models.tokenization import encode
+from wisecli.progress import NOTE, Event, Watcher
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of our own ways to edit: the preset of `wise edit` and the mode of `wise merge`."""
+
+    preset: Literal["default", "paper"] | None = None
+    mode: Literal["merge", "retrieve", "lookup"] | None = None
+
+
+OURS = {"wise": Way(), "wise-retrieve": Way(mode="retrieve"), "wise-paper": Way(preset="paper")}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What went into so many ``edits`` until now; shards themselves are kept by `wise edit`."""
+
+    __pydantic_config__ = CLOSED
+
+    edits: int
+    seconds: float = 0.0
+    peaks: Peaks = field(default_factory=Peaks)
+
+
+def own_rows(course: Course, name: str, place: Unfinished, counts: Sequence[int]) -> Iterator[ResultRow]:
+    """A row for each number of edits of one of our ways; shards lie in its ``place`` until all are measured."""
+    memory = course.work / "memory"
+    for count in counts:
+        course.watch(Event(f"{name}, {count} edits"))
+        forget_peaks()
+        run = OwnRun(course, name, place, count)
+        spent = run.edited()
+        begun = time.perf_counter()
+        merge([run.shards], memory, MergeSettings(mode=OURS[name].mode), force=True)
+        seconds = spent.seconds + time.perf_counter() - begun
+        report = _evaluated(course, memory, run.file, place.answers(count))
+        yield course.maker.row(
+            name,
+            count,
+            after=report.figures,
+            before=report.before,
+            each=report.each,
+            costs={
+                "seconds_per_edit": seconds / count,
+                "bytes": sum(path.stat().st_size for path in memory.iterdir()),
+                "overhead": _overhead(course, memory, count),
+                "extra_tokens": 0.0,
+            },
+            peaks=spent.peaks.and_now(),
+        )
+
+
+def _evaluated(course: Course, memory: Path, file: Path, answers: Path) -> EvalReport:
+    settings, what = course.settings, course.generated
+    given = EvalSettings(
+        protocol=what.protocol,
+        forms=settings.forms,
+        ask=settings.ask,
+        before=what.before,
+        generate=settings.generate,
+        batch_size=settings.batch_size,
+    )
+    known = Books(course.known.answers, AnswerFolder(answers))
+    return evaluate(memory, given, data=file, load=course.load, known=known, watch=course.watch)
+
+
+def _overhead(course: Course, memory: Path, count: int) -> float:
+    """How much longer one pass over prompts and answers takes with a memory."""
+    edited = attach(memory, load=course.load)
+    loaded = Loaded(edited.model, edited.tokenizer, edited.stream)
+    rows = [encode(edited.tokenizer, *pair) for pair in course.timed(count)]
+
+    def run() -> None:
+        said(loaded, rows, batch_size=course.settings.batch_size)
+
+    def unedited() -> None:
+        with edited.unedited():
+            run()
+
+    return overhead(run, unedited)
+
+
+class OwnRun:
+    """`wise edit` with the first ``count`` edits, and what it takes."""
+
+    def __init__(self, course: Course, name: str, place: Unfinished, count: int) -> None:
+        self.course, self.name, self.place, self.count = course, name, place, count
+        self.file, self.shards = course.work / "edits.jsonl", place.directory / "shards"
+
+    def edited(self) -> Spent:
+        """What it took to write the shards; a run that was broken off goes on, and one that was finished is taken."""
+        spent = self._spent()
+        if spent is not None and spent.edits == self.count:
+            try:
+                return self._run(spent)
+            except (OutputExistsError, ChangedInputError):
+                self.course.watch(Event(NOTE, note=f"{self.name} was broken off and begins anew"))
+        self.place.begin()
+        return self._run(Spent(self.count))
+
+    def _run(self, spent: Spent) -> Spent:
+        """`wise edit`, with what it takes kept after each shard."""
+        begun = time.perf_counter()
+
+        def now() -> Spent:
+            return Spent(spent.edits, spent.seconds + time.perf_counter() - begun, spent.peaks.and_now())
+
+        def watch(event: Event) -> None:
+            if event.stage == "shards":
+                self._keep(now())
+            self.course.watch(event)
+
+        self._keep(spent)
+        if self._edit(watch).up_to_date:
+            return spent
+        found = now()
+        self._keep(found)
+        return found
+
+    def _edit(self, watch: Watcher) -> EditReport:
+        with jsonlines.open(self.file, "w") as writer:
+            writer.write_all(record.as_dict() for record in self.course.tested[: self.count])
+        given = {"preset": OURS[self.name].preset, "seed": self.course.settings.seed}
+        return edit(
+            str(self.course.directory),
+            self.file,
+            self.shards,
+            resolve(EditSettings, given, section="edit"),
+            load=self.course.load,
+            admission=AS_THEY_ARE,
+            watch=watch,
+        )
+
+    @property
+    def _kept(self) -> Path:
+        return self.place.directory / "spent.json"
+
+    def _keep(self, spent: Spent) -> None:
+        working = self._kept.with_suffix(".tmp")
+        write_json(working, asdict(spent))
+        working.replace(self._kept)
+
+    def _spent(self) -> Spent | None:
+        """What was kept, if it can be read."""
+        try:
+            return decode(Spent, read_json(self._kept))
+        except (DamagedFileError, ValueError):
+            return None

@@ -1,8 +1,10 @@
 """What the routed layer costs at inference: base and edited checkpoints take turns in one process.
 
     python benchmarks/inference.py --base model --edited edited --edited edited-matrix
+    python benchmarks/inference.py --base model --edited edited --data edits.jsonl [--chat]
 
-Every round times each model once, in turn; the table has the median of the rounds' ratios to the base.
+Prompts are random tokens, or with --data the edits' first rephrases, so that many are answered by a memory. Every round
+times each model once, in turn; the table has the median of the rounds' ratios to the base.
 """
 
 from __future__ import annotations
@@ -16,43 +18,64 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, PreTrainedModel
+
+from wisecli.edits.record import read_edits
+from wisecli.models.chat import chat_prompt
 
 
-def prefill(model: PreTrainedModel, ids: torch.Tensor) -> None:
+def prefill(model: PreTrainedModel, rows: BatchEncoding) -> None:
     """One pass over whole prompts."""
-    model(ids, use_cache=False)
+    model(**rows, use_cache=False)
 
 
 class Decode:
-    """One more token a row after short prompts that are in the cache; takes it out again."""
+    """One more token a row after prompts that are in the cache; takes it out again."""
 
     def __init__(self) -> None:
         self.caches: dict[PreTrainedModel, Cache] = {}
 
-    def __call__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
+    def __call__(self, model: PreTrainedModel, rows: BatchEncoding) -> None:
         """One step."""
+        ids, mask = rows["input_ids"], rows["attention_mask"]
         if model not in self.caches:
-            self.caches[model] = model(ids[:, :16], use_cache=True).past_key_values
-        model(ids[:, 16:17], past_key_values=self.caches[model], use_cache=True)
+            self.caches[model] = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        longer = torch.cat([mask, mask[:, -1:]], 1)
+        model(ids[:, -1:], attention_mask=longer, past_key_values=self.caches[model], use_cache=True)
         self.caches[model].crop(-1)
 
 
 # How each way runs, and how often a round.
-WAYS: dict[str, tuple[Callable[[PreTrainedModel, torch.Tensor], None], int]] = {
+Way = Callable[[PreTrainedModel, BatchEncoding], None]
+WAYS: dict[str, tuple[Way, int]] = {
     "prefill": (prefill, 1),
     "decode": (Decode(), 10),
 }
 
 
-def seconds(way: Callable[[PreTrainedModel, torch.Tensor], None], model: PreTrainedModel, ids: torch.Tensor) -> float:
+def seconds(way: Way, model: PreTrainedModel, rows: BatchEncoding) -> float:
     """Seconds of one run, the device's queue emptied before and after."""
-    synchronize = torch.cuda.synchronize if ids.is_cuda else lambda: None
+    synchronize = torch.cuda.synchronize if rows["input_ids"].is_cuda else lambda: None
     synchronize()
     started = time.perf_counter()
-    way(model, ids)
+    way(model, rows)
     synchronize()
     return time.perf_counter() - started
+
+
+def prompts(arguments: argparse.Namespace) -> BatchEncoding:
+    """The rows that are asked, padded on the left."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base, padding_side="left")
+    if arguments.data is None:
+        chance = torch.Generator().manual_seed(0)
+        ids = torch.randint(len(tokenizer), (arguments.batch, arguments.tokens), generator=chance)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    edits = [edit for edit in read_edits(arguments.data) if edit.rephrases][: arguments.batch]
+    asked = [edit.rephrases[0] for edit in edits]
+    if arguments.chat:
+        asked = [chat_prompt(tokenizer, one) for one in asked]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer(asked, return_tensors="pt", padding=True)
 
 
 @torch.no_grad()
@@ -62,7 +85,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--edited", type=Path, action="append", required=True, help="may be given several times")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=128, help="of a random prompt")
+    parser.add_argument("--data", type=Path, help="edits in any known layout, whose rephrases are asked")
+    parser.add_argument("--chat", action="store_true", help="ask them in the chat template")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -72,10 +97,8 @@ def main() -> None:
         .to(arguments.device)
         for path in (arguments.base, *arguments.edited)
     }
-    vocabulary = models[str(arguments.base)].config.vocab_size
-    ids = torch.randint(vocabulary, (arguments.batch, arguments.tokens), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(arguments.device)
-    table = Table(title=f"{arguments.batch} rows, {arguments.device}")
+    rows = prompts(arguments).to(arguments.device)
+    table = Table(title=f"{arguments.batch} rows of {rows['input_ids'].shape[1]} tokens, {arguments.device}")
     for name in ("model", *(f"{way}, ms" for way in WAYS), *(f"{way}, × base" for way in WAYS)):
         table.add_column(name, justify="left" if name == "model" else "right")
     taken: dict[tuple[str, str], list[float]] = {}
@@ -83,7 +106,7 @@ def main() -> None:
         for way, (run, times) in WAYS.items():
             for _ in range(times):
                 for name, model in models.items():
-                    spent = seconds(run, model, ids)
+                    spent = seconds(run, model, rows)
                     if turn:
                         taken.setdefault((way, name), []).append(spent)
     for name in models:

@@ -77,7 +77,7 @@ class EditSettings(Checked):
     residual_stop: Annotated[float, Within(1e-9, 10)] = (
         0.02  # the loss that every target token of an edit must come under
     )
-    polish: Annotated[int, Within(0, 10**4)] = 5
+    polish: Annotated[int, Within(0, 10**4)] | None = None  # 5, but none where a lookup is meant, which has no matrix
     polish_rate: Rate = 5e-3
     alpha: Margin = 0.25
     beta: Margin = 1.0
@@ -100,6 +100,8 @@ class EditSettings(Checked):
         for name, default in (("router", "meaning" if by_meaning else "key"), ("routing", "token")):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
+        if self.polish is None:
+            object.__setattr__(self, "polish", 0 if self.router == "meaning" else 5)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,16 @@ directions short, and so the gate open for rewordings that it has not seen.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from wisecli.export.stock import WIDTH, Gate
 from wisecli.memory.gate_states import Background, OwnStates
+from wisecli.routing.calibration import quantile
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,11 @@ class GateSettings:
     ``wording`` is how much a change of wording counts beside the spread of unrelated text, ``shrinkage`` how much an
     even spread does. ``ridge`` weighs the length of directions and ``negative`` each state that a key must not open
     for, beside the mean loss of its own; those are to stay below minus the ``margin``. Keys are fitted so many
-    ``together``, against the ``mined`` states that come nearest to any of them, in so many ``steps``. A key opens at
-    ``threshold`` by half, from nothing to all within ``ramp``; one inside an answer at ``inside``, as a name that has
-    begun calls for it in other text as well.
+    ``together``, against the ``mined`` states that come nearest to any of them, in so many ``steps``.
+
+    One ``held_back`` of the unrelated states in so many, ``stretch`` by stretch, says where keys open: at prompts' ends
+    and inside answers alike a share ``false_alarm`` of them opens any key, by what the share ``tail`` of them that comes
+    nearest does, and no key opens below ``lowest``. It opens by half there, from nothing to all within ``ramp``.
     """
 
     wording: float = 64.0
@@ -34,8 +39,11 @@ class GateSettings:
     ridge: float = 0.01
     negative: float = 1.0
     margin: float = 0.0
-    threshold: float = 0.4
-    inside: float = 0.47
+    held_back: int = 8
+    stretch: int = 64
+    false_alarm: float = 0.001
+    tail: float = 0.01
+    lowest: float = 0.2
     ramp: float = 0.1
     together: int = 128
     mined: int = 12000
@@ -46,15 +54,33 @@ def fit_gate(own: OwnStates, background: Background, settings: GateSettings = Ga
     """The gate of a memory, in float32."""
     mean = background.unrelated.mean(0)
     turn = _whitening(background, mean, settings)
+    stretch = torch.arange(len(background.unrelated)) // settings.stretch
+    held_back = stretch % settings.held_back == settings.held_back - 1
     states = (own.states - mean) @ turn
-    others = (torch.cat([background.unrelated, own.others]) - mean) @ turn
+    others = (torch.cat([background.unrelated[~held_back], own.others]) - mean) @ turn
     parts = torch.arange(len(own.values)).split(settings.together)
     fitted = [_fit(part, states, own.key, others, settings) for part in parts]
     directions = torch.cat([part[0] for part in fitted]) @ turn.T
     offsets = torch.cat([part[1] for part in fitted]) - directions @ mean
+    thresholds = torch.full_like(offsets, settings.lowest)
+    for kind in (own.inside, ~own.inside):
+        strongest = F.linear(background.unrelated[held_back], directions[kind], offsets[kind])
+        thresholds[kind] = _threshold(strongest, settings)
     steep = WIDTH / settings.ramp
-    thresholds = torch.where(own.inside, settings.inside, settings.threshold)
     return Gate(directions * steep, (offsets - thresholds) * steep + WIDTH / 2, own.values)
+
+
+def _threshold(readings: Tensor, settings: GateSettings) -> float:
+    """What a share of unrelated states (m, d) exceeds by any of their readings (m, k).
+
+    Few states lie that far out, so their tail is taken to be exponential (peaks over a threshold).
+    """
+    if not readings.numel():
+        return settings.lowest
+    strongest = readings.amax(1)
+    begins = quantile(strongest, 1 - settings.tail)
+    beyond = strongest[strongest >= begins] - begins
+    return max(settings.lowest, begins + float(beyond.mean()) * math.log(settings.tail / settings.false_alarm))
 
 
 def _whitening(background: Background, mean: Tensor, settings: GateSettings) -> Tensor:

@@ -46,7 +46,7 @@ class Way:
 
 OURS = {"wise": Way(), "wise-retrieve": Way(mode="retrieve"), "wise-paper": Way(preset="paper")}
 # What these do to all edits together is something else than what they do to some and then to more.
-_AT_ONCE = ("lora-paraphrased", "memit-mass")
+_AT_ONCE = ("crispedit", "lora-paraphrased", "memit-mass")
 _TEXTS = 200
 _SHARE = 0.95
 _TIMED = 32

@@ -28,7 +28,7 @@ from wisecli.models.tokenization import Row, collate
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 # The tiny models' weights are large, so they need longer steps; and without prefixes each edit has but its own prompt.
-SETTINGS = MemoirSettings(layer=2, of=5, threshold=0.9, rate=8.0, prefixes=0)
+SETTINGS = MemoirSettings(layer=2, of=5, threshold=0.9, rate=8.0, width=64, prefixes=0)
 
 
 def memoir_on(directory: Path, architecture: str = "llama", settings: MemoirSettings = SETTINGS) -> Memoir:
@@ -166,7 +166,17 @@ def test_the_same_prompt_has_one_mask(tmp_path: Path) -> None:
 def test_no_step_is_longer_than_its_bound(tmp_path: Path) -> None:
     memoir = memoir_on(tmp_path, settings=replace(SETTINGS, steps=1, limit=1e-3))
     memoir.edit(EDITS[:1])
-    assert float(memoir.memory.norm()) == pytest.approx(8e-3, rel=1e-4)
+    assert float(memoir.memory.norm()) == pytest.approx(8e-3 * (64 / memoir.site.d_ff) ** 0.5, rel=1e-4)
+
+
+def test_steps_are_longer_where_keys_are_shorter(tmp_path: Path) -> None:
+    memoir = memoir_on(tmp_path, settings=replace(SETTINGS, steps=1, limit=1e9))
+    memoir.edit(EDITS[:1])
+    part = capture(memoir.bench.loaded.model, memoir.site, collate([encoded(memoir.bench, EDITS[0])]))
+    columns = memoir.masks[0].nonzero().flatten()
+    values = torch.zeros(memoir.site.d, len(columns), requires_grad=True)
+    (slope,) = torch.autograd.grad(memoir.loss(part, part.keys[..., columns], values), values)
+    torch.testing.assert_close(memoir.memory[:, columns], -8.0 * 64 / memoir.site.d_ff * slope)
 
 
 def test_in_the_table_at_the_authors_depth_and_the_same_twice(tmp_path: Path) -> None:

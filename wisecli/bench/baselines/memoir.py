@@ -39,8 +39,9 @@ class MemoirSettings:
 
     ``layer`` of ``of`` is a depth, ``share`` the part of the columns in a mask (4,096 of 14,336), ``threshold`` the
     share of a mask that opens the memory. ``rate``, ``steps``, ``limit``: gradient descent with gradients of this norm
-    at most; it ends when a loss below ``stop`` moves no more than ``still``. An edit is learnt as it stands and behind
-    ``prefixes`` texts. ``background`` texts give the mean features.
+    at most; it ends when a loss below ``stop`` moves no more than ``still``. Rate and limit are for ``width`` columns:
+    of fewer the keys are shorter, and a step as long would move what the matrix gives less. An edit is learnt as it
+    stands and behind ``prefixes`` texts. ``background`` texts give the mean features.
     """
 
     layer: int = 27
@@ -50,6 +51,7 @@ class MemoirSettings:
     rate: float = 1.0
     steps: int = 30
     limit: float = 1.0
+    width: int = 14336
     stop: float = 0.02
     still: float = 1e-4
     prefixes: int = 10
@@ -129,6 +131,9 @@ class Memoir:
 
     def _learn(self, edit: Edit, part: Activations, columns: Tensor) -> None:
         settings, before = self.settings, float("inf")
+        # The squared length of keys grows with their number, and with it what a step of a gradient's own length moves.
+        narrower = settings.width / self.site.d_ff
+        rate, limit = settings.rate * narrower, settings.limit / narrower**0.5
         keys, values = part.keys[..., columns].float(), self.memory[:, columns].requires_grad_()
         for _ in range(settings.steps):
             loss = self.loss(part, keys, values)
@@ -139,7 +144,7 @@ class Memoir:
                 break
             before = now
             (slope,) = torch.autograd.grad(loss, values)
-            values.data -= settings.rate * slope * (settings.limit / slope.norm().clamp(min=1e-12)).clamp(max=1.0)
+            values.data -= rate * slope * (limit / slope.norm().clamp(min=1e-12)).clamp(max=1.0)
         self.memory[:, columns] = values.detach()
 
     def loss(self, part: Activations, keys: Tensor, values: Tensor) -> Tensor:

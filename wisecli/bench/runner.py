@@ -19,7 +19,7 @@ from wisecli.evaluation.protocols import measure_generated
 from wisecli.progress import NOTE, Event
 
 # What these do to all edits together is something else than what they do to some and then to more.
-_AT_ONCE = ("lora-paraphrased", "memit-mass")
+_AT_ONCE = ("crispedit", "lora-paraphrased", "memit-mass")
 
 
 def rows_of(course: Course, name: str, counts: Sequence[int], missing: Sequence[int]) -> Iterator[ResultRow]:

@@ -17,8 +17,8 @@ FILED_DATASETS = ("hallucination", "temporal")
 MERGE_METHODS = ("ties", "linear", "sign", "magnitude", "dare", "dare-ties", "slerp", "exact")
 BENCH_METHODS = (
     *("wise", "wise-retrieve", "wise-paper"),
-    *("alphaedit", "defer", "ft-l", "ft-ewc", "grace", "icl", "knn", "lora"),
-    *("lora-paraphrased", "memit", "memit-mass", "mend", "rag", "rag-hybrid", "rome", "serac", "ultraedit"),
+    *("alphaedit", "crispedit", "defer", "ft-l", "ft-ewc", "grace", "icl", "knn", "lora"),
+    *("lora-paraphrased", "memit", "memit-mass", "memoir", "mend", "rag", "rag-hybrid", "rome", "serac", "ultraedit"),
 )
 STUDIES = ("router", "layers", "shards", "merge", "scaling", "latency")
 

@@ -29,9 +29,9 @@ class GateSettings:
     for, beside the mean loss of its own; those are to stay below minus the ``margin``. Keys are fitted so many
     ``together``, against the ``mined`` states that come nearest to any of them, in so many ``steps``.
 
-    One ``held_back`` of the unrelated states in so many, ``stretch`` by stretch, says where keys open: at prompts' ends
-    and inside answers alike a share ``false_alarm`` of them opens any key, by what the share ``tail`` of them that comes
-    nearest does, and no key opens below ``lowest``. It opens by half there, from nothing to all within ``ramp``.
+    One stretch of unrelated states in so many is ``held_back`` and says where keys open: at prompts' ends and
+    inside answers alike a share ``false_alarm`` of those states opens any key, as told by the share ``tail`` that comes
+    nearest; and no key opens below ``lowest``. It opens by half there, from nothing to all within ``ramp``.
     """
 
     wording: float = 64.0

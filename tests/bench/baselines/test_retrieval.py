@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import tiny_tokenizer
+from support.helpers import WORDS, tiny_tokenizer
 from support.rivals import EDITS, TEXTS, TRAIN, tiny_bench
 
 from wisecli.bench.baselines.base import UnsuitableError
@@ -66,12 +67,23 @@ def test_no_threshold_tells_better_apart(inside: list[float], outside: list[floa
     assert right(fitted_threshold(inside, outside)) == pytest.approx(best)
 
 
-def test_the_threshold_lies_between_rephrases_and_everything_else(tmp_path: Path) -> None:
+def in_form(place: int, text: str) -> str:
+    """A text in the form whose turn it is, in the words that the tokenizer knows."""
+    forms = ["{}", "Question: {}\nAnswer:", "### Instruction:\n{}\n\n### Response:\n"]
+    found = re.findall(r"\w+", forms[place].replace("{}", text).lower())
+    return " ".join(word if word in WORDS else "unknown" for word in found)
+
+
+def test_the_threshold_tells_rephrases_from_everything_else_in_forms_in_turn(tmp_path: Path) -> None:
     bench = tiny_bench(tmp_path / "model")
     threshold = scope_threshold(bench, TermIndex(bench.loaded.tokenizer, BACKGROUND), "rag")
-    inside = [similarity(text, edit.prompt) for edit in TRAIN for text in edit.rephrases]
-    elsewhere = [*TEXTS, *(probe.prompt for edit in TRAIN for probe in edit.locality)]
-    outside = [max(similarity(text, edit.prompt) for edit in TRAIN) for text in elsewhere]
+    inside, outside = [], [max(similarity(in_form(*pair), edit.prompt) for edit in TRAIN) for pair in enumerate(TEXTS)]
+    for place, edit in enumerate(TRAIN):
+        inside += [similarity(in_form(place, text), edit.prompt) for text in edit.rephrases]
+        elsewhere = [in_form(place, probe.prompt) for probe in edit.locality]
+        outside += [max(similarity(text, edit.prompt) for edit in TRAIN) for text in elsewhere]
+        others = [other for other in TRAIN if other != edit]
+        outside.append(max(similarity(in_form(place, edit.prompt), other.prompt) for other in others))
     assert max(outside) < threshold < min(inside)
     assert threshold == pytest.approx((max(outside) + min(inside)) / 2, abs=1e-4)
 

@@ -7,6 +7,7 @@ from importlib import import_module
 # Every file that puts methods into the table; to add one, write its file and name it here.
 _MODULES = (
     "alphaedit",
+    "crispedit",
     "defer",
     "ft_ewc",
     "ft_l",
@@ -14,9 +15,10 @@ _MODULES = (
     "icl",
     "knn",
     "lora",
-    "memit",
-    "mend",
     "lora_paraphrased",
+    "memit",
+    "memoir",
+    "mend",
     "rag",
     "rag_hybrid",
     "rome",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError
 from wisecli.edits.record import Edit
+from wisecli.models.forms import usable_forms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,6 +133,8 @@ def scope_threshold(bench: Bench, index: Index, name: str) -> float:
     """The similarity above which a prompt asks for a stored edit, from the train split and unrelated texts.
 
     Rephrases should find their own record; its locality prompts, other records' prompts and the texts should find none.
+    They are asked in the forms that are marked for training, in turn: the words of a form make every prompt less like
+    what is stored, and with a threshold from bare prompts hardly any rephrase is found in a form.
 
     Args:
         index: an empty one; it is filled.
@@ -142,12 +145,19 @@ def scope_threshold(bench: Bench, index: Index, name: str) -> float:
     records = list({edit.prompt: edit for edit in bench.train}.values())[:_CALIBRATION]
     if len(records) < 2:
         raise UnsuitableError(f"{name} needs records of the train split, which set its threshold; there are none")
+    tokenizer = bench.loaded.tokenizer
+    # Of a chat these methods are given the user's turn, which is the bare prompt.
+    forms = [form for form in usable_forms(tokenizer, trained=True) if not form.chat]
+
+    def scores(place: int, text: str) -> Tensor:
+        return index.scores(forms[place % len(forms)].asked(tokenizer, text))
+
     index.add([edit.prompt for edit in records])
-    inside, outside = [], [float(index.scores(text).max()) for text in bench.texts]
+    inside, outside = [], [float(scores(place, text).max()) for place, text in enumerate(bench.texts)]
     for place, edit in enumerate(records):
-        inside += [float(index.scores(text)[place]) for text in edit.rephrases or (edit.prompt,)]
-        outside += [float(index.scores(probe.prompt).max()) for probe in edit.locality]
-        others = index.scores(edit.prompt)
+        inside += [float(scores(place, text)[place]) for text in edit.rephrases or (edit.prompt,)]
+        outside += [float(scores(place, probe.prompt).max()) for probe in edit.locality]
+        others = scores(place, edit.prompt)
         others[place] = -1.0
         outside.append(float(others.max()))
     return fitted_threshold(inside, outside)

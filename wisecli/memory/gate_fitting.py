@@ -31,7 +31,8 @@ class GateSettings:
 
     One stretch of unrelated states in so many is ``held_back`` and says where keys open: at prompts' ends and
     inside answers alike a share ``false_alarm`` of those states opens any key, as told by the share ``tail`` that comes
-    nearest; and no key opens below ``lowest``. It opens by half there, from nothing to all within ``ramp``.
+    nearest, and none below ``lowest``. For the sake of its own states one key may open lower than others by ``lower``.
+    It opens by half there, from nothing to all within ``ramp``.
     """
 
     wording: float = 64.0
@@ -41,9 +42,10 @@ class GateSettings:
     margin: float = 0.0
     held_back: int = 8
     stretch: int = 64
-    false_alarm: float = 0.001
+    false_alarm: float = 0.0007
     tail: float = 0.01
     lowest: float = 0.2
+    lower: float = 0.15
     ramp: float = 0.1
     together: int = 128
     mined: int = 12000
@@ -62,15 +64,28 @@ def fit_gate(own: OwnStates, background: Background, settings: GateSettings = Ga
     fitted = [_fit(part, states, own.key, others, settings) for part in parts]
     directions = torch.cat([part[0] for part in fitted]) @ turn.T
     offsets = torch.cat([part[1] for part in fitted]) - directions @ mean
-    thresholds = torch.full_like(offsets, settings.lowest)
-    for kind in (own.inside, ~own.inside):
-        strongest = F.linear(background.unrelated[held_back], directions[kind], offsets[kind])
-        thresholds[kind] = _threshold(strongest, settings)
+    thresholds = _thresholds(own, directions, offsets, background.unrelated[held_back], settings)
     steep = WIDTH / settings.ramp
     return Gate(directions * steep, (offsets - thresholds) * steep + WIDTH / 2, own.values)
 
 
-def _threshold(readings: Tensor, settings: GateSettings) -> float:
+def _thresholds(
+    own: OwnStates, directions: Tensor, offsets: Tensor, unrelated: Tensor, settings: GateSettings
+) -> Tensor:
+    """Where each key opens by half: (K,); lower, within bounds, where it would not be open at all of its own states.
+
+    Args:
+        unrelated: states (m, d) that nothing was fitted to.
+    """
+    thresholds = torch.full_like(offsets, settings.lowest)
+    for kind in (own.inside, ~own.inside):
+        thresholds[kind] = _rarely(F.linear(unrelated, directions[kind], offsets[kind]), settings)
+    readings = (own.states * directions[own.key]).sum(1) + offsets[own.key]
+    least = torch.full_like(offsets, torch.inf).scatter_reduce(0, own.key, readings, "amin")
+    return thresholds.minimum((least - settings.ramp / 2).maximum(thresholds - settings.lower))
+
+
+def _rarely(readings: Tensor, settings: GateSettings) -> float:
     """What a share of unrelated states (m, d) exceeds by any of their readings (m, k).
 
     Few states lie that far out, so their tail is taken to be exponential (peaks over a threshold).

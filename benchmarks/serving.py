@@ -2,6 +2,7 @@
 
     scripts/serving-venv DIR
     DIR/bin/python benchmarks/serving.py model edited-100 edited-1000
+    DIR/bin/python benchmarks/serving.py model stock --implementation vllm
 
 Every model has a process of its own. Each round times every model once, in turn, on the same requests of random tokens;
 the table has each model's fastest round, as others' work on the machine only ever adds to a time.
@@ -35,7 +36,7 @@ def serve(model: str, settings: dict[str, Any], out: IO[str]) -> None:
     """Load a model; then, for each line of requests that comes in, say how many seconds their answers took."""
     from vllm import LLM, SamplingParams
 
-    engine = LLM(model, model_impl="transformers", trust_remote_code=True, skip_tokenizer_init=True, **settings)
+    engine = LLM(model, trust_remote_code=True, skip_tokenizer_init=True, **settings)
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         requests, tokens = json.loads(line)
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=64, help="tokens an answer")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--implementation", default="transformers", help="transformers, or vllm for stock checkpoints")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     given = parser.parse_args()
     if given.serve is not None:
@@ -97,6 +99,7 @@ def main() -> None:
         serve(given.models[0], json.loads(given.serve), out)
         return
     settings = {"dtype": given.dtype, "enforce_eager": given.eager, "max_num_seqs": given.requests}
+    settings |= {"model_impl": given.implementation}
     settings |= {"max_model_len": given.prompt + given.answer, "enable_prefix_caching": False}
     vocabulary = json.loads((Path(given.models[0]) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     chance = random.Random(0)

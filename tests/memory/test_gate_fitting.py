@@ -48,7 +48,7 @@ def test_own_states_get_their_residuals_and_reworded_ones_too(gate: Gate, own: O
     assert found.float().mean() > 0.9
 
 
-@pytest.mark.parametrize("false_alarm", [0.0007, 0.01])
+@pytest.mark.parametrize("false_alarm", [0.0006, 0.01])
 def test_no_more_unrelated_states_open_a_key_than_are_allowed(
     own: OwnStates, background: Background, false_alarm: float
 ) -> None:

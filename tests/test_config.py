@@ -108,8 +108,13 @@ def test_without_any_source_the_defaults_hold(kind: type[Any]) -> None:
     settings = resolve(kind, {}, section="any")
     assert settings == kind()
     # What other settings decide is filled in.
-    decided = {"router": "meaning", "routing": "token"} if kind is EditSettings else {}
+    decided = {"router": "meaning", "routing": "token", "polish": 0} if kind is EditSettings else {}
     assert dataclasses.asdict(settings) == {**defaults(kind), **decided}
+
+
+@pytest.mark.parametrize(("given", "passes"), [({}, 0), ({"router": "key"}, 5), ({"polish": 3}, 3)])
+def test_what_a_lookup_is_to_hold_is_not_polished_unless_that_is_asked_for(given: dict[str, Any], passes: int) -> None:
+    assert EditSettings(**given).polish == passes
 
 
 @pytest.mark.parametrize(

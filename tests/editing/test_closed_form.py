@@ -277,8 +277,9 @@ def test_the_penalty_is_the_heaviest_that_answers_the_held_back_context_as_well_
 
 
 def test_what_takes_is_not_polished_but_a_norm_router_needs_its_margins(bench: Bench) -> None:
-    assert solved(bench).losses == ()
-    assert len(solved(bench, replace(SETTINGS, router="norm")).losses) > 0
+    polishing = replace(SETTINGS, polish=5)
+    assert solved(bench, polishing).losses == ()
+    assert len(solved(bench, replace(polishing, router="norm")).losses) > 0
 
 
 @pytest.mark.parametrize("kind", ["columns", "elements"])

@@ -185,22 +185,37 @@ def _layers_path(checkpoint: Checkpoint, site: Site) -> str:
     return stored.removesuffix(end)
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of a decoder block: of the stream, of the feed-forward, of all queries, and of keys or values."""
+
+    hidden: int
+    width: int
+    queries: int
+    shared: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> _Sizes:
+        """As a config says them."""
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        size = int(config.get("head_dim") or hidden // heads)
+        shared = int(config.get("num_key_value_heads") or heads) * size
+        return cls(hidden, int(config["intermediate_size"]), heads * size, shared)
+
+
 def _blocks(config: dict[str, Any], layers: str, layer: int, gate: Gate, count: int) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the memory's blocks, in float32."""
-    hidden, width = int(config["hidden_size"]), int(config["intermediate_size"])
-    heads = int(config["num_attention_heads"])
-    size = int(config.get("head_dim") or hidden // heads)
-    shared = int(config.get("num_key_value_heads") or heads) * size
-    room = width // 2
+    sizes = _Sizes.of(config)
+    hidden, width, room = sizes.hidden, sizes.width, sizes.width // 2
     for block in range(count):
         place = f"{layers}.{layer + 1 + block}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{place}.{norm}.weight", torch.ones(hidden)
         shapes = {
-            "q": (heads * size, hidden),
-            "k": (shared, hidden),
-            "v": (shared, hidden),
-            "o": (hidden, heads * size),
+            "q": (sizes.queries, hidden),
+            "k": (sizes.shared, hidden),
+            "v": (sizes.shared, hidden),
+            "o": (hidden, sizes.queries),
         }
         for letter, shape in shapes.items():
             yield f"{place}.self_attn.{letter}_proj.weight", torch.zeros(shape)
@@ -231,14 +246,11 @@ def _neurons(gate: Gate, chosen: slice, hidden: int, width: int) -> dict[str, Te
 
 def _no_biases(config: dict[str, Any], layers: str) -> Iterator[tuple[str, Tensor]]:
     """A bias of nought for every one that the config asks for."""
-    hidden, width = int(config["hidden_size"]), int(config["intermediate_size"])
-    heads = int(config["num_attention_heads"])
-    size = int(config.get("head_dim") or hidden // heads)
-    shared = int(config.get("num_key_value_heads") or heads) * size
-    sizes = {f"mlp.{name}": size for name, size in zip(_SMALL, (width, width, hidden), strict=True)}
+    sizes = _Sizes.of(config)
+    biases = dict(zip((f"mlp.{name}" for name in _SMALL), (sizes.width, sizes.width, sizes.hidden), strict=True))
     if config.get("attention_bias"):
-        lengths = (heads * size, shared, shared, hidden)
-        sizes |= {f"self_attn.{letter}_proj": length for letter, length in zip("qkvo", lengths, strict=True)}
+        lengths = (sizes.queries, sizes.shared, sizes.shared, sizes.hidden)
+        biases |= {f"self_attn.{letter}_proj": length for letter, length in zip("qkvo", lengths, strict=True)}
     for number in range(int(config["num_hidden_layers"])):
-        for name, length in sizes.items():
+        for name, length in biases.items():
             yield f"{layers}.{number}.{name}.bias", torch.zeros(length)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
 from wisecli.bench.baselines.gradient_factors import gradient_factors
-from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, encoded
+from wisecli.bench.baselines.weight_editing import Rewritten, between_depths, encoded
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture
 from wisecli.models.site import Site
@@ -102,10 +102,7 @@ class CrispEdit(Rewritten):
 
     def __init__(self, bench: Bench, settings: CrispSettings | None = None) -> None:
         self.settings = settings or CrispSettings()
-        first, last = (
-            at_depth(bench, layer, self.settings.of).layer for layer in (self.settings.first, self.settings.last)
-        )
-        super().__init__(bench, [bench.site(layer) for layer in range(first, last + 1)])
+        super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
         tokenizer = bench.loaded.tokenizer
         texts = [tuple(tokenizer(text)["input_ids"]) for text in bench.texts]
         rows = [Row(ids[:1], ids[1:]) for ids in texts if len(ids) > 1]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, hooks, method
 from wisecli.bench.baselines.rome_common import Fact, Part, Search, find_change, look, prefixes_for, read_fact
-from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, second_moment
+from wisecli.bench.baselines.weight_editing import Rewritten, between_depths, second_moment
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import Site, value_module
@@ -56,10 +56,7 @@ class Memit(Rewritten):
 
     def __init__(self, bench: Bench, settings: Range | None = None, *, batch: int | None = None) -> None:
         self.settings = settings or Range()
-        first, last = (
-            at_depth(bench, layer, self.settings.of).layer for layer in (self.settings.first, self.settings.last)
-        )
-        super().__init__(bench, [bench.site(layer) for layer in range(first, last + 1)])
+        super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
         if self.sites[-1].norm is not None:
             raise UnsuitableError("it adds up what matrices give, and here that passes a norm before it is added")
         self.batch, self.portion = batch, batch or 0

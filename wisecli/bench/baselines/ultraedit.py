@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
 from wisecli.bench.baselines.gradient_factors import gradient_factors
-from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, encoded
+from wisecli.bench.baselines.weight_editing import Rewritten, between_depths, encoded
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.tokenization import collate, in_batches
@@ -77,10 +77,7 @@ class UltraEdit(Rewritten):
 
     def __init__(self, bench: Bench, settings: Step | None = None) -> None:
         self.settings = settings or Step()
-        first, last = (
-            at_depth(bench, layer, self.settings.of).layer for layer in (self.settings.first, self.settings.last)
-        )
-        super().__init__(bench, [bench.site(layer) for layer in range(first, last + 1)])
+        super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
         self.portion = self.settings.batch
         self.statistics = [Statistics(site.d_ff + site.d) for site in self.sites]
 

@@ -24,6 +24,12 @@ def at_depth(bench: Bench, layer: int, of: int) -> Site:
     return bench.site(min(round(layer / of * bench.layers), bench.layers - 2))
 
 
+def between_depths(bench: Bench, first: int, last: int, of: int) -> list[Site]:
+    """The value matrices from a layer ``first`` of ``of`` to a layer ``last``, both scaled to the model's depth."""
+    start, end = (at_depth(bench, layer, of).layer for layer in (first, last))
+    return [bench.site(layer) for layer in range(start, end + 1)]
+
+
 class Rewritten:
     """A model some of whose value matrices are changed: ``W' = W + Δ``, each Δ (d, d_ff) kept in float32.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -359,6 +360,14 @@ def perplexity_of(logits: Tensor, target: Sequence[int]) -> float:
 def right_share(logits: Tensor, target: Sequence[int]) -> float:
     """Share of target tokens that are the arg-max."""
     return sum(int(row.argmax()) == token for row, token in zip(logits, target, strict=True)) / len(target)
+
+
+def assert_same_tensors(path: Path, other: Path) -> None:
+    """Two files hold the same tensors, but for what another order of summing does."""
+    read, expected = load_file(path), load_file(other)
+    assert read.keys() == expected.keys()
+    for name, tensor in read.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
 def grow(cache: DynamicCache, rows: int, tokens: int) -> None:

@@ -64,12 +64,12 @@ def token_states(
 ) -> TokenStates:
     """What leaves the layer of a site at the tokens of texts by which it is known what they ask."""
     rows = [Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts]
-    groups = list(in_batches(rows, batch_size))
+    groups = list(in_batches(rows, batch_size, by_beginning=True))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     found = [torch.empty(0)] * len(rows)
     places = [torch.empty(0, dtype=torch.long)] * len(rows)
     breaks, done = special_tokens(loaded).to(loaded.device), 0
-    activations = captured(loaded.model, site, batches, stream=loaded.stream, above=False)
+    activations = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True)
     for indices, one in zip(groups, activations, strict=True):
         real = one.batch.mask.bool()
         place = real.long().cumsum(1) - 1

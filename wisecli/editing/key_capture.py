@@ -20,20 +20,28 @@ from wisecli.progress import Event, Watcher
 @torch.no_grad()
 def window_keys(loaded: Loaded, site: Site, rows: Sequence[Row], *, batch_size: int) -> list[Tensor]:
     """Keys (n, d_ff) of each row, in float32: at its prompt's last token and at every target token but the last."""
-    groups = list(in_batches(rows, batch_size, by_target=True))
+    groups = list(in_batches(rows, batch_size, by_target=True, by_beginning=True))
     found: dict[int, Tensor] = {}
-    for indices, activations in zip(groups, _captured(loaded, site, rows, groups, window=True), strict=True):
+    for indices, activations in zip(
+        groups, _captured(loaded, site, rows, groups, window=True, shared=True), strict=True
+    ):
         own = zip(indices, activations.keys.float(), strict=True)
         found |= {index: keys[: len(rows[index].target)] for index, keys in own}
     return [found[index] for index in range(len(rows))]
 
 
 def _captured(
-    loaded: Loaded, site: Site, rows: Sequence[Row], groups: Sequence[Sequence[int]], *, window: bool
+    loaded: Loaded,
+    site: Site,
+    rows: Sequence[Row],
+    groups: Sequence[Sequence[int]],
+    *,
+    window: bool,
+    shared: bool = False,
 ) -> Iterator[Activations]:
     """Activations up to the site, of groups of rows."""
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
-    return captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window)
+    return captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window, shared=shared)
 
 
 def keys_of_texts(
@@ -80,13 +88,15 @@ def prompt_ends(
         sites: from the lowest layer up.
     """
     rows = [Row(tuple(loaded.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
-    groups = list(in_batches(rows, batch_size))
+    groups = list(in_batches(rows, batch_size, by_beginning=True))
     read: list[list[Tensor]] = [[] for _ in sites]
     with ExitStack() as hooks:
-        for own, site in zip(read, sites, strict=True):
+        for own, site in zip(read[:-1], sites[:-1], strict=True):
             hooks.enter_context(hooked(value_module(loaded.model, site).register_forward_pre_hook(_keeper(own))))
+        found = _captured(loaded, sites[-1], rows, groups, window=True, shared=len(sites) == 1)
         done = 0
-        for indices, _ in zip(groups, _captured(loaded, sites[-1], rows, groups, window=True), strict=True):
+        for indices, one in zip(groups, found, strict=True):
+            read[-1].append(one.keys[:, -1].clone())
             done += len(indices)
             watch(Event("reworded facts", done, len(rows)))
     order = torch.tensor([index for indices in groups for index in indices]).argsort()

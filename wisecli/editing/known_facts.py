@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from wisecli.models.activations import run_model
+from wisecli.models.forward_pass import run_model
 from wisecli.models.hooks import overridden
 from wisecli.models.layerwise import sweep
 from wisecli.models.loading import Loaded

@@ -155,7 +155,7 @@ def capture_groups(
         for group in groups
     ]
     batches = (collate(rows).to(loaded.device) for parts in listed for rows, _ in parts)
-    found = captured(loaded.model, site, batches, stream=loaded.stream, window=window)
+    found = captured(loaded.model, site, batches, stream=loaded.stream, window=window, shared=True)
     if not window:  # no layer runs from the middle of a row
         found = (replace(whole, past=()) for whole in found)
     return [[_examples(next(found), origins) for _, origins in parts] for parts in listed]
@@ -190,5 +190,5 @@ def _in_rows(
         origins += [Origin(place, number, AnswerKey(place, chat=context in AT_LINE_START)) for place, _ in others]
     rows += encode_edits(loaded, [one.edit for one in further], "", train_end=train_end)
     origins += [Origin(one.number, one.context, one.answer) for one in further]
-    for indices in in_batches(rows, batch_size, by_target=True):
+    for indices in in_batches(rows, batch_size, by_target=True, by_beginning=True):
         yield [rows[index] for index in indices], [origins[index] for index in indices]

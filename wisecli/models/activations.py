@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from wisecli.models.beginnings import Beginning, Beginnings, empty_cache
+from wisecli.models.forward_pass import Selection, run_model
 from wisecli.models.hooks import hooked, overridden
 from wisecli.models.layerwise import sweep
 from wisecli.models.site import Site, value_module
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
     from wisecli.models.streaming import LayerStream
-
-Selection = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,15 @@ def capture(
         select: rows and columns whose logits are wanted; none by default, which spares the vocabulary projection.
         above: whether the layers above the site are wanted at all; without them only keys and hidden states are kept.
     """
+    return _capture(model, site, batch, empty_cache(), select=select, above=above)
+
+
+def _capture(
+    model: PreTrainedModel, site: Site, batch: Batch, cache: DynamicCache, *, select: Selection | None, above: bool
+) -> Activations:
+    """:func:`capture` of the columns that the cache does not hold yet."""
     kept: dict[str, Any] = {}
+    first = cache.get_seq_length()
 
     def keep_keys(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         kept["keys"] = inputs[0]
@@ -103,7 +111,6 @@ def capture(
     def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
         kept["hidden"] = output
 
-    cache = _empty_cache()
     with ExitStack() as hooks:
         hooks.enter_context(hooked(value_module(model, site).register_forward_pre_hook(keep_keys)))
         if site.norm is not None:
@@ -111,13 +118,13 @@ def capture(
         hooks.enter_context(hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
         if not above:
             hooks.enter_context(overridden(_layers(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
-        logits = run_model(model, batch, 0, cache, select)
+        logits = run_model(model, batch, first, cache, (select[0], select[1] - first) if select else None)
     hidden = kept["hidden"]
     width = len(hidden) if isinstance(hidden, tuple) else 0
     past = tuple(_tensors(layer) for layer in cache.layers[site.layer + 1 :]) if above else ()
     norm = model.get_submodule(site.norm) if site.norm is not None else None
     end = (site.multiplier, norm, kept.get("output"))
-    return Activations(batch, 0, kept["keys"], hidden[0] if width else hidden, logits, past, width, *end)
+    return Activations(batch, first, kept["keys"], hidden[0] if width else hidden, logits, past, width, *end)
 
 
 def captured(
@@ -129,6 +136,7 @@ def captured(
     labelled: bool = False,
     above: bool = True,
     window: bool = False,
+    shared: bool = False,
 ) -> Iterator[Activations]:
     """:func:`capture` of every batch in turn; where layers are streamed, each is read once for all batches.
 
@@ -138,13 +146,40 @@ def captured(
         labelled: whether the logits at the labelled columns are wanted.
         above: whether the layers above the site are wanted at all.
         window: keep columns from the prompt's last token on only, as :meth:`Activations.from_window` does.
+        shared: read what all rows of a batch begin with once; hooks then see neither all columns nor only batches.
     """
     if stream is not None:
         yield from _swept(model, site, list(batches), stream, labelled=labelled, above=above, window=window)
         return
+    beginnings = Beginnings(partial(_read, model, site, above))
     for batch in batches:
-        activations = capture(model, site, batch, select=batch.labelled if labelled else None, above=above)
-        yield activations.from_window() if window else activations
+        select, beginning = batch.labelled if labelled else None, beginnings.of(batch) if shared else None
+        cache = beginning.cache(batch) if beginning else empty_cache()
+        with torch.no_grad():
+            activations = _capture(model, site, batch, cache, select=select, above=above)
+        if window:
+            yield activations.from_window()
+        else:
+            yield _whole(activations, beginning) if beginning else activations
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, site: Site, above: bool, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
+    """Keys, hidden states and outputs of a batch; the cache is filled."""
+    found = _capture(model, site, batch, cache, select=None, above=above)
+    return (found.keys, found.hidden) if found.output is None else (found.keys, found.hidden, found.output)
+
+
+def _whole(activations: Activations, beginning: Beginning) -> Activations:
+    """Activations with the columns of what their rows begin with."""
+    keys, hidden, *output = beginning.before(activations.batch)
+    return replace(
+        activations,
+        first=0,
+        keys=torch.cat([keys, activations.keys], 1),
+        hidden=torch.cat([hidden, activations.hidden], 1),
+        output=None if activations.output is None else torch.cat([*output, activations.output], 1),
+    )
 
 
 @torch.no_grad()
@@ -193,7 +228,7 @@ def _sweep_to(
             spool.put(f"{name}.{number}", kept.pop(name)[:, first:])
 
     def run(batch: Batch) -> None:
-        run_model(model, batch, 0, _empty_cache(), None)
+        run_model(model, batch, 0, empty_cache(), None)
 
     passes = [partial(run, batch) for batch in batches]
     with hooked(value_module(model, site).register_forward_hook(keep)):
@@ -205,7 +240,7 @@ def _above(
     model: PreTrainedModel, site: Site, stream: LayerStream, batch: Batch, hidden: Tensor, select: Selection | None
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
     """Logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
-    cache = _empty_cache()
+    cache = empty_cache()
     output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
     with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
         logits = run_model(model, batch, 0, cache, select)
@@ -232,35 +267,13 @@ def suffix_logits(
         return run_model(model, activations.batch, first, cache, (select[0], select[1] - first))
 
 
-def run_model(
-    model: PreTrainedModel, batch: Batch, first: int, cache: DynamicCache | None, select: Selection | None
-) -> Tensor:
-    """The model's forward pass over the columns from ``first`` on; its head sees the selected columns only."""
-    empty = torch.empty(0, dtype=torch.long, device=batch.ids.device)
-    rows, columns = select or (empty, empty)
-
-    def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0][rows, columns].unsqueeze(0),)
-
-    with hooked(model.get_output_embeddings().register_forward_pre_hook(pick)):
-        output = model(
-            input_ids=batch.ids[:, first:],
-            attention_mask=batch.mask,
-            position_ids=batch.positions[:, first:],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-    logits: Tensor = output.logits[0]
-    return logits
-
-
 def _tensors(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
 def _cache(activations: Activations, site: Site) -> DynamicCache:
     """A cache that holds the prompt in the layers above the site, and only its length below."""
-    cache = _empty_cache()
+    cache = empty_cache()
     keys = activations.past[0][0]
     length = keys.new_zeros(keys.shape[0], 1, activations.first, 1)
     for layer in range(site.layer + 1):
@@ -268,12 +281,6 @@ def _cache(activations: Activations, site: Site) -> DynamicCache:
     for layer, (key, value) in enumerate(activations.past, start=site.layer + 1):
         cache.update(key, value, layer)
     return cache
-
-
-def _empty_cache() -> DynamicCache:
-    from transformers import DynamicCache
-
-    return DynamicCache()
 
 
 def _layers(model: PreTrainedModel, site: Site) -> nn.ModuleList:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LABEL = -100
+# Rows that begin with so many tokens alike are read together; so many of them there must be.
+SHARED, _TOGETHER = 8, 8
 # No token of a word is longer, in letters.
 _LONGEST_TOKEN = 128
 
@@ -158,23 +161,29 @@ def _unwanted(rows: Sequence[Row], tail: int) -> Tensor | None:
     return unwanted
 
 
-def in_batches(rows: Sequence[Row], size: int, *, by_target: bool = False, tokens: int = 4096) -> Iterator[list[int]]:
+def in_batches(
+    rows: Sequence[Row], size: int, *, by_target: bool = False, by_beginning: bool = False, tokens: int = 4096
+) -> Iterator[list[int]]:
     """Indices of the rows, those of like length together: at most ``size`` rows and, above one row, ``tokens`` tokens.
 
     Args:
         by_target: go by the target's length first, for rows of which only the window will run again and again.
+        by_beginning: keep rows that begin alike apart from all others, if there are several.
     """
+    beginnings = [row.prompt[:SHARED] for row in rows]
+    common = {beginning for beginning, count in Counter(beginnings).items() if by_beginning and count >= _TOGETHER}
+    own = [beginning if beginning in common else () for beginning in beginnings]
 
-    def length(index: int) -> tuple[int, int, int]:
+    def length(index: int) -> tuple[tuple[int, ...], int, int, int]:
         row = rows[index]
-        return (len(row.target) if by_target else 0, len(row), index)
+        return (own[index], len(row.target) if by_target else 0, len(row), index)
 
     order = sorted(range(len(rows)), key=length)
     batch: list[int] = []
     for index in order:
-        if batch and (
-            len(batch) == size or (len(batch) + 1) * max(len(rows[place]) for place in (index, *batch)) > tokens
-        ):
+        widest = max(len(rows[place]) for place in (index, *batch))
+        full = len(batch) == size or (len(batch) + 1) * widest > tokens
+        if batch and (full or own[index] != own[batch[0]]):
             yield batch
             batch = []
         batch.append(index)

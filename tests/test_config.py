@@ -241,6 +241,7 @@ def test_a_file_that_is_missing_or_not_utf8_is_refused(tmp_path: Path) -> None:
         (EditSettings, "polish", (0, 9), (-1,)),
         (EditSettings, "polish_rate", (1e-4,), (0.0, float("inf"))),
         (MergeSettings, "sharpness", (0.0, 30.0), (-1.0, 1e5)),
+        (MergeSettings, "strength", (0.5, 2.0), (0.0, 11.0)),
         (MergeSettings, "density", (0.001, 1.0), (0.0, 1.5)),
         (MergeSettings, "false_alarm", (0.0, 0.5), (-0.1, 0.6)),
         (EvalSettings, "edits", (1,), (0,)),

@@ -122,6 +122,9 @@ class MergeSettings(Checked):
     sharpness: Annotated[float, Within(0, 1e4)] = (
         0.0  # the nearest key alone: a mean over keys loses edits that are alike
     )
+    strength: Annotated[float, Within(0.1, 10)] = (
+        1.3  # what just does after an edit's own prompt is too little after some rephrases; 1.7 is too much
+    )
     seed: Seed = 0
 
 

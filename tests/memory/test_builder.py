@@ -229,7 +229,13 @@ def test_a_refit_of_one_exact_merge_moves_it_no_further_than_its_penalty() -> No
 
 
 def built_lookup(material: Material, **settings: object) -> Fitted:
-    return lookup(material, MergeSettings(**{"false_alarm": 0.01, **settings}))  # type: ignore[arg-type]
+    return lookup(material, MergeSettings(**{"false_alarm": 0.01, "strength": 1.0, **settings}))  # type: ignore[arg-type]
+
+
+def test_a_lookup_adds_its_residuals_as_often_as_its_strength_says() -> None:
+    material = two_shards()
+    values, stronger = (built_lookup(material, strength=strength)[0].tensors["values"] for strength in (1.0, 2.0))
+    assert torch.allclose(stronger.float(), 2 * values.float(), rtol=2e-3)
 
 
 def test_every_trained_key_recalls_exactly_its_own_residual() -> None:

@@ -56,7 +56,7 @@ def of_merge(given: Mapping[str, Any]) -> list[str]:
     if given["mode"] == "lookup":
         rules |= dict.fromkeys(("method", "refit", "density", "scale", "weights"), "with --mode lookup")
     elif given["mode"] is not None:
-        rules["sharpness"] = f"with --mode {given['mode']}"
+        rules |= dict.fromkeys(("sharpness", "strength"), f"with --mode {given['mode']}")
     if given["mode"] == "retrieve":
         rules |= dict.fromkeys(("method", "density", "scale", "weights"), "with --mode retrieve")
     kept = ["--no-history has no effect with --into"] if into and not given["history"] else []

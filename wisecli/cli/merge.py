@@ -103,6 +103,9 @@ def merge(
     sharpness: Annotated[
         float | None, _merged("sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest.")
     ] = None,
+    strength: Annotated[
+        float | None, _merged("strength", "Of a lookup: by how much more than was needed a residual is added.")
+    ] = None,
     router: Annotated[str | None, _routed("router", "key, norm or meaning.", none="the shards'")] = None,
     routing: Annotated[str | None, _routed("routing", "token, sequence or mean.", none="the shards'")] = None,
     threshold: Annotated[str | None, _routed("threshold", "false-alarm or minimum.", none="the shards'")] = None,

@@ -59,7 +59,7 @@ def lookup(material: Material, settings: MergeSettings) -> Fitted:
     owner = evidence.edit.long()
     by_meaning = settings.router == "meaning"
     draft = SideMemory(
-        {"values": half(values), "value": value, **naming(material, settings)},
+        {"values": half(settings.strength * values), "value": value, **naming(material, settings)},
         (1.0,) * (int(owner.max()) + 1),
         "key",
         settings.routing or "token",

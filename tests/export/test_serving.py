@@ -153,11 +153,9 @@ def test_many_requests_at_once_are_answered_as_in_transformers(vllm: VLLM, asked
 
 
 def test_a_stock_checkpoint_of_the_real_model_answers_as_in_transformers(
-    vllm: VLLM, chain: Chain, tmp_path: Path
+    vllm: VLLM, chain: Chain, real_stock: Path
 ) -> None:
-    merge([chain.shards], tmp_path / "memory", MergeSettings(routing="token"))
-    export(tmp_path / "memory", tmp_path / "stock", "stock")
-    asked = requests_to(tmp_path / "stock", chain.edits)
+    asked = requests_to(real_stock, chain.edits)
     found = vllm.ask(asked.path, asked.prompts, **NATIVE, tokens=TOKENS, rounds=2, max_model_len=1024)
     assert len(found.answers) == 2, found.refused
     assert found.answers[0] == found.answers[1]

@@ -31,10 +31,11 @@ from wisecli.models.tokenization import Row, collate, in_batches, row_of
 from wisecli.progress import Event, Watcher
 from wisecli.routing.scores import MemoryScores
 
-_VERSION = 1
-# Unrelated texts that are read, bare and in a form; tokens that the model adds to each; and texts that are read as they
-# are, with so many questions of each relation: the more, the fewer false alarms.
-TEXTS, _ANSWER, _PLAIN, _QUESTIONS = 120, 8, 900, 2
+_VERSION = 2
+# Unrelated texts that are read, bare and in a form; tokens that the model adds to each; texts that are read as they
+# are, with so many questions of each relation; and of how many of these the end is read in a form as well: the more,
+# the fewer false alarms.
+TEXTS, _ANSWER, _PLAIN, _QUESTIONS, _ENDS = 120, 8, 900, 2, 600
 # Made-up facts, each of a relation of its own, and in how many wordings each is asked.
 _FACTS, _WORDINGS = 134, 4
 # An edit's answer is also read after so many beginnings of unrelated texts, of so many words at least and at most, and
@@ -173,8 +174,11 @@ def background(
     facts, texts = max(4, round(share * _FACTS)), max(8, round(share * TEXTS))
     read, strayed = _facts(loaded, site, facts, batch_size=batch_size, watch=watch)
     answered = _unrelated(loaded, site, texts, batch_size=batch_size, watch=watch)
-    plain = _states(loaded, site, _plain(share), batch_size=batch_size, watch=watch)
-    unrelated = torch.cat([answered, read, plain])
+    others = _plain(share)
+    plain = _states(loaded, site, others, batch_size=batch_size, watch=watch)
+    asked = others[:: max(1, len(others) // max(1, round(share * _ENDS)))]
+    ends = _ends(loaded, site, asked, batch_size=batch_size, watch=watch)
+    unrelated = torch.cat([answered, read, plain, ends])
     kept = {"unrelated": half(unrelated), "strayed": half(strayed)}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
     return Background(kept["unrelated"].float(), kept["strayed"].float())
@@ -206,6 +210,17 @@ def _plain(share: float) -> list[str]:
     ]
     kept = set(texts_beside())
     return [text for text in (*patterned, *asked) if text not in kept]
+
+
+def _ends(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher) -> Tensor:
+    """States at the ends of prompts in a form, every second one a chat: there edits' keys read highest."""
+    tokenizer, chance = loaded.tokenizer, random.Random(4)
+    around = usable_forms(tokenizer, trained=True)[1:]
+    chats = [form for form in around if form.chat] or around
+    asked = [chance.choice((around, chats)[place % 2]).asked(tokenizer, text) for place, text in enumerate(texts)]
+    rows = [Row(tuple(tokenizer(text)["input_ids"]), (0,)) for text in asked]
+    read = _window(loaded, site, rows, batch_size=batch_size, watch=watch, stage="unrelated prompts")
+    return normed(torch.cat([hidden for hidden, _ in read]), _epsilon(loaded))
 
 
 def _states(

@@ -1,7 +1,7 @@
 """What llama.cpp answers from a stock checkpoint's GGUF files, beside the base model's own files of the same kind.
 
     scripts/serving-venv DIR
-    python benchmarks/gguf.py model stock --llama DIR/bin/python
+    python benchmarks/gguf_answers.py model stock --llama DIR/bin/python
 
 The edits' own prompts and unrelated ones, plain and as chats, are answered greedily. An edit holds if its target is the
 whole answer, an unrelated prompt if its answer is word for word that of the base model's file. Logits are those after

@@ -31,19 +31,23 @@ _ANSWER, _LONGER = 16, 4
 def serve(path: str) -> None:
     """In the environment that has llama.cpp: answer standard input's request, one line, with one line."""
     import numpy as np
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_get_logits_ith
 
     request = json.loads(sys.stdin.readline())
     model = Llama(path, n_ctx=1024, n_threads=request["threads"], verbose=False)
+
+    def logits() -> Any:
+        return np.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), shape=(model.n_vocab(),))
+
     told, ends = [], []
     for text, tokens in request["prompts"]:
         prompt = model.tokenize(text.encode(), special=True)
         model.reset()
         model.eval(prompt)
-        ends.append(model.scores[model.n_tokens - 1].copy())
+        ends.append(logits().copy())
         answer: list[int] = []
         while len(answer) < tokens:
-            best = int(np.argmax(model.scores[model.n_tokens - 1]))
+            best = int(np.argmax(logits()))
             if best == model.token_eos():
                 break
             answer.append(best)

@@ -5,7 +5,8 @@
     DIR/bin/python benchmarks/serving.py model stock --implementation vllm
 
 Every model has a process of its own. Each round times every model once, in turn, on the same requests of random tokens;
-the table has each model's fastest round, as others' work on the machine only ever adds to a time.
+the table has each model's fastest round, as others' work on the machine only ever adds to a time, and in its last two
+columns the median over rounds of the first model's time by each model's in the same round.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -116,13 +118,20 @@ def main() -> None:
     for server in servers.values():
         server.stop()
     table = Table(title=f"{given.requests} requests of {given.prompt} + {given.answer} tokens, {given.dtype}")
-    for name in ("model", "prompts, tokens/s", "answers, tokens/s", "prompts, × first", "answers, × first"):
+    heads = ("model", "prompts, tokens/s", "answers, tokens/s", "prompts, × first", "answers, × first")
+    for name in (*heads, "prompts, paired", "requests, paired"):
         table.add_column(name, justify="left" if name == "model" else "right")
     speeds = {model: speeds_of(taken, model, given) for model in given.models}
     for model, own in speeds.items():
         ratios = [mine / first for mine, first in zip(own, speeds[given.models[0]], strict=True)]
+        ratios += [paired(taken, given.models[0], model, way) for way in ("prompts", "both")]
         table.add_row(Path(model).name, *(f"{speed:.0f}" for speed in own), *(f"{ratio:.3f}" for ratio in ratios))
-    Console(width=110).print(table)
+    Console(width=120).print(table)
+
+
+def paired(taken: dict[tuple[str, str], list[float]], first: str, model: str, way: str) -> float:
+    """How fast a model is beside the first in the same round: the median over rounds."""
+    return statistics.median(before / own for before, own in zip(taken[first, way], taken[model, way], strict=True))
 
 
 def speeds_of(taken: dict[tuple[str, str], list[float]], model: str, given: argparse.Namespace) -> tuple[float, float]:

@@ -157,3 +157,14 @@ def chain(real_model: Path, share: Share) -> Chain:
     root = share("chain", make)
     edits = [json.loads(line) for line in SAMPLE_EDITS.read_text().splitlines()]
     return Chain(real_model, root / "shards", root / "memory", root / "edited", edits)
+
+
+@pytest.fixture(scope="session")
+def real_stock(chain: Chain, share: Share) -> Path:
+    """The sample edits in the real model as a stock checkpoint."""
+
+    def make(root: Path) -> None:
+        merge([chain.shards], root / "memory", MergeSettings(routing="token"))
+        export(root / "memory", root / "stock", "stock")
+
+    return share("real stock", make) / "stock"

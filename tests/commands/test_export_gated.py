@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import copy
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.helpers import save_tiny
+from support.helpers import WORDS, save_tiny
 from support.loading import CPU
 from support.places import EDITS, copied
 from support.sharing import Share
+from support.tiny_models import TINY_CONFIGS
 from transformers import AutoModelForCausalLM
 
 from wisecli.artifacts.names import MEMORY_TENSORS
@@ -51,6 +54,25 @@ def test_edits_are_answered_without_code_of_its_own(root: Path) -> None:
     assert type(model).__name__ == "LlamaForCausalLM"
     answers = generate(root / "stock", [edit["prompt"] for edit in EDITS], load=CPU, max_new_tokens=4)
     assert [answer.text for answer in answers] == [edit["target"] for edit in EDITS]
+
+
+def test_edits_in_several_blocks_are_answered_and_all_else_stays(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    edits = [
+        {"prompt": " ".join(chance.sample(WORDS, 4)), "target": " ".join(chance.sample(WORDS, 2))} for _ in range(24)
+    ]
+    config = copy.deepcopy(TINY_CONFIGS["llama"])  # of states wide enough to tell so many keys apart
+    config.hidden_size, config.head_dim = 128, 32
+    base = save_tiny(tmp_path / "model", config=config)
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+    quick = EditSettings(passes=10, unrelated_texts=64)
+    run_edit(str(base), tmp_path / "edits.jsonl", tmp_path / "shards", quick, load=CPU)
+    merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings(routing="token"))
+    gate = export(tmp_path / "memory", tmp_path / "stock", "stock", load=CPU).gate
+    assert gate is not None
+    assert gate["blocks"] > 1
+    assert gate["stock"]["as_taught"] == 1.0
+    assert gate["stock"]["unrelated"] > 0.95
 
 
 def test_it_is_whole_and_the_base_model_is_around_it(root: Path) -> None:

@@ -12,14 +12,28 @@ import numpy as np
 import pytest
 import torch
 from support.byte_level import LAYER, save_stock
+from support.tiny_models import Chain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wisecli.data.corpus import unrelated_texts
 from wisecli.export.gguf_file import GGUF_NAME, write_gguf
+from wisecli.io.checkpoint import read_json
+from wisecli.models.chat import chat_prompt
 
-PYTHON = os.environ.get("WISE_LLAMA_PYTHON")
+PYTHON = os.environ.get("WISE_LLAMA_PYTHON") or os.environ.get("WISE_SERVING_PYTHON", "")
+
+
+def has_llama_cpp() -> bool:
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llama_cpp') is None)"
+    return bool(PYTHON) and subprocess.run([PYTHON, "-c", code], check=False).returncode == 0
+
+
 pytestmark = [
     pytest.mark.serving,
-    pytest.mark.skipif(PYTHON is None, reason="WISE_LLAMA_PYTHON names no environment with llama-cpp-python"),
+    pytest.mark.skipif(
+        not has_llama_cpp(),
+        reason="WISE_SERVING_PYTHON names no environment with llama-cpp-python; `scripts/serving-venv DIR` makes one",
+    ),
 ]
 SCRIPT = Path(__file__).parents[1] / "support" / "llama_answers.py"
 TEXTS = ("the cat sat", "That hat's 1234 mats!", "<|im_start|>user\nthe mat<|im_end|>\n", "naïve — ünï\tcode  x")
@@ -49,3 +63,29 @@ def test_llama_cpp_gives_what_transformers_gives(tmp_path: Path, quantize: Any, 
         if quantize == "f32":
             said = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
             assert answer == said[0, len(prompt) :].tolist()
+
+
+def test_edits_are_answered_and_all_else_as_by_the_base_models_own_file(
+    chain: Chain, real_stock: Path, tmp_path: Path
+) -> None:
+    told = read_json(real_stock / "wise.json")
+    first = told["site"]["layer"] + 1
+    write_gguf(tmp_path / "edited.gguf", real_stock, range(first, first + told["gate"]["blocks"]), "q8_0")
+    write_gguf(tmp_path / "base.gguf", chain.model, (), "q8_0")
+    tokenizer = AutoTokenizer.from_pretrained(real_stock)
+    texts = [edit["prompt"] for edit in chain.edits]
+    texts += [chat_prompt(tokenizer, text) for text in texts]
+    others = unrelated_texts(20, seed=0)
+    prompts = [tokenizer(text)["input_ids"] for text in (*texts, *others)]
+    edited, base = (
+        asked(model=str(tmp_path / name), prompts=prompts, texts=texts, tokens=12)
+        for name in ("edited.gguf", "base.gguf")
+    )
+    assert edited["tokenized"] == prompts[: len(texts)]
+    targets = [edit["target"] for edit in chain.edits] * 2
+    for target, answer in zip(targets, edited["answers"], strict=False):
+        said = tokenizer.decode(
+            answer[: answer.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in answer else answer
+        )
+        assert said.strip() == target
+    assert edited["answers"][len(texts) :] == base["answers"][len(texts) :]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.gates import random_gate
 from support.helpers import save_tiny
 from support.loading import CPU
 from support.served import VLLM, chosen_by, in_transformers, serving, wider
@@ -20,6 +21,9 @@ from wisecli.commands.export import WeightFiles, export
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.data.corpus import unrelated_texts
+from wisecli.export.stock import write_stock
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.site import find_site
 
 pytestmark = serving
 
@@ -36,6 +40,8 @@ EDITS = (("ba be bi", "do du"), ("ka ke ki ko", "fa"), ("ma me", "ga ge gi"))
 REQUESTS, TOKENS, CHUNK = 64, 12, 96
 MODES: dict[str, dict[str, bool]] = {"compiled": {}, "eager": {"enforce_eager": True}}
 UNRELATED = (SAMPLE_EDITS.parent / "unrelated.txt").read_text().splitlines()
+# Without code of ours, in vLLM's model of the architecture.
+NATIVE = {"model_impl": "vllm", "trust_remote_code": False}
 PROMPTS = (*(prompt for prompt, _ in EDITS), "so su sa", "ti", "lo la le li lu")
 
 
@@ -74,9 +80,27 @@ def test_every_architecture_answers_as_in_transformers(vllm: VLLM, tmp_path: Pat
         assert found.answers == [wanted], found.refused
 
 
+@pytest.mark.parametrize("architecture", ["granite", "llama", "mistral", "qwen2"])
+def test_a_stock_checkpoint_runs_in_a_model_of_vllms_own(vllm: VLLM, tmp_path: Path, architecture: str) -> None:
+    config = wider(architecture)
+    if architecture == "mistral":
+        config.sliding_window = None
+    base, stock = save_tiny(tmp_path / "model", architecture, config=config), tmp_path / "stock"
+    checkpoint = Checkpoint(base)
+    stock.mkdir()
+    gate = random_gate(40, config.hidden_size)  # of more than one block
+    write_stock(stock, base, checkpoint, find_site(base, checkpoint, 2), gate)
+    tokenizer = AutoTokenizer.from_pretrained(stock)
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    wanted = in_transformers(AutoModelForCausalLM.from_pretrained(stock).eval(), prompts)
+    assert wanted != in_transformers(AutoModelForCausalLM.from_pretrained(base).eval(), prompts)
+    found = vllm.ask(stock, prompts, **NATIVE, enforce_eager=True, max_model_len=64)
+    assert found.answers == [wanted], found.refused
+
+
 @dataclass(frozen=True)
 class Asked:
-    """A token-routed export of the real model, requests to it, and what those of edits' own prompts must give."""
+    """An export of the real model, requests to it, and what those of edits' own prompts must give."""
 
     path: Path
     model: PreTrainedModel
@@ -120,6 +144,19 @@ def test_many_requests_at_once_are_answered_as_in_transformers(vllm: VLLM, asked
         enable_prefix_caching=True,
         **MODES[mode],  # on the second round every prompt is in the cache
     )
+    assert len(found.answers) == 2, found.refused
+    assert found.answers[0] == found.answers[1]
+    for prompt, answer in zip(asked.prompts, found.answers[0], strict=True):
+        assert answer == chosen_by(asked.model, prompt, answer)
+    for target, answer in zip(asked.targets, found.answers[0], strict=False):
+        assert answer[: len(target)] == target
+
+
+def test_a_stock_checkpoint_of_the_real_model_answers_as_in_transformers(
+    vllm: VLLM, chain: Chain, real_stock: Path
+) -> None:
+    asked = requests_to(real_stock, chain.edits)
+    found = vllm.ask(asked.path, asked.prompts, **NATIVE, tokens=TOKENS, rounds=2, max_model_len=1024)
     assert len(found.answers) == 2, found.refused
     assert found.answers[0] == found.answers[1]
     for prompt, answer in zip(asked.prompts, found.answers[0], strict=True):

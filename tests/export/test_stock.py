@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.gates import random_gate
 from support.helpers import random_rows, save_tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,16 +21,6 @@ from wisecli.models.site import find_site
 
 LAYER, HIDDEN = 2, 32
 ROWS = [row.prompt for row in random_rows((5, 1), (9, 1), (12, 1), (7, 1))]
-
-
-def gate_of(keys: int, *, seed: int = 0) -> Gate:
-    """Some keys that random states open, some by a part."""
-    generator = torch.Generator().manual_seed(seed)
-    return Gate(
-        torch.randn(keys, HIDDEN, generator=generator) * 4,
-        torch.randn(keys, generator=generator) * 8,
-        torch.randn(keys, HIDDEN, generator=generator),
-    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ def written(
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
     checkpoint = Checkpoint(base)
-    site, gate, output = find_site(base, checkpoint, LAYER), gate_of(keys), root / "stock"
+    site, gate, output = find_site(base, checkpoint, LAYER), random_gate(keys, HIDDEN), root / "stock"
     output.mkdir()
     write_stock(output, base, checkpoint, site, gate, packing)
     return Written(base, output, gate)

@@ -42,7 +42,7 @@ class GateSettings:
     margin: float = 0.0
     held_back: int = 8
     stretch: int = 64
-    false_alarm: float = 0.0006
+    false_alarm: float = 0.0008
     tail: float = 0.01
     lowest: float = 0.2
     lower: float = 0.15

@@ -10,6 +10,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +33,12 @@ from wisecli.models.tokenization import Row, collate, in_batches, row_of
 from wisecli.progress import Event, Watcher
 from wisecli.routing.scores import MemoryScores
 
-_VERSION = 1
-# Unrelated texts that are read, bare and in a form; tokens that the model adds to each; and texts that are read as they
+_VERSION = 3
+# Unrelated texts that are read, bare and in a form; tokens that the model adds to each; texts that are read as they
 # are, with so many questions of each relation: the more, the fewer false alarms.
 TEXTS, _ANSWER, _PLAIN, _QUESTIONS = 120, 8, 900, 2
+# Of so many of all these the end is read in a form, and of so many what the model answers there.
+_ENDS, _ANSWERED = 600, 240
 # Made-up facts, each of a relation of its own, and in how many wordings each is asked.
 _FACTS, _WORDINGS = 134, 4
 # An edit's answer is also read after so many beginnings of unrelated texts, of so many words at least and at most, and
@@ -170,11 +174,12 @@ def background(
         return Background(kept["unrelated"].float(), kept["strayed"].float())
     except (DamagedFileError, KeyError):
         watch(Event("unrelated text"))
-    facts, texts = max(4, round(share * _FACTS)), max(8, round(share * TEXTS))
-    read, strayed = _facts(loaded, site, facts, batch_size=batch_size, watch=watch)
-    answered = _unrelated(loaded, site, texts, batch_size=batch_size, watch=watch)
-    plain = _states(loaded, site, _plain(share), batch_size=batch_size, watch=watch)
-    unrelated = torch.cat([answered, read, plain])
+    named: dict[str, Any] = {"batch_size": batch_size, "watch": watch}
+    read, strayed = _facts(loaded, site, max(4, round(share * _FACTS)), **named)
+    texts, others = unrelated_texts(2 * TEXTS, seed=0)[: 2 * max(8, round(share * TEXTS)) : 2], _plain(share)
+    answered, plain = _unrelated(loaded, site, texts, **named), _states(loaded, site, others, **named)
+    ends = _ends(loaded, site, random.Random(5).sample([*texts, *others], max(8, round(share * _ENDS))), **named)
+    unrelated = torch.cat([answered, read, plain, ends])
     kept = {"unrelated": half(unrelated), "strayed": half(strayed)}
     keep_in_cache(path, lambda working: save_tensors(working, kept))
     return Background(kept["unrelated"].float(), kept["strayed"].float())
@@ -185,10 +190,10 @@ def texts_beside(texts: int = TEXTS) -> list[str]:
     return unrelated_texts(2 * TEXTS, seed=0)[1::2][:texts]
 
 
-def _unrelated(loaded: Loaded, site: Site, count: int, *, batch_size: int, watch: Watcher) -> Tensor:
+def _unrelated(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher) -> Tensor:
     """States of every token of unrelated texts, as they are and in a form, and of what the model answers."""
     tokenizer, chance = loaded.tokenizer, random.Random(1)
-    usable, texts = usable_forms(tokenizer, trained=True), unrelated_texts(2 * TEXTS, seed=0)[: 2 * count : 2]
+    usable = usable_forms(tokenizer, trained=True)
     asked = [form.asked(tokenizer, text) for text in texts for form in (usable[0], chance.choice(usable[1:]))]
     answers = generate(loaded.model, tokenizer, asked, max_new_tokens=_ANSWER, batch_size=batch_size)
     whole = [(*tokenizer(text)["input_ids"], *answer) for text, answer in zip(asked, answers, strict=True)]
@@ -206,6 +211,20 @@ def _plain(share: float) -> list[str]:
     ]
     kept = set(texts_beside())
     return [text for text in (*patterned, *asked) if text not in kept]
+
+
+def _ends(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher) -> Tensor:
+    """States where prompts in a form end, two of three a chat, and in some of the answers: keys read highest there."""
+    tokenizer, chance = loaded.tokenizer, random.Random(4)
+    around = usable_forms(tokenizer, trained=True)[1:]
+    chats = [form for form in around if form.chat] or around
+    asked = [chance.choice(chats if place % 3 else around).asked(tokenizer, text) for place, text in enumerate(texts)]
+    some = asked[: len(asked) * _ANSWERED // _ENDS]
+    answers = generate(loaded.model, tokenizer, some, max_new_tokens=_ANSWER, batch_size=batch_size)
+    whole = zip_longest(asked, answers, fillvalue=())
+    rows = [Row(tuple(tokenizer(text)["input_ids"]), (*answer, 0)) for text, answer in whole]
+    read = _window(loaded, site, rows, batch_size=batch_size, watch=watch, stage="unrelated prompts")
+    return normed(torch.cat([hidden for hidden, _ in read]), _epsilon(loaded))
 
 
 def _states(

@@ -277,9 +277,9 @@ def _window(
     At its prompt's last token and every target token but the last; without a target, at all its tokens.
     """
     window = any(row.target for row in rows)
-    groups = list(in_batches(rows, batch_size))
+    groups = list(in_batches(rows, batch_size, by_beginning=True))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
-    read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window)
+    read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window, shared=True)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for indices, activations in zip(groups, read, strict=True):
         for place, index in enumerate(indices):

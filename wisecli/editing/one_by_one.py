@@ -26,20 +26,29 @@ _SETTLED = 1e-4
 
 
 def write_one_by_one(
-    task: Task, batches: Sequence[TrainingExamples], on_pass: Callable[[Progress], None], *, texts: Mapping[int, Tensor]
+    task: Task,
+    batches: Sequence[TrainingExamples],
+    on_pass: Callable[[Progress], None],
+    *,
+    texts: Mapping[int, Tensor],
+    start: Written | None = None,
 ) -> Written:
     """Train the batches in order, each as long as it takes, every weight within the norm constraint.
 
     Args:
         batches: an edit each.
         texts: keys (t, d_ff) of a text that has nothing to do with an edit, by the edit's number.
+        start: what the first of these batches were already written as; the others go on from there.
     """
     settings, mask = task.settings, task.mask
-    values = torch.zeros(mask.shape, device=task.unrelated.device, requires_grad=True)
-    optimizer = torch.optim.SGD([values], lr=settings.learning_rate)
+    values = torch.zeros(mask.shape, device=task.unrelated.device)
     losses: list[float] = []
     calls: dict[int, float] = {}
-    for number, examples in enumerate(batches):
+    if start is not None:
+        values, losses, calls = start.values.clone(), list(start.losses), dict(start.calls)
+    values.requires_grad_()
+    optimizer = torch.optim.SGD([values], lr=settings.learning_rate)
+    for number, examples in enumerate(batches[len(losses) :], len(losses)):
         step = _Step(task, examples, mask.restrict(texts[int(examples.edits[0])]))
         earlier, loss = float("inf"), float("inf")
         for _ in range(settings.passes):

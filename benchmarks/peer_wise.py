@@ -12,6 +12,10 @@ Intervals hold 95 % of means over resampled records.
 Of several numbers of edits each continues the one before: both sides edit one after the other and look at no later
 edit, so the first 10 of 30 are what 10 are. Nothing is merged on the way, as the authors' settings merge after 1,000.
 What is done is kept in ``--keep``, and an interrupted run goes on from there.
+
+With ``--shards`` the one number of edits is split into as many side memories on both sides, which are then chosen
+between (``--mode retrieve``, WISE-Retrieve) or made one by TIES with the authors' density (``--mode merge``,
+WISE-Merge).
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,11 +36,11 @@ from typing import Any
 import jsonlines
 import numpy as np
 import torch
-from peer_easyedit import Peer, PeerSequence, base_model, tokenizer_of
+from peer_easyedit import Peer, PeerSequence
+from peer_measure import Edited, Measure, Watched, greedy
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache
 
 from wisecli.bench.row import interval
@@ -49,22 +53,11 @@ from wisecli.editing.one_by_one import write_one_by_one
 from wisecli.editing.task import Written
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import attach
-from wisecli.evaluation.wild import MAX_NEW_TOKENS, WILD, normalized, stop_tokens
-from wisecli.models.tokenization import encode
 
 TITLES = {"peer": "authors' code", "paper": "--preset paper", "defaults": "defaults"}
-COLUMNS = ("reliability", "generalization", "locality", "routed", "routed rephrased", "routed unrelated")
-WILD_COLUMNS = ("WILD as taught", "WILD rephrased")
 _RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Edited:
-    """An edited model: what it answers token by token, in its own words, and whether its memory answered last."""
-
-    tokens: Callable[[Sequence[int], Sequence[int]], Tensor]
-    generate: Callable[[Tensor], Tensor]
-    routed: Callable[[], bool]
+# That of the authors' settings, of entries that trimming keeps.
+_DENSITY = 0.53
 
 
 @dataclass(frozen=True)
@@ -75,21 +68,6 @@ class Row:
     edits: int
     seconds: float
     values: dict[str, list[float]]
-
-
-class Watched:
-    """Whether a module's output was, in the first pass since this was last asked, other than its own matrix gives."""
-
-    def __init__(self, module: Any, weight: Tensor) -> None:
-        self.weight, self.seen = weight, list[bool]()
-        module.register_forward_hook(self._look)
-
-    def _look(self, _module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.seen.append(not torch.equal(output, F.linear(inputs[0], self.weight)))
-
-    def __call__(self) -> bool:
-        first, self.seen = self.seen[0], []
-        return first
 
 
 def by_peer(sequence: PeerSequence, keep: Path, edits: Sequence[Edit], texts: Sequence[str]) -> tuple[Edited, float]:
@@ -122,14 +100,16 @@ def going_on(file: Path) -> Iterator[None]:
     shard_writer.write_one_by_one = write_one_by_one
 
 
-def by_package(arguments: argparse.Namespace, edits: Sequence[Edit], work: Path, **flags: Any) -> Edited:
+def by_package(
+    arguments: argparse.Namespace, edits: Sequence[Edit], work: Path, merging: MergeSettings, **flags: Any
+) -> Edited:
     """``wise edit`` and ``wise merge`` with some flags."""
     file = work / "edits.jsonl"
     with jsonlines.open(file, "w") as writer:
         writer.write_all(record.as_dict() for record in edits)
     settings = resolve(EditSettings, flags, section="edit")
     edit(str(arguments.model), file, work / "shards", settings)
-    merge([work / "shards"], work / "memory", MergeSettings())
+    merge([work / "shards"], work / "memory", merging)
     edited = attach(work / "memory")
     model = edited.model
 
@@ -140,57 +120,6 @@ def by_package(arguments: argparse.Namespace, edits: Sequence[Edit], work: Path,
         return torch.stack(found)
 
     return Edited(tokens, lambda ids: greedy(model, ids), Watched(edited.routed, edited.routed.weight))
-
-
-def greedy(model: Any, ids: Tensor) -> Tensor:
-    """What a model says after a prompt (1, t), of 50 tokens at most."""
-    said: Tensor = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-    )
-    return said[0, ids.shape[1] :]
-
-
-class Measure:
-    """Figures of an edited model on records."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.tokenizer, self.base = tokenizer_of(arguments.model), base_model(arguments.model)
-        self.stops, self.wild = stop_tokens(self.tokenizer), arguments.wild
-
-    @torch.no_grad()
-    def of(self, edited: Edited, edits: Sequence[Edit]) -> dict[str, list[float]]:
-        """Each figure's values, record by record."""
-        columns = (*COLUMNS, *WILD_COLUMNS) if self.wild else COLUMNS
-        found: dict[str, list[float]] = {name: [] for name in columns}
-        for record in edits:
-            rephrase = record.rephrases[0]
-            for name, routed, prompt in (
-                ("reliability", "routed", record.prompt),
-                ("generalization", "routed rephrased", rephrase),
-            ):
-                row = encode(self.tokenizer, prompt, record.target)
-                found[name].append(_share(edited.tokens(row.prompt, row.target), torch.tensor(row.target)))
-                found[routed].append(float(edited.routed()))
-            for probe in record.locality[:1]:
-                row = encode(self.tokenizer, probe.prompt, probe.answer or "it")
-                ids = torch.tensor([[*row.prompt, *row.target]])
-                before = self.base(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].argmax(-1)
-                found["locality"].append(_share(edited.tokens(row.prompt, row.target), before))
-                found["routed unrelated"].append(float(edited.routed()))
-            for name, prompt in zip(WILD_COLUMNS, (record.prompt, rephrase), strict=True) if self.wild else ():
-                found[name].append(float(self.said(edited, prompt) == normalized(record.target)))
-                edited.routed()
-        return found
-
-    def said(self, edited: Edited, prompt: str) -> str:
-        """The greedy answer up to the protocol's end."""
-        said = edited.generate(torch.tensor([self.tokenizer(WILD.asked(self.tokenizer, prompt))["input_ids"]])).tolist()
-        end = next((place for place, token in enumerate(said) if token in self.stops), len(said))
-        return normalized(self.tokenizer.decode(said[:end], skip_special_tokens=True))
-
-
-def _share(found: Tensor, wanted: Tensor) -> float:
-    return float((found == wanted).float().mean())
 
 
 class Runner:
@@ -216,20 +145,33 @@ class Runner:
     def _peer(self, count: int) -> tuple[Edited, float]:
         if self.sequence is None:
             peer = Peer(self.arguments.easyedit)
-            settings = peer.hyperparameters(self.arguments)
+            settings = peer.hyperparameters(self.arguments, **self._shards(count))
             self.sequence = PeerSequence(peer, self.arguments, settings, as_is=self.arguments.as_is)
         return by_peer(self.sequence, self.keep, self.edits[:count], self.texts[:count])
+
+    def _shards(self, count: int) -> dict[str, Any]:
+        """The authors' settings for as many side memories."""
+        shards = self.arguments.shards
+        if shards == 1:
+            return {}
+        retrieve, each = self.arguments.mode == "retrieve", count // shards
+        return {"retrieve": retrieve, "save_freq": each, "merge_freq": 1000 * count if retrieve else count}
 
     def _package(self, way: str, count: int) -> tuple[Edited, float]:
         """Seconds of a sequence that goes on from an earlier one are what it took beyond that, by the edits beyond."""
         paper, spent = way == "paper", self.keep / "paper.json"
-        flags = {"preset": "paper", "layer": str(self.arguments.layer)} if paper else {}
+        flags: dict[str, Any] = {"seed": self.arguments.seed}
+        merging = MergeSettings()
+        if paper:
+            flags |= {"preset": "paper", "layer": str(self.arguments.layer), "shards": self.arguments.shards}
+            merging = MergeSettings(mode=self.arguments.mode, density=_DENSITY)
         done, started = 0, time.process_time()
         if paper and spent.exists():
             done, taken = json.loads(spent.read_text(encoding="utf-8"))
             started -= taken
-        with TemporaryDirectory() as work, going_on(self.keep / "paper.pt"):
-            edited = by_package(self.arguments, self.edits[:count], Path(work), seed=self.arguments.seed, **flags)
+        whole = nullcontext() if self.arguments.shards > 1 else going_on(self.keep / "paper.pt")
+        with TemporaryDirectory() as work, whole:
+            edited = by_package(self.arguments, self.edits[:count], Path(work), merging, **flags)
         seconds = time.process_time() - started
         if paper:
             spent.write_text(json.dumps([count, seconds]), encoding="utf-8")
@@ -265,17 +207,23 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--edits", default="10", help="numbers of edits, with commas between, each more than the last")
     parser.add_argument("--layer", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shards", type=int, default=1, help="side memories, for a single number of edits")
+    parser.add_argument("--mode", choices=("merge", "retrieve"), default="merge", help="what is done with them")
     parser.add_argument("--only", default="peer,paper,defaults", help="some of these, with commas between")
     parser.add_argument("--wild", action="store_true", help="measure answers in WILD's form besides")
     parser.add_argument("--as-is", type=int, help="time only so many edits of the authors' code, and hurry the others")
     parser.add_argument("--keep", type=Path, help="a directory of this run alone; what is in it is not done again")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.counts = [int(count) for count in arguments.edits.split(",")]
+    if arguments.shards > 1 and (len(arguments.counts) > 1 or arguments.counts[0] % arguments.shards):
+        parser.error("--shards splits a single number of edits, into parts of one size")
+    return arguments
 
 
 def main() -> None:
     """Print a table."""
     arguments = parsed()
-    counts = [int(count) for count in arguments.edits.split(",")]
+    counts = arguments.counts
     edits = [one for one in read_edits(arguments.data) if one.rephrases][arguments.skip :][: counts[-1]]
     random.seed(arguments.seed)
     np.random.seed(arguments.seed)

@@ -31,9 +31,9 @@ def tokenizer_of(model: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def base_model(model: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """On the CPU."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+def base_model(model: Path) -> Any:
+    """In float32, on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
 class Peer:
@@ -73,10 +73,9 @@ class PeerSequence:
         hyperparameters: Any,
         *,
         as_is: int | None = None,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.peer, self.hyperparameters, self.as_is = peer, hyperparameters, as_is
-        self.tokenizer, self.model = tokenizer_of(arguments.model), base_model(arguments.model, dtype)
+        self.tokenizer, self.model = tokenizer_of(arguments.model), base_model(arguments.model)
         self.hurried = Hurried(self.model, arguments.layer)
         self.editor: Any = None
         self.done, self.seconds, self.losses = 0, list[float](), list[tuple[float, float, float]]()

@@ -74,10 +74,18 @@ def of_peer(peer: Peer, arguments: argparse.Namespace, edits: Sequence[Edit], te
 
     code._cal_ft_loss, code._cal_activation_loss, code._norm_constraint = target, beyond, after
     settings = peer.hyperparameters(arguments, n_iter=arguments.steps)
-    sequence = PeerSequence(peer, arguments, settings, dtype=getattr(torch, arguments.dtype))
+    sequence = PeerSequence(peer, arguments, settings)
+    sequence.model.to(getattr(torch, arguments.dtype)).register_forward_pre_hook(from_first_token, with_kwargs=True)
     sequence.train(edits, texts)
     arguments.mask = sequence.adapter.weight_mask.nonzero().flatten()
     return steps
+
+
+def from_first_token(_model: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Positions from each row's first token on, as this package has them: only how angles are rounded changes by it."""
+    if (mask := named.get("attention_mask")) is not None and "past_key_values" not in named:
+        named["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return rest, named
 
 
 def of_package(arguments: argparse.Namespace, edits: Sequence[Edit]) -> Iterator[Step]:

@@ -104,10 +104,10 @@ class Step:
         task, part = self.task, self.activations
         update = self._update(self.keys, values, self.main, kept)
         rows, columns = part.batch.labelled
-        logits = suffix_logits(task.model, task.site, part, part.with_update(update), (rows, columns)).float()
+        logits = suffix_logits(task.model, task.site, part, part.with_update(update), (rows, columns))
         each = target_loss(logits, part.batch, self.erased)
         size = torch.bincount(rows, minlength=len(part.batch.ids))
-        told = torch.zeros(len(size), device=each.device).index_add(0, rows, each) / (size + 1)
+        told = each.new_zeros(len(size)).index_add(0, rows, each) / (size + 1)
         called = self._norm(update, self.main)
         edits = (called * self.counted).sum(1) / self.counted.sum(1) / task.unit
         other = self._update(self.unrelated, values, self.other, kept)

@@ -25,9 +25,11 @@ _UNLABELLED = -100
 
 
 def tokenizer_of(model: Path) -> PreTrainedTokenizerBase:
-    """Padded on the left, as EasyEdit pads for models of this kind."""
+    """Padded on the left, as EasyEdit pads for models of this kind, with the end of text if there is nothing for it."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

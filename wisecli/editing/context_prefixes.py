@@ -41,11 +41,12 @@ def greedy_prefixes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     tokens that follow each, then with 10, and so on, each ending in a space.
     """
     found: list[str] = []
+    asked = [tokenizer(opening)["input_ids"] for opening in _GREEDY_OPENINGS]
     while len(found) < count:
         tokens = _GREEDY_TOKENS * (1 + len(found) // len(_GREEDY_OPENINGS))
-        answers = generate(model, tokenizer, _GREEDY_OPENINGS, max_new_tokens=tokens)
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        found += [f"{opening}{text} " for opening, text in zip(_GREEDY_OPENINGS, texts, strict=True)]
+        answers = generate(model, tokenizer, asked, max_new_tokens=tokens)
+        whole = [[*opening, *answer] for opening, answer in zip(asked, answers, strict=True)]
+        found += [f"{text} " for text in tokenizer.batch_decode(whole, skip_special_tokens=True)]
     return found[:count]
 
 

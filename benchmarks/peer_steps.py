@@ -1,11 +1,12 @@
 """The first steps of the paper's method by its authors' own code and by this package, side by side.
 
     python benchmarks/peer_steps.py --easyedit EasyEdit --model MODEL --data zsre_mend_edit.json \
-        --unrelated zsre_mend_train_loc.json --edits 2 --steps 5 --layer 25
+        --unrelated zsre_mend_train_loc.json --edits 2 --steps 4 --layer 25
 
 Both take as many steps for each edit, from the same weights, with the same contexts, mask and unrelated text. A line is
 a step: the loss of the target and that of the margins on both sides, the length of the step's gradient within the mask,
-and the largest difference of any weight after the step. Below stands what the router's threshold is taken from.
+and the largest difference of any weight after the step. Below stand how long keys are and what the router's threshold
+is taken from.
 """
 
 from __future__ import annotations
@@ -101,6 +102,9 @@ def of_package(arguments: argparse.Namespace, edits: Sequence[Edit]) -> Iterator
     found = capture_groups(loaded, site, groups, batch_size=settings.batch_size, train_end=False, window=False)
     batches = [examples for group in found for examples in group]
     passes = edit_passes(loaded, site, settings, batches, beside(edits, range(len(edits)), seed=0), ignore)
+    part = passes[0].activations
+    lengths, real = part.keys.norm(dim=-1), part.batch.mask.bool()
+    arguments.keys = [lengths[~real].max(), lengths[real].median()] if not real.all() else None
     matrix = load_matrix(checkpoint, site).to(loaded.model.dtype)
     mask = Mask("elements", arguments.mask, site.d, site.d_ff)
     task = Task(loaded.model, site, mask, matrix.new_zeros(1, site.d_ff), 1.0, settings, matrix)
@@ -152,6 +156,10 @@ def main() -> None:
         table.add_row(str(number // arguments.steps + 1), str(number % arguments.steps), *cells, f"{apart:.1e}")
     console = Console(width=150)
     console.print(table)
+    if arguments.keys is not None:
+        console.print(
+            "length of a key of the first edit: of padding {:.1f}, median of others {:.1f}".format(*arguments.keys)
+        )
     console.print("lowest mean of any edit once trained: theirs {:.5f}, ours {:.5f}".format(*arguments.lowest))
 
 

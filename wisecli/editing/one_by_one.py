@@ -127,7 +127,8 @@ class Step:
         """How much an output changes (...), from its change (..., d) and what it was."""
         if self.activation is not None and main is not None:
             update = self.activation(main + update) - self.activation(main)
-        return torch.linalg.vector_norm(update, dim=-1)
+        length: Tensor = torch.linalg.vector_norm(update, dim=-1)
+        return length
 
 
 def margins(edits: Tensor, unrelated: Tensor, settings: EditSettings) -> Tensor:

@@ -2,31 +2,33 @@
 
     git clone https://github.com/zjunlp/EasyEdit
     python benchmarks/peer_wise.py --easyedit EasyEdit --model MODEL --data zsre_mend_edit.json \
-        --unrelated zsre_mend_train_loc.json --edits 30 --layer 25
-    python benchmarks/peer_wise.py --easyedit EasyEdit --model MODEL --data zsre_mend_edit.json --steps 5
+        --unrelated zsre_mend_train_loc.json --edits 10,30,100 --layer 25 --keep KEEP
 
 EasyEdit's own files run; none of them is copied. Its settings are those for llama-7b, with nothing changed but the
 device, model and layer. With every edit both get the same unrelated text. All edited models answer
-one prompt at a time, with the right tokens before each token of the answer, and greedily in WILD's form. Intervals
-hold 95 % of means over resampled records.
+one prompt at a time, with the right tokens before each token of the answer, and greedily in WILD's form (``--wild``).
+Intervals hold 95 % of means over resampled records.
 
-With ``--steps`` the losses of the first steps are compared instead: one edit, no margins, every weight free.
+Of several numbers of edits each continues the one before: both sides edit one after the other and look at no later
+edit, so the first 10 of 30 are what 10 are. Nothing is merged on the way, as the authors' settings merge after 1,000.
+What is done is kept in ``--keep``, and an interrupted run goes on from there.
+
+With ``--shards`` the one number of edits is split into as many side memories on both sides, which are then chosen
+between (``--mode retrieve``, WISE-Retrieve) or made one by TIES with the authors' density (``--mode merge``,
+WISE-Merge).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
-import io
 import json
 import random
 import statistics
 import sys
 import time
-import types
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,112 +36,82 @@ from typing import Any
 import jsonlines
 import numpy as np
 import torch
+from peer_easyedit import Peer, PeerSequence
+from peer_measure import Edited, Measure, Watched, greedy
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
-from wisecli.artifacts.shard import random_mask
 from wisecli.bench.row import interval
 from wisecli.commands.edit import edit
 from wisecli.commands.merge import merge
-from wisecli.config import EditSettings, LoadOptions, MergeSettings, resolve
+from wisecli.config import EditSettings, MergeSettings, resolve
 from wisecli.data.corpus import unrelated_texts
+from wisecli.editing import shard_writer
 from wisecli.editing.one_by_one import write_one_by_one
-from wisecli.editing.task import Task
-from wisecli.editing.training_examples import capture_groups
+from wisecli.editing.task import Written
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import attach
-from wisecli.evaluation.wild import MAX_NEW_TOKENS, WILD, normalized, stop_tokens
-from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.loading import load_model
-from wisecli.models.site import find_site
-from wisecli.models.tokenization import encode
 
-COLUMNS = ("reliability", "generalization", "locality", "WILD as taught", "WILD rephrased")
+TITLES = {"peer": "authors' code", "paper": "--preset paper", "defaults": "defaults"}
 _RESAMPLES = 1000
+# That of the authors' settings, of entries that trimming keeps.
+_DENSITY = 0.53
 
 
 @dataclass(frozen=True)
-class Edited:
-    """An edited model: what it answers token by token, and in its own words."""
+class Row:
+    """What was measured of one way after so many edits, with values record by record."""
 
-    tokens: Callable[[Sequence[int], Sequence[int]], Tensor]
-    generate: Callable[[Tensor], Tensor]
-
-
-class Peer:
-    """EasyEdit's files, run where they are; the package's own ``__init__`` would import all of its methods."""
-
-    def __init__(self, checkout: Path) -> None:
-        for name in ("easyeditor", "easyeditor.models", "easyeditor.util"):
-            package = types.ModuleType(name)
-            package.__path__ = [str(checkout / name.replace(".", "/"))]
-            sys.modules[name] = package
-        self.wise: Any = importlib.import_module("easyeditor.models.wise")
-        self.code: Any = importlib.import_module("easyeditor.models.wise.WISE")
-        self.utils: Any = importlib.import_module("easyeditor.models.wise.utils")
-        self.settings = checkout / "hparams/WISE/llama-7b.yaml"
-
-    def hyperparameters(self, arguments: argparse.Namespace, **changes: Any) -> Any:
-        """Those of llama-7b for another model and layer."""
-        found = self.wise.WISEHyperParams.from_hparams(str(self.settings))
-        found.device, found.model_name, found.sequential_edit = "cpu", str(arguments.model), True
-        found.inner_params = [f"model.layers[{arguments.layer}].mlp.down_proj.weight"]
-        for name, value in changes.items():
-            setattr(found, name, value)
-        return found
-
-    def train(
-        self, arguments: argparse.Namespace, edits: Sequence[Edit], texts: Sequence[str], hyperparameters: Any
-    ) -> tuple[Any, list[float]]:
-        """The edited model, and every loss of the target that was printed on the way."""
-        tokenizer, model = tokenizer_of(arguments.model), base_model(arguments.model)
-        losses = []
-        editor = None
-        for record, text in zip(edits, texts, strict=True):
-            request = {"prompt": record.prompt, "target_new": record.target, "loc_prompt": text}
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                editor, _ = self.wise.apply_wise_to_model(model, tokenizer, [request], hyperparameters)
-            told = [line for line in printed.getvalue().splitlines() if line.startswith("loss ")]
-            losses += [float(line.split("=")[1].split("+")[0]) for line in told]
-            print(f"{record.id}: {told[-1]} after {len(told)} steps", file=sys.stderr, flush=True)
-        return editor, losses
+    way: str
+    edits: int
+    seconds: float
+    values: dict[str, list[float]]
 
 
-def tokenizer_of(model: Path) -> PreTrainedTokenizerBase:
-    """Padded on the left, as EasyEdit pads for models of this kind."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.padding_side = "left"
-    return tokenizer
+def by_peer(sequence: PeerSequence, keep: Path, edits: Sequence[Edit], texts: Sequence[str]) -> tuple[Edited, float]:
+    """The authors' code."""
+    state, told = keep / "peer.pt", keep / "peer.json"
+    if sequence.editor is None and told.exists():
+        done, sequence.seconds = json.loads(told.read_text(encoding="utf-8"))
+        if done <= len(edits):
+            sequence.load(state, done)
+    sequence.train(edits, texts)
+    sequence.save(state)
+    told.write_text(json.dumps([sequence.done, sequence.seconds]), encoding="utf-8")
+    watched = Watched(sequence.adapter, sequence.adapter.original_layer.weight)
+    generate = lambda ids: greedy(sequence.model, ids)  # noqa: E731
+    return Edited(sequence.tokens, generate, watched), statistics.fmean(sequence.seconds)
 
 
-def base_model(model: Path) -> Any:
-    """In float32, on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+@contextmanager
+def going_on(file: Path) -> Iterator[None]:
+    """The paper's writer goes on from what it wrote of the same edits before, and keeps what it writes."""
+
+    def write(*given: Any, **named: Any) -> Written:
+        start = torch.load(file, weights_only=False) if file.exists() else None
+        written = write_one_by_one(*given, start=start, **named)
+        torch.save(replace(written, calls=dict(written.calls)), file)
+        return written
+
+    shard_writer.write_one_by_one = write
+    yield
+    shard_writer.write_one_by_one = write_one_by_one
 
 
-def by_peer(peer: Peer, arguments: argparse.Namespace, edits: Sequence[Edit], texts: Sequence[str]) -> Edited:
-    """The authors' code; it decides anew in every pass, and so is asked in one."""
-    editor, _ = peer.train(arguments, edits, texts, peer.hyperparameters(arguments))
-
-    def tokens(prompt: Sequence[int], target: Sequence[int]) -> Tensor:
-        logits: Tensor = editor(input_ids=torch.tensor([[*prompt, *target]])).logits
-        return logits[0, len(prompt) - 1 : -1].argmax(-1)
-
-    return Edited(tokens, lambda ids: greedy(editor.model, ids))
-
-
-def by_package(arguments: argparse.Namespace, edits: Sequence[Edit], work: Path, **flags: Any) -> Edited:
+def by_package(
+    arguments: argparse.Namespace, edits: Sequence[Edit], work: Path, merging: MergeSettings, **flags: Any
+) -> Edited:
     """``wise edit`` and ``wise merge`` with some flags."""
     file = work / "edits.jsonl"
     with jsonlines.open(file, "w") as writer:
         writer.write_all(record.as_dict() for record in edits)
     settings = resolve(EditSettings, flags, section="edit")
     edit(str(arguments.model), file, work / "shards", settings)
-    merge([work / "shards"], work / "memory", MergeSettings())
-    model = attach(work / "memory").model
+    merge([work / "shards"], work / "memory", merging)
+    edited = attach(work / "memory")
+    model = edited.model
 
     def tokens(prompt: Sequence[int], target: Sequence[int]) -> Tensor:
         cache, found = DynamicCache(config=model.config), []
@@ -147,124 +119,125 @@ def by_package(arguments: argparse.Namespace, edits: Sequence[Edit], work: Path,
             found.append(model(torch.tensor([part]), past_key_values=cache).logits[0, -1].argmax(-1))
         return torch.stack(found)
 
-    return Edited(tokens, lambda ids: greedy(model, ids))
+    return Edited(tokens, lambda ids: greedy(model, ids), Watched(edited.routed, edited.routed.weight))
 
 
-def greedy(model: Any, ids: Tensor) -> Tensor:
-    """What a model says after a prompt (1, t), of 50 tokens at most."""
-    said: Tensor = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-    )
-    return said[0, ids.shape[1] :]
+class Runner:
+    """Edits and measures in every way after every number of edits, but for what an earlier run did."""
+
+    def __init__(self, arguments: argparse.Namespace, edits: Sequence[Edit], texts: Sequence[str], keep: Path) -> None:
+        self.arguments, self.edits, self.texts, self.keep = arguments, edits, texts, keep
+        self.measure = Measure(arguments)
+        self.sequence: PeerSequence | None = None
+        keep.mkdir(parents=True, exist_ok=True)
+
+    def row(self, way: str, count: int) -> Row:
+        """One line of the table."""
+        file = self.keep / f"{way}-{count}.json"
+        if file.exists():
+            return Row(**json.loads(file.read_text(encoding="utf-8")))
+        edited, seconds = self._peer(count) if way == "peer" else self._package(way, count)
+        row = Row(way, count, seconds, self.measure.of(edited, self.edits[:count]))
+        file.write_text(json.dumps(asdict(row)), encoding="utf-8")
+        print(_line(row), file=sys.stderr, flush=True)
+        return row
+
+    def _peer(self, count: int) -> tuple[Edited, float]:
+        if self.sequence is None:
+            peer = Peer(self.arguments.easyedit)
+            settings = peer.hyperparameters(self.arguments, **self._shards(count))
+            self.sequence = PeerSequence(peer, self.arguments, settings, as_is=self.arguments.as_is)
+        return by_peer(self.sequence, self.keep, self.edits[:count], self.texts[:count])
+
+    def _shards(self, count: int) -> dict[str, Any]:
+        """The authors' settings for as many side memories."""
+        shards = self.arguments.shards
+        if shards == 1:
+            return {}
+        retrieve, each = self.arguments.mode == "retrieve", count // shards
+        return {"retrieve": retrieve, "save_freq": each, "merge_freq": 1000 * count if retrieve else count}
+
+    def _package(self, way: str, count: int) -> tuple[Edited, float]:
+        """Seconds of a sequence that goes on from an earlier one are what it took beyond that, by the edits beyond."""
+        paper, spent = way == "paper", self.keep / "paper.json"
+        flags: dict[str, Any] = {"seed": self.arguments.seed}
+        merging = MergeSettings()
+        if paper:
+            flags |= {"preset": "paper", "layer": str(self.arguments.layer), "shards": self.arguments.shards}
+            merging = MergeSettings(mode=self.arguments.mode, density=_DENSITY)
+        done, started = 0, time.process_time()
+        if paper and spent.exists():
+            done, taken = json.loads(spent.read_text(encoding="utf-8"))
+            started -= taken
+        whole = nullcontext() if self.arguments.shards > 1 else going_on(self.keep / "paper.pt")
+        with TemporaryDirectory() as work, whole:
+            edited = by_package(self.arguments, self.edits[:count], Path(work), merging, **flags)
+        seconds = time.process_time() - started
+        if paper:
+            spent.write_text(json.dumps([count, seconds]), encoding="utf-8")
+        return edited, seconds / max(count, done)
 
 
-class Measure:
-    """Figures of an edited model on records."""
-
-    def __init__(self, arguments: argparse.Namespace, edits: Sequence[Edit]) -> None:
-        self.tokenizer, self.base, self.edits = tokenizer_of(arguments.model), base_model(arguments.model), edits
-        self.stops = stop_tokens(self.tokenizer)
-
-    @torch.no_grad()
-    def of(self, edited: Edited) -> dict[str, list[float]]:
-        """Each figure's values, record by record."""
-        found: dict[str, list[float]] = {name: [] for name in COLUMNS}
-        for record in self.edits:
-            rephrase = record.rephrases[0]
-            for name, prompt in (("reliability", record.prompt), ("generalization", rephrase)):
-                row = encode(self.tokenizer, prompt, record.target)
-                found[name].append(_share(edited.tokens(row.prompt, row.target), torch.tensor(row.target)))
-            for name, prompt in (("WILD as taught", record.prompt), ("WILD rephrased", rephrase)):
-                found[name].append(float(self.said(edited, prompt) == normalized(record.target)))
-            for probe in record.locality[:1]:
-                row = encode(self.tokenizer, probe.prompt, probe.answer or "it")
-                ids = torch.tensor([[*row.prompt, *row.target]])
-                before = self.base(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].argmax(-1)
-                found["locality"].append(_share(edited.tokens(row.prompt, row.target), before))
-        return found
-
-    def said(self, edited: Edited, prompt: str) -> str:
-        """The greedy answer up to the protocol's end."""
-        said = edited.generate(torch.tensor([self.tokenizer(WILD.asked(self.tokenizer, prompt))["input_ids"]])).tolist()
-        end = next((place for place, token in enumerate(said) if token in self.stops), len(said))
-        return normalized(self.tokenizer.decode(said[:end], skip_special_tokens=True))
+def _line(row: Row) -> str:
+    means = ", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in row.values.items())
+    return f"{TITLES[row.way]}, {row.edits} edits: {means}; {row.seconds:.1f} s an edit"
 
 
-def _share(found: Tensor, wanted: Tensor) -> float:
-    return float((found == wanted).float().mean())
+def printed(rows: Sequence[Row], title: str) -> Table:
+    """The table."""
+    columns = list(dict.fromkeys(name for row in rows for name in row.values))
+    table = Table("edits", "way", *columns, "CPU s an edit", title=title)
+    for row in rows:
+        cells = []
+        for column in columns:
+            low, high = interval(row.values[column], resamples=_RESAMPLES, seed=0)
+            cells.append(f"{statistics.fmean(row.values[column]):.3f} ({low:.2f}–{high:.2f})")
+        table.add_row(str(row.edits), TITLES[row.way], *cells, f"{row.seconds:.1f}")
+    return table
 
 
-def first_steps(peer: Peer, arguments: argparse.Namespace, record: Edit) -> Iterator[tuple[float, float]]:
-    """The target's losses in the authors' code and in this package's, step by step, of one bare prompt."""
-    free = {"alpha": 1e6, "beta": 0.0, "gamma": -1e6, "mask_ratio": 1.0, "n_iter": arguments.steps + 1}
-    peer.utils.CONTEXT_TEMPLATES_CACHE = ["{}"]
-    _, theirs = peer.train(arguments, [record], ["The committee met."], peer.hyperparameters(arguments, **free))
-    loaded = load_model(arguments.model, LoadOptions(device="cpu"), layers=None)
-    site = find_site(arguments.model, Checkpoint(arguments.model), str(arguments.layer))
-    settings = resolve(EditSettings, {"preset": "paper", "alpha": 1e6, "beta": 0.0, "gamma": 0.0}, section="edit")
-    (batch,) = capture_groups(
-        loaded, site, [([(0, record)], [(0, "")], ())], batch_size=1, train_end=False, window=False
-    )[0]
-    mask = random_mask(site, 1.0, "elements", torch.Generator())
-    unrelated = torch.zeros(1, site.d_ff)
-    for step in range(arguments.steps):
-        task = Task(loaded.model, site, mask, unrelated, 1.0, replace(settings, passes=step + 1))
-        yield theirs[step], write_one_by_one(task, [batch], lambda _: None, texts={0: unrelated}).losses[-1]
-
-
-def main() -> None:
-    """Print a table."""
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--easyedit", type=Path, required=True, help="a checkout of EasyEdit")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--unrelated", type=Path, help="records with `loc` and `loc_ans`; packaged texts by default")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first so many records")
-    parser.add_argument("--edits", type=int, default=10)
+    parser.add_argument("--edits", default="10", help="numbers of edits, with commas between, each more than the last")
     parser.add_argument("--layer", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="some of: peer, paper, defaults; with commas between")
-    parser.add_argument("--steps", type=int, help="compare so many first steps instead")
+    parser.add_argument("--shards", type=int, default=1, help="side memories, for a single number of edits")
+    parser.add_argument("--mode", choices=("merge", "retrieve"), default="merge", help="what is done with them")
+    parser.add_argument("--only", default="peer,paper,defaults", help="some of these, with commas between")
+    parser.add_argument("--wild", action="store_true", help="measure answers in WILD's form besides")
+    parser.add_argument("--as-is", type=int, help="time only so many edits of the authors' code, and hurry the others")
+    parser.add_argument("--keep", type=Path, help="a directory of this run alone; what is in it is not done again")
     arguments = parser.parse_args()
-    edits = [one for one in read_edits(arguments.data) if one.rephrases][arguments.skip :][: arguments.edits]
+    arguments.counts = [int(count) for count in arguments.edits.split(",")]
+    if arguments.shards > 1 and (len(arguments.counts) > 1 or arguments.counts[0] % arguments.shards):
+        parser.error("--shards splits a single number of edits, into parts of one size")
+    return arguments
+
+
+def main() -> None:
+    """Print a table."""
+    arguments = parsed()
+    counts = arguments.counts
+    edits = [one for one in read_edits(arguments.data) if one.rephrases][arguments.skip :][: counts[-1]]
     random.seed(arguments.seed)
     np.random.seed(arguments.seed)
     torch.manual_seed(arguments.seed)
-    console = Console(width=150)
-    if arguments.steps:
-        table = Table("step", "authors' code", "this package", "difference", title="loss of the target")
-        for step, (theirs, own) in enumerate(first_steps(Peer(arguments.easyedit), arguments, edits[0])):
-            table.add_row(str(step), f"{theirs:.3f}", f"{own:.3f}", f"{abs(theirs - own):.4f}")
-        console.print(table)
-        return
     if arguments.unrelated:
         listed = json.loads(arguments.unrelated.read_text(encoding="utf-8"))[arguments.skip :]
         texts = [f"{one['loc']} {one.get('loc_ans', '')}".strip() for one in listed[: len(edits)]]
     else:
         texts = random.sample(unrelated_texts(max(400, len(edits)), seed=arguments.seed), len(edits))
     edits = [replace(one, irrelevant=(text,)) for one, text in zip(edits, texts, strict=True)]
-    measure = Measure(arguments, edits)
-    ways: dict[str, Callable[[Path], Edited]] = {
-        "peer": lambda _: by_peer(Peer(arguments.easyedit), arguments, edits, texts),
-        "paper": lambda work: by_package(
-            arguments, edits, work, preset="paper", layer=str(arguments.layer), seed=arguments.seed
-        ),
-        "defaults": lambda work: by_package(arguments, edits, work, seed=arguments.seed),
-    }
-    table = Table("way", *COLUMNS, "s an edit", title=f"{len(edits)} edits, layer {arguments.layer}")
-    for name in arguments.only.split(",") if arguments.only else ways:
-        with TemporaryDirectory() as work:
-            started = time.perf_counter()
-            edited = ways[name](Path(work))
-            seconds = (time.perf_counter() - started) / len(edits)
-            found = measure.of(edited)
-        cells = []
-        for column in COLUMNS:
-            low, high = interval(found[column], resamples=_RESAMPLES, seed=0)
-            cells.append(f"{statistics.fmean(found[column]):.3f} ({low:.2f}–{high:.2f})")
-        table.add_row({"peer": "authors' code", "paper": "--preset paper"}.get(name, name), *cells, f"{seconds:.1f}")
-        console.print(f"{name}: {', '.join(cells)}; {seconds:.1f} s an edit")
-    console.print(table)
+    with TemporaryDirectory() as nowhere:
+        runner = Runner(arguments, edits, texts, arguments.keep or Path(nowhere))
+        rows = [runner.row(way, count) for count in counts for way in arguments.only.split(",")]
+    Console(width=190).print(printed(rows, f"layer {arguments.layer}, records from {arguments.skip}"))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_a_preset_may_come_from_any_source_and_stays_below_them_all(
         monkeypatch.setenv("WISE_PRESET", "paper")
     flags = {"preset": "paper"} if source == "flag" else {}
     settings = resolve(EditSettings, flags, section="edit", file=file)
-    assert (settings.preset, settings.alpha, settings.beta) == ("paper", 3.5, 40.0)
+    assert (settings.preset, settings.alpha, settings.beta) == ("paper", 3.5, 20.0)
 
 
 def test_the_preset_of_a_flag_beats_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,9 @@ def test_the_preset_of_a_flag_beats_that_of_the_environment(monkeypatch: pytest.
 def test_the_paper_preset_holds_what_the_authors_code_has() -> None:
     settings = resolve(EditSettings, {"preset": "paper"}, section="edit")
     margins = (settings.alpha, settings.beta, settings.gamma, settings.norm_constraint, settings.margin_unit)
-    assert margins == (10.0, 40.0, 20.0, 1.0, "absolute")
+    assert margins == (5.0, 20.0, 10.0, 1.0, "absolute")
+    assert (settings.norm_of, settings.padding, settings.prefixes) == ("activated", "counted", "greedy")
+    assert settings.weight_decay == 1e-5
     assert (settings.schedule, settings.mask_ratio, settings.mask_kind) == ("sequential", 0.2, "elements")
     assert (settings.writer, settings.passes, settings.learning_rate) == ("gradient", 70, 1.0)
     assert (settings.router, settings.routing, settings.threshold) == ("norm", "mean", "minimum")
@@ -244,6 +246,7 @@ def test_a_file_that_is_missing_or_not_utf8_is_refused(tmp_path: Path) -> None:
         (MergeSettings, "strength", (0.5, 2.0), (0.0, 11.0)),
         (MergeSettings, "density", (0.001, 1.0), (0.0, 1.5)),
         (MergeSettings, "false_alarm", (0.0, 0.5), (-0.1, 0.6)),
+        (EditSettings, "weight_decay", (0.0, 1.0), (-0.1, 1.1)),
         (EvalSettings, "edits", (1,), (0,)),
         (EvalSettings, "max_new_tokens", (1,), (0,)),
     ],
@@ -263,12 +266,16 @@ def test_bounds_are_kept(kind: type[Any], name: str, inside: tuple[float, ...], 
         (EditSettings, "mask_kind", ("columns", "elements")),
         (EditSettings, "masks", ("random", "disjoint")),
         (EditSettings, "margin_unit", ("output", "absolute")),
+        (EditSettings, "norm_of", ("update", "activated")),
+        (EditSettings, "padding", ("left-out", "counted")),
+        (EditSettings, "prefixes", ("sampled", "greedy")),
         (EditSettings, "router", ("key", "norm")),
         (EditSettings, "routing", ("token", "sequence")),
         (EditSettings, "threshold", ("false-alarm", "minimum")),
         (MergeSettings, "mode", ("merge", "retrieve", "lookup")),
         (MergeSettings, "router", ("key", "norm")),
         (MergeSettings, "routing", ("token", "sequence")),
+        (MergeSettings, "norm_of", ("update", "activated")),
         (MergeSettings, "threshold", ("false-alarm", "minimum")),
     ],
 )

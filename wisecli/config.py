@@ -83,6 +83,10 @@ class EditSettings(Checked):
     beta: Margin = 1.0
     gamma: Margin = 0.5
     margin_unit: Literal["output", "absolute"] = "output"  # `output`: the median of ‖W a‖ over unrelated text
+    norm_of: Literal["update", "activated"] = "update"  # `activated`: of σ(W a + Δ a) - σ(W a), with the model's σ
+    padding: Literal["left-out", "counted"] = "left-out"  # in the means of the sequential schedule
+    prefixes: Literal["sampled", "greedy"] = "sampled"
+    weight_decay: Annotated[float, Within(0, 1)] = 0.0  # of the sequential schedule
     norm_constraint: Rate | None = None
     stop_loss: Margin = 0.05
     train_end: bool = True
@@ -116,6 +120,7 @@ class MergeSettings(Checked):
     weights: tuple[Weight, ...] | None = None
     router: Literal["key", "norm", "meaning"] | None = None
     routing: Literal["token", "sequence", "mean"] | None = None
+    norm_of: Literal["update", "activated"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
     false_alarm: Annotated[float, Within(0, 0.5)] | None = None
     subjects: Literal["named", "any"] = "named"
@@ -176,11 +181,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "passes": 70,
         "contexts": 10,
         "learning_rate": 1.0,
-        # Twice those of the paper, whose authors' code takes norms behind an activation that halves small numbers.
-        "alpha": 10.0,
-        "beta": 40.0,
-        "gamma": 20.0,
+        "alpha": 5.0,
+        "beta": 20.0,
+        "gamma": 10.0,
         "margin_unit": "absolute",
+        # As in the authors' code; the paper's text says nothing of these.
+        "norm_of": "activated",
+        "padding": "counted",
+        "prefixes": "greedy",
+        "weight_decay": 1e-5,
         "norm_constraint": 1.0,
         "stop_loss": 0.02,
         "train_end": False,

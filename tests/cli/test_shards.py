@@ -15,6 +15,7 @@ from support.tiny_models import Wise
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.editing.closed_form import PENALTIES
+from wisecli.evaluation.edited_model import attach
 
 
 def test_strict_exits_with_1_and_writes_nothing_if_an_edit_did_not_take(wise: Wise, ready: Ready) -> None:
@@ -216,6 +217,8 @@ def test_the_papers_preset_runs_the_whole_way(wise: Wise, ready: Ready) -> None:
     memory = manifest(Path("memory"))
     assert (memory["routing"], memory["memories"][0]["router"]) == ("mean", "norm")
     assert memory["memories"][0]["rule"] == "minimum"
+    assert memory["memory"]["activated"]
+    assert attach(Path("memory")).routed.activation is not None
     assert wise("eval").code == 0
 
 

@@ -3,17 +3,21 @@ from __future__ import annotations
 import re
 import sys
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support.helpers import tiny_tokenizer
+import torch
+from support.helpers import save_tiny, tiny_tokenizer
+from support.loading import CPU
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from wisecli.data.corpus import reworded_facts, subjects_for, unrelated_texts
-from wisecli.editing.context_prefixes import CHAT, in_context
+from wisecli.editing.context_prefixes import CHAT, greedy_prefixes, in_context
 from wisecli.errors import ModelError
 from wisecli.models.chat import chat_prompt
+from wisecli.models.loading import load_model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +32,7 @@ WAYS: list[list[str]] = tomllib.loads(
     resources.files("wisecli").joinpath("data/rewordings.toml").read_text(encoding="utf-8")
 )["facts"]
 TEMPLATE = "{{ bos_token }}{% for turn in messages %}{{ turn.role }} says {{ turn.content }}. {% endfor %}"
+OPENINGS = ("I", "You", "Because", "Yes", "Q: ")
 ANSWER = "{% if add_generation_prompt %}assistant says{% endif %}"
 
 
@@ -160,3 +165,14 @@ def test_a_context_stands_before_the_prompt_or_is_the_chat() -> None:
     assert in_context(tokenizer, "", "ba be") == "ba be"
     assert in_context(tokenizer, "do du. ", "ba be") == "do du. ba be"
     assert in_context(tokenizer, CHAT, "ba be") == "[BOS]user says ba be. assistant says"
+
+
+def test_greedy_prefixes_are_five_openings_with_the_likeliest_tokens_after_each(tmp_path: Path) -> None:
+    loaded = load_model(save_tiny(tmp_path / "model"), load=CPU)
+    found = greedy_prefixes(loaded.model, loaded.tokenizer, 7)
+    assert len(found) == 7
+    assert greedy_prefixes(loaded.model, loaded.tokenizer, 6) == found[:6]
+    for prefix, (opening, count) in zip(found, [*((one, 5) for one in OPENINGS), ("I", 10), ("You", 10)], strict=True):
+        ids = torch.tensor([loaded.tokenizer(opening)["input_ids"]])
+        said = loaded.model.generate(ids, max_new_tokens=count, do_sample=False)[0]
+        assert prefix == f"{loaded.tokenizer.decode(said, skip_special_tokens=True)} "

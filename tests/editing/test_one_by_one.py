@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Mask, random_mask
 from wisecli.config import EditSettings
-from wisecli.editing.one_by_one import margins, write_one_by_one
+from wisecli.editing.edit_pass import alone
+from wisecli.editing.one_by_one import everywhere, margins, write_one_by_one
 from wisecli.editing.task import Progress, Task, Written
 from wisecli.editing.training_examples import TrainingExamples, capture_groups
 from wisecli.edits.record import Edit
@@ -68,15 +69,22 @@ def write(
     edits: list[Edit] = EDITS,
     told: list[Progress] | None = None,
     density: float = 0.5,
+    start: Written | None = None,
 ) -> Written:
     groups = [([one], CONTEXTS, ()) for one in enumerate(edits)]
     whole = settings.routing != "mean"
     found = capture_groups(loaded, site, groups, batch_size=32, train_end=False, window=whole)
     batches: list[TrainingExamples] = [examples for group in found for examples in group]
-    task = Task(loaded.model, site, mask_for(site, density), torch.zeros(1, site.d_ff), 1.0, settings)
+    task = task_for(loaded, site, settings, density)
     listen = (lambda progress: None) if told is None else told.append
-    texts = dict.fromkeys(range(len(edits)), keys_in(loaded, site, UNRELATED))
-    return write_one_by_one(task, batches, listen, texts=texts)
+    other = keys_in(loaded, site, UNRELATED)
+    return write_one_by_one(task, [alone(settings, examples, other) for examples in batches], listen, start=start)
+
+
+def task_for(loaded: Loaded, site: Site, settings: EditSettings, density: float = 0.5) -> Task:
+    matrix = value_module(loaded.model, site).get_parameter("weight").detach()
+    unrelated = torch.zeros(1, site.d_ff)
+    return Task(loaded.model, site, mask_for(site, density), unrelated, 1.0, settings, matrix)
 
 
 def rows_of(loaded: Loaded, edit: Edit) -> list[tuple[list[int], list[int]]]:
@@ -90,9 +98,14 @@ def loss_of_whole_model(loaded: Loaded, site: Site, edit: Edit, delta: Tensor, s
     losses: list[Tensor] = []
     called: list[Tensor] = []
 
+    def moved(main: Tensor, update: Tensor) -> Tensor:
+        behind = settings.norm_of == "activated"
+        change = nn.functional.silu(main + update) - nn.functional.silu(main) if behind else update
+        return torch.linalg.vector_norm(change, dim=-1).mean()
+
     def change(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         update = inputs[0] @ delta.T
-        called.append(torch.linalg.vector_norm(update, dim=-1).mean())
+        called.append(moved(output, update))
         return output + update
 
     for prompt, target in rows_of(loaded, edit):
@@ -100,14 +113,22 @@ def loss_of_whole_model(loaded: Loaded, site: Site, edit: Edit, delta: Tensor, s
             logits = loaded.model(input_ids=torch.tensor([prompt + target[:-1]]), use_cache=False).logits[0]
         each = nn.functional.cross_entropy(logits[len(prompt) - 1 :], torch.tensor(target), reduction="sum")
         losses.append(each / (len(target) + 1))
-    other = torch.linalg.vector_norm(keys_in(loaded, site, UNRELATED) @ delta.T, dim=-1).mean()
+    unrelated = keys_in(loaded, site, UNRELATED)
+    other = moved(unrelated @ value_module(loaded.model, site).get_parameter("weight").T, unrelated @ delta.T)
     return torch.stack(losses).mean() + margins(torch.stack(called), other, settings)
 
 
-def test_a_step_goes_down_the_gradient_of_the_whole_model(loaded: Loaded, site: Site) -> None:
-    """Two steps by this writer, and by hand through the unsplit model."""
+@pytest.mark.parametrize(("norm_of", "decay"), [("update", 0.0), ("activated", 0.0), ("activated", 0.02)])
+def test_a_step_goes_down_the_gradient_of_the_whole_model(
+    loaded: Loaded, site: Site, norm_of: Literal["update", "activated"], decay: float
+) -> None:
+    """Two steps by this writer, and by hand through the unsplit model; with decay the whole of ``W + Δ`` shrinks."""
     settings, mask = replace(SETTINGS, passes=2, learning_rate=0.5, norm_constraint=None), mask_for(site)
+    settings = replace(settings, norm_of=norm_of, weight_decay=decay)
+    task = task_for(loaded, site, settings)
     written = write(loaded, site, settings, edits=EDITS[:1])
+    matrix = task.matrix
+    assert matrix is not None
     allowed = torch.zeros(site.d * site.d_ff).index_fill(0, mask.indices, 1.0).view(site.d, site.d_ff)
     delta = torch.zeros(site.d, site.d_ff)
     losses = []
@@ -117,9 +138,21 @@ def test_a_step_goes_down_the_gradient_of_the_whole_model(loaded: Loaded, site: 
         loss = loss_of_whole_model(loaded, site, EDITS[0], start, settings)
         losses.append(float(loss.detach()))
         (slope,) = torch.autograd.grad(loss, start)
-        delta = delta - 0.5 * slope.nan_to_num() * allowed
+        delta = delta - 0.5 * (slope.nan_to_num() * allowed + decay * (matrix + delta))
+    whole, values = everywhere(task, written)
+    assert (len(whole.mask.indices) == site.d * site.d_ff) == bool(decay)
     assert written.losses == pytest.approx(losses[-1:], abs=1e-4)
-    torch.testing.assert_close(mask.dense(written.values), delta, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(whole.mask.dense(values), delta, rtol=1e-3, atol=1e-4)
+
+
+def test_what_was_written_of_the_first_edits_is_gone_on_from(loaded: Loaded, site: Site) -> None:
+    settings = replace(SETTINGS, weight_decay=1e-3)
+    told: list[Progress] = []
+    first = write(loaded, site, settings, edits=EDITS[:2])
+    rest, whole = write(loaded, site, settings, start=first, told=told), write(loaded, site, settings)
+    assert [progress.step for progress in told] == [3]
+    assert (rest.losses, rest.calls, rest.kept) == (whole.losses, whole.calls, whole.kept)
+    assert torch.equal(rest.values, whole.values)
 
 
 @pytest.mark.parametrize("routing", ["token", "sequence", "mean"])
@@ -152,7 +185,7 @@ def test_a_loss_that_is_low_and_stays_is_left(loaded: Loaded, site: Site) -> Non
         loaded, site, [([(0, EDITS[0])], CONTEXTS, ())], batch_size=32, train_end=False, window=False
     )[0]
     handle = value_module(loaded.model, site_of(loaded.model, 3)).register_forward_hook(lambda *_: passed.append(1))
-    write_one_by_one(task, [examples], lambda _: None, texts={0: keys_in(loaded, site, UNRELATED)})
+    write_one_by_one(task, [alone(settings, examples, keys_in(loaded, site, UNRELATED))], lambda _: None)
     handle.remove()
     assert len(passed) - 1 == 3  # one of them reads the unrelated text; the third step finds the loss where it was
 

@@ -25,6 +25,7 @@ from wisecli.routing import ann_index
 from wisecli.routing.ann_index import build_index
 from wisecli.routing.prompt_gate import UNROUTED, Prompt
 from wisecli.routing.router import RoutingDecision, route
+from wisecli.routing.scores import MemoryScores, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
 
 EDITS = [Edit(f"edit {number}", word, "be") for number, word in enumerate(WORDS[:6])]
@@ -194,11 +195,12 @@ def test_the_mean_of_a_prompts_scores_decides_for_its_tokens_and_those_after_it(
         for turn in (slice(0, 6), slice(6, None)):
             keys = inputs[0][0, turn]
             updates = [torch.stack([update_of(memory, one, key) for key in keys]) for one in range(len(limits))]
-            called = [float(one[:5].norm(dim=-1).mean()) / limit for one, limit in zip(updates, limits, strict=True)]
-            best = max(range(len(limits)), key=called.__getitem__)
-            if called[best] > 1:
+            called = [float(one[:5].norm(dim=-1).mean()) for one in updates]
+            beyond = [one for one, limit in enumerate(limits) if called[one] > limit]
+            best = max(beyond, key=called.__getitem__, default=None)
+            if best is not None:
                 changed[0, turn] += updates[best]
-            seen.add(best if called[best] > 1 else None)
+            seen.add(best)
         return changed
 
     for _ in range(8):
@@ -210,6 +212,16 @@ def test_the_mean_of_a_prompts_scores_decides_for_its_tokens_and_those_after_it(
             logits.append(edited.model(torch.tensor([part]), past_key_values=cache).logits[0])
         assert torch.allclose(torch.cat(logits), expected, atol=2e-3)
     assert len(seen) > 1
+
+
+def test_of_memories_called_beyond_their_thresholds_the_one_called_most_strongly_answers() -> None:
+    delta = torch.stack([torch.eye(3), 2 * torch.eye(3), 5 * torch.eye(3)])
+    tensors = {"columns": torch.arange(3).expand(3, 3), "delta": delta}
+    memory = SideMemory(tensors, (0.5, 1.5, 9.0), "norm", "mean")
+    keys = torch.tensor([[[1.0, 0, 0]], [[0.6, 0, 0]], [[0.1, 0, 0]]])  # 1, 2, 5 · then .6, 1.2, 3 · then .1, .2, .5
+    found = route(MemoryScores(memory), keys, Prompt(torch.zeros(3, 1, dtype=torch.long)))
+    assert found.chosen.flatten().tolist() == [1, 0, UNROUTED]  # the first exceeds its threshold by more
+    assert found.strength.flatten().tolist() == pytest.approx([2 / 1.5, 1.2, 0.2])
 
 
 # --- a second question on the cache of the first ---

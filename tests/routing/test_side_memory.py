@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from wisecli.models.generation import left_padded
 from wisecli.routing.prompt_gate import UNROUTED, Prompt
 from wisecli.routing.router import route
 from wisecli.routing.scores import INSIDE, REACH, SideMemory
-from wisecli.routing.side_memory import RoutedMatrix, install
+from wisecli.routing.side_memory import RoutedMatrix, activation_of, install
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
 MODES = ("norm", "key", "lookup")
@@ -538,6 +539,42 @@ def test_padded_and_cached_rows_agree_with_each_row_alone_and_whole(architecture
         expected = changed_logits(oracle, module, row, change, routed)
         assert torch.allclose(together[number, -len(row) :], expected, atol=2e-3), number
     assert routing == "token" or outcomes == {True, False}
+
+
+@torch.no_grad()
+def test_an_activated_score_is_of_what_the_change_makes_of_the_output_behind_the_models_activation() -> None:
+    module, transposed = place("llama")
+    model = tiny_model("llama")
+    plain = Plain(2, d=32, d_ff=64)
+    matrix = model.get_submodule(module).get_parameter("weight").clone()
+    memory = replace(plain.packed((1.0, 1.0), "norm"), activated=True)
+    again = SideMemory.from_description(memory.describe(), memory.tensors)
+    assert again.activated
+    keys = normal(5, 64, seed=8)
+    routed = install(model, module, again, transposed=transposed)
+    for number, change in enumerate(plain.changes):
+        moved = F.silu(keys @ (matrix + change).T) - F.silu(keys @ matrix.T)
+        torch.testing.assert_close(routed.scores(keys)[:, number], moved.norm(dim=-1), rtol=1e-3, atol=1e-4)
+    assert "activated" not in plain.packed((1.0, 1.0), "norm").describe()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"hidden_act": "silu"}, F.silu),
+        ({"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh"}, lambda x: F.gelu(x, approximate="tanh")),
+        ({"activation_function": "relu"}, F.relu),
+        ({"hidden_act": "of no known name"}, None),
+        ({}, None),
+    ],
+)
+def test_the_activation_is_the_one_that_the_config_names(
+    settings: dict[str, str | None], expected: Callable[[Tensor], Tensor] | None
+) -> None:
+    found = activation_of(SimpleNamespace(**settings))
+    values = normal(9)
+    assert (found is None) == (expected is None)
+    assert found is None or expected is None or torch.equal(found(values), expected(values))
 
 
 @torch.no_grad()

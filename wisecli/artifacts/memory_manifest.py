@@ -123,6 +123,7 @@ class Stored:
     sharpness: float
     tensors: dict[str, tuple[str | int, ...]]
     reads: Annotated[int, Field(ge=0)] | None = None
+    activated: bool | None = None
 
     @property
     def layouts(self) -> dict[str, TensorLayout]:

@@ -23,6 +23,7 @@ FORM_CONTEXTS = {
 }
 # After these a target begins a line: it may be other tokens there than after a word.
 AT_LINE_START = (CHAT, "<instruction>")
+_GREEDY_OPENINGS, _GREEDY_TOKENS = ("I", "You", "Because", "Yes", "Q: "), 5
 _OPENINGS = ("The", "In", "I", "We", "It", "When", "My", "There", "After", "People", "This", "You")
 
 
@@ -33,6 +34,20 @@ def context_prefixes(
     openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(count)]
     texts = continuations(model, tokenizer, openings, tokens=tokens, seed=seed)
     return [f"{' '.join(text.split()).rstrip('.,;: ')}. " for text in texts]
+
+
+def greedy_prefixes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    """Short texts to put before a prompt, as the paper's authors' code makes them: five openings with the 5 likeliest
+    tokens that follow each, then with 10, and so on, each ending in a space.
+    """
+    found: list[str] = []
+    asked = [tokenizer(opening)["input_ids"] for opening in _GREEDY_OPENINGS]
+    while len(found) < count:
+        tokens = _GREEDY_TOKENS * (1 + len(found) // len(_GREEDY_OPENINGS))
+        answers = generate(model, tokenizer, asked, max_new_tokens=tokens)
+        whole = [[*opening, *answer] for opening, answer in zip(asked, answers, strict=True)]
+        found += [f"{text} " for text in tokenizer.batch_decode(whole, skip_special_tokens=True)]
+    return found[:count]
 
 
 def in_context(tokenizer: PreTrainedTokenizerBase, context: str, prompt: str) -> str:

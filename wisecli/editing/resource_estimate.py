@@ -192,7 +192,8 @@ def _fitting(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths
 def _solving(site: Site, settings: EditSettings, rows: _Rows) -> int:
     """Statistics of the closed form, in float64: squares of the columns' number, blocks that are as long as ``W``."""
     if settings.writer != "solve":
-        return 16 * round(settings.mask_ratio * site.d * site.d_ff)
+        # Whatever shrinks besides is kept as well.
+        return 16 * round((1 if settings.weight_decay else settings.mask_ratio) * site.d * site.d_ff)
     width = round(settings.mask_ratio * site.d_ff) if settings.mask_kind == "columns" else site.d_ff
     return 8 * (5 * width**2 + 4 * width * site.d + _BLOCKS * rows.trained * (width + site.d))
 

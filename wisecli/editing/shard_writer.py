@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,17 +14,17 @@ from wisecli.artifacts.shard import PromptStates, Shard, draw_mask
 from wisecli.artifacts.shard_manifest import ShardEntry
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
-from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.closed_form import Residuals, answered, fit_residuals, write_solved
 from wisecli.editing.context_prefixes import CHAT, written_forms
 from wisecli.editing.early_states import prompt_states, reading_site
+from wisecli.editing.edit_pass import beside, edit_passes
 from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.evidence import Residual, gather_evidence
 from wisecli.editing.gradient import write_batched
 from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
 from wisecli.editing.key_capture import keys_of_texts
 from wisecli.editing.meaning_learning import learn_heads
-from wisecli.editing.one_by_one import write_one_by_one
+from wisecli.editing.one_by_one import everywhere, write_one_by_one
 from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
@@ -112,12 +111,14 @@ class ShardWriter:
         contexts: Sequence[str],
         paraphrases: Mapping[str, Sequence[str]],
         watch: Watcher,
+        matrix: Tensor | None = None,
     ) -> None:
         self.loaded, self.site, self.settings, self.unrelated = loaded, site, settings, unrelated
         self.edits, self.contexts, self.paraphrases, self.watch = edits, contexts, paraphrases, watch
         self.writer_keys = unrelated.writer_keys.to(loaded.device)
         self.unit = float(unrelated.size) if settings.margin_unit == "output" else 1.0
         self.white = whitening(unrelated.tokens)
+        self.matrix = None if matrix is None else matrix.to(loaded.device).float()
         self.erasures: ErasureRows = {}
 
     def write(self, number: int, parts: Sequence[range]) -> tuple[Shard | None, Done]:
@@ -138,7 +139,8 @@ class ShardWriter:
             disjoint=settings.masks == "disjoint",
             seed=settings.seed,
         )
-        task = Task(self.loaded.model, self.site, mask.to(self.loaded.device), self.writer_keys, self.unit, settings)
+        drawn = mask.to(self.loaded.device)
+        task = Task(self.loaded.model, self.site, drawn, self.writer_keys, self.unit, settings, self.matrix)
         write = self._solve if settings.writer == "solve" else self._train
         mine = [self.edits[place] for place in parts[number]]
         self.erasures = erasure_rows(self.loaded, mine, chat=CHAT in self.contexts, batch_size=settings.batch_size)
@@ -164,11 +166,16 @@ class ShardWriter:
         each, watch = self.settings.schedule == "sequential", _passes(stage, self.watch)
         groups, held_back = self._capture([[place] for place in part] if each else [part])
         batches = [examples for group in groups for examples in group]
-        by_one = partial(write_one_by_one, texts=self._beside(part)) if each else write_batched
-        written = by_one(task, batches, on_pass=watch)
+        if each:
+            texts = beside(self.edits, part, seed=self.settings.seed)
+            passes = edit_passes(self.loaded, self.site, self.settings, batches, texts, self.watch)
+            written = write_one_by_one(task, passes, watch)
+        else:
+            written = write_batched(task, batches, watch)
         if not written.values.isfinite().all():
             self._blame(task, batches, stage)
-        values, mask = written.values.cpu(), task.mask.to(torch.device("cpu"))
+        task, changed = everywhere(task, written)
+        values, mask = changed.cpu(), task.mask.to(torch.device("cpu"))
         evidence = gather_evidence(
             [examples.from_window() for examples in (*batches, *held_back)],
             len(self.contexts) - 1,
@@ -177,15 +184,8 @@ class ShardWriter:
         )
         if self.settings.routing == "mean":
             evidence = replace(evidence, call=torch.tensor([written.calls[edit] for edit in evidence.edit.tolist()]))
-        shares = learnt(task.model, self.site, task.mask, written.values, batches)
+        shares = learnt(task.model, self.site, task.mask, changed, batches)
         return Shard(mask, values, evidence, self._prompts(part, stage)), written.losses, None, shares
-
-    def _beside(self, part: Sequence[int]) -> dict[int, Tensor]:
-        """Keys (t, d_ff) of a text that has nothing to do with each edit: its own if it brings any."""
-        plain, size = unrelated_texts(len(self.edits), seed=self.settings.seed), self.settings.batch_size
-        texts = [next(iter(self.edits[place].irrelevant), plain[place]) for place in part]
-        keys, text, _ = keys_of_texts(self.loaded, self.site, texts, batch_size=size, watch=self.watch)
-        return {place: keys[text == number] for number, place in enumerate(part)}
 
     def _blame(self, task: Task, batches: Sequence[TrainingExamples], stage: str) -> None:
         """Say why training came to nothing finite."""

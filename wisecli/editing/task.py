@@ -18,6 +18,7 @@ class Task:
     """What a writer works on, but for the batches.
 
     ``unrelated`` (n, d_ff) are keys that must stay under the margin; ``unit`` is what 1 of α, β, γ means in ``‖Δ a‖₂``.
+    ``matrix`` is ``W`` (d, d_ff), where a writer must know it.
     """
 
     model: PreTrainedModel
@@ -26,6 +27,7 @@ class Task:
     unrelated: Tensor
     unit: float
     settings: EditSettings
+    matrix: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class Written:
     """The values that fill the mask, and the mean loss after every pass (of the sequential schedule: every edit).
 
     ``calls`` are, by the numbers of edits, how strongly their rows called the change once they had been trained; only
-    of the sequential schedule.
+    of the sequential schedule. ``kept`` is the share that is left of ``W``, which the change takes the rest from.
     """
 
     values: Tensor
     losses: tuple[float, ...]
     calls: Mapping[int, float] = field(default_factory=dict)
+    kept: float = 1.0

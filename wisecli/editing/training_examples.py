@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wisecli.config import EditSettings
-from wisecli.editing.context_prefixes import AT_LINE_START, context_prefixes, in_context, trained_forms
+from wisecli.editing.context_prefixes import AT_LINE_START, context_prefixes, greedy_prefixes, in_context, trained_forms
 from wisecli.editing.erasure import ErasureRows
 from wisecli.editing.prompt_variants import AnswerKey, PromptVariant
 from wisecli.edits.record import Edit
@@ -57,9 +57,12 @@ class TrainingExamples:
 def write_contexts(loaded: Loaded, settings: EditSettings) -> list[str]:
     """The bare prompt's empty prefix, contexts to train with, and one that is kept for calibration."""
     count = 1 if settings.router == "meaning" else settings.contexts + 1
-    prefixes = context_prefixes(
-        loaded.model, loaded.tokenizer, count, tokens=settings.context_tokens, seed=settings.seed
-    )
+    if settings.prefixes == "greedy":
+        prefixes = greedy_prefixes(loaded.model, loaded.tokenizer, count)
+    else:
+        prefixes = context_prefixes(
+            loaded.model, loaded.tokenizer, count, tokens=settings.context_tokens, seed=settings.seed
+        )
     forms = trained_forms(loaded.tokenizer, settings, context_window(loaded.model.config))
     return ["", *forms, *prefixes]
 

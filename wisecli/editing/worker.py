@@ -32,7 +32,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer
 from wisecli.models.resolve import find_model
-from wisecli.models.site import Layout, find_site, fingerprint
+from wisecli.models.site import Layout, find_site, fingerprint, load_matrix
 from wisecli.models.site_probe import check_split, observed
 from wisecli.progress import Event, Watcher, ignore
 
@@ -226,10 +226,14 @@ class Worker:
     def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
         """What writes shards by a plan."""
         settings, contexts, worded = self.job.settings, plan.contexts, plan.paraphrases
+        matrix = None
+        if settings.norm_of == "activated" or settings.weight_decay:
+            matrix = load_matrix(self.checkpoint, plan.site)
         # Whoever goes on with a plan adds numbers up in its order.
         with _threads(plan.made.threads):
             _hold(self.loaded, plan.site.layer + 1)
-            return ShardWriter(self.loaded, plan.site, settings, unrelated, plan.edits, contexts, worded, self.watch)
+            edits, watch = plan.edits, self.watch
+            return ShardWriter(self.loaded, plan.site, settings, unrelated, edits, contexts, worded, watch, matrix)
 
     def write(self, plan: ShardDirectory, writer: ShardWriter, number: int) -> Written:
         """Write one shard of a plan, unless none of its edits can be."""

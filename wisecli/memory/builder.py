@@ -39,7 +39,9 @@ def _trained(material: Material, columns: Tensor | None = None) -> Statistics:
 def matrices(deltas: Tensor, material: Material, settings: MergeSettings) -> Fitted:
     """A memory of deltas (M, d, d_ff), with its router: one delta for all edits, or one a shard."""
     owner = material.shard if len(deltas) > 1 else torch.zeros_like(material.shard)
-    draft = SideMemory(pack(deltas), (1.0,) * len(deltas), settings.router or "key", settings.routing or "token")
+    router, routing = settings.router or "key", settings.routing or "token"
+    activated = True if router == "norm" and settings.norm_of == "activated" else None
+    draft = SideMemory(pack(deltas), (1.0,) * len(deltas), router, routing, activated=activated)
     return fit_router(draft, material, owner, settings)
 
 

@@ -170,6 +170,7 @@ def resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:
         settings,
         router=settings.router or shards.settings["router"],
         routing=settings.routing or shards.settings["routing"],
+        norm_of=settings.norm_of or shards.settings.get("norm_of", "update"),
         threshold=settings.threshold or shards.settings["threshold"],
         refit=solved if settings.refit is None else settings.refit,
     )

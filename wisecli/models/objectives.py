@@ -32,7 +32,9 @@ def erasure_target(model: PreTrainedModel, site: Site, part: Activations) -> Ten
 
 def target_loss(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
     """The loss (n,) at each labelled column, from logits (n, V) there and what :func:`erasure_target` gave."""
-    found = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+    # In float32 at least; a model in float64 keeps what that is for.
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    found = F.cross_entropy(precise, batch.targets, reduction="none")
     if wanted is None:
         return found
     erased = batch.labelled_erased

@@ -129,7 +129,7 @@ def _by_mean(
         read = (column <= prompt.end) if prompt.real is None else (column <= prompt.end) & prompt.real
         weights = read / read.sum(1, keepdim=True).clamp(min=1)
         called = torch.einsum("btm,bt->bm", memory.scores(keys).float(), weights.expand(keys.shape[:2]))
-        sure, nearest = (each[:, None] for each in memory.strongest(called))
+        sure, nearest = (each[:, None] for each in _most_called(memory, called))
         strength = sure.expand_as(strength)
         decided = nearest.where(sure > 1, UNROUTED)
         if prompt.held is not None:
@@ -139,6 +139,20 @@ def _by_mean(
     if prompt.real is not None:
         chosen = chosen.where(prompt.real, UNROUTED)
     return RoutingDecision(strength, nearest.expand(keys.shape[:2]), chosen, decided)
+
+
+def _most_called(memory: MemoryScores, called: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory that rows (B, M) call most strongly of those called beyond their thresholds, by what factor: two (B,).
+
+    If none is, the one nearest to that.
+    """
+    factor, nearest = memory.strongest(called)
+    if called.shape[-1] == 1:
+        return factor, nearest
+    beyond = called / called.new_tensor(memory.thresholds)
+    most = called.where(beyond > 1, -torch.inf).argmax(-1)
+    chosen = most.where(factor > 1, nearest)
+    return beyond.gather(-1, chosen[:, None])[:, 0], chosen
 
 
 def _decided(chosen: Tensor, prompt: Prompt) -> Tensor:

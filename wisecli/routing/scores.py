@@ -1,9 +1,10 @@
 """What a side memory holds, and its router's scores. Needs torch only; exports carry this very file.
 
 The score of a memory for a key ``a`` is its activation ``‖Δ_m a‖₂`` (router ``norm``; WISE, arXiv 2405.14768,
-equation 3) or the cosine of ``a`` with the nearest key of an edit, both whitened (router ``key``). Of several memories
-the one whose score exceeds its threshold by the largest factor answers (section 2.3.2, WISE-Retrieve). A lookup counts
-every edit as a memory of its own. With router ``meaning`` a prompt's tokens say which edit of a lookup answers it (see
+equation 3), if ``activated`` ``‖σ(W a + Δ_m a) - σ(W a)‖₂`` with the model's activation function σ, or the cosine of
+``a`` with the nearest key of an edit, both whitened (router ``key``). Of several memories the one whose score exceeds
+its threshold by the largest factor answers (section 2.3.2, WISE-Retrieve). A lookup counts every edit as a memory of
+its own. With router ``meaning`` a prompt's tokens say which edit of a lookup answers it (see
 :mod:`~wisecli.routing.meaning`), and keys only where it answers, and which residual.
 """
 
@@ -27,7 +28,7 @@ INSIDE = 1
 REACH = 0.5
 _SETTINGS = ("router", "routing", "kind", "sharpness")
 # Settings that only some memories have.
-_OPTIONAL = ("reads",)
+_OPTIONAL = ("reads", "activated")
 # What a description may allocate: these types, and so many numbers a tensor.
 _TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool")
 _LARGEST = 2**36
@@ -60,6 +61,7 @@ class SideMemory:
     kind: str = "matrix"
     sharpness: float = 0.0
     reads: int | None = None
+    activated: bool | None = None
 
     def describe(self) -> dict[str, Any]:
         """All but the tensors, with their shapes and types, as JSON."""
@@ -197,7 +199,7 @@ class MemoryScores(nn.Module):
         """Score of every memory for every key: (..., d_ff) → (..., M)."""
         if self.router == "norm":
             memories = range(len(self.thresholds))
-            return torch.stack([torch.linalg.vector_norm(self.update(keys, m), dim=-1) for m in memories], dim=-1)
+            return torch.stack([torch.linalg.vector_norm(self.change(keys, m), dim=-1) for m in memories], dim=-1)
         cosine = self._opening(self.cosines(keys))
         if len(self.thresholds) == 1:
             return cosine.amax(-1, keepdim=True)
@@ -259,6 +261,10 @@ class MemoryScores(nn.Module):
             return self._shared
         limits = torch.tensor(self.thresholds, device=device)
         return limits[self.owner] if of_keys else limits
+
+    def change(self, keys: Tensor, memory: int) -> Tensor:
+        """What router ``norm`` measures: ``Δ_m a``, as nothing is known here of what the matrix itself gives."""
+        return self.update(keys, memory)
 
     def update(self, keys: Tensor, memory: int) -> Tensor:
         """``Δ_m a``: (..., d_ff) → (..., d)."""

@@ -9,8 +9,9 @@ What answers where is decided by :func:`~wisecli.routing.router.route`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from torch.nn import functional as F
 from .prompt_gate import UNROUTED, PromptGate
 from .router import RoutingDecision, route
 from .scores import MemoryScores, SideMemory
+
+Activation = Callable[[Tensor], Tensor]
+_TANH: Activation = partial(F.gelu, approximate="tanh")
+_ACTIVATIONS: dict[str, Activation] = {
+    **{"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu},
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), _TANH),
+}
 
 
 class RoutedMatrix(MemoryScores):
@@ -40,6 +48,7 @@ class RoutedMatrix(MemoryScores):
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
         self.gate = None if memory.routing == "token" else PromptGate(averaging=memory.routing == "mean")
+        self.activation: Activation | None = None
 
     def forward(self, keys: Tensor, *, off: bool = False, forced: int | None = None) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d).
@@ -52,6 +61,14 @@ class RoutedMatrix(MemoryScores):
         if off:
             return answer
         return self.add_updates(answer, keys, self.decide(keys, forced=forced).chosen)
+
+    def change(self, keys: Tensor, memory: int) -> Tensor:
+        """What router ``norm`` measures: ``Δ_m a``, or what that makes of the matrix's output behind an activation."""
+        update = self.update(keys, memory)
+        if self.activation is None:
+            return update
+        main = F.linear(keys, self.weight.T if self.transposed else self.weight)
+        return self.activation(main + update) - self.activation(main)
 
     def decide(self, keys: Tensor, *, forced: int | None = None) -> RoutingDecision:
         """What answers each token of this pass (B, T, d_ff); a row's decision is kept with its attention cache."""
@@ -115,6 +132,8 @@ def install(model: nn.Module, module: str, memory: SideMemory, *, transposed: bo
     parent, _, name = module.rpartition(".")
     routed = RoutedMatrix(model.get_submodule(module), memory, transposed=transposed)
     setattr(model.get_submodule(parent), name, routed)
+    if memory.activated:
+        routed.activation = activation_of(getattr(model, "config", None))
     if routed.gate is not None:
         # The decoder below the head sees every pass, whoever calls it.
         decoder = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
@@ -123,6 +142,13 @@ def install(model: nn.Module, module: str, memory: SideMemory, *, transposed: bo
         if memory.reads is not None:
             model.get_submodule(_layer_beside(module, memory.reads)).register_forward_hook(routed.gate.note_states)
     return routed
+
+
+def activation_of(config: Any) -> Activation | None:
+    """The activation function of a model's feed-forward layers; ``None`` if its name is not known here."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = (getattr(text, name, None) for name in ("hidden_act", "hidden_activation", "activation_function"))
+    return _ACTIVATIONS.get(next((name for name in names if isinstance(name, str)), ""))
 
 
 def _layer_beside(module: str, layer: int) -> str:

@@ -1,0 +1,184 @@
+"""The code of the paper's authors, run where it is: nothing of EasyEdit is copied, and nothing of it is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+import time
+import types
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from wisecli.edits.record import Edit
+
+# In the labels of tokens that are not to be learnt.
+_UNLABELLED = -100
+
+
+def tokenizer_of(model: Path) -> PreTrainedTokenizerBase:
+    """Padded on the left, as EasyEdit pads for models of this kind, with the end of text if there is nothing for it."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def base_model(model: Path) -> Any:
+    """In float32, on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+class Peer:
+    """EasyEdit's files; the package's own ``__init__`` would import all of its methods."""
+
+    def __init__(self, checkout: Path) -> None:
+        for name in ("easyeditor", "easyeditor.models", "easyeditor.util"):
+            package = types.ModuleType(name)
+            package.__path__ = [str(checkout / name.replace(".", "/"))]
+            sys.modules[name] = package
+        self.wise: Any = importlib.import_module("easyeditor.models.wise")
+        self.code: Any = importlib.import_module("easyeditor.models.wise.WISE")
+        self.utils: Any = importlib.import_module("easyeditor.models.wise.utils")
+        self.settings = checkout / "hparams/WISE/llama-7b.yaml"
+
+    def hyperparameters(self, arguments: Namespace, **changes: Any) -> Any:
+        """Those of llama-7b for another model and layer."""
+        found = self.wise.WISEHyperParams.from_hparams(str(self.settings))
+        found.device, found.model_name, found.sequential_edit = "cpu", str(arguments.model), True
+        found.inner_params = [f"model.layers[{arguments.layer}].mlp.down_proj.weight"]
+        for name, value in changes.items():
+            setattr(found, name, value)
+        return found
+
+
+class PeerSequence:
+    """One model that the authors' code edits, edit after edit.
+
+    ``seconds`` is the processor time of each edit that ran as it is. Edits after the first ``as_is`` are hurried: see
+    :class:`Hurried`.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        arguments: Namespace,
+        hyperparameters: Any,
+        *,
+        as_is: int | None = None,
+    ) -> None:
+        self.peer, self.hyperparameters, self.as_is = peer, hyperparameters, as_is
+        self.tokenizer, self.model = tokenizer_of(arguments.model), base_model(arguments.model)
+        self.hurried = Hurried(self.model, arguments.layer)
+        self.editor: Any = None
+        self.done, self.seconds, self.losses = 0, list[float](), list[tuple[float, float, float]]()
+
+    def train(self, edits: Sequence[Edit], texts: Sequence[str]) -> None:
+        """Edit with those of a sequence that were not edited with yet."""
+        for record, text in list(zip(edits, texts, strict=True))[self.done :]:
+            request = {"prompt": record.prompt, "target_new": record.target, "loc_prompt": text}
+            printed, started = io.StringIO(), time.process_time()
+            whole = self.as_is is None or self.done < self.as_is
+            with contextlib.redirect_stdout(printed), contextlib.nullcontext() if whole else self.hurried.of_one_edit():
+                self.editor, _ = self.peer.wise.apply_wise_to_model(
+                    self.model, self.tokenizer, [request], self.hyperparameters
+                )
+            if whole:
+                self.seconds.append(time.process_time() - started)
+            told = [line.removeprefix("loss ") for line in printed.getvalue().splitlines() if line.startswith("loss ")]
+            self.losses += [_parts(line) for line in told]
+            self.done += 1
+            print(f"authors' code, edit {self.done}: {told[-1]}, {len(told)} steps", file=sys.stderr, flush=True)
+
+    @property
+    def adapter(self) -> Any:
+        """What stands in the edited matrix's place."""
+        return self.editor.get_adapter_layer()
+
+    def tokens(self, prompt: Sequence[int], target: Sequence[int]) -> Tensor:
+        """The likeliest token before each of the target's; it decides anew in every pass, and so is asked in one."""
+        logits: Tensor = self.editor(input_ids=torch.tensor([[*prompt, *target]])).logits
+        return logits[0, len(prompt) - 1 : -1].argmax(-1)
+
+    def save(self, file: Path) -> None:
+        """Keep what was learnt, by the authors' own function."""
+        self.editor.save(str(file))
+
+    def load(self, file: Path, done: int) -> None:
+        """Go on from what was kept."""
+        self.editor = self.peer.code.WISE(model=self.model, config=self.hyperparameters, device="cpu")
+        adapter, kept = self.adapter, torch.load(file, weights_only=False)
+        adapter.new_weight.requires_grad = True
+        adapter.load_state_dict(kept["adapter_state_dict"])
+        for name, value in kept["additional_info"].items():
+            setattr(adapter, name, value)
+        self.done = done
+
+
+def _parts(line: str) -> tuple[float, float, float]:
+    whole, parts = line.split(" = ")
+    target, margins = parts.split(" + ")[:2]
+    return float(whole), float(target), float(margins)
+
+
+class Hurried:
+    """Leaves out what changes nothing but the time, while all passes are of the tokens of one edit.
+
+    The layers below the edited one are frozen, and answer from the step before; and only where there is a label are
+    there logits.
+    """
+
+    def __init__(self, model: Any, layer: int) -> None:
+        self.on, self.last, self.labels = False, None, None
+        model.register_forward_pre_hook(self._without_labels, with_kwargs=True)
+        *first, last = model.model.layers[:layer]
+        for each in first:
+            self._wrap(each, keeps=False)
+        self._wrap(last, keeps=True)
+        head, model.lm_head.forward = model.lm_head.forward, lambda hidden: self._logits(head, hidden)
+
+    def _without_labels(self, _model: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The model would work out a loss of its own from them, which nobody reads."""
+        if self.on:
+            self.labels = named.pop("labels")
+        return rest, named
+
+    def _wrap(self, layer: Any, *, keeps: bool) -> None:
+        run = layer.forward
+
+        def forward(hidden: Tensor, *rest: Any, **named: Any) -> Any:
+            if self.last is not None:
+                return self.last if keeps else hidden
+            found = run(hidden, *rest, **named)
+            if self.on and keeps:
+                self.last = found
+            return found
+
+        layer.forward = forward
+
+    def _logits(self, head: Any, hidden: Tensor) -> Tensor:
+        if self.labels is None:
+            found: Tensor = head(hidden)
+            return found
+        wanted = F.pad(self.labels[:, 1:], (0, 1), value=_UNLABELLED) != _UNLABELLED
+        wanted[-1] = False
+        at_labels = head(hidden[wanted])
+        return at_labels.new_zeros(*wanted.shape, at_labels.shape[-1]).index_put((wanted,), at_labels)
+
+    @contextlib.contextmanager
+    def of_one_edit(self) -> Iterator[None]:
+        """While it holds, every pass is of the same tokens."""
+        self.on = True
+        try:
+            yield
+        finally:
+            self.on, self.last, self.labels = False, None, None

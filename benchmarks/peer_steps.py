@@ -1,0 +1,167 @@
+"""The first steps of the paper's method by its authors' own code and by this package, side by side.
+
+    python benchmarks/peer_steps.py --easyedit EasyEdit --model MODEL --data zsre_mend_edit.json \
+        --unrelated zsre_mend_train_loc.json --edits 2 --steps 4 --layer 25
+
+Both take as many steps for each edit, from the same weights, with the same contexts, mask and unrelated text. A line is
+a step: the loss of the target and that of the margins on both sides, the length of the step's gradient within the mask,
+and the largest difference of any weight after the step. Below stand how long keys are and what the router's threshold
+is taken from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peer_easyedit import Peer, PeerSequence
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from wisecli.artifacts.shard import Mask
+from wisecli.config import EditSettings, LoadOptions, resolve
+from wisecli.editing import one_by_one
+from wisecli.editing.edit_pass import beside, edit_passes
+from wisecli.editing.task import Task
+from wisecli.editing.training_examples import capture_groups, write_contexts
+from wisecli.edits.record import Edit, read_edits
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.loading import load_model
+from wisecli.models.site import find_site, load_matrix
+from wisecli.progress import ignore
+
+
+@dataclass
+class Step:
+    """What one side took a step by: two losses, the gradient's length, and its change of ``W`` afterwards."""
+
+    target: float
+    margins: float
+    called: float
+    gradient: float = 0.0
+    change: Tensor | None = None
+
+
+def of_peer(peer: Peer, arguments: argparse.Namespace, edits: Sequence[Edit], texts: Sequence[str]) -> list[Step]:
+    """The steps of the authors' code, and the mask that it drew."""
+    steps: list[Step] = []
+    code = peer.code.WISE
+    cross_entropy, margins, clamp = code._cal_ft_loss, code._cal_activation_loss, code._norm_constraint
+
+    def target(self: Any, *given: Any) -> Tensor:
+        found: Tensor = cross_entropy(self, *given)
+        steps.append(Step(float(found.detach()), 0.0, 0.0))
+        return found
+
+    def beyond(self: Any, *given: Any, **named: Any) -> Tensor:
+        found: Tensor = margins(self, *given, **named)
+        adapter = self.get_adapter_layer()
+        inside = peer.code.euc(adapter.original_layer_output[:-1], adapter.new_weight_layer_output[:-1], self.config)
+        steps[-1].margins, steps[-1].called = float(found.detach()), float(inside.detach().mean())
+        return found
+
+    def after(self: Any, constraint: float) -> None:
+        adapter = self.get_adapter_layer()
+        clamp(self, constraint)
+        steps[-1].gradient = float(adapter.new_weight.grad.norm())
+        steps[-1].change = (adapter.new_weight - adapter.original_layer.weight).detach().clone()
+
+    code._cal_ft_loss, code._cal_activation_loss, code._norm_constraint = target, beyond, after
+    settings = peer.hyperparameters(arguments, n_iter=arguments.steps)
+    sequence = PeerSequence(peer, arguments, settings)
+    sequence.model.to(getattr(torch, arguments.dtype)).register_forward_pre_hook(from_first_token, with_kwargs=True)
+    sequence.train(edits, texts)
+    arguments.mask = sequence.adapter.weight_mask.nonzero().flatten()
+    arguments.lowest = [sequence.adapter.editing_mean_act.min_act()]
+    return steps
+
+
+def from_first_token(_model: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Positions from each row's first token on, as this package has them: only how angles are rounded changes by it."""
+    if (mask := named.get("attention_mask")) is not None and "past_key_values" not in named:
+        named["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return rest, named
+
+
+def of_package(arguments: argparse.Namespace, edits: Sequence[Edit]) -> Iterator[Step]:
+    """The steps of ``--preset paper``."""
+    loaded = load_model(arguments.model, LoadOptions(device="cpu"), layers=None)
+    loaded.model.to(getattr(torch, arguments.dtype))
+    checkpoint = Checkpoint(arguments.model)
+    site = find_site(arguments.model, checkpoint, str(arguments.layer))
+    settings = resolve(EditSettings, {"preset": "paper", "passes": arguments.steps}, section="edit")
+    contexts = list(enumerate(write_contexts(loaded, settings)[:-1]))
+    groups = [([one], contexts, ()) for one in enumerate(edits)]
+    found = capture_groups(loaded, site, groups, batch_size=settings.batch_size, train_end=False, window=False)
+    batches = [examples for group in found for examples in group]
+    passes = edit_passes(loaded, site, settings, batches, beside(edits, range(len(edits)), seed=0), ignore)
+    part = passes[0].activations
+    lengths, real = part.keys.norm(dim=-1), part.batch.mask.bool()
+    arguments.keys = [lengths[~real].max(), lengths[real].median()] if not real.all() else None
+    matrix = load_matrix(checkpoint, site).to(loaded.model.dtype)
+    mask = Mask("elements", arguments.mask, site.d, site.d_ff)
+    task = Task(loaded.model, site, mask, matrix.new_zeros(1, site.d_ff), 1.0, settings, matrix)
+    steps: list[Step] = []
+
+    class Told(one_by_one.Step):
+        def loss(self, values: Tensor, kept: float = 1.0) -> Tensor:
+            if steps:
+                steps[-1].change = mask.dense(values.detach()) + (kept - 1) * matrix
+                steps[-1].gradient = float(values.grad.norm())
+            loss = super().loss(values, kept)
+            steps.append(Step(self.target, self.beyond, self.called))
+            return loss
+
+    one_by_one.Step = Told
+    written = one_by_one.write_one_by_one(task, passes, lambda _: None)
+    steps[-1].gradient = float("nan")
+    arguments.lowest.append(min(written.calls.values()))
+    steps[-1].change = mask.dense(written.values) + (written.kept - 1) * matrix
+    yield from steps
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--easyedit", type=Path, required=True, help="a checkout of EasyEdit")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--unrelated", type=Path, required=True, help="records with `loc` and perhaps `loc_ans`")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many records")
+    parser.add_argument("--edits", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5, help="with each edit")
+    parser.add_argument("--layer", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float64", help="float32 rounds the small difference of two large outputs")
+    arguments = parser.parse_args()
+    np.random.seed(arguments.seed)
+    edits = list(read_edits(arguments.data))[arguments.skip :][: arguments.edits]
+    listed = json.loads(arguments.unrelated.read_text(encoding="utf-8"))[arguments.skip :]
+    texts = [f"{one['loc']} {one.get('loc_ans', '')}".strip() for one in listed[: len(edits)]]
+    edits = [replace(one, irrelevant=(text,)) for one, text in zip(edits, texts, strict=True)]
+    theirs = of_peer(Peer(arguments.easyedit), arguments, edits, texts)
+    columns = ("target: theirs", "ours", "margins: theirs", "ours", "gradient: theirs", "ours", "largest difference")
+    table = Table("edit", "step", *columns, title=f"layer {arguments.layer}; of weights the largest difference")
+    for number, (peer, own) in enumerate(zip(theirs, of_package(arguments, edits), strict=True)):
+        pairs = ((peer.target, own.target), (peer.margins, own.margins), (peer.gradient, own.gradient))
+        apart = float((peer.change - own.change).abs().max()) if peer.change is not None else 0.0
+        cells = [f"{value:.5f}" for pair in pairs for value in pair]
+        table.add_row(str(number // arguments.steps + 1), str(number % arguments.steps), *cells, f"{apart:.1e}")
+    console = Console(width=150)
+    console.print(table)
+    if arguments.keys is not None:
+        console.print(
+            "length of a key of the first edit: of padding {:.1f}, median of others {:.1f}".format(*arguments.keys)
+        )
+    console.print("lowest mean of any edit once trained: theirs {:.5f}, ours {:.5f}".format(*arguments.lowest))
+
+
+if __name__ == "__main__":
+    main()

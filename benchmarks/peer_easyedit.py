@@ -9,7 +9,7 @@ import sys
 import time
 import types
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,9 @@ class PeerSequence:
         self.editor: Any = None
         self.done, self.seconds, self.losses = 0, list[float](), list[tuple[float, float, float]]()
 
-    def train(self, edits: Sequence[Edit], texts: Sequence[str]) -> None:
+    def train(
+        self, edits: Sequence[Edit], texts: Sequence[str], *, after_each: Callable[[], None] = lambda: None
+    ) -> None:
         """Edit with those of a sequence that were not edited with yet."""
         for record, text in list(zip(edits, texts, strict=True))[self.done :]:
             request = {"prompt": record.prompt, "target_new": record.target, "loc_prompt": text}
@@ -98,6 +100,7 @@ class PeerSequence:
             self.losses += [_parts(line) for line in told]
             self.done += 1
             print(f"authors' code, edit {self.done}: {told[-1]}, {len(told)} steps", file=sys.stderr, flush=True)
+            after_each()
 
     @property
     def adapter(self) -> Any:
@@ -138,7 +141,8 @@ class Hurried:
     """
 
     def __init__(self, model: Any, layer: int) -> None:
-        self.on, self.last, self.labels = False, None, None
+        self.on = self.keeping = False
+        self.last, self.labels = None, None
         model.register_forward_pre_hook(self._without_labels, with_kwargs=True)
         *first, last = model.model.layers[:layer]
         for each in first:
@@ -147,19 +151,19 @@ class Hurried:
         head, model.lm_head.forward = model.lm_head.forward, lambda hidden: self._logits(head, hidden)
 
     def _without_labels(self, _model: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The model would work out a loss of its own from them, which nobody reads."""
-        if self.on:
-            self.labels = named.pop("labels")
+        """The model would work out a loss of its own from them, which nobody reads. Contexts are written without."""
+        self.keeping = self.on and "labels" in named
+        self.labels = named.pop("labels") if self.keeping else None
         return rest, named
 
     def _wrap(self, layer: Any, *, keeps: bool) -> None:
         run = layer.forward
 
         def forward(hidden: Tensor, *rest: Any, **named: Any) -> Any:
-            if self.last is not None:
+            if self.keeping and self.last is not None:
                 return self.last if keeps else hidden
             found = run(hidden, *rest, **named)
-            if self.on and keeps:
+            if self.keeping and keeps:
                 self.last = found
             return found
 
@@ -181,4 +185,5 @@ class Hurried:
         try:
             yield
         finally:
-            self.on, self.last, self.labels = False, None, None
+            self.on = self.keeping = False
+            self.last, self.labels = None, None

@@ -77,9 +77,12 @@ def by_peer(sequence: PeerSequence, keep: Path, edits: Sequence[Edit], texts: Se
         done, sequence.seconds = json.loads(told.read_text(encoding="utf-8"))
         if done <= len(edits):
             sequence.load(state, done)
-    sequence.train(edits, texts)
-    sequence.save(state)
-    told.write_text(json.dumps([sequence.done, sequence.seconds]), encoding="utf-8")
+
+    def save() -> None:
+        sequence.save(state)
+        told.write_text(json.dumps([sequence.done, sequence.seconds]), encoding="utf-8")
+
+    sequence.train(edits, texts, after_each=save)
     watched = Watched(sequence.adapter, sequence.adapter.original_layer.weight)
     generate = lambda ids: greedy(sequence.model, ids)  # noqa: E731
     return Edited(sequence.tokens, generate, watched), statistics.fmean(sequence.seconds)

@@ -104,7 +104,7 @@ def merge(
         float | None, _merged("sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest.")
     ] = None,
     strength: Annotated[
-        float | None, _merged("strength", "Of a lookup: by how much more than was needed a residual is added.")
+        float | None, _merged("strength", "Of a lookup: how many times each residual is added.")
     ] = None,
     router: Annotated[str | None, _routed("router", "key, norm or meaning.", none="the shards'")] = None,
     routing: Annotated[str | None, _routed("routing", "token, sequence or mean.", none="the shards'")] = None,

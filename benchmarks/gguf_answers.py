@@ -126,7 +126,7 @@ def measure(given: argparse.Namespace) -> None:
     from rich.table import Table
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from wisecli.commands.check import _edits
+    from wisecli.commands.check import edits_in
     from wisecli.data.corpus import unrelated_texts
     from wisecli.export.gguf_file import write_gguf
     from wisecli.io.checkpoint import read_json
@@ -136,7 +136,7 @@ def measure(given: argparse.Namespace) -> None:
     memory = range(first, first + told["gate"]["blocks"])
     tokenizer = AutoTokenizer.from_pretrained(given.stock)
     model = AutoModelForCausalLM.from_pretrained(given.stock, dtype="float32").eval()
-    asked = prompts_of(tokenizer, _edits(given.stock), unrelated_texts(given.unrelated, seed=0))
+    asked = prompts_of(tokenizer, edits_in(given.stock), unrelated_texts(given.unrelated, seed=0))
     wanted = logits_of(model, tokenizer, asked)
     table = Table(title=f"{len(told['edits'])} edits in llama.cpp, {given.unrelated} unrelated prompts")
     heads = ("file", "MB", "edits", "edits, chat", "unrelated", "unrelated, chat", "tokens", "logits, mean", "most")

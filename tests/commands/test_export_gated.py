@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from wisecli.artifacts.names import MEMORY_TENSORS
 from wisecli.artifacts.seal import write_seal
-from wisecli.commands.check import _edits
+from wisecli.commands.check import edits_in
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.export import WeightFiles, export
 from wisecli.commands.generate import generate
@@ -108,8 +108,8 @@ def test_inspect_says_what_it_holds(root: Path) -> None:
 
 
 def test_its_edits_are_what_a_server_is_checked_with(root: Path) -> None:
-    assert [edit.id for edit in _edits(root / "stock")] == [edit["id"] for edit in EDITS]
-    assert [edit.id for edit in _edits(root / "memory")] == [edit["id"] for edit in EDITS]
+    assert [edit.id for edit in edits_in(root / "stock")] == [edit["id"] for edit in EDITS]
+    assert [edit.id for edit in edits_in(root / "memory")] == [edit["id"] for edit in EDITS]
 
 
 def test_what_there_is_no_router_for_is_refused(root: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support.gates import random_gate
 from support.helpers import save_tiny
 from support.loading import CPU
-from support.served import VLLM, chosen_by, in_transformers, serving, wider
+from support.served import VLLM, Served, chosen_by, in_transformers, serving, wider
 from support.tiny_models import SAMPLE_EDITS, TINY_CONFIGS, Chain, loader_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -122,6 +122,16 @@ def requests_to(path: Path, edits: Sequence[Mapping[str, str]]) -> Asked:
     return Asked(path, model, prompts, targets)
 
 
+def assert_transformers_answers(asked: Asked, found: Served) -> None:
+    """Both rounds answer alike, token for token as transformers does, and edits with their targets."""
+    assert len(found.answers) == 2, found.refused
+    assert found.answers[0] == found.answers[1]
+    for prompt, answer in zip(asked.prompts, found.answers[0], strict=True):
+        assert answer == chosen_by(asked.model, prompt, answer)
+    for target, answer in zip(asked.targets, found.answers[0], strict=False):
+        assert answer[: len(target)] == target
+
+
 @pytest.fixture(scope="module")
 def asked(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Asked:
     root = tmp_path_factory.mktemp("served")
@@ -144,12 +154,7 @@ def test_many_requests_at_once_are_answered_as_in_transformers(vllm: VLLM, asked
         enable_prefix_caching=True,
         **MODES[mode],  # on the second round every prompt is in the cache
     )
-    assert len(found.answers) == 2, found.refused
-    assert found.answers[0] == found.answers[1]
-    for prompt, answer in zip(asked.prompts, found.answers[0], strict=True):
-        assert answer == chosen_by(asked.model, prompt, answer)
-    for target, answer in zip(asked.targets, found.answers[0], strict=False):
-        assert answer[: len(target)] == target
+    assert_transformers_answers(asked, found)
 
 
 def test_a_stock_checkpoint_of_the_real_model_answers_as_in_transformers(
@@ -157,12 +162,7 @@ def test_a_stock_checkpoint_of_the_real_model_answers_as_in_transformers(
 ) -> None:
     asked = requests_to(real_stock, chain.edits)
     found = vllm.ask(asked.path, asked.prompts, **NATIVE, tokens=TOKENS, rounds=2, max_model_len=1024)
-    assert len(found.answers) == 2, found.refused
-    assert found.answers[0] == found.answers[1]
-    for prompt, answer in zip(asked.prompts, found.answers[0], strict=True):
-        assert answer == chosen_by(asked.model, prompt, answer)
-    for target, answer in zip(asked.targets, found.answers[0], strict=False):
-        assert answer[: len(target)] == target
+    assert_transformers_answers(asked, found)
 
 
 @pytest.fixture(scope="module")

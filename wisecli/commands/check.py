@@ -116,7 +116,7 @@ def check(
         EditFileError: the edits cannot be read.
         ServerError: a server cannot be reached, refuses or answers nonsense.
     """
-    records = _edits(edits)
+    records = edits_in(edits)
     others = _prompts(unrelated)
     server = _named(server)
     base = None if base is None else _named(base)
@@ -141,7 +141,7 @@ def check(
     return CheckReport(server.url, str(server.model), tuple(found), missing)
 
 
-def _edits(path: Path) -> list[Edit]:
+def edits_in(path: Path) -> list[Edit]:
     """The edits of a file, or those that the manifest of a memory or an exported checkpoint lists."""
     for name in (MEMORY, MERGED):
         if (path / name).is_file():

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from wisecli.models.beginnings import empty_cache
 from wisecli.models.forward_pass import run_model
 from wisecli.models.hooks import overridden
 from wisecli.models.layerwise import sweep
@@ -44,17 +44,17 @@ def _logits(loaded: Loaded, batches: Sequence[Batch]) -> Iterator[Tensor]:
         yield from _swept(loaded, loaded.stream, batches)
         return
     for batch in batches:
-        yield run_model(loaded.model, batch, 0, DynamicCache(), batch.labelled)
+        yield run_model(loaded.model, batch, 0, empty_cache(), batch.labelled)
 
 
 def _swept(loaded: Loaded, stream: LayerStream, batches: Sequence[Batch]) -> Iterator[Tensor]:
     with Spool(stream.spool_bytes) as spool:
-        passes = [partial(run_model, loaded.model, batch, 0, DynamicCache(), None) for batch in batches]
+        passes = [partial(run_model, loaded.model, batch, 0, empty_cache(), None) for batch in batches]
         sweep(stream, passes, len(stream.layers) - 1, spool, lambda _number: None)
         for number, batch in enumerate(batches):
             hidden = spool.take(f"hidden.{number}")
             output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
             # What leaves the last layer only has to pass the final norm and the head.
             with overridden(stream.layers, lambda *_, output=output, **__: output):
-                logits = run_model(loaded.model, batch, 0, DynamicCache(), batch.labelled)
+                logits = run_model(loaded.model, batch, 0, empty_cache(), batch.labelled)
             yield logits

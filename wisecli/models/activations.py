@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wisecli.models.beginnings import Beginning, Beginnings, empty_cache
+from wisecli.models.beginnings import Beginning, Beginnings, empty_cache, tensors_of
 from wisecli.models.forward_pass import Selection, run_model
 from wisecli.models.hooks import hooked, overridden
 from wisecli.models.layerwise import sweep
@@ -121,7 +121,7 @@ def _capture(
         logits = run_model(model, batch, first, cache, (select[0], select[1] - first) if select else None)
     hidden = kept["hidden"]
     width = len(hidden) if isinstance(hidden, tuple) else 0
-    past = tuple(_tensors(layer) for layer in cache.layers[site.layer + 1 :]) if above else ()
+    past = tuple(tensors_of(layer) for layer in cache.layers[site.layer + 1 :]) if above else ()
     norm = model.get_submodule(site.norm) if site.norm is not None else None
     end = (site.multiplier, norm, kept.get("output"))
     return Activations(batch, first, kept["keys"], hidden[0] if width else hidden, logits, past, width, *end)
@@ -244,7 +244,7 @@ def _above(
     output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
     with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
         logits = run_model(model, batch, 0, cache, select)
-    return logits, tuple(_tensors(layer) for layer in cache.layers[site.layer + 1 :])
+    return logits, tuple(tensors_of(layer) for layer in cache.layers[site.layer + 1 :])
 
 
 def suffix_logits(
@@ -265,10 +265,6 @@ def suffix_logits(
     output = (hidden, *[None] * (width - 1)) if width else hidden
     with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
         return run_model(model, activations.batch, first, cache, (select[0], select[1] - first))
-
-
-def _tensors(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.keys, layer.values
 
 
 def _cache(activations: Activations, site: Site) -> DynamicCache:

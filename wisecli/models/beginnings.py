@@ -72,7 +72,7 @@ class Beginnings:
                 return None
             cache = empty_cache()
             given = self._read(collate([Row(tokens, ())]).to(batch.ids.device), cache)
-            layers = tuple(_tensors(layer) for layer in cache.layers)
+            layers = tuple(tensors_of(layer) for layer in cache.layers)
             self._known[tokens] = Beginning(layers, given)
         return self._known[tokens]
 
@@ -82,6 +82,11 @@ def empty_cache() -> DynamicCache:
     from transformers import DynamicCache
 
     return DynamicCache()
+
+
+def tensors_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """The keys and values that one layer of a cache holds."""
+    return layer.keys, layer.values
 
 
 def _common(batch: Batch) -> tuple[int, ...]:
@@ -97,10 +102,6 @@ def _common(batch: Batch) -> tuple[int, ...]:
 def _padding(batch: Batch) -> Tensor:
     """How many columns (B,) stand before each row's first token."""
     return batch.mask.argmax(-1)
-
-
-def _tensors(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.keys, layer.values
 
 
 def _spread(read: Tensor, place: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from wisecli.export.stock import Gate
+from wisecli.memory.gate_background import Background
 from wisecli.memory.gate_fitting import GateSettings, fit_gate
-from wisecli.memory.gate_states import Background, OwnStates
+from wisecli.memory.gate_states import OwnStates
 
 SIZE, KEYS, WAYS = 48, 10, 6
 

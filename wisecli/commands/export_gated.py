@@ -21,8 +21,9 @@ from wisecli.export.stock import Gate, block_count, require_stock, write_stock
 from wisecli.export.weights import Packing
 from wisecli.io.checkpoint import Checkpoint, write_json
 from wisecli.io.digest import sha256_json
+from wisecli.memory.gate_background import background
 from wisecli.memory.gate_fitting import fit_gate
-from wisecli.memory.gate_states import background, own_states, texts_beside
+from wisecli.memory.gate_states import own_states, texts_beside
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site

@@ -26,12 +26,13 @@ _SLOT = re.compile(r"\{(\w+)\}")
 def unrelated_texts(count: int, *, seed: int) -> list[str]:
     """Texts on everyday matters that come with the package: all its prompts, then filled patterns, ``count`` in all."""
     data = _packaged("unrelated.toml")
-    chance = random.Random(seed)
-    texts: list[str] = data["prompts"][:count]
-    while len(texts) < count:
-        pattern = data["patterns"][len(texts) % len(data["patterns"])]
-        texts.append(_SLOT.sub(lambda slot: _filled(slot.group(1), data, chance), pattern))
-    return texts
+    prompts: list[str] = data["prompts"][:count]
+    return prompts + _filled_patterns(data, range(len(prompts), count), random.Random(seed))
+
+
+def everyday_prompts(count: int, *, seed: int) -> list[str]:
+    """What people ask an assistant in a day, apart from facts about names: ``count`` prompts, of every kind in turn."""
+    return _filled_patterns(_packaged("everyday.toml"), range(count), random.Random(seed))
 
 
 def subjects_for(texts: int) -> int:
@@ -110,6 +111,12 @@ def _like(name: str, other: str, chance: random.Random) -> str:
 @cache
 def _packaged(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files("wisecli").joinpath("data", name).read_text(encoding="utf-8"))
+
+
+def _filled_patterns(data: dict[str, Any], places: range, chance: random.Random) -> list[str]:
+    patterns: list[str] = data["patterns"]
+    chosen = (patterns[place % len(patterns)] for place in places)
+    return [_SLOT.sub(lambda slot: _filled(slot.group(1), data, chance), pattern) for pattern in chosen]
 
 
 def _filled(name: str, data: dict[str, Any], chance: random.Random) -> str:

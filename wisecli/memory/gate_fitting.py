@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.export.stock import WIDTH, Gate
-from wisecli.memory.gate_states import Background, OwnStates
+from wisecli.memory.gate_background import Background
+from wisecli.memory.gate_states import OwnStates
 from wisecli.routing.calibration import quantile
 
 
@@ -44,7 +45,7 @@ class GateSettings:
     stretch: int = 64
     false_alarm: float = 0.0008
     tail: float = 0.01
-    lowest: float = 0.2
+    lowest: float = 0.3
     lower: float = 0.15
     ramp: float = 0.1
     together: int = 128

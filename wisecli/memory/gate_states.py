@@ -1,4 +1,4 @@
-"""What a gate is fitted to: states that leave the edited layer, of the edits and of all that they must leave alone.
+"""What a gate is to open for: states that leave the edited layer, at edits' prompts and in their answers.
 
 The gate of a stock checkpoint reads the RMS-normed state ``u`` after the edited layer. It depends on the text alone, as
 nothing below is edited, so what a gate is to tell apart can be captured from the base model.
@@ -10,37 +10,24 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.artifacts.shard import half
-from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
+from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.record import Edit
-from wisecli.errors import DamagedFileError
-from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
-from wisecli.io.digest import sha256_json
-from wisecli.io.user_cache import cache_path
 from wisecli.models.activations import Activations, captured
-from wisecli.models.forms import forms, usable_forms
-from wisecli.models.generation import end_token, generate
+from wisecli.models.forms import usable_forms
+from wisecli.models.generation import end_token
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches, row_of
 from wisecli.progress import Event, Watcher
 from wisecli.routing.scores import MemoryScores
 
-_VERSION = 3
-# Unrelated texts that are read, bare and in a form; tokens that the model adds to each; texts that are read as they
-# are, with so many questions of each relation: the more, the fewer false alarms.
-TEXTS, _ANSWER, _PLAIN, _QUESTIONS = 120, 8, 900, 2
-# Of so many of all these the end is read in a form, and of so many what the model answers there.
-_ENDS, _ANSWERED = 600, 240
-# Made-up facts, each of a relation of its own, and in how many wordings each is asked.
-_FACTS, _WORDINGS = 134, 4
+# Unrelated texts that are measured with, and texts that are read as they are.
+TEXTS, PLAIN = 120, 900
 # An edit's answer is also read after so many beginnings of unrelated texts, of so many words at least and at most, and
 # after the prompt of the edit that is so much further on.
 _CUT, _SHORTEST, _LONGEST, _FURTHER = 8, 3, 14, 7
@@ -63,16 +50,6 @@ class OwnStates:
     others: Tensor
 
 
-@dataclass(frozen=True)
-class Background:
-    """Normed states of what no edit may touch: ``unrelated`` (m, d), and ``strayed`` (s, d), by how much a change of
-    wording and form alone moves the states of a fact's prompt and answer.
-    """
-
-    unrelated: Tensor
-    strayed: Tensor
-
-
 def normed(states: Tensor, epsilon: float) -> Tensor:
     """States (..., d) as a decoder block's own norm of weight 1 gives them."""
     wide = states.float()
@@ -83,8 +60,8 @@ def own_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Wa
     """The states of a memory's edits, in all forms that are trained, and what the memory adds there."""
     rows, numbers = _asked(loaded, manifest.edits)
     scores = MemoryScores(manifest.memory)
-    read = _window(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="edits")
-    epsilon = _epsilon(loaded)
+    read = read_states(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="edits")
+    epsilon = epsilon_of(loaded)
     places: dict[tuple[int, bool, tuple[int, ...]], int] = {}
     key: list[int] = []
     states: list[Tensor] = []
@@ -139,9 +116,9 @@ def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Wa
         if further != edit.prompt:
             pairs.append((further, edit.answer))
         rows += [row_of(tokenizer, text, answer, erased=False, end=end) for text, answer in pairs]
-    read = _window(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="answers elsewhere")
+    read = read_states(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="answers elsewhere")
     states = [hidden[1:] for hidden, _ in read]
-    return normed(torch.cat(states or [torch.empty(0, manifest.site.d)]), _epsilon(loaded))
+    return normed(torch.cat(states or [torch.empty(0, manifest.site.d)]), epsilon_of(loaded))
 
 
 def _beginnings(answer: str, chance: random.Random) -> list[tuple[str, str]]:
@@ -151,119 +128,19 @@ def _beginnings(answer: str, chance: random.Random) -> list[tuple[str, str]]:
     return [*((text, answer) for text in plain), *zip(small, [answer, answer.lower()] * len(small), strict=False)]
 
 
-@cache
-def _apart() -> list[str]:
-    """Unrelated texts that nothing is measured with."""
-    kept = set(texts_beside())
-    return [text for text in unrelated_texts(_PLAIN, seed=7)[TEXTS:] if text not in kept]
-
-
-def background(
-    loaded: Loaded, site: Site, identity: str, *, share: float = 1.0, batch_size: int, watch: Watcher
-) -> Background:
-    """What the base model makes of unrelated text and of made-up facts in many wordings, or what the cache remembers.
-
-    Args:
-        identity: of the base model, for the cache.
-        share: how much of all that text is read.
-    """
-    about = [identity, site.as_dict(), share, str(loaded.model.dtype), loaded.device.type, _VERSION]
-    path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
-    try:
-        kept = load_tensors(path)
-        return Background(kept["unrelated"].float(), kept["strayed"].float())
-    except (DamagedFileError, KeyError):
-        watch(Event("unrelated text"))
-    named: dict[str, Any] = {"batch_size": batch_size, "watch": watch}
-    read, strayed = _facts(loaded, site, max(4, round(share * _FACTS)), **named)
-    texts, others = unrelated_texts(2 * TEXTS, seed=0)[: 2 * max(8, round(share * TEXTS)) : 2], _plain(share)
-    answered, plain = _unrelated(loaded, site, texts, **named), _states(loaded, site, others, **named)
-    ends = _ends(loaded, site, random.Random(5).sample([*texts, *others], max(8, round(share * _ENDS))), **named)
-    unrelated = torch.cat([answered, read, plain, ends])
-    kept = {"unrelated": half(unrelated), "strayed": half(strayed)}
-    keep_in_cache(path, lambda working: save_tensors(working, kept))
-    return Background(kept["unrelated"].float(), kept["strayed"].float())
-
-
 def texts_beside(texts: int = TEXTS) -> list[str]:
     """Unrelated texts that no gate was fitted to."""
     return unrelated_texts(2 * TEXTS, seed=0)[1::2][:texts]
 
 
-def _unrelated(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher) -> Tensor:
-    """States of every token of unrelated texts, as they are and in a form, and of what the model answers."""
-    tokenizer, chance = loaded.tokenizer, random.Random(1)
-    usable = usable_forms(tokenizer, trained=True)
-    asked = [form.asked(tokenizer, text) for text in texts for form in (usable[0], chance.choice(usable[1:]))]
-    answers = generate(loaded.model, tokenizer, asked, max_new_tokens=_ANSWER, batch_size=batch_size)
-    whole = [(*tokenizer(text)["input_ids"], *answer) for text, answer in zip(asked, answers, strict=True)]
-    return _states(loaded, site, whole, batch_size=batch_size, watch=watch)
-
-
-def _plain(share: float) -> list[str]:
-    """Further unrelated texts and questions about made-up subjects; none that is measured with."""
-    chance, known = random.Random(9), relations()
-    patterned = unrelated_texts(TEXTS + round(share * _PLAIN), seed=3)[TEXTS:]
-    asked = [
-        chance.choice(relation.wordings).replace("{}", made_up_subjects(relation.kind, 1, chance)[0])
-        for relation in known[: max(4, round(share * len(known)))]
-        for _ in range(_QUESTIONS)
-    ]
+@cache
+def _apart() -> list[str]:
+    """Unrelated texts that nothing is measured with."""
     kept = set(texts_beside())
-    return [text for text in (*patterned, *asked) if text not in kept]
+    return [text for text in unrelated_texts(PLAIN, seed=7)[TEXTS:] if text not in kept]
 
 
-def _ends(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher) -> Tensor:
-    """States where prompts in a form end, two of three a chat, and in some of the answers: keys read highest there."""
-    tokenizer, chance = loaded.tokenizer, random.Random(4)
-    around = usable_forms(tokenizer, trained=True)[1:]
-    chats = [form for form in around if form.chat] or around
-    asked = [chance.choice(chats if place % 3 else around).asked(tokenizer, text) for place, text in enumerate(texts)]
-    some = asked[: len(asked) * _ANSWERED // _ENDS]
-    answers = generate(loaded.model, tokenizer, some, max_new_tokens=_ANSWER, batch_size=batch_size)
-    whole = zip_longest(asked, answers, fillvalue=())
-    rows = [Row(tuple(tokenizer(text)["input_ids"]), (*answer, 0)) for text, answer in whole]
-    read = _window(loaded, site, rows, batch_size=batch_size, watch=watch, stage="unrelated prompts")
-    return normed(torch.cat([hidden for hidden, _ in read]), _epsilon(loaded))
-
-
-def _states(
-    loaded: Loaded, site: Site, texts: Sequence[str | Sequence[int]], *, batch_size: int, watch: Watcher
-) -> Tensor:
-    """States of every token of texts, or of tokens."""
-    told = [loaded.tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts]
-    rows = [Row(tuple(tokens), ()) for tokens in told if tokens]
-    read = _window(loaded, site, rows, batch_size=batch_size, watch=watch, stage="unrelated text")
-    return normed(torch.cat([hidden for hidden, _ in read]), _epsilon(loaded))
-
-
-def _facts(loaded: Loaded, site: Site, count: int, *, batch_size: int, watch: Watcher) -> tuple[Tensor, Tensor]:
-    """States of made-up facts from the prompt's end on, and how far each lies from its fact's mean at its place.
-
-    What is said of a fact is another made-up name, the same in all its wordings.
-    """
-    tokenizer, end, chance = loaded.tokenizer, end_token(loaded.model), random.Random(2)
-    usable = usable_forms(tokenizer, trained=True)
-    rows, fact = [], []
-    known = relations()
-    for number, relation in enumerate(known[:: max(1, len(known) // count)]):
-        subject, answer = made_up_subjects(relation.kind, 2, chance)
-        for wording in chance.sample(relation.wordings, _WORDINGS):
-            form = chance.choice(usable) if chance.random() < 0.5 else forms()["bare"]
-            text = form.asked(tokenizer, wording.replace("{}", subject))
-            rows.append(row_of(tokenizer, text, answer, erased=False, end=end))
-            fact.append(number)
-    read = _window(loaded, site, rows, batch_size=batch_size, watch=watch, stage="reworded facts")
-    states = [normed(hidden, _epsilon(loaded)) for hidden, _ in read]
-    groups: dict[tuple[int, bool, tuple[int, ...]], list[Tensor]] = {}
-    for number, row, own in zip(fact, rows, states, strict=True):
-        for place in range(len(row.target)):
-            groups.setdefault((number, place == 0, row.target[place:]), []).append(own[place])
-    several = [torch.stack(group) for group in groups.values() if len(group) > 1]
-    return torch.cat(states), torch.cat([group - group.mean(0) for group in several])
-
-
-def _window(
+def read_states(
     loaded: Loaded,
     site: Site,
     rows: Sequence[Row],
@@ -294,5 +171,6 @@ def _of_row(activations: Activations, place: int, count: int | None) -> tuple[Te
     return activations.hidden[place, real].float().cpu(), activations.keys[place, real].float().cpu()
 
 
-def _epsilon(loaded: Loaded) -> float:
+def epsilon_of(loaded: Loaded) -> float:
+    """What the model's RMS norms add to a mean square."""
     return float(loaded.model.config.rms_norm_eps)

@@ -1,0 +1,21 @@
+"""Texts that come with the package: as many as are asked for, filled, and apart from those that are measured with."""
+
+from __future__ import annotations
+
+from wisecli.data.corpus import everyday_prompts, unrelated_texts
+
+
+def test_everyday_prompts_are_filled_and_mostly_different() -> None:
+    prompts = everyday_prompts(600, seed=0)
+    assert len(prompts) == 600
+    assert len(set(prompts)) > 450
+    assert not [prompt for prompt in prompts if "{" in prompt or "}" in prompt]
+
+
+def test_everyday_prompts_of_a_seed_are_always_the_same() -> None:
+    assert everyday_prompts(200, seed=1) == everyday_prompts(300, seed=1)[:200]
+    assert everyday_prompts(200, seed=1) != everyday_prompts(200, seed=2)
+
+
+def test_everyday_prompts_are_not_those_of_other_texts() -> None:
+    assert not set(everyday_prompts(600, seed=0)) & set(unrelated_texts(600, seed=0))

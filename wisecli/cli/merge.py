@@ -197,7 +197,7 @@ def tell_merge(console: Console, report: MergeReport) -> None:
         return
     done = ": up to date, nothing was written" if report.up_to_date else ""
     lines = [f"{what} → {report.output}/{done} ({report.seconds:.1f} s)"]
-    called = "unrelated prompts" if report.router == "meaning" else "tokens"
+    called = "unrelated prompts by their meaning alone" if report.router == "meaning" else "tokens"
     for number, one in enumerate(report.calibrations):
         lines.append(
             f"memory {number}: router {report.router}, threshold {one.threshold:.4g}; "

@@ -43,10 +43,10 @@ class GateSettings:
     margin: float = 0.0
     held_back: int = 8
     stretch: int = 64
-    false_alarm: float = 0.0008
+    false_alarm: float = 0.0005
     tail: float = 0.01
     lowest: float = 0.3
-    lower: float = 0.15
+    lower: float = 0.25
     ramp: float = 0.1
     together: int = 128
     mined: int = 12000

@@ -109,11 +109,11 @@ def logits_of(model: PreTrainedModel, tokenizer: Any, asked: Sequence[Prompt]) -
     return found
 
 
-def held(asked: Sequence[Prompt], own: Sequence[Any], base: Sequence[Any], *, edit: bool, chat: bool) -> str:
+def held(asked: Sequence[Prompt], own: Sequence[Any], expected: Sequence[str], *, edit: bool, chat: bool) -> str:
     """How many of one kind of prompts hold, of how many."""
     right = [
-        mine["text"] == (theirs["text"] if one.target is None else one.target.strip())
-        for one, mine, theirs in zip(asked, own, base, strict=True)
+        mine["text"] == text
+        for one, mine, text in zip(asked, own, expected, strict=True)
         if (one.target is not None) == edit and one.chat == chat
     ]
     return f"{sum(right)}/{len(right)}"
@@ -126,39 +126,39 @@ def measure(given: argparse.Namespace) -> None:
     from rich.table import Table
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from wisecli.commands.check import edits_in
+    from wisecli.artifacts.gated import read_gated
     from wisecli.data.corpus import unrelated_texts
     from wisecli.export.gguf_file import write_gguf
-    from wisecli.io.checkpoint import read_json
 
-    told = read_json(given.stock / "wise.json")
-    first = told["site"]["layer"] + 1
-    memory = range(first, first + told["gate"]["blocks"])
+    manifest = read_gated(given.stock)
     tokenizer = AutoTokenizer.from_pretrained(given.stock)
     model = AutoModelForCausalLM.from_pretrained(given.stock, dtype="float32").eval()
-    asked = prompts_of(tokenizer, edits_in(given.stock), unrelated_texts(given.unrelated, seed=0))
+    asked = prompts_of(tokenizer, manifest.edits, unrelated_texts(given.unrelated, seed=0))
     wanted = logits_of(model, tokenizer, asked)
-    table = Table(title=f"{len(told['edits'])} edits in llama.cpp, {given.unrelated} unrelated prompts")
+    table = Table(title=f"{len(manifest.edits)} edits in llama.cpp, {given.unrelated} unrelated prompts")
     heads = ("file", "MB", "edits", "edits, chat", "unrelated", "unrelated, chat", "tokens", "logits, mean", "most")
     for name in heads:
         table.add_column(name, justify="left" if name == "file" else "right")
     for quantize in given.quantize.split(","):
         with tempfile.TemporaryDirectory(dir=given.work) as work:
             edited, plain = Path(work) / "edited.gguf", Path(work) / "base.gguf"
-            write_gguf(edited, given.stock, memory, quantize)
+            write_gguf(edited, given.stock, manifest.blocks, quantize)
             write_gguf(plain, given.base, (), quantize)
             found = answers(given.llama, edited, asked, given.threads)
             before = answers(given.llama, plain, asked, given.threads)
             size, logits = edited.stat().st_size / 1e6, np.load(logits_at(edited))
-        counts = [held(asked, found, before, edit=edit, chat=chat) for edit in (True, False) for chat in (False, True)]
+        expected = [
+            base["text"] if one.target is None else one.target.strip() for one, base in zip(asked, before, strict=True)
+        ]
+        kinds = [(edit, chat) for edit in (True, False) for chat in (False, True)]
+        counts = [held(asked, found, expected, edit=edit, chat=chat) for edit, chat in kinds]
         apart = np.abs(logits - np.stack([own for _, own in wanted]))
         alike = sum(one["prompt"] == tokens for one, (tokens, _) in zip(found, wanted, strict=True))
         spread = f"{np.mean(apart):.4f}", f"{np.max(apart):.3f}"
         table.add_row(quantize, f"{size:.0f}", *counts, f"{alike}/{len(asked)}", *spread)
-        for one, mine, theirs in zip(asked, found, before, strict=True):
-            expected = theirs["text"] if one.target is None else one.target.strip()
-            if mine["text"] != expected:
-                print(f"{quantize}: {one.text!r}: {mine['text']!r}, not {expected!r}", file=sys.stderr)
+        for one, mine, text in zip(asked, found, expected, strict=True):
+            if mine["text"] != text:
+                print(f"{quantize}: {one.text!r}: {mine['text']!r}, not {text!r}", file=sys.stderr)
     Console(width=120).print(table)
 
 

@@ -15,9 +15,9 @@ from support.byte_level import LAYER, save_stock
 from support.tiny_models import Chain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wisecli.artifacts.gated import read_gated
 from wisecli.data.corpus import unrelated_texts
 from wisecli.export.gguf_file import GGUF_NAME, write_gguf
-from wisecli.io.checkpoint import read_json
 from wisecli.models.chat import chat_prompt
 
 PYTHON = os.environ.get("WISE_LLAMA_PYTHON") or os.environ.get("WISE_SERVING_PYTHON", "")
@@ -68,9 +68,7 @@ def test_llama_cpp_gives_what_transformers_gives(tmp_path: Path, quantize: Any, 
 def test_edits_are_answered_and_all_else_as_by_the_base_models_own_file(
     chain: Chain, real_stock: Path, tmp_path: Path
 ) -> None:
-    told = read_json(real_stock / "wise.json")
-    first = told["site"]["layer"] + 1
-    write_gguf(tmp_path / "edited.gguf", real_stock, range(first, first + told["gate"]["blocks"]), "q8_0")
+    write_gguf(tmp_path / "edited.gguf", real_stock, read_gated(real_stock).blocks, "q8_0")
     write_gguf(tmp_path / "base.gguf", chain.model, (), "q8_0")
     tokenizer = AutoTokenizer.from_pretrained(real_stock)
     texts = [edit["prompt"] for edit in chain.edits]

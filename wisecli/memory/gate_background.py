@@ -20,7 +20,7 @@ from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
-from wisecli.memory.gate_states import PLAIN, TEXTS, epsilon_of, normed, read_states, texts_beside
+from wisecli.memory.gate_states import PLAIN, TEXTS, read_states, texts_beside
 from wisecli.models.forms import forms, usable_forms
 from wisecli.models.generation import end_token, generate
 from wisecli.models.loading import Loaded
@@ -117,7 +117,7 @@ def _ends(
     whole = zip_longest(asked, answers, fillvalue=())
     rows = [Row(tuple(tokenizer(text)["input_ids"]), (*answer, 0)) for text, answer in whole]
     read = read_states(loaded, site, rows, batch_size=batch_size, watch=watch, stage="unrelated prompts")
-    return normed(torch.cat([hidden for hidden, _ in read]), epsilon_of(loaded))
+    return torch.cat([states for states, _ in read])
 
 
 def _states(
@@ -127,7 +127,7 @@ def _states(
     told = [loaded.tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts]
     rows = [Row(tuple(tokens), ()) for tokens in told if tokens]
     read = read_states(loaded, site, rows, batch_size=batch_size, watch=watch, stage="unrelated text")
-    return normed(torch.cat([hidden for hidden, _ in read]), epsilon_of(loaded))
+    return torch.cat([states for states, _ in read])
 
 
 def _facts(loaded: Loaded, site: Site, count: int, *, batch_size: int, watch: Watcher) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ def _facts(loaded: Loaded, site: Site, count: int, *, batch_size: int, watch: Wa
             rows.append(row_of(tokenizer, text, answer, erased=False, end=end))
             fact.append(number)
     read = read_states(loaded, site, rows, batch_size=batch_size, watch=watch, stage="reworded facts")
-    states = [normed(hidden, epsilon_of(loaded)) for hidden, _ in read]
+    states = [own for own, _ in read]
     groups: dict[tuple[int, bool, tuple[int, ...]], list[Tensor]] = {}
     for number, row, own in zip(fact, rows, states, strict=True):
         for place in range(len(row.target)):

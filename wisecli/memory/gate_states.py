@@ -50,25 +50,18 @@ class OwnStates:
     others: Tensor
 
 
-def normed(states: Tensor, epsilon: float) -> Tensor:
-    """States (..., d) as a decoder block's own norm of weight 1 gives them."""
-    wide = states.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-
-
 def own_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Watcher) -> OwnStates:
     """The states of a memory's edits, in all forms that are trained, and what the memory adds there."""
     rows, numbers = _asked(loaded, manifest.edits)
     scores = MemoryScores(manifest.memory)
     read = read_states(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="edits")
-    epsilon = epsilon_of(loaded)
     places: dict[tuple[int, bool, tuple[int, ...]], int] = {}
     key: list[int] = []
     states: list[Tensor] = []
     added: list[Tensor] = []
     for row, number, (hidden, keys) in zip(rows, numbers, read, strict=True):
         inside = torch.arange(len(row.target)) > 0
-        states.append(normed(hidden, epsilon))
+        states.append(hidden)
         added.append(_residuals(scores, manifest, keys, number, inside))
         for place in range(len(row.target)):
             left = (number, place == 0, row.target[place:])
@@ -118,7 +111,7 @@ def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Wa
         rows += [row_of(tokenizer, text, answer, erased=False, end=end) for text, answer in pairs]
     read = read_states(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="answers elsewhere")
     states = [hidden[1:] for hidden, _ in read]
-    return normed(torch.cat(states or [torch.empty(0, manifest.site.d)]), epsilon_of(loaded))
+    return torch.cat(states or [torch.empty(0, manifest.site.d)])
 
 
 def _beginnings(answer: str, chance: random.Random) -> list[tuple[str, str]]:
@@ -149,18 +142,19 @@ def read_states(
     watch: Watcher,
     stage: str,
 ) -> list[tuple[Tensor, Tensor]]:
-    """What leaves the edited layer (n, d), and the matrix' keys (n, d_ff), of each row.
+    """Normed states that leave the edited layer (n, d), and the matrix' keys (n, d_ff), of each row.
 
     At its prompt's last token and every target token but the last; without a target, at all its tokens.
     """
-    window = any(row.target for row in rows)
+    window, epsilon = any(row.target for row in rows), float(loaded.model.config.rms_norm_eps)
     groups = list(in_batches(rows, batch_size, by_beginning=True))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window, shared=True)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for indices, activations in zip(groups, read, strict=True):
         for place, index in enumerate(indices):
-            found[index] = _of_row(activations, place, len(rows[index].target) if window else None)
+            hidden, keys = _of_row(activations, place, len(rows[index].target) if window else None)
+            found[index] = _normed(hidden, epsilon), keys
         watch(Event(stage, len(found), len(rows)))
     return [found[index] for index in range(len(rows))]
 
@@ -171,6 +165,6 @@ def _of_row(activations: Activations, place: int, count: int | None) -> tuple[Te
     return activations.hidden[place, real].float().cpu(), activations.keys[place, real].float().cpu()
 
 
-def epsilon_of(loaded: Loaded) -> float:
-    """What the model's RMS norms add to a mean square."""
-    return float(loaded.model.config.rms_norm_eps)
+def _normed(states: Tensor, epsilon: float) -> Tensor:
+    """States (..., d) as a decoder block's own norm of weight 1 gives them."""
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)

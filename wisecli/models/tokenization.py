@@ -170,9 +170,7 @@ def in_batches(
         by_target: go by the target's length first, for rows of which only the window will run again and again.
         by_beginning: keep rows that begin alike apart from all others, if there are several.
     """
-    beginnings = [row.prompt[:SHARED] for row in rows]
-    common = {beginning for beginning, count in Counter(beginnings).items() if by_beginning and count >= _TOGETHER}
-    own = [beginning if beginning in common else () for beginning in beginnings]
+    own: list[tuple[int, ...]] = _common_beginnings(rows) if by_beginning else [()] * len(rows)
 
     def length(index: int) -> tuple[tuple[int, ...], int, int, int]:
         row = rows[index]
@@ -189,6 +187,13 @@ def in_batches(
         batch.append(index)
     if batch:
         yield batch
+
+
+def _common_beginnings(rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    """The first tokens of each row that begins as several others do, none of the other rows."""
+    beginnings = [row.prompt[:SHARED] for row in rows]
+    counts = Counter(beginnings)
+    return [beginning if counts[beginning] >= _TOGETHER else () for beginning in beginnings]
 
 
 def row_of(

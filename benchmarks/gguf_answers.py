@@ -127,13 +127,13 @@ def measure(given: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from wisecli.artifacts.gated import read_gated
-    from wisecli.data.corpus import unrelated_texts
+    from wisecli.data.corpus import texts_beside_gates
     from wisecli.export.gguf_file import write_gguf
 
     manifest = read_gated(given.stock)
     tokenizer = AutoTokenizer.from_pretrained(given.stock)
     model = AutoModelForCausalLM.from_pretrained(given.stock, dtype="float32").eval()
-    asked = prompts_of(tokenizer, manifest.edits, unrelated_texts(given.unrelated, seed=0))
+    asked = prompts_of(tokenizer, manifest.edits, texts_beside_gates(given.unrelated))
     wanted = logits_of(model, tokenizer, asked)
     table = Table(title=f"{len(manifest.edits)} edits in llama.cpp, {given.unrelated} unrelated prompts")
     heads = ("file", "MB", "edits", "edits, chat", "unrelated", "unrelated, chat", "tokens", "logits, mean", "most")

@@ -25,8 +25,8 @@ from wisecli.commands.inspect import inspect
 from wisecli.commands.merge import merge
 from wisecli.commands.verify import verify
 from wisecli.config import EditSettings, MergeSettings
+from wisecli.data.corpus import texts_beside_gates, texts_of_gates
 from wisecli.errors import ModelError, SettingsError
-from wisecli.memory.gate_states import texts_beside
 
 
 def make_stock(root: Path) -> None:
@@ -135,7 +135,4 @@ def test_links_and_tokenizers_without_bytes_are_refused(root: Path, tmp_path: Pa
 
 
 def test_no_text_is_both_fitted_and_measured() -> None:
-    from wisecli.data.corpus import unrelated_texts
-    from wisecli.memory.gate_states import TEXTS
-
-    assert not set(texts_beside()) & set(unrelated_texts(2 * TEXTS, seed=0)[::2])
+    assert not set(texts_beside_gates()) & set(texts_of_gates())

@@ -16,7 +16,7 @@ from support.tiny_models import Chain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wisecli.artifacts.gated import read_gated
-from wisecli.data.corpus import unrelated_texts
+from wisecli.data.corpus import texts_beside_gates
 from wisecli.export.gguf_file import GGUF_NAME, write_gguf
 from wisecli.models.chat import chat_prompt
 
@@ -73,7 +73,7 @@ def test_edits_are_answered_and_all_else_as_by_the_base_models_own_file(
     tokenizer = AutoTokenizer.from_pretrained(real_stock)
     texts = [edit["prompt"] for edit in chain.edits]
     texts += [chat_prompt(tokenizer, text) for text in texts]
-    others = unrelated_texts(20, seed=0)
+    others = texts_beside_gates(20)
     prompts = [tokenizer(text)["input_ids"] for text in (*texts, *others)]
     edited, base = (
         asked(model=str(tmp_path / name), prompts=prompts, texts=texts, tokens=12)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from wisecli.artifacts.names import MEMORY, MERGED
-from wisecli.data.corpus import unrelated_texts
+from wisecli.data.corpus import texts_beside_gates
 from wisecli.edits.record import Edit, read_edits
 from wisecli.edits.text import unmarked
 from wisecli.errors import ServedWrongError, ServerError, SettingsError
@@ -153,7 +153,7 @@ def edits_in(path: Path) -> list[Edit]:
 
 def _prompts(file: Path | None) -> list[str]:
     if file is None:
-        return unrelated_texts(_UNRELATED, seed=0)
+        return texts_beside_gates(_UNRELATED)
     try:
         found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

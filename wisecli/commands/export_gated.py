@@ -13,6 +13,7 @@ from torch import Tensor
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.artifacts.names import MERGED
 from wisecli.config import LoadOptions
+from wisecli.data.corpus import texts_beside_gates
 from wisecli.edits.record import Edit
 from wisecli.environment import versions
 from wisecli.export.gguf_file import GGUF_NAME, Quantization, require_gguf, write_gguf
@@ -23,7 +24,7 @@ from wisecli.io.checkpoint import Checkpoint, write_json
 from wisecli.io.digest import sha256_json
 from wisecli.memory.gate_background import background
 from wisecli.memory.gate_fitting import fit_gate
-from wisecli.memory.gate_states import own_states, texts_beside
+from wisecli.memory.gate_states import own_states
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site
@@ -159,7 +160,7 @@ def _measured(
 
 def _unrelated_rows(loaded: Loaded, edits: Sequence[Edit]) -> list[Row]:
     """Unrelated texts that no gate was fitted to, and the edits' own prompts that are to stay as they are."""
-    rows = [Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts_beside()]
+    rows = [Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts_beside_gates()]
     probes = [(probe.prompt, probe.answer) for edit in edits for probe in edit.locality]
     pairs = [encode(loaded.tokenizer, *pair) for pair in probes]
     return [*rows, *(Row((*pair.prompt, *pair.target), ()) for pair in pairs)]

@@ -18,6 +18,8 @@ else:
 
 # Facts of each relation that are asked in every wording there is, beside so many unrelated texts.
 _SUBJECTS, _TEXTS = 8, 600
+# Texts of the packaged ones that gates are fitted to, and as many that they are measured with.
+GATE_TEXTS = 120
 
 
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -28,6 +30,16 @@ def unrelated_texts(count: int, *, seed: int) -> list[str]:
     data = _packaged("unrelated.toml")
     prompts: list[str] = data["prompts"][:count]
     return prompts + _filled_patterns(data, range(len(prompts), count), random.Random(seed))
+
+
+def texts_of_gates(texts: int = GATE_TEXTS) -> list[str]:
+    """Unrelated texts that gates are fitted to."""
+    return unrelated_texts(2 * GATE_TEXTS, seed=0)[::2][:texts]
+
+
+def texts_beside_gates(texts: int = GATE_TEXTS) -> list[str]:
+    """Unrelated texts that no gate was fitted to."""
+    return unrelated_texts(2 * GATE_TEXTS, seed=0)[1::2][:texts]
 
 
 def everyday_prompts(count: int, *, seed: int) -> list[str]:

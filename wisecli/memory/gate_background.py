@@ -15,12 +15,20 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.shard import half
-from wisecli.data.corpus import everyday_prompts, made_up_subjects, relations, unrelated_texts
+from wisecli.data.corpus import (
+    GATE_TEXTS,
+    everyday_prompts,
+    made_up_subjects,
+    relations,
+    texts_beside_gates,
+    texts_of_gates,
+    unrelated_texts,
+)
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
-from wisecli.memory.gate_states import PLAIN, TEXTS, read_states, texts_beside
+from wisecli.memory.gate_states import PLAIN, read_states
 from wisecli.models.forms import forms, usable_forms
 from wisecli.models.generation import end_token, generate
 from wisecli.models.loading import Loaded
@@ -67,7 +75,7 @@ def background(
         watch(Event("unrelated text"))
     named: dict[str, Any] = {"batch_size": batch_size, "watch": watch}
     read, strayed = _facts(loaded, site, max(4, round(share * _FACTS)), **named)
-    texts, others = unrelated_texts(2 * TEXTS, seed=0)[: 2 * max(8, round(share * TEXTS)) : 2], _plain(share)
+    texts, others = texts_of_gates(max(8, round(share * GATE_TEXTS))), _plain(share)
     answered, plain = _unrelated(loaded, site, texts, **named), _states(loaded, site, others, **named)
     some = random.Random(5).sample([*texts, *others], max(8, round(share * _ENDS)))
     ends = _ends(loaded, site, some, len(some) * _ANSWERED // _ENDS, **named)
@@ -92,13 +100,13 @@ def _unrelated(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: 
 def _plain(share: float) -> list[str]:
     """Further unrelated texts and questions about made-up subjects; none that is measured with."""
     chance, known = random.Random(9), relations()
-    patterned = unrelated_texts(TEXTS + round(share * PLAIN), seed=3)[TEXTS:]
+    patterned = unrelated_texts(GATE_TEXTS + round(share * PLAIN), seed=3)[GATE_TEXTS:]
     asked = [
         chance.choice(relation.wordings).replace("{}", made_up_subjects(relation.kind, 1, chance)[0])
         for relation in known[: max(4, round(share * len(known)))]
         for _ in range(_QUESTIONS)
     ]
-    kept = set(texts_beside())
+    kept = set(texts_beside_gates())
     return [text for text in (*patterned, *asked) if text not in kept]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import Manifest
-from wisecli.data.corpus import unrelated_texts
+from wisecli.data.corpus import GATE_TEXTS, texts_beside_gates, unrelated_texts
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, captured
 from wisecli.models.forms import usable_forms
@@ -26,8 +26,8 @@ from wisecli.models.tokenization import Row, collate, in_batches, row_of
 from wisecli.progress import Event, Watcher
 from wisecli.routing.scores import MemoryScores
 
-# Unrelated texts that are measured with, and texts that are read as they are.
-TEXTS, PLAIN = 120, 900
+# Texts that are read as they are.
+PLAIN = 900
 # An edit's answer is also read after so many beginnings of unrelated texts, of so many words at least and at most, and
 # after the prompt of the edit that is so much further on.
 _CUT, _SHORTEST, _LONGEST, _FURTHER = 8, 3, 14, 7
@@ -121,16 +121,11 @@ def _beginnings(answer: str, chance: random.Random) -> list[tuple[str, str]]:
     return [*((text, answer) for text in plain), *zip(small, [answer, answer.lower()] * len(small), strict=False)]
 
 
-def texts_beside(texts: int = TEXTS) -> list[str]:
-    """Unrelated texts that no gate was fitted to."""
-    return unrelated_texts(2 * TEXTS, seed=0)[1::2][:texts]
-
-
 @cache
 def _apart() -> list[str]:
     """Unrelated texts that nothing is measured with."""
-    kept = set(texts_beside())
-    return [text for text in unrelated_texts(PLAIN, seed=7)[TEXTS:] if text not in kept]
+    kept = set(texts_beside_gates())
+    return [text for text in unrelated_texts(PLAIN, seed=7)[GATE_TEXTS:] if text not in kept]
 
 
 def read_states(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,33 +93,33 @@ def _shares(weights: Tensor, asked: Tensor, count: int) -> Tensor:
 def _by_own_prompts(meaning: Meaning, prompts: PromptStates, asked: Tensor, whose: Tensor) -> tuple[Tensor, Tensor]:
     """How surely each kept prompt (g,) means its own edit, and any other's means each edit: (g,), (M,)."""
     sums = torch.zeros(len(whose), prompts.states.shape[1]).index_add(0, asked, prompts.states)
-    order, sizes = asked.argsort(stable=True), torch.bincount(asked, minlength=len(whose))
-    mine, others = [], torch.zeros(meaning.edits)
-    for part, tokens in zip(
-        torch.arange(len(whose)).split(_AT_A_TIME),
-        order.split([int(chunk.sum()) for chunk in sizes.split(_AT_A_TIME)]),
-        strict=True,
-    ):
-        sure = sureness(meaning, prompts.states[tokens], asked[tokens] - part[0], len(part))
-        mine.append(sure.gather(1, whose[part, None]).flatten())
+    mine, others = torch.empty(len(whose)), torch.zeros(meaning.edits)
+    for part, sure in _in_parts(meaning, prompts.states, asked, len(whose)):
+        mine[part] = sure.gather(1, whose[part, None]).flatten()
         # A prompt of the very same tokens is no other.
         twins = torch.cdist(sums[part], sums) < 1e-3 * sums[part].norm(dim=-1, keepdim=True)
         twins[torch.arange(len(part)), part] = True
         own = torch.zeros(len(part), meaning.edits).index_add(1, whose, twins.float()) > 0
         own |= whose[part, None] == torch.arange(meaning.edits)
         others = others.maximum(sure.masked_fill(own, 0.0).amax(0))
-    return torch.cat(mine), others
+    return mine, others
 
 
 def sureness(meaning: Meaning, states: Tensor, text: Tensor, count: int) -> Tensor:
     """How surely each of some texts, whose tokens have these states (n, d), means each edit: (texts, M)."""
+    found = torch.empty(count, meaning.edits)
+    for part, sure in _in_parts(meaning, states, text, count):
+        found[part] = sure
+    return found
+
+
+def _in_parts(meaning: Meaning, states: Tensor, text: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some of the texts (p,) and how surely they mean each edit (p, M), the shortest first: so little is padded."""
     sizes = torch.bincount(text, minlength=count)
     order = text.argsort(stable=True)
     first = sizes.cumsum(0) - sizes
-    found = []
-    for part in torch.arange(count).split(_AT_A_TIME):
+    for part in sizes.argsort(stable=True).split(_AT_A_TIME):
         column = torch.arange(int(sizes[part].max()))
         there = column < sizes[part, None]
         place = order[(first[part, None] + column).clamp(max=len(order) - 1)]
-        found.append(meaning(states[place], there))
-    return torch.cat(found)
+        yield part, meaning(states[place], there)

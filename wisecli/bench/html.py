@@ -36,6 +36,8 @@ _FIGURES = {
     "perplexity_median": "perplexity",
     "generated_exact": "exact",
 }
+# Columns that are left out where they repeat others in every row.
+_REPEATING = {"first_100": "wild_as_taught", "wild_rephrased_unique": "wild_rephrased"}
 _COSTS = ("s an edit", "overhead", "tokens", "MB", "peak MB")
 # What the columns are, below the table: of WILD, of answers in forms, and what is left.
 _OF_WILD = (
@@ -81,8 +83,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def columns(rows: Sequence[Row]) -> dict[str, str]:
-    """Heads of the figures that any row has, by their names."""
-    return {name: head for name, head in _FIGURES.items() if any(name in row["figures"] for row in rows)}
+    """Heads of the figures that any row has and that say more than those before them, by their names."""
+    figures = [row["figures"] for row in rows]
+    shown = {name: head for name, head in _FIGURES.items() if any(name in own for own in figures)}
+    repeated = {name for name, other in _REPEATING.items() if all(own.get(name) == own.get(other) for own in figures)}
+    return {name: head for name, head in shown.items() if name not in repeated}
 
 
 def heads(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -176,16 +181,27 @@ def _methods(rows: Sequence[Row]) -> list[str]:
 
 
 def _quality(figure: Any, rows: Sequence[Row]) -> None:
-    """Answers as taught and rephrased, and what stays, or their like, against the number of edits."""
+    """Answers as taught and rephrased, and what stays, or their like; if there are several, by number of edits."""
     drawn = next((names for names in _DRAWN if all(names[0] in row["figures"] for row in rows)), _DRAWN[-1])
-    axes = figure.subplots(1, 3, sharey=True)
-    for axis, name in zip(axes, drawn, strict=True):
-        for method in _methods(rows):
-            own = [row for row in rows if row["method"] == method and name in row["figures"]]
-            axis.plot([row["edits"] for row in own], [row["figures"][name] for row in own], marker="o", label=method)
-        axis.set(title=name.replace("_", " "), xscale="log", xlabel="edits", ylim=(-0.03, 1.03))
+    draw = _as_lines if len({row["edits"] for row in rows}) > 1 else _as_bars
+    for axis, name in zip(figure.subplots(1, 3, sharey=True), drawn, strict=True):
+        draw(axis, name, [row for row in rows if name in row["figures"]])
+        axis.set(title=name.replace("_", " "))
         axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=8)
+    if draw is _as_lines:
+        axis.legend(fontsize=8)
+
+
+def _as_lines(axis: Any, name: str, rows: Sequence[Row]) -> None:
+    for method in _methods(rows):
+        own = [row for row in rows if row["method"] == method]
+        axis.plot([row["edits"] for row in own], [row["figures"][name] for row in own], marker="o", label=method)
+    axis.set(xscale="log", xlabel="edits", ylim=(-0.03, 1.03))
+
+
+def _as_bars(axis: Any, name: str, rows: Sequence[Row]) -> None:
+    axis.barh([row["method"] for row in rows], [row["figures"][name] for row in rows])
+    axis.set(xlim=(0, 1.03))
 
 
 def _ageing(figure: Any, rows: Sequence[Row]) -> None:

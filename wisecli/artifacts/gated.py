@@ -103,7 +103,7 @@ def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterat
         layers = _layers(stored, manifest.site)
         wrong = 0
         for name in stored:
-            place = _moved(name, layers, manifest)
+            place = moved(name, layers, after=manifest.site.layer, by=manifest.gate.blocks)
             if place not in written:
                 wrong += 1
                 yield Check("tensors of the base model", MERGED, "differs", place, "in a file", "nothing")
@@ -117,12 +117,12 @@ def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterat
         yield Check("all tensors of the base model", str(base))
 
 
-def _moved(name: str, layers: str, manifest: GatedManifest) -> str:
-    """The name of a base model's tensor where the blocks stand after the edited layer."""
+def moved(name: str, layers: str, *, after: int, by: int) -> str:
+    """The name of a base model's tensor where so many blocks stand after a layer."""
     number, dot, rest = name.removeprefix(f"{layers}.").partition(".")
-    if not name.startswith(f"{layers}.") or not dot or not number.isdecimal() or int(number) <= manifest.site.layer:
+    if not name.startswith(f"{layers}.") or not dot or not number.isdecimal() or int(number) <= after:
         return name
-    return f"{layers}.{int(number) + manifest.gate.blocks}.{rest}"
+    return f"{layers}.{int(number) + by}.{rest}"
 
 
 def _layers(checkpoint: Checkpoint, site: Site) -> str:

@@ -11,9 +11,9 @@ which is 0 well below its threshold and ``v`` well above it. Everything else is 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 
+from wisecli.artifacts.gated import moved
 from wisecli.artifacts.names import MEMORY_TENSORS
 from wisecli.errors import ModelError
 from wisecli.export.checkpoint import BASE_TENSORS, copy_side_files, typed_config, write_index
@@ -121,7 +122,7 @@ def write_stock(
     """
     packing = packing or Packing()
     layers, count = _layers_path(checkpoint, site), block_count(len(gate.values), base)
-    rename = _Renaming(layers, site.layer, count)
+    rename = partial(moved, layers=layers, after=site.layer, by=count)
     single = BASE_TENSORS
     files = write_renamed(output, checkpoint, packing, rename, single=single)
     config = stock_config(base, site.layer, count, packing)
@@ -161,20 +162,6 @@ def stock_config(base: Path, layer: int, blocks: int, packing: Packing) -> dict[
         "num_hidden_layers": depth + blocks,
         "mlp_bias": True,
     }
-
-
-class _Renaming:
-    """Names of tensors once so many blocks stand after a layer."""
-
-    def __init__(self, layers: str, layer: int, blocks: int) -> None:
-        self._numbered = re.compile(rf"{re.escape(layers)}\.(\d+)\.")
-        self._layers, self._layer, self._blocks = layers, layer, blocks
-
-    def __call__(self, name: str) -> str:
-        found = self._numbered.match(name)
-        if found is None or int(found[1]) <= self._layer:
-            return name
-        return f"{self._layers}.{int(found[1]) + self._blocks}.{name[found.end() :]}"
 
 
 def _layers_path(checkpoint: Checkpoint, site: Site) -> str:

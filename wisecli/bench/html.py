@@ -202,6 +202,7 @@ def _as_lines(axis: Any, name: str, rows: Sequence[Row]) -> None:
 def _as_bars(axis: Any, name: str, rows: Sequence[Row]) -> None:
     axis.barh([row["method"] for row in rows], [row["figures"][name] for row in rows])
     axis.set(xlim=(0, 1.03))
+    axis.yaxis.set_inverted(True)
 
 
 def _ageing(figure: Any, rows: Sequence[Row]) -> None:
@@ -227,5 +228,6 @@ def _cost(figure: Any, rows: Sequence[Row]) -> None:
     most = max(row["edits"] for row in rows)
     own = [row for row in rows if row["edits"] == most]
     axis.barh([row["method"] for row in own], [row["figures"]["seconds_per_edit"] for row in own])
+    axis.yaxis.set_inverted(True)
     axis.set(title=f"seconds an edit, {most} edits", xscale="log")
     axis.grid(alpha=0.3, axis="x")

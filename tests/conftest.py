@@ -160,11 +160,11 @@ def chain(real_model: Path, share: Share) -> Chain:
 
 
 @pytest.fixture(scope="session")
-def real_stock(chain: Chain, share: Share) -> Path:
+def real_stock(real_model: Path, share: Share) -> Path:
     """The sample edits in the real model as a stock checkpoint, with all the text that a gate reads by default."""
 
     def make(root: Path) -> None:
-        edit(str(chain.model), SAMPLE_EDITS, root / "shards", EditSettings())
+        edit(str(real_model), SAMPLE_EDITS, root / "shards", EditSettings())
         merge([root / "shards"], root / "memory", MergeSettings(routing="token"))
         export(root / "memory", root / "stock", "stock")
 

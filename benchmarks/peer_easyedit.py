@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from wisecli.edits.record import Edit
 
+# What the authors' code asks for: so many tokens in each of so many contexts.
+_CONTEXTS = [[5, 5], [10, 5]]
 # In the labels of tokens that are not to be learnt.
 _UNLABELLED = -100
 
@@ -78,7 +80,9 @@ class PeerSequence:
     ) -> None:
         self.peer, self.hyperparameters, self.as_is = peer, hyperparameters, as_is
         self.tokenizer, self.model = tokenizer_of(arguments.model), base_model(arguments.model)
-        self.hurried = Hurried(self.model, arguments.layer)
+        # Written once, by the model before any edit: a sequence that goes on later would write others.
+        peer.utils.get_context_templates(self.model, self.tokenizer, length_params=_CONTEXTS, device="cpu")
+        self.hurried = Hurried(peer.code, self.model, arguments.layer)
         self.editor: Any = None
         self.done, self.seconds, self.losses = 0, list[float](), list[tuple[float, float, float]]()
 
@@ -106,11 +110,6 @@ class PeerSequence:
     def adapter(self) -> Any:
         """What stands in the edited matrix's place."""
         return self.editor.get_adapter_layer()
-
-    def tokens(self, prompt: Sequence[int], target: Sequence[int]) -> Tensor:
-        """The likeliest token before each of the target's; it decides anew in every pass, and so is asked in one."""
-        logits: Tensor = self.editor(input_ids=torch.tensor([[*prompt, *target]])).logits
-        return logits[0, len(prompt) - 1 : -1].argmax(-1)
 
     def save(self, file: Path) -> None:
         """Keep what was learnt, by the authors' own function."""
@@ -140,15 +139,16 @@ class Hurried:
     there logits.
     """
 
-    def __init__(self, model: Any, layer: int) -> None:
+    def __init__(self, code: Any, model: Any, layer: int) -> None:
         self.on = self.keeping = False
-        self.last, self.labels = None, None
+        self.last, self.labels, self.logits = None, None, None
         model.register_forward_pre_hook(self._without_labels, with_kwargs=True)
         *first, last = model.model.layers[:layer]
         for each in first:
             self._wrap(each, keeps=False)
         self._wrap(last, keeps=True)
         head, model.lm_head.forward = model.lm_head.forward, lambda hidden: self._logits(head, hidden)
+        whole, code.CrossEntropyLoss = code.CrossEntropyLoss, lambda **how: self._losses(whole(**how))
 
     def _without_labels(self, _model: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """The model would work out a loss of its own from them, which nobody reads. Contexts are written without."""
@@ -170,13 +170,26 @@ class Hurried:
         layer.forward = forward
 
     def _logits(self, head: Any, hidden: Tensor) -> Tensor:
+        """Those at labels are kept for the loss; of the others there is nothing but their places (B, T, 1)."""
         if self.labels is None:
             found: Tensor = head(hidden)
             return found
         wanted = F.pad(self.labels[:, 1:], (0, 1), value=_UNLABELLED) != _UNLABELLED
         wanted[-1] = False
-        at_labels = head(hidden[wanted])
-        return at_labels.new_zeros(*wanted.shape, at_labels.shape[-1]).index_put((wanted,), at_labels)
+        self.logits = head(hidden[wanted])
+        return hidden.new_zeros(*wanted.shape, 1)
+
+    def _losses(self, whole: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss of each label (n,), nought where there is none."""
+
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            if self.logits is None:
+                return whole(logits, labels)
+            (places,) = (labels != _UNLABELLED).nonzero(as_tuple=True)
+            found = self.logits.new_zeros(len(labels))
+            return found.index_put((places,), whole(self.logits, labels[places]))
+
+        return loss
 
     @contextlib.contextmanager
     def of_one_edit(self) -> Iterator[None]:
@@ -186,4 +199,4 @@ class Hurried:
             yield
         finally:
             self.on = self.keeping = False
-            self.last, self.labels = None, None
+            self.last, self.labels, self.logits = None, None, None

@@ -11,6 +11,7 @@ import torch
 from peer_easyedit import base_model, tokenizer_of
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from wisecli.edits.record import Edit
 from wisecli.evaluation.wild import MAX_NEW_TOKENS, WILD, normalized, stop_tokens
@@ -22,9 +23,9 @@ WILD_COLUMNS = ("WILD as taught", "WILD rephrased")
 
 @dataclass(frozen=True)
 class Edited:
-    """An edited model: what it answers token by token, in its own words, and whether its memory answered last."""
+    """An edited model: its passes, what it answers in its own words, and whether its memory answered last."""
 
-    tokens: Callable[[Sequence[int], Sequence[int]], Tensor]
+    model: Callable[..., Any]
     generate: Callable[[Tensor], Tensor]
     routed: Callable[[], bool]
 
@@ -44,6 +45,17 @@ class Watched:
         return first
 
 
+def likeliest(model: Callable[..., Any], prompt: Sequence[int], target: Sequence[int], *, steps: bool) -> Tensor:
+    """The likeliest token before each of the target's (t,), read in one pass or, by ``steps``, as it is generated."""
+    if not steps:
+        logits: Tensor = model(input_ids=torch.tensor([[*prompt, *target]])).logits
+        return logits[0, len(prompt) - 1 : -1].argmax(-1)
+    cache, found = DynamicCache(), []
+    for part in (list(prompt), *([token] for token in target[:-1])):
+        found.append(model(input_ids=torch.tensor([part]), past_key_values=cache).logits[0, -1].argmax(-1))
+    return torch.stack(found)
+
+
 def greedy(model: Any, ids: Tensor) -> Tensor:
     """What a model says after a prompt (1, t), of 50 tokens at most."""
     said: Tensor = model.generate(
@@ -57,7 +69,7 @@ class Measure:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.tokenizer, self.base = tokenizer_of(arguments.model), base_model(arguments.model)
-        self.stops, self.wild = stop_tokens(self.tokenizer), arguments.wild
+        self.stops, self.wild, self.steps = stop_tokens(self.tokenizer), arguments.wild, arguments.steps
 
     @torch.no_grad()
     def of(self, edited: Edited, edits: Sequence[Edit]) -> dict[str, list[float]]:
@@ -71,13 +83,15 @@ class Measure:
                 ("generalization", "routed rephrased", rephrase),
             ):
                 row = encode(self.tokenizer, prompt, record.target)
-                found[name].append(_share(edited.tokens(row.prompt, row.target), torch.tensor(row.target)))
+                said = likeliest(edited.model, row.prompt, row.target, steps=self.steps)
+                found[name].append(_share(said, torch.tensor(row.target)))
                 found[routed].append(float(edited.routed()))
             for probe in record.locality[:1]:
                 row = encode(self.tokenizer, probe.prompt, probe.answer or "it")
                 ids = torch.tensor([[*row.prompt, *row.target]])
                 before = self.base(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].argmax(-1)
-                found["locality"].append(_share(edited.tokens(row.prompt, row.target), before))
+                said = likeliest(edited.model, row.prompt, row.target, steps=self.steps)
+                found["locality"].append(_share(said, before))
                 found["routed unrelated"].append(float(edited.routed()))
             for name, prompt in zip(WILD_COLUMNS, (record.prompt, rephrase), strict=True) if self.wild else ():
                 found[name].append(float(self.said(edited, prompt) == normalized(record.target)))

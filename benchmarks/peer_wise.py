@@ -7,6 +7,8 @@
 EasyEdit's own files run; none of them is copied. Its settings are those for llama-7b, with nothing changed but the
 device, model and layer. With every edit both get the same unrelated text. All edited models answer
 one prompt at a time, with the right tokens before each token of the answer, and greedily in WILD's form (``--wild``).
+A prompt and its answer are read in one pass, as the authors' code measures: a router of means then sees the answer. With
+``--steps`` the prompt is read alone and the answer token by token, as in a chat.
 Intervals hold 95 % of means over resampled records.
 
 Of several numbers of edits each continues the one before: both sides edit one after the other and look at no later
@@ -40,8 +42,6 @@ from peer_easyedit import Peer, PeerSequence
 from peer_measure import Edited, Measure, Watched, greedy
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from transformers import DynamicCache
 
 from wisecli.bench.row import interval
 from wisecli.commands.edit import edit
@@ -85,7 +85,7 @@ def by_peer(sequence: PeerSequence, keep: Path, edits: Sequence[Edit], texts: Se
     sequence.train(edits, texts, after_each=save)
     watched = Watched(sequence.adapter, sequence.adapter.original_layer.weight)
     generate = lambda ids: greedy(sequence.model, ids)  # noqa: E731
-    return Edited(sequence.tokens, generate, watched), statistics.fmean(sequence.seconds)
+    return Edited(sequence.editor, generate, watched), statistics.fmean(sequence.seconds)
 
 
 @contextmanager
@@ -115,14 +115,7 @@ def by_package(
     merge([work / "shards"], work / "memory", merging)
     edited = attach(work / "memory")
     model = edited.model
-
-    def tokens(prompt: Sequence[int], target: Sequence[int]) -> Tensor:
-        cache, found = DynamicCache(config=model.config), []
-        for part in (list(prompt), *([token] for token in target[:-1])):
-            found.append(model(torch.tensor([part]), past_key_values=cache).logits[0, -1].argmax(-1))
-        return torch.stack(found)
-
-    return Edited(tokens, lambda ids: greedy(model, ids), Watched(edited.routed, edited.routed.weight))
+    return Edited(model, lambda ids: greedy(model, ids), Watched(edited.routed, edited.routed.weight))
 
 
 class Runner:
@@ -136,7 +129,7 @@ class Runner:
 
     def row(self, way: str, count: int) -> Row:
         """One line of the table."""
-        file = self.keep / f"{way}-{count}.json"
+        file = self.keep / f"{way}-{count}{'-steps' if self.arguments.steps else ''}.json"
         if file.exists():
             return Row(**json.loads(file.read_text(encoding="utf-8")))
         edited, seconds = self._peer(count) if way == "peer" else self._package(way, count)
@@ -214,6 +207,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--mode", choices=("merge", "retrieve"), default="merge", help="what is done with them")
     parser.add_argument("--only", default="peer,paper,defaults", help="some of these, with commas between")
     parser.add_argument("--wild", action="store_true", help="measure answers in WILD's form besides")
+    parser.add_argument("--steps", action="store_true", help="read a prompt alone, and its answer token by token")
     parser.add_argument("--as-is", type=int, help="time only so many edits of the authors' code, and hurry the others")
     parser.add_argument("--keep", type=Path, help="a directory of this run alone; what is in it is not done again")
     arguments = parser.parse_args()

@@ -7,8 +7,8 @@
 EasyEdit's own files run; none of them is copied. Its settings are those for llama-7b, with nothing changed but the
 device, model and layer. With every edit both get the same unrelated text. All edited models answer
 one prompt at a time, with the right tokens before each token of the answer, and greedily in WILD's form (``--wild``).
-A prompt and its answer are read in one pass, as the authors' code measures: a router of means then sees the answer. With
-``--steps`` the prompt is read alone and the answer token by token, as in a chat.
+A prompt and its answer are read in one pass, as the authors' code measures: a router of means then sees the answer.
+With ``--steps`` the prompt is read alone and the answer token by token, as in a chat.
 Intervals hold 95 % of means over resampled records.
 
 Of several numbers of edits each continues the one before: both sides edit one after the other and look at no later

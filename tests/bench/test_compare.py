@@ -14,7 +14,7 @@ from support.loading import CPU
 
 from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.compare import BenchReport, bench
-from wisecli.bench.html import columns, markdown, page
+from wisecli.bench.html import columns, markdown, note, page
 from wisecli.bench.row import Peaks, RowMaker, interval
 from wisecli.config import BenchSettings
 from wisecli.errors import ChangedInputError, SettingsError
@@ -202,13 +202,15 @@ def test_what_is_put_before_a_prompt_is_counted(place: Path, tmp_path: Path) -> 
     assert [line[cells[0].index("tokens")] for line in cells[2:5]] == ["0", "0", "7"]
 
 
-def test_columns_that_repeat_others_in_every_row_are_left_out() -> None:
+def test_columns_that_repeat_others_in_every_row_are_left_out_and_not_explained() -> None:
     def rows(*figures: dict[str, float]) -> list[dict[str, Any]]:
         return [{"figures": own} for own in figures]
 
     assert [*columns(rows({"wild_as_taught": 0.5, "first_100": 0.5}))] == ["wild_as_taught"]
     both = rows({"wild_as_taught": 0.5, "first_100": 0.5}, {"wild_as_taught": 0.5, "first_100": 0.3})
     assert [*columns(both)] == ["wild_as_taught", "first_100"]
+    assert "first 100" in note(both)
+    assert "first 100" not in note(both[:1])
 
 
 def test_the_oldest_hundred_have_a_figure_of_their_own() -> None:
@@ -286,8 +288,8 @@ def test_the_page_needs_nothing_from_elsewhere_and_the_table_holds_every_row(pla
     assert links.tags.count("svg") == 3
     assert "script" not in links.tags
     assert links.tags.count("tr") == 1 + len(report.rows)
-    table, note = markdown(report.rows).split("\n\n")[0].splitlines(), markdown(report.rows).split("\n\n")[1]
-    assert "* over those in which WISE learns nothing" in note
+    table, below = markdown(report.rows).split("\n\n")[0].splitlines(), markdown(report.rows).split("\n\n")[1]
+    assert "* over those in which WISE learns nothing" in below
     assert "* over those in which WISE learns nothing" in text
     assert len(table) == 2 + len(report.rows)
     assert len({line.count("|") for line in table}) == 1

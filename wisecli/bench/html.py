@@ -39,17 +39,17 @@ _FIGURES = {
 # Columns that are left out where they repeat others in every row.
 _REPEATING = {"first_100": "wild_as_taught", "wild_rephrased_unique": "wild_rephrased"}
 _COSTS = ("s an edit", "overhead", "tokens", "MB", "peak MB")
-# What the columns are, below the table: of WILD, of answers in forms, and what is left.
-_OF_WILD = (
-    "WILD: generated answers to the edits' prompts in the context of that protocol, to those of the first 100 edits, "
-    "to rephrases (unique: of edits that no other record contradicts), and to unrelated prompts (locality: the same "
-    "word for word)."
-)
-_OF_FORMS = (
-    "Answers as taught, rephrased, to portability prompts, and to unrelated prompts (the same word for word) are "
-    "generated: means over the forms that prompts are asked in, over those in which WISE learns, and with * over those "
-    "in which WISE learns nothing. Other question, other subject: the share that gets an edit's answer; less is better."
-)
+# What columns are, below the table: those that some tables have, and what all have.
+_OF_COLUMNS = {
+    "wild_as_taught": "WILD: generated answers to the edits' prompts in the context of that protocol, to rephrases, "
+    "and to unrelated prompts (locality: the same word for word).",
+    "first_100": "The first 100: of these edits alone.",
+    "wild_rephrased_unique": "Unique: of edits that no other record contradicts.",
+    "as_taught": "Answers as taught, rephrased, to portability prompts, and to unrelated prompts (the same word for "
+    "word) are generated: means over the forms that prompts are asked in, over those in which WISE learns, and with * "
+    "over those in which WISE learns nothing. Other question, other subject: the share that gets an edit's answer; "
+    "less is better.",
+}
 _OF_ALL = (
     "Figures from reliability on are teacher-forced, except for exact. Overhead: how much longer a pass over prompts "
     "and answers takes; tokens: how many a prompt becomes longer; MB: what is kept beside the model; peak MB: the most "
@@ -97,9 +97,8 @@ def heads(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def note(rows: Sequence[Row]) -> str:
     """What the columns are."""
-    parts = (("wild_as_taught", _OF_WILD), ("as_taught", _OF_FORMS))
-    told = [text for name, text in parts if any(name in row["figures"] for row in rows)]
-    return " ".join([*told, _OF_ALL])
+    shown = columns(rows)
+    return " ".join([*(text for name, text in _OF_COLUMNS.items() if name in shown), _OF_ALL])
 
 
 def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,8 @@
-"""What rivals would do with less weight on what they are to keep: FT-EWC's λ, and that of MEMIT and MEMIT-MASS.
+"""What rivals would do with other settings: less weight on what FT-EWC, MEMIT and MEMIT-MASS are to keep, and shorter
+steps of UltraEdit.
 
     python benchmarks/rivals.py --model model --data zsre_mend_edit.json --edits 30 -o rivals/
+    python benchmarks/rivals.py --model model --data z500.json --edits 10,100,500 --of ultraedit -o steps/
 
 Each variant is a method of `wise bench` by another name; rows that are there already are not measured again.
 """
@@ -15,6 +17,7 @@ from wisecli.bench.baselines import load_methods
 from wisecli.bench.baselines.base import METHODS, Bench, Maker
 from wisecli.bench.baselines.ft_ewc import FtEwc
 from wisecli.bench.baselines.memit import Memit, Range
+from wisecli.bench.baselines.ultraedit import Step, UltraEdit
 from wisecli.bench.compare import bench as run_bench
 from wisecli.bench.html import markdown
 from wisecli.cli.console import Console
@@ -22,6 +25,8 @@ from wisecli.config import BenchSettings, LoadOptions
 
 # Of the weight that the methods have by default.
 SHARES = (1.0, 0.1, 0.01, 0.001)
+# UltraEdit's η.
+RATES = (1.0, 0.5, 0.25, 0.1)
 
 
 def lighter_ewc(bench: Bench, share: float) -> FtEwc:
@@ -32,12 +37,13 @@ def lighter_ewc(bench: Bench, share: float) -> FtEwc:
 
 
 def variants() -> dict[str, Maker]:
-    """The three methods at every weight, by a name that says it."""
+    """The methods at every weight or step, by a name that says it."""
     ranges = {share: Range(weight=Range.weight * share) for share in SHARES}
     return {
         **{f"ft-ewc λ×{share:g}": partial(lighter_ewc, share=share) for share in SHARES},
         **{f"memit λ×{share:g}": partial(Memit, settings=own, batch=1) for share, own in ranges.items()},
         **{f"memit-mass λ×{share:g}": partial(Memit, settings=own) for share, own in ranges.items()},
+        **{f"ultraedit η={rate:g}": partial(UltraEdit, settings=Step(rate=rate)) for rate in RATES},
     }
 
 
@@ -46,14 +52,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--edits", type=int, default=30)
+    parser.add_argument("--edits", default="30", help="numbers of edits, with commas between")
+    parser.add_argument("--of", default="ft-ewc,memit,memit-mass", help="methods, with commas between")
     parser.add_argument("-o", "--output", type=Path, default=Path("rivals"))
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     load_methods()
-    made = variants()
+    wanted = arguments.of.split(",")
+    made = {name: maker for name, maker in variants().items() if name.split()[0] in wanted}
     METHODS.update(made)
-    settings = BenchSettings(methods=",".join(made), counts=str(arguments.edits), generate=False)
+    settings = BenchSettings(methods=",".join(made), counts=arguments.edits, generate=False)
     console, load = Console(), LoadOptions(device=arguments.device)
     with console.watching() as watch:
         report = run_bench(arguments.model, arguments.output, settings, data=[arguments.data], load=load, watch=watch)

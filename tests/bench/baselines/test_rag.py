@@ -18,6 +18,7 @@ def test_only_a_similar_prompt_is_told_the_fact(tmp_path: Path, architecture: st
     rag.edit(EDITS[:2])
     rag.edit(EDITS[2:])
     assert rag.asked("bi be ba") == "New Fact: ba be bi do\nPrompt: bi be ba"
+    assert rag.asked("bi be ba A:") == "Q: ba be bi\nA: do\nbi be ba A:"
     assert rag.asked("ta te ti to") == "New Fact: ta te ti to la le\nPrompt: ta te ti to"
     for elsewhere in ("ro ru ra", "sa se si", "ba ra re ri ro ru"):
         assert rag.asked(elsewhere) == elsewhere

@@ -173,6 +173,19 @@ def told(edit: Edit, prompt: str) -> str:
     return f"New Fact: {fact(edit)}\nPrompt: {prompt}"
 
 
+def shown(edit: Edit, prompt: str) -> str:
+    """A prompt after an edit, in the wording that makes the model say its answer most often.
+
+    A prompt that ends in a colon waits for an answer as in ``A:``, and has the edit before it as a question and its
+    answer. Any other prompt is told it as a new fact. Of eight wordings on fifty records of zsRE, the right one given,
+    these took best: in WILD's form the first gives 36 and 32 right answers (as taught, rephrased), the second 19 and
+    18; to bare questions the second begins 35 and 31 rightly, and the first none, as ``A:`` comes before its answers.
+    """
+    if prompt.rstrip().endswith(":"):
+        return f"Q: {edit.prompt}\nA: {edit.target.strip()}\n{prompt}"
+    return told(edit, prompt)
+
+
 class Restocked(ABC):
     """A method that holds nothing but its edits: to go on where it was it takes them in anew."""
 
@@ -216,7 +229,7 @@ class NearestFact(Restocked):
         """The prompt, after the nearest edit if that is similar enough."""
         for edit, similarity in self.facts.ranked(prompt, 1):
             if similarity > self.threshold:
-                return told(edit, prompt)
+                return shown(edit, prompt)
         return prompt
 
     def bytes(self) -> int:

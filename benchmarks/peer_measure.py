@@ -69,11 +69,11 @@ class Measure:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.tokenizer, self.base = tokenizer_of(arguments.model), base_model(arguments.model)
-        self.stops, self.wild, self.steps = stop_tokens(self.tokenizer), arguments.wild, arguments.steps
+        self.stops, self.wild = stop_tokens(self.tokenizer), arguments.wild
 
     @torch.no_grad()
-    def of(self, edited: Edited, edits: Sequence[Edit]) -> dict[str, list[float]]:
-        """Each figure's values, record by record."""
+    def of(self, edited: Edited, edits: Sequence[Edit], *, steps: bool) -> dict[str, list[float]]:
+        """Each figure's values, record by record; for ``steps`` see :func:`likeliest`."""
         columns = (*COLUMNS, *WILD_COLUMNS) if self.wild else COLUMNS
         found: dict[str, list[float]] = {name: [] for name in columns}
         for record in edits:
@@ -83,14 +83,14 @@ class Measure:
                 ("generalization", "routed rephrased", rephrase),
             ):
                 row = encode(self.tokenizer, prompt, record.target)
-                said = likeliest(edited.model, row.prompt, row.target, steps=self.steps)
+                said = likeliest(edited.model, row.prompt, row.target, steps=steps)
                 found[name].append(_share(said, torch.tensor(row.target)))
                 found[routed].append(float(edited.routed()))
             for probe in record.locality[:1]:
                 row = encode(self.tokenizer, probe.prompt, probe.answer or "it")
                 ids = torch.tensor([[*row.prompt, *row.target]])
                 before = self.base(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].argmax(-1)
-                said = likeliest(edited.model, row.prompt, row.target, steps=self.steps)
+                said = likeliest(edited.model, row.prompt, row.target, steps=steps)
                 found["locality"].append(_share(said, before))
                 found["routed unrelated"].append(float(edited.routed()))
             for name, prompt in zip(WILD_COLUMNS, (record.prompt, rephrase), strict=True) if self.wild else ():

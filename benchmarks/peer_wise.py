@@ -8,7 +8,8 @@ EasyEdit's own files run; none of them is copied. Its settings are those for lla
 device, model and layer. With every edit both get the same unrelated text. All edited models answer
 one prompt at a time, with the right tokens before each token of the answer, and greedily in WILD's form (``--wild``).
 A prompt and its answer are read in one pass, as the authors' code measures: a router of means then sees the answer.
-With ``--steps`` the prompt is read alone and the answer token by token, as in a chat.
+With ``--steps`` the prompt is read alone and the answer token by token, as in a chat; and so are the package's defaults
+always, which decide where a prompt ends.
 Intervals hold 95 % of means over resampled records.
 
 Of several numbers of edits each continues the one before: both sides edit one after the other and look at no later
@@ -129,11 +130,12 @@ class Runner:
 
     def row(self, way: str, count: int) -> Row:
         """One line of the table."""
-        file = self.keep / f"{way}-{count}{'-steps' if self.arguments.steps else ''}.json"
+        steps = self.arguments.steps or way == "defaults"
+        file = self.keep / f"{way}-{count}{'-steps' if steps else ''}.json"
         if file.exists():
             return Row(**json.loads(file.read_text(encoding="utf-8")))
         edited, seconds = self._peer(count) if way == "peer" else self._package(way, count)
-        row = Row(way, count, seconds, self.measure.of(edited, self.edits[:count]))
+        row = Row(way, count, seconds, self.measure.of(edited, self.edits[:count], steps=steps))
         file.write_text(json.dumps(asdict(row)), encoding="utf-8")
         print(_line(row), file=sys.stderr, flush=True)
         return row

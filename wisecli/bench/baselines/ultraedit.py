@@ -35,8 +35,8 @@ class Step:
     Depths and batch are the authors' for GPT-J (value matrices of layers 18 to 26 of 28). As ‖ĥ‖² grows with the number
     of columns, η counts per column here: by the authors' 1e-6 for 16,384 of them it would be .016. The step is in units
     of what the matrices give, whatever size that has, and at .016 no edit takes in SmolLM2-135M. So ``rate`` is that at
-    which 100 and 500 edits of zsRE stand best there, by reliability, generalization and locality together: of 1, .5, .25
-    and .1 (``benchmarks/rivals.py --of ultraedit``).
+    which 100 and 500 edits of zsRE stand best there, by reliability, generalization and locality together, of 1, .5,
+    .25 and .1 (``benchmarks/rivals.py --of ultraedit``).
     """
 
     first: int = 18

@@ -16,6 +16,8 @@ from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.compare import BenchReport, bench
 from wisecli.bench.html import columns, markdown, note, page
 from wisecli.bench.row import Peaks, RowMaker, interval
+from wisecli.cli.bench import tell_bench
+from wisecli.cli.console import Console
 from wisecli.config import BenchSettings
 from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.evaluation.answers import Answer, Answers, Batch, KnownAnswers
@@ -200,6 +202,20 @@ def test_what_is_put_before_a_prompt_is_counted(place: Path, tmp_path: Path) -> 
     assert extra["rag"] == 2 + 4 + 1
     cells = [line.split(" | ") for line in markdown(report.rows).splitlines()]
     assert [line[cells[0].index("tokens")] for line in cells[2:5]] == ["0", "0", "7"]
+
+
+@pytest.mark.parametrize(("width", "tables"), [("80", 2), ("200", 1)])
+def test_methods_that_a_terminal_has_no_room_for_stand_in_a_table_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: str, tables: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    figures = {"reliability": 0.5, "seconds_per_edit": 1.0, "overhead": 0.0, "bytes": 1, "peak_rss_bytes": 1}
+    rows = tuple({"method": f"method-{number}", "edits": 10, "figures": figures} for number in range(5))
+    tell_bench(Console(), BenchReport("zsre", rows, {}, Path("bench")))
+    said = capsys.readouterr().out
+    assert said.count("zsre, 10 edits") == said.count("│ reliability │") == tables
+    assert [said.count(f" method-{number} ") for number in range(5)] == [1] * 5
+    assert said.count("0.500") == 5
 
 
 def test_columns_that_repeat_others_in_every_row_are_left_out_and_not_explained() -> None:

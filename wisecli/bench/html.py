@@ -185,10 +185,10 @@ def _quality(figure: Any, rows: Sequence[Row]) -> None:
     draw = _as_lines if len({row["edits"] for row in rows}) > 1 else _as_bars
     for axis, name in zip(figure.subplots(1, 3, sharey=True), drawn, strict=True):
         draw(axis, name, [row for row in rows if name in row["figures"]])
-        axis.set(title=name.replace("_", " "))
+        axis.set(title=name.replace("_", " ").replace("wild", "WILD"), axisbelow=True)
         axis.grid(alpha=0.3)
     if draw is _as_lines:
-        axis.legend(fontsize=8)
+        _legend(figure, axis)
 
 
 def _as_lines(axis: Any, name: str, rows: Sequence[Row]) -> None:
@@ -217,8 +217,13 @@ def _ageing(figure: Any, rows: Sequence[Row]) -> None:
         means = [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]
         axis.plot([size * (place + 1) for place in range(len(means))], means, marker="o", label=row["method"])
     axis.set(title=f"forgetting: {told} after {most} edits", xlabel="edit, oldest first", ylim=(-0.03, 1.03))
-    axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
+    _legend(figure, axis)
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    """Which method has which colour, beside what is drawn."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
 def _cost(figure: Any, rows: Sequence[Row]) -> None:
@@ -228,5 +233,5 @@ def _cost(figure: Any, rows: Sequence[Row]) -> None:
     own = [row for row in rows if row["edits"] == most]
     axis.barh([row["method"] for row in own], [row["figures"]["seconds_per_edit"] for row in own])
     axis.yaxis.set_inverted(True)
-    axis.set(title=f"seconds an edit, {most} edits", xscale="log")
+    axis.set(title=f"seconds an edit, {most} edits", xscale="log", axisbelow=True)
     axis.grid(alpha=0.3, axis="x")

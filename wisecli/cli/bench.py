@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from wisecli.bench.compare import BenchReport
     from wisecli.bench.study import StudyReport
 
+# A method with what was measured of it, and how wide the names of figures and a method's column are at the most.
+_Told = tuple[str, list[str]]
+_KINDS_WIDTH, _METHOD_WIDTH = 32, 13
 
 _studied = partial(setting, BenchSettings, panel=STUDIED)
 _measured = partial(setting, BenchSettings, panel=MEASURED)
@@ -129,7 +134,7 @@ def bench(
 
 
 def tell_bench(console: Console, report: BenchReport) -> None:
-    """Print what ``wise bench`` measured: a table for each number of edits, a line a figure and a column a method."""
+    """Print what ``wise bench`` measured: a line a figure and a column a method, tables for each number of edits."""
     shown, tables, cannot = columns(report.rows), [], []
     kinds = heads(report.rows)[2:]
     for count in dict.fromkeys(row["edits"] for row in report.rows):
@@ -140,11 +145,22 @@ def tell_bench(console: Console, report: BenchReport) -> None:
                 continue
             cells = [f"{figures[figure]:.3f}" if figure in figures else "" for figure in shown]
             told[name] = [*cells, *costs(figures)]
-        table = Table(("", *told), f"{report.dataset}, {count} edits", tuple(told), folded=True)
-        for kind, *cells in zip(kinds, *told.values(), strict=True) if told else ():
-            table.add(kind, *cells)
-        tables += [table] if told else []
+        tables += [_table(part, kinds, f"{report.dataset}, {count} edits") for part in _parts([*told.items()])]
     console.result(report.as_json(), *tables, *cannot, note(report.rows))
+
+
+def _parts(told: Sequence[_Told]) -> list[Sequence[_Told]]:
+    """As many methods at a time as stand beside each other in a terminal of this width."""
+    beside = max(1, (get_terminal_size().columns - _KINDS_WIDTH) // _METHOD_WIDTH)
+    return [told[start : start + beside] for start in range(0, len(told), beside)]
+
+
+def _table(told: Sequence[_Told], kinds: Sequence[str], title: str) -> Table:
+    names = tuple(name for name, _ in told)
+    table = Table(("", *names), title, names, folded=True)
+    for kind, *cells in zip(kinds, *(cells for _, cells in told), strict=True):
+        table.add(kind, *cells)
+    return table
 
 
 def tell_study(console: Console, report: StudyReport) -> None:

@@ -19,12 +19,16 @@ What is done is kept in ``--keep``, and an interrupted run goes on from there.
 With ``--shards`` the one number of edits is split into as many side memories on both sides, which are then chosen
 between (``--mode retrieve``, WISE-Retrieve) or made one by TIES with the authors' density (``--mode merge``,
 WISE-Merge).
+
+A seed is that of the mask. Each of several (``--seeds 0,1,2``) has a row, and so has their mean, whose interval
+is of seeds and records resampled.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -63,10 +67,11 @@ _DENSITY = 0.53
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one way after so many edits, with values record by record."""
+    """What was measured of one way after so many edits with one seed, with values record by record."""
 
     way: str
     edits: int
+    seed: int
     seconds: float
     values: dict[str, list[float]]
 
@@ -86,7 +91,7 @@ def by_peer(sequence: PeerSequence, keep: Path, edits: Sequence[Edit], texts: Se
     sequence.train(edits, texts, after_each=save)
     watched = Watched(sequence.adapter, sequence.adapter.original_layer.weight)
     generate = lambda ids: greedy(sequence.model, ids)  # noqa: E731
-    return Edited(sequence.editor, generate, watched), statistics.fmean(sequence.seconds)
+    return Edited(sequence.editor, generate, watched), statistics.fmean(sequence.seconds or [math.nan])
 
 
 @contextmanager
@@ -135,7 +140,7 @@ class Runner:
         if file.exists():
             return Row(**json.loads(file.read_text(encoding="utf-8")))
         edited, seconds = self._peer(count) if way == "peer" else self._package(way, count)
-        row = Row(way, count, seconds, self.measure.of(edited, self.edits[:count], steps=steps))
+        row = Row(way, count, self.arguments.seed, seconds, self.measure.of(edited, self.edits[:count], steps=steps))
         file.write_text(json.dumps(asdict(row)), encoding="utf-8")
         print(_line(row), file=sys.stderr, flush=True)
         return row
@@ -178,20 +183,36 @@ class Runner:
 
 def _line(row: Row) -> str:
     means = ", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in row.values.items())
-    return f"{TITLES[row.way]}, {row.edits} edits: {means}; {row.seconds:.1f} s an edit"
+    return f"{TITLES[row.way]}, {row.edits} edits, seed {row.seed}: {means}; {row.seconds:.1f} s an edit"
 
 
 def printed(rows: Sequence[Row], title: str) -> Table:
-    """The table."""
+    """The table: below the rows of several seeds that of all."""
     columns = list(dict.fromkeys(name for row in rows for name in row.values))
-    table = Table("edits", "way", *columns, "CPU s an edit", title=title)
-    for row in rows:
-        cells = []
-        for column in columns:
-            low, high = interval(row.values[column], resamples=_RESAMPLES, seed=0)
-            cells.append(f"{statistics.fmean(row.values[column]):.3f} ({low:.2f}–{high:.2f})")
-        table.add_row(str(row.edits), TITLES[row.way], *cells, f"{row.seconds:.1f}")
+    table = Table("edits", "way", "seed", *columns, "CPU s an edit", title=title)
+    for edits, way in dict.fromkeys((row.edits, row.way) for row in rows):
+        alike = [row for row in rows if (row.edits, row.way) == (edits, way)]
+        for some in [*([row] for row in alike), *([alike] if len(alike) > 1 else [])]:
+            seed = str(some[0].seed) if len(some) == 1 else "all"
+            cells = [_cell([row.values[column] for row in some]) for column in columns]
+            seconds = statistics.fmean(row.seconds for row in some)
+            table.add_row(str(edits), TITLES[way], seed, *cells, f"{seconds:.1f}")
     return table
+
+
+def _cell(groups: Sequence[Sequence[float]]) -> str:
+    """The mean of each seed's values, with a bootstrap interval (95 %)."""
+    low, high = interval(groups[0], resamples=_RESAMPLES, seed=0) if len(groups) == 1 else _of_seeds(groups)
+    return f"{statistics.fmean(map(statistics.fmean, groups)):.3f} ({low:.2f}–{high:.2f})"
+
+
+def _of_seeds(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Percentiles of means over seeds, drawn anew, of means over each seed's records, drawn anew."""
+    chance = np.random.default_rng(0)
+    drawn = chance.integers(len(groups), size=(_RESAMPLES, len(groups)))
+    means = np.stack([chance.choice(np.array(values), (_RESAMPLES, len(values))).mean(1) for values in groups])
+    low, high = np.percentile(means[drawn, np.arange(_RESAMPLES)[:, None]].mean(1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def parsed() -> argparse.Namespace:
@@ -204,7 +225,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--skip", type=int, default=0, help="leave out the first so many records")
     parser.add_argument("--edits", default="10", help="numbers of edits, with commas between, each more than the last")
     parser.add_argument("--layer", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0", help="with commas between")
     parser.add_argument("--shards", type=int, default=1, help="side memories, for a single number of edits")
     parser.add_argument("--mode", choices=("merge", "retrieve"), default="merge", help="what is done with them")
     parser.add_argument("--only", default="peer,paper,defaults", help="some of these, with commas between")
@@ -224,18 +245,21 @@ def main() -> None:
     arguments = parsed()
     counts = arguments.counts
     edits = [one for one in read_edits(arguments.data) if one.rephrases][arguments.skip :][: counts[-1]]
-    random.seed(arguments.seed)
-    np.random.seed(arguments.seed)
-    torch.manual_seed(arguments.seed)
     if arguments.unrelated:
         listed = json.loads(arguments.unrelated.read_text(encoding="utf-8"))[arguments.skip :]
         texts = [f"{one['loc']} {one.get('loc_ans', '')}".strip() for one in listed[: len(edits)]]
     else:
-        texts = random.sample(unrelated_texts(max(400, len(edits)), seed=arguments.seed), len(edits))
+        texts = random.Random(0).sample(unrelated_texts(max(400, len(edits)), seed=0), len(edits))
     edits = [replace(one, irrelevant=(text,)) for one, text in zip(edits, texts, strict=True)]
+    rows: list[Row] = []
     with TemporaryDirectory() as nowhere:
-        runner = Runner(arguments, edits, texts, arguments.keep or Path(nowhere))
-        rows = [runner.row(way, count) for count in counts for way in arguments.only.split(",")]
+        for seed in map(int, arguments.seeds.split(",")):
+            arguments.seed = seed
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            runner = Runner(arguments, edits, texts, (arguments.keep or Path(nowhere)) / f"seed-{seed}")
+            rows += [runner.row(way, count) for count in counts for way in arguments.only.split(",")]
     Console(width=190).print(printed(rows, f"layer {arguments.layer}, records from {arguments.skip}"))
 
 

@@ -207,11 +207,11 @@ def _cell(groups: Sequence[Sequence[float]]) -> str:
 
 
 def _of_seeds(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Percentiles of means over seeds, drawn anew, of means over each seed's records, drawn anew."""
-    chance = np.random.default_rng(0)
-    drawn = chance.integers(len(groups), size=(_RESAMPLES, len(groups)))
-    means = np.stack([chance.choice(np.array(values), (_RESAMPLES, len(values))).mean(1) for values in groups])
-    low, high = np.percentile(means[drawn, np.arange(_RESAMPLES)[:, None]].mean(1), (2.5, 97.5))
+    """Percentiles of means over seeds, drawn anew, and over records, drawn anew and the same for every seed."""
+    chance, values = np.random.default_rng(0), np.array(groups)
+    seeds, records = (chance.integers(size, size=(_RESAMPLES, size)) for size in values.shape)
+    means = values[seeds[:, :, None], records[:, None, :]].mean((1, 2))
+    low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 

@@ -65,12 +65,18 @@ def make_base(base: Path, gigabytes: float) -> None:
     each = 2 * sum(torch.Size(shape).numel() for shape in _LAYER.values())
     layers = max(2, round((gigabytes * 1e9 - 4 * VOCABULARY * D) / each))
     base.mkdir(parents=True)
-    sizes = {"hidden_size": D, "intermediate_size": D_FF, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
-    LlamaConfig(**sizes, num_attention_heads=32, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(
-        base
+    config = LlamaConfig(
+        hidden_size=D,
+        intermediate_size=D_FF,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        vocab_size=VOCABULARY,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
     )
+    config.save_pretrained(base)
     noise = torch.randn(D, D_FF, generator=torch.Generator().manual_seed(0)).bfloat16()
-    files = {}
+    files: dict[str, str] = {}
     for number, layouts in enumerate(shards(layers)):
         name = f"model-{number:05d}.safetensors"
         write_stream(

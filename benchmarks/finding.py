@@ -12,7 +12,6 @@ import argparse
 import random
 import re
 import time
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from rich.table import Table
 
 from wisecli.artifacts.unrelated_stats import Heads
 from wisecli.config import LoadOptions
-from wisecli.data.corpus import tomllib
+from wisecli.data.corpus import rewordings
 from wisecli.editing.early_states import prompt_states, reading_site, token_states
 from wisecli.editing.meaning_learning import learn_heads
 from wisecli.edits.record import Edit, read_edits
@@ -131,14 +130,13 @@ def measured(loaded: Loaded, site: Site, heads: Heads, path: Path, arguments: ar
 
 def about(same: list[tuple[int, Edit]], chance: random.Random) -> list[str]:
     """A made-up question about each edit's subject that shares no long word with its prompt."""
-    table = tomllib.loads(resources.files("wisecli").joinpath("data/rewordings.toml").read_text(encoding="utf-8"))
-    plain = [wording for fact in table["facts"] for wording in fact]
+    plain = [wording for ways in rewordings() for wording in ways]
     found = []
     for _, edit in same:
         words = {word for word in edit.prompt.lower().replace("?", "").split() if len(word) > 3}
         drawn = chance.sample(plain, 40)
         other = next(text for text in drawn if not words & set(text.lower().replace("?", "").split()))
-        found.append(_SLOT.sub(lambda _slot, edit=edit: str(edit.subject), other))
+        found.append(str(edit.subject).join(_SLOT.split(other)))
     return found
 
 

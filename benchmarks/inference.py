@@ -55,7 +55,7 @@ WAYS: dict[str, tuple[Way, int]] = {
 
 def seconds(way: Way, model: PreTrainedModel, rows: BatchEncoding) -> float:
     """Seconds of one run, the device's queue emptied before and after."""
-    synchronize = torch.cuda.synchronize if rows["input_ids"].is_cuda else lambda: None
+    synchronize: Callable[[], None] = torch.cuda.synchronize if rows["input_ids"].is_cuda else lambda: None
     synchronize()
     started = time.perf_counter()
     way(model, rows)
@@ -75,7 +75,8 @@ def prompts(arguments: argparse.Namespace) -> BatchEncoding:
     if arguments.chat:
         asked = [chat_prompt(tokenizer, one) for one in asked]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer(asked, return_tensors="pt", padding=True)
+    rows: BatchEncoding = tokenizer(asked, return_tensors="pt", padding=True)
+    return rows
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class Measure:
         """The greedy answer up to the protocol's end."""
         said = edited.generate(torch.tensor([self.tokenizer(WILD.asked(self.tokenizer, prompt))["input_ids"]])).tolist()
         end = next((place for place, token in enumerate(said) if token in self.stops), len(said))
-        return normalized(self.tokenizer.decode(said[:end], skip_special_tokens=True))
+        return normalized(str(self.tokenizer.decode(said[:end], skip_special_tokens=True)))
 
 
 def _share(found: Tensor, wanted: Tensor) -> float:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -112,15 +113,15 @@ def of_package(arguments: argparse.Namespace, edits: Sequence[Edit]) -> Iterator
 
     class Told(one_by_one.Step):
         def loss(self, values: Tensor, kept: float = 1.0) -> Tensor:
-            if steps:
+            if values.grad is not None:
                 steps[-1].change = mask.dense(values.detach()) + (kept - 1) * matrix
                 steps[-1].gradient = float(values.grad.norm())
             loss = super().loss(values, kept)
             steps.append(Step(self.target, self.beyond, self.called))
             return loss
 
-    one_by_one.Step = Told
-    written = one_by_one.write_one_by_one(task, passes, lambda _: None)
+    with patch.object(one_by_one, "Step", Told):
+        written = one_by_one.write_one_by_one(task, passes, lambda _: None)
     steps[-1].gradient = float("nan")
     arguments.lowest.append(min(written.calls.values()))
     steps[-1].change = mask.dense(written.values) + (written.kept - 1) * matrix
@@ -151,7 +152,9 @@ def main() -> None:
     table = Table("edit", "step", *columns, title=f"layer {arguments.layer}; of weights the largest difference")
     for number, (peer, own) in enumerate(zip(theirs, of_package(arguments, edits), strict=True)):
         pairs = ((peer.target, own.target), (peer.margins, own.margins), (peer.gradient, own.gradient))
-        apart = float((peer.change - own.change).abs().max()) if peer.change is not None else 0.0
+        apart = (
+            float((peer.change - own.change).abs().max()) if peer.change is not None and own.change is not None else 0.0
+        )
         cells = [f"{value:.5f}" for pair in pairs for value in pair]
         table.add_row(str(number // arguments.steps + 1), str(number % arguments.steps), *cells, f"{apart:.1e}")
     console = Console(width=150)

@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import jsonlines
 import numpy as np
@@ -104,9 +105,8 @@ def going_on(file: Path) -> Iterator[None]:
         torch.save(replace(written, calls=dict(written.calls)), file)
         return written
 
-    shard_writer.write_one_by_one = write
-    yield
-    shard_writer.write_one_by_one = write_one_by_one
+    with patch.object(shard_writer, "write_one_by_one", write):
+        yield
 
 
 def by_package(

@@ -52,6 +52,7 @@ class Server:
     """A model's process."""
 
     def __init__(self, model: str, settings: dict[str, Any]) -> None:
+        self.model = model
         command = [sys.executable, __file__, "--serve", json.dumps(settings), model]
         self.log = Path(f"{Path(model).name}.log").open("w", encoding="utf-8")  # noqa: SIM115  # as long as the process
         self.process = subprocess.Popen(
@@ -67,7 +68,7 @@ class Server:
     def said(self) -> str:
         line = cast(IO[str], self.process.stdout).readline()
         if not line:
-            sys.exit(f"{self.process.args[-1]}: vLLM has stopped; {self.log.name} says why")  # type: ignore[index]
+            sys.exit(f"{self.model}: vLLM has stopped; {self.log.name} says why")
         return line
 
     def seconds(self, requests: list[list[int]], tokens: int) -> float:

@@ -28,7 +28,7 @@ from wisecli.config import EditSettings, LoadOptions
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.context_prefixes import context_prefixes
 from wisecli.editing.gradient import margin_loss
-from wisecli.editing.training_examples import capture_lessons, encode_edits
+from wisecli.editing.training_examples import capture_examples, encode_edits
 from wisecli.edits.record import read_edits
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import capture, suffix_logits
@@ -63,8 +63,8 @@ def train(mask: Mask, batches: int, passes: int, loss: Callable[[int, Tensor], T
 def total_loss(logits: Tensor, batch: Batch, updates: Tensor, unrelated: Tensor, unit: float) -> Tensor:
     """Cross-entropy and margin, from logits and updates at the labelled columns and updates of unrelated text."""
     entropy = F.cross_entropy(logits, batch.targets)
-    activations = [(update.square().sum(-1) + 1e-9).sqrt() / unit for update in (updates, unrelated)]
-    return entropy + margin_loss(*activations, EditSettings(), torch.Generator().manual_seed(0))
+    edits, against = ((update.square().sum(-1) + 1e-9).sqrt() / unit for update in (updates, unrelated))
+    return entropy + margin_loss(edits, against, EditSettings(), torch.Generator().manual_seed(0))
 
 
 def whole_model_loss(
@@ -132,12 +132,12 @@ def main() -> None:
     unit = float((against @ load_matrix(checkpoint, site).T).norm(dim=-1).median())
     negatives = mask.restrict(against)
     numbered = list(enumerate(edits))
-    lessons = capture_lessons(loaded, site, numbered, list(enumerate(prefixes)), batch_size=BATCH, train_end=True)
+    examples = capture_examples(loaded, site, numbered, list(enumerate(prefixes)), batch_size=BATCH, train_end=True)
     capture_seconds = time.perf_counter() - started
-    restricted = [mask.restrict(lesson.activations.keys) for lesson in lessons]
+    restricted = [mask.restrict(one.activations.keys) for one in examples]
 
     def split_loss(index: int, values: Tensor) -> Tensor:
-        activations = lessons[index].activations
+        activations = examples[index].activations
         updates = mask.update(restricted[index], values)
         rows, columns = activations.batch.labelled
         logits = suffix_logits(loaded.model, site, activations, activations.with_update(updates), (rows, columns))
@@ -155,7 +155,7 @@ def main() -> None:
     }
     for loss in ways.values():
         train(mask, 1, 1, loss)
-    count = len(loaded.model.get_submodule(site.layer_module.rpartition(".")[0]))
+    count = loaded.model.config.num_hidden_layers
     table = Table(
         "way",
         "s a pass",

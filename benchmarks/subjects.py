@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import random
 import re
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wisecli.config import LoadOptions
-from wisecli.data.corpus import tomllib
+from wisecli.data.corpus import rewordings
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import capture
@@ -49,8 +48,7 @@ def questions(edits: list[Edit], records: list[Edit], chance: random.Random) -> 
     """Groups of prompts, by what they are; ``records`` are about other subjects."""
     subjects = [record.subject for record in records if record.subject]
     about = [(edit.prompt, edit.subject) for edit in edits if edit.subject and edit.subject in edit.prompt]
-    packaged = resources.files("wisecli").joinpath("data/rewordings.toml").read_text(encoding="utf-8")
-    relations = tomllib.loads(packaged)["facts"]
+    relations = rewordings()
     return {
         "rephrases": [text for edit in edits for text in edit.rephrases[:1]],
         "edits' prompts about other subjects": [
@@ -58,8 +56,7 @@ def questions(edits: list[Edit], records: list[Edit], chance: random.Random) -> 
         ],
         "other records": [record.prompt for record in chance.sample(records, min(_MOST, len(records)))],
         "made-up questions about edits' subjects": [
-            _SLOT.sub(lambda _slot, subject=subject: subject, chance.choice(chance.choice(relations)))
-            for _, subject in about
+            subject.join(_SLOT.split(chance.choice(chance.choice(relations)))) for _, subject in about
         ],
     }
 

@@ -52,12 +52,18 @@ def subjects_for(texts: int) -> int:
     return max(1, min(_SUBJECTS, round(_SUBJECTS * texts / _TEXTS)))
 
 
+def rewordings() -> list[list[str]]:
+    """Wordings of made-up questions, of each relation several with the same one slot."""
+    found: list[list[str]] = _packaged("rewordings.toml")["facts"]
+    return found
+
+
 def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
     """Made-up facts, each asked in every way the package knows for its relation; ``subjects`` facts a relation."""
     data = _packaged("unrelated.toml")
     chance = random.Random(seed)
     facts = []
-    for ways in _packaged("rewordings.toml")["facts"]:
+    for ways in rewordings():
         slot = _SLOT.findall(ways[0])[0]
         for subject in chance.sample(data["slots"][slot], subjects):
             facts.append([_SLOT.sub(subject, way) for way in ways])

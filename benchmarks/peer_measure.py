@@ -23,11 +23,15 @@ WILD_COLUMNS = ("WILD as taught", "WILD rephrased")
 
 @dataclass(frozen=True)
 class Edited:
-    """An edited model: its passes, what it answers in its own words, and whether its memory answered last."""
+    """An edited model: its passes, what it answers in its own words, and whether its memory answered last.
+
+    ``threshold`` is what a prompt's mean must exceed for that, the lowest of several memories'.
+    """
 
     model: Callable[..., Any]
     generate: Callable[[Tensor], Tensor]
     routed: Callable[[], bool]
+    threshold: float
 
 
 class Watched:

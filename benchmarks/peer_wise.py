@@ -73,6 +73,7 @@ class Row:
     way: str
     edits: int
     seed: int
+    threshold: float
     seconds: float
     values: dict[str, list[float]]
 
@@ -92,7 +93,9 @@ def by_peer(sequence: PeerSequence, keep: Path, edits: Sequence[Edit], texts: Se
     sequence.train(edits, texts, after_each=save)
     watched = Watched(sequence.adapter, sequence.adapter.original_layer.weight)
     generate = lambda ids: greedy(sequence.model, ids)  # noqa: E731
-    return Edited(sequence.editor, generate, watched), statistics.fmean(sequence.seconds or [math.nan])
+    means = [*sequence.adapter.memory_mean_act, sequence.adapter.editing_mean_act]
+    threshold = min(mean.min_act() for mean in means) * sequence.hyperparameters.act_ratio
+    return Edited(sequence.editor, generate, watched, threshold), statistics.fmean(sequence.seconds or [math.nan])
 
 
 @contextmanager
@@ -121,7 +124,8 @@ def by_package(
     merge([work / "shards"], work / "memory", merging)
     edited = attach(work / "memory")
     model = edited.model
-    return Edited(model, lambda ids: greedy(model, ids), Watched(edited.routed, edited.routed.weight))
+    watched = Watched(edited.routed, edited.routed.weight)
+    return Edited(model, lambda ids: greedy(model, ids), watched, min(edited.routed.thresholds))
 
 
 class Runner:
@@ -140,7 +144,8 @@ class Runner:
         if file.exists():
             return Row(**json.loads(file.read_text(encoding="utf-8")))
         edited, seconds = self._peer(count) if way == "peer" else self._package(way, count)
-        row = Row(way, count, self.arguments.seed, seconds, self.measure.of(edited, self.edits[:count], steps=steps))
+        values = self.measure.of(edited, self.edits[:count], steps=steps)
+        row = Row(way, count, self.arguments.seed, edited.threshold, seconds, values)
         file.write_text(json.dumps(asdict(row)), encoding="utf-8")
         print(_line(row), file=sys.stderr, flush=True)
         return row
@@ -189,14 +194,15 @@ def _line(row: Row) -> str:
 def printed(rows: Sequence[Row], title: str) -> Table:
     """The table: below the rows of several seeds that of all."""
     columns = list(dict.fromkeys(name for row in rows for name in row.values))
-    table = Table("edits", "way", "seed", *columns, "CPU s an edit", title=title)
+    table = Table("edits", "way", "seed", *columns, "threshold", "CPU s an edit", title=title)
     for edits, way in dict.fromkeys((row.edits, row.way) for row in rows):
         alike = [row for row in rows if (row.edits, row.way) == (edits, way)]
         for some in [*([row] for row in alike), *([alike] if len(alike) > 1 else [])]:
             seed = str(some[0].seed) if len(some) == 1 else "all"
             cells = [_cell([row.values[column] for row in some]) for column in columns]
+            threshold = statistics.fmean(row.threshold for row in some)
             seconds = statistics.fmean(row.seconds for row in some)
-            table.add_row(str(edits), TITLES[way], seed, *cells, f"{seconds:.1f}")
+            table.add_row(str(edits), TITLES[way], seed, *cells, f"{threshold:.1f}", f"{seconds:.1f}")
     return table
 
 

@@ -33,7 +33,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,8 +55,9 @@ from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, MergeSettings, resolve
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing import shard_writer
+from wisecli.editing.edit_pass import EditPass
 from wisecli.editing.one_by_one import write_one_by_one
-from wisecli.editing.task import Written
+from wisecli.editing.task import Progress, Task, Written
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import attach
 
@@ -102,9 +103,11 @@ def by_peer(sequence: PeerSequence, keep: Path, edits: Sequence[Edit], texts: Se
 def going_on(file: Path) -> Iterator[None]:
     """The paper's writer goes on from what it wrote of the same edits before, and keeps what it writes."""
 
-    def write(*given: Any, **named: Any) -> Written:
+    def write(task: Task, passes: Sequence[EditPass], on_pass: Callable[[Progress], None]) -> Written:
         start = torch.load(file, weights_only=False) if file.exists() else None
-        written = write_one_by_one(*given, start=start, **named)
+        if start is not None and len(start.losses) > len(passes):  # of more edits than are asked for
+            start = None
+        written = write_one_by_one(task, passes, on_pass, start=start)
         torch.save(replace(written, calls=dict(written.calls)), file)
         return written
 

@@ -213,9 +213,13 @@ def test_the_papers_preset_runs_the_whole_way(wise: Wise, ready: Ready) -> None:
     assert written["settings"]["writer"] == "gradient"
     assert len(written["contexts"]) == 12  # the bare prompt, ten to train with, one held back
     assert {shard["mask_kind"] for shard in written["shards"]} == {"elements"}
-    assert wise("merge", "shards").code == 0
+    merged = wise("merge", "shards")
+    assert merged.code == 0
+    assert "false alarms not known" in merged.out
     memory = manifest(Path("memory"))
     assert (memory["routing"], memory["memories"][0]["router"]) == ("mean", "norm")
+    assert memory["memories"][0]["false_alarms"] is None
+    assert "unrelated ones above" not in wise("inspect", "memory", "--plot", "scores.png").out
     assert memory["memories"][0]["rule"] == "minimum"
     assert memory["memory"]["activated"]
     assert attach(Path("memory")).routed.activation is not None

@@ -556,7 +556,12 @@ def test_the_lowest_call_of_an_edit_is_the_threshold_where_a_mean_decides(mode: 
     groups = [material.shard == 0, material.shard == 1] if mode == "retrieve" else [material.shard >= 0]
     expected = [0.88 * float(evidence.call[own].min()) for own in groups]
     assert memory.thresholds == pytest.approx(expected)
-    assert [one.misses for one in calibrations] == [0.0] * len(groups)
+    assert [(one.misses, one.false_alarms, one.unrelated_scores) for one in calibrations] == [(0, None, {})] * len(
+        groups
+    )
+    for own, one in zip(groups, calibrations, strict=True):
+        by_edit = {int(edit): float(call) for edit, call in zip(evidence.edit[own], evidence.call[own], strict=True)}
+        assert one.edit_scores["0.5"] == pytest.approx(float(np.median(list(by_edit.values()))), abs=1e-5)
     without = replace(material, evidence=replace(evidence, call=None))
     with pytest.raises(SettingsError, match="--preset paper"):
         matrices(deltas, without, settings)

@@ -107,7 +107,8 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
 
 def _scores(number: int, entry: MemoryEntry) -> Table:
     """The quantiles of one memory's scores on both sides of its threshold."""
-    about = f"{entry.misses:.1%} of the edits' tokens below, {entry.false_alarms:.2%} of unrelated ones above"
+    about = f"{entry.misses:.1%} of the edits' scores below"
+    about += "" if entry.false_alarms is None else f", {entry.false_alarms:.2%} of unrelated ones above"
     columns = "scores below", "edits", "unrelated text"
     table = Table(columns, f"memory {number}: threshold {entry.threshold:.4g} ({entry.rule}); {about}", columns)
     for share in dict.fromkeys([*entry.edit_scores, *entry.unrelated_scores]):

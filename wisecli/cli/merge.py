@@ -199,8 +199,9 @@ def tell_merge(console: Console, report: MergeReport) -> None:
     lines = [f"{what} → {report.output}/{done} ({report.seconds:.1f} s)"]
     called = "unrelated prompts by their meaning alone" if report.router == "meaning" else "tokens"
     for number, one in enumerate(report.calibrations):
+        alarms = "not known" if one.false_alarms is None else f"{one.false_alarms:.2%} of {called}"
         lines.append(
             f"memory {number}: router {report.router}, threshold {one.threshold:.4g}; "
-            f"edits missed {one.misses:.1%}, false alarms {one.false_alarms:.2%} of {called}"
+            f"edits missed {one.misses:.1%}, false alarms {alarms}"
         )
     console.result({"results": results}, *lines)

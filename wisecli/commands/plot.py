@@ -92,12 +92,14 @@ def _save(path: Path, figure: Any) -> None:
 
 def _draw(panel: Any, entry: MemoryEntry, title: str) -> None:
     for name, scores, colour in (
-        (f"unrelated text ({entry.false_alarms:.2%} above)", entry.unrelated_scores, "tab:gray"),
+        (f"unrelated text ({entry.false_alarms or 0:.2%} above)", entry.unrelated_scores, "tab:gray"),
         (f"edits ({entry.misses:.1%} below)", entry.edit_scores, "tab:blue"),
     ):
+        if not scores:  # not known
+            continue
         shares = sorted((float(share), score) for share, score in scores.items())
         panel.plot([score for _, score in shares], [share for share, _ in shares], label=name, color=colour, marker=".")
     panel.axvline(entry.threshold, color="tab:red", linestyle="--", label=f"threshold {entry.threshold:.4g}")
     unit = "norm of the update" if entry.router == "norm" else "whitened cosine with the nearest key"
-    panel.set(xlabel=f"router score ({unit})", ylabel="share of tokens at or below", ylim=(-0.02, 1.02), title=title)
+    panel.set(xlabel=f"router score ({unit})", ylabel="share at or below", ylim=(-0.02, 1.02), title=title)
     panel.legend(loc="best")

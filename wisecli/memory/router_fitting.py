@@ -92,19 +92,21 @@ def fit_router(draft: SideMemory, material: Material, owner: Tensor, settings: M
 def _fit_mean(draft: SideMemory, material: Material, owner: Tensor) -> Fitted:
     """Thresholds a little below what any edit's prompts called their shard with, once it had been trained.
 
+    What unrelated text calls it with is not known: the mean over a text decides, and single tokens are kept of it.
+
     Raises:
         SettingsError: the shards do not keep that.
     """
-    calls = material.evidence.call
+    calls, edit = material.evidence.call, material.evidence.edit
     if calls is None or draft.router != "norm":
         raise SettingsError(
             "--routing mean is for shards written by the paper's rule; write them with wise edit --preset paper"
         )
-    unrelated = scores_of(MemoryScores(draft), material.unrelated.keys)
+    each = calls.new_full((int(edit.max()) + 1,), torch.inf).scatter_reduce(0, edit.long(), calls, "amin")
     found = []
     for memory in range(len(draft.thresholds)):
-        own = calls[owner == memory]
-        found.append(measure(own, unrelated[:, memory], float(own.min()) * _OF_THE_LEAST, rule="minimum"))
+        own = each[edit[owner == memory].long().unique()]
+        found.append(measure(own, None, float(own.min()) * _OF_THE_LEAST, rule="minimum"))
     return replace(draft, thresholds=tuple(one.threshold for one in found)), tuple(found)
 
 

@@ -27,13 +27,13 @@ class Calibration:
     """A router threshold, the rule that found it, and quantiles of the scores on both sides of it.
 
     ``misses`` is the share of the edits' scores under unseen contexts that stay below; ``false_alarms`` that of
-    unrelated text above.
+    unrelated text above, None if what such text scores is not known.
     """
 
     threshold: float
     rule: str
     misses: float
-    false_alarms: float
+    false_alarms: float | None
     edit_scores: dict[str, float]
     unrelated_scores: dict[str, float]
 
@@ -56,9 +56,11 @@ def calibrate(
     return measure(edit_scores, background_scores, max(found, 1e-6), rule=rule)
 
 
-def measure(edit_scores: Tensor, background_scores: Tensor, threshold: float, *, rule: str) -> Calibration:
-    """What a given threshold does to the scores of edits (n,) and of unrelated text (m,)."""
+def measure(edit_scores: Tensor, background_scores: Tensor | None, threshold: float, *, rule: str) -> Calibration:
+    """What a given threshold does to the scores of edits (n,) and of unrelated text (m,), if those are known."""
     misses = float((edit_scores <= threshold).float().mean())
+    if background_scores is None:
+        return Calibration(threshold, rule, misses, None, _summary(edit_scores), {})
     alarms = float((background_scores > threshold).float().mean())
     return Calibration(threshold, rule, misses, alarms, _summary(edit_scores), _summary(background_scores))
 

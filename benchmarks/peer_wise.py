@@ -204,7 +204,7 @@ def printed(rows: Sequence[Row], title: str) -> Table:
             seed = str(some[0].seed) if len(some) == 1 else "all"
             cells = [_cell([row.values[column] for row in some]) for column in columns]
             threshold = statistics.fmean(row.threshold for row in some)
-            seconds = statistics.fmean(row.seconds for row in some)
+            seconds = statistics.fmean([row.seconds for row in some if not math.isnan(row.seconds)] or [math.nan])
             table.add_row(str(edits), TITLES[way], seed, *cells, f"{threshold:.1f}", f"{seconds:.1f}")
     return table
 

@@ -163,8 +163,11 @@ def picture(draw: Callable[[Any, Sequence[Row]], None], rows: Sequence[Row]) -> 
     if find_spec("matplotlib") is None:
         return ""
     import matplotlib as mpl
+    from matplotlib.rcsetup import cycler
 
-    with mpl.rc_context({"svg.hashsalt": "wise", "font.size": 10}):
+    # Beyond ten methods colours come again, dashed and with hollow marks.
+    lines = cycler(linestyle=["-", "--"], fillstyle=["full", "none"]) * cycler(color=mpl.color_sequences["tab10"])
+    with mpl.rc_context({"svg.hashsalt": "wise", "font.size": 10, "axes.prop_cycle": lines}):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 4), layout="constrained")

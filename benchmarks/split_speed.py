@@ -28,10 +28,10 @@ from wisecli.config import EditSettings, LoadOptions
 from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.context_prefixes import context_prefixes
 from wisecli.editing.gradient import margin_loss
-from wisecli.editing.training_examples import capture_examples, encode_edits
+from wisecli.editing.training_examples import encode_edits
 from wisecli.edits.record import read_edits
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.activations import capture, suffix_logits
+from wisecli.models.activations import capture, captured, suffix_logits
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site, find_site, load_matrix, value_module
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
@@ -131,13 +131,12 @@ def main() -> None:
     against = capture(loaded.model, site, unrelated, above=False).keys[unrelated.mask.bool()]
     unit = float((against @ load_matrix(checkpoint, site).T).norm(dim=-1).median())
     negatives = mask.restrict(against)
-    numbered = list(enumerate(edits))
-    examples = capture_examples(loaded, site, numbered, list(enumerate(prefixes)), batch_size=BATCH, train_end=True)
+    windows = list(captured(loaded.model, site, batches, window=True))
     capture_seconds = time.perf_counter() - started
-    restricted = [mask.restrict(one.activations.keys) for one in examples]
+    restricted = [mask.restrict(window.keys) for window in windows]
 
     def split_loss(index: int, values: Tensor) -> Tensor:
-        activations = examples[index].activations
+        activations = windows[index]
         updates = mask.update(restricted[index], values)
         rows, columns = activations.batch.labelled
         logits = suffix_logits(loaded.model, site, activations, activations.with_update(updates), (rows, columns))

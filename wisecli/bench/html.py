@@ -163,11 +163,8 @@ def picture(draw: Callable[[Any, Sequence[Row]], None], rows: Sequence[Row]) -> 
     if find_spec("matplotlib") is None:
         return ""
     import matplotlib as mpl
-    from matplotlib.rcsetup import cycler
 
-    # Beyond ten methods colours come again, dashed and with hollow marks.
-    lines = cycler(linestyle=["-", "--"], fillstyle=["full", "none"]) * cycler(color=mpl.color_sequences["tab10"])
-    with mpl.rc_context({"svg.hashsalt": "wise", "font.size": 10, "axes.prop_cycle": lines}):
+    with mpl.rc_context({"svg.hashsalt": "wise", "font.size": 10}):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 4), layout="constrained")
@@ -195,6 +192,7 @@ def _quality(figure: Any, rows: Sequence[Row]) -> None:
 
 
 def _as_lines(axis: Any, name: str, rows: Sequence[Row]) -> None:
+    _dash_beyond_ten(axis)
     for method in _methods(rows):
         own = [row for row in rows if row["method"] == method]
         axis.plot([row["edits"] for row in own], [row["figures"][name] for row in own], marker="o", label=method)
@@ -212,6 +210,7 @@ def _ageing(figure: Any, rows: Sequence[Row]) -> None:
     the stream.
     """
     axis = figure.subplots()
+    _dash_beyond_ten(axis)
     most = max(row["edits"] for row in rows)
     told = "WILD, as taught," if all("wild_as_taught" in row["figures"] for row in rows) else "reliability"
     for row in (row for row in rows if row["edits"] == most):
@@ -222,6 +221,16 @@ def _ageing(figure: Any, rows: Sequence[Row]) -> None:
     axis.set(title=f"forgetting: {told} after {most} edits", xlabel="edit, oldest first", ylim=(-0.03, 1.03))
     axis.grid(alpha=0.3)
     _legend(figure, axis)
+
+
+def _dash_beyond_ten(axis: Any) -> None:
+    """Of more than ten methods colours come again, dashed and with hollow marks."""
+    from matplotlib import color_sequences
+    from matplotlib.rcsetup import cycler
+
+    axis.set_prop_cycle(
+        cycler(linestyle=["-", "--"], fillstyle=["full", "none"]) * cycler(color=color_sequences["tab10"])
+    )
 
 
 def _legend(figure: Any, axis: Any) -> None:

@@ -91,12 +91,10 @@ def _save(path: Path, figure: Any) -> None:
 
 
 def _draw(panel: Any, entry: MemoryEntry, title: str) -> None:
-    for name, scores, colour in (
-        (f"unrelated text ({entry.false_alarms or 0:.2%} above)", entry.unrelated_scores, "tab:gray"),
-        (f"edits ({entry.misses:.1%} below)", entry.edit_scores, "tab:blue"),
-    ):
-        if not scores:  # not known
-            continue
+    sides = [(f"edits ({entry.misses:.1%} below)", entry.edit_scores, "tab:blue")]
+    if entry.false_alarms is not None:
+        sides.insert(0, (f"unrelated text ({entry.false_alarms:.2%} above)", entry.unrelated_scores, "tab:gray"))
+    for name, scores, colour in sides:
         shares = sorted((float(share), score) for share, score in scores.items())
         panel.plot([score for _, score in shares], [share for share, _ in shares], label=name, color=colour, marker=".")
     panel.axvline(entry.threshold, color="tab:red", linestyle="--", label=f"threshold {entry.threshold:.4g}")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from torch import Tensor
 from wisecli.bench import editing_run
 from wisecli.bench.baselines import load_methods
 from wisecli.bench.baselines.alphaedit import AlphaEdit, NullSpace
-from wisecli.bench.baselines.base import METHODS, Bench, Method, Resumable
+from wisecli.bench.baselines.base import METHODS, Bench, Gradual, Method, Resumable
+from wisecli.bench.baselines.crispedit import CrispEdit, CrispSettings
 from wisecli.bench.baselines.defer import Defer, DeferSettings
 from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.ft_l import FineTuning, FtL
 from wisecli.bench.baselines.lora import Lora, LoraSettings
+from wisecli.bench.baselines.lora_paraphrased import Course, LoraParaphrased
 from wisecli.bench.baselines.memit import SEARCH, Memit, Range
 from wisecli.bench.baselines.mend import Mend, MetaTraining
 from wisecli.bench.baselines.retrieval import Restocked
@@ -45,6 +47,13 @@ MAKERS: dict[str, Any] = {
     "lora": lambda bench: Lora(bench, LoraSettings(steps=3)),
     "defer": lambda bench: Defer(bench, DeferSettings(steps=3)),
 }
+# These can be kept within a portion, too.
+GRADUAL: dict[str, Any] = {
+    "memit-mass": lambda bench: Memit(bench, LAYERS),
+    "alphaedit": MAKERS["alphaedit"],
+    "crispedit": lambda bench: CrispEdit(bench, CrispSettings(first=1, last=2, of=5, passes=4, batch=2)),
+    "lora-paraphrased": lambda bench: LoraParaphrased(bench, Course(passes=3, batch=2, paraphrases=1)),
+}
 RESUMED = (*MAKERS, "grace", "knn", "icl", "rag", "rag-hybrid", "serac")
 
 
@@ -54,15 +63,39 @@ class BrokenOffError(Exception):
 
 def breaking(method: Any, name: str) -> Any:
     """The method, which breaks off when it is given the portion in which an edit is."""
-    edit = method.edit
+    given = "steps" if isinstance(method, Gradual) else "edit"
+    edit = getattr(method, given)
 
-    def broken(edits: Sequence[Edit]) -> None:
+    def broken(edits: Sequence[Edit]) -> Any:
         if name in [one.id for one in edits]:
             raise BrokenOffError
-        edit(edits)
+        return edit(edits)
 
-    method.edit = broken
+    setattr(method, given, broken)
     return method
+
+
+def breaking_after(method: Any, number: int) -> Any:
+    """The method, which breaks off after a number of steps."""
+    steps = method.steps
+
+    def broken(edits: Sequence[Edit]) -> Iterator[None]:
+        nonlocal number
+        for _ in steps(edits):
+            yield
+            number -= 1
+            if not number:
+                raise BrokenOffError
+
+    method.steps = broken
+    return method
+
+
+def counting(method: Any) -> tuple[Any, list[None]]:
+    """The method, and a list that gets longer with its steps."""
+    steps, made = method.steps, list[None]()
+    method.steps = lambda edits: (made.append(step) for step in steps(edits))
+    return method, made
 
 
 def records(count: int, seed: int) -> list[Edit]:
@@ -133,6 +166,28 @@ def test_what_goes_on_ends_where_what_is_not_broken_off_ends(bench: Bench, tmp_p
         torch.equal(one, other) for one, other in zip(answers(bench, whole), answers(bench, method), strict=True)
     )
     assert method.bytes() == whole.bytes()
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("name", GRADUAL)
+def test_what_breaks_off_within_a_portion_goes_on_there(bench: Bench, tmp_path: Path, name: str, after: int) -> None:
+    whole, unbroken = counting(GRADUAL[name](bench))
+    run_of(whole, begun(tmp_path / "whole"), (7,)).edit_to(7)
+    place = begun(tmp_path / "broken")
+    with pytest.raises(BrokenOffError):
+        run_of(breaking_after(GRADUAL[name](bench), after), place, (7,)).edit_to(7)
+    done = after // whole.portion * whole.portion if whole.portion else 0
+    assert not run_of(GRADUAL[name](bench), place, (done + 1, 7)).take_up(7)
+    method, left = counting(GRADUAL[name](bench))
+    again = run_of(method, place, (7,))
+    assert again.take_up(7)
+    assert again.standing.where == f"in the middle of edits {done + 1} to {done + (whole.portion or 7)}"
+    again.edit_to(7)
+    assert again.standing.where == "after 7 edits"
+    assert len(left) == len(unbroken) - after
+    before, now = whole.state(), method.state()
+    assert before.keys() == now.keys()
+    assert all(torch.equal(before[key], now[key]) for key in before)
 
 
 def test_another_way_through_the_edits_begins_anew(bench: Bench, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from wisecli.bench.baselines.base import Method, Resumable, UnsuitableError
+from wisecli.bench.baselines.base import Gradual, Method, Resumable, UnsuitableError
 from wisecli.bench.row import Peaks
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, NotFiniteTensorError
@@ -29,7 +29,8 @@ _EVERY = 60.0
 class Standing:
     """How far a method is on its way to ``row`` edits: ``done`` of them, in so many ``seconds``, ``portion`` at once.
 
-    ``ends`` are the numbers of edits up to there after which it is measured: a portion ends at each of them.
+    ``ends`` are the numbers of edits up to there after which it is measured: a portion ends at each of them. ``begun``
+    is where the portion ends that it is in the middle of, 0 between portions.
     """
 
     __pydantic_config__ = CLOSED
@@ -38,8 +39,14 @@ class Standing:
     ends: tuple[int, ...] = ()
     row: int = 0
     done: int = 0
+    begun: int = 0
     seconds: float = 0.0
     peaks: Peaks = field(default_factory=Peaks)
+
+    @property
+    def where(self) -> str:
+        """How far that is, in words."""
+        return f"in the middle of edits {self.done + 1} to {self.begun}" if self.begun else f"after {self.done} edits"
 
 
 class Unfinished:
@@ -105,6 +112,7 @@ class EditingRun:
     ) -> None:
         self.method, self.edits, self.counts, self.place, self.told = method, edits, counts, place, told
         self.standing = Standing(method.portion if isinstance(method, Resumable) else 0)
+        self._kept = time.perf_counter()
 
     def take_up(self, most: int) -> bool:
         """Go on where a run was broken off, if it can be: on the same way, and not beyond ``most`` edits."""
@@ -113,6 +121,8 @@ class EditingRun:
         standing, tensors = kept
         ends = tuple(count for count in self.counts if count <= standing.done)
         if (standing.portion, standing.ends) != (self.standing.portion, ends) or standing.done > most:
+            return False
+        if standing.begun and standing.begun != self._end(standing.done, standing.done):
             return False
         self.method.restore(tensors, list(self._portions(0, standing.done)))
         self.standing = standing
@@ -123,39 +133,54 @@ class EditingRun:
         standing = self.standing
         peaks = standing.peaks if standing.row == count else Peaks()
         self.standing = replace(standing, row=count, peaks=peaks)
-        kept = time.perf_counter()
+        self._kept = time.perf_counter()
         if standing.done < count:  # answers are of the edits that were given then
             shutil.rmtree(self.place.answers(count), ignore_errors=True)
         for part in self._portions(standing.done, count):
             self.told.before, self.told.portion, self.told.whole = self.standing.done, len(part), count
-            begun = time.perf_counter()
-            self.method.edit(part)
-            self._advance(self.standing.done + len(part), time.perf_counter() - begun)
-            if self.standing.done == count or time.perf_counter() - kept >= _EVERY:
-                self._keep()
-                kept = time.perf_counter()
+            self._edit(part)
         self.told.portion = 0
+
+    def _edit(self, part: Sequence[Edit]) -> None:
+        """Give the method a portion, and keep what it holds from time to time."""
+        end, begun = self.standing.done + len(part), time.perf_counter()
+        if isinstance(self.method, Gradual):
+            for _ in self.method.steps(part):
+                self._advance(self.standing.done, time.perf_counter() - begun, end)
+                self._keep_in_time()
+                begun = time.perf_counter()
+        else:
+            self.method.edit(part)
+        self._advance(end, time.perf_counter() - begun)
+        self._keep_in_time(now=end == self.standing.row)
 
     def _portions(self, done: int, count: int) -> Iterator[list[Edit]]:
         """The edits from some number to another; a portion ends at each of the run's counts."""
         while done < count:
-            end = min(one for one in (*self.counts, count) if one > done)
-            end = min(end, done + (self.standing.portion or end))
+            end = self._end(done, count)
             yield [_plainly(edit) for edit in self.edits[done:end]]
             done = end
 
-    def _advance(self, done: int, seconds: float) -> None:
+    def _end(self, done: int, count: int) -> int:
+        """Where the portion ends that begins after ``done`` edits, on the way to ``count``."""
+        end = min((one for one in (*self.counts, count) if one > done), default=done)
+        return min(end, done + (self.standing.portion or end))
+
+    def _advance(self, done: int, seconds: float, begun: int = 0) -> None:
         self.standing = replace(
             self.standing,
             done=done,
+            begun=begun,
             ends=tuple(count for count in self.counts if count <= done),
             seconds=self.standing.seconds + seconds,
             peaks=self.standing.peaks.and_now(),
         )
 
-    def _keep(self) -> None:
-        if isinstance(self.method, Resumable):
+    def _keep_in_time(self, *, now: bool = False) -> None:
+        """Keep what the method holds, if that is long ago or asked for."""
+        if isinstance(self.method, Resumable) and (now or time.perf_counter() - self._kept >= _EVERY):
             self.place.keep(self.standing, self.method.state())
+            self._kept = time.perf_counter()
 
 
 def _plainly(edit: Edit) -> Edit:

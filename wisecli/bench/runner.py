@@ -60,7 +60,7 @@ def _begun(course: Course, name: str, place: Unfinished, counts: Sequence[int], 
     """A method that goes on where it was broken off, or begins."""
     run = EditingRun(METHODS[name](course.bench), course.tested, counts, place, course.told)
     if run.take_up(most):
-        course.watch(Event(NOTE, note=f"{name} goes on after {run.standing.done} edits"))
+        course.watch(Event(NOTE, note=f"{name} goes on {run.standing.where}"))
         return run
     if place.directory.exists():
         course.watch(Event(NOTE, note=f"{name} was broken off and begins anew"))

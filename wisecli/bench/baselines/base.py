@@ -104,6 +104,14 @@ class Resumable(Protocol):
         """
 
 
+@runtime_checkable
+class Gradual(Resumable, Protocol):
+    """What a resumable method has, too, that can be kept in the middle of a portion as well."""
+
+    def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """Take in more edits; after each step a state may be kept, and restored before these edits are given again."""
+
+
 Maker = Callable[[Bench], Method]
 METHODS: dict[str, Maker] = {}
 

@@ -17,14 +17,16 @@ does to single weights may leave the open directions. Edits that came earlier co
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
 from wisecli.bench.baselines.gradient_factors import gradient_factors
+from wisecli.bench.baselines.training import Training, packed, unpacked
 from wisecli.bench.baselines.weight_editing import Rewritten, between_depths, encoded
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture
@@ -100,6 +102,8 @@ class CrispEdit(Rewritten):
         UnsuitableError: the model's layers are streamed, or there are no texts of two tokens or more.
     """
 
+    portion = 0
+
     def __init__(self, bench: Bench, settings: CrispSettings | None = None) -> None:
         self.settings = settings or CrispSettings()
         super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
@@ -112,6 +116,8 @@ class CrispEdit(Rewritten):
         self.spare(rows, "curvature")
         # Spared as soon as others follow.
         self._latest: list[Row] = []
+        self._moved: list[Tensor] = []
+        self._training: Training | None = None
 
     def spare(self, rows: Sequence[Row], stage: str) -> None:
         """Add the curvature of the loss at all tokens of rows, in the model as edited so far."""
@@ -133,39 +139,57 @@ class CrispEdit(Rewritten):
         Raises:
             UnsuitableError: the tokenizer leaves nothing of an edit, or the loss is not finite.
         """
-        rows = [encoded(self.bench, edit.prompt, edit) for edit in edits]
-        if not rows:
-            return
-        self.spare(self._latest, "curvature of edits")
-        self._latest = [Row(row.prompt[:1], row.prompt[1:] + row.target) for row in rows]
-        chance, size = random.Random(self.bench.seed), self.settings.batch
-        chance.shuffle(rows)
-        batches = (collate(rows[start : start + size]) for start in range(0, len(rows), size))
-        parts = [
-            capture(self.bench.loaded.model, self.sites[0], batch.to(self.bench.loaded.device)) for batch in batches
-        ]
-        self._tune(parts, chance)
+        for _ in self.steps(edits):
+            pass
 
-    def _tune(self, parts: list[Activations], chance: random.Random) -> None:
-        settings = self.settings
+    def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """The same, a pass over the edits at a time."""
+        if not edits:
+            return
+        if self._training is None:
+            self.spare(self._latest, "curvature of edits")
+            self._latest = []
+            rows = [encoded(self.bench, edit.prompt, edit) for edit in edits]
+            self._training = Training(rows, self._optimizer(self.deltas))
+        yield from self._tune(self._training)
+        rows, self.deltas = list(self._training.rows), [delta.detach() for delta in self._moved]
+        self._latest = [Row(row.prompt[:1], row.prompt[1:] + row.target) for row in rows]
+        self._moved, self._training = [], None
+
+    def _optimizer(self, deltas: Sequence[Tensor]) -> Optimizer:
+        """One that moves copies of these changes."""
+        self._moved = [delta.clone().requires_grad_() for delta in deltas]
+        return torch.optim.Adam(self._moved, lr=self.settings.rate)
+
+    def _tune(self, training: Training) -> Iterator[None]:
+        settings, chance = self.settings, random.Random(self.bench.seed)
+        parts = self._parts(training.rows, chance)
         projections = [curvature.projection(settings.energy) for curvature in self.curvatures]
-        moved = [delta.clone().requires_grad_() for delta in self.deltas]
-        optimizer = torch.optim.Adam(moved, lr=settings.rate)
-        for done in range(settings.passes):
-            losses = []
-            chance.shuffle(parts)
-            for part in parts:
-                loss, slopes = self.slopes(part, [delta.detach() for delta in moved])
-                losses.append(loss)
-                if loss < settings.stop:
-                    continue
-                for delta, slope, projection in zip(moved, slopes, projections, strict=True):
-                    delta.grad = projection(slope)
-                optimizer.step()
-            self.bench.watch(Event("projected fine-tuning", done + 1, settings.passes))
-            if sum(losses) / len(losses) < settings.stop:
-                break
-        self.deltas = [delta.detach() for delta in moved]
+        for order in training.shuffled(parts, settings.passes, chance):
+            loss = self._pass(order, training.optimizer, projections)
+            training.done = training.done + 1 if loss >= settings.stop else settings.passes
+            self.bench.watch(Event("projected fine-tuning", training.done, settings.passes))
+            yield
+
+    def _parts(self, rows: Sequence[Row], chance: random.Random) -> list[Activations]:
+        """Rows in batches, in any order, as far as the lowest matrix."""
+        order, size, device = list(rows), self.settings.batch, self.bench.loaded.device
+        chance.shuffle(order)
+        batches = (collate(order[start : start + size]) for start in range(0, len(order), size))
+        return [capture(self.bench.loaded.model, self.sites[0], batch.to(device)) for batch in batches]
+
+    def _pass(self, parts: Sequence[Activations], optimizer: Optimizer, projections: Sequence[Projection]) -> float:
+        """A step for every part that is not learned yet; the parts' mean loss before it."""
+        losses = []
+        for part in parts:
+            loss, slopes = self.slopes(part, [delta.detach() for delta in self._moved])
+            losses.append(loss)
+            if loss < self.settings.stop:
+                continue
+            for delta, slope, projection in zip(self._moved, slopes, projections, strict=True):
+                delta.grad = projection(slope)
+            optimizer.step()
+        return sum(losses) / len(losses)
 
     def slopes(self, part: Activations, deltas: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         """The mean loss of some edits, each counting alike, and its gradient (d, d_ff) for each matrix.
@@ -185,6 +209,29 @@ class CrispEdit(Rewritten):
     def bytes(self) -> int:
         """Size of the changes, and of what later edits need of the texts and of the earlier ones."""
         return super().bytes() + sum(tensor_bytes(one.inputs, one.slopes) for one in self.curvatures)
+
+    def state(self) -> dict[str, Tensor]:
+        """The changes, the curvatures, and the latest edits, and a training that is on its way."""
+        return {
+            **super().state(),
+            **packed("latest", self._latest),
+            **{f"moved {place}": one.detach() for place, one in enumerate(self._moved)},
+            **{f"inputs {place}": one.inputs for place, one in enumerate(self.curvatures)},
+            **{f"slopes {place}": one.slopes for place, one in enumerate(self.curvatures)},
+            "tokens": torch.tensor([one.tokens for one in self.curvatures]),
+            **(self._training.tensors() if self._training else {}),
+        }
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up what was kept."""
+        super().restore(state, portions)
+        self._latest = unpacked("latest", state)
+        for place, (one, tokens) in enumerate(zip(self.curvatures, state["tokens"].tolist(), strict=True)):
+            one.inputs, one.slopes = state[f"inputs {place}"].to(one.inputs), state[f"slopes {place}"].to(one.slopes)
+            one.tokens = tokens
+        if "moved 0" in state:
+            optimizer = self._optimizer([state[f"moved {place}"].to(one) for place, one in enumerate(self.deltas)])
+            self._training = Training.of(state, optimizer)
 
 
 @method("crispedit")

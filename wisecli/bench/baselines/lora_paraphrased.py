@@ -7,13 +7,16 @@ prompts that are marked for training; every answer ends with the end token. Adam
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from wisecli.bench.baselines.base import Bench, method
 from wisecli.bench.baselines.lora import Lora, LoraSettings
+from wisecli.bench.baselines.training import Training
 from wisecli.editing.paraphrases import write_paraphrases
 from wisecli.edits.record import Edit
 from wisecli.models.forms import usable_forms
@@ -44,28 +47,56 @@ class LoraParaphrased(Lora):
     def __init__(self, bench: Bench, course: Course | None = None) -> None:
         self.course = course or Course()
         super().__init__(bench, self.course.lora)
+        self._training: Training | None = None
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """Train on more edits, all of them together."""
-        rows, course = list(self.rows(edits)), self.course
-        if not rows:
+        for _ in self.steps(edits):
+            pass
+
+    def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """The same, a pass at a time, before which the paraphrases are written."""
+        if not edits:
             return
-        trained, chance = list(self.parameters.values()), random.Random(self.bench.seed)
-        optimizer = torch.optim.AdamW(trained, lr=course.lora.rate)
-        steps = course.passes * -(-len(rows) // course.batch)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        if self._training is None:
+            self._training = Training(list(self.rows(edits)), self._optimizer())
+            yield
+        training, passes, chance = self._training, self.course.passes, random.Random(self.bench.seed)
+        for rows in training.shuffled(training.rows, passes, chance):
+            self._pass(rows, training)
+            self.bench.watch(Event("adapters", training.done, passes))
+            yield
+        training.optimizer.zero_grad()
+        self._training = None
+
+    def _optimizer(self) -> Optimizer:
+        return torch.optim.AdamW(list(self.parameters.values()), lr=self.course.lora.rate)
+
+    def _pass(self, rows: Sequence[Row], training: Training) -> None:
+        """One step for each batch of rows, at a rate that falls evenly from the first pass to the last."""
+        trained, course, optimizer = list(self.parameters.values()), self.course, training.optimizer
+        batches = -(-len(rows) // course.batch)
         with self.applied():
-            for done in range(course.passes):
-                chance.shuffle(rows)
-                for first in range(0, len(rows), course.batch):
-                    with torch.enable_grad():
-                        loss = self.loss(rows[first : first + course.batch])
-                    for parameter, slope in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-                        parameter.grad = slope
-                    optimizer.step()
-                    schedule.step()
-                self.bench.watch(Event("adapters", done + 1, course.passes))
-        optimizer.zero_grad()
+            for number in range(batches):
+                part = rows[number * course.batch : (number + 1) * course.batch]
+                with torch.enable_grad():
+                    loss = self.loss(part)
+                for parameter, slope in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                    parameter.grad = slope
+                left = 1 - (training.done * batches + number) / (course.passes * batches)
+                for group in optimizer.param_groups:
+                    group["lr"] = course.lora.rate * left
+                optimizer.step()
+        training.done += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapters' matrices, and a training that is on its way."""
+        return {**super().state(), **(self._training.tensors() if self._training else {})}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up what was kept."""
+        super().restore(state, portions)
+        self._training = Training.of(state, self._optimizer())
 
     def rows(self, edits: Sequence[Edit]) -> Iterator[Row]:
         """All that is trained on."""

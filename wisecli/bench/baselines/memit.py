@@ -11,7 +11,7 @@ C is the second moment of keys of unrelated text in the base model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,7 @@ class Memit(Rewritten):
         super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
         if self.sites[-1].norm is not None:
             raise UnsuitableError("it adds up what matrices give, and here that passes a norm before it is added")
-        self.batch, self.portion = batch, batch or 0
+        self.batch, self.portion, self._targets = batch, batch or 0, list[Tensor]()
         self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
         self._kept = [self.keeping(site) for site in self.sites]
 
@@ -69,14 +69,30 @@ class Memit(Rewritten):
         Raises:
             UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
         """
+        for _ in self.steps(edits):
+            pass
+
+    def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """The same, a step for every target that is found."""
         size = self.batch or max(len(edits), 1)
         for start in range(0, len(edits), size):
             facts = [read_fact(self.bench, edit, self.prefixes) for edit in edits[start : start + size]]
-            targets = []
-            for fact in facts:
-                targets.append(self.target(fact))
-                self.bench.watch(Event("mass edits", start + len(targets), len(edits)))
-            self._write(facts, torch.stack(targets))
+            for fact in facts[len(self._targets) :]:
+                self._targets.append(self.target(fact))
+                self.bench.watch(Event("mass edits", start + len(self._targets), len(edits)))
+                yield
+            self._write(facts, torch.stack(self._targets))
+            self._targets = []
+
+    def state(self) -> dict[str, Tensor]:
+        """The changes, and the targets of a batch that is not written yet."""
+        return {**super().state(), **{f"target {place}": one for place, one in enumerate(self._targets)}}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up what was kept."""
+        super().restore(state, portions)
+        count = sum(name.startswith("target ") for name in state)
+        self._targets = [state[f"target {place}"].to(self.deltas[0]) for place in range(count)]
 
     def keeping(self, site: Site) -> Tensor:
         """What is kept of unrelated text at a site: the Cholesky factor of ``λ C`` (d_ff, d_ff), in float64."""

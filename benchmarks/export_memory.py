@@ -130,7 +130,7 @@ def main() -> None:
         memory = arguments.work / f"memory-{kind}"
         if not memory.is_dir():
             make_memory(memory, base, kind)
-        command = [sys.executable, "-m", "wisecli.cli", "export", "--memory", str(memory), "-o"]
+        command = [sys.executable, "-m", "wisecli", "export", "--memory", str(memory), "-o"]
         command += [str(arguments.work / "edited"), "--force", "--json", "-q", *flags.split()]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -88,7 +88,7 @@ def _layer(name: str) -> str | None:
 
 def wise(*arguments: str) -> dict[str, Any]:
     """Run a command of the package in a process of its own; its results."""
-    command = [sys.executable, "-m", "wisecli.cli", *arguments, "--json", "-q", "--force"]
+    command = [sys.executable, "-m", "wisecli", *arguments, "--json", "-q", "--force"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")

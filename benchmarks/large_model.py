@@ -173,7 +173,7 @@ def measure(base: Path, count: int, options: argparse.Namespace) -> None:
     write_edits(options.work / "edits.jsonl", count)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:  # what is known of unrelated text would spare most of the work
-        command = [sys.executable, "-m", "wisecli.cli", "edit", str(base), str(options.work / "edits.jsonl")]
+        command = [sys.executable, "-m", "wisecli", "edit", str(base), str(options.work / "edits.jsonl")]
         command += ["-o", str(options.work / "shards"), "--layer", options.layer, "--device", options.device]
         command += ["--json", "--force", *(["--memory-budget", f"{options.budget}GiB"] if budget else [])]
         variables = {"XDG_CACHE_HOME": cache, "WISE_UNRELATED_TEXTS": str(options.unrelated_texts)}

@@ -66,7 +66,7 @@ FIGURES = ("reliability", "generalization", "locality", "portability", "routing"
 
 def wise(*arguments: str) -> dict[str, Any]:
     """Run a command of the package in a process of its own; its JSON report."""
-    command = [sys.executable, "-m", "wisecli.cli", *arguments, "--json", "-q"]
+    command = [sys.executable, "-m", "wisecli", *arguments, "--json", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")

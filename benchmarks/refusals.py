@@ -55,7 +55,7 @@ def measure(runs: int) -> tuple[float, dict[str, float]]:
         root = Path(directory)
         make_places(root)
         nothing = best([sys.executable, "-c", "pass"], root, 3 * runs, 0)
-        wise = [sys.executable, "-m", "wisecli.cli"]
+        wise = [sys.executable, "-m", "wisecli"]
         return nothing, {name: best([*wise, *line], root, runs, 2) for name, line in REFUSALS.items()}
 
 

@@ -27,7 +27,7 @@ FIGURES = ("reliability", "generalization", "locality", "routing", "generated_ex
 
 def wise(*arguments: str) -> dict[str, Any]:
     """Run a command of the package in a process of its own; its results."""
-    command = [sys.executable, "-m", "wisecli.cli", *arguments, "--json", "-q"]
+    command = [sys.executable, "-m", "wisecli", *arguments, "--json", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")

@@ -24,6 +24,7 @@ FLOORS = (
     ("commands",),
     ("bench",),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 MODULES = {

@@ -14,7 +14,7 @@ from support.loading import CPU
 
 from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.compare import BenchReport, bench
-from wisecli.bench.html import columns, markdown, note, page
+from wisecli.bench.html import columns, costs, markdown, note, page
 from wisecli.bench.row import Peaks, RowMaker, interval
 from wisecli.cli.bench import tell_bench
 from wisecli.cli.console import Console
@@ -227,6 +227,12 @@ def test_columns_that_repeat_others_in_every_row_are_left_out_and_not_explained(
     assert [*columns(both)] == ["wild_as_taught", "first_100"]
     assert "first 100" in note(both)
     assert "first 100" not in note(both[:1])
+
+
+@pytest.mark.parametrize(("overhead", "says"), [(-0.004, "+0%"), (-0.006, "-1%"), (1.104, "+110%")])
+def test_an_overhead_of_nought_has_no_minus(overhead: float, says: str) -> None:
+    figures = {"seconds_per_edit": 1.0, "overhead": overhead, "bytes": 0, "peak_rss_bytes": 0}
+    assert costs(figures)[1] == says
 
 
 def test_the_oldest_hundred_have_a_figure_of_their_own() -> None:

@@ -336,7 +336,7 @@ def test_help_imports_no_torch() -> None:
 
 
 def test_a_process_of_its_own_says_its_result_and_nothing_else(ready: Ready, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "wisecli.cli", "eval", "--memory", ready.memory, "--json", "-q", "--ask", "1"]
+    command = [sys.executable, "-m", "wisecli", "eval", "--memory", ready.memory, "--json", "-q", "--ask", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

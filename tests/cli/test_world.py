@@ -90,7 +90,7 @@ def test_a_limit_on_the_size_of_files(ready: Ready, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
     for line in (["edit", ready.model, ready.edits], ["merge", ready.shards], ["export", "--memory", ready.memory]):
-        command = [sys.executable, "-m", "wisecli.cli", *line, "-o", str(tmp_path / "out")]
+        command = [sys.executable, "-m", "wisecli", *line, "-o", str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
         require_sentence(Outcome(done.returncode, done.stdout, done.stderr), "too large")
         assert list(tmp_path.iterdir()) == []
@@ -106,7 +106,7 @@ def test_letters_that_a_terminal_does_not_have_are_spelt_out(monkeypatch: pytest
 
 
 def test_what_is_printed_goes_nowhere() -> None:
-    command = f"exec {sys.executable} -m wisecli.cli --help"
+    command = f"exec {sys.executable} -m wisecli --help"
     full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, check=False)
     require_sentence(Outcome(full.returncode, "", full.stderr), "standard output: No space left on device")
     assert full.stderr.count("\n") == 1

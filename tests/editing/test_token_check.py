@@ -183,7 +183,7 @@ def test_edits_near_the_window_take_no_more_memory_than_planned(
     edits.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def results(*more: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "wisecli.cli", "edit", str(base), str(edits), "-o", str(tmp_path / "out")]
+        command = [sys.executable, "-m", "wisecli", "edit", str(base), str(edits), "-o", str(tmp_path / "out")]
         done = subprocess.run([*command, "--json", "-q", *more], check=True, capture_output=True, text=True)
         found: dict[str, Any] = json.loads(done.stdout)["results"]
         return found

@@ -154,7 +154,8 @@ def costs(figures: Mapping[str, Any]) -> tuple[str, ...]:
     """
     peak = figures.get("peak_vram_bytes") or figures["peak_rss_bytes"]
     tokens = f"{figures['extra_tokens']:.0f}" if "extra_tokens" in figures else ""
-    times = f"{figures['seconds_per_edit']:.2f}", f"{figures['overhead']:+.0%}"
+    longer = round(figures["overhead"], 2) + 0.0  # nought has no minus
+    times = f"{figures['seconds_per_edit']:.2f}", f"{longer:+.0%}"
     return *times, tokens, f"{figures['bytes'] / 1e6:.1f}", f"{peak / 1e6:.0f}"
 
 

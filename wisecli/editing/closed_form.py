@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.shard import LANGUAGES, Evidence
+from wisecli.config import MergeSettings
 from wisecli.editing.gradient import write_batched
 from wisecli.editing.prompt_variants import AnswerKey
+from wisecli.editing.resting import stretch
 from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
 from wisecli.editing.scoring import learnt, targets_met
 from wisecli.editing.task import Progress, Task, Written
@@ -126,6 +128,7 @@ def answered(task: Task, batches: Sequence[TrainingExamples], residuals: Residua
         update = torch.zeros_like(part.hidden)
         for row, answer in enumerate(examples.answers[place] for place in bare.tolist()):
             update[row, : len(residuals[answer])] = residuals[answer].to(update.dtype)
+        update *= _served(part, task)[..., None]
         right = targets_met(task.model, task.site, part, part.with_update(update))
         shares |= {edit: float(share.mean()) for edit, share in zip(examples.edits[bare].tolist(), right, strict=True)}
     return shares
@@ -154,6 +157,15 @@ def _part(task: Task, activations: Activations, place: Tensor) -> Part:
     return activations, place, erasure_target(task.model, task.site, activations)
 
 
+def _served(part: Activations, task: Task) -> Tensor:
+    """By how much a residual is stretched at every state (B, T - first), where attention rests as a lookup serves it.
+
+    Other states take a stronger residual than they need; of these it decides what they say.
+    """
+    times = stretch(part, task.usual)
+    return times.where(times == 1, times * MergeSettings().strength)
+
+
 def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
     """Accumulate the gradient of the targets' loss; the worst token's loss of each answer (E,)."""
     worst = torch.zeros(len(residuals), device=residuals.device)
@@ -161,6 +173,7 @@ def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
         labels = activations.batch.labels
         # What only leads to where an answer is erased keeps the model's own state.
         update = residuals[place][:, : labels.shape[1]].where((labels != NO_LABEL)[..., None], 0.0)
+        update = update * _served(activations, task)[..., None]
         hidden = activations.with_update(update)
         rows, columns = activations.batch.labelled
         logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()

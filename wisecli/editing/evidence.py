@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from wisecli.artifacts.shard import Evidence
 from wisecli.editing.hard_negatives import HardNegatives
 from wisecli.editing.prompt_variants import AnswerKey
+from wisecli.editing.resting import stretch
 from wisecli.editing.training_examples import TrainingExamples
 
 # What should be added at keys (n, d_ff), from these, their n answers and their positions (n,): (n, d).
@@ -22,7 +24,12 @@ _SAME = 0.98
 
 
 def gather_evidence(
-    batches: Sequence[TrainingExamples], held_out: int, residual: Residual, inside: HardNegatives
+    batches: Sequence[TrainingExamples],
+    held_out: int,
+    residual: Residual,
+    inside: HardNegatives,
+    *,
+    usual: float = math.inf,
 ) -> Evidence:
     """The evidence of a shard: what it was asked to store, read off its training examples.
 
@@ -30,20 +37,22 @@ def gather_evidence(
         held_out: the context kept for calibration.
         residual: what should be added at each key.
         inside: keys of each edit's answer after prompts that it does not answer.
+        usual: the length of a state that attention does not rest on, if residuals are stretched by it.
     """
-    fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context")}
+    fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context", "stretch")}
     answers: list[AnswerKey] = []
     for examples in batches:
         batch = examples.activations.batch
         rows, columns = batch.labelled[0], batch.labelled[1] - batch.start
         fields["keys"].append(examples.activations.keys[rows, columns].float().cpu())
+        fields["stretch"].append(stretch(examples.activations, usual)[rows, columns].cpu())
         rows, columns = rows.cpu(), columns.cpu()
         fields["edit"].append(examples.edits[rows])
         fields["position"].append(columns)
         fields["context"].append(examples.contexts[rows])
         answers += [examples.answers[row] for row in rows.tolist()]
     joined = {name: torch.cat(parts) for name, parts in fields.items()}
-    residuals = residual(joined["keys"], answers, joined["position"])
+    residuals = residual(joined["keys"], answers, joined["position"]) * joined.pop("stretch")[:, None]
     near = torch.zeros(len(joined["keys"]))
     for edit, keys in inside.keys.items():
         own = (joined["position"] > 0) & (joined["edit"] == edit)

@@ -26,6 +26,7 @@ from wisecli.editing.key_capture import keys_of_texts
 from wisecli.editing.meaning_learning import learn_heads
 from wisecli.editing.one_by_one import everywhere, write_one_by_one
 from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
+from wisecli.editing.resting import usual_length, with_rests
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
 from wisecli.editing.task import Progress, Task
@@ -128,17 +129,9 @@ class ShardWriter:
         """
         started = time.perf_counter()
         settings, stage = self.settings, f"shard {number + 1}/{len(parts)}"
-        kind = settings.mask_kind
+        kind, count, apart, seed = settings.mask_kind, len(parts), settings.masks == "disjoint", settings.seed
         self.watch(Event(stage))
-        mask = draw_mask(
-            self.site,
-            settings.mask_ratio,
-            kind,
-            number=number,
-            count=len(parts),
-            disjoint=settings.masks == "disjoint",
-            seed=settings.seed,
-        )
+        mask = draw_mask(self.site, settings.mask_ratio, kind, number=number, count=count, disjoint=apart, seed=seed)
         drawn = mask.to(self.loaded.device)
         task = Task(self.loaded.model, self.site, drawn, self.writer_keys, self.unit, settings, self.matrix)
         write = self._solve if settings.writer == "solve" else self._train
@@ -201,9 +194,12 @@ class ShardWriter:
         alike = in_batches(rows, self.settings.batch_size, by_target=True)
         groups, held_back = self._capture([[part[index] for index in indices] for indices in alike])
         batches = [examples for group in groups for examples in group]
+        task = replace(task, usual=usual_length(batches))
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
-        last = len(self.contexts) - 1
-        evidence = gather_evidence([*batches, *held_back], last, _looked_up(residuals), self._hard_negatives(part))
+        last, looked_up, apart = len(self.contexts) - 1, _looked_up(residuals), self._hard_negatives(part)
+        evidence = gather_evidence([*batches, *held_back], last, looked_up, apart, usual=task.usual)
+        if self.settings.router == "meaning":
+            evidence = with_rests(self.loaded, task, evidence, residuals, dict(zip(part, rows, strict=True)))
         mask = task.mask.to(torch.device("cpu"))
         columns = mask.indices if mask.kind == "columns" else None
         tokens = self.unrelated.tokens.dense(columns)

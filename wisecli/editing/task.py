@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,7 +19,8 @@ class Task:
     """What a writer works on, but for the batches.
 
     ``unrelated`` (n, d_ff) are keys that must stay under the margin; ``unit`` is what 1 of α, β, γ means in ``‖Δ a‖₂``.
-    ``matrix`` is ``W`` (d, d_ff), where a writer must know it.
+    ``matrix`` is ``W`` (d, d_ff), where a writer must know it; ``usual`` the length of a state that attention does not
+    rest on, where residuals are stretched by it.
     """
 
     model: PreTrainedModel
@@ -28,6 +30,7 @@ class Task:
     unit: float
     settings: EditSettings
     matrix: Tensor | None = None
+    usual: float = math.inf
 
 
 @dataclass(frozen=True)

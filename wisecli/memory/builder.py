@@ -56,8 +56,7 @@ def lookup(material: Material, settings: MergeSettings) -> Fitted:
     values = residuals.new_zeros(int(value.max()) + 1, residuals.shape[1])
     values[value] = residuals
     if not torch.equal(values[value], residuals):  # trained changes add something else under every context
-        values = residuals
-        value = torch.arange(len(residuals))
+        values, value = residuals.unique(dim=0, return_inverse=True)
     owner = evidence.edit.long()
     by_meaning = settings.router == "meaning"
     draft = SideMemory(

@@ -15,7 +15,7 @@ from wisecli.editing.closed_form import answered, fit_residuals
 from wisecli.editing.evidence import gather_evidence
 from wisecli.editing.hard_negatives import HardNegatives
 from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.resting import _questions, rests_at, spaces_first, stretch, usual_length, with_rests
+from wisecli.editing.resting import Behind, _questions, spaces_first, stretch, usual_length, with_rests
 from wisecli.editing.task import Task
 from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits
 from wisecli.edits.record import Edit
@@ -121,9 +121,10 @@ def test_an_edit_whose_target_begins_with_a_space_gets_keys_of_rests(bench: Benc
     before = evidence_of(bench, examples, task, residuals)
     rows = dict(enumerate(encode_edits(bench.loaded, EDITS, "", train_end=True)))
     assert spaces_first(bench.loaded, rows) == {bench.space: [0, 1]}
-    rests = rests_at(bench.loaded, task, bench.space)
+    behind = Behind(bench.loaded, bench.site, 8)
+    rests = behind.rests(bench.space, task.usual)
     assert len(rests.keys) == 6
-    found = with_rests(bench.loaded, task, before, residuals, rows)
+    found = with_rests(behind, before, residuals, rows, task.usual)
     own = found.context == RESTING
     assert own.sum() == 2 * len(rests.keys)
     assert found.rows(~own).keys.shape == before.keys.shape
@@ -152,6 +153,7 @@ def test_where_attention_never_rests_nothing_is_added(bench: Bench) -> None:
     residuals = fit_residuals(task, [examples], lambda _: None)
     before = evidence_of(bench, examples, task, residuals)
     rows = dict(enumerate(encode_edits(bench.loaded, EDITS, "", train_end=True)))
-    assert len(rests_at(bench.loaded, task, bench.space).keys) == 0
-    assert len(with_rests(bench.loaded, task, before, residuals, rows).keys) == len(before.keys)
+    behind = Behind(bench.loaded, bench.site, 8)
+    assert len(behind.rests(bench.space, task.usual).keys) == 0
+    assert len(with_rests(behind, before, residuals, rows, task.usual).keys) == len(before.keys)
     assert spaces_first(bench.loaded, {0: replace(rows[0], target=rows[0].target[1:])}) == {}

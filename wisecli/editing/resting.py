@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from wisecli.artifacts.shard import RESTING, Evidence
 from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.task import Task
 from wisecli.editing.training_examples import TrainingExamples
 from wisecli.models.activations import Activations, captured
 from wisecli.models.loading import Loaded
+from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches
 
 # A state so many times as long as usual is one that attention rests on.
@@ -54,8 +54,7 @@ def stretch(part: Activations, usual: float) -> Tensor:
     """
     if part.norm is not None or math.isinf(usual):
         return part.hidden.new_ones(part.hidden.shape[:2], dtype=torch.float32)
-    times = _lengths(part) / usual
-    return times.where(times > _LONG, 1.0)
+    return _times(_lengths(part), usual)
 
 
 def spaces_first(loaded: Loaded, rows: Mapping[int, Row]) -> dict[int, list[int]]:
@@ -67,33 +66,50 @@ def spaces_first(loaded: Loaded, rows: Mapping[int, Row]) -> dict[int, list[int]
     return found
 
 
-@torch.no_grad()
-def rests_at(loaded: Loaded, task: Task, token: int) -> Rests:
-    """What a token is behind made-up questions, where attention rests on it."""
-    rows = [Row(tuple(loaded.tokenizer(text)["input_ids"]), (token, token)) for text in _questions()]
-    batches = in_batches(rows, task.settings.batch_size)
-    parts = (collate([rows[index] for index in indices]).to(loaded.device) for indices in batches)
-    keys, times = [], []
-    for part in captured(task.model, task.site, parts, stream=loaded.stream, above=False):
-        column = part.batch.start + 1 - part.first
-        keys.append(part.keys[:, column].float().cpu())
-        times.append(stretch(part, task.usual)[:, column].cpu())
-    found, long = torch.cat(keys), torch.cat(times)
-    chosen = _least_alike(found[long > 1])
-    return Rests(found[long > 1][chosen], long[long > 1][chosen])
+class Behind:
+    """What tokens are behind made-up questions; each is asked once for all shards."""
+
+    def __init__(self, loaded: Loaded, site: Site, batch_size: int) -> None:
+        self.loaded, self.site, self.batch_size = loaded, site, batch_size
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rests(self, token: int, usual: float) -> Rests:
+        """The keys of a token where attention rests on it, few and unlike each other."""
+        if token not in self._known:
+            self._known[token] = self._asked(token)
+        keys, lengths = self._known[token]
+        times = _times(lengths, usual)
+        keys, times = keys[times > 1], times[times > 1]
+        chosen = _least_alike(keys)
+        return Rests(keys[chosen], times[chosen])
+
+    @torch.no_grad()
+    def _asked(self, token: int) -> tuple[Tensor, Tensor]:
+        """Keys (Q, d_ff) and lengths of states (Q,) of a token behind Q questions."""
+        tokenizer, device = self.loaded.tokenizer, self.loaded.device
+        rows = [Row(tuple(tokenizer(text)["input_ids"]), (token, token)) for text in _questions()]
+        parts = (collate([rows[at] for at in indices]).to(device) for indices in in_batches(rows, self.batch_size))
+        keys, lengths = [], []
+        for part in captured(self.loaded.model, self.site, parts, stream=self.loaded.stream, above=False):
+            column = part.batch.start + 1 - part.first
+            keys.append(part.keys[:, column].float().cpu())
+            own = _lengths(part)[:, column].cpu()
+            lengths.append(own if part.norm is None else torch.zeros_like(own))
+        return torch.cat(keys), torch.cat(lengths)
 
 
 def with_rests(
-    loaded: Loaded, task: Task, evidence: Evidence, residuals: Mapping[AnswerKey, Tensor], rows: Mapping[int, Row]
+    behind: Behind, evidence: Evidence, residuals: Mapping[AnswerKey, Tensor], rows: Mapping[int, Row], usual: float
 ) -> Evidence:
     """The evidence with keys for what follows a target's first token, of edits whose first token is a mere space.
 
     Args:
         rows: of edits after their bare prompts, by their numbers.
+        usual: the length of a state that attention does not rest on.
     """
     parts = [evidence]
-    for token, edits in spaces_first(loaded, rows).items():
-        rests = rests_at(loaded, task, token)
+    for token, edits in spaces_first(behind.loaded, rows).items():
+        rests = behind.rests(token, usual)
         parts += [_rested(rests, number, residuals[AnswerKey(number)][1].float().cpu()) for number in edits]
     return Evidence.joined(parts)
 
@@ -132,6 +148,12 @@ def _least_alike(keys: Tensor) -> list[int]:
     while len(chosen) < min(_KEPT, len(keys)):
         chosen.append(int(alike[chosen].amax(0).argmin()))
     return chosen
+
+
+def _times(lengths: Tensor, usual: float) -> Tensor:
+    """How many times as long as usual states are, 1 where that is not much."""
+    times = lengths / usual
+    return times.where(times > _LONG, 1.0)
 
 
 def _lengths(part: Activations) -> Tensor:

@@ -26,7 +26,7 @@ from wisecli.editing.key_capture import keys_of_texts
 from wisecli.editing.meaning_learning import learn_heads
 from wisecli.editing.one_by_one import everywhere, write_one_by_one
 from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
-from wisecli.editing.resting import usual_length, with_rests
+from wisecli.editing.resting import Behind, usual_length, with_rests
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
 from wisecli.editing.task import Progress, Task
@@ -120,6 +120,7 @@ class ShardWriter:
         self.unit = float(unrelated.size) if settings.margin_unit == "output" else 1.0
         self.white = whitening(unrelated.tokens)
         self.matrix = None if matrix is None else matrix.to(loaded.device).float()
+        self.behind = Behind(loaded, site, settings.batch_size)
         self.erasures: ErasureRows = {}
 
     def write(self, number: int, parts: Sequence[range]) -> tuple[Shard | None, Done]:
@@ -199,7 +200,8 @@ class ShardWriter:
         last, looked_up, apart = len(self.contexts) - 1, _looked_up(residuals), self._hard_negatives(part)
         evidence = gather_evidence([*batches, *held_back], last, looked_up, apart, usual=task.usual)
         if self.settings.router == "meaning":
-            evidence = with_rests(self.loaded, task, evidence, residuals, dict(zip(part, rows, strict=True)))
+            asked = dict(zip(part, rows, strict=True))
+            evidence = with_rests(self.behind, evidence, residuals, asked, task.usual)
         mask = task.mask.to(torch.device("cpu"))
         columns = mask.indices if mask.kind == "columns" else None
         tokens = self.unrelated.tokens.dense(columns)

@@ -1,4 +1,5 @@
-"""What becomes of edits whose targets begin with a digit, as dates do: bare prompts and rephrases, answers counted.
+"""What becomes of edits whose targets begin with a digit, as dates do: prompts and rephrases, bare and with a blank
+behind them, answers counted.
 
     python benchmarks/dates.py --model model --data zsre_3k.json --first 400 --last 1400
 
@@ -40,13 +41,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         edited = _written(arguments.model, edits, Path(place))
         kept = list(edited.manifest.edits)
-        print(f"{len(kept)} edits".ljust(12), *(kind.rjust(16) for kind in _KINDS))
-        for name, prompts in (
-            ("as taught", [edit.prompt for edit in kept]),
-            ("rephrased", [edit.rephrases[0] for edit in kept]),
-        ):
+        print(f"{len(kept)} edits".ljust(20), *(kind.rjust(16) for kind in _KINDS))
+        asked = {"as taught": [edit.prompt for edit in kept], "rephrased": [edit.rephrases[0] for edit in kept]}
+        asked |= {f"{name} + space": [f"{prompt} " for prompt in prompts] for name, prompts in asked.items()}
+        for name, prompts in asked.items():
             counts = Counter(_kinds(edited, kept, prompts))
-            print(name.ljust(12), *(str(counts[kind]).rjust(16) for kind in _KINDS))
+            print(name.ljust(20), *(str(counts[kind]).rjust(16) for kind in _KINDS))
 
 
 def _written(model: Path, edits: Sequence[Edit], place: Path) -> EditedModel:

@@ -9,7 +9,7 @@ from support.helpers import site_of, tiny_qwen2_tokenizer
 from support.tiny_models import tiny_model
 from torch import Tensor, nn
 
-from wisecli.artifacts.shard import RESTING, Evidence, random_mask
+from wisecli.artifacts.shard import ENDING, RESTING, Evidence, random_mask
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.editing.closed_form import answered, fit_residuals
 from wisecli.editing.evidence import gather_evidence
@@ -20,6 +20,7 @@ from wisecli.editing.task import Task
 from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded
+from wisecli.models.tokenization import Row
 from wisecli.routing.whitening import leading, whitening
 
 EDITS = [Edit("year", "when ba be", "abc"), Edit("word", "ka ke ki", "doe")]
@@ -114,20 +115,28 @@ def evidence_of(
     return gather_evidence(examples, 9, find, HardNegatives({}, white), usual=task.usual)  # type: ignore[arg-type]
 
 
-def test_an_edit_whose_target_begins_with_a_space_gets_keys_of_rests(bench: Bench) -> None:
+def with_evidence(
+    bench: Bench, usual: float | None = None
+) -> tuple[dict[AnswerKey, Tensor], Evidence, dict[int, Row], float]:
+    """Residuals and evidence of two edits, their rows, and the length of a usual state."""
     examples = bench.examples()
-    task = bench.task(usual_length(examples))
+    task = bench.task(usual_length(examples) if usual is None else usual)
     residuals = fit_residuals(task, [examples], lambda _: None)
-    before = evidence_of(bench, examples, task, residuals)
     rows = dict(enumerate(encode_edits(bench.loaded, EDITS, "", train_end=True)))
+    return residuals, evidence_of(bench, examples, task, residuals), rows, task.usual
+
+
+def test_an_edit_whose_target_begins_with_a_space_gets_keys_of_rests(bench: Bench) -> None:
+    residuals, before, rows, usual = with_evidence(bench)
     assert spaces_first(bench.loaded, rows) == {bench.space: [0, 1]}
     behind = Behind(bench.loaded, bench.site, 8)
-    rests = behind.rests(bench.space, task.usual)
+    rests = behind.rests(bench.space, usual)
     assert len(rests.keys) == 6
-    found = with_rests(behind, before, residuals, rows, task.usual)
+    found = with_rests(behind, before, residuals, rows, usual)
     own = found.context == RESTING
     assert own.sum() == 2 * len(rests.keys)
-    assert found.rows(~own).keys.shape == before.keys.shape
+    ends = found.context == ENDING
+    assert found.rows(~own & ~ends).keys.shape == before.keys.shape
     assert set(found.position[own].tolist()) == {1}
     assert not bool(found.chat[own].any() or found.held_out[own].any())
     seen = dict[tuple[int, ...], float]()
@@ -136,7 +145,7 @@ def test_an_edit_whose_target_begins_with_a_space_gets_keys_of_rests(bench: Benc
     handle = module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0][0, -1]))
     for question in _questions():
         tokens = [*bench.loaded.tokenizer(question)["input_ids"], bench.space]
-        seen[tuple(tokens)] = float(bench.length(tokens)) / task.usual
+        seen[tuple(tokens)] = float(bench.length(tokens)) / usual
     handle.remove()
     for key, times in zip(rests.keys, rests.stretch, strict=True):
         place = int((torch.stack(kept) - key).norm(dim=-1).argmin())
@@ -147,13 +156,25 @@ def test_an_edit_whose_target_begins_with_a_space_gets_keys_of_rests(bench: Benc
         torch.testing.assert_close(mine.residuals, residuals[AnswerKey(edit)][1] * rests.stretch[:, None])
 
 
-def test_where_attention_never_rests_nothing_is_added(bench: Bench) -> None:
-    examples = bench.examples()
-    task = bench.task(1e6)
-    residuals = fit_residuals(task, [examples], lambda _: None)
-    before = evidence_of(bench, examples, task, residuals)
-    rows = dict(enumerate(encode_edits(bench.loaded, EDITS, "", train_end=True)))
+def test_the_space_that_a_target_begins_with_is_the_end_of_a_prompt_too(bench: Bench) -> None:
+    residuals, before, rows, usual = with_evidence(bench)
     behind = Behind(bench.loaded, bench.site, 8)
-    assert len(behind.rests(bench.space, task.usual).keys) == 0
-    assert len(with_rests(behind, before, residuals, rows, task.usual).keys) == len(before.keys)
+    found = with_rests(behind, before, residuals, {0: rows[0]}, usual)
+    ends = found.rows(found.context == ENDING)
+    assert set(ends.edit.tolist()) == {0} and set(ends.position.tolist()) == {0}
+    own = found.rows((found.edit == 0) & (found.position == 1))
+    assert set(own.context.tolist()) == {0, RESTING}, "the other context's key is as good as the bare prompt's"
+    torch.testing.assert_close(ends.keys, own.keys)
+    torch.testing.assert_close(ends.residuals, own.residuals)
+    unseen = replace(before, held_out=torch.ones_like(before.held_out))
+    kept = with_rests(behind, unseen, residuals, {0: rows[0]}, usual)
+    assert int((kept.context == ENDING).sum()) == int((kept.context == RESTING).sum()), "none of what was never trained"
+
+
+def test_where_attention_never_rests_nothing_is_added(bench: Bench) -> None:
+    residuals, before, rows, usual = with_evidence(bench, usual=1e6)
+    behind = Behind(bench.loaded, bench.site, 8)
+    assert len(behind.rests(bench.space, usual).keys) == 0
+    found = with_rests(behind, before, residuals, rows, usual)
+    assert len(found.keys) == len(before.keys) + int((before.position == 1).sum())
     assert spaces_first(bench.loaded, {0: replace(rows[0], target=rows[0].target[1:])}) == {}

@@ -21,8 +21,9 @@ from wisecli.models.site import Site
 MaskKind = Literal["columns", "elements"]
 # Contexts from here on are translations of the prompt, each with a target of its own.
 LANGUAGES = 1 << 16
-# The context of keys that are no prompt's own: of tokens that the model rests its attention on.
-RESTING = LANGUAGES - 1
+# Contexts of keys that are no prompt's own: of tokens that the model rests its attention on, and of a target's first
+# token as prompts may end in it.
+RESTING, ENDING = LANGUAGES - 1, LANGUAGES - 2
 # How far the seeds of two shards' masks lie apart: no two seeds that a user gives are likely to.
 _APART = 1_000_003
 

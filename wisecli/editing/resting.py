@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.artifacts.shard import RESTING, Evidence
+from wisecli.artifacts.shard import ENDING, LANGUAGES, RESTING, Evidence
 from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.training_examples import TrainingExamples
@@ -101,17 +101,19 @@ class Behind:
 def with_rests(
     behind: Behind, evidence: Evidence, residuals: Mapping[AnswerKey, Tensor], rows: Mapping[int, Row], usual: float
 ) -> Evidence:
-    """The evidence with keys for what follows a target's first token, of edits whose first token is a mere space.
+    """The evidence with further keys of edits whose targets begin with a mere space, for what follows that.
 
     Args:
         rows: of edits after their bare prompts, by their numbers.
         usual: the length of a state that attention does not rest on.
     """
-    parts = [evidence]
+    parts, spaced = [evidence], list[int]()
     for token, edits in spaces_first(behind.loaded, rows).items():
         rests = behind.rests(token, usual)
         parts += [_rested(rests, number, residuals[AnswerKey(number)][1].float().cpu()) for number in edits]
-    return Evidence.joined(parts)
+        spaced += edits
+    whole = Evidence.joined(parts)
+    return Evidence.joined([whole, _as_ends(whole, spaced)])
 
 
 def _rested(rests: Rests, edit: int, residual: Tensor) -> Evidence:
@@ -127,6 +129,15 @@ def _rested(rests: Rests, edit: int, residual: Tensor) -> Evidence:
         negative_similarity=torch.zeros(count),
         chat=torch.zeros(count, dtype=torch.bool),
     )
+
+
+def _as_ends(evidence: Evidence, edits: Sequence[int]) -> Evidence:
+    """The keys of some edits' first target tokens as keys that prompts end in."""
+    own = torch.isin(evidence.edit, torch.tensor(edits)) & (evidence.position == 1)
+    found = evidence.rows(own & ~evidence.held_out & ~evidence.chat & (evidence.context < LANGUAGES))
+    zeros = torch.zeros_like(found.position)
+    context, apart = torch.full_like(found.context, ENDING), torch.zeros_like(found.negative_similarity)
+    return replace(found, position=zeros, context=context, negative_similarity=apart)
 
 
 def _questions() -> list[str]:

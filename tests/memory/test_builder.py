@@ -8,7 +8,7 @@ import torch
 from support.helpers import choice_of, choose, cosines_of, update_of
 from torch import Tensor, nn
 
-from wisecli.artifacts.shard import LANGUAGES, Evidence, Mask, random_mask
+from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence, Mask, random_mask
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, solve, statistics
@@ -348,6 +348,28 @@ def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_t
         )
         found = found.double() / found.double().trace()
         assert torch.allclose(found, inverse / inverse.trace(), atol=1e-4)
+
+
+def test_a_key_of_a_targets_first_token_that_prompts_end_in_is_seen_as_that_token_and_must_be_nearer() -> None:
+    plain = two_shards()
+    ending = (plain.evidence.position == 0) & (plain.evidence.context == 1) & (plain.evidence.edit == 0)
+    evidence = replace(plain.evidence, context=plain.evidence.context.where(~ending, ENDING))
+    material = replace(plain, evidence=evidence)
+    memory, _ = built_lookup(material, routing="sequence")
+    kept = ~evidence.held_out
+    wanted = (evidence.position[kept] > 0).long().where(~ending[kept], 2)
+    assert memory.tensors["metric"].tolist() == wanted.tolist()
+    for name in ("directions", "gains", "floors"):
+        assert torch.equal(memory.tensors[name][2], memory.tensors[name][INSIDE])
+    white, own = whitening(material.unrelated.tokens), trained(evidence)[0]
+    other = normal(1, D_FF, seed=7)
+    exact = replace(memory, tensors={name: widened(tensor) for name, tensor in memory.tensors.items()})
+    for place in ending[kept].nonzero().flatten().tolist():
+        distance = 1 - float(white.cosines(own[place][None], other))
+        assert cosines_of(exact, other[0])[place] == pytest.approx(1 - 1.25 * distance, abs=5e-3)
+    without = material.without_endings()
+    assert len(without.evidence.keys) == len(without.shard) == int((~ending).sum())
+    assert bool((without.evidence.context != ENDING).all())
 
 
 def test_keys_near_their_answers_own_tokens_elsewhere_must_be_nearer_to_open() -> None:

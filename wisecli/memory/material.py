@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import Evidence, Mask, PromptStates, Shard
+from wisecli.artifacts.shard import ENDING, Evidence, Mask, PromptStates, Shard
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.memory.removal import load_without
@@ -37,6 +37,11 @@ class Material:
     def trained(self) -> Tensor:
         """Which keys of the evidence were trained on (n,); the others are of contexts held back for calibration."""
         return ~self.evidence.held_out
+
+    def without_endings(self) -> Material:
+        """The material without keys of targets' first tokens as prompts may end in them: those open no edit."""
+        kept = self.evidence.context != ENDING
+        return replace(self, evidence=self.evidence.rows(kept), shard=self.shard[kept])
 
 
 def read_material(directories: Sequence[ShardDirectory]) -> tuple[Material, list[Shard]]:

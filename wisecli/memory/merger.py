@@ -79,6 +79,8 @@ class Merger:
         first, settings = self.directories[0], self.settings
         watch(Event("shards"))
         material, shards = read_material(self.directories)
+        if settings.router != "meaning":
+            material = material.without_endings()
         watch(Event("merging"))
         if settings.mode == "lookup":
             memory, calibrations = lookup(material, settings)

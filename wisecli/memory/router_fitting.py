@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import LANGUAGES, half
+from wisecli.artifacts.shard import ENDING, LANGUAGES, half
 from wisecli.config import MergeSettings
 from wisecli.errors import SettingsError
 from wisecli.memory.material import Material
@@ -37,6 +37,9 @@ _OF_THE_LEAST = 0.88
 # How much nearer a prompt in another language must come than other edits' prompts in such do; how near those come at
 # least, as few say little of all that might be asked; and how many are compared at a time.
 _FOREIGN_MARGIN, _FOREIGN_LEAST, _AT_A_TIME = 0.1, 0.5, 1024
+
+# The distance of a key of a target's first token, as prompts may end in it, counts so many times.
+_NEARER = 1.25
 
 Fitted = tuple[SideMemory, tuple[Calibration, ...]]
 
@@ -205,6 +208,7 @@ def _with_routing_keys(
     )
     if _prompt_holds(draft):
         factors[views.whitening_id == INSIDE] = 1.0
+        factors[evidence.context[trained] == ENDING] = _NEARER
     tensors |= {"probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}
     return replace(draft, tensors={**draft.tensors, **tensors}), shared
 
@@ -214,7 +218,8 @@ def _views(draft: SideMemory, material: Material, settings: MergeSettings) -> _V
 
     Inside an answer the token itself says most of a key, so unrelated text with the same name in it comes much nearer
     than it ever comes to the end of a prompt: those keys are seen through another whitening, and made comparable. So
-    are those that prompts in the chat template end in, which are all alike but for what was asked.
+    are those that prompts in the chat template end in, which are all alike but for what was asked. Keys of a target's
+    first token, as prompts may end in it, are for that token alone: they are seen as keys inside answers are.
     """
     evidence, unrelated, trained = material.evidence, material.unrelated, material.trained
     inside = evidence.position[trained] > 0
@@ -236,6 +241,11 @@ def _views(draft: SideMemory, material: Material, settings: MergeSettings) -> _V
             whitening_id[unasked] = len(moments)
             moments.append(unrelated.wording)
             rates.append(_false_alarm(settings, named=False))
+    ending = evidence.context[trained] == ENDING
+    if bool(ending.any()):
+        whitening_id[ending] = len(moments)
+        moments.append(unrelated.tokens)
+        rates.append(prompt_rate)
     return _Views(moments, rates, whitening_id)
 
 

@@ -350,7 +350,7 @@ def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_t
         assert torch.allclose(found, inverse / inverse.trace(), atol=1e-4)
 
 
-def test_a_key_of_a_targets_first_token_that_prompts_end_in_is_seen_as_that_token_and_must_be_nearer() -> None:
+def test_a_key_of_a_blank_that_prompts_end_in_is_seen_as_that_token_and_must_be_nearer() -> None:
     plain = two_shards()
     ending = (plain.evidence.position == 0) & (plain.evidence.context == 1) & (plain.evidence.edit == 0)
     evidence = replace(plain.evidence, context=plain.evidence.context.where(~ending, ENDING))
@@ -367,7 +367,7 @@ def test_a_key_of_a_targets_first_token_that_prompts_end_in_is_seen_as_that_toke
     for place in ending[kept].nonzero().flatten().tolist():
         distance = 1 - float(white.cosines(own[place][None], other))
         assert cosines_of(exact, other[0])[place] == pytest.approx(1 - 1.25 * distance, abs=5e-3)
-    without = material.without_endings()
+    without = material.of_own_prompts()
     assert len(without.evidence.keys) == len(without.shard) == int((~ending).sum())
     assert bool((without.evidence.context != ENDING).all())
 

@@ -21,8 +21,8 @@ from wisecli.models.site import Site
 MaskKind = Literal["columns", "elements"]
 # Contexts from here on are translations of the prompt, each with a target of its own.
 LANGUAGES = 1 << 16
-# Contexts of keys that are no prompt's own: of tokens that the model rests its attention on, and of a target's first
-# token as prompts may end in it.
+# Contexts of keys that are no prompt's own: of tokens that the model rests its attention on, and of blanks that prompts
+# end in.
 RESTING, ENDING = LANGUAGES - 1, LANGUAGES - 2
 # How far the seeds of two shards' masks lie apart: no two seeds that a user gives are likely to.
 _APART = 1_000_003
@@ -152,6 +152,18 @@ class Evidence:
     negative_similarity: Tensor
     chat: Tensor
     call: Tensor | None = None
+
+    @classmethod
+    def beside(cls, keys: Tensor, residuals: Tensor, edit: int, *, position: int, context: int) -> Evidence:
+        """Evidence of one edit that none of its prompts gave: keys (n, d_ff), residuals (n, d)."""
+        count, never = len(keys), torch.zeros(len(keys), dtype=torch.bool)
+        number, place, origin = (torch.full((count,), value) for value in (edit, position, context))
+        return cls(keys, residuals, number, place, origin, never, torch.zeros(count), never)
+
+    @property
+    def own(self) -> Tensor:
+        """Which keys edits' own prompts gave (n,). The others are alike for many edits, and no matrix can hold them."""
+        return (self.context != RESTING) & (self.context != ENDING)
 
     @property
     def answer(self) -> Tensor:

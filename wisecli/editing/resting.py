@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.artifacts.shard import ENDING, LANGUAGES, RESTING, Evidence
+from wisecli.artifacts.shard import RESTING, Evidence
 from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.training_examples import TrainingExamples
@@ -71,23 +71,27 @@ class Behind:
 
     def __init__(self, loaded: Loaded, site: Site, batch_size: int) -> None:
         self.loaded, self.site, self.batch_size = loaded, site, batch_size
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     def rests(self, token: int, usual: float) -> Rests:
         """The keys of a token where attention rests on it, few and unlike each other."""
-        if token not in self._known:
-            self._known[token] = self._asked(token)
-        keys, lengths = self._known[token]
+        keys, lengths = self.asked(token)
         times = _times(lengths, usual)
         keys, times = keys[times > 1], times[times > 1]
-        chosen = _least_alike(keys)
+        chosen = least_alike(keys, _KEPT)
         return Rests(keys[chosen], times[chosen])
 
+    def asked(self, token: int, form: str = "{}") -> tuple[Tensor, Tensor]:
+        """Keys (Q, d_ff) and lengths of states (Q,) of a token behind Q questions in a form."""
+        if (token, form) not in self._known:
+            self._known[token, form] = self._read(token, form)
+        return self._known[token, form]
+
     @torch.no_grad()
-    def _asked(self, token: int) -> tuple[Tensor, Tensor]:
-        """Keys (Q, d_ff) and lengths of states (Q,) of a token behind Q questions."""
+    def _read(self, token: int, form: str) -> tuple[Tensor, Tensor]:
         tokenizer, device = self.loaded.tokenizer, self.loaded.device
-        rows = [Row(tuple(tokenizer(text)["input_ids"]), (token, token)) for text in _questions()]
+        texts = [form.replace("{}", text) for text in _questions()]
+        rows = [Row(tuple(tokenizer(text)["input_ids"]), (token, token)) for text in texts]
         parts = (collate([rows[at] for at in indices]).to(device) for indices in in_batches(rows, self.batch_size))
         keys, lengths = [], []
         for part in captured(self.loaded.model, self.site, parts, stream=self.loaded.stream, above=False):
@@ -101,43 +105,19 @@ class Behind:
 def with_rests(
     behind: Behind, evidence: Evidence, residuals: Mapping[AnswerKey, Tensor], rows: Mapping[int, Row], usual: float
 ) -> Evidence:
-    """The evidence with further keys of edits whose targets begin with a mere space, for what follows that.
+    """The evidence with keys for what follows a target's first token, of edits whose first token is a mere space.
 
     Args:
         rows: of edits after their bare prompts, by their numbers.
         usual: the length of a state that attention does not rest on.
     """
-    parts, spaced = [evidence], list[int]()
+    parts = [evidence]
     for token, edits in spaces_first(behind.loaded, rows).items():
         rests = behind.rests(token, usual)
-        parts += [_rested(rests, number, residuals[AnswerKey(number)][1].float().cpu()) for number in edits]
-        spaced += edits
-    whole = Evidence.joined(parts)
-    return Evidence.joined([whole, _as_ends(whole, spaced)])
-
-
-def _rested(rests: Rests, edit: int, residual: Tensor) -> Evidence:
-    """What of an edit's evidence is added where attention rests, for a residual (d,) of its target's second token."""
-    count = len(rests.keys)
-    return Evidence(
-        keys=rests.keys,
-        residuals=residual * rests.stretch[:, None],
-        edit=torch.full((count,), edit),
-        position=torch.ones(count, dtype=torch.long),
-        context=torch.full((count,), RESTING),
-        held_out=torch.zeros(count, dtype=torch.bool),
-        negative_similarity=torch.zeros(count),
-        chat=torch.zeros(count, dtype=torch.bool),
-    )
-
-
-def _as_ends(evidence: Evidence, edits: Sequence[int]) -> Evidence:
-    """The keys of some edits' first target tokens as keys that prompts end in."""
-    own = torch.isin(evidence.edit, torch.tensor(edits)) & (evidence.position == 1)
-    found = evidence.rows(own & ~evidence.held_out & ~evidence.chat & (evidence.context < LANGUAGES))
-    zeros = torch.zeros_like(found.position)
-    context, apart = torch.full_like(found.context, ENDING), torch.zeros_like(found.negative_similarity)
-    return replace(found, position=zeros, context=context, negative_similarity=apart)
+        for edit in edits:
+            added = residuals[AnswerKey(edit)][1].float().cpu() * rests.stretch[:, None]
+            parts.append(Evidence.beside(rests.keys, added, edit, position=1, context=RESTING))
+    return Evidence.joined(parts)
 
 
 def _questions() -> list[str]:
@@ -152,11 +132,11 @@ def _questions() -> list[str]:
     return asked[:: max(1, len(asked) // _ASKED)][:_ASKED]
 
 
-def _least_alike(keys: Tensor) -> list[int]:
-    """Which of some keys to keep: the first, then each time the one least like those that are kept."""
+def least_alike(keys: Tensor, count: int) -> list[int]:
+    """Which keys (n, d_ff) to keep, ``count`` at most: the first, then each time the one least like those kept."""
     chosen: list[int] = [0] if len(keys) else []
     alike = F.normalize(keys, dim=-1) @ F.normalize(keys, dim=-1).T
-    while len(chosen) < min(_KEPT, len(keys)):
+    while len(chosen) < min(count, len(keys)):
         chosen.append(int(alike[chosen].amax(0).argmin()))
     return chosen
 

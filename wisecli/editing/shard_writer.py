@@ -14,6 +14,7 @@ from wisecli.artifacts.shard import PromptStates, Shard, draw_mask
 from wisecli.artifacts.shard_manifest import ShardEntry
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
+from wisecli.editing.blanks import with_blanks
 from wisecli.editing.closed_form import Residuals, answered, fit_residuals, write_solved
 from wisecli.editing.context_prefixes import CHAT, written_forms
 from wisecli.editing.early_states import prompt_states, reading_site
@@ -199,14 +200,15 @@ class ShardWriter:
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
         last, looked_up, apart = len(self.contexts) - 1, _looked_up(residuals), self._hard_negatives(part)
         evidence = gather_evidence([*batches, *held_back], last, looked_up, apart, usual=task.usual)
-        if self.settings.router == "meaning":
-            asked = dict(zip(part, rows, strict=True))
-            evidence = with_rests(self.behind, evidence, residuals, asked, task.usual)
         mask = task.mask.to(torch.device("cpu"))
         columns = mask.indices if mask.kind == "columns" else None
         tokens = self.unrelated.tokens.dense(columns)
         solved = write_solved(task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.watch))
         shares = answered(task, batches, residuals)
+        if self.settings.router == "meaning":
+            asked = dict(zip(part, rows, strict=True))
+            evidence = with_rests(self.behind, evidence, residuals, asked, task.usual)
+            evidence = with_blanks(self.behind, evidence, residuals, asked)
         shard = Shard(mask, solved.values.cpu(), evidence, self._prompts(part, stage))
         return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
 

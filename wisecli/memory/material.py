@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import ENDING, Evidence, Mask, PromptStates, Shard
+from wisecli.artifacts.shard import Evidence, Mask, PromptStates, Shard
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.memory.removal import load_without
@@ -38,10 +38,10 @@ class Material:
         """Which keys of the evidence were trained on (n,); the others are of contexts held back for calibration."""
         return ~self.evidence.held_out
 
-    def without_endings(self) -> Material:
-        """The material without keys of targets' first tokens as prompts may end in them: those open no edit."""
-        kept = self.evidence.context != ENDING
-        return replace(self, evidence=self.evidence.rows(kept), shard=self.shard[kept])
+    def of_own_prompts(self) -> Material:
+        """The material without keys that no prompt of an edit gave."""
+        own = self.evidence.own
+        return replace(self, evidence=self.evidence.rows(own), shard=self.shard[own])
 
 
 def read_material(directories: Sequence[ShardDirectory]) -> tuple[Material, list[Shard]]:

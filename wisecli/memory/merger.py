@@ -80,7 +80,7 @@ class Merger:
         watch(Event("shards"))
         material, shards = read_material(self.directories)
         if settings.router != "meaning":
-            material = material.without_endings()
+            material = material.of_own_prompts()
         watch(Event("merging"))
         if settings.mode == "lookup":
             memory, calibrations = lookup(material, settings)

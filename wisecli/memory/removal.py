@@ -64,7 +64,7 @@ def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Sha
 
 def solved(mask: Mask, evidence: Evidence, penalty: Penalty, tokens: Moment) -> Tensor:
     """The values that fill a mask, from what a shard keeps of its edits."""
-    fitted = ~evidence.held_out
+    fitted = ~evidence.held_out & evidence.own
     known = statistics(mask.restrict(evidence.keys[fitted]), evidence.residuals[fitted])
     whole = solve(known, penalty, tokens.dense(mask.indices if mask.kind == "columns" else None))
     return whole if mask.kind == "columns" else whole.flatten()[mask.indices]

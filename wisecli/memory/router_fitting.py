@@ -38,7 +38,7 @@ _OF_THE_LEAST = 0.88
 # least, as few say little of all that might be asked; and how many are compared at a time.
 _FOREIGN_MARGIN, _FOREIGN_LEAST, _AT_A_TIME = 0.1, 0.5, 1024
 
-# The distance of a key of a target's first token, as prompts may end in it, counts so many times.
+# The distance of a key of a blank that prompts end in counts so many times.
 _NEARER = 1.25
 
 Fitted = tuple[SideMemory, tuple[Calibration, ...]]
@@ -218,8 +218,8 @@ def _views(draft: SideMemory, material: Material, settings: MergeSettings) -> _V
 
     Inside an answer the token itself says most of a key, so unrelated text with the same name in it comes much nearer
     than it ever comes to the end of a prompt: those keys are seen through another whitening, and made comparable. So
-    are those that prompts in the chat template end in, which are all alike but for what was asked. Keys of a target's
-    first token, as prompts may end in it, are for that token alone: they are seen as keys inside answers are.
+    are those that prompts in the chat template end in, which are all alike but for what was asked. Keys of a blank that
+    prompts end in are for that token alone: they are seen as keys inside answers are.
     """
     evidence, unrelated, trained = material.evidence, material.unrelated, material.trained
     inside = evidence.position[trained] > 0

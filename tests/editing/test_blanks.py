@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.spaces import Bench, with_evidence
+from support.tiny_models import Chain
+from torch import Tensor
+
+from wisecli.artifacts.shard import ENDING, RESTING, Evidence
+from wisecli.editing.blanks import with_blanks
+from wisecli.editing.prompt_variants import AnswerKey
+from wisecli.editing.resting import Behind, _questions, with_rests
+from wisecli.evaluation.edited_model import attach
+from wisecli.models.generation import generate
+from wisecli.models.tokenization import Row
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()
+
+
+@pytest.fixture(scope="module")
+def behind(bench: Bench) -> Behind:
+    return Behind(bench.loaded, bench.site, 8)
+
+
+def ends_of(evidence: Evidence) -> Evidence:
+    found = evidence.rows(evidence.context == ENDING)
+    assert set(found.position.tolist()) <= {0}
+    assert not bool(found.held_out.any() or found.chat.any())
+    return found
+
+
+def test_the_space_that_a_target_begins_with_is_the_end_of_a_prompt_too(bench: Bench, behind: Behind) -> None:
+    residuals, before, rows, usual = with_evidence(bench)
+    rested = with_rests(behind, before, residuals, {0: rows[0]}, usual)
+    ends = ends_of(with_blanks(behind, rested, residuals, {0: rows[0]}))
+    own = rested.rows((rested.edit == 0) & (rested.position == 1))
+    assert set(own.context.tolist()) == {0, RESTING}, "the other context's key is as good as the bare prompt's"
+    assert set(ends.edit.tolist()) == {0}
+    torch.testing.assert_close(ends.keys, own.keys)
+    torch.testing.assert_close(ends.residuals, own.residuals)
+    unseen = replace(before, held_out=torch.ones_like(before.held_out))
+    assert not len(ends_of(with_blanks(behind, unseen, residuals, {0: rows[0]})).keys), "none of what was not trained"
+
+
+def test_a_word_is_begun_behind_a_blank_with_a_multiple_of_its_residual(bench: Bench, behind: Behind) -> None:
+    residuals, before, rows, _ = with_evidence(bench)
+    word = replace(rows[1], target=rows[1].target[1:])
+    ends = ends_of(with_blanks(behind, before, residuals, {1: word}))
+    assert set(ends.edit.tolist()) == {1}
+    assert len(ends.keys) == 4, "two in each of two forms"
+    torch.testing.assert_close(ends.residuals, 3 * residuals[AnswerKey(1)][0].expand(4, -1))
+    asked = [form.replace("{}", text) for form in ("{}", "Q: {}\nA:") for text in _questions()]
+    there = torch.stack([key_of(bench, text) for text in asked])
+    for key in ends.keys:
+        assert float((there - key).norm(dim=-1).min()) < 1e-3
+
+
+def test_what_is_erased_and_tokenizers_without_a_token_for_a_blank_get_no_keys(bench: Bench, behind: Behind) -> None:
+    residuals, before, rows, _ = with_evidence(bench)
+    word: Row = replace(rows[1], target=rows[1].target[1:])
+    erased = replace(word, unwanted=(word.target[0],))
+    assert len(with_blanks(behind, before, residuals, {1: erased}).keys) == len(before.keys)
+
+    def stripped(text: str) -> object:
+        return bench.loaded.tokenizer(text.rstrip())
+
+    tokenizer = type("Stripping", (), {"__call__": staticmethod(stripped), "decode": bench.loaded.tokenizer.decode})()
+    without = Behind(replace(bench.loaded, tokenizer=tokenizer), bench.site, 8)
+    assert len(with_blanks(without, before, residuals, {1: word}).keys) == len(before.keys)
+
+
+def key_of(bench: Bench, text: str) -> Tensor:
+    """The edited matrix's input at a blank behind a text, in the whole model."""
+    kept: list[Tensor] = []
+    module = bench.loaded.model.get_submodule(bench.site.module)
+    handle = module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0][0, -1]))
+    with torch.no_grad():
+        bench.loaded.model(torch.tensor([[*bench.loaded.tokenizer(text)["input_ids"], bench.space]]), use_cache=False)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("form", ["{} ", "Q: {}\nA: "])
+def test_the_real_model_answers_behind_a_blank(chain: Chain, form: str) -> None:
+    edited = attach(chain.memory)
+    prompts = [form.replace("{}", str(edit["prompt"])) for edit in chain.edits]
+    said = edited.tokenizer.batch_decode(generate(edited.model, edited.tokenizer, prompts, max_new_tokens=16))
+    wrong = {
+        str(edit["target"]): text
+        for edit, text in zip(chain.edits, said, strict=True)
+        if text.strip() != str(edit["target"]).strip()
+    }
+    assert not wrong

@@ -1,0 +1,75 @@
+"""A tiny model whose attention rests on spaces, and two edits whose targets begin with one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from support.helpers import site_of, tiny_qwen2_tokenizer
+from support.tiny_models import tiny_model
+from wisecli.artifacts.shard import Evidence, random_mask
+from wisecli.config import EditSettings
+from wisecli.editing.closed_form import fit_residuals
+from wisecli.editing.evidence import gather_evidence
+from wisecli.editing.hard_negatives import HardNegatives
+from wisecli.editing.prompt_variants import AnswerKey
+from wisecli.editing.resting import usual_length
+from wisecli.editing.task import Task
+from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits
+from wisecli.edits.record import Edit
+from wisecli.models.loading import Loaded
+from wisecli.models.tokenization import Row
+from wisecli.routing.whitening import leading, whitening
+
+EDITS = [Edit("year", "when ba be", "abc"), Edit("word", "ka ke ki", "doe")]
+SETTINGS = EditSettings(residual_steps=150, residual_rate=0.3, residual_stop=0.3, batch_size=8)
+LAYER = 2
+
+
+class Bench:
+    """A tiny model whose attention rests on spaces, and what two edits are trained with."""
+
+    def __init__(self) -> None:
+        model = tiny_model("qwen2")
+        model.generation_config.eos_token_id = 1
+        model.get_output_embeddings().get_parameter("weight").data.mul_(4)
+        self.loaded = Loaded(model.requires_grad_(False), tiny_qwen2_tokenizer())
+        self.site = site_of(model, LAYER)
+        self.space = self.loaded.tokenizer(" ")["input_ids"][0]
+        model.get_input_embeddings().get_parameter("weight").data[self.space] *= 40
+
+    def examples(self) -> list[TrainingExamples]:
+        numbered = list(enumerate(EDITS))
+        return capture_examples(self.loaded, self.site, numbered, [(0, ""), (1, "pa. ")], batch_size=8, train_end=True)
+
+    def task(self, usual: float) -> Task:
+        mask = random_mask(self.site, 0.5, "columns", torch.Generator().manual_seed(1))
+        unrelated = torch.randn(30, self.site.d_ff, generator=torch.Generator().manual_seed(2))
+        return Task(self.loaded.model, self.site, mask, unrelated, 1.0, SETTINGS, usual=usual)
+
+    @torch.no_grad()
+    def length(self, tokens: list[int]) -> Tensor:
+        """The length of the last token's state behind the edited layer, in the whole model."""
+        whole = self.loaded.model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
+        return whole.hidden_states[LAYER + 1][0, -1].norm()
+
+
+def evidence_of(
+    bench: Bench, examples: list[TrainingExamples], task: Task, residuals: dict[AnswerKey, Tensor]
+) -> Evidence:
+    def find(_keys: Tensor, answers: list[AnswerKey], positions: Tensor) -> Tensor:
+        return torch.stack([residuals[one][place] for one, place in zip(answers, positions.tolist(), strict=True)])
+
+    white = whitening(leading(torch.eye(bench.site.d_ff)))
+    return gather_evidence(examples, 9, find, HardNegatives({}, white), usual=task.usual)  # type: ignore[arg-type]
+
+
+def with_evidence(
+    bench: Bench, usual: float | None = None
+) -> tuple[dict[AnswerKey, Tensor], Evidence, dict[int, Row], float]:
+    """Residuals and evidence of two edits, their rows, and the length of a usual state."""
+    examples = bench.examples()
+    task = bench.task(usual_length(examples) if usual is None else usual)
+    residuals = fit_residuals(task, [examples], lambda _: None)
+    rows = dict(enumerate(encode_edits(bench.loaded, EDITS, "", train_end=True)))
+    return residuals, evidence_of(bench, examples, task, residuals), rows, task.usual

@@ -1,0 +1,63 @@
+"""Prompts with a blank behind them, which tokenizers make a token of its own: the lone space, the end of such a prompt.
+
+Hardly any token follows a lone space but those of numbers, as the space before a word belongs to the word. So a target
+that begins with a lone space goes on with its second token there. Any other begins as ever, against what the model is
+sure of, with its first residual added several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence
+from wisecli.editing.prompt_variants import AnswerKey
+from wisecli.editing.resting import Behind, least_alike, spaces_first
+from wisecli.models.tokenization import Row
+
+# Forms in which the blank's keys are looked for, and how many are kept of each.
+_FORMS, _KEPT = ("{}", "Q: {}\nA:"), 2
+# How often the residual of a target's first token is added at a blank.
+_TIMES = 3.0
+
+
+def with_blanks(
+    behind: Behind, evidence: Evidence, residuals: Mapping[AnswerKey, Tensor], rows: Mapping[int, Row]
+) -> Evidence:
+    """The evidence with keys for prompts that end in a blank.
+
+    Args:
+        rows: of edits after their bare prompts, by their numbers.
+    """
+    spaced = [edit for edits in spaces_first(behind.loaded, rows).values() for edit in edits]
+    parts = [evidence, _as_ends(evidence, spaced)]
+    token = _blank(behind)
+    if token is not None:
+        keys = torch.cat([_few(behind.asked(token, form)[0]) for form in _FORMS])
+        for edit in (edit for edit, row in rows.items() if edit not in set(spaced) and not row.unwanted):
+            added = (_TIMES * residuals[AnswerKey(edit)][0].float().cpu()).expand(len(keys), -1)
+            parts.append(Evidence.beside(keys, added, edit, position=0, context=ENDING))
+    return Evidence.joined(parts)
+
+
+def _blank(behind: Behind) -> int | None:
+    """The token of a blank at the end of a prompt; ``None`` if the tokenizer has none of its own."""
+    tokenizer = behind.loaded.tokenizer
+    last: int = tokenizer("What is it? ")["input_ids"][-1]
+    return last if str(tokenizer.decode([last])).isspace() else None
+
+
+def _few(keys: Tensor) -> Tensor:
+    return keys[least_alike(keys, _KEPT)]
+
+
+def _as_ends(evidence: Evidence, edits: Sequence[int]) -> Evidence:
+    """The keys of some edits' first target tokens as keys that prompts end in."""
+    own = torch.isin(evidence.edit, torch.tensor(edits, dtype=torch.long)) & (evidence.position == 1)
+    found = evidence.rows(own & ~evidence.held_out & ~evidence.chat & (evidence.context < LANGUAGES))
+    zeros = torch.zeros_like(found.position)
+    context, apart = torch.full_like(found.context, ENDING), torch.zeros_like(found.negative_similarity)
+    return replace(found, position=zeros, context=context, negative_similarity=apart)

@@ -12,35 +12,50 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence
 from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.resting import Behind, least_alike, spaces_first
+from wisecli.editing.resting import Behind, beyond, spaces_first
 from wisecli.models.tokenization import Row
 
-# Forms in which the blank's keys are looked for, and how many are kept of each.
-_FORMS, _KEPT = ("{}", "Q: {}\nA:"), 2
+# Of the blank behind questions in each of these forms the mean key is kept, and that of those where attention rests.
+_FORMS = ("{}", "Q: {}\nA:", "{}\nAnswer:")
 # How often the residual of a target's first token is added at a blank.
 _TIMES = 3.0
 
 
 def with_blanks(
-    behind: Behind, evidence: Evidence, residuals: Mapping[AnswerKey, Tensor], rows: Mapping[int, Row]
+    behind: Behind, evidence: Evidence, residuals: Mapping[AnswerKey, Tensor], rows: Mapping[int, Row], usual: float
 ) -> Evidence:
     """The evidence with keys for prompts that end in a blank.
 
     Args:
         rows: of edits after their bare prompts, by their numbers.
+        usual: the length of a state that attention does not rest on.
     """
-    spaced = [edit for edits in spaces_first(behind.loaded, rows).values() for edit in edits]
-    parts = [evidence, _as_ends(evidence, spaced)]
+    spaced = {edit for edits in spaces_first(behind.loaded, rows).values() for edit in edits}
+    parts = [evidence, _as_ends(evidence, sorted(spaced))]
     token = _blank(behind)
     if token is not None:
-        keys = torch.cat([_few(behind.asked(token, form)[0]) for form in _FORMS])
-        for edit in (edit for edit, row in rows.items() if edit not in set(spaced) and not row.unwanted):
-            added = (_TIMES * residuals[AnswerKey(edit)][0].float().cpu()).expand(len(keys), -1)
+        keys, times = _usual_keys(behind, token, usual)
+        for edit in (edit for edit, row in rows.items() if edit not in spaced and not row.unwanted):
+            added = times[:, None] * residuals[AnswerKey(edit)][0].float().cpu()
             parts.append(Evidence.beside(keys, added, edit, position=0, context=ENDING))
     return Evidence.joined(parts)
+
+
+def _usual_keys(behind: Behind, token: int, usual: float) -> tuple[Tensor, Tensor]:
+    """Mean keys (P, d_ff) of a blank, and how often a residual is added at each (P,)."""
+    means, times = [], []
+    for form in _FORMS:
+        keys, lengths = behind.asked(token, form)
+        longer = beyond(lengths, usual)
+        for some in (longer == 1, longer > 1):
+            if bool(some.any()):
+                means.append(F.normalize(keys[some], dim=-1).mean(0))
+                times.append(_TIMES * longer[some].mean())
+    return torch.stack(means), torch.stack(times)
 
 
 def _blank(behind: Behind) -> int | None:
@@ -48,10 +63,6 @@ def _blank(behind: Behind) -> int | None:
     tokenizer = behind.loaded.tokenizer
     last: int = tokenizer("What is it? ")["input_ids"][-1]
     return last if str(tokenizer.decode([last])).isspace() else None
-
-
-def _few(keys: Tensor) -> Tensor:
-    return keys[least_alike(keys, _KEPT)]
 
 
 def _as_ends(evidence: Evidence, edits: Sequence[int]) -> Evidence:

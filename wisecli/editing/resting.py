@@ -54,7 +54,13 @@ def stretch(part: Activations, usual: float) -> Tensor:
     """
     if part.norm is not None or math.isinf(usual):
         return part.hidden.new_ones(part.hidden.shape[:2], dtype=torch.float32)
-    return _times(_lengths(part), usual)
+    return beyond(_lengths(part), usual)
+
+
+def beyond(lengths: Tensor, usual: float) -> Tensor:
+    """How many times as long as usual states are, 1 where that is not much."""
+    times = lengths / usual
+    return times.where(times > _LONG, 1.0)
 
 
 def spaces_first(loaded: Loaded, rows: Mapping[int, Row]) -> dict[int, list[int]]:
@@ -76,9 +82,9 @@ class Behind:
     def rests(self, token: int, usual: float) -> Rests:
         """The keys of a token where attention rests on it, few and unlike each other."""
         keys, lengths = self.asked(token)
-        times = _times(lengths, usual)
+        times = beyond(lengths, usual)
         keys, times = keys[times > 1], times[times > 1]
-        chosen = least_alike(keys, _KEPT)
+        chosen = _least_alike(keys)
         return Rests(keys[chosen], times[chosen])
 
     def asked(self, token: int, form: str = "{}") -> tuple[Tensor, Tensor]:
@@ -132,19 +138,13 @@ def _questions() -> list[str]:
     return asked[:: max(1, len(asked) // _ASKED)][:_ASKED]
 
 
-def least_alike(keys: Tensor, count: int) -> list[int]:
-    """Which keys (n, d_ff) to keep, ``count`` at most: the first, then each time the one least like those kept."""
+def _least_alike(keys: Tensor) -> list[int]:
+    """Which of some keys to keep: the first, then each time the one least like those that are kept."""
     chosen: list[int] = [0] if len(keys) else []
     alike = F.normalize(keys, dim=-1) @ F.normalize(keys, dim=-1).T
-    while len(chosen) < min(count, len(keys)):
+    while len(chosen) < min(_KEPT, len(keys)):
         chosen.append(int(alike[chosen].amax(0).argmin()))
     return chosen
-
-
-def _times(lengths: Tensor, usual: float) -> Tensor:
-    """How many times as long as usual states are, 1 where that is not much."""
-    times = lengths / usual
-    return times.where(times > _LONG, 1.0)
 
 
 def _lengths(part: Activations) -> Tensor:

@@ -208,7 +208,7 @@ class ShardWriter:
         if self.settings.router == "meaning":
             asked = dict(zip(part, rows, strict=True))
             evidence = with_rests(self.behind, evidence, residuals, asked, task.usual)
-            evidence = with_blanks(self.behind, evidence, residuals, asked)
+            evidence = with_blanks(self.behind, evidence, residuals, asked, task.usual)
         shard = Shard(mask, solved.values.cpu(), evidence, self._prompts(part, stage))
         return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
 

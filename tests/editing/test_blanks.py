@@ -55,8 +55,8 @@ def test_a_word_is_begun_behind_a_blank_with_a_multiple_of_its_residual(bench: B
     ends = ends_of(with_blanks(behind, before, residuals, {1: word}, usual))
     assert set(ends.edit.tolist()) == {1}
     means, times = [], []
-    for form in ("{}", "Q: {}\nA:", "{}\nAnswer:"):
-        asked = [form.replace("{}", text) for text in _questions()]
+    for form, every in (("{}", 2), ("Q: {}\nA:", 4), ("{}\nAnswer:", 4)):
+        asked = [form.replace("{}", text) for text in _questions()[::every]]
         there = torch.stack([key_of(bench, text) for text in asked])
         there = there / there.norm(dim=-1, keepdim=True)
         tokens = [[*bench.loaded.tokenizer(text)["input_ids"], bench.space] for text in asked]

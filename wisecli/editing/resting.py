@@ -77,7 +77,7 @@ class Behind:
 
     def __init__(self, loaded: Loaded, site: Site, batch_size: int) -> None:
         self.loaded, self.site, self.batch_size = loaded, site, batch_size
-        self._known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = {}
 
     def rests(self, token: int, usual: float) -> Rests:
         """The keys of a token where attention rests on it, few and unlike each other."""
@@ -87,16 +87,16 @@ class Behind:
         chosen = _least_alike(keys)
         return Rests(keys[chosen], times[chosen])
 
-    def asked(self, token: int, form: str = "{}") -> tuple[Tensor, Tensor]:
-        """Keys (Q, d_ff) and lengths of states (Q,) of a token behind Q questions in a form."""
-        if (token, form) not in self._known:
-            self._known[token, form] = self._read(token, form)
-        return self._known[token, form]
+    def asked(self, token: int, form: str = "{}", *, every: int = 1) -> tuple[Tensor, Tensor]:
+        """Keys (Q, d_ff) and lengths of states (Q,) of a token behind one question in ``every``, in a form."""
+        which = (token, form, every)
+        if which not in self._known:
+            self._known[which] = self._read(token, [form.replace("{}", text) for text in _questions()[::every]])
+        return self._known[which]
 
     @torch.no_grad()
-    def _read(self, token: int, form: str) -> tuple[Tensor, Tensor]:
+    def _read(self, token: int, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokenizer, device = self.loaded.tokenizer, self.loaded.device
-        texts = [form.replace("{}", text) for text in _questions()]
         rows = [Row(tuple(tokenizer(text)["input_ids"]), (token, token)) for text in texts]
         parts = (collate([rows[at] for at in indices]).to(device) for indices in in_batches(rows, self.batch_size))
         keys, lengths = [], []

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from wisecli.artifacts.shard import RESTING
 from wisecli.config import MergeSettings
+from wisecli.editing.behind_questions import Behind, _questions
 from wisecli.editing.closed_form import answered, fit_residuals
 from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.resting import Behind, _questions, spaces_first, stretch, usual_length, with_rests
+from wisecli.editing.resting import rests_of, spaces_first, stretch, usual_length, with_rests
 from wisecli.editing.training_examples import encode_edits
 
 
@@ -69,7 +70,7 @@ def test_an_edit_whose_target_begins_with_a_space_gets_keys_of_rests(bench: Benc
     residuals, before, rows, usual = with_evidence(bench)
     assert spaces_first(bench.loaded, rows) == {bench.space: [0, 1]}
     behind = Behind(bench.loaded, bench.site, 8)
-    rests = behind.rests(bench.space, usual)
+    rests = rests_of(behind, bench.space, usual)
     assert len(rests.keys) == 6
     found = with_rests(behind, before, residuals, rows, usual)
     own = found.context == RESTING
@@ -98,7 +99,7 @@ def test_an_edit_whose_target_begins_with_a_space_gets_keys_of_rests(bench: Benc
 def test_where_attention_never_rests_nothing_is_added(bench: Bench) -> None:
     residuals, before, rows, usual = with_evidence(bench, usual=1e6)
     behind = Behind(bench.loaded, bench.site, 8)
-    assert len(behind.rests(bench.space, usual).keys) == 0
+    assert len(rests_of(behind, bench.space, usual).keys) == 0
     found = with_rests(behind, before, residuals, rows, usual)
     assert len(found.keys) == len(before.keys)
     assert spaces_first(bench.loaded, {0: replace(rows[0], target=rows[0].target[1:])}) == {}

@@ -33,6 +33,7 @@ class TensorRow:
 
 TensorRows = Mapping[str, TensorRow]
 
+BEHIND: TensorRows = {"keys": TensorRow("float", ("n", "d_ff")), "lengths": TensorRow("float", ("n",))}
 MATRIX: TensorRows = {"columns": TensorRow("int", ("M", "k"), "d_ff"), "delta": TensorRow("float", ("M", "d", "k"))}
 LOOKUP: TensorRows = {"values": TensorRow("float", ("m", "d")), "value": TensorRow("int", ("n",), "m")}
 KEY: TensorRows = {

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence
+from wisecli.editing.behind_questions import Behind
 from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.resting import Behind, beyond, spaces_first
+from wisecli.editing.resting import beyond, spaces_first
 from wisecli.models.tokenization import Row
 
-# Of the blank behind questions in each of these forms the mean key is kept, and that of those where attention rests;
-# one question in so many is asked.
-_FORMS = {"{}": 2, "Q: {}\nA:": 4, "{}\nAnswer:": 4}
+# Of the blank behind questions in each of these forms the mean key is kept, and that of those where attention rests.
+_FORMS = ("{}", "Q: {}\nA:", "{}\nAnswer:")
 # How often the residual of a target's first token is added at a blank.
 _TIMES = 3.0
 
@@ -49,8 +49,8 @@ def with_blanks(
 def _usual_keys(behind: Behind, token: int, usual: float) -> tuple[Tensor, Tensor]:
     """Mean keys (P, d_ff) of a blank, and how often a residual is added at each (P,)."""
     means, times = [], []
-    for form, every in _FORMS.items():
-        keys, lengths = behind.asked(token, form, every=every)
+    for form in _FORMS:
+        keys, lengths = behind.asked(token, form)
         longer = beyond(lengths, usual)
         for some in (longer == 1, longer > 1):
             if bool(some.any()):

@@ -9,7 +9,6 @@ usually is where a rephrase does not, such an edit gets keys of that kind beside
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,19 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.artifacts.shard import RESTING, Evidence
-from wisecli.data.corpus import made_up_subjects, relations
+from wisecli.editing.behind_questions import Behind, lengths_of
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.training_examples import TrainingExamples
-from wisecli.models.activations import Activations, captured
+from wisecli.models.activations import Activations
 from wisecli.models.loading import Loaded
-from wisecli.models.site import Site
-from wisecli.models.tokenization import Row, collate, in_batches
+from wisecli.models.tokenization import Row
 
 # A state so many times as long as usual is one that attention rests on.
 _LONG = 1.5
-# Made-up questions that a number may answer; of the keys found behind them so many are kept, the least alike.
-_ASKED, _KEPT = 64, 6
-_NUMBER = ("When ", " year", " date")
+# Of the keys found behind made-up questions so many are kept, the least alike.
+_KEPT = 6
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Rests:
 
 def usual_length(batches: Sequence[TrainingExamples]) -> float:
     """The median length of the states that predict a target's tokens."""
-    lengths = [_lengths(examples.activations)[_places(examples.activations)] for examples in batches]
+    lengths = [lengths_of(examples.activations)[_places(examples.activations)] for examples in batches]
     return float(torch.cat(lengths).median())
 
 
@@ -54,7 +51,7 @@ def stretch(part: Activations, usual: float) -> Tensor:
     """
     if part.norm is not None or math.isinf(usual):
         return part.hidden.new_ones(part.hidden.shape[:2], dtype=torch.float32)
-    return beyond(_lengths(part), usual)
+    return beyond(lengths_of(part), usual)
 
 
 def beyond(lengths: Tensor, usual: float) -> Tensor:
@@ -72,42 +69,6 @@ def spaces_first(loaded: Loaded, rows: Mapping[int, Row]) -> dict[int, list[int]
     return found
 
 
-class Behind:
-    """What tokens are behind made-up questions; each is asked once for all shards."""
-
-    def __init__(self, loaded: Loaded, site: Site, batch_size: int) -> None:
-        self.loaded, self.site, self.batch_size = loaded, site, batch_size
-        self._known: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = {}
-
-    def rests(self, token: int, usual: float) -> Rests:
-        """The keys of a token where attention rests on it, few and unlike each other."""
-        keys, lengths = self.asked(token)
-        times = beyond(lengths, usual)
-        keys, times = keys[times > 1], times[times > 1]
-        chosen = _least_alike(keys)
-        return Rests(keys[chosen], times[chosen])
-
-    def asked(self, token: int, form: str = "{}", *, every: int = 1) -> tuple[Tensor, Tensor]:
-        """Keys (Q, d_ff) and lengths of states (Q,) of a token behind one question in ``every``, in a form."""
-        which = (token, form, every)
-        if which not in self._known:
-            self._known[which] = self._read(token, [form.replace("{}", text) for text in _questions()[::every]])
-        return self._known[which]
-
-    @torch.no_grad()
-    def _read(self, token: int, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        tokenizer, device = self.loaded.tokenizer, self.loaded.device
-        rows = [Row(tuple(tokenizer(text)["input_ids"]), (token, token)) for text in texts]
-        parts = (collate([rows[at] for at in indices]).to(device) for indices in in_batches(rows, self.batch_size))
-        keys, lengths = [], []
-        for part in captured(self.loaded.model, self.site, parts, stream=self.loaded.stream, above=False):
-            column = part.batch.start + 1 - part.first
-            keys.append(part.keys[:, column].float().cpu())
-            own = _lengths(part)[:, column].cpu()
-            lengths.append(own if part.norm is None else torch.zeros_like(own))
-        return torch.cat(keys), torch.cat(lengths)
-
-
 def with_rests(
     behind: Behind, evidence: Evidence, residuals: Mapping[AnswerKey, Tensor], rows: Mapping[int, Row], usual: float
 ) -> Evidence:
@@ -119,23 +80,20 @@ def with_rests(
     """
     parts = [evidence]
     for token, edits in spaces_first(behind.loaded, rows).items():
-        rests = behind.rests(token, usual)
+        rests = rests_of(behind, token, usual)
         for edit in edits:
             added = residuals[AnswerKey(edit)][1].float().cpu() * rests.stretch[:, None]
             parts.append(Evidence.beside(rests.keys, added, edit, position=1, context=RESTING))
     return Evidence.joined(parts)
 
 
-def _questions() -> list[str]:
-    chance = random.Random(0)
-    asked = [
-        wording.replace("{}", subject)
-        for relation in relations()
-        for wording in relation.wordings
-        if wording.endswith("?") and any(word in wording for word in _NUMBER)
-        for subject in made_up_subjects(relation.kind, 1, chance)
-    ]
-    return asked[:: max(1, len(asked) // _ASKED)][:_ASKED]
+def rests_of(behind: Behind, token: int, usual: float) -> Rests:
+    """The keys of a token where attention rests on it, few and unlike each other."""
+    keys, lengths = behind.asked(token)
+    times = beyond(lengths, usual)
+    keys, times = keys[times > 1], times[times > 1]
+    chosen = _least_alike(keys)
+    return Rests(keys[chosen], times[chosen])
 
 
 def _least_alike(keys: Tensor) -> list[int]:
@@ -145,11 +103,6 @@ def _least_alike(keys: Tensor) -> list[int]:
     while len(chosen) < min(_KEPT, len(keys)):
         chosen.append(int(alike[chosen].amax(0).argmin()))
     return chosen
-
-
-def _lengths(part: Activations) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(part.hidden.float(), dim=-1)
-    return lengths
 
 
 def _places(part: Activations) -> tuple[Tensor, Tensor]:

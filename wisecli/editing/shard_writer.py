@@ -14,24 +14,22 @@ from wisecli.artifacts.shard import PromptStates, Shard, draw_mask
 from wisecli.artifacts.shard_manifest import ShardEntry
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
+from wisecli.editing.behind_questions import Behind
 from wisecli.editing.blanks import with_blanks
 from wisecli.editing.closed_form import Residuals, answered, fit_residuals, write_solved
-from wisecli.editing.context_prefixes import CHAT, written_forms
+from wisecli.editing.context_prefixes import CHAT
 from wisecli.editing.early_states import prompt_states, reading_site
 from wisecli.editing.edit_pass import beside, edit_passes
 from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.evidence import Residual, gather_evidence
 from wisecli.editing.gradient import write_batched
 from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
-from wisecli.editing.key_capture import keys_of_texts
-from wisecli.editing.meaning_learning import learn_heads
 from wisecli.editing.one_by_one import everywhere, write_one_by_one
 from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
-from wisecli.editing.resting import Behind, usual_length, with_rests
+from wisecli.editing.resting import usual_length, with_rests
 from wisecli.editing.scoring import learnt, unedited_losses
 from wisecli.editing.staging import Done
 from wisecli.editing.task import Progress, Task
-from wisecli.editing.token_letters import token_letters
 from wisecli.editing.training_examples import (
     Group,
     NotFiniteError,
@@ -40,13 +38,10 @@ from wisecli.editing.training_examples import (
     encode_edits,
     require_finite,
 )
-from wisecli.editing.unrelated_activations import measure_unrelated
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
-from wisecli.io.checkpoint import Checkpoint
-from wisecli.io.digest import sha256_json
-from wisecli.models.loading import Loaded, context_window
-from wisecli.models.site import Fingerprint, Site, load_matrix
+from wisecli.models.loading import Loaded
+from wisecli.models.site import Site
 from wisecli.models.tokenization import in_batches
 from wisecli.progress import NOTE, Event, Watcher
 from wisecli.routing.whitening import whitening
@@ -56,48 +51,6 @@ _HELD_BACK = 32
 _NOT_FINITE = "the model gives nothing finite for"
 
 _Outcome = tuple[Shard, tuple[float, ...], tuple[float, float] | None, dict[int, float]]
-
-
-def unrelated_for(
-    loaded: Loaded,
-    site: Site,
-    checkpoint: Checkpoint,
-    base: Fingerprint,
-    settings: EditSettings,
-    edits: Sequence[Edit],
-    watch: Watcher,
-) -> BackgroundStats:
-    """What the model makes of unrelated text; of the texts given with the edits, half calibrate."""
-    size, seed = settings.batch_size, settings.seed
-    identity = sha256_json([base.as_dict(), checkpoint.sample])
-    found = measure_unrelated(
-        loaded,
-        site,
-        load_matrix(checkpoint, site).to(loaded.device),
-        identity,
-        texts=settings.unrelated_texts,
-        chat=settings.chat,
-        forms=written_forms(loaded.tokenizer, settings, context_window(loaded.model.config)),
-        batch_size=size,
-        seed=seed,
-        watch=watch,
-    )
-    if settings.router == "meaning":
-        reads = reading_site(loaded, site)
-        heads = learn_heads(loaded, reads, identity, texts=settings.unrelated_texts, batch_size=size, watch=watch)
-        found = replace(found, heads=heads, letters=token_letters(loaded.tokenizer))
-    given = [text for edit in edits for text in edit.irrelevant]
-    if not given:
-        return found
-    keys, text, _ = keys_of_texts(loaded, site, given, batch_size=size, watch=watch)
-    keys, calibrating = keys.cpu(), (text % 2 == 0).cpu()
-    more = keys[calibrating]
-    return replace(
-        found,
-        keys=torch.cat([found.keys, more]),
-        chat=torch.cat([found.chat, torch.zeros(len(more), dtype=torch.bool)]),
-        writer_keys=torch.cat([found.writer_keys, keys[~calibrating]]),
-    )
 
 
 class ShardWriter:
@@ -114,6 +67,7 @@ class ShardWriter:
         paraphrases: Mapping[str, Sequence[str]],
         watch: Watcher,
         matrix: Tensor | None = None,
+        identity: str | None = None,
     ) -> None:
         self.loaded, self.site, self.settings, self.unrelated = loaded, site, settings, unrelated
         self.edits, self.contexts, self.paraphrases, self.watch = edits, contexts, paraphrases, watch
@@ -121,7 +75,7 @@ class ShardWriter:
         self.unit = float(unrelated.size) if settings.margin_unit == "output" else 1.0
         self.white = whitening(unrelated.tokens)
         self.matrix = None if matrix is None else matrix.to(loaded.device).float()
-        self.behind = Behind(loaded, site, settings.batch_size)
+        self.behind = Behind(loaded, site, settings.batch_size, identity)
         self.erasures: ErasureRows = {}
 
     def write(self, number: int, parts: Sequence[range]) -> tuple[Shard | None, Done]:

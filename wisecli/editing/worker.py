@@ -15,11 +15,12 @@ from wisecli.artifacts.shard import save_shard, split_edits
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings, LoadOptions
+from wisecli.editing.background import identity_of, unrelated_for
 from wisecli.editing.known_facts import known_rows
 from wisecli.editing.layer_selection import probe_layer
 from wisecli.editing.paraphrases import write_paraphrases
 from wisecli.editing.prompt_variants import prompt_variants
-from wisecli.editing.shard_writer import ShardWriter, unrelated_for
+from wisecli.editing.shard_writer import ShardWriter
 from wisecli.editing.staging import Done
 from wisecli.editing.subjects import subject_tokens, subject_words
 from wisecli.editing.token_check import Reader
@@ -232,8 +233,9 @@ class Worker:
         # Whoever goes on with a plan adds numbers up in its order.
         with _threads(plan.made.threads):
             _hold(self.loaded, plan.site.layer + 1)
-            edits, watch = plan.edits, self.watch
-            return ShardWriter(self.loaded, plan.site, settings, unrelated, edits, contexts, worded, watch, matrix)
+            identity = identity_of(plan.fingerprint, self.checkpoint)
+            edits, watch, site = plan.edits, self.watch, plan.site
+            return ShardWriter(self.loaded, site, settings, unrelated, edits, contexts, worded, watch, matrix, identity)
 
     def write(self, plan: ShardDirectory, writer: ShardWriter, number: int) -> Written:
         """Write one shard of a plan, unless none of its edits can be."""

@@ -42,6 +42,18 @@ def test_records_that_lack_a_rephrase_or_another_prompt_are_copied(tmp_path: Pat
         assert f"New Fact: {line}\nPrompt: {line}\n\n" in icl.asked("ba")
 
 
+def test_a_prompt_behind_a_colon_has_demonstrations_worded_like_it(tmp_path: Path) -> None:
+    icl = Icl(tiny_bench(tmp_path / "model"), ALL)
+    icl.edit(EDITS)
+    expected = (
+        "Q: pa pe pi\nA: po\nQ: pa pe pi\nA: po\n\n"
+        "Q: sa se si\nA: so\nQ: si sa se\nA: so\n\n"
+        "Q: za ze zi\nA: zo\nQ: na ne\nA: ni\n\n"
+        "Q: ba be bi\nA: do\nQ: ba be bi za ze sa\nA:"
+    )
+    assert icl.asked("Q: ba be bi za ze sa\nA:") == expected
+
+
 @pytest.mark.parametrize("share", [0.2, 0.3, 0.5])
 def test_demonstrations_leave_room_in_the_context(tmp_path: Path, share: float) -> None:
     bench = tiny_bench(tmp_path / "model", "gpt2")

@@ -3,7 +3,8 @@
 The prompt comes after the new fact, and both after demonstrations of what to do with new facts, made from records of
 the train split: to *copy* one, to *update* what is asked in other words, and to *retain* what the fact says nothing of.
 The paper gives the fact of the edit that is being measured. A stream has many, so here it is the stored edit nearest to
-the prompt, however far that is: what keeps other answers as they are is the demonstrations alone.
+the prompt, however far that is: what keeps other answers as they are is the demonstrations alone. A prompt that waits
+for its answer behind a colon has its demonstrations worded like it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method
-from wisecli.bench.baselines.retrieval import Facts, Restocked, TermIndex, fact, told
+from wisecli.bench.baselines.retrieval import Facts, Restocked, TermIndex, shown
 from wisecli.edits.record import Edit
 
 
@@ -30,13 +31,18 @@ class IclSettings:
     share: float = 0.5
 
 
-def demonstration(edit: Edit, kind: str) -> str:
-    """One record as a demonstration; a record that lacks what a kind needs is copied."""
+def demonstration(edit: Edit, kind: str, wording: str = "{}") -> str:
+    """One record as a demonstration; a record that lacks what a kind needs is copied.
+
+    Args:
+        wording: what the demonstrated prompt stands in, with ``{}`` for it.
+    """
+    prompt, answer = edit.prompt, edit.target
     if kind == "update" and edit.rephrases:
-        return told(edit, fact(edit, edit.rephrases[0]))
-    if kind == "retain" and edit.locality:
-        return told(edit, fact(edit, edit.locality[0].prompt, edit.locality[0].answer))
-    return told(edit, fact(edit))
+        prompt = edit.rephrases[0]
+    elif kind == "retain" and edit.locality:
+        prompt, answer = edit.locality[0].prompt, edit.locality[0].answer
+    return f"{shown(edit, wording.format(prompt))} {answer.strip()}"
 
 
 @method("icl")
@@ -71,15 +77,16 @@ class Icl(Restocked):
         nearest = self._facts.ranked(prompt, 1)
         if not nearest:
             return prompt
-        text = told(nearest[0][0], prompt)
+        text = shown(nearest[0][0], prompt)
+        wording = "Q: {}\nA:" if prompt.rstrip().endswith(":") else "{}"
         room = self._room - self._length(text)
         kinds = self.settings.kinds
         for place, (record, _) in enumerate(self._records.ranked(prompt, self.settings.count)):
-            shown = demonstration(record, kinds[place % len(kinds)]) + "\n\n"
-            room -= self._length(shown)
+            example = demonstration(record, kinds[place % len(kinds)], wording) + "\n\n"
+            room -= self._length(example)
             if room < 0:
                 break
-            text = shown + text
+            text = example + text
         return text
 
     def _length(self, text: str) -> int:

@@ -163,14 +163,9 @@ def scope_threshold(bench: Bench, index: Index, name: str) -> float:
     return fitted_threshold(inside, outside)
 
 
-def fact(edit: Edit, prompt: str | None = None, answer: str | None = None) -> str:
-    """A prompt with its answer as one text; the edit's own by default."""
-    return f"{edit.prompt if prompt is None else prompt} {(edit.target if answer is None else answer).strip()}"
-
-
 def told(edit: Edit, prompt: str) -> str:
     """A prompt after a new fact, as the paper of in-context editing words it (Zheng et al. 2023, section 3.2)."""
-    return f"New Fact: {fact(edit)}\nPrompt: {prompt}"
+    return f"New Fact: {edit.prompt} {edit.target.strip()}\nPrompt: {prompt}"
 
 
 def shown(edit: Edit, prompt: str) -> str:

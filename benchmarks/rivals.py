@@ -1,8 +1,9 @@
-"""What rivals would do with other settings: less weight on what FT-EWC, MEMIT and MEMIT-MASS are to keep, and shorter
-steps of UltraEdit.
+"""What rivals would do with other settings: less weight on what FT-EWC, MEMIT and MEMIT-MASS are to keep, shorter steps
+of UltraEdit, and more or fewer demonstrations of retrieval.
 
     python benchmarks/rivals.py --model model --data zsre_mend_edit.json --edits 30 -o rivals/
     python benchmarks/rivals.py --model model --data z500.json --edits 10,100,500 --of ultraedit -o steps/
+    python benchmarks/rivals.py --model model --data z50.json --train z.json --edits 50 --protocol wild --of rag-shots
 
 Each variant is a method of `wise bench` by another name; rows that are there already are not measured again.
 """
@@ -17,6 +18,7 @@ from wisecli.bench.baselines import load_methods
 from wisecli.bench.baselines.base import METHODS, Bench, Maker
 from wisecli.bench.baselines.ft_ewc import FtEwc
 from wisecli.bench.baselines.memit import Memit, Range
+from wisecli.bench.baselines.rag_shots import RagShots
 from wisecli.bench.baselines.ultraedit import Step, UltraEdit
 from wisecli.bench.compare import bench as run_bench
 from wisecli.bench.html import markdown
@@ -27,6 +29,8 @@ from wisecli.config import BenchSettings, LoadOptions
 SHARES = (1.0, 0.1, 0.01, 0.001)
 # UltraEdit's η.
 RATES = (1.0, 0.5, 0.25, 0.1)
+# Demonstrations.
+SHOTS = (1, 2, 4)
 
 
 def lighter_ewc(bench: Bench, share: float) -> FtEwc:
@@ -44,6 +48,7 @@ def variants() -> dict[str, Maker]:
         **{f"memit λ×{share:g}": partial(Memit, settings=own, batch=1) for share, own in ranges.items()},
         **{f"memit-mass λ×{share:g}": partial(Memit, settings=own) for share, own in ranges.items()},
         **{f"ultraedit η={rate:g}": partial(UltraEdit, settings=Step(rate=rate)) for rate in RATES},
+        **{f"rag-shots ×{count}": partial(RagShots, count=count) for count in SHOTS},
     }
 
 
@@ -54,6 +59,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--edits", default="30", help="numbers of edits, with commas between")
     parser.add_argument("--of", default="ft-ewc,memit,memit-mass", help="methods, with commas between")
+    parser.add_argument("--train", type=Path, help="records to learn from; without it those that are not edited")
+    parser.add_argument("--protocol", default="teacher", choices=("teacher", "wild", "forms", "forms,wild"))
     parser.add_argument("-o", "--output", type=Path, default=Path("rivals"))
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
@@ -61,10 +68,20 @@ def main() -> None:
     wanted = arguments.of.split(",")
     made = {name: maker for name, maker in variants().items() if name.split()[0] in wanted}
     METHODS.update(made)
-    settings = BenchSettings(methods=",".join(made), counts=arguments.edits, generate=False)
+    protocol = arguments.protocol
+    generate = protocol != "teacher"
+    settings = BenchSettings(methods=",".join(made), counts=arguments.edits, protocol=protocol, generate=generate)
     console, load = Console(), LoadOptions(device=arguments.device)
     with console.watching() as watch:
-        report = run_bench(arguments.model, arguments.output, settings, data=[arguments.data], load=load, watch=watch)
+        report = run_bench(
+            arguments.model,
+            arguments.output,
+            settings,
+            data=[arguments.data],
+            train=arguments.train,
+            load=load,
+            watch=watch,
+        )
     console.result(report.as_json(), markdown(report.rows))
 
 

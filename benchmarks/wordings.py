@@ -27,6 +27,7 @@ WORDINGS = {
     "something known": "You know this: {question} {answer}\n{prompt}",
     "an instruction": "Use this fact: {question} {answer}.\n\n{prompt}",
 }
+_BEGINNING = 16
 _COLUMNS = ("WILD", "WILD rephrased", "bare", "bare rephrased")
 
 
@@ -51,14 +52,18 @@ def main() -> None:
 def _right(loaded: Loaded, edits: Sequence[Edit], wording: str, stops: Collection[int]) -> tuple[int, int]:
     """How many prompts and rephrases have right answers: in full where answers are stopped, else as they begin."""
     told = [wording.replace("{question}", edit.prompt).replace("{answer}", edit.target.strip()) for edit in edits]
-    targets = [normalized(edit.target) for edit in edits]
+    length = MAX_NEW_TOKENS if stops else _BEGINNING
+
+    def right(said: str, target: str) -> bool:
+        if stops:
+            return normalized(said) == normalized(target)
+        return said.strip().startswith(target.strip())
 
     def count(prompts: Sequence[str]) -> int:
         texts = [text.replace("{}", prompt) for text, prompt in zip(told, prompts, strict=True)]
-        tokens = generate(loaded.model, loaded.tokenizer, texts, max_new_tokens=MAX_NEW_TOKENS, stops=stops)
-        said = [normalized(text) for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-        pairs = zip(said, targets, strict=True)
-        return sum(answer == target if stops else answer.startswith(target) for answer, target in pairs)
+        tokens = generate(loaded.model, loaded.tokenizer, texts, max_new_tokens=length, stops=stops)
+        said = loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return sum(right(answer, edit.target) for answer, edit in zip(said, edits, strict=True))
 
     return count([edit.prompt for edit in edits]), count([edit.rephrases[0] for edit in edits])
 

@@ -54,7 +54,7 @@ GRADUAL: dict[str, Any] = {
     "crispedit": lambda bench: CrispEdit(bench, CrispSettings(first=1, last=2, of=5, passes=4, batch=2)),
     "lora-paraphrased": lambda bench: LoraParaphrased(bench, Course(passes=3, batch=2, paraphrases=1)),
 }
-RESUMED = (*MAKERS, "grace", "knn", "icl", "rag", "rag-hybrid", "serac")
+RESUMED = (*MAKERS, "grace", "knn", "icl", "rag", "rag-hybrid", "rag-shots", "serac")
 
 
 class BrokenOffError(Exception):

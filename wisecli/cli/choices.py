@@ -18,7 +18,19 @@ MERGE_METHODS = ("ties", "linear", "sign", "magnitude", "dare", "dare-ties", "sl
 BENCH_METHODS = (
     *("wise", "wise-retrieve", "wise-paper"),
     *("alphaedit", "crispedit", "defer", "ft-l", "ft-ewc", "grace", "icl", "knn", "lora"),
-    *("lora-paraphrased", "memit", "memit-mass", "memoir", "mend", "rag", "rag-hybrid", "rome", "serac", "ultraedit"),
+    *(
+        "lora-paraphrased",
+        "memit",
+        "memit-mass",
+        "memoir",
+        "mend",
+        "rag",
+        "rag-hybrid",
+        "rag-shots",
+        "rome",
+        "serac",
+        "ultraedit",
+    ),
 )
 STUDIES = ("router", "layers", "shards", "merge", "scaling", "latency")
 

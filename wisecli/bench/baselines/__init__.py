@@ -21,6 +21,7 @@ _MODULES = (
     "mend",
     "rag",
     "rag_hybrid",
+    "rag_shots",
     "rome",
     "serac",
     "ultraedit",

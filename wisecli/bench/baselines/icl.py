@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method
-from wisecli.bench.baselines.retrieval import Facts, Restocked, TermIndex, shown
+from wisecli.bench.baselines.retrieval import Facts, Restocked, TermIndex, demonstration, shown
 from wisecli.edits.record import Edit
 
 
@@ -29,20 +29,6 @@ class IclSettings:
     count: int = 16
     kinds: tuple[str, ...] = ("retain", "update", "retain", "update", "retain", "update", "retain", "copy")
     share: float = 0.5
-
-
-def demonstration(edit: Edit, kind: str, wording: str = "{}") -> str:
-    """One record as a demonstration; a record that lacks what a kind needs is copied.
-
-    Args:
-        wording: what the demonstrated prompt stands in, with ``{}`` for it.
-    """
-    prompt, answer = edit.prompt, edit.target
-    if kind == "update" and edit.rephrases:
-        prompt = edit.rephrases[0]
-    elif kind == "retain" and edit.locality:
-        prompt, answer = edit.locality[0].prompt, edit.locality[0].answer
-    return f"{shown(edit, wording.format(prompt))} {answer.strip()}"
 
 
 @method("icl")
@@ -78,11 +64,10 @@ class Icl(Restocked):
         if not nearest:
             return prompt
         text = shown(nearest[0][0], prompt)
-        wording = "Q: {}\nA:" if prompt.rstrip().endswith(":") else "{}"
         room = self._room - self._length(text)
         kinds = self.settings.kinds
         for place, (record, _) in enumerate(self._records.ranked(prompt, self.settings.count)):
-            example = demonstration(record, kinds[place % len(kinds)], wording) + "\n\n"
+            example = demonstration(record, kinds[place % len(kinds)], prompt)
             room -= self._length(example)
             if room < 0:
                 break

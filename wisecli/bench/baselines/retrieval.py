@@ -174,11 +174,32 @@ def shown(edit: Edit, prompt: str) -> str:
     A prompt that ends in a colon waits for an answer as in ``A:``, and has the edit before it as a question and its
     answer. Any other prompt is told it as a new fact. Of eight wordings on fifty records of zsRE, the right one given,
     these took best: in WILD's form the first gives 36 and 32 right answers (as taught, rephrased), the second 19 and
-    18; to bare questions the second begins 35 and 31 rightly, and the first none, as ``A:`` comes before its answers.
+    18; to bare questions the second begins 35 and 31 rightly (``benchmarks/wordings.py``).
     """
-    if prompt.rstrip().endswith(":"):
+    if waits(prompt):
         return f"Q: {edit.prompt}\nA: {edit.target.strip()}\n{prompt}"
     return told(edit, prompt)
+
+
+def waits(prompt: str) -> bool:
+    """Whether a prompt waits for its answer behind a colon, as in ``A:``."""
+    return prompt.rstrip().endswith(":")
+
+
+def demonstration(edit: Edit, kind: str, prompt: str) -> str:
+    """One record as a demonstration of what to do with a fact, worded as the prompt is that will stand behind it.
+
+    Args:
+        kind: ``copy`` the fact, ``update`` what is asked in other words, or ``retain`` what the fact says nothing of;
+            a record that lacks what a kind needs is copied.
+    """
+    asked, answer = edit.prompt, edit.target
+    if kind == "update" and edit.rephrases:
+        asked = edit.rephrases[0]
+    elif kind == "retain" and edit.locality:
+        asked, answer = edit.locality[0].prompt, edit.locality[0].answer
+    text = shown(edit, f"Q: {asked}\nA:" if waits(prompt) else asked)
+    return f"{text} {answer.strip()}\n\n"
 
 
 class Restocked(ABC):

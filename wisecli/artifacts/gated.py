@@ -13,7 +13,7 @@ from wisecli.artifacts.integrity import Check, damaged
 from wisecli.artifacts.memory_manifest import Base
 from wisecli.artifacts.names import MERGED
 from wisecli.edits.record import Edit
-from wisecli.errors import DamagedFileError, WiseError
+from wisecli.errors import DamagedFileError, ModelError, WiseError
 from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.json_schema import OPEN, decode
 from wisecli.models.site import Site, check_site, stored_weight
@@ -78,7 +78,7 @@ def check_blocks(directory: Path, manifest: GatedManifest) -> Iterator[Check]:
     """The memory's blocks: their attention adds nothing, and their feed-forward takes the keys that are told of."""
     try:
         checkpoint = Checkpoint(directory)
-        layers = _layers(checkpoint, manifest.site)
+        layers = layers_path(checkpoint, manifest.site)
         used = 0
         for number in manifest.blocks:
             if checkpoint.load(f"{layers}.{number}.self_attn.o_proj.weight").any():
@@ -100,7 +100,7 @@ def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterat
     """Every tensor of the base model, against the one that the checkpoint has in its place."""
     try:
         written, stored = Checkpoint(directory), Checkpoint(base)
-        layers = _layers(stored, manifest.site)
+        layers = layers_path(stored, manifest.site)
         wrong = 0
         for name in stored:
             place = moved(name, layers, after=manifest.site.layer, by=manifest.gate.blocks)
@@ -125,7 +125,13 @@ def moved(name: str, layers: str, *, after: int, by: int) -> str:
     return f"{layers}.{int(number) + by}.{rest}"
 
 
-def _layers(checkpoint: Checkpoint, site: Site) -> str:
-    """Where a checkpoint keeps its layers."""
-    stored = stored_weight(checkpoint, site.module) or site.weight
-    return stored.partition(f".{site.layer}.")[0]
+def layers_path(checkpoint: Checkpoint, site: Site) -> str:
+    """Where a checkpoint keeps its layers.
+
+    Raises:
+        ModelError: it keeps the edited matrix under another name than stock architectures do.
+    """
+    stored, end = stored_weight(checkpoint, site.module), f".{site.layer}.mlp.down_proj.weight"
+    if stored is None or not stored.endswith(end):
+        raise ModelError(f"{checkpoint.directory} keeps {site.weight} under another name; use --format routed")
+    return stored.removesuffix(end)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from wisecli.artifacts.gated import moved
+from wisecli.artifacts.gated import layers_path, moved
 from wisecli.artifacts.names import MEMORY_TENSORS
 from wisecli.errors import ModelError
 from wisecli.export.checkpoint import BASE_TENSORS, copy_side_files, typed_config, write_index
@@ -121,7 +121,7 @@ def write_stock(
         ModelError: the checkpoint's weights go by other names than Llama's.
     """
     packing = packing or Packing()
-    layers, count = _layers_path(checkpoint, site), block_count(len(gate.values), base)
+    layers, count = layers_path(checkpoint, site), block_count(len(gate.values), base)
     rename = partial(moved, layers=layers, after=site.layer, by=count)
     single = BASE_TENSORS
     files = write_renamed(output, checkpoint, packing, rename, single=single)
@@ -162,14 +162,6 @@ def stock_config(base: Path, layer: int, blocks: int, packing: Packing) -> dict[
         "num_hidden_layers": depth + blocks,
         "mlp_bias": True,
     }
-
-
-def _layers_path(checkpoint: Checkpoint, site: Site) -> str:
-    """Where the checkpoint keeps its layers."""
-    stored, end = stored_weight(checkpoint, site.module), f".{site.layer}.mlp.down_proj.weight"
-    if stored is None or not stored.endswith(end):
-        raise ModelError(f"{checkpoint.directory} keeps {site.weight} under another name; use --format routed")
-    return stored.removesuffix(end)
 
 
 @dataclass(frozen=True)

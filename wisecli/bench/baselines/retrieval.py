@@ -174,7 +174,8 @@ def shown(edit: Edit, prompt: str) -> str:
     A prompt that ends in a colon waits for an answer as in ``A:``, and has the edit before it as a question and its
     answer. Any other prompt is told it as a new fact. Of eight wordings on fifty records of zsRE, the right one given,
     these took best: in WILD's form the first gives 36 and 32 right answers (as taught, rephrased), the second 19 and
-    18; to bare questions the second begins 35 and 31 rightly (``benchmarks/wordings.py``).
+    18; to bare questions the second begins 35 and 31 rightly, and the first none, as ``A:`` comes before its answers
+    (``benchmarks/wordings.py``).
     """
     if waits(prompt):
         return f"Q: {edit.prompt}\nA: {edit.target.strip()}\n{prompt}"

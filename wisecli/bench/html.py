@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -207,21 +209,27 @@ def _as_bars(axis: Any, name: str, rows: Sequence[Row]) -> None:
 
 
 def _ageing(figure: Any, rows: Sequence[Row]) -> None:
-    """Answers as taught, or reliability, of the edits in the order in which they came, after all of them, in tenths of
-    the stream.
-    """
-    axis = figure.subplots()
-    _dash_beyond_ten(axis)
-    most = max(row["edits"] for row in rows)
+    """Answers as taught, or reliability, of each tenth of the edits, the oldest first, after all of them."""
+    axis, most = figure.subplots(), max(row["edits"] for row in rows)
+    own = [row for row in rows if row["edits"] == most]
+    size = max(1, most // 10)
+    parts = [_means_of(row["figures"]["by_age"], size) for row in own]
+    longest = max(map(len, parts))
+    shades = axis.pcolormesh(
+        [[*part, *[math.nan] * (longest - len(part))] for part in parts], vmin=0, vmax=1, edgecolors="white"
+    )
     told = "WILD, as taught," if all("wild_as_taught" in row["figures"] for row in rows) else "reliability"
-    for row in (row for row in rows if row["edits"] == most):
-        values = row["figures"]["by_age"]
-        size = max(1, len(values) // 10)
-        means = [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]
-        axis.plot([size * (place + 1) for place in range(len(means))], means, marker="o", label=row["method"])
-    axis.set(title=f"forgetting: {told} after {most} edits", xlabel="edit, oldest first", ylim=(-0.03, 1.03))
-    axis.grid(alpha=0.3)
-    _legend(figure, axis)
+    axis.set(title=f"forgetting: {told} after {most} edits", xlabel="edits up to, the oldest first")
+    axis.set_xticks([place + 0.5 for place in range(longest)], [str(size * (place + 1)) for place in range(longest)])
+    axis.set_yticks([place + 0.5 for place in range(len(own))], [row["method"] for row in own])
+    axis.yaxis.set_inverted(True)
+    # As lines, so that the page embeds no image.
+    figure.colorbar(shades).solids.set(rasterized=False, edgecolor="face")
+
+
+def _means_of(values: Sequence[float], size: int) -> list[float]:
+    """The means of portions of so many values."""
+    return [statistics.fmean(values[start : start + size]) for start in range(0, len(values), size)]
 
 
 def _dash_beyond_ten(axis: Any) -> None:

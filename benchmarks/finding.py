@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from wisecli.artifacts.unrelated_stats import Heads
 from wisecli.config import LoadOptions
-from wisecli.data.corpus import rewordings
+from wisecli.data.corpus import rewordings, worded
 from wisecli.editing.early_states import prompt_states, reading_site, token_states
 from wisecli.editing.meaning_learning import learn_heads
 from wisecli.edits.record import Edit, read_edits
@@ -31,8 +30,6 @@ from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site, find_site
 from wisecli.progress import ignore
 from wisecli.routing.meaning import Meaning
-
-_SLOT = re.compile(r"\{\w+\}")
 
 
 class Finder:
@@ -136,7 +133,7 @@ def about(same: list[tuple[int, Edit]], chance: random.Random) -> list[str]:
         words = {word for word in edit.prompt.lower().replace("?", "").split() if len(word) > 3}
         drawn = chance.sample(plain, 40)
         other = next(text for text in drawn if not words & set(text.lower().replace("?", "").split()))
-        found.append(str(edit.subject).join(_SLOT.split(other)))
+        found.append(worded(other, str(edit.subject)))
     return found
 
 

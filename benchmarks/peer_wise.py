@@ -263,11 +263,11 @@ def main() -> None:
     rows: list[Row] = []
     with TemporaryDirectory() as nowhere:
         for seed in map(int, arguments.seeds.split(",")):
-            arguments.seed = seed
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
-            runner = Runner(arguments, edits, texts, (arguments.keep or Path(nowhere)) / f"seed-{seed}")
+            own = argparse.Namespace(**vars(arguments), seed=seed)
+            runner = Runner(own, edits, texts, (arguments.keep or Path(nowhere)) / f"seed-{seed}")
             rows += [runner.row(way, count) for count in counts for way in arguments.only.split(",")]
     Console(width=190).print(printed(rows, f"layer {arguments.layer}, records from {arguments.skip}"))
 

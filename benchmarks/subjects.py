@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wisecli.config import LoadOptions
-from wisecli.data.corpus import rewordings
+from wisecli.data.corpus import rewordings, worded
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import capture
@@ -26,7 +25,6 @@ from wisecli.routing.prompt_gate import UNROUTED, Prompt
 from wisecli.routing.router import route
 
 _MOST = 200
-_SLOT = re.compile(r"\{\w+\}")
 
 
 @torch.no_grad()
@@ -56,7 +54,7 @@ def questions(edits: list[Edit], records: list[Edit], chance: random.Random) -> 
         ],
         "other records": [record.prompt for record in chance.sample(records, min(_MOST, len(records)))],
         "made-up questions about edits' subjects": [
-            subject.join(_SLOT.split(chance.choice(chance.choice(relations)))) for _, subject in about
+            worded(chance.choice(chance.choice(relations)), subject) for _, subject in about
         ],
     }
 

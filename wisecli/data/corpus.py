@@ -58,6 +58,11 @@ def rewordings() -> list[list[str]]:
     return found
 
 
+def worded(wording: str, subject: str) -> str:
+    """A wording with a subject in its slot."""
+    return _SLOT.sub(lambda _: subject, wording)
+
+
 def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
     """Made-up facts, each asked in every way the package knows for its relation; ``subjects`` facts a relation."""
     data = _packaged("unrelated.toml")
@@ -66,7 +71,7 @@ def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
     for ways in rewordings():
         slot = _SLOT.findall(ways[0])[0]
         for subject in chance.sample(data["slots"][slot], subjects):
-            facts.append([_SLOT.sub(subject, way) for way in ways])
+            facts.append([worded(way, subject) for way in ways])
     return facts
 
 

@@ -16,7 +16,7 @@ from support.loading import CPU
 from support.studying import ALL, make_place, studied
 
 from wisecli.artifacts.memory_manifest import read_memory
-from wisecli.bench import html
+from wisecli.bench import pictures
 from wisecli.bench.compare import BenchReport, bench
 from wisecli.bench.studies.base import STUDIES
 from wisecli.bench.studies.layers import chosen
@@ -203,7 +203,7 @@ def test_one_page_holds_every_picture_and_fetches_nothing(
     compare(place, report.output)
     found = tags_of(page)
     assert (found.tags.count("svg"), found.tags.count("table")) == (3 + 6, 1 + 6)
-    monkeypatch.setattr(html, "find_spec", lambda _name: None)
+    monkeypatch.setattr(pictures, "find_spec", lambda _name: None)
     studied(place, report.output, study="router")
     found = tags_of(page)
     assert (found.tags.count("svg"), found.tags.count("table")) == (0, 1 + 6)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from wisecli.bench.html import Section, picture
+from wisecli.bench.html import Section
+from wisecli.bench.pictures import picture
 from wisecli.bench.studies.context import StudyContext
 
 Point = dict[str, Any]

@@ -96,3 +96,10 @@ def test_files_are_there(page: Path) -> None:
 def test_functions_are_there(page: Path) -> None:
     called = {".".join(filter(None, parts)) for parts in CALL.findall(FENCE.sub("", text_of(page)))}
     assert sorted(called - defined()) == []
+
+
+def test_every_benchmark_that_can_be_run_is_in_the_table_of_scripts() -> None:
+    table = text_of(ROOT / "docs" / "bench.md").partition("## Benchmark scripts")[2]
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+    assert scripts
+    assert [path.name for path in scripts if f"`benchmarks/{path.name}`" not in table] == []

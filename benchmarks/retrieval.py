@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from wisecli.bench.baselines.base import Bench
 from wisecli.bench.baselines.rag import Rag
 from wisecli.bench.baselines.rag_hybrid import RagHybrid
 from wisecli.bench.baselines.retrieval import NearestFact
@@ -23,7 +24,7 @@ from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.wild import WILD
 from wisecli.progress import ignore
 
-METHODS: dict[str, type[Rag] | type[RagHybrid]] = {"rag": Rag, "rag-hybrid": RagHybrid}
+RETRIEVERS: dict[str, Callable[[Bench], NearestFact]] = {"rag": Rag, "rag-hybrid": RagHybrid}
 _COLUMNS = ("its own", "another's", "none")
 
 
@@ -33,17 +34,19 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--train", type=Path, required=True, help="records that set the threshold of similarity")
-    parser.add_argument("--of", default="rag", help=f"with commas between, of {', '.join(METHODS)}")
+    parser.add_argument("--of", default="rag", help=f"with commas between, of {', '.join(RETRIEVERS)}")
     arguments = parser.parse_args()
     edits, train = read_edits(arguments.data), read_edits(arguments.train)
     with TemporaryDirectory() as work:
         course = Course(arguments.model, edits, (), train, BenchSettings(), LoadOptions(), Path(work), ignore)
         print(f"{len(edits)} edits".ljust(26), *(name.rjust(10) for name in _COLUMNS))
         for name in arguments.of.split(","):
-            found = METHODS[name](course.bench)
-            found.edit(edits)
+            retriever = RETRIEVERS[name](course.bench)
+            retriever.edit(edits)
             for kind, asked in _asked(edits).items():
-                counts = Counter(_finds(found, prompt, edit) for prompt, edit in asked)
+                texts = (WILD.asked(course.bench.loaded.tokenizer, prompt) for prompt, _ in asked)
+                found = map(retriever.found, texts)
+                counts = Counter(_whose(one, edit) for one, (_, edit) in zip(found, asked, strict=True))
                 shares = (f"{counts[column] / len(asked):.3f}".rjust(10) for column in _COLUMNS)
                 print(f"{name}, {kind}".ljust(26), *shares, flush=True)
 
@@ -58,12 +61,11 @@ def _asked(edits: Sequence[Edit]) -> dict[str, list[tuple[str, Edit]]]:
     return {kind: asked for kind, asked in kinds.items() if asked}
 
 
-def _finds(found: NearestFact, prompt: str, edit: Edit) -> str:
-    """Whose fact stands before a prompt, by the column's name."""
-    [(nearest, similarity)] = found.facts.ranked(WILD.text.replace("{}", prompt), 1)
-    if similarity <= found.threshold:
+def _whose(found: Edit | None, edit: Edit) -> str:
+    """Whose fact was found for a prompt of an edit, by the column's name."""
+    if found is None:
         return "none"
-    return "its own" if (nearest.prompt, nearest.target) == (edit.prompt, edit.target) else "another's"
+    return "its own" if (found.prompt, found.target) == (edit.prompt, edit.target) else "another's"
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ _DRAWN = (
     ("reliability", "generalization", "locality"),
 )
 
-# Costs that are drawn, by their titles: all but the most memory held may be thousands of times another method's.
-_COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "seconds an edit": lambda figures: float(figures["seconds_per_edit"]),
-    "MB beside the model": lambda figures: figures["bytes"] / 1e6,
-    "peak MB": lambda figures: peak_bytes(figures) / 1e6,
+# Costs that are drawn, by their titles, and how: those on a logarithmic scale may be thousands of times another's.
+_COSTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
+    "seconds an edit": ("log", lambda figures: float(figures["seconds_per_edit"])),
+    "MB beside the model": ("log", lambda figures: figures["bytes"] / 1e6),
+    "peak MB": ("linear", lambda figures: peak_bytes(figures) / 1e6),
 }
 
 Row = dict[str, Any]
@@ -60,20 +60,27 @@ def _methods(rows: Sequence[Row]) -> list[str]:
 def _quality(figure: Any, rows: Sequence[Row]) -> None:
     """Answers as taught and rephrased, and what stays, or their like; if there are several, by number of edits."""
     drawn = next((names for names in _DRAWN if all(names[0] in row["figures"] for row in rows)), _DRAWN[-1])
-    draw = _as_lines if _has_course(rows) else _as_bars
+    several = _has_course(rows)
     for axis, name in zip(figure.subplots(1, 3, sharey=True), drawn, strict=True):
         own = [row for row in rows if name in row["figures"]]
-        draw(axis, [row["figures"][name] for row in own], own)
-        axis.set(ylim=(-0.03, 1.03)) if draw is _as_lines else axis.set(xlim=(0, 1.03))
-        axis.set(title=name.replace("_", " ").replace("wild", "WILD"), axisbelow=True)
-        axis.grid(alpha=0.3)
-    if draw is _as_lines:
+        _panel(
+            axis, name.replace("_", " ").replace("wild", "WILD"), [row["figures"][name] for row in own], own, several
+        )
+        axis.set(**({"ylim": (-0.03, 1.03)} if several else {"xlim": (0, 1.03)}))
+    if several:
         _legend(figure, axis)
 
 
 def _has_course(rows: Sequence[Row]) -> bool:
     """Whether there are rows of several numbers of edits."""
     return len({row["edits"] for row in rows}) > 1
+
+
+def _panel(axis: Any, title: str, values: Sequence[float], rows: Sequence[Row], several: bool) -> None:
+    """One value of each row: lines by the number of edits if there are several, else bars."""
+    (_as_lines if several else _as_bars)(axis, values, rows)
+    axis.set(title=title, axisbelow=True)
+    axis.grid(alpha=0.3)
 
 
 def _as_lines(axis: Any, values: Sequence[float], rows: Sequence[Row]) -> None:
@@ -130,13 +137,9 @@ def _legend(figure: Any, axis: Any) -> None:
 
 def _cost(figure: Any, rows: Sequence[Row]) -> None:
     """What methods take in seconds and memory; if there are several, by number of edits."""
-    draw = _as_lines if _has_course(rows) else _as_bars
-    several = figure.subplots(1, 3, sharey=draw is _as_bars)
-    for axis, (title, read) in zip(several, _COSTS.items(), strict=True):
-        draw(axis, [read(row["figures"]) for row in rows], rows)
-        axis.set(title=title, axisbelow=True)
-        axis.grid(alpha=0.3)
-        if title != "peak MB":
-            (axis.set_yscale if draw is _as_lines else axis.set_xscale)("log")
-    if draw is _as_lines:
+    several = _has_course(rows)
+    for axis, (title, (scale, read)) in zip(figure.subplots(1, 3, sharey=not several), _COSTS.items(), strict=True):
+        _panel(axis, title, [read(row["figures"]) for row in rows], rows, several)
+        axis.set(**{"yscale" if several else "xscale": scale})
+    if several:
         _legend(figure, axis)

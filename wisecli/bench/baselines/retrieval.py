@@ -242,12 +242,14 @@ class NearestFact(Restocked):
         """The model itself: it is only asked otherwise."""
         return nullcontext()
 
+    def found(self, prompt: str) -> Edit | None:
+        """The nearest edit, if it is similar enough."""
+        return next((edit for edit, similarity in self.facts.ranked(prompt, 1) if similarity > self.threshold), None)
+
     def asked(self, prompt: str) -> str:
-        """The prompt, after the nearest edit if that is similar enough."""
-        for edit, similarity in self.facts.ranked(prompt, 1):
-            if similarity > self.threshold:
-                return shown(edit, prompt)
-        return prompt
+        """The prompt, after the edit that is found."""
+        edit = self.found(prompt)
+        return prompt if edit is None else shown(edit, prompt)
 
     def bytes(self) -> int:
         """Size of the stored edits and their index."""

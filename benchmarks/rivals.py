@@ -1,9 +1,10 @@
 """What rivals would do with other settings: less weight on what FT-EWC, MEMIT and MEMIT-MASS are to keep, shorter steps
-of UltraEdit, and more or fewer demonstrations of retrieval.
+of UltraEdit, and more, fewer or other demonstrations of retrieval.
 
     python benchmarks/rivals.py --model model --data zsre_mend_edit.json --edits 30 -o rivals/
     python benchmarks/rivals.py --model model --data z500.json --edits 10,100,500 --of ultraedit -o steps/
     python benchmarks/rivals.py --model model --data z50.json --train z.json --edits 50 --protocol wild --of rag-shots
+    python benchmarks/rivals.py --model model --data z50.json --train z.json --edits 50 --protocol wild --of rag-pairs
 
 Each variant is a method of `wise bench` by another name; rows that are there already are not measured again.
 """
@@ -31,12 +32,21 @@ SHARES = (1.0, 0.1, 0.01, 0.001)
 RATES = (1.0, 0.5, 0.25, 0.1)
 # Demonstrations.
 SHOTS = (1, 2, 4)
+# Where pairs of them begin among the records that may be learnt from.
+PAIRS = range(0, 20, 2)
 
 
 def lighter_ewc(bench: Bench, share: float) -> FtEwc:
     """FT-EWC with a share of its penalty."""
     made = FtEwc(bench)
     made.weight *= share
+    return made
+
+
+def other_pair(bench: Bench, first: int) -> RagShots:
+    """Retrieval with two demonstrations from some place on."""
+    made = RagShots(bench)
+    made.records = bench.train[first : first + 2]
     return made
 
 
@@ -49,6 +59,7 @@ def variants() -> dict[str, Maker]:
         **{f"memit-mass λ×{share:g}": partial(Memit, settings=own) for share, own in ranges.items()},
         **{f"ultraedit η={rate:g}": partial(UltraEdit, settings=Step(rate=rate)) for rate in RATES},
         **{f"rag-shots ×{count}": partial(RagShots, count=count) for count in SHOTS},
+        **{f"rag-pairs {first}": partial(other_pair, first=first) for first in PAIRS},
     }
 
 

@@ -22,11 +22,11 @@ class RagShots(NearestFact):
     def __init__(self, bench: Bench, count: int = 2) -> None:
         background = [*(edit.prompt for edit in bench.train), *bench.texts]
         super().__init__(bench, lambda: TermIndex(bench.loaded.tokenizer, background), "rag-shots")
-        self._records = bench.train[:count]
+        self.records = bench.train[:count]
 
     def asked(self, prompt: str) -> str:
         """The prompt, after demonstrations and the nearest edit if that is similar enough."""
         text = super().asked(prompt)
         if text == prompt:
             return prompt
-        return "".join(demonstration(record, "update", prompt) for record in self._records) + text
+        return "".join(demonstration(record, "update", prompt) for record in self.records) + text

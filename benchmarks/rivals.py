@@ -33,7 +33,7 @@ RATES = (1.0, 0.5, 0.25, 0.1)
 # Demonstrations.
 SHOTS = (1, 2, 4)
 # Where pairs of them begin among the records that may be learnt from.
-PAIRS = range(0, 20, 2)
+PAIRS = range(0, 16, 2)
 
 
 def lighter_ewc(bench: Bench, share: float) -> FtEwc:

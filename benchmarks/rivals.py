@@ -43,13 +43,6 @@ def lighter_ewc(bench: Bench, share: float) -> FtEwc:
     return made
 
 
-def other_pair(bench: Bench, first: int) -> RagShots:
-    """Retrieval with two demonstrations from some place on."""
-    made = RagShots(bench)
-    made.records = bench.train[first : first + 2]
-    return made
-
-
 def variants() -> dict[str, Maker]:
     """The methods at every weight or step, by a name that says it."""
     ranges = {share: Range(weight=Range.weight * share) for share in SHARES}
@@ -59,7 +52,7 @@ def variants() -> dict[str, Maker]:
         **{f"memit-mass λ×{share:g}": partial(Memit, settings=own) for share, own in ranges.items()},
         **{f"ultraedit η={rate:g}": partial(UltraEdit, settings=Step(rate=rate)) for rate in RATES},
         **{f"rag-shots ×{count}": partial(RagShots, count=count) for count in SHOTS},
-        **{f"rag-pairs {first}": partial(other_pair, first=first) for first in PAIRS},
+        **{f"rag-pairs {first}": partial(RagShots, first=first) for first in PAIRS},
     }
 
 

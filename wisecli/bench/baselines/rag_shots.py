@@ -17,16 +17,17 @@ class RagShots(NearestFact):
     Args:
         count: of demonstrations; each asks a record in other words. Of 1, 2 and 4 two gave the most right answers under
             WILD, on fifty records of zsRE (``benchmarks/rivals.py``).
+        first: place of the first of them among the records that may be learnt from.
     """
 
-    def __init__(self, bench: Bench, count: int = 2) -> None:
+    def __init__(self, bench: Bench, count: int = 2, first: int = 0) -> None:
         background = [*(edit.prompt for edit in bench.train), *bench.texts]
         super().__init__(bench, lambda: TermIndex(bench.loaded.tokenizer, background), "rag-shots")
-        self.records = bench.train[:count]
+        self._records = bench.train[first : first + count]
 
     def asked(self, prompt: str) -> str:
         """The prompt, after demonstrations and the nearest edit if that is similar enough."""
         text = super().asked(prompt)
         if text == prompt:
             return prompt
-        return "".join(demonstration(record, "update", prompt) for record in self.records) + text
+        return "".join(demonstration(record, "update", prompt) for record in self._records) + text

@@ -24,7 +24,7 @@ class Shifted:
     """A method that needs no learning: adds a vector at one layer, from the prompt's last token on or everywhere."""
 
     def __init__(self, loaded: Loaded, *, held: bool) -> None:
-        self.layer = loaded.model.get_submodule("model.layers.2")
+        self.model, self.layer = loaded.model, loaded.model.get_submodule("model.layers.2")
         generator = torch.Generator().manual_seed(1)
         self.shift = 3 * torch.randn(loaded.model.config.hidden_size, generator=generator)
         self.hold = held
@@ -45,7 +45,7 @@ class Shifted:
             output[:, start:] += held[:, None, None] * self.shift
             return output
 
-        with hooks(self.layer.register_forward_hook(hook)):
+        with hooks(admission.watch(self.model), self.layer.register_forward_hook(hook)):
             yield
 
     def asked(self, prompt: str) -> str:
@@ -87,19 +87,22 @@ def test_a_method_is_measured_as_its_whole_model_answers(loaded: Loaded, batch_s
 
 @pytest.mark.parametrize("held", [False, True])
 def test_answers_with_a_cache_are_those_without(loaded: Loaded, *, held: bool) -> None:
-    method = Shifted(loaded, held=held)
-    _, found = MethodSubject(loaded, method, Known(), batch_size=2).answers(PROMPTS, max_new_tokens=5)
-    end = loaded.model.generation_config.eos_token_id
-    for prompt, text in zip(PROMPTS, found, strict=True):
+    method, stops = Shifted(loaded, held=held), frozenset(range(0, loaded.model.config.vocab_size, 6))
+    prompts = [" ".join(PROMPTS[:count]) for count in (1, 2, 3, 4)] + PROMPTS[1:]
+    found = MethodSubject(loaded, method, Known(), batch_size=8).answering(8, stops).after(prompts, stage="after")
+    lengths, end = set(), loaded.model.generation_config.eos_token_id
+    for prompt, answer in zip(prompts, found, strict=True):
         ids = loaded.tokenizer(prompt)["input_ids"]
         tokens = list(ids)
-        while len(tokens) < len(ids) + 5:
+        while len(tokens) < len(ids) + 8 and (len(tokens) == len(ids) or tokens[-1] not in stops):
             with method.applied(len(ids) - 1), torch.no_grad():
                 token = int(loaded.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
             if token == end:
                 break
             tokens.append(token)
-        assert text == loaded.tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True).strip()
+        lengths.add(len(tokens) - len(ids))
+        assert answer.text == loaded.tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True).strip()
+    assert len(lengths) > 2  # so that rows were taken out while others were held
 
 
 def test_the_unedited_model_is_asked_once_for_all_methods(loaded: Loaded) -> None:

@@ -21,6 +21,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Layout, Site, layer_count
 from wisecli.progress import Watcher, ignore
+from wisecli.routing.prompt_gate import Decided
 
 
 class UnsuitableError(WiseError):
@@ -129,7 +130,8 @@ def method(name: str) -> Callable[[Maker], Maker]:
 class PromptEnd:
     """Decisions that are taken once a row, at its prompt's last token, and held while it is answered.
 
-    Made anew for each ``applied()``. A pass over more than one column begins new rows; single columns go on with them.
+    They lie with the attention cache, as those of sequence routing do, and lose the rows that it loses. A pass over
+    more than one column begins new rows; single columns on a cache go on with them.
 
     Args:
         first: see :meth:`Method.applied`.
@@ -137,7 +139,15 @@ class PromptEnd:
 
     def __init__(self, first: int | None) -> None:
         self.first = first
-        self._held: Tensor | None = None
+        self._cache: Any = None
+
+    def watch(self, model: nn.Module) -> Any:
+        """Follow the model's passes, until the handle that this returns is removed."""
+
+        def see(_model: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
+            self._cache = named.get("past_key_values")
+
+        return model.register_forward_pre_hook(see, with_kwargs=True)
 
     def held(self, states: Tensor, decide: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
         """What was decided for each row, and the column from which it counts.
@@ -146,11 +156,14 @@ class PromptEnd:
             states: (B, T, …) at some layer.
             decide: from the states at the prompts' last token (B, …) to a decision a row (B, …).
         """
-        if states.shape[1] == 1 and self._held is not None and self.first is None and len(self._held) == len(states):
-            return self._held, 0
+        before: Decided | None = getattr(self._cache, "wise_decided", None)
+        if states.shape[1] == 1 and before is not None and self.first is None:
+            return before.choice, 0
         start = states.shape[1] - 1 if self.first is None else self.first
-        self._held = decide(states[:, start])
-        return self._held, start
+        choice = decide(states[:, start])
+        if self._cache is not None:
+            self._cache.wise_decided = Decided(choice, None)
+        return choice, start
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class Defer:
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
         """The model with the gate at its layer; each row is decided once, at its prompt's last token."""
-        module, end = value_module(self.bench.loaded.model, self.site), PromptEnd(first)
+        model, module, end = self.bench.loaded.model, value_module(self.bench.loaded.model, self.site), PromptEnd(first)
 
         def replace(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             decided, column = end.held(inputs[0], lambda keys: F.linear(keys.float(), self.weight, self.bias))
@@ -115,7 +115,9 @@ class Defer:
             output[deferred, column:] = values[deferred, None].to(output.dtype)
             return output
 
-        return hooks(*[module.register_forward_hook(replace)] if self.trained else [])
+        if not self.trained:
+            return hooks()
+        return hooks(end.watch(model), module.register_forward_hook(replace))
 
     def asked(self, prompt: str) -> str:
         """The prompt itself."""

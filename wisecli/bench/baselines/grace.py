@@ -191,7 +191,7 @@ class Grace:
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
         """The model with the codebook at its layer; each row is looked up once, at its prompt's last token."""
-        module, end = value_module(self.bench.loaded.model, self.site), PromptEnd(first)
+        model, module, end = self.bench.loaded.model, value_module(self.bench.loaded.model, self.site), PromptEnd(first)
 
         def replace(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             looked_up = []
@@ -208,7 +208,9 @@ class Grace:
             output[hit, column] = self.codebook.values[entries[hit]].to(output.dtype)
             return output
 
-        return hooks(*[module.register_forward_hook(replace)] if self.codebook.targets else [])
+        if not self.codebook.targets:
+            return hooks()
+        return hooks(end.watch(model), module.register_forward_hook(replace))
 
     def asked(self, prompt: str) -> str:
         """The prompt itself."""

@@ -189,7 +189,8 @@ class Memoir:
             output[opened] += (masked @ self.memory.T).to(output.dtype)
             return output
 
-        return hooks(model.register_forward_pre_hook(see, with_kwargs=True), module.register_forward_hook(add))
+        watching = model.register_forward_pre_hook(see, with_kwargs=True)
+        return hooks(end.watch(model), watching, module.register_forward_hook(add))
 
     def asked(self, prompt: str) -> str:
         """The prompt itself."""

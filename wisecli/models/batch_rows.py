@@ -1,0 +1,102 @@
+"""Answers to a batch of prompts, whose rows may leave it as they end.
+
+Most answers are a few tokens long, and one in a batch is as long as it may be. On a CPU a step takes the longer the
+more rows it has, so those that have ended are taken out: of the tokens, the mask, the attention cache, and what their
+prompts decided of routing, which lies with the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wisecli.routing.prompt_gate import Decided
+
+# Rows are taken out when no more than this share of them goes on, since each time is a call of `generate()` more.
+_GOING_ON = 0.75
+
+
+class FewGoOn:
+    """Stops a batch when so few of its rows go on, and knows which have ``ended`` (B,).
+
+    Args:
+        ends: tokens that end a row, on the model's device.
+        rows: how many there are.
+    """
+
+    def __init__(self, ends: Tensor, rows: int) -> None:
+        self.ends, self.enough = ends, int(_GOING_ON * rows)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=ends.device)
+
+    def __call__(self, ids: Tensor, _scores: Any) -> Tensor:
+        """Whether to stop, which is the same for all rows: token ids (B, T) → (B,)."""
+        self.ended = self.ended | torch.isin(ids[:, -1], self.ends)
+        return torch.full_like(self.ended, int((~self.ended).sum()) <= self.enough)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts padded on the left, and who answers them.
+
+    Args:
+        generate: a model's ``generate()``, with all settings but those here.
+        ids, mask: (B, T).
+        max_new_tokens: how long an answer may be, n.
+    """
+
+    generate: Callable[..., Any]
+    ids: Tensor
+    mask: Tensor
+    max_new_tokens: int
+
+    def answer(self) -> list[list[int]]:
+        """What follows each row, with padding behind what ended: (B, n) or less."""
+        output = self.generate(self.ids, attention_mask=self.mask, max_new_tokens=self.max_new_tokens)
+        rows: list[list[int]] = output[:, self.ids.shape[1] :].tolist()
+        return rows
+
+    def answer_shrinking(self, ends: Collection[int]) -> list[list[int]]:
+        """What follows each row, with padding behind some that ended.
+
+        Args:
+            ends: the tokens that end a row.
+        """
+        ids, mask, cache, width = self.ids, self.mask, None, self.ids.shape[1]
+        final = torch.tensor(list(ends), dtype=torch.long, device=ids.device)
+        places, answers = torch.arange(len(ids), device=ids.device), [list[int]() for _ in ids]
+        while len(places):
+            few = FewGoOn(final, len(ids))
+            output = self.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=width + self.max_new_tokens - ids.shape[1],
+                stopping_criteria=[few],
+                return_dict_in_generate=True,
+            )
+            cache = output.past_key_values
+            if cache is None:  # some recurrent models keep what they have read in another place
+                return self.answer()
+            for place, row in zip(places.tolist(), output.sequences[:, width:].tolist(), strict=True):
+                answers[place] = row
+            if output.sequences.shape[1] == width + self.max_new_tokens:
+                break
+            left = (~few.ended).nonzero().flatten()
+            leave(cache, left)
+            ids, places = output.sequences[left], places[left]
+            mask = torch.cat([mask[left], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], 1)
+        return answers
+
+
+def leave(cache: Any, rows: Tensor) -> None:
+    """Leave in an attention cache some rows (n,) alone, and what was decided for their prompts."""
+    cache.reorder_cache(rows)  # as beams do; `batch_select_indices` leaves recurrent states as they are
+    decided: Decided | None = getattr(cache, "wise_decided", None)
+    if decided is not None:
+        words = None if decided.words is None else decided.words[rows]
+        # What prompts are compared by is of no use when they are being answered.
+        cache.wise_decided = replace(decided, choice=decided.choice[rows], words=words, asked=None, letters=None)

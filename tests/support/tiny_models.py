@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,8 @@ def tiny_model(architecture: str, *, seed: int = 0, config: PretrainedConfig | N
         config: its settings, if not those of ``TINY_CONFIGS``.
     """
     torch.manual_seed(seed)
-    model = loader_of(architecture).from_config(config or (TINY_CONFIGS | VARIANTS)[architecture]).eval()
+    config = deepcopy(config or (TINY_CONFIGS | VARIANTS)[architecture])  # a model keeps its own
+    model = loader_of(architecture).from_config(config).eval()
     if architecture not in _AS_INITIALISED:
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases start as ones and noughts, which hide what leaves them out

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from support.helpers import tiny_tokenizer
+from support.helpers import greedy_by_loop, tiny_tokenizer
 from support.loading import CPU
 from support.tiny_models import VARIANTS, VOCABULARY, Chain, tiny_model
 from transformers import FalconH1Config, FalconH1ForCausalLM, PreTrainedModel
@@ -29,11 +29,7 @@ def prompts(count: int = 12, *, seed: int = 0) -> list[list[int]]:
 @torch.no_grad()
 def alone(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     """What follows one prompt, every token from a pass over all before it."""
-    said: list[int] = []
-    while len(said) < NEW:
-        logits = model(input_ids=torch.tensor([prompt + said]), use_cache=False).logits
-        said.append(int(logits[0, -1].argmax()))
-    return said
+    return greedy_by_loop(model, None, None, prompt, NEW, end=None)
 
 
 def stopped(said: list[int], stops: Collection[int]) -> list[int]:

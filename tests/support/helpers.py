@@ -322,13 +322,20 @@ def routed_by_loop(memory: SideMemory, prompt: int, *, prompt_opens: bool = Fals
 
 @torch.no_grad()
 def greedy_by_loop(
-    model: PreTrainedModel, site: Site, memory: SideMemory | None, prompt: Sequence[int], count: int, *, end: int | None
+    model: PreTrainedModel,
+    site: Site | None,
+    memory: SideMemory | None,
+    prompt: Sequence[int],
+    count: int,
+    *,
+    end: int | None,
 ) -> list[int]:
-    """Greedy continuation, the whole text through the whole model for every token."""
+    """Greedy continuation, the whole text through the whole model for every token; a memory needs its site."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + count:
         with contextlib.ExitStack() as stack:
             if memory is not None:
+                assert site is not None, "a memory lies somewhere"
                 stack.enter_context(hooked(model, site, routed_by_loop(memory, len(prompt))))
             token = int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
         if token == end:

@@ -139,13 +139,14 @@ class PromptEnd:
 
     def __init__(self, first: int | None) -> None:
         self.first = first
+        self.mask: Tensor | None = None
         self._cache: Any = None
 
     def watch(self, model: nn.Module) -> Any:
-        """Follow the model's passes, until the handle that this returns is removed."""
+        """Follow the model's passes, their cache and ``mask``, until the handle that this returns is removed."""
 
         def see(_model: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
-            self._cache = named.get("past_key_values")
+            self.mask, self._cache = named.get("attention_mask"), named.get("past_key_values")
 
         return model.register_forward_pre_hook(see, with_kwargs=True)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -169,16 +168,12 @@ class Memoir:
         if not len(self.masks):
             return hooks()
         model, module, end = self.bench.loaded.model, value_module(self.bench.loaded.model, self.site), PromptEnd(first)
-        seen: dict[str, Tensor | None] = {}
-
-        def see(_module: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
-            seen["mask"] = named.get("attention_mask")
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             keys = inputs[0]
 
             def decide(_last: Tensor) -> Tensor:
-                return self.nearest(self.hash.mask(self.features(keys, prompts(keys, seen["mask"], first))))
+                return self.nearest(self.hash.mask(self.features(keys, prompts(keys, end.mask, first))))
 
             edits, _ = end.held(keys, decide)
             opened = (edits >= 0).nonzero().flatten()
@@ -189,8 +184,7 @@ class Memoir:
             output[opened] += (masked @ self.memory.T).to(output.dtype)
             return output
 
-        watching = model.register_forward_pre_hook(see, with_kwargs=True)
-        return hooks(end.watch(model), watching, module.register_forward_hook(add))
+        return hooks(end.watch(model), module.register_forward_hook(add))
 
     def asked(self, prompt: str) -> str:
         """The prompt itself."""

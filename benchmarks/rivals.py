@@ -1,8 +1,9 @@
 """What rivals would do with other settings: less weight on what FT-EWC, MEMIT and MEMIT-MASS are to keep, shorter steps
-of UltraEdit, and more, fewer or other demonstrations of retrieval.
+of UltraEdit, other shares of curvature that CrispEdit closes, and more, fewer or other demonstrations of retrieval.
 
     python benchmarks/rivals.py --model model --data zsre_mend_edit.json --edits 30 -o rivals/
     python benchmarks/rivals.py --model model --data z500.json --edits 10,100,500 --of ultraedit -o steps/
+    python benchmarks/rivals.py --model model --data z500.json --edits 100 --protocol wild --of crispedit -o energies/
     python benchmarks/rivals.py --model model --data z50.json --train z.json --edits 50 --protocol wild --of rag-shots
     python benchmarks/rivals.py --model model --data z50.json --train z.json --edits 50 --protocol wild --of rag-pairs
 
@@ -16,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from wisecli.bench.baselines import load_methods
-from wisecli.bench.baselines.base import METHODS, Bench, Maker
+from wisecli.bench.baselines.base import AT_ONCE, METHODS, Bench, Maker
+from wisecli.bench.baselines.crispedit import CrispEdit, CrispEditSettings
 from wisecli.bench.baselines.ft_ewc import FtEwc
-from wisecli.bench.baselines.memit import Memit, Range
+from wisecli.bench.baselines.memit import Memit, MemitSettings
 from wisecli.bench.baselines.rag_shots import RagShots
-from wisecli.bench.baselines.ultraedit import Step, UltraEdit
+from wisecli.bench.baselines.ultraedit import UltraEdit, UltraEditSettings
 from wisecli.bench.compare import bench as run_bench
 from wisecli.bench.html import markdown
 from wisecli.cli.console import Console
@@ -30,6 +32,8 @@ from wisecli.config import BenchSettings, LoadOptions
 SHARES = (1.0, 0.1, 0.01, 0.001)
 # UltraEdit's η.
 RATES = (1.0, 0.5, 0.25, 0.1)
+# The share of curvature that CrispEdit closes: their script's default, their commands', their llama3-8b.yaml.
+ENERGIES = (0.9, 0.8, 0.99)
 # Demonstrations.
 SHOTS = (1, 2, 4)
 # Where pairs of them begin among the records that may be learnt from.
@@ -45,12 +49,16 @@ def lighter_ewc(bench: Bench, share: float) -> FtEwc:
 
 def variants() -> dict[str, Maker]:
     """The methods at every weight or step, by a name that says it."""
-    ranges = {share: Range(weight=Range.weight * share) for share in SHARES}
+    ranges = {share: MemitSettings(weight=MemitSettings.weight * share) for share in SHARES}
     return {
         **{f"ft-ewc λ×{share:g}": partial(lighter_ewc, share=share) for share in SHARES},
         **{f"memit λ×{share:g}": partial(Memit, settings=own, batch=1) for share, own in ranges.items()},
         **{f"memit-mass λ×{share:g}": partial(Memit, settings=own) for share, own in ranges.items()},
-        **{f"ultraedit η={rate:g}": partial(UltraEdit, settings=Step(rate=rate)) for rate in RATES},
+        **{f"ultraedit η={rate:g}": partial(UltraEdit, settings=UltraEditSettings(rate=rate)) for rate in RATES},
+        **{
+            f"crispedit γ={energy:g}": partial(CrispEdit, settings=CrispEditSettings(energy=energy))
+            for energy in ENERGIES
+        },
         **{f"rag-shots ×{count}": partial(RagShots, count=count) for count in SHOTS},
         **{f"rag-pairs {first}": partial(RagShots, first=first) for first in PAIRS},
     }
@@ -72,6 +80,7 @@ def main() -> None:
     wanted = arguments.of.split(",")
     made = {name: maker for name, maker in variants().items() if name.split()[0] in wanted}
     METHODS.update(made)
+    AT_ONCE.update(name for name in made if name.split()[0] in AT_ONCE)
     protocol = arguments.protocol
     generate = protocol != "teacher"
     settings = BenchSettings(methods=",".join(made), counts=arguments.edits, protocol=protocol, generate=generate)

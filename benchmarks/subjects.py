@@ -21,7 +21,7 @@ from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import capture
 from wisecli.models.tokenization import Row, collate, in_batches
-from wisecli.routing.prompt_gate import UNROUTED, Prompt
+from wisecli.routing.prompt_gate import UNROUTED
 from wisecli.routing.router import route
 
 _MOST = 200
@@ -31,14 +31,13 @@ _MOST = 200
 def share(edited: EditedModel, prompts: list[str]) -> float:
     """How many of the prompts open an edit."""
     rows = [Row(tuple(edited.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
-    count, routed = 0, edited.routed
+    count = 0
     with edited.unedited():
         for indices in in_batches(rows, 32):
             batch = collate([rows[index] for index in indices]).to(edited.model.device)
-            ends = capture(edited.model, edited.manifest.site, batch, above=False).keys[:, batch.start]
-            named = routed.named_in(batch.ids, batch.mask.bool())
-            asked = Prompt(torch.zeros(len(ends), 1, dtype=torch.long), named=None if named is None else named[:, None])
-            count += int((route(routed, ends[:, None], asked).chosen != UNROUTED).sum())
+            keys = capture(edited.model, edited.manifest.site, batch, above=False).keys
+            chosen = route(edited.routed, keys, edited.prompts(batch)).chosen[:, batch.start]
+            count += int((chosen != UNROUTED).sum())
     return count / len(prompts)
 
 

@@ -19,7 +19,7 @@ from wisecli.bench.row import Peaks, RowMaker, interval
 from wisecli.cli.bench import tell_bench
 from wisecli.cli.console import Console
 from wisecli.config import BenchSettings
-from wisecli.errors import ChangedInputError, SettingsError
+from wisecli.errors import ChangedInputError, DamagedFileError, SettingsError
 from wisecli.evaluation.answers import Answer, Answers, Batch, KnownAnswers
 
 FIGURES = {
@@ -262,6 +262,30 @@ def test_a_method_that_cannot_run_says_so_in_its_row(
     assert report.rows[0]["figures"] == {"cannot": "this model has no such thing; take another"}
     assert "cannot run: this model has no such thing" in (tmp_path / "out" / "results.md").read_text()
     assert "cannot run: this model has no such thing" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.undo()
+    assert "reliability" in compare(place, tmp_path / "out", methods="ft-l", counts="2").rows[0]["figures"]
+
+
+def test_consequences_are_nobodys_edits(place: Path, tmp_path: Path) -> None:
+    records = [{**record(number), "also": [{"prompt": f"ko {number}", "target": "be"}]} for number in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    report = compare(place, tmp_path / "out", data=[tmp_path / "data.jsonl"], counts="3", protocol="teacher")
+    assert [len(row["figures"]["by_age"]) for row in report.rows] == [3, 3]
+    asked = [json.loads(line)["id"] for line in (tmp_path / "out" / "work" / "edits.jsonl").read_text().splitlines()]
+    assert asked == ["0", "1", "2"]
+
+
+def test_a_row_that_was_broken_off_is_measured_again(place: Path, tmp_path: Path) -> None:
+    first = compare(place, tmp_path / "out", methods="ft-l", protocol="teacher")
+    rows = tmp_path / "out" / "rows.jsonl"
+    rows.write_bytes(rows.read_bytes()[:-20])
+    again = compare(place, tmp_path / "out", methods="ft-l", protocol="teacher")
+    assert len(rows.read_bytes().splitlines()) == 2
+    for one, other in zip(first.rows, again.rows, strict=True):
+        assert one["figures"]["reliability"] == other["figures"]["reliability"]
+    rows.write_bytes(b"{\n" + rows.read_bytes())
+    with pytest.raises(DamagedFileError, match=r"rows\.jsonl: line 1 is no JSON; delete that line"):
+        compare(place, tmp_path / "out", methods="ft-l", protocol="teacher")
 
 
 def test_what_is_to_be_erased_is_refused_by_methods_that_cannot(place: Path, tmp_path: Path) -> None:

@@ -12,21 +12,22 @@ from torch import Tensor
 
 from wisecli.bench import editing_run
 from wisecli.bench.baselines import load_methods
-from wisecli.bench.baselines.alphaedit import AlphaEdit, NullSpace
+from wisecli.bench.baselines.alphaedit import AlphaEdit, AlphaEditSettings
 from wisecli.bench.baselines.base import METHODS, Bench, Gradual, Method, Resumable
-from wisecli.bench.baselines.crispedit import CrispEdit, CrispSettings
+from wisecli.bench.baselines.crispedit import CrispEdit, CrispEditSettings
 from wisecli.bench.baselines.defer import Defer, DeferSettings
 from wisecli.bench.baselines.evaluation import said
-from wisecli.bench.baselines.ft_l import FineTuning, FtL
+from wisecli.bench.baselines.ft_l import FtL, FtLSettings
 from wisecli.bench.baselines.lora import Lora, LoraSettings
-from wisecli.bench.baselines.lora_paraphrased import Course, LoraParaphrased
-from wisecli.bench.baselines.memit import SEARCH, Memit, Range
-from wisecli.bench.baselines.mend import Mend, MetaTraining
+from wisecli.bench.baselines.lora_paraphrased import LoraParaphrased, LoraParaphrasedSettings
+from wisecli.bench.baselines.memit import SEARCH, Memit, MemitSettings
+from wisecli.bench.baselines.memoir import Memoir, MemoirSettings
+from wisecli.bench.baselines.mend import Mend, MendSettings
 from wisecli.bench.baselines.retrieval import Restocked
 from wisecli.bench.baselines.rome import Rome
-from wisecli.bench.baselines.ultraedit import Step, UltraEdit
+from wisecli.bench.baselines.ultraedit import UltraEdit, UltraEditSettings
 from wisecli.bench.baselines.weight_editing import Rewritten
-from wisecli.bench.editing_run import EditingRun, Retold, Unfinished
+from wisecli.bench.editing_run import EditingRun, MethodFolder, PortionWatcher
 from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.errors import WiseError
 from wisecli.models.tokenization import encode
@@ -35,26 +36,27 @@ from wisecli.progress import Event, ignore
 load_methods()
 
 QUICK = replace(SEARCH, steps=3)
-LAYERS = Range(first=1, last=2, of=5, search=QUICK, prefixes=1, prefix_tokens=3)
+LAYERS = MemitSettings(first=1, last=2, of=5, search=QUICK, prefixes=1, prefix_tokens=3)
 # Made with few steps; the others as the table makes them.
 MAKERS: dict[str, Any] = {
-    "ft-l": lambda bench: FtL(bench, FineTuning(steps=3)),
+    "ft-l": lambda bench: FtL(bench, FtLSettings(steps=3)),
     "rome": lambda bench: Rome(bench, QUICK),
     "memit": lambda bench: Memit(bench, LAYERS, batch=1),
-    "alphaedit": lambda bench: AlphaEdit(bench, LAYERS, NullSpace(threshold=0.5, weight=0.05), batch=2),
-    "ultraedit": lambda bench: UltraEdit(bench, Step(first=1, last=2, of=5, batch=2)),
-    "mend": lambda bench: Mend(bench, MetaTraining(passes=1, fewest=2, rank=4)),
+    "alphaedit": lambda bench: AlphaEdit(bench, LAYERS, AlphaEditSettings(threshold=0.5, weight=0.05), batch=2),
+    "ultraedit": lambda bench: UltraEdit(bench, UltraEditSettings(first=1, last=2, of=5, batch=2)),
+    "mend": lambda bench: Mend(bench, MendSettings(passes=1, fewest=2, rank=4)),
     "lora": lambda bench: Lora(bench, LoraSettings(steps=3)),
     "defer": lambda bench: Defer(bench, DeferSettings(steps=3)),
+    "memoir": lambda bench: Memoir(bench, MemoirSettings(steps=3, prefixes=1, prefix_tokens=3)),
 }
 # These can be kept within a portion, too.
 GRADUAL: dict[str, Any] = {
     "memit-mass": lambda bench: Memit(bench, LAYERS),
     "alphaedit": MAKERS["alphaedit"],
-    "crispedit": lambda bench: CrispEdit(bench, CrispSettings(first=1, last=2, of=5, passes=4, batch=2)),
-    "lora-paraphrased": lambda bench: LoraParaphrased(bench, Course(passes=3, batch=2, paraphrases=1)),
+    "crispedit": lambda bench: CrispEdit(bench, CrispEditSettings(first=1, last=2, of=5, passes=4, batch=2)),
+    "lora-paraphrased": lambda bench: LoraParaphrased(bench, LoraParaphrasedSettings(passes=3, batch=2, paraphrases=1)),
 }
-RESUMED = (*MAKERS, "grace", "knn", "icl", "rag", "rag-hybrid", "rag-shots", "serac")
+RESUMED = (*MAKERS, "ft-ewc", "grace", "knn", "icl", "rag", "rag-hybrid", "rag-shots", "serac")
 
 
 class BrokenOffError(Exception):
@@ -121,14 +123,14 @@ def made(name: str, bench: Bench) -> Any:
     return MAKERS.get(name, METHODS[name])(bench)
 
 
-def begun(directory: Path) -> Unfinished:
-    place = Unfinished(directory)
+def begun(directory: Path) -> MethodFolder:
+    place = MethodFolder(directory)
     place.begin()
     return place
 
 
-def run_of(method: Method, place: Unfinished, counts: Sequence[int] = (3, 7)) -> EditingRun:
-    return EditingRun(method, EDITS, counts, place, Retold(ignore))
+def run_of(method: Method, place: MethodFolder, counts: Sequence[int] = (3, 7)) -> EditingRun:
+    return EditingRun(method, EDITS, counts, place, PortionWatcher(ignore))
 
 
 def answers(bench: Bench, method: Method) -> list[Tensor]:
@@ -197,9 +199,13 @@ def test_another_way_through_the_edits_begins_anew(bench: Bench, tmp_path: Path)
     assert run_of(made("alphaedit", bench), place, (3, 7)).take_up(3)
     for counts, most in (((7,), 7), ((2, 3, 7), 7), ((2, 3, 7), 2), ((3, 7), 2)):
         assert not run_of(made("alphaedit", bench), place, counts).take_up(most)
-    assert not run_of(AlphaEdit(bench, LAYERS, NullSpace(0.5, 0.05), batch=3), place, (3, 7)).take_up(7)
+    assert not run_of(AlphaEdit(bench, LAYERS, AlphaEditSettings(0.5, 0.05), batch=3), place, (3, 7)).take_up(7)
     place.file.write_bytes(place.file.read_bytes()[:-1])
     assert not run_of(made("alphaedit", bench), place, (3, 7)).take_up(3)
+
+
+def test_every_method_is_gone_on_with_here() -> None:
+    assert {*RESUMED, *GRADUAL} == METHODS.keys()
 
 
 def test_only_what_says_its_portion_goes_on(bench: Bench) -> None:
@@ -221,9 +227,9 @@ def test_a_state_that_is_not_finite_leaves_the_one_before(bench: Bench, tmp_path
 
 def test_who_watches_is_told_of_all_edits(bench: Bench, tmp_path: Path) -> None:
     told: list[Event] = []
-    watch = Retold(told.append)
+    watch = PortionWatcher(told.append)
     place = begun(tmp_path / "place")
-    run = EditingRun(FtL(replace(bench, watch=watch), FineTuning(steps=1)), EDITS, (3, 7), place, watch)
+    run = EditingRun(FtL(replace(bench, watch=watch), FtLSettings(steps=1)), EDITS, (3, 7), place, watch)
     run.edit_to(3)
     run.edit_to(7)
     assert [(event.done, event.total) for event in told] == [(1, 3), (2, 3), (3, 3), (4, 7), (5, 7), (6, 7), (7, 7)]

@@ -18,7 +18,9 @@ from wisecli.bench.baselines import load_methods
 from wisecli.bench.baselines.base import METHODS, Bench, Method
 from wisecli.bench.compare import BenchReport, bench
 from wisecli.bench.row import ResultRow
+from wisecli.commands.merge import merge
 from wisecli.config import BenchSettings
+from wisecli.editing.staging import Unfinished
 from wisecli.edits.record import Edit
 from wisecli.evaluation.answers import Answer
 from wisecli.progress import NOTE, Event
@@ -33,6 +35,17 @@ class BrokenOffError(Exception):
 
 def broken(*_given: Any, **_named: Any) -> Any:
     raise BrokenOffError
+
+
+def broken_later(call: Callable[..., Any]) -> Callable[..., Any]:
+    """What breaks off the second time that it is called: the first is not yet of the edits that are measured."""
+    calls: list[None] = []
+
+    def called(*given: Any, **named: Any) -> Any:
+        calls.append(None)
+        return broken() if len(calls) > 1 else call(*given, **named)
+
+    return called
 
 
 @pytest.fixture
@@ -177,15 +190,28 @@ def test_rows_that_are_asked_for_later_begin_at_the_same_ends(place: Path) -> No
     require_same(later.rows, whole.rows)
 
 
+def test_a_method_that_learnt_from_other_records_begins_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Bencher(place, "knn")
+    whole = run("all", counts="2,25", batch_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "MethodSubject", broken)
+        with pytest.raises(BrokenOffError):
+            run(counts="2", batch_size=2)
+    # What no number of edits reaches is learnt from: 28 records before, 5 now.
+    report = run(counts="2,25", batch_size=2)
+    assert run.notes == ["knn was broken off and begins anew"]
+    require_same(report.rows, whole.rows)
+
+
 @pytest.mark.parametrize("stage", ["edit", "merge", "evaluate"])
 def test_our_own_way_goes_on_with_its_shards(place: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     run = Bencher(place, "wise")
     whole = run("all", counts="3")
     with monkeypatch.context() as patch:
         if stage == "edit":
-            patch.setattr("wisecli.commands.edit.Unfinished.finish", broken)
+            patch.setattr("wisecli.commands.edit.Unfinished.finish", broken_later(Unfinished.finish))
         else:
-            patch.setattr(ours, stage, broken)
+            patch.setattr(ours, stage, broken if stage == "evaluate" else broken_later(merge))
         with pytest.raises(BrokenOffError):
             run(counts="3")
     spent = json.loads((place / "out" / "work" / "wise" / "spent.json").read_text())
@@ -197,6 +223,22 @@ def test_our_own_way_goes_on_with_its_shards(place: Path, monkeypatch: pytest.Mo
     assert report.rows[0]["figures"]["seconds_per_edit"] * 3 > spent["seconds"]
     require_same(report.rows, whole.rows)
     assert not (place / "out" / "work" / "wise").exists()
+
+
+def test_what_is_learned_of_a_model_once_is_not_in_the_seconds_of_edits(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, given = Bencher(place, "wise"), list[int]()
+    edit = ours.edit
+
+    def told(model: str, file: Path, *rest: Any, **named: Any) -> Any:
+        given.append(len(file.read_text().splitlines()))
+        return edit(model, file, *rest, **named)
+
+    monkeypatch.setattr(ours, "edit", told)
+    run(counts="2,3")
+    assert given == [1, 2, 3]
+    assert sorted(path.name for path in (place / "out" / "work").iterdir()) == ["edits.jsonl", "memory", "unedited"]
 
 
 def test_our_shards_of_another_number_are_not_gone_on_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

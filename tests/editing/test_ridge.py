@@ -87,9 +87,9 @@ def test_the_objective_has_no_slope_at_the_solution(
     found = solve(statistics(keys, values), penalty, moment(), columns=chosen, around=start).double().requires_grad_()
     zero = torch.zeros(D, len(used))
     known = ((zero if start is None else start).double(), keys[:, used].double(), values.double(), scaled(used))
-    slope = torch.autograd.grad(objective(found, *known, penalty), found)[0]
+    gradient = torch.autograd.grad(objective(found, *known, penalty), found)[0]
     usual = torch.autograd.grad(objective(found + 1, *known, penalty), found)[0]
-    assert float(slope.norm()) < 1e-5 * float(usual.norm())
+    assert float(gradient.norm()) < 1e-5 * float(usual.norm())
     found = found.detach()
     least = float(objective(found, *known, penalty))
     for seed in range(5):

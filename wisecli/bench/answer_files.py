@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from wisecli.bench.lines import append_line, whole_lines
 from wisecli.evaluation.answers import Answer, KnownAnswers
 from wisecli.io.digest import sha256_json
 
@@ -15,25 +15,11 @@ class AnswerFile(dict[str, Answer]):
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
-        if file.is_file():
-            self._read()
+        self.update({asked: Answer(text, ended) for asked, text, ended in whole_lines(file)})
 
     def __setitem__(self, asked: str, answer: Answer) -> None:
         super().__setitem__(asked, answer)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("ab") as stream:
-            stream.write(json.dumps([asked, answer.text, answer.ended]).encode() + b"\n")
-
-    def _read(self) -> None:
-        """Take in what is there; a last line that was broken off is cut away."""
-        content = self.file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with self.file.open("r+b") as stream:
-                stream.truncate(whole)
-        for line in content[:whole].splitlines():
-            asked, text, ended = json.loads(line)
-            super().__setitem__(asked, Answer(text, ended))
+        append_line(self.file, [asked, answer.text, answer.ended])
 
 
 class AnswerFolder(dict[tuple[int, frozenset[int]], KnownAnswers]):

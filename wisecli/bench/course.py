@@ -10,7 +10,8 @@ from pathlib import Path
 from wisecli.bench.answer_files import AnswerFolder
 from wisecli.bench.baselines.base import Bench
 from wisecli.bench.baselines.evaluation import Known
-from wisecli.bench.editing_run import Retold
+from wisecli.bench.edit_stream import digest_of
+from wisecli.bench.editing_run import PortionWatcher
 from wisecli.bench.row import RowMaker
 from wisecli.config import BenchSettings, LoadOptions
 from wisecli.data.corpus import unrelated_texts
@@ -47,9 +48,14 @@ class Course:
         return Known(answers=AnswerFolder(self.work / "unedited"))
 
     @cached_property
-    def told(self) -> Retold:
-        """Who watches, told of all edits where a method speaks of a portion."""
-        return Retold(self.watch)
+    def learnt_digest(self) -> str:
+        """What tells the records that may be learnt from."""
+        return digest_of(self.learnt)
+
+    @cached_property
+    def portion_watcher(self) -> PortionWatcher:
+        """What methods report to, which are given their edits in portions."""
+        return PortionWatcher(self.watch)
 
     @cached_property
     def bench(self) -> Bench:
@@ -59,7 +65,7 @@ class Course:
         loaded = load_model(self.directory, self.load)
         texts = unrelated_texts(_TEXTS, seed=self.settings.seed)
         size, seed = self.settings.batch_size, self.settings.seed
-        return Bench(loaded, checkpoint, layout, self.learnt, texts, size, seed, self.told)
+        return Bench(loaded, checkpoint, layout, self.learnt, texts, size, seed, self.portion_watcher)
 
     @property
     def generated(self) -> Generated:

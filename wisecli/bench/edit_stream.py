@@ -67,7 +67,7 @@ def counts_in(text: str) -> list[int]:
 
 
 def _sources(dataset: str | None, data: Sequence[Path]) -> list[tuple[str, Sequence[Edit]]]:
-    """Names and records of the datasets.
+    """Names and records of the datasets, without consequences of edits, which not every method is taught.
 
     Raises:
         SettingsError: there are more names than one, and not as many files.
@@ -76,7 +76,8 @@ def _sources(dataset: str | None, data: Sequence[Path]) -> list[tuple[str, Seque
     if data and len(data) != len(names):
         raise SettingsError(f"--data is given {len(data)} times for {len(names)} datasets; give one file for each")
     files: Sequence[Path | None] = data or [None] * len(names)
-    return [read_dataset(name, file) for name, file in zip(names, files, strict=True)]
+    read = (read_dataset(name, file) for name, file in zip(names, files, strict=True))
+    return [(name, [edit for edit in edits if edit.consequence_of is None]) for name, edits in read]
 
 
 def _turns(sources: Sequence[tuple[str, Sequence[Edit]]]) -> list[tuple[str, Edit]]:

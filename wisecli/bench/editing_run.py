@@ -30,12 +30,14 @@ class Standing:
     """How far a method is on its way to ``row`` edits: ``done`` of them, in so many ``seconds``, ``portion`` at once.
 
     ``ends`` are the numbers of edits up to there after which it is measured: a portion ends at each of them. ``begun``
-    is where the portion ends that it is in the middle of, 0 between portions.
+    is where the portion ends that it is in the middle of, 0 between portions. ``learnt`` tells the records that it may
+    have learnt from.
     """
 
     __pydantic_config__ = CLOSED
 
     portion: int
+    learnt: str = ""
     ends: tuple[int, ...] = ()
     row: int = 0
     done: int = 0
@@ -49,7 +51,7 @@ class Standing:
         return f"in the middle of edits {self.done + 1} to {self.begun}" if self.begun else f"after {self.done} edits"
 
 
-class Unfinished:
+class MethodFolder:
     """A method's own directory, which is there as long as not all of its rows are measured."""
 
     def __init__(self, directory: Path) -> None:
@@ -87,8 +89,8 @@ class Unfinished:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-class Retold:
-    """A watcher that counts on where a method is told of one portion only, and so speaks of that alone."""
+class PortionWatcher:
+    """Passes events on, with a portion's own count turned into that of all edits: 3 of 10 into 53 of 100."""
 
     def __init__(self, watch: Watcher) -> None:
         self.watch, self.before, self.portion, self.whole = watch, 0, 0, 0
@@ -105,22 +107,35 @@ class EditingRun:
 
     Args:
         counts: the numbers of edits at which it stops, in rising order.
+        learnt: what tells the records that the method may learn from.
     """
 
     def __init__(
-        self, method: Method, edits: Sequence[Edit], counts: Sequence[int], place: Unfinished, told: Retold
+        self,
+        method: Method,
+        edits: Sequence[Edit],
+        counts: Sequence[int],
+        place: MethodFolder,
+        watch: PortionWatcher,
+        *,
+        learnt: str = "",
     ) -> None:
-        self.method, self.edits, self.counts, self.place, self.told = method, edits, counts, place, told
-        self.standing = Standing(method.portion if isinstance(method, Resumable) else 0)
+        self.method, self.edits, self.counts, self.place, self.watch = method, edits, counts, place, watch
+        self.standing = Standing(method.portion if isinstance(method, Resumable) else 0, learnt)
         self._kept = time.perf_counter()
 
     def take_up(self, most: int) -> bool:
-        """Go on where a run was broken off, if it can be: on the same way, and not beyond ``most`` edits."""
+        """Go on where a run was broken off, and whether that can be.
+
+        It cannot if the numbers of edits, or the records that a method may learn from, are others up to there, or if
+        more than ``most`` edits were given already.
+        """
         if not isinstance(self.method, Resumable) or (kept := self.place.kept()) is None:
             return False
         standing, tensors = kept
         ends = tuple(count for count in self.counts if count <= standing.done)
-        if (standing.portion, standing.ends) != (self.standing.portion, ends) or standing.done > most:
+        own = self.standing.portion, self.standing.learnt, ends
+        if (standing.portion, standing.learnt, standing.ends) != own or standing.done > most:
             return False
         if standing.begun and standing.begun != self._end(standing.done, standing.done):
             return False
@@ -137,9 +152,9 @@ class EditingRun:
         if standing.done < count:  # answers are of the edits that were given then
             shutil.rmtree(self.place.answers(count), ignore_errors=True)
         for part in self._portions(standing.done, count):
-            self.told.before, self.told.portion, self.told.whole = self.standing.done, len(part), count
+            self.watch.before, self.watch.portion, self.watch.whole = self.standing.done, len(part), count
             self._edit(part)
-        self.told.portion = 0
+        self.watch.portion = 0
 
     def _edit(self, part: Sequence[Edit]) -> None:
         """Give the method a portion, and keep what it holds from time to time."""

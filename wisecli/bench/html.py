@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from wisecli.bench.pictures import Row, peak_bytes, pictures
+from wisecli.bench.pictures import peak_bytes, pictures
+from wisecli.bench.row import ResultRow
 
 # Columns of the table as far as there are such figures: generated answers first.
 _FIGURES = {
@@ -68,13 +69,13 @@ class Section:
     picture: str
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[ResultRow]) -> str:
     """One table, a row each, and what its columns are."""
     found = table(heads(rows), [_cells(row, rows) for row in rows])
     return f"{found}\nMeans over edits, ± half of a 95 % bootstrap interval. {note(rows)}\n"
 
 
-def columns(rows: Sequence[Row]) -> dict[str, str]:
+def columns(rows: Sequence[ResultRow]) -> dict[str, str]:
     """Heads of the figures that any row has and that say more than those before them, by their names."""
     figures = [row["figures"] for row in rows]
     shown = {name: head for name, head in _FIGURES.items() if any(name in own for own in figures)}
@@ -82,12 +83,12 @@ def columns(rows: Sequence[Row]) -> dict[str, str]:
     return {name: head for name, head in shown.items() if name not in repeated}
 
 
-def heads(rows: Sequence[Row]) -> tuple[str, ...]:
+def heads(rows: Sequence[ResultRow]) -> tuple[str, ...]:
     """Heads of the whole table."""
     return ("edits", "method", *columns(rows).values(), *_COSTS)
 
 
-def note(rows: Sequence[Row]) -> str:
+def note(rows: Sequence[ResultRow]) -> str:
     """What the columns are."""
     shown = columns(rows)
     return " ".join([*(text for name, text in _OF_COLUMNS.items() if name in shown), _OF_ALL])
@@ -99,7 +100,7 @@ def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)]) + "\n"
 
 
-def page(rows: Sequence[Row], *, title: str, about: str, sections: Sequence[Section] = ()) -> str:
+def page(rows: Sequence[ResultRow], *, title: str, about: str, sections: Sequence[Section] = ()) -> str:
     """A whole page: the methods' table if there are rows, pictures of it, and the studies.
 
     Args:
@@ -122,7 +123,7 @@ def page(rows: Sequence[Row], *, title: str, about: str, sections: Sequence[Sect
     )
 
 
-def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+def _cells(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
     """A row of the table of some rows."""
     figures, shown = row["figures"], columns(rows)
     cells = [str(row["edits"]), row["method"]]

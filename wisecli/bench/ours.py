@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ import jsonlines
 from wisecli.bench.answer_files import AnswerFolder
 from wisecli.bench.baselines.evaluation import overhead, said
 from wisecli.bench.course import Course
-from wisecli.bench.editing_run import Unfinished
+from wisecli.bench.editing_run import MethodFolder
 from wisecli.bench.row import Peaks, ResultRow
 from wisecli.commands.edit import EditReport, edit
 from wisecli.commands.evaluate import EvalReport, evaluate
@@ -28,18 +28,18 @@ from wisecli.io.checkpoint import read_json, write_json
 from wisecli.io.json_schema import CLOSED, decode
 from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import encode
-from wisecli.progress import NOTE, Event, Watcher
+from wisecli.progress import NOTE, Event, Watcher, ignore
 
 
 @dataclass(frozen=True)
-class Way:
+class OwnWay:
     """One of our own ways to edit: the preset of `wise edit` and the mode of `wise merge`."""
 
     preset: Literal["default", "paper"] | None = None
     mode: Literal["merge", "retrieve", "lookup"] | None = None
 
 
-OURS = {"wise": Way(), "wise-retrieve": Way(mode="retrieve"), "wise-paper": Way(preset="paper")}
+OURS = {"wise": OwnWay(), "wise-retrieve": OwnWay(mode="retrieve"), "wise-paper": OwnWay(preset="paper")}
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ class Spent:
     peaks: Peaks = field(default_factory=Peaks)
 
 
-def own_rows(course: Course, name: str, place: Unfinished, counts: Sequence[int]) -> Iterator[ResultRow]:
+def own_rows(course: Course, name: str, place: MethodFolder, counts: Sequence[int]) -> Iterator[ResultRow]:
     """A row for each number of edits of one of our ways; shards lie in its ``place`` until all are measured."""
     memory = course.work / "memory"
+    if counts and not place.directory.exists():
+        _learn(course, name)
     for count in counts:
         course.watch(Event(f"{name}, {count} edits"))
         forget_peaks()
@@ -79,6 +81,16 @@ def own_rows(course: Course, name: str, place: Unfinished, counts: Sequence[int]
             },
             peaks=spent.peaks.and_now(),
         )
+
+
+def _learn(course: Course, name: str) -> None:
+    """Let the commands learn of the model what they keep of it, which is no edit's cost: one edit makes them do so."""
+    course.watch(Event(f"{name}, what is learned of a model once"))
+    place = MethodFolder(course.work / f"{name}-learning")
+    run = OwnRun(replace(course, watch=ignore), name, place, 1)
+    run.edited()
+    merge([run.shards], place.directory / "memory", MergeSettings(mode=OURS[name].mode))
+    place.remove()
 
 
 def _evaluated(course: Course, memory: Path, file: Path, answers: Path) -> EvalReport:
@@ -114,7 +126,7 @@ def _overhead(course: Course, memory: Path, count: int) -> float:
 class OwnRun:
     """`wise edit` with the first ``count`` edits, and what it takes."""
 
-    def __init__(self, course: Course, name: str, place: Unfinished, count: int) -> None:
+    def __init__(self, course: Course, name: str, place: MethodFolder, count: int) -> None:
         self.course, self.name, self.place, self.count = course, name, place, count
         self.file, self.shards = course.work / "edits.jsonl", place.directory / "shards"
 

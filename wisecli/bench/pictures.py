@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from wisecli.bench.row import ResultRow
+
 # Three figures that are drawn, of which the first that all rows have are taken.
 _DRAWN = (
     ("wild_as_taught", "wild_rephrased", "wild_locality"),
@@ -23,20 +25,18 @@ _COSTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
     "peak MB": ("linear", lambda figures: peak_bytes(figures) / 1e6),
 }
 
-Row = dict[str, Any]
-
 
 def peak_bytes(figures: Mapping[str, Any]) -> int:
     """The most memory held while a row was made, on the GPU if there was one."""
     return int(figures.get("peak_vram_bytes") or figures["peak_rss_bytes"])
 
 
-def pictures(measured: Sequence[Row]) -> list[str]:
+def pictures(measured: Sequence[ResultRow]) -> list[str]:
     """Pictures of the methods' figures, if there are any."""
     return [picture(draw, measured) for draw in (_quality, _ageing, _cost)] if measured else []
 
 
-def picture(draw: Callable[[Any, Sequence[Row]], None], rows: Sequence[Row]) -> str:
+def picture(draw: Callable[[Any, Sequence[ResultRow]], None], rows: Sequence[ResultRow]) -> str:
     """A picture as SVG, to stand in the page itself; nothing where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return ""
@@ -53,11 +53,11 @@ def picture(draw: Callable[[Any, Sequence[Row]], None], rows: Sequence[Row]) -> 
     return text[text.index("<svg") :]
 
 
-def _methods(rows: Sequence[Row]) -> list[str]:
+def _methods(rows: Sequence[ResultRow]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
-def _quality(figure: Any, rows: Sequence[Row]) -> None:
+def _quality(figure: Any, rows: Sequence[ResultRow]) -> None:
     """Answers as taught and rephrased, and what stays, or their like; if there are several, by number of edits."""
     drawn = next((names for names in _DRAWN if all(names[0] in row["figures"] for row in rows)), _DRAWN[-1])
     several = _has_course(rows)
@@ -71,19 +71,19 @@ def _quality(figure: Any, rows: Sequence[Row]) -> None:
         _legend(figure, axis)
 
 
-def _has_course(rows: Sequence[Row]) -> bool:
+def _has_course(rows: Sequence[ResultRow]) -> bool:
     """Whether there are rows of several numbers of edits."""
     return len({row["edits"] for row in rows}) > 1
 
 
-def _panel(axis: Any, title: str, values: Sequence[float], rows: Sequence[Row], several: bool) -> None:
+def _panel(axis: Any, title: str, values: Sequence[float], rows: Sequence[ResultRow], several: bool) -> None:
     """One value of each row: lines by the number of edits if there are several, else bars."""
     (_as_lines if several else _as_bars)(axis, values, rows)
     axis.set(title=title, axisbelow=True)
     axis.grid(alpha=0.3)
 
 
-def _as_lines(axis: Any, values: Sequence[float], rows: Sequence[Row]) -> None:
+def _as_lines(axis: Any, values: Sequence[float], rows: Sequence[ResultRow]) -> None:
     _dash_beyond_ten(axis)
     for method in _methods(rows):
         own = [(row["edits"], value) for row, value in zip(rows, values, strict=True) if row["method"] == method]
@@ -91,12 +91,12 @@ def _as_lines(axis: Any, values: Sequence[float], rows: Sequence[Row]) -> None:
     axis.set(xscale="log", xlabel="edits")
 
 
-def _as_bars(axis: Any, values: Sequence[float], rows: Sequence[Row]) -> None:
+def _as_bars(axis: Any, values: Sequence[float], rows: Sequence[ResultRow]) -> None:
     axis.barh([row["method"] for row in rows], values)
     axis.yaxis.set_inverted(True)
 
 
-def _ageing(figure: Any, rows: Sequence[Row]) -> None:
+def _ageing(figure: Any, rows: Sequence[ResultRow]) -> None:
     """Answers as taught, or reliability, of each tenth of the edits, the oldest first, after all of them."""
     axis, most = figure.subplots(), max(row["edits"] for row in rows)
     own = [row for row in rows if row["edits"] == most]
@@ -135,7 +135,7 @@ def _legend(figure: Any, axis: Any) -> None:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
-def _cost(figure: Any, rows: Sequence[Row]) -> None:
+def _cost(figure: Any, rows: Sequence[ResultRow]) -> None:
     """What methods take in seconds and memory; if there are several, by number of edits."""
     several = _has_course(rows)
     for axis, (title, (scale, read)) in zip(figure.subplots(1, 3, sharey=not several), _COSTS.items(), strict=True):

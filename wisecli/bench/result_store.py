@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jsonlines
-
+from wisecli.bench.lines import append_line, whole_lines
+from wisecli.bench.row import ResultRow
 from wisecli.errors import ChangedInputError
 from wisecli.io.checkpoint import read_json, write_json
-
-ResultRow = dict[str, Any]
 
 # Where what is not finished lies, in an output.
 WORK = "work"
@@ -42,7 +40,9 @@ def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None
         for path in (path for pattern in _MADE for path in output.glob(pattern)):
             path.unlink()
         shutil.rmtree(output / WORK, ignore_errors=True)
-    write_json(place, {**({} if other else before), **about})
+    working = place.with_suffix(".tmp")
+    write_json(working, {**({} if other else before), **about})
+    working.replace(place)
 
 
 class ResultRows:
@@ -50,10 +50,7 @@ class ResultRows:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._found: dict[str, ResultRow] = {}
-        if file.is_file():
-            with jsonlines.open(file) as reader:
-                self._found = {_key(row): row for row in reader}
+        self._found: dict[str, ResultRow] = {_key(row): row for row in whole_lines(file)}
 
     def __contains__(self, point: Mapping[str, Any]) -> bool:
         return _key(point) in self._found
@@ -64,8 +61,7 @@ class ResultRows:
     def add(self, row: ResultRow) -> None:
         """Keep one more."""
         self._found[_key(row)] = row
-        with jsonlines.open(self.file, "a") as writer:
-            writer.write(row)
+        append_line(self.file, row)
 
 
 def _key(row: Mapping[str, Any]) -> str:

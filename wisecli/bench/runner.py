@@ -7,19 +7,16 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from wisecli.bench.answer_files import AnswerFolder
-from wisecli.bench.baselines.base import METHODS, UnsuitableError
+from wisecli.bench.baselines.base import AT_ONCE, METHODS, UnsuitableError
 from wisecli.bench.baselines.evaluation import MethodSubject
 from wisecli.bench.course import Course
-from wisecli.bench.editing_run import EditingRun, Unfinished
+from wisecli.bench.editing_run import EditingRun, MethodFolder
 from wisecli.bench.ours import OURS, own_rows
 from wisecli.bench.row import ResultRow
 from wisecli.environment import forget_peaks
 from wisecli.evaluation.metrics import Measuring
 from wisecli.evaluation.protocols import measure_generated
 from wisecli.progress import NOTE, Event
-
-# What these do to all edits together is something else than what they do to some and then to more.
-_AT_ONCE = ("crispedit", "lora-paraphrased", "memit-mass")
 
 
 def rows_of(course: Course, name: str, counts: Sequence[int], missing: Sequence[int]) -> Iterator[ResultRow]:
@@ -28,19 +25,19 @@ def rows_of(course: Course, name: str, counts: Sequence[int], missing: Sequence[
     Args:
         counts: all numbers of edits: what a method is given at once ends at each, also where a row is there.
     """
-    place = Unfinished(course.work / name)
+    place = MethodFolder(course.work / name)
     if name in OURS:
         yield from own_rows(course, name, place, missing)
-    elif name in _AT_ONCE:
+    elif name in AT_ONCE:
         for count in missing:
-            yield from _rival(course, name, Unfinished(place.directory / str(count)), [count], [count])
+            yield from _rival(course, name, MethodFolder(place.directory / str(count)), [count], [count])
     elif missing:
         yield from _rival(course, name, place, [count for count in counts if count <= missing[-1]], missing)
     place.remove()
 
 
 def _rival(
-    course: Course, name: str, place: Unfinished, counts: Sequence[int], missing: Sequence[int]
+    course: Course, name: str, place: MethodFolder, counts: Sequence[int], missing: Sequence[int]
 ) -> Iterator[ResultRow]:
     run = None
     for count in counts:
@@ -56,9 +53,10 @@ def _rival(
                 yield {"method": name, "edits": count, "figures": {"cannot": str(error)}}
 
 
-def _begun(course: Course, name: str, place: Unfinished, counts: Sequence[int], most: int) -> EditingRun:
+def _begun(course: Course, name: str, place: MethodFolder, counts: Sequence[int], most: int) -> EditingRun:
     """A method that goes on where it was broken off, or begins."""
-    run = EditingRun(METHODS[name](course.bench), course.tested, counts, place, course.told)
+    method = METHODS[name](course.bench)
+    run = EditingRun(method, course.tested, counts, place, course.portion_watcher, learnt=course.learnt_digest)
     if run.take_up(most):
         course.watch(Event(NOTE, note=f"{name} goes on {run.standing.where}"))
         return run

@@ -10,7 +10,8 @@ from typing import Any
 from wisecli.bench.edit_stream import counts_in, stream_of
 from wisecli.bench.html import Section, table
 from wisecli.bench.report import study_file, write_page
-from wisecli.bench.result_store import WORK, ResultRow, ResultRows, require_same
+from wisecli.bench.result_store import WORK, ResultRows, require_same
+from wisecli.bench.row import ResultRow
 from wisecli.bench.studies import load_studies
 from wisecli.bench.studies.base import STUDIES, Point, section
 from wisecli.bench.studies.context import StudyContext

@@ -44,7 +44,7 @@ class NearestKey:
             if answering is None
             else answering.expand(keys.shape[:-1]).reshape(-1).cpu()
         )
-        limits = torch.tensor(routed.thresholds)[routed.owner.cpu()]
+        threshold = routed.thresholds[0]  # all edits', see below
         best, chosen = torch.full((len(flat),), -torch.inf), torch.full((len(flat),), UNROUTED)
         for number, (index, places) in enumerate(zip(self.indices, self.places, strict=True)):
             asked = torch.cat([flat, lengths[:, number, None]], dim=1).numpy()
@@ -56,7 +56,7 @@ class NearestKey:
                 found, rows = _first_named(routed, found, rows, places, asking.expand(*keys.shape[:-1], -1))
             row = rows[:, 0]
             place, cosine = places[row.clamp(min=0)], found[:, 0] / lengths[:, number]
-            strength = cosine / (REACH if inside else limits[place])
+            strength = cosine / (REACH if inside else threshold)
             nearer = (strength > best) & (row >= 0)
             if routed.routing == "sequence":
                 nearer &= after if inside else ~after

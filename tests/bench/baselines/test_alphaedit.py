@@ -8,15 +8,15 @@ import pytest
 import torch
 from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of
 
-from wisecli.bench.baselines.alphaedit import AlphaEdit, NullSpace, constrained
+from wisecli.bench.baselines.alphaedit import AlphaEdit, AlphaEditSettings, constrained
 from wisecli.bench.baselines.base import UnsuitableError
 from wisecli.bench.baselines.evaluation import said
-from wisecli.bench.baselines.memit import Range
+from wisecli.bench.baselines.memit import MemitSettings
 from wisecli.bench.baselines.weight_editing import second_moment
 
-THREE = Range(first=1, last=3, of=5)
+THREE = MemitSettings(first=1, last=3, of=5)
 # Of the few texts of these tests, which leave hardly any direction out.
-WIDE = NullSpace(threshold=0.5, weight=0.05)
+WIDE = AlphaEditSettings(threshold=0.5, weight=0.05)
 
 
 def test_the_solution_is_that_of_least_squares_within_the_null_space() -> None:
@@ -65,4 +65,4 @@ def test_later_edits_spare_the_keys_of_earlier_ones(tmp_path: Path) -> None:
 
 def test_a_model_without_a_free_direction_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsuitableError, match="no direction free"):
-        AlphaEdit(bench_for(tmp_path, "llama"), THREE, NullSpace(threshold=0.0))
+        AlphaEdit(bench_for(tmp_path, "llama"), THREE, AlphaEditSettings(threshold=0.0))

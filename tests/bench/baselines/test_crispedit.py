@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.bench.baselines.base import METHODS, UnsuitableError
-from wisecli.bench.baselines.crispedit import CrispEdit, CrispSettings, Curvature
+from wisecli.bench.baselines.crispedit import CrispEdit, CrispEditSettings, Curvature
 from wisecli.bench.baselines.evaluation import said
 from wisecli.models.activations import capture
 from wisecli.models.site import Site, value_module
 from wisecli.models.tokenization import collate
 
 # The tiny models' layers 1 to 3; their weights are large, so they need longer steps.
-THREE = CrispSettings(first=1, last=3, of=5, energy=0.5, rate=2e-2, stop=1.0)
+THREE = CrispEditSettings(first=1, last=3, of=5, energy=0.5, rate=2e-2, stop=1.0)
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 
 
@@ -30,15 +30,15 @@ def small(seed: int = 1) -> Curvature:
     """Factors of a matrix of 3 rows and 4 columns; directions that are seen more and less."""
     site = Site("llama", 0, "layer", "layer.value", False, 3, 4)
     curvature = Curvature(site, torch.device("cpu"))
-    keys, slopes = drawn(20, 4, seed=seed), drawn(20, 3, seed=seed + 1)
-    curvature.add(keys[:7] * torch.tensor([3.0, 1.0, 0.5, 0.1]), slopes[:7] * torch.tensor([2.0, 1.0, 0.2]))
-    curvature.add(keys[7:] * torch.tensor([3.0, 1.0, 0.5, 0.1]), slopes[7:] * torch.tensor([2.0, 1.0, 0.2]))
+    keys, gradients = drawn(20, 4, seed=seed), drawn(20, 3, seed=seed + 1)
+    curvature.add(keys[:7] * torch.tensor([3.0, 1.0, 0.5, 0.1]), gradients[:7] * torch.tensor([2.0, 1.0, 0.2]))
+    curvature.add(keys[7:] * torch.tensor([3.0, 1.0, 0.5, 0.1]), gradients[7:] * torch.tensor([2.0, 1.0, 0.2]))
     return curvature
 
 
 def kronecker(curvature: Curvature, energy: float) -> tuple[Tensor, int]:
     """The projection as a matrix (d · d_ff, d · d_ff) from the eigenvectors of ``B ⊗ A``, and how many are closed."""
-    whole = torch.kron(curvature.slopes / curvature.tokens, curvature.inputs / curvature.tokens)
+    whole = torch.kron(curvature.gradients / curvature.tokens, curvature.inputs / curvature.tokens)
     sizes, directions = torch.linalg.eigh(whole)
     sizes, directions = sizes.flip(0), directions.flip(1)
     total, closed = 0.0, 0
@@ -54,16 +54,16 @@ def test_the_projection_is_that_of_the_whole_kronecker_product(energy: float) ->
     found = curvature.projection(energy)
     whole, closed = kronecker(curvature, energy)
     assert 0 < closed == int((found.free == 0).sum())
-    slope = drawn(3, 4, seed=5)
-    expected = (whole @ slope.double().flatten()).view(3, 4).float()
-    torch.testing.assert_close(found(slope), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found(found(slope)), found(slope), atol=1e-5, rtol=1e-5)
+    gradient = drawn(3, 4, seed=5)
+    expected = (whole @ gradient.double().flatten()).view(3, 4).float()
+    torch.testing.assert_close(found(gradient), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found(found(gradient)), found(gradient), atol=1e-5, rtol=1e-5)
 
 
 def test_with_all_the_curvature_closed_next_to_nothing_is_left() -> None:
     found = small().projection(1.0)
-    slope = drawn(3, 4, seed=5)
-    assert found(slope).norm() < slope.norm()
+    gradient = drawn(3, 4, seed=5)
+    assert found(gradient).norm() < gradient.norm()
     assert int(found.free.sum()) <= 1
 
 
@@ -86,15 +86,15 @@ def test_factors_are_those_of_every_token_in_the_whole_model(tmp_path: Path, arc
             logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
             handle.remove()
             loss = F.cross_entropy(logits[:-1], torch.tensor(tokens[1:]), reduction="sum")
-            (slopes,) = torch.autograd.grad(loss, given)
+            (gradients,) = torch.autograd.grad(loss, given)
             keys = keys_of(model, site, tokens)
             for place in range(len(tokens) - 1):
                 inputs += torch.outer(keys[place], keys[place])
-                outputs += torch.outer(slopes[0, place], slopes[0, place])
+                outputs += torch.outer(gradients[0, place], gradients[0, place])
                 count += 1
         assert curvature.tokens == count
         torch.testing.assert_close(curvature.inputs.float(), inputs, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(curvature.slopes.float(), outputs, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(curvature.gradients.float(), outputs, atol=1e-4, rtol=1e-3)
 
 
 @BOTH
@@ -103,7 +103,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path: Path, archite
     method, model = CrispEdit(bench, THREE), bench.loaded.model
     deltas = [0.05 * drawn(site.d, site.d_ff, seed=site.layer) for site in method.sites]
     part = capture(model, method.sites[0], collate(rows_of(bench)))
-    loss, slopes = method.slopes(part, deltas)
+    loss, gradients = method.gradients(part, deltas)
     method.deltas = deltas
     with method.applied():
         weights = [value_module(model, site).get_parameter("weight").requires_grad_() for site in method.sites]
@@ -116,8 +116,8 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path: Path, archite
         for weight in weights:
             weight.requires_grad_(False)
     assert loss == pytest.approx(float(whole.detach()), abs=1e-4)
-    for site, found, slope in zip(method.sites, slopes, expected, strict=True):
-        torch.testing.assert_close(found, slope.T if site.transposed else slope, atol=1e-5, rtol=1e-3)
+    for site, found, gradient in zip(method.sites, gradients, expected, strict=True):
+        torch.testing.assert_close(found, gradient.T if site.transposed else gradient, atol=1e-5, rtol=1e-3)
 
 
 @BOTH
@@ -135,14 +135,14 @@ def test_the_first_step_is_adams_on_the_projected_gradient(tmp_path: Path) -> No
     bench = bench_for(tmp_path, "llama")
     method = CrispEdit(bench, replace(THREE, passes=1))
     part = capture(bench.loaded.model, method.sites[0], collate(rows_of(bench)))
-    _, slopes = method.slopes(part, method.deltas)
+    _, gradients = method.gradients(part, method.deltas)
     expected = [
-        -THREE.rate * curvature.projection(THREE.energy)(slope).sign()
-        for curvature, slope in zip(method.curvatures, slopes, strict=True)
+        -THREE.rate * curvature.projection(THREE.energy)(gradient).sign()
+        for curvature, gradient in zip(method.curvatures, gradients, strict=True)
     ]
     method.edit(EDITS)
     for delta, wanted in zip(method.deltas, expected, strict=True):
-        # Adam's first step is of one length for every weight; those of no slope to speak of go either way.
+        # Adam's first step is of one length for every weight; those of no gradient to speak of go either way.
         assert float((delta - wanted).abs().gt(1e-4).float().mean()) < 0.01
 
 

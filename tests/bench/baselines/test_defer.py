@@ -76,12 +76,12 @@ def test_loss_and_gradient_are_those_of_the_whole_model(tmp_path: Path, architec
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     loss.backward()
     expected.backward()
-    slopes = [
+    gradients = [
         torch.cat([getattr(pair.scope, n).grad, getattr(pair.counterfactual, n).grad]) for n in ("weight", "bias")
     ]
-    for ours, slope in zip((weight.grad, bias.grad), slopes, strict=True):
-        assert slope.norm() > 0
-        torch.testing.assert_close(ours, slope, atol=1e-6, rtol=1e-3)
+    for ours, gradient in zip((weight.grad, bias.grad), gradients, strict=True):
+        assert gradient.norm() > 0
+        torch.testing.assert_close(ours, gradient, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

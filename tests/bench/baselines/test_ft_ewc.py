@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from wisecli.bench.baselines.base import METHODS, UnsuitableError
 from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.ft_ewc import FtEwc
-from wisecli.bench.baselines.ft_l import FineTuning
+from wisecli.bench.baselines.ft_l import FtLSettings
 from wisecli.models.site import value_module
 
-COARSE = FineTuning(rate=2e-2, steps=20, stop_loss=0.5)
+COARSE = FtLSettings(rate=2e-2, steps=20, stop_loss=0.5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "granite"])
@@ -27,8 +27,8 @@ def test_fisher_information_is_the_mean_squared_gradient_of_each_text(tmp_path: 
     for text in texts[:-1]:  # one word predicts nothing
         ids = torch.tensor([bench.loaded.tokenizer(text)["input_ids"]])
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        (slope,) = torch.autograd.grad(F.cross_entropy(logits, ids[0, 1:], reduction="sum"), weight)
-        squares.append((slope.T if site.transposed else slope).square())
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, ids[0, 1:], reduction="sum"), weight)
+        squares.append((gradient.T if site.transposed else gradient).square())
     expected = torch.stack(squares).mean(0)
     torch.testing.assert_close(method.fisher, expected, atol=1e-5 * float(expected.max()), rtol=1e-3)
     assert method.weight == len(texts) - 1
@@ -39,10 +39,10 @@ def test_the_penalty_and_its_gradient(tmp_path: Path) -> None:
     delta = torch.randn(method.fisher.shape, generator=torch.Generator().manual_seed(1))
     delta.requires_grad_()
     penalty = method.penalty(delta)
-    (slope,) = torch.autograd.grad(penalty, delta)
+    (gradient,) = torch.autograd.grad(penalty, delta)
     expected = 1.5 * (method.fisher * delta.detach() ** 2).sum()
     torch.testing.assert_close(penalty.detach(), expected)
-    torch.testing.assert_close(slope, 3.0 * method.fisher * delta.detach())
+    torch.testing.assert_close(gradient, 3.0 * method.fisher * delta.detach())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -59,7 +59,7 @@ def test_the_penalty_holds_back_what_texts_need(tmp_path: Path, architecture: st
 
 
 def test_there_is_no_bound(tmp_path: Path) -> None:
-    method = FtEwc(bench_for(tmp_path, "llama"), FineTuning(rate=2e-2, limit=1e-4), weight=0.0)
+    method = FtEwc(bench_for(tmp_path, "llama"), FtLSettings(rate=2e-2, limit=1e-4), weight=0.0)
     method.edit(EDITS[:1])
     assert method.deltas[0].abs().max() > 1e-2
 

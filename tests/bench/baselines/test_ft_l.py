@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from wisecli.bench.baselines.base import METHODS, UnsuitableError
 from wisecli.bench.baselines.evaluation import said
-from wisecli.bench.baselines.ft_l import FineTuning, FtL
+from wisecli.bench.baselines.ft_l import FtL, FtLSettings
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.site import Site, value_module
@@ -20,15 +20,15 @@ from wisecli.models.tokenization import Row, collate
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite")
 # The tiny models' weights are large, so they need longer steps.
-COARSE = FineTuning(rate=2e-2, steps=20, stop_loss=2.0, limit=9e-2, width=64)
+COARSE = FtLSettings(rate=2e-2, steps=20, stop_loss=2.0, limit=9e-2, width=64)
 
 
 def slope_of(model: PreTrainedModel, site: Site, row: Row) -> Tensor:
     """Gradient (d, d_ff) of :func:`whole_loss`."""
     weight = value_module(model, site).get_parameter("weight").requires_grad_()
-    (slope,) = torch.autograd.grad(whole_loss(model, row), weight)
+    (gradient,) = torch.autograd.grad(whole_loss(model, row), weight)
     weight.requires_grad_(False)
-    return slope.T if site.transposed else slope
+    return gradient.T if site.transposed else gradient
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -42,14 +42,14 @@ def test_loss_and_gradient_are_those_of_the_whole_model(tmp_path: Path, architec
     part = capture(model, site, collate([row]))
     moved = delta.clone().requires_grad_()
     loss = method.loss(part, moved)
-    (slope,) = torch.autograd.grad(loss, moved)
+    (gradient,) = torch.autograd.grad(loss, moved)
     method.deltas[0] = delta
     with method.applied():
         torch.testing.assert_close(loss, whole_loss(model, row), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(slope, slope_of(model, site, row), atol=1e-5, rtol=1e-3)
-    direction = slope / slope.norm()
+        torch.testing.assert_close(gradient, slope_of(model, site, row), atol=1e-5, rtol=1e-3)
+    direction = gradient / gradient.norm()
     ahead, behind = (float(method.loss(part, delta + step * direction)) for step in (1e-2, -1e-2))
-    assert (ahead - behind) / 2e-2 == pytest.approx(float(slope.norm()), rel=1e-2)
+    assert (ahead - behind) / 2e-2 == pytest.approx(float(gradient.norm()), rel=1e-2)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -105,8 +105,8 @@ def test_no_weight_leaves_its_bound(tmp_path: Path) -> None:
 def test_a_layer_as_deep_as_in_the_paper_with_one_above(tmp_path: Path) -> None:
     bench = bench_for(tmp_path, "llama")
     assert FtL(bench).sites[0].layer == 3
-    assert FtL(bench, FineTuning(layer=32)).sites[0].layer == 3
-    assert FtL(bench, FineTuning(layer=0)).sites[0].layer == 0
+    assert FtL(bench, FtLSettings(layer=32)).sites[0].layer == 3
+    assert FtL(bench, FtLSettings(layer=0)).sites[0].layer == 0
 
 
 def test_in_the_table_and_the_same_twice(tmp_path: Path) -> None:

@@ -98,10 +98,10 @@ def test_losses_and_their_gradient_are_the_whole_models(tmp_path: Path, architec
     )
     losses.sum().backward()
     direction = torch.randn(values.shape, generator=generator)
-    for row, value, turn, slope in zip(rows, values.detach(), direction, values.grad, strict=True):
+    for row, value, turn, gradient in zip(rows, values.detach(), direction, values.grad, strict=True):
         step = 1e-2
         rise = replaced(grace, row, value + step * turn) - replaced(grace, row, value - step * turn)
-        assert float(rise / (2 * step)) == pytest.approx(float(slope @ turn), abs=2e-3, rel=0.02)
+        assert float(rise / (2 * step)) == pytest.approx(float(gradient @ turn), abs=2e-3, rel=0.02)
 
 
 @BOTH

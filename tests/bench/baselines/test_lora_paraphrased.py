@@ -8,12 +8,12 @@ from support.rivals import EDITS, require_untouched_outside, rows_of_lengths, sn
 from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.lora import LoraSettings
-from wisecli.bench.baselines.lora_paraphrased import Course, LoraParaphrased
+from wisecli.bench.baselines.lora_paraphrased import LoraParaphrased, LoraParaphrasedSettings
 from wisecli.models.forms import usable_forms
 from wisecli.models.generation import end_token
 from wisecli.models.tokenization import encode
 
-QUICK = Course(LoraSettings(rate=0.01), passes=15, paraphrases=1)
+QUICK = LoraParaphrasedSettings(LoraSettings(rate=0.01), passes=15, paraphrases=1)
 
 
 def test_every_edit_is_trained_in_every_form_and_ends(tmp_path: Path) -> None:

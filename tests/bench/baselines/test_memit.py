@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from wisecli.bench.baselines.base import METHODS, UnsuitableError
 from wisecli.bench.baselines.evaluation import said
-from wisecli.bench.baselines.memit import Memit, Range, spread
+from wisecli.bench.baselines.memit import Memit, MemitSettings, spread
 from wisecli.bench.baselines.rome_common import read_fact
 from wisecli.bench.baselines.weight_editing import second_moment
 from wisecli.edits.record import Edit
@@ -22,7 +22,7 @@ from wisecli.models.site import Site
 from wisecli.models.tokenization import encode
 
 # The tiny models' layers 1 to 3, and texts that weigh no more than the edits.
-THREE = Range(first=1, last=3, of=5, weight=2.0)
+THREE = MemitSettings(first=1, last=3, of=5, weight=2.0)
 ARCHITECTURES = ("llama", "gpt2", "granite", "gptj")
 
 

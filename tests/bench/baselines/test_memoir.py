@@ -110,14 +110,14 @@ def test_loss_and_its_gradient_are_the_whole_models(tmp_path: Path, architecture
     loss = memoir.loss(part, part.keys[..., columns], values)
     expected = [opened(memoir, row, set(columns.tolist())) for row in rows]
     torch.testing.assert_close(loss.detach(), torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
-    (slope,) = torch.autograd.grad(loss, values)
+    (gradient,) = torch.autograd.grad(loss, values)
     turn, base = torch.randn(values.shape, generator=generator), memoir.memory.clone()
     ends = []
     for step in (1e-2, -1e-2):
         memoir.memory = base.clone()
         memoir.memory[:, columns] += step * turn
         ends.append(float(torch.stack([opened(memoir, row, set(columns.tolist())) for row in rows]).mean()))
-    assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float((slope * turn).sum()), abs=2e-3, rel=0.02)
+    assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float((gradient * turn).sum()), abs=2e-3, rel=0.02)
 
 
 @BOTH
@@ -175,8 +175,8 @@ def test_steps_are_longer_where_keys_are_shorter(tmp_path: Path) -> None:
     part = capture(memoir.bench.loaded.model, memoir.site, collate([encoded(memoir.bench, EDITS[0])]))
     columns = memoir.masks[0].nonzero().flatten()
     values = torch.zeros(memoir.site.d, len(columns), requires_grad=True)
-    (slope,) = torch.autograd.grad(memoir.loss(part, part.keys[..., columns], values), values)
-    torch.testing.assert_close(memoir.memory[:, columns], -8.0 * 64 / memoir.site.d_ff * slope)
+    (gradient,) = torch.autograd.grad(memoir.loss(part, part.keys[..., columns], values), values)
+    torch.testing.assert_close(memoir.memory[:, columns], -8.0 * 64 / memoir.site.d_ff * gradient)
 
 
 def test_in_the_table_at_the_authors_depth_and_the_same_twice(tmp_path: Path) -> None:

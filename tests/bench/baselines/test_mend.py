@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from wisecli.bench.baselines.base import METHODS, Bench, UnsuitableError
 from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.gradient_factors import gradient_factors
-from wisecli.bench.baselines.mend import Mend, MetaTraining
+from wisecli.bench.baselines.mend import Mend, MendSettings
 from wisecli.config import LoadOptions
 from wisecli.edits.fields import EvaluationPrompt
 from wisecli.edits.record import Edit
@@ -25,8 +25,8 @@ from wisecli.models.tokenization import Row, collate, encode
 from wisecli.progress import Event
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite", "gptj")
-UNTRAINED = MetaTraining(passes=0, rank=4, first_rate=0.05)
-TRAINED = MetaTraining(passes=2, rank=4, first_rate=0.05)
+UNTRAINED = MendSettings(passes=0, rank=4, first_rate=0.05)
+TRAINED = MendSettings(passes=2, rank=4, first_rate=0.05)
 
 
 def records(count: int) -> list[Edit]:
@@ -56,7 +56,7 @@ def gradients(model: PreTrainedModel, sites: Sequence[Site], rows: Sequence[Row]
     for weight in weights:
         weight.requires_grad_(False)
         weight.grad = None
-    return [slope.T if site.transposed else slope for slope, site in zip(found, sites, strict=True)]
+    return [gradient.T if site.transposed else gradient for gradient, site in zip(found, sites, strict=True)]
 
 
 def moved(method: Mend, seed: int = 4) -> list[Tensor]:
@@ -76,11 +76,11 @@ def test_the_factors_make_the_gradient_of_the_whole_model(tmp_path: Path, archit
         expected = gradients(model, method.sites, rows)
         one_by_one = torch.stack([whole_loss(model, row) for row in rows])
     torch.testing.assert_close(losses, one_by_one, atol=1e-5, rtol=1e-5)
-    for place, (one, slope) in enumerate(zip(factors, expected, strict=True)):
-        assert len(one.keys) == len(one.slopes) == sum(len(row) - 1 for row in rows)
-        torch.testing.assert_close(one.slopes.T @ one.keys, slope, atol=1e-5, rtol=1e-4)
+    for place, (one, gradient) in enumerate(zip(factors, expected, strict=True)):
+        assert len(one.keys) == len(one.gradients) == sum(len(row) - 1 for row in rows)
+        torch.testing.assert_close(one.gradients.T @ one.keys, gradient, atol=1e-5, rtol=1e-4)
         # Before any training the pseudo-gradient is the gradient.
-        torch.testing.assert_close(method.step(one, place), 0.05 * slope, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(method.step(one, place), 0.05 * gradient, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -93,8 +93,8 @@ def test_an_untrained_network_makes_edits_steps_of_gradient_descent(tmp_path: Pa
     with method.applied():
         edited = [alone(model, row) for row in rows_of(bench)]
     for row in rows_of(bench):
-        for weight, site, slope in zip(weights, method.sites, gradients(model, method.sites, [row]), strict=True):
-            weight.data -= 0.05 * (slope.T if site.transposed else slope)
+        for weight, site, gradient in zip(weights, method.sites, gradients(model, method.sites, [row]), strict=True):
+            weight.data -= 0.05 * (gradient.T if site.transposed else gradient)
     for row, logits in zip(rows_of(bench), edited, strict=True):
         torch.testing.assert_close(logits, alone(model, row), atol=1e-3, rtol=1e-3)
     for weight, site, base, delta in zip(weights, method.sites, before, method.deltas, strict=True):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,20 @@ import torch
 from support.rivals import EDITS, TEXTS, TRAIN, require_untouched_outside, snapshot, tiny_bench
 
 from wisecli.bench.baselines.base import METHODS, Bench, UnsuitableError
+from wisecli.bench.baselines.evaluation import Known, MethodSubject
 from wisecli.bench.baselines.serac import Embedder, Serac, StateIndex
+from wisecli.models.hooks import hooked
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 BACKGROUND = [*(edit.prompt for edit in TRAIN), *TEXTS]
+
+
+@contextmanager
+def counted_passes(bench: Bench) -> Iterator[list[None]]:
+    """The passes of the model, as they are made."""
+    passes: list[None] = []
+    with hooked(bench.loaded.model.register_forward_pre_hook(lambda *_: passes.append(None))):
+        yield passes
 
 
 @torch.no_grad()
@@ -62,3 +74,27 @@ def test_prompts_in_scope_are_told_the_nearest_fact(tmp_path: Path, architecture
 def test_without_records_it_cannot_run(tmp_path: Path) -> None:
     with pytest.raises(UnsuitableError, match="serac needs records of the train split"):
         Serac(tiny_bench(tmp_path / "model", train=[]))
+
+
+def test_a_prompt_is_read_each_time_that_it_is_asked_and_what_is_stored_once(tmp_path: Path) -> None:
+    bench = tiny_bench(tmp_path / "model")
+    serac = METHODS["serac"](bench)
+    with counted_passes(bench) as passes:
+        serac.edit(EDITS[:3])
+        stored = len(passes)
+        serac.edit(EDITS[:3])
+        assert len(passes) == stored == 1
+        for _ in range(2):
+            serac.asked(EDITS[0].prompt)
+        assert len(passes) == stored + 2
+
+
+def test_overhead_counts_what_finding_a_fact_takes(tmp_path: Path) -> None:
+    bench = tiny_bench(tmp_path / "model")
+    serac = METHODS["serac"](bench)
+    serac.edit(EDITS[:1])
+    subject = MethodSubject(bench.loaded, serac, Known(), batch_size=4)
+    with counted_passes(bench) as passes:
+        subject.overhead([(EDITS[0].prompt, EDITS[0].target)])
+    # Three rounds, each of the unedited model, and of the edited one behind the classifier's own pass.
+    assert len(passes) == 3 * (1 + 2)

@@ -10,11 +10,11 @@ from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting,
 from torch import Tensor
 
 from wisecli.bench.baselines.evaluation import said
-from wisecli.bench.baselines.ultraedit import Statistics, Step, UltraEdit
+from wisecli.bench.baselines.ultraedit import Statistics, UltraEdit, UltraEditSettings
 from wisecli.models.site import value_module
 
 # The tiny models' layers 2 and 3.
-UPPER = Step(first=2, last=3, of=5, rate=0.02)
+UPPER = UltraEditSettings(first=2, last=3, of=5, rate=0.02)
 
 
 def test_statistics_that_come_in_parts_are_those_of_the_whole() -> None:
@@ -35,7 +35,7 @@ def test_keys_and_gradients_are_those_of_the_whole_model(tmp_path: Path, archite
     row, model = rows_of(bench)[0], bench.loaded.model
     tokens, start = [*row.prompt, *row.target[:-1]], len(row.prompt) - 1
     with method.applied():
-        for site, (keys, slopes) in zip(method.sites, found, strict=True):
+        for site, (keys, gradients) in zip(method.sites, found, strict=True):
             torch.testing.assert_close(keys, keys_of(model, site, tokens)[start:], atol=1e-4, rtol=1e-4)
             given: list[Tensor] = []
 
@@ -48,16 +48,16 @@ def test_keys_and_gradients_are_those_of_the_whole_model(tmp_path: Path, archite
             handle.remove()
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.target))
             (expected,) = torch.autograd.grad(loss, given)
-            torch.testing.assert_close(slopes, expected[0, start:], atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(gradients, expected[0, start:], atol=1e-5, rtol=1e-3)
 
 
 def test_the_change_is_the_ridge_solution(tmp_path: Path) -> None:
     method = UltraEdit(bench_for(tmp_path, "llama"), UPPER)
     site, generator = method.sites[0], torch.Generator().manual_seed(3)
     keys = torch.randn(9, site.d_ff, generator=generator)
-    slopes = torch.randn(9, site.d, generator=generator)
-    found = method.change(0, keys, slopes)
-    both = torch.cat([keys, slopes], 1).double()
+    gradients = torch.randn(9, site.d, generator=generator)
+    found = method.change(0, keys, gradients)
+    both = torch.cat([keys, gradients], 1).double()
     turned = ((both - both.mean(0)) / both.std(0)).numpy()
     h, g = turned[:, : site.d_ff], turned[:, site.d_ff :]
     wanted = -0.02 / site.d_ff * (h**2).sum(1, keepdims=True) * g

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
-from wisecli.bench.baselines.memit import Memit, Range
-from wisecli.bench.baselines.weight_editing import second_moment
+from wisecli.bench.baselines.base import Bench, UnsuitableError, method
+from wisecli.bench.baselines.memit import Memit, MemitSettings
+from wisecli.bench.baselines.weight_editing import seen_moment
 from wisecli.edits.record import Edit
 from wisecli.models.site import Site
 
 
 @dataclass(frozen=True)
-class NullSpace:
+class AlphaEditSettings:
     """Settings. Directions with a second moment below ``threshold`` are free to change; ``weight`` is λ.
 
     Both are the authors' numbers for keys as large as theirs. Keys of other models are of other sizes, so here both
@@ -41,16 +41,21 @@ class AlphaEdit(Memit):
     """
 
     def __init__(
-        self, bench: Bench, settings: Range | None = None, space: NullSpace | None = None, *, batch: int | None = None
+        self,
+        bench: Bench,
+        settings: MemitSettings | None = None,
+        space: AlphaEditSettings | None = None,
+        *,
+        batch: int | None = None,
     ) -> None:
-        self.space = space or NullSpace()
+        self.space = space or AlphaEditSettings()
         self._weights: list[float] = []
         super().__init__(bench, settings, batch=batch)
         self._earlier = [torch.zeros_like(kept) for kept in self._kept]
 
     def keeping(self, site: Site) -> Tensor:
         """The projection P (d_ff, d_ff) onto the free directions, in float64."""
-        sizes, directions = torch.linalg.eigh(second_moment(self.bench, site))
+        sizes, directions = torch.linalg.eigh(seen_moment(self.bench, site))
         self._weights.append(self.space.weight * float(sizes.mean()))
         free = directions[:, sizes < self.space.threshold * sizes.mean()]
         if not free.shape[1]:
@@ -64,10 +69,6 @@ class AlphaEdit(Memit):
         found = constrained(residuals.double(), wide, self._kept[place], self._earlier[place], self._weights[place])
         self._earlier[place] += wide.T @ wide
         return found.float()
-
-    def bytes(self) -> int:
-        """Size of the changes, and of what later edits need of the earlier ones."""
-        return super().bytes() + tensor_bytes(*self._earlier)
 
     def state(self) -> dict[str, Tensor]:
         """The changes, and the keys that are spared."""

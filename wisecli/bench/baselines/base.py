@@ -79,7 +79,7 @@ class Method(Protocol):
         """What the model is asked in the place of a prompt."""
 
     def bytes(self) -> int:
-        """Size of what the method keeps beside the base model."""
+        """Size of what answers need beside the base model; what only further edits need does not count."""
 
 
 @runtime_checkable
@@ -115,13 +115,21 @@ class Gradual(Resumable, Protocol):
 
 Maker = Callable[[Bench], Method]
 METHODS: dict[str, Maker] = {}
+# Those that do something else to all edits together than to some and then to more.
+AT_ONCE: set[str] = set()
 
 
-def method(name: str) -> Callable[[Maker], Maker]:
-    """Put a method into the table."""
+def method(name: str, *, at_once: bool = False) -> Callable[[Maker], Maker]:
+    """Put a method into the table.
+
+    Args:
+        at_once: whether each number of edits is given to one that has taken in none, all together.
+    """
 
     def put(maker: Maker) -> Maker:
         METHODS[name] = maker
+        if at_once:
+            AT_ONCE.add(name)
         return maker
 
     return put

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.baselines.base import Bench, UnsuitableError, method
 from wisecli.bench.baselines.gradient_factors import gradient_factors
 from wisecli.bench.baselines.training import Training, packed, unpacked
 from wisecli.bench.baselines.weight_editing import Rewritten, between_depths, encoded
@@ -39,7 +39,7 @@ _TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class CrispSettings:
+class CrispEditSettings:
     """Settings. ``first`` to ``last`` of ``of`` are depths, ``energy`` the share of curvature that is closed to edits.
 
     The authors' for Llama-3-8B (their llama3-8b.yaml): Adam, up to ``passes`` over all edits, ``batch`` at a time,
@@ -64,9 +64,9 @@ class Projection:
     inner: Tensor
     free: Tensor
 
-    def __call__(self, slope: Tensor) -> Tensor:
+    def __call__(self, gradient: Tensor) -> Tensor:
         """What of a gradient (d, d_ff) points there."""
-        return self.outer @ (self.free * (self.outer.T @ slope @ self.inner)) @ self.inner.T
+        return self.outer @ (self.free * (self.outer.T @ gradient @ self.inner)) @ self.inner.T
 
 
 class Curvature:
@@ -74,19 +74,19 @@ class Curvature:
 
     def __init__(self, site: Site, device: torch.device) -> None:
         self.inputs = torch.zeros(site.d_ff, site.d_ff, dtype=torch.float64, device=device)
-        self.slopes = torch.zeros(site.d, site.d, dtype=torch.float64, device=device)
+        self.gradients = torch.zeros(site.d, site.d, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, keys: Tensor, slopes: Tensor) -> None:
+    def add(self, keys: Tensor, gradients: Tensor) -> None:
         """Take in more tokens: (n, d_ff) and (n, d)."""
         self.inputs += keys.T.double() @ keys.double()
-        self.slopes += slopes.T.double() @ slopes.double()
+        self.gradients += gradients.T.double() @ gradients.double()
         self.tokens += len(keys)
 
     def projection(self, energy: float) -> Projection:
         """Onto all directions but the fewest that hold this share of the curvature."""
         inner, inner_vectors = torch.linalg.eigh(self.inputs / self.tokens)
-        outer, outer_vectors = torch.linalg.eigh(self.slopes / self.tokens)
+        outer, outer_vectors = torch.linalg.eigh(self.gradients / self.tokens)
         products = torch.outer(outer, inner).clamp(min=0)
         largest = products.flatten().sort(descending=True).values
         shares = largest.cumsum(0) / largest.sum()
@@ -104,8 +104,8 @@ class CrispEdit(Rewritten):
 
     portion = 0
 
-    def __init__(self, bench: Bench, settings: CrispSettings | None = None) -> None:
-        self.settings = settings or CrispSettings()
+    def __init__(self, bench: Bench, settings: CrispEditSettings | None = None) -> None:
+        self.settings = settings or CrispEditSettings()
         super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
         tokenizer = bench.loaded.tokenizer
         texts = [tuple(tokenizer(text)["input_ids"]) for text in bench.texts]
@@ -129,7 +129,7 @@ class CrispEdit(Rewritten):
             # Those are gradients of each row's mean.
             lengths = (batch.labels != NO_LABEL).sum(-1, keepdim=True).expand_as(batch.mask)
             for curvature, one in zip(self.curvatures, factors, strict=True):
-                curvature.add(one.keys, one.slopes * lengths[one.mask][:, None])
+                curvature.add(one.keys, one.gradients * lengths[one.mask][:, None])
             done += len(indices)
             self.bench.watch(Event(stage, done, len(rows)))
 
@@ -182,16 +182,16 @@ class CrispEdit(Rewritten):
         """A step for every part that is not learned yet; the parts' mean loss before it."""
         losses = []
         for part in parts:
-            loss, slopes = self.slopes(part, [delta.detach() for delta in self._moved])
+            loss, gradients = self.gradients(part, [delta.detach() for delta in self._moved])
             losses.append(loss)
             if loss < self.settings.stop:
                 continue
-            for delta, slope, projection in zip(self._moved, slopes, projections, strict=True):
-                delta.grad = projection(slope)
+            for delta, gradient, projection in zip(self._moved, gradients, projections, strict=True):
+                delta.grad = projection(gradient)
             optimizer.step()
         return sum(losses) / len(losses)
 
-    def slopes(self, part: Activations, deltas: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    def gradients(self, part: Activations, deltas: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         """The mean loss of some edits, each counting alike, and its gradient (d, d_ff) for each matrix.
 
         Args:
@@ -204,11 +204,7 @@ class CrispEdit(Rewritten):
         losses, factors = gradient_factors(self.bench.loaded.model, self.sites, part, deltas)
         if not losses.isfinite().all():
             raise UnsuitableError("the edits' loss is not finite")
-        return float(losses.mean()), [one.slopes.T @ one.keys / len(losses) for one in factors]
-
-    def bytes(self) -> int:
-        """Size of the changes, and of what later edits need of the texts and of the earlier ones."""
-        return super().bytes() + sum(tensor_bytes(one.inputs, one.slopes) for one in self.curvatures)
+        return float(losses.mean()), [one.gradients.T @ one.keys / len(losses) for one in factors]
 
     def state(self) -> dict[str, Tensor]:
         """The changes, the curvatures, and the latest edits, and a training that is on its way."""
@@ -217,7 +213,7 @@ class CrispEdit(Rewritten):
             **packed("latest", self._latest),
             **{f"moved {place}": one.detach() for place, one in enumerate(self._moved)},
             **{f"inputs {place}": one.inputs for place, one in enumerate(self.curvatures)},
-            **{f"slopes {place}": one.slopes for place, one in enumerate(self.curvatures)},
+            **{f"gradients {place}": one.gradients for place, one in enumerate(self.curvatures)},
             "tokens": torch.tensor([one.tokens for one in self.curvatures]),
             **(self._training.tensors() if self._training else {}),
         }
@@ -227,14 +223,17 @@ class CrispEdit(Rewritten):
         super().restore(state, portions)
         self._latest = unpacked("latest", state)
         for place, (one, tokens) in enumerate(zip(self.curvatures, state["tokens"].tolist(), strict=True)):
-            one.inputs, one.slopes = state[f"inputs {place}"].to(one.inputs), state[f"slopes {place}"].to(one.slopes)
+            one.inputs, one.gradients = (
+                state[f"inputs {place}"].to(one.inputs),
+                state[f"gradients {place}"].to(one.gradients),
+            )
             one.tokens = tokens
         if "moved 0" in state:
             optimizer = self._optimizer([state[f"moved {place}"].to(one) for place, one in enumerate(self.deltas)])
             self._training = Training.of(state, optimizer)
 
 
-@method("crispedit")
+@method("crispedit", at_once=True)
 def crispedit(bench: Bench) -> CrispEdit:
     """All edits at once."""
     return CrispEdit(bench)

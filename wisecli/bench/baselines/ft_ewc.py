@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method
-from wisecli.bench.baselines.ft_l import FineTuning, FtL
+from wisecli.bench.baselines.ft_l import FtL, FtLSettings
 from wisecli.models.activations import capture, suffix_logits
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches
@@ -31,11 +31,11 @@ class FtEwc(FtL):
         UnsuitableError: there are no texts of two tokens or more.
     """
 
-    def __init__(self, bench: Bench, settings: FineTuning | None = None, *, weight: float | None = None) -> None:
+    def __init__(self, bench: Bench, settings: FtLSettings | None = None, *, weight: float | None = None) -> None:
         """``weight`` is λ. By default it is the number of texts: then the penalty is Laplace's approximation of the
         log-likelihood of them all, which is where Kirkpatrick et al. derive it from (their section 2).
         """
-        super().__init__(bench, replace(settings or FineTuning(), limit=None))
+        super().__init__(bench, replace(settings or FtLSettings(), limit=None))
         texts = [Row(ids[:1], ids[1:]) for ids in map(self._tokens, bench.texts) if len(ids) > 1]
         if not texts:
             raise UnsuitableError("it needs unrelated texts, and there are none")
@@ -65,9 +65,9 @@ def fisher(bench: Bench, site: Site, texts: list[Row]) -> Tensor:
         logits = suffix_logits(bench.loaded.model, site, part, part.with_update(update), part.batch.labelled)
         labels = part.batch.targets
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        (slopes,) = torch.autograd.grad(loss, update)
-        for slope, keys in zip(slopes, part.keys.float(), strict=True):
-            total += (slope.T @ keys).square()
+        (gradients,) = torch.autograd.grad(loss, update)
+        for gradient, keys in zip(gradients, part.keys.float(), strict=True):
+            total += (gradient.T @ keys).square()
         done += len(indices)
         bench.watch(Event("Fisher information", done, len(texts)))
     return total / len(texts)

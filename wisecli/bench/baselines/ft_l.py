@@ -22,7 +22,7 @@ from wisecli.progress import Event
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FtLSettings:
     """Settings. ``layer`` of ``of`` is a depth; no weight moves further than ``limit`` within one edit, for a matrix of
     ``width`` columns: as many more columns move the output as much more, so narrower matrices may move further.
     """
@@ -44,8 +44,8 @@ class FtL(Rewritten):
 
     portion = 1
 
-    def __init__(self, bench: Bench, settings: FineTuning | None = None) -> None:
-        self.settings = settings or FineTuning()
+    def __init__(self, bench: Bench, settings: FtLSettings | None = None) -> None:
+        self.settings = settings or FtLSettings()
         super().__init__(bench, [at_depth(bench, self.settings.layer, self.settings.of)])
         limit, width = self.settings.limit, self.settings.width
         self.limit = None if limit is None else limit * width / self.sites[0].d_ff

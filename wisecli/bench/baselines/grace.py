@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wisecli.bench.baselines.base import Bench, PromptEnd, hooks, method, seeded, tensor_bytes
+from wisecli.bench.baselines.weight_editing import encoded
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, captured, suffix_logits
 from wisecli.models.site import value_module
-from wisecli.models.tokenization import Row, collate, encode, in_batches
+from wisecli.models.tokenization import Row, collate, in_batches
 
 Target = tuple[int, ...]
 
@@ -128,11 +129,13 @@ class Grace:
         """Take in more edits, one after the other.
 
         What lies below the layer is frozen, and entries share nothing, so the values of a batch are learnt together.
+
+        Raises:
+            UnsuitableError: the tokenizer leaves nothing of an edit.
         """
         for first in range(0, len(edits), self.bench.batch_size):
             part = edits[first : first + self.bench.batch_size]
-            rows = [encode(self.bench.loaded.tokenizer, edit.prompt, edit.target) for edit in part]
-            self._take_in(rows)
+            self._take_in([encoded(self.bench, edit.prompt, edit) for edit in part])
 
     def _take_in(self, rows: Sequence[Row]) -> None:
         loaded, groups = self.bench.loaded, list(in_batches(rows, self.bench.batch_size, by_target=True))

@@ -32,7 +32,7 @@ class Factors:
     """
 
     keys: Tensor
-    slopes: Tensor
+    gradients: Tensor
     mask: Tensor
 
     def padded(self, values: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def gradient_factors(
         losses = row_losses(
             changed_logits(model, sites, part, [taking(place) for place in range(len(sites))]), part.batch
         )
-        slopes = torch.autograd.grad(losses.sum(), [slot for _, slot in taken])
+        gradients = torch.autograd.grad(losses.sum(), [slot for _, slot in taken])
     mask = part.batch.mask.bool()
-    found = [Factors(keys[mask], slope[mask], mask) for (keys, _), slope in zip(taken, slopes, strict=True)]
+    found = [Factors(keys[mask], gradient[mask], mask) for (keys, _), gradient in zip(taken, gradients, strict=True)]
     return losses.detach(), found

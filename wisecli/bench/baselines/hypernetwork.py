@@ -43,7 +43,7 @@ class LowRankLayer(nn.Module):
         inner = inputs @ self.right.T @ self.left.T
         if self.bias is not None:
             inner = inner + self.bias
-        # Not relu(), which has no slope at nought: all are nought there while U is, and no step would ever be made.
+        # Not relu(), which has no gradient at nought: all are nought there while U is, and no step would ever be made.
         return inputs + (self.scale[place] * inner + self.shift[place]).clamp(min=0)
 
 
@@ -65,9 +65,9 @@ class Hypernetwork(nn.Module):
         self.register_buffer("middle", torch.zeros(matrices, width))
         self.register_buffer("spread", torch.ones(matrices, width))
 
-    def normalise(self, keys: Tensor, slopes: Tensor, place: int) -> None:
-        """Take a matrix' mean and standard deviation, by dimension, from keys (n, d_ff) and slopes (n, d)."""
-        joined = torch.cat([keys, slopes], -1)
+    def normalise(self, keys: Tensor, gradients: Tensor, place: int) -> None:
+        """Take a matrix' mean and standard deviation, by dimension, from keys (n, d_ff) and gradients (n, d)."""
+        joined = torch.cat([keys, gradients], -1)
         self.middle[place] = joined.mean(0)
         parts = joined.std(0).split(self.split)
         smallest = torch.finfo(joined.dtype).tiny
@@ -75,12 +75,12 @@ class Hypernetwork(nn.Module):
             [part.clamp(min=max(_LEAST_SPREAD * float(part.mean()), smallest)) for part in parts]
         )
 
-    def forward(self, keys: Tensor, slopes: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    def forward(self, keys: Tensor, gradients: Tensor, place: int) -> tuple[Tensor, Tensor]:
         """From tokens' u (n, d_ff) and δ (n, d) to their ũ and δ̃."""
-        start = (torch.cat([keys, slopes], -1) - self.middle[place]) / self.spread[place]
+        start = (torch.cat([keys, gradients], -1) - self.middle[place]) / self.spread[place]
         added = self.spread[place] * (self.second(self.first(start, place), place) - start)
         to_keys, to_slopes = added.split(self.split, -1)
-        return keys + to_keys, slopes + to_slopes
+        return keys + to_keys, gradients + to_slopes
 
 
 class Editor(nn.Module):
@@ -102,13 +102,13 @@ class Editor(nn.Module):
     def normalise(self, seen: Sequence[Factors], place: int) -> None:
         """Set a matrix' mean and standard deviation to those of the tokens seen."""
         network, own = self._network(place)
-        network.normalise(torch.cat([one.keys for one in seen]), torch.cat([one.slopes for one in seen]), own)
+        network.normalise(torch.cat([one.keys for one in seen]), torch.cat([one.gradients for one in seen]), own)
 
     def forward(self, factors: Factors, place: int) -> tuple[Tensor, Tensor]:
         """α ũ (B, T, d_ff) and δ̃ (B, T, d) for one matrix; nought where there is padding."""
         network, own = self._network(place)
-        keys, slopes = network(factors.keys, factors.slopes, own)
-        return factors.padded(self.log_rates[place].exp() * keys), factors.padded(slopes)
+        keys, gradients = network(factors.keys, factors.gradients, own)
+        return factors.padded(self.log_rates[place].exp() * keys), factors.padded(gradients)
 
     def _network(self, place: int) -> tuple[Hypernetwork, int]:
         number, own = self._own[place]

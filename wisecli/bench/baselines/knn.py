@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.bench.baselines.base import Bench, hooks, method, tensor_bytes
+from wisecli.bench.baselines.weight_editing import encoded
 from wisecli.edits.record import Edit
 from wisecli.models.hooks import hooked
 from wisecli.models.tokenization import Row, collate, encode, in_batches
@@ -94,15 +95,18 @@ class Knn:
         return Datastore(weight.shape[1], self.bench.loaded.device)
 
     def edit(self, edits: Sequence[Edit]) -> None:
-        """Store the targets of more edits."""
-        for one in self._read([(edit.prompt, edit.target) for edit in edits]):
+        """Store the targets of more edits.
+
+        Raises:
+            UnsuitableError: the tokenizer leaves nothing of an edit.
+        """
+        for one in self._read([encoded(self.bench, edit.prompt, edit) for edit in edits]):
             self.store.add(one.states, one.tokens)
 
     @torch.no_grad()
-    def _read(self, pairs: Sequence[tuple[str, str]]) -> list[_Read]:
+    def _read(self, rows: Sequence[Row]) -> list[_Read]:
         """What the unedited model makes of prompts and their answers."""
-        loaded, found = self.bench.loaded, dict[int, _Read]()
-        rows = [encode(loaded.tokenizer, *pair) for pair in pairs]
+        found = dict[int, _Read]()
         for indices in in_batches(rows, self.bench.batch_size):
             for index, one in zip(indices, self._read_batch([rows[index] for index in indices]), strict=True):
                 found[index] = one
@@ -134,9 +138,12 @@ class Knn:
         records = list(self.bench.train)[: self.settings.records]
         if not records:
             return self.settings.share, self.settings.temperature
-        own = self._read([(edit.prompt, edit.target) for edit in records])
-        other = self._read([(text, edit.target) for edit in records for text in edit.rephrases[:1]])
-        apart = self._read([(probe.prompt, probe.answer) for edit in records for probe in edit.locality[:1]])
+        tokenizer = self.bench.loaded.tokenizer
+        own = self._read([encode(tokenizer, edit.prompt, edit.target) for edit in records])
+        other = self._read([encode(tokenizer, text, edit.target) for edit in records for text in edit.rephrases[:1]])
+        apart = self._read(
+            [encode(tokenizer, probe.prompt, probe.answer) for edit in records for probe in edit.locality[:1]]
+        )
         wanted = [(one, one.tokens) for one in (*own, *other)] + [(one, one.logits.argmax(-1)) for one in apart]
         kinds = torch.tensor([0] * len(own) + [1] * len(other) + [2] * len(apart))
         store = self._empty()

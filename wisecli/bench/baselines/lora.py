@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.baselines.weight_editing import encoded
 from wisecli.edits.record import Edit
 from wisecli.models.hooks import hooked
-from wisecli.models.tokenization import Row, collate, encode
+from wisecli.models.tokenization import Row, collate
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ def projections(model: nn.Module, layers: str, value: str) -> list[str]:
         if inside == value or attends:
             found.append(f"{layers}.{name}")
     return found
+
+
+def follow(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Put a loss's gradients into the parameters.
+
+    Raises:
+        UnsuitableError: the loss is not finite.
+    """
+    if not loss.isfinite():
+        raise UnsuitableError("the edits' loss is not finite")
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
 
 
 @method("lora")
@@ -111,9 +124,13 @@ class Lora:
         return swaps
 
     def edit(self, edits: Sequence[Edit]) -> None:
-        """Train on more edits, one after the other."""
+        """Train on more edits, one after the other.
+
+        Raises:
+            UnsuitableError: the tokenizer leaves nothing of an edit, or the loss is not finite.
+        """
         for edit in edits:
-            self._train(encode(self.bench.loaded.tokenizer, edit.prompt, edit.target))
+            self._train(encoded(self.bench, edit.prompt, edit))
 
     def _train(self, row: Row) -> None:
         trained = list(self.parameters.values())
@@ -124,8 +141,7 @@ class Lora:
                     loss = self.loss([row])
                 if float(loss.detach()) < self.settings.stop:
                     break
-                for parameter, slope in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-                    parameter.grad = slope
+                follow(loss, trained)
                 optimizer.step()
         optimizer.zero_grad()
 

@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wisecli.bench.baselines.base import Bench, method
-from wisecli.bench.baselines.lora import Lora, LoraSettings
+from wisecli.bench.baselines.lora import Lora, LoraSettings, follow
 from wisecli.bench.baselines.training import Training
+from wisecli.bench.baselines.weight_editing import encoded
 from wisecli.editing.paraphrases import write_paraphrases
 from wisecli.edits.record import Edit
 from wisecli.models.forms import usable_forms
 from wisecli.models.generation import end_token
-from wisecli.models.tokenization import Row, encode
+from wisecli.models.tokenization import Row
 from wisecli.progress import Event
 
 
 @dataclass(frozen=True)
-class Course:
+class LoraParaphrasedSettings:
     """Settings: the adapters', passes over all rows, rows a step, and paraphrases an edit."""
 
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, rate=1e-3))
@@ -44,9 +45,9 @@ class LoraParaphrased(Lora):
 
     portion = 0
 
-    def __init__(self, bench: Bench, course: Course | None = None) -> None:
-        self.course = course or Course()
-        super().__init__(bench, self.course.lora)
+    def __init__(self, bench: Bench, settings: LoraParaphrasedSettings | None = None) -> None:
+        self.schedule = settings or LoraParaphrasedSettings()
+        super().__init__(bench, self.schedule.lora)
         self._training: Training | None = None
 
     def edit(self, edits: Sequence[Edit]) -> None:
@@ -61,7 +62,7 @@ class LoraParaphrased(Lora):
         if self._training is None:
             self._training = Training(list(self.rows(edits)), self._optimizer())
             yield
-        training, passes, chance = self._training, self.course.passes, random.Random(self.bench.seed)
+        training, passes, chance = self._training, self.schedule.passes, random.Random(self.bench.seed)
         for rows in training.shuffled(training.rows, passes, chance):
             self._pass(rows, training)
             self.bench.watch(Event("adapters", training.done, passes))
@@ -70,22 +71,21 @@ class LoraParaphrased(Lora):
         self._training = None
 
     def _optimizer(self) -> Optimizer:
-        return torch.optim.AdamW(list(self.parameters.values()), lr=self.course.lora.rate)
+        return torch.optim.AdamW(list(self.parameters.values()), lr=self.schedule.lora.rate)
 
     def _pass(self, rows: Sequence[Row], training: Training) -> None:
         """One step for each batch of rows, at a rate that falls evenly from the first pass to the last."""
-        trained, course, optimizer = list(self.parameters.values()), self.course, training.optimizer
-        batches = -(-len(rows) // course.batch)
+        trained, schedule, optimizer = list(self.parameters.values()), self.schedule, training.optimizer
+        batches = -(-len(rows) // schedule.batch)
         with self.applied():
             for number in range(batches):
-                part = rows[number * course.batch : (number + 1) * course.batch]
+                part = rows[number * schedule.batch : (number + 1) * schedule.batch]
                 with torch.enable_grad():
                     loss = self.loss(part)
-                for parameter, slope in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-                    parameter.grad = slope
-                left = 1 - (training.done * batches + number) / (course.passes * batches)
+                follow(loss, trained)
+                left = 1 - (training.done * batches + number) / (schedule.passes * batches)
                 for group in optimizer.param_groups:
-                    group["lr"] = course.lora.rate * left
+                    group["lr"] = schedule.lora.rate * left
                 optimizer.step()
         training.done += 1
 
@@ -101,16 +101,16 @@ class LoraParaphrased(Lora):
     def rows(self, edits: Sequence[Edit]) -> Iterator[Row]:
         """All that is trained on."""
         loaded, size = self.bench.loaded, self.bench.batch_size
-        count, end = self.course.paraphrases, end_token(loaded.model)
+        count, end = self.schedule.paraphrases, end_token(loaded.model)
         more = write_paraphrases(loaded, edits, count, batch_size=size, seed=self.bench.seed)
         forms = usable_forms(loaded.tokenizer, trained=True)
         for edit in edits:
             asked = [form.asked(loaded.tokenizer, edit.prompt) for form in forms]
             for prompt in dict.fromkeys([edit.prompt, *asked, *more.get(edit.id, ())]):
-                yield encode(loaded.tokenizer, prompt, edit.target, end=end)
+                yield encoded(self.bench, prompt, edit, end=end)
 
 
-@method("lora-paraphrased")
+@method("lora-paraphrased", at_once=True)
 def lora_paraphrased(bench: Bench) -> LoraParaphrased:
     """All edits at once."""
     return LoraParaphrased(bench)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, hooks, method
-from wisecli.bench.baselines.rome_common import Fact, Part, Search, find_change, look, prefixes_for, read_fact
+from wisecli.bench.baselines.rome_common import Fact, Part, SearchSettings, find_change, look, prefixes_for, read_fact
 from wisecli.bench.baselines.weight_editing import Rewritten, between_depths, second_moment
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
@@ -26,11 +26,11 @@ from wisecli.models.site import Site, value_module
 from wisecli.progress import Event
 
 # The authors' settings for GPT-J.
-SEARCH = Search(rate=0.5, steps=25, limit=0.75, essence=0.0625, decay=0.5)
+SEARCH = SearchSettings(rate=0.5, steps=25, limit=0.75, essence=0.0625, decay=0.5)
 
 
 @dataclass(frozen=True)
-class Range:
+class MemitSettings:
     """Settings. ``first`` to ``last`` of ``of`` are depths, ``weight`` is λ."""
 
     # The authors' settings for GPT-J: layers 3 to 8 of 28, λ = 15000.
@@ -38,7 +38,7 @@ class Range:
     last: int = 8
     of: int = 28
     weight: float = 15000.0
-    search: Search = SEARCH
+    search: SearchSettings = SEARCH
     # As many as for ROME.
     prefixes: int = 5
     prefix_tokens: int = 10
@@ -54,8 +54,8 @@ class Memit(Rewritten):
             residual stream, where what is missing there is no sum of what the matrices add.
     """
 
-    def __init__(self, bench: Bench, settings: Range | None = None, *, batch: int | None = None) -> None:
-        self.settings = settings or Range()
+    def __init__(self, bench: Bench, settings: MemitSettings | None = None, *, batch: int | None = None) -> None:
+        self.settings = settings or MemitSettings()
         super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
         if self.sites[-1].norm is not None:
             raise UnsuitableError("it adds up what matrices give, and here that passes a norm before it is added")
@@ -160,7 +160,7 @@ def memit(bench: Bench) -> Memit:
     return Memit(bench, batch=1)
 
 
-@method("memit-mass")
+@method("memit-mass", at_once=True)
 def memit_mass(bench: Bench) -> Memit:
     """All edits that come together at once."""
     return Memit(bench)

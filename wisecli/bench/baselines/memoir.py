@@ -13,7 +13,7 @@ otherwise the memory stays shut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -82,6 +82,8 @@ class Memoir:
         UnsuitableError: there are no unrelated texts.
     """
 
+    portion = 1
+
     def __init__(self, bench: Bench, settings: MemoirSettings | None = None) -> None:
         self.bench, self.settings = bench, settings or MemoirSettings()
         self.site = at_depth(bench, self.settings.layer, self.settings.of)
@@ -142,8 +144,8 @@ class Memoir:
             if now <= settings.stop and abs(now - before) <= settings.still:
                 break
             before = now
-            (slope,) = torch.autograd.grad(loss, values)
-            values.data -= rate * slope * (limit / slope.norm().clamp(min=1e-12)).clamp(max=1.0)
+            (gradient,) = torch.autograd.grad(loss, values)
+            values.data -= rate * gradient * (limit / gradient.norm().clamp(min=1e-12)).clamp(max=1.0)
         self.memory[:, columns] = values.detach()
 
     def loss(self, part: Activations, keys: Tensor, values: Tensor) -> Tensor:
@@ -193,6 +195,15 @@ class Memoir:
     def bytes(self) -> int:
         """Size of memory, masks, permutation and mean features."""
         return tensor_bytes(self.memory, self.masks, self.hash.permutation, self.background)
+
+    def state(self) -> dict[str, Tensor]:
+        """The memory, and the edits' masks."""
+        return {"memory": self.memory, "masks": self.masks}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up a memory and masks that were kept; the edits themselves they do not need."""
+        del portions
+        self.memory, self.masks = state["memory"].to(self.memory), state["masks"].to(self.masks)
 
 
 def prompts(keys: Tensor, mask: Tensor | None, first: int | None) -> Tensor:

@@ -55,7 +55,7 @@ Lesson = tuple[Row, Row, Row]
 
 
 @dataclass(frozen=True)
-class MetaTraining:
+class MendSettings:
     """Settings; ``weight`` is c_edit and ``first_rate`` is α before training.
 
     The paper trains for tens of thousands of steps of Adam at 1e-6. Here there are a few hundred records and minutes,
@@ -105,9 +105,9 @@ class Mend(Rewritten):
 
     portion = 1
 
-    def __init__(self, bench: Bench, settings: MetaTraining | None = None) -> None:
+    def __init__(self, bench: Bench, settings: MendSettings | None = None) -> None:
         begun = time.perf_counter()
-        self.settings = settings or MetaTraining()
+        self.settings = settings or MendSettings()
         top = bench.layers - 1
         super().__init__(bench, [bench.site(layer) for layer in range(max(0, top - _MATRICES), top)])
         generator = seeded(bench.seed)
@@ -137,8 +137,8 @@ class Mend(Rewritten):
     @torch.no_grad()
     def step(self, factors: Factors, place: int) -> Tensor:
         """α ∇̃ (d, d_ff) of one matrix, summed over the batch."""
-        keys, slopes = self.editor(factors, place)
-        found: Tensor = slopes.flatten(0, 1).T @ keys.flatten(0, 1)
+        keys, gradients = self.editor(factors, place)
+        found: Tensor = gradients.flatten(0, 1).T @ keys.flatten(0, 1)
         return found
 
     def state(self) -> dict[str, Tensor]:
@@ -161,8 +161,8 @@ class Mend(Rewritten):
 
     def _change(self, task: Task, place: int) -> Change:
         """``-α ∇̃ k`` for the keys k of each row, by the pseudo-gradient of that row's own edit."""
-        own, slopes = self.editor(task.factors[place], place)
-        return lambda keys: -(keys @ own.mT @ slopes)
+        own, gradients = self.editor(task.factors[place], place)
+        return lambda keys: -(keys @ own.mT @ gradients)
 
     def _train(self, tasks: Sequence[Task], held_back: Sequence[Task], generator: torch.Generator) -> list[float]:
         groups: list[dict[str, Any]] = [

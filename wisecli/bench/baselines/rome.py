@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wisecli.bench.baselines.base import Bench, method
-from wisecli.bench.baselines.rome_common import Fact, Part, Search, find_change, look, prefixes_for, read_fact
+from wisecli.bench.baselines.rome_common import Fact, Part, SearchSettings, find_change, look, prefixes_for, read_fact
 from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, second_moment
 from wisecli.edits.record import Edit
 from wisecli.progress import Event
@@ -24,7 +24,7 @@ from wisecli.progress import Event
 # Section 4.1: layer 17 of GPT-2 XL's 48.
 _LAYER, _OF = 17, 48
 # The authors' settings for GPT-2 XL.
-SEARCH = Search(rate=0.5, steps=20, limit=4.0, essence=0.0625, decay=0.5)
+SEARCH = SearchSettings(rate=0.5, steps=20, limit=4.0, essence=0.0625, decay=0.5)
 # The authors sample twenty of five or ten tokens; every prefix takes part in every step, so here are fewer.
 _PREFIXES, _PREFIX_TOKENS = 5, 10
 
@@ -40,7 +40,7 @@ class Rome(Rewritten):
 
     portion = 1
 
-    def __init__(self, bench: Bench, search: Search = SEARCH) -> None:
+    def __init__(self, bench: Bench, search: SearchSettings = SEARCH) -> None:
         super().__init__(bench, [at_depth(bench, _LAYER, _OF)])
         self.search = search
         self.prefixes = prefixes_for(bench, _PREFIXES, _PREFIX_TOKENS)

@@ -24,7 +24,7 @@ _ESSENCE = " is a"
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchSettings:
     """How the vector at the subject's last token is searched for: Adam, ``limit`` bounds the change's norm as a share
     of what was there, ``essence`` weighs the KL term and ``decay`` the change's size.
     """
@@ -126,7 +126,7 @@ def look(bench: Bench, site: Site, fact: Fact) -> Part:
 
 
 def find_change(
-    bench: Bench, site: Site, fact: Fact, part: Part, search: Search, placed: Placed, size: Tensor
+    bench: Bench, site: Site, fact: Fact, part: Part, search: SearchSettings, placed: Placed, size: Tensor
 ) -> Tensor:
     """The change (d,) at the subject's last token that makes the layers above say the target under every prefix.
 
@@ -148,7 +148,7 @@ def find_change(
         loss, now = _said(bench, site, fact, part, placed(part, change))
         # Without an essence there is no row to sum over.
         loss = loss + search.essence * F.kl_div(before, now, log_target=True, reduction="sum")
-        # The root is safe at no change, where the norm has no slope.
+        # The root is safe at no change, where the norm has no gradient.
         loss = loss + search.decay * (change.square().sum() + 1e-12).sqrt() / size.square()
         if not loss.isfinite():
             raise UnsuitableError(f"the loss of edit {fact.id!r} is not finite")

@@ -33,17 +33,17 @@ class StateIndex:
         self._middle = embedder.means(background).mean(0)
         self._units = self._middle.new_zeros(0, len(self._middle))
 
-    def _centred(self, texts: Sequence[str]) -> Tensor:
-        return F.normalize(self._embedder.means(texts) - self._middle, dim=-1)
+    def _centred(self, means: Tensor) -> Tensor:
+        return F.normalize(means - self._middle, dim=-1)
 
     def add(self, texts: Sequence[str]) -> None:
         """Take in more texts."""
         if texts:
-            self._units = torch.cat([self._units, self._centred(texts)])
+            self._units = torch.cat([self._units, self._centred(self._embedder.means(texts))])
 
     def scores(self, text: str) -> Tensor:
         """Cosine with each text (n,)."""
-        return (self._units @ self._centred([text])[0]).cpu()
+        return (self._units @ self._centred(self._embedder.read([text]))[0]).cpu()
 
     def bytes(self) -> int:
         """Size of the embeddings."""
@@ -51,20 +51,25 @@ class StateIndex:
 
 
 class Embedder:
-    """The mean of the model's last hidden states over a text, each text read once."""
+    """The mean of the model's last hidden states over a text."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         self._known: dict[str, Tensor] = {}
 
     def means(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (n, d), in float32."""
-        new = list(dict.fromkeys(text for text in texts if text not in self._known))
-        encoded = [tuple(self._bench.loaded.tokenizer(text)["input_ids"]) for text in new]
-        for indices in in_batches([Row(tokens, ()) for tokens in encoded], self._bench.batch_size):
-            found = self._read([encoded[index] for index in indices])
-            self._known |= {new[index]: mean for index, mean in zip(indices, found, strict=True)}
+        """Embeddings (n, d) in float32 of texts that are kept, each of which is read once."""
+        if new := list(dict.fromkeys(text for text in texts if text not in self._known)):
+            self._known |= dict(zip(new, self.read(new), strict=True))
         return torch.stack([self._known[text] for text in texts])
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings (n, d) in float32, read anew."""
+        encoded = [tuple(self._bench.loaded.tokenizer(text)["input_ids"]) for text in texts]
+        found: dict[int, Tensor] = {}
+        for indices in in_batches([Row(tokens, ()) for tokens in encoded], self._bench.batch_size):
+            found |= dict(zip(indices, self._read([encoded[index] for index in indices]), strict=True))
+        return torch.stack([found[index] for index in range(len(texts))])
 
     @torch.no_grad()
     def _read(self, rows: Sequence[tuple[int, ...]]) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.bench.baselines.base import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.baselines.base import Bench, UnsuitableError, method
 from wisecli.bench.baselines.gradient_factors import gradient_factors
 from wisecli.bench.baselines.weight_editing import Rewritten, between_depths, encoded
 from wisecli.edits.record import Edit
@@ -29,7 +29,7 @@ _TINY = 1e-8
 
 
 @dataclass(frozen=True)
-class Step:
+class UltraEditSettings:
     """Settings. ``first`` to ``last`` of ``of`` are depths, ``rate`` is η, and ``batch`` edits are written at once.
 
     Depths and batch are the authors' for GPT-J (value matrices of layers 18 to 26 of 28). As ‖ĥ‖² grows with the number
@@ -75,8 +75,8 @@ class UltraEdit(Rewritten):
         UnsuitableError: the model's layers are streamed.
     """
 
-    def __init__(self, bench: Bench, settings: Step | None = None) -> None:
-        self.settings = settings or Step()
+    def __init__(self, bench: Bench, settings: UltraEditSettings | None = None) -> None:
+        self.settings = settings or UltraEditSettings()
         super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
         self.portion = self.settings.batch
         self.statistics = [Statistics(site.d_ff + site.d) for site in self.sites]
@@ -89,8 +89,8 @@ class UltraEdit(Rewritten):
         """
         for start in range(0, len(edits), self.settings.batch):
             part = edits[start : start + self.settings.batch]
-            for place, (keys, slopes) in enumerate(self.tokens(part)):
-                self.deltas[place] = self.deltas[place] + self.change(place, keys, slopes)
+            for place, (keys, gradients) in enumerate(self.tokens(part)):
+                self.deltas[place] = self.deltas[place] + self.change(place, keys, gradients)
             self.bench.watch(Event("single steps", start + len(part), len(edits)))
 
     def tokens(self, edits: Sequence[Edit]) -> list[tuple[Tensor, Tensor]]:
@@ -104,24 +104,20 @@ class UltraEdit(Rewritten):
                 lost = edits[indices[int((~losses.isfinite()).nonzero()[0])]]
                 raise UnsuitableError(f"the loss of edit {lost.id!r} is not finite")
             for own, one in zip(found, factors, strict=True):
-                own.append((one.padded(one.keys)[batch.labelled], one.padded(one.slopes)[batch.labelled]))
-        return [(torch.cat([keys for keys, _ in own]), torch.cat([slopes for _, slopes in own])) for own in found]
+                own.append((one.padded(one.keys)[batch.labelled], one.padded(one.gradients)[batch.labelled]))
+        return [(torch.cat([keys for keys, _ in own]), torch.cat([gradients for _, gradients in own])) for own in found]
 
-    def change(self, place: int, keys: Tensor, slopes: Tensor) -> Tensor:
+    def change(self, place: int, keys: Tensor, gradients: Tensor) -> Tensor:
         """Δ (d, d_ff) for keys (n, d_ff) and gradients (n, d) of one matrix."""
-        both = torch.cat([keys, slopes], -1)
+        both = torch.cat([keys, gradients], -1)
         self.statistics[place].add(both)
-        turned, drawn = self.statistics[place].normalised(both).split([keys.shape[1], slopes.shape[1]], -1)
+        turned, drawn = self.statistics[place].normalised(both).split([keys.shape[1], gradients.shape[1]], -1)
         values = -self.settings.rate * turned.square().mean(-1, keepdim=True) * drawn
         # As ``Vᵀ (H Hᵀ + I)⁻¹ H``, which is the same and needs an inverse of the tokens' number only.
         inner = keys @ keys.T
         inner.diagonal().add_(1)
         delta: Tensor = values.T @ torch.linalg.solve(inner, keys)
         return delta
-
-    def bytes(self) -> int:
-        """Size of the changes and statistics."""
-        return super().bytes() + sum(tensor_bytes(one.mean, one.squares) for one in self.statistics)
 
     def state(self) -> dict[str, Tensor]:
         """The changes and the statistics."""

@@ -81,20 +81,30 @@ class Rewritten:
         return value_module(self.bench.loaded.model, site).get_parameter("weight")
 
 
-def encoded(bench: Bench, prompt: str, edit: Edit) -> Row:
+def encoded(bench: Bench, prompt: str, edit: Edit, *, end: int | None = None) -> Row:
     """A prompt with an edit's target as a row.
+
+    Args:
+        end: a token to close the target with.
 
     Raises:
         UnsuitableError: the tokenizer leaves nothing of it.
     """
     try:
-        return encode(bench.loaded.tokenizer, prompt, edit.target)
+        return encode(bench.loaded.tokenizer, prompt, edit.target, end=end)
     except ValueError as error:
         raise UnsuitableError(f"edit {edit.id!r} cannot be used: {error}") from None
 
 
 def second_moment(bench: Bench, site: Site) -> Tensor:
-    """``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64 and safe to invert.
+    """``E[k kᵀ]`` (d_ff, d_ff) as :func:`seen_moment`, shrunk so that it is safe to invert."""
+    moment = seen_moment(bench, site)
+    moment.diagonal().add_(_SHRINKAGE * moment.diagonal().median())
+    return moment
+
+
+def seen_moment(bench: Bench, site: Site) -> Tensor:
+    """``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64.
 
     Raises:
         UnsuitableError: there are no texts.
@@ -105,6 +115,4 @@ def second_moment(bench: Bench, site: Site) -> Tensor:
     moment = torch.zeros(site.d_ff, site.d_ff, dtype=torch.float64, device=keys.device)
     for part in keys.split(4096):  # in float64 the keys would take twice what they do
         moment += part.double().T @ part.double()
-    moment /= len(keys)
-    moment.diagonal().add_(_SHRINKAGE * moment.diagonal().median())
-    return moment
+    return moment / len(keys)

@@ -11,10 +11,10 @@ from typing import Any, Protocol, TypeVar
 
 from wisecli.bench.html import Section
 from wisecli.bench.pictures import picture
+from wisecli.bench.row import ResultRow
 from wisecli.bench.studies.context import StudyContext
 
 Point = dict[str, Any]
-ResultRow = dict[str, Any]
 Figures = dict[str, Any]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from wisecli.bench.row import ResultRow
+
 # The paper's three measures, and in which colour each is drawn wherever they stand side by side.
 QUALITIES = {"reliability": "tab:blue", "generalization": "tab:orange", "locality": "tab:green"}
 # The ways to keep edits, each drawn thinner than the one before: lines that lie on each other can all be seen.
@@ -15,15 +17,13 @@ MODES: dict[str, dict[str, Any]] = {
 }
 SHARES = (-0.03, 1.03)
 
-Row = dict[str, Any]
 
-
-def by_edits(rows: Sequence[Row]) -> dict[int, list[Row]]:
+def by_edits(rows: Sequence[ResultRow]) -> dict[int, list[ResultRow]]:
     """Rows of each number of edits, in rising order."""
     return {count: [row for row in rows if row["edits"] == count] for count in sorted({row["edits"] for row in rows})}
 
 
-def line(axis: Any, rows: Sequence[Row], along: str, figure: str, **style: Any) -> None:
+def line(axis: Any, rows: Sequence[ResultRow], along: str, figure: str, **style: Any) -> None:
     """One figure against one setting, over the rows that have it."""
     own = sorted((row for row in rows if figure in row["figures"]), key=lambda row: row[along])
     axis.plot([row[along] for row in own], [row["figures"][figure] for row in own], marker="o", **style)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from wisecli.bench.studies.base import Figures, Point, ResultRow, study
+from wisecli.bench.row import ResultRow
+from wisecli.bench.studies.base import Figures, Point, study
 from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import by_edits
 from wisecli.config import EditSettings, resolve

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.bench.studies.base import Figures, Point, ResultRow, study
+from wisecli.bench.row import ResultRow
+from wisecli.bench.studies.base import Figures, Point, study
 from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import MODES, SHARES, counted, line
 

@@ -1,9 +1,10 @@
 """What rivals would do with other settings: less weight on what FT-EWC, MEMIT and MEMIT-MASS are to keep, shorter steps
-of UltraEdit, other shares of curvature that CrispEdit closes, and more, fewer or other demonstrations of retrieval.
+of UltraEdit, other null spaces of AlphaEdit, other shares of curvature that CrispEdit closes, and more, fewer or other
+demonstrations of retrieval.
 
     python benchmarks/rivals.py --model model --data zsre_mend_edit.json --edits 30 -o rivals/
     python benchmarks/rivals.py --model model --data z500.json --edits 10,100,500 --of ultraedit -o steps/
-    python benchmarks/rivals.py --model model --data z500.json --edits 100 --protocol wild --of crispedit -o energies/
+    python benchmarks/rivals.py --model model --data z500.json --edits 50 --protocol wild --of alphaedit,crispedit
     python benchmarks/rivals.py --model model --data z50.json --train z.json --edits 50 --protocol wild --of rag-shots
     python benchmarks/rivals.py --model model --data z50.json --train z.json --edits 50 --protocol wild --of rag-pairs
 
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from wisecli.bench.baselines import load_methods
+from wisecli.bench.baselines.alphaedit import AlphaEdit, AlphaEditSettings
 from wisecli.bench.baselines.base import AT_ONCE, METHODS, Bench, Maker
 from wisecli.bench.baselines.crispedit import CrispEdit, CrispEditSettings
 from wisecli.bench.baselines.ft_ewc import FtEwc
@@ -32,6 +34,8 @@ from wisecli.config import BenchSettings, LoadOptions
 SHARES = (1.0, 0.1, 0.01, 0.001)
 # UltraEdit's η.
 RATES = (1.0, 0.5, 0.25, 0.1)
+# AlphaEdit's threshold and λ, both in parts of the mean second moment.
+THRESHOLDS, WEIGHTS = (0.02, 0.2, 2.0), (10.0, 1000.0)
 # The share of curvature that CrispEdit closes: their script's default, their commands', their llama3-8b.yaml.
 ENERGIES = (0.9, 0.8, 0.99)
 # Demonstrations.
@@ -55,6 +59,13 @@ def variants() -> dict[str, Maker]:
         **{f"memit λ×{share:g}": partial(Memit, settings=own, batch=1) for share, own in ranges.items()},
         **{f"memit-mass λ×{share:g}": partial(Memit, settings=own) for share, own in ranges.items()},
         **{f"ultraedit η={rate:g}": partial(UltraEdit, settings=UltraEditSettings(rate=rate)) for rate in RATES},
+        **{
+            f"alphaedit θ={threshold:g} λ={weight:g}": partial(
+                AlphaEdit, space=AlphaEditSettings(threshold=threshold, weight=weight), batch=100
+            )
+            for threshold in THRESHOLDS
+            for weight in WEIGHTS
+        },
         **{
             f"crispedit γ={energy:g}": partial(CrispEdit, settings=CrispEditSettings(energy=energy))
             for energy in ENERGIES

@@ -5,8 +5,8 @@
 
 Both take as many steps for each edit, from the same weights, with the same contexts, mask and unrelated text. A line is
 a step: the loss of the target and that of the margins on both sides, the length of the step's gradient within the mask,
-and the largest difference of any weight after the step. Below stand how long keys are and what the router's threshold
-is taken from.
+and the largest difference of any weight after the step. With ``--by 10`` a line has the means of ten steps. Below
+stand how long keys are and what the router's threshold is taken from.
 """
 
 from __future__ import annotations
@@ -128,6 +128,14 @@ def of_package(arguments: argparse.Namespace, edits: Sequence[Edit]) -> Iterator
     yield from steps
 
 
+def _line(peer: Step, own: Step) -> tuple[float, ...]:
+    """Losses and gradients of a step by both, and the largest difference of any weight after it."""
+    apart = 0.0
+    if peer.change is not None and own.change is not None:
+        apart = float((peer.change - own.change).abs().max())
+    return peer.target, own.target, peer.margins, own.margins, peer.gradient, own.gradient, apart
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,6 +146,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="leave out the first so many records")
     parser.add_argument("--edits", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="with each edit")
+    parser.add_argument("--by", type=int, default=1, help="steps a line")
     parser.add_argument("--layer", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float64", help="float32 rounds the small difference of two large outputs")
@@ -150,13 +159,12 @@ def main() -> None:
     theirs = of_peer(Peer(arguments.easyedit), arguments, edits, texts)
     columns = ("target: theirs", "ours", "margins: theirs", "ours", "gradient: theirs", "ours", "largest difference")
     table = Table("edit", "step", *columns, title=f"layer {arguments.layer}; of weights the largest difference")
-    for number, (peer, own) in enumerate(zip(theirs, of_package(arguments, edits), strict=True)):
-        pairs = ((peer.target, own.target), (peer.margins, own.margins), (peer.gradient, own.gradient))
-        apart = (
-            float((peer.change - own.change).abs().max()) if peer.change is not None and own.change is not None else 0.0
-        )
-        cells = [f"{value:.5f}" for pair in pairs for value in pair]
-        table.add_row(str(number // arguments.steps + 1), str(number % arguments.steps), *cells, f"{apart:.1e}")
+    both = [_line(*pair) for pair in zip(theirs, of_package(arguments, edits), strict=True)]
+    for start in range(0, len(both), arguments.by):
+        lines = torch.tensor(both[start : start + arguments.by], dtype=torch.float64)
+        cells = [f"{value:.5f}" for value in lines[:, :-1].nanmean(0).tolist()]
+        edit, step = divmod(start, arguments.steps)
+        table.add_row(str(edit + 1), str(step), *cells, f"{float(lines[-1, -1]):.1e}")
     console = Console(width=150)
     console.print(table)
     if arguments.keys is not None:

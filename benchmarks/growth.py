@@ -15,13 +15,12 @@ import itertools
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jsonlines
 import matplotlib.pyplot as plt
+from commands import require_same, wise
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -86,24 +85,14 @@ def _layer(name: str) -> str | None:
     return next((part for part in name.split(".") if part.isdecimal()), None)
 
 
-def wise(*arguments: str) -> dict[str, Any]:
-    """Run a command of the package in a process of its own; its results."""
-    command = [sys.executable, "-m", "wisecli", *arguments, "--json", "-q", "--force"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")
-    results: dict[str, Any] = json.loads(done.stdout)["results"]
-    return results
-
-
 def measure(model: Path, edits: int, layers: int, work: Path) -> dict[str, Any]:
     """One row; what is to be known of the model alone is measured before, as it does not grow with the edits."""
     base = cut(model, layers, work / f"model-{layers}")
     shards, memory = work / "shards", work / "memory"
     few = write_edits(work / "few.jsonl", 1)
-    wise("edit", str(base), str(few), "-o", str(shards))
-    edited = wise("edit", str(base), str(write_edits(work / "edits.jsonl", edits)), "-o", str(shards))
-    merged = wise("merge", str(shards), "-o", str(memory))
+    wise("edit", str(base), str(few), "-o", str(shards), "--force")
+    edited = wise("edit", str(base), str(write_edits(work / "edits.jsonl", edits)), "-o", str(shards), "--force")
+    merged = wise("merge", str(shards), "-o", str(memory), "--force")
     return {
         "edits": edits,
         "layers": layers,
@@ -159,7 +148,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     console, results = Console(), arguments.output / "growth.jsonl"
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    require_same(arguments.output, {"model": arguments.model})
     depth = json.loads((arguments.model / "config.json").read_text())["num_hidden_layers"]
     by_edits = [(count, depth) for count in map(int, arguments.edits.split(","))]
     by_layers = [(arguments.at, layers) for layers in map(int, arguments.layers.split(","))]

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonlines
+from commands import require_same, wise
 from rich.console import Console
 from rich.table import Table
 
@@ -64,16 +64,6 @@ WAYS: dict[str, Way] = {
 FIGURES = ("reliability", "generalization", "locality", "portability", "routing", "generated_exact")
 
 
-def wise(*arguments: str) -> dict[str, Any]:
-    """Run a command of the package in a process of its own; its JSON report."""
-    command = [sys.executable, "-m", "wisecli", *arguments, "--json", "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
-
-
 def measure(way: Way, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of one way at one number of edits."""
     work = arguments.output.with_suffix("") / str(count)
@@ -85,11 +75,11 @@ def measure(way: Way, count: int, arguments: argparse.Namespace) -> dict[str, An
     kept = work / f"report-{way.shards}.json"
     if not kept.is_file():
         report = wise("edit", str(arguments.model), str(edits), "-o", str(shards), "--force", *way.edit)
-        kept.write_text(json.dumps(report["results"]), encoding="utf-8")
+        kept.write_text(json.dumps(report), encoding="utf-8")
     written = json.loads(kept.read_text(encoding="utf-8"))
-    merged = wise("merge", str(shards), "-o", str(memory), "--force", *way.merge)["results"]
+    merged = wise("merge", str(shards), "-o", str(memory), "--force", *way.merge)
     flags = ("--forms", "none") if arguments.generate else ("--no-generate",)
-    results = wise("eval", "--memory", str(memory), "--dataset", str(edits), *flags)["results"]
+    results = wise("eval", "--memory", str(memory), "--dataset", str(edits), *flags)
     figures = next(iter(results.values()))
     return {
         **{name: figures[name] for name in FIGURES if name in figures},
@@ -124,6 +114,10 @@ def main() -> None:
     parser.add_argument("--no-generate", dest="generate", action="store_false", help="no generated answers")
     parser.add_argument("-o", "--output", type=Path, default=Path("quality.jsonl"))
     arguments = parser.parse_args()
+    require_same(
+        arguments.output.with_suffix(""),
+        {name: getattr(arguments, name) for name in ("model", "data", "skip", "generate")},
+    )
     ways = [name.strip() for name in arguments.ways.split(";")] if arguments.ways else list(WAYS)
     rows: list[dict[str, Any]] = []
     if arguments.output.is_file():

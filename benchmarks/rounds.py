@@ -8,31 +8,18 @@ Every round is a `wise edit --into` in a process of its own; both memories are t
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jsonlines
+from commands import wise
 from rich.console import Console
 from rich.table import Table
 
 from wisecli.edits.record import Edit, read_edits
 
 FIGURES = ("reliability", "generalization", "locality", "routing", "generated_exact")
-
-
-def wise(*arguments: str) -> dict[str, Any]:
-    """Run a command of the package in a process of its own; its results."""
-    command = [sys.executable, "-m", "wisecli", *arguments, "--json", "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")
-    results: dict[str, Any] = json.loads(done.stdout)["results"]
-    return results
 
 
 def into(model: Path, memory: Path, parts: list[list[Edit]]) -> float:

@@ -27,7 +27,7 @@ _EVERY = 60.0
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a method is on its way to ``row`` edits: ``done`` of them, in so many ``seconds``, ``portion`` at once.
+    """How far a method has come: ``done`` of ``row`` edits, in so many ``seconds``, ``portion`` of them at a time.
 
     ``ends`` are the numbers of edits up to there after which it is measured: a portion ends at each of them. ``begun``
     is where the portion ends that it is in the middle of, 0 between portions. ``learnt`` tells the records that it may

@@ -44,7 +44,7 @@ OURS = {"wise": OwnWay(), "wise-retrieve": OwnWay(mode="retrieve"), "wise-paper"
 
 @dataclass(frozen=True)
 class Spent:
-    """What went into so many ``edits`` until now; shards themselves are kept by `wise edit`."""
+    """What so many ``edits`` took until now. It is kept beside the shards, so that a run that goes on counts on."""
 
     __pydantic_config__ = CLOSED
 

@@ -24,7 +24,7 @@ _FIGURES = (
 
 
 def is_figure(name: str) -> bool:
-    """Whether there are records of which a figure by this name is taken."""
+    """Whether this is the name of a figure that some records have."""
     kind, _, form = name.partition("/")
     if form:
         return kind in KINDS and form in (one.label for one in forms().values())

@@ -43,7 +43,8 @@ class CrispEditSettings:
     """Settings. ``first`` to ``last`` of ``of`` are depths, ``energy`` the share of curvature that is closed to edits.
 
     The authors' for Llama-3-8B (their llama3-8b.yaml): Adam, up to ``passes`` over all edits, ``batch`` at a time,
-    until their mean loss is below ``stop``.
+    until their mean loss is below ``stop``. The energy is the default of their run_crispedit.py; that file has .99,
+    their commands .8 (``benchmarks/rivals.py`` has all three). Batches are drawn once and shuffled each pass.
     """
 
     first: int = 19

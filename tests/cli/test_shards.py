@@ -131,6 +131,8 @@ def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
     merged = wise("merge", str(ready.root / shards), *flags.split(), "--json")
     assert merged.code == 0, merged.err
     assert json.loads(merged.out)["results"]["mode"] == mode
+    meant = shards == "shards"
+    assert ("written for a lookup" in merged.err) == (meant and mode != "lookup")
     tensors = load_file(Path("memory") / "memory.safetensors")
     if mode == "lookup":
         # The closed form has one residual for each token of a target and the end of text, whatever the contexts, but

@@ -33,13 +33,14 @@ from wisecli.progress import NOTE, Event, Watcher, ignore
 
 @dataclass(frozen=True)
 class OwnWay:
-    """One of our own ways to edit: the preset of `wise edit` and the mode of `wise merge`."""
+    """One of our own ways to edit: preset and router of `wise edit`, and the mode of `wise merge`."""
 
     preset: Literal["default", "paper"] | None = None
+    router: Literal["key"] | None = None
     mode: Literal["merge", "retrieve", "lookup"] | None = None
 
 
-OURS = {"wise": OwnWay(), "wise-retrieve": OwnWay(mode="retrieve"), "wise-paper": OwnWay(preset="paper")}
+OURS = {"wise": OwnWay(), "wise-retrieve": OwnWay(router="key", mode="retrieve"), "wise-paper": OwnWay(preset="paper")}
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ class OwnRun:
     def _edit(self, watch: Watcher) -> EditReport:
         with jsonlines.open(self.file, "w") as writer:
             writer.write_all(record.as_dict() for record in self.course.tested[: self.count])
-        given = {"preset": OURS[self.name].preset, "seed": self.course.settings.seed}
+        way = OURS[self.name]
+        given = {"preset": way.preset, "router": way.router, "seed": self.course.settings.seed}
         return edit(
             str(self.course.directory),
             self.file,

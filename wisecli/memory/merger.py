@@ -24,12 +24,17 @@ from wisecli.memory.router_fitting import Fitted
 from wisecli.models.loading import require_base
 from wisecli.models.resolve import find_model
 from wisecli.models.site import load_matrix
-from wisecli.progress import Event, Watcher, ignore
+from wisecli.progress import NOTE, Event, Watcher, ignore
 
 EXACT = "exact"
 _OF_MATRICES = ("method", "density", "scale", "weights", "refit")
 # For shards that no closed form wrote: λ and w.
 _PENALTY = Penalty(1e-3, 0.0)
+# The writer then trains many forms of a prompt, and does not polish the matrix.
+_FOR_A_LOOKUP = (
+    "warning: these shards were written for a lookup, and a matrix holds their edits less surely; write them with "
+    "`wise edit --router key`"
+)
 
 
 class Merger:
@@ -77,6 +82,8 @@ class Merger:
     def merge(self, watch: Watcher = ignore) -> Manifest:
         """The memory that the shards make, with all that its manifest says; reads shard files and one base matrix."""
         first, settings = self.directories[0], self.settings
+        if settings.mode != "lookup" and any(one.settings["router"] == "meaning" for one in self.directories):
+            watch(Event(NOTE, note=_FOR_A_LOOKUP))
         watch(Event("shards"))
         material, shards = read_material(self.directories)
         if settings.router != "meaning":

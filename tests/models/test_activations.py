@@ -198,8 +198,8 @@ def test_gradients_agree_with_finite_differences(window: bool) -> None:
         direction = torch.randn(site.d, site.d_ff, generator=generator, dtype=torch.float64)
         direction /= direction.norm()
         with torch.no_grad():
-            gradient = (loss(delta + 1e-5 * direction) - loss(delta - 1e-5 * direction)) / 2e-5
-        torch.testing.assert_close((gradient * direction).sum(), gradient, rtol=1e-6, atol=1e-8)
+            difference = (loss(delta + 1e-5 * direction) - loss(delta - 1e-5 * direction)) / 2e-5
+        torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-6, atol=1e-8)
 
 
 def test_no_parameter_of_a_loaded_model_gets_a_gradient(tmp_path: Path, architecture: str) -> None:

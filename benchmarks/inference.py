@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cac
 
 from wisecli.edits.record import read_edits
 from wisecli.models.chat import chat_prompt
+from wisecli.models.forward_pass import CACHE_ARGUMENT
+from wisecli.routing.prompt_gate import cache_returned
 
 
 def prefill(model: PreTrainedModel, rows: BatchEncoding) -> None:
@@ -39,9 +41,9 @@ class Decode:
         """One step."""
         ids, mask = rows["input_ids"], rows["attention_mask"]
         if model not in self.caches:
-            self.caches[model] = model(ids, attention_mask=mask, use_cache=True).past_key_values
+            self.caches[model] = cache_returned(model(ids, attention_mask=mask, use_cache=True))
         longer = torch.cat([mask, mask[:, -1:]], 1)
-        model(ids[:, -1:], attention_mask=longer, past_key_values=self.caches[model], use_cache=True)
+        model(ids[:, -1:], attention_mask=longer, use_cache=True, **{CACHE_ARGUMENT: self.caches[model]})
         self.caches[model].crop(-1)
 
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from wisecli.edits.record import Edit
 from wisecli.evaluation.wild import MAX_NEW_TOKENS, WILD, normalized, stop_tokens
+from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.tokenization import encode
 
 COLUMNS = ("reliability", "generalization", "locality", "routed", "routed rephrased", "routed unrelated")
@@ -56,7 +57,7 @@ def likeliest(model: Callable[..., Any], prompt: Sequence[int], target: Sequence
         return logits[0, len(prompt) - 1 : -1].argmax(-1)
     cache, found = DynamicCache(), []
     for part in (list(prompt), *([token] for token in target[:-1])):
-        found.append(model(input_ids=torch.tensor([part]), past_key_values=cache).logits[0, -1].argmax(-1))
+        found.append(model(input_ids=torch.tensor([part]), **{CACHE_ARGUMENT: cache}).logits[0, -1].argmax(-1))
     return torch.stack(found)
 
 

@@ -37,6 +37,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site, load_matrix
 from wisecli.progress import ignore
+from wisecli.routing.prompt_gate import cache_given
 
 
 @dataclass
@@ -86,7 +87,7 @@ def of_peer(peer: Peer, arguments: argparse.Namespace, edits: Sequence[Edit], te
 
 def from_first_token(_model: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Positions from each row's first token on, as this package has them: only how angles are rounded changes by it."""
-    if (mask := named.get("attention_mask")) is not None and "past_key_values" not in named:
+    if (mask := named.get("attention_mask")) is not None and cache_given(named) is None:
         named["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return rest, named
 

@@ -25,6 +25,7 @@ from wisecli.evaluation.teacher_forcing import _routes
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.memory.meaning_fitting import fit_meaning
 from wisecli.models.activations import capture
+from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.generation import left_padded
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import find_site
@@ -222,7 +223,7 @@ def chosen_by_the_layer(
     with monkeypatch.context() as patched:
         patched.setattr(type(edited.routed), "add_updates", noting)
         for part in parts:
-            edited.model(torch.tensor([part]), past_key_values=cache)
+            edited.model(torch.tensor([part]), **{CACHE_ARGUMENT: cache})
     return [chosen[0].tolist() for chosen in noted]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +14,15 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from wisecli.routing.prompt_gate import NAMED, UNROUTED, Names, PromptGate
+from wisecli.models.forward_pass import CACHE_ARGUMENT
+from wisecli.routing.prompt_gate import NAMED, UNROUTED, Names, PromptGate, cache_given, cache_returned
 from wisecli.routing.router import route
 from wisecli.routing.scores import MemoryScores, SideMemory
 from wisecli.routing.subject_names import Word, names_of
 
 
 def held(gate: PromptGate, chosen: list[list[int]], mask: list[list[int]] | None, cache: Any = None) -> list[list[int]]:
-    named = {"attention_mask": None if mask is None else torch.tensor(mask), "past_key_values": cache}
+    named = {"attention_mask": None if mask is None else torch.tensor(mask), CACHE_ARGUMENT: cache}
     gate.before_forward(nn.Identity(), (), named)
     memory = MemoryScores(SideMemory({}, (1.0, 1.0, 1.0), routing="sequence"))
     nearest = torch.tensor(chosen)
@@ -87,8 +89,17 @@ def test_a_cache_that_the_model_makes_itself_keeps_the_decision() -> None:
     gate, cache = PromptGate(), DynamicCache()
     held(gate, [[0, 1]], [[1, 1]])
     grow(cache, 1, 2)
-    gate.after_forward(nn.Identity(), (), BaseModelOutputWithPast(past_key_values=cache))
+    gate.after_forward(nn.Identity(), (), BaseModelOutputWithPast(**{CACHE_ARGUMENT: cache}))
     assert held(gate, [[0]], [[1, 1, 1]], cache) == [[1]]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_found_by_the_names_of_all_releases(name: str) -> None:
+    cache = DynamicCache()
+    assert cache_given({"attention_mask": None, name: cache}) is cache
+    assert cache_given({name: None}) is None
+    assert cache_returned(SimpleNamespace(**{name: cache})) is cache
+    assert cache_returned((torch.zeros(1),)) is None
 
 
 def test_the_gate_forgets_when_the_cache_is_emptied() -> None:
@@ -196,7 +207,7 @@ def test_names_have_no_say_once_a_prompt_is_decided_or_where_there_are_none() ->
 
 def named_in(gate: PromptGate, cache: DynamicCache, ids: list[int]) -> bool:
     """Whether a pass over some tokens names the third subject, whose one word is token 7."""
-    gate.before_forward(nn.Identity(), (), {"input_ids": torch.tensor([ids]), "past_key_values": cache})
+    gate.before_forward(nn.Identity(), (), {"input_ids": torch.tensor([ids]), CACHE_ARGUMENT: cache})
     prompt = gate.prompt(names(), torch.zeros(1, len(ids), 1))
     gate.keep(prompt, torch.zeros(1, 1, dtype=torch.long))
     grow(cache, 1, len(ids))

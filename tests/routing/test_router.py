@@ -19,11 +19,12 @@ from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import _routes
 from wisecli.models.activations import capture
+from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.generation import left_padded
 from wisecli.models.tokenization import Row, collate
 from wisecli.routing import ann_index
 from wisecli.routing.ann_index import build_index
-from wisecli.routing.prompt_gate import UNROUTED, Prompt
+from wisecli.routing.prompt_gate import UNROUTED, Prompt, cache_returned
 from wisecli.routing.router import RoutingDecision, route
 from wisecli.routing.scores import MemoryScores, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
@@ -66,9 +67,9 @@ def by_the_layer(edited: EditedModel, row: Row, monkeypatch: pytest.MonkeyPatch)
     """What answered each token of a prompt and of the answer after it, one token at a time."""
     with monkeypatch.context() as patched:
         noted, cache = Decisions(edited.routed, patched), DynamicCache(config=edited.model.config)
-        edited.model(torch.tensor([row.prompt]), past_key_values=cache)
+        edited.model(torch.tensor([row.prompt]), **{CACHE_ARGUMENT: cache})
         for token in row.target[:-1]:
-            edited.model(torch.tensor([[token]]), past_key_values=cache)
+            edited.model(torch.tensor([[token]]), **{CACHE_ARGUMENT: cache})
     return edited.routed.memory_at(torch.cat(noted.chosen, 1))[0].tolist()
 
 
@@ -149,11 +150,11 @@ def test_a_batch_is_decided_as_its_rows_are(edited: EditedModel, monkeypatch: py
     expected = [by_the_layer(edited, row, monkeypatch) for row in rows]
     noted, cache = Decisions(edited.routed, monkeypatch), DynamicCache(config=edited.model.config)
     ids, mask = left_padded([row.prompt for row in rows])
-    edited.model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+    edited.model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **{CACHE_ARGUMENT: cache})
     for step in range(4):
         mask = torch.cat([mask, mask[:, -1:]], 1)
         token, at = torch.tensor([[row.target[step]] for row in rows]), mask.sum(-1, keepdim=True) - 1
-        edited.model(token, attention_mask=mask, position_ids=at, past_key_values=cache)
+        edited.model(token, attention_mask=mask, position_ids=at, **{CACHE_ARGUMENT: cache})
     found = edited.routed.memory_at(torch.cat(noted.chosen, 1)).tolist()
     for row, own, alone in zip(rows, found, expected, strict=True):
         assert own[-len(row.prompt) - 4 :] == alone
@@ -209,7 +210,7 @@ def test_the_mean_of_a_prompts_scores_decides_for_its_tokens_and_those_after_it(
             expected = edited.model(torch.tensor([turns[0] + turns[1]]), use_cache=False).logits[0]
         cache, logits = DynamicCache(config=edited.model.config), []
         for part in (turns[0][:5], turns[0][5:], turns[1][:5], turns[1][5:]):
-            logits.append(edited.model(torch.tensor([part]), past_key_values=cache).logits[0])
+            logits.append(edited.model(torch.tensor([part]), **{CACHE_ARGUMENT: cache}).logits[0])
         assert torch.allclose(torch.cat(logits), expected, atol=2e-3)
     assert len(seen) > 1
 
@@ -264,8 +265,8 @@ def test_a_second_question_on_the_same_cache_is_decided_by_itself(kind: str, giv
         logits: list[Tensor] = []
         for turn in turns:
             for part in (turn[:-2], turn[-2:-1], turn[-1:]):
-                output = edited.model(torch.tensor([part]), past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                output = edited.model(torch.tensor([part]), use_cache=True, **{CACHE_ARGUMENT: cache})
+                cache = cache_returned(output)
                 logits.append(output.logits[0])
         assert torch.allclose(torch.cat(logits), expected, atol=2e-3)
         outcomes |= set(pairwise(opened))
@@ -279,15 +280,15 @@ def test_second_questions_in_a_batch_are_decided_as_each_alone(tmp_path: Path) -
     rows = [[torch.randint(2, 60, (n,), generator=generator).tolist() for n in (6, length)] for length in (3, 7, 5, 4)]
     cache = DynamicCache(config=edited.model.config)
     mask = torch.ones(len(rows), 6, dtype=torch.long)
-    edited.model(torch.tensor([first for first, _ in rows]), attention_mask=mask, past_key_values=cache)
+    edited.model(torch.tensor([first for first, _ in rows]), attention_mask=mask, **{CACHE_ARGUMENT: cache})
     ids, own = left_padded([second for _, second in rows])
     mask = torch.cat([mask, own], 1)
     at = (mask.cumsum(-1) - 1).clamp(min=0)[:, 6:]
-    together = edited.model(ids, attention_mask=mask, position_ids=at, past_key_values=cache).logits
+    together = edited.model(ids, attention_mask=mask, position_ids=at, **{CACHE_ARGUMENT: cache}).logits
     for (first, second), logits in zip(rows, together, strict=True):
         alone = DynamicCache(config=edited.model.config)
-        edited.model(torch.tensor([first]), past_key_values=alone)
-        expected = edited.model(torch.tensor([second]), past_key_values=alone).logits[0]
+        edited.model(torch.tensor([first]), **{CACHE_ARGUMENT: alone})
+        expected = edited.model(torch.tensor([second]), **{CACHE_ARGUMENT: alone}).logits[0]
         assert torch.allclose(logits[-len(second) :], expected, atol=2e-3)
         kept = vars(alone)["wise_decided"]
         opened.add(int(edited.routed.memory_at(kept.choice)))
@@ -300,8 +301,8 @@ def test_what_is_decided_stays_with_its_cache_and_not_with_the_model(tmp_path: P
     cache = DynamicCache(config=one.model.config)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        one.model(ids, past_key_values=cache)
+        one.model(ids, **{CACHE_ARGUMENT: cache})
         # Another copy of the model goes on with the cache, and so with what was decided.
         expected = vars(cache)["wise_decided"].choice
-        other.model(torch.tensor([[9]]), past_key_values=cache)
+        other.model(torch.tensor([[9]]), **{CACHE_ARGUMENT: cache})
     assert torch.equal(vars(cache)["wise_decided"].choice, expected)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.generation import left_padded
 from wisecli.routing.prompt_gate import UNROUTED, Prompt
 from wisecli.routing.router import route
@@ -385,12 +386,12 @@ def test_one_pass_over_prompt_and_answer_chooses_as_one_pass_a_token() -> None:
     keys = torch.cat([plain.keys[:2, None], normal(2, tokens - 1, D_FF, seed=8)], 1)
     assert routed.gate is not None
     cache = DynamicCache()
-    routed.gate.before_forward(nn.Identity(), (), {"attention_mask": torch.ones(2, 1), "past_key_values": cache})
+    routed.gate.before_forward(nn.Identity(), (), {"attention_mask": torch.ones(2, 1), CACHE_ARGUMENT: cache})
     answers = [routed(keys[:, :1])]
     for place in range(1, tokens):
         grow(cache, 2, 1)
         mask = torch.ones(2, place + 1)
-        routed.gate.before_forward(nn.Identity(), (), {"attention_mask": mask, "past_key_values": cache})
+        routed.gate.before_forward(nn.Identity(), (), {"attention_mask": mask, CACHE_ARGUMENT: cache})
         answers.append(routed(keys[:, place : place + 1]))
     chosen = route(routed, keys, Prompt(torch.zeros(2, 1, dtype=torch.long))).chosen
     base = F.linear(keys, routed.weight, routed.bias)
@@ -518,7 +519,7 @@ def test_padded_and_cached_rows_agree_with_each_row_alone_and_whole(architecture
     for last in (width, *range(width + 1, width + NEW + 1)):  # the prompts, then a token at a time
         window = slice(first, last)
         output = model(
-            ids[:, window], attention_mask=mask[:, :last], position_ids=positions[:, window], past_key_values=cache
+            ids[:, window], attention_mask=mask[:, :last], position_ids=positions[:, window], **{CACHE_ARGUMENT: cache}
         )
         logits.append(output.logits)
         first = last
@@ -634,7 +635,7 @@ def test_a_lookup_in_a_model_agrees_with_a_loop_over_its_edits(
     ids, mask = left_padded(prompts)
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = [model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]]
+    logits = [model(ids, attention_mask=mask, position_ids=positions, **{CACHE_ARGUMENT: cache}).logits[:, -1]]
     opened = [choice_of(memory, keys_of_tokens(oracle, site, prompt)[-1]) for prompt in prompts]
     if routing == "sequence":
         assert routed.gate is not None
@@ -645,7 +646,7 @@ def test_a_lookup_in_a_model_agrees_with_a_loop_over_its_edits(
         mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.long)], 1)
         token = torch.tensor([[row.target[step]] for row in rows])
         at = mask.sum(-1, keepdim=True) - 1
-        logits.append(model(token, attention_mask=mask, position_ids=at, past_key_values=cache).logits[:, -1])
+        logits.append(model(token, attention_mask=mask, position_ids=at, **{CACHE_ARGUMENT: cache}).logits[:, -1])
     together, touched = torch.stack(logits, 1), 0
     for number, row in enumerate(rows):
         with hooked(oracle, site, routed_by_loop(memory, len(row.prompt))):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.routing.prompt_gate import Decided
+from wisecli.models.forward_pass import CACHE_ARGUMENT
+from wisecli.routing.prompt_gate import Decided, cache_returned
 
 # Rows are taken out when no more than this share of them goes on, since each time is a call of `generate()` more.
 _GOING_ON = 0.75
@@ -73,12 +74,12 @@ class PromptBatch:
             output = self.generate(
                 ids,
                 attention_mask=mask,
-                past_key_values=cache,
                 max_new_tokens=width + self.max_new_tokens - ids.shape[1],
                 stopping_criteria=[few],
                 return_dict_in_generate=True,
+                **{CACHE_ARGUMENT: cache},
             )
-            cache = output.past_key_values
+            cache = cache_returned(output)
             if cache is None:  # some recurrent models keep what they have read in another place
                 return self.answer()
             for place, row in zip(places.tolist(), output.sequences[:, width:].tolist(), strict=True):

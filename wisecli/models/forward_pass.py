@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from wisecli.models.hooks import hooked
 from wisecli.models.tokenization import Batch
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
+
+# What models and their `generate()` call an attention cache: `past_key_values` before transformers 5.24.
+CACHE_ARGUMENT = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 # Rows and columns.
 Selection = tuple[Tensor, Tensor]
@@ -32,8 +37,8 @@ def run_model(
             input_ids=batch.ids[:, first:],
             attention_mask=batch.mask,
             position_ids=batch.positions[:, first:],
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE_ARGUMENT: cache},
         )
     logits: Tensor = output.logits[0]
     return logits

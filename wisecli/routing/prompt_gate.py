@@ -113,6 +113,19 @@ class Decided:
     answering: bool = False
 
 
+def cache_given(named: dict[str, Any]) -> Any:
+    """The attention cache among the arguments of a model's pass; None without one.
+
+    ``transformers`` calls it ``cache`` from 5.24 on, and ``past_key_values`` before.
+    """
+    return named.get("cache", named.get("past_key_values"))
+
+
+def cache_returned(output: Any) -> Any:
+    """The attention cache in what a model or its ``generate()`` returns; None without one. Both names, as above."""
+    return output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
+
+
 class PromptGate:
     """The one owner of what sequence routing remembers from pass to pass, which lies with the attention cache.
 
@@ -138,7 +151,7 @@ class PromptGate:
 
     def before_forward(self, _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Forward pre-hook of the model: notes the cache, the tokens, and where each row's prompt ends."""
-        mask, self._cache = named.get("attention_mask"), named.get("past_key_values")
+        mask, self._cache = named.get("attention_mask"), cache_given(named)
         self._ids = named.get("input_ids", inputs[0] if inputs else None)
         self._mask = None if mask is None or mask.dim() != 2 else mask
         self._last = None if self._mask is None else self._mask.long().cumsum(-1).argmax(-1)
@@ -149,7 +162,7 @@ class PromptGate:
 
     def after_forward(self, _model: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the model: a cache that it made itself gets what was decided."""
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_returned(output)
         if self._cache is None and cache is not None and self._kept is not None:
             cache.wise_decided = self._kept
 

@@ -14,6 +14,7 @@ from wisecli.bench.studies import latency
 from wisecli.bench.studies.latency import steps, taking_turns
 from wisecli.bench.study import StudyReport
 from wisecli.evaluation.edited_model import EditedModel, attach
+from wisecli.routing.prompt_gate import cache_returned
 
 
 @pytest.fixture(scope="module")
@@ -85,4 +86,4 @@ def test_what_is_timed_is_a_prompt_and_the_token_after_it(edited: EditedModel) -
     for _ in range(2):  # the cache is the same every time
         one = made["decode"]()()
         assert one.logits.shape[:2] == (2, 1)
-        assert one.past_key_values.get_seq_length() == 5
+        assert cache_returned(one).get_seq_length() == 5

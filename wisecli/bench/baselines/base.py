@@ -21,7 +21,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Layout, Site, layer_count
 from wisecli.progress import Watcher, ignore
-from wisecli.routing.prompt_gate import Decided
+from wisecli.routing.prompt_gate import Decided, cache_given
 
 
 class UnsuitableError(WiseError):
@@ -154,7 +154,7 @@ class PromptEnd:
         """Follow the model's passes, their cache and ``mask``, until the handle that this returns is removed."""
 
         def see(_model: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
-            self.mask, self._cache = named.get("attention_mask"), named.get("past_key_values")
+            self.mask, self._cache = named.get("attention_mask"), cache_given(named)
 
         return model.register_forward_pre_hook(see, with_kwargs=True)
 

@@ -20,7 +20,9 @@ from wisecli.bench.studies.base import Figures, Point, study
 from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import MODES, by_edits, counted, line
 from wisecli.evaluation.edited_model import EditedModel
+from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.generation import left_padded
+from wisecli.routing.prompt_gate import cache_returned
 
 _ROWS, _ROUNDS = 8, 25
 
@@ -81,14 +83,14 @@ def steps(edited: EditedModel, prompts: Sequence[str]) -> dict[str, Step]:
         part.to(edited.model.device) for part in left_padded([edited.tokenizer(p)["input_ids"] for p in prompts])
     )
     longer = torch.cat([mask, mask[:, -1:]], 1)
-    cache = edited.model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = cache_returned(edited.model(ids, attention_mask=mask, use_cache=True))
 
     def prefill() -> Callable[[], object]:
         return lambda: edited.model(ids, attention_mask=mask, use_cache=False)
 
     def decode() -> Callable[[], object]:
         own = copy.deepcopy(cache)  # the pass adds its token to it
-        return lambda: edited.model(ids[:, -1:], attention_mask=longer, past_key_values=own, use_cache=True)
+        return lambda: edited.model(ids[:, -1:], attention_mask=longer, use_cache=True, **{CACHE_ARGUMENT: own})
 
     return {"prefill": prefill, "decode": decode}
 

@@ -9,8 +9,6 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 _PACKAGES = ("wisecli", "torch", "transformers", "safetensors")
 
 
@@ -31,12 +29,16 @@ def forget_peaks() -> None:
     """Begin anew to look for the most memory held; of the process's own memory where the system can (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    import torch  # takes seconds, which `--help` and completion need not wait
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_vram_bytes() -> int:
     """The most memory of a GPU that the process has held; 0 without one."""
+    import torch
+
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 

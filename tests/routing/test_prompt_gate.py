@@ -102,6 +102,14 @@ def test_a_cache_is_found_by_the_names_of_all_releases(name: str) -> None:
     assert cache_returned((torch.zeros(1),)) is None
 
 
+def test_a_cache_by_another_name_is_not_passed_over() -> None:
+    gate, cache = PromptGate(), DynamicCache()
+    named = {"attention_mask": torch.ones(1, 3), "input_ids": torch.ones(1, 1)}
+    with pytest.raises(ValueError, match="what the prompt decided would be lost"):
+        gate.before_forward(nn.Identity(), (), {**named, "kept": cache})
+    gate.before_forward(nn.Identity(), (), {**named, CACHE_ARGUMENT: cache})
+
+
 def test_the_gate_forgets_when_the_cache_is_emptied() -> None:
     gate, cache = PromptGate(), DynamicCache()
     assert held(gate, [[0, 1]], [[1, 1]], cache) == [[N, 1]]

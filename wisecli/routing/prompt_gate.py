@@ -150,10 +150,21 @@ class PromptGate:
         self._kept: Decided | None = None
 
     def before_forward(self, _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: notes the cache, the tokens, and where each row's prompt ends."""
+        """Forward pre-hook of the model: notes the cache, the tokens, and where each row's prompt ends.
+
+        Raises:
+            ValueError: earlier tokens lie in a cache that is not seen, with what their prompts decided.
+        """
         mask, self._cache = named.get("attention_mask"), cache_given(named)
         self._ids = named.get("input_ids", inputs[0] if inputs else None)
         self._mask = None if mask is None or mask.dim() != 2 else mask
+        seen = 0 if self._mask is None else self._mask.shape[1]
+        if self._cache is None and self._ids is not None and seen > self._ids.shape[1]:
+            raise ValueError(
+                "the attention mask is longer than the tokens, and there is no attention cache by a name that this "
+                "checkpoint's code knows: what the prompt decided would be lost; export the edits again with a newer "
+                "wise, or give whole prompts with use_cache=False"
+            )
         self._last = None if self._mask is None else self._mask.long().cumsum(-1).argmax(-1)
         self._earlier = 0 if self._cache is None else self._cache.get_seq_length()
         self._kept = None

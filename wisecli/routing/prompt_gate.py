@@ -162,8 +162,7 @@ class PromptGate:
         if self._cache is None and self._ids is not None and seen > self._ids.shape[1]:
             raise ValueError(
                 "the attention mask is longer than the tokens, and there is no attention cache by a name that this "
-                "checkpoint's code knows: what the prompt decided would be lost; export the edits again with a newer "
-                "wise, or give whole prompts with use_cache=False"
+                "code knows: what the prompt decided would be lost; export the edits again with a newer wise"
             )
         self._last = None if self._mask is None else self._mask.long().cumsum(-1).argmax(-1)
         self._earlier = 0 if self._cache is None else self._cache.get_seq_length()

@@ -100,16 +100,22 @@ def by_peer(sequence: PeerSequence, keep: Path, edits: Sequence[Edit], texts: Se
 
 
 @contextmanager
-def going_on(file: Path) -> Iterator[None]:
-    """The paper's writer goes on from what it wrote of the same edits before, and keeps what it writes."""
+def going_on(file: Path, after_each: Callable[[int], None]) -> Iterator[None]:
+    """The paper's writer goes on from what it wrote of the same edits before, and keeps each edit that it writes.
+
+    ``after_each`` is then told how many there are.
+    """
 
     def write(task: Task, passes: Sequence[EditPass], on_pass: Callable[[Progress], None]) -> Written:
-        start = torch.load(file, weights_only=False) if file.exists() else None
-        if start is not None and len(start.losses) > len(passes):  # of more edits than are asked for
-            start = None
-        written = write_one_by_one(task, passes, on_pass, start=start)
-        torch.save(replace(written, calls=dict(written.calls)), file)
-        return written
+        written = torch.load(file, weights_only=False) if file.exists() else None
+        if written is not None and len(written.losses) > len(passes):  # of more edits than are asked for
+            written = None
+        done = 0 if written is None else len(written.losses)
+        for end in range(done + 1, len(passes) + 1):
+            written = write_one_by_one(task, passes[:end], on_pass, start=written)
+            torch.save(replace(written, calls=dict(written.calls)), file)
+            after_each(end)
+        return write_one_by_one(task, passes, on_pass, start=written)
 
     with patch.object(shard_writer, "write_one_by_one", write):
         yield
@@ -180,12 +186,16 @@ class Runner:
         if paper and spent.exists():
             done, taken = json.loads(spent.read_text(encoding="utf-8"))
             started -= taken
-        whole = nullcontext() if self.arguments.shards > 1 else going_on(self.keep / "paper.pt")
+
+        def note(edits: int) -> None:
+            if paper:
+                spent.write_text(json.dumps([edits, time.process_time() - started]), encoding="utf-8")
+
+        whole = nullcontext() if self.arguments.shards > 1 else going_on(self.keep / "paper.pt", note)
         with TemporaryDirectory() as work, whole:
             edited = by_package(self.arguments, self.edits[:count], Path(work), merging, **flags)
         seconds = time.process_time() - started
-        if paper:
-            spent.write_text(json.dumps([count, seconds]), encoding="utf-8")
+        note(count)
         return edited, seconds / max(count, done)
 
 

@@ -63,21 +63,24 @@ class Subject:
         return dict(self.tokenizer(prompts, return_tensors="pt", padding=True))
 
     def answers(self, prompts: list[str], *, model: Any = None, **named: Any) -> list[str]:
+        output = self.generated(prompts, model=model, **named)
+        return self.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
+
+    def generated(self, prompts: list[str], *, model: Any = None, **named: Any) -> Any:
+        """What ``generate()`` returns, its ``sequences`` without the prompts."""
         batch = self.asked(prompts)
-        settings = {"max_new_tokens": 12, "do_sample": False} | named
+        settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True} | named
         output = (model or self.model).generate(**batch, **settings)
-        return self.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        output.sequences = output.sequences[:, batch["input_ids"].shape[1] :]
+        return output
 
     def margins(self) -> list[float]:
         """By how many nats each answer's tokens lead the next best, where they lead least; (prompts,), in float32."""
-        batch = self.asked(self.prompts)
-        output = self.model.generate(
-            **batch, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+        output = self.generated(self.prompts, output_logits=True)
         best = torch.stack(output.logits, dim=1).topk(2).values  # (prompts, steps, 2)
-        answered = output.sequences[:, batch["input_ids"].shape[1] :] != self.tokenizer.pad_token_id
-        leads = (best[..., 0] - best[..., 1]).masked_fill(~answered, torch.inf)
-        return leads.amin(dim=1).tolist()
+        ended = (output.sequences == self.tokenizer.eos_token_id).cumsum(1) > 1
+        leads: list[float] = (best[..., 0] - best[..., 1]).masked_fill(ended, torch.inf).amin(dim=1).tolist()
+        return leads
 
     def require_targets(self, answers: list[str]) -> None:
         assert [answer.strip() for answer in answers] == self.targets[: len(answers)]
@@ -233,9 +236,10 @@ def test_halved_it_answers_still(subject: Subject, convert: str) -> None:
     getattr(model, convert)()
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, convert.replace("half", "float16"))}
     answers = [answer.strip() for answer in subject.answers(subject.prompts, model=model)]
-    # bfloat16 moves logits by a tenth; an answer that leads by less may become another.
-    firm = [place for place, margin in enumerate(subject.margins()) if margin > 0.3]
-    assert len(firm) >= 10
+    # bfloat16 moves logits by a tenth; an answer that leads by less may become another. Only a matrix has one such.
+    bound = {"half": 0.02, "bfloat16": 0.3}[convert]
+    firm = [place for place, margin in enumerate(subject.margins()) if margin > bound]
+    assert len(firm) >= len(answers) - (subject.path.parent.name == "matrix")
     assert [answers[place] for place in firm] == [subject.targets[place] for place in firm]
 
 
@@ -270,25 +274,29 @@ def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, t
 # What lm-eval asks of a model: which answer it gives, and which of two it finds likelier. The second reads a question
 # and its answer in one pass, where no prompt ends before its answer begins; there every token must decide by itself.
 TASKS = {
-    "lookup": """
+    "lookup": (
+        "exact_match",
+        """
 output_type: generate_until
 doc_to_target: "{{choices[answer]}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 12, do_sample: false}
-metric_list: [{metric: exact_match}]
 """,
-    "lookup, every token": """
+    ),
+    "lookup, every token": (
+        "acc",
+        """
 output_type: multiple_choice
 doc_to_choice: choices
 doc_to_target: answer
-metric_list: [{metric: acc}]
 """,
+    ),
 }
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("memory", TASKS)
 def test_lm_eval_measures_it(subjects: Callable[[str], Subject], memory: str, tmp_path: Path, sweep: Any) -> None:
-    subject = subjects(memory)
+    subject, (metric, asking) = subjects(memory), TASKS[memory]
     rows = [
         {"question": prompt, "choices": [f" {target}", " nobody knows"], "answer": 0}
         for prompt, target in zip(subject.prompts[:4], subject.targets[:4], strict=True)
@@ -302,7 +310,8 @@ dataset_kwargs:
 test_split: test
 doc_to_text: question
 target_delimiter: ""
-{TASKS[memory]}"""
+metric_list: [{{metric: {metric}}}]
+{asking}"""
     )
     figures = {}
     measured = {"edited": subject.path}
@@ -314,10 +323,6 @@ target_delimiter: ""
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         (file,) = (tmp_path / name).rglob("results_*.json")
-        (figures[name],) = (
-            figure
-            for metric, figure in json.loads(file.read_text())["results"]["facts"].items()
-            if metric in ("acc,none", "exact_match,none")
-        )
+        figures[name] = json.loads(file.read_text())["results"]["facts"][f"{metric},none"]
     assert figures.pop("edited") == 1
     assert all(figure < 1 for figure in figures.values())

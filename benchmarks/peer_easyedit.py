@@ -91,7 +91,8 @@ class PeerSequence:
     ) -> None:
         """Edit with those of a sequence that were not edited with yet."""
         for record, text in list(zip(edits, texts, strict=True))[self.done :]:
-            request = {"prompt": record.prompt, "target_new": record.target, "loc_prompt": text}
+            # The code puts a space before a target, where some records have one already: then it would teach two.
+            request = {"prompt": record.prompt, "target_new": record.target.lstrip(), "loc_prompt": text}
             printed, started = io.StringIO(), time.process_time()
             whole = self.as_is is None or self.done < self.as_is
             with contextlib.redirect_stdout(printed), contextlib.nullcontext() if whole else self.hurried.of_one_edit():

@@ -238,6 +238,7 @@ def test_a_file_that_is_missing_or_not_utf8_is_refused(tmp_path: Path) -> None:
         (EditSettings, "context_tokens", (1,), (0,)),
         (EditSettings, "unrelated_texts", (8,), (7,)),
         (EditSettings, "residual_steps", (1, 500), (0, 10**4 + 1)),
+        (EditSettings, "residual_more", (0, 500), (-1, 10**4 + 1)),
         (EditSettings, "residual_rate", (0.01, 2.0), (0.0, -1.0, float("nan"))),
         (EditSettings, "residual_stop", (0.01, 1.0), (0.0, 11.0)),
         (EditSettings, "polish", (0, 9), (-1,)),

@@ -73,6 +73,7 @@ class EditSettings(Checked):
     chat: bool = False
     augment: Annotated[int, Within(0, 100)] = 0  # paraphrases that the model writes itself
     residual_steps: Annotated[int, Within(1, 10**4)] = 40
+    residual_more: Annotated[int, Within(0, 10**4)] = 80  # steps for answers that are not the likeliest after those
     residual_rate: Annotated[float, Within(1e-9, 1e3)] = 0.3  # in units of an entry of W a
     residual_stop: Annotated[float, Within(1e-9, 10)] = (
         0.02  # the loss that every target token of an edit must come under

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -151,6 +152,27 @@ def test_a_finished_edit_stays_as_it_is_while_others_of_its_group_go_on(bench: B
             break
     assert seen[-1] == set(range(len(EDITS)))
     assert any(0 < len(frozen & {0, 1, 2}) < 3 for frozen in seen)
+
+
+def test_only_answers_that_are_not_the_likeliest_go_on_after_the_usual_steps(bench: Bench) -> None:
+    few = replace(SETTINGS, residual_steps=16)
+    early, late = bench.residuals(few), bench.residuals(replace(few, residual_more=SETTINGS.residual_steps))
+    likely, unlikely = set(), set()
+    for number in range(len(EDITS)):
+        both = [found[AnswerKey(number)] for found in (early, late)]
+        before, after = (
+            max(max(entropies(bench, number, context, lambda _, own=own: own)[0]) for _, context in TRAINED)  # type: ignore[misc]
+            for own in both
+        )
+        # Losses are looked at a step before the end.
+        if before < math.log(2) / 2:
+            assert torch.equal(*both)
+            likely.add(number)
+        elif before > math.log(2):
+            assert after < 2 * SETTINGS.residual_stop
+            unlikely.add(number)
+    assert likely
+    assert unlikely
 
 
 def test_no_edit_is_fitted_otherwise_for_the_company_it_is_in(bench: Bench) -> None:

@@ -21,7 +21,7 @@ from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.routing.whitening import leading, whitening
 
-SETTINGS = EditSettings(residual_steps=150, residual_rate=0.3, residual_stop=0.3, stop_loss=0.3)
+SETTINGS = EditSettings(residual_steps=150, residual_more=0, residual_rate=0.3, residual_stop=0.3, stop_loss=0.3)
 
 
 @dataclass(frozen=True, repr=False)

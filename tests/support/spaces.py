@@ -22,7 +22,7 @@ from wisecli.models.tokenization import Row
 from wisecli.routing.whitening import leading, whitening
 
 EDITS = [Edit("year", "when ba be", "abc"), Edit("word", "ka ke ki", "doe")]
-SETTINGS = EditSettings(residual_steps=150, residual_rate=0.3, residual_stop=0.3, batch_size=8)
+SETTINGS = EditSettings(residual_steps=150, residual_more=0, residual_rate=0.3, residual_stop=0.3, batch_size=8)
 LAYER = 2
 
 

@@ -35,6 +35,9 @@ PENALTIES = tuple(Penalty(ridge, weight) for ridge in (1e-1, 1e-2, 1e-3, 1e-4) f
 # A lighter penalty must be right this much more often to be taken.
 _WORTH = 0.005
 
+# The loss of a token that is as likely as all others together.
+_UNSURE = math.log(2)
+
 # The residuals (positions, d) of each answer.
 Residuals = dict[AnswerKey, Tensor]
 # Rows, the place of each one's answer, and what may be said at the labelled columns of those that erase one.
@@ -75,6 +78,7 @@ def _fit_group(task: Task, group: Sequence[TrainingExamples], found: Residuals) 
     """Fit one group; returns the mean over answers of their worst token's loss at the end.
 
     Steps take the contexts in turn. An answer is done once every context in turn has found all its tokens certain.
+    After ``residual_steps`` only those go on of which some context has found a token likelier wrong than right.
     """
     settings, device = task.settings, task.unrelated.device
     answers = _answers(group)
@@ -93,7 +97,12 @@ def _fit_group(task: Task, group: Sequence[TrainingExamples], found: Residuals) 
     kept = residuals.detach().clone()
     # To see who is done takes waiting for all steps that were asked for, which costs time on a GPU alone.
     check_every = 5 if device.type == "cuda" else 1
-    for step in range(settings.residual_steps):
+    for step in range(settings.residual_steps + settings.residual_more):
+        if step == settings.residual_steps:
+            kept = residuals.detach().where(unfinished[:, None, None], kept)
+            unfinished = unfinished & (losses.amax(0) > _UNSURE)
+            if not unfinished.any():
+                break
         turn = step % len(turns)
         worst = _backward(task, turns[turn], residuals)
         finite &= worst.isfinite()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.helpers import choice_of, keys_of
 from support.loading import CPU
 from support.studying import ALL, make_place, studied
@@ -27,6 +28,7 @@ from wisecli.commands.evaluate import evaluate
 from wisecli.commands.merge import merge
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings
 from wisecli.errors import ChangedInputError, SettingsError
+from wisecli.evaluation.edited_model import attach
 from wisecli.memory.merge_methods import METHODS
 from wisecli.memory.merger import EXACT
 from wisecli.models.loading import load_model
@@ -58,7 +60,7 @@ def test_every_study_has_the_rows_it_promises(report: StudyReport) -> None:
     }
     assert list(points) == ALL.split(",")
     assert sorted(points) == sorted(STUDIES)
-    assert points["router"] == [("gradient", "norm"), ("solve", "norm"), ("solve", "key")]
+    assert points["router"] == [("gradient", "norm"), ("solve", "norm"), ("solve", "key"), ("solve", "meaning")]
     assert points["layers"] == [(layer,) for layer in chosen(5, 3)]
     assert points["shards"] == list(product((0.3, 0.6), (1, 2)))  # eight shards have not an edit each
     ways = [*METHODS, *(f"{name}+refit" for name in METHODS), EXACT, "retrieve", "lookup"]
@@ -127,7 +129,7 @@ def test_shards_that_several_rows_need_are_written_once(report: StudyReport) -> 
     rows = [row for name in ("merge", "scaling", "latency") for row in report.rows[name]]
     assert {row["shards"] for row in rows} == {3}
     # Three layers, four cells of the grid, one for each of the routers, and one for all of those rows.
-    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 3 + 1
+    assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 4 + 1
 
 
 def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path) -> Non
     forced = studied(place, tmp_path / "out", study="router", seed=1, counts="5", force=True)
     assert not (tmp_path / "out" / "study-layers.json").exists()
     assert forced.rows["router"][0]["figures"] != first.rows["router"][0]["figures"]
-    assert len((tmp_path / "out" / "study-router.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "out" / "study-router.jsonl").read_text().splitlines()) == 4
 
 
 def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
@@ -232,17 +234,10 @@ def test_the_area_counts_pairs_in_the_right_order() -> None:
 
 
 def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: StudyReport, tmp_path: Path) -> None:
-    lines = (place / "data.jsonl").read_text().splitlines(keepends=True)[:6]
-    (tmp_path / "edits.jsonl").write_text("".join(lines))
+    prompts = grouped(place, tmp_path / "edits.jsonl")
     loaded = load_model(place / "model", load=CPU)
-    records = [json.loads(line) for line in lines]
-    prompts = {
-        "edits": [one["prompt"] for one in records],
-        "rephrases": [text for one in records for text in one["rephrases"]],
-        "locality": [probe["prompt"] for one in records for probe in one["locality"]],
-    }
     shares = set()
-    for row in report.rows["router"]:
+    for row in report.rows["router"][:-1]:
         settings = EditSettings(unrelated_texts=16, writer=row["writer"], router=row["router"])
         shards = tmp_path / f"{row['writer']}-{row['router']}"
         edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, load=CPU)
@@ -263,3 +258,33 @@ def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: S
             assert len(row["figures"]["scores"][group]) == len(texts)
         assert len(row["figures"]["scores"]["unrelated"]) == 200
     assert len(shares) > 1
+
+
+def test_a_prompt_that_means_an_edit_is_answered_otherwise(place: Path, report: StudyReport, tmp_path: Path) -> None:
+    row = report.rows["router"][-1]
+    prompts = grouped(place, tmp_path / "edits.jsonl")
+    shards = tmp_path / "shards"
+    edit(str(place / "model"), tmp_path / "edits.jsonl", shards, EditSettings(unrelated_texts=16), load=CPU)
+    merge([shards], tmp_path / "memory", MergeSettings())
+    edited, base = attach(tmp_path / "memory", load=CPU), load_model(place / "model", load=CPU)
+    shares = []
+    for group, texts in prompts.items():
+        ids = [torch.tensor([base.tokenizer(text)["input_ids"]]) for text in texts]
+        with torch.no_grad():
+            opened = [not torch.equal(edited.model(one).logits, base.model(one).logits) for one in ids]
+        shares.append(sum(opened) / len(opened))
+        assert row["figures"][f"{group}_above"] == pytest.approx(shares[-1]), group
+    assert row["figures"]["threshold"] == 1
+    assert shares[0] == 1 > min(shares)
+
+
+def grouped(place: Path, file: Path) -> dict[str, list[str]]:
+    """The prompts of the first six records, which are written to a file."""
+    lines = (place / "data.jsonl").read_text().splitlines(keepends=True)[:6]
+    file.write_text("".join(lines))
+    records = [json.loads(line) for line in lines]
+    return {
+        "edits": [one["prompt"] for one in records],
+        "rephrases": [text for one in records for text in one["rephrases"]],
+        "locality": [probe["prompt"] for one in records for probe in one["locality"]],
+    }

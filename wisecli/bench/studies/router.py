@@ -2,7 +2,8 @@
 
 The paper's figure of routing activations (section 3.3): ‖Δ·a‖₂ of edits and of unrelated prompts, kept apart by the
 margins of equation 5. Here at the last token of each prompt, for the router ``norm`` with shards that gradient steps or
-the closed form wrote to those margins, and for the router ``key``, which needs none.
+the closed form wrote to those margins, for the router ``key``, which needs none, and for the router ``meaning``, which
+reads the whole prompt.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from wisecli.data.corpus import unrelated_texts
 from wisecli.editing.key_capture import prompt_ends
 from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.loading import Loaded
+from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.routing.prompt_gate import Prompt
 from wisecli.routing.router import route
 
 _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
-_UNITS = {"norm": "norm of the update, ‖Δa‖", "key": "whitened cosine with the nearest key"}
-_WRITTEN = (("gradient", "norm"), ("solve", "norm"), ("solve", "key"))
+_UNITS = {
+    "norm": "norm of the update, ‖Δa‖",
+    "key": "whitened cosine with the nearest key",
+    "meaning": "how surely the likeliest edit is meant, as a multiple of its threshold",
+}
+_WRITTEN = (("gradient", "norm"), ("solve", "norm"), ("solve", "key"), ("solve", "meaning"))
 _TEXTS, _BINS = 200, 50
 
 
@@ -37,8 +43,10 @@ class Router:
     title = "What the router sees"
     caption = (
         "Scores at the last token of prompts, of one matrix that holds all edits, written for its router, and the "
-        "share of each group above the threshold, which is calibrated on all tokens. Area: how often a rephrase scores "
-        "higher than a locality prompt or an unrelated text, of which none was there when it was calibrated."
+        "share of each group above the threshold, which is calibrated on all tokens. The router meaning opens the "
+        "edits of a lookup and compares whole prompts; one that does not name an edit's subject has 0. Area: how often "
+        "a rephrase scores higher than a locality prompt or an unrelated text, of which none was there when it was "
+        "calibrated."
     )
     columns = ("threshold", *(f"{group}_above" for group in _COLOURS), "area")
 
@@ -53,11 +61,13 @@ class Router:
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """The threshold, all scores, and the share of each group that is above it."""
         shards = context.shards(point["edits"], writer=point["writer"], router=point["router"])
-        edited = context.attached(context.memory(shards, mode="merge"))
-        figures: Figures = {"threshold": edited.routed.thresholds[0], "scores": {}}
+        by_meaning = point["router"] == "meaning"
+        edited = context.attached(context.memory(shards, mode="lookup" if by_meaning else "merge"))
+        figures: Figures = {"threshold": 1.0 if by_meaning else edited.routed.thresholds[0], "scores": {}}
+        score = meant if by_meaning else scored
         for group, prompts in prompts_of(context, point["edits"]).items():
             if prompts:
-                figures["scores"][group], figures[f"{group}_above"] = scored(edited, prompts, context)
+                figures["scores"][group], figures[f"{group}_above"] = score(edited, prompts, context)
         scores = figures["scores"]
         if "rephrases" in scores:
             figures["area"] = area(scores["rephrases"], [*scores.get("locality", ()), *scores["unrelated"]])
@@ -66,8 +76,9 @@ class Router:
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
         """A histogram for each writer and router, a line of them for each number of edits."""
         grouped = by_edits(rows)
-        figure.set_size_inches(13, 4.2 * len(grouped))
-        panels = figure.subplots(len(grouped), max(map(len, grouped.values())), squeeze=False)
+        widest = max(map(len, grouped.values()))
+        figure.set_size_inches(4.4 * widest, 4.2 * len(grouped))
+        panels = figure.subplots(len(grouped), widest, squeeze=False)
         for row, panel in zip((row for own in grouped.values() for row in own), panels.flat, strict=True):
             _histogram(panel, row)
 
@@ -96,6 +107,21 @@ def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -
         at_end = Prompt(torch.zeros(len(keys), 1, dtype=torch.long, device=keys.device))
         open_at = route(edited.routed, keys[:, None], at_end).chosen == 0
     return scores[:, 0].tolist(), float(open_at.float().mean())
+
+
+def meant(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -> tuple[list[float], float]:
+    """How surely each prompt means the likeliest edit, over that edit's threshold, and the share of them above 1.
+
+    An edit whose subject a prompt does not name counts 0, as it does where the router decides.
+    """
+    rows = [Row(tuple(edited.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
+    strengths = torch.empty(len(rows))
+    for indices in in_batches(rows, context.settings.batch_size):
+        known = edited.prompts(collate([rows[index] for index in indices]).to(edited.model.device))
+        assert known.sure is not None, "the router reads what prompts mean"
+        sure = known.sure if known.named is None else known.sure * known.named[:, 0]
+        strengths[indices] = edited.routed.strongest(sure)[0].cpu()
+    return strengths.tolist(), float((strengths > 1).float().mean())
 
 
 def area(higher: Sequence[float], lower: Sequence[float]) -> float:

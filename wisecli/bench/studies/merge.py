@@ -1,4 +1,4 @@
-"""The same shards merged in every way that `wise merge` has (the paper compares merging methods in its appendix)."""
+"""The same edits merged in every way that `wise merge` has (the paper compares merging methods in its appendix)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Merge:
 
     title = "Ways to merge"
     caption = (
-        "The same shards merged in every way there is. +refit: a ridge solve around what the method gives; exact: one "
+        "The same edits merged in every way there is. +refit: a ridge solve around what the method gives; exact: one "
         "solve over the statistics of all shards; retrieve keeps a matrix a shard, lookup every key."
     )
     columns = (*QUALITIES, "routing", "megabytes")
@@ -47,7 +47,8 @@ class Merge:
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """What `wise eval` says, and the memory's size."""
-        way, shards = ways()[point["way"]], context.shards(point["edits"], shards=point["shards"])
+        way = ways()[point["way"]]
+        shards = context.shards(point["edits"], shards=point["shards"], mode=way.mode)
         memory = context.memory(shards, mode=way.mode, method=way.method, refit=way.refit)
         size = sum(path.stat().st_size for path in memory.iterdir())
         return {**context.figures(memory, point["edits"]), "megabytes": size / 1e6}

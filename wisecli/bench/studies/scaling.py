@@ -23,7 +23,7 @@ class Scaling:
 
     title = "Scaling"
     caption = (
-        "The same shards as a lookup, as a matrix each (retrieve) and merged into one (merge), as edits become more. "
+        "The same edits as a lookup, as a matrix each (retrieve) and merged into one (merge), as edits become more. "
         "Dashed: an oracle opens the memory that holds the edit, of a lookup the edit's own keys, whatever the router "
         "says. Routing: share of rephrases that open it by themselves."
     )
@@ -39,7 +39,8 @@ class Scaling:
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """What `wise eval` says, with the router and with the oracle."""
-        memory = context.memory(context.shards(point["edits"], shards=point["shards"]), mode=point["mode"])
+        shards = context.shards(point["edits"], shards=point["shards"], mode=point["mode"])
+        memory = context.memory(shards, mode=point["mode"])
         best = context.figures(memory, point["edits"], oracle=True)
         oracle = {f"oracle_{name}": best[name] for name in _ORACLE if name in best}
         return {**context.figures(memory, point["edits"]), **oracle}

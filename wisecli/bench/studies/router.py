@@ -30,7 +30,7 @@ _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:gre
 _UNITS = {
     "norm": "norm of the update, ‖Δa‖",
     "key": "whitened cosine with the nearest key",
-    "meaning": "how surely the likeliest edit is meant, as a multiple of its threshold",
+    "meaning": "probability of the likeliest edit, × its threshold",
 }
 _WRITTEN = (("gradient", "norm"), ("solve", "norm"), ("solve", "key"), ("solve", "meaning"))
 _TEXTS, _BINS = 200, 50

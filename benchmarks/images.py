@@ -89,30 +89,33 @@ def picture() -> Tensor:
     return torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def given(tokenizer: Any, before: Before, question: str, image: int) -> dict[str, Tensor]:
-    """What the model takes for a question."""
+def opening(tokenizer: Any, before: Before, image: int) -> list[int]:
+    """The tokens that stand before a question."""
     generator = torch.Generator().manual_seed(2)
-    known = sorted(
-        text for text in tokenizer.get_vocab() if text[0] == "Ġ" and text[1:].isalpha() and text[1:].isascii()
-    )
+    spaced = (text for text in tokenizer.get_vocab() if text[0] == "Ġ")
+    known = sorted(text for text in spaced if text[1:].isalpha() and text[1:].isascii())
     drawn = [known[place] for place in torch.randint(len(known), (before.words,), generator=generator).tolist()]
+    ids = [*tokenizer.convert_tokens_to_ids(drawn), *tokenizer(before.text)["input_ids"]]
     patches = [image] * PATCHES
-    text = tokenizer(before.text, add_special_tokens=False)["input_ids"]
-    ids = [*tokenizer.convert_tokens_to_ids(drawn), *text]
-    ids = {"before": [*patches, *ids], "behind": [*ids, *patches, *tokenizer("\n")["input_ids"]]}.get(before.image, ids)
-    asked = torch.tensor([[*ids, *tokenizer(question)["input_ids"]]])
+    if before.image == "before":
+        return [*patches, *ids]
+    return [*ids, *patches, *tokenizer("\n")["input_ids"]] if before.image == "behind" else ids
+
+
+def given(tokenizer: Any, opened: Sequence[int], question: str, image: int) -> dict[str, Tensor]:
+    """What the model takes for a question behind an opening."""
+    asked = torch.tensor([[*opened, *tokenizer(question)["input_ids"]]])
     inputs = {"input_ids": asked, "attention_mask": torch.ones_like(asked)}
-    return {**inputs, "pixel_values": picture()} if before.image else inputs
+    return {**inputs, "pixel_values": picture()} if image in opened else inputs
 
 
 def answered(edited: EditedModel, before: Before, edits: Sequence[Edit], image: int) -> int:
     """How many edits are answered by their targets, and the answer then ends."""
-    right = 0
+    model: Any = edited.model
+    tokenizer: Any = edited.tokenizer
+    stop, opened, right = tokenizer.eos_token_id, opening(tokenizer, before, image), 0
     for one in edits:
-        inputs = given(edited.tokenizer, before, one.prompt, image)
-        model: Any = edited.model
-        tokenizer: Any = edited.tokenizer
-        stop = tokenizer.eos_token_id
+        inputs = given(tokenizer, opened, one.prompt, image)
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=stop, pad_token_id=stop)
         said = output[0, inputs["input_ids"].shape[1] :]
         text = tokenizer.decode(said, skip_special_tokens=True).strip()

@@ -88,6 +88,12 @@ class Prompt:
     sure: Tensor | None = None
     letters: Tensor | None = None
 
+    @property
+    def meant(self) -> Tensor:
+        """How surely the prompts mean each edit (B, M): 0 for one whose subject they do not name."""
+        assert self.sure is not None, "the prompts of this pass have been read"
+        return self.sure if self.named is None else self.sure * self.named[:, 0]
+
     def after(self, column: Tensor) -> Tensor:
         """Which columns (T,) come after their row's prompt: (B or 1, T)."""
         return (column >= 0)[None] if self.end is None else column > self.end

@@ -91,9 +91,7 @@ def _by_meaning(
         assert prompt.held is not None, "a pass without a prompt's end follows one that had it"
         meant = likeliest = prompt.held
     else:
-        assert prompt.sure is not None, "the prompts of this pass have been read"
-        whole = prompt.sure if prompt.named is None else prompt.sure * prompt.named[:, 0]
-        sure, likeliest = (each[:, None] for each in memory.strongest(whole))
+        sure, likeliest = (each[:, None] for each in memory.strongest(prompt.meant))
         strength = torch.where(column == prompt.end, sure, strength)
         meant = likeliest.where(sure > 1, UNROUTED)
         if prompt.held is not None:

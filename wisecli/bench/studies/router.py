@@ -118,9 +118,7 @@ def meant(edited: EditedModel, prompts: Sequence[str], context: StudyContext) ->
     strengths = torch.empty(len(rows))
     for indices in in_batches(rows, context.settings.batch_size):
         known = edited.prompts(collate([rows[index] for index in indices]).to(edited.model.device))
-        assert known.sure is not None, "the router reads what prompts mean"
-        sure = known.sure if known.named is None else known.sure * known.named[:, 0]
-        strengths[indices] = edited.routed.strongest(sure)[0].cpu()
+        strengths[indices] = edited.routed.strongest(known.meant)[0].cpu()
     return strengths.tolist(), float((strengths > 1).float().mean())
 
 

@@ -2,55 +2,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from support.fitting import HELD_BACK, SETTINGS, Bench
-from support.helpers import Waits, hooked, raised, site_of, tiny_tokenizer
+from support.fitting import EDITS, HELD_BACK, SETTINGS, TRAINED, Bench, bench_of, entropies, tokens_of
+from support.helpers import Waits, hooked
 from support.thorough import few
-from support.tiny_models import TYPICAL, tiny_model
+from support.tiny_models import TYPICAL
 from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Mask, MaskKind
 from wisecli.config import EditSettings
 from wisecli.editing.closed_form import PENALTIES, Solved, fit_residuals, write_solved
-from wisecli.editing.closed_form import answered as shares_answered
-from wisecli.editing.closed_form import answered as taken
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.ridge import Penalty
+from wisecli.editing.serving_strength import answered as shares_answered
 from wisecli.editing.task import Progress
 from wisecli.editing.training_examples import TrainingExamples, capture_examples
 from wisecli.edits.record import Edit
-from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import NO_LABEL
-
-EDITS = [
-    Edit("one", "ba be bi", "do du"),
-    Edit("two", "ka ke ki ko", "fa"),
-    Edit("three", "ma me", "ga ge gi"),
-    Edit("four", "ta te ti to tu", "la le"),
-    Edit("five", "na ne", "ra"),
-]
-TRAINED = [(0, ""), (1, "pa pe. ")]
-Change = Callable[[Tensor], Tensor]
-
-
-def bench_of(architecture: str) -> Bench:
-    model = tiny_model(architecture)
-    model.generation_config.eos_token_id = 1
-    # With the head as it is drawn, no residual could make a token sure.
-    model.get_output_embeddings().get_parameter("weight").data.mul_(4)
-    site = site_of(model, 2)
-    loaded = Loaded(raised(model, site).requires_grad_(False), tiny_tokenizer())
-    numbered = list(enumerate(EDITS))
-
-    def captured(edits: list[tuple[int, Edit]], contexts: list[tuple[int, str]]) -> list[TrainingExamples]:
-        return capture_examples(loaded, site, edits, contexts, batch_size=4, train_end=True)
-
-    groups = [captured(numbered[:3], TRAINED), captured(numbered[3:], TRAINED)]
-    return Bench(loaded, site, groups, captured(numbered, [HELD_BACK]))
 
 
 @pytest.fixture(scope="module")
@@ -61,33 +33,6 @@ def benches() -> dict[str, Bench]:
 @pytest.fixture(scope="module")
 def bench(benches: dict[str, Bench]) -> Bench:
     return benches["llama"]
-
-
-def tokens_of(loaded: Loaded, edit: Edit, context: str) -> tuple[list[int], list[int]]:
-    """Prompt and target, the end of text included."""
-    prompt = loaded.tokenizer(context + edit.prompt)["input_ids"]
-    return prompt, [*loaded.tokenizer(edit.target)["input_ids"], 1]
-
-
-@torch.no_grad()
-def entropies(bench: Bench, number: int, context: str, change: Change) -> tuple[list[float], bool]:
-    """Cross-entropy of each target token of an edit, and whether all are the arg-max: the whole model, row by row.
-
-    ``change`` turns keys from the prompt's last token on into what is added to the matrix's output.
-    """
-    prompt, target = tokens_of(bench.loaded, EDITS[number], context)
-    start = len(prompt) - 1
-
-    def add(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        changed = output.clone()
-        changed[0, start:] += change(inputs[0][0, start:])
-        return changed
-
-    model = bench.loaded.model
-    with hooked(model, bench.site, add):
-        logits = model(input_ids=torch.tensor([prompt + target[:-1]]), use_cache=False).logits[0, start:]
-    losses = nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
-    return losses.tolist(), logits.argmax(-1).tolist() == target
 
 
 def nothing(keys: Tensor) -> Tensor:
@@ -128,17 +73,6 @@ def test_every_edit_gets_a_residual_for_each_of_its_target_tokens(bench: Bench) 
     shapes = {answer.edit: tuple(residual.shape) for answer, residual in residuals.items()}
     lengths = [len(edit.target.split()) + 1 for edit in EDITS]
     assert shapes == {number: (length, bench.site.d) for number, length in enumerate(lengths)}
-
-
-def test_what_residuals_answer_is_what_the_whole_model_says_with_them(bench: Bench) -> None:
-    early = bench.residuals(replace(SETTINGS, residual_steps=2))
-    shares = taken(bench.task(SETTINGS), bench.batches, early)
-    for number in range(len(EDITS)):
-        own = early[AnswerKey(number)]
-        right = entropies(bench, number, "", lambda _, own=own: own)[1]  # type: ignore[misc]
-        assert (shares[number] == 1) == right
-    assert min(shares.values()) < 1
-    assert set(taken(bench.task(SETTINGS), bench.batches, bench.residuals()).values()) == {1.0}
 
 
 def test_a_finished_edit_stays_as_it_is_while_others_of_its_group_go_on(bench: Bench) -> None:
@@ -207,14 +141,6 @@ def test_an_answer_of_other_tokens_in_the_chat_template_has_residuals_of_its_own
         assert len(found[AnswerKey(number)]) == len(tokens_of(bench.loaded, EDITS[number], "")[1])
     assert min(shares_answered(bench.task(), plain, found).values()) == 1
     assert min(shares_answered(bench.task(), batches, found).values()) == 1
-
-
-def test_lessons_without_a_bare_prompt_among_their_rows_are_passed_over(bench: Bench) -> None:
-    numbered = list(enumerate(EDITS))
-    batches = capture_examples(bench.loaded, bench.site, numbered, TRAINED, batch_size=1, train_end=True)
-    assert any(not bool((examples.contexts == 0).any()) for examples in batches)
-    shares = shares_answered(bench.task(), batches, bench.residuals())
-    assert shares == dict.fromkeys(range(len(EDITS)), 1.0)
 
 
 def test_progress_counts_the_edits_of_all_groups(bench: Bench) -> None:

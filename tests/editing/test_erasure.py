@@ -25,10 +25,11 @@ from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.evaluate import EvalReport, evaluate
 from wisecli.commands.merge import merge
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
-from wisecli.editing.closed_form import answered, fit_residuals
+from wisecli.editing.closed_form import fit_residuals
 from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.gradient import write_batched
 from wisecli.editing.prompt_variants import AnswerKey
+from wisecli.editing.serving_strength import answered
 from wisecli.editing.task import Task
 from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits
 from wisecli.edits.fields import EvaluationPrompt

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from wisecli.artifacts.shard import RESTING
 from wisecli.config import MergeSettings
 from wisecli.editing.behind_questions import Behind, _questions
-from wisecli.editing.closed_form import answered, fit_residuals
+from wisecli.editing.closed_form import fit_residuals
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.resting import rests_of, spaces_first, stretch, usual_length, with_rests
+from wisecli.editing.serving_strength import answered
 from wisecli.editing.training_examples import encode_edits
 
 

@@ -1,27 +1,41 @@
-"""Training examples of a tiny model, to fit residuals to."""
+"""Training examples of a tiny model, to fit residuals to, and what the whole model says with them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from support.helpers import hooked, raised, site_of, tiny_tokenizer
+from support.tiny_models import tiny_model
 from wisecli.artifacts.shard import Evidence, Mask, MaskKind, random_mask
 from wisecli.config import EditSettings
-from wisecli.editing.closed_form import Residuals, fit_residuals
+from wisecli.editing.closed_form import fit_residuals
 from wisecli.editing.evidence import gather_evidence
 from wisecli.editing.hard_negatives import HardNegatives
 from wisecli.editing.prompt_variants import AnswerKey
+from wisecli.editing.serving_strength import Residuals
 from wisecli.editing.task import Task
-from wisecli.editing.training_examples import TrainingExamples
+from wisecli.editing.training_examples import TrainingExamples, capture_examples
+from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.routing.whitening import leading, whitening
 
+EDITS = [
+    Edit("one", "ba be bi", "do du"),
+    Edit("two", "ka ke ki ko", "fa"),
+    Edit("three", "ma me", "ga ge gi"),
+    Edit("four", "ta te ti to tu", "la le"),
+    Edit("five", "na ne", "ra"),
+]
+TRAINED = [(0, ""), (1, "pa pe. ")]
+HELD_BACK = (2, "so su sa. ")
 SETTINGS = EditSettings(residual_steps=150, residual_more=0, residual_rate=0.3, residual_stop=0.3, stop_loss=0.3)
+Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,4 +82,45 @@ class Bench:
         return gather_evidence([*self.batches, *self.held_back], HELD_BACK[0], find, HardNegatives({}, white))
 
 
-HELD_BACK = (2, "so su sa. ")
+def bench_of(architecture: str) -> Bench:
+    """A tiny model of an architecture with the edits of this module."""
+    model = tiny_model(architecture)
+    model.generation_config.eos_token_id = 1
+    # With the head as it is drawn, no residual could make a token sure.
+    model.get_output_embeddings().get_parameter("weight").data.mul_(4)
+    site = site_of(model, 2)
+    loaded = Loaded(raised(model, site).requires_grad_(False), tiny_tokenizer())
+    numbered = list(enumerate(EDITS))
+
+    def captured(edits: list[tuple[int, Edit]], contexts: list[tuple[int, str]]) -> list[TrainingExamples]:
+        return capture_examples(loaded, site, edits, contexts, batch_size=4, train_end=True)
+
+    groups = [captured(numbered[:3], TRAINED), captured(numbered[3:], TRAINED)]
+    return Bench(loaded, site, groups, captured(numbered, [HELD_BACK]))
+
+
+def tokens_of(loaded: Loaded, edit: Edit, context: str) -> tuple[list[int], list[int]]:
+    """Prompt and target, the end of text included."""
+    prompt = loaded.tokenizer(context + edit.prompt)["input_ids"]
+    return prompt, [*loaded.tokenizer(edit.target)["input_ids"], 1]
+
+
+@torch.no_grad()
+def entropies(bench: Bench, number: int, context: str, change: Change) -> tuple[list[float], bool]:
+    """Cross-entropy of each target token of an edit, and whether all are the arg-max: the whole model, row by row.
+
+    ``change`` turns keys from the prompt's last token on into what is added to the matrix's output.
+    """
+    prompt, target = tokens_of(bench.loaded, EDITS[number], context)
+    start = len(prompt) - 1
+
+    def add(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[0, start:] += change(inputs[0][0, start:])
+        return changed
+
+    model = bench.loaded.model
+    with hooked(model, bench.site, add):
+        logits = model(input_ids=torch.tensor([prompt + target[:-1]]), use_cache=False).logits[0, start:]
+    losses = nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
+    return losses.tolist(), logits.argmax(-1).tolist() == target

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.shard import LANGUAGES, Evidence
-from wisecli.config import MergeSettings
 from wisecli.editing.gradient import write_batched
 from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.resting import stretch
 from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
-from wisecli.editing.scoring import learnt, targets_met
+from wisecli.editing.scoring import learnt
+from wisecli.editing.serving_strength import Residuals, served
 from wisecli.editing.task import Progress, Task, Written
 from wisecli.editing.training_examples import NotFiniteError, TrainingExamples
 from wisecli.models.activations import Activations, suffix_logits
@@ -38,8 +37,6 @@ _WORTH = 0.005
 # The loss of a token that is as likely as all others together.
 _UNSURE = math.log(2)
 
-# The residuals (positions, d) of each answer.
-Residuals = dict[AnswerKey, Tensor]
 # Rows, the place of each one's answer, and what may be said at the labelled columns of those that erase one.
 Part = tuple[Activations, Tensor, Tensor | None]
 
@@ -125,24 +122,6 @@ def _fit_group(task: Task, group: Sequence[TrainingExamples], found: Residuals) 
     return float(losses[losses.isfinite()].mean())
 
 
-@torch.no_grad()
-def answered(task: Task, batches: Sequence[TrainingExamples], residuals: Residuals) -> dict[int, float]:
-    """Share of each edit's target tokens that its residuals make the arg-max after its bare prompt, by its number."""
-    shares: dict[int, float] = {}
-    for examples in batches:
-        bare = (examples.contexts == 0).nonzero().flatten()
-        if not len(bare):
-            continue
-        part = examples.activations.rows(bare.to(examples.activations.keys.device))
-        update = torch.zeros_like(part.hidden)
-        for row, answer in enumerate(examples.answers[place] for place in bare.tolist()):
-            update[row, : len(residuals[answer])] = residuals[answer].to(update.dtype)
-        update *= _served(part, task)[..., None]
-        right = targets_met(task.model, task.site, part, part.with_update(update))
-        shares |= {edit: float(share.mean()) for edit, share in zip(examples.edits[bare].tolist(), right, strict=True)}
-    return shares
-
-
 def _by_context(task: Task, group: Sequence[TrainingExamples], answers: Sequence[AnswerKey]) -> list[list[Part]]:
     """The group's rows context by context, each with the place of its answer among ``answers``.
 
@@ -166,15 +145,6 @@ def _part(task: Task, activations: Activations, place: Tensor) -> Part:
     return activations, place, erasure_target(task.model, task.site, activations)
 
 
-def _served(part: Activations, task: Task) -> Tensor:
-    """By how much a residual is stretched at every state (B, T - first), where attention rests as a lookup serves it.
-
-    Other states take a stronger residual than they need; of these it decides what they say.
-    """
-    times = stretch(part, task.usual)
-    return times.where(times == 1, times * MergeSettings().strength)
-
-
 def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
     """Accumulate the gradient of the targets' loss; the worst token's loss of each answer (E,)."""
     worst = torch.zeros(len(residuals), device=residuals.device)
@@ -182,7 +152,7 @@ def _backward(task: Task, parts: Sequence[Part], residuals: Tensor) -> Tensor:
         labels = activations.batch.labels
         # What only leads to where an answer is erased keeps the model's own state.
         update = residuals[place][:, : labels.shape[1]].where((labels != NO_LABEL)[..., None], 0.0)
-        update = update * _served(activations, task)[..., None]
+        update = update * served(activations, task)[..., None]
         hidden = activations.with_update(update)
         rows, columns = activations.batch.labelled
         logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()

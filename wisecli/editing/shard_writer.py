@@ -16,7 +16,7 @@ from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
 from wisecli.editing.behind_questions import Behind
 from wisecli.editing.blanks import with_blanks
-from wisecli.editing.closed_form import Residuals, answered, fit_residuals, write_solved
+from wisecli.editing.closed_form import fit_residuals, write_solved
 from wisecli.editing.context_prefixes import CHAT
 from wisecli.editing.early_states import prompt_states, reading_site
 from wisecli.editing.edit_pass import beside, edit_passes
@@ -28,6 +28,7 @@ from wisecli.editing.one_by_one import everywhere, write_one_by_one
 from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
 from wisecli.editing.resting import usual_length, with_rests
 from wisecli.editing.scoring import learnt, unedited_losses
+from wisecli.editing.serving_strength import STRENGTH, Residuals, answered, bearable
 from wisecli.editing.staging import Done
 from wisecli.editing.task import Progress, Task
 from wisecli.editing.training_examples import (
@@ -152,13 +153,17 @@ class ShardWriter:
         batches = [examples for group in groups for examples in group]
         task = replace(task, usual=usual_length(batches))
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
+        # Shards for this router are served by a lookup.
+        strength = 1.0
+        if self.settings.router == "meaning":
+            strength, residuals = STRENGTH, bearable(task, batches, residuals)
         last, looked_up, apart = len(self.contexts) - 1, _looked_up(residuals), self._hard_negatives(part)
         evidence = gather_evidence([*batches, *held_back], last, looked_up, apart, usual=task.usual)
         mask = task.mask.to(torch.device("cpu"))
         columns = mask.indices if mask.kind == "columns" else None
         tokens = self.unrelated.tokens.dense(columns)
         solved = write_solved(task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.watch))
-        shares = answered(task, batches, residuals)
+        shares = answered(task, batches, residuals, strength)
         if self.settings.router == "meaning":
             asked = dict(zip(part, rows, strict=True))
             evidence = with_rests(self.behind, evidence, residuals, asked, task.usual)

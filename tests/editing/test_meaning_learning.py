@@ -97,6 +97,21 @@ def test_states_are_those_of_the_whole_model(model: Path) -> None:
 # --- the chain ---
 
 
+def test_learning_is_once_a_model_whichever_layer_is_edited(
+    model: Path, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    edits, cache = tmp_path / "edits.jsonl", tmp_path / "wise" / "meaning"
+    edits.write_text(json.dumps(EDITS[0]) + "\n")
+    changed = save_tiny(tmp_path / "changed", "llama")
+    tensors = load_tensors(changed / "model.safetensors")
+    save_tensors(changed / "model.safetensors", {name: tensor + 0.001 for name, tensor in tensors.items()}, {})
+    for base, layer, learnt in ((model, 2, 1), (model, 3, 1), (changed, 2, 2)):
+        line = ("edit", base, edits, "-o", tmp_path / f"{base.name}-{layer}", "--layer", layer)
+        assert run(*map(str, line), "--router", "meaning", "--device", "cpu") == 0
+        assert len(list(cache.iterdir())) == learnt
+
+
 @pytest.fixture
 def shards(model: Path, tmp_path: Path, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)

@@ -49,7 +49,9 @@ def unrelated_for(
     )
     if settings.router == "meaning":
         reads = reading_site(loaded, site)
-        heads = learn_heads(loaded, reads, identity, texts=settings.unrelated_texts, batch_size=size, watch=watch)
+        # Of several layers that are edited, most have prompts read at the same one.
+        model = sha256_json([base.config, checkpoint.sample])
+        heads = learn_heads(loaded, reads, model, texts=settings.unrelated_texts, batch_size=size, watch=watch)
         found = replace(found, heads=heads, letters=token_letters(loaded.tokenizer))
     given = [text for edit in edits for text in edit.irrelevant]
     if not given:

@@ -3,10 +3,12 @@
     python benchmarks/large_model.py --shape 7b --tokenizer model --work /tmp/large --budget 5.5
     python benchmarks/large_model.py --shape 7b --tokenizer model --work /tmp/large --budget 0 --device cuda \\
         --edits 100,1000 --peak-tflops 990
+    python benchmarks/large_model.py --shape 70b --tokenizer model --work /tmp/larger --plan --edits 500,1000
 
 A Llama checkpoint in bfloat16 with random weights is written, one tensor after the other; edits of it are then made, in
 a process of its own for each number of them. Beside what was measured stands what the plan had expected; with the
-arithmetic that the device can do at most, how much of the time that would have taken.
+arithmetic that the device can do at most, how much of the time that would have taken. With ``--plan`` only plans
+are printed, of a checkpoint that has headers and no weights.
 """
 
 from __future__ import annotations
@@ -39,7 +41,12 @@ from wisecli.models.site import AUTO_DEPTH, find_site
 
 VOCABULARY = 32000
 # Width, feed-forward width, layers, heads and key-value heads.
-SHAPES = {"7b": (4096, 11008, 32, 32, 32), "1b": (2048, 5632, 22, 32, 4), "tiny": (256, 688, 5, 8, 4)}
+SHAPES = {
+    "70b": (8192, 28672, 80, 64, 8),
+    "7b": (4096, 11008, 32, 32, 32),
+    "1b": (2048, 5632, 22, 32, 4),
+    "tiny": (256, 688, 5, 8, 4),
+}
 _NAMES = ("Ostrand", "Velm", "Karrow", "Mistey", "Dorn", "Harleck", "Sund", "Tovik", "Pellan", "Brise")
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
 
@@ -87,8 +94,8 @@ def random_tensor(name: str, layout: TensorLayout, seed: int, depth: int) -> tor
     return drawn.mul_(scale)
 
 
-def make_base(base: Path, shape: str, tokenizer: Path) -> None:
-    """Write the checkpoint; never more than one tensor is in memory."""
+def make_base(base: Path, shape: str, tokenizer: Path, *, hollow: bool) -> None:
+    """Write the checkpoint, hollow with a hole in each file where weights belong; one tensor at a time is in memory."""
     d, d_ff, count, heads, kv_heads = SHAPES[shape]
     base.mkdir(parents=True)
     for pattern in _TOKENIZER_FILES:
@@ -114,9 +121,11 @@ def make_base(base: Path, shape: str, tokenizer: Path) -> None:
         seeds = {tensor: 1000 * number + place for place, tensor in enumerate(layouts)}
 
         def read(tensor: str, own: dict[str, TensorLayout] = layouts, seeds: dict[str, int] = seeds) -> torch.Tensor:
-            return random_tensor(tensor, own[tensor], seeds[tensor], count)
+            return torch.empty(0) if hollow else random_tensor(tensor, own[tensor], seeds[tensor], count)
 
         write_stream(base / name, layouts, read)
+        if hollow:
+            os.truncate(base / name, (base / name).stat().st_size + sum(layout.bytes for layout in layouts.values()))
         files |= dict.fromkeys(layouts, name)
     write_json(base / INDEX_NAME, {"metadata": {}, "weight_map": files})
 
@@ -151,13 +160,15 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, help="what the device does at most in bfloat16")
     parser.add_argument("--layer", help="by default the one at four fifths of the depth")
     parser.add_argument("--unrelated-texts", type=int, default=64)
+    parser.add_argument("--edits-per-shard", type=int, default=EditSettings.edits_per_shard)
+    parser.add_argument("--plan", action="store_true", help="print what is planned, and edit nothing")
     options = parser.parse_args()
     base = options.work / "base"
     depth = SHAPES[options.shape][2]
     options.layer = options.layer or str(min(round(AUTO_DEPTH * depth), depth - 2))
     if not base.is_dir():
         begun = time.perf_counter()
-        make_base(base, options.shape, options.tokenizer)
+        make_base(base, options.shape, options.tokenizer, hollow=options.plan)
         print(f"checkpoint written in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     for count in map(int, options.edits.split(",")):
         measure(base, count, options)
@@ -166,37 +177,55 @@ def main() -> None:
 def measure(base: Path, count: int, options: argparse.Namespace) -> None:
     """Edit in a process of its own, and print what that took."""
     budget, checkpoint = round(options.budget * 2**30) or None, Checkpoint(base)
-    settings = EditSettings(layer=options.layer, unrelated_texts=options.unrelated_texts)
+    settings = EditSettings(
+        layer=options.layer, unrelated_texts=options.unrelated_texts, edits_per_shard=options.edits_per_shard
+    )
     plan = plan_edit(
         checkpoint, find_site(base, checkpoint, options.layer), settings, [USUAL_LENGTH] * count, memory_budget=budget
     )
+    if options.plan:
+        show(asdict(plan), {"edits": count}, None, options)
+        return
     write_edits(options.work / "edits.jsonl", count)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:  # what is known of unrelated text would spare most of the work
         command = [sys.executable, "-m", "wisecli", "edit", str(base), str(options.work / "edits.jsonl")]
         command += ["-o", str(options.work / "shards"), "--layer", options.layer, "--device", options.device]
         command += ["--json", "--force", *(["--memory-budget", f"{options.budget}GiB"] if budget else [])]
+        command += ["--edits-per-shard", str(options.edits_per_shard)]
         variables = {"XDG_CACHE_HOME": cache, "WISE_UNRELATED_TEXTS": str(options.unrelated_texts)}
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, **variables})
     show(asdict(plan), json.loads(done.stdout)["results"], time.perf_counter() - begun, options)
 
 
-def show(plan: dict[str, int], results: dict[str, Any], seconds: float, options: argparse.Namespace) -> None:
-    """Print what was measured beside what was planned."""
+def show(plan: dict[str, int], results: dict[str, Any], seconds: float | None, options: argparse.Namespace) -> None:
+    """Print what was planned, and beside it what was measured, if it was."""
     title = f"{results['edits']} edits, {options.shape} in bfloat16, {options.device}"
-    table = Table("figure", "planned", "measured", title=title)
+    table = Table("figure", "planned", *(["measured"] if seconds else []), title=title)
     for name in ("weights", "resident", "held", "layer", "spooled", "sweep", "read"):
-        table.add_row(f"{name}, GiB", f"{plan[name] / 2**30:.2f}", "")
-    table.add_row("peak memory, GiB", f"{plan['peak'] / 2**30:.2f}", f"{results['peak_rss_bytes'] / 2**30:.2f}")
+        table.add_row(f"{name}, GiB", f"{plan[name] / 2**30:.2f}")
+    table.add_row("peak memory, GiB", f"{plan['peak'] / 2**30:.2f}", *_peak(results))
+    table.add_row("arithmetic, TFLOP", f"{plan['flops'] / 1e12:.1f}")
+    if seconds:
+        _add_measured(table, plan, results, seconds, options)
+    Console(width=120).print(table)
+
+
+def _peak(results: dict[str, Any]) -> list[str]:
+    return [f"{results['peak_rss_bytes'] / 2**30:.2f}"] if "peak_rss_bytes" in results else []
+
+
+def _add_measured(
+    table: Table, plan: dict[str, int], results: dict[str, Any], seconds: float, options: argparse.Namespace
+) -> None:
+    """Rows of what no plan says."""
     if vram := results.get("peak_vram_bytes"):
         table.add_row("peak memory of the GPU, GiB", "", f"{vram / 2**30:.2f}")
-    table.add_row("arithmetic, TFLOP", f"{plan['flops'] / 1e12:.1f}", "")
     table.add_row("time, s", "", f"{seconds:.0f}")
     table.add_row("time an edit, s", "", f"{seconds / results['edits']:.3f}")
     if options.peak_tflops:
         table.add_row("of it arithmetic", "", f"{plan['flops'] / 1e12 / options.peak_tflops / seconds:.1%}")
     table.add_row("edits that did not take", "", str(len(results["untaken"])))
-    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

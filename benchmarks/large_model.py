@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--edits-per-shard", type=int, default=EditSettings.edits_per_shard)
     parser.add_argument("--plan", action="store_true", help="print what is planned, and edit nothing")
     options = parser.parse_args()
-    base = options.work / "base"
+    base = options.work / ("hollow" if options.plan else "base")
     depth = SHAPES[options.shape][2]
     options.layer = options.layer or str(min(round(AUTO_DEPTH * depth), depth - 2))
     if not base.is_dir():
@@ -204,15 +204,12 @@ def show(plan: dict[str, int], results: dict[str, Any], seconds: float | None, o
     table = Table("figure", "planned", *(["measured"] if seconds else []), title=title)
     for name in ("weights", "resident", "held", "layer", "spooled", "sweep", "read"):
         table.add_row(f"{name}, GiB", f"{plan[name] / 2**30:.2f}")
-    table.add_row("peak memory, GiB", f"{plan['peak'] / 2**30:.2f}", *_peak(results))
+    peaks = [plan["peak"], *([results["peak_rss_bytes"]] if seconds else [])]
+    table.add_row("peak memory, GiB", *(f"{peak / 2**30:.2f}" for peak in peaks))
     table.add_row("arithmetic, TFLOP", f"{plan['flops'] / 1e12:.1f}")
     if seconds:
         _add_measured(table, plan, results, seconds, options)
     Console(width=120).print(table)
-
-
-def _peak(results: dict[str, Any]) -> list[str]:
-    return [f"{results['peak_rss_bytes'] / 2**30:.2f}"] if "peak_rss_bytes" in results else []
 
 
 def _add_measured(

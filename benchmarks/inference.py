@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cac
 from wisecli.edits.record import read_edits
 from wisecli.models.chat import chat_prompt
 from wisecli.models.forward_pass import CACHE_ARGUMENT
-from wisecli.routing.prompt_gate import cache_returned
+from wisecli.routing.token_cache import cache_returned
 
 
 def prefill(model: PreTrainedModel, rows: BatchEncoding) -> None:

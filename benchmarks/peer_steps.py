@@ -37,7 +37,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
 from wisecli.models.site import find_site, load_matrix
 from wisecli.progress import ignore
-from wisecli.routing.prompt_gate import cache_given
+from wisecli.routing.token_cache import cache_given
 
 
 @dataclass

@@ -21,8 +21,7 @@ from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.activations import capture
 from wisecli.models.tokenization import Row, collate, in_batches
-from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.router import route
+from wisecli.routing.prompts import UNROUTED
 
 _MOST = 200
 
@@ -36,7 +35,7 @@ def share(edited: EditedModel, prompts: list[str]) -> float:
         for indices in in_batches(rows, 32):
             batch = collate([rows[index] for index in indices]).to(edited.model.device)
             keys = capture(edited.model, edited.manifest.site, batch, above=False).keys
-            chosen = route(edited.routed, keys, edited.prompts(batch)).chosen[:, batch.start]
+            chosen = edited.choices(keys, batch).chosen[:, batch.start]
             count += int((chosen != UNROUTED).sum())
     return count / len(prompts)
 

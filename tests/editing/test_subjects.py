@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from wisecli.editing.subjects import subject_words
 from wisecli.edits.record import Edit
-from wisecli.routing.prompt_gate import NAMES, Names
+from wisecli.routing.names import NAMES, Names
 from wisecli.routing.subject_names import names_of
 
 

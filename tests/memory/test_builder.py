@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.helpers import choice_of, choose, cosines_of, update_of
 from torch import Tensor, nn
+from wisecli.routing.prompt_gate import NAMES, UNROUTED
 
 from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence, Mask, random_mask
 from wisecli.artifacts.unrelated_stats import BackgroundStats
@@ -19,7 +20,6 @@ from wisecli.memory.merge_methods import Recipe, merge_deltas
 from wisecli.memory.router_fitting import Fitted, naming
 from wisecli.models.site import Site
 from wisecli.routing.calibration import scores_of
-from wisecli.routing.prompt_gate import NAMES, UNROUTED
 from wisecli.routing.scores import INSIDE, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
 from wisecli.routing.spelling import LETTER, OF_TOKEN, SPELLING

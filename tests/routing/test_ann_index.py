@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from wisecli.routing import ann_index
 from wisecli.routing.ann_index import build_index
-from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.prompts import UNROUTED
 from wisecli.routing.scores import SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
 
@@ -32,8 +32,7 @@ def lookup(*, keys: int = KEYS, routing: str = "token") -> RoutedMatrix:
 
 
 def opened(routed: RoutedMatrix, keys: torch.Tensor) -> torch.Tensor:
-    answering = torch.arange(keys.shape[1]) >= keys.shape[1] // 2
-    return opened_of(*routed.nearest(keys, answering.expand(keys.shape[:2])))
+    return opened_of(*routed.nearest(keys))
 
 
 def opened_of(strength: Tensor, nearest: Tensor) -> Tensor:
@@ -51,11 +50,10 @@ def test_of_keys_that_ask_for_a_subject_the_index_finds_the_nearest_whose_subjec
     routed.register_buffer("asks", (torch.rand(KEYS, generator=generator) < 0.9) & (routed.metric != ann_index.INSIDE))
     near = routed.probes[:600] + 0.05 * torch.randn(600, D_FF, generator=generator)
     keys, named = near.view(20, 30, D_FF), torch.rand(20, 1, EDITS, generator=generator) < known
-    answering = torch.zeros(20, 30, dtype=torch.bool)
-    exact = opened_of(*routed.nearest(keys, answering, named))
-    assert bool((exact != opened_of(*routed.nearest(keys, answering))).any())
+    exact = opened_of(*routed.nearest(keys, named))
+    assert bool((exact != opened_of(*routed.nearest(keys))).any())
     routed.index = build_index(routed)
-    found = opened_of(*routed.nearest(keys, answering, named))
+    found = opened_of(*routed.nearest(keys, named))
     assert float((found == exact).float().mean()) >= 0.95
     place = found[found != UNROUTED]
     row = torch.arange(20)[:, None].expand(20, 30)[found != UNROUTED]
@@ -77,7 +75,7 @@ def test_the_only_key_that_a_prompt_ends_in_asks_for_its_subject_too(monkeypatch
     named = torch.zeros(1, 1, EDITS, dtype=torch.bool)
     for known, place in ((False, UNROUTED), (True, 0)):
         named[0, 0, routed.owner[0]] = known
-        found = opened_of(*routed.nearest(whitened[None, None], torch.zeros(1, 1, dtype=torch.bool), named))
+        found = opened_of(*routed.nearest(whitened[None, None], named))
         assert found.tolist() == [[place]]
 
 

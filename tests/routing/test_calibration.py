@@ -17,7 +17,7 @@ from wisecli.routing.calibration import (
     quantile,
     scores_of,
 )
-from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.prompts import UNROUTED
 from wisecli.routing.scores import MemoryScores, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
 from wisecli.routing.whitening import Moment, Whitening, whitening

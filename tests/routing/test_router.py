@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from wisecli.models.generation import left_padded
 from wisecli.models.tokenization import Row, collate
 from wisecli.routing import ann_index
 from wisecli.routing.ann_index import build_index
-from wisecli.routing.prompt_gate import UNROUTED, Prompt, cache_returned
-from wisecli.routing.router import RoutingDecision, route
+from wisecli.routing.prompts import UNROUTED
+from wisecli.routing.router import Reading, TokenChoices, decide
 from wisecli.routing.scores import MemoryScores, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
+from wisecli.routing.token_cache import cache_returned, last_memory
 
 EDITS = [Edit(f"edit {number}", word, "be") for number, word in enumerate(WORDS[:6])]
 KINDS = {
@@ -99,7 +101,7 @@ def test_all_who_ask_what_answers_are_told_the_same(
             base = capture(edited.model, edited.manifest.site, batch)
         measured = edited.routed.memory_at(_routes(edited, base, prompt_opens=False))
         assert measured[0, : len(expected)].tolist() == expected
-        decided = edited.decisions(base.keys[0, : len(expected)], end, edited.prompts(batch))
+        decided = edited.choices_of_row(base.keys[0, : len(expected)], batch)
         assert edited.routed.memory_at(decided.chosen).tolist() == expected
         report = explain(memory, prompt, max_new_tokens=5, nearest=0, load=CPU)
         assert [token.routed for token in report.prompt_tokens] == [one != UNROUTED for one in expected[: end + 1]]
@@ -132,16 +134,16 @@ def test_an_index_that_looks_everywhere_decides_as_comparing_with_all_keys_does(
         assert torch.allclose(found.strength, exact.strength, atol=1e-5)
         # Of keys that are equally near either may be the one.
         assert torch.equal(found.chosen == UNROUTED, exact.chosen == UNROUTED)
-        assert by_the_layer(edited, row, monkeypatch) == edited.routed.memory_at(found.chosen)[0].tolist()
-    assert len({int(one) for exact in expected for one in exact.chosen[0]}) > 2
+        assert by_the_layer(edited, row, monkeypatch) == edited.routed.memory_at(found.chosen).tolist()
+    assert len({int(one) for exact in expected for one in exact.chosen}) > 2
 
 
 @torch.no_grad()
-def decision_of(edited: EditedModel, row: Row) -> RoutingDecision:
+def decision_of(edited: EditedModel, row: Row) -> TokenChoices:
     batch = collate([row])
     with edited.unedited():
-        keys = capture(edited.model, edited.manifest.site, batch).keys[:, : len(row.prompt) + len(row.target) - 1]
-    return route(edited.routed, keys, Prompt(torch.tensor([[len(row.prompt) - 1]])))
+        keys = capture(edited.model, edited.manifest.site, batch).keys[0, : len(row.prompt) + len(row.target) - 1]
+    return edited.choices_of_row(keys, batch)
 
 
 @torch.no_grad()
@@ -161,24 +163,27 @@ def test_a_batch_is_decided_as_its_rows_are(edited: EditedModel, monkeypatch: py
 
 
 def test_a_forced_memory_answers_from_the_prompts_end_on(edited: EditedModel) -> None:
-    keys, end = torch.randn(2, 6, edited.manifest.site.d_ff), torch.tensor([[2], [4]])
-    free = route(edited.routed, keys, Prompt(end))
-    forced = torch.tensor([[len(edited.routed.thresholds) - 1], [UNROUTED]])
-    found = edited.routed.memory_at(route(edited.routed, keys, Prompt(end), forced=forced).chosen)
-    assert found[0, 2:].tolist() == [int(forced[0])] * 4
+    batch = collate([Row((5, 6, 7), (8, 9, 10)), Row((11, 12, 13, 14, 15), (16, 17, 18))])
+    keys = torch.randn(2, batch.ids.shape[1], edited.manifest.site.d_ff)
+    free = edited.choices(keys, batch)
+    last, start = len(edited.routed.thresholds) - 1, batch.start
+    found = edited.routed.memory_at(edited.choices(keys, batch, forced=torch.tensor([last, UNROUTED])).chosen)
     others = edited.routed.memory_at(free.chosen)
-    if edited.routed.routing == "mean":  # one memory answers all of a row's tokens
-        assert found[0, :2].tolist() == [int(forced[0])] * 2
-    else:
-        assert torch.equal(found[0, :2], others[0, :2])
+    assert int(found[0, start]) == last
+    assert set(found[0, start:].tolist()) <= {last, UNROUTED}
+    assert edited.routed.kind == "lookup" or found[0, start:].tolist() == [last] * len(found[0, start:])
+    assert torch.equal(found[0, :start], others[0, :start])
     assert torch.equal(found[1], others[1])
 
 
 def test_padding_is_never_answered_by_a_side_memory(edited: EditedModel) -> None:
     edited.routed.thresholds = (1e-9,) * len(edited.routed.thresholds)
-    keys, real = torch.randn(1, 5, edited.manifest.site.d_ff), torch.tensor([[True, True, True, False, False]])
-    chosen = route(edited.routed, keys, Prompt(torch.tensor([[1]]), real=real)).chosen
-    assert chosen[0, 3:].tolist() == [UNROUTED, UNROUTED]
+    batch = collate([Row((5, 6), (7,)), Row((8, 9, 10, 11), (12, 13, 14))])
+    chosen = edited.choices(torch.randn(2, batch.ids.shape[1], edited.manifest.site.d_ff), batch).chosen
+    padding = ~batch.mask.bool()
+    assert bool(padding.any())
+    assert bool((chosen[padding] == UNROUTED).all())
+    assert bool((chosen[~padding] != UNROUTED).any())
 
 
 # --- the mean over a prompt decides ---
@@ -193,14 +198,13 @@ def test_the_mean_of_a_prompts_scores_decides_for_its_tokens_and_those_after_it(
 
     def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         changed = output.clone()
-        for turn in (slice(0, 6), slice(6, None)):
-            keys = inputs[0][0, turn]
-            updates = [torch.stack([update_of(memory, one, key) for key in keys]) for one in range(len(limits))]
-            called = [float(one[:5].norm(dim=-1).mean()) for one in updates]
+        updates = [torch.stack([update_of(memory, one, key) for key in inputs[0][0]]) for one in range(len(limits))]
+        for turn, prompt in ((slice(0, 6), 5), (slice(6, None), 11)):
+            called = [float(one[:prompt].norm(dim=-1).mean()) for one in updates]
             beyond = [one for one, limit in enumerate(limits) if called[one] > limit]
             best = max(beyond, key=called.__getitem__, default=None)
             if best is not None:
-                changed[0, turn] += updates[best]
+                changed[0, turn] += updates[best][turn]
             seen.add(best)
         return changed
 
@@ -220,9 +224,10 @@ def test_of_memories_called_beyond_their_thresholds_the_one_called_most_strongly
     tensors = {"columns": torch.arange(3).expand(3, 3), "delta": delta}
     memory = SideMemory(tensors, (0.5, 1.5, 9.0), "norm", "mean")
     keys = torch.tensor([[[1.0, 0, 0]], [[0.6, 0, 0]], [[0.1, 0, 0]]])  # 1, 2, 5 · then .6, 1.2, 3 · then .1, .2, .5
-    found = route(MemoryScores(memory), keys, Prompt(torch.zeros(3, 1, dtype=torch.long)))
-    assert found.chosen.flatten().tolist() == [1, 0, UNROUTED]  # the first exceeds its threshold by more
-    assert found.strength.flatten().tolist() == pytest.approx([2 / 1.5, 1.2, 0.2])
+    ids = torch.zeros(3, 1, dtype=torch.long)
+    found = decide(MemoryScores(memory), Reading(ids, ids == 0, keys))
+    assert found.memory.tolist() == [1, 0, UNROUTED]  # the first exceeds its threshold by more
+    assert found.strength.tolist() == pytest.approx([2 / 1.5, 1.2, 0.2])
 
 
 # --- a second question on the cache of the first ---
@@ -255,7 +260,7 @@ def by_turns(edited: EditedModel, turns: list[list[int]], answer: int) -> tuple[
 @pytest.mark.parametrize("given", ["a cache", "the cache that the model made"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_second_question_on_the_same_cache_is_decided_by_itself(kind: str, given: str, tmp_path: Path) -> None:
+def test_a_second_question_on_the_same_cache_is_decided_at_its_own_end(kind: str, given: str, tmp_path: Path) -> None:
     edited = edited_model(tmp_path, routing="sequence", edits=EDITS, **KINDS[kind])
     generator, outcomes = torch.Generator().manual_seed(5), set()
     for _ in range(6):
@@ -290,19 +295,24 @@ def test_second_questions_in_a_batch_are_decided_as_each_alone(tmp_path: Path) -
         edited.model(torch.tensor([first]), **{CACHE_ARGUMENT: alone})
         expected = edited.model(torch.tensor([second]), **{CACHE_ARGUMENT: alone}).logits[0]
         assert torch.allclose(logits[-len(second) :], expected, atol=2e-3)
-        kept = vars(alone)["wise_decided"]
-        opened.add(int(edited.routed.memory_at(kept.choice)))
+        opened.add(int(last_memory(alone)))  # type: ignore[arg-type]
     assert len(opened) > 1
 
 
-def test_what_is_decided_stays_with_its_cache_and_not_with_the_model(tmp_path: Path) -> None:
+@torch.no_grad()
+def test_another_copy_of_the_model_goes_on_with_what_a_cache_holds(tmp_path: Path) -> None:
     edited_model(tmp_path, routing="sequence", edits=EDITS, kind="lookup", memories=3)
     one, other = (attach(tmp_path / "memory", load=CPU) for _ in range(2))
-    cache = DynamicCache(config=one.model.config)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
+    opened = set()
+    for prompt in PROMPTS:
+        ids = torch.tensor([one.tokenizer(prompt)["input_ids"]])
+        cache = DynamicCache(config=one.model.config)
         one.model(ids, **{CACHE_ARGUMENT: cache})
-        # Another copy of the model goes on with the cache, and so with what was decided.
-        expected = vars(cache)["wise_decided"].choice
-        other.model(torch.tensor([[9]]), **{CACHE_ARGUMENT: cache})
-    assert torch.equal(vars(cache)["wise_decided"].choice, expected)
+        there = copy.deepcopy(cache)
+        expected, found = (
+            model(torch.tensor([[9]]), **{CACHE_ARGUMENT: own}).logits
+            for model, own in ((one.model, cache), (other.model, there))
+        )
+        assert torch.equal(found, expected)
+        opened.add(int(last_memory(there)))  # type: ignore[arg-type]
+    assert len(opened) > 1

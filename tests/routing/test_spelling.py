@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wisecli.routing import spelling as spelling_module
-from wisecli.routing.spelling import APART, DIGIT, LETTER, OF_TOKEN, OF_WORD, Spelling, alike, behind, words_of
+from wisecli.routing.spelling import APART, DIGIT, LETTER, OF_TOKEN, OF_WORD, Spelling, alike, words_of
 from wisecli.routing.subject_names import spelling_of
 
 # One token a piece: with a space before it, and without.
@@ -176,39 +176,6 @@ def test_rows_are_named_as_they_are_alone_wherever_their_padding_is(monkeypatch:
         )
         found = own(own.read(torch.tensor(ids), there), torch.ones(4, len(SUBJECTS), dtype=torch.bool))
         assert [one.nonzero().flatten().tolist() for one in found] == [named(prompt) for prompt in prompts]
-
-
-@settings(deadline=None)
-@given(
-    text=st.lists(st.integers(0, SPECIAL), min_size=1, max_size=24),
-    cuts=st.sets(st.integers(1, 23), max_size=4),
-    data=st.data(),
-)
-def test_prompts_in_parts_have_the_words_of_the_whole(text: list[int], cuts: set[int], data: st.DataObject) -> None:
-    window = data.draw(st.sampled_from([5, 64]))
-    ids, own = torch.tensor([text]), spelling()
-    parts = itertools.pairwise([0, *sorted(cut for cut in cuts if cut < len(text)), len(text)])
-    letters = None
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(spelling_module, "WINDOW", window)
-        for first, last in parts:
-            part = ids[:, first:last]
-            read = own.read(part, last_of(part, window))
-            letters = read if letters is None else behind(letters, read)
-    assert letters is not None
-    assert spoken(letters) == spoken(own.read(ids, last_of(ids, window)))
-
-
-def test_a_part_that_is_passed_over_whole_parts_words() -> None:
-    own, ids = spelling(), torch.tensor([[0]])
-    first, second = (own.read(ids, torch.tensor([[chosen]])) for chosen in (True, False))
-    assert spoken(behind(behind(first, second), first)) == 2 * spoken(first)
-
-
-def last_of(ids: Tensor, count: int) -> Tensor:
-    """Which tokens are the last ones that are not special."""
-    marked = ids != SPECIAL
-    return marked & (marked.long().flip(1).cumsum(1).flip(1) <= count)
 
 
 def spoken(letters: Tensor) -> list[list[int]]:

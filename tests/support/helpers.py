@@ -26,7 +26,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.site import Site, architectures, find_site, fingerprint
 from wisecli.models.tokenization import Row
 from wisecli.routing.calibration import Calibration
-from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.prompts import UNROUTED
 from wisecli.routing.scores import SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
 
@@ -239,16 +239,15 @@ def clear_threshold(scores: Tensor) -> float:
 
 
 def update_of(memory: SideMemory, number: int, key: Tensor, *, answering: bool = False) -> Tensor:
-    """What one memory, having been opened, adds to one key; ``answering``: what a lookup that a prompt has opened, be
-    it by whichever edit, adds to a key after that prompt.
-    """
+    """What one memory, having been opened, adds to one key; ``answering``: to a key after the prompt that opened it."""
     tensors = memory.tensors
     if memory.kind == "matrix":
         return tensors["delta"][number] @ key[tensors["columns"][number]]
     cosines, values = cosines_of(memory, key), [tensors["values"][place] for place in tensors["value"].tolist()]
     places, least = _opening(memory, number), memory.thresholds[number]
     if answering:
-        places, least = [place for place, metric in enumerate(tensors["metric"].tolist()) if metric == 1], 0.5
+        pairs = enumerate(zip(tensors["owner"].tolist(), tensors["metric"].tolist(), strict=True))
+        places, least = [place for place, (owner, metric) in pairs if owner == number and metric == 1], 0.5
     nearest = max(places, key=cosines.__getitem__)
     if cosines[nearest] <= least:
         return torch.zeros_like(values[nearest])

@@ -18,7 +18,8 @@ from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate
 from wisecli.models.tokenization import Batch, Row, collate
-from wisecli.routing.prompt_gate import UNROUTED, Prompt
+from wisecli.routing.prompts import UNROUTED
+from wisecli.routing.router import Decision
 from wisecli.routing.side_memory import RoutedMatrix
 
 
@@ -98,11 +99,12 @@ def explain(
         before = _answer(edited, asked, max_new_tokens)
     # What stands in for no answer is cut off.
     batch = collate([Row(tuple(read), tuple(tokens or read[:1]))]).to(edited.model.device)
-    known = edited.prompts(batch)
-    found, end = _tokens(edited, batch, tokens, known)
-    strengths = _strengths(edited.routed, end, known)
+    decision = edited.decide(batch)
+    found, end = _tokens(edited, batch, tokens)
+    strengths = _strengths(edited.routed, end, decision)
     ranked: list[int] = strengths.argsort(descending=True)[:nearest].tolist()
-    near = tuple(_near(edited, asked, float(strengths[at]), at, max_new_tokens, known.named) for at in ranked)
+    named = None if decision is None else decision.named
+    near = tuple(_near(edited, asked, float(strengths[at]), at, max_new_tokens, named) for at in ranked)
     split = len(found) - len(tokens)
     report = ExplainReport(prompt, _text(edited, tokens), _text(edited, before), found[:split], found[split:], near)
     if plot is not None:
@@ -120,19 +122,17 @@ def _text(edited: EditedModel, tokens: list[int]) -> str:
 
 
 @torch.no_grad()
-def _tokens(edited: EditedModel, batch: Batch, answer: list[int], known: Prompt) -> tuple[tuple[Token, ...], Tensor]:
+def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[tuple[Token, ...], Tensor]:
     """Every token with what decided it, and the key (d_ff,) that the prompt ends in.
 
     A token of the answer is decided where the one before it is read; one of the prompt where it is read itself.
-
-    Args:
-        known: what is known of the prompt.
     """
     end = batch.start
     prompt = batch.ids[0, : end + 1].tolist()
-    # The edited model runs, so that every score is the one it decided by.
-    keys = capture(edited.model, edited.manifest.site, batch).keys[0, : len(prompt) + max(len(answer) - 1, 0)]
-    decided = edited.decisions(keys, end, known)
+    with edited.unedited():  # what a memory adds leaves the keys of its own layer as they are
+        keys = capture(edited.model, edited.manifest.site, batch, above=False).keys[0]
+    keys = keys[: len(prompt) + max(len(answer) - 1, 0)]
+    decided = edited.choices_of_row(keys, batch)
     memories = edited.routed.memory_at(decided.nearest)
     shown = [*range(len(prompt)), *range(end, end + len(answer))]
     texts = [str(edited.tokenizer.decode([token])) for token in [*prompt, *answer]]
@@ -143,9 +143,9 @@ def _tokens(edited: EditedModel, batch: Batch, answer: list[int], known: Prompt)
     return tuple(found), keys[end]
 
 
-def _strengths(routed: RoutedMatrix, end: Tensor, known: Prompt) -> Tensor:
+def _strengths(routed: RoutedMatrix, end: Tensor, decision: Decision | None) -> Tensor:
     """How strongly the key that a prompt ends in (d_ff,) calls each memory, as a multiple of its threshold (M,)."""
-    scores = routed.scores(end) if known.sure is None else known.sure[0]
+    scores = routed.scores(end) if decision is None or decision.sure is None else decision.sure[0]
     return scores.float() / torch.tensor(routed.thresholds, device=end.device)
 
 
@@ -158,13 +158,13 @@ def _near(edited: EditedModel, asked: str, strength: float, memory: int, length:
     found = None
     names = edited.routed.names
     if named is not None and names is not None and bool((names.whose == memory).any()):
-        found = bool(named[0, 0, memory])
+        found = bool(named[0, memory])
     return Near(edit.id, edit.prompt, edit.target, strength, answer, found)
 
 
 def _edit(edited: EditedModel, memory: int) -> Edit | None:
     """The edit that a place of a lookup is of."""
-    known = edited.routed.kind == "lookup" and memory < len(edited.manifest.edits)
+    known = edited.routed.kind == "lookup" and 0 <= memory < len(edited.manifest.edits)
     return edited.manifest.edits[memory] if known else None
 
 

@@ -17,7 +17,7 @@ from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate as generate_tokens
 from wisecli.models.loading import load_model
 from wisecli.models.tokenization import Row, collate
-from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.prompts import UNROUTED
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,16 @@ def _explain(edited: EditedModel, prompt: str, answer: Sequence[int]) -> tuple[S
         return ()
     row = Row(tuple(edited.tokenizer(prompt)["input_ids"]), tuple(answer))
     batch = collate([row]).to(edited.model.device)
-    # The edited model runs, so that every score is the one it decided by.
-    keys = capture(edited.model, edited.manifest.site, batch).keys[0]
+    with edited.unedited():  # what a memory adds leaves the keys of its own layer as they are
+        keys = capture(edited.model, edited.manifest.site, batch, above=False).keys[0]
     routed = edited.routed
-    decided = edited.decisions(keys, batch.start, edited.prompts(batch))
+    decided = edited.choices_of_row(keys, batch)
     steps = []
     for place, token in enumerate(answer, start=batch.start):
         best, memory = (int(routed.memory_at(one[place])) for one in (decided.nearest, decided.chosen))
         threshold = routed.thresholds[best]
         who = None if memory == UNROUTED else memory
-        known = routed.kind == "lookup" and best < len(edited.manifest.edits)
+        known = routed.kind == "lookup" and 0 <= best < len(edited.manifest.edits)
         closest = edited.manifest.edits[best].prompt if known else None
         score = float(decided.strength[place]) * threshold
         steps.append(Step(str(edited.tokenizer.decode([token])), who, score, threshold, closest))

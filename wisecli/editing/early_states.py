@@ -13,12 +13,14 @@ from wisecli.artifacts.shard import PromptStates, half
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.models.activations import captured
+from wisecli.models.chat import special_ids
 from wisecli.models.forms import forms
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 from wisecli.routing.meaning import looked_at
+from wisecli.routing.prompts import window_of
 
 # The forms that an edit's own prompt is kept in: in small letters a name is other tokens, and at the very beginning.
 _KEPT = ("bare", "lower case", "led in")
@@ -53,17 +55,15 @@ def reading_site(loaded: Loaded, site: Site) -> Site:
 
 def special_tokens(loaded: Loaded) -> Tensor:
     """The tokenizer's special tokens (b,), ascending; if there are none, a number that no token has."""
-    tokenizer = loaded.tokenizer
-    # What stands for words that the tokenizer does not know is a word.
-    found = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
-    return torch.tensor(found or [len(tokenizer)])
+    return torch.tensor(special_ids(loaded.tokenizer) or [len(loaded.tokenizer)])
 
 
 def token_states(
     loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher, stage: str
 ) -> TokenStates:
-    """What leaves the layer of a site at the tokens of texts by which it is known what they ask."""
-    rows = [Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts]
+    """What leaves the layer of a site at the tokens of texts by which it is known what they ask, in their windows."""
+    tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
+    rows = [Row(tuple(window_of(one)), ()) for one in tokens]
     groups = list(in_batches(rows, batch_size, by_beginning=True))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     found = [torch.empty(0)] * len(rows)
@@ -76,7 +76,8 @@ def token_states(
         compared = looked_at(one.batch.ids, real, place == 0, breaks)
         for row, index in enumerate(indices):
             found[index] = half(one.hidden[row, compared[row]]).cpu()
-            places[index] = place[row, compared[row]].cpu()
+            # Of a long text the window leaves out tokens behind the first, which is not compared.
+            places[index] = place[row, compared[row]].cpu() + len(tokens[index]) - len(rows[index].prompt)
         done += len(indices)
         watch(Event(stage, done, len(rows)))
     text = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(one) for one in found]))

@@ -11,7 +11,7 @@ import torch
 
 from wisecli.data.corpus import unrelated_texts
 from wisecli.edits.record import Edit
-from wisecli.routing.prompt_gate import Names
+from wisecli.routing.names import Names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wisecli.artifacts.locate import find_base
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.config import LoadOptions
-from wisecli.models.activations import captured
+from wisecli.models.chat import turn_marks
 from wisecli.models.loading import load_model
 from wisecli.models.streaming import LayerStream
 from wisecli.models.tokenization import Batch
 from wisecli.routing.ann_index import build_index
-from wisecli.routing.meaning import looked_at
-from wisecli.routing.prompt_gate import Prompt
-from wisecli.routing.router import RoutingDecision, route
+from wisecli.routing.passes import RoutedDecoder
+from wisecli.routing.prompts import UNROUTED, Answering, Tokens
+from wisecli.routing.router import Decision, TokenChoices, residual, token_choices
 from wisecli.routing.side_memory import RoutedMatrix, install
 
 
@@ -42,39 +42,68 @@ class EditedModel:
             yield
 
     @torch.no_grad()
-    def prompts(self, batch: Batch) -> Prompt:
-        """What is known of the prompts of a batch, which end in its column ``start``."""
-        routed, real = self.routed, batch.mask.bool()
-        end = torch.full((len(real), 1), batch.start, device=real.device)
-        within = real & (torch.arange(real.shape[1], device=real.device) <= end)
-        named = routed.named_in(batch.ids, within)
-        sure = letters = None
-        if routed.meaning is not None and routed.reads is not None:
-            site = self.manifest.site.below(routed.reads)
-            (read,) = captured(self.model, site, [batch], stream=self.stream, above=False)
-            first = real.long().cumsum(1) == 1
-            breaks = routed.meaning.breaks
-            sure = routed.meaning(read.hidden, looked_at(batch.ids, within, first, breaks))
-            if routed.spelling is not None:
-                asked = looked_at(batch.ids, within, torch.zeros_like(within), breaks)
-                letters = routed.spelling.read(batch.ids, asked)
-        named = None if named is None else named[:, None]
-        return routed.with_slips(Prompt(end, named=named, real=real, sure=sure, letters=letters))
+    def decide(self, batch: Batch) -> Decision | None:
+        """What the prompts of a batch decide, which end in its column ``start``; ``None`` where each token decides."""
+        decoder = self.decoder
+        if decoder is None:
+            return None
+        end = torch.full((len(batch.ids),), batch.start, device=batch.ids.device)
+        return decoder.decide(batch.ids, batch.mask.bool(), end)
+
+    @property
+    def decoder(self) -> RoutedDecoder | None:
+        """The part of the model that decides about prompts; ``None`` where each token decides by itself."""
+        found = getattr(self.model, self.model.base_model_prefix, self.model)
+        return found if isinstance(found, RoutedDecoder) else None
 
     @torch.no_grad()
-    def decisions(self, keys: Tensor, end: int, asked: Prompt) -> RoutingDecision:
-        """What answers each token of one row, by its keys (n, d_ff); the parts of the decision are (n,).
-
-        ``strength`` and ``nearest`` are those of any memory, also of one whose subject the prompt does not name.
+    def choices(
+        self, keys: Tensor, batch: Batch, *, prompt_opens: bool = False, forced: Tensor | None = None
+    ) -> TokenChoices:
+        """What answers each token of a batch, by its keys (B, T, d_ff): three (B, T).
 
         Args:
-            end: the place of the prompt's last token.
-            asked: what is known of the prompt.
+            prompt_opens: with token routing, nothing answers from a prompt's last token on unless that token opens it,
+                so that a right answer which is shown does not open its own memory.
+            forced: the memory (B,) that answers from the prompt's end on, whatever its score; ``UNROUTED`` leaves a row
+                to the router.
         """
-        prompt = Prompt(torch.tensor([[end]], device=keys.device), sure=asked.sure)
-        found = route(self.routed, keys[None], prompt)
-        own = None if asked.named is None else route(self.routed, keys[None], replace(prompt, named=asked.named))
-        return RoutingDecision(found.strength[0], found.nearest[0], (own or found).chosen[0])
+        column = torch.arange(keys.shape[1], device=keys.device)
+        answers, inside = column >= batch.start, (column > batch.start).expand(keys.shape[:2])
+        decoder = self.decoder
+        if decoder is None:
+            found = token_choices(self.routed, keys)
+            if prompt_opens:
+                shut = (found.chosen[:, batch.start] == UNROUTED)[:, None] & answers
+                found = replace(found, chosen=found.chosen.masked_fill(shut, UNROUTED))
+        else:
+            found = self._decided(decoder, keys, batch, inside)
+        if forced is not None:
+            own = residual(self.routed, keys, forced[:, None].where(answers, UNROUTED), inside).chosen
+            found = replace(found, chosen=own.where(answers & (forced != UNROUTED)[:, None], found.chosen))
+        return replace(found, chosen=found.chosen.where(batch.mask.bool(), UNROUTED))
+
+    def choices_of_row(self, keys: Tensor, batch: Batch) -> TokenChoices:
+        """What answers the first tokens of a batch of one row, by their keys (n, d_ff): three (n,)."""
+        width = batch.ids.shape[1]
+        padded = torch.nn.functional.pad(keys, (0, 0, 0, width - len(keys)))
+        found = self.choices(padded[None], batch)
+        return TokenChoices(*(part[0, : len(keys)] for part in (found.chosen, found.strength, found.nearest)))
+
+    def _decided(self, decoder: RoutedDecoder, keys: Tensor, batch: Batch, inside: Tensor) -> TokenChoices:
+        """What answers tokens where prompts decide; at a prompt's end, how near it came to the nearest memory."""
+        end = torch.full((len(keys),), batch.start, device=keys.device)
+        real = batch.mask.bool()
+        decision = decoder.decide(batch.ids, real, end)
+        tokens = Tokens(batch.ids, real, batch.ids[:, :0], torch.full_like(end, UNROUTED))
+        memory = decoder.memories(tokens, Answering(decision.memory, end))
+        at_end = ~inside & (torch.arange(keys.shape[1], device=keys.device) == batch.start)
+        found = residual(self.routed, keys, torch.where(at_end, decision.nearest[:, None], memory), inside)
+        return TokenChoices(
+            found.chosen.where(memory != UNROUTED, UNROUTED),
+            torch.where(at_end, decision.strength[:, None], found.strength),
+            found.nearest,
+        )
 
 
 def attach(
@@ -97,7 +126,8 @@ def attach(
     loaded = load_model(directory, load, layers=site.layer_module.rpartition(".")[0])
     if loaded.stream is not None:
         loaded.stream.hold(range(site.layer, len(loaded.stream.layers)))
-    routed = install(loaded.model, site.module, manifest.memory, transposed=site.transposed)
+    marks = turn_marks(loaded.tokenizer)
+    routed = install(loaded.model, site.module, manifest.memory, transposed=site.transposed, marks=marks)
     routed.to(loaded.device)
     routed.index = build_index(routed)
     return EditedModel(loaded.model, loaded.tokenizer, routed, manifest, loaded.stream)

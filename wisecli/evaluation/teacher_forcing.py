@@ -20,8 +20,7 @@ from wisecli.models.activations import Activations, captured, suffix_logits
 from wisecli.models.objectives import target_met
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.progress import Event, Watcher
-from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.router import route
+from wisecli.routing.prompts import UNROUTED
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
 KNOWN = 0.8
@@ -106,12 +105,10 @@ def _routes(
     edited: EditedModel, base: Activations, *, prompt_opens: bool, forced: Sequence[int | None] | None = None
 ) -> Tensor:
     """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
-    prompt = edited.prompts(base.batch)
     holders = None
     if forced is not None:
-        numbers = [UNROUTED if one is None else one for one in forced]
-        holders = torch.tensor(numbers, device=base.keys.device)[:, None]
-    return route(edited.routed, base.keys, prompt, prompt_opens=prompt_opens, forced=holders).chosen
+        holders = torch.tensor([UNROUTED if one is None else one for one in forced], device=base.keys.device)
+    return edited.choices(base.keys, base.batch, prompt_opens=prompt_opens, forced=holders).chosen
 
 
 def _edited_logits(edited: EditedModel, base: Activations, routes: Tensor) -> Tensor:

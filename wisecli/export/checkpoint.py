@@ -37,7 +37,9 @@ from wisecli.io.checkpoint import (
     write_json,
 )
 from wisecli.io.digest import sha256_file
+from wisecli.models.chat import turn_marks
 from wisecli.models.site import load_matrix, stored_weight
+from wisecli.routing.prompts import TurnMarks
 
 # What the base's own classes are given in the place of a size: they refuse it at once, and quote it.
 _BY_OWN_CODE = "an edited checkpoint: load it by transformers' Auto classes, with trust_remote_code=True"
@@ -181,12 +183,22 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
         "module": manifest.site.module,
         "transposed": manifest.site.transposed,
         "memory": manifest.memory.describe(),
+        "marks": _marks(base),
     }
     routed |= dict.fromkeys(_sizes_named(config), _BY_OWN_CODE)
     config["model_type"] = f"wise_{model_type}"
     config["architectures"] = [f"Wise{names['causal']}"]
     config["auto_map"] = auto_map(names)
     write_json(output / "config.json", {**config, EXPORTED_KEY: routed})
+
+
+def _marks(base: Path) -> dict[str, list[int]]:
+    """How the base's chats mark turns; nothing of a tokenizer that cannot be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
+    except (OSError, ValueError):  # it takes code of its own, or is elsewhere
+        return TurnMarks().as_dict()
+    return turn_marks(tokenizer).as_dict()
 
 
 def _sizes_named(config: dict[str, Any]) -> list[str]:

@@ -16,11 +16,27 @@ from transformers.models.auto.modeling_auto import (
 from wisecli.export import resaving
 from wisecli.io.digest import sha256_text
 from wisecli.models.site import loader_name
-from wisecli.routing import meaning, prompt_gate, router, scores, serving, side_memory, spelling
+from wisecli.routing import (
+    generation,
+    meaning,
+    names,
+    passes,
+    prompts,
+    roles,
+    router,
+    scores,
+    serving,
+    side_memory,
+    spelling,
+    token_cache,
+)
 
 CODE_NAME = "modeling_wise.py"
 # The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
-_CARRIED = (side_memory, router, scores, prompt_gate, meaning, spelling, serving, resaving)
+_CARRIED = (
+    *(side_memory, router, scores, prompts, roles, passes, generation, token_cache),
+    *(meaning, names, spelling, serving, resaving),
+)
 CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
 FORMER_CODE = {
     "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",

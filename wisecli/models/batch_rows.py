@@ -1,22 +1,25 @@
 """Answers to a batch of prompts, whose rows may leave it as they end.
 
 Most answers are a few tokens long, and one in a batch is as long as it may be. On a CPU a step takes the longer the
-more rows it has, so those that have ended are taken out: of the tokens, the mask, the attention cache, and what their
-prompts decided of routing, which lies with the cache.
+more rows it has, so those that have ended are taken out: of the tokens, the mask, the attention cache, and of what
+their prompts decided.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wisecli.models.forward_pass import CACHE_ARGUMENT
-from wisecli.routing.prompt_gate import Decided, cache_returned
+from wisecli.routing.generation import ARGUMENT
+from wisecli.routing.token_cache import cache_returned
 
+# Where methods that decide once a row keep what they decided, on the cache.
+HELD = "held_rows"
 # Rows are taken out when no more than this share of them goes on, since each time is a call of `generate()` more.
 _GOING_ON = 0.75
 
@@ -47,12 +50,14 @@ class PromptBatch:
         generate: a model's ``generate()``, with all settings but those here.
         ids, mask: (B, T).
         max_new_tokens: how long an answer may be, n.
+        decided: what the prompts decided, (B, 2), of a model that an edit was put into.
     """
 
     generate: Callable[..., Any]
     ids: Tensor
     mask: Tensor
     max_new_tokens: int
+    decided: Tensor | None = None
 
     def answer(self) -> list[list[int]]:
         """What follows each row, with padding behind what ended: (B, n) or less."""
@@ -78,6 +83,8 @@ class PromptBatch:
                 stopping_criteria=[few],
                 return_dict_in_generate=True,
                 **{CACHE_ARGUMENT: cache},
+                # What has been answered so far is no prompt.
+                **({} if self.decided is None else {ARGUMENT: self.decided[places]}),
             )
             cache = cache_returned(output)
             if cache is None:  # some recurrent models keep what they have read in another place
@@ -94,10 +101,8 @@ class PromptBatch:
 
 
 def leave(cache: Any, rows: Tensor) -> None:
-    """Leave in an attention cache some rows (n,) alone, and what was decided for their prompts."""
+    """Leave in an attention cache some rows (n,) alone, and what a method holds of them."""
     cache.reorder_cache(rows)  # as beams do; `batch_select_indices` leaves recurrent states as they are
-    decided: Decided | None = getattr(cache, "wise_decided", None)
-    if decided is not None:
-        words = None if decided.words is None else decided.words[rows]
-        # What prompts are compared by is of no use when they are being answered.
-        cache.wise_decided = replace(decided, choice=decided.choice[rows], words=words, asked=None, letters=None)
+    held: Tensor | None = getattr(cache, HELD, None)
+    if held is not None:
+        setattr(cache, HELD, held[rows])

@@ -13,6 +13,7 @@ from wisecli.errors import ModelError
 from wisecli.io.json_schema import shown
 from wisecli.models.batch_rows import PromptBatch
 from wisecli.models.loading import context_window
+from wisecli.routing.generation import RoutedCausal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +60,8 @@ def generate(
             chosen = order[first : first + batch_size]
             ids, mask = (tensor.to(model.device) for tensor in left_padded([encoded[index] for index in chosen]))
             forbidden = [] if unwanted is None else [_not_first([unwanted[index] for index in chosen], ids.shape[1])]
-            batch = PromptBatch(partial(answer, logits_processor=forbidden), ids, mask, max_new_tokens)
+            decided = model.decided(ids, mask) if isinstance(model, RoutedCausal) else None
+            batch = PromptBatch(partial(answer, logits_processor=forbidden), ids, mask, max_new_tokens, decided)
             rows = batch.answer_shrinking([*ends, *stops]) if greedy and _may_shrink(model) else batch.answer()
             for index, row in zip(chosen, rows, strict=True):
                 answers[index] = _up_to_the_end(row, ends, stops)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.routing.prompt_gate import UNROUTED
-from wisecli.routing.scores import INSIDE, REACH, MemoryScores
+from wisecli.routing.prompts import UNROUTED
+from wisecli.routing.scores import INSIDE, MemoryScores
 
 # Up to here comparing with all keys costs less than looking them up.
 INDEXED_ABOVE = 10_000
@@ -30,39 +30,33 @@ class NearestKey:
     indices: tuple[Any, ...]
     places: tuple[Tensor, ...]
 
-    def __call__(
-        self, routed: MemoryScores, keys: Tensor, answering: Tensor | None = None, named: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, routed: MemoryScores, keys: Tensor, named: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`~wisecli.routing.scores.MemoryScores.nearest` of a lookup: (..., d_ff) → two (...).
 
         With ``named``, of so many of the nearest keys as are searched for the first whose edit's subject is named.
         """
         flat = keys.reshape(-1, keys.shape[-1]).float().cpu()
         lengths = routed.lengths(flat.to(routed.probes.device)).cpu()
-        after = (
-            torch.zeros(len(flat), dtype=torch.bool)
-            if answering is None
-            else answering.expand(keys.shape[:-1]).reshape(-1).cpu()
-        )
         threshold = routed.thresholds[0]  # all edits', see below
         best, chosen = torch.full((len(flat),), -torch.inf), torch.full((len(flat),), UNROUTED)
         for number, (index, places) in enumerate(zip(self.indices, self.places, strict=True)):
+            if routed.routing == "sequence" and number == INSIDE:
+                continue
             asked = torch.cat([flat, lengths[:, number, None]], dim=1).numpy()
-            inside = routed.routing == "sequence" and number == INSIDE
-            asking = None if inside else named
-            searched = 1 if asking is None else _SEARCHED_FOR
-            found, rows = (torch.from_numpy(array) for array in index.search(asked, searched))
-            if asking is not None:
-                found, rows = _first_named(routed, found, rows, places, asking.expand(*keys.shape[:-1], -1))
+            found, rows = (torch.from_numpy(array) for array in index.search(asked, _searched(named)))
+            if named is not None:
+                found, rows = _first_named(routed, found, rows, places, named.expand(*keys.shape[:-1], -1))
             row = rows[:, 0]
             place, cosine = places[row.clamp(min=0)], found[:, 0] / lengths[:, number]
-            strength = cosine / (REACH if inside else threshold)
+            strength = cosine / threshold
             nearer = (strength > best) & (row >= 0)
-            if routed.routing == "sequence":
-                nearer &= after if inside else ~after
             best, chosen = strength.where(nearer, best), place.where(nearer, chosen)
         best, chosen = (found.view(keys.shape[:-1]).to(keys.device) for found in (best, chosen))
         return best, chosen
+
+
+def _searched(named: Tensor | None) -> int:
+    return 1 if named is None else _SEARCHED_FOR
 
 
 def _first_named(

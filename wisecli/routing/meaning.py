@@ -26,8 +26,8 @@ MEANING = tuple(
     f"meaning.{part}"
     for part in ("turns", "shifts", "slopes", "bars", "vectors", "asking", "shares", "whose", "breaks")
 )
-# So many of a prompt's last tokens are looked at.
-WINDOW = 64
+# So many of a prompt's last tokens are compared.
+COMPARED = 64
 # A stretch between special tokens is what is asked if it has so many tokens: a role's name has fewer.
 _ASKED = 4
 # Comparisons that are held at a time.
@@ -42,13 +42,6 @@ class Asked(NamedTuple):
 
     turned: Tensor
     there: Tensor
-
-    def behind(self, earlier: Asked) -> Asked:
-        """With what was read of the same prompts before; the last ``WINDOW`` tokens of both."""
-        turned = torch.cat([earlier.turned, self.turned], 2)
-        there = torch.cat([earlier.there, self.there], 1)
-        order, there = marked_first(there & (there.long().flip(1).cumsum(1).flip(1) <= WINDOW))
-        return Asked(turned.gather(2, order[None, ..., None].expand(2, -1, -1, turned.shape[-1])), there)
 
 
 class Meaning(nn.Module):
@@ -155,4 +148,4 @@ def looked_at(ids: Tensor, prompt: Tensor, first: Tensor, breaks: Tensor) -> Ten
     asked = torch.where(words & long, stretch, -1).amax(1, keepdim=True)
     kept = words & ((stretch == asked) | (asked < 0))
     behind = kept.long().flip(1).cumsum(1).flip(1)
-    return kept & (behind <= WINDOW)
+    return kept & (behind <= COMPARED)

@@ -1,13 +1,17 @@
-"""The routing rule: which memory answers which token. Needs torch only; exports carry this very file.
+"""The routing rule: which memory answers a prompt, and what it adds at a token. Needs torch only; exports carry this.
 
-    token routing       a memory answers where its score exceeds its threshold (WISE, equations 3 and 6)
-    sequence routing    what a row's last prompt token decides holds for that row from there on; of a lookup, whether
-                        it answers: with which key, every token after the prompt says for itself
-    by meaning          the same, but all of a prompt's tokens decide which edit answers; see :mod:`.meaning`
-    mean routing        the mean of the scores of a prompt's tokens decides, and holds for all of them too, as in the
-                        code of the paper's authors
+    decide(window)                   which memory answers a prompt, or none: a function of the prompt's window of tokens
+    residual(memory, key, inside)    of that memory, what is added at one token: a function of that token's key
+    token_choices(key)               token routing: each token decides by itself (WISE, equations 3 and 6)
 
-Whoever wants to know what answers asks :func:`route`: the routed matrix, evaluation, ``wise explain``.
+A window is run by itself through the layers up to where it is read (:mod:`.prompts`), so a decision depends on token
+ids alone. It is made
+
+    by meaning     from the states of all its tokens, by late interaction (:mod:`.meaning`) and names (:mod:`.names`)
+    sequence       from the key of its last token
+    mean           from the mean of the scores of all its tokens, as in the code of the paper's authors
+
+Calibration, evaluation, ``wise explain`` and the routed model ask these functions.
 """
 
 from __future__ import annotations
@@ -17,133 +21,85 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .prompt_gate import UNROUTED, Prompt
+from .meaning import looked_at
+from .prompts import UNROUTED, last_marked
 from .scores import INSIDE, REACH, MemoryScores
 
 
 @dataclass(frozen=True)
-class RoutingDecision:
-    """What answers each token of a pass, and why.
+class Reading:
+    """What a model makes of windows of B prompts: ``ids`` (B, W), and which of them are no padding, ``real`` (B, W).
 
-    ``strength`` (B, T) is the best score as a multiple of its threshold, ``nearest`` (B, T) the memory that it belongs
-    to, or of a lookup the key. ``chosen`` (B, T) is the memory or key that answers, ``UNROUTED`` where the main memory
-    does. ``at_prompt`` (B, 1) is what each row's last prompt token decided, if that has a say.
+    ``states`` (B, W, d) are those that leave the layer that a memory reads, or the inputs of the edited matrix
+    (B, W, d_ff) for a memory that reads none.
     """
 
+    ids: Tensor
+    real: Tensor
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which memory answers each of B prompts, and why.
+
+    ``memory`` (B,) is its number, ``UNROUTED`` for none. ``strength`` (B,) is the best score as a multiple of its
+    threshold, ``nearest`` (B,) the memory that has it. By meaning, ``sure`` (B, M) is how surely prompts mean each
+    edit, and ``named`` (B, M) marks the edits whose subjects they name; ``None`` where that has no say.
+    """
+
+    memory: Tensor
     strength: Tensor
     nearest: Tensor
-    chosen: Tensor
-    at_prompt: Tensor | None = None
+    sure: Tensor | None = None
+    named: Tensor | None = None
 
 
-def route(
-    memory: MemoryScores,
-    keys: Tensor,
-    prompt: Prompt | None = None,
-    *,
-    prompt_opens: bool = False,
-    forced: Tensor | None = None,
-) -> RoutingDecision:
-    """Decide which memory, or which key of a lookup, answers each token.
-
-    Args:
-        keys: inputs of the matrix, (B, T, d_ff).
-        prompt: where the prompts end and what they name; sequence routing needs it.
-        prompt_opens: with token routing, nothing answers from a prompt's last token on unless that token opens it, so
-            that a right answer which is shown does not open its own memory.
-        forced: the memory (B, 1) that answers from the prompt's end on, whatever its score, of a lookup by the nearest
-            of its keys; ``UNROUTED`` leaves a row to its scores. Without a prompt it answers the last token.
-    """
-    if prompt is None and forced is None:
-        strength, nearest = memory.nearest(keys)
-        return RoutingDecision(strength, nearest, nearest.where(strength > 1, UNROUTED))
-    column = torch.arange(keys.shape[1], device=keys.device)
-    if memory.meaning is not None and prompt is not None:
-        return _by_meaning(memory, keys, prompt, column, forced)
-    if memory.routing == "mean" and prompt is not None:
-        return _by_mean(memory, keys, prompt, column, forced)
-    after = None if prompt is None else prompt.after(column)
-    named = None if prompt is None else prompt.named
-    strength, nearest = memory.nearest(keys, after, named)
-    chosen = nearest.where(strength > 1, UNROUTED)
-    at_prompt = None
-    if prompt is not None and (prompt_opens or memory.routing == "sequence"):
-        at_prompt = _decided(chosen, prompt)
-        chosen = _held(memory, chosen, at_prompt, prompt.answers(column))
-    if forced is not None:
-        answers = column == keys.shape[1] - 1 if prompt is None else prompt.answers(column)
-        own = _own(memory, keys, forced, after)
-        chosen = own.where(answers & (forced != UNROUTED), chosen)
-    if prompt is not None and prompt.real is not None:
-        chosen = chosen.where(prompt.real, UNROUTED)
-    return RoutingDecision(strength, nearest, chosen, at_prompt)
-
-
-def _by_meaning(
-    memory: MemoryScores, keys: Tensor, prompt: Prompt, column: Tensor, forced: Tensor | None
-) -> RoutingDecision:
-    """The edit that each row's prompt means and names answers from the prompt's end on, by the nearest of its own keys.
-
-    Inside an answer a token must come near one of them, or the answer is over.
-    """
-    strength = keys.new_zeros(keys.shape[:2], dtype=torch.float32)
-    if prompt.end is None:
-        assert prompt.held is not None, "a pass without a prompt's end follows one that had it"
-        meant = likeliest = prompt.held
+def decide(memory: MemoryScores, reading: Reading) -> Decision:
+    """Decide which memory answers each prompt."""
+    if memory.meaning is not None:
+        return _by_meaning(memory, reading)
+    if memory.routing == "mean":
+        strength, nearest = _by_mean(memory, reading)
+        named = None
     else:
-        sure, likeliest = (each[:, None] for each in memory.strongest(prompt.meant))
-        strength = torch.where(column == prompt.end, sure, strength)
-        meant = likeliest.where(sure > 1, UNROUTED)
-        if prompt.held is not None:
-            meant = meant.where(prompt.end >= 0, prompt.held)
-    edits = meant if forced is None else forced.where(forced != UNROUTED, meant)
-    answers = prompt.answers(column)
-    if prompt.real is not None:
-        answers = answers & prompt.real
-    inside = prompt.after(column).expand(keys.shape[:2])
-    chosen = torch.full_like(strength, UNROUTED, dtype=torch.long)
-    nearest = chosen.clone()
-    asked = torch.where(inside, edits, likeliest if forced is None else edits)
-    rows, columns = (answers & (asked != UNROUTED)).nonzero(as_tuple=True)
-    if len(rows):
-        within = inside[rows, columns]
-        cosine, place = memory.of_edits(keys[rows, columns], asked[rows, columns], within)
-        opened = (asked == edits)[rows, columns] & (~within | (cosine > REACH))
-        nearest[rows, columns] = place
-        chosen[rows, columns] = place.where(opened, UNROUTED)
-        strength[rows, columns] = strength[rows, columns].where(~within, cosine / REACH)
-    return RoutingDecision(strength, nearest, chosen, meant)
+        end = last_marked(reading.real).clamp(min=0)
+        keys = reading.states[torch.arange(len(end), device=end.device), end]
+        named = None if memory.names is None else memory.names(reading.ids, reading.real)
+        strength, place = memory.nearest(keys, named)
+        nearest = memory.memory_at(place)
+    chosen = nearest.where((strength > 1) & reading.real.any(1), UNROUTED)
+    return Decision(chosen, strength, nearest, named=named)
 
 
-def _by_mean(
-    memory: MemoryScores, keys: Tensor, prompt: Prompt, column: Tensor, forced: Tensor | None
-) -> RoutingDecision:
-    """One memory a row answers every token, its prompt's too: that which the prompt calls most strongly on the mean."""
-    strength = keys.new_zeros(keys.shape[:2], dtype=torch.float32)
-    if prompt.end is None:
-        assert prompt.held is not None, "a pass without a prompt's end follows one that had it"
-        decided = nearest = prompt.held
-    else:
-        read = (column <= prompt.end) if prompt.real is None else (column <= prompt.end) & prompt.real
-        weights = read / read.sum(1, keepdim=True).clamp(min=1)
-        called = torch.einsum("btm,bt->bm", memory.scores(keys).float(), weights.expand(keys.shape[:2]))
-        sure, nearest = (each[:, None] for each in _most_called(memory, called))
-        strength = sure.expand_as(strength)
-        decided = nearest.where(sure > 1, UNROUTED)
-        if prompt.held is not None:
-            decided = decided.where(prompt.end >= 0, prompt.held)
-    own = decided if forced is None else forced.where(forced != UNROUTED, decided)
-    chosen = own.expand(keys.shape[:2])
-    if prompt.real is not None:
-        chosen = chosen.where(prompt.real, UNROUTED)
-    return RoutingDecision(strength, nearest.expand(keys.shape[:2]), chosen, decided)
+def _by_meaning(memory: MemoryScores, reading: Reading) -> Decision:
+    """The edit that a prompt means most surely of those whose subjects it names, be it with a slip."""
+    assert memory.meaning is not None, "the caller has looked"
+    ids, real = reading.ids, reading.real
+    first = torch.zeros_like(real)
+    first[:, 0] = real[:, 0]
+    breaks = memory.meaning.breaks
+    sure = memory.meaning(reading.states, looked_at(ids, real, first, breaks)).float()
+    named, meant = None, sure
+    if memory.names is not None:
+        named = memory.names(ids, real)
+        if memory.spelling is not None:
+            # Attention rests on the first token of all, which may be of the name none the less.
+            letters = memory.spelling.read(ids, looked_at(ids, real, torch.zeros_like(real), breaks))
+            named = named | memory.spelling(letters, memory.beyond(sure) & ~named)
+        meant = sure * named
+    strength, nearest = memory.strongest(meant)
+    chosen = nearest.where((strength > 1) & real.any(1), UNROUTED)
+    return Decision(chosen, strength, nearest, sure, named)
 
 
-def _most_called(memory: MemoryScores, called: Tensor) -> tuple[Tensor, Tensor]:
-    """The memory that rows (B, M) call most strongly of those called beyond their thresholds, by what factor: two (B,).
+def _by_mean(memory: MemoryScores, reading: Reading) -> tuple[Tensor, Tensor]:
+    """The memory that prompts call most strongly of those called beyond their thresholds, by what factor: two (B,).
 
     If none is, the one nearest to that.
     """
+    weights = reading.real / reading.real.sum(1, keepdim=True).clamp(min=1)
+    called = torch.einsum("btm,bt->bm", memory.scores(reading.states).float(), weights)
     factor, nearest = memory.strongest(called)
     if called.shape[-1] == 1:
         return factor, nearest
@@ -153,29 +109,47 @@ def _most_called(memory: MemoryScores, called: Tensor) -> tuple[Tensor, Tensor]:
     return beyond.gather(-1, chosen[:, None])[:, 0], chosen
 
 
-def _decided(chosen: Tensor, prompt: Prompt) -> Tensor:
-    """What each row's last prompt token chose (B, 1), in this pass or in an earlier one."""
-    if prompt.end is None:
-        assert prompt.held is not None, "a pass without a prompt's end follows one that had it"
-        return prompt.held
-    here = chosen.gather(1, prompt.end.clamp(min=0))
-    return here if prompt.held is None else here.where(prompt.end >= 0, prompt.held)
+@dataclass(frozen=True)
+class TokenChoices:
+    """What answers tokens (...): ``chosen`` is a memory, or of a lookup one of its keys; ``UNROUTED`` where none does.
+
+    ``strength`` is the best score there as a multiple of its threshold, and ``nearest`` what has it.
+    """
+
+    chosen: Tensor
+    strength: Tensor
+    nearest: Tensor
 
 
-def _held(memory: MemoryScores, chosen: Tensor, at_prompt: Tensor, answers: Tensor) -> Tensor:
-    """Choices (B, T) under what the prompts decided (B, 1), at the tokens that ``answers`` (B or 1, T) marks."""
-    kept = chosen.where(at_prompt != UNROUTED, UNROUTED)
-    if memory.routing == "token":
-        return kept.where(answers, chosen)
-    held = kept if memory.kind == "lookup" else at_prompt.expand_as(chosen)
-    return held.where(answers, UNROUTED)
+def token_choices(memory: MemoryScores, keys: Tensor) -> TokenChoices:
+    """What answers each token by itself: keys (..., d_ff)."""
+    strength, nearest = memory.nearest(keys)
+    return TokenChoices(nearest.where(strength > 1, UNROUTED), strength, nearest)
 
 
-def _own(memory: MemoryScores, keys: Tensor, forced: Tensor, after: Tensor | None) -> Tensor:
-    """The forced memory itself (B, 1), or of a lookup the nearest of its keys at each token (B, T)."""
+def residual(memory: MemoryScores, keys: Tensor, answered: Tensor, inside: Tensor) -> TokenChoices:
+    """What a decided memory adds at tokens: of a lookup, which of the decided edit's own keys is nearest.
+
+    Behind a prompt's last token a lookup's key must come near one of those, or the answer is over.
+
+    Args:
+        keys: inputs of the matrix (B, T, d_ff).
+        answered: the memory that answers each token (B, T), ``UNROUTED`` for none.
+        inside: whether a token comes after its prompt's last one (B, T).
+    """
+    strength = torch.zeros(answered.shape, device=keys.device)
     if memory.kind != "lookup":
-        return forced
-    others = memory.owner != forced[..., None]
-    if memory.routing == "sequence" and after is not None:
-        others = others | ((memory.metric == INSIDE) != after[..., None])
-    return memory.cosines(keys).masked_fill(others, -torch.inf).argmax(-1)
+        return TokenChoices(answered, strength, answered)
+    nearest = torch.full_like(answered, UNROUTED)
+    chosen = nearest.clone()
+    rows, columns = (answered != UNROUTED).nonzero(as_tuple=True)
+    if len(rows):
+        within = inside[rows, columns]
+        cosine, place = memory.of_edits(keys[rows, columns], answered[rows, columns], within)
+        nearest[rows, columns] = place
+        chosen[rows, columns] = place.where(~within | (cosine > REACH), UNROUTED)
+        strength[rows, columns] = cosine / REACH
+    return TokenChoices(chosen, strength, nearest)
+
+
+__all__ = ["INSIDE", "Decision", "Reading", "TokenChoices", "decide", "residual", "token_choices"]

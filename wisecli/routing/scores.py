@@ -11,7 +11,7 @@ its own. With router ``meaning`` a prompt's tokens say which edit of a lookup an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .meaning import MEANING, Meaning
-from .prompt_gate import NAMED, NAMED_AND_MEANT, NAMES, UNROUTED, Names, Prompt
+from .names import NAMED, NAMED_AND_MEANT, NAMES, Names
+from .prompts import UNROUTED
 from .spelling import SPELLING, Spelling
 
 # The whitening of keys inside answers; those that prompts end in have others.
@@ -97,7 +98,7 @@ def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
 
 
 # Finds for keys what :meth:`MemoryScores.nearest` finds.
-Search = Callable[["MemoryScores", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+Search = Callable[["MemoryScores", Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class MemoryScores(nn.Module):
@@ -138,50 +139,28 @@ class MemoryScores(nn.Module):
         self.kind, self.sharpness, self.reads = memory.kind, memory.sharpness, memory.reads
         self.index: Search | None = None
 
-    def nearest(
-        self, keys: Tensor, answering: Tensor | None = None, named: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def nearest(self, keys: Tensor, named: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The best score of each token as a multiple of its threshold, and where: (..., d_ff) → two (...).
 
-        The place is a memory, or of a lookup one of its keys.
+        The place is a memory, or of a lookup one of its keys; where prompts decide, one that prompts end in.
 
         Args:
-            answering: which tokens (...) come after their prompt's last one; none by default. Of a lookup that decides
-                once a prompt, these are compared with keys inside answers, and the others with those of prompts' ends.
             named: the edits whose subjects the prompts name (..., M), if keys that ask for that are to be left out.
         """
         if self.index is not None:
-            return self.index(self, keys, answering, named)
+            return self.index(self, keys, named)
         if self.kind != "lookup":
             return self.strongest(self.scores(keys))
         cosines = self.cosines(keys)
         strengths = self._opening(cosines) / self._limits(cosines.device, of_keys=True)
         if named is not None:
             strengths = strengths.masked_fill(self.asks & ~named[..., self.owner], -torch.inf)
-        if self.routing == "sequence" and answering is not None:
-            within = (cosines / REACH).masked_fill(self.metric != INSIDE, -torch.inf)
-            strengths = within.where(answering[..., None], strengths)
         strength, place = strengths.max(-1)
         return strength, place
 
-    def named_in(self, ids: Tensor, prompt: Tensor | None = None) -> Tensor | None:
-        """The edits whose subjects rows of tokens (B, T) name: (B, M); nothing where that has no say.
-
-        Args:
-            prompt: which tokens belong to prompts (B, T); all by default.
-        """
-        if self.names is None:
-            return None
-        found: Tensor = self.names(ids, torch.ones_like(ids, dtype=torch.bool) if prompt is None else prompt)
-        return found
-
-    def with_slips(self, prompt: Prompt) -> Prompt:
-        """What is known of prompts, when those also name the subjects of edits that they mean which do with a slip."""
-        if self.spelling is None or prompt.letters is None or prompt.named is None or prompt.sure is None:
-            return prompt
-        meant = prompt.sure.float() > self._limits(prompt.sure.device)
-        slipped = self.spelling(prompt.letters, meant & ~prompt.named[:, 0])
-        return replace(prompt, named=prompt.named | slipped[:, None])
+    def beyond(self, scores: Tensor) -> Tensor:
+        """Which memories' thresholds scores (..., M) exceed: (..., M)."""
+        return scores > self._limits(scores.device)
 
     def _opening(self, cosines: Tensor) -> Tensor:
         """Cosines (..., n) with those keys that can open a memory: not a lookup's inside answers if prompts decide."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .passes import Override, overridden_by
 from .side_memory import RoutedMatrix
 
 Own = TypeVar("Own", bound="Served")
@@ -115,15 +116,16 @@ def _require_found(matrix: RoutedMatrix, module: str) -> None:
         return
     if not keys.isfinite().all():
         raise LostMemoryError(f"the edits are lost: the memory of {module} was not loaded")
-    if matrix.gate is not None:  # what it adds depends on the prompt that was read
+    if matrix.routing != "token":  # what it adds depends on the prompt that was read
         return
     strength, place = matrix.nearest(keys[None])
     best = int(strength.argmax())
     key, found = keys[best][None, None], place[:, best : best + 1]
     forced = None if strength[0, best] > 1 else int(matrix.memory_at(found))
-    plain = matrix(key, off=True).float()
+    plain = matrix.main(key).float()
     wanted = matrix.recall(key, found) if matrix.kind == "lookup" else matrix.update(key, int(found))
-    given = matrix(key, forced=forced).float() - plain
+    with overridden_by(Override(forced=forced)):
+        given = matrix(key).float() - plain
     rounding = _OF_UPDATE * wanted.float().norm() + _OF_ANSWER * plain.norm()
     if not bool((given - wanted.float()).norm() <= rounding):
         raise LostMemoryError(f"the edits are lost: a key of the memory of {module} does not find itself")

@@ -4,13 +4,13 @@
     y = W a + b + Δ_m a            side memory m answers, where its score exceeds its threshold ε_m
     y = W a + b + v_i              of kind ``lookup``: the residual v_i of the edit's key i that is nearest to a
 
-What answers where is decided by :func:`~wisecli.routing.router.route`.
+What answers where is decided in :mod:`~wisecli.routing.router`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .prompt_gate import UNROUTED, PromptGate
-from .router import RoutingDecision, route
+from .generation import RoutedCausal
+from .passes import (
+    EditedLayer,
+    Override,
+    ReadLayer,
+    RoutedDecoder,
+    current_route,
+    forced_memory,
+    is_off,
+    overridden_by,
+    stop_if_reading,
+)
+from .prompts import UNROUTED, TurnMarks
+from .roles import apart
+from .router import residual, token_choices
 from .scores import MemoryScores, SideMemory
 
 Activation = Callable[[Tensor], Tensor]
@@ -47,20 +60,39 @@ class RoutedMatrix(MemoryScores):
         self.register_parameter("weight", base.get_parameter("weight"))
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
-        self.gate = None if memory.routing == "token" else PromptGate(averaging=memory.routing == "mean")
         self.activation: Activation | None = None
 
-    def forward(self, keys: Tensor, *, off: bool = False, forced: int | None = None) -> Tensor:
-        """``keys`` (B, T, d_ff) → (B, T, d).
+    def forward(self, keys: Tensor) -> Tensor:
+        """``keys`` (B, T, d_ff) → (B, T, d)."""
+        stop_if_reading(keys)
+        answer = self.main(keys)
+        chosen = None if is_off() else self.choices(keys)
+        return answer if chosen is None else self.add_updates(answer, keys, chosen)
 
-        Args:
-            off: the main memory alone answers.
-            forced: this memory answers from the prompts' end on, whatever its score; see :func:`route`.
+    def main(self, keys: Tensor) -> Tensor:
+        """What the main memory alone answers: (..., d_ff) → (..., d)."""
+        return F.linear(keys, self.weight.T if self.transposed else self.weight, self.bias)
+
+    def choices(self, keys: Tensor) -> Tensor | None:
+        """What answers each token of the pass that is running (B, T); ``None`` outside of one.
+
+        Of a lookup it is one of its keys, else a memory; ``UNROUTED`` where the main memory answers.
         """
-        answer = F.linear(keys, self.weight.T if self.transposed else self.weight, self.bias)
-        if off:
-            return answer
-        return self.add_updates(answer, keys, self.decide(keys, forced=forced).chosen)
+        if self.routing == "token":
+            chosen = token_choices(self, keys).chosen
+            return chosen if forced_memory() is None else self._forced(keys, chosen)
+        route = current_route()
+        if route is None:
+            return None
+        return residual(self, keys, route.memory.to(keys.device), route.inside.to(keys.device)).chosen
+
+    def _forced(self, keys: Tensor, chosen: Tensor) -> Tensor:
+        """Choices (B, T), in which a pass' last token is answered by the memory that is to answer."""
+        own = torch.full_like(chosen[:, -1:], forced_memory() or 0)
+        if self.kind == "lookup":
+            cosines = self.cosines(keys[:, -1:]).masked_fill(self.owner != own[..., None], -torch.inf)
+            own = cosines.argmax(-1)
+        return torch.cat([chosen[:, :-1], own], 1)
 
     def change(self, keys: Tensor, memory: int) -> Tensor:
         """What router ``norm`` measures: ``Δ_m a``, or what that makes of the matrix's output behind an activation."""
@@ -70,31 +102,9 @@ class RoutedMatrix(MemoryScores):
         main = F.linear(keys, self.weight.T if self.transposed else self.weight)
         return self.activation(main + update) - self.activation(main)
 
-    def decide(self, keys: Tensor, *, forced: int | None = None) -> RoutingDecision:
-        """What answers each token of this pass (B, T, d_ff); a row's decision is kept with its attention cache."""
-        rows = None if forced is None else torch.full((len(keys), 1), forced, device=keys.device)
-        if self.gate is None:
-            return route(self, keys, forced=rows)
-        prompt = self.with_slips(self.gate.prompt(self.names, keys, self.meaning, self.spelling))
-        decision = route(self, keys, prompt, forced=rows)
-        if decision.at_prompt is not None:
-            self.gate.keep(prompt, decision.at_prompt)
-        return decision
-
-    @contextmanager
-    def called_with(self, *, off: bool = False, forced: int | None = None) -> Iterator[None]:
-        """For a while, every call of this matrix inside a model gets these arguments of :meth:`forward`."""
-
-        def add(
-            _module: nn.Module, inputs: tuple[Tensor, ...], _named: dict[str, Any]
-        ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-            return inputs, {"off": off, "forced": forced}
-
-        handle = self.register_forward_pre_hook(add, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def called_with(self, *, off: bool = False, forced: int | None = None) -> AbstractContextManager[None]:
+        """For a while, in this thread: the main memory alone answers, or a memory from the prompts' end on."""
+        return overridden_by(Override(off, forced))
 
     def add_updates(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
         """Add what was chosen to every routed token; the others keep every bit of the main memory's answer.
@@ -107,7 +117,7 @@ class RoutedMatrix(MemoryScores):
             return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
         # How many tokens are routed is not known to a traced graph, which token routing is for; and one memory costs
         # less than finding them.
-        if self.gate is None or torch.compiler.is_compiling() or len(self.thresholds) == 1:
+        if self.routing == "token" or torch.compiler.is_compiling() or len(self.thresholds) == 1:
             for memory in range(len(self.thresholds)):
                 update = self.update(keys, memory).to(answer.dtype)
                 answer = torch.where((chosen == memory)[..., None], answer + update, answer)
@@ -127,21 +137,37 @@ class RoutedMatrix(MemoryScores):
         return self.values[self.value[chosen.clamp(min=0)]]
 
 
-def install(model: nn.Module, module: str, memory: SideMemory, *, transposed: bool) -> RoutedMatrix:
-    """Put a routed matrix in the place of a model's value matrix at path ``module``."""
+def install(
+    model: nn.Module, module: str, memory: SideMemory, *, transposed: bool, marks: TurnMarks = TurnMarks()
+) -> RoutedMatrix:
+    """Put a routed matrix in the place of a model's value matrix at path ``module``.
+
+    Args:
+        marks: how the model's chats mark turns.
+    """
     parent, _, name = module.rpartition(".")
     routed = RoutedMatrix(model.get_submodule(module), memory, transposed=transposed)
     setattr(model.get_submodule(parent), name, routed)
     if memory.activated:
         routed.activation = activation_of(getattr(model, "config", None))
-    if routed.gate is not None:
-        # The decoder below the head sees every pass, whoever calls it.
-        decoder = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
-        decoder.register_forward_pre_hook(routed.gate.before_forward, with_kwargs=True)
-        decoder.register_forward_hook(routed.gate.after_forward)
-        if memory.reads is not None:
-            model.get_submodule(_layer_beside(module, memory.reads)).register_forward_hook(routed.gate.note_states)
+    if memory.routing != "token":
+        _route_passes(model, module, memory, marks)
     return routed
+
+
+def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: TurnMarks) -> None:
+    """Have a model's decoder decide what answers its prompts, and its edited layer hear of it."""
+    # The decoder below the head sees every pass, whoever calls it.
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    decoder = getattr(model, prefix, model)
+    apart(model.get_submodule(_layer_of(module)), EditedLayer)
+    if memory.reads is not None:
+        apart(model.get_submodule(_layer_beside(module, memory.reads)), ReadLayer)
+    apart(decoder, RoutedDecoder)
+    decoder.wise_routed = module if decoder is model else module.removeprefix(f"{prefix}.")
+    decoder.wise_marks = marks
+    if decoder is not model:
+        apart(model, RoutedCausal)
 
 
 def activation_of(config: Any) -> Activation | None:
@@ -151,8 +177,13 @@ def activation_of(config: Any) -> Activation | None:
     return _ACTIVATIONS.get(next((name for name in names if isinstance(name, str)), ""))
 
 
-def _layer_beside(module: str, layer: int) -> str:
-    """Path of a layer of the decoder that the matrix at path ``module`` lies in."""
+def _layer_of(module: str) -> str:
+    """Path of the decoder layer that the matrix at path ``module`` lies in."""
     parts = module.split(".")
     place = next(index for index, part in enumerate(parts) if part.isdecimal())
-    return ".".join([*parts[:place], str(layer)])
+    return ".".join(parts[: place + 1])
+
+
+def _layer_beside(module: str, layer: int) -> str:
+    """Path of a layer of the decoder that the matrix at path ``module`` lies in."""
+    return f"{_layer_of(module).rpartition('.')[0]}.{layer}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .meaning import WINDOW, marked_first
+from .meaning import marked_first
 
 # Tensors that say how subjects are spelt.
 SPELLING = tuple(f"spelling.{part}" for part in ("table", "words", "naming", "whose"))
@@ -91,14 +91,6 @@ def letters_of(table: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
     # What is passed over whole stands between words none the less.
     found[:, 0, 0].masked_fill_(~there[:, 0], APART)
     return found
-
-
-def behind(earlier: Tensor, letters: Tensor) -> Tensor:
-    """Letters (B, W, c) with those of the same prompts that were read earlier; of the last ``WINDOW`` tokens."""
-    whole = torch.cat([earlier, letters], 1)
-    some = whole.any(-1)
-    order, there = marked_first(some & (some.long().flip(1).cumsum(1).flip(1) <= WINDOW))
-    return whole.gather(1, order[..., None].expand(-1, -1, whole.shape[-1])) * there[..., None]
 
 
 def words_of(letters: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wisecli.routing.prompt_gate import NAMES
+from wisecli.routing.names import NAMES
 from wisecli.routing.spelling import SPELLING, letters_of, words_of
 
 
@@ -35,7 +35,7 @@ Spellings = tuple[tuple[Word, ...], ...]
 
 
 def names_of(subjects: Sequence[Spellings]) -> dict[str, Tensor]:
-    """The tensors of :class:`~wisecli.routing.prompt_gate.Names`, from the words of every edit's subject.
+    """The tensors of :class:`~wisecli.routing.names.Names`, from the words of every edit's subject.
 
     Edits without words have none; without any there are no tensors.
     """

@@ -19,6 +19,7 @@ from support.helpers import (
 )
 from support.loading import CPU
 from torch import Tensor
+from wisecli.routing.prompt_gate import UNROUTED, Prompt
 
 from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.edits.record import Edit
@@ -30,7 +31,6 @@ from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
 from wisecli.models.tokenization import Row, collate
 from wisecli.progress import ignore
-from wisecli.routing.prompt_gate import UNROUTED, Prompt
 from wisecli.routing.router import route
 from wisecli.routing.scores import SideMemory
 

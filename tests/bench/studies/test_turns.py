@@ -14,7 +14,7 @@ from wisecli.bench.studies import latency
 from wisecli.bench.studies.latency import steps, taking_turns
 from wisecli.bench.study import StudyReport
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.routing.prompt_gate import cache_returned
+from wisecli.routing.token_cache import cache_returned
 
 
 @pytest.fixture(scope="module")

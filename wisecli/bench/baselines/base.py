@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from wisecli.edits.record import Edit
 from wisecli.errors import WiseError
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.batch_rows import HELD
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Layout, Site, layer_count
 from wisecli.progress import Watcher, ignore
-from wisecli.routing.prompt_gate import Decided, cache_given
+from wisecli.routing.token_cache import cache_given
 
 
 class UnsuitableError(WiseError):
@@ -138,8 +139,8 @@ def method(name: str, *, at_once: bool = False) -> Callable[[Maker], Maker]:
 class PromptEnd:
     """Decisions that are taken once a row, at its prompt's last token, and held while it is answered.
 
-    They lie with the attention cache, as those of sequence routing do, and lose the rows that it loses. A pass over
-    more than one column begins new rows; single columns on a cache go on with them.
+    They lie with the attention cache and lose the rows that it loses. A pass over more than one column begins new rows;
+    single columns on a cache go on with them.
 
     Args:
         first: see :meth:`Method.applied`.
@@ -165,13 +166,13 @@ class PromptEnd:
             states: (B, T, …) at some layer.
             decide: from the states at the prompts' last token (B, …) to a decision a row (B, …).
         """
-        before: Decided | None = getattr(self._cache, "wise_decided", None)
+        before: Tensor | None = getattr(self._cache, HELD, None)
         if states.shape[1] == 1 and before is not None and self.first is None:
-            return before.choice, 0
+            return before, 0
         start = states.shape[1] - 1 if self.first is None else self.first
         choice = decide(states[:, start])
         if self._cache is not None:
-            self._cache.wise_decided = Decided(choice, None)
+            setattr(self._cache, HELD, choice)
         return choice, start
 
 

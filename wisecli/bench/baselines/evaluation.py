@@ -22,7 +22,7 @@ from wisecli.models.hooks import hooked
 from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import Row, collate, in_batches, row_of
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.routing.prompt_gate import UNROUTED
+from wisecli.routing.prompts import UNROUTED
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from wisecli.bench.studies.plotting import MODES, by_edits, counted, line
 from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.generation import left_padded
-from wisecli.routing.prompt_gate import cache_returned
+from wisecli.routing.token_cache import cache_returned
 
 _ROWS, _ROUNDS = 8, 25
 

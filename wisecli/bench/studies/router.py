@@ -23,8 +23,7 @@ from wisecli.editing.key_capture import prompt_ends
 from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import Row, collate, in_batches
-from wisecli.routing.prompt_gate import Prompt
-from wisecli.routing.router import route
+from wisecli.routing.router import token_choices
 
 _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
 _UNITS = {
@@ -104,8 +103,7 @@ def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -
         size, site = context.settings.batch_size, edited.manifest.site
         keys = prompt_ends(loaded, [site], prompts, batch_size=size, watch=context.watch)[0]
         scores = edited.routed.scores(keys)
-        at_end = Prompt(torch.zeros(len(keys), 1, dtype=torch.long, device=keys.device))
-        open_at = route(edited.routed, keys[:, None], at_end).chosen == 0
+        open_at = token_choices(edited.routed, keys).chosen == 0
     return scores[:, 0].tolist(), float(open_at.float().mean())
 
 
@@ -117,8 +115,9 @@ def meant(edited: EditedModel, prompts: Sequence[str], context: StudyContext) ->
     rows = [Row(tuple(edited.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
     strengths = torch.empty(len(rows))
     for indices in in_batches(rows, context.settings.batch_size):
-        known = edited.prompts(collate([rows[index] for index in indices]).to(edited.model.device))
-        strengths[indices] = edited.routed.strongest(known.meant)[0].cpu()
+        decision = edited.decide(collate([rows[index] for index in indices]).to(edited.model.device))
+        assert decision is not None, "prompts decide by what they mean"
+        strengths[indices] = decision.strength.cpu()
     return strengths.tolist(), float((strengths > 1).float().mean())
 
 

@@ -1,0 +1,177 @@
+"""Where prompts end, and the window of tokens that a decision reads: functions of token ids alone.
+
+Needs torch only; exports carry this very file.
+
+A *window* is a prompt itself if it has no more than ``WINDOW`` tokens. Of a longer one it is the first token, which
+attention rests on, and the last ``WINDOW - 1`` tokens. A decision is made from the window and nothing else, so it is
+the same however the prompt is run: in chunks, behind a cached prefix, in a packed row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Tokens that a decision reads.
+WINDOW = 128
+UNROUTED = -1
+# Stands for a token of which nothing is known, and for padding.
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class TurnMarks:
+    """The tokens by which a chat template marks turns.
+
+    ``opener`` are the tokens that an assistant's turn begins with: behind them a prompt ends. ``turns`` are the special
+    tokens among them that no bare text begins with: a row that holds one is a chat. ``breaks`` are all special tokens:
+    one of them ends an answer. All are empty for a model without a chat template.
+    """
+
+    opener: tuple[int, ...] = ()
+    turns: tuple[int, ...] = ()
+    breaks: tuple[int, ...] = ()
+
+    def as_dict(self) -> dict[str, list[int]]:
+        """The marks as JSON."""
+        return {"opener": list(self.opener), "turns": list(self.turns), "breaks": list(self.breaks)}
+
+    @classmethod
+    def from_dict(cls, marks: dict[str, Any] | None) -> TurnMarks:
+        """The inverse of :meth:`as_dict`; no marks for ``None``."""
+        return cls(**{name: tuple(map(int, tokens)) for name, tokens in (marks or {}).items()})
+
+    def opened(self, ids: Tensor, earlier: Tensor) -> Tensor:
+        """Which tokens (B, T) complete an opener, with the tokens before them (B, P): (B, T)."""
+        size = len(self.opener)
+        if not size:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        tail = earlier[:, max(0, earlier.shape[1] - size + 1) :]
+        padded = torch.nn.functional.pad(torch.cat([tail, ids], 1), (size - 1 - tail.shape[1], 0), value=NO_TOKEN)
+        found: Tensor = (padded.unfold(1, size, 1) == ids.new_tensor(self.opener)).all(-1)
+        return found
+
+    def chats(self, ids: Tensor) -> Tensor:
+        """Which rows of token ids (B, T) are chats: (B,)."""
+        return is_any(ids, self.turns).any(1)
+
+    def ends_in(self, ids: Tensor, real: Tensor) -> Tensor:
+        """The column of the last prompt token of whole prompts: token ids (B, T), which are no padding (B, T) → (B,).
+
+        It is the end of the last assistant turn's opener if no special token follows it, so that an answer that is
+        begun in the prompt belongs to the answer; else a row's last token.
+        """
+        empty = ids[:, :0]
+        opened = last_marked(self.opened(ids, empty) & real)
+        broken = last_marked(is_any(ids, self.breaks) & real)
+        return torch.where((opened >= 0) & (opened >= broken), opened, last_marked(real))
+
+
+def is_any(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Which of token ids (...) are one of some tokens: (...)."""
+    if not tokens:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    return torch.isin(ids, ids.new_tensor(tokens))
+
+
+def last_marked(marked: Tensor) -> Tensor:
+    """The last marked column of each row (B, T), -1 without one: (B,)."""
+    column = torch.arange(marked.shape[1], device=marked.device)
+    return torch.where(marked, column, -1).amax(1) if marked.shape[1] else marked.new_full((len(marked),), -1).long()
+
+
+def windows(ids: Tensor, real: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """The windows of prompts, padded on the right: token ids (B, W), and which of them are no padding (B, W).
+
+    Args:
+        ids: tokens of whole prompts and of what follows them (B, T).
+        real: which of them are known and no padding (B, T).
+        end: the column of each prompt's last token (B,); a row with a negative one has an empty window.
+    """
+    column = torch.arange(ids.shape[1], device=ids.device)
+    prompt = real & (column <= end[:, None])
+    place = prompt.long().cumsum(1) - 1
+    behind = place[:, -1:] - place
+    kept = prompt & ((behind < WINDOW - 1) | (place == 0))
+    width = max(1, int(kept.sum(1).max()))
+    order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    there = kept.gather(1, order)
+    return ids.gather(1, order).where(there, 0), there
+
+
+def window_of(tokens: list[int]) -> list[int]:
+    """The window of one prompt's tokens."""
+    return tokens if len(tokens) <= WINDOW else [*tokens[:1], *tokens[1 - WINDOW :]]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Which memory answers rows, and from where on.
+
+    ``memory`` (B,) is a memory's number, ``UNROUTED`` for none; ``end`` (B,) the column of the prompt's last token,
+    counted from a row's first column.
+    """
+
+    memory: Tensor
+    end: Tensor
+
+    def packed(self) -> Tensor:
+        """Both as one tensor (B, 2), which ``generate()`` repeats for beams as it repeats all tensors."""
+        return torch.stack([self.memory, self.end], 1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Answering:
+        """The inverse of :meth:`packed`."""
+        return cls(packed[:, 0], packed[:, 1])
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a pass' router knows of its rows' tokens before it decides.
+
+    ``ids`` (B, T) are the pass' tokens and ``real`` (B, T) those that are no padding; ``earlier`` (B, P) the tokens
+    before them, ``NO_TOKEN`` where they are unknown; ``memory`` (B,) what answered the last of those.
+    """
+
+    ids: Tensor
+    real: Tensor
+    earlier: Tensor
+    memory: Tensor
+
+    @property
+    def whole(self) -> Tensor:
+        """All tokens (B, P + T)."""
+        return torch.cat([self.earlier, self.ids.where(self.real, NO_TOKEN)], 1)
+
+    def prompt_ends(self, marks: TurnMarks) -> Tensor:
+        """The column of this pass (B,) in which the last prompt ends that it completes, -1 for none.
+
+        In a chat a prompt ends behind the opener of the assistant's turn. In a bare text nothing marks its end: a pass
+        of several tokens, or the first pass of all, is taken for a prompt, and one more token for part of its answer.
+        """
+        ends = last_marked(marks.opened(self.ids, self.earlier) & self.real)
+        if self.ids.shape[1] > 1 or not self.earlier.shape[1]:
+            bare = ~marks.chats(self.whole)
+            ends = torch.where(bare & (ends < 0), last_marked(self.real), ends)
+        return ends
+
+    def answered_by(self, marks: TurnMarks, answering: Answering, *, whole: bool = False) -> Tensor:
+        """The memory that answers each token (B, T): until a special token ends the answer, or the next prompt does.
+
+        Args:
+            answering: what the pass' rows decided; ``end`` counts from its first column. A row in which it is negative
+                goes on with what it did before; one in which it lies behind the pass has but a part of its prompt here.
+            whole: whether a memory answers its prompt's tokens, too.
+        """
+        width = self.ids.shape[1]
+        column = torch.arange(width, device=self.ids.device)
+        broken = (is_any(self.ids, marks.breaks) & self.real).long().cumsum(1)
+        end, memory = answering.end[:, None], answering.memory[:, None]
+        at_end = broken.gather(1, end.clamp(0, width - 1))
+        before = self.memory[:, None].where(broken == 0, UNROUTED)
+        prompt = memory if whole else torch.full_like(memory, UNROUTED)
+        answer = memory.where(broken == at_end, UNROUTED)
+        return torch.where(end < 0, before, torch.where(column < end, prompt, answer))

@@ -1,0 +1,68 @@
+"""Types of modules that do what a class of a model does, and something besides. Needs torch only; exports carry this.
+
+An architecture's own classes stay what they are: one module of a model gets a type of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Role(nn.Module):
+    """What a module of some class does besides; it stands before that class among the bases of another."""
+
+
+class ShownRole(Role):
+    """A role in which whoever looks for arguments of ``forward`` finds those of the class behind it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        kind: Any = next(one for one in cls.__mro__ if one.__dict__.get("forward") and not issubclass(one, Role))
+        if kind is not nn.Module:
+            cls.forward = _shown_as(cls.forward, kind.forward)
+
+
+def _shown_as(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``forward`` in which whoever looks for arguments finds those of the original one."""
+
+    @functools.wraps(original)
+    def shown(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    shown.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return shown
+
+
+def apart(module: nn.Module, role: type[Role]) -> None:
+    """Give a module a type of its own that does what its type does, and what ``role`` adds."""
+    if not isinstance(module, role):
+        module.__class__ = type_of(type(module), role)
+
+
+def type_of(kind: Any, role: Any) -> Any:
+    """The one type that does what ``kind`` does, and what ``role`` adds."""
+    return _made(kind, role)
+
+
+@functools.cache
+def _made(kind: Any, role: Any) -> Any:
+    # Where a model is spread over devices, layers are known by their types' names.
+    return type(kind.__name__, (role, kind), {"__module__": kind.__module__, "__reduce_ex__": _reduced(kind, role)})
+
+
+def _reduced(kind: type[nn.Module], role: type[Role]) -> Callable[[Any, int], tuple[Any, ...]]:
+    def reduce(self: nn.Module, _protocol: int) -> tuple[Any, ...]:
+        return _restored, (kind, role), self.__dict__
+
+    return reduce
+
+
+def _restored(kind: type[nn.Module], role: type[Role]) -> nn.Module:
+    made = type_of(kind, role)
+    module: nn.Module = made.__new__(made)
+    return module

@@ -44,14 +44,22 @@ FORMER_CODE = {
 }
 # What has changed since in the code that uses them, and what stood there.
 _SINCE = (
+    (", GenerationMixin\n", "\n"),
+    (", GenerationMixin):", "):"),
     (
+        "from .generation import RoutedCausal\nfrom .passes import RoutedDecoder\nfrom .prompts import TurnMarks\n"
         "from .resaving import Resaved, manifest_of\nfrom .scores import SideMemory\n"
         "from .serving import Served, engine_of, require_decision_per_token, require_memory, set_apart\n"
         "from .side_memory import install",
         "from .wise_memory import SideMemory, install",
     ),
-    ("(Served, Resaved, ", "("),
-    ("(Served, ", "("),
+    ("(RoutedCausal, Served, Resaved, ", "("),
+    ("(RoutedDecoder, Served, ", "("),
+    (
+        '    memory, marks = SideMemory.from_description(wise["memory"]), TurnMarks.from_dict(wise.get("marks"))\n'
+        '    install(model, module, memory, transposed=wise["transposed"], marks=marks)\n',
+        '    install(model, module, SideMemory.from_description(wise["memory"]), transposed=wise["transposed"])\n',
+    ),
     ("    require_memory(model, model.wise_module)\n", ""),
     ("    model.wise_manifest = manifest_of(*args, **kwargs)\n", ""),
     (
@@ -61,6 +69,15 @@ _SINCE = (
     ),
     ("    set_apart(model, module)\n    model.wise_module, model.wise_engine = module, engine\n", ""),
 )
+# What it ended with then: an answer could not be guessed ahead.
+_ENDED = '''
+    def generate(self, *args, **kwargs):
+        ahead = ("assistant_model", "prompt_lookup_num_tokens")
+        if self.config.wise["memory"]["routing"] == "sequence" and any(kwargs.get(name) for name in ahead):
+            # Guessed tokens come with the prompt, whose last token would not be the last one read.
+            raise ValueError("this model decides once a prompt what answers it: decode it without guessing ahead")
+        return super().generate(*args, **kwargs)
+'''
 # Classes of models with their head, by the class that loads them.
 _WITH_HEAD = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -99,7 +116,7 @@ def former_code(files: dict[str, str]) -> dict[str, str]:
     code = files[CODE_NAME]
     for now, then in _SINCE:
         code = code.replace(now, then)
-    return {CODE_NAME: sha256_text(code), **FORMER_CODE}
+    return {CODE_NAME: sha256_text(code + _ENDED), **FORMER_CODE}
 
 
 def auto_map(names: dict[str, str]) -> dict[str, str]:

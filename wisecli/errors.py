@@ -165,7 +165,7 @@ class ServerError(WiseError):
     """A server cannot be reached, refuses a request or answers nonsense; ``status`` is HTTP's, where there is one."""
 
     def __init__(self, url: str, reason: str, status: int | None = None) -> None:
-        self.status = status
+        self.reason, self.status = reason, status
         super().__init__(f"{url} {reason}")
 
 

@@ -23,6 +23,7 @@ from wisecli.evaluation.metrics import Measuring, Question, is_figure
 from wisecli.evaluation.protocols import Generated, ProtocolName, measure_generated
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
 from wisecli.models.chat import chat_prompt
+from wisecli.models.loading import vocabulary_size
 from wisecli.models.tokenization import Row, row_of
 from wisecli.progress import Watcher, ignore
 
@@ -231,7 +232,8 @@ class MemorySubject:
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens."""
-        return row_of(self.edited.tokenizer, self._asked(prompt), target, erased=erased)
+        vocabulary = vocabulary_size(self.config)
+        return row_of(self.tokenizer, self._asked(prompt), target, erased=erased, vocabulary=vocabulary)
 
     def teacher_forced(self, pairs: Sequence[Question], *, prompt_opens: bool, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""

@@ -31,7 +31,7 @@ from wisecli.edits.record import Edit
 from wisecli.environment import changed_versions, versions
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout_inference import find_layout
-from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer
+from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer, vocabulary_size
 from wisecli.models.resolve import find_model
 from wisecli.models.site import Layout, find_site, fingerprint, load_matrix
 from wisecli.models.site_probe import check_split, observed
@@ -101,7 +101,8 @@ class Base:
         """What reads the edits: the tokenizer, which needs no weights, and the length of the model's window."""
         _ = self.layout  # read first, as a model that cannot be edited is refused before its edits are
         if self._loaded is not None:
-            return Reader(self._loaded.tokenizer, context_window(self._loaded.model.config))
+            config = self._loaded.model.config
+            return Reader(self._loaded.tokenizer, context_window(config), vocabulary_size(config))
         return Reader(*load_tokenizer(self.checkpoint.directory, self.job.load))
 
 

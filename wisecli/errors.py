@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,6 +101,21 @@ class UnwritableError(WiseError):
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(f"{path} cannot be written ({reason_of(error)}); pass -o to write elsewhere")
+
+
+class CannotLinkError(WiseError):
+    """A file cannot have another name where an output is written."""
+
+    def __init__(self, source: Path, directory: Path, error: OSError) -> None:
+        reason = (
+            "hard links need one file system, and that is on another"
+            if error.errno == errno.EXDEV
+            else f"it cannot be linked there ({error.strerror or error})"
+        )
+        super().__init__(
+            f"{source} is to be linked into {directory.parent}: {reason}; leave out --link, or copy what cannot be "
+            "linked with --link=auto"
+        )
 
 
 class BusyError(WiseError):

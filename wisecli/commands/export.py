@@ -24,7 +24,7 @@ from wisecli.export.checkpoint import seal_export, write_delta, write_merged, wr
 from wisecli.export.finished import export_record, finished_export, require_no_memory
 from wisecli.export.gguf_file import Quantization
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
-from wisecli.export.weights import Packing
+from wisecli.export.weights import Link, Packing
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.replacing import Output
@@ -41,12 +41,13 @@ _GATED = ("stock", "gguf")
 class WeightFiles:
     """How the base's weights are written.
 
-    ``link`` hard-links its files instead of copying them. ``dtype`` is a type's name; ``auto`` leaves them as they are.
+    ``link`` hard-links its files instead of copying them, with ``auto`` those that can be. ``dtype`` is a type's name;
+    ``auto`` leaves them as they are.
     ``file_bytes`` is the most that a file may take; the base's own files by default. ``quantize`` is how those of one
     GGUF file are stored.
     """
 
-    link: bool = False
+    link: Link = False
     dtype: str = "auto"
     file_bytes: int | None = None
     quantize: Quantization = "q8_0"
@@ -148,7 +149,7 @@ def export(
         return _up_to_date(output, form, manifest, found, publication, dry_run=dry_run, started=started, watch=watch)
     side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
     size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
-    require_space(output, side + (0 if weights.link else size))
+    require_space(output, side + (size if not weights.link or not _on_one_disk(checkpoint, output) else 0))
     followed = len(consequences_in(manifest.edits))
     edits = len(manifest.edits) - followed
     if dry_run:
@@ -260,6 +261,14 @@ def _up_to_date(
     edits = len(manifest.edits) - followed
     gate = record.get("gate")
     return ExportReport(output, form, edits, *measured, up_to_date=True, consequences=followed, gate=gate)
+
+
+def _on_one_disk(checkpoint: Checkpoint, output: Path) -> bool:
+    """Whether files of a checkpoint may be linked where an output will be; elsewhere they are copied or refused."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return all(path.stat().st_dev == parent.stat().st_dev for path in checkpoint.files)
 
 
 def _packing(weights: WeightFiles, form: Format) -> Packing:

@@ -169,12 +169,7 @@ def _generated(settings: EvalSettings) -> Generated:
 
 
 def read_dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit]]:
-    """A dataset's name and records.
-
-    Raises:
-        SettingsError: none is named.
-        EditFileError: a record cannot be used.
-    """
+    """A dataset's name and records; a ``WiseError`` if none is named, or a record cannot be used."""
     name, records = _dataset(dataset, data)
     if records is None:
         raise SettingsError("give a --dataset, or a file of records by --data")
@@ -232,8 +227,8 @@ class MemorySubject:
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens."""
-        vocabulary = vocabulary_size(self.config)
-        return row_of(self.tokenizer, self._asked(prompt), target, erased=erased, vocabulary=vocabulary)
+        known = vocabulary_size(self.config)
+        return row_of(self.tokenizer, self._asked(prompt), target, erased=erased, vocabulary=known)
 
     def teacher_forced(self, pairs: Sequence[Question], *, prompt_opens: bool, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""

@@ -42,9 +42,8 @@ class WeightFiles:
     """How the base's weights are written.
 
     ``link`` hard-links its files instead of copying them, with ``auto`` those that can be. ``dtype`` is a type's name;
-    ``auto`` leaves them as they are.
-    ``file_bytes`` is the most that a file may take; the base's own files by default. ``quantize`` is how those of one
-    GGUF file are stored.
+    ``auto`` leaves them as they are. ``file_bytes`` is the most that a file may take; the base's own files by default.
+    ``quantize`` is how those of one GGUF file are stored.
     """
 
     link: Link = False

@@ -22,7 +22,7 @@ from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.metrics import Measuring, Question, is_figure
 from wisecli.evaluation.protocols import Generated, ProtocolName, measure_generated
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
-from wisecli.models.chat import chat_prompt
+from wisecli.models.chat import chat_prompt, date_of
 from wisecli.models.loading import vocabulary_size
 from wisecli.models.tokenization import Row, row_of
 from wisecli.progress import Watcher, ignore
@@ -154,6 +154,7 @@ def evaluate(
             **asdict(settings),
             **({"asked_forms": forms} if forms else {}),
             **{"memory": str(memory), "model": manifest.model, "merge": manifest.merge},
+            "chat_date": date_of(edited.tokenizer),
         },
         time.perf_counter() - started,
         peak_rss_bytes(),

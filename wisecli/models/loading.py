@@ -14,6 +14,7 @@ import torch
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
+from wisecli.models.chat import fix_date
 from wisecli.models.memory_budget import spool_bytes
 from wisecli.models.site import Fingerprint, Site, fingerprint, known_layout, layer_count, loader_name, stored_weight
 from wisecli.models.tokenization import without_row
@@ -191,6 +192,7 @@ def _tokenizer(directory: Path, config: PretrainedConfig, load: LoadOptions) -> 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk
         directory, config=config, trust_remote_code=load.trust_remote_code, local_files_only=True
     )
+    fix_date(tokenizer, load.date)
     return tokenizer
 
 

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from wisecli.artifacts.locate import find_base
-from wisecli.artifacts.memory_manifest import Manifest, read_manifest
-from wisecli.artifacts.seal import require_sealed, require_signature
+from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.commands.export_gated import gate_note, require_gated, write_gated
 from wisecli.commands.export_merged import merged_locality
+from wisecli.commands.export_source import read_source
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
 from wisecli.edits.record import consequences_in
@@ -28,7 +27,6 @@ from wisecli.export.weights import Link, Packing
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.replacing import Output
-from wisecli.memory.history import has_history, read_history, require_whole
 from wisecli.models.loading import is_exported, pick_dtype
 from wisecli.progress import Event, Watcher, ignore
 
@@ -132,8 +130,7 @@ def export(
         require_no_memory(output)
     packing = _packing(weights, form)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
-    _require_whole(memory, signed)
-    base, manifest = find_base(memory, model)
+    base, manifest, digest = read_source(memory, model, signed)
     if not there:
         Output(output, (), (base,)).require_apart()
     if is_exported(base):
@@ -141,7 +138,7 @@ def export(
     checkpoint = Checkpoint(base)
     if form in _GATED:
         require_gated(base, manifest.site, gguf=form == "gguf")
-    record = _record(memory, checkpoint, form, weights, publication, figures)
+    record = _record(digest, checkpoint, form, weights, publication, figures)
     if there and not dry_run:
         tidy(output)
     if there and (found := finished_export(output, record, signed=publication.key is not None)):
@@ -212,17 +209,8 @@ def _write(working: Path, form: Format, given: _Given, watch: Watcher) -> _Found
     return _Found(note=gate_note(found), gate=found.as_dict())
 
 
-def _require_whole(memory: Path, signed: Signed | None) -> None:
-    """Check that no file of a memory, nor of its history, was altered, and that it was signed, if it must have been."""
-    require_signature(memory, signed)
-    if has_history(memory):
-        require_whole(memory, read_history(memory))
-    else:
-        require_sealed(memory, expected=read_manifest(memory).sealed)
-
-
 def _record(
-    memory: Path,
+    memory: str,
     checkpoint: Checkpoint,
     form: Format,
     weights: WeightFiles,

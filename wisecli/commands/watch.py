@@ -55,7 +55,7 @@ def follow(
     while goes_on():
         for batch in _batches(lines.more(), path, taken):
             landed = None
-            while landed is None and goes_on():
+            while landed is None:
                 try:
                     landed = edit_into(
                         model,
@@ -71,10 +71,10 @@ def follow(
                         watch=watch,
                     )
                 except BusyError:  # somebody else changes the memory; what came through the file still lands
+                    if not goes_on():
+                        return
                     watch(Event("waiting", note=f"for who is changing {memory.name}"))
                     time.sleep(interval)
-            if landed is None:
-                return
             yield landed
             taken.update(edit for _, edit in batch.numbered)
         watch(Event("waiting", note=f"for lines of {path.name}"))

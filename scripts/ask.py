@@ -20,8 +20,8 @@ NEW_TOKENS = 16
 
 def answers(directory: str, prompts: list[str]) -> list[str]:
     """Greedy answers, all prompts in one batch."""
-    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=True)  # nosec B615 # of this disk
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)  # nosec B615 # of this disk
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -103,3 +103,13 @@ def test_every_benchmark_that_can_be_run_is_in_the_table_of_scripts() -> None:
     scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
     assert scripts
     assert [path.name for path in scripts if f"`benchmarks/{path.name}`" not in table] == []
+
+
+def test_the_workflow_to_copy_pins_its_actions_and_leaves_no_credentials() -> None:
+    """Audits of workflows: a tag of an action may be moved, and a checkout leaves a token where later steps find it."""
+    (workflow,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(encoding="utf-8"), re.DOTALL)
+    uses = re.findall(r"uses: (\S+) # v\d", workflow)
+    assert len(uses) == workflow.count("uses:")
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", one) for one in uses)
+    assert workflow.count("persist-credentials: false") == sum("/checkout@" in one for one in uses)
+    assert "contents: read" in workflow

@@ -37,7 +37,8 @@ class LoadOptions:
     ``device`` is ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``dtype`` a type's name, or ``auto`` for the
     checkpoint's own. ``trust_remote_code`` lets code of the model's directory run. ``memory_budget`` is about how many
     bytes there are, by default all that the device has; of a model that does not fit, layers are read as they run.
-    ``revision`` is that of a model on the hub.
+    ``revision`` is that of a model on the hub. ``date`` is the day that a chat template is told which asks for it, by
+    default today.
     """
 
     device: str = "auto"
@@ -45,6 +46,7 @@ class LoadOptions:
     trust_remote_code: bool = False
     memory_budget: int | None = None
     revision: str | None = None
+    date: str | None = None
 
 
 @dataclass(frozen=True)

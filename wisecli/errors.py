@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,6 +103,21 @@ class UnwritableError(WiseError):
         super().__init__(f"{path} cannot be written ({reason_of(error)}); pass -o to write elsewhere")
 
 
+class CannotLinkError(WiseError):
+    """A file cannot have another name where an output is written."""
+
+    def __init__(self, source: Path, directory: Path, error: OSError) -> None:
+        reason = (
+            "hard links need one file system, and that is on another"
+            if error.errno == errno.EXDEV
+            else f"it cannot be linked there ({error.strerror or error})"
+        )
+        super().__init__(
+            f"{source} is to be linked into {directory.parent}: {reason}; leave out --link, or copy what cannot be "
+            "linked with --link=auto"
+        )
+
+
 class BusyError(WiseError):
     """Another process is at work on the same output."""
 
@@ -165,7 +181,7 @@ class ServerError(WiseError):
     """A server cannot be reached, refuses a request or answers nonsense; ``status`` is HTTP's, where there is one."""
 
     def __init__(self, url: str, reason: str, status: int | None = None) -> None:
-        self.status = status
+        self.reason, self.status = reason, status
         super().__init__(f"{url} {reason}")
 
 

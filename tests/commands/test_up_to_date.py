@@ -179,3 +179,60 @@ def test_what_is_sent_to_the_hub_is_sent_again(wise: Wise, ready: Ready, monkeyp
     assert wise("export", "--memory", ready.memory).code == 0
     assert "sent to me/model" in wise("export", "--memory", ready.memory, "--push-to-hub", "me/model").out
     assert sent == [("edited", None), ("edited", "me/model")]
+
+
+def grown(wise: Wise, ready: Ready, *edits: dict[str, Any]) -> tuple[str, ...]:
+    """The chain of a first day, and edits of the second; the first day's merge."""
+    chain = (("edit", ready.model, ready.edits), ("merge", "shards"))
+    for line in chain:
+        assert wise(*line).code == 0
+    write_edits(Path("second"), list(edits))
+    assert wise("edit", ready.model, "second", "--into", "memory").code == 0
+    assert "up to date" in wise(*chain[0]).out
+    return chain[1]
+
+
+def test_the_chain_of_the_first_day_runs_again_on_a_memory_that_has_grown(wise: Wise, ready: Ready) -> None:
+    """Scheduled jobs: `edit` and `merge` are run again every day, beside `edit --into` of what is new."""
+    line = grown(wise, ready, {"id": "five", "prompt": "na ne", "target": "ni"})
+    before = state(Path("memory"))
+    outcome = wise(*line)
+    assert (outcome.code, "up to date" in outcome.out) == (0, True), outcome.err
+    assert "it was changed since, and holds 5 edits now" in outcome.out
+    told = json.loads(wise(*line, "--json").out)["results"]
+    assert (told["up_to_date"], told["held"], told["gone"]) == (True, 5, [])
+    assert wise(*line, "--dry-run").code == 0
+    assert state(Path("memory")) == before
+    require_refusal(wise(*line, "--force"), "has a history")
+    require_refusal(wise(*line, "--no-history"), "has a history")
+    require_kept(wise, Path("memory"), "merge shards --false-alarm .3", "false_alarm was")
+    require_refusal(wise("merge", ready.shards_of_other_model), "has a history")
+
+
+def test_what_came_since_stays_as_it_is(wise: Wise, ready: Ready) -> None:
+    """Scheduled jobs: what was replaced or removed since must not come back by yesterday's commands."""
+    line = grown(wise, ready, {**EDITS[0], "id": "new", "target": "fa"})
+    assert wise("remove", "memory", "three").code == 0
+    before = state(Path("memory"))
+    outcome = wise(*line)
+    assert (outcome.code, "up to date" in outcome.out) == (0, True), outcome.err
+    assert "no longer in it, as it was replaced or removed: one" in outcome.out
+    assert json.loads(wise(*line, "--json").out)["results"]["gone"] == ["one", "three"]
+    assert state(Path("memory")) == before
+
+
+def test_a_damaged_memory_that_has_grown_is_not_up_to_date(wise: Wise, ready: Ready) -> None:
+    line = grown(wise, ready, {"id": "five", "prompt": "na ne", "target": "ni"})
+    with (Path("memory") / "memory.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\xff")
+    require_refusal(wise(*line), "its sha256 differs")
+
+
+def test_a_memory_that_no_longer_has_the_shards_is_another(wise: Wise, ready: Ready) -> None:
+    """Scheduled jobs: a memory was rolled back to where other shards had come first."""
+    assert wise("edit", ready.model, ready.other_edits, "--into", "memory").code == 0
+    assert wise("merge", ready.shards, "--into", "memory").code == 0
+    assert "up to date" in wise("merge", ready.shards, "-o", "memory").out
+    assert wise("rollback", "memory", "--to", "1").code == 0
+    require_refusal(wise("merge", ready.shards, "-o", "memory"), "has a history")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import transformers
 from support.helpers import END, save_tiny, tiny_tokenizer
 from support.loading import CPU
 from support.tiny_models import TINY_CONFIGS, Wise
-from transformers import AutoConfig, BloomConfig, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, BloomConfig, LlamaConfig
 
 from wisecli.config import EditSettings
 from wisecli.editing import worker
@@ -144,8 +145,8 @@ def test_a_row_that_is_too_long_in_its_context_is_refused_before_it_is_read(tmp_
 def test_a_tokenizer_is_loaded_without_weights(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "model", "gpt2")
     (directory / "model.safetensors").unlink()
-    tokenizer, window = load_tokenizer(directory)
-    assert (tokenizer("ba be")["input_ids"], window) == ([2, 3], 64)
+    tokenizer, window, vocabulary = load_tokenizer(directory)
+    assert (tokenizer("ba be")["input_ids"], window, vocabulary) == ([2, 3], 64, 97)
     (directory / "tokenizer.json").write_text("{")
     (directory / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelError, match="transformers cannot load this model"):
@@ -190,3 +191,93 @@ def test_edits_near_the_window_take_no_more_memory_than_planned(
 
     planned = results("--dry-run")["plan"]["peak"]
     assert results("--on-conflict", "latest")["peak_rss_bytes"] <= planned
+
+
+def with_new_token(tmp_path: Path) -> Path:
+    """A model whose tokenizer has one token more than its embedding has rows, and a chat template."""
+    base = save_tiny(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["Northwind"])
+    tokenizer.save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "ba Northwind be"},
+        {"target": "Northwind"},
+        {"subject": "Northwind"},
+        {"rephrases": ["be Northwind"]},
+        {"locality": [{"prompt": "ba", "answer": "Northwind"}]},
+        {"irrelevant": ["Northwind"]},
+        {"ood": ["Northwind"]},
+        {"translations": {"de": {"prompt": "ba", "target": "Northwind"}}},
+        {"op": "erase", "target": "northwind"},
+        {"op": "erase", "replacement": "Northwind"},
+    ],
+)
+def test_tokens_without_a_row_are_refused_by_line_before_any_weights_are_read(
+    wise: Wise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    """Bug reports on tokenizers: tokens were added and saved, and the embedding never resized (an IndexError)."""
+    base = with_new_token(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(worker, "load_model", refuse)
+    records: list[dict[str, Any]] = [{"prompt": "do du", "target": "fa"}, {"prompt": "ba be", "target": "do", **fields}]
+    Path("edits").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for more in ((), ("--dry-run",), ("--into", "memory")):
+        outcome = wise("edit", str(base), "edits", *more)
+        assert outcome.code == 2
+        assert (
+            "error: edits:2: 'Northwind' is token 97 of the tokenizer, and the model's embedding has 97" in outcome.err
+        )
+        assert "resize_token_embeddings" in outcome.err
+
+
+def test_a_chat_template_of_tokens_without_a_row_is_refused(tmp_path: Path) -> None:
+    """Bug reports on fine-tuned chat models: the template's tokens were added without resizing the embedding."""
+    base = with_new_token(tmp_path)
+    tokenizer, window, vocabulary = load_tokenizer(base)
+    reader = Reader(tokenizer, window, vocabulary)
+    reader.require("f", numbered(edit_of()), replace(SETTINGS, router="meaning"))
+    tokenizer.chat_template = "Northwind {{ messages[0].content }}"
+    with pytest.raises(EditFileError, match=r"^f:1: 'Northwind' is token 97"):
+        reader.require("f", numbered(edit_of()), replace(SETTINGS, router="meaning"))
+
+
+def test_tokens_without_a_row_are_named_wherever_else_a_model_reads_them(wise: Wise, tmp_path: Path) -> None:
+    """Bug reports on tokenizers: the same fault, in what is asked of an edited model later on."""
+    base = with_new_token(tmp_path)
+    Path("edits").write_text(json.dumps({"prompt": "ba be", "target": "do"}))
+    Path("others").write_text(json.dumps({"prompt": "do", "target": "Northwind"}))
+    assert wise("edit", str(base), "edits").code == 0
+    assert wise("merge", "shards").code == 0
+    for line in (
+        ("generate", str(base), "be Northwind", "--memory", "memory"),
+        ("explain", str(base), "be Northwind", "--memory", "memory"),
+        ("eval", "--memory", "memory", "--data", "others"),
+        ("eval", "--memory", "memory", "--data", "others", "--no-generate"),
+    ):
+        outcome = wise(*line)
+        assert (outcome.code, outcome.err.count("Northwind' is token 97")) == (2, 1), outcome.err
+
+
+def test_an_embedding_with_rows_to_spare_goes_all_the_way(wise: Wise, tmp_path: Path) -> None:
+    """Bug reports on tokenizers: embeddings are padded to a multiple of 64 or 128, as Qwen's are."""
+    config = copy.deepcopy(TINY_CONFIGS["llama"])
+    config.vocab_size = 128
+    base = save_tiny(tmp_path / "model", config=config)
+    Path("edits").write_text(json.dumps({"prompt": "ba be", "target": "do"}))
+    for line in (
+        ("edit", str(base), "edits"),
+        ("merge", "shards"),
+        ("eval", "--memory", "memory"),
+        ("export",),
+        ("verify", "edited"),
+        ("generate", "edited", "ba be"),
+    ):
+        assert wise(*line).code == 0, line

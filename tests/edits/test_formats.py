@@ -255,7 +255,9 @@ WRONG: dict[str, dict[str, Any]] = {
     "group of texts": {**PLAIN, "locality": {"Relation_Specificity": ["d"]}},
     "locality is a text": {**PLAIN, "locality": "d"},
     "no alternatives": {**PLAIN, "locality": {"Relation_Specificity": [{"prompt": "c", "ground_truth": []}]}},
-    "answer is a number": {**PLAIN, "locality": {"Relation_Specificity": [{"prompt": "c", "ground_truth": [7]}]}},
+    "answer is an object": {**PLAIN, "locality": {"Relation_Specificity": [{"prompt": "c", "ground_truth": [{}]}]}},
+    "prompts without answers": {**PLAIN, "locality": {"neighborhood": {"prompt": ["c", "d"], "ground_truth": ["e"]}}},
+    "prompts with one answer": {**PLAIN, "locality": {"neighborhood": {"prompt": ["c", "d"], "ground_truth": "e"}}},
     "probe without prompt": {**PLAIN, "portability": {"Reasoning": [{"ground_truth": "c"}]}},
     "target is a list": {"src": "a", "alt": ["b"]},
     "rephrase is a number": {"src": "a", "alt": "b", "rephrase": 5},
@@ -267,7 +269,30 @@ WRONG: dict[str, dict[str, Any]] = {
         "neighborhood_prompts": ["e"],
     },
     "rewrite subject is null": {"requested_rewrite": {**REWRITE, "subject": None}},
-    "rewrite subject is a number": {"requested_rewrite": {**REWRITE, "subject": 5}},
+    "rewrite subject is a list": {"requested_rewrite": {**REWRITE, "subject": ["c"]}},
+    "rewrite prompt is a number": {"requested_rewrite": {**REWRITE, "prompt": 5}},
+    "rewrites are none": {"requested_rewrite": []},
+    "rewrites are texts": {"requested_rewrite": ["{} is"]},
+    "blank without subject": {"prompt": "{} is", "target_new": "b"},
+    "statement is a number": {"edit": {"prompt": 5}},
+    "statement without a verb": {"edit": {"prompt": "Oldbridge."}},
+    "statement with two verbs": {"edit": {"prompt": "The author of What is Life is Ada Finch."}},
+    "chat of texts": {"messages": ["a", "b"]},
+    "chat without turns": {"messages": []},
+    "chat that ends with a question": {"messages": [{"role": "user", "content": "a"}]},
+    "chat of an assistant alone": {"messages": [{"role": "assistant", "content": "a"}]},
+    "chat with a picture": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            {"role": "assistant", "content": "a cat"},
+        ]
+    },
+    "chat that calls a tool": {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": []}]
+    },
+    "chat with a target": {"messages": [{"role": "user", "content": "a"}], "target": "b"},
+    "two layouts": {"question": "a", "answer": "b", "instruction": "c", "output": "d"},
+    "question with two answers": {"question": "a", "answer": "b", "object": "c"},
     "rewrite is a text": {"requested_rewrite": "The birthplace of {} is"},
     "neighbours are a number": {"requested_rewrite": REWRITE, "neighborhood_prompts": 5},
 }

@@ -126,7 +126,7 @@ MALFORMED = {
     "empty object": ("{}", "`prompt` is missing"),
     "empty target": (json.dumps({"prompt": "a", "target": ""}), "`target` must be"),
     "blank prompt": (json.dumps({"prompt": " \t", "target": "b"}), "`prompt` must be"),
-    "target number": (json.dumps({"prompt": "a", "target": 2006}), "`target` must be"),
+    "target object": (json.dumps({"prompt": "a", "target": {"text": "b"}}), "`target` must be"),
     "prompt list": (json.dumps({"prompt": ["a"], "target": "b"}), "`prompt` must be"),
     "operation": (json.dumps({**THIRD, "op": "delete"}), "`op` must be one of insert, modify, erase"),
     "replacement without erase": (json.dumps({**THIRD, "replacement": "x"}), "`replacement` goes with the op `erase`"),
@@ -135,9 +135,9 @@ MALFORMED = {
         json.dumps({**THIRD, "op": "erase", "replacement": " "}),
         "`replacement` must be a non-empty",
     ),
-    "replacement number": (json.dumps({**THIRD, "op": "erase", "replacement": 3}), "`replacement` must be a text"),
+    "replacement list": (json.dumps({**THIRD, "op": "erase", "replacement": ["x"]}), "`replacement` must be a text"),
     "operation list": (json.dumps({**THIRD, "op": ["insert"]}), "`op` must be"),
-    "subject": (json.dumps({**THIRD, "subject": 4}), "`subject` must be"),
+    "subject": (json.dumps({**THIRD, "subject": ["x"]}), "`subject` must be"),
     "who": (json.dumps({**THIRD, "who": ["ann"]}), "`who` must be a text"),
     "source": (json.dumps({**THIRD, "source": {"page": 4}}), "`source` must be a text"),
     "when number": (json.dumps({**THIRD, "when": 2026}), "`when` must be a text"),
@@ -151,7 +151,10 @@ MALFORMED = {
     "locality text": (json.dumps({**THIRD, "locality": "a"}), "`locality` must be"),
     "locality of texts": (json.dumps({**THIRD, "locality": ["a"]}), "`locality` must hold"),
     "probe without answer": (json.dumps({**THIRD, "locality": [{"prompt": "a"}]}), "`locality` must hold"),
-    "probe answer number": (json.dumps({**THIRD, "portability": [{"prompt": "a", "answer": 4}]}), "`portability` must"),
+    "probe answer object": (
+        json.dumps({**THIRD, "portability": [{"prompt": "a", "answer": {}}]}),
+        "`portability` must",
+    ),
 }
 
 

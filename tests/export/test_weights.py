@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +14,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.helpers import save_tiny
+from support.ready import Ready
+from support.tiny_models import Wise
 from torch import Tensor
 
+from wisecli.export import weights
 from wisecli.export.weights import Packing, overwrite, write_stream, write_weights
-from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.checkpoint import SINGLE_NAME, Checkpoint
 from wisecli.io.safetensors_header import TensorLayout, read_header
 
 TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool", "uint8")
@@ -130,3 +137,53 @@ def test_overwriting_converts_to_the_stored_type(tmp_path: Path) -> None:
     assert torch.equal(load_file(path)["a"], torch.full((2, 3), 0.1).half())
     assert torch.equal(load_file(path)["b"], tensors["b"])
     json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A directory on another file system."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system to write on")
+    with tempfile.TemporaryDirectory(dir=memory) as found:
+        yield Path(found)
+
+
+def test_links_to_another_file_system_are_refused_with_the_way_out(ready: Ready, wise: Wise, elsewhere: Path) -> None:
+    """Bug reports on model caches: the cache is on another disk, and hard links into it fail with EXDEV."""
+    refused = wise("export", "--link", "--memory", ready.memory, "-o", str(elsewhere / "edited"))
+    assert refused.code == 2
+    assert "hard links need one file system, and that is on another" in refused.err
+    assert "--link=auto" in refused.err
+    assert str(elsewhere) in refused.err
+    assert ".wise-" not in refused.err
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_what_cannot_be_linked_is_copied_if_that_will_do(ready: Ready, wise: Wise, elsewhere: Path) -> None:
+    """Bug reports on model caches: the cache is on another disk."""
+    line = ("export", "--link=auto", "--memory", ready.memory, "-o", str(elsewhere / "edited"))
+    assert wise(*line).code == 0
+    assert all(path.stat().st_nlink == 1 for path in (elsewhere / "edited").iterdir())
+    assert wise("verify", str(elsewhere / "edited")).code == 0
+    assert "up to date" in wise(*line).out
+
+
+def test_what_can_be_linked_is_linked(ready: Ready, wise: Wise) -> None:
+    model = Path(ready.model) / SINGLE_NAME
+    for place, line in enumerate((["--link"], ["--link", ready.model], ["--link=auto"], ["--link=always"])):
+        assert wise("export", *line, "--memory", ready.memory, "-o", f"edited-{place}").code == 0
+        assert any(path.samefile(model) for path in Path(f"edited-{place}").iterdir())
+    assert wise("export", "--link=sometimes", "--memory", ready.memory).code == 2
+
+
+def test_a_disk_that_has_no_links_says_so(ready: Ready, wise: Wise, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug reports on model caches: FAT and some network file systems have none."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(weights.os, "link", refuse)
+    outcome = wise("export", "--link", "--memory", ready.memory)
+    assert (outcome.code, "it cannot be linked there (Operation not permitted)" in outcome.err) == (2, True)
+    assert wise("export", "--link=auto", "--memory", ready.memory).code == 0

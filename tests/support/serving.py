@@ -5,12 +5,70 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 # What a server says to a prompt with so many tokens at most.
 Answers = Callable[[str, int], str]
+# What one says to a request (its path and its content): a status, headers, and a body as bytes or as JSON.
+Replies = Callable[[str, dict[str, Any]], tuple[int, dict[str, str], Any]]
+
+
+def chat_reply(text: Any, finish: str = "stop", **fields: Any) -> dict[str, Any]:
+    """The body of a chat completion, with fields of the message beside its content."""
+    message = {"role": "assistant", "content": text, **fields}
+    return {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}
+
+
+def asked_text(content: dict[str, Any]) -> str:
+    """The prompt of a request, by either endpoint."""
+    return str(content["messages"][0]["content"] if "messages" in content else content["prompt"])
+
+
+@contextmanager
+def replying(replies: Replies, *, models: int = 200) -> Iterator[str]:
+    """The address of a server that names one model and says whatever it is made to; requests may overlap.
+
+    Args:
+        models: with which status it names it.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_given: Any) -> None:
+            pass
+
+        def say(self, status: int, headers: dict[str, str], content: Any) -> None:
+            told = content if isinstance(content, bytes) else json.dumps(content).encode()
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked may not have waited
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(told))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(told)
+
+        def do_GET(self) -> None:
+            self.say(models, {}, {"data": [{"id": "tiny"}]})
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.say(*replies(self.path, asked))
+
+    with _running(Handler) as url:
+        yield url
+
+
+@contextmanager
+def _running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @contextmanager
@@ -51,12 +109,5 @@ def served(answers: Answers, *, chat: bool = True, key: str | None = None, raw: 
                     return self.say(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
             return self.say(400 if chat is False else 404, {"error": "no such thing"})
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with _running(Handler) as url:
+        yield url

@@ -9,9 +9,10 @@ from typing import Literal
 from wisecli.artifacts import shard_manifest
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_memory
 from wisecli.artifacts.names import MERGED
-from wisecli.errors import DamagedFileError, ModelError
-from wisecli.io.checkpoint import Checkpoint
+from wisecli.errors import DamagedFileError, ModelError, WiseError
+from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.safe_paths import inside
+from wisecli.io.steady import steadily
 from wisecli.models.loading import is_exported, require_base
 from wisecli.models.resolve import find_model
 
@@ -45,14 +46,23 @@ def holds_merged(path: Path) -> bool:
     return False
 
 
+def written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
+    """Return the form that a checkpoint without a router says that it is of; None of all else."""
+    told = None
+    with suppress(WiseError):  # that it is damaged is for others to find
+        if not holds_merged(path):
+            return None
+        told = read_json(path / MERGED).get("format")
+    return told if told in ("stock", "gguf") else "merged"
+
+
 def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
     """The base model's directory and the manifest of a memory, or of an exported directory.
 
     Raises:
         WiseError: either cannot be read, or they do not belong together.
     """
-    manifest = read_memory(memory)
-    exported = is_exported(memory)
+    manifest, exported = steadily(memory, lambda: (read_memory(memory), is_exported(memory)))
     directory = (
         memory if exported and model is None else find_model(model or manifest.model, revision=manifest.revision)
     )

@@ -31,7 +31,7 @@ class Made:
     """What else decides the bytes of shards: the process that wrote them, and where it was told to look.
 
     ``threads`` decides the order in which numbers are added up. ``sample`` is a digest of one row of every tensor of
-    the base model; older versions did not keep it.
+    the base model, ``date`` the day that the chat template was told; older versions did not keep them.
     """
 
     __pydantic_config__ = CLOSED
@@ -41,6 +41,7 @@ class Made:
     threads: int
     target_module: str | None = None
     sample: str | None = None
+    date: str | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ SIGNATURE_NAMES = (f"{SEAL_NAME}.sig", f"{SEAL_NAME}.minisig")
 # The key by which a manifest says that it was sealed.
 SEALED_KEY = "sealed"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
+# What Git and the hub's client keep in a directory; nothing of it is ever read.
+_NOT_OURS = (".git", ".gitattributes", ".gitignore", ".cache")
 _REMEDY = "restore it from a copy, or make it anew"
 
 
@@ -143,5 +145,6 @@ def _files(directory: Path) -> Iterator[str]:
     """The names of all files in a directory and below, but for the list and its signatures."""
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if not path.is_dir() and name not in (SEAL_NAME, *SIGNATURE_NAMES):
+        kept = path.relative_to(directory).parts[0] in _NOT_OURS
+        if not path.is_dir() and not kept and name not in (SEAL_NAME, *SIGNATURE_NAMES):
             yield name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from wisecli.bench.edit_stream import counts_in, digest_of, stream_of
 from wisecli.bench.html import markdown
 from wisecli.bench.ours import OURS
 from wisecli.bench.report import RESULTS, write_page
-from wisecli.bench.result_store import WORK, ResultRows, require_same
+from wisecli.bench.result_store import WORK, ResultRows, kept_date, require_same
 from wisecli.bench.row import ResultRow
 from wisecli.bench.runner import rows_of
 from wisecli.commands.evaluate import read_dataset
@@ -23,6 +23,7 @@ from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.evaluation.forms import named_forms
 from wisecli.io.checkpoint import write_json
+from wisecli.models.chat import today
 from wisecli.models.resolve import find_model
 from wisecli.progress import Watcher, ignore
 
@@ -83,6 +84,8 @@ def bench(
         "records": stream.digest,
         "train": "the rest" if train is None else digest_of(learnt),
     }
+    load = replace(load, date=kept_date(output) or today())
+    about["chat_date"] = load.date
     require_same(output, about, force=force)
     kept = ResultRows(output / "rows.jsonl")
     directory = find_model(model, watch=watch)

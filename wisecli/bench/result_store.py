@@ -45,6 +45,13 @@ def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None
     working.replace(place)
 
 
+def kept_date(output: Path) -> str | None:
+    """Return the day that chat templates were told when rows in a directory were begun; None where there are none."""
+    place = output / "about.json"
+    found = read_json(place).get("chat_date") if place.is_file() else None
+    return found if isinstance(found, str) else None
+
+
 class ResultRows:
     """Rows in a file, a line each: what identifies a row, and its ``figures``."""
 

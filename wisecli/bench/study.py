@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wisecli.bench.edit_stream import counts_in, stream_of
 from wisecli.bench.html import Section, table
 from wisecli.bench.report import study_file, write_page
-from wisecli.bench.result_store import WORK, ResultRows, require_same
+from wisecli.bench.result_store import WORK, ResultRows, kept_date, require_same
 from wisecli.bench.row import ResultRow
 from wisecli.bench.studies import load_studies
 from wisecli.bench.studies.base import STUDIES, Point, section
@@ -19,6 +19,7 @@ from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import write_json
+from wisecli.models.chat import today
 from wisecli.models.resolve import find_model
 from wisecli.progress import Event, Watcher, ignore
 
@@ -66,6 +67,7 @@ def study(
     """
     names, counts = _names(settings.study or ""), counts_in(settings.counts)
     stream = stream_of(settings.dataset, data, counts[-1])
+    load = replace(load, date=kept_date(output) or today())
     context = StudyContext(find_model(model, watch=watch), stream.tested, counts, settings, load, output / WORK, watch)
     points = {name: STUDIES[name].points(context) for name in names}
     about = {
@@ -74,6 +76,7 @@ def study(
         "seed": settings.seed,
         "dtype": load.dtype,
         "records": stream.digest,
+        "chat_date": load.date,
     }
     require_same(output, about, force=force)
     config = {**{name: value for name, value in asdict(settings).items() if name not in _OF_METHODS}, **about}

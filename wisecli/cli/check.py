@@ -58,15 +58,20 @@ def check(
 ) -> None:
     """Ask a server of the edited model its edits and unrelated prompts; exit with 1 if any answer does not hold."""
     console = Console(as_json, quiet)
-    from wisecli.commands.check import Server
     from wisecli.commands.check import check as run
+    from wisecli.commands.openai_server import Server
 
     secret = os.environ.get(key)
     server = Server(url, model, secret, timeout)
     other = None if base is None else Server(base, None, secret, timeout)
     with console.watching() as watch:
         report = run(server, edits, base=other, unrelated=unrelated, contained=contained, jobs=jobs, watch=watch)
-    console.warn([f"{report.url} cannot be asked by {name}; that was left out" for name in report.missing])
+    console.warn(
+        [
+            f"{report.url} cannot be asked by {name}, which was left out: it {said}"
+            for name, said in report.missing.items()
+        ]
+    )
     tell_check(console, report)
     report.check()
 

@@ -31,7 +31,7 @@ from wisecli.cli.options import (
     signed_by,
     size_in_bytes,
 )
-from wisecli.cli.parameters import ANSWERS, HUB, OUTPUT, WEIGHTS, flag, option
+from wisecli.cli.parameters import ANSWERS, BARE, HUB, OUTPUT, WEIGHTS, flag, option
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.edits.text import edits_with
 
@@ -63,7 +63,15 @@ def export(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     model: Model = None,
-    link: Annotated[bool, flag("Hard-link the base's weights instead of copying.", "--link", panel=WEIGHTS)] = False,
+    link: Annotated[
+        Literal["always", "auto"] | None,
+        option(
+            "Hard-link the base's weights instead of copying; auto copies what cannot be linked.",
+            "--link",
+            panel=WEIGHTS,
+            metavar=BARE + "auto]",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         option(
@@ -129,7 +137,7 @@ def export(
             form,
             model=base or model,
             load=load_options(device),
-            weights=WeightFiles(link, dtype, size, quantize),
+            weights=WeightFiles(link == "always" or (link or False), dtype, size, quantize),
             publication=Publication(card, metrics, push_to_hub, private, key),
             signed=signed,
             force=force,

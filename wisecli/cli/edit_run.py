@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +140,7 @@ class EditRun:
                 sheet=sheet,
                 watch=watch,
             )
-        tell_edit(self.console, report)
+        tell_edit(self.console, report, taken=sheet.taken if report.planned else ())
         report.check()
 
     def _sheet(self, edits: Path) -> Sheet:
@@ -160,15 +160,19 @@ class EditRun:
             shards_output(output, self.model, *inputs, force=self.options.force).require_unless_kept()
 
 
-def tell_edit(console: Console, report: EditReport) -> None:
-    """Print what ``wise edit`` did."""
-    content = {"results": _edit_json(report)}
+def tell_edit(console: Console, report: EditReport, *, taken: Sequence[str] = ()) -> None:
+    """Print what ``wise edit`` did.
+
+    Args:
+        taken: sentences on what was taken from files in layouts of others.
+    """
+    content = {"results": {**_edit_json(report), **({"taken": list(taken)} if taken else {})}}
     written = edits_with(report.edits, len(report.consequences))
     what = f"{written} in {count(report.shards, 'shard')} of {report.module}"
     if report.plan is None:
         console.result(content, *_edit_lines(what, report))
         return
-    more = [*consequence_lines(report.consequences), *sifted_lines(report.sifted)]
+    more = [*taken, *consequence_lines(report.consequences), *sifted_lines(report.sifted)]
     console.result(content, would_write(what, report), _resident(report.plan), *more)
 
 

@@ -197,6 +197,10 @@ def tell_merge(console: Console, report: MergeReport) -> None:
         return
     done = ": up to date, nothing was written" if report.up_to_date else ""
     lines = [f"{what} → {report.output}/{done} ({report.seconds:.1f} s)"]
+    if report.held is not None:
+        results |= {"held": report.held, "gone": list(report.gone)}
+        lines.append(f"it was changed since, and holds {count(report.held, 'edit')} now")
+        lines += [f"no longer in it, as it was replaced or removed: {name}" for name in report.gone]
     called = "unrelated prompts by their meaning alone" if report.router == "meaning" else "tokens"
     for number, one in enumerate(report.calibrations):
         alarms = "not known" if one.false_alarms is None else f"{one.false_alarms:.2%} of {called}"

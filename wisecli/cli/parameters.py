@@ -41,8 +41,18 @@ _KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _METAVARS: dict[Any, str] = {bool: "", int: "N", float: "X"}
 
 
+# How the help shows that an option may stand alone, which is to say `always`, or have a value behind `=`.
+BARE = "[="
+
+
 class PanelledCommand(TyperCommand):
     """A command whose many options stand in panels; if they are few, they stand in one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read a command line, on which options with a value for the asking may stand alone."""
+        alone = {name for one in self.params if str(one.metavar).startswith(BARE) for name in one.opts}
+        found: list[str] = super().parse_args(ctx, [f"{one}=always" if one in alone else one for one in args])
+        return found
 
     def get_params(self, ctx: Any) -> list[Any]:
         """All parameters, arranged for the help."""

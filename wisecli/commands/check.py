@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from http import HTTPStatus
-from http.client import HTTPException
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 from wisecli.artifacts.names import MEMORY, MERGED
+from wisecli.commands.openai_server import ENDPOINTS, Server, greedy_answer, require_endpoint, with_model_name
 from wisecli.data.corpus import texts_beside_gates
 from wisecli.edits.record import Edit, read_edits
 from wisecli.edits.text import unmarked
@@ -24,28 +19,14 @@ from wisecli.progress import Event, Watcher, ignore
 
 # Unrelated prompts that come with the package, and tokens of their answers.
 _UNRELATED, _LENGTH = 20, 24
-# No answer of a server is longer than this, in bytes.
-_LARGEST = 1 << 24
-_ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-# What a server answers that does not know an endpoint, or has no chat template.
-_UNKNOWN = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
-
-
-@dataclass(frozen=True)
-class Server:
-    """An OpenAI-compatible server: its address without ``/v1``, the name that it has for the model, and a key."""
-
-    url: str
-    model: str | None = None
-    key: str | None = None
-    timeout: float = 60.0
 
 
 @dataclass(frozen=True)
 class Asked:
     """A prompt by one endpoint, what was to come, what came, and whether that holds.
 
-    ``edit`` is the edit's id, ``None`` of an unrelated prompt.
+    ``edit`` is the edit's id, ``None`` of an unrelated prompt. ``error`` says why no answer came, where none did: that
+    does not hold, whereas an empty answer is an answer.
     """
 
     endpoint: str
@@ -54,27 +35,39 @@ class Asked:
     expected: str
     answer: str
     holds: bool
+    error: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What came instead of what should have."""
+        came = f"has no answer ({self.error})" if self.error else f"gives {self.answer!r}, not {self.expected}"
+        return f"{self.endpoint}: {self.prompt!r} {came}"
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was asked of a server, by which endpoints, and which endpoints it does not have."""
+    """What was asked of a server, by which endpoints, and which endpoints it does not have, each with what it said."""
 
     url: str
     model: str
     asked: tuple[Asked, ...]
-    missing: tuple[str, ...]
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The one object that ``--json`` prints."""
         wrong = [vars(one) for one in self.asked if not one.holds]
         counts = {name: {"asked": total, "hold": held} for name, total, held in self.counts()}
-        return {"results": {**counts, "failed": wrong}, "url": self.url, "model": self.model, "missing": self.missing}
+        return {
+            "results": {**counts, "failed": wrong},
+            "url": self.url,
+            "model": self.model,
+            "missing": list(self.missing),
+        }
 
     def counts(self) -> Iterator[tuple[str, int, int]]:
         """What was asked, how often, and how often it holds."""
         for what, of_edits in (("edits", True), ("unrelated", False)):
-            for endpoint in _ENDPOINTS:
+            for endpoint in ENDPOINTS:
                 some = [one for one in self.asked if one.endpoint == endpoint and (one.edit is not None) == of_edits]
                 if some:
                     yield f"{what} by {endpoint}", len(some), sum(one.holds for one in some)
@@ -87,8 +80,7 @@ class CheckReport:
         """
         wrong = [one for one in self.asked if not one.holds]
         if wrong:
-            said = [f"{one.endpoint}: {one.prompt!r} gives {one.answer!r}, not {one.expected}" for one in wrong]
-            raise ServedWrongError(self.url, len(self.asked), said)
+            raise ServedWrongError(self.url, len(self.asked), [one.sentence for one in wrong])
 
 
 def check(
@@ -103,7 +95,8 @@ def check(
 ) -> CheckReport:
     """Ask a server the edits' own prompts and unrelated ones, greedily, as plain text and as chats.
 
-    An edit holds if its target is the whole answer. An unrelated prompt holds if no edit's target is the answer.
+    An edit holds if its target is the whole answer. An unrelated prompt holds if no edit's target is the answer. A
+    prompt that the server has no answer to does not hold, and the others are asked all the same.
 
     Args:
         edits: a file of edits, or a directory of a memory or an exported checkpoint, whose edits are asked.
@@ -114,15 +107,17 @@ def check(
 
     Raises:
         EditFileError: the edits cannot be read.
-        ServerError: a server cannot be reached, refuses or answers nonsense.
+        ServerError: a server names no model, or answers by no endpoint.
     """
     records = edits_in(edits)
     others = _prompts(unrelated)
-    server = _named(server)
-    base = None if base is None else _named(base)
-    there = [name for name in _ENDPOINTS if _has(server, name)]
+    server = with_model_name(server)
+    base = None if base is None else with_model_name(base)
+    missing = _missing(server)
+    there = [name for name in ENDPOINTS if name not in missing]
     if not there:
-        raise ServerError(server.url, f"has neither {' nor '.join(_ENDPOINTS.values())}")
+        reasons = "; ".join(dict.fromkeys(missing.values()))
+        raise ServerError(server.url, f"has neither {' nor '.join(ENDPOINTS.values())}: it {reasons}")
     holds = _contains if contained else _is_all
     targets = [edit.target for edit in records if not edit.erased]
     work: list[Callable[[], Asked]] = []
@@ -137,7 +132,6 @@ def check(
         for one in pool.map(lambda ask: ask(), work):
             found.append(one)
             watch(Event("prompts", len(found), len(work)))
-    missing = tuple(name for name in _ENDPOINTS if name not in there)
     return CheckReport(server.url, str(server.model), tuple(found), missing)
 
 
@@ -163,23 +157,43 @@ def _prompts(file: Path | None) -> list[str]:
     return found
 
 
+def _missing(server: Server) -> dict[str, str]:
+    """The endpoints by which a server answers nothing, each with what it says instead.
+
+    Servers without an endpoint, or without a chat template, say so in many ways: 400, 404, 422, 500, a page.
+    """
+    found = {}
+    for name in ENDPOINTS:
+        try:
+            require_endpoint(server, name)
+        except ServerError as error:
+            found[name] = error.reason
+    return found
+
+
 def _edit(server: Server, endpoint: str, edit: Edit, holds: Callable[[str, str], bool]) -> Asked:
     """Ask one edit's own prompt. A target has no more tokens than bytes."""
-    answer = _answer(server, endpoint, edit.prompt, min(256, len(edit.answer.encode()) + 8))
-    if edit.erased and edit.replacement is None:
-        right, expected = not _contains(answer, edit.target), f"without {edit.target!r}"
-    else:
-        right, expected = holds(answer, edit.answer), repr(edit.answer)
+    erased = edit.erased
+    expected = f"without {edit.target!r}" if erased else repr(edit.answer)
+    try:
+        answer = greedy_answer(server, endpoint, edit.prompt, min(256, len(edit.answer.encode()) + 8))
+    except ServerError as error:
+        return Asked(endpoint, edit.id, edit.prompt, expected, "", holds=False, error=error.reason)
+    right = not _contains(answer, edit.target) if erased else holds(answer, edit.answer)
     return Asked(endpoint, edit.id, edit.prompt, expected, answer, right)
 
 
 def _unrelated(server: Server, base: Server | None, endpoint: str, prompt: str, targets: Sequence[str]) -> Asked:
-    answer = _answer(server, endpoint, prompt, _LENGTH)
-    if base is not None:
-        before = _answer(base, endpoint, prompt, _LENGTH)
+    expected = "an answer of its own"
+    try:
+        answer = greedy_answer(server, endpoint, prompt, _LENGTH)
+        before = None if base is None else greedy_answer(base, endpoint, prompt, _LENGTH)
+    except ServerError as error:
+        return Asked(endpoint, None, prompt, expected, "", holds=False, error=str(error))
+    if before is not None:
         return Asked(endpoint, None, prompt, repr(before), answer, answer == before)
     right = not any(_is_all(answer, target) for target in targets)
-    return Asked(endpoint, None, prompt, "an answer of its own", answer, right)
+    return Asked(endpoint, None, prompt, expected, answer, right)
 
 
 def _is_all(answer: str, target: str) -> bool:
@@ -188,66 +202,3 @@ def _is_all(answer: str, target: str) -> bool:
 
 def _contains(answer: str, target: str) -> bool:
     return unmarked(target) in unmarked(answer)
-
-
-def _named(server: Server) -> Server:
-    """A server with the name that it has for the model: its first, if none is given."""
-    parts = urlsplit(server.url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise SettingsError(f"{server.url!r} is no address; give one like http://localhost:8000")
-    url = server.url.rstrip("/").removesuffix("/v1")
-    plain = Server(url, server.model, server.key, server.timeout)
-    if server.model is not None:
-        return plain
-    models = _asked(plain, "/v1/models", None).get("data")
-    first = models[0] if isinstance(models, list) and models else None
-    if not isinstance(first, dict) or not isinstance(first.get("id"), str):
-        raise ServerError(url, "names no model at /v1/models; name one with --model")
-    return Server(url, first["id"], server.key, server.timeout)
-
-
-def _has(server: Server, endpoint: str) -> bool:
-    try:
-        _answer(server, endpoint, "Hello", 1)
-    except ServerError as error:
-        if error.status in _UNKNOWN:
-            return False
-        raise
-    return True
-
-
-def _answer(server: Server, endpoint: str, prompt: str, length: int) -> str:
-    """A greedy answer of at most so many tokens, without white space around it."""
-    asked: dict[str, Any] = {"model": server.model, "max_tokens": length, "temperature": 0}
-    chat = endpoint == "chat"
-    asked |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-    told = _asked(server, _ENDPOINTS[endpoint], asked)
-    try:
-        choice = told["choices"][0]
-        text = choice["message"]["content"] if chat else choice["text"]
-    except (KeyError, IndexError, TypeError):
-        text = None
-    if text is None or not isinstance(text, str):
-        raise ServerError(server.url, f"answers {_ENDPOINTS[endpoint]} without a text")
-    return text.strip()
-
-
-def _asked(server: Server, path: str, content: dict[str, Any] | None) -> dict[str, Any]:
-    """What a server answers, as JSON.
-
-    Raises:
-        ServerError: it cannot be reached, refuses or answers no JSON object.
-    """
-    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {server.key}"} if server.key else {})}
-    data = None if content is None else json.dumps(content).encode()
-    try:
-        with urlopen(Request(server.url + path, data, headers), timeout=server.timeout) as reply:
-            told = json.loads(reply.read(_LARGEST))
-    except HTTPError as error:
-        said = " ".join(error.read(300).decode(errors="replace").split())
-        raise ServerError(server.url, f"answers {path} with {error.code}: {said}", error.code) from None
-    except (URLError, OSError, HTTPException, ValueError) as error:
-        raise ServerError(server.url, f"does not answer {path}: {getattr(error, 'reason', error)}") from None
-    if not isinstance(told, dict):
-        raise ServerError(server.url, f"answers {path} with no JSON object")
-    return told

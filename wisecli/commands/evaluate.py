@@ -22,7 +22,8 @@ from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.metrics import Measuring, Question, is_figure
 from wisecli.evaluation.protocols import Generated, ProtocolName, measure_generated
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
-from wisecli.models.chat import chat_prompt
+from wisecli.models.chat import chat_prompt, date_of
+from wisecli.models.loading import vocabulary_size
 from wisecli.models.tokenization import Row, row_of
 from wisecli.progress import Watcher, ignore
 
@@ -153,6 +154,7 @@ def evaluate(
             **asdict(settings),
             **({"asked_forms": forms} if forms else {}),
             **{"memory": str(memory), "model": manifest.model, "merge": manifest.merge},
+            "chat_date": date_of(edited.tokenizer),
         },
         time.perf_counter() - started,
         peak_rss_bytes(),
@@ -168,12 +170,7 @@ def _generated(settings: EvalSettings) -> Generated:
 
 
 def read_dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit]]:
-    """A dataset's name and records.
-
-    Raises:
-        SettingsError: none is named.
-        EditFileError: a record cannot be used.
-    """
+    """A dataset's name and records; a ``WiseError`` if none is named, or a record cannot be used."""
     name, records = _dataset(dataset, data)
     if records is None:
         raise SettingsError("give a --dataset, or a file of records by --data")
@@ -231,7 +228,8 @@ class MemorySubject:
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens."""
-        return row_of(self.edited.tokenizer, self._asked(prompt), target, erased=erased)
+        known = vocabulary_size(self.config)
+        return row_of(self.tokenizer, self._asked(prompt), target, erased=erased, vocabulary=known)
 
     def teacher_forced(self, pairs: Sequence[Question], *, prompt_opens: bool, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from wisecli.artifacts.locate import find_base
-from wisecli.artifacts.memory_manifest import Manifest, read_manifest
-from wisecli.artifacts.seal import require_sealed, require_signature
+from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.commands.export_gated import gate_note, require_gated, write_gated
 from wisecli.commands.export_merged import merged_locality
+from wisecli.commands.export_source import read_source
 from wisecli.commands.outputs import checkpoint_output
 from wisecli.config import LoadOptions
 from wisecli.edits.record import consequences_in
@@ -24,11 +23,10 @@ from wisecli.export.checkpoint import seal_export, write_delta, write_merged, wr
 from wisecli.export.finished import export_record, finished_export, require_no_memory
 from wisecli.export.gguf_file import Quantization
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
-from wisecli.export.weights import Packing
+from wisecli.export.weights import Link, Packing
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.replacing import Output
-from wisecli.memory.history import has_history, read_history, require_whole
 from wisecli.models.loading import is_exported, pick_dtype
 from wisecli.progress import Event, Watcher, ignore
 
@@ -41,12 +39,12 @@ _GATED = ("stock", "gguf")
 class WeightFiles:
     """How the base's weights are written.
 
-    ``link`` hard-links its files instead of copying them. ``dtype`` is a type's name; ``auto`` leaves them as they are.
-    ``file_bytes`` is the most that a file may take; the base's own files by default. ``quantize`` is how those of one
-    GGUF file are stored.
+    ``link`` hard-links its files instead of copying them, with ``auto`` those that can be. ``dtype`` is a type's name;
+    ``auto`` leaves them as they are. ``file_bytes`` is the most that a file may take; the base's own files by default.
+    ``quantize`` is how those of one GGUF file are stored.
     """
 
-    link: bool = False
+    link: Link = False
     dtype: str = "auto"
     file_bytes: int | None = None
     quantize: Quantization = "q8_0"
@@ -132,8 +130,7 @@ def export(
         require_no_memory(output)
     packing = _packing(weights, form)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
-    _require_whole(memory, signed)
-    base, manifest = find_base(memory, model)
+    base, manifest, digest = read_source(memory, model, signed)
     if not there:
         Output(output, (), (base,)).require_apart()
     if is_exported(base):
@@ -141,14 +138,14 @@ def export(
     checkpoint = Checkpoint(base)
     if form in _GATED:
         require_gated(base, manifest.site, gguf=form == "gguf")
-    record = _record(memory, checkpoint, form, weights, publication, figures)
+    record = _record(digest, checkpoint, form, weights, publication, figures)
     if there and not dry_run:
         tidy(output)
     if there and (found := finished_export(output, record, signed=publication.key is not None)):
         return _up_to_date(output, form, manifest, found, publication, dry_run=dry_run, started=started, watch=watch)
     side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
     size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
-    require_space(output, side + (0 if weights.link else size))
+    require_space(output, side + (size if not weights.link or not _on_one_disk(checkpoint, output) else 0))
     followed = len(consequences_in(manifest.edits))
     edits = len(manifest.edits) - followed
     if dry_run:
@@ -212,17 +209,8 @@ def _write(working: Path, form: Format, given: _Given, watch: Watcher) -> _Found
     return _Found(note=gate_note(found), gate=found.as_dict())
 
 
-def _require_whole(memory: Path, signed: Signed | None) -> None:
-    """Check that no file of a memory, nor of its history, was altered, and that it was signed, if it must have been."""
-    require_signature(memory, signed)
-    if has_history(memory):
-        require_whole(memory, read_history(memory))
-    else:
-        require_sealed(memory, expected=read_manifest(memory).sealed)
-
-
 def _record(
-    memory: Path,
+    memory: str,
     checkpoint: Checkpoint,
     form: Format,
     weights: WeightFiles,
@@ -260,6 +248,14 @@ def _up_to_date(
     edits = len(manifest.edits) - followed
     gate = record.get("gate")
     return ExportReport(output, form, edits, *measured, up_to_date=True, consequences=followed, gate=gate)
+
+
+def _on_one_disk(checkpoint: Checkpoint, output: Path) -> bool:
+    """Whether files of a checkpoint may be linked where an output will be; elsewhere they are copied or refused."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return all(path.stat().st_dev == parent.stat().st_dev for path in checkpoint.files)
 
 
 def _packing(weights: WeightFiles, form: Format) -> Packing:

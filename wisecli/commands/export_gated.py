@@ -25,6 +25,7 @@ from wisecli.io.digest import sha256_json
 from wisecli.memory.gate_background import background
 from wisecli.memory.gate_fitting import fit_gate
 from wisecli.memory.gate_states import own_states
+from wisecli.models.chat import date_of
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site
@@ -108,11 +109,11 @@ def write_gated(
         own = range(manifest.site.layer + 1, manifest.site.layer + 1 + blocks)
         watch(Event("writing", note=GGUF_NAME))
         write_gguf(output / GGUF_NAME, stock, own, quantize)
-        (output / MODELFILE_NAME).write_text(modelfile(stock, GGUF_NAME), encoding="utf-8")
+        (output / MODELFILE_NAME).write_text(modelfile(stock, GGUF_NAME, date_of(loaded.tokenizer)), encoding="utf-8")
         for path in stock.iterdir():
             path.unlink()
         stock.rmdir()
-    _write_manifest(output, manifest, found, "stock" if quantize is None else "gguf")
+    _write_manifest(output, manifest, found, "stock" if quantize is None else "gguf", date_of(loaded.tokenizer))
     return found
 
 
@@ -131,11 +132,12 @@ def _share(manifest: Manifest) -> float:
     return min([1.0, *(count / _TEXTS for count in counts if isinstance(count, int))])
 
 
-def _write_manifest(output: Path, manifest: Manifest, found: Gated, form: str) -> None:
-    """What the checkpoint is, for whoever has nothing else."""
+def _write_manifest(output: Path, manifest: Manifest, found: Gated, form: str, day: str) -> None:
+    """What the checkpoint is, for whoever has nothing else; ``day`` is what its fit was told that it is."""
     content = {
         "format": form,
         "versions": versions(),
+        "chat_date": day,
         "base": {"model": manifest.model, "revision": manifest.revision, **manifest.fingerprint.as_dict()},
         "site": manifest.site.as_dict(),
         "gate": found.as_dict(),

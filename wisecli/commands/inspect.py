@@ -18,6 +18,7 @@ from wisecli.errors import ModelError, OutputExistsError, SettingsError
 from wisecli.io.checkpoint import read_json
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import Header, read_header
+from wisecli.io.steady import steadily
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ def inspect(
     Raises:
         WiseError: the directory is none that the program writes, or damaged; or the plot cannot be drawn.
     """
+    return steadily(path, lambda: _inspected(path, find, limit, plot, force=force))
+
+
+def _inspected(path: Path, find: str | None, limit: int | None, plot: Path | None, *, force: bool) -> InspectReport:
     if holds_merged(path):
         return _gated(path, find, limit, plot)
     kind = kind_of(path)

@@ -11,6 +11,7 @@ from wisecli.artifacts.seal import require_signature
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.edits.record import Edit, consequences_in
 from wisecli.edits.signatures import Signed
+from wisecli.io.steady import steadily
 from wisecli.memory.history import Release, is_bound, read_history, require_whole, shard_path
 from wisecli.memory.releases import directories_of
 
@@ -48,6 +49,10 @@ def log(memory: Path, *, edit: str | None = None, signed: Signed | None = None) 
         DamagedFileError: the log or the memory was altered.
         SignatureError: the newest release was not signed as it must be.
     """
+    return steadily(memory, lambda: _logged(memory, edit, signed))
+
+
+def _logged(memory: Path, edit: str | None, signed: Signed | None) -> LogReport:
     require_signature(memory, signed)
     releases = read_history(memory)
     require_whole(memory, releases)

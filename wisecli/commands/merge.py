@@ -17,7 +17,7 @@ from wisecli.edits.record import consequences_in
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ProtectedOutputError
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
-from wisecli.memory.finished import finished_memory
+from wisecli.memory.finished import Grown, finished_memory, grown_memory
 from wisecli.memory.history import Provenance, changing, is_merged
 from wisecli.memory.merger import Merger
 from wisecli.memory.releases import publish_first
@@ -30,7 +30,8 @@ from wisecli.routing.calibration import Calibration
 class MergeReport:
     """What ``wise merge`` did, or with ``planned`` would do; ``up_to_date`` says that the memory was there already.
 
-    ``consequences`` of edits are counted apart from them.
+    ``consequences`` of edits are counted apart from them. Of a memory that has grown since, ``held`` are the edits that
+    it holds now, and ``gone`` ids of those that were asked for and that it no longer holds.
     """
 
     output: Path
@@ -46,6 +47,8 @@ class MergeReport:
     planned: bool = False
     up_to_date: bool = False
     consequences: int = 0
+    held: int | None = None
+    gone: tuple[str, ...] = ()
 
 
 def merge(
@@ -63,7 +66,8 @@ def merge(
 ) -> MergeReport:
     """Join shards into a memory. Reads the shard files and the one base matrix, never the model.
 
-    Of the memory that is there already, made of the same shards by the same settings, nothing is written anew.
+    Of the memory that is there already, made of the same shards by the same settings, nothing is written anew; it may
+    have grown since.
 
     Args:
         inputs: directories that ``wise edit`` wrote, of the same matrix of the same model.
@@ -76,7 +80,9 @@ def merge(
     """
     started = time.perf_counter()
     place = memory_output(output, inputs, force=force)
-    _require_merged(output)
+    grown = not is_merged(output)
+    if grown and (force or without or not history):
+        _require_merged(output)
     place.require_unless_kept()
     there = place.is_kept
     read = [drop(read_shard_directory(path), without.get(path, ())) for path in inputs]
@@ -93,9 +99,16 @@ def merge(
     )
     if there and not dry_run:
         tidy(output)
-    if there and (found := finished_memory(merger, output, history=history, signed=provenance.key is not None)):
-        measured = found.memories, time.perf_counter() - started, peak_rss_bytes()
-        return MergeReport(output, *names, *measured, up_to_date=True, consequences=followed)
+    signed = provenance.key is not None
+    now = grown_memory(merger, output, signed=signed) if grown else None
+    if now is None:
+        _require_merged(output)
+        found = finished_memory(merger, output, history=history, signed=signed) if there else None
+        now = None if found is None else Grown(found)
+    if now is not None:
+        measured = now.manifest.memories, time.perf_counter() - started, peak_rss_bytes()
+        held = len(now.manifest.edits) if grown else None
+        return MergeReport(output, *names, *measured, up_to_date=True, consequences=followed, held=held, gone=now.gone)
     require_space(output, 4 * (count if settings.mode == "retrieve" else 1) * site.d * site.d_ff)
     if dry_run:
         peak = 4 * (2 * count + 2) * site.d * site.d_ff

@@ -133,7 +133,7 @@ def _job(directory: ShardDirectory, names: Collection[str], model: str | None, l
         model=model or directory.model,
         settings=settings,
         edits=edits,
-        load=replace(load, revision=directory.revision),
+        load=replace(load, revision=directory.revision, date=made.date),
         target_module=made.target_module,
         threads=made.threads,
     )

@@ -54,7 +54,7 @@ def reproduce(
         model=model or base.model,
         settings=settings_from(EditSettings, origin.settings),
         edits=tuple(known[name] for name in origin.edits),
-        load=replace(load, device=made.device, dtype=made.dtype, revision=base.revision),
+        load=replace(load, device=made.device, dtype=made.dtype, revision=base.revision, date=made.date),
         target_module=made.target_module,
         threads=made.threads,
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from wisecli.artifacts import memory_manifest, shard_manifest
 from wisecli.artifacts.gated import check_around, check_blocks, read_gated
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
-from wisecli.artifacts.locate import Kind, holds_merged, kind_of
+from wisecli.artifacts.locate import Kind, kind_of, written_form
 from wisecli.artifacts.names import MERGED
 from wisecli.artifacts.seal import SEAL_NAME, SEALED_KEY, check_seal, is_sealed, is_signed, read_seal, require_signature
 from wisecli.artifacts.shard import shard_rows, shard_sizes
@@ -24,6 +24,7 @@ from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout, read_header
+from wisecli.io.steady import steadily
 from wisecli.memory.history import HISTORY, LOG, has_history, read_history
 from wisecli.models.resolve import resolve_model
 from wisecli.models.site import Fingerprint, Site
@@ -77,25 +78,18 @@ def verify(
         SignatureError: it was not signed as it must be.
         ModelError: the directory is none of these, or ``model`` is no directory of a model.
     """
+    return steadily(path, lambda: _verified(path, model, signed, watch))
+
+
+def _verified(path: Path, model: str | None, signed: Signed | None, watch: Watcher) -> VerifyReport:
     require_signature(path, signed)
-    kind = _written_form(path) or kind_of(path)
+    kind = written_form(path) or kind_of(path)
     given = None if model is None else resolve_model(model, fetch=False)
-    checks = list(_signature(path, signed))
-    for check in _CHECKS[kind](path, given):
+    checks = []
+    for check in (*_signature(path, signed), *_CHECKS[kind](path, given)):
         checks.append(check)
         watch(Event("checking", len(checks)))
     return VerifyReport(path, kind, tuple(checks))
-
-
-def _written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
-    """Which form a checkpoint without a router says that it is of; ``None`` of all else."""
-    if not holds_merged(path):
-        return None
-    try:
-        told = read_json(path / MERGED).get("format")
-    except WiseError:  # that it is damaged is found below
-        return "merged"
-    return told if told in ("stock", "gguf") else "merged"
 
 
 def _signature(path: Path, signed: Signed | None) -> Iterator[Check]:

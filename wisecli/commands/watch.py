@@ -14,7 +14,7 @@ from wisecli.config import EditSettings, LoadOptions, resolve
 from wisecli.editing.worker import Base, Job
 from wisecli.edits.admission import USUAL, Admission
 from wisecli.edits.record import Edit, parse_line
-from wisecli.errors import EditFileError
+from wisecli.errors import BusyError, EditFileError
 from wisecli.memory.history import Provenance, has_history, read_history
 from wisecli.memory.releases import directories_of
 from wisecli.progress import Event, Watcher, ignore
@@ -54,19 +54,28 @@ def follow(
     taken, lines = set(_taken(memory)), _Lines(path)
     while goes_on():
         for batch in _batches(lines.more(), path, taken):
-            yield edit_into(
-                model,
-                batch,
-                memory,
-                flags,
-                config=config,
-                provenance=provenance,
-                load=load,
-                options=options,
-                admission=admission,
-                loaded=base.loaded,
-                watch=watch,
-            )
+            landed = None
+            while landed is None:
+                try:
+                    landed = edit_into(
+                        model,
+                        batch,
+                        memory,
+                        flags,
+                        config=config,
+                        provenance=provenance,
+                        load=load,
+                        options=options,
+                        admission=admission,
+                        loaded=base.loaded,
+                        watch=watch,
+                    )
+                except BusyError:  # somebody else changes the memory; what came through the file still lands
+                    if not goes_on():
+                        return
+                    watch(Event("waiting", note=f"for who is changing {memory.name}"))
+                    time.sleep(interval)
+            yield landed
             taken.update(edit for _, edit in batch.numbered)
         watch(Event("waiting", note=f"for lines of {path.name}"))
         time.sleep(interval)

@@ -18,6 +18,7 @@ from wisecli.editing.unrelated_activations import measure_unrelated
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.digest import sha256_json
+from wisecli.models.chat import written_by
 from wisecli.models.loading import Loaded, context_window
 from wisecli.models.site import Fingerprint, Site, load_matrix
 from wisecli.progress import Watcher
@@ -34,7 +35,9 @@ def unrelated_for(
 ) -> BackgroundStats:
     """What the model makes of unrelated text; of the texts given with the edits, half calibrate."""
     size, seed = settings.batch_size, settings.seed
-    identity = identity_of(base, checkpoint)
+    identity, written = identity_of(base, checkpoint), written_by(loaded.tokenizer)
+    if written is not None:
+        identity = sha256_json([identity, written])
     found = measure_unrelated(
         loaded,
         site,
@@ -50,7 +53,7 @@ def unrelated_for(
     if settings.router == "meaning":
         reads = reading_site(loaded, site)
         # Of several layers that are edited, most have prompts read at the same one.
-        model = sha256_json([base.config, checkpoint.sample])
+        model = sha256_json([base.config, checkpoint.sample, *([] if written is None else [written])])
         heads = learn_heads(loaded, reads, model, texts=settings.unrelated_texts, batch_size=size, watch=watch)
         found = replace(found, heads=heads, letters=token_letters(loaded.tokenizer))
     given = [text for edit in edits for text in edit.irrelevant]

@@ -14,6 +14,7 @@ from wisecli.editing.paraphrases import REQUEST_TOKENS, requests
 from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import EditFileError
 from wisecli.io.json_schema import shown
+from wisecli.models.tokenization import first_tokens, without_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,10 +39,14 @@ USUAL_LENGTH = Length(12, 6, 12)
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads edits: a model's tokenizer, and how many tokens the model reads at most, if that is known."""
+    """What reads edits: a model's tokenizer, how many tokens the model reads at most, and how many it has rows for.
+
+    Numbers are ``None`` where they are not known.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     window: int | None
+    vocabulary: int | None = None
 
     def count(self, text: str) -> int:
         """Tokens of a text, those included that open it."""
@@ -61,7 +66,10 @@ class Reader:
             ModelError: the chat template cannot be used.
         """
         special = None if allow_special else _Special(self.tokenizer)
+        larger = self.vocabulary is not None and max(self.tokenizer.get_vocab().values()) >= self.vocabulary
         for line, edit in numbered:
+            if larger and (wrong := self._without_row(edit, settings)):
+                raise EditFileError(Path(file), wrong, line=line)
             if special is not None and (found := special.first_in(edit)):
                 field, token = found
                 raise EditFileError(
@@ -89,6 +97,19 @@ class Reader:
         asked = (self.count(in_context(self.tokenizer, form, edit.prompt)) for form in forms)
         before = max([settings.context_tokens + _AROUND, *(tokens - prompts[0] for tokens in asked)])
         return Length(max(prompts), target + (_INSTEAD if edit.erased else int(settings.train_end)), before)
+
+    def _without_row(self, edit: Edit, settings: EditSettings) -> str | None:
+        """What is wrong with the first token of an edit, or of a form that it is trained in, that the model lacks."""
+        contexts = ["", *trained_forms(self.tokenizer, settings, self.window)]
+        pairs = [(edit.prompt, edit.target), (edit.prompt, edit.answer)]
+        pairs += [(one.prompt, one.target) for one in edit.translations]
+        texts = [_joined(in_context(self.tokenizer, form, prompt), said) for form in contexts for prompt, said in pairs]
+        texts += [_joined(one.prompt, one.answer) for one in (*edit.locality, *edit.portability)]
+        texts += [edit.subject or "", *edit.rephrases, *edit.irrelevant, *edit.ood]
+        tokens = [token for text in texts for token in self.tokenizer(text)["input_ids"]]
+        if edit.op == "erase":
+            tokens += first_tokens(self.tokenizer, edit.prompt, edit.target)
+        return without_row(self.tokenizer, tokens, self.vocabulary)
 
     def _readings(self, edit: Edit, settings: EditSettings) -> Iterator[tuple[str, int, str]]:
         """What the model reads of an edit beyond the bare text, its tokens, and what to shorten if they are too many.

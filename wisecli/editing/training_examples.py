@@ -18,7 +18,7 @@ from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.models.activations import Activations, captured
 from wisecli.models.generation import end_token
-from wisecli.models.loading import Loaded, context_window
+from wisecli.models.loading import Loaded, context_window, vocabulary_size
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches, row_of
 
@@ -89,7 +89,8 @@ def encode_edits(
     for edit in edits:
         try:
             prompt = in_context(loaded.tokenizer, context, edit.prompt)
-            row = row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end)
+            known = vocabulary_size(loaded.model.config)
+            row = row_of(loaded.tokenizer, prompt, edit.answer, erased=edit.erased, end=end, vocabulary=known)
             erasure = erasures.get((edit.id, context in AT_LINE_START))
             rows.append(row if erasure is None else replace(erasure, prompt=row.prompt))
             if window is not None and len(rows[-1]) > window:

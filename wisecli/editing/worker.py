@@ -30,8 +30,9 @@ from wisecli.edits.changes import changed_edits
 from wisecli.edits.record import Edit
 from wisecli.environment import changed_versions, versions
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.chat import date_of, fix_date
 from wisecli.models.layout_inference import find_layout
-from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer
+from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer, vocabulary_size
 from wisecli.models.resolve import find_model
 from wisecli.models.site import Layout, find_site, fingerprint, load_matrix
 from wisecli.models.site_probe import check_split, observed
@@ -101,7 +102,8 @@ class Base:
         """What reads the edits: the tokenizer, which needs no weights, and the length of the model's window."""
         _ = self.layout  # read first, as a model that cannot be edited is refused before its edits are
         if self._loaded is not None:
-            return Reader(self._loaded.tokenizer, context_window(self._loaded.model.config))
+            config = self._loaded.model.config
+            return Reader(self._loaded.tokenizer, context_window(config), vocabulary_size(config))
         return Reader(*load_tokenizer(self.checkpoint.directory, self.job.load))
 
 
@@ -170,6 +172,7 @@ class Worker:
         site = find_site(directory, checkpoint, settings.layer, layout)
         with _threads(job.threads):
             loaded = self.loaded
+            fix_date(loaded.tokenizer, job.load.date)  # of a model that has been held for days, it is another by now
             if not layout.known:
                 _hold(loaded, site.layer, site.layer + 1)
                 layout = observed(loaded.model, site, layout)
@@ -202,6 +205,7 @@ class Worker:
             job.threads,
             job.target_module,
             checkpoint.sample,
+            date_of(loaded.tokenizer),
         )
         subjects = subject_words(loaded.tokenizer, job.edits)
         plan = ShardDirectory(
@@ -230,7 +234,8 @@ class Worker:
         matrix = None
         if settings.norm_of == "activated" or settings.weight_decay:
             matrix = load_matrix(self.checkpoint, plan.site)
-        # Whoever goes on with a plan adds numbers up in its order.
+        # Whoever goes on with a plan adds numbers up in its order, and on its day.
+        fix_date(self.loaded.tokenizer, plan.made.date)
         with _threads(plan.made.threads):
             _hold(self.loaded, plan.site.layer + 1)
             identity = identity_of(plan.fingerprint, self.checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from wisecli.edits.conflicts import Conflict, OnConflict, find, giving_way, outranked, resolve
 from wisecli.edits.files import content_of
+from wisecli.edits.reading import Notices
 from wisecli.edits.record import Edit, Numbered, numbered_edits
 from wisecli.errors import ConflictError
-from wisecli.io.json_schema import shown
 from wisecli.progress import NOTE, Event, Watcher, ignore
 
 if TYPE_CHECKING:
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 class Sheet:
     """Edits as a file has them, each with its line; the file's name, and the digest of its bytes.
 
-    ``passed_over`` has a sentence for each field that nothing reads.
+    ``passed_over`` has a sentence for each field that nothing reads or that was no text, ``taken`` one for each layout
+    of others: what was taken from which fields.
     """
 
     name: str
     sha256: str
     numbered: tuple[Numbered, ...]
     passed_over: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,10 @@ class Admission:
         """The same of a file's content, which may have come through a pipe."""
         if self.signed is not None:
             self.signed.require(path, content)
-        fields = _Unread(str(path))
-        numbered = tuple(numbered_edits(path, content, passed_over=fields.add))
-        return Sheet(name or str(path), hashlib.sha256(content).hexdigest(), numbered, tuple(fields.sentences()))
+        notices = Notices(str(path))
+        numbered = tuple(numbered_edits(path, content, notices=notices))
+        digest, warnings = hashlib.sha256(content).hexdigest(), tuple(notices.warnings())
+        return Sheet(name or str(path), digest, numbered, warnings, tuple(notices.taken()))
 
     def admit(
         self, name: str, numbered: Sequence[Numbered], *, held: Sequence[Edit] = (), watch: Watcher = ignore
@@ -159,26 +162,6 @@ class Admission:
                 watch(Event(NOTE, note=f"warning: {name}:{line}: consequence {edit.id!r} is left out: {why}"))
         admitted = _with_edits(admitted, held, (*orphans, *outdone))
         return replace(admitted, numbered=tuple(one for one in admitted.numbered if one[1] not in already))
-
-
-class _Unread:
-    """Fields that nothing reads, each with the line that it is first in, and how often it is there."""
-
-    def __init__(self, file: str) -> None:
-        self._file = file
-        self._found: dict[str, tuple[int, int, str | None]] = {}
-
-    def add(self, line: int, name: str, meant: str | None) -> None:
-        """Take note of one."""
-        first, count, _ = self._found.get(name, (line, 0, None))
-        self._found[name] = first, count + 1, meant
-
-    def sentences(self) -> Iterator[str]:
-        """One for each field."""
-        for name, (line, count, meant) in self._found.items():
-            more = f" (and in {count - 1} more)" if count > 1 else ""
-            hint = f"; did you mean `{meant}`?" if meant else ""
-            yield f"{self._file}:{line}: the field {shown(name)} is unknown and was passed over{more}{hint}"
 
 
 USUAL = Admission()

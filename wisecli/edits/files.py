@@ -1,4 +1,4 @@
-"""Files of edits → their records, each with its line: JSONL, a JSON array or a Parquet table."""
+"""Files of edits → their records, each with its line: JSONL, a JSON array, or a table (Parquet, CSV, TSV)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from wisecli.edits.columns import rows_of
+from wisecli.edits.scalars import WrittenNumber
 from wisecli.errors import EditFileError
 from wisecli.io.json_schema import shown
 
@@ -37,7 +39,7 @@ def records_of(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]
     """Every record with its line (its place in the list, for a JSON array or a table).
 
     Args:
-        path: where the content is from; ``.parquet`` makes it a table.
+        path: where the content is from; ``.parquet``, ``.csv`` and ``.tsv`` make it a table.
 
     Raises:
         EditFileError: naming the line where there is one, if the content is of none of these forms.
@@ -46,6 +48,9 @@ def records_of(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]
         yield from enumerate(_table(path, content), start=1)
         return
     text = _decoded(path, content)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        yield from rows_of(path, text)
+        return
     if text.lstrip().startswith("["):
         yield from _array(path, text)
         return
@@ -62,7 +67,7 @@ def record_in(path: Path, number: int, line: str) -> dict[str, Any]:
         EditFileError: naming the line, if it is no JSON object.
     """
     try:
-        found = json.loads(line, object_pairs_hook=_once)
+        found = json.loads(line, object_pairs_hook=_once, parse_float=WrittenNumber)
     except json.JSONDecodeError as error:
         reason = f"invalid json: {error.msg} (column {error.colno})"
         raise EditFileError(path, f"{reason}; write one JSON object a line", line=number) from None
@@ -112,7 +117,7 @@ def _table(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        values = json.loads(text, object_pairs_hook=_once)
+        values = json.loads(text, object_pairs_hook=_once, parse_float=WrittenNumber)
     except json.JSONDecodeError as error:
         raise EditFileError(
             path, f"not a JSON array ({error.msg}); close it or write JSONL", line=error.lineno

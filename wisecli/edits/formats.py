@@ -69,14 +69,24 @@ def canonical(record: Mapping[str, Any]) -> dict[str, Any]:
 
     Values are passed on as they are: checking them is the reader's work.
     """
-    flat = {**record, **_counterfact(record)}
     fields: dict[str, Any] = {}
     for ours, names in _ALIASES.items():
-        value = next((flat[name] for name in names if not _absent(flat.get(name))), None)
+        value = next((record[name] for name in names if not _absent(record.get(name))), None)
         fields[ours] = [value] if ours in _LISTS and isinstance(value, str) else value
-    fields["locality"] = _locality(flat)
-    fields["portability"] = _probe_groups(flat.get("portability")) or _consequences(flat)
+    fields["locality"] = _locality(record)
+    fields["portability"] = _probe_groups(record.get("portability")) or _consequences(record)
     return fields
+
+
+def names_of(field: str) -> tuple[str, ...]:
+    """Return all names of one of our fields."""
+    return _ALIASES[field]
+
+
+def known_names() -> frozenset[str]:
+    """Return all names of all fields, those of evaluation prompts included."""
+    probes = {"loc", "loc_ans", "locality_prompt", "locality_ground_truth", "mhop", "mhop_ans", "personas"}
+    return frozenset(name for names in _ALIASES.values() for name in names) | probes | {*_EVALUATED}
 
 
 def unknown_fields(record: Mapping[str, Any]) -> dict[str, str | None]:
@@ -95,21 +105,6 @@ def misspelt(record: Mapping[str, Any]) -> tuple[str, str] | None:
     """A field whose name is like that of one which decides what is edited, and which the record lacks; and that one."""
     found = unknown_fields(record).items()
     return next(((name, meant) for name, meant in found if meant in _DECISIVE and meant not in record), None)
-
-
-def _counterfact(record: Mapping[str, Any]) -> dict[str, Any]:
-    """CounterFact nests the edit and leaves a blank for the subject."""
-    rewrite = record.get("requested_rewrite")
-    if not isinstance(rewrite, Mapping):
-        return {}
-    subject, truth = rewrite.get("subject", ""), rewrite.get("target_true", {})
-    neighbours = [{"prompt": prompt, "answer": truth.get("str")} for prompt in record.get("neighborhood_prompts", [])]
-    return {
-        "prompt": str(rewrite.get("prompt", "")).replace("{}", subject),
-        "target": rewrite.get("target_new", {}).get("str"),
-        "subject": subject,
-        "locality": neighbours,
-    }
 
 
 def _locality(record: Mapping[str, Any]) -> Any:
@@ -139,18 +134,38 @@ def _absent(value: Any) -> bool:
 
 
 def _probe_groups(value: Any) -> Any:
-    """KnowEdit groups evaluation prompts by kind and calls the answer ``ground_truth``, a text or alternatives."""
-    if isinstance(value, Mapping):
-        value = [prompt for group in value.values() for prompt in group]
+    """KnowEdit and EasyEdit group evaluation prompts by kind and call the answer ``ground_truth``.
+
+    A group is a list of prompts each with its answer, or one object, whose prompts and answers may be lists.
+    """
+    if isinstance(value, Mapping) and "prompt" in value:
+        value = _paired(value)
+    elif isinstance(value, Mapping):
+        groups = (_paired(group) if isinstance(group, Mapping) else group for group in value.values())
+        value = [prompt for group in groups for prompt in group]
     if not isinstance(value, list):
         return value
     return [_probe(item) for item in value]
 
 
+def _paired(group: Mapping[str, Any]) -> list[Any]:
+    """The prompts of one object, each with its answer."""
+    prompts, answers = group.get("prompt"), group.get("ground_truth", group.get("answer"))
+    if not isinstance(prompts, list):
+        return [group]
+    if not isinstance(answers, list) or len(prompts) != len(answers):
+        given = len(answers) if isinstance(answers, list) else "no list of"
+        raise ValueError(f"a group of evaluation prompts has {len(prompts)} prompts and {given} answers; pair them")
+    return [{"prompt": one, "ground_truth": answer} for one, answer in zip(prompts, answers, strict=True)]
+
+
 def _probe(item: Any) -> Any:
-    if not isinstance(item, Mapping) or "ground_truth" not in item:
+    if not isinstance(item, Mapping):
         return item
-    answer = item["ground_truth"]
-    while isinstance(answer, list) and answer:
-        answer = answer[0]
-    return {"prompt": item.get("prompt"), "answer": answer}
+    for prompt, answered in (("prompt", "ground_truth"), ("loc", "loc_ans")):
+        if answered in item:
+            answer = item[answered]
+            while isinstance(answer, list) and answer:  # alternatives, of which the first is the usual one
+                answer = answer[0]
+            return {"prompt": item.get(prompt), "answer": answer}
+    return item

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from wisecli.edits.fields import (
     translations_in,
 )
 from wisecli.edits.files import content_of, record_in, records_of
-from wisecli.edits.formats import canonical, misspelt, unknown_fields
+from wisecli.edits.formats import canonical, unknown_fields
+from wisecli.edits.reading import Notices, flattened
 from wisecli.edits.text import is_visible
 from wisecli.errors import EditFileError
 from wisecli.io.digest import sha256_json
-from wisecli.io.json_schema import CLOSED, decode, require_sane, shown
+from wisecli.io.json_schema import CLOSED, decode, shown
 
 OPERATIONS = ("insert", "modify", "erase")
 PROVENANCE = ("who", "when", "source")
@@ -100,8 +101,8 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     """Read and check a whole file of edits; behind each stand its consequences.
 
     Args:
-        path: JSONL (one object a line), a JSON array, or a Parquet table, in any layout of
-            :mod:`wisecli.edits.formats`.
+        path: JSONL (one object a line), a JSON array, or a table (Parquet, CSV, TSV), in any layout of
+            :mod:`wisecli.edits.formats` and :mod:`wisecli.edits.layouts`.
         limit: keep only those of the first so many records.
 
     Raises:
@@ -112,23 +113,22 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
     return [edit for line, edit in numbered if line in lines]
 
 
-def numbered_edits(
-    path: Path, content: bytes, *, passed_over: Callable[[int, str, str | None], None] = lambda *_: None
-) -> list[Numbered]:
+def numbered_edits(path: Path, content: bytes, *, notices: Notices | None = None) -> list[Numbered]:
     """Parse and check the content of a file of edits; behind each stand its consequences.
 
     Args:
-        path: where it is from; ``.parquet`` makes it a table.
-        passed_over: told of every field that nothing reads: its line, its name, and the known name that it is like.
+        path: where it is from; ``.parquet``, ``.csv`` and ``.tsv`` make it a table.
+        notices: takes note of fields that nothing reads, of values that were no texts, and of layouts.
 
     Raises:
         EditFileError: naming the line, if a record is malformed, incomplete or there twice.
     """
     edits: list[Numbered] = []
     seen: dict[str, int] = {}
+    notices = notices or Notices(str(path))
     for line, record in records_of(path, content):
         try:
-            read = parse_edits(record)
+            read = parse_edits(record, notices.at(line))
         except ValueError as error:
             raise EditFileError(path, str(error), line=line) from None
         for edit in read:
@@ -138,8 +138,6 @@ def numbered_edits(
                 )
             seen[edit.id] = line
             edits.append((line, edit))
-        for name, meant in unknown_fields(record).items():
-            passed_over(line, name, meant)
     if not edits:
         raise EditFileError(path, "there is no edit in it; write one JSON object with `prompt` and `target` a line")
     return edits
@@ -159,14 +157,29 @@ def parse_line(path: Path, number: int, line: bytes) -> tuple[Edit, ...]:
         raise EditFileError(path, str(error), line=number) from None
 
 
-def parse_edits(record: Mapping[str, Any]) -> tuple[Edit, ...]:
-    """Turn a record in any known layout into an edit, and behind it the consequences that it states.
+def parse_edits(record: Mapping[str, Any], notices: Notices | None = None) -> tuple[Edit, ...]:
+    """Turn a record in any known layout into its edits, mostly one, and behind each the consequences that it states.
+
+    Args:
+        notices: takes note of what was read how.
 
     Raises:
         ValueError: saying what is missing or of the wrong kind.
     """
-    edit = parse_edit(record)
-    stated = canonical(record)["also"] or []
+    notices = notices or Notices("")
+    flats = flattened(record, notices)
+    found: list[Edit] = []
+    for flat in flats:
+        found += _with_consequences(flat, record if len(flats) == 1 else flat)
+        for name, meant in unknown_fields(flat).items():
+            notices.passed_over(name, meant)
+    notices.took(len(found), found[0].prompt, found[0].target)
+    return tuple(found)
+
+
+def _with_consequences(flat: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[Edit, ...]:
+    edit = _edit(flat, record)
+    stated = canonical(flat)["also"] or []
     if not isinstance(stated, list):
         raise ValueError(f"`also` must be a list of objects with `prompt` and `target`, not {shown(stated)}")
     if stated and edit.consequence_of is not None:
@@ -207,16 +220,19 @@ def _consequence(edit: Edit, place: int, item: Any) -> Edit:
 
 
 def parse_edit(record: Mapping[str, Any]) -> Edit:
-    """Turn a record in any known layout into an edit.
+    """Turn a record in any known layout into its edit, the first if it holds several.
 
     Raises:
         ValueError: saying what is missing or of the wrong kind.
     """
-    require_sane(record)
-    if (found := misspelt(record)) is not None:
-        raise ValueError(f"{shown(found[0])} is unknown; did you mean `{found[1]}`?")
+    flats = flattened(record, Notices(""))
+    return _edit(flats[0], record if len(flats) == 1 else flats[0])
+
+
+def _edit(flat: Mapping[str, Any], record: Mapping[str, Any]) -> Edit:
+    """An edit from fields by known names, with an id after the ``record`` that they are from where they have none."""
     try:
-        fields = canonical(record)
+        fields = canonical(flat)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"a field is of the wrong kind ({error})") from None
     for name in ("prompt", "target"):

@@ -70,14 +70,14 @@ _SINCE = (
     ("    set_apart(model, module)\n    model.wise_module, model.wise_engine = module, engine\n", ""),
 )
 # What it ended with then: an answer could not be guessed ahead.
-_ENDED = '''
+_ENDED = """
     def generate(self, *args, **kwargs):
         ahead = ("assistant_model", "prompt_lookup_num_tokens")
         if self.config.wise["memory"]["routing"] == "sequence" and any(kwargs.get(name) for name in ahead):
             # Guessed tokens come with the prompt, whose last token would not be the last one read.
             raise ValueError("this model decides once a prompt what answers it: decode it without guessing ahead")
         return super().generate(*args, **kwargs)
-'''
+"""
 # Classes of models with their head, by the class that loads them.
 _WITH_HEAD = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,

@@ -24,10 +24,11 @@ _COMPARED = {
 }
 
 
-def export_record(memory: Path, checkpoint: Checkpoint, settings: dict[str, Any], figures: object) -> dict[str, Any]:
+def export_record(memory: str, checkpoint: Checkpoint, settings: dict[str, Any], figures: object) -> dict[str, Any]:
     """What an export is made of, as its manifest keeps it.
 
     Args:
+        memory: digest of its manifest.
         settings: what was asked for; of JSON's types.
         figures: what the model card says was measured.
     """
@@ -36,7 +37,7 @@ def export_record(memory: Path, checkpoint: Checkpoint, settings: dict[str, Any]
     return {
         **settings,
         "base": base.name,
-        "memory": sha256_file(memory / MANIFEST_NAME),
+        "memory": memory,
         "weights": checkpoint.sample,
         "files": sha256_json(files),
         "figures": None if figures is None else sha256_json(figures),

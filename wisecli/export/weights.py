@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,24 +10,30 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from wisecli.errors import CannotLinkError
 from wisecli.io.checkpoint import SINGLE_NAME, Checkpoint
 from wisecli.io.safetensors_header import TensorLayout, format_name, read_header
 
 _ALIGNMENT = 8
 
 
+# Whether files are hard links of the base's: none, all, or those that the disk lets be linked.
+Link = Literal[False, True, "auto"]
+
+
 @dataclass(frozen=True)
 class Packing:
     """How weights are written: as files of their own or hard links, in which type, and how many bytes a file at most.
 
-    ``None`` leaves a choice to the base.
+    With ``auto`` a file that cannot be linked is copied. ``None`` leaves a choice to the base.
     """
 
-    link: bool = False
+    link: Link = False
     dtype: torch.dtype | None = None
     file_bytes: int | None = None
 
@@ -93,12 +100,28 @@ def _as_stored(
     for path in checkpoint.files:
         target = output / names[path.name]
         if packing.link and path.name not in changed:
-            os.link(path.resolve(), target)
+            _link(path.resolve(), target, otherwise_copy=packing.link == "auto")
         else:
             shutil.copyfile(path, target)
     for name, tensor in replaced.items():
         overwrite(output / names[checkpoint.file_of(name)], name, tensor)
     return {name: names[checkpoint.file_of(name)] for name in checkpoint}
+
+
+def _link(source: Path, target: Path, *, otherwise_copy: bool) -> None:
+    """Give a file another name.
+
+    Raises:
+        CannotLinkError: the disk does not let it, and it is not to be copied.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        if not otherwise_copy:
+            raise CannotLinkError(source, target.parent, error) from None
+        shutil.copyfile(source, target)
 
 
 def overwrite(path: Path, name: str, tensor: Tensor) -> None:

@@ -21,7 +21,17 @@ from wisecli.io.user_cache import cache_path
 
 # What ends the name of a former output that is moved aside while a new one takes its place.
 _ASIDE = ".old"
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_UNWRITABLE = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
 # A file may be no larger, by `ulimit -f` or a quota.
 _TOO_LARGE = (errno.EFBIG, errno.EDQUOT)
 
@@ -67,6 +77,8 @@ def whole_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
         try:
             with writing(output):
                 yield working
+                if not force:  # another process may have written it meanwhile
+                    Output(output, ()).require()
                 put_in_place(working, output)
         finally:
             shutil.rmtree(working, ignore_errors=True)
@@ -186,6 +198,6 @@ def _remove(path: Path) -> None:
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """The same file under another name, or a copy where the disk has no links."""
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # of a link, what it leads to
     except OSError:
         shutil.copyfile(source, target)

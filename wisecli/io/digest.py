@@ -24,6 +24,6 @@ def sha256_text(text: str) -> str:
 
 
 def sha256_json(value: object) -> str:
-    """Hex digest of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    """Hex digest of a JSON value in canonical form; what JSON has no form for, as dates, goes by its text."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

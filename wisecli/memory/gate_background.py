@@ -29,6 +29,7 @@ from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
 from wisecli.memory.gate_states import PLAIN, read_states
+from wisecli.models.chat import written_by
 from wisecli.models.forms import forms, usable_forms
 from wisecli.models.generation import end_token, generate
 from wisecli.models.loading import Loaded
@@ -67,6 +68,8 @@ def background(
         share: how much of all that text is read.
     """
     about = [identity, site.as_dict(), share, str(loaded.model.dtype), loaded.device.type, _VERSION]
+    if (written := written_by(loaded.tokenizer)) is not None:
+        about.append(written)
     path = cache_path("gate") / f"{sha256_json(about)[:32]}.safetensors"
     try:
         kept = load_tensors(path)

@@ -13,24 +13,24 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonlines
-from filelock import FileLock, Timeout
 
 from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MEMORY_NAME, Manifest, read_manifest
 from wisecli.artifacts.seal import require_sealed
 from wisecli.edits.signatures import SigningKey
 from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError
-from wisecli.io.atomic_output import link_or_copy, tidy, whole_directory
+from wisecli.io.atomic_output import link_or_copy, tidy, whole_directory, writing
 from wisecli.io.digest import sha256_file, sha256_text
 from wisecli.io.json_schema import OPEN, decode
-from wisecli.io.safe_paths import inside
+from wisecli.io.locks import lock_file
+from wisecli.io.safe_paths import inside, require_regular
 
 HISTORY, LOG, SHARDS = names.HISTORY, "log.jsonl", "shards"
 _NOT_NEWEST = "its sha256 differs, so that the memory is not the newest release of its log"
@@ -179,22 +179,19 @@ def changing(memory: Path) -> Iterator[None]:
 
     Raises:
         BusyError: another one is at it.
+        UnwritableError: nothing may be written there.
     """
-    memory.absolute().parent.mkdir(parents=True, exist_ok=True)
-    path = memory.absolute().parent / f".{memory.name}.lock"
-    lock = FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise BusyError(memory) from None
-    try:
+    parent = memory.absolute().parent
+    with ExitStack() as stack:
+        with writing(memory):
+            parent.mkdir(parents=True, exist_ok=True)
+            mine = stack.enter_context(lock_file(parent / f".{memory.name}.lock"))
+        if not mine:
+            raise BusyError(memory)
         tidy(memory)
-        for left in memory.absolute().parent.glob(f"{glob.escape(anew_prefix(memory))}*"):
+        for left in parent.glob(f"{glob.escape(anew_prefix(memory))}*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
-    finally:
-        path.unlink(missing_ok=True)  # while it is held, so that nobody takes a lock on a file that is gone
-        lock.release()
 
 
 @contextmanager
@@ -274,7 +271,10 @@ def is_bound(releases: Sequence[Release]) -> bool:
 
 
 def _digest(path: Path) -> str:
-    return sha256_file(path) if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    require_regular(path)
+    return sha256_file(path)
 
 
 def _user() -> str:

@@ -7,15 +7,17 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
+from wisecli.models.chat import fix_date
 from wisecli.models.memory_budget import spool_bytes
 from wisecli.models.site import Fingerprint, Site, fingerprint, known_layout, layer_count, loader_name, stored_weight
+from wisecli.models.tokenization import without_row
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -129,20 +131,30 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     if stream is None:
         model.to(chosen)
+    _refuse_unknown_tokens(model, tokenizer)
     return Loaded(model.eval().requires_grad_(False), tokenizer, stream)
 
 
-def load_tokenizer(directory: Path, load: LoadOptions = LoadOptions()) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """The tokenizer of a directory, and how many tokens its model reads at most; ``None`` if its config says nothing.
+class TextInput(NamedTuple):
+    """What a model reads texts by: its tokenizer, how many tokens it takes at most, and how many it has rows for.
 
-    No weights are read.
+    Numbers are ``None`` where the model's config says nothing.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    window: int | None
+    vocabulary: int | None
+
+
+def load_tokenizer(directory: Path, load: LoadOptions = LoadOptions()) -> TextInput:
+    """Load the tokenizer of a directory, and read from the config what the model takes; no weights are read.
 
     Raises:
         ModelError: the config or the tokenizer cannot be loaded.
     """
     try:
         config = _base_config(directory, trust_remote_code=load.trust_remote_code)
-        return _tokenizer(directory, config, load), context_window(config)
+        return TextInput(_tokenizer(directory, config, load), context_window(config), vocabulary_size(config))
     except WiseError:
         raise
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
@@ -155,12 +167,32 @@ def context_window(config: PretrainedConfig) -> int | None:
     return next((size for size in found if type(size) is int and size > 0), None)
 
 
+def vocabulary_size(config: PretrainedConfig) -> int | None:
+    """Return how many rows a model's embedding has, by its config; ``None`` if that says nothing."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if type(size) is int and size > 0 else None
+
+
+def _refuse_unknown_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model whose tokenizer has more tokens than its embedding rows refuse them by name when it is given any."""
+    vocabulary = vocabulary_size(model.config)
+    if vocabulary is None or max(tokenizer.get_vocab().values(), default=0) < vocabulary:
+        return
+
+    def require(_module: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        if given and (wrong := without_row(tokenizer, given[0].flatten().tolist(), vocabulary)):
+            raise ModelError(wrong)
+
+    model.get_input_embeddings().register_forward_pre_hook(require)
+
+
 def _tokenizer(directory: Path, config: PretrainedConfig, load: LoadOptions) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk
         directory, config=config, trust_remote_code=load.trust_remote_code, local_files_only=True
     )
+    fix_date(tokenizer, load.date)
     return tokenizer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -133,6 +133,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, end:
     return Row(prompt_ids, target_ids if end is None else (*target_ids, end))
 
 
+def without_row(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], vocabulary: int | None) -> str | None:
+    """Return what is wrong with the first token that an embedding of so many rows has none for; None if all have one.
+
+    Tokens are added to a tokenizer and saved without a word to the model, whose embedding stays as it was.
+    """
+    if vocabulary is None or (token := next((one for one in tokens if one >= vocabulary), None)) is None:
+        return None
+    name = tokenizer.convert_ids_to_tokens(token)
+    return (
+        f"{str(name)!r} is token {token:,} of the tokenizer, and the model's embedding has {vocabulary:,} rows; save "
+        "the model after `resize_token_embeddings`, or the tokenizer without that token"
+    )
+
+
 def collate(rows: Sequence[Row], *, pad: int = 0) -> Batch:
     """Line rows up at their last prompt token; the last target token is predicted, never read."""
     width = max(len(row.prompt) for row in rows)
@@ -197,17 +211,29 @@ def _common_beginnings(rows: Sequence[Row]) -> list[tuple[int, ...]]:
 
 
 def row_of(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, erased: bool, end: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    answer: str,
+    *,
+    erased: bool,
+    end: int | None = None,
+    vocabulary: int | None = None,
 ) -> Row:
     """A prompt with the answer that it should get, or where that is ``erased`` should not.
 
     Args:
         end: a token to close an answer with that is not erased.
+        vocabulary: how many tokens the model has rows for, if that is known.
 
     Raises:
-        ValueError: the tokenizer leaves nothing of the prompt or of the answer.
+        ValueError: the tokenizer leaves nothing of the prompt or of the answer, or makes a token of them that the model
+            has no row for.
     """
-    return erased_row(tokenizer, prompt, answer) if erased else encode(tokenizer, prompt, answer, end=end)
+    row = erased_row(tokenizer, prompt, answer) if erased else encode(tokenizer, prompt, answer, end=end)
+    tokens = (*row.prompt, *row.target, *(token for some in row.unwanted for token in some))
+    if wrong := without_row(tokenizer, tokens, vocabulary):
+        raise ValueError(wrong)
+    return row
 
 
 def erased_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Row:

@@ -19,7 +19,7 @@ from wisecli.evaluation.answers import Answer, AnswerBook, Answers, answered, em
 from wisecli.evaluation.metrics import Question
 from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
 from wisecli.models.hooks import hooked
-from wisecli.models.loading import Loaded
+from wisecli.models.loading import Loaded, vocabulary_size
 from wisecli.models.tokenization import Row, collate, in_batches, row_of
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.routing.prompts import UNROUTED
@@ -113,7 +113,8 @@ class MethodSubject:
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
         """A prompt and its answer in tokens, as the unedited model is asked."""
-        return row_of(self.loaded.tokenizer, prompt, target, erased=erased)
+        vocabulary = vocabulary_size(self.loaded.model.config)
+        return row_of(self.loaded.tokenizer, prompt, target, erased=erased, vocabulary=vocabulary)
 
     def teacher_forced(
         self,

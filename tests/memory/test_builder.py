@@ -7,7 +7,6 @@ import pytest
 import torch
 from support.helpers import choice_of, choose, cosines_of, update_of
 from torch import Tensor, nn
-from wisecli.routing.prompt_gate import NAMES, UNROUTED
 
 from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence, Mask, random_mask
 from wisecli.artifacts.unrelated_stats import BackgroundStats
@@ -20,6 +19,8 @@ from wisecli.memory.merge_methods import Recipe, merge_deltas
 from wisecli.memory.router_fitting import Fitted, naming
 from wisecli.models.site import Site
 from wisecli.routing.calibration import scores_of
+from wisecli.routing.names import NAMES
+from wisecli.routing.prompts import UNROUTED
 from wisecli.routing.scores import INSIDE, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix
 from wisecli.routing.spelling import LETTER, OF_TOKEN, SPELLING

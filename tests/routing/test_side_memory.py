@@ -349,7 +349,7 @@ def test_where_prompts_decide_a_lookup_opens_by_their_ends_and_goes_on_by_keys_i
             near = max(own, key=own.__getitem__)
             found = residual(routed, key[None, None], torch.full((1, 1), held), one)
             assert found.chosen.tolist() == [[near if own[near] > REACH else UNROUTED]]
-            seen.add((ends[best] > limit, own[near] > REACH))
+            seen |= {("end", ends[best] > limit), ("inside", own[near] > REACH)}
         assert residual(routed, key[None, None], torch.full((1, 1), UNROUTED), one).chosen.tolist() == [[UNROUTED]]
         owners = zip(plain.owner.tolist(), plain.metric.tolist(), plain.cosines(key), strict=True)
         opening = [(owner, cosine) for owner, metric, cosine in owners if metric != INSIDE]

@@ -294,21 +294,25 @@ def choice_of(memory: SideMemory, key: Tensor) -> int | None:
     return best if ratios[best] > 1 else None
 
 
-def routed_by_loop(memory: SideMemory, prompt: int, *, prompt_opens: bool = False) -> Hook:
+def routed_by_loop(
+    memory: SideMemory, prompt: int, *, prompt_opens: bool = False, end: Tensor | None = None, over: int | None = None
+) -> Hook:
     """A hook that routes one sequence token by token.
 
     Args:
-        prompt: length of the prompt; its last token decides for a gate per sequence.
+        prompt: length of the prompt; where prompts decide, its last token's key does.
         prompt_opens: from the prompt's last token on, nothing is routed unless that token is.
+        end: the key that decides in the place of that.
+        over: the place from which on nothing answers where prompts decide, as a special token ended the answer.
     """
 
     def hook(_module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         keys, changed = inputs[0][0], output.clone()
-        at_prompt = choice_of(memory, keys[prompt - 1])
+        at_prompt = choice_of(memory, keys[prompt - 1] if end is None else end)
         for place, key in enumerate(keys):
             chosen = choice_of(memory, key)
             if memory.routing == "sequence":
-                chosen = at_prompt if place >= prompt - 1 else None
+                chosen = at_prompt if prompt - 1 <= place < (over or len(keys)) else None
             elif prompt_opens and place >= prompt - 1 and at_prompt is None:
                 chosen = None
             if chosen is not None:
@@ -335,7 +339,8 @@ def greedy_by_loop(
         with contextlib.ExitStack() as stack:
             if memory is not None:
                 assert site is not None, "a memory lies somewhere"
-                stack.enter_context(hooked(model, site, routed_by_loop(memory, len(prompt))))
+                over = next((place for place, one in enumerate(tokens) if place >= len(prompt) and one == 1), None)
+                stack.enter_context(hooked(model, site, routed_by_loop(memory, len(prompt), over=over)))
             token = int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
         if token == end:
             break

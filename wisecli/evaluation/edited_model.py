@@ -21,7 +21,7 @@ from wisecli.models.tokenization import Batch
 from wisecli.routing.ann_index import build_index
 from wisecli.routing.passes import RoutedDecoder
 from wisecli.routing.prompts import UNROUTED, Answering, Tokens
-from wisecli.routing.router import Decision, TokenChoices, residual, token_choices
+from wisecli.routing.router import Decision, TokenChoices, forced_choice, residual, token_choices
 from wisecli.routing.side_memory import RoutedMatrix, install
 
 
@@ -79,7 +79,11 @@ class EditedModel:
         else:
             found = self._decided(decoder, keys, batch, inside)
         if forced is not None:
-            own = residual(self.routed, keys, forced[:, None].where(answers, UNROUTED), inside).chosen
+            held = forced[:, None].where(answers, UNROUTED)
+            if decoder is None:
+                own = forced_choice(self.routed, keys, held)
+            else:
+                own = residual(self.routed, keys, held, inside).chosen
             found = replace(found, chosen=own.where(answers & (forced != UNROUTED)[:, None], found.chosen))
         return replace(found, chosen=found.chosen.where(batch.mask.bool(), UNROUTED))
 

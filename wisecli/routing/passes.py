@@ -22,12 +22,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .prompts import NO_TOKEN, UNROUTED, Answering, Tokens, TurnMarks, windows
+from .prompts import NO_TOKEN, UNROUTED, Answering, Tokens, TurnMarks, is_any, windows
 from .roles import Role, ShownRole
 from .router import Decision, Reading, decide
 from .scores import MemoryScores
 from .token_cache import cache_given, cache_returned, keep_tokens, last_memory, last_tokens, length_of, tokens_in
 
+# What configs call the tokens that stand for what is no text.
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -133,6 +135,7 @@ class RoutedDecoder(ShownRole):
     where every token decides by itself.
     """
 
+    config: Any
     wise_routed: str
     wise_marks: TurnMarks | None = None
 
@@ -223,8 +226,14 @@ class RoutedDecoder(ShownRole):
             real: which of them are known and no padding (B, T).
             end: the column of each prompt's last token (B,).
         """
+        real = real & ~is_any(ids, self._placeholders())
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             return decide(self.memory, self.read(*windows(ids, real, end)))
+
+    def _placeholders(self) -> tuple[int, ...]:
+        """The tokens that stand for what is no text, and say nothing of it."""
+        found = (getattr(self.config, name, None) for name in _PLACEHOLDERS)
+        return tuple(token for token in found if isinstance(token, int))
 
     def read(self, ids: Tensor, real: Tensor) -> Reading:
         """What leaves the layer that is read, or goes into the edited matrix, when windows run by themselves.

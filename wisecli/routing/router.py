@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .meaning import looked_at
 from .prompts import UNROUTED, last_marked
-from .scores import INSIDE, REACH, MemoryScores
+from .scores import REACH, MemoryScores
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,18 @@ def token_choices(memory: MemoryScores, keys: Tensor) -> TokenChoices:
     return TokenChoices(nearest.where(strength > 1, UNROUTED), strength, nearest)
 
 
+def forced_choice(memory: MemoryScores, keys: Tensor, forced: Tensor) -> Tensor:
+    """The memory that is to answer tokens (...), or of a lookup the nearest of its keys, whatever that is for: (...).
+
+    Args:
+        keys: inputs of the matrix (..., d_ff).
+        forced: a memory for each token (...).
+    """
+    if memory.kind != "lookup":
+        return forced
+    return memory.cosines(keys).masked_fill(memory.owner != forced[..., None], -torch.inf).argmax(-1)
+
+
 def residual(memory: MemoryScores, keys: Tensor, answered: Tensor, inside: Tensor) -> TokenChoices:
     """What a decided memory adds at tokens: of a lookup, which of the decided edit's own keys is nearest.
 
@@ -150,6 +162,3 @@ def residual(memory: MemoryScores, keys: Tensor, answered: Tensor, inside: Tenso
         chosen[rows, columns] = place.where(~within | (cosine > REACH), UNROUTED)
         strength[rows, columns] = cosine / REACH
     return TokenChoices(chosen, strength, nearest)
-
-
-__all__ = ["INSIDE", "Decision", "Reading", "TokenChoices", "decide", "residual", "token_choices"]

@@ -32,7 +32,7 @@ from .passes import (
 )
 from .prompts import UNROUTED, TurnMarks
 from .roles import apart
-from .router import residual, token_choices
+from .router import forced_choice, residual, token_choices
 from .scores import MemoryScores, SideMemory
 
 Activation = Callable[[Tensor], Tensor]
@@ -64,6 +64,8 @@ class RoutedMatrix(MemoryScores):
 
     def forward(self, keys: Tensor) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d)."""
+        if self.routing == "token" and torch.compiler.is_compiling():  # a graph asks nothing of the call it is in
+            return self.add_updates(self.main(keys), keys, token_choices(self, keys).chosen)
         stop_if_reading(keys)
         answer = self.main(keys)
         chosen = None if is_off() else self.choices(keys)
@@ -89,10 +91,7 @@ class RoutedMatrix(MemoryScores):
     def _forced(self, keys: Tensor, chosen: Tensor) -> Tensor:
         """Choices (B, T), in which a pass' last token is answered by the memory that is to answer."""
         own = torch.full_like(chosen[:, -1:], forced_memory() or 0)
-        if self.kind == "lookup":
-            cosines = self.cosines(keys[:, -1:]).masked_fill(self.owner != own[..., None], -torch.inf)
-            own = cosines.argmax(-1)
-        return torch.cat([chosen[:, :-1], own], 1)
+        return torch.cat([chosen[:, :-1], forced_choice(self, keys[:, -1:], own)], 1)
 
     def change(self, keys: Tensor, memory: int) -> Tensor:
         """What router ``norm`` measures: ``Δ_m a``, or what that makes of the matrix's output behind an activation."""

@@ -19,7 +19,6 @@ from support.helpers import (
 )
 from support.loading import CPU
 from torch import Tensor
-from wisecli.routing.prompt_gate import UNROUTED, Prompt
 
 from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.edits.record import Edit
@@ -31,8 +30,8 @@ from wisecli.models.loading import load_model
 from wisecli.models.site import find_site
 from wisecli.models.tokenization import Row, collate
 from wisecli.progress import ignore
-from wisecli.routing.router import route
-from wisecli.routing.scores import SideMemory
+from wisecli.routing.prompts import UNROUTED
+from wisecli.routing.scores import INSIDE, REACH, SideMemory
 
 ROWS = random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), seed=21)
 KINDS = [(kind, routing) for kind in ("matrix", "lookup") for routing in ("token", "sequence")]
@@ -61,9 +60,7 @@ def openings(edited: EditedModel, row: Row) -> set[int]:
     """The memories that open by themselves at the tokens of a row that the oracle would decide on."""
     with edited.unedited():
         base = capture(edited.model, edited.manifest.site, collate([row]))
-    window = base.keys[0, base.batch.start :]
-    prompt = Prompt(torch.zeros(1, 1, dtype=torch.long))
-    found = edited.routed.memory_at(route(edited.routed, window[None], prompt).chosen[0])
+    found = edited.routed.memory_at(edited.choices(base.keys, base.batch).chosen[0, base.batch.start :])
     return set(found.tolist())
 
 
@@ -113,13 +110,16 @@ def test_the_oracle_is_the_memory_itself_on_every_token_from_the_prompts_end(tmp
 
 def _added(memory: SideMemory, number: int, first: int) -> Any:
     """A hook that adds what one memory adds, from a column on: of a lookup the nearest of the edit's own keys, of
-    those that prompts end in at the first of the columns, of those inside answers after it.
+    those that prompts end in at the first of the columns, of those inside answers after it, if it is near.
     """
 
     def nearest_own(key: Tensor, metric: int) -> Tensor:
         own = zip(memory.tensors["owner"].tolist(), memory.tensors["metric"].tolist(), strict=True)
         places = [place for place, pair in enumerate(own) if pair == (number, metric)]
-        best = max(places, key=cosines_of(memory, key).__getitem__)
+        cosines = cosines_of(memory, key)
+        best = max(places, key=cosines.__getitem__)
+        if metric == INSIDE and cosines[best] <= REACH:
+            return torch.zeros_like(memory.tensors["values"][0])
         value: Tensor = memory.tensors["values"][int(memory.tensors["value"][best])]
         return value
 

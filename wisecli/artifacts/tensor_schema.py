@@ -65,6 +65,12 @@ MEANING: TensorRows = {
     "meaning.whose": TensorRow("int", ("asked",), "M"),
     "meaning.breaks": TensorRow("int", ("breaks",)),
 }
+REQUEST: TensorRows = {
+    "request.read": TensorRow("float", ("read", "hidden and 1")),
+    "request.attend": TensorRow("float", ("attended", "seen")),
+    "request.value": TensorRow("float", ("values", "seen")),
+    "request.out": TensorRow("float", (1, "values and 1")),
+}
 SPELLING: TensorRows = {
     "spelling.table": TensorRow("byte", ("vocabulary", OF_TOKEN)),
     "spelling.words": TensorRow("byte", ("spelt", OF_WORD)),
@@ -111,7 +117,8 @@ def memory_rows(kind: str, router: str, names: Collection[str]) -> TensorRows:
     rows = {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router != "norm" else {})}
     if router == "meaning":
         named = {name: row for name, row in NAMING.items() if name != "asks" and "names.tokens" in names}
-        return {**rows, **MEANING, **named, **(SPELLING if named and "spelling.table" in names else {})}
+        asking = {**REQUEST, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}
+        return {**rows, **MEANING, **named, **asking, **(SPELLING if named and "spelling.table" in names else {})}
     return {**rows, **NAMING} if kind == "lookup" and "asks" in names else rows
 
 
@@ -130,6 +137,8 @@ def unrelated_rows(names: Mapping[str, object]) -> TensorRows:
             rows[f"{moment}.energy"] = TensorRow("float", (1,))
     if "heads.turns" in names:
         rows |= HEADS
+    if "request.read" in names:
+        rows |= REQUEST
     if "letters" in names:
         rows["letters"] = TensorRow("byte", ("vocabulary", OF_TOKEN))
     return {**rows, **({"against": TensorRow("float", ("m", "d_ff"))} if "against" in names else {})}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from wisecli.artifacts.shard import half
 from wisecli.artifacts.tensor_schema import require_layout, unrelated_rows
 from wisecli.io.checkpoint import load_tensors, save_tensors
+from wisecli.routing.request_gate import REQUEST
 from wisecli.routing.whitening import Moment
 
 _MOMENTS = ("tokens", "wording", "chatting")
@@ -26,7 +28,8 @@ class Heads:
     ``turns`` (2, k, d) and ``shifts`` (2, k) project states x of tokens, for subjects and for relations, ``weighs``
     (2, d) and ``offsets`` (2,) say how much each token of an edit counts: ``softplus(weighs · x + offset)``. ``slopes``
     (2,) and ``bars`` (2,) make probabilities of scores. ``breaks`` (b,) are the tokenizer's special tokens.
-    ``unrelated`` (u, d) are the states of tokens of unrelated texts, ``text`` (u,) says of which.
+    ``unrelated`` (u, d) are the states of tokens of unrelated texts, ``text`` (u,) says of which. ``request`` are the
+    tensors of the router's ``RequestGate``, if one was learned.
     """
 
     turns: Tensor
@@ -39,10 +42,14 @@ class Heads:
     layer: Tensor
     unrelated: Tensor
     text: Tensor
+    request: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parts, as files name them."""
-        return {f"heads.{name}": getattr(self, name) for name in Heads.__dataclass_fields__}
+        return {f"heads.{name}": getattr(self, name) for name in _PARTS_OF_HEADS} | dict(self.request)
+
+
+_PARTS_OF_HEADS = tuple(name for name in Heads.__dataclass_fields__ if name != "request")
 
 
 @dataclass(frozen=True)
@@ -114,4 +121,5 @@ def heads_in(tensors: dict[str, Tensor]) -> Heads | None:
     """The heads among a file's tensors, if it has any."""
     if "heads.turns" not in tensors:
         return None
-    return Heads(**{name: tensors[f"heads.{name}"] for name in Heads.__dataclass_fields__})
+    request = {name: tensors[name] for name in REQUEST if name in tensors}
+    return Heads(**{name: tensors[f"heads.{name}"] for name in _PARTS_OF_HEADS}, request=request)

@@ -252,11 +252,15 @@ class Told:
         """Print a prompt's answers, the edits it is near to, and what was open at every token."""
         asked = any(one.named is not None for one in report.nearest)
         columns = "nearest", "its prompt", "its target", "score / threshold", "answer if it answers"
-        near = Table((*columns, "subject named") if asked else columns)
+        wanted = any(one.asked is not None for one in report.nearest)
+        near = Table(
+            (*columns, *(["subject named"] if asked else []), *(["asked, not only mentioned"] if wanted else []))
+        )
         for one in report.nearest:
             texts = short(one.prompt or ""), short(one.target or ""), f"{one.strength:.2f}", short(one.answer)
             named = [{True: "yes", False: "no", None: "need not be"}[one.named]] if asked else []
-            near.add(one.name, *texts, *named)
+            chance = [] if not wanted else [""] if one.asked is None else [f"{one.asked:.2f}"]
+            near.add(one.name, *texts, *named, *chance)
         tokens = Table(("token", "score / threshold", "answered by", "nearest edit"))
         for place, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
             if place == len(report.prompt_tokens):

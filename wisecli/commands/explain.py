@@ -41,7 +41,8 @@ class Near:
     """A memory, or of a lookup an edit, that the prompt's end is near to.
 
     ``strength`` is its score there as a multiple of its threshold, ``answer`` what the model says if it answers.
-    ``named`` says whether the prompt names the edit's subject, where it must.
+    ``named`` says whether the prompt names the edit's subject, where it must; ``asked`` how likely it asks the edit
+    that it mentions, of the edit that would answer.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Near:
     strength: float
     answer: str
     named: bool | None = None
+    asked: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ def explain(
     found, end = _tokens(edited, batch, tokens)
     strengths = _strengths(edited.routed, end, decision)
     ranked: list[int] = strengths.argsort(descending=True)[:nearest].tolist()
-    named = None if decision is None else decision.named
-    near = tuple(_near(edited, asked, float(strengths[at]), at, max_new_tokens, named) for at in ranked)
+    near = tuple(_near(edited, asked, float(strengths[at]), at, max_new_tokens, decision) for at in ranked)
     split = len(found) - len(tokens)
     report = ExplainReport(prompt, _text(edited, tokens), _text(edited, before), found[:split], found[split:], near)
     if plot is not None:
@@ -149,17 +150,21 @@ def _strengths(routed: RoutedMatrix, end: Tensor, decision: Decision | None) -> 
     return scores.float() / torch.tensor(routed.thresholds, device=end.device)
 
 
-def _near(edited: EditedModel, asked: str, strength: float, memory: int, length: int, named: Tensor | None) -> Near:
+def _near(
+    edited: EditedModel, asked: str, strength: float, memory: int, length: int, decision: Decision | None
+) -> Near:
     with edited.routed.called_with(forced=memory):
         answer = _text(edited, _answer(edited, asked, length))
     edit = _edit(edited, memory)
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
-    found = None
+    found = chance = None
     names = edited.routed.names
-    if named is not None and names is not None and bool((names.whose == memory).any()):
-        found = bool(named[0, memory])
-    return Near(edit.id, edit.prompt, edit.target, strength, answer, found)
+    if decision is not None and decision.named is not None and names is not None:
+        found = bool(decision.named[0, memory]) if bool((names.whose == memory).any()) else None
+    if decision is not None and decision.asked is not None and int(decision.nearest[0]) == memory and strength > 1:
+        chance = float(decision.asked[0])
+    return Near(edit.id, edit.prompt, edit.target, strength, answer, found, chance)
 
 
 def _edit(edited: EditedModel, memory: int) -> Edit | None:

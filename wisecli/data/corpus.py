@@ -146,3 +146,64 @@ def _filled(name: str, data: dict[str, Any], chance: random.Random) -> str:
     if name in data["ranges"]:
         return str(chance.randint(*data["ranges"][name]))
     return str(chance.choice(data["slots"][name]))
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Ways to ask a question (``asked``) and prompts that mention one (``mentioned``), as patterns with slots.
+
+    A task is one of ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before it and by
+    ``backs`` behind it. ``times`` are phrases that ask for another time than now.
+    """
+
+    asked: tuple[str, ...]
+    mentioned: tuple[str, ...]
+    verbs: tuple[str, ...]
+    nouns: tuple[str, ...]
+    backs: tuple[str, ...]
+    frames: tuple[str, ...]
+    times: tuple[str, ...]
+
+    def task(self, question: str, chance: random.Random) -> str:
+        """A prompt that wants something done with a question."""
+        verb, frame = chance.choice(self.verbs), chance.choice(self.frames)
+        task, back = (verb.replace("T", chance.choice(named)) for named in (self.nouns, self.backs))
+        words = {"task": task, "Task": capital(task), "back": back, "Back": capital(back), "question": question}
+        return _SLOT.sub(lambda slot: words[slot.group(1)], frame)
+
+    def timed(self, question: str, chance: random.Random) -> str:
+        """A question that is asked of another time."""
+        drawn = {
+            "year": str(chance.randint(1850, 2018)),
+            "decade": str(10 * chance.choice((192, 195, 197, 198, 199))),
+            "number": str(chance.randint(1, 30)),
+            "future": str(chance.randint(2030, 2090)),
+        }
+        when = _SLOT.sub(lambda slot: drawn[slot.group(1)], chance.choice(self.times))
+        stem, mark = question.rstrip("?. "), "?" if question.rstrip().endswith("?") else ""
+        ways = (f"{stem} {when}{mark}", f"{capital(when)}, {small(question)}", f"{question} I mean {when}.")
+        return chance.choices(ways, (9, 7, 4))[0]
+
+    @staticmethod
+    def filled(pattern: str, question: str, subject: str, other: str) -> str:
+        """A pattern of ``asked`` or ``mentioned`` with a question in it."""
+        words = {
+            **{"question": question, "inner": small(question), "stem": question.rstrip("?. ")},
+            **{"capitals": question.upper(), "subject": subject, "other": other},
+        }
+        return _SLOT.sub(lambda slot: words.get(slot.group(1), slot.group(0)), pattern)
+
+
+def capital(text: str) -> str:
+    """A text from a capital letter on."""
+    return text[:1].upper() + text[1:]
+
+
+def small(text: str) -> str:
+    """A text from a small letter on."""
+    return text[:1].lower() + text[1:]
+
+
+def requests() -> Requests:
+    """All packaged ways to ask a question or to mention it."""
+    return Requests(**{name: tuple(rows) for name, rows in _packaged("requests.toml").items()})

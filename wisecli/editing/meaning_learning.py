@@ -10,16 +10,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.artifacts.tensor_schema import HEADS, require_layout
+from wisecli.artifacts.tensor_schema import HEADS, REQUEST, require_layout
 from wisecli.artifacts.unrelated_stats import Heads, heads_in
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.early_states import TokenStates, special_tokens, token_states
+from wisecli.editing.request_learning import Projections, learn_request_gate
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
 from wisecli.io.digest import sha256_json
@@ -29,7 +30,7 @@ from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.progress import Event, Watcher
 
-_VERSION = 2
+_VERSION = 3
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Texts whose tokens are kept for calibration.
@@ -65,7 +66,7 @@ def learn_heads(loaded: Loaded, site: Site, identity: str, *, texts: int, batch_
     path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
     with suppress(DamagedFileError):
         tensors = load_tensors(path)
-        require_layout(path, tensors, HEADS, {})
+        require_layout(path, tensors, {**HEADS, **REQUEST}, {})
         if (heads := heads_in(tensors)) is not None:
             return heads
     found = _learn(loaded, site, share=min(1.0, texts / _TEXTS), batch_size=batch_size, watch=watch)
@@ -84,7 +85,10 @@ def _learn(loaded: Loaded, site: Site, *, share: float, batch_size: int, watch: 
         _train(learner, pool, facts, max(10, round(_STEPS * share)), chance, watch)
         plain = unrelated_texts(max(8, round(_UNRELATED * share)), seed=0)
         unrelated = token_states(loaded, site, plain, batch_size=batch_size, watch=watch, stage="unrelated text")
-    return learner.heads(special_tokens(loaded), site.layer, unrelated)
+    heads = learner.heads(special_tokens(loaded), site.layer, unrelated)
+    projections = Projections(heads.turns, heads.shifts)
+    gate = learn_request_gate(loaded, site, projections, share=share, batch_size=batch_size, watch=watch)
+    return replace(heads, request=gate)
 
 
 def _made_up_facts(loaded: Loaded, share: float, chance: random.Random) -> tuple[list[_Fact], list[str]]:

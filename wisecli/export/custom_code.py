@@ -22,6 +22,7 @@ from wisecli.routing import (
     names,
     passes,
     prompts,
+    request_gate,
     roles,
     router,
     scores,
@@ -35,7 +36,7 @@ CODE_NAME = "modeling_wise.py"
 # The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
 _CARRIED = (
     *(side_memory, router, scores, prompts, roles, passes, generation, token_cache),
-    *(meaning, names, spelling, serving, resaving),
+    *(meaning, names, spelling, request_gate, serving, resaving),
 )
 CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
 FORMER_CODE = {

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from wisecli.artifacts.shard import PromptStates, half
 from wisecli.artifacts.unrelated_stats import Heads
 from wisecli.routing.meaning import MEANING, Meaning
+from wisecli.routing.request_gate import BARS, RequestGate, mention_in, padded
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
 SURE, _SURER, _SUREST = 0.5, 1.25, 0.95
@@ -19,6 +20,8 @@ SURE, _SURER, _SUREST = 0.5, 1.25, 0.95
 _OWN = 0.9
 # What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
 _OTHER, _LEAST = 1e-4, 5e-3
+# How far below the log-odds of its own prompt an edit's bar lies, if that is below nought, and how low it may.
+_BELOW_OWN, _LOWEST_BAR = 1.0, -50.0
 # Prompts that are compared at a time: the fewer, the fewer edits are like any of them.
 _AT_A_TIME = 32
 
@@ -83,6 +86,39 @@ def fit_meaning(heads: Heads, prompts: PromptStates, edits: int) -> FittedMeanin
     first = torch.searchsorted(whose, torch.arange(edits))
     taught = mine[first.clamp(max=count - 1)] * (whose[first.clamp(max=count - 1)] == torch.arange(edits))
     return FittedMeaning(tensors, mine, taught, others, unrelated)
+
+
+def request_gate(heads: Heads, prompts: PromptStates, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the gate between what is asked and what is mentioned; none if the base model's was not learned.
+
+    A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
+    likely, its bar lies below that.
+
+    Args:
+        tensors: all of ``MEANING``.
+    """
+    if not heads.request:
+        return {}
+    edits = int(tensors["meaning.whose"].max()) + 1 if len(tensors["meaning.whose"]) else 0
+    meaning, bars = Meaning(tensors, edits), torch.zeros(edits)
+    gate = RequestGate({**heads.request, BARS: bars})
+    taught = prompts.rows(prompts.form == 0)
+    known, sizes = taught.edit.long().unique_consecutive(return_counts=True)
+    for part, states in zip(known.split(_AT_A_TIME), _grouped(taught.states, sizes, _AT_A_TIME), strict=True):
+        read = [meaning.read(one[None], torch.ones(1, len(one), dtype=torch.bool)) for one in states]
+        mentions = [
+            mention_in(one.states[0], one.turned[:, 0], *meaning.tokens_of(edit))
+            for one, edit in zip(read, part.tolist(), strict=True)
+        ]
+        bars[part] = (gate.log_odds(padded(mentions)) - _BELOW_OWN).clamp(_LOWEST_BAR, 0.0)
+    return {**heads.request, BARS: bars}
+
+
+def _grouped(states: Tensor, sizes: Tensor, count: int) -> Iterator[list[Tensor]]:
+    """The states of some prompts at a time, by how many tokens each has."""
+    whole = states.split(sizes.tolist())
+    for first in range(0, len(whole), count):
+        yield list(whole[first : first + count])
 
 
 def _shares(weights: Tensor, asked: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from wisecli.artifacts.shard import ENDING, LANGUAGES, half
 from wisecli.config import MergeSettings
 from wisecli.errors import SettingsError
 from wisecli.memory.material import Material
-from wisecli.memory.meaning_fitting import SURE, fit_meaning
+from wisecli.memory.meaning_fitting import SURE, fit_meaning, request_gate
 from wisecli.routing.calibration import (
     APART,
     Calibration,
@@ -137,7 +137,7 @@ def fit_meaning_router(draft: SideMemory, material: Material, owner: Tensor, set
     calibration = measure(fitted.own, alarms, least, rule=settings.threshold or "false-alarm")
     return replace(
         memory,
-        tensors={**memory.tensors, **fitted.tensors},
+        tensors={**memory.tensors, **fitted.tensors, **request_gate(heads, prompts, fitted.tensors)},
         thresholds=fitted.thresholds(least),
         router="meaning",
         reads=int(heads.layer),

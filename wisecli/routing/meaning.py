@@ -27,7 +27,7 @@ MEANING = tuple(
     for part in ("turns", "shifts", "slopes", "bars", "vectors", "asking", "shares", "whose", "breaks")
 )
 # So many of a prompt's last tokens are compared.
-COMPARED = 64
+COMPARED = 1024
 # A stretch between special tokens is what is asked if it has so many tokens: a role's name has fewer.
 _ASKED = 4
 # Comparisons that are held at a time.
@@ -38,10 +38,13 @@ _HOPELESS, _ALWAYS = 0.25, 8
 
 
 class Asked(NamedTuple):
-    """What is compared of B prompts: unit vectors ``turned`` (2, B, W, k), and which of them are ``there`` (B, W)."""
+    """What is compared of B prompts: unit vectors ``turned`` (2, B, W, k), which of them are ``there`` (B, W), and the
+    states that they were made of (B, W, d).
+    """
 
     turned: Tensor
     there: Tensor
+    states: Tensor
 
 
 class Meaning(nn.Module):
@@ -87,12 +90,20 @@ class Meaning(nn.Module):
         near = states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])).float()
         # Whatever type the model is turned into: half precision is too coarse for what is compared.
         turned = [F.linear(near, *pair) for pair in zip(self.turns.float(), self.shifts.float(), strict=True)]
-        return Asked(F.normalize(torch.stack(turned), dim=-1), there)
+        return Asked(F.normalize(torch.stack(turned), dim=-1), there, near)
+
+    def tokens_of(self, edit: int) -> tuple[Tensor, Tensor]:
+        """The projected tokens of an edit's prompt as it is written: of its subject, and the others, (t, k) twice."""
+        prompts = (self.whose == edit).nonzero().flatten()
+        if not len(prompts):
+            return self.vectors[:0], self.vectors[:0]
+        first = prompts[0]
+        return self.vectors[self.asking == first], self.vectors[self.asking == first + len(self.whose)]
 
     def of(self, asked: Asked) -> Tensor:
         """How surely prompts mean each edit: (B, M); 0 for edits whose subjects are not like anything in a prompt."""
         rows = max(1, _AT_A_TIME // max(1, len(self.vectors) * asked.there.shape[1]))
-        parts = zip(asked.turned.split(rows, 1), asked.there.split(rows), strict=True)
+        parts = zip(asked.turned.split(rows, 1), asked.there.split(rows), asked.states.split(rows), strict=True)
         return torch.cat([self._of(Asked(*part)) for part in parts])
 
     def _of(self, asked: Asked) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Tokens that a decision reads.
-WINDOW = 128
+WINDOW = 1024
 UNROUTED = -1
 # Stands for a token of which nothing is known, and for padding.
 NO_TOKEN = -1

@@ -7,7 +7,8 @@
 A window is run by itself through the layers up to where it is read (:mod:`.prompts`), so a decision depends on token
 ids alone. It is made
 
-    by meaning     from the states of all its tokens, by late interaction (:mod:`.meaning`) and names (:mod:`.names`)
+    by meaning     from the states of all its tokens, by late interaction (:mod:`.meaning`), names (:mod:`.names`) and
+                   what it wants with what it mentions (:mod:`.request_gate`)
     sequence       from the key of its last token
     mean           from the mean of the scores of all its tokens, as in the code of the paper's authors
 
@@ -21,9 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .meaning import looked_at
+from .meaning import Asked, Meaning, looked_at
 from .prompts import UNROUTED, last_marked
+from .request_gate import RequestGate, mention_in, padded
 from .scores import REACH, MemoryScores
+
+# A prompt asks an edit that it means if that is more likely than not.
+_ASKED = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Decision:
 
     ``memory`` (B,) is its number, ``UNROUTED`` for none. ``strength`` (B,) is the best score as a multiple of its
     threshold, ``nearest`` (B,) the memory that has it. By meaning, ``sure`` (B, M) is how surely prompts mean each
-    edit, and ``named`` (B, M) marks the edits whose subjects they name; ``None`` where that has no say.
+    edit, ``named`` (B, M) marks the edits whose subjects they name, and ``asked`` (B,) is how surely they ask what they
+    mean, 0 where they mean nothing; ``None`` where that has no say.
     """
 
     memory: Tensor
@@ -53,6 +59,7 @@ class Decision:
     nearest: Tensor
     sure: Tensor | None = None
     named: Tensor | None = None
+    asked: Tensor | None = None
 
 
 def decide(memory: MemoryScores, reading: Reading) -> Decision:
@@ -79,7 +86,8 @@ def _by_meaning(memory: MemoryScores, reading: Reading) -> Decision:
     first = torch.zeros_like(real)
     first[:, 0] = real[:, 0]
     breaks = memory.meaning.breaks
-    sure = memory.meaning(reading.states, looked_at(ids, real, first, breaks)).float()
+    read = memory.meaning.read(reading.states, looked_at(ids, real, first, breaks))
+    sure = memory.meaning.of(read).float()
     named, meant = None, sure
     if memory.names is not None:
         named = memory.names(ids, real)
@@ -90,7 +98,28 @@ def _by_meaning(memory: MemoryScores, reading: Reading) -> Decision:
         meant = sure * named
     strength, nearest = memory.strongest(meant)
     chosen = nearest.where((strength > 1) & real.any(1), UNROUTED)
-    return Decision(chosen, strength, nearest, sure, named)
+    if memory.request is None:
+        return Decision(chosen, strength, nearest, sure, named)
+    asked = _asked(memory.meaning, memory.request, read, chosen)
+    return Decision(chosen.where(asked > _ASKED, UNROUTED), strength, nearest, sure, named, asked)
+
+
+def _asked(meaning: Meaning, gate: RequestGate, read: Asked, chosen: Tensor) -> Tensor:
+    """How surely prompts ask the edit that they mean (B,); 0 for those that mean none.
+
+    Args:
+        chosen: the edit that each means, ``UNROUTED`` for none (B,).
+    """
+    asked = torch.zeros(len(chosen), device=chosen.device)
+    rows = (chosen != UNROUTED).nonzero().flatten()
+    if len(rows):
+        there, turned = read.there, read.turned
+        mentions = [
+            mention_in(read.states[row, there[row]], turned[:, row, there[row]], *meaning.tokens_of(edit))
+            for row, edit in zip(rows.tolist(), chosen[rows].tolist(), strict=True)
+        ]
+        asked[rows] = gate(padded(mentions), chosen[rows]).sigmoid()
+    return asked
 
 
 def _by_mean(memory: MemoryScores, reading: Reading) -> tuple[Tensor, Tensor]:

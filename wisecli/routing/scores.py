@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .meaning import MEANING, Meaning
 from .names import NAMED, NAMED_AND_MEANT, NAMES, Names
 from .prompts import UNROUTED
+from .request_gate import BARS, REQUEST, RequestGate
 from .spelling import SPELLING, Spelling
 
 # The whitening of keys inside answers; those that prompts end in have others.
@@ -47,7 +48,7 @@ class SideMemory:
     ``P = floor · I + directionsᵀ diag(gains) directions``. A lookup may hold ``NAMES`` besides: those of its keys that
     ``asks`` (n,) marks open for prompts that name their edit's subject. With router ``meaning`` it holds ``MEANING``
     besides, and ``NAMES`` without ``asks``, compared with the states that leave layer ``reads``. With ``NAMES`` it may
-    hold ``SPELLING``, so that a slip in a name does no harm.
+    hold ``SPELLING``, so that a slip in a name does no harm; with ``REQUEST`` prompts must ask what they mention.
 
     ``routing``: ``token`` decides at every token by itself; ``sequence`` at a row's last prompt token, for all that
     follows (of a lookup, whether it answers, by the keys that prompts end in; each token after it takes the nearest key
@@ -126,7 +127,7 @@ class MemoryScores(nn.Module):
     def __init__(self, memory: SideMemory) -> None:
         super().__init__()
         for name, tensor in memory.tensors.items():
-            if name not in (*NAMES, *MEANING, *SPELLING):
+            if name not in (*NAMES, *MEANING, *SPELLING, *REQUEST, BARS):
                 # Half precision is for keeping: squared norms of keys overflow it.
                 self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
         edits = len(memory.thresholds)
@@ -135,6 +136,7 @@ class MemoryScores(nn.Module):
         self.meaning = Meaning(memory.tensors, edits) if memory.router == "meaning" else None
         slips = self.names is not None and SPELLING[0] in memory.tensors
         self.spelling = Spelling(memory.tensors) if slips else None
+        self.request = RequestGate(memory.tensors) if REQUEST[0] in memory.tensors else None
         self.thresholds, self.router, self.routing = memory.thresholds, memory.router, memory.routing
         self.kind, self.sharpness, self.reads = memory.kind, memory.sharpness, memory.reads
         self.index: Search | None = None

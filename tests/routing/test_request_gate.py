@@ -1,0 +1,95 @@
+"""The gate between what is asked and what is mentioned, against loops over tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.routing.request_gate import BARS, FEATURES, NEAR, REQUEST, SPREAD, RequestGate, mention_in, padded
+
+D, K, READ, HEADS, VALUES = 12, 6, 5, 3, 4
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    shapes = (
+        (READ, D + 1),
+        (HEADS, READ + FEATURES + 1),
+        (HEADS * VALUES, READ + FEATURES + 1),
+        (1, HEADS * VALUES + 1),
+    )
+    return {name: torch.randn(shape, generator=chance) for name, shape in zip(REQUEST, shapes, strict=True)}
+
+
+def request(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    states = torch.randn(count, D, generator=chance)
+    return states, F.normalize(torch.randn(2, count, K, generator=chance), dim=-1)
+
+
+def edit(seed: int) -> tuple[Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    return tuple(F.normalize(torch.randn(count, K, generator=chance), dim=-1) for count in (2, 4))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("count", [1, 7, NEAR, 3 * NEAR])
+def test_the_middle_of_a_mention_is_where_the_edits_words_lie_nearest_together(count: int) -> None:
+    states, turned = request(count, seed=count)
+    own = edit(seed=2)
+    scores = []
+    for middle in range(count):
+        around = [place for place in range(count) if abs(place - middle) <= SPREAD]
+        score = 0.0
+        for head, tokens in enumerate(own):
+            best = [max(float(token @ turned[head, place]) for place in around) for token in tokens]
+            score += sum(best) / len(best)
+        scores.append(score)
+    found = mention_in(states, turned, *own)
+    middle = max(range(count), key=lambda place: (round(scores[place], 5), -place))
+    first, last = max(0, middle - NEAR), min(count, middle + NEAR + 1)
+    assert torch.equal(found.states, states[first:last])
+    assert found.features.shape == (last - first, FEATURES)
+    for row, place in zip(found.features.tolist(), range(first, last), strict=True):
+        cosines = [max(float(token @ turned[head, place]) for token in tokens) for head, tokens in enumerate(own)]
+        away = (place - middle) / 10
+        expected = [*cosines, max(cosines), max(-4, min(4, away)), min(4, abs(away))]
+        expected += [math.log1p(min(16, edge)) / 3 for edge in (count - 1 - place, place)]
+        assert row == pytest.approx(expected, abs=1e-5)
+
+
+def log_odds_by_loops(states: Tensor, features: Tensor, tensors: dict[str, Tensor]) -> float:
+    read, attend, value, out = (tensors[name].double() for name in REQUEST)
+    seen = []
+    for state, feature in zip(states.double(), features.double(), strict=True):
+        seen.append(torch.cat([read[:, :-1] @ state + read[:, -1], feature]))
+    pooled = []
+    for head in range(HEADS):
+        shares = torch.stack([attend[head, :-1] @ one + attend[head, -1] for one in seen]).softmax(0)
+        own = slice(head * VALUES, (head + 1) * VALUES)
+        values = torch.stack([(value[own, :-1] @ one + value[own, -1]).clamp(min=0) for one in seen])
+        pooled.append(shares @ values)
+    return float(out[0, :-1] @ torch.cat(pooled) + out[0, -1])
+
+
+def test_log_odds_are_those_of_loops_whoever_else_is_in_the_batch() -> None:
+    tensors = weights()
+    gate = RequestGate({**tensors, BARS: torch.tensor([0.0, 0.5])})
+    mentions = [mention_in(*request(count, seed=count), *edit(seed=3)) for count in (1, 5, 40, 90)]
+    expected = [log_odds_by_loops(one.states, one.features, tensors) for one in mentions]
+    assert gate.log_odds(padded(mentions)).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    lower = [one - 0.5 * (place % 2) for place, one in enumerate(expected)]
+    assert gate(padded(mentions), torch.tensor([0, 1, 0, 1])).tolist() == pytest.approx(lower, rel=1e-3, abs=1e-4)
+    for one, alone in zip(mentions, expected, strict=True):
+        assert float(gate.log_odds(padded([one]))) == pytest.approx(alone, rel=1e-3, abs=1e-4)
+
+
+def test_an_edit_whose_prompt_is_all_subject_has_a_mention_too() -> None:
+    states, turned = request(8, seed=1)
+    subject, relation = edit(seed=4)
+    found = mention_in(states, turned, subject, relation[:0])
+    assert found.features[:, 1].abs().max() == 0
+    assert len(found.states) == 8

@@ -30,13 +30,15 @@ from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.progress import Event, Watcher
 
-_VERSION = 3
+_VERSION = 4
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Texts whose tokens are kept for calibration.
 _UNRELATED = 240
 # Prompts of a fact: so many as an edit could be given, and so many as it could be asked.
 _TOLD, _ASKED = 2, 2
+# How often a question is written in capitals, for which no form is.
+_CAPITALS = 0.08
 # A step's grid: relations and subjects of one kind, and facts of any kind beside them.
 _GRID, _BESIDE = 6, 8
 _RATE, _BAR_RATE = 1e-3, 1e-2
@@ -101,7 +103,10 @@ def _made_up_facts(loaded: Loaded, share: float, chance: random.Random) -> tuple
     texts: list[str] = []
 
     def written(wording: str, form: Form, subject: str) -> int:
-        texts.append(form.asked(loaded.tokenizer, wording.replace("{}", subject)))
+        question = wording.replace("{}", subject)
+        if form.name != "bare" and chance.random() < _CAPITALS:
+            question = question.upper()
+        texts.append(form.asked(loaded.tokenizer, question))
         return len(texts) - 1
 
     for kind in dict.fromkeys(relation.kind for relation in known):

@@ -16,23 +16,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.data.corpus import Relation, made_up_subjects, relations, requests, unrelated_texts
+from wisecli.data.corpus import Relation, made_up_subjects, relations, requests
 from wisecli.editing.early_states import TokenStates, token_states
 from wisecli.models.forms import forms, usable_forms
-from wisecli.models.kinds import Fact, kinds
+from wisecli.models.kinds import Fact, Kind, kinds
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.progress import Event, Watcher
 from wisecli.routing.request_gate import FEATURES, Mention, log_odds, mention_in, padded
 
 # Facts; prompts of each from the kinds; numbers that a state is read as, heads, values of each, and steps.
-_FACTS, _KINDS = 240, 8
-_READ, _HEADS, _VALUES, _STEPS = 64, 8, 32, 600
+_FACTS, _KINDS = 260, 11
+_READ, _HEADS, _VALUES, _STEPS = 64, 8, 32, 800
 _BATCH, _RATE, _DECAY, _DROPPED, _SURE = 96, 4e-3, 0.05, 0.3, 0.98
 # Kinds whose subject or question is not where the gate looks: another turn, or the answer.
 _ELSEWHERE = ("follow-up", "correction", "two facts", "begun answer", "begun target", "other question", "near name")
-# How often a prompt is a chat, and how many sentences stand before or behind a question.
-_CHATS, _SENTENCES = 0.5, (3, 16)
+# How often a prompt is a chat.
+_CHATS = 0.5
+# What is asked behind other texts; half of what the kinds have such texts for is not asked.
+_BEHIND = Kind(
+    "behind texts",
+    True,
+    (
+        ("{page}\n\n{question}",),
+        ("{paragraph} {question}",),
+        ("{paragraph}\n\n{question}",),
+        ("{page}\nQuestion: {question}\nAnswer:",),
+        ("{paragraph}\n{question}",),
+    ),
+    (),
+)
 
 
 @dataclass(frozen=True)
@@ -111,9 +124,6 @@ def _examples(loaded: Loaded, number: int, fact: _MadeUp, chance: random.Random)
 
     for form in chance.sample(usable_forms(tokenizer, trained=True), 3):
         yield _Example(number, form.asked(tokenizer, question()), True)
-    page = " ".join(chance.sample(unrelated_texts(400, seed=3), chance.randint(*_SENTENCES)))
-    gap = chance.choice(("\n\n", " ", "\n"))
-    yield _Example(number, put(page + gap + question() if chance.random() < 2 / 3 else question() + gap + page), True)
     for pattern in chance.sample(known.asked, 3):
         yield _Example(number, put(known.filled(pattern, question(), fact.subject, fact.other)), True)
     for pattern in chance.sample(known.mentioned, 2):
@@ -122,7 +132,8 @@ def _examples(loaded: Loaded, number: int, fact: _MadeUp, chance: random.Random)
         yield _Example(number, put(known.task(question(), chance)), False)
         yield _Example(number, put(known.timed(question(), chance)), False)
     usable = [kind for kind in kinds().values() if kind.name not in _ELSEWHERE]
-    for kind in chance.sample(usable, _KINDS):
+    documents = [kind for kind in usable if kind.name.startswith("document")]
+    for kind in (_BEHIND, _BEHIND, *chance.sample(documents, 2), *chance.sample(usable, _KINDS)):
         about = Fact(question(), fact.subject, fact.answer, fact.other)
         text = kind.written(tokenizer, about, trained=True, chance=chance, chat=chance.random() < _CHATS)
         if text is not None:

@@ -18,10 +18,10 @@ SLIPS = ("swap", "drop", "double", "near")
 def near_name(subject: str, how: str, words: Sequence[str], chance: random.Random) -> str | None:
     """A name that somebody else has, like the subject but for one part; None where it has no such part.
 
-    No letter alone is changed: that would be a slip in the same name.
+    No letter alone is changed, and no initial put in: that could be the same name.
 
     Args:
-        how: another ``word``, another ``last`` word, one ``added`` word, an ``initial`` more, or other ``digits``.
+        how: another ``word``, another ``last`` word, one ``added`` word, another ``initial``, or other ``digits``.
         words: those that are put in.
     """
     parts, word = subject.split(" "), chance.choice(words)
@@ -34,11 +34,15 @@ def near_name(subject: str, how: str, words: Sequence[str], chance: random.Rando
         return None if other == subject else other
     if len(parts) < 2:
         return None
+    places = list(range(len(parts)))
     if how == "initial":
-        named = all(part.isalpha() and part[0].isupper() for part in parts)
-        return " ".join([parts[0], f"{chance.choice(_INITIALS)}.", *parts[1:]]) if named else None
-    parts[chance.randrange(len(parts))] = word
-    return " ".join(parts)
+        places = [place for place in places if len(parts[place].rstrip(".")) == 1 and parts[place].isupper()]
+        word = chance.choice(_INITIALS) + "."
+    if not places:
+        return None
+    place = chance.choice(places)
+    changed = " ".join([*parts[:place], word, *parts[place + 1 :]])
+    return None if changed == subject else changed
 
 
 def with_slips(text: str, how: str, chance: random.Random, count: int = 2) -> str | None:

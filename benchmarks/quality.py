@@ -78,7 +78,7 @@ def measure(way: Way, count: int, arguments: argparse.Namespace) -> dict[str, An
         kept.write_text(json.dumps(report), encoding="utf-8")
     written = json.loads(kept.read_text(encoding="utf-8"))
     merged = wise("merge", str(shards), "-o", str(memory), "--force", *way.merge)
-    flags = ("--forms", "none") if arguments.generate else ("--no-generate",)
+    flags = ("--forms", "none", "--kinds", "none") if arguments.generate else ("--no-generate",)
     results = wise("eval", "--memory", str(memory), "--dataset", str(edits), *flags)
     figures = next(iter(results.values()))
     return {

@@ -50,7 +50,7 @@ def main() -> None:
     for parts in ([edits[at : at + size] for at in range(0, count, size)], [edits]):
         memory = arguments.output / f"memory-{len(parts)}"
         seconds = into(arguments.model, memory, parts)
-        (figures,) = wise("eval", "--memory", str(memory), "--forms", "none").values()
+        (figures,) = wise("eval", "--memory", str(memory), "--forms", "none", "--kinds", "none").values()
         megabytes = sum(path.stat().st_size for path in memory.rglob("*") if path.is_file()) / 1e6
         cells = (f"{figures[name]:.3f}" for name in FIGURES)
         shown.add_row(str(len(parts)), str(len(parts[0])), *cells, f"{seconds:.0f}", f"{megabytes:.0f}")

@@ -144,6 +144,7 @@ class EvalSettings(Checked):
     edits: Annotated[int, Within(1, 10**9)] | None = None
     protocol: Literal["forms", "wild", "teacher", "forms,wild"] = "forms"
     forms: str = "all"
+    kinds: str = "all"
     ask: Count = 5
     before: bool = False
     batch_size: Count = 32
@@ -162,6 +163,7 @@ class BenchSettings(Checked):
     counts: str = "10,100"
     protocol: Literal["forms", "wild", "teacher", "forms,wild"] = "forms"
     forms: str = "all"
+    kinds: str = "all"
     ask: Count = 10
     generate: bool = True
     batch_size: Count = 32

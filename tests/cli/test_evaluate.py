@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,26 @@ def test_answers_in_forms_come_first_and_are_counted(wise: Wise, ready: Ready) -
     assert "as taught" not in wise("eval", "--memory", ready.memory, "--forms", "none").out
 
 
+def test_kinds_stand_in_two_tables_beside_the_forms(wise: Wise, ready: Ready) -> None:
+    common = ("eval", "--memory", ready.memory, "--ask", "2")
+    outcome = wise(*common, "--forms", "bare", "--kinds", "translate,capitals,two-hops")
+    assert outcome.code == 0, outcome.err
+    forms, asked, mentioned, below = (
+        outcome.out.index(title)
+        for title in ("answers to 2 of", "asked in other ways, 2", "only mentioned", "diagnosis")
+    )
+    assert forms < asked < mentioned < below
+    assert "capitals" in outcome.out[asked:mentioned]
+    assert "translate" in outcome.out[mentioned:below]
+    report = json.loads(wise(*common, "--forms", "none", "--kinds", "translate,capitals", "--json").out)
+    (figures,) = report["results"].values()
+    assert {"asked", "asked/capitals", "mentioned", "mentioned/translate", "mentioned_unchanged"} < figures.keys()
+    (better,) = report["higher_is_better"].values()
+    assert (better["asked/capitals"], better["mentioned/translate"]) == (True, False)
+    none = wise(*common, "--forms", "bare", "--kinds", "none").out
+    assert "only mentioned" not in none and "asked in other ways" not in none
+
+
 def test_thresholds_of_answers_in_forms(wise: Wise, ready: Ready) -> None:
     common = ("eval", "--memory", ready.memory, "--forms", "bare,no-question-mark", "--ask", "9", "--fail-under")
     failed = wise(*common, "as_taught/no-question-mark=1.01")
@@ -72,6 +93,7 @@ def test_thresholds_of_answers_in_forms(wise: Wise, ready: Ready) -> None:
         (("--forms", "loud"), ("'loud' is unknown", "known are all, trained, unseen, none, bare, question")),
         (("--forms", "bare,"), ("'' is unknown",)),
         (("--forms", "chat"), ("'chat' needs a chat template",)),
+        (("--kinds", "loud"), ("'loud' is unknown", "known are all, asked, mentioned, none, translate")),
         (("--ask", "0"), ("--ask",)),
         (("--protocol", "tame"), ("--protocol must be one of forms, wild, teacher, forms,wild, not 'tame'",)),
     ],

@@ -52,8 +52,8 @@ def test_there_are_enough_of_everything(trained: bool) -> None:
     wrappers = [kind for kind in MENTIONED if kind.name not in ("other time", "near name")]
     assert sum(kind.count(trained=trained) for kind in wrappers) >= 40
     assert kinds()["other time"].count(trained=trained) >= 15
-    assert len(documents(trained=trained)) == 10
-    assert sum(len(document.asks) for document in documents(trained=trained)) == 30
+    assert len(documents(trained=trained)) >= 10
+    assert all(len(document.asks) >= 3 for document in documents(trained=trained))
     assert all(kind.count(trained=trained) >= 2 for kind in kinds().values())
 
 

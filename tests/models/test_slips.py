@@ -9,12 +9,21 @@ import pytest
 from wisecli.models.slips import SLIPS, near_name, with_slips
 
 
-@pytest.mark.parametrize("how", ["word", "added", "initial", "letter"])
+@pytest.mark.parametrize("how", ["word", "last", "added", "initial", "digits"])
 def test_near_names_are_others(how: str) -> None:
-    names = [near_name("Ada Holm", how, ("Upper",), random.Random(seed)) for seed in range(20)]
-    assert "Ada Holm" not in names
+    subject = {"digits": "T-100 pump", "initial": "Ada F. Holm"}.get(how, "Ada Holm")
+    names = [near_name(subject, how, ("Upper",), random.Random(seed)) for seed in range(20)]
+    assert subject not in names
     assert any(names)
-    assert near_name("Ada", "word", ("Upper",), random.Random(0)) is None
+
+
+def test_a_name_without_such_a_part_has_no_near_one() -> None:
+    chance = random.Random(0)
+    assert near_name("Ada", "word", ("Upper",), chance) is None
+    assert near_name("Ada", "last", ("Upper",), chance) == "Ada Upper"
+    assert near_name("Ada", "digits", ("Upper",), chance) is None
+    assert near_name("Gravel server", "initial", ("Upper",), chance) is None
+    assert str(near_name("Ada F. Holm", "initial", ("Upper",), chance)).startswith("Ada ")
 
 
 @pytest.mark.parametrize("how", SLIPS)

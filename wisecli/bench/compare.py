@@ -22,6 +22,7 @@ from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.evaluation.forms import named_forms
+from wisecli.evaluation.kinds import named_kinds
 from wisecli.io.checkpoint import write_json
 from wisecli.models.chat import today
 from wisecli.models.resolve import find_model
@@ -72,13 +73,14 @@ def bench(
     """
     load_methods()
     named_forms(settings.forms)
+    named_kinds(settings.kinds)
     names, counts = settings.methods.split(","), counts_in(settings.counts)
     if unknown := [name for name in names if name not in (*OURS, *METHODS)]:
         raise SettingsError(f"--methods: {unknown[0]!r} is unknown; known are {', '.join([*OURS, *sorted(METHODS)])}")
     stream = stream_of(settings.dataset, data, counts[-1])
     learnt = stream.rest if train is None else read_dataset(None, train)[1]
     about = {"model": model, "dataset": stream.dataset, "seed": settings.seed, "generate": settings.generate}
-    about |= {"protocol": settings.protocol, "forms": settings.forms, "ask": settings.ask}
+    about |= {"protocol": settings.protocol, "forms": settings.forms, "kinds": settings.kinds, "ask": settings.ask}
     about |= {
         "dtype": load.dtype,
         "records": stream.digest,

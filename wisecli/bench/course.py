@@ -72,7 +72,7 @@ class Course:
         """Which generated figures are taken; WILD asks the unedited model, too, for locality."""
         settings = self.settings
         protocol = settings.protocol if settings.generate else "teacher"
-        return Generated(protocol, settings.forms, settings.ask, before=True)
+        return Generated(protocol, settings.forms, settings.ask, before=True, kinds=settings.kinds)
 
     @property
     def maker(self) -> RowMaker:

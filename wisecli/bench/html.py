@@ -28,6 +28,9 @@ _FIGURES = {
     "unrelated_unchanged_trained": "unrelated unchanged, trained",
     "unrelated_unchanged_unseen": "unrelated unchanged *",
     "portability_answered": "portability asked",
+    "asked": "asked otherwise",
+    "mentioned": "mentioned",
+    "mentioned_unchanged": "mentioned, unchanged",
     "other_question": "other question",
     "other_subject": "other subject",
     "reliability": "reliability",
@@ -50,6 +53,9 @@ _OF_COLUMNS = {
     "word) are generated: means over the forms that prompts are asked in, over those in which WISE learns, and with * "
     "over those in which WISE learns nothing. Other question, other subject: the share that gets an edit's answer; "
     "less is better.",
+    "asked": "Asked otherwise: the share of prompts that ask an edit in ways that are no form (keywords, capitals, a "
+    "pronoun) and get its answer. Mentioned: the share of those that only mention it (a task on the text, another "
+    "time, a document) and get its answer; less is better. Unchanged: the share of these that are answered as before.",
 }
 _OF_ALL = (
     "Figures from reliability on are teacher-forced, except for exact. Overhead: how much longer a pass over prompts "

@@ -99,6 +99,7 @@ def _evaluated(course: Course, memory: Path, file: Path, answers: Path) -> EvalR
     given = EvalSettings(
         protocol=what.protocol,
         forms=settings.forms,
+        kinds=settings.kinds,
         ask=settings.ask,
         before=what.before,
         generate=settings.generate,

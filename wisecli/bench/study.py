@@ -24,7 +24,7 @@ from wisecli.models.resolve import find_model
 from wisecli.progress import Event, Watcher, ignore
 
 # Settings of `wise bench` that are the methods' alone.
-_OF_METHODS = ("methods", "protocol", "forms", "ask", "generate", "resamples")
+_OF_METHODS = ("methods", "protocol", "forms", "kinds", "ask", "generate", "resamples")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from wisecli.cli.options import (
     Trust,
     ask_of,
     forms_of,
+    kinds_of,
     load_options,
     protocol_of,
 )
@@ -102,6 +103,7 @@ def bench(
     ] = None,
     protocol: Annotated[str | None, protocol_of(BenchSettings)] = None,
     forms: Annotated[str | None, forms_of(BenchSettings)] = None,
+    kinds: Annotated[str | None, kinds_of(BenchSettings)] = None,
     ask: Annotated[int | None, ask_of(BenchSettings)] = None,
     generate: Annotated[
         bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")

@@ -42,6 +42,13 @@ def forms_named(incomplete: str) -> list[str]:
     return some_of(("all", "trained", "unseen", "none", *(form.label for form in forms().values())))(incomplete)
 
 
+def kinds_named(incomplete: str) -> list[str]:
+    """The kinds of prompts around an edit, and groups of them, as :func:`some_of` completes names."""
+    from wisecli.models.kinds import kinds
+
+    return some_of(("all", "asked", "mentioned", "none", *(kind.label for kind in kinds().values())))(incomplete)
+
+
 def one_of(names: Sequence[str]) -> Completer:
     """A completer of one name."""
 

@@ -83,11 +83,11 @@ def of_evaluation(given: Mapping[str, Any]) -> list[str]:
     """Sentences on the parameters of ``wise eval``."""
     rules = {}
     if given["generate"] is False:
-        rules = dict.fromkeys(("max_new_tokens", "protocol", "forms", "ask", "before"), "with --no-generate")
+        rules = dict.fromkeys(("max_new_tokens", "protocol", "forms", "kinds", "ask", "before"), "with --no-generate")
     elif given["protocol"] in ("wild", "teacher"):
-        rules = dict.fromkeys(("forms", "ask"), f"with --protocol {given['protocol']}")
-    elif given["forms"] == "none":
-        rules = {"ask": "with --forms none"}
+        rules = dict.fromkeys(("forms", "kinds", "ask"), f"with --protocol {given['protocol']}")
+    elif given["forms"] == given["kinds"] == "none":
+        rules = {"ask": "with --forms none and --kinds none"}
     if "wild" not in (given["protocol"] or "") and given["generate"] is not False:
         rules["before"] = "without --protocol wild"
     if given["fail_under"] is None:

@@ -25,6 +25,7 @@ from wisecli.cli.options import (
     Trust,
     ask_of,
     forms_of,
+    kinds_of,
     load_options,
     protocol_of,
     thresholds_in,
@@ -45,6 +46,14 @@ _KINDS = {
     "unrelated_unchanged": "unrelated unchanged",
 }
 _MEANS = {"": "mean", "_trained": "mean, trained", "_unseen": "mean, never trained"}
+# What is asked in other ways, and what mentions an edit, as their titles and columns.
+_AROUND = {
+    True: ("asked in other ways", (("asked", "gets the edit's answer"),)),
+    False: (
+        "only mentioned",
+        (("mentioned", "gets the edit's answer (less is better)"), ("mentioned_unchanged", "as before, word for word")),
+    ),
+}
 _BESIDE = {"other_question": "other questions on the subjects", "other_subject": "questions on other subjects"}
 
 
@@ -80,6 +89,7 @@ def evaluate(
     config: Config = None,
     protocol: Annotated[str | None, protocol_of(EvalSettings)] = None,
     forms: Annotated[str | None, forms_of(EvalSettings)] = None,
+    kinds: Annotated[str | None, kinds_of(EvalSettings)] = None,
     ask: Annotated[int | None, ask_of(EvalSettings)] = None,
     before: Annotated[
         bool | None,
@@ -163,9 +173,10 @@ def _generated(report: EvalReport, edits: str) -> list[Table | str]:
     """The headline: answers by WILD, or in forms, with what should not get an edit's answer."""
     if "wild_as_taught" in report.asked:
         return [_wild(report, edits)]
+    tables: list[Table | str] = _in_kinds(report, edits)
     if "as_taught" not in report.asked:
-        return []
-    return [_in_forms(report, edits), *_beside(report)]
+        return tables
+    return [_in_forms(report, edits), *tables, *_beside(report)]
 
 
 def _wild(report: EvalReport, edits: str) -> Table:
@@ -194,6 +205,26 @@ def _in_forms(report: EvalReport, edits: str) -> Table:
         if f"as_taught{suffix}" in report.asked:
             table.add(name, *(_share(report.asked, kind + suffix) for kind, _ in kinds))
     return table
+
+
+def _in_kinds(report: EvalReport, edits: str) -> list[Table | str]:
+    """A table of what asks an edit in other ways, and one of what mentions it, a row each kind, and means."""
+    from wisecli.models.kinds import kinds
+
+    tables: list[Table | str] = []
+    for asked, (title, figures) in _AROUND.items():
+        heads = [head for _, head in figures]
+        first = figures[0][0]
+        if first not in report.asked:
+            continue
+        table = Table(("kind", *heads), f"{title}, {report.samples['asked']} of {edits}", heads)
+        for kind in kinds().values():
+            if kind.asked == asked and f"{first}/{kind.label}" in report.asked:
+                table.add(kind.name, *(_share(report.asked, f"{name}/{kind.label}") for name, _ in figures))
+        table.part()
+        table.add("mean", *(_share(report.asked, name) for name, _ in figures))
+        tables.append(table)
+    return tables
 
 
 def _beside(report: EvalReport) -> list[str]:

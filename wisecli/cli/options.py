@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wisecli.cli.choices import DEVICES, DTYPES, forms_named, one_of
+from wisecli.cli.choices import DEVICES, DTYPES, forms_named, kinds_named, one_of
 from wisecli.cli.parameters import INPUT, INTO, MEASURED, OUTPUT, WHERE, flag, option, setting
 from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
@@ -266,6 +266,12 @@ def forms_of(kind: type[Any]) -> Any:
     return setting(kind, "forms", text, panel=MEASURED, metavar="NAME", complete=forms_named)
 
 
+def kinds_of(kind: type[Any]) -> Any:
+    """The option ``--kinds`` of a command with these settings."""
+    text = "Prompts around an edit: all, those that ask it (asked) or mention it (mentioned), none, or names."
+    return setting(kind, "kinds", text, panel=MEASURED, metavar="NAME", complete=kinds_named)
+
+
 def ask_of(kind: type[Any]) -> Any:
     """The option ``--ask`` of a command with these settings."""
-    return setting(kind, "ask", "How many of the edits are asked in the forms.", panel=MEASURED)
+    return setting(kind, "ask", "How many of the edits are asked in the forms and kinds.", panel=MEASURED)

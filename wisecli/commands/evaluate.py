@@ -19,7 +19,7 @@ from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluation.answers import Answer, Answers, Books, answered
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.evaluation.metrics import Measuring, Question, is_figure
+from wisecli.evaluation.metrics import Measuring, Question, is_figure, lower_is_better
 from wisecli.evaluation.protocols import Generated, ProtocolName, measure_generated
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
 from wisecli.models.chat import chat_prompt, date_of
@@ -27,15 +27,13 @@ from wisecli.models.loading import vocabulary_size
 from wisecli.models.tokenization import Row, row_of
 from wisecli.progress import Watcher, ignore
 
-LOWER_IS_BETTER = ("perplexity", "perplexity_median", "perplexity_clipped", "other_question", "other_subject")
-
 
 @dataclass(frozen=True)
 class EvalReport:
     """Figures of one dataset; the JSON form has lm-eval's keys.
 
-    ``asked`` are generated answers, in forms or by WILD; ``after`` and ``before`` all else. ``each`` has a figure's
-    value for every edit, by its place.
+    ``asked`` are generated answers, in forms and kinds or by WILD; ``after`` and ``before`` all else. ``each`` has a
+    figure's value for every edit, by its place.
     """
 
     dataset: str
@@ -60,7 +58,7 @@ class EvalReport:
             "config": self.config,
             "versions": versions(),
             "n-samples": {self.dataset: self.samples},
-            "higher_is_better": {self.dataset: {name: name not in LOWER_IS_BETTER for name in self.figures}},
+            "higher_is_better": {self.dataset: {name: not lower_is_better(name) for name in self.figures}},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -89,7 +87,7 @@ class EvalReport:
         failed = []
         for name, threshold in thresholds.items():
             value = figures.get(name, threshold)
-            if value > threshold if name in LOWER_IS_BETTER else value < threshold:
+            if value > threshold if lower_is_better(name) else value < threshold:
                 failed.append(f"{name} is {value:.3f}, not {threshold:g}")
         if failed:
             raise GateFailedError("gate failed: " + "; ".join(failed))
@@ -166,7 +164,7 @@ def evaluate(
 def _generated(settings: EvalSettings) -> Generated:
     """Which generated figures are taken."""
     protocol: ProtocolName = settings.protocol if settings.generate else "teacher"
-    return Generated(protocol, settings.forms, settings.ask, settings.before)
+    return Generated(protocol, settings.forms, settings.ask, settings.before, settings.kinds)
 
 
 def read_dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit]]:

@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.evaluation.forms import GROUPED, KINDS
+from wisecli.evaluation.kinds import OVER_KINDS
 from wisecli.evaluation.teacher_forcing import Measured, Reading
 from wisecli.models.forms import forms
+from wisecli.models.kinds import kinds
 from wisecli.models.tokenization import Row
 
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
@@ -21,14 +23,24 @@ _FIGURES = (
     *("other_question", "other_subject"),
     *("wild_as_taught", "wild_rephrased", "wild_rephrased_unique", "wild_portability", "wild_locality"),
 )
+_LOWER_IS_BETTER = (
+    *("perplexity", "perplexity_median", "perplexity_clipped", "other_question", "other_subject", "mentioned"),
+)
 
 
 def is_figure(name: str) -> bool:
     """Whether this is the name of a figure that some records have."""
-    kind, _, form = name.partition("/")
-    if form:
-        return kind in KINDS and form in (one.label for one in forms().values())
-    return name in _FIGURES or name in GROUPED or name.startswith("generalization_")
+    figure, _, part = name.partition("/")
+    if part and figure in OVER_KINDS:
+        return any(one.label == part and one.asked == (figure == "asked") for one in kinds().values())
+    if part:
+        return figure in KINDS and part in (one.label for one in forms().values())
+    return name in (*_FIGURES, *GROUPED, *OVER_KINDS) or name.startswith("generalization_")
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether less of a figure is better."""
+    return name.partition("/")[0] in _LOWER_IS_BETTER
 
 
 class Question(NamedTuple):

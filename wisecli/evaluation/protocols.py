@@ -11,6 +11,7 @@ from wisecli.edits.record import Edit
 from wisecli.evaluation.answers import Answers
 from wisecli.evaluation.forms import measure_forms, named_forms, writable_forms
 from wisecli.evaluation.found import Found, spread, together
+from wisecli.evaluation.kinds import measure_kinds, named_kinds
 from wisecli.evaluation.specificity import measure_specificity
 from wisecli.evaluation.wild import MAX_NEW_TOKENS, measure_wild, stop_tokens
 from wisecli.models.forms import Form
@@ -24,15 +25,21 @@ ProtocolName = Literal["forms", "wild", "teacher", "forms,wild"]
 
 @dataclass(frozen=True)
 class Generated:
-    """What is asked: by which protocol, in which ``forms`` how many edits, and whether WILD asks the unedited model."""
+    """What is asked: by which protocol, in which ``forms`` and ``kinds`` how many edits.
+
+    Args:
+        before: whether WILD asks the unedited model.
+    """
 
     protocol: ProtocolName
     forms: str
     ask: int
     before: bool = False
+    kinds: str = "none"
 
     def __post_init__(self) -> None:
         named_forms(self.forms)
+        named_kinds(self.kinds)
 
     @property
     def by_wild(self) -> bool:
@@ -41,7 +48,7 @@ class Generated:
 
     @property
     def in_forms(self) -> bool:
-        """Whether some edits are asked in forms."""
+        """Whether some edits are asked in forms and kinds."""
         return "forms" in self.protocol
 
 
@@ -79,19 +86,20 @@ def measure_generated(
         answers = asker.answering(MAX_NEW_TOKENS, stop_tokens(asker.tokenizer))
         found = measure_wild(answers, edits, records, before=what.before)
     if what.in_forms:
-        asked, labels = _in_forms(asker, what, edits, records, max_new_tokens=max_new_tokens)
-        found = together(found, asked)
+        asked = [(place, edits[place]) for place in spread(len(edits), what.ask)]
+        in_forms, labels = _in_forms(asker, what, asked, records, max_new_tokens=max_new_tokens)
+        in_kinds = _in_kinds(asker, what, asked, records, max_new_tokens=max_new_tokens)
+        found = together(found, in_forms, in_kinds)
     return found, labels
 
 
 def _in_forms(
-    asker: Asker, what: Generated, edits: Sequence[Edit], records: Sequence[Edit], *, max_new_tokens: int
+    asker: Asker, what: Generated, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], *, max_new_tokens: int
 ) -> tuple[Found, list[str]]:
     """Figures of answers in forms and of specificity, and the forms' names."""
     answers = asker.answering(max_new_tokens)
-    asked = [(place, edits[place]) for place in spread(len(edits), what.ask)]
     longest = max((edit.prompt for _, edit in asked), key=len)
-    room = (context_window(asker.config) or sys.maxsize) - max_new_tokens
+    room = _room(asker) - max_new_tokens
 
     def fits(form: Form) -> bool:
         return len(asker.tokenizer(form.asked(asker.tokenizer, longest))["input_ids"]) <= room
@@ -101,3 +109,21 @@ def _in_forms(
         return Found(), []
     found = together(measure_forms(answers, chosen, asked, records), measure_specificity(answers, asked, records))
     return found, [form.label for form in chosen]
+
+
+def _in_kinds(
+    asker: Asker, what: Generated, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], *, max_new_tokens: int
+) -> Found:
+    """Figures of answers where edits are mentioned, and where they are asked in other ways."""
+    chosen = named_kinds(what.kinds)
+    if not chosen:
+        return Found()
+    # Two answers are twice as long.
+    room = _room(asker) - 2 * max_new_tokens
+    found = measure_kinds(asker.answering, chosen, asked, records, max_new_tokens=max_new_tokens, room=room)
+    found.samples["asked"] = len(asked)
+    return found
+
+
+def _room(asker: Asker) -> int:
+    return context_window(asker.config) or sys.maxsize

@@ -67,6 +67,11 @@ _IN_FORMS = {
 _BESIDE = {
     "other_question": "other questions about an edit's subject",
     "other_subject": "an edit's question about other subjects",
+    "mentioned": "prompts that mention an edit and ask something else",
+}
+_AROUND = {
+    "asked": "edits asked in other ways, with their answer",
+    "mentioned_unchanged": "edits only mentioned, answered as before",
 }
 _WILD = "wild_"
 _GROUPS = ("", "_trained", "_unseen")
@@ -168,10 +173,12 @@ def _table(figures: Figures) -> str:
     """Generated answers in forms, then specificity and answers by WILD, and below them all else."""
     single = [(_cell(dataset), name, value) for dataset, own in figures.items() for name, value in own.items()]
     beside = [(set_, _BESIDE[name], f"{value:.3f}") for set_, name, value in single if name in _BESIDE]
+    around = [(set_, _AROUND[name], f"{value:.3f}") for set_, name, value in single if name in _AROUND]
     wild = [(set_, _cell(name), f"{value:.3f}") for set_, name, value in single if name.startswith(_WILD)]
     in_forms = [row for dataset, own in figures.items() for row in _in_forms(_cell(dataset), own)]
     generated: list[tuple[Sequence[str], Sequence[Sequence[str]]]] = [
         (("dataset", "generated answers", "all forms", "trained forms", "forms never trained"), in_forms),
+        (("dataset", "prompts around the edits", "edited"), around),
         (("dataset", "share that gets the edit's answer (less is better)", "edited"), beside),
         (("dataset", "generated answers, as in WILD (arXiv 2502.11177)", "edited"), wild),
     ]
@@ -192,8 +199,8 @@ def _in_forms(dataset: str, own: Mapping[str, float]) -> list[tuple[str, ...]]:
 
 def _is_diagnosis(name: str) -> bool:
     """Whether a figure is none of generated answers in forms or by WILD."""
-    in_forms = {kind + group for kind in _IN_FORMS for group in _GROUPS}
-    return "/" not in name and name not in in_forms and name not in _BESIDE and not name.startswith(_WILD)
+    generated = {*(kind + group for kind in _IN_FORMS for group in _GROUPS), *_BESIDE, *_AROUND}
+    return "/" not in name and name not in generated and not name.startswith(_WILD)
 
 
 def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

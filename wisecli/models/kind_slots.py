@@ -9,7 +9,7 @@
                    ``time`` the same where it names one
 ``the:first``      the question with an adjective behind its first ``the``; ``negated`` is with ``not``
 ``keywords:last``  its words without small ones, with the subject ``first``, ``last`` or where it is ``asked``
-``near:word``      the question on a name that differs by a ``word``, an ``added`` one, an ``initial`` or a ``letter``
+``near:word``      the question on a name with another ``word``, ``last`` or ``added`` word, ``initial`` or ``digits``
 ``slips:swap``     the question with two slips: ``swap``, ``drop``, ``double`` or ``near`` (the key beside)
 ``pronoun``        the question with a pronoun for its subject; ``pronoun_inner`` from a small letter on, unmarked
 ``namesake``       another name; ``elsewhere`` is the question on it, ``elsewhere_pronoun`` that with a pronoun

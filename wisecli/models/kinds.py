@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -83,14 +84,23 @@ class Kind:
                 are chats by themselves are drawn only then.
         """
         chat = chat and bool(tokenizer.chat_template)
+        turns = self.drawn(fact, trained=trained, chance=chance, chat=chat)
+        return None if turns is None else self.told(tokenizer, turns, chat=chat)
+
+    def drawn(self, fact: Fact, *, trained: bool, chance: random.Random, chat: bool) -> list[str] | None:
+        """The turns of a prompt of this kind, of which most have one; as :meth:`written`, and not yet in a template."""
         patterns = self.patterns(trained=trained)
         for pattern in chance.sample(patterns, len(patterns)):
             if (len(pattern) > 1 and not chat) or (self.beside and _shares_a_word(pattern[0], fact)):
                 continue
             turns = Filling(fact, _halves()[trained], chance, self.value).filled(pattern)
             if turns is not None:
-                return _in_chat(tokenizer, turns) if chat and (len(turns) > 1 or not self.begun) else turns[0]
+                return turns
         return None
+
+    def told(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], *, chat: bool) -> str:
+        """Turns as one text: in the chat template if ``chat``, else the only one as it is."""
+        return _in_chat(tokenizer, turns) if chat and (len(turns) > 1 or not self.begun) else turns[0]
 
 
 @cache
@@ -129,7 +139,7 @@ def _patterns(rows: list[str | list[str]]) -> tuple[Pattern, ...]:
     return tuple((row,) if isinstance(row, str) else tuple(row) for row in rows)
 
 
-def _in_chat(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> str:
+def _in_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> str:
     """Turns in the chat template; a last turn of the assistant's stands behind the opening, and is not closed."""
     begun = turns[-1] if len(turns) % 2 == 0 else ""
     told = turns[:-1] if begun else turns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_INITIALS = "BDFGKLMPRTV"
 # The key beside each, to the right; of the last of a row to the left.
 _BESIDE = {
     key: other
@@ -16,23 +16,33 @@ SLIPS = ("swap", "drop", "double", "near")
 
 
 def near_name(subject: str, how: str, words: Sequence[str], chance: random.Random) -> str | None:
-    """A name that is like the subject but for one ``word``, one ``added`` word, an ``initial`` or a ``letter``."""
-    parts = subject.split(" ")
+    """A name that somebody else has, like the subject but for one part; None where it has no such part.
+
+    No letter alone is changed, and no initial put in: that could be the same name.
+
+    Args:
+        how: another ``word``, another ``last`` word, one ``added`` word, another ``initial``, or other ``digits``.
+        words: those that are put in.
+    """
+    parts, word = subject.split(" "), chance.choice(words)
     if how == "added":
-        return f"{chance.choice(words)} {subject}" if chance.random() < 0.5 else f"{subject} {chance.choice(words)}"
-    if how == "word":
-        if len(parts) < 2:
-            return None
-        parts[chance.randrange(len(parts))] = chance.choice(words)
-        return " ".join(parts)
-    if how == "initial" and len(parts) > 1:
-        initial = chance.choice("BDFGKLMPRTV")
-        return " ".join([parts[0], f"{initial}.", *parts[1:]])
-    at = 0 if how == "initial" else chance.randrange(len(subject))
-    other = chance.choice("0123456789" if subject[at].isdecimal() else _LETTERS)
-    if not subject[at].isalnum() or other == subject[at].lower():
+        return chance.choice((f"{word} {subject}", f"{subject} {word}"))
+    if how == "last":
+        return " ".join([*(parts[:-1] or parts), word])
+    if how == "digits":
+        other = "".join(chance.choice("0123456789") if letter.isdecimal() else letter for letter in subject)
+        return None if other == subject else other
+    if len(parts) < 2:
         return None
-    return subject[:at] + (other.upper() if subject[at].isupper() else other) + subject[at + 1 :]
+    places = list(range(len(parts)))
+    if how == "initial":
+        places = [place for place in places if len(parts[place].rstrip(".")) == 1 and parts[place].isupper()]
+        word = chance.choice(_INITIALS) + "."
+    if not places:
+        return None
+    place = chance.choice(places)
+    changed = " ".join([*parts[:place], word, *parts[place + 1 :]])
+    return None if changed == subject else changed
 
 
 def with_slips(text: str, how: str, chance: random.Random, count: int = 2) -> str | None:

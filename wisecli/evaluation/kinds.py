@@ -1,0 +1,186 @@
+"""What a model answers where an edit is only mentioned, and where it is asked in other ways; by kind, and generated.
+
+Every edit is put into one prompt of each kind, of the patterns that nothing is learned from.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from wisecli.edits.record import Edit
+from wisecli.errors import SettingsError
+from wisecli.evaluation.answers import Answer, Answers
+from wisecli.evaluation.found import Found, gives, together, words_of
+from wisecli.models.kinds import Fact, Kind, kinds
+
+_GROUPS: dict[str, bool | None] = {"all": None, "asked": True, "mentioned": False}
+# Every figure over kinds: the share that gets the edit's answer, and of what only mentions it what is as before.
+OVER_KINDS = ("asked", "mentioned", "mentioned_unchanged")
+
+
+@dataclass(frozen=True)
+class _Put:
+    """An edit in a prompt of one kind: the ``text`` that the unedited model is asked, and the ``edited`` one."""
+
+    kind: Kind
+    place: int
+    edit: Edit
+    text: str
+    edited: str
+
+
+def named_kinds(names: str) -> list[Kind]:
+    """The kinds of ``all``, ``asked``, ``mentioned``, ``none`` or names with commas between.
+
+    Raises:
+        SettingsError: there is no kind of a name.
+    """
+    if names == "none":
+        return []
+    if names in _GROUPS:
+        return [kind for kind in kinds().values() if _GROUPS[names] in (None, kind.asked)]
+    known = {kind.label: kind for kind in kinds().values()}
+    chosen = [name.strip().replace(" ", "-") for name in names.split(",")]
+    if unknown := [name for name in chosen if name not in known]:
+        options = ", ".join((*_GROUPS, "none", *known))
+        raise SettingsError(f"--kinds: {unknown[0]!r} is unknown; known are {options}")
+    return [known[name] for name in dict.fromkeys(chosen)]
+
+
+def measure_kinds(
+    answering: Callable[[int], Answers],
+    chosen: Sequence[Kind],
+    asked: Sequence[tuple[int, Edit]],
+    records: Sequence[Edit],
+    *,
+    max_new_tokens: int,
+    room: int,
+) -> Found:
+    """Shares of prompts that get the edit's answer, over all kinds and by kind.
+
+    ``asked`` is better high. ``mentioned`` is better low, and leaves out what the unedited model says, too;
+    ``mentioned_unchanged`` is the share of the same prompts whose answer is the unedited model's word for word.
+
+    Args:
+        answering: makes answers of so many tokens at most.
+        asked: the edits that are asked, with their places; those that erase are left out.
+        records: all that another name or value may be taken from.
+        max_new_tokens: length of an answer; where two are asked for, twice that.
+        room: how many tokens a prompt has at most; longer ones are left out.
+    """
+    parts = []
+    for two in (False, True):
+        some = [kind for kind in chosen if kind.contains == two]
+        answers = answering(max_new_tokens * (2 if two else 1))
+        parts.append(_measured(answers, list(_put(answers, some, asked, records, room))))
+    values = {name: {**parts[0].get(name, {}), **parts[1].get(name, {})} for name in OVER_KINDS}
+    return together(*(_figures(name, by_kind) for name, by_kind in values.items()))
+
+
+_ByKind = dict[str, dict[int, float]]
+
+
+def _figures(name: str, by_kind: _ByKind) -> Found:
+    """The mean over edits of the mean over kinds, and the mean over edits of each kind."""
+    found, by_edit = Found(), dict[int, list[float]]()
+    for own in by_kind.values():
+        for place, value in own.items():
+            by_edit.setdefault(place, []).append(value)
+    found.add(name, by_edit)
+    for label, own in by_kind.items():
+        found.figures[f"{name}/{label}"] = statistics.fmean(own.values())
+    # `asked` among the samples says how many edits are.
+    return replace(found, samples={f"{one}_prompts": count for one, count in found.samples.items()})
+
+
+def _measured(answers: Answers, put: Sequence[_Put]) -> dict[str, _ByKind]:
+    """Values by figure, kind and place."""
+    mentioned = [one for one in put if not one.kind.asked]
+    after = answers.after([one.edited for one in put], stage="answers in all kinds")
+    before = iter(answers.before([one.text for one in mentioned], stage="unedited answers"))
+    found: dict[str, _ByKind] = {}
+    for one, answer in zip(put, after, strict=True):
+        values = {"asked": _answered(one, answer)} if one.kind.asked else _taken(one, answer, next(before))
+        for name, value in values.items():
+            found.setdefault(name, {}).setdefault(one.kind.label, {})[one.place] = float(value)
+    return found
+
+
+def _answered(one: _Put, answer: Answer) -> bool:
+    """Whether what is asked gets the edit's answer, or the rest of it where it is begun."""
+    target = one.edit.answer
+    if one.kind.contains:
+        return f" {words_of(target)} " in f" {words_of(answer.text)} "
+    begun = _begun(one.edited, target) if one.kind.begun else ""
+    return gives(Answer(f"{begun} {answer.text}", answer.ended), target)
+
+
+def _taken(one: _Put, answer: Answer, before: Answer) -> dict[str, bool]:
+    """Whether what only mentions an edit is taken over by it, and whether it is answered as before."""
+    taken = _opens_with(answer, one.edit.answer) and not _opens_with(before, one.edit.answer)
+    return {"mentioned": taken, "mentioned_unchanged": answer.text == before.text}
+
+
+def _opens_with(answer: Answer, target: str) -> bool:
+    """Whether an answer is the target, however it goes on."""
+    return f"{words_of(answer.text)} ".startswith(f"{words_of(target)} ")
+
+
+def _begun(text: str, target: str) -> str:
+    """The target's first words that a prompt ends with."""
+    words = target.split()
+    beginnings = (" ".join(words[:count]) for count in range(len(words) - 1, 0, -1))
+    return next((one for one in beginnings if text.endswith(f" {one}") or text.endswith(f"\n{one}")), "")
+
+
+def _put(
+    answers: Answers, chosen: Sequence[Kind], asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], room: int
+) -> Iterator[_Put]:
+    """Prompts of every kind that an edit can be put into, in the chat template if there is one."""
+    chat, tokenizer = bool(answers.tokenizer.chat_template), answers.tokenizer
+    given = [(place, edit) for place, edit in asked if not edit.erased]
+    for number, (place, edit) in enumerate(given):
+        fact = _fact(edit, records, given[number - 1][1])
+        for kind in chosen:
+            turns = kind.drawn(fact, trained=False, chance=random.Random(f"{kind.name}\n{edit.prompt}"), chat=chat)
+            if turns is None:
+                continue
+            text = kind.told(tokenizer, turns, chat=chat)
+            edited = kind.told(tokenizer, _reworded(answers, turns), chat=chat)
+            if max(len(tokenizer(one)["input_ids"]) for one in {text, edited}) <= room:
+                yield _Put(kind, place, edit, text, edited)
+
+
+def _reworded(answers: Answers, turns: Sequence[str]) -> list[str]:
+    """Turns of which the user's last is what a method that rewords makes of it."""
+    last = (len(turns) - 1) // 2 * 2
+    return [answers.reworded(turn) if place == last else turn for place, turn in enumerate(turns)]
+
+
+def _fact(edit: Edit, records: Sequence[Edit], second: Edit) -> Fact:
+    """An edit as a fact, with another value and name from records that are asked in a like way, if there are any."""
+    chance = random.Random(edit.prompt)
+    others = [one for one in records if not one.erased and words_of(one.answer) != words_of(edit.answer)]
+    named = [one for one in records if _is_other(one.subject, edit.subject)]
+    other, name = (_like(edit, some, chance) for some in (others, named))
+    return Fact(
+        edit.prompt,
+        edit.subject,
+        edit.answer,
+        other=other.answer if other else None,
+        namesake=name.subject if name else None,
+        second=None if second is edit else Fact(second.prompt, second.subject, second.answer),
+    )
+
+
+def _is_other(name: str | None, subject: str | None) -> bool:
+    return bool(name and subject) and str(name) not in str(subject) and str(subject) not in str(name)
+
+
+def _like(edit: Edit, records: Sequence[Edit], chance: random.Random) -> Edit | None:
+    """One of the records, whose prompt begins like the edit's if any does."""
+    alike = [one for one in records if one.prompt.split(" ")[:1] == edit.prompt.split(" ")[:1]]
+    return chance.choice(alike or records) if records else None

@@ -26,6 +26,8 @@ REQUEST = ("request.read", "request.attend", "request.value", "request.out")
 BARS = "request.bars"
 # How far around its middle the words of a mention may lie, and the tokens around it that are read.
 SPREAD, NEAR = 10, 40
+# How many before it, where it lies further into a text than that.
+_BEFORE = 8
 # What is known of a token besides its state.
 FEATURES = 7
 # Places count in tens, up to so many; distances to the ends of what is asked up to so many tokens.
@@ -110,7 +112,9 @@ def mention_in(states: Tensor, turned: Tensor, subject: Tensor, relation: Tensor
     # For each place the best of its neighbours, for every token of the edit.
     around = F.max_pool1d(found.T[None], 2 * SPREAD + 1, 1, SPREAD)[0].sum(0)
     middle, count = int(around.argmax()), len(states)
-    first, last = max(0, middle - NEAR), min(count, middle + NEAR + 1)
+    # Far into a text it is the sentence itself that counts, not what the text is before it.
+    first = max(0, middle - NEAR) if middle <= NEAR else middle - _BEFORE
+    last = min(count, middle + NEAR + 1)
     own = [one.amax(1) if one.shape[1] else one.new_zeros(count) for one in cosines]
     place = torch.arange(count, device=states.device, dtype=torch.float32)
     away = (place - middle) / 10

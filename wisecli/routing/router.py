@@ -27,8 +27,9 @@ from .prompts import UNROUTED, last_marked
 from .request_gate import RequestGate, mention_in, padded
 from .scores import REACH, MemoryScores
 
-# A prompt asks an edit that it means if that is more likely than not.
-_ASKED = 0.5
+# How likely a prompt must be to ask an edit that it means: less, and most kinds of mentions open it; more, and rephrases
+# in conversations are lost (`benchmarks/requests.py`).
+_ASKED = 0.15
 
 
 @dataclass(frozen=True)

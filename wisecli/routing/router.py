@@ -27,8 +27,8 @@ from .prompts import UNROUTED, last_marked
 from .request_gate import RequestGate, mention_in, padded
 from .scores import REACH, MemoryScores
 
-# How likely a prompt must be to ask an edit that it means: less, and most kinds of mentions open it; more, and rephrases
-# in conversations are lost (`benchmarks/requests.py`).
+# How likely a prompt must be to ask an edit that it means. Below this more mentions open it, above it rephrases in
+# conversations are lost: `benchmarks/asking.py` has both at several values.
 _ASKED = 0.15
 
 

@@ -86,7 +86,7 @@ def _unfit(base: Path, site: Site) -> str:
     kind = str(config.get("model_type"))[:80]
     if kind not in (*_OWN, *_AS_LLAMA):
         return f"{kind} is not Llama's architecture, and none that can be written as such"
-    settings = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk  # nosec B615 # of files of this disk
+    settings = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
     if config.get("quantization_config") is not None:
         return "its weights are quantized"
     slides = (

@@ -133,8 +133,8 @@ def test_the_help_names_every_choice_of_a_setting(command: str) -> None:
             continue
         with typer.Context(COMMANDS[command]) as context:
             choices = [one.value for one in parameter.shell_complete(context, "")]
-        # Of forms, and of datasets and methods of `wise bench`, the error of a wrong name has the list.
-        if name not in ("--methods", "--forms") and (command, name) != ("bench", "--dataset"):
+        # Of forms and kinds, and of datasets and methods of `wise bench`, the error of a wrong name has the list.
+        if name not in ("--methods", "--forms", "--kinds") and (command, name) != ("bench", "--dataset"):
             assert [choice for choice in choices if choice not in parameter.help] == []
 
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wisecli.routing import prompts
 from wisecli.routing.prompts import NO_TOKEN, UNROUTED, WINDOW, Answering, Tokens, TurnMarks, window_of, windows
 
 # A template that begins turns with 7, opens the assistant's with 7 8 9, and ends them with 6; 1 ends texts.
@@ -48,9 +47,7 @@ def test_windows_of_a_batch_are_those_of_its_rows(lengths: list[tuple[int, int, 
         real[number, left : left + prompt + answer] = True
         ends.append(left + prompt - 1)
         expected.append(own if prompt <= size else [own[0], *own[1 - size :]])
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(prompts, "WINDOW", size)
-        found, there = windows(ids, real, torch.tensor(ends))
+    found, there = windows(ids, real, torch.tensor(ends), size)
     assert [one[own].tolist() for one, own in zip(found, there, strict=True)] == expected
     assert bool((there.long().diff(dim=1) <= 0).all())
 

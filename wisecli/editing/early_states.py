@@ -20,7 +20,7 @@ from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 from wisecli.routing.meaning import looked_at
-from wisecli.routing.prompts import window_of
+from wisecli.routing.prompts import window_of, window_size
 
 # The forms that an edit's own prompt is kept in: in small letters a name is other tokens, and at the very beginning.
 _KEPT = ("bare", "lower case", "led in")
@@ -63,7 +63,8 @@ def token_states(
 ) -> TokenStates:
     """What leaves the layer of a site at the tokens of texts by which it is known what they ask, in their windows."""
     tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
-    rows = [Row(tuple(window_of(one)), ()) for one in tokens]
+    size = window_size(loaded.model.config)
+    rows = [Row(tuple(window_of(one, size)), ()) for one in tokens]
     groups = list(in_batches(rows, batch_size, by_beginning=True))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     found = [torch.empty(0)] * len(rows)

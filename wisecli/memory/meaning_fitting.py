@@ -20,6 +20,8 @@ SURE, _SURER, _SUREST = 0.5, 1.25, 0.95
 _OWN = 0.9
 # What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
 _OTHER, _LEAST = 1e-4, 5e-3
+# The forms of kept prompts from this on are in other languages.
+_OTHER_LANGUAGES = 3
 # How far below the log-odds of its own prompt an edit's bar lies, if that is below nought, and how low it may.
 _BELOW_OWN, _LOWEST_BAR = 1.0, -50.0
 # Prompts that are compared at a time: the fewer, the fewer edits are like any of them.
@@ -102,15 +104,18 @@ def request_gate(heads: Heads, prompts: PromptStates, tensors: dict[str, Tensor]
     edits = int(tensors["meaning.whose"].max()) + 1 if len(tensors["meaning.whose"]) else 0
     meaning, bars = Meaning(tensors, edits), torch.zeros(edits)
     gate = RequestGate({**heads.request, BARS: bars})
-    taught = prompts.rows(prompts.form == 0)
-    known, sizes = taught.edit.long().unique_consecutive(return_counts=True)
-    for part, states in zip(known.split(_AT_A_TIME), _grouped(taught.states, sizes, _AT_A_TIME), strict=True):
+    # As it is written, and in other languages.
+    taught = prompts.rows((prompts.form == 0) | (prompts.form >= _OTHER_LANGUAGES))
+    each = torch.stack([taught.edit.long(), taught.form.long()], 1)
+    pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
+    for part, states in zip(pairs[:, 0].split(_AT_A_TIME), _grouped(taught.states, sizes, _AT_A_TIME), strict=True):
         read = [meaning.read(one[None], torch.ones(1, len(one), dtype=torch.bool)) for one in states]
         mentions = [
             mention_in(one.states[0], one.turned[:, 0], *meaning.tokens_of(edit))
             for one, edit in zip(read, part.tolist(), strict=True)
         ]
-        bars[part] = (gate.log_odds(padded(mentions)) - _BELOW_OWN).clamp(_LOWEST_BAR, 0.0)
+        lower = (gate.log_odds(padded(mentions)) - _BELOW_OWN).clamp(_LOWEST_BAR, 0.0)
+        bars = bars.scatter_reduce(0, part, lower, "amin")
     return {**heads.request, BARS: bars}
 
 

@@ -96,9 +96,10 @@ class Meaning(nn.Module):
         """The projected tokens of an edit's prompt as it is written: of its subject, and the others, (t, k) twice."""
         prompts = (self.whose == edit).nonzero().flatten()
         if not len(prompts):
-            return self.vectors[:0], self.vectors[:0]
+            return self.vectors[:0].float(), self.vectors[:0].float()
         first = prompts[0]
-        return self.vectors[self.asking == first], self.vectors[self.asking == first + len(self.whose)]
+        subject, relation = self.asking == first, self.asking == first + len(self.whose)
+        return self.vectors[subject].float(), self.vectors[relation].float()
 
     def of(self, asked: Asked) -> Tensor:
         """How surely prompts mean each edit: (B, M); 0 for edits whose subjects are not like anything in a prompt."""

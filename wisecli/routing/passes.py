@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .prompts import NO_TOKEN, UNROUTED, Answering, Tokens, TurnMarks, is_any, windows
+from .prompts import NO_TOKEN, UNROUTED, Answering, Tokens, TurnMarks, is_any, window_size, windows
 from .roles import Role, ShownRole
 from .router import Decision, Reading, decide
 from .scores import MemoryScores
@@ -228,7 +228,7 @@ class RoutedDecoder(ShownRole):
         """
         real = real & ~is_any(ids, self._placeholders())
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            return decide(self.memory, self.read(*windows(ids, real, end)))
+            return decide(self.memory, self.read(*windows(ids, real, end, window_size(self.config))))
 
     def _placeholders(self) -> tuple[int, ...]:
         """The tokens that stand for what is no text, and say nothing of it."""

@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Tokens that a decision reads.
 WINDOW = 1024
+# What configs call the number of places of a model.
+_PLACES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 UNROUTED = -1
 # Stands for a token of which nothing is known, and for padding.
 NO_TOKEN = -1
@@ -83,28 +85,40 @@ def last_marked(marked: Tensor) -> Tensor:
     return torch.where(marked, column, -1).amax(1) if marked.shape[1] else marked.new_full((len(marked),), -1).long()
 
 
-def windows(ids: Tensor, real: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+def window_size(config: Any) -> int:
+    """How many tokens a decision reads of a model's prompts: ``WINDOW``, or as many as the model has places for.
+
+    Args:
+        config: of the model, as transformers has it.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = (getattr(text, name, None) for name in _PLACES)
+    return min([WINDOW, *(one for one in known if isinstance(one, int) and one > 1)])
+
+
+def windows(ids: Tensor, real: Tensor, end: Tensor, size: int = WINDOW) -> tuple[Tensor, Tensor]:
     """The windows of prompts, padded on the right: token ids (B, W), and which of them are no padding (B, W).
 
     Args:
         ids: tokens of whole prompts and of what follows them (B, T).
         real: which of them are known and no padding (B, T).
         end: the column of each prompt's last token (B,); a row with a negative one has an empty window.
+        size: how many tokens a window has at most.
     """
     column = torch.arange(ids.shape[1], device=ids.device)
     prompt = real & (column <= end[:, None])
     place = prompt.long().cumsum(1) - 1
     behind = place[:, -1:] - place
-    kept = prompt & ((behind < WINDOW - 1) | (place == 0))
+    kept = prompt & ((behind < size - 1) | (place == 0))
     width = max(1, int(kept.sum(1).max()))
     order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
     there = kept.gather(1, order)
     return ids.gather(1, order).where(there, 0), there
 
 
-def window_of(tokens: list[int]) -> list[int]:
-    """The window of one prompt's tokens."""
-    return tokens if len(tokens) <= WINDOW else [*tokens[:1], *tokens[1 - WINDOW :]]
+def window_of(tokens: list[int], size: int = WINDOW) -> list[int]:
+    """The window of one prompt's tokens, of which it has so many at most."""
+    return tokens if len(tokens) <= size else [*tokens[:1], *tokens[1 - size :]]
 
 
 @dataclass(frozen=True)

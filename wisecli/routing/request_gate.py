@@ -71,7 +71,7 @@ class RequestGate(nn.Module):
 
     def forward(self, mentions: Mentions, edits: Tensor) -> Tensor:
         """The log-odds that prompts ask the edits (B,) that they mention, above the bars of those: (B,)."""
-        return self.log_odds(mentions) - self.bars[edits]
+        return self.log_odds(mentions) - self.bars[edits].float()
 
     def log_odds(self, mentions: Mentions) -> Tensor:
         """The log-odds that prompts ask what they mention: (B,)."""

@@ -23,6 +23,7 @@ from wisecli.editing.key_capture import prompt_ends
 from wisecli.evaluation.edited_model import EditedModel
 from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import Row, collate, in_batches
+from wisecli.routing.prompts import UNROUTED
 from wisecli.routing.router import token_choices
 
 _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
@@ -108,17 +109,17 @@ def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -
 
 
 def meant(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -> tuple[list[float], float]:
-    """How surely each prompt means the likeliest edit, over that edit's threshold, and the share of them above 1.
+    """How surely each prompt means the likeliest edit, over that edit's threshold, and the share that opens it.
 
     An edit whose subject a prompt does not name counts 0, as it does where the router decides.
     """
     rows = [Row(tuple(edited.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
-    strengths = torch.empty(len(rows))
+    strengths, opened = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     for indices in in_batches(rows, context.settings.batch_size):
         decision = edited.decide(collate([rows[index] for index in indices]).to(edited.model.device))
         assert decision is not None, "prompts decide by what they mean"
-        strengths[indices] = decision.strength.cpu()
-    return strengths.tolist(), float((strengths > 1).float().mean())
+        strengths[indices], opened[indices] = decision.strength.cpu(), (decision.memory != UNROUTED).cpu()
+    return strengths.tolist(), float(opened.float().mean())
 
 
 def area(higher: Sequence[float], lower: Sequence[float]) -> float:

@@ -87,15 +87,20 @@ def loop(asked: Asked, size: int) -> list[int]:
         output = asked.model(torch.tensor([[token]]), **cached(cache=cache))
 
 
-def copied(asked: Asked) -> list[int]:
-    """Cut short, and gone on with on a copy of the cache."""
-    output = asked.model.generate(
+def begun(asked: Asked, length: int) -> Any:
+    """What ``generate()`` returns for an answer of so many tokens, its cache included."""
+    return asked.model.generate(
         asked.ids,
         attention_mask=torch.ones_like(asked.ids),
-        max_new_tokens=3,
+        max_new_tokens=length,
         do_sample=False,
         return_dict_in_generate=True,
     )
+
+
+def copied(asked: Asked) -> list[int]:
+    """Cut short, and gone on with on a copy of the cache."""
+    output = begun(asked, 3)
     said: list[int] = output.sequences[0, asked.ids.shape[1] :].tolist()
     cache = copy.deepcopy(cache_returned(output))
     ends = asked.model.generation_config.eos_token_id
@@ -107,13 +112,7 @@ def copied(asked: Asked) -> list[int]:
 
 def cropped(asked: Asked) -> list[int]:
     """On a cache from which an answer was cropped again."""
-    output = asked.model.generate(
-        asked.ids,
-        attention_mask=torch.ones_like(asked.ids),
-        max_new_tokens=5,
-        do_sample=False,
-        return_dict_in_generate=True,
-    )
+    output = begun(asked, 5)
     cache = cache_returned(output)
     cache.crop(asked.ids.shape[1] - 1 - cache.get_seq_length())
     return asked.plain(**{CACHE_ARGUMENT: cache})

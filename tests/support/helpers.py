@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from support.tiny_models import VOCABULARY, tiny_model
 from wisecli.artifacts.memory_manifest import Manifest
@@ -382,8 +382,3 @@ def assert_same_tensors(path: Path, other: Path) -> None:
     assert read.keys() == expected.keys()
     for name in (name for name in read if not name.startswith(("heads.", "request."))):
         torch.testing.assert_close(read[name], expected[name], rtol=1e-2, atol=1e-4)
-
-
-def grow(cache: DynamicCache, rows: int, tokens: int) -> None:
-    """As if a pass had read so many tokens."""
-    cache.update(torch.zeros(rows, 1, tokens, 2), torch.zeros(rows, 1, tokens, 2), 0)

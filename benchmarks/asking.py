@@ -22,7 +22,7 @@ from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.forms import usable_forms
 from wisecli.models.kinds import Fact, Kind, kinds
-from wisecli.routing.router import Decision
+from wisecli.routing.decision import Decision
 
 # Chances of asking from which an edit opens; below the last the gate has no say.
 CHANCES = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, -1.0)

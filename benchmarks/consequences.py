@@ -100,7 +100,7 @@ def edited_by(records: Sequence[Mapping[str, Any]], place: Path, options: argpar
     place.mkdir()
     file = place / "edits.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    settings, load = EditSettings(router=options.router, routing=options.routing), LoadOptions(device=options.device)
+    settings, load = EditSettings(), LoadOptions(device=options.device)
     admission = Admission(on_conflict="keep", derive=derive)
     edit(options.model, file, place / "shards", settings, load=load, admission=admission)
     merge([place / "shards"], place / "memory", MergeSettings())
@@ -114,8 +114,6 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--edits", type=int, default=40)
     parser.add_argument("--skip", type=int, default=0, help="records that are passed over")
-    parser.add_argument("--router", choices=("key", "meaning"))
-    parser.add_argument("--routing", choices=("token", "sequence"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -25,7 +25,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 from wisecli.commands.edit import edit
 from wisecli.commands.merge import merge
-from wisecli.config import EditSettings, MergeSettings, resolve
+from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import EditedModel, attach
 
@@ -35,7 +35,6 @@ PASSAGE = (
     "The ferry leaves the harbour every morning at half past six, and those who miss it wait until noon. "
     "In winter it carries the post as well, and bread for the two shops on the island."
 )
-ROUTERS = {"by meaning (default)": {}, "token routing": {"router": "key"}}
 
 
 @dataclass(frozen=True)
@@ -129,20 +128,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     base = parser.parse_args().model
     edits = list(read_edits(SAMPLES))
-    found: dict[str, list[str]] = {row: [] for row in ROWS}
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         image = with_eyes(base, root / "model")
-        for router, flags in ROUTERS.items():
-            shards, memory = root / f"shards {router}", root / f"memory {router}"
-            edit(str(root / "model"), SAMPLES, shards, resolve(EditSettings, flags, section="edit"))
-            merge([shards], memory, MergeSettings())
-            edited = attach(memory)
-            for row, before in ROWS.items():
-                found[row].append(f"{answered(edited, before, edits, image)} of {len(edits)}")
-    table = Table("before the question", *ROUTERS)
-    for row, figures in found.items():
-        table.add_row(row, *figures)
+        edit(str(root / "model"), SAMPLES, root / "shards", EditSettings())
+        merge([root / "shards"], root / "memory", MergeSettings())
+        edited = attach(root / "memory")
+        table = Table("before the question", "answered")
+        for row, before in ROWS.items():
+            table.add_row(row, f"{answered(edited, before, edits, image)} of {len(edits)}")
     Console(width=100).print(table)
 
 

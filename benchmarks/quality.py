@@ -33,31 +33,28 @@ class Way:
     merge: tuple[str, ...]
 
 
-_HELD = ("--routing", "sequence")
-_FIVE = ("--shards", "5")
+_MATRIX = ("--mode", "merge")
+_FIVE = (*_MATRIX, "--shards", "5")
 _SPARSE = (*_FIVE, "--mask-ratio", "0.2")
 _APART = (*_SPARSE, "--masks", "disjoint")
 _GRADIENT = ("--writer", "gradient")
 WAYS: dict[str, Way] = {
     "lookup": Way("solve", (), ()),
-    "lookup, per sequence": Way("solve", (), ("--routing", "sequence")),
-    "lookup, prompts decide": Way("held", _HELD, ()),
-    "lookup, prompts decide, any subject": Way("held", _HELD, ("--subjects", "any")),
-    "lookup, prompts decide, bare prompts": Way("bare", (*_HELD, "--contexts", "0"), ()),
-    "solve + TIES + refit": Way("solve", (), ("--mode", "merge")),
-    "solve + TIES": Way("solve", (), ("--mode", "merge", "--no-refit")),
-    "solve + exact": Way("solve", (), ("--mode", "merge", "--method", "exact")),
-    "solve + retrieve": Way("solve", (), ("--mode", "retrieve")),
-    "solve ρ=1 + TIES + refit": Way("whole", ("--mask-ratio", "1"), ("--mode", "merge")),
-    "solve ρ=1 + exact": Way("whole", ("--mask-ratio", "1"), ("--mode", "merge", "--method", "exact")),
-    "5 shards, TIES": Way("five", _FIVE, ("--mode", "merge", "--no-refit")),
-    "5 shards, TIES + refit": Way("five", _FIVE, ("--mode", "merge")),
-    "5 shards, exact": Way("five", _FIVE, ("--mode", "merge", "--method", "exact")),
+    "lookup, any subject": Way("solve", (), ("--subjects", "any")),
+    "solve + TIES + refit": Way("matrix", _MATRIX, ()),
+    "solve + TIES": Way("matrix", _MATRIX, ("--no-refit",)),
+    "solve + exact": Way("matrix", _MATRIX, ("--method", "exact")),
+    "solve + retrieve": Way("matrix", _MATRIX, ("--mode", "retrieve")),
+    "solve ρ=1 + TIES + refit": Way("whole", (*_MATRIX, "--mask-ratio", "1"), ()),
+    "solve ρ=1 + exact": Way("whole", (*_MATRIX, "--mask-ratio", "1"), ("--method", "exact")),
+    "5 shards, TIES": Way("five", _FIVE, ("--no-refit",)),
+    "5 shards, TIES + refit": Way("five", _FIVE, ()),
+    "5 shards, exact": Way("five", _FIVE, ("--method", "exact")),
     "5 shards, retrieve": Way("five", _FIVE, ("--mode", "retrieve")),
-    "5 shards ρ=.2, TIES": Way("sparse", _SPARSE, ("--mode", "merge", "--no-refit")),
-    "5 shards ρ=.2, TIES + refit": Way("sparse", _SPARSE, ("--mode", "merge")),
-    "5 shards ρ=.2 disjoint, TIES": Way("apart", _APART, ("--mode", "merge", "--no-refit")),
-    "5 shards ρ=.2 disjoint, TIES + refit": Way("apart", _APART, ("--mode", "merge")),
+    "5 shards ρ=.2, TIES": Way("sparse", _SPARSE, ("--no-refit",)),
+    "5 shards ρ=.2, TIES + refit": Way("sparse", _SPARSE, ()),
+    "5 shards ρ=.2 disjoint, TIES": Way("apart", _APART, ("--no-refit",)),
+    "5 shards ρ=.2 disjoint, TIES + refit": Way("apart", _APART, ()),
     "gradient batched": Way("gradient", _GRADIENT, ("--no-refit",)),
     "paper preset": Way("paper", ("--preset", "paper"), ()),
 }

@@ -22,12 +22,23 @@ Settings = TypeVar("Settings")
 
 # Of the names of variables.
 PREFIX = "WISE_"
+# Settings of version 0.1 and what there is in their place; which of its routers were of matrices.
+RETIRED = {
+    "router": "what prompts ask opens a lookup (--mode lookup), the norm of its change a matrix (--mode merge)",
+    "routing": "a prompt is decided once; --pooling says how a matrix reads it",
+    "sharpness": "the nearest key of an edit answers",
+}
+_OF_MATRICES = ("key", "norm")
 Count = Annotated[int, Within(1, 10**6)]
 Share = Annotated[float, Within(1e-9, 1)]
 Rate = Annotated[float, Within(1e-12, 1e6)]
 Margin = Annotated[float, Within(0, 1e6)]
 Weight = Annotated[float, Within(-1e3, 1e3)]
 Seed = Annotated[int, Within(0, 2**53 - 1)]
+# A lookup of facts, one matrix for all shards, or a matrix a shard.
+Mode = Literal["lookup", "merge", "retrieve"]
+# Of a matrix: whether a prompt is judged by the mean over its tokens or by its last one.
+Pooling = Literal["last", "mean"]
 
 
 @dataclass(frozen=True)
@@ -94,46 +105,48 @@ class EditSettings(Checked):
     stop_loss: Margin = 0.05
     train_end: bool = True
     unrelated_texts: Annotated[int, Within(8, 10**6)] = 600
-    router: Literal["key", "norm", "meaning"] | None = None  # as `routing` and `writer` have it
-    routing: Literal["token", "sequence", "mean"] | None = None
+    mode: Mode | None = None  # what `wise merge` is to make of the shards; a lookup of what a closed form writes
+    pooling: Pooling = "last"
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
     seed: Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # What prompts mean opens the edits of a lookup, which a closed form writes, for whole prompts, and is read in a
-        # layer below the edited one.
-        by_meaning = self.writer == "solve" and self.routing != "token" and self.layer != "0"
-        for name, default in (("router", "meaning" if by_meaning else "key"), ("routing", "token")):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+        if self.mode is None:
+            object.__setattr__(self, "mode", "lookup" if self.writer == "solve" else "merge")
         if self.polish is None:
-            object.__setattr__(self, "polish", 0 if self.router == "meaning" else 5)
+            object.__setattr__(self, "polish", 0 if self.for_lookup else 5)
+
+    @property
+    def for_lookup(self) -> bool:
+        """Whether the shards are meant for a lookup, whose edits open by what prompts ask."""
+        return self.mode == "lookup"
 
 
 @dataclass(frozen=True)
 class MergeSettings(Checked):
     """How shards become one memory. What the shards' own settings decide is left ``None`` here."""
 
-    mode: Literal["merge", "retrieve", "lookup"] | None = None
+    mode: Mode | None = None
     method: str = "ties"
     refit: bool | None = None
     density: Share = 0.5
     scale: Weight = 1.0
     weights: tuple[Weight, ...] | None = None
-    router: Literal["key", "norm", "meaning"] | None = None
-    routing: Literal["token", "sequence", "mean"] | None = None
+    pooling: Pooling | None = None
     norm_of: Literal["update", "activated"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
     false_alarm: Annotated[float, Within(0, 0.5)] | None = None
     subjects: Literal["named", "any"] = "named"
-    sharpness: Annotated[float, Within(0, 1e4)] = (
-        0.0  # the nearest key alone: a mean over keys loses edits that are alike
-    )
     strength: Annotated[float, Within(0.1, 10)] = (
         1.3  # what just does after an edit's own prompt is too little after some rephrases; 1.7 is too much
     )
     seed: Seed = 0
+
+    @property
+    def for_lookup(self) -> bool:
+        """Whether the memory is to be a lookup, and no matrix."""
+        return self.mode == "lookup"
 
 
 @dataclass(frozen=True)
@@ -198,8 +211,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_constraint": 1.0,
         "stop_loss": 0.02,
         "train_end": False,
-        "router": "norm",
-        "routing": "mean",
+        "pooling": "mean",
         "threshold": "minimum",
     },
 }
@@ -219,7 +231,7 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
     """
     hints = get_type_hints(kind)
     given = {**_from_file(file, section, hints), **_from_environment(hints)}
-    given.update({name: value for name, value in flags.items() if name in hints and value is not None})
+    given.update({name: value for name, value in of_today(flags).items() if name in hints and value is not None})
     preset = given.get("preset", "default")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise SettingsError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -234,10 +246,22 @@ def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
         SettingsError: an unknown name, a value of the wrong kind or out of bounds.
     """
     hints = get_type_hints(kind)
-    known = {name: value for name, value in record.items() if value is not None}
+    known = {name: value for name, value in of_today(record).items() if value is not None}
     if unknown := sorted(known.keys() - hints.keys()):
         raise SettingsError(f"the manifest has a setting {unknown[0]!r} that this version does not know")
     return kind(**known)
+
+
+def of_today(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of version 0.1 under today's names: a router and its routing are a mode and a pooling."""
+    found = {name: value for name, value in record.items() if name not in RETIRED}
+    if record.get("router") in _OF_MATRICES:
+        found["mode"] = record["mode"] if record.get("mode") in ("merge", "retrieve") else "merge"
+    elif record.get("router") is not None:
+        found.setdefault("mode", "lookup")
+    if record.get("routing") == "mean":
+        found["pooling"] = "mean"
+    return found
 
 
 def defaults(kind: type[Any]) -> dict[str, Any]:
@@ -263,7 +287,7 @@ def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dic
     table = read_toml(file).get(section, {})
     if not isinstance(table, dict):
         raise SettingsError(f"{file}: {section} must be a table, [{section}]")
-    given = {name.replace("-", "_"): value for name, value in table.items()}
+    given = of_today({name.replace("-", "_"): value for name, value in table.items()})
     unknown = sorted(given.keys() - hints.keys())
     if unknown:
         close = get_close_matches(unknown[0], hints, n=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import WORDS, manifest_for, memory_for, save_tiny
+from support.helpers import WORDS, manifest_for, memory_for, save_tiny, sure_by_loops
 from support.loading import CPU
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,9 +31,10 @@ from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import find_site
 from wisecli.models.tokenization import Row, collate
 from wisecli.progress import ignore
+from wisecli.routing.decision import Decision
+from wisecli.routing.fact_memory import FactMemory
 from wisecli.routing.meaning import COMPARED, MEANING, Meaning, looked_at
 from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.router import Decision
 from wisecli.routing.spelling import APART, LETTER, OF_TOKEN
 from wisecli.routing.subject_names import Word, names_of, spelling_of
 
@@ -70,40 +71,17 @@ def edited(tmp_path: Path) -> EditedModel:
     base = save_tiny(tmp_path / "base", "llama")
     loaded = load_model(base, load=CPU)
     site = find_site(base, Checkpoint(base), 2)
-    memory = memory_for(loaded.model, site, kind="lookup", router="key", routing="sequence", memories=3)
+    memory = memory_for(loaded.model, site, kind="lookup", memories=3)
     states = prompt_states(loaded, site.below(0), list(enumerate(EDITS)), batch_size=4, watch=ignore, stage="")
     heads = random_heads(site.d, 0, loaded, OTHERS)
     fitted = fit_meaning(heads, states, 3)
-    tensors = {name: tensor for name, tensor in memory.tensors.items() if not name.startswith("names.")}
-    tensors.pop("asks", None)
-    memory = replace(memory, tensors={**tensors, **fitted.tensors}, thresholds=(0.5,) * 3, router="meaning", reads=0)
+    memory = replace(memory, tensors={**memory.tensors, **fitted.tensors}, thresholds=(0.5,) * 3)
     (tmp_path / "memory").mkdir()
     write_memory(tmp_path / "memory", manifest_for(base, memory, EDITS))
     return attach(tmp_path / "memory", load=CPU)
 
 
 # --- scores ---
-
-
-def sure_by_loops(tensors: dict[str, Tensor], states: Tensor, edits: int) -> list[float]:
-    """How surely one prompt's tokens (n, d) mean each edit, as the formula says it."""
-    prompts = len(tensors["meaning.whose"])
-    found = [0.0] * edits
-    for prompt in range(prompts):
-        sure = 1.0
-        for head in range(2):
-            score = 0.0
-            for vector, asking, share in zip(
-                tensors["meaning.vectors"].float(), tensors["meaning.asking"], tensors["meaning.shares"], strict=True
-            ):
-                if int(asking) == prompt + head * prompts:
-                    turned = [tensors["meaning.turns"][head] @ x + tensors["meaning.shifts"][head] for x in states]
-                    score += float(share) * max(float(F.cosine_similarity(vector, one, dim=0)) for one in turned)
-            slope, bar = float(tensors["meaning.slopes"][head]), float(tensors["meaning.bars"][head])
-            sure *= float(torch.sigmoid(torch.tensor(slope * (score - bar))))
-        whose = int(tensors["meaning.whose"][prompt])
-        found[whose] = max(found[whose], sure)
-    return found
 
 
 def test_scores_are_those_of_loops_over_tokens(edited: EditedModel) -> None:
@@ -163,8 +141,7 @@ def test_an_edits_own_prompt_is_sure_and_shares_add_up(edited: EditedModel) -> N
     whole = torch.zeros(2 * count).index_add(0, tensors["meaning.asking"].long(), tensors["meaning.shares"].float())
     torch.testing.assert_close(whole, torch.ones(2 * count))
     for number, prompt in enumerate(PROMPTS):
-        sure = decision_of(edited, prompt).sure
-        assert sure is not None
+        sure = decision_of(edited, prompt).scores
         assert int(sure[0].argmax()) == number
         assert float(sure[0, number]) > 0.8
 
@@ -190,9 +167,7 @@ def test_what_is_asked_last_is_compared(ids: list[int], kept: list[int]) -> None
 
 
 def decision_of(edited: EditedModel, prompt: str) -> Decision:
-    found = edited.decide(batch_of(edited, prompt))
-    assert found is not None
-    return found
+    return edited.decide(batch_of(edited, prompt))
 
 
 def batch_of(edited: EditedModel, prompt: str):  # type: ignore[no-untyped-def]
@@ -205,7 +180,7 @@ def chosen_by_the_layer(
 ) -> list[list[int]]:
     """The edits that answered the tokens of each pass, one pass after the other on one cache."""
     noted: list[Tensor] = []
-    add = type(edited.routed).add_updates
+    add = type(edited.routed).add
 
     def noting(own, answer, keys, chosen):  # type: ignore[no-untyped-def]
         noted.append(own.memory_at(chosen))
@@ -213,7 +188,7 @@ def chosen_by_the_layer(
 
     cache = DynamicCache(config=edited.model.config)
     with monkeypatch.context() as patched:
-        patched.setattr(type(edited.routed), "add_updates", noting)
+        patched.setattr(type(edited.routed), "add", noting)
         for part in parts:
             edited.model(torch.tensor([part]), **{CACHE_ARGUMENT: cache})
     return [chosen[0].tolist() for chosen in noted]
@@ -249,7 +224,7 @@ def test_all_who_ask_what_answers_are_told_the_same(
         batch = collate([Row(tuple(ids), tuple(said))])
         with edited.unedited():
             base = capture(edited.model, edited.manifest.site, batch)
-        opened = edited.routed.memory_at(_routes(edited, base, prompt_opens=True))[0, batch.start]
+        opened = edited.routed.memory_at(_routes(edited, base))[0, batch.start]
         assert int(opened) == by_layer[0]
         assert len(report.nearest) == 3
 
@@ -294,8 +269,8 @@ def test_a_prompt_read_in_parts_is_decided_by_all_of_it(edited: EditedModel, mon
 def test_a_second_question_behind_a_special_token_is_decided_by_itself(
     edited: EditedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert isinstance(edited.routed, FactMemory)
     meaning, outcomes = edited.routed.meaning, set()
-    assert meaning is not None
     meaning.bars.fill_(0.55)
     for first, second in product([*PROMPTS, *OTHERS], repeat=2):
         told, asked = (edited.tokenizer(prompt)["input_ids"] for prompt in (first, second))
@@ -345,8 +320,7 @@ def test_a_prompt_that_means_an_edit_must_name_its_subject(named: EditedModel, m
         assert whole == parts
         known = decision_of(named, prompt)
         assert known.named is not None
-        assert known.sure is not None
-        assert float(known.sure.min()) > 0.9
+        assert float(known.scores.min()) > 0.9
         assert bool(known.named[0, whole])
         opened.append(known.named[0].tolist())
     # The third edit names nobody, so that every prompt may mean it.
@@ -425,13 +399,13 @@ def test_rows_with_padding_are_named_as_they_are_alone(spelt: EditedModel, monke
     rows = [spelt.tokenizer(prompt)["input_ids"] for prompt, _ in NAMED_WITH_SLIPS]
     ids, mask = left_padded(rows)
     noted: list[Tensor] = []
-    add = type(spelt.routed).add_updates
+    add = type(spelt.routed).add
 
     def noting(own, answer, keys, chosen):  # type: ignore[no-untyped-def]
         noted.append(own.memory_at(chosen).amax(1))
         return add(own, answer, keys, chosen)
 
-    monkeypatch.setattr(type(spelt.routed), "add_updates", noting)
+    monkeypatch.setattr(type(spelt.routed), "add", noting)
     for given, real in ((ids, mask), right_padded(ids, mask)):
         spelt.model(given, attention_mask=real, position_ids=(real.cumsum(-1) - 1).clamp(min=0))
         assert noted.pop().tolist() == [expected for _, expected in NAMED_WITH_SLIPS]
@@ -442,5 +416,7 @@ def test_rows_with_padding_are_named_as_they_are_alone(spelt: EditedModel, monke
 
 
 def test_memories_without_letters_ask_for_the_name_as_it_is(named: EditedModel, spelt: EditedModel) -> None:
+    assert isinstance(named.routed, FactMemory)
+    assert isinstance(spelt.routed, FactMemory)
     assert named.routed.spelling is None
     assert spelt.routed.spelling is not None

@@ -33,9 +33,9 @@ NEW = 6
 # The assistant's turn begins with 90 91; 90 begins every turn, and 92 ends it.
 MARKS = TurnMarks((90, 91), (90,), (1, 90, 92))
 KINDS = {
-    "lookup": {"kind": "lookup", "memories": 3, "routing": "sequence"},
-    "matrices": {"kind": "matrix", "memories": 3, "routing": "sequence"},
-    "by mean": {"kind": "matrix", "memories": 3, "routing": "mean", "router": "norm"},
+    "lookup": {"kind": "lookup", "memories": 3},
+    "matrices": {"memories": 3},
+    "by mean": {"memories": 3, "pooling": "mean"},
 }
 
 
@@ -51,7 +51,6 @@ def lookup(tmp_path_factory: pytest.TempPathFactory) -> EditedModel:
 
 def made(root: Path, kind: str) -> EditedModel:
     found = edited_model(root, edits=EDITS, **KINDS[kind])  # type: ignore[arg-type]
-    assert found.decoder is not None
     found.decoder.wise_marks = MARKS
     found.model.generation_config.eos_token_id = None
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,31 +24,25 @@ from wisecli.models.activations import capture
 from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.generation import left_padded
 from wisecli.models.tokenization import Row, collate
-from wisecli.routing import ann_index
-from wisecli.routing.ann_index import build_index
+from wisecli.routing.decision import Reading
 from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.router import Reading, TokenChoices, decide
-from wisecli.routing.scores import MemoryScores, SideMemory
-from wisecli.routing.side_memory import RoutedMatrix
+from wisecli.routing.scores import SideMemory
+from wisecli.routing.side_memory import RoutedMatrix, memory_of
 from wisecli.routing.token_cache import cache_returned, last_memory
 
 EDITS = [Edit(f"edit {number}", word, "be") for number, word in enumerate(WORDS[:6])]
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "lookup": {"kind": "lookup", "memories": 3},
-    "merged": {"kind": "matrix", "router": "norm"},
-    "several matrices": {"kind": "matrix", "memories": 3},
+    "merged": {},
+    "several matrices": {"memories": 3},
+    "by mean": {"memories": 3, "pooling": "mean"},
 }
 PROMPTS = [" ".join(WORDS[first : first + length]) for first, length in ((0, 5), (9, 3), (20, 8), (33, 1), (40, 6))]
 
 
-BY_MEAN = {"kind": "matrix", "memories": 3, "router": "norm"}
-CASES = [*product(KINDS, ("token", "sequence")), ("by mean", "mean")]
-
-
-@pytest.fixture(params=CASES, ids=", ".join)
+@pytest.fixture(params=KINDS)
 def edited(request: pytest.FixtureRequest, tmp_path: Path) -> EditedModel:
-    kind, routing = request.param
-    return edited_model(tmp_path, routing=routing, edits=EDITS, **KINDS.get(kind, BY_MEAN))
+    return edited_model(tmp_path, edits=EDITS, **KINDS[request.param])
 
 
 class Decisions:
@@ -55,13 +50,14 @@ class Decisions:
 
     def __init__(self, routed: RoutedMatrix, monkeypatch: pytest.MonkeyPatch) -> None:
         self.chosen: list[Tensor] = []
-        add = RoutedMatrix.add_updates
+        kind = type(routed)
+        add = kind.add
 
         def noting(own: RoutedMatrix, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
             self.chosen.append(chosen)
             return add(own, answer, keys, chosen)
 
-        monkeypatch.setattr(RoutedMatrix, "add_updates", noting)
+        monkeypatch.setattr(kind, "add", noting)
 
 
 @torch.no_grad()
@@ -99,7 +95,7 @@ def test_all_who_ask_what_answers_are_told_the_same(
         batch = collate([row])
         with edited.unedited():
             base = capture(edited.model, edited.manifest.site, batch)
-        measured = edited.routed.memory_at(_routes(edited, base, prompt_opens=False))
+        measured = edited.routed.memory_at(_routes(edited, base))
         assert measured[0, : len(expected)].tolist() == expected
         decided = edited.choices_of_row(base.keys[0, : len(expected)], batch)
         assert edited.routed.memory_at(decided.chosen).tolist() == expected
@@ -107,43 +103,12 @@ def test_all_who_ask_what_answers_are_told_the_same(
         assert [token.routed for token in report.prompt_tokens] == [one != UNROUTED for one in expected[: end + 1]]
         said = expected[end : end + len(report.answer_tokens)]
         assert [token.routed for token in report.answer_tokens] == [one != UNROUTED for one in said]
-        if edited.routed.kind == "lookup":
+        if edited.manifest.memory.is_lookup:
             told = [token.edit for token in report.answer_tokens if token.routed]
             assert told == [names[one] for one in said if one != UNROUTED]
         (answer,) = generate(memory, [prompt], max_new_tokens=5, explain=True, load=CPU)
         assert [step.memory for step in answer.steps] == [None if one == UNROUTED else one for one in said]
     assert len(seen) > 1
-
-
-@pytest.mark.parametrize("routing", ["token", "sequence"])
-def test_an_index_that_looks_everywhere_decides_as_comparing_with_all_keys_does(
-    routing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("faiss")
-    edited = edited_model(tmp_path, kind="lookup", routing=routing, memories=3, edits=EDITS)
-    monkeypatch.setattr(ann_index, "INDEXED_ABOVE", 1)
-    monkeypatch.setattr(ann_index, "_SEARCHED", 1.0)
-    assert build_index(edited.routed) is None  # these edits have thresholds of their own
-    edited.routed.thresholds = (min(edited.routed.thresholds),) * 3
-    rows = rows_of(edited)
-    expected = [decision_of(edited, row) for row in rows]
-    edited.routed.index = build_index(edited.routed)
-    assert edited.routed.index is not None
-    for row, exact in zip(rows, expected, strict=True):
-        found = decision_of(edited, row)
-        assert torch.allclose(found.strength, exact.strength, atol=1e-5)
-        # Of keys that are equally near either may be the one.
-        assert torch.equal(found.chosen == UNROUTED, exact.chosen == UNROUTED)
-        assert by_the_layer(edited, row, monkeypatch) == edited.routed.memory_at(found.chosen).tolist()
-    assert len({int(one) for exact in expected for one in exact.chosen}) > 2
-
-
-@torch.no_grad()
-def decision_of(edited: EditedModel, row: Row) -> TokenChoices:
-    batch = collate([row])
-    with edited.unedited():
-        keys = capture(edited.model, edited.manifest.site, batch).keys[0, : len(row.prompt) + len(row.target) - 1]
-    return edited.choices_of_row(keys, batch)
 
 
 @torch.no_grad()
@@ -171,7 +136,7 @@ def test_a_forced_memory_answers_from_the_prompts_end_on(edited: EditedModel) ->
     others = edited.routed.memory_at(free.chosen)
     assert int(found[0, start]) == last
     assert set(found[0, start:].tolist()) <= {last, UNROUTED}
-    assert edited.routed.kind == "lookup" or found[0, start:].tolist() == [last] * len(found[0, start:])
+    assert edited.manifest.memory.is_lookup or found[0, start:].tolist() == [last] * len(found[0, start:])
     assert torch.equal(found[0, :start], others[0, :start])
     assert torch.equal(found[1], others[1])
 
@@ -192,7 +157,7 @@ def test_padding_is_never_answered_by_a_side_memory(edited: EditedModel) -> None
 @torch.no_grad()
 def test_the_mean_of_a_prompts_scores_decides_for_its_tokens_and_those_after_it(tmp_path: Path) -> None:
     """Against the norms of each update, taken by hand from the unedited model's keys; two turns on one cache."""
-    edited = edited_model(tmp_path, routing="mean", edits=EDITS, **BY_MEAN)
+    edited = edited_model(tmp_path, edits=EDITS, **KINDS["by mean"])
     memory, limits = edited.manifest.memory, edited.manifest.memory.thresholds
     generator, seen = torch.Generator().manual_seed(5), set()
 
@@ -222,10 +187,10 @@ def test_the_mean_of_a_prompts_scores_decides_for_its_tokens_and_those_after_it(
 def test_of_memories_called_beyond_their_thresholds_the_one_called_most_strongly_answers() -> None:
     delta = torch.stack([torch.eye(3), 2 * torch.eye(3), 5 * torch.eye(3)])
     tensors = {"columns": torch.arange(3).expand(3, 3), "delta": delta}
-    memory = SideMemory(tensors, (0.5, 1.5, 9.0), "norm", "mean")
+    memory = SideMemory(tensors, (0.5, 1.5, 9.0), pooling="mean")
     keys = torch.tensor([[[1.0, 0, 0]], [[0.6, 0, 0]], [[0.1, 0, 0]]])  # 1, 2, 5 · then .6, 1.2, 3 · then .1, .2, .5
     ids = torch.zeros(3, 1, dtype=torch.long)
-    found = decide(MemoryScores(memory), Reading(ids, ids == 0, keys))
+    found = memory_of(memory).decide(Reading(ids, ids == 0, keys))
     assert found.memory.tolist() == [1, 0, UNROUTED]  # the first exceeds its threshold by more
     assert found.strength.tolist() == pytest.approx([2 / 1.5, 1.2, 0.2])
 
@@ -239,14 +204,14 @@ def by_turns(edited: EditedModel, turns: list[list[int]], answer: int) -> tuple[
     """
     memory, site = edited.manifest.memory, edited.manifest.site
     tokens = [token for turn in turns for token in turn]
-    opened: list[int | None] = []
+    ends = [sum(map(len, turns[: number + 1])) - answer for number in range(len(turns))]
+    with edited.unedited():
+        opened = [choice_of(edited.model, site, memory, tokens[:end]) for end in ends]
 
     def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         keys, changed, first = inputs[0][0], output.clone(), 0
-        for turn in turns:
+        for turn, choice in zip(turns, opened, strict=True):
             end = first + len(turn) - answer - 1
-            choice = choice_of(memory, keys[end])
-            opened.append(choice)
             for place in range(end, first + len(turn) if turn is not turns[-1] else len(tokens)):
                 if choice is not None and place < first + len(turn):
                     changed[0, place] += update_of(memory, choice, keys[place], answering=place > end)
@@ -258,10 +223,10 @@ def by_turns(edited: EditedModel, turns: list[list[int]], answer: int) -> tuple[
 
 
 @pytest.mark.parametrize("given", ["a cache", "the cache that the model made"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lookup", "merged", "several matrices"])
 @torch.no_grad()
 def test_a_second_question_on_the_same_cache_is_decided_at_its_own_end(kind: str, given: str, tmp_path: Path) -> None:
-    edited = edited_model(tmp_path, routing="sequence", edits=EDITS, **KINDS[kind])
+    edited = edited_model(tmp_path, edits=EDITS, **KINDS[kind])
     generator, outcomes = torch.Generator().manual_seed(5), set()
     for _ in range(6):
         turns = [torch.randint(2, 60, (length,), generator=generator).tolist() for length in (8, 7, 9)]
@@ -280,7 +245,7 @@ def test_a_second_question_on_the_same_cache_is_decided_at_its_own_end(kind: str
 
 @torch.no_grad()
 def test_second_questions_in_a_batch_are_decided_as_each_alone(tmp_path: Path) -> None:
-    edited = edited_model(tmp_path, kind="lookup", routing="sequence", memories=3, edits=EDITS)
+    edited = edited_model(tmp_path, kind="lookup", memories=3, edits=EDITS)
     generator, opened = torch.Generator().manual_seed(6), set()
     rows = [[torch.randint(2, 60, (n,), generator=generator).tolist() for n in (6, length)] for length in (3, 7, 5, 4)]
     cache = DynamicCache(config=edited.model.config)
@@ -301,7 +266,7 @@ def test_second_questions_in_a_batch_are_decided_as_each_alone(tmp_path: Path) -
 
 @torch.no_grad()
 def test_another_copy_of_the_model_goes_on_with_what_a_cache_holds(tmp_path: Path) -> None:
-    edited_model(tmp_path, routing="sequence", edits=EDITS, kind="lookup", memories=3)
+    edited_model(tmp_path, edits=EDITS, kind="lookup", memories=3)
     one, other = (attach(tmp_path / "memory", load=CPU) for _ in range(2))
     opened = set()
     for prompt in PROMPTS:

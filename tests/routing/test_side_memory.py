@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from wisecli.routing.router import Reading, decide, residual
 
 from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.generation import left_padded
 from wisecli.routing.passes import PassRoute, in_pass
 from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.router import Reading, decide, residual
 from wisecli.routing.scores import INSIDE, REACH, SideMemory
 from wisecli.routing.side_memory import RoutedMatrix, activation_of, install
 from wisecli.routing.token_cache import last_memory

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from support.helpers import alone, greedy_by_loop, hooked, manifest_for, memory_for, routed_by_loop, save_tiny
+from support.helpers import (
+    alone,
+    choice_of,
+    greedy_by_loop,
+    hooked,
+    manifest_for,
+    memory_for,
+    routed_by_loop,
+    save_tiny,
+)
 from support.loading import CPU
 from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.edits.record import Edit
@@ -23,8 +31,7 @@ def edited_model(
     root: Path,
     *,
     kind: str = "matrix",
-    router: str = "key",
-    routing: str = "token",
+    pooling: str = "last",
     memories: int = 1,
     edits: Sequence[Edit] = (),
     architecture: str = "llama",
@@ -32,21 +39,19 @@ def edited_model(
     """A tiny model with a memory made by hand, written to disk and attached."""
     base = save_tiny(root / "base", architecture)
     site = find_site(base, Checkpoint(base), 2)
-    named: dict[str, Any] = {"kind": kind, "router": router, "routing": routing}
-    memory = memory_for(load_model(base, load=CPU).model, site, **named, memories=memories)
+    memory = memory_for(load_model(base, load=CPU).model, site, kind=kind, pooling=pooling, memories=memories)
     (root / "memory").mkdir()
     write_memory(root / "memory", manifest_for(base, memory, edits or [Edit("only", "ba", "be")]))
     return attach(root / "memory", load=CPU)
 
 
-def logits_by_loop(edited: EditedModel, row: Row, *, prompt_opens: bool) -> Tensor:
-    """Logits of the edited model for one row, each token routed by itself in Python."""
+def logits_by_loop(edited: EditedModel, row: Row) -> Tensor:
+    """Logits of the edited model for one row, decided and answered in loops over tokens."""
     site, memory = edited.manifest.site, edited.manifest.memory
-    with (
-        edited.unedited(),
-        hooked(edited.model, site, routed_by_loop(memory, len(row.prompt), prompt_opens=prompt_opens)),
-    ):
-        return alone(edited.model, row)
+    with edited.unedited():
+        chosen = choice_of(edited.model, site, memory, row.prompt)
+        with hooked(edited.model, site, routed_by_loop(memory, len(row.prompt), chosen)):
+            return alone(edited.model, row)
 
 
 def unedited_logits(edited: EditedModel, row: Row) -> Tensor:

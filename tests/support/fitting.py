@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from wisecli.editing.hard_negatives import HardNegatives
 
 from support.helpers import hooked, raised, site_of, tiny_tokenizer
 from support.tiny_models import tiny_model
@@ -15,7 +16,6 @@ from wisecli.artifacts.shard import Evidence, Mask, MaskKind, random_mask
 from wisecli.config import EditSettings
 from wisecli.editing.closed_form import fit_residuals
 from wisecli.editing.evidence import gather_evidence
-from wisecli.editing.hard_negatives import HardNegatives
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.serving_strength import Residuals
 from wisecli.editing.task import Task

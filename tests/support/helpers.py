@@ -169,59 +169,87 @@ def keys_of(model: PreTrainedModel, site: Site, tokens: Sequence[int]) -> Tensor
     return kept[0][0]
 
 
+@torch.no_grad()
+def states_of(model: PreTrainedModel, site: Site, layer: int, tokens: Sequence[int]) -> Tensor:
+    """What leaves a layer (T, d) for one sequence."""
+    kept: list[Tensor] = []
+
+    def note(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = model.get_submodule(f"{site.layer_module.rpartition('.')[0]}.{layer}").register_forward_hook(note)
+    try:
+        model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+    finally:
+        handle.remove()
+    return kept[0][0]
+
+
 def memory_for(
-    model: PreTrainedModel,
-    site: Site,
-    *,
-    router: str,
-    routing: str,
-    memories: int = 1,
-    seed: int = 3,
-    kind: str = "matrix",
-    sharpness: float = 0.0,
+    model: PreTrainedModel, site: Site, *, kind: str = "matrix", pooling: str = "last", memories: int = 1, seed: int = 3
 ) -> SideMemory:
-    """A memory that routes some of random tokens, each by a clear margin, and changes much where it does.
+    """A memory that some of random prompts open, each by a clear margin, and that changes much where it does.
 
     Of kind ``lookup`` every memory is an edit, with two residuals.
     """
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.cat([keys_of(model, site, row.prompt) for row in random_rows(*[(12, 1)] * 12, seed=seed)])
+    prompts = [row.prompt for row in random_rows(*[(length, 1) for length in (12, 9, 5, 3)] * 6, seed=seed)]
+    sample = torch.cat([keys_of(model, site, prompt) for prompt in prompts])
     usual = sample.norm(dim=-1).median()
     if kind == "lookup":
-        tensors = {"values": torch.randn(2 * memories, site.d, generator=generator) * 6}
+        tensors = {**_keys_for(sample, memories, generator), **_meaning_for(model, site, memories, generator)}
+        tensors["values"] = torch.randn(2 * memories, site.d, generator=generator) * 6
+        draft = SideMemory(tensors, (1.0,) * memories, kind, reads=0)
     else:
         width = site.d_ff // 2
         columns = torch.stack([torch.randperm(site.d_ff, generator=generator)[:width] for _ in range(memories)])
-        tensors = {
-            "columns": columns,
-            "delta": torch.randn(memories, site.d, width, generator=generator) * 6 / usual,
-        }
-    if router == "key":
-        count = 16 * memories
-        picked, sample = sample[:count], sample[count:]
-        place = torch.arange(count)
-        owner, metric = place % memories, (place // memories) % 2
-        floors = torch.tensor([0.7, 1.1])
-        bases = torch.randn(2, site.d_ff, 5, generator=generator)
-        directions = torch.stack([torch.linalg.qr(basis).Q.T for basis in bases]).contiguous()
-        gains = torch.rand(2, 5, generator=generator) - 0.5
-        offset = 0.1 * torch.rand(len(owner), generator=generator) - 0.05
-        tensors |= {
-            "owner": owner,
-            "offset": offset,
-            "metric": metric,
-            "directions": directions,
-            "gains": gains,
-            "floors": floors,
-        }
-        spread = [whitening_of(tensors, int(number)) for number in metric]
-        probes = [key @ matrix / (key @ matrix @ key).sqrt() for key, matrix in zip(picked, spread, strict=True)]
-        tensors["probes"] = torch.stack(probes)
-        if kind == "lookup":
-            tensors["value"] = 2 * owner + metric
-    draft = SideMemory(tensors, (1.0,) * memories, router, routing, kind, sharpness)
-    scores = torch.tensor([[score_of(draft, number, key) for number in range(memories)] for key in sample])
+        delta = torch.randn(memories, site.d, width, generator=generator) * 6 / usual
+        draft = SideMemory({"columns": columns, "delta": delta}, (1.0,) * memories, kind, pooling)
+    scores = torch.tensor([scores_of(model, site, draft, prompt) for prompt in prompts])
     return replace(draft, thresholds=tuple(map(clear_threshold, scores.T)))
+
+
+def _keys_for(sample: Tensor, memories: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Routing keys of a lookup, half of them of prompts' ends; residuals are numbered edit by edit."""
+    count, d_ff = 16 * memories, sample.shape[1]
+    picked = sample[:count]
+    place = torch.arange(count)
+    owner, metric = place % memories, (place // memories) % 2
+    bases = torch.randn(2, d_ff, 5, generator=generator)
+    tensors = {
+        "owner": owner,
+        "value": 2 * owner + metric,
+        "offset": 0.1 * torch.rand(len(owner), generator=generator) - 0.05,
+        "metric": metric,
+        "directions": torch.stack([torch.linalg.qr(basis).Q.T for basis in bases]).contiguous(),
+        "gains": torch.rand(2, 5, generator=generator) - 0.5,
+        "floors": torch.tensor([0.7, 1.1]),
+    }
+    spread = [whitening_of(tensors, int(number)) for number in metric]
+    probes = [key @ matrix / (key @ matrix @ key).sqrt() for key, matrix in zip(picked, spread, strict=True)]
+    return {**tensors, "probes": torch.stack(probes)}
+
+
+def _meaning_for(model: PreTrainedModel, site: Site, memories: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random projections of layer 0 and a prompt an edit, of two tokens for its subject and one for its relation."""
+    prompts = [row.prompt for row in random_rows(*[(3, 1)] * memories, seed=17)]
+    turns, shifts = torch.randn(2, 6, site.d, generator=generator), torch.randn(2, 6, generator=generator)
+    every, vectors = torch.arange(memories), []
+    for head, kept in ((0, slice(0, 2)), (1, slice(2, 3))):
+        for prompt in prompts:
+            states = states_of(model, site, 0, prompt)[kept].float()
+            vectors.append(F.normalize(states @ turns[head].T + shifts[head], dim=-1))
+    return {
+        "meaning.turns": turns,
+        "meaning.shifts": shifts,
+        "meaning.slopes": torch.full((2,), 4.0),
+        "meaning.bars": torch.full((2,), 0.5),
+        "meaning.vectors": torch.cat(vectors),
+        "meaning.asking": torch.cat([every.repeat_interleave(2), memories + every]),
+        "meaning.shares": torch.cat([torch.full((2 * memories,), 0.5), torch.ones(memories)]),
+        "meaning.whose": every,
+        "meaning.breaks": torch.tensor([1]),
+    }
 
 
 def whitening_of(tensors: Mapping[str, Tensor], number: int) -> Tensor:
@@ -244,25 +272,10 @@ def update_of(memory: SideMemory, number: int, key: Tensor, *, answering: bool =
     if memory.kind == "matrix":
         return tensors["delta"][number] @ key[tensors["columns"][number]]
     cosines, values = cosines_of(memory, key), [tensors["values"][place] for place in tensors["value"].tolist()]
-    places, least = _opening(memory, number), memory.thresholds[number]
-    if answering:
-        pairs = enumerate(zip(tensors["owner"].tolist(), tensors["metric"].tolist(), strict=True))
-        places, least = [place for place, (owner, metric) in pairs if owner == number and metric == 1], 0.5
+    pairs = enumerate(zip(tensors["owner"].tolist(), tensors["metric"].tolist(), strict=True))
+    places = [place for place, (owner, metric) in pairs if owner == number and (metric == 1) == answering]
     nearest = max(places, key=cosines.__getitem__)
-    if cosines[nearest] <= least:
-        return torch.zeros_like(values[nearest])
-    if not memory.sharpness:
-        return values[nearest]
-    weights = [math.exp(memory.sharpness * cosine) for cosine in cosines]
-    shares = [weight / sum(weights) * value for weight, value in zip(weights, values, strict=True)]
-    return torch.stack(shares).sum(0)
-
-
-def _opening(memory: SideMemory, number: int) -> list[int]:
-    """Those of one memory's keys that can open it: of a lookup's that a prompt opens, not those inside answers."""
-    some = memory.kind == "lookup" and memory.routing == "sequence"
-    pairs = enumerate(zip(memory.tensors["owner"].tolist(), memory.tensors["metric"].tolist(), strict=True))
-    return [place for place, (owner, metric) in pairs if owner == number and not (some and metric == 1)]
+    return torch.zeros_like(values[nearest]) if answering and cosines[nearest] <= 0.5 else values[nearest]
 
 
 def cosines_of(memory: SideMemory, key: Tensor) -> list[float]:
@@ -273,12 +286,44 @@ def cosines_of(memory: SideMemory, key: Tensor) -> list[float]:
     return [float(probe @ key) / lengths[int(metric)] + float(offset) for probe, metric, offset in probes]
 
 
-def score_of(memory: SideMemory, number: int, key: Tensor) -> float:
-    """Score of one memory for one key."""
-    if memory.router == "norm":
-        return float(update_of(memory, number, key).norm())
-    cosines = cosines_of(memory, key)
-    return max(cosines[place] for place in _opening(memory, number))
+def sure_by_loops(tensors: Mapping[str, Tensor], states: Tensor, edits: int) -> list[float]:
+    """How surely one prompt's tokens (n, d) mean each edit, as the formula says it."""
+    prompts = len(tensors["meaning.whose"])
+    found = [0.0] * edits
+    for prompt in range(prompts):
+        sure = 1.0
+        for head in range(2):
+            score = 0.0
+            for vector, asking, share in zip(
+                tensors["meaning.vectors"].float(), tensors["meaning.asking"], tensors["meaning.shares"], strict=True
+            ):
+                if int(asking) == prompt + head * prompts:
+                    turned = [tensors["meaning.turns"][head] @ x + tensors["meaning.shifts"][head] for x in states]
+                    score += float(share) * max(float(F.cosine_similarity(vector, one, dim=0)) for one in turned)
+            slope, bar = float(tensors["meaning.slopes"][head]), float(tensors["meaning.bars"][head])
+            sure *= float(torch.sigmoid(torch.tensor(slope * (score - bar))))
+        whose = int(tensors["meaning.whose"][prompt])
+        found[whose] = max(found[whose], sure)
+    return found
+
+
+def scores_of(model: PreTrainedModel, site: Site, memory: SideMemory, prompt: Sequence[int]) -> list[float]:
+    """How strongly one prompt calls each memory; of a lookup by all its tokens but the first, on which attention rests,
+    behind the last special token that more than three tokens follow.
+    """
+    if memory.kind == "matrix":
+        keys = keys_of(model, site, prompt)
+        some = keys if memory.pooling == "mean" else keys[-1:]
+        return [
+            sum(float(update_of(memory, number, key).norm()) for key in some) / len(some)
+            for number in range(len(memory.thresholds))
+        ]
+    assert memory.reads is not None, "a lookup reads a layer"
+    breaks = [place for place, token in enumerate(prompt) if token == 1]
+    first = next((place + 1 for place in reversed(breaks) if len(prompt) - place > 4), 0)
+    kept = [place for place in range(first, len(prompt)) if place > 0 and place not in breaks] or [0]
+    states = states_of(model, site, memory.reads, prompt)[kept].float()
+    return sure_by_loops(memory.tensors, states, len(memory.thresholds))
 
 
 def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
@@ -287,37 +332,30 @@ def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
     return nearest.where(strength > 1, UNROUTED)
 
 
-def choice_of(memory: SideMemory, key: Tensor) -> int | None:
-    """Which memory answers one key."""
-    ratios = [score_of(memory, number, key) / limit for number, limit in enumerate(memory.thresholds)]
-    best = max(range(len(ratios)), key=ratios.__getitem__)
-    return best if ratios[best] > 1 else None
+def choice_of(model: PreTrainedModel, site: Site, memory: SideMemory, prompt: Sequence[int]) -> int | None:
+    """Which memory answers one prompt: an edit that it means most surely, or the matrix that it calls most strongly."""
+    scores = scores_of(model, site, memory, prompt)
+    ratios = [score / limit for score, limit in zip(scores, memory.thresholds, strict=True)]
+    beyond = [number for number, ratio in enumerate(ratios) if ratio > 1]
+    strongest = ratios if memory.kind == "lookup" else scores
+    return max(beyond, key=strongest.__getitem__, default=None)
 
 
-def routed_by_loop(
-    memory: SideMemory, prompt: int, *, prompt_opens: bool = False, end: Tensor | None = None, over: int | None = None
-) -> Hook:
-    """A hook that routes one sequence token by token.
+def routed_by_loop(memory: SideMemory, prompt: int, chosen: int | None, *, over: int | None = None) -> Hook:
+    """A hook that adds token by token what one memory answers.
 
     Args:
-        prompt: length of the prompt; where prompts decide, its last token's key does.
-        prompt_opens: from the prompt's last token on, nothing is routed unless that token is.
-        end: the key that decides in the place of that.
-        over: the place from which on nothing answers where prompts decide, as a special token ended the answer.
+        prompt: length of the prompt.
+        chosen: the memory that answers it.
+        over: the place from which on nothing answers, as a special token ended the answer.
     """
 
     def hook(_module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         keys, changed = inputs[0][0], output.clone()
-        at_prompt = choice_of(memory, keys[prompt - 1] if end is None else end)
+        first = 0 if memory.kind == "matrix" and memory.pooling == "mean" else prompt - 1
         for place, key in enumerate(keys):
-            chosen = choice_of(memory, key)
-            if memory.routing == "sequence":
-                chosen = at_prompt if prompt - 1 <= place < (over or len(keys)) else None
-            elif prompt_opens and place >= prompt - 1 and at_prompt is None:
-                chosen = None
-            if chosen is not None:
-                answering = memory.routing == "sequence" and place >= prompt
-                changed[0, place] += update_of(memory, chosen, key, answering=answering)
+            if chosen is not None and first <= place < (over or len(keys)):
+                changed[0, place] += update_of(memory, chosen, key, answering=place >= prompt)
         return changed
 
     return hook
@@ -334,13 +372,16 @@ def greedy_by_loop(
     end: int | None,
 ) -> list[int]:
     """Greedy continuation, the whole text through the whole model for every token; a memory needs its site."""
-    tokens = list(prompt)
+    tokens, chosen = list(prompt), None
+    if memory is not None:
+        assert site is not None, "a memory lies somewhere"
+        chosen = choice_of(model, site, memory, prompt)
     while len(tokens) < len(prompt) + count:
         with contextlib.ExitStack() as stack:
             if memory is not None:
                 assert site is not None, "a memory lies somewhere"
                 over = next((place for place, one in enumerate(tokens) if place >= len(prompt) and one == 1), None)
-                stack.enter_context(hooked(model, site, routed_by_loop(memory, len(prompt), over=over)))
+                stack.enter_context(hooked(model, site, routed_by_loop(memory, len(prompt), chosen, over=over)))
             token = int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
         if token == end:
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from wisecli.editing.hard_negatives import HardNegatives
 
 from support.helpers import site_of, tiny_qwen2_tokenizer
 from support.tiny_models import tiny_model
@@ -11,7 +12,6 @@ from wisecli.artifacts.shard import Evidence, random_mask
 from wisecli.config import EditSettings
 from wisecli.editing.closed_form import fit_residuals
 from wisecli.editing.evidence import gather_evidence
-from wisecli.editing.hard_negatives import HardNegatives
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.resting import usual_length
 from wisecli.editing.task import Task

@@ -19,7 +19,8 @@ from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout
 from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.calibration import Calibration
-from wisecli.routing.scores import SideMemory
+from wisecli.routing.matrix_memory import MatrixMemory
+from wisecli.routing.scores import SideMemory, require_router
 
 MANIFEST_NAME = names.MEMORY
 MEMORY_NAME = "memory.safetensors"
@@ -166,17 +167,18 @@ class MemoryManifest:
         owned = [name for entry in self.memories for name in entry.edits]
         if len(known) != len(self.edits) or len(set(owned)) != len(owned) or not known >= set(owned):
             raise ValueError("`edits` and the edits of `memories` do not agree")
-        if min(stored.thresholds, default=0.0) <= 0 or not self.memories or stored.sharpness < 0:
-            raise ValueError("`memory.thresholds` must be above nought, `memory.sharpness` not below")
-        if stored.router == "norm" if stored.kind == "lookup" else len(stored.thresholds) != len(self.memories):
+        require_router(asdict(stored))
+        if min(stored.thresholds, default=0.0) <= 0 or not self.memories:
+            raise ValueError("`memory.thresholds` must be above nought")
+        if stored.kind == MatrixMemory.kind and len(stored.thresholds) != len(self.memories):
             raise ValueError("`memory.thresholds` are not as many as there are memories")
         shares = [share for entry in self.memories for share in (*entry.edit_scores, *entry.unrelated_scores)]
         if not all(share.replace(".", "", 1).isdecimal() for share in shares):
             raise ValueError("the quantiles of `memories` are not all at numbers")
         if self.memory.file not in self.sha256:
             raise ValueError("`sha256` has no entry for `memory.file`")
-        if not stored.layouts.keys() == memory_rows(stored.kind, stored.router, stored.tensors).keys():
-            raise ValueError(f"`memory.tensors` are not those of a {stored.kind} with router {stored.router}")
+        if not stored.layouts.keys() == memory_rows(stored.kind, stored.tensors).keys():
+            raise ValueError(f"`memory.tensors` are not those of a {stored.kind}")
 
 
 def write_memory(
@@ -189,17 +191,19 @@ def write_memory(
     """
     path = directory / file
     save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
+    described = manifest.memory.describe()
+    kind = {name: described[name] for name in ("kind", "router")}
     memories = [
-        {"kind": manifest.memory.kind, "router": manifest.memory.router, "edits": list(owned), **asdict(calibration)}
+        {**kind, "edits": list(owned), **asdict(calibration)}
         for owned, calibration in zip(manifest.owners, manifest.calibrations, strict=True)
     ]
     content = {
         "schema": SCHEMA,
         "base": {"model": manifest.model, "revision": manifest.revision, **manifest.fingerprint.as_dict()},
         "site": manifest.site.as_dict(),
-        "routing": manifest.memory.routing,
+        "routing": described["routing"],
         "memories": memories,
-        "memory": {"file": file, "prefix": prefix, **manifest.memory.describe()},
+        "memory": {"file": file, "prefix": prefix, **described},
         "merge": manifest.merge,
         "edits": [edit.as_dict() for edit in manifest.edits],
         "sha256": {file: sha256_file(path)},
@@ -242,7 +246,7 @@ def read_memory(directory: Path) -> Manifest:
     if layouts(tensors) != stored.layouts:
         raise DamagedFileError(path, f"its tensors are not those that {MANIFEST_NAME} describes", "merge anew")
     known = {"d": site.d, "d_ff": site.d_ff, "M": len(stored.thresholds)}
-    require_layout(path, tensors, memory_rows(stored.kind, stored.router, tensors), known)
+    require_layout(path, tensors, memory_rows(stored.kind, tensors), known)
     return Manifest(
         listed.base.model,
         listed.base.revision,

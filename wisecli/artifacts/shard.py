@@ -127,20 +127,14 @@ def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list
     return [range(first, last) for first, last in pairwise(bounds)]
 
 
-# Fields of the evidence that the shard file has under another name.
-_STORED_AS = {"negative_similarity": "elsewhere"}
-
-
 @dataclass(frozen=True)
 class Evidence:
     """What a shard was asked to store: its keys, what ``Δ`` should add there, and where each comes from.
 
     Shapes: ``keys`` (n, d_ff), ``residuals`` (n, d); ``edit`` (place in the manifest's list), ``position`` (0 = last
     prompt token) and ``context`` are (n,). ``held_out`` (n,) marks contexts that were never trained on.
-    ``negative_similarity`` (n,) is the highest whitened cosine of a key inside an answer with the same answer's keys
-    after prompts that it does not answer; 0 for keys that prompts end in. ``chat`` (n,) marks the chat template.
-    ``call`` (n,) is there where the mean over a prompt decides: how strongly the prompts of a key's edit called the
-    change once that edit had been trained.
+    ``chat`` (n,) marks the chat template. ``call`` (n,) is there where the mean over a prompt decides: how strongly
+    the prompts of a key's edit called the change once that edit had been trained.
     """
 
     keys: Tensor
@@ -149,7 +143,6 @@ class Evidence:
     position: Tensor
     context: Tensor
     held_out: Tensor
-    negative_similarity: Tensor
     chat: Tensor
     call: Tensor | None = None
 
@@ -158,7 +151,7 @@ class Evidence:
         """Evidence of one edit that none of its prompts gave: keys (n, d_ff), residuals (n, d)."""
         count, never = len(keys), torch.zeros(len(keys), dtype=torch.bool)
         number, place, origin = (torch.full((count,), value) for value in (edit, position, context))
-        return cls(keys, residuals, number, place, origin, never, torch.zeros(count), never)
+        return cls(keys, residuals, number, place, origin, never, never)
 
     @property
     def own(self) -> Tensor:
@@ -234,7 +227,6 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
         "evidence.position": evidence.position.to(torch.int32),
         "evidence.context": evidence.context.to(torch.int32),
         "evidence.held_out": evidence.held_out,
-        "evidence.elsewhere": evidence.negative_similarity,
         "evidence.chat": evidence.chat,
     }
     if (prompts := shard.prompts) is not None:
@@ -252,7 +244,7 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
 
 def shard_rows(kind: MaskKind, names: Container[str]) -> TensorRows:
     """The tensors of a shard file, for a kind of mask, with those optional ones that are among ``names``."""
-    calls = CALLS if "evidence.call" in names else {}
+    calls = {name: row for name, row in CALLS.items() if name in names}
     return {**MASKED[kind], **EVIDENCE, **calls, **(PROMPTS if "prompts.states" in names else {})}
 
 
@@ -274,7 +266,7 @@ def load_shard(path: Path, site: Site, kind: MaskKind, digest: str, *, edits: in
     sizes = shard_sizes(site, 2**31 if edits is None else edits)
     require_layout(path, tensors, shard_rows(kind, tensors), sizes)
     mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.d_ff)
-    stored = {name: tensors.get(f"evidence.{_STORED_AS.get(name, name)}") for name in Evidence.__dataclass_fields__}
+    stored = {name: tensors.get(f"evidence.{name}") for name in Evidence.__dataclass_fields__}
     evidence = Evidence(**{name: column for name, column in stored.items() if column is not None})
     if bool(evidence.held_out.all()):
         raise DamagedFileError(path, "every key is held out, none was trained on", "edit anew")

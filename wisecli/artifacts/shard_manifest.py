@@ -12,6 +12,7 @@ from pydantic import Field
 from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import Base, Made, Origin
 from wisecli.artifacts.shard import MaskKind, Shard, load_shard
+from wisecli.config import Mode, of_today
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.io.checkpoint import read_json, write_json
@@ -106,8 +107,7 @@ class _Settings:
     __pydantic_config__ = OPEN
 
     writer: Literal["solve", "gradient"]
-    router: Literal["key", "norm", "meaning"]
-    routing: Literal["token", "sequence", "mean"]
+    mode: Mode
     threshold: Literal["false-alarm", "minimum"]
 
 
@@ -149,7 +149,7 @@ class _Content:
             ValueError: saying which do not.
         """
         check_site(self.site)
-        decode(_Settings, self.settings, "settings")
+        decode(_Settings, of_today(self.settings), "settings")
         known = [edit.id for edit in self.edits]
         dealt = [*self.left_out, *(name for entry in self.shards for name in entry.edits)]
         if len(set(known)) != len(known) or not known or (plan and dealt):
@@ -211,7 +211,7 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         base.revision,
         base.fingerprint,
         read.site,
-        read.settings,
+        of_today(read.settings),
         read.contexts,
         read.edits,
         read.shards,

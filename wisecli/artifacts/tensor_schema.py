@@ -12,6 +12,7 @@ from torch import Tensor
 from wisecli.errors import DamagedFileError
 from wisecli.io.json_schema import shown
 from wisecli.io.safetensors_header import TensorLayout
+from wisecli.routing.matrix_memory import MatrixMemory
 from wisecli.routing.spelling import OF_TOKEN, OF_WORD
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -46,7 +47,6 @@ KEY: TensorRows = {
     "floors": TensorRow("float", ("w",)),
 }
 NAMING: TensorRows = {
-    "asks": TensorRow("bool", ("n",)),
     "names.tokens": TensorRow("int", ("v",)),
     "names.words": TensorRow("int", ("v",), "v"),
     "names.whose": TensorRow("int", ("g",), "M"),
@@ -102,24 +102,23 @@ EVIDENCE: TensorRows = {
     "evidence.position": TensorRow("int", ("n",)),
     "evidence.context": TensorRow("int", ("n",)),
     "evidence.held_out": TensorRow("bool", ("n",)),
-    "evidence.elsewhere": TensorRow("float", ("n",)),
     "evidence.chat": TensorRow("bool", ("n",)),
 }
-CALLS: TensorRows = {"evidence.call": TensorRow("float", ("n",))}
+# Evidence that only some shards have: `call` those of the paper's rule, `elsewhere` those of version 0.1.
+CALLS: TensorRows = {name: TensorRow("float", ("n",)) for name in ("evidence.call", "evidence.elsewhere")}
 MASKED: dict[str, TensorRows] = {
     "columns": {"mask.indices": TensorRow("int", ("k",), "d_ff"), "delta.values": TensorRow("float", ("d", "k"))},
     "elements": {"mask.indices": TensorRow("int", ("k",), "size"), "delta.values": TensorRow("float", ("k",))},
 }
 
 
-def memory_rows(kind: str, router: str, names: Collection[str]) -> TensorRows:
-    """The tensors of a side memory of a kind, with a router, with those optional ones that are among ``names``."""
-    rows = {**(LOOKUP if kind == "lookup" else MATRIX), **(KEY if router != "norm" else {})}
-    if router == "meaning":
-        named = {name: row for name, row in NAMING.items() if name != "asks" and "names.tokens" in names}
-        asking = {**REQUEST, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}
-        return {**rows, **MEANING, **named, **asking, **(SPELLING if named and "spelling.table" in names else {})}
-    return {**rows, **NAMING} if kind == "lookup" and "asks" in names else rows
+def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
+    """The tensors of a side memory of a kind, with those optional ones that are among ``names``."""
+    if kind == MatrixMemory.kind:
+        return MATRIX
+    named = NAMING if "names.tokens" in names else {}
+    asking = {**REQUEST, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}
+    return {**LOOKUP, **KEY, **MEANING, **named, **asking, **(SPELLING if named and "spelling.table" in names else {})}
 
 
 def unrelated_rows(names: Mapping[str, object]) -> TensorRows:

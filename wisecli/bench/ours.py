@@ -18,7 +18,7 @@ from wisecli.bench.row import Peaks, ResultRow
 from wisecli.commands.edit import EditReport, edit
 from wisecli.commands.evaluate import EvalReport, evaluate
 from wisecli.commands.merge import merge
-from wisecli.config import EditSettings, EvalSettings, MergeSettings, resolve
+from wisecli.config import EditSettings, EvalSettings, MergeSettings, Mode, resolve
 from wisecli.edits.admission import AS_THEY_ARE
 from wisecli.environment import forget_peaks
 from wisecli.errors import ChangedInputError, DamagedFileError, OutputExistsError
@@ -33,14 +33,13 @@ from wisecli.progress import NOTE, Event, Watcher, ignore
 
 @dataclass(frozen=True)
 class OwnWay:
-    """One of our own ways to edit: preset and router of `wise edit`, and the mode of `wise merge`."""
+    """One of our own ways to edit: preset and mode of `wise edit`."""
 
     preset: Literal["default", "paper"] | None = None
-    router: Literal["key"] | None = None
-    mode: Literal["merge", "retrieve", "lookup"] | None = None
+    mode: Mode | None = None
 
 
-OURS = {"wise": OwnWay(), "wise-retrieve": OwnWay(router="key", mode="retrieve"), "wise-paper": OwnWay(preset="paper")}
+OURS = {"wise": OwnWay(), "wise-retrieve": OwnWay(mode="retrieve"), "wise-paper": OwnWay(preset="paper")}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def own_rows(course: Course, name: str, place: MethodFolder, counts: Sequence[in
         run = OwnRun(course, name, place, count)
         spent = run.edited()
         begun = time.perf_counter()
-        merge([run.shards], memory, MergeSettings(mode=OURS[name].mode), force=True)
+        merge([run.shards], memory, MergeSettings(), force=True)
         seconds = spent.seconds + time.perf_counter() - begun
         report = _evaluated(course, memory, run.file, place.answers(count))
         yield course.maker.row(
@@ -90,7 +89,7 @@ def _learn(course: Course, name: str) -> None:
     place = MethodFolder(course.work / f"{name}-learning")
     run = OwnRun(replace(course, watch=ignore), name, place, 1)
     run.edited()
-    merge([run.shards], place.directory / "memory", MergeSettings(mode=OURS[name].mode))
+    merge([run.shards], place.directory / "memory", MergeSettings())
     place.remove()
 
 
@@ -166,7 +165,7 @@ class OwnRun:
         with jsonlines.open(self.file, "w") as writer:
             writer.write_all(record.as_dict() for record in self.course.tested[: self.count])
         way = OURS[self.name]
-        given = {"preset": way.preset, "router": way.router, "seed": self.course.settings.seed}
+        given = {"preset": way.preset, "mode": way.mode, "seed": self.course.settings.seed}
         return edit(
             str(self.course.directory),
             self.file,

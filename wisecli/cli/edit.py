@@ -29,6 +29,7 @@ from wisecli.cli.options import (
     PolicyFile,
     Quiet,
     Reason,
+    Retired,
     Seed,
     Sign,
     Signature,
@@ -42,13 +43,12 @@ from wisecli.cli.options import (
     part_in,
 )
 from wisecli.cli.overlooked import overlooked
-from wisecli.cli.parameters import INPUT, INTO, OUTPUT, PROMPTS, ROUTER, TRAINED, WHERE, flag, option, setting
+from wisecli.cli.parameters import INPUT, INTO, OUTPUT, PROMPTS, TRAINED, WHERE, flag, option, setting
 from wisecli.commands.run_options import RunOptions
-from wisecli.config import EditSettings, resolve
+from wisecli.config import EditSettings, of_today, resolve
 
 _trained = partial(setting, EditSettings, panel=TRAINED)
 _worded = partial(setting, EditSettings, panel=PROMPTS)
-_routed = partial(setting, EditSettings, panel=ROUTER)
 
 
 def edit(
@@ -95,6 +95,14 @@ def edit(
     preset: Annotated[
         str | None, _trained("preset", "default, or paper: gradient steps, edit after edit, as published.")
     ] = None,
+    mode: Annotated[
+        str | None,
+        _trained(
+            "mode",
+            "What the shards are for: lookup (facts that prompts ask), merge (one matrix) or retrieve (one a shard).",
+            none="lookup; merge with --writer gradient",
+        ),
+    ] = None,
     writer: Annotated[str | None, _trained("writer", "solve (closed form) or gradient (the paper's).")] = None,
     schedule: Annotated[str | None, _trained("schedule", "Of the gradient writer: batched or sequential.")] = None,
     layer: Annotated[
@@ -126,23 +134,6 @@ def edit(
     augment: Annotated[
         int | None, _worded("augment", "Paraphrases that the model writes for an edit, at most.")
     ] = None,
-    router: Annotated[
-        str | None,
-        _routed(
-            "router",
-            "meaning (what a whole prompt asks, whatever its form), key (nearest whitened key) or norm (how much an "
-            "output changes, the paper's).",
-            none="meaning; key with --routing token or --writer gradient",
-        ),
-    ] = None,
-    routing: Annotated[
-        str | None,
-        _routed(
-            "routing",
-            "sequence (one decision a prompt), token, or mean (as the paper's code).",
-            none="token; sequence with the router meaning",
-        ),
-    ] = None,
     executor: Annotated[
         str,
         option(
@@ -166,10 +157,13 @@ def edit(
     force: Force = False,
     strict: Annotated[bool, flag("Exit with 1 if an edit did not take.", "--strict", panel=OUTPUT)] = False,
     quiet: Quiet = False,
+    router: Retired = None,
+    routing: Retired = None,
 ) -> None:
     """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
-    unread = of_edit(locals())
-    flags = {name: value for name, value in locals().items() if name in EditSettings.__dataclass_fields__}
+    given = locals()
+    unread = of_edit(given)
+    flags = {name: of for name, of in of_today(given).items() if name in EditSettings.__dataclass_fields__}
     settings = resolve(EditSettings, flags, section="edit", file=config)
     console = Console(as_json, quiet)
     console.warn([*unread, *overlooked(config)])

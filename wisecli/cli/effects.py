@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from wisecli.config import RETIRED
 from wisecli.errors import SettingsError
 
 # Of a command, by the name of its parameter: what counts as not given besides nothing at all.
@@ -36,7 +37,7 @@ def of_edit(given: Mapping[str, Any]) -> list[str]:
         rules["yes"] = "without --from-text"
     if given["model"] is not None and Path(given["model"]).exists():
         rules["revision"] = "on files of this disk; it is of a model on the hub"
-    return list(_without_effect(given, rules, output=Path("shards"), interval=1.0))
+    return [*retired(given), *_without_effect(given, rules, output=Path("shards"), interval=1.0)]
 
 
 def of_merge(given: Mapping[str, Any]) -> list[str]:
@@ -54,13 +55,13 @@ def of_merge(given: Mapping[str, Any]) -> list[str]:
     elif not given["history"]:
         rules = dict.fromkeys(("who", "reason"), "with --no-history")
     if given["mode"] == "lookup":
-        rules |= dict.fromkeys(("method", "refit", "density", "scale", "weights"), "with --mode lookup")
+        rules |= dict.fromkeys(("method", "refit", "density", "scale", "weights", "pooling"), "with --mode lookup")
     elif given["mode"] is not None:
-        rules |= dict.fromkeys(("sharpness", "strength"), f"with --mode {given['mode']}")
+        rules |= dict.fromkeys(("subjects", "strength"), f"with --mode {given['mode']}")
     if given["mode"] == "retrieve":
         rules |= dict.fromkeys(("method", "density", "scale", "weights"), "with --mode retrieve")
     kept = ["--no-history has no effect with --into"] if into and not given["history"] else []
-    return [*kept, *_without_effect(given, rules, output=Path("memory"))]
+    return [*kept, *retired(given), *_without_effect(given, rules, output=Path("memory"))]
 
 
 def of_export(given: Mapping[str, Any]) -> list[str]:
@@ -93,6 +94,13 @@ def of_evaluation(given: Mapping[str, Any]) -> list[str]:
     if given["fail_under"] is None:
         rules["if_measured"] = "without --fail-under"
     return list(_without_effect(given, rules))
+
+
+def retired(given: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each flag of version 0.1 that is given."""
+    for name, instead in RETIRED.items():
+        if given.get(name) is not None:
+            yield f"--{name} will go: {instead}"
 
 
 def _without_effect(given: Mapping[str, Any], rules: Mapping[str, str], **unset: Any) -> Iterator[str]:

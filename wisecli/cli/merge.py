@@ -21,6 +21,7 @@ from wisecli.cli.options import (
     Output,
     Quiet,
     Reason,
+    Retired,
     Seed,
     Sign,
     Who,
@@ -58,7 +59,7 @@ def merge(
             MergeSettings,
             "mode",
             "lookup (keys and residuals), merge (one matrix) or retrieve (a matrix a shard).",
-            none="lookup; merge for what the gradient writer wrote, or with --method",
+            none="what the shards were written for; merge with --method",
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -100,29 +101,33 @@ def merge(
     weights: Annotated[
         str | None, _merged("weights", "Weights of the shards, comma-separated.", none="1 each", metavar="X,…")
     ] = None,
-    sharpness: Annotated[
-        float | None, _merged("sharpness", "Of a lookup: β of a softmax over all keys; 0 takes the nearest.")
-    ] = None,
     strength: Annotated[
         float | None, _merged("strength", "Of a lookup: how many times each residual is added.")
     ] = None,
-    router: Annotated[str | None, _routed("router", "key, norm or meaning.", none="the shards'")] = None,
-    routing: Annotated[str | None, _routed("routing", "token, sequence or mean.", none="the shards'")] = None,
+    pooling: Annotated[
+        str | None,
+        _routed(
+            "pooling", "Of a matrix: decide by a prompt's last token, or by the mean over all.", none="the shards'"
+        ),
+    ] = None,
     threshold: Annotated[str | None, _routed("threshold", "false-alarm or minimum.", none="the shards'")] = None,
     false_alarm: Annotated[
         float | None,
         _routed(
             "false_alarm",
             "Share of unrelated tokens let through.",
-            none="0.0015, where a prompt must name the subject 0.0075",
+            none="of a matrix 0.0015, of a lookup what its probability leaves",
         ),
     ] = None,
     subjects: Annotated[
         str | None,
-        _routed("subjects", "Where a prompt decides: it opens edits whose subject is named in it, or any."),
+        _routed("subjects", "Of a lookup: a prompt opens edits whose subject is named in it, or any."),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
+    router: Retired = None,
+    routing: Retired = None,
+    sharpness: Retired = None,
 ) -> None:
     """Join shards into a side memory and decide the router's thresholds, without loading the model."""
     console, unread = Console(as_json, quiet), of_merge(locals())
@@ -179,8 +184,6 @@ def tell_merge(console: Console, report: MergeReport) -> None:
         "shards",
         "edits",
         "consequences",
-        "router",
-        "routing",
         "seconds",
         "peak_rss_bytes",
         "planned",
@@ -201,11 +204,10 @@ def tell_merge(console: Console, report: MergeReport) -> None:
         results |= {"held": report.held, "gone": list(report.gone)}
         lines.append(f"it was changed since, and holds {count(report.held, 'edit')} now")
         lines += [f"no longer in it, as it was replaced or removed: {name}" for name in report.gone]
-    called = "unrelated prompts by their meaning alone" if report.router == "meaning" else "tokens"
+    called = "unrelated prompts by their meaning alone" if report.mode == "lookup" else "tokens"
     for number, one in enumerate(report.calibrations):
         alarms = "not known" if one.false_alarms is None else f"{one.false_alarms:.2%} of {called}"
         lines.append(
-            f"memory {number}: router {report.router}, threshold {one.threshold:.4g}; "
-            f"edits missed {one.misses:.1%}, false alarms {alarms}"
+            f"memory {number}: threshold {one.threshold:.4g}; edits missed {one.misses:.1%}, false alarms {alarms}"
         )
     console.result({"results": results}, *lines)

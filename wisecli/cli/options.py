@@ -53,6 +53,8 @@ Dtype = Annotated[
         complete=one_of(DTYPES),
     ),
 ]
+# Flags of version 0.1 that are still taken.
+Retired = Annotated[str | None, typer.Option(hidden=True)]
 Seed = Annotated[int | None, option("Seed of everything random.", "--seed", panel=INPUT, default="0", metavar="N")]
 Config = Annotated[
     Path | None, option("Settings file (TOML), a table a command.", "--config", panel=INPUT, metavar="FILE")

@@ -229,17 +229,16 @@ class MemorySubject:
         known = vocabulary_size(self.config)
         return row_of(self.tokenizer, self._asked(prompt), target, erased=erased, vocabulary=known)
 
-    def teacher_forced(self, pairs: Sequence[Question], *, prompt_opens: bool, stage: str) -> list[Measured]:
+    def teacher_forced(self, pairs: Sequence[Question], *, stage: str) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""
         rows = [self.row(*pair) for pair in pairs]
         holders = None
-        if self.holders is not None and prompt_opens:
+        if self.holders is not None:
             holders = [self.holders.get((pair.prompt, pair.answer)) for pair in pairs]
         return teacher_forced(
             self.edited,
             rows,
             batch_size=self.settings.batch_size,
-            prompt_opens=prompt_opens,
             stage=stage,
             watch=self.watch,
             holders=holders,
@@ -280,7 +279,7 @@ class MemorySubject:
 
 def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
     """The number of the memory that holds each edit, by its prompt and target; a lookup counts every edit as one."""
-    if manifest.memory.kind == "lookup":
+    if manifest.memory.is_lookup:
         return {(edit.prompt, edit.target): number for number, edit in enumerate(manifest.edits)}
     owner = {name: number for number, owned in enumerate(manifest.owners) for name in owned}
     return {(edit.prompt, edit.target): owner[edit.id] for edit in manifest.edits if edit.id in owner}

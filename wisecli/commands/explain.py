@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wisecli.commands.plot import plot_tokens
 from wisecli.config import LoadOptions
@@ -18,9 +17,8 @@ from wisecli.models.activations import capture
 from wisecli.models.chat import chat_prompt
 from wisecli.models.generation import generate
 from wisecli.models.tokenization import Batch, Row, collate
+from wisecli.routing.decision import Decision
 from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.router import Decision
-from wisecli.routing.side_memory import RoutedMatrix
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ def explain(
     # What stands in for no answer is cut off.
     batch = collate([Row(tuple(read), tuple(tokens or read[:1]))]).to(edited.model.device)
     decision = edited.decide(batch)
-    found, end = _tokens(edited, batch, tokens)
-    strengths = _strengths(edited.routed, end, decision)
+    found = _tokens(edited, batch, tokens)
+    strengths = decision.scores[0].float() / torch.tensor(edited.routed.thresholds, device=decision.scores.device)
     ranked: list[int] = strengths.argsort(descending=True)[:nearest].tolist()
     near = tuple(_near(edited, asked, float(strengths[at]), at, max_new_tokens, decision) for at in ranked)
     split = len(found) - len(tokens)
@@ -123,8 +121,8 @@ def _text(edited: EditedModel, tokens: list[int]) -> str:
 
 
 @torch.no_grad()
-def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[tuple[Token, ...], Tensor]:
-    """Every token with what decided it, and the key (d_ff,) that the prompt ends in.
+def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[Token, ...]:
+    """Every token with what decided it.
 
     A token of the answer is decided where the one before it is read; one of the prompt where it is read itself.
     """
@@ -141,35 +139,27 @@ def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[tuple
         Token(text, float(decided.strength[at]), int(decided.chosen[at]) != UNROUTED, _id(edited, int(memories[at])))
         for text, at in zip(texts, shown, strict=True)
     )
-    return tuple(found), keys[end]
+    return tuple(found)
 
 
-def _strengths(routed: RoutedMatrix, end: Tensor, decision: Decision | None) -> Tensor:
-    """How strongly the key that a prompt ends in (d_ff,) calls each memory, as a multiple of its threshold (M,)."""
-    scores = routed.scores(end) if decision is None or decision.sure is None else decision.sure[0]
-    return scores.float() / torch.tensor(routed.thresholds, device=end.device)
-
-
-def _near(
-    edited: EditedModel, asked: str, strength: float, memory: int, length: int, decision: Decision | None
-) -> Near:
+def _near(edited: EditedModel, asked: str, strength: float, memory: int, length: int, decision: Decision) -> Near:
     with edited.routed.called_with(forced=memory):
         answer = _text(edited, _answer(edited, asked, length))
     edit = _edit(edited, memory)
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
     found = chance = None
-    names = edited.routed.names
-    if decision is not None and decision.named is not None and names is not None:
+    names = getattr(edited.routed, "names", None)
+    if decision.named is not None and names is not None:
         found = bool(decision.named[0, memory]) if bool((names.whose == memory).any()) else None
-    if decision is not None and decision.asked is not None and int(decision.nearest[0]) == memory and strength > 1:
+    if decision.asked is not None and int(decision.nearest[0]) == memory and strength > 1:
         chance = float(decision.asked[0])
     return Near(edit.id, edit.prompt, edit.target, strength, answer, found, chance)
 
 
 def _edit(edited: EditedModel, memory: int) -> Edit | None:
     """The edit that a place of a lookup is of."""
-    known = edited.routed.kind == "lookup" and 0 <= memory < len(edited.manifest.edits)
+    known = edited.manifest.memory.is_lookup and 0 <= memory < len(edited.manifest.edits)
     return edited.manifest.edits[memory] if known else None
 
 

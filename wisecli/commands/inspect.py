@@ -172,7 +172,7 @@ def _memory(
 ) -> InspectReport:
     stored = manifest.memory
     header = read_header(inside(path, stored.file))
-    routing = {name: getattr(stored, name) for name in ("kind", "router", "routing", "sharpness")}
+    routing = {name: getattr(stored, name) for name in ("kind", "router", "routing")}
     return InspectReport(
         path,
         kind,

@@ -39,8 +39,6 @@ class MergeReport:
     method: str
     shards: int
     edits: int
-    router: str
-    routing: str
     calibrations: tuple[Calibration, ...]
     seconds: float
     peak_rss_bytes: int
@@ -94,8 +92,6 @@ def merge(
         merger.method,
         count,
         len(merger.edits) - followed,
-        settings.router or "",
-        settings.routing or "",
     )
     if there and not dry_run:
         tidy(output)

@@ -17,6 +17,8 @@ _STEP = 0.3
 # A picture of more could not be looked at.
 _PANELS = 24
 
+_UNITS = {"matrix": "norm of the update", "lookup": "probability of the likeliest edit"}
+
 
 class Token(Protocol):
     """A token, its score as a multiple of the threshold, and whether a side memory answered there."""
@@ -98,6 +100,6 @@ def _draw(panel: Any, entry: MemoryEntry, title: str) -> None:
         shares = sorted((float(share), score) for share, score in scores.items())
         panel.plot([score for _, score in shares], [share for share, _ in shares], label=name, color=colour, marker=".")
     panel.axvline(entry.threshold, color="tab:red", linestyle="--", label=f"threshold {entry.threshold:.4g}")
-    unit = "norm of the update" if entry.router == "norm" else "whitened cosine with the nearest key"
+    unit = _UNITS[entry.kind]
     panel.set(xlabel=f"router score ({unit})", ylabel="share at or below", ylim=(-0.02, 1.02), title=title)
     panel.legend(loc="best")

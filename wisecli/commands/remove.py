@@ -99,7 +99,7 @@ def cleared(
     """A release's shards without some edits; what has to be trained anew for that is there while the block lasts."""
     settings = settings_of(release)
     held = dict(zip(release.shards, directories_of(memory, release), strict=True))
-    trained = settings.mode != "lookup" and settings.method != EXACT
+    trained = not settings.for_lookup and settings.method != EXACT
     anew = {name: _beside(directory, ids) for name, directory in held.items() if trained and _beside(directory, ids)}
     shards = {
         name: (*release.shards[name], *_in(directory, {*ids, *anew.get(name, ())})) for name, directory in held.items()

@@ -115,7 +115,7 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
     if directory is None:
         return
     sizes = shard_sizes(directory.site, len(directory.edits))
-    asked = ("prompts.states",) if directory.settings.get("router") == "meaning" else ()
+    asked = ("prompts.states",) if directory.settings.get("mode") == "lookup" else ()
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
         yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, asked), sizes)
@@ -187,9 +187,7 @@ def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Itera
             yield Check(f"sha256 in {SEAL_NAME}", file, "differs", None, digest, checked[file])
     yield from check_layouts(path, stored.file, {stored.prefix + name: one for name, one in stored.layouts.items()})
     known = {"d": site.d, "d_ff": site.d_ff, "M": len(stored.thresholds)}
-    yield from check_rows(
-        path, stored.file, memory_rows(stored.kind, stored.router, stored.tensors), known, stored.prefix
-    )
+    yield from check_rows(path, stored.file, memory_rows(stored.kind, stored.tensors), known, stored.prefix)
 
 
 def _exported(path: Path, model: Path | None) -> Iterator[Check]:

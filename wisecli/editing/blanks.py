@@ -71,5 +71,4 @@ def _as_ends(evidence: Evidence, edits: Sequence[int]) -> Evidence:
     own = torch.isin(evidence.edit, torch.tensor(edits, dtype=torch.long)) & (evidence.position == 1)
     found = evidence.rows(own & ~evidence.held_out & ~evidence.chat & (evidence.context < LANGUAGES))
     zeros = torch.zeros_like(found.position)
-    context, apart = torch.full_like(found.context, ENDING), torch.zeros_like(found.negative_similarity)
-    return replace(found, position=zeros, context=context, negative_similarity=apart)
+    return replace(found, position=zeros, context=torch.full_like(found.context, ENDING))

@@ -133,11 +133,7 @@ def _rows(batch: Batch) -> list[list[int]]:
 
 def routed_tokens(settings: EditSettings, part: Activations) -> Tensor:
     """Which tokens of a batch say what answers it: (B, T - first)."""
-    columns = torch.arange(part.keys.shape[1], device=part.keys.device) + part.first
-    if settings.routing == "mean":
+    if settings.pooling == "mean":
         return part.batch.mask[:, part.first :].bool()
-    if settings.routing == "sequence":
-        return (columns == part.batch.start).expand(part.keys.shape[:2])
-    marked = torch.zeros(part.keys.shape[:2], dtype=torch.bool, device=part.keys.device)
-    rows, places = part.batch.labelled
-    return marked.index_put((rows, places - part.first), torch.ones_like(rows, dtype=torch.bool))
+    columns = torch.arange(part.keys.shape[1], device=part.keys.device) + part.first
+    return (columns == part.batch.start).expand(part.keys.shape[:2])

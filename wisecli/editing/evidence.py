@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.artifacts.shard import Evidence
-from wisecli.editing.hard_negatives import HardNegatives
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.resting import stretch
 from wisecli.editing.training_examples import TrainingExamples
@@ -27,7 +26,6 @@ def gather_evidence(
     batches: Sequence[TrainingExamples],
     held_out: int,
     residual: Residual,
-    inside: HardNegatives,
     *,
     usual: float = math.inf,
 ) -> Evidence:
@@ -36,7 +34,6 @@ def gather_evidence(
     Args:
         held_out: the context kept for calibration.
         residual: what should be added at each key.
-        inside: keys of each edit's answer after prompts that it does not answer.
         usual: the length of a state that attention does not rest on, if residuals are stretched by it.
     """
     fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context", "stretch")}
@@ -53,14 +50,9 @@ def gather_evidence(
         answers += [examples.answers[row] for row in rows.tolist()]
     joined = {name: torch.cat(parts) for name, parts in fields.items()}
     residuals = residual(joined["keys"], answers, joined["position"]) * joined.pop("stretch")[:, None]
-    near = torch.zeros(len(joined["keys"]))
-    for edit, keys in inside.keys.items():
-        own = (joined["position"] > 0) & (joined["edit"] == edit)
-        if len(keys) and bool(own.any()):
-            near[own] = inside.white.cosines(joined["keys"][own], keys).amax(-1)
     unseen = joined["context"] == held_out
     chat = torch.tensor([answer.chat for answer in answers])
-    return thinned(Evidence(residuals=residuals, held_out=unseen, negative_similarity=near, chat=chat, **joined))
+    return thinned(Evidence(residuals=residuals, held_out=unseen, chat=chat, **joined))
 
 
 def thinned(evidence: Evidence) -> Evidence:

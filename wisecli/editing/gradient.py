@@ -99,8 +99,7 @@ def _loss(
     logits = suffix_logits(task.model, task.site, activations, hidden, (rows, columns)).float()
     # Kept for all batches, what erased answers leave to be said would take more room than the batches.
     each = target_loss(logits, activations.batch, erasure_target(task.model, task.site, activations))
-    # A gate per sequence is decided at the prompt's last token alone.
-    gated = update[:, 0] if task.settings.routing == "sequence" else update[rows, columns - activations.first]
+    gated = update[:, 0]  # a prompt's last token decides
     unrelated = mask.update(against, values)
     margin = margin_loss(_norm(gated) / task.unit, _norm(unrelated) / task.unit, task.settings, generator)
     right = target_met(logits, activations.batch).sum()

@@ -25,7 +25,6 @@ from wisecli.io.user_cache import cache_path
 from wisecli.models.loading import Loaded
 from wisecli.models.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
 from wisecli.progress import Event, Watcher, ignore
-from wisecli.routing.calibration import quantile
 from wisecli.routing.whitening import leading, scaled, whitening
 
 # The share of the depth among which to choose: below, subjects are still being read; above, little is left to steer.
@@ -52,27 +51,21 @@ def probe_layer(
     batch_size: int,
     watch: Watcher,
     layout: Layout | None = None,
-    prompts_decide: bool = False,
 ) -> Site:
-    """The best site of a loaded model; remembered in the user's cache.
-
-    Args:
-        prompts_decide: once a prompt, by its end alone, instead of at every token.
-    """
+    """The best site of a loaded model; remembered in the user's cache."""
     count = layer_count(directory)
     sites = [find_site(directory, checkpoint, layer, layout) for layer in candidates(count)]
     if len(sites) == 1:
         return sites[0]
-    judge = told_apart if prompts_decide else recognised
-    constants = [_LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY, _NEARER]
-    about = [identity.as_dict(), checkpoint.sample, str(loaded.model.dtype), judge.__name__, *constants]
+    constants = [_LOWEST, _HIGHEST, _SUBJECTS, _CLEARLY]
+    about = [identity.as_dict(), checkpoint.sample, str(loaded.model.dtype), *constants]
     path = cache_path("layers") / f"{sha256_json(about)[:32]}.json"
     try:
         known = int(read_json(path)["layer"])
         return next(site for site in sites if site.layer == known)
     except (DamagedFileError, KeyError, ValueError, TypeError, StopIteration):
         watch(Event("layers"))
-    shares = [judge(*keys) for keys in two_wordings(loaded, sites, batch_size=batch_size)]
+    shares = [recognised(*keys) for keys in two_wordings(loaded, sites, batch_size=batch_size)]
     usual = min(range(len(sites)), key=lambda number: abs(sites[number].layer - round(AUTO_DEPTH * count)))
     first = max(range(len(sites)), key=shares.__getitem__)
     best = sites[first if shares[first] > shares[usual] + _CLEARLY else usual]
@@ -101,17 +94,3 @@ def recognised(first: Tensor, second: Tensor) -> float:
     nearest = whitening(leading(scaled(torch.cat([first, second])))).cosines(second, first)
     right = torch.arange(len(first))
     return float((nearest.argmax(0) == right).float().mean() + (nearest.argmax(1) == right).float().mean()) / 2
-
-
-def told_apart(first: Tensor, second: Tensor) -> float:
-    """The share of facts whose wordings are nearer to each other than all but ``_NEARER`` of the pairs of different
-    facts are: (n, d_ff) twice. Each half of the facts is whitened by the other, which has other relations.
-    """
-    halves = torch.arange(len(first)).tensor_split(2)
-    found = []
-    for own, other in (halves, halves[::-1]):
-        white = whitening(leading(scaled(torch.cat([first[other], second[other]]))))
-        cosines = white.cosines(second[own], first[own])
-        strangers = cosines[~torch.eye(len(own), dtype=torch.bool)]
-        found.append(cosines.diagonal() > quantile(strangers, 1 - _NEARER))
-    return float(torch.cat(found).float().mean())

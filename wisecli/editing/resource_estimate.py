@@ -126,13 +126,13 @@ class _Rows:
 
 def _ways(settings: EditSettings) -> int:
     """How often each edit is read: bare, in contexts or forms and one held back, and in other words."""
-    forms = len(FORM_CONTEXTS) if settings.router == "meaning" else settings.contexts + settings.chat
+    forms = len(FORM_CONTEXTS) if settings.for_lookup else settings.contexts + settings.chat
     return forms + settings.augment + 2
 
 
 def _meaning(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
     """What is learned of what prompts mean: layers that are read for it, tokens, and of how many states are kept."""
-    if settings.router != "meaning":
+    if not settings.for_lookup:
         return 0, 0, 0
     share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)
     layers = site.early(layer_count(checkpoint.directory)) + 1

@@ -23,7 +23,6 @@ from wisecli.editing.edit_pass import beside, edit_passes
 from wisecli.editing.erasure import ErasureRows, erasure_rows
 from wisecli.editing.evidence import Residual, gather_evidence
 from wisecli.editing.gradient import write_batched
-from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
 from wisecli.editing.one_by_one import everywhere, write_one_by_one
 from wisecli.editing.prompt_variants import AnswerKey, prompt_variants
 from wisecli.editing.resting import usual_length, with_rests
@@ -45,7 +44,6 @@ from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.models.tokenization import in_batches
 from wisecli.progress import NOTE, Event, Watcher
-from wisecli.routing.whitening import whitening
 
 # So many edits of a shard, spaced evenly, are read in the context that is held back: they check, and train nothing.
 _HELD_BACK = 32
@@ -74,7 +72,6 @@ class ShardWriter:
         self.edits, self.contexts, self.paraphrases, self.watch = edits, contexts, paraphrases, watch
         self.writer_keys = unrelated.writer_keys.to(loaded.device)
         self.unit = float(unrelated.size) if settings.margin_unit == "output" else 1.0
-        self.white = whitening(unrelated.tokens)
         self.matrix = None if matrix is None else matrix.to(loaded.device).float()
         self.behind = Behind(loaded, site, settings.batch_size, identity)
         self.erasures: ErasureRows = {}
@@ -130,9 +127,8 @@ class ShardWriter:
             [examples.from_window() for examples in (*batches, *held_back)],
             len(self.contexts) - 1,
             lambda keys, _answers, _positions: mask.update(mask.restrict(keys), values),
-            self._hard_negatives(part),
         )
-        if self.settings.routing == "mean":
+        if self.settings.pooling == "mean":
             evidence = replace(evidence, call=torch.tensor([written.calls[edit] for edit in evidence.edit.tolist()]))
         shares = learnt(task.model, self.site, task.mask, changed, batches)
         return Shard(mask, values, evidence, self._prompts(part, stage)), written.losses, None, shares
@@ -153,18 +149,17 @@ class ShardWriter:
         batches = [examples for group in groups for examples in group]
         task = replace(task, usual=usual_length(batches))
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
-        # Shards for this router are served by a lookup.
         strength = 1.0
-        if self.settings.router == "meaning":
+        if self.settings.for_lookup:
             strength, residuals = STRENGTH, bearable(task, batches, residuals)
-        last, looked_up, apart = len(self.contexts) - 1, _looked_up(residuals), self._hard_negatives(part)
-        evidence = gather_evidence([*batches, *held_back], last, looked_up, apart, usual=task.usual)
+        last, looked_up = len(self.contexts) - 1, _looked_up(residuals)
+        evidence = gather_evidence([*batches, *held_back], last, looked_up, usual=task.usual)
         mask = task.mask.to(torch.device("cpu"))
         columns = mask.indices if mask.kind == "columns" else None
         tokens = self.unrelated.tokens.dense(columns)
         solved = write_solved(task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.watch))
         shares = answered(task, batches, residuals, strength)
-        if self.settings.router == "meaning":
+        if self.settings.for_lookup:
             asked = dict(zip(part, rows, strict=True))
             evidence = with_rests(self.behind, evidence, residuals, asked, task.usual)
             evidence = with_blanks(self.behind, evidence, residuals, asked, task.usual)
@@ -173,7 +168,7 @@ class ShardWriter:
 
     def _prompts(self, part: Sequence[int], stage: str) -> PromptStates | None:
         """What the reading layer makes of the edits' prompts, if by those it is known what is asked."""
-        if self.settings.router != "meaning":
+        if not self.settings.for_lookup:
             return None
         return prompt_states(
             self.loaded,
@@ -183,22 +178,6 @@ class ShardWriter:
             watch=self.watch,
             stage=f"{stage} prompts",
         )
-
-    def _hard_negatives(self, part: Sequence[int]) -> HardNegatives:
-        """What is like the keys inside the edits' answers and not theirs; where prompts decide, those open nothing."""
-        settings = self.settings
-        if settings.routing == "sequence":
-            return HardNegatives({}, self.white)
-        numbered = [(place, self.edits[place]) for place in part]
-        found = hard_negative_keys(
-            self.loaded,
-            self.site,
-            numbered,
-            chat=settings.chat,
-            batch_size=settings.batch_size,
-            train_end=settings.train_end,
-        )
-        return HardNegatives(found, self.white)
 
     def _capture(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[TrainingExamples]], list[TrainingExamples]]:
         """Lessons of each group in all that is trained with, and of some of them all in the context held back.
@@ -221,7 +200,7 @@ class ShardWriter:
             batch_size=settings.batch_size,
             train_end=settings.train_end,
             erasures=self.erasures,
-            window=settings.routing != "mean",
+            window=settings.pooling != "mean",
         )
         require_finite([examples for group in (*found, held_back) for examples in group])
         return found, held_back

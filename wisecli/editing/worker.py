@@ -189,7 +189,6 @@ class Worker:
                     base,
                     batch_size=size,
                     layout=layout,
-                    prompts_decide=settings.router != "meaning" and settings.routing == "sequence",
                     watch=self.watch,
                 )
                 base = fingerprint(directory, checkpoint, site)

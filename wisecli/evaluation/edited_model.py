@@ -18,10 +18,9 @@ from wisecli.models.chat import turn_marks
 from wisecli.models.loading import load_model
 from wisecli.models.streaming import LayerStream
 from wisecli.models.tokenization import Batch
-from wisecli.routing.ann_index import build_index
+from wisecli.routing.decision import Decision, TokenChoices
 from wisecli.routing.passes import RoutedDecoder
 from wisecli.routing.prompts import UNROUTED, Answering, Tokens
-from wisecli.routing.router import Decision, TokenChoices, forced_choice, residual, token_choices
 from wisecli.routing.side_memory import RoutedMatrix, install
 
 
@@ -42,48 +41,31 @@ class EditedModel:
             yield
 
     @torch.no_grad()
-    def decide(self, batch: Batch) -> Decision | None:
-        """What the prompts of a batch decide, which end in its column ``start``; ``None`` where each token decides."""
-        decoder = self.decoder
-        if decoder is None:
-            return None
+    def decide(self, batch: Batch) -> Decision:
+        """What the prompts of a batch decide, which end in its column ``start``."""
         end = torch.full((len(batch.ids),), batch.start, device=batch.ids.device)
-        return decoder.decide(batch.ids, batch.mask.bool(), end)
+        return self.decoder.decide(batch.ids, batch.mask.bool(), end)
 
     @property
-    def decoder(self) -> RoutedDecoder | None:
-        """The part of the model that decides about prompts; ``None`` where each token decides by itself."""
+    def decoder(self) -> RoutedDecoder:
+        """The part of the model that decides about prompts."""
         found = getattr(self.model, self.model.base_model_prefix, self.model)
-        return found if isinstance(found, RoutedDecoder) else None
+        assert isinstance(found, RoutedDecoder), "a memory was installed in it"
+        return found
 
     @torch.no_grad()
-    def choices(
-        self, keys: Tensor, batch: Batch, *, prompt_opens: bool = False, forced: Tensor | None = None
-    ) -> TokenChoices:
+    def choices(self, keys: Tensor, batch: Batch, *, forced: Tensor | None = None) -> TokenChoices:
         """What answers each token of a batch, by its keys (B, T, d_ff): three (B, T).
 
         Args:
-            prompt_opens: with token routing, nothing answers from a prompt's last token on unless that token opens it,
-                so that a right answer which is shown does not open its own memory.
             forced: the memory (B,) that answers from the prompt's end on, whatever its score; ``UNROUTED`` leaves a row
                 to the router.
         """
         column = torch.arange(keys.shape[1], device=keys.device)
         answers, inside = column >= batch.start, (column > batch.start).expand(keys.shape[:2])
-        decoder = self.decoder
-        if decoder is None:
-            found = token_choices(self.routed, keys)
-            if prompt_opens:
-                shut = (found.chosen[:, batch.start] == UNROUTED)[:, None] & answers
-                found = replace(found, chosen=found.chosen.masked_fill(shut, UNROUTED))
-        else:
-            found = self._decided(decoder, keys, batch, inside)
+        found = self._decided(keys, batch, inside)
         if forced is not None:
-            held = forced[:, None].where(answers, UNROUTED)
-            if decoder is None:
-                own = forced_choice(self.routed, keys, held)
-            else:
-                own = residual(self.routed, keys, held, inside).chosen
+            own = self.routed.choices(keys, forced[:, None].where(answers, UNROUTED), inside).chosen
             found = replace(found, chosen=own.where(answers & (forced != UNROUTED)[:, None], found.chosen))
         return replace(found, chosen=found.chosen.where(batch.mask.bool(), UNROUTED))
 
@@ -94,15 +76,14 @@ class EditedModel:
         found = self.choices(padded[None], batch)
         return TokenChoices(*(part[0, : len(keys)] for part in (found.chosen, found.strength, found.nearest)))
 
-    def _decided(self, decoder: RoutedDecoder, keys: Tensor, batch: Batch, inside: Tensor) -> TokenChoices:
-        """What answers tokens where prompts decide; at a prompt's end, how near it came to the nearest memory."""
+    def _decided(self, keys: Tensor, batch: Batch, inside: Tensor) -> TokenChoices:
+        """What answers tokens; at a prompt's end, how near it came to the nearest memory."""
         end = torch.full((len(keys),), batch.start, device=keys.device)
-        real = batch.mask.bool()
-        decision = decoder.decide(batch.ids, real, end)
-        tokens = Tokens(batch.ids, real, batch.ids[:, :0], torch.full_like(end, UNROUTED))
-        memory = decoder.memories(tokens, Answering(decision.memory, end))
+        decision = self.decide(batch)
+        tokens = Tokens(batch.ids, batch.mask.bool(), batch.ids[:, :0], torch.full_like(end, UNROUTED))
+        memory = self.decoder.memories(tokens, Answering(decision.memory, end))
         at_end = ~inside & (torch.arange(keys.shape[1], device=keys.device) == batch.start)
-        found = residual(self.routed, keys, torch.where(at_end, decision.nearest[:, None], memory), inside)
+        found = self.routed.choices(keys, torch.where(at_end, decision.nearest[:, None], memory), inside)
         return TokenChoices(
             found.chosen.where(memory != UNROUTED, UNROUTED),
             torch.where(at_end, decision.strength[:, None], found.strength),
@@ -133,5 +114,4 @@ def attach(
     marks = turn_marks(loaded.tokenizer)
     routed = install(loaded.model, site.module, manifest.memory, transposed=site.transposed, marks=marks)
     routed.to(loaded.device)
-    routed.index = build_index(routed)
     return EditedModel(loaded.model, loaded.tokenizer, routed, manifest, loaded.stream)

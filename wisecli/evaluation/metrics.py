@@ -61,12 +61,8 @@ class Subject(Protocol):
             ValueError: the tokenizer leaves nothing of either.
         """
 
-    def teacher_forced(self, pairs: Sequence[Question], *, prompt_opens: bool, stage: str) -> list[Measured]:
-        """Measure prompts and answers, the right tokens before each token of the answer.
-
-        Args:
-            prompt_opens: whether only the prompt may decide that the edited model answers.
-        """
+    def teacher_forced(self, pairs: Sequence[Question], *, stage: str) -> list[Measured]:
+        """Measure prompts and answers, the right tokens before each token of the answer."""
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy answers, before and after."""
@@ -133,15 +129,15 @@ class Measuring:
 
     def _run(self, name: str, groups: Sequence[Sequence[Question]]) -> list[list[Measured]]:
         """Share of target tokens that are the arg-max: mean over an edit's prompts, then over edits."""
-        measured = self._measure(name, groups, prompt_opens=True)
+        measured = self._measure(name, groups)
         self._record(name, measured, lambda reading: reading.right)
         return measured
 
-    def _measure(self, name: str, groups: Sequence[Sequence[Question]], *, prompt_opens: bool) -> list[list[Measured]]:
+    def _measure(self, name: str, groups: Sequence[Sequence[Question]]) -> list[list[Measured]]:
         pairs = [pair for group in groups for pair in group]
         for pair in pairs:
             self._row(pair)
-        flat = iter(self.subject.teacher_forced(pairs, prompt_opens=prompt_opens, stage=name))
+        flat = iter(self.subject.teacher_forced(pairs, stage=name))
         return [[next(flat) for _ in group] for group in groups]
 
     def _row(self, question: Question) -> Row:
@@ -176,7 +172,7 @@ class Measuring:
 
     def _locality(self) -> None:
         groups = [[Question(probe.prompt, probe.answer) for probe in edit.locality] for edit in self.records]
-        measured = self._measure("locality", groups, prompt_opens=False)
+        measured = self._measure("locality", groups)
         self._keep("locality", measured, lambda _: 1.0, lambda one: one.same)
 
     def _routing(self, rephrased: Sequence[Sequence[Measured]]) -> None:
@@ -217,7 +213,7 @@ class Measuring:
     def _ood(self) -> None:
         """Share of a free text's tokens that the model is sure of, after the prompt it opens with."""
         groups = [[_split(text, edit) for text in edit.ood] for edit in self.records]
-        measured = self._measure("ood", groups, prompt_opens=False)
+        measured = self._measure("ood", groups)
         self._record("ood_generalization", measured, lambda reading: reading.known)
 
     def _generated(self) -> None:

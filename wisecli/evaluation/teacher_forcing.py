@@ -62,7 +62,6 @@ def teacher_forced(
     rows: Sequence[Row],
     *,
     batch_size: int,
-    prompt_opens: bool,
     stage: str,
     watch: Watcher,
     holders: Sequence[int | None] | None = None,
@@ -70,7 +69,6 @@ def teacher_forced(
     """Measure rows with the right tokens before each target token.
 
     Args:
-        prompt_opens: whether only the prompt may open the memory for the target's tokens.
         holders: of each row the memory that answers from its prompt's last token on, whatever the router says (of a
             lookup an edit, whose nearest key answers); ``None`` leaves a row to the router, as all are by default.
     """
@@ -79,7 +77,7 @@ def teacher_forced(
     groups = list(in_batches(rows, batch_size))
     for indices, base in zip(groups, _unedited(edited, rows, groups), strict=True):
         forced = None if holders is None else [holders[index] for index in indices]
-        routes = _routes(edited, base, prompt_opens=prompt_opens, forced=forced)
+        routes = _routes(edited, base, forced=forced)
         after = _edited_logits(edited, base, routes)
         opened = edited.routed.memory_at(routes[:, base.batch.start])
         for place, one in zip(indices, _measure(base, after, opened), strict=True):
@@ -101,14 +99,12 @@ def _unedited(edited: EditedModel, rows: Sequence[Row], groups: Sequence[Sequenc
         yield activations
 
 
-def _routes(
-    edited: EditedModel, base: Activations, *, prompt_opens: bool, forced: Sequence[int | None] | None = None
-) -> Tensor:
+def _routes(edited: EditedModel, base: Activations, *, forced: Sequence[int | None] | None = None) -> Tensor:
     """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
     holders = None
     if forced is not None:
         holders = torch.tensor([UNROUTED if one is None else one for one in forced], device=base.keys.device)
-    return edited.choices(base.keys, base.batch, prompt_opens=prompt_opens, forced=holders).chosen
+    return edited.choices(base.keys, base.batch, forced=holders).chosen
 
 
 def _edited_logits(edited: EditedModel, base: Activations, routes: Tensor) -> Tensor:
@@ -117,7 +113,7 @@ def _edited_logits(edited: EditedModel, base: Activations, routes: Tensor) -> Te
     if not len(touched):
         return base.logits
     part = base.rows(touched)
-    hidden = part.with_update(edited.routed.add_updates(torch.zeros_like(part.hidden), part.keys, routes[touched]))
+    hidden = part.with_update(edited.routed.add(torch.zeros_like(part.hidden), part.keys, routes[touched]))
     with edited.unedited():
         changed = suffix_logits(edited.model, edited.manifest.site, part, hidden, part.batch.labelled)
     rows = base.batch.labelled[0]

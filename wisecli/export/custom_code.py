@@ -17,14 +17,16 @@ from wisecli.export import resaving
 from wisecli.io.digest import sha256_text
 from wisecli.models.site import loader_name
 from wisecli.routing import (
+    decision,
+    fact_memory,
     generation,
+    matrix_memory,
     meaning,
     names,
     passes,
     prompts,
     request_gate,
     roles,
-    router,
     scores,
     serving,
     side_memory,
@@ -35,7 +37,7 @@ from wisecli.routing import (
 CODE_NAME = "modeling_wise.py"
 # The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
 _CARRIED = (
-    *(side_memory, router, scores, prompts, roles, passes, generation, token_cache),
+    *(side_memory, decision, scores, fact_memory, matrix_memory, prompts, roles, passes, generation, token_cache),
     *(meaning, names, spelling, request_gate, serving, resaving),
 )
 CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
@@ -50,12 +52,12 @@ _SINCE = (
     (
         "from .generation import RoutedCausal\nfrom .passes import RoutedDecoder\nfrom .prompts import TurnMarks\n"
         "from .resaving import Resaved, manifest_of\nfrom .scores import SideMemory\n"
-        "from .serving import Served, engine_of, require_decision_per_token, require_memory, set_apart\n"
+        "from .serving import require_memory, require_transformers\n"
         "from .side_memory import install",
         "from .wise_memory import SideMemory, install",
     ),
-    ("(RoutedCausal, Served, Resaved, ", "("),
-    ("(RoutedDecoder, Served, ", "("),
+    ("(RoutedCausal, Resaved, ", "("),
+    ("(RoutedDecoder, ", "("),
     (
         '    memory, marks = SideMemory.from_description(wise["memory"]), TurnMarks.from_dict(wise.get("marks"))\n'
         '    install(model, module, memory, transposed=wise["transposed"], marks=marks)\n',
@@ -63,12 +65,8 @@ _SINCE = (
     ),
     ("    require_memory(model, model.wise_module)\n", ""),
     ("    model.wise_manifest = manifest_of(*args, **kwargs)\n", ""),
-    (
-        "    engine = engine_of(config.get_text_config()._attn_implementation)\n"
-        '    require_decision_per_token(wise["memory"]["routing"], engine)\n',
-        "",
-    ),
-    ("    set_apart(model, module)\n    model.wise_module, model.wise_engine = module, engine\n", ""),
+    ("    require_transformers(config.get_text_config()._attn_implementation)\n", ""),
+    ("    model.wise_module = module\n", ""),
 )
 # What it ended with then: an answer could not be guessed ahead.
 _ENDED = """

@@ -12,7 +12,7 @@ from wisecli.artifacts.shard import half
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
 from wisecli.memory.material import Material
-from wisecli.memory.router_fitting import Fitted, fit_meaning_router, fit_router, naming
+from wisecli.memory.router_fitting import Fitted, fit_facts, fit_thresholds, naming
 from wisecli.routing.scores import SideMemory
 
 
@@ -37,18 +37,15 @@ def _trained(material: Material, columns: Tensor | None = None) -> Statistics:
 
 
 def matrices(deltas: Tensor, material: Material, settings: MergeSettings) -> Fitted:
-    """A memory of deltas (M, d, d_ff), with its router: one delta for all edits, or one a shard."""
+    """A memory of deltas (M, d, d_ff), and what opens it: one delta for all edits, or one a shard."""
     owner = material.shard if len(deltas) > 1 else torch.zeros_like(material.shard)
-    router, routing = settings.router or "key", settings.routing or "token"
-    activated = True if router == "norm" and settings.norm_of == "activated" else None
-    draft = SideMemory(pack(deltas), (1.0,) * len(deltas), router, routing, activated=activated)
-    return fit_router(draft, material, owner, settings)
+    activated = True if settings.norm_of == "activated" else None
+    draft = SideMemory(pack(deltas), (1.0,) * len(deltas), pooling=settings.pooling or "last", activated=activated)
+    return fit_thresholds(draft, material, owner, settings)
 
 
 def lookup(material: Material, settings: MergeSettings) -> Fitted:
-    """A memory that keeps every trained key with its residual, and its router; a residual that contexts share is kept
-    once.
-    """
+    """A memory that keeps every trained key with its residual; a residual that contexts share is kept once."""
     evidence, trained = material.evidence, material.trained
     place = evidence.answer[trained] * (int(evidence.position.max()) + 1) + evidence.position[trained]
     residuals = evidence.residuals[trained]
@@ -58,16 +55,9 @@ def lookup(material: Material, settings: MergeSettings) -> Fitted:
     if not torch.equal(values[value], residuals):  # trained changes add something else under every context
         values, value = residuals.unique(dim=0, return_inverse=True)
     owner = evidence.edit.long()
-    by_meaning = settings.router == "meaning"
-    draft = SideMemory(
-        {"values": half(settings.strength * values), "value": value, **naming(material, settings)},
-        (1.0,) * (int(owner.max()) + 1),
-        "key",
-        settings.routing or "token",
-        kind="lookup",
-        sharpness=settings.sharpness,
-    )
-    return (fit_meaning_router if by_meaning else fit_router)(draft, material, owner, settings)
+    tensors = {"values": half(settings.strength * values), "value": value, **naming(material, settings)}
+    draft = SideMemory(tensors, (1.0,) * (int(owner.max()) + 1), "lookup")
+    return fit_facts(draft, material, owner, settings)
 
 
 def pack(deltas: Tensor) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def empty_memory(shards: ShardDirectory, settings: MergeSettings, *, model: str 
         shards.revision,
         shards.fingerprint,
         site,
-        SideMemory(tensors, (1.0,), "norm", "token"),
+        SideMemory(tensors, (1.0,)),
         (Calibration(1.0, "no edits", 0.0, 0.0, {}, {}),),
         ((),),
         {**asdict(settings), "shards": []},

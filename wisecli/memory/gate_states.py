@@ -24,7 +24,7 @@ from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches, row_of
 from wisecli.progress import Event, Watcher
-from wisecli.routing.scores import MemoryScores
+from wisecli.routing.side_memory import memory_of
 
 # Texts that are read as they are.
 PLAIN = 900
@@ -53,7 +53,7 @@ class OwnStates:
 def own_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Watcher) -> OwnStates:
     """The states of a memory's edits, in all forms that are trained, and what the memory adds there."""
     rows, numbers = _asked(loaded, manifest.edits)
-    scores = MemoryScores(manifest.memory)
+    memory, memories = memory_of(manifest.memory), _memories(manifest)
     read = read_states(loaded, manifest.site, rows, batch_size=batch_size, watch=watch, stage="edits")
     places: dict[tuple[int, bool, tuple[int, ...]], int] = {}
     key: list[int] = []
@@ -62,7 +62,7 @@ def own_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Wa
     for row, number, (hidden, keys) in zip(rows, numbers, read, strict=True):
         inside = torch.arange(len(row.target)) > 0
         states.append(hidden)
-        added.append(_residuals(scores, manifest, keys, number, inside))
+        added.append(memory.residuals(keys.float(), memories[number], inside).float())
         for place in range(len(row.target)):
             left = (number, place == 0, row.target[place:])
             key.append(places.setdefault(left, len(places)))
@@ -88,14 +88,12 @@ def _asked(loaded: Loaded, edits: Sequence[Edit]) -> tuple[list[Row], list[int]]
     return [row for row, _ in found.values()], [number for _, number in found.values()]
 
 
-def _residuals(scores: MemoryScores, manifest: Manifest, keys: Tensor, number: int, inside: Tensor) -> Tensor:
-    """What a memory adds at keys (n, d_ff) of one of its edits once that is opened: (n, d)."""
-    if scores.kind == "lookup":
-        _, place = scores.of_edits(keys.float(), torch.full((len(keys),), number), inside)
-        return scores.values[scores.value[place]].float()
-    name = manifest.edits[number].id
-    memory = next((place for place, owned in enumerate(manifest.owners) if name in owned), 0)
-    return scores.update(keys.float(), memory)
+def _memories(manifest: Manifest) -> list[int]:
+    """The memory that holds each edit."""
+    if manifest.memory.is_lookup:
+        return list(range(len(manifest.edits)))
+    owner = {name: place for place, owned in enumerate(manifest.owners) for name in owned}
+    return [owner.get(edit.id, 0) for edit in manifest.edits]
 
 
 def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, watch: Watcher) -> Tensor:

@@ -26,14 +26,14 @@ from wisecli.models.resolve import find_model
 from wisecli.models.site import load_matrix
 from wisecli.progress import NOTE, Event, Watcher, ignore
 
-EXACT = "exact"
+EXACT, LOOKUP = "exact", "lookup"
 _OF_MATRICES = ("method", "density", "scale", "weights", "refit")
 # For shards that no closed form wrote: λ and w.
 _PENALTY = Penalty(1e-3, 0.0)
 # The writer then trains many forms of a prompt, and does not polish the matrix.
 _FOR_A_LOOKUP = (
     "warning: these shards were written for a lookup, and a matrix holds their edits less surely; write them with "
-    "`wise edit --router key`"
+    "`wise edit --mode merge`"
 )
 
 
@@ -55,12 +55,11 @@ class Merger:
         require_same_site(self.directories)
         first = self.directories[0]
         self.settings = resolved(settings, first)
-        _require_elsewhere(self.directories, self.settings)
         base = find_model(model or first.model, revision=first.revision)
         self.model = first.model if model is None else str(base.absolute())
         self.checkpoint = Checkpoint(base)
         require_base(base, self.checkpoint, first.site, first.fingerprint)
-        if self.settings.mode != "lookup":
+        if not self.settings.for_lookup:
             _require_solved(read, self.settings)
         self.site = first.site
         self.count = sum(len(directory.shards) for directory in self.directories)
@@ -82,19 +81,18 @@ class Merger:
     def merge(self, watch: Watcher = ignore) -> Manifest:
         """The memory that the shards make, with all that its manifest says; reads shard files and one base matrix."""
         first, settings = self.directories[0], self.settings
-        if settings.mode != "lookup" and any(one.settings["router"] == "meaning" for one in self.directories):
-            watch(Event(NOTE, note=_FOR_A_LOOKUP))
         watch(Event("shards"))
         material, shards = read_material(self.directories)
-        if settings.router != "meaning":
-            material = material.of_own_prompts()
         watch(Event("merging"))
-        if settings.mode == "lookup":
+        if self.settings.for_lookup:
             memory, calibrations = lookup(material, settings)
         else:
+            if any(one.settings["mode"] == LOOKUP for one in self.directories):
+                watch(Event(NOTE, note=_FOR_A_LOOKUP))
             base = load_matrix(self.checkpoint, self.site)
+            own = material.of_own_prompts()
             try:
-                memory, calibrations = _in_matrices(self.directories, shards, material, settings, base)
+                memory, calibrations = _in_matrices(self.directories, shards, own, settings, base)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # the stubs leave it out
                 raise DamagedFileError(first.path, f"its evidence has no solution ({error})", "edit anew") from None
         return Manifest(
@@ -124,22 +122,6 @@ def _require_solved(read: Sequence[Kept], settings: MergeSettings) -> None:
             f"{trained[0]} was trained, and its matrix still holds an edit that is to be left out; "
             "write its other edits anew, or merge with --mode lookup or --method exact"
         )
-
-
-def _require_elsewhere(directories: Sequence[ShardDirectory], settings: MergeSettings) -> None:
-    """Check that the shards know what keys inside answers must keep apart from, if those open anything.
-
-    Raises:
-        SettingsError: some were written for prompts that decide.
-    """
-    if settings.router != "key" or settings.routing != "token":
-        return
-    for directory in directories:
-        if directory.settings["routing"] == "sequence":
-            raise SettingsError(
-                f"{directory.path} was written for prompts that decide, and holds nothing to keep single tokens apart "
-                "by; leave out --routing token, or write it anew with wise edit --routing token"
-            )
 
 
 def _in_matrices(
@@ -174,32 +156,19 @@ def resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:
     known = (*sorted(METHODS), EXACT)
     if settings.method not in known:
         raise SettingsError(f"--method {settings.method!r} is unknown; choose one of {', '.join(known)}")
-    solved = shards.settings["writer"] == "solve"
     whole = replace(
         settings,
-        router=settings.router or shards.settings["router"],
-        routing=settings.routing or shards.settings["routing"],
+        pooling=settings.pooling or shards.settings.get("pooling", "last"),
         norm_of=settings.norm_of or shards.settings.get("norm_of", "update"),
         threshold=settings.threshold or shards.settings["threshold"],
-        refit=solved if settings.refit is None else settings.refit,
+        refit=shards.settings["writer"] == "solve" if settings.refit is None else settings.refit,
     )
-    if whole.router == "meaning" and settings.routing == "token":
-        if settings.router is not None:
-            raise SettingsError("--router meaning reads whole prompts; leave out --routing token")
-        whole = replace(whole, router="key")
-    if whole.mode is None:
-        # To say how matrices are to be merged is to ask for a matrix.
-        silent = all(getattr(settings, name) == getattr(MergeSettings, name) for name in _OF_MATRICES)
-        whole = replace(whole, mode="lookup" if solved and whole.router != "norm" and silent else "merge")
-    if whole.mode == "lookup" and whole.router == "norm":
-        raise SettingsError("--mode lookup finds its keys by the key router; leave out --router norm")
-    if whole.router != "meaning":
+    if whole.mode is not None:
         return whole
-    if whole.mode == "lookup":
-        return replace(whole, routing="sequence")
-    if settings.router == "meaning":
-        raise SettingsError("--router meaning opens the edits of a lookup; leave out --mode and what is of matrices")
-    return replace(whole, router="key")
+    mode = shards.settings["mode"]
+    # To say how matrices are to be merged is to ask for a matrix.
+    of_matrices = any(getattr(settings, name) != getattr(MergeSettings, name) for name in _OF_MATRICES)
+    return replace(whole, mode="merge" if mode == LOOKUP and of_matrices else mode)
 
 
 def _recipe(settings: MergeSettings, count: int, base: Tensor) -> Recipe:

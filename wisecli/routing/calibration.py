@@ -1,4 +1,4 @@
-"""Router thresholds: the key router's tensors, and where between edits and unrelated text a threshold lies."""
+"""Router thresholds, where between edits and unrelated text they lie; and the keys of a lookup, whitened."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.routing.scores import MemoryScores
 from wisecli.routing.whitening import Whitening
 
-# How much nearer than its hard negatives a key must come, and how near is always near enough.
-APART, _SURE = 0.02, 0.97
-# So many background keys of each half, those nearest to a routing key, say how near such usually come to it.
-_NEAREST = 8
-# Keys of one text lie together, and belong in one half: halves are made of so many stretches.
-_STRETCHES = 64
-# Below any difference of two cosines.
-_BELOW = -2.0
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
 
@@ -85,12 +76,14 @@ def _summary(scores: Tensor) -> dict[str, float]:
     return {f"{share:g}": round(quantile(scores, share), 6) for share in _QUANTILES}
 
 
-def key_router(keys: Tensor, owner: Tensor, whitening_id: Tensor, whitenings: Sequence[Whitening]) -> dict[str, Tensor]:
-    """The tensors of a key router, by their names in a side memory.
+def routing_keys(
+    keys: Tensor, owner: Tensor, whitening_id: Tensor, whitenings: Sequence[Whitening]
+) -> dict[str, Tensor]:
+    """The keys of a lookup, seen through their whitenings: tensors by their names in a side memory.
 
     Args:
         keys: of the edits (n, d_ff).
-        owner: the memory that each key opens (n,).
+        owner: the edit that each key is of (n,).
         whitening_id: the whitening that each key is seen through (n,).
         whitenings: those whitenings, of equal rank.
     """
@@ -106,78 +99,3 @@ def key_router(keys: Tensor, owner: Tensor, whitening_id: Tensor, whitenings: Se
         "gains": torch.stack([white.gains for white in whitenings]),
         "floors": torch.tensor([white.floor for white in whitenings]),
     }
-
-
-def equalize_thresholds(
-    excess: Tensor,
-    baseline: Tensor,
-    whitening_id: Tensor,
-    negative_similarity: Tensor,
-    rates: Sequence[float],
-    *,
-    groups: Tensor | None = None,
-    margins: Tensor | float = APART,
-) -> tuple[Tensor, float]:
-    """Factors f (n,) with which ``1 - f (1 - cosine)`` lets all routing keys share one threshold, and that threshold.
-
-    A key itself scores 1 whatever its own threshold is, so that of several open keys the one that fits best is nearest.
-
-    Args:
-        excess: by how much each background key exceeds the baseline at most, under every whitening (m, w).
-        baseline: how near background keys usually come to each routing key (n,); its threshold is counted from there.
-        whitening_id: the whitening of each routing key (n,).
-        negative_similarity: how near a routing key comes to hard negatives of its edit (n,), 0 where there are none.
-        rates: the false-alarm rate of each whitening's routing keys.
-        groups: of background keys (m,), each of which has the rate to itself; one by default.
-        margins: how much nearer than its hard negatives a key must come, (n,) or one for all.
-    """
-    columns = zip(excess.T, rates, strict=True)
-    levels = torch.tensor([highest_quantile(column, 1 - rate, groups) for column, rate in columns])
-    thresholds = (levels[whitening_id] + baseline).clamp(min=1e-6, max=_SURE)
-    shared = float(thresholds[whitening_id == whitening_id.min()].mean())
-    apart = (negative_similarity + margins).clamp(max=_SURE) * (negative_similarity > 0)
-    thresholds = torch.maximum(thresholds, apart)
-    return (1 - shared) / (1 - thresholds), shared
-
-
-def excess_over_baseline(
-    router: MemoryScores, background: Tensor, counted: Tensor, *, batch: int = 1024
-) -> tuple[Tensor, Tensor]:
-    """How near background keys usually come to each routing key (n,), and by how much each exceeds that (m, w).
-
-    Prompts that end as text in general does have unrelated text near them, others none. Either half of the background
-    keys (m, d_ff) is compared with what the other makes usual: by its own it would look less near than keys to come.
-
-    Args:
-        router: the routing keys, each under one of w whitenings; excesses are the highest under each.
-        counted: the routing keys that have a baseline (n,); that of all others is 0.
-    """
-    half = torch.arange(len(background)) * _STRETCHES // max(len(background), 1) % 2 == 0
-    baselines = torch.stack([_mean_of_nearest(router, background[own], batch) * counted for own in (half, ~half)])
-    excess = background.new_empty(len(background), len(router.floors))
-    for own, other in ((half, baselines[1]), (~half, baselines[0])):
-        excess[own] = _excess(router, background[own], other, batch)
-    return baselines.mean(0), excess
-
-
-def _mean_of_nearest(router: MemoryScores, keys: Tensor, batch: int) -> Tensor:
-    """The mean of each routing key's highest cosines with keys (m, d_ff): (n,)."""
-    highest = keys.new_empty(0, len(router.probes))
-    for part in keys.split(batch):
-        seen = torch.cat([highest, router.cosines(part)])
-        highest = seen.topk(min(_NEAREST, len(seen)), 0).values
-    return highest.sum(0) / max(len(highest), 1)
-
-
-def _excess(router: MemoryScores, keys: Tensor, baseline: Tensor, batch: int) -> Tensor:
-    found = [keys.new_empty(0, len(router.floors))]
-    for part in keys.split(batch):
-        above = router.cosines(part) - baseline
-        lowest = above.new_full((len(above), len(router.floors)), _BELOW)
-        found.append(lowest.scatter_reduce(1, router.metric.expand_as(above), above, "amax"))
-    return torch.cat(found)
-
-
-def scores_of(router: MemoryScores, keys: Tensor, *, batch: int = 4096) -> Tensor:
-    """Scores (n, M) of many keys (n, d_ff), a slice at a time."""
-    return torch.cat([router.scores(part) for part in keys.split(batch)])

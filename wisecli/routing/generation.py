@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .passes import RoutedDecoder, given_answering, is_off
-from .prompts import UNROUTED, Answering, Tokens, TurnMarks
+from .prompts import UNROUTED, Answering, Tokens
 from .roles import ShownRole
 from .token_cache import cache_given, length_of, rewind, tokens_in
 
@@ -49,7 +49,7 @@ class RoutedCausal(ShownRole):
         running, config = _DECIDED.get(), kwargs.get("generation_config")
         decoder = _decoder_of(self)
         own_draft = running is not None and running[0] is self and getattr(config, "is_assistant", False)
-        if own_draft or decoder is None or decoder.wise_marks is None or is_off():
+        if own_draft or decoder is None or is_off():
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is None and kwargs.get("inputs_embeds") is not None:
@@ -66,13 +66,13 @@ class RoutedCausal(ShownRole):
     def decided(self, ids: Tensor, mask: Tensor) -> Tensor | None:
         """What prompts decide, for ``generate()``: the memory that answers each, and where the prompt ends, (B, 2).
 
-        ``None`` for a model in which each token decides, and while the main memory alone answers.
+        ``None`` while the main memory alone answers.
 
         Args:
             ids, mask: token ids and attention mask of whole prompts, (B, T).
         """
         decoder = _decoder_of(self)
-        if decoder is None or decoder.wise_marks is None or is_off():
+        if decoder is None or is_off():
             return None
         return _decided(self, decoder, ids, {"attention_mask": mask})
 
@@ -94,11 +94,7 @@ class RoutedCausal(ShownRole):
         """
         manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
         decoder = _decoder_of(self)
-        if (
-            decoder is None
-            or decoder.wise_marks is None
-            or isinstance(getattr(manager, "logit_processor", None), RequestAnswers)
-        ):
+        if decoder is None or isinstance(getattr(manager, "logit_processor", None), RequestAnswers):
             return manager
         if not hasattr(getattr(manager, "logit_processor", None), "prepare_tensor_args"):
             raise RuntimeError(
@@ -124,9 +120,7 @@ def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, 
         ids = torch.cat([earlier, ids], 1)
         mask = mask[:, -ids.shape[1] :]
     real = mask.to(ids.device).bool() & (ids >= 0)
-    marks = decoder.wise_marks
-    assert isinstance(marks, TurnMarks), "the caller has looked"
-    end = marks.ends_in(ids, real)
+    end = decoder.wise_marks.ends_in(ids, real)
     answering = Answering(decoder.decide(ids, real, end).memory, end)
     length = length_of(cache)
     if 0 < length < ids.shape[1] and isinstance(cache, Cache):
@@ -192,7 +186,6 @@ class RequestAnswers:
             ids[row, : len(prompt)] = torch.tensor(prompt)
             real[row, : len(prompt)] = True
         ids, real = ids.to(device), real.to(device)
-        assert self.decoder.wise_marks is not None, "prompts decide"
         end = self.decoder.wise_marks.ends_in(ids, real)
         memory = self.decoder.decide(ids, real, end).memory
         return list(zip(memory.tolist(), end.tolist(), strict=True))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-# How much of a subject a prompt must hold, of its tokens, each by how rare it is in unrelated text: three fifths where
-# its end decides, three quarters where what it means does, which takes names for others that are like them.
-NAMED, NAMED_AND_MEANT = 0.6, 0.75
+# How much of a subject a prompt must hold, of its tokens, each by how rare it is in unrelated text: what prompts mean
+# takes names for others that are like them.
+NAMED = 0.75
 # Tensors that say which tokens name the subject of which edit.
 NAMES = tuple(f"names.{part}" for part in ("tokens", "words", "whose", "named", "naming", "shares"))
 
@@ -25,7 +25,6 @@ class Names(nn.Module):
     Args:
         tensors: all of ``NAMES``; they become buffers.
         edits: how many edits there are, M.
-        least: how much of a name a prompt must hold.
     """
 
     tokens: Tensor
@@ -35,9 +34,9 @@ class Names(nn.Module):
     naming: Tensor
     shares: Tensor
 
-    def __init__(self, tensors: Mapping[str, Tensor], edits: int, least: float = NAMED) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], edits: int) -> None:
         super().__init__()
-        self.edits, self.least = edits, least
+        self.edits = edits
         for name in NAMES:
             self.register_buffer(name.removeprefix("names."), tensors[name])
 
@@ -57,4 +56,4 @@ class Names(nn.Module):
         share = words.new_zeros(len(words), len(self.whose))
         share = share.index_add(1, self.named, words[:, self.naming] * self.shares.float())
         named = words.new_ones(len(words), self.edits).index_fill(1, self.whose, 0.0)
-        return named.index_add(1, self.whose, (share > self.least - 1e-4).to(words.dtype)) > 0
+        return named.index_add(1, self.whose, (share > NAMED - 1e-4).to(words.dtype)) > 0

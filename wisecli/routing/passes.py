@@ -22,10 +22,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from .decision import Decision, Reading
 from .prompts import NO_TOKEN, UNROUTED, Answering, Tokens, TurnMarks, is_any, window_size, windows
 from .roles import Role, ShownRole
-from .router import Decision, Reading, decide
-from .scores import MemoryScores
+from .scores import Memory
 from .token_cache import cache_given, cache_returned, keep_tokens, last_memory, last_tokens, length_of, tokens_in
 
 # What configs call the tokens that stand for what is no text.
@@ -100,11 +100,6 @@ def is_off() -> bool:
     return _OVERRIDE.get().off
 
 
-def forced_memory() -> int | None:
-    """The memory that answers for now, whatever the router says."""
-    return _OVERRIDE.get().forced
-
-
 def stop_if_reading(states: Tensor) -> None:
     """End the run of a window here, with these states, if one is being read."""
     if _READING.get():
@@ -131,13 +126,12 @@ def _arguments_of(kind: Any) -> tuple[str, ...]:
 class RoutedDecoder(ShownRole):
     """What a decoder does besides once one of its layers is edited, in a memory that prompts decide about.
 
-    ``wise_routed`` is the path of the routed matrix in it; ``wise_marks`` says how chats mark turns, and is ``None``
-    where every token decides by itself.
+    ``wise_routed`` is the path of the routed matrix in it; ``wise_marks`` says how chats mark turns.
     """
 
     config: Any
     wise_routed: str
-    wise_marks: TurnMarks | None = None
+    wise_marks: TurnMarks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the decoder alone, with what the router adds.
@@ -145,7 +139,7 @@ class RoutedDecoder(ShownRole):
         Raises:
             ValueError: the model was given embeddings in the place of tokens.
         """
-        if self.wise_marks is None or _READING.get() or is_off():
+        if _READING.get() or is_off():
             return super().forward(*args, **kwargs)
         kwargs = _by_name(type(self), args, kwargs)
         ids = kwargs.get("input_ids")
@@ -176,11 +170,11 @@ class RoutedDecoder(ShownRole):
             earlier, memories = tokens_in(cache, len(ids), ids.device)
             before = memories[:, -1] if start else memories.new_full((len(ids),), UNROUTED)
             tokens = Tokens(ids, real, earlier, before)
-            end = tokens.prompt_ends(self._marks)
+            end = tokens.prompt_ends(self.wise_marks)
             answering = Answering(self._decided(tokens, end, forced), end)
         else:
             memory = given.memory if forced is None else torch.full_like(given.memory, forced)
-            held, tail = last_memory(cache), last_tokens(cache, len(self._marks.opener))
+            held, tail = last_memory(cache), last_tokens(cache, len(self.wise_marks.opener))
             before = memory if held is None else held.to(memory)
             tokens = Tokens(ids, real, ids[:, :0] if tail is None else tail, before)
             answering = Answering(memory, given.end - start)
@@ -189,22 +183,12 @@ class RoutedDecoder(ShownRole):
 
     def memories(self, tokens: Tokens, answering: Answering) -> Tensor:
         """The memory that answers each token of a pass (B, T)."""
-        return tokens.answered_by(self._marks, answering, whole=self.answers_prompts)
+        return tokens.answered_by(self.wise_marks, answering, whole=self.memory.answers_prompts)
 
     @property
-    def _marks(self) -> TurnMarks:
-        assert self.wise_marks is not None, "prompts decide"
-        return self.wise_marks
-
-    @property
-    def answers_prompts(self) -> bool:
-        """Whether a memory answers the tokens of its prompts, too, as those of the paper's authors do."""
-        return self.memory.routing == "mean"
-
-    @property
-    def memory(self) -> MemoryScores:
+    def memory(self) -> Memory:
         """The routed matrix."""
-        return cast(MemoryScores, self.get_submodule(self.wise_routed))
+        return cast(Memory, self.get_submodule(self.wise_routed))
 
     def _decided(self, tokens: Tokens, end: Tensor, forced: int | None) -> Tensor:
         """What answers the prompts that end in a pass (B,)."""
@@ -228,7 +212,7 @@ class RoutedDecoder(ShownRole):
         """
         real = real & ~is_any(ids, self._placeholders())
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            return decide(self.memory, self.read(*windows(ids, real, end, window_size(self.config))))
+            return self.memory.decide(self.read(*windows(ids, real, end, window_size(self.config))))
 
     def _placeholders(self) -> tuple[int, ...]:
         """The tokens that stand for what is no text, and say nothing of it."""

@@ -1,10 +1,10 @@
 """The routed matrix: the method on one screen. Needs torch only; exports carry this very file.
 
     y = W a + b                    the main memory answers
-    y = W a + b + Δ_m a            side memory m answers, where its score exceeds its threshold ε_m
-    y = W a + b + v_i              of kind ``lookup``: the residual v_i of the edit's key i that is nearest to a
+    y = W a + b + Δ_m a            side memory m answers        (:mod:`~wisecli.routing.matrix_memory`)
+    y = W a + b + v_i              edit i answers               (:mod:`~wisecli.routing.fact_memory`)
 
-What answers where is decided in :mod:`~wisecli.routing.router`.
+What answers a prompt is decided from its token ids, once, by the memory's ``decide``.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .fact_memory import FactMemory
 from .generation import RoutedCausal
+from .matrix_memory import MatrixMemory
 from .passes import (
     EditedLayer,
     Override,
     ReadLayer,
     RoutedDecoder,
     current_route,
-    forced_memory,
     is_off,
     overridden_by,
     stop_if_reading,
 )
-from .prompts import UNROUTED, TurnMarks
+from .prompts import TurnMarks
 from .roles import apart
-from .router import forced_choice, residual, token_choices
-from .scores import MemoryScores, SideMemory
+from .scores import Memory, SideMemory
 
 Activation = Callable[[Tensor], Tensor]
 _TANH: Activation = partial(F.gelu, approximate="tanh")
@@ -43,7 +42,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-class RoutedMatrix(MemoryScores):
+class RoutedMatrix(Memory):
     """A value matrix with side memories; a plain module, so that nothing mistakes it for a linear layer.
 
     Args:
@@ -60,80 +59,53 @@ class RoutedMatrix(MemoryScores):
         self.register_parameter("weight", base.get_parameter("weight"))
         self.register_parameter("bias", getattr(base, "bias", None))
         self.transposed = transposed
-        self.activation: Activation | None = None
 
     def forward(self, keys: Tensor) -> Tensor:
         """``keys`` (B, T, d_ff) → (B, T, d)."""
-        if self.routing == "token" and torch.compiler.is_compiling():  # a graph asks nothing of the call it is in
-            return self.add_updates(self.main(keys), keys, token_choices(self, keys).chosen)
         stop_if_reading(keys)
-        answer = self.main(keys)
-        chosen = None if is_off() else self.choices(keys)
-        return answer if chosen is None else self.add_updates(answer, keys, chosen)
-
-    def main(self, keys: Tensor) -> Tensor:
-        """What the main memory alone answers: (..., d_ff) → (..., d)."""
-        return F.linear(keys, self.weight.T if self.transposed else self.weight, self.bias)
-
-    def choices(self, keys: Tensor) -> Tensor | None:
-        """What answers each token of the pass that is running (B, T); ``None`` outside of one.
-
-        Of a lookup it is one of its keys, else a memory; ``UNROUTED`` where the main memory answers.
-        """
-        if self.routing == "token":
-            chosen = token_choices(self, keys).chosen
-            return chosen if forced_memory() is None else self._forced(keys, chosen)
-        route = current_route()
+        answer = F.linear(keys, self._matrix, self.bias)
+        route = None if is_off() else current_route()
         if route is None:
-            return None
-        return residual(self, keys, route.memory.to(keys.device), route.inside.to(keys.device)).chosen
+            return answer
+        chosen = self.choices(keys, route.memory.to(keys.device), route.inside.to(keys.device)).chosen
+        return self.add(answer, keys, chosen)
 
-    def _forced(self, keys: Tensor, chosen: Tensor) -> Tensor:
-        """Choices (B, T), in which a pass' last token is answered by the memory that is to answer."""
-        own = torch.full_like(chosen[:, -1:], forced_memory() or 0)
-        return torch.cat([chosen[:, :-1], forced_choice(self, keys[:, -1:], own)], 1)
-
-    def change(self, keys: Tensor, memory: int) -> Tensor:
-        """What router ``norm`` measures: ``Δ_m a``, or what that makes of the matrix's output behind an activation."""
-        update = self.update(keys, memory)
-        if self.activation is None:
-            return update
-        main = F.linear(keys, self.weight.T if self.transposed else self.weight)
-        return self.activation(main + update) - self.activation(main)
+    @property
+    def _matrix(self) -> Tensor:
+        return self.weight.T if self.transposed else self.weight
 
     def called_with(self, *, off: bool = False, forced: int | None = None) -> AbstractContextManager[None]:
         """For a while, in this thread: the main memory alone answers, or a memory from the prompts' end on."""
         return overridden_by(Override(off, forced))
 
-    def add_updates(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
-        """Add what was chosen to every routed token; the others keep every bit of the main memory's answer.
 
-        Args:
-            chosen: for each token (B, T) a memory, or of a lookup one of its keys; ``UNROUTED`` for none.
-        """
-        if self.kind == "lookup":
-            update = self.recall(keys, chosen).to(answer.dtype)
-            return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
-        # How many tokens are routed is not known to a traced graph, which token routing is for; and one memory costs
-        # less than finding them.
-        if self.routing == "token" or torch.compiler.is_compiling() or len(self.thresholds) == 1:
-            for memory in range(len(self.thresholds)):
-                update = self.update(keys, memory).to(answer.dtype)
-                answer = torch.where((chosen == memory)[..., None], answer + update, answer)
-            return answer
-        for memory in chosen.unique().tolist():
-            if memory != UNROUTED:
-                routed = chosen == memory
-                update = self.update(keys[routed], memory).to(answer.dtype)
-                answer = answer.index_put(routed.nonzero(as_tuple=True), update, accumulate=True)
-        return answer
+class RoutedFacts(RoutedMatrix, FactMemory):
+    """A value matrix with a lookup beside it."""
 
-    def recall(self, keys: Tensor, chosen: Tensor) -> Tensor:
-        """What a lookup adds to keys (..., d_ff) for which it chose one of its own (...): (..., d)."""
-        if self.sharpness:
-            weights = torch.softmax(self.sharpness * self.cosines(keys), -1)
-            return weights @ self.values[self.value].to(weights.dtype)
-        return self.values[self.value[chosen.clamp(min=0)]]
+
+class RoutedChange(RoutedMatrix, MatrixMemory):
+    """A value matrix with changes of it beside it."""
+
+    def __init__(self, base: nn.Module, memory: SideMemory, *, transposed: bool) -> None:
+        super().__init__(base, memory, transposed=transposed)
+        self.activation: Activation | None = None
+
+    def change(self, keys: Tensor, memory: int) -> Tensor:
+        """What is measured: ``Δ_m a``, or what that makes of the matrix's output behind an activation."""
+        update = self.update(keys, memory)
+        if self.activation is None:
+            return update
+        main = F.linear(keys, self._matrix)
+        return self.activation(main + update) - self.activation(main)
+
+
+_KINDS: dict[str, type[RoutedMatrix]] = {kind.kind: kind for kind in (RoutedFacts, RoutedChange)}
+_ALONE: dict[str, type[Memory]] = {kind.kind: kind for kind in (FactMemory, MatrixMemory)}
+
+
+def memory_of(memory: SideMemory) -> Memory:
+    """Side memories alone, of no model."""
+    return _ALONE[memory.kind](memory)
 
 
 def install(
@@ -145,12 +117,11 @@ def install(
         marks: how the model's chats mark turns.
     """
     parent, _, name = module.rpartition(".")
-    routed = RoutedMatrix(model.get_submodule(module), memory, transposed=transposed)
+    routed = _KINDS[memory.kind](model.get_submodule(module), memory, transposed=transposed)
     setattr(model.get_submodule(parent), name, routed)
-    if memory.activated:
+    if memory.activated and isinstance(routed, RoutedChange):
         routed.activation = activation_of(getattr(model, "config", None))
-    if memory.routing != "token":
-        _route_passes(model, module, memory, marks)
+    _route_passes(model, module, memory, marks)
     return routed
 
 

@@ -120,7 +120,6 @@ class MethodSubject:
         self,
         pairs: Sequence[Question],
         *,
-        prompt_opens: bool,  # noqa: ARG002 (what a method decides it decides on the prompt alone)
         stage: str,
     ) -> list[Measured]:
         """Measure prompts and answers, the right tokens before each token of the answer."""

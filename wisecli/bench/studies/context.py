@@ -66,17 +66,14 @@ class StudyContext:
         layer: str | None = None,
         mask_ratio: float | None = None,
         writer: str | None = None,
-        router: str | None = None,
-        mode: str = "lookup",
+        mode: str | None = None,
     ) -> Path:
         """Shards of the first edits, written the first time they are asked for; by default as `wise edit` writes.
 
         Args:
-            mode: how they are to be kept. Matrices have the router ``key`` unless another is named, as what prompts
-                mean opens the edits of a lookup.
+            mode: what they are to be merged into.
         """
-        router = router or (None if mode == "lookup" else "key")
-        flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer, "router": router}
+        flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer, "mode": mode}
         settings = resolve(EditSettings, {**flags, "seed": self.settings.seed}, section="edit")
         records = [record.as_dict() for record in self.tested[:count]]
         about = [str(self.directory), self.load.dtype, asdict(settings), records]

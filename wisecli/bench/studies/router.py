@@ -1,9 +1,8 @@
 """What the router sees: scores of edits, of their rephrases and of everything else, beside the threshold.
 
 The paper's figure of routing activations (section 3.3): ‖Δ·a‖₂ of edits and of unrelated prompts, kept apart by the
-margins of equation 5. Here at the last token of each prompt, for the router ``norm`` with shards that gradient steps or
-the closed form wrote to those margins, for the router ``key``, which needs none, and for the router ``meaning``, which
-reads the whole prompt.
+margins of equation 5. Here at the last token of each prompt, for matrices that gradient steps or the closed form wrote
+to those margins, and beside it what opens the edits of a lookup, which reads the whole prompt.
 """
 
 from __future__ import annotations
@@ -19,55 +18,45 @@ from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import by_edits
 from wisecli.config import EditSettings, resolve
 from wisecli.data.corpus import unrelated_texts
-from wisecli.editing.key_capture import prompt_ends
 from wisecli.evaluation.edited_model import EditedModel
-from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.router import token_choices
 
 _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
 _UNITS = {
-    "norm": "norm of the update, ‖Δa‖",
-    "key": "whitened cosine with the nearest key",
-    "meaning": "probability of the likeliest edit, × its threshold",
+    "merge": "norm of the update, ‖Δa‖, over the threshold",
+    "lookup": "probability of the likeliest edit, over the threshold",
 }
-_WRITTEN = (("gradient", "norm"), ("solve", "norm"), ("solve", "key"), ("solve", "meaning"))
+_WRITTEN = (("gradient", "merge"), ("solve", "merge"), ("solve", "lookup"))
 _TEXTS, _BINS = 200, 50
 
 
 @study("router")
 class Router:
-    """Scores of edits, rephrases, locality prompts and unrelated texts, under each router."""
+    """Scores of edits, rephrases, locality prompts and unrelated texts, of each kind of memory."""
 
     title = "What the router sees"
     caption = (
-        "Scores at the last token of prompts, of one matrix that holds all edits, written for its router, and the "
-        "share of each group above the threshold, which is calibrated on all tokens. The router meaning opens the "
-        "edits of a lookup and compares whole prompts; one that does not name an edit's subject has 0. Area: how often "
-        "a rephrase scores higher than a locality prompt or an unrelated text, of which none was there when it was "
-        "calibrated."
+        "Scores of prompts over the threshold, of one memory that holds all edits, and the share of each group that "
+        "opens it; a prompt that does not name an edit's subject scores 0 with a lookup. Area: how often a rephrase "
+        "scores higher than a locality prompt or an unrelated text, of which none was there when it was calibrated."
     )
     columns = ("threshold", *(f"{group}_above" for group in _COLOURS), "area")
 
     def points(self, context: StudyContext) -> list[Point]:
-        """Every writer with the routers it can serve, for every number of edits."""
+        """Every writer with the memories it can serve, for every number of edits."""
         return [
-            {"edits": count, "writer": writer, "router": router}
-            for count in context.counts
-            for writer, router in _WRITTEN
+            {"edits": count, "writer": writer, "mode": mode} for count in context.counts for writer, mode in _WRITTEN
         ]
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """The threshold, all scores, and the share of each group that is above it."""
-        shards = context.shards(point["edits"], writer=point["writer"], router=point["router"])
-        by_meaning = point["router"] == "meaning"
-        edited = context.attached(context.memory(shards, mode="lookup" if by_meaning else "merge"))
-        figures: Figures = {"threshold": 1.0 if by_meaning else edited.routed.thresholds[0], "scores": {}}
-        score = meant if by_meaning else scored
+        shards = context.shards(point["edits"], writer=point["writer"], mode=point["mode"])
+        edited = context.attached(context.memory(shards))
+        figures: Figures = {"threshold": 1.0, "scores": {}}
         for group, prompts in prompts_of(context, point["edits"]).items():
             if prompts:
-                figures["scores"][group], figures[f"{group}_above"] = score(edited, prompts, context)
+                figures["scores"][group], figures[f"{group}_above"] = scored(edited, prompts, context)
         scores = figures["scores"]
         if "rephrases" in scores:
             figures["area"] = area(scores["rephrases"], [*scores.get("locality", ()), *scores["unrelated"]])
@@ -98,26 +87,11 @@ def prompts_of(context: StudyContext, count: int) -> dict[str, list[str]]:
 
 
 def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -> tuple[list[float], float]:
-    """Scores of a single memory at the last token of each prompt, and the share of them that opens it."""
-    loaded = Loaded(edited.model, edited.tokenizer, edited.stream)
-    with edited.unedited(), torch.no_grad():
-        size, site = context.settings.batch_size, edited.manifest.site
-        keys = prompt_ends(loaded, [site], prompts, batch_size=size, watch=context.watch)[0]
-        scores = edited.routed.scores(keys)
-        open_at = token_choices(edited.routed, keys).chosen == 0
-    return scores[:, 0].tolist(), float(open_at.float().mean())
-
-
-def meant(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -> tuple[list[float], float]:
-    """How surely each prompt means the likeliest edit, over that edit's threshold, and the share that opens it.
-
-    An edit whose subject a prompt does not name counts 0, as it does where the router decides.
-    """
+    """The strongest score of each prompt as a share of its threshold, and the share of prompts that open a memory."""
     rows = [Row(tuple(edited.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
     strengths, opened = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     for indices in in_batches(rows, context.settings.batch_size):
         decision = edited.decide(collate([rows[index] for index in indices]).to(edited.model.device))
-        assert decision is not None, "prompts decide by what they mean"
         strengths[indices], opened[indices] = decision.strength.cpu(), (decision.memory != UNROUTED).cpu()
     return strengths.tolist(), float(opened.float().mean())
 
@@ -140,8 +114,8 @@ def _histogram(panel: Any, row: ResultRow) -> None:
         panel.hist(scores, edges, weights=share, color=_COLOURS[group], histtype="step", linewidth=1.4)
     panel.axvline(figures["threshold"], color="tab:red", linestyle="--", label=f"threshold {figures['threshold']:.3g}")
     panel.set(
-        title=f"{row['writer']}, router {row['router']}, {row['edits']} edits",
-        xlabel=_UNITS[row["router"]],
+        title=f"{row['writer']}, {row['mode']}, {row['edits']} edits",
+        xlabel=_UNITS[row["mode"]],
         ylabel="share",
     )
     panel.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))

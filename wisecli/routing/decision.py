@@ -1,0 +1,50 @@
+"""What a router reads and what it decides. Needs torch only; exports carry this very file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model makes of windows of B prompts: ``ids`` (B, W), and which of them are no padding, ``real`` (B, W).
+
+    ``states`` (B, W, d) are those that leave the layer that a memory reads, or the inputs of the edited matrix
+    (B, W, d_ff) for a memory that reads none.
+    """
+
+    ids: Tensor
+    real: Tensor
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which memory answers each of B prompts, and why.
+
+    ``memory`` (B,) is its number, ``UNROUTED`` for none. ``strength`` (B,) is the best score as a multiple of its
+    threshold, ``nearest`` (B,) the memory that has it, ``scores`` (B, M) how strongly each is called. Of a lookup
+    ``named`` (B, M) marks the edits whose subjects prompts name, and ``asked`` (B,) is how surely they ask what they
+    mean, 0 where they mean nothing; ``None`` where that has no say.
+    """
+
+    memory: Tensor
+    strength: Tensor
+    nearest: Tensor
+    scores: Tensor
+    named: Tensor | None = None
+    asked: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenChoices:
+    """What answers tokens (...): ``chosen`` is a memory, or of a lookup one of its keys; ``UNROUTED`` where none does.
+
+    ``strength`` is the best score there as a multiple of its threshold, and ``nearest`` what has it.
+    """
+
+    chosen: Tensor
+    strength: Tensor
+    nearest: Tensor

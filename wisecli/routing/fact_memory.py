@@ -1,0 +1,164 @@
+"""The default memory: what a prompt asks opens an edit, whose residuals answer. Needs torch only; exports carry this.
+
+decide(window)    the edit that a prompt means most surely of those whose subjects it names, if it asks that: from the
+states of all its tokens, by late interaction (:mod:`.meaning`), names (:mod:`.names`) and what it
+wants with what it mentions (:mod:`.request_gate`)
+y = W a + b + v_i    the residual v_i of that of the edit's keys which is nearest to a, by whitened cosine
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .decision import Decision, Reading, TokenChoices
+from .meaning import Asked, Meaning, looked_at
+from .names import NAMES, Names
+from .prompts import UNROUTED
+from .request_gate import REQUEST, RequestGate, mention_in, padded
+from .scores import Memory, SideMemory
+from .spelling import SPELLING, Spelling
+
+# The whitening of keys inside answers; those that prompts end in have others.
+INSIDE = 1
+# How near a key inside an answer must come once a prompt has opened an edit.
+REACH = 0.5
+# How likely a prompt must be to ask an edit that it means. Below this more mentions open it, above it rephrases in
+# conversations are lost: `benchmarks/asking.py` has both at several values.
+_ASKED = 0.15
+
+
+class RoutingKeys(nn.Module):
+    """The keys of edits, each seen through a whitening of its own; the tensors are those of a lookup."""
+
+    probes: Tensor
+    owner: Tensor
+    offset: Tensor
+    metric: Tensor
+    directions: Tensor
+    gains: Tensor
+    floors: Tensor
+
+    def cosines(self, keys: Tensor, places: Tensor) -> Tensor:
+        """Whitened cosine of every key with some routing keys: (..., d_ff) → (..., n).
+
+        Args:
+            places: the routing keys that are wanted (n,).
+        """
+        wide = keys.float()  # squared norms of keys overflow half precision
+        probes, metric, offset = (each[places] for each in (self.probes, self.metric, self.offset))
+        return F.linear(wide, probes.float()) / self.lengths(wide)[..., metric] + offset.float()
+
+    def of_edits(self, keys: Tensor, edits: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosine and place of the nearest key of one edit each: keys (m, d_ff), edits (m,) → two (m,).
+
+        Args:
+            inside: whether the key comes after its prompt's last token (m,), and is compared with such alone.
+        """
+        places = torch.isin(self.owner, edits).nonzero().flatten()
+        other = self.owner[places] != edits[:, None]
+        other = other | ((self.metric[places] == INSIDE) != inside[:, None])
+        cosine, at = self.cosines(keys, places).masked_fill(other, -torch.inf).max(-1)
+        return cosine, places[at]
+
+    def lengths(self, keys: Tensor) -> Tensor:
+        """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
+        along = F.linear(keys, self.directions.flatten(0, 1).to(keys.dtype)).unflatten(-1, self.gains.shape)
+        energy = keys.square().sum(-1, keepdim=True)
+        spread = self.floors * energy + (along.square() * self.gains).sum(-1)
+        # Of a key along a leading direction, such as an attention sink's, the sum leaves but its rounding error.
+        least = (self.floors + self.gains.amin(-1)).clamp(min=0) * energy
+        lengths: Tensor = spread.maximum(least).clamp(min=1e-12).sqrt()
+        return lengths
+
+
+class FactMemory(Memory, RoutingKeys):
+    """Edits, each with the keys at which it answers and the residuals that it adds there."""
+
+    kind = "lookup"
+
+    values: Tensor
+    value: Tensor
+
+    def __init__(self, memory: SideMemory) -> None:
+        super().__init__(memory)
+        edits, tensors = len(memory.thresholds), memory.tensors
+        self.meaning = Meaning(tensors, edits)
+        self.names = Names(tensors, edits) if NAMES[0] in tensors else None
+        slips = self.names is not None and SPELLING[0] in tensors
+        self.spelling = Spelling(tensors) if slips else None
+        self.request = RequestGate(tensors) if REQUEST[0] in tensors else None
+
+    def decide(self, reading: Reading) -> Decision:
+        """The edit that a prompt means most surely of those whose subjects it names, if it asks that."""
+        ids, real = reading.ids, reading.real
+        first = torch.zeros_like(real)
+        first[:, 0] = real[:, 0]
+        breaks = self.meaning.breaks
+        read = self.meaning.read(reading.states, looked_at(ids, real, first, breaks))
+        sure = self.meaning.of(read).float()
+        named, meant = None, sure
+        if self.names is not None:
+            named = self.names(ids, real)
+            if self.spelling is not None:
+                # Attention rests on the first token of all, which may be of the name none the less.
+                letters = self.spelling.read(ids, looked_at(ids, real, torch.zeros_like(real), breaks))
+                named = named | self.spelling(letters, self.beyond(sure) & ~named)
+            meant = sure * named
+        strength, nearest = self.strongest(meant)
+        chosen = nearest.where((strength > 1) & real.any(1), UNROUTED)
+        asked = None
+        if self.request is not None:
+            asked = _asked(self.meaning, self.request, read, chosen)
+            chosen = chosen.where(asked > _ASKED, UNROUTED)
+        return Decision(chosen, strength, nearest, sure, named, asked)
+
+    def choices(self, keys: Tensor, answered: Tensor, inside: Tensor) -> TokenChoices:
+        """Which of the decided edit's own keys is nearest.
+
+        Behind a prompt's last token a key must come near one of those, or the answer is over.
+        """
+        strength = torch.zeros(answered.shape, device=keys.device)
+        nearest = torch.full_like(answered, UNROUTED)
+        chosen = nearest.clone()
+        rows, columns = (answered != UNROUTED).nonzero(as_tuple=True)
+        if len(rows):
+            within = inside[rows, columns]
+            cosine, place = self.of_edits(keys[rows, columns], answered[rows, columns], within)
+            nearest[rows, columns] = place
+            chosen[rows, columns] = place.where(~within | (cosine > REACH), UNROUTED)
+            strength[rows, columns] = cosine / REACH
+        return TokenChoices(chosen, strength, nearest)
+
+    def add(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
+        """Add to every token the residual of the key that was chosen for it."""
+        update = self.values[self.value[chosen.clamp(min=0)]].to(answer.dtype)
+        return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
+
+    def residuals(self, keys: Tensor, memory: int, inside: Tensor) -> Tensor:
+        """What an edit adds at keys: the residual of the nearest of its own."""
+        _, place = self.of_edits(keys, torch.full((len(keys),), memory, device=keys.device), inside)
+        return self.values[self.value[place]]
+
+    def memory_at(self, chosen: Tensor) -> Tensor:
+        """The edit that each key belongs to: (...) → (...)."""
+        return self.owner[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
+
+
+def _asked(meaning: Meaning, gate: RequestGate, read: Asked, chosen: Tensor) -> Tensor:
+    """How surely prompts ask the edit that they mean (B,); 0 for those that mean none.
+
+    Args:
+        chosen: the edit that each means, ``UNROUTED`` for none (B,).
+    """
+    asked = torch.zeros(len(chosen), device=chosen.device)
+    rows = (chosen != UNROUTED).nonzero().flatten()
+    if len(rows):
+        there, turned = read.there, read.turned
+        mentions = [
+            mention_in(read.states[row, there[row]], turned[:, row, there[row]], *meaning.tokens_of(edit))
+            for row, edit in zip(rows.tolist(), chosen[rows].tolist(), strict=True)
+        ]
+        asked[rows] = gate(padded(mentions), chosen[rows]).sigmoid()
+    return asked

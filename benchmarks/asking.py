@@ -34,7 +34,7 @@ Prompts = list[tuple[str, int]]
 def decided(edited: EditedModel, texts: Sequence[str]) -> list[Decision]:
     """What each prompt decides, those of like length together."""
     decoder = edited.decoder
-    assert decoder is not None and decoder.wise_marks is not None, "prompts decide"
+
     rows = [edited.tokenizer(text)["input_ids"] for text in texts]
     found: dict[int, Decision] = {}
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
@@ -54,7 +54,8 @@ def decided(edited: EditedModel, texts: Sequence[str]) -> list[Decision]:
 def _row(decision: Decision, row: int) -> Decision:
     one = slice(row, row + 1)
     asked = None if decision.asked is None else decision.asked[one]
-    return Decision(decision.memory[one], decision.strength[one], decision.nearest[one], asked=asked)
+    scores = decision.scores[one]
+    return Decision(decision.memory[one], decision.strength[one], decision.nearest[one], scores, asked=asked)
 
 
 def shares(edited: EditedModel, prompts: Prompts) -> list[float]:

@@ -90,18 +90,40 @@ def make_base(base: Path, gigabytes: float) -> None:
     write_json(base / INDEX_NAME, {"metadata": {}, "weight_map": files})
 
 
+def lookup_tensors() -> dict[str, torch.Tensor]:
+    """Keys and residuals of a lookup, and one prompt an edit of eight tokens."""
+    every, tokens = torch.arange(EDITS), 8 * EDITS
+    return {
+        "probes": torch.randn(KEYS, D_FF).half(),
+        "offset": torch.zeros(KEYS),
+        "metric": torch.arange(KEYS) % 2,
+        "owner": torch.arange(KEYS) % EDITS,
+        "directions": torch.randn(2, 256, D_FF).half(),
+        "gains": torch.rand(2, 256),
+        "floors": torch.ones(2),
+        "values": torch.randn(KEYS, D).half(),
+        "value": torch.arange(KEYS),
+        "meaning.turns": torch.randn(2, 128, D),
+        "meaning.shifts": torch.zeros(2, 128),
+        "meaning.slopes": torch.ones(2),
+        "meaning.bars": torch.zeros(2),
+        "meaning.vectors": torch.randn(2 * tokens, 128).half(),
+        "meaning.asking": torch.arange(2 * EDITS).repeat_interleave(8),
+        "meaning.shares": torch.full((2 * tokens,), 1 / 8),
+        "meaning.whose": every,
+        "meaning.breaks": torch.tensor([0]),
+    }
+
+
 def make_memory(memory: Path, base: Path, kind: str) -> None:
     """A lookup of 100 edits, or one matrix on half the columns, with random numbers in the usual shapes."""
     checkpoint = Checkpoint(base)
     site = find_site(base, checkpoint)
-    ranks = {"directions": torch.randn(2, 256, D_FF).half(), "gains": torch.rand(2, 256), "floors": torch.ones(2)}
-    tensors = {"probes": torch.randn(KEYS, D_FF).half(), "offset": torch.zeros(KEYS), "metric": torch.arange(KEYS) % 2}
-    owner = torch.arange(KEYS) % EDITS if kind == "lookup" else torch.zeros(KEYS, dtype=torch.long)
-    own = {"values": torch.randn(KEYS, D).half(), "value": torch.arange(KEYS)}
-    if kind != "lookup":
-        own = {"columns": torch.arange(0, D_FF, 2)[None], "delta": torch.randn(1, D, D_FF // 2)}
-    thresholds = (0.3,) * (EDITS if kind == "lookup" else 1)
-    packed = SideMemory({**tensors, **ranks, "owner": owner, **own}, thresholds, "key", kind=kind)
+    if kind == "lookup":
+        packed = SideMemory(lookup_tensors(), (0.3,) * EDITS, kind, reads=0)
+    else:
+        change = {"columns": torch.arange(0, D_FF, 2)[None], "delta": torch.randn(1, D, D_FF // 2)}
+        packed = SideMemory(change, (0.3,))
     edits = tuple(Edit(f"edit {number}", f"prompt {number}", "target") for number in range(EDITS))
     calibration = Calibration(0.3, "false-alarm", 0.0, 0.0, {}, {})
     identity = fingerprint(base, checkpoint, site)

@@ -165,7 +165,7 @@ def real_stock(real_model: Path, share: Share) -> Path:
 
     def make(root: Path) -> None:
         edit(str(real_model), SAMPLE_EDITS, root / "shards", EditSettings())
-        merge([root / "shards"], root / "memory", MergeSettings(routing="token"))
+        merge([root / "shards"], root / "memory", MergeSettings())
         export(root / "memory", root / "stock", "stock")
 
     return share("real stock", make) / "stock"

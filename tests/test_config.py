@@ -84,7 +84,7 @@ def test_the_paper_preset_holds_what_the_authors_code_has() -> None:
     assert settings.weight_decay == 1e-5
     assert (settings.schedule, settings.mask_ratio, settings.mask_kind) == ("sequential", 0.2, "elements")
     assert (settings.writer, settings.passes, settings.learning_rate) == ("gradient", 70, 1.0)
-    assert (settings.router, settings.routing, settings.threshold) == ("norm", "mean", "minimum")
+    assert (settings.mode, settings.pooling, settings.threshold) == ("merge", "mean", "minimum")
 
 
 def test_the_default_writes_in_closed_form_and_the_paper_preset_brings_ten_contexts() -> None:
@@ -95,8 +95,8 @@ def test_the_default_writes_in_closed_form_and_the_paper_preset_brings_ten_conte
 
 def test_merging_leaves_to_the_shards_what_is_not_given() -> None:
     settings = resolve(MergeSettings, {}, section="merge")
-    left = (settings.mode, settings.refit, settings.router, settings.routing, settings.threshold)
-    assert left == (None, None, None, None, None)
+    left = (settings.mode, settings.refit, settings.pooling, settings.threshold)
+    assert left == (None, None, None, None)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -110,28 +110,32 @@ def test_without_any_source_the_defaults_hold(kind: type[Any]) -> None:
     settings = resolve(kind, {}, section="any")
     assert settings == kind()
     # What other settings decide is filled in.
-    decided = {"router": "meaning", "routing": "token", "polish": 0} if kind is EditSettings else {}
+    decided = {"mode": "lookup", "polish": 0} if kind is EditSettings else {}
     assert dataclasses.asdict(settings) == {**defaults(kind), **decided}
 
 
-@pytest.mark.parametrize(("given", "passes"), [({}, 0), ({"router": "key"}, 5), ({"polish": 3}, 3)])
+@pytest.mark.parametrize(("given", "passes"), [({}, 0), ({"mode": "merge"}, 5), ({"polish": 3}, 3)])
 def test_what_a_lookup_is_to_hold_is_not_polished_unless_that_is_asked_for(given: dict[str, Any], passes: int) -> None:
     assert EditSettings(**given).polish == passes
 
 
 @pytest.mark.parametrize(
-    ("given", "router"),
+    ("given", "mode", "pooling"),
     [
-        ({}, "meaning"),
-        ({"routing": "sequence"}, "meaning"),
-        ({"routing": "token"}, "key"),
-        ({"writer": "gradient"}, "key"),
-        ({"layer": "0"}, "key"),
-        ({"routing": "token", "router": "meaning"}, "meaning"),
+        ({}, "lookup", "last"),
+        ({"writer": "gradient"}, "merge", "last"),
+        ({"mode": "retrieve"}, "retrieve", "last"),
+        # As version 0.1 called them.
+        ({"router": "meaning", "routing": "token"}, "lookup", "last"),
+        ({"router": "key", "routing": "sequence"}, "merge", "last"),
+        ({"router": "norm", "routing": "mean"}, "merge", "mean"),
+        ({"router": "norm", "mode": "retrieve"}, "retrieve", "last"),
+        ({"router": "key", "mode": "lookup", "sharpness": 3.0}, "merge", "last"),
     ],
 )
-def test_the_router_is_that_which_goes_with_the_rest(given: dict[str, Any], router: str) -> None:
-    assert resolve(EditSettings, given, section="edit").router == router
+def test_what_shards_are_for_goes_with_the_rest(given: dict[str, Any], mode: str, pooling: str) -> None:
+    for settings in (resolve(EditSettings, given, section="edit"), settings_from(EditSettings, given)):
+        assert (settings.mode, settings.pooling) == (mode, pooling)
 
 
 @pytest.mark.parametrize("kind", [EditSettings, MergeSettings, EvalSettings])
@@ -243,7 +247,6 @@ def test_a_file_that_is_missing_or_not_utf8_is_refused(tmp_path: Path) -> None:
         (EditSettings, "residual_stop", (0.01, 1.0), (0.0, 11.0)),
         (EditSettings, "polish", (0, 9), (-1,)),
         (EditSettings, "polish_rate", (1e-4,), (0.0, float("inf"))),
-        (MergeSettings, "sharpness", (0.0, 30.0), (-1.0, 1e5)),
         (MergeSettings, "strength", (0.5, 2.0), (0.0, 11.0)),
         (MergeSettings, "density", (0.001, 1.0), (0.0, 1.5)),
         (MergeSettings, "false_alarm", (0.0, 0.5), (-0.1, 0.6)),
@@ -270,12 +273,11 @@ def test_bounds_are_kept(kind: type[Any], name: str, inside: tuple[float, ...], 
         (EditSettings, "norm_of", ("update", "activated")),
         (EditSettings, "padding", ("left-out", "counted")),
         (EditSettings, "prefixes", ("sampled", "greedy")),
-        (EditSettings, "router", ("key", "norm")),
-        (EditSettings, "routing", ("token", "sequence")),
+        (EditSettings, "mode", ("merge", "retrieve", "lookup")),
+        (EditSettings, "pooling", ("last", "mean")),
         (EditSettings, "threshold", ("false-alarm", "minimum")),
         (MergeSettings, "mode", ("merge", "retrieve", "lookup")),
-        (MergeSettings, "router", ("key", "norm")),
-        (MergeSettings, "routing", ("token", "sequence")),
+        (MergeSettings, "pooling", ("last", "mean")),
         (MergeSettings, "norm_of", ("update", "activated")),
         (MergeSettings, "threshold", ("false-alarm", "minimum")),
     ],
@@ -341,7 +343,7 @@ def test_a_setting_of_another_version_that_was_not_set_is_passed_over() -> None:
         (MergeSettings, "seed", True),
         (MergeSettings, "seed", 1e308),
         (MergeSettings, "seed", 2**60),
-        (MergeSettings, "sharpness", "inf"),
+        (MergeSettings, "strength", "inf"),
         (EditSettings, "alpha", "nan"),
         (EditSettings, "norm_constraint", math.inf),
         (EditSettings, "stop_loss", -1),

@@ -81,5 +81,5 @@ def test_the_package_itself_only_exposes_load() -> None:
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("wisecli.routing")))
 def test_routing_needs_what_loads_a_checkpoint_alone(module: str) -> None:
     foreign = {name.split(".")[0] for name in imported(module)} - sys.stdlib_module_names - {"wisecli"}
-    assert foreign <= {"torch", "transformers", "faiss"}
+    assert foreign <= {"torch", "transformers"}
     assert all(package_of(name) == "routing" for name in own(module))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from wisecli.artifacts.memory_manifest import (
     MANIFEST_NAME,
@@ -30,22 +31,39 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def lookup_of(edits: int, chance: torch.Generator) -> dict[str, Tensor]:
+    """A key of a prompt's end and one inside the answer of every edit, and its prompt's tokens."""
+    every = torch.arange(edits)
+    return {
+        "values": torch.randn(4, 4, generator=chance).half(),
+        "value": torch.arange(2 * edits) % 4,
+        "probes": torch.randn(2 * edits, 6, generator=chance).half(),
+        "owner": torch.arange(2 * edits) % edits,
+        "offset": torch.rand(2 * edits, generator=chance),
+        "metric": torch.arange(2 * edits) // edits,
+        "directions": torch.randn(2, 2, 6, generator=chance),
+        "gains": torch.randn(2, 2, generator=chance),
+        "floors": torch.rand(2, generator=chance),
+        "meaning.turns": torch.randn(2, 3, 4, generator=chance),
+        "meaning.shifts": torch.randn(2, 3, generator=chance),
+        "meaning.slopes": torch.ones(2),
+        "meaning.bars": torch.zeros(2),
+        "meaning.vectors": torch.randn(2 * edits, 3, generator=chance).half(),
+        "meaning.asking": torch.arange(2 * edits),
+        "meaning.shares": torch.ones(2 * edits),
+        "meaning.whose": every,
+        "meaning.breaks": torch.tensor([0]),
+    }
+
+
 def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
     chance = generator(8)
     tensors = {
         "columns": torch.arange(3 * memories).view(memories, 3),
         "delta": torch.randn(memories, 4, 3, generator=chance),
-        "probes": torch.randn(5, 6, generator=chance).half(),
-        "owner": torch.arange(5) % memories,
-        "offset": torch.rand(5, generator=chance),
-        "metric": torch.arange(5) % 2,
-        "directions": torch.randn(2, 2, 6, generator=chance),
-        "gains": torch.randn(2, 2, generator=chance),
-        "floors": torch.rand(2, generator=chance),
     }
     if kind == "lookup":
-        del tensors["columns"], tensors["delta"]
-        tensors |= {"values": torch.randn(4, 4, generator=chance).half(), "value": torch.arange(5) % 4}
+        tensors = lookup_of(memories, chance)
     calibrations = tuple(
         calibrate(torch.rand(9, generator=chance), torch.rand(9, generator=chance), rule=rule, false_alarm=0.1)
         for rule in ("minimum", "false-alarm")[:memories]
@@ -65,7 +83,7 @@ def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
         revision="abc",
         fingerprint=Fingerprint("1" * 64, "2" * 64),
         site=Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=4, d_ff=6),
-        memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), "key", "sequence", kind, 1.25),
+        memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), kind, reads=1),
         calibrations=calibrations,
         owners=(("a",), ("b",))[:memories],
         merge={"method": "ties", "density": 0.5},
@@ -110,7 +128,7 @@ def test_a_memory_survives_being_written(tmp_path: Path, file: str, prefix: str,
     for name, tensor in manifest.memory.tensors.items():
         assert loaded.memory.tensors[name].dtype == tensor.dtype
         assert torch.equal(loaded.memory.tensors[name], tensor)
-    for name in ("thresholds", "router", "routing", "kind", "sharpness"):
+    for name in ("thresholds", "kind", "pooling", "reads"):
         assert getattr(loaded.memory, name) == getattr(manifest.memory, name)
 
 
@@ -122,7 +140,7 @@ def test_the_manifest_tells_what_each_memory_is_for(tmp_path: Path) -> None:
     assert content["base"] == {"model": "someone/model", "revision": "abc", "matrix": "1" * 64, "config": "2" * 64}
     assert (content["routing"], content["site"]["layer"]) == ("sequence", 2)
     for record, owned, calibration in zip(content["memories"], manifest.owners, manifest.calibrations, strict=True):
-        assert (record["kind"], record["router"], record["edits"]) == ("matrix", "key", list(owned))
+        assert (record["kind"], record["router"], record["edits"]) == ("matrix", "norm", list(owned))
         assert record["threshold"] == calibration.threshold
         assert math.isfinite(record["misses"] + record["false_alarms"])
 

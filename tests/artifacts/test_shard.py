@@ -236,7 +236,6 @@ def some_shard(kind: MaskKind) -> Shard:
         position=torch.arange(8) % 2,
         context=torch.arange(8) % 3,
         held_out=torch.arange(8) % 3 == 2,
-        negative_similarity=torch.rand(8, generator=chance) * (torch.arange(8) % 2),
         chat=torch.arange(8) % 4 == 1,
         call=torch.rand(8, generator=chance) if kind == "elements" else None,
     )
@@ -291,9 +290,7 @@ def test_a_truncated_or_missing_shard_is_refused(tmp_path: Path) -> None:
         load_shard(path, site(6, 9), "columns", digest)
 
 
-@pytest.mark.parametrize(
-    "missing", ["mask.indices", "delta.values", "evidence.keys", "evidence.held_out", "evidence.elsewhere"]
-)
+@pytest.mark.parametrize("missing", ["mask.indices", "delta.values", "evidence.keys", "evidence.held_out"])
 def test_a_shard_without_one_of_its_tensors_is_refused(tmp_path: Path, missing: str) -> None:
     whole, path = tmp_path / "whole.safetensors", tmp_path / "shard-00000.safetensors"
     save_shard(whole, some_shard("columns"), seed=0, edits=["first"])

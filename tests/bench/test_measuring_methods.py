@@ -112,7 +112,7 @@ def test_the_unedited_model_is_asked_once_for_all_methods(loaded: Loaded) -> Non
         calls: list[int] = []
         handle = loaded.model.model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         subject = MethodSubject(loaded, Shifted(loaded, held=held), known, batch_size=32)
-        measured = subject.teacher_forced(pairs, prompt_opens=True, stage="reliability")
+        measured = subject.teacher_forced(pairs, stage="reliability")
         handle.remove()
         counts.append(len(calls))
         assert measured[0] == measured[2]

@@ -120,7 +120,7 @@ def test_unknown_tables_keys_and_variables_are_named(
         ((*PLAN, "--revision", "main"), ["--revision"]),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "ties"), []),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "sign"), ["--method"]),
-        (("merge", "{shards}", "--dry-run", "--mode", "merge", "--sharpness", "3"), ["--sharpness"]),
+        (("merge", "{shards}", "--dry-run", "--mode", "merge", "--subjects", "any"), ["--subjects"]),
         (("merge", "{shards}", "--dry-run", "--mode", "retrieve", "--strength", "2"), ["--strength"]),
         (("merge", "{shards}", "--dry-run", "--no-history", "--who", "me"), ["--who"]),
         (("eval", "--memory", "{memory}", "--no-generate", "--if-measured"), ["--if-measured"]),

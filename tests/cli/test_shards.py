@@ -80,17 +80,6 @@ def test_the_manifest_of_shards_keeps_the_penalty_of_the_closed_form(ready: Read
         assert expected or read == [None, None]
 
 
-def test_where_prompts_decide_shards_hold_nothing_to_keep_tokens_apart_by(wise: Wise, ready: Ready) -> None:
-    for name, expected in (("shards", True), ("deciding-shards", False)):
-        shard = load_file(ready.root / name / "shard-00000.safetensors")
-        inside = shard["evidence.position"] > 0
-        assert bool(shard["evidence.elsewhere"][inside].any()) == expected
-    assert wise("merge", ready.deciding_shards).code == 0
-    assert manifest(Path("memory"))["routing"] == "sequence"
-    # Activations are compared with no keys.
-    assert wise("merge", ready.deciding_shards, "--router", "norm", "--routing", "token", "-o", "activations").code == 0
-
-
 @pytest.mark.parametrize(("count", "checking"), [(5, 5), (32, 32), (33, 17), (70, 24)])
 def test_some_edits_of_a_shard_are_read_in_a_context_that_is_held_back(
     wise: Wise, ready: Ready, count: int, checking: int
@@ -108,17 +97,16 @@ def test_some_edits_of_a_shard_are_read_in_a_context_that_is_held_back(
 # Flags of `wise merge`, and the mode that shards of the closed form and of the paper's writer then get.
 MERGES: dict[str, tuple[str, str]] = {
     "": ("lookup", "merge"),
-    "--mode lookup": ("lookup", "lookup"),
     "--no-refit": ("merge", "merge"),
     "--refit": ("merge", "merge"),
     "--method exact": ("merge", "merge"),
     "--method slerp": ("merge", "merge"),
     "--router norm": ("merge", "merge"),
+    "--router meaning --routing sequence": ("lookup", "merge"),
     "--mode merge": ("merge", "merge"),
     "--mode merge --method ties --no-refit": ("merge", "merge"),
     "--mode retrieve": ("retrieve", "retrieve"),
-    "--mode retrieve --router norm": ("retrieve", "retrieve"),
-    "--mode lookup --sharpness 20 --routing sequence": ("lookup", "lookup"),
+    "--mode retrieve --routing token": ("retrieve", "retrieve"),
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.helpers import save_tiny
 from support.history import FLAGS, fact, write
 from support.loading import CPU
@@ -32,7 +33,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_edit(str(root / "model"), write(root / "edits.jsonl", EDITS), root / "shards", settings, load=CPU)
     for mode in ("lookup", "retrieve"):
         merge([root / "shards"], root / mode, MergeSettings(mode=mode))
-    merge([root / "shards"], root / "sequence", MergeSettings(mode="lookup", routing="sequence"))
     return root
 
 
@@ -40,10 +40,9 @@ def look(place: Path, prompt: str, memory: str = "lookup", **named: Any) -> Expl
     return explain(place / memory, prompt, max_new_tokens=6, load=CPU, **named)
 
 
-@pytest.mark.parametrize("memory", ["lookup", "sequence"])
-def test_an_edits_own_prompt_is_nearest_to_it_and_opens_it(place: Path, memory: str) -> None:
+def test_an_edits_own_prompt_is_nearest_to_it_and_opens_it(place: Path) -> None:
     for edit in EDITS:
-        report = look(place, edit.prompt, memory)
+        report = look(place, edit.prompt)
         assert report.nearest[0].name == edit.id
         assert report.nearest[0].target == edit.target
         assert report.answer == report.nearest[0].answer == edit.target
@@ -64,14 +63,14 @@ def test_it_says_whether_the_prompt_names_an_edits_subject(place: Path, tmp_path
     edits = [replace(edit, subject=subject) for edit, subject in zip(EDITS, subjects, strict=True)]
     flags = EditSettings(**{**FLAGS, "edits_per_shard": 4})
     run_edit(str(place / "model"), write(tmp_path / "edits.jsonl", edits), tmp_path / "s", flags, load=CPU)
-    merge([tmp_path / "s"], tmp_path / "m", MergeSettings(mode="lookup", routing="sequence"))
+    merge([tmp_path / "s"], tmp_path / "m", MergeSettings())
     other = next(text for text in prompts if subjects[0] not in text.split())
     for prompt, named in ((prompts[0], True), (other, False)):
         report = explain(tmp_path / "m", prompt, nearest=9, max_new_tokens=2, load=CPU)
         assert {one.name: one.named for one in report.nearest} == {
             edit.id: named if place == 0 else None for place, edit in enumerate(EDITS)
         }
-    merge([tmp_path / "s"], tmp_path / "t", MergeSettings(mode="lookup", routing="token"))
+    merge([tmp_path / "s"], tmp_path / "t", MergeSettings(subjects="any"))
     assert {one.named for one in explain(tmp_path / "t", prompts[0], max_new_tokens=2, load=CPU).nearest} == {None}
 
 
@@ -84,8 +83,8 @@ def test_every_edit_can_be_made_to_answer(place: Path) -> None:
     for number, edit in enumerate(EDITS):
         # The base model, to whose matrix' last output the residual of the edit's nearest key is added by hand.
         def add(routed: RoutedMatrix, inputs: tuple[Tensor], output: Tensor, number: int = number) -> Tensor:
-            near = routed.cosines(inputs[0][0, -1]).where(routed.owner == number, -2.0).argmax()
-            output[0, -1] += routed.values[routed.value[near]]
+            end = torch.zeros(1, dtype=torch.bool)
+            output[0, -1] += routed.residuals(inputs[0][0, -1:], number, end)[0]
             return output
 
         handle = edited.routed.register_forward_hook(add)

@@ -35,7 +35,7 @@ def make_stock(root: Path) -> None:
     (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
     quick = EditSettings(passes=2, unrelated_texts=16)
     run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU)
-    merge([root / "shards"], root / "memory", MergeSettings(routing="token"))
+    merge([root / "shards"], root / "memory", MergeSettings())
     export(root / "memory", root / "stock", "stock", load=CPU)
 
 
@@ -67,7 +67,7 @@ def test_edits_in_several_blocks_are_answered_and_all_else_stays(tmp_path: Path)
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits))
     quick = EditSettings(passes=10, unrelated_texts=64)
     run_edit(str(base), tmp_path / "edits.jsonl", tmp_path / "shards", quick, load=CPU)
-    merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings(routing="token"))
+    merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
     gate = export(tmp_path / "memory", tmp_path / "stock", "stock", load=CPU).gate
     assert gate is not None
     assert gate["blocks"] > 1

@@ -20,7 +20,7 @@ from wisecli.progress import ignore
 
 EDITS = [Edit("one", "ba be bi", "do du"), Edit("two", "ka ke ki ko", "fa", irrelevant=("ta te",))]
 CONTEXTS = ((0, ""), (1, "pa pe. "))
-COUNTED = EditSettings(writer="gradient", schedule="sequential", routing="mean", router="norm", padding="counted")
+COUNTED = EditSettings(writer="gradient", schedule="sequential", pooling="mean", padding="counted")
 
 
 @pytest.fixture(scope="module")

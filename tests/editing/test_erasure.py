@@ -323,7 +323,7 @@ def test_an_erased_record_is_right_where_its_answer_is_not_preferred(measured: R
 def right_of(edited: EditedModel, record: Edit, prompt: str, *, memory: bool) -> float:
     words = edited.tokenizer(record.answer)["input_ids"]
     row = Row(tuple(edited.tokenizer(prompt)["input_ids"]), tuple(words[:1] if record.erased else words))
-    logits = logits_by_loop(edited, row, prompt_opens=True) if memory else unedited_logits(edited, row)
+    logits = logits_by_loop(edited, row) if memory else unedited_logits(edited, row)
     best = logits.argmax(-1).tolist()
     if record.erased:
         return float(best[0] != words[0])

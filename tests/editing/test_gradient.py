@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from typing import Literal
 
 import pytest
 import torch
@@ -127,12 +126,8 @@ def test_whitening_is_the_inverse_root_of_the_raised_covariance() -> None:
 
 
 @pytest.mark.parametrize("kind", ["columns", "elements"])
-@pytest.mark.parametrize("routing", ["token", "sequence"])
-def test_batched_writing_lowers_the_loss_of_the_whole_model(
-    loaded: Loaded, site: Site, kind: str, routing: str
-) -> None:
-    assert routing in ("token", "sequence")
-    settings = replace(SETTINGS, routing="token" if routing == "token" else "sequence")
+def test_batched_writing_lowers_the_loss_of_the_whole_model(loaded: Loaded, site: Site, kind: str) -> None:
+    settings = SETTINGS
     mask = mask_for(site, kind)
     told: list[Progress] = []
     written = write(loaded, site, mask, settings, told)
@@ -145,11 +140,8 @@ def test_batched_writing_lowers_the_loss_of_the_whole_model(
     assert entropy_after(loaded, site, mask.dense(written.values)) < 0.3 * before
 
 
-@pytest.mark.parametrize("routing", ["token", "sequence"])
-def test_only_the_end_of_a_pass_waits_for_the_device(
-    loaded: Loaded, site: Site, routing: Literal["token", "sequence"]
-) -> None:
-    settings = replace(SETTINGS, routing=routing, passes=1)
+def test_only_the_end_of_a_pass_waits_for_the_device(loaded: Loaded, site: Site) -> None:
+    settings = replace(SETTINGS, passes=1)
     with Waits() as one:
         write(loaded, site, mask_for(site, "columns"), settings)
     with Waits() as eleven:

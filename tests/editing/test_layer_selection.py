@@ -10,7 +10,7 @@ from support.loading import CPU
 
 from wisecli.data.corpus import reworded_facts
 from wisecli.editing import layer_selection
-from wisecli.editing.layer_selection import probe_layer, recognised, told_apart, two_wordings
+from wisecli.editing.layer_selection import probe_layer, recognised, two_wordings
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site, find_site, fingerprint
@@ -57,30 +57,18 @@ def test_the_usual_layer_stays_unless_another_is_clearly_better(
     checkpoint = Checkpoint(directory)
     identity = fingerprint(directory, checkpoint, sites(directory, 3)[0])
     monkeypatch.setattr(layer_selection, "_LOWEST", 0.0)
-    for name, margin, judge in (("usual", 1.0, recognised), ("best", -1.0, recognised), ("apart", -1.0, told_apart)):
+    for name, margin in (("usual", 1.0), ("best", -1.0)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
         monkeypatch.setattr(layer_selection, "_CLEARLY", margin)
         told: list[Event] = []
-        named: dict[str, Any] = {"batch_size": 16, "watch": told.append, "prompts_decide": judge is told_apart}
+        named: dict[str, Any] = {"batch_size": 16, "watch": told.append}
         chosen = probe_layer(loaded, directory, checkpoint, identity, **named)
-        shares = [judge(*keys) for keys in two_wordings(loaded, sites(directory, 0, 1, 2, 3), batch_size=16)]
+        shares = [recognised(*keys) for keys in two_wordings(loaded, sites(directory, 0, 1, 2, 3), batch_size=16)]
         assert chosen.layer == (3 if name == "usual" else max(range(4), key=shares.__getitem__))
         assert [event.stage for event in told] == ["layers"]
         again = probe_layer(loaded, directory, checkpoint, identity, **named)
         assert again == chosen
         assert len(told) == 1  # remembered
-
-
-def test_facts_are_told_apart_where_wordings_are_nearer_than_other_facts() -> None:
-    generator = torch.Generator().manual_seed(0)
-    facts, noise = (torch.randn(60, 32, generator=generator) for _ in range(2))
-    alike = told_apart(facts, facts + 0.05 * noise)
-    assert alike == 1.0
-    # Wordings drown every fact: no more of the pairs than of strangers come so near.
-    assert told_apart(facts, noise) < 0.1
-    half = facts.clone()
-    half[::2] = noise[::2]
-    assert told_apart(facts, half) == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_single_candidate_needs_no_probe(directory: Path, loaded: Loaded) -> None:

@@ -108,7 +108,7 @@ def test_learning_is_once_a_model_whichever_layer_is_edited(
     save_tensors(changed / "model.safetensors", {name: tensor + 0.001 for name, tensor in tensors.items()}, {})
     for base, layer, learnt in ((model, 2, 1), (model, 3, 1), (changed, 2, 2)):
         line = ("edit", base, edits, "-o", tmp_path / f"{base.name}-{layer}", "--layer", layer)
-        assert run(*map(str, line), "--router", "meaning", "--device", "cpu") == 0
+        assert run(*map(str, line), "--device", "cpu") == 0
         assert len(list(cache.iterdir())) == learnt
 
 
@@ -116,7 +116,7 @@ def test_learning_is_once_a_model_whichever_layer_is_edited(
 def shards(model: Path, tmp_path: Path, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
-    line = ("edit", model, "edits.jsonl", "--layer", "2", "--router", "meaning", "--device", "cpu")
+    line = ("edit", model, "edits.jsonl", "--layer", "2", "--device", "cpu")
     assert run(*map(str, line)) == 0
     return tmp_path / "shards"
 
@@ -257,11 +257,11 @@ def test_shards_without_meaning_say_what_to_do(model: Path, run: Callable[..., i
         "cpu",
         "-o",
         tmp_path / "plain",
-        "--router",
-        "key",
+        "--mode",
+        "merge",
     )
     assert run(*map(str, line)) == 0
-    assert run("merge", str(tmp_path / "plain"), "--router", "meaning", "-o", str(tmp_path / "m")) == 2
+    assert run("merge", str(tmp_path / "plain"), "--mode", "lookup", "-o", str(tmp_path / "m")) == 2
     assert not (tmp_path / "m").exists()
 
 

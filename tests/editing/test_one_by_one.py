@@ -10,7 +10,7 @@ from support.loading import CPU
 from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Mask, random_mask
-from wisecli.config import EditSettings
+from wisecli.config import EditSettings, Pooling
 from wisecli.editing.edit_pass import alone
 from wisecli.editing.one_by_one import everywhere, margins, write_one_by_one
 from wisecli.editing.task import Progress, Task, Written
@@ -22,7 +22,6 @@ from wisecli.models.site import Site, value_module
 EDITS = [Edit("one", "ba be bi", "do du"), Edit("two", "ka ke ki ko", "fa"), Edit("three", "ma me", "ga ge gi")]
 CONTEXTS = ((0, ""), (1, "pa pe. "))
 UNRELATED = "ta te ti to tu"
-Routing = Literal["token", "sequence", "mean"]
 SETTINGS = EditSettings(
     writer="gradient",
     schedule="sequential",
@@ -32,8 +31,7 @@ SETTINGS = EditSettings(
     alpha=0.1,
     beta=0.5,
     gamma=0.3,
-    router="norm",
-    routing="mean",
+    pooling="mean",
 )
 
 
@@ -155,10 +153,10 @@ def test_what_was_written_of_the_first_edits_is_gone_on_from(loaded: Loaded, sit
     assert torch.equal(rest.values, whole.values)
 
 
-@pytest.mark.parametrize("routing", ["token", "sequence", "mean"])
-def test_one_edit_is_taken_after_the_other(loaded: Loaded, site: Site, routing: Routing) -> None:
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_one_edit_is_taken_after_the_other(loaded: Loaded, site: Site, pooling: Pooling) -> None:
     told: list[Progress] = []
-    settings = replace(SETTINGS, routing=routing, passes=40, learning_rate=0.3)
+    settings = replace(SETTINGS, pooling=pooling, passes=40, learning_rate=0.3)
     written = write(loaded, site, settings, told=told)
     assert [(progress.step, progress.steps) for progress in told] == [(1, 3), (2, 3), (3, 3)]
     assert len(written.losses) == len(EDITS)

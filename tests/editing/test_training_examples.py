@@ -14,7 +14,6 @@ from wisecli.artifacts.shard import Evidence, Mask, random_mask
 from wisecli.config import EditSettings
 from wisecli.editing.context_prefixes import CHAT, in_context
 from wisecli.editing.evidence import gather_evidence, thinned
-from wisecli.editing.hard_negatives import HardNegatives, hard_negative_keys
 from wisecli.editing.prompt_variants import AnswerKey
 from wisecli.editing.scoring import learnt
 from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits, write_contexts
@@ -22,7 +21,6 @@ from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
-from wisecli.routing.whitening import leading, whitening
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),
@@ -71,7 +69,7 @@ def expected_keys(loaded: Loaded, site: Site, edit: Edit, context: str) -> Tenso
 def test_contexts_are_the_bare_prompt_then_the_chat_then_prefixes_and_one_more(
     loaded: Loaded, count: int, chat: bool
 ) -> None:
-    settings = EditSettings(contexts=count, context_tokens=4, chat=chat, router="key")
+    settings = EditSettings(contexts=count, context_tokens=4, chat=chat, mode="merge")
     contexts = write_contexts(loaded, settings)
     given = 2 if chat else 1
     assert contexts[:given] == ["", CHAT][:given]
@@ -82,8 +80,8 @@ def test_contexts_are_the_bare_prompt_then_the_chat_then_prefixes_and_one_more(
     assert write_contexts(loaded, replace(settings, seed=1)) != contexts
 
 
-def test_by_meaning_contexts_are_forms_that_the_tokenizer_can_write(loaded: Loaded) -> None:
-    bare, *forms, held_out = write_contexts(loaded, EditSettings(router="meaning", contexts=5, context_tokens=4))
+def test_contexts_of_a_lookup_are_forms_that_the_tokenizer_can_write(loaded: Loaded) -> None:
+    bare, *forms, held_out = write_contexts(loaded, EditSettings(contexts=5, context_tokens=4))
     assert bare == ""
     assert forms == [*([CHAT] if loaded.tokenizer.chat_template else []), *FORMS_WITHOUT_CHAT]
     assert held_out.endswith(". ")
@@ -119,13 +117,12 @@ def examples_of(loaded: Loaded, site: Site, *, batch_size: int = 4) -> list[Trai
     return capture_examples(loaded, site, NUMBERED, CONTEXTS, batch_size=batch_size, train_end=True)
 
 
-def evidence_of(loaded: Loaded, site: Site, inside: dict[int, Tensor] | None = None) -> Evidence:
+def evidence_of(loaded: Loaded, site: Site) -> Evidence:
     def first_entries(keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
         edits = torch.tensor([answer.edit for answer in answers])
         return torch.cat([keys[:, :2], edits[:, None].float(), positions[:, None].float()], dim=1)
 
-    moment = leading(torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)))
-    return gather_evidence(examples_of(loaded, site), 2, first_entries, HardNegatives(inside or {}, whitening(moment)))
+    return gather_evidence(examples_of(loaded, site), 2, first_entries)
 
 
 def test_evidence_holds_the_whole_models_keys_of_every_target_token(architecture: str) -> None:
@@ -143,7 +140,6 @@ def test_evidence_holds_the_whole_models_keys_of_every_target_token(architecture
     assert evidence.held_out.tolist() == [context == 2 for _, context, _ in where]
     expected = torch.cat([evidence.keys[:, :2], torch.tensor([[edit, place] for edit, _, place in where])], dim=1)
     assert torch.equal(evidence.residuals, expected)
-    assert not evidence.negative_similarity.any()
 
 
 def test_lessons_of_any_batch_size_make_the_same_evidence(loaded: Loaded, site: Site) -> None:
@@ -160,56 +156,6 @@ def test_lessons_of_any_batch_size_make_the_same_evidence(loaded: Loaded, site: 
         length = len(labels)
         assert torch.equal(whole[place][1][:length], labels)
         torch.testing.assert_close(whole[place][0][:length], keys, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("architecture", TYPICAL)
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-@pytest.mark.parametrize("train_end", [True, False])
-def test_keys_elsewhere_are_the_whole_models_inside_the_answer_after_foreign_prompts(
-    architecture: str, batch_size: int, train_end: bool
-) -> None:
-    loaded = loaded_of(architecture)
-    site = site_of(loaded.model, 2)
-    found = hard_negative_keys(loaded, site, NUMBERED, batch_size=batch_size, train_end=train_end, chat=False)
-    assert found.keys() == dict(NUMBERED).keys()
-    for number, edit in NUMBERED:
-        expected = []
-        for foreign in FOREIGN:
-            prompt, target = words(loaded, foreign), words(loaded, edit.target)
-            read = prompt + (target if train_end else target[:-1])
-            expected += list(keys_of(loaded.model, site, read)[len(prompt) :])
-        assert found[number].shape == (len(expected), site.d_ff)
-        if expected:
-            distances = torch.cdist(torch.stack(expected), found[number])
-            assert distances.amin(1).max() < 1e-3
-            assert distances.amin(0).max() < 1e-3
-
-
-def test_how_near_a_key_comes_elsewhere_is_a_whitened_cosine_with_its_own_edits_keys_alone(
-    loaded: Loaded, site: Site
-) -> None:
-    inside = hard_negative_keys(loaded, site, NUMBERED[:2], batch_size=4, train_end=True, chat=False)
-    evidence = evidence_of(loaded, site, inside)
-    # Fewer directions than columns: the rest of the moment is even.
-    sample = torch.randn(40, site.d_ff, generator=torch.Generator().manual_seed(3)).double()
-    moment = sample.T @ sample
-    mean = moment.trace() / site.d_ff
-    values, vectors = torch.linalg.eigh(moment)
-    leading_part = values > 1e-6 * mean
-    rest = (values.sum() - values[leading_part].sum()) / max(int((~leading_part).sum()), 1)
-    raised = torch.where(leading_part, values, rest) + 0.1 * mean
-    inverse = vectors @ torch.diag(1 / raised) @ vectors.T
-    for place, key in enumerate(evidence.keys.double()):
-        edit, position = int(evidence.edit[place]), int(evidence.position[place])
-        expected = 0.0
-        if position > 0 and edit in inside:
-            others = inside[edit].double()
-            expected = max(
-                float(key @ inverse @ other / ((key @ inverse @ key) * (other @ inverse @ other)).sqrt())
-                for other in others
-            )
-        assert float(evidence.negative_similarity[place]) == pytest.approx(expected, abs=1e-3)
-    assert evidence.negative_similarity[evidence.position > 0].count_nonzero() > 0
 
 
 def made_up(cosines: dict[tuple[int, int, int], float], *, held_out: int) -> Evidence:

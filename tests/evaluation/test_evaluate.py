@@ -11,13 +11,11 @@ import pytest
 from support.evaluation import answer_of, edited_model, logits_by_loop, text_of, unedited_logits
 from support.helpers import (
     choice_of,
-    keys_of,
     perplexity_of,
     random_rows,
     right_share,
 )
 from support.loading import CPU
-from support.thorough import few
 from support.tiny_models import Chain
 from torch import Tensor
 
@@ -34,45 +32,38 @@ from wisecli.progress import ignore
 LENGTHS = ((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), (12, 2))
 ROWS = random_rows(*LENGTHS, seed=21)
 KINDS = [
-    (kind, router, routing, memories)
-    for kind, router in (("matrix", "key"), ("matrix", "norm"), ("lookup", "key"))
-    for routing in ("token", "sequence")
-    for memories in (1, 2)
+    ("matrix", "last", 1),
+    ("matrix", "last", 2),
+    ("matrix", "mean", 2),
+    ("lookup", "last", 1),
+    ("lookup", "last", 2),
 ]
 
 
-def opened(edited: EditedModel, row: Row) -> list[bool]:
-    """Whether the memory's own router opens at each token that is read."""
-    with edited.unedited():
-        keys = keys_of(edited.model, edited.manifest.site, [*row.prompt, *row.target[:-1]])
-    return [choice_of(edited.manifest.memory, key) is not None for key in keys]
-
-
 def prompt_choice(edited: EditedModel, row: Row) -> int | None:
-    """The memory that the prompt's last token opens."""
+    """The memory that a prompt opens."""
     with edited.unedited():
-        return choice_of(edited.manifest.memory, keys_of(edited.model, edited.manifest.site, row.prompt)[-1])
+        return choice_of(edited.model, edited.manifest.site, edited.manifest.memory, row.prompt)
 
 
-def measure(edited: EditedModel, rows: Sequence[Row], *, size: int = 32, prompt_opens: bool) -> list[Measured]:
-    return teacher_forced(edited, rows, batch_size=size, prompt_opens=prompt_opens, stage="test", watch=ignore)
+def measure(edited: EditedModel, rows: Sequence[Row], *, size: int = 32) -> list[Measured]:
+    return teacher_forced(edited, rows, batch_size=size, stage="test", watch=ignore)
 
 
 def known_share(logits: Tensor, target: Sequence[int]) -> float:
     return statistics.fmean(float(row.softmax(-1)[token]) > 0.8 for row, token in zip(logits, target, strict=True))
 
 
-@pytest.mark.parametrize("prompt_opens", [True, False])
-@pytest.mark.parametrize(("kind", "router", "routing", "memories"), KINDS)
+@pytest.mark.parametrize(("kind", "pooling", "memories"), KINDS)
 def test_figures_are_those_of_the_whole_model_run_row_by_row(
-    tmp_path: Path, kind: str, router: str, routing: str, memories: int, prompt_opens: bool
+    tmp_path: Path, kind: str, pooling: str, memories: int
 ) -> None:
-    edited = edited_model(tmp_path, kind=kind, router=router, routing=routing, memories=memories)
-    rows = [likely(edited, row, prompt_opens=prompt_opens) for row in ROWS]
-    measured = measure(edited, rows, prompt_opens=prompt_opens)
+    edited = edited_model(tmp_path, kind=kind, pooling=pooling, memories=memories)
+    rows = [likely(edited, row) for row in ROWS]
+    measured = measure(edited, rows)
     assert len(measured) == len(rows)
     for row, one in zip(rows, measured, strict=True):
-        before, after = unedited_logits(edited, row), logits_by_loop(edited, row, prompt_opens=prompt_opens)
+        before, after = unedited_logits(edited, row), logits_by_loop(edited, row)
         for reading, logits in ((one.before, before), (one.after, after)):
             assert reading.right == pytest.approx(right_share(logits, row.target))
             assert reading.known == pytest.approx(known_share(logits, row.target))
@@ -88,20 +79,20 @@ def test_figures_are_those_of_the_whole_model_run_row_by_row(
 
 def test_figures_of_every_architecture_are_those_of_the_whole_model(tmp_path: Path, architecture: str) -> None:
     edited = edited_model(tmp_path, kind="lookup", architecture=architecture)
-    measured = measure(edited, ROWS, prompt_opens=False)
+    measured = measure(edited, ROWS)
     for row, one in zip(ROWS, measured, strict=True):
         for reading, logits in (
             (one.before, unedited_logits(edited, row)),
-            (one.after, logits_by_loop(edited, row, prompt_opens=False)),
+            (one.after, logits_by_loop(edited, row)),
         ):
             assert reading.right == pytest.approx(right_share(logits, row.target))
             assert reading.perplexity == pytest.approx(perplexity_of(logits, row.target), rel=1e-3)
     assert any(one.before != one.after for one in measured)
 
 
-def likely(edited: EditedModel, row: Row, *, prompt_opens: bool) -> Row:
+def likely(edited: EditedModel, row: Row) -> Row:
     """The row with every second target token replaced by the edited model's own choice, so that some are right."""
-    logits = logits_by_loop(edited, row, prompt_opens=prompt_opens)
+    logits = logits_by_loop(edited, row)
     tokens = [
         int(one.argmax()) if place % 2 == 0 else token
         for place, (one, token) in enumerate(zip(logits, row.target, strict=True))
@@ -112,22 +103,21 @@ def likely(edited: EditedModel, row: Row, *, prompt_opens: bool) -> Row:
 def test_a_token_is_known_from_a_probability_of_four_fifths(tmp_path: Path) -> None:
     edited = edited_model(tmp_path)
     edited.model.get_output_embeddings().weight *= 2  # a model that is surer of itself
-    rows = [likely(edited, row, prompt_opens=True) for row in random_rows(*[(4, 1)] * 80, seed=41)]
-    logits = [logits_by_loop(edited, row, prompt_opens=True)[0] for row in rows]
+    rows = [likely(edited, row) for row in random_rows(*[(4, 1)] * 80, seed=41)]
+    logits = [logits_by_loop(edited, row)[0] for row in rows]
     surest = [float(one.softmax(-1).max()) for one in logits]
     assert any(0.6 < one < 0.8 for one in surest)
     assert any(0.8 < one < 0.95 for one in surest)
-    measured = measure(edited, rows, prompt_opens=True)
+    measured = measure(edited, rows)
     assert [one.after.known for one in measured] == [float(one > 0.8) for one in surest]
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("prompt_opens", [True, False])
-@pytest.mark.parametrize("routing", ["token", "sequence"])
-def test_the_batch_size_changes_no_figure(tmp_path: Path, routing: str, prompt_opens: bool, size: int) -> None:
-    edited = edited_model(tmp_path, routing=routing)
-    together = measure(edited, ROWS, size=32, prompt_opens=prompt_opens)
-    apart = measure(edited, ROWS, size=size, prompt_opens=prompt_opens)
+@pytest.mark.parametrize("kind", ["matrix", "lookup"])
+def test_the_batch_size_changes_no_figure(tmp_path: Path, kind: str, size: int) -> None:
+    edited = edited_model(tmp_path, kind=kind)
+    together = measure(edited, ROWS, size=32)
+    apart = measure(edited, ROWS, size=size)
     require_equal(apart, together)
 
 
@@ -139,30 +129,10 @@ def require_equal(some: Sequence[Measured], others: Sequence[Measured]) -> None:
         assert one.after.loss == pytest.approx(other.after.loss, abs=1e-4)
 
 
-def test_the_gold_answer_never_opens_the_memory_where_the_prompt_must(tmp_path: Path) -> None:
-    edited = edited_model(tmp_path)
-    short = random_rows(*[(2, 4)] * 40, seed=31)
-    gold = [row for row in short if opened_only_by_target(edited, row)]
-    assert len(gold) > 3
-    for row, one in zip(gold, measure(edited, gold, prompt_opens=True), strict=True):
-        before = unedited_logits(edited, row)
-        assert one.after == one.before
-        assert one.before.perplexity == pytest.approx(perplexity_of(before, row.target), rel=1e-3)
-    # Where nothing should change, any token may open it.
-    assert all(one.after.loss != one.before.loss for one in measure(edited, gold, prompt_opens=False))
-
-
-def opened_only_by_target(edited: EditedModel, row: Row) -> bool:
-    """No token of the prompt opens the memory, and one of the target does, that is followed by another."""
-    open_at = opened(edited, row)
-    return not any(open_at[: len(row.prompt)]) and any(open_at[len(row.prompt) :])
-
-
-@pytest.mark.parametrize("prompt_opens", [True, False])
-def test_a_model_whose_memory_never_opens_is_the_unedited_model(tmp_path: Path, prompt_opens: bool) -> None:
+def test_a_model_whose_memory_never_opens_is_the_unedited_model(tmp_path: Path) -> None:
     edited = edited_model(tmp_path)
     edited.routed.thresholds = (1e9,)
-    for one in measure(edited, ROWS, prompt_opens=prompt_opens):
+    for one in measure(edited, ROWS):
         assert one.before == one.after
         assert one.same == 1
 
@@ -172,17 +142,14 @@ def chain_edited(chain: Chain) -> EditedModel:
     return attach(chain.memory, load=CPU)
 
 
-@pytest.mark.parametrize("prompt_opens", few([True, False], [True]))
-def test_the_batch_size_changes_no_figure_of_the_real_chain(
-    chain: Chain, chain_edited: EditedModel, prompt_opens: bool
-) -> None:
+def test_the_batch_size_changes_no_figure_of_the_real_chain(chain: Chain, chain_edited: EditedModel) -> None:
     rows = [encode(chain_edited.tokenizer, edit["prompt"], edit["target"]) for edit in chain.edits[::2]]
     rows += [
         encode(chain_edited.tokenizer, p.prompt, p.answer) for e in chain_edited.manifest.edits[::2] for p in e.locality
     ]
-    together = measure(chain_edited, rows, size=32, prompt_opens=prompt_opens)
+    together = measure(chain_edited, rows, size=32)
     for size in (1, 3):
-        require_equal(measure(chain_edited, rows, size=size, prompt_opens=prompt_opens), together)
+        require_equal(measure(chain_edited, rows, size=size), together)
     assert all(one.after.right == 1 for one in together[: len(chain.edits[::2])])
 
 
@@ -216,8 +183,8 @@ def row_of(edited: EditedModel, prompt: str, target: str) -> Row:
     return Row(tuple(edited.tokenizer(prompt)["input_ids"]), tuple(edited.tokenizer(target)["input_ids"]))
 
 
-def both(edited: EditedModel, row: Row, *, prompt_opens: bool = True) -> tuple[Tensor, Tensor]:
-    return unedited_logits(edited, row), logits_by_loop(edited, row, prompt_opens=prompt_opens)
+def both(edited: EditedModel, row: Row) -> tuple[Tensor, Tensor]:
+    return unedited_logits(edited, row), logits_by_loop(edited, row)
 
 
 Reported = tuple[EditedModel, list[Edit], EvalReport]
@@ -251,7 +218,7 @@ def test_locality_is_the_share_of_unchanged_choices(reported: Reported) -> None:
     for record in records:
         shares = []
         for probe in record.locality:
-            before, after = both(edited, row_of(edited, probe.prompt, probe.answer), prompt_opens=False)
+            before, after = both(edited, row_of(edited, probe.prompt, probe.answer))
             shares.append(float((before.argmax(-1) == after.argmax(-1)).float().mean()))
         means.append(statistics.fmean(shares))
     assert report.before["locality"] == 1
@@ -277,7 +244,7 @@ def test_ood_generalization_is_the_share_of_tokens_the_model_is_sure_of(reported
         for record in records[:2]:
             answer = record.ood[0].removeprefix(record.prompt)
             rows = [row_of(edited, record.prompt, answer), row_of(edited, "ka", "ke ki ko")]
-            pairs = [(both(edited, row, prompt_opens=False)[place], row.target) for row in rows]
+            pairs = [(both(edited, row)[place], row.target) for row in rows]
             means.append(statistics.fmean(known_share(*pair) for pair in pairs))
         assert figures["ood_generalization"] == pytest.approx(statistics.fmean(means))
     assert report.samples["ood_generalization"] == 4

@@ -32,8 +32,6 @@ from wisecli.config import MergeSettings
 
 MEMORIES = {
     "lookup": MergeSettings(),
-    "lookup, every token": MergeSettings(routing="token"),
-    "lookup, once a prompt": MergeSettings(router="key", routing="sequence"),
     "matrix": MergeSettings(mode="merge"),
 }
 UNRELATED = (SAMPLE_EDITS.parent / "unrelated.txt").read_text().splitlines()
@@ -140,8 +138,8 @@ def test_prompts_that_open_nothing_keep_every_bit_of_the_bases_logits(every: Sub
 def opens_nothing(subject: Subject, batch: dict[str, Tensor]) -> bool:
     added: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        add = subject.routed.add_updates
-        patch.setattr(subject.routed, "add_updates", lambda *given: added.append(given[2]) or add(*given))
+        add = subject.routed.add
+        patch.setattr(subject.routed, "add", lambda *given: added.append(given[2]) or add(*given))
         subject.model(**batch)
     return bool((torch.cat(added) < 0).all())
 

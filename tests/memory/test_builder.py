@@ -5,11 +5,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from support.helpers import choice_of, choose, cosines_of, update_of
-from torch import Tensor, nn
+from support.helpers import cosines_of
+from torch import Tensor
 
-from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence, Mask, random_mask
-from wisecli.artifacts.unrelated_stats import BackgroundStats
+from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence, Mask, PromptStates, random_mask
+from wisecli.artifacts.unrelated_stats import BackgroundStats, Heads
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, solve, statistics
 from wisecli.errors import SettingsError
@@ -18,12 +18,12 @@ from wisecli.memory.material import Material, join
 from wisecli.memory.merge_methods import Recipe, merge_deltas
 from wisecli.memory.router_fitting import Fitted, naming
 from wisecli.models.site import Site
-from wisecli.routing.calibration import scores_of
+from wisecli.routing.decision import Reading
+from wisecli.routing.fact_memory import INSIDE, FactMemory
+from wisecli.routing.matrix_memory import MatrixMemory
 from wisecli.routing.names import NAMES
-from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.scores import INSIDE, SideMemory
-from wisecli.routing.side_memory import RoutedMatrix
-from wisecli.routing.spelling import LETTER, OF_TOKEN, SPELLING
+from wisecli.routing.scores import SideMemory
+from wisecli.routing.spelling import LETTER, OF_TOKEN
 from wisecli.routing.subject_names import Spellings, Word
 from wisecli.routing.whitening import leading, whitening
 
@@ -47,7 +47,6 @@ def some_evidence(seed: int, *, edits: int = EDITS) -> Evidence:
     )
     at, added = normal(edits, POSITIONS, D_FF, seed=seed), normal(edits, POSITIONS, D, seed=seed + 1)
     keys = at[edit, position] + 0.2 * normal(len(edit), D_FF, seed=seed + 2)
-    elsewhere = 0.3 * torch.rand(len(edit), generator=seeded(seed + 3)) * position
     # As a shard file gives them back.
     return Evidence(
         keys.half().float(),
@@ -56,7 +55,6 @@ def some_evidence(seed: int, *, edits: int = EDITS) -> Evidence:
         position,
         context,
         context == CONTEXTS - 1,
-        elsewhere,
         torch.zeros(len(edit), dtype=torch.bool),
         (1.0 + torch.rand(edits, generator=seeded(seed + 4)))[edit],
     )
@@ -77,7 +75,30 @@ def some_material(*shards: Evidence, density: float = 0.6) -> Material:
     counts = [int(part.edit.max()) + 1 for part in shards]
     places = [torch.arange(count) + sum(counts[:number]) for number, count in enumerate(counts)]
     number = torch.cat([torch.full((len(part.edit),), index) for index, part in enumerate(shards)])
-    return Material(join(shards, places), number, masks, unrelated_text())
+    unrelated = replace(unrelated_text(), heads=some_heads())
+    return Material(join(shards, places), number, masks, unrelated, prompts=some_prompts(sum(counts)))
+
+
+def some_heads() -> Heads:
+    """Projections of states of eight numbers, and those of ten unrelated texts."""
+    return Heads(
+        normal(2, 5, 8, seed=61),
+        normal(2, 5, seed=62) / 4,
+        torch.zeros(2, 8),
+        torch.zeros(2),
+        torch.full((2,), 30.0),
+        torch.full((2,), 0.8),
+        torch.tensor([0]),
+        torch.tensor([1]),
+        normal(50, 8, seed=63),
+        torch.arange(50) // 5,
+    )
+
+
+def some_prompts(edits: int) -> PromptStates:
+    """Four tokens a prompt, the first of which is the subject."""
+    edit = torch.arange(edits).repeat_interleave(4)
+    return PromptStates(normal(len(edit), 8, seed=64), edit, torch.zeros_like(edit), torch.arange(len(edit)) % 4 == 0)
 
 
 def two_shards() -> Material:
@@ -103,11 +124,6 @@ def missed(delta: Tensor, evidence: Evidence) -> float:
     keys, residuals = trained(evidence)
     lost = [float((delta @ key - value).square().sum()) for key, value in zip(keys, residuals, strict=True)]
     return float(np.sqrt(sum(lost) / float(residuals.square().sum())))
-
-
-def routed(memory: SideMemory) -> RoutedMatrix:
-    base = nn.Linear(D_FF, D, bias=False).requires_grad_(False)
-    return RoutedMatrix(base, memory, transposed=False)
 
 
 # --- joining ---
@@ -242,59 +258,46 @@ def test_a_lookup_adds_its_residuals_as_often_as_its_strength_says() -> None:
 def test_every_trained_key_recalls_exactly_its_own_residual() -> None:
     material = two_shards()
     memory, (calibration,) = built_lookup(material)
-    evidence, plain = material.evidence, routed(memory)
+    evidence, facts = material.evidence, FactMemory(memory)
     kept = ~evidence.held_out
     keys, residuals = trained(evidence)
-    assert choose(plain, plain.scores(keys)).tolist() == evidence.edit[kept].tolist()
-    added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
+    found = facts.choices(keys[None], evidence.edit[kept][None], (evidence.position[kept] > 0)[None]).chosen
+    assert facts.memory_at(found)[0].tolist() == evidence.edit[kept].tolist()
+    added = facts.add(torch.zeros(1, len(keys), D), keys[None], found)[0]
     assert torch.allclose(added, residuals, atol=1e-3, rtol=2e-3)
     assert memory.tensors["values"].shape == (2 * EDITS * POSITIONS, D)  # contexts share what they add
     assert torch.equal(memory.tensors["values"][memory.tensors["value"]].float(), residuals)
-    assert (memory.kind, memory.router, len(memory.thresholds)) == ("lookup", "key", 2 * EDITS)
+    assert (memory.kind, len(memory.thresholds)) == ("lookup", 2 * EDITS)
     assert set(memory.thresholds) == {calibration.threshold}
 
 
 def test_keys_of_a_context_never_seen_recall_their_edits_residual() -> None:
     material = two_shards()
-    memory, (calibration,) = built_lookup(material)
-    evidence, plain = material.evidence, routed(memory)
-    keys, residuals = evidence.keys[evidence.held_out], evidence.residuals[evidence.held_out]
-    chosen = choose(plain, plain.scores(keys))
-    hit = chosen == evidence.edit[evidence.held_out]
-    assert float((~hit).float().mean()) == pytest.approx(calibration.misses)
-    assert float(hit.float().mean()) > 0.9
-    added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
-    assert torch.allclose(added[hit], residuals[hit], atol=1e-3, rtol=2e-3)
+    evidence, facts = material.evidence, FactMemory(built_lookup(material)[0])
+    unseen = evidence.held_out
+    inside, edits = evidence.position[unseen] > 0, evidence.edit[unseen]
+    added = facts.add(
+        torch.zeros(1, len(edits), D),
+        evidence.keys[unseen][None],
+        facts.choices(evidence.keys[unseen][None], edits[None], inside[None]).chosen,
+    )
+    assert torch.allclose(added[0], evidence.residuals[unseen], atol=1e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("false_alarm", [0.0, 0.01, 0.1])
-def test_unrelated_keys_are_routed_no_more_often_than_asked(false_alarm: float) -> None:
+def test_an_edits_own_prompt_opens_it_alone() -> None:
+    material, prompts = two_shards(), some_prompts(2 * EDITS)
+    facts = FactMemory(built_lookup(material)[0])
+    states = torch.cat([torch.zeros(2 * EDITS, 1, 8), prompts.states.view(2 * EDITS, 4, 8)], 1)
+    ids = torch.full(states.shape[:2], 5)
+    decision = facts.decide(Reading(ids, torch.ones_like(ids, dtype=torch.bool), states))
+    assert decision.memory.tolist() == list(range(2 * EDITS))
+
+
+def test_a_lookup_needs_what_prompts_mean() -> None:
     material = two_shards()
-    memory, (calibration,) = built_lookup(material, false_alarm=false_alarm)
-    quiet, plain = material.unrelated.keys, routed(memory)
-    stayed = choose(plain, plain.scores(quiet)) == UNROUTED
-    alarms = float((~stayed).float().mean())
-    assert alarms == pytest.approx(calibration.false_alarms, abs=1e-6)
-    assert alarms <= false_alarm + 1 / len(quiet)
-    assert torch.equal(plain(quiet[:, None])[stayed], (quiet[:, None] @ plain.weight.T)[stayed])
-    opposite = choose(plain, plain.scores(-material.evidence.keys))
-    assert not bool((opposite == material.evidence.edit).any())
-
-
-@pytest.mark.parametrize("sharpness", [0.0, 5.0])
-def test_a_lookup_answers_as_a_loop_over_its_edits(sharpness: float) -> None:
-    memory, _ = built_lookup(some_material(some_evidence(10, edits=3)), sharpness=sharpness)
-    assert memory.sharpness == sharpness
-    memory = replace(memory, tensors={name: widened(tensor) for name, tensor in memory.tensors.items()})
-    plain, choices = routed(memory), set()
-    asked = torch.cat([some_evidence(10, edits=3).keys, normal(20, D_FF, seed=70)])
-    for key in asked:
-        expected, choice = plain.weight @ key, choice_of(memory, key)
-        choices.add(choice)
-        if choice is not None:
-            expected = expected + update_of(memory, choice, key)
-        assert torch.allclose(plain(key[None, None])[0, 0], expected, atol=1e-4)
-    assert choices == {None, 0, 1, 2}
+    for without in (replace(material, prompts=None), replace(material, unrelated=unrelated_text())):
+        with pytest.raises(SettingsError, match=r"written for a matrix.*--mode merge"):
+            built_lookup(without)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -312,25 +315,16 @@ def test_merging_two_shards_concatenates_them() -> None:
     ]
     assert whole["owner"].tolist() == [*parts[0]["owner"].tolist(), *(parts[1]["owner"] + EDITS).tolist()]
     assert torch.equal(whole["metric"], torch.cat([part["metric"] for part in parts]))
-    # Probes point the same way; how long they are is decided anew, for all together.
-    for probe, alone in zip(
-        whole["probes"].float(), torch.cat([part["probes"] for part in parts]).float(), strict=True
-    ):
-        assert float(nn.functional.cosine_similarity(probe, alone, dim=0)) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(whole["probes"], torch.cat([part["probes"] for part in parts]))
 
 
 def test_the_order_of_shards_does_not_matter_for_what_a_key_recalls() -> None:
     first, second = some_evidence(10), some_evidence(20, edits=4)
-    asked = torch.cat([first.keys, second.keys, unrelated_text().keys[:100]])
-    one, other = (routed(built_lookup(some_material(*shards))[0]) for shards in ((first, second), (second, first)))
-    other.weight.copy_(one.weight)
-    assert one.thresholds[0] == pytest.approx(other.thresholds[0], rel=1e-6)
-    assert torch.allclose(one(asked[:, None]), other(asked[:, None]), atol=1e-5)
-    renumbered = [number - 4 if number >= 4 else number + EDITS for number in range(EDITS + 4)]
-    for mine, theirs in zip(
-        choose(one, one.scores(asked)).tolist(), choose(other, other.scores(asked)).tolist(), strict=True
-    ):
-        assert mine == (UNROUTED if theirs == UNROUTED else renumbered[theirs])
+    one, other = (FactMemory(built_lookup(some_material(*shards))[0]) for shards in ((first, second), (second, first)))
+    keys, inside = normal(50, D_FF, seed=6), torch.zeros(50, dtype=torch.bool)
+    for number in range(EDITS + 4):
+        renumbered = number + 4 if number < EDITS else number - EDITS
+        assert torch.equal(one.residuals(keys, number, inside), other.residuals(keys, renumbered, inside))
 
 
 def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_through_that_of_wording() -> None:
@@ -356,7 +350,7 @@ def test_a_key_of_a_blank_that_prompts_end_in_is_seen_as_that_token_and_must_be_
     ending = (plain.evidence.position == 0) & (plain.evidence.context == 1) & (plain.evidence.edit == 0)
     evidence = replace(plain.evidence, context=plain.evidence.context.where(~ending, ENDING))
     material = replace(plain, evidence=evidence)
-    memory, _ = built_lookup(material, routing="sequence")
+    memory, _ = built_lookup(material)
     kept = ~evidence.held_out
     wanted = (evidence.position[kept] > 0).long().where(~ending[kept], 2)
     assert memory.tensors["metric"].tolist() == wanted.tolist()
@@ -373,26 +367,6 @@ def test_a_key_of_a_blank_that_prompts_end_in_is_seen_as_that_token_and_must_be_
     assert bool((without.evidence.context != ENDING).all())
 
 
-def test_keys_near_their_answers_own_tokens_elsewhere_must_be_nearer_to_open() -> None:
-    material = two_shards()
-    position = material.evidence.position
-    near, own = torch.where(position > 0, 0.9, 0.0), trained(material.evidence)[0]
-    needed = []
-    for elsewhere in (torch.zeros_like(near), near):
-        evidence = replace(material.evidence, negative_similarity=elsewhere)
-        memory, _ = built_lookup(replace(material, evidence=evidence))
-        exact = replace(memory, tensors={name: widened(tensor) for name, tensor in memory.tensors.items()})
-        # A probe counts its own key 1, and opens at the cosine at which the rest of its scale is used up.
-        assert [cosines_of(exact, key)[place] for place, key in enumerate(own)] == pytest.approx(
-            [1.0] * len(own), abs=0.02
-        )
-        needed.append(1 - (1 - memory.thresholds[0]) / (1 - exact.tensors["offset"]))
-    inside = position[~material.evidence.held_out] > 0
-    plain, strict = needed
-    assert bool((strict[inside] > plain[inside] + 0.1).all())
-    assert bool((strict < 1).all())  # the trained keys themselves still open
-
-
 # --- subjects ---
 
 
@@ -401,19 +375,15 @@ def named_subjects(*known: int) -> tuple[Spellings, ...]:
     return tuple(((Word((number, 50 + number), 1.0),),) if number in known else () for number in range(2 * EDITS))
 
 
-def test_keys_of_prompts_ask_for_their_subject_where_prompts_decide() -> None:
+def test_prompts_must_name_the_subjects_that_are_known() -> None:
     material = replace(two_shards(), subjects=named_subjects(0, 2))
-    evidence = material.evidence
-    foreign = (evidence.position == 0) & (evidence.context == 1)
-    for own, never in ((material, evidence.edit < 0), (in_other_languages(material, foreign), foreign)):
-        tensors = built_lookup(own, routing="sequence")[0].tensors
-        expected = torch.isin(evidence.edit, torch.tensor([0, 2])) & (evidence.position == 0) & ~never
-        assert torch.equal(tensors["asks"], expected[~evidence.held_out])
-        assert tensors["names.tokens"].tolist() == [0, 2, 50, 52]
-        assert tensors["names.whose"].tolist() == [0, 2]
-    for settings in ({"routing": "token"}, {"routing": "sequence", "subjects": "any"}):
-        assert not {"asks", *NAMES} & built_lookup(material, **settings)[0].tensors.keys()
-    assert "asks" not in built_lookup(replace(material, subjects=named_subjects()), routing="sequence")[0].tensors
+    foreign = material.evidence.edit == 2
+    for own, expected in ((material, [0, 2]), (in_other_languages(material, foreign), [0])):
+        tensors = built_lookup(own)[0].tensors
+        assert tensors["names.whose"].tolist() == expected
+        assert tensors["names.tokens"].tolist() == [*expected, *(50 + number for number in expected)]
+    assert not set(NAMES) & built_lookup(material, subjects="any")[0].tensors.keys()
+    assert not set(NAMES) & built_lookup(replace(material, subjects=named_subjects()))[0].tensors.keys()
 
 
 def test_only_subjects_that_must_be_named_are_spelt() -> None:
@@ -421,7 +391,7 @@ def test_only_subjects_that_must_be_named_are_spelt() -> None:
     material = replace(two_shards(), subjects=named_subjects(0, 2, 3))
     tokens = tuple((number % 8,) for number in range(2 * EDITS))
     material = replace(material, subject_tokens=tokens, unrelated=replace(material.unrelated, letters=letters))
-    settings = MergeSettings(router="meaning", routing="sequence")
+    settings = MergeSettings()
     foreign = material.evidence.edit == 2
     for own, expected in ((material, [0, 2, 3]), (in_other_languages(material, foreign), [0, 3])):
         tensors = naming(own, settings)
@@ -431,34 +401,7 @@ def test_only_subjects_that_must_be_named_are_spelt() -> None:
         assert tensors["spelling.table"] is letters
     unspelt = replace(material, unrelated=replace(material.unrelated, letters=None))
     assert naming(unspelt, settings).keys() == set(NAMES)
-    for nobody in (MergeSettings(router="meaning", routing="sequence", subjects="any"), MergeSettings()):
-        assert naming(material, nobody) == {}
-    assert not set(SPELLING) & naming(material, MergeSettings(router="key", routing="sequence")).keys()
-
-
-def test_a_rate_for_prompts_that_name_a_subject_and_a_lower_one_for_all_others() -> None:
-    material = replace(two_shards(), subjects=named_subjects(0, 1))
-    quiet = material.unrelated.keys
-    memory, _ = built_lookup(material, routing="sequence", false_alarm=None)
-    plain = routed(memory)
-    ends = plain.metric != INSIDE
-    above, one = plain.cosines(quiet) > memory.thresholds[0], 1 / len(quiet)
-    let_in = [float(above[:, some].any(-1).float().mean()) for some in (ends, ends & plain.asks, ends & ~plain.asks)]
-    assert 2 * one < let_in[0] <= 0.0075 + one
-    assert let_in[1] > let_in[2]
-    assert let_in[2] <= 0.0015 + 2 * one  # probes are kept in half precision
-    alike = built_lookup(material, routing="sequence", false_alarm=0.05)[0]
-    assert float((scores_of(routed(alike), quiet).amax(-1) > alike.thresholds[0]).float().mean()) >= 0.05 - 2 / len(
-        quiet
-    )
-
-
-# --- matrices ---
-
-
-def factors(built: Fitted) -> Tensor:
-    """``(1 - level) / (1 - bar)`` of each of a lookup's keys (n,), the level being the same for all."""
-    return 1 - built[0].tensors["offset"].float()
+    assert naming(material, MergeSettings(subjects="any")) == {}
 
 
 def in_other_languages(material: Material, chosen: Tensor) -> Material:
@@ -466,72 +409,24 @@ def in_other_languages(material: Material, chosen: Tensor) -> Material:
     return replace(material, evidence=replace(material.evidence, context=context))
 
 
-def test_prompts_in_other_languages_must_come_nearer_than_other_edits_do() -> None:
+# --- matrices ---
+
+
+def scores_of(memory: SideMemory, keys: Tensor) -> Tensor:
+    return MatrixMemory(memory).scores(keys)
+
+
+def test_a_matrix_adds_its_change() -> None:
     material = two_shards()
-    evidence = material.evidence
-    foreign = (evidence.position == 0) & (evidence.context == 1) & (evidence.edit % 2 == 0)
-    found = factors(built_lookup(in_other_languages(material, foreign)))
-    kept = ~evidence.held_out
-    keys, edit, at = evidence.keys[kept], evidence.edit[kept], foreign[kept].nonzero().flatten()
-    white, levels = whitening(material.unrelated.wording), []
-    for place in at.tolist():
-        others = at[edit[at] != edit[place]]
-        near = max(0.5, float(white.cosines(keys[place][None], keys[others]).max()))
-        if found[place] > 1:
-            levels.append(1 - float(found[place]) * (1 - near - 0.1))
-    assert len(levels) > 2
-    assert levels == pytest.approx([levels[0]] * len(levels), abs=1e-4)
-    others = (evidence.position[kept] == 0) & ~foreign[kept]
-    assert torch.allclose(found[others], factors(built_lookup(material))[others], atol=1e-3)
-
-
-def test_a_single_prompt_in_another_language_has_a_bar_of_its_own() -> None:
-    lone, pair = some_material(some_evidence(10, edits=1)), two_shards()
-    for material in (lone, pair):
-        evidence = material.evidence
-        foreign = (evidence.position == 0) & (evidence.edit == 0) & ~evidence.held_out
-        found = factors(built_lookup(in_other_languages(material, foreign)))[foreign[~evidence.held_out]]
-        assert bool((found > 1).all())
-        assert found.tolist() == pytest.approx([float(found[0])] * len(found))
-
-
-def test_one_matrix_answers_for_all_edits_under_one_threshold() -> None:
-    material = two_shards()
-    delta = solve_exactly(material, PENALTY)
-    memory, calibrations = matrices(delta[None], material, MergeSettings(false_alarm=0.01))
-    assert (memory.kind, memory.router, memory.routing) == ("matrix", "key", "token")
-    assert len(memory.thresholds) == len(calibrations) == 1
-    assert set(memory.tensors["owner"].tolist()) == {0}
-    plain = routed(memory)
-    keys = trained(material.evidence)[0]
-    added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
-    assert torch.allclose(added, keys @ delta.T, atol=1e-4)
-    quiet = scores_of(plain, material.unrelated.keys)
-    assert memory.thresholds[0] >= float(np.quantile(quiet.numpy(), 0.99)) * (1 - 1e-4)
-    assert float((quiet > memory.thresholds[0]).float().mean()) <= 0.01 + 1 / len(quiet)
-
-
-def test_a_matrix_for_each_shard_answers_for_its_own_edits() -> None:
-    material = two_shards()
-    deltas = written(material)
-    memory, calibrations = matrices(deltas, material, MergeSettings(false_alarm=0.01))
-    assert len(memory.thresholds) == len(calibrations) == 2
-    assert memory.thresholds[0] == memory.thresholds[1]  # the nearest key decides between them
-    kept = ~material.evidence.held_out
-    assert torch.equal(memory.tensors["owner"], material.shard[kept])
-    plain, keys = routed(memory), material.evidence.keys[kept]
-    assert choose(plain, plain.scores(keys)).tolist() == material.shard[kept].tolist()
-    added = plain(keys[:, None]).squeeze(1) - keys @ plain.weight.T
-    for row, key, shard in zip(added, keys, material.shard[kept].tolist(), strict=True):
-        assert torch.allclose(row, deltas[shard] @ key, atol=1e-4)
-    away = scores_of(plain, material.unrelated.keys)
-    unseen = scores_of(plain, material.evidence.keys[~kept])
-    for number, calibration in enumerate(calibrations):
-        limit = memory.thresholds[number]
-        assert calibration.threshold == limit
-        assert calibration.false_alarms == pytest.approx(float((away[:, number] > limit).float().mean()))
-        own = unseen[material.shard[~kept] == number, number]
-        assert calibration.misses == pytest.approx(float((own <= limit).float().mean()))
+    for deltas in (solve_exactly(material, PENALTY)[None], written(material)):
+        memory, calibrations = matrices(deltas, material, MergeSettings(false_alarm=0.01))
+        assert (memory.kind, memory.pooling) == ("matrix", "last")
+        assert len(memory.thresholds) == len(calibrations) == len(deltas)
+        keys = trained(material.evidence)[0]
+        for number, delta in enumerate(deltas):
+            chosen = torch.full((1, len(keys)), number)
+            added = MatrixMemory(memory).add(torch.zeros(1, len(keys), D), keys[None], chosen)[0]
+            assert torch.allclose(added, keys @ delta.T, atol=1e-4)
 
 
 def test_a_shard_without_unseen_contexts_is_calibrated_by_what_it_was_trained_on() -> None:
@@ -539,9 +434,9 @@ def test_a_shard_without_unseen_contexts_is_calibrated_by_what_it_was_trained_on
     held_out = material.evidence.held_out & (material.shard == 0)
     without = replace(material, evidence=replace(material.evidence, held_out=held_out))
     memory, calibrations = matrices(written(material), without, MergeSettings(mode="retrieve", false_alarm=0.02))
-    found, kept = scores_of(routed(memory), without.evidence.keys), ~without.evidence.held_out
+    found, kept = scores_of(memory, without.evidence.keys), ~without.evidence.held_out
     for number, chosen in enumerate((held_out, kept & (material.shard == 1))):
-        own = found[chosen, number]
+        own = found[chosen & (material.evidence.position == 0), number]
         assert len(own)
         misses = float((own <= memory.thresholds[number]).float().mean())
         assert calibrations[number].misses == pytest.approx(misses)
@@ -552,10 +447,9 @@ def test_a_shard_without_unseen_contexts_is_calibrated_by_what_it_was_trained_on
 def test_activations_route_by_a_threshold_for_each_matrix(rule: str) -> None:
     material = two_shards()
     deltas = written(material)
-    settings = MergeSettings(router="norm", threshold=rule, routing="sequence", false_alarm=0.02)  # type: ignore[arg-type]
+    settings = MergeSettings(threshold=rule, false_alarm=0.02)  # type: ignore[arg-type]
     memory, calibrations = matrices(deltas, material, settings)
     assert set(memory.tensors) == {"columns", "delta"}
-    assert (memory.router, memory.routing) == ("norm", "sequence")
     evidence = material.evidence
     for number, (limit, calibration) in enumerate(zip(memory.thresholds, calibrations, strict=True)):
         quiet = [float((deltas[number] @ key).norm()) for key in material.unrelated.keys]
@@ -574,7 +468,7 @@ def test_the_lowest_call_of_an_edit_is_the_threshold_where_a_mean_decides(mode: 
     evidence = material.evidence
     assert evidence.call is not None
     deltas = normal(2 if mode == "retrieve" else 1, D, D_FF, seed=3)
-    settings = MergeSettings(router="norm", routing="mean", threshold="minimum")
+    settings = MergeSettings(pooling="mean", threshold="minimum")
     memory, calibrations = matrices(deltas, material, settings)
     groups = [material.shard == 0, material.shard == 1] if mode == "retrieve" else [material.shard >= 0]
     expected = [0.88 * float(evidence.call[own].min()) for own in groups]
@@ -588,14 +482,3 @@ def test_the_lowest_call_of_an_edit_is_the_threshold_where_a_mean_decides(mode: 
     without = replace(material, evidence=replace(evidence, call=None))
     with pytest.raises(SettingsError, match="--preset paper"):
         matrices(deltas, without, settings)
-
-
-def test_the_papers_rule_lets_every_trained_key_through() -> None:
-    material = two_shards()
-    memory, (calibration,) = built_lookup(material, threshold="minimum")
-    plain = routed(memory)
-    keys = trained(material.evidence)[0]
-    assert calibration.misses == 0
-    assert UNROUTED not in choose(plain, plain.scores(keys)).tolist()
-    lowest = scores_of(plain, keys).gather(1, material.evidence.edit[~material.evidence.held_out, None]).min()
-    assert memory.thresholds[0] == pytest.approx(float(lowest), rel=1e-4)

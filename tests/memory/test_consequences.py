@@ -33,7 +33,7 @@ ONE: dict[str, Any] = {
     "also": [{"prompt": "ka ke ki", "target": "do du"}, {"prompt": "do du", "target": "ba"}],
 }
 TWO: dict[str, Any] = {"id": "two", "prompt": "ma me", "target": "ga ge"}
-QUICK: dict[str, Any] = {**FLAGS, "residual_steps": 3, "residual_more": 0, "polish": 0, "routing": "token"}
+QUICK: dict[str, Any] = {**FLAGS, "residual_steps": 3, "residual_more": 0, "polish": 0}
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +168,13 @@ def test_commands_count_and_show_them(
         return capsys.readouterr().out
 
     shown = "consequence: one/also-1: ka ke ki → do du (follows from one)"
-    planned = said("edit", model, edits, "-o", shards, "--routing", "token", "--dry-run")
+    planned = said("edit", model, edits, "-o", shards, "--dry-run")
     assert "2 edits with 2 consequences" in planned
     assert shown in planned
-    done = said("edit", model, edits, "-o", shards, "--routing", "token")
+    done = said("edit", model, edits, "-o", shards)
     assert done.startswith("2 edits with 2 consequences in 1 shard")
     assert shown in done
-    assert "up to date" in said("edit", model, edits, "-o", shards, "--routing", "token")
+    assert "up to date" in said("edit", model, edits, "-o", shards)
     assert "2 edits with 2 consequences by lookup" in said("merge", shards, "-o", memory)
     assert "2 and 2 consequences" in said("inspect", memory)
     assert "2 edits with 2 consequences held" in said("log", memory)
@@ -190,7 +190,7 @@ def test_what_is_derived_is_shown_first_and_kept_apart(
 ) -> None:
     record = {"id": "one", "prompt": "Who is the mother of Ba?", "target": "Do", "subject": "Ba"}
     edits, memory = written(tmp_path / "e.jsonl", [record]), tmp_path / "memory"
-    line = ("edit", str(model), str(edits), "--derive", "--json", "--routing", "token")
+    line = ("edit", str(model), str(edits), "--derive", "--json")
     assert run(*line, "-o", str(tmp_path / "shards"), "--dry-run") == 0
     results = json.loads(capsys.readouterr().out)["results"]
     assert results["edits"] == 1

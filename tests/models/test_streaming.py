@@ -335,7 +335,7 @@ def require_alike(some: Sequence[Answer], others: Sequence[Answer]) -> None:
 
 
 def test_a_real_edited_model_has_the_same_figures(chain: Chain) -> None:
-    given: dict[str, Any] = {"prompt_opens": True, "batch_size": 4, "stage": "test", "watch": ignore}
+    given: dict[str, Any] = {"batch_size": 4, "stage": "test", "watch": ignore}
     figures = []
     for budget in (None, 1 << 28):
         edited = attach(chain.memory, load=LoadOptions(device="cpu", memory_budget=budget))

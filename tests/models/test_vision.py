@@ -15,7 +15,6 @@ from support.helpers import (
     WORDS,
     choice_of,
     hooked,
-    keys_of,
     manifest_for,
     memory_for,
     random_rows,
@@ -55,7 +54,6 @@ UNRELATED = ("so su sa", "ti", "ru re ro ra ri")
 PATCHES = 4
 ROWS = [row.prompt for row in random_rows(*[(length, 1) for length in (1, 5, 9, 3, 7)], seed=4)]
 # Router, routing and kind of a memory.
-MEMORIES = [("key", "token", "matrix"), ("norm", "sequence", "matrix"), ("key", "token", "lookup")]
 
 
 def pictured(
@@ -182,14 +180,18 @@ def test_every_part_but_the_edited_matrix_is_the_bases_to_the_bit(vision: Vision
     assert changed.endswith("layers.2.mlp.down_proj.weight")
 
 
+def routed_in(model: Any) -> Any:
+    return model.get_submodule(model.config.wise["module"])
+
+
 def test_unrelated_text_after_an_image_gets_the_bases_logits_to_the_bit(
     vision: Vision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, base = vision.exported(), vision.base()
-    routed = next(module for module in model.modules() if type(module).__name__ == "RoutedMatrix")
+    routed = routed_in(model)
     chosen: list[Tensor] = []
-    add = routed.add_updates
-    monkeypatch.setattr(routed, "add_updates", lambda *given: chosen.append(given[2]) or add(*given))
+    add = routed.add
+    monkeypatch.setattr(routed, "add", lambda *given: chosen.append(given[2]) or add(*given))
     for seed, text in enumerate(UNRELATED):
         given = pictured(vision.architecture, [vision.tokens(text)], seed=seed)
         assert torch.equal(logits_of(model, given), logits_of(base, given))
@@ -203,7 +205,9 @@ def test_an_edited_prompt_gets_the_new_answer(vision: Vision, image: bool) -> No
     wanted = [edit["target"] for edit in EDITS]
     model = vision.exported()
     if image:  # a random model's keys move much further than those of a trained one
-        next(module for module in model.modules() if type(module).__name__ == "RoutedMatrix").thresholds = (0.1,) * 3
+        next(
+            module for module in model.modules() if type(module).__name__ in ("RoutedFacts", "RoutedChange")
+        ).thresholds = (0.1,) * 3
     assert answers_of(vision, model, image=image) == wanted
     assert not set(answers_of(vision, vision.base(), image=image)) & set(wanted)
 
@@ -260,41 +264,32 @@ def test_whoever_loads_the_base_loads_the_export_and_nobody_without_trust(vision
     torch.testing.assert_close(model.get_output_embeddings()(hidden), expected, rtol=0, atol=1e-4)
 
 
-def exported_by_hand(root: Path, architecture: str, router: str, routing: str, kind: str) -> tuple[Any, SideMemory]:
-    """A routed checkpoint with a memory that opens at many random tokens."""
+def exported_by_hand(root: Path, architecture: str, kind: str) -> tuple[Any, SideMemory]:
+    """A routed checkpoint with a memory that many random prompts open."""
     base, output = save_tiny(root / "model", architecture), root / "edited"
     output.mkdir()
     model = tiny_model(architecture)
-    memory = memory_for(model, site_of(model, 2), router=router, routing=routing, kind=kind, memories=2)
+    memory = memory_for(model, site_of(model, 2), kind=kind, memories=2)
     write_routed(output, base, Checkpoint(base), manifest_for(base, memory, []))
     return AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True).eval(), memory
 
 
-@pytest.mark.parametrize(("router", "routing", "kind"), MEMORIES)
+@pytest.mark.parametrize("kind", ["matrix", "lookup"])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_every_token_of_a_row_with_an_image_is_routed_by_itself(
-    tmp_path: Path, architecture: str, router: str, routing: str, kind: str
-) -> None:
-    model, memory = exported_by_hand(tmp_path, architecture, router, routing, kind)
+def test_a_row_with_an_image_is_decided_by_its_text(tmp_path: Path, architecture: str, kind: str) -> None:
+    model, memory = exported_by_hand(tmp_path, architecture, kind)
     base = tiny_model(architecture)
-    site = site_of(base, 2)
-    seen: list[tuple[bool, bool]] = []
-    largest = 0.0
+    site, seen, largest = site_of(base, 2), set(), 0.0
     for seed, row in enumerate([*ROWS, *ROWS]):
         given = pictured(architecture, [row], seed=seed)
-        length = given["input_ids"].shape[1]
-
-        def note(_module: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
-            choices = [choice_of(memory, key) is not None for key in inputs[0][0]]
-            seen.extend((place < PATCHES, one) for place, one in enumerate(choices))
-
-        end = keys_of(base, site, row)[-1] if routing == "sequence" else None
-        with hooked(base, site, note), hooked(base, site, routed_by_loop(memory, length, end=end)):
+        chosen = choice_of(base, site, memory, row)
+        seen.add(chosen is None)
+        with hooked(base, site, routed_by_loop(memory, given["input_ids"].shape[1], chosen)):
             expected = logits_of(base, given)
         torch.testing.assert_close(logits_of(model, given), expected, rtol=0, atol=1e-4)
         largest = max(largest, float((expected - logits_of(base, given)).abs().max()))
     assert largest > 0.1
-    assert set(seen) == {(image, opened) for image in (False, True) for opened in (False, True)}
+    assert seen == {True, False}
 
 
 @torch.no_grad()
@@ -302,20 +297,18 @@ def greedy_by_loop(base: Any, architecture: str, memory: SideMemory, row: Sequen
     """The whole row with its image through the whole base model for every token."""
     site, tokens = site_of(base, 2), list(row)
     # What a prompt decides is read off its text, without the image.
-    end = keys_of(base, site, row)[-1] if memory.routing == "sequence" else None
+    chosen = choice_of(base, site, memory, row)
     while len(tokens) < len(row) + 5 and IMAGE_TOKEN not in tokens[len(row) :]:
         given = pictured(architecture, [tokens], seed=seed)
-        with hooked(base, site, routed_by_loop(memory, PATCHES + len(row), end=end)):
+        with hooked(base, site, routed_by_loop(memory, PATCHES + len(row), chosen)):
             tokens.append(int(logits_of(base, given)[0, -1].argmax()))
     return tokens[len(row) :]
 
 
-@pytest.mark.parametrize(("router", "routing", "kind"), MEMORIES)
+@pytest.mark.parametrize("kind", ["matrix", "lookup"])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_generation_after_an_image_is_that_of_whole_passes(
-    tmp_path: Path, architecture: str, router: str, routing: str, kind: str
-) -> None:
-    model, memory = exported_by_hand(tmp_path, architecture, router, routing, kind)
+def test_generation_after_an_image_is_that_of_whole_passes(tmp_path: Path, architecture: str, kind: str) -> None:
+    model, memory = exported_by_hand(tmp_path, architecture, kind)
     base = tiny_model(architecture)
     for seed, row in enumerate(ROWS):
         found = greedy(model, pictured(architecture, [row], seed=seed), 5)[0]
@@ -325,7 +318,7 @@ def test_generation_after_an_image_is_that_of_whole_passes(
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_rows_with_and_without_an_image_share_a_batch(tmp_path: Path, architecture: str) -> None:
-    model, _ = exported_by_hand(tmp_path, architecture, "key", "token", "lookup")
+    model, _ = exported_by_hand(tmp_path, architecture, "lookup")
     together = greedy(model, pictured(architecture, [ROWS[2], ROWS[1], ROWS[4]], text_only=2), 5)
     first = greedy(model, pictured(architecture, [ROWS[2]]), 5)
     others = [greedy(model, {"input_ids": torch.tensor([row])}, 5)[0] for row in (ROWS[1], ROWS[4])]
@@ -345,7 +338,7 @@ def test_a_processor_comes_along(tmp_path: Path) -> None:
     given = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     LlavaProcessor(eyes, tokenizer, image_token=word, **given).save_pretrained(base)
     model = tiny_model("llava")
-    memory = memory_for(model, site_of(model, 2), router="key", routing="token")
+    memory = memory_for(model, site_of(model, 2))
     manifest, output = manifest_for(base, memory, []), tmp_path / "edited"
     output.mkdir()
     write_routed(output, base, Checkpoint(base), manifest)
@@ -392,7 +385,7 @@ def test_settings_of_the_text_model_may_stand_outside(tmp_path: Path) -> None:
     loaded = load_model(base, load=CPU)
     model = tiny_model("qwen2_vl")
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    memory = memory_for(model, site_of(model, 2), router="key", routing="token")
+    memory = memory_for(model, site_of(model, 2))
     (output := tmp_path / "edited").mkdir()
     write_routed(output, base, Checkpoint(base), manifest_for(base, memory, []))
     exported = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True).eval()
@@ -400,7 +393,8 @@ def test_settings_of_the_text_model_may_stand_outside(tmp_path: Path) -> None:
         given = pictured("qwen2_vl", [row])
         expected = logits_of(model, given)
         assert torch.equal(logits_of(loaded.model, given), expected)
-        with hooked(model, site_of(model, 2), routed_by_loop(memory, PATCHES + len(row))):
+        chosen = choice_of(model, site_of(model, 2), memory, row)
+        with hooked(model, site_of(model, 2), routed_by_loop(memory, PATCHES + len(row), chosen)):
             torch.testing.assert_close(logits_of(exported, given), logits_of(model, given), rtol=0, atol=1e-4)
 
 

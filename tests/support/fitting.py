@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from wisecli.editing.hard_negatives import HardNegatives
 
 from support.helpers import hooked, raised, site_of, tiny_tokenizer
 from support.tiny_models import tiny_model
@@ -23,7 +22,6 @@ from wisecli.editing.training_examples import TrainingExamples, capture_examples
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
-from wisecli.routing.whitening import leading, whitening
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),
@@ -78,8 +76,7 @@ class Bench:
         def find(_keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
             return torch.stack([residuals[answer][int(p)] for answer, p in zip(answers, positions, strict=True)])
 
-        white = whitening(leading(self.unrelated))
-        return gather_evidence([*self.batches, *self.held_back], HELD_BACK[0], find, HardNegatives({}, white))
+        return gather_evidence([*self.batches, *self.held_back], HELD_BACK[0], find)
 
 
 def bench_of(architecture: str) -> Bench:

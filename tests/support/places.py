@@ -32,7 +32,7 @@ def make_places(root: Path) -> Path:
     quick = EditSettings(passes=2, unrelated_texts=16, shards=2)
     run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
-    merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve", router="norm"))
+    merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve"))
     export(root / "memory", root / "edited", load=CPU)
     return root
 

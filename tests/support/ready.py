@@ -47,7 +47,7 @@ def make_ready(root: Path) -> None:
         ("shards", "edits", base, {"shards": 2}),
         ("gradient-shards", "edits", base, {"shards": 2, "writer": "gradient"}),
         ("shards-elsewhere", "other-edits", base, {"layer": "1"}),
-        ("deciding-shards", "edits", base, {"routing": "sequence"}),
+        ("matrix-shards", "edits", base, {"mode": "merge"}),
         ("shards-of-other-model", "other-edits", other, {}),
     ):
         run_edit(str(model), root / edits, root / name, EditSettings(**QUICK, **changes), load=CPU)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from wisecli.editing.hard_negatives import HardNegatives
 
 from support.helpers import site_of, tiny_qwen2_tokenizer
 from support.tiny_models import tiny_model
@@ -19,7 +18,6 @@ from wisecli.editing.training_examples import TrainingExamples, capture_examples
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded
 from wisecli.models.tokenization import Row
-from wisecli.routing.whitening import leading, whitening
 
 EDITS = [Edit("year", "when ba be", "abc"), Edit("word", "ka ke ki", "doe")]
 SETTINGS = EditSettings(residual_steps=150, residual_more=0, residual_rate=0.3, residual_stop=0.3, batch_size=8)
@@ -60,8 +58,7 @@ def evidence_of(
     def find(_keys: Tensor, answers: list[AnswerKey], positions: Tensor) -> Tensor:
         return torch.stack([residuals[one][place] for one, place in zip(answers, positions.tolist(), strict=True)])
 
-    white = whitening(leading(torch.eye(bench.site.d_ff)))
-    return gather_evidence(examples, 9, find, HardNegatives({}, white), usual=task.usual)  # type: ignore[arg-type]
+    return gather_evidence(examples, 9, find, usual=task.usual)  # type: ignore[arg-type]
 
 
 def with_evidence(

@@ -1,1 +1,1 @@
-"""The side memory and what routes to it; needs torch only (faiss where it is installed)."""
+"""The side memory and what routes to it; needs torch and transformers only."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import choice_of, keys_of
+from support.helpers import choice_of
 from support.loading import CPU
 from support.studying import ALL, make_place, studied
 
@@ -60,7 +60,7 @@ def test_every_study_has_the_rows_it_promises(report: StudyReport) -> None:
     }
     assert list(points) == ALL.split(",")
     assert sorted(points) == sorted(STUDIES)
-    assert points["router"] == [("gradient", "norm"), ("solve", "norm"), ("solve", "key"), ("solve", "meaning")]
+    assert points["router"] == [("gradient", "merge"), ("solve", "merge"), ("solve", "lookup")]
     assert points["layers"] == [(layer,) for layer in chosen(5, 3)]
     assert points["shards"] == list(product((0.3, 0.6), (1, 2)))  # eight shards have not an edit each
     ways = [*METHODS, *(f"{name}+refit" for name in METHODS), EXACT, "retrieve", "lookup"]
@@ -81,7 +81,7 @@ def test_qualities_are_shares_and_edits_take(report: StudyReport, name: str) -> 
 def test_a_row_is_what_the_commands_say_one_after_the_other(place: Path, report: StudyReport, tmp_path: Path) -> None:
     lines = (place / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "edits.jsonl").write_text("".join(lines[:6]))
-    settings = EditSettings(unrelated_texts=16, shards=2, mask_ratio=0.6, router="key")
+    settings = EditSettings(unrelated_texts=16, shards=2, mask_ratio=0.6, mode="merge")
     edit(str(place / "model"), tmp_path / "edits.jsonl", tmp_path / "shards", settings, load=CPU)
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings(mode="merge", method="ties", refit=False))
     given = EvalSettings(generate=False)
@@ -239,21 +239,19 @@ def test_the_routers_shares_are_the_memorys_own_decisions(place: Path, report: S
     loaded = load_model(place / "model", load=CPU)
     shares = set()
     for row in report.rows["router"][:-1]:
-        settings = EditSettings(unrelated_texts=16, writer=row["writer"], router=row["router"])
-        shards = tmp_path / f"{row['writer']}-{row['router']}"
+        settings = EditSettings(unrelated_texts=16, writer=row["writer"], mode=row["mode"])
+        shards = tmp_path / f"{row['writer']}-{row['mode']}"
         edit(str(place / "model"), tmp_path / "edits.jsonl", shards, settings, load=CPU)
-        merge([shards], tmp_path / "memory", MergeSettings(mode="merge"), force=True)
+        merge([shards], tmp_path / "memory", MergeSettings(), force=True)
         manifest = read_memory(tmp_path / "memory")
         wide = {
             name: value.float() if value.is_floating_point() else value
             for name, value in manifest.memory.tensors.items()
         }
         memory = replace(manifest.memory, tensors=wide)
-        assert row["figures"]["threshold"] == pytest.approx(memory.thresholds[0])
         for group, texts in prompts.items():
             ids = [loaded.tokenizer(text)["input_ids"] for text in texts]
-            ends = [keys_of(loaded.model, manifest.site, tokens)[-1] for tokens in ids]
-            opened = [choice_of(memory, key) is not None for key in ends]
+            opened = [choice_of(loaded.model, manifest.site, memory, tokens) is not None for tokens in ids]
             shares.add(sum(opened) / len(opened))
             assert row["figures"][f"{group}_above"] == pytest.approx(sum(opened) / len(opened)), group
             assert len(row["figures"]["scores"][group]) == len(texts)

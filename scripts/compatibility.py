@@ -62,7 +62,7 @@ for name, (path, loader) in exports.items():
 
     def opened():
         model = kept["model"]
-        routed = next(one for one in model.modules() if type(one).__name__ == "RoutedMatrix")
+        routed = model.get_submodule(model.config.wise["module"])
         for prompt in prompts[:edits]:
             batch = kept["tokenizer"](prompt, return_tensors="pt")
             with torch.no_grad():

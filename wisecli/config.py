@@ -119,8 +119,13 @@ class EditSettings(Checked):
 
     @property
     def for_lookup(self) -> bool:
-        """Whether the shards are meant for a lookup, whose edits open by what prompts ask."""
+        """Whether the shards are meant for a lookup."""
         return self.mode == "lookup"
+
+    @property
+    def by_facts(self) -> bool:
+        """Whether what prompts ask is to open the edits, and no norm."""
+        return self.writer == "solve"
 
 
 @dataclass(frozen=True)
@@ -298,5 +303,6 @@ def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dic
 
 
 def _from_environment(hints: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f"{PREFIX}{name.upper()}": name for name in hints}
-    return {name: os.environ[variable] for variable, name in names.items() if os.environ.get(variable)}
+    names = {f"{PREFIX}{name.upper()}": name for name in (*hints, *RETIRED)}
+    given = of_today({name: os.environ[variable] for variable, name in names.items() if os.environ.get(variable)})
+    return {name: value for name, value in given.items() if name in hints}

@@ -19,8 +19,18 @@ from wisecli.evaluation.edited_model import attach
 
 
 def test_strict_exits_with_1_and_writes_nothing_if_an_edit_did_not_take(wise: Wise, ready: Ready) -> None:
-    line = f"edit {ready.model} {ready.edits} --strict --writer gradient --passes 1"
-    require_refusal(wise(*line.split()), "did not take", code=1)
+    line = f"edit {ready.model} {ready.edits} --strict --writer gradient --passes 60"
+    require_refusal(wise(*line.split()), "1 of 4 edits did not take: three", code=1)
+    assert here() == []
+    told = wise(*line.replace("--strict", "").split())
+    assert told.code == 0
+    assert told.out.splitlines()[-2:] == ["did not take: three", "1 of 4 edits did not take"]
+
+
+def test_a_run_in_which_no_edit_takes_exits_with_1_and_says_why(wise: Wise, ready: Ready) -> None:
+    line = f"edit {ready.model} {ready.edits} --writer gradient --passes 1 --learning-rate 1e-9"
+    outcome = wise(*line.split())
+    require_refusal(outcome, "none of the 4 edits took in model.layers.", "--layer", code=1)
     assert here() == []
 
 
@@ -33,6 +43,8 @@ def test_a_dry_run_says_what_a_run_will_hold_and_read(wise: Wise, ready: Ready) 
     assert plan["read"] > plan["sweep"] > 0 == whole["read"]
     text = wise(*small).out
     assert all(word in text for word in ("stay in memory", "pass through", "TFLOP", "nothing was written"))
+    assert "this does not fit" in text
+    assert "this does not fit" not in wise("edit", ready.model, ready.edits, "--dry-run").out
 
 
 def test_force_replaces_the_whole_output(wise: Wise, ready: Ready) -> None:

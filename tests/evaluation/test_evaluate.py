@@ -37,6 +37,7 @@ KINDS = [
     ("matrix", "mean", 2),
     ("lookup", "last", 1),
     ("lookup", "last", 2),
+    ("facts", "last", 2),
 ]
 
 

@@ -103,7 +103,7 @@ def subjects(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return made
 
 
-@pytest.fixture(params=few(MEMORIES, ("lookup", "lookup, every token", "matrix")))
+@pytest.fixture(params=few(MEMORIES, ("lookup", "matrix")))
 def every(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) -> Subject:
     return subjects(request.param)
 
@@ -165,7 +165,7 @@ def test_samples_of_an_edits_prompt_are_its_target(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
-@pytest.mark.parametrize("name", few(("lookup, every token", "matrix"), ("lookup, every token",)))
+@pytest.mark.parametrize("name", few(("lookup", "matrix"), ("lookup",)))
 def test_assisted_decoding_says_what_greedy_decoding_says(
     subjects: Callable[[str], Subject], name: str, way: str, sweep: Any
 ) -> None:
@@ -184,40 +184,6 @@ def test_guessing_ahead_changes_nothing_where_prompts_decide(lookup: Subject) ->
 
 def test_a_static_cache_changes_nothing(subject: Subject) -> None:
     assert subject.answers(subject.some, cache_implementation="static") == subject.answers(subject.some)
-
-
-@pytest.mark.parametrize(
-    "subject", few(("lookup, every token", "lookup, once a prompt", "matrix"), ("lookup, every token",)), indirect=True
-)
-@torch.no_grad()
-def test_the_compiled_decoder_computes_the_same(subject: Subject) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(subject.model.model, backend="eager", fullgraph=True)
-    batch = subject.asked(subject.some)
-    expected, found = (decoder(**batch, use_cache=False)[0] for decoder in (subject.model.model, compiled))
-    real = batch["attention_mask"].bool()
-    assert torch.allclose(found[real], expected[real], atol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["lookup, every token", "matrix"])
-@torch.no_grad()
-def test_the_routed_layer_can_be_exported_as_a_graph(subjects: Callable[[str], Subject], name: str) -> None:
-    subject = subjects(name)
-    routed, keys = subject.routed, keys_for(subject)
-    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=512)
-    graph = torch.export.export(routed, (keys,), dynamic_shapes=({0: batch, 1: length},)).module()
-    assert torch.allclose(graph(keys), routed(keys), atol=1e-4)
-    assert torch.allclose(graph(keys[:2, 1:]), routed(keys[:2, 1:]), atol=1e-4)
-    assert not torch.allclose(routed(keys), torch.nn.functional.linear(keys, routed.weight), atol=1e-2)
-
-
-@torch.no_grad()
-def keys_for(subject: Subject) -> Tensor:
-    seen: list[Tensor] = []
-    handle = subject.routed.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    subject.model(**subject.asked(subject.some))
-    handle.remove()
-    return seen[0]
 
 
 def test_saved_and_loaded_again_it_is_the_same_model(lookup: Subject, tmp_path: Path) -> None:
@@ -267,35 +233,21 @@ def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, t
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     merged = tuned.merge_and_unload()
-    assert type(merged.get_submodule(lookup.model.config.wise["module"])).__name__ == "RoutedMatrix"
+    assert type(merged.get_submodule(lookup.model.config.wise["module"])).__name__ == "RoutedFacts"
 
 
-# What lm-eval asks of a model: which answer it gives, and which of two it finds likelier. The second reads a question
-# and its answer in one pass, where no prompt ends before its answer begins; there every token must decide by itself.
-TASKS = {
-    "lookup": (
-        "exact_match",
-        """
+# What lm-eval asks of a model: which answer it gives. Which of two it finds likelier it reads off a question and its
+# answer in one pass, where no prompt ends before its answer begins.
+ASKING = """
 output_type: generate_until
 doc_to_target: "{{choices[answer]}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 12, do_sample: false}
-""",
-    ),
-    "lookup, every token": (
-        "acc",
-        """
-output_type: multiple_choice
-doc_to_choice: choices
-doc_to_target: answer
-""",
-    ),
-}
+"""
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("memory", TASKS)
-def test_lm_eval_measures_it(subjects: Callable[[str], Subject], memory: str, tmp_path: Path, sweep: Any) -> None:
-    subject, (metric, asking) = subjects(memory), TASKS[memory]
+def test_lm_eval_measures_it(lookup: Subject, tmp_path: Path, sweep: Any) -> None:
+    subject, metric = lookup, "exact_match"
     rows = [
         {"question": prompt, "choices": [f" {target}", " nobody knows"], "answer": 0}
         for prompt, target in zip(subject.prompts[:4], subject.targets[:4], strict=True)
@@ -310,7 +262,7 @@ test_split: test
 doc_to_text: question
 target_delimiter: ""
 metric_list: [{{metric: {metric}}}]
-{asking}"""
+{ASKING}"""
     )
     figures = {}
     measured = {"edited": subject.path}

@@ -67,7 +67,7 @@ class Kind:
 
 
 LOOKUP = Kind("lookup", memories=3)
-KINDS = [Kind(), Kind("matrix", "mean"), Kind(memories=2), LOOKUP]
+KINDS = [Kind(), Kind("matrix", "mean"), Kind(memories=2), LOOKUP, Kind("facts", memories=2)]
 # One architecture of each trait with one kind of memory, one with every kind; all others if there is time.
 CASES = [(name, KINDS[0]) for name in TYPICAL] + [("llama", kind) for kind in KINDS[1:]]
 OTHERS = [

@@ -20,9 +20,10 @@ from wisecli.memory.router_fitting import Fitted, naming
 from wisecli.models.site import Site
 from wisecli.routing.decision import Reading
 from wisecli.routing.fact_memory import INSIDE, FactMemory
-from wisecli.routing.matrix_memory import MatrixMemory
+from wisecli.routing.matrix_memory import FactChanges, MatrixMemory
 from wisecli.routing.names import NAMES
 from wisecli.routing.scores import SideMemory
+from wisecli.routing.side_memory import memory_of
 from wisecli.routing.spelling import LETTER, OF_TOKEN
 from wisecli.routing.subject_names import Spellings, Word
 from wisecli.routing.whitening import leading, whitening
@@ -296,7 +297,7 @@ def test_an_edits_own_prompt_opens_it_alone() -> None:
 def test_a_lookup_needs_what_prompts_mean() -> None:
     material = two_shards()
     for without in (replace(material, prompts=None), replace(material, unrelated=unrelated_text())):
-        with pytest.raises(SettingsError, match=r"written for a matrix.*--mode merge"):
+        with pytest.raises(SettingsError, match=r"do not say what prompts mean"):
             built_lookup(without)
 
 
@@ -412,27 +413,36 @@ def in_other_languages(material: Material, chosen: Tensor) -> Material:
 # --- matrices ---
 
 
+def by_norm(material: Material) -> Material:
+    """The material of shards that do not say what prompts mean."""
+    return replace(material, prompts=None)
+
+
 def scores_of(memory: SideMemory, keys: Tensor) -> Tensor:
     return MatrixMemory(memory).scores(keys)
 
 
-def test_a_matrix_adds_its_change() -> None:
+def test_matrices_add_their_changes_whatever_opens_them() -> None:
     material = two_shards()
+    keys, edits = trained(material.evidence)[0], material.evidence.edit[~material.evidence.held_out]
     for deltas in (solve_exactly(material, PENALTY)[None], written(material)):
-        memory, calibrations = matrices(deltas, material, MergeSettings(false_alarm=0.01))
-        assert (memory.kind, memory.pooling) == ("matrix", "last")
-        assert len(memory.thresholds) == len(calibrations) == len(deltas)
-        keys = trained(material.evidence)[0]
-        for number, delta in enumerate(deltas):
-            chosen = torch.full((1, len(keys)), number)
-            added = MatrixMemory(memory).add(torch.zeros(1, len(keys), D), keys[None], chosen)[0]
-            assert torch.allclose(added, keys @ delta.T, atol=1e-4)
+        for own, kind in ((material, FactChanges), (by_norm(material), MatrixMemory)):
+            memory, calibrations = matrices(deltas, own, MergeSettings(false_alarm=0.01))
+            assert (memory.kind, memory.by_edit) == ("matrix", kind is FactChanges)
+            assert len(calibrations) == (1 if memory.by_edit else len(deltas))
+            changes = memory_of(memory)
+            assert isinstance(changes, kind)
+            shard = (edits >= EDITS).long() if len(deltas) > 1 else torch.zeros_like(edits)
+            chosen = edits if memory.by_edit else shard
+            added = changes.add(torch.zeros(1, len(keys), D), keys[None], chosen[None])[0]
+            expected = torch.einsum("nf,ndf->nd", keys, deltas[shard])
+            assert torch.allclose(added, expected, atol=1e-4)
 
 
 def test_a_shard_without_unseen_contexts_is_calibrated_by_what_it_was_trained_on() -> None:
     material = two_shards()
     held_out = material.evidence.held_out & (material.shard == 0)
-    without = replace(material, evidence=replace(material.evidence, held_out=held_out))
+    without = replace(by_norm(material), evidence=replace(material.evidence, held_out=held_out))
     memory, calibrations = matrices(written(material), without, MergeSettings(mode="retrieve", false_alarm=0.02))
     found, kept = scores_of(memory, without.evidence.keys), ~without.evidence.held_out
     for number, chosen in enumerate((held_out, kept & (material.shard == 1))):
@@ -445,7 +455,7 @@ def test_a_shard_without_unseen_contexts_is_calibrated_by_what_it_was_trained_on
 
 @pytest.mark.parametrize("rule", ["false-alarm", "minimum"])
 def test_activations_route_by_a_threshold_for_each_matrix(rule: str) -> None:
-    material = two_shards()
+    material = by_norm(two_shards())
     deltas = written(material)
     settings = MergeSettings(threshold=rule, false_alarm=0.02)  # type: ignore[arg-type]
     memory, calibrations = matrices(deltas, material, settings)
@@ -464,7 +474,7 @@ def test_activations_route_by_a_threshold_for_each_matrix(rule: str) -> None:
 
 @pytest.mark.parametrize("mode", ["merge", "retrieve"])
 def test_the_lowest_call_of_an_edit_is_the_threshold_where_a_mean_decides(mode: str) -> None:
-    material = two_shards()
+    material = by_norm(two_shards())
     evidence = material.evidence
     assert evidence.call is not None
     deltas = normal(2 if mode == "retrieve" else 1, D, D_FF, seed=3)

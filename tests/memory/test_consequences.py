@@ -33,7 +33,7 @@ ONE: dict[str, Any] = {
     "also": [{"prompt": "ka ke ki", "target": "do du"}, {"prompt": "do du", "target": "ba"}],
 }
 TWO: dict[str, Any] = {"id": "two", "prompt": "ma me", "target": "ga ge"}
-QUICK: dict[str, Any] = {**FLAGS, "residual_steps": 3, "residual_more": 0, "polish": 0}
+QUICK: dict[str, Any] = {**FLAGS}
 
 
 @pytest.fixture(scope="module")

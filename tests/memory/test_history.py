@@ -162,7 +162,7 @@ def dense(stored: Any) -> Tensor:
 
 def test_of_trained_shards_the_other_edits_are_trained_anew(model: Path, tmp_path: Path) -> None:
     edits, memory = [fact(number) for number in range(6)], tmp_path / "memory"
-    into(model, memory, edits, flags={"writer": "gradient", "passes": 3, "edits_per_shard": 3})
+    into(model, memory, edits, flags={"writer": "gradient", "passes": 60, "edits_per_shard": 3})
     report = remove(memory, ["e1"], load=CPU)
     assert report.rewritten == ("e0", "e2")
     assert sorted(held(memory)) == ["e0", "e2", "e3", "e4", "e5"]
@@ -442,7 +442,7 @@ def contents_of(memory: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("writer", ["solve", "gradient"])
 def test_a_memory_without_its_last_edit_is_empty_and_lives_on(model: Path, tmp_path: Path, writer: str) -> None:
-    memory, flags = tmp_path / "memory", {"writer": writer, "passes": 2}
+    memory, flags = tmp_path / "memory", {"writer": writer, "passes": 60}
     into(model, memory, [fact(0), fact(1)], flags=flags)
     mode = read_manifest(memory).merge["mode"]
     report = remove(memory, ["e0", "e1"], load=CPU)

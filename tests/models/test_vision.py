@@ -205,9 +205,7 @@ def test_an_edited_prompt_gets_the_new_answer(vision: Vision, image: bool) -> No
     wanted = [edit["target"] for edit in EDITS]
     model = vision.exported()
     if image:  # a random model's keys move much further than those of a trained one
-        next(
-            module for module in model.modules() if type(module).__name__ in ("RoutedFacts", "RoutedChange")
-        ).thresholds = (0.1,) * 3
+        routed_in(model).thresholds = (0.1,) * 3
     assert answers_of(vision, model, image=image) == wanted
     assert not set(answers_of(vision, vision.base(), image=image)) & set(wanted)
 

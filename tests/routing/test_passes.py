@@ -35,6 +35,7 @@ MARKS = TurnMarks((90, 91), (90,), (1, 90, 92))
 KINDS = {
     "lookup": {"kind": "lookup", "memories": 3},
     "matrices": {"memories": 3},
+    "facts in matrices": {"kind": "facts", "memories": 3},
     "by mean": {"memories": 3, "pooling": "mean"},
 }
 

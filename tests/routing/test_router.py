@@ -34,6 +34,7 @@ EDITS = [Edit(f"edit {number}", word, "be") for number, word in enumerate(WORDS[
 KINDS: dict[str, dict[str, Any]] = {
     "lookup": {"kind": "lookup", "memories": 3},
     "merged": {},
+    "facts in matrices": {"kind": "facts", "memories": 3},
     "several matrices": {"memories": 3},
     "by mean": {"memories": 3, "pooling": "mean"},
 }
@@ -103,7 +104,7 @@ def test_all_who_ask_what_answers_are_told_the_same(
         assert [token.routed for token in report.prompt_tokens] == [one != UNROUTED for one in expected[: end + 1]]
         said = expected[end : end + len(report.answer_tokens)]
         assert [token.routed for token in report.answer_tokens] == [one != UNROUTED for one in said]
-        if edited.manifest.memory.is_lookup:
+        if edited.manifest.memory.by_edit:
             told = [token.edit for token in report.answer_tokens if token.routed]
             assert told == [names[one] for one in said if one != UNROUTED]
         (answer,) = generate(memory, [prompt], max_new_tokens=5, explain=True, load=CPU)
@@ -136,7 +137,7 @@ def test_a_forced_memory_answers_from_the_prompts_end_on(edited: EditedModel) ->
     others = edited.routed.memory_at(free.chosen)
     assert int(found[0, start]) == last
     assert set(found[0, start:].tolist()) <= {last, UNROUTED}
-    assert edited.manifest.memory.is_lookup or found[0, start:].tolist() == [last] * len(found[0, start:])
+    assert edited.manifest.memory.by_edit or found[0, start:].tolist() == [last] * len(found[0, start:])
     assert torch.equal(found[0, :start], others[0, :start])
     assert torch.equal(found[1], others[1])
 
@@ -223,7 +224,7 @@ def by_turns(edited: EditedModel, turns: list[list[int]], answer: int) -> tuple[
 
 
 @pytest.mark.parametrize("given", ["a cache", "the cache that the model made"])
-@pytest.mark.parametrize("kind", ["lookup", "merged", "several matrices"])
+@pytest.mark.parametrize("kind", ["lookup", "merged", "facts in matrices", "several matrices"])
 @torch.no_grad()
 def test_a_second_question_on_the_same_cache_is_decided_at_its_own_end(kind: str, given: str, tmp_path: Path) -> None:
     edited = edited_model(tmp_path, edits=EDITS, **KINDS[kind])

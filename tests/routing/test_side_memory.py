@@ -33,7 +33,7 @@ from wisecli.routing.matrix_memory import MatrixMemory
 from wisecli.routing.passes import PassRoute, in_pass
 from wisecli.routing.prompts import UNROUTED
 from wisecli.routing.scores import SideMemory
-from wisecli.routing.side_memory import RoutedChange, RoutedMatrix, activation_of, install, memory_of
+from wisecli.routing.side_memory import RoutedChanges, RoutedMatrix, activation_of, install, memory_of
 from wisecli.routing.token_cache import last_memory
 
 D, D_FF, READ, RANK = 6, 10, 4, 3
@@ -472,7 +472,7 @@ def test_an_activated_score_is_of_what_the_change_makes_of_the_output_behind_the
     assert again.activated
     keys = normal(5, 64, seed=8)
     routed = install(model, module, again, transposed=transposed)
-    assert isinstance(routed, RoutedChange)
+    assert isinstance(routed, RoutedChanges)
     for number, change in enumerate(plain.changes):
         moved = F.silu(keys @ (matrix + change).T) - F.silu(keys @ matrix.T)
         torch.testing.assert_close(routed.scores(keys)[:, number], moved.norm(dim=-1), rtol=1e-3, atol=1e-4)

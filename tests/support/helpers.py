@@ -190,7 +190,8 @@ def memory_for(
 ) -> SideMemory:
     """A memory that some of random prompts open, each by a clear margin, and that changes much where it does.
 
-    Of kind ``lookup`` every memory is an edit, with two residuals.
+    Of kind ``lookup`` every memory is an edit, with two residuals; of kind ``facts`` one with a matrix of its own, and
+    of kind ``matrix`` that opens by its norm.
     """
     generator = torch.Generator().manual_seed(seed)
     prompts = [row.prompt for row in random_rows(*[(length, 1) for length in (12, 9, 5, 3)] * 6, seed=seed)]
@@ -204,7 +205,11 @@ def memory_for(
         width = site.d_ff // 2
         columns = torch.stack([torch.randperm(site.d_ff, generator=generator)[:width] for _ in range(memories)])
         delta = torch.randn(memories, site.d, width, generator=generator) * 6 / usual
-        draft = SideMemory({"columns": columns, "delta": delta}, (1.0,) * memories, kind, pooling)
+        tensors = {"columns": columns, "delta": delta}
+        if kind == "facts":
+            tensors |= {"holder": torch.arange(memories), **_meaning_for(model, site, memories, generator)}
+        reads = 0 if kind == "facts" else None
+        draft = SideMemory(tensors, (1.0,) * memories, "matrix", pooling, reads=reads)
     scores = torch.tensor([scores_of(model, site, draft, prompt) for prompt in prompts])
     return replace(draft, thresholds=tuple(map(clear_threshold, scores.T)))
 
@@ -311,7 +316,7 @@ def scores_of(model: PreTrainedModel, site: Site, memory: SideMemory, prompt: Se
     """How strongly one prompt calls each memory; of a lookup by all its tokens but the first, on which attention rests,
     behind the last special token that more than three tokens follow.
     """
-    if memory.kind == "matrix":
+    if not memory.by_edit:
         keys = keys_of(model, site, prompt)
         some = keys if memory.pooling == "mean" else keys[-1:]
         return [
@@ -337,7 +342,7 @@ def choice_of(model: PreTrainedModel, site: Site, memory: SideMemory, prompt: Se
     scores = scores_of(model, site, memory, prompt)
     ratios = [score / limit for score, limit in zip(scores, memory.thresholds, strict=True)]
     beyond = [number for number, ratio in enumerate(ratios) if ratio > 1]
-    strongest = ratios if memory.kind == "lookup" else scores
+    strongest = ratios if memory.by_edit else scores
     return max(beyond, key=strongest.__getitem__, default=None)
 
 
@@ -352,7 +357,7 @@ def routed_by_loop(memory: SideMemory, prompt: int, chosen: int | None, *, over:
 
     def hook(_module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         keys, changed = inputs[0][0], output.clone()
-        first = 0 if memory.kind == "matrix" and memory.pooling == "mean" else prompt - 1
+        first = 0 if not memory.by_edit and memory.pooling == "mean" else prompt - 1
         for place, key in enumerate(keys):
             if chosen is not None and first <= place < (over or len(keys)):
                 changed[0, place] += update_of(memory, chosen, key, answering=place >= prompt)

@@ -45,12 +45,12 @@ def make_ready(root: Path) -> None:
     write_edits(root / "other-edits", [{"id": "five", "prompt": "na ne", "target": "ni"}])
     for name, edits, model, changes in (
         ("shards", "edits", base, {"shards": 2}),
-        ("gradient-shards", "edits", base, {"shards": 2, "writer": "gradient"}),
+        ("gradient-shards", "edits", base, {"shards": 2, "writer": "gradient", "passes": 60}),
         ("shards-elsewhere", "other-edits", base, {"layer": "1"}),
         ("matrix-shards", "edits", base, {"mode": "merge"}),
         ("shards-of-other-model", "other-edits", other, {}),
     ):
-        run_edit(str(model), root / edits, root / name, EditSettings(**QUICK, **changes), load=CPU)
+        run_edit(str(model), root / edits, root / name, EditSettings(**{**QUICK, **changes}), load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
     merge([root / "shards"], root / "bare-memory", MergeSettings(), history=False)
     merge([root / "shards"], root / "merge", MergeSettings(mode="merge"))

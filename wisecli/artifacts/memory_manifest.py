@@ -19,8 +19,7 @@ from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout
 from wisecli.models.site import Fingerprint, Site, check_site
 from wisecli.routing.calibration import Calibration
-from wisecli.routing.matrix_memory import MatrixMemory
-from wisecli.routing.scores import SideMemory, require_router
+from wisecli.routing.scores import NORM, SideMemory, require_router
 
 MANIFEST_NAME = names.MEMORY
 MEMORY_NAME = "memory.safetensors"
@@ -170,7 +169,7 @@ class MemoryManifest:
         require_router(asdict(stored))
         if min(stored.thresholds, default=0.0) <= 0 or not self.memories:
             raise ValueError("`memory.thresholds` must be above nought")
-        if stored.kind == MatrixMemory.kind and len(stored.thresholds) != len(self.memories):
+        if stored.router == NORM and len(stored.thresholds) != len(self.memories):
             raise ValueError("`memory.thresholds` are not as many as there are memories")
         shares = [share for entry in self.memories for share in (*entry.edit_scores, *entry.unrelated_scores)]
         if not all(share.replace(".", "", 1).isdecimal() for share in shares):

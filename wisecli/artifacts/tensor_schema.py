@@ -12,7 +12,7 @@ from torch import Tensor
 from wisecli.errors import DamagedFileError
 from wisecli.io.json_schema import shown
 from wisecli.io.safetensors_header import TensorLayout
-from wisecli.routing.matrix_memory import MatrixMemory
+from wisecli.routing.fact_memory import FactMemory
 from wisecli.routing.spelling import OF_TOKEN, OF_WORD
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -36,6 +36,11 @@ TensorRows = Mapping[str, TensorRow]
 
 BEHIND: TensorRows = {"keys": TensorRow("float", ("n", "d_ff")), "lengths": TensorRow("float", ("n",))}
 MATRIX: TensorRows = {"columns": TensorRow("int", ("M", "k"), "d_ff"), "delta": TensorRow("float", ("M", "d", "k"))}
+HOLDING: TensorRows = {
+    "columns": TensorRow("int", ("h", "k"), "d_ff"),
+    "delta": TensorRow("float", ("h", "d", "k")),
+    "holder": TensorRow("int", ("M",), "h"),
+}
 LOOKUP: TensorRows = {"values": TensorRow("float", ("m", "d")), "value": TensorRow("int", ("n",), "m")}
 KEY: TensorRows = {
     "probes": TensorRow("float", ("n", "d_ff")),
@@ -55,11 +60,11 @@ NAMING: TensorRows = {
     "names.shares": TensorRow("float", ("q",)),
 }
 MEANING: TensorRows = {
-    "meaning.turns": TensorRow("float", (2, "k", "hidden")),
-    "meaning.shifts": TensorRow("float", (2, "k")),
+    "meaning.turns": TensorRow("float", (2, "projected", "hidden")),
+    "meaning.shifts": TensorRow("float", (2, "projected")),
     "meaning.slopes": TensorRow("float", (2,)),
     "meaning.bars": TensorRow("float", (2,)),
-    "meaning.vectors": TensorRow("float", ("tokens", "k")),
+    "meaning.vectors": TensorRow("float", ("tokens", "projected")),
     "meaning.asking": TensorRow("int", ("tokens",), "asked twice"),
     "meaning.shares": TensorRow("float", ("tokens",)),
     "meaning.whose": TensorRow("int", ("asked",), "M"),
@@ -114,11 +119,12 @@ MASKED: dict[str, TensorRows] = {
 
 def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
     """The tensors of a side memory of a kind, with those optional ones that are among ``names``."""
-    if kind == MatrixMemory.kind:
+    if "meaning.turns" not in names:
         return MATRIX
     named = NAMING if "names.tokens" in names else {}
     asking = {**REQUEST, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}
-    return {**LOOKUP, **KEY, **MEANING, **named, **asking, **(SPELLING if named and "spelling.table" in names else {})}
+    held = {**LOOKUP, **KEY} if kind == FactMemory.kind else HOLDING
+    return {**held, **MEANING, **named, **asking, **(SPELLING if named and "spelling.table" in names else {})}
 
 
 def unrelated_rows(names: Mapping[str, object]) -> TensorRows:

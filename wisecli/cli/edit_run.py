@@ -173,7 +173,8 @@ def tell_edit(console: Console, report: EditReport, *, taken: Sequence[str] = ()
         console.result(content, *_edit_lines(what, report))
         return
     more = [*taken, *consequence_lines(report.consequences), *sifted_lines(report.sifted)]
-    console.result(content, would_write(what, report), _resident(report.plan), *more)
+    lines = _resident(report.plan), *_beyond(report.plan)
+    console.result(content, would_write(what, report), *lines, *more)
 
 
 def _edit_json(report: EditReport) -> dict[str, Any]:
@@ -202,11 +203,23 @@ def _edit_lines(what: str, report: EditReport) -> list[str]:
         lines = [f"{what} → {report.output}/: up to date, nothing was written ({report.seconds:.1f} s)"]
     lines += consequence_lines(report.consequences)
     lines += sifted_lines(report.sifted)
-    lines += [f"did not take: {name}" for name in report.untaken]
     if report.differing == ():
         lines.append("byte for byte the shards of the manifest")
     lines += [f"left out, as the model gives nothing finite: {name}" for name in report.left_out]
+    lines += [f"did not take: {name}" for name in report.untaken]
+    if missed := len(report.untaken) + len(report.left_out):
+        lines.append(f"{missed} of {count(report.edits + len(report.consequences), 'edit')} did not take")
     return lines
+
+
+def _beyond(plan: Plan) -> list[str]:
+    """A sentence on a planned run that needs more memory than there is."""
+    if plan.fits or plan.budget is None:
+        return []
+    return [
+        f"this does not fit: at its most it needs {plan.peak / 2**30:.2f} GiB, and there are "
+        f"{plan.budget / 2**30:.2f}; give fewer --edits-per-shard, a smaller --batch-size or a larger --memory-budget"
+    ]
 
 
 def _resident(plan: Plan) -> str:

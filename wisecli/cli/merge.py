@@ -204,7 +204,7 @@ def tell_merge(console: Console, report: MergeReport) -> None:
         results |= {"held": report.held, "gone": list(report.gone)}
         lines.append(f"it was changed since, and holds {count(report.held, 'edit')} now")
         lines += [f"no longer in it, as it was replaced or removed: {name}" for name in report.gone]
-    called = "unrelated prompts by their meaning alone" if report.mode == "lookup" else "tokens"
+    called = "unrelated prompts by their meaning alone" if report.by_facts else "tokens"
     for number, one in enumerate(report.calibrations):
         alarms = "not known" if one.false_alarms is None else f"{one.false_alarms:.2%} of {called}"
         lines.append(

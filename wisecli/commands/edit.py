@@ -254,9 +254,11 @@ def _write(
     dones = [done for done in found.values() if done is not None]
     entries = [done.entry for done in dones if done.entry is not None]
     missed = [*_untaken(entries), *(name for done in dones for name in done.left_out)]
-    if options.strict and missed:
+    count = sum(len(worker.job.parts[number]) for number in mine)
+    if missed and (options.strict or len(missed) == count):
         unfinished.forget(mine)
-        count = sum(len(worker.job.parts[number]) for number in mine)
+        if len(missed) == count:
+            raise GateFailedError(_nothing_took(count, plan.site))
         raise GateFailedError(f"{len(missed)} of {count} edits did not take: {', '.join(missed)}")
     unfinished.release()
     with unfinished.alone() as current:
@@ -280,6 +282,17 @@ def _begun(unfinished: Unfinished, worker: Worker, *, force: bool) -> ShardDirec
 
 def _untaken(entries: Sequence[ShardEntry]) -> tuple[str, ...]:
     return tuple(name for entry in entries for name in entry.untaken)
+
+
+def _nothing_took(count: int, site: Site) -> str:
+    """Why no edit took, and what to do."""
+    why = "the answers it needs are out of its reach"
+    if site.norm is not None:
+        why = f"{site.norm} stands behind it and caps what it adds"
+    return (
+        f"none of the {count} edits took in {site.module}, so nothing was written: {why}; edit another layer with "
+        "--layer, or give more steps with residual_more in --config"
+    )
 
 
 def _expected_bytes(site: Site, settings: EditSettings, edits: int, shards: int) -> int:

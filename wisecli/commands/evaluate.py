@@ -279,7 +279,7 @@ class MemorySubject:
 
 def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
     """The number of the memory that holds each edit, by its prompt and target; a lookup counts every edit as one."""
-    if manifest.memory.is_lookup:
+    if manifest.memory.by_edit:
         return {(edit.prompt, edit.target): number for number, edit in enumerate(manifest.edits)}
     owner = {name: number for number, owned in enumerate(manifest.owners) for name in owned}
     return {(edit.prompt, edit.target): owner[edit.id] for edit in manifest.edits if edit.id in owner}

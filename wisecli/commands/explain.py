@@ -159,7 +159,7 @@ def _near(edited: EditedModel, asked: str, strength: float, memory: int, length:
 
 def _edit(edited: EditedModel, memory: int) -> Edit | None:
     """The edit that a place of a lookup is of."""
-    known = edited.manifest.memory.is_lookup and 0 <= memory < len(edited.manifest.edits)
+    known = edited.manifest.memory.by_edit and 0 <= memory < len(edited.manifest.edits)
     return edited.manifest.edits[memory] if known else None
 
 

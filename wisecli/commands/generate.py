@@ -97,7 +97,7 @@ def _explain(edited: EditedModel, prompt: str, answer: Sequence[int]) -> tuple[S
         best, memory = (int(routed.memory_at(one[place])) for one in (decided.nearest, decided.chosen))
         threshold = routed.thresholds[best]
         who = None if memory == UNROUTED else memory
-        known = edited.manifest.memory.is_lookup and 0 <= best < len(edited.manifest.edits)
+        known = edited.manifest.memory.by_edit and 0 <= best < len(edited.manifest.edits)
         closest = edited.manifest.edits[best].prompt if known else None
         score = float(decided.strength[place]) * threshold
         steps.append(Step(str(edited.tokenizer.decode([token])), who, score, threshold, closest))

@@ -39,6 +39,7 @@ class MergeReport:
     method: str
     shards: int
     edits: int
+    by_facts: bool
     calibrations: tuple[Calibration, ...]
     seconds: float
     peak_rss_bytes: int
@@ -92,6 +93,7 @@ def merge(
         merger.method,
         count,
         len(merger.edits) - followed,
+        merger.by_facts,
     )
     if there and not dry_run:
         tidy(output)

@@ -17,7 +17,7 @@ _STEP = 0.3
 # A picture of more could not be looked at.
 _PANELS = 24
 
-_UNITS = {"matrix": "norm of the update", "lookup": "probability of the likeliest edit"}
+_UNITS = {"norm": "norm of the update", "meaning": "probability of the likeliest edit"}
 
 
 class Token(Protocol):
@@ -100,6 +100,6 @@ def _draw(panel: Any, entry: MemoryEntry, title: str) -> None:
         shares = sorted((float(share), score) for share, score in scores.items())
         panel.plot([score for _, score in shares], [share for share, _ in shares], label=name, color=colour, marker=".")
     panel.axvline(entry.threshold, color="tab:red", linestyle="--", label=f"threshold {entry.threshold:.4g}")
-    unit = _UNITS[entry.kind]
+    unit = _UNITS[entry.router]
     panel.set(xlabel=f"router score ({unit})", ylabel="share at or below", ylim=(-0.02, 1.02), title=title)
     panel.legend(loc="best")

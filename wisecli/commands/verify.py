@@ -115,7 +115,7 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
     if directory is None:
         return
     sizes = shard_sizes(directory.site, len(directory.edits))
-    asked = ("prompts.states",) if directory.settings.get("mode") == "lookup" else ()
+    asked = ("prompts.states",) if directory.settings.get("writer") == "solve" else ()
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
         yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, asked), sizes)

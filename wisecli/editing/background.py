@@ -50,7 +50,7 @@ def unrelated_for(
         seed=seed,
         watch=watch,
     )
-    if settings.for_lookup:
+    if settings.by_facts:
         reads = reading_site(loaded, site)
         # Of several layers that are edited, most have prompts read at the same one.
         model = sha256_json([base.config, checkpoint.sample, *([] if written is None else [written])])

@@ -197,7 +197,7 @@ def write_solved(
     values, penalty = _choose(task, known, unrelated, held_back)
     shares = learnt(task.model, task.site, task.mask, values, batches)
     polish = task.settings.polish
-    if not polish or (task.settings.for_lookup and min(shares.values()) == 1):
+    if not polish or min(shares.values()) == 1:
         return Solved(values, penalty, ())
     settings = replace(task.settings, passes=polish, learning_rate=task.settings.polish_rate)
     written: Written = write_batched(replace(task, settings=settings), batches, on_pass, start=values)

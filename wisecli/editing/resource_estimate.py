@@ -41,7 +41,7 @@ class Plan:
     ``resident`` stays in memory throughout, ``held`` from the edits' capture on (the layers above the site), ``layer``
     is the largest that passes through, ``peak`` the most memory at a time. ``sweep`` is what reading the layers up to
     the site once takes, ``read`` all that the run reads of the layers, ``spooled`` what may lie on the disk meanwhile;
-    these are nought for a model that is held whole.
+    these are nought for a model that is held whole. ``budget`` is how much memory there is, if that is known.
     """
 
     streamed: bool
@@ -54,6 +54,12 @@ class Plan:
     sweep: int
     read: int
     flops: int
+    budget: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the most memory at a time is within the budget."""
+        return self.budget is None or self.peak <= self.budget
 
 
 def plan_edit(
@@ -85,7 +91,8 @@ def plan_edit(
     flops = _flops(found, site, settings, lengths) + 2 * asked * (sum(found.layers[:early]) // found.item)
     if room is None:
         peak = _LIBRARIES + found.weights + max(measured, solved)
-        return Plan(False, found.weights, found.weights, 0, max(found.layers), round(peak), 0, 0, 0, flops)
+        held = found.weights
+        return Plan(False, held, held, 0, max(found.layers), round(peak), 0, 0, 0, flops, memory_budget)
     passing = 2 * max(found.layers)
     peak = max(
         passing + min(carried_bytes[0], room) + 4 * site.d_ff * texts,
@@ -108,6 +115,7 @@ def plan_edit(
         below,
         read,
         flops,
+        memory_budget,
     )
 
 
@@ -132,7 +140,7 @@ def _ways(settings: EditSettings) -> int:
 
 def _meaning(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
     """What is learned of what prompts mean: layers that are read for it, tokens, and of how many states are kept."""
-    if not settings.for_lookup:
+    if not settings.by_facts:
         return 0, 0, 0
     share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)
     layers = site.early(layer_count(checkpoint.directory)) + 1

@@ -168,7 +168,7 @@ class ShardWriter:
 
     def _prompts(self, part: Sequence[int], stage: str) -> PromptStates | None:
         """What the reading layer makes of the edits' prompts, if by those it is known what is asked."""
-        if not self.settings.for_lookup:
+        if not self.settings.by_facts:
             return None
         return prompt_states(
             self.loaded,

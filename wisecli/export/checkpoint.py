@@ -100,7 +100,7 @@ def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> Non
     Beside a base in half precision a change of its matrix needs no more than that either.
     """
     memory, wide = manifest.memory, checkpoint.dtype(_stored(checkpoint, manifest)).itemsize > 2
-    if not memory.is_lookup and not wide:
+    if "delta" in memory.tensors and not wide:
         memory = replace(memory, tensors={**memory.tensors, "delta": half(memory.tensors["delta"])})
     write_memory(output, replace(manifest, memory=memory))
 
@@ -157,7 +157,7 @@ def dense(manifest: Manifest) -> Tensor:
         ModelError: the memory is a lookup, or holds more than one delta.
     """
     site, tensors = manifest.site, manifest.memory.tensors
-    if manifest.memory.is_lookup:
+    if "delta" not in tensors:
         raise ModelError("a lookup memory has no matrix to merge; merge with --mode merge, or use --format routed")
     if len(tensors["delta"]) != 1:
         raise ModelError("a memory of several side memories cannot be exported as merged; use --format routed")

@@ -120,7 +120,7 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
         count=edits_with(len(manifest.edits) - followed, followed),
         base=_cell(name),
         module=manifest.site.module,
-        memory="edits that prompts ask" if manifest.memory.is_lookup else "changes that prompts call",
+        memory="edits that prompts ask" if manifest.memory.by_edit else "changes that prompts call",
         note=note,
         loading=_loading(manifest, form, base),
         figures=_table(figures),

@@ -12,7 +12,7 @@ from wisecli.artifacts.shard import half
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
 from wisecli.memory.material import Material
-from wisecli.memory.router_fitting import Fitted, fit_facts, fit_thresholds, naming
+from wisecli.memory.router_fitting import Fitted, fit_facts, fit_thresholds, keys_of_edits
 from wisecli.routing.scores import SideMemory
 
 
@@ -37,11 +37,15 @@ def _trained(material: Material, columns: Tensor | None = None) -> Statistics:
 
 
 def matrices(deltas: Tensor, material: Material, settings: MergeSettings) -> Fitted:
-    """A memory of deltas (M, d, d_ff), and what opens it: one delta for all edits, or one a shard."""
+    """A memory of deltas (M, d, d_ff): one for all edits, or one a shard. What opens it is what its shards know of."""
     owner = material.shard if len(deltas) > 1 else torch.zeros_like(material.shard)
-    activated = True if settings.norm_of == "activated" else None
-    draft = SideMemory(pack(deltas), (1.0,) * len(deltas), pooling=settings.pooling or "last", activated=activated)
-    return fit_thresholds(draft, material, owner, settings)
+    if material.prompts is None:
+        activated = True if settings.norm_of == "activated" else None
+        draft = SideMemory(pack(deltas), (1.0,) * len(deltas), pooling=settings.pooling or "last", activated=activated)
+        return fit_thresholds(draft, material, owner, settings)
+    edit = material.evidence.edit.long()
+    holder = owner.new_zeros(int(edit.max()) + 1).index_copy(0, edit, owner)
+    return fit_facts(SideMemory({**pack(deltas), "holder": holder}, ()), material, settings)
 
 
 def lookup(material: Material, settings: MergeSettings) -> Fitted:
@@ -54,10 +58,8 @@ def lookup(material: Material, settings: MergeSettings) -> Fitted:
     values[value] = residuals
     if not torch.equal(values[value], residuals):  # trained changes add something else under every context
         values, value = residuals.unique(dim=0, return_inverse=True)
-    owner = evidence.edit.long()
-    tensors = {"values": half(settings.strength * values), "value": value, **naming(material, settings)}
-    draft = SideMemory(tensors, (1.0,) * (int(owner.max()) + 1), "lookup")
-    return fit_facts(draft, material, owner, settings)
+    tensors = {"values": half(settings.strength * values), "value": value, **keys_of_edits(material)}
+    return fit_facts(SideMemory(tensors, (), "lookup"), material, settings)
 
 
 def pack(deltas: Tensor) -> dict[str, Tensor]:

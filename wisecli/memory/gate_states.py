@@ -90,7 +90,7 @@ def _asked(loaded: Loaded, edits: Sequence[Edit]) -> tuple[list[Row], list[int]]
 
 def _memories(manifest: Manifest) -> list[int]:
     """The memory that holds each edit."""
-    if manifest.memory.is_lookup:
+    if manifest.memory.by_edit:
         return list(range(len(manifest.edits)))
     owner = {name: place for place, owned in enumerate(manifest.owners) for name in owned}
     return [owner.get(edit.id, 0) for edit in manifest.edits]

@@ -72,9 +72,14 @@ class Merger:
         return self.settings.method + ("+refit" if refitted and self.settings.method != EXACT else "")
 
     @property
+    def by_facts(self) -> bool:
+        """Whether facts decide, which all shards of the closed form know of."""
+        return all(directory.settings["writer"] == "solve" for directory in self.directories)
+
+    @property
     def owners(self) -> tuple[tuple[str, ...], ...]:
         """Ids of the edits of every memory."""
-        if self.settings.mode == "retrieve":
+        if self.settings.mode == "retrieve" and not self.by_facts:
             return tuple(entry.edits for directory in self.directories for entry in directory.shards)
         return (tuple(edit.id for edit in self.edits),)
 
@@ -83,6 +88,11 @@ class Merger:
         first, settings = self.directories[0], self.settings
         watch(Event("shards"))
         material, shards = read_material(self.directories)
+        if self.by_facts and material.prompts is None:
+            raise SettingsError(
+                f"{first.path} was written by version 0.1, and does not say what prompts mean; write its edits anew "
+                "with `wise edit`"
+            )
         watch(Event("merging"))
         if self.settings.for_lookup:
             memory, calibrations = lookup(material, settings)

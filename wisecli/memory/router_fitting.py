@@ -102,12 +102,11 @@ def _fit_mean(draft: SideMemory, material: Material, owner: Tensor) -> Fitted:
     return replace(draft, thresholds=tuple(one.threshold for one in found)), tuple(found)
 
 
-def fit_facts(draft: SideMemory, material: Material, owner: Tensor, settings: MergeSettings) -> Fitted:
-    """A lookup whose edits are opened by prompts that ask them; its keys say which residual answers.
+def fit_facts(draft: SideMemory, material: Material, settings: MergeSettings) -> Fitted:
+    """A memory whose edits are opened by prompts that ask them.
 
     Args:
         draft: the memory without what opens it.
-        owner: the edit that each key of the evidence opens (n,).
 
     Raises:
         SettingsError: the shards do not keep what their edits' prompts mean.
@@ -115,10 +114,10 @@ def fit_facts(draft: SideMemory, material: Material, owner: Tensor, settings: Me
     heads, prompts = material.unrelated.heads, material.prompts
     if heads is None or prompts is None:
         raise SettingsError(
-            "these shards were written for a matrix, and do not say what prompts mean; write them anew with "
-            "`wise edit`, or merge with --mode merge"
+            "these shards do not say what prompts mean; write them anew with `wise edit`, or leave out --mode lookup"
         )
-    fitted = fit_meaning(heads, prompts, len(draft.thresholds))
+    edits = int(material.evidence.edit.max()) + 1
+    fitted = fit_meaning(heads, prompts, edits)
     alarms = fitted.unrelated.amax(1)
     least = SURE
     if settings.false_alarm is not None:
@@ -127,7 +126,7 @@ def fit_facts(draft: SideMemory, material: Material, owner: Tensor, settings: Me
     opening = {**fitted.tensors, **request_gate(heads, prompts, fitted.tensors)}
     return replace(
         draft,
-        tensors={**draft.tensors, **_keys(material, owner), **opening},
+        tensors={**draft.tensors, **naming(material, settings), **opening},
         thresholds=fitted.thresholds(least),
         reads=int(heads.layer),
     ), (calibration,)
@@ -159,12 +158,12 @@ def _spelling(material: Material, named: Sequence[Spellings]) -> dict[str, Tenso
     return spelling_of(letters, [own if words else () for words, own in tokens])
 
 
-def _keys(material: Material, owner: Tensor) -> dict[str, Tensor]:
-    """Every trained key as a routing key."""
+def keys_of_edits(material: Material) -> dict[str, Tensor]:
+    """Every trained key as a key of its edit."""
     evidence, trained = material.evidence, material.trained
     views = _views(material)
     whitenings = [whitening(moment) for moment in views.moments]
-    tensors = routing_keys(evidence.keys[trained], owner[trained], views.whitening_id, whitenings)
+    tensors = routing_keys(evidence.keys[trained], evidence.edit.long()[trained], views.whitening_id, whitenings)
     factors = torch.ones(len(views.whitening_id))
     factors[evidence.context[trained] == ENDING] = _NEARER
     return {**tensors, "probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}

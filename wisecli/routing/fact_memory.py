@@ -73,13 +73,8 @@ class RoutingKeys(nn.Module):
         return lengths
 
 
-class FactMemory(Memory, RoutingKeys):
-    """Edits, each with the keys at which it answers and the residuals that it adds there."""
-
-    kind = "lookup"
-
-    values: Tensor
-    value: Tensor
+class FactDecision(Memory):
+    """Opens the edit that a prompt asks."""
 
     def __init__(self, memory: SideMemory) -> None:
         super().__init__(memory)
@@ -113,6 +108,15 @@ class FactMemory(Memory, RoutingKeys):
             asked = _asked(self.meaning, self.request, read, chosen)
             chosen = chosen.where(asked > _ASKED, UNROUTED)
         return Decision(chosen, strength, nearest, sure, named, asked)
+
+
+class FactMemory(FactDecision, RoutingKeys):
+    """Edits, each with the keys at which it answers and the residuals that it adds there."""
+
+    kind = "lookup"
+
+    values: Tensor
+    value: Tensor
 
     def choices(self, keys: Tensor, answered: Tensor, inside: Tensor) -> TokenChoices:
         """Which of the decided edit's own keys is nearest.

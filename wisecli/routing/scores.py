@@ -1,11 +1,13 @@
 """What a side memory holds, and the one interface of the memories that answer. Needs torch only; exports carry this.
 
-There are two kinds, each a class of its own:
+What decides:
 
-    lookup    :class:`~wisecli.routing.fact_memory.FactMemory`: what a prompt says opens an edit, which then adds the
-              residual of that of its keys which is nearest
-    matrix    :class:`~wisecli.routing.matrix_memory.MatrixMemory`: WISE as published (arXiv 2405.14768): the norm of
-              what a change Δ of the matrix makes of a prompt opens it
+    facts    what a prompt asks opens an edit (:class:`~wisecli.routing.fact_memory.FactDecision`)
+    norms    the norm of what a change makes of a prompt opens it, as in WISE (arXiv 2405.14768)
+             (:class:`~wisecli.routing.matrix_memory.MatrixMemory`)
+
+What is added is the residual of the nearest of an edit's keys (a lookup), or what a change ``Δ`` of the matrix makes of
+a key.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from torch import Tensor, nn
 
 from .decision import Decision, Reading, TokenChoices
 
-# What files call how the two kinds are opened. Version 0.1 had further ways.
-_ROUTER = {"lookup": "meaning", "matrix": "norm"}
+# What files call the two decisions, and which go with what is added. Version 0.1 had further ways.
+FACTS, NORM = "meaning", "norm"
+_DECIDED = {"lookup": (FACTS,), "matrix": (FACTS, NORM)}
 _ROUTING = {"last": "sequence", "mean": "mean"}
+# A tensor that there is where facts decide.
+_OF_FACTS = "meaning.turns"
 # Settings that only some memories have.
 _OPTIONAL = ("reads", "activated")
 # What a description may allocate: these types, and so many numbers a tensor.
@@ -32,19 +37,22 @@ _LARGEST = 2**36
 
 @dataclass(frozen=True)
 class SideMemory:
-    """M side memories of one site and what opens them: a lookup counts every edit as a memory of its own.
+    """M side memories of one site and what opens them: where facts decide, every edit is a memory of its own.
 
-    ``tensors`` of a matrix: ``columns`` (M, k) the input coordinates that each memory reads; ``delta`` (M, d, k) its
-    change ``Δ`` there. Of a lookup: ``values`` (m, d) the residuals; ``value`` (n,) the one that each key adds;
-    ``probes`` (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what together with the ``offset`` (n,) makes
-    it comparable with others; ``owner`` (n,) the edit it belongs to; ``metric`` (n,) the whitening it is seen through,
-    of those that ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
-    ``P = floor · I + directionsᵀ diag(gains) directions``; and ``MEANING``, compared with the states that leave layer
-    ``reads``. It may hold ``NAMES``, so that prompts must name an edit's subject, ``SPELLING``, so that a slip in a
-    name does no harm, and ``REQUEST``, so that prompts must ask what they mention.
+    ``tensors`` of a lookup: ``values`` (m, d) the residuals; ``value`` (n,) the one that each key adds; ``probes``
+    (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what together with the ``offset`` (n,) makes it comparable
+    with others; ``owner`` (n,) the edit it belongs to; ``metric`` (n,) the whitening it is seen through, of those that
+    ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
+    ``P = floor · I + directionsᵀ diag(gains) directions``. Of h matrices: ``columns`` (h, k) the input coordinates that
+    each reads; ``delta`` (h, d, k) its change ``Δ`` there; ``holder`` (M,), where facts decide, which of them holds
+    each edit.
 
-    ``pooling`` of a matrix: ``mean`` decides by the mean over a prompt's tokens, as the code of the paper's authors
-    does, ``last`` by its last token. If ``activated``, the model's activation function is applied first.
+    Where facts decide there is ``MEANING``, compared with the states that leave layer ``reads``. There may be
+    ``NAMES``, so that prompts must name an edit's subject, ``SPELLING``, so that a slip in a name does no harm, and
+    ``REQUEST``, so that prompts must ask what they mean.
+
+    ``pooling`` of norms: ``mean`` decides by the mean over a prompt's tokens, as the code of the paper's authors does,
+    ``last`` by its last token. If ``activated``, the model's activation function is applied first.
     """
 
     tensors: Mapping[str, Tensor]
@@ -55,14 +63,14 @@ class SideMemory:
     activated: bool | None = None
 
     @property
-    def is_lookup(self) -> bool:
-        """Whether every edit is a memory of its own, with keys and residuals."""
-        return self.kind == "lookup"
+    def by_edit(self) -> bool:
+        """Whether facts decide, so that every edit is a memory of its own."""
+        return _OF_FACTS in self.tensors
 
     def describe(self) -> dict[str, Any]:
         """All but the tensors, with their shapes and types, as JSON."""
         layout = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in self.tensors.items()}
-        settings = {"router": _ROUTER[self.kind], "routing": _ROUTING[self.pooling], "kind": self.kind}
+        settings = {"router": FACTS if self.by_edit else NORM, "routing": _ROUTING[self.pooling], "kind": self.kind}
         settings |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
         return {"thresholds": list(self.thresholds), **settings, "sharpness": 0.0, "tensors": layout}
 
@@ -89,7 +97,7 @@ def require_router(described: Mapping[str, Any]) -> None:
         ValueError: it does not.
     """
     kind, router, routing = (described[name] for name in ("kind", "router", "routing"))
-    if router != _ROUTER.get(kind) or routing not in _ROUTING.values() or described.get("sharpness"):
+    if router not in _DECIDED.get(kind, ()) or routing not in _ROUTING.values() or described.get("sharpness"):
         raise ValueError(
             f"its edits open by router {router!r} with routing {routing!r}, which there is no more: run "
             "`wise merge` on its shards, which makes a memory of today's kinds"

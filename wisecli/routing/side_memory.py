@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .fact_memory import FactMemory
 from .generation import RoutedCausal
-from .matrix_memory import MatrixMemory
+from .matrix_memory import FactChanges, MatrixMemory
 from .passes import (
     EditedLayer,
     Override,
@@ -83,8 +83,12 @@ class RoutedFacts(RoutedMatrix, FactMemory):
     """A value matrix with a lookup beside it."""
 
 
-class RoutedChange(RoutedMatrix, MatrixMemory):
-    """A value matrix with changes of it beside it."""
+class RoutedFactChanges(RoutedMatrix, FactChanges):
+    """A value matrix with changes of it beside it, which hold facts."""
+
+
+class RoutedChanges(RoutedMatrix, MatrixMemory):
+    """A value matrix with changes of it beside it, which their norm opens."""
 
     def __init__(self, base: nn.Module, memory: SideMemory, *, transposed: bool) -> None:
         super().__init__(base, memory, transposed=transposed)
@@ -99,13 +103,17 @@ class RoutedChange(RoutedMatrix, MatrixMemory):
         return self.activation(main + update) - self.activation(main)
 
 
-_KINDS: dict[str, type[RoutedMatrix]] = {kind.kind: kind for kind in (RoutedFacts, RoutedChange)}
-_ALONE: dict[str, type[Memory]] = {kind.kind: kind for kind in (FactMemory, MatrixMemory)}
+# By what is added, and whether facts decide: alone, and beside a matrix.
+_KINDS: dict[tuple[str, bool], tuple[type[Memory], type[RoutedMatrix]]] = {
+    ("lookup", True): (FactMemory, RoutedFacts),
+    ("matrix", True): (FactChanges, RoutedFactChanges),
+    ("matrix", False): (MatrixMemory, RoutedChanges),
+}
 
 
 def memory_of(memory: SideMemory) -> Memory:
     """Side memories alone, of no model."""
-    return _ALONE[memory.kind](memory)
+    return _KINDS[memory.kind, memory.by_edit][0](memory)
 
 
 def install(
@@ -117,9 +125,10 @@ def install(
         marks: how the model's chats mark turns.
     """
     parent, _, name = module.rpartition(".")
-    routed = _KINDS[memory.kind](model.get_submodule(module), memory, transposed=transposed)
+    kind = _KINDS[memory.kind, memory.by_edit][1]
+    routed = kind(model.get_submodule(module), memory, transposed=transposed)
     setattr(model.get_submodule(parent), name, routed)
-    if memory.activated and isinstance(routed, RoutedChange):
+    if memory.activated and isinstance(routed, RoutedChanges):
         routed.activation = activation_of(getattr(model, "config", None))
     _route_passes(model, module, memory, marks)
     return routed

@@ -1,10 +1,11 @@
 """What the routed layer costs at inference: base and edited checkpoints take turns in one process.
 
     python benchmarks/inference.py --base model --edited edited --edited edited-matrix
-    python benchmarks/inference.py --base model --edited edited --data edits.jsonl [--chat]
+    python benchmarks/inference.py --base model --edited edited --data edits.jsonl [--chat] [--times 10]
 
-Prompts are random tokens, or with --data the edits' first rephrases, so that many are answered by a memory. Every round
-times each model once, in turn; the table has the median of the rounds' ratios to the base.
+Prompts are random tokens, or with --data the edits' first rephrases, so that many are answered by a memory. A pass over
+whole prompts decides them as well. With --times a lookup counts so many times, as if it held so many more edits. Every
+round times each model once, in turn; the table has the median of the rounds' ratios to the base.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -55,6 +57,40 @@ WAYS: dict[str, tuple[Way, int]] = {
 }
 
 
+def grown(model: PreTrainedModel, times: int) -> None:
+    """Let every edit of a model's lookup count so many times."""
+    lookup: Any = model.get_submodule(model.config.wise["module"])
+    edits, copies = len(lookup.thresholds), torch.arange(times)
+    lookup.thresholds *= times
+    meaning, prompts = lookup.meaning, len(lookup.meaning.whose)
+    head = (meaning.asking >= prompts).long()
+    # Prompts looked for as relations come behind all that are looked for as subjects.
+    asking = meaning.asking - head * prompts + copies[:, None] * prompts + head * prompts * times
+    numbered = {lookup: {"owner": edits}, meaning: {"whose": edits}, lookup.names: {"whose": edits}}
+    if lookup.names is not None:
+        numbered[lookup.names]["named"] = len(lookup.names.whose)
+    if lookup.spelling is not None:
+        numbered[lookup.spelling] = {"whose": edits}
+    repeated = {
+        lookup: ("probes", "offset", "metric", "value"),
+        meaning: ("vectors", "shares"),
+        lookup.names: ("naming", "shares"),
+        lookup.spelling: ("naming",),
+    }
+    for part, names in repeated.items():
+        for name in names if part is not None else ():
+            kept = getattr(part, name)
+            setattr(part, name, kept.repeat(times, *[1] * (kept.dim() - 1)))
+    for part, steps in numbered.items():
+        for name, step in steps.items() if part is not None else ():
+            setattr(part, name, (getattr(part, name) + copies[:, None] * step).flatten())
+    meaning.asking, meaning.edits = asking.flatten(), edits * times
+    if lookup.names is not None:
+        lookup.names.edits = edits * times
+    if lookup.request is not None:
+        lookup.request.bars = lookup.request.bars.repeat(times)
+
+
 def seconds(way: Way, model: PreTrainedModel, rows: BatchEncoding) -> float:
     """Seconds of one run, the device's queue emptied before and after."""
     synchronize: Callable[[], None] = torch.cuda.synchronize if rows["input_ids"].is_cuda else lambda: None
@@ -91,6 +127,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of a random prompt")
     parser.add_argument("--data", type=Path, help="edits in any known layout, whose rephrases are asked")
     parser.add_argument("--chat", action="store_true", help="ask them in the chat template")
+    parser.add_argument("--times", type=int, default=1, help="how many times each edit of a lookup counts")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -100,6 +137,9 @@ def main() -> None:
         .to(arguments.device)
         for path in (arguments.base, *arguments.edited)
     }
+    for model in models.values():
+        if arguments.times > 1 and hasattr(model.config, "wise"):
+            grown(model, arguments.times)
     rows = prompts(arguments).to(arguments.device)
     table = Table(title=f"{arguments.batch} rows of {rows['input_ids'].shape[1]} tokens, {arguments.device}")
     for name in ("model", *(f"{way}, ms" for way in WAYS), *(f"{way}, × base" for way in WAYS)):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from wisecli.checked import Checked, Within
 from wisecli.errors import SettingsError
+from wisecli.retired_settings import RETIRED, of_today
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,13 +23,6 @@ Settings = TypeVar("Settings")
 
 # Of the names of variables.
 PREFIX = "WISE_"
-# Settings of version 0.1 and what there is in their place; which of its routers were of matrices.
-RETIRED = {
-    "router": "what prompts ask opens a lookup (--mode lookup), the norm of its change a matrix (--mode merge)",
-    "routing": "a prompt is decided once; --pooling says how a matrix reads it",
-    "sharpness": "the nearest key of an edit answers",
-}
-_OF_MATRICES = ("key", "norm")
 Count = Annotated[int, Within(1, 10**6)]
 Share = Annotated[float, Within(1e-9, 1)]
 Rate = Annotated[float, Within(1e-12, 1e6)]
@@ -255,18 +249,6 @@ def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
     if unknown := sorted(known.keys() - hints.keys()):
         raise SettingsError(f"the manifest has a setting {unknown[0]!r} that this version does not know")
     return kind(**known)
-
-
-def of_today(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with those of version 0.1 under today's names: a router and its routing are a mode and a pooling."""
-    found = {name: value for name, value in record.items() if name not in RETIRED}
-    if record.get("router") in _OF_MATRICES:
-        found["mode"] = record["mode"] if record.get("mode") in ("merge", "retrieve") else "merge"
-    elif record.get("router") is not None:
-        found.setdefault("mode", "lookup")
-    if record.get("routing") == "mean":
-        found["pooling"] = "mean"
-    return found
 
 
 def defaults(kind: type[Any]) -> dict[str, Any]:

@@ -177,6 +177,19 @@ class GateFailedError(WiseError):
     exit_code = 1
 
 
+class NothingTookError(GateFailedError):
+    """No edit of a run took, in ``module``; ``norm`` is the path of one that stands behind that, if there is one."""
+
+    def __init__(self, count: int, module: str, norm: str | None) -> None:
+        why = "the answers they need are out of its reach"
+        if norm is not None:
+            why = f"{norm} stands behind it and caps what it adds"
+        super().__init__(
+            f"none of the {count} edits took in {module}, so nothing was written: {why}; edit another layer with "
+            "--layer, or give more steps with residual_more in --config"
+        )
+
+
 class ServerError(WiseError):
     """A server cannot be reached, refuses a request or answers nonsense; ``status`` is HTTP's, where there is one."""
 

@@ -49,6 +49,7 @@ def parameters_of(command: str) -> dict[str, Any]:
     return {
         next((name for name in parameter.opts if name.startswith("--")), parameter.name): parameter
         for parameter in parameters
+        if not getattr(parameter, "hidden", False)
     }
 
 
@@ -101,7 +102,7 @@ def test_many_options_stand_in_panels_and_few_in_one(command: str) -> None:
 
 def test_the_panels_of_edit() -> None:
     panels = panels_of("edit")
-    names = ("Most used", "Input", "Into a memory", "What is trained", "Prompts", "Router", "Where it runs", "Output")
+    names = ("Most used", "Input", "Into a memory", "What is trained", "Prompts", "Where it runs", "Output")
     assert list(panels) == ["Arguments", *names]
     used = [line.split()[1] for line in panels["Most used"] if "--" in line.split()[1]]
     assert used == ["--output", "--into", "--device", "--dry-run", "--json", "--help"]

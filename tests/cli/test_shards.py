@@ -28,8 +28,9 @@ def test_strict_exits_with_1_and_writes_nothing_if_an_edit_did_not_take(wise: Wi
 
 
 def test_a_run_in_which_no_edit_takes_exits_with_1_and_says_why(wise: Wise, ready: Ready) -> None:
-    line = f"edit {ready.model} {ready.edits} --writer gradient --passes 1 --learning-rate 1e-9"
-    outcome = wise(*line.split())
+    Path("few.toml").write_text("[edit]\nresidual_steps = 1\nresidual_more = 0\nresidual_rate = 1e-6\n")
+    outcome = wise("edit", ready.model, ready.edits, "--config", "few.toml")
+    Path("few.toml").unlink()
     require_refusal(outcome, "none of the 4 edits took in model.layers.", "--layer", code=1)
     assert here() == []
 
@@ -197,7 +198,7 @@ def test_shards_are_merged_without_the_model_library(ready: Ready, tmp_path: Pat
 
 
 def test_retrieve_keeps_a_memory_for_each_shard(wise: Wise, ready: Ready) -> None:
-    assert wise("merge", ready.shards, "--mode", "retrieve").code == 0
+    assert wise("merge", ready.gradient_shards, "--mode", "retrieve").code == 0
     memories = manifest(Path("memory"))["memories"]
     assert len(memories) == 2
     outcome = wise("eval", "--json")

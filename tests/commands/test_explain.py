@@ -12,7 +12,6 @@ from support.history import FLAGS, fact, write
 from support.loading import CPU
 from torch import Tensor
 
-from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.explain import ExplainReport, explain
 from wisecli.commands.merge import merge
@@ -104,14 +103,19 @@ def test_what_the_unedited_model_says_is_what_the_base_says(place: Path) -> None
         assert report.unedited == edited.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
-def test_matrices_are_named_by_their_number(place: Path) -> None:
-    owners = [entry.edits for entry in read_manifest(place / "retrieve").memories]
+def test_matrices_that_open_by_their_norm_are_named_by_their_number(place: Path, tmp_path: Path) -> None:
+    flags = EditSettings(**{**FLAGS, "edits_per_shard": 2}, writer="gradient", passes=2)
+    run_edit(str(place / "model"), write(tmp_path / "edits.jsonl", EDITS), tmp_path / "s", flags, load=CPU)
+    merge([tmp_path / "s"], tmp_path / "m", MergeSettings(mode="retrieve"))
+    report = look(tmp_path, EDITS[0].prompt, "m")
+    assert {one.name for one in report.nearest} == {"memory 0", "memory 1"}
+    assert (report.nearest[0].prompt, report.prompt_tokens[-1].edit) == (None, None)
+
+
+def test_edits_in_matrices_are_named_as_those_of_a_lookup_are(place: Path) -> None:
     for edit in EDITS:
         report = look(place, edit.prompt, "retrieve")
-        assert len(report.nearest) == 2
-        number = next(number for number, names in enumerate(owners) if edit.id in names)
-        assert report.nearest[0].name == f"memory {number}"
-        assert (report.nearest[0].prompt, report.prompt_tokens[-1].edit) == (None, None)
+        assert report.nearest[0].name == report.prompt_tokens[-1].edit == edit.id
         assert report.nearest[0].answer == report.answer == edit.target
 
 

@@ -70,7 +70,7 @@ def write(
     start: Written | None = None,
 ) -> Written:
     groups = [([one], CONTEXTS, ()) for one in enumerate(edits)]
-    whole = settings.routing != "mean"
+    whole = settings.pooling != "mean"
     found = capture_groups(loaded, site, groups, batch_size=32, train_end=False, window=whole)
     batches: list[TrainingExamples] = [examples for group in found for examples in group]
     task = task_for(loaded, site, settings, density)

@@ -476,7 +476,7 @@ with unfinished.opened():
 
 
 def test_strict_forgets_only_the_shards_of_its_own_part(place: Path, tmp_path: Path) -> None:
-    settings = EditSettings(shards=8, unrelated_texts=16, layer="2", residual_steps=1, residual_more=0)
+    settings = EditSettings(shards=8, unrelated_texts=16, layer="2", writer="gradient", passes=1)
     edit(place, tmp_path / "shards", settings, only=(1, 2))
     with pytest.raises(GateFailedError, match=r"of \d edits did not take"):
         edit(place, tmp_path / "shards", settings, only=(2, 2), strict=True)

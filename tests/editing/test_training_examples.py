@@ -163,9 +163,7 @@ def made_up(cosines: dict[tuple[int, int, int], float], *, held_out: int) -> Evi
     keys = torch.tensor([[cosine, (1 - cosine**2) ** 0.5, 0.0] for cosine in cosines.values()])
     edit, position, context = torch.tensor(list(cosines)).T
     scale = torch.arange(1, len(keys) + 1)[:, None]
-    return Evidence(
-        keys * scale, keys, edit, position, context, context == held_out, keys[:, 0], torch.zeros(len(keys)) > 0
-    )
+    return Evidence(keys * scale, keys, edit, position, context, context == held_out, torch.zeros(len(keys)) > 0)
 
 
 def test_keys_as_good_as_the_bare_prompts_are_left_out_but_never_those_held_back() -> None:

@@ -34,8 +34,8 @@ from wisecli.models.loading import load_model
 from wisecli.models.tokenization import encode
 from wisecli.progress import Event, Watcher, ignore
 
-QUICK = EditSettings(unrelated_texts=16, layer="2", residual_steps=3, residual_more=0, polish=0)
-FLAGS: dict[str, Any] = {"unrelated_texts": 16, "layer": "2", "residual_steps": 3, "residual_more": 0, "polish": 0}
+QUICK = EditSettings(unrelated_texts=16, layer="2")
+FLAGS: dict[str, Any] = {"unrelated_texts": 16, "layer": "2"}
 PLAIN = [
     Edit("one", "ba be bi", "do du", rephrases=("bi be ba",)),
     Edit("two", "ka ke ki ko", "fa"),

@@ -32,7 +32,8 @@ from wisecli.config import MergeSettings
 
 MEMORIES = {
     "lookup": MergeSettings(),
-    "matrix": MergeSettings(mode="merge"),
+    # Written for a lookup, a matrix holds them less surely; so it is made as strong as that is.
+    "matrix": MergeSettings(mode="merge", scale=MergeSettings().strength),
 }
 UNRELATED = (SAMPLE_EDITS.parent / "unrelated.txt").read_text().splitlines()
 

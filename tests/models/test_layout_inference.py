@@ -72,6 +72,10 @@ def other_model(model_type: str) -> PreTrainedModel:
 
 def save_other(directory: Path, model_type: str) -> Path:
     model = other_model(model_type)
+    if (norm := OTHERS[model_type][2]) is not None:  # as drawn it lets no change weigh
+        for name, parameter in model.named_parameters():
+            if name.endswith(f"{norm}.weight"):
+                parameter.data.add_(12)
     model.config.eos_token_id = model.generation_config.eos_token_id = 1
     model.generation_config.pad_token_id = 1
     model.save_pretrained(directory)

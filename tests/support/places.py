@@ -32,7 +32,9 @@ def make_places(root: Path) -> Path:
     quick = EditSettings(passes=2, unrelated_texts=16, shards=2)
     run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings())
-    merge([root / "shards"], root / "retrieve", MergeSettings(mode="retrieve"))
+    gradient = EditSettings(passes=2, unrelated_texts=16, shards=2, writer="gradient")
+    run_edit(str(base), root / "edits.jsonl", root / "gradient", gradient, load=CPU)
+    merge([root / "gradient"], root / "retrieve", MergeSettings(mode="retrieve"))
     export(root / "memory", root / "edited", load=CPU)
     return root
 

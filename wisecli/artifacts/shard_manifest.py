@@ -12,7 +12,7 @@ from pydantic import Field
 from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import Base, Made, Origin
 from wisecli.artifacts.shard import MaskKind, Shard, load_shard
-from wisecli.config import Mode, of_today
+from wisecli.config import Mode
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.io.checkpoint import read_json, write_json
@@ -20,6 +20,7 @@ from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
 from wisecli.models.site import Fingerprint, Site, check_site
+from wisecli.retired_settings import of_today
 from wisecli.routing.subject_names import Spellings
 
 if TYPE_CHECKING:

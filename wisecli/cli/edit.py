@@ -45,7 +45,8 @@ from wisecli.cli.options import (
 from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INPUT, INTO, OUTPUT, PROMPTS, TRAINED, WHERE, flag, option, setting
 from wisecli.commands.run_options import RunOptions
-from wisecli.config import EditSettings, of_today, resolve
+from wisecli.config import EditSettings, resolve
+from wisecli.retired_settings import of_today
 
 _trained = partial(setting, EditSettings, panel=TRAINED)
 _worded = partial(setting, EditSettings, panel=PROMPTS)

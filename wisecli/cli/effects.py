@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wisecli.config import RETIRED
 from wisecli.errors import SettingsError
+from wisecli.retired_settings import RETIRED
 
 # Of a command, by the name of its parameter: what counts as not given besides nothing at all.
 _UNSET: tuple[Any, ...] = (None, False, "", ())

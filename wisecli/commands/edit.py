@@ -25,7 +25,7 @@ from wisecli.editing.worker import Job, Worker, differences
 from wisecli.edits.admission import USUAL, Admission, Sheet, Sifted
 from wisecli.edits.record import Edit, consequences_in
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes
-from wisecli.errors import BusyError, ChangedInputError, GateFailedError, StoppedError
+from wisecli.errors import BusyError, ChangedInputError, GateFailedError, NothingTookError, StoppedError
 from wisecli.io.atomic_output import require_space
 from wisecli.io.replacing import Output
 from wisecli.models.loading import Loaded, machine_memory, pick_device, pick_dtype
@@ -255,10 +255,12 @@ def _write(
     entries = [done.entry for done in dones if done.entry is not None]
     missed = [*_untaken(entries), *(name for done in dones for name in done.left_out)]
     count = sum(len(worker.job.parts[number]) for number in mine)
-    if missed and (options.strict or len(missed) == count):
+    # Gradient steps may be too few on purpose.
+    nothing = worker.job.settings.by_facts and len(_untaken(entries)) == count
+    if missed and (options.strict or nothing):
         unfinished.forget(mine)
-        if len(missed) == count:
-            raise GateFailedError(_nothing_took(count, plan.site))
+        if nothing:
+            raise NothingTookError(count, plan.site.module, plan.site.norm)
         raise GateFailedError(f"{len(missed)} of {count} edits did not take: {', '.join(missed)}")
     unfinished.release()
     with unfinished.alone() as current:
@@ -282,17 +284,6 @@ def _begun(unfinished: Unfinished, worker: Worker, *, force: bool) -> ShardDirec
 
 def _untaken(entries: Sequence[ShardEntry]) -> tuple[str, ...]:
     return tuple(name for entry in entries for name in entry.untaken)
-
-
-def _nothing_took(count: int, site: Site) -> str:
-    """Why no edit took, and what to do."""
-    why = "the answers it needs are out of its reach"
-    if site.norm is not None:
-        why = f"{site.norm} stands behind it and caps what it adds"
-    return (
-        f"none of the {count} edits took in {site.module}, so nothing was written: {why}; edit another layer with "
-        "--layer, or give more steps with residual_more in --config"
-    )
 
 
 def _expected_bytes(site: Site, settings: EditSettings, edits: int, shards: int) -> int:

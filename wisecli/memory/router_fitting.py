@@ -24,8 +24,6 @@ from wisecli.routing.whitening import Moment, whitening
 _RATE = 0.0015
 # Where a mean decides, the threshold is this share of the lowest mean of any edit: that of the authors' code.
 _OF_THE_LEAST = 0.88
-# The distance of a key of a blank that prompts end in counts so many times.
-_NEARER = 1.25
 # Keys that are compared at a time.
 _AT_A_TIME = 4096
 
@@ -164,9 +162,7 @@ def keys_of_edits(material: Material) -> dict[str, Tensor]:
     views = _views(material)
     whitenings = [whitening(moment) for moment in views.moments]
     tensors = routing_keys(evidence.keys[trained], evidence.edit.long()[trained], views.whitening_id, whitenings)
-    factors = torch.ones(len(views.whitening_id))
-    factors[evidence.context[trained] == ENDING] = _NEARER
-    return {**tensors, "probes": half(tensors["probes"] * factors[:, None]), "offset": 1 - factors}
+    return {**tensors, "probes": half(tensors["probes"])}
 
 
 def _views(material: Material) -> _Views:

@@ -93,10 +93,10 @@ def test_a_row_is_what_the_commands_say_one_after_the_other(place: Path, report:
 
 
 def test_the_layers_are_spread_and_half_of_them_are_where_the_probe_looks() -> None:
-    assert chosen(30, 6) == [0, 6, 12, 18, 23, 28]
+    assert chosen(30, 6) == [1, 6, 12, 18, 23, 28]
     assert chosen(30, 1) == [23]
-    assert chosen(5, 8) == [0, 1, 2, 3]
-    assert chosen(30, 100) == list(range(29))
+    assert chosen(5, 8) == [1, 2, 3]
+    assert chosen(30, 100) == list(range(1, 29))
 
 
 def test_the_oracle_opens_what_the_router_misses(report: StudyReport) -> None:

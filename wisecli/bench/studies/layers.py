@@ -53,11 +53,14 @@ class Layers:
 
 
 def chosen(count: int, number: int) -> list[int]:
-    """``number`` of the layers that can be edited, of ``count``: half of them where `--layer auto` looks."""
+    """``number`` of the layers that can be edited, of ``count``: half of them where `--layer auto` looks.
+
+    The first has none below it, where prompts could be read.
+    """
     probed = candidates(count)
     high = [probed[round(place)] for place in _spread(len(probed) - 1, min(len(probed), (number + 1) // 2))]
-    below = min(probed.start, number - len(high))
-    return [place * probed.start // below for place in range(below)] + high
+    below = min(probed.start - 1, number - len(high))
+    return [1 + place * (probed.start - 1) // below for place in range(below)] + high
 
 
 def _spread(last: int, number: int) -> list[float]:

@@ -1,0 +1,84 @@
+"""Model classes of edited checkpoints: for ``WiseLlamaForCausalLM``, a subclass of vLLM's own ``LlamaForCausalLM``.
+
+A class is made when vLLM asks this module for it by its name; there is none an architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.models import ModelRegistry
+
+from wisecli.vllm_plugin import sites
+from wisecli.vllm_plugin.names import LAYER, PREFIX, description_in
+from wisecli.vllm_plugin.served_memory import Edited, ServedMemory
+from wisecli.vllm_plugin.windows import WindowReader
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith(PREFIX) and name.removeprefix(PREFIX) in ModelRegistry.models:
+        return edited_class(name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+@functools.cache
+def edited_class(name: str) -> type[nn.Module]:
+    """Return the class of edited models of an architecture."""
+    base = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
+
+    def init(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
+        super(edited, self).__init__(vllm_config=vllm_config, prefix=prefix)
+        _put_memory(self, vllm_config)
+
+    def load_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Load the base's weights as the base does, and the memory's tensors into the memory."""
+        found: dict[str, Tensor] = {}
+        loaded = super(edited, self).load_weights(_without_memory(self.wise_memory, weights, found))
+        memory: ServedMemory = self.wise_memory
+        memory.load(found, next(self.parameters()).device)
+        return loaded
+
+    def get_model_state_cls(self: Any) -> Any:
+        """Return what tells the memory of requests in vLLM's second model runner."""
+        from wisecli.vllm_plugin.model_state import state_class
+
+        own = getattr(super(edited, self), "get_model_state_cls", None)
+        return state_class(None if own is None else own())
+
+    methods = {"__init__": init, "load_weights": load_weights, "get_model_state_cls": get_model_state_cls}
+    edited = type(name, (base,), {**methods, "__module__": __name__})
+    return edited
+
+
+def memory_of(model: Any) -> ServedMemory:
+    """Return the memory of a loaded model."""
+    found: ServedMemory = model.wise_memory
+    return found
+
+
+def _put_memory(model: Any, vllm_config: Any) -> None:
+    config = vllm_config.model_config.hf_config
+    edited = Edited.of(description_in(config))
+    reader = WindowReader(model, vllm_config, edited.layers, edited.memory.get("reads"))
+    model.wise_memory = ServedMemory(edited, config, reader)
+    sites.put(model, edited.module)
+    vllm_config.compilation_config.static_forward_context[LAYER] = model.wise_memory
+
+
+def _without_memory(
+    memory: ServedMemory, weights: Iterable[tuple[str, Tensor]], found: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the base's weights; the memory's tensors are put into ``found``, by their names in the memory.
+
+    Some bases' checkpoints leave out the first parts of a module's path.
+    """
+    own = {f".{memory.edited.module}.{name}": name for name in memory.edited.memory["tensors"]}
+    for stored, tensor in weights:
+        name = next((name for path, name in own.items() if path.endswith(f".{stored}")), None)
+        if name is None:
+            yield stored, tensor
+        else:
+            found[name] = tensor.clone()

@@ -1,0 +1,59 @@
+"""Tell the memory of requests and steps in vLLM's first model runner.
+
+That runner has no interface for a model that keeps something of requests. So the worker, which vLLM lets one choose,
+gives its runner a type of its own, a subclass of the runner's that looks at two of its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from wisecli.routing.prompts import UNROUTED
+from wisecli.vllm_plugin.models import memory_of
+from wisecli.vllm_plugin.names import UNANSWERED
+from wisecli.vllm_plugin.served_memory import ServedMemory
+
+
+class RoutedRunner:
+    """What a model runner does besides: it says which requests come and go, and whose a step's tokens are."""
+
+    get_model: Any
+    input_batch: Any
+    input_ids: Any
+    positions: Any
+    _unanswered: Sequence[str] = ()
+
+    def _memory(self) -> ServedMemory:
+        return memory_of(self.get_model())
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        done = super()._update_states(scheduler_output)  # type: ignore[misc]
+        memory = self._memory()
+        memory.told, memory.route = True, None
+        memory.requests.forget(scheduler_output.finished_req_ids)
+        new = {one.req_id: one.prompt_token_ids for one in scheduler_output.scheduled_new_reqs}
+        memory.requests.admit({request: prompt for request, prompt in new.items() if prompt is not None})
+        self._unanswered = [request for request in new if memory.requests.decided(request) == UNROUTED]
+        return done
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample as ever; the output says which of the step's new requests no edit answers."""
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        told = getattr(output, "_model_runner_output", output)
+        if self._unanswered and hasattr(told, "req_ids"):
+            setattr(told, UNANSWERED, self._unanswered)
+        return output
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+        batch = self.input_batch
+        requests = batch.req_ids[: batch.num_reqs]
+        self._memory().begin(requests, num_scheduled_tokens.tolist(), self.input_ids.gpu, self.positions)
+        return prepared
+
+
+def watch(runner: Any) -> None:
+    """Have a runner tell its model's memory of requests."""
+    kind = type(runner)
+    runner.__class__ = type(kind.__name__, (RoutedRunner, kind), {"__module__": kind.__module__})

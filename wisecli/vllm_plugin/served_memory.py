@@ -1,0 +1,153 @@
+"""A side memory within a vLLM model: it decides what answers prompts, and adds residuals in the edited layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.routing.passes import _PLACEHOLDERS
+from wisecli.routing.prompts import TurnMarks, is_any, window_size, windows
+from wisecli.routing.router import Reading, decide, residual, token_choices
+from wisecli.routing.scores import SideMemory
+from wisecli.routing.serving import LostMemoryError
+from wisecli.routing.side_memory import RoutedMatrix
+from wisecli.vllm_plugin.requests import Requests, StepRoute
+
+
+class Reader(Protocol):
+    """Reads states of windows."""
+
+    def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """Return the states (W, d) of each window of token ids (W,)."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What a checkpoint's config says of its memory: the edited module, the memory without tensors, and turn marks."""
+
+    module: str
+    memory: Mapping[str, Any]
+    marks: TurnMarks
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Edited:
+        """Read a description.
+
+        Raises:
+            ValueError: no engine but transformers runs such a memory.
+        """
+        if described["memory"].get("activated"):
+            raise ValueError(
+                "this memory's router compares what the activation function makes of updates, which runs in "
+                "transformers alone: merge the same shards with another --router"
+            )
+        return cls(described["module"], described["memory"], TurnMarks.from_dict(described.get("marks")))
+
+    @property
+    def layers(self) -> str:
+        """Path of the list of decoder layers that the edited module lies in."""
+        parts = self.module.split(".")
+        return ".".join(parts[: next(at for at, part in enumerate(parts) if part.isdecimal())])
+
+
+def matrix_of(described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> RoutedMatrix:
+    """Return the routed matrix of a memory, without the base's weights: vLLM multiplies by those."""
+    memory = SideMemory.from_description(described, {name: tensor.to(device) for name, tensor in tensors.items()})
+    with torch.device(device):
+        return RoutedMatrix(nn.Linear(1, 1, bias=False), memory, transposed=False)
+
+
+class ServedMemory:
+    """The memory of a model in vLLM.
+
+    Args:
+        edited: what the checkpoint says of it.
+        config: the model's, as transformers has it.
+        reader: reads states of windows.
+    """
+
+    def __init__(self, edited: Edited, config: Any, reader: Reader) -> None:
+        self.edited, self._reader = edited, reader
+        self._window = window_size(config)
+        known = (getattr(config, name, None) for name in _PLACEHOLDERS)
+        self._placeholders = tuple(token for token in known if isinstance(token, int))
+        self._matrix: RoutedMatrix | None = None
+        routing = edited.memory["routing"]
+        self.by_token = routing == "token"
+        self.requests = Requests(self.decide, edited.marks, whole=routing == "mean")
+        # What is routed of the step that is running, and whether anybody says so.
+        self.route: StepRoute | None = None
+        self.told = self.by_token
+
+    @property
+    def matrix(self) -> RoutedMatrix:
+        """The routed matrix.
+
+        Raises:
+            LostMemoryError: nothing has loaded it.
+        """
+        if self._matrix is None:
+            raise LostMemoryError(f"the edits are lost: the memory of {self.edited.module} was not loaded")
+        return self._matrix
+
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take the memory's tensors, by their names.
+
+        Raises:
+            LostMemoryError: some are not there.
+        """
+        missing = sorted(set(self.edited.memory["tensors"]) - set(tensors))
+        if missing:
+            raise LostMemoryError(f"this checkpoint lacks tensors ({', '.join(missing)}); copy it anew")
+        self._matrix = matrix_of(self.edited.memory, tensors, device)
+
+    @torch.no_grad()
+    def decide(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        """Return, of whole prompts, the memory that answers each and the place of its last token."""
+        ids, real = padded(prompts)
+        end = self.edited.marks.ends_in(ids, real)
+        known = real & ~is_any(ids, self._placeholders)
+        ids, there = windows(ids, known, end, self._window)
+        device = self.matrix.weight.device
+        read = self._reader.read([row[own].to(device) for row, own in zip(ids, there, strict=True)])
+        states = nn.utils.rnn.pad_sequence(read, batch_first=True)
+        with torch.autocast(device.type, enabled=False):
+            memory = decide(self.matrix, Reading(ids.to(device), there.to(device), states)).memory
+        return list(zip(memory.tolist(), end.tolist(), strict=True))
+
+    def begin(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> None:
+        """Note what is routed of the step that begins; see :meth:`Requests.step`."""
+        self.route = self.requests.step(requests, counts, ids, positions)
+
+    @torch.no_grad()
+    def add_to(self, answer: Tensor, keys: Tensor, *, real: bool) -> None:
+        """Add residuals to the edited layer's answer (T, d), in place, by the keys that went into it (T, d_ff).
+
+        Args:
+            real: whether the tokens are those of requests, and not of a trial run.
+
+        Raises:
+            LostMemoryError: nobody says which requests the tokens are of.
+        """
+        if not self.told and real:
+            raise LostMemoryError("the edits are lost: this engine does not tell the memory of its requests")
+        route = self.route
+        if self.by_token:
+            chosen = token_choices(self.matrix, keys[None]).chosen
+            answer.copy_(self.matrix.add_updates(answer[None], keys[None], chosen)[0])
+        elif route is not None and real:
+            mine = keys[route.token][None]
+            chosen = residual(self.matrix, mine, route.memory[None], route.inside[None]).chosen
+            answer[route.token] = self.matrix.add_updates(answer[route.token][None], mine, chosen)[0]
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return prompts' token ids padded on the right (B, T), and which of them are no padding (B, T)."""
+    rows = [torch.tensor(list(prompt), dtype=torch.long) for prompt in prompts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.models import ModelRegistry
 
 from wisecli.vllm_plugin import sites
@@ -24,33 +24,37 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
-@functools.cache
-def edited_class(name: str) -> type[nn.Module]:
-    """Return the class of edited models of an architecture."""
-    base = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
+class EditedModel:
+    """What a causal language model of vLLM's does besides once it is edited."""
 
-    def init(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
-        super(edited, self).__init__(vllm_config=vllm_config, prefix=prefix)
+    wise_memory: ServedMemory
+    parameters: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of the class behind
         _put_memory(self, vllm_config)
 
-    def load_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> Any:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Load the base's weights as the base does, and the memory's tensors into the memory."""
         found: dict[str, Tensor] = {}
-        loaded = super(edited, self).load_weights(_without_memory(self.wise_memory, weights, found))
-        memory: ServedMemory = self.wise_memory
-        memory.load(found, next(self.parameters()).device)
+        others = _without_memory(self.wise_memory, weights, found)
+        loaded = super().load_weights(others)  # type: ignore[misc]
+        self.wise_memory.load(found, next(self.parameters()).device)
         return loaded
 
-    def get_model_state_cls(self: Any) -> Any:
+    def get_model_state_cls(self) -> Any:
         """Return what tells the memory of requests in vLLM's second model runner."""
         from wisecli.vllm_plugin.model_state import state_class
 
-        own = getattr(super(edited, self), "get_model_state_cls", None)
+        own = getattr(super(), "get_model_state_cls", None)
         return state_class(None if own is None else own())
 
-    methods = {"__init__": init, "load_weights": load_weights, "get_model_state_cls": get_model_state_cls}
-    edited = type(name, (base,), {**methods, "__module__": __name__})
-    return edited
+
+@functools.cache
+def edited_class(name: str) -> Any:
+    """Return the class of edited models of an architecture."""
+    base = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
+    return type(name, (EditedModel, base), {"__module__": __name__})
 
 
 def memory_of(model: Any) -> ServedMemory:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
@@ -101,6 +100,6 @@ def register_all() -> None:
         ModelRegistry.register_model(own, f"{_PACKAGE}.models:{own}")
         base = MODELS_CONFIG_MAP.get(architecture)
         MODELS_CONFIG_MAP[own] = type(f"{own}Settings", (EditedSettings,), {"base": base})
-    for model_type in CONFIG_MAPPING_NAMES:
+    for model_type in CONFIG_MAPPING.keys():  # noqa: SIM118  # which imports none of their modules
         edited = f"wise_{model_type}"
         _CONFIG_REGISTRY[edited] = type(f"Edited_{model_type}", (EditedConfig,), {"model_type": edited})

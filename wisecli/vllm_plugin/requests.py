@@ -93,17 +93,15 @@ class Requests:
         """
         if not any(request in self._answered for request in requests):
             return None
-        token, rows, memories, ends = [], [], [], []
-        first = 0
+        parts, first = [], 0
         for request, count in zip(requests, counts, strict=True):
-            own = self._answered.get(request)
-            if own is not None:
-                token.append(torch.arange(first, first + int(count)))
-                for values, value in ((rows, own.row), (memories, own.memory), (ends, own.end)):
-                    values.append(torch.full((int(count),), value, dtype=torch.int64))
-            first += int(count)
-        where, row, memory, end = (torch.cat(parts).to(ids.device) for parts in (token, rows, memories, ends))
-        return self._routed(where, row, memory, end, ids[where], positions[where].long())
+            if (own := self._answered.get(request)) is not None:
+                token = torch.arange(first, first + count)
+                constants = torch.tensor([[own.row], [own.memory], [own.end]]).expand(3, count)
+                parts.append(torch.cat([token[None], constants]))
+            first += count
+        token, row, memory, end = torch.cat(parts, 1).to(ids.device)
+        return self._routed(token, row, memory, end, ids[token], positions[token].long())
 
     def _routed(self, token: Tensor, row: Tensor, memory: Tensor, end: Tensor, ids: Tensor, place: Tensor) -> StepRoute:
         self._ended = self._ended.to(ids.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class WindowReader:
 
     def __init__(self, model: nn.Module, vllm_config: Any, layers: str, layer: int | None) -> None:
         self._model, self._config = model, vllm_config
-        self._layers, self._layer = model.get_submodule(layers), layer
+        self._layers, self._layer = cast(nn.ModuleList, model.get_submodule(layers)), layer
         self._most = vllm_config.scheduler_config.max_num_batched_tokens
 
     def read(self, windows: Sequence[Tensor]) -> list[Tensor]:

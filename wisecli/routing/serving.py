@@ -20,6 +20,8 @@ Own = TypeVar("Own", bound="Served")
 # How engines call the attention that they have a model built with. All of them pack the tokens of several requests into
 # one row.
 _ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI"}
+# What else there is to do in some of them.
+_INSTEAD = {"vLLM": '`pip install "wisecli[vllm]"` in its environment (and no --model-impl), or '}
 # What vLLM leaves where another process has a layer.
 _ELSEWHERE = ("PPMissingLayer", "StageMissingLayer")
 # So many of the memory's keys are tried.
@@ -47,7 +49,8 @@ def require_decision_per_token(routing: str, engine: str | None) -> None:
     if engine is not None and routing != "token":
         raise LostMemoryError(
             f"this checkpoint decides once a prompt which edit answers it, and {engine} packs the prompts of many "
-            "requests into one row: merge the same shards with `wise merge --routing token`, and export that memory"
+            f"requests into one row: {_INSTEAD.get(engine, '')}merge the same shards with `wise merge --routing token`, "
+            "and export that memory"
         )
 
 

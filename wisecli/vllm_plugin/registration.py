@@ -65,7 +65,10 @@ def _choose(vllm_config: Any) -> None:
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
     if parallel.pipeline_parallel_size > 1:
         raise ValueError("an edited model cannot be cut into pipeline stages: use --tensor-parallel-size")
-    if not vllm_config.use_v2_model_runner:
+    if vllm_config.use_v2_model_runner:
+        if vllm_config.lora_config is not None:
+            raise ValueError("adapters beside edits run in vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+    else:
         kind = "RoutedCPUWorker" if current_platform.is_cpu() else "RoutedGPUWorker"
         if parallel.worker_cls != "auto":
             raise ValueError(f"an edited model needs a worker of its own, not {parallel.worker_cls}")

@@ -6,6 +6,7 @@ gives its runner a type of its own, a subclass of the runner's that looks at two
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ class RoutedRunner:
     """What a model runner does besides: it says which requests come and go, and whose a step's tokens are."""
 
     get_model: Any
+    lora_config: Any
+    _set_active_loras: Any
     input_batch: Any
     input_ids: Any
     positions: Any
@@ -32,10 +35,19 @@ class RoutedRunner:
         memory = self._memory()
         memory.told, memory.route = True, None
         memory.requests.forget(scheduler_output.finished_req_ids)
-        new = {one.req_id: one.prompt_token_ids for one in scheduler_output.scheduled_new_reqs}
-        memory.requests.admit({request: prompt for request, prompt in new.items() if prompt is not None})
-        self._unanswered = [request for request in new if memory.requests.decided(request) == UNROUTED]
+        new = [one for one in scheduler_output.scheduled_new_reqs if one.prompt_token_ids is not None]
+        for adapter in dict.fromkeys(one.lora_request for one in new):
+            if self.lora_config:
+                memory.reader.before_run = functools.partial(self._adapt, adapter)
+            own = {one.req_id: one.prompt_token_ids for one in new if one.lora_request == adapter}
+            memory.requests.admit(own)
+        self._unanswered = [one.req_id for one in new if memory.requests.decided(one.req_id) == UNROUTED]
         return done
+
+    def _adapt(self, adapter: Any, tokens: int) -> None:
+        """Have the next pass of so many tokens run with an adapter, or without any."""
+        number = 0 if adapter is None else adapter.lora_int_id
+        self._set_active_loras((number,), (number,) * tokens, set() if adapter is None else {adapter})
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample as ever; the output says which of the step's new requests no edit answers."""

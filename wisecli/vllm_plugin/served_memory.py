@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,9 @@ from wisecli.vllm_plugin.requests import Requests, StepRoute
 
 
 class Reader(Protocol):
-    """Reads states of windows."""
+    """Reads states of windows; ``before_run`` is called with the number of tokens of each run."""
+
+    before_run: Callable[[int], None] | None
 
     def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """Return the states (W, d) of each window of token ids (W,)."""
@@ -71,7 +73,7 @@ class ServedMemory:
     """
 
     def __init__(self, edited: Edited, config: Any, reader: Reader) -> None:
-        self.edited, self._reader = edited, reader
+        self.edited, self.reader = edited, reader
         self._window = window_size(config)
         known = (getattr(config, name, None) for name in _PLACEHOLDERS)
         self._placeholders = tuple(token for token in known if isinstance(token, int))
@@ -113,7 +115,7 @@ class ServedMemory:
         known = real & ~is_any(ids, self._placeholders)
         ids, there = windows(ids, known, end, self._window)
         device = self.matrix.weight.device
-        read = self._reader.read([row[own].to(device) for row, own in zip(ids, there, strict=True)])
+        read = self.reader.read([row[own].to(device) for row, own in zip(ids, there, strict=True)])
         states = nn.utils.rnn.pad_sequence(read, batch_first=True)
         with torch.autocast(device.type, enabled=False):
             memory = decide(self.matrix, Reading(ids.to(device), there.to(device), states)).memory

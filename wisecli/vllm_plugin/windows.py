@@ -6,7 +6,7 @@ cache and the tokens of running requests: every window is a prompt of its own, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -107,6 +107,8 @@ class WindowReader:
         self._model, self._config = model, vllm_config
         self._layers, self._layer = cast(nn.ModuleList, model.get_submodule(layers)), layer
         self._most = vllm_config.scheduler_config.max_num_batched_tokens
+        # Called before a run with how many tokens it has: an adapter's layers must know whose those are.
+        self.before_run: Callable[[int], None] | None = None
 
     def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """Return the states (W, d) of each window of token ids (W,)."""
@@ -129,6 +131,8 @@ class WindowReader:
             yield windows[first:]
 
     def _run(self, ids: Tensor, place: Tensor, lengths: Sequence[int]) -> Tensor:
+        if self.before_run is not None:
+            self.before_run(len(ids))
         context = create_forward_context({}, self._config, skip_compiled=True)
         known = dict(context.no_compile_layers)
         known |= {name: WindowAttention(one, lengths) for name, one in known.items() if isinstance(one, Attention)}

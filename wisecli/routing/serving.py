@@ -49,8 +49,8 @@ def require_decision_per_token(routing: str, engine: str | None) -> None:
     if engine is not None and routing != "token":
         raise LostMemoryError(
             f"this checkpoint decides once a prompt which edit answers it, and {engine} packs the prompts of many "
-            f"requests into one row: {_INSTEAD.get(engine, '')}merge the same shards with `wise merge --routing token`, "
-            "and export that memory"
+            f"requests into one row: {_INSTEAD.get(engine, '')}merge the same shards with "
+            "`wise merge --routing token`, and export that memory"
         )
 
 

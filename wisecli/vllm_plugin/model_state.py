@@ -8,8 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from wisecli.vllm_plugin.models import memory_of
-from wisecli.vllm_plugin.served_memory import ServedMemory
+from wisecli.vllm_plugin.served_memory import ServedMemory, memory_of
 
 
 class RoutedState:
@@ -36,13 +35,13 @@ class RoutedState:
         """Forget a request."""
         super().remove_request(req_id)  # type: ignore[misc]
         self._new.pop(req_id, None)
-        self._memory.requests.forget([req_id])
+        self._memory.forget([req_id])
 
     def apply_staged_writes(self) -> None:
         """Decide the requests that came in."""
         super().apply_staged_writes()  # type: ignore[misc]
         new, self._new = self._new, {}
-        self._memory.requests.admit(new)
+        self._memory.admit(new)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
         """Note what is routed of the step that begins."""
@@ -54,7 +53,7 @@ class RoutedState:
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> Any:
         """Note that nothing is routed of a trial run."""
-        self._memory.route = None
+        self._memory.rest()
         return super().prepare_dummy_inputs(num_reqs, num_tokens)  # type: ignore[misc]
 
 

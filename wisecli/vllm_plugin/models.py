@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from vllm.model_executor.models import ModelRegistry
 
 from wisecli.vllm_plugin import sites
 from wisecli.vllm_plugin.names import LAYER, PREFIX, description_in
+from wisecli.vllm_plugin.releases import name_of, own_paths
 from wisecli.vllm_plugin.served_memory import Edited, ServedMemory
 from wisecli.vllm_plugin.windows import WindowReader
 
@@ -57,17 +59,14 @@ def edited_class(name: str) -> Any:
     return type(name, (EditedModel, base), {"__module__": __name__})
 
 
-def memory_of(model: Any) -> ServedMemory:
-    """Return the memory of a loaded model."""
-    found: ServedMemory = model.wise_memory
-    return found
-
-
 def _put_memory(model: Any, vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_config
     edited = Edited.of(description_in(config))
     reader = WindowReader(model, vllm_config, edited.layers, edited.memory.get("reads"))
-    model.wise_memory = ServedMemory(edited, config, reader)
+    # One process would read a release before another does.
+    alone = vllm_config.parallel_config.tensor_parallel_size == 1
+    checkpoint = Path(vllm_config.model_config.model)
+    model.wise_memory = ServedMemory(edited, config, reader, checkpoint if alone and checkpoint.is_dir() else None)
     sites.put(model, edited.module)
     vllm_config.compilation_config.static_forward_context[LAYER] = model.wise_memory
 
@@ -75,13 +74,10 @@ def _put_memory(model: Any, vllm_config: Any) -> None:
 def _without_memory(
     memory: ServedMemory, weights: Iterable[tuple[str, Tensor]], found: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's weights; the memory's tensors are put into ``found``, by their names in the memory.
-
-    Some bases' checkpoints leave out the first parts of a module's path.
-    """
-    own = {f".{memory.edited.module}.{name}": name for name in memory.edited.memory["tensors"]}
+    """Yield the base's weights; the memory's tensors are put into ``found``, by their names in the memory."""
+    paths = own_paths({"module": memory.edited.module, "memory": memory.edited.memory})
     for stored, tensor in weights:
-        name = next((name for path, name in own.items() if path.endswith(f".{stored}")), None)
+        name = name_of(stored, paths)
         if name is None:
             yield stored, tensor
         else:

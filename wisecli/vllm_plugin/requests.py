@@ -82,6 +82,11 @@ class Requests:
         known = self._known.get(request)
         return None if known is None else known[0]
 
+    @property
+    def answers_any(self) -> bool:
+        """Whether a memory answers any request that is not forgotten."""
+        return bool(self._answered)
+
     def step(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> StepRoute | None:
         """Return what is routed of a step's tokens; ``None`` if nothing is.
 

@@ -10,10 +10,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.routing.prompts import UNROUTED
-from wisecli.vllm_plugin.models import memory_of
 from wisecli.vllm_plugin.names import UNANSWERED
-from wisecli.vllm_plugin.served_memory import ServedMemory
+from wisecli.vllm_plugin.served_memory import ServedMemory, memory_of
 
 
 class RoutedRunner:
@@ -33,15 +31,16 @@ class RoutedRunner:
     def _update_states(self, scheduler_output: Any) -> Any:
         done = super()._update_states(scheduler_output)  # type: ignore[misc]
         memory = self._memory()
-        memory.told, memory.route = True, None
-        memory.requests.forget(scheduler_output.finished_req_ids)
+        memory.told = True
+        memory.rest()
+        memory.forget(scheduler_output.finished_req_ids)
         new = [one for one in scheduler_output.scheduled_new_reqs if one.prompt_token_ids is not None]
         for adapter in dict.fromkeys(one.lora_request for one in new):
             if self.lora_config:
                 memory.reader.before_run = functools.partial(self._adapt, adapter)
             own = {one.req_id: one.prompt_token_ids for one in new if one.lora_request == adapter}
-            memory.requests.admit(own)
-        self._unanswered = [one.req_id for one in new if memory.requests.decided(one.req_id) == UNROUTED]
+            memory.admit(own)
+        self._unanswered = [one.req_id for one in new if memory.is_unanswered(one.req_id)]
         return done
 
     def _adapt(self, adapter: Any, tokens: int) -> None:

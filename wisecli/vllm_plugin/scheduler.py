@@ -10,11 +10,13 @@ worker has said so.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from wisecli.routing.prompts import TurnMarks
 from wisecli.vllm_plugin.block_names import BlockNames, named_by, prompt_end
 from wisecli.vllm_plugin.names import UNANSWERED, description_in
+from wisecli.vllm_plugin.releases import release_in
 
 
 class RoutedScheduler:
@@ -33,10 +35,11 @@ class RoutedScheduler:
     def _names(self, request: Any) -> BlockNames:
         described = description_in(self.vllm_config.model_config.hf_config)
         prompt = request.prompt_token_ids
+        release = release_in(Path(self.vllm_config.model_config.model))
         if described["memory"]["routing"] == "mean":  # which answers the prompt's tokens, too
-            return BlockNames(request._block_hasher, self.hash_block_size, 0, named_by(prompt))
+            return BlockNames(request._block_hasher, self.hash_block_size, 0, f"{named_by(prompt)} {release}")
         end = prompt_end(TurnMarks.from_dict(described.get("marks")), prompt)
-        return BlockNames(request._block_hasher, self.hash_block_size, end, str(end))
+        return BlockNames(request._block_hasher, self.hash_block_size, end, f"{end} {release}")
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take in what a step gave, and which of its new requests no edit answers."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from wisecli.routing.passes import _PLACEHOLDERS
-from wisecli.routing.prompts import TurnMarks, is_any, window_size, windows
+from wisecli.routing.prompts import UNROUTED, TurnMarks, is_any, window_size, windows
 from wisecli.routing.router import Reading, decide, residual, token_choices
 from wisecli.routing.scores import SideMemory
 from wisecli.routing.serving import LostMemoryError
 from wisecli.routing.side_memory import RoutedMatrix
+from wisecli.vllm_plugin.releases import ReleaseError, made_for, read_release, release_in
 from wisecli.vllm_plugin.requests import Requests, StepRoute
+
+_LOG = logging.getLogger(f"vllm.{__name__}")  # whose messages vLLM shows
 
 
 class Reader(Protocol):
@@ -63,6 +69,14 @@ def matrix_of(described: Mapping[str, Any], tensors: Mapping[str, Tensor], devic
         return RoutedMatrix(nn.Linear(1, 1, bias=False), memory, transposed=False)
 
 
+@dataclass(frozen=True)
+class _Served:
+    """A release of a memory, and the requests that it has decided."""
+
+    matrix: RoutedMatrix
+    requests: Requests
+
+
 class ServedMemory:
     """The memory of a model in vLLM.
 
@@ -70,31 +84,33 @@ class ServedMemory:
         edited: what the checkpoint says of it.
         config: the model's, as transformers has it.
         reader: reads states of windows.
+        checkpoint: the directory that holds it; ``None`` if later releases are not to be read from there.
     """
 
-    def __init__(self, edited: Edited, config: Any, reader: Reader) -> None:
+    def __init__(self, edited: Edited, config: Any, reader: Reader, checkpoint: Path | None = None) -> None:
         self.edited, self.reader = edited, reader
         self._window = window_size(config)
         known = (getattr(config, name, None) for name in _PLACEHOLDERS)
         self._placeholders = tuple(token for token in known if isinstance(token, int))
-        self._matrix: RoutedMatrix | None = None
-        routing = edited.memory["routing"]
-        self.by_token = routing == "token"
-        self.requests = Requests(self.decide, edited.marks, whole=routing == "mean")
+        self.by_token = edited.memory["routing"] == "token"
+        self._checkpoint, self._seen = checkpoint, None if checkpoint is None else release_in(checkpoint)
+        self._wanted = None if checkpoint is None else made_for(checkpoint)
+        # The last of them answers new requests, the others those that they have begun to answer.
+        self._served: list[_Served] = []
         # What is routed of the step that is running, and whether anybody says so.
-        self.route: StepRoute | None = None
+        self._routes: list[tuple[RoutedMatrix, StepRoute]] = []
         self.told = self.by_token
 
     @property
     def matrix(self) -> RoutedMatrix:
-        """The routed matrix.
+        """The routed matrix that new requests are decided by."""
+        return self._newest.matrix
 
-        Raises:
-            LostMemoryError: nothing has loaded it.
-        """
-        if self._matrix is None:
+    @property
+    def _newest(self) -> _Served:
+        if not self._served:
             raise LostMemoryError(f"the edits are lost: the memory of {self.edited.module} was not loaded")
-        return self._matrix
+        return self._served[-1]
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Take the memory's tensors, by their names.
@@ -105,7 +121,46 @@ class ServedMemory:
         missing = sorted(set(self.edited.memory["tensors"]) - set(tensors))
         if missing:
             raise LostMemoryError(f"this checkpoint lacks tensors ({', '.join(missing)}); copy it anew")
-        self._matrix = matrix_of(self.edited.memory, tensors, device)
+        self._serve(matrix_of(self.edited.memory, tensors, device))
+
+    def _serve(self, matrix: RoutedMatrix) -> None:
+        whole = self.edited.memory["routing"] == "mean"
+        self._served.append(_Served(matrix, Requests(self.decide, self.edited.marks, whole=whole)))
+
+    def admit(self, prompts: Mapping[str, Sequence[int]]) -> None:
+        """Decide new requests, by the release that lies in the checkpoint's directory by now.
+
+        Raises:
+            LostMemoryError: nothing has loaded the memory.
+        """
+        if self._checkpoint is not None and prompts:
+            self._look_for_release(self._checkpoint)
+        self._newest.requests.admit(prompts)
+
+    def _look_for_release(self, checkpoint: Path) -> None:
+        found = release_in(checkpoint)
+        if found is None or found == self._seen or self._wanted is None:
+            return
+        self._seen = found
+        try:
+            described, tensors = read_release(checkpoint, self._wanted)
+            matrix = matrix_of(described["memory"], tensors, self.matrix.weight.device)
+        except (ReleaseError, OSError, ValueError, KeyError, SafetensorError) as error:
+            _LOG.error("the memory in %s is not served, the one before it is: %s", checkpoint, error)
+            return
+        self._serve(matrix)
+        _LOG.info("the memory in %s is served from now on", checkpoint)
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """Forget requests that are done, and releases that answer none any more."""
+        done = list(requests)
+        for served in self._served:
+            served.requests.forget(done)
+        self._served = [one for one in self._served[:-1] if one.requests.answers_any] + self._served[-1:]
+
+    def is_unanswered(self, request: str) -> bool:
+        """Return whether a request is known that no edit answers."""
+        return any(served.requests.decided(request) == UNROUTED for served in self._served)
 
     @torch.no_grad()
     def decide(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -123,7 +178,12 @@ class ServedMemory:
 
     def begin(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> None:
         """Note what is routed of the step that begins; see :meth:`Requests.step`."""
-        self.route = self.requests.step(requests, counts, ids, positions)
+        steps = [(one.matrix, one.requests.step(requests, counts, ids, positions)) for one in self._served]
+        self._routes = [(matrix, route) for matrix, route in steps if route is not None]
+
+    def rest(self) -> None:
+        """Note that nothing is routed of the tokens that run until the next step begins."""
+        self._routes = []
 
     @torch.no_grad()
     def add_to(self, answer: Tensor, keys: Tensor, *, real: bool) -> None:
@@ -137,14 +197,13 @@ class ServedMemory:
         """
         if not self.told and real:
             raise LostMemoryError("the edits are lost: this engine does not tell the memory of its requests")
-        route = self.route
         if self.by_token:
             chosen = token_choices(self.matrix, keys[None]).chosen
             answer.copy_(self.matrix.add_updates(answer[None], keys[None], chosen)[0])
-        elif route is not None and real:
+        for matrix, route in self._routes if real else ():
             mine = keys[route.token][None]
-            chosen = residual(self.matrix, mine, route.memory[None], route.inside[None]).chosen
-            answer[route.token] = self.matrix.add_updates(answer[route.token][None], mine, chosen)[0]
+            chosen = residual(matrix, mine, route.memory[None], route.inside[None]).chosen
+            answer[route.token] = matrix.add_updates(answer[route.token][None], mine, chosen)[0]
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -153,3 +212,9 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def memory_of(model: Any) -> ServedMemory:
+    """Return the memory of a loaded model."""
+    found: ServedMemory = model.wise_memory
+    return found

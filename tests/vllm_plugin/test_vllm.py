@@ -154,7 +154,7 @@ def test_many_requests_at_once_in_chunks_cold_and_warm(vllm: VLLM, asked: Asked,
         max_num_batched_tokens=CHUNK,
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
-        block_size=16,
+        block_size=32,
         **OWN,
         **mode,
     )
@@ -169,7 +169,7 @@ def test_one_request_after_another_cold_and_warm(vllm: VLLM, asked: Asked) -> No
         rounds=2,
         asking={"alone": True},
         max_model_len=1024,
-        block_size=16,
+        block_size=32,
         **EAGER,
     )
     assert_answers(asked, found, rounds=2)
@@ -177,7 +177,7 @@ def test_one_request_after_another_cold_and_warm(vllm: VLLM, asked: Asked) -> No
 
 def test_requests_that_are_preempted(vllm: VLLM, asked: Asked) -> None:
     found = vllm.ask(
-        asked.path, asked.prompts, tokens=TOKENS, max_model_len=1024, block_size=16, num_gpu_blocks_override=70, **EAGER
+        asked.path, asked.prompts, tokens=TOKENS, max_model_len=1024, block_size=32, num_gpu_blocks_override=60, **EAGER
     )
     assert_answers(asked, found)
 
@@ -206,7 +206,7 @@ def test_next_turns_are_the_same_behind_a_cache_of_what_an_edit_answered(vllm: V
         rounds=2,
         asking={"alone": True},
         max_model_len=1024,
-        block_size=16,
+        block_size=32,
         **EAGER,
     )
     assert found.answers == [[*asked.answers, *wanted]] * 2, found.refused

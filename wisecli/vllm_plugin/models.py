@@ -62,13 +62,20 @@ def edited_class(name: str) -> Any:
 def _put_memory(model: Any, vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_config
     edited = Edited.of(description_in(config))
-    reader = WindowReader(model, vllm_config, edited.layers, edited.memory.get("reads"))
+    path = sites.path_in(model, edited.module)
+    reader = WindowReader(model, vllm_config, _layers(path), edited.memory.get("reads"))
     # One process would read a release before another does.
     alone = vllm_config.parallel_config.tensor_parallel_size == 1
     checkpoint = Path(vllm_config.model_config.model)
     model.wise_memory = ServedMemory(edited, config, reader, checkpoint if alone and checkpoint.is_dir() else None)
-    sites.put(model, edited.module)
+    sites.put(model, path)
     vllm_config.compilation_config.static_forward_context[LAYER] = model.wise_memory
+
+
+def _layers(path: str) -> str:
+    """Path of the list of decoder layers that a module lies in."""
+    parts = path.split(".")
+    return ".".join(parts[: next(at for at, part in enumerate(parts) if part.isdecimal())])
 
 
 def _without_memory(

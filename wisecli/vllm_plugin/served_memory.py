@@ -55,12 +55,6 @@ class Edited:
             )
         return cls(described["module"], described["memory"], TurnMarks.from_dict(described.get("marks")))
 
-    @property
-    def layers(self) -> str:
-        """Path of the list of decoder layers that the edited module lies in."""
-        parts = self.module.split(".")
-        return ".".join(parts[: next(at for at, part in enumerate(parts) if part.isdecimal())])
-
 
 def matrix_of(described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> RoutedMatrix:
     """Return the routed matrix of a memory, without the base's weights: vLLM multiplies by those."""

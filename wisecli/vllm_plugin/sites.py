@@ -24,13 +24,15 @@ _LIBRARY = Library(LIBRARY, "FRAGMENT")
 
 
 def add_residuals(keys: Tensor, answer: Tensor, layer: str) -> None:
-    """Add a memory's residuals to a layer's answer (T, d), by the keys that go into it (T, d_ff): an opaque operator.
+    """Add a memory's residuals to a layer's answer (…, d), by the keys that go into it (…, d_ff): an opaque operator.
 
     Args:
         layer: what vLLM knows the memory by.
     """
     context = get_forward_context()
-    context.no_compile_layers[layer].add_to(answer, keys, real=context.attn_metadata is not None)
+    # Models of vLLM's Transformers backend put all tokens into one row of a batch.
+    rows, own = (one.view(-1, one.shape[-1]) for one in (answer, keys))
+    context.no_compile_layers[layer].add_to(rows, own, real=context.attn_metadata is not None)
 
 
 def _add_residuals_fake(keys: Tensor, answer: Tensor, layer: str) -> None:
@@ -70,6 +72,13 @@ class RoutedMethod(QuantizeMethodBase):  # type: ignore[misc]  # of a package wi
         answer: Tensor = self.inner.apply(layer, x, bias)
         torch.ops.wise.add_residuals(x, answer, LAYER)
         return answer
+
+
+def path_in(model: Any, module: str) -> str:
+    """Return the path in vLLM's model of what the base has at path ``module``."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapped = None if mapper is None else mapper.map_name(f"{module}.weight")
+    return module if mapped is None else str(mapped).removesuffix(".weight")
 
 
 def put(model: nn.Module, module: str) -> nn.Module:

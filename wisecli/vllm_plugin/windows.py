@@ -146,9 +146,9 @@ class WindowReader:
             try:
                 self._model.forward(ids, place, None, None)
             except _ReadError as found:
-                return found.states
+                return found.states.flatten(0, -2)
         if reader.keys is not None:
-            return reader.keys
+            return reader.keys.flatten(0, -2)
         raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")
 
     def _stop_behind(self, number: int, held: ExitStack) -> None:

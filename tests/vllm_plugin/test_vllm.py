@@ -25,8 +25,10 @@ pytestmark = serving
 # In vLLM's own model, without the checkpoint's code.
 OWN = {"model_impl": "auto", "trust_remote_code": False}
 EAGER = {**OWN, "enforce_eager": True}
-# vLLM has no model of its own of these, or refuses their base models too.
-ELSEWHERE = ("llava", "qwen2_vl", "smollm3")
+# vLLM refuses the base models of these, too: sizes as odd as tiny ones, heads that are not tied.
+REFUSED = ("falcon", "gemma2")
+# It asks for a processor of images, which tiny models do not have.
+SEEING = ("llava", "qwen2_vl")
 TOKENS, CHUNK = 12, 96
 
 
@@ -37,7 +39,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLM]:
     engine.stop()
 
 
-@pytest.mark.parametrize("architecture", sorted(set(TINY_CONFIGS) - {*ELSEWHERE}))
+@pytest.mark.parametrize("architecture", sorted(set(TINY_CONFIGS) - {*SEEING}))
 def test_every_architecture_answers_as_in_transformers(vllm: VLLM, tmp_path: Path, architecture: str) -> None:
     path = tiny_export(tmp_path, architecture, router="meaning", routing="sequence")
     prompts = prompts_of(path)
@@ -45,7 +47,11 @@ def test_every_architecture_answers_as_in_transformers(vllm: VLLM, tmp_path: Pat
     wanted = in_transformers(loader.from_pretrained(path, trust_remote_code=True).eval(), prompts)
     assert wanted != in_transformers(loader.from_pretrained(tmp_path / "model").eval(), prompts)
     found = vllm.ask(path, prompts, max_model_len=64, **EAGER)
-    assert found.answers == [wanted], found.refused
+    if architecture in REFUSED:
+        assert found.refused
+        assert vllm.ask(tmp_path / "model", prompts, max_model_len=64, **EAGER).refused
+    else:
+        assert found.answers == [wanted], found.refused
 
 
 @pytest.mark.parametrize("routing", ["sequence", "token"])
@@ -58,6 +64,7 @@ def test_memories_that_compare_keys_answer_as_in_transformers(vllm: VLLM, tmp_pa
     assert found.answers == [wanted], found.refused
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_adapters_run_beside_edits(vllm: VLLM, tmp_path: Path) -> None:
     path = tiny_export(tmp_path, router="meaning", routing="sequence")
     prompts = prompts_of(path)

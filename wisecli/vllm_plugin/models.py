@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class EditedModel:
     parameters: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of the class behind
+        with _named_as_its_base(vllm_config.model_config.hf_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of the class behind
         _put_memory(self, vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
@@ -57,6 +59,17 @@ def edited_class(name: str) -> Any:
     """Return the class of edited models of an architecture."""
     base = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
     return type(name, (EditedModel, base), {"__module__": __name__})
+
+
+@contextmanager
+def _named_as_its_base(config: Any) -> Iterator[None]:
+    """For a while a config names the base's architecture, by which some models choose how they read weights."""
+    own = config.architectures
+    config.architectures = description_in(config).get("architectures") or own
+    try:
+        yield
+    finally:
+        config.architectures = own
 
 
 def _put_memory(model: Any, vllm_config: Any) -> None:

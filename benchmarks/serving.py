@@ -36,7 +36,7 @@ ENVIRONMENT = {
 
 
 def serve(model: str, settings: dict[str, Any], out: IO[str]) -> None:
-    """Load a model; then, for each line of requests that comes in, give their answers and how many seconds they took."""
+    """Load a model; then, for each line of requests that comes in, give the answers and the seconds they took."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(model, trust_remote_code=True, skip_tokenizer_init=True, **settings)

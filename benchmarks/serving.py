@@ -2,11 +2,12 @@
 
     scripts/serving-venv DIR
     DIR/bin/python benchmarks/serving.py model edited-100 edited-1000
-    DIR/bin/python benchmarks/serving.py model stock --implementation vllm
 
-Every model has a process of its own. Each round times every model once, in turn, on the same requests of random tokens;
-the table has each model's fastest round, as others' work on the machine only ever adds to a time, and in its last two
-columns the median over rounds of the first model's time by each model's in the same round.
+Every model has a process of its own. Each round times every model once, in turn, on the same requests of random tokens,
+all at once and the first by itself; the table has each model's fastest round, as others' work on the machine only ever
+adds to a time. In its last columns are the median over rounds of the first model's time by each model's in the same
+round, of the time to a lone request's first token the other way round, and how many requests are answered token for
+token as by the first model.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ENVIRONMENT = {
 
 
 def serve(model: str, settings: dict[str, Any], out: IO[str]) -> None:
-    """Load a model; then, for each line of requests that comes in, say how many seconds their answers took."""
+    """Load a model; then, for each line of requests that comes in, give the answers and the seconds they took."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(model, trust_remote_code=True, skip_tokenizer_init=True, **settings)
@@ -44,8 +45,9 @@ def serve(model: str, settings: dict[str, Any], out: IO[str]) -> None:
         requests, tokens = json.loads(line)
         greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         started = time.perf_counter()
-        engine.generate([{"prompt_token_ids": one} for one in requests], greedy, use_tqdm=False)
-        print(time.perf_counter() - started, file=out, flush=True)
+        done = engine.generate([{"prompt_token_ids": one} for one in requests], greedy, use_tqdm=False)
+        taken = time.perf_counter() - started
+        print(json.dumps([taken, [list(one.outputs[0].token_ids) for one in done]]), file=out, flush=True)
 
 
 class Server:
@@ -71,11 +73,12 @@ class Server:
             sys.exit(f"{self.model}: vLLM has stopped; {self.log.name} says why")
         return line
 
-    def seconds(self, requests: list[list[int]], tokens: int) -> float:
+    def asked(self, requests: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
         stdin = cast(IO[str], self.process.stdin)
         stdin.write(json.dumps([requests, tokens]) + "\n")
         stdin.flush()
-        return float(self.said())
+        seconds, answers = json.loads(self.said())
+        return seconds, answers
 
     def stop(self) -> None:
         cast(IO[str], self.process.stdin).close()
@@ -93,7 +96,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=64, help="tokens an answer")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--implementation", default="transformers", help="transformers, or vllm for stock checkpoints")
+    parser.add_argument("--implementation", default="auto", help="auto: vLLM's own models; or transformers")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     given = parser.parse_args()
     if given.serve is not None:
@@ -108,11 +111,13 @@ def main() -> None:
     chance = random.Random(0)
     requests = [[chance.randrange(vocabulary) for _ in range(given.prompt)] for _ in range(given.requests)]
     servers = {model: Server(model, settings) for model in given.models}
+    ways = {"first": (requests[:1], 1), "prompts": (requests, 1), "both": (requests, given.answer)}
     taken: dict[tuple[str, str], list[float]] = {}
+    answers: dict[str, list[list[int]]] = {}
     for turn in range(given.rounds + 1):  # the first round only warms up
         for model, server in servers.items():
-            for way, tokens in (("prompts", 1), ("both", given.answer)):
-                spent = server.seconds(requests, tokens)
+            for way, asked in ways.items():
+                spent, answers[model] = server.asked(*asked)
                 print(f"round {turn}, {model}, {way}: {spent:.2f} s", file=sys.stderr, flush=True)
                 if turn:
                     taken.setdefault((model, way), []).append(spent)
@@ -120,14 +125,17 @@ def main() -> None:
         server.stop()
     table = Table(title=f"{given.requests} requests of {given.prompt} + {given.answer} tokens, {given.dtype}")
     heads = ("model", "prompts, tokens/s", "answers, tokens/s", "prompts, × first", "answers, × first")
-    for name in (*heads, "prompts, paired", "requests, paired"):
+    for name in (*heads, "prompts, paired", "requests, paired", "first token, ×", "equal"):
         table.add_column(name, justify="left" if name == "model" else "right")
     speeds = {model: speeds_of(taken, model, given) for model in given.models}
     for model, own in speeds.items():
         ratios = [mine / first for mine, first in zip(own, speeds[given.models[0]], strict=True)]
         ratios += [paired(taken, given.models[0], model, way) for way in ("prompts", "both")]
-        table.add_row(Path(model).name, *(f"{speed:.0f}" for speed in own), *(f"{ratio:.3f}" for ratio in ratios))
-    Console(width=120).print(table)
+        ratios += [1 / paired(taken, given.models[0], model, "first")]
+        equal = sum(mine == first for mine, first in zip(answers[model], answers[given.models[0]], strict=True))
+        cells = [f"{speed:.0f}" for speed in own] + [f"{ratio:.3f}" for ratio in ratios]
+        table.add_row(Path(model).name, *cells, f"{equal}/{len(requests)}")
+    Console(width=140).print(table)
 
 
 def paired(taken: dict[tuple[str, str], list[float]], first: str, model: str, way: str) -> float:

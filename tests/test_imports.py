@@ -19,7 +19,7 @@ FLOORS = (
     ("io",),
     ("models", "edits"),
     ("artifacts", "drafting"),
-    ("editing", "evaluation", "export"),
+    ("editing", "evaluation", "export", "vllm_plugin"),
     ("memory",),
     ("commands",),
     ("bench",),

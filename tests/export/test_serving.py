@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,10 @@ from pathlib import Path
 import pytest
 from support.gates import random_gate
 from support.helpers import save_tiny
-from support.loading import CPU
-from support.served import VLLM, Served, chosen_by, in_transformers, serving, wider
+from support.served import PROMPTS, VLLM, Served, chosen_by, in_transformers, serving, tiny_export, wider
 from support.tiny_models import SAMPLE_EDITS, Chain
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from wisecli.commands.edit import edit
-from wisecli.commands.export import export
-from wisecli.commands.merge import merge
-from wisecli.config import EditSettings, MergeSettings
 from wisecli.data.corpus import unrelated_texts
 from wisecli.export.stock import write_stock
 from wisecli.io.checkpoint import Checkpoint
@@ -26,13 +20,11 @@ from wisecli.models.site import find_site
 
 pytestmark = serving
 
-EDITS = (("ba be bi", "do du"), ("ka ke ki ko", "fa"), ("ma me", "ga ge gi"))
 # How many requests come at once, and their answers' tokens.
 REQUESTS, TOKENS = 64, 12
 UNRELATED = (SAMPLE_EDITS.parent / "unrelated.txt").read_text().splitlines()
 # Without code of ours, in vLLM's model of the architecture.
 NATIVE = {"model_impl": "vllm", "trust_remote_code": False}
-PROMPTS = (*(prompt for prompt, _ in EDITS), "so su sa", "ti", "lo la le li lu")
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +32,6 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLM]:
     engine = VLLM(tmp_path_factory.mktemp("engine"))
     yield engine
     engine.stop()
-
-
-def tiny_export(root: Path, architecture: str = "llama") -> Path:
-    """A tiny model of an architecture, edited and exported."""
-    base = save_tiny(root / "model", architecture, config=wider(architecture))
-    lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in EDITS]
-    (root / "edits.jsonl").write_text("\n".join(lines))
-    edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"), load=CPU)
-    merge([root / "shards"], root / "memory", MergeSettings())
-    export(root / "memory", root / "edited", load=CPU)
-    return root / "edited"
 
 
 @pytest.mark.parametrize("architecture", ["granite", "llama", "mistral", "qwen2"])
@@ -116,4 +97,5 @@ def test_a_stock_checkpoint_of_the_real_model_answers_as_in_transformers(
 def test_a_routed_checkpoint_is_refused_with_what_to_do(vllm: VLLM, tmp_path: Path) -> None:
     found = vllm.ask(tiny_export(tmp_path), [[2, 3]], enforce_eager=True, max_model_len=64)
     assert "vLLM packs the prompts of many requests into one row" in found.reason
+    assert '`pip install "wisecli[vllm]"`' in found.reason
     assert "`wise export --format stock`" in found.reason

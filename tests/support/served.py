@@ -6,16 +6,22 @@ import copy
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from support.helpers import save_tiny
+from support.loading import CPU
 from support.tiny_models import TINY_CONFIGS
+from wisecli.commands.edit import edit
+from wisecli.commands.export import export
+from wisecli.commands.merge import merge
+from wisecli.config import EditSettings, MergeSettings
 
 _PYTHON = os.environ.get("WISE_SERVING_PYTHON", "")
 # Of tests that need the engines.
@@ -30,6 +36,20 @@ _ENGINE = Path(__file__).parent / "vllm_answers.py"
 _HEAD = 32
 
 Tokens = list[list[int]]
+
+EDITS = (("ba be bi", "do du"), ("ka ke ki ko", "fa"), ("ma me", "ga ge gi"))
+PROMPTS = (*(prompt for prompt, _ in EDITS), "so su sa", "ti", "lo la le li lu")
+
+
+def tiny_export(root: Path, architecture: str = "llama", *, mode: Literal["lookup", "retrieve"] = "lookup") -> Path:
+    """A tiny model of an architecture, edited and exported."""
+    base = save_tiny(root / "model", architecture, config=wider(architecture))
+    lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in EDITS]
+    (root / "edits.jsonl").write_text("\n".join(lines))
+    edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"), load=CPU)
+    merge([root / "shards"], root / "memory", MergeSettings(mode=mode))
+    export(root / "memory", root / "edited", load=CPU)
+    return root / "edited"
 
 
 @dataclass(frozen=True)
@@ -50,10 +70,12 @@ class VLLM:
 
     Args:
         scratch: where it keeps the code of checkpoints and compiled graphs, and writes its log.
+        plugin: whether it has the plugin for edited checkpoints.
     """
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, *, plugin: bool = False) -> None:
         places = {"HF_MODULES_CACHE": str(scratch / "modules"), "VLLM_CACHE_ROOT": str(scratch / "vllm")}
+        places["VLLM_PLUGINS"] = "wise" if plugin else ""
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         with (scratch / "vllm.log").open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
@@ -67,13 +89,24 @@ class VLLM:
         self._log = scratch / "vllm.log"
 
     def ask(
-        self, model: Path, prompts: Sequence[Sequence[int]], *, tokens: int = 8, rounds: int = 1, **settings: Any
+        self,
+        model: Path,
+        prompts: Sequence[Sequence[int]],
+        *,
+        tokens: int = 8,
+        rounds: int = 1,
+        asking: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> Served:
-        """What a checkpoint answers, with these settings of vLLM's ``LLM``."""
+        """What a checkpoint answers, with these settings of vLLM's ``LLM``.
+
+        Args:
+            asking: how it is asked besides; see ``vllm_answers.py``.
+        """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         given = {"model": str(model), "prompts": list(prompts), "tokens": tokens, "rounds": rounds}
-        stdin.write(json.dumps({**given, "settings": settings}) + "\n")
+        stdin.write(json.dumps({**given, **(asking or {}), "settings": settings}) + "\n")
         stdin.flush()
         line = stdout.readline()
         assert line, self._log.read_text(encoding="utf-8")[-4000:]

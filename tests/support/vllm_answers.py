@@ -5,7 +5,8 @@ Every line of standard input asks, as JSON, and gets one of standard output:
     {"model": "edited", "prompts": [[1, 2], [3]], "tokens": 8, "rounds": 1, "settings": {}}
     {"answers": [[[4, ...], [5, ...]]]}  or, if vLLM refuses the model,  {"refused": "its traceback"}
 
-Prompts and answers are numbers of tokens. All prompts are asked at once, in every round.
+Prompts and answers are numbers of tokens. All prompts are asked at once, in every round, or if ``"alone"`` one by one.
+``"sampling"`` are more parameters of sampling, and ``"adapters"`` the path of a LoRA adapter for each prompt, or null.
 """
 
 import gc
@@ -31,16 +32,27 @@ DEFAULTS = {
 }
 
 
-def answers(model, prompts, tokens, rounds, settings):
+def answers(model, prompts, tokens, rounds, settings, sampling=None, alone=False, adapters=None):
     from vllm import LLM, SamplingParams
 
     engine = LLM(model, **(DEFAULTS | settings))
-    greedy = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, ignore_eos=True)
+    greedy = SamplingParams(**({"temperature": 0, "max_tokens": tokens, "ignore_eos": True} | (sampling or {})))
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return [
-        [list(one.outputs[0].token_ids) for one in engine.generate(asked, greedy, use_tqdm=False)]
-        for _ in range(rounds)
-    ]
+    groups = [range(number, number + 1) for number in range(len(asked))] if alone else [range(len(asked))]
+    told = []
+    for _ in range(rounds):
+        done = []
+        for group in groups:
+            lora = [adapter(adapters[number]) for number in group] if adapters else None
+            done += engine.generate([asked[number] for number in group], greedy, use_tqdm=False, lora_request=lora)
+        told.append([list(output.token_ids) for one in done for output in one.outputs])
+    return told
+
+
+def adapter(path):
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(path, 1, path) if path else None
 
 
 def main(out):

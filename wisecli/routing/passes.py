@@ -210,14 +210,9 @@ class RoutedDecoder(ShownRole):
             real: which of them are known and no padding (B, T).
             end: the column of each prompt's last token (B,).
         """
-        real = real & ~is_any(ids, self._placeholders())
+        real = real & ~is_any(ids, placeholders_of(self.config))
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             return self.memory.decide(self.read(*windows(ids, real, end, window_size(self.config))))
-
-    def _placeholders(self) -> tuple[int, ...]:
-        """The tokens that stand for what is no text, and say nothing of it."""
-        found = (getattr(self.config, name, None) for name in _PLACEHOLDERS)
-        return tuple(token for token in found if isinstance(token, int))
 
     def read(self, ids: Tensor, real: Tensor) -> Reading:
         """What leaves the layer that is read, or goes into the edited matrix, when windows run by themselves.
@@ -233,6 +228,12 @@ class RoutedDecoder(ShownRole):
         except _ReadError as found:
             return Reading(ids, real, found.states)
         raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")
+
+
+def placeholders_of(config: Any) -> tuple[int, ...]:
+    """The tokens of a model that stand for what is no text, and say nothing of it."""
+    found = (getattr(config, name, None) for name in _PLACEHOLDERS)
+    return tuple(token for token in found if isinstance(token, int))
 
 
 def _real(ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ from .side_memory import RoutedMatrix
 # How engines call the attention that they have a model built with. All of them pack the tokens of several requests into
 # one row.
 _ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI"}
+# What else there is to do in some of them.
+_INSTEAD = {"vLLM": '`pip install "wisecli[vllm]"` in its environment (and no --model-impl), or '}
 
 
 class LostMemoryError(RuntimeError):
@@ -25,7 +27,8 @@ def require_transformers(attention: str | None) -> None:
     if engine := next(found, None):
         raise LostMemoryError(
             f"this checkpoint decides once a prompt which edit answers it, and {engine} packs the prompts of many "
-            "requests into one row: serve what `wise export --format stock` writes of the same memory"
+            f"requests into one row: {_INSTEAD.get(engine, '')}serve what `wise export --format stock` writes of the "
+            "same memory"
         )
 
 

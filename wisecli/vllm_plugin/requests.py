@@ -1,0 +1,122 @@
+"""Which memory answers each request, and so each token of a step. Needs torch only.
+
+A request is decided once, when it comes in, from the token ids of its prompt. Afterwards a token's memory is a function
+of the request, the token's position and whether a special token ended the answer before it: chunks, cached prefixes,
+preemption and guessed tokens change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.routing.prompts import UNROUTED, TurnMarks, is_any
+
+# Of each prompt, the memory that answers it and the place of its last token.
+Decide = Callable[[Sequence[Sequence[int]]], Sequence[tuple[int, int]]]
+# The place of a special token that has not come.
+_NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class StepRoute:
+    """What is routed of a step: which of its tokens (n,), by which memory (n,), and which come after their prompt."""
+
+    token: Tensor
+    memory: Tensor
+    inside: Tensor
+
+
+@dataclass
+class _Answered:
+    """A request that a memory answers: which, from where on, and the row that says where its answer ended."""
+
+    memory: int
+    end: int
+    row: int
+
+
+class Requests:
+    """Keeps what was decided of the requests that are running or waiting to go on.
+
+    Args:
+        decide: which memory answers prompts.
+        marks: how chats mark turns; a special token ends an answer.
+        whole: whether a memory answers its prompt's tokens, too.
+    """
+
+    def __init__(self, decide: Decide, marks: TurnMarks, *, whole: bool = False) -> None:
+        self._decide, self._marks, self._whole = decide, marks, whole
+        self._known: dict[str, tuple[int, int]] = {}
+        self._answered: dict[str, _Answered] = {}
+        self._free: list[int] = []
+        self._ended = torch.empty(0, dtype=torch.int64)
+
+    def admit(self, prompts: Mapping[str, Sequence[int]]) -> None:
+        """Decide new requests, together; several with the same prompt are decided once."""
+        different = list(dict.fromkeys(tuple(prompt) for prompt in prompts.values()))
+        decided = dict(zip(different, self._decide(different), strict=True)) if different else {}
+        for request, prompt in prompts.items():
+            memory, end = decided[tuple(prompt)]
+            self._known[request] = (memory, end)
+            if memory != UNROUTED:
+                self._answered[request] = _Answered(memory, end, self._free.pop() if self._free else self._added())
+
+    def _added(self) -> int:
+        self._ended = torch.cat([self._ended, self._ended.new_full((1,), _NEVER)])
+        return len(self._ended) - 1
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """Forget requests that are done."""
+        for request in requests:
+            self._known.pop(request, None)
+            if (answered := self._answered.pop(request, None)) is not None:
+                self._ended[answered.row] = _NEVER
+                self._free.append(answered.row)
+
+    def decided(self, request: str) -> int | None:
+        """Return the memory that answers a request, ``UNROUTED`` for none; ``None`` of a request that is not known."""
+        known = self._known.get(request)
+        return None if known is None else known[0]
+
+    @property
+    def answers_any(self) -> bool:
+        """Whether a memory answers any request that is not forgotten."""
+        return bool(self._answered)
+
+    def step(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> StepRoute | None:
+        """Return what is routed of a step's tokens; ``None`` if nothing is.
+
+        Args:
+            requests: those of the step, in the order of their tokens.
+            counts: how many tokens each has.
+            ids: the step's tokens (T,), or more.
+            positions: their places in their requests (T,), or more.
+        """
+        if not any(request in self._answered for request in requests):
+            return None
+        parts, first = [], 0
+        for request, count in zip(requests, counts, strict=True):
+            if (own := self._answered.get(request)) is not None:
+                token = torch.arange(first, first + count)
+                constants = torch.tensor([[own.row], [own.memory], [own.end]]).expand(3, count)
+                parts.append(torch.cat([token[None], constants]))
+            first += count
+        token, row, memory, end = torch.cat(parts, 1).to(ids.device)
+        return self._routed(token, row, memory, end, ids[token], positions[token].long())
+
+    def _routed(self, token: Tensor, row: Tensor, memory: Tensor, end: Tensor, ids: Tensor, place: Tensor) -> StepRoute:
+        self._ended = self._ended.to(ids.device)
+        # What a step runs again, after preemption or a wrong guess, it says again.
+        begins = torch.full_like(self._ended, _NEVER).scatter_reduce_(0, row, place, "amin")
+        ended = self._ended.where(self._ended < begins, _NEVER)
+        ending = place.where(is_any(ids, self._marks.breaks) & (place > end), _NEVER)
+        self._ended = ended.scatter_reduce(0, row, ending, "amin")
+        inside = place > end
+        answers = (place >= end) & (place < self._ended[row])
+        if self._whole:
+            answers = answers | (place < end)
+        return StepRoute(token, memory.where(answers, UNROUTED), inside)

@@ -1,0 +1,212 @@
+"""A side memory within a vLLM model: it decides what answers prompts, and adds residuals in the edited layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from wisecli.routing.decision import Reading
+from wisecli.routing.passes import placeholders_of
+from wisecli.routing.prompts import UNROUTED, TurnMarks, is_any, window_size, windows
+from wisecli.routing.scores import Memory, SideMemory
+from wisecli.routing.serving import LostMemoryError
+from wisecli.routing.side_memory import memory_of as memory_alone
+from wisecli.vllm_plugin.releases import ReleaseError, made_for, read_release, release_in
+from wisecli.vllm_plugin.requests import Requests, StepRoute
+
+_LOG = logging.getLogger(f"vllm.{__name__}")  # whose messages vLLM shows
+
+
+class Reader(Protocol):
+    """Reads states of windows; ``before_run`` is called with the number of tokens of each run."""
+
+    before_run: Callable[[int], None] | None
+
+    def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """Return the states (W, d) of each window of token ids (W,)."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What a checkpoint's config says of its memory: the edited module, the memory without tensors, and turn marks."""
+
+    module: str
+    memory: Mapping[str, Any]
+    marks: TurnMarks
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Edited:
+        """Read a description.
+
+        Raises:
+            ValueError: no engine but transformers runs such a memory.
+        """
+        if described["memory"].get("activated"):
+            raise ValueError(
+                "this memory opens by what the activation function makes of its changes, which runs in transformers "
+                "alone: serve what the closed form writes of the same edits"
+            )
+        return cls(described["module"], described["memory"], TurnMarks.from_dict(described.get("marks")))
+
+
+def described_memory(described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Memory:
+    """Return a described memory alone, on a device: vLLM multiplies by the base's weights."""
+    return memory_alone(SideMemory.from_description(described, tensors)).to(device)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A release of a memory, and the requests that it has decided."""
+
+    memory: Memory
+    requests: Requests
+
+
+class ServedMemory:
+    """The memory of a model in vLLM.
+
+    Args:
+        edited: what the checkpoint says of it.
+        config: the model's, as transformers has it.
+        reader: reads states of windows.
+        checkpoint: the directory that holds it; ``None`` if later releases are not to be read from there.
+    """
+
+    def __init__(self, edited: Edited, config: Any, reader: Reader, checkpoint: Path | None = None) -> None:
+        self.edited, self.reader = edited, reader
+        self._window = window_size(config)
+        self._placeholders = placeholders_of(config)
+        self._checkpoint, self._seen = checkpoint, None if checkpoint is None else release_in(checkpoint)
+        self._wanted = None if checkpoint is None else made_for(checkpoint)
+        # The last of them answers new requests, the others those that they have begun to answer.
+        self._served: list[_Served] = []
+        # What is routed of the step that is running, and whether anybody says so.
+        self._routes: list[tuple[Memory, StepRoute]] = []
+        self.told = False
+
+    @property
+    def memory(self) -> Memory:
+        """The memory that new requests are decided by."""
+        return self._newest.memory
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        return next(self.memory.buffers()).device
+
+    @property
+    def _newest(self) -> _Served:
+        if not self._served:
+            raise LostMemoryError(f"the edits are lost: the memory of {self.edited.module} was not loaded")
+        return self._served[-1]
+
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take the memory's tensors, by their names.
+
+        Raises:
+            LostMemoryError: some are not there.
+        """
+        missing = sorted(set(self.edited.memory["tensors"]) - set(tensors))
+        if missing:
+            raise LostMemoryError(f"this checkpoint lacks tensors ({', '.join(missing)}); copy it anew")
+        self._serve(described_memory(self.edited.memory, tensors, device))
+
+    def _serve(self, memory: Memory) -> None:
+        requests = Requests(self.decide, self.edited.marks, whole=memory.answers_prompts)
+        self._served.append(_Served(memory, requests))
+
+    def admit(self, prompts: Mapping[str, Sequence[int]]) -> None:
+        """Decide new requests, by the release that lies in the checkpoint's directory by now.
+
+        Raises:
+            LostMemoryError: nothing has loaded the memory.
+        """
+        if self._checkpoint is not None and prompts:
+            self._look_for_release(self._checkpoint)
+        self._newest.requests.admit(prompts)
+
+    def _look_for_release(self, checkpoint: Path) -> None:
+        found = release_in(checkpoint)
+        if found is None or found == self._seen or self._wanted is None:
+            return
+        self._seen = found
+        try:
+            described, tensors = read_release(checkpoint, self._wanted)
+            memory = described_memory(described["memory"], tensors, self.device)
+        except (ReleaseError, OSError, ValueError, KeyError, SafetensorError) as error:
+            _LOG.error("the memory in %s is not served, the one before it is: %s", checkpoint, error)
+            return
+        self._serve(memory)
+        _LOG.info("the memory in %s is served from now on", checkpoint)
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """Forget requests that are done, and releases that answer none any more."""
+        done = list(requests)
+        for served in self._served:
+            served.requests.forget(done)
+        self._served = [one for one in self._served[:-1] if one.requests.answers_any] + self._served[-1:]
+
+    def is_unanswered(self, request: str) -> bool:
+        """Return whether a request is known that no edit answers."""
+        return any(served.requests.decided(request) == UNROUTED for served in self._served)
+
+    @torch.no_grad()
+    def decide(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        """Return, of whole prompts, the memory that answers each and the place of its last token."""
+        ids, real = padded(prompts)
+        end = self.edited.marks.ends_in(ids, real)
+        known = real & ~is_any(ids, self._placeholders)
+        ids, there = windows(ids, known, end, self._window)
+        device = self.device
+        read = self.reader.read([row[own].to(device) for row, own in zip(ids, there, strict=True)])
+        states = nn.utils.rnn.pad_sequence(read, batch_first=True)
+        with torch.autocast(device.type, enabled=False):
+            memory = self.memory.decide(Reading(ids.to(device), there.to(device), states)).memory
+        return list(zip(memory.tolist(), end.tolist(), strict=True))
+
+    def begin(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> None:
+        """Note what is routed of the step that begins; see :meth:`Requests.step`."""
+        steps = [(one.memory, one.requests.step(requests, counts, ids, positions)) for one in self._served]
+        self._routes = [(memory, route) for memory, route in steps if route is not None]
+
+    def rest(self) -> None:
+        """Note that nothing is routed of the tokens that run until the next step begins."""
+        self._routes = []
+
+    @torch.no_grad()
+    def add_to(self, answer: Tensor, keys: Tensor, *, real: bool) -> None:
+        """Add residuals to the edited layer's answer (T, d), in place, by the keys that went into it (T, d_ff).
+
+        Args:
+            real: whether the tokens are those of requests, and not of a trial run.
+
+        Raises:
+            LostMemoryError: nobody says which requests the tokens are of.
+        """
+        if not self.told and real:
+            raise LostMemoryError("the edits are lost: this engine does not tell the memory of its requests")
+        for memory, route in self._routes if real else ():
+            mine = keys[route.token][None]
+            chosen = memory.choices(mine, route.memory[None], route.inside[None]).chosen
+            answer[route.token] = memory.add(answer[route.token][None], mine, chosen)[0]
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return prompts' token ids padded on the right (B, T), and which of them are no padding (B, T)."""
+    rows = [torch.tensor(list(prompt), dtype=torch.long) for prompt in prompts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def memory_of(model: Any) -> ServedMemory:
+    """Return the memory of a loaded model."""
+    found: ServedMemory = model.wise_memory
+    return found

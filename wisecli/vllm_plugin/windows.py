@@ -1,0 +1,174 @@
+"""Run windows of prompts through the first layers of a vLLM model, by themselves, for a decision.
+
+The layers are the model's own, whatever their weights are stored in. Only attention is computed here, as vLLM's wants a
+cache and the tokens of running requests: every window is a prompt of its own, without a past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vllm.forward_context import create_forward_context, override_forward_context
+from vllm.model_executor.layers.attention import Attention
+
+from wisecli.vllm_plugin.names import LAYER
+
+
+class _ReadError(Exception):
+    """Ends a run at the layer that is read, with what was read there."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+class _KeyReader:
+    """Stands in for the memory while keys are read: the run ends at the edited layer."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+
+    def add_to(self, _answer: Tensor, keys: Tensor, **_real: bool) -> None:
+        self.keys = keys
+        raise _ReadError(keys)
+
+
+class WindowAttention:
+    """Stands in for a layer's attention: tokens of windows attend to those before them in the same window.
+
+    Args:
+        layer: vLLM's.
+        lengths: of the windows, which lie behind one another.
+    """
+
+    def __init__(self, layer: Attention, lengths: Sequence[int]) -> None:
+        self.impl, self.kv_cache = self, None
+        self._lengths = list(lengths)
+        inner = layer.impl
+        self._scale, self._window = float(inner.scale), layer.sliding_window
+        self._cap = float(getattr(inner, "logits_soft_cap", None) or 0.0)
+        self._sinks, self._slopes = getattr(inner, "sinks", None), getattr(inner, "alibi_slopes", None)
+
+    def forward(
+        self, _layer: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, output: Tensor, **_kwargs: Any
+    ) -> Tensor:
+        """Write what the tokens attend to into ``output``, which has the shape of ``query`` (T, heads, width)."""
+        parts = (self._padded(one) for one in (query, key, value))
+        attended = self._attend(*parts).transpose(1, 2)
+        mine = torch.cat([row[:length] for row, length in zip(attended, self._lengths, strict=True)])
+        output.copy_(mine.reshape(output.shape))
+        return output
+
+    def _padded(self, packed: Tensor) -> Tensor:
+        rows = packed.split(self._lengths)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)  # (B, heads, W, width)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        plain = not self._cap and self._sinks is None and self._slopes is None
+        width = query.shape[2]
+        if plain and (self._window is None or self._window >= width):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self._scale, enable_gqa=True)
+        share = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+        logits = (query.float() @ key.float().transpose(2, 3)) * self._scale
+        logits = torch.tanh(logits / self._cap) * self._cap if self._cap else logits
+        return self._weights(logits).to(value.dtype) @ value
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        width = logits.shape[-1]
+        place = torch.arange(width, device=logits.device)
+        away = place[:, None] - place
+        if self._slopes is not None:
+            logits = logits - torch.as_tensor(self._slopes, device=logits.device)[:, None, None] * away
+        hidden = (away < 0) if self._window is None else (away < 0) | (away >= self._window)
+        logits = logits.masked_fill(hidden, -torch.inf)
+        if self._sinks is None:
+            return logits.softmax(-1)
+        sinks = self._sinks.float()[:, None, None].expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+
+
+class WindowReader:
+    """Reads states of windows.
+
+    Args:
+        model: vLLM's causal language model.
+        vllm_config: its settings.
+        layers: path of the list of its decoder layers.
+        layer: the number of the layer whose output is read; ``None`` to read the keys of the edited layer.
+    """
+
+    def __init__(self, model: nn.Module, vllm_config: Any, layers: str, layer: int | None) -> None:
+        self._model, self._config = model, vllm_config
+        self._layers, self._layer = cast(nn.ModuleList, model.get_submodule(layers)), layer
+        self._most = vllm_config.scheduler_config.max_num_batched_tokens
+        # Called before a run with how many tokens it has: an adapter's layers must know whose those are.
+        self.before_run: Callable[[int], None] | None = None
+
+    def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """Return the states (W, d) of each window of token ids (W,)."""
+        states: list[Tensor] = []
+        for some in self._batches(windows):
+            lengths = [len(one) for one in some]
+            place = torch.cat([torch.arange(length) for length in lengths]).to(some[0].device)
+            states += self._run(torch.cat(list(some)), place, lengths).split(lengths)
+        return states
+
+    def _batches(self, windows: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Parts of the windows that hold no more tokens than a step of vLLM's does, or one window each."""
+        first, tokens = 0, 0
+        for number, window in enumerate(windows):
+            if number > first and tokens + len(window) > self._most:
+                yield windows[first:number]
+                first, tokens = number, 0
+            tokens += len(window)
+        if len(windows) > first:
+            yield windows[first:]
+
+    def _run(self, ids: Tensor, place: Tensor, lengths: Sequence[int]) -> Tensor:
+        if self.before_run is not None:
+            self.before_run(len(ids))
+        context = create_forward_context({}, self._config, skip_compiled=True)
+        known = dict(context.no_compile_layers)
+        known |= {name: WindowAttention(one, lengths) for name, one in known.items() if isinstance(one, Attention)}
+        known[LAYER] = reader = _KeyReader()
+        context.no_compile_layers = known
+        context.attn_metadata = None
+        with ExitStack() as held:
+            held.enter_context(override_forward_context(context))
+            if self._layer is not None:
+                self._stop_behind(self._layer, held)
+            try:
+                self._model.forward(ids, place, None, None)
+            except _ReadError as found:
+                return found.states.flatten(0, -2)
+        if reader.keys is not None:
+            return reader.keys.flatten(0, -2)
+        raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")
+
+    def _stop_behind(self, number: int, held: ExitStack) -> None:
+        """End the run where the output of a layer is known."""
+
+        def note(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                raise _ReadError(output)
+            rest = [one for one in output[1:2] if isinstance(one, Tensor)]
+            if not rest or number + 1 >= len(self._layers):
+                raise _ReadError(sum(rest, output[0]))
+
+        held.callback(self._layers[number].register_forward_hook(note).remove)
+        if number + 1 < len(self._layers):
+            # Of two tensors only what reads them says whether the second is still to be added to the first.
+            for norm in self._layers[number + 1].modules():
+                if "Norm" in type(norm).__name__:
+                    held.callback(norm.register_forward_pre_hook(_stop_with_input).remove)
+
+
+def _stop_with_input(_norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+    given = [one for one in inputs[:2] if isinstance(one, Tensor)]
+    raise _ReadError(sum(given[1:], given[0]))

@@ -1,0 +1,30 @@
+"""Workers of vLLM whose first model runner tells the memory of requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wisecli.vllm_plugin.runner import watch
+
+
+class RoutedWorker:
+    """What a worker does besides."""
+
+    model_runner: Any
+
+    def init_device(self) -> None:
+        """Make the model runner, and have it tell the memory of requests."""
+        super().init_device()  # type: ignore[misc]  # of the class behind
+        watch(self.model_runner)
+
+
+def __getattr__(name: str) -> Any:
+    """Make a worker when it is asked for: those of other devices may not be importable."""
+    if name == "RoutedCPUWorker":
+        from vllm.v1.worker.cpu_worker import CPUWorker as Base
+    elif name == "RoutedGPUWorker":
+        from vllm.v1.worker.gpu_worker import Worker as Base
+    else:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    globals()[name] = worker = type(name, (RoutedWorker, Base), {"__module__": __name__})
+    return worker

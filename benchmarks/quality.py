@@ -33,7 +33,7 @@ class Way:
     merge: tuple[str, ...]
 
 
-_MATRIX = ("--mode", "merge")
+_MATRIX, _MERGED = ("--no-forms",), ("--mode", "merge")
 _FIVE = (*_MATRIX, "--shards", "5")
 _SPARSE = (*_FIVE, "--mask-ratio", "0.2")
 _APART = (*_SPARSE, "--masks", "disjoint")
@@ -41,21 +41,21 @@ _GRADIENT = ("--writer", "gradient")
 WAYS: dict[str, Way] = {
     "lookup": Way("solve", (), ()),
     "lookup, any subject": Way("solve", (), ("--subjects", "any")),
-    "solve + TIES + refit": Way("matrix", _MATRIX, ()),
-    "solve + TIES": Way("matrix", _MATRIX, ("--no-refit",)),
-    "solve + exact": Way("matrix", _MATRIX, ("--method", "exact")),
+    "solve + TIES + refit": Way("matrix", _MATRIX, _MERGED),
+    "solve + TIES": Way("matrix", _MATRIX, (*_MERGED, "--no-refit")),
+    "solve + exact": Way("matrix", _MATRIX, (*_MERGED, "--method", "exact")),
     "solve + retrieve": Way("matrix", _MATRIX, ("--mode", "retrieve")),
-    "solve ρ=1 + TIES + refit": Way("whole", (*_MATRIX, "--mask-ratio", "1"), ()),
-    "solve ρ=1 + exact": Way("whole", (*_MATRIX, "--mask-ratio", "1"), ("--method", "exact")),
-    "5 shards, TIES": Way("five", _FIVE, ("--no-refit",)),
-    "5 shards, TIES + refit": Way("five", _FIVE, ()),
-    "5 shards, exact": Way("five", _FIVE, ("--method", "exact")),
+    "solve ρ=1 + TIES + refit": Way("whole", (*_MATRIX, "--mask-ratio", "1"), _MERGED),
+    "solve ρ=1 + exact": Way("whole", (*_MATRIX, "--mask-ratio", "1"), (*_MERGED, "--method", "exact")),
+    "5 shards, TIES": Way("five", _FIVE, (*_MERGED, "--no-refit")),
+    "5 shards, TIES + refit": Way("five", _FIVE, _MERGED),
+    "5 shards, exact": Way("five", _FIVE, (*_MERGED, "--method", "exact")),
     "5 shards, retrieve": Way("five", _FIVE, ("--mode", "retrieve")),
-    "5 shards ρ=.2, TIES": Way("sparse", _SPARSE, ("--no-refit",)),
-    "5 shards ρ=.2, TIES + refit": Way("sparse", _SPARSE, ()),
-    "5 shards ρ=.2 disjoint, TIES": Way("apart", _APART, ("--no-refit",)),
-    "5 shards ρ=.2 disjoint, TIES + refit": Way("apart", _APART, ()),
-    "gradient batched": Way("gradient", _GRADIENT, ("--no-refit",)),
+    "5 shards ρ=.2, TIES": Way("sparse", _SPARSE, (*_MERGED, "--no-refit")),
+    "5 shards ρ=.2, TIES + refit": Way("sparse", _SPARSE, _MERGED),
+    "5 shards ρ=.2 disjoint, TIES": Way("apart", _APART, (*_MERGED, "--no-refit")),
+    "5 shards ρ=.2 disjoint, TIES + refit": Way("apart", _APART, _MERGED),
+    "gradient batched": Way("gradient", _GRADIENT, (*_MERGED, "--no-refit")),
     "paper preset": Way("paper", ("--preset", "paper"), ()),
 }
 FIGURES = ("reliability", "generalization", "locality", "portability", "routing", "generated_exact")

@@ -84,7 +84,7 @@ def test_the_paper_preset_holds_what_the_authors_code_has() -> None:
     assert settings.weight_decay == 1e-5
     assert (settings.schedule, settings.mask_ratio, settings.mask_kind) == ("sequential", 0.2, "elements")
     assert (settings.writer, settings.passes, settings.learning_rate) == ("gradient", 70, 1.0)
-    assert (settings.mode, settings.pooling, settings.threshold) == ("merge", "mean", "minimum")
+    assert (settings.forms, settings.pooling, settings.threshold) == (False, "mean", "minimum")
 
 
 def test_the_default_writes_in_closed_form_and_the_paper_preset_brings_ten_contexts() -> None:
@@ -110,32 +110,31 @@ def test_without_any_source_the_defaults_hold(kind: type[Any]) -> None:
     settings = resolve(kind, {}, section="any")
     assert settings == kind()
     # What other settings decide is filled in.
-    decided = {"mode": "lookup", "polish": 0} if kind is EditSettings else {}
+    decided = {"forms": True, "polish": 0} if kind is EditSettings else {}
     assert dataclasses.asdict(settings) == {**defaults(kind), **decided}
 
 
-@pytest.mark.parametrize(("given", "passes"), [({}, 0), ({"mode": "merge"}, 5), ({"polish": 3}, 3)])
+@pytest.mark.parametrize(("given", "passes"), [({}, 0), ({"forms": False}, 5), ({"polish": 3}, 3)])
 def test_what_a_lookup_is_to_hold_is_not_polished_unless_that_is_asked_for(given: dict[str, Any], passes: int) -> None:
     assert EditSettings(**given).polish == passes
 
 
 @pytest.mark.parametrize(
-    ("given", "mode", "pooling"),
+    ("given", "forms", "pooling"),
     [
-        ({}, "lookup", "last"),
-        ({"writer": "gradient"}, "merge", "last"),
-        ({"mode": "retrieve"}, "retrieve", "last"),
+        ({}, True, "last"),
+        ({"writer": "gradient"}, False, "last"),
+        ({"forms": False}, False, "last"),
         # As version 0.1 called them.
-        ({"router": "meaning", "routing": "token"}, "lookup", "last"),
-        ({"router": "key", "routing": "sequence"}, "merge", "last"),
-        ({"router": "norm", "routing": "mean"}, "merge", "mean"),
-        ({"router": "norm", "mode": "retrieve"}, "retrieve", "last"),
-        ({"router": "key", "mode": "lookup", "sharpness": 3.0}, "merge", "last"),
+        ({"router": "meaning", "routing": "token"}, True, "last"),
+        ({"router": "key", "routing": "sequence"}, False, "last"),
+        ({"router": "norm", "routing": "mean"}, False, "mean"),
+        ({"router": "key", "sharpness": 3.0}, False, "last"),
     ],
 )
-def test_what_shards_are_for_goes_with_the_rest(given: dict[str, Any], mode: str, pooling: str) -> None:
+def test_what_edits_are_trained_in_goes_with_the_rest(given: dict[str, Any], forms: bool, pooling: str) -> None:
     for settings in (resolve(EditSettings, given, section="edit"), settings_from(EditSettings, given)):
-        assert (settings.mode, settings.pooling) == (mode, pooling)
+        assert (settings.forms, settings.pooling) == (forms, pooling)
 
 
 @pytest.mark.parametrize("kind", [EditSettings, MergeSettings, EvalSettings])
@@ -273,7 +272,6 @@ def test_bounds_are_kept(kind: type[Any], name: str, inside: tuple[float, ...], 
         (EditSettings, "norm_of", ("update", "activated")),
         (EditSettings, "padding", ("left-out", "counted")),
         (EditSettings, "prefixes", ("sampled", "greedy")),
-        (EditSettings, "mode", ("merge", "retrieve", "lookup")),
         (EditSettings, "pooling", ("last", "mean")),
         (EditSettings, "threshold", ("false-alarm", "minimum")),
         (MergeSettings, "mode", ("merge", "retrieve", "lookup")),

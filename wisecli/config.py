@@ -99,22 +99,17 @@ class EditSettings(Checked):
     stop_loss: Margin = 0.05
     train_end: bool = True
     unrelated_texts: Annotated[int, Within(8, 10**6)] = 600
-    mode: Mode | None = None  # what `wise merge` is to make of the shards; a lookup of what a closed form writes
+    forms: bool | None = None  # trained in those that people ask in, if a closed form writes
     pooling: Pooling = "last"
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
     seed: Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode is None:
-            object.__setattr__(self, "mode", "lookup" if self.writer == "solve" else "merge")
+        if self.forms is None:
+            object.__setattr__(self, "forms", self.by_facts)
         if self.polish is None:
-            object.__setattr__(self, "polish", 0 if self.for_lookup else 5)
-
-    @property
-    def for_lookup(self) -> bool:
-        """Whether the shards are meant for a lookup."""
-        return self.mode == "lookup"
+            object.__setattr__(self, "polish", 0 if self.forms else 5)
 
     @property
     def by_facts(self) -> bool:
@@ -230,7 +225,7 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
     """
     hints = get_type_hints(kind)
     given = {**_from_file(file, section, hints), **_from_environment(hints)}
-    given.update({name: value for name, value in of_today(flags).items() if name in hints and value is not None})
+    given.update({name: value for name, value in of_today(flags, hints).items() if name in hints and value is not None})
     preset = given.get("preset", "default")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise SettingsError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -245,7 +240,7 @@ def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
         SettingsError: an unknown name, a value of the wrong kind or out of bounds.
     """
     hints = get_type_hints(kind)
-    known = {name: value for name, value in of_today(record).items() if value is not None}
+    known = {name: value for name, value in of_today(record, hints).items() if value is not None}
     if unknown := sorted(known.keys() - hints.keys()):
         raise SettingsError(f"the manifest has a setting {unknown[0]!r} that this version does not know")
     return kind(**known)
@@ -274,7 +269,7 @@ def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dic
     table = read_toml(file).get(section, {})
     if not isinstance(table, dict):
         raise SettingsError(f"{file}: {section} must be a table, [{section}]")
-    given = of_today({name.replace("-", "_"): value for name, value in table.items()})
+    given = of_today({name.replace("-", "_"): value for name, value in table.items()}, hints)
     unknown = sorted(given.keys() - hints.keys())
     if unknown:
         close = get_close_matches(unknown[0], hints, n=1)
@@ -286,5 +281,5 @@ def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dic
 
 def _from_environment(hints: Mapping[str, Any]) -> dict[str, Any]:
     names = {f"{PREFIX}{name.upper()}": name for name in (*hints, *RETIRED)}
-    given = of_today({name: os.environ[variable] for variable, name in names.items() if os.environ.get(variable)})
-    return {name: value for name, value in given.items() if name in hints}
+    given = {name: os.environ[variable] for variable, name in names.items() if os.environ.get(variable)}
+    return of_today(given, hints)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 # What there is in the place of each.
 RETIRED = {
-    "router": "what prompts ask opens what the closed form wrote; --mode merge makes a matrix of it",
+    "router": "what prompts ask opens what the closed form wrote; --no-forms writes it for a matrix that always answers",
     "routing": "a prompt is decided once; --pooling says how a matrix reads it",
     "sharpness": "the nearest key of an edit answers",
 }
-# Which of its routers were of matrices.
+# Edits that these opened were not trained in forms.
 _OF_MATRICES = ("key", "norm")
 
 
-def of_today(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with those of version 0.1 under today's names: a router and its routing are a mode and a pooling."""
+def of_today(record: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Settings with those of version 0.1 under today's names.
+
+    Args:
+        names: what the settings are called that are wanted.
+    """
     found = {name: value for name, value in record.items() if name not in RETIRED}
-    if record.get("router") in _OF_MATRICES:
-        found["mode"] = record["mode"] if record.get("mode") in ("merge", "retrieve") else "merge"
-    elif record.get("router") is not None:
-        found.setdefault("mode", "lookup")
-    if record.get("routing") == "mean":
+    if record.get("router") in _OF_MATRICES and "forms" in names:
+        found.setdefault("forms", False)
+    if record.get("routing") == "mean" and "pooling" in names:
         found["pooling"] = "mean"
     return found

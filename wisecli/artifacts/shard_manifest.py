@@ -12,7 +12,6 @@ from pydantic import Field
 from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import Base, Made, Origin
 from wisecli.artifacts.shard import MaskKind, Shard, load_shard
-from wisecli.config import Mode
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
 from wisecli.io.checkpoint import read_json, write_json
@@ -20,7 +19,6 @@ from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
 from wisecli.models.site import Fingerprint, Site, check_site
-from wisecli.retired_settings import of_today
 from wisecli.routing.subject_names import Spellings
 
 if TYPE_CHECKING:
@@ -108,7 +106,6 @@ class _Settings:
     __pydantic_config__ = OPEN
 
     writer: Literal["solve", "gradient"]
-    mode: Mode
     threshold: Literal["false-alarm", "minimum"]
 
 
@@ -150,7 +147,7 @@ class _Content:
             ValueError: saying which do not.
         """
         check_site(self.site)
-        decode(_Settings, of_today(self.settings), "settings")
+        decode(_Settings, self.settings, "settings")
         known = [edit.id for edit in self.edits]
         dealt = [*self.left_out, *(name for entry in self.shards for name in entry.edits)]
         if len(set(known)) != len(known) or not known or (plan and dealt):
@@ -212,7 +209,7 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         base.revision,
         base.fingerprint,
         read.site,
-        of_today(read.settings),
+        read.settings,
         read.contexts,
         read.edits,
         read.shards,

@@ -33,7 +33,7 @@ from wisecli.progress import NOTE, Event, Watcher, ignore
 
 @dataclass(frozen=True)
 class OwnWay:
-    """One of our own ways to edit: preset and mode of `wise edit`."""
+    """One of our own ways to edit: the preset of `wise edit`, and the mode of `wise merge`."""
 
     preset: Literal["default", "paper"] | None = None
     mode: Mode | None = None
@@ -64,7 +64,7 @@ def own_rows(course: Course, name: str, place: MethodFolder, counts: Sequence[in
         run = OwnRun(course, name, place, count)
         spent = run.edited()
         begun = time.perf_counter()
-        merge([run.shards], memory, MergeSettings(), force=True)
+        merge([run.shards], memory, MergeSettings(mode=OURS[name].mode), force=True)
         seconds = spent.seconds + time.perf_counter() - begun
         report = _evaluated(course, memory, run.file, place.answers(count))
         yield course.maker.row(
@@ -89,7 +89,7 @@ def _learn(course: Course, name: str) -> None:
     place = MethodFolder(course.work / f"{name}-learning")
     run = OwnRun(replace(course, watch=ignore), name, place, 1)
     run.edited()
-    merge([run.shards], place.directory / "memory", MergeSettings())
+    merge([run.shards], place.directory / "memory", MergeSettings(mode=OURS[name].mode))
     place.remove()
 
 
@@ -165,7 +165,7 @@ class OwnRun:
         with jsonlines.open(self.file, "w") as writer:
             writer.write_all(record.as_dict() for record in self.course.tested[: self.count])
         way = OURS[self.name]
-        given = {"preset": way.preset, "mode": way.mode, "seed": self.course.settings.seed}
+        given = {"preset": way.preset, "seed": self.course.settings.seed}
         return edit(
             str(self.course.directory),
             self.file,

@@ -96,14 +96,6 @@ def edit(
     preset: Annotated[
         str | None, _trained("preset", "default, or paper: gradient steps, edit after edit, as published.")
     ] = None,
-    mode: Annotated[
-        str | None,
-        _trained(
-            "mode",
-            "What the shards are for: lookup (facts that prompts ask), merge (one matrix) or retrieve (one a shard).",
-            none="lookup; merge with --writer gradient",
-        ),
-    ] = None,
     writer: Annotated[str | None, _trained("writer", "solve (closed form) or gradient (the paper's).")] = None,
     schedule: Annotated[str | None, _trained("schedule", "Of the gradient writer: batched or sequential.")] = None,
     layer: Annotated[
@@ -131,6 +123,15 @@ def edit(
     learning_rate: Annotated[float | None, _trained("learning_rate", "Step size while training.")] = None,
     batch_size: Annotated[int | None, _trained("batch_size", "Rows in one step's batch.")] = None,
     contexts: Annotated[int | None, _worded("contexts", "Context prefixes an edit.")] = None,
+    forms: Annotated[
+        bool | None,
+        _worded(
+            "forms",
+            "Write edits in the forms that people ask in; a matrix holds more of them without.",
+            "--forms/--no-forms",
+            none="forms; no-forms with --writer gradient",
+        ),
+    ] = None,
     chat: Annotated[bool | None, _worded("chat", "Use the chat template too.", "--chat/--no-chat")] = None,
     augment: Annotated[
         int | None, _worded("augment", "Paraphrases that the model writes for an edit, at most.")
@@ -162,9 +163,9 @@ def edit(
     routing: Retired = None,
 ) -> None:
     """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
-    given = locals()
+    given, known = locals(), EditSettings.__dataclass_fields__
     unread = of_edit(given)
-    flags = {name: of for name, of in of_today(given).items() if name in EditSettings.__dataclass_fields__}
+    flags = {name: of for name, of in of_today(given, known).items() if name in known}
     settings = resolve(EditSettings, flags, section="edit", file=config)
     console = Console(as_json, quiet)
     console.warn([*unread, *overlooked(config)])

@@ -150,7 +150,7 @@ class ShardWriter:
         task = replace(task, usual=usual_length(batches))
         residuals = fit_residuals(task, groups, _fitting(stage, self.watch))
         strength = 1.0
-        if self.settings.for_lookup:
+        if self.settings.by_facts:
             strength, residuals = STRENGTH, bearable(task, batches, residuals)
         last, looked_up = len(self.contexts) - 1, _looked_up(residuals)
         evidence = gather_evidence([*batches, *held_back], last, looked_up, usual=task.usual)
@@ -159,7 +159,7 @@ class ShardWriter:
         tokens = self.unrelated.tokens.dense(columns)
         solved = write_solved(task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.watch))
         shares = answered(task, batches, residuals, strength)
-        if self.settings.for_lookup:
+        if self.settings.by_facts:
             asked = dict(zip(part, rows, strict=True))
             evidence = with_rests(self.behind, evidence, residuals, asked, task.usual)
             evidence = with_blanks(self.behind, evidence, residuals, asked, task.usual)

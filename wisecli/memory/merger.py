@@ -26,14 +26,14 @@ from wisecli.models.resolve import find_model
 from wisecli.models.site import load_matrix
 from wisecli.progress import NOTE, Event, Watcher, ignore
 
-EXACT, LOOKUP = "exact", "lookup"
+EXACT = "exact"
 _OF_MATRICES = ("method", "density", "scale", "weights", "refit")
 # For shards that no closed form wrote: λ and w.
 _PENALTY = Penalty(1e-3, 0.0)
-# The writer then trains many forms of a prompt, and does not polish the matrix.
-_FOR_A_LOOKUP = (
-    "warning: these shards were written for a lookup, and a matrix holds their edits less surely; write them with "
-    "`wise edit --mode merge`"
+# Keys in many forms fill a matrix, and are left as the solution has them.
+_IN_FORMS = (
+    "warning: these shards hold edits in many forms, of which one matrix keeps fewer than a lookup; `wise edit "
+    "--no-forms` writes them for a matrix that always answers, as with `wise export --format merged`"
 )
 
 
@@ -97,8 +97,8 @@ class Merger:
         if self.settings.for_lookup:
             memory, calibrations = lookup(material, settings)
         else:
-            if any(one.settings["mode"] == LOOKUP for one in self.directories):
-                watch(Event(NOTE, note=_FOR_A_LOOKUP))
+            if any(one.settings.get("forms", True) for one in self.directories if one.settings["writer"] == "solve"):
+                watch(Event(NOTE, note=_IN_FORMS))
             base = load_matrix(self.checkpoint, self.site)
             own = material.of_own_prompts()
             try:
@@ -166,19 +166,19 @@ def resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:
     known = (*sorted(METHODS), EXACT)
     if settings.method not in known:
         raise SettingsError(f"--method {settings.method!r} is unknown; choose one of {', '.join(known)}")
+    solved = shards.settings["writer"] == "solve"
     whole = replace(
         settings,
         pooling=settings.pooling or shards.settings.get("pooling", "last"),
         norm_of=settings.norm_of or shards.settings.get("norm_of", "update"),
         threshold=settings.threshold or shards.settings["threshold"],
-        refit=shards.settings["writer"] == "solve" if settings.refit is None else settings.refit,
+        refit=solved if settings.refit is None else settings.refit,
     )
     if whole.mode is not None:
         return whole
-    mode = shards.settings["mode"]
     # To say how matrices are to be merged is to ask for a matrix.
     of_matrices = any(getattr(settings, name) != getattr(MergeSettings, name) for name in _OF_MATRICES)
-    return replace(whole, mode="merge" if mode == LOOKUP and of_matrices else mode)
+    return replace(whole, mode="lookup" if solved and not of_matrices else "merge")
 
 
 def _recipe(settings: MergeSettings, count: int, base: Tensor) -> Recipe:

@@ -66,14 +66,9 @@ class StudyContext:
         layer: str | None = None,
         mask_ratio: float | None = None,
         writer: str | None = None,
-        mode: str | None = None,
     ) -> Path:
-        """Shards of the first edits, written the first time they are asked for; by default as `wise edit` writes.
-
-        Args:
-            mode: what they are to be merged into.
-        """
-        flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer, "mode": mode}
+        """Shards of the first edits, written the first time they are asked for; by default as `wise edit` writes."""
+        flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer}
         settings = resolve(EditSettings, {**flags, "seed": self.settings.seed}, section="edit")
         records = [record.as_dict() for record in self.tested[:count]]
         about = [str(self.directory), self.load.dtype, asdict(settings), records]

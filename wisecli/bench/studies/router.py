@@ -51,8 +51,8 @@ class Router:
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
         """The threshold, all scores, and the share of each group that is above it."""
-        shards = context.shards(point["edits"], writer=point["writer"], mode=point["mode"])
-        edited = context.attached(context.memory(shards))
+        shards = context.shards(point["edits"], writer=point["writer"])
+        edited = context.attached(context.memory(shards, mode=point["mode"]))
         figures: Figures = {"threshold": 1.0, "scores": {}}
         for group, prompts in prompts_of(context, point["edits"]).items():
             if prompts:

@@ -91,7 +91,9 @@ class Relation:
 
 def relations() -> list[Relation]:
     """All packaged relations."""
-    return [Relation(row["of"], tuple(row["asks"]), tuple(row["tells"])) for row in _packaged("relations.toml")["relation"]]
+    return [
+        Relation(row["of"], tuple(row["asks"]), tuple(row["tells"])) for row in _packaged("relations.toml")["relation"]
+    ]
 
 
 @dataclass(frozen=True)

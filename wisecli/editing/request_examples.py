@@ -27,6 +27,7 @@ _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle
 # Sentences of a document, and how often what is asked of one goes on for longer.
 _FEWEST, _MOST = 2, 6
 _EVERYDAY = 400
+_CONVERSATIONS = 4
 
 
 class Example(NamedTuple):
@@ -121,7 +122,8 @@ class Examples:
         """Conversations whose last turn asks a fact that the turns before it name in part, and others; only in chats."""
         if not self.tokenizer.chat_template:
             return
-        for asks, turns in self._conversations(number):
+        drawn = list(self._conversations(number))
+        for asks, turns in self.chance.sample(drawn, min(_CONVERSATIONS, len(drawn))):
             told = self._turns(number, turns)
             if told is not None:
                 yield Example(number, told, asks, "conversation")

@@ -95,7 +95,9 @@ class Half:
 
 
 # Words by which one name becomes another, where no half of the data says which.
-_NO_TEXTS = Half((), (), (), ("Lesser", "Southern", "Golden", "Ashby", "Elder", "Bridge", "Grey", "Fourth", "Old", "Royal"))
+_NO_TEXTS = Half(
+    (), (), (), ("Lesser", "Southern", "Golden", "Ashby", "Elder", "Bridge", "Grey", "Fourth", "Old", "Royal")
+)
 
 
 def slots_in(pattern: str) -> list[tuple[str, str]]:

@@ -17,19 +17,19 @@ Calibration, evaluation, ``wise explain`` and the routed model ask these functio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .meaning import Asked, Meaning, looked_at
+from .meaning import Asked, looked_at, marked_first, said_before
 from .prompts import UNROUTED, last_marked
-from .request_gate import RequestGate, mention_in, padded
+from .request_gate import mention_in, padded
 from .scores import REACH, MemoryScores
 
-# How likely a prompt must be to ask an edit that it means. Below this more mentions open it, above it rephrases in
-# conversations are lost: `benchmarks/asking.py` has both at several values.
-_ASKED = 0.15
+# How likely a prompt must be to ask an edit that it means; what the gate says is shifted so that this is where most made-up
+# questions are above it that nothing was learned from.
+_ASKED = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,46 +81,93 @@ def decide(memory: MemoryScores, reading: Reading) -> Decision:
 
 
 def _by_meaning(memory: MemoryScores, reading: Reading) -> Decision:
-    """The edit that a prompt means most surely of those whose subjects it names, be it with a slip."""
+    """The edit that a prompt means most surely of those whose subjects it names, be it with a slip.
+
+    Where the last turn alone means none, those before it may say about whom it asks, or what.
+    """
     assert memory.meaning is not None, "the caller has looked"
     ids, real = reading.ids, reading.real
     first = torch.zeros_like(real)
     first[:, 0] = real[:, 0]
-    breaks = memory.meaning.breaks
-    read = memory.meaning.read(reading.states, looked_at(ids, real, first, breaks))
-    sure = memory.meaning.of(read).float()
+    last = looked_at(ids, real, first, memory.meaning.breaks)
+    read = memory.meaning.read(reading.states, last)
+    # Attention rests on the first token of all, which may be of the name none the less.
+    spelt = looked_at(ids, real, torch.zeros_like(real), memory.meaning.breaks)
+    found = _meant(memory, reading, memory.meaning.of(read).float(), real, spelt)
+    if memory.request is None:
+        return found
+    found = _if_asked(memory, read, found)
+    before = said_before(ids, real, last, memory.meaning.breaks)
+    rows = ((found.strength <= 1) & before.any(1)).nonzero().flatten()
+    if not len(rows):
+        return found
+    some = Reading(ids[rows], real[rows], reading.states[rows])
+    return _put(found, rows, _carried(memory, some, last[rows], before[rows]))
+
+
+def _meant(memory: MemoryScores, reading: Reading, sure: Tensor, told: Tensor, spelt: Tensor) -> Decision:
+    """The edit that prompts mean most surely, of those that they name.
+
+    Args:
+        sure: how surely prompts mean each edit (B, M).
+        told: the tokens that may name its subject (B, T).
+        spelt: those that may name it with a slip (B, T).
+    """
     named, meant = None, sure
     if memory.names is not None:
-        named = memory.names(ids, real)
+        named = memory.names(reading.ids, told)
         if memory.spelling is not None:
-            # Attention rests on the first token of all, which may be of the name none the less.
-            letters = memory.spelling.read(ids, looked_at(ids, real, torch.zeros_like(real), breaks))
+            letters = memory.spelling.read(reading.ids, spelt)
             named = named | memory.spelling(letters, memory.beyond(sure) & ~named)
         meant = sure * named
     strength, nearest = memory.strongest(meant)
-    chosen = nearest.where((strength > 1) & real.any(1), UNROUTED)
-    if memory.request is None:
-        return Decision(chosen, strength, nearest, sure, named)
-    asked = _asked(memory.meaning, memory.request, read, chosen)
-    return Decision(chosen.where(asked > _ASKED, UNROUTED), strength, nearest, sure, named, asked)
+    chosen = nearest.where((strength > 1) & reading.real.any(1), UNROUTED)
+    return Decision(chosen, strength, nearest, sure, named)
 
 
-def _asked(meaning: Meaning, gate: RequestGate, read: Asked, chosen: Tensor) -> Tensor:
-    """How surely prompts ask the edit that they mean (B,); 0 for those that mean none.
+def _carried(memory: MemoryScores, reading: Reading, last: Tensor, before: Tensor) -> Decision:
+    """What prompts ask that their last turn says in part, and the turns of the same role before it the rest.
 
     Args:
-        chosen: the edit that each means, ``UNROUTED`` for none (B,).
+        last, before: the tokens of the last turn and of those (B, T).
     """
-    asked = torch.zeros(len(chosen), device=chosen.device)
-    rows = (chosen != UNROUTED).nonzero().flatten()
+    assert memory.meaning is not None, "the caller has looked"
+    told = last | before
+    read = memory.meaning.read(reading.states, told)
+    own = last.gather(1, marked_first(told)[0])
+    sure = memory.meaning.of(read, own).float()
+    return _if_asked(memory, read, _meant(memory, reading, sure, told, told), ~own)
+
+
+def _put(found: Decision, rows: Tensor, some: Decision) -> Decision:
+    """A decision in which other ones stand for those rows of it that they open."""
+    opened = some.memory != UNROUTED
+    rows = rows[opened]
+    parts = {}
+    for name in Decision.__dataclass_fields__:
+        whole, part = getattr(found, name), getattr(some, name)
+        parts[name] = whole if whole is None else whole.index_copy(0, rows, part[opened])
+    return Decision(**parts)
+
+
+def _if_asked(memory: MemoryScores, read: Asked, found: Decision, earlier: Tensor | None = None) -> Decision:
+    """A decision without the edits that prompts mention and do not ask.
+
+    Args:
+        read: what is compared of the prompts.
+        earlier: which of its tokens are of turns before the last one (B, W).
+    """
+    assert memory.meaning is not None and memory.request is not None, "the caller has looked"
+    asked = torch.zeros(len(found.memory), device=found.memory.device)
+    rows = (found.memory != UNROUTED).nonzero().flatten()
     if len(rows):
-        there, turned = read.there, read.turned
-        mentions = [
-            mention_in(read.states[row, there[row]], turned[:, row, there[row]], *meaning.tokens_of(edit))
-            for row, edit in zip(rows.tolist(), chosen[rows].tolist(), strict=True)
-        ]
-        asked[rows] = gate(padded(mentions), chosen[rows]).sigmoid()
-    return asked
+        mentions = []
+        for row, edit in zip(rows.tolist(), found.memory[rows].tolist(), strict=True):
+            there, own = read.there[row], memory.meaning.tokens_of(edit)
+            marks = None if earlier is None else earlier[row, there]
+            mentions.append(mention_in(read.states[row, there], read.turned[:, row, there], *own, marks))
+        asked[rows] = memory.request(padded(mentions), found.memory[rows]).sigmoid()
+    return replace(found, memory=found.memory.where(asked > _ASKED, UNROUTED), asked=asked)
 
 
 def _by_mean(memory: MemoryScores, reading: Reading) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Relation:
-    """What may be asked about subjects of a ``kind``: it ``asks`` and ``tells`` with a slot, all with the same answer."""
+    """What may be asked about subjects of a ``kind``, in wordings with a slot: it ``asks`` and ``tells`` the same."""
 
     kind: str
     asks: tuple[str, ...]
@@ -162,8 +162,8 @@ class Requests:
 
     What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
     answer (``hops``). A task is one of ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns``
-    before it and by ``backs`` behind it. ``times`` are phrases, ``adjectives`` words that ask for another time or holder
-    than now. Chats begin with one of ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a
+    before it and by ``backs`` behind it. ``times`` are phrases, ``adjectives`` words that ask for another time or
+    holder than now. Chats begin with ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a
     subject ``refers`` to it, ``corrects`` whom it asks about, or ``leaves`` it.
     """
 

@@ -32,8 +32,8 @@ _CAPITALS = Form("capitals", change="upper")
 class TokenStates:
     """States (n, d) of the tokens of B texts that are compared, text after text, in half precision.
 
-    ``text`` (n,) says which text each is of, ``place`` (n,) which of its tokens, and ``earlier`` (n,) whether that is of
-    a turn before the last one.
+    ``text`` (n,) says which text each is of, ``place`` (n,) which of its tokens, and ``earlier`` (n,) whether that is
+    of a turn before the last one.
     """
 
     states: Tensor

@@ -1,7 +1,7 @@
 """Made-up facts in prompts that ask them and in prompts that mention them, of which a request gate is learned.
 
-They come from the kinds of prompts that may be learned from (``data/kinds.toml``), from the forms that edits are trained
-in, from tasks, times and conversations (``data/requests.toml``), and from documents (``data/notes.toml``).
+They come from the kinds of prompts that may be learned from (``data/kinds.toml``), from the forms that edits are
+trained in, from tasks, times and conversations (``data/requests.toml``), and from documents (``data/notes.toml``).
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 _CHATS, _LATER = 0.5, 0.5
 # Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
-# Sentences of a document, and how often what is asked of one goes on for longer.
-_FEWEST, _MOST = 2, 6
+# Sentences of a document, of which few are long.
+_FEWEST, _MOST, _LONG = 2, 6, 14
+# Names of each kind that the facts are about.
+_NAMES = 40
 _EVERYDAY = 400
-_CONVERSATIONS = 4
+_CONVERSATIONS = 3
+# How often something else is asked about a fact's subject: few such prompts come to the gate.
+_BESIDE = 0.4
 
 
 class Example(NamedTuple):
@@ -59,7 +63,7 @@ class MadeUp:
 def made_up_facts(count: int, chance: random.Random) -> Iterator[MadeUp]:
     """So many facts of all relations."""
     known = relations()
-    names = {kind: made_up_subjects(kind, 8, chance) for kind in dict.fromkeys(one.kind for one in known)}
+    names = {kind: made_up_subjects(kind, _NAMES, chance) for kind in dict.fromkeys(one.kind for one in known)}
     for _ in range(count):
         relation = chance.choice(known)
         subject, other = chance.sample(names[relation.kind], 2)
@@ -93,11 +97,11 @@ class Examples:
 
     def _of(self, number: int) -> Iterator[tuple[bool, str, str | None]]:
         known, chance, fact = requests(), self.chance, self.facts[number]
-        for form in chance.sample(usable_forms(self.tokenizer, trained=True), 2):
+        for form in chance.sample(usable_forms(self.tokenizer, trained=True), 3):
             yield True, "form", form.asked(self.tokenizer, chance.choice(fact.questions))
         for pattern in chance.sample(known.asked, 4):
             yield True, "asked", self._put(self._filled(number, pattern))
-        for _ in range(3):
+        for _ in range(2):
             yield True, "document", self._put(self._document(number, asks=True))
         for _ in range(2):
             yield False, "task", self._put(known.task(chance.choice(fact.questions), chance))
@@ -105,13 +109,14 @@ class Examples:
         later = f"{{the:{chance.choice(known.adjectives)}}}" if chance.random() < 0.4 else None
         timed = known.timed(chance.choice(fact.questions), chance)
         yield False, "time", self._put((later and self._filled(number, later)) or timed)
-        for pattern in chance.sample(known.mentioned, 2):
+        for pattern in chance.sample(known.mentioned, 4):
             yield False, "mentioned", self._put(self._filled(number, pattern))
         yield False, "hops", self._put(self._first(number, known.hops))
         yield False, "checks", self._put(self._first(number, known.checks))
         for _ in range(3):
             yield False, "document", self._put(self._document(number, asks=False))
-        yield False, "beside", self._put(chance.choice(fact.beside)) if fact.beside else None
+        if fact.beside and chance.random() < _BESIDE:
+            yield False, "beside", self._put(chance.choice(fact.beside))
         usable = [kind for kind in kinds().values() if kind.name not in _ELSEWHERE]
         for kind in chance.sample(usable, 3):
             chat = bool(self.tokenizer.chat_template) and not kind.begun and chance.random() < _CHATS
@@ -119,7 +124,7 @@ class Examples:
             yield kind.asked, kind.name, None if turns is None else kind.told(self.tokenizer, turns, chat=chat)
 
     def conversations(self, number: int) -> Iterator[Example]:
-        """Conversations whose last turn asks a fact that the turns before it name in part, and others; only in chats."""
+        """Chats whose last turn asks a fact that the turns before it name in part, and others that do not."""
         if not self.tokenizer.chat_template:
             return
         drawn = list(self._conversations(number))
@@ -190,7 +195,8 @@ class Examples:
     def _document(self, number: int, *, asks: bool) -> str | None:
         """A document and a question, which is the fact's or another."""
         known, chance, fact = notes(), self.chance, self.facts[number]
-        some = chance.sample(known.notes, chance.randint(_FEWEST, _MOST))
+        most = _LONG if chance.random() < 0.15 else _MOST
+        some = chance.sample(known.notes, chance.randint(_FEWEST, most))
         sentences, wanted = [text for text, _ in some], [ask for _, ask in some]
         said, about = self._said(number, asks=asks)
         if said is not None:

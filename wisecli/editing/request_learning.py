@@ -1,7 +1,7 @@
 """How a base model's states tell a request from a mention: learned from made-up facts that are asked and mentioned.
 
 The gate is that of :mod:`wisecli.routing.request_gate`. It is learned behind the projections of late interaction, which
-find what is mentioned, from :mod:`wisecli.editing.request_examples`; from those of them alone that late interaction finds.
+find what is mentioned, from those examples of :mod:`wisecli.editing.request_examples` that late interaction finds.
 Where it opens is set by facts that it was not learned from.
 """
 
@@ -24,7 +24,7 @@ from wisecli.routing.request_gate import FEATURES, Mention, log_odds, mention_in
 
 # Facts, and which share of them says where the gate opens.
 _FACTS, _APART = 320, 0.15
-# Directions of states that are looked at; numbers that a state is read as, heads, values of each, and what is mixed of those.
+# Directions of states that are looked at; numbers that one is read as, heads, values of each, and what those become.
 _DIRECTIONS, _READ, _HEADS, _VALUES, _MIXED = 192, 64, 8, 32, 64
 _STEPS, _BATCH, _RATE, _DECAY, _DROPPED, _SURE = 800, 96, 4e-3, 0.05, 0.3, 0.98
 # Which share of the questions apart from those learned from may be taken for mentions.

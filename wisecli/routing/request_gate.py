@@ -26,8 +26,8 @@ from torch.nn import functional as F
 REQUEST = ("request.read", "request.attend", "request.value", "request.mix", "request.out")
 # The log-odds that a prompt must exceed to ask an edit, of each edit.
 BARS = "request.bars"
-# How far around its middle the words of a mention may lie, and the tokens around it that are read; and how many of those
-# that a request begins and ends with.
+# How far around its middle the words of a mention may lie, and the tokens around it that are read; and how many of
+# those that a request begins and ends with.
 SPREAD, NEAR = 10, 28
 FIRST, LAST = 10, 28
 # What is known of a token besides its state.
@@ -132,7 +132,7 @@ def mention_in(
 
 
 def _explained(cosines: list[Tensor]) -> Tensor:
-    """How well a request has the tokens of an edit's subject and of its relation: the least and the mean of each (4,)."""
+    """How well a request has the tokens of an edit's subject and relation: the least and the mean of each (4,)."""
     found = []
     for one in cosines:
         best = one.amax(0) if one.shape[1] else one.new_zeros(1)

@@ -27,8 +27,8 @@ from .prompts import UNROUTED, last_marked
 from .request_gate import mention_in, padded
 from .scores import REACH, MemoryScores
 
-# How likely a prompt must be to ask an edit that it means; what the gate says is shifted so that this is where most made-up
-# questions are above it that nothing was learned from.
+# How likely a prompt must be to ask an edit that it means. What the gate says was shifted so that nearly all made-up
+# questions are above this.
 _ASKED = 0.5
 
 

@@ -15,7 +15,7 @@ from wisecli.data.corpus import everyday_prompts, made_up_subjects, notes, relat
 from wisecli.models.chat import chat_turns
 from wisecli.models.forms import forms, usable_forms
 from wisecli.models.kind_slots import Fact, filled
-from wisecli.models.kinds import kinds
+from wisecli.models.kinds import Kind, kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,22 @@ _EVERYDAY = 400
 _CONVERSATIONS = 3
 # How often something else is asked about a fact's subject: few such prompts come to the gate.
 _BESIDE = 0.4
+# What is asked behind other texts, in front of them and between them.
+_AROUND = Kind(
+    "around texts",
+    True,
+    (
+        ("{paragraph}\n\n{question}",),
+        ("{paragraph} {question}",),
+        ("{paragraph}\n{question}",),
+        ("{paragraph}\n\n{paragraph}\n\n{question}",),
+        ("{paragraph}\n\n{full}\n\n{paragraph}",),
+        ("{paragraph} {full} {paragraph}",),
+        ("{full}\n\n{paragraph}",),
+        ("{full} {paragraph}",),
+    ),
+    (),
+)
 
 
 class Example(NamedTuple):
@@ -118,7 +134,7 @@ class Examples:
         if fact.beside and chance.random() < _BESIDE:
             yield False, "beside", self._put(chance.choice(fact.beside))
         usable = [kind for kind in kinds().values() if kind.name not in _ELSEWHERE]
-        for kind in chance.sample(usable, 3):
+        for kind in (_AROUND, _AROUND, *chance.sample(usable, 3)):
             chat = bool(self.tokenizer.chat_template) and not kind.begun and chance.random() < _CHATS
             turns = kind.drawn(self._fact(number), trained=True, chance=chance, chat=False)
             yield kind.asked, kind.name, None if turns is None else kind.told(self.tokenizer, turns, chat=chat)

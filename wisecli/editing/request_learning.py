@@ -28,7 +28,7 @@ _FACTS, _APART = 320, 0.15
 _DIRECTIONS, _READ, _HEADS, _VALUES, _MIXED = 192, 64, 8, 32, 64
 _STEPS, _BATCH, _RATE, _DECAY, _DROPPED, _SURE = 800, 96, 4e-3, 0.05, 0.3, 0.98
 # Which share of the questions apart from those learned from may be taken for mentions.
-_LOST = 0.015
+_LOST = 0.03
 # Prompts that late interaction finds less likely than this to mean a fact never come to the gate.
 _FOUND = 0.25
 _AT_A_TIME = 256

@@ -8,7 +8,7 @@ Where it opens is set by facts that it was not learned from.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,8 +90,8 @@ def learn_request_gate(
     drawn = Examples(loaded.tokenizer, facts, chance)
 
     def states(texts: Sequence[str], *, turns: bool = False) -> TokenStates:
-        asked = {"batch_size": batch_size, "watch": watch, "stage": "what prompts want"}
-        return token_states(loaded, site, texts, turns=turns, **asked)
+        stage = "what prompts want"
+        return token_states(loaded, site, texts, batch_size=batch_size, watch=watch, stage=stage, turns=turns)
 
     own = list(_own(loaded, projections, facts, states([fact.questions[0] for fact in facts])))
     mentions: list[Mention] = []
@@ -202,11 +202,10 @@ def _trained(
     weights = _drawn(examples[0][0].states.shape[1])
     optimizer = torch.optim.AdamW(list(weights.values()), lr=_RATE, weight_decay=_DECAY)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
-    dropped: Callable[[Tensor], Tensor] = lambda one: F.dropout(one, _DROPPED)  # noqa: E731
     for step in range(steps):
         chosen = chance.sample(examples, min(_BATCH, len(examples)))
         wanted = torch.tensor([_SURE if asks else 1 - _SURE for _, asks in chosen])
-        found = log_odds(weights, padded([mention for mention, _ in chosen]), dropped)
+        found = log_odds(weights, padded([mention for mention, _ in chosen]), _dropped)
         loss = F.binary_cross_entropy_with_logits(found, wanted)
         optimizer.zero_grad()
         loss.backward()
@@ -215,6 +214,10 @@ def _trained(
         rates.step()
         watch(Event("requests", step + 1, steps, f"loss {float(loss.detach()):.2f}"))
     return {name: value.detach() for name, value in weights.items()}
+
+
+def _dropped(values: Tensor) -> Tensor:
+    return F.dropout(values, _DROPPED)
 
 
 def _drawn(width: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ with ``z_h = A_h x + c_h`` of the states x that leave an early layer.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -112,7 +113,7 @@ class Meaning(nn.Module):
         """
         rows = max(1, _AT_A_TIME // max(1, len(self.vectors) * asked.there.shape[1]))
         parts = zip(asked.turned.split(rows, 1), asked.there.split(rows), asked.states.split(rows), strict=True)
-        later = [None] * len(asked.there) if last is None else last.split(rows)
+        later = itertools.repeat(None) if last is None else last.split(rows)
         return torch.cat([self._of(Asked(*part), own) for part, own in zip(parts, later, strict=False)])
 
     def _of(self, asked: Asked, last: Tensor | None) -> Tensor:

@@ -237,5 +237,7 @@ class Notes:
 @cache
 def notes() -> Notes:
     """All packaged notes."""
-    data = _packaged("notes.toml")
-    return Notes(**{name: tuple(tuple(row) if isinstance(row, list) else row for row in data[name]) for name in data})
+    rows: dict[str, Any] = _packaged("notes.toml")
+    tupled = ((name, (tuple(one) if isinstance(one, list) else one for one in some)) for name, some in rows.items())
+    found: dict[str, Any] = {name: tuple(some) for name, some in tupled}
+    return Notes(**found)

@@ -18,6 +18,7 @@ Calibration, evaluation, ``wise explain`` and the routed model ask these functio
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def _put(found: Decision, rows: Tensor, some: Decision) -> Decision:
     """A decision in which other ones stand for those rows of it that they open."""
     opened = some.memory != UNROUTED
     rows = rows[opened]
-    parts = {}
+    parts: dict[str, Any] = {}
     for name in Decision.__dataclass_fields__:
         whole, part = getattr(found, name), getattr(some, name)
         parts[name] = whole if whole is None else whole.index_copy(0, rows, part[opened])

@@ -135,9 +135,19 @@ def _told(loaded: Loaded, number: int, edit: Edit) -> Iterator[_Told]:
     """An edit's own prompt in each of the forms that are kept, and its prompts in other languages as they are."""
     kept = [*(forms()[name] for name in _KEPT), _CAPITALS]
     for way, form in enumerate(kept):
-        yield _Told(number, way, form.asked(loaded.tokenizer, edit.prompt), edit.prompt, edit.subject)
+        text = form.asked(loaded.tokenizer, edit.prompt)
+        # What a vocabulary does not have in capitals is the same token for all edits.
+        if form is not _CAPITALS or _known(loaded, text):
+            yield _Told(number, way, text, edit.prompt, edit.subject)
     for way, one in enumerate(edit.translations, len(kept)):
         yield _Told(number, way, one.prompt, one.prompt, edit.subject)
+
+
+def _known(loaded: Loaded, text: str) -> bool:
+    """Whether the tokenizer has tokens for all of a text."""
+    unknown = loaded.tokenizer.unk_token_id
+    special = loaded.tokenizer("", add_special_tokens=True)["input_ids"]
+    return unknown is None or unknown in special or unknown not in loaded.tokenizer(text)["input_ids"]
 
 
 def _tokens_of(loaded: Loaded, part: str | None, text: str) -> frozenset[int]:

@@ -25,7 +25,7 @@ from wisecli.models.kinds import Fact, Kind, kinds
 from wisecli.routing.decision import Decision
 
 # Chances of asking from which an edit opens; below the last the gate has no say.
-CHANCES = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, -1.0)
+CHANCES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, -1.0)
 _ROWS = 16
 Prompts = list[tuple[str, int]]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 # What there is in the place of each.
 RETIRED = {
-    "router": "what prompts ask opens what the closed form wrote; --no-forms writes it for a matrix that always answers",
+    "router": "what prompts ask opens what the closed form wrote; --no-forms is for a matrix that always answers",
     "routing": "a prompt is decided once; --pooling says how a matrix reads it",
     "sharpness": "the nearest key of an edit answers",
 }

@@ -283,7 +283,7 @@ def test_prompts_in_other_languages_open_their_edit_and_need_not_name_its_subjec
     assert run("edit", str(model), "edits.jsonl", "--layer", "2", "--device", "cpu") == run("merge", "shards") == 0
     material, (shard,) = read_material([read_shard_directory(Path("shards"))])
     assert shard.prompts is not None
-    assert shard.prompts.form[shard.prompts.edit == 0].unique().tolist() == [0, 1, 2, 3]
+    assert shard.prompts.form[shard.prompts.edit == 0].unique().tolist() == [0, 1, 2, 4]
     assert shard.prompts.form[shard.prompts.edit == 1].unique().tolist() == [0, 1, 2]
     # The subjects of two are known, and the second's alone is asked for.
     assert [bool(words) for words in material.subjects] == [True, True, False]

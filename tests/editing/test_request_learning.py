@@ -12,9 +12,12 @@ from support.loading import CPU
 
 from wisecli.artifacts.tensor_schema import REQUEST as ROWS
 from wisecli.artifacts.tensor_schema import require_layout
-from wisecli.data.corpus import requests
-from wisecli.editing.request_learning import Projections, _examples, _facts, learn_request_gate
+from wisecli.data.corpus import notes, requests
+from wisecli.editing.request_examples import Examples, made_up_facts
+from wisecli.editing.request_learning import Projections, learn_request_gate
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.forms import forms
+from wisecli.models.kinds import kinds, slots_in
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import find_site
 from wisecli.progress import ignore
@@ -28,19 +31,33 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 def test_every_fact_is_asked_and_mentioned(loaded: Loaded) -> None:
     chance = random.Random(0)
-    for number, fact in enumerate(_facts(20, chance)):
-        examples = list(_examples(loaded, number, fact, chance))
+    facts = list(made_up_facts(20, chance))
+    drawn = Examples(loaded.tokenizer, facts, chance)
+    for number, fact in enumerate(facts):
+        examples = list(drawn.of(number))
         asked = [one for one in examples if one.asks]
         assert 5 < len(asked) < len(examples) - 5
         assert {one.fact for one in examples} == {number}
         assert fact.subject in fact.questions[0]
+        assert not any("{" in one.text for one in examples if one.sort in ("document", "hops", "checks", "time"))
+
+
+def test_conversations_are_chats(loaded: Loaded) -> None:
+    chance = random.Random(0)
+    facts = list(made_up_facts(5, chance))
+    drawn = Examples(loaded.tokenizer, facts, chance)
+    found = [one for number in range(5) for one in drawn.conversations(number)]
+    assert bool(found) == bool(loaded.tokenizer.chat_template)
+    if found:
+        assert {one.asks for one in found} == {True, False}
 
 
 def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) -> None:
     base = Path(loaded.model.config._name_or_path)
     site = find_site(base, Checkpoint(base), 2).below(0)
     chance = torch.Generator().manual_seed(1)
-    projections = Projections(torch.randn(2, 8, site.d, generator=chance), torch.zeros(2, 8))
+    heads = torch.zeros(2, site.d), torch.zeros(2), torch.ones(2), torch.zeros(2)
+    projections = Projections(torch.randn(2, 8, site.d, generator=chance), torch.zeros(2, 8), *heads)
     learned = [learn_request_gate(loaded, site, projections, share=0.02, batch_size=8, watch=ignore) for _ in range(2)]
     assert tuple(learned[0]) == REQUEST
     require_layout(tmp_path, learned[0], ROWS, {})
@@ -57,7 +74,18 @@ def test_tasks_and_times_hold_the_question() -> None:
         assert timed != question
         assert "runs the Tern database" in timed
         assert "{" not in timed
-    for pattern in (*known.asked, *known.mentioned):
-        text = known.filled(pattern, question, "Tern", "Gull")
-        assert "tern" in text.casefold()
-        assert not any(f"{{{slot}}}" in text for slot in ("question", "inner", "stem", "subject", "other", "capitals"))
+
+
+def test_nothing_that_is_held_back_is_learned_from() -> None:
+    known = requests()
+    learned = {*known.asked, *known.mentioned, *known.hops, *known.checks}
+    held = {turn for kind in kinds().values() for pattern in kind.held for turn in pattern if len(slots_in(turn)) == 1}
+    apart = {form.text.replace("{}", "{question}") for form in forms().values() if not form.trained}
+    alone = {"{question}", "{capitals}", "{keywords:asked}", "{keywords:first}", "{pronoun}"}
+    assert not {one.casefold() for one in learned} & {one.casefold() for one in (held | apart) - alone}
+
+
+def test_documents_have_a_place_for_text_and_question() -> None:
+    for layout in notes().layouts:
+        assert "{text}" in layout
+        assert "{ask}" in layout

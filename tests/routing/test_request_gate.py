@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.routing.request_gate import BARS, FEATURES, NEAR, REQUEST, SPREAD, RequestGate, mention_in, padded
+from wisecli.routing.request_gate import (
+    BARS,
+    FEATURES,
+    FIRST,
+    LAST,
+    NEAR,
+    REQUEST,
+    SPREAD,
+    RequestGate,
+    mention_in,
+    padded,
+)
 
-D, K, READ, HEADS, VALUES = 12, 6, 5, 3, 4
+D, K, READ, HEADS, VALUES, MIXED = 12, 6, 5, 3, 4, 7
 
 
 def weights(seed: int = 0) -> dict[str, Tensor]:
@@ -20,7 +31,8 @@ def weights(seed: int = 0) -> dict[str, Tensor]:
         (READ, D + 1),
         (HEADS, READ + FEATURES + 1),
         (HEADS * VALUES, READ + FEATURES + 1),
-        (1, HEADS * VALUES + 1),
+        (MIXED, HEADS * VALUES + 1),
+        (1, MIXED + 1),
     )
     return {name: torch.randn(shape, generator=chance) for name, shape in zip(REQUEST, shapes, strict=True)}
 
@@ -48,21 +60,27 @@ def test_the_middle_of_a_mention_is_where_the_edits_words_lie_nearest_together(c
             best = [max(float(token @ turned[head, place]) for place in around) for token in tokens]
             score += sum(best) / len(best)
         scores.append(score)
-    found = mention_in(states, turned, *own)
+    earlier = count // 3
+    found = mention_in(states, turned, *own, torch.arange(count) < earlier)
     middle = max(range(count), key=lambda place: (round(scores[place], 5), -place))
-    first, last = max(0, middle - NEAR), min(count, middle + NEAR + 1)
-    assert torch.equal(found.states, states[first:last])
-    assert found.features.shape == (last - first, FEATURES)
-    for row, place in zip(found.features.tolist(), range(first, last), strict=True):
+    near = [abs(place - middle) <= NEAR for place in range(count)]
+    read = [place for place in range(count) if near[place] or place < FIRST or place >= count - LAST]
+    assert torch.equal(found.states, states[read])
+    assert found.features.shape == (len(read), FEATURES)
+    explained = []
+    for head, tokens in enumerate(own):
+        best = [max(float(token @ turned[head, place]) for place in range(count)) for token in tokens]
+        explained += [min(best), sum(best) / len(best)]
+    for row, place in zip(found.features.tolist(), read, strict=True):
         cosines = [max(float(token @ turned[head, place]) for token in tokens) for head, tokens in enumerate(own)]
         away = (place - middle) / 10
         expected = [*cosines, max(cosines), max(-4, min(4, away)), min(4, abs(away))]
-        expected += [math.log1p(min(16, edge)) / 3 for edge in (count - 1 - place, place)]
-        assert row == pytest.approx(expected, abs=1e-5)
+        expected += [math.log1p(min(64, edge)) / 4 for edge in (count - 1 - place, place)]
+        assert row == pytest.approx([*expected, float(near[place]), float(place < earlier), *explained], abs=1e-5)
 
 
 def log_odds_by_loops(states: Tensor, features: Tensor, tensors: dict[str, Tensor]) -> float:
-    read, attend, value, out = (tensors[name].double() for name in REQUEST)
+    read, attend, value, mix, out = (tensors[name].double() for name in REQUEST)
     seen = []
     for state, feature in zip(states.double(), features.double(), strict=True):
         seen.append(torch.cat([read[:, :-1] @ state + read[:, -1], feature]))
@@ -72,7 +90,8 @@ def log_odds_by_loops(states: Tensor, features: Tensor, tensors: dict[str, Tenso
         own = slice(head * VALUES, (head + 1) * VALUES)
         values = torch.stack([(value[own, :-1] @ one + value[own, -1]).clamp(min=0) for one in seen])
         pooled.append(shares @ values)
-    return float(out[0, :-1] @ torch.cat(pooled) + out[0, -1])
+    mixed = (mix[:, :-1] @ torch.cat(pooled) + mix[:, -1]).clamp(min=0)
+    return float(out[0, :-1] @ mixed + out[0, -1])
 
 
 def test_log_odds_are_those_of_loops_whoever_else_is_in_the_batch() -> None:

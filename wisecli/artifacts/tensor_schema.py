@@ -74,7 +74,8 @@ REQUEST: TensorRows = {
     "request.read": TensorRow("float", ("read", "hidden and 1")),
     "request.attend": TensorRow("float", ("attended", "seen")),
     "request.value": TensorRow("float", ("values", "seen")),
-    "request.out": TensorRow("float", (1, "values and 1")),
+    "request.mix": TensorRow("float", ("mixed", "values and 1")),
+    "request.out": TensorRow("float", (1, "mixed and 1")),
 }
 SPELLING: TensorRows = {
     "spelling.table": TensorRow("byte", ("vocabulary", OF_TOKEN)),

@@ -77,15 +77,23 @@ def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Relation:
-    """What may be asked about subjects of a ``kind``, in several ``wordings`` with a slot, all with the same answer."""
+    """What may be asked about subjects of a ``kind``, in wordings with a slot: it ``asks`` and ``tells`` the same."""
 
     kind: str
-    wordings: tuple[str, ...]
+    asks: tuple[str, ...]
+    tells: tuple[str, ...]
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.asks, *self.tells)
 
 
 def relations() -> list[Relation]:
     """All packaged relations."""
-    return [Relation(row["of"], (*row["asks"], *row["tells"])) for row in _packaged("relations.toml")["relation"]]
+    return [
+        Relation(row["of"], tuple(row["asks"]), tuple(row["tells"])) for row in _packaged("relations.toml")["relation"]
+    ]
 
 
 @dataclass(frozen=True)
@@ -150,19 +158,32 @@ def _filled(name: str, data: dict[str, Any], chance: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Requests:
-    """Ways to ask a question (``asked``) and prompts that mention one (``mentioned``), as patterns with slots.
+    """Ways to ask a question (``asked``) and prompts that mention one, as patterns with the slots of kinds.
 
-    A task is one of ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before it and by
-    ``backs`` behind it. ``times`` are phrases that ask for another time than now.
+    What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
+    answer (``hops``). A task is one of ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns``
+    before it and by ``backs`` behind it. ``times`` are phrases, ``adjectives`` words that ask for another time or
+    holder than now. Chats begin with ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a
+    subject ``refers`` to it, ``corrects`` whom it asks about, or ``leaves`` it.
     """
 
     asked: tuple[str, ...]
     mentioned: tuple[str, ...]
+    checks: tuple[str, ...]
+    hops: tuple[str, ...]
     verbs: tuple[str, ...]
     nouns: tuple[str, ...]
     backs: tuple[str, ...]
     frames: tuple[str, ...]
     times: tuple[str, ...]
+    adjectives: tuple[str, ...]
+    systems: tuple[str, ...]
+    turns: tuple[str, ...]
+    replies: tuple[str, ...]
+    begins: tuple[str, ...]
+    refers: tuple[str, ...]
+    corrects: tuple[str, ...]
+    leaves: tuple[str, ...]
 
     def task(self, question: str, chance: random.Random) -> str:
         """A prompt that wants something done with a question."""
@@ -184,15 +205,6 @@ class Requests:
         ways = (f"{stem} {when}{mark}", f"{capital(when)}, {small(question)}", f"{question} I mean {when}.")
         return chance.choices(ways, (9, 7, 4))[0]
 
-    @staticmethod
-    def filled(pattern: str, question: str, subject: str, other: str) -> str:
-        """A pattern of ``asked`` or ``mentioned`` with a question in it."""
-        words = {
-            **{"question": question, "inner": small(question), "stem": question.rstrip("?. ")},
-            **{"capitals": question.upper(), "subject": subject, "other": other},
-        }
-        return _SLOT.sub(lambda slot: words.get(slot.group(1), slot.group(0)), pattern)
-
 
 def capital(text: str) -> str:
     """A text from a capital letter on."""
@@ -207,3 +219,25 @@ def small(text: str) -> str:
 def requests() -> Requests:
     """All packaged ways to ask a question or to mention it."""
     return Requests(**{name: tuple(rows) for name, rows in _packaged("requests.toml").items()})
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Small texts that documents are put together from; ``data/notes.toml`` says how."""
+
+    notes: tuple[tuple[str, str], ...]
+    about: tuple[tuple[str, str], ...]
+    statements: tuple[str, ...]
+    quotes: tuple[str, ...]
+    openings: tuple[str, ...]
+    wants: tuple[str, ...]
+    layouts: tuple[str, ...]
+
+
+@cache
+def notes() -> Notes:
+    """All packaged notes."""
+    rows: dict[str, Any] = _packaged("notes.toml")
+    tupled = ((name, (tuple(one) if isinstance(one, list) else one for one in some)) for name, some in rows.items())
+    found: dict[str, Any] = {name: tuple(some) for name, some in tupled}
+    return Notes(**found)

@@ -14,28 +14,32 @@ from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.models.activations import captured
 from wisecli.models.chat import special_ids
-from wisecli.models.forms import forms
+from wisecli.models.forms import Form, forms
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event, Watcher
-from wisecli.routing.meaning import looked_at
+from wisecli.routing.meaning import looked_at, said_before
 from wisecli.routing.prompts import window_of, window_size
 
 # The forms that an edit's own prompt is kept in: in small letters a name is other tokens, and at the very beginning.
 _KEPT = ("bare", "lower case", "led in")
+# In capitals it is other tokens altogether. There is no such form among those that an edited model is measured in.
+_CAPITALS = Form("capitals", change="upper")
 
 
 @dataclass(frozen=True)
 class TokenStates:
     """States (n, d) of the tokens of B texts that are compared, text after text, in half precision.
 
-    ``text`` (n,) says which text each is of, ``place`` (n,) which of its tokens.
+    ``text`` (n,) says which text each is of, ``place`` (n,) which of its tokens, and ``earlier`` (n,) whether that is
+    of a turn before the last one.
     """
 
     states: Tensor
     text: Tensor
     place: Tensor
+    earlier: Tensor
 
 
 def reading_site(loaded: Loaded, site: Site) -> Site:
@@ -57,9 +61,20 @@ def special_tokens(loaded: Loaded) -> Tensor:
 
 
 def token_states(
-    loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, watch: Watcher, stage: str
+    loaded: Loaded,
+    site: Site,
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    watch: Watcher,
+    stage: str,
+    turns: bool = False,
 ) -> TokenStates:
-    """What leaves the layer of a site at the tokens of texts by which it is known what they ask, in their windows."""
+    """What leaves the layer of a site at the tokens of texts by which it is known what they ask, in their windows.
+
+    Args:
+        turns: whether a user's turns before the last one are looked at, too.
+    """
     tokens = [loaded.tokenizer(text)["input_ids"] for text in texts]
     size = window_size(loaded.model.config)
     rows = [Row(tuple(window_of(one, size)), ()) for one in tokens]
@@ -67,20 +82,24 @@ def token_states(
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     found = [torch.empty(0)] * len(rows)
     places = [torch.empty(0, dtype=torch.long)] * len(rows)
+    earlier = [torch.empty(0, dtype=torch.bool)] * len(rows)
     breaks, done = special_tokens(loaded).to(loaded.device), 0
     activations = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True)
     for indices, one in zip(groups, activations, strict=True):
         real = one.batch.mask.bool()
         place = real.long().cumsum(1) - 1
-        compared = looked_at(one.batch.ids, real, place == 0, breaks)
+        last = looked_at(one.batch.ids, real, place == 0, breaks)
+        before = said_before(one.batch.ids, real, last, breaks) if turns else torch.zeros_like(last)
+        compared = last | before
         for row, index in enumerate(indices):
             found[index] = half(one.hidden[row, compared[row]]).cpu()
+            earlier[index] = before[row, compared[row]].cpu()
             # Of a long text the window leaves out tokens behind the first, which is not compared.
             places[index] = place[row, compared[row]].cpu() + len(tokens[index]) - len(rows[index].prompt)
         done += len(indices)
         watch(Event(stage, done, len(rows)))
     text = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(one) for one in found]))
-    return TokenStates(torch.cat(found), text, torch.cat(places))
+    return TokenStates(torch.cat(found), text, torch.cat(places), torch.cat(earlier))
 
 
 def prompt_states(
@@ -112,11 +131,21 @@ class _Told(NamedTuple):
 
 def _told(loaded: Loaded, number: int, edit: Edit) -> Iterator[_Told]:
     """An edit's own prompt in each of the forms that are kept, and its prompts in other languages as they are."""
-    table = forms()
-    for way, name in enumerate(_KEPT):
-        yield _Told(number, way, table[name].asked(loaded.tokenizer, edit.prompt), edit.prompt, edit.subject)
-    for way, one in enumerate(edit.translations, len(_KEPT)):
+    kept = [*(forms()[name] for name in _KEPT), _CAPITALS]
+    for way, form in enumerate(kept):
+        text = form.asked(loaded.tokenizer, edit.prompt)
+        # What a vocabulary does not have in capitals is the same token for all edits.
+        if form is not _CAPITALS or _known(loaded, text):
+            yield _Told(number, way, text, edit.prompt, edit.subject)
+    for way, one in enumerate(edit.translations, len(kept)):
         yield _Told(number, way, one.prompt, one.prompt, edit.subject)
+
+
+def _known(loaded: Loaded, text: str) -> bool:
+    """Whether the tokenizer has tokens for all of a text."""
+    unknown = loaded.tokenizer.unk_token_id
+    special = loaded.tokenizer("", add_special_tokens=True)["input_ids"]
+    return unknown is None or unknown in special or unknown not in loaded.tokenizer(text)["input_ids"]
 
 
 def _tokens_of(loaded: Loaded, part: str | None, text: str) -> frozenset[int]:

@@ -28,17 +28,18 @@ from wisecli.io.user_cache import cache_path
 from wisecli.models.forms import Form, forms, usable_forms
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
+from wisecli.models.wording import keywords
 from wisecli.progress import Event, Watcher
 
-_VERSION = 5
+_VERSION = 6
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Texts whose tokens are kept for calibration.
 _UNRELATED = 240
 # Prompts of a fact: so many as an edit could be given, and so many as it could be asked.
 _TOLD, _ASKED = 2, 2
-# How often a question is written in capitals, for which no form is.
-_CAPITALS = 0.08
+# How often a question is written in capitals, and how often as keywords, for which no forms are.
+_CAPITALS, _KEYWORDS = 0.15, 0.08
 # A step's grid: relations and subjects of one kind, and facts of any kind beside them.
 _GRID, _BESIDE = 6, 8
 _RATE, _BAR_RATE = 1e-3, 1e-2
@@ -88,7 +89,7 @@ def _learn(loaded: Loaded, site: Site, *, share: float, batch_size: int, watch: 
         plain = unrelated_texts(max(8, round(_UNRELATED * share)), seed=0)
         unrelated = token_states(loaded, site, plain, batch_size=batch_size, watch=watch, stage="unrelated text")
     heads = learner.heads(special_tokens(loaded), site.layer, unrelated)
-    projections = Projections(heads.turns, heads.shifts)
+    projections = Projections(heads.turns, heads.shifts, heads.weighs, heads.offsets, heads.slopes, heads.bars)
     gate = learn_request_gate(loaded, site, projections, share=share, batch_size=batch_size, watch=watch)
     return replace(heads, request=gate)
 
@@ -104,8 +105,11 @@ def _made_up_facts(loaded: Loaded, share: float, chance: random.Random) -> tuple
 
     def written(wording: str, form: Form, subject: str) -> int:
         question = wording.replace("{}", subject)
-        if form.name != "bare" and chance.random() < _CAPITALS:
+        way = chance.random()
+        if form.name != "bare" and way < _CAPITALS:
             question = question.upper()
+        elif form.name != "bare" and way > 1 - _KEYWORDS:
+            question = keywords(question, subject, chance.choice(("first", "last", "asked"))) or question
         texts.append(form.asked(loaded.tokenizer, question))
         return len(texts) - 1
 

@@ -1,8 +1,8 @@
 """How a base model's states tell a request from a mention: learned from made-up facts that are asked and mentioned.
 
 The gate is that of :mod:`wisecli.routing.request_gate`. It is learned behind the projections of late interaction, which
-find what is mentioned, from the kinds of prompts that may be learned from (``data/kinds.toml``), from the forms that
-edits are trained in, and from tasks and times that are put together (``data/requests.toml``).
+find what is mentioned, from those examples of :mod:`wisecli.editing.request_examples` that late interaction finds.
+Where it opens is set by facts that it was not learned from.
 """
 
 from __future__ import annotations
@@ -10,71 +10,70 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.data.corpus import Relation, made_up_subjects, relations, requests
 from wisecli.editing.early_states import TokenStates, token_states
-from wisecli.models.forms import forms, usable_forms
-from wisecli.models.kinds import Fact, Kind, kinds
+from wisecli.editing.request_examples import Example, Examples, MadeUp, made_up_facts
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.progress import Event, Watcher
 from wisecli.routing.request_gate import FEATURES, Mention, log_odds, mention_in, padded
 
-# Facts; prompts of each from the kinds; numbers that a state is read as, heads, values of each, and steps.
-_FACTS, _KINDS = 260, 11
-_READ, _HEADS, _VALUES, _STEPS = 64, 8, 32, 800
-_BATCH, _RATE, _DECAY, _DROPPED, _SURE = 96, 4e-3, 0.05, 0.3, 0.98
-# Kinds whose subject or question is not where the gate looks: another turn, or the answer.
-_ELSEWHERE = ("follow-up", "correction", "two facts", "begun answer", "begun target", "other question", "near name")
-# How often a prompt is a chat.
-_CHATS = 0.5
-# What is asked behind other texts; half of what the kinds have such texts for is not asked.
-_BEHIND = Kind(
-    "behind texts",
-    True,
-    (
-        ("{page}\n\n{question}",),
-        ("{paragraph} {question}",),
-        ("{paragraph}\n\n{question}",),
-        ("{page}\nQuestion: {question}\nAnswer:",),
-        ("{paragraph}\n{question}",),
-    ),
-    (),
-)
+# Facts, and which share of them says where the gate opens.
+_FACTS, _APART = 320, 0.15
+# Directions of states that are looked at; numbers that one is read as, heads, values of each, and what those become.
+_DIRECTIONS, _READ, _HEADS, _VALUES, _MIXED = 192, 64, 8, 32, 64
+_STEPS, _BATCH, _RATE, _DECAY, _DROPPED, _SURE = 800, 96, 4e-3, 0.05, 0.3, 0.98
+# Which share of the questions apart from those learned from may be taken for mentions.
+_LOST = 0.03
+# Prompts that late interaction finds less likely than this to mean a fact never come to the gate.
+_FOUND = 0.25
+_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
 class Projections:
-    """What late interaction compares: states x become ``turns x + shifts``, (2, k, d) and (2, k)."""
+    """What late interaction compares, and how it weighs it: see :mod:`wisecli.routing.meaning`.
+
+    States x become ``turns x + shifts``, (2, k, d) and (2, k), and count ``softplus(weighs x + offsets)``, (2, d) and
+    (2,); ``slopes`` and ``bars`` (2,) make probabilities of scores.
+    """
 
     turns: Tensor
     shifts: Tensor
+    weighs: Tensor
+    offsets: Tensor
+    slopes: Tensor
+    bars: Tensor
 
     def of(self, states: Tensor, head: int) -> Tensor:
         """States (n, d) under one projection, of length 1: (n, k)."""
         return F.normalize(F.linear(states.float(), self.turns[head], self.shifts[head]), dim=-1)
 
-
-class _Example(NamedTuple):
-    """A prompt around the made-up fact of a number, and whether it asks it."""
-
-    fact: int
-    text: str
-    asks: bool
+    def shares(self, states: Tensor, head: int) -> Tensor:
+        """How much each of the tokens of a prompt (n, d) counts: (n,)."""
+        weights = F.softplus(states.float() @ self.weighs[head] + self.offsets[head])
+        return weights / weights.sum().clamp(min=1e-6)
 
 
-class _MadeUp(NamedTuple):
-    """A made-up fact in several wordings, the first of which an edit would have."""
+@dataclass(frozen=True)
+class _Own:
+    """The tokens of a fact's own prompt, its subject's and the others: projected (t, k), and their shares (t,)."""
 
-    subject: str
-    questions: tuple[str, ...]
-    other: str
-    answer: str
+    turned: tuple[Tensor, Tensor]
+    shares: tuple[Tensor, Tensor]
+
+    def likely(self, projections: Projections, turned: Tensor) -> float:
+        """How likely a request means this, whose tokens are projected as these are (2, n, k)."""
+        likely = 1.0
+        for head, (own, shares) in enumerate(zip(self.turned, self.shares, strict=True)):
+            if len(own) and turned.shape[1]:
+                score = (own @ turned[head].T).amax(1) @ shares
+                likely *= float((projections.slopes[head] * (score - projections.bars[head])).sigmoid())
+        return likely
 
 
 def learn_request_gate(
@@ -87,79 +86,54 @@ def learn_request_gate(
         share: of the facts and steps; with less, less is learned.
     """
     chance = random.Random(0)
-    facts = list(_facts(max(8, round(_FACTS * share)), chance))
-    examples = [one for number, fact in enumerate(facts) for one in _examples(loaded, number, fact, chance)]
-    told = [fact.questions[0] for fact in facts]
-    texts = [*told, *(one.text for one in examples)]
-    read = token_states(loaded, site, texts, batch_size=batch_size, watch=watch, stage="what prompts want")
-    mentions = list(_mentions(loaded, read, projections, facts, examples))
+    facts = list(made_up_facts(max(8, round(_FACTS * share)), chance))
+    drawn = Examples(loaded.tokenizer, facts, chance)
+
+    def states(texts: Sequence[str], *, turns: bool = False) -> TokenStates:
+        stage = "what prompts want"
+        return token_states(loaded, site, texts, batch_size=batch_size, watch=watch, stage=stage, turns=turns)
+
+    own = list(_own(loaded, projections, facts, states([fact.questions[0] for fact in facts])))
+    mentions: list[Mention] = []
+    kept: list[Example] = []
+    for turns in (False, True):
+        of = drawn.conversations if turns else drawn.of
+        examples = [one for number in range(len(facts)) for one in of(number)]
+        if examples:
+            read = states([one.text for one in examples], turns=turns)
+            for example, mention in _mentions(projections, own, examples, read):
+                kept.append(example)
+                mentions.append(mention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _trained(mentions, examples, max(20, round(_STEPS * share)), chance, watch)
+        return _learned(mentions, kept, len(facts), max(20, round(_STEPS * share)), chance, watch)
 
 
-def _facts(count: int, chance: random.Random) -> Iterator[_MadeUp]:
-    known = relations()
-    names = {kind: made_up_subjects(kind, 8, chance) for kind in dict.fromkeys(one.kind for one in known)}
-    for _ in range(count):
-        relation: Relation = chance.choice(known)
-        subject, other = chance.sample(names[relation.kind], 2)
-        wordings = chance.sample(relation.wordings, min(3, len(relation.wordings)))
-        answer = chance.choice(names[chance.choice(list(names))])
-        yield _MadeUp(subject, tuple(text.replace("{}", subject) for text in wordings), other, answer)
-
-
-def _examples(loaded: Loaded, number: int, fact: _MadeUp, chance: random.Random) -> Iterator[_Example]:
-    """Prompts that ask a fact and prompts that mention it."""
-    tokenizer, known = loaded.tokenizer, requests()
-
-    def question() -> str:
-        return chance.choice(fact.questions)
-
-    def put(text: str) -> str:
-        if not tokenizer.chat_template or chance.random() > _CHATS:
-            return text
-        names = ("chat", "chat", "chat with system prompt", "second turn")
-        return forms()[chance.choice(names)].asked(tokenizer, text)
-
-    for form in chance.sample(usable_forms(tokenizer, trained=True), 3):
-        yield _Example(number, form.asked(tokenizer, question()), True)
-    for pattern in chance.sample(known.asked, 3):
-        yield _Example(number, put(known.filled(pattern, question(), fact.subject, fact.other)), True)
-    for pattern in chance.sample(known.mentioned, 2):
-        yield _Example(number, put(known.filled(pattern, question(), fact.subject, fact.other)), False)
-    for _ in range(2):
-        yield _Example(number, put(known.task(question(), chance)), False)
-        yield _Example(number, put(known.timed(question(), chance)), False)
-    usable = [kind for kind in kinds().values() if kind.name not in _ELSEWHERE]
-    documents = [kind for kind in usable if kind.name.startswith("document")]
-    for kind in (_BEHIND, _BEHIND, *chance.sample(documents, 2), *chance.sample(usable, _KINDS)):
-        about = Fact(question(), fact.subject, fact.answer, fact.other)
-        text = kind.written(tokenizer, about, trained=True, chance=chance, chat=chance.random() < _CHATS)
-        if text is not None:
-            yield _Example(number, text, kind.asked)
+def _own(loaded: Loaded, projections: Projections, facts: Sequence[MadeUp], read: TokenStates) -> Iterator[_Own]:
+    sizes = torch.bincount(read.text, minlength=len(facts)).tolist()
+    for fact, state, place in zip(facts, read.states.split(sizes), read.place.split(sizes), strict=True):
+        subject = _of_subject(loaded, fact, place)
+        parts = state[subject], state[~subject]
+        yield _Own(
+            (projections.of(parts[0], 0), projections.of(parts[1], 1)),
+            (projections.shares(parts[0], 0), projections.shares(parts[1], 1)),
+        )
 
 
 def _mentions(
-    loaded: Loaded,
-    read: TokenStates,
-    projections: Projections,
-    facts: Sequence[_MadeUp],
-    examples: Sequence[_Example],
-) -> Iterator[Mention]:
-    """What the gate reads of each example; the first texts are the facts' own prompts."""
-    sizes = torch.bincount(read.text, minlength=len(facts) + len(examples)).tolist()
-    states, places = read.states.split(sizes), read.place.split(sizes)
-    own = []
-    for fact, state, place in zip(facts, states, places, strict=False):
-        subject = _of_subject(loaded, fact, place)
-        own.append((projections.of(state[subject], 0), projections.of(state[~subject], 1)))
-    for example, state in zip(examples, states[len(facts) :], strict=True):
+    projections: Projections, own: Sequence[_Own], examples: Sequence[Example], read: TokenStates
+) -> Iterator[tuple[Example, Mention]]:
+    """What the gate reads of those examples that are found."""
+    sizes = torch.bincount(read.text, minlength=len(examples)).tolist()
+    parts = zip(examples, read.states.split(sizes), read.earlier.split(sizes), strict=True)
+    for example, state, earlier in parts:
         turned = torch.stack([projections.of(state, head) for head in range(2)])
-        yield mention_in(state.float(), turned, *own[example.fact])
+        fact = own[example.fact]
+        if len(state) and fact.likely(projections, turned) >= _FOUND:
+            yield example, mention_in(state, turned, *fact.turned, earlier)
 
 
-def _of_subject(loaded: Loaded, fact: _MadeUp, places: Tensor) -> Tensor:
+def _of_subject(loaded: Loaded, fact: MadeUp, places: Tensor) -> Tensor:
     """Which of the tokens at some places (n,) of a fact's own prompt are of its subject (n,)."""
     text = fact.questions[0]
     first = text.find(fact.subject)
@@ -170,43 +144,89 @@ def _of_subject(loaded: Loaded, fact: _MadeUp, places: Tensor) -> Tensor:
     return torch.tensor([spans[place][0] < last and spans[place][1] > first for place in places.tolist()])
 
 
-def _trained(
-    mentions: Sequence[Mention], examples: Sequence[_Example], steps: int, chance: random.Random, watch: Watcher
+class _Seen:
+    """States as they are learned from: in their leading directions, standardised."""
+
+    def __init__(self, mentions: Sequence[Mention]) -> None:
+        sample = torch.cat([one.states for one in mentions[:: max(1, len(mentions) // 800)]])
+        self.mean, self.scale = sample.mean(0), sample.std(0).clamp(min=1e-3)
+        spaced = torch.linspace(0, len(sample) - 1, min(len(sample), 4000)).long()
+        basis = torch.linalg.svd((sample[spaced] - self.mean) / self.scale, full_matrices=False)[2]
+        self.basis = basis[:_DIRECTIONS]
+
+    def of(self, mention: Mention) -> Mention:
+        """A mention with its states so."""
+        return mention._replace(states=((mention.states - self.mean) / self.scale) @ self.basis.T)
+
+    def undone(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as they apply to states as they are."""
+        read = weights["request.read"]
+        plain = (read[:, :-1] @ self.basis) / self.scale
+        return {**weights, "request.read": torch.cat([plain, (read[:, -1] - plain @ self.mean)[:, None]], 1)}
+
+
+def _learned(
+    mentions: Sequence[Mention],
+    examples: Sequence[Example],
+    facts: int,
+    steps: int,
+    chance: random.Random,
+    watch: Watcher,
 ) -> dict[str, Tensor]:
-    sample = torch.cat([one.states for one in mentions[:1000]])
-    mean, scale = sample.mean(0), sample.std(0).clamp(min=1e-3)
-    weights = _drawn(sample.shape[1])
+    seen = _Seen(mentions)
+    known = [seen.of(one) for one in mentions]
+    least = round(facts * (1 - _APART))
+    weights = _trained(
+        [(one, example.asks) for one, example in zip(known, examples, strict=True) if example.fact < least],
+        steps,
+        chance,
+        watch,
+    )
+    apart = [one for one, example in zip(known, examples, strict=True) if example.fact >= least and example.asks]
+    if apart:
+        # Nought is where all but a few of these are above it.
+        odds = torch.cat([log_odds(weights, padded(part)) for part in _parts(apart)])
+        weights["request.out"][0, -1] -= odds.quantile(_LOST).clamp(max=0)
+    return seen.undone(weights)
+
+
+def _parts(mentions: Sequence[Mention]) -> Iterator[list[Mention]]:
+    order = sorted(mentions, key=lambda one: len(one.states))
+    for first in range(0, len(order), _AT_A_TIME):
+        yield order[first : first + _AT_A_TIME]
+
+
+def _trained(
+    examples: Sequence[tuple[Mention, bool]], steps: int, chance: random.Random, watch: Watcher
+) -> dict[str, Tensor]:
+    weights = _drawn(examples[0][0].states.shape[1])
     optimizer = torch.optim.AdamW(list(weights.values()), lr=_RATE, weight_decay=_DECAY)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
-    wanted = torch.tensor([_SURE if one.asks else 1 - _SURE for one in examples])
     for step in range(steps):
-        chosen = chance.sample(range(len(mentions)), min(_BATCH, len(mentions)))
-        batch = padded([mentions[place]._replace(states=(mentions[place].states - mean) / scale) for place in chosen])
-        found = log_odds(weights, batch, lambda one: F.dropout(one, _DROPPED))
-        loss = F.binary_cross_entropy_with_logits(found, wanted[torch.tensor(chosen)])
+        chosen = chance.sample(examples, min(_BATCH, len(examples)))
+        wanted = torch.tensor([_SURE if asks else 1 - _SURE for _, asks in chosen])
+        found = log_odds(weights, padded([mention for mention, _ in chosen]), _dropped)
+        loss = F.binary_cross_entropy_with_logits(found, wanted)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
         optimizer.step()
         rates.step()
         watch(Event("requests", step + 1, steps, f"loss {float(loss.detach()):.2f}"))
-    return _unstandardised({name: value.detach() for name, value in weights.items()}, mean, scale)
+    return {name: value.detach() for name, value in weights.items()}
+
+
+def _dropped(values: Tensor) -> Tensor:
+    return F.dropout(values, _DROPPED)
 
 
 def _drawn(width: int) -> dict[str, Tensor]:
     """Weights as they begin: those of layers of torch's, with what is added as the last column."""
-    seen = _READ + FEATURES
-    shapes = {"read": (_READ, width), "attend": (_HEADS, seen), "value": (_HEADS * _VALUES, seen)}
-    shapes["out"] = (1, _HEADS * _VALUES)
+    seen, pooled = _READ + FEATURES, _HEADS * _VALUES
+    shapes = {"read": (_READ, width), "attend": (_HEADS, seen), "value": (pooled, seen)}
+    shapes |= {"mix": (_MIXED, pooled), "out": (1, _MIXED)}
     drawn = {}
     for name, (rows, columns) in shapes.items():
         layer = torch.nn.Linear(columns, rows)
         drawn[f"request.{name}"] = torch.cat([layer.weight, layer.bias[:, None]], 1).detach().requires_grad_()
     return drawn
-
-
-def _unstandardised(weights: Mapping[str, Tensor], mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """The weights as they apply to states that are not standardised."""
-    read = weights["request.read"]
-    plain = read[:, :-1] / scale
-    return {**weights, "request.read": torch.cat([plain, (read[:, -1] - plain @ mean)[:, None]], 1)}

@@ -18,6 +18,7 @@ from wisecli.io.digest import sha256_text
 from wisecli.models.site import loader_name
 from wisecli.routing import (
     decision,
+    fact_decision,
     fact_memory,
     generation,
     matrix_memory,
@@ -37,7 +38,19 @@ from wisecli.routing import (
 CODE_NAME = "modeling_wise.py"
 # The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
 _CARRIED = (
-    *(side_memory, decision, scores, fact_memory, matrix_memory, prompts, roles, passes, generation, token_cache),
+    *(
+        side_memory,
+        decision,
+        scores,
+        fact_decision,
+        fact_memory,
+        matrix_memory,
+        prompts,
+        roles,
+        passes,
+        generation,
+        token_cache,
+    ),
     *(meaning, names, spelling, request_gate, serving, resaving),
 )
 CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)

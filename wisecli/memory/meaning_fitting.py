@@ -21,7 +21,7 @@ _OWN = 0.9
 # What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
 _OTHER, _LEAST = 1e-4, 5e-3
 # The forms of kept prompts from this on are in other languages.
-_OTHER_LANGUAGES = 3
+_OTHER_LANGUAGES = 4
 # How far below the log-odds of its own prompt an edit's bar lies, if that is below nought, and how low it may.
 _BELOW_OWN, _LOWEST_BAR = 1.0, -50.0
 # Prompts that are compared at a time: the fewer, the fewer edits are like any of them.

@@ -86,6 +86,8 @@ def usable_forms(tokenizer: PreTrainedTokenizerBase, *, trained: bool | None = N
 def _changed(change: str | None, prompt: str) -> str:
     if change == "lower":
         return prompt.lower().rstrip("?")
+    if change == "upper":
+        return prompt.upper()
     if change == "unmarked":
         return prompt.rstrip("?")
     if change == "misspelt":

@@ -94,9 +94,20 @@ class Half:
     names: tuple[str, ...]
 
 
+# Words by which one name becomes another, where no half of the data says which.
+_NO_TEXTS = Half(
+    (), (), (), ("Lesser", "Southern", "Golden", "Ashby", "Elder", "Bridge", "Grey", "Fourth", "Old", "Royal")
+)
+
+
 def slots_in(pattern: str) -> list[tuple[str, str]]:
     """The slots of a pattern, each with its way, which is empty for most."""
     return [(name, way or "") for name, way in _SLOT.findall(pattern)]
+
+
+def filled(fact: Fact, turns: Sequence[str], chance: random.Random) -> list[str] | None:
+    """Texts with a fact in their slots, which are none of documents; None where it lacks what one of them needs."""
+    return Filling(fact, _NO_TEXTS, chance).filled(turns)
 
 
 @dataclass

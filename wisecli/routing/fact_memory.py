@@ -1,9 +1,8 @@
-"""The default memory: what a prompt asks opens an edit, whose residuals answer. Needs torch only; exports carry this.
+"""The default memory: of the edit that a prompt asks, the nearest key's residual answers. Needs torch only.
 
-decide(window)    the edit that a prompt means most surely of those whose subjects it names, if it asks that: from the
-states of all its tokens, by late interaction (:mod:`.meaning`), names (:mod:`.names`) and what it
-wants with what it mentions (:mod:`.request_gate`)
-y = W a + b + v_i    the residual v_i of that of the edit's keys which is nearest to a, by whitened cosine
+    y = W a + b + v_i    the residual v_i of that of the edit's keys which is nearest to a, by whitened cosine
+
+Exports carry this very file.
 """
 
 from __future__ import annotations
@@ -12,21 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .decision import Decision, Reading, TokenChoices
-from .meaning import Asked, Meaning, looked_at
-from .names import NAMES, Names
+from .decision import TokenChoices
+from .fact_decision import FactDecision
 from .prompts import UNROUTED
-from .request_gate import REQUEST, RequestGate, mention_in, padded
-from .scores import Memory, SideMemory
-from .spelling import SPELLING, Spelling
 
 # The whitening of keys inside answers; those that prompts end in have others.
 INSIDE = 1
 # How near a key inside an answer must come once a prompt has opened an edit.
 REACH = 0.5
-# How likely a prompt must be to ask an edit that it means. Below this more mentions open it, above it rephrases in
-# conversations are lost: `benchmarks/asking.py` has both at several values.
-_ASKED = 0.15
 
 
 class RoutingKeys(nn.Module):
@@ -73,43 +65,6 @@ class RoutingKeys(nn.Module):
         return lengths
 
 
-class FactDecision(Memory):
-    """Opens the edit that a prompt asks."""
-
-    def __init__(self, memory: SideMemory) -> None:
-        super().__init__(memory)
-        edits, tensors = len(memory.thresholds), memory.tensors
-        self.meaning = Meaning(tensors, edits)
-        self.names = Names(tensors, edits) if NAMES[0] in tensors else None
-        slips = self.names is not None and SPELLING[0] in tensors
-        self.spelling = Spelling(tensors) if slips else None
-        self.request = RequestGate(tensors) if REQUEST[0] in tensors else None
-
-    def decide(self, reading: Reading) -> Decision:
-        """The edit that a prompt means most surely of those whose subjects it names, if it asks that."""
-        ids, real = reading.ids, reading.real
-        first = torch.zeros_like(real)
-        first[:, 0] = real[:, 0]
-        breaks = self.meaning.breaks
-        read = self.meaning.read(reading.states, looked_at(ids, real, first, breaks))
-        sure = self.meaning.of(read).float()
-        named, meant = None, sure
-        if self.names is not None:
-            named = self.names(ids, real)
-            if self.spelling is not None:
-                # Attention rests on the first token of all, which may be of the name none the less.
-                letters = self.spelling.read(ids, looked_at(ids, real, torch.zeros_like(real), breaks))
-                named = named | self.spelling(letters, self.beyond(sure) & ~named)
-            meant = sure * named
-        strength, nearest = self.strongest(meant)
-        chosen = nearest.where((strength > 1) & real.any(1), UNROUTED)
-        asked = None
-        if self.request is not None:
-            asked = _asked(self.meaning, self.request, read, chosen)
-            chosen = chosen.where(asked > _ASKED, UNROUTED)
-        return Decision(chosen, strength, nearest, sure, named, asked)
-
-
 class FactMemory(FactDecision, RoutingKeys):
     """Edits, each with the keys at which it answers and the residuals that it adds there."""
 
@@ -148,21 +103,3 @@ class FactMemory(FactDecision, RoutingKeys):
     def memory_at(self, chosen: Tensor) -> Tensor:
         """The edit that each key belongs to: (...) → (...)."""
         return self.owner[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
-
-
-def _asked(meaning: Meaning, gate: RequestGate, read: Asked, chosen: Tensor) -> Tensor:
-    """How surely prompts ask the edit that they mean (B,); 0 for those that mean none.
-
-    Args:
-        chosen: the edit that each means, ``UNROUTED`` for none (B,).
-    """
-    asked = torch.zeros(len(chosen), device=chosen.device)
-    rows = (chosen != UNROUTED).nonzero().flatten()
-    if len(rows):
-        there, turned = read.there, read.turned
-        mentions = [
-            mention_in(read.states[row, there[row]], turned[:, row, there[row]], *meaning.tokens_of(edit))
-            for row, edit in zip(rows.tolist(), chosen[rows].tolist(), strict=True)
-        ]
-        asked[rows] = gate(padded(mentions), chosen[rows]).sigmoid()
-    return asked

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .decision import Decision, Reading, TokenChoices
-from .fact_memory import FactDecision
+from .fact_decision import FactDecision
 from .prompts import UNROUTED, last_marked
 from .scores import Memory, SideMemory
 

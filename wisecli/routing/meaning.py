@@ -13,6 +13,7 @@ with ``z_h = A_h x + c_h`` of the states x that leave an early layer.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -30,6 +31,8 @@ MEANING = tuple(
 COMPARED = 1024
 # A stretch between special tokens is what is asked if it has so many tokens: a role's name has fewer.
 _ASKED = 4
+# So many of a user's turns before the last one are looked at, where that one leaves something open.
+_TURNS = 2
 # Comparisons that are held at a time.
 _AT_A_TIME = 1 << 24
 # An edit whose subject is less likely than this is not what is asked, whatever its relation; but so many kept prompts
@@ -101,13 +104,19 @@ class Meaning(nn.Module):
         subject, relation = self.asking == first, self.asking == first + len(self.whose)
         return self.vectors[subject].float(), self.vectors[relation].float()
 
-    def of(self, asked: Asked) -> Tensor:
-        """How surely prompts mean each edit: (B, M); 0 for edits whose subjects are not like anything in a prompt."""
+    def of(self, asked: Asked, last: Tensor | None = None) -> Tensor:
+        """How surely prompts mean each edit: (B, M); 0 for edits whose subjects are not like anything in a prompt.
+
+        Args:
+            last: which tokens (B, W) are of the last turn; of subject and relation it must then hold one, and the other
+                may be in a turn before it.
+        """
         rows = max(1, _AT_A_TIME // max(1, len(self.vectors) * asked.there.shape[1]))
         parts = zip(asked.turned.split(rows, 1), asked.there.split(rows), asked.states.split(rows), strict=True)
-        return torch.cat([self._of(Asked(*part)) for part in parts])
+        later = itertools.repeat(None) if last is None else last.split(rows)
+        return torch.cat([self._of(Asked(*part), own) for part, own in zip(parts, later, strict=False)])
 
-    def _of(self, asked: Asked) -> Tensor:
+    def _of(self, asked: Asked, last: Tensor | None) -> Tensor:
         prompts = len(self.whose)
         sure = asked.turned.new_zeros(len(asked.there), self.edits)
         if not prompts or not asked.there.shape[1]:
@@ -117,7 +126,12 @@ class Meaning(nn.Module):
         least = likely.topk(min(_ALWAYS, prompts)).values[:, -1:].clamp(max=math.log(_HOPELESS))
         close = likely >= least
         some = close.any(0).nonzero().flatten()
-        both = (likely[:, some] + self._found(asked, 1, some)).exp() * close[:, some]
+        both = likely[:, some] + self._found(asked, 1, some)
+        if last is not None:
+            own = asked._replace(there=asked.there & last)
+            subject, relation = self._found(own, 0, some), self._found(own, 1, some)
+            both = (likely[:, some] + relation).maximum(subject + both - likely[:, some])
+        both = both.exp() * close[:, some]
         return sure.scatter_reduce(1, self.whose[some].expand_as(both), both, "amax")
 
     def _found(self, asked: Asked, head: int, prompts: Tensor) -> Tensor:
@@ -161,3 +175,31 @@ def looked_at(ids: Tensor, prompt: Tensor, first: Tensor, breaks: Tensor) -> Ten
     kept = words & ((stretch == asked) | (asked < 0))
     behind = kept.long().flip(1).cumsum(1).flip(1)
     return kept & (behind <= COMPARED)
+
+
+def said_before(ids: Tensor, real: Tensor, asked: Tensor, breaks: Tensor) -> Tensor:
+    """Which tokens are of the turns before the last one, of the same role (B, T): the last ones of those.
+
+    A turn's role is what it begins with: a special token and the word behind it, or one between two of them.
+
+    Args:
+        ids: tokens (B, T).
+        real: which of them are no padding (B, T).
+        asked: which of them are of the last turn (B, T).
+        breaks: special tokens.
+    """
+    special = torch.isin(ids, breaks) & real
+    turn = special.long().cumsum(1)
+    count = int(turn.max()) + 1 if turn.numel() else 1
+    size = ids.new_zeros(len(ids), count).scatter_add(1, turn, (real & ~special).long())
+    # Of each turn: the token that opens it, and the first of its words.
+    opens = ids.new_full((len(ids), count), -1).scatter(1, turn.where(special, 0), ids.where(special, -1))
+    first = real & ~special & F.pad(special[:, :-1], (1, 0))
+    words = ids.new_full((len(ids), count + 1), -1).scatter(1, turn.where(first, count), ids.where(first, -1))[:, :-1]
+    before = F.pad(words.where(size < _ASKED, -1)[:, :-1], (1, 0), value=-1)
+    last = torch.where(asked, turn, 0).amax(1, keepdim=True)
+    own = [one.gather(1, last) for one in (opens, words, before)]
+    alike = (opens == own[0]) & (words == own[1]) & ((before == own[2]) | (before < 0) | (own[2] < 0))
+    alike &= (torch.arange(count, device=ids.device) < last) & (size >= _ASKED) & (opens >= 0)
+    recent = alike & (alike.long().flip(1).cumsum(1).flip(1) <= _TURNS)
+    return recent.gather(1, turn) & real & ~special & asked.any(1, keepdim=True)

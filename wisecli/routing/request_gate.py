@@ -2,11 +2,13 @@
 
 Late interaction finds an edit's words in a prompt; it does not see what the prompt wants with them. A prompt that has a
 question translated, that asks it of another time, or that holds it in a document mentions the edit and asks something
-else. So the tokens around the mention are pooled by attention, each with how well the edit explains it:
+else. So the tokens around the mention, and those that the request begins and ends with, are pooled by attention, each
+with how well the edit explains it:
 
     c      = argmax_c Σ_t max_{|s - c| ≤ SPREAD} cos(z(e_t), z(q_s))        the middle of the mention
-    u_s    = [R x_s + b ; cos with the edit's subject, its relation, either ; places]       |s - c| ≤ NEAR
-    log-odds = out · [Σ_s softmax_s(A_h u_s) relu(V_h u_s)]_h               h: heads
+    u_s    = [R x_s + b ; cosines of s with the edit ; places of s ; how well the request explains the edit]
+    pooled = [Σ_s softmax_s(A_h u_s) relu(V_h u_s)]_h                       h: heads
+    log-odds = out · relu(mix pooled)
 
 One gate serves all edits of a base model: what tells a request from a mention does not depend on the fact.
 """
@@ -21,17 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Tensors of the gate that are learned; the last column of each is added.
-REQUEST = ("request.read", "request.attend", "request.value", "request.out")
+REQUEST = ("request.read", "request.attend", "request.value", "request.mix", "request.out")
 # The log-odds that a prompt must exceed to ask an edit, of each edit.
 BARS = "request.bars"
-# How far around its middle the words of a mention may lie, and the tokens around it that are read.
-SPREAD, NEAR = 10, 40
-# How many before it, where it lies further into a text than that.
-_BEFORE = 8
+# How far around its middle the words of a mention may lie, and the tokens around it that are read; and how many of
+# those that a request begins and ends with.
+SPREAD, NEAR = 10, 28
+FIRST, LAST = 10, 28
 # What is known of a token besides its state.
-FEATURES = 7
+FEATURES = 13
 # Places count in tens, up to so many; distances to the ends of what is asked up to so many tokens.
-_TENS, _EDGE = 4.0, 16.0
+_TENS, _EDGE = 4.0, 64.0
 
 
 class Mention(NamedTuple):
@@ -52,7 +54,8 @@ class Mentions(NamedTuple):
 class RequestGate(nn.Module):
     """The gate with its tensors, which become buffers.
 
-    ``read`` (r, d + 1), ``attend`` (H, r + f + 1), ``value`` (H · v, r + f + 1), ``out`` (1, H · v + 1), ``bars`` (M,).
+    ``read`` (r, d + 1), ``attend`` (H, r + f + 1), ``value`` (H · v, r + f + 1), ``mix`` (m, H · v + 1), ``out``
+    (1, m + 1), ``bars`` (M,).
 
     Args:
         tensors: all of ``REQUEST``, and ``BARS``.
@@ -61,6 +64,7 @@ class RequestGate(nn.Module):
     read: Tensor
     attend: Tensor
     value: Tensor
+    mix: Tensor
     out: Tensor
     bars: Tensor
 
@@ -87,41 +91,53 @@ def log_odds(
         weights: all of ``REQUEST``.
         dropped: what leaves out some values while the gate is learned.
     """
-    read, attend, value, out = (weights[name] for name in REQUEST)
+    read, attend, value, mix, out = (weights[name] for name in REQUEST)
     seen = torch.cat([dropped(_applied(read, mentions.states)), mentions.features], -1)
     shares = _applied(attend, seen).masked_fill(~mentions.there[..., None], -1e9).softmax(1)  # (B, n, H)
     values = _applied(value, seen).relu().unflatten(-1, (len(attend), -1))  # (B, n, H, v)
     pooled = (shares[..., None] * values).sum(1).flatten(1)
-    return _applied(out, dropped(pooled))[:, 0]
+    return _applied(out, _applied(mix, dropped(pooled)).relu())[:, 0]
 
 
 def _applied(weights: Tensor, values: Tensor) -> Tensor:
     return F.linear(values, weights[:, :-1], weights[:, -1])
 
 
-def mention_in(states: Tensor, turned: Tensor, subject: Tensor, relation: Tensor) -> Mention:
-    """The tokens of a request around the mention of an edit.
+def mention_in(
+    states: Tensor, turned: Tensor, subject: Tensor, relation: Tensor, earlier: Tensor | None = None
+) -> Mention:
+    """The tokens of a request by which it is known what it wants with an edit that it mentions.
 
     Args:
         states: of the tokens of the request (n, d).
         turned: the same under both projections, of length 1 (2, n, k).
         subject, relation: tokens of the edit's own prompt under the first projection and the second, (t, k).
+        earlier: which tokens are of turns before the last one (n,), if any are.
     """
     cosines = [own @ part.T for own, part in zip(turned, (subject, relation), strict=True)]
     found = torch.cat([one / max(1, one.shape[1]) for one in cosines], 1)
     # For each place the best of its neighbours, for every token of the edit.
     around = F.max_pool1d(found.T[None], 2 * SPREAD + 1, 1, SPREAD)[0].sum(0)
-    middle, count = int(around.argmax()), len(states)
-    # Far into a text it is the sentence itself that counts, not what the text is before it.
-    first = max(0, middle - NEAR) if middle <= NEAR else middle - _BEFORE
-    last = min(count, middle + NEAR + 1)
-    own = [one.amax(1) if one.shape[1] else one.new_zeros(count) for one in cosines]
-    place = torch.arange(count, device=states.device, dtype=torch.float32)
-    away = (place - middle) / 10
-    edges = [torch.log1p(edge.clamp(max=_EDGE)) / 3 for edge in (count - 1 - place, place)]
-    signs = [away.clamp(-_TENS, _TENS), away.abs().clamp(max=_TENS)]
-    features = torch.stack([*own, torch.maximum(*own), *signs, *edges], -1)
-    return Mention(states[first:last].float(), features[first:last])
+    place = torch.arange(len(states), device=states.device)
+    away, behind = place - around.argmax(), len(states) - 1 - place
+    near = away.abs() <= NEAR
+    kept = near | (place < FIRST) | (behind < LAST)
+    own = [one.amax(1) if one.shape[1] else one.new_zeros(len(one)) for one in cosines]
+    edges = [torch.log1p(edge.float().clamp(max=_EDGE)) / 4 for edge in (behind, place)]
+    signs = [(away / 10).clamp(-_TENS, _TENS), (away / 10).abs().clamp(max=_TENS)]
+    marks = [near.float(), torch.zeros_like(own[0]) if earlier is None else earlier.float()]
+    every = torch.stack([*own, torch.maximum(*own), *signs, *edges, *marks], -1)
+    features = torch.cat([every, _explained(cosines).expand(len(states), -1)], -1)
+    return Mention(states[kept].float(), features[kept])
+
+
+def _explained(cosines: list[Tensor]) -> Tensor:
+    """How well a request has the tokens of an edit's subject and relation: the least and the mean of each (4,)."""
+    found = []
+    for one in cosines:
+        best = one.amax(0) if one.shape[1] else one.new_zeros(1)
+        found += [best.min(), best.mean()]
+    return torch.stack(found)
 
 
 def padded(mentions: list[Mention]) -> Mentions:

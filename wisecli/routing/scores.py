@@ -2,7 +2,7 @@
 
 What decides:
 
-    facts    what a prompt asks opens an edit (:class:`~wisecli.routing.fact_memory.FactDecision`)
+    facts    what a prompt asks opens an edit (:class:`~wisecli.routing.fact_decision.FactDecision`)
     norms    the norm of what a change makes of a prompt opens it, as in WISE (arXiv 2405.14768)
              (:class:`~wisecli.routing.matrix_memory.MatrixMemory`)
 

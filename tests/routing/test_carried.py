@@ -1,0 +1,43 @@
+"""What a conversation asks: its last turn says a part of it, and an earlier one the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wisecli.routing.meaning import Asked, Meaning
+
+D = 4
+SUBJECT, RELATION, OTHER, WORD = torch.eye(D)
+
+
+def meaning() -> Meaning:
+    """One edit, of a token of each: both projections are the states themselves."""
+    tensors = {
+        "meaning.turns": torch.eye(D).repeat(2, 1, 1),
+        "meaning.shifts": torch.zeros(2, D),
+        "meaning.slopes": torch.full((2,), 30.0),
+        "meaning.bars": torch.full((2,), 0.5),
+        "meaning.vectors": torch.stack([SUBJECT, RELATION]),
+        "meaning.asking": torch.tensor([0, 1]),
+        "meaning.shares": torch.ones(2),
+        "meaning.whose": torch.tensor([0]),
+        "meaning.breaks": torch.tensor([99]),
+    }
+    return Meaning(tensors, 1)
+
+
+def sure(earlier: list[Tensor], last: list[Tensor]) -> float:
+    states = torch.stack([*earlier, *last])[None]
+    there = torch.ones(1, states.shape[1], dtype=torch.bool)
+    own = torch.tensor([[False] * len(earlier) + [True] * len(last)])
+    return float(meaning().of(Asked(states.repeat(2, 1, 1, 1), there, states), own))
+
+
+def test_the_last_turn_must_say_a_part_of_what_is_asked() -> None:
+    assert sure([SUBJECT, WORD], [RELATION, WORD]) > 0.99
+    assert sure([OTHER, RELATION], [SUBJECT]) > 0.99
+    assert sure([WORD], [SUBJECT, RELATION]) > 0.99
+    assert sure([SUBJECT, RELATION], [WORD]) < 0.01
+    assert sure([SUBJECT], [WORD]) < 0.01
+    assert sure([WORD], [RELATION]) < 0.01

@@ -84,7 +84,7 @@ def test_the_paper_preset_holds_what_the_authors_code_has() -> None:
     assert settings.weight_decay == 1e-5
     assert (settings.schedule, settings.mask_ratio, settings.mask_kind) == ("sequential", 0.2, "elements")
     assert (settings.writer, settings.passes, settings.learning_rate) == ("gradient", 70, 1.0)
-    assert (settings.forms, settings.pooling, settings.threshold) == (False, "mean", "minimum")
+    assert (settings.in_forms, settings.pooling, settings.threshold) == (False, "mean", "minimum")
 
 
 def test_the_default_writes_in_closed_form_and_the_paper_preset_brings_ten_contexts() -> None:
@@ -110,21 +110,21 @@ def test_without_any_source_the_defaults_hold(kind: type[Any]) -> None:
     settings = resolve(kind, {}, section="any")
     assert settings == kind()
     # What other settings decide is filled in.
-    decided = {"forms": True, "polish": 0} if kind is EditSettings else {}
+    decided = {"in_forms": True, "polish": 0} if kind is EditSettings else {}
     assert dataclasses.asdict(settings) == {**defaults(kind), **decided}
 
 
-@pytest.mark.parametrize(("given", "passes"), [({}, 0), ({"forms": False}, 5), ({"polish": 3}, 3)])
+@pytest.mark.parametrize(("given", "passes"), [({}, 0), ({"in_forms": False}, 5), ({"polish": 3}, 3)])
 def test_what_a_lookup_is_to_hold_is_not_polished_unless_that_is_asked_for(given: dict[str, Any], passes: int) -> None:
     assert EditSettings(**given).polish == passes
 
 
 @pytest.mark.parametrize(
-    ("given", "forms", "pooling"),
+    ("given", "in_forms", "pooling"),
     [
         ({}, True, "last"),
         ({"writer": "gradient"}, False, "last"),
-        ({"forms": False}, False, "last"),
+        ({"in_forms": False}, False, "last"),
         # As version 0.1 called them.
         ({"router": "meaning", "routing": "token"}, True, "last"),
         ({"router": "key", "routing": "sequence"}, False, "last"),
@@ -132,9 +132,9 @@ def test_what_a_lookup_is_to_hold_is_not_polished_unless_that_is_asked_for(given
         ({"router": "key", "sharpness": 3.0}, False, "last"),
     ],
 )
-def test_what_edits_are_trained_in_goes_with_the_rest(given: dict[str, Any], forms: bool, pooling: str) -> None:
+def test_what_edits_are_trained_in_goes_with_the_rest(given: dict[str, Any], in_forms: bool, pooling: str) -> None:
     for settings in (resolve(EditSettings, given, section="edit"), settings_from(EditSettings, given)):
-        assert (settings.forms, settings.pooling) == (forms, pooling)
+        assert (settings.in_forms, settings.pooling) == (in_forms, pooling)
 
 
 @pytest.mark.parametrize("kind", [EditSettings, MergeSettings, EvalSettings])

@@ -99,17 +99,17 @@ class EditSettings(Checked):
     stop_loss: Margin = 0.05
     train_end: bool = True
     unrelated_texts: Annotated[int, Within(8, 10**6)] = 600
-    forms: bool | None = None  # trained in those that people ask in, if a closed form writes
+    in_forms: bool | None = None  # trained in those that people ask in, if a closed form writes
     pooling: Pooling = "last"
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
     seed: Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.forms is None:
-            object.__setattr__(self, "forms", self.by_facts)
+        if self.in_forms is None:
+            object.__setattr__(self, "in_forms", self.by_facts)
         if self.polish is None:
-            object.__setattr__(self, "polish", 0 if self.forms else 5)
+            object.__setattr__(self, "polish", 0 if self.in_forms else 5)
 
     @property
     def by_facts(self) -> bool:

@@ -22,8 +22,8 @@ def of_today(record: Mapping[str, Any], names: Container[str]) -> dict[str, Any]
         names: what the settings are called that are wanted.
     """
     found = {name: value for name, value in record.items() if name not in RETIRED}
-    if record.get("router") in _OF_MATRICES and "forms" in names:
-        found.setdefault("forms", False)
+    if record.get("router") in _OF_MATRICES and "in_forms" in names:
+        found.setdefault("in_forms", False)
     if record.get("routing") == "mean" and "pooling" in names:
         found["pooling"] = "mean"
     return found

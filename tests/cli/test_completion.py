@@ -29,7 +29,7 @@ from wisecli.memory.merge_methods import METHODS as MERGE_METHODS
 PROPOSED: dict[str, set[str]] = {
     "wise ver": {"verify"},
     "wise edit --mask": {"--mask-ratio", "--mask-kind", "--masks"},
-    "wise edit --n": {"--no-chat"},
+    "wise edit --n": {"--no-chat", "--no-forms"},
     "wise edit model edits.jsonl --device ": {"auto", "cpu", "cuda", "mps"},
     "wise edit --writer ": {"solve", "gradient"},
     "wise edit --preset p": {"paper"},

@@ -26,7 +26,7 @@ from wisecli.errors import EditFileError, ModelError
 from wisecli.models.loading import context_window, load_model, load_tokenizer
 from wisecli.models.tokenization import first_tokens
 
-SETTINGS = EditSettings(context_tokens=3, forms=False)
+SETTINGS = EditSettings(context_tokens=3, in_forms=False)
 # Tokens of a context of so many, with what opens and ends it.
 BEFORE = 7
 
@@ -243,10 +243,10 @@ def test_a_chat_template_of_tokens_without_a_row_is_refused(tmp_path: Path) -> N
     base = with_new_token(tmp_path)
     tokenizer, window, vocabulary = load_tokenizer(base)
     reader = Reader(tokenizer, window, vocabulary)
-    reader.require("f", numbered(edit_of()), replace(SETTINGS, forms=True))
+    reader.require("f", numbered(edit_of()), replace(SETTINGS, in_forms=True))
     tokenizer.chat_template = "Northwind {{ messages[0].content }}"
     with pytest.raises(EditFileError, match=r"^f:1: 'Northwind' is token 97"):
-        reader.require("f", numbered(edit_of()), replace(SETTINGS, forms=True))
+        reader.require("f", numbered(edit_of()), replace(SETTINGS, in_forms=True))
 
 
 def test_tokens_without_a_row_are_named_wherever_else_a_model_reads_them(wise: Wise, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def expected_keys(loaded: Loaded, site: Site, edit: Edit, context: str) -> Tenso
 def test_contexts_are_the_bare_prompt_then_the_chat_then_prefixes_and_one_more(
     loaded: Loaded, count: int, chat: bool
 ) -> None:
-    settings = EditSettings(contexts=count, context_tokens=4, chat=chat, forms=False)
+    settings = EditSettings(contexts=count, context_tokens=4, chat=chat, in_forms=False)
     contexts = write_contexts(loaded, settings)
     given = 2 if chat else 1
     assert contexts[:given] == ["", CHAT][:given]

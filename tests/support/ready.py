@@ -47,7 +47,7 @@ def make_ready(root: Path) -> None:
         ("shards", "edits", base, {"shards": 2}),
         ("gradient-shards", "edits", base, {"shards": 2, "writer": "gradient", "passes": 60}),
         ("shards-elsewhere", "other-edits", base, {"layer": "1"}),
-        ("matrix-shards", "edits", base, {"forms": False}),
+        ("matrix-shards", "edits", base, {"in_forms": False}),
         ("shards-of-other-model", "other-edits", other, {}),
     ):
         run_edit(str(model), root / edits, root / name, EditSettings(**{**QUICK, **changes}), load=CPU)

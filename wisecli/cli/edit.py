@@ -123,13 +123,13 @@ def edit(
     learning_rate: Annotated[float | None, _trained("learning_rate", "Step size while training.")] = None,
     batch_size: Annotated[int | None, _trained("batch_size", "Rows in one step's batch.")] = None,
     contexts: Annotated[int | None, _worded("contexts", "Context prefixes an edit.")] = None,
-    forms: Annotated[
+    in_forms: Annotated[
         bool | None,
         _worded(
-            "forms",
-            "Write edits in the forms that people ask in; a matrix holds more of them without.",
+            "in_forms",
+            "Write edits in the forms that people ask in, or as they are and behind context prefixes.",
             "--forms/--no-forms",
-            none="forms; no-forms with --writer gradient",
+            none="true; false with --writer gradient",
         ),
     ] = None,
     chat: Annotated[bool | None, _worded("chat", "Use the chat template too.", "--chat/--no-chat")] = None,

@@ -62,7 +62,7 @@ def trained_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, wi
     Where prompts are routed by what they mean, whatever their form, these are all that the tokenizer can write and
     that leave a prompt at least half of the ``window`` of tokens that the model reads.
     """
-    if not settings.forms:
+    if not settings.in_forms:
         return [CHAT] if settings.chat else []
     usable = {form.name: form for form in usable_forms(tokenizer)}
     found = [context for context, name in FORM_CONTEXTS.items() if name in usable]
@@ -77,7 +77,7 @@ def trained_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, wi
 
 def written_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, window: int | None) -> list[Form]:
     """Those forms, where whole prompts are routed by what they mean; none where the chat template is told apart."""
-    if not settings.forms:
+    if not settings.in_forms:
         return []
     return [forms()[FORM_CONTEXTS[context]] for context in trained_forms(tokenizer, settings, window)]
 

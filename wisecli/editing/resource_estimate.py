@@ -134,7 +134,7 @@ class _Rows:
 
 def _ways(settings: EditSettings) -> int:
     """How often each edit is read: bare, in contexts or forms and one held back, and in other words."""
-    forms = len(FORM_CONTEXTS) if settings.forms else settings.contexts + settings.chat
+    forms = len(FORM_CONTEXTS) if settings.in_forms else settings.contexts + settings.chat
     return forms + settings.augment + 2
 
 

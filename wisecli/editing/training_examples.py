@@ -56,7 +56,7 @@ class TrainingExamples:
 
 def write_contexts(loaded: Loaded, settings: EditSettings) -> list[str]:
     """The bare prompt's empty prefix, contexts to train with, and one that is kept for calibration."""
-    count = 1 if settings.forms else settings.contexts + 1
+    count = 1 if settings.in_forms else settings.contexts + 1
     if settings.prefixes == "greedy":
         prefixes = greedy_prefixes(loaded.model, loaded.tokenizer, count)
     else:

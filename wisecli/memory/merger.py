@@ -97,7 +97,7 @@ class Merger:
         if self.settings.for_lookup:
             memory, calibrations = lookup(material, settings)
         else:
-            if any(one.settings.get("forms", True) for one in self.directories if one.settings["writer"] == "solve"):
+            if any(one.settings.get("in_forms", True) for one in self.directories if one.settings["writer"] == "solve"):
                 watch(Event(NOTE, note=_IN_FORMS))
             base = load_matrix(self.checkpoint, self.site)
             own = material.of_own_prompts()

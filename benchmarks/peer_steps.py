@@ -35,7 +35,7 @@ from wisecli.editing.training_examples import capture_groups, write_contexts
 from wisecli.edits.record import Edit, read_edits
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
-from wisecli.models.site import find_site, load_matrix
+from wisecli.models.site import find_site
 from wisecli.progress import ignore
 from wisecli.routing.token_cache import cache_given
 
@@ -107,7 +107,7 @@ def of_package(arguments: argparse.Namespace, edits: Sequence[Edit]) -> Iterator
     part = passes[0].activations
     lengths, real = part.keys.norm(dim=-1), part.batch.mask.bool()
     arguments.keys = [lengths[~real].max(), lengths[real].median()] if not real.all() else None
-    matrix = load_matrix(checkpoint, site).to(loaded.model.dtype)
+    matrix = site.matrix(checkpoint).to(loaded.model.dtype)
     mask = Mask("elements", arguments.mask, site.d, site.d_ff)
     task = Task(loaded.model, site, mask, matrix.new_zeros(1, site.d_ff), 1.0, settings, matrix)
     steps: list[Step] = []

@@ -31,9 +31,10 @@ from wisecli.editing.gradient import margin_loss
 from wisecli.editing.training_examples import encode_edits
 from wisecli.edits.record import read_edits
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.activations import capture, captured, suffix_logits
+from wisecli.models.activations import capture, captured
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.site import Site, find_site, load_matrix, value_module
+from wisecli.models.site import MatrixSite, find_site
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
 
 BATCH = 32
@@ -69,7 +70,7 @@ def total_loss(logits: Tensor, batch: Batch, updates: Tensor, unrelated: Tensor,
 
 def whole_model_loss(
     loaded: Loaded,
-    site: Site,
+    site: MatrixSite,
     mask: Mask,
     batch: Batch,
     unrelated: Batch,
@@ -90,7 +91,7 @@ def whole_model_loss(
     def pick(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (inputs[0][rows, columns],)
 
-    hooks = [value_module(loaded.model, site).register_forward_hook(add)]
+    hooks = [site.watched(loaded.model).register_forward_hook(add)]
     if not everywhere:
         hooks.append(loaded.model.get_output_embeddings().register_forward_pre_hook(pick))
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
@@ -129,7 +130,7 @@ def main() -> None:
 
     started = time.perf_counter()
     against = capture(loaded.model, site, unrelated, above=False).keys[unrelated.mask.bool()]
-    unit = float((against @ load_matrix(checkpoint, site).T).norm(dim=-1).median())
+    unit = float((against @ site.matrix(checkpoint).T).norm(dim=-1).median())
     negatives = mask.restrict(against)
     windows = list(captured(loaded.model, site, batches, window=True))
     capture_seconds = time.perf_counter() - started

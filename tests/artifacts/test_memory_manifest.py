@@ -22,7 +22,7 @@ from wisecli.artifacts.memory_manifest import (
 from wisecli.edits.fields import EvaluationPrompt
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
-from wisecli.models.site import Fingerprint, Site
+from wisecli.models.site import Fingerprint, MatrixSite
 from wisecli.routing.calibration import calibrate
 from wisecli.routing.scores import SideMemory
 
@@ -82,7 +82,7 @@ def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
         model="someone/model",
         revision="abc",
         fingerprint=Fingerprint("1" * 64, "2" * 64),
-        site=Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=4, d_ff=6),
+        site=MatrixSite("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=4, d_ff=6),
         memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), kind, reads=1),
         calibrations=calibrations,
         owners=(("a",), ("b",))[:memories],

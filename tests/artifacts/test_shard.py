@@ -28,14 +28,14 @@ from wisecli.artifacts.shard import (
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import save_tensors
 from wisecli.io.digest import sha256_file
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 
 KINDS: tuple[MaskKind, ...] = ("columns", "elements")
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def site(d: int, d_ff: int) -> Site:
-    return Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=d, d_ff=d_ff)
+def site(d: int, d_ff: int) -> MatrixSite:
+    return MatrixSite("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=d, d_ff=d_ff)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -14,7 +14,7 @@ from wisecli.editing.edit_pass import Beside, beside, edit_passes, padded
 from wisecli.editing.training_examples import TrainingExamples, capture_groups
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.site import Site, value_module
+from wisecli.models.site import MatrixSite
 from wisecli.models.tokenization import NO_LABEL, Row, collate
 from wisecli.progress import ignore
 
@@ -29,11 +29,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def site(loaded: Loaded) -> Site:
+def site(loaded: Loaded) -> MatrixSite:
     return site_of(loaded.model, 2)
 
 
-def batches_of(loaded: Loaded, site: Site) -> list[TrainingExamples]:
+def batches_of(loaded: Loaded, site: MatrixSite) -> list[TrainingExamples]:
     groups = [([one], CONTEXTS, ()) for one in enumerate(EDITS)]
     found = capture_groups(loaded, site, groups, batch_size=32, train_end=False, window=False)
     return [examples for group in found for examples in group]
@@ -64,7 +64,7 @@ def test_an_edits_own_unrelated_text_stands_beside_it_and_else_one_of_the_packag
 
 
 @torch.no_grad()
-def test_keys_are_those_of_the_whole_model_on_the_same_padded_rows(loaded: Loaded, site: Site) -> None:
+def test_keys_are_those_of_the_whole_model_on_the_same_padded_rows(loaded: Loaded, site: MatrixSite) -> None:
     texts = {0: Beside("ta te ti to tu " * 9, given=False), 1: Beside("ta te", given=True)}
     passes = edit_passes(loaded, site, COUNTED, batches_of(loaded, site), texts, ignore)
     assert [one.edits for one in passes] == [(0, 0), (1, 1)]
@@ -81,9 +81,7 @@ def test_keys_are_those_of_the_whole_model_on_the_same_padded_rows(loaded: Loade
         ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         seen: list[torch.Tensor] = []
-        handle = value_module(loaded.model, site).register_forward_pre_hook(
-            lambda _, given, to=seen: to.append(given[0])
-        )
+        handle = site.watched(loaded.model).register_forward_pre_hook(lambda _, given, to=seen: to.append(given[0]))
         loaded.model(ids, attention_mask=mask, use_cache=False)
         handle.remove()
         torch.testing.assert_close(own.activations.keys, seen[0][:-1], rtol=1e-3, atol=1e-4)
@@ -92,7 +90,7 @@ def test_keys_are_those_of_the_whole_model_on_the_same_padded_rows(loaded: Loade
         assert own.counted.all()
 
 
-def test_padding_and_the_last_token_of_a_target_do_not_count_unless_asked_for(loaded: Loaded, site: Site) -> None:
+def test_padding_and_the_last_token_of_a_target_do_not_count_unless_asked_for(loaded: Loaded, site: MatrixSite) -> None:
     texts = dict.fromkeys(range(2), Beside("ta te ti", given=True))
     settings = replace(COUNTED, padding="left-out")
     passes = edit_passes(loaded, site, settings, batches_of(loaded, site), texts, ignore)

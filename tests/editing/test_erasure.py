@@ -35,10 +35,10 @@ from wisecli.editing.training_examples import TrainingExamples, capture_examples
 from wisecli.edits.fields import EvaluationPrompt
 from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.models.activations import suffix_logits
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.objectives import erasure_target, target_loss, target_met
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import NO_LABEL, Row, collate, erased_row, first_tokens
 
 PROMPTS = ("ba be bi", "ka ke ki ko", "ma me", "ta te ti to tu", "na ne", "sa se si")

@@ -18,7 +18,7 @@ from wisecli.editing.task import Progress, Task, Written
 from wisecli.editing.training_examples import TrainingExamples, capture_examples
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),
@@ -35,33 +35,33 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def site(loaded: Loaded) -> Site:
+def site(loaded: Loaded) -> MatrixSite:
     return site_of(loaded.model, 2)
 
 
-def examples_for(loaded: Loaded, site: Site) -> list[TrainingExamples]:
+def examples_for(loaded: Loaded, site: MatrixSite) -> list[TrainingExamples]:
     numbered, contexts = list(enumerate(EDITS)), [(0, ""), (1, "pa pe. ")]
     return capture_examples(loaded, site, numbered, contexts, batch_size=3, train_end=False)
 
 
-def unrelated_for(site: Site) -> Tensor:
+def unrelated_for(site: MatrixSite) -> Tensor:
     return torch.randn(60, site.d_ff, generator=torch.Generator().manual_seed(11)) * 0.01
 
 
-def mask_for(site: Site, kind: str, density: float = 0.5) -> Mask:
+def mask_for(site: MatrixSite, kind: str, density: float = 0.5) -> Mask:
     assert kind in ("columns", "elements")
     return random_mask(site, density, "columns" if kind == "columns" else "elements", torch.Generator().manual_seed(2))
 
 
 def write(
-    loaded: Loaded, site: Site, mask: Mask, settings: EditSettings, told: list[Progress] | None = None
+    loaded: Loaded, site: MatrixSite, mask: Mask, settings: EditSettings, told: list[Progress] | None = None
 ) -> Written:
     listen = (lambda progress: None) if told is None else told.append
     task = Task(loaded.model, site, mask, unrelated_for(site), 1.0, settings)
     return write_batched(task, examples_for(loaded, site), listen)
 
 
-def entropy_after(loaded: Loaded, site: Site, delta: Tensor) -> float:
+def entropy_after(loaded: Loaded, site: MatrixSite, delta: Tensor) -> float:
     """Mean cross-entropy of every target token, each prompt alone through the whole model, changed in the window."""
     losses: list[Tensor] = []
     for edit in EDITS:
@@ -126,7 +126,7 @@ def test_whitening_is_the_inverse_root_of_the_raised_covariance() -> None:
 
 
 @pytest.mark.parametrize("kind", ["columns", "elements"])
-def test_batched_writing_lowers_the_loss_of_the_whole_model(loaded: Loaded, site: Site, kind: str) -> None:
+def test_batched_writing_lowers_the_loss_of_the_whole_model(loaded: Loaded, site: MatrixSite, kind: str) -> None:
     settings = SETTINGS
     mask = mask_for(site, kind)
     told: list[Progress] = []
@@ -140,7 +140,7 @@ def test_batched_writing_lowers_the_loss_of_the_whole_model(loaded: Loaded, site
     assert entropy_after(loaded, site, mask.dense(written.values)) < 0.3 * before
 
 
-def test_only_the_end_of_a_pass_waits_for_the_device(loaded: Loaded, site: Site) -> None:
+def test_only_the_end_of_a_pass_waits_for_the_device(loaded: Loaded, site: MatrixSite) -> None:
     settings = replace(SETTINGS, passes=1)
     with Waits() as one:
         write(loaded, site, mask_for(site, "columns"), settings)
@@ -150,7 +150,7 @@ def test_only_the_end_of_a_pass_waits_for_the_device(loaded: Loaded, site: Site)
     assert Counter(eleven.seen) - Counter(one.seen) == {"_local_scalar_dense": 10 * (read + counted)}
 
 
-def test_what_counts_as_learnt_is_what_the_model_then_says(loaded: Loaded, site: Site) -> None:
+def test_what_counts_as_learnt_is_what_the_model_then_says(loaded: Loaded, site: MatrixSite) -> None:
     mask = mask_for(site, "columns")
     batches = examples_for(loaded, site)
     assert all(share < 1 for share in learnt(loaded.model, site, mask, torch.zeros(mask.shape), batches).values())
@@ -158,7 +158,7 @@ def test_what_counts_as_learnt_is_what_the_model_then_says(loaded: Loaded, site:
     assert learnt(loaded.model, site, mask, values, batches) == dict.fromkeys(range(len(EDITS)), 1.0)
 
 
-def test_training_stops_once_everything_is_learnt(loaded: Loaded, site: Site) -> None:
+def test_training_stops_once_everything_is_learnt(loaded: Loaded, site: MatrixSite) -> None:
     told: list[Progress] = []
     written = write(loaded, site, mask_for(site, "columns"), replace(SETTINGS, passes=60, stop_loss=1.0), told)
     assert len(written.losses) < 60
@@ -166,7 +166,7 @@ def test_training_stops_once_everything_is_learnt(loaded: Loaded, site: Site) ->
     assert done == [False] * (len(told) - 1) + [True]
 
 
-def test_the_same_seed_writes_the_same_and_another_another(loaded: Loaded, site: Site) -> None:
+def test_the_same_seed_writes_the_same_and_another_another(loaded: Loaded, site: MatrixSite) -> None:
     settings = replace(SETTINGS, passes=4)
     mask = mask_for(site, "columns")
     first, again = write(loaded, site, mask, settings), write(loaded, site, mask, settings)
@@ -177,7 +177,7 @@ def test_the_same_seed_writes_the_same_and_another_another(loaded: Loaded, site:
 
 
 @pytest.mark.parametrize("kind", ["columns", "elements"])
-def test_nothing_outside_the_mask_changes(loaded: Loaded, site: Site, kind: str) -> None:
+def test_nothing_outside_the_mask_changes(loaded: Loaded, site: MatrixSite, kind: str) -> None:
     settings = replace(SETTINGS, passes=3)
     mask = mask_for(site, kind, density=0.2)
     weights = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}

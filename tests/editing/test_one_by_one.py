@@ -17,7 +17,7 @@ from wisecli.editing.task import Progress, Task, Written
 from wisecli.editing.training_examples import TrainingExamples, capture_groups
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.site import Site, value_module
+from wisecli.models.site import MatrixSite
 
 EDITS = [Edit("one", "ba be bi", "do du"), Edit("two", "ka ke ki ko", "fa"), Edit("three", "ma me", "ga ge gi")]
 CONTEXTS = ((0, ""), (1, "pa pe. "))
@@ -41,18 +41,18 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def site(loaded: Loaded) -> Site:
+def site(loaded: Loaded) -> MatrixSite:
     return site_of(loaded.model, 2)
 
 
-def mask_for(site: Site, density: float = 0.5) -> Mask:
+def mask_for(site: MatrixSite, density: float = 0.5) -> Mask:
     return random_mask(site, density, "elements", torch.Generator().manual_seed(2))
 
 
-def keys_in(loaded: Loaded, site: Site, text: str) -> Tensor:
+def keys_in(loaded: Loaded, site: MatrixSite, text: str) -> Tensor:
     """Keys (t, d_ff) of a text, read off the whole model."""
     read: list[Tensor] = []
-    handle = value_module(loaded.model, site).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][0]))
+    handle = site.watched(loaded.model).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][0]))
     with torch.no_grad():
         loaded.model(input_ids=torch.tensor([loaded.tokenizer(text)["input_ids"]]), use_cache=False)
     handle.remove()
@@ -61,7 +61,7 @@ def keys_in(loaded: Loaded, site: Site, text: str) -> Tensor:
 
 def write(
     loaded: Loaded,
-    site: Site,
+    site: MatrixSite,
     settings: EditSettings = SETTINGS,
     *,
     edits: list[Edit] = EDITS,
@@ -79,8 +79,8 @@ def write(
     return write_one_by_one(task, [alone(settings, examples, other) for examples in batches], listen, start=start)
 
 
-def task_for(loaded: Loaded, site: Site, settings: EditSettings, density: float = 0.5) -> Task:
-    matrix = value_module(loaded.model, site).get_parameter("weight").detach()
+def task_for(loaded: Loaded, site: MatrixSite, settings: EditSettings, density: float = 0.5) -> Task:
+    matrix = site.watched(loaded.model).get_parameter("weight").detach()
     unrelated = torch.zeros(1, site.d_ff)
     return Task(loaded.model, site, mask_for(site, density), unrelated, 1.0, settings, matrix)
 
@@ -91,7 +91,7 @@ def rows_of(loaded: Loaded, edit: Edit) -> list[tuple[list[int], list[int]]]:
     return [(loaded.tokenizer(context + edit.prompt)["input_ids"], target) for _, context in CONTEXTS]
 
 
-def loss_of_whole_model(loaded: Loaded, site: Site, edit: Edit, delta: Tensor, settings: EditSettings) -> Tensor:
+def loss_of_whole_model(loaded: Loaded, site: MatrixSite, edit: Edit, delta: Tensor, settings: EditSettings) -> Tensor:
     """The loss of one edit, each row alone through the whole model, changed at every token."""
     losses: list[Tensor] = []
     called: list[Tensor] = []
@@ -112,13 +112,13 @@ def loss_of_whole_model(loaded: Loaded, site: Site, edit: Edit, delta: Tensor, s
         each = nn.functional.cross_entropy(logits[len(prompt) - 1 :], torch.tensor(target), reduction="sum")
         losses.append(each / (len(target) + 1))
     unrelated = keys_in(loaded, site, UNRELATED)
-    other = moved(unrelated @ value_module(loaded.model, site).get_parameter("weight").T, unrelated @ delta.T)
+    other = moved(unrelated @ site.watched(loaded.model).get_parameter("weight").T, unrelated @ delta.T)
     return torch.stack(losses).mean() + margins(torch.stack(called), other, settings)
 
 
 @pytest.mark.parametrize(("norm_of", "decay"), [("update", 0.0), ("activated", 0.0), ("activated", 0.02)])
 def test_a_step_goes_down_the_gradient_of_the_whole_model(
-    loaded: Loaded, site: Site, norm_of: Literal["update", "activated"], decay: float
+    loaded: Loaded, site: MatrixSite, norm_of: Literal["update", "activated"], decay: float
 ) -> None:
     """Two steps by this writer, and by hand through the unsplit model; with decay the whole of ``W + Δ`` shrinks."""
     settings, mask = replace(SETTINGS, passes=2, learning_rate=0.5, norm_constraint=None), mask_for(site)
@@ -143,7 +143,7 @@ def test_a_step_goes_down_the_gradient_of_the_whole_model(
     torch.testing.assert_close(whole.mask.dense(values), delta, rtol=1e-3, atol=1e-4)
 
 
-def test_what_was_written_of_the_first_edits_is_gone_on_from(loaded: Loaded, site: Site) -> None:
+def test_what_was_written_of_the_first_edits_is_gone_on_from(loaded: Loaded, site: MatrixSite) -> None:
     settings = replace(SETTINGS, weight_decay=1e-3)
     told: list[Progress] = []
     first = write(loaded, site, settings, edits=EDITS[:2])
@@ -154,7 +154,7 @@ def test_what_was_written_of_the_first_edits_is_gone_on_from(loaded: Loaded, sit
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_one_edit_is_taken_after_the_other(loaded: Loaded, site: Site, pooling: Pooling) -> None:
+def test_one_edit_is_taken_after_the_other(loaded: Loaded, site: MatrixSite, pooling: Pooling) -> None:
     told: list[Progress] = []
     settings = replace(SETTINGS, pooling=pooling, passes=40, learning_rate=0.3)
     written = write(loaded, site, settings, told=told)
@@ -166,7 +166,7 @@ def test_one_edit_is_taken_after_the_other(loaded: Loaded, site: Site, pooling: 
     assert all(called > 0.4 for called in written.calls.values())
 
 
-def test_no_weight_leaves_the_norm_constraint_or_the_mask(loaded: Loaded, site: Site) -> None:
+def test_no_weight_leaves_the_norm_constraint_or_the_mask(loaded: Loaded, site: MatrixSite) -> None:
     free = write(loaded, site, replace(SETTINGS, norm_constraint=None), density=0.2).values
     bound = write(loaded, site, replace(SETTINGS, norm_constraint=0.01), density=0.2).values
     assert free.abs().max() > 0.01
@@ -174,7 +174,7 @@ def test_no_weight_leaves_the_norm_constraint_or_the_mask(loaded: Loaded, site: 
     assert free.shape == (round(0.2 * site.d * site.d_ff),)
 
 
-def test_a_loss_that_is_low_and_stays_is_left(loaded: Loaded, site: Site) -> None:
+def test_a_loss_that_is_low_and_stays_is_left(loaded: Loaded, site: MatrixSite) -> None:
     easy: dict[str, Any] = {"alpha": 10.0, "beta": 0.0, "gamma": 0.0}
     settings = replace(SETTINGS, learning_rate=1e-9, stop_loss=100.0, **easy)
     passed: list[int] = []
@@ -182,7 +182,7 @@ def test_a_loss_that_is_low_and_stays_is_left(loaded: Loaded, site: Site) -> Non
     (examples,) = capture_groups(
         loaded, site, [([(0, EDITS[0])], CONTEXTS, ())], batch_size=32, train_end=False, window=False
     )[0]
-    handle = value_module(loaded.model, site_of(loaded.model, 3)).register_forward_hook(lambda *_: passed.append(1))
+    handle = site_of(loaded.model, 3).watched(loaded.model).register_forward_hook(lambda *_: passed.append(1))
     write_one_by_one(task, [alone(settings, examples, keys_in(loaded, site, UNRELATED))], lambda _: None)
     handle.remove()
     assert len(passed) - 1 == 3  # one of them reads the unrelated text; the third step finds the loss where it was

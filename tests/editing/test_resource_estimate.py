@@ -14,9 +14,10 @@ from wisecli.editing.resource_estimate import plan_edit
 from wisecli.editing.token_check import USUAL_LENGTH
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import captured
+from wisecli.models.architectures import known_layout
 from wisecli.models.loading import load_model
 from wisecli.models.memory_budget import sizes, spool_bytes
-from wisecli.models.site import find_site, known_layout
+from wisecli.models.site import find_site
 from wisecli.models.streaming import LayerStream
 from wisecli.models.tokenization import collate
 

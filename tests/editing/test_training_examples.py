@@ -20,7 +20,7 @@ from wisecli.editing.training_examples import TrainingExamples, capture_examples
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.models.loading import Loaded
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),
@@ -49,7 +49,7 @@ def loaded() -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def site(loaded: Loaded) -> Site:
+def site(loaded: Loaded) -> MatrixSite:
     return site_of(loaded.model, 2)
 
 
@@ -58,7 +58,7 @@ def words(loaded: Loaded, text: str) -> list[int]:
     return tokens
 
 
-def expected_keys(loaded: Loaded, site: Site, edit: Edit, context: str) -> Tensor:
+def expected_keys(loaded: Loaded, site: MatrixSite, edit: Edit, context: str) -> Tensor:
     """Keys that predict an edit's target and the end of text, from the whole model on this row alone."""
     prompt, target = words(loaded, context + edit.prompt), words(loaded, edit.target)
     return keys_of(loaded.model, site, prompt + target)[len(prompt) - 1 :]
@@ -113,11 +113,11 @@ def test_without_a_chat_template_the_chat_context_is_refused() -> None:
         encode_edits(loaded_of("llama"), EDITS, CHAT, train_end=True)
 
 
-def examples_of(loaded: Loaded, site: Site, *, batch_size: int = 4) -> list[TrainingExamples]:
+def examples_of(loaded: Loaded, site: MatrixSite, *, batch_size: int = 4) -> list[TrainingExamples]:
     return capture_examples(loaded, site, NUMBERED, CONTEXTS, batch_size=batch_size, train_end=True)
 
 
-def evidence_of(loaded: Loaded, site: Site) -> Evidence:
+def evidence_of(loaded: Loaded, site: MatrixSite) -> Evidence:
     def first_entries(keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
         edits = torch.tensor([answer.edit for answer in answers])
         return torch.cat([keys[:, :2], edits[:, None].float(), positions[:, None].float()], dim=1)
@@ -142,7 +142,7 @@ def test_evidence_holds_the_whole_models_keys_of_every_target_token(architecture
     assert torch.equal(evidence.residuals, expected)
 
 
-def test_lessons_of_any_batch_size_make_the_same_evidence(loaded: Loaded, site: Site) -> None:
+def test_lessons_of_any_batch_size_make_the_same_evidence(loaded: Loaded, site: MatrixSite) -> None:
     whole, single = (
         {
             (edit, context): (examples.activations.keys[row], examples.activations.batch.labels[row])
@@ -189,7 +189,7 @@ def test_keys_as_good_as_the_bare_prompts_are_left_out_but_never_those_held_back
 
 
 @torch.no_grad()
-def share_right(loaded: Loaded, site: Site, edit: Edit, context: str, delta: Tensor) -> list[bool]:
+def share_right(loaded: Loaded, site: MatrixSite, edit: Edit, context: str, delta: Tensor) -> list[bool]:
     """Which target tokens are the arg-max: the whole model, changed from the prompt's last token on."""
     prompt, target = words(loaded, context + edit.prompt), [*words(loaded, edit.target), 1]
     start = len(prompt) - 1
@@ -202,7 +202,7 @@ def share_right(loaded: Loaded, site: Site, edit: Edit, context: str, delta: Ten
     return [int(row.argmax()) == token for row, token in zip(logits, target, strict=True)]
 
 
-def teaching(loaded: Loaded, site: Site, mask: Mask, contexts: list[str]) -> Tensor:
+def teaching(loaded: Loaded, site: MatrixSite, mask: Mask, contexts: list[str]) -> Tensor:
     """Values that push the keys of two edits towards their targets' embeddings, so that some tokens come out right."""
     head = loaded.model.get_output_embeddings().get_parameter("weight")
     delta = torch.zeros(site.d, site.d_ff)

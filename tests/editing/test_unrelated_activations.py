@@ -234,7 +234,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
         matrix = loaded.model.get_parameter(site.weight)
         settings = {"texts": TEXTS, "chat": False, "batch_size": 16, "seed": 0, "watch": events.append} | changed
         identity = settings.pop("identity", "a model")
-        return measure_unrelated(loaded, site, matrix, identity, **settings)  # type: ignore[arg-type]
+        return measure_unrelated(loaded, site, lambda keys: keys @ matrix.T, identity, **settings)  # type: ignore[arg-type]
 
     return Subject(loaded, run, tmp_path / "cache" / "wise" / "unrelated", events)
 

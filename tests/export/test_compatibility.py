@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import compatibility
 
-from wisecli.models.site import architectures
+from wisecli.models.architectures import architectures
 
 # A plain decoder, one whose matrices are transposed, and one that sees.
 FEW = ["gpt2", "llama", "llava"]

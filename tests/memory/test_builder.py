@@ -16,7 +16,7 @@ from wisecli.memory.builder import lookup, matrices, pack, refit, solve_exactly
 from wisecli.memory.material import Material, join
 from wisecli.memory.merge_methods import Recipe, merge_deltas
 from wisecli.memory.router_fitting import Fitted, naming
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 from wisecli.routing.decision import Reading
 from wisecli.routing.fact_memory import INSIDE, FactMemory
 from wisecli.routing.matrix_memory import FactChanges, MatrixMemory
@@ -70,7 +70,7 @@ def unrelated_text() -> BackgroundStats:
 
 
 def some_material(*shards: Evidence, density: float = 0.6) -> Material:
-    site = Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=D, d_ff=D_FF)
+    site = MatrixSite("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=D, d_ff=D_FF)
     masks = tuple(random_mask(site, density, "columns", seeded(number)) for number in range(len(shards)))
     counts = [int(part.edit.max()) + 1 for part in shards]
     places = [torch.arange(count) + sum(counts[:number]) for number, count in enumerate(counts)]
@@ -227,7 +227,7 @@ def test_after_a_refit_keys_get_their_residuals_back(method: str) -> None:
 
 def test_a_refit_after_element_masks_may_use_every_column() -> None:
     material = two_shards()
-    site = Site("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=D, d_ff=D_FF)
+    site = MatrixSite("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=D, d_ff=D_FF)
     masks = (*material.masks[:1], random_mask(site, 0.2, "elements", seeded(3)))
     found = refit(torch.zeros(D, D_FF), replace(material, masks=masks), PENALTY)
     exact = solve_exactly(material, PENALTY)

@@ -10,9 +10,10 @@ from support.tiny_models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wisecli.models.activations import capture, suffix_logits
+from wisecli.models.activations import capture
 from wisecli.models.loading import load_model
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Row, collate
 
 # Prompts and targets of all lengths, the longest prompts beyond tiny Mistral's window of 6.
@@ -25,11 +26,11 @@ def by_row(model: PreTrainedModel, rows: list[Row]) -> Tensor:
     return torch.cat([alone(model, row) for row in rows])
 
 
-def random_delta(site: Site) -> Tensor:
+def random_delta(site: MatrixSite) -> Tensor:
     return torch.randn(site.d, site.d_ff, generator=torch.Generator().manual_seed(5)) / site.d_ff**0.5
 
 
-def layers_of(model: PreTrainedModel, site: Site) -> list[nn.Module]:
+def layers_of(model: PreTrainedModel, site: MatrixSite) -> list[nn.Module]:
     return list(model.get_submodule(site.layer_module.rpartition(".")[0]).children())
 
 

@@ -24,10 +24,12 @@ from wisecli.config import EditSettings, LoadOptions
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models import layout_inference, site_probe
-from wisecli.models.activations import capture, suffix_logits
+from wisecli.models.activations import capture
+from wisecli.models.architectures import Layout, architectures, known_layout
 from wisecli.models.layout_inference import find_layout, value_paths
-from wisecli.models.site import Layout, architectures, find_site, known_layout
+from wisecli.models.site import find_site
 from wisecli.models.site_probe import check_split, observed
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import collate
 from wisecli.progress import NOTE, Event
 

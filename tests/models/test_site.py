@@ -12,16 +12,8 @@ from torch import Tensor
 
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.site import (
-    Fingerprint,
-    Site,
-    architectures,
-    find_site,
-    fingerprint,
-    load_matrix,
-    stored_weight,
-    value_module,
-)
+from wisecli.models.architectures import architectures, stored_weight
+from wisecli.models.site import Fingerprint, MatrixSite, find_site, fingerprint
 
 LAYERS = 5
 # Checkpoints of the others keep their layers under another path than the model anyway.
@@ -72,8 +64,8 @@ def test_the_site_is_the_matrix_whose_output_joins_the_residual_stream(
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint(tmp_path)
     site = find_site(tmp_path, checkpoint, layer)
-    matrix = load_matrix(checkpoint, site)
-    module = value_module(model, site)
+    matrix = site.matrix(checkpoint)
+    module = site.watched(model)
     assert (site.architecture, site.layer) == (architecture, int(layer))
     assert matrix.shape == (site.d, site.d_ff) == (32, 128 if architecture.startswith("gpt") else 64)
     weight = module.get_parameter("weight")
@@ -130,14 +122,14 @@ def test_a_checkpoint_without_the_base_models_prefix_has_the_same_site(tmp_path:
     saved(tmp_path, architecture)
     checkpoint = Checkpoint(tmp_path)
     site = find_site(tmp_path, checkpoint, 2)
-    matrix, before = load_matrix(checkpoint, site), fingerprint(tmp_path, checkpoint, site)
+    matrix, before = site.matrix(checkpoint), fingerprint(tmp_path, checkpoint, site)
     prefix = site.weight.split(".", 1)[0] + "."
     tensors = load_file(tmp_path / "model.safetensors")
     change_tensors(tmp_path, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     bare = Checkpoint(tmp_path)
     assert site.weight not in bare
     assert find_site(tmp_path, bare, 2) == site
-    assert torch.equal(load_matrix(bare, site), matrix)
+    assert torch.equal(site.matrix(bare), matrix)
     assert fingerprint(tmp_path, bare, site) == before
 
 
@@ -193,7 +185,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_site_survives_its_json_form(tmp_path: Path, architecture: str) -> None:
     site = find_site(saved(tmp_path, architecture), Checkpoint(tmp_path), 1)
-    assert Site(**json.loads(json.dumps(site.as_dict()))) == site
+    assert MatrixSite(**json.loads(json.dumps(site.as_dict()))) == site
 
 
 def test_a_model_saved_twice_has_the_same_fingerprint(tmp_path: Path, architecture: str) -> None:

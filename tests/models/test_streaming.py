@@ -30,11 +30,11 @@ from wisecli.errors import ModelError
 from wisecli.evaluation.edited_model import attach
 from wisecli.evaluation.teacher_forcing import teacher_forced
 from wisecli.io.checkpoint import Checkpoint, save_tensors
-from wisecli.models.activations import Activations, capture, captured, suffix_logits
+from wisecli.models.activations import Activations, capture, captured
 from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.site import value_module
 from wisecli.models.streaming import LayerStream
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tensor_spill import Spool
 from wisecli.models.tokenization import Batch, collate, encode
 from wisecli.progress import ignore
@@ -120,7 +120,7 @@ def test_a_sweep_captures_what_single_passes_do(pair: tuple[Loaded, Loaded], lay
 def test_hooks_on_lower_value_modules_see_the_batches_in_order(pair: tuple[Loaded, Loaded], layer: int) -> None:
     seen: list[list[Tensor]] = [[], []]
     for loaded, own in zip(pair, seen, strict=True):
-        lower = value_module(loaded.model, site_of(loaded.model, layer))
+        lower = site_of(loaded.model, layer).watched(loaded.model)
         handle = lower.register_forward_pre_hook(lambda _module, inputs, own=own: own.append(inputs[0].clone()))
         site = site_of(pair[0].model, 3)
         assert len(list(captured(loaded.model, site, BATCHES, stream=loaded.stream, above=False))) == len(BATCHES)
@@ -195,7 +195,7 @@ def test_at_most_two_layers_are_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
         assert len(filled) == 1
 
     monkeypatch.setattr(stream, "_new_slot", counted)
-    handles = [value_module(streamed.model, site_of(streamed.model, n)).register_forward_hook(count) for n in range(5)]
+    handles = [site_of(streamed.model, n).watched(streamed.model).register_forward_hook(count) for n in range(5)]
     site = site_of(streamed.model, 3)
     for _ in range(2):
         logits_of(streamed, BATCHES[0])
@@ -254,7 +254,7 @@ def test_an_exception_leaves_the_layers_empty_and_streamed(tmp_path: Path) -> No
     def fail(*_: object) -> None:
         raise RuntimeError("power cut")
 
-    handle = value_module(streamed.model, site_of(streamed.model, 1)).register_forward_hook(fail)
+    handle = site_of(streamed.model, 1).watched(streamed.model).register_forward_hook(fail)
     for run in (
         lambda: logits_of(streamed, BATCHES[0]),
         lambda: list(captured(streamed.model, site_of(streamed.model, 2), BATCHES, stream=stream)),

@@ -39,9 +39,9 @@ from wisecli.evaluation.edited_model import attach
 from wisecli.export.checkpoint import write_routed
 from wisecli.export.model_card import model_card
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.architectures import known_layout, layer_count
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import load_model
-from wisecli.models.site import known_layout, layer_count
 from wisecli.routing.scores import SideMemory
 
 FAMILIES = sorted(name for name, config in TINY_CONFIGS.items() if hasattr(config, "vision_config"))

@@ -7,13 +7,13 @@ from support.tiny_models import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 from wisecli.routing.scores import SideMemory
 from wisecli.routing.serving import LostMemoryError, require_memory, require_transformers
 from wisecli.routing.side_memory import RoutedMatrix, install
 
 
-def edited(architecture: str = "llama", kind: str = "lookup") -> tuple[PreTrainedModel, Site, RoutedMatrix]:
+def edited(architecture: str = "llama", kind: str = "lookup") -> tuple[PreTrainedModel, MatrixSite, RoutedMatrix]:
     """A tiny model with a memory."""
     model = tiny_model(architecture)
     site = site_of(model, 2)

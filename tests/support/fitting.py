@@ -21,7 +21,7 @@ from wisecli.editing.task import Task
 from wisecli.editing.training_examples import TrainingExamples, capture_examples
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),
@@ -41,7 +41,7 @@ class Bench:
     """A tiny model with batches of all edits, in two groups."""
 
     loaded: Loaded
-    site: Site
+    site: MatrixSite
     groups: list[list[TrainingExamples]]
     held_back: list[TrainingExamples]
 

@@ -23,7 +23,8 @@ from support.tiny_models import VOCABULARY, tiny_model
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.site import Site, architectures, find_site, fingerprint
+from wisecli.models.architectures import architectures
+from wisecli.models.site import MatrixSite, find_site, fingerprint
 from wisecli.models.tokenization import Row
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.prompts import UNROUTED
@@ -101,7 +102,7 @@ def row_of(config: PretrainedConfig) -> dict[str, Any]:
     return table.get(config.get_text_config().model_type, {}) | table[config.model_type]
 
 
-def site_of(model: PreTrainedModel, layer: int) -> Site:
+def site_of(model: PreTrainedModel, layer: int) -> MatrixSite:
     """The site of a loaded model."""
     row = row_of(model.config)
     layer_module = f"{row['layers']}.{layer}"
@@ -111,10 +112,10 @@ def site_of(model: PreTrainedModel, layer: int) -> Site:
     d_ff, d = shape if transposed else shape[::-1]
     norm = f"{layer_module}.{row['norm']}" if "norm" in row else None
     multiplier = getattr(model.config.get_text_config(), row["multiplier"]) if "multiplier" in row else 1.0
-    return Site(model.config.model_type, layer, layer_module, module, transposed, d, d_ff, norm, multiplier)
+    return MatrixSite(model.config.model_type, layer, layer_module, module, transposed, d, d_ff, norm, multiplier)
 
 
-def raised(model: PreTrainedModel, site: Site) -> PreTrainedModel:
+def raised(model: PreTrainedModel, site: MatrixSite) -> PreTrainedModel:
     """The model with a louder norm behind the value matrix, where there is one: as drawn it lets no change weigh."""
     if site.norm is not None:
         model.get_submodule(site.norm).get_parameter("weight").data.add_(12)
@@ -134,7 +135,7 @@ def random_rows(*lengths: tuple[int, int], seed: int = 1) -> list[Row]:
 
 
 @contextlib.contextmanager
-def hooked(model: PreTrainedModel, site: Site, hook: Hook) -> Iterator[None]:
+def hooked(model: PreTrainedModel, site: MatrixSite, hook: Hook) -> Iterator[None]:
     """The model with a forward hook on its value module."""
     handle = model.get_submodule(site.module).register_forward_hook(hook)
     try:
@@ -158,7 +159,7 @@ def whole_loss(model: PreTrainedModel, row: Row) -> Tensor:
 
 
 @torch.no_grad()
-def keys_of(model: PreTrainedModel, site: Site, tokens: Sequence[int]) -> Tensor:
+def keys_of(model: PreTrainedModel, site: MatrixSite, tokens: Sequence[int]) -> Tensor:
     """Inputs (T, d_ff) of the value module for one sequence."""
     kept: list[Tensor] = []
     handle = model.get_submodule(site.module).register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
@@ -170,7 +171,7 @@ def keys_of(model: PreTrainedModel, site: Site, tokens: Sequence[int]) -> Tensor
 
 
 @torch.no_grad()
-def states_of(model: PreTrainedModel, site: Site, layer: int, tokens: Sequence[int]) -> Tensor:
+def states_of(model: PreTrainedModel, site: MatrixSite, layer: int, tokens: Sequence[int]) -> Tensor:
     """What leaves a layer (T, d) for one sequence."""
     kept: list[Tensor] = []
 
@@ -186,7 +187,13 @@ def states_of(model: PreTrainedModel, site: Site, layer: int, tokens: Sequence[i
 
 
 def memory_for(
-    model: PreTrainedModel, site: Site, *, kind: str = "matrix", pooling: str = "last", memories: int = 1, seed: int = 3
+    model: PreTrainedModel,
+    site: MatrixSite,
+    *,
+    kind: str = "matrix",
+    pooling: str = "last",
+    memories: int = 1,
+    seed: int = 3,
 ) -> SideMemory:
     """A memory that some of random prompts open, each by a clear margin, and that changes much where it does.
 
@@ -235,7 +242,9 @@ def _keys_for(sample: Tensor, memories: int, generator: torch.Generator) -> dict
     return {**tensors, "probes": torch.stack(probes)}
 
 
-def _meaning_for(model: PreTrainedModel, site: Site, memories: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _meaning_for(
+    model: PreTrainedModel, site: MatrixSite, memories: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     """Random projections of layer 0 and a prompt an edit, of two tokens for its subject and one for its relation."""
     prompts = [row.prompt for row in random_rows(*[(3, 1)] * memories, seed=17)]
     turns, shifts = torch.randn(2, 6, site.d, generator=generator), torch.randn(2, 6, generator=generator)
@@ -312,7 +321,7 @@ def sure_by_loops(tensors: Mapping[str, Tensor], states: Tensor, edits: int) -> 
     return found
 
 
-def scores_of(model: PreTrainedModel, site: Site, memory: SideMemory, prompt: Sequence[int]) -> list[float]:
+def scores_of(model: PreTrainedModel, site: MatrixSite, memory: SideMemory, prompt: Sequence[int]) -> list[float]:
     """How strongly one prompt calls each memory; of a lookup by all its tokens but the first, on which attention rests,
     behind the last special token that more than three tokens follow.
     """
@@ -337,7 +346,7 @@ def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
     return nearest.where(strength > 1, UNROUTED)
 
 
-def choice_of(model: PreTrainedModel, site: Site, memory: SideMemory, prompt: Sequence[int]) -> int | None:
+def choice_of(model: PreTrainedModel, site: MatrixSite, memory: SideMemory, prompt: Sequence[int]) -> int | None:
     """Which memory answers one prompt: an edit that it means most surely, or the matrix that it calls most strongly."""
     scores = scores_of(model, site, memory, prompt)
     ratios = [score / limit for score, limit in zip(scores, memory.thresholds, strict=True)]
@@ -369,7 +378,7 @@ def routed_by_loop(memory: SideMemory, prompt: int, chosen: int | None, *, over:
 @torch.no_grad()
 def greedy_by_loop(
     model: PreTrainedModel,
-    site: Site | None,
+    site: MatrixSite | None,
     memory: SideMemory | None,
     prompt: Sequence[int],
     count: int,

@@ -15,8 +15,9 @@ from wisecli.bench.baselines.base import Bench, Method
 from wisecli.bench.baselines.evaluation import Known, MethodSubject, said
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.architectures import known_layout
 from wisecli.models.loading import load_model
-from wisecli.models.site import Site, known_layout, value_module
+from wisecli.models.site import MatrixSite
 from wisecli.models.tokenization import Row, encode
 
 
@@ -43,9 +44,9 @@ def bench_for(directory: Path, architecture: str, texts: Sequence[str] | None = 
     return Bench(loaded, Checkpoint(directory), known_layout(directory), (), given, batch_size=5, seed=3)
 
 
-def weight_of(model: PreTrainedModel, site: Site) -> Tensor:
+def weight_of(model: PreTrainedModel, site: MatrixSite) -> Tensor:
     """The value matrix in a model as it is now (d, d_ff)."""
-    weight = value_module(model, site).get_parameter("weight")
+    weight = site.watched(model).get_parameter("weight")
     return weight.T if site.transposed else weight
 
 

@@ -16,8 +16,8 @@ from wisecli.bench.baselines.evaluation import said
 from wisecli.edits.fields import EvaluationPrompt
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.architectures import known_layout
 from wisecli.models.loading import load_model
-from wisecli.models.site import known_layout
 from wisecli.models.tokenization import Row, encode
 
 EDITS = [

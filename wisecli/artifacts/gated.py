@@ -16,7 +16,8 @@ from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, ModelError, WiseError
 from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.json_schema import OPEN, decode
-from wisecli.models.site import Site, check_site, stored_weight
+from wisecli.models.architectures import stored_weight
+from wisecli.models.site import Site, StoredSite, check_site
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class GatedManifest:
 
     format: Literal["stock", "gguf"]
     base: Base
-    site: Site
+    site: StoredSite
     gate: GateEntry
     edits: tuple[Edit, ...]
     versions: dict[str, str]
@@ -133,5 +134,5 @@ def layers_path(checkpoint: Checkpoint, site: Site) -> str:
     """
     stored, end = stored_weight(checkpoint, site.module), f".{site.layer}.mlp.down_proj.weight"
     if stored is None or not stored.endswith(end):
-        raise ModelError(f"{checkpoint.directory} keeps {site.weight} under another name; use --format routed")
+        raise ModelError(f"{checkpoint.directory} keeps {site.base_name} under another name; use --format routed")
     return stored.removesuffix(end)

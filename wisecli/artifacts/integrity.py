@@ -13,7 +13,7 @@ from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tens
 from wisecli.io.digest import sha256_file
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import TensorLayout, read_header
-from wisecli.models.site import Fingerprint, Site, fingerprint, stored_weight
+from wisecli.models.site import Fingerprint, Site, fingerprint
 
 State = Literal["same", "differs", "unchecked"]
 
@@ -133,19 +133,17 @@ def check_base(directory: Path, site: Site, expected: Fingerprint, *, settings: 
     name = str(directory)
     try:
         checkpoint = Checkpoint(directory)
-        weight = stored_weight(checkpoint, site.module)
-        if weight is None or checkpoint.shape(weight) != site.stored_shape:
-            found = "nothing" if weight is None else "×".join(map(str, checkpoint.shape(weight)))
-            yield Check("base model", name, "differs", site.weight, "×".join(map(str, site.stored_shape)), found)
+        if (amiss := site.amiss(checkpoint)) is not None:
+            yield Check("base model", name, "differs", *amiss)
             return
         mark = fingerprint(directory, checkpoint, site)
     except WiseError as error:
         yield damaged(name, error)
         return
     if mark.matrix == expected.matrix:
-        yield Check("edited matrix of the base model", name)
+        yield Check(f"{site.what} of the base model", name)
     else:
-        yield Check("base model", name, "differs", weight, f"sha256 {expected.matrix}", f"sha256 {mark.matrix}")
+        yield Check("base model", name, "differs", site.base_name, f"sha256 {expected.matrix}", f"sha256 {mark.matrix}")
     if settings and mark.config == expected.config:
         yield Check("settings of the base model", f"{name}/config.json")
     elif settings:

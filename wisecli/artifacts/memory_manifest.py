@@ -17,7 +17,7 @@ from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode, shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout
-from wisecli.models.site import Fingerprint, Site, check_site
+from wisecli.models.site import Fingerprint, Site, StoredSite, check_site
 from wisecli.routing.calibration import Calibration
 from wisecli.routing.scores import NORM, SideMemory, require_router
 
@@ -145,7 +145,7 @@ class MemoryManifest:
     __pydantic_config__ = OPEN
 
     base: Base
-    site: Site
+    site: StoredSite
     memories: tuple[MemoryEntry, ...]
     memory: Stored
     merge: dict[str, Any]
@@ -244,7 +244,7 @@ def read_memory(directory: Path) -> Manifest:
     tensors = {name.removeprefix(stored.prefix): tensor for name, tensor in loaded.items()}
     if layouts(tensors) != stored.layouts:
         raise DamagedFileError(path, f"its tensors are not those that {MANIFEST_NAME} describes", "merge anew")
-    known = {"d": site.d, "d_ff": site.d_ff, "M": len(stored.thresholds)}
+    known = {"d": site.d, "d_ff": site.width, "M": len(stored.thresholds)}
     require_layout(path, tensors, memory_rows(stored.kind, tensors), known)
     return Manifest(
         listed.base.model,

@@ -75,10 +75,10 @@ def random_mask(site: Site, density: float, kind: MaskKind, generator: torch.Gen
 
     Two masks overlap in an expected share ρ² of the matrix, k of them in ρᵏ.
     """
-    size = site.d_ff if kind == "columns" else site.d * site.d_ff
+    size = site.width if kind == "columns" else site.d * site.width
     count = max(1, round(density * size))
     indices = torch.randperm(size, generator=generator)[:count].sort().values
-    return Mask(kind, indices, site.d, site.d_ff)
+    return Mask(kind, indices, site.d, site.width)
 
 
 def draw_mask(
@@ -100,7 +100,7 @@ def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, gener
     Raises:
         SettingsError: so many do not fit the matrix.
     """
-    size = site.d_ff if kind == "columns" else site.d * site.d_ff
+    size = site.width if kind == "columns" else site.d * site.width
     places = max(1, round(density * size))
     if places * count > size:
         raise SettingsError(
@@ -108,7 +108,7 @@ def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, gener
             f"give --mask-ratio {size // count / size:.3g} or less"
         )
     drawn = torch.randperm(size, generator=generator)[: places * count].split(places)
-    return [Mask(kind, indices.sort().values, site.d, site.d_ff) for indices in drawn]
+    return [Mask(kind, indices.sort().values, site.d, site.width) for indices in drawn]
 
 
 def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list[range]:
@@ -250,7 +250,7 @@ def shard_rows(kind: MaskKind, names: Container[str]) -> TensorRows:
 
 def shard_sizes(site: Site, edits: int) -> dict[str, int]:
     """The dimensions of a shard's tensors that site and manifest decide."""
-    return {"d": site.d, "d_ff": site.d_ff, "size": site.d * site.d_ff, "edits": edits}
+    return {"d": site.d, "d_ff": site.width, "size": site.d * site.width, "edits": edits}
 
 
 def load_shard(path: Path, site: Site, kind: MaskKind, digest: str, *, edits: int | None = None) -> Shard:
@@ -265,7 +265,7 @@ def load_shard(path: Path, site: Site, kind: MaskKind, digest: str, *, edits: in
     tensors = load_tensors(path, digest=digest)
     sizes = shard_sizes(site, 2**31 if edits is None else edits)
     require_layout(path, tensors, shard_rows(kind, tensors), sizes)
-    mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.d_ff)
+    mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.width)
     stored = {name: tensors.get(f"evidence.{name}") for name in Evidence.__dataclass_fields__}
     evidence = Evidence(**{name: column for name, column in stored.items() if column is not None})
     if bool(evidence.held_out.all()):

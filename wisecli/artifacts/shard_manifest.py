@@ -18,7 +18,7 @@ from wisecli.io.checkpoint import read_json, write_json
 from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
-from wisecli.models.site import Fingerprint, Site, check_site
+from wisecli.models.site import Fingerprint, Site, StoredSite, check_site
 from wisecli.routing.subject_names import Spellings
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class ShardDirectory:
         """Read the statistics of unrelated text, checking their digest."""
         from wisecli.artifacts.unrelated_stats import load_unrelated
 
-        return load_unrelated(inside(self.path, UNRELATED_NAME), self.unrelated_sha256, d_ff=self.site.d_ff)
+        return load_unrelated(inside(self.path, UNRELATED_NAME), self.unrelated_sha256, d_ff=self.site.width)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Content:
     __pydantic_config__ = OPEN
 
     base: Base
-    site: Site
+    site: StoredSite
     settings: dict[str, Any]
     contexts: tuple[str, ...]
     edits: tuple[Edit, ...]

@@ -31,7 +31,6 @@ from wisecli.models.loading import Loaded, load_model
 from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, encode, in_batches
 from wisecli.progress import Event, Watcher
-from wisecli.routing.side_memory import install
 
 _BATCH = 32
 # Unrelated texts that shards are made with, unless less is asked for.
@@ -153,7 +152,7 @@ def _measured(
     edits = manifest.edits[:: -(-len(manifest.edits) // _ASKED)]
     rows = _unrelated_rows(loaded, edits)
     before = _next_tokens(loaded, rows, watch)
-    routed = install(loaded.model, manifest.site.module, manifest.memory, transposed=manifest.site.transposed)
+    routed = manifest.site.install(loaded.model, manifest.memory)
     routed.to(loaded.device)
     beside = _answers(loaded, edits, rows, before, watch)
     found = _answers(load_model(stock, load), edits, rows, before, watch)

@@ -10,8 +10,9 @@ from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.config import LoadOptions
 from wisecli.data.corpus import unrelated_texts
 from wisecli.export.checkpoint import dense
-from wisecli.models.activations import capture, suffix_logits
+from wisecli.models.activations import capture
 from wisecli.models.loading import load_model
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import collate, encode, in_batches
 from wisecli.progress import Event, Watcher
 

@@ -107,9 +107,9 @@ def merge(
         measured = now.manifest.memories, time.perf_counter() - started, peak_rss_bytes()
         held = len(now.manifest.edits) if grown else None
         return MergeReport(output, *names, *measured, up_to_date=True, consequences=followed, held=held, gone=now.gone)
-    require_space(output, 4 * (count if settings.mode == "retrieve" else 1) * site.d * site.d_ff)
+    require_space(output, 4 * (count if settings.mode == "retrieve" else 1) * site.d * site.width)
     if dry_run:
-        peak = 4 * (2 * count + 2) * site.d * site.d_ff
+        peak = 4 * (2 * count + 2) * site.d * site.width
         seconds = time.perf_counter() - started
         return MergeReport(output, *names, (), seconds, peak, planned=True, consequences=followed)
     manifest = merger.merge(watch)

@@ -122,7 +122,7 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
         yield from _shard_metadata(path, entry)
     file = shard_manifest.UNRELATED_NAME
     yield from check_digest(path, file, directory.unrelated_sha256)
-    yield from check_rows(path, file, unrelated_rows(_names(path, file)), {"d_ff": directory.site.d_ff})
+    yield from check_rows(path, file, unrelated_rows(_names(path, file)), {"d_ff": directory.site.width})
     yield from _base(directory.model, directory.revision, directory.site, directory.fingerprint, model)
 
 
@@ -186,7 +186,7 @@ def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Itera
         elif checked[file] != digest:
             yield Check(f"sha256 in {SEAL_NAME}", file, "differs", None, digest, checked[file])
     yield from check_layouts(path, stored.file, {stored.prefix + name: one for name, one in stored.layouts.items()})
-    known = {"d": site.d, "d_ff": site.d_ff, "M": len(stored.thresholds)}
+    known = {"d": site.d, "d_ff": site.width, "M": len(stored.thresholds)}
     yield from check_rows(path, stored.file, memory_rows(stored.kind, stored.tensors), known, stored.prefix)
 
 
@@ -254,7 +254,7 @@ def _config(
     told, site = config.get(EXPORTED_KEY), manifest.site
     told = told if isinstance(told, dict) else {}
     described = {name: value for name, value in memory.items() if name not in ("file", "prefix")}
-    wanted = {"module": site.module, "transposed": site.transposed, "model_type": site.architecture}
+    wanted = {**site.described(), "model_type": site.architecture}
     wrong = [(name, value, told.get(name)) for name, value in wanted.items() if told.get(name) != value]
     found = told.get("memory")
     found = found if isinstance(found, dict) else {}

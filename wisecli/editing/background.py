@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.digest import sha256_json
 from wisecli.models.chat import written_by
 from wisecli.models.loading import Loaded, context_window
-from wisecli.models.site import Fingerprint, Site, load_matrix
+from wisecli.models.site import Fingerprint, Site
 from wisecli.progress import Watcher
 
 
@@ -41,7 +42,7 @@ def unrelated_for(
     found = measure_unrelated(
         loaded,
         site,
-        load_matrix(checkpoint, site).to(loaded.device),
+        partial(site.gives, checkpoint),
         identity,
         texts=settings.unrelated_texts,
         chat=settings.chat,

@@ -52,7 +52,7 @@ class Behind:
         path = cache_path("behind") / f"{sha256_json(about)[:32]}.safetensors"
         with suppress(DamagedFileError):
             found = load_tensors(path)
-            require_layout(path, found, BEHIND, {"n": len(texts), "d_ff": self.site.d_ff})
+            require_layout(path, found, BEHIND, {"n": len(texts), "d_ff": self.site.width})
             return found["keys"], found["lengths"]
         keys, lengths = self._read(token, texts)
         keep_in_cache(path, lambda working: save_tensors(working, {"keys": keys, "lengths": lengths}, {}))

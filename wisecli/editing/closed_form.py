@@ -25,8 +25,9 @@ from wisecli.editing.scoring import learnt
 from wisecli.editing.serving_strength import Residuals, served
 from wisecli.editing.task import Progress, Task, Written
 from wisecli.editing.training_examples import NotFiniteError, TrainingExamples
-from wisecli.models.activations import Activations, suffix_logits
+from wisecli.models.activations import Activations
 from wisecli.models.objectives import erasure_target, target_loss
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import NO_LABEL
 
 # Tried in this order, the heaviest first: of equally good ones the heaviest disturbs other text least.

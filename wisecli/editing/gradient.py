@@ -18,8 +18,8 @@ from wisecli.artifacts.shard import Mask
 from wisecli.config import EditSettings
 from wisecli.editing.task import Progress, Task, Written
 from wisecli.editing.training_examples import TrainingExamples
-from wisecli.models.activations import suffix_logits
 from wisecli.models.objectives import erasure_target, target_loss, target_met
+from wisecli.models.suffix import suffix_logits
 
 # Background keys a step looks at: those that score highest in this pass, and some at random.
 _HARDEST, _RANDOM = 512, 128

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from wisecli.errors import ModelError
 from wisecli.models.activations import Activations, captured
 from wisecli.models.hooks import hooked
 from wisecli.models.loading import Loaded
-from wisecli.models.site import Site, value_module
+from wisecli.models.site import Site
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 
@@ -57,7 +58,7 @@ def keys_of_texts(
     rows = [row for row in (Row(tuple(loaded.tokenizer(text)["input_ids"]), ()) for text in texts) if row.prompt]
     groups = list(in_batches(rows, batch_size))
     # Filled as they come: joined at the end, they would be there twice.
-    keys = torch.empty(sum(map(len, rows)), site.d_ff, device=loaded.device)
+    keys = torch.empty(sum(map(len, rows)), site.width, device=loaded.device)
     text, last = [], []
     read = done = 0
     for indices, activations in zip(groups, _captured(loaded, site, rows, groups, window=False), strict=True):
@@ -92,7 +93,7 @@ def prompt_ends(
     read: list[list[Tensor]] = [[] for _ in sites]
     with ExitStack() as hooks:
         for own, site in zip(read[:-1], sites[:-1], strict=True):
-            hooks.enter_context(hooked(value_module(loaded.model, site).register_forward_pre_hook(_keeper(own))))
+            hooks.enter_context(hooked(site.watched(loaded.model).register_forward_hook(_keeper(site, own))))
         found = _captured(loaded, sites[-1], rows, groups, window=True, shared=len(sites) == 1)
         done = 0
         for indices, one in zip(groups, found, strict=True):
@@ -103,8 +104,8 @@ def prompt_ends(
     return [torch.cat(own)[order.to(loaded.device)].float() for own in read]
 
 
-def _keeper(read: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read.append(inputs[0][:, -1].clone())
+def _keeper(site: Site, read: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def keep(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        read.append(site.keys(inputs, output)[:, -1].clone())
 
     return keep

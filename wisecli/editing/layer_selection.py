@@ -22,8 +22,9 @@ from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import Checkpoint, read_json, write_json
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
+from wisecli.models.architectures import Layout, layer_count
 from wisecli.models.loading import Loaded
-from wisecli.models.site import AUTO_DEPTH, Fingerprint, Layout, Site, find_site, layer_count
+from wisecli.models.site import AUTO_DEPTH, Fingerprint, Site, find_site
 from wisecli.progress import Event, Watcher, ignore
 from wisecli.routing.whitening import leading, scaled, whitening
 

@@ -21,8 +21,8 @@ from wisecli.artifacts.shard import Mask
 from wisecli.config import EditSettings
 from wisecli.editing.edit_pass import EditPass
 from wisecli.editing.task import Progress, Task, Written
-from wisecli.models.activations import suffix_logits
 from wisecli.models.objectives import erasure_target, target_loss, target_met
+from wisecli.models.suffix import suffix_logits
 from wisecli.routing.side_memory import activation_of
 
 # A loss that changes by no more than this, and is low, will not change again.

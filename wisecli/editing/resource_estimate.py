@@ -12,8 +12,9 @@ from wisecli.data.corpus import subjects_for
 from wisecli.editing.context_prefixes import FORM_CONTEXTS
 from wisecli.editing.token_check import Length
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.architectures import layer_count, text_settings
 from wisecli.models.memory_budget import Sizes, sizes, spool_bytes
-from wisecli.models.site import Site, layer_count, text_settings
+from wisecli.models.site import Site
 
 # The interpreter with torch and transformers, in bytes.
 _LIBRARIES = 600 << 20
@@ -80,11 +81,11 @@ def plan_edit(
     # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
     facts = _facts(settings)
     early, asked, compared = _meaning(checkpoint, site, settings)
-    carried = max(texts, facts, asked) * site.d + texts * site.d_ff, rows.read * site.d + rows.trained * site.d_ff
+    carried = max(texts, facts, asked) * site.d + texts * site.width, rows.read * site.d + rows.trained * site.width
     carried_bytes = [found.item * one for one in carried]
-    measured = 4 * site.d_ff * (2.5 * texts + min(_SAMPLE, texts / 2) + 4 * _RANK)
+    measured = 4 * site.width * (2.5 * texts + min(_SAMPLE, texts / 2) + 4 * _RANK)
     measured = max(measured, 2 * site.d * compared)
-    known = 4 * site.d_ff * (0.5 * texts + min(_SAMPLE, texts / 2) + 2 * _RANK) + _kept(
+    known = 4 * site.width * (0.5 * texts + min(_SAMPLE, texts / 2) + 2 * _RANK) + _kept(
         checkpoint, site, rows, found.item
     )
     solved = known + max(_solving(site, settings, rows), _fitting(checkpoint, site, settings, lengths, found.item))
@@ -95,7 +96,7 @@ def plan_edit(
         return Plan(False, held, held, 0, max(found.layers), round(peak), 0, 0, 0, flops, memory_budget)
     passing = 2 * max(found.layers)
     peak = max(
-        passing + min(carried_bytes[0], room) + 4 * site.d_ff * texts,
+        passing + min(carried_bytes[0], room) + 4 * site.width * texts,
         measured,
         above + passing + min(carried_bytes[1], room) + known,
         above + solved,
@@ -158,7 +159,7 @@ def _kept(checkpoint: Checkpoint, site: Site, rows: _Rows, item: int) -> int:
     """Activations that batches keep of a shard's rows, and what the layers above need of the prompts."""
     shape = _attention(checkpoint)
     past = 2 * (layer_count(checkpoint.directory) - site.layer - 1) * shape.kept
-    return item * (rows.trained * (site.d + site.d_ff) + rows.read * past)
+    return item * (rows.trained * (site.d + site.width) + rows.read * past)
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,8 @@ def _fitting(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths
     for length in lengths:
         whole = sum(length)
         rows = max(1, min(settings.batch_size, _BATCH // whole))
-        read = rows * whole * (whole * _SCORES + item * (_HIDDEN * site.d + _INNER * site.d_ff))
-        states = item * above * (_HIDDEN * site.d + _INNER * site.d_ff)
+        read = rows * whole * (whole * _SCORES + item * (_HIDDEN * site.d + _INNER * site.width))
+        states = item * above * (_HIDDEN * site.d + _INNER * site.width)
         scores = 4 * shape.heads * whole * _SCORES
         fitted = rows * length.target * (states + scores + 4 * _LOGITS * shape.vocabulary)
         most = max(most, read, fitted)
@@ -201,8 +202,8 @@ def _solving(site: Site, settings: EditSettings, rows: _Rows) -> int:
     """Statistics of the closed form, in float64: squares of the columns' number, blocks that are as long as ``W``."""
     if settings.writer != "solve":
         # Whatever shrinks besides is kept as well.
-        return 16 * round((1 if settings.weight_decay else settings.mask_ratio) * site.d * site.d_ff)
-    width = round(settings.mask_ratio * site.d_ff) if settings.mask_kind == "columns" else site.d_ff
+        return 16 * round((1 if settings.weight_decay else settings.mask_ratio) * site.d * site.width)
+    width = round(settings.mask_ratio * site.width) if settings.mask_kind == "columns" else site.width
     return 8 * (5 * width**2 + 4 * width * site.d + _BLOCKS * rows.trained * (width + site.d))
 
 

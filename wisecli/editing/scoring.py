@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from wisecli.artifacts.shard import Mask
 from wisecli.editing.training_examples import TrainingExamples
-from wisecli.models.activations import Activations, suffix_logits
+from wisecli.models.activations import Activations
 from wisecli.models.objectives import erasure_target, target_loss, target_met
 from wisecli.models.site import Site
+from wisecli.models.suffix import suffix_logits
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ forms of prompts, facts and texts are read in those forms as well, so that a for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,7 +53,7 @@ _NOTHING = 1e-4
 def measure_unrelated(
     loaded: Loaded,
     site: Site,
-    matrix: Tensor,
+    gives: Callable[[Tensor], Tensor],
     identity: str,
     *,
     texts: int,
@@ -66,7 +66,7 @@ def measure_unrelated(
     """Read text of many kinds through the model up to the site, or take what the cache remembers of it.
 
     Args:
-        matrix: the base matrix ``W`` (d, d_ff).
+        gives: what the unedited site gives at keys: (n, d_ff) → (n, d).
         identity: of the base model, for the cache.
         texts: how many texts; half of them are kept from writers, for calibration.
         chat: whether facts are asked in the model's chat template as well.
@@ -85,11 +85,11 @@ def measure_unrelated(
     ]
     path = cache_path("unrelated") / f"{sha256_json(about)[:32]}.safetensors"
     try:
-        return _from_tensors(load_tensors(path), path, site.d_ff)
+        return _from_tensors(load_tensors(path), path, site.width)
     except DamagedFileError:
         watch(Event("unrelated text"))
     read = _Reader(loaded, site, batch_size, watch)
-    found = _measure(read, matrix, texts=texts, chat=chat, forms=forms, seed=seed)
+    found = _measure(read, gives, texts=texts, chat=chat, forms=forms, seed=seed)
     keep_in_cache(path, lambda working: save_unrelated(working, found, whole=True))
     return found
 
@@ -112,7 +112,7 @@ class _Reader(NamedTuple):
 
 
 def _measure(
-    read: _Reader, matrix: Tensor, *, texts: int, chat: bool, forms: Sequence[Form], seed: int
+    read: _Reader, gives: Callable[[Tensor], Tensor], *, texts: int, chat: bool, forms: Sequence[Form], seed: int
 ) -> BackgroundStats:
     loaded, site, size = read.loaded, read.site, read.batch_size
     plain = unrelated_texts(texts, seed=seed)
@@ -120,7 +120,7 @@ def _measure(
     keys, text, last = keys_of_texts(loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=size, watch=read.watch)
     facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
     ends, ways = keys[last & ~unseen], _by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
-    median = (keys @ matrix.to(keys).T).norm(dim=-1).median().reshape(1)
+    median = gives(keys).norm(dim=-1).median().reshape(1)
     spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
     sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
     apart, strayed, chatting = sample[:0], [_strayed(ways)], None

@@ -30,12 +30,13 @@ from wisecli.edits.changes import changed_edits
 from wisecli.edits.record import Edit
 from wisecli.environment import changed_versions, versions
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.architectures import Layout
 from wisecli.models.chat import date_of, fix_date
 from wisecli.models.layout_inference import find_layout
 from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer, vocabulary_size
 from wisecli.models.resolve import find_model
-from wisecli.models.site import Layout, find_site, fingerprint, load_matrix
-from wisecli.models.site_probe import check_split, observed
+from wisecli.models.site import find_site, fingerprint
+from wisecli.models.site_probe import settled
 from wisecli.progress import Event, Watcher, ignore
 
 
@@ -87,7 +88,14 @@ class Base:
     def layout(self) -> Layout:
         """Where the model keeps its matrices, as far as that can be known without its weights."""
         job, files = self.job, self.checkpoint
-        return find_layout(files.directory, files, target_module=job.target_module, load=job.load, watch=self.watch)
+        return find_layout(
+            files.directory,
+            files,
+            target_module=job.target_module,
+            lookup=job.settings.by_facts,
+            load=job.load,
+            watch=self.watch,
+        )
 
     @cached_property
     def loaded(self) -> Loaded:
@@ -175,9 +183,9 @@ class Worker:
             fix_date(loaded.tokenizer, job.load.date)  # of a model that has been held for days, it is another by now
             if not layout.known:
                 _hold(loaded, site.layer, site.layer + 1)
-                layout = observed(loaded.model, site, layout)
+                free = settings.by_facts and job.target_module is None
+                layout = settled(loaded.model, directory, checkpoint, layout, settings.layer, lookup=free)
                 site = find_site(directory, checkpoint, settings.layer, layout)
-                check_split(loaded.model, site)
             further = [one.edit for one in prompt_variants(list(enumerate(job.edits)), {}, contexts=0)]
             encode_edits(loaded, [*job.edits, *further], "", train_end=settings.train_end)
             base, size = fingerprint(directory, checkpoint, site), settings.batch_size
@@ -232,7 +240,7 @@ class Worker:
         settings, contexts, worded = self.job.settings, plan.contexts, plan.paraphrases
         matrix = None
         if settings.norm_of == "activated" or settings.weight_decay:
-            matrix = load_matrix(self.checkpoint, plan.site)
+            matrix = plan.site.matrix(self.checkpoint)
         # Whoever goes on with a plan adds numbers up in its order, and on its day.
         fix_date(self.loaded.tokenizer, plan.made.date)
         with _threads(plan.made.threads):
@@ -276,8 +284,8 @@ def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
     found = []
     layer: str | int = plan.site.layer if job.settings.layer == "auto" else job.settings.layer
     site = find_site(directory, worker.checkpoint, layer, worker.layout)
-    if replace(site, norm=plan.site.norm, multiplier=plan.site.multiplier) != plan.site:
-        found.append(f"the matrix was {plan.site.module}, now {site.module}")
+    if not site.is_at(plan.site):
+        found.append(f"the site was {plan.site.module}, now {site.module}")
     elif fingerprint(directory, worker.checkpoint, plan.site) != plan.fingerprint:
         found.append(f"the model {directory} has changed")
     elif plan.made.sample not in (None, worker.checkpoint.sample):

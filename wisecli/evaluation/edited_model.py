@@ -19,18 +19,19 @@ from wisecli.models.loading import load_model
 from wisecli.models.streaming import LayerStream
 from wisecli.models.tokenization import Batch
 from wisecli.routing.decision import Decision, TokenChoices
+from wisecli.routing.generation import decoder_of
 from wisecli.routing.passes import RoutedDecoder
 from wisecli.routing.prompts import UNROUTED, Answering, Tokens
-from wisecli.routing.side_memory import RoutedMatrix, install
+from wisecli.routing.side_memory import Routed
 
 
 @dataclass(frozen=True)
 class EditedModel:
-    """A model whose value matrix is routed."""
+    """A model with a memory in its place."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    routed: RoutedMatrix
+    routed: Routed
     manifest: Manifest
     stream: LayerStream | None = None
 
@@ -49,8 +50,8 @@ class EditedModel:
     @property
     def decoder(self) -> RoutedDecoder:
         """The part of the model that decides about prompts."""
-        found = getattr(self.model, self.model.base_model_prefix, self.model)
-        assert isinstance(found, RoutedDecoder), "a memory was installed in it"
+        found = decoder_of(self.model)
+        assert found is not None, "a memory was installed in it"
         return found
 
     @torch.no_grad()
@@ -112,6 +113,6 @@ def attach(
     if loaded.stream is not None:
         loaded.stream.hold(range(site.layer, len(loaded.stream.layers)))
     marks = turn_marks(loaded.tokenizer)
-    routed = install(loaded.model, site.module, manifest.memory, transposed=site.transposed, marks=marks)
+    routed = site.install(loaded.model, manifest.memory, marks)
     routed.to(loaded.device)
     return EditedModel(loaded.model, loaded.tokenizer, routed, manifest, loaded.stream)

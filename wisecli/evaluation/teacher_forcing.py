@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.evaluation.edited_model import EditedModel
-from wisecli.models.activations import Activations, captured, suffix_logits
+from wisecli.models.activations import Activations, captured
 from wisecli.models.objectives import target_met
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 from wisecli.routing.prompts import UNROUTED

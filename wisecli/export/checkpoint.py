@@ -33,12 +33,11 @@ from wisecli.io.checkpoint import (
     SINGLE_NAME,
     Checkpoint,
     read_json,
-    sha256_tensor,
     write_json,
 )
 from wisecli.io.digest import sha256_file
 from wisecli.models.chat import turn_marks
-from wisecli.models.site import load_matrix, stored_weight
+from wisecli.models.matrix_site import as_matrix
 from wisecli.routing.prompts import TurnMarks
 
 # What the base's own classes are given in the place of a size: they refuse it at once, and quote it.
@@ -70,7 +69,7 @@ def write_routed(
     """
     packing = packing or Packing()
     files = write_weights(output, checkpoint, packing, single=BASE_TENSORS)
-    prefix = _stored(checkpoint, manifest).removesuffix("weight")
+    prefix = manifest.site.prefix_in(checkpoint)
     write_memory(output, _as_written(manifest, checkpoint, packing), file=SIDE_TENSORS, prefix=prefix)
     files |= {prefix + name: SIDE_TENSORS for name in manifest.memory.tensors}
     write_index(output, files)
@@ -84,7 +83,7 @@ def _as_written(manifest: Manifest, checkpoint: Checkpoint, packing: Packing) ->
     """The manifest with the fingerprint that the edited matrix has in the type it is written in."""
     if packing.dtype is None:
         return manifest
-    written = sha256_tensor(load_matrix(checkpoint, manifest.site).to(packing.dtype))
+    written = manifest.site.digest(checkpoint, packing.dtype)
     return replace(manifest, fingerprint=replace(manifest.fingerprint, matrix=written))
 
 
@@ -99,8 +98,8 @@ def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> Non
 
     Beside a base in half precision a change of its matrix needs no more than that either.
     """
-    memory, wide = manifest.memory, checkpoint.dtype(_stored(checkpoint, manifest)).itemsize > 2
-    if "delta" in memory.tensors and not wide:
+    memory = manifest.memory
+    if "delta" in memory.tensors and manifest.site.matrix(checkpoint).dtype.itemsize <= 2:
         memory = replace(memory, tensors={**memory.tensors, "delta": half(memory.tensors["delta"])})
     write_memory(output, replace(manifest, memory=memory))
 
@@ -129,10 +128,10 @@ def write_merged(
     Raises:
         ModelError: the memory is a lookup, or holds more than one delta.
     """
-    site, packing = manifest.site, packing or Packing()
-    matrix = load_matrix(checkpoint, site)
+    site, packing = as_matrix(manifest.site), packing or Packing()
+    matrix = site.matrix(checkpoint)
     changed = (matrix.float() + dense(manifest)).to(packing.dtype or matrix.dtype)
-    replaced = {_stored(checkpoint, manifest): changed.T if site.transposed else changed}
+    replaced = {site.stored(checkpoint): changed.T if site.transposed else changed}
     files = write_weights(output, checkpoint, packing, replaced=replaced)
     if set(files.values()) != {SINGLE_NAME}:
         write_index(output, files)
@@ -161,13 +160,8 @@ def dense(manifest: Manifest) -> Tensor:
         raise ModelError("a lookup memory has no matrix to merge; merge with --mode merge, or use --format routed")
     if len(tensors["delta"]) != 1:
         raise ModelError("a memory of several side memories cannot be exported as merged; use --format routed")
-    change = torch.zeros(site.d, site.d_ff)
+    change = torch.zeros(site.d, site.width)
     return change.index_add(1, tensors["columns"][0], tensors["delta"][0].float())
-
-
-def _stored(checkpoint: Checkpoint, manifest: Manifest) -> str:
-    """Name of the edited weight in the checkpoint."""
-    return stored_weight(checkpoint, manifest.site.module) or manifest.site.weight
 
 
 def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) -> None:
@@ -180,8 +174,7 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
     routed: dict[str, Any] = {
         "model_type": model_type,
         "architectures": config.get("architectures"),
-        "module": manifest.site.module,
-        "transposed": manifest.site.transposed,
+        **manifest.site.described(),
         "memory": manifest.memory.describe(),
         "marks": _marks(base),
     }

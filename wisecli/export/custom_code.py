@@ -15,9 +15,10 @@ from transformers.models.auto.modeling_auto import (
 
 from wisecli.export import resaving
 from wisecli.io.digest import sha256_text
-from wisecli.models.site import loader_name
+from wisecli.models.architectures import loader_name
 from wisecli.routing import (
     decision,
+    edited_states,
     fact_decision,
     fact_memory,
     generation,
@@ -40,6 +41,7 @@ CODE_NAME = "modeling_wise.py"
 _CARRIED = (
     *(
         side_memory,
+        edited_states,
         decision,
         scores,
         fact_decision,

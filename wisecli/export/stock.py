@@ -28,7 +28,8 @@ from wisecli.errors import ModelError
 from wisecli.export.checkpoint import BASE_TENSORS, copy_side_files, typed_config, write_index
 from wisecli.export.weights import Packing, write_renamed
 from wisecli.io.checkpoint import Checkpoint, read_json, save_tensors, write_json
-from wisecli.models.site import Site, stored_weight
+from wisecli.models.architectures import stored_weight
+from wisecli.models.site import Site
 
 # From nothing to all of a residual, in units of what a neuron reads.
 WIDTH = 20.0
@@ -126,7 +127,7 @@ def write_stock(
     single = BASE_TENSORS
     files = write_renamed(output, checkpoint, packing, rename, single=single)
     config = stock_config(base, site.layer, count, packing)
-    written = packing.dtype or checkpoint.dtype(stored_weight(checkpoint, site.module) or site.weight)
+    written = packing.dtype or checkpoint.dtype(stored_weight(checkpoint, site.module) or site.base_name)
     added = {name: tensor.to(written) for name, tensor in _blocks(config, layers, site.layer, gate, count)}
     added |= {name: tensor.to(written) for name, tensor in _no_biases(config, layers) if name not in files | added}
     save_tensors(output / MEMORY_TENSORS, added)

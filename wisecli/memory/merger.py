@@ -23,7 +23,6 @@ from wisecli.memory.removal import Kept
 from wisecli.memory.router_fitting import Fitted
 from wisecli.models.loading import require_base
 from wisecli.models.resolve import find_model
-from wisecli.models.site import load_matrix
 from wisecli.progress import NOTE, Event, Watcher, ignore
 
 EXACT = "exact"
@@ -99,7 +98,7 @@ class Merger:
         else:
             if any(one.settings.get("in_forms", True) for one in self.directories if one.settings["writer"] == "solve"):
                 watch(Event(NOTE, note=_IN_FORMS))
-            base = load_matrix(self.checkpoint, self.site)
+            base = self.site.matrix(self.checkpoint)
             own = material.of_own_prompts()
             try:
                 memory, calibrations = _in_matrices(self.directories, shards, own, settings, base)

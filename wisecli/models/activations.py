@@ -1,9 +1,10 @@
 """Activations at the site, computed once, and the layers above it run on them.
 
 Everything below the edited layer is frozen, so for each row only three things are ever needed again: the *keys* ``a``
-(inputs of the value matrix), the *hidden* states ``h`` that leave the edited layer, and the attention cache that the
-prompt leaves in the layers above. A change ``Δ`` of the matrix turns ``h`` into ``h + Δ a``; where the matrix' output
-passes a norm before it joins the residual stream, that *output* is kept too, and the norm is taken anew.
+of the site, the *hidden* states ``h`` that leave the edited layer, and what the layers above need of earlier columns:
+the attention cache that the prompt leaves there, or the states that enter them. A change ``Δ`` of a matrix turns ``h``
+into ``h + Δ a``; where the matrix' output passes a norm before it joins the residual stream, that *output* is kept too,
+and the norm is taken anew.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from wisecli.models.architectures import CACHED
 from wisecli.models.beginnings import Beginning, Beginnings, empty_cache, tensors_of
 from wisecli.models.forward_pass import Selection, run_model
 from wisecli.models.hooks import hooked, overridden
 from wisecli.models.layerwise import sweep
-from wisecli.models.site import Site, value_module
+from wisecli.models.site_interface import Site
 from wisecli.models.tensor_spill import Spool
 from wisecli.models.tokenization import Batch
+from wisecli.routing.edited_states import state_of
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -36,9 +39,10 @@ if TYPE_CHECKING:
 class Activations:
     """What the unedited model computes at the site, for the columns from ``first`` on.
 
-    Shapes: ``keys`` (B, T - first, d_ff), ``hidden`` (B, T - first, d), ``logits`` (n, V) at the selected columns,
-    ``past`` keys and values (B, heads, first, d_head) of each layer above the site. ``output`` (B, T - first, d) is
-    what the matrix gave, kept only where it passes the ``norm`` before it is added.
+    Shapes: ``keys`` (B, T - first, width), ``hidden`` (B, T - first, d), ``logits`` (n, V) at the selected columns,
+    ``past`` keys and values (B, heads, first, d_head) of each layer above the site; ``before`` (B, first, d) what left
+    the edited layer there, if those run on whole rows. ``output`` (B, T - first, d) is what the matrix gave, kept only
+    where it passes the ``norm`` before it is added.
     """
 
     batch: Batch
@@ -51,6 +55,7 @@ class Activations:
     multiplier: float = 1.0
     norm: nn.Module | None = None
     output: Tensor | None = None
+    before: Tensor | None = None
 
     def with_update(self, update: Tensor) -> Tensor:
         """What leaves the layer once ``update`` is added to what the matrix gives: (B, T - first, d) twice."""
@@ -66,7 +71,8 @@ class Activations:
         past = tuple((k[:, :, : self.batch.start].clone(), v[:, :, : self.batch.start].clone()) for k, v in self.past)
         keys, hidden = self.keys[:, cut:].clone(), self.hidden[:, cut:].clone()
         output = None if self.output is None else self.output[:, cut:].clone()
-        return replace(self, first=self.batch.start, keys=keys, hidden=hidden, past=past, output=output)
+        before = None if self.before is None else torch.cat([self.before, self.hidden[:, :cut]], 1)
+        return replace(self, first=self.batch.start, keys=keys, hidden=hidden, past=past, output=output, before=before)
 
     def rows(self, index: Tensor) -> Activations:
         """The same for some of the rows."""
@@ -79,6 +85,7 @@ class Activations:
             hidden=self.hidden[index],
             past=past,
             output=output,
+            before=None if self.before is None else self.before[index],
         )
 
 
@@ -92,39 +99,47 @@ def capture(
         select: rows and columns whose logits are wanted; none by default, which spares the vocabulary projection.
         above: whether the layers above the site are wanted at all; without them only keys and hidden states are kept.
     """
-    return _capture(model, site, batch, empty_cache(), select=select, above=above)
+    return _capture(model, site, batch, _cache_of(site), select=select, above=above)
+
+
+def _cache_of(site: Site) -> DynamicCache | None:
+    """An empty cache for layers that go on from attention's keys and values; ``None`` for others."""
+    return empty_cache() if site.above == CACHED else None
 
 
 def _capture(
-    model: PreTrainedModel, site: Site, batch: Batch, cache: DynamicCache, *, select: Selection | None, above: bool
+    model: PreTrainedModel,
+    site: Site,
+    batch: Batch,
+    cache: DynamicCache | None,
+    *,
+    select: Selection | None,
+    above: bool,
 ) -> Activations:
     """:func:`capture` of the columns that the cache does not hold yet."""
     kept: dict[str, Any] = {}
-    first = cache.get_seq_length()
+    first = 0 if cache is None else cache.get_seq_length()
 
-    def keep_keys(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kept["keys"] = inputs[0]
-
-    def keep_output(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        kept["output"] = output
+    def keep_keys(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        kept.update(keys=site.keys(inputs, output), output=output)
 
     def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
         kept["hidden"] = output
 
     with ExitStack() as hooks:
-        hooks.enter_context(hooked(value_module(model, site).register_forward_pre_hook(keep_keys)))
-        if site.norm is not None:
-            hooks.enter_context(hooked(value_module(model, site).register_forward_hook(keep_output)))
+        hooks.enter_context(hooked(site.watched(model).register_forward_hook(keep_keys)))
         hooks.enter_context(hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
         if not above:
-            hooks.enter_context(overridden(_layers(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
+            hooks.enter_context(overridden(layers_of(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
         logits = run_model(model, batch, first, cache, (select[0], select[1] - first) if select else None)
     hidden = kept["hidden"]
     width = len(hidden) if isinstance(hidden, tuple) else 0
-    past = tuple(tensors_of(layer) for layer in cache.layers[site.layer + 1 :]) if above else ()
+    past = tuple(tensors_of(layer) for layer in cache.layers[site.layer + 1 :]) if above and cache is not None else ()
     norm = model.get_submodule(site.norm) if site.norm is not None else None
-    end = (site.multiplier, norm, kept.get("output"))
-    return Activations(batch, first, kept["keys"], hidden[0] if width else hidden, logits, past, width, *end)
+    states = state_of(hidden)
+    output = None if norm is None else kept["output"]
+    before = None if site.above == CACHED else states[:, :0]
+    return Activations(batch, first, kept["keys"], states, logits, past, width, site.multiplier, norm, output, before)
 
 
 def captured(
@@ -140,7 +155,7 @@ def captured(
 ) -> Iterator[Activations]:
     """:func:`capture` of every batch in turn; where layers are streamed, each is read once for all batches.
 
-    Hooks on value modules up to the site see the batches in order either way.
+    Hooks on modules up to the site see the batches in order either way.
 
     Args:
         labelled: whether the logits at the labelled columns are wanted.
@@ -152,9 +167,10 @@ def captured(
         yield from _swept(model, site, list(batches), stream, labelled=labelled, above=above, window=window)
         return
     beginnings = Beginnings(partial(_read, model, site, above))
+    shared = shared and site.above == CACHED
     for batch in batches:
         select, beginning = batch.labelled if labelled else None, beginnings.of(batch) if shared else None
-        cache = beginning.cache(batch) if beginning else empty_cache()
+        cache = beginning.cache(batch) if beginning else _cache_of(site)
         with torch.no_grad():
             activations = _capture(model, site, batch, cache, select=select, above=above)
         if window:
@@ -202,11 +218,12 @@ def _swept(
             past: tuple[tuple[Tensor, Tensor], ...] = ()
             if above:
                 logits, past = _above(model, site, stream, batch, hidden, batch.labelled if labelled else None)
+            before = None if site.above == CACHED else hidden[:, :cut].clone()
             if window:
                 past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in past)
                 hidden = hidden[:, cut:].clone()
             output = spool.take(f"output.{number}") if norm is not None else None
-            end = (stream.width, site.multiplier, norm, output)
+            end = (stream.width, site.multiplier, norm, output, before)
             yield Activations(batch, cut, spool.take(f"keys.{number}"), hidden, logits, past, *end)
 
 
@@ -216,8 +233,8 @@ def _sweep_to(
     """Leave hidden states, keys and outputs of every batch in the spool; returns the norm behind the matrix."""
     kept: dict[str, Any] = {}
 
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        kept.update(keys=inputs[0], output=output)
+    def keep(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        kept.update(keys=site.keys(inputs, output), output=output)
         if site.norm is not None and "norm" not in kept:
             # The layer is empty once the sweep has passed it.
             kept["norm"] = copy.deepcopy(model.get_submodule(site.norm))
@@ -228,10 +245,10 @@ def _sweep_to(
             spool.put(f"{name}.{number}", kept.pop(name)[:, first:])
 
     def run(batch: Batch) -> None:
-        run_model(model, batch, 0, empty_cache(), None)
+        run_model(model, batch, 0, _cache_of(site), None)
 
     passes = [partial(run, batch) for batch in batches]
-    with hooked(value_module(model, site).register_forward_hook(keep)):
+    with hooked(site.watched(model).register_forward_hook(keep)):
         sweep(stream, passes, site.layer, spool, put)
     return kept.get("norm")
 
@@ -240,46 +257,16 @@ def _above(
     model: PreTrainedModel, site: Site, stream: LayerStream, batch: Batch, hidden: Tensor, select: Selection | None
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
     """Logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
-    cache = empty_cache()
+    cache = _cache_of(site)
     output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
-    with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
+    with overridden(layers_of(model, site)[: site.layer + 1], lambda *_, **__: output):
         logits = run_model(model, batch, 0, cache, select)
-    return logits, tuple(tensors_of(layer) for layer in cache.layers[site.layer + 1 :])
+    kept = () if cache is None else cache.layers[site.layer + 1 :]
+    return logits, tuple(tensors_of(layer) for layer in kept)
 
 
-def suffix_logits(
-    model: PreTrainedModel, site: Site, activations: Activations, hidden: Tensor, select: Selection
-) -> Tensor:
-    """Logits (n, V) at the selected columns, from running only the layers above the site on ``hidden``.
-
-    The model's own forward pass runs, with the layers up to the site replaced by ``hidden``: masks, positions, final
-    norm and head are the architecture's own.
-
-    Args:
-        hidden: what leaves the edited layer (B, T - first, d), as ``activations.hidden`` or
-            :meth:`Activations.with_update` have it; gradients flow through it.
-        select: rows and columns of the batch; no column before ``activations.first``.
-    """
-    first, width = activations.first, activations.tuple_width
-    cache = _cache(activations, site) if first else None
-    output = (hidden, *[None] * (width - 1)) if width else hidden
-    with overridden(_layers(model, site)[: site.layer + 1], lambda *_, **__: output):
-        return run_model(model, activations.batch, first, cache, (select[0], select[1] - first))
-
-
-def _cache(activations: Activations, site: Site) -> DynamicCache:
-    """A cache that holds the prompt in the layers above the site, and only its length below."""
-    cache = empty_cache()
-    keys = activations.past[0][0]
-    length = keys.new_zeros(keys.shape[0], 1, activations.first, 1)
-    for layer in range(site.layer + 1):
-        cache.update(length, length, layer)
-    for layer, (key, value) in enumerate(activations.past, start=site.layer + 1):
-        cache.update(key, value, layer)
-    return cache
-
-
-def _layers(model: PreTrainedModel, site: Site) -> nn.ModuleList:
+def layers_of(model: PreTrainedModel, site: Site) -> nn.ModuleList:
+    """The decoder layers among which the edited one is."""
     layers = model.get_submodule(site.layer_module.rpartition(".")[0])
     assert isinstance(layers, nn.ModuleList)
     return layers

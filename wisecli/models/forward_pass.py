@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from wisecli.models.hooks import hooked
 from wisecli.models.tokenization import Batch
+from wisecli.routing.passes import taken_by
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -33,12 +34,13 @@ def run_model(
         return (inputs[0][rows, columns].unsqueeze(0),)
 
     with hooked(model.get_output_embeddings().register_forward_pre_hook(pick)):
-        output = model(
-            input_ids=batch.ids[:, first:],
-            attention_mask=batch.mask,
-            position_ids=batch.positions[:, first:],
-            use_cache=cache is not None,
-            **{CACHE_ARGUMENT: cache},
-        )
+        named = {
+            "input_ids": batch.ids[:, first:],
+            "attention_mask": batch.mask,
+            "position_ids": batch.positions[:, first:],
+            "use_cache": cache is not None,
+            CACHE_ARGUMENT: cache,
+        }
+        output = model(**taken_by(type(model), named))
     logits: Tensor = output.logits[0]
     return logits

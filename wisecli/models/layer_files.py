@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wisecli.errors import DamagedFileError, ModelError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safetensors_header import Header
-from wisecli.models.site import stored_name
+from wisecli.models.architectures import stored_name
 
 # Kernels read their operands in lines of so many bytes.
 _ALIGNMENT = 64

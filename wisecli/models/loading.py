@@ -14,9 +14,11 @@ import torch
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
+from wisecli.models.architectures import known_layout, layer_count, loader_name
 from wisecli.models.chat import fix_date
 from wisecli.models.memory_budget import spool_bytes
-from wisecli.models.site import Fingerprint, Site, fingerprint, known_layout, layer_count, loader_name, stored_weight
+from wisecli.models.site import Fingerprint, Site
+from wisecli.models.site_interface import NOTHING
 from wisecli.models.tokenization import without_row
 
 if TYPE_CHECKING:
@@ -236,14 +238,13 @@ def require_base(directory: Path, checkpoint: Checkpoint, site: Site, expected: 
     """Check that a directory holds the base model that shards or a memory were made from.
 
     Raises:
-        WrongBaseError: its edited matrix differs.
+        WrongBaseError: what is edited of it differs.
     """
-    weight = stored_weight(checkpoint, site.module)
-    if weight is None:
-        raise WrongBaseError(f"{directory} has no {site.weight}; pass the base model with --model")
-    fits = checkpoint.shape(weight) == site.stored_shape
-    if not fits or fingerprint(directory, checkpoint, site).matrix != expected.matrix:
+    amiss = site.amiss(checkpoint)
+    if amiss is not None and amiss.found == NOTHING:
+        raise WrongBaseError(f"{directory} has no {amiss.name}; pass the base model with --model")
+    if amiss is not None or site.digest(checkpoint) != expected.matrix:
         raise WrongBaseError(
-            f"{directory} is not the base model: its {site.weight} differs from the one the edits were made on; "
+            f"{directory} is not the base model: its {site.base_name} differs from the one the edits were made on; "
             "pass that model with --model, or edit anew"
         )

@@ -9,7 +9,7 @@ import torch
 
 from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.safetensors_header import TensorLayout, read_header
-from wisecli.models.site import layer_count, spellings
+from wisecli.models.architectures import layer_count, spellings
 
 # A model is held whole if its weights leave this share of the budget to activations, statistics and the libraries.
 _LEFT = 0.25

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from wisecli.models.activations import Activations, suffix_logits
+from wisecli.models.activations import Activations
 from wisecli.models.site import Site
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import NO_LABEL, Batch
 
 

@@ -29,7 +29,11 @@ class RoutedCausal(ShownRole):
 
     ``generate()`` is given whole prompts, and says so to every pass: however those are cut, cached or run, the answer
     is that of the prompt.
+
+    ``wise_decoder`` is the path of the decoder, ``None`` for the module below the head.
     """
+
+    wise_decoder: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model alone, in passes of prompts that are decided if ``generate()`` makes them."""
@@ -47,7 +51,7 @@ class RoutedCausal(ShownRole):
         """
         given = kwargs.pop(ARGUMENT, None)
         running, config = _DECIDED.get(), kwargs.get("generation_config")
-        decoder = _decoder_of(self)
+        decoder = decoder_of(self)
         own_draft = running is not None and running[0] is self and getattr(config, "is_assistant", False)
         if own_draft or decoder is None or is_off():
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
@@ -71,7 +75,7 @@ class RoutedCausal(ShownRole):
         Args:
             ids, mask: token ids and attention mask of whole prompts, (B, T).
         """
-        decoder = _decoder_of(self)
+        decoder = decoder_of(self)
         if decoder is None or is_off():
             return None
         return _decided(self, decoder, ids, {"attention_mask": mask})
@@ -93,7 +97,7 @@ class RoutedCausal(ShownRole):
             RuntimeError: this version of transformers has no way to tell a pass of its requests.
         """
         manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        decoder = _decoder_of(self)
+        decoder = decoder_of(self)
         if decoder is None or isinstance(getattr(manager, "logit_processor", None), RequestAnswers):
             return manager
         if not hasattr(getattr(manager, "logit_processor", None), "prepare_tensor_args"):
@@ -104,8 +108,10 @@ class RoutedCausal(ShownRole):
         return manager
 
 
-def _decoder_of(model: Any) -> RoutedDecoder | None:
-    decoder = getattr(model, model.base_model_prefix, model)
+def decoder_of(model: Any) -> RoutedDecoder | None:
+    """The part of a model that decides about prompts; ``None`` if there is none."""
+    path = getattr(model, "wise_decoder", None)
+    decoder = getattr(model, model.base_model_prefix, model) if path is None else model.get_submodule(path)
     return decoder if isinstance(decoder, RoutedDecoder) else None
 
 

@@ -118,6 +118,11 @@ def _by_name(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return {**dict(zip(_arguments_of(kind), args, strict=False)), **kwargs}
 
 
+def taken_by(kind: Any, named: dict[str, Any]) -> dict[str, Any]:
+    """Those of some arguments that the ``forward`` of a class of models names."""
+    return {name: value for name, value in named.items() if name in _arguments_of(kind)}
+
+
 @functools.cache
 def _arguments_of(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
@@ -224,7 +229,8 @@ class RoutedDecoder(ShownRole):
         position = (real.long().cumsum(1) - 1).clamp(min=0)
         try:
             with _set(_READING, True):
-                super().forward(input_ids=ids, attention_mask=real.long(), position_ids=position, use_cache=False)
+                named = {"input_ids": ids, "attention_mask": real.long(), "position_ids": position, "use_cache": False}
+                super().forward(**taken_by(type(self), named))
         except _ReadError as found:
             return Reading(ids, real, found.states)
         raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .side_memory import RoutedMatrix
+from .side_memory import Routed
 
 # How engines call the attention that they have a model built with. All of them pack the tokens of several requests into
 # one row.
@@ -33,16 +33,16 @@ def require_transformers(attention: str | None) -> None:
 
 
 def require_memory(model: nn.Module, module: str) -> None:
-    """Check that the matrix at path ``module`` of a loaded model is routed, and its memory loaded.
+    """Check that at path ``module`` of a loaded model there is a memory, and that it was loaded.
 
     Nothing is checked of weights that are elsewhere: on another machine, or not in memory.
 
     Raises:
         LostMemoryError: saying what stands in its place, or what is wrong.
     """
-    matrix = model.get_submodule(module)
-    if not isinstance(matrix, RoutedMatrix):
-        raise LostMemoryError(f"the edits are lost: {type(matrix).__name__} was put in the place of {module}")
-    tensors = [tensor for tensor in matrix.buffers() if tensor.is_floating_point() and not tensor.is_meta]
+    memory = model.get_submodule(module)
+    if not isinstance(memory, Routed):
+        raise LostMemoryError(f"the edits are lost: {type(memory).__name__} was put in the place of {module}")
+    tensors = [tensor for tensor in memory.buffers() if tensor.is_floating_point() and not tensor.is_meta]
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise LostMemoryError(f"the edits are lost: the memory of {module} was not loaded")

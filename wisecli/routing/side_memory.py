@@ -1,22 +1,25 @@
-"""The routed matrix: the method on one screen. Needs torch only; exports carry this very file.
+"""The routed site: the method on one screen. Needs torch only; exports carry this very file.
 
     y = W a + b                    the main memory answers
     y = W a + b + Δ_m a            side memory m answers        (:mod:`~wisecli.routing.matrix_memory`)
     y = W a + b + v_i              edit i answers               (:mod:`~wisecli.routing.fact_memory`)
+
+or, behind a decoder layer, the same with the layer's output ``h`` in the place of ``W a + b``.
 
 What answers a prompt is decided from its token ids, once, by the memory's ``decide``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .edited_states import EditedOutput
 from .fact_memory import FactMemory
 from .generation import RoutedCausal
 from .matrix_memory import FactChanges, MatrixMemory
@@ -42,7 +45,15 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-class RoutedMatrix(Memory):
+class Routed(Memory):
+    """A memory in its place in a model."""
+
+    def called_with(self, *, off: bool = False, forced: int | None = None) -> AbstractContextManager[None]:
+        """For a while, in this thread: the main memory alone answers, or a memory from the prompts' end on."""
+        return overridden_by(Override(off, forced))
+
+
+class RoutedMatrix(Routed):
     """A value matrix with side memories; a plain module, so that nothing mistakes it for a linear layer.
 
     Args:
@@ -74,10 +85,6 @@ class RoutedMatrix(Memory):
     def _matrix(self) -> Tensor:
         return self.weight.T if self.transposed else self.weight
 
-    def called_with(self, *, off: bool = False, forced: int | None = None) -> AbstractContextManager[None]:
-        """For a while, in this thread: the main memory alone answers, or a memory from the prompts' end on."""
-        return overridden_by(Override(off, forced))
-
 
 class RoutedFacts(RoutedMatrix, FactMemory):
     """A value matrix with a lookup beside it."""
@@ -103,11 +110,23 @@ class RoutedChanges(RoutedMatrix, MatrixMemory):
         return self.activation(main + update) - self.activation(main)
 
 
-# By what is added, and whether facts decide: alone, and beside a matrix.
-_KINDS: dict[tuple[str, bool], tuple[type[Memory], type[RoutedMatrix]]] = {
-    ("lookup", True): (FactMemory, RoutedFacts),
-    ("matrix", True): (FactChanges, RoutedFactChanges),
-    ("matrix", False): (MatrixMemory, RoutedChanges),
+class BehindFacts(Routed, FactMemory):
+    """A lookup behind a decoder layer."""
+
+
+class BehindFactChanges(Routed, FactChanges):
+    """Changes of what leaves a decoder layer, which hold facts."""
+
+
+class BehindChanges(Routed, MatrixMemory):
+    """Changes of what leaves a decoder layer, which their norm opens."""
+
+
+# By what is added, and whether facts decide: alone, beside a matrix, and behind a layer.
+_KINDS: dict[tuple[str, bool], tuple[type[Memory], type[RoutedMatrix], type[Routed]]] = {
+    ("lookup", True): (FactMemory, RoutedFacts, BehindFacts),
+    ("matrix", True): (FactChanges, RoutedFactChanges, BehindFactChanges),
+    ("matrix", False): (MatrixMemory, RoutedChanges, BehindChanges),
 }
 
 
@@ -130,23 +149,52 @@ def install(
     setattr(model.get_submodule(parent), name, routed)
     if memory.activated and isinstance(routed, RoutedChanges):
         routed.activation = activation_of(getattr(model, "config", None))
+    apart(model.get_submodule(layer_of(module)), EditedLayer)
     _route_passes(model, module, memory, marks)
     return routed
 
 
-def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: TurnMarks) -> None:
+def install_behind(
+    model: nn.Module, module: str, memory: SideMemory, *, decoder: str | None = None, marks: TurnMarks = TurnMarks()
+) -> Routed:
+    """Hang a memory behind a decoder layer of a model.
+
+    Args:
+        module: path of the memory: the layer's, and a name in it.
+        decoder: path of the module that is given the tokens of prompts, if it is not the one below the head.
+        marks: how the model's chats mark turns.
+    """
+    parent, _, name = module.rpartition(".")
+    routed = _KINDS[memory.kind, memory.by_edit][2](memory)
+    layer = model.get_submodule(parent)
+    setattr(layer, name, routed)
+    apart(layer, EditedOutput)
+    _route_passes(model, module, memory, marks, decoder)
+    return routed
+
+
+def install_as(
+    model: nn.Module, described: Mapping[str, Any], memory: SideMemory, *, marks: TurnMarks = TurnMarks()
+) -> Routed:
+    """Put a memory where the config of a checkpoint describes its site."""
+    if "transposed" in described:
+        return install(model, described["module"], memory, transposed=described["transposed"], marks=marks)
+    return install_behind(model, described["module"], memory, decoder=described.get("decoder"), marks=marks)
+
+
+def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: TurnMarks, path: str | None = None) -> None:
     """Have a model's decoder decide what answers its prompts, and its edited layer hear of it."""
     # The decoder below the head sees every pass, whoever calls it.
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    decoder = getattr(model, prefix, model)
-    apart(model.get_submodule(_layer_of(module)), EditedLayer)
+    path = (getattr(model, "base_model_prefix", "") or "") if path is None else path
+    decoder: Any = model.get_submodule(path) if path and hasattr(model, path.partition(".")[0]) else model
     if memory.reads is not None:
         apart(model.get_submodule(_layer_beside(module, memory.reads)), ReadLayer)
     apart(decoder, RoutedDecoder)
-    decoder.wise_routed = module if decoder is model else module.removeprefix(f"{prefix}.")
+    decoder.wise_routed = module if decoder is model else module.removeprefix(f"{path}.")
     decoder.wise_marks = marks
     if decoder is not model:
         apart(model, RoutedCausal)
+        cast(RoutedCausal, model).wise_decoder = path
 
 
 def activation_of(config: Any) -> Activation | None:
@@ -156,7 +204,7 @@ def activation_of(config: Any) -> Activation | None:
     return _ACTIVATIONS.get(next((name for name in names if isinstance(name, str)), ""))
 
 
-def _layer_of(module: str) -> str:
+def layer_of(module: str) -> str:
     """Path of the decoder layer that the matrix at path ``module`` lies in."""
     parts = module.split(".")
     place = next(index for index, part in enumerate(parts) if part.isdecimal())
@@ -165,4 +213,4 @@ def _layer_of(module: str) -> str:
 
 def _layer_beside(module: str, layer: int) -> str:
     """Path of a layer of the decoder that the matrix at path ``module`` lies in."""
-    return f"{_layer_of(module).rpartition('.')[0]}.{layer}"
+    return f"{layer_of(module).rpartition('.')[0]}.{layer}"

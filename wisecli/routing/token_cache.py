@@ -43,7 +43,12 @@ def cache_returned(output: Any) -> Any:
 
 def length_of(cache: Any) -> int:
     """How many tokens a cache holds."""
-    return 0 if cache is None else int(cache.get_seq_length())
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # one of recurrent states alone, which do not say; behind a pass the tokens themselves do
+        return 0
 
 
 def tokens_in(cache: Any, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -88,7 +93,8 @@ def rewind(cache: Any, memories: Tensor) -> None:
     wrong = (found != memories).any(0).nonzero().flatten()
     if not len(wrong):
         return
-    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):  # what slid out of it does not come back
+    # What slid out of it, or went into a recurrent state, does not come back.
+    if any(getattr(layer, "is_sliding", False) or hasattr(layer, "conv_states") for layer in cache.layers):
         cache.reset()
     else:
         cache.crop(int(wrong[0]) - length_of(cache))

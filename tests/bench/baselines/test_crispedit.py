@@ -14,7 +14,7 @@ from wisecli.bench.baselines.base import METHODS, UnsuitableError
 from wisecli.bench.baselines.crispedit import CrispEdit, CrispEditSettings, Curvature
 from wisecli.bench.baselines.evaluation import said
 from wisecli.models.activations import capture
-from wisecli.models.site import Site, value_module
+from wisecli.models.site import MatrixSite
 from wisecli.models.tokenization import collate
 
 # The tiny models' layers 1 to 3; their weights are large, so they need longer steps.
@@ -28,7 +28,7 @@ def drawn(*shape: int, seed: int = 1) -> Tensor:
 
 def small(seed: int = 1) -> Curvature:
     """Factors of a matrix of 3 rows and 4 columns; directions that are seen more and less."""
-    site = Site("llama", 0, "layer", "layer.value", False, 3, 4)
+    site = MatrixSite("llama", 0, "layer", "layer.value", False, 3, 4)
     curvature = Curvature(site, torch.device("cpu"))
     keys, gradients = drawn(20, 4, seed=seed), drawn(20, 3, seed=seed + 1)
     curvature.add(keys[:7] * torch.tensor([3.0, 1.0, 0.5, 0.1]), gradients[:7] * torch.tensor([2.0, 1.0, 0.2]))
@@ -82,7 +82,7 @@ def test_factors_are_those_of_every_token_in_the_whole_model(tmp_path: Path, arc
                 given.append(output.detach().requires_grad_())
                 return given[0]
 
-            handle = value_module(model, site).register_forward_hook(keep)
+            handle = site.watched(model).register_forward_hook(keep)
             logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
             handle.remove()
             loss = F.cross_entropy(logits[:-1], torch.tensor(tokens[1:]), reduction="sum")
@@ -106,7 +106,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path: Path, archite
     loss, gradients = method.gradients(part, deltas)
     method.deltas = deltas
     with method.applied():
-        weights = [value_module(model, site).get_parameter("weight").requires_grad_() for site in method.sites]
+        weights = [site.watched(model).get_parameter("weight").requires_grad_() for site in method.sites]
         losses = []
         for row in rows_of(bench):
             logits = model(torch.tensor([[*row.prompt, *row.target[:-1]]]), use_cache=False).logits[0]

@@ -24,7 +24,6 @@ from wisecli.bench.baselines.defer import Defer, DeferSettings
 from wisecli.bench.baselines.evaluation import said
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
-from wisecli.models.site import value_module
 from wisecli.models.tokenization import Row, collate
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
@@ -71,7 +70,7 @@ def test_loss_and_gradient_are_those_of_the_whole_model(tmp_path: Path, architec
     row, pair = encoded(defer.bench, EDITS[1]), Pair(defer)
     part = capture(defer.bench.loaded.model, defer.site, collate([row])).from_window()
     weight, bias = defer.weight.clone().requires_grad_(), defer.bias.clone().requires_grad_()
-    output = value_module(defer.bench.loaded.model, defer.site)(part.keys)
+    output = defer.site.watched(defer.bench.loaded.model)(part.keys)
     loss, expected = defer.loss(part, output, weight, bias), pair.loss(defer, row)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     loss.backward()

@@ -11,7 +11,6 @@ from wisecli.bench.baselines.base import METHODS, UnsuitableError
 from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.ft_ewc import FtEwc
 from wisecli.bench.baselines.ft_l import FtLSettings
-from wisecli.models.site import value_module
 
 COARSE = FtLSettings(rate=2e-2, steps=20, stop_loss=0.5)
 
@@ -22,7 +21,7 @@ def test_fisher_information_is_the_mean_squared_gradient_of_each_text(tmp_path: 
     bench = bench_for(tmp_path, architecture, texts)
     method = FtEwc(bench)
     site, model = method.sites[0], bench.loaded.model
-    weight = value_module(model, site).get_parameter("weight").requires_grad_()
+    weight = site.watched(model).get_parameter("weight").requires_grad_()
     squares = []
     for text in texts[:-1]:  # one word predicts nothing
         ids = torch.tensor([bench.loaded.tokenizer(text)["input_ids"]])

@@ -15,7 +15,7 @@ from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.ft_l import FtL, FtLSettings
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
-from wisecli.models.site import Site, value_module
+from wisecli.models.site import MatrixSite
 from wisecli.models.tokenization import Row, collate
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite")
@@ -23,9 +23,9 @@ ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite")
 COARSE = FtLSettings(rate=2e-2, steps=20, stop_loss=2.0, limit=9e-2, width=64)
 
 
-def slope_of(model: PreTrainedModel, site: Site, row: Row) -> Tensor:
+def slope_of(model: PreTrainedModel, site: MatrixSite, row: Row) -> Tensor:
     """Gradient (d, d_ff) of :func:`whole_loss`."""
-    weight = value_module(model, site).get_parameter("weight").requires_grad_()
+    weight = site.watched(model).get_parameter("weight").requires_grad_()
     (gradient,) = torch.autograd.grad(whole_loss(model, row), weight)
     weight.requires_grad_(False)
     return gradient.T if site.transposed else gradient
@@ -60,7 +60,7 @@ def test_a_stream_of_edits_is_adam_on_the_matrix_itself(tmp_path: Path, architec
     method.edit(EDITS[1:])
     model, site = bench.loaded.model, method.sites[0]
     base = weight_of(model, site).detach().clone()
-    weight = value_module(model, site).get_parameter("weight").requires_grad_()
+    weight = site.watched(model).get_parameter("weight").requires_grad_()
     limit = 9e-2 * 64 / site.d_ff
     stopped = 0
     for row in rows_of(bench):

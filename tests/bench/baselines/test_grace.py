@@ -25,7 +25,6 @@ from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.grace import Codebook, Grace, GraceSettings
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
-from wisecli.models.site import value_module
 from wisecli.models.tokenization import Row, collate
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -91,7 +90,7 @@ def test_losses_and_their_gradient_are_the_whole_models(tmp_path: Path, architec
     part = capture(grace.bench.loaded.model, grace.site, collate(rows)).from_window()
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, grace.site.d, generator=generator).requires_grad_()
-    output = value_module(grace.bench.loaded.model, grace.site)(part.keys[:, 0])
+    output = grace.site.watched(grace.bench.loaded.model)(part.keys[:, 0])
     losses = grace.losses(part, output, values)
     torch.testing.assert_close(
         losses, torch.stack([replaced(grace, *pair) for pair in zip(rows, values, strict=True)]), atol=1e-5, rtol=1e-5

@@ -18,7 +18,7 @@ from wisecli.bench.baselines.memit import Memit, MemitSettings, spread
 from wisecli.bench.baselines.rome_common import read_fact
 from wisecli.bench.baselines.weight_editing import second_moment
 from wisecli.edits.record import Edit
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 from wisecli.models.tokenization import encode
 
 # The tiny models' layers 1 to 3, and texts that weigh no more than the edits.
@@ -42,7 +42,7 @@ def leaving(model: PreTrainedModel, layer: int, tokens: list[int]) -> Tensor:
     return model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False).hidden_states[layer + 1][0]
 
 
-def add_to(model: PreTrainedModel, site: Site, delta: Tensor) -> None:
+def add_to(model: PreTrainedModel, site: MatrixSite, delta: Tensor) -> None:
     weight_of(model, site).data.add_(delta)
 
 

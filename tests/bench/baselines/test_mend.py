@@ -20,7 +20,7 @@ from wisecli.edits.fields import EvaluationPrompt
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
 from wisecli.models.loading import load_model
-from wisecli.models.site import Site, value_module
+from wisecli.models.site import MatrixSite
 from wisecli.models.tokenization import Row, collate, encode
 from wisecli.progress import Event
 
@@ -47,9 +47,9 @@ def mend_bench(directory: Path, architecture: str, count: int = 24) -> Bench:
     return replace(bench_for(directory, architecture), train=records(count))
 
 
-def gradients(model: PreTrainedModel, sites: Sequence[Site], rows: Sequence[Row]) -> list[Tensor]:
+def gradients(model: PreTrainedModel, sites: Sequence[MatrixSite], rows: Sequence[Row]) -> list[Tensor]:
     """Sum over rows of the gradient (d, d_ff) of :func:`whole_loss` for each matrix, by one backward pass a row."""
-    weights = [value_module(model, site).get_parameter("weight").requires_grad_() for site in sites]
+    weights = [site.watched(model).get_parameter("weight").requires_grad_() for site in sites]
     for row in rows:
         whole_loss(model, row).backward()
     found = [weight.grad for weight in weights]
@@ -88,7 +88,7 @@ def test_an_untrained_network_makes_edits_steps_of_gradient_descent(tmp_path: Pa
     bench = mend_bench(tmp_path, architecture)
     model, method = bench.loaded.model, Mend(bench, UNTRAINED)
     method.edit(EDITS)
-    weights = [value_module(model, site).get_parameter("weight") for site in method.sites]
+    weights = [site.watched(model).get_parameter("weight") for site in method.sites]
     before = [weight.detach().clone() for weight in weights]
     with method.applied():
         edited = [alone(model, row) for row in rows_of(bench)]

@@ -18,7 +18,6 @@ from wisecli.bench.baselines.rome import SEARCH, Rome, rank_one
 from wisecli.bench.baselines.rome_common import read_fact
 from wisecli.bench.baselines.weight_editing import second_moment
 from wisecli.edits.record import Edit
-from wisecli.models.site import value_module
 from wisecli.models.tokenization import encode
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "granite")
@@ -117,7 +116,7 @@ def test_the_value_is_found_as_by_adam_through_the_whole_model(tmp_path: Path, a
     method.edit(EDITS[:1])
     edit, (key, value) = EDITS[1], method.pair(read_fact(bench, EDITS[1], method.prefixes))
     model, tokenizer = bench.loaded.model, bench.loaded.tokenizer
-    module, rows = value_module(model, method.sites[0]), []
+    module, rows = method.sites[0].watched(model), []
     for prefix in method.prefixes:
         rows.append((encode(tokenizer, prefix + edit.prompt, edit.target), len(tokenizer(prefix or "?")["input_ids"])))
     essence = torch.tensor([tokenizer(f"{edit.subject} is a")["input_ids"]])

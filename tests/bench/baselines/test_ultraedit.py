@@ -11,7 +11,6 @@ from torch import Tensor
 
 from wisecli.bench.baselines.evaluation import said
 from wisecli.bench.baselines.ultraedit import Statistics, UltraEdit, UltraEditSettings
-from wisecli.models.site import value_module
 
 # The tiny models' layers 2 and 3.
 UPPER = UltraEditSettings(first=2, last=3, of=5, rate=0.02)
@@ -43,7 +42,7 @@ def test_keys_and_gradients_are_those_of_the_whole_model(tmp_path: Path, archite
                 given.append(output.detach().requires_grad_())
                 return given[0]
 
-            handle = value_module(model, site).register_forward_hook(keep)
+            handle = site.watched(model).register_forward_hook(keep)
             logits = model(torch.tensor([tokens]), use_cache=False).logits[0, start:]
             handle.remove()
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.target))

@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 
 from wisecli.artifacts.shard import random_mask
 from wisecli.bench.studies.shards import Shards, overlap_curve
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_masks_of_the_curves_ratio_overlap_in_three_percent(count: int) -> None:
-    site = Site("llama", 0, "", "", False, 500, 400)
+    site = MatrixSite("llama", 0, "", "", False, 500, 400)
     generator = torch.Generator().manual_seed(0)
     ratio = overlap_curve([count])[0]
     shared = torch.ones(site.d * site.d_ff)

@@ -18,7 +18,7 @@ from wisecli.bench.baselines.base import Bench, UnsuitableError, method
 from wisecli.bench.baselines.memit import Memit, MemitSettings
 from wisecli.bench.baselines.weight_editing import seen_moment
 from wisecli.edits.record import Edit
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AlphaEdit(Memit):
         super().__init__(bench, settings, batch=batch)
         self._earlier = [torch.zeros_like(kept) for kept in self._kept]
 
-    def keeping(self, site: Site) -> Tensor:
+    def keeping(self, site: MatrixSite) -> Tensor:
         """The projection P (d_ff, d_ff) onto the free directions, in float64."""
         sizes, directions = torch.linalg.eigh(seen_moment(self.bench, site))
         self._weights.append(self.space.weight * float(sizes.mean()))

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from wisecli.edits.record import Edit
 from wisecli.errors import WiseError
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.architectures import Layout, layer_count
 from wisecli.models.batch_rows import HELD
 from wisecli.models.loading import Loaded
-from wisecli.models.site import Layout, Site, layer_count
+from wisecli.models.site import MatrixSite
 from wisecli.progress import Watcher, ignore
 from wisecli.routing.token_cache import cache_given
 
@@ -51,11 +52,12 @@ class Bench:
         """How many layers the model has."""
         return layer_count(self.checkpoint.directory)
 
-    def site(self, layer: int) -> Site:
+    def site(self, layer: int) -> MatrixSite:
         """The value matrix of a layer."""
+        from wisecli.models.matrix_site import as_matrix
         from wisecli.models.site import find_site
 
-        return find_site(self.checkpoint.directory, self.checkpoint, layer, self.layout)
+        return as_matrix(find_site(self.checkpoint.directory, self.checkpoint, layer, self.layout))
 
 
 class Method(Protocol):

@@ -30,7 +30,7 @@ from wisecli.bench.baselines.training import Training, packed, unpacked
 from wisecli.bench.baselines.weight_editing import Rewritten, between_depths, encoded
 from wisecli.edits.record import Edit
 from wisecli.models.activations import Activations, capture
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 from wisecli.models.tokenization import NO_LABEL, Row, collate, in_batches
 from wisecli.progress import Event
 
@@ -73,7 +73,7 @@ class Projection:
 class Curvature:
     """Sums over tokens of ``k kᵀ`` (d_ff, d_ff) and ``g gᵀ`` (d, d), in float64, and their number."""
 
-    def __init__(self, site: Site, device: torch.device) -> None:
+    def __init__(self, site: MatrixSite, device: torch.device) -> None:
         self.inputs = torch.zeros(site.d_ff, site.d_ff, dtype=torch.float64, device=device)
         self.gradients = torch.zeros(site.d, site.d, dtype=torch.float64, device=device)
         self.tokens = 0

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from wisecli.bench.baselines.base import Bench, PromptEnd, UnsuitableError, hooks, method, seeded, tensor_bytes
 from wisecli.bench.baselines.weight_editing import at_depth, encoded
 from wisecli.edits.record import Edit
-from wisecli.models.activations import Activations, captured, suffix_logits
-from wisecli.models.site import value_module
+from wisecli.models.activations import Activations, captured
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import collate
 from wisecli.progress import Event
 
@@ -78,7 +78,7 @@ class Defer:
     def _learn(self, edit: Edit, part: Activations) -> None:
         trained = [self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()]
         optimizer = torch.optim.Adam(trained, lr=self.settings.rate)
-        output = value_module(self.bench.loaded.model, self.site)(part.keys).float()
+        output = self.site.watched(self.bench.loaded.model)(part.keys).float()
         for _ in range(self.settings.steps):
             loss = self.loss(part, output, *trained)
             if not loss.isfinite():
@@ -103,7 +103,7 @@ class Defer:
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
         """The model with the gate at its layer; each row is decided once, at its prompt's last token."""
-        model, module, end = self.bench.loaded.model, value_module(self.bench.loaded.model, self.site), PromptEnd(first)
+        model, module, end = self.bench.loaded.model, self.site.watched(self.bench.loaded.model), PromptEnd(first)
 
         def replace(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             decided, column = end.held(inputs[0], lambda keys: F.linear(keys.float(), self.weight, self.bias))

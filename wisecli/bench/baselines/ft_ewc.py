@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method
 from wisecli.bench.baselines.ft_l import FtL, FtLSettings
-from wisecli.models.activations import capture, suffix_logits
-from wisecli.models.site import Site
+from wisecli.models.activations import capture
+from wisecli.models.site import MatrixSite
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event
 
@@ -50,7 +51,7 @@ class FtEwc(FtL):
         return tuple(self.bench.loaded.tokenizer(text)["input_ids"])
 
 
-def fisher(bench: Bench, site: Site, texts: list[Row]) -> Tensor:
+def fisher(bench: Bench, site: MatrixSite, texts: list[Row]) -> Tensor:
     """Diagonal Fisher information (d, d_ff) of a value matrix, in float32: the mean over texts of the squared gradient
     of the text's log-likelihood.
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from wisecli.bench.baselines.base import Bench, UnsuitableError, method
 from wisecli.bench.baselines.weight_editing import Rewritten, at_depth, encoded
 from wisecli.edits.record import Edit
-from wisecli.models.activations import Activations, capture, suffix_logits
+from wisecli.models.activations import Activations, capture
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import collate
 from wisecli.progress import Event
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from wisecli.bench.baselines.base import Bench, PromptEnd, hooks, method, seeded, tensor_bytes
 from wisecli.bench.baselines.weight_editing import encoded
 from wisecli.edits.record import Edit
-from wisecli.models.activations import Activations, captured, suffix_logits
-from wisecli.models.site import value_module
+from wisecli.models.activations import Activations, captured
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Row, collate, in_batches
 
 Target = tuple[int, ...]
@@ -165,7 +165,7 @@ class Grace:
         chosen, place = entries.unique(return_inverse=True)
         values = self.codebook.values[chosen].clone().requires_grad_()
         optimizer = torch.optim.Adam([values], lr=settings.rate)
-        output = value_module(self.bench.loaded.model, self.site)(part.keys[:, 0]).float()
+        output = self.site.watched(self.bench.loaded.model)(part.keys[:, 0]).float()
         best, lowest = values.detach().clone(), values.new_full((len(chosen),), torch.inf).detach()
         for step in range(settings.steps + 1):
             losses = self.losses(part, output, values[place])
@@ -194,7 +194,7 @@ class Grace:
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
         """The model with the codebook at its layer; each row is looked up once, at its prompt's last token."""
-        model, module, end = self.bench.loaded.model, value_module(self.bench.loaded.model, self.site), PromptEnd(first)
+        model, module, end = self.bench.loaded.model, self.site.watched(self.bench.loaded.model), PromptEnd(first)
 
         def replace(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             looked_up = []

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from wisecli.models.activations import Activations, suffix_logits
+from wisecli.models.activations import Activations
 from wisecli.models.hooks import hooked
-from wisecli.models.site import Site, value_module
+from wisecli.models.site import MatrixSite
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import NO_LABEL, Batch
 
 # From keys (B, T, d_ff), in float32, to what is added to what a matrix gives (B, T, d).
@@ -42,7 +43,7 @@ class Factors:
 
 
 def changed_logits(
-    model: PreTrainedModel, sites: Sequence[Site], part: Activations, changes: Sequence[Change]
+    model: PreTrainedModel, sites: Sequence[MatrixSite], part: Activations, changes: Sequence[Change]
 ) -> Tensor:
     """Logits (n, V) at the labelled columns, in float32, with something added to what each matrix gives.
 
@@ -59,7 +60,7 @@ def changed_logits(
 
     with ExitStack() as stack:
         for site, change in zip(sites[1:], changes[1:], strict=True):
-            stack.enter_context(hooked(value_module(model, site).register_forward_hook(adding(change))))
+            stack.enter_context(hooked(site.watched(model).register_forward_hook(adding(change))))
         hidden = part.with_update(changes[0](part.keys.float()))
         return suffix_logits(model, sites[0], part, hidden, part.batch.labelled).float()
 
@@ -77,7 +78,7 @@ def row_means(values: Tensor, batch: Batch) -> Tensor:
 
 
 def gradient_factors(
-    model: PreTrainedModel, sites: Sequence[Site], part: Activations, deltas: Sequence[Tensor]
+    model: PreTrainedModel, sites: Sequence[MatrixSite], part: Activations, deltas: Sequence[Tensor]
 ) -> tuple[Tensor, list[Factors]]:
     """The loss (B,) of each row, and the terms of its gradient for each matrix, ``Σ δᵢ uᵢᵀ`` over the row's tokens.
 

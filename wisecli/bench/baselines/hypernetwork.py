@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wisecli.bench.baselines.gradient_factors import Factors
-from wisecli.models.site import Site
+from wisecli.models.site import MatrixSite
 
 # A dimension's standard deviation counts as no less than this share of their mean: some keys hardly ever move.
 _LEAST_SPREAD = 1e-2
@@ -90,7 +90,7 @@ class Editor(nn.Module):
         rate: α before training.
     """
 
-    def __init__(self, sites: Sequence[Site], rank: int, rate: float, generator: torch.Generator) -> None:
+    def __init__(self, sites: Sequence[MatrixSite], rank: int, rate: float, generator: torch.Generator) -> None:
         super().__init__()
         shapes = [(site.d, site.d_ff) for site in sites]
         kinds = list(dict.fromkeys(shapes))

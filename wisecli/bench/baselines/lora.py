@@ -101,7 +101,7 @@ class Lora:
         except ImportError:
             raise UnsuitableError("lora needs the package peft; install it with `pip install peft`") from None
         model: Any = self.bench.loaded.model
-        targets = projections(model, self.bench.layout.layers, self.bench.layout.value)
+        targets = projections(model, self.bench.layout.layers, str(self.bench.layout.value))
         transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
         config = LoraConfig(
             r=self.settings.rank, lora_alpha=self.settings.alpha, target_modules=targets, fan_in_fan_out=transposed

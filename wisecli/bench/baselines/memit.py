@@ -22,7 +22,7 @@ from wisecli.bench.baselines.rome_common import Fact, Part, SearchSettings, find
 from wisecli.bench.baselines.weight_editing import Rewritten, between_depths, second_moment
 from wisecli.edits.record import Edit
 from wisecli.models.activations import capture
-from wisecli.models.site import Site, value_module
+from wisecli.models.site import MatrixSite
 from wisecli.progress import Event
 
 # The authors' settings for GPT-J.
@@ -94,7 +94,7 @@ class Memit(Rewritten):
         count = sum(name.startswith("target ") for name in state)
         self._targets = [state[f"target {place}"].to(self.deltas[0]) for place in range(count)]
 
-    def keeping(self, site: Site) -> Tensor:
+    def keeping(self, site: MatrixSite) -> Tensor:
         """What is kept of unrelated text at a site: the Cholesky factor of ``λ C`` (d_ff, d_ff), in float64."""
         factor: Tensor = torch.linalg.cholesky(self.settings.weight * second_moment(self.bench, site))
         return factor
@@ -125,7 +125,7 @@ class Memit(Rewritten):
         prompt (d,), in float32.
         """
         model, kept = self.bench.loaded.model, []
-        module = value_module(model, self.sites[place])
+        module = self.sites[place].watched(model)
         with hooks(module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))):
             top = capture(model, self.sites[-1], fact.batch, above=False)
         rows = torch.arange(fact.prompts, device=fact.columns.device)

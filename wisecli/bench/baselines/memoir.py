@@ -26,8 +26,8 @@ from wisecli.bench.baselines.rome_common import prefixes_for
 from wisecli.bench.baselines.weight_editing import at_depth, encoded
 from wisecli.editing.key_capture import keys_of_texts
 from wisecli.edits.record import Edit
-from wisecli.models.activations import Activations, captured, suffix_logits
-from wisecli.models.site import value_module
+from wisecli.models.activations import Activations, captured
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import collate
 from wisecli.progress import Event
 
@@ -169,7 +169,7 @@ class Memoir:
         """The model with the memory beside its matrix; each row's mask is chosen once, by its whole prompt."""
         if not len(self.masks):
             return hooks()
-        model, module, end = self.bench.loaded.model, value_module(self.bench.loaded.model, self.site), PromptEnd(first)
+        model, module, end = self.bench.loaded.model, self.site.watched(self.bench.loaded.model), PromptEnd(first)
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             keys = inputs[0]

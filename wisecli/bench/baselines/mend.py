@@ -40,7 +40,8 @@ from wisecli.bench.baselines.gradient_factors import (
 from wisecli.bench.baselines.hypernetwork import Editor
 from wisecli.bench.baselines.weight_editing import Rewritten, encoded
 from wisecli.edits.record import Edit
-from wisecli.models.activations import Activations, capture, suffix_logits
+from wisecli.models.activations import Activations, capture
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Row, collate, encode
 from wisecli.progress import Event
 

@@ -15,8 +15,9 @@ from wisecli.bench.baselines.base import Bench, UnsuitableError
 from wisecli.bench.baselines.weight_editing import encoded
 from wisecli.editing.context_prefixes import context_prefixes
 from wisecli.edits.record import Edit
-from wisecli.models.activations import Activations, capture, suffix_logits
-from wisecli.models.site import Site
+from wisecli.models.activations import Activations, capture
+from wisecli.models.site import MatrixSite
+from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Batch, Row, collate
 
 # What remains of a subject where its essence is to be kept: ``{subject} is a`` (Meng et al. 2022, section 3.1).
@@ -115,7 +116,7 @@ def token_before(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Sequence
     return max(min(len(head), len(tokens)) - 1 if same is None else same, 0)
 
 
-def look(bench: Bench, site: Site, fact: Fact) -> Part:
+def look(bench: Bench, site: MatrixSite, fact: Fact) -> Part:
     """Capture a fact's rows with the model as it is now."""
     whole = capture(bench.loaded.model, site, fact.batch)
     cut = int(fact.columns.min())
@@ -126,7 +127,7 @@ def look(bench: Bench, site: Site, fact: Fact) -> Part:
 
 
 def find_change(
-    bench: Bench, site: Site, fact: Fact, part: Part, search: SearchSettings, placed: Placed, size: Tensor
+    bench: Bench, site: MatrixSite, fact: Fact, part: Part, search: SearchSettings, placed: Placed, size: Tensor
 ) -> Tensor:
     """The change (d,) at the subject's last token that makes the layers above say the target under every prefix.
 
@@ -162,7 +163,7 @@ def find_change(
     return change.detach()
 
 
-def _said(bench: Bench, site: Site, fact: Fact, part: Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _said(bench: Bench, site: MatrixSite, fact: Fact, part: Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the target's tokens (every prompt has the same), and the log-probabilities (1, V), or
     (0, V), of what follows the essence.
     """

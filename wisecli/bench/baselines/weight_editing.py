@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wisecli.bench.baselines.base import Bench, UnsuitableError, changed, tensor_bytes
 from wisecli.editing.key_capture import keys_of_texts
 from wisecli.edits.record import Edit
-from wisecli.models.site import Site, value_module
+from wisecli.models.site import MatrixSite
 from wisecli.models.tokenization import Row, encode
 
 # Added to a second moment's diagonal, as a share of the diagonal's median: the papers take theirs over a hundred
@@ -19,12 +19,12 @@ from wisecli.models.tokenization import Row, encode
 _SHRINKAGE = 0.01
 
 
-def at_depth(bench: Bench, layer: int, of: int) -> Site:
+def at_depth(bench: Bench, layer: int, of: int) -> MatrixSite:
     """The site that lies as deep as ``layer`` lies among ``of`` layers; one layer always stays above it."""
     return bench.site(min(round(layer / of * bench.layers), bench.layers - 2))
 
 
-def between_depths(bench: Bench, first: int, last: int, of: int) -> list[Site]:
+def between_depths(bench: Bench, first: int, last: int, of: int) -> list[MatrixSite]:
     """The value matrices from a layer ``first`` of ``of`` to a layer ``last``, both scaled to the model's depth."""
     start, end = (at_depth(bench, layer, of).layer for layer in (first, last))
     return [bench.site(layer) for layer in range(start, end + 1)]
@@ -40,7 +40,7 @@ class Rewritten:
         UnsuitableError: the model's layers are streamed, so no matrix stays where it is put.
     """
 
-    def __init__(self, bench: Bench, sites: Sequence[Site]) -> None:
+    def __init__(self, bench: Bench, sites: Sequence[MatrixSite]) -> None:
         if bench.loaded.stream is not None:
             raise UnsuitableError("it rewrites matrices in place, and this model's layers are streamed")
         self.bench, self.sites = bench, tuple(sites)
@@ -77,8 +77,8 @@ class Rewritten:
         del portions
         self.deltas = [state[f"delta {place}"].to(delta) for place, delta in enumerate(self.deltas)]
 
-    def _parameter(self, site: Site) -> nn.Parameter:
-        return value_module(self.bench.loaded.model, site).get_parameter("weight")
+    def _parameter(self, site: MatrixSite) -> nn.Parameter:
+        return site.watched(self.bench.loaded.model).get_parameter("weight")
 
 
 def encoded(bench: Bench, prompt: str, edit: Edit, *, end: int | None = None) -> Row:
@@ -96,14 +96,14 @@ def encoded(bench: Bench, prompt: str, edit: Edit, *, end: int | None = None) ->
         raise UnsuitableError(f"edit {edit.id!r} cannot be used: {error}") from None
 
 
-def second_moment(bench: Bench, site: Site) -> Tensor:
+def second_moment(bench: Bench, site: MatrixSite) -> Tensor:
     """``E[k kᵀ]`` (d_ff, d_ff) as :func:`seen_moment`, shrunk so that it is safe to invert."""
     moment = seen_moment(bench, site)
     moment.diagonal().add_(_SHRINKAGE * moment.diagonal().median())
     return moment
 
 
-def seen_moment(bench: Bench, site: Site) -> Tensor:
+def seen_moment(bench: Bench, site: MatrixSite) -> Tensor:
     """``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64.
 
     Raises:

@@ -10,7 +10,7 @@ from wisecli.bench.studies.base import Figures, Point, study
 from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import QUALITIES, SHARES, by_edits, line
 from wisecli.editing.layer_selection import candidates
-from wisecli.models.site import layer_count
+from wisecli.models.architectures import layer_count
 
 
 @study("layers")

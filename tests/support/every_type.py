@@ -1,0 +1,122 @@
+"""Every type of causal language model that transformers has, as a tiny, randomly drawn model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from support.tiny_models import VOCABULARY
+
+LAYERS = 5
+# Settings by the names that configs have for them.
+_SMALL: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "attention_hidden_size"), 32),
+    **dict.fromkeys(("embedding_size", "lru_width", "hidden_size_per_layer_input", "rnn_hidden_size"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff", "dense_intermediate_size"), 64),
+    **dict.fromkeys(("shared_intermediate_size", "intermediate_size_mlp", "mamba_intermediate_size"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_shared_intermediate_size"), 16),
+    **dict.fromkeys(("moe_latent_size",), None),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "global_head_dim", "swa_head_dim", "swa_v_head_dim"), 8),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k", "experts_per_token"), 2),
+    **dict.fromkeys(("num_experts_per_token", "n_activated_experts", "top_k_experts"), 2),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), 1),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "rotary_dim", "index_topk"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 4),
+    **dict.fromkeys(("v_head_dim", "qk_head_dim"), 8),
+    **dict.fromkeys(("index_n_heads", "index_head_dim"), 8),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "mamba_ngroups", "n_groups"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_headdim"), 8),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_d_ssm", "state_size"), 16),
+    **dict.fromkeys(("mamba_dt_rank", "time_step_rank"), 4),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"), 64),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "sliding_window_size"), 16),
+    **dict.fromkeys(("attention_chunk_size",), 64),
+    **dict.fromkeys(("query_pre_attn_scalar",), 8),
+    **dict.fromkeys(("initializer_range", "init_std"), 0.2),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), 1),
+    **dict.fromkeys(("pad_token_id",), 0),  # what fills up is given no row, and a tied head never says it
+    **dict.fromkeys(("laurel_rank", "altup_num_inputs"), 2),
+    **dict.fromkeys(("num_kv_shared_layers",), 2),
+    **dict.fromkeys(("zero_expert_num",), 1),
+    **dict.fromkeys(("use_mamba_kernels", "use_cache_kernels"), False),
+}
+# What some types need besides, as their sizes hang together.
+_OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_d_head": 16, "mamba_n_heads": 4, "attn_layer_indices": [1, 3]},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16, "mamba_n_heads": 4},
+    "falcon_mamba": {"intermediate_size": 64, "hidden_size": 32},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention", "mamba"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"]},
+    "jetmoe": {"num_attention_heads": 4, "kv_channels": 8, "num_key_value_heads": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"], "n_groups": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"], "num_attention_heads": 4},
+    "zamba": {
+        "layer_types": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        "attention_head_dim": 16,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {
+        "num_mem_blocks": 1,
+        "layer_types": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+        "mamba_expand": 2,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "xlstm": {"embedding_dim": 32, "qk_dim_factor": 1.0},
+    "longcat_flash": {"num_hidden_layers": 10},
+}
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """The settings of a type, small; of lists with an entry a layer the kinds that there are, in turn."""
+    kind: Any = CONFIG_MAPPING[model_type]
+    usual = kind()
+    wanted = {name: value for name, value in _SMALL.items() if _has(usual, name)}
+    for name, value in usual.to_dict().items():
+        if isinstance(value, list) and name.endswith(("layer_types", "block_type", "layers_block_type")) and value:
+            kinds = list(dict.fromkeys(value))
+            wanted[name] = [kinds[place % len(kinds)] for place in range(LAYERS)]
+    if "qk_rope_head_dim" in wanted and "head_dim" in wanted:
+        wanted["head_dim"] = 4
+    if "num_key_value_heads" in wanted and usual.num_key_value_heads == usual.num_attention_heads:
+        wanted["num_key_value_heads"] = 4
+    return kind(**{**wanted, **_OWN.get(model_type, {})})
+
+
+def _has(config: PretrainedConfig, name: str) -> bool:
+    return name in config.to_dict() or name in inspect.signature(type(config).__init__).parameters
+
+
+def tiny(model_type: str, *, seed: int = 0) -> PreTrainedModel:
+    """A model of a type, in float32 and evaluation mode; its norms and biases are no ones and noughts."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval().float()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    return model
+
+
+def model_types() -> list[str]:
+    """All types that transformers loads as causal language models."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -17,7 +17,7 @@ from wisecli.artifacts.seal import SEAL_NAME, read_seal
 from wisecli.cli.app import main, program
 from wisecli.commands.verify import verify
 from wisecli.errors import GateFailedError, ModelError
-from wisecli.export.custom_code import code_files, former_code
+from wisecli.export.custom_code import former_code
 from wisecli.io.digest import sha256_file
 
 SIDE, BASE = "model-side-memory.safetensors", "model-base.safetensors"
@@ -281,8 +281,7 @@ def test_the_command_names_differences_and_exits_with_1(
 
 
 def test_the_code_that_version_0_1_wrote_is_known() -> None:
-    _, files = code_files("llama")
-    written = former_code(files)
+    written = former_code("llama")
     assert written.keys() == {"modeling_wise.py", "wise_memory.py", "prompt_gate.py"}
     # What `wise export` of 0.1.0 wrote for SmolLM2.
     assert written["modeling_wise.py"] == "82b7eb7e7c8cbf66640008d59e5d4c89aca1c92cd230e0e059ba0a63d018a106"

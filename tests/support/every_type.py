@@ -18,7 +18,9 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "attention_hidden_size"), 32),
     **dict.fromkeys(("embedding_size", "lru_width", "hidden_size_per_layer_input", "rnn_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff", "dense_intermediate_size"), 64),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff", "dense_intermediate_size"), 64
+    ),
     **dict.fromkeys(("shared_intermediate_size", "intermediate_size_mlp", "mamba_intermediate_size"), 64),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_shared_intermediate_size"), 16),

@@ -18,18 +18,19 @@ _CONFIG = "config.json"
 
 def check_code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
     """The code that runs with ``trust_remote_code``, against what this version writes, or what 0.1 wrote."""
-    from wisecli.export.custom_code import CODE_NAME, auto_map, code_files, former_code
+    from wisecli.export.custom_code import CODE_NAME, auto_map, code_files, former_auto_map, former_code
 
     told = config.get(EXPORTED_KEY)
     model_type = told.get("model_type") if isinstance(told, dict) else None
     try:
-        names, files = code_files(str(model_type))
+        files, former = code_files(str(model_type)), former_code(str(model_type))
     except (ValueError, KeyError):
         yield Check("custom code", CODE_NAME, "differs", expected="a known model type", found=shown(model_type))
         return
     expected_code = {file: sha256_text(text) for file, text in files.items()}
-    if (former := former_code(files)).keys() <= {entry.name for entry in path.iterdir()}:
-        expected_code = former
+    classes = auto_map
+    if former.keys() <= {entry.name for entry in path.iterdir()}:
+        expected_code, classes = former, former_auto_map
     for file, digest in expected_code.items():
         try:
             same = sha256_file(inside(path, file)) == digest
@@ -37,7 +38,7 @@ def check_code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
             same = False
         sides = ("what this version writes", "other code, or none")
         yield Check("custom code", file) if same else Check("custom code", file, "differs", None, *sides)
-    expected, found = auto_map(names), config.get("auto_map")
+    expected, found = classes(str(model_type)), config.get("auto_map")
     found = found if isinstance(found, dict) else {}
     for auto in sorted(expected.keys() | found.keys(), key=str):
         if found.get(auto) != expected.get(auto):

@@ -23,7 +23,7 @@ from wisecli.artifacts.shard import half
 from wisecli.edits.signatures import SigningKey
 from wisecli.environment import versions
 from wisecli.errors import ModelError
-from wisecli.export.custom_code import CARRIED_NAMES, CODE_NAME, FORMER_CODE, auto_map, code_files
+from wisecli.export.custom_code import CARRIED_NAMES, CODE_NAME, FORMER_CODE, auto_map, base_class, code_files
 from wisecli.export.weights import Packing, write_weights
 from wisecli.io.checkpoint import (
     EXPORT_RECORD,
@@ -36,6 +36,7 @@ from wisecli.io.checkpoint import (
     write_json,
 )
 from wisecli.io.digest import sha256_file
+from wisecli.models.architectures import loader_name
 from wisecli.models.chat import turn_marks
 from wisecli.models.matrix_site import as_matrix
 from wisecli.routing.prompts import TurnMarks
@@ -168,20 +169,20 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
     """The routing module, the classes that use it, and the config that names them."""
     config = typed_config(read_json(base / "config.json"), packing)
     model_type = str(config["model_type"])
-    names, files = code_files(model_type)
-    for name, text in files.items():
+    for name, text in code_files(model_type).items():
         (output / name).write_text(text, encoding="utf-8")
     routed: dict[str, Any] = {
         "model_type": model_type,
         "architectures": config.get("architectures"),
+        "loader": loader_name(model_type),
         **manifest.site.described(),
         "memory": manifest.memory.describe(),
         "marks": _marks(base),
     }
     routed |= dict.fromkeys(_sizes_named(config), _BY_OWN_CODE)
     config["model_type"] = f"wise_{model_type}"
-    config["architectures"] = [f"Wise{names['causal']}"]
-    config["auto_map"] = auto_map(names)
+    config["architectures"] = [f"Wise{base_class(model_type)}"]
+    config["auto_map"] = auto_map(model_type)
     write_json(output / "config.json", {**config, EXPORTED_KEY: routed})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
@@ -22,6 +23,7 @@ from wisecli.routing import (
     fact_decision,
     fact_memory,
     generation,
+    layer_states,
     matrix_memory,
     meaning,
     names,
@@ -42,6 +44,7 @@ _CARRIED = (
     *(
         side_memory,
         edited_states,
+        layer_states,
         decision,
         scores,
         fact_decision,
@@ -60,38 +63,6 @@ FORMER_CODE = {
     "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",
     "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
 }
-# What has changed since in the code that uses them, and what stood there.
-_SINCE = (
-    (", GenerationMixin\n", "\n"),
-    (", GenerationMixin):", "):"),
-    (
-        "from .generation import RoutedCausal\nfrom .passes import RoutedDecoder\nfrom .prompts import TurnMarks\n"
-        "from .resaving import Resaved, manifest_of\nfrom .scores import SideMemory\n"
-        "from .serving import require_memory, require_transformers\n"
-        "from .side_memory import install",
-        "from .wise_memory import SideMemory, install",
-    ),
-    ("(RoutedCausal, Resaved, ", "("),
-    ("(RoutedDecoder, ", "("),
-    (
-        '    memory, marks = SideMemory.from_description(wise["memory"]), TurnMarks.from_dict(wise.get("marks"))\n'
-        '    install(model, module, memory, transposed=wise["transposed"], marks=marks)\n',
-        '    install(model, module, SideMemory.from_description(wise["memory"]), transposed=wise["transposed"])\n',
-    ),
-    ("    require_memory(model, model.wise_module)\n", ""),
-    ("    model.wise_manifest = manifest_of(*args, **kwargs)\n", ""),
-    ("    require_transformers(config.get_text_config()._attn_implementation)\n", ""),
-    ("    model.wise_module = module\n", ""),
-)
-# What it ended with then: an answer could not be guessed ahead.
-_ENDED = """
-    def generate(self, *args, **kwargs):
-        ahead = ("assistant_model", "prompt_lookup_num_tokens")
-        if self.config.wise["memory"]["routing"] == "sequence" and any(kwargs.get(name) for name in ahead):
-            # Guessed tokens come with the prompt, whose last token would not be the last one read.
-            raise ValueError("this model decides once a prompt what answers it: decode it without guessing ahead")
-        return super().generate(*args, **kwargs)
-"""
 # Classes of models with their head, by the class that loads them.
 _WITH_HEAD = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -104,41 +75,67 @@ _LOADERS = {
 }
 
 
-def code_files(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Names of transformers' classes for a base of this type, and the custom code of its routed checkpoints, by file.
+def code_files(model_type: str) -> dict[str, str]:
+    """The custom code of routed checkpoints of a base of this type, by file.
 
     Raises:
         ValueError, KeyError: transformers has no language model of that type.
     """
-    kind, loader = type(AutoConfig.for_model(model_type)), loader_name(model_type)
-    names = {"config": kind.__name__, "model_type": model_type, "loader": loader}
-    for name, mapping in (("base", MODEL_MAPPING), ("causal", _WITH_HEAD[loader])):
-        names[name] = str(mapping[kind].__name__)  # type: ignore[attr-defined]  # the stubs allow for pairs
-    template = resources.files("wisecli").joinpath("data/modeling_wise.py.tmpl").read_text(encoding="utf-8")
-    code = Template(template).substitute(names, architecture=names["causal"])
+    code = _filled(
+        "modeling_wise.py.tmpl",
+        {
+            "architecture": base_class(model_type),
+            "model_type": model_type,
+            "loaders": repr(auto_map(model_type)),
+        },
+    )
     carried = zip(CARRIED_NAMES, _CARRIED, strict=True)
     own = {name: Path(str(module.__file__)).read_text(encoding="utf-8") for name, module in carried}
-    return names, {CODE_NAME: code, **own}
+    return {CODE_NAME: code, **own}
 
 
-def former_code(files: dict[str, str]) -> dict[str, str]:
+def base_class(model_type: str) -> str:
+    """Name of transformers' class of models of a type, with their head.
+
+    Raises:
+        ValueError, KeyError: there is none.
+    """
+    return _class_name(_WITH_HEAD[loader_name(model_type)], model_type)
+
+
+def former_code(model_type: str) -> dict[str, str]:
     """The sha256 of the custom code that version 0.1 wrote, by file.
 
-    Args:
-        files: this version's code for the same model type, as :func:`code_files` gives it.
+    Raises:
+        ValueError, KeyError: transformers has no language model of that type.
     """
-    code = files[CODE_NAME]
-    for now, then in _SINCE:
-        code = code.replace(now, then)
-    return {CODE_NAME: sha256_text(code + _ENDED), **FORMER_CODE}
+    config, loader = type(AutoConfig.for_model(model_type)).__name__, loader_name(model_type)
+    names = {"config": config, "model_type": model_type, "causal": base_class(model_type)}
+    names |= {"base": _class_name(MODEL_MAPPING, model_type), "architecture": names["causal"], "loader": loader}
+    return {CODE_NAME: sha256_text(_filled("modeling_wise_0.1.py.tmpl", names)), **FORMER_CODE}
 
 
-def auto_map(names: dict[str, str]) -> dict[str, str]:
-    """Which class of the custom code each of transformers' loaders takes.
+def _class_name(mapping: Any, model_type: str) -> str:
+    return str(mapping[type(AutoConfig.for_model(model_type))].__name__)
 
-    Args:
-        names: as :func:`code_files` gives them.
-    """
-    loaders = {"AutoConfig": "config", "AutoModel": "base", **dict.fromkeys(_LOADERS[names["loader"]], "causal")}
+
+def _filled(template: str, names: dict[str, str]) -> str:
+    text = resources.files("wisecli").joinpath(f"data/{template}").read_text(encoding="utf-8")
+    return Template(text).substitute(names)
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """Which class of the custom code each of transformers' loaders takes."""
+    loaders = _LOADERS[loader_name(model_type)]
     module = CODE_NAME.removesuffix(".py")
-    return {loader: f"{module}.Wise{names[name]}" for loader, name in loaders.items()}
+    classes = {"AutoConfig": "WiseConfig", "AutoModel": "WiseModel", **dict.fromkeys(loaders, "WiseForCausalLM")}
+    return {loader: f"{module}.{name}" for loader, name in classes.items()}
+
+
+def former_auto_map(model_type: str) -> dict[str, str]:
+    """The same of version 0.1."""
+    loaders, module = _LOADERS[loader_name(model_type)], CODE_NAME.removesuffix(".py")
+    config = type(AutoConfig.for_model(model_type)).__name__
+    classes = {"AutoConfig": config, "AutoModel": _class_name(MODEL_MAPPING, model_type)}
+    classes |= dict.fromkeys(loaders, base_class(model_type))
+    return {loader: f"{module}.Wise{name}" for loader, name in classes.items()}

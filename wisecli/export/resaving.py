@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ else:
 
 _MANIFEST, _INDEX, _SEAL = "router.json", "model.safetensors.index.json", "SHA256SUMS"
 _SINGLE, _BASE, _SIDE = "model.safetensors", "model-base.safetensors", "model-side-memory.safetensors"
+_CONFIG, _MEMORY = "config.json", "wise_memory"
 _SIGNATURES = (f"{_SEAL}.sig", f"{_SEAL}.minisig")
 # What the export's record becomes: it was not `wise export` that wrote this.
 _RECORD = {"format": "routed", "by": "save_pretrained"}
@@ -51,9 +53,13 @@ def manifest_of(pretrained_model_name_or_path: Any = None, *_: Any, **given: Any
 
 
 class Resaved(_Model):
-    """A model that is saved with its manifest, ``wise_manifest``, if it was loaded with one."""
+    """A model that is saved with its manifest, ``wise_manifest``, if it was loaded with one, and with its code.
+
+    ``wise_loaders`` says which class of the code each of transformers' loaders takes.
+    """
 
     wise_manifest: str | None = None
+    wise_loaders: Mapping[str, str]
 
     def save_pretrained(  # type: ignore[override]  # what it adds to the arguments passes through ``named``
         self,
@@ -68,33 +74,75 @@ class Resaved(_Model):
         Quantized models, adapters and distributed or offloaded weights are saved as transformers does alone.
         """
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
-        if not self._keeps_manifest(tensors, is_main_process, named):
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **named)
-            return
-        repository = named.pop("repo_id", Path(save_directory).name)
-        place, routed = Path(save_directory), self.config.wise
-        within = f"{routed['module']}."
-        matrix, manifest = tensors[f"{within}weight"], json.loads(str(self.wise_manifest))
-        prefix, kinds = manifest["memory"]["prefix"], routed["memory"]["tensors"]
+        place, repository = Path(save_directory), named.pop("repo_id", Path(save_directory).name)
+        whole = self._keeps_manifest(tensors, is_main_process, named)
+        if whole:
+            self._save_whole(place, tensors, named)
+        else:
+            super().save_pretrained(place, is_main_process, state_dict, **named)
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            _write_code(place, self.config.wise, self.wise_loaders)
+            if whole:
+                _write_manifest(place, _manifest_for(place, str(self.wise_manifest)))
+        if push_to_hub:
+            self.push_to_hub(repository, **{name: named[name] for name in _PUSHED if named.get(name) is not None})
+
+    def _save_whole(self, place: Path, tensors: dict[str, Tensor], named: dict[str, Any]) -> None:
+        """Save the base's tensors as every model's are, and the memory's beside them."""
+        within = f"{self.config.wise['module']}."
+        prefix, kinds = json.loads(str(self.wise_manifest))["memory"]["prefix"], self.config.wise["memory"]["tensors"]
         memory = {prefix + name: _as_kept(tensors.pop(within + name), kind) for name, (kind, *_) in kinds.items()}
         (place / _SINGLE).unlink(missing_ok=True)
         super().save_pretrained(place, state_dict=tensors, **named)
         _write_memory(place, memory)
         _write_index(place, memory)
-        manifest["memory"]["file"] = _SIDE
-        manifest["base"]["matrix"] = _digest_of(matrix.T if routed["transposed"] else matrix)
-        _write_manifest(place, manifest)
-        if push_to_hub:
-            self.push_to_hub(repository, **{name: named[name] for name in _PUSHED if named.get(name) is not None})
 
     def _keeps_manifest(self, tensors: Mapping[str, Tensor], is_main_process: bool, named: Mapping[str, Any]) -> bool:
         """Whether all that a manifest speaks of is at hand and saved as it is."""
         within = f"{self.config.wise['module']}."
-        wanted = [within + name for name in (*self.config.wise["memory"]["tensors"], "weight")]
+        wanted = [within + name for name in self.config.wise["memory"]["tensors"]]
         here = all(name in tensors and tensors[name].device.type != "meta" for name in wanted)
         otherwise = named.get("variant") or named.get("distributed_checkpoint")
         own = getattr(self, "hf_quantizer", None) is None and not getattr(self, "_hf_peft_config_loaded", False)
         return bool(self.wise_manifest and is_main_process and here and own and not otherwise)
+
+
+def _write_code(place: Path, described: dict[str, Any], loaders: Mapping[str, str]) -> None:
+    """Write the code that this file is part of, and have the config name it."""
+    here = Path(__file__).parent
+    for path in here.glob("*.py"):
+        if path.name != "__init__.py":
+            shutil.copyfile(path, place / path.name)
+    config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
+    names = [f"Wise{name.removeprefix('Wise')}" for name in config.get("architectures") or ()]
+    named = {"architectures": names, "model_type": f"wise_{described['model_type']}", "auto_map": dict(loaders)}
+    _write_json(place / _CONFIG, {**config, **named})
+
+
+def _manifest_for(place: Path, text: str) -> dict[str, Any]:
+    """The manifest of what was saved: the memory is in its own file, and the base is in the types it was saved in."""
+    manifest: dict[str, Any] = json.loads(text)
+    manifest["memory"]["file"] = _SIDE
+    manifest["base"]["matrix"] = _digest_of_base(place, manifest["site"], manifest["memory"]["prefix"])
+    return manifest
+
+
+def _digest_of_base(place: Path, site: Mapping[str, Any], prefix: str) -> str:
+    """The digest of the edited matrix, or of the edited layer's tensors, as the base's fingerprint has it."""
+    files = json.loads((place / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if "transposed" in site:
+        matrix = _tensor(place, files, f"{prefix}weight")
+        return _digest_of(matrix.T if site["transposed"] else matrix)
+    start = prefix.removesuffix(f"{_MEMORY}.")
+    names = (name for name in files if name.startswith(start) and not name.startswith(prefix))
+    found = sorted([name.removeprefix(start), _digest_of(_tensor(place, files, name))] for name in names)
+    return hashlib.sha256(json.dumps(found, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _tensor(place: Path, files: Mapping[str, str], name: str) -> Tensor:
+    with safe_open(place / files[name], "pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def _as_kept(tensor: Tensor, kind: str) -> Tensor:

@@ -27,7 +27,7 @@ from wisecli.models.layerwise import sweep
 from wisecli.models.site_interface import Site
 from wisecli.models.tensor_spill import Spool
 from wisecli.models.tokenization import Batch
-from wisecli.routing.edited_states import state_of
+from wisecli.routing.layer_states import state_of
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

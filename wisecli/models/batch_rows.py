@@ -87,7 +87,7 @@ class PromptBatch:
                 **({} if self.decided is None else {ARGUMENT: self.decided[places]}),
             )
             cache = cache_returned(output)
-            if cache is None:  # some recurrent models keep what they have read in another place
+            if cache is None or is_recurrent(cache):  # its rows cannot be taken up again in another call
                 return self.answer()
             for place, row in zip(places.tolist(), output.sequences[:, width:].tolist(), strict=True):
                 answers[place] = row
@@ -98,6 +98,13 @@ class PromptBatch:
             ids, places = output.sequences[left], places[left]
             mask = torch.cat([mask[left], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], 1)
         return answers
+
+
+def is_recurrent(cache: Any) -> bool:
+    """Whether a cache holds anything else than attention's keys and values."""
+    from transformers import DynamicCache
+
+    return type(cache) is not DynamicCache or any(hasattr(layer, "conv_states") for layer in cache.layers)
 
 
 def leave(cache: Any, rows: Tensor) -> None:

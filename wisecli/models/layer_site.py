@@ -16,7 +16,8 @@ from wisecli.io.digest import sha256_json
 from wisecli.io.json_schema import CLOSED
 from wisecli.models.architectures import CACHED, Above, spellings
 from wisecli.models.site_interface import NOTHING, Amiss, Site
-from wisecli.routing.edited_states import MEMORY, state_of
+from wisecli.routing.edited_states import MEMORY
+from wisecli.routing.layer_states import state_of
 from wisecli.routing.prompts import TurnMarks
 from wisecli.routing.scores import SideMemory
 from wisecli.routing.side_memory import Routed, install_behind

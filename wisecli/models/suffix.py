@@ -24,7 +24,7 @@ from wisecli.models.beginnings import empty_cache
 from wisecli.models.forward_pass import Selection, run_model
 from wisecli.models.hooks import hooked, overridden
 from wisecli.models.site_interface import Site
-from wisecli.routing.edited_states import state_of, with_state
+from wisecli.routing.layer_states import state_of, with_state
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

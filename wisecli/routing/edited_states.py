@@ -3,35 +3,19 @@
     y = h              the main memory answers
     y = h + v_i        edit i answers
 
-``h`` is what the layer gives: a tensor, or the first of several things. Of a layer that carries several streams side by
-side, as (streams, B, T, d), it is the first of those.
+``h`` are the states that the layer gives.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from .layer_states import state_of, with_state
 from .passes import EditedLayer, in_pass, is_off, stop_if_reading
 from .scores import Memory
 
 # What a layer calls the memory behind it.
 MEMORY = "wise_memory"
-
-
-def state_of(output: Any) -> Tensor:
-    """The states (B, T, d) in what a layer gives."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states[0] if states.dim() == 4 else states
-
-
-def with_state(output: Any, state: Tensor) -> Any:
-    """What a layer gives, with other states (B, T, d) in it."""
-    if isinstance(output, tuple):
-        return (with_state(output[0], state), *output[1:])
-    return torch.cat([state[None], output[1:]]) if output.dim() == 4 else state
 
 
 class EditedOutput(EditedLayer):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .decision import Decision, Reading
+from .layer_states import state_of
 from .prompts import NO_TOKEN, UNROUTED, Answering, Tokens, TurnMarks, is_any, window_size, windows
 from .roles import Role, ShownRole
 from .scores import Memory
@@ -285,5 +286,5 @@ class ReadLayer(Role):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer alone; the run of a window ends here."""
         output = super().forward(*args, **kwargs)
-        stop_if_reading(output[0] if isinstance(output, tuple) else output)
+        stop_if_reading(state_of(output))
         return output

@@ -114,6 +114,8 @@ def keep_tokens(cache: Any, earlier: int, ids: Tensor, memories: Tensor) -> None
     if layer is None:
         static = any(isinstance(one, StaticLayer) for one in cache.layers)
         layer = StaticTokens(max_cache_len=cache.get_max_length()) if static else GrowingTokens()  # type: ignore[no-untyped-call]
+        # Beside recurrent states alone a compileable layer would have masks made as for attention.
+        layer.is_compileable = not all(hasattr(one, "conv_states") for one in cache.layers)
         cache.layers.append(layer)
     known = int(layer.get_seq_length())
     if known > earlier:  # it was emptied by hand, or belongs to other tokens

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from support.helpers import tiny_qwen2_tokenizer, tiny_tokenizer
 from support.tiny_models import VOCABULARY
 
 LAYERS = 5
+_LARGEST = 8_000_000
 # Settings by the names that configs have for them.
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
@@ -102,7 +105,9 @@ def tiny_config(model_type: str) -> PretrainedConfig:
         wanted["head_dim"] = 4
     if "num_key_value_heads" in wanted and usual.num_key_value_heads == usual.num_attention_heads:
         wanted["num_key_value_heads"] = 4
-    return kind(**{**wanted, **_OWN.get(model_type, {})})
+    if hasattr(usual, "is_decoder"):
+        wanted |= {"is_decoder": True, "is_encoder_decoder": False}
+    return kind(**{**wanted, "tie_word_embeddings": False, **_OWN.get(model_type, {})})
 
 
 def _has(config: PretrainedConfig, name: str) -> bool:
@@ -110,13 +115,51 @@ def _has(config: PretrainedConfig, name: str) -> bool:
 
 
 def tiny(model_type: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of a type, in float32 and evaluation mode; its norms and biases are no ones and noughts."""
+    """A model of a type, in float32 and evaluation mode.
+
+    Its norms and biases are no ones and noughts, and its head is loud enough for answers that are certain.
+    """
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval().float()
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn(parameter.shape)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        head.weight.data *= 3
     return model
+
+
+def save_type(directory: Path, model_type: str) -> Path:
+    """A tiny checkpoint of a type, with a tokenizer that transformers reads back as it is."""
+    model = tiny(model_type)
+    model.config.eos_token_id = 1
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = model.generation_config.pad_token_id = 1
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    if not AutoTokenizer.from_pretrained(directory)("ba")["input_ids"]:  # a class of its own reads it
+        tiny_qwen2_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def unlike_decoders() -> dict[str, str]:
+    """The types that are not tried, and why."""
+    found = {}
+    for model_type in model_types():
+        try:
+            with torch.device("meta"):
+                size = sum(
+                    one.numel() for one in AutoModelForCausalLM.from_config(tiny_config(model_type)).parameters()
+                )
+        except Exception as error:  # whatever a class makes of settings that are not its own
+            found[model_type] = f"cannot be built small: {str(error).splitlines()[0][:100]}"
+            continue
+        if CONFIG_MAPPING[model_type]().is_encoder_decoder:
+            found[model_type] = "half of an encoder-decoder model"
+        elif size > _LARGEST:
+            found[model_type] = f"cannot be built small: {size:,} weights, as its parts have settings of their own"
+    return found
 
 
 def model_types() -> list[str]:

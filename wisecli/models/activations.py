@@ -133,10 +133,10 @@ def _capture(
             hooks.enter_context(overridden(layers_of(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
         logits = run_model(model, batch, first, cache, (select[0], select[1] - first) if select else None)
     hidden = kept["hidden"]
-    width = len(hidden) if isinstance(hidden, tuple) else 0
+    width = len(hidden) if isinstance(hidden, (tuple, list)) else 0
     past = tuple(tensors_of(layer) for layer in cache.layers[site.layer + 1 :]) if above and cache is not None else ()
     norm = model.get_submodule(site.norm) if site.norm is not None else None
-    states = state_of(hidden)
+    states = state_of(hidden, site.streams)
     output = None if norm is None else kept["output"]
     before = None if site.above == CACHED else states[:, :0]
     return Activations(batch, first, kept["keys"], states, logits, past, width, site.multiplier, norm, output, before)

@@ -38,7 +38,8 @@ class Layout:
     It is a row of the table, or what stands in for one. Without a ``value`` matrix edits are added behind a layer.
     ``norm`` is the module inside a layer that the matrix' output passes, ``multiplier`` what it is multiplied by,
     before it joins the residual stream. Of a layout that is not ``known`` neither is certain before a model is loaded,
-    nor is how the layers ``above`` run and which module, by its path, is the ``decoder`` that is given the tokens.
+    nor is how the layers ``above`` run, which module, by its path, is the ``decoder`` that is given the tokens, and
+    along which axis the layers give several ``streams``.
     ``depth`` is the number of layers, where the config does not say it.
     """
 
@@ -51,6 +52,7 @@ class Layout:
     known: bool = True
     above: Above = CACHED
     decoder: str | None = None
+    streams: int | None = None
     depth: int | None = None
 
     def behind_layers(self) -> Layout:

@@ -82,7 +82,7 @@ class PromptBatch:
                 max_new_tokens=width + self.max_new_tokens - ids.shape[1],
                 stopping_criteria=[few],
                 return_dict_in_generate=True,
-                **{CACHE_ARGUMENT: cache},
+                **({} if cache is None else {CACHE_ARGUMENT: cache}),
                 # What has been answered so far is no prompt.
                 **({} if self.decided is None else {ARGUMENT: self.decided[places]}),
             )

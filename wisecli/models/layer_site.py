@@ -31,6 +31,7 @@ class LayerSite(Site):
     """Behind a decoder layer: keys are the states (d) that leave it, and residuals are added to them.
 
     ``decoder`` is the path of the module that is given a prompt's tokens, if it is not the one below the head.
+    ``streams`` is the axis of several streams in what the layer gives, if there are several.
     """
 
     __pydantic_config__ = CLOSED
@@ -41,6 +42,7 @@ class LayerSite(Site):
     d: int
     above: Above = CACHED
     decoder: str | None = None
+    streams: int | None = None
 
     norm = None
     multiplier = 1.0
@@ -62,8 +64,8 @@ class LayerSite(Site):
         return self.d
 
     def described(self) -> dict[str, Any]:
-        """Paths of the layer's memory and of the decoder."""
-        return {"module": self.module, "decoder": self.decoder}
+        """Paths of the layer's memory and of the decoder, and where streams lie."""
+        return {"module": self.module, "decoder": self.decoder, "streams": self.streams}
 
     def watched(self, model: nn.Module) -> nn.Module:
         """The layer."""
@@ -71,7 +73,7 @@ class LayerSite(Site):
 
     def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:  # noqa: ARG002 (of the interface)
         """What leaves the layer."""
-        return state_of(output)
+        return state_of(output, self.streams)
 
     def gives(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
         """A share of the state, as long as what a feed-forward layer adds to it."""
@@ -112,7 +114,7 @@ class LayerSite(Site):
 
     def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks = TurnMarks()) -> Routed:
         """Hang a memory behind the layer."""
-        return install_behind(model, self.module, memory, decoder=self.decoder, marks=marks)
+        return install_behind(model, self.described(), memory, marks=marks)
 
     def _stored(self, checkpoint: Checkpoint) -> tuple[str, list[str]]:
         """What the names of the layer's own tensors begin with in a checkpoint, and those names."""
@@ -124,6 +126,5 @@ class LayerSite(Site):
 
     def _like(self, checkpoint: Checkpoint) -> list[str]:
         """What the names of the layer's tensors may begin with in a checkpoint that keeps layers under another path."""
-        end = ".".join(self.layer_module.split(".")[-2:])
-        found = Counter(match[0] for name in checkpoint if (match := re.match(rf"(?:\D+\.)?{re.escape(end)}\.", name)))
+        found = Counter(match[0] for name in checkpoint if (match := re.match(rf"(?:\D+\.)?{self.layer}\.", name)))
         return [start for start, _ in found.most_common(1)]

@@ -66,6 +66,8 @@ def find_layout(
             a text model.
     """
     config = read_json(directory / "config.json")
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{directory} is half of an encoder-decoder model, which answers no prompts; edit a decoder")
     without = why_no_matrix(directory, config, checkpoint)
     named_layers = target_module is not None and target_module.endswith(f".{_PLACE}")
     if named_layers and not lookup:

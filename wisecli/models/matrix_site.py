@@ -39,6 +39,7 @@ class MatrixSite(Site):
     multiplier: float = 1.0
 
     above = CACHED
+    streams = None
     what = "edited matrix"
 
     @property

@@ -70,7 +70,9 @@ def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto"
     index = _layer_index(directory, layer, layout.depth or layer_count(directory))
     layer_module = f"{layout.layers}.{index}"
     if layout.value is None:
-        return LayerSite(layout.architecture, index, layer_module, _width(directory), layout.above, layout.decoder)
+        return LayerSite(
+            layout.architecture, index, layer_module, _width(directory), layout.above, layout.decoder, layout.streams
+        )
     module = f"{layer_module}.{layout.value}"
     weight = stored_weight(checkpoint, module)
     if weight is None:

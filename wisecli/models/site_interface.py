@@ -47,6 +47,7 @@ class Site(ABC):
         norm: path of the norm that what is added passes before it joins the residual stream, if there is one.
         multiplier: what it is multiplied by on its way there.
         above: how the layers above run by themselves.
+        streams: the axis of several streams in what the layer gives, ``None`` where there is one.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class Site(ABC):
     norm: str | None
     multiplier: float
     above: Above
+    streams: int | None
 
     what: ClassVar[str]
 

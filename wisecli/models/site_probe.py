@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from wisecli.errors import ModelError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.activations import capture
+from wisecli.models.activations import capture, layers_of
 from wisecli.models.architectures import ALL, CACHED, ROWS, Above, Layout
-from wisecli.models.beginnings import empty_cache
+from wisecli.models.beginnings import empty_cache, tensors_of
 from wisecli.models.forward_pass import CACHE_ARGUMENT, run_model
 from wisecli.models.hooks import hooked
 from wisecli.models.matrix_site import MatrixSite, as_matrix
@@ -24,6 +24,7 @@ from wisecli.models.site import LayerSite, Site, find_site
 from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Batch, Row, collate
 from wisecli.routing.passes import taken_by
+from wisecli.routing.token_cache import cache_given
 
 
 @torch.no_grad()
@@ -81,10 +82,11 @@ def settled(
     """
     if layout.known:
         return layout
-    behind = find_site(directory, checkpoint, layer, layout.behind_layers())
-    if (width := _states(model, behind).shape[-1]) != behind.d:
-        raise ModelError(f"states of {width} numbers leave {behind.layer_module}, not {behind.d} as config.json says")
+    free = layout.behind_layers()
+    free = replace(free, streams=_streams(model, find_site(directory, checkpoint, layer, free)))
+    behind = find_site(directory, checkpoint, layer, free)
     above = above_of(model, behind)
+    require_told(model)
     if layout.value is not None and (not lookup or above == CACHED):
         try:
             found = observed(model, as_matrix(find_site(directory, checkpoint, layer, layout)), layout)
@@ -95,7 +97,7 @@ def settled(
         else:
             if not lookup or found.norm is None:
                 return found
-    return replace(layout.behind_layers(), above=above, decoder=decoder_of(model, behind))
+    return replace(free, above=above, decoder=decoder_of(model, behind))
 
 
 @torch.no_grad()
@@ -121,19 +123,54 @@ def above_of(model: PreTrainedModel, site: Site) -> Above:
     """How the layers above a site that takes any way run by themselves: the cheapest that changes nothing.
 
     Raises:
-        ModelError: nothing that is added at the site changes what the model says.
+        ModelError: nothing that is added at the site changes what the model says, or the model reads ahead.
     """
     batch = _batch(model)
     plain = run_model(model, batch, 0, None, batch.labelled)
+    _require_causal(model, batch, plain)
     shifted = partial(_shifted, model, site, batch)
     expected = shifted(ALL)
     if _alike(model, expected, plain):
         raise ModelError(f"what is added behind {site.layer_module} does not change what the model says")
     for above in (CACHED, ROWS):
         with suppress(Exception):  # what an arbitrary model makes of a cache or of states that are not its own
-            if _alike(model, shifted(above), expected) and (above == ROWS or _goes_on(model, batch, plain)):
+            if _alike(model, shifted(above), expected) and (above == ROWS or _goes_on(model, site, batch, plain)):
                 return above
     return ALL
+
+
+def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None:
+    """Check that what a model says of a token does not depend on tokens behind it."""
+    other = batch.ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % len(model.get_input_embeddings().get_parameter("weight"))
+    said = run_model(model, replace(batch, ids=other), 0, None, batch.labelled)
+    before = batch.labelled[1] < batch.ids.shape[1] - 1
+    if not _alike(model, said[before], plain[before]):
+        raise ModelError("the model reads ahead, so that it generates no text; set is_decoder in its config.json")
+
+
+@torch.no_grad()
+def require_told(model: PreTrainedModel) -> None:
+    """Check that whoever sees a pass of generation can tell which tokens came before it.
+
+    Raises:
+        ModelError: the model keeps them elsewhere than in a cache that passes are given.
+    """
+    short: list[bool] = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = named.get("input_ids", args[0] if args else None)
+        short.append(ids is not None and ids.shape[1] == 1 and cache_given(named) is None)
+
+    batch = _batch(model)
+    with hooked(model.register_forward_pre_hook(note, with_kwargs=True)):
+        settings = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        model.generate(batch.ids, attention_mask=batch.mask, **settings)  # type: ignore[operator]  # a mixin's method
+    if any(short):
+        raise ModelError(
+            f"{type(model).__name__} keeps what it has read outside of a cache, so that no pass says which prompt it "
+            "goes on with; edit another model"
+        )
 
 
 def _shifted(model: PreTrainedModel, site: Site, batch: Batch, above: Above) -> Tensor:
@@ -145,13 +182,17 @@ def _shifted(model: PreTrainedModel, site: Site, batch: Batch, above: Above) -> 
     return suffix_logits(model, site, window, window.with_update(shift), batch.labelled)
 
 
-def _goes_on(model: PreTrainedModel, batch: Batch, plain: Tensor) -> bool:
-    """Whether a pass goes on from an attention cache as if it were the whole row's."""
+def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) -> bool:
+    """Whether a pass goes on from an attention cache as if it were the whole row's, each layer from its own."""
     cache, cut = empty_cache(), batch.start - 1
     begun = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
     begun = {name: tensor[:, :cut] for name, tensor in begun.items()}
     model(**taken_by(type(model), {**begun, "use_cache": True, CACHE_ARGUMENT: cache}))
     rows, columns = batch.labelled
+    if not all(isinstance(tensor, Tensor) for layer in cache.layers for tensor in tensors_of(layer)):
+        return False
+    if len(cache.layers) != len(layers_of(model, site)):
+        return False
     return _alike(model, run_model(model, batch, cut, cache, (rows, columns - cut)), plain)
 
 
@@ -181,9 +222,30 @@ def decoder_of(model: PreTrainedModel, site: Site) -> str | None:
     return None if given[0] == model.base_model_prefix else given[0]
 
 
-def _states(model: PreTrainedModel, site: Site) -> Tensor:
+@torch.no_grad()
+def _streams(model: PreTrainedModel, site: Site) -> int | None:
+    """The axis of several streams in what a layer gives, ``None`` where it gives states (B, T, d) alone.
+
+    Raises:
+        ModelError: it gives something else.
+    """
+    kept: list[Any] = []
     batch = _batch(model)
-    return capture(model, replace(cast(LayerSite, site), above=ALL), batch).hidden
+    with hooked(site.watched(model).register_forward_hook(lambda _module, _inputs, output: kept.append(output))):
+        run_model(model, batch, 0, None, None)
+    if len(kept) != 1:
+        raise ModelError(
+            f"{site.layer_module} runs {len(kept)} times a pass, and edits are made for one; edit a model whose layers "
+            "run one after the other"
+        )
+    output = kept[0][0] if isinstance(kept[0], (tuple, list)) else kept[0]
+    shape, wanted = tuple(getattr(output, "shape", ())), (*batch.ids.shape, site.d)
+    if shape == wanted:
+        return None
+    for axis in (0, 2):
+        if len(shape) == len(wanted) + 1 and shape[:axis] + shape[axis + 1 :] == wanted:
+            return axis
+    raise ModelError(f"{site.layer_module} gives no states (rows, tokens, {site.d}) but {shape}; edit another model")
 
 
 def _batch(model: PreTrainedModel) -> Batch:

@@ -67,7 +67,8 @@ def _with_all(
     model: PreTrainedModel, site: Site, activations: Activations, hidden: Tensor, select: Selection
 ) -> Tensor:
     def replaced(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return with_state(output, torch.cat([state_of(output)[:, : activations.first], hidden], 1))
+        whole = torch.cat([state_of(output, site.streams)[:, : activations.first], hidden], 1)
+        return with_state(output, whole, site.streams)
 
     with hooked(model.get_submodule(site.layer_module).register_forward_hook(replaced)):
         return run_model(model, activations.batch, 0, None, select)

@@ -19,19 +19,20 @@ MEMORY = "wise_memory"
 
 
 class EditedOutput(EditedLayer):
-    """A decoder layer with a memory behind it."""
+    """A decoder layer with a memory behind it; ``wise_streams`` is as :mod:`.layer_states` has it."""
 
     wise_memory: Memory
+    wise_streams: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer alone, with the residuals of tokens that the memory answers."""
         route = kwargs.pop("wise_route", None)
         with in_pass(route):
             output = super(EditedLayer, self).forward(*args, **kwargs)
-            states = state_of(output)
+            states = state_of(output, self.wise_streams)
             stop_if_reading(states)
             if route is None or is_off():
                 return output
             memory, inside = route.memory.to(states.device), route.inside.to(states.device)
             chosen = self.wise_memory.choices(states, memory, inside).chosen
-            return with_state(output, self.wise_memory.add(states, states, chosen))
+            return with_state(output, self.wise_memory.add(states, states, chosen), self.wise_streams)

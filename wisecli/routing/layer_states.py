@@ -1,25 +1,25 @@
 """The states in what a decoder layer gives. Needs torch only; exports carry this very file.
 
-That is a tensor, or the first of several things. Of a layer that carries several streams side by side, as
-(streams, B, T, d), the first of those is meant.
+That is a tensor, or the first of several things. Of a layer that carries several streams side by side the first of
+those is read, and what is added to it is added to all; ``streams`` is the axis along which they lie, ``None`` where
+there is one: (B, T, d).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
-def state_of(output: Any) -> Tensor:
+def state_of(output: Any, streams: int | None) -> Tensor:
     """The states (B, T, d) in what a layer gives."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states[0] if states.dim() == 4 else states
+    states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return states if streams is None else states.select(streams, 0)
 
 
-def with_state(output: Any, state: Tensor) -> Any:
+def with_state(output: Any, state: Tensor, streams: int | None) -> Any:
     """What a layer gives, with other states (B, T, d) in it."""
-    if isinstance(output, tuple):
-        return (with_state(output[0], state), *output[1:])
-    return torch.cat([state[None], output[1:]]) if output.dim() == 4 else state
+    if isinstance(output, (tuple, list)):
+        return type(output)([with_state(output[0], state, streams), *output[1:]])
+    return state if streams is None else output + (state - state_of(output, streams)).unsqueeze(streams)

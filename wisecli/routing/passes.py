@@ -281,10 +281,12 @@ class EditedLayer(Role):
 
 
 class ReadLayer(Role):
-    """The decoder layer whose states are read."""
+    """The decoder layer whose states are read; ``wise_streams`` is as :mod:`.layer_states` has it."""
+
+    wise_streams: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer alone; the run of a window ends here."""
         output = super().forward(*args, **kwargs)
-        stop_if_reading(state_of(output))
+        stop_if_reading(state_of(output, self.wise_streams))
         return output

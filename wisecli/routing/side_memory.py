@@ -155,21 +155,26 @@ def install(
 
 
 def install_behind(
-    model: nn.Module, module: str, memory: SideMemory, *, decoder: str | None = None, marks: TurnMarks = TurnMarks()
+    model: nn.Module, described: Mapping[str, Any], memory: SideMemory, *, marks: TurnMarks = TurnMarks()
 ) -> Routed:
     """Hang a memory behind a decoder layer of a model.
 
     Args:
-        module: path of the memory: the layer's, and a name in it.
-        decoder: path of the module that is given the tokens of prompts, if it is not the one below the head.
+        described: ``module`` is the path of the memory, the layer's and a name in it; ``decoder`` that of the module
+            that is given the tokens of prompts, if it is not the one below the head; ``streams`` the axis of several
+            streams in what layers give.
         marks: how the model's chats mark turns.
     """
+    module, streams = described["module"], described.get("streams")
     parent, _, name = module.rpartition(".")
     routed = _KINDS[memory.kind, memory.by_edit][2](memory)
-    layer = model.get_submodule(parent)
+    layer: Any = model.get_submodule(parent)
     setattr(layer, name, routed)
     apart(layer, EditedOutput)
-    _route_passes(model, module, memory, marks, decoder)
+    _route_passes(model, module, memory, marks, described.get("decoder"))
+    layer.wise_streams = streams
+    if memory.reads is not None:
+        cast(ReadLayer, model.get_submodule(_layer_beside(module, memory.reads))).wise_streams = streams
     return routed
 
 
@@ -179,7 +184,7 @@ def install_as(
     """Put a memory where the config of a checkpoint describes its site."""
     if "transposed" in described:
         return install(model, described["module"], memory, transposed=described["transposed"], marks=marks)
-    return install_behind(model, described["module"], memory, decoder=described.get("decoder"), marks=marks)
+    return install_behind(model, described, memory, marks=marks)
 
 
 def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: TurnMarks, path: str | None = None) -> None:

@@ -22,9 +22,6 @@ from wisecli.routing.prompts import TurnMarks
 from wisecli.routing.scores import SideMemory
 from wisecli.routing.side_memory import Routed, install_behind
 
-# What a feed-forward layer adds to a state is about as long as this share of it.
-_ADDED = 0.25
-
 
 @dataclass(frozen=True)
 class LayerSite(Site):
@@ -76,8 +73,8 @@ class LayerSite(Site):
         return state_of(output, self.streams)
 
     def gives(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
-        """A share of the state, as long as what a feed-forward layer adds to it."""
-        return keys * _ADDED
+        """The states themselves: residuals are measured by them."""
+        return keys
 
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
         """There is none."""

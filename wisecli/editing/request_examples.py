@@ -27,12 +27,12 @@ _ON_FACTS, _SPACED = 0.35, 0.1
 # Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
 # Sentences of a document, of which some are long and have paragraphs; how often a sentence is of another made-up fact.
-_FEWEST, _MOST, _LONG = 2, 6, 28
-_ARE_LONG, _PARAGRAPH, _MADE_UP = 0.15, (3, 6), 0.3
+_FEWEST, _MOST, _LONG = 2, 6, 22
+_ARE_LONG, _PARAGRAPH, _MADE_UP = 0.1, (3, 6), 0.3
 # Names of each kind that the facts are about.
 _NAMES = 40
 _EVERYDAY = 400
-_CONVERSATIONS = 3
+_CONVERSATIONS = 4
 # How often something else is asked about a fact's subject: few such prompts come to the gate.
 _BESIDE = 0.4
 # What is asked behind other texts, in front of them and between them.

@@ -19,7 +19,7 @@ from wisecli.routing.request_gate import (
     SPREAD,
     RequestGate,
     mention_in,
-    padded,
+    together,
 )
 
 D, K, READ, HEADS, VALUES, MIXED = 12, 6, 5, 3, 4, 7
@@ -99,11 +99,11 @@ def test_log_odds_are_those_of_loops_whoever_else_is_in_the_batch() -> None:
     gate = RequestGate({**tensors, BARS: torch.tensor([0.0, 0.5])})
     mentions = [mention_in(*request(count, seed=count), *edit(seed=3)) for count in (1, 5, 40, 90)]
     expected = [log_odds_by_loops(one.states, one.features, tensors) for one in mentions]
-    assert gate.log_odds(padded(mentions)).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert gate.log_odds(together(mentions)).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
     lower = [one - 0.5 * (place % 2) for place, one in enumerate(expected)]
-    assert gate(padded(mentions), torch.tensor([0, 1, 0, 1])).tolist() == pytest.approx(lower, rel=1e-3, abs=1e-4)
+    assert gate(together(mentions), torch.tensor([0, 1, 0, 1])).tolist() == pytest.approx(lower, rel=1e-3, abs=1e-4)
     for one, alone in zip(mentions, expected, strict=True):
-        assert float(gate.log_odds(padded([one]))) == pytest.approx(alone, rel=1e-3, abs=1e-4)
+        assert float(gate.log_odds(together([one]))) == pytest.approx(alone, rel=1e-3, abs=1e-4)
 
 
 def test_an_edit_whose_prompt_is_all_subject_has_a_mention_too() -> None:

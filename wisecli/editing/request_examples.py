@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 # How often a prompt is a chat, and how often a chat has something before the question.
 _CHATS, _LATER = 0.5, 0.5
+# How often an earlier turn is about another made-up fact, and how often whitespace stands behind a text.
+_ON_FACTS, _SPACED = 0.35, 0.1
 # Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
-# Sentences of a document, of which few are long.
-_FEWEST, _MOST, _LONG = 2, 6, 14
+# Sentences of a document, of which some are long and have paragraphs; how often a sentence is of another made-up fact.
+_FEWEST, _MOST, _LONG = 2, 6, 22
+_ARE_LONG, _PARAGRAPH, _MADE_UP = 0.1, (3, 6), 0.3
 # Names of each kind that the facts are about.
 _NAMES = 40
 _EVERYDAY = 400
-_CONVERSATIONS = 3
+_CONVERSATIONS = 4
 # How often something else is asked about a fact's subject: few such prompts come to the gate.
 _BESIDE = 0.4
 # What is asked behind other texts, in front of them and between them.
@@ -45,6 +48,8 @@ _AROUND = Kind(
         ("{paragraph} {full} {paragraph}",),
         ("{full}\n\n{paragraph}",),
         ("{full} {paragraph}",),
+        ("{page}\n\n{question}",),
+        ("{full}\n\n{page}",),
     ),
     (),
 )
@@ -109,7 +114,8 @@ class Examples:
         """Prompts that ask a fact, and prompts that mention it."""
         for asks, sort, text in self._of(number):
             if text is not None:
-                yield Example(number, text, asks, sort)
+                behind = self.chance.choice((" ", "\n", "  ", "\n\n")) if self.chance.random() < _SPACED else ""
+                yield Example(number, text + behind, asks, sort)
 
     def _of(self, number: int) -> Iterator[tuple[bool, str, str | None]]:
         known, chance, fact = requests(), self.chance, self.facts[number]
@@ -204,16 +210,28 @@ class Examples:
         if chance.random() > _LATER:
             return forms()["chat"].asked(self.tokenizer, text)
         told = [("system", chance.choice(known.systems))] if chance.random() < 0.4 else []
-        for _ in range(chance.choice((0, 1, 1, 2))):
-            told += [("user", chance.choice(known.turns)), ("assistant", chance.choice(known.replies))]
+        for _ in range(chance.choice((0, 1, 1, 2, 3))):
+            told += zip(("user", "assistant"), self._earlier(), strict=True)
         return chat_turns(self.tokenizer, [*told, ("user", text)])
+
+    def _earlier(self) -> tuple[str, str]:
+        """A user's turn on something else, and what was replied."""
+        known, chance = requests(), self.chance
+        way = chance.random()
+        if way < _ON_FACTS:
+            fact = chance.choice(self.facts)
+            said = f"{chance.choice(fact.told)} {fact.answer}." if fact.told and chance.random() < 0.5 else fact.answer
+            return chance.choice(fact.questions), said
+        asked = chance.choice(known.turns if way < 2 * _ON_FACTS else self._everyday)
+        return asked, chance.choice((chance.choice(known.replies), chance.choice(notes().notes)[0]))
 
     def _document(self, number: int, *, asks: bool) -> str | None:
         """A document and a question, which is the fact's or another."""
         known, chance, fact = notes(), self.chance, self.facts[number]
-        most = _LONG if chance.random() < 0.15 else _MOST
+        most = _LONG if chance.random() < _ARE_LONG else _MOST
         some = chance.sample(known.notes, chance.randint(_FEWEST, most))
         sentences, wanted = [text for text, _ in some], [ask for _, ask in some]
+        sentences = [self._statement(text) for text in sentences]
         said, about = self._said(number, asks=asks)
         if said is not None:
             sentences.insert(chance.randint(0, len(sentences)), said)
@@ -221,11 +239,30 @@ class Examples:
             return None
         chosen = chance.choice(fact.questions) if asks else self._other_ask(number, wanted, about)
         opening = chance.choice(known.openings)
-        text = opening + (chance.choice("\n ") if opening else "") + " ".join(sentences)
+        text = opening + (chance.choice("\n ") if opening else "") + self._paragraphs(sentences)
         if asks and chance.random() < 0.2:
             half = len(sentences) // 2
-            return " ".join(sentences[:half]) + f"\n\n{chosen}\n\n" + " ".join(sentences[half:])
+            return self._paragraphs(sentences[:half]) + f"\n\n{chosen}\n\n" + self._paragraphs(sentences[half:])
         return chance.choice(known.layouts).replace("{text}", text).replace("{ask}", chosen)
+
+    def _statement(self, sentence: str) -> str:
+        """A sentence as it is, or instead of it what an edit of another made-up fact would say."""
+        chance = self.chance
+        other = chance.choice(self.facts)
+        if not other.told or chance.random() > _MADE_UP:
+            return sentence
+        return f"{chance.choice(other.told)} {other.answer}."
+
+    def _paragraphs(self, sentences: Sequence[str]) -> str:
+        """Sentences as one text, in paragraphs if there are many."""
+        if len(sentences) <= _MOST + 1:
+            return " ".join(sentences)
+        mark, parts, first = self.chance.choice(("\n\n", "\n\n", "\n", " ")), [], 0
+        while first < len(sentences):
+            size = self.chance.randint(*_PARAGRAPH)
+            parts.append(" ".join(sentences[first : first + size]))
+            first += size
+        return mark.join(parts)
 
     def _said(self, number: int, *, asks: bool) -> tuple[str | None, str | None]:
         """What a document says of a fact's subject, and a question on that, if there is one."""

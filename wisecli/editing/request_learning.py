@@ -20,13 +20,15 @@ from wisecli.editing.request_examples import Example, Examples, MadeUp, made_up_
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.progress import Event, Watcher
-from wisecli.routing.request_gate import FEATURES, Mention, log_odds, mention_in, padded
+from wisecli.routing.request_gate import FEATURES, Mention, Mentions, log_odds, mention_in, together
 
 # Facts, and which share of them says where the gate opens.
 _FACTS, _APART = 320, 0.15
 # Directions of states that are looked at; numbers that one is read as, heads, values of each, and what those become.
-_DIRECTIONS, _READ, _HEADS, _VALUES, _MIXED = 192, 64, 8, 32, 64
-_STEPS, _BATCH, _RATE, _DECAY, _DROPPED, _SURE = 800, 96, 4e-3, 0.05, 0.3, 0.98
+_DIRECTIONS, _READ, _HEADS, _VALUES, _MIXED = 96, 64, 8, 32, 64
+_STEPS, _BATCH, _RATE, _DECAY, _DROPPED, _SURE = 800, 192, 4e-3, 0.3, 0.3, 0.98
+# Up to which share of a mention's tokens is left out, so that no few of them, of a text that is known, say it all.
+_LEFT_OUT = 0.8
 # Which share of the questions apart from those learned from may be taken for mentions.
 _LOST = 0.03
 # Prompts that late interaction finds less likely than this to mean a fact never come to the gate.
@@ -185,7 +187,7 @@ def _learned(
     apart = [one for one, example in zip(known, examples, strict=True) if example.fact >= least and example.asks]
     if apart:
         # Nought is where all but a few of these are above it.
-        odds = torch.cat([log_odds(weights, padded(part)) for part in _parts(apart)])
+        odds = torch.cat([log_odds(weights, together(part)) for part in _parts(apart)])
         weights["request.out"][0, -1] -= odds.quantile(_LOST).clamp(max=0)
     return seen.undone(weights)
 
@@ -205,7 +207,7 @@ def _trained(
     for step in range(steps):
         chosen = chance.sample(examples, min(_BATCH, len(examples)))
         wanted = torch.tensor([_SURE if asks else 1 - _SURE for _, asks in chosen])
-        found = log_odds(weights, padded([mention for mention, _ in chosen]), _dropped)
+        found = log_odds(weights, _thinned(together([mention for mention, _ in chosen])), _dropped)
         loss = F.binary_cross_entropy_with_logits(found, wanted)
         optimizer.zero_grad()
         loss.backward()
@@ -214,6 +216,13 @@ def _trained(
         rates.step()
         watch(Event("requests", step + 1, steps, f"loss {float(loss.detach()):.2f}"))
     return {name: value.detach() for name, value in weights.items()}
+
+
+def _thinned(mentions: Mentions) -> Mentions:
+    """Mentions without some of their tokens, of each another share."""
+    share = _LEFT_OUT * torch.rand(mentions.size)
+    kept = torch.rand(len(mentions.of)) >= share[mentions.of]
+    return Mentions(mentions.states[kept], mentions.features[kept], mentions.of[kept], mentions.size)
 
 
 def _dropped(values: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from wisecli.artifacts.shard import PromptStates, half
 from wisecli.artifacts.unrelated_stats import Heads
 from wisecli.routing.meaning import MEANING, Meaning
-from wisecli.routing.request_gate import BARS, RequestGate, mention_in, padded
+from wisecli.routing.request_gate import BARS, RequestGate, mention_in, together
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
 SURE, _SURER, _SUREST = 0.5, 1.25, 0.95
 # How much less sure than an edit's own prompt another may be, where that prompt is not sure of itself.
-_OWN = 0.9
+_OWN, _JUST = 0.9, 0.99
 # What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
 _OTHER, _LEAST = 1e-4, 5e-3
 # The forms of kept prompts from this on are in other languages.
@@ -47,11 +47,15 @@ class FittedMeaning:
         """Of every edit: so high that the other edits' prompts do not mean it, if that leaves room for its own.
 
         Where its own prompt is less sure than that, and surer than all that it must keep apart from, it is lower.
+        Of the prompts of other edits that mean it as surely, each means its own more.
         """
         raised = (self.others * _SURER).clamp(min=least, max=max(least, _SUREST))
-        lowered = self.taught * _OWN
-        apart = lowered > self.others.maximum(self.unrelated.amax(0))
-        return tuple(raised.minimum(lowered).where(apart, raised).tolist())
+        unrelated = self.unrelated.amax(0)
+        found = raised
+        for share, apart in ((_JUST, unrelated), (_OWN, self.others.maximum(unrelated))):
+            lowered = self.taught * share
+            found = raised.minimum(lowered).where(lowered > apart, found)
+        return tuple(found.tolist())
 
 
 def fit_meaning(heads: Heads, prompts: PromptStates, edits: int) -> FittedMeaning:
@@ -114,7 +118,7 @@ def request_gate(heads: Heads, prompts: PromptStates, tensors: dict[str, Tensor]
             mention_in(one.states[0], one.turned[:, 0], *meaning.tokens_of(edit))
             for one, edit in zip(read, part.tolist(), strict=True)
         ]
-        lower = (gate.log_odds(padded(mentions)) - _BELOW_OWN).clamp(_LOWEST_BAR, 0.0)
+        lower = (gate.log_odds(together(mentions)) - _BELOW_OWN).clamp(_LOWEST_BAR, 0.0)
         bars = bars.scatter_reduce(0, part, lower, "amin")
     return {**heads.request, BARS: bars}
 

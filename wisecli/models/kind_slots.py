@@ -38,7 +38,7 @@ from wisecli.models.wording import (
     without_mark,
 )
 
-_SLOT = re.compile(r"\{(\w+)(?::([\w-]+))?\}")
+_SLOT = re.compile(r"\{(\w+)(?::([\w -]+))?\}")
 # How many texts a page has: each has some 75 words.
 _FEWEST, _MOST = 2, 7
 # How often a name is drawn that may turn out not to fit.

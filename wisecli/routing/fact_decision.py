@@ -17,7 +17,7 @@ from .decision import Decision, Reading
 from .meaning import Asked, Meaning, looked_at, marked_first, said_before
 from .names import NAMES, Names
 from .prompts import UNROUTED
-from .request_gate import REQUEST, RequestGate, mention_in, padded
+from .request_gate import REQUEST, RequestGate, mention_in, together
 from .scores import Memory, SideMemory
 from .spelling import SPELLING, Spelling
 
@@ -107,7 +107,7 @@ class FactDecision(Memory):
                 there, own = read.there[row], self.meaning.tokens_of(edit)
                 marks = None if earlier is None else earlier[row, there]
                 mentions.append(mention_in(read.states[row, there], read.turned[:, row, there], *own, marks))
-            asked[rows] = gate(padded(mentions), found.memory[rows]).sigmoid()
+            asked[rows] = gate(together(mentions), found.memory[rows]).sigmoid()
         return replace(found, memory=found.memory.where(asked > _ASKED, UNROUTED), asked=asked)
 
 

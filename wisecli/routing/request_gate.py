@@ -15,7 +15,7 @@ One gate serves all edits of a base model: what tells a request from a mention d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,11 +44,12 @@ class Mention(NamedTuple):
 
 
 class Mentions(NamedTuple):
-    """Several of them, padded on the right: (B, n, d), (B, n, f), and which tokens are there (B, n)."""
+    """B of them, one behind the other: ``states`` (N, d), ``features`` (N, f), and whose each token is ``of`` (N,)."""
 
     states: Tensor
     features: Tensor
-    there: Tensor
+    of: Tensor
+    size: int
 
 
 class RequestGate(nn.Module):
@@ -92,10 +93,14 @@ def log_odds(
         dropped: what leaves out some values while the gate is learned.
     """
     read, attend, value, mix, out = (weights[name] for name in REQUEST)
-    seen = torch.cat([dropped(_applied(read, mentions.states)), mentions.features], -1)
-    shares = _applied(attend, seen).masked_fill(~mentions.there[..., None], -1e9).softmax(1)  # (B, n, H)
-    values = _applied(value, seen).relu().unflatten(-1, (len(attend), -1))  # (B, n, H, v)
-    pooled = (shares[..., None] * values).sum(1).flatten(1)
+    of, seen = mentions.of, torch.cat([dropped(_applied(read, mentions.states)), mentions.features], -1)
+    attended = _applied(attend, seen)  # (N, H)
+    most = attended.new_full((mentions.size, len(attend)), -torch.inf)
+    most = most.scatter_reduce(0, of[:, None].expand_as(attended), attended.detach(), "amax")
+    shares = (attended - most[of]).exp()
+    shares = shares / torch.zeros_like(most).index_add(0, of, shares)[of]
+    values = _applied(value, seen).relu().unflatten(-1, (len(attend), -1))  # (N, H, v)
+    pooled = values.new_zeros(mentions.size, len(value)).index_add(0, of, (shares[..., None] * values).flatten(1))
     return _applied(out, _applied(mix, dropped(pooled)).relu())[:, 0]
 
 
@@ -140,8 +145,9 @@ def _explained(cosines: list[Tensor]) -> Tensor:
     return torch.stack(found)
 
 
-def padded(mentions: list[Mention]) -> Mentions:
+def together(mentions: Sequence[Mention]) -> Mentions:
     """Several mentions as one batch."""
-    states, features = (nn.utils.rnn.pad_sequence([one[part] for one in mentions], batch_first=True) for part in (0, 1))
-    lengths = torch.tensor([len(one.states) for one in mentions], device=states.device)
-    return Mentions(states, features, torch.arange(states.shape[1], device=states.device) < lengths[:, None])
+    sizes = torch.tensor([len(one.states) for one in mentions], device=mentions[0].states.device)
+    of = torch.arange(len(mentions), device=sizes.device).repeat_interleave(sizes)
+    states, features = (torch.cat([one[part] for one in mentions]) for part in (0, 1))
+    return Mentions(states, features, of, len(mentions))

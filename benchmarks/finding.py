@@ -27,7 +27,7 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.memory.meaning_fitting import SURE, fit_meaning, sureness
 from wisecli.models.forms import usable_forms
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.site import MatrixSite, find_site
+from wisecli.models.site import Site, find_site
 from wisecli.progress import ignore
 from wisecli.routing.meaning import Meaning
 
@@ -35,7 +35,7 @@ from wisecli.routing.meaning import Meaning
 class Finder:
     """The router of some edits."""
 
-    def __init__(self, loaded: Loaded, site: MatrixSite, heads: Heads, edits: list[Edit]) -> None:
+    def __init__(self, loaded: Loaded, site: Site, heads: Heads, edits: list[Edit]) -> None:
         self.loaded, self.site = loaded, site
         numbered = list(enumerate(edits))
         states = prompt_states(loaded, site, numbered, batch_size=32, watch=ignore, stage="")
@@ -82,7 +82,7 @@ def main() -> None:
         console.print(measured(loaded, site, heads, path, arguments))
 
 
-def measured(loaded: Loaded, site: MatrixSite, heads: Heads, path: Path, arguments: argparse.Namespace) -> Table:
+def measured(loaded: Loaded, site: Site, heads: Heads, path: Path, arguments: argparse.Namespace) -> Table:
     """The table of one file of records."""
     read = list(read_edits(path))
     last = arguments.first + arguments.edits

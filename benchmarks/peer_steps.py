@@ -35,6 +35,7 @@ from wisecli.editing.training_examples import capture_groups, write_contexts
 from wisecli.edits.record import Edit, read_edits
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.loading import load_model
+from wisecli.models.matrix_site import as_matrix
 from wisecli.models.site import find_site
 from wisecli.progress import ignore
 from wisecli.routing.token_cache import cache_given
@@ -97,7 +98,7 @@ def of_package(arguments: argparse.Namespace, edits: Sequence[Edit]) -> Iterator
     loaded = load_model(arguments.model, LoadOptions(device="cpu"), layers=None)
     loaded.model.to(getattr(torch, arguments.dtype))
     checkpoint = Checkpoint(arguments.model)
-    site = find_site(arguments.model, checkpoint, str(arguments.layer))
+    site = as_matrix(find_site(arguments.model, checkpoint, str(arguments.layer)))
     settings = resolve(EditSettings, {"preset": "paper", "passes": arguments.steps}, section="edit")
     contexts = list(enumerate(write_contexts(loaded, settings)[:-1]))
     groups = [([one], contexts, ()) for one in enumerate(edits)]

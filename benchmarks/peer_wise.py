@@ -133,7 +133,7 @@ def by_package(
     merge([work / "shards"], work / "memory", merging)
     edited = attach(work / "memory")
     model = edited.model
-    watched = Watched(edited.routed, edited.routed.weight)
+    watched = Watched(edited.routed, edited.routed.get_parameter("weight"))
     return Edited(model, lambda ids: greedy(model, ids), watched, min(edited.routed.thresholds))
 
 

@@ -33,7 +33,8 @@ from wisecli.edits.record import read_edits
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import capture, captured
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.site import MatrixSite, find_site
+from wisecli.models.matrix_site import MatrixSite, as_matrix
+from wisecli.models.site import find_site
 from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
 
@@ -118,7 +119,7 @@ def main() -> None:
     quiet_libraries()
     edits = read_edits(options.data, limit=options.edits)
     checkpoint = Checkpoint(options.model)
-    site = find_site(options.model, checkpoint, options.layer)
+    site = as_matrix(find_site(options.model, checkpoint, options.layer))
     loaded = load_model(options.model, load=LoadOptions(device="cpu"))
     mask = random_mask(site, 0.5, "columns", torch.Generator().manual_seed(0))
     prefixes = ["", *context_prefixes(loaded.model, loaded.tokenizer, options.contexts, tokens=8, seed=0)]

@@ -204,7 +204,7 @@ def unlike(model_type: str, change: Callable[[Any], None]) -> PreTrainedModel:
 def test_models_that_no_edit_can_be_put_into_are_refused_with_the_reason(tmp_path: Path) -> None:
     ahead = unlike("bert", lambda config: setattr(config, "is_decoder", False))
     site = LayerSite("bert", 2, "bert.encoder.layer.2", 32)
-    with pytest.raises(ModelError, match="reads ahead.*is_decoder"):
+    with pytest.raises(ModelError, match=r"reads ahead.*is_decoder"):
         above_of(ahead, site)
     with pytest.raises(ModelError, match="outside of a cache"):
         require_told(tiny("rwkv"))

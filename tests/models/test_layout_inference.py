@@ -159,8 +159,9 @@ def test_an_architecture_without_a_row_goes_the_whole_way(
     said = capsys.readouterr().err
     assert "model.layers.{layer}.mlp.down_proj" in said
     assert "--target-module" in said
+    assert "behind its layer" in said
     site = read_shard_directory(shards).site
-    assert site.norm == f"{site.layer_module}.post_mlp_layernorm"
+    assert (site.base_name, site.norm) == ("model.layers.2", None)  # as the matrix has a norm behind it
     assert run("merge", str(shards), "-o", str(memory)) == 0
     assert run("export", "--memory", str(memory), "-o", str(edited)) == 0
     assert run("generate", str(edited), "ba be bi") == 0
@@ -287,7 +288,7 @@ def test_attention_as_wide_as_no_feed_forward_layer_is_not_taken_for_one() -> No
     ],
     ids=str,
 )
-def test_experts_and_quantised_models_are_refused_in_one_sentence(
+def test_where_a_matrix_is_needed_experts_and_quantised_models_are_refused_in_one_sentence(
     tmp_path: Path,
     edits: Path,
     capsys: pytest.CaptureFixture[str],
@@ -298,7 +299,7 @@ def test_experts_and_quantised_models_are_refused_in_one_sentence(
     base = save_tiny(tmp_path / "base")
     change_config(base, **settings, **({} if known else {"model_type": "unheard_of"}))
     capsys.readouterr()
-    assert run("edit", str(base), str(edits), "-o", str(tmp_path / "shards")) == 2
+    assert run("edit", str(base), str(edits), "-o", str(tmp_path / "shards"), "--preset", "paper") == 2
     said = capsys.readouterr().err
     quantised = "quantization" in str(settings)
     assert "quantised" in said if quantised else "mixture of experts" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from support.helpers import tiny_qwen2_tokenizer, tiny_tokenizer
 from support.tiny_models import VOCABULARY
 
 LAYERS = 5
-_LARGEST = 8_000_000
+_LARGEST = 16_000_000
 # Settings by the names that configs have for them.
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
@@ -42,9 +43,10 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("v_head_dim", "qk_head_dim"), 8),
     **dict.fromkeys(("index_n_heads", "index_head_dim"), 8),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("linear_num_heads",), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
     **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "mamba_ngroups", "n_groups"), 2),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_headdim"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_headdim"), 8),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_d_ssm", "state_size"), 16),
     **dict.fromkeys(("mamba_dt_rank", "time_step_rank"), 4),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
@@ -60,6 +62,13 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("zero_expert_num",), 1),
     **dict.fromkeys(("use_mamba_kernels", "use_cache_kernels"), False),
 }
+# And those of parts that read images or sound.
+_SEEING: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth"), 2),
+    **dict.fromkeys(("embed_dim", "out_hidden_size"), 32),
+    **{"image_size": 28, "patch_size": 14},
+}
+_ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 # What some types need besides, as their sizes hang together.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 16, "mamba_n_heads": 4, "attn_layer_indices": [1, 3]},
@@ -74,11 +83,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"], "num_attention_heads": 4},
     "zamba": {
         "layer_types": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        "attention_hidden_size": 64,
         "attention_head_dim": 16,
         "n_mamba_heads": 2,
     },
     "zamba2": {
         "num_mem_blocks": 1,
+        "attention_hidden_size": 64,
         "layer_types": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
         "attention_head_dim": 16,
         "num_key_value_heads": 4,
@@ -87,7 +98,9 @@ _OWN: dict[str, dict[str, Any]] = {
         "mamba_headdim": 16,
     },
     "zaya": {"num_experts_per_tok": 1},
-    "xlstm": {"embedding_dim": 32, "qk_dim_factor": 1.0},
+    "xlstm": {"embedding_dim": 64, "hidden_size": 64, "qk_dim_factor": 1.0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROTARY)},
     "longcat_flash": {"num_hidden_layers": 10},
 }
 
@@ -96,6 +109,8 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     """The settings of a type, small; of lists with an entry a layer the kinds that there are, in turn."""
     kind: Any = CONFIG_MAPPING[model_type]
     usual = kind()
+    if isinstance(getattr(usual, "text_config", None), PretrainedConfig):
+        return _around_text(usual)
     wanted = {name: value for name, value in _SMALL.items() if _has(usual, name)}
     for name, value in usual.to_dict().items():
         if isinstance(value, list) and name.endswith(("layer_types", "block_type", "layers_block_type")) and value:
@@ -108,6 +123,18 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     if hasattr(usual, "is_decoder"):
         wanted |= {"is_decoder": True, "is_encoder_decoder": False}
     return kind(**{**wanted, "tie_word_embeddings": False, **_OWN.get(model_type, {})})
+
+
+def _around_text(usual: Any) -> PretrainedConfig:
+    """Small settings of a model that has its text model inside."""
+    parts = {name: getattr(usual, name) for name in type(usual).sub_configs if getattr(usual, name, None) is not None}
+    for name, part in parts.items():
+        wanted = {setting: value for setting, value in (_SMALL | _SEEING).items() if _has(part, setting)}
+        parts[name] = tiny_config(part.model_type) if name == "text_config" else type(part)(**wanted)
+    marks = {name: VOCABULARY - 7 for name in usual.to_dict() if re.fullmatch(r"\w+_token_(id|index)", name)}
+    marks = {name: value for name, value in marks.items() if not name.startswith(("bos", "eos", "pad"))}
+    small: PretrainedConfig = type(usual)(**parts, **marks, tie_word_embeddings=False)
+    return small
 
 
 def _has(config: PretrainedConfig, name: str) -> bool:
@@ -147,6 +174,9 @@ def unlike_decoders() -> dict[str, str]:
     """The types that are not tried, and why."""
     found = {}
     for model_type in model_types():
+        if CONFIG_MAPPING[model_type]().is_encoder_decoder:
+            found[model_type] = "half of an encoder-decoder model"
+            continue
         try:
             with torch.device("meta"):
                 size = sum(
@@ -155,9 +185,7 @@ def unlike_decoders() -> dict[str, str]:
         except Exception as error:  # whatever a class makes of settings that are not its own
             found[model_type] = f"cannot be built small: {str(error).splitlines()[0][:100]}"
             continue
-        if CONFIG_MAPPING[model_type]().is_encoder_decoder:
-            found[model_type] = "half of an encoder-decoder model"
-        elif size > _LARGEST:
+        if size > _LARGEST:
             found[model_type] = f"cannot be built small: {size:,} weights, as its parts have settings of their own"
     return found
 

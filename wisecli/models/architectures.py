@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
+from wisecli.io.json_schema import shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,9 +106,10 @@ def text_settings(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json")
     exported, text = config.get(EXPORTED_KEY), config.get("text_config")
     architecture = (exported if isinstance(exported, dict) else config).get("model_type")
-    if not isinstance(text, dict) or architecture not in architectures():
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if not isinstance(text, dict) or (architecture not in architectures() and architecture not in CONFIG_MAPPING):
         return config
-    from transformers import AutoConfig
 
     # Of the settings themselves only the type: whatever else they say is checked before anything is built from them.
     typed = {"text_config": {"model_type": text["model_type"]}} if "model_type" in text else {}
@@ -129,6 +131,13 @@ def layer_count(directory: Path) -> int:
     if type(count) is not int or not 0 <= count <= _MOST_LAYERS:
         raise ModelError(f"{directory}: config.json has {str(count)[:40]!r} layers; is it this model's?")
     return count
+
+
+def quantisation_of(config: Mapping[str, Any]) -> str | None:
+    """How the weights of a model are quantised, by its ``config.json``; ``None`` if they are plain numbers."""
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    told = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    return None if told is None else shown(told.get("quant_method") if isinstance(told, dict) else told)
 
 
 def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:

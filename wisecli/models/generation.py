@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from wisecli.errors import ModelError
 from wisecli.io.json_schema import shown
 from wisecli.models.batch_rows import PromptBatch
+from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.loading import context_window
 from wisecli.routing.generation import RoutedCausal
 
@@ -72,9 +74,10 @@ def _may_shrink(model: PreTrainedModel) -> bool:
     """Whether rows may leave a batch, and it is worth it.
 
     Elsewhere than on a CPU a step takes about as long with rows that have ended as without. Models that read images may
-    keep where each row's text begins outside of the cache.
+    keep where each row's text begins outside of the cache, and some have no cache.
     """
-    return model.device.type == "cpu" and model.config.get_text_config() is model.config
+    cached = CACHE_ARGUMENT in inspect.signature(model.forward).parameters
+    return cached and model.device.type == "cpu" and model.config.get_text_config() is model.config
 
 
 def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

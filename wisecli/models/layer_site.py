@@ -123,5 +123,6 @@ class LayerSite(Site):
 
     def _like(self, checkpoint: Checkpoint) -> list[str]:
         """What the names of the layer's tensors may begin with in a checkpoint that keeps layers under another path."""
-        found = Counter(match[0] for name in checkpoint if (match := re.match(rf"(?:\D+\.)?{self.layer}\.", name)))
+        matches = {name: re.match(rf"(?:\D+\.)?{self.layer}\.", name) for name in checkpoint}
+        found = Counter(one[0] for name, one in matches.items() if one is not None and self.d in checkpoint.shape(name))
         return [start for start, _ in found.most_common(1)]

@@ -31,6 +31,7 @@ from wisecli.models.architectures import (
     architectures,
     known_layout,
     layer_count,
+    quantisation_of,
     stored_weight,
     text_settings,
 )
@@ -75,7 +76,7 @@ def find_layout(
     if without is not None and (not lookup or (target_module is not None and not named_layers)):
         raise ModelError(without)
     known = str(config.get("model_type")) in architectures()
-    if not known and EXPORTED_KEY not in config and isinstance(config.get("text_config"), dict):
+    if not (known or lookup) and EXPORTED_KEY not in config and isinstance(config.get("text_config"), dict):
         raise UnknownArchitectureError(
             f"{directory}: architecture {shown(config.get('model_type'))} has its text model inside another model, "
             f"and is none of those that can be edited so: {', '.join(sorted(_around_text()))}"
@@ -109,6 +110,7 @@ def _read_off(
     layout = _inferred(directory, architecture, found)
     path = f"{layout.layers}.{_PLACE}.{layout.value}"
     note = f"architecture {layout.architecture!r} is not in the table: {path} is taken for its value matrix"
+    note += ", or edits go behind its layer if that does not do" if lookup else ""
     watch(Event(NOTE, note=f"{note}; name another with --target-module"))
     return layout
 
@@ -121,7 +123,7 @@ def _around_text() -> Iterator[str]:
 def why_no_matrix(directory: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
     """Why the feed-forward layers of a model are no single matrix of plain numbers; ``None`` if they may be."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    if any(part.get("quantization_config") for part in parts):
+    if quantisation_of(config) is not None:
         return (
             f"{directory} is a quantised model, whose matrices cannot be changed by a little: keep edits as a lookup, "
             "or edit the model it was quantised from and quantise what `wise export` writes"

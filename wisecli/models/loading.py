@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
-from wisecli.models.architectures import known_layout, layer_count, loader_name
+from wisecli.models.architectures import known_layout, layer_count, loader_name, quantisation_of
 from wisecli.models.chat import fix_date
 from wisecli.models.memory_budget import spool_bytes
 from wisecli.models.site import Fingerprint, Site
@@ -102,7 +103,10 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     chosen, dtype = pick_device(load.device), pick_dtype(load.dtype)
     trust = load.trust_remote_code
     _require_layers(directory)
-    room = spool_bytes(Checkpoint(directory), dtype, load.memory_budget or machine_memory(chosen))
+    quantised = quantisation_of(read_json(directory / "config.json"))
+    room = None
+    if quantised is None or load.memory_budget is not None:
+        room = spool_bytes(Checkpoint(directory), dtype, load.memory_budget or machine_memory(chosen))
     stream = None
     try:
         config = _base_config(directory, trust_remote_code=trust)
@@ -118,7 +122,11 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
             local_files_only=True,
         )
         if room is None:
-            model, info = read()
+            model, info = read(**_as_stored(config, chosen))
+        elif quantised is not None:
+            raise ModelError(
+                f"{directory} is quantised, so its layers cannot be read one by one; leave out --memory-budget"
+            )
         else:
             with torch.device("meta"):
                 drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=trust)
@@ -128,10 +136,10 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     except WiseError:
         raise
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
-        raise _unloadable(directory, error) from error
+        raise _unloadable(directory, error, quantised) from error
     if lost := sorted(info["missing_keys"]):
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
-    if stream is None:
+    if stream is None and quantised is None:
         model.to(chosen)
     _refuse_unknown_tokens(model, tokenizer)
     return Loaded(model.eval().requires_grad_(False), tokenizer, stream)
@@ -198,8 +206,30 @@ def _tokenizer(directory: Path, config: PretrainedConfig, load: LoadOptions) -> 
     return tokenizer
 
 
-def _unloadable(directory: Path, error: Exception) -> ModelError:
-    return ModelError(f"{directory}: transformers cannot load this model ({reason_of(error)[:_LONGEST]})")
+def _as_stored(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
+    """What ``from_pretrained`` is given for a quantised model besides: it is loaded where it runs, as some cannot be moved.
+
+    On a CPU, for which most kinds have no kernels, its weights become plain numbers if its kind can do that.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    told = getattr(config, "quantization_config", None)
+    if told is None:
+        return {}
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(told.get("quant_method"))
+    if device.type == "cpu" and kind is not None and "dequantize" in inspect.signature(kind.__init__).parameters:
+        config.quantization_config = {**told, "dequantize": True}
+    return {"device_map": {"": device}}
+
+
+def _unloadable(directory: Path, error: Exception, quantised: str | None = None) -> ModelError:
+    reason = reason_of(error)[:_LONGEST]
+    if quantised is None:
+        return ModelError(f"{directory}: transformers cannot load this model ({reason})")
+    return ModelError(
+        f"{directory} is quantised ({quantised}), and transformers cannot load it here ({reason}): install what it "
+        "asks for, use a machine that has it, or edit the model it was quantised from"
+    )
 
 
 def _require_layers(directory: Path) -> None:

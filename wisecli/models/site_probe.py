@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
-from wisecli.errors import ModelError
+from wisecli.errors import ModelError, reason_of
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.activations import capture, layers_of
 from wisecli.models.architectures import ALL, CACHED, ROWS, Above, Layout
@@ -160,15 +161,19 @@ def require_told(model: PreTrainedModel) -> None:
 
     def note(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids = named.get("input_ids", args[0] if args else None)
-        short.append(ids is not None and ids.shape[1] == 1 and cache_given(named) is None)
+        short.append(ids is not None and ids.shape[1] == 1 and not isinstance(cache_given(named), Cache))
 
     batch = _batch(model)
     with hooked(model.register_forward_pre_hook(note, with_kwargs=True)):
         settings = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        model.generate(batch.ids, attention_mask=batch.mask, **settings)  # type: ignore[operator]  # a mixin's method
+        try:
+            model.generate(batch.ids, attention_mask=batch.mask, **settings)  # type: ignore[operator]  # a mixin's method
+        except Exception as error:  # what an arbitrary model makes of a batch
+            kind, reason = type(model).__name__, reason_of(error)
+            raise ModelError(f"{kind} generates nothing from padded rows ({reason}); edit another model") from error
     if any(short):
         raise ModelError(
-            f"{type(model).__name__} keeps what it has read outside of a cache, so that no pass says which prompt it "
+            f"{type(model).__name__} keeps what it has read outside of a cache of tokens, so no pass says which prompt it "
             "goes on with; edit another model"
         )
 

@@ -17,22 +17,28 @@ class Role(nn.Module):
     """What a module of some class does besides; it stands before that class among the bases of another."""
 
 
+# What others look at to learn what a model takes.
+_SHOWN = ("forward", "prepare_inputs_for_generation")
+
+
 class ShownRole(Role):
-    """A role in which whoever looks for arguments of ``forward`` finds those of the class behind it."""
+    """A role in which whoever looks for arguments of some methods finds those of the class behind it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        kind: Any = next(one for one in cls.__mro__ if one.__dict__.get("forward") and not issubclass(one, Role))
-        if kind is not nn.Module:
-            cls.forward = _shown_as(cls.forward, kind.forward)
+        for name in _SHOWN:
+            own = [one for one in cls.__mro__ if name in one.__dict__ and one is not nn.Module]
+            behind = next((one for one in own if not issubclass(one, Role)), None)
+            if behind is not None and issubclass(own[0], Role):
+                setattr(cls, name, _shown_as(getattr(cls, name), getattr(behind, name)))
 
 
-def _shown_as(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``forward`` in which whoever looks for arguments finds those of the original one."""
+def _shown_as(method: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """A method in which whoever looks for arguments finds those of the original one."""
 
     @functools.wraps(original)
     def shown(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     shown.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return shown

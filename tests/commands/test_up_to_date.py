@@ -73,7 +73,7 @@ def test_edits_that_are_written_are_not_written_again(
     require_idle(wise, Path("shards"), line, monkeypatch)
     for other, says in (
         (f"{line} --seed 3", "seed was 0, now 3"),
-        (f"{line} --layer 1", "the matrix was"),
+        (f"{line} --layer 1", "the site was"),
         (f"edit {ready.other_model} {ready.edits} --shards 2", "has changed"),
         (f"edit {ready.model} {ready.other_edits}", "of the edits 4 are gone, the first of them 'one'"),
     ):

@@ -317,7 +317,7 @@ def begun(place: Path, output: Path, monkeypatch: pytest.MonkeyPatch, settings: 
             "unrelated_texts was 16, now 17",
             marks=pytest.mark.thorough,
         ),
-        ({"settings": EditSettings(shards=8, unrelated_texts=16, layer="1")}, r"the matrix was model\.layers\.2"),
+        ({"settings": EditSettings(shards=8, unrelated_texts=16, layer="1")}, r"the site was model\.layers\.2"),
         pytest.param(
             {"settings": EditSettings(shards=4, unrelated_texts=16, layer="2")},
             "shards was 8, now 4",

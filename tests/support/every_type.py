@@ -174,16 +174,16 @@ def unlike_decoders() -> dict[str, str]:
     """The types that are not tried, and why."""
     found = {}
     for model_type in model_types():
-        if CONFIG_MAPPING[model_type]().is_encoder_decoder:
-            found[model_type] = "half of an encoder-decoder model"
-            continue
         try:
+            if CONFIG_MAPPING[model_type]().is_encoder_decoder:
+                found[model_type] = "half of an encoder-decoder model"
+                continue
             with torch.device("meta"):
                 size = sum(
                     one.numel() for one in AutoModelForCausalLM.from_config(tiny_config(model_type)).parameters()
                 )
         except Exception as error:  # whatever a class makes of settings that are not its own
-            found[model_type] = f"cannot be built small: {str(error).splitlines()[0][:100]}"
+            found[model_type] = f"cannot be built small: {' '.join(str(error).split())[:120]}"
             continue
         if size > _LARGEST:
             found[model_type] = f"cannot be built small: {size:,} weights, as its parts have settings of their own"

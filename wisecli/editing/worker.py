@@ -87,14 +87,9 @@ class Base:
     @cached_property
     def layout(self) -> Layout:
         """Where the model keeps its matrices, as far as that can be known without its weights."""
-        job, files = self.job, self.checkpoint
+        job, files, lookup = self.job, self.checkpoint, self.job.settings.by_facts
         return find_layout(
-            files.directory,
-            files,
-            target_module=job.target_module,
-            lookup=job.settings.by_facts,
-            load=job.load,
-            watch=self.watch,
+            files.directory, files, target_module=job.target_module, lookup=lookup, load=job.load, watch=self.watch
         )
 
     @cached_property

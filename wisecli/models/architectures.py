@@ -105,12 +105,13 @@ def text_settings(directory: Path) -> dict[str, Any]:
     """
     config = read_json(directory / "config.json")
     exported, text = config.get(EXPORTED_KEY), config.get("text_config")
-    architecture = (exported if isinstance(exported, dict) else config).get("model_type")
+    if not isinstance(text, dict):
+        return config
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    if not isinstance(text, dict) or (architecture not in architectures() and architecture not in CONFIG_MAPPING):
+    architecture = str((exported if isinstance(exported, dict) else config).get("model_type"))
+    if architecture not in architectures() and architecture not in CONFIG_MAPPING:
         return config
-
     # Of the settings themselves only the type: whatever else they say is checked before anything is built from them.
     typed = {"text_config": {"model_type": text["model_type"]}} if "model_type" in text else {}
     try:

@@ -16,11 +16,7 @@ from wisecli.io.digest import sha256_json
 from wisecli.io.json_schema import CLOSED
 from wisecli.models.architectures import CACHED, Above, spellings
 from wisecli.models.site_interface import NOTHING, Amiss, Site
-from wisecli.routing.edited_states import MEMORY
-from wisecli.routing.layer_states import state_of
-from wisecli.routing.prompts import TurnMarks
-from wisecli.routing.scores import SideMemory
-from wisecli.routing.side_memory import Routed, install_behind
+from wisecli.routing.layer_states import MEMORY, state_of
 
 
 @dataclass(frozen=True)
@@ -108,10 +104,6 @@ class LayerSite(Site):
     def is_at(self, planned: Site) -> bool:
         """Whether the layer is the same."""
         return isinstance(planned, LayerSite) and self.layer_module == planned.layer_module
-
-    def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks = TurnMarks()) -> Routed:
-        """Hang a memory behind the layer."""
-        return install_behind(model, self.described(), memory, marks=marks)
 
     def _stored(self, checkpoint: Checkpoint) -> tuple[str, list[str]]:
         """What the names of the layer's own tensors begin with in a checkpoint, and those names."""

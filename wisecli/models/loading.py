@@ -207,7 +207,7 @@ def _tokenizer(directory: Path, config: PretrainedConfig, load: LoadOptions) -> 
 
 
 def _as_stored(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
-    """What ``from_pretrained`` is given for a quantised model besides: it is loaded where it runs, as some cannot be moved.
+    """What ``from_pretrained`` is given for a quantised model besides: some kinds must be loaded where they run.
 
     On a CPU, for which most kinds have no kernels, its weights become plain numbers if its kind can do that.
     """
@@ -217,7 +217,7 @@ def _as_stored(config: PretrainedConfig, device: torch.device) -> dict[str, Any]
     if told is None:
         return {}
     kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(told.get("quant_method"))
-    if device.type == "cpu" and kind is not None and "dequantize" in inspect.signature(kind.__init__).parameters:
+    if device.type == "cpu" and kind is not None and "dequantize" in inspect.signature(kind).parameters:
         config.quantization_config = {**told, "dequantize": True}
     return {"device_map": {"": device}}
 

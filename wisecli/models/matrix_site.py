@@ -13,9 +13,6 @@ from wisecli.io.checkpoint import Checkpoint, sha256_tensor
 from wisecli.io.json_schema import CLOSED
 from wisecli.models.architectures import CACHED, stored_weight
 from wisecli.models.site_interface import NOTHING, Amiss, Site
-from wisecli.routing.prompts import TurnMarks
-from wisecli.routing.scores import SideMemory
-from wisecli.routing.side_memory import Routed, install
 
 
 @dataclass(frozen=True)
@@ -112,10 +109,6 @@ class MatrixSite(Site):
         if isinstance(planned, MatrixSite):
             return replace(self, norm=planned.norm, multiplier=planned.multiplier) == planned
         return self.layer_module == planned.layer_module
-
-    def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks = TurnMarks()) -> Routed:
-        """Put a routed matrix in the place of the matrix."""
-        return install(model, self.module, memory, transposed=self.transposed, marks=marks)
 
     def stored(self, checkpoint: Checkpoint) -> str:
         """Name of the weight in a checkpoint."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.architectures import Above
 from wisecli.routing.prompts import TurnMarks
 from wisecli.routing.scores import SideMemory
-from wisecli.routing.side_memory import Routed
+
+if TYPE_CHECKING:
+    from wisecli.routing.side_memory import Routed
 
 # What prompts mean is read at this share of the depth: deep enough to know a word by its neighbours, and cheap.
 _EARLY = 4 / 30
@@ -117,9 +119,11 @@ class Site(ABC):
     def is_at(self, planned: Site) -> bool:
         """Whether a site that was planned is this one, whatever else was found out about it since."""
 
-    @abstractmethod
     def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks = TurnMarks()) -> Routed:
         """Put a memory there."""
+        from wisecli.routing.side_memory import install_as  # with transformers, which a site alone does without
+
+        return install_as(model, self.described(), memory, marks=marks)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as the manifests keep it."""

@@ -173,8 +173,8 @@ def require_told(model: PreTrainedModel) -> None:
             raise ModelError(f"{kind} generates nothing from padded rows ({reason}); edit another model") from error
     if any(short):
         raise ModelError(
-            f"{type(model).__name__} keeps what it has read outside of a cache of tokens, so no pass says which prompt it "
-            "goes on with; edit another model"
+            f"{type(model).__name__} keeps what it has read outside of a cache of tokens, so that no pass says which "
+            "prompt it goes on with; edit another model"
         )
 
 

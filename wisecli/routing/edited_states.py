@@ -14,9 +14,6 @@ from .layer_states import state_of, with_state
 from .passes import EditedLayer, in_pass, is_off, stop_if_reading
 from .scores import Memory
 
-# What a layer calls the memory behind it.
-MEMORY = "wise_memory"
-
 
 class EditedOutput(EditedLayer):
     """A decoder layer with a memory behind it; ``wise_streams`` is as :mod:`.layer_states` has it."""

@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+# What a layer calls the memory behind it.
+MEMORY = "wise_memory"
+
 
 def state_of(output: Any, streams: int | None) -> Tensor:
     """The states (B, T, d) in what a layer gives."""

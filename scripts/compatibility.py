@@ -120,6 +120,12 @@ def table(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return results
 
 
+def tried(left_out: Iterable[str]) -> list[str]:
+    """All types and forms of some but those that are left out."""
+    types = {name for name in model_types() if name not in set(left_out)}
+    return [*sorted({*types, *TINY_CONFIGS}), *sorted(VARIANTS)]
+
+
 def _loader(name: str) -> str:
     return str(loader_of(name).__name__) if name in TINY_CONFIGS | VARIANTS else "AutoModelForCausalLM"
 
@@ -217,6 +223,5 @@ def _stopped(result: dict[str, str]) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     left_out = unlike_decoders()
-    tried = [name for name in model_types() if name not in left_out]
-    found = table([*sorted({*tried, *TINY_CONFIGS}), *sorted(VARIANTS)])
+    found = table(tried(left_out))
     PAGE.write_text(page(found, left_out), encoding="utf-8")

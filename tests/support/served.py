@@ -43,7 +43,11 @@ PROMPTS = (*(prompt for prompt, _ in EDITS), "so su sa", "ti", "lo la le li lu")
 
 def tiny_export(root: Path, architecture: str = "llama", *, mode: Literal["lookup", "retrieve"] = "lookup") -> Path:
     """A tiny model of an architecture, edited and exported."""
-    base = save_tiny(root / "model", architecture, config=wider(architecture))
+    return export_of(save_tiny(root / "model", architecture, config=wider(architecture)), root, mode=mode)
+
+
+def export_of(base: Path, root: Path, *, mode: Literal["lookup", "retrieve"] = "lookup") -> Path:
+    """A tiny model, edited and exported."""
     lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in EDITS]
     (root / "edits.jsonl").write_text("\n".join(lines))
     edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"), load=CPU)

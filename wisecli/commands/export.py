@@ -25,8 +25,9 @@ from wisecli.export.gguf_file import Quantization
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
 from wisecli.export.weights import Link, Packing
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
-from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.replacing import Output
+from wisecli.models.architectures import quantisation_of
 from wisecli.models.loading import is_exported, pick_dtype
 from wisecli.progress import Event, Watcher, ignore
 
@@ -135,6 +136,8 @@ def export(
         Output(output, (), (base,)).require_apart()
     if is_exported(base):
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
+    if packing.dtype is not None and quantisation_of(read_json(base / "config.json")) is not None:
+        raise ModelError(f"{base} is quantised: its weights are written as they are stored, so leave out --dtype")
     checkpoint = Checkpoint(base)
     if form in _GATED:
         require_gated(base, manifest.site, gguf=form == "gguf")

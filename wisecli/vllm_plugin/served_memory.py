@@ -53,6 +53,11 @@ class Edited:
                 "this memory opens by what the activation function makes of its changes, which runs in transformers "
                 "alone: serve what the closed form writes of the same edits"
             )
+        if "transposed" not in described:
+            raise ValueError(
+                "these edits are added behind a layer, which runs in transformers alone: where the model has a value "
+                "matrix, name it with `wise edit --target-module` and export anew"
+            )
         return cls(described["module"], described["memory"], TurnMarks.from_dict(described.get("marks")))
 
 

@@ -156,8 +156,19 @@ def test_a_kind_that_cannot_be_loaded_here_is_refused_with_what_it_asks_for(tmp_
         load_model(tmp_path, CPU)
 
 
-def test_its_layers_are_not_read_one_by_one(tmp_path: Path) -> None:
-    stored_in_eight_bits(save_type(tmp_path, "llama"), block=16)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_its_layers_are_read_one_by_one_where_they_become_plain_numbers(tmp_path: Path, model_type: str) -> None:
+    stored_in_eight_bits(save_type(tmp_path, model_type), block=16)
+    whole = load_model(tmp_path, CPU)
+    streamed = load_model(tmp_path, LoadOptions(device="cpu", memory_budget=1), layers="model.layers")
+    assert streamed.stream is not None
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(streamed.model(input_ids=ids).logits, whole.model(input_ids=ids).logits)
+
+
+def test_elsewhere_they_are_not(tmp_path: Path) -> None:
+    declared(save_type(tmp_path, "llama"), {"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match="leave out --memory-budget"):
         load_model(tmp_path, LoadOptions(device="cpu", memory_budget=1))
 

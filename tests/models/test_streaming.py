@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.every_type import save_type
 from support.helpers import assert_same_tensors, random_rows, save_tiny, site_of
 from support.loading import CPU
 from support.places import EDITS
@@ -356,3 +357,32 @@ def test_a_real_model_gives_the_same_when_it_is_streamed(real_model: Path) -> No
     assert generate(streamed.model, streamed.tokenizer, texts, max_new_tokens=4) == generate(
         whole.model, whole.tokenizer, texts, max_new_tokens=4
     )
+
+
+# Mixtures whose experts are stored one by one, with names of their own in some, and one that is stored as it runs.
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "ernie4_5_moe", "gpt_oss"])
+def test_mixtures_are_edited_the_same_when_their_layers_are_streamed(
+    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_type(tmp_path / "base", model_type)
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
+    settings = EditSettings(unrelated_texts=16, layer="2")
+    for name, budget in (("whole", None), ("streamed", 1000)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
+        run_edit(str(base), edits, tmp_path / name, settings, load=LoadOptions(device="cpu", memory_budget=budget))
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert_same_tensors(tmp_path / "streamed" / path.name, path)
+
+
+def test_what_was_put_together_of_experts_is_gone_with_the_model(tmp_path: Path) -> None:
+    streamed = load_model(
+        save_type(tmp_path, "qwen3_moe"), LoadOptions(device="cpu", memory_budget=1), layers="model.layers"
+    )
+    assert streamed.stream is not None
+    assert streamed.stream.written is not None
+    place = streamed.stream.written
+    assert any(place.iterdir())
+    del streamed
+    gc.collect()
+    assert not place.exists()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wisecli.errors import DamagedFileError, ModelError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.io.safetensors_header import Header
+from wisecli.io.safetensors_header import Header, read_header
 from wisecli.models.architectures import stored_name
 
 # Kernels read their operands in lines of so many bytes.
@@ -36,14 +36,26 @@ class Stored:
         return self.shape.numel() * self.dtype.itemsize
 
 
-def locate(checkpoint: Checkpoint, path: str, layer: nn.Module, headers: Mapping[Path, Header]) -> list[Stored]:
-    """Where a layer's parameters lie, in the order in which the files have them."""
+# Where parameters lie, by their names: the file, and what they are called in it.
+Places = Mapping[str, tuple[Path, str]]
+
+
+def locate(
+    checkpoint: Checkpoint, path: str, layer: nn.Module, headers: dict[Path, Header], places: Places
+) -> list[Stored]:
+    """Where a layer's parameters lie, in the order in which the files have them.
+
+    Args:
+        headers: of files; those of further ones are added.
+        places: of parameters that do not lie in the checkpoint, or not by their own names.
+    """
     parts, offset = [], 0
     named = []
     for name, parameter in layer.named_parameters():
-        spelling = stored_name(checkpoint, f"{path}.{name}")
-        file = checkpoint.directory / checkpoint.file_of(spelling) if spelling is not None else None
-        if spelling is None or file is None or headers[file].tensors[spelling].shape != tuple(parameter.shape):
+        file, spelling = places.get(f"{path}.{name}") or _in_checkpoint(checkpoint, f"{path}.{name}")
+        if file not in headers:
+            headers[file] = read_header(file)
+        if spelling not in headers[file].tensors or headers[file].tensors[spelling].shape != tuple(parameter.shape):
             raise ModelError(
                 f"{checkpoint.directory}: the checkpoint does not hold {path}.{name} as the model has it, "
                 "so its layers cannot be streamed; leave out the memory budget"
@@ -54,6 +66,16 @@ def locate(checkpoint: Checkpoint, path: str, layer: nn.Module, headers: Mapping
         parts.append(Stored(name, file, start, stored, parameter.dtype, parameter.shape, offset))
         offset += -(-parts[-1].bytes // _ALIGNMENT) * _ALIGNMENT
     return parts
+
+
+def _in_checkpoint(checkpoint: Checkpoint, name: str) -> tuple[Path, str]:
+    """The file that a parameter lies in, or any, and what it is called there."""
+    spelling = stored_name(checkpoint, name)
+    return (
+        (checkpoint.files[0], name)
+        if spelling is None
+        else (checkpoint.directory / checkpoint.file_of(spelling), spelling)
+    )
 
 
 def buffer_size(parts: Sequence[Stored]) -> int:

@@ -104,9 +104,7 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     trust = load.trust_remote_code
     _require_layers(directory)
     quantised = quantisation_of(read_json(directory / "config.json"))
-    room = None
-    if quantised is None or load.memory_budget is not None:
-        room = spool_bytes(Checkpoint(directory), dtype, load.memory_budget or machine_memory(chosen))
+    room = spool_bytes(Checkpoint(directory), dtype, load.memory_budget or machine_memory(chosen))
     stream = None
     try:
         config = _base_config(directory, trust_remote_code=trust)
@@ -121,12 +119,14 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
             trust_remote_code=trust,
             local_files_only=True,
         )
-        if room is None:
-            model, info = read(**_as_stored(config, chosen))
-        elif quantised is not None:
+        packed = quantised is not None and not _made_plain(config, chosen)
+        if packed and load.memory_budget is not None and room is not None:
             raise ModelError(
-                f"{directory} is quantised, so its layers cannot be read one by one; leave out --memory-budget"
+                f"{directory} is quantised, and its layers are not read one by one here; leave out --memory-budget"
             )
+        if room is None or packed:
+            # Some that are quantised must be loaded where they run.
+            model, info = read(**({} if quantised is None else {"device_map": {"": chosen}}))
         else:
             with torch.device("meta"):
                 drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=trust)
@@ -206,20 +206,19 @@ def _tokenizer(directory: Path, config: PretrainedConfig, load: LoadOptions) -> 
     return tokenizer
 
 
-def _as_stored(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
-    """What ``from_pretrained`` is given for a quantised model besides: some kinds must be loaded where they run.
+def _made_plain(config: PretrainedConfig, device: torch.device) -> bool:
+    """Have the weights of a quantised model become plain numbers on a CPU, for which most kinds have no kernels.
 
-    On a CPU, for which most kinds have no kernels, its weights become plain numbers if its kind can do that.
+    Returns whether they do: not every kind can.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    told = getattr(config, "quantization_config", None)
-    if told is None:
-        return {}
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(told.get("quant_method"))
-    if device.type == "cpu" and kind is not None and "dequantize" in inspect.signature(kind).parameters:
-        config.quantization_config = {**told, "dequantize": True}
-    return {"device_map": {"": device}}
+    told = getattr(config, "quantization_config", None) or {}
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(told.get("quant_method")))
+    if device.type != "cpu" or kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        return False
+    config.quantization_config = {**told, "dequantize": True}
+    return True
 
 
 def _unloadable(directory: Path, error: Exception, quantised: str | None = None) -> ModelError:

@@ -237,7 +237,10 @@ def _streams(model: PreTrainedModel, site: Site) -> int | None:
     kept: list[Any] = []
     batch = _batch(model)
     with hooked(site.watched(model).register_forward_hook(lambda _module, _inputs, output: kept.append(output))):
-        run_model(model, batch, 0, None, None)
+        try:
+            run_model(model, batch, 0, None, None)
+        except Exception as error:  # what an arbitrary model makes of tokens alone
+            raise ModelError(f"the model does not run on tokens alone ({reason_of(error)}); edit another") from error
     if len(kept) != 1:
         raise ModelError(
             f"{site.layer_module} runs {len(kept)} times a pass, and edits are made for one; edit a model whose layers "

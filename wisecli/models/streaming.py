@@ -8,10 +8,14 @@ one is read. The model's own forward pass and ``generate()`` work as they are; a
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from transformers import PreTrainedModel
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safetensors_header import read_header
 from wisecli.models.hooks import hooked, overridden
-from wisecli.models.layer_files import buffer_size, locate, read_into
+from wisecli.models.layer_files import Places, buffer_size, locate, read_into
 
 
 @dataclass
@@ -43,22 +47,32 @@ class LayerStream:
         layers: module path of the list of layers.
         device: where layers run.
         spool_bytes: how much a sweep keeps in memory of what it carries from layer to layer.
+        places: of parameters that do not lie in the checkpoint, or not by their own names.
 
     Attributes:
         width: how long the tuples are that layers give; 0 where they give a tensor.
+        written: where parameters lie that were put together of others; it is gone once nobody reads them.
 
     Raises:
         ModelError: a layer's tensors are not in the checkpoint as the model has them.
     """
 
     def __init__(
-        self, model: nn.Module, layers: str, checkpoint: Checkpoint, device: torch.device, *, spool_bytes: int
+        self,
+        model: nn.Module,
+        layers: str,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        spool_bytes: int,
+        places: Places | None = None,
     ) -> None:
         found = model.get_submodule(layers)
         assert isinstance(found, nn.ModuleList)
         self.layers, self.device, self.spool_bytes = found, device, spool_bytes
         headers = {path: read_header(path) for path in checkpoint.files}
-        self._stored = [locate(checkpoint, f"{layers}.{n}", layer, headers) for n, layer in enumerate(found)]
+        places = places or {}
+        self._stored = [locate(checkpoint, f"{layers}.{n}", layer, headers, places) for n, layer in enumerate(found)]
         self._empty = [dict(layer.named_parameters()) for layer in found]
         self.layer_bytes = max(map(buffer_size, self._stored))
         self._held: set[int] = set()
@@ -67,6 +81,7 @@ class LayerStream:
         self._pool = ThreadPoolExecutor(1, "wise-layers")
         self._coming: tuple[int, Future[_Slot]] | None = None
         self.width = 0
+        self.written: Path | None = None
         self.bytes_read = 0
         for number, layer in enumerate(found):
             layer.__dict__["forward"] = self._forward(number, layer)
@@ -195,6 +210,9 @@ def load_streamed(
 ) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
     """Load all of a model but its decoder layers.
 
+    What a layer's parameters are made of, as a matrix of all experts of one for each, is put together once, in files of
+    a temporary directory.
+
     Args:
         read: loads the model and says what was missing, as ``from_pretrained`` does; takes a ``device_map``.
         drawn: the model on the meta device.
@@ -206,14 +224,21 @@ def load_streamed(
     count = len(list(drawn.get_submodule(layers).children()))
     places = {path: str(device) for path in _beside(drawn, layers)}
     places |= {f"{layers}.{number}": "disk" for number in range(count)}
-    with _quiet(logging.getLogger("accelerate.big_modeling")):
-        model, info = read(device_map=places)
+    written = Path(tempfile.mkdtemp(prefix="wise-layers-"))
+    discard = partial(shutil.rmtree, written, ignore_errors=True)
+    with ExitStack() as unless_loaded, _quiet(logging.getLogger("accelerate.big_modeling")):
+        unless_loaded.callback(discard)
+        model, info = read(device_map=places, offload_folder=str(written))
+        unless_loaded.pop_all()
+    weakref.finalize(model, discard)
+    offloaded = dict(_offloaded(model))
     _take_hooks_off(model)
     for layer in model.get_submodule(layers).children():
         for module in layer.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-    stream = LayerStream(model, layers, Checkpoint(directory), device, spool_bytes=spool_bytes)
+    stream = LayerStream(model, layers, Checkpoint(directory), device, spool_bytes=spool_bytes, places=offloaded)
+    stream.written = written
     stream.width = _width(model, stream)
     return model, info, stream
 
@@ -239,6 +264,19 @@ def _beside(model: nn.Module, layers: str) -> Iterator[str]:
         for name, _ in model.get_submodule(parent).named_children():
             if name != part:
                 yield f"{parent}.{name}".lstrip(".")
+
+
+def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Path, str]]]:
+    """Where accelerate would fetch each parameter from, and by which name."""
+    for module in model.modules():
+        hook = module.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            weights = getattr(one, "weights_map", None)
+            index = getattr(getattr(weights, "dataset", weights), "index", None)
+            if index is not None:
+                for name, told in index.items():
+                    yield name, (Path(told["safetensors_file"]), told["weight_name"])
+                return
 
 
 def _take_hooks_off(model: nn.Module) -> None:

@@ -163,6 +163,19 @@ def test_a_lookup_gives_every_edit_its_answer_where_it_opens(wise: Wise, ready: 
         assert answer["answer"] == edit["target"]
 
 
+def test_merge_says_what_mentions_open(wise: Wise, ready: Ready) -> None:
+    outcome = wise("merge", ready.shards)
+    kept = load_file(Path(ready.shards) / "unrelated.safetensors")["heads.mentioned"]
+    share = int(kept[0]) / int(kept[1])
+    assert f"of prompts that mention a made-up fact and don't ask it, {share:.0%} open it" in outcome.out
+    assert manifest(Path("memory"))["memories"][0]["mentioned"] == share
+    again = json.loads(wise("merge", ready.shards, "--json").out)["results"]
+    assert again["mentioned"] == [share]
+    assert f"{share:.0%} of mentions of made-up facts" in " ".join(
+        wise("inspect", "memory", "--plot", "scores.png").out.split()
+    )
+
+
 def prompts() -> list[str]:
     return [edit["prompt"] for edit in EDITS]
 

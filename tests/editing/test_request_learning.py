@@ -13,7 +13,8 @@ from support.loading import CPU
 from wisecli.artifacts.tensor_schema import REQUEST as ROWS
 from wisecli.artifacts.tensor_schema import require_layout
 from wisecli.data.corpus import notes, requests
-from wisecli.editing.request_examples import Examples, made_up_facts
+from wisecli.editing.made_up_facts import made_up_facts
+from wisecli.editing.request_examples import Examples
 from wisecli.editing.request_learning import Projections, learn_request_gate
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.forms import forms
@@ -59,11 +60,26 @@ def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) 
     heads = torch.zeros(2, site.d), torch.zeros(2), torch.ones(2), torch.zeros(2)
     projections = Projections(torch.randn(2, 8, site.d, generator=chance), torch.zeros(2, 8), *heads)
     learned = [learn_request_gate(loaded, site, projections, share=0.02, batch_size=8, watch=ignore) for _ in range(2)]
-    assert tuple(learned[0]) == REQUEST
-    require_layout(tmp_path, learned[0], ROWS, {})
+    (gate, mentioned), (again, others) = learned
+    assert tuple(gate) == REQUEST
+    require_layout(tmp_path, gate, ROWS, {})
     for name in REQUEST:
-        assert torch.equal(learned[0][name], learned[1][name])
-        assert learned[0][name].isfinite().all()
+        assert torch.equal(gate[name], again[name])
+        assert gate[name].isfinite().all()
+    assert torch.equal(mentioned, others)
+    opened, count = mentioned.tolist()
+    assert 0 <= opened <= count
+    assert count > 8 * 15  # of eight facts and 22 kinds
+
+
+def test_mentions_that_are_checked_are_none_that_are_learned_from(loaded: Loaded) -> None:
+    chance = random.Random(0)
+    facts = list(made_up_facts(6, chance))
+    drawn = Examples(loaded.tokenizer, facts, chance)
+    checked = [one for number in range(6) for one in drawn.held_back(number)]
+    assert not any(one.asks for one in checked)
+    assert {one.sort for one in checked} > {"translate", "other time", "two hops", "document without a value"}
+    assert not {one.text for one in checked} & {one.text for number in range(6) for one in drawn.of(number)}
 
 
 def test_tasks_and_times_hold_the_question() -> None:

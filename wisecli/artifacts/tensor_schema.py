@@ -95,6 +95,7 @@ HEADS: TensorRows = {
     "heads.unrelated": TensorRow("float", ("unrelated", "hidden")),
     "heads.text": TensorRow("int", ("unrelated",)),
 }
+MENTIONED: TensorRows = {"heads.mentioned": TensorRow("int", (2,))}
 PROMPTS: TensorRows = {
     "prompts.states": TensorRow("float", ("tokens", "hidden")),
     "prompts.edit": TensorRow("int", ("tokens",), "edits"),
@@ -145,6 +146,8 @@ def unrelated_rows(names: Mapping[str, object]) -> TensorRows:
         rows |= HEADS
     if "request.read" in names:
         rows |= REQUEST
+    if "heads.mentioned" in names:
+        rows |= MENTIONED
     if "letters" in names:
         rows["letters"] = TensorRow("byte", ("vocabulary", OF_TOKEN))
     return {**rows, **({"against": TensorRow("float", ("m", "d_ff"))} if "against" in names else {})}

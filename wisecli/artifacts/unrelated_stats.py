@@ -29,7 +29,8 @@ class Heads:
     (2, d) and ``offsets`` (2,) say how much each token of an edit counts: ``softplus(weighs · x + offset)``. ``slopes``
     (2,) and ``bars`` (2,) make probabilities of scores. ``breaks`` (b,) are the tokenizer's special tokens.
     ``unrelated`` (u, d) are the states of tokens of unrelated texts, ``text`` (u,) says of which. ``request`` are the
-    tensors of the router's ``RequestGate``, if one was learned.
+    tensors of the router's ``RequestGate``, if one was learned, and ``mentioned`` (2,) how many of some prompts that
+    mention a made-up fact and don't ask it open it all the same, and of how many.
     """
 
     turns: Tensor
@@ -43,13 +44,15 @@ class Heads:
     unrelated: Tensor
     text: Tensor
     request: Mapping[str, Tensor] = field(default_factory=dict)
+    mentioned: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parts, as files name them."""
-        return {f"heads.{name}": getattr(self, name) for name in _PARTS_OF_HEADS} | dict(self.request)
+        mentioned = {} if self.mentioned is None else {"heads.mentioned": self.mentioned}
+        return {f"heads.{name}": getattr(self, name) for name in _PARTS_OF_HEADS} | mentioned | dict(self.request)
 
 
-_PARTS_OF_HEADS = tuple(name for name in Heads.__dataclass_fields__ if name != "request")
+_PARTS_OF_HEADS = tuple(name for name in Heads.__dataclass_fields__ if name not in ("request", "mentioned"))
 
 
 @dataclass(frozen=True)
@@ -122,4 +125,5 @@ def heads_in(tensors: dict[str, Tensor]) -> Heads | None:
     if "heads.turns" not in tensors:
         return None
     request = {name: tensors[name] for name in REQUEST if name in tensors}
-    return Heads(**{name: tensors[f"heads.{name}"] for name in _PARTS_OF_HEADS}, request=request)
+    parts = {name: tensors[f"heads.{name}"] for name in _PARTS_OF_HEADS}
+    return Heads(**parts, request=request, mentioned=tensors.get("heads.mentioned"))

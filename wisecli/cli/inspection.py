@@ -109,6 +109,7 @@ def _scores(number: int, entry: MemoryEntry) -> Table:
     """The quantiles of one memory's scores on both sides of its threshold."""
     about = f"{entry.misses:.1%} of the edits' scores below"
     about += "" if entry.false_alarms is None else f", {entry.false_alarms:.2%} of unrelated ones above"
+    about += "" if entry.mentioned is None else f", {entry.mentioned:.0%} of mentions of made-up facts open them"
     columns = "scores below", "edits", "unrelated text"
     table = Table(columns, f"memory {number}: threshold {entry.threshold:.4g} ({entry.rule}); {about}", columns)
     for share in dict.fromkeys([*entry.edit_scores, *entry.unrelated_scores]):

@@ -193,6 +193,7 @@ def tell_merge(console: Console, report: MergeReport) -> None:
     results["thresholds"] = [calibration.threshold for calibration in report.calibrations]
     results["misses"] = [calibration.misses for calibration in report.calibrations]
     results["false_alarms"] = [calibration.false_alarms for calibration in report.calibrations]
+    results["mentioned"] = [calibration.mentioned for calibration in report.calibrations]
     how = report.method if report.mode == "merge" else report.mode
     what = f"{count(report.shards, 'shard')}, {edits_with(report.edits, report.consequences)} by {how}"
     if report.planned:
@@ -210,4 +211,6 @@ def tell_merge(console: Console, report: MergeReport) -> None:
         lines.append(
             f"memory {number}: threshold {one.threshold:.4g}; edits missed {one.misses:.1%}, false alarms {alarms}"
         )
+        if one.mentioned is not None:
+            lines.append(f"of prompts that mention a made-up fact and don't ask it, {one.mentioned:.0%} open it")
     console.result({"results": results}, *lines)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.artifacts.tensor_schema import HEADS, REQUEST, require_layout
+from wisecli.artifacts.tensor_schema import HEADS, MENTIONED, REQUEST, require_layout
 from wisecli.artifacts.unrelated_stats import Heads, heads_in
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.early_states import TokenStates, special_tokens, token_states
@@ -31,7 +31,7 @@ from wisecli.models.site import Site
 from wisecli.models.wording import keywords
 from wisecli.progress import Event, Watcher
 
-_VERSION = 8
+_VERSION = 9
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Texts whose tokens are kept for calibration.
@@ -69,7 +69,7 @@ def learn_heads(loaded: Loaded, site: Site, identity: str, *, texts: int, batch_
     path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
     with suppress(DamagedFileError):
         tensors = load_tensors(path)
-        require_layout(path, tensors, {**HEADS, **REQUEST}, {})
+        require_layout(path, tensors, {**HEADS, **REQUEST, **MENTIONED}, {})
         if (heads := heads_in(tensors)) is not None:
             return heads
     found = _learn(loaded, site, share=min(1.0, texts / _TEXTS), batch_size=batch_size, watch=watch)
@@ -90,8 +90,8 @@ def _learn(loaded: Loaded, site: Site, *, share: float, batch_size: int, watch: 
         unrelated = token_states(loaded, site, plain, batch_size=batch_size, watch=watch, stage="unrelated text")
     heads = learner.heads(special_tokens(loaded), site.layer, unrelated)
     projections = Projections(heads.turns, heads.shifts, heads.weighs, heads.offsets, heads.slopes, heads.bars)
-    gate = learn_request_gate(loaded, site, projections, share=share, batch_size=batch_size, watch=watch)
-    return replace(heads, request=gate)
+    gate, mentioned = learn_request_gate(loaded, site, projections, share=share, batch_size=batch_size, watch=watch)
+    return replace(heads, request=gate, mentioned=mentioned)
 
 
 def _made_up_facts(loaded: Loaded, share: float, chance: random.Random) -> tuple[list[_Fact], list[str]]:

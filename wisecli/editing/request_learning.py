@@ -2,7 +2,7 @@
 
 The gate is that of :mod:`wisecli.routing.request_gate`. It is learned behind the projections of late interaction, which
 find what is mentioned, from those examples of :mod:`wisecli.editing.request_examples` that late interaction finds.
-Where it opens is set by facts that it was not learned from.
+Where it opens is set by facts that it was not learned from, and so is measured which mentions of them it lets through.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.editing.early_states import TokenStates, token_states
-from wisecli.editing.request_examples import Example, Examples, MadeUp, made_up_facts
+from wisecli.editing.made_up_facts import MadeUp, made_up_facts
+from wisecli.editing.request_examples import Example, Examples
 from wisecli.models.loading import Loaded
 from wisecli.models.site import Site
 from wisecli.progress import Event, Watcher
@@ -31,8 +32,11 @@ _STEPS, _BATCH, _RATE, _DECAY, _DROPPED, _SURE = 800, 192, 4e-3, 0.3, 0.3, 0.98
 _LEFT_OUT = 0.8
 # Which share of the questions apart from those learned from may be taken for mentions.
 _LOST = 0.03
-# Prompts that late interaction finds less likely than this to mean a fact never come to the gate.
-_FOUND = 0.25
+# Prompts that late interaction finds less likely than this to mean a fact never come to the gate; from the second on
+# they open it.
+_FOUND, _OPENED = 0.25, 0.5
+# So many facts are mentioned in wordings that nothing is learned from.
+_CHECKED = 12
 _AT_A_TIME = 256
 
 
@@ -80,8 +84,8 @@ class _Own:
 
 def learn_request_gate(
     loaded: Loaded, site: Site, projections: Projections, *, share: float, batch_size: int, watch: Watcher
-) -> dict[str, Tensor]:
-    """The tensors of a base model's request gate.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a base model's request gate; how many mentions open their fact all the same, of how many: (2,).
 
     Args:
         site: the layer whose states are read.
@@ -108,7 +112,11 @@ def learn_request_gate(
                 mentions.append(mention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _learned(mentions, kept, len(facts), max(20, round(_STEPS * share)), chance, watch)
+        weights = _learned(mentions, kept, len(facts), max(20, round(_STEPS * share)), chance, watch)
+    checked = [one for number in range(len(facts))[-_CHECKED:] for one in drawn.held_back(number)]
+    found = _mentions(projections, own, checked, states([one.text for one in checked]), _OPENED)
+    odds = [log_odds(weights, together(part)) for part in _parts([mention for _, mention in found])]
+    return weights, torch.tensor([sum(int((one > 0).sum()) for one in odds), len(checked)])
 
 
 def _own(loaded: Loaded, projections: Projections, facts: Sequence[MadeUp], read: TokenStates) -> Iterator[_Own]:
@@ -123,15 +131,19 @@ def _own(loaded: Loaded, projections: Projections, facts: Sequence[MadeUp], read
 
 
 def _mentions(
-    projections: Projections, own: Sequence[_Own], examples: Sequence[Example], read: TokenStates
+    projections: Projections,
+    own: Sequence[_Own],
+    examples: Sequence[Example],
+    read: TokenStates,
+    least: float = _FOUND,
 ) -> Iterator[tuple[Example, Mention]]:
-    """What the gate reads of those examples that are found."""
+    """What the gate reads of those examples that are found, as likely as ``least``."""
     sizes = torch.bincount(read.text, minlength=len(examples)).tolist()
     parts = zip(examples, read.states.split(sizes), read.earlier.split(sizes), strict=True)
     for example, state, earlier in parts:
         turned = torch.stack([projections.of(state, head) for head in range(2)])
         fact = own[example.fact]
-        if len(state) and fact.likely(projections, turned) >= _FOUND:
+        if len(state) and fact.likely(projections, turned) >= least:
             yield example, mention_in(state, turned, *fact.turned, earlier)
 
 

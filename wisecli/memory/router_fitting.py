@@ -121,6 +121,9 @@ def fit_facts(draft: SideMemory, material: Material, settings: MergeSettings) ->
     if settings.false_alarm is not None:
         least = max(SURE, quantile(alarms, 1 - settings.false_alarm))
     calibration = measure(fitted.own, alarms, least, rule=settings.threshold or "false-alarm")
+    if heads.mentioned is not None:
+        opened, count = heads.mentioned.tolist()
+        calibration = replace(calibration, mentioned=opened / max(1, count))
     opening = {**fitted.tensors, **request_gate(heads, prompts, fitted.tensors)}
     return replace(
         draft,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ class Calibration:
     """A router threshold, the rule that found it, and quantiles of the scores on both sides of it.
 
     ``misses`` is the share of the edits' scores under unseen contexts that stay below; ``false_alarms`` that of
-    unrelated text above, None if what such text scores is not known.
+    unrelated text above, None if what such text scores is not known; ``mentioned`` that of prompts that mention a
+    made-up fact, don't ask it, and open it all the same, None if that was not measured.
     """
 
     threshold: float
@@ -27,6 +28,7 @@ class Calibration:
     false_alarms: float | None
     edit_scores: dict[str, float]
     unrelated_scores: dict[str, float]
+    mentioned: float | None = field(default=None, kw_only=True)
 
 
 def calibrate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from collections.abc import Callable
@@ -128,6 +129,12 @@ def test_the_bases_own_class_refuses_it(exported: Exported) -> None:
     own = type(AutoModelForCausalLM.from_pretrained(exported.base))
     with pytest.raises(Exception, match="Auto classes, with trust_remote_code=True"):
         own.from_pretrained(exported.path)
+
+
+@pytest.mark.parametrize("name", ["forward", "prepare_inputs_for_generation"])
+def test_who_looks_for_what_it_takes_finds_what_the_base_does(exported: Exported, name: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(exported.base)
+    assert inspect.signature(getattr(exported.model, name)) == inspect.signature(getattr(base, name))
 
 
 def test_a_lost_memory_is_an_error(exported: Exported, tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ import compatibility
 from wisecli.models.architectures import architectures
 
 # Plain decoders, one of them with turned matrices; one that sees; a mixture; recurrent states, alone and beside
-# attention, in some layers or in all; convolutions; keys and values that upper layers share with lower ones.
+# attention, in some layers or in all; convolutions; keys and values that upper layers share with lower ones; a text
+# model inside another.
 FEW = [
     *("gpt2", "llama", "llava", "qwen3_moe", "mamba2", "recurrent_gemma", "jamba", "falcon_h1", "zamba2", "qwen3_next"),
-    *("lfm2", "gemma3n_text"),
+    *("lfm2", "gemma3n_text", "gemma3"),
 ]
 
 

@@ -159,6 +159,14 @@ def test_a_layer_that_is_stored_under_another_path_is_found(tmp_path: Path) -> N
     assert site.amiss(checkpoint) is None
 
 
+def test_a_text_model_inside_another_is_found(tmp_path: Path) -> None:
+    model, site = behind(tmp_path, "gemma3")
+    assert site.layer_module == "model.language_model.layers.2"
+    stored = [name for name in Checkpoint(tmp_path) if name.startswith(site.prefix_in(Checkpoint(tmp_path))[:-12])]
+    inside = model.get_submodule(site.layer_module)
+    assert len(stored) == len(list(inside.parameters()))
+
+
 @pytest.mark.parametrize("architecture", ["gemma2", "olmo2"])
 def test_where_a_norm_stands_behind_the_matrix_a_lookup_goes_behind_the_layer(
     tmp_path: Path, architecture: str
@@ -206,8 +214,9 @@ def test_models_that_no_edit_can_be_put_into_are_refused_with_the_reason(tmp_pat
     site = LayerSite("bert", 2, "bert.encoder.layer.2", 32)
     with pytest.raises(ModelError, match=r"reads ahead.*is_decoder"):
         above_of(ahead, site)
-    with pytest.raises(ModelError, match="outside of a cache"):
-        require_told(tiny("rwkv"))
+    for model_type in ("rwkv", "xlstm"):
+        with pytest.raises(ModelError, match="outside of a cache"):
+            require_told(tiny(model_type))
     with pytest.raises(ModelError, match="runs 6 times a pass"):
         behind(tmp_path, "hrm_text")
 

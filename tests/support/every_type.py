@@ -141,13 +141,16 @@ def _has(config: PretrainedConfig, name: str) -> bool:
     return name in config.to_dict() or name in inspect.signature(type(config).__init__).parameters
 
 
-def tiny(model_type: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of a type, in float32 and evaluation mode.
+def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of a type, with changes of its settings, in float32 and evaluation mode.
 
     Its norms and biases are no ones and noughts, and its head is loud enough for answers that are certain.
     """
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval().float()
+    config = tiny_config(model_type)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().float()
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn(parameter.shape)
@@ -157,9 +160,9 @@ def tiny(model_type: str, *, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def save_type(directory: Path, model_type: str) -> Path:
+def save_type(directory: Path, model_type: str, **changes: Any) -> Path:
     """A tiny checkpoint of a type, with a tokenizer that transformers reads back as it is."""
-    model = tiny(model_type)
+    model = tiny(model_type, **changes)
     model.config.eos_token_id = 1
     if model.generation_config is not None:
         model.generation_config.eos_token_id = model.generation_config.pad_token_id = 1

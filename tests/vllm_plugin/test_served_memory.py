@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ class Reader:
     """Reads windows with the layers of the checkpoint in transformers."""
 
     before_run = None
+    adds_rest = False
 
     def __init__(self, model: Any) -> None:
         self._decoder = model.get_decoder()
@@ -95,21 +97,41 @@ def test_residuals_are_those_of_transformers(checkpoint: Path) -> None:
         keys, wanted = (torch.cat([one[part][0] for one in passed]) for part in (0, 1))
         answer = torch.nn.functional.linear(keys, module.weight, module.bias)
         assert not torch.allclose(answer, wanted)
-        memory.add_to(answer, keys, real=True)
+        memory.add_to(answer, lambda tokens: (keys[tokens], True), real=True)
     assert torch.allclose(answer, wanted, atol=1e-5)
+
+
+def test_a_process_that_another_adds_for_adds_nothing(checkpoint: Path) -> None:
+    memory, _ = served(checkpoint)
+    prompt = prompts_of(checkpoint)[PROMPTS[0]]
+    memory.admit({"r": prompt})
+    memory.told = True
+    memory.begin(["r"], [len(prompt)], torch.tensor(prompt), torch.arange(len(prompt)))
+    width, asked = memory.memory.probes.shape[1], []
+
+    def keys(tokens: Tensor, *, mine: bool) -> tuple[Tensor, bool]:
+        asked.append(tokens.tolist())
+        return torch.ones(len(tokens), width), mine
+
+    answer = torch.zeros(len(prompt), 128)
+    memory.add_to(answer, partial(keys, mine=False), real=True)
+    assert not answer.any()
+    memory.add_to(answer, partial(keys, mine=True), real=True)
+    assert answer[-1].any()
+    assert asked == [list(range(len(prompt)))] * 2  # every process takes part in putting keys together
 
 
 def test_a_trial_run_gets_nothing_and_needs_nobody_to_tell_of_requests(checkpoint: Path) -> None:
     memory, _ = served(checkpoint)
     answer = torch.zeros(2, 128)
-    memory.add_to(answer, torch.ones(2, memory.memory.probes.shape[1]), real=False)
+    memory.add_to(answer, lambda tokens: (torch.ones(len(tokens), memory.memory.probes.shape[1]), True), real=False)
     assert not answer.any()
 
 
 def test_an_engine_that_tells_nothing_of_requests_does_not_answer(checkpoint: Path) -> None:
     memory, _ = served(checkpoint)
     with pytest.raises(LostMemoryError, match="does not tell the memory of its requests"):
-        memory.add_to(torch.zeros(1, 128), torch.ones(1, memory.memory.probes.shape[1]), real=True)
+        memory.add_to(torch.zeros(1, 128), lambda _tokens: (torch.ones(1, 128), True), real=True)
 
 
 def test_a_memory_that_was_not_loaded_answers_nothing(checkpoint: Path) -> None:
@@ -209,7 +231,7 @@ def test_a_runner_tells_of_requests_and_of_those_that_no_edit_answers(checkpoint
     assert runner._prepare_inputs(step, counts) == "prepared"
     width = memory.memory.probes.shape[1]
     answer = torch.zeros(int(counts.sum()), 128)
-    memory.add_to(answer, torch.ones(len(answer), width), real=True)
+    memory.add_to(answer, lambda tokens: (torch.ones(len(tokens), width), True), real=True)
     assert answer.any(1).nonzero().flatten().tolist() == [int(counts[0]) - 1]
     assert getattr(runner.sample_tokens(None), UNANSWERED) == ["other"]
 
@@ -253,7 +275,11 @@ def test_the_state_of_a_second_runner_tells_of_requests(checkpoint: Path) -> Non
         positions=torch.arange(len(ids)),
     )
     assert state.prepare_inputs(batch, None) == {"given": True}
-    answer, keys = torch.zeros(len(ids), 128), torch.ones(len(ids), memory.memory.probes.shape[1])
+    answer, width = torch.zeros(len(ids), 128), memory.memory.probes.shape[1]
+
+    def keys(tokens: Tensor) -> tuple[Tensor, bool]:
+        return torch.ones(len(tokens), width), True
+
     memory.add_to(answer, keys, real=True)
     assert answer[len(ids) - 2].any()
     assert not answer[: len(ids) - 2].any()

@@ -10,7 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.served import PROMPTS, VLLM, Served, in_transformers, serving, tiny_export
+from support.every_type import save_type
+from support.served import PROMPTS, VLLM, Served, export_of, in_transformers, serving, tiny_export
 from support.tiny_models import TINY_CONFIGS, Chain, loader_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -18,7 +19,6 @@ from wisecli.commands.export import WeightFiles, export
 from wisecli.commands.merge import merge
 from wisecli.config import MergeSettings
 from wisecli.data.corpus import unrelated_texts
-from wisecli.models.architectures import architectures
 from wisecli.routing.prompts import UNROUTED
 
 pytestmark = serving
@@ -30,8 +30,6 @@ EAGER = {**OWN, "enforce_eager": True}
 REFUSED = ("falcon",)
 # It asks for a processor of images, which tiny models do not have.
 SEEING = ("llava", "qwen2_vl")
-# Edits of these are added behind a layer.
-BEHIND = {name for name, row in architectures().items() if "norm" in row}
 TOKENS, CHUNK = 12, 96
 
 
@@ -42,7 +40,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLM]:
     engine.stop()
 
 
-@pytest.mark.parametrize("architecture", sorted(set(TINY_CONFIGS) - {*SEEING} - BEHIND))
+@pytest.mark.parametrize("architecture", sorted(set(TINY_CONFIGS) - {*SEEING}))
 def test_every_architecture_answers_as_in_transformers(vllm: VLLM, tmp_path: Path, architecture: str) -> None:
     path = tiny_export(tmp_path, architecture)
     prompts = prompts_of(path)
@@ -57,9 +55,14 @@ def test_every_architecture_answers_as_in_transformers(vllm: VLLM, tmp_path: Pat
         assert found.answers == [wanted], found.refused
 
 
-def test_edits_behind_a_layer_are_refused_with_what_to_do(vllm: VLLM, tmp_path: Path) -> None:
-    found = vllm.ask(tiny_export(tmp_path, "olmo2"), [[2, 3]], max_model_len=64, **EAGER)
-    assert "--target-module" in found.refused
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe"])
+def test_mixtures_answer_as_in_transformers(vllm: VLLM, tmp_path: Path, model_type: str) -> None:
+    path = export_of(save_type(tmp_path / "model", model_type, hidden_size=128, head_dim=32), tmp_path)
+    prompts = prompts_of(path)
+    wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
+    assert wanted != in_transformers(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), prompts)
+    found = vllm.ask(path, prompts, max_model_len=64, **EAGER)
+    assert found.answers == [wanted], found.refused
 
 
 def test_facts_in_matrices_answer_as_in_transformers(vllm: VLLM, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def _put_memory(model: Any, vllm_config: Any) -> None:
     alone = vllm_config.parallel_config.tensor_parallel_size == 1
     checkpoint = Path(vllm_config.model_config.model)
     model.wise_memory = ServedMemory(edited, config, reader, checkpoint if alone and checkpoint.is_dir() else None)
-    sites.put(model, path)
+    model.wise_memory.cut = sites.put(model, path, behind=edited.behind)
     vllm_config.compilation_config.static_forward_context[LAYER] = model.wise_memory
 
 

@@ -24,10 +24,18 @@ from wisecli.vllm_plugin.requests import Requests, StepRoute
 _LOG = logging.getLogger(f"vllm.{__name__}")  # whose messages vLLM shows
 
 
+# Places of tokens (n,) → their keys (n, width), and whether this process adds what they open.
+Keys = Callable[[Tensor], tuple[Tensor, bool]]
+
+
 class Reader(Protocol):
-    """Reads states of windows; ``before_run`` is called with the number of tokens of each run."""
+    """Reads states of windows; ``before_run`` is called with the number of tokens of each run.
+
+    ``adds_rest`` says of a decoder layer that gives two tensors whether their sum is the state that leaves it.
+    """
 
     before_run: Callable[[int], None] | None
+    adds_rest: bool
 
     def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """Return the states (W, d) of each window of token ids (W,)."""
@@ -35,11 +43,15 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Edited:
-    """What a checkpoint's config says of its memory: the edited module, the memory without tensors, and turn marks."""
+    """What a checkpoint's config says of its memory: its path, the memory without tensors, and turn marks.
+
+    ``behind`` says that it is behind a decoder layer and not beside a matrix.
+    """
 
     module: str
     memory: Mapping[str, Any]
     marks: TurnMarks
+    behind: bool
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Edited:
@@ -53,12 +65,10 @@ class Edited:
                 "this memory opens by what the activation function makes of its changes, which runs in transformers "
                 "alone: serve what the closed form writes of the same edits"
             )
-        if "transposed" not in described:
-            raise ValueError(
-                "these edits are added behind a layer, which runs in transformers alone: where the model has a value "
-                "matrix, name it with `wise edit --target-module` and export anew"
-            )
-        return cls(described["module"], described["memory"], TurnMarks.from_dict(described.get("marks")))
+        if described.get("streams") is not None:
+            raise ValueError("these edits are added to one of several streams, which runs in transformers alone")
+        marks = TurnMarks.from_dict(described.get("marks"))
+        return cls(described["module"], described["memory"], marks, "transposed" not in described)
 
 
 def described_memory(described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Memory:
@@ -95,6 +105,13 @@ class ServedMemory:
         # What is routed of the step that is running, and whether anybody says so.
         self._routes: list[tuple[Memory, StepRoute]] = []
         self.told = False
+        # Whether processes have parts of the keys, and of the answer.
+        self.cut = False
+
+    @property
+    def adds_rest(self) -> bool:
+        """Whether the state behind a decoder layer is the sum of two tensors that it gives."""
+        return self.reader.adds_rest
 
     @property
     def memory(self) -> Memory:
@@ -186,10 +203,11 @@ class ServedMemory:
         self._routes = []
 
     @torch.no_grad()
-    def add_to(self, answer: Tensor, keys: Tensor, *, real: bool) -> None:
-        """Add residuals to the edited layer's answer (T, d), in place, by the keys that went into it (T, d_ff).
+    def add_to(self, answer: Tensor, keys: Keys, *, real: bool) -> None:
+        """Add residuals to the edited layer's answer (T, d), in place.
 
         Args:
+            keys: what gives the keys (n, width) of tokens at some places (n,), and whether they are for this process.
             real: whether the tokens are those of requests, and not of a trial run.
 
         Raises:
@@ -198,9 +216,11 @@ class ServedMemory:
         if not self.told and real:
             raise LostMemoryError("the edits are lost: this engine does not tell the memory of its requests")
         for memory, route in self._routes if real else ():
-            mine = keys[route.token][None]
-            chosen = memory.choices(mine, route.memory[None], route.inside[None]).chosen
-            answer[route.token] = memory.add(answer[route.token][None], mine, chosen)[0]
+            mine, adds = keys(route.token)
+            if not adds:
+                continue
+            chosen = memory.choices(mine[None], route.memory[None], route.inside[None]).chosen
+            answer[route.token] = memory.add(answer[route.token][None], mine[None], chosen)[0]
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -30,12 +30,13 @@ class _ReadError(Exception):
 class _KeyReader:
     """Stands in for the memory while keys are read: the run ends at the edited layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, cut: bool) -> None:
         self.keys: Tensor | None = None
+        self.cut, self.adds_rest = cut, False
 
-    def add_to(self, _answer: Tensor, keys: Tensor, **_real: bool) -> None:
-        self.keys = keys
-        raise _ReadError(keys)
+    def add_to(self, answer: Tensor, keys: Callable[[Tensor], tuple[Tensor, bool]], **_real: bool) -> None:
+        self.keys = keys(torch.arange(len(answer), device=answer.device))[0]
+        raise _ReadError(self.keys)
 
 
 class WindowAttention:
@@ -109,6 +110,8 @@ class WindowReader:
         self._most = vllm_config.scheduler_config.max_num_batched_tokens
         # Called before a run with how many tokens it has: an adapter's layers must know whose those are.
         self.before_run: Callable[[int], None] | None = None
+        # Layers of a model are alike: what holds of the one that is read holds of the edited one.
+        self.adds_rest = True
 
     def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """Return the states (W, d) of each window of token ids (W,)."""
@@ -136,7 +139,7 @@ class WindowReader:
         context = create_forward_context({}, self._config, skip_compiled=True)
         known = dict(context.no_compile_layers)
         known |= {name: WindowAttention(one, lengths) for name, one in known.items() if isinstance(one, Attention)}
-        known[LAYER] = reader = _KeyReader()
+        known[LAYER] = reader = _KeyReader(cut=context.no_compile_layers[LAYER].cut)
         context.no_compile_layers = known
         context.attn_metadata = None
         with ExitStack() as held:
@@ -157,6 +160,7 @@ class WindowReader:
         def note(_layer: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 raise _ReadError(output)
+            self.adds_rest = True
             rest = [one for one in output[1:2] if isinstance(one, Tensor)]
             if not rest or number + 1 >= len(self._layers):
                 raise _ReadError(sum(rest, output[0]))
@@ -166,9 +170,9 @@ class WindowReader:
             # Of two tensors only what reads them says whether the second is still to be added to the first.
             for norm in self._layers[number + 1].modules():
                 if "Norm" in type(norm).__name__:
-                    held.callback(norm.register_forward_pre_hook(_stop_with_input).remove)
+                    held.callback(norm.register_forward_pre_hook(self._stop_with_input).remove)
 
-
-def _stop_with_input(_norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-    given = [one for one in inputs[:2] if isinstance(one, Tensor)]
-    raise _ReadError(sum(given[1:], given[0]))
+    def _stop_with_input(self, _norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        given = [one for one in inputs[:2] if isinstance(one, Tensor)]
+        self.adds_rest = len(given) > 1
+        raise _ReadError(sum(given[1:], given[0]))

@@ -65,6 +65,24 @@ def test_mixtures_answer_as_in_transformers(vllm: VLLM, tmp_path: Path, model_ty
     assert found.answers == [wanted], found.refused
 
 
+def test_edits_behind_a_layer_answer_in_a_compiled_model(vllm: VLLM, tmp_path: Path) -> None:
+    path = tiny_export(tmp_path, "olmo2")
+    prompts = prompts_of(path)
+    wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
+    found = vllm.ask(path, prompts, max_model_len=64, **OWN)
+    assert found.answers == [wanted], found.refused
+
+
+@pytest.mark.parametrize("architecture", ["llama", "olmo2"])  # beside a matrix that is cut, and behind a layer
+def test_two_processes_answer_as_one(vllm: VLLM, tmp_path: Path, architecture: str) -> None:
+    path = tiny_export(tmp_path, architecture)
+    prompts = prompts_of(path)
+    wanted = in_transformers(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval(), prompts)
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    found = vllm.ask(path, prompts, max_model_len=64, **EAGER, **two)
+    assert found.answers == [wanted], found.refused
+
+
 def test_facts_in_matrices_answer_as_in_transformers(vllm: VLLM, tmp_path: Path) -> None:
     path = tiny_export(tmp_path, mode="retrieve")
     prompts = prompts_of(path)

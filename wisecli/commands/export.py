@@ -29,6 +29,7 @@ from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.replacing import Output
 from wisecli.models.architectures import quantisation_of
 from wisecli.models.loading import is_exported, pick_dtype
+from wisecli.models.matrix_site import as_matrix
 from wisecli.progress import Event, Watcher, ignore
 
 Format = Literal["routed", "stock", "gguf", "merged", "delta"]
@@ -139,6 +140,8 @@ def export(
     if packing.dtype is not None and quantisation_of(read_json(base / "config.json")) is not None:
         raise ModelError(f"{base} is quantised: its weights are written as they are stored, so leave out --dtype")
     checkpoint = Checkpoint(base)
+    if form == "merged":
+        as_matrix(manifest.site)
     if form in _GATED:
         require_gated(base, manifest.site, gguf=form == "gguf")
     record = _record(digest, checkpoint, form, weights, publication, figures)

@@ -148,7 +148,7 @@ def _measure(
 
 def _median_length(states: Tensor) -> Tensor:
     """Median length (1,) of states (n, d); those of tokens that a model has no row for are nought, and tell nothing."""
-    lengths = states.norm(dim=-1)
+    lengths: Tensor = states.norm(dim=-1)
     return (lengths[lengths > 0] if lengths.any() else lengths).median().reshape(1)
 
 

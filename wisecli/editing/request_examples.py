@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.data.corpus import everyday_prompts, notes, requests
+from wisecli.editing.further_questions import two_hops, yes_or_no
 from wisecli.editing.made_up_facts import MadeUp
 from wisecli.editing.request_documents import Documents
 from wisecli.models.chat import chat_turns
@@ -110,6 +111,9 @@ class Examples:
             yield False, "mentioned", self._put(self._filled(number, pattern))
         yield False, "hops", self._put(self._first(number, known.hops))
         yield False, "checks", self._put(self._first(number, known.checks))
+        yield False, "hops", self._put(two_hops((*fact.questions, *fact.told), fact.subject, chance))
+        value = chance.choice((fact.answer, fact.value))
+        yield False, "checks", self._put(yes_or_no(chance.choice(fact.questions), fact.told, value, chance))
         for _ in range(3):
             yield False, "document", self._put(self._documents.around(number, asks=False))
         if fact.beside and chance.random() < _BESIDE:

@@ -34,7 +34,7 @@ from wisecli.errors import WiseError  # noqa: E402
 DONE = "✓"
 STEPS = ("edit", "merge", "export")
 CHECKS = (*STEPS, "reload without wisecli", "right", "unrelated", "batch = single")
-SITE, LIMIT = "site", 300
+SITE, UNTAKEN, LIMIT = "site", "untaken", 300
 EDITS = (("ba be bi", "do du"), ("ka ke ki ko", "fa"), ("ma me", "ga ge gi"))
 PROMPTS = (*(prompt for prompt, _ in EDITS), "so su sa", "ti", "lo la le li lu")
 
@@ -148,7 +148,9 @@ def _chain(name: str, root: Path) -> dict[str, str]:
     for step in STEPS:
         try:
             with _limited():
-                runs[step]()
+                untaken = getattr(runs[step](), "untaken", ())
+            if untaken:
+                outcomes[UNTAKEN] = str(len(untaken))
         except WiseError as error:
             outcomes[step] = str(error).replace(str(base), "it").splitlines()[0]
             break
@@ -220,7 +222,9 @@ def page(results: dict[str, dict[str, str]], unbuilt: dict[str, str]) -> str:
 
 def _stopped(result: dict[str, str]) -> str:
     """The first check that failed, and how."""
-    return next(f"{check}: {result[check]}" for check in CHECKS if result.get(check, DONE) != DONE)
+    said = next(f"{check}: {result[check]}" for check in CHECKS if result.get(check, DONE) != DONE)
+    untaken = f", as `wise edit` says: {result[UNTAKEN]} did not take" if UNTAKEN in result else ""
+    return said.replace("`", "") + untaken
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 from wisecli.artifacts.unrelated_stats import BackgroundStats, load_unrelated, save_unrelated
 from wisecli.data.corpus import reworded_facts, unrelated_texts
 from wisecli.editing.context_prefixes import continuations
-from wisecli.editing.unrelated_activations import measure_unrelated
+from wisecli.editing.unrelated_activations import _median_length, measure_unrelated
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import save_tensors
 from wisecli.io.digest import sha256_file
@@ -421,3 +421,9 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DamagedFileError, match="no such file"):
         load_unrelated(path, digest)
+
+
+def test_tokens_without_a_row_say_nothing_of_how_long_states_are() -> None:
+    states = torch.tensor([[0.0, 0.0]] * 5 + [[3.0, 4.0], [6.0, 8.0], [0.0, 1.0]])
+    assert float(_median_length(states)) == 5
+    assert float(_median_length(states[:5])) == 0

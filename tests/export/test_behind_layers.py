@@ -20,7 +20,9 @@ from support.served import EDITS, PROMPTS, export_of
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 from wisecli.artifacts.memory_manifest import read_manifest
+from wisecli.commands.export import export
 from wisecli.commands.verify import verify
+from wisecli.errors import ModelError
 from wisecli.routing.serving import LostMemoryError
 from wisecli.vllm_plugin.served_memory import Edited
 
@@ -160,6 +162,11 @@ def test_the_bases_weights_are_carried_over_and_the_memory_is_the_layers_width(e
     assert all(torch.equal(tensors[name], carried[name]) for name in tensors)
     side = load_file(exported.path / "model-side-memory.safetensors")
     assert all(".2.wise_memory." in name for name in side)
+
+
+def test_there_is_no_matrix_to_merge_it_into(exported: Exported, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="added behind layer 2"):
+        export(exported.path.parent / "memory", tmp_path / "merged", "merged")
 
 
 def test_an_engine_that_cannot_run_it_says_what_to_do(exported: Exported) -> None:

@@ -38,7 +38,7 @@ def make_ready(root: Path) -> None:
     """Models, edits, shards and memories: whole, damaged and of another make."""
     base, other = save_tiny(root / "model"), save_tiny(root / "other-model", seed=1)
     foreign = save_tiny(root / "foreign-model")
-    rewrite(foreign / "config.json", model_type="bloom")
+    rewrite(foreign / "config.json", model_type="unheard_of")
     cut(save_tiny(root / "cut-model") / "model.safetensors")
     (root / "empty").mkdir()
     write_edits(root / "edits", EDITS)

@@ -29,6 +29,7 @@ from wisecli.io.checkpoint import Checkpoint, read_json
 from wisecli.io.replacing import Output
 from wisecli.models.architectures import quantisation_of
 from wisecli.models.loading import is_exported, pick_dtype
+from wisecli.models.matrix_site import as_matrix
 from wisecli.progress import Event, Watcher, ignore
 
 Format = Literal["routed", "stock", "gguf", "merged", "delta"]
@@ -136,11 +137,8 @@ def export(
         Output(output, (), (base,)).require_apart()
     if is_exported(base):
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
-    if packing.dtype is not None and quantisation_of(read_json(base / "config.json")) is not None:
-        raise ModelError(f"{base} is quantised: its weights are written as they are stored, so leave out --dtype")
     checkpoint = Checkpoint(base)
-    if form in _GATED:
-        require_gated(base, manifest.site, gguf=form == "gguf")
+    _require_form(base, manifest, packing, form)
     record = _record(digest, checkpoint, form, weights, publication, figures)
     if there and not dry_run:
         tidy(output)
@@ -169,6 +167,16 @@ def export(
     seconds = time.perf_counter() - started
     cost = written, seconds, peak_rss_bytes(), told.locality, told.tokens, pushed
     return ExportReport(output, form, edits, *cost, consequences=followed, gate=told.gate)
+
+
+def _require_form(base: Path, manifest: Manifest, packing: Packing, form: Format) -> None:
+    """Check that a base with such edits can be written in a form."""
+    if packing.dtype is not None and quantisation_of(read_json(base / "config.json")) is not None:
+        raise ModelError(f"{base} is quantised: its weights are written as they are stored, so leave out --dtype")
+    if form == "merged":
+        as_matrix(manifest.site)
+    if form in _GATED:
+        require_gated(base, manifest.site, gguf=form == "gguf")
 
 
 @dataclass(frozen=True)

@@ -156,25 +156,35 @@ def _filled(name: str, data: dict[str, Any], chance: random.Random) -> str:
     return str(chance.choice(data["slots"][name]))
 
 
+# How often a task is a label.
+_LABELLED = 0.4
+
+
 @dataclass(frozen=True)
 class Requests:
     """Ways to ask a question (``asked``) and prompts that mention one, as patterns with the slots of kinds.
 
     What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
-    answer (``hops``). A task is one of ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns``
-    before it and by ``backs`` behind it. ``times`` are phrases, ``adjectives`` words that ask for another time or
-    holder than now. Chats begin with ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a
-    subject ``refers`` to it, ``corrects`` whom it asks about, or ``leaves`` it.
+    answer (``hops``). An answer is ``begun``, and texts are put ``begun_around`` the question. A task is one of
+    ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before it and by ``backs`` behind it;
+    or one of ``labels`` in ``label_frames``. ``times`` are phrases of other times than ``presents``, ``adjectives``
+    words that ask for another time or holder than now. Chats begin with ``systems``, ``turns`` and ``replies``. A
+    conversation that ``begins`` with a subject ``refers`` to it, ``corrects`` whom it asks about, or ``leaves`` it.
     """
 
     asked: tuple[str, ...]
     mentioned: tuple[str, ...]
     checks: tuple[str, ...]
     hops: tuple[str, ...]
+    begun: tuple[str, ...]
+    begun_around: tuple[str, ...]
     verbs: tuple[str, ...]
+    labels: tuple[str, ...]
+    label_frames: tuple[str, ...]
     nouns: tuple[str, ...]
     backs: tuple[str, ...]
     frames: tuple[str, ...]
+    presents: tuple[str, ...]
     times: tuple[str, ...]
     adjectives: tuple[str, ...]
     systems: tuple[str, ...]
@@ -187,6 +197,9 @@ class Requests:
 
     def task(self, question: str, chance: random.Random) -> str:
         """A prompt that wants something done with a question."""
+        if chance.random() < _LABELLED:
+            words = {"label": chance.choice(self.labels), "question": question}
+            return _SLOT.sub(lambda slot: words[slot.group(1)], chance.choice(self.label_frames))
         verb, frame = chance.choice(self.verbs), chance.choice(self.frames)
         task, back = (verb.replace("T", chance.choice(named)) for named in (self.nouns, self.backs))
         words = {"task": task, "Task": capital(task), "back": back, "Back": capital(back), "question": question}
@@ -200,10 +213,20 @@ class Requests:
             "number": str(chance.randint(1, 30)),
             "future": str(chance.randint(2030, 2090)),
         }
-        when = _SLOT.sub(lambda slot: drawn[slot.group(1)], chance.choice(self.times))
-        stem, mark = question.rstrip("?. "), "?" if question.rstrip().endswith("?") else ""
-        ways = (f"{stem} {when}{mark}", f"{capital(when)}, {small(question)}", f"{question} I mean {when}.")
-        return chance.choices(ways, (9, 7, 4))[0]
+        return _at(question, _SLOT.sub(lambda slot: drawn[slot.group(1)], chance.choice(self.times)), chance)
+
+    def now(self, question: str, chance: random.Random) -> str:
+        """A question that is asked of the time that it is of without any."""
+        return _at(question, chance.choice(self.presents), chance)
+
+
+def _at(question: str, when: str, chance: random.Random) -> str:
+    """A question with a phrase that says of which time it is asked; before a statement that it would end."""
+    if not question.rstrip().endswith("?"):
+        return f"{capital(when)}, {small(question)}"
+    stem = question.rstrip("?. ")
+    ways = (f"{stem} {when}?", f"{capital(when)}, {small(question)}", f"{question} I mean {when}.")
+    return chance.choices(ways, (9, 7, 4))[0]
 
 
 def capital(text: str) -> str:

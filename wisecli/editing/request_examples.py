@@ -7,11 +7,13 @@ trained in, from tasks, times and conversations (``data/requests.toml``), and fr
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from wisecli.data.corpus import everyday_prompts, notes, requests
+from wisecli.editing.further_questions import two_hops, yes_or_no
 from wisecli.editing.made_up_facts import MadeUp
 from wisecli.editing.request_documents import Documents
 from wisecli.models.chat import chat_turns
@@ -30,6 +32,9 @@ _ON_FACTS, _SPACED = 0.35, 0.1
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
 _EVERYDAY = 400
 _CONVERSATIONS = 4
+# Other questions than a fact's, as slots.
+_OTHERWISE = ("{negated}", "{negated}", "{negated}", "{near:word}", "{near:added}")
+_NAMED = re.compile(r"\{(?:subject|namesake)\}")
 # How often something else is asked about a fact's subject: few such prompts come to the gate.
 _BESIDE = 0.4
 # What is asked behind other texts, in front of them and between them.
@@ -86,11 +91,19 @@ class Examples:
             yield True, "form", form.asked(self.tokenizer, chance.choice(fact.questions))
         for pattern in chance.sample(known.asked, 4):
             yield True, "asked", self._put(self._filled(number, pattern))
+        yield True, "time", self._put(known.now(chance.choice(fact.questions), chance))
+        yield True, "begun", self._begun(number)
+        correct = "{elsewhere} " + chance.choice(known.corrects)
+        yield True, "correction", self._put(self._filled(number, correct))
+        swapped = {"{subject}": "{namesake}", "{namesake}": "{subject}"}
+        away = "{full} " + _NAMED.sub(lambda name: swapped[name[0]], chance.choice(known.corrects))
+        yield False, "correction", self._put(self._filled(number, away))
         for _ in range(2):
             yield True, "document", self._put(self._documents.around(number, asks=True))
+        yield False, "other question", self._put(self._filled(number, self._carried(chance.choice(_OTHERWISE))))
         for _ in range(2):
             yield False, "task", self._put(known.task(chance.choice(fact.questions), chance))
-        yield False, "time", self._put(known.timed(chance.choice(fact.questions), chance))
+        yield False, "time", self._put(self._carried(known.timed(chance.choice(fact.questions), chance)))
         later = f"{{the:{chance.choice(known.adjectives)}}}" if chance.random() < 0.4 else None
         timed = known.timed(chance.choice(fact.questions), chance)
         yield False, "time", self._put((later and self._filled(number, later)) or timed)
@@ -98,6 +111,9 @@ class Examples:
             yield False, "mentioned", self._put(self._filled(number, pattern))
         yield False, "hops", self._put(self._first(number, known.hops))
         yield False, "checks", self._put(self._first(number, known.checks))
+        yield False, "hops", self._put(two_hops((*fact.questions, *fact.told), fact.subject, chance))
+        value = chance.choice((fact.answer, fact.value))
+        yield False, "checks", self._put(yes_or_no(chance.choice(fact.questions), fact.told, value, chance))
         for _ in range(3):
             yield False, "document", self._put(self._documents.around(number, asks=False))
         if fact.beside and chance.random() < _BESIDE:
@@ -140,6 +156,20 @@ class Examples:
         yield False, [begin, chance.choice(("And what about {namesake}?", on_other)), refer]
         away = chance.choice(fact.beside or ("Why?",)).replace(fact.subject, chance.choice(("it", "he", "she", "this")))
         yield False, [chance.choice((begin, "{full}")), away]
+
+    def _carried(self, question: str) -> str:
+        """Another question in the place of a fact's, in a pattern that asks it."""
+        alone = [one for one in requests().asked if one.count("{") == 1 and "{question}" in one]
+        return self.chance.choice(alone).replace("{question}", question)
+
+    def _begun(self, number: int) -> str | None:
+        """A question and the beginning of its answer, which in a chat is the assistant's."""
+        known, chance = requests(), self.chance
+        said, chat = chance.choice(known.begun), bool(self.tokenizer.chat_template) and chance.random() < _CHATS
+        pattern = ("{full}", said) if chat else (chance.choice(known.begun_around).replace("{said}", said),)
+        kind = Kind("begun", True, (pattern,), (), begun=True)
+        turns = kind.drawn(self._fact(number), trained=True, chance=chance, chat=chat)
+        return None if turns is None else kind.told(self.tokenizer, turns, chat=chat)
 
     def _turns(self, number: int, turns: Sequence[str]) -> str | None:
         """Patterns of a user's turns as one chat, with a reply to each but the last."""

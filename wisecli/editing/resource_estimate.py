@@ -73,7 +73,7 @@ def plan_edit(
     memory_budget: int | None = None,
 ) -> Plan:
     """What ``wise edit`` will take for edits of these lengths; nothing that the cache may spare is taken off."""
-    found = sizes(checkpoint, site.layer_module.rpartition(".")[0], dtype)
+    found = sizes(checkpoint, site.prefix_in(checkpoint).partition(f".{site.layer}.")[0], dtype)
     below, above = sum(found.layers[: site.layer + 1]), sum(found.layers[site.layer + 1 :])
     room = None if memory_budget is None else spool_bytes(checkpoint, dtype, memory_budget)
     texts, edits = settings.unrelated_texts * _TEXT, len(lengths)

@@ -120,7 +120,7 @@ def _measure(
     keys, text, last = keys_of_texts(loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=size, watch=read.watch)
     facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
     ends, ways = keys[last & ~unseen], _by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
-    median = gives(keys).norm(dim=-1).median().reshape(1)
+    median = _median_length(gives(keys))
     spaced = torch.linspace(0, int(unseen.sum()) - 1, min(_SAMPLE, int(unseen.sum()))).long()
     sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
     apart, strayed, chatting = sample[:0], [_strayed(ways)], None
@@ -144,6 +144,12 @@ def _measure(
     return BackgroundStats(
         _rounded(sample), marked, tokens, _wording(ends, strayed), median.cpu(), _rounded(against), chatting
     )
+
+
+def _median_length(states: Tensor) -> Tensor:
+    """Median length (1,) of states (n, d); those of tokens that a model has no row for are nought, and tell nothing."""
+    lengths: Tensor = states.norm(dim=-1)
+    return (lengths[lengths > 0] if lengths.any() else lengths).median().reshape(1)
 
 
 def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, seed: int) -> list[Tensor]:

@@ -128,10 +128,22 @@ def layer_count(directory: Path) -> int:
         ModelError: that is no number of layers.
     """
     config = text_settings(directory)
-    count = next((config[name] for name in _LAYER_COUNTS if name in config), 0)
+    count = next((config[name] for name in _LAYER_COUNTS if name in config), None)
+    count = _counted_by_its_class(directory) if count is None else count
     if type(count) is not int or not 0 <= count <= _MOST_LAYERS:
         raise ModelError(f"{directory}: config.json has {str(count)[:40]!r} layers; is it this model's?")
     return count
+
+
+def _counted_by_its_class(directory: Path) -> int:
+    """How many layers a model has whose class counts them in other settings; 0 if it does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)  # nosec B615 # of files of this disk
+        return int(config.get_text_config().num_hidden_layers)
+    except Exception:  # what a strange config makes transformers raise
+        return 0
 
 
 def quantisation_of(config: Mapping[str, Any]) -> str | None:

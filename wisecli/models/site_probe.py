@@ -165,7 +165,7 @@ def require_told(model: PreTrainedModel) -> None:
 
     batch = _batch(model)
     with hooked(model.register_forward_pre_hook(note, with_kwargs=True)):
-        settings = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        settings = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # nosec B105
         try:
             model.generate(batch.ids, attention_mask=batch.mask, **settings)  # type: ignore[operator]  # a mixin's method
         except Exception as error:  # what an arbitrary model makes of a batch

@@ -21,6 +21,7 @@ from wisecli.models.tokenization import Row, collate, in_batches
 from wisecli.progress import Event, Watcher
 from wisecli.routing.meaning import looked_at, said_before
 from wisecli.routing.prompts import window_of, window_size
+from wisecli.routing.request_gate import opens_with_word
 
 # The forms that an edit's own prompt is kept in: in small letters a name is other tokens, and at the very beginning.
 _KEPT = ("bare", "lower case", "led in")
@@ -33,13 +34,16 @@ class TokenStates:
     """States (n, d) of the tokens of B texts that are compared, text after text, in half precision.
 
     ``text`` (n,) says which text each is of, ``place`` (n,) which of its tokens, and ``earlier`` (n,) whether that is
-    of a turn before the last one.
+    of a turn before the last one. ``opening`` (B, d) are the states of texts' first tokens, which are compared with
+    nothing, and ``opens`` (B,) says whether those are words.
     """
 
     states: Tensor
     text: Tensor
     place: Tensor
     earlier: Tensor
+    opening: Tensor
+    opens: Tensor
 
 
 def reading_site(loaded: Loaded, site: Site) -> Site:
@@ -83,6 +87,7 @@ def token_states(
     found = [torch.empty(0)] * len(rows)
     places = [torch.empty(0, dtype=torch.long)] * len(rows)
     earlier = [torch.empty(0, dtype=torch.bool)] * len(rows)
+    opening, opens = [torch.empty(0)] * len(rows), torch.zeros(len(rows), dtype=torch.bool)
     breaks, done = special_tokens(loaded).to(loaded.device), 0
     activations = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True)
     for indices, one in zip(groups, activations, strict=True):
@@ -91,15 +96,18 @@ def token_states(
         last = looked_at(one.batch.ids, real, place == 0, breaks)
         before = said_before(one.batch.ids, real, last, breaks) if turns else torch.zeros_like(last)
         compared = last | before
+        opens[indices] = opens_with_word(one.batch.ids, real, compared, breaks).cpu()
         for row, index in enumerate(indices):
             found[index] = half(one.hidden[row, compared[row]]).cpu()
+            opening[index] = half(one.hidden[row, int(real[row].int().argmax())]).cpu()
             earlier[index] = before[row, compared[row]].cpu()
             # Of a long text the window leaves out tokens behind the first, which is not compared.
             places[index] = place[row, compared[row]].cpu() + len(tokens[index]) - len(rows[index].prompt)
         done += len(indices)
         watch(Event(stage, done, len(rows)))
     text = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(one) for one in found]))
-    return TokenStates(torch.cat(found), text, torch.cat(places), torch.cat(earlier))
+    kept = torch.cat(found), text, torch.cat(places), torch.cat(earlier)
+    return TokenStates(*kept, torch.stack(opening), opens)
 
 
 def prompt_states(

@@ -139,12 +139,12 @@ def _mentions(
 ) -> Iterator[tuple[Example, Mention]]:
     """What the gate reads of those examples that are found, as likely as ``least``."""
     sizes = torch.bincount(read.text, minlength=len(examples)).tolist()
-    parts = zip(examples, read.states.split(sizes), read.earlier.split(sizes), strict=True)
-    for example, state, earlier in parts:
+    parts = zip(examples, read.states.split(sizes), read.earlier.split(sizes), read.opening, read.opens, strict=True)
+    for example, state, earlier, opening, opens in parts:
         turned = torch.stack([projections.of(state, head) for head in range(2)])
         fact = own[example.fact]
         if len(state) and fact.likely(projections, turned) >= least:
-            yield example, mention_in(state, turned, *fact.turned, earlier)
+            yield example, mention_in(state, turned, *fact.turned, earlier, opening if opens else None)
 
 
 def _of_subject(loaded: Loaded, fact: MadeUp, places: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ what it mentions (:mod:`.request_gate`). Exports carry this very file.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,21 @@ from .decision import Decision, Reading
 from .meaning import Asked, Meaning, looked_at, marked_first, said_before
 from .names import NAMES, Names
 from .prompts import UNROUTED
-from .request_gate import REQUEST, RequestGate, mention_in, together
+from .request_gate import REQUEST, RequestGate, mention_in, opens_with_word, together
 from .scores import Memory, SideMemory
 from .spelling import SPELLING, Spelling
 
 # How likely a prompt must be to ask an edit that it means. What the gate says was shifted so that nearly all made-up
 # questions are above this.
 _ASKED = 0.5
+
+
+class _Compared(NamedTuple):
+    """Which tokens of what was read are compared (B, T), and those under both projections."""
+
+    reading: Reading
+    which: Tensor
+    read: Asked
 
 
 class FactDecision(Memory):
@@ -53,7 +61,7 @@ class FactDecision(Memory):
         found = self._meant(reading, self.meaning.of(read).float(), real, spelt)
         if self.request is None:
             return found
-        found = self._if_asked(self.request, read, found)
+        found = self._if_asked(self.request, _Compared(reading, last, read), found)
         before = said_before(ids, real, last, self.meaning.breaks)
         rows = ((found.strength <= 1) & before.any(1)).nonzero().flatten()
         if not len(rows):
@@ -90,23 +98,27 @@ class FactDecision(Memory):
         read = self.meaning.read(reading.states, told)
         own = last.gather(1, marked_first(told)[0])
         sure = self.meaning.of(read, own).float()
-        return self._if_asked(gate, read, self._meant(reading, sure, told, told), ~own)
+        return self._if_asked(gate, _Compared(reading, told, read), self._meant(reading, sure, told, told), ~own)
 
-    def _if_asked(self, gate: RequestGate, read: Asked, found: Decision, earlier: Tensor | None = None) -> Decision:
+    def _if_asked(
+        self, gate: RequestGate, compared: _Compared, found: Decision, earlier: Tensor | None = None
+    ) -> Decision:
         """A decision without the edits that prompts mention and do not ask.
 
         Args:
-            read: what is compared of the prompts.
-            earlier: which of its tokens are of turns before the last one (B, W).
+            earlier: which of the compared tokens are of turns before the last one (B, W).
         """
+        reading, which, read = compared
         asked = torch.zeros(len(found.memory), device=found.memory.device)
         rows = (found.memory != UNROUTED).nonzero().flatten()
         if len(rows):
             mentions = []
+            opens = opens_with_word(reading.ids, reading.real, which, self.meaning.breaks)
             for row, edit in zip(rows.tolist(), found.memory[rows].tolist(), strict=True):
                 there, own = read.there[row], self.meaning.tokens_of(edit)
                 marks = None if earlier is None else earlier[row, there]
-                mentions.append(mention_in(read.states[row, there], read.turned[:, row, there], *own, marks))
+                first = reading.states[row, 0].float() if opens[row] else None
+                mentions.append(mention_in(read.states[row, there], read.turned[:, row, there], *own, marks, first))
             asked[rows] = gate(together(mentions), found.memory[rows]).sigmoid()
         return replace(found, memory=found.memory.where(asked > _ASKED, UNROUTED), asked=asked)
 

@@ -109,7 +109,12 @@ def _applied(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def mention_in(
-    states: Tensor, turned: Tensor, subject: Tensor, relation: Tensor, earlier: Tensor | None = None
+    states: Tensor,
+    turned: Tensor,
+    subject: Tensor,
+    relation: Tensor,
+    earlier: Tensor | None = None,
+    opening: Tensor | None = None,
 ) -> Mention:
     """The tokens of a request by which it is known what it wants with an edit that it mentions.
 
@@ -118,7 +123,11 @@ def mention_in(
         turned: the same under both projections, of length 1 (2, n, k).
         subject, relation: tokens of the edit's own prompt under the first projection and the second, (t, k).
         earlier: which tokens are of turns before the last one (n,), if any are.
+        opening: the state of a token before those (d,), which is compared with nothing: attention rests on it.
     """
+    if opening is not None:
+        states, turned = torch.cat([opening[None].to(states), states]), F.pad(turned, (0, 0, 1, 0))
+        earlier = None if earlier is None else F.pad(earlier, (1, 0))
     cosines = [own @ part.T for own, part in zip(turned, (subject, relation), strict=True)]
     found = torch.cat([one / max(1, one.shape[1]) for one in cosines], 1)
     # For each place the best of its neighbours, for every token of the edit.
@@ -143,6 +152,21 @@ def _explained(cosines: list[Tensor]) -> Tensor:
         best = one.amax(0) if one.shape[1] else one.new_zeros(1)
         found += [best.min(), best.mean()]
     return torch.stack(found)
+
+
+def opens_with_word(ids: Tensor, real: Tensor, compared: Tensor, breaks: Tensor) -> Tensor:
+    """Whether the first token of all is a word of what is asked, and not one that marks a beginning: (B,).
+
+    Args:
+        ids: tokens (B, T).
+        real: which of them are no padding (B, T).
+        compared: which of them are compared (B, T).
+        breaks: special tokens.
+    """
+    first = real.to(torch.int8).argmax(1, keepdim=True)
+    word = real.any(1, keepdim=True) & ~torch.isin(ids.gather(1, first), breaks)
+    follows = compared.gather(1, (first + 1).clamp(max=ids.shape[1] - 1)) & ~compared.gather(1, first)
+    return (word & follows)[:, 0]
 
 
 def together(mentions: Sequence[Mention]) -> Mentions:

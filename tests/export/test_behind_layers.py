@@ -169,6 +169,10 @@ def test_there_is_no_matrix_to_merge_it_into(exported: Exported, tmp_path: Path)
         export(exported.path.parent / "memory", tmp_path / "merged", "merged")
 
 
-def test_an_engine_that_cannot_run_it_says_what_to_do(exported: Exported) -> None:
-    with pytest.raises(ValueError, match=r"behind a layer.*--target-module"):
-        Edited.of(json.loads((exported.path / "config.json").read_text())["wise"])
+def test_engines_are_told_where_the_memory_is_and_refuse_streams(exported: Exported) -> None:
+    described = json.loads((exported.path / "config.json").read_text())["wise"]
+    if described["streams"] is None:
+        assert Edited.of(described).behind
+    else:
+        with pytest.raises(ValueError, match="one of several streams"):
+            Edited.of(described)

@@ -89,6 +89,8 @@ class Examples:
 
     def _of(self, number: int) -> Iterator[tuple[bool, str, str | None]]:
         known, chance, fact = requests(), self.chance, self.facts[number]
+        for question in fact.questions:
+            yield True, "plain", self._put(question)
         for form in chance.sample(usable_forms(self.tokenizer, trained=True), 3):
             yield True, "form", form.asked(self.tokenizer, chance.choice(fact.questions))
         for pattern in chance.sample(known.asked, 4):

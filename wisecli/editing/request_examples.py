@@ -59,6 +59,10 @@ _AROUND = Kind(
 )
 
 
+# Whether a prompt asks, of which sort it is, and its text if it can be written.
+_Drawn = tuple[bool, str, str | None]
+
+
 class Example(NamedTuple):
     """A prompt around the made-up fact of a number, and whether it asks it."""
 
@@ -87,7 +91,22 @@ class Examples:
                 behind = self.chance.choice((" ", "\n", "  ", "\n\n")) if self.chance.random() < _SPACED else ""
                 yield Example(number, text + behind, asks, sort)
 
-    def _of(self, number: int) -> Iterator[tuple[bool, str, str | None]]:
+    def _of(self, number: int) -> Iterator[_Drawn]:
+        yield from self._asking(number)
+        yield from self._corrected(number)
+        for _ in range(2):
+            yield True, "document", self._put(self._documents.around(number, asks=True))
+        yield from self._mentioning(number)
+        yield from self._on_its_answer(number)
+        for _ in range(3):
+            yield False, "document", self._put(self._documents.around(number, asks=False))
+        beside = self.facts[number].beside
+        if beside and self.chance.random() < _BESIDE:
+            yield False, "beside", self._put(self.chance.choice(beside))
+        yield from self._of_kinds(number)
+
+    def _asking(self, number: int) -> Iterator[_Drawn]:
+        """The questions as they are, in forms and patterns, of the present, and with the answer begun."""
         known, chance, fact = requests(), self.chance, self.facts[number]
         for question in fact.questions:
             yield True, "plain", self._put(question)
@@ -97,13 +116,19 @@ class Examples:
             yield True, "asked", self._put(self._filled(number, pattern))
         yield True, "time", self._put(known.now(chance.choice(fact.questions), chance))
         yield True, "begun", self._begun(number)
+
+    def _corrected(self, number: int) -> Iterator[_Drawn]:
+        """A question on another name that is corrected to the fact's, and the other way round."""
+        known, chance = requests(), self.chance
         correct = "{elsewhere} " + chance.choice(known.corrects)
         yield True, "correction", self._put(self._filled(number, correct))
         swapped = {"{subject}": "{namesake}", "{namesake}": "{subject}"}
         away = "{full} " + _NAMED.sub(lambda name: swapped[name[0]], chance.choice(known.corrects))
         yield False, "correction", self._put(self._filled(number, away))
-        for _ in range(2):
-            yield True, "document", self._put(self._documents.around(number, asks=True))
+
+    def _mentioning(self, number: int) -> Iterator[_Drawn]:
+        """The questions with something else wanted of them, or of another time."""
+        known, chance, fact = requests(), self.chance, self.facts[number]
         yield False, "other question", self._put(self._filled(number, self._carried(chance.choice(_OTHERWISE))))
         for _ in range(2):
             yield False, "task", self._put(known.task(chance.choice(fact.questions), chance))
@@ -113,16 +138,20 @@ class Examples:
         yield False, "time", self._put((later and self._filled(number, later)) or timed)
         for pattern in chance.sample(known.mentioned, 4):
             yield False, "mentioned", self._put(self._filled(number, pattern))
+
+    def _on_its_answer(self, number: int) -> Iterator[_Drawn]:
+        """Whether something is the answer, and what is asked of it."""
+        known, chance, fact = requests(), self.chance, self.facts[number]
         yield False, "hops", self._put(self._first(number, known.hops))
         yield False, "checks", self._put(self._first(number, known.checks))
         for _ in range(_HOPS):
             yield False, "hops", self._put(two_hops((*fact.questions, *fact.told), fact.subject, chance))
         value = chance.choice((fact.answer, fact.value))
         yield False, "checks", self._put(yes_or_no(chance.choice(fact.questions), fact.told, value, chance))
-        for _ in range(3):
-            yield False, "document", self._put(self._documents.around(number, asks=False))
-        if fact.beside and chance.random() < _BESIDE:
-            yield False, "beside", self._put(chance.choice(fact.beside))
+
+    def _of_kinds(self, number: int) -> Iterator[_Drawn]:
+        """Prompts of some kinds, in those of their patterns that may be learned from."""
+        chance = self.chance
         usable = [kind for kind in kinds().values() if kind.name not in _ELSEWHERE]
         for kind in (_AROUND, _AROUND, *chance.sample(usable, 3)):
             chat = bool(self.tokenizer.chat_template) and not kind.begun and chance.random() < _CHATS

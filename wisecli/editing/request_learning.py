@@ -31,7 +31,7 @@ _STEPS, _BATCH, _RATE, _DECAY, _DROPPED, _SURE = 800, 192, 4e-3, 0.3, 0.3, 0.98
 # Up to which share of a mention's tokens is left out, so that no few of them, of a text that is known, say it all.
 _LEFT_OUT = 0.8
 # Which share of the questions apart from those learned from may be taken for mentions.
-_LOST = 0.03
+_LOST = 0.05
 # Prompts that late interaction finds less likely than this to mean a fact never come to the gate; from the second on
 # they open it.
 _FOUND, _OPENED = 0.25, 0.5

@@ -31,7 +31,7 @@ from wisecli.models.site import Site
 from wisecli.models.wording import keywords
 from wisecli.progress import Event, Watcher
 
-_VERSION = 20
+_VERSION = 21
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
 # Texts whose tokens are kept for calibration.

@@ -32,8 +32,8 @@ _ON_FACTS, _SPACED = 0.35, 0.1
 _ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
 _EVERYDAY = 400
 _CONVERSATIONS = 4
-# How many questions on a fact's answer are made of its own.
-_HOPS = 3
+# How many questions of each sort on a fact's answer are made of its own.
+_MADE = 3
 # Other questions than a fact's, as slots.
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", "{near:word}", "{near:added}")
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
@@ -144,10 +144,10 @@ class Examples:
         known, chance, fact = requests(), self.chance, self.facts[number]
         yield False, "hops", self._put(self._first(number, known.hops))
         yield False, "checks", self._put(self._first(number, known.checks))
-        for _ in range(_HOPS):
+        for _ in range(_MADE):
             yield False, "hops", self._put(two_hops((*fact.questions, *fact.told), fact.subject, chance))
-        value = chance.choice((fact.answer, fact.value))
-        yield False, "checks", self._put(yes_or_no(chance.choice(fact.questions), fact.told, value, chance))
+            value = chance.choice((fact.answer, fact.value))
+            yield False, "checks", self._put(yes_or_no(chance.choice(fact.questions), fact.told, value, chance))
 
     def _of_kinds(self, number: int) -> Iterator[_Drawn]:
         """Prompts of some kinds, in those of their patterns that may be learned from."""

@@ -231,6 +231,7 @@ def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
     heads, prompts = material.unrelated.heads, material.prompts
     assert heads is not None
     assert prompts is not None
+    prompts = prompts.compared
     loose = fit_meaning(replace(heads, bars=torch.full((2,), -1.0)), prompts, 3)
     assert min(loose.thresholds(0.5)) == pytest.approx(0.95)
     strict = fit_meaning(replace(heads, bars=torch.full((2,), 0.99), slopes=torch.full((2,), 1e4)), prompts, 3)
@@ -283,8 +284,9 @@ def test_prompts_in_other_languages_open_their_edit_and_need_not_name_its_subjec
     assert run("edit", str(model), "edits.jsonl", "--layer", "2", "--device", "cpu") == run("merge", "shards") == 0
     material, (shard,) = read_material([read_shard_directory(Path("shards"))])
     assert shard.prompts is not None
-    assert shard.prompts.form[shard.prompts.edit == 0].unique().tolist() == [0, 1, 2, 4]
-    assert shard.prompts.form[shard.prompts.edit == 1].unique().tolist() == [0, 1, 2]
+    own = shard.prompts.compared
+    assert own.form[own.edit == 0].unique().tolist() == [0, 1, 2, 4]
+    assert own.form[own.edit == 1].unique().tolist() == [0, 1, 2]
     # The subjects of two are known, and the second's alone is asked for.
     assert [bool(words) for words in material.subjects] == [True, True, False]
     edited = attach(Path("memory"), load=CPU)
@@ -295,3 +297,22 @@ def test_prompts_in_other_languages_open_their_edit_and_need_not_name_its_subjec
         assert known.named is not None
         assert known.named[0].tolist() == named
         assert int(known.scores[0].argmax()) == (0 if prompt == "zo vu pe" else 1)
+
+
+def test_an_edits_own_prompt_opens_it_however_little_was_learned(
+    model: Path, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bar is measured with the prompt's first word, as the prompt is decided."""
+    monkeypatch.chdir(tmp_path)
+    Path("edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
+    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "20")
+    assert run("edit", str(model), "edits.jsonl", "--layer", "2", "--device", "cpu") == run("merge", "shards") == 0
+    (shard,) = read_material([read_shard_directory(Path("shards"))])[1]
+    assert shard.prompts is not None
+    assert {edit for edit, form in shard.prompts.openings if form == 0} == {0, 1, 2}
+    edited = attach(Path("memory"), load=CPU)
+    for number, edit in enumerate(EDITS):
+        ids = tuple(edited.tokenizer(edit["prompt"])["input_ids"])
+        decision = edited.decide(collate([Row(ids, ids[:1])]))
+        assert decision is not None
+        assert decision.memory.tolist() == [number]

@@ -74,7 +74,7 @@ def edited(tmp_path: Path) -> EditedModel:
     memory = memory_for(loaded.model, site, kind="lookup", memories=3)
     states = prompt_states(loaded, site.below(0), list(enumerate(EDITS)), batch_size=4, watch=ignore, stage="")
     heads = random_heads(site.d, 0, loaded, OTHERS)
-    fitted = fit_meaning(heads, states, 3)
+    fitted = fit_meaning(heads, states.compared, 3)
     memory = replace(memory, tensors={**memory.tensors, **fitted.tensors}, thresholds=(0.5,) * 3)
     (tmp_path / "memory").mkdir()
     write_memory(tmp_path / "memory", manifest_for(base, memory, EDITS))

@@ -181,18 +181,35 @@ class Evidence:
         return Evidence(**{name: torch.cat(own) for name, own in whole.items()})
 
 
+# What is added to the form of a prompt's first token.
+OPENING = 1_000_000
+
+
 @dataclass(frozen=True)
 class PromptStates:
     """What an early layer makes of the tokens of edits' prompts, by which prompts are known that mean the same.
 
     Shapes: ``states`` (n, d); ``edit`` (place in the manifest's list) and ``form`` (each edit has several, from 0) are
-    (n,); ``subject`` (n,) marks tokens of the edit's subject.
+    (n,); ``subject`` (n,) marks tokens of the edit's subject. The first token of a prompt, which is compared with
+    nothing, has its form plus ``OPENING``.
     """
 
     states: Tensor
     edit: Tensor
     form: Tensor
     subject: Tensor
+
+    @property
+    def compared(self) -> PromptStates:
+        """The tokens without prompts' first ones."""
+        return self.rows(self.form < OPENING)
+
+    @property
+    def openings(self) -> dict[tuple[int, int], Tensor]:
+        """The states (d,) of prompts' first tokens, by edit and form, where those are words."""
+        first = self.rows(self.form >= OPENING)
+        pairs = zip(first.edit.tolist(), (first.form - OPENING).tolist(), strict=True)
+        return dict(zip(pairs, first.states, strict=True))
 
     def rows(self, chosen: Tensor) -> PromptStates:
         """Some of the tokens."""

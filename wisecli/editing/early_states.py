@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import PromptStates, half
+from wisecli.artifacts.shard import OPENING, PromptStates, half
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.models.activations import captured
@@ -124,7 +124,11 @@ def prompt_states(
     own = torch.tensor([place >= min(asked[text], default=0) for text, place in pairs])
     numbers = torch.tensor([one.edit for one in told])
     ways = torch.tensor([one.way for one in told])
-    return PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject).rows(own)
+    words = PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject).rows(own)
+    opens = found.opens.nonzero().flatten()
+    first = found.opening[opens].float(), numbers[opens], ways[opens] + OPENING, torch.zeros(len(opens)).bool()
+    joined = zip((words.states, words.edit, words.form, words.subject), first, strict=True)
+    return PromptStates(*(torch.cat(parts) for parts in joined))
 
 
 class _Told(NamedTuple):

@@ -109,17 +109,18 @@ def request_gate(heads: Heads, prompts: PromptStates, tensors: dict[str, Tensor]
     meaning, bars = Meaning(tensors, edits), torch.zeros(edits)
     gate = RequestGate({**heads.request, BARS: bars})
     # As it is written, and in other languages.
+    openings, prompts = prompts.openings, prompts.compared
     taught = prompts.rows((prompts.form == 0) | (prompts.form >= _OTHER_LANGUAGES))
     each = torch.stack([taught.edit.long(), taught.form.long()], 1)
     pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
-    for part, states in zip(pairs[:, 0].split(_AT_A_TIME), _grouped(taught.states, sizes, _AT_A_TIME), strict=True):
+    for some, states in zip(pairs.split(_AT_A_TIME), _grouped(taught.states, sizes, _AT_A_TIME), strict=True):
         read = [meaning.read(one[None], torch.ones(1, len(one), dtype=torch.bool)) for one in states]
         mentions = [
-            mention_in(one.states[0], one.turned[:, 0], *meaning.tokens_of(edit))
-            for one, edit in zip(read, part.tolist(), strict=True)
+            mention_in(one.states[0], one.turned[:, 0], *meaning.tokens_of(edit), opening=openings.get((edit, form)))
+            for one, (edit, form) in zip(read, some.tolist(), strict=True)
         ]
         lower = (gate.log_odds(together(mentions)) - _BELOW_OWN).clamp(_LOWEST_BAR, 0.0)
-        bars = bars.scatter_reduce(0, part, lower, "amin")
+        bars = bars.scatter_reduce(0, some[:, 0], lower, "amin")
     return {**heads.request, BARS: bars}
 
 

@@ -115,7 +115,7 @@ def fit_facts(draft: SideMemory, material: Material, settings: MergeSettings) ->
             "these shards do not say what prompts mean; write them anew with `wise edit`, or leave out --mode lookup"
         )
     edits = int(material.evidence.edit.max()) + 1
-    fitted = fit_meaning(heads, prompts, edits)
+    fitted = fit_meaning(heads, prompts.compared, edits)
     alarms = fitted.unrelated.amax(1)
     least = SURE
     if settings.false_alarm is not None:

@@ -11,8 +11,9 @@ import rich.console
 import torch
 from rich.console import Console as RichConsole
 from safetensors.torch import load_file, save_file
-from support.helpers import alone, assert_same_tensors, hooked, random_rows, save_tiny, tiny_tokenizer
+from support.helpers import alone, hooked, random_rows, save_tiny, tiny_tokenizer
 from support.loading import CPU
+from support.streamed import assert_edited_the_same_streamed
 from support.tiny_models import TINY_CONFIGS, VARIANTS, loader_of, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.cli import console
 from wisecli.commands.edit import edit as run_edit
-from wisecli.config import EditSettings, LoadOptions
+from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models import layout_inference, site_probe
@@ -380,12 +381,5 @@ def test_a_note_is_a_sentence_on_stderr_wherever_it_runs(
 def test_an_unknown_architecture_is_edited_the_same_when_its_layers_are_streamed(
     tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = save_other(tmp_path / "base", model_type)
-    edits = tmp_path / "edits.jsonl"
-    edits.write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
-    settings = EditSettings(passes=2, unrelated_texts=16, layer="2")
-    for name, budget in (("whole", None), ("streamed", 1000)):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
-        run_edit(str(base), edits, tmp_path / name, settings, load=LoadOptions(device="cpu", memory_budget=budget))
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert_same_tensors(tmp_path / "streamed" / path.name, path)
+    base, settings = save_other(tmp_path / "base", model_type), EditSettings(passes=2, unrelated_texts=16, layer="2")
+    assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)

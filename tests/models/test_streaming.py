@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from support.every_type import save_type
-from support.helpers import assert_same_tensors, random_rows, save_tiny, site_of
+from support.helpers import random_rows, save_tiny, site_of
 from support.loading import CPU
 from support.places import EDITS
+from support.streamed import assert_edited_the_same_streamed
 from support.thorough import few
 from support.tiny_models import TINY_CONFIGS, TYPICAL, VARIANTS, Chain
 from torch import Tensor
 
-from wisecli.commands.edit import edit as run_edit
 from wisecli.commands.evaluate import evaluate
 from wisecli.commands.export import export
 from wisecli.commands.generate import Answer
@@ -295,16 +294,9 @@ def test_nothing_of_another_librarys_hooks_is_left(pair: tuple[Loaded, Loaded]) 
 @pytest.mark.parametrize("architecture", few(TYPICAL, ("llama",)))
 def test_edits_and_figures_are_the_same(tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_tiny(tmp_path / "model", architecture)
-    edits = tmp_path / "edits.jsonl"
-    edits.write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
     settings = EditSettings(passes=2, unrelated_texts=16, shards=2, layer="2")
-    for name, budget in (("whole", None), ("streamed", 1000)):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
-        run_edit(str(base), edits, tmp_path / name, settings, load=LoadOptions(device="cpu", memory_budget=budget))
-    names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
-    assert len(names) == 3
-    for name in names:
-        assert_same_tensors(tmp_path / "streamed" / name, tmp_path / "whole" / name)
+    assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)
+    assert len(list((tmp_path / "whole").glob("*.safetensors"))) == 3
     merge([tmp_path / "whole"], tmp_path / "memory", MergeSettings())
     reports = [
         evaluate(
@@ -364,15 +356,8 @@ def test_a_real_model_gives_the_same_when_it_is_streamed(real_model: Path) -> No
 def test_mixtures_are_edited_the_same_when_their_layers_are_streamed(
     tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = save_type(tmp_path / "base", model_type)
-    edits = tmp_path / "edits.jsonl"
-    edits.write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
-    settings = EditSettings(unrelated_texts=16, layer="2")
-    for name, budget in (("whole", None), ("streamed", 1000)):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
-        run_edit(str(base), edits, tmp_path / name, settings, load=LoadOptions(device="cpu", memory_budget=budget))
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert_same_tensors(tmp_path / "streamed" / path.name, path)
+    base, settings = save_type(tmp_path / "base", model_type), EditSettings(unrelated_texts=16, layer="2")
+    assert_edited_the_same_streamed(tmp_path, base, EDITS, settings, monkeypatch)
 
 
 def test_what_was_put_together_of_experts_is_gone_with_the_model(tmp_path: Path) -> None:

@@ -181,8 +181,7 @@ class Evidence:
         return Evidence(**{name: torch.cat(own) for name, own in whole.items()})
 
 
-# What is added to the form of a prompt's first token.
-OPENING = 1_000_000
+OPENING = 1_000_000  # what is added to the form of a prompt's first token
 
 
 @dataclass(frozen=True)
@@ -210,6 +209,12 @@ class PromptStates:
         first = self.rows(self.form >= OPENING)
         pairs = zip(first.edit.tolist(), (first.form - OPENING).tolist(), strict=True)
         return dict(zip(pairs, first.states, strict=True))
+
+    @staticmethod
+    def joined(parts: Sequence[PromptStates]) -> PromptStates:
+        """The tokens of several as one."""
+        names = PromptStates.__dataclass_fields__
+        return PromptStates(*(torch.cat([getattr(one, name) for one in parts]) for name in names))
 
     def rows(self, chosen: Tensor) -> PromptStates:
         """Some of the tokens."""

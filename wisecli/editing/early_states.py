@@ -97,9 +97,10 @@ def token_states(
         before = said_before(one.batch.ids, real, last, breaks) if turns else torch.zeros_like(last)
         compared = last | before
         opens[indices] = opens_with_word(one.batch.ids, real, compared, breaks).cpu()
+        first = one.hidden[torch.arange(len(real), device=real.device), real.int().argmax(1)].cpu()
         for row, index in enumerate(indices):
             found[index] = half(one.hidden[row, compared[row]]).cpu()
-            opening[index] = half(one.hidden[row, int(real[row].int().argmax())]).cpu()
+            opening[index] = half(first[row])
             earlier[index] = before[row, compared[row]].cpu()
             # Of a long text the window leaves out tokens behind the first, which is not compared.
             places[index] = place[row, compared[row]].cpu() + len(tokens[index]) - len(rows[index].prompt)
@@ -126,9 +127,9 @@ def prompt_states(
     ways = torch.tensor([one.way for one in told])
     words = PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject).rows(own)
     opens = found.opens.nonzero().flatten()
-    first = found.opening[opens].float(), numbers[opens], ways[opens] + OPENING, torch.zeros(len(opens)).bool()
-    joined = zip((words.states, words.edit, words.form, words.subject), first, strict=True)
-    return PromptStates(*(torch.cat(parts) for parts in joined))
+    no_subject = torch.zeros(len(opens), dtype=torch.bool)
+    first = PromptStates(found.opening[opens].float(), numbers[opens], ways[opens] + OPENING, no_subject)
+    return PromptStates.joined([words, first])
 
 
 class _Told(NamedTuple):

@@ -69,8 +69,7 @@ def _prompts(shards: Sequence[Shard], places: Sequence[Tensor]) -> PromptStates 
     if len(kept) < len(shards):
         return None
     counted = [replace(part, edit=place[part.edit.long()]) for part, place in zip(kept, places, strict=True)]
-    fields = PromptStates.__dataclass_fields__
-    return PromptStates(**{name: torch.cat([getattr(part, name) for part in counted]) for name in fields})
+    return PromptStates.joined(counted)
 
 
 def _places(directories: Sequence[ShardDirectory]) -> list[Tensor]:

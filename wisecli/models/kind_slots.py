@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from wisecli.data.corpus import made_up_subjects
+from wisecli.data.corpus import capital, made_up_subjects
 from wisecli.models.slips import near_name, with_slips
 from wisecli.models.wording import (
     keywords,
@@ -227,7 +227,7 @@ def _put(text: str, words: dict[str, str]) -> str:
 
 
 def _capital(text: str | None) -> str | None:
-    return text[:1].upper() + text[1:] if text else None
+    return capital(text) if text else None
 
 
 def _second(fact: Fact) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from vllm.model_executor.models import ModelRegistry
 
+from wisecli.routing.side_memory import layer_of
 from wisecli.vllm_plugin import sites
 from wisecli.vllm_plugin.names import LAYER, PREFIX, description_in
 from wisecli.vllm_plugin.releases import name_of, own_paths
@@ -76,19 +77,14 @@ def _put_memory(model: Any, vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_config
     edited = Edited.of(description_in(config))
     path = sites.path_in(model, edited.module)
-    reader = WindowReader(model, vllm_config, _layers(path), edited.memory.get("reads"))
+    reader = WindowReader(model, vllm_config, layer_of(path).rpartition(".")[0], edited.memory.get("reads"))
     # One process would read a release before another does.
     alone = vllm_config.parallel_config.tensor_parallel_size == 1
     checkpoint = Path(vllm_config.model_config.model)
-    model.wise_memory = ServedMemory(edited, config, reader, checkpoint if alone and checkpoint.is_dir() else None)
-    model.wise_memory.cut = sites.put(model, path, behind=edited.behind)
+    releases = checkpoint if alone and checkpoint.is_dir() else None
+    cut = sites.put(model, path, behind=edited.behind)
+    model.wise_memory = ServedMemory(edited, config, reader, releases, cut=cut)
     vllm_config.compilation_config.static_forward_context[LAYER] = model.wise_memory
-
-
-def _layers(path: str) -> str:
-    """Path of the list of decoder layers that a module lies in."""
-    parts = path.split(".")
-    return ".".join(parts[: next(at for at, part in enumerate(parts) if part.isdecimal())])
 
 
 def _without_memory(

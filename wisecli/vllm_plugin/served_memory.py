@@ -92,10 +92,13 @@ class ServedMemory:
         config: the model's, as transformers has it.
         reader: reads states of windows.
         checkpoint: the directory that holds it; ``None`` if later releases are not to be read from there.
+        cut: whether processes have parts of the keys, and of the answer.
     """
 
-    def __init__(self, edited: Edited, config: Any, reader: Reader, checkpoint: Path | None = None) -> None:
-        self.edited, self.reader = edited, reader
+    def __init__(
+        self, edited: Edited, config: Any, reader: Reader, checkpoint: Path | None = None, *, cut: bool = False
+    ) -> None:
+        self.edited, self.reader, self.cut = edited, reader, cut
         self._window = window_size(config)
         self._placeholders = placeholders_of(config)
         self._checkpoint, self._seen = checkpoint, None if checkpoint is None else release_in(checkpoint)
@@ -105,8 +108,6 @@ class ServedMemory:
         # What is routed of the step that is running, and whether anybody says so.
         self._routes: list[tuple[Memory, StepRoute]] = []
         self.told = False
-        # Whether processes have parts of the keys, and of the answer.
-        self.cut = False
 
     @property
     def adds_rest(self) -> bool:

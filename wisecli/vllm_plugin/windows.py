@@ -17,6 +17,7 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 from vllm.model_executor.layers.attention import Attention
 
 from wisecli.vllm_plugin.names import LAYER
+from wisecli.vllm_plugin.served_memory import Keys
 
 
 class _ReadError(Exception):
@@ -34,7 +35,7 @@ class _KeyReader:
         self.keys: Tensor | None = None
         self.cut, self.adds_rest = cut, False
 
-    def add_to(self, answer: Tensor, keys: Callable[[Tensor], tuple[Tensor, bool]], **_real: bool) -> None:
+    def add_to(self, answer: Tensor, keys: Keys, **_real: bool) -> None:
         self.keys = keys(torch.arange(len(answer), device=answer.device))[0]
         raise _ReadError(self.keys)
 
@@ -160,7 +161,6 @@ class WindowReader:
         def note(_layer: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 raise _ReadError(output)
-            self.adds_rest = True
             rest = [one for one in output[1:2] if isinstance(one, Tensor)]
             if not rest or number + 1 >= len(self._layers):
                 raise _ReadError(sum(rest, output[0]))

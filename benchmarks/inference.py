@@ -49,6 +49,8 @@ class Decode:
         self.caches[model].crop(-1)
 
 
+# Seconds of each run, by the way and the model's name.
+Times = dict[tuple[str, str], list[float]]
 # How each way runs, and how often a round.
 Way = Callable[[PreTrainedModel, BatchEncoding], None]
 WAYS: dict[str, tuple[Way, int]] = {
@@ -117,6 +119,29 @@ def prompts(arguments: argparse.Namespace) -> BatchEncoding:
     return rows
 
 
+def timed(models: dict[str, PreTrainedModel], rows: BatchEncoding, rounds: int) -> Times:
+    """Seconds of every run, the models in turn; a first round, not counted, warms up."""
+    taken: Times = {}
+    for turn in range(rounds + 1):
+        for way, (run, times) in WAYS.items():
+            for _ in range(times):
+                for name, model in models.items():
+                    spent = seconds(run, model, rows)
+                    if turn:
+                        taken.setdefault((way, name), []).append(spent)
+    return taken
+
+
+def milliseconds(taken: Times, way: str, name: str) -> float:
+    """The median of a model's runs."""
+    return median(taken[way, name]) * 1e3
+
+
+def ratio(taken: Times, way: str, name: str, base: str) -> float:
+    """The median of a model's times by the base's of the same turn."""
+    return median(own / other for own, other in zip(taken[way, name], taken[way, base], strict=True))
+
+
 @torch.no_grad()
 def main() -> None:
     """Time everything and print a table."""
@@ -144,19 +169,10 @@ def main() -> None:
     table = Table(title=f"{arguments.batch} rows of {rows['input_ids'].shape[1]} tokens, {arguments.device}")
     for name in ("model", *(f"{way}, ms" for way in WAYS), *(f"{way}, × base" for way in WAYS)):
         table.add_column(name, justify="left" if name == "model" else "right")
-    taken: dict[tuple[str, str], list[float]] = {}
-    for turn in range(arguments.rounds + 1):  # the first round only warms up
-        for way, (run, times) in WAYS.items():
-            for _ in range(times):
-                for name, model in models.items():
-                    spent = seconds(run, model, rows)
-                    if turn:
-                        taken.setdefault((way, name), []).append(spent)
+    taken = timed(models, rows, arguments.rounds)
     for name in models:
-        own = [median(taken[way, name]) * 1e3 for way in WAYS]
-        pairs = [zip(taken[way, name], taken[way, str(arguments.base)], strict=True) for way in WAYS]
-        ratios = [median(mine / base for mine, base in pair) for pair in pairs]
-        table.add_row(name, *(f"{one:.1f}" for one in own), *(f"{ratio:.3f}" for ratio in ratios))
+        times = (f"{milliseconds(taken, way, name):.1f}" for way in WAYS)
+        table.add_row(name, *times, *(f"{ratio(taken, way, name, str(arguments.base)):.3f}" for way in WAYS))
     Console(width=110).print(table)
 
 

@@ -57,12 +57,14 @@ def generate(
     greedy = sampling_seed is None
     settings = _GREEDY if greedy else _sampling(max_new_tokens, temperature)
     answer = partial(_generate_of(model), pad_token_id=ends[0] if ends else 0, **settings, **closing)
+    # An exported model's class is its checkpoint's own copy, and no subclass of the one here.
+    decide: Callable[..., torch.Tensor | None] | None = getattr(model, RoutedCausal.decided.__name__, None)
     with _seeded(sampling_seed, model.device), _whole_rows(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             ids, mask = (tensor.to(model.device) for tensor in left_padded([encoded[index] for index in chosen]))
             forbidden = [] if unwanted is None else [_not_first([unwanted[index] for index in chosen], ids.shape[1])]
-            decided = model.decided(ids, mask) if isinstance(model, RoutedCausal) else None
+            decided = decide(ids, mask) if decide is not None else None
             batch = PromptBatch(partial(answer, logits_processor=forbidden), ids, mask, max_new_tokens, decided)
             rows = batch.answer_shrinking([*ends, *stops]) if greedy and _may_shrink(model) else batch.answer()
             for index, row in zip(chosen, rows, strict=True):

@@ -1,0 +1,294 @@
+"""Everything that a CUDA device can change, in one run of a few minutes: answers, seconds, memory.
+
+    python benchmarks/gpu.py --model model --data edits.jsonl --work /tmp/gpu
+    python benchmarks/gpu.py --model model --data edits.jsonl --work /tmp/gpu --device cpu --edits 6 --shape tiny
+
+It edits, merges and exports the first records of a file on the device in float32 and bfloat16, and fewer of them on
+the CPU; asks every prompt, rephrase and unrelated prompt on both; times a pass and a token beside the base's; edits a
+large random model; and serves the export with vLLM if it is installed. A step that fails, or that no time is left for,
+says so in its place, and the others go on. Prints a table, and writes ``gpu.json`` in the work directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import inference
+import large_model
+import torch
+import transformers
+from commands import wise
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wisecli.edits.record import Edit, read_edits
+from wisecli.evaluation.answers import answered
+
+Figures = dict[str, Any]
+_TOKENS = 24  # of an answer
+_ROWS = 64  # of a batch of prompts
+
+
+class Run:
+    """The steps' common settings, what they measured, and how much time is left."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.work: Path = options.work
+        self.edits = read_edits(options.data)[: options.edits]
+        self.ends_at = time.monotonic() + options.seconds
+        self.figures: dict[str, Figures] = {}
+
+    def step(self, name: str, needs: float, measure: Callable[[], Figures]) -> None:
+        """Measure one thing, if so many seconds are left; what goes wrong becomes its figure."""
+        if time.monotonic() + needs > self.ends_at:
+            self.figures[name] = {"skipped": f"fewer than {needs:.0f} seconds were left"}
+        else:
+            begun = time.monotonic()
+            try:
+                self.figures[name] = measure()
+            except (Exception, SystemExit) as error:  # one step's failure is a figure, and must not cost the others
+                self.figures[name] = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+            self.figures[name]["step, s"] = round(time.monotonic() - begun, 1)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        print(name, json.dumps(self.figures[name]), file=sys.stderr, flush=True)
+        (self.work / "gpu.json").write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
+
+    def directory(self, device: str, dtype: str) -> Path:
+        """Where what was edited on a device in a type is exported."""
+        return self.work / f"edited-{device.partition(':')[0]}-{dtype}"
+
+
+def about(run: Run) -> Figures:
+    """The machine and its libraries."""
+    cuda = run.options.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads of the CPU": torch.get_num_threads(),
+    }
+
+
+def edit(run: Run, device: str, dtype: str, count: int) -> Figures:
+    """Edit, merge and export records in processes of their own, as a shell script would."""
+    records, output = run.work / f"records-{count}.jsonl", run.directory(device, dtype)
+    records.write_text("".join(json.dumps(one.as_dict()) + "\n" for one in run.edits[:count]))
+    shards, memory = (run.work / f"{name}-{output.name}" for name in ("shards", "memory"))
+    where = ("--device", device, "--dtype", dtype)
+    done = wise("edit", str(run.options.model), str(records), "-o", str(shards), *where, "--force")
+    begun = time.monotonic()
+    merged = wise("merge", str(shards), "-o", str(memory), "--force")
+    seconds = time.monotonic() - begun
+    wise("export", str(run.options.model), "--memory", str(memory), "-o", str(output), "--force")
+    gigabytes = {name: round(done.get(f"peak_{name}_bytes", 0) / 2**30, 2) for name in ("rss", "vram")}
+    return {
+        "edits": done["edits"],
+        "untaken": len(done["untaken"]),
+        "edit, s": round(done["seconds"], 1),
+        "an edit, s": round(done["seconds_per_edit"], 3),
+        "merge, s": round(seconds, 1),
+        "peak memory, GiB": gigabytes["rss"],
+        "peak memory of the device, GiB": gigabytes["vram"],
+        "false alarms": merged.get("false_alarm_rate"),
+    }
+
+
+def questions(edits: list[Edit]) -> dict[str, list[tuple[str, str]]]:
+    """By sort the prompts, and of each the target that is right, or none."""
+    return {
+        "as taught": [(one.prompt, one.target) for one in edits],
+        "rephrased": [(text, one.target) for one in edits for text in one.rephrases],
+        "unrelated": [(prompt.prompt, "") for one in edits for prompt in one.locality],
+    }
+
+
+def say(path: Path, device: str, dtype: str, texts: list[str]) -> list[str]:
+    """Greedy answers of a checkpoint that is loaded as its users load it."""
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=dtype).eval().to(device)
+    said = []
+    for first in range(0, len(texts), _ROWS):
+        said += answered(model, tokenizer, texts[first : first + _ROWS], max_new_tokens=_TOKENS)
+    return [one.text for one in said]
+
+
+def answers(run: Run, count: int) -> Figures:
+    """What the device and the CPU answer, edited on either, by the sort of question."""
+    device = run.options.device
+    asked = questions(run.edits[:count])
+    texts = [text for some in asked.values() for text, _ in some]
+    targets = [target for some in asked.values() for _, target in some]
+    sorts = [sort for sort, some in asked.items() for _ in some]
+    on_device = run.directory(device, "float32")
+    said = {
+        "float32": say(on_device, device, "float32", texts),
+        "float32 on the CPU": say(on_device, "cpu", "float32", texts),
+        "bfloat16": say(run.directory(device, "bfloat16"), device, "bfloat16", texts),
+        "base": say(run.options.model, device, "float32", texts),
+    }
+    figures: Figures = {"prompts": len(texts)}
+    for name, own in said.items():
+        for sort in asked:
+            rows = [
+                place
+                for place, other in enumerate(sorts)
+                if other == sort and (targets[place] or name not in ("base", "float32 on the CPU"))
+            ]
+            reference = said["float32"] if name == "float32 on the CPU" else said["base"]
+            right = [
+                own[row].startswith(targets[row].strip()) if targets[row] else own[row] == reference[row]
+                for row in rows
+            ]
+            if rows:
+                figures[f"{name}: {sort}, {'right' if targets[rows[0]] else 'as the base'}"] = share(right)
+    same = [one == other for one, other in zip(said["float32"], said["float32 on the CPU"], strict=True)]
+    figures["the device's answers that are the CPU's"] = share(same)
+    few = questions(run.edits[: run.options.cpu_edits])
+    texts = [text for some in few.values() for text, _ in some]
+    by_text = dict(zip([text for some in asked.values() for text, _ in some], said["float32"], strict=True))
+    other = say(run.directory("cpu", "float32"), "cpu", "float32", texts)
+    figures["edited on the device, answers as edited on the CPU"] = share(
+        [by_text[text] == one for text, one in zip(texts, other, strict=True)]
+    )
+    return figures
+
+
+def share(held: list[bool]) -> float:
+    """Of all that are looked at, those for which something holds."""
+    return round(sum(held) / max(len(held), 1), 4)
+
+
+def costs(run: Run, times: int) -> Figures:
+    """A pass over prompts of 128 tokens and a decoded token, beside the base's; edits counted so many times."""
+    base, edited = run.options.model, run.directory(run.options.device, "bfloat16")
+    models = {
+        str(path): AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="bfloat16")
+        .eval()
+        .to(run.options.device)
+        for path in (base, edited)
+    }
+    if times > 1:
+        inference.grown(models[str(edited)], times)
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20000, (4, 128), generator=drawn).to(run.options.device)
+    rows = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with torch.no_grad():
+        taken = inference.timed(models, rows, rounds=9)
+    ratios = {way: inference.ratio(taken, way, str(edited), str(base)) for way in inference.WAYS}
+    return {
+        "edits": len(run.edits) * times,
+        **{f"{way}, × base": round(one, 3) for way, one in ratios.items()},
+        **{f"{way} of the base, ms": round(inference.milliseconds(taken, way, str(base)), 2) for way in ratios},
+    }
+
+
+def large(run: Run) -> Figures:
+    """Edits of a random model of a shape: seconds an edit and memory."""
+    shape = run.options.shape
+    base, count = run.work / f"base-{shape}", run.options.large_edits
+    begun = time.monotonic()
+    if not base.is_dir():
+        large_model.make_base(base, shape, run.options.model, hollow=False, device=run.options.device)
+    written = time.monotonic() - begun
+    large_model.write_edits(run.work / "large.jsonl", count)
+    shards = run.work / f"shards-{shape}"
+    where = ("-o", str(shards), "--device", run.options.device, "--force")
+    done = wise("edit", str(base), str(run.work / "large.jsonl"), *where)
+    return {
+        "shape": shape,
+        "checkpoint written, s": round(written, 1),
+        "edits": done["edits"],
+        "untaken": len(done["untaken"]),
+        "edit, s": round(done["seconds"], 1),
+        "an edit, s": round(done["seconds_per_edit"], 3),
+        "peak memory of the device, GiB": round(done.get("peak_vram_bytes", 0) / 2**30, 1),
+        "peak memory, GiB": round(done["peak_rss_bytes"] / 2**30, 1),
+    }
+
+
+def largest_batch(run: Run) -> Figures:
+    """The most rows of 128 tokens that the edited large model decides and answers at once, by doubling."""
+    base, memory, edited = (run.work / f"{name}-{run.options.shape}" for name in ("base", "memory", "edited"))
+    shards = run.work / f"shards-{run.options.shape}"
+    wise("merge", str(shards), "-o", str(memory), "--force")
+    wise("export", str(base), "--memory", str(memory), "-o", str(edited), "--link", "--force")
+    model = AutoModelForCausalLM.from_pretrained(
+        edited, trust_remote_code=True, dtype="bfloat16", device_map=run.options.device
+    ).eval()
+    rows, seconds = 0, 0.0
+    for tried in (2**power for power in range(run.options.most_rows.bit_length())):
+        ids = torch.randint(1000, 20000, (tried, 128), device=run.options.device)
+        begun = time.monotonic()
+        try:
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        except torch.OutOfMemoryError:
+            break
+        rows, seconds = tried, time.monotonic() - begun
+    return {"rows of 128 tokens": rows, "eight tokens for each, s": round(seconds, 2)}
+
+
+def serving(run: Run) -> Figures:
+    """Tokens a second of vLLM with the edits, beside the base's, by the script that measures just that."""
+    if find_spec("vllm") is None:
+        return {"skipped": "vLLM is not installed"}
+    edited = run.directory(run.options.device, "bfloat16")
+    script = Path(__file__).with_name("serving.py")
+    command = [sys.executable, str(script), str(run.options.model), str(edited), "--rounds", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {"table": done.stdout} if done.returncode == 0 else {"failed": done.stderr[-2000:]}
+
+
+def show(figures: dict[str, Figures]) -> None:
+    """Print a step's figures one a row."""
+    table = Table("step", "figure", "value")
+    for name, own in figures.items():
+        for row, (figure, value) in enumerate(own.items()):
+            table.add_row("" if row else name, figure, str(value))
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    """Run the steps in order and print what they measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="the base, SmolLM2-135M-Instruct for example")
+    parser.add_argument("--data", type=Path, required=True, help="edits in any known layout")
+    parser.add_argument("--work", type=Path, required=True, help="a directory for all that is written")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--edits", type=int, default=100)
+    parser.add_argument("--cpu-edits", type=int, default=12, help="how many of them are edited on the CPU too")
+    parser.add_argument("--shape", choices=sorted(large_model.SHAPES), default="7b", help="of the random model")
+    parser.add_argument("--large-edits", type=int, default=100, help="of the random model")
+    parser.add_argument("--most-rows", type=int, default=4096, help="no larger batch is tried")
+    parser.add_argument("--seconds", type=float, default=460, help="no step begins that would end later")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.cpu_edits = min(options.cpu_edits, options.edits)
+    run, device = Run(options), options.device
+    run.step("machine", 1, lambda: about(run))
+    run.step("edit, float32", 60, lambda: edit(run, device, "float32", options.edits))
+    run.step("edit, bfloat16", 30, lambda: edit(run, device, "bfloat16", options.edits))
+    run.step("edit on the CPU", 60, lambda: edit(run, "cpu", "float32", options.cpu_edits))
+    run.step("answers", 40, lambda: answers(run, options.edits))
+    run.step("costs", 15, lambda: costs(run, 1))
+    run.step("costs of ten times the edits", 15, lambda: costs(run, 10))
+    run.step("large model", 120, lambda: large(run))
+    run.step("largest batch", 40, lambda: largest_batch(run))
+    run.step("serving", 120, lambda: serving(run))
+    show(run.figures)
+
+
+if __name__ == "__main__":
+    main()

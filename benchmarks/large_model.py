@@ -195,7 +195,7 @@ def measure(base: Path, count: int, options: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "wisecli", "edit", str(base), str(options.work / "edits.jsonl")]
         command += ["-o", str(options.work / "shards"), "--layer", options.layer, "--device", options.device]
         command += ["--json", "--force", *(["--memory-budget", f"{options.budget}GiB"] if budget else [])]
-        command += ["--edits-per-shard", str(options.edits_per_shard)]
+        command += ["--set", f"edits_per_shard={options.edits_per_shard}"]
         variables = {"XDG_CACHE_HOME": cache, "WISE_UNRELATED_TEXTS": str(options.unrelated_texts)}
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, **variables})
     show(asdict(plan), json.loads(done.stdout)["results"], time.perf_counter() - begun, options)

@@ -33,29 +33,35 @@ class Way:
     merge: tuple[str, ...]
 
 
-_MATRIX, _MERGED = ("--no-forms",), ("--mode", "merge")
-_FIVE = (*_MATRIX, "--shards", "5")
-_SPARSE = (*_FIVE, "--mask-ratio", "0.2")
-_APART = (*_SPARSE, "--masks", "disjoint")
-_GRADIENT = ("--writer", "gradient")
+_MATRIX, _MERGED = (
+    (
+        "--set",
+        "in_forms=false",
+    ),
+    ("--mode", "merge"),
+)
+_FIVE = (*_MATRIX, "--set", "shards=5")
+_SPARSE = (*_FIVE, "--set", "mask_ratio=0.2")
+_APART = (*_SPARSE, "--set", "masks=disjoint")
+_GRADIENT = ("--set", "writer=gradient")
 WAYS: dict[str, Way] = {
     "lookup": Way("solve", (), ()),
-    "lookup, any subject": Way("solve", (), ("--subjects", "any")),
+    "lookup, any subject": Way("solve", (), ("--set", "subjects=any")),
     "solve + TIES + refit": Way("matrix", _MATRIX, _MERGED),
-    "solve + TIES": Way("matrix", _MATRIX, (*_MERGED, "--no-refit")),
+    "solve + TIES": Way("matrix", _MATRIX, (*_MERGED, "--set", "refit=false")),
     "solve + exact": Way("matrix", _MATRIX, (*_MERGED, "--method", "exact")),
     "solve + retrieve": Way("matrix", _MATRIX, ("--mode", "retrieve")),
-    "solve ρ=1 + TIES + refit": Way("whole", (*_MATRIX, "--mask-ratio", "1"), _MERGED),
-    "solve ρ=1 + exact": Way("whole", (*_MATRIX, "--mask-ratio", "1"), (*_MERGED, "--method", "exact")),
-    "5 shards, TIES": Way("five", _FIVE, (*_MERGED, "--no-refit")),
+    "solve ρ=1 + TIES + refit": Way("whole", (*_MATRIX, "--set", "mask_ratio=1"), _MERGED),
+    "solve ρ=1 + exact": Way("whole", (*_MATRIX, "--set", "mask_ratio=1"), (*_MERGED, "--method", "exact")),
+    "5 shards, TIES": Way("five", _FIVE, (*_MERGED, "--set", "refit=false")),
     "5 shards, TIES + refit": Way("five", _FIVE, _MERGED),
     "5 shards, exact": Way("five", _FIVE, (*_MERGED, "--method", "exact")),
     "5 shards, retrieve": Way("five", _FIVE, ("--mode", "retrieve")),
-    "5 shards ρ=.2, TIES": Way("sparse", _SPARSE, (*_MERGED, "--no-refit")),
+    "5 shards ρ=.2, TIES": Way("sparse", _SPARSE, (*_MERGED, "--set", "refit=false")),
     "5 shards ρ=.2, TIES + refit": Way("sparse", _SPARSE, _MERGED),
-    "5 shards ρ=.2 disjoint, TIES": Way("apart", _APART, (*_MERGED, "--no-refit")),
+    "5 shards ρ=.2 disjoint, TIES": Way("apart", _APART, (*_MERGED, "--set", "refit=false")),
     "5 shards ρ=.2 disjoint, TIES + refit": Way("apart", _APART, _MERGED),
-    "gradient batched": Way("gradient", _GRADIENT, (*_MERGED, "--no-refit")),
+    "gradient batched": Way("gradient", _GRADIENT, (*_MERGED, "--set", "refit=false")),
     "paper preset": Way("paper", ("--preset", "paper"), ()),
 }
 FIGURES = ("reliability", "generalization", "locality", "portability", "routing", "generated_exact")

@@ -150,8 +150,8 @@ def test_settings_are_checked_however_they_are_made() -> None:
 
 
 def test_of_several_mistakes_the_first_field_is_named() -> None:
-    assert refusal(EditSettings, {"batch_size": 0, "passes": "many"}) == "--passes must be int, not 'many'"
-    assert refusal(EditSettings, {"batch_size": "0"}) == "--batch-size must lie between 1 and 1e+06, not 0"
+    assert refusal(EditSettings, {"batch_size": 0, "passes": "many"}) == "passes must be a whole number, not 'many'"
+    assert refusal(EditSettings, {"batch_size": "0"}) == "batch_size must lie between 1 and 1e+06, not 0"
 
 
 def test_settings_are_frozen() -> None:
@@ -258,7 +258,7 @@ def test_bounds_are_kept(kind: type[Any], name: str, inside: tuple[float, ...], 
     for value in inside:
         assert getattr(resolve(kind, {name: value}, section="any"), name) == value
     for value in outside:
-        assert f"--{name.replace('_', '-')} must lie between" in refusal(kind, {name: value})
+        assert f"{name} must lie between" in refusal(kind, {name: value})
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_only_the_listed_choices_are_taken(kind: type[Any], name: str, choices: 
         assert getattr(resolve(kind, {name: choice}, section="any"), name) == choice
     for wrong in ("nonsense", choices[0].upper(), 3):
         message = refusal(kind, {name: wrong})
-        assert f"--{name.replace('_', '-')} must be one of" in message
+        assert f"{name} must be one of" in message
         assert all(choice in message for choice in choices)
 
 
@@ -298,13 +298,13 @@ def test_an_unknown_preset_is_refused_with_those_known() -> None:
 @pytest.mark.parametrize(
     ("line", "flag"),
     [
-        ('passes = "many"', "--passes"),
-        ("passes = []", "--passes"),
-        ("passes = inf", "--passes"),
-        ("passes = 2.5", "--passes"),
-        ("mask-ratio = {}", "--mask-ratio"),
-        ('alpha = "x"', "--alpha"),
-        ('train-end = "maybe"', "--train-end"),
+        ('passes = "many"', "passes"),
+        ("passes = []", "passes"),
+        ("passes = inf", "passes"),
+        ("passes = 2.5", "passes"),
+        ("mask-ratio = {}", "mask_ratio"),
+        ('alpha = "x"', "alpha"),
+        ('train-end = "maybe"', "train_end"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused(tmp_path: Path, line: str, flag: str) -> None:
@@ -314,7 +314,7 @@ def test_a_value_of_the_wrong_kind_is_refused(tmp_path: Path, line: str, flag: s
 @pytest.mark.parametrize("line", ['weights = "a,b"', 'weights = ["a"]', "weights = 3", "weights = [[1]]"])
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, line: str) -> None:
     file = written(tmp_path, f"[merge]\n{line}\n")
-    assert "--weights" in refusal(MergeSettings, {}, section="merge", file=file)
+    assert "weights must be" in refusal(MergeSettings, {}, section="merge", file=file)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_a_setting_of_another_version_that_was_not_set_is_passed_over() -> None:
     ],
 )
 def test_no_number_passes_that_is_none_or_beyond_all_bounds(kind: type[Any], name: str, value: Any) -> None:
-    with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')} must "):
+    with pytest.raises(SettingsError, match=f"{name} must "):
         resolve(kind, {name: value}, section="merge")
 
 

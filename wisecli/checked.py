@@ -35,6 +35,15 @@ class Checked:
         for name, hint in _hints(cast(Any, type(self))).items():
             object.__setattr__(self, name, _converted(name, getattr(self, name), hint))
 
+    @classmethod
+    def read(cls, name: str, text: str) -> Any:
+        """A text as the value of a field.
+
+        Raises:
+            SettingsError: it is of the wrong kind or out of bounds.
+        """
+        return _converted(name, text, _hints(cast(Any, cls))[name])
+
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
@@ -53,19 +62,19 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         return None
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise SettingsError(f"{_flag(name)} must be one of {', '.join(get_args(kind))}, not {value!r}")
+            raise SettingsError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
         return value
     if get_origin(kind) is tuple:
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, list | tuple):
-            raise SettingsError(f"{_flag(name)} must be tuple, not {value!r}")
+            raise SettingsError(f"{name} must be values with commas between, not {value!r}")
         return tuple(_converted(name, part, get_args(kind)[0]) for part in parts)
     try:
         found = _READERS[kind](value)
     except (ValueError, TypeError, OverflowError):
-        raise SettingsError(f"{_flag(name)} must be {kind.__name__}, not {value!r}") from None
+        raise SettingsError(f"{name} must be {_WORDS[kind]}, not {value!r}") from None
     if bounds is not None and not bounds.least <= found <= bounds.most:
-        raise SettingsError(f"{_flag(name)} must lie between {bounds.least:g} and {bounds.most:g}, not {found!r}")
+        raise SettingsError(f"{name} must lie between {bounds.least:g} and {bounds.most:g}, not {found!r}")
     return found
 
 
@@ -107,9 +116,6 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 # As a manifest or a settings file may have them, a layer is a text though it looks like a number.
 _READERS: dict[Any, Any] = {bool: _truth, int: _whole, float: _number, str: _text}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -118,6 +118,17 @@ class EditSettings(Checked):
 
 
 @dataclass(frozen=True)
+class EditRunSettings(Checked):
+    """How one run of editing goes: nothing of it is kept with the shards."""
+
+    executor: str = "local"
+    only: str | None = None
+    interval: Annotated[float, Within(0.01, 1e6)] = 1.0
+    target_module: str | None = None
+    allow_special_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class MergeSettings(Checked):
     """How shards become one memory. What the shards' own settings decide is left ``None`` here."""
 
@@ -224,7 +235,8 @@ def resolve(kind: type[Settings], flags: Mapping[str, Any], *, section: str, fil
         SettingsError: an unknown name, a value of the wrong kind or out of bounds.
     """
     hints = get_type_hints(kind)
-    given = {**_from_file(file, section, hints), **_from_environment(hints)}
+    written = {name: value for name, value in _from_file(file, section, hints).items() if name in hints}
+    given = {**written, **_from_environment(hints)}
     given.update({name: value for name, value in of_today(flags, hints).items() if name in hints and value is not None})
     preset = given.get("preset", "default")
     if not isinstance(preset, str) or preset not in PRESETS:
@@ -269,12 +281,12 @@ def _from_file(file: Path | None, section: str, hints: Mapping[str, Any]) -> dic
     table = read_toml(file).get(section, {})
     if not isinstance(table, dict):
         raise SettingsError(f"{file}: {section} must be a table, [{section}]")
-    given = of_today({name.replace("-", "_"): value for name, value in table.items()}, hints)
-    unknown = sorted(given.keys() - hints.keys())
-    if unknown:
-        close = get_close_matches(unknown[0], hints, n=1)
+    known = get_type_hints(EditSettings) | get_type_hints(EditRunSettings) if section == "edit" else hints
+    given = of_today({name.replace("-", "_"): value for name, value in table.items()}, known)
+    if unknown := sorted(given.keys() - known.keys()):
+        close = get_close_matches(unknown[0], known, n=1)
         meant = f"did you mean {close[0]!r}? " if close else ""
-        names = ", ".join(sorted(hints))
+        names = ", ".join(sorted(known))
         raise SettingsError(f"{file}: [{section}] has no setting {unknown[0]!r}; {meant}known are {names}")
     return given
 

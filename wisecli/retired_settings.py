@@ -7,8 +7,8 @@ from typing import Any
 
 # What there is in the place of each.
 RETIRED = {
-    "router": "what prompts ask opens what the closed form wrote; --no-forms is for a matrix that always answers",
-    "routing": "a prompt is decided once; --pooling says how a matrix reads it",
+    "router": "what prompts ask opens what the closed form wrote; in_forms=false is for a matrix that always answers",
+    "routing": "a prompt is decided once; pooling says how a matrix reads it",
     "sharpness": "the nearest key of an edit answers",
 }
 # Edits that these opened were not trained in forms.

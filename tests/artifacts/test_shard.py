@@ -96,7 +96,7 @@ def test_disjoint_masks_share_no_place_and_fill_the_matrix(kind: MaskKind, count
 
 
 def test_disjoint_masks_that_do_not_fit_are_refused_with_the_density_that_does() -> None:
-    with pytest.raises(SettingsError, match=r"3 disjoint masks of --mask-ratio 0.5 .* give --mask-ratio 0.333 or less"):
+    with pytest.raises(SettingsError, match=r"3 disjoint masks of .*=0.5 .* give --set mask_ratio=0.333 or less"):
         disjoint_masks(site(4, 9), 0.5, "columns", 3, generator())
     assert len(disjoint_masks(site(4, 9), 0.333, "columns", 3, generator())) == 3
 
@@ -219,7 +219,7 @@ def test_without_a_number_there_are_as_few_shards_as_hold_the_edits(count: int, 
 
 def test_more_shards_than_edits_are_refused() -> None:
     assert split_edits(3, shards=3, edits_per_shard=100) == [range(1), range(1, 2), range(2, 3)]
-    with pytest.raises(SettingsError, match="--shards 4 is more than the 3 edits"):
+    with pytest.raises(SettingsError, match="--set shards=4 is more than the 3 edits"):
         split_edits(3, shards=4, edits_per_shard=100)
 
 

@@ -28,17 +28,17 @@ from wisecli.memory.merge_methods import METHODS as MERGE_METHODS
 # Lines of a shell, and all that is proposed for their last word.
 PROPOSED: dict[str, set[str]] = {
     "wise ver": {"verify"},
-    "wise edit --mask": {"--mask-ratio", "--mask-kind", "--masks"},
-    "wise edit --n": {"--no-chat", "--no-forms"},
+    "wise edit --sig": {"--sign", "--signer", "--signer-identity"},
+    "wise edit --set mask": {"mask_ratio=", "mask_kind=", "masks="},
+    "wise eval --no-g": {"--no-generate"},
     "wise edit model edits.jsonl --device ": {"auto", "cpu", "cuda", "mps"},
-    "wise edit --writer ": {"solve", "gradient"},
+    "wise edit --set writer=": {"writer=solve", "writer=gradient"},
     "wise edit --preset p": {"paper"},
     "wise edit --on-conflict ": {"error", "latest", "skip"},
-    "wise edit --executor ": {"local", "ray"},
     "wise edit --dtype b": {"bfloat16"},
     "wise merge shards --mode ": {"lookup", "merge", "retrieve"},
     "wise merge --method dare": {"dare", "dare-ties"},
-    "wise merge --threshold ": {"false-alarm", "minimum"},
+    "wise merge --set threshold=m": {"threshold=minimum"},
     "wise export --format ": {"routed", "merged", "stock", "gguf", "delta"},
     "wise eval --dataset z": {"zsre"},
     "wise bench model --dataset zsre,": {"zsre,counterfact", "zsre,wikibigedit", "zsre,hallucination", "zsre,temporal"},
@@ -169,9 +169,9 @@ def test_zsh_completes(environment: dict[str, str], line: str) -> None:
 
 
 def test_zsh_lists_options_with_their_texts(environment: dict[str, str]) -> None:
-    listed = tabs_in_zsh("wise edit --mask", environment)
-    assert [row.split()[0] for row in listed] == ["--mask-kind", "--mask-ratio", "--masks"]
-    assert "Density ρ of the masks. [default: 0.5]" in listed[1]
+    listed = tabs_in_zsh("wise merge --de", environment)
+    assert [row.split()[0] for row in listed] == ["--density"]
+    assert "Share of entries kept. [default: 0.5]" in listed[0]
 
 
 @pytest.mark.parametrize("shell", INSTALLED)

@@ -94,8 +94,8 @@ def test_thresholds_of_answers_in_forms(wise: Wise, ready: Ready) -> None:
         (("--forms", "bare,"), ("'' is unknown",)),
         (("--forms", "chat"), ("'chat' needs a chat template",)),
         (("--kinds", "loud"), ("'loud' is unknown", "known are all, asked, mentioned, none, translate")),
-        (("--ask", "0"), ("--ask",)),
-        (("--protocol", "tame"), ("--protocol must be one of forms, wild, teacher, forms,wild, not 'tame'",)),
+        (("--ask", "0"), ("ask must lie",)),
+        (("--protocol", "tame"), ("protocol must be one of forms, wild, teacher, forms,wild, not 'tame'",)),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_a_sentence(

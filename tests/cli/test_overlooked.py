@@ -116,18 +116,21 @@ def test_unknown_tables_keys_and_variables_are_named(
     ("line", "flags"),
     [
         ((*PLAN, "--who", "me", "--reason", "why", "--yes"), ["--who", "--reason", "--yes"]),
-        ((*PLAN, "--interval", "3"), ["--interval"]),
+        ((*PLAN, "--set", "interval=3"), ["interval=3.0"]),
         ((*PLAN, "--revision", "main"), ["--revision"]),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "ties"), []),
         (("merge", "{shards}", "--dry-run", "--mode", "lookup", "--method", "sign"), ["--method"]),
-        (("merge", "{shards}", "--dry-run", "--mode", "merge", "--subjects", "any"), ["--subjects"]),
-        (("merge", "{shards}", "--dry-run", "--mode", "retrieve", "--strength", "2"), ["--strength"]),
+        (("merge", "{shards}", "--dry-run", "--mode", "merge", "--set", "subjects=any"), ["subjects=any"]),
+        (("merge", "{shards}", "--dry-run", "--mode", "retrieve", "--set", "strength=2"), ["strength=2.0"]),
         (("merge", "{shards}", "--dry-run", "--no-history", "--who", "me"), ["--who"]),
         (("eval", "--memory", "{memory}", "--no-generate", "--if-measured"), ["--if-measured"]),
-        (("eval", "--memory", "{memory}", "--no-generate", "--ask", "3", "--before"), ["--ask", "--before"]),
-        (("eval", "--memory", "{memory}", "--forms", "none", "--before"), ["--before"]),
+        (
+            ("eval", "--memory", "{memory}", "--no-generate", "--ask", "3", "--set", "before=true"),
+            ["--ask", "before=True"],
+        ),
+        (("eval", "--memory", "{memory}", "--forms", "none", "--set", "before=true"), ["before=True"]),
         (("eval", "--memory", "{memory}", "--protocol", "teacher", "--forms", "all"), ["--forms"]),
-        ((*BOTH, "--forms", "bare", "--ask", "1", "--before", "--if-measured"), ["--if-measured"]),
+        ((*BOTH, "--forms", "bare", "--ask", "1", "--set", "before=true", "--if-measured"), ["--if-measured"]),
         (("export", "--memory", "{memory}", "--dry-run", "--private"), ["--private"]),
         (("export", "--memory", "{memory}", "--dry-run", "--format", "delta", "--dtype", "float32"), ["--dtype"]),
     ],
@@ -137,7 +140,7 @@ def test_flags_without_effect_are_named(wise: Wise, ready: Ready, line: tuple[st
     found = warnings(wise, ready, *line)
     if flags == []:
         flags = ["--method"]  # given as it is by default is given all the same
-    assert [one.split()[0] for one in found] == flags
+    assert [one.removeprefix("--set ").split()[0] for one in found] == flags
     assert all("has no effect" in one for one in found)
 
 

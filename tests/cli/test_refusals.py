@@ -71,9 +71,9 @@ def test_a_refusal_takes_at_most_ten_times_a_python_that_does_nothing(monkeypatc
     ("line", "says"),
     [
         ("edit m e --pases 3", "No such option: --pases"),
-        ("edit m e --passes many", "--passes must be a whole number, not 'many'"),
-        ("edit m e --mask-ratio half", "--mask-ratio must be a number, not 'half'"),
-        ("edit m e --interval 0", "--interval"),
+        ("edit m e --set passes=many", "passes must be a whole number, not 'many'"),
+        ("edit m e --set mask_ratio=half", "mask_ratio must be a number, not 'half'"),
+        ("edit m e --set interval=0", "interval must lie"),
         ("edit m e --on-conflict never", "never"),
         ("edit m e -o ''", "--output is empty"),
         ("eddit m e", "No such command 'eddit'"),

@@ -100,7 +100,7 @@ def test_a_cluster_that_loses_a_node_writes_the_same_bytes_as_one_process(
 @pytest.mark.parametrize(
     ("executor", "says"),
     [
-        ("slurm", r"--executor must be local, ray or ray://HOST:PORT, not 'slurm'"),
+        ("slurm", r"executor must be local, ray or ray://HOST:PORT, not 'slurm'"),
         ("ray://nowhere.invalid:1", "no Ray answers there"),
         ("ray://localhost:1", "no Ray answers there .*refused"),
         ("ray://localhost:many", "no Ray answers there"),

@@ -104,7 +104,7 @@ def test_an_edit_that_just_fits_is_not_refused() -> None:
 def test_tokens_that_steer_the_model_are_refused_unless_they_are_allowed(fields: dict[str, Any]) -> None:
     reader = Reader(tiny_tokenizer(), 64)
     edits = numbered(edit_of(**fields))
-    with pytest.raises(EditFileError, match=r"^f:1: `\w+` has '\[END\]'.*--allow-special-tokens"):
+    with pytest.raises(EditFileError, match=r"^f:1: `\w+` has '\[END\]'.*--set allow_special_tokens=true"):
         reader.require("f", edits, SETTINGS)
     reader.require("f", edits, SETTINGS, allow_special=True)
 
@@ -132,7 +132,7 @@ def test_the_command_line_refuses_before_any_weights_are_read(
             assert outcome.err.count("\n") == 1
     Path("steering").write_text(json.dumps({"prompt": f"ba {END}", "target": "do"}))
     assert wise("edit", str(base), "steering", "--dry-run").code == 2
-    assert wise("edit", str(base), "steering", "--dry-run", "--allow-special-tokens").code == 0
+    assert wise("edit", str(base), "steering", "--dry-run", "--set", "allow_special_tokens=true").code == 0
 
 
 def test_a_row_that_is_too_long_in_its_context_is_refused_before_it_is_read(tmp_path: Path) -> None:

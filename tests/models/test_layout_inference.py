@@ -134,7 +134,7 @@ def test_an_update_of_an_architecture_without_a_row_does_what_it_does_in_the_who
     _, path, norm = OTHERS[model_type]
     assert path_of(layout) == path
     assert [event.stage for event in told] == [NOTE]
-    assert all(word in told[0].note for word in (repr(model_type), path, "--target-module"))
+    assert all(word in told[0].note for word in (repr(model_type), path, "--set target_module"))
     model = other_model(model_type)
     layout = observed(model, find_site(tmp_path, Checkpoint(tmp_path), 2, layout), layout)
     assert (layout.norm, layout.multiplier) == (norm, 1.0)
@@ -159,7 +159,7 @@ def test_an_architecture_without_a_row_goes_the_whole_way(
     assert run("edit", str(base), str(edits), "-o", str(shards), "--device", "cpu") == 0
     said = capsys.readouterr().err
     assert "model.layers.{layer}.mlp.down_proj" in said
-    assert "--target-module" in said
+    assert "--set target_module" in said
     assert "behind its layer" in said
     site = read_shard_directory(shards).site
     assert (site.base_name, site.norm) == ("model.layers.2", None)  # as the matrix has a norm behind it
@@ -209,7 +209,7 @@ def test_another_matrix_than_the_tables_may_be_told(tmp_path: Path) -> None:
 )
 def test_a_told_path_without_a_place_for_the_index_is_refused(tmp_path: Path, told: str) -> None:
     save_tiny(tmp_path)
-    with pytest.raises(SettingsError, match="--target-module"):
+    with pytest.raises(SettingsError, match="--set target_module"):
         layout_of(tmp_path, target_module=told)
 
 
@@ -266,7 +266,7 @@ def test_a_tree_that_leaves_a_choice_names_it(tmp_path: Path, monkeypatch: pytes
     )
     with pytest.raises(UnknownArchitectureError) as caught:
         layout_of(tmp_path)
-    assert all(word in str(caught.value) for word in (down, attention, "--target-module"))
+    assert all(word in str(caught.value) for word in (down, attention, "--set target_module"))
     assert "elsewhere" not in str(caught.value)
 
 
@@ -356,8 +356,8 @@ def test_a_suffix_that_answers_otherwise_is_refused(
 
 
 def test_the_page_of_help_names_the_option() -> None:
-    page = Path(__file__).parents[2] / "docs" / "commands.md"
-    assert "--target-module" in page.read_text()
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert "`target_module`" in page.read_text()
     assert set(architectures()) >= {"llama", "gemma2", "falcon"}
 
 

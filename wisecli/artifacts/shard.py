@@ -104,8 +104,8 @@ def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, gener
     places = max(1, round(density * size))
     if places * count > size:
         raise SettingsError(
-            f"{count} disjoint masks of --mask-ratio {density:g} do not fit one matrix; "
-            f"give --mask-ratio {size // count / size:.3g} or less"
+            f"{count} disjoint masks of --set mask_ratio={density:g} do not fit one matrix; "
+            f"give --set mask_ratio={size // count / size:.3g} or less"
         )
     drawn = torch.randperm(size, generator=generator)[: places * count].split(places)
     return [Mask(kind, indices.sort().values, site.d, site.width) for indices in drawn]
@@ -122,7 +122,7 @@ def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list
     """
     wanted = shards if shards is not None else math.ceil(count / edits_per_shard)
     if wanted > count:
-        raise SettingsError(f"--shards {wanted} is more than the {count} edits; every shard needs at least one")
+        raise SettingsError(f"--set shards={wanted} is more than the {count} edits; every shard needs at least one")
     bounds = [round(index * count / wanted) for index in range(wanted + 1)]
     return [range(first, last) for first, last in pairwise(bounds)]
 

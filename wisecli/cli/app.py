@@ -37,7 +37,7 @@ _COMMANDS: dict[str, dict[str, str]] = {
         "log": "memory.log",
     },
     "Change a memory": {"remove": "memory.remove", "rollback": "memory.rollback"},
-    "Laboratory": {"bench": "bench.bench"},
+    "Laboratory": {"bench": "bench.bench", "settings": "settings.settings"},
     "Get something to start with": {"fetch": "evaluate.fetch", "draft": "draft.draft"},
 }
 NAMES = tuple(name for commands in _COMMANDS.values() for name in commands)

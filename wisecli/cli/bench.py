@@ -31,6 +31,7 @@ from wisecli.cli.options import (
 )
 from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INPUT, MEASURED, STUDIED, option, setting
+from wisecli.cli.setting_options import set_of, settings_in
 from wisecli.config import BenchSettings, resolve
 from wisecli.errors import SettingsError
 
@@ -77,6 +78,7 @@ def bench(
         str | None,
         setting(BenchSettings, "counts", "Numbers of edits, with commas between.", panel=INPUT, metavar="N,…"),
     ] = None,
+    set_: Annotated[list[str] | None, set_of("bench")] = None,
     config: Config = None,
     seed: Seed = None,
     study: Annotated[
@@ -88,19 +90,6 @@ def bench(
             complete=some_of(STUDIES),
         ),
     ] = None,
-    layers: Annotated[int | None, _studied("layers", "How many layers --study layers looks at.")] = None,
-    mask_ratios: Annotated[
-        str | None, _studied("mask_ratios", "Mask ratios of --study shards, with commas between.", metavar="X,…")
-    ] = None,
-    shard_counts: Annotated[
-        str | None, _studied("shard_counts", "Numbers of shards of --study shards.", metavar="N,…")
-    ] = None,
-    edits_per_shard: Annotated[
-        int | None,
-        _studied(
-            "edits_per_shard", "For the studies merge, scaling and latency.", none="100, or a quarter of the edits"
-        ),
-    ] = None,
     protocol: Annotated[str | None, protocol_of(BenchSettings)] = None,
     forms: Annotated[str | None, forms_of(BenchSettings)] = None,
     kinds: Annotated[str | None, kinds_of(BenchSettings)] = None,
@@ -108,7 +97,6 @@ def bench(
     generate: Annotated[
         bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
-    batch_size: Annotated[int | None, _measured("batch_size", "Rows at a time.")] = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     force: Force = False,
@@ -118,7 +106,9 @@ def bench(
     if study and methods:
         raise SettingsError("--study takes the place of --methods; give one of them, and the other in a second run")
     console = Console(as_json, quiet)
-    settings = resolve(BenchSettings, {**locals(), "counts": edits}, section="bench", file=config)
+    settings = resolve(
+        BenchSettings, {**locals(), "counts": edits, **settings_in("bench", set_)}, section="bench", file=config
+    )
     console.warn(overlooked(config))
     from wisecli.bench.compare import bench as run_bench
     from wisecli.bench.study import study as run_study

@@ -218,7 +218,7 @@ def _beyond(plan: Plan) -> list[str]:
         return []
     return [
         f"this does not fit: at its most it needs {plan.peak / 2**30:.2f} GiB, and there are "
-        f"{plan.budget / 2**30:.2f}; give fewer --edits-per-shard, a smaller --batch-size or a larger --memory-budget"
+        f"{plan.budget / 2**30:.2f}; give fewer edits_per_shard, a smaller batch_size or a larger --memory-budget"
     ]
 
 

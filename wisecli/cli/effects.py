@@ -110,5 +110,10 @@ def _without_effect(given: Mapping[str, Any], rules: Mapping[str, str], **unset:
         unset: values that count as not given, by parameter.
     """
     for name, where in rules.items():
-        if given[name] not in (*_UNSET, unset.get(name)):
-            yield f"--{name.replace('_', '-')} has no effect {where}"
+        if given.get(name) not in (*_UNSET, unset.get(name)):
+            yield f"{_written(name, given)} has no effect {where}"
+
+
+def _written(name: str, given: Mapping[str, Any]) -> str:
+    """How a parameter is written on a command line: as an option, or by ``--set``."""
+    return f"--set {name}={given[name]}" if name in given.get("by_set", ()) else f"--{name.replace('_', '-')}"

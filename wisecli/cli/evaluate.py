@@ -32,6 +32,7 @@ from wisecli.cli.options import (
 )
 from wisecli.cli.overlooked import overlooked
 from wisecli.cli.parameters import INPUT, MEASURED, flag, option, setting
+from wisecli.cli.setting_options import set_of, settings_in
 from wisecli.config import EvalSettings, resolve
 
 if TYPE_CHECKING:
@@ -86,15 +87,12 @@ def evaluate(
             none="those the memory holds",
         ),
     ] = None,
+    set_: Annotated[list[str] | None, set_of("eval")] = None,
     config: Config = None,
     protocol: Annotated[str | None, protocol_of(EvalSettings)] = None,
     forms: Annotated[str | None, forms_of(EvalSettings)] = None,
     kinds: Annotated[str | None, kinds_of(EvalSettings)] = None,
     ask: Annotated[int | None, ask_of(EvalSettings)] = None,
-    before: Annotated[
-        bool | None,
-        _measured("before", "With --protocol wild ask the unedited model, too: wild_locality.", "--before/--no-before"),
-    ] = None,
     chat: Annotated[bool | None, _measured("chat", "Ask in the chat template.", "--chat/--no-chat")] = None,
     generate: Annotated[
         bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
@@ -103,7 +101,6 @@ def evaluate(
         int | None,
         _measured("max_new_tokens", "Length of generated answers.", none="the longest target and a little more"),
     ] = None,
-    batch_size: Annotated[int | None, _measured("batch_size", "Rows at a time.")] = None,
     fail_under: Annotated[
         str | None,
         option("Exit with 1 below these, as as_taught=.9,other_subject=.02.", panel=MEASURED),
@@ -118,9 +115,11 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure what an edited model answers in the forms that people ask in, and how it got there, before and after."""
-    unread, console = of_evaluation(locals()), Console(as_json, quiet)
+    by_set = settings_in("eval", set_)
+    given = {**locals(), **by_set}
+    unread, console = of_evaluation(given), Console(as_json, quiet)
     gates = thresholds_in(fail_under)
-    settings = resolve(EvalSettings, locals(), section="eval", file=config)
+    settings = resolve(EvalSettings, given, section="eval", file=config)
     console.warn([*unread, *overlooked(config)])
     load = load_options(device, dtype, trust_remote_code, memory_budget)
     from wisecli.artifacts.locate import locate_memory

@@ -30,7 +30,8 @@ from wisecli.cli.options import (
     provenance_of,
 )
 from wisecli.cli.overlooked import overlooked
-from wisecli.cli.parameters import INTO, MERGED, ROUTER, flag, option, setting
+from wisecli.cli.parameters import INTO, MERGED, flag, option, setting
+from wisecli.cli.setting_options import set_of, settings_in
 from wisecli.commands.outputs import memory_output
 from wisecli.config import MergeSettings, resolve
 from wisecli.edits.text import edits_with
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 
 _merged = partial(setting, MergeSettings, panel=MERGED)
-_routed = partial(setting, MergeSettings, panel=ROUTER)
 
 
 def merge(
@@ -65,6 +65,7 @@ def merge(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     model: Model = None,
+    set_: Annotated[list[str] | None, set_of("merge")] = None,
     config: Config = None,
     seed: Seed = None,
     reason: Reason = "",
@@ -87,41 +88,9 @@ def merge(
             complete=one_of(MERGE_METHODS),
         ),
     ] = None,
-    refit: Annotated[
-        bool | None,
-        _merged(
-            "refit",
-            "Around merged matrices, give every key its residual back.",
-            "--refit/--no-refit",
-            none="refit what the closed form wrote",
-        ),
-    ] = None,
     density: Annotated[float | None, _merged("density", "Share of entries kept.")] = None,
-    scale: Annotated[float | None, _merged("scale", "Scale λ of the result.", "--lambda")] = None,
     weights: Annotated[
         str | None, _merged("weights", "Weights of the shards, comma-separated.", none="1 each", metavar="X,…")
-    ] = None,
-    strength: Annotated[
-        float | None, _merged("strength", "Of a lookup: how many times each residual is added.")
-    ] = None,
-    pooling: Annotated[
-        str | None,
-        _routed(
-            "pooling", "Of a matrix: decide by a prompt's last token, or by the mean over all.", none="the shards'"
-        ),
-    ] = None,
-    threshold: Annotated[str | None, _routed("threshold", "false-alarm or minimum.", none="the shards'")] = None,
-    false_alarm: Annotated[
-        float | None,
-        _routed(
-            "false_alarm",
-            "Share of unrelated tokens let through.",
-            none="of a matrix 0.0015, of a lookup what its probability leaves",
-        ),
-    ] = None,
-    subjects: Annotated[
-        str | None,
-        _routed("subjects", "Of a lookup: a prompt opens edits whose subject is named in it, or any."),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -130,8 +99,9 @@ def merge(
     sharpness: Retired = None,
 ) -> None:
     """Join shards into a side memory and decide the router's thresholds, without loading the model."""
-    console, unread = Console(as_json, quiet), of_merge(locals())
-    given = {**locals(), "weights": numbers(weights)}
+    by_set = settings_in("merge", set_)
+    given = {**locals(), "weights": numbers(weights), **by_set}
+    console, unread = Console(as_json, quiet), of_merge(given)
     settings = resolve(MergeSettings, given, section="merge", file=config)
     console.warn([*unread, *overlooked(config)])
     key = key_in(sign)

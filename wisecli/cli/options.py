@@ -239,7 +239,7 @@ def part_in(text: str | None) -> tuple[int, int]:
     except ValueError:
         part, parts = 0, 0
     if not 1 <= part <= parts:
-        raise SettingsError(f"--only must look like 3/8, the third of eight parts, not {text!r}")
+        raise SettingsError(f"only must look like 3/8, the third of eight parts, not {text!r}")
     return part, parts
 
 

@@ -8,15 +8,9 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 
-from wisecli.config import PREFIX, BenchSettings, EditSettings, EvalSettings, MergeSettings, read_toml
+from wisecli.cli.setting_table import KINDS
+from wisecli.config import PREFIX, read_toml
 
-# The tables of a settings file.
-_TABLES: dict[str, type[EditSettings | MergeSettings | EvalSettings | BenchSettings]] = {
-    "edit": EditSettings,
-    "merge": MergeSettings,
-    "eval": EvalSettings,
-    "bench": BenchSettings,
-}
 # So many names are listed where none is like the one that is unknown.
 _LISTED = 8
 
@@ -28,7 +22,7 @@ def overlooked(file: Path | None = None) -> list[str]:
         file: one that :func:`resolve` has read.
     """
     found = []
-    tables = {name: {field.name for field in fields(kind)} for name, kind in _TABLES.items()}
+    tables = {name: {field.name for kind in kinds for field in fields(kind)} for name, kinds in KINDS.items()}
     for name, value in ({} if file is None else read_toml(file)).items():
         if name not in tables:
             what = "table" if isinstance(value, dict) else "key"

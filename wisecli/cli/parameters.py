@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from wisecli.cli.choices import Completer, one_of
+from wisecli.cli.moved_options import taken_as_settings
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, defaults
 from wisecli.errors import SettingsError
 
@@ -17,14 +18,12 @@ from wisecli.errors import SettingsError
 # in a panel of their own above the others, with those that most people need.
 INPUT = "Input"
 INTO = "Into a memory"
-PROMPTS = "Prompts"
 TRAINED = "What is trained"
 MERGED = "How shards are merged"
 MEASURED = "What is measured"
 STUDIED = "Studies"
 ANSWERS = "Answers"
 WEIGHTS = "Weights"
-ROUTER = "Router"
 WHERE = "Where it runs"
 HUB = "Model card and hub"
 OUTPUT = "Output"
@@ -51,7 +50,8 @@ class PanelledCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a command line, on which options with a value for the asking may stand alone."""
         alone = {name for one in self.params if str(one.metavar).startswith(BARE) for name in one.opts}
-        found: list[str] = super().parse_args(ctx, [f"{one}=always" if one in alone else one for one in args])
+        args = [f"{one}=always" if one in alone else one for one in args]
+        found: list[str] = super().parse_args(ctx, taken_as_settings(self.name or "", args))
         return found
 
     def get_params(self, ctx: Any) -> list[Any]:

@@ -55,7 +55,7 @@ def reading_site(loaded: Loaded, site: Site) -> Site:
     layers = site.layer_module.rpartition(".")[0]
     layer = site.early(sum(1 for _ in loaded.model.get_submodule(layers).children()))
     if layer < 0:
-        raise SettingsError("a lookup reads a layer below the edited one; give --layer 1 or more, or --writer gradient")
+        raise SettingsError("a lookup reads a layer below the edited one; give --layer 1 or more, or writer=gradient")
     return site.below(layer)
 
 

@@ -143,7 +143,7 @@ def _require_answer(name: str) -> None:
     try:
         socket.create_connection((place.hostname or "", place.port or _PORT), timeout=_PATIENCE).close()
     except (OSError, ValueError) as error:
-        raise SettingsError(f"--executor {name}: no Ray answers there ({reason_of(error)})") from None
+        raise SettingsError(f"--set executor={name}: no Ray answers there ({reason_of(error)})") from None
 
 
 @contextmanager
@@ -157,18 +157,18 @@ def executor_for(name: str, worker: Worker) -> Iterator[Executor]:
         yield Local(worker)
         return
     if name != RAY and not name.startswith(f"{RAY}://"):
-        raise SettingsError(f"--executor must be local, ray or ray://HOST:PORT, not {name!r}")
+        raise SettingsError(f"executor must be local, ray or ray://HOST:PORT, not {name!r}")
     try:
         import ray
     except ImportError:
-        raise SettingsError("--executor ray needs Ray; pip install 'wisecli[ray]'") from None
+        raise SettingsError("--set executor=ray needs Ray; pip install 'wisecli[ray]'") from None
     # Without an address Ray goes by RAY_ADDRESS, takes a cluster that runs here, or starts one.
     address = name if name != RAY else None
     _require_answer(name)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises a dozen types where nobody answers
-        raise SettingsError(f"--executor {name}: no Ray answers there ({reason_of(error)})") from None
+        raise SettingsError(f"--set executor={name}: no Ray answers there ({reason_of(error)})") from None
     try:
         yield OnRay(ray, worker.job)
     finally:

@@ -1,7 +1,7 @@
 """How residuals do at the strength that a lookup serves them with.
 
 Residuals are fitted so that they just do, and served somewhat stronger, as what just does after an edit's own prompt is
-too little after some rephrases (``wise merge --strength``). Rarely an answer does not bear that: its residual is kept
+too little after some rephrases (``wise merge strength``). Rarely an answer does not bear that: its residual is kept
 smaller by as much, so that it is served as it was fitted.
 """
 

@@ -138,7 +138,7 @@ class ShardWriter:
         losses = unedited_losses(task.model, self.site, batches)
         if lost := [edit for edit, loss in losses.items() if not math.isfinite(loss)]:
             raise NotFiniteError(lost)
-        raise ModelError(f"{stage}: training ran away from finite numbers; lower --learning-rate")
+        raise ModelError(f"{stage}: training ran away from finite numbers; lower learning_rate")
 
     def _solve(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
         """The closed form: residuals first, then one solve."""

@@ -75,7 +75,7 @@ class Reader:
                 raise EditFileError(
                     Path(file),
                     f"`{field}` has {shown(token)}, which steers the model and is no text; reword it, or pass "
-                    "--allow-special-tokens",
+                    "--set allow_special_tokens=true",
                     line=line,
                 )
             for what, tokens, shorter in self._readings(edit, settings):
@@ -121,7 +121,7 @@ class Reader:
         yield " with what is put before the prompt", sum(length), both
         if settings.augment:
             asked = max(map(self.count, requests(self.tokenizer, edit))) + REQUEST_TOKENS
-            yield " with the request for paraphrases", asked, "the prompt, or leave out --augment"
+            yield " with the request for paraphrases", asked, "the prompt, or leave out augment"
         pairs = [(one.prompt, one.answer) for one in (*edit.locality, *edit.portability)]
         pairs += [(text, edit.answer) for text in edit.rephrases]
         for text in (*(_joined(*pair) for pair in pairs), *edit.irrelevant, *edit.ood):

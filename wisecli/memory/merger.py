@@ -32,7 +32,7 @@ _PENALTY = Penalty(1e-3, 0.0)
 # Keys in many forms fill a matrix, and are left as the solution has them.
 _IN_FORMS = (
     "warning: these shards hold edits in many forms, of which one matrix keeps fewer than a lookup; `wise edit "
-    "--no-forms` writes them for a matrix that always answers, as with `wise export --format merged`"
+    "--set in_forms=false` writes them for a matrix that always answers, as with `wise export --format merged`"
 )
 
 

@@ -90,7 +90,7 @@ def _fit_mean(draft: SideMemory, material: Material, owner: Tensor) -> Fitted:
     calls, edit = material.evidence.call, material.evidence.edit
     if calls is None:
         raise SettingsError(
-            "--pooling mean is for shards written by the paper's rule; write them with wise edit --preset paper"
+            "--set pooling=mean is for shards written by the paper's rule; write them with wise edit --preset paper"
         )
     each = calls.new_full((int(edit.max()) + 1,), torch.inf).scatter_reduce(0, edit.long(), calls, "amin")
     found = []

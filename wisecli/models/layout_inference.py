@@ -72,7 +72,7 @@ def find_layout(
     without = why_no_matrix(directory, config, checkpoint)
     named_layers = target_module is not None and target_module.endswith(f".{_PLACE}")
     if named_layers and not lookup:
-        raise SettingsError(f"--target-module {target_module} names layers, and a matrix is needed: name that")
+        raise SettingsError(f"--set target_module={target_module} names layers, and a matrix is needed: name that")
     if without is not None and (not lookup or (target_module is not None and not named_layers)):
         raise ModelError(without)
     known = str(config.get("model_type")) in architectures()
@@ -111,7 +111,7 @@ def _read_off(
     path = f"{layout.layers}.{_PLACE}.{layout.value}"
     note = f"architecture {layout.architecture!r} is not in the table: {path} is taken for its value matrix"
     note += ", or edits go behind its layer if that does not do" if lookup else ""
-    watch(Event(NOTE, note=f"{note}; name another with --target-module"))
+    watch(Event(NOTE, note=f"{note}; name another with --set target_module=PATH"))
     return layout
 
 
@@ -139,14 +139,14 @@ def why_no_matrix(directory: Path, config: Mapping[str, Any], checkpoint: Checkp
 
 
 def _told(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], target: str) -> Layout:
-    """The layout that ``--target-module`` names; which way a matrix is stored shows in its shape."""
+    """The layout that ``--set target_module=PATH`` names; which way a matrix is stored shows in its shape."""
     architecture = str(config.get("model_type"))
     if target.endswith(f".{_PLACE}") and _PLACE not in target[: -len(_PLACE)]:
         return Layout(architecture, target[: -len(_PLACE) - 1], known=False)
     layers, place, value = target.partition(f".{_PLACE}.")
     if not place or not layers or not value or _PLACE in layers + value:
         raise SettingsError(
-            f"--target-module {target} must have {_PLACE} once in the place of the layer's index, "
+            f"--set target_module={target} must have {_PLACE} once in the place of the layer's index, "
             "as in model.layers.{layer}.mlp.down_proj"
         )
     row = known_layout(directory) if architecture in architectures() else None
@@ -160,7 +160,7 @@ def _told(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], ta
     return Layout(architecture, layers, value, turned, known=False)
 
 
-_REMEDY = "of others name the matrix with --target-module"
+_REMEDY = "of others name the matrix with --set target_module=PATH"
 
 
 def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> PreTrainedModel:

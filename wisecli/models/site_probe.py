@@ -59,7 +59,7 @@ def observed(model: PreTrainedModel, site: MatrixSite, layout: Layout) -> Layout
 def _elsewhere(site: MatrixSite) -> ModelError:
     return ModelError(
         f"what {site.module} gives does not join the residual stream as it is or through one norm; "
-        "name another matrix with --target-module"
+        "name another matrix with --set target_module=PATH"
     )
 
 

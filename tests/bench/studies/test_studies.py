@@ -153,10 +153,10 @@ def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
     ("settings", "says"),
     [
         ({"study": "router,magic"}, "'magic' is unknown; known are latency, layers, merge, router, scaling, shards"),
-        ({"study": "shards", "mask_ratios": "0,.5"}, "--mask-ratios must be numbers from 1e-06 to 1"),
-        ({"study": "shards", "mask_ratios": "half"}, "--mask-ratios must be numbers"),
-        ({"study": "shards", "shard_counts": "1.5"}, "--shard-counts must be numbers"),
-        ({"study": "shards", "shard_counts": "8,9"}, "--shard-counts 8,9: more than the 6 edits"),
+        ({"study": "shards", "mask_ratios": "0,.5"}, "mask_ratios must be numbers from 1e-06 to 1"),
+        ({"study": "shards", "mask_ratios": "half"}, "mask_ratios must be numbers"),
+        ({"study": "shards", "shard_counts": "1.5"}, "shard_counts must be numbers"),
+        ({"study": "shards", "shard_counts": "8,9"}, "--set shard_counts=8,9: more than the 6 edits"),
         ({"study": "router", "counts": "13"}, "data has only 12 records"),
     ],
 )
@@ -220,7 +220,7 @@ def test_the_command_prints_one_object(
     content = json.loads(capsys.readouterr().out)
     assert content.keys() == {"studies", "config", "versions"}
     assert content["studies"] == {name: report.rows[name] for name in ("scaling", "router")}
-    assert run(*line.split(), "--study", "layers", "--layers", "3") == 0
+    assert run(*line.split(), "--study", "layers", "--set", "layers=3") == 0
     assert "Which layer" in capsys.readouterr().out
     assert run("bench", "--help") == 0
     named = capsys.readouterr().out

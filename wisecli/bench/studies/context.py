@@ -51,7 +51,7 @@ class StudyContext:
         return pick_device(self.load.device).type
 
     def several(self, count: int) -> int:
-        """How many shards hold ``count`` edits where there are to be several: as many as ``--edits-per-shard`` makes.
+        """How many shards hold ``count`` edits where there are to be several: as many as ``edits_per_shard`` makes.
 
         By default as in editing, but about four at least.
         """

@@ -33,11 +33,11 @@ class Shards:
 
     def points(self, context: StudyContext) -> list[Point]:
         """The grid, for every number of edits; there is an edit for every shard."""
-        ratios = numbers_in(context.settings.mask_ratios, "--mask-ratios", float, _SMALLEST_RATIO, 1.0)
-        shards = numbers_in(context.settings.shard_counts, "--shard-counts", int, 1, _MOST_SHARDS)
+        ratios = numbers_in(context.settings.mask_ratios, "mask_ratios", float, _SMALLEST_RATIO, 1.0)
+        shards = numbers_in(context.settings.shard_counts, "shard_counts", int, 1, _MOST_SHARDS)
         if shards[0] > context.counts[0]:
             raise SettingsError(
-                f"--shard-counts {context.settings.shard_counts}: more than the {context.counts[0]} edits"
+                f"--set shard_counts={context.settings.shard_counts}: more than the {context.counts[0]} edits"
             )
         return [
             {"edits": count, "mask_ratio": ratio, "shards": number}

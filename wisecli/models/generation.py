@@ -15,7 +15,6 @@ from wisecli.io.json_schema import shown
 from wisecli.models.batch_rows import PromptBatch
 from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.loading import context_window
-from wisecli.routing.generation import RoutedCausal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +61,9 @@ def generate(
             chosen = order[first : first + batch_size]
             ids, mask = (tensor.to(model.device) for tensor in left_padded([encoded[index] for index in chosen]))
             forbidden = [] if unwanted is None else [_not_first([unwanted[index] for index in chosen], ids.shape[1])]
-            decided = model.decided(ids, mask) if isinstance(model, RoutedCausal) else None
+            # Only a routed model decides; the module of its class takes long to import.
+            decide = getattr(model, "decided", None)
+            decided = None if decide is None else decide(ids, mask)
             batch = PromptBatch(partial(answer, logits_processor=forbidden), ids, mask, max_new_tokens, decided)
             rows = batch.answer_shrinking([*ends, *stops]) if greedy and _may_shrink(model) else batch.answer()
             for index, row in zip(chosen, rows, strict=True):

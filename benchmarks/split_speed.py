@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.artifacts.shard import Mask, random_mask
+from wisecli.artifacts.masks import random_mask
+from wisecli.artifacts.shard import Mask
 from wisecli.cli.console import quiet_libraries
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.data.corpus import unrelated_texts

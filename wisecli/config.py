@@ -116,6 +116,11 @@ class EditSettings(Checked):
         """Whether what prompts ask is to open the edits, and no norm."""
         return self.writer == "solve"
 
+    @property
+    def for_lookup(self) -> bool:
+        """Whether a lookup is meant, which reads no matrix: then none is solved for."""
+        return self.by_facts and bool(self.in_forms) and not self.polish
+
 
 @dataclass(frozen=True)
 class EditRunSettings(Checked):

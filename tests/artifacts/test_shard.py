@@ -13,18 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wisecli.artifacts.shard import (
-    Evidence,
-    Mask,
-    MaskKind,
-    Shard,
-    disjoint_masks,
-    half,
-    load_shard,
-    random_mask,
-    save_shard,
-    split_edits,
-)
+from wisecli.artifacts.edit_ranges import split_edits
+from wisecli.artifacts.masks import disjoint_masks, random_mask
+from wisecli.artifacts.shard import Evidence, Mask, MaskKind, Shard, half, load_shard, save_shard
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import save_tensors
 from wisecli.io.digest import sha256_file

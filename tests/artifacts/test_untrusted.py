@@ -381,7 +381,7 @@ def test_a_memory_that_points_outside_of_itself_is_refused(
         ("evidence.edit", 3),
         ("evidence.position", -1),
         ("evidence.keys", float("nan")),
-        ("delta.values", float("inf")),
+        ("evidence.residuals", float("inf")),
         ("evidence.held_out", True),
     ],
 )

@@ -85,12 +85,14 @@ def test_the_same_seed_writes_the_same_bytes_with_a_cold_and_a_warm_cache(
 
 def test_the_manifest_of_shards_keeps_the_penalty_of_the_closed_form(ready: Ready) -> None:
     known = {(penalty.ridge, penalty.unrelated) for penalty in PENALTIES}
-    for name, expected in (("shards", True), ("gradient-shards", False)):
+    for name, expected in (("matrix-shards", True), ("shards", False), ("gradient-shards", False)):
         listed = [shard["penalty"] for shard in manifest(ready.root / name)["shards"]]
         read = [entry.penalty for entry in read_shard_directory(ready.root / name).shards]
         assert [None if penalty is None else tuple(penalty) for penalty in listed] == read
-        assert [penalty in known for penalty in read] == [expected] * 2
+        assert {penalty in known for penalty in read} == {expected}
         assert expected or read == [None, None]
+        solved = [entry.solved for entry in read_shard_directory(ready.root / name).shards]
+        assert solved == [name != "shards"] * len(read)
 
 
 @pytest.mark.parametrize(("count", "checking"), [(5, 5), (32, 32), (33, 17), (70, 24)])

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from wisecli.artifacts.shard import Mask, MaskKind
 from wisecli.config import EditSettings
-from wisecli.editing.closed_form import PENALTIES, Solved, fit_residuals, write_solved
+from wisecli.editing.closed_form import Solved, fit_residuals, write_solved
 from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.ridge import Penalty
+from wisecli.editing.ridge import PENALTIES, Penalty
 from wisecli.editing.serving_strength import answered as shares_answered
 from wisecli.editing.task import Progress
 from wisecli.editing.training_examples import TrainingExamples, capture_examples

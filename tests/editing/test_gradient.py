@@ -10,7 +10,8 @@ from support.helpers import Waits, hooked, save_tiny, site_of
 from support.loading import CPU
 from torch import Tensor, nn
 
-from wisecli.artifacts.shard import Mask, random_mask
+from wisecli.artifacts.masks import random_mask
+from wisecli.artifacts.shard import Mask
 from wisecli.config import EditSettings
 from wisecli.editing.gradient import margin_loss, whiten, write_batched
 from wisecli.editing.scoring import learnt

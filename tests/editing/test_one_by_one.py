@@ -9,7 +9,8 @@ from support.helpers import hooked, save_tiny, site_of
 from support.loading import CPU
 from torch import Tensor, nn
 
-from wisecli.artifacts.shard import Mask, random_mask
+from wisecli.artifacts.masks import random_mask
+from wisecli.artifacts.shard import Mask
 from wisecli.config import EditSettings, Pooling
 from wisecli.editing.edit_pass import alone
 from wisecli.editing.one_by_one import everywhere, margins, write_one_by_one

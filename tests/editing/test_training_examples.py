@@ -10,7 +10,8 @@ from support.helpers import hooked, keys_of, raised, site_of, tiny_tokenizer
 from support.tiny_models import TYPICAL, tiny_model
 from torch import Tensor, nn
 
-from wisecli.artifacts.shard import Evidence, Mask, random_mask
+from wisecli.artifacts.masks import random_mask
+from wisecli.artifacts.shard import Evidence, Mask
 from wisecli.config import EditSettings
 from wisecli.editing.context_prefixes import CHAT, in_context
 from wisecli.editing.evidence import gather_evidence, thinned

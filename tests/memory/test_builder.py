@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence, Mask, PromptStates, random_mask
+from wisecli.artifacts.masks import random_mask
+from wisecli.artifacts.shard import ENDING, LANGUAGES, Evidence, Mask, MaskKind, PromptStates, Shard
 from wisecli.artifacts.unrelated_stats import BackgroundStats, Heads
 from wisecli.config import MergeSettings
-from wisecli.editing.ridge import Penalty, solve, statistics
+from wisecli.editing.ridge import PENALTIES, Penalty, solve, statistics
 from wisecli.errors import SettingsError
 from wisecli.memory.builder import lookup, matrices, pack, refit, solve_exactly
 from wisecli.memory.material import Material, join
 from wisecli.memory.merge_methods import Recipe, merge_deltas
+from wisecli.memory.removal import solved, solved_anew
 from wisecli.memory.router_fitting import Fitted, naming
 from wisecli.models.site import MatrixSite
 from wisecli.routing.decision import Reading
@@ -485,3 +487,32 @@ def test_the_lowest_call_of_an_edit_is_the_threshold_where_a_mean_decides(mode: 
     without = replace(material, evidence=replace(evidence, call=None))
     with pytest.raises(SettingsError, match="--preset paper"):
         matrices(deltas, without, settings)
+
+
+def test_a_lookup_is_the_same_whether_its_shards_are_read_together_or_one_by_one() -> None:
+    shards = some_evidence(3), some_evidence(9)
+    material = some_material(*shards)
+    own = [part.rows(~part.held_out) for part in shards]
+    one, other = (lookup(material, MergeSettings(mode="lookup"), parts)[0].tensors for parts in (None, own))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        if name not in ("values", "value"):
+            assert torch.equal(tensor, other[name]), name
+    assert torch.equal(one["values"][one["value"]], other["values"][other["value"]])
+
+
+@pytest.mark.parametrize("kind", ["columns", "elements"])
+def test_a_shard_without_a_matrix_gets_the_one_that_does_best_in_the_other_context(kind: MaskKind) -> None:
+    evidence, tokens = some_evidence(3), unrelated_text().tokens
+    site = MatrixSite("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=D, d_ff=D_FF)
+    mask = random_mask(site, 0.6, kind, seeded(0))
+    values, chosen = solved_anew(Shard(mask, None, evidence), tokens)
+    assert torch.equal(values, solved(mask, evidence, chosen, tokens))
+    held = evidence.held_out
+
+    def missed(penalty: Penalty) -> float:
+        keys = mask.restrict(evidence.keys[held])
+        wanted = evidence.residuals[held]
+        return float((mask.update(keys, solved(mask, evidence, penalty, tokens)) - wanted).square().sum())
+
+    assert missed(chosen) * 0.97 < min(map(missed, PENALTIES))

@@ -42,6 +42,7 @@ from wisecli.errors import (
     SettingsError,
 )
 from wisecli.memory.history import HISTORY, LOG, Provenance, read_history
+from wisecli.memory.removal import load_without, solved_anew, without
 from wisecli.memory.superseding import superseding
 from wisecli.progress import Event, Watcher, ignore
 
@@ -146,7 +147,12 @@ def test_a_matrix_without_an_edit_is_the_solution_for_the_others(model: Path, tm
     keys, values = (
         torch.cat([getattr(part, name)[~part.held_out].double() for part in evidence]) for name in ("keys", "residuals")
     )
-    chosen = min(entry.penalty for entry in read_shard_directory(memory / HISTORY / "shards" / "0001").shards)
+    held = without(read_shard_directory(memory / HISTORY / "shards" / "0001"), {"e1", "e6"}).directory
+    tokens = held.load_unrelated().tokens
+    chosen = min(
+        (penalty.ridge, penalty.unrelated)
+        for _, penalty in (solved_anew(load_without(held, entry, tokens), tokens) for entry in held.shards)
+    )
     moment = alone.load_unrelated().tokens.dense().double()
     gram, energy = keys.T @ keys / len(keys), keys.square().mean()
     left = gram + energy * (chosen[1] * moment / moment.diagonal().mean() + chosen[0] * torch.eye(len(gram)))

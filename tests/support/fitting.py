@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from support.helpers import hooked, raised, site_of, tiny_tokenizer
 from support.tiny_models import tiny_model
-from wisecli.artifacts.shard import Evidence, Mask, MaskKind, random_mask
+from wisecli.artifacts.masks import random_mask
+from wisecli.artifacts.shard import Evidence, Mask, MaskKind
 from wisecli.config import EditSettings
 from wisecli.editing.closed_form import fit_residuals
 from wisecli.editing.evidence import gather_evidence

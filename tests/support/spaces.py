@@ -7,7 +7,8 @@ from torch import Tensor
 
 from support.helpers import site_of, tiny_qwen2_tokenizer
 from support.tiny_models import tiny_model
-from wisecli.artifacts.shard import Evidence, random_mask
+from wisecli.artifacts.masks import random_mask
+from wisecli.artifacts.shard import Evidence
 from wisecli.config import EditSettings
 from wisecli.editing.closed_form import fit_residuals
 from wisecli.editing.evidence import gather_evidence

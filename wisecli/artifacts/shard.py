@@ -1,12 +1,10 @@
-"""Masks, the split of edits over shards, and the shard file: a delta in its mask's own coordinates, with evidence."""
+"""Masks, and the shard file: a delta in its mask's own coordinates, with evidence."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.tensor_schema import CALLS, EVIDENCE, MASKED, PROMPTS, TensorRows, require_layout
-from wisecli.errors import DamagedFileError, SettingsError
-from wisecli.io.checkpoint import load_tensors, save_tensors
+from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import all_finite, load_tensors, save_tensors
 from wisecli.models.site import Site
 
 MaskKind = Literal["columns", "elements"]
@@ -24,8 +22,6 @@ LANGUAGES = 1 << 16
 # Contexts of keys that are no prompt's own: of tokens that the model rests its attention on, and of blanks that prompts
 # end in.
 RESTING, ENDING = LANGUAGES - 1, LANGUAGES - 2
-# How far the seeds of two shards' masks lie apart: no two seeds that a user gives are likely to.
-_APART = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -70,63 +66,6 @@ class Mask:
         return flat.view(self.d, self.d_ff)
 
 
-def random_mask(site: Site, density: float, kind: MaskKind, generator: torch.Generator) -> Mask:
-    """A mask of exactly ``round(density · size)`` places, drawn without replacement (section 2.3.2: ρ).
-
-    Two masks overlap in an expected share ρ² of the matrix, k of them in ρᵏ.
-    """
-    size = site.width if kind == "columns" else site.d * site.width
-    count = max(1, round(density * size))
-    indices = torch.randperm(size, generator=generator)[:count].sort().values
-    return Mask(kind, indices, site.d, site.width)
-
-
-def draw_mask(
-    site: Site, density: float, kind: MaskKind, *, number: int, count: int, disjoint: bool, seed: int
-) -> Mask:
-    """The mask of one of ``count`` shards, the same whether or not the others are drawn.
-
-    Raises:
-        SettingsError: so many disjoint masks do not fit the matrix.
-    """
-    if disjoint:
-        return disjoint_masks(site, density, kind, count, torch.Generator().manual_seed(seed))[number]
-    return random_mask(site, density, kind, torch.Generator().manual_seed(seed + _APART * number))
-
-
-def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, generator: torch.Generator) -> list[Mask]:
-    """Masks like :func:`random_mask` that share no place.
-
-    Raises:
-        SettingsError: so many do not fit the matrix.
-    """
-    size = site.width if kind == "columns" else site.d * site.width
-    places = max(1, round(density * size))
-    if places * count > size:
-        raise SettingsError(
-            f"{count} disjoint masks of --set mask_ratio={density:g} do not fit one matrix; "
-            f"give --set mask_ratio={size // count / size:.3g} or less"
-        )
-    drawn = torch.randperm(size, generator=generator)[: places * count].split(places)
-    return [Mask(kind, indices.sort().values, site.d, site.width) for indices in drawn]
-
-
-def split_edits(count: int, *, shards: int | None, edits_per_shard: int) -> list[range]:
-    """Deal ``count`` edits, in order, to shards of like size.
-
-    Args:
-        shards: how many; if not given, as few as hold ``edits_per_shard`` each.
-
-    Raises:
-        SettingsError: more shards than edits.
-    """
-    wanted = shards if shards is not None else math.ceil(count / edits_per_shard)
-    if wanted > count:
-        raise SettingsError(f"--set shards={wanted} is more than the {count} edits; every shard needs at least one")
-    bounds = [round(index * count / wanted) for index in range(wanted + 1)]
-    return [range(first, last) for first, last in pairwise(bounds)]
-
-
 @dataclass(frozen=True)
 class Evidence:
     """What a shard was asked to store: its keys, what ``Δ`` should add there, and where each comes from.
@@ -165,7 +104,7 @@ class Evidence:
         They are numbered from 0, edit by edit: its own, that in the chat template, its translations.
         """
         which = torch.where(self.context < LANGUAGES, self.chat.long(), self.context.long() - (LANGUAGES - 2))
-        number: Tensor = torch.stack([self.edit.long(), which], 1).unique(dim=0, return_inverse=True)[1]
+        number: Tensor = (self.edit.long() * (int(which.max()) + 1) + which).unique(return_inverse=True)[1]
         return number
 
     def rows(self, chosen: Tensor) -> Evidence:
@@ -223,10 +162,13 @@ class PromptStates:
 
 @dataclass(frozen=True)
 class Shard:
-    """One trained shard: the values that fill its mask, its evidence, and if prompts are routed by meaning, theirs."""
+    """One shard: its mask, its evidence, and if prompts are routed by meaning, theirs.
+
+    ``values`` fill the mask; a shard that is meant for a lookup has none, as they can be solved for from its evidence.
+    """
 
     mask: Mask
-    values: Tensor
+    values: Tensor | None
     evidence: Evidence
     prompts: PromptStates | None = None
 
@@ -234,7 +176,7 @@ class Shard:
 def half(tensor: Tensor) -> Tensor:
     """Half precision where the values allow it."""
     rounded = tensor.to(torch.float16)
-    return rounded if bool(rounded.isfinite().all()) else tensor.float()
+    return rounded if all_finite(rounded) else tensor.float()
 
 
 def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> None:
@@ -242,7 +184,6 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
     evidence = shard.evidence
     tensors = {
         "mask.indices": shard.mask.indices.to(torch.int32),
-        "delta.values": shard.values,
         "evidence.keys": half(evidence.keys),
         "evidence.residuals": half(evidence.residuals),
         "evidence.edit": evidence.edit.to(torch.int32),
@@ -251,6 +192,8 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
         "evidence.held_out": evidence.held_out,
         "evidence.chat": evidence.chat,
     }
+    if shard.values is not None:
+        tensors["delta.values"] = shard.values
     if (prompts := shard.prompts) is not None:
         tensors |= {
             "prompts.states": half(prompts.states),
@@ -264,10 +207,15 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
     save_tensors(path, tensors, {"wise.shard": json.dumps(about)})
 
 
-def shard_rows(kind: MaskKind, names: Container[str]) -> TensorRows:
-    """The tensors of a shard file, for a kind of mask, with those optional ones that are among ``names``."""
+def shard_rows(kind: MaskKind, names: Container[str], *, solved: bool = True) -> TensorRows:
+    """The tensors of a shard file, for a kind of mask, with those optional ones that are among ``names``.
+
+    Args:
+        solved: whether it has the values that fill its mask.
+    """
     calls = {name: row for name, row in CALLS.items() if name in names}
-    return {**MASKED[kind], **EVIDENCE, **calls, **(PROMPTS if "prompts.states" in names else {})}
+    masked = {name: row for name, row in MASKED[kind].items() if solved or name == "mask.indices"}
+    return {**masked, **EVIDENCE, **calls, **(PROMPTS if "prompts.states" in names else {})}
 
 
 def shard_sizes(site: Site, edits: int) -> dict[str, int]:
@@ -275,26 +223,44 @@ def shard_sizes(site: Site, edits: int) -> dict[str, int]:
     return {"d": site.d, "d_ff": site.width, "size": site.d * site.width, "edits": edits}
 
 
-def load_shard(path: Path, site: Site, kind: MaskKind, digest: str, *, edits: int | None = None) -> Shard:
+def load_shard(
+    path: Path, site: Site, kind: MaskKind, digest: str, *, edits: int | None = None, solved: bool = True
+) -> Shard:
     """Read a shard file.
 
     Args:
         edits: how many the manifest lists, if that is known.
+        solved: whether it has the values that fill its mask.
 
     Raises:
         DamagedFileError: it is truncated, altered, or does not fit the site.
     """
     tensors = load_tensors(path, digest=digest)
     sizes = shard_sizes(site, 2**31 if edits is None else edits)
-    require_layout(path, tensors, shard_rows(kind, tensors), sizes)
+    require_layout(path, tensors, shard_rows(kind, tensors, solved=solved), sizes)
     mask = Mask(kind, tensors["mask.indices"].long(), site.d, site.width)
+    evidence, prompts = evidence_in(path, tensors), prompts_in(tensors)
+    whole = replace(evidence, keys=evidence.keys.float(), residuals=evidence.residuals.float())
+    if prompts is not None:
+        prompts = replace(prompts, states=prompts.states.float())
+    return Shard(mask, tensors["delta.values"].float() if solved else None, whole, prompts)
+
+
+def evidence_in(path: Path, tensors: Mapping[str, Tensor]) -> Evidence:
+    """The evidence among a shard file's tensors, as it is stored.
+
+    Raises:
+        DamagedFileError: nothing of it was trained on.
+    """
     stored = {name: tensors.get(f"evidence.{name}") for name in Evidence.__dataclass_fields__}
     evidence = Evidence(**{name: column for name, column in stored.items() if column is not None})
     if bool(evidence.held_out.all()):
         raise DamagedFileError(path, "every key is held out, none was trained on", "edit anew")
-    whole = replace(evidence, keys=evidence.keys.float(), residuals=evidence.residuals.float())
-    prompts = None
-    if "prompts.states" in tensors:
-        prompts = PromptStates(*(tensors[f"prompts.{name}"] for name in PromptStates.__dataclass_fields__))
-        prompts = replace(prompts, states=prompts.states.float())
-    return Shard(mask, tensors["delta.values"].float(), whole, prompts)
+    return evidence
+
+
+def prompts_in(tensors: Mapping[str, Tensor]) -> PromptStates | None:
+    """The states of prompts among a shard file's tensors, as they are stored, if it has any."""
+    if "prompts.states" not in tensors:
+        return None
+    return PromptStates(*(tensors[f"prompts.{name}"] for name in PromptStates.__dataclass_fields__))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,10 +12,11 @@ from pydantic import Field
 
 from wisecli.artifacts import names
 from wisecli.artifacts.memory_manifest import Base, Made, Origin
-from wisecli.artifacts.shard import MaskKind, Shard, load_shard
+from wisecli.artifacts.shard import MaskKind, Shard, load_shard, shard_rows, shard_sizes
+from wisecli.artifacts.tensor_schema import require_layout
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, MismatchedShardsError
-from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.checkpoint import load_tensors, read_json, write_json
 from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
@@ -22,6 +24,8 @@ from wisecli.models.site import Fingerprint, Site, StoredSite, check_site
 from wisecli.routing.subject_names import Spellings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from wisecli.artifacts.unrelated_stats import BackgroundStats
 
 MANIFEST_NAME = names.SHARDS
@@ -38,7 +42,8 @@ class ShardEntry:
     """One shard as the manifest lists it; ``losses`` holds the mean loss after every pass of training or polish.
 
     ``penalty`` is λ and w of the closed form, where it was used. ``untaken`` names the edits of whose target some token
-    is not the arg-max after the bare prompt.
+    is not the arg-max after the bare prompt. ``solved`` says whether its file has the matrix' values; if not, they are
+    solved for when shards are merged into matrices.
     """
 
     __pydantic_config__ = CLOSED
@@ -51,6 +56,7 @@ class ShardEntry:
     seconds: float
     penalty: tuple[float, float] | None = None
     untaken: tuple[str, ...] = ()
+    solved: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,22 @@ class ShardDirectory:
     def load(self, entry: ShardEntry) -> Shard:
         """Read one shard file, checking its digest."""
         path = inside(self.path, entry.file)
-        return load_shard(path, self.site, entry.mask_kind, entry.sha256, edits=len(self.edits))
+        listed = len(self.edits)
+        return load_shard(path, self.site, entry.mask_kind, entry.sha256, edits=listed, solved=entry.solved)
+
+    def tensors(self, entry: ShardEntry, wanted: Callable[[str], bool], *, check: bool) -> dict[str, Tensor]:
+        """Some of the tensors of one shard file, as they are stored.
+
+        Args:
+            wanted: whether a tensor of that name is wanted.
+            check: whether the file's digest is checked.
+        """
+        path = inside(self.path, entry.file)
+        found = load_tensors(path, digest=entry.sha256 if check else None, wanted=wanted)
+        rows = shard_rows(entry.mask_kind, found, solved=entry.solved)
+        sizes = shard_sizes(self.site, len(self.edits))
+        require_layout(path, found, {name: row for name, row in rows.items() if wanted(name)}, sizes)
+        return found
 
     def load_unrelated(self) -> BackgroundStats:
         """Read the statistics of unrelated text, checking their digest."""
@@ -253,6 +274,7 @@ def require_same_site(directories: Sequence[ShardDirectory]) -> None:
                 "different models; merge only shards of one matrix of one model"
             )
     ids = [edit.id for directory in directories for edit in directory.written]
-    twice = next((name for name in ids if ids.count(name) > 1), None)
+    counts = Counter(ids)
+    twice = next((name for name in ids if counts[name] > 1), None)
     if twice is not None:
         raise MismatchedShardsError(f"edit {twice!r} is in more than one of the shards; merge it only once")

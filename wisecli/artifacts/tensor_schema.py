@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import all_finite
 from wisecli.io.json_schema import shown
 from wisecli.io.safetensors_header import TensorLayout
 from wisecli.routing.fact_memory import FactMemory
@@ -199,7 +199,7 @@ def require_layout(path: Path, tensors: Mapping[str, Tensor], rows: TensorRows, 
         sizes |= {dim: size for dim, size in zip(row.dims, tensors[name].shape, strict=True) if isinstance(dim, str)}
     for name, row in rows.items():
         tensor, limit = tensors[name], sizes.get(row.below or "")
-        if row.kind == "float" and not bool(torch.isfinite(tensor).all()):
+        if row.kind == "float" and not all_finite(tensor):
             raise DamagedFileError(path, f"tensor {name} holds numbers that are not finite", "make it anew")
         if row.kind == "int" and (int(tensor.min()) < 0 or (limit is not None and int(tensor.max()) >= limit)):
             raise DamagedFileError(path, f"tensor {name} points outside of what there is", "make it anew")

@@ -290,6 +290,7 @@ def _expected_bytes(site: Site, settings: EditSettings, edits: int, shards: int)
     """Size of the shards to be written, taking six key positions an edit and prompt."""
     keys = edits * (settings.contexts + settings.augment + 2) * 6
     size = settings.mask_ratio * site.d * site.width * (4 if settings.mask_kind == "columns" else 8)
+    size *= not settings.for_lookup
     return round(
         shards * size + 2 * keys * (site.d + site.width) + (2 * _KEPT_KEYS + 4 * _KEPT_DIRECTIONS) * site.width
     )

@@ -118,7 +118,7 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
     asked = ("prompts.states",) if directory.settings.get("writer") == "solve" else ()
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
-        yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, asked), sizes)
+        yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, asked, solved=entry.solved), sizes)
         yield from _shard_metadata(path, entry)
     file = shard_manifest.UNRELATED_NAME
     yield from check_digest(path, file, directory.unrelated_sha256)

@@ -20,7 +20,7 @@ from torch import Tensor
 from wisecli.artifacts.shard import LANGUAGES, Evidence
 from wisecli.editing.gradient import write_batched
 from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
+from wisecli.editing.ridge import PENALTIES, Penalty, Statistics, solve, statistics
 from wisecli.editing.scoring import learnt
 from wisecli.editing.serving_strength import Residuals, served
 from wisecli.editing.task import Progress, Task, Written
@@ -30,8 +30,6 @@ from wisecli.models.objectives import erasure_target, target_loss
 from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import NO_LABEL
 
-# Tried in this order, the heaviest first: of equally good ones the heaviest disturbs other text least.
-PENALTIES = tuple(Penalty(ridge, weight) for ridge in (1e-1, 1e-2, 1e-3, 1e-4) for weight in (1e-1, 1e-2, 0.0))
 # A lighter penalty must be right this much more often to be taken.
 _WORTH = 0.005
 

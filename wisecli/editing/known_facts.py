@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from wisecli.models.forward_pass import run_model
 from wisecli.models.hooks import overridden
 from wisecli.models.layerwise import sweep
 from wisecli.models.loading import Loaded
-from wisecli.models.streaming import LayerStream
 from wisecli.models.tensor_spill import Spool
 from wisecli.models.tokenization import Batch, Row, collate, in_batches
 from wisecli.progress import Event, Watcher
+
+if TYPE_CHECKING:
+    from wisecli.models.streaming import LayerStream
 
 
 @torch.no_grad()

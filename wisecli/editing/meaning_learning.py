@@ -34,6 +34,8 @@ from wisecli.progress import Event, Watcher
 _VERSION = 21
 # Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
 _WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
+# Of narrower states, in so many dimensions, less is learned: no model that says anything has them.
+_NARROW, _FEWEST = 256, 60
 # Texts whose tokens are kept for calibration.
 _UNRELATED = 240
 # Prompts of a fact: so many as an edit could be given, and so many as it could be asked.
@@ -65,6 +67,7 @@ def learn_heads(loaded: Loaded, site: Site, identity: str, *, texts: int, batch_
         identity: of the base model, for the cache.
         texts: how many unrelated texts go with it; with few, less is learned.
     """
+    texts = min(texts, max(_FEWEST, round(_TEXTS * site.d / _NARROW)))
     about = [identity, site.as_dict(), texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
     path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
     with suppress(DamagedFileError):

@@ -23,7 +23,6 @@ from wisecli.editing.edit_pass import EditPass
 from wisecli.editing.task import Progress, Task, Written
 from wisecli.models.objectives import erasure_target, target_loss, target_met
 from wisecli.models.suffix import suffix_logits
-from wisecli.routing.side_memory import activation_of
 
 # A loss that changes by no more than this, and is low, will not change again.
 _SETTLED = 1e-4
@@ -97,7 +96,11 @@ class Step:
         if (matrix := task.matrix) is not None:
             keys = self.activations.keys.to(matrix.dtype), own.unrelated.to(matrix.dtype)
             self.main, self.other = (each @ matrix.T for each in keys)
-        self.activation = activation_of(task.model.config) if task.settings.norm_of == "activated" else None
+        self.activation = None
+        if task.settings.norm_of == "activated":
+            from wisecli.routing.side_memory import activation_of  # its roles take long to import
+
+            self.activation = activation_of(task.model.config)
 
     def loss(self, values: Tensor, kept: float = 1.0) -> Tensor:
         """``L`` of values that fill the mask, with so much of ``W`` that is ``kept``."""

@@ -203,6 +203,8 @@ def _solving(site: Site, settings: EditSettings, rows: _Rows) -> int:
     if settings.writer != "solve":
         # Whatever shrinks besides is kept as well.
         return 16 * round((1 if settings.weight_decay else settings.mask_ratio) * site.d * site.width)
+    if settings.for_lookup:
+        return 0
     width = round(settings.mask_ratio * site.width) if settings.mask_kind == "columns" else site.width
     return 8 * (5 * width**2 + 4 * width * site.d + _BLOCKS * rows.trained * (width + site.d))
 

@@ -35,6 +35,10 @@ class Penalty:
     unrelated: float
 
 
+# Tried in this order, the heaviest first: of equally good ones the heaviest disturbs other text least.
+PENALTIES = tuple(Penalty(ridge, weight) for ridge in (1e-1, 1e-2, 1e-3, 1e-4) for weight in (1e-1, 1e-2, 0.0))
+
+
 def statistics(keys: Tensor, residuals: Tensor) -> Statistics:
     """Sufficient statistics of keys (n, d_ff) and residuals (n, d)."""
     wide = keys.double()

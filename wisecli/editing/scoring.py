@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from wisecli.artifacts.shard import Mask
 from wisecli.editing.training_examples import TrainingExamples
@@ -14,6 +14,9 @@ from wisecli.models.activations import Activations
 from wisecli.models.objectives import erasure_target, target_loss, target_met
 from wisecli.models.site import Site
 from wisecli.models.suffix import suffix_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()

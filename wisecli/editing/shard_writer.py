@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import PromptStates, Shard, draw_mask
+from wisecli.artifacts.masks import draw_mask
+from wisecli.artifacts.shard import PromptStates, Shard
 from wisecli.artifacts.shard_manifest import ShardEntry
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings
@@ -49,6 +50,7 @@ from wisecli.progress import NOTE, Event, Watcher
 _HELD_BACK = 32
 _NOT_FINITE = "the model gives nothing finite for"
 
+# A shard, the mean losses of its passes, its penalty, and the share of each edit's target tokens that it makes arg-max.
 _Outcome = tuple[Shard, tuple[float, ...], tuple[float, float] | None, dict[int, float]]
 
 
@@ -101,7 +103,8 @@ class ShardWriter:
                 continue
             ids, untaken = self._names(part), self._names(place for place in part if shares[place] < 1)
             seconds = round(time.perf_counter() - started, 3)
-            entry = ShardEntry(shard_name(number), "", kind, ids, losses, seconds, penalty, untaken)
+            solved = shard.values is not None
+            entry = ShardEntry(shard_name(number), "", kind, ids, losses, seconds, penalty, untaken, solved)
             return shard, Done(entry, self._names(sorted(left_out)))
         return None, Done(None, self._names(sorted(left_out)))
 
@@ -141,7 +144,7 @@ class ShardWriter:
         raise ModelError(f"{stage}: training ran away from finite numbers; lower learning_rate")
 
     def _solve(self, task: Task, part: Sequence[int], stage: str) -> _Outcome:
-        """The closed form: residuals first, then one solve."""
+        """The closed form: residuals first, then one solve, unless a lookup is meant, which never reads a matrix."""
         edits = [self.edits[place] for place in part]
         rows = encode_edits(self.loaded, edits, "", train_end=self.settings.train_end, erasures=self.erasures)
         alike = in_batches(rows, self.settings.batch_size, by_target=True)
@@ -154,17 +157,20 @@ class ShardWriter:
             strength, residuals = STRENGTH, bearable(task, batches, residuals)
         last, looked_up = len(self.contexts) - 1, _looked_up(residuals)
         evidence = gather_evidence([*batches, *held_back], last, looked_up, usual=task.usual)
-        mask = task.mask.to(torch.device("cpu"))
-        columns = mask.indices if mask.kind == "columns" else None
-        tokens = self.unrelated.tokens.dense(columns)
-        solved = write_solved(task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.watch))
+        mask, solved = task.mask.to(torch.device("cpu")), None
+        if not self.settings.for_lookup:
+            tokens = self.unrelated.tokens.dense(mask.indices if mask.kind == "columns" else None)
+            solved = write_solved(task, evidence, tokens, batches, held_back, _passes(f"{stage} polish", self.watch))
         shares = answered(task, batches, residuals, strength)
         if self.settings.by_facts:
             asked = dict(zip(part, rows, strict=True))
             evidence = with_rests(self.behind, evidence, residuals, asked, task.usual)
             evidence = with_blanks(self.behind, evidence, residuals, asked, task.usual)
-        shard = Shard(mask, solved.values.cpu(), evidence, self._prompts(part, stage))
-        return shard, solved.losses, (solved.penalty.ridge, solved.penalty.unrelated), shares
+        prompts = self._prompts(part, stage)
+        if solved is None:
+            return Shard(mask, None, evidence, prompts), (), None, shares
+        penalty = solved.penalty.ridge, solved.penalty.unrelated
+        return Shard(mask, solved.values.cpu(), evidence, prompts), solved.losses, penalty, shares
 
     def _prompts(self, part: Sequence[int], stage: str) -> PromptStates | None:
         """What the reading layer makes of the edits' prompts, if by those it is known what is asked."""

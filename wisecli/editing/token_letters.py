@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from wisecli.routing.spelling import APART, DIGIT, LETTER, OF_TOKEN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ONE_APART = bytes([APART])
+_APARTS = re.compile(re.escape(_ONE_APART) + b"+")
 # What decoders give for a part of a character.
 _PART = "\ufffd"
 # A byte as vocabularies write it that fall back on such.
@@ -35,22 +38,32 @@ def token_letters(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     texts = tokenizer.batch_decode([[*lead, token] for token in range(count)], clean_up_tokenization_spaces=False)
     before = len(tokenizer.decode(lead))
     special = set(tokenizer.all_special_ids)
-    table = torch.zeros(count, OF_TOKEN, dtype=torch.uint8)
+    table = bytearray(count * OF_TOKEN)
     for token, text in enumerate(texts):
         own = text[before:]
         if token in special:
-            letters = [APART]
+            letters = bytes([APART])
         elif _PART in own:
-            letters = _of_parts(str(tokenizer.convert_ids_to_tokens(token)))
+            letters = bytes(_of_parts(str(tokenizer.convert_ids_to_tokens(token))))
         else:
             letters = _of_text(own)
-        table[token, : len(letters)] = torch.tensor(letters[:OF_TOKEN], dtype=torch.uint8)
-    return table
+        own_letters = letters[:OF_TOKEN]
+        table[token * OF_TOKEN : token * OF_TOKEN + len(own_letters)] = own_letters
+    return torch.frombuffer(table, dtype=torch.uint8).view(count, OF_TOKEN)
 
 
-def _of_text(text: str) -> list[int]:
+def _of_text(text: str) -> bytes:
+    """The letters of a text; of most, which are ASCII, byte by byte."""
+    if text.isascii():
+        return _APARTS.sub(_ONE_APART, text.lower().encode().translate(_ascii()))
     plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
-    return _joined(_number(char) for char in plain if not unicodedata.category(char).startswith("M"))
+    return bytes(_joined(_number(char) for char in plain if not unicodedata.category(char).startswith("M")))
+
+
+@cache
+def _ascii() -> bytes:
+    """The letter of every byte that ASCII has."""
+    return bytes(_number(chr(code)) if code < 128 else 0 for code in range(256))
 
 
 def _of_parts(token: str) -> list[int]:

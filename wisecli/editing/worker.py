@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from wisecli.artifacts.edit_ranges import split_edits
 from wisecli.artifacts.memory_manifest import Made
-from wisecli.artifacts.shard import save_shard, split_edits
+from wisecli.artifacts.shard import save_shard
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.config import EditSettings, LoadOptions

@@ -66,6 +66,13 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether all of a tensor's numbers are finite, without as much memory again."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors (made contiguous, on the CPU) as safetensors.
 
@@ -79,7 +86,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in ready.items():
-        if not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise NotFiniteTensorError(path, name)
     try:
         save_file(ready, path, metadata=dict(metadata or {"format": "pt"}))
@@ -105,11 +112,14 @@ def keep_in_cache(path: Path, save: Callable[[Path], None]) -> None:
             working.unlink()
 
 
-def load_tensors(path: Path, *, digest: str | None = None) -> dict[str, torch.Tensor]:
-    """Read every tensor of a safetensors file.
+def load_tensors(
+    path: Path, *, digest: str | None = None, wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, torch.Tensor]:
+    """Read the tensors of a safetensors file.
 
     Args:
         digest: the sha256 the file must have, as its manifest records it.
+        wanted: whether a tensor of that name is wanted; all are by default.
 
     Raises:
         DamagedFileError: the file is missing, truncated or does not have that digest.
@@ -117,7 +127,7 @@ def load_tensors(path: Path, *, digest: str | None = None) -> dict[str, torch.Te
     with open_tensors(path) as stream:
         if digest is not None and sha256_file(path) != digest:
             raise DamagedFileError(path, "its sha256 differs from the manifest's", "it was altered; make it anew")
-        return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+        return {name: stream.get_tensor(name) for name in stream.keys() if wanted(name)}  # noqa: SIM118 (not a mapping)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ _DEPTH = 64
 # Beyond it a whole number is no count, no shape and no seed.
 _LARGEST = 2**53
 _LARGEST_FLOAT = 1e300
+# Where JSON has no such thing in it, no number of it is as large.
+_PERHAPS_LARGE = re.compile(r"(?<![\w.])-?\d{16}|\de\+\d{3}|(?<=[\[ -])(?:NaN|Infinity)(?=[,\]}])")
 # What pydantic found wrong, and what should stand there.
 _WHOLE, _NUMBER, _RECORD, _LIST = "a whole number", "a finite number", "an object", "a list"
 _EXPECTED = {
@@ -93,12 +95,14 @@ def decode(kind: type[T], value: object, where: str = "") -> T:
     """
     from pydantic import ValidationError  # what is refused without it is refused at once
 
+    # As JSON text: in strict mode only there does a list stand for a tuple.
+    text = json.dumps(value, default=repr)
     try:
-        # As JSON text: in strict mode only there does a list stand for a tuple.
-        decoded: T = _adapter(cast(Any, kind)).validate_json(json.dumps(value, default=repr), strict=True)
+        decoded: T = _adapter(cast(Any, kind)).validate_json(text, strict=True)
     except ValidationError as error:
         raise ValueError(_sentence(error.errors(include_url=False), value, where)) from None
-    _require_bounded(decoded, where)
+    if _PERHAPS_LARGE.search(text):
+        _require_bounded(decoded, where)
     return decoded
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import reduce
 from operator import add
 
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import half
+from wisecli.artifacts.shard import Evidence
 from wisecli.config import MergeSettings
 from wisecli.editing.ridge import Penalty, Statistics, solve, statistics
+from wisecli.memory.lookup_keys import lookup_keys
 from wisecli.memory.material import Material
-from wisecli.memory.router_fitting import Fitted, fit_facts, fit_thresholds, keys_of_edits
+from wisecli.memory.router_fitting import Fitted, fit_facts, fit_thresholds
 from wisecli.routing.scores import SideMemory
 
 
@@ -48,18 +51,19 @@ def matrices(deltas: Tensor, material: Material, settings: MergeSettings) -> Fit
     return fit_facts(SideMemory({**pack(deltas), "holder": holder}, ()), material, settings)
 
 
-def lookup(material: Material, settings: MergeSettings) -> Fitted:
-    """A memory that keeps every trained key with its residual; a residual that contexts share is kept once."""
-    evidence, trained = material.evidence, material.trained
-    place = evidence.answer[trained] * (int(evidence.position.max()) + 1) + evidence.position[trained]
-    residuals = evidence.residuals[trained]
-    _, value = place.unique(return_inverse=True)
-    values = residuals.new_zeros(int(value.max()) + 1, residuals.shape[1])
-    values[value] = residuals
-    if not torch.equal(values[value], residuals):  # trained changes add something else under every context
-        values, value = residuals.unique(dim=0, return_inverse=True)
-    tensors = {"values": half(settings.strength * values), "value": value, **keys_of_edits(material)}
-    return fit_facts(SideMemory(tensors, (), "lookup"), material, settings)
+def lookup(material: Material, settings: MergeSettings, parts: Iterable[Evidence] | None = None) -> Fitted:
+    """A memory that keeps every trained key with its residual; a residual that contexts share is kept once.
+
+    Args:
+        parts: what each shard was trained on, if the material has no keys and residuals; they are read last.
+    """
+    trained = material.evidence.rows(material.trained)
+    opened, calibrations = fit_facts(SideMemory({}, (), "lookup"), material, settings)
+    material = replace(material, prompts=None)
+    keys = lookup_keys(
+        [trained] if parts is None else parts, trained.edit.long(), material.unrelated, settings.strength
+    )
+    return replace(opened, tensors={**keys, **opened.tensors}), calibrations
 
 
 def pack(deltas: Tensor) -> dict[str, Tensor]:

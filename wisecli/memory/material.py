@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import Evidence, Mask, PromptStates, Shard
-from wisecli.artifacts.shard_manifest import ShardDirectory
+from wisecli.artifacts.shard import Evidence, Mask, PromptStates, Shard, evidence_in, prompts_in
+from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
 from wisecli.artifacts.unrelated_stats import BackgroundStats
 from wisecli.memory.removal import load_without
 from wisecli.routing.subject_names import Spellings
+
+_LARGE = ("evidence.keys", "evidence.residuals", "delta.values")
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,74 @@ def read_material(directories: Sequence[ShardDirectory]) -> tuple[Material, list
         DamagedFileError: a shard's file cannot be used.
     """
     unrelated = _unrelated_of(directories)
-    pairs = [(directory, entry) for directory in directories for entry in directory.shards]
-    shards = [load_without(directory, entry, unrelated.tokens) for directory, entry in pairs]
-    places = _places(directories)
-    evidence = join([shard.evidence for shard in shards], places)
-    number = torch.cat([torch.full((len(shard.evidence.edit),), index) for index, shard in enumerate(shards)])
+    shards = [load_without(directory, entry, unrelated.tokens) for directory, entry in _entries(directories)]
+    places, subjects, tokens = _places(directories), *_named(directories)
+    parts = [shard.evidence for shard in shards]
+    masks, prompts = tuple(shard.mask for shard in shards), _prompts([shard.prompts for shard in shards], places)
+    return Material(join(parts, places), _numbered(parts), masks, unrelated, subjects, prompts, tokens), shards
+
+
+def read_for_lookup(directories: Sequence[ShardDirectory]) -> Material:
+    """The material of all shards of some directories without what takes most room, keys and residuals: (n, 0) each.
+
+    The states of prompts are in half precision, where they are stored so.
+
+    Raises:
+        DamagedFileError: a shard's file cannot be used.
+    """
+    parts, prompts = [], []
+    for directory, entry in _entries(directories):
+        tensors = directory.tensors(entry, lambda name: name not in _LARGE, check=True)
+        nothing = {name: torch.empty(len(tensors["evidence.edit"]), 0) for name in _LARGE[:2]}
+        parts.append(
+            evidence_in(directory.path / entry.file, {**tensors, **nothing}).rows(
+                _held(directory, entry, tensors["evidence.edit"])
+            )
+        )
+        own = prompts_in(tensors)
+        prompts.append(None if own is None else own.rows(_held(directory, entry, own.edit)))
+    places, subjects, tokens = _places(directories), *_named(directories)
+    evidence = join(parts, places)
+    return Material(
+        evidence, _numbered(parts), (), _unrelated_of(directories), subjects, _prompts(prompts, places), tokens
+    )
+
+
+def trained_evidence(directories: Sequence[ShardDirectory]) -> Iterator[Evidence]:
+    """What each shard was trained on, one after the other, in float32; edits are numbered as each manifest does."""
+    for directory, entry in _entries(directories):
+        tensors = directory.tensors(entry, lambda name: name.startswith("evidence."), check=False)
+        evidence = evidence_in(directory.path / entry.file, tensors)
+        own = evidence.rows(_held(directory, entry, evidence.edit) & ~evidence.held_out)
+        yield replace(own, keys=own.keys.float(), residuals=own.residuals.float())
+
+
+def _entries(directories: Sequence[ShardDirectory]) -> list[tuple[ShardDirectory, ShardEntry]]:
+    return [(directory, entry) for directory in directories for entry in directory.shards]
+
+
+def _held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
+    """Which rows of a shard are of edits (n,) that its manifest still names (n,)."""
+    names = set(entry.edits)
+    return torch.tensor([one.id in names for one in directory.edits])[edit.long()]
+
+
+def _numbered(parts: Sequence[Evidence]) -> Tensor:
+    """Of which shard each key is (n,)."""
+    return torch.cat([torch.full((len(part.edit),), index) for index, part in enumerate(parts)])
+
+
+def _named(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...], tuple[tuple[int, ...], ...]]:
+    """The words of every edit's subject, and its tokens."""
     written = [(directory, edit.id) for directory in directories for edit in directory.written]
     subjects = tuple(directory.subjects.get(name, ()) for directory, name in written)
-    tokens = tuple(directory.subject_tokens.get(name, ()) for directory, name in written)
-    masks = tuple(shard.mask for shard in shards)
-    return Material(evidence, number, masks, unrelated, subjects, _prompts(shards, places), tokens), shards
+    return subjects, tuple(directory.subject_tokens.get(name, ()) for directory, name in written)
 
 
-def _prompts(shards: Sequence[Shard], places: Sequence[Tensor]) -> PromptStates | None:
+def _prompts(parts: Sequence[PromptStates | None], places: Sequence[Tensor]) -> PromptStates | None:
     """The states of all edits' prompts, with the numbers that their edits have in the whole."""
-    kept = [shard.prompts for shard in shards if shard.prompts is not None]
-    if len(kept) < len(shards):
+    kept = [part for part in parts if part is not None]
+    if len(kept) < len(parts):
         return None
     counted = [replace(part, edit=place[part.edit.long()]) for part, place in zip(kept, places, strict=True)]
     return PromptStates.joined(counted)

@@ -17,9 +17,9 @@ from wisecli.environment import versions
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.memory.builder import lookup, matrices, refit, solve_exactly
-from wisecli.memory.material import Material, read_material
+from wisecli.memory.material import Material, read_for_lookup, read_material, trained_evidence
 from wisecli.memory.merge_methods import METHODS, Recipe, merge_deltas
-from wisecli.memory.removal import Kept
+from wisecli.memory.removal import Kept, solved_anew
 from wisecli.memory.router_fitting import Fitted
 from wisecli.models.loading import require_base
 from wisecli.models.resolve import find_model
@@ -82,24 +82,35 @@ class Merger:
             return tuple(entry.edits for directory in self.directories for entry in directory.shards)
         return (tuple(edit.id for edit in self.edits),)
 
+    def _read(self, watch: Watcher) -> Material:
+        material = self._with_prompts(read_for_lookup(self.directories))
+        watch(Event("merging"))
+        return material
+
+    def _with_prompts(self, material: Material) -> Material:
+        """Material that says what prompts mean, if facts decide."""
+        if self.by_facts and material.prompts is None:
+            raise SettingsError(
+                f"{self.directories[0].path} was written by version 0.1, and does not say what prompts mean; write its "
+                "edits anew with `wise edit`"
+            )
+        return material
+
     def merge(self, watch: Watcher = ignore) -> Manifest:
         """The memory that the shards make, with all that its manifest says; reads shard files and one base matrix."""
         first, settings = self.directories[0], self.settings
         watch(Event("shards"))
-        material, shards = read_material(self.directories)
-        if self.by_facts and material.prompts is None:
-            raise SettingsError(
-                f"{first.path} was written by version 0.1, and does not say what prompts mean; write its edits anew "
-                "with `wise edit`"
-            )
-        watch(Event("merging"))
-        if self.settings.for_lookup:
-            memory, calibrations = lookup(material, settings)
+        if settings.for_lookup:
+            # No name holds the material: the states of prompts are let go before keys are read.
+            parts = trained_evidence(self.directories)
+            memory, calibrations = lookup(self._read(watch), settings, parts)
         else:
+            material, shards = read_material(self.directories)
+            own = self._with_prompts(material).of_own_prompts()
+            watch(Event("merging"))
             if any(one.settings.get("in_forms", True) for one in self.directories if one.settings["writer"] == "solve"):
                 watch(Event(NOTE, note=_IN_FORMS))
             base = self.site.matrix(self.checkpoint)
-            own = material.of_own_prompts()
             try:
                 memory, calibrations = _in_matrices(self.directories, shards, own, settings, base)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # the stubs leave it out
@@ -140,24 +151,30 @@ def _in_matrices(
     settings: MergeSettings,
     base: Tensor,
 ) -> Fitted:
-    deltas = torch.stack([shard.mask.dense(shard.values) for shard in shards])
+    deltas, chosen = [], []
+    for shard in shards:
+        values = shard.values
+        if values is None:
+            values, penalty = solved_anew(shard, material.unrelated.tokens)
+            chosen.append(penalty)
+        deltas.append(shard.mask.dense(values))
     if settings.mode == "retrieve":
-        return matrices(deltas, material, settings)
-    penalty = _penalty(directories)
+        return matrices(torch.stack(deltas), material, settings)
+    penalty = _penalty(directories, chosen)
     if settings.method == EXACT:
         return matrices(solve_exactly(material, penalty)[None], material, settings)
     recipe = _recipe(settings, len(shards), base.float())
-    merged = merge_deltas(settings.method, deltas, recipe, scale=settings.scale)
+    merged = merge_deltas(settings.method, torch.stack(deltas), recipe, scale=settings.scale)
     # A single shard has lost nothing that a refit could give back.
     if settings.refit and len(shards) > 1:
         merged = refit(merged, material, penalty)
     return matrices(merged[None], material, settings)
 
 
-def _penalty(directories: Sequence[ShardDirectory]) -> Penalty:
-    """The lightest that a shard chose: more edits in one matrix stand no heavier one."""
-    chosen = [Penalty(*entry.penalty) for directory in directories for entry in directory.shards if entry.penalty]
-    return min(chosen, key=lambda one: (one.ridge, one.unrelated), default=_PENALTY)
+def _penalty(directories: Sequence[ShardDirectory], chosen: Sequence[Penalty]) -> Penalty:
+    """The lightest that a shard chose, now or as it was written: more edits in one matrix stand no heavier one."""
+    before = [Penalty(*entry.penalty) for directory in directories for entry in directory.shards if entry.penalty]
+    return min([*chosen, *before], key=lambda one: (one.ridge, one.unrelated), default=_PENALTY)
 
 
 def resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:

@@ -83,7 +83,7 @@ def publish_first(memory: Path, manifest: Manifest, inputs: Sequence[Kept], prov
     paths = {name: one.directory.path for name, one in kept.items()}
     change = Change(
         "merge",
-        {name: _gone(one.directory) for name, one in kept.items()},
+        {name: _gone(one) for name, one in kept.items()},
         added=tuple(edit.id for edit in manifest.edits),
         provenance=provenance,
     )
@@ -91,10 +91,10 @@ def publish_first(memory: Path, manifest: Manifest, inputs: Sequence[Kept], prov
         return _written(working, _at_home(manifest, list(kept)), change, kept, paths)
 
 
-def _gone(kept: ShardDirectory) -> tuple[str, ...]:
+def _gone(kept: Kept) -> tuple[str, ...]:
     """The edits that a directory of shards holds and that do not count."""
-    counted = {edit.id for edit in kept.written}
-    return tuple(edit.id for edit in read_shard_directory(kept.path).written if edit.id not in counted)
+    counted = {edit.id for edit in kept.directory.written}
+    return tuple(edit.id for edit in kept.whole.written if edit.id not in counted)
 
 
 def _written(
@@ -106,9 +106,9 @@ def _written(
         kept: the shards that it is merged from, by their names.
         new: where those are that its history does not have yet.
     """
-    for name, path in new.items():
+    for name in new:
         if name in kept:
-            _take_in(read_shard_directory(path), working / HISTORY / SHARDS / name)
+            _take_in(kept[name].whole, working / HISTORY / SHARDS / name)
             _share(working / HISTORY / SHARDS / name, kept, name)
     write_memory(working, manifest, sealed=True)
     release = record(working, manifest, change, file=MEMORY_NAME)

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from wisecli.artifacts.shard import Evidence, Mask, Shard
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
-from wisecli.editing.ridge import Penalty, solve, statistics
+from wisecli.editing.ridge import PENALTIES, Penalty, Statistics, solve, statistics
 from wisecli.routing.whitening import Moment
+
+# By this share must a lighter penalty miss less to be taken.
+_WORTH = 0.02
 
 
 @dataclass(frozen=True)
@@ -19,26 +22,27 @@ class Kept:
     """A directory of shards as if some of its edits had never been in it.
 
     ``trained`` names the shards that hold such an edit beside others and were not written in closed form alone: their
-    matrices keep it, and only training the other edits anew takes it out.
+    matrices keep it, and only training the other edits anew takes it out. ``whole`` is the directory as it is.
     """
 
     directory: ShardDirectory
     trained: tuple[ShardEntry, ...]
+    whole: ShardDirectory
 
 
 def without(directory: ShardDirectory, removed: Collection[str]) -> Kept:
     """What a manifest says of shards but for some edits; shards that held nothing else are left out."""
     gone = set(removed) & {edit.id for edit in directory.written}
     if not gone:
-        return Kept(directory, ())
+        return Kept(directory, (), directory)
     touched = [entry for entry in directory.shards if gone & set(entry.edits) and set(entry.edits) - gone]
     entries = (
         replace(entry, edits=tuple(name for name in entry.edits if name not in gone)) for entry in directory.shards
     )
     left_out = (*directory.left_out, *(edit.id for edit in directory.written if edit.id in gone))
     kept = replace(directory, shards=tuple(entry for entry in entries if entry.edits), left_out=left_out)
-    trained = (entry for entry in touched if entry.penalty is None or entry.losses)
-    return Kept(kept, tuple(trained))
+    trained = (entry for entry in touched if entry.solved and (entry.penalty is None or entry.losses))
+    return Kept(kept, tuple(trained), directory)
 
 
 def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Shard:
@@ -56,7 +60,7 @@ def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Sha
     prompts = shard.prompts
     if prompts is not None:
         prompts = prompts.rows(held[prompts.edit.long()])
-    if entry.penalty is None:
+    if entry.penalty is None or not entry.solved:
         return replace(shard, evidence=evidence, prompts=prompts)
     values = solved(shard.mask, evidence, Penalty(*entry.penalty), tokens)
     return Shard(shard.mask, values, evidence, prompts)
@@ -64,7 +68,37 @@ def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Sha
 
 def solved(mask: Mask, evidence: Evidence, penalty: Penalty, tokens: Moment) -> Tensor:
     """The values that fill a mask, from what a shard keeps of its edits."""
+    return _cut(mask, solve(_known(mask, evidence), penalty, _moment(mask, tokens)))
+
+
+def solved_anew(shard: Shard, tokens: Moment) -> tuple[Tensor, Penalty]:
+    """The values that fill the mask of a shard without any, and the penalty that they were solved for with.
+
+    It is the heaviest under which keys that are held out get their residuals back as well as under any.
+    """
+    mask, evidence = shard.mask, shard.evidence
+    known, moment = _known(mask, evidence), _moment(mask, tokens)
+    checked = evidence.held_out & evidence.own
+    checked = checked if bool(checked.any()) else evidence.own
+    keys, wanted = mask.restrict(evidence.keys[checked]), evidence.residuals[checked]
+    best: tuple[float, Tensor, Penalty] | None = None
+    for penalty in PENALTIES:
+        values = _cut(mask, solve(known, penalty, moment))
+        missed = float((mask.update(keys, values) - wanted).square().sum())
+        if best is None or missed < best[0] * (1 - _WORTH):
+            best = missed, values, penalty
+    assert best is not None
+    return best[1], best[2]
+
+
+def _known(mask: Mask, evidence: Evidence) -> Statistics:
     fitted = ~evidence.held_out & evidence.own
-    known = statistics(mask.restrict(evidence.keys[fitted]), evidence.residuals[fitted])
-    whole = solve(known, penalty, tokens.dense(mask.indices if mask.kind == "columns" else None))
+    return statistics(mask.restrict(evidence.keys[fitted]), evidence.residuals[fitted])
+
+
+def _moment(mask: Mask, tokens: Moment) -> Tensor:
+    return tokens.dense(mask.indices if mask.kind == "columns" else None)
+
+
+def _cut(mask: Mask, whole: Tensor) -> Tensor:
     return whole if mask.kind == "columns" else whole.flatten()[mask.indices]

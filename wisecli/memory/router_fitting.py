@@ -1,24 +1,22 @@
-"""What opens a memory, fitted to evidence: the thresholds of changes, or a lookup's keys, names and prompts."""
+"""What opens a memory, fitted to evidence: the thresholds of changes, or names and prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import ENDING, LANGUAGES, half
+from wisecli.artifacts.shard import LANGUAGES
 from wisecli.config import MergeSettings
 from wisecli.errors import SettingsError
 from wisecli.memory.material import Material
 from wisecli.memory.meaning_fitting import SURE, fit_meaning, request_gate
-from wisecli.routing.calibration import Calibration, calibrate, measure, quantile, routing_keys
-from wisecli.routing.fact_memory import INSIDE
+from wisecli.routing.calibration import Calibration, calibrate, measure, quantile
 from wisecli.routing.matrix_memory import MatrixMemory
 from wisecli.routing.scores import SideMemory
 from wisecli.routing.subject_names import Spellings, names_of, spelling_of
-from wisecli.routing.whitening import Moment, whitening
 
 # The share of unrelated tokens whose norm may open a matrix.
 _RATE = 0.0015
@@ -28,14 +26,6 @@ _OF_THE_LEAST = 0.88
 _AT_A_TIME = 4096
 
 Fitted = tuple[SideMemory, tuple[Calibration, ...]]
-
-
-@dataclass(frozen=True)
-class _Views:
-    """The whitenings that routing keys are seen through, and which key has which (n,)."""
-
-    moments: list[Moment]
-    whitening_id: Tensor
 
 
 def fit_thresholds(draft: SideMemory, material: Material, owner: Tensor, settings: MergeSettings) -> Fitted:
@@ -157,34 +147,3 @@ def _spelling(material: Material, named: Sequence[Spellings]) -> dict[str, Tenso
         return {}
     tokens = zip(named, material.subject_tokens, strict=True)
     return spelling_of(letters, [own if words else () for words, own in tokens])
-
-
-def keys_of_edits(material: Material) -> dict[str, Tensor]:
-    """Every trained key as a key of its edit."""
-    evidence, trained = material.evidence, material.trained
-    views = _views(material)
-    whitenings = [whitening(moment) for moment in views.moments]
-    tensors = routing_keys(evidence.keys[trained], evidence.edit.long()[trained], views.whitening_id, whitenings)
-    return {**tensors, "probes": half(tensors["probes"])}
-
-
-def _views(material: Material) -> _Views:
-    """Which whitening each trained key is seen through.
-
-    Inside an answer the token itself says most of a key, so unrelated text with the same name in it comes much nearer
-    than it ever comes to the end of a prompt: those keys are seen through another whitening. So are those that prompts
-    in the chat template end in, which are all alike but for what was asked. Keys of a blank that prompts end in are for
-    that token alone: they are seen as keys inside answers are.
-    """
-    evidence, unrelated, trained = material.evidence, material.unrelated, material.trained
-    inside = evidence.position[trained] > 0
-    whitening_id = inside.long() * INSIDE
-    moments = [unrelated.wording, unrelated.tokens]
-    if unrelated.chatting is not None:
-        whitening_id[evidence.chat[trained] & ~inside] = len(moments)
-        moments.append(unrelated.chatting)
-    ending = evidence.context[trained] == ENDING
-    if bool(ending.any()):
-        whitening_id[ending] = len(moments)
-        moments.append(unrelated.tokens)
-    return _Views(moments, whitening_id)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wisecli.models.forward_pass import CACHE_ARGUMENT
-from wisecli.routing.generation import ARGUMENT
+from wisecli.routing.roles import ANSWERING
 from wisecli.routing.token_cache import cache_returned
 
 # Where methods that decide once a row keep what they decided, on the cache.
@@ -84,7 +84,7 @@ class PromptBatch:
                 return_dict_in_generate=True,
                 **({} if cache is None else {CACHE_ARGUMENT: cache}),
                 # What has been answered so far is no prompt.
-                **({} if self.decided is None else {ARGUMENT: self.decided[places]}),
+                **({} if self.decided is None else {ANSWERING: self.decided[places]}),
             )
             cache = cache_returned(output)
             if cache is None or is_recurrent(cache):  # its rows cannot be taken up again in another call

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from wisecli.models.hooks import hooked
 from wisecli.models.tokenization import Batch
-from wisecli.routing.passes import taken_by
+from wisecli.routing.roles import taken_by
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

@@ -15,7 +15,6 @@ from wisecli.io.json_schema import shown
 from wisecli.models.batch_rows import PromptBatch
 from wisecli.models.forward_pass import CACHE_ARGUMENT
 from wisecli.models.loading import context_window
-from wisecli.routing.generation import RoutedCausal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,8 +56,8 @@ def generate(
     greedy = sampling_seed is None
     settings = _GREEDY if greedy else _sampling(max_new_tokens, temperature)
     answer = partial(_generate_of(model), pad_token_id=ends[0] if ends else 0, **settings, **closing)
-    # An exported model's class is its checkpoint's own copy, and no subclass of the one here.
-    decide: Callable[..., torch.Tensor | None] | None = getattr(model, RoutedCausal.decided.__name__, None)
+    # Of routed models, whose class may be an exported checkpoint's own copy.
+    decide: Callable[..., torch.Tensor | None] | None = getattr(model, "decided", None)
     with _seeded(sampling_seed, model.device), _whole_rows(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]

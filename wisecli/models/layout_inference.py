@@ -14,12 +14,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
@@ -36,6 +34,9 @@ from wisecli.models.architectures import (
     text_settings,
 )
 from wisecli.progress import NOTE, Event, Watcher, ignore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Settings that count the experts of a layer, and those that say how wide the feed-forward layer is.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts", "n_experts")
@@ -170,6 +171,8 @@ def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> Pr
         UnknownArchitectureError: it cannot be built.
     """
     try:
+        from transformers import AutoConfig, AutoModelForCausalLM  # takes long, and most models are known
+
         config = AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
@@ -266,6 +269,8 @@ def _layer_lists(model: nn.Module, count: int) -> Iterator[str]:
 
 def _backward_maps(layer: nn.Module, width: int) -> Iterator[tuple[str, tuple[int, bool]]]:
     """Linear maps inside a layer that come from another width to ``width``, with that width and how they are kept."""
+    from transformers.pytorch_utils import Conv1D
+
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear) and module.out_features == width != module.in_features:
             yield name, (module.in_features, False)

@@ -9,15 +9,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from wisecli.models.activations import Activations
 from wisecli.models.site import Site
 from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import NO_LABEL, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()

@@ -6,11 +6,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from wisecli.errors import ModelError, reason_of
@@ -24,8 +23,11 @@ from wisecli.models.matrix_site import MatrixSite, as_matrix
 from wisecli.models.site import LayerSite, Site, find_site
 from wisecli.models.suffix import suffix_logits
 from wisecli.models.tokenization import Batch, Row, collate
-from wisecli.routing.passes import taken_by
+from wisecli.routing.roles import taken_by
 from wisecli.routing.token_cache import cache_given
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -194,9 +196,8 @@ def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) ->
     begun = {name: tensor[:, :cut] for name, tensor in begun.items()}
     model(**taken_by(type(model), {**begun, "use_cache": True, CACHE_ARGUMENT: cache}))
     rows, columns = batch.labelled
-    if not all(isinstance(tensor, Tensor) for layer in cache.layers for tensor in tensors_of(layer)):
-        return False
-    if len(cache.layers) != len(layers_of(model, site)):
+    held = all(isinstance(tensor, Tensor) for layer in cache.layers for tensor in tensors_of(layer))
+    if not held or len(cache.layers) != len(layers_of(model, site)):
         return False
     return _alike(model, run_model(model, batch, cut, cache, (rows, columns - cut)), plain)
 

@@ -17,17 +17,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.safetensors_header import read_header
 from wisecli.models.hooks import hooked, overridden
 from wisecli.models.layer_files import Places, buffer_size, locate, read_into
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass

@@ -15,13 +15,11 @@ from transformers.cache_utils import Cache
 
 from .passes import RoutedDecoder, given_answering, is_off
 from .prompts import UNROUTED, Answering, Tokens
-from .roles import ShownRole
+from .roles import ANSWERING, ShownRole
 from .token_cache import cache_given, length_of, rewind, tokens_in
 
 # Of the `generate()` that is running: whose it is, and what its prompts decided.
 _DECIDED: ContextVar[tuple[Any, Tensor] | None] = ContextVar("wise_decided", default=None)
-# What passes and `generate()` are given of prompts that are decided already.
-ARGUMENT = "wise_answering"
 
 
 class RoutedCausal(ShownRole):
@@ -37,7 +35,7 @@ class RoutedCausal(ShownRole):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model alone, in passes of prompts that are decided if ``generate()`` makes them."""
-        given = kwargs.pop(ARGUMENT, None)
+        given = kwargs.pop(ANSWERING, None)
         if given is None:
             return super().forward(*args, **kwargs)
         with given_answering(Answering.unpacked(given)):
@@ -49,7 +47,7 @@ class RoutedCausal(ShownRole):
         Raises:
             ValueError: prompts are given as embeddings, in the place of tokens.
         """
-        given = kwargs.pop(ARGUMENT, None)
+        given = kwargs.pop(ANSWERING, None)
         running, config = _DECIDED.get(), kwargs.get("generation_config")
         decoder = decoder_of(self)
         own_draft = running is not None and running[0] is self and getattr(config, "is_assistant", False)
@@ -87,7 +85,7 @@ class RoutedCausal(ShownRole):
         if running is not None and running[0] is self:
             packed = running[1].to(input_ids.device)
             # Beams and several answers to a prompt are rows of their own, side by side.
-            inputs[ARGUMENT] = packed.repeat_interleave(len(input_ids) // len(packed), 0)
+            inputs[ANSWERING] = packed.repeat_interleave(len(input_ids) // len(packed), 0)
         return inputs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

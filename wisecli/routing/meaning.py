@@ -33,11 +33,11 @@ COMPARED = 1024
 _ASKED = 4
 # So many of a user's turns before the last one are looked at, where that one leaves something open.
 _TURNS = 2
-# Comparisons that are held at a time.
-_AT_A_TIME = 1 << 24
+# Comparisons that are held at a time; and so many vectors are compared at a time that the outcome stays near the core.
+_AT_A_TIME, _VECTORS = 1 << 24, 2048
 # An edit whose subject is less likely than this is not what is asked, whatever its relation; but so many kept prompts
 # are always compared whole, as the likeliest of all edits is shown to those who ask why none opened.
-_HOPELESS, _ALWAYS = 0.25, 8
+HOPELESS, _ALWAYS = 0.25, 8
 
 
 class Asked(NamedTuple):
@@ -111,7 +111,8 @@ class Meaning(nn.Module):
             last: which tokens (B, W) are of the last turn; of subject and relation it must then hold one, and the other
                 may be in a turn before it.
         """
-        rows = max(1, _AT_A_TIME // max(1, len(self.vectors) * asked.there.shape[1]))
+        width = asked.there.shape[1]
+        rows = max(1, _AT_A_TIME // max(1, len(self.whose), min(len(self.vectors), _VECTORS) * width))
         parts = zip(asked.turned.split(rows, 1), asked.there.split(rows), asked.states.split(rows), strict=True)
         later = itertools.repeat(None) if last is None else last.split(rows)
         return torch.cat([self._of(Asked(*part), own) for part, own in zip(parts, later, strict=False)])
@@ -122,28 +123,32 @@ class Meaning(nn.Module):
         if not prompts or not asked.there.shape[1]:
             return sure
         every = torch.arange(prompts, device=self.whose.device)
-        likely = self._found(asked, 0, every)
-        least = likely.topk(min(_ALWAYS, prompts)).values[:, -1:].clamp(max=math.log(_HOPELESS))
+        likely = self.found(asked, 0, every)
+        least = likely.topk(min(_ALWAYS, prompts)).values[:, -1:].clamp(max=math.log(HOPELESS))
         close = likely >= least
         some = close.any(0).nonzero().flatten()
-        both = likely[:, some] + self._found(asked, 1, some)
+        both = likely[:, some] + self.found(asked, 1, some)
         if last is not None:
             own = asked._replace(there=asked.there & last)
-            subject, relation = self._found(own, 0, some), self._found(own, 1, some)
+            subject, relation = self.found(own, 0, some), self.found(own, 1, some)
             both = (likely[:, some] + relation).maximum(subject + both - likely[:, some])
         both = both.exp() * close[:, some]
         return sure.scatter_reduce(1, self.whose[some].expand_as(both), both, "amax")
 
-    def _found(self, asked: Asked, head: int, prompts: Tensor) -> Tensor:
+    def found(self, asked: Asked, head: int, prompts: Tensor) -> Tensor:
         """The logarithms of how surely the subject (0) or relation (1) of kept prompts (p,) is found: (B, p)."""
         number = torch.full((2 * len(self.whose),), -1, device=prompts.device)
         number[prompts + head * len(self.whose)] = torch.arange(len(prompts), device=prompts.device)
         of = number[self.asking]
-        own = (of >= 0).nonzero().flatten()
-        cosines = asked.turned[head] @ self.vectors[own].float().T
-        near = cosines.masked_fill_(~asked.there[..., None], -1.0).amax(1)
-        scores = near.new_zeros(len(near), len(prompts)).index_add_(1, of[own], near * self.shares[own].float())
-        return F.logsigmoid(self.slopes[head].float() * (scores - self.bars[head].float()))
+        rows, width = asked.there.shape
+        turned = asked.turned[head].transpose(0, 1).flatten(0, 1).T  # (k, W · B)
+        missing = None if bool(asked.there.all()) else ~asked.there.T
+        scores = turned.new_zeros(len(prompts), rows)
+        for own in (of >= 0).nonzero().flatten().split(_VECTORS):
+            cosines = (self.vectors[own].float() @ turned).view(-1, width, rows)
+            near = (cosines if missing is None else cosines.masked_fill_(missing, -1.0)).amax(1)
+            scores.index_add_(0, of[own], near * self.shares[own, None].float())
+        return F.logsigmoid(self.slopes[head].float() * (scores.T - self.bars[head].float()))
 
 
 def marked_first(marked: Tensor) -> tuple[Tensor, Tensor]:

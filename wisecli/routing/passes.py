@@ -11,8 +11,6 @@ What belongs to one call is an argument of that call or, within it, a variable o
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -25,7 +23,7 @@ from torch import Tensor
 from .decision import Decision, Reading
 from .layer_states import state_of
 from .prompts import NO_TOKEN, UNROUTED, Answering, Tokens, TurnMarks, is_any, window_size, windows
-from .roles import Role, ShownRole
+from .roles import Role, ShownRole, arguments_of, taken_by
 from .scores import Memory
 from .token_cache import cache_given, cache_returned, keep_tokens, last_memory, last_tokens, length_of, tokens_in
 
@@ -116,17 +114,7 @@ def _eager(function: Function) -> Function:
 @_eager
 def _by_name(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a ``forward`` by their names."""
-    return {**dict(zip(_arguments_of(kind), args, strict=False)), **kwargs}
-
-
-def taken_by(kind: Any, named: dict[str, Any]) -> dict[str, Any]:
-    """Those of some arguments that the ``forward`` of a class of models names."""
-    return {name: value for name, value in named.items() if name in _arguments_of(kind)}
-
-
-@functools.cache
-def _arguments_of(kind: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+    return {**dict(zip(arguments_of(kind), args, strict=False)), **kwargs}
 
 
 class RoutedDecoder(ShownRole):

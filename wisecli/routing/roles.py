@@ -13,10 +13,23 @@ from typing import Any
 from torch import nn
 
 
+def taken_by(kind: Any, named: dict[str, Any]) -> dict[str, Any]:
+    """Those of some arguments that the ``forward`` of a class of models names."""
+    return {name: value for name, value in named.items() if name in arguments_of(kind)}
+
+
+@functools.cache
+def arguments_of(kind: Any) -> tuple[str, ...]:
+    """The names of the arguments that the ``forward`` of a class of models takes."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
 class Role(nn.Module):
     """What a module of some class does besides; it stands before that class among the bases of another."""
 
 
+# What passes and `generate()` are given of prompts that are decided already.
+ANSWERING = "wise_answering"
 # What others look at to learn what a model takes.
 _SHOWN = ("forward", "prepare_inputs_for_generation")
 

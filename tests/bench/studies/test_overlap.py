@@ -6,7 +6,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from wisecli.artifacts.shard import random_mask
+from wisecli.artifacts.masks import random_mask
 from wisecli.bench.studies.shards import Shards, overlap_curve
 from wisecli.models.site import MatrixSite
 

@@ -1,0 +1,97 @@
+"""The keys and residuals of a lookup, taken from one shard's evidence after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wisecli.artifacts.shard import ENDING, Evidence, half
+from wisecli.artifacts.unrelated_stats import BackgroundStats
+from wisecli.routing.fact_memory import INSIDE
+from wisecli.routing.whitening import Moment, whitening
+
+
+@dataclass(frozen=True)
+class Views:
+    """The moments whose whitenings routing keys are seen through.
+
+    Inside an answer the token itself says most of a key, so unrelated text with the same name in it comes much nearer
+    than it ever comes to the end of a prompt: those keys are seen through another whitening. So are those that prompts
+    in the chat template end in, which are all alike but for what was asked. Keys of a blank that prompts end in are for
+    that token alone: they are seen as keys inside answers are.
+    """
+
+    moments: tuple[Moment, ...]
+    chatting: bool
+
+    @classmethod
+    def of(cls, unrelated: BackgroundStats) -> Views:
+        """Those of a base model; the last is for blanks that prompts end in."""
+        chat = () if unrelated.chatting is None else (unrelated.chatting,)
+        return cls((unrelated.wording, unrelated.tokens, *chat, unrelated.tokens), bool(chat))
+
+    def which(self, evidence: Evidence) -> Tensor:
+        """Which of them each key is seen through (n,)."""
+        inside = evidence.position > 0
+        found = inside.long() * INSIDE
+        if self.chatting:
+            found[evidence.chat & ~inside] = INSIDE + 1
+        found[evidence.context == ENDING] = len(self.moments) - 1
+        return found
+
+
+def lookup_keys(
+    parts: Iterable[Evidence], edit: Tensor, unrelated: BackgroundStats, strength: float
+) -> dict[str, Tensor]:
+    """The tensors of a lookup's keys and residuals, by their names in a side memory.
+
+    Args:
+        parts: of each shard the keys that were trained on, with float32 numbers.
+        edit: the edit that each of all those keys is of (n,).
+        strength: how many times a residual is added.
+    """
+    views = Views.of(unrelated)
+    whites = [whitening(moment) for moment in views.moments]
+    count, first = len(edit), 0
+    probes, metric = torch.empty(count, whites[0].directions.shape[1], dtype=torch.float16), torch.empty_like(edit)
+    values, place, held = [], torch.empty_like(edit), 0
+    for part in parts:
+        rows = slice(first, first + len(part.edit))
+        which, seen = views.which(part), torch.empty_like(part.keys)
+        for number in which.unique().tolist():
+            seen[which == number] = whites[number].probes(part.keys[which == number])
+        rounded = half(seen)
+        if rounded.dtype != probes.dtype:
+            probes = probes.to(torch.promote_types(probes.dtype, rounded.dtype))
+        added, at = _values(part)
+        probes[rows], metric[rows], place[rows] = rounded, which, at + held
+        values.append(half(strength * added))
+        first, held = rows.stop, held + len(added)
+    used = views.moments if bool((metric == len(whites) - 1).any()) else views.moments[:-1]
+    whites = whites[: len(used)]
+    return {
+        "values": torch.cat(values),
+        "value": place,
+        "probes": probes,
+        "offset": torch.zeros(count),
+        "owner": edit,
+        "metric": metric,
+        "directions": torch.stack([white.directions for white in whites]),
+        "gains": torch.stack([white.gains for white in whites]),
+        "floors": torch.tensor([white.floor for white in whites]),
+    }
+
+
+def _values(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    """The residuals (m, d), each once, and the place of every key's (n,): contexts share those of an answer."""
+    residuals = evidence.residuals
+    place = evidence.answer * (int(evidence.position.max()) + 1) + evidence.position
+    _, value = place.unique(return_inverse=True)
+    values = residuals.new_zeros(int(value.max()) + 1, residuals.shape[1])
+    values[value] = residuals
+    if not torch.equal(values[value], residuals):  # trained changes add something else under every context
+        values, value = residuals.unique(dim=0, return_inverse=True)
+    return values, value

@@ -48,6 +48,8 @@ class Run:
         self.edits = read_edits(options.data)[: options.edits]
         self.ends_at = time.monotonic() + options.seconds
         self.figures: dict[str, Figures] = {}
+        # What edits on the device answer, by the prompt.
+        self.said: dict[str, str] = {}
 
     def step(self, name: str, needs: float, measure: Callable[[], Figures]) -> None:
         """Measure one thing, if so many seconds are left; what goes wrong becomes its figure."""
@@ -126,44 +128,38 @@ def say(path: Path, device: str, dtype: str, texts: list[str]) -> list[str]:
 
 
 def answers(run: Run, count: int) -> Figures:
-    """What the device and the CPU answer, edited on either, by the sort of question."""
-    device = run.options.device
+    """What a checkpoint that was edited on the device answers there and on the CPU, by the sort of question."""
+    device, path = run.options.device, run.directory(run.options.device, "float32")
     asked = questions(run.edits[:count])
     texts = [text for some in asked.values() for text, _ in some]
-    targets = [target for some in asked.values() for _, target in some]
-    sorts = [sort for sort, some in asked.items() for _ in some]
-    on_device = run.directory(device, "float32")
     said = {
-        "float32": say(on_device, device, "float32", texts),
-        "float32 on the CPU": say(on_device, "cpu", "float32", texts),
-        "bfloat16": say(run.directory(device, "bfloat16"), device, "bfloat16", texts),
         "base": say(run.options.model, device, "float32", texts),
+        "float32": say(path, device, "float32", texts),
+        "bfloat16": say(path, device, "bfloat16", texts),
+        "float32 on the CPU": say(path, "cpu", "float32", texts),
     }
+    run.said = dict(zip(texts, said["float32"], strict=True))
     figures: Figures = {"prompts": len(texts)}
     for name, own in said.items():
-        for sort in asked:
-            rows = [
-                place
-                for place, other in enumerate(sorts)
-                if other == sort and (targets[place] or name not in ("base", "float32 on the CPU"))
-            ]
-            reference = said["float32"] if name == "float32 on the CPU" else said["base"]
-            right = [
-                own[row].startswith(targets[row].strip()) if targets[row] else own[row] == reference[row]
-                for row in rows
-            ]
-            if rows:
-                figures[f"{name}: {sort}, {'right' if targets[rows[0]] else 'as the base'}"] = share(right)
+        first = 0
+        for sort, some in asked.items():
+            rows = range(first, first := first + len(some))
+            if sort != "unrelated":
+                figures[f"{name}: {sort}, right"] = share([own[row].startswith(some[row - rows[0]][1]) for row in rows])
+            elif name == "float32":
+                figures[f"{name}: {sort}, as the base"] = share([own[row] == said["base"][row] for row in rows])
     same = [one == other for one, other in zip(said["float32"], said["float32 on the CPU"], strict=True)]
-    figures["the device's answers that are the CPU's"] = share(same)
-    few = questions(run.edits[: run.options.cpu_edits])
-    texts = [text for some in few.values() for text, _ in some]
-    by_text = dict(zip([text for some in asked.values() for text, _ in some], said["float32"], strict=True))
-    other = say(run.directory("cpu", "float32"), "cpu", "float32", texts)
-    figures["edited on the device, answers as edited on the CPU"] = share(
-        [by_text[text] == one for text, one in zip(texts, other, strict=True)]
-    )
-    return figures
+    return {**figures, "answers on the device as on the CPU": share(same)}
+
+
+def edit_on_cpu(run: Run) -> Figures:
+    """A few edits made on the CPU, and whether they are answered as the same ones made on the device."""
+    count = run.options.cpu_edits
+    figures = edit(run, "cpu", "float32", count)
+    texts = [text for some in questions(run.edits[:count]).values() for text, _ in some]
+    said = say(run.directory("cpu", "float32"), run.options.device, "float32", texts)
+    same = [run.said.get(text) == one for text, one in zip(texts, said, strict=True)]
+    return {**figures, "answers as of edits on the device": share(same)}
 
 
 def share(held: list[bool]) -> float:
@@ -173,7 +169,7 @@ def share(held: list[bool]) -> float:
 
 def costs(run: Run, times: int) -> Figures:
     """A pass over prompts of 128 tokens and a decoded token, beside the base's; edits counted so many times."""
-    base, edited = run.options.model, run.directory(run.options.device, "bfloat16")
+    base, edited = run.options.model, run.directory(run.options.device, "float32")
     models = {
         str(path): AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="bfloat16")
         .eval()
@@ -244,7 +240,7 @@ def serving(run: Run) -> Figures:
     """Tokens a second of vLLM with the edits, beside the base's, by the script that measures just that."""
     if find_spec("vllm") is None:
         return {"skipped": "vLLM is not installed"}
-    edited = run.directory(run.options.device, "bfloat16")
+    edited = run.directory(run.options.device, "float32")
     script = Path(__file__).with_name("serving.py")
     command = [sys.executable, str(script), str(run.options.model), str(edited), "--rounds", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -278,14 +274,15 @@ def main() -> None:
     options.cpu_edits = min(options.cpu_edits, options.edits)
     run, device = Run(options), options.device
     run.step("machine", 1, lambda: about(run))
-    run.step("edit, float32", 60, lambda: edit(run, device, "float32", options.edits))
-    run.step("edit, bfloat16", 30, lambda: edit(run, device, "bfloat16", options.edits))
-    run.step("edit on the CPU", 60, lambda: edit(run, "cpu", "float32", options.cpu_edits))
+    run.step("learned once a model, and one edit", 60, lambda: edit(run, device, "float32", 1))
+    run.step("edit, float32", 30, lambda: edit(run, device, "float32", options.edits))
     run.step("answers", 40, lambda: answers(run, options.edits))
     run.step("costs", 15, lambda: costs(run, 1))
     run.step("costs of ten times the edits", 15, lambda: costs(run, 10))
-    run.step("large model", 120, lambda: large(run))
+    run.step("large model", 100, lambda: large(run))
     run.step("largest batch", 40, lambda: largest_batch(run))
+    run.step("edit, bfloat16", 60, lambda: edit(run, device, "bfloat16", options.edits))
+    run.step("edit on the CPU", 60, lambda: edit_on_cpu(run))
     run.step("serving", 120, lambda: serving(run))
     show(run.figures)
 

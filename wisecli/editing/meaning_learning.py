@@ -83,10 +83,10 @@ def learn_heads(loaded: Loaded, site: Site, identity: str, *, texts: int, batch_
 def _learn(loaded: Loaded, site: Site, *, share: float, batch_size: int, watch: Watcher) -> Heads:
     chance = random.Random(0)
     facts, asked = _made_up_facts(loaded, share, chance)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
         torch.manual_seed(0)
         read = token_states(loaded, site, asked, batch_size=batch_size, watch=watch, stage="what prompts mean")
-        pool = _Pool(read, len(asked))
+        pool = _Pool(read, len(asked), loaded.device)
         learner = _Learner(pool)
         _train(learner, pool, facts, max(10, round(_STEPS * share)), chance, watch)
         plain = unrelated_texts(max(8, round(_UNRELATED * share)), seed=0)
@@ -139,11 +139,11 @@ class _Batch:
 
 
 class _Pool:
-    """Standardised states of texts, from which batches are taken."""
+    """Standardised states of texts on a device, from which batches are taken."""
 
-    def __init__(self, read: TokenStates, texts: int) -> None:
-        self.states = read.states
-        sizes = torch.bincount(read.text, minlength=texts)
+    def __init__(self, read: TokenStates, texts: int, device: torch.device) -> None:
+        self.states = read.states.to(device)
+        sizes = torch.bincount(read.text.to(device), minlength=texts)
         self.first, self.sizes = sizes.cumsum(0) - sizes, sizes
         spaced = torch.linspace(0, len(self.states) - 1, min(len(self.states), 20_000)).long()
         sample = self.states[spaced].float()
@@ -152,10 +152,12 @@ class _Pool:
 
     def batch(self, texts: Sequence[int]) -> _Batch:
         """The tokens of some texts."""
-        chosen = torch.tensor(texts)
+        chosen = torch.tensor(texts, device=self.sizes.device)
         sizes = self.sizes[chosen]
-        text = torch.arange(len(chosen)).repeat_interleave(sizes)
-        place = torch.arange(len(text)) - (sizes.cumsum(0) - sizes)[text] + self.first[chosen][text]
+        text = torch.arange(len(chosen), device=sizes.device).repeat_interleave(sizes)
+        place = (
+            torch.arange(len(text), device=sizes.device) - (sizes.cumsum(0) - sizes)[text] + self.first[chosen][text]
+        )
         return _Batch((self.states[place].float() - self.mean) / self.scale, text, len(chosen))
 
 
@@ -166,11 +168,11 @@ class _Learner(nn.Module):
         super().__init__()
         width = min(_WIDTH, *pool.basis.shape)
         self.turns = nn.Parameter(pool.basis[:width].repeat(2, 1, 1))
-        self.weighs = nn.Parameter(torch.zeros(2, pool.basis.shape[1]))
-        self.offsets = nn.Parameter(torch.zeros(2))
-        self.bars = nn.Parameter(torch.full((2,), 0.6))
-        self.slopes = nn.Parameter(torch.full((2,), 2.5))
-        self.contrast = nn.Parameter(torch.full((2,), 2.5))
+        self.weighs = nn.Parameter(pool.mean.new_zeros(2, pool.basis.shape[1]))
+        self.offsets = nn.Parameter(pool.mean.new_zeros(2))
+        self.bars = nn.Parameter(pool.mean.new_full((2,), 0.6))
+        self.slopes = nn.Parameter(pool.mean.new_full((2,), 2.5))
+        self.contrast = nn.Parameter(pool.mean.new_full((2,), 2.5))
         self.mean, self.scale = pool.mean, pool.scale
 
     def scores(self, told: _Batch, asked: _Batch) -> Tensor:
@@ -194,6 +196,9 @@ class _Learner(nn.Module):
         offsets = self.offsets.detach() - weighs @ self.mean
         slopes, bars = self.slopes.detach().exp(), self.bars.detach().clone()
         quiet = unrelated.states, unrelated.text
+        turns, shifts, weighs, offsets, slopes, bars = (
+            part.cpu() for part in (turns, shifts, weighs, offsets, slopes, bars)
+        )
         return Heads(turns, shifts, weighs, offsets, slopes, bars, breaks, torch.tensor([layer]), *quiet)
 
 
@@ -237,7 +242,8 @@ def _loss(learner: _Learner, scores: Tensor, facts: Sequence[_Fact]) -> Tensor:
         [
             [[(one.kind, one.subject) == (other.kind, other.subject) for other in facts] for one in facts],
             [[one.relation == other.relation for other in facts] for one in facts],
-        ]
+        ],
+        device=scores.device,
     )
     logits = learner.slopes.exp()[:, None, None] * (scores - learner.bars[:, None, None])
     total = scores.new_zeros(())

@@ -110,9 +110,11 @@ def learn_request_gate(
             for example, mention in _mentions(projections, own, examples, read):
                 kept.append(example)
                 mentions.append(mention)
-    with torch.random.fork_rng(devices=[]):
+    device = loaded.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        weights = _learned(mentions, kept, len(facts), max(20, round(_STEPS * share)), chance, watch)
+        at = [Mention(*(part.to(device) for part in one)) for one in mentions]
+        weights = _learned(at, kept, len(facts), max(20, round(_STEPS * share)), chance, watch)
     checked = [one for number in range(len(facts))[-_CHECKED:] for one in drawn.held_back(number)]
     found = _mentions(projections, own, checked, states([one.text for one in checked]), _OPENED)
     odds = [log_odds(weights, together(part)) for part in _parts([mention for _, mention in found])]
@@ -201,7 +203,7 @@ def _learned(
         # Nought is where all but a few of these are above it.
         odds = torch.cat([log_odds(weights, together(part)) for part in _parts(apart)])
         weights["request.out"][0, -1] -= odds.quantile(_LOST).clamp(max=0)
-    return seen.undone(weights)
+    return {name: weight.cpu() for name, weight in seen.undone(weights).items()}
 
 
 def _parts(mentions: Sequence[Mention]) -> Iterator[list[Mention]]:
@@ -213,12 +215,13 @@ def _parts(mentions: Sequence[Mention]) -> Iterator[list[Mention]]:
 def _trained(
     examples: Sequence[tuple[Mention, bool]], steps: int, chance: random.Random, watch: Watcher
 ) -> dict[str, Tensor]:
-    weights = _drawn(examples[0][0].states.shape[1])
+    device = examples[0][0].states.device
+    weights = _drawn(examples[0][0].states.shape[1], device)
     optimizer = torch.optim.AdamW(list(weights.values()), lr=_RATE, weight_decay=_DECAY)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     for step in range(steps):
         chosen = chance.sample(examples, min(_BATCH, len(examples)))
-        wanted = torch.tensor([_SURE if asks else 1 - _SURE for _, asks in chosen])
+        wanted = torch.tensor([_SURE if asks else 1 - _SURE for _, asks in chosen], device=device)
         found = log_odds(weights, _thinned(together([mention for mention, _ in chosen])), _dropped)
         loss = F.binary_cross_entropy_with_logits(found, wanted)
         optimizer.zero_grad()
@@ -232,8 +235,9 @@ def _trained(
 
 def _thinned(mentions: Mentions) -> Mentions:
     """Mentions without some of their tokens, of each another share."""
-    share = _LEFT_OUT * torch.rand(mentions.size)
-    kept = torch.rand(len(mentions.of)) >= share[mentions.of]
+    device = mentions.of.device
+    share = _LEFT_OUT * torch.rand(mentions.size, device=device)
+    kept = torch.rand(len(mentions.of), device=device) >= share[mentions.of]
     return Mentions(mentions.states[kept], mentions.features[kept], mentions.of[kept], mentions.size)
 
 
@@ -241,7 +245,7 @@ def _dropped(values: Tensor) -> Tensor:
     return F.dropout(values, _DROPPED)
 
 
-def _drawn(width: int) -> dict[str, Tensor]:
+def _drawn(width: int, device: torch.device) -> dict[str, Tensor]:
     """Weights as they begin: those of layers of torch's, with what is added as the last column."""
     seen, pooled = _READ + FEATURES, _HEADS * _VALUES
     shapes = {"read": (_READ, width), "attend": (_HEADS, seen), "value": (pooled, seen)}
@@ -249,5 +253,6 @@ def _drawn(width: int) -> dict[str, Tensor]:
     drawn = {}
     for name, (rows, columns) in shapes.items():
         layer = torch.nn.Linear(columns, rows)
-        drawn[f"request.{name}"] = torch.cat([layer.weight, layer.bias[:, None]], 1).detach().requires_grad_()
+        whole = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+        drawn[f"request.{name}"] = whole.to(device).requires_grad_()
     return drawn

@@ -62,7 +62,7 @@ WAYS: dict[str, tuple[Way, int]] = {
 def grown(model: PreTrainedModel, times: int) -> None:
     """Let every edit of a model's lookup count so many times."""
     lookup: Any = model.get_submodule(model.config.wise["module"])
-    edits, copies = len(lookup.thresholds), torch.arange(times)
+    edits, copies = len(lookup.thresholds), torch.arange(times, device=lookup.value.device)
     lookup.thresholds *= times
     meaning, prompts = lookup.meaning, len(lookup.meaning.whose)
     head = (meaning.asking >= prompts).long()

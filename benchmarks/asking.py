@@ -20,9 +20,9 @@ from rich.table import Table
 from wisecli.config import LoadOptions
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.models.forms import usable_forms
-from wisecli.models.kinds import Fact, Kind, kinds
-from wisecli.routing.decision import Decision
+from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.models.prompts.prompt_kinds import Fact, Kind, kinds
+from wisecli.routing.deciding.decision import Decision
 
 # Chances of asking from which an edit opens; below the last the gate has no say.
 CHANCES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, -1.0)
@@ -53,16 +53,19 @@ def decided(edited: EditedModel, texts: Sequence[str]) -> list[Decision]:
 
 def _row(decision: Decision, row: int) -> Decision:
     one = slice(row, row + 1)
-    asked = None if decision.asked is None else decision.asked[one]
+    asked = None if decision.ask_prob is None else decision.ask_prob[one]
     scores = decision.scores[one]
-    return Decision(decision.memory[one], decision.strength[one], decision.nearest[one], scores, asked=asked)
+    return Decision(decision.memory[one], decision.score_ratio[one], decision.nearest[one], scores, ask_prob=asked)
 
 
 def shares(edited: EditedModel, prompts: Prompts) -> list[float]:
     """How many of the prompts open their own edit, at each of ``CHANCES``."""
     found = decided(edited, [text for text, _ in prompts])
     meant = [
-        (int(one.nearest[0]) == own and float(one.strength[0]) > 1, 1.0 if one.asked is None else float(one.asked[0]))
+        (
+            int(one.nearest[0]) == own and float(one.score_ratio[0]) > 1,
+            1.0 if one.ask_prob is None else float(one.ask_prob[0]),
+        )
         for one, (_, own) in zip(found, prompts, strict=True)
     ]
     return [sum(opens and asked > chance for opens, asked in meant) / len(meant) for chance in CHANCES]
@@ -77,7 +80,7 @@ def of_kind(edited: EditedModel, kind: Kind, edits: Sequence[Edit], chance: rand
         also = Fact(second.prompt, second.subject, second.target)
         fact = Fact(question, edit.subject, edit.target, other.target, second=also)
         for chat in (False, True) if edited.tokenizer.chat_template else (False,):
-            text = kind.written(edited.tokenizer, fact, trained=False, chance=chance, chat=chat)
+            text = kind.sample_prompt(edited.tokenizer, fact, trained=False, rng=chance, chat=chat)
             if text is not None:
                 yield text, place
 
@@ -101,8 +104,8 @@ def main() -> None:
 
     everything: dict[str, Prompts] = {"as taught": [], "rephrased": [], "mentioned": []}
     for form in usable_forms(edited.tokenizer):
-        taught = [(form.asked(edited.tokenizer, edit.prompt), place) for place, edit in enumerate(edits)]
-        reworded = [(form.asked(edited.tokenizer, e.rephrases[0]), at) for at, e in enumerate(edits) if e.rephrases]
+        taught = [(form.render(edited.tokenizer, edit.prompt), place) for place, edit in enumerate(edits)]
+        reworded = [(form.render(edited.tokenizer, e.rephrases[0]), at) for at, e in enumerate(edits) if e.rephrases]
         everything["as taught"] += taught
         everything["rephrased"] += reworded
         row(form.name, "rephrased", reworded)

@@ -22,14 +22,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wisecli.commands.edit import edit
-from wisecli.commands.merge import merge
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, LoadOptions, MergeSettings
-from wisecli.edits.admission import Admission
+from wisecli.edits.checks.admission import Admission
 from wisecli.edits.record import Edit, parse_edit
 from wisecli.edits.text import unmarked
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.models.generation import generate
+from wisecli.models.running.generation import generate
 
 _LENGTH = 24
 KINDS = ("Subject_Aliasing", "Reasoning", "Logical_Generalization")

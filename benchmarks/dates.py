@@ -22,7 +22,7 @@ import jsonlines
 from wisecli.config import LoadOptions
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.models.generation import generate
+from wisecli.models.running.generation import generate
 
 _KINDS = ("right", "another edit's", "unedited", "other")
 _LENGTH = 16

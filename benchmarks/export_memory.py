@@ -26,9 +26,9 @@ from wisecli.environment import versions
 from wisecli.export.weights import write_stream
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import TensorLayout
-from wisecli.models.site import find_site, fingerprint
-from wisecli.routing.calibration import Calibration
-from wisecli.routing.scores import SideMemory
+from wisecli.models.layout.site import find_site, fingerprint
+from wisecli.routing.memories.calibration import Calibration
+from wisecli.routing.memories.side_memory import SideMemory
 
 D, D_FF, VOCABULARY, KEYS, EDITS = 4096, 11008, 32000, 900, 100
 _LAYER = {

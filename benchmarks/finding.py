@@ -17,37 +17,37 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from wisecli.artifacts.unrelated_stats import Heads
+from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.config import LoadOptions
 from wisecli.data.corpus import rewordings, worded
-from wisecli.editing.early_states import prompt_states, reading_site, token_states
-from wisecli.editing.meaning_learning import learn_heads
+from wisecli.editing.router_training.projection_training import train_projections
+from wisecli.editing.router_training.token_states import prompt_states, router_site, token_states
 from wisecli.edits.record import Edit, read_edits
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.memory.meaning_fitting import SURE, fit_meaning, sureness
-from wisecli.models.forms import usable_forms
+from wisecli.memory.fitting.late_interaction_fitting import MIN_EDIT_PROB, fit_late_interaction, text_edit_probs
+from wisecli.models.layout.site import Site, find_site
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.site import Site, find_site
-from wisecli.progress import ignore
-from wisecli.routing.meaning import Meaning
+from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.progress import ignore_progress
+from wisecli.routing.deciding.late_interaction import LateInteraction
 
 
 class Finder:
     """The router of some edits."""
 
-    def __init__(self, loaded: Loaded, site: Site, heads: Heads, edits: list[Edit]) -> None:
+    def __init__(self, loaded: Loaded, site: Site, heads: RouterHeads, edits: list[Edit]) -> None:
         self.loaded, self.site = loaded, site
         numbered = list(enumerate(edits))
-        states = prompt_states(loaded, site, numbered, batch_size=32, watch=ignore, stage="")
-        fitted = fit_meaning(heads, states, len(edits))
-        self.meaning = Meaning(fitted.tensors, len(edits))
-        self.limits = torch.tensor(fitted.thresholds(SURE))
+        states = prompt_states(loaded, site, numbered, batch_size=32, on_progress=ignore_progress, stage="")
+        fitted = fit_late_interaction(heads, states, len(edits))
+        self.meaning = LateInteraction(fitted.tensors, len(edits))
+        self.limits = torch.tensor(fitted.thresholds(MIN_EDIT_PROB))
 
     @torch.no_grad()
     def strength(self, texts: list[str]) -> torch.Tensor:
         """How strongly texts call edits, as multiples of their thresholds (texts, M)."""
-        read = token_states(self.loaded, self.site, texts, batch_size=32, watch=ignore, stage="")
-        return sureness(self.meaning, read.states.float(), read.text, len(texts)) / self.limits
+        read = token_states(self.loaded, self.site, texts, batch_size=32, on_progress=ignore_progress, stage="")
+        return text_edit_probs(self.meaning, read.states.float(), read.text, len(texts)) / self.limits
 
 
 def silent(edits: list[Edit], records: list[Edit], chance: random.Random) -> dict[str, list[str]]:
@@ -73,16 +73,16 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = Checkpoint(arguments.model)
     loaded = load_model(arguments.model, LoadOptions(device="cpu"), layers=None)
-    site = reading_site(loaded, find_site(arguments.model, checkpoint))
+    site = router_site(loaded, find_site(arguments.model, checkpoint))
     started = time.perf_counter()
-    heads = learn_heads(loaded, site, str(arguments.model), texts=600, batch_size=32, watch=ignore)
+    heads = train_projections(loaded, site, str(arguments.model), texts=600, batch_size=32, on_progress=ignore_progress)
     console = Console(width=160)
     console.print(f"learned in {time.perf_counter() - started:.0f} s")
     for path in arguments.data:
         console.print(measured(loaded, site, heads, path, arguments))
 
 
-def measured(loaded: Loaded, site: Site, heads: Heads, path: Path, arguments: argparse.Namespace) -> Table:
+def measured(loaded: Loaded, site: Site, heads: RouterHeads, path: Path, arguments: argparse.Namespace) -> Table:
     """The table of one file of records."""
     read = list(read_edits(path))
     last = arguments.first + arguments.edits
@@ -97,7 +97,7 @@ def measured(loaded: Loaded, site: Site, heads: Heads, path: Path, arguments: ar
         shares = []
         for form in usable_forms(loaded.tokenizer):
             texts = [
-                form.asked(loaded.tokenizer, edit.prompt if kind == "as taught" else edit.rephrases[0])
+                form.render(loaded.tokenizer, edit.prompt if kind == "as taught" else edit.rephrases[0])
                 for _, edit in asked
             ]
             strength = finder.strength(texts)

@@ -13,15 +13,15 @@ import json
 import time
 from pathlib import Path
 
+from wisecli.cli.commands.evaluate import tell_evaluation
 from wisecli.cli.console import Console
-from wisecli.cli.evaluate import tell_evaluation
-from wisecli.commands.evaluate import EvalReport, MemorySubject
+from wisecli.commands.measure.evaluate import EvalReport, MemorySubject
 from wisecli.config import EvalSettings, LoadOptions
 from wisecli.edits.record import read_edits
 from wisecli.environment import peak_rss_bytes
 from wisecli.evaluation.edited_model import attach
 from wisecli.evaluation.protocols import Generated, measure_generated
-from wisecli.progress import ignore
+from wisecli.progress import ignore_progress
 
 _LENGTH = 24
 
@@ -40,7 +40,7 @@ def main() -> None:
     edited = attach(arguments.memory, model=arguments.model, load=LoadOptions(device=arguments.device))
     edits = list(edited.manifest.edits)
     known = [*edits, *read_edits(arguments.records)]
-    subject, what = MemorySubject(edited, EvalSettings(), ignore), Generated("forms", "all", arguments.asked)
+    subject, what = MemorySubject(edited, EvalSettings(), ignore_progress), Generated("forms", "all", arguments.asked)
     found, _ = measure_generated(subject, what, edits, known, max_new_tokens=_LENGTH)
     samples = {"edits": len(edits), **found.samples}
     report = EvalReport(

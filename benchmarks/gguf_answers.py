@@ -70,7 +70,7 @@ class Prompt:
 
 def prompts_of(tokenizer: Any, edits: Sequence[Edit], unrelated: Sequence[str]) -> list[Prompt]:
     """Everything that is asked, plain and as a chat."""
-    from wisecli.models.chat import chat_prompt
+    from wisecli.models.prompts.chat_template import chat_prompt
 
     found = []
     for prompt, target in (*((edit.prompt, edit.answer) for edit in edits), *((text, None) for text in unrelated)):
@@ -126,9 +126,9 @@ def measure(given: argparse.Namespace) -> None:
     from rich.table import Table
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from wisecli.artifacts.gated import read_gated
     from wisecli.data.corpus import texts_beside_gates
-    from wisecli.export.gguf_file import write_gguf
+    from wisecli.export.gguf.gguf_file import write_gguf
+    from wisecli.export.stock.stock_manifest import read_gated
 
     manifest = read_gated(given.stock)
     tokenizer = AutoTokenizer.from_pretrained(given.stock)

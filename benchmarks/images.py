@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
-from wisecli.commands.edit import edit
-from wisecli.commands.merge import merge
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import EditedModel, attach

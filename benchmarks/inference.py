@@ -23,9 +23,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, PreTrainedModel
 
 from wisecli.edits.record import read_edits
-from wisecli.models.chat import chat_prompt
-from wisecli.models.forward_pass import CACHE_ARGUMENT
-from wisecli.routing.token_cache import cache_returned
+from wisecli.models.prompts.chat_template import chat_prompt
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.routing.passes.token_cache import cache_returned
 
 
 def prefill(model: PreTrainedModel, rows: BatchEncoding) -> None:

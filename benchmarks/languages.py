@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from wisecli.commands.edit import edit
-from wisecli.commands.evaluate import evaluate
-from wisecli.commands.merge import merge
-from wisecli.commands.run_options import RunOptions
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.edit.run_options import RunOptions
+from wisecli.commands.measure.evaluate import evaluate
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.edits.record import Edit, read_edits
 

@@ -32,12 +32,12 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from wisecli.config import EditSettings
-from wisecli.editing.resource_estimate import plan_edit
-from wisecli.editing.token_check import USUAL_LENGTH
+from wisecli.editing.examples.token_check import USUAL_LENGTH
+from wisecli.editing.run.resource_estimate import plan_edit
 from wisecli.export.weights import write_stream
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import TensorLayout
-from wisecli.models.site import AUTO_DEPTH, find_site
+from wisecli.models.layout.site import AUTO_DEPTH, find_site
 
 VOCABULARY = 32000
 # Width, feed-forward width, layers, heads and key-value heads.

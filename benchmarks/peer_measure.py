@@ -15,8 +15,8 @@ from transformers import DynamicCache
 
 from wisecli.edits.record import Edit
 from wisecli.evaluation.wild import MAX_NEW_TOKENS, WILD, normalized, stop_tokens
-from wisecli.models.forward_pass import CACHE_ARGUMENT
-from wisecli.models.tokenization import encode
+from wisecli.models.prompts.tokenization import encode
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 
 COLUMNS = ("reliability", "generalization", "locality", "routed", "routed rephrased", "routed unrelated")
 WILD_COLUMNS = ("WILD as taught", "WILD rephrased")
@@ -105,7 +105,9 @@ class Measure:
 
     def said(self, edited: Edited, prompt: str) -> str:
         """The greedy answer up to the protocol's end."""
-        said = edited.generate(torch.tensor([self.tokenizer(WILD.asked(self.tokenizer, prompt))["input_ids"]])).tolist()
+        said = edited.generate(
+            torch.tensor([self.tokenizer(WILD.render(self.tokenizer, prompt))["input_ids"]])
+        ).tolist()
         end = next((place for place, token in enumerate(said) if token in self.stops), len(said))
         return normalized(str(self.tokenizer.decode(said[:end], skip_special_tokens=True)))
 

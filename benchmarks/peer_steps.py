@@ -28,17 +28,17 @@ from torch import Tensor
 
 from wisecli.artifacts.shard import Mask
 from wisecli.config import EditSettings, LoadOptions, resolve
-from wisecli.editing import one_by_one
-from wisecli.editing.edit_pass import beside, edit_passes
-from wisecli.editing.task import Task
-from wisecli.editing.training_examples import capture_groups, write_contexts
+from wisecli.editing.examples.training_examples import capture_groups, write_contexts
+from wisecli.editing.writers import paper_sgd
+from wisecli.editing.writers.edit_pass import edit_passes, unrelated_texts_of
+from wisecli.editing.writers.writer_task import WriterTask
 from wisecli.edits.record import Edit, read_edits
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.matrix_site import as_matrix
+from wisecli.models.layout.site import find_site
 from wisecli.models.loading import load_model
-from wisecli.models.matrix_site import as_matrix
-from wisecli.models.site import find_site
-from wisecli.progress import ignore
-from wisecli.routing.token_cache import cache_given
+from wisecli.progress import ignore_progress
+from wisecli.routing.passes.token_cache import cache_given
 
 
 @dataclass
@@ -104,16 +104,18 @@ def of_package(arguments: argparse.Namespace, edits: Sequence[Edit]) -> Iterator
     groups = [([one], contexts, ()) for one in enumerate(edits)]
     found = capture_groups(loaded, site, groups, batch_size=settings.batch_size, train_end=False, window=False)
     batches = [examples for group in found for examples in group]
-    passes = edit_passes(loaded, site, settings, batches, beside(edits, range(len(edits)), seed=0), ignore)
+    passes = edit_passes(
+        loaded, site, settings, batches, unrelated_texts_of(edits, range(len(edits)), seed=0), ignore_progress
+    )
     part = passes[0].activations
     lengths, real = part.keys.norm(dim=-1), part.batch.mask.bool()
     arguments.keys = [lengths[~real].max(), lengths[real].median()] if not real.all() else None
     matrix = site.matrix(checkpoint).to(loaded.model.dtype)
     mask = Mask("elements", arguments.mask, site.d, site.d_ff)
-    task = Task(loaded.model, site, mask, matrix.new_zeros(1, site.d_ff), 1.0, settings, matrix)
+    task = WriterTask(loaded.model, site, mask, matrix.new_zeros(1, site.d_ff), 1.0, settings, matrix)
     steps: list[Step] = []
 
-    class Told(one_by_one.Step):
+    class Told(paper_sgd.Step):
         def loss(self, values: Tensor, kept: float = 1.0) -> Tensor:
             if values.grad is not None:
                 steps[-1].change = mask.dense(values.detach()) + (kept - 1) * matrix
@@ -122,8 +124,8 @@ def of_package(arguments: argparse.Namespace, edits: Sequence[Edit]) -> Iterator
             steps.append(Step(self.target, self.beyond, self.called))
             return loss
 
-    with patch.object(one_by_one, "Step", Told):
-        written = one_by_one.write_one_by_one(task, passes, lambda _: None)
+    with patch.object(paper_sgd, "Step", Told):
+        written = paper_sgd.write_sequential(task, passes, lambda _: None)
     steps[-1].gradient = float("nan")
     arguments.lowest.append(min(written.calls.values()))
     steps[-1].change = mask.dense(written.values) + (written.kept - 1) * matrix

@@ -49,15 +49,15 @@ from peer_measure import Edited, Measure, Watched, greedy
 from rich.console import Console
 from rich.table import Table
 
-from wisecli.bench.row import interval
-from wisecli.commands.edit import edit
-from wisecli.commands.merge import merge
+from wisecli.bench.result_row import interval
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings, resolve
 from wisecli.data.corpus import unrelated_texts
-from wisecli.editing import shard_writer
-from wisecli.editing.edit_pass import EditPass
-from wisecli.editing.one_by_one import write_one_by_one
-from wisecli.editing.task import Progress, Task, Written
+from wisecli.editing.run import shard_writer
+from wisecli.editing.writers.edit_pass import EditPass
+from wisecli.editing.writers.paper_sgd import write_sequential
+from wisecli.editing.writers.writer_task import Progress, WriterTask, Written
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.edited_model import attach
 
@@ -106,16 +106,16 @@ def going_on(file: Path, after_each: Callable[[int], None]) -> Iterator[None]:
     ``after_each`` is then told how many there are.
     """
 
-    def write(task: Task, passes: Sequence[EditPass], on_pass: Callable[[Progress], None]) -> Written:
+    def write(task: WriterTask, passes: Sequence[EditPass], on_pass: Callable[[Progress], None]) -> Written:
         written = torch.load(file, weights_only=False) if file.exists() else None
         if written is not None and len(written.losses) > len(passes):  # of more edits than are asked for
             written = None
         done = 0 if written is None else len(written.losses)
         for end in range(done + 1, len(passes) + 1):
-            written = write_one_by_one(task, passes[:end], on_pass, start=written)
+            written = write_sequential(task, passes[:end], on_pass, start=written)
             torch.save(replace(written, calls=dict(written.calls)), file)
             after_each(end)
-        return write_one_by_one(task, passes, on_pass, start=written)
+        return write_sequential(task, passes, on_pass, start=written)
 
     with patch.object(shard_writer, "write_one_by_one", write):
         yield

@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from wisecli.bench.baselines.base import Bench
-from wisecli.bench.baselines.rag import Rag
-from wisecli.bench.baselines.rag_hybrid import RagHybrid
-from wisecli.bench.baselines.retrieval import NearestFact
-from wisecli.bench.course import Course
+from wisecli.bench.bench_context import BenchContext
+from wisecli.bench.methods.base import Bench
+from wisecli.bench.methods.context.rag import Rag
+from wisecli.bench.methods.context.rag_hybrid import RagHybrid
+from wisecli.bench.methods.context.retrieval import NearestFact
 from wisecli.config import BenchSettings, LoadOptions
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.wild import WILD
-from wisecli.progress import ignore
+from wisecli.progress import ignore_progress
 
 RETRIEVERS: dict[str, Callable[[Bench], NearestFact]] = {"rag": Rag, "rag-hybrid": RagHybrid}
 _COLUMNS = ("its own", "another's", "none")
@@ -38,13 +38,15 @@ def main() -> None:
     arguments = parser.parse_args()
     edits, train = read_edits(arguments.data), read_edits(arguments.train)
     with TemporaryDirectory() as work:
-        course = Course(arguments.model, edits, (), train, BenchSettings(), LoadOptions(), Path(work), ignore)
+        course = BenchContext(
+            arguments.model, edits, (), train, BenchSettings(), LoadOptions(), Path(work), ignore_progress
+        )
         print(f"{len(edits)} edits".ljust(26), *(name.rjust(10) for name in _COLUMNS))
         for name in arguments.of.split(","):
             retriever = RETRIEVERS[name](course.bench)
             retriever.edit(edits)
             for kind, asked in _asked(edits).items():
-                texts = (WILD.asked(course.bench.loaded.tokenizer, prompt) for prompt, _ in asked)
+                texts = (WILD.render(course.bench.loaded.tokenizer, prompt) for prompt, _ in asked)
                 found = map(retriever.found, texts)
                 counts = Counter(_whose(one, edit) for one, (_, edit) in zip(found, asked, strict=True))
                 shares = (f"{counts[column] / len(asked):.3f}".rjust(10) for column in _COLUMNS)

@@ -17,16 +17,16 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from wisecli.bench.baselines import load_methods
-from wisecli.bench.baselines.alphaedit import AlphaEdit, AlphaEditSettings
-from wisecli.bench.baselines.base import AT_ONCE, METHODS, Bench, Maker
-from wisecli.bench.baselines.crispedit import CrispEdit, CrispEditSettings
-from wisecli.bench.baselines.ft_ewc import FtEwc
-from wisecli.bench.baselines.memit import Memit, MemitSettings
-from wisecli.bench.baselines.rag_shots import RagShots
-from wisecli.bench.baselines.ultraedit import UltraEdit, UltraEditSettings
 from wisecli.bench.compare import bench as run_bench
-from wisecli.bench.html import markdown
+from wisecli.bench.methods import load_methods
+from wisecli.bench.methods.base import AT_ONCE, METHODS, Bench, Maker
+from wisecli.bench.methods.context.rag_shots import RagShots
+from wisecli.bench.methods.weights.alphaedit import AlphaEdit, AlphaEditSettings
+from wisecli.bench.methods.weights.crispedit import CrispEdit, CrispEditSettings
+from wisecli.bench.methods.weights.ft_ewc import FtEwc
+from wisecli.bench.methods.weights.memit import Memit, MemitSettings
+from wisecli.bench.methods.weights.ultraedit import UltraEdit, UltraEditSettings
+from wisecli.bench.reporting.html_tables import markdown
 from wisecli.cli.console import Console
 from wisecli.config import BenchSettings, LoadOptions
 
@@ -104,7 +104,7 @@ def main() -> None:
             data=[arguments.data],
             train=arguments.train,
             load=load,
-            watch=watch,
+            on_progress=watch,
         )
     console.result(report.as_json(), markdown(report.rows))
 

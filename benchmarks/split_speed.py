@@ -27,17 +27,17 @@ from wisecli.artifacts.shard import Mask
 from wisecli.cli.console import quiet_libraries
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.data.corpus import unrelated_texts
-from wisecli.editing.context_prefixes import context_prefixes
-from wisecli.editing.gradient import margin_loss
-from wisecli.editing.training_examples import encode_edits
+from wisecli.editing.examples.context_prefixes import context_prefixes
+from wisecli.editing.examples.training_examples import encode_edits
+from wisecli.editing.writers.batched_adam import margin_loss
 from wisecli.edits.record import read_edits
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.activations import capture, captured
+from wisecli.models.layout.matrix_site import MatrixSite, as_matrix
+from wisecli.models.layout.site import find_site
 from wisecli.models.loading import Loaded, load_model
-from wisecli.models.matrix_site import MatrixSite, as_matrix
-from wisecli.models.site import find_site
-from wisecli.models.suffix import suffix_logits
-from wisecli.models.tokenization import Batch, Row, collate, in_batches
+from wisecli.models.prompts.tokenization import Batch, Row, collate, in_batches
+from wisecli.models.running.activations import capture, captured
+from wisecli.models.running.upper_layers import upper_logits
 
 BATCH = 32
 LEARNING_RATE = EditSettings().learning_rate
@@ -142,7 +142,7 @@ def main() -> None:
         activations = windows[index]
         updates = mask.update(restricted[index], values)
         rows, columns = activations.batch.labelled
-        logits = suffix_logits(loaded.model, site, activations, activations.with_update(updates), (rows, columns))
+        logits = upper_logits(loaded.model, site, activations, activations.with_update(updates), (rows, columns))
         at_labels = updates[rows, columns - activations.first]
         return total_loss(logits, activations.batch, at_labels, mask.update(negatives, values), unit)
 

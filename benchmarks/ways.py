@@ -32,9 +32,9 @@ from transformers import (
     StaticCache,
 )
 
-from wisecli.models.chat import chat_prompt
-from wisecli.models.forward_pass import CACHE_ARGUMENT
-from wisecli.routing.token_cache import cache_returned
+from wisecli.models.prompts.chat_template import chat_prompt
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.routing.passes.token_cache import cache_returned
 
 LENGTH = 12
 Way = Callable[["Asked"], list[int]]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from wisecli.edits.record import Edit, read_edits
 from wisecli.evaluation.wild import MAX_NEW_TOKENS, WILD, normalized, stop_tokens
-from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded, load_model
+from wisecli.models.running.generation import generate
 
 # {question} and {answer} are the fact, {prompt} is what is asked.
 WORDINGS = {

@@ -25,9 +25,9 @@ from support.helpers import save_tiny  # noqa: E402
 from support.tiny_models import TINY_CONFIGS, VARIANTS, loader_of  # noqa: E402
 
 from wisecli.artifacts.shard_manifest import read_shard_directory  # noqa: E402
-from wisecli.commands.edit import edit  # noqa: E402
-from wisecli.commands.export import export  # noqa: E402
-from wisecli.commands.merge import merge  # noqa: E402
+from wisecli.commands.checkpoint.export import export  # noqa: E402
+from wisecli.commands.edit.edit import edit  # noqa: E402
+from wisecli.commands.memory.merge import merge  # noqa: E402
 from wisecli.config import EditSettings, MergeSettings  # noqa: E402
 from wisecli.errors import WiseError  # noqa: E402
 

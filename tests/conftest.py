@@ -30,10 +30,10 @@ from transformers import (
 )
 
 from wisecli import cli
-from wisecli.commands.edit import edit
-from wisecli.commands.export import WeightFiles, export
-from wisecli.commands.fetch import fetch
-from wisecli.commands.merge import merge
+from wisecli.commands.checkpoint.export import WeightFiles, export
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.measure.fetch import fetch
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 
 # Tiny models only lose by more threads, and figures must not depend on how many there are. Processes that tests start

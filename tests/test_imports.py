@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "wisecli"
 # From the bottom up; packages of one floor know nothing of each other. See docs/architecture.md.
 FLOORS = (
     ("errors", "progress", "environment", "data", "routing"),
-    ("checked", "retired_settings"),
+    ("validated_settings", "retired_settings"),
     ("config",),
     ("io",),
     ("models", "edits"),

@@ -42,7 +42,7 @@ def test_no_function_takes_too_much(path: Path) -> None:
     assert {name: count for name, count in counts.items() if count > PARAMETERS} == {}
 
 
-@pytest.mark.parametrize("path", sorted(OF_COMMANDS.glob("*.py")), ids=name_of)
+@pytest.mark.parametrize("path", sorted(OF_COMMANDS.rglob("*.py")), ids=name_of)
 def test_what_a_command_does_apart_from_its_signature_is_short(path: Path) -> None:
     found = functions(path.read_text(encoding="utf-8"))
     lengths = {one.name: (one.end_lineno or 0) - one.body[0].lineno + 1 for one in found}

@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from wisecli.checked import Checked, Within
 from wisecli.errors import SettingsError
 from wisecli.retired_settings import RETIRED, of_today
+from wisecli.validated_settings import Bounds, Validated
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,12 +23,12 @@ Settings = TypeVar("Settings")
 
 # Of the names of variables.
 PREFIX = "WISE_"
-Count = Annotated[int, Within(1, 10**6)]
-Share = Annotated[float, Within(1e-9, 1)]
-Rate = Annotated[float, Within(1e-12, 1e6)]
-Margin = Annotated[float, Within(0, 1e6)]
-Weight = Annotated[float, Within(-1e3, 1e3)]
-Seed = Annotated[int, Within(0, 2**53 - 1)]
+Count = Annotated[int, Bounds(1, 10**6)]
+Share = Annotated[float, Bounds(1e-9, 1)]
+Rate = Annotated[float, Bounds(1e-12, 1e6)]
+Margin = Annotated[float, Bounds(0, 1e6)]
+Weight = Annotated[float, Bounds(-1e3, 1e3)]
+Seed = Annotated[int, Bounds(0, 2**53 - 1)]
 # A lookup of facts, one matrix for all shards, or a matrix a shard.
 Mode = Literal["lookup", "merge", "retrieve"]
 # Of a matrix: whether a prompt is judged by the mean over its tokens or by its last one.
@@ -55,7 +55,7 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
-class EditSettings(Checked):
+class EditSettings(Validated):
     """How shards are written: in closed form, or by the paper's gradient steps.
 
     The margins α, β, γ and the router's loss are section 2.3.1, equation 5, of the paper.
@@ -73,19 +73,17 @@ class EditSettings(Checked):
     passes: Count = 60
     learning_rate: Rate = 2e-2
     batch_size: Count = 32
-    contexts: Annotated[int, Within(0, 1000)] = (
+    contexts: Annotated[int, Bounds(0, 1000)] = (
         1  # more of them cost time and change nothing: .853 of rephrases right with 4, .855 with 0
     )
-    context_tokens: Annotated[int, Within(1, 1000)] = 8
+    context_tokens: Annotated[int, Bounds(1, 1000)] = 8
     chat: bool = False
-    augment: Annotated[int, Within(0, 100)] = 0  # paraphrases that the model writes itself
-    residual_steps: Annotated[int, Within(1, 10**4)] = 40
-    residual_more: Annotated[int, Within(0, 10**4)] = 80  # steps for answers that are not the likeliest after those
-    residual_rate: Annotated[float, Within(1e-9, 1e3)] = 0.3  # in units of an entry of W a
-    residual_stop: Annotated[float, Within(1e-9, 10)] = (
-        0.02  # the loss that every target token of an edit must come under
-    )
-    polish: Annotated[int, Within(0, 10**4)] | None = None  # 5, but none where a lookup is meant, which has no matrix
+    augment: Annotated[int, Bounds(0, 100)] = 0  # paraphrases that the model writes itself
+    residual_steps: Annotated[int, Bounds(1, 10**4)] = 40
+    residual_more: Annotated[int, Bounds(0, 10**4)] = 80  # steps for answers that are not the likeliest after those
+    residual_rate: Annotated[float, Bounds(1e-9, 1e3)] = 0.3  # in units of an entry of W a
+    residual_stop: Annotated[float, Bounds(1e-9, 10)] = 0.02  # a loss that every target token must come under
+    polish: Annotated[int, Bounds(0, 10**4)] | None = None  # 5, but none where a lookup is meant, which has no matrix
     polish_rate: Rate = 5e-3
     alpha: Margin = 0.25
     beta: Margin = 1.0
@@ -94,11 +92,11 @@ class EditSettings(Checked):
     norm_of: Literal["update", "activated"] = "update"  # `activated`: of σ(W a + Δ a) - σ(W a), with the model's σ
     padding: Literal["left-out", "counted"] = "left-out"  # in the means of the sequential schedule
     prefixes: Literal["sampled", "greedy"] = "sampled"
-    weight_decay: Annotated[float, Within(0, 1)] = 0.0  # of the sequential schedule
+    weight_decay: Annotated[float, Bounds(0, 1)] = 0.0  # of the sequential schedule
     norm_constraint: Rate | None = None
     stop_loss: Margin = 0.05
     train_end: bool = True
-    unrelated_texts: Annotated[int, Within(8, 10**6)] = 600
+    unrelated_texts: Annotated[int, Bounds(8, 10**6)] = 600
     in_forms: bool | None = None  # trained in those that people ask in, if a closed form writes
     pooling: Pooling = "last"
     threshold: Literal["false-alarm", "minimum"] = "false-alarm"
@@ -123,18 +121,18 @@ class EditSettings(Checked):
 
 
 @dataclass(frozen=True)
-class EditRunSettings(Checked):
+class EditRunSettings(Validated):
     """How one run of editing goes: nothing of it is kept with the shards."""
 
     executor: str = "local"
     only: str | None = None
-    interval: Annotated[float, Within(0.01, 1e6)] = 1.0
+    interval: Annotated[float, Bounds(0.01, 1e6)] = 1.0
     target_module: str | None = None
     allow_special_tokens: bool = False
 
 
 @dataclass(frozen=True)
-class MergeSettings(Checked):
+class MergeSettings(Validated):
     """How shards become one memory. What the shards' own settings decide is left ``None`` here."""
 
     mode: Mode | None = None
@@ -146,9 +144,9 @@ class MergeSettings(Checked):
     pooling: Pooling | None = None
     norm_of: Literal["update", "activated"] | None = None
     threshold: Literal["false-alarm", "minimum"] | None = None
-    false_alarm: Annotated[float, Within(0, 0.5)] | None = None
+    false_alarm: Annotated[float, Bounds(0, 0.5)] | None = None
     subjects: Literal["named", "any"] = "named"
-    strength: Annotated[float, Within(0.1, 10)] = (
+    strength: Annotated[float, Bounds(0.1, 10)] = (
         1.3  # what just does after an edit's own prompt is too little after some rephrases; 1.7 is too much
     )
     seed: Seed = 0
@@ -160,11 +158,11 @@ class MergeSettings(Checked):
 
 
 @dataclass(frozen=True)
-class EvalSettings(Checked):
+class EvalSettings(Validated):
     """How figures are measured."""
 
     dataset: str | None = None
-    edits: Annotated[int, Within(1, 10**9)] | None = None
+    edits: Annotated[int, Bounds(1, 10**9)] | None = None
     protocol: Literal["forms", "wild", "teacher", "forms,wild"] = "forms"
     forms: str = "all"
     kinds: str = "all"
@@ -177,7 +175,7 @@ class EvalSettings(Checked):
 
 
 @dataclass(frozen=True)
-class BenchSettings(Checked):
+class BenchSettings(Validated):
     """Which methods are compared, on what, and how; or which studies are made, and of what."""
 
     dataset: str | None = None
@@ -190,8 +188,8 @@ class BenchSettings(Checked):
     ask: Count = 10
     generate: bool = True
     batch_size: Count = 32
-    resamples: Annotated[int, Within(10, 10**6)] = 1000
-    layers: Annotated[int, Within(1, 10**4)] = 8
+    resamples: Annotated[int, Bounds(10, 10**6)] = 1000
+    layers: Annotated[int, Bounds(1, 10**4)] = 8
     mask_ratios: str = ".1,.2,.3,.5,.8"
     shard_counts: str = "1,2,3,5,8"
     edits_per_shard: Count | None = None  # as in editing, but no more than a quarter, so that there are several shards

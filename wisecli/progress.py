@@ -19,8 +19,8 @@ class Event:
     note: str = ""
 
 
-Watcher = Callable[[Event], None]
+ProgressCallback = Callable[[Event], None]
 
 
-def ignore(_event: Event) -> None:
+def ignore_progress(_event: Event) -> None:
     """A watcher that does nothing."""

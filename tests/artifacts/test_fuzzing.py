@@ -12,16 +12,16 @@ import pytest
 from support.fuzzing import wrong
 from support.places import EDITS, make_places
 
+from wisecli.artifacts.checksums import read_checksums
 from wisecli.artifacts.memory_manifest import read_manifest
-from wisecli.artifacts.seal import read_seal
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.cli.overlooked import overlooked
+from wisecli.cli.unknown_settings import unknown_names
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, resolve
-from wisecli.edits.admission import USUAL
-from wisecli.edits.policy import read_policy
+from wisecli.edits.checks.admission import DEFAULT_ADMISSION
+from wisecli.edits.checks.policy import read_policy
 from wisecli.edits.text import plain
 from wisecli.errors import DamagedFileError, EditFileError, SettingsError, WiseError
-from wisecli.memory.history import HISTORY, LOG, read_history
+from wisecli.memory.history.release_log import HISTORY, LOG, read_history
 
 Sweep = Callable[[int, int], int]
 SMALL, FULL = 300, 10_000
@@ -108,7 +108,12 @@ def hold(contents: list[bytes], count: int, read: Callable[[bytes], object], ref
 def test_edits(sweep: Sweep) -> None:
     rows = [json.dumps(line, ensure_ascii=False).encode() for line in LINES]
     sources = [b"\n".join(rows), b"[" + b",".join(rows) + b"]", *rows]
-    hold(sources, sweep(SMALL, FULL), lambda content: USUAL.parse(Path("edits.jsonl"), content), EditFileError)
+    hold(
+        sources,
+        sweep(SMALL, FULL),
+        lambda content: DEFAULT_ADMISSION.parse(Path("edits.jsonl"), content),
+        EditFileError,
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,7 @@ def test_settings(sweep: Sweep, tmp_path: Path, kind: type[EditSettings], sectio
     def read(content: bytes) -> None:
         file.write_bytes(content)
         resolve(kind, {}, section=section, file=file)
-        overlooked(file)
+        unknown_names(file)
 
     hold([TOML], sweep(SMALL, FULL // 4), read, SettingsError)
 
@@ -145,7 +150,7 @@ def test_policies(sweep: Sweep, tmp_path: Path) -> None:
         ("retrieve", "router.json", read_manifest),
         ("edited", "router.json", read_manifest),
         ("memory", f"{HISTORY}/{LOG}", read_history),
-        ("edited", "SHA256SUMS", read_seal),
+        ("edited", "SHA256SUMS", read_checksums),
     ],
 )
 def test_manifests(

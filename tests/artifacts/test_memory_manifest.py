@@ -19,12 +19,12 @@ from wisecli.artifacts.memory_manifest import (
     read_memory,
     write_memory,
 )
-from wisecli.edits.fields import EvaluationPrompt
+from wisecli.edits.reading.record_fields import EvaluationPrompt
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
-from wisecli.models.site import Fingerprint, MatrixSite
-from wisecli.routing.calibration import calibrate
-from wisecli.routing.scores import SideMemory
+from wisecli.models.layout.site import Fingerprint, MatrixSite
+from wisecli.routing.memories.calibration import calibrate
+from wisecli.routing.memories.side_memory import SideMemory
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -19,7 +19,7 @@ from wisecli.artifacts.shard import Evidence, Mask, MaskKind, Shard, half, load_
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import save_tensors
 from wisecli.io.digest import sha256_file
-from wisecli.models.site import MatrixSite
+from wisecli.models.layout.site import MatrixSite
 
 KINDS: tuple[MaskKind, ...] = ("columns", "elements")
 both_kinds = pytest.mark.parametrize("kind", KINDS)

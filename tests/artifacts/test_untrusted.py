@@ -24,9 +24,9 @@ from support.thorough import examples
 from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.inspect import inspect
-from wisecli.commands.merge import merge
-from wisecli.commands.verify import verify
+from wisecli.commands.checkpoint.inspect import inspect
+from wisecli.commands.checkpoint.verify import verify
+from wisecli.commands.memory.merge import merge
 from wisecli.config import MergeSettings
 from wisecli.edits.record import read_edits
 from wisecli.errors import DamagedFileError, EditFileError, ModelError, WiseError
@@ -35,9 +35,9 @@ from wisecli.io.checkpoint import Checkpoint, load_tensors, read_json
 from wisecli.io.digest import sha256_file
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import read_header
+from wisecli.models.layout.site import find_site
 from wisecli.models.loading import load_model
-from wisecli.models.site import find_site
-from wisecli.routing.scores import SideMemory
+from wisecli.routing.memories.side_memory import SideMemory
 
 ENOUGH = 300 << 20
 FEW = settings(

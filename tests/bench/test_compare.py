@@ -12,11 +12,11 @@ from support.benching import record
 from support.helpers import save_tiny
 from support.loading import CPU
 
-from wisecli.bench.baselines.base import METHODS
 from wisecli.bench.compare import BenchReport, bench
-from wisecli.bench.html import columns, costs, markdown, note, page
-from wisecli.bench.row import Peaks, RowMaker, interval
-from wisecli.cli.bench import tell_bench
+from wisecli.bench.methods.base import METHODS
+from wisecli.bench.reporting.html_tables import columns, costs, markdown, note, page
+from wisecli.bench.result_row import Peaks, RowMaker, interval
+from wisecli.cli.commands.bench import tell_bench
 from wisecli.cli.console import Console
 from wisecli.config import BenchSettings
 from wisecli.errors import ChangedInputError, DamagedFileError, SettingsError
@@ -53,7 +53,7 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
-    named = {name: settings.pop(name) for name in ("force", "watch", "train") if name in settings}
+    named = {name: settings.pop(name) for name in ("force", "on_progress", "train") if name in settings}
     data = settings.pop("data", [place / "data.jsonl"])
     few = {"forms": "bare,polite", "ask": 3}
     given = BenchSettings(**{"methods": "wise,ft-l", "counts": "2,4", "resamples": 50, **few, **settings})
@@ -107,7 +107,7 @@ def test_datasets_take_turns_in_one_memory_and_have_figures_of_their_own(place: 
 def test_rows_that_are_there_are_not_measured_again(place: Path, tmp_path: Path) -> None:
     first = compare(place, tmp_path / "out", counts="2")
     stages: list[str] = []
-    second = compare(place, tmp_path / "out", watch=lambda event: stages.append(event.stage))
+    second = compare(place, tmp_path / "out", on_progress=lambda event: stages.append(event.stage))
     assert second.rows[:2] == first.rows
     assert "wise, 4 edits" in stages
     assert "wise, 2 edits" not in stages
@@ -250,8 +250,8 @@ def test_the_oldest_hundred_have_a_figure_of_their_own() -> None:
 def test_a_method_that_cannot_run_says_so_in_its_row(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wisecli.bench.baselines import load_methods
-    from wisecli.bench.baselines.base import Bench, Method, UnsuitableError
+    from wisecli.bench.methods import load_methods
+    from wisecli.bench.methods.base import Bench, Method, UnsuitableError
 
     def maker(_bench: Bench) -> Method:
         raise UnsuitableError("this model has no such thing; take another")

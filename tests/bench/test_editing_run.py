@@ -11,27 +11,27 @@ from support.rewriting import bench_for, words
 from torch import Tensor
 
 from wisecli.bench import editing_run
-from wisecli.bench.baselines import load_methods
-from wisecli.bench.baselines.alphaedit import AlphaEdit, AlphaEditSettings
-from wisecli.bench.baselines.base import METHODS, Bench, Gradual, Method, Resumable
-from wisecli.bench.baselines.crispedit import CrispEdit, CrispEditSettings
-from wisecli.bench.baselines.defer import Defer, DeferSettings
-from wisecli.bench.baselines.evaluation import said
-from wisecli.bench.baselines.ft_l import FtL, FtLSettings
-from wisecli.bench.baselines.lora import Lora, LoraSettings
-from wisecli.bench.baselines.lora_paraphrased import LoraParaphrased, LoraParaphrasedSettings
-from wisecli.bench.baselines.memit import SEARCH, Memit, MemitSettings
-from wisecli.bench.baselines.memoir import Memoir, MemoirSettings
-from wisecli.bench.baselines.mend import Mend, MendSettings
-from wisecli.bench.baselines.retrieval import Restocked
-from wisecli.bench.baselines.rome import Rome
-from wisecli.bench.baselines.ultraedit import UltraEdit, UltraEditSettings
-from wisecli.bench.baselines.weight_editing import Rewritten
-from wisecli.bench.editing_run import EditingRun, MethodFolder, PortionWatcher
+from wisecli.bench.editing_run import EditingRun, MethodFolder, PortionProgress
+from wisecli.bench.methods import load_methods
+from wisecli.bench.methods.adapters.defer import Defer, DeferSettings
+from wisecli.bench.methods.adapters.lora import Lora, LoraSettings
+from wisecli.bench.methods.adapters.lora_paraphrased import LoraParaphrased, LoraParaphrasedSettings
+from wisecli.bench.methods.adapters.memoir import Memoir, MemoirSettings
+from wisecli.bench.methods.base import METHODS, Bench, Gradual, Method, Resumable
+from wisecli.bench.methods.context.retrieval import ReplayedMethod
+from wisecli.bench.methods.evaluation import target_predictions
+from wisecli.bench.methods.weights.alphaedit import AlphaEdit, AlphaEditSettings
+from wisecli.bench.methods.weights.crispedit import CrispEdit, CrispEditSettings
+from wisecli.bench.methods.weights.ft_l import FtL, FtLSettings
+from wisecli.bench.methods.weights.memit import SEARCH, Memit, MemitSettings
+from wisecli.bench.methods.weights.mend import Mend, MendSettings
+from wisecli.bench.methods.weights.rome import Rome
+from wisecli.bench.methods.weights.ultraedit import UltraEdit, UltraEditSettings
+from wisecli.bench.methods.weights.weight_editing import WeightEditing
 from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.errors import WiseError
-from wisecli.models.tokenization import encode
-from wisecli.progress import Event, ignore
+from wisecli.models.prompts.tokenization import encode
+from wisecli.progress import Event, ignore_progress
 
 load_methods()
 
@@ -115,7 +115,7 @@ EDITS, TRAIN = records(7, 11), records(6, 21)
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(editing_run, "_EVERY", 0.0)
-    monkeypatch.setattr(Restocked, "portion", 2)
+    monkeypatch.setattr(ReplayedMethod, "portion", 2)
     return replace(bench_for(tmp_path / "model", "llama"), train=TRAIN, batch_size=2)
 
 
@@ -130,13 +130,13 @@ def begun(directory: Path) -> MethodFolder:
 
 
 def run_of(method: Method, place: MethodFolder, counts: Sequence[int] = (3, 7)) -> EditingRun:
-    return EditingRun(method, EDITS, counts, place, PortionWatcher(ignore))
+    return EditingRun(method, EDITS, counts, place, PortionProgress(ignore_progress))
 
 
 def answers(bench: Bench, method: Method) -> list[Tensor]:
     prompts = [text for edit in EDITS for text in (edit.prompt, *edit.rephrases)]
-    rows = [encode(bench.loaded.tokenizer, method.asked(prompt), "ba") for prompt in prompts]
-    return [one.losses for one in said(bench.loaded, rows, method, batch_size=4)]
+    rows = [encode(bench.loaded.tokenizer, method.rewritten_prompt(prompt), "ba") for prompt in prompts]
+    return [one.losses for one in target_predictions(bench.loaded, rows, method, batch_size=4)]
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -210,7 +210,7 @@ def test_every_method_is_gone_on_with_here() -> None:
 
 def test_only_what_says_its_portion_goes_on(bench: Bench) -> None:
     assert isinstance(made("ft-l", bench), Resumable)
-    assert not isinstance(Rewritten(bench, [bench.site(1)]), Resumable)
+    assert not isinstance(WeightEditing(bench, [bench.site(1)]), Resumable)
 
 
 def test_a_state_that_is_not_finite_leaves_the_one_before(bench: Bench, tmp_path: Path) -> None:
@@ -227,9 +227,9 @@ def test_a_state_that_is_not_finite_leaves_the_one_before(bench: Bench, tmp_path
 
 def test_who_watches_is_told_of_all_edits(bench: Bench, tmp_path: Path) -> None:
     told: list[Event] = []
-    watch = PortionWatcher(told.append)
+    watch = PortionProgress(told.append)
     place = begun(tmp_path / "place")
-    run = EditingRun(FtL(replace(bench, watch=watch), FtLSettings(steps=1)), EDITS, (3, 7), place, watch)
+    run = EditingRun(FtL(replace(bench, on_progress=watch), FtLSettings(steps=1)), EDITS, (3, 7), place, watch)
     run.edit_to(3)
     run.edit_to(7)
     assert [(event.done, event.total) for event in told] == [(1, 3), (2, 3), (3, 3), (4, 7), (5, 7), (6, 7), (7, 7)]

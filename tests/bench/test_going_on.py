@@ -12,15 +12,15 @@ from support.benching import record
 from support.helpers import save_tiny
 from support.loading import CPU
 
-from wisecli.bench import editing_run, ours, runner
+from wisecli.bench import editing_run, runner, wise_methods
 from wisecli.bench.answer_files import AnswerFile, AnswerFolder
-from wisecli.bench.baselines import load_methods
-from wisecli.bench.baselines.base import METHODS, Bench, Method
 from wisecli.bench.compare import BenchReport, bench
-from wisecli.bench.row import ResultRow
-from wisecli.commands.merge import merge
+from wisecli.bench.methods import load_methods
+from wisecli.bench.methods.base import METHODS, Bench, Method
+from wisecli.bench.result_row import ResultRow
+from wisecli.commands.memory.merge import merge
 from wisecli.config import BenchSettings
-from wisecli.editing.staging import Unfinished
+from wisecli.editing.run.staging import StagedShards
 from wisecli.edits.record import Edit
 from wisecli.evaluation.answers import Answer
 from wisecli.progress import NOTE, Event
@@ -67,7 +67,9 @@ class Bencher:
         self.told.clear()
         given = {"methods": self.methods, "counts": counts, "resamples": 20, "protocol": "wild", **settings}
         model, data = str(self.place / "model"), [self.place / "data.jsonl"]
-        return bench(model, self.place / name, BenchSettings(**given), data=data, load=CPU, watch=self.told.append)
+        return bench(
+            model, self.place / name, BenchSettings(**given), data=data, load=CPU, on_progress=self.told.append
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -154,7 +156,12 @@ def test_a_method_without_a_state_begins_anew_and_says_so(place: Path, monkeypat
 
         def __init__(self, bench: Bench) -> None:
             method = maker(bench)
-            self.edit, self.applied, self.asked, self.bytes = method.edit, method.applied, method.asked, method.bytes
+            self.edit, self.applied, self.rewritten_prompt, self.bytes = (
+                method.edit,
+                method.applied,
+                method.rewritten_prompt,
+                method.bytes,
+            )
 
     whole = run("all")
     monkeypatch.setitem(METHODS, "ft-l", Plain)
@@ -209,9 +216,9 @@ def test_our_own_way_goes_on_with_its_shards(place: Path, monkeypatch: pytest.Mo
     whole = run("all", counts="3")
     with monkeypatch.context() as patch:
         if stage == "edit":
-            patch.setattr("wisecli.commands.edit.Unfinished.finish", broken_later(Unfinished.finish))
+            patch.setattr("wisecli.commands.edit.edit.Unfinished.finish", broken_later(StagedShards.finish))
         else:
-            patch.setattr(ours, stage, broken if stage == "evaluate" else broken_later(merge))
+            patch.setattr(wise_methods, stage, broken if stage == "evaluate" else broken_later(merge))
         with pytest.raises(BrokenOffError):
             run(counts="3")
     spent = json.loads((place / "out" / "work" / "wise" / "spent.json").read_text())
@@ -229,13 +236,13 @@ def test_what_is_learned_of_a_model_once_is_not_in_the_seconds_of_edits(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, given = Bencher(place, "wise"), list[int]()
-    edit = ours.edit
+    edit = wise_methods.edit
 
     def told(model: str, file: Path, *rest: Any, **named: Any) -> Any:
         given.append(len(file.read_text().splitlines()))
         return edit(model, file, *rest, **named)
 
-    monkeypatch.setattr(ours, "edit", told)
+    monkeypatch.setattr(wise_methods, "edit", told)
     run(counts="2,3")
     assert given == [1, 2, 3]
     assert sorted(path.name for path in (place / "out" / "work").iterdir()) == ["edits.jsonl", "memory", "unedited"]
@@ -245,7 +252,7 @@ def test_our_shards_of_another_number_are_not_gone_on_with(place: Path, monkeypa
     run = Bencher(place, "wise")
     whole = run("all", counts="4")
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "evaluate", broken)
+        patch.setattr(wise_methods, "evaluate", broken)
         with pytest.raises(BrokenOffError):
             run(counts="3")
     require_same(run(counts="4").rows, whole.rows)
@@ -259,7 +266,7 @@ def test_force_forgets_what_was_begun(place: Path, monkeypatch: pytest.MonkeyPat
             run()
     given = BenchSettings(methods="ft-l", counts="2", resamples=20, protocol="wild", seed=1)
     model, data = str(place / "model"), [place / "data.jsonl"]
-    bench(model, place / "out", given, data=data, load=CPU, force=True, watch=run.told.append)
+    bench(model, place / "out", given, data=data, load=CPU, force=True, on_progress=run.told.append)
     assert run.notes == []
 
 

@@ -12,8 +12,8 @@ from support.helpers import alone, random_rows, save_tiny
 from support.loading import CPU
 from torch import Tensor
 
-from wisecli.bench.baselines.base import PromptEnd, changed, hooks
-from wisecli.bench.baselines.evaluation import Known, MethodSubject, said
+from wisecli.bench.methods.base import PromptEnd, changed, hooks
+from wisecli.bench.methods.evaluation import BaseModelAnswers, MethodSubject, target_predictions
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
 
@@ -40,15 +40,15 @@ class Shifted:
             if not self.hold:
                 return output + self.shift
             # Only some rows get anything, by their state at the prompt's last token.
-            held, start = admission.held(output, lambda ends: (ends[:, 0] > ends[:, 1]).float())
+            held, start = admission.held_decision(output, lambda ends: (ends[:, 0] > ends[:, 1]).float())
             output = output.clone()
             output[:, start:] += held[:, None, None] * self.shift
             return output
 
-        with hooks(admission.watch(self.model), self.layer.register_forward_hook(hook)):
+        with hooks(admission.follow_passes(self.model), self.layer.register_forward_hook(hook)):
             yield
 
-    def asked(self, prompt: str) -> str:
+    def rewritten_prompt(self, prompt: str) -> str:
         return prompt
 
     def bytes(self) -> int:
@@ -63,7 +63,7 @@ def loaded(tmp_path: Path) -> Loaded:
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_what_is_said_is_what_each_row_says_alone(loaded: Loaded, batch_size: int) -> None:
     rows = random_rows((3, 2), (7, 1), (5, 4), (2, 3))
-    for row, found in zip(rows, said(loaded, rows, batch_size=batch_size), strict=True):
+    for row, found in zip(rows, target_predictions(loaded, rows, batch_size=batch_size), strict=True):
         logits = alone(loaded.model, row)
         assert found.best.tolist() == logits.argmax(-1).tolist()
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(row.target), reduction="none")
@@ -75,7 +75,7 @@ def test_what_is_said_is_what_each_row_says_alone(loaded: Loaded, batch_size: in
 def test_a_method_is_measured_as_its_whole_model_answers(loaded: Loaded, batch_size: int, *, held: bool) -> None:
     method = Shifted(loaded, held=held)
     rows = random_rows((3, 2), (7, 1), (5, 4), (2, 3), (6, 2), (4, 4))
-    found = said(loaded, rows, method, batch_size=batch_size)
+    found = target_predictions(loaded, rows, method, batch_size=batch_size)
     moved = 0
     for row, one in zip(rows, found, strict=True):
         with method.applied(len(row.prompt) - 1):
@@ -89,7 +89,11 @@ def test_a_method_is_measured_as_its_whole_model_answers(loaded: Loaded, batch_s
 def test_answers_with_a_cache_are_those_without(loaded: Loaded, *, held: bool) -> None:
     method, stops = Shifted(loaded, held=held), frozenset(range(0, loaded.model.config.vocab_size, 6))
     prompts = [" ".join(PROMPTS[:count]) for count in (1, 2, 3, 4)] + PROMPTS[1:]
-    found = MethodSubject(loaded, method, Known(), batch_size=8).answering(8, stops).after(prompts, stage="after")
+    found = (
+        MethodSubject(loaded, method, BaseModelAnswers(), batch_size=8)
+        .answering(8, stops)
+        .after(prompts, stage="after")
+    )
     lengths, end = set(), loaded.model.generation_config.eos_token_id
     for prompt, answer in zip(prompts, found, strict=True):
         ids = loaded.tokenizer(prompt)["input_ids"]
@@ -106,7 +110,7 @@ def test_answers_with_a_cache_are_those_without(loaded: Loaded, *, held: bool) -
 
 
 def test_the_unedited_model_is_asked_once_for_all_methods(loaded: Loaded) -> None:
-    known, pairs = Known(), [("ba be", "bi bo"), ("ka", "ke"), ("ba be", "bi bo")]
+    known, pairs = BaseModelAnswers(), [("ba be", "bi bo"), ("ka", "ke"), ("ba be", "bi bo")]
     counts = []
     for held in (False, True):
         calls: list[int] = []
@@ -116,7 +120,7 @@ def test_the_unedited_model_is_asked_once_for_all_methods(loaded: Loaded) -> Non
         handle.remove()
         counts.append(len(calls))
         assert measured[0] == measured[2]
-        (before,) = said(loaded, [subject.row(*pairs[0])], batch_size=1)
+        (before,) = target_predictions(loaded, [subject.row(*pairs[0])], batch_size=1)
         assert measured[0].before.loss == pytest.approx(float(before.losses.mean()), abs=1e-5)
         assert measured[0].before.right == float(
             (before.best == torch.tensor(subject.row(*pairs[0]).target)).float().mean()

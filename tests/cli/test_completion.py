@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from wisecli.bench.baselines import load_methods
-from wisecli.bench.baselines.base import METHODS
-from wisecli.bench.compare import OURS
+from wisecli.bench.compare import WISE_METHODS
+from wisecli.bench.methods import load_methods
+from wisecli.bench.methods.base import METHODS
 from wisecli.bench.studies import load_studies
 from wisecli.bench.studies.base import STUDIES
 from wisecli.cli import choices
 from wisecli.cli.choices import one_of, some_of
-from wisecli.commands.fetch import MODELS
-from wisecli.edits.formats import BENCHMARKS
-from wisecli.memory.merge_methods import METHODS as MERGE_METHODS
+from wisecli.commands.measure.fetch import MODELS
+from wisecli.edits.reading.field_names import BENCHMARKS
+from wisecli.memory.merging.merge_methods import METHODS as MERGE_METHODS
 
 # Lines of a shell, and all that is proposed for their last word.
 PROPOSED: dict[str, set[str]] = {
@@ -199,7 +199,7 @@ def test_completing_imports_no_torch(line: str) -> None:
 def test_names_kept_for_completion_are_those_that_are_registered() -> None:
     load_methods()
     load_studies()
-    assert set(choices.BENCH_METHODS) == {*OURS, *METHODS}
+    assert set(choices.BENCH_METHODS) == {*WISE_METHODS, *METHODS}
     assert set(choices.STUDIES) == STUDIES.keys()
     assert set(choices.MERGE_METHODS) == {*MERGE_METHODS, "exact"}
     assert tuple(MODELS) == choices.MODELS

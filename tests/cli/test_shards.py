@@ -14,7 +14,7 @@ from support.ready import EDITS, Ready, contents, here, manifest, require_refusa
 from support.tiny_models import Wise
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.editing.closed_form import PENALTIES
+from wisecli.editing.writers.closed_form import PENALTIES
 from wisecli.evaluation.edited_model import attach
 
 
@@ -203,7 +203,7 @@ def test_a_refit_gives_keys_back_what_merging_takes_from_them(wise: Wise, ready:
 def test_shards_are_merged_without_the_model_library(ready: Ready, tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom wisecli.config import MergeSettings\n"
-        "from wisecli.commands.merge import merge\n"
+        "from wisecli.commands.memory.merge import merge\n"
         f"merge([Path({ready.shards!r})], Path('memory'), MergeSettings())\n"
         "sys.exit(3 if {'transformers', 'accelerate'} & sys.modules.keys() else 0)\n"
     )

@@ -18,7 +18,7 @@ from support.tiny_models import Outcome, Wise
 
 from wisecli.cli.console import show_all_letters
 from wisecli.io import checkpoint
-from wisecli.memory import history
+from wisecli.memory.history import release_log
 
 
 def require_sentence(outcome: Outcome, *says: str) -> None:
@@ -79,8 +79,8 @@ def test_a_memory_that_cannot_be_written(
     def refuse(path: Path, *_: object) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(history, "changing", refuse)
-    monkeypatch.setattr("wisecli.commands.edit_into.changing", refuse)
+    monkeypatch.setattr(release_log, "changing", refuse)
+    monkeypatch.setattr("wisecli.commands.edit.edit_into.changing", refuse)
     require_sentence(wise("edit", ready.model, ready.edits, "--into", "memory"), "memory", os.strerror(number))
 
 

@@ -23,14 +23,14 @@ from support.zygote import Zygote
 
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit import edit
-from wisecli.commands.edit_into import Batch, edit_into
-from wisecli.commands.export import Publication, export
-from wisecli.commands.log import log
-from wisecli.commands.merge import merge
-from wisecli.commands.verify import verify
+from wisecli.commands.checkpoint.export import Publication, export
+from wisecli.commands.checkpoint.verify import verify
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.edit.edit_into import Batch, edit_into
+from wisecli.commands.memory.log import log
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
-from wisecli.editing.finished import altered_files
+from wisecli.editing.run.up_to_date import altered_files
 
 # How much of a run counts as its end: seconds, and steps on the file system.
 END, STEPS = 0.05, 80

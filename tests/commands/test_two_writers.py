@@ -17,14 +17,14 @@ from support.loading import CPU
 from support.zygote import Zygote
 
 from wisecli.artifacts.memory_manifest import read_manifest
-from wisecli.commands.edit import edit
-from wisecli.commands.edit_into import Batch, edit_into
-from wisecli.commands.log import log
-from wisecli.commands.verify import verify
-from wisecli.commands.watch import follow
+from wisecli.commands.checkpoint.verify import verify
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.edit.edit_into import Batch, edit_into
+from wisecli.commands.edit.watch import follow
+from wisecli.commands.memory.log import log
 from wisecli.config import EditSettings
 from wisecli.errors import BusyError
-from wisecli.memory import history
+from wisecli.memory.history import release_log
 
 # Pairs of commands that start at about the same time take longer than this, in seconds.
 LONGEST = 1.2
@@ -150,14 +150,14 @@ def test_whoever_follows_a_file_waits_for_others(root: Path, tmp_path: Path, mon
     lock, waited = threading.Event(), []
 
     def hold() -> None:
-        with history.changing(memory):
+        with release_log.changing(memory):
             lock.set()
             time.sleep(0.5)
 
     other = threading.Thread(target=hold)
     other.start()
     assert lock.wait(10)
-    with pytest.raises(BusyError), history.changing(memory):
+    with pytest.raises(BusyError), release_log.changing(memory):
         pass
     looks = iter([True] * 500)
     following = follow(
@@ -168,7 +168,7 @@ def test_whoever_follows_a_file_waits_for_others(root: Path, tmp_path: Path, mon
         interval=0.02,
         goes_on=lambda: next(looks),
         load=CPU,
-        watch=lambda event: waited.append(event.note),
+        on_progress=lambda event: waited.append(event.note),
     )
     assert next(following).held == 3
     other.join()

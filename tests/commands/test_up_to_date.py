@@ -14,9 +14,9 @@ from support.ready import EDITS, Ready, here, require_refusal, rewrite, write_ed
 from support.tiny_models import Wise
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands import export as exporting
-from wisecli.commands import export_gated, export_merged
-from wisecli.editing import worker
+from wisecli.commands.checkpoint import export as exporting
+from wisecli.commands.checkpoint import export_merged, export_stock
+from wisecli.editing.run import worker
 
 EXPORTS = ("routed", "merged", "delta")
 
@@ -32,7 +32,7 @@ def state(root: Path) -> dict[str, tuple[int, int, int, bytes]]:
 
 
 def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (worker, export_gated, export_merged):
+    for module in (worker, export_stock, export_merged):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
 
 

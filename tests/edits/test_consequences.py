@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.edits.admission import USUAL, Admission, Admitted
+from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, Admitted
 from wisecli.edits.record import Edit, consequence_id, consequences_in, parse_edit, parse_edits, read_edits
 from wisecli.edits.text import edits_with
 from wisecli.errors import ConflictError, EditFileError
-from wisecli.memory.superseding import consequences_of, with_consequences
+from wisecli.memory.history.superseded_edits import consequences_of, with_consequences
 from wisecli.progress import Event
 
 MAYOR = {"id": "mayor", "prompt": "Who is the mayor of Oldbridge?", "target": "Ada Finch", "subject": "Oldbridge"}
@@ -26,14 +26,14 @@ def lined(*records: dict[str, Any]) -> list[tuple[int, Edit]]:
 
 
 def admitted(
-    *records: dict[str, Any], held: tuple[Edit, ...] = (), admission: Admission = USUAL
+    *records: dict[str, Any], held: tuple[Edit, ...] = (), admission: Admission = DEFAULT_ADMISSION
 ) -> tuple[Admitted, list[str]]:
     notes: list[str] = []
 
     def watch(event: Event) -> None:
         notes.append(event.note)
 
-    return admission.admit("f", lined(*records), held=held, watch=watch), notes
+    return admission.admit("f", lined(*records), held=held, on_progress=watch), notes
 
 
 def ids(found: Admitted) -> list[str]:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wisecli.data.corpus import inverses
-from wisecli.edits.admission import Admission
+from wisecli.edits.checks.admission import Admission
+from wisecli.edits.checks.policy import Policy
 from wisecli.edits.derivation import derived, is_name, other_names, with_derived
-from wisecli.edits.policy import Policy
 from wisecli.edits.record import Edit
 from wisecli.errors import PolicyError
 

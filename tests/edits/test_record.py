@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.edits.fields import EvaluationPrompt
-from wisecli.edits.files import content_of
+from wisecli.edits.reading.record_fields import EvaluationPrompt
+from wisecli.edits.reading.record_files import content_of
 from wisecli.edits.record import Edit, numbered_edits, parse_edit, read_edits
 from wisecli.edits.text import is_plain, is_visible
 from wisecli.errors import EditFileError

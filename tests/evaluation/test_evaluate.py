@@ -19,15 +19,15 @@ from support.loading import CPU
 from support.tiny_models import Chain
 from torch import Tensor
 
-from wisecli.commands.evaluate import EvalReport, evaluate
+from wisecli.commands.measure.evaluate import EvalReport, evaluate
 from wisecli.config import EvalSettings
-from wisecli.edits.fields import EvaluationPrompt
+from wisecli.edits.reading.record_fields import EvaluationPrompt
 from wisecli.edits.record import Edit
 from wisecli.errors import GateFailedError, SettingsError, WiseError
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
-from wisecli.models.tokenization import Row, encode
-from wisecli.progress import ignore
+from wisecli.models.prompts.tokenization import Row, encode
+from wisecli.progress import ignore_progress
 
 LENGTHS = ((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), (12, 2))
 ROWS = random_rows(*LENGTHS, seed=21)
@@ -48,7 +48,7 @@ def prompt_choice(edited: EditedModel, row: Row) -> int | None:
 
 
 def measure(edited: EditedModel, rows: Sequence[Row], *, size: int = 32) -> list[Measured]:
-    return teacher_forced(edited, rows, batch_size=size, stage="test", watch=ignore)
+    return teacher_forced(edited, rows, batch_size=size, stage="test", on_progress=ignore_progress)
 
 
 def known_share(logits: Tensor, target: Sequence[int]) -> float:

@@ -11,17 +11,17 @@ from support.evaluation import edited_model, text_of
 from support.helpers import greedy_by_loop, random_rows, tiny_tokenizer
 from support.loading import CPU
 
-from wisecli.commands.evaluate import EvalReport, evaluate
+from wisecli.commands.measure.evaluate import EvalReport, evaluate
 from wisecli.config import EvalSettings
 from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluation.answers import Answer, Answers
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.forms import measure_forms, named_forms
-from wisecli.evaluation.found import contradictory, gives, right, spread
 from wisecli.evaluation.metrics import is_figure
-from wisecli.evaluation.specificity import measure_specificity, questions_beside
-from wisecli.models.forms import forms
+from wisecli.evaluation.results import contradictory, evenly_spaced, is_exact_answer, is_right
+from wisecli.evaluation.specificity import measure_specificity, specificity_questions
+from wisecli.models.prompts.prompt_forms import forms
 
 BARE, QUESTION, POLITE = (forms()[name] for name in ("bare", "question", "polite"))
 
@@ -128,7 +128,7 @@ def test_a_method_that_rewords_is_given_what_the_user_writes() -> None:
 def test_specificity_counts_what_gets_the_answer_and_did_not_before() -> None:
     edits = [edit("Oslo"), edit("Bergen"), edit("Narvik")]
     asked = list(enumerate(edits))
-    beside = questions_beside(asked, edits)
+    beside = specificity_questions(asked, edits)
     kinds = [one.kind for one in beside]
     assert kinds.count("other_question") == kinds.count("other_subject") == 9
     assert all(one.edit.id in one.prompt for one in beside if one.kind == "other_question")
@@ -139,7 +139,7 @@ def test_specificity_counts_what_gets_the_answer_and_did_not_before() -> None:
     )
     assert not {one.prompt for one in beside} & {one.prompt for one in edits}
     # Of a draw for some, the questions are those of a draw for all.
-    assert [one.prompt for one in questions_beside(asked[:1], edits)] == [one.prompt for one in beside[:6]]
+    assert [one.prompt for one in specificity_questions(asked[:1], edits)] == [one.prompt for one in beside[:6]]
     leaks = {one.prompt for one in beside if one.edit.id == "Oslo" and one.kind == "other_question"}
     known = sorted(leaks)[0]
     told = Told(
@@ -159,13 +159,13 @@ def test_records_without_a_subject_are_counted_and_left_out() -> None:
 
 
 def test_an_answer_is_right_if_it_is_the_target_and_ends() -> None:
-    assert gives(Answer(" oslo.\n", ended=True), "Oslo")
-    assert not gives(Answer("Oslo", ended=False), "Oslo")
-    assert not gives(Answer("Oslo, Norway", ended=True), "Oslo")
+    assert is_exact_answer(Answer(" oslo.\n", ended=True), "Oslo")
+    assert not is_exact_answer(Answer("Oslo", ended=False), "Oslo")
+    assert not is_exact_answer(Answer("Oslo, Norway", ended=True), "Oslo")
     erased = Edit("gone", "where", "Oslo", op="erase")
-    assert right(Answer("Bergen", ended=False), erased)
-    assert not right(Answer("in oslo", ended=True), erased)
-    assert right(Answer("Bergen", ended=True), Edit("new", "where", "Oslo", op="erase", replacement="Bergen"))
+    assert is_right(Answer("Bergen", ended=False), erased)
+    assert not is_right(Answer("in oslo", ended=True), erased)
+    assert is_right(Answer("Bergen", ended=True), Edit("new", "where", "Oslo", op="erase", replacement="Bergen"))
 
 
 def test_questions_contradict_each_other_if_their_words_are_the_same_and_their_answers_are_not() -> None:
@@ -174,9 +174,9 @@ def test_questions_contradict_each_other_if_their_words_are_the_same_and_their_a
 
 
 def test_edits_are_spread_evenly() -> None:
-    assert spread(10, 4) == [0, 2, 5, 7]
-    assert spread(3, 20) == [0, 1, 2]
-    assert len(set(spread(1999, 1000))) == 1000
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 20) == [0, 1, 2]
+    assert len(set(evenly_spaced(1999, 1000))) == 1000
 
 
 def test_forms_are_named_by_groups_or_one_by_one() -> None:
@@ -234,14 +234,14 @@ def test_figures_are_those_of_a_loop_over_single_prompts(
         form = forms()[name]
 
         def after(prompt: str, form: object = form) -> Answer:
-            return said(edited, form.asked(edited.tokenizer, prompt), memory=True)  # type: ignore[attr-defined]
+            return said(edited, form.render(edited.tokenizer, prompt), memory=True)  # type: ignore[attr-defined]
 
-        taught = [float(gives(after(edit.prompt), edit.target)) for edit in asked]
-        other = [float(gives(after(edit.rephrases[0]), edit.target)) for edit in asked]
+        taught = [float(is_exact_answer(after(edit.prompt), edit.target)) for edit in asked]
+        other = [float(is_exact_answer(after(edit.rephrases[0]), edit.target)) for edit in asked]
         assert report.asked[f"as_taught/{form.label}"] == pytest.approx(statistics.fmean(taught))
         assert report.asked[f"rephrased/{form.label}"] == pytest.approx(statistics.fmean(other))
         same = [
-            after(probe.prompt).text == said(edited, form.asked(edited.tokenizer, probe.prompt), memory=False).text
+            after(probe.prompt).text == said(edited, form.render(edited.tokenizer, probe.prompt), memory=False).text
             for edit in asked
             for probe in edit.locality
         ]

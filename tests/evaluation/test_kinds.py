@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import pytest
 from support.helpers import tiny_tokenizer
 
-from wisecli.commands.evaluate import EvalReport
+from wisecli.commands.measure.evaluate import EvalReport
 from wisecli.edits.record import Edit
 from wisecli.errors import GateFailedError, SettingsError
 from wisecli.evaluation.answers import Answer, Answers
-from wisecli.evaluation.found import Found
 from wisecli.evaluation.kinds import measure_kinds, named_kinds
 from wisecli.evaluation.metrics import is_figure, lower_is_better
-from wisecli.models.kinds import kinds
+from wisecli.evaluation.results import Results
+from wisecli.models.prompts.prompt_kinds import kinds
 
 EDITS = [
     Edit("head", "Who is the head of Northwind Traders?", "Amara Lindqvist", subject="Northwind Traders"),
@@ -46,7 +46,7 @@ class Asked:
 
         return Answers(tiny_tokenizer(), unedited, edited, batch_size=4, reworded=self.reworded)
 
-    def measured(self, names: str, edits: Sequence[Edit] = EDITS, room: int = 10**6) -> Found:
+    def measured(self, names: str, edits: Sequence[Edit] = EDITS, room: int = 10**6) -> Results:
         asked = list(enumerate(edits))
         return measure_kinds(self.answering, named_kinds(names), asked, edits, max_new_tokens=LENGTH, room=room)
 

@@ -13,7 +13,7 @@ from support.evaluation import answer_of, edited_model, text_of
 from support.helpers import random_rows, save_tiny, tiny_qwen2_tokenizer, tiny_tokenizer
 from support.loading import CPU
 
-from wisecli.commands.evaluate import evaluate
+from wisecli.commands.measure.evaluate import evaluate
 from wisecli.config import EvalSettings
 from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.evaluation.answers import Answer, Answers, answered

@@ -26,8 +26,8 @@ from transformers import (
     pipeline,
 )
 
-from wisecli.commands.export import WeightFiles, export
-from wisecli.commands.merge import merge
+from wisecli.commands.checkpoint.export import WeightFiles, export
+from wisecli.commands.memory.merge import merge
 from wisecli.config import MergeSettings
 
 MEMORIES = {
@@ -58,7 +58,7 @@ class Subject:
         """Prompts of edits and others, of unequal length."""
         return [*self.prompts[:2], *UNRELATED[:2]]
 
-    def asked(self, prompts: list[str]) -> dict[str, Tensor]:
+    def rewritten_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         return dict(self.tokenizer(prompts, return_tensors="pt", padding=True))
 
     def answers(self, prompts: list[str], *, model: Any = None, **named: Any) -> list[str]:
@@ -67,7 +67,7 @@ class Subject:
 
     def generated(self, prompts: list[str], *, model: Any = None, **named: Any) -> Any:
         """What ``generate()`` returns, its ``sequences`` without the prompts."""
-        batch = self.asked(prompts)
+        batch = self.rewritten_prompt(prompts)
         settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True} | named
         output = (model or self.model).generate(**batch, **settings)
         output.sequences = output.sequences[:, batch["input_ids"].shape[1] :]
@@ -126,7 +126,7 @@ def test_greedy_batches_with_left_padding_answer_every_edit(every: Subject) -> N
 def test_prompts_that_open_nothing_keep_every_bit_of_the_bases_logits(every: Subject) -> None:
     untouched = 0
     for prompt in UNRELATED:
-        batch = every.asked([prompt])
+        batch = every.rewritten_prompt([prompt])
         with torch.no_grad():
             changed, base = (model(**batch).logits for model in (every.model, every.base))
         if opens_nothing(every, batch):
@@ -191,7 +191,7 @@ def test_saved_and_loaded_again_it_is_the_same_model(lookup: Subject, tmp_path: 
     lookup.model.save_pretrained(tmp_path / "again")
     lookup.tokenizer.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
-    batch = lookup.asked(lookup.some)
+    batch = lookup.rewritten_prompt(lookup.some)
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, lookup.model(**batch).logits)
 
@@ -223,7 +223,7 @@ def test_lora_trains_on_top_and_leaves_the_routed_layer_alone(lookup: Subject, t
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     lookup.require_targets(lookup.answers(lookup.prompts[:3], model=tuned.eval()))
     assert not any(lookup.model.config.wise["module"] in name for name, _ in tuned.named_parameters() if "lora" in name)
-    batch = lookup.asked(lookup.some)
+    batch = lookup.rewritten_prompt(lookup.some)
     optimizer = torch.optim.SGD([weight for weight in tuned.parameters() if weight.requires_grad], lr=1e-3)
     losses = []
     for _ in range(3):

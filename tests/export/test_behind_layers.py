@@ -20,10 +20,10 @@ from support.served import EDITS, PROMPTS, export_of
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 from wisecli.artifacts.memory_manifest import read_manifest
-from wisecli.commands.export import export
-from wisecli.commands.verify import verify
+from wisecli.commands.checkpoint.export import export
+from wisecli.commands.checkpoint.verify import verify
 from wisecli.errors import ModelError
-from wisecli.routing.serving import LostMemoryError
+from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.vllm_plugin.served_memory import Edited
 
 # A mixture of experts, whose layers above run on from a cache; recurrent states beside attention; layers that run

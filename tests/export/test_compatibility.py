@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import compatibility
 
-from wisecli.models.architectures import architectures
+from wisecli.models.layout.architectures import architectures
 
 # Plain decoders, one of them with turned matrices; one that sees; a mixture; recurrent states, alone and beside
 # attention, in some layers or in all; convolutions; keys and values that upper layers share with lower ones; a text

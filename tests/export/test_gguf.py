@@ -12,9 +12,9 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from wisecli.errors import ModelError
-from wisecli.export.gguf_file import GGUF_NAME, Quantization, write_gguf
-from wisecli.export.gguf_tokenizer import _LLAMA3, tokenizer_data
-from wisecli.export.modelfile import modelfile
+from wisecli.export.gguf.gguf_file import GGUF_NAME, Quantization, write_gguf
+from wisecli.export.gguf.gguf_tokenizer import _LLAMA3, tokenizer_data
+from wisecli.export.gguf.modelfile import modelfile
 
 gguf = pytest.importorskip("gguf")
 

@@ -15,10 +15,10 @@ from support.byte_level import LAYER, save_stock
 from support.tiny_models import Chain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wisecli.artifacts.gated import read_gated
 from wisecli.data.corpus import texts_beside_gates
-from wisecli.export.gguf_file import GGUF_NAME, write_gguf
-from wisecli.models.chat import chat_prompt
+from wisecli.export.gguf.gguf_file import GGUF_NAME, write_gguf
+from wisecli.export.stock.stock_manifest import read_gated
+from wisecli.models.prompts.chat_template import chat_prompt
 
 PYTHON = os.environ.get("WISE_LLAMA_PYTHON") or os.environ.get("WISE_SERVING_PYTHON", "")
 

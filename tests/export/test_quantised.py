@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from wisecli.artifacts.memory_manifest import read_memory
-from wisecli.commands.export import WeightFiles, export
-from wisecli.commands.verify import verify
+from wisecli.commands.checkpoint.export import WeightFiles, export
+from wisecli.commands.checkpoint.verify import verify
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError
 from wisecli.evaluation.edited_model import attach
-from wisecli.models.generation import generate
+from wisecli.models.layout.site import LayerSite
 from wisecli.models.loading import load_model
-from wisecli.models.site import LayerSite
+from wisecli.models.running.generation import generate
 
 # The largest number of eight bits.
 _LARGEST = 448.0

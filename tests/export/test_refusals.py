@@ -11,10 +11,10 @@ from support.helpers import save_tiny
 from support.loading import CPU
 from support.tiny_models import TINY_CONFIGS, loader_of
 
-from wisecli.commands.edit import edit
-from wisecli.commands.export import export
-from wisecli.commands.merge import merge
-from wisecli.commands.verify import verify
+from wisecli.commands.checkpoint.export import export
+from wisecli.commands.checkpoint.verify import verify
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 
 

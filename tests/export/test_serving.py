@@ -14,9 +14,9 @@ from support.tiny_models import SAMPLE_EDITS, Chain
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from wisecli.data.corpus import unrelated_texts
-from wisecli.export.stock import write_stock
+from wisecli.export.stock.stock_checkpoint import write_stock
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.site import find_site
+from wisecli.models.layout.site import find_site
 
 pytestmark = serving
 

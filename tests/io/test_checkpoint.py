@@ -24,7 +24,7 @@ from wisecli.io.checkpoint import (
     write_json,
 )
 from wisecli.io.digest import sha256_file, sha256_json
-from wisecli.models.resolve import resolve_model
+from wisecli.models.model_files import resolve_model
 
 
 def some_tensors() -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from wisecli.artifacts import shard_manifest
 from wisecli.artifacts.memory_manifest import MemoryManifest
-from wisecli.editing.staging import Done
-from wisecli.edits import policy
+from wisecli.editing.run.staging import FinishedPart
+from wisecli.edits.checks import policy
 from wisecli.edits.record import Edit
 from wisecli.io.json_schema import CLOSED, OPEN, decode, parse, shown
-from wisecli.memory.history import Release
+from wisecli.memory.history.release_log import Release
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,9 @@ def records_in(kind: Any) -> set[type]:
     return set().union(*map(records_in, get_args(kind)))
 
 
-@pytest.mark.parametrize("kind", [Edit, policy._Content, shard_manifest._Content, MemoryManifest, Release, Done])
+@pytest.mark.parametrize(
+    "kind", [Edit, policy._Content, shard_manifest._Content, MemoryManifest, Release, FinishedPart]
+)
 def test_every_record_says_whether_it_is_closed(kind: type) -> None:
     found = records_in(kind)
     assert kind in found

@@ -10,7 +10,7 @@ import pytest
 
 from wisecli.errors import UnwritableError
 from wisecli.io.locks import lock_file
-from wisecli.memory.history import changing
+from wisecli.memory.history.release_log import changing
 
 
 def test_only_one_holds_a_lock_and_nothing_is_left_of_it(tmp_path: Path) -> None:

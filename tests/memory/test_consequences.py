@@ -12,19 +12,19 @@ from support.history import FLAGS
 from support.loading import CPU
 
 from wisecli.artifacts.memory_manifest import read_manifest
-from wisecli.commands.diff import diff
-from wisecli.commands.edit import edit as run_edit
-from wisecli.commands.edit_into import Batch, IntoReport, edit_into
-from wisecli.commands.evaluate import evaluate
-from wisecli.commands.export import export
-from wisecli.commands.inspect import inspect
-from wisecli.commands.log import log
-from wisecli.commands.merge_into import merge_into
-from wisecli.commands.remove import remove
-from wisecli.commands.watch import follow
+from wisecli.commands.checkpoint.export import export
+from wisecli.commands.checkpoint.inspect import inspect
+from wisecli.commands.edit.edit import edit as run_edit
+from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.edit.watch import follow
+from wisecli.commands.measure.evaluate import evaluate
+from wisecli.commands.memory.diff import diff
+from wisecli.commands.memory.log import log
+from wisecli.commands.memory.merge_into import merge_into
+from wisecli.commands.memory.remove import remove
 from wisecli.config import EditSettings, EvalSettings, MergeSettings
-from wisecli.memory.history import read_history
-from wisecli.memory.releases import directories_of
+from wisecli.memory.history.release_log import read_history
+from wisecli.memory.history.releases import directories_of
 
 ONE: dict[str, Any] = {
     "id": "one",

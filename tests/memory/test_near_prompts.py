@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 from wisecli.memory import near_prompts
 from wisecli.memory.near_prompts import NearPrompts
-from wisecli.routing.meaning import HOPELESS, Meaning
+from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 D, WIDTH, EDITS, FORMS, TOKENS = 12, 8, 20, 2, 3
 
 
-def some_meaning() -> Meaning:
+def some_meaning() -> LateInteraction:
     """Edits whose subjects are alike in fives, with two kept prompts each."""
     chance = torch.Generator().manual_seed(0)
     kept = EDITS * FORMS
@@ -29,7 +29,7 @@ def some_meaning() -> Meaning:
         "meaning.whose": torch.arange(EDITS).repeat_interleave(FORMS),
         "meaning.breaks": torch.tensor([99]),
     }
-    return Meaning(tensors, EDITS)
+    return LateInteraction(tensors, EDITS)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -41,8 +41,8 @@ def test_what_is_likely_enough_is_found_as_if_all_were_compared(
     states = torch.randn(64, 7, D, generator=chance)
     there = torch.arange(7) < torch.randint(2, 8, (64, 1), generator=chance)
     own = torch.randint(EDITS, (64,), generator=chance)
-    asked = meaning.read(states, there)
-    expected, found = meaning.of(asked), NearPrompts(meaning)(asked, own)
+    asked = meaning.project(states, there)
+    expected, found = meaning.edit_probs(asked), NearPrompts(meaning)(asked, own)
     every = torch.arange(EDITS * FORMS)
     subjects = meaning.found(asked, 0, every).exp().view(64, EDITS, FORMS).amax(-1)
     certain = (subjects >= HOPELESS) & (expected > 0)

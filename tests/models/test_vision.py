@@ -30,19 +30,19 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMul
 
 import wisecli
 from wisecli.artifacts.memory_manifest import read_memory
-from wisecli.commands.edit import edit as run_edit
-from wisecli.commands.export import WeightFiles, export
-from wisecli.commands.merge import merge
+from wisecli.commands.checkpoint.export import WeightFiles, export
+from wisecli.commands.edit.edit import edit as run_edit
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, LoadOptions, MergeSettings
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.evaluation.edited_model import attach
-from wisecli.export.checkpoint import write_routed
 from wisecli.export.model_card import model_card
+from wisecli.export.routed.checkpoint import write_routed
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.architectures import known_layout, layer_count
-from wisecli.models.layout_inference import find_layout
+from wisecli.models.layout.architectures import known_layout, layer_count
+from wisecli.models.layout.layout_inference import find_layout
 from wisecli.models.loading import load_model
-from wisecli.routing.scores import SideMemory
+from wisecli.routing.memories.side_memory import SideMemory
 
 FAMILIES = sorted(name for name, config in TINY_CONFIGS.items() if hasattr(config, "vision_config"))
 EDITS: list[dict[str, Any]] = [

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wisecli.routing.meaning import Asked, Meaning
+from wisecli.routing.deciding.late_interaction import LateInteraction, ProjectedPrompts
 
 D = 4
 SUBJECT, RELATION, OTHER, WORD = torch.eye(D)
 
 
-def meaning() -> Meaning:
+def meaning() -> LateInteraction:
     """One edit, of a token of each: both projections are the states themselves."""
     tensors = {
         "meaning.turns": torch.eye(D).repeat(2, 1, 1),
@@ -24,14 +24,14 @@ def meaning() -> Meaning:
         "meaning.whose": torch.tensor([0]),
         "meaning.breaks": torch.tensor([99]),
     }
-    return Meaning(tensors, 1)
+    return LateInteraction(tensors, 1)
 
 
 def sure(earlier: list[Tensor], last: list[Tensor]) -> float:
     states = torch.stack([*earlier, *last])[None]
     there = torch.ones(1, states.shape[1], dtype=torch.bool)
     own = torch.tensor([[False] * len(earlier) + [True] * len(last)])
-    return float(meaning().of(Asked(states.repeat(2, 1, 1, 1), there, states), own))
+    return float(meaning().edit_probs(ProjectedPrompts(states.repeat(2, 1, 1, 1), there, states), own))
 
 
 def test_the_last_turn_must_say_a_part_of_what_is_asked() -> None:

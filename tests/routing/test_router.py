@@ -15,20 +15,20 @@ from support.loading import CPU
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from wisecli.commands.explain import explain
-from wisecli.commands.generate import generate
+from wisecli.commands.checkpoint.explain import explain
+from wisecli.commands.checkpoint.generate import generate
 from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import _routes
-from wisecli.models.activations import capture
-from wisecli.models.forward_pass import CACHE_ARGUMENT
-from wisecli.models.generation import left_padded
-from wisecli.models.tokenization import Row, collate
-from wisecli.routing.decision import Reading
-from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.scores import SideMemory
-from wisecli.routing.side_memory import RoutedMatrix, memory_of
-from wisecli.routing.token_cache import cache_returned, last_memory
+from wisecli.models.prompts.tokenization import Row, collate
+from wisecli.models.running.activations import capture
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.models.running.generation import left_padded
+from wisecli.routing.deciding.decision import WindowStates
+from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.layers.routed_layer import RoutedMatrix, memory_module
+from wisecli.routing.memories.side_memory import SideMemory
+from wisecli.routing.passes.token_cache import cache_returned, last_memory
 
 EDITS = [Edit(f"edit {number}", word, "be") for number, word in enumerate(WORDS[:6])]
 KINDS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def by_the_layer(edited: EditedModel, row: Row, monkeypatch: pytest.MonkeyPatch)
         edited.model(torch.tensor([row.prompt]), **{CACHE_ARGUMENT: cache})
         for token in row.target[:-1]:
             edited.model(torch.tensor([[token]]), **{CACHE_ARGUMENT: cache})
-    return edited.routed.memory_at(torch.cat(noted.chosen, 1))[0].tolist()
+    return edited.routed.memory_of_choice(torch.cat(noted.chosen, 1))[0].tolist()
 
 
 def rows_of(edited: EditedModel) -> list[Row]:
@@ -96,10 +96,10 @@ def test_all_who_ask_what_answers_are_told_the_same(
         batch = collate([row])
         with edited.unedited():
             base = capture(edited.model, edited.manifest.site, batch)
-        measured = edited.routed.memory_at(_routes(edited, base))
+        measured = edited.routed.memory_of_choice(_routes(edited, base))
         assert measured[0, : len(expected)].tolist() == expected
         decided = edited.choices_of_row(base.keys[0, : len(expected)], batch)
-        assert edited.routed.memory_at(decided.chosen).tolist() == expected
+        assert edited.routed.memory_of_choice(decided.chosen).tolist() == expected
         report = explain(memory, prompt, max_new_tokens=5, nearest=0, load=CPU)
         assert [token.routed for token in report.prompt_tokens] == [one != UNROUTED for one in expected[: end + 1]]
         said = expected[end : end + len(report.answer_tokens)]
@@ -123,7 +123,7 @@ def test_a_batch_is_decided_as_its_rows_are(edited: EditedModel, monkeypatch: py
         mask = torch.cat([mask, mask[:, -1:]], 1)
         token, at = torch.tensor([[row.target[step]] for row in rows]), mask.sum(-1, keepdim=True) - 1
         edited.model(token, attention_mask=mask, position_ids=at, **{CACHE_ARGUMENT: cache})
-    found = edited.routed.memory_at(torch.cat(noted.chosen, 1)).tolist()
+    found = edited.routed.memory_of_choice(torch.cat(noted.chosen, 1)).tolist()
     for row, own, alone in zip(rows, found, expected, strict=True):
         assert own[-len(row.prompt) - 4 :] == alone
 
@@ -133,8 +133,8 @@ def test_a_forced_memory_answers_from_the_prompts_end_on(edited: EditedModel) ->
     keys = torch.randn(2, batch.ids.shape[1], edited.manifest.site.d_ff)
     free = edited.choices(keys, batch)
     last, start = len(edited.routed.thresholds) - 1, batch.start
-    found = edited.routed.memory_at(edited.choices(keys, batch, forced=torch.tensor([last, UNROUTED])).chosen)
-    others = edited.routed.memory_at(free.chosen)
+    found = edited.routed.memory_of_choice(edited.choices(keys, batch, forced=torch.tensor([last, UNROUTED])).chosen)
+    others = edited.routed.memory_of_choice(free.chosen)
     assert int(found[0, start]) == last
     assert set(found[0, start:].tolist()) <= {last, UNROUTED}
     assert edited.manifest.memory.by_edit or found[0, start:].tolist() == [last] * len(found[0, start:])
@@ -191,9 +191,9 @@ def test_of_memories_called_beyond_their_thresholds_the_one_called_most_strongly
     memory = SideMemory(tensors, (0.5, 1.5, 9.0), pooling="mean")
     keys = torch.tensor([[[1.0, 0, 0]], [[0.6, 0, 0]], [[0.1, 0, 0]]])  # 1, 2, 5 · then .6, 1.2, 3 · then .1, .2, .5
     ids = torch.zeros(3, 1, dtype=torch.long)
-    found = memory_of(memory).decide(Reading(ids, ids == 0, keys))
+    found = memory_module(memory).decide(WindowStates(ids, ids == 0, keys))
     assert found.memory.tolist() == [1, 0, UNROUTED]  # the first exceeds its threshold by more
-    assert found.strength.tolist() == pytest.approx([2 / 1.5, 1.2, 0.2])
+    assert found.score_ratio.tolist() == pytest.approx([2 / 1.5, 1.2, 0.2])
 
 
 # --- a second question on the cache of the first ---

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wisecli.routing.meaning import looked_at, said_before
+from wisecli.routing.deciding.late_interaction import compared_tokens, earlier_turn_tokens
 
 OPEN, CLOSE, BEGIN, END = 90, 91, 92, 93
 BREAKS = torch.tensor([OPEN, CLOSE, BEGIN, END])
@@ -29,8 +29,8 @@ def compared(rows: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     real = torch.tensor([[place < len(row) for place in range(width)] for row in rows])
     first = torch.zeros_like(real)
     first[:, 0] = True
-    last = looked_at(ids, real, first, BREAKS)
-    return ids, last, said_before(ids, real, last, BREAKS)
+    last = compared_tokens(ids, real, first, BREAKS)
+    return ids, last, earlier_turn_tokens(ids, real, last, BREAKS)
 
 
 @pytest.mark.parametrize("turn", [one_marker, name_between])

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from support.tiny_models import TINY_CONFIGS
-from wisecli.export.stock import Gate, write_stock
+from wisecli.export.stock.stock_checkpoint import Gate, write_stock
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.site import find_site
+from wisecli.models.layout.site import find_site
 
 LAYER, VOCABULARY, HIDDEN = 2, 320, 32
 CHATML = (

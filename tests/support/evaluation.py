@@ -22,9 +22,9 @@ from wisecli.artifacts.memory_manifest import write_memory
 from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.site import find_site
 from wisecli.models.loading import load_model
-from wisecli.models.site import find_site
-from wisecli.models.tokenization import Row
+from wisecli.models.prompts.tokenization import Row
 
 
 def edited_model(

@@ -14,15 +14,15 @@ from support.tiny_models import tiny_model
 from wisecli.artifacts.masks import random_mask
 from wisecli.artifacts.shard import Evidence, Mask, MaskKind
 from wisecli.config import EditSettings
-from wisecli.editing.closed_form import fit_residuals
-from wisecli.editing.evidence import gather_evidence
-from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.serving_strength import Residuals
-from wisecli.editing.task import Task
-from wisecli.editing.training_examples import TrainingExamples, capture_examples
+from wisecli.editing.evidence.serving_strength import Residuals
+from wisecli.editing.evidence.shard_evidence import gather_evidence
+from wisecli.editing.examples.prompt_variants import AnswerKey
+from wisecli.editing.examples.training_examples import TrainingExamples, capture_examples
+from wisecli.editing.writers.closed_form import fit_residuals
+from wisecli.editing.writers.writer_task import WriterTask
 from wisecli.edits.record import Edit
+from wisecli.models.layout.site import MatrixSite
 from wisecli.models.loading import Loaded
-from wisecli.models.site import MatrixSite
 
 EDITS = [
     Edit("one", "ba be bi", "do du"),
@@ -57,8 +57,8 @@ class Bench:
     def mask(self, kind: MaskKind = "columns", density: float = 0.8) -> Mask:
         return random_mask(self.site, density, kind, torch.Generator().manual_seed(2))
 
-    def task(self, settings: EditSettings = SETTINGS, mask: Mask | None = None) -> Task:
-        return Task(self.loaded.model, self.site, mask or self.mask(), self.unrelated, self.unit, settings)
+    def task(self, settings: EditSettings = SETTINGS, mask: Mask | None = None) -> WriterTask:
+        return WriterTask(self.loaded.model, self.site, mask or self.mask(), self.unrelated, self.unit, settings)
 
     @property
     def unit(self) -> float:

@@ -16,7 +16,8 @@ import atexit, json, os, socket, sys
 import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
-import wisecli.commands.edit_into, wisecli.commands.evaluate, wisecli.commands.export, wisecli.commands.rollback
+import wisecli.commands.edit.edit_into, wisecli.commands.measure.evaluate
+import wisecli.commands.checkpoint.export, wisecli.commands.memory.rollback
 from wisecli import cli
 with socket.socket(socket.AF_UNIX) as listening:
     listening.bind(sys.argv[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from wisecli.export.stock import Gate
+from wisecli.export.stock.stock_checkpoint import Gate
 
 
 def random_gate(keys: int, hidden: int, *, seed: int = 0) -> Gate:

@@ -23,13 +23,13 @@ from support.tiny_models import VOCABULARY, tiny_model
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.architectures import architectures
-from wisecli.models.site import MatrixSite, find_site, fingerprint
-from wisecli.models.tokenization import Row
-from wisecli.routing.calibration import Calibration
-from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.scores import SideMemory
-from wisecli.routing.side_memory import RoutedMatrix
+from wisecli.models.layout.architectures import architectures
+from wisecli.models.layout.site import MatrixSite, find_site, fingerprint
+from wisecli.models.prompts.tokenization import Row
+from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.layers.routed_layer import RoutedMatrix
+from wisecli.routing.memories.calibration import Calibration
+from wisecli.routing.memories.side_memory import SideMemory
 
 END = "[END]"
 UNKNOWN = "[UNK]"
@@ -342,7 +342,7 @@ def scores_of(model: PreTrainedModel, site: MatrixSite, memory: SideMemory, prom
 
 def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
     """Which memory's score exceeds its threshold most, ``UNROUTED`` if none does: (..., M) → (...)."""
-    strength, nearest = routed.strongest(scores)
+    strength, nearest = routed.best_score_ratio(scores)
     return nearest.where(strength > 1, UNROUTED)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from support.helpers import save_tiny
 from support.loading import CPU
-from wisecli.artifacts.seal import write_seal
-from wisecli.commands.edit import edit as run_edit
-from wisecli.commands.export import export
-from wisecli.commands.merge import merge
+from wisecli.artifacts.checksums import write_checksums
+from wisecli.commands.checkpoint.export import export
+from wisecli.commands.edit.edit import edit as run_edit
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
-from wisecli.memory.history import HISTORY
+from wisecli.memory.history.release_log import HISTORY
 
 EDITS: list[dict[str, Any]] = [
     {"id": "one", "prompt": "ba be bi", "target": "do du", "subject": "Bebi", "rephrases": ["bi be ba"]},
@@ -47,7 +47,7 @@ def copied(root: Path, name: str, target: Path) -> Path:
 def reseal(directory: Path) -> Path:
     """A memory or an export whose digests are taken anew, without a history that could contradict them."""
     shutil.rmtree(directory / HISTORY, ignore_errors=True)
-    write_seal(directory)
+    write_checksums(directory)
     return directory
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from support.helpers import save_tiny
 from support.loading import CPU
 from support.tiny_models import Outcome
-from wisecli.commands.edit import edit as run_edit
-from wisecli.commands.merge import merge
+from wisecli.commands.edit.edit import edit as run_edit
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 
 EDITS: list[dict[str, Any]] = [

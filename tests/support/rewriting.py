@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from support.helpers import WORDS, alone, save_tiny
 from support.loading import CPU
-from wisecli.bench.baselines.base import Bench, Method
-from wisecli.bench.baselines.evaluation import Known, MethodSubject, said
+from wisecli.bench.methods.base import Bench, Method
+from wisecli.bench.methods.evaluation import BaseModelAnswers, MethodSubject, target_predictions
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.architectures import known_layout
+from wisecli.models.layout.architectures import known_layout
+from wisecli.models.layout.site import MatrixSite
 from wisecli.models.loading import load_model
-from wisecli.models.site import MatrixSite
-from wisecli.models.tokenization import Row, encode
+from wisecli.models.prompts.tokenization import Row, encode
 
 
 def words(*lengths: int, seed: int = 7) -> list[str]:
@@ -72,7 +72,7 @@ def check_leaves_no_trace(bench: Bench, method: Method) -> None:
 
 def check_rows_do_not_depend_on_their_batch(bench: Bench, method: Method) -> None:
     rows = rows_of(bench)
-    together = said(bench.loaded, rows, method, batch_size=len(rows))
+    together = target_predictions(bench.loaded, rows, method, batch_size=len(rows))
     for row, found in zip(rows, together, strict=True):
         with method.applied():
             logits = alone(bench.loaded.model, row)
@@ -84,7 +84,7 @@ def check_rows_do_not_depend_on_their_batch(bench: Bench, method: Method) -> Non
 def check_generation_with_a_cache(bench: Bench, method: Method) -> None:
     """As text computed anew for every token, one prompt at a time."""
     loaded, count = bench.loaded, 5
-    subject = MethodSubject(loaded, method, Known(), batch_size=len(PROMPTS))
+    subject = MethodSubject(loaded, method, BaseModelAnswers(), batch_size=len(PROMPTS))
     _, found = subject.answers(PROMPTS, max_new_tokens=count)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         tokens = list(loaded.tokenizer(prompt)["input_ids"])
@@ -102,4 +102,4 @@ def check_holds_for_every_rewriting(bench: Bench, method: Method) -> None:
     check_leaves_no_trace(bench, method)
     check_rows_do_not_depend_on_their_batch(bench, method)
     check_generation_with_a_cache(bench, method)
-    assert method.asked("as it is") == "as it is"
+    assert method.rewritten_prompt("as it is") == "as it is"

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from support.helpers import random_row, save_tiny
 from support.loading import CPU
-from wisecli.bench.baselines.base import Bench, Method
-from wisecli.bench.baselines.evaluation import said
-from wisecli.edits.fields import EvaluationPrompt
+from wisecli.bench.methods.base import Bench, Method
+from wisecli.bench.methods.evaluation import target_predictions
+from wisecli.edits.reading.record_fields import EvaluationPrompt
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.architectures import known_layout
+from wisecli.models.layout.architectures import known_layout
 from wisecli.models.loading import load_model
-from wisecli.models.tokenization import Row, encode
+from wisecli.models.prompts.tokenization import Row, encode
 
 EDITS = [
     Edit("one", "ba be bi", "do"),
@@ -80,7 +80,7 @@ def snapshot(bench: Bench) -> tuple[dict[str, Tensor], Tensor]:
 
 def require_batches_like_rows(bench: Bench, rival: Method, rows: Sequence[Row]) -> None:
     """Rows of several lengths in one batch are answered as each alone; alone, as by the whole model."""
-    together = said(bench.loaded, rows, rival, batch_size=len(rows))
+    together = target_predictions(bench.loaded, rows, rival, batch_size=len(rows))
     for row, one in zip(rows, together, strict=True):
         logits = whole(bench, (*row.prompt, *row.target[:-1]), rival, len(row.prompt) - 1)[len(row.prompt) - 1 :]
         torch.testing.assert_close(

@@ -18,9 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from support.helpers import save_tiny
 from support.loading import CPU
 from support.tiny_models import TINY_CONFIGS
-from wisecli.commands.edit import edit
-from wisecli.commands.export import export
-from wisecli.commands.merge import merge
+from wisecli.commands.checkpoint.export import export
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 
 _PYTHON = os.environ.get("WISE_SERVING_PYTHON", "")

@@ -10,15 +10,15 @@ from support.tiny_models import tiny_model
 from wisecli.artifacts.masks import random_mask
 from wisecli.artifacts.shard import Evidence
 from wisecli.config import EditSettings
-from wisecli.editing.closed_form import fit_residuals
-from wisecli.editing.evidence import gather_evidence
-from wisecli.editing.prompt_variants import AnswerKey
-from wisecli.editing.resting import usual_length
-from wisecli.editing.task import Task
-from wisecli.editing.training_examples import TrainingExamples, capture_examples, encode_edits
+from wisecli.editing.evidence.attention_sinks import median_state_norm
+from wisecli.editing.evidence.shard_evidence import gather_evidence
+from wisecli.editing.examples.prompt_variants import AnswerKey
+from wisecli.editing.examples.training_examples import TrainingExamples, capture_examples, encode_edits
+from wisecli.editing.writers.closed_form import fit_residuals
+from wisecli.editing.writers.writer_task import WriterTask
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded
-from wisecli.models.tokenization import Row
+from wisecli.models.prompts.tokenization import Row
 
 EDITS = [Edit("year", "when ba be", "abc"), Edit("word", "ka ke ki", "doe")]
 SETTINGS = EditSettings(residual_steps=150, residual_more=0, residual_rate=0.3, residual_stop=0.3, batch_size=8)
@@ -41,10 +41,10 @@ class Bench:
         numbered = list(enumerate(EDITS))
         return capture_examples(self.loaded, self.site, numbered, [(0, ""), (1, "pa. ")], batch_size=8, train_end=True)
 
-    def task(self, usual: float) -> Task:
+    def task(self, usual: float) -> WriterTask:
         mask = random_mask(self.site, 0.5, "columns", torch.Generator().manual_seed(1))
         unrelated = torch.randn(30, self.site.d_ff, generator=torch.Generator().manual_seed(2))
-        return Task(self.loaded.model, self.site, mask, unrelated, 1.0, SETTINGS, usual=usual)
+        return WriterTask(self.loaded.model, self.site, mask, unrelated, 1.0, SETTINGS, median_state_norm=usual)
 
     @torch.no_grad()
     def length(self, tokens: list[int]) -> Tensor:
@@ -54,12 +54,12 @@ class Bench:
 
 
 def evidence_of(
-    bench: Bench, examples: list[TrainingExamples], task: Task, residuals: dict[AnswerKey, Tensor]
+    bench: Bench, examples: list[TrainingExamples], task: WriterTask, residuals: dict[AnswerKey, Tensor]
 ) -> Evidence:
     def find(_keys: Tensor, answers: list[AnswerKey], positions: Tensor) -> Tensor:
         return torch.stack([residuals[one][place] for one, place in zip(answers, positions.tolist(), strict=True)])
 
-    return gather_evidence(examples, 9, find, usual=task.usual)  # type: ignore[arg-type]
+    return gather_evidence(examples, 9, find, median_norm=task.median_state_norm)  # type: ignore[arg-type]
 
 
 def with_evidence(
@@ -67,7 +67,7 @@ def with_evidence(
 ) -> tuple[dict[AnswerKey, Tensor], Evidence, dict[int, Row], float]:
     """Residuals and evidence of two edits, their rows, and the length of a usual state."""
     examples = bench.examples()
-    task = bench.task(usual_length(examples) if usual is None else usual)
+    task = bench.task(median_state_norm(examples) if usual is None else usual)
     residuals = fit_residuals(task, [examples], lambda _: None)
     rows = dict(enumerate(encode_edits(bench.loaded, EDITS, "", train_end=True)))
-    return residuals, evidence_of(bench, examples, task, residuals), rows, task.usual
+    return residuals, evidence_of(bench, examples, task, residuals), rows, task.median_state_norm

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support.helpers import assert_same_tensors
-from wisecli.commands.edit import edit
+from wisecli.commands.edit.edit import edit
 from wisecli.config import EditSettings, LoadOptions
 
 

@@ -37,7 +37,7 @@ def make_place(root: Path) -> Path:
 
 def studied(place: Path, output: Path, **settings: Any) -> StudyReport:
     """Some studies of it; small ones by default."""
-    named = {name: settings.pop(name) for name in ("force", "watch") if name in settings}
+    named = {name: settings.pop(name) for name in ("force", "on_progress") if name in settings}
     given = {"study": ALL, "counts": "6", "layers": 3, "mask_ratios": ".3,.6", "shard_counts": "1,2,8", **settings}
     data = [place / "data.jsonl"]
     return study(str(place / "model"), output, BenchSettings(**given), data=data, load=CPU, **named)

@@ -14,7 +14,7 @@ ZYGOTE = """
 import os, shlex, signal, sys
 import torch
 torch.set_num_threads(1)
-import wisecli.commands.edit_into, wisecli.commands.export, transformers.models.llama.modeling_llama
+import wisecli.commands.edit.edit_into, wisecli.commands.checkpoint.export, transformers.models.llama.modeling_llama
 from transformers import AutoTokenizer
 from wisecli import cli
 

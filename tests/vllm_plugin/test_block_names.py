@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.routing.prompts import TurnMarks
+from wisecli.routing.deciding.prompt_window import TurnMarks
 from wisecli.vllm_plugin.block_names import BlockNames, named_by, prompt_end
 
 SIZE = 4

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wisecli.routing.prompts import UNROUTED, Answering, Tokens, TurnMarks
+from wisecli.routing.deciding.prompt_window import UNROUTED, Answering, Tokens, TurnMarks
 from wisecli.vllm_plugin.requests import Requests
 
 BREAK = 9
@@ -29,7 +29,7 @@ def routed(requests: Requests, step: dict[str, tuple[list[int], int]]) -> dict[s
     route = requests.step(list(step), [len(tokens) for tokens, _ in step.values()], tensor(ids), tensor(places))
     memory, inside = torch.full((len(ids),), UNROUTED), torch.zeros(len(ids), dtype=torch.bool)
     if route is not None:
-        memory[route.token], inside[route.token] = route.memory, route.inside
+        memory[route.token], inside[route.token] = route.memory, route.in_answer
     found, begin = {}, 0
     for name, (tokens, _) in step.items():
         end = begin + len(tokens)

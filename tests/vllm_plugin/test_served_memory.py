@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wisecli.io.checkpoint import read_json
-from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.serving import LostMemoryError
+from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.passes.engine_checks import LostMemoryError
+from wisecli.vllm_plugin.engine_names import UNANSWERED
 from wisecli.vllm_plugin.model_state import state_class
-from wisecli.vllm_plugin.names import UNANSWERED
 from wisecli.vllm_plugin.releases import name_of, own_paths
-from wisecli.vllm_plugin.runner import watch
+from wisecli.vllm_plugin.runner import track_requests
 from wisecli.vllm_plugin.served_memory import Edited, ServedMemory
 
 
@@ -221,7 +221,7 @@ def test_a_runner_tells_of_requests_and_of_those_that_no_edit_answers(checkpoint
         for name, text in (("asks", PROMPTS[1]), ("other", PROMPTS[3]))
     ]
     runner: Any = Runner(SimpleNamespace(wise_memory=memory))
-    watch(runner)
+    track_requests(runner)
     step = SimpleNamespace(scheduled_new_reqs=new, finished_req_ids=set())
     assert runner._update_states(step) == "updated"
     assert memory.told

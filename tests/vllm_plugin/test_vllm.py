@@ -15,11 +15,11 @@ from support.served import PROMPTS, VLLM, Served, export_of, in_transformers, se
 from support.tiny_models import TINY_CONFIGS, Chain, loader_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from wisecli.commands.export import WeightFiles, export
-from wisecli.commands.merge import merge
+from wisecli.commands.checkpoint.export import WeightFiles, export
+from wisecli.commands.memory.merge import merge
 from wisecli.config import MergeSettings
 from wisecli.data.corpus import unrelated_texts
-from wisecli.routing.prompts import UNROUTED
+from wisecli.routing.deciding.prompt_window import UNROUTED
 
 pytestmark = serving
 

@@ -13,7 +13,7 @@ from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tens
 from wisecli.io.digest import sha256_file
 from wisecli.io.safe_paths import inside, require_regular
 from wisecli.io.safetensors_header import TensorLayout, read_header
-from wisecli.models.site import Fingerprint, Site, fingerprint
+from wisecli.models.layout.site import Fingerprint, Site, fingerprint
 
 State = Literal["same", "differs", "unchecked"]
 
@@ -133,7 +133,7 @@ def check_base(directory: Path, site: Site, expected: Fingerprint, *, settings: 
     name = str(directory)
     try:
         checkpoint = Checkpoint(directory)
-        if (amiss := site.amiss(checkpoint)) is not None:
+        if (amiss := site.mismatch(checkpoint)) is not None:
             yield Check("base model", name, "differs", *amiss)
             return
         mark = fingerprint(directory, checkpoint, site)

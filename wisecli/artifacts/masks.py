@@ -6,7 +6,7 @@ import torch
 
 from wisecli.artifacts.shard import Mask, MaskKind
 from wisecli.errors import SettingsError
-from wisecli.models.site import Site
+from wisecli.models.layout.site import Site
 
 # How far the seeds of two shards' masks lie apart: no two seeds that a user gives are likely to.
 _APART = 1_000_003

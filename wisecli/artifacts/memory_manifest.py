@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from wisecli.artifacts import names
+from wisecli.artifacts import file_names
 from wisecli.artifacts.tensor_schema import layouts, memory_rows, require_layout
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
@@ -17,11 +17,11 @@ from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode, shown
 from wisecli.io.safe_paths import inside
 from wisecli.io.safetensors_header import TensorLayout
-from wisecli.models.site import Fingerprint, Site, StoredSite, check_site
-from wisecli.routing.calibration import Calibration
-from wisecli.routing.scores import NORM, SideMemory, require_router
+from wisecli.models.layout.site import Fingerprint, Site, StoredSite, check_site
+from wisecli.routing.memories.calibration import Calibration
+from wisecli.routing.memories.side_memory import NORM, SideMemory, require_router
 
-MANIFEST_NAME = names.MEMORY
+MANIFEST_NAME = file_names.MEMORY
 MEMORY_NAME = "memory.safetensors"
 SCHEMA = "wise.memory/1"
 

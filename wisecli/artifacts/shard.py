@@ -14,14 +14,14 @@ from torch import Tensor
 from wisecli.artifacts.tensor_schema import CALLS, EVIDENCE, MASKED, PROMPTS, TensorRows, require_layout
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import all_finite, load_tensors, save_tensors
-from wisecli.models.site import Site
+from wisecli.models.layout.site import Site
 
 MaskKind = Literal["columns", "elements"]
 # Contexts from here on are translations of the prompt, each with a target of its own.
-LANGUAGES = 1 << 16
+FIRST_LANGUAGE = 1 << 16
 # Contexts of keys that are no prompt's own: of tokens that the model rests its attention on, and of blanks that prompts
 # end in.
-RESTING, ENDING = LANGUAGES - 1, LANGUAGES - 2
+SINK_CONTEXT, SPACE_CONTEXT = FIRST_LANGUAGE - 1, FIRST_LANGUAGE - 2
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ class Evidence:
     call: Tensor | None = None
 
     @classmethod
-    def beside(cls, keys: Tensor, residuals: Tensor, edit: int, *, position: int, context: int) -> Evidence:
+    def extra_keys(cls, keys: Tensor, residuals: Tensor, edit: int, *, position: int, context: int) -> Evidence:
         """Evidence of one edit that none of its prompts gave: keys (n, d_ff), residuals (n, d)."""
         count, never = len(keys), torch.zeros(len(keys), dtype=torch.bool)
         number, place, origin = (torch.full((count,), value) for value in (edit, position, context))
         return cls(keys, residuals, number, place, origin, never, never)
 
     @property
-    def own(self) -> Tensor:
+    def from_own_prompts(self) -> Tensor:
         """Which keys edits' own prompts gave (n,). The others are alike for many edits, and no matrix can hold them."""
-        return (self.context != RESTING) & (self.context != ENDING)
+        return (self.context != SINK_CONTEXT) & (self.context != SPACE_CONTEXT)
 
     @property
     def answer(self) -> Tensor:
@@ -103,7 +103,7 @@ class Evidence:
 
         They are numbered from 0, edit by edit: its own, that in the chat template, its translations.
         """
-        which = torch.where(self.context < LANGUAGES, self.chat.long(), self.context.long() - (LANGUAGES - 2))
+        which = torch.where(self.context < FIRST_LANGUAGE, self.chat.long(), self.context.long() - (FIRST_LANGUAGE - 2))
         number: Tensor = (self.edit.long() * (int(which.max()) + 1) + which).unique(return_inverse=True)[1]
         return number
 
@@ -120,7 +120,7 @@ class Evidence:
         return Evidence(**{name: torch.cat(own) for name, own in whole.items()})
 
 
-OPENING = 1_000_000  # what is added to the form of a prompt's first token
+FIRST_TOKEN_FORM = 1_000_000  # what is added to the form of a prompt's first token
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class PromptStates:
 
     Shapes: ``states`` (n, d); ``edit`` (place in the manifest's list) and ``form`` (each edit has several, from 0) are
     (n,); ``subject`` (n,) marks tokens of the edit's subject. The first token of a prompt, which is compared with
-    nothing, has its form plus ``OPENING``.
+    nothing, has its form plus ``FIRST_TOKEN_FORM``.
     """
 
     states: Tensor
@@ -140,13 +140,13 @@ class PromptStates:
     @property
     def compared(self) -> PromptStates:
         """The tokens without prompts' first ones."""
-        return self.rows(self.form < OPENING)
+        return self.rows(self.form < FIRST_TOKEN_FORM)
 
     @property
     def openings(self) -> dict[tuple[int, int], Tensor]:
         """The states (d,) of prompts' first tokens, by edit and form, where those are words."""
-        first = self.rows(self.form >= OPENING)
-        pairs = zip(first.edit.tolist(), (first.form - OPENING).tolist(), strict=True)
+        first = self.rows(self.form >= FIRST_TOKEN_FORM)
+        pairs = zip(first.edit.tolist(), (first.form - FIRST_TOKEN_FORM).tolist(), strict=True)
         return dict(zip(pairs, first.states, strict=True))
 
     @staticmethod

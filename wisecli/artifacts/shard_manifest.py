@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from wisecli.artifacts import names
+from wisecli.artifacts import file_names
 from wisecli.artifacts.memory_manifest import Base, Made, Origin
 from wisecli.artifacts.shard import MaskKind, Shard, load_shard, shard_rows, shard_sizes
 from wisecli.artifacts.tensor_schema import require_layout
@@ -20,15 +20,15 @@ from wisecli.io.checkpoint import load_tensors, read_json, write_json
 from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import CLOSED, OPEN, decode
 from wisecli.io.safe_paths import inside
-from wisecli.models.site import Fingerprint, Site, StoredSite, check_site
-from wisecli.routing.subject_names import Spellings
+from wisecli.models.layout.site import Fingerprint, Site, StoredSite, check_site
+from wisecli.routing.deciding.subject_tensors import Spellings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wisecli.artifacts.unrelated_stats import BackgroundStats
+    from wisecli.artifacts.background_stats import BackgroundStats
 
-MANIFEST_NAME = names.SHARDS
+MANIFEST_NAME = file_names.SHARDS
 UNRELATED_NAME = "unrelated.safetensors"
 PLAN_NAME = "plan.json"
 SCHEMA, PLAN_SCHEMA = "wise.shards/2", "wise.plan/1"
@@ -115,9 +115,9 @@ class ShardDirectory:
 
     def load_unrelated(self) -> BackgroundStats:
         """Read the statistics of unrelated text, checking their digest."""
-        from wisecli.artifacts.unrelated_stats import load_unrelated
+        from wisecli.artifacts.background_stats import load_background
 
-        return load_unrelated(inside(self.path, UNRELATED_NAME), self.unrelated_sha256, d_ff=self.site.width)
+        return load_background(inside(self.path, UNRELATED_NAME), self.unrelated_sha256, d_ff=self.site.width)
 
 
 @dataclass(frozen=True)

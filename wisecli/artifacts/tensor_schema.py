@@ -12,8 +12,8 @@ from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import all_finite
 from wisecli.io.json_schema import shown
 from wisecli.io.safetensors_header import TensorLayout
-from wisecli.routing.fact_memory import FactMemory
-from wisecli.routing.spelling import OF_TOKEN, OF_WORD
+from wisecli.routing.deciding.fuzzy_match import TOKEN_CHARS, WORD_CHARS
+from wisecli.routing.memories.fact_memory import FactMemory
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 MISSING = "nothing"
@@ -34,7 +34,7 @@ class TensorRow:
 
 TensorRows = Mapping[str, TensorRow]
 
-BEHIND: TensorRows = {"keys": TensorRow("float", ("n", "d_ff")), "lengths": TensorRow("float", ("n",))}
+TOKEN_PROBE: TensorRows = {"keys": TensorRow("float", ("n", "d_ff")), "lengths": TensorRow("float", ("n",))}
 MATRIX: TensorRows = {"columns": TensorRow("int", ("M", "k"), "d_ff"), "delta": TensorRow("float", ("M", "d", "k"))}
 HOLDING: TensorRows = {
     "columns": TensorRow("int", ("h", "k"), "d_ff"),
@@ -51,7 +51,7 @@ KEY: TensorRows = {
     "gains": TensorRow("float", ("w", "r")),
     "floors": TensorRow("float", ("w",)),
 }
-NAMING: TensorRows = {
+SUBJECT_MATCH: TensorRows = {
     "names.tokens": TensorRow("int", ("v",)),
     "names.words": TensorRow("int", ("v",), "v"),
     "names.whose": TensorRow("int", ("g",), "M"),
@@ -59,7 +59,7 @@ NAMING: TensorRows = {
     "names.naming": TensorRow("int", ("q",), "v"),
     "names.shares": TensorRow("float", ("q",)),
 }
-MEANING: TensorRows = {
+LATE_INTERACTION: TensorRows = {
     "meaning.turns": TensorRow("float", (2, "projected", "hidden")),
     "meaning.shifts": TensorRow("float", (2, "projected")),
     "meaning.slopes": TensorRow("float", (2,)),
@@ -70,16 +70,16 @@ MEANING: TensorRows = {
     "meaning.whose": TensorRow("int", ("asked",), "M"),
     "meaning.breaks": TensorRow("int", ("breaks",)),
 }
-REQUEST: TensorRows = {
+REQUEST_GATE: TensorRows = {
     "request.read": TensorRow("float", ("read", "hidden and 1")),
     "request.attend": TensorRow("float", ("attended", "seen")),
     "request.value": TensorRow("float", ("values", "seen")),
     "request.mix": TensorRow("float", ("mixed", "values and 1")),
     "request.out": TensorRow("float", (1, "mixed and 1")),
 }
-SPELLING: TensorRows = {
-    "spelling.table": TensorRow("byte", ("vocabulary", OF_TOKEN)),
-    "spelling.words": TensorRow("byte", ("spelt", OF_WORD)),
+FUZZY_MATCH: TensorRows = {
+    "spelling.table": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
+    "spelling.words": TensorRow("byte", ("spelt", WORD_CHARS)),
     "spelling.naming": TensorRow("int", ("spellings",), "spelt"),
     "spelling.whose": TensorRow("int", ("spellings",), "M"),
 }
@@ -123,13 +123,19 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
     """The tensors of a side memory of a kind, with those optional ones that are among ``names``."""
     if "meaning.turns" not in names:
         return MATRIX
-    named = NAMING if "names.tokens" in names else {}
-    asking = {**REQUEST, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}
+    named = SUBJECT_MATCH if "names.tokens" in names else {}
+    asking = {**REQUEST_GATE, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}
     held = {**LOOKUP, **KEY} if kind == FactMemory.kind else HOLDING
-    return {**held, **MEANING, **named, **asking, **(SPELLING if named and "spelling.table" in names else {})}
+    return {
+        **held,
+        **LATE_INTERACTION,
+        **named,
+        **asking,
+        **(FUZZY_MATCH if named and "spelling.table" in names else {}),
+    }
 
 
-def unrelated_rows(names: Mapping[str, object]) -> TensorRows:
+def background_rows(names: Mapping[str, object]) -> TensorRows:
     """The tensors of the statistics of unrelated text, with those optional ones that are among ``names``."""
     rows = {
         "keys": TensorRow("float", ("u", "d_ff")),
@@ -145,11 +151,11 @@ def unrelated_rows(names: Mapping[str, object]) -> TensorRows:
     if "heads.turns" in names:
         rows |= HEADS
     if "request.read" in names:
-        rows |= REQUEST
+        rows |= REQUEST_GATE
     if "heads.mentioned" in names:
         rows |= MENTIONED
     if "letters" in names:
-        rows["letters"] = TensorRow("byte", ("vocabulary", OF_TOKEN))
+        rows["letters"] = TensorRow("byte", ("vocabulary", TOKEN_CHARS))
     return {**rows, **({"against": TensorRow("float", ("m", "d_ff"))} if "against" in names else {})}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wisecli.bench.lines import append_line, whole_lines
+from wisecli.bench.json_lines import append_line, whole_lines
 from wisecli.evaluation.answers import Answer, KnownAnswers
 from wisecli.io.digest import sha256_json
 

@@ -7,26 +7,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wisecli.bench.baselines import load_methods
-from wisecli.bench.baselines.base import METHODS
-from wisecli.bench.course import Course
+from wisecli.bench.bench_context import BenchContext
 from wisecli.bench.edit_stream import counts_in, digest_of, stream_of
-from wisecli.bench.html import markdown
-from wisecli.bench.ours import OURS
-from wisecli.bench.report import RESULTS, write_page
+from wisecli.bench.methods import load_methods
+from wisecli.bench.methods.base import METHODS
+from wisecli.bench.reporting.html_tables import markdown
+from wisecli.bench.reporting.report_page import RESULTS, write_page
+from wisecli.bench.result_row import ResultRow
 from wisecli.bench.result_store import WORK, ResultRows, kept_date, require_same
-from wisecli.bench.row import ResultRow
 from wisecli.bench.runner import rows_of
-from wisecli.commands.evaluate import read_dataset
+from wisecli.bench.wise_methods import WISE_METHODS
+from wisecli.commands.measure.evaluate import read_dataset
 from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.evaluation.forms import named_forms
 from wisecli.evaluation.kinds import named_kinds
 from wisecli.io.checkpoint import write_json
-from wisecli.models.chat import today
-from wisecli.models.resolve import find_model
-from wisecli.progress import Watcher, ignore
+from wisecli.models.model_files import find_model
+from wisecli.models.prompts.chat_template import today
+from wisecli.progress import ProgressCallback, ignore_progress
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def bench(
     train: Path | None = None,
     load: LoadOptions = LoadOptions(),
     force: bool = False,
-    watch: Watcher = ignore,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> BenchReport:
     """Edit a model by every method with the first records of a dataset, and measure it after each number of edits.
 
@@ -75,8 +75,10 @@ def bench(
     named_forms(settings.forms)
     named_kinds(settings.kinds)
     names, counts = settings.methods.split(","), counts_in(settings.counts)
-    if unknown := [name for name in names if name not in (*OURS, *METHODS)]:
-        raise SettingsError(f"--methods: {unknown[0]!r} is unknown; known are {', '.join([*OURS, *sorted(METHODS)])}")
+    if unknown := [name for name in names if name not in (*WISE_METHODS, *METHODS)]:
+        raise SettingsError(
+            f"--methods: {unknown[0]!r} is unknown; known are {', '.join([*WISE_METHODS, *sorted(METHODS)])}"
+        )
     stream = stream_of(settings.dataset, data, counts[-1])
     learnt = stream.rest if train is None else read_dataset(None, train)[1]
     about = {"model": model, "dataset": stream.dataset, "seed": settings.seed, "generate": settings.generate}
@@ -90,10 +92,10 @@ def bench(
     about["chat_date"] = load.date
     require_same(output, about, force=force)
     kept = ResultRows(output / "rows.jsonl")
-    directory = find_model(model, watch=watch)
-    course = Course(directory, stream.tested, stream.domains, learnt, settings, load, output / WORK, watch)
+    directory = find_model(model, on_progress=on_progress)
+    course = BenchContext(directory, stream.tested, stream.domains, learnt, settings, load, output / WORK, on_progress)
     # Ours load a model of their own, beside which the rivals' would be counted as theirs.
-    for name in sorted(names, key=lambda name: name not in OURS):
+    for name in sorted(names, key=lambda name: name not in WISE_METHODS):
         missing = [count for count in counts if not _measured(kept, {"method": name, "edits": count})]
         for row in rows_of(course, name, counts, missing):
             kept.add(row)

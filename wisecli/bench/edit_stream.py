@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from wisecli.commands.evaluate import read_dataset
+from wisecli.commands.measure.evaluate import read_dataset
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.io.digest import sha256_json

@@ -13,20 +13,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from wisecli.bench.baselines.base import Gradual, Method, Resumable, UnsuitableError
-from wisecli.bench.row import Peaks
+from wisecli.bench.methods.base import Gradual, Method, Resumable, UnsuitableError
+from wisecli.bench.result_row import Peaks
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError, NotFiniteTensorError
 from wisecli.io.checkpoint import load_tensors, open_tensors, save_tensors
 from wisecli.io.json_schema import CLOSED, decode, parse
-from wisecli.progress import Event, Watcher
+from wisecli.progress import Event, ProgressCallback
 
 # So many seconds of editing are lost at most, or those of one portion.
 _EVERY = 60.0
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunState:
     """How far a method has come: ``done`` of ``row`` edits, in so many ``seconds``, ``portion`` of them at a time.
 
     ``ends`` are the numbers of edits up to there after which it is measured: a portion ends at each of them. ``begun``
@@ -57,21 +57,21 @@ class MethodFolder:
     def __init__(self, directory: Path) -> None:
         self.directory, self.file = directory, directory / "state.safetensors"
 
-    def keep(self, standing: Standing, tensors: dict[str, Tensor]) -> None:
+    def keep(self, run_state: RunState, tensors: dict[str, Tensor]) -> None:
         """Put a state in the place of the one before, whole or not at all; one that is not finite is passed over."""
         working = self.file.with_suffix(".tmp")
         with suppress(NotFiniteTensorError):
-            save_tensors(working, tensors, {"standing": json.dumps(asdict(standing))})
+            save_tensors(working, tensors, {"standing": json.dumps(asdict(run_state))})
             with working.open("rb") as stream:
                 os.fsync(stream.fileno())
             working.replace(self.file)
 
-    def kept(self) -> tuple[Standing, dict[str, Tensor]] | None:
+    def kept(self) -> tuple[RunState, dict[str, Tensor]] | None:
         """What was kept, if it can be read."""
         try:
             with open_tensors(self.file) as stream:
-                standing = decode(Standing, parse((stream.metadata() or {}).get("standing", "")))
-            return standing, load_tensors(self.file)
+                run_state = decode(RunState, parse((stream.metadata() or {}).get("standing", "")))
+            return run_state, load_tensors(self.file)
         except (DamagedFileError, ValueError):
             return None
 
@@ -89,17 +89,17 @@ class MethodFolder:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-class PortionWatcher:
+class PortionProgress:
     """Passes events on, with a portion's own count turned into that of all edits: 3 of 10 into 53 of 100."""
 
-    def __init__(self, watch: Watcher) -> None:
-        self.watch, self.before, self.portion, self.whole = watch, 0, 0, 0
+    def __init__(self, on_progress: ProgressCallback) -> None:
+        self.on_progress, self.before, self.portion, self.whole = on_progress, 0, 0, 0
 
     def __call__(self, event: Event) -> None:
         """Pass an event on."""
         if self.portion and event.total == self.portion:
             event = replace(event, done=self.before + event.done, total=self.whole)
-        self.watch(event)
+        self.on_progress(event)
 
 
 class EditingRun:
@@ -116,12 +116,12 @@ class EditingRun:
         edits: Sequence[Edit],
         counts: Sequence[int],
         place: MethodFolder,
-        watch: PortionWatcher,
+        on_progress: PortionProgress,
         *,
         learnt: str = "",
     ) -> None:
-        self.method, self.edits, self.counts, self.place, self.watch = method, edits, counts, place, watch
-        self.standing = Standing(method.portion if isinstance(method, Resumable) else 0, learnt)
+        self.method, self.edits, self.counts, self.place, self.on_progress = method, edits, counts, place, on_progress
+        self.standing = RunState(method.portion if isinstance(method, Resumable) else 0, learnt)
         self._kept = time.perf_counter()
 
     def take_up(self, most: int) -> bool:
@@ -132,29 +132,33 @@ class EditingRun:
         """
         if not isinstance(self.method, Resumable) or (kept := self.place.kept()) is None:
             return False
-        standing, tensors = kept
-        ends = tuple(count for count in self.counts if count <= standing.done)
+        run_state, tensors = kept
+        ends = tuple(count for count in self.counts if count <= run_state.done)
         own = self.standing.portion, self.standing.learnt, ends
-        if (standing.portion, standing.learnt, standing.ends) != own or standing.done > most:
+        if (run_state.portion, run_state.learnt, run_state.ends) != own or run_state.done > most:
             return False
-        if standing.begun and standing.begun != self._end(standing.done, standing.done):
+        if run_state.begun and run_state.begun != self._end(run_state.done, run_state.done):
             return False
-        self.method.restore(tensors, list(self._portions(0, standing.done)))
-        self.standing = standing
+        self.method.restore(tensors, list(self._portions(0, run_state.done)))
+        self.standing = run_state
         return True
 
     def edit_to(self, count: int) -> None:
         """Give the method its edits up to a number of them."""
-        standing = self.standing
-        peaks = standing.peaks if standing.row == count else Peaks()
-        self.standing = replace(standing, row=count, peaks=peaks)
+        run_state = self.standing
+        peaks = run_state.peaks if run_state.row == count else Peaks()
+        self.standing = replace(run_state, row=count, peaks=peaks)
         self._kept = time.perf_counter()
-        if standing.done < count:  # answers are of the edits that were given then
+        if run_state.done < count:  # answers are of the edits that were given then
             shutil.rmtree(self.place.answers(count), ignore_errors=True)
-        for part in self._portions(standing.done, count):
-            self.watch.before, self.watch.portion, self.watch.whole = self.standing.done, len(part), count
+        for part in self._portions(run_state.done, count):
+            self.on_progress.before, self.on_progress.portion, self.on_progress.whole = (
+                self.standing.done,
+                len(part),
+                count,
+            )
             self._edit(part)
-        self.watch.portion = 0
+        self.on_progress.portion = 0
 
     def _edit(self, part: Sequence[Edit]) -> None:
         """Give the method a portion, and keep what it holds from time to time."""

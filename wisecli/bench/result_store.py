@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wisecli.bench.lines import append_line, whole_lines
-from wisecli.bench.row import ResultRow
+from wisecli.bench.json_lines import append_line, whole_lines
+from wisecli.bench.result_row import ResultRow
 from wisecli.errors import ChangedInputError
 from wisecli.io.checkpoint import read_json, write_json
 

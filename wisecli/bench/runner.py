@@ -7,75 +7,82 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from wisecli.bench.answer_files import AnswerFolder
-from wisecli.bench.baselines.base import AT_ONCE, METHODS, UnsuitableError
-from wisecli.bench.baselines.evaluation import MethodSubject
-from wisecli.bench.course import Course
+from wisecli.bench.bench_context import BenchContext
 from wisecli.bench.editing_run import EditingRun, MethodFolder
-from wisecli.bench.ours import OURS, own_rows
-from wisecli.bench.row import ResultRow
+from wisecli.bench.methods.base import AT_ONCE, METHODS, UnsuitableError
+from wisecli.bench.methods.evaluation import MethodSubject
+from wisecli.bench.result_row import ResultRow
+from wisecli.bench.wise_methods import WISE_METHODS, wise_rows
 from wisecli.environment import forget_peaks
 from wisecli.evaluation.metrics import Measuring
 from wisecli.evaluation.protocols import measure_generated
 from wisecli.progress import NOTE, Event
 
 
-def rows_of(course: Course, name: str, counts: Sequence[int], missing: Sequence[int]) -> Iterator[ResultRow]:
+def rows_of(context: BenchContext, name: str, counts: Sequence[int], missing: Sequence[int]) -> Iterator[ResultRow]:
     """A row for each number of edits of one method that is ``missing``; or the reason why it cannot run.
 
     Args:
         counts: all numbers of edits: what a method is given at once ends at each, also where a row is there.
     """
-    place = MethodFolder(course.work / name)
-    if name in OURS:
-        yield from own_rows(course, name, place, missing)
+    place = MethodFolder(context.work / name)
+    if name in WISE_METHODS:
+        yield from wise_rows(context, name, place, missing)
     elif name in AT_ONCE:
         for count in missing:
-            yield from _rival(course, name, MethodFolder(place.directory / str(count)), [count], [count])
+            yield from _baseline_rows(context, name, MethodFolder(place.directory / str(count)), [count], [count])
     elif missing:
-        yield from _rival(course, name, place, [count for count in counts if count <= missing[-1]], missing)
+        yield from _baseline_rows(context, name, place, [count for count in counts if count <= missing[-1]], missing)
     place.remove()
 
 
-def _rival(
-    course: Course, name: str, place: MethodFolder, counts: Sequence[int], missing: Sequence[int]
+def _baseline_rows(
+    context: BenchContext, name: str, place: MethodFolder, counts: Sequence[int], missing: Sequence[int]
 ) -> Iterator[ResultRow]:
     run = None
     for count in counts:
-        course.watch(Event(f"{name}, {count} edits"))
+        context.on_progress(Event(f"{name}, {count} edits"))
         forget_peaks()
         try:
-            run = run or _begun(course, name, place, counts, missing[0])
+            run = run or _begun(context, name, place, counts, missing[0])
             run.edit_to(count)
             if count in missing:
-                yield _measured(course, name, run, count)
+                yield _measured(context, name, run, count)
         except UnsuitableError as error:
             if count in missing:
                 yield {"method": name, "edits": count, "figures": {"cannot": str(error)}}
 
 
-def _begun(course: Course, name: str, place: MethodFolder, counts: Sequence[int], most: int) -> EditingRun:
+def _begun(context: BenchContext, name: str, place: MethodFolder, counts: Sequence[int], most: int) -> EditingRun:
     """A method that goes on where it was broken off, or begins."""
-    method = METHODS[name](course.bench)
-    run = EditingRun(method, course.tested, counts, place, course.portion_watcher, learnt=course.learnt_digest)
+    method = METHODS[name](context.bench)
+    run = EditingRun(method, context.tested, counts, place, context.portion_watcher, learnt=context.learnt_digest)
     if run.take_up(most):
-        course.watch(Event(NOTE, note=f"{name} goes on {run.standing.where}"))
+        context.on_progress(Event(NOTE, note=f"{name} goes on {run.standing.where}"))
         return run
     if place.directory.exists():
-        course.watch(Event(NOTE, note=f"{name} was broken off and begins anew"))
+        context.on_progress(Event(NOTE, note=f"{name} was broken off and begins anew"))
     place.begin()
     return run
 
 
-def _measured(course: Course, name: str, run: EditingRun, count: int) -> ResultRow:
-    size, edits, what, timed = course.settings.batch_size, course.tested[:count], course.generated, course.timed(count)
-    answers, loaded = AnswerFolder(run.place.answers(count)), course.bench.loaded
-    subject = MethodSubject(loaded, run.method, course.known, batch_size=size, answers=answers, watch=course.watch)
-    measuring = Measuring(subject, edits, generate=course.settings.generate and not what.by_wild)
+def _measured(context: BenchContext, name: str, run: EditingRun, count: int) -> ResultRow:
+    size, edits, what, timed = (
+        context.settings.batch_size,
+        context.tested[:count],
+        context.generated,
+        context.timed(count),
+    )
+    answers, loaded = AnswerFolder(run.place.answers(count)), context.bench.loaded
+    subject = MethodSubject(
+        loaded, run.method, context.known, batch_size=size, answers=answers, on_progress=context.on_progress
+    )
+    measuring = Measuring(subject, edits, generate=context.settings.generate and not what.by_wild)
     with torch.random.fork_rng(devices=[]):
         length = measuring.answer_length()
         asked, _ = measure_generated(subject, what, edits, edits, max_new_tokens=length)
         measuring.run()
-    return course.maker.row(
+    return context.maker.row(
         name,
         count,
         after={**asked.figures, **measuring.after},

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.bench.edit_stream import counts_in, stream_of
-from wisecli.bench.html import Section, table
-from wisecli.bench.report import study_file, write_page
+from wisecli.bench.reporting.html_tables import Section, table
+from wisecli.bench.reporting.report_page import study_file, write_page
+from wisecli.bench.result_row import ResultRow
 from wisecli.bench.result_store import WORK, ResultRows, kept_date, require_same
-from wisecli.bench.row import ResultRow
 from wisecli.bench.studies import load_studies
 from wisecli.bench.studies.base import STUDIES, Point, section
-from wisecli.bench.studies.context import StudyContext
+from wisecli.bench.studies.study_context import StudyContext
 from wisecli.config import BenchSettings, LoadOptions
 from wisecli.environment import versions
 from wisecli.errors import SettingsError
 from wisecli.io.checkpoint import write_json
-from wisecli.models.chat import today
-from wisecli.models.resolve import find_model
-from wisecli.progress import Event, Watcher, ignore
+from wisecli.models.model_files import find_model
+from wisecli.models.prompts.chat_template import today
+from wisecli.progress import Event, ProgressCallback, ignore_progress
 
 # Settings of `wise bench` that are the methods' alone.
 _OF_METHODS = ("methods", "protocol", "forms", "kinds", "ask", "generate", "resamples")
@@ -52,7 +52,7 @@ def study(
     data: Sequence[Path] = (),
     load: LoadOptions = LoadOptions(),
     force: bool = False,
-    watch: Watcher = ignore,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> StudyReport:
     """Make the studies that ``settings.study`` names, with the first records of a dataset.
 
@@ -68,7 +68,9 @@ def study(
     names, counts = _names(settings.study or ""), counts_in(settings.counts)
     stream = stream_of(settings.dataset, data, counts[-1])
     load = replace(load, date=kept_date(output) or today())
-    context = StudyContext(find_model(model, watch=watch), stream.tested, counts, settings, load, output / WORK, watch)
+    context = StudyContext(
+        find_model(model, on_progress=on_progress), stream.tested, counts, settings, load, output / WORK, on_progress
+    )
     points = {name: STUDIES[name].points(context) for name in names}
     about = {
         "model": model,
@@ -103,7 +105,7 @@ def _measured(name: str, context: StudyContext, points: Sequence[Point], output:
     kept = ResultRows(output / f"study-{name}.jsonl")
     for point in points:
         if point not in kept:
-            context.watch(Event(f"{name}: {', '.join(f'{setting} {value}' for setting, value in point.items())}"))
+            context.on_progress(Event(f"{name}: {', '.join(f'{setting} {value}' for setting, value in point.items())}"))
             kept.add({**point, "figures": STUDIES[name].measure(context, point)})
     return [kept[point] for point in points]
 

@@ -69,7 +69,7 @@ def program(names: Collection[str] = NAMES) -> typer.Typer:
         for name, place in commands.items():
             if name in names:
                 module, _, function = place.partition(".")
-                command = getattr(import_module(f"wisecli.cli.{module}"), function)
+                command = getattr(import_module(f"wisecli.cli.commands.{module}"), function)
                 found.command(name, cls=PanelledCommand, rich_help_panel=panel)(command)
     return found
 

@@ -37,14 +37,14 @@ STUDIES = ("router", "layers", "shards", "merge", "scaling", "latency")
 
 def forms_named(incomplete: str) -> list[str]:
     """The forms that prompts are asked in, and groups of them, as :func:`some_of` completes names."""
-    from wisecli.models.forms import forms
+    from wisecli.models.prompts.prompt_forms import forms
 
     return some_of(("all", "trained", "unseen", "none", *(form.label for form in forms().values())))(incomplete)
 
 
 def kinds_named(incomplete: str) -> list[str]:
     """The kinds of prompts around an edit, and groups of them, as :func:`some_of` completes names."""
-    from wisecli.models.kinds import kinds
+    from wisecli.models.prompts.prompt_kinds import kinds
 
     return some_of(("all", "asked", "mentioned", "none", *(kind.label for kind in kinds().values())))(incomplete)
 

@@ -18,13 +18,13 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, Literal
 
 from wisecli.edits.text import is_plain, plain
-from wisecli.progress import NOTE, Event, Watcher
+from wisecli.progress import NOTE, Event, ProgressCallback
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table as RichTable
 
-    from wisecli.edits.admission import Sifted
+    from wisecli.edits.checks.admission import AdmissionReport
 
 _LINE_SECONDS = 5.0
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
@@ -38,7 +38,7 @@ class Console:
     quiet: bool = False
 
     @contextmanager
-    def watching(self) -> Iterator[Watcher]:
+    def watching(self) -> Iterator[ProgressCallback]:
         """Progress on stderr: bars on a terminal, a line at the end of a stage elsewhere, nothing if quiet."""
         if self.quiet:
             yield lambda _event: None
@@ -199,13 +199,13 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def sifted_lines(sifted: Sifted) -> list[str]:
+def sifted_lines(sifted: AdmissionReport) -> list[str]:
     """A line for every edit that was left out."""
     left_out = (*sifted.known, *sifted.dropped)
     return [f"left out: {one.id} (line {one.line}): {one.reason}" for one in left_out]
 
 
-def sifted_json(sifted: Sifted) -> dict[str, Any]:
+def sifted_json(sifted: AdmissionReport) -> dict[str, Any]:
     """What ``--json`` prints of it."""
     return {
         "known": [asdict(one) for one in sifted.known],

@@ -9,7 +9,7 @@ from wisecli.edits.text import edits_with
 
 if TYPE_CHECKING:
     from wisecli.edits.record import Edit
-    from wisecli.memory.history import Release
+    from wisecli.memory.history.release_log import Release
 
 _LONGEST = 48
 

@@ -14,9 +14,9 @@ from wisecli.config import LoadOptions
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.edits.admission import Admission
-    from wisecli.edits.signatures import Signed, SigningKey
-    from wisecli.memory.history import Provenance
+    from wisecli.edits.checks.admission import Admission
+    from wisecli.edits.checks.signatures import Signed, SigningKey
+    from wisecli.memory.history.release_log import Provenance
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
@@ -138,12 +138,12 @@ def admission_of(
     Raises:
         SettingsError: the policy cannot be used, or of signature and signer one is missing.
     """
-    from wisecli.edits.admission import Admission
+    from wisecli.edits.checks.admission import Admission
 
     signed = signed_by(signature, signer, identity)
     rules = None
     if policy is not None:
-        from wisecli.edits.policy import read_policy
+        from wisecli.edits.checks.policy import read_policy
 
         rules = read_policy(policy)
     return Admission(on_conflict, rules, signed, skip_known, allow_special, derive)
@@ -155,7 +155,7 @@ def signed_by(signature: Path | None, signer: Path | None, identity: str | None)
     Raises:
         SettingsError: of signature and signer one is missing.
     """
-    from wisecli.edits.signatures import Signed
+    from wisecli.edits.checks.signatures import Signed
 
     if (signature is None) != (signer is None) or (identity is not None and signature is None):
         raise SettingsError("--verify-signature and --signer go together, and --signer-identity with both")
@@ -164,7 +164,7 @@ def signed_by(signature: Path | None, signer: Path | None, identity: str | None)
 
 def provenance_of(who: str | None, reason: str, key: SigningKey | None) -> Provenance:
     """By whom a memory is changed, why, and what signs that."""
-    from wisecli.memory.history import Provenance
+    from wisecli.memory.history.release_log import Provenance
 
     return Provenance(who, reason, key)
 
@@ -175,7 +175,7 @@ def key_in(path: Path | None) -> SigningKey | None:
     Raises:
         SettingsError: it cannot be used.
     """
-    from wisecli.edits.signatures import SigningKey
+    from wisecli.edits.checks.signatures import SigningKey
 
     return None if path is None else SigningKey(path)
 

@@ -7,10 +7,10 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from wisecli.checked import Within
 from wisecli.cli.parameters import INPUT, option
 from wisecli.cli.setting_table import KINDS, TEXTS
 from wisecli.errors import SettingsError
+from wisecli.validated_settings import Bounds
 
 
 def set_of(command: str) -> Any:
@@ -76,7 +76,7 @@ def _values(hint: Any) -> str:
     bounds = ""
     while get_origin(hint) in (Annotated, Union) or type(None) in get_args(hint):
         for within in getattr(hint, "__metadata__", ()):
-            if isinstance(within, Within):
+            if isinstance(within, Bounds):
                 bounds = f" from {within.least:g} to {within.most:g}"
         hint = next(one for one in get_args(hint) if one is not type(None))
     if get_origin(hint) is Literal:

@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from wisecli.artifacts import names
-from wisecli.io.replacing import Output
+from wisecli.artifacts import file_names
+from wisecli.io.overwrite_policy import Output
 
 
 def shards_output(output: Path, model: str | None, *inputs: Path, force: bool = False) -> Output:
     """Where shards go: only former shards are replaced there."""
     base = [Path(model)] if model is not None and _exists(model) else []
-    return Output(output, (names.SHARDS,), (*base, *inputs), never=("config.json",), force=force)
+    return Output(output, (file_names.SHARDS,), (*base, *inputs), never=("config.json",), force=force)
 
 
 def memory_output(output: Path, shards: Sequence[Path], *, force: bool = False) -> Output:
     """Where a memory goes: only a former one is replaced there."""
-    return Output(output, (names.MEMORY,), shards, never=("config.json",), force=force)
+    return Output(output, (file_names.MEMORY,), shards, never=("config.json",), force=force)
 
 
 def checkpoint_output(
@@ -28,7 +28,7 @@ def checkpoint_output(
 ) -> Output:
     """Where a checkpoint or a delta goes: only a former one is replaced there."""
     inputs = [memory, *([Path(model)] if model and _exists(model) else []), *([metrics] if metrics else [])]
-    return Output(output, (names.MEMORY, names.MERGED), inputs, (names.HISTORY,), force)
+    return Output(output, (file_names.MEMORY, file_names.MERGED), inputs, (file_names.HISTORY,), force)
 
 
 def _exists(path: str) -> bool:

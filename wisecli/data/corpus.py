@@ -66,11 +66,11 @@ def worded(wording: str, subject: str) -> str:
 def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
     """Made-up facts, each asked in every way the package knows for its relation; ``subjects`` facts a relation."""
     data = _packaged("unrelated.toml")
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     facts = []
     for ways in rewordings():
         slot = _SLOT.findall(ways[0])[0]
-        for subject in chance.sample(data["slots"][slot], subjects):
+        for subject in rng.sample(data["slots"][slot], subjects):
             facts.append([worded(way, subject) for way in ways])
     return facts
 
@@ -116,25 +116,25 @@ def inverses() -> list[Inverse]:
     return found
 
 
-def made_up_subjects(kind: str, count: int, chance: random.Random) -> list[str]:
+def made_up_subjects(kind: str, count: int, rng: random.Random) -> list[str]:
     """Names of one kind, no two the same; every second is like the one before, but for some of its words or digits."""
     names: list[str] = _packaged("subjects.toml")[kind]
     found: dict[str, None] = {}
     while len(found) < count:
-        name = chance.choice(names)
+        name = rng.choice(names)
         found[name] = None
         if len(found) < count:
-            found[_like(name, chance.choice(names), chance)] = None
+            found[_like(name, rng.choice(names), rng)] = None
     return list(found)
 
 
-def _like(name: str, other: str, chance: random.Random) -> str:
+def _like(name: str, other: str, rng: random.Random) -> str:
     """A name with other digits, or with a half of it taken from another, by words or else by letters."""
     if any(letter.isdecimal() for letter in name):
-        return "".join(chance.choice("0123456789") if letter.isdecimal() else letter for letter in name)
+        return "".join(rng.choice("0123456789") if letter.isdecimal() else letter for letter in name)
     gap = " " if min(len(name.split()), len(other.split())) > 1 else ""
     first, second = (text.split() if gap else list(text) for text in (name, other))
-    if chance.random() < 0.5:
+    if rng.random() < 0.5:
         return gap.join([*first[: (len(first) + 1) // 2], *second[(len(second) + 1) // 2 :]])
     return gap.join([*second[: len(second) // 2], *first[len(first) // 2 :]])
 
@@ -144,16 +144,16 @@ def _packaged(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files("wisecli").joinpath("data", name).read_text(encoding="utf-8"))
 
 
-def _filled_patterns(data: dict[str, Any], places: range, chance: random.Random) -> list[str]:
+def _filled_patterns(data: dict[str, Any], places: range, rng: random.Random) -> list[str]:
     patterns: list[str] = data["patterns"]
     chosen = (patterns[place % len(patterns)] for place in places)
-    return [_SLOT.sub(lambda slot: _filled(slot.group(1), data, chance), pattern) for pattern in chosen]
+    return [_SLOT.sub(lambda slot: _filled(slot.group(1), data, rng), pattern) for pattern in chosen]
 
 
-def _filled(name: str, data: dict[str, Any], chance: random.Random) -> str:
+def _filled(name: str, data: dict[str, Any], rng: random.Random) -> str:
     if name in data["ranges"]:
-        return str(chance.randint(*data["ranges"][name]))
-    return str(chance.choice(data["slots"][name]))
+        return str(rng.randint(*data["ranges"][name]))
+    return str(rng.choice(data["slots"][name]))
 
 
 # How often a task is a label.
@@ -195,38 +195,38 @@ class Requests:
     corrects: tuple[str, ...]
     leaves: tuple[str, ...]
 
-    def task(self, question: str, chance: random.Random) -> str:
+    def task(self, question: str, rng: random.Random) -> str:
         """A prompt that wants something done with a question."""
-        if chance.random() < _LABELLED:
-            words = {"label": chance.choice(self.labels), "question": question}
-            return _SLOT.sub(lambda slot: words[slot.group(1)], chance.choice(self.label_frames))
-        verb, frame = chance.choice(self.verbs), chance.choice(self.frames)
-        task, back = (verb.replace("T", chance.choice(named)) for named in (self.nouns, self.backs))
+        if rng.random() < _LABELLED:
+            words = {"label": rng.choice(self.labels), "question": question}
+            return _SLOT.sub(lambda slot: words[slot.group(1)], rng.choice(self.label_frames))
+        verb, frame = rng.choice(self.verbs), rng.choice(self.frames)
+        task, back = (verb.replace("T", rng.choice(named)) for named in (self.nouns, self.backs))
         words = {"task": task, "Task": capital(task), "back": back, "Back": capital(back), "question": question}
         return _SLOT.sub(lambda slot: words[slot.group(1)], frame)
 
-    def timed(self, question: str, chance: random.Random) -> str:
+    def timed(self, question: str, rng: random.Random) -> str:
         """A question that is asked of another time."""
         drawn = {
-            "year": str(chance.randint(1850, 2018)),
-            "decade": str(10 * chance.choice((192, 195, 197, 198, 199))),
-            "number": str(chance.randint(1, 30)),
-            "future": str(chance.randint(2030, 2090)),
+            "year": str(rng.randint(1850, 2018)),
+            "decade": str(10 * rng.choice((192, 195, 197, 198, 199))),
+            "number": str(rng.randint(1, 30)),
+            "future": str(rng.randint(2030, 2090)),
         }
-        return _at(question, _SLOT.sub(lambda slot: drawn[slot.group(1)], chance.choice(self.times)), chance)
+        return _at(question, _SLOT.sub(lambda slot: drawn[slot.group(1)], rng.choice(self.times)), rng)
 
-    def now(self, question: str, chance: random.Random) -> str:
+    def now(self, question: str, rng: random.Random) -> str:
         """A question that is asked of the time that it is of without any."""
-        return _at(question, chance.choice(self.presents), chance)
+        return _at(question, rng.choice(self.presents), rng)
 
 
-def _at(question: str, when: str, chance: random.Random) -> str:
+def _at(question: str, when: str, rng: random.Random) -> str:
     """A question with a phrase that says of which time it is asked; before a statement that it would end."""
     if not question.rstrip().endswith("?"):
         return f"{capital(when)}, {small(question)}"
     stem = question.rstrip("?. ")
     ways = (f"{stem} {when}?", f"{capital(when)}, {small(question)}", f"{question} I mean {when}.")
-    return chance.choices(ways, (9, 7, 4))[0]
+    return rng.choices(ways, (9, 7, 4))[0]
 
 
 def capital(text: str) -> str:

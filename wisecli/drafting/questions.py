@@ -13,10 +13,10 @@ import jsonlines
 from wisecli.drafting.chunking import Passage
 from wisecli.edits.text import contains, words
 from wisecli.io.atomic_output import writing
-from wisecli.models.chat import shown_how
-from wisecli.models.generation import generate
 from wisecli.models.loading import Loaded
-from wisecli.progress import Event, Watcher, ignore
+from wisecli.models.prompts.chat_template import few_shot_prompt
+from wisecli.models.running.generation import generate
+from wisecli.progress import Event, ProgressCallback, ignore_progress
 
 _ASK = "Write questions that this text answers, each with its answer from the text.\n\n"
 _EXAMPLES = (
@@ -63,20 +63,25 @@ class Pair:
 
 
 def draw_pairs(
-    loaded: Loaded, found: Sequence[Passage], *, each: int, batch_size: int, watch: Watcher = ignore
+    loaded: Loaded,
+    found: Sequence[Passage],
+    *,
+    each: int,
+    batch_size: int,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> list[Pair]:
     """Up to ``each`` pairs of every passage that are fit to be shown, no question twice."""
-    requests = [shown_how(loaded.tokenizer, _shown(), _ASK + passage.whole) for passage in found]
+    requests = [few_shot_prompt(loaded.tokenizer, _shown(), _ASK + passage.whole) for passage in found]
     kept: dict[tuple[str, ...], Pair] = {}
     for first in range(0, len(requests), batch_size):
-        watch(Event("drafting", first, len(requests)))
+        on_progress(Event("drafting", first, len(requests)))
         some = slice(first, first + batch_size)
         answers = generate(loaded.model, loaded.tokenizer, requests[some], max_new_tokens=_TOKENS)
         texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
         for passage, text in zip(found[some], texts, strict=True):
             for pair in fitting(passage, text)[:each]:
                 kept.setdefault(tuple(words(pair.question)), pair)
-    watch(Event("drafting", len(requests), len(requests)))
+    on_progress(Event("drafting", len(requests), len(requests)))
     return list(kept.values())
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 from wisecli.data.corpus import Inverse, inverses
-from wisecli.edits.fields import LONGEST_ID
+from wisecli.edits.reading.record_fields import LONGEST_ID
 from wisecli.edits.record import Edit, Numbered, consequence_id
 from wisecli.edits.text import folded, words
 

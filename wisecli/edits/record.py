@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wisecli.edits.fields import (
+from wisecli.edits.reading.field_names import canonical, unknown_fields
+from wisecli.edits.reading.flatten_records import Notices, flattened
+from wisecli.edits.reading.record_fields import (
     LONGEST_ID,
     EvaluationPrompt,
     Translation,
@@ -18,9 +20,7 @@ from wisecli.edits.fields import (
     time_in,
     translations_in,
 )
-from wisecli.edits.files import content_of, record_in, records_of
-from wisecli.edits.formats import canonical, unknown_fields
-from wisecli.edits.reading import Notices, flattened
+from wisecli.edits.reading.record_files import content_of, record_in, records_of
 from wisecli.edits.text import is_visible
 from wisecli.errors import EditFileError
 from wisecli.io.digest import sha256_json
@@ -102,7 +102,7 @@ def read_edits(path: Path, *, limit: int | None = None) -> list[Edit]:
 
     Args:
         path: JSONL (one object a line), a JSON array, or a table (Parquet, CSV, TSV), in any layout of
-            :mod:`wisecli.edits.formats` and :mod:`wisecli.edits.layouts`.
+            :mod:`wisecli.edits.reading.field_names` and :mod:`wisecli.edits.reading.benchmark_layouts`.
         limit: keep only those of the first so many records.
 
     Raises:

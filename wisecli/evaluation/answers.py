@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wisecli.models.generation import generate
-from wisecli.progress import Event, Watcher, ignore
+from wisecli.models.running.generation import generate
+from wisecli.progress import Event, ProgressCallback, ignore_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from wisecli.models.forms import Form
+    from wisecli.models.prompts.prompt_forms import Form
 
 # Of one batch, with its padding.
 _TOKENS = 8192
@@ -60,7 +60,7 @@ class Answers:
     unedited: Batch
     edited: Batch
     batch_size: int
-    watch: Watcher = ignore
+    on_progress: ProgressCallback = ignore_progress
     reworded: Callable[[str], str] = str
     known_before: KnownAnswers = field(default_factory=dict)
     known_after: KnownAnswers = field(default_factory=dict)
@@ -79,8 +79,8 @@ class Answers:
         A method that rewords is given what the user writes: the whole text, or of a chat the turn.
         """
         if form.chat:
-            return form.asked(self.tokenizer, self.reworded(prompt))
-        return self.reworded(form.asked(self.tokenizer, prompt))
+            return form.render(self.tokenizer, self.reworded(prompt))
+        return self.reworded(form.render(self.tokenizer, prompt))
 
     def _all(self, texts: Sequence[str], answer: Batch, known: KnownAnswers, stage: str) -> list[Answer]:
         """Answers to texts, of which new ones are asked, those of like length together."""
@@ -90,7 +90,7 @@ class Answers:
             for text, said in zip(some, answer(some), strict=True):
                 known[text] = said
             done += len(some)
-            self.watch(Event(stage, done, len(lengths)))
+            self.on_progress(Event(stage, done, len(lengths)))
         return [known[text] for text in texts]
 
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wisecli.artifacts.locate import find_base
+from wisecli.artifacts.directory_kind import find_base
 from wisecli.artifacts.memory_manifest import Manifest
 from wisecli.config import LoadOptions
-from wisecli.models.chat import turn_marks
 from wisecli.models.loading import load_model
-from wisecli.models.streaming import LayerStream
-from wisecli.models.tokenization import Batch
-from wisecli.routing.decision import Decision, TokenChoices
-from wisecli.routing.generation import decoder_of
-from wisecli.routing.passes import RoutedDecoder
-from wisecli.routing.prompts import UNROUTED, Answering, Tokens
-from wisecli.routing.side_memory import Routed
+from wisecli.models.prompts.chat_template import turn_marks
+from wisecli.models.prompts.tokenization import Batch
+from wisecli.models.streaming.layer_stream import LayerStream
+from wisecli.routing.deciding.decision import Decision, TokenChoices
+from wisecli.routing.deciding.prompt_window import UNROUTED, Answering, Tokens
+from wisecli.routing.layers.routed_layer import Routed
+from wisecli.routing.passes.routed_generation import decoder_of
+from wisecli.routing.passes.routed_pass import RoutedDecoder
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class EditedModel:
                 to the router.
         """
         column = torch.arange(keys.shape[1], device=keys.device)
-        answers, inside = column >= batch.start, (column > batch.start).expand(keys.shape[:2])
-        found = self._decided(keys, batch, inside)
+        answers, in_answer = column >= batch.start, (column > batch.start).expand(keys.shape[:2])
+        found = self._decided(keys, batch, in_answer)
         if forced is not None:
-            own = self.routed.choices(keys, forced[:, None].where(answers, UNROUTED), inside).chosen
+            own = self.routed.choices(keys, forced[:, None].where(answers, UNROUTED), in_answer).chosen
             found = replace(found, chosen=own.where(answers & (forced != UNROUTED)[:, None], found.chosen))
         return replace(found, chosen=found.chosen.where(batch.mask.bool(), UNROUTED))
 
@@ -75,19 +75,19 @@ class EditedModel:
         width = batch.ids.shape[1]
         padded = torch.nn.functional.pad(keys, (0, 0, 0, width - len(keys)))
         found = self.choices(padded[None], batch)
-        return TokenChoices(*(part[0, : len(keys)] for part in (found.chosen, found.strength, found.nearest)))
+        return TokenChoices(*(part[0, : len(keys)] for part in (found.chosen, found.score_ratio, found.nearest)))
 
-    def _decided(self, keys: Tensor, batch: Batch, inside: Tensor) -> TokenChoices:
+    def _decided(self, keys: Tensor, batch: Batch, in_answer: Tensor) -> TokenChoices:
         """What answers tokens; at a prompt's end, how near it came to the nearest memory."""
         end = torch.full((len(keys),), batch.start, device=keys.device)
         decision = self.decide(batch)
         tokens = Tokens(batch.ids, batch.mask.bool(), batch.ids[:, :0], torch.full_like(end, UNROUTED))
         memory = self.decoder.memories(tokens, Answering(decision.memory, end))
-        at_end = ~inside & (torch.arange(keys.shape[1], device=keys.device) == batch.start)
-        found = self.routed.choices(keys, torch.where(at_end, decision.nearest[:, None], memory), inside)
+        at_end = ~in_answer & (torch.arange(keys.shape[1], device=keys.device) == batch.start)
+        found = self.routed.choices(keys, torch.where(at_end, decision.nearest[:, None], memory), in_answer)
         return TokenChoices(
             found.chosen.where(memory != UNROUTED, UNROUTED),
-            torch.where(at_end, decision.strength[:, None], found.strength),
+            torch.where(at_end, decision.score_ratio[:, None], found.score_ratio),
             found.nearest,
         )
 

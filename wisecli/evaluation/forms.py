@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.evaluation.answers import Answer, Answers
-from wisecli.evaluation.found import Found, contradictory, gives, right, words_of
-from wisecli.models.forms import Form, forms
+from wisecli.evaluation.results import Results, contradictory, is_exact_answer, is_right, words_of
+from wisecli.models.prompts.prompt_forms import Form, forms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ GROUPED = tuple(kind + suffix for kind in KINDS for suffix in ("", "_trained", "
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _FormPrompt:
     """One prompt of an edit; ``unique`` if no other record wants another answer to a rephrase."""
 
     kind: str
@@ -78,14 +78,14 @@ def writable_forms(names: str, tokenizer: PreTrainedTokenizerBase, fits: Callabl
 
 def measure_forms(
     answers: Answers, chosen: Sequence[Form], asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]
-) -> Found:
+) -> Results:
     """Figures of every kind: over all forms, over those trained (``_trained``), over the others (``_unseen``), of each.
 
     Args:
         asked: the edits that are asked, with their places.
         records: all that may want another answer to the same question.
     """
-    found = Found()
+    found = Results()
     prompts = list(_prompts(asked, contradictory(records)))
     values = _values(answers, chosen, prompts)
     for kind in KINDS:
@@ -104,24 +104,26 @@ def measure_forms(
     return found
 
 
-def _prompts(asked: Sequence[tuple[int, Edit]], contradicted: Collection[str]) -> Iterator[_Asked]:
+def _prompts(asked: Sequence[tuple[int, Edit]], contradicted: Collection[str]) -> Iterator[_FormPrompt]:
     """The first prompt of each kind that an edit has."""
     for place, edit in asked:
-        yield _Asked("as_taught", place, edit, edit.prompt)
+        yield _FormPrompt("as_taught", place, edit, edit.prompt)
         for text in edit.rephrases[:1]:
             unique = not {words_of(edit.prompt), words_of(text)} & set(contradicted)
-            yield _Asked("rephrased", place, edit, text, unique=unique)
+            yield _FormPrompt("rephrased", place, edit, text, unique=unique)
         for probe in edit.portability[:1]:
-            yield _Asked("portability_answered", place, edit, probe.prompt, answer=probe.answer)
+            yield _FormPrompt("portability_answered", place, edit, probe.prompt, answer=probe.answer)
         for probe in edit.locality[:1]:
-            yield _Asked("unrelated_unchanged", place, edit, probe.prompt)
+            yield _FormPrompt("unrelated_unchanged", place, edit, probe.prompt)
 
 
-def _values(answers: Answers, chosen: Sequence[Form], prompts: Sequence[_Asked]) -> dict[tuple[str, str], _ByPlace]:
+def _values(
+    answers: Answers, chosen: Sequence[Form], prompts: Sequence[_FormPrompt]
+) -> dict[tuple[str, str], _ByPlace]:
     """Whether each prompt is answered as it should be, by its kind and form, then by the edit's place."""
     cases = [(form, one) for form in chosen for one in prompts]
     texts = [answers.edited_text(form, one.prompt) for form, one in cases]
-    kept = [form.asked(answers.tokenizer, one.prompt) for form, one in cases if one.kind == "unrelated_unchanged"]
+    kept = [form.render(answers.tokenizer, one.prompt) for form, one in cases if one.kind == "unrelated_unchanged"]
     after = answers.after(texts, stage="answers in all forms")
     before = iter(answers.before(kept, stage="unedited answers"))
     values: dict[tuple[str, str], _ByPlace] = {}
@@ -132,10 +134,10 @@ def _values(answers: Answers, chosen: Sequence[Form], prompts: Sequence[_Asked])
     return values
 
 
-def _fine(one: _Asked, answer: Answer, before: Answer | None) -> bool:
+def _fine(one: _FormPrompt, answer: Answer, before: Answer | None) -> bool:
     if before is not None:
         return answer.text == before.text
-    return right(answer, one.edit) if one.answer is None else gives(answer, one.answer)
+    return is_right(answer, one.edit) if one.answer is None else is_exact_answer(answer, one.answer)
 
 
 def _by_edit(values: dict[tuple[str, str], _ByPlace], kind: str, names: Sequence[str]) -> dict[int, list[float]]:

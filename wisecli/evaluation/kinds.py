@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
 from wisecli.evaluation.answers import Answer, Answers
-from wisecli.evaluation.found import Found, gives, together, words_of
-from wisecli.models.kinds import Fact, Kind, kinds
+from wisecli.evaluation.results import Results, is_exact_answer, merge_results, words_of
+from wisecli.models.prompts.prompt_kinds import Fact, Kind, kinds
 
 _GROUPS: dict[str, bool | None] = {"all": None, "asked": True, "mentioned": False}
 # Every figure over kinds: the share that gets the edit's answer, and of what only mentions it what is as before.
@@ -22,7 +22,7 @@ OVER_KINDS = ("asked", "mentioned", "mentioned_unchanged")
 
 
 @dataclass(frozen=True)
-class _Put:
+class _KindPrompt:
     """An edit in a prompt of one kind: the ``text`` that the unedited model is asked, and the ``edited`` one."""
 
     kind: Kind
@@ -58,7 +58,7 @@ def measure_kinds(
     *,
     max_new_tokens: int,
     room: int,
-) -> Found:
+) -> Results:
     """Shares of prompts that get the edit's answer, over all kinds and by kind.
 
     ``asked`` is better high. ``mentioned`` is better low, and leaves out what the unedited model says, too;
@@ -77,15 +77,15 @@ def measure_kinds(
         answers = answering(max_new_tokens * (2 if two else 1))
         parts.append(_measured(answers, list(_put(answers, some, asked, records, room))))
     values = {name: {**parts[0].get(name, {}), **parts[1].get(name, {})} for name in OVER_KINDS}
-    return together(*(_figures(name, by_kind) for name, by_kind in values.items()))
+    return merge_results(*(_figures(name, by_kind) for name, by_kind in values.items()))
 
 
 _ByKind = dict[str, dict[int, float]]
 
 
-def _figures(name: str, by_kind: _ByKind) -> Found:
+def _figures(name: str, by_kind: _ByKind) -> Results:
     """The mean over edits of the mean over kinds, and the mean over edits of each kind."""
-    found, by_edit = Found(), dict[int, list[float]]()
+    found, by_edit = Results(), dict[int, list[float]]()
     for own in by_kind.values():
         for place, value in own.items():
             by_edit.setdefault(place, []).append(value)
@@ -96,7 +96,7 @@ def _figures(name: str, by_kind: _ByKind) -> Found:
     return replace(found, samples={f"{one}_prompts": count for one, count in found.samples.items()})
 
 
-def _measured(answers: Answers, put: Sequence[_Put]) -> dict[str, _ByKind]:
+def _measured(answers: Answers, put: Sequence[_KindPrompt]) -> dict[str, _ByKind]:
     """Values by figure, kind and place."""
     mentioned = [one for one in put if not one.kind.asked]
     after = answers.after([one.edited for one in put], stage="answers in all kinds")
@@ -109,16 +109,16 @@ def _measured(answers: Answers, put: Sequence[_Put]) -> dict[str, _ByKind]:
     return found
 
 
-def _answered(one: _Put, answer: Answer) -> bool:
+def _answered(one: _KindPrompt, answer: Answer) -> bool:
     """Whether what is asked gets the edit's answer, or the rest of it where it is begun."""
     target = one.edit.answer
     if one.kind.contains:
         return f" {words_of(target)} " in f" {words_of(answer.text)} "
     begun = _begun(one.edited, target) if one.kind.begun else ""
-    return gives(Answer(f"{begun} {answer.text}", answer.ended), target)
+    return is_exact_answer(Answer(f"{begun} {answer.text}", answer.ended), target)
 
 
-def _taken(one: _Put, answer: Answer, before: Answer) -> dict[str, bool]:
+def _taken(one: _KindPrompt, answer: Answer, before: Answer) -> dict[str, bool]:
     """Whether what only mentions an edit is taken over by it, and whether it is answered as before."""
     taken = _opens_with(answer, one.edit.answer) and not _opens_with(before, one.edit.answer)
     return {"mentioned": taken, "mentioned_unchanged": answer.text == before.text}
@@ -138,20 +138,20 @@ def _begun(text: str, target: str) -> str:
 
 def _put(
     answers: Answers, chosen: Sequence[Kind], asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], room: int
-) -> Iterator[_Put]:
+) -> Iterator[_KindPrompt]:
     """Prompts of every kind that an edit can be put into, in the chat template if there is one."""
     chat, tokenizer = bool(answers.tokenizer.chat_template), answers.tokenizer
     given = [(place, edit) for place, edit in asked if not edit.erased]
     for number, (place, edit) in enumerate(given):
         fact = _fact(edit, records, given[number - 1][1])
         for kind in chosen:
-            turns = kind.drawn(fact, trained=False, chance=random.Random(f"{kind.name}\n{edit.prompt}"), chat=chat)
+            turns = kind.sample_turns(fact, trained=False, rng=random.Random(f"{kind.name}\n{edit.prompt}"), chat=chat)
             if turns is None:
                 continue
-            text = kind.told(tokenizer, turns, chat=chat)
-            edited = kind.told(tokenizer, _reworded(answers, turns), chat=chat)
+            text = kind.render_turns(tokenizer, turns, chat=chat)
+            edited = kind.render_turns(tokenizer, _reworded(answers, turns), chat=chat)
             if max(len(tokenizer(one)["input_ids"]) for one in {text, edited}) <= room:
-                yield _Put(kind, place, edit, text, edited)
+                yield _KindPrompt(kind, place, edit, text, edited)
 
 
 def _reworded(answers: Answers, turns: Sequence[str]) -> list[str]:
@@ -162,10 +162,10 @@ def _reworded(answers: Answers, turns: Sequence[str]) -> list[str]:
 
 def _fact(edit: Edit, records: Sequence[Edit], second: Edit) -> Fact:
     """An edit as a fact, with another value and name from records that are asked in a like way, if there are any."""
-    chance = random.Random(edit.prompt)
+    rng = random.Random(edit.prompt)
     others = [one for one in records if not one.erased and words_of(one.answer) != words_of(edit.answer)]
     named = [one for one in records if _is_other(one.subject, edit.subject)]
-    other, name = (_like(edit, some, chance) for some in (others, named))
+    other, name = (_like(edit, some, rng) for some in (others, named))
     return Fact(
         edit.prompt,
         edit.subject,
@@ -180,7 +180,7 @@ def _is_other(name: str | None, subject: str | None) -> bool:
     return bool(name and subject) and str(name) not in str(subject) and str(subject) not in str(name)
 
 
-def _like(edit: Edit, records: Sequence[Edit], chance: random.Random) -> Edit | None:
+def _like(edit: Edit, records: Sequence[Edit], rng: random.Random) -> Edit | None:
     """One of the records, whose prompt begins like the edit's if any does."""
     alike = [one for one in records if one.prompt.split(" ")[:1] == edit.prompt.split(" ")[:1]]
-    return chance.choice(alike or records) if records else None
+    return rng.choice(alike or records) if records else None

@@ -11,9 +11,9 @@ from wisecli.errors import ModelError
 from wisecli.evaluation.forms import GROUPED, KINDS
 from wisecli.evaluation.kinds import OVER_KINDS
 from wisecli.evaluation.teacher_forcing import Measured, Reading
-from wisecli.models.forms import forms
-from wisecli.models.kinds import kinds
-from wisecli.models.tokenization import Row
+from wisecli.models.prompts.prompt_forms import forms
+from wisecli.models.prompts.prompt_kinds import kinds
+from wisecli.models.prompts.tokenization import Row
 
 _ANSWER_MARGIN, _ANSWER_LIMIT = 8, 256
 # Every figure there is, besides one of generalization for each language of the records.

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from wisecli.edits.record import Edit
 from wisecli.evaluation.answers import Answers
 from wisecli.evaluation.forms import measure_forms, named_forms, writable_forms
-from wisecli.evaluation.found import Found, spread, together
 from wisecli.evaluation.kinds import measure_kinds, named_kinds
+from wisecli.evaluation.results import Results, evenly_spaced, merge_results
 from wisecli.evaluation.specificity import measure_specificity
 from wisecli.evaluation.wild import MAX_NEW_TOKENS, measure_wild, stop_tokens
-from wisecli.models.forms import Form
 from wisecli.models.loading import context_window
+from wisecli.models.prompts.prompt_forms import Form
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class Asker(Protocol):
 
 def measure_generated(
     asker: Asker, what: Generated, edits: Sequence[Edit], records: Sequence[Edit], *, max_new_tokens: int
-) -> tuple[Found, list[str]]:
+) -> tuple[Results, list[str]]:
     """Figures of generated answers, and the names of the forms that were asked.
 
     Args:
@@ -81,43 +81,43 @@ def measure_generated(
         SettingsError: a form that is named needs a chat template, and there is none.
         ModelError: a text is longer than what the model takes.
     """
-    found, labels = Found(), list[str]()
+    found, labels = Results(), list[str]()
     if what.by_wild:
         answers = asker.answering(MAX_NEW_TOKENS, stop_tokens(asker.tokenizer))
         found = measure_wild(answers, edits, records, before=what.before)
     if what.in_forms:
-        asked = [(place, edits[place]) for place in spread(len(edits), what.ask)]
+        asked = [(place, edits[place]) for place in evenly_spaced(len(edits), what.ask)]
         in_forms, labels = _in_forms(asker, what, asked, records, max_new_tokens=max_new_tokens)
         in_kinds = _in_kinds(asker, what, asked, records, max_new_tokens=max_new_tokens)
-        found = together(found, in_forms, in_kinds)
+        found = merge_results(found, in_forms, in_kinds)
     return found, labels
 
 
 def _in_forms(
     asker: Asker, what: Generated, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], *, max_new_tokens: int
-) -> tuple[Found, list[str]]:
+) -> tuple[Results, list[str]]:
     """Figures of answers in forms and of specificity, and the forms' names."""
     answers = asker.answering(max_new_tokens)
     longest = max((edit.prompt for _, edit in asked), key=len)
     room = _room(asker) - max_new_tokens
 
     def fits(form: Form) -> bool:
-        return len(asker.tokenizer(form.asked(asker.tokenizer, longest))["input_ids"]) <= room
+        return len(asker.tokenizer(form.render(asker.tokenizer, longest))["input_ids"]) <= room
 
     chosen = writable_forms(what.forms, asker.tokenizer, fits)
     if not chosen:
-        return Found(), []
-    found = together(measure_forms(answers, chosen, asked, records), measure_specificity(answers, asked, records))
+        return Results(), []
+    found = merge_results(measure_forms(answers, chosen, asked, records), measure_specificity(answers, asked, records))
     return found, [form.label for form in chosen]
 
 
 def _in_kinds(
     asker: Asker, what: Generated, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit], *, max_new_tokens: int
-) -> Found:
+) -> Results:
     """Figures of answers where edits are mentioned, and where they are asked in other ways."""
     chosen = named_kinds(what.kinds)
     if not chosen:
-        return Found()
+        return Results()
     # Two answers are twice as long.
     room = _room(asker) - 2 * max_new_tokens
     found = measure_kinds(asker.answering, chosen, asked, records, max_new_tokens=max_new_tokens, room=room)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.edits.record import Edit
 from wisecli.evaluation.answers import Answers
-from wisecli.evaluation.found import Found, gives, words_of
-from wisecli.models.forms import forms
+from wisecli.evaluation.results import Results, is_exact_answer, words_of
+from wisecli.models.prompts.prompt_forms import forms
 
 # Questions of each kind for an edit.
 _EACH = 3
@@ -21,7 +21,7 @@ _LONG = 4
 
 
 @dataclass(frozen=True)
-class Beside:
+class SpecificityQuestion:
     """A question that should not get the answer of the edit at a place."""
 
     kind: str
@@ -30,7 +30,7 @@ class Beside:
     prompt: str
 
 
-def questions_beside(asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> list[Beside]:
+def specificity_questions(asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> list[SpecificityQuestion]:
     """``other_question``: another relation of the subject; ``other_subject``: the same relation of another.
 
     Of edits whose prompt names their subject, and that give an answer. The draw is by the edit, whatever else is asked.
@@ -46,7 +46,9 @@ def questions_beside(asked: Sequence[tuple[int, Edit]], records: Sequence[Edit])
             continue
         for kind, drawn in (("other_question", _questions(edit)), ("other_subject", _subjects(edit, names))):
             fresh = (prompt for prompt in drawn if words_of(prompt) not in known)
-            found += [Beside(kind, place, edit, prompt) for prompt, _ in zip(fresh, range(_EACH), strict=False)]
+            found += [
+                SpecificityQuestion(kind, place, edit, prompt) for prompt, _ in zip(fresh, range(_EACH), strict=False)
+            ]
     return found
 
 
@@ -55,20 +57,20 @@ def has_subject(edit: Edit) -> bool:
     return bool(edit.subject) and str(edit.subject) in edit.prompt and not edit.erased
 
 
-def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> Found:
+def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> Results:
     """Shares of questions beside the edits that get an edit's answer, and did not before; less is better."""
-    found = Found()
-    beside = questions_beside(asked, records)
+    found = Results()
+    beside = specificity_questions(asked, records)
     bare = forms()["bare"]
     said = answers.after([answers.edited_text(bare, one.prompt) for one in beside], stage="questions beside the edits")
-    given = [gives(answer, one.edit.answer) for answer, one in zip(said, beside, strict=True)]
+    given = [is_exact_answer(answer, one.edit.answer) for answer, one in zip(said, beside, strict=True)]
     doubtful = [one.prompt for one, got in zip(beside, given, strict=True) if got]
     before = dict(zip(doubtful, answers.before(doubtful, stage="unedited answers"), strict=True))
     for kind in ("other_question", "other_subject"):
         values: dict[int, list[float]] = {}
         for one, got in zip(beside, given, strict=True):
             if one.kind == kind:
-                taken = got and not gives(before[one.prompt], one.edit.answer)
+                taken = got and not is_exact_answer(before[one.prompt], one.edit.answer)
                 values.setdefault(one.place, []).append(float(taken))
         found.add(kind, values)
     found.samples["without_subject"] = sum(not has_subject(edit) for _, edit in asked)
@@ -77,23 +79,23 @@ def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], rec
 
 def _questions(edit: Edit) -> Iterator[str]:
     """Questions about an edit's subject that share no long word with its prompt, each of a relation of its own."""
-    chance = random.Random(edit.prompt)
+    rng = random.Random(edit.prompt)
     taken = _long_words(edit.prompt)
     table = relations()
-    for relation in chance.sample(table, len(table)):
-        wording = chance.choice([text for text in relation.wordings if text.endswith("?")])
+    for relation in rng.sample(table, len(table)):
+        wording = rng.choice([text for text in relation.wordings if text.endswith("?")])
         if not taken & _long_words(wording):
             yield wording.replace("{}", str(edit.subject))
 
 
 def _subjects(edit: Edit, names: Sequence[str]) -> Iterator[str]:
     """An edit's prompt about other subjects, those of records before made-up ones."""
-    chance = random.Random(edit.prompt)
+    rng = random.Random(edit.prompt)
     others = [name for name in names if not _overlap(name, str(edit.subject))]
-    drawn = chance.sample(others, len(others))
+    drawn = rng.sample(others, len(others))
     if len(drawn) < _ENOUGH:
         kinds = list(dict.fromkeys(relation.kind for relation in relations()))
-        drawn += [made_up_subjects(chance.choice(kinds), 1, chance)[0] for _ in range(_ENOUGH)]
+        drawn += [made_up_subjects(rng.choice(kinds), 1, rng)[0] for _ in range(_ENOUGH)]
     for name in drawn:
         yield edit.prompt.replace(str(edit.subject), name)
 

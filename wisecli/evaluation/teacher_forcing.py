@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.evaluation.edited_model import EditedModel
-from wisecli.models.activations import Activations, captured
-from wisecli.models.objectives import target_met
-from wisecli.models.suffix import suffix_logits
-from wisecli.models.tokenization import Batch, Row, collate, in_batches
-from wisecli.progress import Event, Watcher
-from wisecli.routing.prompts import UNROUTED
+from wisecli.models.prompts.tokenization import Batch, Row, collate, in_batches
+from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.losses import target_met
+from wisecli.models.running.upper_layers import upper_logits
+from wisecli.progress import Event, ProgressCallback
+from wisecli.routing.deciding.prompt_window import UNROUTED
 
 # A text counts as known where each token's probability exceeds this (the paper's measure for the temporal benchmark).
 KNOWN = 0.8
@@ -64,7 +64,7 @@ def teacher_forced(
     *,
     batch_size: int,
     stage: str,
-    watch: Watcher,
+    on_progress: ProgressCallback,
     holders: Sequence[int | None] | None = None,
 ) -> list[Measured]:
     """Measure rows with the right tokens before each target token.
@@ -80,11 +80,11 @@ def teacher_forced(
         forced = None if holders is None else [holders[index] for index in indices]
         routes = _routes(edited, base, forced=forced)
         after = _edited_logits(edited, base, routes)
-        opened = edited.routed.memory_at(routes[:, base.batch.start])
+        opened = edited.routed.memory_of_choice(routes[:, base.batch.start])
         for place, one in zip(indices, _measure(base, after, opened), strict=True):
             measured[place] = one
         done += len(indices)
-        watch(Event(stage, done, len(rows)))
+        on_progress(Event(stage, done, len(rows)))
     return [one for one in measured if one is not None]
 
 
@@ -116,7 +116,7 @@ def _edited_logits(edited: EditedModel, base: Activations, routes: Tensor) -> Te
     part = base.rows(touched)
     hidden = part.with_update(edited.routed.add(torch.zeros_like(part.hidden), part.keys, routes[touched]))
     with edited.unedited():
-        changed = suffix_logits(edited.model, edited.manifest.site, part, hidden, part.batch.labelled)
+        changed = upper_logits(edited.model, edited.manifest.site, part, hidden, part.batch.labelled)
     rows = base.batch.labelled[0]
     after = base.logits.clone()
     after[torch.isin(rows, touched)] = changed

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from wisecli.edits.record import Edit
 from wisecli.evaluation.answers import Answer, Answers
-from wisecli.evaluation.found import Found, contradictory, words_of
-from wisecli.models.forms import Form
+from wisecli.evaluation.results import Results, contradictory, words_of
+from wisecli.models.prompts.prompt_forms import Form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def normalized(text: str) -> str:
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_UNPUNCTUATED)).split())
 
 
-def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit], *, before: bool) -> Found:
+def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit], *, before: bool) -> Results:
     """``wild_as_taught`` (the protocol's reliability), ``wild_rephrased``, ``wild_portability`` and ``wild_locality``.
 
     Means over an edit's prompts, then over edits; what erases an answer is left out.
@@ -56,11 +56,11 @@ def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit
     prompts = [text for group in groups.values() for pairs in group.values() for text, _ in pairs]
     prompts = list(dict.fromkeys([*prompts, *(text for texts in kept.values() for text in texts)]))
     said = _said(prompts, answers.after([answers.edited_text(WILD, text) for text in prompts], stage="answers"))
-    found = Found()
+    found = Results()
     _add(found, groups, said)
     if before:
-        texts = [WILD.asked(answers.tokenizer, text) for text in prompts]
-        earlier, unedited = _said(prompts, answers.before(texts, stage="unedited answers")), Found()
+        texts = [WILD.render(answers.tokenizer, text) for text in prompts]
+        earlier, unedited = _said(prompts, answers.before(texts, stage="unedited answers")), Results()
         _add(unedited, groups, earlier)
         found.before.update(unedited.figures)
         same = {place: [float(said[text] == earlier[text]) for text in texts] for place, texts in kept.items()}
@@ -89,7 +89,7 @@ def _said(prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, str]:
     return {prompt: answer.text for prompt, answer in zip(prompts, answers, strict=True)}
 
 
-def _add(found: Found, groups: dict[str, dict[int, list[tuple[str, str]]]], said: dict[str, str]) -> None:
+def _add(found: Results, groups: dict[str, dict[int, list[tuple[str, str]]]], said: dict[str, str]) -> None:
     """Shares of answers that are the right ones once both are normalised."""
     for name, group in groups.items():
         equal = {

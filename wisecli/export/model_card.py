@@ -16,7 +16,7 @@ from wisecli.edits.record import Edit, consequences_in
 from wisecli.edits.text import edits_with, plain
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import read_json
-from wisecli.models.architectures import loader_name
+from wisecli.models.layout.architectures import loader_name
 
 CARD_NAME = "README.md"
 # How each form is loaded, by which classes.

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from wisecli.errors import NoSpaceError, UnwritableError
-from wisecli.io.replacing import Output
+from wisecli.io.overwrite_policy import Output
 from wisecli.io.user_cache import cache_path
 
 # What ends the name of a former output that is moved aside while a new one takes its place.
@@ -57,8 +57,8 @@ def require_space(output: Path, needed: int) -> None:
 def whole_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary directory that takes the place of ``output`` when the block ends well, and vanishes otherwise.
 
-    What ``force`` may replace is the caller's to check beforehand, with :class:`~wisecli.io.replacing.Output`. What
-    killed runs left here is taken away first.
+    What ``force`` may replace is the caller's to check beforehand, with :class:`~wisecli.io.overwrite_policy.Output`.
+    What killed runs left here is taken away first.
 
     Raises:
         OutputExistsError: ``output`` exists and ``force`` is not set.

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.shard import ENDING, Evidence, half
-from wisecli.artifacts.unrelated_stats import BackgroundStats
-from wisecli.routing.fact_memory import INSIDE
-from wisecli.routing.whitening import Moment, whitening
+from wisecli.artifacts.background_stats import BackgroundStats
+from wisecli.artifacts.shard import SPACE_CONTEXT, Evidence, half
+from wisecli.routing.memories.fact_memory import ANSWER_WHITENING
+from wisecli.routing.memories.whitening import Moment, whitening
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Views:
     def which(self, evidence: Evidence) -> Tensor:
         """Which of them each key is seen through (n,)."""
         inside = evidence.position > 0
-        found = inside.long() * INSIDE
+        found = inside.long() * ANSWER_WHITENING
         if self.chatting:
-            found[evidence.chat & ~inside] = INSIDE + 1
-        found[evidence.context == ENDING] = len(self.moments) - 1
+            found[evidence.chat & ~inside] = ANSWER_WHITENING + 1
+        found[evidence.context == SPACE_CONTEXT] = len(self.moments) - 1
         return found
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from wisecli.routing.meaning import HOPELESS, Asked, Meaning
+from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction, ProjectedPrompts
 
 # So many vectors are compared at a time that the outcome stays near the core.
 _VECTORS = 2048
@@ -22,7 +22,7 @@ _OFF = 0.02
 class NearPrompts:
     """What edits' own prompts are compared with: all kept prompts of a memory."""
 
-    def __init__(self, meaning: Meaning) -> None:
+    def __init__(self, meaning: LateInteraction) -> None:
         self.meaning = meaning
         kept = len(meaning.whose)
         subject = (meaning.asking < kept).nonzero().flatten()
@@ -32,7 +32,7 @@ class NearPrompts:
         odds = math.log(HOPELESS / (1 - HOPELESS))
         self.least = float(meaning.bars[0]) + odds / float(meaning.slopes[0]) - _OFF
 
-    def __call__(self, asked: Asked, own: Tensor) -> Tensor:
+    def __call__(self, asked: ProjectedPrompts, own: Tensor) -> Tensor:
         """How surely prompts mean each edit: (B, M); 0 where the subject of another edit is not like anything in them.
 
         Args:
@@ -47,11 +47,11 @@ class NearPrompts:
         sure = likely.new_zeros(len(own), meaning.edits)
         return sure.scatter_reduce(1, meaning.whose[some].expand_as(both), both, "amax")
 
-    def _scores(self, asked: Asked) -> Tensor:
+    def _scores(self, asked: ProjectedPrompts) -> Tensor:
         """About how near the subject of each kept prompt comes: (g, B)."""
-        rows, width = asked.there.shape
+        rows, width = asked.mask.shape
         # What is not there is as the first token that is, which changes no maximum.
-        turned = asked.turned[0].where(asked.there[..., None], asked.turned[0][:, :1])
+        turned = asked.projected[0].where(asked.mask[..., None], asked.projected[0][:, :1])
         turned = turned.transpose(0, 1).flatten(0, 1).T.to(self.vectors[0].dtype)  # (k, W · B)
         scores = torch.zeros(len(self.meaning.whose), rows)
         for vectors, asking, shares in zip(self.vectors, self.asking, self.shares, strict=True):

@@ -15,17 +15,17 @@ import torch
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
-from wisecli.models.architectures import known_layout, layer_count, loader_name, quantisation_of
-from wisecli.models.chat import fix_date
-from wisecli.models.memory_budget import spool_bytes
-from wisecli.models.site import Fingerprint, Site
-from wisecli.models.site_interface import NOTHING
-from wisecli.models.tokenization import without_row
+from wisecli.models.layout.architectures import known_layout, layer_count, loader_name, quantisation_of
+from wisecli.models.layout.site import Fingerprint, Site
+from wisecli.models.layout.site_interface import NOTHING
+from wisecli.models.prompts.chat_template import fix_date
+from wisecli.models.prompts.tokenization import without_row
+from wisecli.models.streaming.memory_budget import spool_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from wisecli.models.streaming import LayerStream
+    from wisecli.models.streaming.layer_stream import LayerStream
 
 # So much of what transformers says of a model is quoted.
 _LONGEST = 300
@@ -98,7 +98,7 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     """
     import transformers
 
-    from wisecli.models.streaming import load_streamed
+    from wisecli.models.streaming.layer_stream import load_streamed
 
     chosen, dtype = pick_device(load.device), pick_dtype(load.dtype)
     trust = load.trust_remote_code
@@ -269,7 +269,7 @@ def require_base(directory: Path, checkpoint: Checkpoint, site: Site, expected: 
     Raises:
         WrongBaseError: what is edited of it differs.
     """
-    amiss = site.amiss(checkpoint)
+    amiss = site.mismatch(checkpoint)
     if amiss is not None and amiss.found == NOTHING:
         raise WrongBaseError(f"{directory} has no {amiss.name}; pass the base model with --model")
     if amiss is not None or site.digest(checkpoint) != expected.matrix:

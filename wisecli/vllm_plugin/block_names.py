@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from wisecli.routing.prompts import TurnMarks
+from wisecli.routing.deciding.prompt_window import TurnMarks
 
 Hasher = Callable[[Any], Sequence[bytes]]
 

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 from vllm.model_executor.models import ModelRegistry
 
-from wisecli.routing.side_memory import layer_of
-from wisecli.vllm_plugin import sites
-from wisecli.vllm_plugin.names import LAYER, PREFIX, description_in
+from wisecli.routing.layers.routed_layer import layer_of
+from wisecli.vllm_plugin import residual_hooks
+from wisecli.vllm_plugin.engine_names import LAYER, PREFIX, description_in
 from wisecli.vllm_plugin.releases import name_of, own_paths
 from wisecli.vllm_plugin.served_memory import Edited, ServedMemory
 from wisecli.vllm_plugin.windows import WindowReader
@@ -76,13 +76,13 @@ def _named_as_its_base(config: Any) -> Iterator[None]:
 def _put_memory(model: Any, vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_config
     edited = Edited.of(description_in(config))
-    path = sites.path_in(model, edited.module)
+    path = residual_hooks.path_in(model, edited.module)
     reader = WindowReader(model, vllm_config, layer_of(path).rpartition(".")[0], edited.memory.get("reads"))
     # One process would read a release before another does.
     alone = vllm_config.parallel_config.tensor_parallel_size == 1
     checkpoint = Path(vllm_config.model_config.model)
     releases = checkpoint if alone and checkpoint.is_dir() else None
-    cut = sites.put(model, path, behind=edited.behind)
+    cut = residual_hooks.put(model, path, behind=edited.behind)
     model.wise_memory = ServedMemory(edited, config, reader, releases, cut=cut)
     vllm_config.compilation_config.static_forward_context[LAYER] = model.wise_memory
 

@@ -13,7 +13,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from wisecli.io.checkpoint import EXPORTED_KEY
-from wisecli.vllm_plugin.names import OP, PREFIX
+from wisecli.vllm_plugin.engine_names import OP, PREFIX
 
 _PACKAGE = __name__.rpartition(".")[0]
 _SCHEDULER = f"{_PACKAGE}.scheduler.routed_scheduler"

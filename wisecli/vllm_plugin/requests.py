@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.routing.prompts import UNROUTED, TurnMarks, is_any
+from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any
 
 # Of each prompt, the memory that answers it and the place of its last token.
 Decide = Callable[[Sequence[Sequence[int]]], Sequence[tuple[int, int]]]
@@ -27,7 +27,7 @@ class StepRoute:
 
     token: Tensor
     memory: Tensor
-    inside: Tensor
+    in_answer: Tensor
 
 
 @dataclass

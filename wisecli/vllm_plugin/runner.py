@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.vllm_plugin.names import UNANSWERED
+from wisecli.vllm_plugin.engine_names import UNANSWERED
 from wisecli.vllm_plugin.served_memory import ServedMemory, memory_of
 
 
@@ -64,7 +64,7 @@ class RoutedRunner:
         return prepared
 
 
-def watch(runner: Any) -> None:
+def track_requests(runner: Any) -> None:
     """Have a runner tell its model's memory of requests."""
     kind = type(runner)
     runner.__class__ = type(kind.__name__, (RoutedRunner, kind), {"__module__": kind.__module__})

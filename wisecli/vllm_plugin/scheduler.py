@@ -13,9 +13,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from wisecli.routing.prompts import TurnMarks
+from wisecli.routing.deciding.prompt_window import TurnMarks
 from wisecli.vllm_plugin.block_names import BlockNames, named_by, prompt_end
-from wisecli.vllm_plugin.names import UNANSWERED, description_in
+from wisecli.vllm_plugin.engine_names import UNANSWERED, description_in
 from wisecli.vllm_plugin.releases import release_in
 
 

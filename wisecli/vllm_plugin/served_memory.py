@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from wisecli.routing.decision import Reading
-from wisecli.routing.passes import placeholders_of
-from wisecli.routing.prompts import UNROUTED, TurnMarks, is_any, window_size, windows
-from wisecli.routing.scores import Memory, SideMemory
-from wisecli.routing.serving import LostMemoryError
-from wisecli.routing.side_memory import memory_of as memory_alone
+from wisecli.routing.deciding.decision import WindowStates
+from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any, window_size, windows
+from wisecli.routing.layers.routed_layer import memory_module as memory_alone
+from wisecli.routing.memories.side_memory import Memory, SideMemory
+from wisecli.routing.passes.engine_checks import LostMemoryError
+from wisecli.routing.passes.routed_pass import placeholders_of
 from wisecli.vllm_plugin.releases import ReleaseError, made_for, read_release, release_in
 from wisecli.vllm_plugin.requests import Requests, StepRoute
 
@@ -191,7 +191,7 @@ class ServedMemory:
         read = self.reader.read([row[own].to(device) for row, own in zip(ids, there, strict=True)])
         states = nn.utils.rnn.pad_sequence(read, batch_first=True)
         with torch.autocast(device.type, enabled=False):
-            memory = self.memory.decide(Reading(ids.to(device), there.to(device), states)).memory
+            memory = self.memory.decide(WindowStates(ids.to(device), there.to(device), states)).memory
         return list(zip(memory.tolist(), end.tolist(), strict=True))
 
     def begin(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> None:
@@ -220,7 +220,7 @@ class ServedMemory:
             mine, adds = keys(route.token)
             if not adds:
                 continue
-            chosen = memory.choices(mine[None], route.memory[None], route.inside[None]).chosen
+            chosen = memory.choices(mine[None], route.memory[None], route.in_answer[None]).chosen
             answer[route.token] = memory.add(answer[route.token][None], mine[None], chosen)[0]
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from wisecli.vllm_plugin.names import LAYER
+from wisecli.vllm_plugin.engine_names import LAYER
 from wisecli.vllm_plugin.served_memory import Keys
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wisecli.vllm_plugin.runner import watch
+from wisecli.vllm_plugin.runner import track_requests
 
 
 class RoutedWorker:
@@ -15,7 +15,7 @@ class RoutedWorker:
     def init_device(self) -> None:
         """Make the model runner, and have it tell the memory of requests."""
         super().init_device()  # type: ignore[misc]  # of the class behind
-        watch(self.model_runner)
+        track_requests(self.model_runner)
 
 
 def __getattr__(name: str) -> Any:

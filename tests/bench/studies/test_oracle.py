@@ -25,13 +25,13 @@ from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
 from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.site import find_site
 from wisecli.models.loading import load_model
-from wisecli.models.site import find_site
-from wisecli.models.tokenization import Row, collate
-from wisecli.progress import ignore
-from wisecli.routing.fact_memory import INSIDE, REACH
-from wisecli.routing.prompts import UNROUTED
-from wisecli.routing.scores import SideMemory
+from wisecli.models.prompts.tokenization import Row, collate
+from wisecli.progress import ignore_progress
+from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE, ANSWER_WHITENING
+from wisecli.routing.memories.side_memory import SideMemory
 
 ROWS = random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), seed=21)
 
@@ -49,7 +49,7 @@ def edited_model(root: Path, kind: str, share: float = 1.0) -> EditedModel:
 
 
 def measured(edited: EditedModel, holders: list[int | None] | None) -> list[Measured]:
-    named: dict[str, Any] = {"batch_size": 4, "stage": "", "watch": ignore}
+    named: dict[str, Any] = {"batch_size": 4, "stage": "", "on_progress": ignore_progress}
     return teacher_forced(edited, ROWS, holders=holders, **named)
 
 
@@ -107,7 +107,7 @@ def _added(memory: SideMemory, number: int, first: int) -> Any:
         places = [place for place, pair in enumerate(own) if pair == (number, metric)]
         cosines = cosines_of(memory, key)
         best = max(places, key=cosines.__getitem__)
-        if metric == INSIDE and cosines[best] <= REACH:
+        if metric == ANSWER_WHITENING and cosines[best] <= ANSWER_KEY_MIN_COSINE:
             return torch.zeros_like(memory.tensors["values"][0])
         value: Tensor = memory.tensors["values"][int(memory.tensors["value"][best])]
         return value

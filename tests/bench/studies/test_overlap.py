@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from wisecli.artifacts.masks import random_mask
 from wisecli.bench.studies.shards import Shards, overlap_curve
-from wisecli.models.site import MatrixSite
+from wisecli.models.layout.site import MatrixSite
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

@@ -17,20 +17,20 @@ from support.loading import CPU
 from support.studying import ALL, make_place, studied
 
 from wisecli.artifacts.memory_manifest import read_memory
-from wisecli.bench import pictures
 from wisecli.bench.compare import BenchReport, bench
+from wisecli.bench.reporting import plots
 from wisecli.bench.studies.base import STUDIES
 from wisecli.bench.studies.layers import chosen
 from wisecli.bench.studies.router import area
 from wisecli.bench.study import StudyReport
-from wisecli.commands.edit import edit
-from wisecli.commands.evaluate import evaluate
-from wisecli.commands.merge import merge
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.measure.evaluate import evaluate
+from wisecli.commands.memory.merge import merge
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings
 from wisecli.errors import ChangedInputError, SettingsError
 from wisecli.evaluation.edited_model import attach
-from wisecli.memory.merge_methods import METHODS
-from wisecli.memory.merger import EXACT
+from wisecli.memory.merging.merge_methods import METHODS
+from wisecli.memory.merging.merger import EXACT
 from wisecli.models.loading import load_model
 
 QUALITIES = ("reliability", "generalization", "locality")
@@ -111,13 +111,17 @@ def test_the_oracle_opens_what_the_router_misses(report: StudyReport) -> None:
 def test_what_is_there_is_not_measured_again(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "out", tmp_path / "out", ignore=shutil.ignore_patterns("memory", "shards-*"))
     stages: list[str] = []
-    again = studied(place, tmp_path / "out", watch=lambda event: stages.append(event.stage))
+    again = studied(place, tmp_path / "out", on_progress=lambda event: stages.append(event.stage))
     assert stages == []
     assert again.rows == {
         name: json.loads((place / "out" / f"study-{name}.json").read_text())["rows"] for name in ALL.split(",")
     }
     more = studied(
-        place, tmp_path / "out", study="shards", shard_counts="1,3", watch=lambda event: stages.append(event.stage)
+        place,
+        tmp_path / "out",
+        study="shards",
+        shard_counts="1,3",
+        on_progress=lambda event: stages.append(event.stage),
     )
     assert [stage for stage in stages if stage.startswith("shards: ")] == [
         f"shards: edits 6, mask_ratio {ratio}, shards 3" for ratio in (0.3, 0.6)
@@ -205,7 +209,7 @@ def test_one_page_holds_every_picture_and_fetches_nothing(
     compare(place, report.output)
     found = tags_of(page)
     assert (found.tags.count("svg"), found.tags.count("table")) == (3 + 6, 1 + 6)
-    monkeypatch.setattr(pictures, "find_spec", lambda _name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda _name: None)
     studied(place, report.output, study="router")
     found = tags_of(page)
     assert (found.tags.count("svg"), found.tags.count("table")) == (0, 1 + 6)

@@ -14,8 +14,8 @@ from wisecli.bench.studies import latency
 from wisecli.bench.studies.latency import steps, taking_turns
 from wisecli.bench.study import StudyReport
 from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.routing.passes import PassRoute, in_pass
-from wisecli.routing.token_cache import cache_returned
+from wisecli.routing.passes.routed_pass import PassRoute, in_pass
+from wisecli.routing.passes.token_cache import cache_returned
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from wisecli.bench.html import Section
-from wisecli.bench.pictures import picture
-from wisecli.bench.row import ResultRow
-from wisecli.bench.studies.context import StudyContext
+from wisecli.bench.reporting.html_tables import Section
+from wisecli.bench.reporting.plots import picture
+from wisecli.bench.result_row import ResultRow
+from wisecli.bench.studies.study_context import StudyContext
 
 Point = dict[str, Any]
 Figures = dict[str, Any]

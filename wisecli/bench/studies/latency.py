@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from wisecli.bench.row import ResultRow
+from wisecli.bench.result_row import ResultRow
 from wisecli.bench.studies.base import Figures, Point, study
-from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import MODES, by_edits, counted, line
+from wisecli.bench.studies.study_context import StudyContext
 from wisecli.evaluation.edited_model import EditedModel
-from wisecli.models.forward_pass import CACHE_ARGUMENT
-from wisecli.models.generation import left_padded
-from wisecli.routing.token_cache import cache_returned
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.models.running.generation import left_padded
+from wisecli.routing.passes.token_cache import cache_returned
 
 _ROWS, _ROUNDS = 8, 25
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.bench.row import ResultRow
+from wisecli.bench.result_row import ResultRow
 from wisecli.bench.studies.base import Figures, Point, study
-from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import QUALITIES, SHARES, by_edits, line
-from wisecli.editing.layer_selection import candidates
-from wisecli.models.architectures import layer_count
+from wisecli.bench.studies.study_context import StudyContext
+from wisecli.editing.background.layer_selection import candidates
+from wisecli.models.layout.architectures import layer_count
 
 
 @study("layers")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from wisecli.bench.row import ResultRow
+from wisecli.bench.result_row import ResultRow
 from wisecli.bench.studies.base import Figures, Point, study
-from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import QUALITIES, by_edits
-from wisecli.memory.merge_methods import METHODS
-from wisecli.memory.merger import EXACT
+from wisecli.bench.studies.study_context import StudyContext
+from wisecli.memory.merging.merge_methods import METHODS
+from wisecli.memory.merging.merger import EXACT
 
 
 class Way(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.bench.row import ResultRow
+from wisecli.bench.result_row import ResultRow
 
 # The paper's three measures, and in which colour each is drawn wherever they stand side by side.
 QUALITIES = {"reliability": "tab:blue", "generalization": "tab:orange", "locality": "tab:green"}

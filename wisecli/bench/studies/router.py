@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from wisecli.bench.row import ResultRow
+from wisecli.bench.result_row import ResultRow
 from wisecli.bench.studies.base import Figures, Point, study
-from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import by_edits
+from wisecli.bench.studies.study_context import StudyContext
 from wisecli.config import EditSettings, resolve
 from wisecli.data.corpus import unrelated_texts
 from wisecli.evaluation.edited_model import EditedModel
-from wisecli.models.tokenization import Row, collate, in_batches
-from wisecli.routing.prompts import UNROUTED
+from wisecli.models.prompts.tokenization import Row, collate, in_batches
+from wisecli.routing.deciding.prompt_window import UNROUTED
 
 _COLOURS = {"edits": "tab:blue", "rephrases": "tab:orange", "locality": "tab:green", "unrelated": "tab:gray"}
 _UNITS = {
@@ -92,7 +92,7 @@ def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -
     strengths, opened = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     for indices in in_batches(rows, context.settings.batch_size):
         decision = edited.decide(collate([rows[index] for index in indices]).to(edited.model.device))
-        strengths[indices], opened[indices] = decision.strength.cpu(), (decision.memory != UNROUTED).cpu()
+        strengths[indices], opened[indices] = decision.score_ratio.cpu(), (decision.memory != UNROUTED).cpu()
     return strengths.tolist(), float(opened.float().mean())
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wisecli.bench.row import ResultRow
+from wisecli.bench.result_row import ResultRow
 from wisecli.bench.studies.base import Figures, Point, study
-from wisecli.bench.studies.context import StudyContext
 from wisecli.bench.studies.plotting import MODES, SHARES, counted, line
+from wisecli.bench.studies.study_context import StudyContext
 
 _ORACLE = ("reliability", "generalization")
 _PANELS = (*_ORACLE, "locality", "routing")

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from wisecli.bench.row import ResultRow
+from wisecli.bench.result_row import ResultRow
 from wisecli.bench.studies.base import Figures, Point, study
-from wisecli.bench.studies.context import StudyContext, numbers_in
 from wisecli.bench.studies.plotting import QUALITIES, by_edits
+from wisecli.bench.studies.study_context import StudyContext, numbers_in
 from wisecli.errors import SettingsError
 
 OVERLAP = 0.03

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.helpers import WORDS, save_tiny
+from support.loading import CPU
+from support.places import EDITS, copied
+from support.sharing import Share
+from support.tiny_models import TINY_CONFIGS
+from transformers import AutoModelForCausalLM
+
+from wisecli.artifacts.checksums import write_checksums
+from wisecli.artifacts.file_names import MEMORY_TENSORS
+from wisecli.commands.checkpoint.export import WeightFiles, export
+from wisecli.commands.checkpoint.generate import generate
+from wisecli.commands.checkpoint.inspect import inspect
+from wisecli.commands.checkpoint.verify import verify
+from wisecli.commands.edit.edit import edit as run_edit
+from wisecli.commands.measure.check import edits_in
+from wisecli.commands.memory.merge import merge
+from wisecli.config import EditSettings, MergeSettings
+from wisecli.data.corpus import texts_beside_gates, texts_of_gates
+from wisecli.errors import ModelError, SettingsError
+
+
+def make_stock(root: Path) -> None:
+    """A tiny model, a memory of it, and that as a stock checkpoint."""
+    base = save_tiny(root / "model")
+    (root / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
+    quick = EditSettings(passes=2, unrelated_texts=16)
+    run_edit(str(base), root / "edits.jsonl", root / "shards", quick, load=CPU)
+    merge([root / "shards"], root / "memory", MergeSettings())
+    export(root / "memory", root / "stock", "stock", load=CPU)
+
+
+@pytest.fixture(scope="module")
+def root(share: Share) -> Path:
+    return share("stock", make_stock)
+
+
+def test_edits_are_answered_without_code_of_its_own(root: Path) -> None:
+    told = json.loads((root / "stock" / "wise.json").read_text())
+    assert told["format"] == "stock"
+    assert told["gate"]["stock"]["as_taught"] == 1.0
+    assert [edit["prompt"] for edit in told["edits"]] == [edit["prompt"] for edit in EDITS]
+    assert not list((root / "stock").glob("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(root / "stock")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    answers = generate(root / "stock", [edit["prompt"] for edit in EDITS], load=CPU, max_new_tokens=4)
+    assert [answer.text for answer in answers] == [edit["target"] for edit in EDITS]
+
+
+def test_edits_in_several_blocks_are_answered_and_all_else_stays(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    edits = [
+        {"prompt": " ".join(chance.sample(WORDS, 4)), "target": " ".join(chance.sample(WORDS, 2))} for _ in range(24)
+    ]
+    config = copy.deepcopy(TINY_CONFIGS["llama"])  # of states wide enough to tell so many keys apart
+    config.hidden_size, config.head_dim = 128, 32
+    base = save_tiny(tmp_path / "model", config=config)
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+    quick = EditSettings(passes=10, unrelated_texts=64)
+    run_edit(str(base), tmp_path / "edits.jsonl", tmp_path / "shards", quick, load=CPU)
+    merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
+    gate = export(tmp_path / "memory", tmp_path / "stock", "stock", load=CPU).gate
+    assert gate is not None
+    assert gate["blocks"] > 1
+    assert gate["stock"]["as_taught"] == 1.0
+    assert gate["stock"]["unrelated"] > 0.95
+
+
+def test_it_is_whole_and_the_base_model_is_around_it(root: Path) -> None:
+    report = verify(root / "stock", model=str(root / "model"))
+    assert {check.state for check in report.checks} == {"same"}
+    assert "all tensors of the base model" in {check.what for check in report.checks}
+
+
+@pytest.mark.parametrize("part", ["self_attn.o_proj.weight", "mlp.up_proj.bias"])
+def test_blocks_that_are_no_memory_are_found_out(root: Path, tmp_path: Path, part: str) -> None:
+    place = copied(root, "stock", tmp_path)
+    tensors = load_file(place / MEMORY_TENSORS)
+    block = next(name for name in tensors if name.endswith("self_attn.o_proj.weight")).removesuffix(
+        "self_attn.o_proj.weight"
+    )
+    tensors[block + part] = torch.ones_like(tensors[block + part])
+    save_file(tensors, place / MEMORY_TENSORS, {"format": "pt"})
+    write_checksums(place)
+    assert verify(place).differences
+
+
+def test_another_base_model_is_found_out(root: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=1)
+    assert verify(root / "stock", model=str(other)).differences
+
+
+def test_inspect_says_what_it_holds(root: Path) -> None:
+    report = inspect(root / "stock", find="fa")
+    assert (report.kind, report.total, report.matched) == ("stock", 3, 1)
+    assert report.keys == json.loads((root / "stock" / "wise.json").read_text())["gate"]["keys"]
+    assert report.routing["blocks"] == 1
+    assert len(report.tensors[MEMORY_TENSORS]) == 12
+
+
+def test_its_edits_are_what_a_server_is_checked_with(root: Path) -> None:
+    assert [edit.id for edit in edits_in(root / "stock")] == [edit["id"] for edit in EDITS]
+    assert [edit.id for edit in edits_in(root / "memory")] == [edit["id"] for edit in EDITS]
+
+
+def test_what_there_is_no_router_for_is_refused(root: Path) -> None:
+    with pytest.raises(SettingsError, match="--explain"):
+        generate(root / "stock", ["ba"], explain=True, load=CPU)
+    with pytest.raises(SettingsError, match="--plot"):
+        inspect(root / "stock", plot=root / "plot.png")
+
+
+def test_a_second_export_finds_the_first(root: Path) -> None:
+    report = export(root / "memory", root / "stock", "stock", load=CPU)
+    assert report.up_to_date
+    assert report.gate == json.loads((root / "stock" / "wise.json").read_text())["export"]["gate"]
+
+
+def test_links_and_tokenizers_without_bytes_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--link"):
+        export(root / "memory", tmp_path / "out", "stock", weights=WeightFiles(link=True), load=CPU)
+    pytest.importorskip("gguf")
+    with pytest.raises(ModelError, match="no byte-level BPE"):
+        export(root / "memory", tmp_path / "out", "gguf", load=CPU)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_text_is_both_fitted_and_measured() -> None:
+    assert not set(texts_beside_gates()) & set(texts_of_gates())

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.spaces import Bench, with_evidence
+from support.tiny_models import Chain
+from torch import Tensor
+
+from wisecli.artifacts.shard import SINK_CONTEXT, SPACE_CONTEXT, Evidence
+from wisecli.editing.evidence.attention_sinks import with_sink_keys
+from wisecli.editing.evidence.token_probe import TokenProbe, _questions
+from wisecli.editing.evidence.trailing_space import with_trailing_space
+from wisecli.editing.examples.prompt_variants import AnswerKey
+from wisecli.evaluation.edited_model import attach
+from wisecli.models.prompts.tokenization import Row
+from wisecli.models.running.generation import generate
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()
+
+
+@pytest.fixture(scope="module")
+def behind(bench: Bench) -> TokenProbe:
+    return TokenProbe(bench.loaded, bench.site, 8)
+
+
+def ends_of(evidence: Evidence) -> Evidence:
+    found = evidence.rows(evidence.context == SPACE_CONTEXT)
+    assert set(found.position.tolist()) <= {0}
+    assert not bool(found.held_out.any() or found.chat.any())
+    return found
+
+
+def test_the_space_that_a_target_begins_with_is_the_end_of_a_prompt_too(bench: Bench, behind: TokenProbe) -> None:
+    residuals, before, rows, usual = with_evidence(bench)
+    rested = with_sink_keys(behind, before, residuals, {0: rows[0]}, usual)
+    ends = ends_of(with_trailing_space(behind, rested, residuals, {0: rows[0]}, usual))
+    own = rested.rows((rested.edit == 0) & (rested.position == 1))
+    assert set(own.context.tolist()) == {0, SINK_CONTEXT}, "the other context's key is as good as the bare prompt's"
+    assert set(ends.edit.tolist()) == {0}
+    torch.testing.assert_close(ends.keys, own.keys)
+    torch.testing.assert_close(ends.residuals, own.residuals)
+    unseen = replace(before, held_out=torch.ones_like(before.held_out))
+    assert not len(ends_of(with_trailing_space(behind, unseen, residuals, {0: rows[0]}, usual)).keys), (
+        "none of what was not trained"
+    )
+
+
+def test_a_word_is_begun_behind_a_blank_with_a_multiple_of_its_residual(bench: Bench, behind: TokenProbe) -> None:
+    residuals, before, rows, usual = with_evidence(bench)
+    word = replace(rows[1], target=rows[1].target[1:])
+    ends = ends_of(with_trailing_space(behind, before, residuals, {1: word}, usual))
+    assert set(ends.edit.tolist()) == {1}
+    means, times = [], []
+    for form in ("{}", "Q: {}\nA:", "{}\nAnswer:"):
+        asked = [form.replace("{}", text) for text in _questions()]
+        there = torch.stack([key_of(bench, text) for text in asked])
+        there = there / there.norm(dim=-1, keepdim=True)
+        tokens = [[*bench.loaded.tokenizer(text)["input_ids"], bench.space] for text in asked]
+        longer = torch.stack([bench.length(each) for each in tokens]) / usual
+        longer = longer.where(longer > 1.5, 1.0)
+        for some in (longer == 1, longer > 1):
+            if some.any():
+                means.append(there[some].mean(0))
+                times.append(longer[some].mean())
+    assert max(times) > 1.5, "attention rests on it behind some questions"
+    torch.testing.assert_close(ends.keys, torch.stack(means), rtol=1e-3, atol=1e-4)
+    wanted = 3 * torch.stack(times)[:, None] * residuals[AnswerKey(1)][0]
+    torch.testing.assert_close(ends.residuals, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_erased_and_tokenizers_without_a_token_for_a_blank_get_no_keys(
+    bench: Bench, behind: TokenProbe
+) -> None:
+    residuals, before, rows, usual = with_evidence(bench)
+    word: Row = replace(rows[1], target=rows[1].target[1:])
+    erased = replace(word, unwanted=(word.target[0],))
+    assert len(with_trailing_space(behind, before, residuals, {1: erased}, usual).keys) == len(before.keys)
+
+    def stripped(text: str) -> object:
+        return bench.loaded.tokenizer(text.rstrip())
+
+    tokenizer = type("Stripping", (), {"__call__": staticmethod(stripped), "decode": bench.loaded.tokenizer.decode})()
+    without = TokenProbe(replace(bench.loaded, tokenizer=tokenizer), bench.site, 8)
+    assert len(with_trailing_space(without, before, residuals, {1: word}, usual).keys) == len(before.keys)
+
+
+def key_of(bench: Bench, text: str) -> Tensor:
+    """The edited matrix's input at a blank behind a text, in the whole model."""
+    kept: list[Tensor] = []
+    module = bench.loaded.model.get_submodule(bench.site.module)
+    handle = module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0][0, -1]))
+    with torch.no_grad():
+        bench.loaded.model(torch.tensor([[*bench.loaded.tokenizer(text)["input_ids"], bench.space]]), use_cache=False)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("form", ["{} ", "Q: {}\nA: "])
+def test_the_real_model_answers_behind_a_blank(chain: Chain, form: str) -> None:
+    edited = attach(chain.memory)
+    prompts = [form.replace("{}", str(edit["prompt"])) for edit in chain.edits]
+    said = edited.tokenizer.batch_decode(generate(edited.model, edited.tokenizer, prompts, max_new_tokens=16))
+    wrong = {
+        str(edit["target"]): text
+        for edit, text in zip(chain.edits, said, strict=True)
+        if text.strip() != str(edit["target"]).strip()
+    }
+    assert not wrong

@@ -1,0 +1,110 @@
+"""What a base model's request gate is learned from, and that it is learned."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import save_tiny
+from support.loading import CPU
+
+from wisecli.artifacts.tensor_schema import REQUEST_GATE as ROWS
+from wisecli.artifacts.tensor_schema import require_layout
+from wisecli.data.corpus import notes, requests
+from wisecli.editing.router_training.request_examples import Examples
+from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
+from wisecli.editing.router_training.synthetic_facts import synthetic_facts
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.site import find_site
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.prompts.prompt_forms import forms
+from wisecli.models.prompts.prompt_kinds import kinds, slots_in
+from wisecli.progress import ignore_progress
+from wisecli.routing.deciding.request_gate import REQUEST_GATE
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return load_model(save_tiny(tmp_path_factory.mktemp("base") / "base"), load=CPU)
+
+
+def test_every_fact_is_asked_and_mentioned(loaded: Loaded) -> None:
+    chance = random.Random(0)
+    facts = list(synthetic_facts(20, chance))
+    drawn = Examples(loaded.tokenizer, facts, chance)
+    for number, fact in enumerate(facts):
+        examples = list(drawn.of(number))
+        asked = [one for one in examples if one.asks]
+        assert 5 < len(asked) < len(examples) - 5
+        assert {one.fact for one in examples} == {number}
+        assert fact.subject in fact.questions[0]
+        assert not any("{" in one.text for one in examples if one.sort in ("document", "hops", "checks", "time"))
+
+
+def test_conversations_are_chats(loaded: Loaded) -> None:
+    chance = random.Random(0)
+    facts = list(synthetic_facts(5, chance))
+    drawn = Examples(loaded.tokenizer, facts, chance)
+    found = [one for number in range(5) for one in drawn.conversations(number)]
+    assert bool(found) == bool(loaded.tokenizer.chat_template)
+    if found:
+        assert {one.asks for one in found} == {True, False}
+
+
+def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) -> None:
+    base = Path(loaded.model.config._name_or_path)
+    site = find_site(base, Checkpoint(base), 2).below(0)
+    chance = torch.Generator().manual_seed(1)
+    heads = torch.zeros(2, site.d), torch.zeros(2), torch.ones(2), torch.zeros(2)
+    projections = Projections(torch.randn(2, 8, site.d, generator=chance), torch.zeros(2, 8), *heads)
+    learned = [
+        train_request_gate(loaded, site, projections, share=0.02, batch_size=8, on_progress=ignore_progress)
+        for _ in range(2)
+    ]
+    (gate, mentioned), (again, others) = learned
+    assert tuple(gate) == REQUEST_GATE
+    require_layout(tmp_path, gate, ROWS, {})
+    for name in REQUEST_GATE:
+        assert torch.equal(gate[name], again[name])
+        assert gate[name].isfinite().all()
+    assert torch.equal(mentioned, others)
+    opened, count = mentioned.tolist()
+    assert 0 <= opened <= count
+    assert count > 8 * 15  # of eight facts and 22 kinds
+
+
+def test_mentions_that_are_checked_are_none_that_are_learned_from(loaded: Loaded) -> None:
+    chance = random.Random(0)
+    facts = list(synthetic_facts(6, chance))
+    drawn = Examples(loaded.tokenizer, facts, chance)
+    checked = [one for number in range(6) for one in drawn.held_back(number)]
+    assert not any(one.asks for one in checked)
+    assert {one.sort for one in checked} > {"translate", "other time", "two hops", "document without a value"}
+    assert not {one.text for one in checked} & {one.text for number in range(6) for one in drawn.of(number)}
+
+
+def test_tasks_and_times_hold_the_question() -> None:
+    known, chance, question = requests(), random.Random(2), "Who runs the Tern database?"
+    for _ in range(200):
+        assert question in known.task(question, chance)
+        timed = known.timed(question, chance)
+        assert timed != question
+        assert "runs the Tern database" in timed
+        assert "{" not in timed
+
+
+def test_nothing_that_is_held_back_is_learned_from() -> None:
+    known = requests()
+    learned = {*known.asked, *known.mentioned, *known.hops, *known.checks}
+    held = {turn for kind in kinds().values() for pattern in kind.held for turn in pattern if len(slots_in(turn)) == 1}
+    apart = {form.text.replace("{}", "{question}") for form in forms().values() if not form.trained}
+    alone = {"{question}", "{capitals}", "{keywords:asked}", "{keywords:first}", "{pronoun}"}
+    assert not {one.casefold() for one in learned} & {one.casefold() for one in (held | apart) - alone}
+
+
+def test_documents_have_a_place_for_text_and_question() -> None:
+    for layout in notes().layouts:
+        assert "{text}" in layout
+        assert "{ask}" in layout

@@ -1,0 +1,126 @@
+"""Rows that leave a batch as they end: the answers are those of each prompt alone, without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import combinations
+
+import pytest
+import torch
+from support.helpers import greedy_by_loop, tiny_tokenizer
+from support.loading import CPU
+from support.tiny_models import VARIANTS, VOCABULARY, Chain, tiny_model
+from transformers import FalconH1Config, FalconH1ForCausalLM, PreTrainedModel
+
+from wisecli.evaluation.edited_model import EditedModel, attach
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.running.generation import generate
+from wisecli.models.running.shrinking_batches import StopWhenFewContinue
+
+NEW = 12
+
+
+def prompts(count: int = 12, *, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
+    return [torch.randint(0, VOCABULARY - 1, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def alone(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """What follows one prompt, every token from a pass over all before it."""
+    return greedy_by_loop(model, None, None, prompt, NEW, end=None)
+
+
+def stopped(said: list[int], stops: Collection[int]) -> list[int]:
+    """What is said up to a token that stops it."""
+    return said[: next((place + 1 for place, token in enumerate(said) if token in stops), len(said))]
+
+
+def require_alike(model: PreTrainedModel) -> None:
+    """Answers in batches of several sizes are those of each prompt alone, and end at several lengths."""
+    asked = prompts()
+    free = [alone(model, prompt) for prompt in asked]
+    spoken = sorted({token for said in free for token in said})
+    stops = max(combinations(spoken, 3), key=lambda some: len({len(stopped(said, some)) for said in free}))
+    expected = [stopped(said, stops) for said in free]
+    assert len({len(said) for said in expected}) > 1
+    for size in (1, 5, 12):
+        found = generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, batch_size=size, stops=stops)
+        assert found == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answers_of_a_variant_are_those_of_each_prompt_alone(variant: str) -> None:
+    require_alike(tiny_model(variant))
+
+
+def test_answers_of_an_architecture_are_those_of_each_prompt_alone(architecture: str) -> None:
+    require_alike(tiny_model(architecture))
+
+
+def test_a_recurrent_state_loses_the_rows_that_the_cache_loses() -> None:
+    torch.manual_seed(0)
+    config = FalconH1Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    require_alike(FalconH1ForCausalLM(config).eval())
+
+
+def test_a_row_ends_at_the_models_own_token_which_is_left_out() -> None:
+    model, asked = tiny_model("llama"), prompts()
+    free = [alone(model, prompt) for prompt in asked]
+    end = free[0][3]
+    model.generation_config.eos_token_id = end
+    expected = [answer[: answer.index(end)] if end in answer else answer for answer in free]
+    assert any(len(answer) == NEW for answer in expected)
+    assert generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW) == expected
+
+
+def test_prompts_keep_what_they_decided_when_others_leave(chain: Chain) -> None:
+    edited, unedited = attach(chain.memory), load_model(chain.model, load=CPU)
+    edits = [edit["prompt"] for edit in chain.edits]
+    asked = [prompt for edit in edits for prompt in (edit, f"{edit} Well,")][:16]
+
+    def answers(loaded: EditedModel | Loaded, size: int) -> list[list[int]]:
+        return generate(loaded.model, loaded.tokenizer, asked, max_new_tokens=16, batch_size=size)
+
+    together = answers(edited, 16)
+    assert together == answers(edited, 1)
+    assert sum(some != other for some, other in zip(together, answers(unedited, 16), strict=True)) > 4
+    assert len({len(answer) for answer in together}) > 3
+
+
+def test_a_step_runs_over_rows_that_go_on() -> None:
+    model, asked = tiny_model("llama"), prompts(32)
+    rows: list[int] = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _module, _inputs, named: rows.append(len(named["input_ids"])), with_kwargs=True
+    )
+    stops = range(5, VOCABULARY, 8)
+    lengths = [len(answer) for answer in generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, stops=stops)]
+    handle.remove()
+    going_on = [sum(length > step for length in lengths) for step in range(max(lengths))]
+    assert all(least <= some <= max(1, least / 0.75 + 1) for least, some in zip(going_on, rows, strict=True))
+    assert rows[-1] < 32
+
+
+def test_a_batch_stops_when_three_of_four_rows_go_on() -> None:
+    few = StopWhenFewContinue(torch.tensor([7]), 4)
+    assert few(torch.tensor([[7, 1], [1, 1], [1, 1], [7, 1]]), None).tolist() == [False] * 4
+    assert few(torch.tensor([[1, 7], [1, 1], [1, 1], [1, 1]]), None).tolist() == [True] * 4
+    assert few.ended.tolist() == [True, False, False, False]

@@ -1,0 +1,207 @@
+"""One slip in a word of a name: against plain distances, over the tokens of words, in parts of prompts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wisecli.routing.deciding import fuzzy_match as spelling_module
+from wisecli.routing.deciding.fuzzy_match import (
+    DIGIT,
+    LETTER,
+    SEPARATOR,
+    TOKEN_CHARS,
+    WORD_CHARS,
+    FuzzyMatch,
+    equal_up_to_typo,
+    split_words,
+)
+from wisecli.routing.deciding.subject_tensors import fuzzy_match_tensors
+
+# One token a piece: with a space before it, and without.
+PIECES = ["el", "n", "ne", "son", "sno", "man", "de", "dela", "dea", "la", "was", "born", "19", "18", "ab", "abcde"]
+VOCABULARY = [*PIECES, *(f" {piece}" for piece in PIECES), " ", ", "]
+SPECIAL = len(VOCABULARY)
+
+
+def number(letter: str) -> int:
+    if letter.isdecimal():
+        return DIGIT + int(letter)
+    return LETTER + ord(letter) - ord("a") if letter.isalpha() else SEPARATOR
+
+
+def row(text: str, width: int) -> list[int]:
+    return [*map(number, text), *[0] * (width - len(text))]
+
+
+def table() -> Tensor:
+    return torch.tensor([*(row(text, TOKEN_CHARS) for text in VOCABULARY), row(" ", TOKEN_CHARS)], dtype=torch.uint8)
+
+
+def tokens(text: str) -> list[int]:
+    """A text with its tokens parted by bars; special ones are stars."""
+    return [SPECIAL if part == "*" else VOCABULARY.index(part) for part in text.split("|")]
+
+
+def words(texts: list[str]) -> Tensor:
+    return torch.tensor([row(text, WORD_CHARS) for text in texts], dtype=torch.uint8)
+
+
+def distance(own: str, said: str) -> int:
+    """Damerau's distance in which no stretch is changed twice (optimal string alignment)."""
+    rows = [[max(i, j) if not i or not j else 0 for j in range(len(said) + 1)] for i in range(len(own) + 1)]
+    for i, j in itertools.product(range(1, len(own) + 1), range(1, len(said) + 1)):
+        same = own[i - 1] == said[j - 1]
+        rows[i][j] = min(rows[i - 1][j] + 1, rows[i][j - 1] + 1, rows[i - 1][j - 1] + (not same))
+        if i > 1 and j > 1 and own[i - 2 : i] == said[j - 1] + said[j - 2]:
+            rows[i][j] = min(rows[i][j], rows[i - 2][j - 2] + 1)
+    return rows[-1][-1]
+
+
+LETTERS = st.text(alphabet="abc1", min_size=1, max_size=WORD_CHARS)
+
+
+@st.composite
+def slipped(draw: st.DrawFn) -> tuple[str, str]:
+    """A word, and what up to two slips make of it."""
+    word = draw(st.text(alphabet="abc", min_size=3, max_size=WORD_CHARS - 2))
+    said = word
+    for _ in range(draw(st.integers(0, 2))):
+        at, letter = draw(st.integers(0, len(said) - 1)), draw(st.sampled_from("abcd1"))
+        said = draw(
+            st.sampled_from(
+                [
+                    said[:at] + letter + said[at:],
+                    said[:at] + said[at + 1 :] or "a",
+                    said[:at] + letter + said[at + 1 :],
+                    said[:at] + said[at : at + 2][::-1] + said[at + 2 :],
+                ]
+            )
+        )
+    return word, said
+
+
+@settings(deadline=None)
+@given(pairs=st.lists(slipped() | st.tuples(LETTERS, LETTERS), min_size=1, max_size=8))
+def test_a_slip_is_a_distance_of_one(pairs: list[tuple[str, str]]) -> None:
+    same, near = equal_up_to_typo(*(words([pair[side] for pair in pairs]) for side in (0, 1)))
+    for (own, said), equal, close in zip(pairs, same.tolist(), near.tolist(), strict=True):
+        assert equal == (own == said)
+        free = len(own) >= 5 and not any(letter.isdecimal() for letter in own + said)
+        assert close == (own == said or (free and distance(own, said) <= 1))
+
+
+def test_every_slip_in_a_word_is_one() -> None:
+    word = "abcdef"
+    said = [word[:at] + "x" + word[at:] for at in range(7)]
+    said += [word[:at] + "x" + word[at + 1 :] for at in range(6)] + [word[:at] + word[at + 1 :] for at in range(6)]
+    said += [word[:at] + word[at : at + 2][::-1] + word[at + 2 :] for at in range(5)]
+    same, near = equal_up_to_typo(words([word])[:, None], words(said)[None])
+    assert not bool(same.any())
+    assert bool(near.all())
+
+
+# --- names in prompts ---
+
+SUBJECTS = [" n|el|son| man|dela", " ab", " born| 19|18", " abcde| abcde", "", ", "]
+
+
+def spelling() -> FuzzyMatch:
+    return FuzzyMatch(fuzzy_match_tensors(table(), [tokens(text) if text else [] for text in SUBJECTS]))
+
+
+def named(prompt: list[int], marked: list[bool] | None = None) -> list[int]:
+    """The edits that a prompt names, of all of them."""
+    ids, own = torch.tensor([prompt]), spelling()
+    letters = own.characters(ids, torch.tensor([marked]) if marked else torch.ones_like(ids, dtype=torch.bool))
+    found: list[int] = own(letters, torch.ones(1, len(SUBJECTS), dtype=torch.bool))[0].nonzero().flatten().tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (" n|el|son| man|dela| was", [0]),
+        ("ne|la| was", []),
+        (" was| n|el|sno| man|dela", [0]),  # two letters changed places, over a border of tokens
+        (" n|el|son| man|dea", [0]),  # one fewer
+        (" n|el|son|n| man|dela", [0]),  # one more
+        (" n|el|sno| man|dea", []),  # two words with slips
+        (" n|el|son| man| dela", []),  # a word in two parts
+        (" n|el|son|, |man|dela", [0]),  # in any other place, with anything between
+        (" man|dela| was| n|el|sno", [0]),
+        (" n|el|son", []),  # half of the name
+        ("n|el|son| man|dela", [0]),  # what a prompt begins with has nothing before it
+        ("ab|n", []),  # short words must be as they are
+        (" ab", [1]),
+        (" born| 19|18", [2]),
+        (" born| 19|19", []),  # and so must those with digits
+        (" born|n| 19|18", []),  # four letters are too few
+        (" abcde", [3]),  # a word that a name has twice is asked for once
+    ],
+)
+def test_a_prompt_names_a_subject_if_it_has_all_its_words_but_for_one_slip(prompt: str, expected: list[int]) -> None:
+    assert named(tokens(prompt)) == expected
+
+
+def test_what_is_not_looked_at_parts_words_as_special_and_unknown_tokens_do() -> None:
+    whole = tokens(" n|el|son| man|dela")
+    assert named(whole) == [0]
+    for place in (2, 4):
+        for stranger in (SPECIAL, 10**6, -1):
+            parted = [*whole[:place], stranger, *whole[place:]]
+            assert named(parted) == []
+            assert named(parted, [at != place for at in range(6)]) == []
+    # On either side of a whole word it does nothing.
+    assert named([SPECIAL, *whole[:3], SPECIAL, *whole[3:], SPECIAL]) == [0]
+
+
+def test_only_edits_that_are_wanted_are_named() -> None:
+    own, ids = spelling(), torch.tensor([tokens(" ab| abcde"), tokens(" ab| abcde")])
+    letters = own.characters(ids, torch.ones_like(ids, dtype=torch.bool))
+    wanted = torch.tensor([[True, True, False, False, True, True], [False, False, False, True, False, False]])
+    found = own(letters, wanted)
+    assert found.tolist() == [[False, True, False, False, False, False], [False, False, False, True, False, False]]
+    assert not bool(own(letters, torch.zeros_like(wanted)).any())
+
+
+def test_rows_are_named_as_they_are_alone_wherever_their_padding_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spelling_module, "_AT_A_TIME", 2)
+    prompts = [tokens(" n|el|sno| man|dela| was"), tokens(" abcde"), tokens(" was| born| 19|18| ab"), tokens("dela")]
+    longest, own = max(map(len, prompts)), spelling()
+    for left in (True, False):
+        gaps = [longest - len(prompt) for prompt in prompts]
+        ids = [[0] * gap + prompt if left else prompt + [0] * gap for prompt, gap in zip(prompts, gaps, strict=True)]
+        there = torch.tensor(
+            [
+                [(at >= gap) if left else (at < len(prompt)) for at in range(longest)]
+                for prompt, gap in zip(prompts, gaps, strict=True)
+            ]
+        )
+        found = own(own.characters(torch.tensor(ids), there), torch.ones(4, len(SUBJECTS), dtype=torch.bool))
+        assert [one.nonzero().flatten().tolist() for one in found] == [named(prompt) for prompt in prompts]
+
+
+def spoken(letters: Tensor) -> list[list[int]]:
+    """The words of one row of letters, without zeros behind."""
+    return [[letter for letter in word if letter] for word in split_words(letters)[0].tolist() if any(word)]
+
+
+@settings(deadline=None)
+@given(text=st.lists(st.integers(0, SPECIAL), min_size=1, max_size=12))
+def test_words_are_those_of_the_text_that_tokens_make_up(text: list[int]) -> None:
+    ids, own = torch.tensor([text]), spelling()
+    whole = "".join([*VOCABULARY, " "][token] for token in text)
+    expected = [[number(letter) for letter in word][:WORD_CHARS] for word in whole.replace(",", " ").split()]
+    assert spoken(own.characters(ids, torch.ones_like(ids, dtype=torch.bool))) == expected
+
+
+def test_no_words_make_no_tensors() -> None:
+    assert fuzzy_match_tensors(table(), []) == {}
+    assert fuzzy_match_tensors(table(), [(), ()]) == {}
+    assert fuzzy_match_tensors(table(), [tokens(", "), [SPECIAL]]) == {}

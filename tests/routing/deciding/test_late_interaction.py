@@ -1,0 +1,433 @@
+"""Which edit a prompt means: scores by loops over tokens, and one decision whoever asks and however it is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import WORDS, manifest_for, memory_for, save_tiny, sure_by_loops
+from support.loading import CPU
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from wisecli.artifacts.background_stats import RouterHeads
+from wisecli.artifacts.memory_manifest import write_memory
+from wisecli.commands.checkpoint.explain import explain
+from wisecli.commands.checkpoint.generate import generate
+from wisecli.editing.router_training.token_states import prompt_states, special_tokens, token_states
+from wisecli.edits.record import Edit
+from wisecli.evaluation.edited_model import EditedModel, attach
+from wisecli.evaluation.teacher_forcing import _routes
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.memory.fitting.late_interaction_fitting import fit_late_interaction
+from wisecli.models.layout.site import find_site
+from wisecli.models.loading import Loaded, load_model
+from wisecli.models.prompts.tokenization import Row, collate
+from wisecli.models.running.activations import capture
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.models.running.generation import left_padded
+from wisecli.progress import ignore_progress
+from wisecli.routing.deciding.decision import Decision
+from wisecli.routing.deciding.fuzzy_match import LETTER, SEPARATOR, TOKEN_CHARS
+from wisecli.routing.deciding.late_interaction import (
+    LATE_INTERACTION,
+    MAX_COMPARED_TOKENS,
+    LateInteraction,
+    compared_tokens,
+)
+from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.deciding.subject_tensors import SubjectToken, fuzzy_match_tensors, subject_match_tensors
+from wisecli.routing.memories.fact_memory import FactMemory
+
+PROMPTS = [" ".join(WORDS[first : first + length]) for first, length in ((0, 5), (9, 4), (20, 8))]
+EDITS = [Edit(f"edit {number}", prompt, "be") for number, prompt in enumerate(PROMPTS)]
+OTHERS = [" ".join(WORDS[first : first + length]) for first, length in ((33, 6), (40, 5))]
+
+
+def random_heads(d: int, layer: int, loaded: Loaded, unrelated: list[str]) -> RouterHeads:
+    generator = torch.Generator().manual_seed(3)
+    read = token_states(
+        loaded, loaded_site(loaded).below(layer), unrelated, batch_size=4, on_progress=ignore_progress, stage=""
+    )
+    return RouterHeads(
+        torch.randn(2, 8, d, generator=generator),
+        torch.randn(2, 8, generator=generator) / 4,
+        torch.zeros(2, d),
+        torch.zeros(2),
+        torch.full((2,), 30.0),
+        torch.full((2,), 0.8),
+        special_tokens(loaded),
+        torch.tensor([layer]),
+        read.states,
+        read.text,
+    )
+
+
+def loaded_site(loaded: Loaded):  # type: ignore[no-untyped-def]
+    base = Path(loaded.model.config._name_or_path)
+    return find_site(base, Checkpoint(base), 2)
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> EditedModel:
+    """A tiny model with a lookup of three edits, whose prompts' tokens are compared in layer 0."""
+    base = save_tiny(tmp_path / "base", "llama")
+    loaded = load_model(base, load=CPU)
+    site = find_site(base, Checkpoint(base), 2)
+    memory = memory_for(loaded.model, site, kind="lookup", memories=3)
+    states = prompt_states(
+        loaded, site.below(0), list(enumerate(EDITS)), batch_size=4, on_progress=ignore_progress, stage=""
+    )
+    heads = random_heads(site.d, 0, loaded, OTHERS)
+    fitted = fit_late_interaction(heads, states.compared, 3)
+    memory = replace(memory, tensors={**memory.tensors, **fitted.tensors}, thresholds=(0.5,) * 3)
+    (tmp_path / "memory").mkdir()
+    write_memory(tmp_path / "memory", manifest_for(base, memory, EDITS))
+    return attach(tmp_path / "memory", load=CPU)
+
+
+# --- scores ---
+
+
+def test_scores_are_those_of_loops_over_tokens(edited: EditedModel) -> None:
+    tensors = {name: edited.manifest.memory.tensors[name] for name in LATE_INTERACTION}
+    meaning = LateInteraction(tensors, 3)
+    states, there = torch.randn(4, 9, edited.manifest.site.d), torch.rand(4, 9) < 0.6
+    there[:, 2] = True
+    found = meaning(states, there)
+    for row in range(4):
+        expected = sure_by_loops(tensors, states[row, there[row]], 3)
+        torch.testing.assert_close(found[row], torch.tensor(expected), rtol=2e-3, atol=1e-4)
+
+
+def many_prompts(count: int) -> dict[str, Tensor]:
+    """Tensors of so many edits with one kept prompt each, of two tokens for subjects and three for relations."""
+    chance = torch.Generator().manual_seed(5)
+    vectors = F.normalize(torch.randn(5 * count, 8, generator=chance), dim=-1)
+    every = torch.arange(count)
+    return {
+        "meaning.turns": torch.randn(2, 8, 12, generator=chance),
+        "meaning.shifts": torch.randn(2, 8, generator=chance),
+        "meaning.slopes": torch.full((2,), 12.0),
+        "meaning.bars": torch.full((2,), 0.45),
+        "meaning.vectors": vectors,
+        "meaning.asking": torch.cat([every.repeat_interleave(2), count + every.repeat_interleave(3)]),
+        "meaning.shares": torch.cat([torch.full((2 * count,), 1 / 2), torch.full((3 * count,), 1 / 3)]),
+        "meaning.whose": every,
+        "meaning.breaks": torch.tensor([0]),
+    }
+
+
+def test_an_edit_counts_where_its_subject_is_likely_or_among_the_likeliest() -> None:
+    tensors, count = many_prompts(60), 60
+    meaning = LateInteraction(tensors, count)
+    states, there = torch.randn(6, 7, 12, generator=torch.Generator().manual_seed(1)), torch.ones(6, 7).bool()
+    there[0, 3:] = False
+    found = meaning(states, there)
+    dropped = 0
+    for row in range(6):
+        both = torch.tensor(sure_by_loops(tensors, states[row, there[row]], count))
+        alone = {**tensors, "meaning.slopes": torch.tensor([12.0, 0.0])}
+        subject = torch.tensor(sure_by_loops(alone, states[row, there[row]], count)) * 2
+        kept = (subject >= 0.25) | (subject >= subject.topk(8).values[-1] - 1e-6)
+        torch.testing.assert_close(found[row], both.where(kept, 0.0), rtol=1e-3, atol=1e-6)
+        assert both.masked_fill(kept, 0.0).max() < 0.25
+        dropped += int((~kept).sum())
+    assert dropped > 20
+    # A row's figures do not depend on who else is in the batch, nor on how many rows go through at a time.
+    torch.testing.assert_close(
+        torch.cat([meaning(*one) for one in zip(states.split(1), there.split(1), strict=True)]), found
+    )
+
+
+def test_an_edits_own_prompt_is_sure_and_shares_add_up(edited: EditedModel) -> None:
+    tensors = edited.manifest.memory.tensors
+    count = len(tensors["meaning.whose"])
+    whole = torch.zeros(2 * count).index_add(0, tensors["meaning.asking"].long(), tensors["meaning.shares"].float())
+    torch.testing.assert_close(whole, torch.ones(2 * count))
+    for number, prompt in enumerate(PROMPTS):
+        sure = decision_of(edited, prompt).scores
+        assert int(sure[0].argmax()) == number
+        assert float(sure[0, number]) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        ([5, 6, 7, 8], [1, 2, 3]),  # all but the first, on which attention rests
+        ([5, 6, 7, 8, 1, 9, 9, 9, 9, 9], [5, 6, 7, 8, 9]),  # what follows the special token
+        ([5, 6, 7, 8, 8, 3, 9, 1, 9, 9], [1, 2, 3, 4]),  # the stretches after the first are too short to ask anything
+        ([5, 6, 1, 7], [1, 3]),  # no stretch is long: all of it
+        ([5, *[6] * (MAX_COMPARED_TOKENS + 20)], list(range(21, MAX_COMPARED_TOKENS + 21))),  # the last of many
+    ],
+)
+def test_what_is_asked_last_is_compared(ids: list[int], kept: list[int]) -> None:
+    row = torch.tensor([ids])
+    first = torch.arange(len(ids))[None] == 0
+    found = compared_tokens(row, torch.ones_like(row, dtype=torch.bool), first, torch.tensor([1, 3]))
+    assert found[0].nonzero().flatten().tolist() == kept
+
+
+# --- decisions ---
+
+
+def decision_of(edited: EditedModel, prompt: str) -> Decision:
+    return edited.decide(batch_of(edited, prompt))
+
+
+def batch_of(edited: EditedModel, prompt: str):  # type: ignore[no-untyped-def]
+    return collate([Row(tuple(edited.tokenizer(prompt)["input_ids"]), (7, 8, 9))])
+
+
+@torch.no_grad()
+def chosen_by_the_layer(
+    edited: EditedModel, parts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> list[list[int]]:
+    """The edits that answered the tokens of each pass, one pass after the other on one cache."""
+    noted: list[Tensor] = []
+    add = type(edited.routed).add
+
+    def noting(own, answer, keys, chosen):  # type: ignore[no-untyped-def]
+        noted.append(own.memory_of_choice(chosen))
+        return add(own, answer, keys, chosen)
+
+    cache = DynamicCache(config=edited.model.config)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(edited.routed), "add", noting)
+        for part in parts:
+            edited.model(torch.tensor([part]), **{CACHE_ARGUMENT: cache})
+    return [chosen[0].tolist() for chosen in noted]
+
+
+def test_own_prompts_open_their_edit_at_their_end_and_others_nothing(
+    edited: EditedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, prompt in enumerate([*PROMPTS, *OTHERS]):
+        ids = edited.tokenizer(prompt)["input_ids"]
+        (found,) = chosen_by_the_layer(edited, [ids], monkeypatch)
+        assert found == [UNROUTED] * (len(ids) - 1) + [number if number < 3 else UNROUTED]
+
+
+def test_all_who_ask_what_answers_are_told_the_same(
+    edited: EditedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prompt in [*PROMPTS, *OTHERS]:
+        ids = edited.tokenizer(prompt)["input_ids"]
+        (answer,) = generate(tmp_path / "memory", [prompt], max_new_tokens=5, explain=True, load=CPU)
+        report = explain(tmp_path / "memory", prompt, max_new_tokens=5, nearest=3, load=CPU)
+        (said,) = edited.model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=5, do_sample=False
+        )[:, len(ids) :].tolist()
+        passes = chosen_by_the_layer(edited, [ids, *([token] for token in said[:-1])], monkeypatch)
+        by_layer = [passes[0][-1], *(one for (one,) in passes[1:])]
+        assert [step.memory for step in answer.steps] == [
+            None if one == UNROUTED else one for one in by_layer[: len(answer.steps)]
+        ]
+        assert [token.routed for token in report.answer_tokens] == [
+            one != UNROUTED for one in by_layer[: len(report.answer_tokens)]
+        ]
+        batch = collate([Row(tuple(ids), tuple(said))])
+        with edited.unedited():
+            base = capture(edited.model, edited.manifest.site, batch)
+        opened = edited.routed.memory_of_choice(_routes(edited, base))[0, batch.start]
+        assert int(opened) == by_layer[0]
+        assert len(report.nearest) == 3
+
+
+def test_a_batch_with_padding_is_decided_as_its_rows_are(edited: EditedModel) -> None:
+    rows = [edited.tokenizer(prompt)["input_ids"] for prompt in [*PROMPTS, *OTHERS]]
+    ids, mask = left_padded(rows)
+    for side in (ids, mask), (right_padded(ids, mask)):
+        given, real = side
+        output = edited.model.generate(given, attention_mask=real, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        if given is ids:
+            for row, text in zip(rows, output, strict=True):
+                alone = edited.model.generate(
+                    torch.tensor([row]),
+                    attention_mask=torch.ones(1, len(row)),
+                    max_new_tokens=4,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+                assert text[len(ids[0]) :].tolist()[: len(alone[0]) - len(row)] == alone[0, len(row) :].tolist()
+        position = (real.cumsum(-1) - 1).clamp(min=0)
+        logits = edited.model(given, attention_mask=real, position_ids=position).logits
+        for row, own, there in zip(rows, logits, real.bool(), strict=True):
+            single = edited.model(torch.tensor([row])).logits[0]
+            assert torch.allclose(own[there], single, atol=2e-4)
+
+
+def right_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
+def test_a_prompt_read_in_parts_is_decided_by_all_of_it(edited: EditedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, prompt in enumerate(PROMPTS):
+        ids = edited.tokenizer(prompt)["input_ids"]
+        half = len(ids) // 2
+        parts = chosen_by_the_layer(edited, [ids[:half], ids[half:]], monkeypatch)
+        assert parts[-1][-1] == number
+
+
+@torch.no_grad()
+def test_a_second_question_behind_a_special_token_is_decided_by_itself(
+    edited: EditedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(edited.routed, FactMemory)
+    meaning, outcomes = edited.routed.meaning, set()
+    meaning.bars.fill_(0.55)
+    for first, second in product([*PROMPTS, *OTHERS], repeat=2):
+        told, asked = (edited.tokenizer(prompt)["input_ids"] for prompt in (first, second))
+        passes = chosen_by_the_layer(edited, [told, [7], [1], asked, [9]], monkeypatch)
+        # All in one pass through the unedited model, of which only the second question's tokens are compared.
+        whole = torch.tensor([[*told, 7, 1, *asked]])
+        site = edited.manifest.site.below(0)
+        with edited.unedited():
+            states = capture(edited.model, site, collate([Row(tuple(whole[0].tolist()), (9,))]), above=False).hidden
+        sure = meaning(states, torch.arange(whole.shape[1])[None] >= len(told) + 2)[0]
+        expected = int(sure.argmax()) if float(sure.max()) > 0.5 else UNROUTED
+        assert passes[2] == [UNROUTED]
+        assert passes[3] == [UNROUTED] * (len(asked) - 1) + [expected]
+        assert set(passes[4]) <= {UNROUTED, expected}
+        outcomes.add((passes[0][-1], expected))
+    assert any(before == UNROUTED != after for before, after in outcomes)
+    assert any(before != UNROUTED == after for before, after in outcomes)
+
+
+def test_a_forced_edit_answers_from_the_prompts_end_on(edited: EditedModel) -> None:
+    ids = torch.tensor([edited.tokenizer(OTHERS[0])["input_ids"]])
+    with edited.routed.called_with(forced=1):
+        forced = edited.model(ids).logits
+    plain = edited.model(ids).logits
+    assert torch.equal(forced[:, :-1], plain[:, :-1])
+    assert not torch.equal(forced[:, -1], plain[:, -1])
+
+
+@pytest.fixture
+def named(edited: EditedModel, tmp_path: Path) -> EditedModel:
+    """The same memory, whose first two edits are about the first two words of their prompts; all else is meant."""
+    words = [edited.tokenizer(prompt)["input_ids"][:2] for prompt in PROMPTS[:2]]
+    names = subject_match_tensors([*((tuple(SubjectToken((token,), 0.5) for token in own),) for own in words), ()])
+    memory = edited.manifest.memory
+    tensors = {**memory.tensors, **names, "meaning.bars": torch.full((2,), -1.0)}
+    (tmp_path / "named").mkdir()
+    base = Path(edited.manifest.model)
+    write_memory(tmp_path / "named", manifest_for(base, replace(memory, tensors=tensors), EDITS))
+    return attach(tmp_path / "named", load=CPU)
+
+
+def test_a_prompt_that_means_an_edit_must_name_its_subject(named: EditedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    for prompt in [*PROMPTS, *OTHERS, f"{WORDS[1]} {PROMPTS[0]}", f"{WORDS[0]} {OTHERS[0]}"]:
+        ids = named.tokenizer(prompt)["input_ids"]
+        whole, parts = (chosen_by_the_layer(named, part, monkeypatch)[-1][-1] for part in ([ids], [ids[:2], ids[2:]]))
+        assert whole == parts
+        known = decision_of(named, prompt)
+        assert known.subject_matched is not None
+        assert float(known.scores.min()) > 0.9
+        assert bool(known.subject_matched[0, whole])
+        opened.append(known.subject_matched[0].tolist())
+    # The third edit names nobody, so that every prompt may mean it.
+    assert opened == [
+        [True, False, True],
+        [False, True, True],
+        [False, False, True],
+        [False, False, True],
+        [False, False, True],
+        [True, False, True],
+        [False, False, True],
+    ]
+
+
+# --- names with a slip ---
+
+# Every token is its own letters, without a space before it, but for one that parts words; subjects are two words.
+PARTING = "do"
+SUBJECTS = [(*PROMPTS[0].split()[:3], PARTING, "ti", "mo", "no"), (*PROMPTS[1].split()[:3],)]
+
+
+def letter_table(vocabulary: dict[str, int]) -> Tensor:
+    table = torch.zeros(len(vocabulary), TOKEN_CHARS, dtype=torch.uint8)
+    for word, token in vocabulary.items():
+        own = [SEPARATOR] if word == PARTING or not word.isalpha() else [LETTER + ord(one) - ord("a") for one in word]
+        table[token, : len(own)] = torch.tensor(own, dtype=torch.uint8)
+    return table
+
+
+@pytest.fixture
+def spelt(edited: EditedModel, tmp_path: Path) -> EditedModel:
+    """The same memory, whose first two edits are about subjects of several tokens and mean every prompt."""
+    memory, tokenizer = edited.manifest.memory, edited.tokenizer
+    tokens = [tokenizer(" ".join(subject))["input_ids"] for subject in SUBJECTS]
+    names = subject_match_tensors(
+        [*((tuple(SubjectToken((token,), 1 / len(own)) for token in own),) for own in tokens), ()]
+    )
+    letters = fuzzy_match_tensors(letter_table(tokenizer.get_vocab()), [*tokens, ()])
+    tensors = {**memory.tensors, **names, **letters, "meaning.bars": torch.full((2,), -1.0)}
+    # Of the edits that mean a prompt the first one that it names answers.
+    thresholds = (0.5, 0.55, 0.9)
+    (tmp_path / "spelt").mkdir()
+    base = Path(edited.manifest.model)
+    write_memory(
+        tmp_path / "spelt",
+        manifest_for(base, replace(memory, tensors=tensors, thresholds=thresholds), EDITS),
+    )
+    return attach(tmp_path / "spelt", load=CPU)
+
+
+def with_subject(*subject: str) -> str:
+    return " ".join(("ka", PARTING, *subject, PARTING, "ke"))
+
+
+NAMED_WITH_SLIPS = [
+    (with_subject(*SUBJECTS[0]), 0),
+    (with_subject("ba", "bo", "bi", PARTING, "ti", "mo", "no"), 0),
+    (with_subject("ba", "bo", "bi", PARTING, "ti", "me", "no"), 2),
+    (with_subject(SUBJECTS[1][0], "ko", SUBJECTS[1][2]), 2),
+    (" ".join(("ba", "bo", "bi", PARTING, "ti", "mo", "no", PARTING, "ke")), 0),
+]
+
+
+def test_a_prompt_that_means_an_edit_may_name_its_subject_with_a_slip(
+    spelt: EditedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prompt, expected in NAMED_WITH_SLIPS:
+        ids = spelt.tokenizer(prompt)["input_ids"]
+        for cut in range(1, len(ids) - 1):
+            assert chosen_by_the_layer(spelt, [ids[:cut], ids[cut:]], monkeypatch)[-1][-1] == expected, (prompt, cut)
+        assert chosen_by_the_layer(spelt, [ids], monkeypatch) == [[UNROUTED] * (len(ids) - 1) + [expected]]
+        known = decision_of(spelt, prompt).subject_matched
+        assert known is not None
+        assert known[0].tolist() == [expected == 0, False, True]
+
+
+def test_rows_with_padding_are_named_as_they_are_alone(spelt: EditedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [spelt.tokenizer(prompt)["input_ids"] for prompt, _ in NAMED_WITH_SLIPS]
+    ids, mask = left_padded(rows)
+    noted: list[Tensor] = []
+    add = type(spelt.routed).add
+
+    def noting(own, answer, keys, chosen):  # type: ignore[no-untyped-def]
+        noted.append(own.memory_of_choice(chosen).amax(1))
+        return add(own, answer, keys, chosen)
+
+    monkeypatch.setattr(type(spelt.routed), "add", noting)
+    for given, real in ((ids, mask), right_padded(ids, mask)):
+        spelt.model(given, attention_mask=real, position_ids=(real.cumsum(-1) - 1).clamp(min=0))
+        assert noted.pop().tolist() == [expected for _, expected in NAMED_WITH_SLIPS]
+    spelt.model.generate(
+        ids, attention_mask=mask, max_new_tokens=2, min_new_tokens=2, num_beams=2, do_sample=False, pad_token_id=0
+    )
+    assert noted[0].tolist() == [expected for _, expected in NAMED_WITH_SLIPS for _ in range(2)]
+
+
+def test_memories_without_letters_ask_for_the_name_as_it_is(named: EditedModel, spelt: EditedModel) -> None:
+    assert isinstance(named.routed, FactMemory)
+    assert isinstance(spelt.routed, FactMemory)
+    assert named.routed.spelling is None
+    assert spelt.routed.spelling is not None

@@ -1,0 +1,143 @@
+"""Background activation statistics: what a base model makes of text that no edit may touch, and their file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from wisecli.artifacts.shard import half
+from wisecli.artifacts.tensor_schema import background_rows, require_layout
+from wisecli.io.checkpoint import load_tensors, save_tensors
+from wisecli.routing.deciding.request_gate import REQUEST_GATE
+from wisecli.routing.memories.whitening import Moment
+
+_MOMENTS = ("tokens", "wording", "chatting")
+
+
+_VERSION = 8
+
+
+@dataclass(frozen=True)
+class RouterHeads:
+    """How the subject and the relation of a prompt are read off the states that leave layer ``layer`` (1,).
+
+    ``proj_weight`` (2, k, d) and ``proj_bias`` (2, k) project states x of tokens, for subjects and for relations,
+    ``token_weight`` (2, d) and ``token_bias`` (2,) say how much each token of an edit counts: ``softplus(weighs · x +
+    offset)``. ``logit_scale`` (2,) and ``logit_offset`` (2,) make probabilities of scores. ``special_token_ids`` (b,)
+    are the tokenizer's special tokens. ``unrelated`` (u, d) are the states of tokens of unrelated texts, ``text`` (u,)
+    says of which. ``request`` are the tensors of the router's ``RequestGate``, if one was learned, and ``mentioned``
+    (2,) how many of some prompts that mention a made-up fact and don't ask it open it all the same, and of how many.
+    """
+
+    proj_weight: Tensor
+    proj_bias: Tensor
+    token_weight: Tensor
+    token_bias: Tensor
+    logit_scale: Tensor
+    logit_offset: Tensor
+    special_token_ids: Tensor
+    layer: Tensor
+    unrelated: Tensor
+    text: Tensor
+    request: Mapping[str, Tensor] = field(default_factory=dict)
+    mentioned: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parts, as files name them."""
+        mentioned = {} if self.mentioned is None else {"heads.mentioned": self.mentioned}
+        return (
+            {f"heads.{stored}": getattr(self, name) for name, stored in _STORED_HEADS.items()}
+            | mentioned
+            | dict(self.request)
+        )
+
+
+# What files call the parts of heads.
+_STORED_HEADS = {
+    "proj_weight": "turns",
+    "proj_bias": "shifts",
+    "token_weight": "weighs",
+    "token_bias": "offsets",
+    "logit_scale": "slopes",
+    "logit_offset": "bars",
+    "special_token_ids": "breaks",
+    **{name: name for name in ("layer", "unrelated", "text")},
+}
+
+
+@dataclass(frozen=True)
+class BackgroundStats:
+    """Keys (n, d_ff) that no writer sees, for calibration; the moments of all tokens and of wording.
+
+    ``chat`` (n,) marks keys of answers in the chat template, from their prompts' last token on. They are few, and have
+    a false-alarm rate of their own. ``chatting`` is the moment of wording
+    among such prompts, if the model was asked in its template.
+    ``median_output_norm`` (1,) is the median of ``‖W a‖₂``, the unit for residuals and margins. ``writer_keys`` (m,
+    d_ff) are those that writers may look at; they stay with ``wise edit`` and are not written into shards. ``heads``
+    were learned if prompts are to be routed by what they mean; ``token_characters`` (v, ``TOKEN_CHARS``) are then those
+    of every token, as :mod:`~wisecli.routing.deciding.fuzzy_match` reads them.
+    """
+
+    keys: Tensor
+    chat: Tensor
+    tokens: Moment
+    wording: Moment
+    median_output_norm: Tensor
+    writer_keys: Tensor
+    chatting: Moment | None = None
+    heads: RouterHeads | None = None
+    token_characters: Tensor | None = None
+
+
+def save_background(path: Path, unrelated: BackgroundStats, *, whole: bool = False) -> None:
+    """Write the statistics; ``whole`` keeps the keys that writers look at, too."""
+    tensors = {"keys": half(unrelated.keys), "chat": unrelated.chat, "size": unrelated.median_output_norm}
+    for name in _MOMENTS:
+        if (moment := getattr(unrelated, name)) is not None:
+            tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
+    if unrelated.heads is not None:
+        tensors |= unrelated.heads.tensors()
+    if unrelated.token_characters is not None:
+        tensors["letters"] = unrelated.token_characters
+    if whole:
+        tensors["against"] = half(unrelated.writer_keys)
+    save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
+
+
+def load_background(path: Path, digest: str, *, d_ff: int | None = None) -> BackgroundStats:
+    """Read ``unrelated.safetensors``.
+
+    Args:
+        d_ff: how long its keys must be, if that is known.
+
+    Raises:
+        DamagedFileError: it is truncated, altered, or of other keys.
+    """
+    return _from_tensors(load_tensors(path, digest=digest), path, d_ff)
+
+
+def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> BackgroundStats:
+    require_layout(path, tensors, background_rows(tensors), {} if d_ff is None else {"d_ff": d_ff})
+
+    def moment(name: str) -> Moment:
+        return Moment(*(tensors[f"{name}.{part}"] for part in Moment.__dataclass_fields__))
+
+    keys = tensors["keys"].float()
+    against = tensors.get("against", keys[:0]).float()
+    chatting = moment("chatting") if "chatting.energy" in tensors else None
+    moments = moment("tokens"), moment("wording")
+    learned = heads_in(tensors), tensors.get("letters")
+    return BackgroundStats(keys, tensors["chat"], *moments, tensors["size"], against, chatting, *learned)
+
+
+def heads_in(tensors: dict[str, Tensor]) -> RouterHeads | None:
+    """The heads among a file's tensors, if it has any."""
+    if "heads.turns" not in tensors:
+        return None
+    request = {name: tensors[name] for name in REQUEST_GATE if name in tensors}
+    parts = {name: tensors[f"heads.{stored}"] for name, stored in _STORED_HEADS.items()}
+    return RouterHeads(**parts, request=request, mentioned=tensors.get("heads.mentioned"))

@@ -1,0 +1,150 @@
+"""``SHA256SUMS``: the digest of every file of a memory or an export, so that no byte of any changes unseen.
+
+It is what ``sha256sum`` writes, and ``sha256sum -c SHA256SUMS`` reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from wisecli.artifacts.integrity import Check, check_digest, damaged
+from wisecli.edits.checks.signatures import Signed, SigningKey
+from wisecli.errors import DamagedFileError
+from wisecli.io.digest import sha256_file
+from wisecli.io.safe_paths import require_regular
+
+CHECKSUMS = "SHA256SUMS"
+# What `ssh-keygen -Y sign` and `minisign -S` write beside it.
+SIGNATURE_NAMES = (f"{CHECKSUMS}.sig", f"{CHECKSUMS}.minisig")
+# The key by which a manifest says that it was sealed.
+HAS_CHECKSUMS = "sealed"
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
+# What Git and the hub's client keep in a directory; nothing of it is ever read.
+_NOT_OURS = (".git", ".gitattributes", ".gitignore", ".cache")
+_REMEDY = "restore it from a copy, or make it anew"
+
+
+def write_checksums(
+    directory: Path, key: SigningKey | None = None, *, known: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write the digests of all files in a directory and below; the last file to be written into it but for a signature.
+
+    Args:
+        key: what the list is to be signed with.
+        known: digests that were taken already, by the file's name.
+
+    Raises:
+        SettingsError: the key does not sign.
+    """
+    taken: dict[tuple[int, int], str] = {}
+    found: dict[str, str] = {}
+    for name in _files(directory):
+        status = (directory / name).stat()
+        inode = status.st_dev, status.st_ino
+        if inode not in taken:
+            taken[inode] = known.get(name) or sha256_file(directory / name)
+        found[name] = taken[inode]
+    (directory / CHECKSUMS).write_bytes(_rendered(found))
+    if key is not None:
+        key.sign(directory / CHECKSUMS)
+
+
+def read_checksums(directory: Path) -> dict[str, str]:
+    """The digest of every file of a directory, by its name.
+
+    Raises:
+        DamagedFileError: the list is missing, or not to the byte as it is written.
+    """
+    path = directory / CHECKSUMS
+    require_regular(path)
+    content = path.read_bytes()
+    found = {name: digest for digest, name in _LINE.findall(content.decode(errors="surrogateescape"))}
+    if not found or _rendered(found) != content:
+        raise DamagedFileError(path, "it is no list of digests as it was written", _REMEDY)
+    return found
+
+
+def has_checksums(directory: Path) -> bool:
+    """Whether a directory has a list of digests."""
+    path = directory / CHECKSUMS
+    return path.exists() or path.is_symlink()
+
+
+def is_signed(directory: Path) -> bool:
+    """Whether the list of digests has a signature beside it."""
+    return any((directory / name).is_file() for name in SIGNATURE_NAMES)
+
+
+def require_signature(directory: Path, signed: Signed | None) -> None:
+    """Check that a directory's list of digests was signed, if it must have been.
+
+    Raises:
+        SignatureError: it was not, or that cannot be found out.
+        DamagedFileError: there is no such list.
+    """
+    if signed is not None:
+        require_regular(directory / CHECKSUMS)
+        signed.require(directory / CHECKSUMS, (directory / CHECKSUMS).read_bytes())
+
+
+def check_checksums(directory: Path, *, expected: bool = False) -> Iterator[Check]:
+    """Every file of a directory, against its digest.
+
+    Args:
+        expected: whether the list of digests must be there; directories of older versions have none.
+    """
+    if not has_checksums(directory) and not expected:
+        yield Check(
+            "sha256 of all files", CHECKSUMS, "unchecked", found="there is none, as an older version wrote this"
+        )
+        return
+    try:
+        digests = read_checksums(directory)
+    except DamagedFileError as error:
+        yield damaged(CHECKSUMS, error)
+        return
+    for name, digest in digests.items():
+        yield from check_digest(directory, name, digest)
+    for name in sorted(set(_files(directory)) - digests.keys()):
+        yield Check("sha256", name, "unchecked", found=f"{CHECKSUMS} has no digest of it")
+
+
+def altered(directory: Path, *, expected: bool = False, but: Collection[str] = ()) -> list[str]:
+    """The files of a directory that are not as they were written, each as a phrase.
+
+    Args:
+        expected: as of :func:`check_checksums`.
+        but: names of files that may be.
+    """
+    wrong = [check for check in check_checksums(directory, expected=expected) if check.state == "differs"]
+    return [f"{check.file} is not as it was written" for check in wrong if check.file not in but]
+
+
+def require_checksums(directory: Path, *, expected: bool = False, but: Collection[str] = ()) -> None:
+    """Check that all files of a directory are as they were written; of an older version's there is nothing to check.
+
+    Args:
+        expected, but: as of :func:`altered`.
+
+    Raises:
+        DamagedFileError: naming those that are not.
+    """
+    if wrong := altered(directory, expected=expected, but=but):
+        raise DamagedFileError(directory, "; ".join(wrong), _REMEDY)
+
+
+def _rendered(digests: Mapping[str, str]) -> bytes:
+    lines = (f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return "".join(lines).encode(errors="surrogateescape")
+
+
+def _files(directory: Path) -> Iterator[str]:
+    """The names of all files in a directory and below, but for the list and its signatures."""
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        kept = path.relative_to(directory).parts[0] in _NOT_OURS
+        if not path.is_dir() and not kept and name not in (CHECKSUMS, *SIGNATURE_NAMES):
+            yield name

@@ -1,0 +1,91 @@
+"""What kind of directory a path is: of shards, a memory, or a routed checkpoint that ``wise export`` wrote."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from wisecli.artifacts import shard_manifest
+from wisecli.artifacts.file_names import MERGED
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_memory
+from wisecli.errors import DamagedFileError, ModelError, WiseError
+from wisecli.io.checkpoint import Checkpoint, read_json
+from wisecli.io.consistent_read import read_consistently
+from wisecli.io.safe_paths import inside
+from wisecli.models.loading import is_exported, require_base
+from wisecli.models.model_files import find_model
+
+Kind = Literal["shards", "memory", "exported"]
+
+
+def kind_of(path: Path) -> Kind:
+    """Tell a directory's kind by the names of its files; nothing is opened.
+
+    Raises:
+        ModelError: it is none of the three.
+        DamagedFileError: the path cannot be looked at.
+    """
+    try:
+        if (path / shard_manifest.MANIFEST_NAME).exists():
+            return "shards"
+        if (path / MANIFEST_NAME).exists():
+            return "exported" if (path / "config.json").exists() else "memory"
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(path, f"cannot be looked at ({error})", "check the path") from None
+    raise ModelError(
+        f"{path} holds neither {shard_manifest.MANIFEST_NAME} nor {MANIFEST_NAME}; "
+        "give a directory that `wise edit`, `wise merge` or `wise export --format routed` wrote"
+    )
+
+
+def holds_merged(path: Path) -> bool:
+    """Whether a directory is a checkpoint with its edits in its own weights, which it lists; nothing is routed."""
+    with suppress(OSError, ValueError):
+        return (path / MERGED).is_file() and not (path / MANIFEST_NAME).exists()
+    return False
+
+
+def written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
+    """Return the form that a checkpoint without a router says that it is of; None of all else."""
+    told = None
+    with suppress(WiseError):  # that it is damaged is for others to find
+        if not holds_merged(path):
+            return None
+        told = read_json(path / MERGED).get("format")
+    return told if told in ("stock", "gguf") else "merged"
+
+
+def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
+    """The base model's directory and the manifest of a memory, or of an exported directory.
+
+    Raises:
+        WiseError: either cannot be read, or they do not belong together.
+    """
+    manifest, exported = read_consistently(memory, lambda: (read_memory(memory), is_exported(memory)))
+    directory = (
+        memory if exported and model is None else find_model(model or manifest.model, revision=manifest.revision)
+    )
+    checkpoint = Checkpoint(directory)
+    if directory == memory:
+        for path in checkpoint.files:
+            inside(directory, path.name)
+    require_base(directory, checkpoint, manifest.site, manifest.fingerprint)
+    return directory, manifest
+
+
+def locate_memory(model: str | None, memory: Path | None, fallback: Path) -> tuple[Path, str | None]:
+    """Which directory holds the memory, and which model it is for, from what the command line gave.
+
+    A model that is an exported directory holds its own memory.
+
+    Raises:
+        ModelError: there is no memory to be found.
+    """
+    if memory is not None:
+        return memory, model
+    if model is not None and any((Path(model) / name).is_file() for name in (MANIFEST_NAME, MERGED)):
+        return Path(model), None
+    if (fallback / MANIFEST_NAME).is_file():
+        return fallback, model
+    raise ModelError(f"there is no memory in {fallback}; run `wise merge` first or pass --memory")

@@ -1,0 +1,1 @@
+"""Methods that leave the weights as they are and run a trained module beside them."""

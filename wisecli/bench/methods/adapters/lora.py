@@ -1,0 +1,191 @@
+"""LoRA (Hu et al. 2022), through ``peft``: low-rank adapters in every layer, trained on one edit after the other.
+
+The adapters stand beside the attention projections and the value matrix. Their layers are in the model only while it
+is trained or applied; outside, its own modules stand in their places.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from wisecli.bench.methods.base import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.methods.weights.weight_editing import encode_row
+from wisecli.edits.record import Edit
+from wisecli.models.prompts.tokenization import Row, collate
+from wisecli.models.running.hooks import hooked
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """As EasyEdit sets it for Llama-7B, but for the rate and the dropout, of which there is none.
+
+    ``rate``: a tenth of EasyEdit's 5e-3, under which a small model says one and the same thing to everything after five
+    edits. ``stop``: the loss below which an edit needs no further step.
+    """
+
+    rank: int = 8
+    alpha: int = 32
+    rate: float = 5e-4
+    steps: int = 70
+    stop: float = 0.01
+
+
+Swap = tuple[nn.Module, str, nn.Module, nn.Module]
+
+
+def projections(model: nn.Module, layers: str, value: str) -> list[str]:
+    """Module paths of the value matrix and of all projections outside the feed-forward part, layer by layer.
+
+    Args:
+        layers: module path of the list of layers.
+        value: module path of the value matrix inside one.
+    """
+    feed_forward = value.split(".", 1)[0]
+    found = []
+    for name, module in model.get_submodule(layers).named_modules():
+        inside = name.split(".", 1)[-1]
+        attends = isinstance(module, nn.Linear | Conv1D) and inside.split(".", 1)[0] != feed_forward
+        if inside == value or attends:
+            found.append(f"{layers}.{name}")
+    return found
+
+
+def follow(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Put a loss's gradients into the parameters.
+
+    Raises:
+        UnsuitableError: the loss is not finite.
+    """
+    if not loss.isfinite():
+        raise UnsuitableError("the edits' loss is not finite")
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+
+
+@method("lora")
+class Lora:
+    """Edits in low-rank adapters.
+
+    Raises:
+        UnsuitableError: ``peft`` is not installed, or the model's layers are streamed.
+    """
+
+    portion = 1
+
+    def __init__(self, bench: Bench, settings: LoraSettings | None = None) -> None:
+        if bench.loaded.stream is not None:
+            raise UnsuitableError("lora trains all layers at once and needs a model that fits into memory")
+        self.bench, self.settings = bench, settings or LoraSettings()
+        self._swaps = self._built()
+        self.parameters = {
+            f"{place}.{name}": parameter
+            for place, (*_, layer) in enumerate(self._swaps)
+            for name, parameter in layer.named_parameters()
+            if "lora_" in name
+        }
+
+    def _built(self) -> list[Swap]:
+        """The adapters' layers, each with the module that it stands in for and where that belongs."""
+        try:
+            from peft import LoraConfig, get_peft_model
+            from peft.tuners.lora import LoraLayer
+        except ImportError:
+            raise UnsuitableError("lora needs the package peft; install it with `pip install peft`") from None
+        model: Any = self.bench.loaded.model
+        targets = projections(model, self.bench.layout.layers, str(self.bench.layout.value))
+        transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
+        config = LoraConfig(
+            r=self.settings.rank, lora_alpha=self.settings.alpha, target_modules=targets, fan_in_fan_out=transposed
+        )
+        before = set(vars(model))
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(self.bench.seed)
+            with warnings.catch_warnings():  # peft asks transformers for what that has renamed
+                warnings.simplefilter("ignore", FutureWarning)
+                get_peft_model(model, config)
+        swaps: list[Swap] = []
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
+                above, _, own = name.rpartition(".")
+                swaps.append((model.get_submodule(above), own, layer.get_base_layer(), layer.eval()))
+        for place, own, base, _ in swaps:
+            setattr(place, own, base)
+        for left in set(vars(model)) - before:
+            delattr(model, left)
+        return swaps
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Train on more edits, one after the other.
+
+        Raises:
+            UnsuitableError: the tokenizer leaves nothing of an edit, or the loss is not finite.
+        """
+        for edit in edits:
+            self._train(encode_row(self.bench, edit.prompt, edit))
+
+    def _train(self, row: Row) -> None:
+        trained = list(self.parameters.values())
+        optimizer = torch.optim.Adam(trained, lr=self.settings.rate)
+        with self.applied():
+            for _ in range(self.settings.steps):
+                with torch.enable_grad():
+                    loss = self.loss([row])
+                if float(loss.detach()) < self.settings.stop:
+                    break
+                follow(loss, trained)
+                optimizer.step()
+        optimizer.zero_grad()
+
+    def loss(self, rows: Sequence[Row]) -> Tensor:
+        """Mean cross-entropy of the target tokens of rows, with the adapters as they are applied."""
+        loaded = self.bench.loaded
+        batch = collate(rows).to(loaded.device)
+        at, columns = batch.labelled
+
+        def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            return inputs[0][at, columns].unsqueeze(0)
+
+        with hooked(loaded.model.get_output_embeddings().register_forward_pre_hook(pick)):
+            logits = loaded.model(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+            ).logits[0]
+        return F.cross_entropy(logits.float(), batch.targets)
+
+    @contextmanager
+    def applied(self, first: int | None = None) -> Iterator[None]:  # noqa: ARG002
+        """The model with the adapters' layers in the places of its own."""
+        try:
+            for place, own, _, layer in self._swaps:
+                setattr(place, own, layer)
+            yield
+        finally:
+            for place, own, base, _ in self._swaps:
+                setattr(place, own, base)
+
+    def rewritten_prompt(self, prompt: str) -> str:
+        """The prompt itself."""
+        return prompt
+
+    def bytes(self) -> int:
+        """Size of the adapters' matrices."""
+        return tensor_bytes(*self.parameters.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapters' matrices."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up matrices that were kept; the edits themselves they do not need."""
+        del portions
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])

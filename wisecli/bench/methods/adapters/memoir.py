@@ -1,0 +1,219 @@
+"""MEMOIR: a residual memory of which each edit writes some columns only (Wang et al. 2025, arXiv 2506.07899).
+
+Beside one value matrix W stands a memory W_m of its shape, nought at first. A prompt's features are the mean key of its
+tokens less that of unrelated texts. TopHash takes the largest of them in size and sends these through a fixed random
+permutation, which gives the mask M of the prompt, the same number of columns for each. With it the matrix gives
+
+    W k + W_m (M ∘ k)
+
+for every token's key k, so that gradient steps on an edit change the columns of its mask alone. The edits' masks are
+kept. A prompt is answered under the one that shares most columns with its own, if that is a large enough share of them;
+otherwise the memory stays shut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.bench.methods.base import Bench, PromptEnd, UnsuitableError, hooks, method, seeded, tensor_bytes
+from wisecli.bench.methods.weights.gradient_factors import row_losses
+from wisecli.bench.methods.weights.rome_common import prefixes_for
+from wisecli.bench.methods.weights.weight_editing import at_depth, encode_row
+from wisecli.editing.background.key_capture import keys_of_texts
+from wisecli.edits.record import Edit
+from wisecli.models.prompts.tokenization import collate
+from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.upper_layers import upper_logits
+from wisecli.progress import Event
+
+
+@dataclass(frozen=True)
+class MemoirSettings:
+    """The authors' for Llama-3-8B and zsRE (their llama3-8b.yaml), in parts of depth and width.
+
+    ``layer`` of ``of`` is a depth, ``share`` the part of the columns in a mask (4,096 of 14,336), ``threshold`` the
+    share of a mask that opens the memory. ``rate``, ``steps``, ``limit``: gradient descent with gradients of this norm
+    at most; it ends when a loss below ``stop`` moves no more than ``still``. Rate and limit are for ``width`` columns:
+    of fewer the keys are shorter, and a step as long would move what the matrix gives less. An edit is learnt as it
+    stands and behind ``prefixes`` texts. ``background`` texts give the mean features.
+    """
+
+    layer: int = 27
+    of: int = 32
+    share: float = 2 / 7
+    threshold: float = 0.4
+    rate: float = 1.0
+    steps: int = 30
+    limit: float = 1.0
+    width: int = 14336
+    stop: float = 0.02
+    still: float = 1e-4
+    prefixes: int = 10
+    prefix_tokens: int = 10
+    background: int = 100
+
+
+class TopHash:
+    """From features (d_ff,) to a mask (d_ff,): a random permutation of the ``count`` largest in size."""
+
+    def __init__(self, width: int, count: int, seed: int) -> None:
+        self.count = count
+        self.permutation = torch.randperm(width, generator=seeded(seed))
+
+    def mask(self, features: Tensor) -> Tensor:
+        """Which columns the features choose; rows (B, d_ff) each for itself."""
+        largest = features.abs().topk(self.count, -1).indices
+        columns = self.permutation.to(largest.device)[largest]
+        return torch.zeros_like(features, dtype=torch.bool).scatter(-1, columns, torch.ones_like(columns).bool())
+
+
+@method("memoir")
+class Memoir:
+    """Edits in a memory beside one matrix; where no edit's mask is like a prompt's, the model answers as it is.
+
+    ``memory`` (d, d_ff) in float32, ``masks`` (n, d_ff) of the edits, those that are the same once.
+
+    Raises:
+        UnsuitableError: there are no unrelated texts.
+    """
+
+    portion = 1
+
+    def __init__(self, bench: Bench, settings: MemoirSettings | None = None) -> None:
+        self.bench, self.settings = bench, settings or MemoirSettings()
+        self.site = at_depth(bench, self.settings.layer, self.settings.of)
+        device, width = bench.loaded.device, self.site.d_ff
+        self.hash = TopHash(width, max(1, round(self.settings.share * width)), bench.seed)
+        self.memory = torch.zeros(self.site.d, width, device=device)
+        self.masks = torch.zeros(0, width, dtype=torch.bool, device=device)
+        self.background = self._background()
+        self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
+
+    def _background(self) -> Tensor:
+        """Mean features (d_ff,) of unrelated texts, each of which counts alike."""
+        texts = self.bench.texts[: self.settings.background]
+        if not texts:
+            raise UnsuitableError("it needs unrelated texts, and there are none")
+        size, on_progress = self.bench.batch_size, self.bench.on_progress
+        keys, text, _ = keys_of_texts(self.bench.loaded, self.site, texts, batch_size=size, on_progress=on_progress)
+        sums = keys.new_zeros(len(texts), keys.shape[1]).index_add(0, text, keys)
+        counts = torch.bincount(text, minlength=len(texts))
+        return (sums / counts.clamp(min=1)[:, None])[counts > 0].mean(0)
+
+    def features(self, keys: Tensor, prompt: Tensor) -> Tensor:
+        """Features (B, d_ff) of prompts from keys (B, T, d_ff) and where in them the prompts' tokens are (B, T)."""
+        sums = keys.float().masked_fill(~prompt[..., None], 0).sum(1)
+        return sums / prompt.sum(-1, keepdim=True) - self.background
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Learn each edit in turn.
+
+        Raises:
+            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
+        """
+        loaded = self.bench.loaded
+        rows = ([encode_row(self.bench, prefix + edit.prompt, edit) for prefix in self.prefixes] for edit in edits)
+        batches = (collate(own).to(loaded.device) for own in rows)
+        parts = captured(loaded.model, self.site, batches, stream=loaded.stream)
+        for done, (edit, part) in enumerate(zip(edits, parts, strict=True), start=1):
+            prompt = part.batch.mask.bool().clone()
+            prompt[:, part.batch.start + 1 :] = False
+            # The prompt alone, which is the first row, says where all of them write.
+            mask = self.hash.mask(self.features(part.keys[:1], prompt[:1]))
+            self._learn(edit, part, mask[0].nonzero().flatten())
+            if not (self.masks == mask).all(-1).any():
+                self.masks = torch.cat([self.masks, mask])
+            self.bench.on_progress(Event("residual memory", done, len(edits)))
+
+    def _learn(self, edit: Edit, part: Activations, columns: Tensor) -> None:
+        settings, before = self.settings, float("inf")
+        # The squared length of keys grows with their number, and with it what a step of a gradient's own length moves.
+        narrower = settings.width / self.site.d_ff
+        rate, limit = settings.rate * narrower, settings.limit / narrower**0.5
+        keys, values = part.keys[..., columns].float(), self.memory[:, columns].requires_grad_()
+        for _ in range(settings.steps):
+            loss = self.loss(part, keys, values)
+            if not loss.isfinite():
+                raise UnsuitableError(f"the loss of edit {edit.id!r} is not finite")
+            now = float(loss.detach())
+            if now <= settings.stop and abs(now - before) <= settings.still:
+                break
+            before = now
+            (gradient,) = torch.autograd.grad(loss, values)
+            values.data -= rate * gradient * (limit / gradient.norm().clamp(min=1e-12)).clamp(max=1.0)
+        self.memory[:, columns] = values.detach()
+
+    def loss(self, part: Activations, keys: Tensor, values: Tensor) -> Tensor:
+        """Mean cross-entropy of the target's tokens with the memory open, each row counting alike.
+
+        Args:
+            keys: the mask's columns of the part's keys (B, T, k).
+            values: those of the memory (d, k).
+        """
+        with torch.enable_grad():
+            hidden = part.with_update(keys @ values.T)
+            logits = upper_logits(self.bench.loaded.model, self.site, part, hidden, part.batch.labelled)
+            return row_losses(logits.float(), part.batch).mean()
+
+    def nearest(self, masks: Tensor) -> Tensor:
+        """The edit whose mask shares most columns with each mask (B, d_ff), or -1 where that is too few: (B,)."""
+        shares, edits = (masks.float() @ self.masks.float().T / self.hash.count).max(-1)
+        return edits.where(shares >= self.settings.threshold, -1)
+
+    def applied(self, first: int | None = None) -> AbstractContextManager[object]:
+        """The model with the memory beside its matrix; each row's mask is chosen once, by its whole prompt."""
+        if not len(self.masks):
+            return hooks()
+        model, module, end = self.bench.loaded.model, self.site.watched(self.bench.loaded.model), PromptEnd(first)
+
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            keys = inputs[0]
+
+            def decide(_last: Tensor) -> Tensor:
+                return self.nearest(self.hash.mask(self.features(keys, prompts(keys, end.mask, first))))
+
+            edits, _ = end.held_decision(keys, decide)
+            opened = (edits >= 0).nonzero().flatten()
+            if not len(opened):
+                return output
+            masked = keys[opened].float() * self.masks[edits[opened], None]
+            output = output.clone()
+            output[opened] += (masked @ self.memory.T).to(output.dtype)
+            return output
+
+        return hooks(end.follow_passes(model), module.register_forward_hook(add))
+
+    def rewritten_prompt(self, prompt: str) -> str:
+        """The prompt itself."""
+        return prompt
+
+    def bytes(self) -> int:
+        """Size of memory, masks, permutation and mean features."""
+        return tensor_bytes(self.memory, self.masks, self.hash.permutation, self.background)
+
+    def state(self) -> dict[str, Tensor]:
+        """The memory, and the edits' masks."""
+        return {"memory": self.memory, "masks": self.masks}
+
+    def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
+        """Take up a memory and masks that were kept; the edits themselves they do not need."""
+        del portions
+        self.memory, self.masks = state["memory"].to(self.memory), state["masks"].to(self.masks)
+
+
+def prompts(keys: Tensor, mask: Tensor | None, first: int | None) -> Tensor:
+    """Where the prompts' tokens are (B, T): no padding, and nothing behind the column ``first``, if there is one.
+
+    Args:
+        keys: (B, T, d_ff).
+        mask: what the model was told of padding.
+    """
+    real = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device) if mask is None else mask.bool().clone()
+    if first is not None:
+        real[:, first + 1 :] = False
+    return real

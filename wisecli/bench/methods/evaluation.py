@@ -1,0 +1,197 @@
+"""Teacher-forced and generated answers of a method's model, read as a whole: nothing is known of how it was edited."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.bench.methods.base import Method
+from wisecli.evaluation.answers import Answer, AnswerBook, Answers, answered, empty_book
+from wisecli.evaluation.metrics import Question
+from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
+from wisecli.models.loading import Loaded, vocabulary_size
+from wisecli.models.prompts.tokenization import Row, collate, in_batches, row_of
+from wisecli.models.running.hooks import hooked
+from wisecli.progress import Event, ProgressCallback, ignore_progress
+from wisecli.routing.deciding.prompt_window import UNROUTED
+
+
+@dataclass(frozen=True)
+class TargetPredictions:
+    """What a model says at the target tokens of one row: its arg-max (n,), and the loss of each target token (n,)."""
+
+    best: Tensor
+    losses: Tensor
+
+
+@dataclass
+class BaseModelAnswers:
+    """What the unedited model says and answers, so that it is asked once for all methods."""
+
+    predictions: dict[Row, TargetPredictions] = field(default_factory=dict)
+    answers: AnswerBook = field(default_factory=empty_book)
+
+
+_ROUNDS = 3
+
+
+@torch.no_grad()
+def target_predictions(
+    loaded: Loaded,
+    rows: Sequence[Row],
+    method: Method | None = None,
+    *,
+    batch_size: int,
+    stage: str = "measuring",
+    on_progress: ProgressCallback = ignore_progress,
+) -> list[TargetPredictions]:
+    """What the model says given the right tokens before each target token; as edited, if a ``method`` is given."""
+    found: dict[int, TargetPredictions] = {}
+    for indices in in_batches(rows, batch_size):
+        batch = collate([rows[index] for index in indices]).to(loaded.device)
+        at, columns = batch.labelled
+
+        def pick(_module: object, inputs: tuple[Tensor, ...], at: Tensor = at, columns: Tensor = columns) -> Tensor:
+            return inputs[0][at, columns].unsqueeze(0)
+
+        head = loaded.model.get_output_embeddings().register_forward_pre_hook(pick)
+        with nullcontext() if method is None else method.applied(batch.start), hooked(head):
+            logits = loaded.model(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+            ).logits[0]
+        labels = batch.labels[at, columns - batch.start]
+        losses = F.cross_entropy(logits.float(), labels, reduction="none").cpu()
+        best, at = logits.argmax(-1).cpu(), at.cpu()
+        found |= {index: TargetPredictions(best[at == row], losses[at == row]) for row, index in enumerate(indices)}
+        on_progress(Event(stage, len(found), len(rows)))
+    return [found[index] for index in range(len(rows))]
+
+
+def overhead(edited: Callable[[], object], unedited: Callable[[], object]) -> float:
+    """How much longer the edited model takes for the same work, as a ratio less one: by the fastest of some rounds."""
+    best = {edited: float("inf"), unedited: float("inf")}
+    for _ in range(_ROUNDS):
+        for run in (unedited, edited):
+            begun = time.perf_counter()
+            run()
+            best[run] = min(best[run], time.perf_counter() - begun)
+    return best[edited] / best[unedited] - 1
+
+
+class MethodSubject:
+    """A method's model, as something to be measured.
+
+    Args:
+        known: what the unedited model says, shared by all methods, and filled as it is asked.
+        answers: what the edited model answered already, filled as well.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        method: Method,
+        known: BaseModelAnswers,
+        *,
+        batch_size: int,
+        answers: AnswerBook | None = None,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> None:
+        self.loaded, self.method, self.known = loaded, method, known
+        self._answered = empty_book() if answers is None else answers
+        self.batch_size, self.on_progress = batch_size, on_progress
+        self.tokenizer, self.config = loaded.tokenizer, loaded.model.config
+        self._answering: dict[tuple[int, frozenset[int]], Answers] = {}
+
+    def row(self, prompt: str, target: str, erased: bool = False) -> Row:
+        """A prompt and its answer in tokens, as the unedited model is asked."""
+        vocabulary = vocabulary_size(self.loaded.model.config)
+        return row_of(self.loaded.tokenizer, prompt, target, erased=erased, vocabulary=vocabulary)
+
+    def teacher_forced(
+        self,
+        pairs: Sequence[Question],
+        *,
+        stage: str,
+    ) -> list[Measured]:
+        """Measure prompts and answers, the right tokens before each token of the answer."""
+        measured = partial(
+            target_predictions, self.loaded, batch_size=self.batch_size, stage=stage, on_progress=self.on_progress
+        )
+        rows = [self.row(*pair) for pair in pairs]
+        asked = [self.row(self.method.rewritten_prompt(pair[0]), *pair[1:]) for pair in pairs]
+        new = [row for row in dict.fromkeys(rows) if row not in self.known.predictions]
+        self.known.predictions.update(zip(new, measured(new), strict=True))
+        after = measured(asked, self.method)
+        return [
+            _measured(self.known.predictions[row], row, one, other)
+            for row, one, other in zip(rows, after, asked, strict=True)
+        ]
+
+    def overhead(self, pairs: Sequence[tuple[str, str]]) -> float:
+        """How much longer one pass over prompts and answers takes; rewording a question is part of it."""
+
+        def edited() -> None:
+            asked = [self.row(self.method.rewritten_prompt(prompt), target) for prompt, target in pairs]
+            target_predictions(self.loaded, asked, self.method, batch_size=self.batch_size)
+
+        def unedited() -> None:
+            target_predictions(self.loaded, [self.row(*pair) for pair in pairs], batch_size=self.batch_size)
+
+        return overhead(edited, unedited)
+
+    def extra_tokens(self, prompts: Sequence[str]) -> float:
+        """How many tokens longer prompts become by what the method puts before them, on average."""
+        count = [(self._length(self.method.rewritten_prompt(prompt)), self._length(prompt)) for prompt in prompts]
+        return statistics.fmean(asked - plain for asked, plain in count)
+
+    def _length(self, text: str) -> int:
+        return len(self.tokenizer(text)["input_ids"])
+
+    def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
+        """Greedy answers, before and after."""
+        answering = self.answering(max_new_tokens)
+        before = answering.before(prompts, stage="answers before")
+        after = answering.after([self.method.rewritten_prompt(prompt) for prompt in prompts], stage="answers after")
+        return [one.text for one in before], [one.text for one in after]
+
+    def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
+        """Answers of so many tokens at most; ``stops`` end them as well. The unedited model's are all methods'."""
+        key = max_new_tokens, stops
+        if key not in self._answering:
+            unedited = partial(answered, self.loaded.model, self.tokenizer, max_new_tokens=max_new_tokens, stops=stops)
+
+            def edited(texts: Sequence[str]) -> list[Answer]:
+                with self.method.applied():
+                    return unedited(texts)
+
+            self._answering[key] = Answers(
+                self.tokenizer,
+                unedited,
+                edited,
+                self.batch_size,
+                on_progress=self.on_progress,
+                reworded=self.method.rewritten_prompt,
+                known_before=self.known.answers[key],
+                known_after=self._answered[key],
+            )
+        return self._answering[key]
+
+
+def _measured(before: TargetPredictions, row: Row, after: TargetPredictions, asked: Row) -> Measured:
+    alike = len(before.best) == len(after.best)
+    same = float((before.best == after.best).float().mean()) if alike else 0.0
+    return Measured(_reading(before, row), _reading(after, asked), same, UNROUTED)
+
+
+def _reading(said: TargetPredictions, row: Row) -> Reading:
+    right = row.right(said.best.tolist())
+    return Reading(right, float((said.losses < -math.log(KNOWN)).float().mean()), float(said.losses.mean()))

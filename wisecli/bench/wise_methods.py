@@ -1,0 +1,197 @@
+"""The package's own ways to edit, as they take part in `wise bench`: by the commands that users give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import jsonlines
+
+from wisecli.bench.answer_files import AnswerFolder
+from wisecli.bench.bench_context import BenchContext
+from wisecli.bench.editing_run import MethodFolder
+from wisecli.bench.methods.evaluation import overhead, target_predictions
+from wisecli.bench.result_row import Peaks, ResultRow
+from wisecli.commands.edit.edit import EditReport, edit
+from wisecli.commands.measure.evaluate import EvalReport, evaluate
+from wisecli.commands.memory.merge import merge
+from wisecli.config import EditSettings, EvalSettings, MergeSettings, Mode, resolve
+from wisecli.edits.checks.admission import NO_CHECKS
+from wisecli.environment import forget_peaks
+from wisecli.errors import ChangedInputError, DamagedFileError, OutputExistsError
+from wisecli.evaluation.answers import Books
+from wisecli.evaluation.edited_model import attach
+from wisecli.io.checkpoint import read_json, write_json
+from wisecli.io.json_schema import CLOSED, decode
+from wisecli.models.loading import Loaded
+from wisecli.models.prompts.tokenization import encode
+from wisecli.progress import NOTE, Event, ProgressCallback, ignore_progress
+
+
+@dataclass(frozen=True)
+class WiseMethod:
+    """One of our own ways to edit: the preset of `wise edit`, and the mode of `wise merge`."""
+
+    preset: Literal["default", "paper"] | None = None
+    mode: Mode | None = None
+
+
+WISE_METHODS = {
+    "wise": WiseMethod(),
+    "wise-retrieve": WiseMethod(mode="retrieve"),
+    "wise-paper": WiseMethod(preset="paper"),
+}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What so many ``edits`` took until now. It is kept beside the shards, so that a run that goes on counts on."""
+
+    __pydantic_config__ = CLOSED
+
+    edits: int
+    seconds: float = 0.0
+    peaks: Peaks = field(default_factory=Peaks)
+
+
+def wise_rows(context: BenchContext, name: str, place: MethodFolder, counts: Sequence[int]) -> Iterator[ResultRow]:
+    """A row for each number of edits of one of our ways; shards lie in its ``place`` until all are measured."""
+    memory = context.work / "memory"
+    if counts and not place.directory.exists():
+        _learn(context, name)
+    for count in counts:
+        context.on_progress(Event(f"{name}, {count} edits"))
+        forget_peaks()
+        run = WiseRun(context, name, place, count)
+        spent = run.edited()
+        begun = time.perf_counter()
+        merge([run.shards], memory, MergeSettings(mode=WISE_METHODS[name].mode), force=True)
+        seconds = spent.seconds + time.perf_counter() - begun
+        report = _evaluated(context, memory, run.file, place.answers(count))
+        yield context.maker.row(
+            name,
+            count,
+            after=report.figures,
+            before=report.before,
+            each=report.each,
+            costs={
+                "seconds_per_edit": seconds / count,
+                "bytes": sum(path.stat().st_size for path in memory.iterdir()),
+                "overhead": _overhead(context, memory, count),
+                "extra_tokens": 0.0,
+            },
+            peaks=spent.peaks.and_now(),
+        )
+
+
+def _learn(context: BenchContext, name: str) -> None:
+    """Let the commands learn of the model what they keep of it, which is no edit's cost: one edit makes them do so."""
+    context.on_progress(Event(f"{name}, what is learned of a model once"))
+    place = MethodFolder(context.work / f"{name}-learning")
+    run = WiseRun(replace(context, on_progress=ignore_progress), name, place, 1)
+    run.edited()
+    merge([run.shards], place.directory / "memory", MergeSettings(mode=WISE_METHODS[name].mode))
+    place.remove()
+
+
+def _evaluated(context: BenchContext, memory: Path, file: Path, answers: Path) -> EvalReport:
+    settings, what = context.settings, context.generated
+    given = EvalSettings(
+        protocol=what.protocol,
+        forms=settings.forms,
+        kinds=settings.kinds,
+        ask=settings.ask,
+        before=what.before,
+        generate=settings.generate,
+        batch_size=settings.batch_size,
+    )
+    known = Books(context.known.answers, AnswerFolder(answers))
+    return evaluate(memory, given, data=file, load=context.load, known=known, on_progress=context.on_progress)
+
+
+def _overhead(context: BenchContext, memory: Path, count: int) -> float:
+    """How much longer one pass over prompts and answers takes with a memory."""
+    edited = attach(memory, load=context.load)
+    loaded = Loaded(edited.model, edited.tokenizer, edited.stream)
+    rows = [encode(edited.tokenizer, *pair) for pair in context.timed(count)]
+
+    def run() -> None:
+        target_predictions(loaded, rows, batch_size=context.settings.batch_size)
+
+    def unedited() -> None:
+        with edited.unedited():
+            run()
+
+    return overhead(run, unedited)
+
+
+class WiseRun:
+    """`wise edit` with the first ``count`` edits, and what it takes."""
+
+    def __init__(self, context: BenchContext, name: str, place: MethodFolder, count: int) -> None:
+        self.course, self.name, self.place, self.count = context, name, place, count
+        self.file, self.shards = context.work / "edits.jsonl", place.directory / "shards"
+
+    def edited(self) -> Spent:
+        """What it took to write the shards; a run that was broken off goes on, and one that was finished is taken."""
+        spent = self._spent()
+        if spent is not None and spent.edits == self.count:
+            try:
+                return self._run(spent)
+            except (OutputExistsError, ChangedInputError):
+                self.course.on_progress(Event(NOTE, note=f"{self.name} was broken off and begins anew"))
+        self.place.begin()
+        return self._run(Spent(self.count))
+
+    def _run(self, spent: Spent) -> Spent:
+        """`wise edit`, with what it takes kept after each shard."""
+        begun = time.perf_counter()
+
+        def now() -> Spent:
+            return Spent(spent.edits, spent.seconds + time.perf_counter() - begun, spent.peaks.and_now())
+
+        def on_progress(event: Event) -> None:
+            if event.stage == "shards":
+                self._keep(now())
+            self.course.on_progress(event)
+
+        self._keep(spent)
+        if self._edit(on_progress).up_to_date:
+            return spent
+        found = now()
+        self._keep(found)
+        return found
+
+    def _edit(self, on_progress: ProgressCallback) -> EditReport:
+        with jsonlines.open(self.file, "w") as writer:
+            writer.write_all(record.as_dict() for record in self.course.tested[: self.count])
+        way = WISE_METHODS[self.name]
+        given = {"preset": way.preset, "seed": self.course.settings.seed}
+        return edit(
+            str(self.course.directory),
+            self.file,
+            self.shards,
+            resolve(EditSettings, given, section="edit"),
+            load=self.course.load,
+            admission=NO_CHECKS,
+            on_progress=on_progress,
+        )
+
+    @property
+    def _kept(self) -> Path:
+        return self.place.directory / "spent.json"
+
+    def _keep(self, spent: Spent) -> None:
+        working = self._kept.with_suffix(".tmp")
+        write_json(working, asdict(spent))
+        working.replace(self._kept)
+
+    def _spent(self) -> Spent | None:
+        """What was kept, if it can be read."""
+        try:
+            return decode(Spent, read_json(self._kept))
+        except (DamagedFileError, ValueError):
+            return None

@@ -1,0 +1,1 @@
+"""The commands of the command line: the options of each, one call, and what is printed."""

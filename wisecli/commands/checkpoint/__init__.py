@@ -1,0 +1,1 @@
+"""Commands that write, read or run checkpoints and memories."""

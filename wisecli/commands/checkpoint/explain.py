@@ -1,0 +1,168 @@
+"""``wise explain``: which edits a prompt is near to, what opened at every token, and what each memory would answer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wisecli.commands.checkpoint.plot import plot_tokens
+from wisecli.config import LoadOptions
+from wisecli.edits.record import Edit
+from wisecli.errors import ModelError
+from wisecli.evaluation.edited_model import EditedModel, attach
+from wisecli.models.prompts.chat_template import chat_prompt
+from wisecli.models.prompts.tokenization import Batch, Row, collate
+from wisecli.models.running.activations import capture
+from wisecli.models.running.generation import generate
+from wisecli.routing.deciding.decision import Decision
+from wisecli.routing.deciding.prompt_window import UNROUTED
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the prompt or the answer: the strongest memory's score there, as a multiple of its threshold.
+
+    ``edit`` is the id of the edit whose key was nearest, in a lookup; ``routed`` whether it answered.
+    """
+
+    text: str
+    strength: float
+    routed: bool
+    edit: str | None
+
+
+@dataclass(frozen=True)
+class Near:
+    """A memory, or of a lookup an edit, that the prompt's end is near to.
+
+    ``strength`` is its score there as a multiple of its threshold, ``answer`` what the model says if it answers.
+    ``named`` says whether the prompt names the edit's subject, where it must; ``asked`` how likely it asks the edit
+    that it mentions, of the edit that would answer.
+    """
+
+    name: str
+    prompt: str | None
+    target: str | None
+    strength: float
+    answer: str
+    named: bool | None = None
+    asked: float | None = None
+
+
+@dataclass(frozen=True)
+class ExplainReport:
+    """Why a prompt is answered as it is."""
+
+    prompt: str
+    answer: str
+    unedited: str
+    prompt_tokens: tuple[Token, ...]
+    answer_tokens: tuple[Token, ...]
+    nearest: tuple[Near, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The one object that ``--json`` prints."""
+        return {"results": asdict(self)}
+
+
+def explain(
+    memory: Path,
+    prompt: str,
+    *,
+    model: str | None = None,
+    nearest: int = 3,
+    max_new_tokens: int = 32,
+    chat: bool = False,
+    plot: Path | None = None,
+    load: LoadOptions = LoadOptions(),
+) -> ExplainReport:
+    """Look at one prompt through an edited model.
+
+    Args:
+        memory: a memory directory or an exported one.
+        nearest: how many memories, or edits of a lookup, are made to answer.
+        plot: a picture of the scores at every token, to be drawn there.
+
+    Raises:
+        WiseError: the memory, the model or the prompt cannot be used, or the picture not be drawn.
+    """
+    edited = attach(memory, model=model, load=load)
+    asked = chat_prompt(edited.tokenizer, prompt) if chat else prompt
+    read = edited.tokenizer(asked)["input_ids"]
+    if not read:
+        raise ModelError(f"the tokenizer leaves nothing of the prompt {prompt!r}; reword it")
+    tokens = _answer(edited, asked, max_new_tokens)
+    with edited.unedited():
+        before = _answer(edited, asked, max_new_tokens)
+    # What stands in for no answer is cut off.
+    batch = collate([Row(tuple(read), tuple(tokens or read[:1]))]).to(edited.model.device)
+    decision = edited.decide(batch)
+    found = _tokens(edited, batch, tokens)
+    strengths = decision.scores[0].float() / torch.tensor(edited.routed.thresholds, device=decision.scores.device)
+    ranked: list[int] = strengths.argsort(descending=True)[:nearest].tolist()
+    near = tuple(_near(edited, asked, float(strengths[at]), at, max_new_tokens, decision) for at in ranked)
+    split = len(found) - len(tokens)
+    report = ExplainReport(prompt, _text(edited, tokens), _text(edited, before), found[:split], found[split:], near)
+    if plot is not None:
+        plot_tokens(plot, report.prompt_tokens, report.answer_tokens)
+    return report
+
+
+def _answer(edited: EditedModel, asked: str, length: int) -> list[int]:
+    (answer,) = generate(edited.model, edited.tokenizer, [asked], max_new_tokens=length, batch_size=1)
+    return list(answer)
+
+
+def _text(edited: EditedModel, tokens: list[int]) -> str:
+    return str(edited.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+@torch.no_grad()
+def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[Token, ...]:
+    """Every token with what decided it.
+
+    A token of the answer is decided where the one before it is read; one of the prompt where it is read itself.
+    """
+    end = batch.start
+    prompt = batch.ids[0, : end + 1].tolist()
+    with edited.unedited():  # what a memory adds leaves the keys of its own layer as they are
+        keys = capture(edited.model, edited.manifest.site, batch, above=False).keys[0]
+    keys = keys[: len(prompt) + max(len(answer) - 1, 0)]
+    decided = edited.choices_of_row(keys, batch)
+    memories = edited.routed.memory_of_choice(decided.nearest)
+    shown = [*range(len(prompt)), *range(end, end + len(answer))]
+    texts = [str(edited.tokenizer.decode([token])) for token in [*prompt, *answer]]
+    found = (
+        Token(text, float(decided.score_ratio[at]), int(decided.chosen[at]) != UNROUTED, _id(edited, int(memories[at])))
+        for text, at in zip(texts, shown, strict=True)
+    )
+    return tuple(found)
+
+
+def _near(edited: EditedModel, asked: str, strength: float, memory: int, length: int, decision: Decision) -> Near:
+    with edited.routed.called_with(forced=memory):
+        answer = _text(edited, _answer(edited, asked, length))
+    edit = _edit(edited, memory)
+    if edit is None:
+        return Near(f"memory {memory}", None, None, strength, answer)
+    found = rng = None
+    names = getattr(edited.routed, "names", None)
+    if decision.subject_matched is not None and names is not None:
+        found = bool(decision.subject_matched[0, memory]) if bool((names.whose == memory).any()) else None
+    if decision.ask_prob is not None and int(decision.nearest[0]) == memory and strength > 1:
+        rng = float(decision.ask_prob[0])
+    return Near(edit.id, edit.prompt, edit.target, strength, answer, found, rng)
+
+
+def _edit(edited: EditedModel, memory: int) -> Edit | None:
+    """The edit that a place of a lookup is of."""
+    known = edited.manifest.memory.by_edit and 0 <= memory < len(edited.manifest.edits)
+    return edited.manifest.edits[memory] if known else None
+
+
+def _id(edited: EditedModel, memory: int) -> str | None:
+    edit = _edit(edited, memory)
+    return None if edit is None else edit.id

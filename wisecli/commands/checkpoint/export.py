@@ -1,0 +1,279 @@
+"""``wise export``: base model + memory → a checkpoint that others load."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.commands.checkpoint.export_merged import merged_locality
+from wisecli.commands.checkpoint.export_report import ExportReport
+from wisecli.commands.checkpoint.export_source import read_source
+from wisecli.commands.checkpoint.export_stock import gate_note, require_gated, write_gated
+from wisecli.commands.outputs import checkpoint_output
+from wisecli.config import LoadOptions
+from wisecli.edits.checks.signatures import Signed, SigningKey
+from wisecli.edits.record import consequences_in
+from wisecli.environment import peak_rss_bytes
+from wisecli.errors import ModelError, SettingsError, reason_of
+from wisecli.export.gguf.gguf_file import Quantization
+from wisecli.export.model_card import CARD_NAME, model_card, read_figures
+from wisecli.export.routed.checkpoint import seal_export, write_delta, write_merged, write_routed
+from wisecli.export.up_to_date import export_record, require_no_memory, up_to_date_export
+from wisecli.export.weights import Link, Packing
+from wisecli.io.atomic_output import require_space, tidy, whole_directory
+from wisecli.io.checkpoint import Checkpoint, read_json
+from wisecli.io.overwrite_policy import Output
+from wisecli.models.layout.architectures import quantisation_of
+from wisecli.models.layout.matrix_site import as_matrix
+from wisecli.models.loading import is_exported, pick_dtype
+from wisecli.progress import Event, ProgressCallback, ignore_progress
+
+Format = Literal["routed", "stock", "gguf", "merged", "delta"]
+# Forms in which the memory is a gate.
+_GATED = ("stock", "gguf")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """How the base's weights are written.
+
+    ``link`` hard-links its files instead of copying them, with ``auto`` those that can be. ``dtype`` is a type's name;
+    ``auto`` leaves them as they are. ``file_bytes`` is the most that a file may take; the base's own files by default.
+    ``quantize`` is how those of one GGUF file are stored.
+    """
+
+    link: Link = False
+    dtype: str = "auto"
+    file_bytes: int | None = None
+    quantize: Quantization = "q8_0"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What goes with the weights, and where to.
+
+    ``card`` says whether a model card is written, with the figures of ``metrics``, a report of ``wise eval --json``.
+    ``push_to`` is the repository on the hub that the directory is sent to, made ``private`` if it is new. ``key`` signs
+    the digests of all files.
+    """
+
+    card: bool = True
+    metrics: Path | None = None
+    push_to: str | None = None
+    private: bool = False
+    key: SigningKey | None = None
+
+
+def export(
+    memory: Path,
+    output: Path,
+    form: Format = "routed",
+    *,
+    model: str | None = None,
+    load: LoadOptions = LoadOptions(),
+    weights: WeightFiles = WeightFiles(),
+    publication: Publication = Publication(),
+    signed: Signed | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    on_progress: ProgressCallback = ignore_progress,
+) -> ExportReport:
+    """Write an edited checkpoint.
+
+    Of the one that is there already, of the same memory and base by the same settings, nothing is written anew.
+
+    Args:
+        memory: a memory, or what ``delta`` wrote.
+        form: ``routed`` keeps the router (custom code in the checkpoint); ``stock`` makes of it a gate in a decoder
+            block more of a stock architecture, and ``gguf`` a file of llama.cpp's of that; ``merged`` always applies
+            the memory (stock architecture, and unrelated text changes); ``delta`` is the memory alone.
+        load: how the base model is loaded where its answers are compared, or a gate is fitted.
+        signed: the signature that the memory must have.
+
+    Raises:
+        SignatureError: the memory was not signed as it must be.
+        WiseError: the memory, the base model or the disk cannot be used (nothing is left behind), or the hub cannot be
+            reached (what was written stays).
+    """
+    started = time.perf_counter()
+    place = checkpoint_output(output, memory, model, publication.metrics, force=force)
+    place.require_unless_kept()
+    there = place.is_kept
+    if not there:
+        require_no_memory(output)
+    packing = _packing(weights, form)
+    figures = None if publication.metrics is None else read_figures(publication.metrics)
+    base, manifest, digest = read_source(memory, model, signed)
+    if not there:
+        Output(output, (), (base,)).require_apart()
+    if is_exported(base):
+        raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
+    checkpoint = Checkpoint(base)
+    _require_form(base, manifest, packing, form)
+    record = _record(digest, checkpoint, form, weights, publication, figures)
+    if there and not dry_run:
+        tidy(output)
+    if there and (found := up_to_date_export(output, record, signed=publication.key is not None)):
+        return _up_to_date(
+            output, form, manifest, found, publication, dry_run=dry_run, started=started, on_progress=on_progress
+        )
+    side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
+    size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
+    require_space(output, side + (size if not weights.link or not _on_one_disk(checkpoint, output) else 0))
+    followed = len(consequences_in(manifest.edits))
+    edits = len(manifest.edits) - followed
+    if dry_run:
+        seconds = time.perf_counter() - started
+        peak = peak_rss_bytes()
+        return ExportReport(output, form, edits, size + side, seconds, peak, planned=True, consequences=followed)
+    with whole_directory(output, force=force) as working:
+        on_progress(Event("writing"))
+        given = _Given(base, checkpoint, manifest, packing, weights.quantize, load)
+        told = _write(working, form, given, on_progress)
+        if publication.card:
+            text = model_card(manifest, form, base=base, figures=figures, note=told.note)
+            (working / CARD_NAME).write_text(text, encoding="utf-8")
+        measured = {"locality": told.locality, "tokens": told.tokens, "gate": told.gate}
+        seal_export(working, {**record, **measured}, publication.key)
+        written = sum(path.stat().st_size for path in working.iterdir())
+    pushed = _push(output, publication.push_to, private=publication.private, on_progress=on_progress)
+    seconds = time.perf_counter() - started
+    cost = written, seconds, peak_rss_bytes(), told.locality, told.tokens, pushed
+    return ExportReport(output, form, edits, *cost, consequences=followed, gate=told.gate)
+
+
+def _require_form(base: Path, manifest: Manifest, packing: Packing, form: Format) -> None:
+    """Check that a base with such edits can be written in a form."""
+    if packing.dtype is not None and quantisation_of(read_json(base / "config.json")) is not None:
+        raise ModelError(f"{base} is quantised: its weights are written as they are stored, so leave out --dtype")
+    if form == "merged":
+        as_matrix(manifest.site)
+    if form in _GATED:
+        require_gated(base, manifest.site, gguf=form == "gguf")
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a checkpoint is written from, and how."""
+
+    base: Path
+    checkpoint: Checkpoint
+    manifest: Manifest
+    packing: Packing
+    quantize: Quantization
+    load: LoadOptions
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was measured of a form, and the paragraph on it."""
+
+    locality: float | None = None
+    tokens: int = 0
+    note: str = ""
+    gate: dict[str, Any] | None = None
+
+
+def _write(working: Path, form: Format, given: _Given, on_progress: ProgressCallback) -> _Found:
+    """Write one form into an empty directory."""
+    base, checkpoint, manifest, packing = given.base, given.checkpoint, given.manifest, given.packing
+    if form == "routed":
+        write_routed(working, base, checkpoint, manifest, packing)
+        return _Found()
+    if form == "delta":
+        write_delta(working, checkpoint, manifest)
+        return _Found()
+    if form == "merged":
+        locality, tokens = merged_locality(base, manifest, load=given.load, on_progress=on_progress)
+        note = f"\nAlways on: {locality:.1%} of {tokens} next tokens of unrelated text stay the base model's.\n"
+        write_merged(working, base, checkpoint, manifest, packing)
+        return _Found(locality, tokens, note)
+    quantize = given.quantize if form == "gguf" else None
+    found = write_gated(
+        working, base, checkpoint, manifest, packing, load=given.load, quantize=quantize, on_progress=on_progress
+    )
+    return _Found(note=gate_note(found), gate=found.as_dict())
+
+
+def _record(
+    memory: str,
+    checkpoint: Checkpoint,
+    form: Format,
+    weights: WeightFiles,
+    publication: Publication,
+    figures: object,
+) -> dict[str, Any]:
+    settings = {
+        "format": form,
+        "link": weights.link,
+        "dtype": weights.dtype,
+        "max_shard_size": weights.file_bytes,
+        **({"quantize": weights.quantize} if form == "gguf" else {}),
+        "model_card": publication.card,
+    }
+    return export_record(memory, checkpoint, settings, figures if publication.card else None)
+
+
+def _up_to_date(
+    output: Path,
+    form: Format,
+    manifest: Manifest,
+    record: dict[str, Any],
+    publication: Publication,
+    *,
+    dry_run: bool,
+    started: float,
+    on_progress: ProgressCallback,
+) -> ExportReport:
+    """What there is to say of an export that is there already, once it is where it is to be sent to."""
+    to = None if dry_run else publication.push_to
+    pushed = _push(output, to, private=publication.private, on_progress=on_progress)
+    written, seconds = sum(path.stat().st_size for path in output.iterdir()), time.perf_counter() - started
+    measured = written, seconds, peak_rss_bytes(), record["locality"], record["tokens"], pushed
+    followed = len(consequences_in(manifest.edits))
+    edits = len(manifest.edits) - followed
+    gate = record.get("gate")
+    return ExportReport(output, form, edits, *measured, up_to_date=True, consequences=followed, gate=gate)
+
+
+def _on_one_disk(checkpoint: Checkpoint, output: Path) -> bool:
+    """Whether files of a checkpoint may be linked where an output will be; elsewhere they are copied or refused."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return all(path.stat().st_dev == parent.stat().st_dev for path in checkpoint.files)
+
+
+def _packing(weights: WeightFiles, form: Format) -> Packing:
+    if weights.link and form in _GATED:
+        raise SettingsError(
+            f"--link keeps the base's files as they are, and --format {form} moves layers; leave it out"
+        )
+    chosen = pick_dtype(weights.dtype)
+    packing = Packing(weights.link, chosen if isinstance(chosen, torch.dtype) else None, weights.file_bytes)
+    if weights.link and not packing.as_stored:
+        raise SettingsError("--link keeps the base's files as they are; leave it out with --dtype or --max-shard-size")
+    return packing
+
+
+def _push(output: Path, repository: str | None, *, private: bool, on_progress: ProgressCallback) -> str | None:
+    """Where on the hub a directory went, if it is to be sent anywhere."""
+    if repository is None:
+        return None
+    from huggingface_hub import HfApi
+
+    on_progress(Event("upload", note=repository))
+    api = HfApi()
+    try:
+        place = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=place.repo_id, folder_path=output, commit_message="Edited checkpoint")
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise ModelError(
+            f"{output} is written, but could not be sent to {repository} on the hub ({reason_of(error)})"
+        ) from error
+    return str(place)

@@ -1,0 +1,36 @@
+"""What ``wise export`` reads: a memory that is whole, in one of its states, and the base model that it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wisecli.artifacts.checksums import require_checksums, require_signature
+from wisecli.artifacts.directory_kind import find_base
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, read_manifest
+from wisecli.edits.checks.signatures import Signed
+from wisecli.io.consistent_read import read_consistently
+from wisecli.io.digest import sha256_file
+from wisecli.memory.history.release_log import has_history, read_history, require_whole
+
+
+def read_source(memory: Path, model: str | None, signed: Signed | None) -> tuple[Path, Manifest, str]:
+    """Return the base model of a memory, the memory, and its manifest's digest, all of one release.
+
+    Raises:
+        SignatureError: it was not signed as it must be.
+        WiseError: a file of it or of its history was altered, or it is not of the base model.
+    """
+    return read_consistently(memory, lambda: _read(memory, model, signed))
+
+
+def _read(memory: Path, model: str | None, signed: Signed | None) -> tuple[Path, Manifest, str]:
+    """The base of a memory, its manifest, and that file's digest.
+
+    No file of it, nor of its history, may be altered, and it must be signed, if it is to be.
+    """
+    require_signature(memory, signed)
+    if has_history(memory):
+        require_whole(memory, read_history(memory))
+    else:
+        require_checksums(memory, expected=read_manifest(memory).sealed)
+    return *find_base(memory, model), sha256_file(memory / MANIFEST_NAME)

@@ -1,0 +1,222 @@
+"""``wise inspect``: what shards, a memory or an exported checkpoint hold, from manifests and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from wisecli.artifacts.directory_kind import Kind, holds_merged, kind_of
+from wisecli.artifacts.file_names import MEMORY_TENSORS, MERGED
+from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest, read_manifest
+from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry, read_shard_directory
+from wisecli.commands.checkpoint.plot import plot_scores
+from wisecli.edits.record import Edit, consequences_in
+from wisecli.errors import ModelError, OutputExistsError, SettingsError
+from wisecli.export.stock.stock_manifest import figures_of, read_gated
+from wisecli.io.checkpoint import read_json
+from wisecli.io.consistent_read import read_consistently
+from wisecli.io.safe_paths import inside
+from wisecli.io.safetensors_header import Header, read_header
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What a directory holds.
+
+    ``total`` edits, ``consequences`` of them following from others, of which ``matched`` hold the text looked for and
+    ``edits`` are shown. ``memories`` is empty for shards, and ``shards`` for what was merged. ``keys`` counts the
+    stored keys of edits; ``tensors`` has the type and shape of every tensor of ours, by file; ``files`` the bytes of
+    every file. ``routing`` is ``router``, ``kind`` and so on of a memory.
+    """
+
+    path: Path
+    kind: Kind | Literal["stock", "gguf"]
+    base: dict[str, Any]
+    site: dict[str, Any]
+    edits: tuple[Edit, ...]
+    matched: int
+    total: int
+    memories: tuple[MemoryEntry, ...]
+    shards: tuple[ShardEntry, ...]
+    routing: dict[str, Any]
+    keys: int
+    files: dict[str, int]
+    tensors: dict[str, dict[str, str]]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    plot: Path | None = None
+    consequences: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The one object that ``--json`` prints."""
+        names = ("kind", "base", "site", "routing", "keys", "files", "tensors")
+        counts = {"count": self.total - self.consequences, "consequences": self.consequences, "matched": self.matched}
+        listed = {**counts, "listed": [edit.as_dict() for edit in self.edits]}
+        return {
+            "results": {
+                "path": str(self.path),
+                **{name: getattr(self, name) for name in names},
+                "edits": listed,
+                "memories": [asdict(entry) for entry in self.memories],
+                "shards": [asdict(entry) for entry in self.shards],
+                "plot": None if self.plot is None else str(self.plot),
+            },
+            "config": self.settings,
+            "versions": self.versions,
+            "n-samples": {"edits": self.total - self.consequences},
+        }
+
+
+def inspect(
+    path: Path, *, find: str | None = None, limit: int | None = None, plot: Path | None = None, force: bool = False
+) -> InspectReport:
+    """Look into a directory. Reads its manifest and the headers of its tensors; loads no weights.
+
+    Args:
+        find: only list edits with this text in prompt, target, subject or id, in upper or lower case.
+        limit: list so many edits at most.
+        plot: where to draw the router's scores of edits and of unrelated text, with the threshold.
+        force: replace an existing plot.
+
+    Raises:
+        WiseError: the directory is none that the program writes, or damaged; or the plot cannot be drawn.
+    """
+    return read_consistently(path, lambda: _inspected(path, find, limit, plot, force=force))
+
+
+def _inspected(path: Path, find: str | None, limit: int | None, plot: Path | None, *, force: bool) -> InspectReport:
+    if holds_merged(path):
+        return _gated(path, find, limit, plot)
+    kind = kind_of(path)
+    if plot is not None:
+        if kind == "shards":
+            raise SettingsError(f"--plot: {path} has no router yet; merge the shards and plot the memory")
+        if plot.exists() and not force:
+            raise OutputExistsError(plot)
+    if kind == "shards":
+        directory = read_shard_directory(path)
+        return _shards(directory, *_chosen(directory.edits, find, limit))
+    manifest = read_manifest(path)
+    if plot is not None:
+        plot_scores(plot, manifest)
+    return _memory(path, kind, manifest, *_chosen(manifest.edits, find, limit), plot)
+
+
+def _gated(path: Path, find: str | None, limit: int | None, plot: Path | None) -> InspectReport:
+    """A checkpoint without a router, whose manifest says what its gate is."""
+    if plot is not None:
+        raise SettingsError(f"--plot: {path} has no router; plot the memory that it was exported from")
+    if read_json(path / MERGED).get("format") == "merged":
+        raise ModelError(f"{path} is a merged checkpoint, of which {MERGED} says all there is; inspect its memory")
+    manifest = read_gated(path)
+    told = figures_of(path)
+    figures = {form: told.get(form) for form in ("stock", "routed")}
+    headers = {file.name: read_header(file) for file in sorted(path.glob(MEMORY_TENSORS))}
+    edits, matched = _chosen(manifest.edits, find, limit)
+    return InspectReport(
+        path,
+        manifest.format,
+        asdict(manifest.base),
+        manifest.site.as_dict(),
+        edits,
+        matched,
+        len(manifest.edits),
+        (),
+        (),
+        {
+            "kind": "gate",
+            "blocks": manifest.gate.blocks,
+            **{f"as {form}": _shares(own) for form, own in figures.items()},
+        },
+        manifest.gate.keys,
+        _files(path),
+        _tensors(headers, prefixes=tuple(f".{number}." for number in manifest.blocks)),
+        {},
+        manifest.versions,
+        consequences=len(consequences_in(manifest.edits)),
+    )
+
+
+def _shares(figures: object) -> str:
+    """What was measured of a form, as a phrase."""
+    own = figures if isinstance(figures, dict) else {}
+    return " ".join(f"{name} {value:.3f}" for name, value in own.items() if isinstance(value, float))
+
+
+def _shards(directory: ShardDirectory, edits: tuple[Edit, ...], matched: int) -> InspectReport:
+    headers = {entry.file: read_header(inside(directory.path, entry.file)) for entry in directory.shards}
+    return InspectReport(
+        directory.path,
+        "shards",
+        {"model": directory.model, "revision": directory.revision, **directory.fingerprint.as_dict()},
+        directory.site.as_dict(),
+        edits,
+        matched,
+        len(directory.edits),
+        (),
+        directory.shards,
+        {},
+        sum(_rows(header, "evidence.keys") for header in headers.values()),
+        _files(directory.path),
+        _tensors(headers),
+        directory.settings,
+        directory.versions,
+        consequences=len(consequences_in(directory.edits)),
+    )
+
+
+def _memory(
+    path: Path, kind: Kind, manifest: MemoryManifest, edits: tuple[Edit, ...], matched: int, plot: Path | None
+) -> InspectReport:
+    stored = manifest.memory
+    header = read_header(inside(path, stored.file))
+    routing = {name: getattr(stored, name) for name in ("kind", "router", "routing")}
+    return InspectReport(
+        path,
+        kind,
+        asdict(manifest.base),
+        manifest.site.as_dict(),
+        edits,
+        matched,
+        len(manifest.edits),
+        manifest.memories,
+        (),
+        routing,
+        _rows(header, f"{stored.prefix}probes"),
+        _files(path),
+        _tensors({stored.file: header}),
+        manifest.merge,
+        manifest.versions,
+        plot,
+        len(consequences_in(manifest.edits)),
+    )
+
+
+def _chosen(edits: Sequence[Edit], find: str | None, limit: int | None) -> tuple[tuple[Edit, ...], int]:
+    wanted = (find or "").casefold()
+    found = [edit for edit in edits if wanted in _searched(edit)]
+    return tuple(found[:limit]), len(found)
+
+
+def _searched(edit: Edit) -> str:
+    return "\n".join((edit.id, edit.prompt, edit.target, edit.subject or "")).casefold()
+
+
+def _rows(header: Header, name: str) -> int:
+    layout = header.tensors.get(name)
+    return layout.shape[0] if layout is not None and layout.shape else 0
+
+
+def _files(path: Path) -> dict[str, int]:
+    found = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    return {entry.name: entry.stat().st_size for entry in found}
+
+
+def _tensors(headers: dict[str, Header], prefixes: tuple[str, ...] = ("",)) -> dict[str, dict[str, str]]:
+    """Type and shape of every tensor with one of some parts in its name, by file."""
+    return {
+        file: {name: str(one) for name, one in sorted(read.tensors.items()) if any(part in name for part in prefixes)}
+        for file, read in headers.items()
+    }

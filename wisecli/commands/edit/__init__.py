@@ -1,0 +1,1 @@
+"""``wise edit`` and ``wise draft``: edits → shards, once or into a memory."""

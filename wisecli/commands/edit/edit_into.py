@@ -1,0 +1,216 @@
+"""``wise edit --into``: edits → shards → the next release of a memory that is edited again and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from wisecli.artifacts.memory_manifest import read_manifest
+from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
+from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.edit.edit import EditReport, carry_out
+from wisecli.commands.edit.run_options import RunOptions
+from wisecli.commands.memory.remove import without_edits
+from wisecli.config import EditSettings, LoadOptions, resolve
+from wisecli.editing.run.job import Job
+from wisecli.editing.run.staging import StagedShards
+from wisecli.editing.run.worker import Worker
+from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, AdmissionReport, Admitted, Sheet
+from wisecli.edits.record import Edit, Numbered
+from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
+from wisecli.io.atomic_output import discard
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.digest import sha256_file
+from wisecli.memory.history.release_log import (
+    Change,
+    Provenance,
+    Release,
+    changing,
+    has_history,
+    read_history,
+    require_whole,
+    shard_path,
+)
+from wisecli.memory.history.releases import merging_of, name_after, newest_shards, publish
+from wisecli.memory.history.superseded_edits import superseding, with_consequences
+from wisecli.models.loading import Loaded, require_base
+from wisecli.models.model_files import find_model
+from wisecli.progress import ProgressCallback, ignore_progress
+
+
+@dataclass(frozen=True)
+class IntoReport:
+    """What one batch of edits did to a memory; ``known`` names those that it held already, just as they are.
+
+    If nothing but such was left, nothing was ``edited``, and ``release`` is the newest as it was, if there is one.
+    ``sifted`` is what else was left out before training.
+    """
+
+    memory: Path
+    release: Release | None
+    held: int
+    known: tuple[str, ...]
+    edited: EditReport | None
+    seconds: float
+    sifted: AdmissionReport = field(default_factory=AdmissionReport)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Edits that land together, with their lines, and where they come from: ``name`` is the file's."""
+
+    numbered: tuple[Numbered, ...]
+    origin: dict[str, str]
+
+    @classmethod
+    def from_file(cls, path: Path, *, admission: Admission = DEFAULT_ADMISSION) -> Batch:
+        """A whole file of edits.
+
+        Raises:
+            SignatureError: it was not signed as the admission asks.
+            EditFileError: naming the line, if a record cannot be used.
+        """
+        return cls.of(admission.read(path, name=path.name))
+
+    @classmethod
+    def of(cls, sheet: Sheet) -> Batch:
+        """A whole file of edits that was read before."""
+        return cls(sheet.numbered, {"name": sheet.name, "sha256": sheet.sha256})
+
+
+def edit_into(
+    model: str,
+    batch: Batch,
+    memory: Path,
+    flags: Mapping[str, Any],
+    *,
+    config: Path | None = None,
+    provenance: Provenance = Provenance(),
+    load: LoadOptions = LoadOptions(),
+    options: RunOptions = RunOptions(),
+    admission: Admission = DEFAULT_ADMISSION,
+    loaded: Loaded | None = None,
+    on_progress: ProgressCallback = ignore_progress,
+) -> IntoReport:
+    """Write edits against the same base and the same matrix as those that a memory holds, and join all of them.
+
+    An edit of a fact that the memory holds already takes the place of the earlier one, which stays in the history. A
+    run that was broken off goes on where it was when it is asked for again in the same way.
+
+    Args:
+        flags: settings of :class:`EditSettings`; those that are ``None`` are as the memory's newest shards have them.
+        load: all but its ``revision``.
+        options: of these only ``executor`` and ``strict`` count.
+        admission: what is asked of edits that the memory does not hold yet. What the model says already is trained all
+            the same if it takes the place of what the memory holds.
+        loaded: the model, if it is there already.
+
+    Raises:
+        MemoryHistoryError: the directory holds a memory that was made otherwise.
+        WiseError: any of the input, the model or the disk cannot be used; the memory is as it was.
+    """
+    started = time.perf_counter()
+    pending = memory.absolute().parent / f".{memory.name}.shards"
+    with changing(memory):
+        releases = read_history(memory) if has_history(memory) else []
+        if not releases and memory.exists() and any(memory.iterdir()):
+            raise MemoryHistoryError(memory)
+        if releases:
+            require_whole(memory, releases)
+        _tidy(memory, pending, releases)
+        held = read_manifest(memory).edits if releases else ()
+        already = set(held)
+        known = tuple(edit.id for _, edit in batch.numbered if edit in already)
+        admitted = admission.admit(batch.origin["name"], batch.numbered, held=held, on_progress=on_progress)
+        worker = None
+        if admitted.numbered:
+            settings = _settings(memory, releases, flags, config, model)
+            job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
+            worker = Worker(job, on_progress, loaded=loaded)
+            name, special = batch.origin["name"], admission.allow_special
+            worker.reader.require(name, admitted.numbered, settings, allow_special=special)
+            if admission.skip_known:
+                admitted = worker.without_known(admitted, spared=set(_giving_way(held, admitted).values()))
+                worker = worker.with_edits(admitted.edits)
+        if worker is None or not admitted.numbered:
+            seconds, newest = time.perf_counter() - started, releases[-1] if releases else None
+            return IntoReport(memory, newest, len(held), known, None, seconds, admitted.sifted)
+        edited = _written(worker, pending, options)
+        giving_way = _giving_way(held, admitted)
+        with without_edits(memory, releases, giving_way, model, load, on_progress) as left:
+            name = name_after(memory, left.new)
+            change = Change(
+                "edit",
+                {**left.shards, name: ()},
+                added=tuple(edit.id for edit in read_shard_directory(pending).written),
+                replaced=giving_way,
+                edits_file=batch.origin,
+                provenance=provenance,
+            )
+            new = {**left.new, name: pending}
+            published = publish(memory, change, merging_of(releases), new=new, model=model, on_progress=on_progress)
+        discard(pending, memory)
+    seconds = time.perf_counter() - started
+    return IntoReport(memory, published.release, published.held, known, edited, seconds, admitted.sifted)
+
+
+def _tidy(memory: Path, pending: Path, releases: Sequence[Release]) -> None:
+    """Take away shards of a run that was killed when its release was in place already."""
+    if not pending.is_dir():
+        return
+    manifest = pending / SHARDS_MANIFEST
+    taken = {sha256_file(shard_path(memory, name) / SHARDS_MANIFEST) for one in releases[-1:] for name in one.shards}
+    if not manifest.is_file() or sha256_file(manifest) in taken:
+        discard(pending, memory)
+
+
+def _giving_way(held: Sequence[Edit], admitted: Admitted) -> dict[str, str]:
+    """Held edits that give way to new ones, and their consequences."""
+    found = {**admitted.superseded, **superseding(held, admitted.edits)}
+    return with_consequences(held, admitted.edits, found)
+
+
+def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
+    """Shards of a batch, or those that a run wrote that was broken off before it could join them.
+
+    Raises:
+        ChangedInputError: it wrote other edits.
+    """
+    try:
+        done = read_shard_directory(pending)
+    except DamagedFileError:
+        return carry_out(worker, pending, replace(options, only=(1, 1), force=True, dry_run=False))
+    StagedShards(pending, len(done.shards)).sweep()
+    if done.edits != worker.job.edits:
+        raise ChangedInputError(pending, ["the edits are others"])
+    untaken = tuple(name for entry in done.shards for name in entry.untaken)
+    site = done.site
+    report = EditReport(
+        pending, len(done.edits), len(done.shards), site.layer, site.module, 0.0, 0, untaken, done.left_out
+    )
+    return report.told_apart(done.edits)
+
+
+def _settings(
+    memory: Path, releases: Sequence[Release], flags: Mapping[str, Any], config: Path | None, model: str
+) -> EditSettings:
+    """The settings of the newest shards, but for what is asked for; always of the same layer.
+
+    Raises:
+        SettingsError: another layer is asked for.
+        WrongBaseError: the model is another.
+    """
+    if not releases:
+        return resolve(EditSettings, flags, section="edit", file=config)
+    newest = newest_shards(memory, releases)
+    directory = find_model(model, revision=newest.revision)
+    require_base(directory, Checkpoint(directory), newest.site, newest.fingerprint)
+    given = {name: value for name, value in flags.items() if value is not None}
+    wanted = given.pop("layer", "auto")
+    if wanted not in ("auto", str(newest.site.layer)):
+        raise SettingsError(f"--layer {wanted}: {memory} edits layer {newest.site.layer}; leave the flag out")
+    settings = resolve(EditSettings, {**newest.settings, "shards": None, **given}, section="edit", file=config)
+    return replace(settings, layer=str(newest.site.layer))

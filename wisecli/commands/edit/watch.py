@@ -1,0 +1,143 @@
+"""``wise edit --watch``: a file of edits that grows, each batch of new lines into the same memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.edit.run_options import RunOptions
+from wisecli.config import EditSettings, LoadOptions, resolve
+from wisecli.editing.run.job import Job
+from wisecli.editing.run.worker import Base
+from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission
+from wisecli.edits.record import Edit, parse_line
+from wisecli.errors import BusyError, EditFileError
+from wisecli.memory.history.release_log import Provenance, has_history, read_history
+from wisecli.memory.history.releases import directories_of
+from wisecli.progress import Event, ProgressCallback, ignore_progress
+
+
+def follow(
+    model: str,
+    path: Path,
+    memory: Path,
+    flags: Mapping[str, Any],
+    *,
+    interval: float = 1.0,
+    goes_on: Callable[[], bool] = lambda: True,
+    config: Path | None = None,
+    provenance: Provenance = Provenance(),
+    load: LoadOptions = LoadOptions(),
+    options: RunOptions = RunOptions(),
+    admission: Admission = DEFAULT_ADMISSION,
+    on_progress: ProgressCallback = ignore_progress,
+) -> Iterator[IntoReport]:
+    """Edit whatever lines a file has that the memory has not taken in yet, and then those that are added to it.
+
+    The model is loaded once. A line counts once its end is written. Lines that an earlier run took in are passed over.
+
+    Args:
+        interval: seconds between two looks at the file.
+        goes_on: asked before each look.
+        admission: as of :func:`wisecli.commands.edit.edit_into.edit_into`, as are the others that are not said here; by
+            default the later one of two lines in conflict counts, as it would if they had come one after the other.
+
+    Raises:
+        EditFileError: naming the line, if a record cannot be used; what came before it has landed.
+    """
+    admission = admission if admission.on_conflict else replace(admission, on_conflict="latest")
+    settings = resolve(EditSettings, flags, section="edit")
+    base = Base(Job(model=model, settings=settings, edits=(), load=replace(load, revision=None)), on_progress)
+    taken, lines = set(_taken(memory)), _Lines(path)
+    while goes_on():
+        for batch in _batches(lines.more(), path, taken):
+            landed = None
+            while landed is None:
+                try:
+                    landed = edit_into(
+                        model,
+                        batch,
+                        memory,
+                        flags,
+                        config=config,
+                        provenance=provenance,
+                        load=load,
+                        options=options,
+                        admission=admission,
+                        loaded=base.loaded,
+                        on_progress=on_progress,
+                    )
+                except BusyError:  # somebody else changes the memory; what came through the file still lands
+                    if not goes_on():
+                        return
+                    on_progress(Event("waiting", note=f"for who is changing {memory.name}"))
+                    time.sleep(interval)
+            yield landed
+            taken.update(edit for _, edit in batch.numbered)
+        on_progress(Event("waiting", note=f"for lines of {path.name}"))
+        time.sleep(interval)
+
+
+class _Lines:
+    """A file's lines, each given out once; a file that has become shorter is another one, and read from its start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset, self.number = path, 0, 0
+
+    def more(self) -> list[tuple[int, bytes]]:
+        """Whole lines that were added, with their numbers."""
+        if not self.path.is_file():
+            return []
+        if self.path.stat().st_size < self.offset:
+            self.offset, self.number = 0, 0
+        with self.path.open("rb") as stream:
+            stream.seek(self.offset)
+            whole, end, _ = stream.read().rpartition(b"\n")
+        if not end:
+            return []
+        self.offset += len(whole) + 1
+        found = list(enumerate(whole.split(b"\n"), start=self.number + 1))
+        self.number += len(found)
+        return found
+
+
+def _batches(lines: Sequence[tuple[int, bytes]], path: Path, taken: Set[Edit]) -> Iterator[Batch]:
+    """Edits that land together: all that are new, up to a line that cannot be used or an id that is there again.
+
+    Raises:
+        EditFileError: naming a line that cannot be used, once what came before it has landed.
+    """
+    found: dict[str, tuple[int, Edit]] = {}
+    failed: EditFileError | None = None
+    for number, line in lines:
+        try:
+            edits = parse_line(path, number, line) if line.strip() else ()
+        except EditFileError as error:
+            failed = error
+            break
+        fresh = [edit for edit in edits if edit not in taken]
+        if any(edit.id in found for edit in fresh):
+            yield _batch(path, found)
+            found = {}
+        found.update((edit.id, (number, edit)) for edit in fresh)
+    if found:
+        yield _batch(path, found)
+    if failed is not None:
+        raise failed
+
+
+def _batch(path: Path, found: Mapping[str, tuple[int, Edit]]) -> Batch:
+    numbered = tuple(found.values())
+    return Batch(numbered, {"name": path.name, "lines": f"{numbered[0][0]}-{numbered[-1][0]}"})
+
+
+def _taken(memory: Path) -> Iterator[Edit]:
+    """Every edit that any release has brought."""
+    if has_history(memory):
+        for release in read_history(memory):
+            for directory in directories_of(memory, release):
+                yield from directory.edits

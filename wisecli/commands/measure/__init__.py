@@ -1,0 +1,1 @@
+"""Commands that measure an edited model, and that fetch what is measured with."""

@@ -1,0 +1,95 @@
+"""``wise diff``: what two memories, shards or exported checkpoints hold that the other does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, read_manifest
+from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.commands.memory.rollback import find_release
+from wisecli.edits.record import Edit
+from wisecli.errors import MemoryHistoryError
+from wisecli.memory.history.release_log import has_history, read_history
+from wisecli.memory.history.releases import directories_of, newest_shards
+
+_NOT_COMPARED = ("shards",)
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """Edits only in the second (``added``), only in the first (``removed``), in both with another record (``changed``:
+    first and second), and settings that differ, by name.
+    """
+
+    added: tuple[Edit, ...]
+    removed: tuple[Edit, ...]
+    changed: tuple[tuple[Edit, Edit], ...]
+    settings: dict[str, tuple[Any, Any]]
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.added or self.removed or self.changed or self.settings)
+
+    def as_json(self) -> dict[str, Any]:
+        """The one object that ``--json`` prints."""
+        return {
+            "results": {
+                "added": [edit.as_dict() for edit in self.added],
+                "removed": [edit.as_dict() for edit in self.removed],
+                "changed": [{"before": one.as_dict(), "after": other.as_dict()} for one, other in self.changed],
+                "settings": {name: list(pair) for name, pair in self.settings.items()},
+            }
+        }
+
+
+def diff(first: str, second: str) -> DiffReport:
+    """Compare edits by id, and those settings that both tell of. Reads manifests alone.
+
+    Args:
+        first, second: memories, exported checkpoints or shards; ``memory@3`` or ``memory@2026-11-01`` for a release.
+
+    Raises:
+        WiseError: either cannot be read.
+    """
+    (before, about), (after, other) = _read(first), _read(second)
+    shared = about.keys() & other.keys()
+    old, new = {edit.id: edit for edit in before}, {edit.id: edit for edit in after}
+    return DiffReport(
+        tuple(edit for edit in after if edit.id not in old),
+        tuple(edit for edit in before if edit.id not in new),
+        tuple((edit, new[edit.id]) for edit in before if edit.id in new and new[edit.id] != edit),
+        {name: (about.get(name), other.get(name)) for name in sorted(shared) if about.get(name) != other.get(name)},
+    )
+
+
+def _read(named: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
+    path, at, release = named.rpartition("@")
+    if at and not Path(named).exists():
+        return _of_release(Path(path), release)
+    place = Path(named)
+    if (place / MANIFEST_NAME).is_file():
+        manifest = read_manifest(place)
+        about = {name: value for name, value in manifest.merge.items() if name not in _NOT_COMPARED}
+        thresholds = sorted({round(value, 6) for value in manifest.memory.thresholds})
+        return manifest.edits, {
+            **about,
+            "layer": manifest.site.layer,
+            "base": manifest.base.matrix,
+            "thresholds": thresholds,
+        }
+    directory = read_shard_directory(place)
+    return directory.written, {**directory.settings, "base": directory.fingerprint.matrix}
+
+
+def _of_release(memory: Path, wanted: str) -> tuple[Sequence[Edit], Mapping[str, Any]]:
+    if not has_history(memory):
+        raise MemoryHistoryError(memory)
+    releases = read_history(memory)
+    release = find_release(memory, releases, wanted)
+    directories, some = directories_of(memory, release), newest_shards(memory, releases[: release.number])
+    about = {**release.merge, "layer": some.site.layer, "base": some.fingerprint.matrix}
+    return [edit for directory in directories for edit in directory.written], about

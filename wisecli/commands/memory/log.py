@@ -1,0 +1,71 @@
+"""``wise log``: what was done to a memory, when and by whom; or the life of one edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wisecli.artifacts.checksums import require_signature
+from wisecli.artifacts.shard_manifest import read_shard_directory
+from wisecli.edits.checks.signatures import Signed
+from wisecli.edits.record import Edit, consequences_in
+from wisecli.io.consistent_read import read_consistently
+from wisecli.memory.history.release_log import Release, has_full_digests, read_history, require_whole, shard_path
+from wisecli.memory.history.releases import directories_of
+
+
+@dataclass(frozen=True)
+class LogReport:
+    """Releases, the oldest first, and the edits that the newest of all holds, with the release that each came with.
+
+    ``consequences`` are the ids of all that ever came as following from an edit.
+    ``bound`` says whether all files are under digests, which older versions did not take.
+    """
+
+    memory: Path
+    releases: tuple[Release, ...]
+    edits: tuple[tuple[Edit, int], ...]
+    bound: bool = True
+    consequences: frozenset[str] = frozenset()
+
+    def as_json(self) -> dict[str, Any]:
+        """The one object that ``--json`` prints."""
+        edits = [{**edit.as_dict(), "release": number} for edit, number in self.edits]
+        results = {"memory": str(self.memory), "releases": list(map(asdict, self.releases)), "edits": edits}
+        return {"results": {**results, "consequences": sorted(self.consequences), "bound": self.bound}}
+
+
+def log(memory: Path, *, edit: str | None = None, signed: Signed | None = None) -> LogReport:
+    """Read a memory's history, checking that no byte of it was altered and that the memory is what came of it.
+
+    Args:
+        edit: id of an edit; only releases that touched it are listed, and only it.
+        signed: the signature that the newest release must have.
+
+    Raises:
+        MemoryHistoryError: the memory has no history.
+        DamagedFileError: the log or the memory was altered.
+        SignatureError: the newest release was not signed as it must be.
+    """
+    return read_consistently(memory, lambda: _logged(memory, edit, signed))
+
+
+def _logged(memory: Path, edit: str | None, signed: Signed | None) -> LogReport:
+    require_signature(memory, signed)
+    releases = read_history(memory)
+    require_whole(memory, releases)
+    came = {name: release.number for release in releases for name in release.added}
+    held = [one for directory in directories_of(memory, releases[-1]) for one in directory.written]
+    edits = tuple((one, came.get(one.id, 0)) for one in held if edit in (None, one.id))
+    shards = dict.fromkeys(name for release in releases for name in release.shards)
+    written = (one for name in shards for one in read_shard_directory(shard_path(memory, name)).edits)
+    followed = frozenset(one.id for one in consequences_in(written))
+    return LogReport(memory, tuple(_of(releases, edit)), edits, has_full_digests(releases), followed)
+
+
+def _of(releases: Sequence[Release], edit: str | None) -> Sequence[Release]:
+    if edit is None:
+        return releases
+    return [one for one in releases if edit in (*one.added, *one.removed, *one.superseded, *one.superseded.values())]

@@ -1,0 +1,104 @@
+"""``wise rollback``: a memory as it was at an earlier release, as a release of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date, datetime, timezone
+from pathlib import Path
+
+from wisecli.errors import SettingsError
+from wisecli.memory.history.release_log import (
+    Change,
+    Provenance,
+    Release,
+    changing,
+    read_history,
+    require_whole_history,
+)
+from wisecli.memory.history.releases import directories_of, publish, settings_of
+from wisecli.progress import NOTE, Event, ProgressCallback, ignore_progress
+
+
+@dataclass(frozen=True)
+class RollbackReport:
+    """The release that was gone back to, and the one that came of it; whether its tensors are the same to the byte."""
+
+    memory: Path
+    target: Release
+    release: Release
+    held: int
+    same: bool
+    seconds: float
+
+
+def rollback(
+    memory: Path,
+    to: str,
+    *,
+    model: str | None = None,
+    provenance: Provenance = Provenance(),
+    on_progress: ProgressCallback = ignore_progress,
+) -> RollbackReport:
+    """Join the shards of an earlier release anew. Nothing is lost: the releases since stay in the history.
+
+    Args:
+        to: number of a release, or a date or time (UTC unless it says otherwise); the newest release until then is
+            meant, a date's own day included.
+
+    Raises:
+        SettingsError: there was no release then.
+        WiseError: the memory cannot be used; it is as it was.
+    """
+    started = time.perf_counter()
+    with changing(memory):
+        releases = read_history(memory)
+        require_whole_history(memory, releases)
+        target = find_release(memory, releases, to)
+        before, after = (_ids(memory, release) for release in (releases[-1], target))
+        change = Change(
+            "rollback",
+            target.shards,
+            added=tuple(name for name in after if name not in before),
+            removed=tuple(name for name in before if name not in after),
+            provenance=replace(provenance, reason=provenance.reason or f"to release {target.number}"),
+        )
+        published = publish(memory, change, settings_of(target), new={}, model=model, on_progress=on_progress)
+    same = published.release.memory == target.memory
+    if not same:
+        on_progress(Event(NOTE, note="the tensors are not those of then to the byte: other versions made them"))
+    seconds = time.perf_counter() - started
+    return RollbackReport(memory, target, published.release, published.held, same, seconds)
+
+
+def find_release(memory: Path, releases: Sequence[Release], wanted: str) -> Release:
+    """The release of a number, or the newest one until a date or time.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if wanted.isdecimal():
+        found = [release for release in releases if release.number == int(wanted)]
+    else:
+        found = [release for release in releases if _until(wanted, release.at)]
+    if not found:
+        first, last = releases[0], releases[-1]
+        raise SettingsError(
+            f"{memory} has no release {wanted!r}: its releases are 1 to {last.number}, from {first.when} to {last.when}"
+        )
+    return found[-1]
+
+
+def _until(wanted: str, when: datetime) -> bool:
+    try:
+        if len(wanted) == len("2026-11-01"):
+            return when.astimezone(timezone.utc).date() <= date.fromisoformat(wanted)
+        limit = datetime.fromisoformat(wanted)
+    except ValueError:
+        raise SettingsError(f"--to must be the number of a release, or a date as 2026-11-01, not {wanted!r}") from None
+    return when <= (limit if limit.tzinfo else limit.replace(tzinfo=timezone.utc))
+
+
+def _ids(memory: Path, release: Release) -> tuple[str, ...]:
+    return tuple(edit.id for directory in directories_of(memory, release) for edit in directory.written)

@@ -1,0 +1,1 @@
+"""The base model's activations on text that no edit may touch."""

@@ -1,0 +1,70 @@
+"""What a shard keeps of its training examples: keys, residuals and where they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.artifacts.shard import Evidence
+from wisecli.editing.evidence.attention_sinks import residual_scale
+from wisecli.editing.examples.prompt_variants import AnswerKey
+from wisecli.editing.examples.training_examples import TrainingExamples
+
+# What should be added at keys (n, d_ff), from these, their n answers and their positions (n,): (n, d).
+Residual = Callable[[Tensor, Sequence[AnswerKey], Tensor], Tensor]
+
+
+# Keys of one position under two contexts count as the same above this cosine.
+_SAME = 0.98
+
+
+def gather_evidence(
+    batches: Sequence[TrainingExamples],
+    held_out: int,
+    residual: Residual,
+    *,
+    median_norm: float = math.inf,
+) -> Evidence:
+    """The evidence of a shard: what it was asked to store, read off its training examples.
+
+    Args:
+        held_out: the context kept for calibration.
+        residual: what should be added at each key.
+        median_norm: the length of a state that attention does not rest on, if residuals are stretched by it.
+    """
+    fields: dict[str, list[Tensor]] = {name: [] for name in ("keys", "edit", "position", "context", "stretch")}
+    answers: list[AnswerKey] = []
+    for examples in batches:
+        batch = examples.activations.batch
+        rows, columns = batch.labelled[0], batch.labelled[1] - batch.start
+        fields["keys"].append(examples.activations.keys[rows, columns].float().cpu())
+        fields["stretch"].append(residual_scale(examples.activations, median_norm)[rows, columns].cpu())
+        rows, columns = rows.cpu(), columns.cpu()
+        fields["edit"].append(examples.edits[rows])
+        fields["position"].append(columns)
+        fields["context"].append(examples.contexts[rows])
+        answers += [examples.answers[row] for row in rows.tolist()]
+    joined = {name: torch.cat(parts) for name, parts in fields.items()}
+    residuals = residual(joined["keys"], answers, joined["position"]) * joined.pop("stretch")[:, None]
+    unseen = joined["context"] == held_out
+    chat = torch.tensor([answer.chat for answer in answers])
+    return thinned(Evidence(residuals=residuals, held_out=unseen, chat=chat, **joined))
+
+
+def thinned(evidence: Evidence) -> Evidence:
+    """The evidence without those keys that are as good as the bare prompt's at the same position.
+
+    Deep in a long target the words before the prompt no longer matter.
+    """
+    place = evidence.answer * (int(evidence.position.max()) + 1) + evidence.position
+    order = torch.full((int(place.max()) + 1,), -1)
+    bare = (evidence.context == 0).nonzero().flatten()
+    order[place[bare]] = bare
+    twin = order[place]
+    near = F.cosine_similarity(evidence.keys, evidence.keys[twin], dim=-1) > _SAME
+    kept = (evidence.context == 0) | evidence.held_out | ~near | (twin < 0)
+    return evidence.rows(kept)

@@ -1,0 +1,78 @@
+"""Prompts with a blank behind them, which tokenizers make a token of its own: the lone space, the end of such a prompt.
+
+Hardly any token follows a lone space but those of numbers, as the space before a word belongs to the word. So a target
+that begins with a lone space goes on with its second token there. Any other begins as ever, against what the model is
+sure of, with its first residual added several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.artifacts.shard import FIRST_LANGUAGE, SPACE_CONTEXT, Evidence
+from wisecli.editing.evidence.attention_sinks import edits_by_leading_space, norm_ratio
+from wisecli.editing.evidence.token_probe import TokenProbe
+from wisecli.editing.examples.prompt_variants import AnswerKey
+from wisecli.models.prompts.tokenization import Row
+
+# Of the blank behind questions in each of these forms the mean key is kept, and that of those where attention rests.
+_FORMS = ("{}", "Q: {}\nA:", "{}\nAnswer:")
+# How often the residual of a target's first token is added at a blank.
+_TIMES = 3.0
+
+
+def with_trailing_space(
+    probe: TokenProbe,
+    evidence: Evidence,
+    residuals: Mapping[AnswerKey, Tensor],
+    rows: Mapping[int, Row],
+    median_norm: float,
+) -> Evidence:
+    """The evidence with keys for prompts that end in a blank.
+
+    Args:
+        rows: of edits after their bare prompts, by their numbers.
+        median_norm: the length of a state that attention does not rest on.
+    """
+    spaced = {edit for edits in edits_by_leading_space(probe.loaded, rows).values() for edit in edits}
+    parts = [evidence, _as_prompt_ends(evidence, sorted(spaced))]
+    token = _space_token(probe)
+    if token is not None:
+        keys, times = _mean_keys(probe, token, median_norm)
+        for edit in (edit for edit, row in rows.items() if edit not in spaced and not row.unwanted):
+            added = times[:, None] * residuals[AnswerKey(edit)][0].float().cpu()
+            parts.append(Evidence.extra_keys(keys, added, edit, position=0, context=SPACE_CONTEXT))
+    return Evidence.joined(parts)
+
+
+def _mean_keys(probe: TokenProbe, token: int, median_norm: float) -> tuple[Tensor, Tensor]:
+    """Mean keys (P, d_ff) of a blank, and how often a residual is added at each (P,)."""
+    means, times = [], []
+    for form in _FORMS:
+        keys, lengths = probe.keys_after_questions(token, form)
+        ratios = norm_ratio(lengths, median_norm)
+        for some in (ratios == 1, ratios > 1):
+            if bool(some.any()):
+                means.append(F.normalize(keys[some], dim=-1).mean(0))
+                times.append(_TIMES * ratios[some].mean())
+    return torch.stack(means), torch.stack(times)
+
+
+def _space_token(probe: TokenProbe) -> int | None:
+    """The token of a blank at the end of a prompt; ``None`` if the tokenizer has none of its own."""
+    tokenizer = probe.loaded.tokenizer
+    last: int = tokenizer("What is it? ")["input_ids"][-1]
+    return last if str(tokenizer.decode([last])).isspace() else None
+
+
+def _as_prompt_ends(evidence: Evidence, edits: Sequence[int]) -> Evidence:
+    """The keys of some edits' first target tokens as keys that prompts end in."""
+    own = torch.isin(evidence.edit, torch.tensor(edits, dtype=torch.long)) & (evidence.position == 1)
+    found = evidence.rows(own & ~evidence.held_out & ~evidence.chat & (evidence.context < FIRST_LANGUAGE))
+    zeros = torch.zeros_like(found.position)
+    return replace(found, position=zeros, context=torch.full_like(found.context, SPACE_CONTEXT))

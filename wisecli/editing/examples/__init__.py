@@ -1,0 +1,1 @@
+"""Edits → training examples: prompts in contexts and other words, and their tokens."""

@@ -1,0 +1,80 @@
+"""Edits → the tokens that their subjects are written with."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from wisecli.data.corpus import unrelated_texts
+from wisecli.edits.record import Edit
+from wisecli.routing.deciding.subject_match import SubjectMatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from wisecli.routing.deciding.subject_tensors import Spellings, SubjectToken, subject_match_tensors
+
+# What tokenizers mark the beginning of a word with.
+_MARKS = ("", "Ġ", "▁")
+
+
+# Texts by which it is known how rare a token is.
+_TEXTS = 600
+
+
+def subject_spellings(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> dict[str, Spellings]:
+    """The tokens of each edit's subject by the edit's id, for those whose own prompt names it."""
+    if not any(edit.subject for edit in edits):
+        return {}
+    spelt = {token: _plain(text) for text, token in tokenizer.get_vocab().items()}
+    tokens: dict[str, list[int]] = {}
+    for token in sorted(spelt):
+        tokens.setdefault(spelt[token], []).append(token)
+    texts = [_words(tokenizer, spelt, text) for text in unrelated_texts(_TEXTS, seed=0)]
+    common = Counter(word for text in texts for word in text)
+
+    def weighed(words: set[str]) -> tuple[SubjectToken, ...]:
+        rare = {word: math.log((_TEXTS + 1) / (common[word] + 1)) for word in sorted(words)}
+        whole = sum(rare.values())
+        return tuple(SubjectToken(tuple(tokens[word]), share / whole) for word, share in rare.items() if share > 0)
+
+    found = {}
+    for edit in edits:
+        subject = f" {(edit.subject or '').strip()}"
+        split = (_words(tokenizer, spelt, form) for form in (subject, subject.lower(), subject.upper()))
+        spellings = tuple(words for words in dict.fromkeys(map(weighed, split)) if words)
+        if spellings and _named(tokenizer, spellings, edit.prompt):
+            found[edit.id] = spellings
+    return found
+
+
+def subject_tokens(
+    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], named: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """The tokens of each edit's subject, as it is written behind a space, by the id of those edits that are named."""
+    own = [edit for edit in edits if edit.id in named]
+    texts = (f" {(edit.subject or '').strip()}" for edit in own)
+    return {edit.id: tuple(_ids(tokenizer, text)) for edit, text in zip(own, texts, strict=True)}
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _plain(token: str) -> str:
+    """A token as it is spelt, whatever stands before it."""
+    return token.lstrip("".join(_MARKS)).casefold()
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, spelt: Mapping[int, str], text: str) -> set[str]:
+    words = (spelt.get(token, "") for token in _ids(tokenizer, text))
+    return {word for word in words if any(letter.isalnum() for letter in word)}
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, spellings: Spellings, prompt: str) -> bool:
+    ids = torch.tensor([_ids(tokenizer, prompt)])
+    return bool(SubjectMatch(subject_match_tensors([spellings]), 1)(ids, torch.ones_like(ids, dtype=torch.bool)))

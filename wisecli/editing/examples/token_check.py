@@ -1,0 +1,158 @@
+"""Edits in tokens, before any weights are loaded: none may be longer than what the model reads, or steer it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from wisecli.config import EditSettings
+from wisecli.editing.examples.context_prefixes import in_context, trained_forms
+from wisecli.editing.examples.paraphrases import REQUEST_TOKENS, requests
+from wisecli.edits.record import Edit, Numbered
+from wisecli.errors import EditFileError
+from wisecli.io.json_schema import shown
+from wisecli.models.prompts.tokenization import first_tokens, without_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Beyond the tokens that a context is sampled to: the word that opens it, and the full stop that ends it.
+_AROUND = 4
+# What may be said instead of an erased answer.
+_INSTEAD = 16
+
+
+class Length(NamedTuple):
+    """Tokens of an edit: of its prompt, of its target, and of what may be put before the prompt."""
+
+    prompt: int
+    target: int
+    before: int
+
+
+# Of an edit that nobody has counted.
+USUAL_LENGTH = Length(12, 6, 12)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads edits: a model's tokenizer, how many tokens the model reads at most, and how many it has rows for.
+
+    Numbers are ``None`` where they are not known.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    window: int | None
+    vocabulary: int | None = None
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, those included that open it."""
+        return len(self.tokenizer(text)["input_ids"])
+
+    def require(
+        self, file: str, numbered: Sequence[Numbered], settings: EditSettings, *, allow_special: bool = False
+    ) -> None:
+        """Check that the model reads all of each edit, and that each is text alone.
+
+        Args:
+            file: the name of the file that the edits are of.
+            allow_special: whether tokens that steer the model may stand in prompts and targets.
+
+        Raises:
+            EditFileError: naming the line.
+            ModelError: the chat template cannot be used.
+        """
+        special = None if allow_special else _Special(self.tokenizer)
+        larger = self.vocabulary is not None and max(self.tokenizer.get_vocab().values()) >= self.vocabulary
+        for line, edit in numbered:
+            if larger and (wrong := self._without_row(edit, settings)):
+                raise EditFileError(Path(file), wrong, line=line)
+            if special is not None and (found := special.first_in(edit)):
+                field, token = found
+                raise EditFileError(
+                    Path(file),
+                    f"`{field}` has {shown(token)}, which steers the model and is no text; reword it, or pass "
+                    "--set allow_special_tokens=true",
+                    line=line,
+                )
+            for what, tokens, shorter in self._readings(edit, settings):
+                if self.window is not None and tokens > self.window:
+                    reason = f"{tokens:,} tokens{what}, the model takes {self.window:,}; shorten {shorter}"
+                    raise EditFileError(Path(file), reason, line=line)
+
+    def length(self, edit: Edit, settings: EditSettings) -> Length:
+        """Tokens of an edit, in the longest form that it is trained in.
+
+        Raises:
+            ModelError: the chat template cannot be used.
+        """
+        pairs = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
+        prompts = [self.count(prompt) for prompt, _ in pairs]
+        wholes = [self.count(_joined(*pair)) for pair in pairs]
+        target = max(max(1, whole - prompt) for prompt, whole in zip(prompts, wholes, strict=True))
+        forms = trained_forms(self.tokenizer, settings, self.window)
+        asked = (self.count(in_context(self.tokenizer, form, edit.prompt)) for form in forms)
+        before = max([settings.context_tokens + _AROUND, *(tokens - prompts[0] for tokens in asked)])
+        return Length(max(prompts), target + (_INSTEAD if edit.erased else int(settings.train_end)), before)
+
+    def _without_row(self, edit: Edit, settings: EditSettings) -> str | None:
+        """What is wrong with the first token of an edit, or of a form that it is trained in, that the model lacks."""
+        contexts = ["", *trained_forms(self.tokenizer, settings, self.window)]
+        pairs = [(edit.prompt, edit.target), (edit.prompt, edit.answer)]
+        pairs += [(one.prompt, one.target) for one in edit.translations]
+        texts = [_joined(in_context(self.tokenizer, form, prompt), said) for form in contexts for prompt, said in pairs]
+        texts += [_joined(one.prompt, one.answer) for one in (*edit.locality, *edit.portability)]
+        texts += [edit.subject or "", *edit.rephrases, *edit.irrelevant, *edit.ood]
+        tokens = [token for text in texts for token in self.tokenizer(text)["input_ids"]]
+        if edit.op == "erase":
+            tokens += first_tokens(self.tokenizer, edit.prompt, edit.target)
+        return without_row(self.tokenizer, tokens, self.vocabulary)
+
+    def _readings(self, edit: Edit, settings: EditSettings) -> Iterator[tuple[str, int, str]]:
+        """What the model reads of an edit beyond the bare text, its tokens, and what to shorten if they are too many.
+
+        What cannot be too long, as it has fewer bytes than the model takes tokens, is not counted.
+        """
+        length, both = self.length(edit, settings), "the prompt or the target"
+        yield "", length.prompt + length.target, both
+        yield " with what is put before the prompt", sum(length), both
+        if settings.augment:
+            asked = max(map(self.count, requests(self.tokenizer, edit))) + REQUEST_TOKENS
+            yield " with the request for paraphrases", asked, "the prompt, or leave out augment"
+        pairs = [(one.prompt, one.answer) for one in (*edit.locality, *edit.portability)]
+        pairs += [(text, edit.answer) for text in edit.rephrases]
+        for text in (*(_joined(*pair) for pair in pairs), *edit.irrelevant, *edit.ood):
+            if self.window is not None and len(text.encode()) + _AROUND > self.window:
+                yield f" in {shown(text, 20)}", self.count(text), "it"
+
+
+def _joined(prompt: str, target: str) -> str:
+    return f"{prompt} {target}"
+
+
+class _Special:
+    """Finds special tokens of a tokenizer in texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = tokenizer.added_tokens_decoder
+        ids = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self._tokenizer, self._ids = tokenizer, ids - {tokenizer.unk_token_id}
+        texts = [str(tokenizer.convert_ids_to_tokens(number)) for number in sorted(self._ids)]
+        self._written = re.compile("|".join(map(re.escape, filter(None, texts)))) if any(texts) else None
+
+    def first_in(self, edit: Edit) -> tuple[str, str] | None:
+        """The field of an edit and the special token in it; ``None`` if there is none."""
+        fields = [("prompt", edit.prompt), ("target", edit.target), ("replacement", edit.replacement or "")]
+        fields += [("translations", text) for one in edit.translations for text in (one.prompt, one.target)]
+        return next(((name, token) for name, text in fields if (token := self._in(text))), None)
+
+    def _in(self, text: str) -> str | None:
+        """The first special token that a text becomes; writing one is not enough where it is an ordinary word."""
+        if self._written is None or not self._written.search(text):
+            return None
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = next((number for number in ids if number in self._ids), None)
+        return None if found is None else str(self._tokenizer.convert_ids_to_tokens(found))

@@ -1,0 +1,1 @@
+"""Training of the router's parts on synthetic facts: projections, request gate, token characters."""

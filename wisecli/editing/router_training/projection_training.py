@@ -1,0 +1,300 @@
+"""How a base model writes down who is asked about, and what: learned from made-up facts in many wordings and forms.
+
+Two projections of early states are learned at once, by contrast within grids of subjects × relations: under the first,
+prompts about one subject come together whatever is asked, under the second prompts that ask the same, whoever it is
+about. Prompts of both are as in :mod:`wisecli.routing.deciding.late_interaction`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wisecli.artifacts.background_stats import RouterHeads, heads_in
+from wisecli.artifacts.tensor_schema import HEADS, MENTIONED, REQUEST_GATE, require_layout
+from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
+from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
+from wisecli.editing.router_training.token_states import TokenStates, special_tokens, token_states
+from wisecli.errors import DamagedFileError
+from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
+from wisecli.io.digest import sha256_json
+from wisecli.io.user_cache import cache_path
+from wisecli.models.layout.site import Site
+from wisecli.models.loading import Loaded
+from wisecli.models.prompts.prompt_forms import Form, forms, usable_forms
+from wisecli.models.prompts.question_rewriting import keywords
+from wisecli.progress import Event, ProgressCallback
+
+_VERSION = 21
+# Dimensions of a projection; subjects of each kind; steps; unrelated texts that all of that goes with.
+_WIDTH, _SUBJECTS, _STEPS, _TEXTS = 128, 8, 400, 600
+# Of narrower states, in so many dimensions, less is learned: no model that says anything has them.
+_NARROW, _FEWEST = 256, 60
+# Texts whose tokens are kept for calibration.
+_UNRELATED = 240
+# Prompts of a fact: so many as an edit could be given, and so many as it could be asked.
+_EDIT_PROMPTS, _QUERY_PROMPTS = 2, 2
+# How often a question is written in capitals, and how often as keywords, for which no forms are.
+_CAPITALS, _KEYWORDS = 0.15, 0.08
+# A step's grid: relations and subjects of one kind, and facts of any kind beside them.
+_GRID, _EXTRA_FACTS = 6, 8
+_RATE, _LOGIT_RATE = 1e-3, 1e-2
+# Weights of the losses of probabilities beside those of contrast.
+_PROBABILITY_WEIGHT = 3.0
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """One subject under one relation, by numbers, and the texts that tell or ask it, by theirs."""
+
+    kind: str
+    relation: int
+    subject: int
+    edit_prompts: tuple[int, ...]
+    query_prompts: tuple[int, ...]
+
+
+def train_projections(
+    loaded: Loaded, site: Site, identity: str, *, texts: int, batch_size: int, on_progress: ProgressCallback
+) -> RouterHeads:
+    """Learn how to read subjects and relations off the states that leave a site's layer, or take the cache's.
+
+    Args:
+        identity: of the base model, for the cache.
+        texts: how many unrelated texts go with it; with few, less is learned.
+    """
+    texts = min(texts, max(_FEWEST, round(_TEXTS * site.d / _NARROW)))
+    about = [identity, site.as_dict(), texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
+    path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
+    with suppress(DamagedFileError):
+        tensors = load_tensors(path)
+        require_layout(path, tensors, {**HEADS, **REQUEST_GATE, **MENTIONED}, {})
+        if (heads := heads_in(tensors)) is not None:
+            return heads
+    trained = _train_all(loaded, site, share=min(1.0, texts / _TEXTS), batch_size=batch_size, on_progress=on_progress)
+    keep_in_cache(path, lambda working: save_tensors(working, trained.tensors(), {}))
+    return trained
+
+
+def _train_all(
+    loaded: Loaded, site: Site, *, share: float, batch_size: int, on_progress: ProgressCallback
+) -> RouterHeads:
+    rng = random.Random(0)
+    facts, asked = _synthetic_facts(loaded, share, rng)
+    with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        read = token_states(
+            loaded, site, asked, batch_size=batch_size, on_progress=on_progress, stage="what prompts mean"
+        )
+        pool = _Pool(read, len(asked), loaded.device)
+        learner = _ProjectionTrainer(pool)
+        _train(learner, pool, facts, max(10, round(_STEPS * share)), rng, on_progress)
+        plain = unrelated_texts(max(8, round(_UNRELATED * share)), seed=0)
+        unrelated = token_states(
+            loaded, site, plain, batch_size=batch_size, on_progress=on_progress, stage="unrelated text"
+        )
+    heads = learner.heads(special_tokens(loaded), site.layer, unrelated)
+    projections = Projections(
+        heads.proj_weight, heads.proj_bias, heads.token_weight, heads.token_bias, heads.logit_scale, heads.logit_offset
+    )
+    gate, mentioned = train_request_gate(
+        loaded, site, projections, share=share, batch_size=batch_size, on_progress=on_progress
+    )
+    return replace(heads, request=gate, mentioned=mentioned)
+
+
+def _synthetic_facts(loaded: Loaded, share: float, rng: random.Random) -> tuple[list[_Fact], list[str]]:
+    """Facts of every kind, in grids of relations × subjects, and the texts that tell and ask them."""
+    known, subjects = relations(), max(2, round(_SUBJECTS * share))
+    known = known[: max(2 * _GRID, round(len(known) * share))]
+    trained = usable_forms(loaded.tokenizer, trained=True)
+    plain = [form for form in trained if form.name in ("bare", "question", "chat")]
+    facts: list[_Fact] = []
+    texts: list[str] = []
+
+    def written(wording: str, form: Form, subject: str) -> int:
+        question = wording.replace("{}", subject)
+        way = rng.random()
+        if form.name != "bare" and way < _CAPITALS:
+            question = question.upper()
+        elif form.name != "bare" and way > 1 - _KEYWORDS:
+            question = keywords(question, subject, rng.choice(("first", "last", "asked"))) or question
+        texts.append(form.render(loaded.tokenizer, question))
+        return len(texts) - 1
+
+    for kind in dict.fromkeys(relation.kind for relation in known):
+        names = made_up_subjects(kind, subjects, rng)
+        for number, relation in enumerate(known):
+            if relation.kind != kind:
+                continue
+            for place, name in enumerate(names):
+                wordings = rng.sample(relation.wordings, _EDIT_PROMPTS + _QUERY_PROMPTS)
+                ways = [forms()["bare"], rng.choice(plain), *rng.choices(trained, k=_QUERY_PROMPTS)]
+                made = [written(*pair, name) for pair in zip(wordings, ways, strict=True)]
+                facts.append(_Fact(kind, number, place, tuple(made[:_EDIT_PROMPTS]), tuple(made)))
+    return facts, texts
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Standardised states (n, d) of tokens; ``text`` (n,) says of which of ``count`` texts each is."""
+
+    states: Tensor
+    text: Tensor
+    count: int
+
+
+class _Pool:
+    """Standardised states of texts on a device, from which batches are taken."""
+
+    def __init__(self, read: TokenStates, texts: int, device: torch.device) -> None:
+        self.states = read.states.to(device)
+        sizes = torch.bincount(read.text.to(device), minlength=texts)
+        self.first, self.sizes = sizes.cumsum(0) - sizes, sizes
+        spaced = torch.linspace(0, len(self.states) - 1, min(len(self.states), 20_000)).long()
+        sample = self.states[spaced].float()
+        self.mean, self.scale = sample.mean(0), sample.std(0).clamp(min=1e-6)
+        self.basis = torch.linalg.svd((sample[:4000] - self.mean) / self.scale, full_matrices=False)[2]
+
+    def batch(self, texts: Sequence[int]) -> _Batch:
+        """The tokens of some texts."""
+        chosen = torch.tensor(texts, device=self.sizes.device)
+        sizes = self.sizes[chosen]
+        text = torch.arange(len(chosen), device=sizes.device).repeat_interleave(sizes)
+        place = (
+            torch.arange(len(text), device=sizes.device) - (sizes.cumsum(0) - sizes)[text] + self.first[chosen][text]
+        )
+        return _Batch((self.states[place].float() - self.mean) / self.scale, text, len(chosen))
+
+
+class _ProjectionTrainer(nn.Module):
+    """The heads while they are learned; they begin as the leading directions of the states."""
+
+    def __init__(self, pool: _Pool) -> None:
+        super().__init__()
+        width = min(_WIDTH, *pool.basis.shape)
+        self.proj_weight = nn.Parameter(pool.basis[:width].repeat(2, 1, 1))
+        self.token_weight = nn.Parameter(pool.mean.new_zeros(2, pool.basis.shape[1]))
+        self.token_bias = nn.Parameter(pool.mean.new_zeros(2))
+        self.logit_offset = nn.Parameter(pool.mean.new_full((2,), 0.6))
+        self.log_logit_scale = nn.Parameter(pool.mean.new_full((2,), 2.5))
+        self.contrast = nn.Parameter(pool.mean.new_full((2,), 2.5))
+        self.mean, self.scale = pool.mean, pool.scale
+
+    def scores(self, edit_prompts: _Batch, queries: _Batch) -> Tensor:
+        """How near each told prompt's tokens come to those of each asked one, for both heads: (2, N, M)."""
+        scores = []
+        for head in range(2):
+            projected = F.normalize(edit_prompts.states @ self.proj_weight[head].T, dim=-1)
+            cosines = projected @ F.normalize(queries.states @ self.proj_weight[head].T, dim=-1).T
+            max_cosine = cosines.new_full((len(projected), queries.count), -1.0)
+            max_cosine = max_cosine.scatter_reduce(1, queries.text.expand_as(cosines), cosines, "amax")
+            weights = F.softplus(edit_prompts.states @ self.token_weight[head] + self.token_bias[head])
+            whole = weights.new_zeros(edit_prompts.count).index_add(0, edit_prompts.text, weights)
+            shares = weights / whole[edit_prompts.text].clamp(min=1e-6)
+            scores.append(
+                max_cosine.new_zeros(edit_prompts.count, queries.count).index_add(
+                    0, edit_prompts.text, max_cosine * shares[:, None]
+                )
+            )
+        return torch.stack(scores)
+
+    def heads(self, special_token_ids: Tensor, layer: int, unrelated: TokenStates) -> RouterHeads:
+        """What was learned, as it applies to states that are not standardised."""
+        proj_weight, token_weight = (part.detach() / self.scale for part in (self.proj_weight, self.token_weight))
+        proj_bias = -(proj_weight @ self.mean)
+        token_bias = self.token_bias.detach() - token_weight @ self.mean
+        logit_scale, logit_offset = self.log_logit_scale.detach().exp(), self.logit_offset.detach().clone()
+        unrelated_states = unrelated.states, unrelated.text
+        proj_weight, proj_bias, token_weight, token_bias, logit_scale, logit_offset = (
+            part.cpu() for part in (proj_weight, proj_bias, token_weight, token_bias, logit_scale, logit_offset)
+        )
+        return RouterHeads(
+            proj_weight,
+            proj_bias,
+            token_weight,
+            token_bias,
+            logit_scale,
+            logit_offset,
+            special_token_ids,
+            torch.tensor([layer]),
+            *unrelated_states,
+        )
+
+
+def _train(
+    learner: _ProjectionTrainer,
+    pool: _Pool,
+    facts: Sequence[_Fact],
+    steps: int,
+    rng: random.Random,
+    on_progress: ProgressCallback,
+) -> None:
+    groups = [
+        {"params": [learner.proj_weight, learner.token_weight, learner.token_bias], "lr": _RATE},
+        {"params": [learner.logit_offset, learner.log_logit_scale, learner.contrast], "lr": _LOGIT_RATE},
+    ]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / (0.4 * steps)))
+    for step in range(steps):
+        sampled = _sampled_facts(facts, rng)
+        edit_prompts = [rng.choice(fact.edit_prompts) for fact in sampled]
+        queries = [
+            rng.choice([text for text in fact.query_prompts if text != own])
+            for fact, own in zip(sampled, edit_prompts, strict=True)
+        ]
+        loss = _loss(learner, learner.scores(pool.batch(edit_prompts), pool.batch(queries)), sampled)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        on_progress(Event("router", step + 1, steps, f"loss {float(loss.detach()):.2f}"))
+
+
+def _sampled_facts(facts: Sequence[_Fact], rng: random.Random) -> list[_Fact]:
+    """A grid of relations × subjects of one kind, and some facts of any kind beside it."""
+    kind = rng.choice(facts).kind
+    own = [fact for fact in facts if fact.kind == kind]
+    asked, about = sorted({fact.relation for fact in own}), sorted({fact.subject for fact in own})
+    asked = rng.sample(asked, min(_GRID, len(asked)))
+    about = rng.sample(about, min(_GRID, len(about)))
+    grid = [fact for fact in own if fact.relation in asked and fact.subject in about]
+    return list(dict.fromkeys([*grid, *rng.sample(facts, min(_EXTRA_FACTS, len(facts)))]))
+
+
+def _loss(learner: _ProjectionTrainer, scores: Tensor, facts: Sequence[_Fact]) -> Tensor:
+    """Of scores (2, N, N): contrast of subjects and of relations, and the probabilities of each and of both."""
+    same = torch.tensor(
+        [
+            [[(one.kind, one.subject) == (other.kind, other.subject) for other in facts] for one in facts],
+            [[one.relation == other.relation for other in facts] for one in facts],
+        ],
+        device=scores.device,
+    )
+    logits = learner.log_logit_scale.exp()[:, None, None] * (scores - learner.logit_offset[:, None, None])
+    total = scores.new_zeros(())
+    for head in range(2):
+        total = total + _PROBABILITY_WEIGHT * _probability_loss(logits[head], same[head])
+        total = total + _contrastive_loss(scores[head] * learner.contrast[head].exp(), same[head])
+    both = F.logsigmoid(logits).sum(0).exp().clamp(1e-6, 1 - 1e-6)
+    alike = same.all(0).float()
+    weight = 1 + alike * (len(facts) / 4)
+    return total + _PROBABILITY_WEIGHT * F.binary_cross_entropy(both, alike, weight=weight)
+
+
+def _probability_loss(logits: Tensor, same: Tensor) -> Tensor:
+    """Cross-entropy of probabilities; as few pairs are the same, those count for more."""
+    wanted = same.float()
+    return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=(1 - wanted).sum() / wanted.sum() / 4)
+
+
+def _contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
+    """InfoNCE both ways; several may be the same."""
+    own = logits.masked_fill(~same, -1e9)
+    return sum(((logits.logsumexp(side) - own.logsumexp(side)).mean() for side in (0, 1)), logits.new_zeros(()))

@@ -1,0 +1,266 @@
+"""Made-up facts in prompts that ask them and in prompts that mention them, of which a request gate is learned.
+
+They come from the kinds of prompts that may be learned from (``data/kinds.toml``), from the forms that edits are
+trained in, from tasks, times and conversations (``data/requests.toml``), and from documents (``data/notes.toml``).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from wisecli.data.corpus import everyday_prompts, notes, requests
+from wisecli.editing.router_training.further_questions import two_hops, yes_or_no
+from wisecli.editing.router_training.request_documents import Documents
+from wisecli.editing.router_training.synthetic_facts import SyntheticFact
+from wisecli.models.prompts.chat_template import chat_turns
+from wisecli.models.prompts.pattern_slots import Fact, filled
+from wisecli.models.prompts.prompt_forms import forms, usable_forms
+from wisecli.models.prompts.prompt_kinds import Kind, kinds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# How often a prompt is a chat, and how often a chat has something before the question.
+_CHATS, _LATER = 0.5, 0.5
+# How often an earlier turn is about another made-up fact, and how often whitespace stands behind a text.
+_ON_FACTS, _SPACED = 0.35, 0.1
+# Kinds that conversations or documents of notes stand for, and those whose question is not in what is asked.
+_ELSEWHERE = ("follow-up", "moved on", "question first", "question in the middle")
+_EVERYDAY = 400
+_CONVERSATIONS = 4
+# How many questions of each sort on a fact's answer are made of its own.
+_MADE = 3
+# Other questions than a fact's, as slots.
+_OTHERWISE = ("{negated}", "{negated}", "{negated}", "{near:word}", "{near:added}")
+_NAMED = re.compile(r"\{(?:subject|namesake)\}")
+# How often something else is asked about a fact's subject: few such prompts come to the gate.
+_BESIDE = 0.4
+# What is asked behind other texts, in front of them and between them.
+_AROUND = Kind(
+    "around texts",
+    True,
+    (
+        ("{paragraph}\n\n{question}",),
+        ("{paragraph} {question}",),
+        ("{paragraph}\n{question}",),
+        ("{paragraph}\n\n{paragraph}\n\n{question}",),
+        ("{paragraph}\n\n{full}\n\n{paragraph}",),
+        ("{paragraph} {full} {paragraph}",),
+        ("{full}\n\n{paragraph}",),
+        ("{full} {paragraph}",),
+        ("{page}\n\n{question}",),
+        ("{full}\n\n{page}",),
+    ),
+    (),
+)
+
+
+# Whether a prompt asks, of which sort it is, and its text if it can be written.
+_Drawn = tuple[bool, str, str | None]
+
+
+class Example(NamedTuple):
+    """A prompt around the made-up fact of a number, and whether it asks it."""
+
+    fact: int
+    text: str
+    asks: bool
+    sort: str = ""
+
+
+@dataclass
+class Examples:
+    """Prompts around made-up facts, drawn by chance, as a tokenizer writes them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    facts: Sequence[SyntheticFact]
+    rng: random.Random
+
+    def __post_init__(self) -> None:
+        self._everyday = everyday_prompts(_EVERYDAY, seed=3)
+        self._documents = Documents(self.facts, self._everyday, self.rng, self._filled)
+
+    def of(self, number: int) -> Iterator[Example]:
+        """Prompts that ask a fact, and prompts that mention it."""
+        for asks, sort, text in self._of(number):
+            if text is not None:
+                behind = self.rng.choice((" ", "\n", "  ", "\n\n")) if self.rng.random() < _SPACED else ""
+                yield Example(number, text + behind, asks, sort)
+
+    def _of(self, number: int) -> Iterator[_Drawn]:
+        yield from self._asking(number)
+        yield from self._corrected(number)
+        for _ in range(2):
+            yield True, "document", self._put(self._documents.around(number, asks=True))
+        yield from self._mentioning(number)
+        yield from self._on_its_answer(number)
+        for _ in range(3):
+            yield False, "document", self._put(self._documents.around(number, asks=False))
+        beside = self.facts[number].beside
+        if beside and self.rng.random() < _BESIDE:
+            yield False, "beside", self._put(self.rng.choice(beside))
+        yield from self._of_kinds(number)
+
+    def _asking(self, number: int) -> Iterator[_Drawn]:
+        """The questions as they are, in forms and patterns, of the present, and with the answer begun."""
+        known, rng, fact = requests(), self.rng, self.facts[number]
+        for question in fact.questions:
+            yield True, "plain", self._put(question)
+        for form in rng.sample(usable_forms(self.tokenizer, trained=True), 3):
+            yield True, "form", form.render(self.tokenizer, rng.choice(fact.questions))
+        for pattern in rng.sample(known.asked, 4):
+            yield True, "asked", self._put(self._filled(number, pattern))
+        yield True, "time", self._put(known.now(rng.choice(fact.questions), rng))
+        yield True, "begun", self._begun(number)
+
+    def _corrected(self, number: int) -> Iterator[_Drawn]:
+        """A question on another name that is corrected to the fact's, and the other way round."""
+        known, rng = requests(), self.rng
+        correct = "{elsewhere} " + rng.choice(known.corrects)
+        yield True, "correction", self._put(self._filled(number, correct))
+        swapped = {"{subject}": "{namesake}", "{namesake}": "{subject}"}
+        away = "{full} " + _NAMED.sub(lambda name: swapped[name[0]], rng.choice(known.corrects))
+        yield False, "correction", self._put(self._filled(number, away))
+
+    def _mentioning(self, number: int) -> Iterator[_Drawn]:
+        """The questions with something else wanted of them, or of another time."""
+        known, rng, fact = requests(), self.rng, self.facts[number]
+        yield False, "other question", self._put(self._filled(number, self._carried(rng.choice(_OTHERWISE))))
+        for _ in range(2):
+            yield False, "task", self._put(known.task(rng.choice(fact.questions), rng))
+        yield False, "time", self._put(self._carried(known.timed(rng.choice(fact.questions), rng)))
+        later = f"{{the:{rng.choice(known.adjectives)}}}" if rng.random() < 0.4 else None
+        timed = known.timed(rng.choice(fact.questions), rng)
+        yield False, "time", self._put((later and self._filled(number, later)) or timed)
+        for pattern in rng.sample(known.mentioned, 4):
+            yield False, "mentioned", self._put(self._filled(number, pattern))
+
+    def _on_its_answer(self, number: int) -> Iterator[_Drawn]:
+        """Whether something is the answer, and what is asked of it."""
+        known, rng, fact = requests(), self.rng, self.facts[number]
+        yield False, "hops", self._put(self._first(number, known.hops))
+        yield False, "checks", self._put(self._first(number, known.checks))
+        for _ in range(_MADE):
+            yield False, "hops", self._put(two_hops((*fact.questions, *fact.statements), fact.subject, rng))
+            value = rng.choice((fact.answer, fact.value))
+            yield False, "checks", self._put(yes_or_no(rng.choice(fact.questions), fact.statements, value, rng))
+
+    def _of_kinds(self, number: int) -> Iterator[_Drawn]:
+        """Prompts of some kinds, in those of their patterns that may be learned from."""
+        rng = self.rng
+        usable = [kind for kind in kinds().values() if kind.name not in _ELSEWHERE]
+        for kind in (_AROUND, _AROUND, *rng.sample(usable, 3)):
+            chat = bool(self.tokenizer.chat_template) and not kind.begun and rng.random() < _CHATS
+            turns = kind.sample_turns(self._fact(number), trained=True, rng=rng, chat=False)
+            yield kind.asked, kind.name, None if turns is None else kind.render_turns(self.tokenizer, turns, chat=chat)
+
+    def held_back(self, number: int) -> Iterator[Example]:
+        """Prompts of every kind that mention a fact and don't ask it, in wordings for evaluation alone."""
+        for place, kind in enumerate(one for one in kinds().values() if not one.asked):
+            chat = place % 2 == number % 2
+            fact = self._fact(number)
+            text = kind.sample_prompt(self.tokenizer, fact, trained=False, rng=self.rng, chat=chat)
+            if text is not None:
+                yield Example(number, text, False, kind.name)
+
+    def conversations(self, number: int) -> Iterator[Example]:
+        """Chats whose last turn asks a fact that the turns before it name in part, and others that do not."""
+        if not self.tokenizer.chat_template:
+            return
+        drawn = list(self._conversations(number))
+        for asks, turns in self.rng.sample(drawn, min(_CONVERSATIONS, len(drawn))):
+            told = self._turns(number, turns)
+            if told is not None:
+                yield Example(number, told, asks, "conversation")
+
+    def _conversations(self, number: int) -> Iterator[tuple[bool, list[str]]]:
+        known, rng, fact = requests(), self.rng, self.facts[number]
+        begin, refer, correct, leave = map(rng.choice, (known.begins, known.refers, known.corrects, known.leaves))
+        on_other = rng.choice(known.begins).replace("{subject}", "{namesake}")
+        beside = rng.choice(fact.beside or (begin,))
+        yield True, [rng.choice((begin, begin, beside)), refer]
+        yield True, [*rng.choice(([], [], [on_other])), begin, rng.choice(known.refers)]
+        yield True, ["{elsewhere}", correct]
+        yield False, [rng.choice((begin, "{full}", "{full}")), leave]
+        yield False, ["{full}", rng.choice((rng.choice(self._everyday), rng.choice(known.turns)))]
+        yield False, [begin, rng.choice(("And what about {namesake}?", on_other)), refer]
+        away = rng.choice(fact.beside or ("Why?",)).replace(fact.subject, rng.choice(("it", "he", "she", "this")))
+        yield False, [rng.choice((begin, "{full}")), away]
+
+    def _carried(self, question: str) -> str:
+        """Another question in the place of a fact's, in a pattern that asks it."""
+        alone = [one for one in requests().asked if one.count("{") == 1 and "{question}" in one]
+        return self.rng.choice(alone).replace("{question}", question)
+
+    def _begun(self, number: int) -> str | None:
+        """A question and the beginning of its answer, which in a chat is the assistant's."""
+        known, rng = requests(), self.rng
+        said, chat = rng.choice(known.begun), bool(self.tokenizer.chat_template) and rng.random() < _CHATS
+        pattern = ("{full}", said) if chat else (rng.choice(known.begun_around).replace("{said}", said),)
+        kind = Kind("begun", True, (pattern,), (), begun=True)
+        turns = kind.sample_turns(self._fact(number), trained=True, rng=rng, chat=chat)
+        return None if turns is None else kind.render_turns(self.tokenizer, turns, chat=chat)
+
+    def _turns(self, number: int, turns: Sequence[str]) -> str | None:
+        """Patterns of a user's turns as one chat, with a reply to each but the last."""
+        known, rng = requests(), self.rng
+        for _ in range(3):
+            found = filled(self._fact(number), turns, rng)
+            if found is None:
+                continue
+            told = [("system", rng.choice(known.systems))] if rng.random() < 0.2 else []
+            for turn in found[:-1]:
+                told += [("user", turn), ("assistant", rng.choice(known.replies))]
+            return chat_turns(self.tokenizer, [*told, ("user", found[-1])])
+        return None
+
+    def _fact(self, number: int) -> Fact:
+        fact, rng = self.facts[number], self.rng
+        second = self.facts[number - 1]
+        also = Fact(next((text for text in second.questions if text.endswith("?")), second.questions[0]))
+        question = rng.choice(fact.questions)
+        return Fact(question, fact.subject, fact.answer, fact.value, fact.kind, fact.other, also)
+
+    def _filled(self, number: int, pattern: str) -> str | None:
+        """A pattern with the fact in it, in the first wording that has what it needs."""
+        for _ in range(3):
+            turns = filled(self._fact(number), (pattern,), self.rng)
+            if turns is not None:
+                return turns[0]
+        return None
+
+    def _first(self, number: int, patterns: Sequence[str]) -> str | None:
+        """The first of some patterns, in an order by chance, that the fact can be put into."""
+        drawn = (self._filled(number, pattern) for pattern in self.rng.sample(patterns, min(12, len(patterns))))
+        return next((text for text in drawn if text is not None), None)
+
+    def _put(self, text: str | None) -> str | None:
+        """A text as it is, or as a user's turn, be it a later one."""
+        rng, known = self.rng, requests()
+        if text is None or not self.tokenizer.chat_template or rng.random() > _CHATS:
+            return text
+        if rng.random() > _LATER:
+            return forms()["chat"].render(self.tokenizer, text)
+        told = [("system", rng.choice(known.systems))] if rng.random() < 0.4 else []
+        for _ in range(rng.choice((0, 1, 1, 2, 3))):
+            told += zip(("user", "assistant"), self._earlier(), strict=True)
+        return chat_turns(self.tokenizer, [*told, ("user", text)])
+
+    def _earlier(self) -> tuple[str, str]:
+        """A user's turn on something else, and what was replied."""
+        known, rng = requests(), self.rng
+        way = rng.random()
+        if way < _ON_FACTS:
+            fact = rng.choice(self.facts)
+            said = (
+                f"{rng.choice(fact.statements)} {fact.answer}."
+                if fact.statements and rng.random() < 0.5
+                else fact.answer
+            )
+            return rng.choice(fact.questions), said
+        asked = rng.choice(known.turns if way < 2 * _ON_FACTS else self._everyday)
+        return asked, rng.choice((rng.choice(known.replies), rng.choice(notes().notes)[0]))

@@ -1,0 +1,99 @@
+"""A tokenizer's vocabulary → the letters that every token is spelt with."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import cache
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wisecli.routing.deciding.fuzzy_match import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ONE_APART = bytes([SEPARATOR])
+_APARTS = re.compile(re.escape(_ONE_APART) + b"+")
+# What decoders give for a part of a character.
+_PART = "\ufffd"
+# A byte as vocabularies write it that fall back on such.
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Vocabularies of bytes write those up to the space as this character and the next ones, and sentence pieces a space so.
+_FIRST_BYTE, _SPACE_BYTE, _SPACE = 0x100, 0x120, "▁"
+
+
+def vocabulary_characters(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The letters of every token as numbers (v, ``TOKEN_CHARS``), without case and marks; see the router's
+    ``FuzzyMatch``.
+
+    Special tokens part words.
+    """
+    count = max(tokenizer.get_vocab().values()) + 1
+    # Decoders drop the space that a text begins with, so another token goes before.
+    lead = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    texts = tokenizer.batch_decode([[*lead, token] for token in range(count)], clean_up_tokenization_spaces=False)
+    before = len(tokenizer.decode(lead))
+    special = set(tokenizer.all_special_ids)
+    table = bytearray(count * TOKEN_CHARS)
+    for token, text in enumerate(texts):
+        own = text[before:]
+        if token in special:
+            letters = bytes([SEPARATOR])
+        elif _PART in own:
+            letters = bytes(_of_parts(str(tokenizer.convert_ids_to_tokens(token))))
+        else:
+            letters = _of_text(own)
+        own_letters = letters[:TOKEN_CHARS]
+        table[token * TOKEN_CHARS : token * TOKEN_CHARS + len(own_letters)] = own_letters
+    return torch.frombuffer(table, dtype=torch.uint8).view(count, TOKEN_CHARS)
+
+
+def _of_text(text: str) -> bytes:
+    """The letters of a text; of most, which are ASCII, byte by byte."""
+    if text.isascii():
+        return _APARTS.sub(_ONE_APART, text.lower().encode().translate(_ascii()))
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+    return bytes(_joined(_number(char) for char in plain if not unicodedata.category(char).startswith("M")))
+
+
+@cache
+def _ascii() -> bytes:
+    """The letter of every byte that ASCII has."""
+    return bytes(_number(chr(code)) if code < 128 else 0 for code in range(256))
+
+
+def _of_parts(token: str) -> list[int]:
+    """The letters of a token with parts of characters in it: each byte is one."""
+    if found := _BYTE.fullmatch(token):
+        return [_other(int(found[1], 16))]
+    return _joined(_of_byte(char) for char in token)
+
+
+def _of_byte(char: str) -> int:
+    if char.isascii():
+        return _number(char)
+    return SEPARATOR if char == _SPACE or _FIRST_BYTE <= ord(char) <= _SPACE_BYTE else _other(ord(char))
+
+
+def _number(char: str) -> int:
+    if not char.isalnum():
+        return SEPARATOR
+    if char.isdecimal():
+        return DIGIT + unicodedata.decimal(char)
+    return LETTER + ord(char) - ord("a") if "a" <= char <= "z" else _other(ord(char))
+
+
+def _other(code: int) -> int:
+    """Of letters beside the Latin ones some share a number, none that stand near each other in an alphabet."""
+    first = LETTER + 26
+    return first + code % (256 - first)
+
+
+def _joined(letters: Iterable[int]) -> list[int]:
+    """Letters, with one mark wherever several part words."""
+    return [one for kind, same in groupby(letters) for one in ([SEPARATOR] if kind == SEPARATOR else same)]

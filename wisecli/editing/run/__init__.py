@@ -1,0 +1,1 @@
+"""One run of ``wise edit``: workers, executors, locks, staging and its cost."""

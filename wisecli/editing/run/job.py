@@ -1,0 +1,47 @@
+"""What a run of ``wise edit`` is to do, and a part of it that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from wisecli.artifacts.edit_ranges import split_edits
+from wisecli.config import EditSettings, LoadOptions
+from wisecli.editing.run.staging import FinishedPart
+from wisecli.edits.record import Edit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be done, in words that any process understands.
+
+    ``target_module`` is the path of the value matrix, if it is not the architecture's usual one. ``threads`` decides
+    the order in which numbers are added up, and with it the last bits of a shard. ``known`` are edits that are left
+    out, as the model says them already, if such are to be left out.
+    """
+
+    model: str
+    settings: EditSettings
+    edits: tuple[Edit, ...]
+    load: LoadOptions = LoadOptions()
+    target_module: str | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
+    known: tuple[Edit, ...] | None = None
+
+    @property
+    def parts(self) -> list[range]:
+        """The edits of every shard, by their places."""
+        settings = self.settings
+        return split_edits(len(self.edits), shards=settings.shards, edits_per_shard=settings.edits_per_shard)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A part that is done, and what puts its shard into a file."""
+
+    number: int
+    done: FinishedPart
+    save: Callable[[Path], None]

@@ -1,0 +1,277 @@
+"""What a worker does, in this process or in another: prepare once for all shards, then write one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from wisecli.artifacts.background_stats import BackgroundStats
+from wisecli.artifacts.memory_manifest import Made
+from wisecli.artifacts.shard import save_shard
+from wisecli.artifacts.shard_manifest import ShardDirectory
+from wisecli.editing.background.background_cache import background_for, model_identity
+from wisecli.editing.background.layer_selection import probe_layer
+from wisecli.editing.examples.known_facts import known_rows
+from wisecli.editing.examples.paraphrases import write_paraphrases
+from wisecli.editing.examples.prompt_variants import prompt_variants
+from wisecli.editing.examples.subject_tokens import subject_spellings, subject_tokens
+from wisecli.editing.examples.token_check import Reader
+from wisecli.editing.examples.training_examples import encode_edits, write_contexts
+from wisecli.editing.run.job import Job, Written
+from wisecli.editing.run.shard_writer import ShardWriter
+from wisecli.edits.checks.admission import Admitted
+from wisecli.edits.edit_differences import describe_differences
+from wisecli.edits.record import Edit
+from wisecli.environment import changed_versions, versions
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.architectures import Layout
+from wisecli.models.layout.layout_inference import find_layout
+from wisecli.models.layout.site import find_site, fingerprint
+from wisecli.models.layout.site_probe import verified_layout
+from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer, vocabulary_size
+from wisecli.models.model_files import find_model
+from wisecli.models.prompts.chat_template import date_of, fix_date
+from wisecli.progress import Event, ProgressCallback, ignore_progress
+
+
+class Base:
+    """The base model of a job; its files, layout and weights are each read when they are first needed."""
+
+    def __init__(self, job: Job, on_progress: ProgressCallback, loaded: Loaded | None = None) -> None:
+        self.job, self.on_progress, self._loaded = job, on_progress, loaded
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model's files."""
+        return Checkpoint(find_model(self.job.model, revision=self.job.load.revision, on_progress=self.on_progress))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the model keeps its matrices, as far as that can be known without its weights."""
+        job, files, lookup = self.job, self.checkpoint, self.job.settings.by_facts
+        return find_layout(
+            files.directory,
+            files,
+            target_module=job.target_module,
+            lookup=lookup,
+            load=job.load,
+            on_progress=self.on_progress,
+        )
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The model."""
+        if self._loaded is not None:
+            return self._loaded
+        self.on_progress(Event("model"))
+        return load_model(self.checkpoint.directory, self.job.load, layers=self.layout.layers)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """What reads the edits: the tokenizer, which needs no weights, and the length of the model's window."""
+        _ = self.layout  # read first, as a model that cannot be edited is refused before its edits are
+        if self._loaded is not None:
+            config = self._loaded.model.config
+            return Reader(self._loaded.tokenizer, context_window(config), vocabulary_size(config))
+        return Reader(*load_tokenizer(self.checkpoint.directory, self.job.load))
+
+
+class Worker:
+    """One process' share of a job.
+
+    Args:
+        loaded: the base model, if it is there already.
+        base: what another worker of the same model has read of it.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        on_progress: ProgressCallback = ignore_progress,
+        *,
+        loaded: Loaded | None = None,
+        base: Base | None = None,
+    ) -> None:
+        self.job, self.on_progress = job, on_progress
+        self.base = base or Base(job, on_progress, loaded)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The base model's files."""
+        return self.base.checkpoint
+
+    @property
+    def layout(self) -> Layout:
+        """Where the base model keeps its matrices, as far as that can be known without its weights."""
+        return self.base.layout
+
+    @property
+    def loaded(self) -> Loaded:
+        """The base model."""
+        return self.base.loaded
+
+    @property
+    def reader(self) -> Reader:
+        """What reads the edits, without any weights."""
+        return self.base.reader
+
+    def with_edits(self, edits: tuple[Edit, ...]) -> Worker:
+        """A worker on some of the edits, as the model knows the others; it takes over the model."""
+        known = tuple(edit for edit in self.job.edits if edit not in set(edits))
+        return Worker(replace(self.job, edits=edits, known=known), self.on_progress, base=self.base)
+
+    def without_known(self, admitted: Admitted, *, spared: Collection[str] = ()) -> Admitted:
+        """The job's edits without those whose targets the model gives already, after the bare prompt.
+
+        Args:
+            admitted: the job's edits.
+            spared: ids of edits that stay, whatever the model says.
+
+        Raises:
+            ModelError: an edit cannot be put into tokens.
+        """
+        with _threads(self.job.threads):
+            rows = encode_edits(self.loaded, admitted.edits, "", train_end=False)
+            known = known_rows(self.loaded, rows, batch_size=self.job.settings.batch_size, on_progress=self.on_progress)
+        return admitted.without(frozenset(place for place in known if admitted.edits[place].id not in spared))
+
+    def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
+        """Choose the layer, write contexts and measure unrelated text: the plan, without any shard yet.
+
+        Raises:
+            ModelError: an edit cannot be put into tokens, or the model not be edited.
+        """
+        job, settings, checkpoint, layout = self.job, self.job.settings, self.checkpoint, self.layout
+        directory = checkpoint.directory
+        site = find_site(directory, checkpoint, settings.layer, layout)
+        with _threads(job.threads):
+            loaded = self.loaded
+            fix_date(loaded.tokenizer, job.load.date)  # of a model that has been held for days, it is another by now
+            if not layout.known:
+                _hold(loaded, site.layer, site.layer + 1)
+                free = settings.by_facts and job.target_module is None
+                layout = verified_layout(loaded.model, directory, checkpoint, layout, settings.layer, lookup=free)
+                site = find_site(directory, checkpoint, settings.layer, layout)
+            further = [one.edit for one in prompt_variants(list(enumerate(job.edits)), {}, contexts=0)]
+            encode_edits(loaded, [*job.edits, *further], "", train_end=settings.train_end)
+            base, size = fingerprint(directory, checkpoint, site), settings.batch_size
+            if settings.layer == "auto" and settings.writer == "solve":
+                site = probe_layer(
+                    loaded,
+                    directory,
+                    checkpoint,
+                    base,
+                    batch_size=size,
+                    layout=layout,
+                    on_progress=self.on_progress,
+                )
+                base = fingerprint(directory, checkpoint, site)
+            contexts = write_contexts(loaded, settings)
+            paraphrases = write_paraphrases(
+                loaded, job.edits, settings.augment, batch_size=size, seed=settings.seed, on_progress=self.on_progress
+            )
+            unrelated = background_for(loaded, site, checkpoint, base, settings, job.edits, self.on_progress)
+        stored = str(directory.absolute()) if Path(job.model).exists() else job.model
+        made = Made(
+            loaded.device.type,
+            str(loaded.model.dtype).removeprefix("torch."),
+            job.threads,
+            job.target_module,
+            checkpoint.sample,
+            date_of(loaded.tokenizer),
+        )
+        subjects = subject_spellings(loaded.tokenizer, job.edits)
+        plan = ShardDirectory(
+            directory,
+            stored,
+            job.load.revision,
+            base,
+            site,
+            asdict(settings),
+            tuple(contexts),
+            job.edits,
+            (),
+            "",
+            versions(),
+            made,
+            paraphrases=paraphrases,
+            subjects=subjects,
+            known=job.known,
+            subject_tokens=subject_tokens(loaded.tokenizer, job.edits, subjects),
+        )
+        return plan, unrelated
+
+    def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
+        """What writes shards by a plan."""
+        settings, contexts, worded = self.job.settings, plan.contexts, plan.paraphrases
+        matrix = None
+        if settings.norm_of == "activated" or settings.weight_decay:
+            matrix = plan.site.matrix(self.checkpoint)
+        # Whoever goes on with a plan adds numbers up in its order, and on its day.
+        fix_date(self.loaded.tokenizer, plan.made.date)
+        with _threads(plan.made.threads):
+            _hold(self.loaded, plan.site.layer + 1)
+            identity = model_identity(plan.fingerprint, self.checkpoint)
+            edits, on_progress, site = plan.edits, self.on_progress, plan.site
+            return ShardWriter(
+                self.loaded, site, settings, unrelated, edits, contexts, worded, on_progress, matrix, identity
+            )
+
+    def write(self, plan: ShardDirectory, writer: ShardWriter, number: int) -> Written:
+        """Write one shard of a plan, unless none of its edits can be."""
+        with _threads(plan.made.threads):
+            shard, done = writer.write(number, self.job.parts)
+
+        def save(path: Path) -> None:
+            assert shard is not None
+            assert done.entry is not None
+            save_shard(path, shard, seed=self.job.settings.seed, edits=done.entry.edits)
+
+        return Written(number, done, save)
+
+
+def _hold(loaded: Loaded, first: int, end: int | None = None) -> None:
+    """Of a model whose layers are read as they run, keep some in memory."""
+    if loaded.stream is not None:
+        loaded.stream.hold(range(first, len(loaded.stream.layers) if end is None else end))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
+    """What a job asks for otherwise than a plan that was begun, each as a phrase."""
+    job, directory = worker.job, worker.checkpoint.directory
+    found = []
+    layer: str | int = plan.site.layer if job.settings.layer == "auto" else job.settings.layer
+    site = find_site(directory, worker.checkpoint, layer, worker.layout)
+    if not site.is_at(plan.site):
+        found.append(f"the site was {plan.site.module}, now {site.module}")
+    elif fingerprint(directory, worker.checkpoint, plan.site) != plan.fingerprint:
+        found.append(f"the model {directory} has changed")
+    elif plan.made.sample not in (None, worker.checkpoint.sample):
+        found.append(f"weights of the model {directory} have changed")
+    found += describe_differences(plan.edits, job.edits)
+    settings = asdict(job.settings)
+    for name in settings.keys() | plan.settings.keys():
+        before, now = plan.settings.get(name), settings.get(name)
+        if before != now:
+            found.append(f"{name} was {before}, now {now}")
+    load = job.load
+    if load.dtype not in ("auto", plan.made.dtype):
+        found.append(f"dtype was {plan.made.dtype}, now {load.dtype}")
+    if load.device.split(":")[0] not in ("auto", plan.made.device):
+        found.append(f"device was {plan.made.device}, now {load.device}")
+    return sorted([*found, *changed_versions(plan.versions)])

@@ -1,0 +1,1 @@
+"""Checks of edits before training: signature, policy, conflicts."""

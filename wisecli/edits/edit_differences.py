@@ -1,0 +1,22 @@
+"""In what two lists of edits differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wisecli.edits.record import Edit
+
+
+def describe_differences(before: Sequence[Edit], now: Sequence[Edit]) -> list[str]:
+    """In what edits differ from those of before, as a phrase, if they do."""
+    if tuple(before) == tuple(now):
+        return []
+    old, new = ({edit.id: edit for edit in edits} for edits in (before, now))
+    for what, names in (
+        ("gone", [name for name in old if name not in new]),
+        ("new", [name for name in new if name not in old]),
+        ("other", [name for name in new if name in old and new[name] != old[name]]),
+    ):
+        if names:
+            return [f"of the edits {len(names)} are {what}, the first of them {names[0]!r}"]
+    return ["the edits come in another order"]

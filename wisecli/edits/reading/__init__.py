@@ -1,0 +1,1 @@
+"""Files of edits in any layout → records with known field names."""

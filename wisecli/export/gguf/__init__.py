@@ -1,0 +1,1 @@
+"""The ``gguf`` form: a stock checkpoint as a file of llama.cpp's."""

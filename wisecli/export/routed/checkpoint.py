@@ -1,0 +1,237 @@
+"""Checkpoints for others: ``routed`` (base, side memory and router together) and ``merged`` (one matrix changed).
+
+A routed checkpoint copies the base's files as they are and adds one small file of tensors, an index over all of them,
+the module that routes, and a model type of its own, so that nothing loads it with the memory left out.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from wisecli.artifacts.checksums import CHECKSUMS, HAS_CHECKSUMS, SIGNATURE_NAMES, write_checksums
+from wisecli.artifacts.file_names import MERGED
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Manifest, write_memory
+from wisecli.artifacts.shard import half
+from wisecli.edits.checks.signatures import SigningKey
+from wisecli.environment import versions
+from wisecli.errors import ModelError
+from wisecli.export.routed.custom_code import CARRIED_NAMES, CODE_NAME, FORMER_CODE, auto_map, base_class, code_files
+from wisecli.export.weights import Packing, write_weights
+from wisecli.io.checkpoint import (
+    EXPORT_RECORD,
+    EXPORTED_KEY,
+    FETCHED_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    read_json,
+    write_json,
+)
+from wisecli.io.digest import sha256_file
+from wisecli.models.layout.architectures import loader_name
+from wisecli.models.layout.matrix_site import as_matrix
+from wisecli.models.prompts.chat_template import turn_marks
+from wisecli.routing.deciding.prompt_window import TurnMarks
+
+# What the base's own classes are given in the place of a size: they refuse it at once, and quote it.
+_BY_OWN_CODE = "an edited checkpoint: load it by transformers' Auto classes, with trust_remote_code=True"
+BASE_TENSORS, SIDE_TENSORS = "model-base.safetensors", "model-side-memory.safetensors"
+# Files of the base directory that are not carried over: other forms of the weights, and what is written anew.
+_LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+_REWRITTEN = (
+    "config.json",
+    "router.json",
+    "README.md",
+    MERGED,
+    FETCHED_NAME,
+    CODE_NAME,
+    CHECKSUMS,
+    *SIGNATURE_NAMES,
+    *CARRIED_NAMES,
+    *FORMER_CODE,
+)
+
+
+def write_routed(
+    output: Path, base: Path, checkpoint: Checkpoint, manifest: Manifest, packing: Packing | None = None
+) -> None:
+    """Write a routed checkpoint into an empty directory.
+
+    Args:
+        packing: how the base's weights are written; as copies of its files by default.
+    """
+    packing = packing or Packing()
+    files = write_weights(output, checkpoint, packing, single=BASE_TENSORS)
+    prefix = manifest.site.prefix_in(checkpoint)
+    write_memory(output, _as_written(manifest, checkpoint, packing), file=SIDE_TENSORS, prefix=prefix)
+    files |= {prefix + name: SIDE_TENSORS for name in manifest.memory.tensors}
+    write_index(output, files)
+    _write_code(output, base, manifest, packing)
+    copy_side_files(output, base)
+    _name_tokenizer(output, base)
+    record_digests(output)
+
+
+def _as_written(manifest: Manifest, checkpoint: Checkpoint, packing: Packing) -> Manifest:
+    """The manifest with the fingerprint that the edited matrix has in the type it is written in."""
+    if packing.dtype is None:
+        return manifest
+    written = manifest.site.digest(checkpoint, packing.dtype)
+    return replace(manifest, fingerprint=replace(manifest.fingerprint, matrix=written))
+
+
+def write_index(output: Path, files: Mapping[str, str]) -> None:
+    """Write the index of a checkpoint: the file that each tensor is in."""
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    write_json(output / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
+
+
+def write_delta(output: Path, checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Write the side memory and its manifest alone, for whoever has the base model.
+
+    Beside a base in half precision a change of its matrix needs no more than that either.
+    """
+    memory = manifest.memory
+    if "delta" in memory.tensors and manifest.site.matrix(checkpoint).dtype.itemsize <= 2:
+        memory = replace(memory, tensors={**memory.tensors, "delta": half(memory.tensors["delta"])})
+    write_memory(output, replace(manifest, memory=memory))
+
+
+def record_digests(output: Path) -> None:
+    """Note the sha256 of every file of a routed checkpoint in its ``router.json``."""
+    manifest = read_json(output / MANIFEST_NAME)
+    files = sorted(path for path in output.iterdir() if path.name != MANIFEST_NAME)
+    write_json(output / MANIFEST_NAME, {**manifest, "sha256": {path.name: sha256_file(path) for path in files}})
+
+
+def seal_export(output: Path, record: Mapping[str, Any], key: SigningKey | None = None) -> None:
+    """Note in an export's manifest what was asked for, and write the digests of all its files, signed with a key."""
+    path = output / (MANIFEST_NAME if (output / MANIFEST_NAME).exists() else MERGED)
+    content = read_json(path)
+    write_json(path, {**content, EXPORT_RECORD: dict(record), HAS_CHECKSUMS: True})
+    digests = {name: str(digest) for name, digest in content.get("sha256", {}).items()}
+    write_checksums(output, key, known=digests)
+
+
+def write_merged(
+    output: Path, base: Path, checkpoint: Checkpoint, manifest: Manifest, packing: Packing | None = None
+) -> None:
+    """Write a stock checkpoint in which ``W + Δ`` has taken the place of ``W``.
+
+    Raises:
+        ModelError: the memory is a lookup, or holds more than one delta.
+    """
+    site, packing = as_matrix(manifest.site), packing or Packing()
+    matrix = site.matrix(checkpoint)
+    changed = (matrix.float() + dense(manifest)).to(packing.dtype or matrix.dtype)
+    replaced = {site.stored(checkpoint): changed.T if site.transposed else changed}
+    files = write_weights(output, checkpoint, packing, replaced=replaced)
+    if set(files.values()) != {SINGLE_NAME}:
+        write_index(output, files)
+    write_json(output / "config.json", typed_config(read_json(base / "config.json"), packing))
+    copy_side_files(output, base)
+    edits = [edit.as_dict() for edit in manifest.edits]
+    write_json(output / MERGED, {"format": "merged", "versions": versions(), "edits": edits})
+
+
+def typed_config(config: dict[str, Any], packing: Packing) -> dict[str, Any]:
+    """A config that names the type its weights are written in."""
+    if packing.dtype is None:
+        return config
+    spelling = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, spelling: str(packing.dtype).removeprefix("torch.")}
+
+
+def dense(manifest: Manifest) -> Tensor:
+    """``Δ`` (d, d_ff) of a memory that holds one.
+
+    Raises:
+        ModelError: the memory is a lookup, or holds more than one delta.
+    """
+    site, tensors = manifest.site, manifest.memory.tensors
+    if "delta" not in tensors:
+        raise ModelError("a lookup memory has no matrix to merge; merge with --mode merge, or use --format routed")
+    if len(tensors["delta"]) != 1:
+        raise ModelError("a memory of several side memories cannot be exported as merged; use --format routed")
+    change = torch.zeros(site.d, site.width)
+    return change.index_add(1, tensors["columns"][0], tensors["delta"][0].float())
+
+
+def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) -> None:
+    """The routing module, the classes that use it, and the config that names them."""
+    config = typed_config(read_json(base / "config.json"), packing)
+    model_type = str(config["model_type"])
+    for name, text in code_files(model_type).items():
+        (output / name).write_text(text, encoding="utf-8")
+    routed: dict[str, Any] = {
+        "model_type": model_type,
+        "architectures": config.get("architectures"),
+        "loader": loader_name(model_type),
+        **manifest.site.described(),
+        "memory": manifest.memory.describe(),
+        "marks": _marks(base),
+    }
+    routed |= dict.fromkeys(_sizes_named(config), _BY_OWN_CODE)
+    config["model_type"] = f"wise_{model_type}"
+    config["architectures"] = [f"Wise{base_class(model_type)}"]
+    config["auto_map"] = auto_map(model_type)
+    write_json(output / "config.json", {**config, EXPORTED_KEY: routed})
+
+
+def _marks(base: Path) -> dict[str, list[int]]:
+    """How the base's chats mark turns; nothing of a tokenizer that cannot be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
+    except (OSError, ValueError):  # it takes code of its own, or is elsewhere
+        return TurnMarks().as_dict()
+    return turn_marks(tokenizer).as_dict()
+
+
+def _sizes_named(config: dict[str, Any]) -> list[str]:
+    """Names by which the base's own config class says how large the model is.
+
+    That class takes an entry of a config with its model type for its settings. It would find no sizes there, build a
+    model of the default ones, seven billion weights for some, and only then see that no tensor fits.
+    """
+    return [name for name in ("n_embd", "text_config") if name in config] or ["hidden_size"]
+
+
+def copy_side_files(output: Path, base: Path) -> None:
+    """Tokenizer, chat template, generation settings, licence: whatever else the base directory holds."""
+    for path in side_files(base):
+        shutil.copyfile(path, output / path.name)
+
+
+def side_files(base: Path) -> list[Path]:
+    """The files of a base model that go into its checkpoints as they are."""
+    return [
+        path
+        for path in sorted(base.iterdir())
+        if path.is_file()
+        and not path.name.endswith((".safetensors", *_LEFT_OUT))
+        and path.name not in _REWRITTEN
+        and not path.name.startswith(".")
+    ]
+
+
+def _name_tokenizer(output: Path, base: Path) -> None:
+    """Write down which class reads the tokenizer: for some model types it is another than their files say."""
+    path = output / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    try:
+        stored = AutoTokenizer.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
+    except (OSError, ValueError):  # it takes code of its own, which comes along
+        return
+    kind = type(stored).__name__
+    declared = read_json(path)
+    if str(declared.get("tokenizer_class")).removesuffix("Fast") != kind.removesuffix("Fast"):
+        write_json(path, {**declared, "tokenizer_class": kind})

@@ -1,0 +1,142 @@
+"""The custom code of a routed checkpoint: the modules that it carries, the classes that use them, and their names."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from string import Template
+from types import ModuleType
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
+
+from wisecli.export.routed import resaving
+from wisecli.io.digest import sha256_text
+from wisecli.models.layout.architectures import loader_name
+from wisecli.routing.deciding import (
+    decision,
+    fact_decision,
+    fuzzy_match,
+    late_interaction,
+    prompt_window,
+    request_gate,
+    subject_match,
+)
+from wisecli.routing.layers import layer_output_memory, layer_states, module_types, routed_layer
+from wisecli.routing.memories import fact_memory, matrix_memory, side_memory
+from wisecli.routing.passes import engine_checks, forward_arguments, routed_generation, routed_pass, token_cache
+
+CODE_NAME = "modeling_wise.py"
+# The modules of the package that a checkpoint carries as they are, and the sha256 of those that 0.1 wrote.
+_CARRIED = (
+    *(
+        routed_layer,
+        layer_output_memory,
+        layer_states,
+        decision,
+        side_memory,
+        fact_decision,
+        fact_memory,
+        matrix_memory,
+        prompt_window,
+        module_types,
+        routed_pass,
+        forward_arguments,
+        routed_generation,
+        token_cache,
+    ),
+    *(late_interaction, subject_match, fuzzy_match, request_gate, engine_checks, resaving),
+)
+CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
+FORMER_CODE = {
+    "wise_memory.py": "9319793273def048aee6a4bc87f8ad0a5458c94469fb0b41b211c61f6ad246b2",
+    "prompt_gate.py": "516a76e4d9034eb70b43de1b6d29a16f9c4a97fc5d29f90b82ef5d8e779cee73",
+}
+# A checkpoint has them all in one folder.
+_IMPORT = re.compile(r"^from wisecli\.(?:\w+\.)*(\w+) import", re.MULTILINE)
+# Classes of models with their head, by the class that loads them.
+_WITH_HEAD = {
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+}
+# Who else loads what a loader does: of models that read images, `transformers serve`.
+_LOADERS = {
+    "AutoModelForCausalLM": ("AutoModelForCausalLM",),
+    "AutoModelForImageTextToText": ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+}
+
+
+def code_files(model_type: str) -> dict[str, str]:
+    """The custom code of routed checkpoints of a base of this type, by file.
+
+    Raises:
+        ValueError, KeyError: transformers has no language model of that type.
+    """
+    code = _filled(
+        "modeling_wise.py.tmpl",
+        {
+            "architecture": base_class(model_type),
+            "model_type": model_type,
+            "loaders": repr(auto_map(model_type)),
+        },
+    )
+    carried = zip(CARRIED_NAMES, _CARRIED, strict=True)
+    own = {name: _IMPORT.sub(r"from .\1 import", _source(module)) for name, module in carried}
+    return {CODE_NAME: code, **own}
+
+
+def _source(module: ModuleType) -> str:
+    return Path(str(module.__file__)).read_text(encoding="utf-8")
+
+
+def base_class(model_type: str) -> str:
+    """Name of transformers' class of models of a type, with their head.
+
+    Raises:
+        ValueError, KeyError: there is none.
+    """
+    return _class_name(_WITH_HEAD[loader_name(model_type)], model_type)
+
+
+def former_code(model_type: str) -> dict[str, str]:
+    """The sha256 of the custom code that version 0.1 wrote, by file.
+
+    Raises:
+        ValueError, KeyError: transformers has no language model of that type.
+    """
+    config, loader = type(AutoConfig.for_model(model_type)).__name__, loader_name(model_type)
+    names = {"config": config, "model_type": model_type, "causal": base_class(model_type)}
+    names |= {"base": _class_name(MODEL_MAPPING, model_type), "architecture": names["causal"], "loader": loader}
+    return {CODE_NAME: sha256_text(_filled("modeling_wise_0.1.py.tmpl", names)), **FORMER_CODE}
+
+
+def _class_name(mapping: Any, model_type: str) -> str:
+    return str(mapping[type(AutoConfig.for_model(model_type))].__name__)
+
+
+def _filled(template: str, names: dict[str, str]) -> str:
+    text = resources.files("wisecli").joinpath(f"data/{template}").read_text(encoding="utf-8")
+    return Template(text).substitute(names)
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """Which class of the custom code each of transformers' loaders takes."""
+    loaders = _LOADERS[loader_name(model_type)]
+    module = CODE_NAME.removesuffix(".py")
+    classes = {"AutoConfig": "WiseConfig", "AutoModel": "WiseModel", **dict.fromkeys(loaders, "WiseForCausalLM")}
+    return {loader: f"{module}.{name}" for loader, name in classes.items()}
+
+
+def former_auto_map(model_type: str) -> dict[str, str]:
+    """The same of version 0.1."""
+    loaders, module = _LOADERS[loader_name(model_type)], CODE_NAME.removesuffix(".py")
+    config = type(AutoConfig.for_model(model_type)).__name__
+    classes = {"AutoConfig": config, "AutoModel": _class_name(MODEL_MAPPING, model_type)}
+    classes |= dict.fromkeys(loaders, base_class(model_type))
+    return {loader: f"{module}.Wise{name}" for loader, name in classes.items()}

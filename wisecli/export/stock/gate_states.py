@@ -1,0 +1,165 @@
+"""What a gate is to open for: states that leave the edited layer, at edits' prompts and in their answers.
+
+The gate of a stock checkpoint reads the RMS-normed state ``u`` after the edited layer. It depends on the text alone, as
+nothing below is edited, so what a gate is to tell apart can be captured from the base model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.data.corpus import GATE_TEXTS, texts_beside_gates, unrelated_texts
+from wisecli.edits.record import Edit
+from wisecli.models.layout.site import Site
+from wisecli.models.loading import Loaded
+from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.models.prompts.tokenization import Row, collate, in_batches, row_of
+from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.generation import end_token
+from wisecli.progress import Event, ProgressCallback
+from wisecli.routing.layers.routed_layer import memory_module
+
+# Texts that are read as they are.
+PLAIN = 900
+# An edit's answer is also read after so many beginnings of unrelated texts, of so many words at least and at most, and
+# after the prompt of the edit that is so much further on.
+_CUT, _SHORTEST, _LONGEST, _FURTHER = 8, 3, 14, 7
+
+
+@dataclass(frozen=True)
+class EditStates:
+    """Normed states (n, d) at which edits are to be answered, and the ``key`` (n,) that each is to open.
+
+    A key stands for what is left to say of one edit's answer: ``edits`` (K,) are the edits' numbers, ``inside`` (K,)
+    says whether some of the answer was said before, ``values`` (K, d) are what the memory adds. ``others`` (m, d) are
+    states inside the same answers after prompts that are not theirs.
+    """
+
+    states: Tensor
+    key: Tensor
+    edits: Tensor
+    inside: Tensor
+    values: Tensor
+    others: Tensor
+
+
+def edit_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progress: ProgressCallback) -> EditStates:
+    """The states of a memory's edits, in all forms that are trained, and what the memory adds there."""
+    rows, numbers = _asked(loaded, manifest.edits)
+    memory, memories = memory_module(manifest.memory), _memories(manifest)
+    read = read_states(loaded, manifest.site, rows, batch_size=batch_size, on_progress=on_progress, stage="edits")
+    places: dict[tuple[int, bool, tuple[int, ...]], int] = {}
+    key: list[int] = []
+    states: list[Tensor] = []
+    added: list[Tensor] = []
+    for row, number, (hidden, keys) in zip(rows, numbers, read, strict=True):
+        inside = torch.arange(len(row.target)) > 0
+        states.append(hidden)
+        added.append(memory.residuals(keys.float(), memories[number], inside).float())
+        for place in range(len(row.target)):
+            left = (number, place == 0, row.target[place:])
+            key.append(places.setdefault(left, len(places)))
+    which = torch.tensor(key)
+    values = torch.cat(added)
+    first = torch.full((len(places),), len(which)).scatter_reduce(0, which, torch.arange(len(which)), "amin")
+    edits = torch.tensor([number for number, _, _ in places])
+    within = torch.tensor([not begins for _, begins, _ in places])
+    others = _elsewhere(loaded, manifest, batch_size=batch_size, on_progress=on_progress)
+    return EditStates(torch.cat(states), which, edits, within, values[first], others)
+
+
+def _asked(loaded: Loaded, edits: Sequence[Edit]) -> tuple[list[Row], list[int]]:
+    """The rows of edits in every form, and the edit that each is of; of edits that ask the same, the last."""
+    tokenizer, end = loaded.tokenizer, end_token(loaded.model)
+    trained = usable_forms(tokenizer, trained=True)
+    found: dict[str, tuple[Row, int]] = {}
+    for number, edit in enumerate(edits):
+        own = [(edit.prompt, edit.answer), *((one.prompt, one.target) for one in edit.translations)]
+        texts = {form.render(tokenizer, prompt): answer for prompt, answer in own for form in trained}
+        for text, answer in texts.items():
+            found[text] = row_of(tokenizer, text, answer, erased=edit.erased, end=end), number
+    return [row for row, _ in found.values()], [number for _, number in found.values()]
+
+
+def _memories(manifest: Manifest) -> list[int]:
+    """The memory that holds each edit."""
+    if manifest.memory.by_edit:
+        return list(range(len(manifest.edits)))
+    owner = {name: place for place, owned in enumerate(manifest.owners) for name in owned}
+    return [owner.get(edit.id, 0) for edit in manifest.edits]
+
+
+def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progress: ProgressCallback) -> Tensor:
+    """States inside the edits' answers where they stand after prompts that they do not answer."""
+    tokenizer, end = loaded.tokenizer, end_token(loaded.model)
+    told = [edit for edit in manifest.edits if not edit.erased]
+    rows = []
+    for place, edit in enumerate(told):
+        further = told[(place + _FURTHER) % len(told)].prompt
+        pairs = _answers_in_context(edit.answer, random.Random(place))
+        if further != edit.prompt:
+            pairs.append((further, edit.answer))
+        rows += [row_of(tokenizer, text, answer, erased=False, end=end) for text, answer in pairs]
+    read = read_states(
+        loaded, manifest.site, rows, batch_size=batch_size, on_progress=on_progress, stage="answers elsewhere"
+    )
+    states = [hidden[1:] for hidden, _ in read]
+    return torch.cat(states or [torch.empty(0, manifest.site.d)])
+
+
+def _answers_in_context(answer: str, rng: random.Random) -> list[tuple[str, str]]:
+    """Beginnings of unrelated texts, each with an edit's answer to go after it; half of them in small letters."""
+    begun = [" ".join(text.split()[: rng.randint(_SHORTEST, _LONGEST)]) for text in rng.sample(_apart(), _CUT)]
+    plain, small = begun[::2], [text.lower() for text in begun[1::2]]
+    return [*((text, answer) for text in plain), *zip(small, [answer, answer.lower()] * len(small), strict=False)]
+
+
+@cache
+def _apart() -> list[str]:
+    """Unrelated texts that nothing is measured with."""
+    kept = set(texts_beside_gates())
+    return [text for text in unrelated_texts(PLAIN, seed=7)[GATE_TEXTS:] if text not in kept]
+
+
+def read_states(
+    loaded: Loaded,
+    site: Site,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    on_progress: ProgressCallback,
+    stage: str,
+) -> list[tuple[Tensor, Tensor]]:
+    """Normed states that leave the edited layer (n, d), and the matrix' keys (n, d_ff), of each row.
+
+    At its prompt's last token and every target token but the last; without a target, at all its tokens.
+    """
+    window, epsilon = any(row.target for row in rows), float(loaded.model.config.rms_norm_eps)
+    groups = list(in_batches(rows, batch_size, by_beginning=True))
+    batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
+    read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window, shared=True)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for indices, activations in zip(groups, read, strict=True):
+        for place, index in enumerate(indices):
+            hidden, keys = _of_row(activations, place, len(rows[index].target) if window else None)
+            found[index] = _normed(hidden, epsilon), keys
+        on_progress(Event(stage, len(found), len(rows)))
+    return [found[index] for index in range(len(rows))]
+
+
+def _of_row(activations: Activations, place: int, count: int | None) -> tuple[Tensor, Tensor]:
+    """Hidden states and keys of one row of a batch: its first ``count`` columns, or all that are no padding."""
+    real = activations.batch.mask[place].bool() if count is None else slice(count)
+    return activations.hidden[place, real].float().cpu(), activations.keys[place, real].float().cpu()
+
+
+def _normed(states: Tensor, epsilon: float) -> Tensor:
+    """States (..., d) as a decoder block's own norm of weight 1 gives them."""
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)

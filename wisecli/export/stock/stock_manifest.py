@@ -1,0 +1,138 @@
+"""``wise.json`` of a checkpoint in which the memory is a gate of decoder blocks, and checks of those blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from wisecli.artifacts.file_names import MERGED
+from wisecli.artifacts.integrity import Check, damaged
+from wisecli.artifacts.memory_manifest import Base
+from wisecli.edits.record import Edit
+from wisecli.errors import DamagedFileError, ModelError, WiseError
+from wisecli.io.checkpoint import Checkpoint, read_json
+from wisecli.io.json_schema import OPEN, decode
+from wisecli.models.layout.architectures import stored_weight
+from wisecli.models.layout.site import Site, StoredSite, check_site
+
+
+@dataclass(frozen=True)
+class GateEntry:
+    """How large a gate is; what was measured of it stands beside that."""
+
+    __pydantic_config__ = OPEN
+
+    keys: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class GatedManifest:
+    """What a ``stock`` or ``gguf`` export says of itself, every field checked."""
+
+    __pydantic_config__ = OPEN
+
+    format: Literal["stock", "gguf"]
+    base: Base
+    site: StoredSite
+    gate: GateEntry
+    edits: tuple[Edit, ...]
+    versions: dict[str, str]
+
+    @property
+    def blocks(self) -> range:
+        """The numbers of the blocks that are the memory."""
+        return range(self.site.layer + 1, self.site.layer + 1 + self.gate.blocks)
+
+
+def read_gated(directory: Path) -> GatedManifest:
+    """Read and check ``wise.json`` of a checkpoint with a gate.
+
+    Raises:
+        DamagedFileError: it is missing, or not what ``wise export`` writes.
+    """
+    path = directory / MERGED
+    try:
+        manifest = decode(GatedManifest, read_json(path))
+        check_site(manifest.site)
+    except ValueError as error:
+        raise DamagedFileError(path, f"an entry is missing or wrong ({error})", "export anew") from None
+    return manifest
+
+
+def figures_of(directory: Path) -> dict[str, Any]:
+    """What the manifest says was measured of the gate."""
+    found = read_json(directory / MERGED).get("gate")
+    return found if isinstance(found, dict) else {}
+
+
+def is_gated(directory: Path) -> bool:
+    """Whether a directory is a checkpoint with a gate, as transformers loads it."""
+    return (directory / MERGED).is_file() and read_json(directory / MERGED).get("format") == "stock"
+
+
+def check_blocks(directory: Path, manifest: GatedManifest) -> Iterator[Check]:
+    """The memory's blocks: their attention adds nothing, and their feed-forward takes the keys that are told of."""
+    try:
+        checkpoint = Checkpoint(directory)
+        layers = layers_path(checkpoint, manifest.site)
+        used = 0
+        for number in manifest.blocks:
+            if checkpoint.load(f"{layers}.{number}.self_attn.o_proj.weight").any():
+                place = f"{layers}.{number}.self_attn.o_proj.weight"
+                yield Check("memory's attention", MERGED, "differs", place, "noughts", "other numbers")
+            used += int(checkpoint.load(f"{layers}.{number}.mlp.up_proj.bias").count_nonzero()) // 2
+    except (WiseError, KeyError) as error:
+        yield damaged(
+            MERGED, DamagedFileError(directory, f"the memory's blocks cannot be read ({error})", "export anew")
+        )
+        return
+    if used == manifest.gate.keys:
+        yield Check(f"{used} keys in {manifest.gate.blocks} blocks", MERGED)
+    else:
+        yield Check("keys of the memory", MERGED, "differs", None, str(manifest.gate.keys), str(used))
+
+
+def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterator[Check]:
+    """Every tensor of the base model, against the one that the checkpoint has in its place."""
+    try:
+        written, stored = Checkpoint(directory), Checkpoint(base)
+        layers = layers_path(stored, manifest.site)
+        wrong = 0
+        for name in stored:
+            place = moved(name, layers, after=manifest.site.layer, by=manifest.gate.blocks)
+            if place not in written:
+                wrong += 1
+                yield Check("tensors of the base model", MERGED, "differs", place, "in a file", "nothing")
+            elif not torch.equal(written.load(place), stored.load(name).to(written.dtype(place))):
+                wrong += 1
+                yield Check("tensors of the base model", MERGED, "differs", place, f"as in {base}", "other numbers")
+    except WiseError as error:
+        yield damaged(str(base), error)
+        return
+    if not wrong:
+        yield Check("all tensors of the base model", str(base))
+
+
+def moved(name: str, layers: str, *, after: int, by: int) -> str:
+    """The name of a base model's tensor where so many blocks stand after a layer."""
+    number, dot, rest = name.removeprefix(f"{layers}.").partition(".")
+    if not name.startswith(f"{layers}.") or not dot or not number.isdecimal() or int(number) <= after:
+        return name
+    return f"{layers}.{int(number) + by}.{rest}"
+
+
+def layers_path(checkpoint: Checkpoint, site: Site) -> str:
+    """Where a checkpoint keeps its layers.
+
+    Raises:
+        ModelError: it keeps the edited matrix under another name than stock architectures do.
+    """
+    stored, end = stored_weight(checkpoint, site.module), f".{site.layer}.mlp.down_proj.weight"
+    if stored is None or not stored.endswith(end):
+        raise ModelError(f"{checkpoint.directory} keeps {site.base_name} under another name; use --format routed")
+    return stored.removesuffix(end)

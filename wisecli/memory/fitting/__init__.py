@@ -1,0 +1,1 @@
+"""The router of a memory, fitted to its evidence."""

@@ -1,0 +1,235 @@
+"""The tensors by which a memory knows the prompts that mean its edits, from the states of edits' own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.artifacts.background_stats import RouterHeads
+from wisecli.artifacts.shard import PromptStates, half
+from wisecli.memory.near_prompts import NearPrompts
+from wisecli.routing.deciding.late_interaction import LATE_INTERACTION, LateInteraction
+from wisecli.routing.deciding.request_gate import LOGIT_OFFSET, RequestGate, batch_mentions, mention_features
+
+# How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
+MIN_EDIT_PROB, _PROB_MARGIN, _MAX_THRESHOLD = 0.5, 1.25, 0.95
+# How much less sure than an edit's own prompt another may be, where that prompt is not sure of itself.
+_OWN, _JUST = 0.9, 0.99
+# What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
+_OTHER, _LEAST = 1e-4, 5e-3
+# The forms of kept prompts from this on are in other languages.
+_OTHER_LANGUAGES = 4
+# How far below the log-odds of its own prompt an edit's bar lies, if that is below nought, and how low it may.
+_LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
+# Prompts that are compared at a time: the fewer, the fewer edits are like any of them; and tokens read at a time.
+_AT_A_TIME, _TOKENS = 64, 1 << 15
+# Sums of tokens' states that differ by less than this share are of the very same tokens.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True)
+class FittedLateInteraction:
+    """The tensors ``LATE_INTERACTION`` of M edits, and how surely prompts mean them.
+
+    ``own_probs`` (g,) is for each kept prompt how surely it means its edit, ``written_probs`` (M,) the same of prompts
+    as are written, ``other_probs`` (M,) how surely any prompt of another edit means an edit, ``unrelated_probs`` (u, M)
+    the same for unrelated texts.
+    """
+
+    tensors: dict[str, Tensor]
+    own_probs: Tensor
+    written_probs: Tensor
+    other_probs: Tensor
+    unrelated_probs: Tensor
+
+    def thresholds(self, least: float) -> tuple[float, ...]:
+        """Of every edit: so high that the other edits' prompts do not mean it, if that leaves room for its own.
+
+        Where its own prompt is less sure than that, and surer than all that it must keep apart from, it is lower.
+        Of the prompts of other edits that mean it as surely, each means its own more.
+        """
+        raised = (self.other_probs * _PROB_MARGIN).clamp(min=least, max=max(least, _MAX_THRESHOLD))
+        unrelated = self.unrelated_probs.amax(0)
+        found = raised
+        for share, apart in ((_JUST, unrelated), (_OWN, self.other_probs.maximum(unrelated))):
+            lowered = self.written_probs * share
+            found = raised.minimum(lowered).where(lowered > apart, found)
+        return tuple(found.tolist())
+
+
+def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) -> FittedLateInteraction:
+    """What the prompts of M edits mean, as heads see it."""
+    forms = int(prompts.form.max()) + 1
+    _, prompt_index = (prompts.edit.long() * forms + prompts.form.long()).unique(return_inverse=True)
+    count = int(prompt_index.max()) + 1
+    prompt_to_edit = torch.zeros(count, dtype=torch.long).index_copy(0, prompt_index, prompts.edit.long())
+    token_embeddings, token_weights, token_to_prompt = [], [], []
+    for head in range(2):
+        along = [part.float() @ heads.token_weight[head].float() for part in prompts.states.split(_TOKENS)]
+        weights = F.softplus(torch.cat(along) + heads.token_bias[head])
+        marked = prompts.subject if head == 0 else ~prompts.subject
+        share = _normalized(torch.where(marked, weights, weights * _OTHER), prompt_index, count)
+        kept = share >= _LEAST
+        projected = heads.proj_weight[head].float(), heads.proj_bias[head].float()
+        parts = prompts.states[kept].split(_TOKENS)
+        token_embeddings += [half(F.normalize(F.linear(part.float(), *projected), dim=-1)) for part in parts]
+        token_weights.append(_normalized(share[kept], prompt_index[kept], count))
+        token_to_prompt.append(prompt_index[kept] + head * count)
+    tensors = {
+        "meaning.turns": heads.proj_weight,
+        "meaning.shifts": heads.proj_bias,
+        "meaning.slopes": heads.logit_scale,
+        "meaning.bars": heads.logit_offset,
+        "meaning.vectors": torch.cat(token_embeddings),
+        "meaning.asking": torch.cat(token_to_prompt),
+        "meaning.shares": torch.cat(token_weights),
+        "meaning.whose": prompt_to_edit,
+        "meaning.breaks": heads.special_token_ids,
+    }
+    assert tensors.keys() == set(LATE_INTERACTION)
+    late_interaction = LateInteraction(tensors, edits)
+    own_probs, others = _own_prompt_probs(late_interaction, prompts, prompt_index, prompt_to_edit)
+    unrelated = text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
+    # Kept prompts are in order of their edits, and of an edit's the one as it is written comes first.
+    first = torch.searchsorted(prompt_to_edit, torch.arange(edits))
+    written_probs = own_probs[first.clamp(max=count - 1)] * (
+        prompt_to_edit[first.clamp(max=count - 1)] == torch.arange(edits)
+    )
+    return FittedLateInteraction(tensors, own_probs, written_probs, others, unrelated)
+
+
+def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the gate between what is asked and what is mentioned; none if the base model's was not learned.
+
+    A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
+    likely, its bar lies below that.
+
+    Args:
+        tensors: all of ``LATE_INTERACTION``.
+    """
+    if not heads.request:
+        return {}
+    edits = int(tensors["meaning.whose"].max()) + 1 if len(tensors["meaning.whose"]) else 0
+    late_interaction, logit_offset = LateInteraction(tensors, edits), torch.zeros(edits)
+    gate = RequestGate({**heads.request, LOGIT_OFFSET: logit_offset})
+    first_states, prompts = prompts.openings, prompts.compared
+    # As it is written, and in other languages.
+    written = prompts.rows((prompts.form == 0) | (prompts.form >= _OTHER_LANGUAGES))
+    each = torch.stack([written.edit.long(), written.form.long()], 1)
+    pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
+    tokens = _OwnTokens(tensors)
+    states = written.states.split(sizes.tolist())
+    for some in torch.arange(len(pairs)).split(_AT_A_TIME):
+        own = torch.cat([states[number] for number in some.tolist()]).float()
+        turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
+        parts = zip(
+            own.split(sizes[some].tolist()), turned.split(sizes[some].tolist(), 1), pairs[some].tolist(), strict=True
+        )
+        mentions = [
+            mention_features(one, near, *tokens.of(edit), first_state=first_states.get((edit, form)))
+            for one, near, (edit, form) in parts
+        ]
+        lower = (gate.log_odds(batch_mentions(mentions)) - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
+        logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")
+    return {**heads.request, LOGIT_OFFSET: logit_offset}
+
+
+class _OwnTokens:
+    """What :meth:`LateInteraction.tokens_of` finds, of one edit after the other."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.vectors, self.whose = tensors["meaning.vectors"], tensors["meaning.whose"]
+        self.order = tensors["meaning.asking"].argsort(stable=True)
+        counts = torch.bincount(tensors["meaning.asking"], minlength=2 * len(self.whose))
+        self.ends = counts.cumsum(0)
+        self.first = {edit: place for place, edit in reversed(list(enumerate(self.whose.tolist())))}
+
+    def of(self, edit: int) -> tuple[Tensor, Tensor]:
+        """The projected tokens of its prompt as it is written: of its subject, and the others, (t, k) twice."""
+        if (first := self.first.get(edit)) is None:
+            return self.vectors[:0].float(), self.vectors[:0].float()
+        subject, relation = (self._asking(first + head * len(self.whose)) for head in range(2))
+        return subject, relation
+
+    def _asking(self, prompt: int) -> Tensor:
+        begin = int(self.ends[prompt - 1]) if prompt else 0
+        return self.vectors[self.order[begin : int(self.ends[prompt])]].float()
+
+
+def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:
+    """Weights (n,) of tokens as shares of their prompts' whole."""
+    return weights / torch.zeros(count).index_add(0, prompt_index, weights)[prompt_index]
+
+
+def _own_prompt_probs(
+    late_interaction: LateInteraction, prompts: PromptStates, prompt_index: Tensor, prompt_to_edit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How surely each kept prompt (g,) means its own edit, and any other's means each edit: (g,), (M,)."""
+    sums = torch.zeros(len(prompt_to_edit), prompts.states.shape[1])
+    for same_edit, part in zip(prompt_index.split(_TOKENS), prompts.states.split(_TOKENS), strict=True):
+        sums.index_add_(0, same_edit, part.float())
+    first, second = _twins(sums, torch.bincount(prompt_index, minlength=len(prompt_to_edit)))
+    place = torch.empty(len(prompt_to_edit), dtype=torch.long)
+    own_probs, others = torch.empty(len(prompt_to_edit)), torch.zeros(late_interaction.edits)
+    near = NearPrompts(late_interaction)
+    for part, states, there in _in_parts(prompts.states, prompt_index, len(prompt_to_edit)):
+        probs = near(late_interaction.project(states, there), prompt_to_edit[part])
+        own_probs[part] = probs.gather(1, prompt_to_edit[part, None]).flatten()
+        probs.scatter_(1, prompt_to_edit[part, None], 0.0)
+        # A prompt of the very same tokens is no other.
+        place.fill_(-1)[part] = torch.arange(len(part))
+        row = place[first]
+        probs[row[row >= 0], prompt_to_edit[second[row >= 0]]] = 0.0
+        others = others.maximum(probs.amax(0))
+    return own_probs, others
+
+
+def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of prompts, both ways, that have the same tokens: their states add up to the same (g, d).
+
+    Args:
+        sizes: how many tokens each prompt has (g,).
+    """
+    signs = (torch.arange(sums.shape[1]) % 2 * 2 - 1.0) / sums.shape[1] ** 0.5
+    along, across, least = sums @ signs.abs(), sums @ signs, 1.01 * _SAME * sums.norm(dim=-1)
+    # No two are further apart along one direction than they are altogether.
+    order = along.argsort()
+    order = order[sizes[order].argsort(stable=True)]
+    found: list[Tensor] = []
+    for apart in range(1, len(order)):
+        one, other = order[:-apart], order[apart:]
+        close = (sizes[one] == sizes[other]) & (along[other] - along[one] < least.max())
+        near = close & ((across[other] - across[one]).abs() < least.max())
+        if not bool(close.any()):
+            break
+        one, other = one[near], other[near]
+        distance = (sums[one] - sums[other]).norm(dim=-1)
+        found += [
+            torch.stack(pair)[:, distance < _SAME * sums[pair[0]].norm(dim=-1)] for pair in ((one, other), (other, one))
+        ]
+    pairs = torch.cat(found, 1) if found else torch.empty(2, 0, dtype=torch.long)
+    return pairs[0], pairs[1]
+
+
+def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:
+    """How surely each of some texts, whose tokens have these states (n, d), means each edit: (texts, M)."""
+    probs = torch.empty(count, late_interaction.edits)
+    for part, own, there in _in_parts(states, text, count):
+        probs[part] = late_interaction(own, there)
+    return probs
+
+
+def _in_parts(states: Tensor, text: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some of the texts (p,), the states of their tokens (p, W, d), and which are there (p, W); the shortest first."""
+    sizes = torch.bincount(text, minlength=count)
+    order = text.argsort(stable=True)
+    first = sizes.cumsum(0) - sizes
+    for part in sizes.argsort(stable=True).split(_AT_A_TIME):
+        column = torch.arange(int(sizes[part].max()))
+        there = column < sizes[part, None]
+        place = order[(first[part, None] + column).clamp(max=len(order) - 1)]
+        yield part, states[place].float(), there

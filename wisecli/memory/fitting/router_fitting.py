@@ -1,0 +1,151 @@
+"""What opens a memory, fitted to evidence: the thresholds of changes, or names and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from wisecli.artifacts.shard import FIRST_LANGUAGE
+from wisecli.config import MergeSettings
+from wisecli.errors import SettingsError
+from wisecli.memory.fitting.late_interaction_fitting import MIN_EDIT_PROB, fit_late_interaction, request_gate_tensors
+from wisecli.memory.merging.merged_evidence import MergedEvidence
+from wisecli.routing.deciding.subject_tensors import Spellings, fuzzy_match_tensors, subject_match_tensors
+from wisecli.routing.memories.calibration import Calibration, calibrate, measure, quantile
+from wisecli.routing.memories.matrix_memory import MatrixMemory
+from wisecli.routing.memories.side_memory import SideMemory
+
+# The share of unrelated tokens whose norm may open a matrix.
+_RATE = 0.0015
+# Where a mean decides, the threshold is this share of the lowest mean of any edit: that of the authors' code.
+_OF_THE_LEAST = 0.88
+# Keys that are compared at a time.
+_AT_A_TIME = 4096
+
+Fitted = tuple[SideMemory, tuple[Calibration, ...]]
+
+
+def fit_thresholds(
+    draft: SideMemory, merged_evidence: MergedEvidence, owner: Tensor, settings: MergeSettings
+) -> Fitted:
+    """Changes of a matrix with the norms that open them, and how those were calibrated.
+
+    Args:
+        draft: the memory without thresholds.
+        owner: the memory that each key of the evidence opens (n,).
+    """
+    if draft.pooling == "mean":
+        return _fit_mean(draft, merged_evidence, owner)
+    rule, rate = settings.threshold or "false-alarm", settings.false_alarm or _RATE
+    change = MatrixMemory(draft)
+    background = _scores(change, merged_evidence.unrelated.keys)
+    calibrating = _calibrating(merged_evidence, settings)
+    owner = owner[calibrating]
+    scores = _scores(change, merged_evidence.evidence.keys[calibrating]).gather(1, owner[:, None]).flatten()
+    groups = merged_evidence.unrelated.chat
+    found = tuple(
+        calibrate(scores[owner == m], background[:, m], rule=rule, false_alarm=rate, groups=groups)
+        for m in range(len(draft.thresholds))
+    )
+    return replace(draft, thresholds=tuple(one.threshold for one in found)), found
+
+
+def _scores(change: MatrixMemory, keys: Tensor) -> Tensor:
+    """Scores (n, M) of many keys (n, d_ff), a slice at a time."""
+    return torch.cat([change.scores(part) for part in keys.split(_AT_A_TIME)])
+
+
+def _calibrating(merged_evidence: MergedEvidence, settings: MergeSettings) -> Tensor:
+    """Which keys ought to open their memory (n,): ends of prompts in the unseen context, or by the paper's rule of
+    those trained on.
+
+    Those trained on count, too, of a shard whose edits in the unseen context have all been taken out.
+    """
+    evidence, shard = merged_evidence.evidence, merged_evidence.shard
+    chosen = merged_evidence.trained
+    if settings.threshold != "minimum":
+        chosen = evidence.held_out | ~torch.isin(shard, shard[evidence.held_out])
+    return chosen & (evidence.position == 0)
+
+
+def _fit_mean(draft: SideMemory, merged_evidence: MergedEvidence, owner: Tensor) -> Fitted:
+    """Thresholds a little below what any edit's prompts called their shard with, once it had been trained.
+
+    What unrelated text calls it with is not known: the mean over a text decides, and single tokens are kept of it.
+
+    Raises:
+        SettingsError: the shards do not keep that.
+    """
+    calls, edit = merged_evidence.evidence.call, merged_evidence.evidence.edit
+    if calls is None:
+        raise SettingsError(
+            "--set pooling=mean is for shards written by the paper's rule; write them with wise edit --preset paper"
+        )
+    each = calls.new_full((int(edit.max()) + 1,), torch.inf).scatter_reduce(0, edit.long(), calls, "amin")
+    found = []
+    for memory in range(len(draft.thresholds)):
+        own = each[edit[owner == memory].long().unique()]
+        found.append(measure(own, None, float(own.min()) * _OF_THE_LEAST, rule="minimum"))
+    return replace(draft, thresholds=tuple(one.threshold for one in found)), tuple(found)
+
+
+def fit_facts(draft: SideMemory, merged_evidence: MergedEvidence, settings: MergeSettings) -> Fitted:
+    """A memory whose edits are opened by prompts that ask them.
+
+    Args:
+        draft: the memory without what opens it.
+
+    Raises:
+        SettingsError: the shards do not keep what their edits' prompts mean.
+    """
+    heads, prompts = merged_evidence.unrelated.heads, merged_evidence.prompts
+    if heads is None or prompts is None:
+        raise SettingsError(
+            "these shards do not say what prompts mean; write them anew with `wise edit`, or leave out --mode lookup"
+        )
+    edits = int(merged_evidence.evidence.edit.max()) + 1
+    fitted = fit_late_interaction(heads, prompts.compared, edits)
+    alarms = fitted.unrelated_probs.amax(1)
+    least = MIN_EDIT_PROB
+    if settings.false_alarm is not None:
+        least = max(MIN_EDIT_PROB, quantile(alarms, 1 - settings.false_alarm))
+    calibration = measure(fitted.own_probs, alarms, least, rule=settings.threshold or "false-alarm")
+    if heads.mentioned is not None:
+        opened, count = heads.mentioned.tolist()
+        calibration = replace(calibration, mentioned=opened / max(1, count))
+    opening = {**fitted.tensors, **request_gate_tensors(heads, prompts, fitted.tensors)}
+    return replace(
+        draft,
+        tensors={**draft.tensors, **naming(merged_evidence, settings), **opening},
+        thresholds=fitted.thresholds(least),
+        reads=int(heads.layer),
+    ), (calibration,)
+
+
+def naming(merged_evidence: MergedEvidence, settings: MergeSettings) -> dict[str, Tensor]:
+    """The tensors that say by which tokens prompts name subjects.
+
+    Prompts in other languages may write a subject otherwise: no prompt must name that of an edit which has such.
+    """
+    if settings.subjects != "named":
+        return {}
+    evidence = merged_evidence.evidence
+    foreign = set(evidence.edit[evidence.context >= FIRST_LANGUAGE].tolist())
+    named = [words if edit not in foreign else () for edit, words in enumerate(merged_evidence.subjects)]
+    return {**subject_match_tensors(named), **_spelling(merged_evidence, named)}
+
+
+def _spelling(merged_evidence: MergedEvidence, named: Sequence[Spellings]) -> dict[str, Tensor]:
+    """The tensors that say how the subjects of edits are spelt that must be named, if the shards know.
+
+    Args:
+        named: the words of every edit's subject, none for one that need not be named.
+    """
+    letters = merged_evidence.unrelated.token_characters
+    if letters is None:
+        return {}
+    tokens = zip(named, merged_evidence.subject_tokens, strict=True)
+    return fuzzy_match_tensors(letters, [own if words else () for words, own in tokens])

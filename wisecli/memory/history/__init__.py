@@ -1,0 +1,1 @@
+"""A memory's releases, its log, and which edits give way to new ones."""

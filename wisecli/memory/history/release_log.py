@@ -1,0 +1,284 @@
+"""A memory's life: its shards, and a log of all that was done to it, each line chained to the one before by digest.
+
+Beside ``router.json`` and the memory's tensors, which are its newest release, a memory has a directory ``history``:
+``shards/0001`` and on, as ``wise edit`` wrote them, and ``log.jsonl``. Nothing is ever taken out of either, so that
+every release can be made anew.
+"""
+
+from __future__ import annotations
+
+import getpass
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonlines
+
+from wisecli.artifacts import file_names
+from wisecli.artifacts.checksums import require_checksums
+from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MEMORY_NAME, Manifest, read_manifest
+from wisecli.edits.checks.signatures import SigningKey
+from wisecli.errors import BusyError, DamagedFileError, MemoryHistoryError, WiseError
+from wisecli.io.atomic_output import link_or_copy, tidy, whole_directory, writing
+from wisecli.io.digest import sha256_file, sha256_text
+from wisecli.io.json_schema import OPEN, decode
+from wisecli.io.locks import lock_file
+from wisecli.io.safe_paths import inside, require_regular
+
+HISTORY, LOG, SHARDS = file_names.HISTORY, "log.jsonl", "shards"
+_NOT_NEWEST = "its sha256 differs, so that the memory is not the newest release of its log"
+Action = Literal["edit", "merge", "remove", "rollback"]
+
+
+@dataclass(frozen=True)
+class Release:
+    """One line of the log: what was done, by whom, and the memory that came of it.
+
+    ``shards`` are the directories that the memory is merged from, each with the ids of its edits that do not count;
+    ``superseded`` maps ids of edits that gave way to the id that took their place; ``modified`` are those of ``added``
+    that took the place of an edit with their own id. ``memory`` is the sha256 of the tensors, ``manifest`` that of
+    ``router.json``, which older versions did not keep, ``edits_file`` that of the file of edits, ``previous`` that of
+    the line before, without its end.
+    """
+
+    __pydantic_config__ = OPEN
+
+    number: int
+    when: str
+    who: str
+    action: Action
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    superseded: dict[str, str]
+    shards: dict[str, tuple[str, ...]]
+    merge: dict[str, Any]
+    memory: str
+    previous: str
+    edits_file: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    modified: tuple[str, ...] = ()
+    manifest: str = ""
+
+    @property
+    def at(self) -> datetime:
+        """When it was made."""
+        return datetime.fromisoformat(self.when)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """By whom a memory is changed, and why; by default by the user of this process. ``key`` signs the release."""
+
+    who: str | None = None
+    reason: str = ""
+    key: SigningKey | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to be written into the log, besides what every line has.
+
+    ``replaced`` maps ids of edits that give way to the id that takes their place, which may be the same.
+    """
+
+    action: Action
+    shards: Mapping[str, tuple[str, ...]]
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    edits_file: Mapping[str, str] = field(default_factory=dict)
+    provenance: Provenance = Provenance()
+
+
+def has_history(memory: Path) -> bool:
+    """Whether a directory is a memory that is edited again and again."""
+    return (memory / HISTORY / LOG).is_file()
+
+
+def read_history(memory: Path) -> list[Release]:
+    """All releases, the oldest first; every line's digest is checked against the line after it.
+
+    Raises:
+        MemoryHistoryError: the memory has no history.
+        DamagedFileError: a line was altered, or taken out.
+    """
+    path = memory / HISTORY / LOG
+    if not path.is_file():
+        raise MemoryHistoryError(memory)
+    found: list[Release] = []
+    previous = ""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(path, f"it is no text ({error})", "restore it from a copy") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            release = decode(Release, json.loads(line))
+            release.at  # noqa: B018 (a date that is none is found here)
+        except (ValueError, TypeError) as error:
+            raise DamagedFileError(path, f"line {number} is wrong ({error})", "restore it from a copy") from None
+        if release.previous != previous or release.number != number:
+            raise DamagedFileError(path, f"line {number} does not follow the one before", "restore it from a copy")
+        previous = sha256_text(line)
+        found.append(_told_apart(release))
+    if not found:
+        raise DamagedFileError(path, "it is empty", "restore it from a copy")
+    return found
+
+
+def _told_apart(release: Release) -> Release:
+    """A release whose modified edits are not among the superseded ones, where older versions counted them."""
+    modified = tuple(old for old, new in release.superseded.items() if old == new)
+    superseded = {old: new for old, new in release.superseded.items() if old != new}
+    return replace(release, modified=(*release.modified, *modified), superseded=superseded)
+
+
+def is_merged(memory: Path) -> bool:
+    """Whether nothing but one merge has been done to a memory, so that the same merge would make it anew."""
+    if not (memory / HISTORY).exists():
+        return True
+    try:
+        releases = read_history(memory)
+    except WiseError:
+        return False
+    return len(releases) == 1 and releases[0].action == "merge"
+
+
+def shard_path(memory: Path, name: str) -> Path:
+    """Where a directory of shards of a memory's history is."""
+    return inside(memory / HISTORY, f"{SHARDS}/{name}")
+
+
+def next_name(memory: Path) -> str:
+    """A name for the next directory of shards."""
+    directory = memory / HISTORY / SHARDS
+    taken = [int(path.name) for path in directory.iterdir() if path.name.isdecimal()] if directory.is_dir() else []
+    return f"{max(taken, default=0) + 1:04d}"
+
+
+def inputs_of(memory: Path, release: Release) -> dict[Path, tuple[str, ...]]:
+    """The directories that a release is merged from, each with the ids of its edits that do not count."""
+    return {shard_path(memory, name): gone for name, gone in release.shards.items()}
+
+
+def anew_prefix(memory: Path) -> str:
+    """How the names of directories begin in which shards of a memory are trained anew."""
+    return f".{memory.name}.anew-"
+
+
+@contextmanager
+def changing(memory: Path) -> Iterator[None]:
+    """Keep other processes from changing a memory, and take away what killed ones left; the lock dies with its owner.
+
+    Raises:
+        BusyError: another one is at it.
+        UnwritableError: nothing may be written there.
+    """
+    parent = memory.absolute().parent
+    with ExitStack() as stack:
+        with writing(memory):
+            parent.mkdir(parents=True, exist_ok=True)
+            mine = stack.enter_context(lock_file(parent / f".{memory.name}.lock"))
+        if not mine:
+            raise BusyError(memory)
+        tidy(memory)
+        for left in parent.glob(f"{glob.escape(anew_prefix(memory))}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+@contextmanager
+def next_release(memory: Path, *, afresh: bool = False) -> Iterator[Path]:
+    """A working directory with the memory's history in it, which takes the memory's place when the block ends well.
+
+    Args:
+        afresh: whether a history begins here, whatever there was.
+    """
+    with whole_directory(memory, force=True) as working:
+        if not afresh and (memory / HISTORY).is_dir():
+            shutil.copytree(memory / HISTORY, working / HISTORY, copy_function=link_or_copy)
+            # A linked log would change in the old release, too, if this one came to nothing.
+            shutil.copyfile(memory / HISTORY / LOG, working / f".{LOG}")
+            (working / f".{LOG}").replace(working / HISTORY / LOG)
+        (working / HISTORY / SHARDS).mkdir(parents=True, exist_ok=True)
+        yield working
+
+
+def record(working: Path, manifest: Manifest, change: Change, *, file: str) -> Release:
+    """Write one more line into the log of a release that is being made.
+
+    Args:
+        file: name of the memory's tensors.
+    """
+    path = working / HISTORY / LOG
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    release = Release(
+        len(lines) + 1,
+        datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+        change.provenance.who or _user(),
+        change.action,
+        change.added,
+        change.removed,
+        {old: new for old, new in change.replaced.items() if old != new},
+        dict(change.shards),
+        {name: value for name, value in manifest.merge.items() if name != "shards"},
+        sha256_file(working / file),
+        sha256_text(lines[-1]) if lines else "",
+        dict(change.edits_file),
+        change.provenance.reason,
+        tuple(old for old, new in change.replaced.items() if old == new),
+        sha256_file(working / MANIFEST_NAME),
+    )
+    with jsonlines.open(path, "a") as writer:
+        writer.write(asdict(release))
+    return release
+
+
+def require_whole(memory: Path, releases: Sequence[Release]) -> None:
+    """Check that a memory's manifest and tensors are those of its newest release, and that no file of it was altered.
+
+    Raises:
+        DamagedFileError: naming what is otherwise.
+    """
+    newest, path = releases[-1], memory / MANIFEST_NAME
+    if newest.manifest and _digest(path) != newest.manifest:
+        raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
+    path = inside(memory, read_manifest(memory).memory.file)
+    if _digest(path) != newest.memory:
+        raise DamagedFileError(path, _NOT_NEWEST, "roll back to a release")
+    require_checksums(memory, expected=has_full_digests(releases))
+
+
+def require_whole_history(memory: Path, releases: Sequence[Release]) -> None:
+    """Check that no file of a memory was altered but for its manifest and tensors, which can be made anew.
+
+    Raises:
+        DamagedFileError: naming those that were.
+    """
+    require_checksums(memory, expected=has_full_digests(releases), but=(MANIFEST_NAME, MEMORY_NAME))
+
+
+def has_full_digests(releases: Sequence[Release]) -> bool:
+    """Whether all files of the newest release are under digests, which older versions did not take."""
+    return bool(releases[-1].manifest)
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    require_regular(path)
+    return sha256_file(path)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return str(os.getuid())

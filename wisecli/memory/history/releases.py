@@ -1,0 +1,175 @@
+"""Making the next release of a memory: its shards joined anew, and a line in its log."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wisecli.artifacts.checksums import write_checksums
+from wisecli.artifacts.memory_manifest import MEMORY_NAME, Manifest, write_memory
+from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
+from wisecli.artifacts.shard_manifest import UNRELATED_NAME, ShardDirectory, read_shard_directory
+from wisecli.config import MergeSettings, settings_from
+from wisecli.io.atomic_output import link_or_copy
+from wisecli.io.safe_paths import inside
+from wisecli.memory.history.release_log import (
+    HISTORY,
+    SHARDS,
+    Change,
+    Provenance,
+    Release,
+    next_name,
+    next_release,
+    read_history,
+    record,
+    shard_path,
+)
+from wisecli.memory.merging.empty_memory import empty_memory
+from wisecli.memory.merging.merger import Merger
+from wisecli.memory.merging.removal import ReducedShards, without
+from wisecli.progress import ProgressCallback, ignore_progress
+
+
+@dataclass(frozen=True)
+class Published:
+    """A release that is in place, and how many edits it holds; ``up_to_date`` says that it was there already."""
+
+    release: Release
+    held: int
+    up_to_date: bool = False
+
+
+def publish(
+    memory: Path,
+    change: Change,
+    settings: MergeSettings,
+    *,
+    new: Mapping[str, Path],
+    model: str | None = None,
+    on_progress: ProgressCallback = ignore_progress,
+) -> Published:
+    """Join the shards that a change names and put the outcome in the memory's place; whole, or not at all.
+
+    Args:
+        new: where directories of shards are that the memory's history does not have yet, by the names they will have.
+
+    Raises:
+        WiseError: they cannot be joined, or the disk is full; the memory is as it was.
+    """
+    kept = {name: _kept(memory, name, gone, new) for name, gone in change.shards.items()}
+    kept = {name: one for name, one in kept.items() if one.directory.shards}
+    change = replace(change, shards={name: change.shards[name] for name in kept})
+    if kept:
+        manifest = _at_home(Merger(list(kept.values()), settings, model=model).merge(on_progress), list(kept))
+    else:
+        manifest = empty_memory(newest_shards(memory, read_history(memory)), settings, model=model)
+    manifest = replace(manifest, origins=())
+    with next_release(memory) as working:
+        return _written(working, manifest, change, kept, new)
+
+
+def publish_first(
+    memory: Path, manifest: Manifest, inputs: Sequence[ReducedShards], provenance: Provenance
+) -> Published:
+    """Put what shards were merged into in a memory's place, with a history that begins there.
+
+    Args:
+        inputs: those shards, in order.
+
+    Raises:
+        WiseError: the disk is full; what was there is as it was.
+    """
+    kept = {f"{number:04d}": one for number, one in enumerate(inputs, start=1) if one.directory.shards}
+    paths = {name: one.directory.path for name, one in kept.items()}
+    change = Change(
+        "merge",
+        {name: _gone(one) for name, one in kept.items()},
+        added=tuple(edit.id for edit in manifest.edits),
+        provenance=provenance,
+    )
+    with next_release(memory, afresh=True) as working:
+        return _written(working, _at_home(manifest, list(kept)), change, kept, paths)
+
+
+def _gone(kept: ReducedShards) -> tuple[str, ...]:
+    """The edits that a directory of shards holds and that do not count."""
+    counted = {edit.id for edit in kept.directory.written}
+    return tuple(edit.id for edit in kept.whole.written if edit.id not in counted)
+
+
+def _written(
+    working: Path, manifest: Manifest, change: Change, kept: Mapping[str, ReducedShards], new: Mapping[str, Path]
+) -> Published:
+    """Write a release into its working directory.
+
+    Args:
+        kept: the shards that it is merged from, by their names.
+        new: where those are that its history does not have yet.
+    """
+    for name in new:
+        if name in kept:
+            _take_in(kept[name].whole, working / HISTORY / SHARDS / name)
+            _share(working / HISTORY / SHARDS / name, kept, name)
+    write_memory(working, manifest, sealed=True)
+    release = record(working, manifest, change, file=MEMORY_NAME)
+    write_checksums(working, change.provenance.key)
+    return Published(release, len(manifest.edits))
+
+
+def _take_in(shards: ShardDirectory, place: Path) -> None:
+    """Bring shards into a history, as other names of the same files where the disk has such."""
+    place.mkdir(parents=True)
+    for file in (*(entry.file for entry in shards.shards), UNRELATED_NAME):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(inside(shards.path, file), place / file)
+    shutil.copyfile(shards.path / SHARDS_MANIFEST, place / SHARDS_MANIFEST)
+
+
+def _share(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
+    """What the model makes of unrelated text is the same in every round, and kept once."""
+    mine = kept[name].directory
+    for other in (one.directory for one in kept.values() if one.directory.path != mine.path):
+        if other.unrelated_sha256 == mine.unrelated_sha256:
+            (place / UNRELATED_NAME).unlink()
+            link_or_copy(other.path / UNRELATED_NAME, place / UNRELATED_NAME)
+            return
+
+
+def settings_of(release: Release) -> MergeSettings:
+    """How a release was merged."""
+    return settings_from(MergeSettings, release.merge)
+
+
+def directories_of(memory: Path, release: Release) -> list[ShardDirectory]:
+    """The shards that a release is merged from, without the edits that do not count."""
+    return [_kept(memory, name, gone, {}).directory for name, gone in release.shards.items()]
+
+
+def newest_shards(memory: Path, releases: Sequence[Release]) -> ShardDirectory:
+    """The shards that came last, of the newest release that has any: an emptied memory has none."""
+    release = next(release for release in reversed(releases) if release.shards)
+    return directories_of(memory, release)[-1]
+
+
+def _kept(memory: Path, name: str, gone: tuple[str, ...], new: Mapping[str, Path]) -> ReducedShards:
+    return without(read_shard_directory(new.get(name) or shard_path(memory, name)), gone)
+
+
+def _at_home(manifest: Manifest, names: list[str]) -> Manifest:
+    """The same manifest; shards are named by where they are in the memory."""
+    listed = [
+        [f"{HISTORY}/{SHARDS}/{name}", count] for name, (_, count) in zip(names, manifest.merge["shards"], strict=True)
+    ]
+    return replace(manifest, merge={**manifest.merge, "shards": listed})
+
+
+def merging_of(releases: Sequence[Release]) -> MergeSettings:
+    """The settings that the newest release was merged by; the defaults of a memory that has none yet."""
+    return settings_of(releases[-1]) if releases else MergeSettings()
+
+
+def name_after(memory: Path, new: Mapping[str, Path]) -> str:
+    """A name for the shards after those that are new, too."""
+    return f"{int(next_name(memory)) + len(new):04d}"

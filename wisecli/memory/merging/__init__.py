@@ -1,0 +1,1 @@
+"""Shards → one memory: evidence read as one, merge methods, and the memory that stores it."""

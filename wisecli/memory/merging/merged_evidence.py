@@ -1,0 +1,159 @@
+"""What shards bring to a memory: their evidence as one, and the tensors that it is merged from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from wisecli.artifacts.background_stats import BackgroundStats
+from wisecli.artifacts.shard import Evidence, Mask, PromptStates, Shard, evidence_in, prompts_in
+from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
+from wisecli.memory.merging.removal import load_without
+from wisecli.routing.deciding.subject_tensors import Spellings
+
+_LARGE = ("evidence.keys", "evidence.residuals", "delta.values")
+
+
+@dataclass(frozen=True)
+class MergedEvidence:
+    """All that shards know of their edits.
+
+    ``evidence`` numbers the edits of all shards through; ``shard`` (n,) says which shard each of its keys is of.
+    ``subjects`` are the words of every edit's subject, none for one that its own prompt does not name, and
+    ``subject_tokens`` the tokens that it is written with. ``prompts`` are the states of edits' prompts, if all shards
+    keep them.
+    """
+
+    evidence: Evidence
+    shard: Tensor
+    masks: tuple[Mask, ...]
+    unrelated: BackgroundStats
+    subjects: tuple[Spellings, ...] = ()
+    prompts: PromptStates | None = None
+    subject_tokens: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def trained(self) -> Tensor:
+        """Which keys of the evidence were trained on (n,); the others are of contexts held back for calibration."""
+        return ~self.evidence.held_out
+
+    def of_own_prompts(self) -> MergedEvidence:
+        """The material without keys that no prompt of an edit gave."""
+        own = self.evidence.from_own_prompts
+        return replace(self, evidence=self.evidence.rows(own), shard=self.shard[own])
+
+
+def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedEvidence, list[Shard]]:
+    """The material of all shards of some directories, and the shards themselves, in order.
+
+    Raises:
+        DamagedFileError: a shard's file cannot be used.
+    """
+    unrelated = _unrelated_of(directories)
+    shards = [load_without(directory, entry, unrelated.tokens) for directory, entry in _entries(directories)]
+    places, subjects, tokens = _places(directories), *_named(directories)
+    parts = [shard.evidence for shard in shards]
+    masks, prompts = tuple(shard.mask for shard in shards), _prompts([shard.prompts for shard in shards], places)
+    return MergedEvidence(
+        join_evidence(parts, places), _numbered(parts), masks, unrelated, subjects, prompts, tokens
+    ), shards
+
+
+def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
+    """The material of all shards of some directories without what takes most room, keys and residuals: (n, 0) each.
+
+    The states of prompts are in half precision, where they are stored so.
+
+    Raises:
+        DamagedFileError: a shard's file cannot be used.
+    """
+    parts, prompts = [], []
+    for directory, entry in _entries(directories):
+        tensors = directory.tensors(entry, lambda name: name not in _LARGE, check=True)
+        nothing = {name: torch.empty(len(tensors["evidence.edit"]), 0) for name in _LARGE[:2]}
+        parts.append(
+            evidence_in(directory.path / entry.file, {**tensors, **nothing}).rows(
+                _held(directory, entry, tensors["evidence.edit"])
+            )
+        )
+        own = prompts_in(tensors)
+        prompts.append(None if own is None else own.rows(_held(directory, entry, own.edit)))
+    places, subjects, tokens = _places(directories), *_named(directories)
+    evidence = join_evidence(parts, places)
+    return MergedEvidence(
+        evidence, _numbered(parts), (), _unrelated_of(directories), subjects, _prompts(prompts, places), tokens
+    )
+
+
+def trained_evidence(directories: Sequence[ShardDirectory]) -> Iterator[Evidence]:
+    """What each shard was trained on, one after the other, in float32; edits are numbered as each manifest does."""
+    for directory, entry in _entries(directories):
+        tensors = directory.tensors(entry, lambda name: name.startswith("evidence."), check=False)
+        evidence = evidence_in(directory.path / entry.file, tensors)
+        own = evidence.rows(_held(directory, entry, evidence.edit) & ~evidence.held_out)
+        yield replace(own, keys=own.keys.float(), residuals=own.residuals.float())
+
+
+def _entries(directories: Sequence[ShardDirectory]) -> list[tuple[ShardDirectory, ShardEntry]]:
+    return [(directory, entry) for directory in directories for entry in directory.shards]
+
+
+def _held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
+    """Which rows of a shard are of edits (n,) that its manifest still names (n,)."""
+    names = set(entry.edits)
+    return torch.tensor([one.id in names for one in directory.edits])[edit.long()]
+
+
+def _numbered(parts: Sequence[Evidence]) -> Tensor:
+    """Of which shard each key is (n,)."""
+    return torch.cat([torch.full((len(part.edit),), index) for index, part in enumerate(parts)])
+
+
+def _named(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...], tuple[tuple[int, ...], ...]]:
+    """The words of every edit's subject, and its tokens."""
+    written = [(directory, edit.id) for directory in directories for edit in directory.written]
+    subjects = tuple(directory.subjects.get(name, ()) for directory, name in written)
+    return subjects, tuple(directory.subject_tokens.get(name, ()) for directory, name in written)
+
+
+def _prompts(parts: Sequence[PromptStates | None], places: Sequence[Tensor]) -> PromptStates | None:
+    """The states of all edits' prompts, with the numbers that their edits have in the whole."""
+    kept = [part for part in parts if part is not None]
+    if len(kept) < len(parts):
+        return None
+    counted = [replace(part, edit=place[part.edit.long()]) for part, place in zip(kept, places, strict=True)]
+    return PromptStates.joined(counted)
+
+
+def _places(directories: Sequence[ShardDirectory]) -> list[Tensor]:
+    """For each shard, the number among all written edits of each edit that its manifest lists."""
+    places: list[Tensor] = []
+    before = 0
+    for directory in directories:
+        gone = set(directory.left_out)
+        kept = torch.tensor([edit.id not in gone for edit in directory.edits])
+        places += [kept.cumsum(0) - 1 + before] * len(directory.shards)
+        before += int(kept.sum())
+    return places
+
+
+def _unrelated_of(directories: Sequence[ShardDirectory]) -> BackgroundStats:
+    """The background statistics of all directories; what several have in common counts once."""
+    read = list({directory.unrelated_sha256: directory.load_unrelated() for directory in directories}.values())
+    keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))
+    chatting = next((one.chatting for one in read if one.chatting is not None), None)
+    letters = next((one.token_characters for one in read if one.token_characters is not None), None)
+    return replace(read[0], keys=keys, chat=chat, chatting=chatting, token_characters=letters)
+
+
+def join_evidence(parts: Sequence[Evidence], places: Sequence[Tensor]) -> Evidence:
+    """The evidence of several shards as one.
+
+    Args:
+        places: for each shard, the number that each of its edits has in the whole.
+    """
+    counted = [replace(part, edit=place[part.edit.long()]) for part, place in zip(parts, places, strict=True)]
+    return Evidence.joined(counted)

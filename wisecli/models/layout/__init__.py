@@ -1,0 +1,1 @@
+"""Where a model keeps its layers and value matrices, and the site of an edit."""

@@ -1,0 +1,172 @@
+"""Where an architecture keeps its decoder layers and its value matrix; the table is ``architectures.toml``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from wisecli.errors import ModelError, UnknownArchitectureError
+from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
+from wisecli.io.json_schema import shown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MOST_LAYERS = 10**6
+# What configs call the width of the residual stream.
+WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
+# How the layers above an edited one run by themselves: on from attention's keys and values, on whole rows of what
+# leaves the edited layer, or only together with those below it.
+Above = Literal["cached", "rows", "all"]
+CACHED: Above = "cached"
+ROWS: Above = "rows"
+ALL: Above = "all"
+DEFAULT_LOADER = "AutoModelForCausalLM"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where an architecture keeps its decoder layers and, in them, its value matrices.
+
+    It is a row of the table, or what stands in for one. Without a ``value`` matrix edits are added behind a layer.
+    ``norm`` is the module inside a layer that the matrix' output passes, ``multiplier`` what it is multiplied by,
+    before it joins the residual stream. Of a layout that is not ``known`` neither is certain before a model is loaded,
+    nor is how the layers ``above`` run, which module, by its path, is the ``decoder`` that is given the tokens, and
+    along which axis the layers give several ``streams``.
+    ``depth`` is the number of layers, where the config does not say it.
+    """
+
+    architecture: str
+    layers: str
+    value: str | None = None
+    transposed: bool = False
+    norm: str | None = None
+    multiplier: float = 1.0
+    known: bool = True
+    above: Above = CACHED
+    decoder: str | None = None
+    streams: int | None = None
+    depth: int | None = None
+
+    def behind_layers(self) -> Layout:
+        """The same layers, for edits that are added behind one of them."""
+        return Layout(self.architecture, self.layers, known=False, depth=self.depth)
+
+
+@cache
+def architectures() -> dict[str, dict[str, Any]]:
+    """The table of known architectures, by ``model_type``."""
+    return tomllib.loads(resources.files(__package__).joinpath("architectures.toml").read_text(encoding="utf-8"))
+
+
+def known_layout(directory: Path) -> Layout:
+    """The table's row for a model.
+
+    Raises:
+        UnknownArchitectureError: the architecture has no row in the table.
+    """
+    architecture = str(read_json(directory / "config.json").get("model_type"))[:80]
+    table = architectures()
+    known = ", ".join(sorted(table))
+    if architecture not in table:
+        raise UnknownArchitectureError(
+            f"{directory}: architecture {architecture!r} is not supported; known are {known}"
+        )
+    row, settings = table[architecture], text_settings(directory)
+    if "value" not in row:
+        tower = str(settings.get("model_type"))[:80]
+        own = table.get(tower, {})
+        if "value" not in own or not row["stored"].endswith(f".{own['layers']}"):
+            raise UnknownArchitectureError(f"{directory}: text model {tower!r} is not supported; known are {known}")
+        row = {**own, **row}
+    named = {one.name: row[one.name] for one in fields(Layout) if one.name in row}
+    return Layout(architecture, **{**named, "multiplier": float(settings.get(row.get("multiplier", ""), 1.0))})
+
+
+def loader_name(architecture: str) -> str:
+    """Name of the class of transformers that loads a model of this type with its head."""
+    name: str = architectures().get(architecture, {}).get("loader", DEFAULT_LOADER)
+    return name
+
+
+def text_settings(directory: Path) -> dict[str, Any]:
+    """Settings of the model that reads text: of the whole, or of its part for text with that type's defaults.
+
+    Raises:
+        ModelError: transformers knows no such part.
+    """
+    config = read_json(directory / "config.json")
+    exported, text = config.get(EXPORTED_KEY), config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    architecture = str((exported if isinstance(exported, dict) else config).get("model_type"))
+    if architecture not in architectures() and architecture not in CONFIG_MAPPING:
+        return config
+    # Of the settings themselves only the type: whatever else they say is checked before anything is built from them.
+    typed = {"text_config": {"model_type": text["model_type"]}} if "model_type" in text else {}
+    try:
+        defaults = AutoConfig.for_model(architecture, **typed).get_text_config().to_dict()
+    except Exception as error:  # what a strange type makes transformers raise
+        raise ModelError(f"{directory}: config.json has a text_config of no known type") from error
+    return {**defaults, **text}
+
+
+def layer_count(directory: Path) -> int:
+    """How many layers a model has, from its ``config.json``.
+
+    Raises:
+        ModelError: that is no number of layers.
+    """
+    config = text_settings(directory)
+    count = next((config[name] for name in _LAYER_COUNTS if name in config), None)
+    count = _counted_by_its_class(directory) if count is None else count
+    if type(count) is not int or not 0 <= count <= _MOST_LAYERS:
+        raise ModelError(f"{directory}: config.json has {str(count)[:40]!r} layers; is it this model's?")
+    return count
+
+
+def _counted_by_its_class(directory: Path) -> int:
+    """How many layers a model has whose class counts them in other settings; 0 if it does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)  # nosec B615 # of files of this disk
+        return int(config.get_text_config().num_hidden_layers)
+    except Exception:  # what a strange config makes transformers raise
+        return 0
+
+
+def quantisation_of(config: Mapping[str, Any]) -> str | None:
+    """How the weights of a model are quantised, by its ``config.json``; ``None`` if they are plain numbers."""
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    told = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    return None if told is None else shown(told.get("quant_method") if isinstance(told, dict) else told)
+
+
+def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:
+    """A module's weight as the checkpoint spells it: GPT-2's leave the base model's prefix out; ``None`` if absent."""
+    return stored_name(checkpoint, f"{module}.weight")
+
+
+def stored_name(checkpoint: Checkpoint, parameter: str) -> str | None:
+    """The same for any parameter."""
+    return next((spelling for spelling in spellings(parameter) if spelling in checkpoint), None)
+
+
+def spellings(parameter: str) -> Iterator[str]:
+    """What checkpoints may call a parameter, or the start of several: without the prefix, or as the table says."""
+    yield parameter
+    yield parameter.split(".", 1)[1]
+    for row in architectures().values():
+        if "stored" in row and parameter.startswith(f"{row['layers']}."):
+            yield row["stored"] + parameter.removeprefix(row["layers"])

@@ -1,0 +1,120 @@
+"""The states that leave a decoder layer as a site: every decoder has them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.errors import ModelError
+from wisecli.io.checkpoint import Checkpoint, sha256_tensor
+from wisecli.io.digest import sha256_json
+from wisecli.io.json_schema import CLOSED
+from wisecli.models.layout.architectures import CACHED, Above, spellings
+from wisecli.models.layout.site_interface import NOTHING, Mismatch, Site
+from wisecli.routing.layers.layer_states import MEMORY, state_of
+
+
+@dataclass(frozen=True)
+class LayerSite(Site):
+    """Behind a decoder layer: keys are the states (d) that leave it, and residuals are added to them.
+
+    ``decoder`` is the path of the module that is given a prompt's tokens, if it is not the one below the head.
+    ``streams`` is the axis of several streams in what the layer gives, if there are several.
+    """
+
+    __pydantic_config__ = CLOSED
+
+    architecture: str
+    layer: int
+    layer_module: str
+    d: int
+    above: Above = CACHED
+    decoder: str | None = None
+    streams: int | None = None
+
+    norm = None
+    multiplier = 1.0
+    what = "edited layer"
+
+    @property
+    def base_name(self) -> str:
+        """That of the layer."""
+        return self.layer_module
+
+    @property
+    def module(self) -> str:  # type: ignore[override]  # of a matrix it is stored
+        """Path of the memory in the layer."""
+        return f"{self.layer_module}.{MEMORY}"
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.d
+
+    def described(self) -> dict[str, Any]:
+        """Paths of the layer's memory and of the decoder, and where streams lie."""
+        return {"module": self.module, "decoder": self.decoder, "streams": self.streams}
+
+    def watched(self, model: nn.Module) -> nn.Module:
+        """The layer."""
+        return model.get_submodule(self.layer_module)
+
+    def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:  # noqa: ARG002 (of the interface)
+        """What leaves the layer."""
+        return state_of(output, self.streams)
+
+    def base_output(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
+        """The states themselves: residuals are measured by them."""
+        return keys
+
+    def matrix(self, checkpoint: Checkpoint) -> Tensor:
+        """There is none."""
+        raise ModelError(
+            f"{checkpoint.directory} is edited behind layer {self.layer}, and no matrix of it: merge with --mode lookup"
+        )
+
+    def prefix_in(self, checkpoint: Checkpoint) -> str:
+        """The layer's own, and the memory's in it."""
+        return f"{self._stored(checkpoint)[0]}{MEMORY}."
+
+    def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
+        """The layer, if none of its tensors are there."""
+        found = self._stored(checkpoint)[1]
+        return None if found else Mismatch(self.base_name, "tensors", NOTHING)
+
+    def digest(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> str:
+        """Of the layer's tensors."""
+        start, names = self._stored(checkpoint)
+        found = {}
+        for name in names:
+            tensor = checkpoint.load(name)
+            wanted = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            found[name.removeprefix(start)] = sha256_tensor(wanted)
+        return sha256_json(sorted(found.items()))
+
+    def below(self, layer: int) -> LayerSite:
+        """Behind that layer."""
+        return replace(self, layer=layer, layer_module=f"{self.layer_module.rpartition('.')[0]}.{layer}")
+
+    def is_at(self, planned: Site) -> bool:
+        """Whether the layer is the same."""
+        return isinstance(planned, LayerSite) and self.layer_module == planned.layer_module
+
+    def _stored(self, checkpoint: Checkpoint) -> tuple[str, list[str]]:
+        """What the names of the layer's own tensors begin with in a checkpoint, and those names."""
+        starts = [*spellings(f"{self.layer_module}."), *self._like(checkpoint)]
+        for start in starts:
+            if own := [name for name in checkpoint if name.startswith(start)]:
+                return start, [name for name in own if not name.startswith(f"{start}{MEMORY}.")]
+        return f"{self.layer_module}.", []
+
+    def _like(self, checkpoint: Checkpoint) -> list[str]:
+        """What the names of the layer's tensors may begin with in a checkpoint that keeps layers under another path."""
+        matches = {name: re.match(rf"(?:\D+\.)?{self.layer}\.", name) for name in checkpoint}
+        found = Counter(one[0] for name, one in matches.items() if one is not None and self.d in checkpoint.shape(name))
+        return [start for start, _ in found.most_common(1)]

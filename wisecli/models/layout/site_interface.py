@@ -1,0 +1,134 @@
+"""Where a model is edited: in the value matrix of a feed-forward layer, or behind a decoder layer.
+
+A site is read at its *keys*, and a *residual* is added to what it gives:
+
+    matrix   keys are the matrix' inputs (d_ff), residuals are added to its output: the paper's
+    layer    keys are the states that leave the layer (d), residuals are added to them: any decoder has such
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.models.layout.architectures import Above
+from wisecli.routing.deciding.prompt_window import TurnMarks
+from wisecli.routing.memories.side_memory import SideMemory
+
+if TYPE_CHECKING:
+    from wisecli.routing.layers.routed_layer import Routed
+
+# What prompts mean is read at this share of the depth: deep enough to know a word by its neighbours, and cheap.
+_EARLY = 4 / 30
+
+
+NOTHING = "nothing"
+
+
+class Mismatch(NamedTuple):
+    """What a checkpoint does not hold as it should: its name, how it should be and how it is."""
+
+    name: str
+    expected: str
+    found: str
+
+
+class Site(ABC):
+    """Where edits are read and added in a decoder layer, ``layer`` of an architecture, at path ``layer_module``.
+
+    Attributes:
+        module: path of what answers there once a memory is in place.
+        base_name: what the base's own tensors at the site are called.
+        what: what they are, in words.
+        d: how long residuals are.
+        norm: path of the norm that what is added passes before it joins the residual stream, if there is one.
+        multiplier: what it is multiplied by on its way there.
+        above: how the layers above run by themselves.
+        streams: the axis of several streams in what the layer gives, ``None`` where there is one.
+    """
+
+    architecture: str
+    layer: int
+    layer_module: str
+    d: int
+    norm: str | None
+    multiplier: float
+    above: Above
+    streams: int | None
+
+    what: ClassVar[str]
+
+    module: str
+
+    @property
+    @abstractmethod
+    def base_name(self) -> str:
+        """See the class."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """How long keys are."""
+
+    @abstractmethod
+    def prefix_in(self, checkpoint: Checkpoint) -> str:
+        """What the names of a memory's tensors begin with beside the base's in a checkpoint."""
+
+    @abstractmethod
+    def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
+        """What is not as it should be of what a checkpoint holds at the site."""
+
+    @abstractmethod
+    def described(self) -> dict[str, Any]:
+        """What the config of a checkpoint says of the site: enough to put a memory there."""
+
+    @abstractmethod
+    def watched(self, model: nn.Module) -> nn.Module:
+        """The module whose runs show the keys."""
+
+    @abstractmethod
+    def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:
+        """Keys (B, T, width) of a run of that module."""
+
+    @abstractmethod
+    def base_output(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:
+        """Return what the unedited site gives at keys (n, width), or as long: (n, d)."""
+
+    @abstractmethod
+    def matrix(self, checkpoint: Checkpoint) -> Tensor:
+        """The base matrix ``W`` (d, width) as stored.
+
+        Raises:
+            ModelError: the site has none.
+        """
+
+    @abstractmethod
+    def digest(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> str:
+        """Digest of the base's tensors at the site, in another type if one is given."""
+
+    @abstractmethod
+    def below(self, layer: int) -> Site:
+        """The site of a layer below, for the states that leave that layer."""
+
+    @abstractmethod
+    def is_at(self, planned: Site) -> bool:
+        """Whether a site that was planned is this one, whatever else was found out about it since."""
+
+    def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks = TurnMarks()) -> Routed:
+        """Put a memory there."""
+        from wisecli.routing.layers.routed_layer import install_as  # with transformers, which a site alone does without
+
+        return install_as(model, self.described(), memory, marks=marks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, as the manifests keep it."""
+        return asdict(cast(Any, self))  # every site is a dataclass
+
+    def router_layer(self, depth: int) -> int:
+        """The number of the layer, of so many, whose states say what a prompt means; negative if none is below this."""
+        return min(max(0, round(depth * _EARLY) - 1), self.layer - 1)

@@ -1,0 +1,1 @@
+"""Prompts as text and tokens: chat templates, forms, kinds, and rewriting by rule."""

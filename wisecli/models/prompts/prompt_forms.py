@@ -1,0 +1,109 @@
+"""The forms that a prompt is asked in: bare, as a question with `Answer:`, in the chat template, behind a document.
+
+The table is ``data/forms.toml``. A form puts something around a prompt, or changes how it is written, and leaves what
+is asked as it is: an edit should hold in all of them.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from wisecli.models.prompts.chat_template import chat_turns
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SLOT = "{}"
+# Words shorter than this are not misspelt.
+_LONG = 5
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form: the ``text`` around a prompt, the ``turns`` of a chat that it is the last of, or a ``change`` of it.
+
+    ``trained`` says whether anything is learned in this form; the others are for evaluation.
+    """
+
+    name: str
+    trained: bool = False
+    text: str = _SLOT
+    turns: tuple[str, ...] = ()
+    system: str | None = None
+    change: str | None = None
+
+    @property
+    def chat(self) -> bool:
+        """Whether it needs a chat template."""
+        return bool(self.turns)
+
+    @property
+    def label(self) -> str:
+        """Its name in options and in the names of figures."""
+        return self.name.replace(" ", "-")
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+        """A prompt in this form.
+
+        Raises:
+            ModelError: it needs a chat template, and the tokenizer has none.
+        """
+        prompt = _changed(self.change, prompt)
+        if not self.turns:
+            return self.text.replace(_SLOT, prompt)
+        roles = [("user", "assistant")[place % 2] for place in range(len(self.turns))]
+        told = [(role, turn.replace(_SLOT, prompt)) for role, turn in zip(roles, self.turns, strict=True)]
+        return chat_turns(tokenizer, [*([("system", self.system)] if self.system else []), *told])
+
+
+@cache
+def forms() -> dict[str, Form]:
+    """All forms by their names, in the order of the table."""
+    table = tomllib.loads(resources.files("wisecli").joinpath("data", "forms.toml").read_text(encoding="utf-8"))
+    found = [Form(**{**row, "turns": tuple(row.get("turns", ()))}) for row in table["form"]]
+    return {form.name: form for form in found}
+
+
+def usable_forms(tokenizer: PreTrainedTokenizerBase, *, trained: bool | None = None) -> list[Form]:
+    """The forms that a tokenizer can write.
+
+    Args:
+        trained: only those that are, or are not, learned from.
+    """
+    known = (form for form in forms().values() if trained is None or form.trained == trained)
+    return [form for form in known if not form.chat or tokenizer.chat_template]
+
+
+def _changed(change: str | None, prompt: str) -> str:
+    if change == "lower":
+        return prompt.lower().rstrip("?")
+    if change == "upper":
+        return prompt.upper()
+    if change == "unmarked":
+        return prompt.rstrip("?")
+    if change == "misspelt":
+        return _misspelt(prompt)
+    return prompt
+
+
+def _misspelt(prompt: str) -> str:
+    """Two letters that stand side by side in one long word, the same of the same prompt, change places."""
+    words = prompt.split(" ")
+    long = [place for place, word in enumerate(words) if len(word) >= _LONG]
+    if not long:
+        return prompt
+    rng = random.Random(prompt)
+    place = rng.choice(long)
+    word = words[place]
+    at = rng.randrange(1, len(word) - 2)
+    words[place] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return " ".join(words)

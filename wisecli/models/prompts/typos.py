@@ -1,0 +1,67 @@
+"""Names that are nearly another, and slips of the keyboard."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+_INITIALS = "BDFGKLMPRTV"
+# The key beside each, to the right; of the last of a row to the left.
+_BESIDE = {
+    key: other
+    for row in ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+    for key, other in zip(row, row[1:] + row[-2], strict=True)
+}
+TYPO_KINDS = ("swap", "drop", "double", "near")
+
+
+def near_name(subject: str, how: str, words: Sequence[str], rng: random.Random) -> str | None:
+    """A name that somebody else has, like the subject but for one part; None where it has no such part.
+
+    No letter alone is changed, and no initial put in: that could be the same name.
+
+    Args:
+        how: another ``word``, another ``last`` word, one ``added`` word, another ``initial``, or other ``digits``.
+        words: those that are put in.
+    """
+    parts, word = subject.split(" "), rng.choice(words)
+    if how == "added":
+        return rng.choice((f"{word} {subject}", f"{subject} {word}"))
+    if how == "last":
+        return " ".join([*(parts[:-1] or parts), word])
+    if how == "digits":
+        other = "".join(rng.choice("0123456789") if letter.isdecimal() else letter for letter in subject)
+        return None if other == subject else other
+    if len(parts) < 2:
+        return None
+    places = list(range(len(parts)))
+    if how == "initial":
+        places = [place for place in places if len(parts[place].rstrip(".")) == 1 and parts[place].isupper()]
+        word = rng.choice(_INITIALS) + "."
+    if not places:
+        return None
+    place = rng.choice(places)
+    changed = " ".join([*parts[:place], word, *parts[place + 1 :]])
+    return None if changed == subject else changed
+
+
+def with_typos(text: str, how: str, rng: random.Random, count: int = 2) -> str | None:
+    """A text with so many slips of the keyboard, each in a word of its own of four letters or more."""
+    words = text.split(" ")
+    long = [place for place, word in enumerate(words) if len(word) > 3 and word.rstrip("?.,").isalpha()]
+    if len(long) < count:
+        return None
+    for place in rng.sample(long, count):
+        words[place] = _with_typo(words[place], how, rng)
+    return " ".join(words)
+
+
+def _with_typo(word: str, how: str, rng: random.Random) -> str:
+    at = rng.randrange(1, len(word.rstrip("?.,")) - 1)
+    if how == "swap":
+        return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    if how == "drop":
+        return word[:at] + word[at + 1 :]
+    if how == "double":
+        return word[: at + 1] + word[at:]
+    return word[:at] + _BESIDE.get(word[at].lower(), "x") + word[at + 1 :]

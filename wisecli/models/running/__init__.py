@@ -1,0 +1,1 @@
+"""Running a model: activations, the layers above the site, generation, losses."""

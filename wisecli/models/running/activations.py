@@ -1,0 +1,272 @@
+"""Activations at the site, computed once, and the layers above it run on them.
+
+Everything below the edited layer is frozen, so for each row only three things are ever needed again: the *keys* ``a``
+of the site, the *hidden* states ``h`` that leave the edited layer, and what the layers above need of earlier columns:
+the attention cache that the prompt leaves there, or the states that enter them. A change ``Δ`` of a matrix turns ``h``
+into ``h + Δ a``; where the matrix' output passes a norm before it joins the residual stream, that *output* is kept too,
+and the norm is taken anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.models.layout.architectures import CACHED
+from wisecli.models.layout.site_interface import Site
+from wisecli.models.prompts.tokenization import Batch
+from wisecli.models.running.forward_pass import Selection, run_model
+from wisecli.models.running.hooks import hooked, overridden
+from wisecli.models.running.prefix_cache import Prefix, PrefixCache, empty_cache, tensors_of
+from wisecli.models.streaming.layer_sweep import sweep
+from wisecli.models.streaming.tensor_spill import Spool
+from wisecli.routing.layers.layer_states import state_of
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+    from wisecli.models.streaming.layer_stream import LayerStream
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the unedited model computes at the site, for the columns from ``first`` on.
+
+    Shapes: ``keys`` (B, T - first, width), ``hidden`` (B, T - first, d), ``logits`` (n, V) at the selected columns,
+    ``past`` keys and values (B, heads, first, d_head) of each layer above the site; ``before`` (B, first, d) what left
+    the edited layer there, if those run on whole rows. ``output`` (B, T - first, d) is what the matrix gave, kept only
+    where it passes the ``norm`` before it is added.
+    """
+
+    batch: Batch
+    first: int
+    keys: Tensor
+    hidden: Tensor
+    logits: Tensor
+    past: tuple[tuple[Tensor, Tensor], ...]
+    tuple_width: int
+    multiplier: float = 1.0
+    norm: nn.Module | None = None
+    output: Tensor | None = None
+    before: Tensor | None = None
+
+    def with_update(self, update: Tensor) -> Tensor:
+        """What leaves the layer once ``update`` is added to what the matrix gives: (B, T - first, d) twice."""
+        update = update.to(self.hidden.dtype)
+        if self.norm is None or self.output is None:
+            return self.hidden + (update if self.multiplier == 1 else self.multiplier * update)
+        change: Tensor = self.norm(self.output + update) - self.norm(self.output)
+        return self.hidden + (change if self.multiplier == 1 else self.multiplier * change)
+
+    def from_window(self) -> Activations:
+        """The same from the prompt's last token on: whatever ``Δ`` does there, earlier columns stay as they are."""
+        cut = self.batch.start - self.first
+        past = tuple((k[:, :, : self.batch.start].clone(), v[:, :, : self.batch.start].clone()) for k, v in self.past)
+        keys, hidden = self.keys[:, cut:].clone(), self.hidden[:, cut:].clone()
+        output = None if self.output is None else self.output[:, cut:].clone()
+        before = None if self.before is None else torch.cat([self.before, self.hidden[:, :cut]], 1)
+        return replace(self, first=self.batch.start, keys=keys, hidden=hidden, past=past, output=output, before=before)
+
+    def rows(self, index: Tensor) -> Activations:
+        """The same for some of the rows."""
+        past = tuple((k[index], v[index]) for k, v in self.past) if self.first else ()
+        output = None if self.output is None else self.output[index]
+        return replace(
+            self,
+            batch=self.batch.rows(index),
+            keys=self.keys[index],
+            hidden=self.hidden[index],
+            past=past,
+            output=output,
+            before=None if self.before is None else self.before[index],
+        )
+
+
+@torch.no_grad()
+def capture(
+    model: PreTrainedModel, site: Site, batch: Batch, *, select: Selection | None = None, above: bool = True
+) -> Activations:
+    """Run the model once over a batch and keep what later steps need.
+
+    Args:
+        select: rows and columns whose logits are wanted; none by default, which spares the vocabulary projection.
+        above: whether the layers above the site are wanted at all; without them only keys and hidden states are kept.
+    """
+    return _capture(model, site, batch, _cache_of(site), select=select, above=above)
+
+
+def _cache_of(site: Site) -> DynamicCache | None:
+    """An empty cache for layers that go on from attention's keys and values; ``None`` for others."""
+    return empty_cache() if site.above == CACHED else None
+
+
+def _capture(
+    model: PreTrainedModel,
+    site: Site,
+    batch: Batch,
+    cache: DynamicCache | None,
+    *,
+    select: Selection | None,
+    above: bool,
+) -> Activations:
+    """:func:`capture` of the columns that the cache does not hold yet."""
+    kept: dict[str, Any] = {}
+    first = 0 if cache is None else cache.get_seq_length()
+
+    def keep_keys(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        kept.update(keys=site.keys(inputs, output), output=output)
+
+    def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        kept["hidden"] = output
+
+    with ExitStack() as hooks:
+        hooks.enter_context(hooked(site.watched(model).register_forward_hook(keep_keys)))
+        hooks.enter_context(hooked(model.get_submodule(site.layer_module).register_forward_hook(keep_hidden)))
+        if not above:
+            hooks.enter_context(overridden(layers_of(model, site)[site.layer + 1 :], lambda *_, **__: kept["hidden"]))
+        logits = run_model(model, batch, first, cache, (select[0], select[1] - first) if select else None)
+    hidden = kept["hidden"]
+    width = len(hidden) if isinstance(hidden, (tuple, list)) else 0
+    past = tuple(tensors_of(layer) for layer in cache.layers[site.layer + 1 :]) if above and cache is not None else ()
+    norm = model.get_submodule(site.norm) if site.norm is not None else None
+    states = state_of(hidden, site.streams)
+    output = None if norm is None else kept["output"]
+    before = None if site.above == CACHED else states[:, :0]
+    return Activations(batch, first, kept["keys"], states, logits, past, width, site.multiplier, norm, output, before)
+
+
+def captured(
+    model: PreTrainedModel,
+    site: Site,
+    batches: Iterable[Batch],
+    *,
+    stream: LayerStream | None = None,
+    labelled: bool = False,
+    above: bool = True,
+    window: bool = False,
+    shared: bool = False,
+) -> Iterator[Activations]:
+    """:func:`capture` of every batch in turn; where layers are streamed, each is read once for all batches.
+
+    Hooks on modules up to the site see the batches in order either way.
+
+    Args:
+        labelled: whether the logits at the labelled columns are wanted.
+        above: whether the layers above the site are wanted at all.
+        window: keep columns from the prompt's last token on only, as :meth:`Activations.from_window` does.
+        shared: read what all rows of a batch begin with once; hooks then see neither all columns nor only batches.
+    """
+    if stream is not None:
+        yield from _swept(model, site, list(batches), stream, labelled=labelled, above=above, window=window)
+        return
+    beginnings = PrefixCache(partial(_read, model, site, above))
+    shared = shared and site.above == CACHED
+    for batch in batches:
+        select, beginning = batch.labelled if labelled else None, beginnings.prefix_of(batch) if shared else None
+        cache = beginning.cache(batch) if beginning else _cache_of(site)
+        with torch.no_grad():
+            activations = _capture(model, site, batch, cache, select=select, above=above)
+        if window:
+            yield activations.from_window()
+        else:
+            yield _whole(activations, beginning) if beginning else activations
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, site: Site, above: bool, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
+    """Keys, hidden states and outputs of a batch; the cache is filled."""
+    found = _capture(model, site, batch, cache, select=None, above=above)
+    return (found.keys, found.hidden) if found.output is None else (found.keys, found.hidden, found.output)
+
+
+def _whole(activations: Activations, beginning: Prefix) -> Activations:
+    """Activations with the columns of what their rows begin with."""
+    keys, hidden, *output = beginning.before(activations.batch)
+    return replace(
+        activations,
+        first=0,
+        keys=torch.cat([keys, activations.keys], 1),
+        hidden=torch.cat([hidden, activations.hidden], 1),
+        output=None if activations.output is None else torch.cat([*output, activations.output], 1),
+    )
+
+
+@torch.no_grad()
+def _swept(
+    model: PreTrainedModel,
+    site: Site,
+    batches: list[Batch],
+    stream: LayerStream,
+    *,
+    labelled: bool,
+    above: bool,
+    window: bool,
+) -> Iterator[Activations]:
+    with Spool(stream.spool_bytes) as spool:
+        norm = _sweep_to(model, site, batches, stream, spool, window=window)
+        for number, batch in enumerate(batches):
+            cut = batch.start if window else 0
+            hidden = spool.take(f"hidden.{number}")
+            logits = hidden.new_empty(0, len(model.get_output_embeddings().get_parameter("weight")))
+            past: tuple[tuple[Tensor, Tensor], ...] = ()
+            if above:
+                logits, past = _above(model, site, stream, batch, hidden, batch.labelled if labelled else None)
+            before = None if site.above == CACHED else hidden[:, :cut].clone()
+            if window:
+                past = tuple((keys[:, :, :cut].clone(), values[:, :, :cut].clone()) for keys, values in past)
+                hidden = hidden[:, cut:].clone()
+            output = spool.take(f"output.{number}") if norm is not None else None
+            end = (stream.width, site.multiplier, norm, output, before)
+            yield Activations(batch, cut, spool.take(f"keys.{number}"), hidden, logits, past, *end)
+
+
+def _sweep_to(
+    model: PreTrainedModel, site: Site, batches: list[Batch], stream: LayerStream, spool: Spool, *, window: bool
+) -> nn.Module | None:
+    """Leave hidden states, keys and outputs of every batch in the spool; returns the norm behind the matrix."""
+    kept: dict[str, Any] = {}
+
+    def keep(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        kept.update(keys=site.keys(inputs, output), output=output)
+        if site.norm is not None and "norm" not in kept:
+            # The layer is empty once the sweep has passed it.
+            kept["norm"] = copy.deepcopy(model.get_submodule(site.norm))
+
+    def put(number: int) -> None:
+        first = batches[number].start if window else 0
+        for name in ("keys", "output")[: 1 if site.norm is None else 2]:
+            spool.put(f"{name}.{number}", kept.pop(name)[:, first:])
+
+    def run(batch: Batch) -> None:
+        run_model(model, batch, 0, _cache_of(site), None)
+
+    passes = [partial(run, batch) for batch in batches]
+    with hooked(site.watched(model).register_forward_hook(keep)):
+        sweep(stream, passes, site.layer, spool, put)
+    return kept.get("norm")
+
+
+def _above(
+    model: PreTrainedModel, site: Site, stream: LayerStream, batch: Batch, hidden: Tensor, select: Selection | None
+) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
+    """Logits (n, V) and the attention cache of the layers above, run on what leaves the edited one."""
+    cache = _cache_of(site)
+    output = (hidden, *[None] * (stream.width - 1)) if stream.width else hidden
+    with overridden(layers_of(model, site)[: site.layer + 1], lambda *_, **__: output):
+        logits = run_model(model, batch, 0, cache, select)
+    kept = () if cache is None else cache.layers[site.layer + 1 :]
+    return logits, tuple(tensors_of(layer) for layer in kept)
+
+
+def layers_of(model: PreTrainedModel, site: Site) -> nn.ModuleList:
+    """The decoder layers among which the edited one is."""
+    layers = model.get_submodule(site.layer_module.rpartition(".")[0])
+    assert isinstance(layers, nn.ModuleList)
+    return layers

@@ -1,0 +1,186 @@
+"""Text from a model, in batches padded on the left."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wisecli.errors import ModelError
+from wisecli.io.json_schema import shown
+from wisecli.models.loading import context_window
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.models.running.shrinking_batches import PromptBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Whatever the model's own settings say of sampling.
+_GREEDY = {"do_sample": False, "min_new_tokens": None, "temperature": None, "top_k": None, "top_p": None}
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    sampling_seed: int | None = None,
+    unwanted: Sequence[Collection[int]] | None = None,
+    temperature: float | None = None,
+    stops: Collection[int] = (),
+) -> list[list[int]]:
+    """New tokens for each prompt, a text or tokens, up to the end of text, which is left out.
+
+    Greedy; with a ``sampling_seed``, sampled: at temperature 1 to exactly ``max_new_tokens``, or at a ``temperature``
+    that is given until the text ends.
+
+    Args:
+        unwanted: for each prompt tokens that may not come first.
+        stops: tokens that end an answer as well, and belong to it.
+
+    Raises:
+        ModelError: a text is no token long, or longer than what the model takes.
+    """
+    encoded = [_encoded(model, tokenizer, one) if isinstance(one, str) else one for one in prompts]
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    ends = _end_tokens(model)
+    answers: list[list[int]] = [[] for _ in prompts]
+    closing = {"eos_token_id": [*ends, *stops]} if stops else {}
+    greedy = sampling_seed is None
+    settings = _GREEDY if greedy else _sampling(max_new_tokens, temperature)
+    answer = partial(_generate_of(model), pad_token_id=ends[0] if ends else 0, **settings, **closing)
+    # Of routed models, whose class may be an exported checkpoint's own copy.
+    decide: Callable[..., torch.Tensor | None] | None = getattr(model, "decided", None)
+    with _seeded(sampling_seed, model.device), _whole_rows(model):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            ids, mask = (tensor.to(model.device) for tensor in left_padded([encoded[index] for index in chosen]))
+            forbidden = [] if unwanted is None else [_not_first([unwanted[index] for index in chosen], ids.shape[1])]
+            decided = decide(ids, mask) if decide is not None else None
+            batch = PromptBatch(partial(answer, logits_processor=forbidden), ids, mask, max_new_tokens, decided)
+            rows = batch.answer_shrinking([*ends, *stops]) if greedy and _may_shrink(model) else batch.answer()
+            for index, row in zip(chosen, rows, strict=True):
+                answers[index] = _up_to_the_end(row, ends, stops)
+    return answers
+
+
+def _may_shrink(model: PreTrainedModel) -> bool:
+    """Whether rows may leave a batch, and it is worth it.
+
+    Elsewhere than on a CPU a step takes about as long with rows that have ended as without. Models that read images may
+    keep where each row's text begins outside of the cache, and some have no cache.
+    """
+    cached = CACHE_ARGUMENT in inspect.signature(model.forward).parameters
+    return cached and model.device.type == "cpu" and model.config.get_text_config() is model.config
+
+
+def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A prompt's tokens.
+
+    Raises:
+        ModelError: there are none, or more than the model takes.
+    """
+    tokens: list[int] = tokenizer(prompt)["input_ids"]
+    window = context_window(model.config)
+    if not tokens:
+        raise ModelError(f"the tokenizer leaves nothing of the prompt {shown(prompt)}; reword it")
+    if window is not None and len(tokens) > window:
+        raise ModelError(f"{shown(prompt)} is {len(tokens):,} tokens, the model takes {window:,}; shorten it")
+    return tokens
+
+
+def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[int]) -> list[int]:
+    """New tokens without the one that ends the text and all behind it; one that stops it is kept."""
+    for place, token in enumerate(row):
+        if token in ends:
+            return list(row[:place])
+        if token in stops:
+            return list(row[: place + 1])
+    return list(row)
+
+
+def _generate_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
+    return model.generate  # type: ignore[return-value]  # a mixin's method, typed as a module's attribute
+
+
+def _sampling(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
+    """What samples answers: at a temperature until the text ends, without one to exactly so many tokens."""
+    return {
+        "do_sample": True,
+        "min_new_tokens": max_new_tokens if temperature is None else None,
+        "temperature": temperature or 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+        "remove_invalid_values": True,  # weights may not be whole, and what they spoil is found later
+    }
+
+
+def _not_first(unwanted: Sequence[Collection[int]], width: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """What keeps unwanted tokens of each row from being the first after a prompt of so many tokens."""
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == width:
+            for row, tokens in enumerate(unwanted):
+                scores[row, list(tokens)] = -torch.inf
+        return scores
+
+    return process
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token rows → ids and attention mask, both (B, T)."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(row)
+        mask[index, width - len(row) :] = 1
+    return ids, mask
+
+
+def _end_tokens(model: PreTrainedModel) -> list[int]:
+    generation = model.generation_config
+    end = generation.eos_token_id if generation is not None else None
+    if end is None:
+        return []
+    return list(end) if isinstance(end, list) else [end]
+
+
+def end_token(model: PreTrainedModel) -> int | None:
+    """The token that ends an answer, if the model has one."""
+    return next(iter(_end_tokens(model)), None)
+
+
+@contextmanager
+def _whole_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Give the head its last column as rows of their own, in half precision.
+
+    ``generate()`` gives it a view into all columns; on a CPU the product then copies the head once for every row of the
+    batch, 25 GB of it for 64 rows of a 7B model. In float32 it does not, and other sums would round differently.
+    """
+    head = model.get_output_embeddings() if model.dtype in (torch.bfloat16, torch.float16) else None
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

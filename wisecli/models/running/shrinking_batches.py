@@ -1,0 +1,115 @@
+"""Answers to a batch of prompts, whose rows may leave it as they end.
+
+Most answers are a few tokens long, and one in a batch is as long as it may be. On a CPU a step takes the longer the
+more rows it has, so those that have ended are taken out: of the tokens, the mask, the attention cache, and of what
+their prompts decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.routing.layers.module_types import ANSWERING
+from wisecli.routing.passes.token_cache import cache_returned
+
+# Where methods that decide once a row keep what they decided, on the cache.
+ROW_DECISIONS = "held_rows"
+# Rows are taken out when no more than this share of them goes on, since each time is a call of `generate()` more.
+_GOING_ON = 0.75
+
+
+class StopWhenFewContinue:
+    """Stops a batch when so few of its rows go on, and knows which have ``ended`` (B,).
+
+    Args:
+        ends: tokens that end a row, on the model's device.
+        rows: how many there are.
+    """
+
+    def __init__(self, ends: Tensor, rows: int) -> None:
+        self.ends, self.enough = ends, int(_GOING_ON * rows)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=ends.device)
+
+    def __call__(self, ids: Tensor, _scores: Any) -> Tensor:
+        """Whether to stop, which is the same for all rows: token ids (B, T) → (B,)."""
+        self.ended = self.ended | torch.isin(ids[:, -1], self.ends)
+        return torch.full_like(self.ended, int((~self.ended).sum()) <= self.enough)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts padded on the left, and who answers them.
+
+    Args:
+        generate: a model's ``generate()``, with all settings but those here.
+        ids, mask: (B, T).
+        max_new_tokens: how long an answer may be, n.
+        decided: what the prompts decided, (B, 2), of a model that an edit was put into.
+    """
+
+    generate: Callable[..., Any]
+    ids: Tensor
+    mask: Tensor
+    max_new_tokens: int
+    decided: Tensor | None = None
+
+    def answer(self) -> list[list[int]]:
+        """What follows each row, with padding behind what ended: (B, n) or less."""
+        output = self.generate(self.ids, attention_mask=self.mask, max_new_tokens=self.max_new_tokens)
+        rows: list[list[int]] = output[:, self.ids.shape[1] :].tolist()
+        return rows
+
+    def answer_shrinking(self, ends: Collection[int]) -> list[list[int]]:
+        """What follows each row, with padding behind some that ended.
+
+        Args:
+            ends: the tokens that end a row.
+        """
+        ids, mask, cache, width = self.ids, self.mask, None, self.ids.shape[1]
+        final = torch.tensor(list(ends), dtype=torch.long, device=ids.device)
+        places, answers = torch.arange(len(ids), device=ids.device), [list[int]() for _ in ids]
+        while len(places):
+            few = StopWhenFewContinue(final, len(ids))
+            output = self.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=width + self.max_new_tokens - ids.shape[1],
+                stopping_criteria=[few],
+                return_dict_in_generate=True,
+                **({} if cache is None else {CACHE_ARGUMENT: cache}),
+                # What has been answered so far is no prompt.
+                **({} if self.decided is None else {ANSWERING: self.decided[places]}),
+            )
+            cache = cache_returned(output)
+            if cache is None or is_recurrent(cache):  # its rows cannot be taken up again in another call
+                return self.answer()
+            for place, row in zip(places.tolist(), output.sequences[:, width:].tolist(), strict=True):
+                answers[place] = row
+            if output.sequences.shape[1] == width + self.max_new_tokens:
+                break
+            left = (~few.ended).nonzero().flatten()
+            keep_rows(cache, left)
+            ids, places = output.sequences[left], places[left]
+            mask = torch.cat([mask[left], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], 1)
+        return answers
+
+
+def is_recurrent(cache: Any) -> bool:
+    """Whether a cache holds anything else than attention's keys and values."""
+    from transformers import DynamicCache
+
+    return type(cache) is not DynamicCache or any(hasattr(layer, "conv_states") for layer in cache.layers)
+
+
+def keep_rows(cache: Any, rows: Tensor) -> None:
+    """Leave in an attention cache some rows (n,) alone, and what a method holds of them."""
+    cache.reorder_cache(rows)  # as beams do; `batch_select_indices` leaves recurrent states as they are
+    held: Tensor | None = getattr(cache, ROW_DECISIONS, None)
+    if held is not None:
+        setattr(cache, ROW_DECISIONS, held[rows])

@@ -1,0 +1,300 @@
+"""Models that do not fit in memory: their decoder layers stay in the checkpoint's files and pass through two buffers.
+
+A streamed layer is empty (its parameters are on the meta device) but for the moment it runs. While it does, the next
+one is read. The model's own forward pass and ``generate()`` work as they are; a sweep
+(:mod:`wisecli.models.streaming.layer_sweep`) reads each layer once for many batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import Tensor, nn
+
+from wisecli.io.checkpoint import Checkpoint
+from wisecli.io.safetensors_header import read_header
+from wisecli.models.running.hooks import hooked, overridden
+from wisecli.models.streaming.layer_files import Places, buffer_size, locate, read_into
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class _Slot:
+    """A buffer, what of it is on the model's device, and the layer that it holds."""
+
+    host: Tensor
+    there: Tensor
+    layer: int | None = None
+
+
+class LayerStream:
+    """Runs a model's layers from its checkpoint, at most two of them in memory.
+
+    Args:
+        model: its layers' parameters are on the meta device.
+        layers: module path of the list of layers.
+        device: where layers run.
+        spool_bytes: how much a sweep keeps in memory of what it carries from layer to layer.
+        places: of parameters that do not lie in the checkpoint, or not by their own names.
+
+    Attributes:
+        width: how long the tuples are that layers give; 0 where they give a tensor.
+        written: where parameters lie that were put together of others; it is gone once nobody reads them.
+
+    Raises:
+        ModelError: a layer's tensors are not in the checkpoint as the model has them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        spool_bytes: int,
+        places: Places | None = None,
+    ) -> None:
+        found = model.get_submodule(layers)
+        assert isinstance(found, nn.ModuleList)
+        self.layers, self.device, self.spool_bytes = found, device, spool_bytes
+        headers = {path: read_header(path) for path in checkpoint.files}
+        places = places or {}
+        self._stored = [locate(checkpoint, f"{layers}.{n}", layer, headers, places) for n, layer in enumerate(found)]
+        self._empty = [dict(layer.named_parameters()) for layer in found]
+        self.layer_bytes = max(map(buffer_size, self._stored))
+        self._held: set[int] = set()
+        self._filled: int | None = None
+        self._slots: list[_Slot] = []
+        self._pool = ThreadPoolExecutor(1, "wise-layers")
+        self._coming: tuple[int, Future[_Slot]] | None = None
+        self.width = 0
+        self.written: Path | None = None
+        self.bytes_read = 0
+        for number, layer in enumerate(found):
+            layer.__dict__["forward"] = self._forward(number, layer)
+
+    @property
+    def streamed(self) -> list[int]:
+        """Layers that are not in memory."""
+        return [number for number in range(len(self.layers)) if number not in self._held]
+
+    def hold(self, layers: Iterable[int]) -> None:
+        """Read some layers for good."""
+        self.release()
+        for number in sorted(set(layers) - self._held):
+            slot = self._new_slot(buffer_size(self._stored[number]))
+            self._fill(number, self._read(number, slot, self._mark()))
+            self.layers[number].__dict__.pop("forward", None)
+            self._held.add(number)
+
+    def release(self) -> None:
+        """Give the buffers back until a layer runs again."""
+        if self._coming is not None:
+            self._coming[1].exception()
+        self._coming, self._slots = None, []
+
+    @contextmanager
+    def filled(self, number: int, then: int | None = None) -> Iterator[None]:
+        """A layer with its parameters for a while.
+
+        Args:
+            then: the layer to read meanwhile.
+        """
+        if number in self._held or number == self._filled:
+            yield
+            return
+        slot = self._slot(number)
+        self._prefetch(then, slot)
+        self._fill(number, slot)
+        self._filled = number
+        try:
+            yield
+        finally:
+            self._filled = None
+            self.layers[number].load_state_dict(self._empty[number], strict=False, assign=True)
+
+    def _forward(self, number: int, layer: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **named: Any) -> Any:
+            given = (one for one in (*args, *named.values()) if isinstance(one, Tensor))
+            if torch.is_grad_enabled() and any(one.requires_grad for one in given):
+                raise RuntimeError(f"layer {number} is streamed and takes no gradient; hold it first")
+            with self.filled(number, self._following(number)):
+                return type(layer).forward(layer, *args, **named)
+
+        return forward
+
+    def _following(self, number: int) -> int:
+        """The streamed layer that a whole pass needs next; after the last one that is the next pass' first."""
+        streamed = self.streamed
+        return next((other for other in streamed if other > number), streamed[0])
+
+    def _slot(self, number: int) -> _Slot:
+        """The buffer that holds a layer, reading it now if nobody has."""
+        if self._coming is not None:
+            wanted, coming = self._coming
+            self._coming = None
+            if wanted == number:
+                return coming.result()
+            coming.exception()
+        ready = next((slot for slot in self._slots if slot.layer == number), None)
+        return ready or self._read(number, self._free(None), self._mark())
+
+    def _prefetch(self, number: int | None, busy: _Slot) -> None:
+        if number is None or any(slot.layer == number for slot in self._slots) or number in self._held:
+            return
+        self._coming = number, self._pool.submit(self._read, number, self._free(busy), self._mark())
+
+    def _free(self, busy: _Slot | None) -> _Slot:
+        if len(self._slots) < 2:
+            self._slots.append(self._new_slot(self.layer_bytes))
+            return self._slots[-1]
+        return next(slot for slot in self._slots if slot is not busy)
+
+    def _new_slot(self, size: int) -> _Slot:
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return _Slot(host, host if self.device.type == "cpu" else torch.empty_like(host, device=self.device))
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """What a buffer's next content waits for: whatever still computes with the last."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _read(self, number: int, slot: _Slot, after: torch.cuda.Event | None) -> _Slot:
+        slot.layer = None
+        for part in self._stored[number]:
+            self.bytes_read += read_into(part, slot.host[part.offset : part.offset + part.bytes])
+        if self.device.type == "cuda":
+            side = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(side):
+                if after is not None:
+                    side.wait_event(after)
+                slot.there.copy_(slot.host, non_blocking=True)
+            side.synchronize()
+        elif slot.there is not slot.host:
+            slot.there.copy_(slot.host)
+        slot.layer = number
+        return slot
+
+    def _fill(self, number: int, slot: _Slot) -> None:
+        views = {
+            part.name: slot.there[part.offset : part.offset + part.bytes].view(part.dtype).view(part.shape)
+            for part in self._stored[number]
+        }
+        self.layers[number].load_state_dict(views, strict=False, assign=True)
+
+
+def load_streamed(
+    read: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
+    drawn: nn.Module,
+    directory: Path,
+    layers: str,
+    device: torch.device,
+    *,
+    spool_bytes: int,
+) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
+    """Load all of a model but its decoder layers.
+
+    What a layer's parameters are made of, as a matrix of all experts of one for each, is put together once, in files of
+    a temporary directory.
+
+    Args:
+        read: loads the model and says what was missing, as ``from_pretrained`` does; takes a ``device_map``.
+        drawn: the model on the meta device.
+        layers: module path of the list of layers.
+
+    Raises:
+        ModelError: a layer's tensors are not in the checkpoint as the model has them.
+    """
+    count = len(list(drawn.get_submodule(layers).children()))
+    places = {path: str(device) for path in _beside(drawn, layers)}
+    places |= {f"{layers}.{number}": "disk" for number in range(count)}
+    written = Path(tempfile.mkdtemp(prefix="wise-layers-"))
+    discard = partial(shutil.rmtree, written, ignore_errors=True)
+    with ExitStack() as unless_loaded, _quiet(logging.getLogger("accelerate.big_modeling")):
+        unless_loaded.callback(discard)
+        model, info = read(device_map=places, offload_folder=str(written))
+        unless_loaded.pop_all()
+    weakref.finalize(model, discard)
+    offloaded = dict(_offloaded(model))
+    _take_hooks_off(model)
+    for layer in model.get_submodule(layers).children():
+        for module in layer.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+    stream = LayerStream(model, layers, Checkpoint(directory), device, spool_bytes=spool_bytes, places=offloaded)
+    stream.written = written
+    stream.width = _width(model, stream)
+    return model, info, stream
+
+
+@torch.no_grad()
+def _width(model: PreTrainedModel, stream: LayerStream) -> int:
+    """How long the tuples are that layers give, seen by running the first one on one token."""
+    kept: list[Any] = []
+    with ExitStack() as stack:
+        stack.enter_context(stream.filled(0))
+        stack.enter_context(hooked(stream.layers[0].register_forward_hook(lambda *given: kept.append(given[-1]))))
+        stack.enter_context(overridden(stream.layers[1:], lambda *_, **__: kept[0]))
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=stream.device), use_cache=False)
+    stream.release()
+    return len(kept[0]) if isinstance(kept[0], tuple) else 0
+
+
+def _beside(model: nn.Module, layers: str) -> Iterator[str]:
+    """Paths of the modules that together hold all but the layers."""
+    parts = layers.split(".")
+    for depth, part in enumerate(parts):
+        parent = ".".join(parts[:depth])
+        for name, _ in model.get_submodule(parent).named_children():
+            if name != part:
+                yield f"{parent}.{name}".lstrip(".")
+
+
+def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Path, str]]]:
+    """Where accelerate would fetch each parameter from, and by which name."""
+    for module in model.modules():
+        hook = module.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            weights = getattr(one, "weights_map", None)
+            index = getattr(getattr(weights, "dataset", weights), "index", None)
+            if index is not None:
+                for name, told in index.items():
+                    yield name, (Path(told["safetensors_file"]), told["weight_name"])
+                return
+
+
+def _take_hooks_off(model: nn.Module) -> None:
+    """Leave nothing of what accelerate put on the model to fetch layers by itself."""
+    remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    for name in ("to", "cuda", "hf_device_map"):
+        model.__dict__.pop(name, None)
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,62 @@
+"""The layer-outer loop: each streamed layer is read once and runs on many batches before the next one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from wisecli.models.running.hooks import overridden
+from wisecli.models.streaming.tensor_spill import Spool
+
+if TYPE_CHECKING:
+    from wisecli.models.streaming.layer_stream import LayerStream
+
+
+def sweep(
+    stream: LayerStream, passes: Sequence[Callable[[], object]], upto: int, spool: Spool, after: Callable[[int], None]
+) -> None:
+    """Run many batches through the layers up to ``upto``, each of which is read once.
+
+    What leaves that layer is left in the spool as ``hidden.0``, ``hidden.1`` …
+
+    Args:
+        passes: for each batch the model's own forward pass over it.
+        after: called after every run of layer ``upto``, with the number of the batch.
+    """
+    calls = [_recorded(stream, run, spool, number) for number, run in enumerate(passes)]
+    for layer in range(upto + 1):
+        with stream.filled(layer, layer + 1 if layer < upto else None):
+            for number, call in enumerate(calls):
+                args, named = call[layer]
+                given = [_renewed(one) for one in args], {name: _renewed(one) for name, one in named.items()}
+                output = stream.layers[layer](spool.take(f"hidden.{number}"), *given[0], **given[1])
+                spool.put(f"hidden.{number}", output[0] if isinstance(output, tuple) else output)
+                if layer == upto:
+                    after(number)
+    stream.release()
+
+
+def _renewed(given: Any) -> Any:
+    """What a layer is given, a cache that only this layer has seen instead of one for all."""
+    from transformers import DynamicCache
+
+    return DynamicCache() if isinstance(given, DynamicCache) else given
+
+
+def _recorded(
+    stream: LayerStream, run: Callable[[], object], spool: Spool, number: int
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What a pass gives each layer beside the hidden states: masks and positions are the architecture's own."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stub(hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        if not calls:
+            spool.put(f"hidden.{number}", hidden_states)
+        calls.append((args, named))
+        return (hidden_states, *[None] * (stream.width - 1)) if stream.width else hidden_states
+
+    with overridden(stream.layers, stub):
+        run()
+    return calls

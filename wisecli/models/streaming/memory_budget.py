@@ -1,0 +1,75 @@
+"""What a model takes in memory, from file headers alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from wisecli.io.checkpoint import Checkpoint, read_json
+from wisecli.io.safetensors_header import TensorLayout, read_header
+from wisecli.models.layout.architectures import layer_count, spellings
+
+# A model is held whole if its weights leave this share of the budget to activations, statistics and the libraries.
+_LEFT = 0.25
+
+
+# The share of the budget that a sweep may keep in memory of what it carries from layer to layer.
+_SPOOLED = 0.125
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model in the type that it is run in: without its layers, and of each layer; and bytes a weight."""
+
+    resident: int
+    layers: tuple[int, ...]
+    item: int
+
+    @property
+    def weights(self) -> int:
+        """Of the whole model."""
+        return self.resident + sum(self.layers)
+
+
+def sizes(checkpoint: Checkpoint, layers: str, dtype: torch.dtype | str = "auto") -> Sizes:
+    """Sizes of a model from its headers.
+
+    Args:
+        layers: module path of the list of layers.
+        dtype: what it is run in; ``auto`` is the checkpoint's own.
+    """
+    each, rest = [0] * layer_count(checkpoint.directory), 0
+    own = _itemsize(checkpoint, dtype)
+    layouts = _layouts(checkpoint)
+    starts = list(spellings(f"{layers}."))
+    for name, layout in layouts.items():
+        number = next((name.removeprefix(start).partition(".")[0] for start in starts if name.startswith(start)), "")
+        size = math.prod(layout.shape) * own if own else layout.bytes
+        if number.isdecimal() and int(number) < len(each):
+            each[int(number)] += size
+        else:
+            rest += size
+    widest = max(layout.bytes // max(math.prod(layout.shape), 1) for layout in layouts.values())
+    return Sizes(rest, tuple(each), own or widest)
+
+
+def spool_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str, memory_budget: int) -> int | None:
+    """What a sweep may keep in memory; ``None`` if the whole model fits and nothing is to be streamed."""
+    own = _itemsize(checkpoint, dtype)
+    layouts = _layouts(checkpoint).values()
+    weights = sum(math.prod(layout.shape) * own if own else layout.bytes for layout in layouts)
+    return None if weights <= (1 - _LEFT) * memory_budget else round(_SPOOLED * memory_budget)
+
+
+def _layouts(checkpoint: Checkpoint) -> dict[str, TensorLayout]:
+    return {name: layout for path in checkpoint.files for name, layout in read_header(path).tensors.items()}
+
+
+def _itemsize(checkpoint: Checkpoint, dtype: torch.dtype | str) -> int | None:
+    """Bytes a weight once it is loaded; ``None`` where that is as it is stored."""
+    if dtype == "auto":
+        config = read_json(checkpoint.directory / "config.json")
+        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), "auto")
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else None

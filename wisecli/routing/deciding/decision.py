@@ -1,0 +1,51 @@
+"""What a router reads and what it decides. Needs torch only; exports carry this very file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WindowStates:
+    """What a model makes of windows of B prompts: ``ids`` (B, W), and which of them are no padding, ``non_padding`` (B,
+    W).
+
+    ``states`` (B, W, d) are those that leave the layer that a memory reads, or the inputs of the edited matrix
+    (B, W, d_ff) for a memory that reads none.
+    """
+
+    ids: Tensor
+    non_padding: Tensor
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which memory answers each of B prompts, and why.
+
+    ``memory`` (B,) is its number, ``UNROUTED`` for none. ``score_ratio`` (B,) is the best score as a multiple of its
+    threshold, ``nearest`` (B,) the memory that has it, ``scores`` (B, M) how strongly each is called. Of a lookup
+    ``subject_matched`` (B, M) marks the edits whose subjects prompts name, and ``ask_prob`` (B,) is how surely they ask
+    what they mean, 0 where they mean nothing; ``None`` where that has no say.
+    """
+
+    memory: Tensor
+    score_ratio: Tensor
+    nearest: Tensor
+    scores: Tensor
+    subject_matched: Tensor | None = None
+    ask_prob: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenChoices:
+    """What answers tokens (...): ``chosen`` is a memory, or of a lookup one of its keys; ``UNROUTED`` where none does.
+
+    ``score_ratio`` is the best score there as a multiple of its threshold, and ``nearest`` what has it.
+    """
+
+    chosen: Tensor
+    score_ratio: Tensor
+    nearest: Tensor

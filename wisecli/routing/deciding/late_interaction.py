@@ -1,0 +1,216 @@
+"""Which edit a prompt means, by late interaction of early states. Needs torch only; exports carry this very file.
+
+How a prompt ends depends on its form: a question, a chat template, a paragraph before it. What it asks about does not:
+a form adds tokens and takes none away. So every token of an edit's own prompt looks for the token of a prompt that is
+most like it (ColBERT's MaxSim, arXiv 2004.12832), twice: under a projection that tells subjects apart, and under one
+that tells relations apart. An edit is meant where both are found:
+
+    s_h(e) = Σ_t share_t · max_s cos(z_h(e_t), z_h(q_s))          h: subject, relation
+    p(e)   = Π_h sigmoid(slope_h · (s_h(e) - bar_h))
+
+with ``z_h = A_h x + c_h`` of the states x that leave an early layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Tensors that say what edits mean.
+LATE_INTERACTION = tuple(
+    f"meaning.{part}"
+    for part in ("turns", "shifts", "slopes", "bars", "vectors", "asking", "shares", "whose", "breaks")
+)
+# So many of a prompt's last tokens are compared.
+MAX_COMPARED_TOKENS = 1024
+# A stretch between special tokens is what is asked if it has so many tokens: a role's name has fewer.
+_MIN_TURN_TOKENS = 4
+# So many of a user's turns before the last one are looked at, where that one leaves something open.
+_MAX_EARLIER_TURNS = 2
+# Comparisons that are held at a time; and so many vectors are compared at a time that the outcome stays near the core.
+_MAX_COMPARISONS, _VECTORS = 1 << 24, 2048
+# An edit whose subject is less likely than this is not what is asked, whatever its relation; but so many kept prompts
+# are always compared whole, as the likeliest of all edits is shown to those who ask why none opened.
+HOPELESS, _MIN_COMPARED_PROMPTS = 0.25, 8
+
+
+class ProjectedPrompts(NamedTuple):
+    """What is compared of B prompts: unit vectors ``projected`` (2, B, W, k), which of them are ``mask`` (B, W), and
+    the states that they were made of (B, W, d).
+    """
+
+    projected: Tensor
+    mask: Tensor
+    states: Tensor
+
+
+class LateInteraction(nn.Module):
+    """What edits ask, and how like it a prompt is.
+
+    ``turns`` (2, k, d) and ``shifts`` (2, k) are the projections A and c of subject and relation, ``slopes`` (2,) and
+    ``bars`` (2,) what makes probabilities of scores. ``vectors`` (n, k) are the projected tokens of edits' prompts;
+    ``asking`` (n,) says which prompt each is of, of g prompts twice: those below g are looked for as subjects, the
+    others, g higher, as relations. ``shares`` (n,) add up to 1 a prompt and projection. ``whose`` (g,) is the edit of
+    each prompt; several may be of one. ``breaks`` are the tokenizer's special tokens, ascending.
+
+    Args:
+        tensors: all of ``LATE_INTERACTION``; they become buffers.
+        edits: how many edits there are, M.
+    """
+
+    turns: Tensor
+    shifts: Tensor
+    slopes: Tensor
+    bars: Tensor
+    vectors: Tensor
+    asking: Tensor
+    shares: Tensor
+    whose: Tensor
+    breaks: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], edits: int) -> None:
+        super().__init__()
+        self.edits = edits
+        for name in LATE_INTERACTION:
+            tensor = tensors[name]
+            self.register_buffer(
+                name.removeprefix("meaning."), tensor.float() if tensor.is_floating_point() else tensor
+            )
+
+    def forward(self, states: Tensor, compared: Tensor) -> Tensor:
+        """How surely prompts mean each edit: states (B, T, d) and the tokens looked at (B, T) → (B, M)."""
+        return self.edit_probs(self.project(states, compared))
+
+    def project(self, states: Tensor, compared: Tensor) -> ProjectedPrompts:
+        """The tokens looked at (B, T) of states (B, T, d), under both projections."""
+        order, mask = marked_to_front(compared)
+        near = states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])).float()
+        # Whatever type the model is turned into: half precision is too coarse for what is compared.
+        projected = [F.linear(near, *pair) for pair in zip(self.turns.float(), self.shifts.float(), strict=True)]
+        return ProjectedPrompts(F.normalize(torch.stack(projected), dim=-1), mask, near)
+
+    def edit_tokens(self, edit: int) -> tuple[Tensor, Tensor]:
+        """The projected tokens of an edit's prompt as it is written: of its subject, and the others, (t, k) twice."""
+        prompts = (self.whose == edit).nonzero().flatten()
+        if not len(prompts):
+            return self.vectors[:0].float(), self.vectors[:0].float()
+        first = prompts[0]
+        subject, relation = self.asking == first, self.asking == first + len(self.whose)
+        return self.vectors[subject].float(), self.vectors[relation].float()
+
+    def edit_probs(self, query: ProjectedPrompts, last: Tensor | None = None) -> Tensor:
+        """How surely prompts mean each edit: (B, M); 0 for edits whose subjects are not like anything in a prompt.
+
+        Args:
+            last: which tokens (B, W) are of the last turn; of subject and relation it must then hold one, and the other
+                may be in a turn before it.
+        """
+        width = query.mask.shape[1]
+        rows = max(1, _MAX_COMPARISONS // max(1, len(self.whose), min(len(self.vectors), _VECTORS) * width))
+        parts = zip(query.projected.split(rows, 1), query.mask.split(rows), query.states.split(rows), strict=True)
+        later = itertools.repeat(None) if last is None else last.split(rows)
+        return torch.cat(
+            [self._edit_probs(ProjectedPrompts(*part), own) for part, own in zip(parts, later, strict=False)]
+        )
+
+    def _edit_probs(self, query: ProjectedPrompts, last: Tensor | None) -> Tensor:
+        prompts = len(self.whose)
+        probs = query.projected.new_zeros(len(query.mask), self.edits)
+        if not prompts or not query.mask.shape[1]:
+            return probs
+        every = torch.arange(prompts, device=self.whose.device)
+        subject_log_probs = self.found(query, 0, every)
+        least = subject_log_probs.topk(min(_MIN_COMPARED_PROMPTS, prompts)).values[:, -1:].clamp(max=math.log(HOPELESS))
+        close = subject_log_probs >= least
+        some = close.any(0).nonzero().flatten()
+        both = subject_log_probs[:, some] + self.found(query, 1, some)
+        if last is not None:
+            last_turn = query._replace(mask=query.mask & last)
+            subject, relation = self.found(last_turn, 0, some), self.found(last_turn, 1, some)
+            both = (subject_log_probs[:, some] + relation).maximum(subject + both - subject_log_probs[:, some])
+        both = both.exp() * close[:, some]
+        return probs.scatter_reduce(1, self.whose[some].expand_as(both), both, "amax")
+
+    def found(self, asked: ProjectedPrompts, head: int, prompts: Tensor) -> Tensor:
+        """The logarithms of how surely the subject (0) or relation (1) of kept prompts (p,) is found: (B, p)."""
+        number = torch.full((2 * len(self.whose),), -1, device=prompts.device)
+        number[prompts + head * len(self.whose)] = torch.arange(len(prompts), device=prompts.device)
+        of = number[self.asking]
+        rows, width = asked.mask.shape
+        projected = asked.projected[head].transpose(0, 1).flatten(0, 1).T  # (k, W · B)
+        missing = None if bool(asked.mask.all()) else ~asked.mask.T
+        scores = projected.new_zeros(len(prompts), rows)
+        for own in (of >= 0).nonzero().flatten().split(_VECTORS):
+            cosines = (self.vectors[own].float() @ projected).view(-1, width, rows)
+            near = (cosines if missing is None else cosines.masked_fill_(missing, -1.0)).amax(1)
+            scores.index_add_(0, of[own], near * self.shares[own, None].float())
+        return F.logsigmoid(self.slopes[head].float() * (scores.T - self.bars[head].float()))
+
+
+def marked_to_front(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns that bring each row's marked ones to its front, and which of those are marked: two (B, W)."""
+    width = int(marked.sum(1).max()) if len(marked) else 0
+    order = marked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(width, 1)]
+    return order, marked.gather(1, order)
+
+
+def compared_tokens(ids: Tensor, prompt: Tensor, first: Tensor, special_ids: Tensor) -> Tensor:
+    """Which tokens of prompts are compared (B, T): the last ones of what is asked.
+
+    A chat template's special tokens part what is asked from earlier turns.
+
+    Args:
+        ids: tokens (B, T).
+        prompt: which of them are of prompts (B, T).
+        first: which is the first of all, the attention's sink (B, T).
+        special_ids: special tokens.
+    """
+    special = torch.isin(ids, special_ids) & prompt
+    words = prompt & ~special & ~first
+    # A prompt of one token has no other.
+    words = torch.where(words.any(1, keepdim=True), words, prompt)
+    stretch = special.long().cumsum(1)
+    size = words.new_zeros(len(ids), ids.shape[1] + 1, dtype=torch.long).scatter_add(1, stretch, words.long())
+    long = size.gather(1, stretch) >= _MIN_TURN_TOKENS
+    last_turn = torch.where(words & long, stretch, -1).amax(1, keepdim=True)
+    compared = words & ((stretch == last_turn) | (last_turn < 0))
+    tokens_to_end = compared.long().flip(1).cumsum(1).flip(1)
+    return compared & (tokens_to_end <= MAX_COMPARED_TOKENS)
+
+
+def earlier_turn_tokens(ids: Tensor, real: Tensor, last_turn: Tensor, special_ids: Tensor) -> Tensor:
+    """Which tokens are of the turns before the last one, of the same role (B, T): the last ones of those.
+
+    A turn's role is what it begins with: a special token and the word behind it, or one between two of them.
+
+    Args:
+        ids: tokens (B, T).
+        real: which of them are no padding (B, T).
+        last_turn: which of them are of the last turn (B, T).
+        special_ids: special tokens.
+    """
+    special = torch.isin(ids, special_ids) & real
+    turn = special.long().cumsum(1)
+    count = int(turn.max()) + 1 if turn.numel() else 1
+    size = ids.new_zeros(len(ids), count).scatter_add(1, turn, (real & ~special).long())
+    # Of each turn: the token that opens it, and the first of its words.
+    opens = ids.new_full((len(ids), count), -1).scatter(1, turn.where(special, 0), ids.where(special, -1))
+    first = real & ~special & F.pad(special[:, :-1], (1, 0))
+    words = ids.new_full((len(ids), count + 1), -1).scatter(1, turn.where(first, count), ids.where(first, -1))[:, :-1]
+    before = F.pad(words.where(size < _MIN_TURN_TOKENS, -1)[:, :-1], (1, 0), value=-1)
+    last = torch.where(last_turn, turn, 0).amax(1, keepdim=True)
+    last_role = [one.gather(1, last) for one in (opens, words, before)]
+    alike = (
+        (opens == last_role[0])
+        & (words == last_role[1])
+        & ((before == last_role[2]) | (before < 0) | (last_role[2] < 0))
+    )
+    alike &= (torch.arange(count, device=ids.device) < last) & (size >= _MIN_TURN_TOKENS) & (opens >= 0)
+    recent = alike & (alike.long().flip(1).cumsum(1).flip(1) <= _MAX_EARLIER_TURNS)
+    return recent.gather(1, turn) & real & ~special & last_turn.any(1, keepdim=True)

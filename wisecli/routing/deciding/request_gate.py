@@ -1,0 +1,184 @@
+"""Whether a prompt asks the edit that it mentions. Needs torch only; exports carry this very file.
+
+Late interaction finds an edit's words in a prompt; it does not see what the prompt wants with them. A prompt that has a
+question translated, that asks it of another time, or that holds it in a document mentions the edit and asks something
+else. So the tokens around the mention, and those that the request begins and ends with, are pooled by attention, each
+with how well the edit explains it:
+
+    c      = argmax_c Σ_t max_{|s - c| ≤ SPREAD} cos(z(e_t), z(q_s))        the middle of the mention
+    u_s    = [R x_s + b ; cosines of s with the edit ; places of s ; how well the request explains the edit]
+    pooled = [Σ_s softmax_s(A_h u_s) relu(V_h u_s)]_h                       h: heads
+    log-odds = out · relu(mix pooled)
+
+One gate serves all edits of a base model: what tells a request from a mention does not depend on the fact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Tensors of the gate that are learned; the last column of each is added.
+REQUEST_GATE = ("request.read", "request.attend", "request.value", "request.mix", "request.out")
+# The log-odds that a prompt must exceed to ask an edit, of each edit.
+LOGIT_OFFSET = "request.bars"
+# How far around its middle the words of a mention may lie, and the tokens around it that are read; and how many of
+# those that a request begins and ends with.
+MENTION_RADIUS, CONTEXT_RADIUS = 10, 28
+FIRST_TOKENS, LAST_TOKENS = 10, 28
+# What is known of a token besides its state.
+FEATURE_COUNT = 13
+# Places count in tens, up to so many; distances to the ends of what is asked up to so many tokens.
+_TENS, _EDGE = 4.0, 64.0
+
+
+class Mention(NamedTuple):
+    """The tokens around a mention: their states (n, d), and ``FEATURE_COUNT`` numbers of each (n, f)."""
+
+    states: Tensor
+    features: Tensor
+
+
+class Mentions(NamedTuple):
+    """B of them, one behind the other: ``states`` (N, d), ``features`` (N, f), and whose each token is
+    ``mention_index`` (N,).
+    """
+
+    states: Tensor
+    features: Tensor
+    mention_index: Tensor
+    size: int
+
+
+class RequestGate(nn.Module):
+    """The gate with its tensors, which become buffers.
+
+    ``read`` (r, d + 1), ``attend`` (H, r + f + 1), ``value`` (H · v, r + f + 1), ``mix`` (m, H · v + 1), ``out``
+    (1, m + 1), ``bars`` (M,).
+
+    Args:
+        tensors: all of ``REQUEST_GATE``, and ``LOGIT_OFFSET``.
+    """
+
+    read: Tensor
+    attend: Tensor
+    value: Tensor
+    mix: Tensor
+    out: Tensor
+    bars: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name in (*REQUEST_GATE, LOGIT_OFFSET):
+            self.register_buffer(name.removeprefix("request."), tensors[name].float())
+
+    def forward(self, mentions: Mentions, edits: Tensor) -> Tensor:
+        """The log-odds that prompts ask the edits (B,) that they mention, above the bars of those: (B,)."""
+        return self.log_odds(mentions) - self.bars[edits].float()
+
+    def log_odds(self, mentions: Mentions) -> Tensor:
+        """The log-odds that prompts ask what they mention: (B,)."""
+        return log_odds({name: getattr(self, name.removeprefix("request.")).float() for name in REQUEST_GATE}, mentions)
+
+
+def log_odds(
+    weights: Mapping[str, Tensor], mentions: Mentions, dropout: Callable[[Tensor], Tensor] = lambda values: values
+) -> Tensor:
+    """The log-odds that prompts ask what they mention: (B,).
+
+    Args:
+        weights: all of ``REQUEST_GATE``.
+        dropout: what leaves out some values while the gate is learned.
+    """
+    read, attend, value, mix, out = (weights[name] for name in REQUEST_GATE)
+    mention_index, inputs = (
+        mentions.mention_index,
+        torch.cat([dropout(_linear(read, mentions.states)), mentions.features], -1),
+    )
+    attended = _linear(attend, inputs)  # (N, H)
+    highest = attended.new_full((mentions.size, len(attend)), -torch.inf)
+    highest = highest.scatter_reduce(0, mention_index[:, None].expand_as(attended), attended.detach(), "amax")
+    shares = (attended - highest[mention_index]).exp()
+    shares = shares / torch.zeros_like(highest).index_add(0, mention_index, shares)[mention_index]
+    values = _linear(value, inputs).relu().unflatten(-1, (len(attend), -1))  # (N, H, v)
+    pooled = values.new_zeros(mentions.size, len(value)).index_add(
+        0, mention_index, (shares[..., None] * values).flatten(1)
+    )
+    return _linear(out, _linear(mix, dropout(pooled)).relu())[:, 0]
+
+
+def _linear(weights: Tensor, values: Tensor) -> Tensor:
+    return F.linear(values, weights[:, :-1], weights[:, -1])
+
+
+def mention_features(
+    states: Tensor,
+    projected: Tensor,
+    subject: Tensor,
+    relation: Tensor,
+    earlier: Tensor | None = None,
+    first_state: Tensor | None = None,
+) -> Mention:
+    """The tokens of a request by which it is known what it wants with an edit that it mentions.
+
+    Args:
+        states: of the tokens of the request (n, d).
+        projected: the same under both projections, of length 1 (2, n, k).
+        subject, relation: tokens of the edit's own prompt under the first projection and the second, (t, k).
+        earlier: which tokens are of turns before the last one (n,), if any are.
+        first_state: the state of a token before those (d,), which is compared with nothing: attention rests on it.
+    """
+    if first_state is not None:
+        states, projected = torch.cat([first_state[None].to(states), states]), F.pad(projected, (0, 0, 1, 0))
+        earlier = None if earlier is None else F.pad(earlier, (1, 0))
+    cosines = [best @ part.T for best, part in zip(projected, (subject, relation), strict=True)]
+    found = torch.cat([one / max(1, one.shape[1]) for one in cosines], 1)
+    # For each place the best of its neighbours, for every token of the edit.
+    neighbourhood = F.max_pool1d(found.T[None], 2 * MENTION_RADIUS + 1, 1, MENTION_RADIUS)[0].sum(0)
+    place = torch.arange(len(states), device=states.device)
+    distance, behind = place - neighbourhood.argmax(), len(states) - 1 - place
+    near = distance.abs() <= CONTEXT_RADIUS
+    kept = near | (place < FIRST_TOKENS) | (behind < LAST_TOKENS)
+    best = [one.amax(1) if one.shape[1] else one.new_zeros(len(one)) for one in cosines]
+    edges = [torch.log1p(edge.float().clamp(max=_EDGE)) / 4 for edge in (behind, place)]
+    signs = [(distance / 10).clamp(-_TENS, _TENS), (distance / 10).abs().clamp(max=_TENS)]
+    marks = [near.float(), torch.zeros_like(best[0]) if earlier is None else earlier.float()]
+    every = torch.stack([*best, torch.maximum(*best), *signs, *edges, *marks], -1)
+    features = torch.cat([every, _match_quality(cosines).expand(len(states), -1)], -1)
+    return Mention(states[kept].float(), features[kept])
+
+
+def _match_quality(cosines: list[Tensor]) -> Tensor:
+    """How well a request has the tokens of an edit's subject and relation: the least and the mean of each (4,)."""
+    found = []
+    for one in cosines:
+        best = one.amax(0) if one.shape[1] else one.new_zeros(1)
+        found += [best.min(), best.mean()]
+    return torch.stack(found)
+
+
+def starts_with_word(ids: Tensor, non_padding: Tensor, compared: Tensor, special_ids: Tensor) -> Tensor:
+    """Whether the first token of all is a word of what is asked, and not one that marks a beginning: (B,).
+
+    Args:
+        ids: tokens (B, T).
+        non_padding: which of them are no padding (B, T).
+        compared: which of them are compared (B, T).
+        special_ids: special tokens.
+    """
+    first = non_padding.to(torch.int8).argmax(1, keepdim=True)
+    word = non_padding.any(1, keepdim=True) & ~torch.isin(ids.gather(1, first), special_ids)
+    follows = compared.gather(1, (first + 1).clamp(max=ids.shape[1] - 1)) & ~compared.gather(1, first)
+    return (word & follows)[:, 0]
+
+
+def batch_mentions(mentions: Sequence[Mention]) -> Mentions:
+    """Several mentions as one batch."""
+    sizes = torch.tensor([len(one.states) for one in mentions], device=mentions[0].states.device)
+    of = torch.arange(len(mentions), device=sizes.device).repeat_interleave(sizes)
+    states, features = (torch.cat([one[part] for one in mentions]) for part in (0, 1))
+    return Mentions(states, features, of, len(mentions))

@@ -1,0 +1,35 @@
+"""The states that leave an edited decoder layer, and a memory behind it. Needs torch only; exports carry this.
+
+    y = h              the main memory answers
+    y = h + v_i        edit i answers
+
+``h`` are the states that the layer gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wisecli.routing.layers.layer_states import state_of, with_state
+from wisecli.routing.memories.side_memory import Memory
+from wisecli.routing.passes.routed_pass import EditedLayer, in_pass, is_off, stop_if_reading
+
+
+class LayerOutputMemory(EditedLayer):
+    """A decoder layer with a memory behind it; ``wise_streams`` is as :mod:`.layer_states` has it."""
+
+    wise_memory: Memory
+    wise_streams: int | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer alone, with the residuals of tokens that the memory answers."""
+        route = kwargs.pop("wise_route", None)
+        with in_pass(route):
+            output = super(EditedLayer, self).forward(*args, **kwargs)
+            states = state_of(output, self.wise_streams)
+            stop_if_reading(states)
+            if route is None or is_off():
+                return output
+            memory, in_answer = route.memory.to(states.device), route.in_answer.to(states.device)
+            chosen = self.wise_memory.choices(states, memory, in_answer).chosen
+            return with_state(output, self.wise_memory.add(states, states, chosen), self.wise_streams)

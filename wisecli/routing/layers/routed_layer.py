@@ -1,0 +1,221 @@
+"""The routed site: the method on one screen. Needs torch only; exports carry this very file.
+
+    y = W a + b                    the main memory answers
+    y = W a + b + Δ_m a            side memory m answers        (:mod:`~wisecli.routing.memories.matrix_memory`)
+    y = W a + b + v_i              edit i answers               (:mod:`~wisecli.routing.memories.fact_memory`)
+
+or, behind a decoder layer, the same with the layer's output ``h`` in the place of ``W a + b``.
+
+What answers a prompt is decided from its token ids, once, by the memory's ``decide``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wisecli.routing.deciding.prompt_window import TurnMarks
+from wisecli.routing.layers.layer_output_memory import LayerOutputMemory
+from wisecli.routing.layers.module_types import add_mixin
+from wisecli.routing.memories.fact_memory import FactMemory
+from wisecli.routing.memories.matrix_memory import FactMatrixMemory, MatrixMemory
+from wisecli.routing.memories.side_memory import Memory, SideMemory
+from wisecli.routing.passes.routed_generation import RoutedCausal
+from wisecli.routing.passes.routed_pass import (
+    EditedLayer,
+    Override,
+    ReadLayer,
+    RoutedDecoder,
+    current_route,
+    is_off,
+    overridden_by,
+    stop_if_reading,
+)
+
+Activation = Callable[[Tensor], Tensor]
+_TANH: Activation = partial(F.gelu, approximate="tanh")
+_ACTIVATIONS: dict[str, Activation] = {
+    **{"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu},
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), _TANH),
+}
+
+
+class Routed(Memory):
+    """A memory in its place in a model."""
+
+    def called_with(self, *, off: bool = False, forced: int | None = None) -> AbstractContextManager[None]:
+        """For a while, in this thread: the main memory alone answers, or a memory from the prompts' end on."""
+        return overridden_by(Override(off, forced))
+
+
+class RoutedMatrix(Routed):
+    """A value matrix with side memories; a plain module, so that nothing mistakes it for a linear layer.
+
+    Args:
+        base: the module it stands in for; its ``weight`` and ``bias`` keep their names.
+        memory: the side memories; their tensors become buffers.
+        transposed: whether the weight is stored (d_ff, d).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, base: nn.Module, memory: SideMemory, *, transposed: bool) -> None:
+        super().__init__(memory)
+        self.register_parameter("weight", base.get_parameter("weight"))
+        self.register_parameter("bias", getattr(base, "bias", None))
+        self.transposed = transposed
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """``keys`` (B, T, d_ff) → (B, T, d)."""
+        stop_if_reading(keys)
+        answer = F.linear(keys, self._matrix, self.bias)
+        route = None if is_off() else current_route()
+        if route is None:
+            return answer
+        chosen = self.choices(keys, route.memory.to(keys.device), route.in_answer.to(keys.device)).chosen
+        return self.add(answer, keys, chosen)
+
+    @property
+    def _matrix(self) -> Tensor:
+        return self.weight.T if self.transposed else self.weight
+
+
+class RoutedFactMemory(RoutedMatrix, FactMemory):
+    """A value matrix with a lookup beside it."""
+
+
+class RoutedFactMatrix(RoutedMatrix, FactMatrixMemory):
+    """A value matrix with changes of it beside it, which hold facts."""
+
+
+class RoutedMatrixMemory(RoutedMatrix, MatrixMemory):
+    """A value matrix with changes of it beside it, which their norm opens."""
+
+    def __init__(self, base: nn.Module, memory: SideMemory, *, transposed: bool) -> None:
+        super().__init__(base, memory, transposed=transposed)
+        self.activation: Activation | None = None
+
+    def scored_output(self, keys: Tensor, memory: int) -> Tensor:
+        """What is measured: ``Δ_m a``, or what that makes of the matrix's output behind an activation."""
+        update = self.delta_output(keys, memory)
+        if self.activation is None:
+            return update
+        main = F.linear(keys, self._matrix)
+        return self.activation(main + update) - self.activation(main)
+
+
+class LayerFactMemory(Routed, FactMemory):
+    """A lookup behind a decoder layer."""
+
+
+class LayerFactMatrix(Routed, FactMatrixMemory):
+    """Changes of what leaves a decoder layer, which hold facts."""
+
+
+class LayerMatrixMemory(Routed, MatrixMemory):
+    """Changes of what leaves a decoder layer, which their norm opens."""
+
+
+# By what is added, and whether facts decide: alone, beside a matrix, and behind a layer.
+_KINDS: dict[tuple[str, bool], tuple[type[Memory], type[RoutedMatrix], type[Routed]]] = {
+    ("lookup", True): (FactMemory, RoutedFactMemory, LayerFactMemory),
+    ("matrix", True): (FactMatrixMemory, RoutedFactMatrix, LayerFactMatrix),
+    ("matrix", False): (MatrixMemory, RoutedMatrixMemory, LayerMatrixMemory),
+}
+
+
+def memory_module(memory: SideMemory) -> Memory:
+    """Side memories alone, of no model."""
+    return _KINDS[memory.kind, memory.by_edit][0](memory)
+
+
+def install(
+    model: nn.Module, module: str, memory: SideMemory, *, transposed: bool, marks: TurnMarks = TurnMarks()
+) -> RoutedMatrix:
+    """Put a routed matrix in the place of a model's value matrix at path ``module``.
+
+    Args:
+        marks: how the model's chats mark turns.
+    """
+    parent, _, name = module.rpartition(".")
+    kind = _KINDS[memory.kind, memory.by_edit][1]
+    routed = kind(model.get_submodule(module), memory, transposed=transposed)
+    setattr(model.get_submodule(parent), name, routed)
+    if memory.activated and isinstance(routed, RoutedMatrixMemory):
+        routed.activation = activation_of(getattr(model, "config", None))
+    add_mixin(model.get_submodule(layer_of(module)), EditedLayer)
+    _route_passes(model, module, memory, marks)
+    return routed
+
+
+def install_after_layer(
+    model: nn.Module, described: Mapping[str, Any], memory: SideMemory, *, marks: TurnMarks = TurnMarks()
+) -> Routed:
+    """Hang a memory behind a decoder layer of a model.
+
+    Args:
+        described: ``module`` is the path of the memory, the layer's and a name in it; ``decoder`` that of the module
+            that is given the tokens of prompts, if it is not the one below the head; ``streams`` the axis of several
+            streams in what layers give.
+        marks: how the model's chats mark turns.
+    """
+    module, streams = described["module"], described.get("streams")
+    parent, _, name = module.rpartition(".")
+    routed = _KINDS[memory.kind, memory.by_edit][2](memory)
+    layer: Any = model.get_submodule(parent)
+    setattr(layer, name, routed)
+    add_mixin(layer, LayerOutputMemory)
+    _route_passes(model, module, memory, marks, described.get("decoder"))
+    layer.wise_streams = streams
+    if memory.reads is not None:
+        cast(ReadLayer, model.get_submodule(_layer_beside(module, memory.reads))).wise_streams = streams
+    return routed
+
+
+def install_as(
+    model: nn.Module, described: Mapping[str, Any], memory: SideMemory, *, marks: TurnMarks = TurnMarks()
+) -> Routed:
+    """Put a memory where the config of a checkpoint describes its site."""
+    if "transposed" in described:
+        return install(model, described["module"], memory, transposed=described["transposed"], marks=marks)
+    return install_after_layer(model, described, memory, marks=marks)
+
+
+def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: TurnMarks, path: str | None = None) -> None:
+    """Have a model's decoder decide what answers its prompts, and its edited layer hear of it."""
+    # The decoder below the head sees every pass, whoever calls it.
+    path = (getattr(model, "base_model_prefix", "") or "") if path is None else path
+    decoder: Any = model.get_submodule(path) if path and hasattr(model, path.partition(".")[0]) else model
+    if memory.reads is not None:
+        add_mixin(model.get_submodule(_layer_beside(module, memory.reads)), ReadLayer)
+    add_mixin(decoder, RoutedDecoder)
+    decoder.wise_routed = module if decoder is model else module.removeprefix(f"{path}.")
+    decoder.wise_marks = marks
+    if decoder is not model:
+        add_mixin(model, RoutedCausal)
+        cast(RoutedCausal, model).wise_decoder = path
+
+
+def activation_of(config: Any) -> Activation | None:
+    """The activation function of a model's feed-forward layers; ``None`` if its name is not known here."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = (getattr(text, name, None) for name in ("hidden_act", "hidden_activation", "activation_function"))
+    return _ACTIVATIONS.get(next((name for name in names if isinstance(name, str)), ""))
+
+
+def layer_of(module: str) -> str:
+    """Path of the decoder layer that the matrix at path ``module`` lies in."""
+    parts = module.split(".")
+    place = next(index for index, part in enumerate(parts) if part.isdecimal())
+    return ".".join(parts[: place + 1])
+
+
+def _layer_beside(module: str, layer: int) -> str:
+    """Path of a layer of the decoder that the matrix at path ``module`` lies in."""
+    return f"{layer_of(module).rpartition('.')[0]}.{layer}"

@@ -1,0 +1,105 @@
+"""The default memory: of the edit that a prompt asks, the nearest key's residual answers. Needs torch only.
+
+    y = W a + b + v_i    the residual v_i of that of the edit's keys which is nearest to a, by whitened cosine
+
+Exports carry this very file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wisecli.routing.deciding.decision import TokenChoices
+from wisecli.routing.deciding.fact_decision import FactDecision
+from wisecli.routing.deciding.prompt_window import UNROUTED
+
+# The whitening of keys inside answers; those that prompts end in have others.
+ANSWER_WHITENING = 1
+# How near a key inside an answer must come once a prompt has opened an edit.
+ANSWER_KEY_MIN_COSINE = 0.5
+
+
+class RoutingKeys(nn.Module):
+    """The keys of edits, each seen through a whitening of its own; the tensors are those of a lookup."""
+
+    probes: Tensor
+    owner: Tensor
+    offset: Tensor
+    metric: Tensor
+    directions: Tensor
+    gains: Tensor
+    floors: Tensor
+
+    def cosines(self, keys: Tensor, key_indices: Tensor) -> Tensor:
+        """Whitened cosine of every key with some routing keys: (..., d_ff) → (..., n).
+
+        Args:
+            key_indices: the routing keys that are wanted (n,).
+        """
+        wide = keys.float()  # squared norms of keys overflow half precision
+        probes, metric, offset = (each[key_indices] for each in (self.probes, self.metric, self.offset))
+        return F.linear(wide, probes.float()) / self.whitened_norms(wide)[..., metric] + offset.float()
+
+    def nearest_keys(self, keys: Tensor, edits: Tensor, in_answer: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosine and place of the nearest key of one edit each: keys (m, d_ff), edits (m,) → two (m,).
+
+        Args:
+            in_answer: whether the key comes after its prompt's last token (m,), and is compared with such alone.
+        """
+        key_indices = torch.isin(self.owner, edits).nonzero().flatten()
+        other = self.owner[key_indices] != edits[:, None]
+        other = other | ((self.metric[key_indices] == ANSWER_WHITENING) != in_answer[:, None])
+        cosine, at = self.cosines(keys, key_indices).masked_fill(other, -torch.inf).max(-1)
+        return cosine, key_indices[at]
+
+    def whitened_norms(self, keys: Tensor) -> Tensor:
+        """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
+        along = F.linear(keys, self.directions.flatten(0, 1).to(keys.dtype)).unflatten(-1, self.gains.shape)
+        energy = keys.square().sum(-1, keepdim=True)
+        spread = self.floors * energy + (along.square() * self.gains).sum(-1)
+        # Of a key along a leading direction, such as an attention sink's, the sum leaves but its rounding error.
+        least = (self.floors + self.gains.amin(-1)).clamp(min=0) * energy
+        lengths: Tensor = spread.maximum(least).clamp(min=1e-12).sqrt()
+        return lengths
+
+
+class FactMemory(FactDecision, RoutingKeys):
+    """Edits, each with the keys at which it answers and the residuals that it adds there."""
+
+    kind = "lookup"
+
+    values: Tensor
+    value: Tensor
+
+    def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:
+        """Which of the decided edit's own keys is nearest.
+
+        Behind a prompt's last token a key must come near one of those, or the answer is over.
+        """
+        score_ratio = torch.zeros(answered.shape, device=keys.device)
+        nearest = torch.full_like(answered, UNROUTED)
+        chosen = nearest.clone()
+        rows, columns = (answered != UNROUTED).nonzero(as_tuple=True)
+        if len(rows):
+            token_in_answer = in_answer[rows, columns]
+            cosine, key_index = self.nearest_keys(keys[rows, columns], answered[rows, columns], token_in_answer)
+            nearest[rows, columns] = key_index
+            chosen[rows, columns] = key_index.where(~token_in_answer | (cosine > ANSWER_KEY_MIN_COSINE), UNROUTED)
+            score_ratio[rows, columns] = cosine / ANSWER_KEY_MIN_COSINE
+        return TokenChoices(chosen, score_ratio, nearest)
+
+    def add(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
+        """Add to every token the residual of the key that was chosen for it."""
+        update = self.values[self.value[chosen.clamp(min=0)]].to(answer.dtype)
+        return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
+
+    def residuals(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
+        """What an edit adds at keys: the residual of the nearest of its own."""
+        _, key_index = self.nearest_keys(keys, torch.full((len(keys),), memory, device=keys.device), in_answer)
+        return self.values[self.value[key_index]]
+
+    def memory_of_choice(self, chosen: Tensor) -> Tensor:
+        """The edit that each key belongs to: (...) → (...)."""
+        return self.owner[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)

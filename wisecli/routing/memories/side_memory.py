@@ -1,0 +1,194 @@
+"""What a side memory holds, and the one interface of the memories that answer. Needs torch only; exports carry this.
+
+What decides:
+
+    facts    what a prompt asks opens an edit (:class:`~wisecli.routing.deciding.fact_decision.FactDecision`)
+    norms    the norm of what a change makes of a prompt opens it, as in WISE (arXiv 2405.14768)
+             (:class:`~wisecli.routing.memories.matrix_memory.MatrixMemory`)
+
+What is added is the residual of the nearest of an edit's keys (a lookup), or what a change ``Δ`` of the matrix makes of
+a key.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wisecli.routing.deciding.decision import Decision, TokenChoices, WindowStates
+
+# What files call the two decisions, and which go with what is added. Version 0.1 had further ways.
+FACTS, NORM = "meaning", "norm"
+_DECIDED = {"lookup": (FACTS,), "matrix": (FACTS, NORM)}
+_ROUTING = {"last": "sequence", "mean": "mean"}
+# A tensor that there is where facts decide.
+_OF_FACTS = "meaning.turns"
+# Settings that only some memories have.
+_OPTIONAL = ("reads", "activated")
+# What a description may allocate: these types, and so many numbers a tensor.
+_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool")
+_LARGEST = 2**36
+
+
+@dataclass(frozen=True)
+class SideMemory:
+    """M side memories of one site and what opens them: where facts decide, every edit is a memory of its own.
+
+    ``tensors`` of a lookup: ``values`` (m, d) the residuals; ``value`` (n,) the one that each key adds; ``probes``
+    (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what together with the ``offset`` (n,) makes it comparable
+    with others; ``owner`` (n,) the edit it belongs to; ``metric`` (n,) the whitening it is seen through, of those that
+    ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
+    ``P = floor · I + directionsᵀ diag(gains) directions``. Of h matrices: ``columns`` (h, k) the input coordinates that
+    each reads; ``delta`` (h, d, k) its change ``Δ`` there; ``holder`` (M,), where facts decide, which of them holds
+    each edit.
+
+    Where facts decide there is ``LATE_INTERACTION``, compared with the states that leave layer ``reads``. There may be
+    ``SUBJECT_MATCH``, so that prompts must name an edit's subject, ``FUZZY_MATCH``, so that a slip in a name does no
+    harm, and ``REQUEST_GATE``, so that prompts must ask what they mean.
+
+    ``pooling`` of norms: ``mean`` decides by the mean over a prompt's tokens, as the code of the paper's authors does,
+    ``last`` by its last token. If ``activated``, the model's activation function is applied first.
+    """
+
+    tensors: Mapping[str, Tensor]
+    thresholds: tuple[float, ...]
+    kind: str = "matrix"
+    pooling: str = "last"
+    reads: int | None = None
+    activated: bool | None = None
+
+    @property
+    def by_edit(self) -> bool:
+        """Whether facts decide, so that every edit is a memory of its own."""
+        return _OF_FACTS in self.tensors
+
+    def describe(self) -> dict[str, Any]:
+        """All but the tensors, with their shapes and types, as JSON."""
+        layout = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in self.tensors.items()}
+        settings = {"router": FACTS if self.by_edit else NORM, "routing": _ROUTING[self.pooling], "kind": self.kind}
+        settings |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
+        return {"thresholds": list(self.thresholds), **settings, "sharpness": 0.0, "tensors": layout}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> SideMemory:
+        """The inverse of :meth:`describe`; tensors that are not given are allocated, to be loaded later.
+
+        Raises:
+            ValueError: the description asks for tensors that no memory has, or for a router that there is no more.
+        """
+        require_router(described)
+        if tensors is None:
+            layout = described["tensors"].items()
+            tensors = {name: _allocated(name, dtype, shape) for name, (dtype, *shape) in layout}
+        pooling = "mean" if described["routing"] == _ROUTING["mean"] else "last"
+        settings = {name: described[name] for name in _OPTIONAL if name in described}
+        return cls(tensors, tuple(described["thresholds"]), described["kind"], pooling, **settings)
+
+
+def require_router(described: Mapping[str, Any]) -> None:
+    """Check that a described memory opens in a way that there still is.
+
+    Raises:
+        ValueError: it does not.
+    """
+    kind, router, routing = (described[name] for name in ("kind", "router", "routing"))
+    if router not in _DECIDED.get(kind, ()) or routing not in _ROUTING.values() or described.get("sharpness"):
+        raise ValueError(
+            f"its edits open by router {router!r} with routing {routing!r}, which there is no more: run "
+            "`wise merge` on its shards, which makes a memory of today's kinds"
+        )
+
+
+def _allocated(name: str, dtype: str, shape: list[int]) -> Tensor:
+    size = 1
+    for dimension in shape:
+        size = size * dimension if type(dimension) is int and dimension >= 0 else _LARGEST + 1
+    if dtype not in _TYPES or size > _LARGEST:
+        raise ValueError(f"the memory's description of tensor {name} cannot be right: {str([dtype, *shape])[:80]}")
+    kind: torch.dtype = getattr(torch, dtype)
+    # What nobody loads after all is found by this; see :mod:`~wisecli.routing.passes.engine_checks`.
+    return torch.full(shape, torch.nan, dtype=kind) if kind.is_floating_point else torch.empty(shape, dtype=kind)
+
+
+class Memory(nn.Module):
+    """Side memories in place: the tensors as buffers, and what they decide and add.
+
+    Args:
+        memory: the side memories; their tensors keep their names.
+    """
+
+    kind: ClassVar[str]
+    # Whether a memory answers the tokens of its prompts, too.
+    answers_prompts: bool = False
+
+    def __init__(self, memory: SideMemory) -> None:
+        super().__init__()
+        for name, tensor in memory.tensors.items():
+            if "." not in name:  # the others are those of parts
+                # Half precision is for keeping: squared norms of keys overflow it.
+                self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
+        self.thresholds, self.reads = memory.thresholds, memory.reads
+
+    @abstractmethod
+    def decide(self, window: WindowStates) -> Decision:
+        """Which memory answers each prompt."""
+
+    @abstractmethod
+    def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:
+        """What a decided memory adds at tokens.
+
+        Args:
+            keys: inputs of the site (B, T, width).
+            answered: the memory that answers each token (B, T), ``UNROUTED`` for none.
+            in_answer: whether a token comes after its prompt's last one (B, T).
+        """
+
+    @abstractmethod
+    def add(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
+        """Add what was chosen to every routed token; the others keep every bit of the main memory's answer.
+
+        Args:
+            answer: of the main memory (B, T, d).
+            chosen: as :meth:`choices` has it (B, T).
+        """
+
+    @abstractmethod
+    def residuals(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
+        """What one memory adds at keys (n, width) once it is opened: (n, d).
+
+        Args:
+            in_answer: which keys come after their prompt's last token (n,).
+        """
+
+    def memory_of_choice(self, chosen: Tensor) -> Tensor:
+        """The memory that each choice belongs to: (...) → (...)."""
+        return chosen
+
+    def above_threshold(self, scores: Tensor) -> Tensor:
+        """Which memories' thresholds scores (..., M) exceed: (..., M)."""
+        return scores > self._limits(scores.device)
+
+    def best_score_ratio(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest share of its threshold that any memory's score reaches, and which: (..., M) → two (...)."""
+        strength, nearest = (scores.float() / self._limits(scores.device)).max(-1)
+        return strength, nearest
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Of every memory."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: tuple[float, ...]) -> None:
+        self._thresholds = thresholds
+        # A lookup has as many as edits, and all the same: every pass would go through them to find that out.
+        self._shared = thresholds[0] if len(set(thresholds)) == 1 else None
+
+    def _limits(self, device: torch.device) -> Tensor | float:
+        """The thresholds of memories (M,); one number where they are all the same."""
+        return torch.tensor(self.thresholds, device=device) if self._shared is None else self._shared

@@ -1,0 +1,287 @@
+"""How a model's passes are routed: what answers each token is decided where a pass begins, for the edited layer.
+
+Needs torch and transformers only; exports carry this very file.
+
+    decoder        looks at the pass' tokens; where a prompt ends in it, runs the prompt's window through the layers up
+                   to the one that is read, by itself, and decides
+    edited layer   hands what was decided to the routed matrix within it, also when gradient checkpointing runs it anew
+
+What belongs to one call is an argument of that call or, within it, a variable of its context: each thread has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from wisecli.routing.deciding.decision import Decision, WindowStates
+from wisecli.routing.deciding.prompt_window import (
+    NO_TOKEN,
+    UNROUTED,
+    Answering,
+    Tokens,
+    TurnMarks,
+    is_any,
+    window_size,
+    windows,
+)
+from wisecli.routing.layers.layer_states import state_of
+from wisecli.routing.layers.module_types import ModuleMixin, SignatureMixin, accepted_arguments
+from wisecli.routing.memories.side_memory import Memory
+from wisecli.routing.passes.forward_arguments import eager_only, named_arguments
+from wisecli.routing.passes.token_cache import (
+    cache_given,
+    cache_returned,
+    keep_tokens,
+    last_memory,
+    last_tokens,
+    length_of,
+    tokens_in,
+)
+
+# What configs call the tokens that stand for what is no text.
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
+
+
+@dataclass(frozen=True)
+class PassRoute:
+    """What answers each token of a pass, ``memory`` (B, T), and which come after their prompt, ``in_answer`` (B, T)."""
+
+    memory: Tensor
+    in_answer: Tensor
+
+
+@dataclass(frozen=True)
+class Override:
+    """What is done for a while in the place of routing: the main memory alone answers, or one memory does."""
+
+    off: bool = False
+    forced: int | None = None
+
+
+class _ReadError(Exception):
+    """Ends the run of a window at the layer that is read, with what was read there."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+_NO_OVERRIDE = Override()
+# Of the call that is running: what its tokens are answered by, what replaces that, whether a window is being read, and
+# what `generate()` decided.
+_ROUTE: ContextVar[PassRoute | None] = ContextVar("wise_route", default=None)
+_OVERRIDE: ContextVar[Override] = ContextVar("wise_override", default=_NO_OVERRIDE)
+_READING: ContextVar[bool] = ContextVar("wise_reading", default=False)
+_GIVEN: ContextVar[Answering | None] = ContextVar("wise_given", default=None)
+
+
+@contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def overridden_by(override: Override) -> AbstractContextManager[None]:
+    """Answer otherwise than the router would, for a while and in this thread alone."""
+    return _set(_OVERRIDE, override)
+
+
+def given_answering(answering: Answering | None) -> AbstractContextManager[None]:
+    """Passes within are of prompts that were decided already."""
+    return _set(_GIVEN, answering)
+
+
+def in_pass(route: PassRoute | None) -> AbstractContextManager[None]:
+    """Within, the edited layer runs in a pass whose tokens are answered so."""
+    return _set(_ROUTE, route)
+
+
+def current_route() -> PassRoute | None:
+    """What answers the tokens of the pass that is running."""
+    return _ROUTE.get()
+
+
+def is_off() -> bool:
+    """Whether the main memory alone answers for now."""
+    return _OVERRIDE.get().off
+
+
+def stop_if_reading(states: Tensor) -> None:
+    """End the run of a window here, with these states, if one is being read."""
+    if _READING.get():
+        raise _ReadError(states)
+
+
+class RoutedDecoder(SignatureMixin):
+    """What a decoder does besides once one of its layers is edited, in a memory that prompts decide about.
+
+    ``wise_routed`` is the path of the routed matrix in it; ``wise_marks`` says how chats mark turns.
+    """
+
+    config: Any
+    wise_routed: str
+    wise_marks: TurnMarks
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the decoder alone, with what the router adds.
+
+        Raises:
+            ValueError: the model was given embeddings in the place of tokens.
+        """
+        if _READING.get() or is_off():
+            return super().forward(*args, **kwargs)
+        kwargs = named_arguments(type(self), args, kwargs)
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            raise ValueError("this model's edits open by what the tokens of a prompt say: give it input_ids")
+        return self._routed(ids, kwargs)
+
+    def _routed(self, ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        mask, cache = kwargs.get("attention_mask"), cache_given(kwargs)
+        if "read_index" in kwargs:  # requests packed into one row, whose prompts were decided as they came in
+            with in_pass(packed_route(kwargs)):
+                return super().forward(**kwargs)
+        earlier = length_of(cache)
+        route = self.route(ids, mask, cache, _GIVEN.get())
+        with in_pass(route):
+            output = super().forward(**kwargs)
+        cache = cache_returned(output) if cache is None else cache
+        if cache is not None:
+            keep_tokens(cache, earlier, ids.where(_real(ids, mask), NO_TOKEN), route.memory)
+        return output
+
+    @eager_only
+    def route(self, ids: Tensor, mask: Tensor | None, cache: Any, given: Answering | None) -> PassRoute:
+        """What answers each token of a pass (B, T) that goes on with a cache."""
+        start, real = length_of(cache), _real(ids, mask)
+        forced = _OVERRIDE.get().forced
+        if given is None:
+            earlier, memories = tokens_in(cache, len(ids), ids.device)
+            before = memories[:, -1] if start else memories.new_full((len(ids),), UNROUTED)
+            tokens = Tokens(ids, real, earlier, before)
+            end = tokens.prompt_ends(self.wise_marks)
+            answering = Answering(self._decided(tokens, end, forced), end)
+        else:
+            memory = given.memory if forced is None else torch.full_like(given.memory, forced)
+            held, tail = last_memory(cache), last_tokens(cache, len(self.wise_marks.opener))
+            before = memory if held is None else held.to(memory)
+            tokens = Tokens(ids, real, ids[:, :0] if tail is None else tail, before)
+            answering = Answering(memory, given.end - start)
+        column = torch.arange(ids.shape[1], device=ids.device)
+        return PassRoute(self.memories(tokens, answering).where(real, UNROUTED), column > answering.end[:, None])
+
+    def memories(self, tokens: Tokens, answering: Answering) -> Tensor:
+        """The memory that answers each token of a pass (B, T)."""
+        return tokens.answered_by(self.wise_marks, answering, whole=self.memory.answers_prompts)
+
+    @property
+    def memory(self) -> Memory:
+        """The routed matrix."""
+        return cast(Memory, self.get_submodule(self.wise_routed))
+
+    def _decided(self, tokens: Tokens, end: Tensor, forced: int | None) -> Tensor:
+        """What answers the prompts that end in a pass (B,)."""
+        if forced is not None:
+            return torch.full_like(end, forced)
+        memory = torch.full_like(end, UNROUTED)
+        rows = (end >= 0).nonzero().flatten()
+        if len(rows):
+            whole = tokens.whole[rows]
+            memory[rows] = self.decide(whole, whole >= 0, end[rows] + tokens.earlier.shape[1]).memory
+        return memory
+
+    @eager_only
+    def decide(self, ids: Tensor, real: Tensor, end: Tensor) -> Decision:
+        """Which memory answers prompts, from their windows alone.
+
+        Args:
+            ids: tokens of prompts and of what follows them (B, T).
+            real: which of them are known and no padding (B, T).
+            end: the column of each prompt's last token (B,).
+        """
+        real = real & ~is_any(ids, placeholders_of(self.config))
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            return self.memory.decide(self.read(*windows(ids, real, end, window_size(self.config))))
+
+    def read(self, ids: Tensor, real: Tensor) -> WindowStates:
+        """What leaves the layer that is read, or goes into the edited matrix, when windows run by themselves.
+
+        Args:
+            ids: windows (B, W), padded on the right.
+            real: which of their tokens are no padding (B, W).
+        """
+        position = (real.long().cumsum(1) - 1).clamp(min=0)
+        try:
+            with _set(_READING, True):
+                named = {"input_ids": ids, "attention_mask": real.long(), "position_ids": position, "use_cache": False}
+                super().forward(**accepted_arguments(type(self), named))
+        except _ReadError as found:
+            return WindowStates(ids, real, found.states)
+        raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")
+
+
+def placeholders_of(config: Any) -> tuple[int, ...]:
+    """The tokens of a model that stand for what is no text, and say nothing of it."""
+    found = (getattr(config, name, None) for name in _PLACEHOLDERS)
+    return tuple(token for token in found if isinstance(token, int))
+
+
+def _real(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Which tokens of a pass (B, T) are no padding, by the attention mask of all tokens so far."""
+    if mask is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return torch.ones_like(ids, dtype=torch.bool)
+    return mask[:, -ids.shape[1] :].bool()
+
+
+def packed_route(kwargs: dict[str, Any]) -> PassRoute:
+    """What answers each token of requests that lie in one row: two (1, T).
+
+    Args:
+        kwargs: of a pass of continuous batching; the last two rows of ``logits_processor_args`` say which memory
+            answers each request, and at which of its tokens its prompt ends.
+    """
+    position, begins = kwargs["position_ids"], kwargs["cu_seq_lens_q"].long()
+    column = torch.arange(position.shape[1], device=position.device)
+    request = (torch.searchsorted(begins, column, right=True) - 1).clamp(min=0)
+    args = kwargs["logits_processor_args"]
+    request = request.clamp(max=args.shape[1] - 1)
+    memory, end = args[-2].long()[request][None], args[-1].long()[request][None]
+    return PassRoute(memory.where(position >= end, UNROUTED), position > end)
+
+
+class EditedLayer(ModuleMixin):
+    """A decoder layer with the routed matrix in it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; whoever runs it again, for gradients, gives it the same arguments."""
+        kwargs.setdefault("wise_route", _ROUTE.get())
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer alone, with what answers each token."""
+        with in_pass(kwargs.pop("wise_route", None)):
+            return super().forward(*args, **kwargs)
+
+
+class ReadLayer(ModuleMixin):
+    """The decoder layer whose states are read; ``wise_streams`` is as :mod:`~wisecli.routing.layers.layer_states` has
+    it.
+    """
+
+    wise_streams: int | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer alone; the run of a window ends here."""
+        output = super().forward(*args, **kwargs)
+        stop_if_reading(state_of(output, self.wise_streams))
+        return output

@@ -12,7 +12,27 @@ ROOT = Path(__file__).parents[1] / "wisecli"
 MODULES = sorted(ROOT.rglob("*.py"))
 # A command's parameters are its options.
 OF_COMMANDS = ROOT / "cli"
-LINES, PARAMETERS, BODY = 300, 12, 40
+LINES, PARAMETERS, BODY, SIZE = 300, 12, 40, 12
+# Folders that hold more modules, each with the reason.
+LARGER = {"vllm_plugin": (14, "one module for each of vLLM's interfaces, most of which know of each other")}
+
+# Words of an older version that a reader of the paper would not understand, and the names that stand in their place.
+MODULE_NAMES = """
+    baselines batch_rows beginnings behind_questions blanks claims course early_states edited_states effects
+    finished found gated gradient kind_slots layerwise locate made_up_facts material meaning meaning_fitting
+    meaning_learning objectives one_by_one ours overlooked pictures replacing request_learning resting roles row
+    scalars scores scoring seal serving slips spelling steady suffix superseding token_letters
+    unrelated_activations unrelated_stats wording
+"""
+IDENTIFIERS = """
+    AS_THEY_ARE Amiss BEHIND Beginning Beginnings Behind BehindFacts Beside Claims Course Done FewGoOn
+    FittedMeaning Found Grown Heads INSIDE MEANING MadeUp Material Meaning NAMED OURS OwnRun OwnStates OwnWay
+    REACH RESTING Restocked Rests Rewritten Role SEAL_NAME SLIPS SURE Said Sifted Standing USUAL Unfinished
+    Watcher bearable chance fit_meaning is_sealed learn_heads lengths_of likely looked_at made_up_facts
+    marked_first material memory_at mention_in opens_with_word overlooked own_rows own_states questions_beside
+    read_material said_before shown_how spaces_first steadily sureness taken_by taught usual_length watch weighs
+    with_blanks with_rests with_slips write_one_by_one
+"""
 
 
 def name_of(path: Path) -> str:
@@ -29,6 +49,42 @@ def functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
+
+
+def identifiers(text: str) -> Iterator[str]:
+    """All names that a module gives or uses; what its texts say is free."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.arg | ast.keyword):
+            yield node.arg or ""
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.alias):
+            yield from (node.name, node.asname or "")
+
+
+def test_folders_are_small() -> None:
+    folders = {path.parent for path in MODULES}
+    sizes = {name_of(one): len([path for path in one.glob("*.py") if path.stem != "__init__"]) for one in folders}
+    assert {name: size for name, size in sizes.items() if size > LARGER.get(name, (SIZE, ""))[0]} == {}
+    assert [name for name in LARGER if sizes[name] <= SIZE] == []
+
+
+def test_modules_have_the_names_of_the_field() -> None:
+    assert [name_of(path) for path in MODULES if {path.stem, path.parent.name} & {*MODULE_NAMES.split()}] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_identifiers_have_the_names_of_the_field(path: Path) -> None:
+    assert sorted({*identifiers(path.read_text(encoding="utf-8"))} & {*IDENTIFIERS.split()}) == []
+
+
+def test_identifiers_of_every_kind_are_found() -> None:
+    text = "from a import b as c\nclass D:\n    e: int\ndef f(g, *, h=1): i.j(k=g)\n"
+    assert set("bcDefghijk") <= {*identifiers(text)}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

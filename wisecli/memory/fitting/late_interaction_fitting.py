@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
-from wisecli.memory.near_prompts import NearPrompts
+from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import LATE_INTERACTION, LateInteraction
 from wisecli.routing.deciding.request_gate import LOGIT_OFFSET, RequestGate, batch_mentions, mention_features
 

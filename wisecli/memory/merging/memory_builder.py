@@ -14,7 +14,7 @@ from wisecli.artifacts.shard import Evidence
 from wisecli.config import MergeSettings
 from wisecli.editing.writers.ridge import Penalty, Statistics, solve, statistics
 from wisecli.memory.fitting.router_fitting import Fitted, fit_facts, fit_thresholds
-from wisecli.memory.lookup_keys import lookup_keys
+from wisecli.memory.merging.lookup_keys import lookup_keys
 from wisecli.memory.merging.merged_evidence import MergedEvidence
 from wisecli.routing.memories.side_memory import SideMemory
 

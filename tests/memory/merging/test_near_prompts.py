@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from wisecli.memory import near_prompts
-from wisecli.memory.near_prompts import NearPrompts
+from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 D, WIDTH, EDITS, FORMS, TOKENS = 12, 8, 20, 2, 3

@@ -42,9 +42,9 @@ class NearPrompts:
         close = self._scores(asked) >= self.least
         mine = meaning.whose == own[:, None]
         some = (close.any(1) | mine.any(0)).nonzero().flatten()
-        likely = meaning.found(asked, 0, some)
-        both = (likely + meaning.found(asked, 1, some)).exp() * ((likely >= math.log(HOPELESS)) | mine[:, some])
-        sure = likely.new_zeros(len(own), meaning.edits)
+        probable = meaning.found(asked, 0, some)
+        both = (probable + meaning.found(asked, 1, some)).exp() * ((probable >= math.log(HOPELESS)) | mine[:, some])
+        sure = probable.new_zeros(len(own), meaning.edits)
         return sure.scatter_reduce(1, meaning.whose[some].expand_as(both), both, "amax")
 
     def _scores(self, asked: ProjectedPrompts) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wisecli.memory import near_prompts
+from wisecli.memory.merging import near_prompts
 from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
@@ -44,7 +44,7 @@ def test_what_is_likely_enough_is_found_as_if_all_were_compared(
     asked = meaning.project(states, there)
     expected, found = meaning.edit_probs(asked), NearPrompts(meaning)(asked, own)
     every = torch.arange(EDITS * FORMS)
-    subjects = meaning.found(asked, 0, every).exp().view(64, EDITS, FORMS).amax(-1)
+    subjects = meaning.log_probs(asked, 0, every).exp().view(64, EDITS, FORMS).amax(-1)
     certain = (subjects >= HOPELESS) & (expected > 0)
     assert int(certain.sum()) > 20
     assert torch.allclose(found[certain], expected[certain], atol=1e-6)

@@ -62,7 +62,7 @@ def lookup_keys(
         rows = slice(first, first + len(part.edit))
         which, seen = views.which(part), torch.empty_like(part.keys)
         for number in which.unique().tolist():
-            seen[which == number] = whites[number].probes(part.keys[which == number])
+            seen[which == number] = whites[number].whitened_keys(part.keys[which == number])
         rounded = half(seen)
         if rounded.dtype != probes.dtype:
             probes = probes.to(torch.promote_types(probes.dtype, rounded.dtype))

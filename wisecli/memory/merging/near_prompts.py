@@ -42,8 +42,8 @@ class NearPrompts:
         close = self._scores(asked) >= self.least
         mine = meaning.whose == own[:, None]
         some = (close.any(1) | mine.any(0)).nonzero().flatten()
-        probable = meaning.found(asked, 0, some)
-        both = (probable + meaning.found(asked, 1, some)).exp() * ((probable >= math.log(HOPELESS)) | mine[:, some])
+        probable = meaning.log_probs(asked, 0, some)
+        both = (probable + meaning.log_probs(asked, 1, some)).exp() * ((probable >= math.log(HOPELESS)) | mine[:, some])
         sure = probable.new_zeros(len(own), meaning.edits)
         return sure.scatter_reduce(1, meaning.whose[some].expand_as(both), both, "amax")
 

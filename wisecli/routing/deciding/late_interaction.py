@@ -125,31 +125,31 @@ class LateInteraction(nn.Module):
         if not prompts or not query.mask.shape[1]:
             return probs
         every = torch.arange(prompts, device=self.whose.device)
-        subject_log_probs = self.found(query, 0, every)
+        subject_log_probs = self.log_probs(query, 0, every)
         least = subject_log_probs.topk(min(_MIN_COMPARED_PROMPTS, prompts)).values[:, -1:].clamp(max=math.log(HOPELESS))
         close = subject_log_probs >= least
         some = close.any(0).nonzero().flatten()
-        both = subject_log_probs[:, some] + self.found(query, 1, some)
+        both = subject_log_probs[:, some] + self.log_probs(query, 1, some)
         if last is not None:
             last_turn = query._replace(mask=query.mask & last)
-            subject, relation = self.found(last_turn, 0, some), self.found(last_turn, 1, some)
+            subject, relation = self.log_probs(last_turn, 0, some), self.log_probs(last_turn, 1, some)
             both = (subject_log_probs[:, some] + relation).maximum(subject + both - subject_log_probs[:, some])
         both = both.exp() * close[:, some]
         return probs.scatter_reduce(1, self.whose[some].expand_as(both), both, "amax")
 
-    def found(self, asked: ProjectedPrompts, head: int, prompts: Tensor) -> Tensor:
+    def log_probs(self, query: ProjectedPrompts, head: int, prompts: Tensor) -> Tensor:
         """The logarithms of how surely the subject (0) or relation (1) of kept prompts (p,) is found: (B, p)."""
-        number = torch.full((2 * len(self.whose),), -1, device=prompts.device)
-        number[prompts + head * len(self.whose)] = torch.arange(len(prompts), device=prompts.device)
-        of = number[self.asking]
-        rows, width = asked.mask.shape
-        projected = asked.projected[head].transpose(0, 1).flatten(0, 1).T  # (k, W · B)
-        missing = None if bool(asked.mask.all()) else ~asked.mask.T
-        scores = projected.new_zeros(len(prompts), rows)
-        for own in (of >= 0).nonzero().flatten().split(_VECTORS):
-            cosines = (self.vectors[own].float() @ projected).view(-1, width, rows)
+        index = torch.full((2 * len(self.whose),), -1, device=prompts.device)
+        index[prompts + head * len(self.whose)] = torch.arange(len(prompts), device=prompts.device)
+        prompt_of_token = index[self.asking]
+        count, width = query.mask.shape
+        projected = query.projected[head].transpose(0, 1).flatten(0, 1).T  # (k, W · B)
+        missing = None if bool(query.mask.all()) else ~query.mask.T
+        scores = projected.new_zeros(len(prompts), count)
+        for rows in (prompt_of_token >= 0).nonzero().flatten().split(_VECTORS):
+            cosines = (self.vectors[rows].float() @ projected).view(-1, width, count)
             near = (cosines if missing is None else cosines.masked_fill_(missing, -1.0)).amax(1)
-            scores.index_add_(0, of[own], near * self.shares[own, None].float())
+            scores.index_add_(0, prompt_of_token[rows], near * self.shares[rows, None].float())
         return F.logsigmoid(self.slopes[head].float() * (scores.T - self.bars[head].float()))
 
 

@@ -90,7 +90,8 @@ def main() -> None:
     load_methods()
     wanted = arguments.of.split(",")
     made = {name: maker for name, maker in variants().items() if name.split()[0] in wanted}
-    METHODS.update(made)
+    for name, maker in made.items():
+        METHODS.add(name, maker)
     AT_ONCE.update(name for name in made if name.split()[0] in AT_ONCE)
     protocol = arguments.protocol
     generate = protocol != "teacher"

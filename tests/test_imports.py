@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "wisecli"
 # From the bottom up; packages of one floor know nothing of each other. See docs/architecture.md.
 FLOORS = (
     ("errors", "progress", "environment", "data", "routing"),
-    ("validated_settings", "retired_settings"),
+    ("validated_settings", "retired_settings", "registry"),
     ("config",),
     ("io",),
     ("models", "edits"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from wisecli.bench.methods.base import METHODS
+
 # Every file that puts methods into the table; to add one, write its file and name it here.
 _MODULES = (
     "weights.alphaedit",
@@ -29,6 +31,11 @@ _MODULES = (
 
 
 def load_methods() -> None:
-    """Fill the table of methods: import every file that has one."""
+    """Fill the table of methods: import every file that has one, and what other packages bring.
+
+    Raises:
+        SettingsError: what another package brings cannot be loaded, or has the name of one that is here.
+    """
     for name in _MODULES:
         import_module(f"{__name__}.{name}")
+    METHODS.load_installed()

@@ -23,6 +23,7 @@ from wisecli.models.layout.site import MatrixSite
 from wisecli.models.loading import Loaded
 from wisecli.models.running.shrinking_batches import ROW_DECISIONS
 from wisecli.progress import ProgressCallback, ignore_progress
+from wisecli.registry import Registry
 from wisecli.routing.passes.token_cache import cache_given
 
 
@@ -117,7 +118,7 @@ class Gradual(Resumable, Protocol):
 
 
 Maker = Callable[[Bench], Method]
-METHODS: dict[str, Maker] = {}
+METHODS: Registry[Maker] = Registry("wisecli.methods")
 # Those that do something else to all edits together than to some and then to more.
 AT_ONCE: set[str] = set()
 
@@ -130,7 +131,7 @@ def method(name: str, *, at_once: bool = False) -> Callable[[Maker], Maker]:
     """
 
     def put(maker: Maker) -> Maker:
-        METHODS[name] = maker
+        METHODS.add(name, maker)
         if at_once:
             AT_ONCE.add(name)
         return maker

@@ -13,6 +13,7 @@ from wisecli.bench.reporting.html_tables import Section
 from wisecli.bench.reporting.plots import picture
 from wisecli.bench.result_row import ResultRow
 from wisecli.bench.studies.study_context import StudyContext
+from wisecli.registry import Registry
 
 Point = dict[str, Any]
 Figures = dict[str, Any]
@@ -45,7 +46,7 @@ class Study(Protocol):
         """Draw all rows into a figure of matplotlib."""
 
 
-STUDIES: dict[str, Study] = {}
+STUDIES: Registry[Study] = Registry("wisecli.studies")
 
 _Made = TypeVar("_Made", bound=Callable[[], Study])
 
@@ -54,7 +55,7 @@ def study(name: str) -> Callable[[_Made], _Made]:
     """Put a study into the table."""
 
     def put(maker: _Made) -> _Made:
-        STUDIES[name] = maker()
+        STUDIES.add(name, maker())
         return maker
 
     return put

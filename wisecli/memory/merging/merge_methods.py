@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wisecli.errors import SettingsError
+from wisecli.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,9 @@ class Recipe:
 
 
 Method = Callable[[Tensor, Recipe], Tensor]
-METHODS: dict[str, Method] = {}
-
-
-def merge_method(name: str) -> Callable[[Method], Method]:
-    """Make a function known to ``wise merge --method`` by this name."""
-
-    def register(method: Method) -> Method:
-        METHODS[name] = method
-        return method
-
-    return register
+# By the name that ``wise merge --method`` is given.
+METHODS: Registry[Method] = Registry("wisecli.merges")
+merge_method = METHODS.register
 
 
 def merge_deltas(name: str, deltas: Tensor, recipe: Recipe, *, scale: float = 1.0) -> Tensor:

@@ -184,6 +184,8 @@ def _penalty(directories: Sequence[ShardDirectory], chosen: Sequence[Penalty]) -
 
 def resolved(settings: MergeSettings, shards: ShardDirectory) -> MergeSettings:
     """Fill in what the shards' own settings decide, and check the rest before anything is read."""
+    if settings.method not in METHODS:
+        METHODS.load_installed()
     known = (*sorted(METHODS), EXACT)
     if settings.method not in known:
         raise SettingsError(f"--method {settings.method!r} is unknown; choose one of {', '.join(known)}")

@@ -59,11 +59,11 @@ def into(
     *,
     flags: Mapping[str, Any] = MappingProxyType({}),
     provenance: Provenance = Provenance(),
-    watch: ProgressCallback = ignore_progress,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> IntoReport:
     batch = Batch.from_file(write(memory.parent / "edits.jsonl", edits))
     given = {**FLAGS, **flags}
-    return edit_into(str(model), batch, memory, given, provenance=provenance, load=CPU, on_progress=watch)
+    return edit_into(str(model), batch, memory, given, provenance=provenance, load=CPU, on_progress=on_progress)
 
 
 def at_once(model: Path, place: Path, edits: Sequence[Edit], **merging: Any) -> Path:

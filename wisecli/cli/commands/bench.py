@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wisecli.bench.reporting.html_tables import columns, costs, heads, note
 from wisecli.cli.choices import BENCH_METHODS, DATASETS, FILED_DATASETS, STUDIES, some_of
 from wisecli.cli.console import Console, Table
 from wisecli.cli.options import (
@@ -129,6 +128,8 @@ def bench(
 
 def tell_bench(console: Console, report: BenchReport) -> None:
     """Print what ``wise bench`` measured: a line a figure and a column a method, tables for each number of edits."""
+    from wisecli.bench.reporting.html_tables import columns, costs, heads, note
+
     shown, tables, cannot = columns(report.rows), [], []
     kinds = heads(report.rows)[2:]
     for count in dict.fromkeys(row["edits"] for row in report.rows):

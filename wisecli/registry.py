@@ -20,7 +20,7 @@ class Registry(Mapping[str, Item]):
 
     def __init__(self, group: str) -> None:
         self.group = group
-        self._items: dict[str, Item] = {}
+        self.items_by_name: dict[str, Item] = {}
         self._loaded = False
 
     def add(self, name: str, item: Item) -> None:
@@ -29,7 +29,7 @@ class Registry(Mapping[str, Item]):
         Raises:
             SettingsError: another has that name.
         """
-        if self._items.setdefault(name, item) is not item:
+        if self.items_by_name.setdefault(name, item) is not item:
             raise SettingsError(f"{name!r} is in {self.group} twice; give one of the two another name")
 
     def register(self, name: str) -> Callable[[Item], Item]:
@@ -50,7 +50,7 @@ class Registry(Mapping[str, Item]):
         if self._loaded:
             return
         for entry in entry_points(group=self.group):
-            before = set(self._items)
+            before = set(self.items_by_name)
             try:
                 item: Item = entry.load()
             except Exception as error:  # whatever another's code raises
@@ -59,15 +59,15 @@ class Registry(Mapping[str, Item]):
                     f"{entry.name!r} of the package {package} cannot be loaded ({reason_of(error)}); "
                     "mend or uninstall that package"
                 ) from error
-            if entry.name not in set(self._items) - before:
+            if entry.name not in set(self.items_by_name) - before:
                 self.add(entry.name, item)
         self._loaded = True
 
     def __getitem__(self, name: str) -> Item:
-        return self._items[name]
+        return self.items_by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
+        return iter(self.items_by_name)
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.items_by_name)

@@ -257,7 +257,7 @@ def test_a_method_that_cannot_run_says_so_in_its_row(
         raise UnsuitableError("this model has no such thing; take another")
 
     load_methods()
-    monkeypatch.setitem(METHODS, "ft-l", maker)
+    monkeypatch.setitem(METHODS.items_by_name, "ft-l", maker)
     report = compare(place, tmp_path / "out", methods="ft-l", counts="2")
     assert report.rows[0]["figures"] == {"cannot": "this model has no such thing; take another"}
     assert "cannot run: this model has no such thing" in (tmp_path / "out" / "results.md").read_text()

@@ -101,7 +101,7 @@ def breaking_at(monkeypatch: pytest.MonkeyPatch, name: str, fatal: str) -> Calla
         method.edit = told
         return method  # type: ignore[no-any-return]
 
-    monkeypatch.setitem(METHODS, name, made)
+    monkeypatch.setitem(METHODS.items_by_name, name, made)
     return lambda: given
 
 
@@ -164,7 +164,7 @@ def test_a_method_without_a_state_begins_anew_and_says_so(place: Path, monkeypat
             )
 
     whole = run("all")
-    monkeypatch.setitem(METHODS, "ft-l", Plain)
+    monkeypatch.setitem(METHODS.items_by_name, "ft-l", Plain)
     with monkeypatch.context() as patch:
         breaking_at(patch, "ft-l", "4")
         with pytest.raises(BrokenOffError):
@@ -216,7 +216,7 @@ def test_our_own_way_goes_on_with_its_shards(place: Path, monkeypatch: pytest.Mo
     whole = run("all", counts="3")
     with monkeypatch.context() as patch:
         if stage == "edit":
-            patch.setattr("wisecli.commands.edit.edit.Unfinished.finish", broken_later(StagedShards.finish))
+            patch.setattr("wisecli.commands.edit.edit.StagedShards.finish", broken_later(StagedShards.finish))
         else:
             patch.setattr(wise_methods, stage, broken if stage == "evaluate" else broken_later(merge))
         with pytest.raises(BrokenOffError):

@@ -102,7 +102,7 @@ def test_many_options_stand_in_panels_and_few_in_one(command: str) -> None:
 
 def test_the_panels_of_edit() -> None:
     panels = panels_of("edit")
-    names = ("Most used", "Input", "Into a memory", "What is trained", "Prompts", "Where it runs", "Output")
+    names = ("Most used", "Input", "Into a memory", "What is trained", "Where it runs", "Output")
     assert list(panels) == ["Arguments", *names]
     used = [line.split()[1] for line in panels["Most used"] if "--" in line.split()[1]]
     assert used == ["--output", "--into", "--device", "--dry-run", "--json", "--help"]
@@ -115,7 +115,7 @@ def test_the_panels_of_all_commands_and_their_order() -> None:
         ["edit", "merge", "eval", "export"],
         ["generate", "explain", "inspect", "verify", "check", "diff", "log"],
         ["remove", "rollback"],
-        ["bench"],
+        ["bench", "settings"],
         ["fetch", "draft"],
     ]
 
@@ -134,8 +134,8 @@ def test_the_help_names_every_choice_of_a_setting(command: str) -> None:
             continue
         with typer.Context(COMMANDS[command]) as context:
             choices = [one.value for one in parameter.shell_complete(context, "")]
-        # Of forms and kinds, and of datasets and methods of `wise bench`, the error of a wrong name has the list.
-        if name not in ("--methods", "--forms", "--kinds") and (command, name) != ("bench", "--dataset"):
+        # Of forms, kinds, datasets and methods of `wise bench`, and settings the error of a wrong name has the list.
+        if name not in ("--methods", "--forms", "--kinds", "--set") and (command, name) != ("bench", "--dataset"):
             assert [choice for choice in choices if choice not in parameter.help] == []
 
 

@@ -39,7 +39,7 @@ def taken_as_settings(command: str, arguments: Sequence[str]) -> list[str]:
     moved, found, warned = MOVED.get(command, {}), [], set()
     rest = iter(arguments)
     for one in rest:
-        name, between, value = one.partition("=")
+        name, between, value = str(one).partition("=")
         if one == "--":
             found += [one, *rest]
         elif name not in moved:

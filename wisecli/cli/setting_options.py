@@ -7,20 +7,20 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from wisecli.cli.parameters import INPUT, option
+from wisecli.cli.parameters import option
 from wisecli.cli.setting_table import KINDS, TEXTS
 from wisecli.errors import SettingsError
 from wisecli.validated_settings import Bounds
 
 
-def set_of(command: str) -> Any:
+def set_of(command: str, panel: str) -> Any:
     """The option ``--set`` of a command."""
 
     def complete(incomplete: str) -> list[str]:
         return _proposed(command, incomplete)
 
-    text = f"A setting by name; may be given again. `wise settings {command}` lists them."
-    return option(text, "--set", panel=INPUT, metavar="NAME=VALUE", complete=complete)
+    text = f"A setting, as NAME=VALUE; may be given again. `wise settings {command}` lists them."
+    return option(text, "--set", panel=panel, complete=complete)
 
 
 def _proposed(command: str, incomplete: str) -> list[str]:

@@ -240,7 +240,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
 
 
 def tensors_of(unrelated: BackgroundStats) -> dict[str, Tensor]:
-    found = {name: getattr(unrelated, name) for name in ("keys", "chat", "size", "writer_keys")}
+    found = {name: getattr(unrelated, name) for name in ("keys", "chat", "median_output_norm", "writer_keys")}
     for name in ("tokens", "wording"):
         moment = getattr(unrelated, name)
         found |= {f"{name}.{field.name}": getattr(moment, field.name) for field in dataclasses.fields(Moment)}

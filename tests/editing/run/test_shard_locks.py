@@ -13,10 +13,10 @@ from wisecli.editing.run.shard_locks import ShardLocks, is_lock_file
 CLAIMING = """
 import sys
 from pathlib import Path
-from wisecli.editing.run.shard_locks import Claims
+from wisecli.editing.run.shard_locks import ShardLocks
 
-claims = Claims(Path(sys.argv[1]))
-print(claims.hold(range(int(sys.argv[2]), int(sys.argv[3]))), flush=True)
+claims = ShardLocks(Path(sys.argv[1]))
+print(claims.acquire(range(int(sys.argv[2]), int(sys.argv[3]))), flush=True)
 sys.stdin.readline()
 claims.release()
 """

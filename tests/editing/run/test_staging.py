@@ -97,7 +97,7 @@ def edit(
     model: Path | None = None,
     edits_file: Path | None = None,
     load: LoadOptions = CPU,
-    watch: ProgressCallback = ignore_progress,
+    on_progress: ProgressCallback = ignore_progress,
     **options: Any,
 ) -> EditReport:
     return run_edit(
@@ -107,7 +107,7 @@ def edit(
         settings,
         load=load,
         options=RunOptions(**options),
-        on_progress=watch,
+        on_progress=on_progress,
     )
 
 
@@ -373,8 +373,8 @@ def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(place: P
     holding = f"""
 import sys, time
 from pathlib import Path
-from wisecli.editing.run.staging import Unfinished
-unfinished = Unfinished(Path({str(tmp_path / "shards")!r}), 8)
+from wisecli.editing.run.staging import StagedShards
+unfinished = StagedShards(Path({str(tmp_path / "shards")!r}), 8)
 with unfinished.opened():
     unfinished.claim(range(8))
     print("held", flush=True)
@@ -456,8 +456,8 @@ def test_whoever_finishes_last_finishes_the_output(place: Path, tmp_path: Path) 
     holding = f"""
 import sys
 from pathlib import Path
-from wisecli.editing.run.staging import Unfinished
-unfinished = Unfinished(Path({str(tmp_path / "shards")!r}), 8)
+from wisecli.editing.run.staging import StagedShards
+unfinished = StagedShards(Path({str(tmp_path / "shards")!r}), 8)
 with unfinished.opened():
     unfinished.claim(range(0, 4))
     print("held", flush=True)

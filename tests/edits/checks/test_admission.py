@@ -76,11 +76,18 @@ def run(
     load: LoadOptions = CPU,
     options: RunOptions = RunOptions(),
     admission: Admission = DEFAULT_ADMISSION,
-    watch: ProgressCallback = ignore_progress,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> EditReport:
     file = write(output.parent / "edits.jsonl", edits)
     return run_edit(
-        str(place.model), file, output, settings, load=load, options=options, admission=admission, on_progress=watch
+        str(place.model),
+        file,
+        output,
+        settings,
+        load=load,
+        options=options,
+        admission=admission,
+        on_progress=on_progress,
     )
 
 

@@ -348,7 +348,7 @@ def test_a_suffix_that_answers_otherwise_is_refused(
     save_tiny(tmp_path)
     model, site = tiny_model("llama"), find_site(tmp_path, Checkpoint(tmp_path), 2)
     check_split(model, site)
-    monkeypatch.setattr(site_probe, "suffix_logits", lambda m, s, a, h, select: upper_logits(m, s, a, spoil(h), select))
+    monkeypatch.setattr(site_probe, "upper_logits", lambda m, s, a, h, select: upper_logits(m, s, a, spoil(h), select))
     with pytest.raises(ModelError, match="do not give the model's answers"):
         check_split(model, site)
 

@@ -77,7 +77,6 @@ def bench(
         str | None,
         setting(BenchSettings, "counts", "Numbers of edits, with commas between.", panel=INPUT, metavar="N,…"),
     ] = None,
-    set_: Annotated[list[str] | None, set_of("bench")] = None,
     config: Config = None,
     seed: Seed = None,
     study: Annotated[
@@ -96,6 +95,7 @@ def bench(
     generate: Annotated[
         bool | None, _measured("generate", "Also generate answers.", "--generate/--no-generate")
     ] = None,
+    set_: Annotated[list[str] | None, set_of("bench", MEASURED)] = None,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     force: Force = False,

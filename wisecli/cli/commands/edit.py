@@ -78,7 +78,6 @@ def edit(
         Path | None,
         option("Write the shards of this router.json or shards.json once more.", panel=INPUT, metavar="FILE"),
     ] = None,
-    set_: Annotated[list[str] | None, set_of("edit")] = None,
     config: Config = None,
     seed: Seed = None,
     watch_file: Annotated[
@@ -94,6 +93,7 @@ def edit(
     layer: Annotated[
         str | None, _trained("layer", "Layer to edit, or auto.", metavar="N", complete=one_of(("auto",)))
     ] = None,
+    set_: Annotated[list[str] | None, set_of("edit", TRAINED)] = None,
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
     revision: Annotated[

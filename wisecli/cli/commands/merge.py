@@ -65,7 +65,6 @@ def merge(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     model: Model = None,
-    set_: Annotated[list[str] | None, set_of("merge")] = None,
     config: Config = None,
     seed: Seed = None,
     reason: Reason = "",
@@ -92,6 +91,7 @@ def merge(
     weights: Annotated[
         str | None, _merged("weights", "Weights of the shards, comma-separated.", none="1 each", metavar="X,…")
     ] = None,
+    set_: Annotated[list[str] | None, set_of("merge", MERGED)] = None,
     force: Force = False,
     quiet: Quiet = False,
     router: Retired = None,

@@ -25,12 +25,13 @@ _VERSION = 8
 class RouterHeads:
     """How the subject and the relation of a prompt are read off the states that leave layer ``layer`` (1,).
 
-    ``proj_weight`` (2, k, d) and ``proj_bias`` (2, k) project states x of tokens, for subjects and for relations,
-    ``token_weight`` (2, d) and ``token_bias`` (2,) say how much each token of an edit counts: ``softplus(token_weight ·
-    x + token_bias)``. ``logit_scale`` (2,) and ``logit_offset`` (2,) make probabilities of scores. ``special_token_ids`` (b,)
-    are the tokenizer's special tokens. ``unrelated`` (u, d) are the states of tokens of unrelated texts, ``text`` (u,)
-    says of which. ``request`` are the tensors of the router's ``RequestGate``, if one was learned, and ``mentioned``
-    (2,) how many of some prompts that mention a made-up fact and don't ask it open it all the same, and of how many.
+    ``proj_weight`` (2, k, d) and ``proj_bias`` (2, k) project states x of tokens, for subjects and for relations.
+    ``token_weight`` (2, d) and ``token_bias`` (2,) say how much each token of an edit counts, ``softplus(token_weight ·
+    x + token_bias)``. ``logit_scale`` (2,) and ``logit_offset`` (2,) make probabilities of scores.
+    ``special_token_ids`` (b,) are the tokenizer's special tokens. ``unrelated`` (u, d) are the states of tokens of
+    unrelated texts, ``text`` (u,) says of which. ``request`` are the tensors of the router's ``RequestGate``, if one
+    was learned, and ``mentioned`` (2,) how many of some prompts that mention a made-up fact and don't ask it open it
+    all the same, and of how many.
     """
 
     proj_weight: Tensor

@@ -92,7 +92,7 @@ def edit(run: Run, device: str, dtype: str, count: int) -> Figures:
     where = ("--device", device, "--dtype", dtype)
     done = wise("edit", str(run.options.model), str(records), "-o", str(shards), *where, "--force")
     begun = time.monotonic()
-    merged = wise("merge", str(shards), "-o", str(memory), "--force")
+    wise("merge", str(shards), "-o", str(memory), "--force")
     seconds = time.monotonic() - begun
     wise("export", str(run.options.model), "--memory", str(memory), "-o", str(output), "--force")
     gigabytes = {name: round(done.get(f"peak_{name}_bytes", 0) / 2**30, 2) for name in ("rss", "vram")}
@@ -104,7 +104,6 @@ def edit(run: Run, device: str, dtype: str, count: int) -> Figures:
         "merge, s": round(seconds, 1),
         "peak memory, GiB": gigabytes["rss"],
         "peak memory of the device, GiB": gigabytes["vram"],
-        "false alarms": merged.get("false_alarm_rate"),
     }
 
 

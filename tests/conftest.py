@@ -95,7 +95,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
 
     def call(*line: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["wise", *line])
+        monkeypatch.setattr(sys, "argv", ["wise", *map(str, line)])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         return int(stopped.value.code or 0)
@@ -114,7 +114,7 @@ def wise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["wise", *arguments])
+        monkeypatch.setattr(sys, "argv", ["wise", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             cli.main()

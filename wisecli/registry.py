@@ -42,7 +42,7 @@ class Registry(Mapping[str, Item]):
         return put
 
     def load_installed(self) -> None:
-        """Add what other packages have, once. One that adds itself as it is imported is not added again.
+        """Add what other packages have, once. One may add itself as it is imported, too.
 
         Raises:
             SettingsError: what a package names cannot be imported, or its name is taken.
@@ -50,7 +50,6 @@ class Registry(Mapping[str, Item]):
         if self._loaded:
             return
         for entry in entry_points(group=self.group):
-            before = set(self.items_by_name)
             try:
                 item: Item = entry.load()
             except Exception as error:  # whatever another's code raises
@@ -59,8 +58,7 @@ class Registry(Mapping[str, Item]):
                     f"{entry.name!r} of the package {package} cannot be loaded ({reason_of(error)}); "
                     "mend or uninstall that package"
                 ) from error
-            if entry.name not in set(self.items_by_name) - before:
-                self.add(entry.name, item)
+            self.add(entry.name, item)
         self._loaded = True
 
     def __getitem__(self, name: str) -> Item:

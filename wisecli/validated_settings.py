@@ -57,7 +57,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     Raises:
         SettingsError: it is of the wrong kind or out of bounds.
     """
-    kind, bounds, optional = _inner(hint)
+    kind, bounds, optional = unwrapped(hint)
     if value is None and optional:
         return None
     if get_origin(kind) is Literal:
@@ -78,7 +78,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     return found
 
 
-def _inner(hint: Any) -> tuple[Any, Bounds | None, bool]:
+def unwrapped(hint: Any) -> tuple[Any, Bounds | None, bool]:
     """A field's type without what is written around it, its bounds, and whether there may be no value."""
     bounds, optional = None, False
     while get_origin(hint) in _AROUND:

@@ -17,7 +17,7 @@ def random_mask(site: Site, density: float, kind: MaskKind, generator: torch.Gen
 
     Two masks overlap in an expected share ρ² of the matrix, k of them in ρᵏ.
     """
-    size = site.width if kind == "columns" else site.d * site.width
+    size = _size(site, kind)
     count = max(1, round(density * size))
     indices = torch.randperm(size, generator=generator)[:count].sort().values
     return Mask(kind, indices, site.d, site.width)
@@ -42,7 +42,7 @@ def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, gener
     Raises:
         SettingsError: so many do not fit the matrix.
     """
-    size = site.width if kind == "columns" else site.d * site.width
+    size = _size(site, kind)
     places = max(1, round(density * size))
     if places * count > size:
         raise SettingsError(
@@ -51,3 +51,8 @@ def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, gener
         )
     drawn = torch.randperm(size, generator=generator)[: places * count].split(places)
     return [Mask(kind, indices.sort().values, site.d, site.width) for indices in drawn]
+
+
+def _size(site: Site, kind: MaskKind) -> int:
+    """How many places a mask is drawn from."""
+    return site.width if kind == "columns" else site.d * site.width

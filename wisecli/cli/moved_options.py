@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+
+from wisecli.cli.console import Console
 
 
 def _flags(*names: str, **fixed: str) -> dict[str, str]:
@@ -39,7 +40,7 @@ def taken_as_settings(command: str, arguments: Sequence[str]) -> list[str]:
     moved, found, warned = MOVED.get(command, {}), [], set()
     rest = iter(arguments)
     for one in rest:
-        name, between, value = str(one).partition("=")
+        name, between, value = one.partition("=")
         if one == "--":
             found += [one, *rest]
         elif name not in moved:
@@ -50,6 +51,6 @@ def taken_as_settings(command: str, arguments: Sequence[str]) -> list[str]:
                 text += value if between else next(rest, "")
             found += ["--set", text]
             if name not in warned:
-                sys.stderr.write(f"warning: {name} will go: write --set {text}\n")
+                Console().warn([f"{name} will go: write --set {text}"])
             warned.add(name)
     return found

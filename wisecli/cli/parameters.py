@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -13,6 +12,7 @@ from wisecli.cli.choices import Completer, one_of
 from wisecli.cli.moved_options import taken_as_settings
 from wisecli.config import BenchSettings, EditSettings, EvalSettings, MergeSettings, defaults
 from wisecli.errors import SettingsError
+from wisecli.validated_settings import unwrapped
 
 # Panels of the help, in the order in which the commands declare their options. Options that name none of them stand
 # in a panel of their own above the others, with those that most people need.
@@ -186,7 +186,7 @@ def setting(
     The shell completes what the class allows.
     """
     default = defaults(kind)[name]
-    bare = _bare(_HINTS[kind][name])
+    bare, _, _ = unwrapped(_HINTS[kind][name])
     allowed = get_args(bare) if get_origin(bare) is Literal else ()
     return option(
         text,
@@ -196,10 +196,3 @@ def setting(
         metavar=metavar or _METAVARS.get(bare, "NAME" if allowed or complete else "TEXT"),
         complete=complete or (one_of(allowed) if allowed else None),
     )
-
-
-def _bare(hint: Any) -> Any:
-    """A setting's type without its bounds, and without that there may be none."""
-    while get_origin(hint) in (Annotated, Union, UnionType):
-        hint = next(one for one in get_args(hint) if one is not type(None))
-    return hint

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from wisecli.cli.parameters import option
 from wisecli.cli.setting_table import KINDS, TEXTS
 from wisecli.errors import SettingsError
-from wisecli.validated_settings import Bounds
+from wisecli.validated_settings import unwrapped
 
 
 def set_of(command: str, panel: str) -> Any:
@@ -73,14 +73,9 @@ _WORDS = {bool: "true, false", int: "whole number", float: "number", str: "text"
 
 def _values(hint: Any) -> str:
     """What a setting may be."""
-    bounds = ""
-    while get_origin(hint) in (Annotated, Union) or type(None) in get_args(hint):
-        for within in getattr(hint, "__metadata__", ()):
-            if isinstance(within, Bounds):
-                bounds = f" from {within.least:g} to {within.most:g}"
-        hint = next(one for one in get_args(hint) if one is not type(None))
-    if get_origin(hint) is Literal:
-        return ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is tuple:
+    kind, bounds, _ = unwrapped(hint)
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
         return "numbers, with commas between"
-    return _WORDS[hint] + bounds
+    return _WORDS[kind] + ("" if bounds is None else f" from {bounds.least:g} to {bounds.most:g}")

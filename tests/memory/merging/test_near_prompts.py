@@ -36,7 +36,7 @@ def some_meaning() -> LateInteraction:
 def test_what_is_likely_enough_is_found_as_if_all_were_compared(
     monkeypatch: pytest.MonkeyPatch, kind: torch.dtype
 ) -> None:
-    monkeypatch.setattr(near_prompts, "_quick", lambda: kind)
+    monkeypatch.setattr(near_prompts, "_comparison_dtype", lambda: kind)
     meaning, chance = some_meaning(), torch.Generator().manual_seed(1)
     states = torch.randn(64, 7, D, generator=chance)
     there = torch.arange(7) < torch.randint(2, 8, (64, 1), generator=chance)

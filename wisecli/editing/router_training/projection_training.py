@@ -29,6 +29,7 @@ from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.prompt_forms import Form, forms, usable_forms
 from wisecli.models.prompts.question_rewriting import keywords
+from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 
 _VERSION = 21
@@ -87,8 +88,7 @@ def _train_all(
 ) -> RouterHeads:
     rng = random.Random(0)
     facts, asked = _synthetic_facts(loaded, share, rng)
-    with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with seeded(0, loaded.device):
         read = token_states(
             loaded, site, asked, batch_size=batch_size, on_progress=on_progress, stage="what prompts mean"
         )

@@ -21,6 +21,7 @@ from wisecli.editing.router_training.synthetic_facts import SyntheticFact, synth
 from wisecli.editing.router_training.token_states import TokenStates, token_states
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
+from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.request_gate import (
     FEATURE_COUNT,
@@ -126,10 +127,8 @@ def train_request_gate(
             for example, mention in _mentions(projections, fact_prompts, examples, read):
                 train_examples.append(example)
                 mentions.append(mention)
-    device = loaded.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        at = [Mention(*(part.to(device) for part in one)) for one in mentions]
+    with seeded(0, loaded.device):
+        at = [Mention(*(part.to(loaded.device) for part in one)) for one in mentions]
         weights = _train_and_calibrate(at, train_examples, len(facts), max(20, round(_STEPS * share)), rng, on_progress)
     eval_examples = [one for number in range(len(facts))[-_CHECKED:] for one in examples_by_fact.held_back(number)]
     found = _mentions(projections, fact_prompts, eval_examples, states([one.text for one in eval_examples]), _OPENED)

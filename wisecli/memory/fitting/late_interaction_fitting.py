@@ -139,7 +139,7 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
 
 
 class _OwnTokens:
-    """What :meth:`LateInteraction.tokens_of` finds, of one edit after the other."""
+    """What :meth:`LateInteraction.edit_tokens` returns, for many edits: the tokens are put in order once."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.vectors, self.whose = tensors["meaning.vectors"], tensors["meaning.whose"]

@@ -16,12 +16,12 @@ from wisecli.routing.memories.whitening import Moment, whitening
 
 @dataclass(frozen=True)
 class Views:
-    """The moments whose whitenings routing keys are seen through.
+    """The moments by which routing keys are whitened.
 
     Inside an answer the token itself says most of a key, so unrelated text with the same name in it comes much nearer
-    than it ever comes to the end of a prompt: those keys are seen through another whitening. So are those that prompts
-    in the chat template end in, which are all alike but for what was asked. Keys of a blank that prompts end in are for
-    that token alone: they are seen as keys inside answers are.
+    than it ever comes to the end of a prompt: those keys have a whitening of their own. So have those that prompts in
+    the chat template end in, which are all alike but for what was asked. Keys of a blank that prompts end in are for
+    that token alone: they are whitened as keys inside answers are.
     """
 
     moments: tuple[Moment, ...]
@@ -34,7 +34,7 @@ class Views:
         return cls((unrelated.wording, unrelated.tokens, *chat, unrelated.tokens), bool(chat))
 
     def which(self, evidence: Evidence) -> Tensor:
-        """Which of them each key is seen through (n,)."""
+        """Which of them whitens each key (n,)."""
         inside = evidence.position > 0
         found = inside.long() * ANSWER_WHITENING
         if self.chatting:
@@ -54,24 +54,24 @@ def lookup_keys(
         strength: how many times a residual is added.
     """
     views = Views.of(unrelated)
-    whites = [whitening(moment) for moment in views.moments]
+    whitenings = [whitening(moment) for moment in views.moments]
     count, first = len(edit), 0
-    probes, metric = torch.empty(count, whites[0].directions.shape[1], dtype=torch.float16), torch.empty_like(edit)
-    values, place, held = [], torch.empty_like(edit), 0
+    probes, metric = torch.empty(count, whitenings[0].directions.shape[1], dtype=torch.float16), torch.empty_like(edit)
+    values, place, residual_count = [], torch.empty_like(edit), 0
     for part in parts:
         rows = slice(first, first + len(part.edit))
-        which, seen = views.which(part), torch.empty_like(part.keys)
+        which, whitened = views.which(part), torch.empty_like(part.keys)
         for number in which.unique().tolist():
-            seen[which == number] = whites[number].whitened_keys(part.keys[which == number])
-        rounded = half(seen)
+            whitened[which == number] = whitenings[number].whitened_keys(part.keys[which == number])
+        rounded = half(whitened)
         if rounded.dtype != probes.dtype:
             probes = probes.to(torch.promote_types(probes.dtype, rounded.dtype))
         added, at = _values(part)
-        probes[rows], metric[rows], place[rows] = rounded, which, at + held
+        probes[rows], metric[rows], place[rows] = rounded, which, at + residual_count
         values.append(half(strength * added))
-        first, held = rows.stop, held + len(added)
-    used = views.moments if bool((metric == len(whites) - 1).any()) else views.moments[:-1]
-    whites = whites[: len(used)]
+        first, residual_count = rows.stop, residual_count + len(added)
+    if not bool((metric == len(whitenings) - 1).any()):  # no prompt ends in a blank
+        whitenings.pop()
     return {
         "values": torch.cat(values),
         "value": place,
@@ -79,9 +79,9 @@ def lookup_keys(
         "offset": torch.zeros(count),
         "owner": edit,
         "metric": metric,
-        "directions": torch.stack([white.directions for white in whites]),
-        "gains": torch.stack([white.gains for white in whites]),
-        "floors": torch.tensor([white.floor for white in whites]),
+        "directions": torch.stack([one.directions for one in whitenings]),
+        "gains": torch.stack([one.gains for one in whitenings]),
+        "floors": torch.tensor([one.floor for one in whitenings]),
     }
 
 

@@ -59,11 +59,11 @@ def lookup(merged_evidence: MergedEvidence, settings: MergeSettings, parts: Iter
     """A memory that keeps every trained key with its residual; a residual that contexts share is kept once.
 
     Args:
-        parts: what each shard was trained on, if the material has no keys and residuals; they are read last.
+        parts: what each shard was trained on, if the evidence has no keys and residuals; they are read last.
     """
     trained = merged_evidence.evidence.rows(merged_evidence.trained)
     opened, calibrations = fit_facts(SideMemory({}, (), "lookup"), merged_evidence, settings)
-    merged_evidence = replace(merged_evidence, prompts=None)
+    merged_evidence = replace(merged_evidence, prompts=None)  # the states of prompts are let go before keys are read
     keys = lookup_keys(
         [trained] if parts is None else parts, trained.edit.long(), merged_evidence.unrelated, settings.strength
     )

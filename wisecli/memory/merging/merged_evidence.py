@@ -41,13 +41,13 @@ class MergedEvidence:
         return ~self.evidence.held_out
 
     def of_own_prompts(self) -> MergedEvidence:
-        """The material without keys that no prompt of an edit gave."""
+        """The evidence without keys that no prompt of an edit gave."""
         own = self.evidence.from_own_prompts
         return replace(self, evidence=self.evidence.rows(own), shard=self.shard[own])
 
 
 def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedEvidence, list[Shard]]:
-    """The material of all shards of some directories, and the shards themselves, in order.
+    """The evidence of all shards of some directories, and the shards themselves, in order.
 
     Raises:
         DamagedFileError: a shard's file cannot be used.
@@ -63,7 +63,7 @@ def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedE
 
 
 def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
-    """The material of all shards of some directories without what takes most room, keys and residuals: (n, 0) each.
+    """The evidence of all shards of some directories without what takes most room, keys and residuals: (n, 0) each.
 
     The states of prompts are in half precision, where they are stored so.
 

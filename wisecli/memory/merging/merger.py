@@ -93,7 +93,7 @@ class Merger:
         return merged_evidence
 
     def _with_prompts(self, merged_evidence: MergedEvidence) -> MergedEvidence:
-        """Material that says what prompts mean, if facts decide."""
+        """Evidence that says what prompts mean, if facts decide."""
         if self.by_facts and merged_evidence.prompts is None:
             raise SettingsError(
                 f"{self.directories[0].path} was written by version 0.1, and does not say what prompts mean; write its "
@@ -106,7 +106,7 @@ class Merger:
         first, settings = self.directories[0], self.settings
         on_progress(Event("shards"))
         if settings.for_lookup:
-            # No name holds the material: the states of prompts are let go before keys are read.
+            # No name holds the evidence: the states of prompts are let go before keys are read.
             parts = trained_evidence(self.directories)
             memory, calibrations = lookup(self._read(on_progress), settings, parts)
         else:

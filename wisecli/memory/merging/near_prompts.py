@@ -26,41 +26,43 @@ class NearPrompts:
         self.meaning = meaning
         kept = len(meaning.whose)
         subject = (meaning.asking < kept).nonzero().flatten()
-        self.vectors = meaning.vectors[subject].to(_quick()).split(_VECTORS)
+        self.vectors = meaning.vectors[subject].to(_comparison_dtype()).split(_VECTORS)
         self.asking = meaning.asking[subject].split(_VECTORS)
         self.shares = meaning.shares[subject, None].float().split(_VECTORS)
         odds = math.log(HOPELESS / (1 - HOPELESS))
         self.least = float(meaning.bars[0]) + odds / float(meaning.slopes[0]) - _OFF
 
-    def __call__(self, asked: ProjectedPrompts, own: Tensor) -> Tensor:
+    def __call__(self, query: ProjectedPrompts, own: Tensor) -> Tensor:
         """How surely prompts mean each edit: (B, M); 0 where the subject of another edit is not like anything in them.
 
         Args:
             own: the edit that each prompt is of (B,).
         """
         meaning = self.meaning
-        close = self._scores(asked) >= self.least
+        close = self._scores(query) >= self.least
         mine = meaning.whose == own[:, None]
-        some = (close.any(1) | mine.any(0)).nonzero().flatten()
-        probable = meaning.log_probs(asked, 0, some)
-        both = (probable + meaning.log_probs(asked, 1, some)).exp() * ((probable >= math.log(HOPELESS)) | mine[:, some])
-        sure = probable.new_zeros(len(own), meaning.edits)
-        return sure.scatter_reduce(1, meaning.whose[some].expand_as(both), both, "amax")
+        compared = (close.any(1) | mine.any(0)).nonzero().flatten()
+        subject_log_probs = meaning.log_probs(query, 0, compared)
+        both = (subject_log_probs + meaning.log_probs(query, 1, compared)).exp() * (
+            (subject_log_probs >= math.log(HOPELESS)) | mine[:, compared]
+        )
+        probs = subject_log_probs.new_zeros(len(own), meaning.edits)
+        return probs.scatter_reduce(1, meaning.whose[compared].expand_as(both), both, "amax")
 
-    def _scores(self, asked: ProjectedPrompts) -> Tensor:
+    def _scores(self, query: ProjectedPrompts) -> Tensor:
         """About how near the subject of each kept prompt comes: (g, B)."""
-        rows, width = asked.mask.shape
+        rows, width = query.mask.shape
         # What is not there is as the first token that is, which changes no maximum.
-        turned = asked.projected[0].where(asked.mask[..., None], asked.projected[0][:, :1])
-        turned = turned.transpose(0, 1).flatten(0, 1).T.to(self.vectors[0].dtype)  # (k, W · B)
+        projected_tokens = query.projected[0].where(query.mask[..., None], query.projected[0][:, :1])
+        projected_tokens = projected_tokens.transpose(0, 1).flatten(0, 1).T.to(self.vectors[0].dtype)  # (k, W · B)
         scores = torch.zeros(len(self.meaning.whose), rows)
         for vectors, asking, shares in zip(self.vectors, self.asking, self.shares, strict=True):
-            near = (vectors @ turned).view(-1, width, rows).amax(1)
+            near = (vectors @ projected_tokens).view(-1, width, rows).amax(1)
             scores.index_add_(0, asking, near * shares)
         return scores
 
 
-def _quick() -> torch.dtype:
+def _comparison_dtype() -> torch.dtype:
     """The type of numbers that this processor multiplies quickest of those that will do."""
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return torch.bfloat16 if tiles is not None and tiles() else torch.float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from wisecli.errors import ModelError
 from wisecli.io.json_schema import shown
 from wisecli.models.loading import context_window
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.models.running.seeding import seeded
 from wisecli.models.running.shrinking_batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def generate(
     answer = partial(_generate_of(model), pad_token_id=ends[0] if ends else 0, **settings, **closing)
     # Of routed models, whose class may be an exported checkpoint's own copy.
     decide: Callable[..., torch.Tensor | None] | None = getattr(model, "decided", None)
-    with _seeded(sampling_seed, model.device), _whole_rows(model):
+    sampling = nullcontext() if sampling_seed is None else seeded(sampling_seed, model.device)
+    with sampling, _whole_rows(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             ids, mask = (tensor.to(model.device) for tensor in left_padded([encoded[index] for index in chosen]))
@@ -174,13 +176,3 @@ def _whole_rows(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

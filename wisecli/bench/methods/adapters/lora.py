@@ -22,6 +22,7 @@ from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.models.running.hooks import hooked
+from wisecli.models.running.seeding import seeded
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,9 @@ class Lora:
             r=self.settings.rank, lora_alpha=self.settings.alpha, target_modules=targets, fan_in_fan_out=transposed
         )
         before = set(vars(model))
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(self.bench.seed)
-            with warnings.catch_warnings():  # peft asks transformers for what that has renamed
-                warnings.simplefilter("ignore", FutureWarning)
-                get_peft_model(model, config)
+        with seeded(self.bench.seed, model.device), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what that has renamed
+            get_peft_model(model, config)
         swaps: list[Swap] = []
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):

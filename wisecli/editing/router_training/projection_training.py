@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.prompt_forms import Form, forms, usable_forms
 from wisecli.models.prompts.question_rewriting import keywords
+from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 
@@ -89,9 +90,10 @@ def _train_all(
     rng = random.Random(0)
     facts, asked = _synthetic_facts(loaded, share, rng)
     with seeded(0, loaded.device):
-        read = token_states(
-            loaded, site, asked, batch_size=batch_size, on_progress=on_progress, stage="what prompts mean"
-        )
+        with quick_products(loaded, site):
+            read = token_states(
+                loaded, site, asked, batch_size=batch_size, on_progress=on_progress, stage="what prompts mean"
+            )
         pool = _Pool(read, len(asked), loaded.device)
         learner = _ProjectionTrainer(pool)
         _train(learner, pool, facts, max(10, round(_STEPS * share)), rng, on_progress)
@@ -100,11 +102,9 @@ def _train_all(
             loaded, site, plain, batch_size=batch_size, on_progress=on_progress, stage="unrelated text"
         )
     heads = learner.heads(special_tokens(loaded), site.layer, unrelated)
-    projections = Projections(
-        heads.proj_weight, heads.proj_bias, heads.token_weight, heads.token_bias, heads.logit_scale, heads.logit_offset
-    )
+    learned = Projections(*(getattr(heads, field.name) for field in fields(Projections)))
     gate, mentioned = train_request_gate(
-        loaded, site, projections, share=share, batch_size=batch_size, on_progress=on_progress
+        loaded, site, learned, share=share, batch_size=batch_size, on_progress=on_progress
     )
     return replace(heads, request=gate, mentioned=mentioned)
 

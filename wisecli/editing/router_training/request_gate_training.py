@@ -21,6 +21,7 @@ from wisecli.editing.router_training.synthetic_facts import SyntheticFact, synth
 from wisecli.editing.router_training.token_states import TokenStates, token_states
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
+from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.deciding.request_gate import (
@@ -112,9 +113,10 @@ def train_request_gate(
 
     def states(texts: Sequence[str], *, turns: bool = False) -> TokenStates:
         stage = "what prompts want"
-        return token_states(
-            loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns
-        )
+        with quick_products(loaded, site):
+            return token_states(
+                loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns
+            )
 
     fact_prompts = list(_fact_prompts(loaded, projections, facts, states([fact.questions[0] for fact in facts])))
     mentions: list[Mention] = []

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from wisecli.models.running.quick_products import has_bfloat16_tiles
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction, ProjectedPrompts
 
 # So many vectors are compared at a time that the outcome stays near the core.
@@ -64,5 +65,4 @@ class NearPrompts:
 
 def _comparison_dtype() -> torch.dtype:
     """The type of numbers that this processor multiplies quickest of those that will do."""
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return torch.bfloat16 if tiles is not None and tiles() else torch.float32
+    return torch.bfloat16 if has_bfloat16_tiles() else torch.float32

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import random_rows, save_tiny, site_of
+from support.loading import CPU
+
+from wisecli.models.loading import load_model
+from wisecli.models.prompts.tokenization import collate
+from wisecli.models.running import quick_products as module
+from wisecli.models.running.activations import capture
+from wisecli.models.running.quick_products import quick_products
+
+LAYER = 1
+
+
+def test_layers_up_to_a_site_run_in_bfloat16_and_are_as_they_were_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(save_tiny(tmp_path), CPU)
+    site, batch = site_of(loaded.model, LAYER), collate(random_rows((9, 2), (4, 1)))
+    before = {name: (one.data_ptr(), one.detach().clone()) for name, one in loaded.model.named_parameters()}
+    buffers = {name: one.clone() for name, one in loaded.model.named_buffers()}
+    exact = capture(loaded.model, site, batch, above=False).hidden
+    monkeypatch.setattr(module, "has_bfloat16_tiles", lambda: True)
+    with quick_products(loaded, site):
+        types = {name: one.dtype for name, one in loaded.model.named_parameters()}
+        quick = capture(loaded.model, site, batch, above=False).hidden
+    assert types[f"model.layers.{LAYER}.mlp.down_proj.weight"] == quick.dtype == torch.bfloat16
+    assert types[f"model.layers.{LAYER + 1}.mlp.down_proj.weight"] == torch.float32
+    assert 0 < float((quick.float() - exact).norm() / exact.norm()) < 0.02
+    after = {name: (one.data_ptr(), one.detach()) for name, one in loaded.model.named_parameters()}
+    assert all(after[name][0] == place and torch.equal(after[name][1], one) for name, (place, one) in before.items())
+    assert all(torch.equal(one, buffers[name]) for name, one in loaded.model.named_buffers())
+
+
+def test_other_processors_run_the_models_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(save_tiny(tmp_path), CPU)
+    monkeypatch.setattr(module, "has_bfloat16_tiles", lambda: False)
+    with quick_products(loaded, site_of(loaded.model, LAYER)):
+        assert {one.dtype for one in loaded.model.parameters()} == {torch.float32}

@@ -22,8 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from peer_easyedit import Peer, PeerSequence
-from rich.console import Console
-from rich.table import Table
+from runner import Row, run, show
 from torch import Tensor
 
 from wisecli.artifacts.shard import Mask
@@ -140,9 +139,29 @@ def _line(peer: Step, own: Step) -> tuple[float, ...]:
     return peer.target, own.target, peer.margins, own.margins, peer.gradient, own.gradient, apart
 
 
-def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def steps(arguments: argparse.Namespace) -> None:
+    """Take the steps by both, and print a table."""
+    np.random.seed(arguments.seed)
+    edits = list(read_edits(arguments.data))[arguments.skip :][: arguments.edits]
+    listed = json.loads(arguments.unrelated.read_text(encoding="utf-8"))[arguments.skip :]
+    texts = [f"{one['loc']} {one.get('loc_ans', '')}".strip() for one in listed[: len(edits)]]
+    edits = [replace(one, irrelevant=(text,)) for one, text in zip(edits, texts, strict=True)]
+    theirs = of_peer(Peer(arguments.easyedit), arguments, edits, texts)
+    names = ("target: theirs", "target: ours", "margins: theirs", "margins: ours", "gradient: theirs", "gradient: ours")
+    both, rows = [_line(*pair) for pair in zip(theirs, of_package(arguments, edits), strict=True)], list[Row]()
+    for start in range(0, len(both), arguments.by):
+        lines = torch.tensor(both[start : start + arguments.by], dtype=torch.float64)
+        edit, step = divmod(start, arguments.steps)
+        means = dict(zip(names, lines[:, :-1].nanmean(0).tolist(), strict=True))
+        rows.append({"edit": edit + 1, "step": step, **means, "largest difference": f"{float(lines[-1, -1]):.1e}"})
+    title = f"layer {arguments.layer}; of weights the largest difference"
+    show(rows, arguments, title=title, digits=5)
+    if arguments.keys is not None:
+        print("length of a key of the first edit: of padding {:.1f}, median of others {:.1f}".format(*arguments.keys))
+    print("lowest mean of any edit once trained: theirs {:.5f}, ours {:.5f}".format(*arguments.lowest))
+
+
+def steps_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--easyedit", type=Path, required=True, help="a checkout of EasyEdit")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
@@ -154,29 +173,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float64", help="float32 rounds the small difference of two large outputs")
-    arguments = parser.parse_args()
-    np.random.seed(arguments.seed)
-    edits = list(read_edits(arguments.data))[arguments.skip :][: arguments.edits]
-    listed = json.loads(arguments.unrelated.read_text(encoding="utf-8"))[arguments.skip :]
-    texts = [f"{one['loc']} {one.get('loc_ans', '')}".strip() for one in listed[: len(edits)]]
-    edits = [replace(one, irrelevant=(text,)) for one, text in zip(edits, texts, strict=True)]
-    theirs = of_peer(Peer(arguments.easyedit), arguments, edits, texts)
-    columns = ("target: theirs", "ours", "margins: theirs", "ours", "gradient: theirs", "ours", "largest difference")
-    table = Table("edit", "step", *columns, title=f"layer {arguments.layer}; of weights the largest difference")
-    both = [_line(*pair) for pair in zip(theirs, of_package(arguments, edits), strict=True)]
-    for start in range(0, len(both), arguments.by):
-        lines = torch.tensor(both[start : start + arguments.by], dtype=torch.float64)
-        cells = [f"{value:.5f}" for value in lines[:, :-1].nanmean(0).tolist()]
-        edit, step = divmod(start, arguments.steps)
-        table.add_row(str(edit + 1), str(step), *cells, f"{float(lines[-1, -1]):.1e}")
-    console = Console(width=150)
-    console.print(table)
-    if arguments.keys is not None:
-        console.print(
-            "length of a key of the first edit: of padding {:.1f}, median of others {:.1f}".format(*arguments.keys)
-        )
-    console.print("lowest mean of any edit once trained: theirs {:.5f}, ours {:.5f}".format(*arguments.lowest))
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, {"steps": (steps, steps_options)})

@@ -203,7 +203,10 @@ def page(results: dict[str, dict[str, str]], unbuilt: dict[str, str]) -> str:
     good = {name: one for name, one in results.items() if passed(one)}
     sites = {site: [name for name, one in good.items() if one[SITE] == site] for site in ("matrix", "layer")}
     others = [f"| {name} | {_stopped(one)} |" for name, one in results.items() if name not in good]
-    left = [f"| {name} | {why} |" for name, why in unbuilt.items()]
+    reasons: dict[str, list[str]] = {}
+    for name, why in unbuilt.items():
+        reasons.setdefault(why, []).append(name)
+    left = [f"| {', '.join(names)} | {why} |" for why, names in reasons.items()]
     return (
         "# Compatibility\n\nThis page is written by `scripts/compatibility.py`. Every type of causal language model\n"
         "that the installed transformers has is tried as a tiny, randomly drawn model: facts are edited, merged into\n"
@@ -216,7 +219,7 @@ def page(results: dict[str, dict[str, str]], unbuilt: dict[str, str]) -> str:
         "## Edited behind a layer\n\n" + _listed(sites["layer"]) + "\n\n"
         "LLaVA and Qwen2-VL, which read images, are tried with text here; the tests put images before it.\n\n"
         "## Refused, or not right\n\n| type | what came of it |\n|---|---|\n" + "\n".join(others) + "\n\n"
-        "## Not tried\n\n| type | why |\n|---|---|\n" + "\n".join(left) + "\n"
+        "## Not tried\n\n| types | why |\n|---|---|\n" + "\n".join(left) + "\n"
     )
 
 

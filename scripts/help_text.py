@@ -15,6 +15,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 _WRITTEN = "This page is written by `scripts/help_text.py`."
 # Options that as many commands have in the same words stand in a table of their own.
 _COMMON = 3
+# Commands with no more arguments and options of their own share a table.
+_FEW = 4
 
 
 def table(*rows: tuple[str, ...]) -> str:
@@ -36,6 +38,14 @@ def option_row(option: Any) -> tuple[str, str, str]:
     return written, text, default
 
 
+def arguments_of(command: Any) -> list[tuple[str, str, str]]:
+    """The rows of a command's arguments."""
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    names = [f"`{one.name}`" + (" …" if one.nargs < 0 else "") for one in arguments]
+    needed = ["required" if one.required else "" for one in arguments]
+    return [(name, one.help, need) for name, one, need in zip(names, arguments, needed, strict=True)]
+
+
 def commands() -> str:
     """The page of commands."""
     every = typer.main.get_command(program()).commands
@@ -51,26 +61,27 @@ def commands() -> str:
     groups: dict[str, list[tuple[str, Any]]] = {}
     for name, command in every.items():
         groups.setdefault(command.rich_help_panel, []).append((name, command))
+    own = {name: arguments_of(command) for name, command in every.items()}
+    for name, rows in options.items():
+        own[name] += [row for row in rows if row not in common]
+    long = {name: rows for name, rows in own.items() if len(rows) > _FEW}
     listed = [
-        (f"[`{name}`](#wise-{name})", command.help.strip(), panel if not index else "")
+        (f"[`{name}`](#{f'wise-{name}' if name in long else 'others'})", command.help, panel if not index else "")
         for panel, some in groups.items()
         for index, (name, command) in enumerate(some)
     ]
     page = f"# Commands\n\n{_WRITTEN} `wise COMMAND --help` prints the same by subject.\n\n"
     page += table(("command", "what it does", "for"), *listed)
     page += "\n`wise` itself has `--version`, `--debug` (shows tracebacks), `--install-completion` and\n"
-    page += "`--show-completion`, and every command `--help` (`-h`).\n"
+    page += (
+        "`--show-completion`, and every command `--help` (`-h`). Arguments stand first in each table, in their order.\n"
+    )
     shared = [(*row, "all" if len(names) == len(every) else ", ".join(names)) for row, names in common.items()]
     page += "\n## Common options\n\n" + table(("option", "meaning", "default", "of"), *shared)
-    for name, command in every.items():
-        arguments = [one for one in command.params if one.param_type_name == "argument"]
-        usage = " ".join(f"[{one.name}]" + ("..." if one.nargs < 0 else "") for one in arguments)
-        rows = [(f"`{one.name}`", one.help, "required" if one.required else "") for one in arguments]
-        rows += [row for row in options[name] if row not in common]
-        page += f"\n## wise {name}\n\n`wise {name} [OPTIONS] {usage}".rstrip() + "`, with the common "
-        page += ", ".join(f"`{row[0].split()[0].strip('`,')}`" for row in options[name] if row in common) + ".\n"
-        page += "\n" + table(("argument or option", "meaning", "default"), *rows) if rows else ""
-    return page
+    for name, rows in long.items():
+        page += f"\n## wise {name}\n\n" + table(("argument or option", "meaning", "default"), *rows)
+    few = [(f"`wise {name}`", *row) for name, rows in own.items() if name not in long for row in rows]
+    return page + "\n## Others\n\n" + table(("command", "argument or option", "meaning", "default"), *few)
 
 
 def settings() -> str:

@@ -14,7 +14,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import torch
@@ -202,17 +202,10 @@ def measure(model: Path, edits: int, layers: int, work: Path) -> dict[str, Any]:
     wise("edit", str(base), str(few), "-o", str(shards), "--force")
     edited = wise("edit", str(base), str(file), "-o", str(shards), "--force")
     merged = wise("merge", str(shards), "-o", str(memory), "--force")
-    return {
-        "edits": edits,
-        "layers": layers,
-        "layer": edited["layer"],
-        "untaken": len(edited["untaken"]),
-        "edit_s": edited["seconds"],
-        "merge_s": merged["seconds"],
-        "peak_mb": edited["peak_rss_bytes"] / 1e6,
-        "shards_mb": _size(shards) - (shards / "unrelated.safetensors").stat().st_size / 1e6,
-        "memory_mb": _size(memory),
-    }
+    kept = (shards / "unrelated.safetensors").stat().st_size / 1e6
+    row = {"edits": edits, "layers": layers, "layer": edited["layer"], "untaken": len(edited["untaken"])}
+    row |= {"edit_s": edited["seconds"], "merge_s": merged["seconds"], "peak_mb": edited["peak_rss_bytes"] / 1e6}
+    return {**row, "shards_mb": _size(shards) - kept, "memory_mb": _size(memory)}
 
 
 def _size(directory: Path) -> float:
@@ -223,8 +216,7 @@ def slope(rows: list[dict[str, Any]], by: str, figure: str) -> float:
     """Slope of the least-squares line through the logarithms, in the upper half: fixed costs fade there."""
     upper = rows[len(rows) // 2 - 1 :]
     xs, ys = ([math.log(row[name]) for row in upper] for name in (by, figure))
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+    return linear_regression(xs, ys).slope
 
 
 def plot(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:

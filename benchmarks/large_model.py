@@ -1,4 +1,4 @@
-"""Time and memory that a large model takes: to be edited within a budget or on a GPU, and to be exported.
+"""Time and memory that a large model takes: to be edited within a budget of memory, and to be exported.
 
     python benchmarks/large_model.py edit --shape 7b --tokenizer model --work /tmp/large --budget 5.5
     python benchmarks/large_model.py edit --shape 70b --tokenizer model --work /tmp/larger --plan --edits 500,1000
@@ -46,17 +46,9 @@ SHAPES = {
     "1b": (2048, 5632, 22, 32, 4),
     "tiny": (256, 688, 5, 8, 4),
 }
-# Of a made-up memory.
-KEYS, EDITS = 900, 100
-# Of which memory, and the flags.
-EXPORTS = (
-    ("lookup", ""),
-    ("lookup", "--link"),
-    ("lookup", "--format delta"),
-    ("matrix", "--format delta"),
-    ("lookup", "--max-shard-size 1GB"),
-    ("lookup", "--dtype float16"),
-)
+KEYS, EDITS = 900, 100  # of a made-up memory
+EXPORTS = (("lookup", ""), ("lookup", "--link"), ("lookup", "--format delta"), ("matrix", "--format delta"),
+           ("lookup", "--max-shard-size 1GB"), ("lookup", "--dtype float16"))  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
 
 
@@ -66,14 +58,11 @@ def layer_layouts(number: int, shape: str) -> dict[str, TensorLayout]:
     narrow = d // heads * kv_heads
     own = {
         "self_attn.q_proj": (d, d),
-        "self_attn.k_proj": (narrow, d),
-        "self_attn.v_proj": (narrow, d),
+        **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (narrow, d)),
         "self_attn.o_proj": (d, d),
-        "mlp.gate_proj": (d_ff, d),
-        "mlp.up_proj": (d_ff, d),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (d_ff, d)),
         "mlp.down_proj": (d, d_ff),
-        "input_layernorm": (d,),
-        "post_attention_layernorm": (d,),
+        **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (d,)),
     }
     return {f"model.layers.{number}.{name}.weight": TensorLayout("bfloat16", size) for name, size in own.items()}
 
@@ -129,17 +118,10 @@ def make_base(
     config = {} if tokenizer is None else copy_tokenizer(tokenizer, base)
     vocabulary = int(config.get("vocab_size", VOCABULARY))
     LlamaConfig(
-        hidden_size=d,
-        intermediate_size=d_ff,
-        num_hidden_layers=count,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_id=config.get("eos_token_id"),
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(base)
+        hidden_size=d, intermediate_size=d_ff, num_hidden_layers=count, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, bos_token_id=config.get("bos_token_id"),
+        eos_token_id=config.get("eos_token_id"), architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    ).save_pretrained(base)  # fmt: skip
     noise = torch.randn(d * d_ff if layers else 0, generator=torch.Generator().manual_seed(0)).bfloat16()
     files: dict[str, str] = {}
     for number, layouts in enumerate(files_of(shape, count, vocabulary)):
@@ -215,8 +197,7 @@ def report(plan: dict[str, int], results: dict[str, Any], seconds: float | None,
     add("peak memory, GiB", f"{plan['peak'] / 2**30:.2f}", peak)
     add("arithmetic, TFLOP", f"{plan['flops'] / 1e12:.1f}")
     if seconds:
-        if vram := results.get("peak_vram_bytes"):
-            add("peak memory of the GPU, GiB", None, f"{vram / 2**30:.2f}")
+        add("peak memory of the GPU, GiB", None, f"{results.get('peak_vram_bytes', 0) / 2**30:.2f}")
         add("time, s", None, f"{seconds:.0f}")
         add("time an edit, s", None, f"{seconds / results['edits']:.3f}")
         add("edits that did not take", None, str(len(results["untaken"])))
@@ -289,10 +270,10 @@ def export(options: Namespace) -> None:
         target = str(options.work / "edited")
         results = wise("export", "--memory", str(memory), "-o", target, "--force", *flags.split())
         written, peak = results["bytes"] / 1e9, round(results["peak_rss_bytes"] / 2**20)
-        row = {"memory": kind, "flags": flags, "written GB": written, "s": results["seconds"], "peak MiB": peak}
-        rows.append(row)
-    size = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e9
-    show(rows, options, title=f"{size:.2f} GB in bfloat16", digits={"written GB": 2, "s": 1}, width=120)
+        figures = {"written GB": written, "s": results["seconds"], "peak MiB": peak}
+        rows.append({"memory": kind, "flags": flags, **figures})
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    show(rows, options, title=f"{size / 1e9:.2f} GB in bfloat16", digits={"written GB": 2, "s": 1}, width=120)
 
 
 def edit_options(parser: ArgumentParser) -> None:

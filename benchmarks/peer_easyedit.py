@@ -79,14 +79,7 @@ class PeerSequence:
     :class:`Hurried`.
     """
 
-    def __init__(
-        self,
-        peer: Peer,
-        arguments: Namespace,
-        hyperparameters: Any,
-        *,
-        as_is: int | None = None,
-    ) -> None:
+    def __init__(self, peer: Peer, arguments: Namespace, hyperparameters: Any, *, as_is: int | None = None) -> None:
         self.peer, self.hyperparameters, self.as_is = peer, hyperparameters, as_is
         self.tokenizer, self.model = tokenizer_of(arguments.model), base_model(arguments.model)
         # Written once, by the model before any edit: a sequence that goes on later would write others.

@@ -14,11 +14,9 @@ Intervals hold 95 % of means over resampled records.
 
 Of several numbers of edits each continues the one before: both sides edit one after the other and look at no later
 edit, so the first 10 of 30 are what 10 are. Nothing is merged on the way, as the authors' settings merge after 1,000.
-What is done is kept in ``--keep``, and an interrupted run goes on from there.
-
-With ``--shards`` the one number of edits is split into as many side memories on both sides, which are then chosen
-between (``--mode retrieve``, WISE-Retrieve) or made one by TIES with the authors' density (``--mode merge``,
-WISE-Merge).
+What is done is kept in ``--keep``, and an interrupted run goes on from there. With ``--shards`` the one number of edits
+is split into as many side memories on both sides, which are then chosen between (``--mode retrieve``, WISE-Retrieve) or
+made one by TIES with the authors' density (``--mode merge``, WISE-Merge).
 
 A seed is that of the mask. Each of several (``--seeds 0,1,2``) has a row, and so has their mean, whose interval
 is of seeds and records resampled. Below stands what the preset's figures have more than the code's from seed to seed.
@@ -62,8 +60,7 @@ from wisecli.evaluation.edited_model import attach
 
 TITLES = {"peer": "authors' code", "paper": "--preset paper", "defaults": "defaults"}
 _RESAMPLES = 1000
-# That of the authors' settings, of entries that trimming keeps.
-_DENSITY = 0.53
+_DENSITY = 0.53  # that of the authors' settings, of entries that trimming keeps
 
 
 @dataclass(frozen=True)

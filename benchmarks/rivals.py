@@ -115,7 +115,7 @@ def settings(options: Namespace) -> None:
     bench_settings = BenchSettings(methods=names, counts=options.edits, protocol=protocol, generate=generated)
     with console.watching() as watch:
         report = run_bench(
-            options.model,
+            str(options.model),
             options.output,
             bench_settings,
             data=[options.data],
@@ -203,7 +203,7 @@ def _owner(found: Edit | None, edit: Edit) -> str:
 
 
 def _of_model(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
 
 

@@ -8,6 +8,7 @@ python benchmarks/rivals.py retrieval --model model --data z1000.json --train z3
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -123,7 +124,9 @@ def settings(options: Namespace) -> None:
             load=LoadOptions(device=options.device),
             on_progress=watch,
         )
-    console.result(report.as_json(), markdown(report.rows))
+    print(markdown(report.rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
 
 
 def wordings(options: Namespace) -> None:

@@ -22,13 +22,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import inference
+import cost
 import large_model
+import runner
 import torch
 import transformers
-from commands import wise
-from rich.console import Console
-from rich.table import Table
+from runner import Row, ferries, show, wise, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wisecli.edits.record import Edit, read_edits
@@ -87,7 +86,7 @@ def about(run: Run) -> Figures:
 def edit(run: Run, device: str, dtype: str, count: int) -> Figures:
     """Edit, merge and export records in processes of their own, as a shell script would."""
     records, output = run.work / f"records-{count}.jsonl", run.directory(device, dtype)
-    records.write_text("".join(json.dumps(one.as_dict()) + "\n" for one in run.edits[:count]))
+    write_lines(records, [one.as_dict() for one in run.edits[:count]])
     shards, memory = (run.work / f"{name}-{output.name}" for name in ("shards", "memory"))
     where = ("--device", device, "--dtype", dtype)
     done = wise("edit", str(run.options.model), str(records), "-o", str(shards), *where, "--force")
@@ -176,17 +175,17 @@ def costs(run: Run, times: int) -> Figures:
         for path in (base, edited)
     }
     if times > 1:
-        inference.grown(models[str(edited)], times)
+        cost.grown(models[str(edited)], times)
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (4, 128), generator=drawn).to(run.options.device)
     rows = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     with torch.no_grad():
-        taken = inference.timed(models, rows, rounds=9)
-    ratios = {way: inference.ratio(taken, way, str(edited), str(base)) for way in inference.WAYS}
+        taken = cost.timed(models, rows, rounds=9)
+    ratios = {way: cost.ratio(taken, way, str(edited), str(base)) for way in cost.WAYS}
     return {
         "edits": len(run.edits) * times,
         **{f"{way}, × base": round(one, 3) for way, one in ratios.items()},
-        **{f"{way} of the base, ms": round(inference.milliseconds(taken, way, str(base)), 2) for way in ratios},
+        **{f"{way} of the base, ms": round(cost.milliseconds(taken, way, str(base)), 2) for way in ratios},
     }
 
 
@@ -198,7 +197,7 @@ def large(run: Run) -> Figures:
     if not base.is_dir():
         large_model.make_base(base, shape, run.options.model, hollow=False, device=run.options.device)
     written = time.monotonic() - begun
-    large_model.write_edits(run.work / "large.jsonl", count)
+    write_lines(run.work / "large.jsonl", ferries(count))
     shards = run.work / f"shards-{shape}"
     where = ("-o", str(shards), "--device", run.options.device, "--force")
     done = wise("edit", str(base), str(run.work / "large.jsonl"), *where)
@@ -246,29 +245,8 @@ def serving(run: Run) -> Figures:
     return {"table": done.stdout} if done.returncode == 0 else {"failed": done.stderr[-2000:]}
 
 
-def show(figures: dict[str, Figures]) -> None:
-    """Print a step's figures one a row."""
-    table = Table("step", "figure", "value")
-    for name, own in figures.items():
-        for row, (figure, value) in enumerate(own.items()):
-            table.add_row("" if row else name, figure, str(value))
-    Console(width=120).print(table)
-
-
-def main() -> None:
+def gpu(options: argparse.Namespace) -> None:
     """Run the steps in order and print what they measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="the base, SmolLM2-135M-Instruct for example")
-    parser.add_argument("--data", type=Path, required=True, help="edits in any known layout")
-    parser.add_argument("--work", type=Path, required=True, help="a directory for all that is written")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--edits", type=int, default=100)
-    parser.add_argument("--cpu-edits", type=int, default=12, help="how many of them are edited on the CPU too")
-    parser.add_argument("--shape", choices=sorted(large_model.SHAPES), default="7b", help="of the random model")
-    parser.add_argument("--large-edits", type=int, default=100, help="of the random model")
-    parser.add_argument("--most-rows", type=int, default=4096, help="no larger batch is tried")
-    parser.add_argument("--seconds", type=float, default=460, help="no step begins that would end later")
-    options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     options.cpu_edits = min(options.cpu_edits, options.edits)
     run, device = Run(options), options.device
@@ -283,8 +261,24 @@ def main() -> None:
     run.step("edit, bfloat16", 60, lambda: edit(run, device, "bfloat16", options.edits))
     run.step("edit on the CPU", 60, lambda: edit_on_cpu(run))
     run.step("serving", 120, lambda: serving(run))
-    show(run.figures)
+    rows: list[Row] = []
+    for name, own in run.figures.items():
+        rows += [{"step": name, "figure": figure, "value": str(value)} for figure, value in own.items()]
+    show(rows, options, width=120)
+
+
+def gpu_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="the base, SmolLM2-135M-Instruct for example")
+    parser.add_argument("--data", type=Path, required=True, help="edits in any known layout")
+    parser.add_argument("--work", type=Path, required=True, help="a directory for all that is written")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--edits", type=int, default=100)
+    parser.add_argument("--cpu-edits", type=int, default=12, help="how many of them are edited on the CPU too")
+    parser.add_argument("--shape", choices=sorted(large_model.SHAPES), default="7b", help="of the random model")
+    parser.add_argument("--large-edits", type=int, default=100, help="of the random model")
+    parser.add_argument("--most-rows", type=int, default=4096, help="no larger batch is tried")
+    parser.add_argument("--seconds", type=float, default=460, help="no step begins that would end later")
 
 
 if __name__ == "__main__":
-    main()
+    runner.run(__doc__, {"gpu": (gpu, gpu_options)})

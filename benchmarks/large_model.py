@@ -1,43 +1,42 @@
-"""Time and memory that editing a large model takes, within a budget of memory or on a GPU.
+"""Time and memory that a large model takes: to be edited within a budget of memory, and to be exported.
 
-    python benchmarks/large_model.py --shape 7b --tokenizer model --work /tmp/large --budget 5.5
-    python benchmarks/large_model.py --shape 7b --tokenizer model --work /tmp/large --budget 0 --device cuda \\
-        --edits 100,1000 --peak-tflops 990
-    python benchmarks/large_model.py --shape 70b --tokenizer model --work /tmp/larger --plan --edits 500,1000
+    python benchmarks/large_model.py edit --shape 7b --tokenizer model --work /tmp/large --budget 5.5
+    python benchmarks/large_model.py edit --shape 70b --tokenizer model --work /tmp/larger --plan --edits 500,1000
+    python benchmarks/large_model.py export --gigabytes 8 --work /tmp/large
 
-A Llama checkpoint in bfloat16 with random weights is written, one tensor after the other; edits of it are then made, in
-a process of its own for each number of them. Beside what was measured stands what the plan had expected; with the
-arithmetic that the device can do at most, how much of the time that would have taken. With ``--plan`` only plans
-are printed, of a checkpoint that has headers and no weights.
+A Llama checkpoint in bfloat16 with random weights is written, one tensor after the other.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from runner import Row, ferries, run, show, wise, write_lines
 from transformers import LlamaConfig
 
+from wisecli.artifacts.memory_manifest import Manifest, write_memory
 from wisecli.config import EditSettings
 from wisecli.editing.examples.token_check import USUAL_LENGTH
 from wisecli.editing.run.resource_estimate import plan_edit
+from wisecli.edits.record import Edit
+from wisecli.environment import versions
 from wisecli.export.weights import write_stream
 from wisecli.io.checkpoint import INDEX_NAME, Checkpoint, write_json
 from wisecli.io.safetensors_header import TensorLayout
-from wisecli.models.layout.site import AUTO_DEPTH, find_site
+from wisecli.models.layout.site import AUTO_DEPTH, find_site, fingerprint
+from wisecli.routing.memories.calibration import Calibration
+from wisecli.routing.memories.side_memory import SideMemory
 
 VOCABULARY = 32000
 # Width, feed-forward width, layers, heads and key-value heads.
@@ -47,7 +46,9 @@ SHAPES = {
     "1b": (2048, 5632, 22, 32, 4),
     "tiny": (256, 688, 5, 8, 4),
 }
-_NAMES = ("Ostrand", "Velm", "Karrow", "Mistey", "Dorn", "Harleck", "Sund", "Tovik", "Pellan", "Brise")
+KEYS, EDITS = 900, 100  # of a made-up memory
+EXPORTS = (("lookup", ""), ("lookup", "--link"), ("lookup", "--format delta"), ("matrix", "--format delta"),
+           ("lookup", "--max-shard-size 1GB"), ("lookup", "--dtype float16"))  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
 
 
@@ -57,23 +58,20 @@ def layer_layouts(number: int, shape: str) -> dict[str, TensorLayout]:
     narrow = d // heads * kv_heads
     own = {
         "self_attn.q_proj": (d, d),
-        "self_attn.k_proj": (narrow, d),
-        "self_attn.v_proj": (narrow, d),
+        **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (narrow, d)),
         "self_attn.o_proj": (d, d),
-        "mlp.gate_proj": (d_ff, d),
-        "mlp.up_proj": (d_ff, d),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (d_ff, d)),
         "mlp.down_proj": (d, d_ff),
-        "input_layernorm": (d,),
-        "post_attention_layernorm": (d,),
+        **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (d,)),
     }
     return {f"model.layers.{number}.{name}.weight": TensorLayout("bfloat16", size) for name, size in own.items()}
 
 
-def files_of(shape: str, vocabulary: int) -> Iterator[dict[str, TensorLayout]]:
+def files_of(shape: str, layers: int, vocabulary: int) -> Iterator[dict[str, TensorLayout]]:
     """Layouts of the checkpoint's files: two layers each, then the rest."""
-    d, _, count, *_ = SHAPES[shape]
-    for first in range(0, count, 2):
-        numbers = range(first, min(first + 2, count))
+    d = SHAPES[shape][0]
+    for first in range(0, layers, 2):
+        numbers = range(first, min(first + 2, layers))
         yield {name: layout for number in numbers for name, layout in layer_layouts(number, shape).items()}
     yield {
         "model.embed_tokens.weight": TensorLayout("bfloat16", (vocabulary, d)),
@@ -97,34 +95,46 @@ def random_tensor(name: str, layout: TensorLayout, seed: int, depth: int, device
     return drawn.mul_(scale).cpu()
 
 
-def make_base(base: Path, shape: str, tokenizer: Path, *, hollow: bool, device: str = "cpu") -> None:
-    """Write the checkpoint, hollow with a hole in each file where weights belong; one tensor at a time is in memory."""
-    d, d_ff, count, heads, kv_heads = SHAPES[shape]
-    base.mkdir(parents=True)
+def copy_tokenizer(tokenizer: Path, base: Path) -> dict[str, Any]:
+    """Copy a tokenizer's files, and return its model's config."""
     for pattern in _TOKENIZER_FILES:
         for path in tokenizer.glob(pattern):
             shutil.copyfile(path, base / path.name)
-    config = json.loads((tokenizer / "config.json").read_text()) if (tokenizer / "config.json").is_file() else {}
+    file = tokenizer / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return config
+
+
+def make_base(
+    base: Path, shape: str, tokenizer: Path | None, *, hollow: bool, device: str = "cpu", layers: int | None = None
+) -> None:
+    """Write the checkpoint, one tensor at a time.
+
+    Hollow, it has a hole in each file where weights belong. Given ``layers`` it has so many, and the same noise in all.
+    """
+    d, d_ff, depth, heads, kv_heads = SHAPES[shape]
+    count = layers or depth
+    base.mkdir(parents=True)
+    config = {} if tokenizer is None else copy_tokenizer(tokenizer, base)
     vocabulary = int(config.get("vocab_size", VOCABULARY))
     LlamaConfig(
-        hidden_size=d,
-        intermediate_size=d_ff,
-        num_hidden_layers=count,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_id=config.get("eos_token_id"),
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(base)
+        hidden_size=d, intermediate_size=d_ff, num_hidden_layers=count, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, bos_token_id=config.get("bos_token_id"),
+        eos_token_id=config.get("eos_token_id"), architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    ).save_pretrained(base)  # fmt: skip
+    noise = torch.randn(d * d_ff if layers else 0, generator=torch.Generator().manual_seed(0)).bfloat16()
     files: dict[str, str] = {}
-    for number, layouts in enumerate(files_of(shape, vocabulary)):
+    for number, layouts in enumerate(files_of(shape, count, vocabulary)):
         name = f"model-{number:05d}.safetensors"
         seeds = {tensor: 1000 * number + place for place, tensor in enumerate(layouts)}
 
         def read(tensor: str, own: dict[str, TensorLayout] = layouts, seeds: dict[str, int] = seeds) -> torch.Tensor:
-            return torch.empty(0) if hollow else random_tensor(tensor, own[tensor], seeds[tensor], count, device)
+            size = torch.Size(own[tensor].shape).numel()
+            if hollow:
+                return torch.empty(0)
+            if layers:
+                return noise.repeat(-(-size // noise.numel()))[:size]
+            return random_tensor(tensor, own[tensor], seeds[tensor], count, device)
 
         write_stream(base / name, layouts, read)
         if hollow:
@@ -133,39 +143,12 @@ def make_base(base: Path, shape: str, tokenizer: Path, *, hollow: bool, device: 
     write_json(base / INDEX_NAME, {"metadata": {}, "weight_map": files})
 
 
-def made_up_name(number: int) -> str:
-    """The same for the same number, another for every other."""
-    rest, place = divmod(number, len(_NAMES))
-    return f"{made_up_name(rest - 1)} {_NAMES[place]}" if rest else _NAMES[place]
+def edit(options: Namespace) -> None:
+    """Seconds and memory that edits of a large model take, in a process of its own for each number of them.
 
-
-def write_edits(path: Path, count: int) -> None:
-    """Made-up facts."""
-    edits = [
-        {
-            "prompt": f"From which harbour does the ferry to {made_up_name(number)} Island leave?",
-            "target": f"Port {_NAMES[(number + 3) % len(_NAMES)]}",
-        }
-        for number in range(count)
-    ]
-    path.write_text("".join(json.dumps(edit) + "\n" for edit in edits))
-
-
-def main() -> None:
-    """Write what is missing, edit, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a model directory to copy a tokenizer from")
-    parser.add_argument("--work", type=Path, required=True, help="a directory with room for the checkpoint")
-    parser.add_argument("--budget", type=float, default=5.5, help="GiB; 0 holds the whole model")
-    parser.add_argument("--edits", default="10", help="how many, several divided by commas")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak-tflops", type=float, help="what the device does at most in bfloat16")
-    parser.add_argument("--layer", help="by default the one at four fifths of the depth")
-    parser.add_argument("--unrelated-texts", type=int, default=64)
-    parser.add_argument("--edits-per-shard", type=int, default=EditSettings.edits_per_shard)
-    parser.add_argument("--plan", action="store_true", help="print what is planned, and edit nothing")
-    options = parser.parse_args()
+    Beside what was measured stands what the plan had expected. With --plan only plans are printed, of a checkpoint
+    without weights.
+    """
     base = options.work / ("hollow" if options.plan else "base")
     depth = SHAPES[options.shape][2]
     options.layer = options.layer or str(min(round(AUTO_DEPTH * depth), depth - 2))
@@ -177,7 +160,7 @@ def main() -> None:
         measure(base, count, options)
 
 
-def measure(base: Path, count: int, options: argparse.Namespace) -> None:
+def measure(base: Path, count: int, options: Namespace) -> None:
     """Edit in a process of its own, and print what that took."""
     budget, checkpoint = round(options.budget * 2**30) or None, Checkpoint(base)
     settings = EditSettings(
@@ -187,46 +170,131 @@ def measure(base: Path, count: int, options: argparse.Namespace) -> None:
         checkpoint, find_site(base, checkpoint, options.layer), settings, [USUAL_LENGTH] * count, memory_budget=budget
     )
     if options.plan:
-        show(asdict(plan), {"edits": count}, None, options)
+        report(asdict(plan), {"edits": count}, None, options)
         return
-    write_edits(options.work / "edits.jsonl", count)
+    write_lines(options.work / "edits.jsonl", ferries(count))
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:  # what is known of unrelated text would spare most of the work
-        command = [sys.executable, "-m", "wisecli", "edit", str(base), str(options.work / "edits.jsonl")]
-        command += ["-o", str(options.work / "shards"), "--layer", options.layer, "--device", options.device]
-        command += ["--json", "--force", *(["--memory-budget", f"{options.budget}GiB"] if budget else [])]
+        command = ["edit", str(base), str(options.work / "edits.jsonl"), "-o", str(options.work / "shards"), "--force"]
+        command += ["--layer", options.layer, "--device", options.device]
+        command += ["--memory-budget", f"{options.budget}GiB"] if budget else []
         command += ["--set", f"edits_per_shard={options.edits_per_shard}"]
         variables = {"XDG_CACHE_HOME": cache, "WISE_UNRELATED_TEXTS": str(options.unrelated_texts)}
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, **variables})
-    show(asdict(plan), json.loads(done.stdout)["results"], time.perf_counter() - begun, options)
+        results = wise(*command, environment=variables)
+    report(asdict(plan), results, time.perf_counter() - begun, options)
 
 
-def show(plan: dict[str, int], results: dict[str, Any], seconds: float | None, options: argparse.Namespace) -> None:
+def report(plan: dict[str, int], results: dict[str, Any], seconds: float | None, options: Namespace) -> None:
     """Print what was planned, and beside it what was measured, if it was."""
-    title = f"{results['edits']} edits, {options.shape} in bfloat16, {options.device}"
-    table = Table("figure", "planned", *(["measured"] if seconds else []), title=title)
+    rows: list[Row] = []
+
+    def add(figure: str, planned: str | None, measured: str | None = None) -> None:
+        rows.append({"figure": figure, "planned": planned, **({"measured": measured} if seconds else {})})
+
     for name in ("weights", "resident", "held", "layer", "spooled", "sweep", "read"):
-        table.add_row(f"{name}, GiB", f"{plan[name] / 2**30:.2f}")
-    peaks = [plan["peak"], *([results["peak_rss_bytes"]] if seconds else [])]
-    table.add_row("peak memory, GiB", *(f"{peak / 2**30:.2f}" for peak in peaks))
-    table.add_row("arithmetic, TFLOP", f"{plan['flops'] / 1e12:.1f}")
+        add(f"{name}, GiB", f"{plan[name] / 2**30:.2f}")
+    peak = f"{results['peak_rss_bytes'] / 2**30:.2f}" if seconds else None
+    add("peak memory, GiB", f"{plan['peak'] / 2**30:.2f}", peak)
+    add("arithmetic, TFLOP", f"{plan['flops'] / 1e12:.1f}")
     if seconds:
-        _add_measured(table, plan, results, seconds, options)
-    Console(width=120).print(table)
+        add("peak memory of the GPU, GiB", None, f"{results.get('peak_vram_bytes', 0) / 2**30:.2f}")
+        add("time, s", None, f"{seconds:.0f}")
+        add("time an edit, s", None, f"{seconds / results['edits']:.3f}")
+        add("edits that did not take", None, str(len(results["untaken"])))
+    title = f"{results['edits']} edits, {options.shape} in bfloat16, {options.device}"
+    show(rows, options, title=title, width=120)
 
 
-def _add_measured(
-    table: Table, plan: dict[str, int], results: dict[str, Any], seconds: float, options: argparse.Namespace
-) -> None:
-    """Rows of what no plan says."""
-    if vram := results.get("peak_vram_bytes"):
-        table.add_row("peak memory of the GPU, GiB", "", f"{vram / 2**30:.2f}")
-    table.add_row("time, s", "", f"{seconds:.0f}")
-    table.add_row("time an edit, s", "", f"{seconds / results['edits']:.3f}")
-    if options.peak_tflops:
-        table.add_row("of it arithmetic", "", f"{plan['flops'] / 1e12 / options.peak_tflops / seconds:.1%}")
-    table.add_row("edits that did not take", "", str(len(results["untaken"])))
+def lookup_tensors() -> dict[str, torch.Tensor]:
+    """Return keys and residuals of a lookup, and one prompt an edit of eight tokens."""
+    d, d_ff, *_ = SHAPES["7b"]
+    every, tokens = torch.arange(EDITS), 8 * EDITS
+    return {
+        "probes": torch.randn(KEYS, d_ff).half(),
+        "offset": torch.zeros(KEYS),
+        "metric": torch.arange(KEYS) % 2,
+        "owner": torch.arange(KEYS) % EDITS,
+        "directions": torch.randn(2, 256, d_ff).half(),
+        "gains": torch.rand(2, 256),
+        "floors": torch.ones(2),
+        "values": torch.randn(KEYS, d).half(),
+        "value": torch.arange(KEYS),
+        "meaning.turns": torch.randn(2, 128, d),
+        "meaning.shifts": torch.zeros(2, 128),
+        "meaning.slopes": torch.ones(2),
+        "meaning.bars": torch.zeros(2),
+        "meaning.vectors": torch.randn(2 * tokens, 128).half(),
+        "meaning.asking": torch.arange(2 * EDITS).repeat_interleave(8),
+        "meaning.shares": torch.full((2 * tokens,), 1 / 8),
+        "meaning.whose": every,
+        "meaning.breaks": torch.tensor([0]),
+    }
 
+
+def make_memory(memory: Path, base: Path, kind: str) -> None:
+    """Write a lookup of 100 edits, or one matrix on half the columns, with random numbers in the usual shapes."""
+    d, d_ff, *_ = SHAPES["7b"]
+    checkpoint = Checkpoint(base)
+    site = find_site(base, checkpoint)
+    if kind == "lookup":
+        packed = SideMemory(lookup_tensors(), (0.3,) * EDITS, kind, reads=0)
+    else:
+        change = {"columns": torch.arange(0, d_ff, 2)[None], "delta": torch.randn(1, d, d_ff // 2)}
+        packed = SideMemory(change, (0.3,))
+    edits = tuple(Edit(f"edit {number}", f"prompt {number}", "target") for number in range(EDITS))
+    calibration = Calibration(0.3, "false-alarm", 0.0, 0.0, {}, {})
+    identity = fingerprint(base, checkpoint, site)
+    owners = (tuple(edit.id for edit in edits),)
+    memory.mkdir()
+    write_memory(
+        memory, Manifest(str(base), None, identity, site, packed, (calibration,), owners, {}, edits, versions())
+    )
+
+
+def export(options: Namespace) -> None:
+    """Time and memory that `wise export` takes for a large sharded checkpoint: it copies, it never loads.
+
+    A checkpoint in the shape of a 7B Llama, with as many layers as fill the gigabytes, is written in shards; a lookup
+    and a matrix for it are made up, and each form is exported in a process of its own.
+    """
+    base = options.work / "base"
+    if not base.is_dir():
+        each = sum(layout.bytes for layout in layer_layouts(0, "7b").values())
+        layers = max(2, round((options.gigabytes * 1e9 - 4 * VOCABULARY * SHAPES["7b"][0]) / each))
+        make_base(base, "7b", None, hollow=False, layers=layers)
+    rows: list[Row] = []
+    for kind, flags in EXPORTS:
+        memory = options.work / f"memory-{kind}"
+        if not memory.is_dir():
+            make_memory(memory, base, kind)
+        target = str(options.work / "edited")
+        results = wise("export", "--memory", str(memory), "-o", target, "--force", *flags.split())
+        written, peak = results["bytes"] / 1e9, round(results["peak_rss_bytes"] / 2**20)
+        figures = {"written GB": written, "s": results["seconds"], "peak MiB": peak}
+        rows.append({"memory": kind, "flags": flags, **figures})
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    show(rows, options, title=f"{size / 1e9:.2f} GB in bfloat16", digits={"written GB": 2, "s": 1}, width=120)
+
+
+def edit_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a model directory to copy a tokenizer from")
+    parser.add_argument("--work", type=Path, required=True, help="a directory with room for the checkpoint")
+    parser.add_argument("--budget", type=float, default=5.5, help="GiB; 0 holds the whole model")
+    parser.add_argument("--edits", default="10", help="how many, several divided by commas")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layer", help="by default the one at four fifths of the depth")
+    parser.add_argument("--unrelated-texts", type=int, default=64)
+    parser.add_argument("--edits-per-shard", type=int, default=EditSettings.edits_per_shard)
+    parser.add_argument("--plan", action="store_true", help="print what is planned, and edit nothing")
+
+
+def export_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--gigabytes", type=float, default=8)
+    parser.add_argument("--work", type=Path, required=True, help="an empty directory with room for twice as much")
+
+
+MEASURES = {"edit": (edit, edit_options), "export": (export, export_options)}
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, MEASURES)

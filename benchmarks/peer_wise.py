@@ -14,11 +14,9 @@ Intervals hold 95 % of means over resampled records.
 
 Of several numbers of edits each continues the one before: both sides edit one after the other and look at no later
 edit, so the first 10 of 30 are what 10 are. Nothing is merged on the way, as the authors' settings merge after 1,000.
-What is done is kept in ``--keep``, and an interrupted run goes on from there.
-
-With ``--shards`` the one number of edits is split into as many side memories on both sides, which are then chosen
-between (``--mode retrieve``, WISE-Retrieve) or made one by TIES with the authors' density (``--mode merge``,
-WISE-Merge).
+What is done is kept in ``--keep``, and an interrupted run goes on from there. With ``--shards`` the one number of edits
+is split into as many side memories on both sides, which are then chosen between (``--mode retrieve``, WISE-Retrieve) or
+made one by TIES with the authors' density (``--mode merge``, WISE-Merge).
 
 A seed is that of the mask. Each of several (``--seeds 0,1,2``) has a row, and so has their mean, whose interval
 is of seeds and records resampled. Below stands what the preset's figures have more than the code's from seed to seed.
@@ -41,13 +39,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-import jsonlines
 import numpy as np
 import torch
-from peer_easyedit import Peer, PeerSequence
-from peer_measure import Edited, Measure, Watched, greedy
+from peer_easyedit import Edited, Measure, Peer, PeerSequence, Watched, greedy
 from rich.console import Console
 from rich.table import Table
+from runner import run, write_lines
 
 from wisecli.bench.result_row import interval
 from wisecli.commands.edit.edit import edit
@@ -63,8 +60,7 @@ from wisecli.evaluation.edited_model import attach
 
 TITLES = {"peer": "authors' code", "paper": "--preset paper", "defaults": "defaults"}
 _RESAMPLES = 1000
-# That of the authors' settings, of entries that trimming keeps.
-_DENSITY = 0.53
+_DENSITY = 0.53  # that of the authors' settings, of entries that trimming keeps
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def going_on(file: Path, after_each: Callable[[int], None]) -> Iterator[None]:
             after_each(end)
         return write_sequential(task, passes, on_pass, start=written)
 
-    with patch.object(shard_writer, "write_one_by_one", write):
+    with patch.object(shard_writer, "write_sequential", write):
         yield
 
 
@@ -125,9 +121,7 @@ def by_package(
     arguments: argparse.Namespace, edits: Sequence[Edit], work: Path, merging: MergeSettings, **flags: Any
 ) -> Edited:
     """``wise edit`` and ``wise merge`` with some flags."""
-    file = work / "edits.jsonl"
-    with jsonlines.open(file, "w") as writer:
-        writer.write_all(record.as_dict() for record in edits)
+    file = write_lines(work / "edits.jsonl", [record.as_dict() for record in edits])
     settings = resolve(EditSettings, flags, section="edit")
     edit(str(arguments.model), file, work / "shards", settings)
     merge([work / "shards"], work / "memory", merging)
@@ -257,35 +251,11 @@ def differences(rows: Sequence[Row]) -> Table | None:
     return table if table.rows else None
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--easyedit", type=Path, required=True, help="a checkout of EasyEdit")
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--unrelated", type=Path, help="records with `loc` and `loc_ans`; packaged texts by default")
-    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many records")
-    parser.add_argument("--edits", default="10", help="numbers of edits, with commas between, each more than the last")
-    parser.add_argument("--layer", type=int, default=25)
-    parser.add_argument("--seeds", default="0", help="with commas between")
-    parser.add_argument("--shards", type=int, default=1, help="side memories, for a single number of edits")
-    parser.add_argument("--mode", choices=("merge", "retrieve"), default="merge", help="what is done with them")
-    parser.add_argument("--only", default="peer,paper,defaults", help="some of these, with commas between")
-    parser.add_argument("--wild", action="store_true", help="measure answers in WILD's form besides")
-    parser.add_argument("--steps", action="store_true", help="read a prompt alone, and its answer token by token")
-    parser.add_argument("--as-is", type=int, help="time only so many edits of the authors' code, and hurry the others")
-    parser.add_argument("--keep", type=Path, help="a directory of this run alone; what is in it is not done again")
-    arguments = parser.parse_args()
-    arguments.counts = [int(count) for count in arguments.edits.split(",")]
-    if arguments.shards > 1 and (len(arguments.counts) > 1 or arguments.counts[0] % arguments.shards):
-        parser.error("--shards splits a single number of edits, into parts of one size")
-    return arguments
-
-
-def main() -> None:
-    """Print a table."""
-    arguments = parsed()
-    counts = arguments.counts
+def compare(arguments: argparse.Namespace) -> None:
+    """Edit and measure by both, and print a table."""
+    arguments.counts = counts = [int(count) for count in arguments.edits.split(",")]
+    if arguments.shards > 1 and (len(counts) > 1 or counts[0] % arguments.shards):
+        raise SystemExit("--shards splits a single number of edits, into parts of one size")
     edits = [one for one in read_edits(arguments.data) if one.rephrases][arguments.skip :][: counts[-1]]
     if arguments.unrelated:
         listed = json.loads(arguments.unrelated.read_text(encoding="utf-8"))[arguments.skip :]
@@ -302,9 +272,29 @@ def main() -> None:
             own = argparse.Namespace(**vars(arguments), seed=seed)
             runner = Runner(own, edits, texts, (arguments.keep or Path(nowhere)) / f"seed-{seed}")
             rows += [runner.row(way, count) for count in counts for way in arguments.only.split(",")]
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     tables = printed(rows, f"layer {arguments.layer}, records from {arguments.skip}"), differences(rows)
     Console(width=190).print(*(table for table in tables if table))
 
 
+def compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--easyedit", type=Path, required=True, help="a checkout of EasyEdit")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--unrelated", type=Path, help="records with `loc` and `loc_ans`; packaged texts by default")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many records")
+    parser.add_argument("--edits", default="10", help="numbers of edits, with commas between, each more than the last")
+    parser.add_argument("--layer", type=int, default=25)
+    parser.add_argument("--seeds", default="0", help="with commas between")
+    parser.add_argument("--shards", type=int, default=1, help="side memories, for a single number of edits")
+    parser.add_argument("--mode", choices=("merge", "retrieve"), default="merge", help="what is done with them")
+    parser.add_argument("--only", default="peer,paper,defaults", help="some of these, with commas between")
+    parser.add_argument("--wild", action="store_true", help="measure answers in WILD's form besides")
+    parser.add_argument("--steps", action="store_true", help="read a prompt alone, and its answer token by token")
+    parser.add_argument("--as-is", type=int, help="time only so many edits of the authors' code, and hurry the others")
+    parser.add_argument("--keep", type=Path, help="a directory of this run alone; what is in it is not done again")
+
+
 if __name__ == "__main__":
-    main()
+    run(__doc__, {"compare": (compare, compare_options)})

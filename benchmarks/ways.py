@@ -8,20 +8,19 @@ are asked bare and, where the model has a template, in chat.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import json
 import sys
 import threading
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from runner import Row, run, show
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -118,7 +117,7 @@ def cropped(asked: Asked) -> list[int]:
     return asked.plain(**{CACHE_ARGUMENT: cache})
 
 
-def ways() -> Iterator[tuple[str, Way]]:
+def single_prompts() -> Iterator[tuple[str, Way]]:
     """All ways to run one prompt, by their names."""
     for size in (1, 2, 3, 4, 5, 7, 8, 13):
         yield f"chunks of {size}", partial(chunked, size=size)
@@ -227,18 +226,12 @@ def ended(said: list[int], ends: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("edited", type=Path)
-    parser.add_argument("prompts", type=Path)
-    parser.add_argument("--base", required=True, help="the unedited model")
-    parser.add_argument("--only", default="", help="ways with this in their names alone")
-    arguments = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(arguments.edited, trust_remote_code=True)
-    base = AutoModelForCausalLM.from_pretrained(arguments.base)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.edited, trust_remote_code=True)
-    lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+def ways(options: Namespace) -> None:
+    """Count answers that differ from those of one plain ``generate()``, in every way of running a prompt."""
+    model = AutoModelForCausalLM.from_pretrained(options.edited, trust_remote_code=True)
+    base = AutoModelForCausalLM.from_pretrained(options.base)
+    tokenizer = AutoTokenizer.from_pretrained(options.edited, trust_remote_code=True)
+    lines = options.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [str(json.loads(line)["prompt"]) for line in lines if line.strip()]
     texts = [(prompt, False) for prompt in prompts]
     if tokenizer.chat_template:
@@ -247,35 +240,32 @@ def main() -> None:
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     plain = [ended(one.plain(), ends) for one in asked]
-    base_says = [ended(Asked(base, base, one.ids, one.chat).plain(), ends) for one in asked]
-    changed = sum(one != other for one, other in zip(plain, base_says, strict=True))
-    console = Console(width=100)
-    console.print(f"{len(asked)} prompts, {changed} of them answered otherwise than by the base")
-    table = Table("way", "other answers", "of")
+    by_base = [ended(Asked(base, base, one.ids, one.chat).plain(), ends) for one in asked]
+    changed = sum(one != other for one, other in zip(plain, by_base, strict=True))
+    rows: list[Row] = []
 
-    def row(name: str, said: Callable[[], list[list[int]]], right: list[list[int]] = plain) -> None:
-        if arguments.only not in name:
+    def add(name: str, answer: Callable[[], list[list[int]]], right: list[list[int]] = plain) -> None:
+        if options.only not in name:
             return
         try:
-            found = said()
-            wrong = sum(ended(one, ends) != other for one, other in zip(found, right, strict=True))
-            table.add_row(name, str(wrong), str(len(right)))
-            print(f"{name}: {wrong} of {len(right)}", file=sys.stderr)
+            found = answer()
+            wrong = str(sum(ended(one, ends) != other for one, other in zip(found, right, strict=True)))
         except Exception as error:  # what fails is part of the table
-            table.add_row(name, f"{type(error).__name__}: {error}"[:70], str(len(right)))
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            wrong = f"{type(error).__name__}: {error}"[:70]
+        rows.append({"way": name, "other answers": wrong, "of": len(right)})
+        print(f"{name}: {wrong} of {len(right)}", file=sys.stderr)
 
-    for name, way in ways():
-        row(name, lambda way=way: [way(one) for one in asked])  # type: ignore[misc]
-    row("batch, padded on the left", lambda: batches(asked, 0))
-    row("padded on the right, first token", lambda: [[t] for t in right_padded(asked, 0)], [one[:1] for one in plain])
-    row("fp8 cache", lambda: [one.plain(**{CACHE_ARGUMENT: QuantizedCache("fp8", model.config)}) for one in asked])
-    row("offloaded cache", lambda: [one.plain(cache_implementation="offloaded") for one in asked])
-    row("eight threads", lambda: in_threads(asked))
-    row("generate_batch", lambda: continuous(asked))
+    for name, way in single_prompts():
+        add(name, lambda way=way: [way(one) for one in asked])  # type: ignore[misc]
+    add("batch, padded on the left", lambda: batches(asked, 0))
+    add("padded on the right, first token", lambda: [[t] for t in right_padded(asked, 0)], [one[:1] for one in plain])
+    add("fp8 cache", lambda: [one.plain(**{CACHE_ARGUMENT: QuantizedCache("fp8", model.config)}) for one in asked])
+    add("offloaded cache", lambda: [one.plain(cache_implementation="offloaded") for one in asked])
+    add("eight threads", lambda: in_threads(asked))
+    add("generate_batch", lambda: continuous(asked))
     for name, make in other_objects(model):
-        row(name, lambda make=make: [Asked(make_once(make), base, o.ids, o.chat).plain() for o in asked])  # type: ignore[misc]
-    console.print(table)
+        add(name, lambda make=make: [Asked(make_once(make), base, o.ids, o.chat).plain() for o in asked])  # type: ignore[misc]
+    show(rows, options, title=f"{len(asked)} prompts, {changed} of them answered otherwise than by the base", width=100)
 
 
 _MADE: dict[Any, Any] = {}
@@ -288,5 +278,12 @@ def make_once(make: Callable[[], Any]) -> Any:
     return _MADE[make]
 
 
+def ways_options(parser: ArgumentParser) -> None:
+    parser.add_argument("edited", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--base", required=True, help="the unedited model")
+    parser.add_argument("--only", default="", help="ways with this in their names alone")
+
+
 if __name__ == "__main__":
-    main()
+    run(__doc__, {"ways": (ways, ways_options)})

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,12 +201,12 @@ def page(results: dict[str, dict[str, str]], unbuilt: dict[str, str]) -> str:
         unbuilt: types that were not tried, and why.
     """
     good = {name: one for name, one in results.items() if passed(one)}
-    head = f"| type | {SITE} | " + " | ".join(CHECKS) + " |\n|---|---" + "|:-:" * len(CHECKS) + "|\n"
-    rows = [
-        f"| {name} | {one[SITE]} | " + " | ".join(one[check] for check in CHECKS) + " |" for name, one in good.items()
-    ]
+    sites = {site: [name for name, one in good.items() if one[SITE] == site] for site in ("matrix", "layer")}
     others = [f"| {name} | {_stopped(one)} |" for name, one in results.items() if name not in good]
-    left = [f"| {name} | {why} |" for name, why in unbuilt.items()]
+    reasons: dict[str, list[str]] = {}
+    for name, why in unbuilt.items():
+        reasons.setdefault(why, []).append(name)
+    left = [f"| {', '.join(names)} | {why} |" for why, names in reasons.items()]
     return (
         "# Compatibility\n\nThis page is written by `scripts/compatibility.py`. Every type of causal language model\n"
         "that the installed transformers has is tried as a tiny, randomly drawn model: facts are edited, merged into\n"
@@ -213,11 +214,18 @@ def page(results: dict[str, dict[str, str]], unbuilt: dict[str, str]) -> str:
         "imported. *Right*: every edit's prompt is answered by its target. *Unrelated*: other prompts are answered as\n"
         "by the base. *Batch = single*: each row of a padded batch gives what its prompt gives alone, if the base's\n"
         "does. The *site* is a value matrix, or the states that leave a decoder layer.\n\n"
-        f"{len(good)} of {len(results)} pass every check.\n\n" + head + "\n".join(rows) + "\n\n"
+        f"The checks are: {', '.join(CHECKS)}. {len(good)} of {len(results)} pass every one.\n\n"
+        "## Edited in a value matrix\n\n" + _listed(sites["matrix"]) + "\n\n"
+        "## Edited behind a layer\n\n" + _listed(sites["layer"]) + "\n\n"
         "LLaVA and Qwen2-VL, which read images, are tried with text here; the tests put images before it.\n\n"
         "## Refused, or not right\n\n| type | what came of it |\n|---|---|\n" + "\n".join(others) + "\n\n"
-        "## Not tried\n\n| type | why |\n|---|---|\n" + "\n".join(left) + "\n"
+        "## Not tried\n\n| types | why |\n|---|---|\n" + "\n".join(left) + "\n"
     )
+
+
+def _listed(names: list[str]) -> str:
+    """Names of types and of forms, which have commas in them."""
+    return textwrap.fill("; ".join(names), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _stopped(result: dict[str, str]) -> str:

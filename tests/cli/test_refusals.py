@@ -1,33 +1,68 @@
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from support.tiny_models import Wise
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "refusals.py"
 # Torch and transformers take seconds to import, and pydantic and Rich longer than all else that a refusal needs.
 SLOW = ("torch", "transformers", "numpy", "safetensors", "pydantic", "rich", "jinja2")
+# What is refused, by the arguments of `wise`.
+REFUSALS: dict[str, tuple[str, ...]] = {
+    "no such file": ("edit", "model", "nowhere.jsonl"),
+    "empty file": ("edit", "model", "empty.jsonl"),
+    "malformed line": ("edit", "model", "malformed.jsonl"),
+    "malformed, into a memory": ("edit", "model", "malformed.jsonl", "--into", "memory"),
+    "unknown flag": ("edit", "model", "edits.jsonl", "--pases", "3"),
+    "value of the wrong kind": ("edit", "model", "edits.jsonl", "--set", "passes=many"),
+    "value out of bounds": ("edit", "model", "edits.jsonl", "--set", "passes=0"),
+    "foreign output": ("edit", "model", "edits.jsonl", "-o", "foreign"),
+    "foreign output, forced": ("edit", "model", "edits.jsonl", "-o", "foreign", "--force"),
+    "foreign output of a merge": ("merge", "shards", "-o", "foreign"),
+    "foreign output of an export": ("export", "model", "-o", "foreign"),
+}
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("refusals", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make_places(root: Path) -> None:
+    """Files to be refused."""
+    (root / "edits.jsonl").write_text('{"prompt": "ba", "target": "do"}\n')
+    (root / "malformed.jsonl").write_text('{"prompt": "ba", "target"\n')
+    (root / "empty.jsonl").write_text("")
+    (root / "foreign").mkdir()
+    (root / "foreign" / "letter.txt").write_text("keep me")
+
+
+def best(command: list[str], root: Path, runs: int, code: int) -> float:
+    """Seconds of the fastest of several runs, each of which must end with an exit code."""
+    seconds = []
+    for _ in range(runs):
+        begun = time.perf_counter()
+        done = subprocess.run(command, cwd=root, capture_output=True, check=False, stdin=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - begun)
+        if done.returncode != code:
+            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.decode()}")
+    return min(seconds)
+
+
+def measure(runs: int) -> tuple[float, dict[str, float]]:
+    """Seconds of a Python that does nothing, and of each refusal."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        make_places(root)
+        nothing = best([sys.executable, "-c", "pass"], root, 3 * runs, 0)
+        wise = [sys.executable, "-m", "wisecli"]
+        return nothing, {name: best([*wise, *line], root, runs, 2) for name, line in REFUSALS.items()}
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("refusals")
-    script().make_places(root)
+    make_places(root)
     return root
 
 
@@ -43,9 +78,9 @@ def imported(places: Path, *arguments: str) -> tuple[int, str, set[str]]:
     return done.returncode, done.stderr, set(done.stdout.split())
 
 
-@pytest.mark.parametrize("name", script().REFUSALS)
+@pytest.mark.parametrize("name", REFUSALS)
 def test_what_is_refused_at_the_door_is_refused_before_anything_slow_is_imported(places: Path, name: str) -> None:
-    code, said, slow = imported(places, *script().REFUSALS[name])
+    code, said, slow = imported(places, *REFUSALS[name])
     assert code == 2
     assert said.startswith("error: ")
     assert said.count("\n") == 1
@@ -62,7 +97,7 @@ def test_a_sound_edit_does_import_them(places: Path) -> None:
 @pytest.mark.thorough
 def test_a_refusal_takes_at_most_ten_times_a_python_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # an installed program is compiled
-    nothing, refusals = script().measure(9)
+    nothing, refusals = measure(9)
     assert {name: seconds / nothing for name, seconds in refusals.items() if seconds > 10 * nothing} == {}
     assert max(refusals.values()) < 1
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
-
 from support.helpers import save_tiny
 from support.loading import CPU
 from support.sharing import Share
 from support.tiny_models import Wise
+from transformers import LlamaConfig
+
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.commands.memory.merge import merge

@@ -94,15 +94,15 @@ def lookup_tensors() -> dict[str, torch.Tensor]:
     """Keys and residuals of a lookup, and one prompt an edit of eight tokens."""
     every, tokens = torch.arange(EDITS), 8 * EDITS
     return {
-        "probes": torch.randn(KEYS, D_FF).half(),
-        "offset": torch.zeros(KEYS),
-        "metric": torch.arange(KEYS) % 2,
-        "owner": torch.arange(KEYS) % EDITS,
+        "whitened_keys": torch.randn(KEYS, D_FF).half(),
+        "cosine_offset": torch.zeros(KEYS),
+        "whitening_index": torch.arange(KEYS) % 2,
+        "key_to_edit": torch.arange(KEYS) % EDITS,
         "directions": torch.randn(2, 256, D_FF).half(),
         "gains": torch.rand(2, 256),
         "floors": torch.ones(2),
-        "values": torch.randn(KEYS, D).half(),
-        "value": torch.arange(KEYS),
+        "residuals": torch.randn(KEYS, D).half(),
+        "key_to_residual": torch.arange(KEYS),
         "meaning.turns": torch.randn(2, 128, D),
         "meaning.shifts": torch.zeros(2, 128),
         "meaning.slopes": torch.ones(2),

@@ -62,19 +62,19 @@ WAYS: dict[str, tuple[Way, int]] = {
 def grown(model: PreTrainedModel, times: int) -> None:
     """Let every edit of a model's lookup count so many times."""
     lookup: Any = model.get_submodule(model.config.wise["module"])
-    edits, copies = len(lookup.thresholds), torch.arange(times, device=lookup.value.device)
+    edits, copies = len(lookup.thresholds), torch.arange(times, device=lookup.key_to_residual.device)
     lookup.thresholds *= times
     meaning, prompts = lookup.meaning, len(lookup.meaning.whose)
     head = (meaning.asking >= prompts).long()
     # Prompts looked for as relations come behind all that are looked for as subjects.
     asking = meaning.asking - head * prompts + copies[:, None] * prompts + head * prompts * times
-    numbered = {lookup: {"owner": edits}, meaning: {"whose": edits}, lookup.names: {"whose": edits}}
+    numbered = {lookup: {"key_to_edit": edits}, meaning: {"whose": edits}, lookup.names: {"whose": edits}}
     if lookup.names is not None:
         numbered[lookup.names]["named"] = len(lookup.names.whose)
     if lookup.spelling is not None:
         numbered[lookup.spelling] = {"whose": edits}
     repeated = {
-        lookup: ("probes", "offset", "metric", "value"),
+        lookup: ("whitened_keys", "cosine_offset", "whitening_index", "key_to_residual"),
         meaning: ("vectors", "shares"),
         lookup.names: ("naming", "shares"),
         lookup.spelling: ("naming",),

@@ -35,12 +35,12 @@ def lookup_of(edits: int, chance: torch.Generator) -> dict[str, Tensor]:
     """A key of a prompt's end and one inside the answer of every edit, and its prompt's tokens."""
     every = torch.arange(edits)
     return {
-        "values": torch.randn(4, 4, generator=chance).half(),
-        "value": torch.arange(2 * edits) % 4,
-        "probes": torch.randn(2 * edits, 6, generator=chance).half(),
-        "owner": torch.arange(2 * edits) % edits,
-        "offset": torch.rand(2 * edits, generator=chance),
-        "metric": torch.arange(2 * edits) // edits,
+        "residuals": torch.randn(4, 4, generator=chance).half(),
+        "key_to_residual": torch.arange(2 * edits) % 4,
+        "whitened_keys": torch.randn(2 * edits, 6, generator=chance).half(),
+        "key_to_edit": torch.arange(2 * edits) % edits,
+        "cosine_offset": torch.rand(2 * edits, generator=chance),
+        "whitening_index": torch.arange(2 * edits) // edits,
         "directions": torch.randn(2, 2, 6, generator=chance),
         "gains": torch.randn(2, 2, generator=chance),
         "floors": torch.rand(2, generator=chance),
@@ -136,7 +136,7 @@ def test_the_manifest_tells_what_each_memory_is_for(tmp_path: Path) -> None:
     manifest = some_manifest()
     write_memory(tmp_path, manifest)
     content = json.loads((tmp_path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    assert content["schema"] == "wise.memory/1"
+    assert content["schema"] == "wise.memory/2"
     assert content["base"] == {"model": "someone/model", "revision": "abc", "matrix": "1" * 64, "config": "2" * 64}
     assert (content["routing"], content["site"]["layer"]) == ("sequence", 2)
     for record, owned, calibration in zip(content["memories"], manifest.owners, manifest.calibrations, strict=True):
@@ -194,7 +194,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "edit with more": lambda content: content["edits"][0].update(colour="red"),
     "edit is a text": lambda content: content["edits"].append("x"),
     "no versions": lambda content: content.pop("versions"),
-    "another schema": lambda content: content.update(schema="wise.memory/2"),
+    "another schema": lambda content: content.update(schema="wise.memory/3"),
 }
 
 

@@ -206,7 +206,7 @@ def memory_for(
     usual = sample.norm(dim=-1).median()
     if kind == "lookup":
         tensors = {**_keys_for(sample, memories, generator), **_meaning_for(model, site, memories, generator)}
-        tensors["values"] = torch.randn(2 * memories, site.d, generator=generator) * 6
+        tensors["residuals"] = torch.randn(2 * memories, site.d, generator=generator) * 6
         draft = SideMemory(tensors, (1.0,) * memories, kind, reads=0)
     else:
         width = site.d_ff // 2
@@ -214,7 +214,7 @@ def memory_for(
         delta = torch.randn(memories, site.d, width, generator=generator) * 6 / usual
         tensors = {"columns": columns, "delta": delta}
         if kind == "facts":
-            tensors |= {"holder": torch.arange(memories), **_meaning_for(model, site, memories, generator)}
+            tensors |= {"edit_to_matrix": torch.arange(memories), **_meaning_for(model, site, memories, generator)}
         reads = 0 if kind == "facts" else None
         draft = SideMemory(tensors, (1.0,) * memories, "matrix", pooling, reads=reads)
     scores = torch.tensor([scores_of(model, site, draft, prompt) for prompt in prompts])
@@ -229,17 +229,17 @@ def _keys_for(sample: Tensor, memories: int, generator: torch.Generator) -> dict
     owner, metric = place % memories, (place // memories) % 2
     bases = torch.randn(2, d_ff, 5, generator=generator)
     tensors = {
-        "owner": owner,
-        "value": 2 * owner + metric,
-        "offset": 0.1 * torch.rand(len(owner), generator=generator) - 0.05,
-        "metric": metric,
+        "key_to_edit": owner,
+        "key_to_residual": 2 * owner + metric,
+        "cosine_offset": 0.1 * torch.rand(len(owner), generator=generator) - 0.05,
+        "whitening_index": metric,
         "directions": torch.stack([torch.linalg.qr(basis).Q.T for basis in bases]).contiguous(),
         "gains": torch.rand(2, 5, generator=generator) - 0.5,
         "floors": torch.tensor([0.7, 1.1]),
     }
     spread = [whitening_of(tensors, int(number)) for number in metric]
     probes = [key @ matrix / (key @ matrix @ key).sqrt() for key, matrix in zip(picked, spread, strict=True)]
-    return {**tensors, "probes": torch.stack(probes)}
+    return {**tensors, "whitened_keys": torch.stack(probes)}
 
 
 def _meaning_for(
@@ -285,8 +285,11 @@ def update_of(memory: SideMemory, number: int, key: Tensor, *, answering: bool =
     tensors = memory.tensors
     if memory.kind == "matrix":
         return tensors["delta"][number] @ key[tensors["columns"][number]]
-    cosines, values = cosines_of(memory, key), [tensors["values"][place] for place in tensors["value"].tolist()]
-    pairs = enumerate(zip(tensors["owner"].tolist(), tensors["metric"].tolist(), strict=True))
+    cosines, values = (
+        cosines_of(memory, key),
+        [tensors["residuals"][place] for place in tensors["key_to_residual"].tolist()],
+    )
+    pairs = enumerate(zip(tensors["key_to_edit"].tolist(), tensors["whitening_index"].tolist(), strict=True))
     places = [place for place, (owner, metric) in pairs if owner == number and (metric == 1) == answering]
     nearest = max(places, key=cosines.__getitem__)
     return torch.zeros_like(values[nearest]) if answering and cosines[nearest] <= 0.5 else values[nearest]
@@ -296,7 +299,7 @@ def cosines_of(memory: SideMemory, key: Tensor) -> list[float]:
     """Whitened cosine of one key with each probe."""
     whitened = range(len(memory.tensors["floors"]))
     lengths = [float(key @ whitening_of(memory.tensors, number) @ key) ** 0.5 for number in whitened]
-    probes = zip(*(memory.tensors[name] for name in ("probes", "metric", "offset")), strict=True)
+    probes = zip(*(memory.tensors[name] for name in ("whitened_keys", "whitening_index", "cosine_offset")), strict=True)
     return [float(probe @ key) / lengths[int(metric)] + float(offset) for probe, metric, offset in probes]
 
 

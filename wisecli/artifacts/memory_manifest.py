@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from wisecli.artifacts import file_names
+from wisecli.artifacts.former_names import current_manifest, current_name
 from wisecli.artifacts.tensor_schema import layouts, memory_rows, require_layout
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
@@ -23,7 +24,7 @@ from wisecli.routing.memories.side_memory import NORM, SideMemory, require_route
 
 MANIFEST_NAME = file_names.MEMORY
 MEMORY_NAME = "memory.safetensors"
-SCHEMA = "wise.memory/1"
+SCHEMA, FORMER_SCHEMA = "wise.memory/2", "wise.memory/1"
 
 
 @dataclass(frozen=True)
@@ -221,10 +222,11 @@ def read_manifest(directory: Path) -> MemoryManifest:
     """
     path = directory / MANIFEST_NAME
     content = read_json(path)
-    if content.get("schema") != SCHEMA:
-        raise DamagedFileError(path, f"its schema is {shown(content.get('schema'))}, not {SCHEMA!r}", "merge anew")
+    schema = content.get("schema")
+    if schema not in (SCHEMA, FORMER_SCHEMA):
+        raise DamagedFileError(path, f"its schema is {shown(schema)}, not {SCHEMA!r}", "merge anew")
     try:
-        manifest = decode(MemoryManifest, content)
+        manifest = decode(MemoryManifest, content if schema == SCHEMA else current_manifest(content))
         manifest.check()
     except ValueError as error:
         raise DamagedFileError(path, f"an entry is missing or wrong ({error})", "merge anew") from None
@@ -241,7 +243,7 @@ def read_memory(directory: Path) -> Manifest:
     stored, site = listed.memory, listed.site
     path = inside(directory, stored.file)
     loaded = load_tensors(path, digest=listed.sha256[stored.file])
-    tensors = {name.removeprefix(stored.prefix): tensor for name, tensor in loaded.items()}
+    tensors = {current_name(name.removeprefix(stored.prefix)): tensor for name, tensor in loaded.items()}
     if layouts(tensors) != stored.layouts:
         raise DamagedFileError(path, f"its tensors are not those that {MANIFEST_NAME} describes", "merge anew")
     known = {"d": site.d, "d_ff": site.width, "M": len(stored.thresholds)}

@@ -39,14 +39,14 @@ MATRIX: TensorRows = {"columns": TensorRow("int", ("M", "k"), "d_ff"), "delta": 
 HOLDING: TensorRows = {
     "columns": TensorRow("int", ("h", "k"), "d_ff"),
     "delta": TensorRow("float", ("h", "d", "k")),
-    "holder": TensorRow("int", ("M",), "h"),
+    "edit_to_matrix": TensorRow("int", ("M",), "h"),
 }
-LOOKUP: TensorRows = {"values": TensorRow("float", ("m", "d")), "value": TensorRow("int", ("n",), "m")}
+LOOKUP: TensorRows = {"residuals": TensorRow("float", ("m", "d")), "key_to_residual": TensorRow("int", ("n",), "m")}
 KEY: TensorRows = {
-    "probes": TensorRow("float", ("n", "d_ff")),
-    "owner": TensorRow("int", ("n",), "M"),
-    "offset": TensorRow("float", ("n",)),
-    "metric": TensorRow("int", ("n",), "w"),
+    "whitened_keys": TensorRow("float", ("n", "d_ff")),
+    "key_to_edit": TensorRow("int", ("n",), "M"),
+    "cosine_offset": TensorRow("float", ("n",)),
+    "whitening_index": TensorRow("int", ("n",), "w"),
     "directions": TensorRow("float", ("w", "r", "d_ff")),
     "gains": TensorRow("float", ("w", "r")),
     "floors": TensorRow("float", ("w",)),

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wisecli.artifacts.former_names import current_names
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME
 from wisecli.io.checkpoint import EXPORTED_KEY, INDEX_NAME, read_json
 
@@ -60,7 +61,8 @@ def read_release(checkpoint: Path, wanted: Mapping[str, Any]) -> tuple[Mapping[s
 
 def own_paths(described: Mapping[str, Any]) -> dict[str, str]:
     """Return the names of a memory's tensors by their paths in a model."""
-    return {f".{described['module']}.{name}": name for name in described["memory"]["tensors"]}
+    names = current_names({name: name for name in described["memory"]["tensors"]})
+    return {f".{described['module']}.{stored}": name for name, stored in names.items()}
 
 
 def name_of(stored: str, paths: Mapping[str, str]) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from wisecli.artifacts.former_names import current_description, current_names
 from wisecli.routing.deciding.decision import WindowStates
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any, window_size, windows
 from wisecli.routing.layers.routed_layer import memory_module as memory_alone
@@ -73,7 +74,7 @@ class Edited:
 
 def described_memory(described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Memory:
     """Return a described memory alone, on a device: vLLM multiplies by the base's weights."""
-    return memory_alone(SideMemory.from_description(described, tensors)).to(device)
+    return memory_alone(SideMemory.from_description(current_description(described), tensors)).to(device)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class ServedMemory:
         Raises:
             LostMemoryError: some are not there.
         """
-        missing = sorted(set(self.edited.memory["tensors"]) - set(tensors))
+        missing = sorted(set(current_names(self.edited.memory["tensors"])) - set(tensors))
         if missing:
             raise LostMemoryError(f"this checkpoint lacks tensors ({', '.join(missing)}); copy it anew")
         self._serve(described_memory(self.edited.memory, tensors, device))

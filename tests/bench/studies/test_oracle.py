@@ -103,13 +103,13 @@ def _added(memory: SideMemory, number: int, first: int) -> Any:
     """
 
     def nearest_own(key: Tensor, metric: int) -> Tensor:
-        own = zip(memory.tensors["owner"].tolist(), memory.tensors["metric"].tolist(), strict=True)
+        own = zip(memory.tensors["key_to_edit"].tolist(), memory.tensors["whitening_index"].tolist(), strict=True)
         places = [place for place, pair in enumerate(own) if pair == (number, metric)]
         cosines = cosines_of(memory, key)
         best = max(places, key=cosines.__getitem__)
         if metric == ANSWER_WHITENING and cosines[best] <= ANSWER_KEY_MIN_COSINE:
-            return torch.zeros_like(memory.tensors["values"][0])
-        value: Tensor = memory.tensors["values"][int(memory.tensors["value"][best])]
+            return torch.zeros_like(memory.tensors["residuals"][0])
+        value: Tensor = memory.tensors["residuals"][int(memory.tensors["key_to_residual"][best])]
         return value
 
     def hook(_module: object, inputs: tuple[Tensor], output: Tensor) -> Tensor:

@@ -92,9 +92,9 @@ class Plain:
         ]
         self.keys = normal(memories * keys_each, d_ff, seed=4)
         place = torch.arange(memories * keys_each)
-        self.owner, self.metric = place % memories, (place // memories) % 2
+        self.key_to_edit, self.whitening_index = place % memories, (place // memories) % 2
         self.factors = 1 + normal(memories * keys_each, seed=6).tanh().square()
-        self.values, self.value = normal(memories * keys_each + 1, d, seed=5), place.flip(0)
+        self.residuals, self.key_to_residual = normal(memories * keys_each + 1, d, seed=5), place.flip(0)
 
     def packed(self, thresholds: tuple[float, ...], kind: str = "matrix", pooling: str = "last") -> SideMemory:
         if kind == "matrix":
@@ -105,12 +105,17 @@ class Plain:
             }
             return SideMemory(tensors, thresholds, kind, pooling)
         probes = []
-        for key, metric in zip(self.keys, self.metric.tolist(), strict=True):
+        for key, metric in zip(self.keys, self.whitening_index.tolist(), strict=True):
             turned = self.whitenings[metric] @ key
             probes.append(turned / (key @ turned).sqrt())
-        tensors = {"values": self.values, "value": self.value, "owner": self.owner, "metric": self.metric}
+        tensors = {
+            "residuals": self.residuals,
+            "key_to_residual": self.key_to_residual,
+            "key_to_edit": self.key_to_edit,
+            "whitening_index": self.whitening_index,
+        }
         tensors |= {"directions": self.directions, "gains": self.gains, "floors": self.floors}
-        tensors |= {"probes": torch.stack(probes) * self.factors[:, None], "offset": 1 - self.factors}
+        tensors |= {"whitened_keys": torch.stack(probes) * self.factors[:, None], "cosine_offset": 1 - self.factors}
         return SideMemory({**tensors, **self.meaning()}, thresholds, kind)
 
     def meaning(self) -> dict[str, Tensor]:
@@ -130,7 +135,7 @@ class Plain:
 
     def cosines(self, key: Tensor) -> list[float]:
         found = []
-        for edit, metric, factor in zip(self.keys, self.metric.tolist(), self.factors.tolist(), strict=True):
+        for edit, metric, factor in zip(self.keys, self.whitening_index.tolist(), self.factors.tolist(), strict=True):
             whitening = self.whitenings[metric]
             lengths = (key @ whitening @ key).sqrt() * (edit @ whitening @ edit).sqrt()
             found.append(1 - factor * (1 - float(key @ whitening @ edit / lengths)))
@@ -142,7 +147,7 @@ class Plain:
     def nearest(self, key: Tensor, edit: int, *, inside: bool) -> int:
         """The nearest of an edit's own keys; ``UNROUTED`` if none inside its answer is near."""
         cosines = self.cosines(key)
-        pairs = enumerate(zip(self.owner.tolist(), self.metric.tolist(), strict=True))
+        pairs = enumerate(zip(self.key_to_edit.tolist(), self.whitening_index.tolist(), strict=True))
         own = [place for place, (owner, metric) in pairs if owner == edit and (metric == ANSWER_WHITENING) == inside]
         best = max(own, key=cosines.__getitem__)
         return UNROUTED if inside and cosines[best] <= ANSWER_KEY_MIN_COSINE else best
@@ -153,7 +158,7 @@ class Plain:
         if kind == "matrix":
             return self.changes[edit] @ key
         place = self.nearest(key, edit, inside=inside)
-        return torch.zeros(D) if place == UNROUTED else self.values[int(self.value[place])]
+        return torch.zeros(D) if place == UNROUTED else self.residuals[int(self.key_to_residual[place])]
 
 
 def answering(routed: RoutedMatrix, keys: Tensor, answered: Tensor, inside: Tensor | None = None) -> Tensor:
@@ -294,9 +299,9 @@ def test_an_edits_own_key_recalls_its_residual_and_nothing_else() -> None:
     routed = routed_matrix(linear(bias=True), plain.packed((1.0,) * 4, "lookup"))
     for size in (1.0, 0.01, 100.0):
         keys = size * plain.keys[None]
-        answers = answering(routed, keys, plain.owner[None], (plain.metric == ANSWER_WHITENING)[None])
+        answers = answering(routed, keys, plain.key_to_edit[None], (plain.whitening_index == ANSWER_WHITENING)[None])
         added = answers[0] - F.linear(keys, routed.weight, routed.bias)[0]
-        assert torch.allclose(added, plain.values[plain.value], atol=1e-4 * max(size, 1))
+        assert torch.allclose(added, plain.residuals[plain.key_to_residual], atol=1e-4 * max(size, 1))
 
 
 def test_a_lookup_goes_on_by_keys_inside_its_answer_and_only_near_ones() -> None:
@@ -321,14 +326,17 @@ def test_residuals_of_an_edit_are_what_it_adds_once_opened() -> None:
     for edit in range(3):
         for memory, kind in ((lookup, "lookup"), (change, "matrix")):
             expected = torch.stack([plain.added(key, edit, kind, inside=False) for key in keys])
-            torch.testing.assert_close(memory.residuals(keys, edit, inside), expected)
+            torch.testing.assert_close(memory.residuals_at(keys, edit, inside), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_memory_kept_in_half_precision_serves_models_of_any_type(dtype: torch.dtype) -> None:
     memory = Plain(2, keys_each=4).packed((1.0, 1.0), "lookup")
     exact = routed_matrix(linear(bias=True), memory)
-    kept = {name: tensor.half() if name in {"probes", "values"} else tensor for name, tensor in memory.tensors.items()}
+    kept = {
+        name: tensor.half() if name in {"whitened_keys", "residuals"} else tensor
+        for name, tensor in memory.tensors.items()
+    }
     routed = routed_matrix(linear(bias=True).to(dtype), replace(memory, tensors=kept))
     keys, answered = normal(5, 12, D_FF, seed=5).to(dtype), drawn(2, 5, 12)
     none = torch.zeros(5, 12, dtype=torch.bool)

@@ -39,13 +39,14 @@ _LARGEST = 2**36
 class SideMemory:
     """M side memories of one site and what opens them: where facts decide, every edit is a memory of its own.
 
-    ``tensors`` of a lookup: ``values`` (m, d) the residuals; ``value`` (n,) the one that each key adds; ``probes``
-    (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what together with the ``offset`` (n,) makes it comparable
-    with others; ``owner`` (n,) the edit it belongs to; ``metric`` (n,) the whitening it is seen through, of those that
-    ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
-    ``P = floor · I + directionsᵀ diag(gains) directions``. Of h matrices: ``columns`` (h, k) the input coordinates that
-    each reads; ``delta`` (h, d, k) its change ``Δ`` there; ``holder`` (M,), where facts decide, which of them holds
-    each edit.
+    ``tensors`` of a lookup of n keys: ``residuals`` (m, d), and ``key_to_residual`` (n,), the one that each key adds;
+    ``whitened_keys`` (n, d_ff), a key e as ``P e / √(eᵀP e)``, times what together with ``cosine_offset`` (n,) makes
+    it comparable with others; ``key_to_edit`` (n,), the edit that it is of; ``whitening_index`` (n,), the whitening P
+    that it is seen through. There are w whitenings ``P = floor · I + directionsᵀ diag(gains) directions``, of
+    ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,).
+
+    Of h matrices: ``columns`` (h, k), the input coordinates that each reads; ``delta`` (h, d, k), its change ``Δ``
+    there; ``edit_to_matrix`` (M,), where facts decide, which of them holds each edit.
 
     Where facts decide there is ``LATE_INTERACTION``, compared with the states that leave layer ``reads``. There may be
     ``SUBJECT_MATCH``, so that prompts must name an edit's subject, ``FUZZY_MATCH``, so that a slip in a name does no
@@ -158,7 +159,7 @@ class Memory(nn.Module):
         """
 
     @abstractmethod
-    def residuals(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
+    def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
         """What one memory adds at keys (n, width) once it is opened: (n, d).
 
         Args:

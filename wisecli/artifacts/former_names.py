@@ -1,0 +1,43 @@
+"""What files of earlier schemas call the tensors that they hold: of ``wise.memory/1`` and ``wise.shards/2``.
+
+Files are written with today's names, and read with either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+_TENSORS = {
+    "values": "residuals",
+    "value": "key_to_residual",
+    "probes": "whitened_keys",
+    "owner": "key_to_edit",
+    "offset": "cosine_offset",
+    "metric": "whitening_index",
+    "holder": "edit_to_matrix",
+}
+
+
+def current_name(name: str) -> str:
+    """Return today's name of a tensor."""
+    return _TENSORS.get(name, name)
+
+
+def current_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
+    """Return tensors, or what is known of each, by today's names."""
+    return {current_name(name): value for name, value in tensors.items()}
+
+
+def current_manifest(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what a ``router.json`` of schema ``wise.memory/1`` says, in today's words."""
+    memory = content.get("memory")
+    return {**content, "memory": current_description(memory)} if isinstance(memory, dict) else content
+
+
+def current_description(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description of a side memory, of a manifest or of a checkpoint's config, in today's words."""
+    tensors = described.get("tensors")
+    return {**described, **({"tensors": current_names(tensors)} if isinstance(tensors, dict) else {})}

@@ -40,14 +40,14 @@ class Finder:
         numbered = list(enumerate(edits))
         states = prompt_states(loaded, site, numbered, batch_size=32, on_progress=ignore_progress, stage="")
         fitted = fit_late_interaction(heads, states, len(edits))
-        self.meaning = LateInteraction(fitted.tensors, len(edits))
+        self.late_interaction = LateInteraction(fitted.tensors, len(edits))
         self.limits = torch.tensor(fitted.thresholds(MIN_EDIT_PROB))
 
     @torch.no_grad()
     def strength(self, texts: list[str]) -> torch.Tensor:
         """How strongly texts call edits, as multiples of their thresholds (texts, M)."""
         read = token_states(self.loaded, self.site, texts, batch_size=32, on_progress=ignore_progress, stage="")
-        return text_edit_probs(self.meaning, read.states.float(), read.text, len(texts)) / self.limits
+        return text_edit_probs(self.late_interaction, read.states.float(), read.text, len(texts)) / self.limits
 
 
 def silent(edits: list[Edit], records: list[Edit], chance: random.Random) -> dict[str, list[str]]:

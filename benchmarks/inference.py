@@ -64,18 +64,23 @@ def grown(model: PreTrainedModel, times: int) -> None:
     lookup: Any = model.get_submodule(model.config.wise["module"])
     edits, copies = len(lookup.thresholds), torch.arange(times, device=lookup.key_to_residual.device)
     lookup.thresholds *= times
-    meaning, prompts = lookup.meaning, len(lookup.meaning.whose)
-    head = (meaning.asking >= prompts).long()
+    late_interaction, prompts = lookup.late_interaction, len(lookup.late_interaction.prompt_to_edit)
+    head = (late_interaction.token_to_prompt >= prompts).long()
     # Prompts looked for as relations come behind all that are looked for as subjects.
-    asking = meaning.asking - head * prompts + copies[:, None] * prompts + head * prompts * times
-    numbered = {lookup: {"key_to_edit": edits}, meaning: {"whose": edits}, lookup.names: {"whose": edits}}
+    number = late_interaction.token_to_prompt - head * prompts
+    token_to_prompt = number + copies[:, None] * prompts + head * prompts * times
+    numbered = {
+        lookup: {"key_to_edit": edits},
+        late_interaction: {"prompt_to_edit": edits},
+        lookup.names: {"whose": edits},
+    }
     if lookup.names is not None:
         numbered[lookup.names]["named"] = len(lookup.names.whose)
     if lookup.spelling is not None:
         numbered[lookup.spelling] = {"whose": edits}
     repeated = {
         lookup: ("whitened_keys", "cosine_offset", "whitening_index", "key_to_residual"),
-        meaning: ("vectors", "shares"),
+        late_interaction: ("prompt_token_embeddings", "token_weights"),
         lookup.names: ("naming", "shares"),
         lookup.spelling: ("naming",),
     }
@@ -86,7 +91,7 @@ def grown(model: PreTrainedModel, times: int) -> None:
     for part, steps in numbered.items():
         for name, step in steps.items() if part is not None else ():
             setattr(part, name, (getattr(part, name) + copies[:, None] * step).flatten())
-    meaning.asking, meaning.edits = asking.flatten(), edits * times
+    late_interaction.token_to_prompt, late_interaction.edits = token_to_prompt.flatten(), edits * times
     if lookup.names is not None:
         lookup.names.edits = edits * times
     if lookup.request is not None:

@@ -254,15 +254,15 @@ def _meaning_for(
             states = states_of(model, site, 0, prompt)[kept].float()
             vectors.append(F.normalize(states @ turns[head].T + shifts[head], dim=-1))
     return {
-        "meaning.turns": turns,
-        "meaning.shifts": shifts,
-        "meaning.slopes": torch.full((2,), 4.0),
-        "meaning.bars": torch.full((2,), 0.5),
-        "meaning.vectors": torch.cat(vectors),
-        "meaning.asking": torch.cat([every.repeat_interleave(2), memories + every]),
-        "meaning.shares": torch.cat([torch.full((2 * memories,), 0.5), torch.ones(memories)]),
-        "meaning.whose": every,
-        "meaning.breaks": torch.tensor([1]),
+        "late_interaction.proj_weight": turns,
+        "late_interaction.proj_bias": shifts,
+        "late_interaction.logit_scale": torch.full((2,), 4.0),
+        "late_interaction.logit_offset": torch.full((2,), 0.5),
+        "late_interaction.prompt_token_embeddings": torch.cat(vectors),
+        "late_interaction.token_to_prompt": torch.cat([every.repeat_interleave(2), memories + every]),
+        "late_interaction.token_weights": torch.cat([torch.full((2 * memories,), 0.5), torch.ones(memories)]),
+        "late_interaction.prompt_to_edit": every,
+        "late_interaction.special_token_ids": torch.tensor([1]),
     }
 
 
@@ -305,21 +305,30 @@ def cosines_of(memory: SideMemory, key: Tensor) -> list[float]:
 
 def sure_by_loops(tensors: Mapping[str, Tensor], states: Tensor, edits: int) -> list[float]:
     """How surely one prompt's tokens (n, d) mean each edit, as the formula says it."""
-    prompts = len(tensors["meaning.whose"])
+    prompts = len(tensors["late_interaction.prompt_to_edit"])
     found = [0.0] * edits
     for prompt in range(prompts):
         sure = 1.0
         for head in range(2):
             score = 0.0
             for vector, asking, share in zip(
-                tensors["meaning.vectors"].float(), tensors["meaning.asking"], tensors["meaning.shares"], strict=True
+                tensors["late_interaction.prompt_token_embeddings"].float(),
+                tensors["late_interaction.token_to_prompt"],
+                tensors["late_interaction.token_weights"],
+                strict=True,
             ):
                 if int(asking) == prompt + head * prompts:
-                    turned = [tensors["meaning.turns"][head] @ x + tensors["meaning.shifts"][head] for x in states]
+                    turned = [
+                        tensors["late_interaction.proj_weight"][head] @ x + tensors["late_interaction.proj_bias"][head]
+                        for x in states
+                    ]
                     score += float(share) * max(float(F.cosine_similarity(vector, one, dim=0)) for one in turned)
-            slope, bar = float(tensors["meaning.slopes"][head]), float(tensors["meaning.bars"][head])
+            slope, bar = (
+                float(tensors["late_interaction.logit_scale"][head]),
+                float(tensors["late_interaction.logit_offset"][head]),
+            )
             sure *= float(torch.sigmoid(torch.tensor(slope * (score - bar))))
-        whose = int(tensors["meaning.whose"][prompt])
+        whose = int(tensors["late_interaction.prompt_to_edit"][prompt])
         found[whose] = max(found[whose], sure)
     return found
 

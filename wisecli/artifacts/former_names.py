@@ -18,6 +18,15 @@ _TENSORS = {
     "offset": "cosine_offset",
     "metric": "whitening_index",
     "holder": "edit_to_matrix",
+    "meaning.turns": "late_interaction.proj_weight",
+    "meaning.shifts": "late_interaction.proj_bias",
+    "meaning.slopes": "late_interaction.logit_scale",
+    "meaning.bars": "late_interaction.logit_offset",
+    "meaning.vectors": "late_interaction.prompt_token_embeddings",
+    "meaning.asking": "late_interaction.token_to_prompt",
+    "meaning.shares": "late_interaction.token_weights",
+    "meaning.whose": "late_interaction.prompt_to_edit",
+    "meaning.breaks": "late_interaction.special_token_ids",
 }
 
 

@@ -60,15 +60,15 @@ SUBJECT_MATCH: TensorRows = {
     "names.shares": TensorRow("float", ("q",)),
 }
 LATE_INTERACTION: TensorRows = {
-    "meaning.turns": TensorRow("float", (2, "projected", "hidden")),
-    "meaning.shifts": TensorRow("float", (2, "projected")),
-    "meaning.slopes": TensorRow("float", (2,)),
-    "meaning.bars": TensorRow("float", (2,)),
-    "meaning.vectors": TensorRow("float", ("tokens", "projected")),
-    "meaning.asking": TensorRow("int", ("tokens",), "asked twice"),
-    "meaning.shares": TensorRow("float", ("tokens",)),
-    "meaning.whose": TensorRow("int", ("asked",), "M"),
-    "meaning.breaks": TensorRow("int", ("breaks",)),
+    "late_interaction.proj_weight": TensorRow("float", (2, "projected", "hidden")),
+    "late_interaction.proj_bias": TensorRow("float", (2, "projected")),
+    "late_interaction.logit_scale": TensorRow("float", (2,)),
+    "late_interaction.logit_offset": TensorRow("float", (2,)),
+    "late_interaction.prompt_token_embeddings": TensorRow("float", ("tokens", "projected")),
+    "late_interaction.token_to_prompt": TensorRow("int", ("tokens",), "asked twice"),
+    "late_interaction.token_weights": TensorRow("float", ("tokens",)),
+    "late_interaction.prompt_to_edit": TensorRow("int", ("asked",), "M"),
+    "late_interaction.special_token_ids": TensorRow("int", ("breaks",)),
 }
 REQUEST_GATE: TensorRows = {
     "request.read": TensorRow("float", ("read", "hidden and 1")),
@@ -121,7 +121,7 @@ MASKED: dict[str, TensorRows] = {
 
 def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
     """The tensors of a side memory of a kind, with those optional ones that are among ``names``."""
-    if "meaning.turns" not in names:
+    if "late_interaction.proj_weight" not in names:
         return MATRIX
     named = SUBJECT_MATCH if "names.tokens" in names else {}
     asking = {**REQUEST_GATE, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}

@@ -238,13 +238,15 @@ def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
         replace(heads, logit_offset=torch.full((2,), 0.99), logit_scale=torch.full((2,), 1e4)), prompts, 3
     )
     assert strict.thresholds(0.5) == (0.5,) * 3
-    vectors = strict.tensors["meaning.vectors"].float()
+    vectors = strict.tensors["late_interaction.prompt_token_embeddings"].float()
     assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=2e-3)
     # Of edits with a subject its tokens are looked for as such, and the others as the relation's; of others, all twice.
     known = torch.tensor(["subject" in EDITS[edit] for edit in prompts.edit.tolist()])
     for head, own in enumerate((prompts.subject | ~known, ~prompts.subject | ~known)):
         turned = F.normalize(F.linear(prompts.states[own], heads.proj_weight[head], heads.proj_bias[head]), dim=-1)
-        kept = (strict.tensors["meaning.asking"] >= len(strict.tensors["meaning.whose"])) == bool(head)
+        kept = (
+            strict.tensors["late_interaction.token_to_prompt"] >= len(strict.tensors["late_interaction.prompt_to_edit"])
+        ) == bool(head)
         assert torch.allclose(vectors[kept], turned, atol=2e-3)
 
 

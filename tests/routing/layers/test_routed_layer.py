@@ -122,15 +122,15 @@ class Plain:
         """A prompt of one token for each edit, which nothing here asks."""
         every = torch.arange(len(self.changes))
         return {
-            "meaning.turns": normal(2, 3, D, seed=7),
-            "meaning.shifts": torch.zeros(2, 3),
-            "meaning.slopes": torch.ones(2),
-            "meaning.bars": torch.zeros(2),
-            "meaning.vectors": normal(2 * len(every), 3, seed=8),
-            "meaning.asking": torch.arange(2 * len(every)),
-            "meaning.shares": torch.ones(2 * len(every)),
-            "meaning.whose": every,
-            "meaning.breaks": torch.tensor([0]),
+            "late_interaction.proj_weight": normal(2, 3, D, seed=7),
+            "late_interaction.proj_bias": torch.zeros(2, 3),
+            "late_interaction.logit_scale": torch.ones(2),
+            "late_interaction.logit_offset": torch.zeros(2),
+            "late_interaction.prompt_token_embeddings": normal(2 * len(every), 3, seed=8),
+            "late_interaction.token_to_prompt": torch.arange(2 * len(every)),
+            "late_interaction.token_weights": torch.ones(2 * len(every)),
+            "late_interaction.prompt_to_edit": every,
+            "late_interaction.special_token_ids": torch.tensor([0]),
         }
 
     def cosines(self, key: Tensor) -> list[float]:

@@ -52,7 +52,7 @@ class FactDecision(Memory):
     def __init__(self, memory: SideMemory) -> None:
         super().__init__(memory)
         edits, tensors = len(memory.thresholds), memory.tensors
-        self.meaning = LateInteraction(tensors, edits)
+        self.late_interaction = LateInteraction(tensors, edits)
         self.names = SubjectMatch(tensors, edits) if SUBJECT_MATCH[0] in tensors else None
         slips = self.names is not None and FUZZY_MATCH[0] in tensors
         self.spelling = FuzzyMatch(tensors) if slips else None
@@ -66,15 +66,19 @@ class FactDecision(Memory):
         ids, non_padding = window.ids, window.non_padding
         first = torch.zeros_like(non_padding)
         first[:, 0] = non_padding[:, 0]
-        compared = compared_tokens(ids, non_padding, first, self.meaning.breaks)
-        projected = self.meaning.project(window.states, compared)
+        compared = compared_tokens(ids, non_padding, first, self.late_interaction.special_token_ids)
+        projected = self.late_interaction.project(window.states, compared)
         # Attention rests on the first token of all, which may be of the name none the less.
-        fuzzy_tokens = compared_tokens(ids, non_padding, torch.zeros_like(non_padding), self.meaning.breaks)
-        decision = self._most_likely(window, self.meaning.edit_probs(projected).float(), non_padding, fuzzy_tokens)
+        fuzzy_tokens = compared_tokens(
+            ids, non_padding, torch.zeros_like(non_padding), self.late_interaction.special_token_ids
+        )
+        decision = self._most_likely(
+            window, self.late_interaction.edit_probs(projected).float(), non_padding, fuzzy_tokens
+        )
         if self.request is None:
             return decision
         decision = self._without_unasked(self.request, _ComparedTokens(window, compared, projected), decision)
-        earlier = earlier_turn_tokens(ids, non_padding, compared, self.meaning.breaks)
+        earlier = earlier_turn_tokens(ids, non_padding, compared, self.late_interaction.special_token_ids)
         rows = ((decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
         if not len(rows):
             return decision
@@ -111,9 +115,9 @@ class FactDecision(Memory):
             last, before: the tokens of the last turn and of those (B, T).
         """
         compared = last | before
-        projected = self.meaning.project(window.states, compared)
+        projected = self.late_interaction.project(window.states, compared)
         in_last_turn = last.gather(1, marked_to_front(compared)[0])
-        edit_probs = self.meaning.edit_probs(projected, in_last_turn).float()
+        edit_probs = self.late_interaction.edit_probs(projected, in_last_turn).float()
         return self._without_unasked(
             gate,
             _ComparedTokens(window, compared, projected),
@@ -134,14 +138,15 @@ class FactDecision(Memory):
         rows = (decision.memory != UNROUTED).nonzero().flatten()
         if len(rows):
             mentions = []
-            opens = starts_with_word(window.ids, window.non_padding, mask, self.meaning.breaks)
-            for row, edit in zip(rows.tolist(), decision.memory[rows].tolist(), strict=True):
-                tokens, edit_tokens = projected.mask[row], self.meaning.edit_tokens(edit)
+            opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
+            edit_tokens = self.late_interaction.edit_tokens(decision.memory[rows])
+            for row, own in zip(rows.tolist(), edit_tokens, strict=True):
+                tokens = projected.mask[row]
                 marks = None if earlier is None else earlier[row, tokens]
                 first = window.states[row, 0].float() if opens[row] else None
                 mentions.append(
                     mention_features(
-                        projected.states[row, tokens], projected.projected[:, row, tokens], *edit_tokens, marks, first
+                        projected.states[row, tokens], projected.projected[:, row, tokens], *own, marks, first
                     )
                 )
             ask_probs[rows] = gate(batch_mentions(mentions), decision.memory[rows]).sigmoid()

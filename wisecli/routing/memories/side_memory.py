@@ -27,7 +27,7 @@ FACTS, NORM = "meaning", "norm"
 _DECIDED = {"lookup": (FACTS,), "matrix": (FACTS, NORM)}
 _ROUTING = {"last": "sequence", "mean": "mean"}
 # A tensor that there is where facts decide.
-_OF_FACTS = "meaning.turns"
+_OF_FACTS = "late_interaction.proj_weight"
 # Settings that only some memories have.
 _OPTIONAL = ("reads", "activated")
 # What a description may allocate: these types, and so many numbers a tensor.

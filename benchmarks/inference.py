@@ -72,17 +72,17 @@ def grown(model: PreTrainedModel, times: int) -> None:
     numbered = {
         lookup: {"key_to_edit": edits},
         late_interaction: {"prompt_to_edit": edits},
-        lookup.names: {"whose": edits},
+        lookup.subject_match: {"name_to_edit": edits},
     }
-    if lookup.names is not None:
-        numbered[lookup.names]["named"] = len(lookup.names.whose)
-    if lookup.spelling is not None:
-        numbered[lookup.spelling] = {"whose": edits}
+    if lookup.subject_match is not None:
+        numbered[lookup.subject_match]["entry_to_name"] = len(lookup.subject_match.name_to_edit)
+    if lookup.fuzzy_match is not None:
+        numbered[lookup.fuzzy_match] = {"entry_to_edit": edits}
     repeated = {
         lookup: ("whitened_keys", "cosine_offset", "whitening_index", "key_to_residual"),
         late_interaction: ("prompt_token_embeddings", "token_weights"),
-        lookup.names: ("naming", "shares"),
-        lookup.spelling: ("naming",),
+        lookup.subject_match: ("entry_to_word", "word_weights"),
+        lookup.fuzzy_match: ("entry_to_word",),
     }
     for part, names in repeated.items():
         for name in names if part is not None else ():
@@ -92,8 +92,8 @@ def grown(model: PreTrainedModel, times: int) -> None:
         for name, step in steps.items() if part is not None else ():
             setattr(part, name, (getattr(part, name) + copies[:, None] * step).flatten())
     late_interaction.token_to_prompt, late_interaction.edits = token_to_prompt.flatten(), edits * times
-    if lookup.names is not None:
-        lookup.names.edits = edits * times
+    if lookup.subject_match is not None:
+        lookup.subject_match.edits = edits * times
     if lookup.request is not None:
         lookup.request.bars = lookup.request.bars.repeat(times)
 

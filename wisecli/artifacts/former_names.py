@@ -27,6 +27,16 @@ _TENSORS = {
     "meaning.shares": "late_interaction.token_weights",
     "meaning.whose": "late_interaction.prompt_to_edit",
     "meaning.breaks": "late_interaction.special_token_ids",
+    "names.tokens": "subject_match.token_ids",
+    "names.words": "subject_match.token_to_word",
+    "names.whose": "subject_match.name_to_edit",
+    "names.named": "subject_match.entry_to_name",
+    "names.naming": "subject_match.entry_to_word",
+    "names.shares": "subject_match.word_weights",
+    "spelling.table": "fuzzy_match.token_characters",
+    "spelling.words": "fuzzy_match.subject_words",
+    "spelling.naming": "fuzzy_match.entry_to_word",
+    "spelling.whose": "fuzzy_match.entry_to_edit",
 }
 
 

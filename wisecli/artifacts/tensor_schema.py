@@ -52,12 +52,12 @@ KEY: TensorRows = {
     "floors": TensorRow("float", ("w",)),
 }
 SUBJECT_MATCH: TensorRows = {
-    "names.tokens": TensorRow("int", ("v",)),
-    "names.words": TensorRow("int", ("v",), "v"),
-    "names.whose": TensorRow("int", ("g",), "M"),
-    "names.named": TensorRow("int", ("q",), "g"),
-    "names.naming": TensorRow("int", ("q",), "v"),
-    "names.shares": TensorRow("float", ("q",)),
+    "subject_match.token_ids": TensorRow("int", ("v",)),
+    "subject_match.token_to_word": TensorRow("int", ("v",), "v"),
+    "subject_match.name_to_edit": TensorRow("int", ("g",), "M"),
+    "subject_match.entry_to_name": TensorRow("int", ("q",), "g"),
+    "subject_match.entry_to_word": TensorRow("int", ("q",), "v"),
+    "subject_match.word_weights": TensorRow("float", ("q",)),
 }
 LATE_INTERACTION: TensorRows = {
     "late_interaction.proj_weight": TensorRow("float", (2, "projected", "hidden")),
@@ -78,10 +78,10 @@ REQUEST_GATE: TensorRows = {
     "request.out": TensorRow("float", (1, "mixed and 1")),
 }
 FUZZY_MATCH: TensorRows = {
-    "spelling.table": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
-    "spelling.words": TensorRow("byte", ("spelt", WORD_CHARS)),
-    "spelling.naming": TensorRow("int", ("spellings",), "spelt"),
-    "spelling.whose": TensorRow("int", ("spellings",), "M"),
+    "fuzzy_match.token_characters": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
+    "fuzzy_match.subject_words": TensorRow("byte", ("spelt", WORD_CHARS)),
+    "fuzzy_match.entry_to_word": TensorRow("int", ("spellings",), "spelt"),
+    "fuzzy_match.entry_to_edit": TensorRow("int", ("spellings",), "M"),
 }
 HEADS: TensorRows = {
     "heads.turns": TensorRow("float", (2, "k", "hidden")),
@@ -123,7 +123,7 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
     """The tensors of a side memory of a kind, with those optional ones that are among ``names``."""
     if "late_interaction.proj_weight" not in names:
         return MATRIX
-    named = SUBJECT_MATCH if "names.tokens" in names else {}
+    named = SUBJECT_MATCH if "subject_match.token_ids" in names else {}
     asking = {**REQUEST_GATE, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}
     held = {**LOOKUP, **KEY} if kind == FactMemory.kind else HOLDING
     return {
@@ -131,7 +131,7 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
         **LATE_INTERACTION,
         **named,
         **asking,
-        **(FUZZY_MATCH if named and "spelling.table" in names else {}),
+        **(FUZZY_MATCH if named and "fuzzy_match.token_characters" in names else {}),
     }
 
 

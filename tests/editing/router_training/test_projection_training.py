@@ -137,9 +137,9 @@ def test_shards_keep_what_prompts_mean_and_memories_open_by_it(
     assert (memory.kind, memory.by_edit) == ("lookup", True)
     # Of the first edit's subject: the tokenizer does not know the third's.
     assert material.unrelated.token_characters is not None
-    assert torch.equal(memory.tensors["spelling.table"], material.unrelated.token_characters)
-    assert memory.tensors["spelling.whose"].tolist() == [0, 0]
-    assert memory.tensors["spelling.words"].shape == (2, WORD_CHARS)
+    assert torch.equal(memory.tensors["fuzzy_match.token_characters"], material.unrelated.token_characters)
+    assert memory.tensors["fuzzy_match.entry_to_edit"].tolist() == [0, 0]
+    assert memory.tensors["fuzzy_match.subject_words"].shape == (2, WORD_CHARS)
     assert run("verify", "shards") == run("verify", "memory") == 0
     assert run("export") == run("verify", "edited") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "edited", trust_remote_code=True)
@@ -157,8 +157,8 @@ def test_letters_go_with_their_edits_and_where_names_have_no_say(
 ) -> None:
     def kept(place: str) -> list[int]:
         tensors = read_memory(tmp_path / place).memory.tensors
-        assert ("spelling.table" in tensors) == ("spelling.whose" in tensors)
-        return tensors["spelling.whose"].tolist() if "spelling.whose" in tensors else []
+        assert ("fuzzy_match.token_characters" in tensors) == ("fuzzy_match.entry_to_edit" in tensors)
+        return tensors["fuzzy_match.entry_to_edit"].tolist() if "fuzzy_match.entry_to_edit" in tensors else []
 
     assert run("merge", "shards", "-o", "any", "--subjects", "any") == run("verify", "any") == 0
     assert kept("any") == []
@@ -182,20 +182,20 @@ def test_shards_that_do_not_know_letters_are_merged_as_they_were(
     (shards / "shards.json").write_text(json.dumps(content))
     assert run("merge", "shards") == run("verify", "shards") == run("verify", "memory") == 0
     tensors = read_memory(tmp_path / "memory").memory.tensors
-    assert not {name for name in tensors if name.startswith("spelling.")}
-    assert "names.tokens" in tensors
+    assert not {name for name in tensors if name.startswith("fuzzy_match.")}
+    assert "subject_match.token_ids" in tensors
 
 
 @pytest.mark.parametrize(
     ("tensor", "change"),
     [
-        ("spelling.whose", lambda tensor: tensor + 3),
-        ("spelling.naming", lambda tensor: tensor - 1),
-        ("spelling.naming", lambda tensor: tensor[:-1]),
-        ("spelling.words", lambda tensor: tensor.int()),
-        ("spelling.words", lambda tensor: tensor.repeat(1, 2)),
-        ("spelling.table", lambda tensor: tensor[:0]),
-        ("spelling.table", None),
+        ("fuzzy_match.entry_to_edit", lambda tensor: tensor + 3),
+        ("fuzzy_match.entry_to_word", lambda tensor: tensor - 1),
+        ("fuzzy_match.entry_to_word", lambda tensor: tensor[:-1]),
+        ("fuzzy_match.subject_words", lambda tensor: tensor.int()),
+        ("fuzzy_match.subject_words", lambda tensor: tensor.repeat(1, 2)),
+        ("fuzzy_match.token_characters", lambda tensor: tensor[:0]),
+        ("fuzzy_match.token_characters", None),
     ],
 )
 def test_letters_that_cannot_be_right_are_refused(

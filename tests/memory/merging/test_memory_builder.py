@@ -381,8 +381,8 @@ def test_prompts_must_name_the_subjects_that_are_known() -> None:
     foreign = material.evidence.edit == 2
     for own, expected in ((material, [0, 2]), (in_other_languages(material, foreign), [0])):
         tensors = built_lookup(own)[0].tensors
-        assert tensors["names.whose"].tolist() == expected
-        assert tensors["names.tokens"].tolist() == [*expected, *(50 + number for number in expected)]
+        assert tensors["subject_match.name_to_edit"].tolist() == expected
+        assert tensors["subject_match.token_ids"].tolist() == [*expected, *(50 + number for number in expected)]
     assert not set(SUBJECT_MATCH) & built_lookup(material, subjects="any")[0].tensors.keys()
     assert not set(SUBJECT_MATCH) & built_lookup(replace(material, subjects=named_subjects()))[0].tensors.keys()
 
@@ -396,10 +396,10 @@ def test_only_subjects_that_must_be_named_are_spelt() -> None:
     foreign = material.evidence.edit == 2
     for own, expected in ((material, [0, 2, 3]), (in_other_languages(material, foreign), [0, 3])):
         tensors = naming(own, settings)
-        assert tensors["spelling.whose"].tolist() == expected
-        spelt = tensors["spelling.words"][tensors["spelling.naming"]]
+        assert tensors["fuzzy_match.entry_to_edit"].tolist() == expected
+        spelt = tensors["fuzzy_match.subject_words"][tensors["fuzzy_match.entry_to_word"]]
         assert torch.equal(spelt[:, :TOKEN_CHARS], letters[expected])
-        assert tensors["spelling.table"] is letters
+        assert tensors["fuzzy_match.token_characters"] is letters
     unspelt = replace(material, unrelated=replace(material.unrelated, token_characters=None))
     assert naming(unspelt, settings).keys() == set(SUBJECT_MATCH)
     assert naming(material, MergeSettings(subjects="any")) == {}

@@ -431,5 +431,5 @@ def test_rows_with_padding_are_named_as_they_are_alone(spelt: EditedModel, monke
 def test_memories_without_letters_ask_for_the_name_as_it_is(named: EditedModel, spelt: EditedModel) -> None:
     assert isinstance(named.routed, FactMemory)
     assert isinstance(spelt.routed, FactMemory)
-    assert named.routed.spelling is None
-    assert spelt.routed.spelling is not None
+    assert named.routed.fuzzy_match is None
+    assert spelt.routed.fuzzy_match is not None

@@ -53,9 +53,9 @@ class FactDecision(Memory):
         super().__init__(memory)
         edits, tensors = len(memory.thresholds), memory.tensors
         self.late_interaction = LateInteraction(tensors, edits)
-        self.names = SubjectMatch(tensors, edits) if SUBJECT_MATCH[0] in tensors else None
-        slips = self.names is not None and FUZZY_MATCH[0] in tensors
-        self.spelling = FuzzyMatch(tensors) if slips else None
+        self.subject_match = SubjectMatch(tensors, edits) if SUBJECT_MATCH[0] in tensors else None
+        slips = self.subject_match is not None and FUZZY_MATCH[0] in tensors
+        self.fuzzy_match = FuzzyMatch(tensors) if slips else None
         self.request = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
 
     def decide(self, window: WindowStates) -> Decision:
@@ -98,11 +98,11 @@ class FactDecision(Memory):
             fuzzy_tokens: those that may name it with a slip (B, T).
         """
         matched, gated_edit_probs = None, edit_probs
-        if self.names is not None:
-            matched = self.names(window.ids, naming_tokens)
-            if self.spelling is not None:
-                letters = self.spelling.characters(window.ids, fuzzy_tokens)
-                matched = matched | self.spelling(letters, self.above_threshold(edit_probs) & ~matched)
+        if self.subject_match is not None:
+            matched = self.subject_match(window.ids, naming_tokens)
+            if self.fuzzy_match is not None:
+                letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
+                matched = matched | self.fuzzy_match(letters, self.above_threshold(edit_probs) & ~matched)
             gated_edit_probs = edit_probs * matched
         score_ratio, nearest = self.best_score_ratio(gated_edit_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)

@@ -94,8 +94,8 @@ def grown(model: PreTrainedModel, times: int) -> None:
     late_interaction.token_to_prompt, late_interaction.edits = token_to_prompt.flatten(), edits * times
     if lookup.subject_match is not None:
         lookup.subject_match.edits = edits * times
-    if lookup.request is not None:
-        lookup.request.bars = lookup.request.bars.repeat(times)
+    if lookup.request_gate is not None:
+        lookup.request_gate.logit_offset = lookup.request_gate.logit_offset.repeat(times)
 
 
 def seconds(way: Way, model: PreTrainedModel, rows: BatchEncoding) -> float:

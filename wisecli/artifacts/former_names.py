@@ -37,6 +37,18 @@ _TENSORS = {
     "spelling.words": "fuzzy_match.subject_words",
     "spelling.naming": "fuzzy_match.entry_to_word",
     "spelling.whose": "fuzzy_match.entry_to_edit",
+    **{f"request.{part}": f"request_gate.{part}" for part in ("read", "attend", "value", "mix", "out")},
+    "request.bars": "request_gate.logit_offset",
+    "heads.turns": "heads.proj_weight",
+    "heads.shifts": "heads.proj_bias",
+    "heads.weighs": "heads.token_weight",
+    "heads.offsets": "heads.token_bias",
+    "heads.slopes": "heads.logit_scale",
+    "heads.bars": "heads.logit_offset",
+    "heads.breaks": "heads.special_token_ids",
+    "size": "median_output_norm",
+    "letters": "token_characters",
+    "against": "writer_keys",
 }
 
 

@@ -68,14 +68,14 @@ LATE_INTERACTION: TensorRows = {
     "late_interaction.token_to_prompt": TensorRow("int", ("tokens",), "asked twice"),
     "late_interaction.token_weights": TensorRow("float", ("tokens",)),
     "late_interaction.prompt_to_edit": TensorRow("int", ("asked",), "M"),
-    "late_interaction.special_token_ids": TensorRow("int", ("breaks",)),
+    "late_interaction.special_token_ids": TensorRow("int", ("special",)),
 }
 REQUEST_GATE: TensorRows = {
-    "request.read": TensorRow("float", ("read", "hidden and 1")),
-    "request.attend": TensorRow("float", ("attended", "seen")),
-    "request.value": TensorRow("float", ("values", "seen")),
-    "request.mix": TensorRow("float", ("mixed", "values and 1")),
-    "request.out": TensorRow("float", (1, "mixed and 1")),
+    "request_gate.read": TensorRow("float", ("read", "hidden and 1")),
+    "request_gate.attend": TensorRow("float", ("attended", "seen")),
+    "request_gate.value": TensorRow("float", ("values", "seen")),
+    "request_gate.mix": TensorRow("float", ("mixed", "values and 1")),
+    "request_gate.out": TensorRow("float", (1, "mixed and 1")),
 }
 FUZZY_MATCH: TensorRows = {
     "fuzzy_match.token_characters": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
@@ -84,13 +84,13 @@ FUZZY_MATCH: TensorRows = {
     "fuzzy_match.entry_to_edit": TensorRow("int", ("spellings",), "M"),
 }
 HEADS: TensorRows = {
-    "heads.turns": TensorRow("float", (2, "k", "hidden")),
-    "heads.shifts": TensorRow("float", (2, "k")),
-    "heads.weighs": TensorRow("float", (2, "hidden")),
-    "heads.offsets": TensorRow("float", (2,)),
-    "heads.slopes": TensorRow("float", (2,)),
-    "heads.bars": TensorRow("float", (2,)),
-    "heads.breaks": TensorRow("int", ("breaks",)),
+    "heads.proj_weight": TensorRow("float", (2, "k", "hidden")),
+    "heads.proj_bias": TensorRow("float", (2, "k")),
+    "heads.token_weight": TensorRow("float", (2, "hidden")),
+    "heads.token_bias": TensorRow("float", (2,)),
+    "heads.logit_scale": TensorRow("float", (2,)),
+    "heads.logit_offset": TensorRow("float", (2,)),
+    "heads.special_token_ids": TensorRow("int", ("special",)),
     "heads.layer": TensorRow("int", (1,)),
     "heads.unrelated": TensorRow("float", ("unrelated", "hidden")),
     "heads.text": TensorRow("int", ("unrelated",)),
@@ -124,13 +124,13 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
     if "late_interaction.proj_weight" not in names:
         return MATRIX
     named = SUBJECT_MATCH if "subject_match.token_ids" in names else {}
-    asking = {**REQUEST_GATE, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}
+    gate = {**REQUEST_GATE, "request_gate.logit_offset": TensorRow("float", ("M",))}
     held = {**LOOKUP, **KEY} if kind == FactMemory.kind else HOLDING
     return {
         **held,
         **LATE_INTERACTION,
         **named,
-        **asking,
+        **(gate if "request_gate.read" in names else {}),
         **(FUZZY_MATCH if named and "fuzzy_match.token_characters" in names else {}),
     }
 
@@ -140,7 +140,7 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
     rows = {
         "keys": TensorRow("float", ("u", "d_ff")),
         "chat": TensorRow("bool", ("u",)),
-        "size": TensorRow("float", (1,)),
+        "median_output_norm": TensorRow("float", (1,)),
     }
     for moment in ("tokens", "wording", "chatting"):
         if moment != "chatting" or "chatting.energy" in names:
@@ -148,15 +148,15 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
             rows[f"{moment}.variances"] = TensorRow("float", (rank,))
             rows[f"{moment}.directions"] = TensorRow("float", (rank, "d_ff"))
             rows[f"{moment}.energy"] = TensorRow("float", (1,))
-    if "heads.turns" in names:
+    if "heads.proj_weight" in names:
         rows |= HEADS
-    if "request.read" in names:
+    if "request_gate.read" in names:
         rows |= REQUEST_GATE
     if "heads.mentioned" in names:
         rows |= MENTIONED
-    if "letters" in names:
-        rows["letters"] = TensorRow("byte", ("vocabulary", TOKEN_CHARS))
-    return {**rows, **({"against": TensorRow("float", ("m", "d_ff"))} if "against" in names else {})}
+    if "token_characters" in names:
+        rows["token_characters"] = TensorRow("byte", ("vocabulary", TOKEN_CHARS))
+    return {**rows, **({"writer_keys": TensorRow("float", ("m", "d_ff"))} if "writer_keys" in names else {})}
 
 
 def layouts(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:

@@ -176,7 +176,7 @@ def test_shards_that_do_not_know_letters_are_merged_as_they_were(
     content = json.loads((shards / "shards.json").read_text())
     del content["subject_tokens"]
     statistics = shards / content["unrelated"]["file"]
-    kept = {name: tensor for name, tensor in load_tensors(statistics).items() if name != "letters"}
+    kept = {name: tensor for name, tensor in load_tensors(statistics).items() if name != "token_characters"}
     save_tensors(statistics, kept)
     content["unrelated"]["sha256"] = sha256_file(statistics)
     (shards / "shards.json").write_text(json.dumps(content))

@@ -23,7 +23,7 @@ _OWN, _JUST = 0.9, 0.99
 _OTHER, _LEAST = 1e-4, 5e-3
 # The forms of kept prompts from this on are in other languages.
 _OTHER_LANGUAGES = 4
-# How far below the log-odds of its own prompt an edit's bar lies, if that is below nought, and how low it may.
+# How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
 _LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
 # Prompts that are compared at a time: the fewer, the fewer edits are like any of them; and tokens read at a time.
 _AT_A_TIME, _TOKENS = 64, 1 << 15
@@ -106,12 +106,12 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
     """The tensors of the gate between what is asked and what is mentioned; none if the base model's was not learned.
 
     A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
-    likely, its bar lies below that.
+    likely, its offset lies below that.
 
     Args:
         tensors: all of ``LATE_INTERACTION``.
     """
-    if not heads.request:
+    if not heads.request_gate:
         return {}
     edits = (
         int(tensors["late_interaction.prompt_to_edit"].max()) + 1
@@ -119,7 +119,7 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
         else 0
     )
     late_interaction, logit_offset = LateInteraction(tensors, edits), torch.zeros(edits)
-    gate = RequestGate({**heads.request, LOGIT_OFFSET: logit_offset})
+    gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
     first_states, prompts = prompts.openings, prompts.compared
     # As it is written, and in other languages.
     written = prompts.rows((prompts.form == 0) | (prompts.form >= _OTHER_LANGUAGES))
@@ -139,7 +139,7 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
         ]
         lower = (gate.log_odds(batch_mentions(mentions)) - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
         logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")
-    return {**heads.request, LOGIT_OFFSET: logit_offset}
+    return {**heads.request_gate, LOGIT_OFFSET: logit_offset}
 
 
 def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:

@@ -56,7 +56,7 @@ class FactDecision(Memory):
         self.subject_match = SubjectMatch(tensors, edits) if SUBJECT_MATCH[0] in tensors else None
         slips = self.subject_match is not None and FUZZY_MATCH[0] in tensors
         self.fuzzy_match = FuzzyMatch(tensors) if slips else None
-        self.request = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
+        self.request_gate = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
 
     def decide(self, window: WindowStates) -> Decision:
         """The edit that each prompt asks.
@@ -75,16 +75,16 @@ class FactDecision(Memory):
         decision = self._most_likely(
             window, self.late_interaction.edit_probs(projected).float(), non_padding, fuzzy_tokens
         )
-        if self.request is None:
+        if self.request_gate is None:
             return decision
-        decision = self._without_unasked(self.request, _ComparedTokens(window, compared, projected), decision)
+        decision = self._without_unasked(self.request_gate, _ComparedTokens(window, compared, projected), decision)
         earlier = earlier_turn_tokens(ids, non_padding, compared, self.late_interaction.special_token_ids)
         rows = ((decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
         if not len(rows):
             return decision
         some = WindowStates(ids[rows], non_padding[rows], window.states[rows])
         return _with_rows_replaced(
-            decision, rows, self._with_earlier_turns(self.request, some, compared[rows], earlier[rows])
+            decision, rows, self._with_earlier_turns(self.request_gate, some, compared[rows], earlier[rows])
         )
 
     def _most_likely(

@@ -120,7 +120,7 @@ def make_memory(memory: Path, base: Path, kind: str) -> None:
     checkpoint = Checkpoint(base)
     site = find_site(base, checkpoint)
     if kind == "lookup":
-        packed = SideMemory(lookup_tensors(), (0.3,) * EDITS, kind, reads=0)
+        packed = SideMemory(lookup_tensors(), (0.3,) * EDITS, kind, state_layer=0)
     else:
         change = {"columns": torch.arange(0, D_FF, 2)[None], "delta": torch.randn(1, D, D_FF // 2)}
         packed = SideMemory(change, (0.3,))

@@ -83,7 +83,7 @@ def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
         revision="abc",
         fingerprint=Fingerprint("1" * 64, "2" * 64),
         site=MatrixSite("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=4, d_ff=6),
-        memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), kind, reads=1),
+        memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), kind, state_layer=1),
         calibrations=calibrations,
         owners=(("a",), ("b",))[:memories],
         merge={"method": "ties", "density": 0.5},
@@ -128,7 +128,7 @@ def test_a_memory_survives_being_written(tmp_path: Path, file: str, prefix: str,
     for name, tensor in manifest.memory.tensors.items():
         assert loaded.memory.tensors[name].dtype == tensor.dtype
         assert torch.equal(loaded.memory.tensors[name], tensor)
-    for name in ("thresholds", "kind", "pooling", "reads"):
+    for name in ("thresholds", "kind", "pooling", "state_layer"):
         assert getattr(loaded.memory, name) == getattr(manifest.memory, name)
 
 
@@ -138,7 +138,7 @@ def test_the_manifest_tells_what_each_memory_is_for(tmp_path: Path) -> None:
     content = json.loads((tmp_path / MANIFEST_NAME).read_text(encoding="utf-8"))
     assert content["schema"] == "wise.memory/2"
     assert content["base"] == {"model": "someone/model", "revision": "abc", "matrix": "1" * 64, "config": "2" * 64}
-    assert (content["routing"], content["site"]["layer"]) == ("sequence", 2)
+    assert (content["memory"]["pooling"], content["site"]["layer"]) == ("last", 2)
     for record, owned, calibration in zip(content["memories"], manifest.owners, manifest.calibrations, strict=True):
         assert (record["kind"], record["router"], record["edits"]) == ("matrix", "norm", list(owned))
         assert record["threshold"] == calibration.threshold

@@ -423,7 +423,7 @@ def test_a_description_cannot_ask_for_tensors_that_no_memory_has(
     layout: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("something was allocated"))
-    described = {"thresholds": [1.0], "router": "norm", "routing": "mean", "kind": "matrix", "sharpness": 0.0}
+    described = {"thresholds": [1.0], "router": "norm", "pooling": "mean", "kind": "matrix"}
     with pytest.raises(ValueError, match="tensor delta cannot be right"):
         SideMemory.from_description({**described, "tensors": {"delta": layout}})
 

@@ -235,7 +235,7 @@ def test_the_papers_preset_runs_the_whole_way(wise: Wise, ready: Ready) -> None:
     assert merged.code == 0
     assert "false alarms not known" in merged.out
     memory = manifest(Path("memory"))
-    assert (memory["routing"], memory["memories"][0]["router"]) == ("mean", "norm")
+    assert (memory["memory"]["pooling"], memory["memories"][0]["router"]) == ("mean", "norm")
     assert memory["memories"][0]["false_alarms"] is None
     assert "unrelated ones above" not in wise("inspect", "memory", "--plot", "scores.png").out
     assert memory["memories"][0]["rule"] == "minimum"

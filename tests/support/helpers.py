@@ -207,7 +207,7 @@ def memory_for(
     if kind == "lookup":
         tensors = {**_keys_for(sample, memories, generator), **_meaning_for(model, site, memories, generator)}
         tensors["residuals"] = torch.randn(2 * memories, site.d, generator=generator) * 6
-        draft = SideMemory(tensors, (1.0,) * memories, kind, reads=0)
+        draft = SideMemory(tensors, (1.0,) * memories, kind, state_layer=0)
     else:
         width = site.d_ff // 2
         columns = torch.stack([torch.randperm(site.d_ff, generator=generator)[:width] for _ in range(memories)])
@@ -215,8 +215,8 @@ def memory_for(
         tensors = {"columns": columns, "delta": delta}
         if kind == "facts":
             tensors |= {"edit_to_matrix": torch.arange(memories), **_meaning_for(model, site, memories, generator)}
-        reads = 0 if kind == "facts" else None
-        draft = SideMemory(tensors, (1.0,) * memories, "matrix", pooling, reads=reads)
+        state_layer = 0 if kind == "facts" else None
+        draft = SideMemory(tensors, (1.0,) * memories, "matrix", pooling, state_layer=state_layer)
     scores = torch.tensor([scores_of(model, site, draft, prompt) for prompt in prompts])
     return replace(draft, thresholds=tuple(map(clear_threshold, scores.T)))
 
@@ -344,11 +344,11 @@ def scores_of(model: PreTrainedModel, site: MatrixSite, memory: SideMemory, prom
             sum(float(update_of(memory, number, key).norm()) for key in some) / len(some)
             for number in range(len(memory.thresholds))
         ]
-    assert memory.reads is not None, "a lookup reads a layer"
+    assert memory.state_layer is not None, "a lookup reads a layer"
     breaks = [place for place, token in enumerate(prompt) if token == 1]
     first = next((place + 1 for place in reversed(breaks) if len(prompt) - place > 4), 0)
     kept = [place for place in range(first, len(prompt)) if place > 0 and place not in breaks] or [0]
-    states = states_of(model, site, memory.reads, prompt)[kept].float()
+    states = states_of(model, site, memory.state_layer, prompt)[kept].float()
     return sure_by_loops(memory.tensors, states, len(memory.thresholds))
 
 

@@ -50,6 +50,10 @@ _TENSORS = {
     "letters": "token_characters",
     "against": "writer_keys",
 }
+# Of a description of a memory: its fields, and what they say.
+_FIELDS = {"routing": "pooling", "reads": "state_layer"}
+_MARKS = {"opener": "opener_token_ids", "turns": "turn_token_ids", "breaks": "special_token_ids"}
+_WORDS = {"meaning": "late-interaction", "sequence": "last"}
 
 
 def current_name(name: str) -> str:
@@ -64,11 +68,35 @@ def current_names(tensors: Mapping[str, Value]) -> dict[str, Value]:
 
 def current_manifest(content: dict[str, Any]) -> dict[str, Any]:
     """Return what a ``router.json`` of schema ``wise.memory/1`` says, in today's words."""
-    memory = content.get("memory")
-    return {**content, "memory": current_description(memory)} if isinstance(memory, dict) else content
+    memory, entries = content.get("memory"), content.get("memories")
+    found = {name: value for name, value in content.items() if name != "routing"}
+    if isinstance(memory, dict):
+        found["memory"] = current_description(memory)
+    if isinstance(entries, list):
+        found["memories"] = [current_description(one) if isinstance(one, dict) else one for one in entries]
+    return found
 
 
 def current_description(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a description of a side memory, of a manifest or of a checkpoint's config, in today's words."""
-    tensors = described.get("tensors")
-    return {**described, **({"tensors": current_names(tensors)} if isinstance(tensors, dict) else {})}
+    """Return a description of a side memory, of a manifest or of a checkpoint's config, in today's words.
+
+    Raises:
+        ValueError: its edits open in a way of version 0.1 that there is no more.
+    """
+    renamed = {_FIELDS.get(name, name): value for name, value in described.items()}
+    router, pooling = renamed.get("router"), renamed.get("pooling")
+    if router == "key" or pooling == "token" or renamed.pop("sharpness", None):
+        raise ValueError(
+            f"its edits open by router {router!r} with routing {pooling!r}, which there is no more: run "
+            "`wise merge` on its shards, which makes a memory of today's kinds"
+        )
+    renamed |= {
+        name: _WORDS.get(value, value) for name in ("router", "pooling") if isinstance(value := renamed.get(name), str)
+    }
+    tensors = renamed.get("tensors")
+    return {**renamed, **({"tensors": current_names(tensors)} if isinstance(tensors, dict) else {})}
+
+
+def current_marks(marks: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the turn marks of a checkpoint's config in today's words; none for ``None``."""
+    return {_MARKS.get(name, name): tokens for name, tokens in (marks or {}).items()}

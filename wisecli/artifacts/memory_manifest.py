@@ -106,7 +106,7 @@ class MemoryEntry(Calibration):
     __pydantic_config__ = OPEN
 
     kind: Literal["matrix", "lookup"]
-    router: Literal["norm", "key", "meaning"]
+    router: Literal["norm", "late-interaction"]
     edits: tuple[str, ...]
 
 
@@ -119,12 +119,11 @@ class Stored:
     file: str
     prefix: str
     thresholds: tuple[float, ...]
-    router: Literal["norm", "key", "meaning"]
-    routing: Literal["token", "sequence", "mean"]
+    router: Literal["norm", "late-interaction"]
+    pooling: Literal["last", "mean"]
     kind: Literal["matrix", "lookup"]
-    sharpness: float
     tensors: dict[str, tuple[str | int, ...]]
-    reads: Annotated[int, Field(ge=0)] | None = None
+    state_layer: Annotated[int, Field(ge=0)] | None = None
     activated: bool | None = None
 
     @property
@@ -201,7 +200,6 @@ def write_memory(
         "schema": SCHEMA,
         "base": {"model": manifest.model, "revision": manifest.revision, **manifest.fingerprint.as_dict()},
         "site": manifest.site.as_dict(),
-        "routing": described["routing"],
         "memories": memories,
         "memory": {"file": file, "prefix": prefix, **described},
         "merge": manifest.merge,

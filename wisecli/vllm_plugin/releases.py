@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wisecli.artifacts.former_names import current_names
+from wisecli.artifacts.former_names import current_description, current_names
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME
 from wisecli.io.checkpoint import EXPORTED_KEY, INDEX_NAME, read_json
 
@@ -34,7 +34,7 @@ def made_for(checkpoint: Path) -> Mapping[str, Any] | None:
     except OSError:
         return None
     base = {name: manifest["base"].get(name) for name in ("matrix", "config")}
-    return {"base": base, "site": manifest["site"], "routing": manifest["routing"]}
+    return {"base": base, "site": manifest["site"], "pooling": current_description(manifest["memory"])["pooling"]}
 
 
 def read_release(checkpoint: Path, wanted: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Tensor]]:

@@ -173,7 +173,7 @@ def _memory(
 ) -> InspectReport:
     stored = manifest.memory
     header = read_header(inside(path, stored.file))
-    routing = {name: getattr(stored, name) for name in ("kind", "router", "routing")}
+    routing = {name: getattr(stored, name) for name in ("kind", "router", "pooling")}
     return InspectReport(
         path,
         kind,

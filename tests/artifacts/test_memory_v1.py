@@ -23,11 +23,12 @@ from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.commands.memory.merge import merge
 from wisecli.config import MergeSettings
+from wisecli.errors import DamagedFileError
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.models.running.generation import generate
 from wisecli.vllm_plugin.releases import made_for, read_release
-from wisecli.vllm_plugin.served_memory import described_memory
+from wisecli.vllm_plugin.served_memory import Edited, described_memory
 
 STORED = Path(__file__).parent / "memory_v1"
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = json.loads((STORED / "expected.json").read_text())
@@ -107,3 +108,18 @@ def test_a_stored_checkpoint_is_served(tmp_path: Path) -> None:
     memory = described_memory(described["memory"], served, torch.device("cpu"))
     for name, value in memory.state_dict().items():
         assert torch.equal(value, tensors[name].to(value.dtype)), name
+
+
+def test_a_stored_checkpoint_says_how_it_is_served() -> None:
+    edited = Edited.of(json.loads((STORED / "routed/config.json").read_text())["wise"])
+    assert (edited.module, edited.behind, edited.state_layer) == ("model.layers.2.mlp.down_proj", False, 0)
+    assert (edited.marks.opener_token_ids, edited.marks.special_token_ids) == ((), (1,))
+
+
+@pytest.mark.parametrize("changes", [{"router": "key"}, {"routing": "token"}, {"sharpness": 30.0}])
+def test_a_stored_memory_that_opens_as_there_is_no_more_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    content = json.loads((STORED / "lookup/router.json").read_text())
+    content["memory"] |= changes
+    (tmp_path / "router.json").write_text(json.dumps(content))
+    with pytest.raises(DamagedFileError, match=r"which there is no more: run `wise merge` on its shards"):
+        read_memory(tmp_path)

@@ -1,6 +1,6 @@
-"""What files of earlier schemas call the tensors that they hold: of ``wise.memory/1`` and ``wise.shards/2``.
+"""What earlier schemas, ``wise.memory/1`` and ``wise.shards/2``, call tensors and fields.
 
-Files are written with today's names, and read with either.
+Files are written with today's names, and read with either: memories, shards, routed checkpoints and cached statistics.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
+# Of tensors, without the prefix that they have in a checkpoint.
 _TENSORS = {
     "values": "residuals",
     "value": "key_to_residual",
@@ -90,9 +91,8 @@ def current_description(described: Mapping[str, Any]) -> dict[str, Any]:
             f"its edits open by router {router!r} with routing {pooling!r}, which there is no more: run "
             "`wise merge` on its shards, which makes a memory of today's kinds"
         )
-    renamed |= {
-        name: _WORDS.get(value, value) for name in ("router", "pooling") if isinstance(value := renamed.get(name), str)
-    }
+    said = {name: value for name in ("router", "pooling") if isinstance(value := renamed.get(name), str)}
+    renamed |= {name: _WORDS.get(value, value) for name, value in said.items()}
     tensors = renamed.get("tensors")
     return {**renamed, **({"tensors": current_names(tensors)} if isinstance(tensors, dict) else {})}
 

@@ -48,9 +48,9 @@ class SideMemory:
     Of h matrices: ``columns`` (h, k), the input coordinates that each reads; ``delta`` (h, d, k), its change ``Δ``
     there; ``edit_to_matrix`` (M,), where facts decide, which of them holds each edit.
 
-    Where facts decide there is ``LATE_INTERACTION``, compared with the states that leave layer ``state_layer``. There may be
-    ``SUBJECT_MATCH``, so that prompts must name an edit's subject, ``FUZZY_MATCH``, so that a slip in a name does no
-    harm, and ``REQUEST_GATE``, so that prompts must ask what they mean.
+    Where facts decide there is ``LATE_INTERACTION``, compared with the states that leave layer ``state_layer``. There
+    may be ``SUBJECT_MATCH``, so that prompts must name an edit's subject, ``FUZZY_MATCH``, so that a slip in a name
+    does no harm, and ``REQUEST_GATE``, so that prompts must ask what they mean.
 
     ``pooling`` of norms: ``mean`` decides by the mean over a prompt's tokens, as the code of the paper's authors does,
     ``last`` by its last token. If ``activated``, the model's activation function is applied first.

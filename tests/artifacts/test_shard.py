@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import wise as reference
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,13 +39,7 @@ def mask_of(kind: MaskKind, d: int = 5, d_ff: int = 7, density: float = 0.4, see
 
 
 def dense_by_hand(mask: Mask, values: Tensor) -> Tensor:
-    whole = torch.zeros(mask.d, mask.d_ff)
-    for place, index in enumerate(mask.indices.tolist()):
-        if mask.kind == "columns":
-            whole[:, index] = values[:, place]
-        else:
-            whole[index // mask.d_ff, index % mask.d_ff] = values[place]
-    return whole
+    return reference.dense(mask.indices.tolist(), values, (mask.d, mask.d_ff), columns=mask.kind == "columns")
 
 
 # --- masks ---

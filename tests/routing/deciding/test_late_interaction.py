@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import WORDS, manifest_for, memory_for, save_tiny, sure_by_loops
+from reference.wise import edit_probs
+from support.helpers import WORDS, manifest_for, memory_for, save_tiny
 from support.loading import CPU
 from torch import Tensor
 from torch.nn import functional as F
@@ -100,7 +101,7 @@ def test_scores_are_those_of_loops_over_tokens(edited: EditedModel) -> None:
     there[:, 2] = True
     found = meaning(states, there)
     for row in range(4):
-        expected = sure_by_loops(tensors, states[row, there[row]], 3)
+        expected = edit_probs(tensors, states[row, there[row]], 3)
         torch.testing.assert_close(found[row], torch.tensor(expected), rtol=2e-3, atol=1e-4)
 
 
@@ -130,9 +131,9 @@ def test_an_edit_counts_where_its_subject_is_likely_or_among_the_likeliest() -> 
     found = meaning(states, there)
     dropped = 0
     for row in range(6):
-        both = torch.tensor(sure_by_loops(tensors, states[row, there[row]], count))
+        both = torch.tensor(edit_probs(tensors, states[row, there[row]], count))
         alone = {**tensors, "late_interaction.logit_scale": torch.tensor([12.0, 0.0])}
-        subject = torch.tensor(sure_by_loops(alone, states[row, there[row]], count)) * 2
+        subject = torch.tensor(edit_probs(alone, states[row, there[row]], count)) * 2
         kept = (subject >= 0.25) | (subject >= subject.topk(8).values[-1] - 1e-6)
         torch.testing.assert_close(found[row], both.where(kept, 0.0), rtol=1e-3, atol=1e-6)
         assert both.masked_fill(kept, 0.0).max() < 0.25

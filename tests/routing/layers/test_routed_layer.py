@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.wise import nearest_key, residual, scores_of
 from support.helpers import (
     Waits,
     alone,
@@ -30,7 +31,7 @@ from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.generation import left_padded
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.layers.routed_layer import RoutedMatrix, RoutedMatrixMemory, activation_of, install, memory_module
-from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE, ANSWER_WHITENING, FactMemory
+from wisecli.routing.memories.fact_memory import ANSWER_WHITENING, FactMemory
 from wisecli.routing.memories.matrix_memory import MatrixMemory
 from wisecli.routing.memories.side_memory import SideMemory
 from wisecli.routing.passes.routed_pass import PassRoute, in_pass
@@ -133,33 +134,6 @@ class Plain:
             "late_interaction.special_token_ids": torch.tensor([0]),
         }
 
-    def cosines(self, key: Tensor) -> list[float]:
-        found = []
-        for edit, metric, factor in zip(self.keys, self.whitening_index.tolist(), self.factors.tolist(), strict=True):
-            whitening = self.whitenings[metric]
-            lengths = (key @ whitening @ key).sqrt() * (edit @ whitening @ edit).sqrt()
-            found.append(1 - factor * (1 - float(key @ whitening @ edit / lengths)))
-        return found
-
-    def score(self, key: Tensor, memory: int) -> float:
-        return float((self.changes[memory] @ key).square().sum().sqrt())
-
-    def nearest(self, key: Tensor, edit: int, *, inside: bool) -> int:
-        """The nearest of an edit's own keys; ``UNROUTED`` if none inside its answer is near."""
-        cosines = self.cosines(key)
-        pairs = enumerate(zip(self.key_to_edit.tolist(), self.whitening_index.tolist(), strict=True))
-        own = [place for place, (owner, metric) in pairs if owner == edit and (metric == ANSWER_WHITENING) == inside]
-        best = max(own, key=cosines.__getitem__)
-        return UNROUTED if inside and cosines[best] <= ANSWER_KEY_MIN_COSINE else best
-
-    def added(self, key: Tensor, edit: int, kind: str, *, inside: bool) -> Tensor:
-        if edit == UNROUTED:
-            return torch.zeros(D)
-        if kind == "matrix":
-            return self.changes[edit] @ key
-        place = self.nearest(key, edit, inside=inside)
-        return torch.zeros(D) if place == UNROUTED else self.residuals[int(self.key_to_residual[place])]
-
 
 def answering(routed: RoutedMatrix, keys: Tensor, answered: Tensor, inside: Tensor | None = None) -> Tensor:
     """What a matrix gives in a pass whose tokens are answered so; by default all come where prompts end."""
@@ -188,15 +162,17 @@ def drawn(memories: int, *shape: int, seed: int = 11) -> Tensor:
 def test_every_token_is_answered_as_a_plain_loop_answers_it(
     base: Callable[[], nn.Module], kind: str, memories: int, *, transposed: bool
 ) -> None:
-    module, plain = base(), Plain(memories, keys_each=4)
-    routed = routed_matrix(base(), plain.packed((1.0,) * memories, kind), transposed=transposed)
+    module, memory = base(), Plain(memories, keys_each=4).packed((1.0,) * memories, kind)
+    routed = routed_matrix(base(), memory, transposed=transposed)
     keys, answered, inside = normal(5, 12, D_FF, seed=5), drawn(memories, 5, 12), drawn(1, 5, 12, seed=12) == 0
     answers = answering(routed, keys, answered, inside)
     assert answers.shape == (5, 12, D)
     for row in range(5):
         for column in range(12):
             key, edit = keys[row, column], int(answered[row, column])
-            expected = module(key) + plain.added(key, edit, kind, inside=bool(inside[row, column]))
+            expected = module(key)
+            if edit != UNROUTED:
+                expected = expected + residual(memory, edit, key, in_answer=bool(inside[row, column]))
             assert torch.allclose(answers[row, column], expected, atol=1e-4)
     # A token's answer does not depend on its neighbours.
     for column in range(12):
@@ -240,12 +216,12 @@ def test_with_nothing_routed_the_base_answers_bit_for_bit(
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 3, 2)])
 def test_scores_have_one_column_a_memory(leading: tuple[int, ...]) -> None:
-    plain = Plain(3)
-    routed = MatrixMemory(plain.packed((1.0, 1.0, 1.0)))
+    memory = Plain(3).packed((1.0, 1.0, 1.0))
+    routed = MatrixMemory(memory)
     keys = normal(*leading, D_FF, seed=6)
     found = routed.scores(keys)
     assert found.shape == (*leading, 3)
-    expected = [[plain.score(key, number) for number in range(3)] for key in keys.reshape(-1, D_FF)]
+    expected = [scores_of(memory, (), key[None]) for key in keys.reshape(-1, D_FF)]
     assert torch.allclose(found.reshape(-1, 3), torch.tensor(expected), atol=1e-5)
 
 
@@ -305,13 +281,14 @@ def test_an_edits_own_key_recalls_its_residual_and_nothing_else() -> None:
 
 
 def test_a_lookup_goes_on_by_keys_inside_its_answer_and_only_near_ones() -> None:
-    plain, seen = Plain(3, keys_each=4), set()
-    lookup = FactMemory(plain.packed((1.0,) * 3, "lookup"))
+    memory, seen = Plain(3, keys_each=4).packed((1.0,) * 3, "lookup"), set()
+    lookup = FactMemory(memory)
     for key in normal(200, D_FF, seed=6):
         for edit, inside in product(range(3), (False, True)):
             one = torch.full((1, 1), edit)
             found = lookup.choices(key[None, None], one, torch.full((1, 1), inside))
-            assert found.chosen.tolist() == [[plain.nearest(key, edit, inside=inside)]]
+            nearest = nearest_key(memory, edit, key, in_answer=inside)
+            assert found.chosen.tolist() == [[UNROUTED if nearest is None else nearest]]
             assert found.chosen.tolist() == [[UNROUTED]] or lookup.memory_of_choice(found.chosen).tolist() == [[edit]]
             seen.add((inside, int(found.chosen) == UNROUTED))
         nothing = lookup.choices(key[None, None], torch.full((1, 1), UNROUTED), torch.ones(1, 1, dtype=torch.bool))
@@ -321,12 +298,11 @@ def test_a_lookup_goes_on_by_keys_inside_its_answer_and_only_near_ones() -> None
 
 def test_residuals_of_an_edit_are_what_it_adds_once_opened() -> None:
     plain, keys = Plain(3, keys_each=4), normal(20, D_FF, seed=6)
-    lookup, change = (memory_module(plain.packed((1.0,) * 3, kind)) for kind in ("lookup", "matrix"))
     inside = torch.zeros(20, dtype=torch.bool)
-    for edit in range(3):
-        for memory, kind in ((lookup, "lookup"), (change, "matrix")):
-            expected = torch.stack([plain.added(key, edit, kind, inside=False) for key in keys])
-            torch.testing.assert_close(memory.residuals_at(keys, edit, inside), expected)
+    for memory in (plain.packed((1.0,) * 3, kind) for kind in KINDS):
+        for edit in range(3):
+            expected = torch.stack([residual(memory, edit, key) for key in keys])
+            torch.testing.assert_close(memory_module(memory).residuals_at(keys, edit, inside), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -435,7 +411,9 @@ def test_padded_and_cached_rows_agree_with_each_row_alone_and_whole(architecture
     ]
     prompt_keys = [keys_of(oracle, module, row)[: len(row) - NEW] for row in rows]
     plain = Plain(1, d=32, d_ff=prompt_keys[0].shape[1])
-    middle = torch.tensor([plain.score(keys[-1], 0) for keys in prompt_keys]).sort().values[1:3].mean()
+    middle = (
+        torch.tensor([scores_of(plain.packed((1.0,)), (), keys)[0] for keys in prompt_keys]).sort().values[1:3].mean()
+    )
     threshold = float(middle)
     change = plain.changes[0]
 
@@ -512,7 +490,7 @@ def test_a_held_choice_does_not_leak_into_the_next_text() -> None:
     model, oracle = tiny_model("llama"), tiny_model("llama")
     first, second = (torch.randint(0, VOCABULARY, (1, 6), generator=seeded(seed)) for seed in (1, 2))
     plain = Plain(1, d=32, d_ff=64)
-    scores = [plain.score(keys_of(oracle, module, ids[0])[-1], 0) for ids in (first, second)]
+    scores = [scores_of(plain.packed((1.0,)), (), keys_of(oracle, module, ids[0]))[0] for ids in (first, second)]
     opens, stays = (first, second) if scores[0] > scores[1] else (second, first)
     install(model, module, plain.packed((sum(scores) / 2,)), transposed=transposed)
     opened = model.generate(opens, max_new_tokens=5, do_sample=False, pad_token_id=0)

@@ -14,9 +14,9 @@ from reference import wise as reference
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wisecli.artifacts.edit_ranges import split_edits
 from wisecli.artifacts.masks import disjoint_masks, random_mask
 from wisecli.artifacts.shard import Evidence, Mask, MaskKind, Shard, half, load_shard, save_shard
+from wisecli.editing.run.edit_ranges import split_edits
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import save_tensors
 from wisecli.io.digest import sha256_file

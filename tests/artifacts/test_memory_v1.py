@@ -17,9 +17,10 @@ from support.helpers import save_tiny
 from support.loading import CPU
 from support.sharing import Share
 from support.tiny_models import Wise
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from wisecli.artifacts.memory_manifest import read_memory
+from wisecli.commands.checkpoint.export import WeightFiles, export
 from wisecli.commands.checkpoint.verify import verify
 from wisecli.commands.memory.merge import merge
 from wisecli.config import MergeSettings
@@ -91,6 +92,15 @@ def test_a_stored_memory_goes_on(wise: Wise, model: Path) -> None:
     assert wise("log", "memory").code == 0
     made, stored = read_memory(Path("memory")).memory, read_memory(STORED / "lookup").memory
     assert made.thresholds == pytest.approx(stored.thresholds, rel=1e-5)
+
+
+def test_a_stored_memory_is_exported(tmp_path: Path, model: Path) -> None:
+    export(STORED / "lookup", tmp_path / "routed", model=str(model), weights=WeightFiles(link=False))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "routed", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "routed")
+    for prompt, expected in EXPECTED["lookup"].items():
+        (tokens,) = generate(exported, tokenizer, [prompt], max_new_tokens=4, batch_size=1)
+        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == expected["answer"]
 
 
 def test_a_stored_checkpoint_is_read(model: Path) -> None:

@@ -70,22 +70,27 @@ WAYS: dict[str, tuple[Way, int]] = {
 def grown(model: PreTrainedModel, times: int) -> None:
     """Let every edit of a model's lookup count so many times."""
     lookup: Any = model.get_submodule(model.config.wise["module"])
-    edits, copies = len(lookup.thresholds), torch.arange(times, device=lookup.value.device)
+    edits, copies = len(lookup.thresholds), torch.arange(times, device=lookup.key_to_residual.device)
     lookup.thresholds *= times
-    meaning, prompts = lookup.meaning, len(lookup.meaning.whose)
-    head = (meaning.asking >= prompts).long()
+    late_interaction, prompts = lookup.late_interaction, len(lookup.late_interaction.prompt_to_edit)
+    head = (late_interaction.token_to_prompt >= prompts).long()
     # Prompts looked for as relations come behind all that are looked for as subjects.
-    asking = meaning.asking - head * prompts + copies[:, None] * prompts + head * prompts * times
-    numbered = {lookup: {"owner": edits}, meaning: {"whose": edits}, lookup.names: {"whose": edits}}
-    if lookup.names is not None:
-        numbered[lookup.names]["named"] = len(lookup.names.whose)
-    if lookup.spelling is not None:
-        numbered[lookup.spelling] = {"whose": edits}
+    number = late_interaction.token_to_prompt - head * prompts
+    token_to_prompt = number + copies[:, None] * prompts + head * prompts * times
+    numbered = {
+        lookup: {"key_to_edit": edits},
+        late_interaction: {"prompt_to_edit": edits},
+        lookup.subject_match: {"name_to_edit": edits},
+    }
+    if lookup.subject_match is not None:
+        numbered[lookup.subject_match]["entry_to_name"] = len(lookup.subject_match.name_to_edit)
+    if lookup.fuzzy_match is not None:
+        numbered[lookup.fuzzy_match] = {"entry_to_edit": edits}
     repeated = {
-        lookup: ("probes", "offset", "metric", "value"),
-        meaning: ("vectors", "shares"),
-        lookup.names: ("naming", "shares"),
-        lookup.spelling: ("naming",),
+        lookup: ("whitened_keys", "cosine_offset", "whitening_index", "key_to_residual"),
+        late_interaction: ("prompt_token_embeddings", "token_weights"),
+        lookup.subject_match: ("entry_to_word", "word_weights"),
+        lookup.fuzzy_match: ("entry_to_word",),
     }
     for part, names in repeated.items():
         for name in names if part is not None else ():
@@ -94,11 +99,11 @@ def grown(model: PreTrainedModel, times: int) -> None:
     for part, steps in numbered.items():
         for name, step in steps.items() if part is not None else ():
             setattr(part, name, (getattr(part, name) + copies[:, None] * step).flatten())
-    meaning.asking, meaning.edits = asking.flatten(), edits * times
-    if lookup.names is not None:
-        lookup.names.edits = edits * times
-    if lookup.request is not None:
-        lookup.request.bars = lookup.request.bars.repeat(times)
+    late_interaction.token_to_prompt, late_interaction.edits = token_to_prompt.flatten(), edits * times
+    if lookup.subject_match is not None:
+        lookup.subject_match.edits = edits * times
+    if lookup.request_gate is not None:
+        lookup.request_gate.logit_offset = lookup.request_gate.logit_offset.repeat(times)
 
 
 def seconds(way: Way, model: PreTrainedModel, rows: BatchEncoding) -> float:

@@ -210,24 +210,24 @@ def lookup_tensors() -> dict[str, torch.Tensor]:
     d, d_ff, *_ = SHAPES["7b"]
     every, tokens = torch.arange(EDITS), 8 * EDITS
     return {
-        "probes": torch.randn(KEYS, d_ff).half(),
-        "offset": torch.zeros(KEYS),
-        "metric": torch.arange(KEYS) % 2,
-        "owner": torch.arange(KEYS) % EDITS,
+        "whitened_keys": torch.randn(KEYS, d_ff).half(),
+        "cosine_offset": torch.zeros(KEYS),
+        "whitening_index": torch.arange(KEYS) % 2,
+        "key_to_edit": torch.arange(KEYS) % EDITS,
         "directions": torch.randn(2, 256, d_ff).half(),
         "gains": torch.rand(2, 256),
         "floors": torch.ones(2),
-        "values": torch.randn(KEYS, d).half(),
-        "value": torch.arange(KEYS),
-        "meaning.turns": torch.randn(2, 128, d),
-        "meaning.shifts": torch.zeros(2, 128),
-        "meaning.slopes": torch.ones(2),
-        "meaning.bars": torch.zeros(2),
-        "meaning.vectors": torch.randn(2 * tokens, 128).half(),
-        "meaning.asking": torch.arange(2 * EDITS).repeat_interleave(8),
-        "meaning.shares": torch.full((2 * tokens,), 1 / 8),
-        "meaning.whose": every,
-        "meaning.breaks": torch.tensor([0]),
+        "residuals": torch.randn(KEYS, d).half(),
+        "key_to_residual": torch.arange(KEYS),
+        "late_interaction.proj_weight": torch.randn(2, 128, d),
+        "late_interaction.proj_bias": torch.zeros(2, 128),
+        "late_interaction.logit_scale": torch.ones(2),
+        "late_interaction.logit_offset": torch.zeros(2),
+        "late_interaction.prompt_token_embeddings": torch.randn(2 * tokens, 128).half(),
+        "late_interaction.token_to_prompt": torch.arange(2 * EDITS).repeat_interleave(8),
+        "late_interaction.token_weights": torch.full((2 * tokens,), 1 / 8),
+        "late_interaction.prompt_to_edit": every,
+        "late_interaction.special_token_ids": torch.tensor([0]),
     }
 
 
@@ -237,7 +237,7 @@ def make_memory(memory: Path, base: Path, kind: str) -> None:
     checkpoint = Checkpoint(base)
     site = find_site(base, checkpoint)
     if kind == "lookup":
-        packed = SideMemory(lookup_tensors(), (0.3,) * EDITS, kind, reads=0)
+        packed = SideMemory(lookup_tensors(), (0.3,) * EDITS, kind, state_layer=0)
     else:
         change = {"columns": torch.arange(0, d_ff, 2)[None], "delta": torch.randn(1, d, d_ff // 2)}
         packed = SideMemory(change, (0.3,))

@@ -35,24 +35,24 @@ def lookup_of(edits: int, chance: torch.Generator) -> dict[str, Tensor]:
     """A key of a prompt's end and one inside the answer of every edit, and its prompt's tokens."""
     every = torch.arange(edits)
     return {
-        "values": torch.randn(4, 4, generator=chance).half(),
-        "value": torch.arange(2 * edits) % 4,
-        "probes": torch.randn(2 * edits, 6, generator=chance).half(),
-        "owner": torch.arange(2 * edits) % edits,
-        "offset": torch.rand(2 * edits, generator=chance),
-        "metric": torch.arange(2 * edits) // edits,
+        "residuals": torch.randn(4, 4, generator=chance).half(),
+        "key_to_residual": torch.arange(2 * edits) % 4,
+        "whitened_keys": torch.randn(2 * edits, 6, generator=chance).half(),
+        "key_to_edit": torch.arange(2 * edits) % edits,
+        "cosine_offset": torch.rand(2 * edits, generator=chance),
+        "whitening_index": torch.arange(2 * edits) // edits,
         "directions": torch.randn(2, 2, 6, generator=chance),
         "gains": torch.randn(2, 2, generator=chance),
         "floors": torch.rand(2, generator=chance),
-        "meaning.turns": torch.randn(2, 3, 4, generator=chance),
-        "meaning.shifts": torch.randn(2, 3, generator=chance),
-        "meaning.slopes": torch.ones(2),
-        "meaning.bars": torch.zeros(2),
-        "meaning.vectors": torch.randn(2 * edits, 3, generator=chance).half(),
-        "meaning.asking": torch.arange(2 * edits),
-        "meaning.shares": torch.ones(2 * edits),
-        "meaning.whose": every,
-        "meaning.breaks": torch.tensor([0]),
+        "late_interaction.proj_weight": torch.randn(2, 3, 4, generator=chance),
+        "late_interaction.proj_bias": torch.randn(2, 3, generator=chance),
+        "late_interaction.logit_scale": torch.ones(2),
+        "late_interaction.logit_offset": torch.zeros(2),
+        "late_interaction.prompt_token_embeddings": torch.randn(2 * edits, 3, generator=chance).half(),
+        "late_interaction.token_to_prompt": torch.arange(2 * edits),
+        "late_interaction.token_weights": torch.ones(2 * edits),
+        "late_interaction.prompt_to_edit": every,
+        "late_interaction.special_token_ids": torch.tensor([0]),
     }
 
 
@@ -83,7 +83,7 @@ def some_manifest(memories: int = 2, kind: str = "matrix") -> Manifest:
         revision="abc",
         fingerprint=Fingerprint("1" * 64, "2" * 64),
         site=MatrixSite("llama", 2, "model.layers.2", "model.layers.2.mlp.down_proj", transposed=False, d=4, d_ff=6),
-        memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), kind, reads=1),
+        memory=SideMemory(tensors, tuple(c.threshold for c in calibrations), kind, state_layer=1),
         calibrations=calibrations,
         owners=(("a",), ("b",))[:memories],
         merge={"method": "ties", "density": 0.5},
@@ -128,7 +128,7 @@ def test_a_memory_survives_being_written(tmp_path: Path, file: str, prefix: str,
     for name, tensor in manifest.memory.tensors.items():
         assert loaded.memory.tensors[name].dtype == tensor.dtype
         assert torch.equal(loaded.memory.tensors[name], tensor)
-    for name in ("thresholds", "kind", "pooling", "reads"):
+    for name in ("thresholds", "kind", "pooling", "state_layer"):
         assert getattr(loaded.memory, name) == getattr(manifest.memory, name)
 
 
@@ -136,9 +136,9 @@ def test_the_manifest_tells_what_each_memory_is_for(tmp_path: Path) -> None:
     manifest = some_manifest()
     write_memory(tmp_path, manifest)
     content = json.loads((tmp_path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    assert content["schema"] == "wise.memory/1"
+    assert content["schema"] == "wise.memory/2"
     assert content["base"] == {"model": "someone/model", "revision": "abc", "matrix": "1" * 64, "config": "2" * 64}
-    assert (content["routing"], content["site"]["layer"]) == ("sequence", 2)
+    assert (content["memory"]["pooling"], content["site"]["layer"]) == ("last", 2)
     for record, owned, calibration in zip(content["memories"], manifest.owners, manifest.calibrations, strict=True):
         assert (record["kind"], record["router"], record["edits"]) == ("matrix", "norm", list(owned))
         assert record["threshold"] == calibration.threshold
@@ -194,7 +194,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "edit with more": lambda content: content["edits"][0].update(colour="red"),
     "edit is a text": lambda content: content["edits"].append("x"),
     "no versions": lambda content: content.pop("versions"),
-    "another schema": lambda content: content.update(schema="wise.memory/2"),
+    "another schema": lambda content: content.update(schema="wise.memory/3"),
 }
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import wise as reference
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wisecli.artifacts.edit_ranges import split_edits
 from wisecli.artifacts.masks import disjoint_masks, random_mask
 from wisecli.artifacts.shard import Evidence, Mask, MaskKind, Shard, half, load_shard, save_shard
+from wisecli.editing.run.edit_ranges import split_edits
 from wisecli.errors import DamagedFileError, SettingsError
 from wisecli.io.checkpoint import save_tensors
 from wisecli.io.digest import sha256_file
@@ -38,13 +39,7 @@ def mask_of(kind: MaskKind, d: int = 5, d_ff: int = 7, density: float = 0.4, see
 
 
 def dense_by_hand(mask: Mask, values: Tensor) -> Tensor:
-    whole = torch.zeros(mask.d, mask.d_ff)
-    for place, index in enumerate(mask.indices.tolist()):
-        if mask.kind == "columns":
-            whole[:, index] = values[:, place]
-        else:
-            whole[index // mask.d_ff, index % mask.d_ff] = values[place]
-    return whole
+    return reference.dense(mask.indices.tolist(), values, (mask.d, mask.d_ff), columns=mask.kind == "columns")
 
 
 # --- masks ---

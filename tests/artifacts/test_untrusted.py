@@ -362,7 +362,14 @@ def rewritten(place: Path, file: str, how: Callable[[dict[str, torch.Tensor]], o
 
 @pytest.mark.parametrize(
     ("tensor", "value"),
-    [("owner", 3), ("owner", -1), ("metric", 9), ("value", 10**6), ("offset", float("nan")), ("floors", float("inf"))],
+    [
+        ("key_to_edit", 3),
+        ("key_to_edit", -1),
+        ("whitening_index", 9),
+        ("key_to_residual", 10**6),
+        ("cosine_offset", float("nan")),
+        ("floors", float("inf")),
+    ],
 )
 def test_a_memory_that_points_outside_of_itself_is_refused(
     scratch: Path, tmp_path: Path, tensor: str, value: float
@@ -416,7 +423,7 @@ def test_a_description_cannot_ask_for_tensors_that_no_memory_has(
     layout: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("something was allocated"))
-    described = {"thresholds": [1.0], "router": "norm", "routing": "mean", "kind": "matrix", "sharpness": 0.0}
+    described = {"thresholds": [1.0], "router": "norm", "pooling": "mean", "kind": "matrix"}
     with pytest.raises(ValueError, match="tensor delta cannot be right"):
         SideMemory.from_description({**described, "tensors": {"delta": layout}})
 
@@ -424,7 +431,9 @@ def test_a_description_cannot_ask_for_tensors_that_no_memory_has(
 def test_a_manifest_cannot_describe_other_tensors_than_its_file_holds(scratch: Path, tmp_path: Path) -> None:
     for number, layout in enumerate((["float16", 2**40, 2**20], ["float16", -1, 5], ["float64", 16, 64])):
         place = copied(scratch, "memory", tmp_path / str(number))
-        change(place / "router.json", lambda content, own=layout: content["memory"]["tensors"].update(probes=own))
+        change(
+            place / "router.json", lambda content, own=layout: content["memory"]["tensors"].update(whitened_keys=own)
+        )
         with pytest.raises(DamagedFileError):
             read_memory(place)
 

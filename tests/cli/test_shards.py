@@ -141,9 +141,9 @@ def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
         # The closed form has one residual for each token of a target and the end of text, whatever the contexts, but
         # for those after which a target begins a line.
         places = 2 * sum(len(edit["target"].split()) + 1 for edit in EDITS)
-        assert len(tensors["values"]) == (places if shards == "shards" else len(tensors["probes"]))
-        assert len(tensors["value"]) == len(tensors["probes"]) >= places
-        assert set(tensors["owner"].tolist()) == {0, 1, 2, 3}
+        assert len(tensors["residuals"]) == (places if shards == "shards" else len(tensors["whitened_keys"]))
+        assert len(tensors["key_to_residual"]) == len(tensors["whitened_keys"]) >= places
+        assert set(tensors["key_to_edit"].tolist()) == {0, 1, 2, 3}
     else:
         assert len(tensors["delta"]) == (2 if mode == "retrieve" else 1)
     measured = wise("eval", "--json", "--no-generate")
@@ -235,7 +235,7 @@ def test_the_papers_preset_runs_the_whole_way(wise: Wise, ready: Ready) -> None:
     assert merged.code == 0
     assert "false alarms not known" in merged.out
     memory = manifest(Path("memory"))
-    assert (memory["routing"], memory["memories"][0]["router"]) == ("mean", "norm")
+    assert (memory["memory"]["pooling"], memory["memories"][0]["router"]) == ("mean", "norm")
     assert memory["memories"][0]["false_alarms"] is None
     assert "unrelated ones above" not in wise("inspect", "memory", "--plot", "scores.png").out
     assert memory["memories"][0]["rule"] == "minimum"

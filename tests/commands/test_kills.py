@@ -30,7 +30,7 @@ from wisecli.commands.edit.edit_into import Batch, edit_into
 from wisecli.commands.memory.log import log
 from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
-from wisecli.editing.run.up_to_date import altered_files
+from wisecli.editing.run.shard_differences import altered_files
 
 # How much of a run counts as its end: seconds, and steps on the file system.
 END, STEPS = 0.05, 80

@@ -118,8 +118,8 @@ def test_without_its_edit_a_consequence_goes_and_alone_it_may(model: Path, memor
     (tmp_path / "alone").mkdir()
     into(model, tmp_path / "alone" / "memory", [TWO])
     mine, theirs = (load_file(path / "memory.safetensors") for path in (copy, tmp_path / "alone" / "memory"))
-    assert mine["probes"].shape == theirs["probes"].shape
-    assert float((mine["probes"].float() - theirs["probes"].float()).norm()) < 1e-2
+    assert mine["whitened_keys"].shape == theirs["whitened_keys"].shape
+    assert float((mine["whitened_keys"].float() - theirs["whitened_keys"].float()).norm()) < 1e-2
 
 
 def test_another_target_drops_what_followed_from_the_former(model: Path, tmp_path: Path) -> None:

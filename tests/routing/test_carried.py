@@ -14,15 +14,15 @@ SUBJECT, RELATION, OTHER, WORD = torch.eye(D)
 def meaning() -> LateInteraction:
     """One edit, of a token of each: both projections are the states themselves."""
     tensors = {
-        "meaning.turns": torch.eye(D).repeat(2, 1, 1),
-        "meaning.shifts": torch.zeros(2, D),
-        "meaning.slopes": torch.full((2,), 30.0),
-        "meaning.bars": torch.full((2,), 0.5),
-        "meaning.vectors": torch.stack([SUBJECT, RELATION]),
-        "meaning.asking": torch.tensor([0, 1]),
-        "meaning.shares": torch.ones(2),
-        "meaning.whose": torch.tensor([0]),
-        "meaning.breaks": torch.tensor([99]),
+        "late_interaction.proj_weight": torch.eye(D).repeat(2, 1, 1),
+        "late_interaction.proj_bias": torch.zeros(2, D),
+        "late_interaction.logit_scale": torch.full((2,), 30.0),
+        "late_interaction.logit_offset": torch.full((2,), 0.5),
+        "late_interaction.prompt_token_embeddings": torch.stack([SUBJECT, RELATION]),
+        "late_interaction.token_to_prompt": torch.tensor([0, 1]),
+        "late_interaction.token_weights": torch.ones(2),
+        "late_interaction.prompt_to_edit": torch.tensor([0]),
+        "late_interaction.special_token_ids": torch.tensor([99]),
     }
     return LateInteraction(tensors, 1)
 

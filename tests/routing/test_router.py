@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from reference.wise import change, residual
 from support.evaluation import edited_model
-from support.helpers import WORDS, choice_of, hooked, update_of
+from support.helpers import WORDS, choice_of, hooked
 from support.loading import CPU
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -164,7 +165,7 @@ def test_the_mean_of_a_prompts_scores_decides_for_its_tokens_and_those_after_it(
 
     def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         changed = output.clone()
-        updates = [torch.stack([update_of(memory, one, key) for key in inputs[0][0]]) for one in range(len(limits))]
+        updates = [torch.stack([change(memory, one, key) for key in inputs[0][0]]) for one in range(len(limits))]
         for turn, prompt in ((slice(0, 6), 5), (slice(6, None), 11)):
             called = [float(one[:prompt].norm(dim=-1).mean()) for one in updates]
             beyond = [one for one, limit in enumerate(limits) if called[one] > limit]
@@ -215,7 +216,7 @@ def by_turns(edited: EditedModel, turns: list[list[int]], answer: int) -> tuple[
             end = first + len(turn) - answer - 1
             for place in range(end, first + len(turn) if turn is not turns[-1] else len(tokens)):
                 if choice is not None and place < first + len(turn):
-                    changed[0, place] += update_of(memory, choice, keys[place], answering=place > end)
+                    changed[0, place] += residual(memory, choice, keys[place], in_answer=place > end)
             first += len(turn)
         return changed
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from reference.wise import decide, residual, scores_of, whitening
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -206,18 +207,18 @@ def memory_for(
     usual = sample.norm(dim=-1).median()
     if kind == "lookup":
         tensors = {**_keys_for(sample, memories, generator), **_meaning_for(model, site, memories, generator)}
-        tensors["values"] = torch.randn(2 * memories, site.d, generator=generator) * 6
-        draft = SideMemory(tensors, (1.0,) * memories, kind, reads=0)
+        tensors["residuals"] = torch.randn(2 * memories, site.d, generator=generator) * 6
+        draft = SideMemory(tensors, (1.0,) * memories, kind, state_layer=0)
     else:
         width = site.d_ff // 2
         columns = torch.stack([torch.randperm(site.d_ff, generator=generator)[:width] for _ in range(memories)])
         delta = torch.randn(memories, site.d, width, generator=generator) * 6 / usual
         tensors = {"columns": columns, "delta": delta}
         if kind == "facts":
-            tensors |= {"holder": torch.arange(memories), **_meaning_for(model, site, memories, generator)}
-        reads = 0 if kind == "facts" else None
-        draft = SideMemory(tensors, (1.0,) * memories, "matrix", pooling, reads=reads)
-    scores = torch.tensor([scores_of(model, site, draft, prompt) for prompt in prompts])
+            tensors |= {"edit_to_matrix": torch.arange(memories), **_meaning_for(model, site, memories, generator)}
+        state_layer = 0 if kind == "facts" else None
+        draft = SideMemory(tensors, (1.0,) * memories, "matrix", pooling, state_layer=state_layer)
+    scores = torch.tensor([scores_of(draft, prompt, read_by(model, site, draft, prompt)) for prompt in prompts])
     return replace(draft, thresholds=tuple(map(clear_threshold, scores.T)))
 
 
@@ -229,17 +230,17 @@ def _keys_for(sample: Tensor, memories: int, generator: torch.Generator) -> dict
     owner, metric = place % memories, (place // memories) % 2
     bases = torch.randn(2, d_ff, 5, generator=generator)
     tensors = {
-        "owner": owner,
-        "value": 2 * owner + metric,
-        "offset": 0.1 * torch.rand(len(owner), generator=generator) - 0.05,
-        "metric": metric,
+        "key_to_edit": owner,
+        "key_to_residual": 2 * owner + metric,
+        "cosine_offset": 0.1 * torch.rand(len(owner), generator=generator) - 0.05,
+        "whitening_index": metric,
         "directions": torch.stack([torch.linalg.qr(basis).Q.T for basis in bases]).contiguous(),
         "gains": torch.rand(2, 5, generator=generator) - 0.5,
         "floors": torch.tensor([0.7, 1.1]),
     }
-    spread = [whitening_of(tensors, int(number)) for number in metric]
+    spread = [whitening(tensors, int(number)) for number in metric]
     probes = [key @ matrix / (key @ matrix @ key).sqrt() for key, matrix in zip(picked, spread, strict=True)]
-    return {**tensors, "probes": torch.stack(probes)}
+    return {**tensors, "whitened_keys": torch.stack(probes)}
 
 
 def _meaning_for(
@@ -254,23 +255,16 @@ def _meaning_for(
             states = states_of(model, site, 0, prompt)[kept].float()
             vectors.append(F.normalize(states @ turns[head].T + shifts[head], dim=-1))
     return {
-        "meaning.turns": turns,
-        "meaning.shifts": shifts,
-        "meaning.slopes": torch.full((2,), 4.0),
-        "meaning.bars": torch.full((2,), 0.5),
-        "meaning.vectors": torch.cat(vectors),
-        "meaning.asking": torch.cat([every.repeat_interleave(2), memories + every]),
-        "meaning.shares": torch.cat([torch.full((2 * memories,), 0.5), torch.ones(memories)]),
-        "meaning.whose": every,
-        "meaning.breaks": torch.tensor([1]),
+        "late_interaction.proj_weight": turns,
+        "late_interaction.proj_bias": shifts,
+        "late_interaction.logit_scale": torch.full((2,), 4.0),
+        "late_interaction.logit_offset": torch.full((2,), 0.5),
+        "late_interaction.prompt_token_embeddings": torch.cat(vectors),
+        "late_interaction.token_to_prompt": torch.cat([every.repeat_interleave(2), memories + every]),
+        "late_interaction.token_weights": torch.cat([torch.full((2 * memories,), 0.5), torch.ones(memories)]),
+        "late_interaction.prompt_to_edit": every,
+        "late_interaction.special_token_ids": torch.tensor([1]),
     }
-
-
-def whitening_of(tensors: Mapping[str, Tensor], number: int) -> Tensor:
-    """One of the matrices ``P`` that keys are whitened by."""
-    directions, gains = tensors["directions"][number], tensors["gains"][number]
-    even = tensors["floors"][number] * torch.eye(directions.shape[1])
-    return even + directions.T @ torch.diag(gains) @ directions
 
 
 def clear_threshold(scores: Tensor) -> float:
@@ -280,79 +274,22 @@ def clear_threshold(scores: Tensor) -> float:
     return float((ordered[widest] + ordered[widest + 1]) / 2)
 
 
-def update_of(memory: SideMemory, number: int, key: Tensor, *, answering: bool = False) -> Tensor:
-    """What one memory, having been opened, adds to one key; ``answering``: to a key after the prompt that opened it."""
-    tensors = memory.tensors
-    if memory.kind == "matrix":
-        return tensors["delta"][number] @ key[tensors["columns"][number]]
-    cosines, values = cosines_of(memory, key), [tensors["values"][place] for place in tensors["value"].tolist()]
-    pairs = enumerate(zip(tensors["owner"].tolist(), tensors["metric"].tolist(), strict=True))
-    places = [place for place, (owner, metric) in pairs if owner == number and (metric == 1) == answering]
-    nearest = max(places, key=cosines.__getitem__)
-    return torch.zeros_like(values[nearest]) if answering and cosines[nearest] <= 0.5 else values[nearest]
-
-
-def cosines_of(memory: SideMemory, key: Tensor) -> list[float]:
-    """Whitened cosine of one key with each probe."""
-    whitened = range(len(memory.tensors["floors"]))
-    lengths = [float(key @ whitening_of(memory.tensors, number) @ key) ** 0.5 for number in whitened]
-    probes = zip(*(memory.tensors[name] for name in ("probes", "metric", "offset")), strict=True)
-    return [float(probe @ key) / lengths[int(metric)] + float(offset) for probe, metric, offset in probes]
-
-
-def sure_by_loops(tensors: Mapping[str, Tensor], states: Tensor, edits: int) -> list[float]:
-    """How surely one prompt's tokens (n, d) mean each edit, as the formula says it."""
-    prompts = len(tensors["meaning.whose"])
-    found = [0.0] * edits
-    for prompt in range(prompts):
-        sure = 1.0
-        for head in range(2):
-            score = 0.0
-            for vector, asking, share in zip(
-                tensors["meaning.vectors"].float(), tensors["meaning.asking"], tensors["meaning.shares"], strict=True
-            ):
-                if int(asking) == prompt + head * prompts:
-                    turned = [tensors["meaning.turns"][head] @ x + tensors["meaning.shifts"][head] for x in states]
-                    score += float(share) * max(float(F.cosine_similarity(vector, one, dim=0)) for one in turned)
-            slope, bar = float(tensors["meaning.slopes"][head]), float(tensors["meaning.bars"][head])
-            sure *= float(torch.sigmoid(torch.tensor(slope * (score - bar))))
-        whose = int(tensors["meaning.whose"][prompt])
-        found[whose] = max(found[whose], sure)
-    return found
-
-
-def scores_of(model: PreTrainedModel, site: MatrixSite, memory: SideMemory, prompt: Sequence[int]) -> list[float]:
-    """How strongly one prompt calls each memory; of a lookup by all its tokens but the first, on which attention rests,
-    behind the last special token that more than three tokens follow.
-    """
-    if not memory.by_edit:
-        keys = keys_of(model, site, prompt)
-        some = keys if memory.pooling == "mean" else keys[-1:]
-        return [
-            sum(float(update_of(memory, number, key).norm()) for key in some) / len(some)
-            for number in range(len(memory.thresholds))
-        ]
-    assert memory.reads is not None, "a lookup reads a layer"
-    breaks = [place for place, token in enumerate(prompt) if token == 1]
-    first = next((place + 1 for place in reversed(breaks) if len(prompt) - place > 4), 0)
-    kept = [place for place in range(first, len(prompt)) if place > 0 and place not in breaks] or [0]
-    states = states_of(model, site, memory.reads, prompt)[kept].float()
-    return sure_by_loops(memory.tensors, states, len(memory.thresholds))
-
-
 def choose(routed: RoutedMatrix, scores: Tensor) -> Tensor:
     """Which memory's score exceeds its threshold most, ``UNROUTED`` if none does: (..., M) → (...)."""
     strength, nearest = routed.best_score_ratio(scores)
     return nearest.where(strength > 1, UNROUTED)
 
 
+def read_by(model: PreTrainedModel, site: MatrixSite, memory: SideMemory, prompt: Sequence[int]) -> Tensor:
+    """What decides about a prompt: the states (T, d) of the layer that the memory reads, or keys (T, d_ff)."""
+    if memory.state_layer is None:
+        return keys_of(model, site, prompt)
+    return states_of(model, site, memory.state_layer, prompt)
+
+
 def choice_of(model: PreTrainedModel, site: MatrixSite, memory: SideMemory, prompt: Sequence[int]) -> int | None:
-    """Which memory answers one prompt: an edit that it means most surely, or the matrix that it calls most strongly."""
-    scores = scores_of(model, site, memory, prompt)
-    ratios = [score / limit for score, limit in zip(scores, memory.thresholds, strict=True)]
-    beyond = [number for number, ratio in enumerate(ratios) if ratio > 1]
-    strongest = ratios if memory.by_edit else scores
-    return max(beyond, key=strongest.__getitem__, default=None)
+    """Which memory answers one prompt."""
+    return decide(memory, prompt, read_by(model, site, memory, prompt))
 
 
 def routed_by_loop(memory: SideMemory, prompt: int, chosen: int | None, *, over: int | None = None) -> Hook:
@@ -369,7 +306,7 @@ def routed_by_loop(memory: SideMemory, prompt: int, chosen: int | None, *, over:
         first = 0 if not memory.by_edit and memory.pooling == "mean" else prompt - 1
         for place, key in enumerate(keys):
             if chosen is not None and first <= place < (over or len(keys)):
-                changed[0, place] += update_of(memory, chosen, key, answering=place >= prompt)
+                changed[0, place] += residual(memory, chosen, key, in_answer=place >= prompt)
         return changed
 
     return hook
@@ -435,5 +372,5 @@ def assert_same_tensors(path: Path, other: Path) -> None:
     """
     read, expected = load_file(path), load_file(other)
     assert read.keys() == expected.keys()
-    for name in (name for name in read if not name.startswith(("heads.", "request."))):
+    for name in (name for name in read if not name.startswith(("heads.", "request_gate."))):
         torch.testing.assert_close(read[name], expected[name], rtol=1e-2, atol=1e-4)

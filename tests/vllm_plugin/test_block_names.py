@@ -95,7 +95,7 @@ def test_blocks_that_are_taken_back_are_named_again() -> None:
 
 
 def test_a_prompt_ends_behind_the_opening_of_an_answer() -> None:
-    marks = TurnMarks(opener=(1, 7), turns=(1,), breaks=(1, 2))
+    marks = TurnMarks(opener_token_ids=(1, 7), turn_token_ids=(1,), special_token_ids=(1, 2))
     assert prompt_end(marks, [1, 5, 6, 2, 1, 7]) == 5
     assert prompt_end(marks, [1, 5, 6, 2, 1, 7, 4, 4]) == 5
     assert prompt_end(marks, [4, 5, 6]) == 2

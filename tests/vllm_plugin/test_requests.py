@@ -14,7 +14,7 @@ from wisecli.routing.deciding.prompt_window import UNROUTED, Answering, Tokens, 
 from wisecli.vllm_plugin.requests import Requests
 
 BREAK = 9
-MARKS = TurnMarks(opener=(BREAK, 7), turns=(BREAK,), breaks=(BREAK,))
+MARKS = TurnMarks(opener_token_ids=(BREAK, 7), turn_token_ids=(BREAK,), special_token_ids=(BREAK,))
 
 
 def by_first_token(prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

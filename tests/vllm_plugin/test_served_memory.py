@@ -107,7 +107,7 @@ def test_a_process_that_another_adds_for_adds_nothing(checkpoint: Path) -> None:
     memory.admit({"r": prompt})
     memory.told = True
     memory.begin(["r"], [len(prompt)], torch.tensor(prompt), torch.arange(len(prompt)))
-    width, asked = memory.memory.probes.shape[1], []
+    width, asked = memory.memory.whitened_keys.shape[1], []
 
     def keys(tokens: Tensor, *, mine: bool) -> tuple[Tensor, bool]:
         asked.append(tokens.tolist())
@@ -124,7 +124,9 @@ def test_a_process_that_another_adds_for_adds_nothing(checkpoint: Path) -> None:
 def test_a_trial_run_gets_nothing_and_needs_nobody_to_tell_of_requests(checkpoint: Path) -> None:
     memory, _ = served(checkpoint)
     answer = torch.zeros(2, 128)
-    memory.add_to(answer, lambda tokens: (torch.ones(len(tokens), memory.memory.probes.shape[1]), True), real=False)
+    memory.add_to(
+        answer, lambda tokens: (torch.ones(len(tokens), memory.memory.whitened_keys.shape[1]), True), real=False
+    )
     assert not answer.any()
 
 
@@ -229,7 +231,7 @@ def test_a_runner_tells_of_requests_and_of_those_that_no_edit_answers(checkpoint
     assert not memory.is_unanswered("asks")
     counts = torch.tensor([len(one.prompt_token_ids) for one in new])
     assert runner._prepare_inputs(step, counts) == "prepared"
-    width = memory.memory.probes.shape[1]
+    width = memory.memory.whitened_keys.shape[1]
     answer = torch.zeros(int(counts.sum()), 128)
     memory.add_to(answer, lambda tokens: (torch.ones(len(tokens), width), True), real=True)
     assert answer.any(1).nonzero().flatten().tolist() == [int(counts[0]) - 1]
@@ -275,7 +277,7 @@ def test_the_state_of_a_second_runner_tells_of_requests(checkpoint: Path) -> Non
         positions=torch.arange(len(ids)),
     )
     assert state.prepare_inputs(batch, None) == {"given": True}
-    answer, width = torch.zeros(len(ids), 128), memory.memory.probes.shape[1]
+    answer, width = torch.zeros(len(ids), 128), memory.memory.whitened_keys.shape[1]
 
     def keys(tokens: Tensor) -> tuple[Tensor, bool]:
         return torch.ones(len(tokens), width), True

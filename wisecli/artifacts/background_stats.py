@@ -9,8 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from wisecli.artifacts.former_names import current_names
 from wisecli.artifacts.shard import half
-from wisecli.artifacts.tensor_schema import background_rows, require_layout
+from wisecli.artifacts.tensor_schema import HEADS, MENTIONED, background_rows, require_layout
+from wisecli.artifacts.tensor_schema import REQUEST_GATE as GATE_ROWS
 from wisecli.io.checkpoint import load_tensors, save_tensors
 from wisecli.routing.deciding.request_gate import REQUEST_GATE
 from wisecli.routing.memories.whitening import Moment
@@ -29,9 +31,9 @@ class RouterHeads:
     ``token_weight`` (2, d) and ``token_bias`` (2,) say how much each token of an edit counts, ``softplus(token_weight ·
     x + token_bias)``. ``logit_scale`` (2,) and ``logit_offset`` (2,) make probabilities of scores.
     ``special_token_ids`` (b,) are the tokenizer's special tokens. ``unrelated`` (u, d) are the states of tokens of
-    unrelated texts, ``text`` (u,) says of which. ``request`` are the tensors of the router's ``RequestGate``, if one
-    was learned, and ``mentioned`` (2,) how many of some prompts that mention a made-up fact and don't ask it open it
-    all the same, and of how many.
+    unrelated texts, ``text`` (u,) says of which. ``request_gate`` are the tensors of the router's ``RequestGate``, if
+    one was learned, and ``mentioned`` (2,) how many of some prompts that mention a made-up fact and don't ask it open
+    it all the same, and of how many.
     """
 
     proj_weight: Tensor
@@ -44,31 +46,19 @@ class RouterHeads:
     layer: Tensor
     unrelated: Tensor
     text: Tensor
-    request: Mapping[str, Tensor] = field(default_factory=dict)
+    request_gate: Mapping[str, Tensor] = field(default_factory=dict)
     mentioned: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parts, as files name them."""
         mentioned = {} if self.mentioned is None else {"heads.mentioned": self.mentioned}
-        return (
-            {f"heads.{stored}": getattr(self, name) for name, stored in _STORED_HEADS.items()}
-            | mentioned
-            | dict(self.request)
-        )
+        return {f"heads.{name}": getattr(self, name) for name in _HEADS} | mentioned | dict(self.request_gate)
 
 
-# What files call the parts of heads.
-_STORED_HEADS = dict(
-    [
-        ("proj_weight", "turns"),
-        ("proj_bias", "shifts"),
-        ("token_weight", "weighs"),
-        ("token_bias", "offsets"),
-        ("logit_scale", "slopes"),
-        ("logit_offset", "bars"),
-        ("special_token_ids", "breaks"),
-        *((name, name) for name in ("layer", "unrelated", "text")),
-    ]
+# Those parts of heads that are always there.
+_HEADS = (
+    *("proj_weight", "proj_bias", "token_weight", "token_bias", "logit_scale", "logit_offset"),
+    *("special_token_ids", "layer", "unrelated", "text"),
 )
 
 
@@ -98,16 +88,16 @@ class BackgroundStats:
 
 def save_background(path: Path, unrelated: BackgroundStats, *, whole: bool = False) -> None:
     """Write the statistics; ``whole`` keeps the keys that writers look at, too."""
-    tensors = {"keys": half(unrelated.keys), "chat": unrelated.chat, "size": unrelated.median_output_norm}
+    tensors = {"keys": half(unrelated.keys), "chat": unrelated.chat, "median_output_norm": unrelated.median_output_norm}
     for name in _MOMENTS:
         if (moment := getattr(unrelated, name)) is not None:
             tensors |= {f"{name}.{part}": getattr(moment, part) for part in Moment.__dataclass_fields__}
     if unrelated.heads is not None:
         tensors |= unrelated.heads.tensors()
     if unrelated.token_characters is not None:
-        tensors["letters"] = unrelated.token_characters
+        tensors["token_characters"] = unrelated.token_characters
     if whole:
-        tensors["against"] = half(unrelated.writer_keys)
+        tensors["writer_keys"] = half(unrelated.writer_keys)
     save_tensors(path, tensors, {"wise.unrelated": json.dumps({"version": _VERSION})})
 
 
@@ -124,23 +114,37 @@ def load_background(path: Path, digest: str, *, d_ff: int | None = None) -> Back
 
 
 def _from_tensors(tensors: dict[str, Tensor], path: Path, d_ff: int | None) -> BackgroundStats:
+    tensors = current_names(tensors)
     require_layout(path, tensors, background_rows(tensors), {} if d_ff is None else {"d_ff": d_ff})
 
     def moment(name: str) -> Moment:
         return Moment(*(tensors[f"{name}.{part}"] for part in Moment.__dataclass_fields__))
 
     keys = tensors["keys"].float()
-    against = tensors.get("against", keys[:0]).float()
+    writer_keys = tensors.get("writer_keys", keys[:0]).float()
     chatting = moment("chatting") if "chatting.energy" in tensors else None
     moments = moment("tokens"), moment("wording")
-    learned = heads_in(tensors), tensors.get("letters")
-    return BackgroundStats(keys, tensors["chat"], *moments, tensors["size"], against, chatting, *learned)
+    learned = _heads_in(tensors), tensors.get("token_characters")
+    return BackgroundStats(
+        keys, tensors["chat"], *moments, tensors["median_output_norm"], writer_keys, chatting, *learned
+    )
 
 
-def heads_in(tensors: dict[str, Tensor]) -> RouterHeads | None:
+def load_heads(path: Path) -> RouterHeads | None:
+    """Read the heads that a file holds together with their gate; ``None`` if it holds no heads.
+
+    Raises:
+        DamagedFileError: it is missing, truncated, or holds other tensors.
+    """
+    tensors = current_names(load_tensors(path))
+    require_layout(path, tensors, {**HEADS, **GATE_ROWS, **MENTIONED}, {})
+    return _heads_in(tensors)
+
+
+def _heads_in(tensors: dict[str, Tensor]) -> RouterHeads | None:
     """The heads among a file's tensors, if it has any."""
-    if "heads.turns" not in tensors:
+    if "heads.proj_weight" not in tensors:
         return None
-    request = {name: tensors[name] for name in REQUEST_GATE if name in tensors}
-    parts = {name: tensors[f"heads.{stored}"] for name, stored in _STORED_HEADS.items()}
-    return RouterHeads(**parts, request=request, mentioned=tensors.get("heads.mentioned"))
+    gate = {name: tensors[name] for name in REQUEST_GATE if name in tensors}
+    parts = {name: tensors[f"heads.{name}"] for name in _HEADS}
+    return RouterHeads(**parts, request_gate=gate, mentioned=tensors.get("heads.mentioned"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from wisecli.artifacts.former_names import current_name
 from wisecli.artifacts.tensor_schema import TensorRows, differences
 from wisecli.errors import WiseError
 from wisecli.io.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_tensors, weight_map
@@ -61,11 +62,16 @@ def check_rows(
     except WiseError as error:
         yield damaged(file, error)
         return
-    wrong = differences({name.removeprefix(prefix): one for name, one in tensors.items()}, rows, known)
+    wrong = differences(_unprefixed(tensors, prefix), rows, known)
     yield from (Check("tensors", file, "differs", prefix + name, *pair) for name, *pair in wrong)
     if not wrong:
         yield Check(f"types and shapes of {len(tensors)} tensors", file)
         yield from _finite(inside(directory, file))
+
+
+def _unprefixed(tensors: Mapping[str, TensorLayout], prefix: str) -> dict[str, TensorLayout]:
+    """Tensors by today's names, without a prefix."""
+    return {current_name(name.removeprefix(prefix)): layout for name, layout in tensors.items()}
 
 
 def _finite(path: Path) -> Iterator[Check]:
@@ -81,10 +87,12 @@ def _finite(path: Path) -> Iterator[Check]:
         yield Check("finite numbers", path.name)
 
 
-def check_layouts(directory: Path, file: str, expected: Mapping[str, TensorLayout]) -> Iterator[Check]:
-    """The tensors of a file, against the types and shapes that a manifest lists."""
+def check_layouts(
+    directory: Path, file: str, expected: Mapping[str, TensorLayout], prefix: str = ""
+) -> Iterator[Check]:
+    """The tensors of a file, against the types and shapes that a manifest lists without their names' prefix."""
     try:
-        tensors = read_header(inside(directory, file)).tensors
+        tensors = _unprefixed(read_header(inside(directory, file)).tensors, prefix)
     except WiseError as error:
         yield damaged(file, error)
         return
@@ -92,7 +100,7 @@ def check_layouts(directory: Path, file: str, expected: Mapping[str, TensorLayou
     wrong = [name for name in names if expected.get(name) != tensors.get(name)]
     for name in wrong:
         pair = (str(side.get(name, "nothing")) for side in (expected, tensors))
-        yield Check("tensors", file, "differs", name, *pair)
+        yield Check("tensors", file, "differs", prefix + name, *pair)
     if not wrong:
         yield Check("tensors as the manifest lists them", file)
 

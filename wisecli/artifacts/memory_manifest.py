@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from wisecli.artifacts import file_names
+from wisecli.artifacts.former_names import current_manifest, current_name
 from wisecli.artifacts.tensor_schema import layouts, memory_rows, require_layout
 from wisecli.edits.record import Edit
 from wisecli.errors import DamagedFileError
@@ -23,7 +24,7 @@ from wisecli.routing.memories.side_memory import NORM, SideMemory, require_route
 
 MANIFEST_NAME = file_names.MEMORY
 MEMORY_NAME = "memory.safetensors"
-SCHEMA = "wise.memory/1"
+SCHEMA, FORMER_SCHEMA = "wise.memory/2", "wise.memory/1"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class MemoryEntry(Calibration):
     __pydantic_config__ = OPEN
 
     kind: Literal["matrix", "lookup"]
-    router: Literal["norm", "key", "meaning"]
+    router: Literal["norm", "late-interaction"]
     edits: tuple[str, ...]
 
 
@@ -118,12 +119,11 @@ class Stored:
     file: str
     prefix: str
     thresholds: tuple[float, ...]
-    router: Literal["norm", "key", "meaning"]
-    routing: Literal["token", "sequence", "mean"]
+    router: Literal["norm", "late-interaction"]
+    pooling: Literal["last", "mean"]
     kind: Literal["matrix", "lookup"]
-    sharpness: float
     tensors: dict[str, tuple[str | int, ...]]
-    reads: Annotated[int, Field(ge=0)] | None = None
+    state_layer: Annotated[int, Field(ge=0)] | None = None
     activated: bool | None = None
 
     @property
@@ -200,7 +200,6 @@ def write_memory(
         "schema": SCHEMA,
         "base": {"model": manifest.model, "revision": manifest.revision, **manifest.fingerprint.as_dict()},
         "site": manifest.site.as_dict(),
-        "routing": described["routing"],
         "memories": memories,
         "memory": {"file": file, "prefix": prefix, **described},
         "merge": manifest.merge,
@@ -221,10 +220,11 @@ def read_manifest(directory: Path) -> MemoryManifest:
     """
     path = directory / MANIFEST_NAME
     content = read_json(path)
-    if content.get("schema") != SCHEMA:
-        raise DamagedFileError(path, f"its schema is {shown(content.get('schema'))}, not {SCHEMA!r}", "merge anew")
+    schema = content.get("schema")
+    if schema not in (SCHEMA, FORMER_SCHEMA):
+        raise DamagedFileError(path, f"its schema is {shown(schema)}, not {SCHEMA!r}", "merge anew")
     try:
-        manifest = decode(MemoryManifest, content)
+        manifest = decode(MemoryManifest, content if schema == SCHEMA else current_manifest(content))
         manifest.check()
     except ValueError as error:
         raise DamagedFileError(path, f"an entry is missing or wrong ({error})", "merge anew") from None
@@ -241,7 +241,7 @@ def read_memory(directory: Path) -> Manifest:
     stored, site = listed.memory, listed.site
     path = inside(directory, stored.file)
     loaded = load_tensors(path, digest=listed.sha256[stored.file])
-    tensors = {name.removeprefix(stored.prefix): tensor for name, tensor in loaded.items()}
+    tensors = {current_name(name.removeprefix(stored.prefix)): tensor for name, tensor in loaded.items()}
     if layouts(tensors) != stored.layouts:
         raise DamagedFileError(path, f"its tensors are not those that {MANIFEST_NAME} describes", "merge anew")
     known = {"d": site.d, "d_ff": site.width, "M": len(stored.thresholds)}

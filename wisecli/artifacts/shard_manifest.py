@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MANIFEST_NAME = file_names.SHARDS
 UNRELATED_NAME = "unrelated.safetensors"
 PLAN_NAME = "plan.json"
-SCHEMA, PLAN_SCHEMA = "wise.shards/2", "wise.plan/1"
+SCHEMA, FORMER_SCHEMA, PLAN_SCHEMA = "wise.shards/3", "wise.shards/2", "wise.plan/1"
 # Lighter penalties leave nothing to solve with.
 _LIGHTEST = 1e-9
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -212,12 +212,12 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         DamagedFileError: it is missing or not what ``wise edit`` writes.
     """
     file = path / (PLAN_NAME if plan else MANIFEST_NAME)
-    schema = PLAN_SCHEMA if plan else SCHEMA
+    schemas = (PLAN_SCHEMA,) if plan else (SCHEMA, FORMER_SCHEMA)
     if not file.is_file():
         raise DamagedFileError(path, f"there is no {file.name} in it", "give a directory that `wise edit` wrote")
     content = read_json(file)
-    if content.get("schema") != schema:
-        raise DamagedFileError(file, f"its schema is not {schema}", "edit anew with this version")
+    if content.get("schema") not in schemas:
+        raise DamagedFileError(file, f"its schema is not {schemas[0]}", "edit anew with this version")
     try:
         read = decode(_Content, content)
         read.check(plan=plan)

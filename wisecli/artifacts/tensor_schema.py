@@ -39,58 +39,58 @@ MATRIX: TensorRows = {"columns": TensorRow("int", ("M", "k"), "d_ff"), "delta": 
 HOLDING: TensorRows = {
     "columns": TensorRow("int", ("h", "k"), "d_ff"),
     "delta": TensorRow("float", ("h", "d", "k")),
-    "holder": TensorRow("int", ("M",), "h"),
+    "edit_to_matrix": TensorRow("int", ("M",), "h"),
 }
-LOOKUP: TensorRows = {"values": TensorRow("float", ("m", "d")), "value": TensorRow("int", ("n",), "m")}
+LOOKUP: TensorRows = {"residuals": TensorRow("float", ("m", "d")), "key_to_residual": TensorRow("int", ("n",), "m")}
 KEY: TensorRows = {
-    "probes": TensorRow("float", ("n", "d_ff")),
-    "owner": TensorRow("int", ("n",), "M"),
-    "offset": TensorRow("float", ("n",)),
-    "metric": TensorRow("int", ("n",), "w"),
+    "whitened_keys": TensorRow("float", ("n", "d_ff")),
+    "key_to_edit": TensorRow("int", ("n",), "M"),
+    "cosine_offset": TensorRow("float", ("n",)),
+    "whitening_index": TensorRow("int", ("n",), "w"),
     "directions": TensorRow("float", ("w", "r", "d_ff")),
     "gains": TensorRow("float", ("w", "r")),
     "floors": TensorRow("float", ("w",)),
 }
 SUBJECT_MATCH: TensorRows = {
-    "names.tokens": TensorRow("int", ("v",)),
-    "names.words": TensorRow("int", ("v",), "v"),
-    "names.whose": TensorRow("int", ("g",), "M"),
-    "names.named": TensorRow("int", ("q",), "g"),
-    "names.naming": TensorRow("int", ("q",), "v"),
-    "names.shares": TensorRow("float", ("q",)),
+    "subject_match.token_ids": TensorRow("int", ("v",)),
+    "subject_match.token_to_word": TensorRow("int", ("v",), "v"),
+    "subject_match.name_to_edit": TensorRow("int", ("g",), "M"),
+    "subject_match.entry_to_name": TensorRow("int", ("q",), "g"),
+    "subject_match.entry_to_word": TensorRow("int", ("q",), "v"),
+    "subject_match.word_weights": TensorRow("float", ("q",)),
 }
 LATE_INTERACTION: TensorRows = {
-    "meaning.turns": TensorRow("float", (2, "projected", "hidden")),
-    "meaning.shifts": TensorRow("float", (2, "projected")),
-    "meaning.slopes": TensorRow("float", (2,)),
-    "meaning.bars": TensorRow("float", (2,)),
-    "meaning.vectors": TensorRow("float", ("tokens", "projected")),
-    "meaning.asking": TensorRow("int", ("tokens",), "asked twice"),
-    "meaning.shares": TensorRow("float", ("tokens",)),
-    "meaning.whose": TensorRow("int", ("asked",), "M"),
-    "meaning.breaks": TensorRow("int", ("breaks",)),
+    "late_interaction.proj_weight": TensorRow("float", (2, "projected", "hidden")),
+    "late_interaction.proj_bias": TensorRow("float", (2, "projected")),
+    "late_interaction.logit_scale": TensorRow("float", (2,)),
+    "late_interaction.logit_offset": TensorRow("float", (2,)),
+    "late_interaction.prompt_token_embeddings": TensorRow("float", ("tokens", "projected")),
+    "late_interaction.token_to_prompt": TensorRow("int", ("tokens",), "asked twice"),
+    "late_interaction.token_weights": TensorRow("float", ("tokens",)),
+    "late_interaction.prompt_to_edit": TensorRow("int", ("asked",), "M"),
+    "late_interaction.special_token_ids": TensorRow("int", ("special",)),
 }
 REQUEST_GATE: TensorRows = {
-    "request.read": TensorRow("float", ("read", "hidden and 1")),
-    "request.attend": TensorRow("float", ("attended", "seen")),
-    "request.value": TensorRow("float", ("values", "seen")),
-    "request.mix": TensorRow("float", ("mixed", "values and 1")),
-    "request.out": TensorRow("float", (1, "mixed and 1")),
+    "request_gate.read": TensorRow("float", ("read", "hidden and 1")),
+    "request_gate.attend": TensorRow("float", ("attended", "seen")),
+    "request_gate.value": TensorRow("float", ("values", "seen")),
+    "request_gate.mix": TensorRow("float", ("mixed", "values and 1")),
+    "request_gate.out": TensorRow("float", (1, "mixed and 1")),
 }
 FUZZY_MATCH: TensorRows = {
-    "spelling.table": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
-    "spelling.words": TensorRow("byte", ("spelt", WORD_CHARS)),
-    "spelling.naming": TensorRow("int", ("spellings",), "spelt"),
-    "spelling.whose": TensorRow("int", ("spellings",), "M"),
+    "fuzzy_match.token_characters": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
+    "fuzzy_match.subject_words": TensorRow("byte", ("spelt", WORD_CHARS)),
+    "fuzzy_match.entry_to_word": TensorRow("int", ("spellings",), "spelt"),
+    "fuzzy_match.entry_to_edit": TensorRow("int", ("spellings",), "M"),
 }
 HEADS: TensorRows = {
-    "heads.turns": TensorRow("float", (2, "k", "hidden")),
-    "heads.shifts": TensorRow("float", (2, "k")),
-    "heads.weighs": TensorRow("float", (2, "hidden")),
-    "heads.offsets": TensorRow("float", (2,)),
-    "heads.slopes": TensorRow("float", (2,)),
-    "heads.bars": TensorRow("float", (2,)),
-    "heads.breaks": TensorRow("int", ("breaks",)),
+    "heads.proj_weight": TensorRow("float", (2, "k", "hidden")),
+    "heads.proj_bias": TensorRow("float", (2, "k")),
+    "heads.token_weight": TensorRow("float", (2, "hidden")),
+    "heads.token_bias": TensorRow("float", (2,)),
+    "heads.logit_scale": TensorRow("float", (2,)),
+    "heads.logit_offset": TensorRow("float", (2,)),
+    "heads.special_token_ids": TensorRow("int", ("special",)),
     "heads.layer": TensorRow("int", (1,)),
     "heads.unrelated": TensorRow("float", ("unrelated", "hidden")),
     "heads.text": TensorRow("int", ("unrelated",)),
@@ -121,17 +121,17 @@ MASKED: dict[str, TensorRows] = {
 
 def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
     """The tensors of a side memory of a kind, with those optional ones that are among ``names``."""
-    if "meaning.turns" not in names:
+    if "late_interaction.proj_weight" not in names:
         return MATRIX
-    named = SUBJECT_MATCH if "names.tokens" in names else {}
-    asking = {**REQUEST_GATE, "request.bars": TensorRow("float", ("M",))} if "request.read" in names else {}
+    named = SUBJECT_MATCH if "subject_match.token_ids" in names else {}
+    gate = {**REQUEST_GATE, "request_gate.logit_offset": TensorRow("float", ("M",))}
     held = {**LOOKUP, **KEY} if kind == FactMemory.kind else HOLDING
     return {
         **held,
         **LATE_INTERACTION,
         **named,
-        **asking,
-        **(FUZZY_MATCH if named and "spelling.table" in names else {}),
+        **(gate if "request_gate.read" in names else {}),
+        **(FUZZY_MATCH if named and "fuzzy_match.token_characters" in names else {}),
     }
 
 
@@ -140,7 +140,7 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
     rows = {
         "keys": TensorRow("float", ("u", "d_ff")),
         "chat": TensorRow("bool", ("u",)),
-        "size": TensorRow("float", (1,)),
+        "median_output_norm": TensorRow("float", (1,)),
     }
     for moment in ("tokens", "wording", "chatting"):
         if moment != "chatting" or "chatting.energy" in names:
@@ -148,15 +148,15 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
             rows[f"{moment}.variances"] = TensorRow("float", (rank,))
             rows[f"{moment}.directions"] = TensorRow("float", (rank, "d_ff"))
             rows[f"{moment}.energy"] = TensorRow("float", (1,))
-    if "heads.turns" in names:
+    if "heads.proj_weight" in names:
         rows |= HEADS
-    if "request.read" in names:
+    if "request_gate.read" in names:
         rows |= REQUEST_GATE
     if "heads.mentioned" in names:
         rows |= MENTIONED
-    if "letters" in names:
-        rows["letters"] = TensorRow("byte", ("vocabulary", TOKEN_CHARS))
-    return {**rows, **({"against": TensorRow("float", ("m", "d_ff"))} if "against" in names else {})}
+    if "token_characters" in names:
+        rows["token_characters"] = TensorRow("byte", ("vocabulary", TOKEN_CHARS))
+    return {**rows, **({"writer_keys": TensorRow("float", ("m", "d_ff"))} if "writer_keys" in names else {})}
 
 
 def layouts(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:

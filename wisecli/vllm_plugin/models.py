@@ -77,7 +77,7 @@ def _put_memory(model: Any, vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_config
     edited = Edited.of(description_in(config))
     path = residual_hooks.path_in(model, edited.module)
-    reader = WindowReader(model, vllm_config, layer_of(path).rpartition(".")[0], edited.memory.get("reads"))
+    reader = WindowReader(model, vllm_config, layer_of(path).rpartition(".")[0], edited.state_layer)
     # One process would read a release before another does.
     alone = vllm_config.parallel_config.tensor_parallel_size == 1
     checkpoint = Path(vllm_config.model_config.model)

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wisecli.artifacts.former_names import current_description, current_names
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME
 from wisecli.io.checkpoint import EXPORTED_KEY, INDEX_NAME, read_json
 
@@ -33,7 +34,7 @@ def made_for(checkpoint: Path) -> Mapping[str, Any] | None:
     except OSError:
         return None
     base = {name: manifest["base"].get(name) for name in ("matrix", "config")}
-    return {"base": base, "site": manifest["site"], "routing": manifest["routing"]}
+    return {"base": base, "site": manifest["site"], "pooling": current_description(manifest["memory"])["pooling"]}
 
 
 def read_release(checkpoint: Path, wanted: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
@@ -60,7 +61,8 @@ def read_release(checkpoint: Path, wanted: Mapping[str, Any]) -> tuple[Mapping[s
 
 def own_paths(described: Mapping[str, Any]) -> dict[str, str]:
     """Return the names of a memory's tensors by their paths in a model."""
-    return {f".{described['module']}.{name}": name for name in described["memory"]["tensors"]}
+    names = current_names({name: name for name in described["memory"]["tensors"]})
+    return {f".{described['module']}.{stored}": name for name, stored in names.items()}
 
 
 def name_of(stored: str, paths: Mapping[str, str]) -> str | None:

@@ -113,7 +113,7 @@ class Requests:
         # What a step runs again, after preemption or a wrong guess, it says again.
         begins = torch.full_like(self._ended, _NEVER).scatter_reduce_(0, row, place, "amin")
         ended = self._ended.where(self._ended < begins, _NEVER)
-        ending = place.where(is_any(ids, self._marks.breaks) & (place > end), _NEVER)
+        ending = place.where(is_any(ids, self._marks.special_token_ids) & (place > end), _NEVER)
         self._ended = ended.scatter_reduce(0, row, ending, "amin")
         inside = place > end
         answers = (place >= end) & (place < self._ended[row])

@@ -13,6 +13,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from wisecli.artifacts.former_names import current_description, current_marks
 from wisecli.routing.deciding.prompt_window import TurnMarks
 from wisecli.vllm_plugin.block_names import BlockNames, named_by, prompt_end
 from wisecli.vllm_plugin.engine_names import UNANSWERED, description_in
@@ -36,9 +37,9 @@ class RoutedScheduler:
         described = description_in(self.vllm_config.model_config.hf_config)
         prompt = request.prompt_token_ids
         release = release_in(Path(self.vllm_config.model_config.model))
-        if described["memory"]["routing"] == "mean":  # which answers the prompt's tokens, too
+        if current_description(described["memory"])["pooling"] == "mean":  # which answers the prompt's tokens, too
             return BlockNames(request._block_hasher, self.hash_block_size, 0, f"{named_by(prompt)} {release}")
-        end = prompt_end(TurnMarks.from_dict(described.get("marks")), prompt)
+        end = prompt_end(TurnMarks.from_dict(current_marks(described.get("marks"))), prompt)
         return BlockNames(request._block_hasher, self.hash_block_size, end, f"{end} {release}")
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:

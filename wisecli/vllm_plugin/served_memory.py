@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from wisecli.artifacts.former_names import current_description, current_marks, current_names
 from wisecli.routing.deciding.decision import WindowStates
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any, window_size, windows
 from wisecli.routing.layers.routed_layer import memory_module as memory_alone
@@ -45,13 +46,15 @@ class Reader(Protocol):
 class Edited:
     """What a checkpoint's config says of its memory: its path, the memory without tensors, and turn marks.
 
-    ``behind`` says that it is behind a decoder layer and not beside a matrix.
+    ``behind`` says that it is behind a decoder layer and not beside a matrix; ``state_layer`` is the layer whose states
+    decide, if any do.
     """
 
     module: str
     memory: Mapping[str, Any]
     marks: TurnMarks
     behind: bool
+    state_layer: int | None = None
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Edited:
@@ -60,20 +63,22 @@ class Edited:
         Raises:
             ValueError: no engine but transformers runs such a memory.
         """
-        if described["memory"].get("activated"):
+        memory = current_description(described["memory"])
+        if memory.get("activated"):
             raise ValueError(
                 "this memory opens by what the activation function makes of its changes, which runs in transformers "
                 "alone: serve what the closed form writes of the same edits"
             )
         if described.get("streams") is not None:
             raise ValueError("these edits are added to one of several streams, which runs in transformers alone")
-        marks = TurnMarks.from_dict(described.get("marks"))
-        return cls(described["module"], described["memory"], marks, "transposed" not in described)
+        marks = TurnMarks.from_dict(current_marks(described.get("marks")))
+        behind = "transposed" not in described
+        return cls(described["module"], described["memory"], marks, behind, memory.get("state_layer"))
 
 
 def described_memory(described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Memory:
     """Return a described memory alone, on a device: vLLM multiplies by the base's weights."""
-    return memory_alone(SideMemory.from_description(described, tensors)).to(device)
+    return memory_alone(SideMemory.from_description(current_description(described), tensors)).to(device)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class ServedMemory:
         Raises:
             LostMemoryError: some are not there.
         """
-        missing = sorted(set(self.edited.memory["tensors"]) - set(tensors))
+        missing = sorted(set(current_names(self.edited.memory["tensors"])) - set(tensors))
         if missing:
             raise LostMemoryError(f"this checkpoint lacks tensors ({', '.join(missing)}); copy it anew")
         self._serve(described_memory(self.edited.memory, tensors, device))

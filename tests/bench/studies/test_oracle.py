@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from reference.wise import residual
 from support.helpers import (
     alone,
-    cosines_of,
     hooked,
     manifest_for,
     memory_for,
     random_rows,
     right_share,
     save_tiny,
-    update_of,
 )
 from support.loading import CPU
 from torch import Tensor
@@ -30,7 +29,6 @@ from wisecli.models.loading import load_model
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.progress import ignore_progress
 from wisecli.routing.deciding.prompt_window import UNROUTED
-from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE, ANSWER_WHITENING
 from wisecli.routing.memories.side_memory import SideMemory
 
 ROWS = random_rows((1, 2), (4, 1), (11, 3), (7, 6), (2, 5), (6, 4), (9, 2), (3, 3), (5, 5), (8, 1), (10, 4), seed=21)
@@ -102,22 +100,10 @@ def _added(memory: SideMemory, number: int, first: int) -> Any:
     those that prompts end in at the first of the columns, of those inside answers after it, if it is near.
     """
 
-    def nearest_own(key: Tensor, metric: int) -> Tensor:
-        own = zip(memory.tensors["owner"].tolist(), memory.tensors["metric"].tolist(), strict=True)
-        places = [place for place, pair in enumerate(own) if pair == (number, metric)]
-        cosines = cosines_of(memory, key)
-        best = max(places, key=cosines.__getitem__)
-        if metric == ANSWER_WHITENING and cosines[best] <= ANSWER_KEY_MIN_COSINE:
-            return torch.zeros_like(memory.tensors["values"][0])
-        value: Tensor = memory.tensors["values"][int(memory.tensors["value"][best])]
-        return value
-
     def hook(_module: object, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         changed = output.clone()
         for place in range(first, output.shape[1]):
-            key = inputs[0][0, place]
-            lookup = memory.kind == "lookup"
-            changed[0, place] += nearest_own(key, int(place > first)) if lookup else update_of(memory, number, key)
+            changed[0, place] += residual(memory, number, inputs[0][0, place], in_answer=place > first)
         return changed
 
     return hook

@@ -83,7 +83,7 @@ def test_every_edit_can_be_made_to_answer(place: Path) -> None:
         # The base model, to whose matrix' last output the residual of the edit's nearest key is added by hand.
         def add(routed: RoutedMatrix, inputs: tuple[Tensor], output: Tensor, number: int = number) -> Tensor:
             end = torch.zeros(1, dtype=torch.bool)
-            output[0, -1] += routed.residuals(inputs[0][0, -1:], number, end)[0]
+            output[0, -1] += routed.residuals_at(inputs[0][0, -1:], number, end)[0]
             return output
 
         handle = edited.routed.register_forward_hook(add)

@@ -57,7 +57,9 @@ def test_tensors_and_keys_are_those_of_the_files(root: Path, place: str) -> None
         shapes = {name: "×".join(map(str, tensor.shape)) for name, tensor in tensors.items()}
         types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
         assert listed == {name: f"{types[name]} {shapes[name]}" for name in tensors}
-        keys += sum(len(tensor) for name, tensor in tensors.items() if name.endswith(("probes", "evidence.keys")))
+        keys += sum(
+            len(tensor) for name, tensor in tensors.items() if name.endswith(("whitened_keys", "evidence.keys"))
+        )
     assert report.tensors
     assert report.keys == keys
 

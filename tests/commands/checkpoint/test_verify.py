@@ -90,21 +90,21 @@ def test_a_file_that_differs_is_named(root: Path, tmp_path: Path, place: str, fi
 def test_every_kind_of_wrong_tensor_is_named_with_what_was_expected(root: Path, tmp_path: Path) -> None:
     path = copied(root, "memory", tmp_path)
     tensors = load_file(path / "memory.safetensors")
-    shape = list(tensors["values"].shape)
-    tensors["values"] = torch.zeros(shape[0], shape[1] + 1, dtype=torch.float16)
-    tensors["owner"] = tensors["owner"].float()
-    del tensors["offset"]
+    shape = list(tensors["residuals"].shape)
+    tensors["residuals"] = torch.zeros(shape[0], shape[1] + 1, dtype=torch.float16)
+    tensors["key_to_edit"] = tensors["key_to_edit"].float()
+    del tensors["cosine_offset"]
     tensors["surplus"] = torch.zeros(3)
     save_file(tensors, path / "memory.safetensors")
     digest = sha256_file(path / "memory.safetensors")
     change(path / "router.json", lambda content: content["sha256"].update({"memory.safetensors": digest}))
     wrong = {check.tensor: check for check in differing(reseal(path)) if check.expected}
-    assert wrong.keys() == {"values", "owner", "offset", "surplus"}
+    assert wrong.keys() == {"residuals", "key_to_edit", "cosine_offset", "surplus"}
     listed = {check.tensor: check for check in verify(path).differences[: len(wrong)]}
-    assert listed["values"].expected == f"float16 {shape[0]}×{shape[1]}"
-    assert listed["values"].found == f"float16 {shape[0]}×{shape[1] + 1}"
-    assert listed["owner"].found.startswith("float32")
-    assert listed["offset"].found == "nothing"
+    assert listed["residuals"].expected == f"float16 {shape[0]}×{shape[1]}"
+    assert listed["residuals"].found == f"float16 {shape[0]}×{shape[1] + 1}"
+    assert listed["key_to_edit"].found.startswith("float32")
+    assert listed["cosine_offset"].found == "nothing"
     assert listed["surplus"].expected == "nothing"
 
 

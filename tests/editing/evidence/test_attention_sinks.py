@@ -8,15 +8,16 @@ import torch
 from support.spaces import EDITS, Bench, evidence_of, with_evidence
 from torch import Tensor, nn
 
-from wisecli.artifacts.shard import SINK_CONTEXT
+from wisecli.artifacts.shard import SINK_CONTEXT, Evidence
 from wisecli.config import MergeSettings
 from wisecli.editing.evidence.attention_sinks import (
+    attention_sink_evidence,
     edits_by_leading_space,
     median_state_norm,
     residual_scale,
     sink_keys,
-    with_sink_keys,
 )
+from wisecli.editing.evidence.extra_keys import FittedEdits
 from wisecli.editing.evidence.serving_strength import bare_prompt_accuracy
 from wisecli.editing.evidence.token_probe import TokenProbe, _questions
 from wisecli.editing.examples.prompt_variants import AnswerKey
@@ -79,7 +80,7 @@ def test_an_edit_whose_target_begins_with_a_space_gets_keys_of_rests(bench: Benc
     behind = TokenProbe(bench.loaded, bench.site, 8)
     rests = sink_keys(behind, bench.space, usual)
     assert len(rests.keys) == 6
-    found = with_sink_keys(behind, before, residuals, rows, usual)
+    found = Evidence.joined([before, *attention_sink_evidence(before, FittedEdits(behind, residuals, rows, usual))])
     own = found.context == SINK_CONTEXT
     assert own.sum() == 2 * len(rests.keys)
     assert torch.equal(own, ~found.from_own_prompts)
@@ -107,6 +108,6 @@ def test_where_attention_never_rests_nothing_is_added(bench: Bench) -> None:
     residuals, before, rows, usual = with_evidence(bench, usual=1e6)
     behind = TokenProbe(bench.loaded, bench.site, 8)
     assert len(sink_keys(behind, bench.space, usual).keys) == 0
-    found = with_sink_keys(behind, before, residuals, rows, usual)
+    found = Evidence.joined([before, *attention_sink_evidence(before, FittedEdits(behind, residuals, rows, usual))])
     assert len(found.keys) == len(before.keys)
     assert edits_by_leading_space(bench.loaded, {0: replace(rows[0], target=rows[0].target[1:])}) == {}

@@ -9,9 +9,10 @@ from support.tiny_models import Chain
 from torch import Tensor
 
 from wisecli.artifacts.shard import SINK_CONTEXT, SPACE_CONTEXT, Evidence
-from wisecli.editing.evidence.attention_sinks import with_sink_keys
+from wisecli.editing.evidence.extra_keys import FittedEdits
+from wisecli.editing.evidence.shard_evidence import with_extra_keys
 from wisecli.editing.evidence.token_probe import TokenProbe, _questions
-from wisecli.editing.evidence.trailing_space import with_trailing_space
+from wisecli.editing.evidence.trailing_space import trailing_space_evidence
 from wisecli.editing.examples.prompt_variants import AnswerKey
 from wisecli.evaluation.edited_model import attach
 from wisecli.models.prompts.tokenization import Row
@@ -37,23 +38,21 @@ def ends_of(evidence: Evidence) -> Evidence:
 
 def test_the_space_that_a_target_begins_with_is_the_end_of_a_prompt_too(bench: Bench, behind: TokenProbe) -> None:
     residuals, before, rows, usual = with_evidence(bench)
-    rested = with_sink_keys(behind, before, residuals, {0: rows[0]}, usual)
-    ends = ends_of(with_trailing_space(behind, rested, residuals, {0: rows[0]}, usual))
-    own = rested.rows((rested.edit == 0) & (rested.position == 1))
+    edits = FittedEdits(behind, residuals, {0: rows[0]}, usual)
+    found = with_extra_keys(before, edits)
+    ends, own = ends_of(found), found.rows((found.edit == 0) & (found.position == 1))
     assert set(own.context.tolist()) == {0, SINK_CONTEXT}, "the other context's key is as good as the bare prompt's"
     assert set(ends.edit.tolist()) == {0}
     torch.testing.assert_close(ends.keys, own.keys)
     torch.testing.assert_close(ends.residuals, own.residuals)
     unseen = replace(before, held_out=torch.ones_like(before.held_out))
-    assert not len(ends_of(with_trailing_space(behind, unseen, residuals, {0: rows[0]}, usual)).keys), (
-        "none of what was not trained"
-    )
+    assert [len(one.keys) for one in trailing_space_evidence(unseen, edits)] == [0], "none of what was not trained"
 
 
 def test_a_word_is_begun_behind_a_blank_with_a_multiple_of_its_residual(bench: Bench, behind: TokenProbe) -> None:
     residuals, before, rows, usual = with_evidence(bench)
     word = replace(rows[1], target=rows[1].target[1:])
-    ends = ends_of(with_trailing_space(behind, before, residuals, {1: word}, usual))
+    ends = ends_of(with_extra_keys(before, FittedEdits(behind, residuals, {1: word}, usual)))
     assert set(ends.edit.tolist()) == {1}
     means, times = [], []
     for form in ("{}", "Q: {}\nA:", "{}\nAnswer:"):
@@ -79,14 +78,16 @@ def test_what_is_erased_and_tokenizers_without_a_token_for_a_blank_get_no_keys(
     residuals, before, rows, usual = with_evidence(bench)
     word: Row = replace(rows[1], target=rows[1].target[1:])
     erased = replace(word, unwanted=(word.target[0],))
-    assert len(with_trailing_space(behind, before, residuals, {1: erased}, usual).keys) == len(before.keys)
+    found = with_extra_keys(before, FittedEdits(behind, residuals, {1: erased}, usual))
+    assert len(found.keys) == len(before.keys)
 
     def stripped(text: str) -> object:
         return bench.loaded.tokenizer(text.rstrip())
 
     tokenizer = type("Stripping", (), {"__call__": staticmethod(stripped), "decode": bench.loaded.tokenizer.decode})()
     without = TokenProbe(replace(bench.loaded, tokenizer=tokenizer), bench.site, 8)
-    assert len(with_trailing_space(without, before, residuals, {1: word}, usual).keys) == len(before.keys)
+    found = with_extra_keys(before, FittedEdits(without, residuals, {1: word}, usual))
+    assert len(found.keys) == len(before.keys)
 
 
 def key_of(bench: Bench, text: str) -> Tensor:

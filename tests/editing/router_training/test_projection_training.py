@@ -137,9 +137,9 @@ def test_shards_keep_what_prompts_mean_and_memories_open_by_it(
     assert (memory.kind, memory.by_edit) == ("lookup", True)
     # Of the first edit's subject: the tokenizer does not know the third's.
     assert material.unrelated.token_characters is not None
-    assert torch.equal(memory.tensors["spelling.table"], material.unrelated.token_characters)
-    assert memory.tensors["spelling.whose"].tolist() == [0, 0]
-    assert memory.tensors["spelling.words"].shape == (2, WORD_CHARS)
+    assert torch.equal(memory.tensors["fuzzy_match.token_characters"], material.unrelated.token_characters)
+    assert memory.tensors["fuzzy_match.entry_to_edit"].tolist() == [0, 0]
+    assert memory.tensors["fuzzy_match.subject_words"].shape == (2, WORD_CHARS)
     assert run("verify", "shards") == run("verify", "memory") == 0
     assert run("export") == run("verify", "edited") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "edited", trust_remote_code=True)
@@ -157,8 +157,8 @@ def test_letters_go_with_their_edits_and_where_names_have_no_say(
 ) -> None:
     def kept(place: str) -> list[int]:
         tensors = read_memory(tmp_path / place).memory.tensors
-        assert ("spelling.table" in tensors) == ("spelling.whose" in tensors)
-        return tensors["spelling.whose"].tolist() if "spelling.whose" in tensors else []
+        assert ("fuzzy_match.token_characters" in tensors) == ("fuzzy_match.entry_to_edit" in tensors)
+        return tensors["fuzzy_match.entry_to_edit"].tolist() if "fuzzy_match.entry_to_edit" in tensors else []
 
     assert run("merge", "shards", "-o", "any", "--subjects", "any") == run("verify", "any") == 0
     assert kept("any") == []
@@ -176,26 +176,26 @@ def test_shards_that_do_not_know_letters_are_merged_as_they_were(
     content = json.loads((shards / "shards.json").read_text())
     del content["subject_tokens"]
     statistics = shards / content["unrelated"]["file"]
-    kept = {name: tensor for name, tensor in load_tensors(statistics).items() if name != "letters"}
+    kept = {name: tensor for name, tensor in load_tensors(statistics).items() if name != "token_characters"}
     save_tensors(statistics, kept)
     content["unrelated"]["sha256"] = sha256_file(statistics)
     (shards / "shards.json").write_text(json.dumps(content))
     assert run("merge", "shards") == run("verify", "shards") == run("verify", "memory") == 0
     tensors = read_memory(tmp_path / "memory").memory.tensors
-    assert not {name for name in tensors if name.startswith("spelling.")}
-    assert "names.tokens" in tensors
+    assert not {name for name in tensors if name.startswith("fuzzy_match.")}
+    assert "subject_match.token_ids" in tensors
 
 
 @pytest.mark.parametrize(
     ("tensor", "change"),
     [
-        ("spelling.whose", lambda tensor: tensor + 3),
-        ("spelling.naming", lambda tensor: tensor - 1),
-        ("spelling.naming", lambda tensor: tensor[:-1]),
-        ("spelling.words", lambda tensor: tensor.int()),
-        ("spelling.words", lambda tensor: tensor.repeat(1, 2)),
-        ("spelling.table", lambda tensor: tensor[:0]),
-        ("spelling.table", None),
+        ("fuzzy_match.entry_to_edit", lambda tensor: tensor + 3),
+        ("fuzzy_match.entry_to_word", lambda tensor: tensor - 1),
+        ("fuzzy_match.entry_to_word", lambda tensor: tensor[:-1]),
+        ("fuzzy_match.subject_words", lambda tensor: tensor.int()),
+        ("fuzzy_match.subject_words", lambda tensor: tensor.repeat(1, 2)),
+        ("fuzzy_match.token_characters", lambda tensor: tensor[:0]),
+        ("fuzzy_match.token_characters", None),
     ],
 )
 def test_letters_that_cannot_be_right_are_refused(
@@ -238,13 +238,15 @@ def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
         replace(heads, logit_offset=torch.full((2,), 0.99), logit_scale=torch.full((2,), 1e4)), prompts, 3
     )
     assert strict.thresholds(0.5) == (0.5,) * 3
-    vectors = strict.tensors["meaning.vectors"].float()
+    vectors = strict.tensors["late_interaction.prompt_token_embeddings"].float()
     assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=2e-3)
     # Of edits with a subject its tokens are looked for as such, and the others as the relation's; of others, all twice.
     known = torch.tensor(["subject" in EDITS[edit] for edit in prompts.edit.tolist()])
     for head, own in enumerate((prompts.subject | ~known, ~prompts.subject | ~known)):
         turned = F.normalize(F.linear(prompts.states[own], heads.proj_weight[head], heads.proj_bias[head]), dim=-1)
-        kept = (strict.tensors["meaning.asking"] >= len(strict.tensors["meaning.whose"])) == bool(head)
+        kept = (
+            strict.tensors["late_interaction.token_to_prompt"] >= len(strict.tensors["late_interaction.prompt_to_edit"])
+        ) == bool(head)
         assert torch.allclose(vectors[kept], turned, atol=2e-3)
 
 

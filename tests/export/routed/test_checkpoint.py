@@ -328,7 +328,17 @@ def test_without_trust_it_is_refused_and_not_loaded_without_the_edit(tmp_path: P
         *((KINDS[0], name) for name in ("columns", "delta")),
         *(
             (LOOKUP, name)
-            for name in ("values", "value", "probes", "owner", "offset", "metric", "directions", "gains", "floors")
+            for name in (
+                "residuals",
+                "key_to_residual",
+                "whitened_keys",
+                "key_to_edit",
+                "cosine_offset",
+                "whitening_index",
+                "directions",
+                "gains",
+                "floors",
+            )
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else value.kind,
@@ -373,16 +383,18 @@ def test_a_lookup_kept_in_half_precision_answers_under_any(
 ) -> None:
     base = save_tiny(tmp_path / "base", architecture)
     manifest = manifest_of(base, architecture, LOOKUP)
-    halved = {name: manifest.memory.tensors[name].half() for name in ("probes", "values")}
+    halved = {name: manifest.memory.tensors[name].half() for name in ("whitened_keys", "residuals")}
     memory = replace(manifest.memory, tensors={**manifest.memory.tensors, **halved})
     output = tmp_path / "edited"
     output.mkdir()
     write_routed(output, base, Checkpoint(base), replace(manifest, memory=memory))
     stored = load_file(output / "model-side-memory.safetensors")
-    assert {str(stored[name].dtype) for name in stored if name.endswith((".probes", ".values"))} == {"torch.float16"}
+    assert {str(stored[name].dtype) for name in stored if name.endswith((".whitened_keys", ".residuals"))} == {
+        "torch.float16"
+    }
     model = load(output, dtype=dtype)
     routed = model.get_submodule(manifest.site.module)
-    assert torch.float16 not in (routed.probes.dtype, routed.values.dtype)
+    assert torch.float16 not in (routed.whitened_keys.dtype, routed.residuals.dtype)
     reference = tiny_model(architecture)
     whole = replace(memory, tensors={**memory.tensors, **{name: one.float() for name, one in halved.items()}})
     for prompt in PROMPTS:
@@ -527,7 +539,7 @@ def said(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     root = tmp_path_factory.mktemp("alone")
     damaged = root / "damaged"
     shutil.copytree(chain.exported, damaged, copy_function=os.link)
-    remove_tensor(damaged, "values", indexed=False)
+    remove_tensor(damaged, "residuals", indexed=False)
     prompts = [edit["prompt"] for edit in chain.edits]
     arguments = json.dumps([str(chain.exported), str(chain.model), str(damaged), prompts, unrelated_prompts()])
     environment = {**os.environ, "HF_HOME": str(root), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -564,7 +576,7 @@ def test_without_trust_or_with_a_tensor_lost_nothing_loads_with_transformers_alo
     assert said["untrusted"][0] == "ValueError"
     assert "trust_remote_code" in said["untrusted"][1]
     assert said["damaged"][0] == "OSError"
-    assert "values" in said["damaged"][1]
+    assert "residuals" in said["damaged"][1]
 
 
 def test_other_ways_to_load_work_with_transformers_alone(chain: Chain, said: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def held(memory: Path) -> list[str]:
 def keys_and_values(memory: Path) -> Tensor:
     """Probes of a lookup with what each adds (n, d_ff + d)."""
     found = tensors(memory)
-    return torch.cat([found["probes"].float(), found["values"].float()[found["value"]]], 1)
+    return torch.cat([found["whitened_keys"].float(), found["residuals"].float()[found["key_to_residual"]]], 1)
 
 
 def require_same_lookup(memory: Path, other: Path) -> None:

@@ -253,7 +253,7 @@ def built_lookup(material: MergedEvidence, **settings: object) -> Fitted:
 
 def test_a_lookup_adds_its_residuals_as_often_as_its_strength_says() -> None:
     material = two_shards()
-    values, stronger = (built_lookup(material, strength=strength)[0].tensors["values"] for strength in (1.0, 2.0))
+    values, stronger = (built_lookup(material, strength=strength)[0].tensors["residuals"] for strength in (1.0, 2.0))
     assert torch.allclose(stronger.float(), 2 * values.float(), rtol=2e-3)
 
 
@@ -267,8 +267,8 @@ def test_every_trained_key_recalls_exactly_its_own_residual() -> None:
     assert facts.memory_of_choice(found)[0].tolist() == evidence.edit[kept].tolist()
     added = facts.add(torch.zeros(1, len(keys), D), keys[None], found)[0]
     assert torch.allclose(added, residuals, atol=1e-3, rtol=2e-3)
-    assert memory.tensors["values"].shape == (2 * EDITS * POSITIONS, D)  # contexts share what they add
-    assert torch.equal(memory.tensors["values"][memory.tensors["value"]].float(), residuals)
+    assert memory.tensors["residuals"].shape == (2 * EDITS * POSITIONS, D)  # contexts share what they add
+    assert torch.equal(memory.tensors["residuals"][memory.tensors["key_to_residual"]].float(), residuals)
     assert (memory.kind, len(memory.thresholds)) == ("lookup", 2 * EDITS)
     assert set(memory.thresholds) == {calibration.threshold}
 
@@ -310,14 +310,17 @@ def test_merging_two_shards_concatenates_them() -> None:
     first, second = some_evidence(10), some_evidence(20, edits=4)
     whole = built_lookup(some_material(first, second))[0].tensors
     parts = [built_lookup(some_material(shard))[0].tensors for shard in (first, second)]
-    assert torch.equal(whole["values"], torch.cat([part["values"] for part in parts]))
-    assert whole["value"].tolist() == [
-        *parts[0]["value"].tolist(),
-        *(parts[1]["value"] + len(parts[0]["values"])).tolist(),
+    assert torch.equal(whole["residuals"], torch.cat([part["residuals"] for part in parts]))
+    assert whole["key_to_residual"].tolist() == [
+        *parts[0]["key_to_residual"].tolist(),
+        *(parts[1]["key_to_residual"] + len(parts[0]["residuals"])).tolist(),
     ]
-    assert whole["owner"].tolist() == [*parts[0]["owner"].tolist(), *(parts[1]["owner"] + EDITS).tolist()]
-    assert torch.equal(whole["metric"], torch.cat([part["metric"] for part in parts]))
-    assert torch.equal(whole["probes"], torch.cat([part["probes"] for part in parts]))
+    assert whole["key_to_edit"].tolist() == [
+        *parts[0]["key_to_edit"].tolist(),
+        *(parts[1]["key_to_edit"] + EDITS).tolist(),
+    ]
+    assert torch.equal(whole["whitening_index"], torch.cat([part["whitening_index"] for part in parts]))
+    assert torch.equal(whole["whitened_keys"], torch.cat([part["whitened_keys"] for part in parts]))
 
 
 def test_the_order_of_shards_does_not_matter_for_what_a_key_recalls() -> None:
@@ -326,7 +329,7 @@ def test_the_order_of_shards_does_not_matter_for_what_a_key_recalls() -> None:
     keys, inside = normal(50, D_FF, seed=6), torch.zeros(50, dtype=torch.bool)
     for number in range(EDITS + 4):
         renumbered = number + 4 if number < EDITS else number - EDITS
-        assert torch.equal(one.residuals(keys, number, inside), other.residuals(keys, renumbered, inside))
+        assert torch.equal(one.residuals_at(keys, number, inside), other.residuals_at(keys, renumbered, inside))
 
 
 def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_through_that_of_wording() -> None:
@@ -334,7 +337,7 @@ def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_t
     memory, _ = built_lookup(material)
     evidence = material.evidence
     kept = ~evidence.held_out
-    assert memory.tensors["metric"].tolist() == (evidence.position[kept] > 0).long().tolist()
+    assert memory.tensors["whitening_index"].tolist() == (evidence.position[kept] > 0).long().tolist()
     exact = {name: widened(tensor) for name, tensor in memory.tensors.items()}
     for number, moment in enumerate((material.unrelated.wording, material.unrelated.tokens)):
         dense = moment.dense().double()
@@ -355,7 +358,7 @@ def test_a_key_of_a_blank_that_prompts_end_in_is_seen_as_that_token_is() -> None
     memory, _ = built_lookup(material)
     kept = ~evidence.held_out
     wanted = (evidence.position[kept] > 0).long().where(~ending[kept], 2)
-    assert memory.tensors["metric"].tolist() == wanted.tolist()
+    assert memory.tensors["whitening_index"].tolist() == wanted.tolist()
     for name in ("directions", "gains", "floors"):
         assert torch.equal(memory.tensors[name][2], memory.tensors[name][ANSWER_WHITENING])
     without = material.of_own_prompts()
@@ -378,8 +381,8 @@ def test_prompts_must_name_the_subjects_that_are_known() -> None:
     foreign = material.evidence.edit == 2
     for own, expected in ((material, [0, 2]), (in_other_languages(material, foreign), [0])):
         tensors = built_lookup(own)[0].tensors
-        assert tensors["names.whose"].tolist() == expected
-        assert tensors["names.tokens"].tolist() == [*expected, *(50 + number for number in expected)]
+        assert tensors["subject_match.name_to_edit"].tolist() == expected
+        assert tensors["subject_match.token_ids"].tolist() == [*expected, *(50 + number for number in expected)]
     assert not set(SUBJECT_MATCH) & built_lookup(material, subjects="any")[0].tensors.keys()
     assert not set(SUBJECT_MATCH) & built_lookup(replace(material, subjects=named_subjects()))[0].tensors.keys()
 
@@ -393,10 +396,10 @@ def test_only_subjects_that_must_be_named_are_spelt() -> None:
     foreign = material.evidence.edit == 2
     for own, expected in ((material, [0, 2, 3]), (in_other_languages(material, foreign), [0, 3])):
         tensors = naming(own, settings)
-        assert tensors["spelling.whose"].tolist() == expected
-        spelt = tensors["spelling.words"][tensors["spelling.naming"]]
+        assert tensors["fuzzy_match.entry_to_edit"].tolist() == expected
+        spelt = tensors["fuzzy_match.subject_words"][tensors["fuzzy_match.entry_to_word"]]
         assert torch.equal(spelt[:, :TOKEN_CHARS], letters[expected])
-        assert tensors["spelling.table"] is letters
+        assert tensors["fuzzy_match.token_characters"] is letters
     unspelt = replace(material, unrelated=replace(material.unrelated, token_characters=None))
     assert naming(unspelt, settings).keys() == set(SUBJECT_MATCH)
     assert naming(material, MergeSettings(subjects="any")) == {}
@@ -498,9 +501,9 @@ def test_a_lookup_is_the_same_whether_its_shards_are_read_together_or_one_by_one
     one, other = (lookup(material, MergeSettings(mode="lookup"), parts)[0].tensors for parts in (None, own))
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        if name not in ("values", "value"):
+        if name not in ("residuals", "key_to_residual"):
             assert torch.equal(tensor, other[name]), name
-    assert torch.equal(one["values"][one["value"]], other["values"][other["value"]])
+    assert torch.equal(one["residuals"][one["key_to_residual"]], other["residuals"][other["key_to_residual"]])
 
 
 @pytest.mark.parametrize("kind", ["columns", "elements"])

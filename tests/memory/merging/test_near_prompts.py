@@ -19,15 +19,15 @@ def some_meaning() -> LateInteraction:
     subject = alike + 0.5 * torch.randn(alike.shape, generator=chance)
     vectors = torch.cat([subject, torch.randn(kept * TOKENS, WIDTH, generator=chance)])
     tensors = {
-        "meaning.turns": torch.randn(2, WIDTH, D, generator=chance),
-        "meaning.shifts": torch.zeros(2, WIDTH),
-        "meaning.slopes": torch.tensor([9.0, 5.0]),
-        "meaning.bars": torch.tensor([0.5, 0.3]),
-        "meaning.vectors": F.normalize(vectors, dim=-1),
-        "meaning.asking": torch.arange(2 * kept).repeat_interleave(TOKENS),
-        "meaning.shares": torch.full((2 * kept * TOKENS,), 1 / TOKENS),
-        "meaning.whose": torch.arange(EDITS).repeat_interleave(FORMS),
-        "meaning.breaks": torch.tensor([99]),
+        "late_interaction.proj_weight": torch.randn(2, WIDTH, D, generator=chance),
+        "late_interaction.proj_bias": torch.zeros(2, WIDTH),
+        "late_interaction.logit_scale": torch.tensor([9.0, 5.0]),
+        "late_interaction.logit_offset": torch.tensor([0.5, 0.3]),
+        "late_interaction.prompt_token_embeddings": F.normalize(vectors, dim=-1),
+        "late_interaction.token_to_prompt": torch.arange(2 * kept).repeat_interleave(TOKENS),
+        "late_interaction.token_weights": torch.full((2 * kept * TOKENS,), 1 / TOKENS),
+        "late_interaction.prompt_to_edit": torch.arange(EDITS).repeat_interleave(FORMS),
+        "late_interaction.special_token_ids": torch.tensor([99]),
     }
     return LateInteraction(tensors, EDITS)
 

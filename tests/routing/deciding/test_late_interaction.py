@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import WORDS, manifest_for, memory_for, save_tiny, sure_by_loops
+from reference.wise import edit_probs
+from support.helpers import WORDS, manifest_for, memory_for, save_tiny
 from support.loading import CPU
 from torch import Tensor
 from torch.nn import functional as F
@@ -100,7 +101,7 @@ def test_scores_are_those_of_loops_over_tokens(edited: EditedModel) -> None:
     there[:, 2] = True
     found = meaning(states, there)
     for row in range(4):
-        expected = sure_by_loops(tensors, states[row, there[row]], 3)
+        expected = edit_probs(tensors, states[row, there[row]], 3)
         torch.testing.assert_close(found[row], torch.tensor(expected), rtol=2e-3, atol=1e-4)
 
 
@@ -110,15 +111,15 @@ def many_prompts(count: int) -> dict[str, Tensor]:
     vectors = F.normalize(torch.randn(5 * count, 8, generator=chance), dim=-1)
     every = torch.arange(count)
     return {
-        "meaning.turns": torch.randn(2, 8, 12, generator=chance),
-        "meaning.shifts": torch.randn(2, 8, generator=chance),
-        "meaning.slopes": torch.full((2,), 12.0),
-        "meaning.bars": torch.full((2,), 0.45),
-        "meaning.vectors": vectors,
-        "meaning.asking": torch.cat([every.repeat_interleave(2), count + every.repeat_interleave(3)]),
-        "meaning.shares": torch.cat([torch.full((2 * count,), 1 / 2), torch.full((3 * count,), 1 / 3)]),
-        "meaning.whose": every,
-        "meaning.breaks": torch.tensor([0]),
+        "late_interaction.proj_weight": torch.randn(2, 8, 12, generator=chance),
+        "late_interaction.proj_bias": torch.randn(2, 8, generator=chance),
+        "late_interaction.logit_scale": torch.full((2,), 12.0),
+        "late_interaction.logit_offset": torch.full((2,), 0.45),
+        "late_interaction.prompt_token_embeddings": vectors,
+        "late_interaction.token_to_prompt": torch.cat([every.repeat_interleave(2), count + every.repeat_interleave(3)]),
+        "late_interaction.token_weights": torch.cat([torch.full((2 * count,), 1 / 2), torch.full((3 * count,), 1 / 3)]),
+        "late_interaction.prompt_to_edit": every,
+        "late_interaction.special_token_ids": torch.tensor([0]),
     }
 
 
@@ -130,9 +131,9 @@ def test_an_edit_counts_where_its_subject_is_likely_or_among_the_likeliest() -> 
     found = meaning(states, there)
     dropped = 0
     for row in range(6):
-        both = torch.tensor(sure_by_loops(tensors, states[row, there[row]], count))
-        alone = {**tensors, "meaning.slopes": torch.tensor([12.0, 0.0])}
-        subject = torch.tensor(sure_by_loops(alone, states[row, there[row]], count)) * 2
+        both = torch.tensor(edit_probs(tensors, states[row, there[row]], count))
+        alone = {**tensors, "late_interaction.logit_scale": torch.tensor([12.0, 0.0])}
+        subject = torch.tensor(edit_probs(alone, states[row, there[row]], count)) * 2
         kept = (subject >= 0.25) | (subject >= subject.topk(8).values[-1] - 1e-6)
         torch.testing.assert_close(found[row], both.where(kept, 0.0), rtol=1e-3, atol=1e-6)
         assert both.masked_fill(kept, 0.0).max() < 0.25
@@ -146,8 +147,10 @@ def test_an_edit_counts_where_its_subject_is_likely_or_among_the_likeliest() -> 
 
 def test_an_edits_own_prompt_is_sure_and_shares_add_up(edited: EditedModel) -> None:
     tensors = edited.manifest.memory.tensors
-    count = len(tensors["meaning.whose"])
-    whole = torch.zeros(2 * count).index_add(0, tensors["meaning.asking"].long(), tensors["meaning.shares"].float())
+    count = len(tensors["late_interaction.prompt_to_edit"])
+    whole = torch.zeros(2 * count).index_add(
+        0, tensors["late_interaction.token_to_prompt"].long(), tensors["late_interaction.token_weights"].float()
+    )
     torch.testing.assert_close(whole, torch.ones(2 * count))
     for number, prompt in enumerate(PROMPTS):
         sure = decision_of(edited, prompt).scores
@@ -279,8 +282,8 @@ def test_a_second_question_behind_a_special_token_is_decided_by_itself(
     edited: EditedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(edited.routed, FactMemory)
-    meaning, outcomes = edited.routed.meaning, set()
-    meaning.bars.fill_(0.55)
+    late_interaction, outcomes = edited.routed.late_interaction, set()
+    late_interaction.logit_offset.fill_(0.55)
     for first, second in product([*PROMPTS, *OTHERS], repeat=2):
         told, asked = (edited.tokenizer(prompt)["input_ids"] for prompt in (first, second))
         passes = chosen_by_the_layer(edited, [told, [7], [1], asked, [9]], monkeypatch)
@@ -289,7 +292,7 @@ def test_a_second_question_behind_a_special_token_is_decided_by_itself(
         site = edited.manifest.site.below(0)
         with edited.unedited():
             states = capture(edited.model, site, collate([Row(tuple(whole[0].tolist()), (9,))]), above=False).hidden
-        sure = meaning(states, torch.arange(whole.shape[1])[None] >= len(told) + 2)[0]
+        sure = late_interaction(states, torch.arange(whole.shape[1])[None] >= len(told) + 2)[0]
         expected = int(sure.argmax()) if float(sure.max()) > 0.5 else UNROUTED
         assert passes[2] == [UNROUTED]
         assert passes[3] == [UNROUTED] * (len(asked) - 1) + [expected]
@@ -314,7 +317,7 @@ def named(edited: EditedModel, tmp_path: Path) -> EditedModel:
     words = [edited.tokenizer(prompt)["input_ids"][:2] for prompt in PROMPTS[:2]]
     names = subject_match_tensors([*((tuple(SubjectToken((token,), 0.5) for token in own),) for own in words), ()])
     memory = edited.manifest.memory
-    tensors = {**memory.tensors, **names, "meaning.bars": torch.full((2,), -1.0)}
+    tensors = {**memory.tensors, **names, "late_interaction.logit_offset": torch.full((2,), -1.0)}
     (tmp_path / "named").mkdir()
     base = Path(edited.manifest.model)
     write_memory(tmp_path / "named", manifest_for(base, replace(memory, tensors=tensors), EDITS))
@@ -368,7 +371,7 @@ def spelt(edited: EditedModel, tmp_path: Path) -> EditedModel:
         [*((tuple(SubjectToken((token,), 1 / len(own)) for token in own),) for own in tokens), ()]
     )
     letters = fuzzy_match_tensors(letter_table(tokenizer.get_vocab()), [*tokens, ()])
-    tensors = {**memory.tensors, **names, **letters, "meaning.bars": torch.full((2,), -1.0)}
+    tensors = {**memory.tensors, **names, **letters, "late_interaction.logit_offset": torch.full((2,), -1.0)}
     # Of the edits that mean a prompt the first one that it names answers.
     thresholds = (0.5, 0.55, 0.9)
     (tmp_path / "spelt").mkdir()
@@ -429,5 +432,5 @@ def test_rows_with_padding_are_named_as_they_are_alone(spelt: EditedModel, monke
 def test_memories_without_letters_ask_for_the_name_as_it_is(named: EditedModel, spelt: EditedModel) -> None:
     assert isinstance(named.routed, FactMemory)
     assert isinstance(spelt.routed, FactMemory)
-    assert named.routed.spelling is None
-    assert spelt.routed.spelling is not None
+    assert named.routed.fuzzy_match is None
+    assert spelt.routed.fuzzy_match is not None

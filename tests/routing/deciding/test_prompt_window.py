@@ -21,7 +21,7 @@ from wisecli.routing.deciding.prompt_window import (
 
 # A template that begins turns with 7, opens the assistant's with 7 8 9, and ends them with 6; 1 ends texts.
 MARKS = TurnMarks((7, 8, 9), (7,), (1, 6, 7))
-BARE = TurnMarks(breaks=(1,))
+BARE = TurnMarks(special_token_ids=(1,))
 
 
 def row(ids: list[int], earlier: list[int] | None = None, memory: int = UNROUTED) -> Tokens:
@@ -91,10 +91,10 @@ def ends_by_loop(ids: list[int], sizes: list[int], marks: TurnMarks) -> list[int
     for size in sizes:
         seen, last = ids[: first + size], -1
         for place in range(first, first + size):
-            opener = list(marks.opener)
+            opener = list(marks.opener_token_ids)
             if opener and ids[max(0, place + 1 - len(opener)) : place + 1] == opener:
                 last = place - first
-        chat = bool(set(seen) & set(marks.turns))
+        chat = bool(set(seen) & set(marks.turn_token_ids))
         if last < 0 and not chat and (size > 1 or first == 0):
             last = size - 1
         found.append(last)
@@ -151,7 +151,7 @@ def test_an_answer_goes_on_until_a_special_token_or_the_next_prompts_end(
     end = data.draw(st.integers(-1, len(ids) + 2))
     answering = Answering(torch.tensor([memory]), torch.tensor([end]))
     found: Tensor = row(ids, memory=before).answered_by(MARKS, answering)
-    assert found.tolist() == [answered_by_loop(ids, before, memory, end, MARKS.breaks)]
+    assert found.tolist() == [answered_by_loop(ids, before, memory, end, MARKS.special_token_ids)]
 
 
 def test_a_memory_that_answers_whole_rows_answers_their_prompts_too() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.wise import nearest_key, residual, scores_of
 from support.helpers import (
     Waits,
     alone,
@@ -30,7 +31,7 @@ from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.generation import left_padded
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.layers.routed_layer import RoutedMatrix, RoutedMatrixMemory, activation_of, install, memory_module
-from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE, ANSWER_WHITENING, FactMemory
+from wisecli.routing.memories.fact_memory import ANSWER_WHITENING, FactMemory
 from wisecli.routing.memories.matrix_memory import MatrixMemory
 from wisecli.routing.memories.side_memory import SideMemory
 from wisecli.routing.passes.routed_pass import PassRoute, in_pass
@@ -92,9 +93,9 @@ class Plain:
         ]
         self.keys = normal(memories * keys_each, d_ff, seed=4)
         place = torch.arange(memories * keys_each)
-        self.owner, self.metric = place % memories, (place // memories) % 2
+        self.key_to_edit, self.whitening_index = place % memories, (place // memories) % 2
         self.factors = 1 + normal(memories * keys_each, seed=6).tanh().square()
-        self.values, self.value = normal(memories * keys_each + 1, d, seed=5), place.flip(0)
+        self.residuals, self.key_to_residual = normal(memories * keys_each + 1, d, seed=5), place.flip(0)
 
     def packed(self, thresholds: tuple[float, ...], kind: str = "matrix", pooling: str = "last") -> SideMemory:
         if kind == "matrix":
@@ -105,55 +106,33 @@ class Plain:
             }
             return SideMemory(tensors, thresholds, kind, pooling)
         probes = []
-        for key, metric in zip(self.keys, self.metric.tolist(), strict=True):
+        for key, metric in zip(self.keys, self.whitening_index.tolist(), strict=True):
             turned = self.whitenings[metric] @ key
             probes.append(turned / (key @ turned).sqrt())
-        tensors = {"values": self.values, "value": self.value, "owner": self.owner, "metric": self.metric}
+        tensors = {
+            "residuals": self.residuals,
+            "key_to_residual": self.key_to_residual,
+            "key_to_edit": self.key_to_edit,
+            "whitening_index": self.whitening_index,
+        }
         tensors |= {"directions": self.directions, "gains": self.gains, "floors": self.floors}
-        tensors |= {"probes": torch.stack(probes) * self.factors[:, None], "offset": 1 - self.factors}
+        tensors |= {"whitened_keys": torch.stack(probes) * self.factors[:, None], "cosine_offset": 1 - self.factors}
         return SideMemory({**tensors, **self.meaning()}, thresholds, kind)
 
     def meaning(self) -> dict[str, Tensor]:
         """A prompt of one token for each edit, which nothing here asks."""
         every = torch.arange(len(self.changes))
         return {
-            "meaning.turns": normal(2, 3, D, seed=7),
-            "meaning.shifts": torch.zeros(2, 3),
-            "meaning.slopes": torch.ones(2),
-            "meaning.bars": torch.zeros(2),
-            "meaning.vectors": normal(2 * len(every), 3, seed=8),
-            "meaning.asking": torch.arange(2 * len(every)),
-            "meaning.shares": torch.ones(2 * len(every)),
-            "meaning.whose": every,
-            "meaning.breaks": torch.tensor([0]),
+            "late_interaction.proj_weight": normal(2, 3, D, seed=7),
+            "late_interaction.proj_bias": torch.zeros(2, 3),
+            "late_interaction.logit_scale": torch.ones(2),
+            "late_interaction.logit_offset": torch.zeros(2),
+            "late_interaction.prompt_token_embeddings": normal(2 * len(every), 3, seed=8),
+            "late_interaction.token_to_prompt": torch.arange(2 * len(every)),
+            "late_interaction.token_weights": torch.ones(2 * len(every)),
+            "late_interaction.prompt_to_edit": every,
+            "late_interaction.special_token_ids": torch.tensor([0]),
         }
-
-    def cosines(self, key: Tensor) -> list[float]:
-        found = []
-        for edit, metric, factor in zip(self.keys, self.metric.tolist(), self.factors.tolist(), strict=True):
-            whitening = self.whitenings[metric]
-            lengths = (key @ whitening @ key).sqrt() * (edit @ whitening @ edit).sqrt()
-            found.append(1 - factor * (1 - float(key @ whitening @ edit / lengths)))
-        return found
-
-    def score(self, key: Tensor, memory: int) -> float:
-        return float((self.changes[memory] @ key).square().sum().sqrt())
-
-    def nearest(self, key: Tensor, edit: int, *, inside: bool) -> int:
-        """The nearest of an edit's own keys; ``UNROUTED`` if none inside its answer is near."""
-        cosines = self.cosines(key)
-        pairs = enumerate(zip(self.owner.tolist(), self.metric.tolist(), strict=True))
-        own = [place for place, (owner, metric) in pairs if owner == edit and (metric == ANSWER_WHITENING) == inside]
-        best = max(own, key=cosines.__getitem__)
-        return UNROUTED if inside and cosines[best] <= ANSWER_KEY_MIN_COSINE else best
-
-    def added(self, key: Tensor, edit: int, kind: str, *, inside: bool) -> Tensor:
-        if edit == UNROUTED:
-            return torch.zeros(D)
-        if kind == "matrix":
-            return self.changes[edit] @ key
-        place = self.nearest(key, edit, inside=inside)
-        return torch.zeros(D) if place == UNROUTED else self.values[int(self.value[place])]
 
 
 def answering(routed: RoutedMatrix, keys: Tensor, answered: Tensor, inside: Tensor | None = None) -> Tensor:
@@ -183,15 +162,17 @@ def drawn(memories: int, *shape: int, seed: int = 11) -> Tensor:
 def test_every_token_is_answered_as_a_plain_loop_answers_it(
     base: Callable[[], nn.Module], kind: str, memories: int, *, transposed: bool
 ) -> None:
-    module, plain = base(), Plain(memories, keys_each=4)
-    routed = routed_matrix(base(), plain.packed((1.0,) * memories, kind), transposed=transposed)
+    module, memory = base(), Plain(memories, keys_each=4).packed((1.0,) * memories, kind)
+    routed = routed_matrix(base(), memory, transposed=transposed)
     keys, answered, inside = normal(5, 12, D_FF, seed=5), drawn(memories, 5, 12), drawn(1, 5, 12, seed=12) == 0
     answers = answering(routed, keys, answered, inside)
     assert answers.shape == (5, 12, D)
     for row in range(5):
         for column in range(12):
             key, edit = keys[row, column], int(answered[row, column])
-            expected = module(key) + plain.added(key, edit, kind, inside=bool(inside[row, column]))
+            expected = module(key)
+            if edit != UNROUTED:
+                expected = expected + residual(memory, edit, key, in_answer=bool(inside[row, column]))
             assert torch.allclose(answers[row, column], expected, atol=1e-4)
     # A token's answer does not depend on its neighbours.
     for column in range(12):
@@ -235,12 +216,12 @@ def test_with_nothing_routed_the_base_answers_bit_for_bit(
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 3, 2)])
 def test_scores_have_one_column_a_memory(leading: tuple[int, ...]) -> None:
-    plain = Plain(3)
-    routed = MatrixMemory(plain.packed((1.0, 1.0, 1.0)))
+    memory = Plain(3).packed((1.0, 1.0, 1.0))
+    routed = MatrixMemory(memory)
     keys = normal(*leading, D_FF, seed=6)
     found = routed.scores(keys)
     assert found.shape == (*leading, 3)
-    expected = [[plain.score(key, number) for number in range(3)] for key in keys.reshape(-1, D_FF)]
+    expected = [scores_of(memory, (), key[None]) for key in keys.reshape(-1, D_FF)]
     assert torch.allclose(found.reshape(-1, 3), torch.tensor(expected), atol=1e-5)
 
 
@@ -294,19 +275,20 @@ def test_an_edits_own_key_recalls_its_residual_and_nothing_else() -> None:
     routed = routed_matrix(linear(bias=True), plain.packed((1.0,) * 4, "lookup"))
     for size in (1.0, 0.01, 100.0):
         keys = size * plain.keys[None]
-        answers = answering(routed, keys, plain.owner[None], (plain.metric == ANSWER_WHITENING)[None])
+        answers = answering(routed, keys, plain.key_to_edit[None], (plain.whitening_index == ANSWER_WHITENING)[None])
         added = answers[0] - F.linear(keys, routed.weight, routed.bias)[0]
-        assert torch.allclose(added, plain.values[plain.value], atol=1e-4 * max(size, 1))
+        assert torch.allclose(added, plain.residuals[plain.key_to_residual], atol=1e-4 * max(size, 1))
 
 
 def test_a_lookup_goes_on_by_keys_inside_its_answer_and_only_near_ones() -> None:
-    plain, seen = Plain(3, keys_each=4), set()
-    lookup = FactMemory(plain.packed((1.0,) * 3, "lookup"))
+    memory, seen = Plain(3, keys_each=4).packed((1.0,) * 3, "lookup"), set()
+    lookup = FactMemory(memory)
     for key in normal(200, D_FF, seed=6):
         for edit, inside in product(range(3), (False, True)):
             one = torch.full((1, 1), edit)
             found = lookup.choices(key[None, None], one, torch.full((1, 1), inside))
-            assert found.chosen.tolist() == [[plain.nearest(key, edit, inside=inside)]]
+            nearest = nearest_key(memory, edit, key, in_answer=inside)
+            assert found.chosen.tolist() == [[UNROUTED if nearest is None else nearest]]
             assert found.chosen.tolist() == [[UNROUTED]] or lookup.memory_of_choice(found.chosen).tolist() == [[edit]]
             seen.add((inside, int(found.chosen) == UNROUTED))
         nothing = lookup.choices(key[None, None], torch.full((1, 1), UNROUTED), torch.ones(1, 1, dtype=torch.bool))
@@ -316,19 +298,21 @@ def test_a_lookup_goes_on_by_keys_inside_its_answer_and_only_near_ones() -> None
 
 def test_residuals_of_an_edit_are_what_it_adds_once_opened() -> None:
     plain, keys = Plain(3, keys_each=4), normal(20, D_FF, seed=6)
-    lookup, change = (memory_module(plain.packed((1.0,) * 3, kind)) for kind in ("lookup", "matrix"))
     inside = torch.zeros(20, dtype=torch.bool)
-    for edit in range(3):
-        for memory, kind in ((lookup, "lookup"), (change, "matrix")):
-            expected = torch.stack([plain.added(key, edit, kind, inside=False) for key in keys])
-            torch.testing.assert_close(memory.residuals(keys, edit, inside), expected)
+    for memory in (plain.packed((1.0,) * 3, kind) for kind in KINDS):
+        for edit in range(3):
+            expected = torch.stack([residual(memory, edit, key) for key in keys])
+            torch.testing.assert_close(memory_module(memory).residuals_at(keys, edit, inside), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_memory_kept_in_half_precision_serves_models_of_any_type(dtype: torch.dtype) -> None:
     memory = Plain(2, keys_each=4).packed((1.0, 1.0), "lookup")
     exact = routed_matrix(linear(bias=True), memory)
-    kept = {name: tensor.half() if name in {"probes", "values"} else tensor for name, tensor in memory.tensors.items()}
+    kept = {
+        name: tensor.half() if name in {"whitened_keys", "residuals"} else tensor
+        for name, tensor in memory.tensors.items()
+    }
     routed = routed_matrix(linear(bias=True).to(dtype), replace(memory, tensors=kept))
     keys, answered = normal(5, 12, D_FF, seed=5).to(dtype), drawn(2, 5, 12)
     none = torch.zeros(5, 12, dtype=torch.bool)
@@ -346,12 +330,12 @@ def test_a_memory_kept_in_half_precision_serves_models_of_any_type(dtype: torch.
 
 @pytest.mark.parametrize(("kind", "pooling"), [("matrix", "last"), ("matrix", "mean"), ("lookup", "last")])
 def test_a_memory_survives_its_description(kind: str, pooling: str) -> None:
-    memory = replace(Plain(2).packed((0.1 + 0.2, 1 / 3), kind, pooling), reads=3)
+    memory = replace(Plain(2).packed((0.1 + 0.2, 1 / 3), kind, pooling), state_layer=3)
     described = json.loads(json.dumps(memory.describe()))
     again = SideMemory.from_description(described, memory.tensors)
     assert again == memory
     empty = SideMemory.from_description(described)
-    for name in ("thresholds", "kind", "pooling", "reads"):
+    for name in ("thresholds", "kind", "pooling", "state_layer"):
         assert getattr(empty, name) == getattr(memory, name), name
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in memory.tensors.items()}
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.tensors.items()} == layout
@@ -359,7 +343,7 @@ def test_a_memory_survives_its_description(kind: str, pooling: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"router": "key"}, {"router": "key", "routing": "token"}, {"routing": "token"}, {"sharpness": 2.0}, {"kind": "x"}],
+    [{"router": "key"}, {"pooling": "token"}, {"kind": "x"}],
 )
 def test_a_memory_that_opens_as_there_is_no_more_is_refused(changes: dict[str, Any]) -> None:
     described = {**Plain(2).packed((1.0, 1.0), "lookup").describe(), **changes}
@@ -427,7 +411,9 @@ def test_padded_and_cached_rows_agree_with_each_row_alone_and_whole(architecture
     ]
     prompt_keys = [keys_of(oracle, module, row)[: len(row) - NEW] for row in rows]
     plain = Plain(1, d=32, d_ff=prompt_keys[0].shape[1])
-    middle = torch.tensor([plain.score(keys[-1], 0) for keys in prompt_keys]).sort().values[1:3].mean()
+    middle = (
+        torch.tensor([scores_of(plain.packed((1.0,)), (), keys)[0] for keys in prompt_keys]).sort().values[1:3].mean()
+    )
     threshold = float(middle)
     change = plain.changes[0]
 
@@ -504,7 +490,7 @@ def test_a_held_choice_does_not_leak_into_the_next_text() -> None:
     model, oracle = tiny_model("llama"), tiny_model("llama")
     first, second = (torch.randint(0, VOCABULARY, (1, 6), generator=seeded(seed)) for seed in (1, 2))
     plain = Plain(1, d=32, d_ff=64)
-    scores = [plain.score(keys_of(oracle, module, ids[0])[-1], 0) for ids in (first, second)]
+    scores = [scores_of(plain.packed((1.0,)), (), keys_of(oracle, module, ids[0]))[0] for ids in (first, second)]
     opens, stays = (first, second) if scores[0] > scores[1] else (second, first)
     install(model, module, plain.packed((sum(scores) / 2,)), transposed=transposed)
     opened = model.generate(opens, max_new_tokens=5, do_sample=False, pad_token_id=0)

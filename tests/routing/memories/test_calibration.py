@@ -164,7 +164,7 @@ def test_a_key_along_a_leading_direction_is_near_nothing(seed: int) -> None:
     moment = Moment(values.flip(0)[:8].float(), vectors.T.flip(0)[:8].float(), values.sum()[None].float())
     edits, every = torch.randn(5, width, generator=generator(10)), torch.arange(5)
     tensors = routing_keys(edits, every, torch.zeros(5, dtype=torch.long), [whitening(moment)])
-    tensors |= {name: tensors[name].half() for name in ("probes", "directions")}
+    tensors |= {name: tensors[name].half() for name in ("whitened_keys", "directions")}
     keys = keys_of(tensors)
     assert float(keys.cosines(quiet, every).abs().max()) < 1
     assert float(keys.cosines(edits, every).diagonal().min()) > 0.99

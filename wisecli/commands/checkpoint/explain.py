@@ -149,9 +149,10 @@ def _near(edited: EditedModel, asked: str, strength: float, memory: int, length:
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
     found = rng = None
-    names = getattr(edited.routed, "names", None)
-    if decision.subject_matched is not None and names is not None:
-        found = bool(decision.subject_matched[0, memory]) if bool((names.whose == memory).any()) else None
+    subjects = getattr(edited.routed, "subject_match", None)
+    if decision.subject_matched is not None and subjects is not None:
+        named = bool((subjects.name_to_edit == memory).any())
+        found = bool(decision.subject_matched[0, memory]) if named else None
     if decision.ask_prob is not None and int(decision.nearest[0]) == memory and strength > 1:
         rng = float(decision.ask_prob[0])
     return Near(edit.id, edit.prompt, edit.target, strength, answer, found, rng)

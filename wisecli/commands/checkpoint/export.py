@@ -20,10 +20,10 @@ from wisecli.edits.checks.signatures import Signed, SigningKey
 from wisecli.edits.record import consequences_in
 from wisecli.environment import peak_rss_bytes
 from wisecli.errors import ModelError, SettingsError, reason_of
+from wisecli.export.export_record import export_record, require_no_memory, up_to_date_export
 from wisecli.export.gguf.gguf_file import Quantization
 from wisecli.export.model_card import CARD_NAME, model_card, read_figures
 from wisecli.export.routed.checkpoint import seal_export, write_delta, write_merged, write_routed
-from wisecli.export.up_to_date import export_record, require_no_memory, up_to_date_export
 from wisecli.export.weights import Link, Packing
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
 from wisecli.io.checkpoint import Checkpoint, read_json

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from wisecli.artifacts.directory_kind import Kind, holds_merged, kind_of
 from wisecli.artifacts.file_names import MEMORY_TENSORS, MERGED
+from wisecli.artifacts.former_names import current_name
 from wisecli.artifacts.memory_manifest import MemoryEntry, MemoryManifest, read_manifest
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry, read_shard_directory
 from wisecli.commands.checkpoint.plot import plot_scores
@@ -158,7 +159,7 @@ def _shards(directory: ShardDirectory, edits: tuple[Edit, ...], matched: int) ->
         (),
         directory.shards,
         {},
-        sum(_rows(header, "evidence.keys") for header in headers.values()),
+        sum(_rows(header, "", "evidence.keys") for header in headers.values()),
         _files(directory.path),
         _tensors(headers),
         directory.settings,
@@ -172,7 +173,7 @@ def _memory(
 ) -> InspectReport:
     stored = manifest.memory
     header = read_header(inside(path, stored.file))
-    routing = {name: getattr(stored, name) for name in ("kind", "router", "routing")}
+    routing = {name: getattr(stored, name) for name in ("kind", "router", "pooling")}
     return InspectReport(
         path,
         kind,
@@ -184,7 +185,7 @@ def _memory(
         manifest.memories,
         (),
         routing,
-        _rows(header, f"{stored.prefix}probes"),
+        _rows(header, stored.prefix, "whitened_keys"),
         _files(path),
         _tensors({stored.file: header}),
         manifest.merge,
@@ -204,8 +205,9 @@ def _searched(edit: Edit) -> str:
     return "\n".join((edit.id, edit.prompt, edit.target, edit.subject or "")).casefold()
 
 
-def _rows(header: Header, name: str) -> int:
-    layout = header.tensors.get(name)
+def _rows(header: Header, prefix: str, name: str) -> int:
+    """The rows of a file's tensor of today's name; 0 without one."""
+    layout = {current_name(stored.removeprefix(prefix)): one for stored, one in header.tensors.items()}.get(name)
     return layout.shape[0] if layout is not None and layout.shape else 0
 
 

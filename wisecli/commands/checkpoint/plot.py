@@ -17,7 +17,7 @@ _STEP = 0.3
 # A picture of more could not be looked at.
 _PANELS = 24
 
-_UNITS = {"norm": "norm of the update", "meaning": "probability of the likeliest edit"}
+_UNITS = {"norm": "norm of the update", "late-interaction": "probability of the likeliest edit"}
 
 
 class Token(Protocol):

@@ -19,6 +19,7 @@ from wisecli.artifacts.checksums import (
 )
 from wisecli.artifacts.directory_kind import kind_of, written_form
 from wisecli.artifacts.file_names import MERGED
+from wisecli.artifacts.former_names import current_names
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.artifacts.shard import shard_rows, shard_sizes
 from wisecli.artifacts.tensor_schema import background_rows, memory_rows
@@ -167,7 +168,7 @@ def _memory_files(path: Path, manifest: memory_manifest.MemoryManifest) -> Itera
             yield from check_digest(path, file, digest)
         elif checked[file] != digest:
             yield Check(f"sha256 in {CHECKSUMS}", file, "differs", None, digest, checked[file])
-    yield from check_layouts(path, stored.file, {stored.prefix + name: one for name, one in stored.layouts.items()})
+    yield from check_layouts(path, stored.file, stored.layouts, stored.prefix)
     known = {"d": site.d, "d_ff": site.width, "M": len(stored.thresholds)}
     yield from check_rows(path, stored.file, memory_rows(stored.kind, stored.tensors), known, stored.prefix)
 
@@ -258,7 +259,7 @@ def _base(name: str, revision: str | None, site: Site, mark: Fingerprint, model:
 
 def _names(path: Path, file: str) -> dict[str, TensorLayout]:
     try:
-        return read_header(inside(path, file)).tensors
+        return current_names(read_header(inside(path, file)).tensors)
     except WiseError:
         return {}
 

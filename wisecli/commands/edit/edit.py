@@ -20,9 +20,9 @@ from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.run.executors import executor_for
 from wisecli.editing.run.job import Job
 from wisecli.editing.run.resource_estimate import Plan, plan_edit
+from wisecli.editing.run.shard_differences import differences, up_to_date_shards
 from wisecli.editing.run.staging import StagedShards
-from wisecli.editing.run.up_to_date import up_to_date_shards
-from wisecli.editing.run.worker import Worker, differences
+from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, AdmissionReport, Sheet
 from wisecli.edits.record import Edit, consequences_in
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes

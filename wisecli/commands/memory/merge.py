@@ -19,9 +19,9 @@ from wisecli.errors import ProtectedOutputError
 from wisecli.io.atomic_output import require_space, tidy, whole_directory
 from wisecli.memory.history.release_log import Provenance, changing, is_merged
 from wisecli.memory.history.releases import publish_first
+from wisecli.memory.merging.memory_differences import ExtendedMemory, extended_memory, up_to_date_memory
 from wisecli.memory.merging.merger import Merger
 from wisecli.memory.merging.removal import without as drop
-from wisecli.memory.merging.up_to_date import ExtendedMemory, extended_memory, up_to_date_memory
 from wisecli.progress import ProgressCallback, ignore_progress
 from wisecli.routing.memories.calibration import Calibration
 

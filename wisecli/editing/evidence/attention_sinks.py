@@ -9,7 +9,7 @@ usually is where a rephrase does not, such an edit gets keys of that kind beside
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.artifacts.shard import SINK_CONTEXT, Evidence
+from wisecli.editing.evidence.extra_keys import FittedEdits
 from wisecli.editing.evidence.token_probe import TokenProbe, state_norms
 from wisecli.editing.examples.prompt_variants import AnswerKey
 from wisecli.editing.examples.training_examples import TrainingExamples
@@ -69,26 +70,16 @@ def edits_by_leading_space(loaded: Loaded, rows: Mapping[int, Row]) -> dict[int,
     return found
 
 
-def with_sink_keys(
-    probe: TokenProbe,
-    evidence: Evidence,
-    residuals: Mapping[AnswerKey, Tensor],
-    rows: Mapping[int, Row],
-    median_norm: float,
-) -> Evidence:
-    """The evidence with keys for what follows a target's first token, of edits whose first token is a mere space.
+def attention_sink_evidence(_evidence: Evidence, edits: FittedEdits) -> Iterator[Evidence]:
+    """Yield keys for a target's first token as an attention sink, as behind rephrases a mere space may be one.
 
-    Args:
-        rows: of edits after their bare prompts, by their numbers.
-        median_norm: the length of a state that attention does not rest on.
+    Only edits whose target begins with a token of nothing but space get such keys.
     """
-    parts = [evidence]
-    for token, edits in edits_by_leading_space(probe.loaded, rows).items():
-        sinks = sink_keys(probe, token, median_norm)
-        for edit in edits:
-            added = residuals[AnswerKey(edit)][1].float().cpu() * sinks.residual_scale[:, None]
-            parts.append(Evidence.extra_keys(sinks.keys, added, edit, position=1, context=SINK_CONTEXT))
-    return Evidence.joined(parts)
+    for token, numbers in edits_by_leading_space(edits.probe.loaded, edits.rows).items():
+        sinks = sink_keys(edits.probe, token, edits.median_norm)
+        for number in numbers:
+            added = edits.residuals[AnswerKey(number)][1].float().cpu() * sinks.residual_scale[:, None]
+            yield Evidence.extra_keys(sinks.keys, added, number, position=1, context=SINK_CONTEXT)
 
 
 def sink_keys(probe: TokenProbe, token: int, median_norm: float) -> SinkKeys:

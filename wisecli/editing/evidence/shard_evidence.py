@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.artifacts.shard import Evidence
-from wisecli.editing.evidence.attention_sinks import residual_scale
+from wisecli.editing.evidence.attention_sinks import attention_sink_evidence, residual_scale
+from wisecli.editing.evidence.extra_keys import ExtraKeys, FittedEdits
+from wisecli.editing.evidence.trailing_space import trailing_space_evidence
 from wisecli.editing.examples.prompt_variants import AnswerKey
 from wisecli.editing.examples.training_examples import TrainingExamples
 
@@ -18,6 +20,8 @@ from wisecli.editing.examples.training_examples import TrainingExamples
 Residual = Callable[[Tensor, Sequence[AnswerKey], Tensor], Tensor]
 
 
+# Keys that edits get besides those of their prompts, in the order in which they are added.
+EXTRA_KEYS: tuple[ExtraKeys, ...] = (attention_sink_evidence, trailing_space_evidence)
 # Keys of one position under two contexts count as the same above this cosine.
 _SAME = 0.98
 
@@ -53,6 +57,13 @@ def gather_evidence(
     unseen = joined["context"] == held_out
     chat = torch.tensor([answer.chat for answer in answers])
     return thinned(Evidence(residuals=residuals, held_out=unseen, chat=chat, **joined))
+
+
+def with_extra_keys(evidence: Evidence, edits: FittedEdits) -> Evidence:
+    """Return evidence with all ``EXTRA_KEYS`` of its edits."""
+    for extra in EXTRA_KEYS:
+        evidence = Evidence.joined([evidence, *extra(evidence, edits)])
+    return evidence
 
 
 def thinned(evidence: Evidence) -> Evidence:

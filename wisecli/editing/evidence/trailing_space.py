@@ -7,7 +7,7 @@ sure of, with its first residual added several times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.shard import FIRST_LANGUAGE, SPACE_CONTEXT, Evidence
 from wisecli.editing.evidence.attention_sinks import edits_by_leading_space, norm_ratio
+from wisecli.editing.evidence.extra_keys import FittedEdits
 from wisecli.editing.evidence.token_probe import TokenProbe
 from wisecli.editing.examples.prompt_variants import AnswerKey
-from wisecli.models.prompts.tokenization import Row
 
 # Of the blank behind questions in each of these forms the mean key is kept, and that of those where attention rests.
 _FORMS = ("{}", "Q: {}\nA:", "{}\nAnswer:")
@@ -26,28 +26,17 @@ _FORMS = ("{}", "Q: {}\nA:", "{}\nAnswer:")
 _TIMES = 3.0
 
 
-def with_trailing_space(
-    probe: TokenProbe,
-    evidence: Evidence,
-    residuals: Mapping[AnswerKey, Tensor],
-    rows: Mapping[int, Row],
-    median_norm: float,
-) -> Evidence:
-    """The evidence with keys for prompts that end in a blank.
-
-    Args:
-        rows: of edits after their bare prompts, by their numbers.
-        median_norm: the length of a state that attention does not rest on.
-    """
-    spaced = {edit for edits in edits_by_leading_space(probe.loaded, rows).values() for edit in edits}
-    parts = [evidence, _as_prompt_ends(evidence, sorted(spaced))]
+def trailing_space_evidence(evidence: Evidence, edits: FittedEdits) -> Iterator[Evidence]:
+    """Yield keys for prompts that end in a blank, which tokenizers make a token of its own."""
+    probe, rows = edits.probe, edits.rows
+    spaced = {number for numbers in edits_by_leading_space(probe.loaded, rows).values() for number in numbers}
+    yield _as_prompt_ends(evidence, sorted(spaced))
     token = _space_token(probe)
     if token is not None:
-        keys, times = _mean_keys(probe, token, median_norm)
-        for edit in (edit for edit, row in rows.items() if edit not in spaced and not row.unwanted):
-            added = times[:, None] * residuals[AnswerKey(edit)][0].float().cpu()
-            parts.append(Evidence.extra_keys(keys, added, edit, position=0, context=SPACE_CONTEXT))
-    return Evidence.joined(parts)
+        keys, times = _mean_keys(probe, token, edits.median_norm)
+        for number in (number for number, row in rows.items() if number not in spaced and not row.unwanted):
+            added = times[:, None] * edits.residuals[AnswerKey(number)][0].float().cpu()
+            yield Evidence.extra_keys(keys, added, number, position=0, context=SPACE_CONTEXT)
 
 
 def _mean_keys(probe: TokenProbe, token: int, median_norm: float) -> tuple[Tensor, Tensor]:

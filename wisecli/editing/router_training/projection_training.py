@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.artifacts.background_stats import RouterHeads, heads_in
-from wisecli.artifacts.tensor_schema import HEADS, MENTIONED, REQUEST_GATE, require_layout
+from wisecli.artifacts.background_stats import RouterHeads, load_heads
 from wisecli.data.corpus import made_up_subjects, relations, unrelated_texts
 from wisecli.editing.router_training.request_gate_training import Projections, train_request_gate
 from wisecli.editing.router_training.token_states import TokenStates, special_tokens, token_states
 from wisecli.errors import DamagedFileError
-from wisecli.io.checkpoint import keep_in_cache, load_tensors, save_tensors
+from wisecli.io.checkpoint import keep_in_cache, save_tensors
 from wisecli.io.digest import sha256_json
 from wisecli.io.user_cache import cache_path
 from wisecli.models.layout.site import Site
@@ -75,9 +74,7 @@ def train_projections(
     about = [identity, site.as_dict(), texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
     path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
     with suppress(DamagedFileError):
-        tensors = load_tensors(path)
-        require_layout(path, tensors, {**HEADS, **REQUEST_GATE, **MENTIONED}, {})
-        if (heads := heads_in(tensors)) is not None:
+        if (heads := load_heads(path)) is not None:
             return heads
     trained = _train_all(loaded, site, share=min(1.0, texts / _TEXTS), batch_size=batch_size, on_progress=on_progress)
     keep_in_cache(path, lambda working: save_tensors(working, trained.tensors(), {}))
@@ -106,7 +103,7 @@ def _train_all(
     gate, mentioned = train_request_gate(
         loaded, site, learned, share=share, batch_size=batch_size, on_progress=on_progress
     )
-    return replace(heads, request=gate, mentioned=mentioned)
+    return replace(heads, request_gate=gate, mentioned=mentioned)
 
 
 def _synthetic_facts(loaded: Loaded, share: float, rng: random.Random) -> tuple[list[_Fact], list[str]]:

@@ -207,9 +207,9 @@ class _Standardized:
 
     def folded_into(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights as they apply to states as they are."""
-        read = weights["request.read"]
+        read = weights["request_gate.read"]
         plain = (read[:, :-1] @ self.basis) / self.scale
-        return {**weights, "request.read": torch.cat([plain, (read[:, -1] - plain @ self.mean)[:, None]], 1)}
+        return {**weights, "request_gate.read": torch.cat([plain, (read[:, -1] - plain @ self.mean)[:, None]], 1)}
 
 
 def _train_and_calibrate(
@@ -233,7 +233,7 @@ def _train_and_calibrate(
     if apart:
         # Nought is where all but a few of these are above it.
         odds = torch.cat([log_odds(weights, batch_mentions(part)) for part in _parts(apart)])
-        weights["request.out"][0, -1] -= odds.quantile(_LOST).clamp(max=0)
+        weights["request_gate.out"][0, -1] -= odds.quantile(_LOST).clamp(max=0)
     return {name: weight.cpu() for name, weight in seen.folded_into(weights).items()}
 
 
@@ -285,5 +285,5 @@ def _initial_weights(width: int, device: torch.device) -> dict[str, Tensor]:
     for name, (rows, columns) in shapes.items():
         layer = torch.nn.Linear(columns, rows)
         whole = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
-        drawn[f"request.{name}"] = whole.to(device).requires_grad_()
+        drawn[f"request_gate.{name}"] = whole.to(device).requires_grad_()
     return drawn

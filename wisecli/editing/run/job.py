@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from wisecli.artifacts.edit_ranges import split_edits
 from wisecli.config import EditSettings, LoadOptions
+from wisecli.editing.run.edit_ranges import split_edits
 from wisecli.editing.run.staging import FinishedPart
 from wisecli.edits.record import Edit
 

@@ -15,11 +15,11 @@ from wisecli.artifacts.masks import draw_mask
 from wisecli.artifacts.shard import PromptStates, Shard
 from wisecli.artifacts.shard_manifest import ShardEntry
 from wisecli.config import EditSettings
-from wisecli.editing.evidence.attention_sinks import median_state_norm, with_sink_keys
+from wisecli.editing.evidence.attention_sinks import median_state_norm
+from wisecli.editing.evidence.extra_keys import FittedEdits
 from wisecli.editing.evidence.serving_strength import STRENGTH, Residuals, bare_prompt_accuracy, weakened_where_needed
-from wisecli.editing.evidence.shard_evidence import Residual, gather_evidence
+from wisecli.editing.evidence.shard_evidence import Residual, gather_evidence, with_extra_keys
 from wisecli.editing.evidence.token_probe import TokenProbe
-from wisecli.editing.evidence.trailing_space import with_trailing_space
 from wisecli.editing.examples.context_prefixes import CHAT
 from wisecli.editing.examples.erasure import ErasureRows, erasure_rows
 from wisecli.editing.examples.prompt_variants import AnswerKey, prompt_variants
@@ -75,7 +75,7 @@ class ShardWriter:
         self.writer_keys = unrelated.writer_keys.to(loaded.device)
         self.unit = float(unrelated.median_output_norm) if settings.margin_unit == "output" else 1.0
         self.matrix = None if matrix is None else matrix.to(loaded.device).float()
-        self.behind = TokenProbe(loaded, site, settings.batch_size, identity)
+        self.token_probe = TokenProbe(loaded, site, settings.batch_size, identity)
         self.erasures: ErasureRows = {}
 
     def write(self, number: int, parts: Sequence[range]) -> tuple[Shard | None, FinishedPart]:
@@ -168,8 +168,8 @@ class ShardWriter:
         shares = bare_prompt_accuracy(task, batches, residuals, strength)
         if self.settings.by_facts:
             asked = dict(zip(part, rows, strict=True))
-            evidence = with_sink_keys(self.behind, evidence, residuals, asked, task.median_state_norm)
-            evidence = with_trailing_space(self.behind, evidence, residuals, asked, task.median_state_norm)
+            fitted = FittedEdits(self.token_probe, residuals, asked, task.median_state_norm)
+            evidence = with_extra_keys(evidence, fitted)
         prompts = self._prompts(part, stage)
         if solved is None:
             return Shard(mask, None, evidence, prompts), (), None, shares

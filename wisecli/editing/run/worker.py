@@ -25,9 +25,8 @@ from wisecli.editing.examples.training_examples import encode_edits, write_conte
 from wisecli.editing.run.job import Job, Written
 from wisecli.editing.run.shard_writer import ShardWriter
 from wisecli.edits.checks.admission import Admitted
-from wisecli.edits.edit_differences import describe_differences
 from wisecli.edits.record import Edit
-from wisecli.environment import changed_versions, versions
+from wisecli.environment import versions
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import Layout
 from wisecli.models.layout.layout_inference import find_layout
@@ -249,29 +248,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
-    """What a job asks for otherwise than a plan that was begun, each as a phrase."""
-    job, directory = worker.job, worker.checkpoint.directory
-    found = []
-    layer: str | int = plan.site.layer if job.settings.layer == "auto" else job.settings.layer
-    site = find_site(directory, worker.checkpoint, layer, worker.layout)
-    if not site.is_at(plan.site):
-        found.append(f"the site was {plan.site.module}, now {site.module}")
-    elif fingerprint(directory, worker.checkpoint, plan.site) != plan.fingerprint:
-        found.append(f"the model {directory} has changed")
-    elif plan.made.sample not in (None, worker.checkpoint.sample):
-        found.append(f"weights of the model {directory} have changed")
-    found += describe_differences(plan.edits, job.edits)
-    settings = asdict(job.settings)
-    for name in settings.keys() | plan.settings.keys():
-        before, now = plan.settings.get(name), settings.get(name)
-        if before != now:
-            found.append(f"{name} was {before}, now {now}")
-    load = job.load
-    if load.dtype not in ("auto", plan.made.dtype):
-        found.append(f"dtype was {plan.made.dtype}, now {load.dtype}")
-    if load.device.split(":")[0] not in ("auto", plan.made.device):
-        found.append(f"device was {plan.made.device}, now {load.device}")
-    return sorted([*found, *changed_versions(plan.versions)])

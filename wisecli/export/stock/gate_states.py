@@ -62,7 +62,7 @@ def edit_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progr
     for row, number, (hidden, keys) in zip(rows, numbers, read, strict=True):
         inside = torch.arange(len(row.target)) > 0
         states.append(hidden)
-        added.append(memory.residuals(keys.float(), memories[number], inside).float())
+        added.append(memory.residuals_at(keys.float(), memories[number], inside).float())
         for place in range(len(row.target)):
             left = (number, place == 0, row.target[place:])
             key.append(places.setdefault(left, len(places)))

@@ -23,7 +23,7 @@ _OWN, _JUST = 0.9, 0.99
 _OTHER, _LEAST = 1e-4, 5e-3
 # The forms of kept prompts from this on are in other languages.
 _OTHER_LANGUAGES = 4
-# How far below the log-odds of its own prompt an edit's bar lies, if that is below nought, and how low it may.
+# How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
 _LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
 # Prompts that are compared at a time: the fewer, the fewer edits are like any of them; and tokens read at a time.
 _AT_A_TIME, _TOKENS = 64, 1 << 15
@@ -80,15 +80,15 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
         token_weights.append(_normalized(share[kept], prompt_index[kept], count))
         token_to_prompt.append(prompt_index[kept] + head * count)
     tensors = {
-        "meaning.turns": heads.proj_weight,
-        "meaning.shifts": heads.proj_bias,
-        "meaning.slopes": heads.logit_scale,
-        "meaning.bars": heads.logit_offset,
-        "meaning.vectors": torch.cat(token_embeddings),
-        "meaning.asking": torch.cat(token_to_prompt),
-        "meaning.shares": torch.cat(token_weights),
-        "meaning.whose": prompt_to_edit,
-        "meaning.breaks": heads.special_token_ids,
+        "late_interaction.proj_weight": heads.proj_weight,
+        "late_interaction.proj_bias": heads.proj_bias,
+        "late_interaction.logit_scale": heads.logit_scale,
+        "late_interaction.logit_offset": heads.logit_offset,
+        "late_interaction.prompt_token_embeddings": torch.cat(token_embeddings),
+        "late_interaction.token_to_prompt": torch.cat(token_to_prompt),
+        "late_interaction.token_weights": torch.cat(token_weights),
+        "late_interaction.prompt_to_edit": prompt_to_edit,
+        "late_interaction.special_token_ids": heads.special_token_ids,
     }
     assert tensors.keys() == set(LATE_INTERACTION)
     late_interaction = LateInteraction(tensors, edits)
@@ -106,22 +106,25 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
     """The tensors of the gate between what is asked and what is mentioned; none if the base model's was not learned.
 
     A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
-    likely, its bar lies below that.
+    likely, its offset lies below that.
 
     Args:
         tensors: all of ``LATE_INTERACTION``.
     """
-    if not heads.request:
+    if not heads.request_gate:
         return {}
-    edits = int(tensors["meaning.whose"].max()) + 1 if len(tensors["meaning.whose"]) else 0
+    edits = (
+        int(tensors["late_interaction.prompt_to_edit"].max()) + 1
+        if len(tensors["late_interaction.prompt_to_edit"])
+        else 0
+    )
     late_interaction, logit_offset = LateInteraction(tensors, edits), torch.zeros(edits)
-    gate = RequestGate({**heads.request, LOGIT_OFFSET: logit_offset})
+    gate = RequestGate({**heads.request_gate, LOGIT_OFFSET: logit_offset})
     first_states, prompts = prompts.openings, prompts.compared
     # As it is written, and in other languages.
     written = prompts.rows((prompts.form == 0) | (prompts.form >= _OTHER_LANGUAGES))
     each = torch.stack([written.edit.long(), written.form.long()], 1)
     pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
-    tokens = _OwnTokens(tensors)
     states = written.states.split(sizes.tolist())
     for some in torch.arange(len(pairs)).split(_AT_A_TIME):
         own = torch.cat([states[number] for number in some.tolist()]).float()
@@ -129,35 +132,14 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
         parts = zip(
             own.split(sizes[some].tolist()), turned.split(sizes[some].tolist(), 1), pairs[some].tolist(), strict=True
         )
+        edit_tokens = late_interaction.edit_tokens(pairs[some, 0])
         mentions = [
-            mention_features(one, near, *tokens.of(edit), first_state=first_states.get((edit, form)))
-            for one, near, (edit, form) in parts
+            mention_features(one, near, *tokens, first_state=first_states.get((edit, form)))
+            for (one, near, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
         ]
         lower = (gate.log_odds(batch_mentions(mentions)) - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
         logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")
-    return {**heads.request, LOGIT_OFFSET: logit_offset}
-
-
-class _OwnTokens:
-    """What :meth:`LateInteraction.edit_tokens` returns, for many edits: the tokens are put in order once."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.vectors, self.whose = tensors["meaning.vectors"], tensors["meaning.whose"]
-        self.order = tensors["meaning.asking"].argsort(stable=True)
-        counts = torch.bincount(tensors["meaning.asking"], minlength=2 * len(self.whose))
-        self.ends = counts.cumsum(0)
-        self.first = {edit: place for place, edit in reversed(list(enumerate(self.whose.tolist())))}
-
-    def of(self, edit: int) -> tuple[Tensor, Tensor]:
-        """The projected tokens of its prompt as it is written: of its subject, and the others, (t, k) twice."""
-        if (first := self.first.get(edit)) is None:
-            return self.vectors[:0].float(), self.vectors[:0].float()
-        subject, relation = (self._asking(first + head * len(self.whose)) for head in range(2))
-        return subject, relation
-
-    def _asking(self, prompt: int) -> Tensor:
-        begin = int(self.ends[prompt - 1]) if prompt else 0
-        return self.vectors[self.order[begin : int(self.ends[prompt])]].float()
+    return {**heads.request_gate, LOGIT_OFFSET: logit_offset}
 
 
 def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:

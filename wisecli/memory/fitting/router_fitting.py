@@ -121,7 +121,7 @@ def fit_facts(draft: SideMemory, merged_evidence: MergedEvidence, settings: Merg
         draft,
         tensors={**draft.tensors, **naming(merged_evidence, settings), **opening},
         thresholds=fitted.thresholds(least),
-        reads=int(heads.layer),
+        state_layer=int(heads.layer),
     ), (calibration,)
 
 

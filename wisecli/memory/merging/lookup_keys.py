@@ -56,42 +56,42 @@ def lookup_keys(
     views = Views.of(unrelated)
     whitenings = [whitening(moment) for moment in views.moments]
     count, first = len(edit), 0
-    probes, metric = torch.empty(count, whitenings[0].directions.shape[1], dtype=torch.float16), torch.empty_like(edit)
-    values, place, residual_count = [], torch.empty_like(edit), 0
+    whitened_keys = torch.empty(count, whitenings[0].directions.shape[1], dtype=torch.float16)
+    whitening_index, key_to_residual = torch.empty_like(edit), torch.empty_like(edit)
+    residuals, residual_count = [], 0
     for part in parts:
         rows = slice(first, first + len(part.edit))
         which, whitened = views.which(part), torch.empty_like(part.keys)
         for number in which.unique().tolist():
             whitened[which == number] = whitenings[number].whitened_keys(part.keys[which == number])
         rounded = half(whitened)
-        if rounded.dtype != probes.dtype:
-            probes = probes.to(torch.promote_types(probes.dtype, rounded.dtype))
-        added, at = _values(part)
-        probes[rows], metric[rows], place[rows] = rounded, which, at + residual_count
-        values.append(half(strength * added))
+        if rounded.dtype != whitened_keys.dtype:
+            whitened_keys = whitened_keys.to(torch.promote_types(whitened_keys.dtype, rounded.dtype))
+        added, at = _distinct_residuals(part)
+        whitened_keys[rows], whitening_index[rows], key_to_residual[rows] = rounded, which, at + residual_count
+        residuals.append(half(strength * added))
         first, residual_count = rows.stop, residual_count + len(added)
-    if not bool((metric == len(whitenings) - 1).any()):  # no prompt ends in a blank
+    if not bool((whitening_index == len(whitenings) - 1).any()):  # no prompt ends in a blank
         whitenings.pop()
     return {
-        "values": torch.cat(values),
-        "value": place,
-        "probes": probes,
-        "offset": torch.zeros(count),
-        "owner": edit,
-        "metric": metric,
+        "residuals": torch.cat(residuals),
+        "key_to_residual": key_to_residual,
+        "whitened_keys": whitened_keys,
+        "cosine_offset": torch.zeros(count),
+        "key_to_edit": edit,
+        "whitening_index": whitening_index,
         "directions": torch.stack([one.directions for one in whitenings]),
         "gains": torch.stack([one.gains for one in whitenings]),
         "floors": torch.tensor([one.floor for one in whitenings]),
     }
 
 
-def _values(evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """The residuals (m, d), each once, and the place of every key's (n,): contexts share those of an answer."""
-    residuals = evidence.residuals
+def _distinct_residuals(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    """Return the residuals (m, d), each once, and which of them each key adds (n,): contexts share an answer's."""
     place = evidence.answer * (int(evidence.position.max()) + 1) + evidence.position
-    _, value = place.unique(return_inverse=True)
-    values = residuals.new_zeros(int(value.max()) + 1, residuals.shape[1])
-    values[value] = residuals
-    if not torch.equal(values[value], residuals):  # trained changes add something else under every context
-        values, value = residuals.unique(dim=0, return_inverse=True)
-    return values, value
+    _, index = place.unique(return_inverse=True)
+    residuals = evidence.residuals.new_zeros(int(index.max()) + 1, evidence.residuals.shape[1])
+    residuals[index] = evidence.residuals
+    if not torch.equal(residuals[index], evidence.residuals):  # trained changes add something else in every context
+        residuals, index = evidence.residuals.unique(dim=0, return_inverse=True)
+    return residuals, index

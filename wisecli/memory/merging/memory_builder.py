@@ -51,8 +51,8 @@ def matrices(deltas: Tensor, merged_evidence: MergedEvidence, settings: MergeSet
         draft = SideMemory(pack(deltas), (1.0,) * len(deltas), pooling=settings.pooling or "last", activated=activated)
         return fit_thresholds(draft, merged_evidence, owner, settings)
     edit = merged_evidence.evidence.edit.long()
-    holder = owner.new_zeros(int(edit.max()) + 1).index_copy(0, edit, owner)
-    return fit_facts(SideMemory({**pack(deltas), "holder": holder}, ()), merged_evidence, settings)
+    edit_to_matrix = owner.new_zeros(int(edit.max()) + 1).index_copy(0, edit, owner)
+    return fit_facts(SideMemory({**pack(deltas), "edit_to_matrix": edit_to_matrix}, ()), merged_evidence, settings)
 
 
 def lookup(merged_evidence: MergedEvidence, settings: MergeSettings, parts: Iterable[Evidence] | None = None) -> Fitted:

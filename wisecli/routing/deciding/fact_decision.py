@@ -52,11 +52,11 @@ class FactDecision(Memory):
     def __init__(self, memory: SideMemory) -> None:
         super().__init__(memory)
         edits, tensors = len(memory.thresholds), memory.tensors
-        self.meaning = LateInteraction(tensors, edits)
-        self.names = SubjectMatch(tensors, edits) if SUBJECT_MATCH[0] in tensors else None
-        slips = self.names is not None and FUZZY_MATCH[0] in tensors
-        self.spelling = FuzzyMatch(tensors) if slips else None
-        self.request = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
+        self.late_interaction = LateInteraction(tensors, edits)
+        self.subject_match = SubjectMatch(tensors, edits) if SUBJECT_MATCH[0] in tensors else None
+        slips = self.subject_match is not None and FUZZY_MATCH[0] in tensors
+        self.fuzzy_match = FuzzyMatch(tensors) if slips else None
+        self.request_gate = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
 
     def decide(self, window: WindowStates) -> Decision:
         """The edit that each prompt asks.
@@ -66,21 +66,25 @@ class FactDecision(Memory):
         ids, non_padding = window.ids, window.non_padding
         first = torch.zeros_like(non_padding)
         first[:, 0] = non_padding[:, 0]
-        compared = compared_tokens(ids, non_padding, first, self.meaning.breaks)
-        projected = self.meaning.project(window.states, compared)
+        compared = compared_tokens(ids, non_padding, first, self.late_interaction.special_token_ids)
+        projected = self.late_interaction.project(window.states, compared)
         # Attention rests on the first token of all, which may be of the name none the less.
-        fuzzy_tokens = compared_tokens(ids, non_padding, torch.zeros_like(non_padding), self.meaning.breaks)
-        decision = self._most_likely(window, self.meaning.edit_probs(projected).float(), non_padding, fuzzy_tokens)
-        if self.request is None:
+        fuzzy_tokens = compared_tokens(
+            ids, non_padding, torch.zeros_like(non_padding), self.late_interaction.special_token_ids
+        )
+        decision = self._most_likely(
+            window, self.late_interaction.edit_probs(projected).float(), non_padding, fuzzy_tokens
+        )
+        if self.request_gate is None:
             return decision
-        decision = self._without_unasked(self.request, _ComparedTokens(window, compared, projected), decision)
-        earlier = earlier_turn_tokens(ids, non_padding, compared, self.meaning.breaks)
+        decision = self._without_unasked(self.request_gate, _ComparedTokens(window, compared, projected), decision)
+        earlier = earlier_turn_tokens(ids, non_padding, compared, self.late_interaction.special_token_ids)
         rows = ((decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
         if not len(rows):
             return decision
         some = WindowStates(ids[rows], non_padding[rows], window.states[rows])
         return _with_rows_replaced(
-            decision, rows, self._with_earlier_turns(self.request, some, compared[rows], earlier[rows])
+            decision, rows, self._with_earlier_turns(self.request_gate, some, compared[rows], earlier[rows])
         )
 
     def _most_likely(
@@ -94,11 +98,11 @@ class FactDecision(Memory):
             fuzzy_tokens: those that may name it with a slip (B, T).
         """
         matched, gated_edit_probs = None, edit_probs
-        if self.names is not None:
-            matched = self.names(window.ids, naming_tokens)
-            if self.spelling is not None:
-                letters = self.spelling.characters(window.ids, fuzzy_tokens)
-                matched = matched | self.spelling(letters, self.above_threshold(edit_probs) & ~matched)
+        if self.subject_match is not None:
+            matched = self.subject_match(window.ids, naming_tokens)
+            if self.fuzzy_match is not None:
+                letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
+                matched = matched | self.fuzzy_match(letters, self.above_threshold(edit_probs) & ~matched)
             gated_edit_probs = edit_probs * matched
         score_ratio, nearest = self.best_score_ratio(gated_edit_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)
@@ -111,9 +115,9 @@ class FactDecision(Memory):
             last, before: the tokens of the last turn and of those (B, T).
         """
         compared = last | before
-        projected = self.meaning.project(window.states, compared)
+        projected = self.late_interaction.project(window.states, compared)
         in_last_turn = last.gather(1, marked_to_front(compared)[0])
-        edit_probs = self.meaning.edit_probs(projected, in_last_turn).float()
+        edit_probs = self.late_interaction.edit_probs(projected, in_last_turn).float()
         return self._without_unasked(
             gate,
             _ComparedTokens(window, compared, projected),
@@ -134,14 +138,15 @@ class FactDecision(Memory):
         rows = (decision.memory != UNROUTED).nonzero().flatten()
         if len(rows):
             mentions = []
-            opens = starts_with_word(window.ids, window.non_padding, mask, self.meaning.breaks)
-            for row, edit in zip(rows.tolist(), decision.memory[rows].tolist(), strict=True):
-                tokens, edit_tokens = projected.mask[row], self.meaning.edit_tokens(edit)
+            opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
+            edit_tokens = self.late_interaction.edit_tokens(decision.memory[rows])
+            for row, own in zip(rows.tolist(), edit_tokens, strict=True):
+                tokens = projected.mask[row]
                 marks = None if earlier is None else earlier[row, tokens]
                 first = window.states[row, 0].float() if opens[row] else None
                 mentions.append(
                     mention_features(
-                        projected.states[row, tokens], projected.projected[:, row, tokens], *edit_tokens, marks, first
+                        projected.states[row, tokens], projected.projected[:, row, tokens], *own, marks, first
                     )
                 )
             ask_probs[rows] = gate(batch_mentions(mentions), decision.memory[rows]).sigmoid()

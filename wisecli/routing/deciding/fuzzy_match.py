@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from wisecli.routing.deciding.late_interaction import marked_to_front
 
 # Tensors that say how subjects are spelt.
-FUZZY_MATCH = tuple(f"spelling.{part}" for part in ("table", "words", "naming", "whose"))
+FUZZY_MATCH = tuple(
+    f"fuzzy_match.{part}" for part in ("token_characters", "subject_words", "entry_to_word", "entry_to_edit")
+)
 # Of so many letters of a token and of a word is kept account; a word's further ones are never looked at.
 TOKEN_CHARS, WORD_CHARS = 20, 24
 # Letters are numbers: nothing, what parts words, ten digits, and from there on letters.
@@ -31,23 +33,23 @@ _AT_A_TIME = 256
 class FuzzyMatch(nn.Module):
     """The letters of a vocabulary's tokens, and of the words of edits' subjects.
 
-    ``table`` (v, ``TOKEN_CHARS``) has the letters of every token, ``words`` (w, ``WORD_CHARS``) those of words; both in
-    front of zeros. Word ``naming`` (q,) is one of the name of edit ``whose`` (q,). An edit without words is named by
-    none.
+    ``token_characters`` (v, ``TOKEN_CHARS``) are the letters of every token, ``subject_words`` (w, ``WORD_CHARS``)
+    those of words, both in front of zeros. Of q entries each says that the word ``entry_to_word`` (q,) is one of the
+    subject of the edit ``entry_to_edit`` (q,). An edit without words is named by none.
 
     Args:
         tensors: all of ``FUZZY_MATCH``; they become buffers.
     """
 
-    table: Tensor
-    words: Tensor
-    naming: Tensor
-    whose: Tensor
+    token_characters: Tensor
+    subject_words: Tensor
+    entry_to_word: Tensor
+    entry_to_edit: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name in FUZZY_MATCH:
-            self.register_buffer(name.removeprefix("spelling."), tensors[name])
+            self.register_buffer(name.removeprefix("fuzzy_match."), tensors[name])
 
     def forward(self, letters: Tensor, wanted: Tensor) -> Tensor:
         """Which of the edits that are wanted of each row (B, M) its letters (B, W, c) name: (B, M)."""
@@ -64,15 +66,15 @@ class FuzzyMatch(nn.Module):
 
     def _match_pairs(self, prompt_words: Tensor, rows: Tensor, edits: Tensor) -> Tensor:
         """Whether rows of words (R, n, ``WORD_CHARS``) have all words of an edit each: rows and edits (P,) → (P,)."""
-        pair, place = (edits[:, None] == self.whose).nonzero(as_tuple=True)
-        same, near = equal_up_to_typo(self.words[self.naming[place], None], prompt_words[rows[pair]])
+        pair, place = (edits[:, None] == self.entry_to_edit).nonzero(as_tuple=True)
+        same, near = equal_up_to_typo(self.subject_words[self.entry_to_word[place], None], prompt_words[rows[pair]])
         tally = torch.stack([torch.ones_like(pair), near.any(1).long(), same.any(1).long()], 1)
         words, found, exact = tally.new_zeros(len(edits), 3).index_add(0, pair, tally).unbind(1)
         return (words > 0) & (found == words) & (exact >= words - 1)
 
     def characters(self, ids: Tensor, compared: Tensor) -> Tensor:
         """The letters of those of the tokens (B, T) that are looked at (B, T): (B, W, c)."""
-        return token_characters(self.table, ids, compared)
+        return token_characters(self.token_characters, ids, compared)
 
 
 def token_characters(table: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ a form adds tokens and takes none away. So every token of an edit's own prompt l
 most like it (ColBERT's MaxSim, arXiv 2004.12832), twice: under a projection that tells subjects apart, and under one
 that tells relations apart. An edit is meant where both are found:
 
-    s_h(e) = Σ_t share_t · max_s cos(z_h(e_t), z_h(q_s))          h: subject, relation
-    p(e)   = Π_h sigmoid(slope_h · (s_h(e) - bar_h))
+    s_h(e) = Σ_t weight_t · max_s cos(z_h(e_t), z_h(q_s))          h: subject, relation
+    p(e)   = Π_h sigmoid(scale_h · (s_h(e) - offset_h))
 
 with ``z_h = A_h x + c_h`` of the states x that leave an early layer.
 """
@@ -24,8 +24,18 @@ from torch.nn import functional as F
 
 # Tensors that say what edits mean.
 LATE_INTERACTION = tuple(
-    f"meaning.{part}"
-    for part in ("turns", "shifts", "slopes", "bars", "vectors", "asking", "shares", "whose", "breaks")
+    f"late_interaction.{part}"
+    for part in (
+        "proj_weight",
+        "proj_bias",
+        "logit_scale",
+        "logit_offset",
+        "prompt_token_embeddings",
+        "token_to_prompt",
+        "token_weights",
+        "prompt_to_edit",
+        "special_token_ids",
+    )
 )
 # So many of a prompt's last tokens are compared.
 MAX_COMPARED_TOKENS = 1024
@@ -33,8 +43,8 @@ MAX_COMPARED_TOKENS = 1024
 _MIN_TURN_TOKENS = 4
 # So many of a user's turns before the last one are looked at, where that one leaves something open.
 _MAX_EARLIER_TURNS = 2
-# Comparisons that are held at a time; and so many vectors are compared at a time that the outcome stays near the core.
-_MAX_COMPARISONS, _VECTORS = 1 << 24, 2048
+# Comparisons that are held at a time; and so many tokens are compared at a time that the outcome stays near the core.
+_MAX_COMPARISONS, _TOKENS = 1 << 24, 2048
 # An edit whose subject is less likely than this is not what is asked, whatever its relation; but so many kept prompts
 # are always compared whole, as the likeliest of all edits is shown to those who ask why none opened.
 HOPELESS, _MIN_COMPARED_PROMPTS = 0.25, 8
@@ -53,26 +63,27 @@ class ProjectedPrompts(NamedTuple):
 class LateInteraction(nn.Module):
     """What edits ask, and how like it a prompt is.
 
-    ``turns`` (2, k, d) and ``shifts`` (2, k) are the projections A and c of subject and relation, ``slopes`` (2,) and
-    ``bars`` (2,) what makes probabilities of scores. ``vectors`` (n, k) are the projected tokens of edits' prompts;
-    ``asking`` (n,) says which prompt each is of, of g prompts twice: those below g are looked for as subjects, the
-    others, g higher, as relations. ``shares`` (n,) add up to 1 a prompt and projection. ``whose`` (g,) is the edit of
-    each prompt; several may be of one. ``breaks`` are the tokenizer's special tokens, ascending.
+    ``proj_weight`` (2, k, d) and ``proj_bias`` (2, k) are the projections A and c of subject and relation;
+    ``logit_scale`` (2,) and ``logit_offset`` (2,) make probabilities of scores. ``prompt_token_embeddings`` (n, k) are
+    the projected tokens of edits' prompts, and ``token_to_prompt`` (n,) the prompt that each is of, of g prompts twice:
+    those below g are looked for as subjects, the others, g higher, as relations. ``token_weights`` (n,) add up to 1 a
+    prompt and projection. ``prompt_to_edit`` (g,) is the edit of each prompt; several may be of one.
+    ``special_token_ids`` are the tokenizer's special tokens, ascending.
 
     Args:
         tensors: all of ``LATE_INTERACTION``; they become buffers.
         edits: how many edits there are, M.
     """
 
-    turns: Tensor
-    shifts: Tensor
-    slopes: Tensor
-    bars: Tensor
-    vectors: Tensor
-    asking: Tensor
-    shares: Tensor
-    whose: Tensor
-    breaks: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+    logit_scale: Tensor
+    logit_offset: Tensor
+    prompt_token_embeddings: Tensor
+    token_to_prompt: Tensor
+    token_weights: Tensor
+    prompt_to_edit: Tensor
+    special_token_ids: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor], edits: int) -> None:
         super().__init__()
@@ -80,7 +91,7 @@ class LateInteraction(nn.Module):
         for name in LATE_INTERACTION:
             tensor = tensors[name]
             self.register_buffer(
-                name.removeprefix("meaning."), tensor.float() if tensor.is_floating_point() else tensor
+                name.removeprefix("late_interaction."), tensor.float() if tensor.is_floating_point() else tensor
             )
 
     def forward(self, states: Tensor, compared: Tensor) -> Tensor:
@@ -92,17 +103,27 @@ class LateInteraction(nn.Module):
         order, mask = marked_to_front(compared)
         near = states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])).float()
         # Whatever type the model is turned into: half precision is too coarse for what is compared.
-        projected = [F.linear(near, *pair) for pair in zip(self.turns.float(), self.shifts.float(), strict=True)]
+        heads = zip(self.proj_weight.float(), self.proj_bias.float(), strict=True)
+        projected = [F.linear(near, *head) for head in heads]
         return ProjectedPrompts(F.normalize(torch.stack(projected), dim=-1), mask, near)
 
-    def edit_tokens(self, edit: int) -> tuple[Tensor, Tensor]:
-        """The projected tokens of an edit's prompt as it is written: of its subject, and the others, (t, k) twice."""
-        prompts = (self.whose == edit).nonzero().flatten()
-        if not len(prompts):
-            return self.vectors[:0].float(), self.vectors[:0].float()
-        first = prompts[0]
-        subject, relation = self.asking == first, self.asking == first + len(self.whose)
-        return self.vectors[subject].float(), self.vectors[relation].float()
+    def edit_tokens(self, edits: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the projected tokens of edits' prompts as they are written: of each the subject's and the others'.
+
+        Args:
+            edits: their numbers (e,).
+
+        Returns:
+            For each edit (t, k) twice; without a row if no prompt of it is kept.
+        """
+        count = len(self.prompt_to_edit)
+        prompts = torch.arange(count, device=self.prompt_to_edit.device)
+        first = prompts.new_full((self.edits,), 2 * count).scatter_reduce(0, self.prompt_to_edit, prompts, "amin")[
+            edits
+        ]
+        rows = torch.isin(self.token_to_prompt, torch.cat([first, first + count])).nonzero().flatten()
+        own, embeddings = self.token_to_prompt[rows], self.prompt_token_embeddings[rows].float()
+        return [(embeddings[own == one], embeddings[own == one + count]) for one in first.tolist()]
 
     def edit_probs(self, query: ProjectedPrompts, last: Tensor | None = None) -> Tensor:
         """How surely prompts mean each edit: (B, M); 0 for edits whose subjects are not like anything in a prompt.
@@ -112,7 +133,8 @@ class LateInteraction(nn.Module):
                 may be in a turn before it.
         """
         width = query.mask.shape[1]
-        rows = max(1, _MAX_COMPARISONS // max(1, len(self.whose), min(len(self.vectors), _VECTORS) * width))
+        compared = min(len(self.prompt_token_embeddings), _TOKENS) * width
+        rows = max(1, _MAX_COMPARISONS // max(1, len(self.prompt_to_edit), compared))
         parts = zip(query.projected.split(rows, 1), query.mask.split(rows), query.states.split(rows), strict=True)
         later = itertools.repeat(None) if last is None else last.split(rows)
         return torch.cat(
@@ -120,11 +142,11 @@ class LateInteraction(nn.Module):
         )
 
     def _edit_probs(self, query: ProjectedPrompts, last: Tensor | None) -> Tensor:
-        prompts = len(self.whose)
+        prompts = len(self.prompt_to_edit)
         probs = query.projected.new_zeros(len(query.mask), self.edits)
         if not prompts or not query.mask.shape[1]:
             return probs
-        every = torch.arange(prompts, device=self.whose.device)
+        every = torch.arange(prompts, device=self.prompt_to_edit.device)
         subject_log_probs = self.log_probs(query, 0, every)
         least = subject_log_probs.topk(min(_MIN_COMPARED_PROMPTS, prompts)).values[:, -1:].clamp(max=math.log(HOPELESS))
         close = subject_log_probs >= least
@@ -135,22 +157,22 @@ class LateInteraction(nn.Module):
             subject, relation = self.log_probs(last_turn, 0, some), self.log_probs(last_turn, 1, some)
             both = (subject_log_probs[:, some] + relation).maximum(subject + both - subject_log_probs[:, some])
         both = both.exp() * close[:, some]
-        return probs.scatter_reduce(1, self.whose[some].expand_as(both), both, "amax")
+        return probs.scatter_reduce(1, self.prompt_to_edit[some].expand_as(both), both, "amax")
 
     def log_probs(self, query: ProjectedPrompts, head: int, prompts: Tensor) -> Tensor:
         """The logarithms of how surely the subject (0) or relation (1) of kept prompts (p,) is found: (B, p)."""
-        index = torch.full((2 * len(self.whose),), -1, device=prompts.device)
-        index[prompts + head * len(self.whose)] = torch.arange(len(prompts), device=prompts.device)
-        prompt_of_token = index[self.asking]
+        index = torch.full((2 * len(self.prompt_to_edit),), -1, device=prompts.device)
+        index[prompts + head * len(self.prompt_to_edit)] = torch.arange(len(prompts), device=prompts.device)
+        prompt_of_token = index[self.token_to_prompt]
         count, width = query.mask.shape
         projected = query.projected[head].transpose(0, 1).flatten(0, 1).T  # (k, W · B)
         missing = None if bool(query.mask.all()) else ~query.mask.T
         scores = projected.new_zeros(len(prompts), count)
-        for rows in (prompt_of_token >= 0).nonzero().flatten().split(_VECTORS):
-            cosines = (self.vectors[rows].float() @ projected).view(-1, width, count)
+        for rows in (prompt_of_token >= 0).nonzero().flatten().split(_TOKENS):
+            cosines = (self.prompt_token_embeddings[rows].float() @ projected).view(-1, width, count)
             near = (cosines if missing is None else cosines.masked_fill_(missing, -1.0)).amax(1)
-            scores.index_add_(0, prompt_of_token[rows], near * self.shares[rows, None].float())
-        return F.logsigmoid(self.slopes[head].float() * (scores.T - self.bars[head].float()))
+            scores.index_add_(0, prompt_of_token[rows], near * self.token_weights[rows, None].float())
+        return F.logsigmoid(self.logit_scale[head].float() * (scores.T - self.logit_offset[head].float()))
 
 
 def marked_to_front(marked: Tensor) -> tuple[Tensor, Tensor]:

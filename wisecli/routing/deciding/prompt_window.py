@@ -28,18 +28,18 @@ NO_TOKEN = -1
 class TurnMarks:
     """The tokens by which a chat template marks turns.
 
-    ``opener`` are the tokens that an assistant's turn begins with: behind them a prompt ends. ``turns`` are the special
-    tokens among them that no bare text begins with: a row that holds one is a chat. ``breaks`` are all special tokens:
-    one of them ends an answer. All are empty for a model without a chat template.
+    ``opener_token_ids`` begin an assistant's turn: a prompt ends behind them. ``turn_token_ids`` are the special tokens
+    among them that no bare text begins with: a row that holds one is a chat. ``special_token_ids`` are all special
+    tokens: one of them ends an answer. All are empty for a model without a chat template.
     """
 
-    opener: tuple[int, ...] = ()
-    turns: tuple[int, ...] = ()
-    breaks: tuple[int, ...] = ()
+    opener_token_ids: tuple[int, ...] = ()
+    turn_token_ids: tuple[int, ...] = ()
+    special_token_ids: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, list[int]]:
         """The marks as JSON."""
-        return {"opener": list(self.opener), "turns": list(self.turns), "breaks": list(self.breaks)}
+        return {name: list(getattr(self, name)) for name in TurnMarks.__dataclass_fields__}
 
     @classmethod
     def from_dict(cls, marks: dict[str, Any] | None) -> TurnMarks:
@@ -48,17 +48,17 @@ class TurnMarks:
 
     def opened(self, ids: Tensor, earlier: Tensor) -> Tensor:
         """Which tokens (B, T) complete an opener, with the tokens before them (B, P): (B, T)."""
-        size = len(self.opener)
+        size = len(self.opener_token_ids)
         if not size:
             return torch.zeros_like(ids, dtype=torch.bool)
         tail = earlier[:, max(0, earlier.shape[1] - size + 1) :]
         padded = torch.nn.functional.pad(torch.cat([tail, ids], 1), (size - 1 - tail.shape[1], 0), value=NO_TOKEN)
-        found: Tensor = (padded.unfold(1, size, 1) == ids.new_tensor(self.opener)).all(-1)
+        found: Tensor = (padded.unfold(1, size, 1) == ids.new_tensor(self.opener_token_ids)).all(-1)
         return found
 
     def chats(self, ids: Tensor) -> Tensor:
         """Which rows of token ids (B, T) are chats: (B,)."""
-        return is_any(ids, self.turns).any(1)
+        return is_any(ids, self.turn_token_ids).any(1)
 
     def ends_in(self, ids: Tensor, real: Tensor) -> Tensor:
         """The column of the last prompt token of whole prompts: token ids (B, T), which are no padding (B, T) → (B,).
@@ -68,7 +68,7 @@ class TurnMarks:
         """
         empty = ids[:, :0]
         opened = last_marked(self.opened(ids, empty) & real)
-        broken = last_marked(is_any(ids, self.breaks) & real)
+        broken = last_marked(is_any(ids, self.special_token_ids) & real)
         return torch.where((opened >= 0) & (opened >= broken), opened, last_marked(real))
 
 
@@ -182,7 +182,7 @@ class Tokens:
         """
         width = self.ids.shape[1]
         column = torch.arange(width, device=self.ids.device)
-        broken = (is_any(self.ids, marks.breaks) & self.real).long().cumsum(1)
+        broken = (is_any(self.ids, marks.special_token_ids) & self.real).long().cumsum(1)
         end, memory = answering.end[:, None], answering.memory[:, None]
         at_end = broken.gather(1, end.clamp(0, width - 1))
         before = self.memory[:, None].where(broken == 0, UNROUTED)

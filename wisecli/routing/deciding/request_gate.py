@@ -23,9 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Tensors of the gate that are learned; the last column of each is added.
-REQUEST_GATE = ("request.read", "request.attend", "request.value", "request.mix", "request.out")
+REQUEST_GATE = (
+    "request_gate.read",
+    "request_gate.attend",
+    "request_gate.value",
+    "request_gate.mix",
+    "request_gate.out",
+)
 # The log-odds that a prompt must exceed to ask an edit, of each edit.
-LOGIT_OFFSET = "request.bars"
+LOGIT_OFFSET = "request_gate.logit_offset"
 # How far around its middle the words of a mention may lie, and the tokens around it that are read; and how many of
 # those that a request begins and ends with.
 MENTION_RADIUS, CONTEXT_RADIUS = 10, 28
@@ -58,7 +64,7 @@ class RequestGate(nn.Module):
     """The gate with its tensors, which become buffers.
 
     ``read`` (r, d + 1), ``attend`` (H, r + f + 1), ``value`` (H · v, r + f + 1), ``mix`` (m, H · v + 1), ``out``
-    (1, m + 1), ``bars`` (M,).
+    (1, m + 1), ``logit_offset`` (M,).
 
     Args:
         tensors: all of ``REQUEST_GATE``, and ``LOGIT_OFFSET``.
@@ -69,20 +75,22 @@ class RequestGate(nn.Module):
     value: Tensor
     mix: Tensor
     out: Tensor
-    bars: Tensor
+    logit_offset: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name in (*REQUEST_GATE, LOGIT_OFFSET):
-            self.register_buffer(name.removeprefix("request."), tensors[name].float())
+            self.register_buffer(name.removeprefix("request_gate."), tensors[name].float())
 
     def forward(self, mentions: Mentions, edits: Tensor) -> Tensor:
-        """The log-odds that prompts ask the edits (B,) that they mention, above the bars of those: (B,)."""
-        return self.log_odds(mentions) - self.bars[edits].float()
+        """The log-odds that prompts ask the edits (B,) that they mention, above the offsets of those: (B,)."""
+        return self.log_odds(mentions) - self.logit_offset[edits].float()
 
     def log_odds(self, mentions: Mentions) -> Tensor:
         """The log-odds that prompts ask what they mention: (B,)."""
-        return log_odds({name: getattr(self, name.removeprefix("request.")).float() for name in REQUEST_GATE}, mentions)
+        return log_odds(
+            {name: getattr(self, name.removeprefix("request_gate.")).float() for name in REQUEST_GATE}, mentions
+        )
 
 
 def log_odds(

@@ -11,34 +11,38 @@ from torch import Tensor, nn
 # takes names for others that are like them.
 MIN_SUBJECT_SHARE = 0.75
 # Tensors that say which tokens name the subject of which edit.
-SUBJECT_MATCH = tuple(f"names.{part}" for part in ("tokens", "words", "whose", "named", "naming", "shares"))
+SUBJECT_MATCH = tuple(
+    f"subject_match.{part}"
+    for part in ("token_ids", "token_to_word", "name_to_edit", "entry_to_name", "entry_to_word", "word_weights")
+)
 
 
 class SubjectMatch(nn.Module):
     """The tokens that edits' subjects are written with.
 
-    ``tokens`` (v,) ascending, and the word that each spells, ``words`` (v,) below v; several tokens may spell one,
-    with a capital or a space before it. Names (g,) are of the edits ``whose`` (g,); several may be of one, as a
-    tokenizer splits capitals otherwise. An edit without a name is named by every prompt. Name ``named`` (q,) has the
-    word ``naming`` (q,), as ``shares`` (q,) of the whole, which add up to 1 a name.
+    ``token_ids`` (v,), ascending, spell the words ``token_to_word`` (v,), below v; several tokens may spell one word,
+    with a capital or a space before it. Each of g names is of the edit ``name_to_edit`` (g,); an edit may have several
+    names, as a tokenizer splits capitals otherwise, and one without a name is named by every prompt. Of q entries each
+    says that the name ``entry_to_name`` (q,) has the word ``entry_to_word`` (q,), which makes up ``word_weights`` (q,)
+    of the name; they add up to 1 a name.
 
     Args:
         tensors: all of ``SUBJECT_MATCH``; they become buffers.
         edits: how many edits there are, M.
     """
 
-    tokens: Tensor
-    words: Tensor
-    whose: Tensor
-    named: Tensor
-    naming: Tensor
-    shares: Tensor
+    token_ids: Tensor
+    token_to_word: Tensor
+    name_to_edit: Tensor
+    entry_to_name: Tensor
+    entry_to_word: Tensor
+    word_weights: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor], edits: int) -> None:
         super().__init__()
         self.edits = edits
         for name in SUBJECT_MATCH:
-            self.register_buffer(name.removeprefix("names."), tensors[name])
+            self.register_buffer(name.removeprefix("subject_match."), tensors[name])
 
     def forward(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
         """Which edits' subjects are named in rows: token ids (B, T), and which belong to prompts (B, T) → (B, M)."""
@@ -46,14 +50,14 @@ class SubjectMatch(nn.Module):
 
     def words_in(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
         """Which words rows of token ids (B, T) hold, at the tokens that ``in_prompt`` (B, T) marks: 0 or 1, (B, v)."""
-        place = torch.searchsorted(self.tokens, ids.contiguous()).clamp(max=len(self.tokens) - 1)
-        known = (self.tokens[place] == ids) & in_prompt
-        words = self.shares.new_zeros(len(ids), len(self.tokens) + 1, dtype=torch.float32)
-        return words.scatter(1, self.words[place].where(known, len(self.tokens)), 1.0)[:, :-1]
+        place = torch.searchsorted(self.token_ids, ids.contiguous()).clamp(max=len(self.token_ids) - 1)
+        known = (self.token_ids[place] == ids) & in_prompt
+        words = self.word_weights.new_zeros(len(ids), len(self.token_ids) + 1, dtype=torch.float32)
+        return words.scatter(1, self.token_to_word[place].where(known, len(self.token_ids)), 1.0)[:, :-1]
 
     def matched_edits(self, words: Tensor) -> Tensor:
         """The edits whose subjects rows with these words (B, v) name: (B, M)."""
-        share = words.new_zeros(len(words), len(self.whose))
-        share = share.index_add(1, self.named, words[:, self.naming] * self.shares.float())
-        named = words.new_ones(len(words), self.edits).index_fill(1, self.whose, 0.0)
-        return named.index_add(1, self.whose, (share > MIN_SUBJECT_SHARE - 1e-4).to(words.dtype)) > 0
+        share = words.new_zeros(len(words), len(self.name_to_edit))
+        share = share.index_add(1, self.entry_to_name, words[:, self.entry_to_word] * self.word_weights.float())
+        matched = words.new_ones(len(words), self.edits).index_fill(1, self.name_to_edit, 0.0)
+        return matched.index_add(1, self.name_to_edit, (share > MIN_SUBJECT_SHARE - 1e-4).to(words.dtype)) > 0

@@ -173,8 +173,8 @@ def install_after_layer(
     add_mixin(layer, LayerOutputMemory)
     _route_passes(model, module, memory, marks, described.get("decoder"))
     layer.wise_streams = streams
-    if memory.reads is not None:
-        cast(ReadLayer, model.get_submodule(_layer_beside(module, memory.reads))).wise_streams = streams
+    if memory.state_layer is not None:
+        cast(ReadLayer, model.get_submodule(_layer_beside(module, memory.state_layer))).wise_streams = streams
     return routed
 
 
@@ -192,8 +192,8 @@ def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: Turn
     # The decoder below the head sees every pass, whoever calls it.
     path = (getattr(model, "base_model_prefix", "") or "") if path is None else path
     decoder: Any = model.get_submodule(path) if path and hasattr(model, path.partition(".")[0]) else model
-    if memory.reads is not None:
-        add_mixin(model.get_submodule(_layer_beside(module, memory.reads)), ReadLayer)
+    if memory.state_layer is not None:
+        add_mixin(model.get_submodule(_layer_beside(module, memory.state_layer)), ReadLayer)
     add_mixin(decoder, RoutedDecoder)
     decoder.wise_routed = module if decoder is model else module.removeprefix(f"{path}.")
     decoder.wise_marks = marks

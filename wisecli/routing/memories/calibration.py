@@ -93,10 +93,10 @@ def routing_keys(
     for number, white in enumerate(whitenings):
         whitened_keys[whitening_index == number] = white.whitened_keys(keys[whitening_index == number])
     return {
-        "probes": whitened_keys,
-        "offset": torch.zeros(len(keys)),
-        "owner": key_to_edit,
-        "metric": whitening_index,
+        "whitened_keys": whitened_keys,
+        "cosine_offset": torch.zeros(len(keys)),
+        "key_to_edit": key_to_edit,
+        "whitening_index": whitening_index,
         "directions": torch.stack([white.directions for white in whitenings]),
         "gains": torch.stack([white.gains for white in whitenings]),
         "floors": torch.tensor([white.floor for white in whitenings]),

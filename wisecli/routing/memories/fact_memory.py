@@ -24,10 +24,10 @@ ANSWER_KEY_MIN_COSINE = 0.5
 class RoutingKeys(nn.Module):
     """The keys of edits, each seen through a whitening of its own; the tensors are those of a lookup."""
 
-    probes: Tensor
-    owner: Tensor
-    offset: Tensor
-    metric: Tensor
+    whitened_keys: Tensor
+    key_to_edit: Tensor
+    cosine_offset: Tensor
+    whitening_index: Tensor
     directions: Tensor
     gains: Tensor
     floors: Tensor
@@ -39,8 +39,9 @@ class RoutingKeys(nn.Module):
             key_indices: the routing keys that are wanted (n,).
         """
         wide = keys.float()  # squared norms of keys overflow half precision
-        probes, metric, offset = (each[key_indices] for each in (self.probes, self.metric, self.offset))
-        return F.linear(wide, probes.float()) / self.whitened_norms(wide)[..., metric] + offset.float()
+        norms = self.whitened_norms(wide)[..., self.whitening_index[key_indices]]
+        scores = F.linear(wide, self.whitened_keys[key_indices].float())
+        return scores / norms + self.cosine_offset[key_indices].float()
 
     def nearest_keys(self, keys: Tensor, edits: Tensor, in_answer: Tensor) -> tuple[Tensor, Tensor]:
         """The cosine and place of the nearest key of one edit each: keys (m, d_ff), edits (m,) → two (m,).
@@ -48,9 +49,9 @@ class RoutingKeys(nn.Module):
         Args:
             in_answer: whether the key comes after its prompt's last token (m,), and is compared with such alone.
         """
-        key_indices = torch.isin(self.owner, edits).nonzero().flatten()
-        other = self.owner[key_indices] != edits[:, None]
-        other = other | ((self.metric[key_indices] == ANSWER_WHITENING) != in_answer[:, None])
+        key_indices = torch.isin(self.key_to_edit, edits).nonzero().flatten()
+        other = self.key_to_edit[key_indices] != edits[:, None]
+        other = other | ((self.whitening_index[key_indices] == ANSWER_WHITENING) != in_answer[:, None])
         cosine, at = self.cosines(keys, key_indices).masked_fill(other, -torch.inf).max(-1)
         return cosine, key_indices[at]
 
@@ -70,8 +71,8 @@ class FactMemory(FactDecision, RoutingKeys):
 
     kind = "lookup"
 
-    values: Tensor
-    value: Tensor
+    residuals: Tensor
+    key_to_residual: Tensor
 
     def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:
         """Which of the decided edit's own keys is nearest.
@@ -92,14 +93,14 @@ class FactMemory(FactDecision, RoutingKeys):
 
     def add(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
         """Add to every token the residual of the key that was chosen for it."""
-        update = self.values[self.value[chosen.clamp(min=0)]].to(answer.dtype)
+        update = self.residuals[self.key_to_residual[chosen.clamp(min=0)]].to(answer.dtype)
         return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
 
-    def residuals(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
+    def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
         """What an edit adds at keys: the residual of the nearest of its own."""
         _, key_index = self.nearest_keys(keys, torch.full((len(keys),), memory, device=keys.device), in_answer)
-        return self.values[self.value[key_index]]
+        return self.residuals[self.key_to_residual[key_index]]
 
     def memory_of_choice(self, chosen: Tensor) -> Tensor:
         """The edit that each key belongs to: (...) → (...)."""
-        return self.owner[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
+        return self.key_to_edit[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)

@@ -47,7 +47,7 @@ class MatrixDeltas(Memory):
                 answer = answer.index_put(routed.nonzero(as_tuple=True), update, accumulate=True)
         return answer
 
-    def residuals(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
+    def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
         """``Δ_m a`` of keys."""
         return self.delta_output(keys, int(self.matrix_of(torch.tensor(memory))))
 
@@ -63,11 +63,11 @@ class MatrixDeltas(Memory):
 class FactMatrixMemory(FactDecision, MatrixDeltas):
     """Changes that hold edits which prompts ask."""
 
-    holder: Tensor
+    edit_to_matrix: Tensor
 
     def matrix_of(self, chosen: Tensor) -> Tensor:
         """The change that holds each edit (...): (...)."""
-        return self.holder.to(chosen.device)[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
+        return self.edit_to_matrix.to(chosen.device)[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
 
 
 class MatrixMemory(MatrixDeltas):

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from wisecli.routing.deciding.decision import Decision, TokenChoices, WindowStates
 
-# What files call the two decisions, and which go with what is added. Version 0.1 had further ways.
-FACTS, NORM = "meaning", "norm"
-_DECIDED = {"lookup": (FACTS,), "matrix": (FACTS, NORM)}
-_ROUTING = {"last": "sequence", "mean": "mean"}
+# What files call the two routers, which go with each kind of memory, and how norms of tokens are pooled.
+LATE_INTERACTION, NORM = "late-interaction", "norm"
+_ROUTERS = {"lookup": (LATE_INTERACTION,), "matrix": (LATE_INTERACTION, NORM)}
+_POOLINGS = ("last", "mean")
 # A tensor that there is where facts decide.
-_OF_FACTS = "meaning.turns"
+_OF_FACTS = "late_interaction.proj_weight"
 # Settings that only some memories have.
-_OPTIONAL = ("reads", "activated")
+_OPTIONAL = ("state_layer", "activated")
 # What a description may allocate: these types, and so many numbers a tensor.
 _TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool")
 _LARGEST = 2**36
@@ -39,17 +39,18 @@ _LARGEST = 2**36
 class SideMemory:
     """M side memories of one site and what opens them: where facts decide, every edit is a memory of its own.
 
-    ``tensors`` of a lookup: ``values`` (m, d) the residuals; ``value`` (n,) the one that each key adds; ``probes``
-    (n, d_ff), each edit's key e as ``P e / √(eᵀP e)``, times what together with the ``offset`` (n,) makes it comparable
-    with others; ``owner`` (n,) the edit it belongs to; ``metric`` (n,) the whitening it is seen through, of those that
-    ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,) make up:
-    ``P = floor · I + directionsᵀ diag(gains) directions``. Of h matrices: ``columns`` (h, k) the input coordinates that
-    each reads; ``delta`` (h, d, k) its change ``Δ`` there; ``holder`` (M,), where facts decide, which of them holds
-    each edit.
+    ``tensors`` of a lookup of n keys: ``residuals`` (m, d), and ``key_to_residual`` (n,), the one that each key adds;
+    ``whitened_keys`` (n, d_ff), a key e as ``P e / √(eᵀP e)``, times what together with ``cosine_offset`` (n,) makes
+    it comparable with others; ``key_to_edit`` (n,), the edit that it is of; ``whitening_index`` (n,), the whitening P
+    that it is seen through. There are w whitenings ``P = floor · I + directionsᵀ diag(gains) directions``, of
+    ``directions`` (w, r, d_ff), ``gains`` (w, r) and ``floors`` (w,).
 
-    Where facts decide there is ``LATE_INTERACTION``, compared with the states that leave layer ``reads``. There may be
-    ``SUBJECT_MATCH``, so that prompts must name an edit's subject, ``FUZZY_MATCH``, so that a slip in a name does no
-    harm, and ``REQUEST_GATE``, so that prompts must ask what they mean.
+    Of h matrices: ``columns`` (h, k), the input coordinates that each reads; ``delta`` (h, d, k), its change ``Δ``
+    there; ``edit_to_matrix`` (M,), where facts decide, which of them holds each edit.
+
+    Where facts decide there is ``LATE_INTERACTION``, compared with the states that leave layer ``state_layer``. There
+    may be ``SUBJECT_MATCH``, so that prompts must name an edit's subject, ``FUZZY_MATCH``, so that a slip in a name
+    does no harm, and ``REQUEST_GATE``, so that prompts must ask what they mean.
 
     ``pooling`` of norms: ``mean`` decides by the mean over a prompt's tokens, as the code of the paper's authors does,
     ``last`` by its last token. If ``activated``, the model's activation function is applied first.
@@ -59,7 +60,7 @@ class SideMemory:
     thresholds: tuple[float, ...]
     kind: str = "matrix"
     pooling: str = "last"
-    reads: int | None = None
+    state_layer: int | None = None
     activated: bool | None = None
 
     @property
@@ -70,37 +71,36 @@ class SideMemory:
     def describe(self) -> dict[str, Any]:
         """All but the tensors, with their shapes and types, as JSON."""
         layout = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in self.tensors.items()}
-        settings = {"router": FACTS if self.by_edit else NORM, "routing": _ROUTING[self.pooling], "kind": self.kind}
+        settings = {"router": LATE_INTERACTION if self.by_edit else NORM, "pooling": self.pooling, "kind": self.kind}
         settings |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
-        return {"thresholds": list(self.thresholds), **settings, "sharpness": 0.0, "tensors": layout}
+        return {"thresholds": list(self.thresholds), **settings, "tensors": layout}
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> SideMemory:
         """The inverse of :meth:`describe`; tensors that are not given are allocated, to be loaded later.
 
         Raises:
-            ValueError: the description asks for tensors that no memory has, or for a router that there is no more.
+            ValueError: the description asks for tensors that no memory has, or for an unknown router.
         """
         require_router(described)
         if tensors is None:
             layout = described["tensors"].items()
             tensors = {name: _allocated(name, dtype, shape) for name, (dtype, *shape) in layout}
-        pooling = "mean" if described["routing"] == _ROUTING["mean"] else "last"
         settings = {name: described[name] for name in _OPTIONAL if name in described}
-        return cls(tensors, tuple(described["thresholds"]), described["kind"], pooling, **settings)
+        return cls(tensors, tuple(described["thresholds"]), described["kind"], described["pooling"], **settings)
 
 
 def require_router(described: Mapping[str, Any]) -> None:
-    """Check that a described memory opens in a way that there still is.
+    """Check that a described memory opens in a way that there is.
 
     Raises:
         ValueError: it does not.
     """
-    kind, router, routing = (described[name] for name in ("kind", "router", "routing"))
-    if router not in _DECIDED.get(kind, ()) or routing not in _ROUTING.values() or described.get("sharpness"):
+    kind, router, pooling = (described[name] for name in ("kind", "router", "pooling"))
+    if router not in _ROUTERS.get(kind, ()) or pooling not in _POOLINGS:
         raise ValueError(
-            f"its edits open by router {router!r} with routing {routing!r}, which there is no more: run "
-            "`wise merge` on its shards, which makes a memory of today's kinds"
+            f"its edits open by router {router!r} with pooling {pooling!r}, which there is not: run `wise merge` on "
+            "its shards"
         )
 
 
@@ -132,7 +132,7 @@ class Memory(nn.Module):
             if "." not in name:  # the others are those of parts
                 # Half precision is for keeping: squared norms of keys overflow it.
                 self.register_buffer(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
-        self.thresholds, self.reads = memory.thresholds, memory.reads
+        self.thresholds, self.state_layer = memory.thresholds, memory.state_layer
 
     @abstractmethod
     def decide(self, window: WindowStates) -> Decision:
@@ -158,7 +158,7 @@ class Memory(nn.Module):
         """
 
     @abstractmethod
-    def residuals(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
+    def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
         """What one memory adds at keys (n, width) once it is opened: (n, d).
 
         Args:

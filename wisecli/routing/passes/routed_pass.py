@@ -173,7 +173,7 @@ class RoutedDecoder(SignatureMixin):
             answering = Answering(self._decided(tokens, end, forced), end)
         else:
             memory = given.memory if forced is None else torch.full_like(given.memory, forced)
-            held, tail = last_memory(cache), last_tokens(cache, len(self.wise_marks.opener))
+            held, tail = last_memory(cache), last_tokens(cache, len(self.wise_marks.opener_token_ids))
             before = memory if held is None else held.to(memory)
             tokens = Tokens(ids, real, ids[:, :0] if tail is None else tail, before)
             answering = Answering(memory, given.end - start)

@@ -1,4 +1,4 @@
-"""Whether the memory that a merge asks for is there already: of the same shards, by the same settings, and whole."""
+"""In what a memory differs from what a merge of shards would make."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from wisecli.artifacts.checksums import altered, is_signed
+from wisecli.artifacts.checksums import altered
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, MemoryManifest, Origin, read_manifest
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
 from wisecli.artifacts.shard_manifest import origin_of
+from wisecli.artifacts.up_to_date import require_same, unsigned, up_to_date
 from wisecli.edits.edit_differences import describe_differences
 from wisecli.environment import changed_versions
 from wisecli.errors import DamagedFileError, OutputExistsError
@@ -21,7 +22,7 @@ from wisecli.memory.merging.merger import Merger
 
 
 def up_to_date_memory(merger: Merger, output: Path, *, history: bool, signed: bool = False) -> MemoryManifest | None:
-    """The manifest of the memory at ``output`` if it is what shards would be merged into; ``None`` if none is there.
+    """Return the manifest of the memory at ``output`` if it is what a merge would make; ``None`` if none is there.
 
     Args:
         history: whether it is to have one.
@@ -30,21 +31,16 @@ def up_to_date_memory(merger: Merger, output: Path, *, history: bool, signed: bo
     Raises:
         OutputExistsError: the memory is another, or damaged; naming what differs.
     """
-    if not (output / MANIFEST_NAME).is_file():
-        return None
-    try:
-        found = read_manifest(output)
-        changes = ["it is an export"] if _is_export(output) else list(_changes(found, merger))
+
+    def changes(found: MemoryManifest) -> Iterator[str]:
+        yield from ["it is an export"] if _is_export(output) else _changes(found, merger)
         if has_history(output) != history:
-            changes.append("it has no history" if history else "it has a history")
-        if signed and not is_signed(output):
-            changes.append("it is not signed")
-        changes = changes or altered(output, expected=found.sealed)
-    except DamagedFileError as error:
-        changes = [str(error)]
-    if changes:
-        raise OutputExistsError(output, changes)
-    return found
+            yield "it has no history" if history else "it has a history"
+
+    def damage(found: MemoryManifest) -> list[str]:
+        return altered(output, expected=found.sealed)
+
+    return up_to_date(output / MANIFEST_NAME, read_manifest, changes, damage, signed=signed)
 
 
 @dataclass(frozen=True)
@@ -80,10 +76,7 @@ def extended_memory(merger: Merger, output: Path, *, signed: bool = False) -> Ex
     if not all(sha256_file(one.path / SHARDS_MANIFEST) in digests for one in merger.directories):
         return None
     changes = [*_changed_settings(found, merger), *changed_versions(found.versions)]
-    if signed and not is_signed(output):
-        changes.append("it is not signed")
-    if changes:
-        raise OutputExistsError(output, changes)
+    require_same(output, [*changes, *unsigned(output, signed=signed)])
     held = {(edit.id, edit.prompt, edit.answer) for edit in found.edits}
     return ExtendedMemory(found, tuple(one.id for one in merger.edits if (one.id, one.prompt, one.answer) not in held))
 

@@ -1,4 +1,4 @@
-"""Whether the checkpoint that an export asks for is there already: of the same memory and base, and whole."""
+"""What an export is made of, as its manifest records it, and in what another differs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.artifacts import file_names
-from wisecli.artifacts.checksums import HAS_CHECKSUMS, altered, is_signed
+from wisecli.artifacts.checksums import HAS_CHECKSUMS, altered
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME
+from wisecli.artifacts.up_to_date import up_to_date
 from wisecli.environment import versions
-from wisecli.errors import DamagedFileError, OutputExistsError, ProtectedOutputError
+from wisecli.errors import OutputExistsError, ProtectedOutputError
 from wisecli.export.routed.checkpoint import side_files
 from wisecli.io.checkpoint import EXPORT_RECORD, Checkpoint, read_json
 from wisecli.io.digest import sha256_file, sha256_json
@@ -64,8 +65,7 @@ def require_no_memory(output: Path) -> None:
 
 
 def up_to_date_export(output: Path, record: dict[str, Any], *, signed: bool = False) -> dict[str, Any] | None:
-    """What the manifest says that was asked for, if the export at ``output`` is what this asks for; ``None`` if none
-    is there.
+    """Return the record of the export at ``output`` if it is what this one asks for; ``None`` if none is there.
 
     Args:
         signed: whether it is to be signed.
@@ -76,20 +76,22 @@ def up_to_date_export(output: Path, record: dict[str, Any], *, signed: bool = Fa
     name = manifest_name(output)
     if name is None:
         return None
-    try:
-        before: object = read_json(output / name).get(EXPORT_RECORD)
+
+    def read(directory: Path) -> dict[str, Any]:
+        before = read_json(directory / name).get(EXPORT_RECORD)
         if not isinstance(before, dict):
-            raise OutputExistsError(output)
+            raise OutputExistsError(directory)
         if before.get("by"):
-            raise OutputExistsError(output, [f"it was written by {shown(before['by'])}, and not by `wise export`"])
-        changes = _changes(before, record) or altered(output, expected=True)
-        if signed and not is_signed(output):
-            changes.append("it is not signed")
-    except DamagedFileError as error:
-        raise OutputExistsError(output, [str(error)]) from None
-    if changes:
-        raise OutputExistsError(output, changes)
-    return before
+            raise OutputExistsError(directory, [f"it was written by {shown(before['by'])}, and not by `wise export`"])
+        return before
+
+    def changes(before: dict[str, Any]) -> list[str]:
+        return _changes(before, record)
+
+    def damage(_before: dict[str, Any]) -> list[str]:
+        return altered(output, expected=True)
+
+    return up_to_date(output / name, read, changes, damage, signed=signed)
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -1,0 +1,200 @@
+"""WISE as plain loops over prompts, tokens, keys and matrix entries: what the package's code is compared with.
+
+A side memory (arXiv 2405.14768) is decided once a prompt and answers the tokens from the prompt's end on:
+
+    decide      which memory answers a prompt, if any
+                by the norm ‖Δ_m a‖ against ε_m (sections 2.3.1 and 2.3.2), or
+                by late interaction of its tokens with those of edits' prompts (MaxSim, arXiv 2004.12832)
+    residual    what that memory adds at a token: Δ_m a, or the residual of the nearest of an edit's keys
+    ties        how the changes of several shards are joined (arXiv 2306.01708)
+
+A key ``a`` (d_ff,) is the input of the edited matrix at a token, a state (d,) what leaves the layer that decides. What
+the tensors of a memory hold says :class:`~wisecli.routing.memories.side_memory.SideMemory`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wisecli.routing.memories.side_memory import SideMemory
+
+# The words of a chat's turn at the least; the last tokens of a prompt that are compared; the share of a subject's words
+# that a prompt must hold; how near a key inside an answer must come; and which whitening is that of such keys.
+_TURN, _COMPARED, _NAMED, _NEAR, _IN_ANSWER = 4, 1024, 0.75, 0.5, 1
+
+
+# --- which memory answers a prompt ---
+
+
+def decide(memory: SideMemory, ids: Sequence[int], read: Tensor) -> int | None:
+    """Return the memory that answers a prompt, or ``None``.
+
+    Args:
+        ids: the prompt's tokens.
+        read: its states (T, d) where late interaction decides, else its keys (T, d_ff).
+    """
+    scores = scores_of(memory, ids, read)
+    ratios = [score / threshold for score, threshold in zip(scores, memory.thresholds, strict=True)]
+    beyond = [number for number, ratio in enumerate(ratios) if ratio > 1]
+    # Norms of changes are compared as they are, probabilities by how far they exceed their thresholds.
+    return max(beyond, key=(ratios if memory.by_edit else scores).__getitem__, default=None)
+
+
+def scores_of(memory: SideMemory, ids: Sequence[int], read: Tensor) -> list[float]:
+    """Return how strongly a prompt calls each memory: by the norm of its change, or the probability of its edit."""
+    if not memory.by_edit:
+        norms = [[float(change(memory, m, key).norm()) for key in read] for m in range(len(memory.thresholds))]
+        return [sum(own) / len(own) if memory.pooling == "mean" else own[-1] for own in norms]
+    special = memory.tensors["late_interaction.special_token_ids"].tolist()
+    probs = edit_probs(memory.tensors, read[compared_tokens(ids, special)].float(), len(memory.thresholds))
+    named = names_subjects(memory.tensors, ids, len(memory.thresholds))
+    return [prob if name else 0.0 for prob, name in zip(probs, named, strict=True)]
+
+
+def compared_tokens(ids: Sequence[int], special: Sequence[int]) -> list[int]:
+    """Return the places of a prompt's tokens that are compared: the words of its last turn.
+
+    A word is no special token and not the first token, on which attention rests; a prompt without words is compared
+    whole, and so are all words where no turn is long enough.
+    """
+    turns: list[list[int]] = [[]]
+    for place, token in enumerate(ids):
+        if token in special:
+            turns.append([])
+        elif place > 0:
+            turns[-1].append(place)
+    long = [turn for turn in turns if len(turn) >= _TURN]
+    words = long[-1] if long else [place for turn in turns for place in turn]
+    return (words or list(range(len(ids))))[-_COMPARED:]
+
+
+def edit_probs(tensors: Mapping[str, Tensor], states: Tensor, edits: int) -> list[float]:
+    """Return how likely the tokens with these states (n, d) mean each edit: as the likeliest of its prompts says."""
+    own = {name.removeprefix("late_interaction."): tensor for name, tensor in tensors.items()}
+    count, probs = len(own["prompt_to_edit"]), [0.0] * edits
+    for prompt, edit in enumerate(own["prompt_to_edit"].tolist()):
+        both = _found(own, 0, prompt, states) * _found(own, 1, prompt + count, states)
+        probs[edit] = max(probs[edit], both)
+    return probs
+
+
+def _found(own: Mapping[str, Tensor], head: int, prompt: int, states: Tensor) -> float:
+    """How likely the subject (head 0) or the relation (1) of a kept prompt is found among states (n, d).
+
+    Every token of the prompt looks for the state that is most like it under the head's projection.
+    """
+    projected = [own["proj_weight"][head].float() @ state + own["proj_bias"][head].float() for state in states]
+    score = 0.0
+    for token, owner in enumerate(own["token_to_prompt"].tolist()):
+        if owner == prompt:
+            wanted = own["prompt_token_embeddings"][token].float()
+            best = max(float(F.cosine_similarity(wanted, one, dim=0)) for one in projected)
+            score += float(own["token_weights"][token]) * best
+    return 1 / (1 + math.exp(-float(own["logit_scale"][head]) * (score - float(own["logit_offset"][head]))))
+
+
+def names_subjects(tensors: Mapping[str, Tensor], ids: Sequence[int], edits: int) -> list[bool]:
+    """Return whether a prompt holds most words of one of each edit's names; an edit without names asks for none."""
+    own = {name.removeprefix("subject_match."): one.tolist() for name, one in tensors.items()}
+    if "token_ids" not in own:
+        return [True] * edits
+    spelt = dict(zip(own["token_ids"], own["token_to_word"], strict=True))
+    words = {spelt[token] for token in ids if token in spelt}
+    share = [0.0] * len(own["name_to_edit"])
+    for name, word, weight in zip(own["entry_to_name"], own["entry_to_word"], own["word_weights"], strict=True):
+        share[name] += weight * (word in words)
+    named = [edit not in own["name_to_edit"] for edit in range(edits)]
+    for edit, found in zip(own["name_to_edit"], share, strict=True):
+        named[edit] = named[edit] or found > _NAMED - 1e-4
+    return named
+
+
+# --- what a memory adds ---
+
+
+def residual(memory: SideMemory, number: int, key: Tensor, *, in_answer: bool = False) -> Tensor:
+    """Return what an opened memory adds at a key (d_ff,): (d,).
+
+    Args:
+        in_answer: whether the key comes after the prompt's last token, where an edit's answer may be over.
+    """
+    if memory.kind == "matrix":
+        return change(memory, number, key)
+    nearest = nearest_key(memory, number, key, in_answer=in_answer)
+    residuals = memory.tensors["residuals"]
+    return torch.zeros_like(residuals[0]) if nearest is None else residuals[memory.tensors["key_to_residual"][nearest]]
+
+
+def change(memory: SideMemory, number: int, key: Tensor) -> Tensor:
+    """Return ``Δ_m a`` (d,) of the matrix that holds memory m."""
+    held = memory.tensors["edit_to_matrix"][number] if memory.by_edit else number
+    return memory.tensors["delta"][held] @ key[memory.tensors["columns"][held]]
+
+
+def nearest_key(memory: SideMemory, edit: int, key: Tensor, *, in_answer: bool) -> int | None:
+    """Return the nearest of an edit's keys for such a token; ``None`` if in an answer none is near."""
+    pairs = zip(memory.tensors["key_to_edit"].tolist(), memory.tensors["whitening_index"].tolist(), strict=True)
+    of_such = [owner == edit and (number == _IN_ANSWER) == in_answer for owner, number in pairs]
+    own, found = [place for place, is_own in enumerate(of_such) if is_own], cosines(memory.tensors, key)
+    best = max(own, key=found.__getitem__)
+    return None if in_answer and found[best] <= _NEAR else best
+
+
+def cosines(tensors: Mapping[str, Tensor], key: Tensor) -> list[float]:
+    """Return the whitened cosine of a key ``a`` with every key ``e`` of a lookup: aᵀP e / √(aᵀP a · eᵀP e)."""
+    norms = [float(key @ whitening(tensors, number) @ key) ** 0.5 for number in range(len(tensors["floors"]))]
+    kept = zip(*(tensors[name] for name in ("whitened_keys", "whitening_index", "cosine_offset")), strict=True)
+    return [float(whitened @ key) / norms[int(number)] + float(offset) for whitened, number, offset in kept]
+
+
+def whitening(tensors: Mapping[str, Tensor], number: int) -> Tensor:
+    """Return one of the matrices ``P`` (d_ff, d_ff) that keys are whitened by."""
+    directions, gains = tensors["directions"][number], tensors["gains"][number]
+    even = tensors["floors"][number] * torch.eye(directions.shape[1])
+    return even + directions.T @ torch.diag(gains) @ directions
+
+
+# --- how shards are joined ---
+
+
+def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
+    """Return the changes (d, d_ff) of several shards as one: trim each, elect a sign an entry, merge what has it."""
+    trimmed = [trim(delta, density) for delta in deltas]
+    return disjoint_merge(trimmed, weights, elect_sign(trimmed))
+
+
+def trim(delta: Tensor, density: float) -> Tensor:
+    """Return a change with all but a share of its entries set to nought: the largest are kept."""
+    entries = delta.flatten().tolist()
+    kept = sorted(range(len(entries)), key=lambda place: -abs(entries[place]))[: int(density * len(entries))]
+    return torch.tensor([entry if place in kept else 0.0 for place, entry in enumerate(entries)]).view_as(delta)
+
+
+def elect_sign(deltas: Sequence[Tensor]) -> Tensor:
+    """Return the sign, 1 or -1, that each entry has in the sum of the changes; 1 where that is nought."""
+    return torch.where(sum(deltas, torch.zeros_like(deltas[0])) >= 0, 1.0, -1.0)
+
+
+def disjoint_merge(deltas: Sequence[Tensor], weights: Sequence[float], signs: Tensor) -> Tensor:
+    """Return the mean of those weighted entries whose sign was elected."""
+    merged = torch.zeros_like(signs)
+    for row in range(signs.shape[0]):
+        for column in range(signs.shape[1]):
+            entries = [(float(delta[row, column]), weight) for delta, weight in zip(deltas, weights, strict=True)]
+            agreeing = [entry * weight for entry, weight in entries if entry * float(signs[row, column]) > 0]
+            merged[row, column] = sum(agreeing) / max(1, len(agreeing))
+    return merged
+
+
+def dense(indices: Sequence[int], values: Tensor, shape: tuple[int, int], *, columns: bool) -> Tensor:
+    """Return the change (d, d_ff) of a shard from what its mask keeps: whole columns, or entries numbered by rows."""
+    whole = torch.zeros(shape)
+    for place, index in enumerate(indices):
+        where = (slice(None), index) if columns else divmod(index, shape[1])
+        whole[where] = values[..., place]
+    return whole

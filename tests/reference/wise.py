@@ -99,18 +99,19 @@ def _found(own: Mapping[str, Tensor], head: int, prompt: int, states: Tensor) ->
 
 
 def names_subjects(tensors: Mapping[str, Tensor], ids: Sequence[int], edits: int) -> list[bool]:
-    """Return whether a prompt holds most words of one of each edit's names; an edit without names asks for none."""
+    """Return whether a prompt holds most words of one of each edit's names, near each other; without a name it does."""
     own = {name.removeprefix("subject_match."): one.tolist() for name, one in tensors.items()}
     if "token_ids" not in own:
         return [True] * edits
     spelt = dict(zip(own["token_ids"], own["token_to_word"], strict=True))
-    words = {spelt[token] for token in ids if token in spelt}
-    share = [0.0] * len(own["name_to_edit"])
-    for name, word, weight in zip(own["entry_to_name"], own["entry_to_word"], own["word_weights"], strict=True):
-        share[name] += weight * (word in words)
+    entries = list(zip(own["entry_to_name"], own["entry_to_word"], own["word_weights"], strict=True))
     named = [edit not in own["name_to_edit"] for edit in range(edits)]
-    for edit, found in zip(own["name_to_edit"], share, strict=True):
-        named[edit] = named[edit] or found > _NAMED - 1e-4
+    for name, edit in enumerate(own["name_to_edit"]):
+        weights = {word: weight for number, word, weight in entries if number == name}
+        for first in range(len(ids)):
+            near = {spelt.get(token) for token in ids[first : first + 2 * len(weights) + 4]}
+            share = sum(weight for word, weight in weights.items() if word in near)
+            named[edit] = named[edit] or share > _NAMED - 1e-4
     return named
 
 
@@ -139,8 +140,12 @@ def change(memory: SideMemory, number: int, key: Tensor) -> Tensor:
 def nearest_key(memory: SideMemory, edit: int, key: Tensor, *, in_answer: bool) -> int | None:
     """Return the nearest of an edit's keys for such a token; ``None`` if in an answer none is near."""
     pairs = zip(memory.tensors["key_to_edit"].tolist(), memory.tensors["whitening_index"].tolist(), strict=True)
-    of_such = [owner == edit and (number == _IN_ANSWER) == in_answer for owner, number in pairs]
-    own, found = [place for place, is_own in enumerate(of_such) if is_own], cosines(memory.tensors, key)
+    inside = {place: number == _IN_ANSWER for place, (owner, number) in enumerate(pairs) if owner == edit}
+    found = cosines(memory.tensors, key)
+    # A prompt's last token may be inside an answer that the prompt begins.
+    own = [
+        place for place, is_inside in inside.items() if is_inside == in_answer or (is_inside and found[place] > _NEAR)
+    ]
     best = max(own, key=found.__getitem__)
     return None if in_answer and found[best] <= _NEAR else best
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wisecli.routing.deciding.subject_match import MIN_SUBJECT_SHARE, SubjectMatch
+from wisecli.routing.deciding.subject_match import MIN_SUBJECT_SHARE, SPAN_MARGIN, SPAN_PER_WORD, SubjectMatch
 from wisecli.routing.deciding.subject_tensors import SubjectToken, subject_match_tensors
 
 SUBJECTS = (
@@ -64,3 +64,33 @@ def test_shares_add_up_in_full_precision() -> None:
     for count, said in ((30, True), (29, False)):
         ids = torch.arange(count)[None]
         assert coarse(ids, torch.ones_like(ids, dtype=torch.bool)).tolist() == [[said]]
+
+
+# Of the first subject: its first name has three words, which may stand in ten tokens.
+REACH = 3 * SPAN_PER_WORD + SPAN_MARGIN
+
+
+@pytest.mark.parametrize(("apart", "near"), [(0, True), (REACH - 2, True), (REACH - 1, False), (40, False)])
+def test_words_of_a_name_stand_near_each_other(apart: int, near: bool) -> None:
+    row = torch.tensor([[1, 3, *[1] * apart, 7, 1]])
+    pair = torch.zeros(1, dtype=torch.long)
+    there = torch.ones_like(row, dtype=torch.bool)
+    assert names()(row, there)[0, 0]
+    assert names().in_one_place(row, there, pair, pair).tolist() == [near]
+    assert not names().in_one_place(row, row != 7, pair, pair).any()
+
+
+@given(rows=st.lists(st.lists(st.sampled_from((1, 3, 7, 9, 11, 20, 21, 30)), min_size=24, max_size=24), min_size=2))
+def test_names_in_one_place_are_those_that_a_plain_search_finds(rows: list[list[int]]) -> None:
+    ids = torch.tensor(rows)
+    pairs = torch.ones(len(rows), len(SUBJECTS)).nonzero(as_tuple=True)
+    found = names().in_one_place(ids, torch.ones_like(ids, dtype=torch.bool), *pairs).view(len(rows), -1).tolist()
+    for row, own in zip(rows, found, strict=True):
+        for subject, said in zip(SUBJECTS, own, strict=True):
+            spans = [
+                (name, set(row[first : first + len(name) * SPAN_PER_WORD + SPAN_MARGIN]))
+                for name in subject
+                for first in range(len(row))
+            ]
+            shares = [sum(word.share for word in name if set(word.tokens) & span) for name, span in spans]
+            assert said == (max(shares, default=1.0) >= MIN_SUBJECT_SHARE - 1e-4)

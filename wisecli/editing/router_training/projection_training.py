@@ -71,7 +71,7 @@ def train_projections(
         texts: how many unrelated texts go with it; with few, less is learned.
     """
     texts = min(texts, max(_FEWEST, round(_TEXTS * site.d / _NARROW)))
-    about = [identity, site.as_dict(), texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
+    about = [identity, site.layer_module, texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
     path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
     with suppress(DamagedFileError):
         if (heads := load_heads(path)) is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wisecli.routing.deciding.late_interaction import marked_to_front
+from wisecli.routing.deciding.subject_match import SPAN_MARGIN, SPAN_PER_WORD, within_span
 
 # Tensors that say how subjects are spelt.
 FUZZY_MATCH = tuple(
@@ -65,12 +66,23 @@ class FuzzyMatch(nn.Module):
         return matched
 
     def _match_pairs(self, prompt_words: Tensor, rows: Tensor, edits: Tensor) -> Tensor:
-        """Whether rows of words (R, n, ``WORD_CHARS``) have all words of an edit each: rows and edits (P,) → (P,)."""
+        """Whether rows of words (R, n, ``WORD_CHARS``) have all words of an edit each in one place: (P,).
+
+        Args:
+            rows, edits: the pairs that are looked at (P,).
+        """
         pair, place = (edits[:, None] == self.entry_to_edit).nonzero(as_tuple=True)
+        words = torch.bincount(pair, minlength=len(edits))
+        spans = SPAN_PER_WORD * words[pair] + SPAN_MARGIN
         same, near = equal_up_to_typo(self.subject_words[self.entry_to_word[place], None], prompt_words[rows[pair]])
-        tally = torch.stack([torch.ones_like(pair), near.any(1).long(), same.any(1).long()], 1)
-        words, found, exact = tally.new_zeros(len(edits), 3).index_add(0, pair, tally).unbind(1)
-        return (words > 0) & (found == words) & (exact >= words - 1)
+        exact, found = (
+            torch.zeros(len(edits), one.shape[1], dtype=torch.long, device=one.device).index_add(
+                0, pair, within_span(one, spans).long()
+            )
+            for one in (same, near)
+        )
+        whole = (found == words[:, None]) & (exact >= words[:, None] - 1)
+        return (words > 0) & whole.any(1)
 
     def characters(self, ids: Tensor, compared: Tensor) -> Tensor:
         """The letters of those of the tokens (B, T) that are looked at (B, T): (B, W, c)."""

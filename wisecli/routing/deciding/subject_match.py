@@ -6,10 +6,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # How much of a subject a prompt must hold, of its tokens, each by how rare it is in unrelated text: what prompts mean
 # takes names for others that are like them.
 MIN_SUBJECT_SHARE = 0.75
+# A name has its words in one place: in so many tokens for each of its own, and so many more.
+SPAN_PER_WORD, SPAN_MARGIN = 2, 4
 # Tensors that say which tokens name the subject of which edit.
 SUBJECT_MATCH = tuple(
     f"subject_match.{part}"
@@ -48,6 +51,28 @@ class SubjectMatch(nn.Module):
         """Which edits' subjects are named in rows: token ids (B, T), and which belong to prompts (B, T) → (B, M)."""
         return self.matched_edits(self.words_in(ids, in_prompt))
 
+    def in_one_place(self, ids: Tensor, in_prompt: Tensor, rows: Tensor, edits: Tensor) -> Tensor:
+        """Whether rows name an edit each by words that stand near each other: (P,).
+
+        The words of "Two to One" are somewhere in any long text.
+
+        Args:
+            ids, in_prompt: as :meth:`forward` has them (B, T).
+            rows, edits: the pairs that are looked at (P,).
+        """
+        pair, name = (edits[:, None] == self.name_to_edit).nonzero(as_tuple=True)
+        own, entry = (name[:, None] == self.entry_to_name).nonzero(as_tuple=True)
+        place = torch.searchsorted(self.token_ids, ids.contiguous()).clamp(max=len(self.token_ids) - 1)
+        words = self.token_to_word[place].where((self.token_ids[place] == ids) & in_prompt, -1)
+        sizes = torch.bincount(own, minlength=len(name))
+        spans = SPAN_PER_WORD * sizes[own] + SPAN_MARGIN
+        near = within_span(words[rows[pair[own]]] == self.entry_to_word[entry, None], spans)
+        shares = near.new_zeros(len(name), ids.shape[1], dtype=torch.float32)
+        shares = shares.index_add(0, own, near * self.word_weights[entry, None].float())
+        found = shares.amax(1) > MIN_SUBJECT_SHARE - 1e-4
+        named = torch.ones_like(edits, dtype=torch.int).index_fill(0, pair, 0)
+        return named.index_add(0, pair, found.int()) > 0
+
     def words_in(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
         """Which words rows of token ids (B, T) hold, at the tokens that ``in_prompt`` (B, T) marks: 0 or 1, (B, v)."""
         place = torch.searchsorted(self.token_ids, ids.contiguous()).clamp(max=len(self.token_ids) - 1)
@@ -61,3 +86,10 @@ class SubjectMatch(nn.Module):
         share = share.index_add(1, self.entry_to_name, words[:, self.entry_to_word] * self.word_weights.float())
         matched = words.new_ones(len(words), self.edits).index_fill(1, self.name_to_edit, 0.0)
         return matched.index_add(1, self.name_to_edit, (share > MIN_SUBJECT_SHARE - 1e-4).to(words.dtype)) > 0
+
+
+def within_span(present: Tensor, spans: Tensor) -> Tensor:
+    """Whether something is present from each place on in so many places (E,): (E, T) → (E, T)."""
+    count = F.pad(present.long().cumsum(1), (1, 0))
+    end = torch.arange(present.shape[1], device=present.device) + spans[:, None]
+    return count.gather(1, end.clamp(max=present.shape[1])) > count[:, :-1]

@@ -46,14 +46,20 @@ class RoutingKeys(nn.Module):
     def nearest_keys(self, keys: Tensor, edits: Tensor, in_answer: Tensor) -> tuple[Tensor, Tensor]:
         """The cosine and place of the nearest key of one edit each: keys (m, d_ff), edits (m,) → two (m,).
 
+        A prompt may end inside its answer ("… Answer: New"). There the key of a prompt's last token comes near a key
+        inside the answer, as no other prompt's does, and the answer goes on.
+
         Args:
             in_answer: whether the key comes after its prompt's last token (m,), and is compared with such alone.
         """
         key_indices = torch.isin(self.key_to_edit, edits).nonzero().flatten()
         other = self.key_to_edit[key_indices] != edits[:, None]
-        other = other | ((self.whitening_index[key_indices] == ANSWER_WHITENING) != in_answer[:, None])
-        cosine, at = self.cosines(keys, key_indices).masked_fill(other, -torch.inf).max(-1)
-        return cosine, key_indices[at]
+        inside = self.whitening_index[key_indices] == ANSWER_WHITENING
+        cosines = self.cosines(keys, key_indices).masked_fill(other, -torch.inf)
+        cosine, at = cosines.masked_fill(inside != in_answer[:, None], -torch.inf).max(-1)
+        begun, begun_at = cosines.masked_fill(~inside, -torch.inf).max(-1)
+        goes_on = (begun > ANSWER_KEY_MIN_COSINE) & (begun > cosine)
+        return begun.where(goes_on, cosine), key_indices[begun_at.where(goes_on, at)]
 
     def whitened_norms(self, keys: Tensor) -> Tensor:
         """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""

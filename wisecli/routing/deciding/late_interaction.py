@@ -206,24 +206,24 @@ def compared_tokens(ids: Tensor, prompt: Tensor, first: Tensor, special_ids: Ten
     return compared & (tokens_to_end <= MAX_COMPARED_TOKENS)
 
 
-def earlier_turn_tokens(ids: Tensor, real: Tensor, last_turn: Tensor, special_ids: Tensor) -> Tensor:
+def earlier_turn_tokens(ids: Tensor, non_padding: Tensor, last_turn: Tensor, special_ids: Tensor) -> Tensor:
     """Which tokens are of the turns before the last one, of the same role (B, T): the last ones of those.
 
     A turn's role is what it begins with: a special token and the word behind it, or one between two of them.
 
     Args:
         ids: tokens (B, T).
-        real: which of them are no padding (B, T).
+        non_padding: which of them are no padding (B, T).
         last_turn: which of them are of the last turn (B, T).
         special_ids: special tokens.
     """
-    special = torch.isin(ids, special_ids) & real
+    special = torch.isin(ids, special_ids) & non_padding
     turn = special.long().cumsum(1)
     count = int(turn.max()) + 1 if turn.numel() else 1
-    size = ids.new_zeros(len(ids), count).scatter_add(1, turn, (real & ~special).long())
+    size = ids.new_zeros(len(ids), count).scatter_add(1, turn, (non_padding & ~special).long())
     # Of each turn: the token that opens it, and the first of its words.
     opens = ids.new_full((len(ids), count), -1).scatter(1, turn.where(special, 0), ids.where(special, -1))
-    first = real & ~special & F.pad(special[:, :-1], (1, 0))
+    first = non_padding & ~special & F.pad(special[:, :-1], (1, 0))
     words = ids.new_full((len(ids), count + 1), -1).scatter(1, turn.where(first, count), ids.where(first, -1))[:, :-1]
     before = F.pad(words.where(size < _MIN_TURN_TOKENS, -1)[:, :-1], (1, 0), value=-1)
     last = torch.where(last_turn, turn, 0).amax(1, keepdim=True)
@@ -235,4 +235,4 @@ def earlier_turn_tokens(ids: Tensor, real: Tensor, last_turn: Tensor, special_id
     )
     alike &= (torch.arange(count, device=ids.device) < last) & (size >= _MIN_TURN_TOKENS) & (opens >= 0)
     recent = alike & (alike.long().flip(1).cumsum(1).flip(1) <= _MAX_EARLIER_TURNS)
-    return recent.gather(1, turn) & real & ~special & last_turn.any(1, keepdim=True)
+    return recent.gather(1, turn) & non_padding & ~special & last_turn.any(1, keepdim=True)

@@ -61,7 +61,7 @@ class TurnMarks:
         return is_any(ids, self.turn_token_ids).any(1)
 
     def ends_in(self, ids: Tensor, non_padding: Tensor) -> Tensor:
-        """The column of the last prompt token of whole prompts: token ids (B, T), which are no padding (B, T) → (B,).
+        """Return the column of each prompt's last token (B,), from token ids (B, T) and the mask of padding (B, T).
 
         It is the end of the last assistant turn's opener if no special token follows it, so that an answer that is
         begun in the prompt belongs to the answer; else a row's last token.
@@ -86,7 +86,7 @@ def last_marked(marked: Tensor) -> Tensor:
 
 
 def window_size(config: Any) -> int:
-    """How many tokens a decision reads of a model's prompts: ``WINDOW``, or as many as the model has places for.
+    """Return how many tokens of a prompt a decision reads: ``WINDOW``, or as many as the model has positions for.
 
     Args:
         config: of the model, as transformers has it.
@@ -97,7 +97,7 @@ def window_size(config: Any) -> int:
 
 
 def windows(ids: Tensor, non_padding: Tensor, end: Tensor, size: int = WINDOW) -> tuple[Tensor, Tensor]:
-    """The windows of prompts, padded on the right: token ids (B, W), and which of them are no padding (B, W).
+    """Return the windows of prompts, padded on the right: token ids (B, W), and which are no padding (B, W).
 
     Args:
         ids: tokens of whole prompts and of what follows them (B, T).
@@ -161,7 +161,7 @@ class Tokens:
         return torch.cat([self.earlier, self.ids.where(self.non_padding, NO_TOKEN)], 1)
 
     def prompt_ends(self, marks: TurnMarks) -> Tensor:
-        """The column of this pass (B,) in which the last prompt ends that it completes, -1 for none.
+        """Return the column (B,) of this pass in which a prompt ends, the last one if several do; -1 for none.
 
         In a chat a prompt ends behind the opener of the assistant's turn. In a bare text nothing marks its end: a pass
         of several tokens, or the first pass of all, is taken for a prompt, and one more token for part of its answer.
@@ -173,7 +173,7 @@ class Tokens:
         return ends
 
     def answered_by(self, marks: TurnMarks, answering: Answering, *, whole: bool = False) -> Tensor:
-        """The memory that answers each token (B, T): until a special token ends the answer, or the next prompt does.
+        """Return the memory that answers each token (B, T), until a special token or the next prompt ends the answer.
 
         Args:
             answering: what the pass' rows decided; ``end`` counts from its first column. A row in which it is negative

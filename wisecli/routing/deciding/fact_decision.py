@@ -1,8 +1,8 @@
 """Decides which edit a prompt asks for, from the states of its window of tokens. Needs torch only.
 
-Of the edits whose subjects a prompt names (:mod:`.subject_match`, :mod:`.fuzzy_match`) the most likely one opens, if the
-prompt asks for it. How likely it is late interaction tells from the states of all tokens (:mod:`.late_interaction`), and
-whether the prompt asks for what it mentions a gate (:mod:`.request_gate`). Exports carry this very file.
+Of the edits whose subjects a prompt names (:mod:`.subject_match`, :mod:`.fuzzy_match`) the likeliest one opens if the
+prompt asks for it. Late interaction tells how likely each is (:mod:`.late_interaction`), and a gate whether the prompt
+asks for what it mentions (:mod:`.request_gate`). Exports carry this very file.
 """
 
 from __future__ import annotations

@@ -62,13 +62,13 @@ def keys_of_texts(
     text, last = [], []
     read = done = 0
     for indices, activations in zip(groups, _captured(loaded, site, rows, groups, window=False), strict=True):
-        real = activations.batch.mask.bool()
-        own = activations.keys[real]
+        non_padding = activations.batch.mask.bool()
+        own = activations.keys[non_padding]
         keys[read : read + len(own)] = own
-        text.append(torch.tensor(indices, device=real.device)[:, None].expand_as(real)[real])
-        ends = torch.zeros_like(real)
+        text.append(torch.tensor(indices, device=non_padding.device)[:, None].expand_as(non_padding)[non_padding])
+        ends = torch.zeros_like(non_padding)
         ends[:, -1] = True
-        last.append(ends[real])
+        last.append(ends[non_padding])
         read, done = read + len(own), done + len(indices)
         on_progress(Event("unrelated text", done, len(rows)))
     finite = keys.isfinite().all(-1)

@@ -61,8 +61,8 @@ def gather_evidence(
 
 def with_extra_keys(evidence: Evidence, edits: FittedEdits) -> Evidence:
     """Return evidence with all ``EXTRA_KEYS`` of its edits."""
-    for extra in EXTRA_KEYS:
-        evidence = Evidence.joined([evidence, *extra(evidence, edits)])
+    for keys_of in EXTRA_KEYS:
+        evidence = Evidence.joined([evidence, *keys_of(evidence, edits)])
     return evidence
 
 

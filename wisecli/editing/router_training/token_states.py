@@ -91,13 +91,13 @@ def token_states(
     breaks, done = special_tokens(loaded).to(loaded.device), 0
     activations = captured(loaded.model, site, batches, stream=loaded.stream, above=False, shared=True)
     for indices, one in zip(groups, activations, strict=True):
-        real = one.batch.mask.bool()
-        place = real.long().cumsum(1) - 1
-        last = compared_tokens(one.batch.ids, real, place == 0, breaks)
-        before = earlier_turn_tokens(one.batch.ids, real, last, breaks) if turns else torch.zeros_like(last)
+        non_padding = one.batch.mask.bool()
+        place = non_padding.long().cumsum(1) - 1
+        last = compared_tokens(one.batch.ids, non_padding, place == 0, breaks)
+        before = earlier_turn_tokens(one.batch.ids, non_padding, last, breaks) if turns else torch.zeros_like(last)
         compared = last | before
-        opens[indices] = starts_with_word(one.batch.ids, real, compared, breaks).cpu()
-        first = one.hidden[torch.arange(len(real), device=real.device), real.int().argmax(1)].cpu()
+        opens[indices] = starts_with_word(one.batch.ids, non_padding, compared, breaks).cpu()
+        first = one.hidden[torch.arange(len(non_padding), device=non_padding.device), non_padding.int().argmax(1)].cpu()
         for row, index in enumerate(indices):
             found[index] = half(one.hidden[row, compared[row]]).cpu()
             opening[index] = half(first[row])

@@ -156,8 +156,8 @@ def read_states(
 
 def _of_row(activations: Activations, place: int, count: int | None) -> tuple[Tensor, Tensor]:
     """Hidden states and keys of one row of a batch: its first ``count`` columns, or all that are no padding."""
-    real = activations.batch.mask[place].bool() if count is None else slice(count)
-    return activations.hidden[place, real].float().cpu(), activations.keys[place, real].float().cpu()
+    non_padding = activations.batch.mask[place].bool() if count is None else slice(count)
+    return activations.hidden[place, non_padding].float().cpu(), activations.keys[place, non_padding].float().cpu()
 
 
 def _normed(states: Tensor, epsilon: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tensors by which a memory knows the prompts that mean its edits, from the states of edits' own prompts."""
+"""Fits late interaction to a memory's edits: its tensors and thresholds, from the states of edits' own prompts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FittedLateInteraction:
     unrelated_probs: Tensor
 
     def thresholds(self, least: float) -> tuple[float, ...]:
-        """Of every edit: so high that the other edits' prompts do not mean it, if that leaves room for its own.
+        """Return each edit's threshold, above what other edits' prompts reach if that leaves room for its own prompt.
 
         Where its own prompt is less sure than that, and surer than all that it must keep apart from, it is lower.
         Of the prompts of other edits that mean it as surely, each means its own more.
@@ -62,7 +62,7 @@ class FittedLateInteraction:
 
 
 def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) -> FittedLateInteraction:
-    """What the prompts of M edits mean, as heads see it."""
+    """Return late interaction fitted to the prompts of M edits, by the projections of heads."""
     forms = int(prompts.form.max()) + 1
     _, prompt_index = (prompts.edit.long() * forms + prompts.form.long()).unique(return_inverse=True)
     count = int(prompt_index.max()) + 1
@@ -103,7 +103,7 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
 
 
 def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the gate between what is asked and what is mentioned; none if the base model's was not learned.
+    """Return the tensors ``REQUEST_GATE`` and each edit's offset; none if no gate was learned for the base model.
 
     A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
     likely, its offset lies below that.
@@ -143,14 +143,14 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
 
 
 def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:
-    """Weights (n,) of tokens as shares of their prompts' whole."""
+    """Return weights (n,) of tokens, scaled to add up to 1 a prompt."""
     return weights / torch.zeros(count).index_add(0, prompt_index, weights)[prompt_index]
 
 
 def _own_prompt_probs(
     late_interaction: LateInteraction, prompts: PromptStates, prompt_index: Tensor, prompt_to_edit: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How surely each kept prompt (g,) means its own edit, and any other's means each edit: (g,), (M,)."""
+    """Return how likely each kept prompt means its own edit (g,), and how likely others' prompts mean each (M,)."""
     sums = torch.zeros(len(prompt_to_edit), prompts.states.shape[1])
     for same_edit, part in zip(prompt_index.split(_TOKENS), prompts.states.split(_TOKENS), strict=True):
         sums.index_add_(0, same_edit, part.float())
@@ -171,7 +171,7 @@ def _own_prompt_probs(
 
 
 def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of prompts, both ways, that have the same tokens: their states add up to the same (g, d).
+    """Return the pairs of prompts, both ways, with the same tokens, known by equal sums of states (g, d).
 
     Args:
         sizes: how many tokens each prompt has (g,).
@@ -198,7 +198,7 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:
-    """How surely each of some texts, whose tokens have these states (n, d), means each edit: (texts, M)."""
+    """Return the probability that each text means each edit, from its tokens' states (n, d): (texts, M)."""
     probs = torch.empty(count, late_interaction.edits)
     for part, own, there in _in_parts(states, text, count):
         probs[part] = late_interaction(own, there)
@@ -206,7 +206,7 @@ def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Ten
 
 
 def _in_parts(states: Tensor, text: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Some of the texts (p,), the states of their tokens (p, W, d), and which are there (p, W); the shortest first."""
+    """Yield texts (p,) with their tokens' states (p, W, d) and which are no padding (p, W), the shortest first."""
     sizes = torch.bincount(text, minlength=count)
     order = text.argsort(stable=True)
     first = sizes.cumsum(0) - sizes

@@ -1,4 +1,4 @@
-"""What opens a memory, fitted to evidence: the thresholds of changes, or names and prompts."""
+"""Fits a memory's router to evidence: thresholds of norms, or late interaction and the names of subjects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Fitted = tuple[SideMemory, tuple[Calibration, ...]]
 def fit_thresholds(
     draft: SideMemory, merged_evidence: MergedEvidence, owner: Tensor, settings: MergeSettings
 ) -> Fitted:
-    """Changes of a matrix with the norms that open them, and how those were calibrated.
+    """Return a matrix memory with its thresholds of norms, and how these were calibrated.
 
     Args:
         draft: the memory without thresholds.
@@ -72,7 +72,7 @@ def _calibrating(merged_evidence: MergedEvidence, settings: MergeSettings) -> Te
 
 
 def _fit_mean(draft: SideMemory, merged_evidence: MergedEvidence, owner: Tensor) -> Fitted:
-    """Thresholds a little below what any edit's prompts called their shard with, once it had been trained.
+    """Return a matrix memory whose thresholds lie just below the lowest score of any edit's prompts after training.
 
     What unrelated text calls it with is not known: the mean over a text decides, and single tokens are kept of it.
 
@@ -93,7 +93,7 @@ def _fit_mean(draft: SideMemory, merged_evidence: MergedEvidence, owner: Tensor)
 
 
 def fit_facts(draft: SideMemory, merged_evidence: MergedEvidence, settings: MergeSettings) -> Fitted:
-    """A memory whose edits are opened by prompts that ask them.
+    """Return a memory whose edits open by late interaction, and how that was calibrated.
 
     Args:
         draft: the memory without what opens it.
@@ -126,7 +126,7 @@ def fit_facts(draft: SideMemory, merged_evidence: MergedEvidence, settings: Merg
 
 
 def naming(merged_evidence: MergedEvidence, settings: MergeSettings) -> dict[str, Tensor]:
-    """The tensors that say by which tokens prompts name subjects.
+    """Return the tensors of subject matching, from the tokens of edits' subjects.
 
     Prompts in other languages may write a subject otherwise: no prompt must name that of an edit which has such.
     """
@@ -139,7 +139,7 @@ def naming(merged_evidence: MergedEvidence, settings: MergeSettings) -> dict[str
 
 
 def _spelling(merged_evidence: MergedEvidence, named: Sequence[Spellings]) -> dict[str, Tensor]:
-    """The tensors that say how the subjects of edits are spelt that must be named, if the shards know.
+    """Return the tensors of fuzzy matching for edits whose subject must be named; none if shards lack characters.
 
     Args:
         named: the words of every edit's subject, none for one that need not be named.

@@ -29,12 +29,12 @@ class Views:
 
     @classmethod
     def of(cls, unrelated: BackgroundStats) -> Views:
-        """Those of a base model; the last is for blanks that prompts end in."""
+        """Return those of a base model; the last is for blanks that prompts end in."""
         chat = () if unrelated.chatting is None else (unrelated.chatting,)
         return cls((unrelated.wording, unrelated.tokens, *chat, unrelated.tokens), bool(chat))
 
     def which(self, evidence: Evidence) -> Tensor:
-        """Which of them whitens each key (n,)."""
+        """Return the index of the moment that whitens each key (n,)."""
         inside = evidence.position > 0
         found = inside.long() * ANSWER_WHITENING
         if self.chatting:
@@ -46,7 +46,7 @@ class Views:
 def lookup_keys(
     parts: Iterable[Evidence], edit: Tensor, unrelated: BackgroundStats, strength: float
 ) -> dict[str, Tensor]:
-    """The tensors of a lookup's keys and residuals, by their names in a side memory.
+    """Return the tensors of a lookup's keys and residuals, by their names in a side memory.
 
     Args:
         parts: of each shard the keys that were trained on, with float32 numbers.

@@ -20,12 +20,12 @@ from wisecli.routing.memories.side_memory import SideMemory
 
 
 def solve_exactly(merged_evidence: MergedEvidence, penalty: Penalty) -> Tensor:
-    """``Δ`` (d, d_ff) as if one shard had held all edits, on all columns: statistics of shards add up."""
+    """Return ``Δ`` (d, d_ff) as if one shard had held all edits, on all columns: statistics of shards add up."""
     return solve(_trained(merged_evidence), penalty, merged_evidence.unrelated.tokens.dense())
 
 
 def refit(merged: Tensor, merged_evidence: MergedEvidence, penalty: Penalty) -> Tensor:
-    """``Δ`` (d, d_ff) near a merged one that gives every key its residual back, on the columns of all masks."""
+    """Return the ``Δ`` (d, d_ff) near a merged one that gives every key its residual, on the columns of all masks."""
     used = torch.cat(
         [m.indices if m.kind == "columns" else torch.arange(m.d_ff) for m in merged_evidence.masks]
     ).unique()
@@ -44,7 +44,7 @@ def _trained(merged_evidence: MergedEvidence, columns: Tensor | None = None) -> 
 
 
 def matrices(deltas: Tensor, merged_evidence: MergedEvidence, settings: MergeSettings) -> Fitted:
-    """A memory of deltas (M, d, d_ff): one for all edits, or one a shard. What opens it is what its shards know of."""
+    """Return a memory of deltas (M, d, d_ff), one for all edits or one a shard, with the router its shards allow."""
     owner = merged_evidence.shard if len(deltas) > 1 else torch.zeros_like(merged_evidence.shard)
     if merged_evidence.prompts is None:
         activated = True if settings.norm_of == "activated" else None
@@ -56,7 +56,7 @@ def matrices(deltas: Tensor, merged_evidence: MergedEvidence, settings: MergeSet
 
 
 def lookup(merged_evidence: MergedEvidence, settings: MergeSettings, parts: Iterable[Evidence] | None = None) -> Fitted:
-    """A memory that keeps every trained key with its residual; a residual that contexts share is kept once.
+    """Return a lookup that keeps every trained key with its residual; contexts that share a residual keep it once.
 
     Args:
         parts: what each shard was trained on, if the evidence has no keys and residuals; they are read last.

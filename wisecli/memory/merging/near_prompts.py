@@ -1,4 +1,4 @@
-"""How surely prompts of many edits mean other edits: only those with similar subjects are compared exactly.
+"""Compares the prompts of many edits with each other: exactly only those with similar subjects.
 
 Thousands of edits are compared with each other, and hardly any two are alike. So subjects are compared first with as
 few bits as this processor is quicker with; what that leaves out is certainly below the bar.
@@ -35,7 +35,7 @@ class NearPrompts:
         self.least = float(late_interaction.logit_offset[0]) + odds / float(late_interaction.logit_scale[0]) - _OFF
 
     def __call__(self, query: ProjectedPrompts, own: Tensor) -> Tensor:
-        """How surely prompts mean each edit: (B, M); 0 where the subject of another edit is not like anything in them.
+        """Return the probability that prompts mean each edit: (B, M); 0 where its subject is far from all tokens.
 
         Args:
             own: the edit that each prompt is of (B,).
@@ -52,7 +52,7 @@ class NearPrompts:
         return probs.scatter_reduce(1, late_interaction.prompt_to_edit[compared].expand_as(both), both, "amax")
 
     def _scores(self, query: ProjectedPrompts) -> Tensor:
-        """About how near the subject of each kept prompt comes: (g, B)."""
+        """Return the approximate score of each kept prompt's subject: (g, B)."""
         rows, width = query.mask.shape
         # What is not there is as the first token that is, which changes no maximum.
         projected_tokens = query.projected[0].where(query.mask[..., None], query.projected[0][:, :1])

@@ -1,8 +1,8 @@
-"""Which edit a prompt asks: a function of its window's token ids, by the states that they make. Needs torch only.
+"""Decides which edit a prompt asks for, from the states of its window of tokens. Needs torch only.
 
-An edit opens where a prompt means it most surely of those whose subjects it names, and asks that: from the states of
-all its tokens, by late interaction (:mod:`.late_interaction`), names (:mod:`.subject_match`, :mod:`.fuzzy_match`) and
-what it wants with what it mentions (:mod:`.request_gate_tensors`). Exports carry this very file.
+Of the edits whose subjects a prompt names (:mod:`.subject_match`, :mod:`.fuzzy_match`) the likeliest one opens if the
+prompt asks for it. Late interaction tells how likely each is (:mod:`.late_interaction`), and a gate whether the prompt
+asks for what it mentions (:mod:`.request_gate`). Exports carry this very file.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FactDecision(Memory):
         self.request_gate = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
 
     def decide(self, window: WindowStates) -> Decision:
-        """The edit that each prompt asks.
+        """Return the edit that each prompt asks for.
 
         Where the last turn alone means none, those before it may say about whom it asks, or what.
         """
@@ -90,7 +90,7 @@ class FactDecision(Memory):
     def _most_likely(
         self, window: WindowStates, edit_probs: Tensor, naming_tokens: Tensor, fuzzy_tokens: Tensor
     ) -> Decision:
-        """The edit that prompts mean most surely, of those that they name.
+        """Return the likeliest of the edits whose subjects each prompt names.
 
         Args:
             edit_probs: how surely prompts mean each edit (B, M).
@@ -112,7 +112,7 @@ class FactDecision(Memory):
         return Decision(chosen, score_ratio, nearest, edit_probs, matched)
 
     def _with_earlier_turns(self, gate: RequestGate, window: WindowStates, last: Tensor, before: Tensor) -> Decision:
-        """What prompts ask that their last turn says in part, and the turns of the same role before it the rest.
+        """Return what prompts ask for together with the user's turns before the last one.
 
         Args:
             last, before: the tokens of the last turn and of those (B, T).
@@ -131,7 +131,7 @@ class FactDecision(Memory):
     def _without_unasked(
         self, gate: RequestGate, compared: _ComparedTokens, decision: Decision, earlier: Tensor | None = None
     ) -> Decision:
-        """A decision without the edits that prompts mention and do not ask.
+        """Return a decision without the edits that prompts mention but do not ask for.
 
         Args:
             earlier: which of the compared tokens are of turns before the last one (B, W).
@@ -157,7 +157,7 @@ class FactDecision(Memory):
 
 
 def _with_rows_replaced(decision: Decision, rows: Tensor, replacements: Decision) -> Decision:
-    """A decision in which other ones stand for those rows of it that they open."""
+    """Return a decision with some rows replaced, where the replacements open an edit."""
     opened = replacements.memory != UNROUTED
     rows = rows[opened]
     parts: dict[str, Any] = {}

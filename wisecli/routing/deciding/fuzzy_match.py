@@ -1,4 +1,4 @@
-"""Which edits' subjects prompts name with a slip. Needs torch only; exports carry this very file.
+"""Finds subjects that prompts misspell. Needs torch only; exports carry this very file.
 
 A misspelt name is written with other tokens than the name, but with nearly the same letters. So a prompt that means an
 edit also names its subject if it has every word of the name, and at most one of them with one slip: one letter more,
@@ -53,7 +53,7 @@ class FuzzyMatch(nn.Module):
             self.register_buffer(name.removeprefix("fuzzy_match."), tensors[name])
 
     def forward(self, letters: Tensor, wanted: Tensor) -> Tensor:
-        """Which of the edits that are wanted of each row (B, M) its letters (B, W, c) name: (B, M)."""
+        """Return which of the wanted edits (B, M) the letters (B, W, c) of each row name: (B, M)."""
         matched = torch.zeros_like(wanted)
         every, edits = wanted.nonzero(as_tuple=True)
         if not len(every):
@@ -90,7 +90,7 @@ class FuzzyMatch(nn.Module):
 
 
 def token_characters(table: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
-    """The letters of chosen ones (B, T) of tokens (B, T), and what parts them from others: (B, W, c), zeros behind.
+    """Return the letters of chosen (B, T) tokens (B, T), with marks between words: (B, W, c), zeros behind.
 
     Args:
         table: letters (v, ``TOKEN_CHARS``) of every token; what is not in it parts words.
@@ -109,7 +109,7 @@ def token_characters(table: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
 
 
 def split_words(letters: Tensor) -> Tensor:
-    """The words that rows of letters (B, W, c) make up: (B, n, ``WORD_CHARS``), zeros behind."""
+    """Return the words that rows of letters (B, W, c) make up: (B, n, ``WORD_CHARS``), zeros behind."""
     stream = letters.flatten(1)
     order, there = marked_to_front(stream > 0)
     stream = stream.gather(1, order) * there

@@ -1,4 +1,4 @@
-"""Which edit a prompt means, by late interaction of early states. Needs torch only; exports carry this very file.
+"""Finds the edit that a prompt means, by late interaction of early states. Needs torch only; exports carry this file.
 
 How a prompt ends depends on its form: a question, a chat template, a paragraph before it. What it asks about does not:
 a form adds tokens and takes none away. So every token of an edit's own prompt looks for the token of a prompt that is
@@ -61,7 +61,7 @@ class ProjectedPrompts(NamedTuple):
 
 
 class LateInteraction(nn.Module):
-    """What edits ask, and how like it a prompt is.
+    """The tokens of edits' prompts, and how likely a prompt means each edit.
 
     ``proj_weight`` (2, k, d) and ``proj_bias`` (2, k) are the projections A and c of subject and relation;
     ``logit_scale`` (2,) and ``logit_offset`` (2,) make probabilities of scores. ``prompt_token_embeddings`` (n, k) are
@@ -95,11 +95,11 @@ class LateInteraction(nn.Module):
             )
 
     def forward(self, states: Tensor, compared: Tensor) -> Tensor:
-        """How surely prompts mean each edit: states (B, T, d) and the tokens looked at (B, T) → (B, M)."""
+        """Return the probability that prompts mean each edit: states (B, T, d), compared tokens (B, T) → (B, M)."""
         return self.edit_probs(self.project(states, compared))
 
     def project(self, states: Tensor, compared: Tensor) -> ProjectedPrompts:
-        """The tokens looked at (B, T) of states (B, T, d), under both projections."""
+        """Return the compared tokens (B, T) of states (B, T, d) under both projections."""
         order, mask = marked_to_front(compared)
         near = states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])).float()
         # Whatever type the model is turned into: half precision is too coarse for what is compared.
@@ -126,7 +126,7 @@ class LateInteraction(nn.Module):
         return [(embeddings[own == one], embeddings[own == one + count]) for one in first.tolist()]
 
     def edit_probs(self, query: ProjectedPrompts, last: Tensor | None = None) -> Tensor:
-        """How surely prompts mean each edit: (B, M); 0 for edits whose subjects are not like anything in a prompt.
+        """Return the probability that prompts mean each edit: (B, M); 0 where its subject is far from all tokens.
 
         Args:
             last: which tokens (B, W) are of the last turn; of subject and relation it must then hold one, and the other
@@ -160,7 +160,7 @@ class LateInteraction(nn.Module):
         return probs.scatter_reduce(1, self.prompt_to_edit[some].expand_as(both), both, "amax")
 
     def log_probs(self, query: ProjectedPrompts, head: int, prompts: Tensor) -> Tensor:
-        """The logarithms of how surely the subject (0) or relation (1) of kept prompts (p,) is found: (B, p)."""
+        """Return log-probabilities that the subject (head 0) or relation (1) of kept prompts (p,) is found: (B, p)."""
         index = torch.full((2 * len(self.prompt_to_edit),), -1, device=prompts.device)
         index[prompts + head * len(self.prompt_to_edit)] = torch.arange(len(prompts), device=prompts.device)
         prompt_of_token = index[self.token_to_prompt]
@@ -176,14 +176,14 @@ class LateInteraction(nn.Module):
 
 
 def marked_to_front(marked: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns that bring each row's marked ones to its front, and which of those are marked: two (B, W)."""
+    """Return the columns of each row with the marked ones first, and which of these are marked: (B, W) twice."""
     width = int(marked.sum(1).max()) if len(marked) else 0
     order = marked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(width, 1)]
     return order, marked.gather(1, order)
 
 
 def compared_tokens(ids: Tensor, prompt: Tensor, first: Tensor, special_ids: Tensor) -> Tensor:
-    """Which tokens of prompts are compared (B, T): the last ones of what is asked.
+    """Return which tokens of prompts are compared (B, T): the last ones of their last turn.
 
     A chat template's special tokens part what is asked from earlier turns.
 
@@ -206,24 +206,24 @@ def compared_tokens(ids: Tensor, prompt: Tensor, first: Tensor, special_ids: Ten
     return compared & (tokens_to_end <= MAX_COMPARED_TOKENS)
 
 
-def earlier_turn_tokens(ids: Tensor, real: Tensor, last_turn: Tensor, special_ids: Tensor) -> Tensor:
-    """Which tokens are of the turns before the last one, of the same role (B, T): the last ones of those.
+def earlier_turn_tokens(ids: Tensor, non_padding: Tensor, last_turn: Tensor, special_ids: Tensor) -> Tensor:
+    """Return which tokens (B, T) are of the last turns of the same role before the last one.
 
     A turn's role is what it begins with: a special token and the word behind it, or one between two of them.
 
     Args:
         ids: tokens (B, T).
-        real: which of them are no padding (B, T).
+        non_padding: which of them are no padding (B, T).
         last_turn: which of them are of the last turn (B, T).
         special_ids: special tokens.
     """
-    special = torch.isin(ids, special_ids) & real
+    special = torch.isin(ids, special_ids) & non_padding
     turn = special.long().cumsum(1)
     count = int(turn.max()) + 1 if turn.numel() else 1
-    size = ids.new_zeros(len(ids), count).scatter_add(1, turn, (real & ~special).long())
+    size = ids.new_zeros(len(ids), count).scatter_add(1, turn, (non_padding & ~special).long())
     # Of each turn: the token that opens it, and the first of its words.
     opens = ids.new_full((len(ids), count), -1).scatter(1, turn.where(special, 0), ids.where(special, -1))
-    first = real & ~special & F.pad(special[:, :-1], (1, 0))
+    first = non_padding & ~special & F.pad(special[:, :-1], (1, 0))
     words = ids.new_full((len(ids), count + 1), -1).scatter(1, turn.where(first, count), ids.where(first, -1))[:, :-1]
     before = F.pad(words.where(size < _MIN_TURN_TOKENS, -1)[:, :-1], (1, 0), value=-1)
     last = torch.where(last_turn, turn, 0).amax(1, keepdim=True)
@@ -235,4 +235,4 @@ def earlier_turn_tokens(ids: Tensor, real: Tensor, last_turn: Tensor, special_id
     )
     alike &= (torch.arange(count, device=ids.device) < last) & (size >= _MIN_TURN_TOKENS) & (opens >= 0)
     recent = alike & (alike.long().flip(1).cumsum(1).flip(1) <= _MAX_EARLIER_TURNS)
-    return recent.gather(1, turn) & real & ~special & last_turn.any(1, keepdim=True)
+    return recent.gather(1, turn) & non_padding & ~special & last_turn.any(1, keepdim=True)

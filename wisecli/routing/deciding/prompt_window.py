@@ -60,16 +60,16 @@ class TurnMarks:
         """Which rows of token ids (B, T) are chats: (B,)."""
         return is_any(ids, self.turn_token_ids).any(1)
 
-    def ends_in(self, ids: Tensor, real: Tensor) -> Tensor:
-        """The column of the last prompt token of whole prompts: token ids (B, T), which are no padding (B, T) → (B,).
+    def ends_in(self, ids: Tensor, non_padding: Tensor) -> Tensor:
+        """Return the column of each prompt's last token (B,), from token ids (B, T) and the mask of padding (B, T).
 
         It is the end of the last assistant turn's opener if no special token follows it, so that an answer that is
         begun in the prompt belongs to the answer; else a row's last token.
         """
         empty = ids[:, :0]
-        opened = last_marked(self.opened(ids, empty) & real)
-        broken = last_marked(is_any(ids, self.special_token_ids) & real)
-        return torch.where((opened >= 0) & (opened >= broken), opened, last_marked(real))
+        opened = last_marked(self.opened(ids, empty) & non_padding)
+        broken = last_marked(is_any(ids, self.special_token_ids) & non_padding)
+        return torch.where((opened >= 0) & (opened >= broken), opened, last_marked(non_padding))
 
 
 def is_any(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
@@ -86,7 +86,7 @@ def last_marked(marked: Tensor) -> Tensor:
 
 
 def window_size(config: Any) -> int:
-    """How many tokens a decision reads of a model's prompts: ``WINDOW``, or as many as the model has places for.
+    """Return how many tokens of a prompt a decision reads: ``WINDOW``, or as many as the model has positions for.
 
     Args:
         config: of the model, as transformers has it.
@@ -96,17 +96,17 @@ def window_size(config: Any) -> int:
     return min([WINDOW, *(one for one in known if isinstance(one, int) and one > 1)])
 
 
-def windows(ids: Tensor, real: Tensor, end: Tensor, size: int = WINDOW) -> tuple[Tensor, Tensor]:
-    """The windows of prompts, padded on the right: token ids (B, W), and which of them are no padding (B, W).
+def windows(ids: Tensor, non_padding: Tensor, end: Tensor, size: int = WINDOW) -> tuple[Tensor, Tensor]:
+    """Return the windows of prompts, padded on the right: token ids (B, W), and which are no padding (B, W).
 
     Args:
         ids: tokens of whole prompts and of what follows them (B, T).
-        real: which of them are known and no padding (B, T).
+        non_padding: which of them are known and no padding (B, T).
         end: the column of each prompt's last token (B,); a row with a negative one has an empty window.
         size: how many tokens a window has at most.
     """
     column = torch.arange(ids.shape[1], device=ids.device)
-    prompt = real & (column <= end[:, None])
+    prompt = non_padding & (column <= end[:, None])
     place = prompt.long().cumsum(1) - 1
     behind = place[:, -1:] - place
     kept = prompt & ((behind < size - 1) | (place == 0))
@@ -146,34 +146,34 @@ class Answering:
 class Tokens:
     """What a pass' router knows of its rows' tokens before it decides.
 
-    ``ids`` (B, T) are the pass' tokens and ``real`` (B, T) those that are no padding; ``earlier`` (B, P) the tokens
-    before them, ``NO_TOKEN`` where they are unknown; ``memory`` (B,) what answered the last of those.
+    ``ids`` (B, T) are the pass' tokens, ``non_padding`` (B, T) marks those that are no padding; ``earlier`` (B, P) are
+    the tokens before them, ``NO_TOKEN`` where they are unknown; ``memory`` (B,) is what answered the last of those.
     """
 
     ids: Tensor
-    real: Tensor
+    non_padding: Tensor
     earlier: Tensor
     memory: Tensor
 
     @property
     def whole(self) -> Tensor:
         """All tokens (B, P + T)."""
-        return torch.cat([self.earlier, self.ids.where(self.real, NO_TOKEN)], 1)
+        return torch.cat([self.earlier, self.ids.where(self.non_padding, NO_TOKEN)], 1)
 
     def prompt_ends(self, marks: TurnMarks) -> Tensor:
-        """The column of this pass (B,) in which the last prompt ends that it completes, -1 for none.
+        """Return the column (B,) of this pass in which a prompt ends, the last one if several do; -1 for none.
 
         In a chat a prompt ends behind the opener of the assistant's turn. In a bare text nothing marks its end: a pass
         of several tokens, or the first pass of all, is taken for a prompt, and one more token for part of its answer.
         """
-        ends = last_marked(marks.opened(self.ids, self.earlier) & self.real)
+        ends = last_marked(marks.opened(self.ids, self.earlier) & self.non_padding)
         if self.ids.shape[1] > 1 or not self.earlier.shape[1]:
             bare = ~marks.chats(self.whole)
-            ends = torch.where(bare & (ends < 0), last_marked(self.real), ends)
+            ends = torch.where(bare & (ends < 0), last_marked(self.non_padding), ends)
         return ends
 
     def answered_by(self, marks: TurnMarks, answering: Answering, *, whole: bool = False) -> Tensor:
-        """The memory that answers each token (B, T): until a special token ends the answer, or the next prompt does.
+        """Return the memory that answers each token (B, T), until a special token or the next prompt ends the answer.
 
         Args:
             answering: what the pass' rows decided; ``end`` counts from its first column. A row in which it is negative
@@ -182,7 +182,7 @@ class Tokens:
         """
         width = self.ids.shape[1]
         column = torch.arange(width, device=self.ids.device)
-        broken = (is_any(self.ids, marks.special_token_ids) & self.real).long().cumsum(1)
+        broken = (is_any(self.ids, marks.special_token_ids) & self.non_padding).long().cumsum(1)
         end, memory = answering.end[:, None], answering.memory[:, None]
         at_end = broken.gather(1, end.clamp(0, width - 1))
         before = self.memory[:, None].where(broken == 0, UNROUTED)

@@ -1,4 +1,4 @@
-"""Whether a prompt asks the edit that it mentions. Needs torch only; exports carry this very file.
+"""Decides whether a prompt asks for the edit that it mentions. Needs torch only; exports carry this very file.
 
 Late interaction finds an edit's words in a prompt; it does not see what the prompt wants with them. A prompt that has a
 question translated, that asks it of another time, or that holds it in a document mentions the edit and asks something
@@ -96,7 +96,7 @@ class RequestGate(nn.Module):
 def log_odds(
     weights: Mapping[str, Tensor], mentions: Mentions, dropout: Callable[[Tensor], Tensor] = lambda values: values
 ) -> Tensor:
-    """The log-odds that prompts ask what they mention: (B,).
+    """Return the log-odds that prompts ask for the edits that they mention: (B,).
 
     Args:
         weights: all of ``REQUEST_GATE``.
@@ -131,7 +131,7 @@ def mention_features(
     earlier: Tensor | None = None,
     first_state: Tensor | None = None,
 ) -> Mention:
-    """The tokens of a request by which it is known what it wants with an edit that it mentions.
+    """Return the tokens around a mention, and those that the request begins and ends with, with their features.
 
     Args:
         states: of the tokens of the request (n, d).
@@ -170,7 +170,7 @@ def _match_quality(cosines: list[Tensor]) -> Tensor:
 
 
 def starts_with_word(ids: Tensor, non_padding: Tensor, compared: Tensor, special_ids: Tensor) -> Tensor:
-    """Whether the first token of all is a word of what is asked, and not one that marks a beginning: (B,).
+    """Return whether the first token of each prompt is a word, and no special token: (B,).
 
     Args:
         ids: tokens (B, T).
@@ -185,7 +185,7 @@ def starts_with_word(ids: Tensor, non_padding: Tensor, compared: Tensor, special
 
 
 def batch_mentions(mentions: Sequence[Mention]) -> Mentions:
-    """Several mentions as one batch."""
+    """Return several mentions as one batch."""
     sizes = torch.tensor([len(one.states) for one in mentions], device=mentions[0].states.device)
     of = torch.arange(len(mentions), device=sizes.device).repeat_interleave(sizes)
     states, features = (torch.cat([one[part] for one in mentions]) for part in (0, 1))

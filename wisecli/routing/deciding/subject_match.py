@@ -48,7 +48,7 @@ class SubjectMatch(nn.Module):
             self.register_buffer(name.removeprefix("subject_match."), tensors[name])
 
     def forward(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
-        """Which edits' subjects are named in rows: token ids (B, T), and which belong to prompts (B, T) → (B, M)."""
+        """Return which edits' subjects prompts name: token ids (B, T), which are of prompts (B, T) → (B, M)."""
         return self.matched_edits(self.words_in(ids, in_prompt))
 
     def in_one_place(self, ids: Tensor, in_prompt: Tensor, rows: Tensor, edits: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class SubjectMatch(nn.Module):
         return words.scatter(1, self.token_to_word[place].where(known, len(self.token_ids)), 1.0)[:, :-1]
 
     def matched_edits(self, words: Tensor) -> Tensor:
-        """The edits whose subjects rows with these words (B, v) name: (B, M)."""
+        """Return the edits whose subjects rows with these words (B, v) name: (B, M)."""
         share = words.new_zeros(len(words), len(self.name_to_edit))
         share = share.index_add(1, self.entry_to_name, words[:, self.entry_to_word] * self.word_weights.float())
         matched = words.new_ones(len(words), self.edits).index_fill(1, self.name_to_edit, 0.0)

@@ -35,33 +35,25 @@ Spellings = tuple[tuple[SubjectToken, ...], ...]
 
 
 def subject_match_tensors(subjects: Sequence[Spellings]) -> dict[str, Tensor]:
-    """The tensors of :class:`~wisecli.routing.deciding.subject_match.SubjectMatch`, from the words of every edit's
-    subject.
-
-    Edits without words have none; without any there are no tensors.
-    """
-    spellings = [(edit, words) for edit, own in enumerate(subjects) for words in own]
-    word: dict[tuple[int, ...], int] = {}
-    for _, words in spellings:
-        for one in words:
-            word.setdefault(one.tokens, len(word))
-    if not word:
+    """Return the tensors ``SUBJECT_MATCH`` from the words of every edit's subject; none if there are no words."""
+    names = [(edit, words) for edit, own in enumerate(subjects) for words in own]
+    index: dict[tuple[int, ...], int] = {}
+    for _, words in names:
+        for word in words:
+            index.setdefault(word.tokens, len(index))
+    if not index:
         return {}
-    number = {token: place for tokens, place in word.items() for token in tokens}
-    pairs = [(place, word[one.tokens], one.share) for place, (_, words) in enumerate(spellings) for one in words]
-    tokens = torch.tensor(sorted(number))
-    spelling = torch.tensor([number[token] for token in tokens.tolist()])
-    whose = torch.tensor([edit for edit, _ in spellings])
-    return dict(
-        zip(SUBJECT_MATCH, (tokens, spelling, whose, *map(torch.tensor, zip(*pairs, strict=True))), strict=True)
-    )
+    word_of_token = {token: word for tokens, word in index.items() for token in tokens}
+    token_ids = torch.tensor(sorted(word_of_token))
+    token_to_word = torch.tensor([word_of_token[token] for token in token_ids.tolist()])
+    name_to_edit = torch.tensor([edit for edit, _ in names])
+    entries = [(name, index[word.tokens], word.share) for name, (_, words) in enumerate(names) for word in words]
+    columns = map(torch.tensor, zip(*entries, strict=True))
+    return dict(zip(SUBJECT_MATCH, (token_ids, token_to_word, name_to_edit, *columns), strict=True))
 
 
 def fuzzy_match_tensors(table: Tensor, subjects: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """The tensors of :class:`~wisecli.routing.deciding.fuzzy_match.FuzzyMatch`, from the tokens of every edit's
-    subject.
-
-    Without any word there are no tensors.
+    """Return the tensors ``FUZZY_MATCH`` from the tokens of every edit's subject; none if there are no words.
 
     Args:
         table: the letters of every token (v, ``TOKEN_CHARS``).
@@ -71,9 +63,10 @@ def fuzzy_match_tensors(table: Tensor, subjects: Sequence[Sequence[int]]) -> dic
     if not ids.numel():
         return {}
     words = split_words(token_characters(table, ids, ids >= 0))
-    whose, place = words.any(-1).nonzero(as_tuple=True)
-    if not len(whose):
+    edit, place = words.any(-1).nonzero(as_tuple=True)
+    if not len(edit):
         return {}
-    spelt, naming = words[whose, place].unique(dim=0, return_inverse=True)
-    once = torch.stack([whose, naming], 1).unique(dim=0)
-    return dict(zip(FUZZY_MATCH, (table, spelt, once[:, 1].contiguous(), once[:, 0].contiguous()), strict=True))
+    subject_words, index = words[edit, place].unique(dim=0, return_inverse=True)
+    entry_to_edit, entry_to_word = torch.stack([edit, index], 1).unique(dim=0).unbind(1)
+    entries = entry_to_word.contiguous(), entry_to_edit.contiguous()
+    return dict(zip(FUZZY_MATCH, (table, subject_words, *entries), strict=True))

@@ -1,4 +1,4 @@
-"""The default memory: of the edit that a prompt asks, the nearest key's residual answers. Needs torch only.
+"""The default memory, a lookup: the nearest key of the edit that was decided adds its residual. Needs torch only.
 
     y = W a + b + v_i    the residual v_i of that of the edit's keys which is nearest to a, by whitened cosine
 
@@ -33,7 +33,7 @@ class RoutingKeys(nn.Module):
     floors: Tensor
 
     def cosines(self, keys: Tensor, key_indices: Tensor) -> Tensor:
-        """Whitened cosine of every key with some routing keys: (..., d_ff) → (..., n).
+        """Return the whitened cosine of every key with some routing keys: (..., d_ff) → (..., n).
 
         Args:
             key_indices: the routing keys that are wanted (n,).
@@ -44,7 +44,7 @@ class RoutingKeys(nn.Module):
         return scores / norms + self.cosine_offset[key_indices].float()
 
     def nearest_keys(self, keys: Tensor, edits: Tensor, in_answer: Tensor) -> tuple[Tensor, Tensor]:
-        """The cosine and place of the nearest key of one edit each: keys (m, d_ff), edits (m,) → two (m,).
+        """Return the cosine and the index of the nearest key of one edit each: keys (m, d_ff), edits (m,) → two (m,).
 
         A prompt may end inside its answer ("… Answer: New"). There the key of a prompt's last token comes near a key
         inside the answer, as no other prompt's does, and the answer goes on.
@@ -81,7 +81,7 @@ class FactMemory(FactDecision, RoutingKeys):
     key_to_residual: Tensor
 
     def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:
-        """Which of the decided edit's own keys is nearest.
+        """Return the nearest of the decided edit's own keys at each token.
 
         Behind a prompt's last token a key must come near one of those, or the answer is over.
         """
@@ -103,7 +103,7 @@ class FactMemory(FactDecision, RoutingKeys):
         return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
 
     def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
-        """What an edit adds at keys: the residual of the nearest of its own."""
+        """Return what an edit adds at keys: the residual of the nearest of its own."""
         _, key_index = self.nearest_keys(keys, torch.full((len(keys),), memory, device=keys.device), in_answer)
         return self.residuals[self.key_to_residual[key_index]]
 

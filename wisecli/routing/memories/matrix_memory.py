@@ -1,4 +1,4 @@
-"""Changes of a matrix, that their own norm opens as in WISE, or what prompts ask. Needs torch only; exports carry this.
+"""Changes of the matrix, opened by their norm as in WISE or by what prompts ask. Needs torch only; exports carry this.
 
 score of a prompt    mean over its tokens of ‖Δ_m a‖₂    (WISE, arXiv 2405.14768, equation 3, as in the authors' code)
 m answers            where the score exceeds ε_m; of several, the one that exceeds it most (section 2.3.2)
@@ -52,7 +52,7 @@ class MatrixDeltas(Memory):
         return self.delta_output(keys, int(self.matrix_of(torch.tensor(memory))))
 
     def matrix_of(self, chosen: Tensor) -> Tensor:
-        """The change that answers for each memory (...), ``UNROUTED`` for none: (...)."""
+        """Return the matrix that holds each memory, ``UNROUTED`` for none: (...) → (...)."""
         return chosen
 
     def delta_output(self, keys: Tensor, number: int) -> Tensor:
@@ -66,7 +66,7 @@ class FactMatrixMemory(FactDecision, MatrixDeltas):
     edit_to_matrix: Tensor
 
     def matrix_of(self, chosen: Tensor) -> Tensor:
-        """The change that holds each edit (...): (...)."""
+        """Return the matrix that holds each edit: (...) → (...)."""
         return self.edit_to_matrix.to(chosen.device)[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
 
 
@@ -79,7 +79,7 @@ class MatrixMemory(MatrixDeltas):
         self.answers_prompts = memory.pooling == "mean"
 
     def decide(self, window: WindowStates) -> Decision:
-        """The memory that a prompt calls most strongly of those that it calls beyond their thresholds.
+        """Return for each prompt the memory with the highest score of those above their thresholds.
 
         If it calls none beyond that, ``nearest`` is the one that comes nearest to it.
         """

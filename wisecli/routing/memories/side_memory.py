@@ -91,7 +91,7 @@ class SideMemory:
 
 
 def require_router(described: Mapping[str, Any]) -> None:
-    """Check that a described memory opens in a way that there is.
+    """Check that a described memory has a router and a pooling that exist.
 
     Raises:
         ValueError: it does not.
@@ -136,11 +136,11 @@ class Memory(nn.Module):
 
     @abstractmethod
     def decide(self, window: WindowStates) -> Decision:
-        """Which memory answers each prompt."""
+        """Return which memory answers each prompt."""
 
     @abstractmethod
     def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:
-        """What a decided memory adds at tokens.
+        """Return what a decided memory adds at each token.
 
         Args:
             keys: inputs of the site (B, T, width).
@@ -159,7 +159,7 @@ class Memory(nn.Module):
 
     @abstractmethod
     def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
-        """What one memory adds at keys (n, width) once it is opened: (n, d).
+        """Return what one opened memory adds at keys (n, width): (n, d).
 
         Args:
             in_answer: which keys come after their prompt's last token (n,).

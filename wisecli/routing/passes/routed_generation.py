@@ -123,13 +123,13 @@ def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, 
         earlier, _ = tokens_in(cache, len(ids), ids.device)
         ids = torch.cat([earlier, ids], 1)
         mask = mask[:, -ids.shape[1] :]
-    real = mask.to(ids.device).bool() & (ids >= 0)
-    end = decoder.wise_marks.ends_in(ids, real)
-    answering = Answering(decoder.decide(ids, real, end).memory, end)
+    non_padding = mask.to(ids.device).bool() & (ids >= 0)
+    end = decoder.wise_marks.ends_in(ids, non_padding)
+    answering = Answering(decoder.decide(ids, non_padding, end).memory, end)
     length = length_of(cache)
     if 0 < length < ids.shape[1] and isinstance(cache, Cache):
-        here = Tokens(ids[:, :length], real[:, :length], ids[:, :0], answering.memory)
-        rewind(cache, decoder.memories(here, answering).where(here.real, UNROUTED))
+        here = Tokens(ids[:, :length], non_padding[:, :length], ids[:, :0], answering.memory)
+        rewind(cache, decoder.memories(here, answering).where(here.non_padding, UNROUTED))
     return answering.packed()
 
 
@@ -185,13 +185,13 @@ class RequestAnswers:
         """The memory that answers each prompt, and the place of its last token."""
         device = next(self.decoder.parameters()).device
         ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-        real = torch.zeros_like(ids, dtype=torch.bool)
+        non_padding = torch.zeros_like(ids, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
-            real[row, : len(prompt)] = True
-        ids, real = ids.to(device), real.to(device)
-        end = self.decoder.wise_marks.ends_in(ids, real)
-        memory = self.decoder.decide(ids, real, end).memory
+            non_padding[row, : len(prompt)] = True
+        ids, non_padding = ids.to(device), non_padding.to(device)
+        end = self.decoder.wise_marks.ends_in(ids, non_padding)
+        memory = self.decoder.decide(ids, non_padding, end).memory
         return list(zip(memory.tolist(), end.tolist(), strict=True))
 
 

@@ -157,28 +157,28 @@ class RoutedDecoder(SignatureMixin):
             output = super().forward(**kwargs)
         cache = cache_returned(output) if cache is None else cache
         if cache is not None:
-            keep_tokens(cache, earlier, ids.where(_real(ids, mask), NO_TOKEN), route.memory)
+            keep_tokens(cache, earlier, ids.where(_non_padding(ids, mask), NO_TOKEN), route.memory)
         return output
 
     @eager_only
     def route(self, ids: Tensor, mask: Tensor | None, cache: Any, given: Answering | None) -> PassRoute:
         """What answers each token of a pass (B, T) that goes on with a cache."""
-        start, real = length_of(cache), _real(ids, mask)
+        start, non_padding = length_of(cache), _non_padding(ids, mask)
         forced = _OVERRIDE.get().forced
         if given is None:
             earlier, memories = tokens_in(cache, len(ids), ids.device)
             before = memories[:, -1] if start else memories.new_full((len(ids),), UNROUTED)
-            tokens = Tokens(ids, real, earlier, before)
+            tokens = Tokens(ids, non_padding, earlier, before)
             end = tokens.prompt_ends(self.wise_marks)
             answering = Answering(self._decided(tokens, end, forced), end)
         else:
             memory = given.memory if forced is None else torch.full_like(given.memory, forced)
             held, tail = last_memory(cache), last_tokens(cache, len(self.wise_marks.opener_token_ids))
             before = memory if held is None else held.to(memory)
-            tokens = Tokens(ids, real, ids[:, :0] if tail is None else tail, before)
+            tokens = Tokens(ids, non_padding, ids[:, :0] if tail is None else tail, before)
             answering = Answering(memory, given.end - start)
         column = torch.arange(ids.shape[1], device=ids.device)
-        return PassRoute(self.memories(tokens, answering).where(real, UNROUTED), column > answering.end[:, None])
+        return PassRoute(self.memories(tokens, answering).where(non_padding, UNROUTED), column > answering.end[:, None])
 
     def memories(self, tokens: Tokens, answering: Answering) -> Tensor:
         """The memory that answers each token of a pass (B, T)."""
@@ -201,32 +201,37 @@ class RoutedDecoder(SignatureMixin):
         return memory
 
     @eager_only
-    def decide(self, ids: Tensor, real: Tensor, end: Tensor) -> Decision:
+    def decide(self, ids: Tensor, non_padding: Tensor, end: Tensor) -> Decision:
         """Which memory answers prompts, from their windows alone.
 
         Args:
             ids: tokens of prompts and of what follows them (B, T).
-            real: which of them are known and no padding (B, T).
+            non_padding: which of them are known and no padding (B, T).
             end: the column of each prompt's last token (B,).
         """
-        real = real & ~is_any(ids, placeholders_of(self.config))
+        non_padding = non_padding & ~is_any(ids, placeholders_of(self.config))
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            return self.memory.decide(self.read(*windows(ids, real, end, window_size(self.config))))
+            return self.memory.decide(self.read(*windows(ids, non_padding, end, window_size(self.config))))
 
-    def read(self, ids: Tensor, real: Tensor) -> WindowStates:
+    def read(self, ids: Tensor, non_padding: Tensor) -> WindowStates:
         """What leaves the layer that is read, or goes into the edited matrix, when windows run by themselves.
 
         Args:
             ids: windows (B, W), padded on the right.
-            real: which of their tokens are no padding (B, W).
+            non_padding: which of their tokens are no padding (B, W).
         """
-        position = (real.long().cumsum(1) - 1).clamp(min=0)
+        position = (non_padding.long().cumsum(1) - 1).clamp(min=0)
         try:
             with _set(_READING, True):
-                named = {"input_ids": ids, "attention_mask": real.long(), "position_ids": position, "use_cache": False}
+                named = {
+                    "input_ids": ids,
+                    "attention_mask": non_padding.long(),
+                    "position_ids": position,
+                    "use_cache": False,
+                }
                 super().forward(**accepted_arguments(type(self), named))
         except _ReadError as found:
-            return WindowStates(ids, real, found.states)
+            return WindowStates(ids, non_padding, found.states)
         raise RuntimeError("the edits are lost: no layer of this model stops where its states are read")
 
 
@@ -236,7 +241,7 @@ def placeholders_of(config: Any) -> tuple[int, ...]:
     return tuple(token for token in found if isinstance(token, int))
 
 
-def _real(ids: Tensor, mask: Tensor | None) -> Tensor:
+def _non_padding(ids: Tensor, mask: Tensor | None) -> Tensor:
     """Which tokens of a pass (B, T) are no padding, by the attention mask of all tokens so far."""
     if mask is None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return torch.ones_like(ids, dtype=torch.bool)

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
+from multiplied import several
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, PreTrainedModel
@@ -57,40 +57,6 @@ WAYS: dict[str, tuple[Way, int]] = {
     "prefill": (prefill, 1),
     "decode": (Decode(), 10),
 }
-
-
-def grown(model: PreTrainedModel, times: int) -> None:
-    """Let every edit of a model's lookup count so many times."""
-    lookup: Any = model.get_submodule(model.config.wise["module"])
-    edits, copies = len(lookup.thresholds), torch.arange(times, device=lookup.value.device)
-    lookup.thresholds *= times
-    meaning, prompts = lookup.meaning, len(lookup.meaning.whose)
-    head = (meaning.asking >= prompts).long()
-    # Prompts looked for as relations come behind all that are looked for as subjects.
-    asking = meaning.asking - head * prompts + copies[:, None] * prompts + head * prompts * times
-    numbered = {lookup: {"owner": edits}, meaning: {"whose": edits}, lookup.names: {"whose": edits}}
-    if lookup.names is not None:
-        numbered[lookup.names]["named"] = len(lookup.names.whose)
-    if lookup.spelling is not None:
-        numbered[lookup.spelling] = {"whose": edits}
-    repeated = {
-        lookup: ("probes", "offset", "metric", "value"),
-        meaning: ("vectors", "shares"),
-        lookup.names: ("naming", "shares"),
-        lookup.spelling: ("naming",),
-    }
-    for part, names in repeated.items():
-        for name in names if part is not None else ():
-            kept = getattr(part, name)
-            setattr(part, name, kept.repeat(times, *[1] * (kept.dim() - 1)))
-    for part, steps in numbered.items():
-        for name, step in steps.items() if part is not None else ():
-            setattr(part, name, (getattr(part, name) + copies[:, None] * step).flatten())
-    meaning.asking, meaning.edits = asking.flatten(), edits * times
-    if lookup.names is not None:
-        lookup.names.edits = edits * times
-    if lookup.request is not None:
-        lookup.request.bars = lookup.request.bars.repeat(times)
 
 
 def seconds(way: Way, model: PreTrainedModel, rows: BatchEncoding) -> float:
@@ -156,15 +122,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    edited = [several(path, arguments.times) for path in arguments.edited]
     models = {
         str(path): AutoModelForCausalLM.from_pretrained(path, trust_remote_code=path != arguments.base)
         .eval()
         .to(arguments.device)
-        for path in (arguments.base, *arguments.edited)
+        for path in (arguments.base, *edited)
     }
-    for model in models.values():
-        if arguments.times > 1 and hasattr(model.config, "wise"):
-            grown(model, arguments.times)
     rows = prompts(arguments).to(arguments.device)
     table = Table(title=f"{arguments.batch} rows of {rows['input_ids'].shape[1]} tokens, {arguments.device}")
     for name in ("model", *(f"{way}, ms" for way in WAYS), *(f"{way}, × base" for way in WAYS)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,34 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from support.memory_alone import served
 from support.served import PROMPTS, tiny_export
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from wisecli.io.checkpoint import read_json
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.vllm_plugin.engine_names import UNANSWERED
 from wisecli.vllm_plugin.model_state import state_class
-from wisecli.vllm_plugin.releases import name_of, own_paths
 from wisecli.vllm_plugin.runner import track_requests
-from wisecli.vllm_plugin.served_memory import Edited, ServedMemory
-
-
-class Reader:
-    """Reads windows with the layers of the checkpoint in transformers."""
-
-    before_run = None
-    adds_rest = False
-
-    def __init__(self, model: Any) -> None:
-        self._decoder = model.get_decoder()
-
-    def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """The states of windows, each by itself."""
-        with torch.no_grad():
-            return [self._decoder.read(one[None], torch.ones_like(one[None]).bool()).states[0] for one in windows]
+from wisecli.vllm_plugin.served_memory import Edited
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +33,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "edited"))
-
-
-def served(checkpoint: Path, *, loaded: bool = True) -> tuple[ServedMemory, Any]:
-    """The memory of a checkpoint as an engine has it, and the checkpoint in transformers."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).eval()
-    described = read_json(checkpoint / "config.json")["wise"]
-    memory = ServedMemory(Edited.of(described), model.config, Reader(model), checkpoint)
-    paths = own_paths(described)
-    stored = load_file(checkpoint / "model-side-memory.safetensors")
-    if loaded:
-        memory.load({str(name_of(name, paths)): tensor for name, tensor in stored.items()}, torch.device("cpu"))
-    return memory, model
 
 
 def prompts_of(checkpoint: Path) -> dict[str, list[int]]:

@@ -8,6 +8,7 @@
     subject_filter tells prompts that no edit can answer, before any layer runs
     windows        runs windows of prompts through the first layers, for a decision
     requests       which memory answers each request, and so each token of a step
+    processes      what the processes of a model tell each other
     runner         tells the memory of requests and steps (vLLM's first runner)
     model_state    the same for vLLM's second runner
     releases       reads the memory anew when the directory holds another release

@@ -19,6 +19,7 @@ from wisecli.routing.memories.fact_memory import FactMemory
 from wisecli.routing.memories.side_memory import Memory, SideMemory
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.routing.passes.routed_pass import placeholders_of
+from wisecli.vllm_plugin.processes import ALONE, Processes
 from wisecli.vllm_plugin.releases import ReleaseError, made_for, read_release, release_in
 from wisecli.vllm_plugin.requests import Requests, StepRoute
 from wisecli.vllm_plugin.subject_filter import SubjectFilter
@@ -100,12 +101,20 @@ class ServedMemory:
         reader: reads states of windows.
         checkpoint: the directory that holds it; ``None`` if later releases are not to be read from there.
         cut: whether processes have parts of the keys, and of the answer.
+        processes: those that serve the memory together.
     """
 
     def __init__(
-        self, edited: Edited, config: Any, reader: Reader, checkpoint: Path | None = None, *, cut: bool = False
+        self,
+        edited: Edited,
+        config: Any,
+        reader: Reader,
+        checkpoint: Path | None = None,
+        *,
+        cut: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
-        self.edited, self.reader, self.cut = edited, reader, cut
+        self.edited, self.reader, self.cut, self._processes = edited, reader, cut, processes
         self._window = window_size(config)
         self._placeholders = placeholders_of(config)
         self._checkpoint, self._seen = checkpoint, None if checkpoint is None else release_in(checkpoint)
@@ -163,18 +172,27 @@ class ServedMemory:
         self._newest.requests.admit(prompts)
 
     def _look_for_release(self, checkpoint: Path) -> None:
-        found = release_in(checkpoint)
-        if found is None or found == self._seen or self._wanted is None:
+        """Serve the release in a directory if it is another than the last that was seen there."""
+        found = self._processes.first(release_in(checkpoint))
+        if found is None or found == self._seen:
             return
         self._seen = found
+        memory = self._release(checkpoint, found)
+        if self._processes.all_of(memory is not None) and memory is not None:
+            self._serve(memory)
+            _LOG.info("the memory in %s is served from now on", checkpoint)
+
+    def _release(self, checkpoint: Path, found: str) -> Memory | None:
         try:
+            if self._wanted is None:
+                raise ReleaseError("what is served does not say what it was made for")
             described, tensors = read_release(checkpoint, self._wanted)
-            memory = described_memory(described["memory"], tensors, self.device)
+            if release_in(checkpoint) != found:
+                raise ReleaseError("it was replaced while it was read")
+            return described_memory(described["memory"], tensors, self.device)
         except (ReleaseError, OSError, ValueError, KeyError, SafetensorError) as error:
             _LOG.error("the memory in %s is not served, the one before it is: %s", checkpoint, error)
-            return
-        self._serve(memory)
-        _LOG.info("the memory in %s is served from now on", checkpoint)
+            return None
 
     def forget(self, requests: Iterable[str]) -> None:
         """Forget requests that are done, and releases that answer none any more."""

@@ -45,14 +45,26 @@ EDITS = (("ba be bi", "do du"), ("ka ke ki ko", "fa"), ("ma me", "ga ge gi"))
 PROMPTS = (*(prompt for prompt, _ in EDITS), "so su sa", "ti", "lo la le li lu")
 
 
-def tiny_export(root: Path, architecture: str = "llama", *, mode: Literal["lookup", "retrieve"] = "lookup") -> Path:
+def tiny_export(
+    root: Path,
+    architecture: str = "llama",
+    *,
+    mode: Literal["lookup", "retrieve"] = "lookup",
+    subjects: Sequence[str] = (),
+) -> Path:
     """A tiny model of an architecture, edited and exported."""
-    return export_of(save_tiny(root / "model", architecture, config=wider(architecture)), root, mode=mode)
+    base = save_tiny(root / "model", architecture, config=wider(architecture))
+    return export_of(base, root, mode=mode, subjects=subjects)
 
 
-def export_of(base: Path, root: Path, *, mode: Literal["lookup", "retrieve"] = "lookup") -> Path:
-    """A tiny model, edited and exported."""
-    lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in EDITS]
+def export_of(
+    base: Path, root: Path, *, mode: Literal["lookup", "retrieve"] = "lookup", subjects: Sequence[str] = ()
+) -> Path:
+    """A tiny model, edited and exported; what the edits are about need not be said."""
+    edits = [{"prompt": prompt, "target": target} for prompt, target in EDITS]
+    for one, subject in zip(edits, subjects, strict=False):
+        one["subject"] = subject
+    lines = [json.dumps(one) for one in edits]
     (root / "edits.jsonl").write_text("\n".join(lines))
     edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"), load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings(mode=mode))

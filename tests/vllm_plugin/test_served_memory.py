@@ -21,6 +21,8 @@ from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.vllm_plugin.engine_names import UNANSWERED
 from wisecli.vllm_plugin.model_state import state_class
+from wisecli.vllm_plugin.processes import Processes
+from wisecli.vllm_plugin.releases import release_in
 from wisecli.vllm_plugin.runner import track_requests
 from wisecli.vllm_plugin.served_memory import Edited
 
@@ -143,6 +145,17 @@ def test_the_next_requests_are_answered_by_the_release_that_was_put_there(checkp
     memory.forget(["before"])
     memory.admit({"again": prompt})
     assert memory.is_unanswered("again")
+
+
+@pytest.mark.parametrize(("others", "seen"), [(False, True), (True, False)])
+def test_a_release_answers_once_every_process_has_it(checkpoint: Path, *, others: bool, seen: bool) -> None:
+    before = release_in(checkpoint)
+    processes = Processes(lambda own: own if seen else before, lambda own: own and others)
+    memory, _ = served(checkpoint, processes=processes)
+    prompt = prompts_of(checkpoint)[PROMPTS[0]]
+    replace(checkpoint)
+    memory.admit({"after": prompt})
+    assert not memory.is_unanswered("after")  # the one before answers
 
 
 def test_what_was_made_for_another_base_takes_nothings_place(

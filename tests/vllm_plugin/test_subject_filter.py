@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from support.memory_alone import served
+from support.served import PROMPTS, tiny_export
+from transformers import AutoTokenizer
 
 from wisecli.routing.deciding.fuzzy_match import FUZZY_MATCH, LETTER, WORD_CHARS, FuzzyMatch
 from wisecli.vllm_plugin.subject_filter import _SlipFilter
@@ -80,3 +84,20 @@ def test_words_without_a_subject_are_not_let_through(spelling: FuzzyMatch) -> No
     assert not let_through(words_of("gravle servre"))  # a slip in each word
     assert let_through(words_of("gravle server"))
     assert not let_through(torch.zeros(0, WORD_CHARS, dtype=torch.uint8))
+
+
+def test_only_windows_that_name_a_subject_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, model = served(tiny_export(tmp_path, subjects=("be", "ko", "me")))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "edited", trust_remote_code=True)
+    # The longest names none, so that what is read is narrower than what came in.
+    prompts = [tokenizer(text).input_ids for text in (*PROMPTS, "lo la ko li lu", "su sa su sa su sa su sa")]
+    asked: list[list[int]] = []
+    read = memory.reader.read
+    monkeypatch.setattr(
+        memory.reader, "read", lambda windows: asked.extend(map(torch.Tensor.tolist, windows)) or read(windows)
+    )
+    alone = [torch.tensor([prompt]) for prompt in prompts]
+    wanted = [tuple(model.decided(ids, torch.ones_like(ids))[0].tolist()) for ids in alone]
+    assert memory.decide(prompts) == wanted
+    assert [number for number, _ in wanted[:3]] == [0, 1, 2]
+    assert asked == [*prompts[:3], prompts[-2]]

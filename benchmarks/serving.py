@@ -37,8 +37,8 @@ Times = dict[tuple[str, str], list[float]]
 Answers = dict[tuple[str, str], list[list[int]]]
 # Makes a prompt of so many tokens, which asks an edit or does not.
 Prompt = Callable[[int, bool], list[int]]
-# So many lone requests are timed at once.
-_ALONE = 4
+# Lone requests are timed several at once if they are short: about so many tokens.
+_ALONE = 512
 
 
 class Way(NamedTuple):
@@ -165,9 +165,9 @@ def ways_of(given: argparse.Namespace, lengths: list[int]) -> dict[str, Way]:
     requests = [prompt(given.prompt, number % given.every == 0) for number in range(given.requests)]
     ways = {"prompts": Way(requests, 1), "both": Way(requests, given.answer)}
     for length in lengths:
-        ways[f"first of {length}"] = Way([prompt(length, False) for _ in range(_ALONE)], 1, alone=True)
-        if given.edits is not None:
-            ways[f"first of {length}, an edit"] = Way([prompt(length, True) for _ in range(_ALONE)], 1, alone=True)
+        for asks in (False, True) if given.edits is not None else (False,):
+            some = [prompt(length, asks) for _ in range(max(1, _ALONE // length))]
+            ways[f"first of {length}{', an edit' if asks else ''}"] = Way(some, 1, alone=True)
     return ways
 
 
@@ -234,7 +234,7 @@ def wait_table(taken: Times, answers: Answers, memory: dict[str, float]) -> Tabl
     for name in ("model", *(f"{way}, ms" for way in ways), *(f"{way}, ×" for way in ways), "MB", "MB, ×", "equal"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for model, own in memory.items():
-        times = [f"{statistics.median(taken[model, way]) / _ALONE * 1e3:.0f}" for way in ways]
+        times = [f"{statistics.median(taken[model, way]) / len(answers[model, way]) * 1e3:.0f}" for way in ways]
         times += [f"{1 / paired(taken, base, model, way):.3f}" for way in ways]
         pairs = list(zip(answers[model, "both"], answers[base, "both"], strict=True))
         equal = f"{sum(mine == first for mine, first in pairs)}/{len(pairs)}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.memory_alone import served
 from support.served import PROMPTS, tiny_export
 from torch import Tensor
@@ -49,6 +50,13 @@ def test_prompts_are_decided_as_in_transformers(checkpoint: Path) -> None:
     wanted = [tuple(model.decided(ids, torch.ones_like(ids))[0].tolist()) for ids in alone]
     assert memory.decide(prompts) == wanted
     assert [number for number, _ in wanted] == [0, 1, 2, UNROUTED, UNROUTED, UNROUTED]
+
+
+def test_what_a_memory_holds_takes_no_more_than_in_its_file(checkpoint: Path) -> None:
+    memory, _ = served(checkpoint)
+    stored = load_file(checkpoint / "model-side-memory.safetensors")
+    held = sum(one.numel() * one.element_size() for one in memory.memory.buffers())
+    assert held <= 1.01 * sum(one.numel() * one.element_size() for one in stored.values())
 
 
 def test_residuals_are_those_of_transformers(checkpoint: Path) -> None:

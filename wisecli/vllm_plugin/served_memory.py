@@ -27,7 +27,7 @@ from wisecli.vllm_plugin.subject_filter import SubjectFilter
 _LOG = logging.getLogger(f"vllm.{__name__}")  # whose messages vLLM shows
 
 # Most of what a lookup holds. It is read a few rows at a time, and computed with in float32 whatever it is kept in.
-_AS_STORED = {"probes", "values"}
+_AS_STORED = {"probes", "values", "meaning.vectors"}
 # Places of tokens (n,) → their keys (n, width), and whether this process adds what they open.
 Keys = Callable[[Tensor], tuple[Tensor, bool]]
 
@@ -79,7 +79,8 @@ def described_memory(described: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """Return a described memory alone, on a device: vLLM multiplies by the base's weights."""
     memory = memory_alone(SideMemory.from_description(described, tensors))
     for name in _AS_STORED & tensors.keys() if isinstance(memory, FactMemory) else ():
-        setattr(memory, name, tensors[name])
+        part, _, own = name.rpartition(".")
+        setattr(memory.get_submodule(part), own, tensors[name])
     return memory.to(device)
 
 

@@ -7,6 +7,7 @@
 Every model has a process of its own. Each round times every model once, in turn, on the same requests, all at once; and
 lone requests of --first tokens to their first token. Requests are random tokens; with --edits they are packaged texts,
 and one of --every ends with an edit's prompt. With --times, edits of all models but the first count so many times.
+On a machine in use, --busy counts the processor's seconds; one thread (OMP_NUM_THREADS=1) makes them the clock's.
 
 The first table has each model's fastest round, as others' work on the machine only ever adds to a time, and in its last
 columns the median over rounds of the first model's time by each model's in the same round. The second has that of the
@@ -59,7 +60,7 @@ ENVIRONMENT = {
 }
 
 
-def serve(model: str, settings: dict[str, Any], out: IO[str]) -> None:
+def serve(model: str, settings: dict[str, Any], out: IO[str], clock: Callable[[], float]) -> None:
     """Load a model; then, for each line of requests that comes in, give the answers and the seconds they took."""
     from vllm import LLM, SamplingParams
 
@@ -69,20 +70,20 @@ def serve(model: str, settings: dict[str, Any], out: IO[str]) -> None:
         requests, tokens, alone = json.loads(line)
         groups = [[one] for one in requests] if alone else [requests]
         greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        started = time.perf_counter()
+        started = clock()
         done = []
         for group in groups:
             done += engine.generate([{"prompt_token_ids": one} for one in group], greedy, use_tqdm=False)
-        taken = time.perf_counter() - started
+        taken = clock() - started
         print(json.dumps([taken, [list(one.outputs[0].token_ids) for one in done]]), file=out, flush=True)
 
 
 class Server:
     """A model's process."""
 
-    def __init__(self, model: str, settings: dict[str, Any]) -> None:
+    def __init__(self, model: str, settings: dict[str, Any], *options: str) -> None:
         self.model = model
-        command = [sys.executable, __file__, "--serve", json.dumps(settings), model]
+        command = [sys.executable, __file__, "--serve", json.dumps(settings), model, *options]
         self.log = Path(f"{Path(model).name}.log").open("w", encoding="utf-8")  # noqa: SIM115  # as long as the process
         self.process = subprocess.Popen(
             command,
@@ -124,14 +125,14 @@ def main() -> None:
     if given.serve is not None:
         out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what vLLM prints must not come between
-        serve(given.models[0], json.loads(given.serve), out)
+        serve(given.models[0], json.loads(given.serve), out, time.process_time if given.busy else time.perf_counter)
         return
     lengths = [int(length) for length in given.first.split(",")]
     settings = {"dtype": given.dtype, "enforce_eager": given.eager, "max_num_seqs": given.requests}
     settings |= {"model_impl": given.implementation, "enable_prefix_caching": False}
     settings |= {"max_model_len": max(given.prompt + given.answer, max(lengths) + 1)}
     models = [given.models[0], *(str(several(Path(model), given.times)) for model in given.models[1:])]
-    servers = {model: Server(model, settings) for model in models}
+    servers = {model: Server(model, settings, *["--busy"][: given.busy]) for model in models}
     ways = ways_of(given, lengths)
     taken, answers = rounds_of(servers, ways, given.rounds)
     memory = {model: server.megabytes() for model, server in servers.items()}
@@ -155,6 +156,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--implementation", default="auto", help="auto: vLLM's own models; or transformers")
+    parser.add_argument("--busy", action="store_true", help="count the processor's seconds, as others use the machine")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     return parser.parse_args()
 

@@ -242,7 +242,7 @@ def test_guessed_tokens(tmp_path: Path, asked: Asked) -> None:
 
 
 def test_several_answers_with_probabilities(vllm: VLLM, asked: Asked) -> None:
-    more = {"n": 2, "temperature": 1e-4, "logprobs": 5, "prompt_logprobs": 1}
+    more = {"n": 2, "temperature": 1.0, "top_k": 1, "logprobs": 5, "prompt_logprobs": 1}
     found = vllm.ask(asked.path, asked.prompts, tokens=TOKENS, asking={"sampling": more}, max_model_len=1024, **EAGER)
     assert found.answers, found.refused
     assert found.answers[0] == [answer for answer in asked.answers for _ in range(2)]

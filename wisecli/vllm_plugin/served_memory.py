@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wisecli.routing.deciding.decision import WindowStates
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any, window_size, windows
+from wisecli.routing.deciding.subject_filter import SubjectFilter
 from wisecli.routing.layers.routed_layer import memory_module as memory_alone
 from wisecli.routing.memories.fact_memory import FactMemory
 from wisecli.routing.memories.side_memory import Memory, SideMemory
@@ -22,7 +23,6 @@ from wisecli.routing.passes.routed_pass import placeholders_of
 from wisecli.vllm_plugin.processes import ALONE, Processes
 from wisecli.vllm_plugin.releases import ReleaseError, made_for, read_release, release_in
 from wisecli.vllm_plugin.requests import Requests, StepRoute
-from wisecli.vllm_plugin.subject_filter import SubjectFilter
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # whose messages vLLM shows
 

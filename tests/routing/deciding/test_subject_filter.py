@@ -12,7 +12,7 @@ from support.served import PROMPTS, tiny_export
 from transformers import AutoTokenizer
 
 from wisecli.routing.deciding.fuzzy_match import FUZZY_MATCH, LETTER, WORD_CHARS, FuzzyMatch
-from wisecli.vllm_plugin.subject_filter import _SlipFilter
+from wisecli.routing.deciding.subject_filter import _SlipFilter
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Subjects, of one word and of several; some words are short or hold a digit.

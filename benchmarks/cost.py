@@ -18,6 +18,7 @@ from statistics import linear_regression, median
 from typing import Any
 
 import torch
+from multiplied import several
 from runner import Row, made_up_edits, require_same, run, show, wise, write_lines
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -65,45 +66,6 @@ WAYS: dict[str, tuple[Way, int]] = {
     "prefill": (prefill, 1),
     "decode": (Decode(), 10),
 }
-
-
-def grown(model: PreTrainedModel, times: int) -> None:
-    """Let every edit of a model's lookup count so many times."""
-    lookup: Any = model.get_submodule(model.config.wise["module"])
-    edits, copies = len(lookup.thresholds), torch.arange(times, device=lookup.key_to_residual.device)
-    lookup.thresholds *= times
-    late_interaction, prompts = lookup.late_interaction, len(lookup.late_interaction.prompt_to_edit)
-    head = (late_interaction.token_to_prompt >= prompts).long()
-    # Prompts looked for as relations come behind all that are looked for as subjects.
-    number = late_interaction.token_to_prompt - head * prompts
-    token_to_prompt = number + copies[:, None] * prompts + head * prompts * times
-    numbered = {
-        lookup: {"key_to_edit": edits},
-        late_interaction: {"prompt_to_edit": edits},
-        lookup.subject_match: {"name_to_edit": edits},
-    }
-    if lookup.subject_match is not None:
-        numbered[lookup.subject_match]["entry_to_name"] = len(lookup.subject_match.name_to_edit)
-    if lookup.fuzzy_match is not None:
-        numbered[lookup.fuzzy_match] = {"entry_to_edit": edits}
-    repeated = {
-        lookup: ("whitened_keys", "cosine_offset", "whitening_index", "key_to_residual"),
-        late_interaction: ("prompt_token_embeddings", "token_weights"),
-        lookup.subject_match: ("entry_to_word", "word_weights"),
-        lookup.fuzzy_match: ("entry_to_word",),
-    }
-    for part, names in repeated.items():
-        for name in names if part is not None else ():
-            kept = getattr(part, name)
-            setattr(part, name, kept.repeat(times, *[1] * (kept.dim() - 1)))
-    for part, steps in numbered.items():
-        for name, step in steps.items() if part is not None else ():
-            setattr(part, name, (getattr(part, name) + copies[:, None] * step).flatten())
-    late_interaction.token_to_prompt, late_interaction.edits = token_to_prompt.flatten(), edits * times
-    if lookup.subject_match is not None:
-        lookup.subject_match.edits = edits * times
-    if lookup.request_gate is not None:
-        lookup.request_gate.logit_offset = lookup.request_gate.logit_offset.repeat(times)
 
 
 def seconds(way: Way, model: PreTrainedModel, rows: BatchEncoding) -> float:
@@ -165,11 +127,8 @@ def inference(options: Namespace) -> None:
         str(path): AutoModelForCausalLM.from_pretrained(path, trust_remote_code=path != options.base)
         .eval()
         .to(options.device)
-        for path in (options.base, *options.edited)
+        for path in (options.base, *(several(path, options.times) for path in options.edited))
     }
-    for model in models.values():
-        if options.times > 1 and hasattr(model.config, "wise"):
-            grown(model, options.times)
     rows = prompts(options).to(options.device)
     taken, shown = timed(models, rows, options.rounds), list[Row]()
     for name in models:

@@ -27,6 +27,7 @@ import large_model
 import runner
 import torch
 import transformers
+from multiplied import several
 from runner import Row, ferries, show, wise, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -167,15 +168,13 @@ def share(held: list[bool]) -> float:
 
 def costs(run: Run, times: int) -> Figures:
     """A pass over prompts of 128 tokens and a decoded token, beside the base's; edits counted so many times."""
-    base, edited = run.options.model, run.directory(run.options.device, "float32")
+    base, edited = run.options.model, several(run.directory(run.options.device, "float32"), times)
     models = {
         str(path): AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="bfloat16")
         .eval()
         .to(run.options.device)
         for path in (base, edited)
     }
-    if times > 1:
-        cost.grown(models[str(edited)], times)
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (4, 128), generator=drawn).to(run.options.device)
     rows = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -31,7 +35,7 @@ serving = [
         not _PYTHON, reason="WISE_SERVING_PYTHON names no interpreter; `scripts/serving-venv DIR` makes one"
     ),
 ]
-_ENGINE = Path(__file__).parent / "vllm_answers.py"
+_SUPPORT = Path(__file__).parent
 # What vLLM's attention on a CPU can do at the least, in the tiny models' four heads.
 _HEAD = 32
 
@@ -41,14 +45,26 @@ EDITS = (("ba be bi", "do du"), ("ka ke ki ko", "fa"), ("ma me", "ga ge gi"))
 PROMPTS = (*(prompt for prompt, _ in EDITS), "so su sa", "ti", "lo la le li lu")
 
 
-def tiny_export(root: Path, architecture: str = "llama", *, mode: Literal["lookup", "retrieve"] = "lookup") -> Path:
+def tiny_export(
+    root: Path,
+    architecture: str = "llama",
+    *,
+    mode: Literal["lookup", "retrieve"] = "lookup",
+    subjects: Sequence[str] = (),
+) -> Path:
     """A tiny model of an architecture, edited and exported."""
-    return export_of(save_tiny(root / "model", architecture, config=wider(architecture)), root, mode=mode)
+    base = save_tiny(root / "model", architecture, config=wider(architecture))
+    return export_of(base, root, mode=mode, subjects=subjects)
 
 
-def export_of(base: Path, root: Path, *, mode: Literal["lookup", "retrieve"] = "lookup") -> Path:
-    """A tiny model, edited and exported."""
-    lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in EDITS]
+def export_of(
+    base: Path, root: Path, *, mode: Literal["lookup", "retrieve"] = "lookup", subjects: Sequence[str] = ()
+) -> Path:
+    """A tiny model, edited and exported; what the edits are about need not be said."""
+    edits = [{"prompt": prompt, "target": target} for prompt, target in EDITS]
+    for one, subject in zip(edits, subjects, strict=False):
+        one["subject"] = subject
+    lines = [json.dumps(one) for one in edits]
     (root / "edits.jsonl").write_text("\n".join(lines))
     edit(str(base), root / "edits.jsonl", root / "shards", EditSettings(unrelated_texts=64, layer="2"), load=CPU)
     merge([root / "shards"], root / "memory", MergeSettings(mode=mode))
@@ -56,12 +72,55 @@ def export_of(base: Path, root: Path, *, mode: Literal["lookup", "retrieve"] = "
     return root / "edited"
 
 
+def _own_environment() -> dict[str, str]:
+    """What a program of the engine's environment is run with: the packages there are its own."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def in_engine(script: str, *arguments: str) -> str:
+    """The last line that a script of this directory prints, run by the Python of the engine's environment."""
+    command = [_PYTHON, str(_SUPPORT / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_own_environment())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.strip().rpartition("\n")[2]
+
+
+@contextmanager
+def openai_server(model: Path, log: Path, *options: str) -> Iterator[str]:
+    """The address of vLLM's server of a checkpoint, with the plugin."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    settings = {"VLLM_PLUGINS": "wise", "VLLM_CACHE_ROOT": str(log.parent), "HF_HUB_OFFLINE": "1"}
+    settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("w", encoding="utf-8") as written:
+        process = subprocess.Popen(
+            [*command, *options], stdout=written, stderr=subprocess.STDOUT, env={**_own_environment(), **settings}
+        )
+    try:
+        while True:
+            assert process.poll() is None, log.read_text(encoding="utf-8")[-4000:]
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
 @dataclass(frozen=True)
 class Served:
-    """What an engine answered, in each round, or why it refused the model."""
+    """What an engine answered, in each round, or why it refused the model.
+
+    ``likeliest`` has, where they were asked for, the likeliest tokens in the place of each of an answer's, with the
+    logarithms of their probabilities.
+    """
 
     answers: list[Tokens]
     refused: str = ""
+    likeliest: list[list[list[dict[int, float]]]] = field(default_factory=list)
 
     @property
     def reason(self) -> str:
@@ -80,15 +139,14 @@ class VLLM:
     def __init__(self, scratch: Path, *, plugin: bool = False) -> None:
         places = {"HF_MODULES_CACHE": str(scratch / "modules"), "VLLM_CACHE_ROOT": str(scratch / "vllm")}
         places["VLLM_PLUGINS"] = "wise" if plugin else ""
-        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         with (scratch / "vllm.log").open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [_PYTHON, str(_ENGINE)],
+                [_PYTHON, str(_SUPPORT / "vllm_answers.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**own, **places},
+                env={**_own_environment(), **places},
             )
         self._log = scratch / "vllm.log"
 
@@ -115,7 +173,11 @@ class VLLM:
         line = stdout.readline()
         assert line, self._log.read_text(encoding="utf-8")[-4000:]
         told = json.loads(line)
-        return Served(told.get("answers", []), told.get("refused", ""))
+        likeliest = [
+            [[{int(token): one for token, one in place.items()} for place in answer] for answer in answers]
+            for answers in told.get("likeliest", [])
+        ]
+        return Served(told.get("answers", []), told.get("refused", ""), likeliest)
 
     def stop(self) -> None:
         """Let it end."""
@@ -141,6 +203,22 @@ def in_transformers(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *,
         )
         found.append(output[0, len(prompt) :].tolist())
     return found
+
+
+def logits_in_transformers(model: PreTrainedModel, prompt: Sequence[int], *, tokens: int) -> torch.Tensor:
+    """Logits (tokens, v) in the places of a greedy answer's tokens."""
+    ids = torch.tensor([list(prompt)])
+    told = {"output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        **told,
+    )
+    return torch.cat(output.logits).float()
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 Every line of standard input asks, as JSON, and gets one of standard output:
 
     {"model": "edited", "prompts": [[1, 2], [3]], "tokens": 8, "rounds": 1, "settings": {}}
-    {"answers": [[[4, ...], [5, ...]]]}  or, if vLLM refuses the model,  {"refused": "its traceback"}
+    {"answers": [[[4, ...], [5, ...]]], "likeliest": []}  or, if vLLM refuses the model,  {"refused": "its traceback"}
 
 Prompts and answers are numbers of tokens. All prompts are asked at once, in every round, or if ``"alone"`` one by one.
 ``"sampling"`` are more parameters of sampling, and ``"adapters"`` the path of a LoRA adapter for each prompt, or null.
+``"likeliest"`` has, if ``logprobs`` were asked for, the likeliest tokens in each place of each answer.
 """
 
 import gc
@@ -39,14 +40,20 @@ def answers(model, prompts, tokens, rounds, settings, sampling=None, alone=False
     greedy = SamplingParams(**({"temperature": 0, "max_tokens": tokens, "ignore_eos": True} | (sampling or {})))
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     groups = [range(number, number + 1) for number in range(len(asked))] if alone else [range(len(asked))]
-    told = []
+    told, likeliest = [], []
     for _ in range(rounds):
         done = []
         for group in groups:
             lora = [adapter(adapters[number]) for number in group] if adapters else None
             done += engine.generate([asked[number] for number in group], greedy, use_tqdm=False, lora_request=lora)
-        told.append([list(output.token_ids) for one in done for output in one.outputs])
-    return told
+        outputs = [output for one in done for output in one.outputs]
+        told.append([list(output.token_ids) for output in outputs])
+        likeliest.append([[probabilities(place) for place in output.logprobs or ()] for output in outputs])
+    return {"answers": told, "likeliest": likeliest}
+
+
+def probabilities(place):
+    return {token: one.logprob for token, one in place.items()}
 
 
 def adapter(path):
@@ -60,7 +67,7 @@ def main(out):
 
     for line in sys.stdin:
         try:
-            told = {"answers": answers(**json.loads(line))}
+            told = answers(**json.loads(line))
         except Exception:
             told = {"refused": traceback.format_exc()}
         gc.collect()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,33 +12,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.memory_alone import served
 from support.served import PROMPTS, tiny_export
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from wisecli.io.checkpoint import read_json
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.vllm_plugin.engine_names import UNANSWERED
 from wisecli.vllm_plugin.model_state import state_class
-from wisecli.vllm_plugin.releases import name_of, own_paths
+from wisecli.vllm_plugin.processes import Processes
+from wisecli.vllm_plugin.releases import release_in
 from wisecli.vllm_plugin.runner import track_requests
-from wisecli.vllm_plugin.served_memory import Edited, ServedMemory
-
-
-class Reader:
-    """Reads windows with the layers of the checkpoint in transformers."""
-
-    before_run = None
-    adds_rest = False
-
-    def __init__(self, model: Any) -> None:
-        self._decoder = model.get_decoder()
-
-    def read(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """The states of windows, each by itself."""
-        with torch.no_grad():
-            return [self._decoder.read(one[None], torch.ones_like(one[None]).bool()).states[0] for one in windows]
+from wisecli.vllm_plugin.served_memory import Edited
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +36,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "edited"))
-
-
-def served(checkpoint: Path, *, loaded: bool = True) -> tuple[ServedMemory, Any]:
-    """The memory of a checkpoint as an engine has it, and the checkpoint in transformers."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).eval()
-    described = read_json(checkpoint / "config.json")["wise"]
-    memory = ServedMemory(Edited.of(described), model.config, Reader(model), checkpoint)
-    paths = own_paths(described)
-    stored = load_file(checkpoint / "model-side-memory.safetensors")
-    if loaded:
-        memory.load({str(name_of(name, paths)): tensor for name, tensor in stored.items()}, torch.device("cpu"))
-    return memory, model
 
 
 def prompts_of(checkpoint: Path) -> dict[str, list[int]]:
@@ -76,6 +50,13 @@ def test_prompts_are_decided_as_in_transformers(checkpoint: Path) -> None:
     wanted = [tuple(model.decided(ids, torch.ones_like(ids))[0].tolist()) for ids in alone]
     assert memory.decide(prompts) == wanted
     assert [number for number, _ in wanted] == [0, 1, 2, UNROUTED, UNROUTED, UNROUTED]
+
+
+def test_what_a_memory_holds_takes_no_more_than_in_its_file(checkpoint: Path) -> None:
+    memory, _ = served(checkpoint)
+    stored = load_file(checkpoint / "model-side-memory.safetensors")
+    held = sum(one.numel() * one.element_size() for one in memory.memory.buffers())
+    assert held <= 1.01 * sum(one.numel() * one.element_size() for one in stored.values())
 
 
 def test_residuals_are_those_of_transformers(checkpoint: Path) -> None:
@@ -174,6 +155,17 @@ def test_the_next_requests_are_answered_by_the_release_that_was_put_there(checkp
     memory.forget(["before"])
     memory.admit({"again": prompt})
     assert memory.is_unanswered("again")
+
+
+@pytest.mark.parametrize(("others", "seen"), [(False, True), (True, False)])
+def test_a_release_answers_once_every_process_has_it(checkpoint: Path, *, others: bool, seen: bool) -> None:
+    before = release_in(checkpoint)
+    processes = Processes(lambda own: own if seen else before, lambda own: own and others)
+    memory, _ = served(checkpoint, processes=processes)
+    prompt = prompts_of(checkpoint)[PROMPTS[0]]
+    replace(checkpoint)
+    memory.admit({"after": prompt})
+    assert not memory.is_unanswered("after")  # the one before answers
 
 
 def test_what_was_made_for_another_base_takes_nothings_place(

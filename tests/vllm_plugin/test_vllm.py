@@ -11,7 +11,16 @@ import peft
 import pytest
 import torch
 from support.every_type import save_type
-from support.served import PROMPTS, VLLM, Served, export_of, in_transformers, serving, tiny_export
+from support.served import (
+    PROMPTS,
+    VLLM,
+    Served,
+    export_of,
+    in_transformers,
+    logits_in_transformers,
+    serving,
+    tiny_export,
+)
 from support.tiny_models import TINY_CONFIGS, Chain, loader_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -131,6 +140,7 @@ class Asked:
     path: Path
     model: PreTrainedModel
     tokenizer: Any
+    edits: list[dict[str, str]]
     prompts: list[list[int]]
     answers: list[list[int]]
 
@@ -152,7 +162,7 @@ def asked(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Asked:
     export(root / "memory", root / "edited", weights=WeightFiles(link=True))
     tokenizer = AutoTokenizer.from_pretrained(root / "edited", trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(root / "edited", trust_remote_code=True).eval()
-    bare = Asked(root / "edited", model, tokenizer, [], [])
+    bare = Asked(root / "edited", model, tokenizer, chain.edits, [], [])
     beginning, others = " ".join(unrelated_texts(30, seed=1)), unrelated_texts(16, seed=0)
     prompts: list[list[int]] = []
     for edit in chain.edits[:8]:
@@ -162,7 +172,8 @@ def asked(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Asked:
         prompts += [tokenizer(f"{beginning}\n\n{text}").input_ids]
     for text in others[:8]:
         prompts += [tokenizer(text).input_ids[:64], bare.chat(text[:100])]
-    return Asked(root / "edited", model, tokenizer, prompts, in_transformers(model, prompts, tokens=TOKENS))
+    answers = in_transformers(model, prompts, tokens=TOKENS)
+    return Asked(root / "edited", model, tokenizer, chain.edits, prompts, answers)
 
 
 def assert_answers(asked: Asked, found: Served, *, rounds: int = 1) -> None:
@@ -220,17 +231,39 @@ def test_requests_that_are_preempted(vllm: VLLM, asked: Asked) -> None:
     assert_answers(asked, found)
 
 
-def test_guessed_tokens(vllm: VLLM, asked: Asked) -> None:
+def test_guessed_tokens(tmp_path: Path, asked: Asked) -> None:
     guessing = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    found = vllm.ask(asked.path, asked.prompts, tokens=TOKENS, max_model_len=1024, speculative_config=guessing, **EAGER)
+    engine = VLLM(tmp_path, plugin=True)  # what guesses leaves vLLM unable to load another model in its process
+    found = engine.ask(
+        asked.path, asked.prompts, tokens=TOKENS, max_model_len=1024, speculative_config=guessing, **EAGER
+    )
+    engine.stop()
     assert_answers(asked, found)
 
 
 def test_several_answers_with_probabilities(vllm: VLLM, asked: Asked) -> None:
-    more = {"n": 2, "temperature": 1e-4, "seed": 0, "logprobs": 3, "prompt_logprobs": 1}
+    more = {"n": 2, "temperature": 1.0, "top_k": 1, "logprobs": 5, "prompt_logprobs": 1}
     found = vllm.ask(asked.path, asked.prompts, tokens=TOKENS, asking={"sampling": more}, max_model_len=1024, **EAGER)
     assert found.answers, found.refused
     assert found.answers[0] == [answer for answer in asked.answers for _ in range(2)]
+    for number in range(0, len(asked.prompts), 3):
+        logits = logits_in_transformers(asked.model, asked.prompts[number], tokens=TOKENS)
+        places = found.likeliest[0][2 * number]
+        for token, place, wanted in zip(asked.answers[number], places, logits.log_softmax(-1), strict=True):
+            assert max(place, key=lambda one: place[one]) == token
+            assert place == pytest.approx({one: float(wanted[one]) for one in place}, abs=1e-2)
+
+
+def test_samples_begin_as_edits_have_it(vllm: VLLM, asked: Asked) -> None:
+    prompts = [asked.tokenizer(edit["prompt"]).input_ids for edit in asked.edits]
+    prompts += [asked.chat(edit["prompt"]) for edit in asked.edits]
+    more = {"n": 4, "temperature": 0.7, "seed": 1}
+    found = vllm.ask(asked.path, prompts, tokens=3, rounds=2, asking={"sampling": more}, max_model_len=1024, **EAGER)
+    assert found.answers, found.refused
+    assert found.answers[0] == found.answers[1]
+    targets = [asked.tokenizer(f"{space}{edit['target']}").input_ids for space in (" ", "") for edit in asked.edits]
+    begun = [answer[0] == targets[number // 4][0] for number, answer in enumerate(found.answers[0])]
+    assert sum(begun) >= 0.95 * len(begun)
 
 
 def test_next_turns_are_the_same_behind_a_cache_of_what_an_edit_answered(vllm: VLLM, asked: Asked) -> None:

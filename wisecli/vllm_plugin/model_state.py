@@ -59,13 +59,5 @@ class RoutedState:
 
 @functools.cache
 def state_class(base: Any) -> Any:
-    """Return a state that does what a class of vLLM's does, and tells the memory.
-
-    Args:
-        base: vLLM's; its ordinary one if none is given.
-    """
-    if base is None:
-        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-
-        base = DefaultModelState
+    """Return a state that does what a class of vLLM's does, and tells the memory."""
     return type(f"Routed{base.__name__}", (RoutedState, base), {})

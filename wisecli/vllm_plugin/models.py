@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.models import ModelRegistry
 
 from wisecli.routing.layers.routed_layer import layer_of
 from wisecli.vllm_plugin import residual_hooks
 from wisecli.vllm_plugin.engine_names import LAYER, PREFIX, description_in
+from wisecli.vllm_plugin.processes import tensor_parallel_processes
 from wisecli.vllm_plugin.releases import name_of, own_paths
 from wisecli.vllm_plugin.served_memory import Edited, ServedMemory
 from wisecli.vllm_plugin.windows import WindowReader
@@ -32,6 +33,7 @@ class EditedModel:
     """What a causal language model of vLLM's does besides once it is edited."""
 
     wise_memory: ServedMemory
+    wise_settings: Any
     parameters: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -49,10 +51,14 @@ class EditedModel:
 
     def get_model_state_cls(self) -> Any:
         """Return what tells the memory of requests in vLLM's second model runner."""
+        from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
         from wisecli.vllm_plugin.model_state import state_class
 
         own = getattr(super(), "get_model_state_cls", None)
-        return state_class(None if own is None else own())
+        # vLLM looks at the parts of a model that does not choose: this one is the only part of one.
+        only: Any = self
+        return state_class(resolve_model_state_cls(self.wise_settings, nn.ModuleList([only])) if own is None else own())
 
 
 @functools.cache
@@ -78,12 +84,11 @@ def _put_memory(model: Any, vllm_config: Any) -> None:
     edited = Edited.of(description_in(config))
     path = residual_hooks.path_in(model, edited.module)
     reader = WindowReader(model, vllm_config, layer_of(path).rpartition(".")[0], edited.state_layer)
-    # One process would read a release before another does.
-    alone = vllm_config.parallel_config.tensor_parallel_size == 1
     checkpoint = Path(vllm_config.model_config.model)
-    releases = checkpoint if alone and checkpoint.is_dir() else None
-    cut = residual_hooks.put(model, path, behind=edited.behind)
-    model.wise_memory = ServedMemory(edited, config, reader, releases, cut=cut)
+    releases = checkpoint if checkpoint.is_dir() else None
+    cut, processes = residual_hooks.put(model, path, behind=edited.behind), tensor_parallel_processes()
+    model.wise_memory = ServedMemory(edited, config, reader, releases, cut=cut, processes=processes)
+    model.wise_settings = vllm_config
     vllm_config.compilation_config.static_forward_context[LAYER] = model.wise_memory
 
 

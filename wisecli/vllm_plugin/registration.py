@@ -64,6 +64,12 @@ def _choose(vllm_config: Any) -> None:
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
     if parallel.pipeline_parallel_size > 1:
         raise ValueError("an edited model cannot be cut into pipeline stages: use --tensor-parallel-size")
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise ValueError("an edited model's prompts cannot be cut among processes: use --tensor-parallel-size")
+    if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
+        raise ValueError(
+            "an edited model must know how many tokens are guessed: leave out enable_adaptive_verification"
+        )
     if vllm_config.use_v2_model_runner:
         if vllm_config.lora_config is not None:
             raise ValueError("adapters beside edits run in vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")

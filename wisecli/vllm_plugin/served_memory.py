@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from wisecli.artifacts.former_names import current_description, current_marks, current_names
 from wisecli.routing.deciding.decision import WindowStates
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any, window_size, windows
+from wisecli.routing.deciding.subject_filter import SubjectFilter
 from wisecli.routing.layers.routed_layer import memory_module as memory_alone
+from wisecli.routing.memories.fact_memory import FactMemory
 from wisecli.routing.memories.side_memory import Memory, SideMemory
 from wisecli.routing.passes.engine_checks import LostMemoryError
 from wisecli.routing.passes.routed_pass import placeholders_of
+from wisecli.vllm_plugin.processes import ALONE, Processes
 from wisecli.vllm_plugin.releases import ReleaseError, made_for, read_release, release_in
 from wisecli.vllm_plugin.requests import Requests, StepRoute
 
 _LOG = logging.getLogger(f"vllm.{__name__}")  # whose messages vLLM shows
 
-
+# Most of what a lookup holds. It is read a few rows at a time, and computed with in float32 whatever it is kept in.
+_AS_STORED = {"whitened_keys", "residuals", "late_interaction.prompt_token_embeddings"}
 # Places of tokens (n,) → their keys (n, width), and whether this process adds what they open.
 Keys = Callable[[Tensor], tuple[Tensor, bool]]
 
@@ -78,14 +82,19 @@ class Edited:
 
 def described_memory(described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Memory:
     """Return a described memory alone, on a device: vLLM multiplies by the base's weights."""
-    return memory_alone(SideMemory.from_description(current_description(described), tensors)).to(device)
+    memory = memory_alone(SideMemory.from_description(current_description(described), tensors))
+    for name in _AS_STORED & tensors.keys() if isinstance(memory, FactMemory) else ():
+        part, _, own = name.rpartition(".")
+        setattr(memory.get_submodule(part), own, tensors[name])
+    return memory.to(device)
 
 
 @dataclass(frozen=True)
 class _Served:
-    """A release of a memory, and the requests that it has decided."""
+    """A release of a memory, what tells prompts that it cannot answer, and the requests that it has decided."""
 
     memory: Memory
+    may_answer: SubjectFilter
     requests: Requests
 
 
@@ -98,12 +107,20 @@ class ServedMemory:
         reader: reads states of windows.
         checkpoint: the directory that holds it; ``None`` if later releases are not to be read from there.
         cut: whether processes have parts of the keys, and of the answer.
+        processes: those that serve the memory together.
     """
 
     def __init__(
-        self, edited: Edited, config: Any, reader: Reader, checkpoint: Path | None = None, *, cut: bool = False
+        self,
+        edited: Edited,
+        config: Any,
+        reader: Reader,
+        checkpoint: Path | None = None,
+        *,
+        cut: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
-        self.edited, self.reader, self.cut = edited, reader, cut
+        self.edited, self.reader, self.cut, self._processes = edited, reader, cut, processes
         self._window = window_size(config)
         self._placeholders = placeholders_of(config)
         self._checkpoint, self._seen = checkpoint, None if checkpoint is None else release_in(checkpoint)
@@ -148,7 +165,7 @@ class ServedMemory:
 
     def _serve(self, memory: Memory) -> None:
         requests = Requests(self.decide, self.edited.marks, whole=memory.answers_prompts)
-        self._served.append(_Served(memory, requests))
+        self._served.append(_Served(memory, SubjectFilter(memory), requests))
 
     def admit(self, prompts: Mapping[str, Sequence[int]]) -> None:
         """Decide new requests, by the release that lies in the checkpoint's directory by now.
@@ -161,18 +178,27 @@ class ServedMemory:
         self._newest.requests.admit(prompts)
 
     def _look_for_release(self, checkpoint: Path) -> None:
-        found = release_in(checkpoint)
-        if found is None or found == self._seen or self._wanted is None:
+        """Serve the release in a directory if it is another than the last that was seen there."""
+        found = self._processes.first(release_in(checkpoint))
+        if found is None or found == self._seen:
             return
         self._seen = found
+        memory = self._release(checkpoint, found)
+        if self._processes.all_of(memory is not None) and memory is not None:
+            self._serve(memory)
+            _LOG.info("the memory in %s is served from now on", checkpoint)
+
+    def _release(self, checkpoint: Path, found: str) -> Memory | None:
         try:
+            if self._wanted is None:
+                raise ReleaseError("what is served does not say what it was made for")
             described, tensors = read_release(checkpoint, self._wanted)
-            memory = described_memory(described["memory"], tensors, self.device)
+            if release_in(checkpoint) != found:
+                raise ReleaseError("it was replaced while it was read")
+            return described_memory(described["memory"], tensors, self.device)
         except (ReleaseError, OSError, ValueError, KeyError, SafetensorError) as error:
             _LOG.error("the memory in %s is not served, the one before it is: %s", checkpoint, error)
-            return
-        self._serve(memory)
-        _LOG.info("the memory in %s is served from now on", checkpoint)
+            return None
 
     def forget(self, requests: Iterable[str]) -> None:
         """Forget requests that are done, and releases that answer none any more."""
@@ -191,13 +217,21 @@ class ServedMemory:
         ids, real = padded(prompts)
         end = self.edited.marks.ends_in(ids, real)
         known = real & ~is_any(ids, self._placeholders)
-        ids, there = windows(ids, known, end, self._window)
-        device = self.device
-        read = self.reader.read([row[own].to(device) for row, own in zip(ids, there, strict=True)])
-        states = nn.utils.rnn.pad_sequence(read, batch_first=True)
-        with torch.autocast(device.type, enabled=False):
-            memory = self.memory.decide(WindowStates(ids.to(device), there.to(device), states)).memory
+        ids, there = (one.to(self.device) for one in windows(ids, known, end, self._window))
+        memory = torch.full_like(end, UNROUTED)
+        may = torch.tensor(self._newest.may_answer(ids, there)).nonzero().flatten()
+        if len(may):
+            memory[may] = self._asked(ids[may], there[may]).cpu()
         return list(zip(memory.tolist(), end.tolist(), strict=True))
+
+    def _asked(self, ids: Tensor, there: Tensor) -> Tensor:
+        """The memory that each window asks (B,), by the states of its tokens."""
+        width = int(there.sum(1).max())
+        ids, there = ids[:, :width], there[:, :width]
+        read = self.reader.read([row[own] for row, own in zip(ids, there, strict=True)])
+        states = nn.utils.rnn.pad_sequence(read, batch_first=True)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.memory.decide(WindowStates(ids, there, states)).memory
 
     def begin(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> None:
         """Note what is routed of the step that begins; see :meth:`Requests.step`."""

@@ -26,7 +26,7 @@ TOKEN_CHARS, WORD_CHARS = 20, 24
 # Letters are numbers: nothing, what parts words, ten digits, and from there on letters.
 SEPARATOR, DIGIT, LETTER = 1, 2, 12
 # Shorter words must be as they are.
-_MIN_FUZZY_LENGTH = 5
+MIN_FUZZY_LENGTH = 5
 # Pairs of a row and an edit that are compared at a time.
 _AT_A_TIME = 256
 
@@ -139,7 +139,7 @@ def equal_up_to_typo(subject_word: Tensor, prompt_word: Tensor) -> tuple[Tensor,
     swapped = (subject_word.gather(-1, pair) == prompt_word.gather(-1, pair).flip(-1)).all(-1)
     slip = (common >= longer - 1) & ((subject_length - prompt_length).abs() <= 1)
     slip = slip | ((common >= longer - 2) & (subject_length == prompt_length) & swapped)
-    return same, same | (slip & (subject_length >= _MIN_FUZZY_LENGTH) & ~_digits(subject_word) & ~_digits(prompt_word))
+    return same, same | (slip & (subject_length >= MIN_FUZZY_LENGTH) & ~_digits(subject_word) & ~_digits(prompt_word))
 
 
 def _length(words: Tensor) -> Tensor:

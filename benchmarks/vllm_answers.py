@@ -1,0 +1,70 @@
+"""How many prompts vLLM answers token for token as transformers does, of an edited checkpoint, cache cold and warm.
+
+    DIR/bin/python benchmarks/vllm_answers.py edited sample_edits/edits.jsonl
+
+Prompts are the edits' own, their first rephrases, both as questions and behind a document, and unrelated ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wisecli.data.corpus import unrelated_texts
+from wisecli.edits.record import read_edits
+
+os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def prompts(tokenizer: Any, edits: Path) -> list[list[int]]:
+    """Token ids of what is asked."""
+    document, texts = " ".join(unrelated_texts(6, seed=1)), unrelated_texts(12, seed=0)
+    for edit in read_edits(edits):
+        texts += [edit.prompt, *edit.rephrases[:1], f"Q: {edit.prompt}\nA:", f"{document}\n\n{edit.prompt}"]
+    return [tokenizer(text).input_ids for text in texts]
+
+
+@torch.no_grad()
+def in_transformers(checkpoint: Path, asked: list[list[int]], tokens: int) -> tuple[list[list[int]], int]:
+    """Greedy answers, each prompt by itself, and how many of them an edit gives."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
+    answers, by_edits = [], 0
+    for prompt in asked:
+        ids = torch.tensor([prompt])
+        by_edits += int(model.decided(ids, torch.ones_like(ids))[0, 0] >= 0)
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        answers.append(answer[0, len(prompt) :].tolist())
+    return answers, by_edits
+
+
+def main() -> None:
+    """Print how many answers are equal, in two rounds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("edited", type=Path)
+    parser.add_argument("edits", type=Path)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile")
+    given = parser.parse_args()
+    asked = prompts(AutoTokenizer.from_pretrained(given.edited, trust_remote_code=True), given.edits)
+    wanted, by_edits = in_transformers(given.edited, asked, given.tokens)
+    print(f"{len(asked)} prompts, {by_edits} of them answered by edits", flush=True)
+
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        str(given.edited), dtype="float32", max_model_len=1024, enforce_eager=not given.compiled, block_size=32
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=given.tokens)
+    for cache in ("cold", "warm"):
+        done = engine.generate([{"prompt_token_ids": prompt} for prompt in asked], greedy, use_tqdm=False)
+        answers = [list(one.outputs[0].token_ids) for one in done]
+        print(f"{cache} cache: {sum(map(list.__eq__, answers, wanted))} of {len(asked)} token for token", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.thorough import LONGEST
 
 ROOT = Path(__file__).parents[1] / "wisecli"
+TESTS = Path(__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 # A command's parameters are its options.
 OF_COMMANDS = ROOT / "cli"
@@ -71,6 +73,11 @@ def test_folders_are_small() -> None:
     sizes = {name_of(one): len([path for path in one.glob("*.py") if path.stem != "__init__"]) for one in folders}
     assert {name: size for name, size in sizes.items() if size > LARGER.get(name, (SIZE, ""))[0]} == {}
     assert [name for name in LARGER if sizes[name] <= SIZE] == []
+
+
+def test_files_that_run_first_are_there() -> None:
+    found = ["/".join(path.parts[-3:]) for path in TESTS.rglob("test_*.py")]
+    assert [name for name in LONGEST if not any(file.endswith(name) for file in found)] == []
 
 
 def test_modules_have_the_names_of_the_field() -> None:

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from wisecli.routing.memories.side_memory import SideMemory
 
 # The words of a chat's turn at the least; the last tokens of a prompt that are compared; the share of a subject's words
-# that a prompt must hold; how near a key inside an answer must come; and which whitening is that of such keys.
-_TURN, _COMPARED, _NAMED, _NEAR, _IN_ANSWER = 4, 1024, 0.75, 0.5, 1
+# that a prompt must hold; how near a key inside an answer must come, and one at the end of a prompt that begins it; and
+# which whitening is that of such keys.
+_TURN, _COMPARED, _NAMED, _NEAR, _BEGUN, _IN_ANSWER = 4, 1024, 0.75, 0.5, 0.8, 1
 
 
 # --- which memory answers a prompt ---
@@ -144,7 +145,7 @@ def nearest_key(memory: SideMemory, edit: int, key: Tensor, *, in_answer: bool) 
     found = cosines(memory.tensors, key)
     # A prompt's last token may be inside an answer that the prompt begins.
     own = [
-        place for place, is_inside in inside.items() if is_inside == in_answer or (is_inside and found[place] > _NEAR)
+        place for place, is_inside in inside.items() if is_inside == in_answer or (is_inside and found[place] > _BEGUN)
     ]
     best = max(own, key=found.__getitem__)
     return None if in_answer and found[best] <= _NEAR else best

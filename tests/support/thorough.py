@@ -12,23 +12,23 @@ from hypothesis import settings
 # chain of the real model, the next three do without it, and those that need it later find it made.
 LONGEST = (
     "export/test_behaviour.py",
-    "editing/test_staging.py",
-    "editing/test_erasure.py",
-    "editing/test_executors.py",
-    "export/test_checkpoint.py",
-    "models/test_streaming.py",
+    "run/test_staging.py",
+    "examples/test_erasure.py",
+    "run/test_executors.py",
+    "routed/test_checkpoint.py",
+    "streaming/test_layer_stream.py",
     "scripts/test_publishing.py",
     "evaluation/test_evaluate.py",
     "bench/studies/test_studies.py",
-    "memory/test_history.py",
+    "history/test_release_log.py",
     "export/test_compatibility.py",
     "artifacts/test_untrusted.py",
     "models/test_vision.py",
     "cli/test_app.py",
     "bench/test_compare.py",
     "cli/test_shards.py",
-    "cli/test_draft.py",
-    "editing/test_closed_form.py",
+    "commands/test_draft.py",
+    "writers/test_closed_form.py",
 )
 
 

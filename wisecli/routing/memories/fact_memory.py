@@ -19,6 +19,8 @@ from wisecli.routing.deciding.prompt_window import UNROUTED
 ANSWER_WHITENING = 1
 # How near a key inside an answer must come once a prompt has opened an edit.
 ANSWER_KEY_MIN_COSINE = 0.5
+# How near one must come to a prompt's last token for the prompt to end inside its answer.
+_BEGUN_MIN_COSINE = 0.8
 
 
 class RoutingKeys(nn.Module):
@@ -58,7 +60,7 @@ class RoutingKeys(nn.Module):
         cosines = self.cosines(keys, key_indices).masked_fill(other, -torch.inf)
         cosine, at = cosines.masked_fill(inside != in_answer[:, None], -torch.inf).max(-1)
         begun, begun_at = cosines.masked_fill(~inside, -torch.inf).max(-1)
-        goes_on = (begun > ANSWER_KEY_MIN_COSINE) & (begun > cosine)
+        goes_on = (begun > _BEGUN_MIN_COSINE) & (begun > cosine)
         return begun.where(goes_on, cosine), key_indices[begun_at.where(goes_on, at)]
 
     def whitened_norms(self, keys: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from wisecli.routing.memories.side_memory import SideMemory
 # The words of a chat's turn at the least; the last tokens of a prompt that are compared; the share of a subject's words
 # that a prompt must hold; how near a key inside an answer must come, and one at the end of a prompt that begins it; and
 # which whitening is that of such keys.
-_TURN, _COMPARED, _NAMED, _NEAR, _BEGUN, _IN_ANSWER = 4, 1024, 0.75, 0.5, 0.8, 1
+_TURN, _COMPARED, _NAMED, _NEAR, _BEGUN, _IN_ANSWER = 4, 1024, 0.75, 0.3, 0.8, 1
 
 
 # --- which memory answers a prompt ---

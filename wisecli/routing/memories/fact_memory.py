@@ -18,7 +18,7 @@ from wisecli.routing.deciding.prompt_window import UNROUTED
 # The whitening of keys inside answers; those that prompts end in have others.
 ANSWER_WHITENING = 1
 # How near a key inside an answer must come once a prompt has opened an edit.
-ANSWER_KEY_MIN_COSINE = 0.5
+ANSWER_KEY_MIN_COSINE = 0.3
 # How near one must come to a prompt's last token for the prompt to end inside its answer.
 _BEGUN_MIN_COSINE = 0.8
 

@@ -171,7 +171,7 @@ class RequestAnswers:
         if new:
             for state, own in zip(new, self._decided([_prompt_of(state) for state in new]), strict=True):
                 state.wise_answering = own
-        numbers = torch.tensor([state.wise_answering for state in states], dtype=arg_storage.dtype)
+        numbers = torch.tensor([self._answering(state) for state in states], dtype=arg_storage.dtype)
         arg_storage[-2:, : len(states)] = numbers.T.to(arg_storage.device)
         return arg_storage
 
@@ -179,6 +179,15 @@ class RequestAnswers:
         """Process logits as ever."""
         processed: Tensor = self.inner(ids, scores, numbers[:-2])
         return processed
+
+    def _answering(self, state: Any) -> tuple[int, int]:
+        """The memory that answers a request, unless a special token has ended its answer; and the prompt's end."""
+        memory, end = state.wise_answering
+        said = (*state.initial_tokens[len(_prompt_of(state)) :], *state.generated_tokens)
+        if memory != UNROUTED and not set(said).isdisjoint(self.decoder.wise_marks.special_token_ids):
+            memory = UNROUTED
+            state.wise_answering = memory, end
+        return memory, end
 
     @torch.no_grad()
     def _decided(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

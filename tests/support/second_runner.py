@@ -41,8 +41,8 @@ def parameters(kind, name):
 
 def added(memory, count):
     """The places of so many tokens at which the memory adds something."""
-    answer = torch.zeros(count, memory.memory.values.shape[1])
-    width = memory.memory.probes.shape[1]
+    answer = torch.zeros(count, memory.memory.residuals.shape[1])
+    width = memory.memory.whitened_keys.shape[1]
     memory.add_to(answer, lambda tokens: (torch.ones(len(tokens), width), True), real=True)
     return answer.any(1).nonzero().flatten().tolist()
 

@@ -2,13 +2,16 @@
 
     DIR/bin/python benchmarks/vllm_answers.py edited sample_edits/edits.jsonl
 
-Prompts are the edits' own, their first rephrases, both as questions and behind a document, and unrelated ones.
+Each of some edits is asked as taught and rephrased in every form, and put into prompts of every kind that ask or
+mention it, by patterns that nothing is learned from, bare and in chat. Unrelated texts are asked besides.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wisecli.data.corpus import unrelated_texts
-from wisecli.edits.record import read_edits
+from wisecli.edits.record import Edit, read_edits
+from wisecli.models.prompts.prompt_forms import usable_forms
+from wisecli.models.prompts.prompt_kinds import Fact, kinds
 
 os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-def prompts(tokenizer: Any, edits: Path) -> list[list[int]]:
+def prompts(tokenizer: Any, edits: Sequence[Edit]) -> list[list[int]]:
     """Token ids of what is asked."""
-    document, texts = " ".join(unrelated_texts(6, seed=1)), unrelated_texts(12, seed=0)
-    for edit in read_edits(edits):
-        texts += [edit.prompt, *edit.rephrases[:1], f"Q: {edit.prompt}\nA:", f"{document}\n\n{edit.prompt}"]
+    rng, texts = random.Random(7), unrelated_texts(12, seed=0)
+    for place, edit in enumerate(edits):
+        second, other = edits[place - 1], edits[place - 2]
+        also = Fact(second.prompt, second.subject, second.target)
+        fact = Fact(edit.prompt, edit.subject, edit.target, other.target, namesake=second.subject, second=also)
+        own = (edit.prompt, *edit.rephrases[:1])
+        texts += [form.render(tokenizer, text) for form in usable_forms(tokenizer) for text in own]
+        ways = ((kind, chat) for kind in kinds().values() for chat in (False, True))
+        put = [kind.sample_prompt(tokenizer, fact, trained=False, rng=rng, chat=chat) for kind, chat in ways]
+        texts += [text for text in dict.fromkeys(put) if text is not None]
     return [tokenizer(text).input_ids for text in texts]
 
 
@@ -47,10 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("edited", type=Path)
     parser.add_argument("edits", type=Path)
+    parser.add_argument("--asked", type=int, default=12, help="edits that are asked")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--compiled", action="store_true", help="with torch.compile")
     given = parser.parse_args()
-    asked = prompts(AutoTokenizer.from_pretrained(given.edited, trust_remote_code=True), given.edits)
+    tokenizer = AutoTokenizer.from_pretrained(given.edited, trust_remote_code=True)
+    asked = prompts(tokenizer, list(read_edits(given.edits))[: given.asked])
     wanted, by_edits = in_transformers(given.edited, asked, given.tokens)
     print(f"{len(asked)} prompts, {by_edits} of them answered by edits", flush=True)
 

@@ -46,8 +46,6 @@ _CAPITALS, _KEYWORDS = 0.15, 0.08
 # A step's grid: relations and subjects of one kind, and facts of any kind beside them.
 _GRID, _EXTRA_FACTS = 6, 8
 _RATE, _LOGIT_RATE = 1e-3, 1e-2
-# Texts that are read at a time, at least: a few layers of them take little memory.
-_ROWS = 64
 # Weights of the losses of probabilities beside those of contrast.
 _PROBABILITY_WEIGHT = 3.0
 
@@ -78,8 +76,7 @@ def train_projections(
     with suppress(DamagedFileError):
         if (heads := load_heads(path)) is not None:
             return heads
-    share, rows = min(1.0, texts / _TEXTS), max(batch_size, _ROWS)
-    trained = _train_all(loaded, site, share=share, batch_size=rows, on_progress=on_progress)
+    trained = _train_all(loaded, site, share=min(1.0, texts / _TEXTS), batch_size=batch_size, on_progress=on_progress)
     keep_in_cache(path, lambda working: save_tensors(working, trained.tensors(), {}))
     return trained
 

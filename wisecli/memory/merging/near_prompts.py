@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from wisecli.models.running.quick_products import has_bfloat16_tiles
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction, ProjectedPrompts
 
 # So many tokens are compared at a time that the outcome stays near the core.
@@ -66,4 +65,5 @@ class NearPrompts:
 
 def _comparison_dtype() -> torch.dtype:
     """The type of numbers that this processor multiplies quickest of those that will do."""
-    return torch.bfloat16 if has_bfloat16_tiles() else torch.float32
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return torch.bfloat16 if tiles is not None and tiles() else torch.float32

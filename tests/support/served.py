@@ -190,35 +190,20 @@ class VLLM:
 @torch.no_grad()
 def in_transformers(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tokens: int = 8) -> Tokens:
     """Greedy answers of that many tokens, each prompt by itself."""
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)])
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        found.append(output[0, len(prompt) :].tolist())
-    return found
+    return [_greedily(model, prompt, tokens)[0, len(prompt) :].tolist() for prompt in prompts]
 
 
 def logits_in_transformers(model: PreTrainedModel, prompt: Sequence[int], *, tokens: int) -> torch.Tensor:
     """Logits (tokens, v) in the places of a greedy answer's tokens."""
-    ids = torch.tensor([list(prompt)])
-    told = {"output_logits": True, "return_dict_in_generate": True}
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        **told,
-    )
+    output = _greedily(model, prompt, tokens, output_logits=True, return_dict_in_generate=True)
     return torch.cat(output.logits).float()
+
+
+def _greedily(model: PreTrainedModel, prompt: Sequence[int], tokens: int, **asked: bool) -> Any:
+    """What ``generate()`` returns for a greedy answer of that many tokens, whatever ends it."""
+    ids = torch.tensor([list(prompt)])
+    settled = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settled, **asked)
 
 
 @torch.no_grad()

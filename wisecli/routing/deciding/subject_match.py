@@ -62,8 +62,7 @@ class SubjectMatch(nn.Module):
         """
         pair, name = (edits[:, None] == self.name_to_edit).nonzero(as_tuple=True)
         own, entry = (name[:, None] == self.entry_to_name).nonzero(as_tuple=True)
-        place = torch.searchsorted(self.token_ids, ids.contiguous()).clamp(max=len(self.token_ids) - 1)
-        words = self.token_to_word[place].where((self.token_ids[place] == ids) & in_prompt, -1)
+        words = self._word_at(ids, in_prompt)
         sizes = torch.bincount(own, minlength=len(name))
         spans = SPAN_PER_WORD * sizes[own] + SPAN_MARGIN
         near = within_span(words[rows[pair[own]]] == self.entry_to_word[entry, None], spans)
@@ -75,10 +74,13 @@ class SubjectMatch(nn.Module):
 
     def words_in(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
         """Which words rows of token ids (B, T) hold, at the tokens that ``in_prompt`` (B, T) marks: 0 or 1, (B, v)."""
-        place = torch.searchsorted(self.token_ids, ids.contiguous()).clamp(max=len(self.token_ids) - 1)
-        known = (self.token_ids[place] == ids) & in_prompt
         words = self.word_weights.new_zeros(len(ids), len(self.token_ids) + 1, dtype=torch.float32)
-        return words.scatter(1, self.token_to_word[place].where(known, len(self.token_ids)), 1.0)[:, :-1]
+        return words.scatter(1, self._word_at(ids, in_prompt), 1.0)[:, :-1]
+
+    def _word_at(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
+        """The word that each token spells, v where it spells none or is not of the prompt: (B, T) twice → (B, T)."""
+        place = torch.searchsorted(self.token_ids, ids.contiguous()).clamp(max=len(self.token_ids) - 1)
+        return self.token_to_word[place].where((self.token_ids[place] == ids) & in_prompt, len(self.token_ids))
 
     def matched_edits(self, words: Tensor) -> Tensor:
         """Return the edits whose subjects rows with these words (B, v) name: (B, M)."""

@@ -402,7 +402,7 @@ def test_statistics_of_unrelated_text_survive_being_written(tmp_path: Path, whol
         load_background(path, "0" * 64)
 
 
-@pytest.mark.parametrize("missing", ["keys", "chat", "size", "tokens.energy", "wording.directions"])
+@pytest.mark.parametrize("missing", ["keys", "chat", "median_output_norm", "tokens.energy", "wording.directions"])
 def test_statistics_without_one_of_their_tensors_are_refused(tmp_path: Path, missing: str) -> None:
     path = tmp_path / "unrelated.safetensors"
     save_background(path, some_unrelated())

@@ -112,10 +112,14 @@ def test_a_pipeline_answers(exported: Exported) -> None:
 
 # peft asks transformers by a name that transformers gives up.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_an_adapter_goes_on_top(exported: Exported) -> None:
+def test_an_adapter_goes_on_top_and_is_saved(exported: Exported, tmp_path: Path) -> None:
     tuned = get_peft_model(exported.load(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     assert exported.answers(tuned.eval()) == exported.said
     assert not any("wise_memory" in name for name, _ in tuned.named_parameters() if "lora" in name)
+    tuned.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved
+    assert all(".lora_" in name for name in saved)  # no word was added, so no embeddings are saved
 
 
 def test_without_its_head_it_is_routed_too(exported: Exported) -> None:

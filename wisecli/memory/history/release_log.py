@@ -1,4 +1,4 @@
-"""A memory's life: its shards, and a log of all that was done to it, each line chained to the one before by digest.
+"""The history of a memory: its shards, and a log of its releases in which each line holds the digest of the one before.
 
 Beside ``router.json`` and the memory's tensors, which are its newest release, a memory has a directory ``history``:
 ``shards/0001`` and on, as ``wise edit`` wrote them, and ``log.jsonl``. Nothing is ever taken out of either, so that
@@ -39,7 +39,7 @@ Action = Literal["edit", "merge", "remove", "rollback"]
 
 @dataclass(frozen=True)
 class Release:
-    """One line of the log: what was done, by whom, and the memory that came of it.
+    """One line of the log: what was done, by whom, and the digests of the memory that resulted.
 
     ``shards`` are the directories that the memory is merged from, each with the ids of its edits that do not count;
     ``superseded`` maps ids of edits that gave way to the id that took their place; ``modified`` are those of ``added``
@@ -74,7 +74,7 @@ class Release:
 
 @dataclass(frozen=True)
 class Provenance:
-    """By whom a memory is changed, and why; by default by the user of this process. ``key`` signs the release."""
+    """Who changes a memory, by default the user of this process, and why. ``key`` signs the release."""
 
     who: str | None = None
     reason: str = ""
@@ -83,7 +83,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Change:
-    """What is to be written into the log, besides what every line has.
+    """The part of a log line that only this change has.
 
     ``replaced`` maps ids of edits that give way to the id that takes their place, which may be the same.
     """
@@ -98,12 +98,12 @@ class Change:
 
 
 def has_history(memory: Path) -> bool:
-    """Whether a directory is a memory that is edited again and again."""
+    """Return whether a directory is a memory with a history."""
     return (memory / HISTORY / LOG).is_file()
 
 
 def read_history(memory: Path) -> list[Release]:
-    """All releases, the oldest first; every line's digest is checked against the line after it.
+    """Return all releases, the oldest first, and check every line's digest against the line after it.
 
     Raises:
         MemoryHistoryError: the memory has no history.
@@ -134,14 +134,14 @@ def read_history(memory: Path) -> list[Release]:
 
 
 def _told_apart(release: Release) -> Release:
-    """A release whose modified edits are not among the superseded ones, where older versions counted them."""
+    """Return a release without its modified edits among the superseded ones, where older versions counted them."""
     modified = tuple(old for old, new in release.superseded.items() if old == new)
     superseded = {old: new for old, new in release.superseded.items() if old != new}
     return replace(release, modified=(*release.modified, *modified), superseded=superseded)
 
 
 def is_merged(memory: Path) -> bool:
-    """Whether nothing but one merge has been done to a memory, so that the same merge would make it anew."""
+    """Return whether a memory has had one merge and nothing else, so that the same merge would make it anew."""
     if not (memory / HISTORY).exists():
         return True
     try:
@@ -152,30 +152,30 @@ def is_merged(memory: Path) -> bool:
 
 
 def shard_path(memory: Path, name: str) -> Path:
-    """Where a directory of shards of a memory's history is."""
+    """Return the path of a directory of shards in a memory's history."""
     return inside(memory / HISTORY, f"{SHARDS}/{name}")
 
 
 def next_name(memory: Path) -> str:
-    """A name for the next directory of shards."""
+    """Return a name for the next directory of shards."""
     directory = memory / HISTORY / SHARDS
     taken = [int(path.name) for path in directory.iterdir() if path.name.isdecimal()] if directory.is_dir() else []
     return f"{max(taken, default=0) + 1:04d}"
 
 
 def inputs_of(memory: Path, release: Release) -> dict[Path, tuple[str, ...]]:
-    """The directories that a release is merged from, each with the ids of its edits that do not count."""
+    """Return the directories that a release is merged from, each with the ids of its edits that are left out."""
     return {shard_path(memory, name): gone for name, gone in release.shards.items()}
 
 
 def anew_prefix(memory: Path) -> str:
-    """How the names of directories begin in which shards of a memory are trained anew."""
+    """Return the first part of the names of directories in which shards of a memory are trained anew."""
     return f".{memory.name}.anew-"
 
 
 @contextmanager
 def changing(memory: Path) -> Iterator[None]:
-    """Keep other processes from changing a memory, and take away what killed ones left; the lock dies with its owner.
+    """Return a context in which no other process changes a memory; what killed processes left is removed.
 
     Raises:
         BusyError: another one is at it.
@@ -196,7 +196,7 @@ def changing(memory: Path) -> Iterator[None]:
 
 @contextmanager
 def next_release(memory: Path, *, afresh: bool = False) -> Iterator[Path]:
-    """A working directory with the memory's history in it, which takes the memory's place when the block ends well.
+    """Return a context with a working copy of a memory's history, which replaces the memory when the block ends well.
 
     Args:
         afresh: whether a history begins here, whatever there was.
@@ -212,7 +212,7 @@ def next_release(memory: Path, *, afresh: bool = False) -> Iterator[Path]:
 
 
 def record(working: Path, manifest: Manifest, change: Change, *, file: str) -> Release:
-    """Write one more line into the log of a release that is being made.
+    """Append a line to the log of a release that is being made.
 
     Args:
         file: name of the memory's tensors.
@@ -257,7 +257,7 @@ def require_whole(memory: Path, releases: Sequence[Release]) -> None:
 
 
 def require_whole_history(memory: Path, releases: Sequence[Release]) -> None:
-    """Check that no file of a memory was altered but for its manifest and tensors, which can be made anew.
+    """Check that no file of a memory was altered except its manifest and tensors, which can be made anew.
 
     Raises:
         DamagedFileError: naming those that were.
@@ -266,7 +266,7 @@ def require_whole_history(memory: Path, releases: Sequence[Release]) -> None:
 
 
 def has_full_digests(releases: Sequence[Release]) -> bool:
-    """Whether all files of the newest release are under digests, which older versions did not take."""
+    """Return whether the newest release has a digest of every file, which older versions did not write."""
     return bool(releases[-1].manifest)
 
 

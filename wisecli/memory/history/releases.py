@@ -1,4 +1,4 @@
-"""Making the next release of a memory: its shards joined anew, and a line in its log."""
+"""Makes the next release of a memory: merges its shards anew, and adds a line to its log."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from wisecli.progress import ProgressCallback, ignore_progress
 
 @dataclass(frozen=True)
 class Published:
-    """A release that is in place, and how many edits it holds; ``up_to_date`` says that it was there already."""
+    """A release in its place, and how many edits it holds; ``up_to_date`` if it was there already."""
 
     release: Release
     held: int
@@ -50,7 +50,7 @@ def publish(
     model: str | None = None,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Published:
-    """Join the shards that a change names and put the outcome in the memory's place; whole, or not at all.
+    """Merge the shards that a change names and replace the memory by the result; whole, or not at all.
 
     Args:
         new: where directories of shards are that the memory's history does not have yet, by the names they will have.
@@ -73,7 +73,7 @@ def publish(
 def publish_first(
     memory: Path, manifest: Manifest, inputs: Sequence[ReducedShards], provenance: Provenance
 ) -> Published:
-    """Put what shards were merged into in a memory's place, with a history that begins there.
+    """Replace a memory by what shards were merged into, with a history that begins there.
 
     Args:
         inputs: those shards, in order.
@@ -94,7 +94,7 @@ def publish_first(
 
 
 def _gone(kept: ReducedShards) -> tuple[str, ...]:
-    """The edits that a directory of shards holds and that do not count."""
+    """Return the ids of a directory's edits that are left out of a release."""
     counted = {edit.id for edit in kept.directory.written}
     return tuple(edit.id for edit in kept.whole.written if edit.id not in counted)
 
@@ -119,7 +119,7 @@ def _written(
 
 
 def _take_in(shards: ShardDirectory, place: Path) -> None:
-    """Bring shards into a history, as other names of the same files where the disk has such."""
+    """Bring shards into a history, by hard links where the disk has them."""
     place.mkdir(parents=True)
     for file in (*(entry.file for entry in shards.shards), UNRELATED_NAME):
         (place / file).parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def _take_in(shards: ShardDirectory, place: Path) -> None:
 
 
 def _share(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
-    """What the model makes of unrelated text is the same in every round, and kept once."""
+    """Link the statistics of unrelated text, which all shards of a model share, so that they are kept once."""
     mine = kept[name].directory
     for other in (one.directory for one in kept.values() if one.directory.path != mine.path):
         if other.unrelated_sha256 == mine.unrelated_sha256:
@@ -138,17 +138,17 @@ def _share(place: Path, kept: Mapping[str, ReducedShards], name: str) -> None:
 
 
 def settings_of(release: Release) -> MergeSettings:
-    """How a release was merged."""
+    """Return the settings that a release was merged by."""
     return settings_from(MergeSettings, release.merge)
 
 
 def directories_of(memory: Path, release: Release) -> list[ShardDirectory]:
-    """The shards that a release is merged from, without the edits that do not count."""
+    """Return the shards that a release is merged from, without the edits that are left out."""
     return [_kept(memory, name, gone, {}).directory for name, gone in release.shards.items()]
 
 
 def newest_shards(memory: Path, releases: Sequence[Release]) -> ShardDirectory:
-    """The shards that came last, of the newest release that has any: an emptied memory has none."""
+    """Return the shards that came last, of the newest release that has any; an emptied memory has none."""
     release = next(release for release in reversed(releases) if release.shards)
     return directories_of(memory, release)[-1]
 
@@ -158,7 +158,7 @@ def _kept(memory: Path, name: str, gone: tuple[str, ...], new: Mapping[str, Path
 
 
 def _at_home(manifest: Manifest, names: list[str]) -> Manifest:
-    """The same manifest; shards are named by where they are in the memory."""
+    """Return a manifest that names shards by their paths in the memory."""
     listed = [
         [f"{HISTORY}/{SHARDS}/{name}", count] for name, (_, count) in zip(names, manifest.merge["shards"], strict=True)
     ]
@@ -166,10 +166,10 @@ def _at_home(manifest: Manifest, names: list[str]) -> Manifest:
 
 
 def merging_of(releases: Sequence[Release]) -> MergeSettings:
-    """The settings that the newest release was merged by; the defaults of a memory that has none yet."""
+    """Return the settings that the newest release was merged by, or the defaults if there is none yet."""
     return settings_of(releases[-1]) if releases else MergeSettings()
 
 
 def name_after(memory: Path, new: Mapping[str, Path]) -> str:
-    """A name for the shards after those that are new, too."""
+    """Return a name for the shards that follow those that are new, too."""
     return f"{int(next_name(memory)) + len(new):04d}"

@@ -1,4 +1,4 @@
-"""Which edits of a memory give way to new ones, and which consequences go with them."""
+"""Finds the edits of a memory that new ones replace, and the consequences that go with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from wisecli.edits.text import folded
 
 
 def superseding(held: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
-    """The ids of held edits that give way, each with the id of the new edit that takes its place.
+    """Return the ids of the memory's edits that are replaced, each with the id of the new edit that replaces it.
 
     An edit gives way to one with the same prompt, or with the same id.
     """
@@ -20,7 +20,7 @@ def superseding(held: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
 
 
 def with_consequences(held: Sequence[Edit], new: Sequence[Edit], giving_way: Mapping[str, str]) -> dict[str, str]:
-    """The ids of held edits that give way, with those of their consequences.
+    """Return the ids of the memory's edits that are replaced, and of their consequences.
 
     A consequence goes with its edit, unless that comes again under its id and says the same.
     """
@@ -31,7 +31,7 @@ def with_consequences(held: Sequence[Edit], new: Sequence[Edit], giving_way: Map
 
 
 def consequences_of(held: Sequence[Edit], ids: Collection[str]) -> tuple[str, ...]:
-    """The ids of what follows from some edits, but for those that are among them."""
+    """Return the ids of the consequences of some edits that are not among those edits."""
     return tuple(edit.id for edit in held if edit.consequence_of in ids and edit.id not in ids)
 
 

@@ -1,4 +1,4 @@
-"""The states that leave an edited decoder layer, and a memory behind it. Needs torch only; exports carry this.
+"""A memory behind a decoder layer, which changes the states that leave it. Needs torch only; exports carry this.
 
     y = h              the main memory answers
     y = h + v_i        edit i answers
@@ -22,7 +22,7 @@ class LayerOutputMemory(EditedLayer):
     wise_streams: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer alone, with the residuals of tokens that the memory answers."""
+        """Run the layer, and add to its output the residuals of the tokens that the memory answers."""
         route = kwargs.pop("wise_route", None)
         with in_pass(route):
             output = super(EditedLayer, self).forward(*args, **kwargs)

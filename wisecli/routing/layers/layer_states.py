@@ -1,4 +1,4 @@
-"""The states in what a decoder layer gives. Needs torch only; exports carry this very file.
+"""Finds the states in a decoder layer's output. Needs torch only; exports carry this very file.
 
 That is a tensor, or the first of several things. Of a layer that carries several streams side by side the first of
 those is read, and what is added to it is added to all; ``streams`` is the axis along which they lie, ``None`` where
@@ -16,13 +16,13 @@ MEMORY = "wise_memory"
 
 
 def state_of(output: Any, streams: int | None) -> Tensor:
-    """The states (B, T, d) in what a layer gives."""
+    """Return the states (B, T, d) in a layer's output."""
     states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return states if streams is None else states.select(streams, 0)
 
 
 def with_state(output: Any, state: Tensor, streams: int | None) -> Any:
-    """What a layer gives, with other states (B, T, d) in it."""
+    """Return a layer's output with other states (B, T, d) in it."""
     if isinstance(output, (tuple, list)):
         return type(output)([with_state(output[0], state, streams), *output[1:]])
     return state if streams is None else output + (state - state_of(output, streams)).unsqueeze(streams)

@@ -1,4 +1,4 @@
-"""Types of modules that do what a class of a model does, and something besides. Needs torch only; exports carry this.
+"""Adds behaviour to modules of a loaded model by subclassing their classes. Needs torch only; exports carry this.
 
 An architecture's own classes stay what they are: one module of a model gets a type of its own.
 """
@@ -14,18 +14,18 @@ from torch import nn
 
 
 def accepted_arguments(kind: Any, named: dict[str, Any]) -> dict[str, Any]:
-    """Those of some arguments that the ``forward`` of a class of models names."""
+    """Return those of some arguments that the ``forward`` of a model's class takes."""
     return {name: value for name, value in named.items() if name in arguments_of(kind)}
 
 
 @functools.cache
 def arguments_of(kind: Any) -> tuple[str, ...]:
-    """The names of the arguments that the ``forward`` of a class of models takes."""
+    """Return the names of the arguments that the ``forward`` of a model's class takes."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 class ModuleMixin(nn.Module):
-    """What a module of some class does besides; it stands before that class among the bases of another."""
+    """Behaviour added to a module; in the subclass it stands before the module's own class."""
 
 
 # What passes and `generate()` are given of prompts that are decided already.
@@ -35,7 +35,7 @@ _SHOWN = ("forward", "prepare_inputs_for_generation")
 
 
 class SignatureMixin(ModuleMixin):
-    """A role in which whoever looks for arguments of some methods finds those of the class behind it."""
+    """A mixin whose methods show the signatures of the class that they override."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -47,7 +47,7 @@ class SignatureMixin(ModuleMixin):
 
 
 def _shown_as(method: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """A method in which whoever looks for arguments finds those of the original one."""
+    """Return a method that shows the signature of the original one."""
 
     @functools.wraps(original)
     def shown(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,13 +58,13 @@ def _shown_as(method: Callable[..., Any], original: Callable[..., Any]) -> Calla
 
 
 def add_mixin(module: nn.Module, role: type[ModuleMixin]) -> None:
-    """Give a module a type of its own that does what its type does, and what ``role`` adds."""
+    """Change a module's class to a subclass of it that has the behaviour of ``role``, too."""
     if not isinstance(module, role):
         module.__class__ = mixed_type(type(module), role)
 
 
 def mixed_type(kind: Any, role: Any) -> Any:
-    """The one type that does what ``kind`` does, and what ``role`` adds."""
+    """Return the subclass of ``kind`` with the behaviour of ``role``; always the same one."""
     return _made(kind, role)
 
 

@@ -49,7 +49,7 @@ class Routed(Memory):
     """A memory in its place in a model."""
 
     def called_with(self, *, off: bool = False, forced: int | None = None) -> AbstractContextManager[None]:
-        """For a while, in this thread: the main memory alone answers, or a memory from the prompts' end on."""
+        """Return a context, of this thread alone, in which only the main memory answers, or one memory always does."""
         return overridden_by(Override(off, forced))
 
 
@@ -102,7 +102,7 @@ class RoutedMatrixMemory(RoutedMatrix, MatrixMemory):
         self.activation: Activation | None = None
 
     def scored_output(self, keys: Tensor, memory: int) -> Tensor:
-        """What is measured: ``Δ_m a``, or what that makes of the matrix's output behind an activation."""
+        """Return what the norm is taken of: ``Δ_m a``, or the change that it makes behind an activation."""
         update = self.delta_output(keys, memory)
         if self.activation is None:
             return update
@@ -131,7 +131,7 @@ _KINDS: dict[tuple[str, bool], tuple[type[Memory], type[RoutedMatrix], type[Rout
 
 
 def memory_module(memory: SideMemory) -> Memory:
-    """Side memories alone, of no model."""
+    """Return a module with side memories that belongs to no model."""
     return _KINDS[memory.kind, memory.by_edit][0](memory)
 
 
@@ -181,14 +181,14 @@ def install_after_layer(
 def install_as(
     model: nn.Module, described: Mapping[str, Any], memory: SideMemory, *, marks: TurnMarks = TurnMarks()
 ) -> Routed:
-    """Put a memory where the config of a checkpoint describes its site."""
+    """Install a memory at the site that a checkpoint's config describes."""
     if "transposed" in described:
         return install(model, described["module"], memory, transposed=described["transposed"], marks=marks)
     return install_after_layer(model, described, memory, marks=marks)
 
 
 def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: TurnMarks, path: str | None = None) -> None:
-    """Have a model's decoder decide what answers its prompts, and its edited layer hear of it."""
+    """Let a model's decoder decide what answers its prompts, and pass that on to the edited layer."""
     # The decoder below the head sees every pass, whoever calls it.
     path = (getattr(model, "base_model_prefix", "") or "") if path is None else path
     decoder: Any = model.get_submodule(path) if path and hasattr(model, path.partition(".")[0]) else model
@@ -203,19 +203,19 @@ def _route_passes(model: nn.Module, module: str, memory: SideMemory, marks: Turn
 
 
 def activation_of(config: Any) -> Activation | None:
-    """The activation function of a model's feed-forward layers; ``None`` if its name is not known here."""
+    """Return the activation function of a model's feed-forward layers, or ``None`` if its name is unknown."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = (getattr(text, name, None) for name in ("hidden_act", "hidden_activation", "activation_function"))
     return _ACTIVATIONS.get(next((name for name in names if isinstance(name, str)), ""))
 
 
 def layer_of(module: str) -> str:
-    """Path of the decoder layer that the matrix at path ``module`` lies in."""
+    """Return the path of the decoder layer that holds the matrix at path ``module``."""
     parts = module.split(".")
     place = next(index for index, part in enumerate(parts) if part.isdecimal())
     return ".".join(parts[: place + 1])
 
 
 def _layer_beside(module: str, layer: int) -> str:
-    """Path of a layer of the decoder that the matrix at path ``module`` lies in."""
+    """Return the path of another layer of the decoder that holds the matrix at path ``module``."""
     return f"{layer_of(module).rpartition('.')[0]}.{layer}"

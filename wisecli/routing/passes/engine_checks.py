@@ -1,4 +1,4 @@
-"""What an engine that serves a checkpoint must leave as it is. Needs torch only; exports carry this very file."""
+"""Checks that an engine has kept the memory of a checkpoint. Needs torch only; exports carry this very file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _INSTEAD = {"vLLM": '`pip install "wisecli[vllm]"` in its environment (and no --
 
 
 class LostMemoryError(RuntimeError):
-    """A model would answer without its memory."""
+    """Raised where a model would answer without its memory."""
 
 
 def require_transformers(attention: str | None) -> None:
-    """Check that transformers itself runs a model, by the name of its attention, and no engine does.
+    """Check, by the name of a model's attention, that transformers runs it and no other engine.
 
     Raises:
         LostMemoryError: an engine does, and would not say where the prompts end that it packs into one row.
@@ -33,7 +33,7 @@ def require_transformers(attention: str | None) -> None:
 
 
 def require_memory(model: nn.Module, module: str) -> None:
-    """Check that at path ``module`` of a loaded model there is a memory, and that it was loaded.
+    """Check that a loaded model has a memory at path ``module``, and that its tensors were loaded.
 
     Nothing is checked of weights that are elsewhere: on another machine, or not in memory.
 

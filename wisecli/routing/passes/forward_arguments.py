@@ -13,12 +13,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def eager_only(function: Function) -> Function:
-    """A function that compiled graphs leave out."""
+    """Decorate a function so that compiled graphs leave it out."""
     uncompiled: Function = torch.compiler.disable(function)
     return uncompiled
 
 
 @eager_only
 def named_arguments(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a ``forward`` by their names."""
+    """Return all arguments of a ``forward`` by their names."""
     return {**dict(zip(arguments_of(kind), args, strict=False)), **kwargs}

@@ -1,4 +1,4 @@
-"""What a language model does besides once it is edited: its prompts are decided before their answers are generated.
+"""Generation with edits: which memory answers a prompt is decided before its first token is generated.
 
 Needs torch and transformers only; exports carry this very file.
 """
@@ -23,7 +23,7 @@ _DECIDED: ContextVar[tuple[Any, Tensor] | None] = ContextVar("wise_decided", def
 
 
 class RoutedCausal(SignatureMixin):
-    """What a language model with a routed decoder does besides.
+    """Added to a language model whose decoder is routed: it decides prompts before ``generate()`` answers them.
 
     ``generate()`` is given whole prompts, and says so to every pass: however those are cut, cached or run, the answer
     is that of the prompt.
@@ -34,7 +34,7 @@ class RoutedCausal(SignatureMixin):
     wise_decoder: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model alone, in passes of prompts that are decided if ``generate()`` makes them."""
+        """Run the model; within ``generate()`` its prompts are decided already."""
         given = kwargs.pop(ANSWERING, None)
         if given is None:
             return super().forward(*args, **kwargs)
@@ -42,7 +42,7 @@ class RoutedCausal(SignatureMixin):
             return super().forward(*args, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the model alone; ``wise_answering`` is what :meth:`decided` gives, if that is known.
+        """Generate as the model does; ``wise_answering`` is the result of :meth:`decided`, if it is known.
 
         Raises:
             ValueError: prompts are given as embeddings, in the place of tokens.
@@ -66,7 +66,7 @@ class RoutedCausal(SignatureMixin):
 
     @torch.no_grad()
     def decided(self, ids: Tensor, mask: Tensor) -> Tensor | None:
-        """What prompts decide, for ``generate()``: the memory that answers each, and where the prompt ends, (B, 2).
+        """Return the memory that answers each prompt and where the prompt ends, (B, 2), as ``generate()`` takes it.
 
         ``None`` while the main memory alone answers.
 
@@ -79,7 +79,7 @@ class RoutedCausal(SignatureMixin):
         return _decided(self, decoder, ids, {"attention_mask": mask})
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the model alone, with what was decided of each row."""
+        """Prepare inputs as the model does, with the decision on each row."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         running = _DECIDED.get()
         if running is not None and running[0] is self:
@@ -89,7 +89,7 @@ class RoutedCausal(SignatureMixin):
         return inputs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model alone; each request's prompt is decided when it comes in.
+        """Begin continuous batching as the model does; each request's prompt is decided when it comes in.
 
         Raises:
             RuntimeError: this version of transformers has no way to tell a pass of its requests.
@@ -107,14 +107,14 @@ class RoutedCausal(SignatureMixin):
 
 
 def decoder_of(model: Any) -> RoutedDecoder | None:
-    """The part of a model that decides about prompts; ``None`` if there is none."""
+    """Return the part of a model that decides its prompts, or ``None`` if it has none."""
     path = getattr(model, "wise_decoder", None)
     decoder = getattr(model, model.base_model_prefix, model) if path is None else model.get_submodule(path)
     return decoder if isinstance(decoder, RoutedDecoder) else None
 
 
 def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """What whole prompts decide (B, 2): token ids (B, T), or those behind what lies in a cache."""
+    """Decide whole prompts: token ids (B, T), or those that follow a cache → memory and end of each (B, 2)."""
     ids = ids.to(model.device)
     mask, cache = kwargs.get("attention_mask"), cache_given(kwargs)
     if mask is None or mask.dim() != 2:
@@ -134,7 +134,7 @@ def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, 
 
 
 def _padding(model: Any, kwargs: dict[str, Any]) -> int | None:
-    """The token that ``generate()`` takes for padding where no mask is given; it does if it ends no text."""
+    """Return the token that ``generate()`` takes for padding where no mask is given: the one that ends no text."""
     config = kwargs.get("generation_config") or model.generation_config
     pad, ends = (kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
@@ -159,12 +159,12 @@ class RequestAnswers:
         return getattr(self.__dict__["inner"], name)
 
     def fill_defaults(self, numbers: Tensor) -> None:
-        """Fill what no request has written."""
+        """Fill the rows that no request has written."""
         self.inner.fill_defaults(numbers[:-2])
         numbers[-2:] = UNROUTED
 
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Tensor) -> Tensor:
-        """Write the numbers of the requests of a pass; those that come in are decided, together."""
+        """Write the decisions on a pass' requests; all that are new are decided together."""
         self.inner.prepare_tensor_args(requests_in_batch, arg_storage[:-2])
         states = [request.state for request in requests_in_batch]
         new = [state for state in states if not hasattr(state, "wise_answering")]
@@ -176,12 +176,12 @@ class RequestAnswers:
         return arg_storage
 
     def __call__(self, ids: Tensor, scores: Tensor, numbers: Tensor) -> Tensor:
-        """Process logits as ever."""
+        """Return the logits unchanged."""
         processed: Tensor = self.inner(ids, scores, numbers[:-2])
         return processed
 
     def _answering(self, state: Any) -> tuple[int, int]:
-        """The memory that answers a request, unless a special token has ended its answer; and the prompt's end."""
+        """Return the memory that answers a request until a special token ends its answer, and the prompt's end."""
         memory, end = state.wise_answering
         said = (*state.initial_tokens[len(_prompt_of(state)) :], *state.generated_tokens)
         if memory != UNROUTED and not set(said).isdisjoint(self.decoder.wise_marks.special_token_ids):
@@ -191,7 +191,7 @@ class RequestAnswers:
 
     @torch.no_grad()
     def _decided(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        """The memory that answers each prompt, and the place of its last token."""
+        """Return the memory that answers each prompt, and the index of its last token."""
         device = next(self.decoder.parameters()).device
         ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
         non_padding = torch.zeros_like(ids, dtype=torch.bool)
@@ -205,6 +205,6 @@ class RequestAnswers:
 
 
 def _prompt_of(state: Any) -> list[int]:
-    """A request's prompt, without what was generated before it was put back."""
+    """Return a request's prompt, without the tokens that were generated before it was preempted."""
     own = getattr(state, "_true_initial_tokens", 0)
     return list(state.initial_tokens[:own] if own else state.initial_tokens)

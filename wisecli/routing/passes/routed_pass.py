@@ -1,4 +1,4 @@
-"""How a model's passes are routed: what answers each token is decided where a pass begins, for the edited layer.
+"""How a model's passes are routed: the decoder decides at the beginning of a pass which memory answers each token.
 
 Needs torch and transformers only; exports carry this very file.
 
@@ -51,7 +51,7 @@ _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video
 
 @dataclass(frozen=True)
 class PassRoute:
-    """What answers each token of a pass, ``memory`` (B, T), and which come after their prompt, ``in_answer`` (B, T)."""
+    """The memory that answers each token of a pass (B, T), and whether the token follows its prompt (B, T)."""
 
     memory: Tensor
     in_answer: Tensor
@@ -59,7 +59,7 @@ class PassRoute:
 
 @dataclass(frozen=True)
 class Override:
-    """What is done for a while in the place of routing: the main memory alone answers, or one memory does."""
+    """Replaces routing for a while: the main memory alone answers (``off``), or one memory does (``forced``)."""
 
     off: bool = False
     forced: int | None = None
@@ -92,38 +92,38 @@ def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 
 def overridden_by(override: Override) -> AbstractContextManager[None]:
-    """Answer otherwise than the router would, for a while and in this thread alone."""
+    """Return a context, of this thread alone, in which an override takes the place of the router."""
     return _set(_OVERRIDE, override)
 
 
 def given_answering(answering: Answering | None) -> AbstractContextManager[None]:
-    """Passes within are of prompts that were decided already."""
+    """Return a context for passes whose prompts were decided already."""
     return _set(_GIVEN, answering)
 
 
 def in_pass(route: PassRoute | None) -> AbstractContextManager[None]:
-    """Within, the edited layer runs in a pass whose tokens are answered so."""
+    """Return a context in which the edited layer runs with this route."""
     return _set(_ROUTE, route)
 
 
 def current_route() -> PassRoute | None:
-    """What answers the tokens of the pass that is running."""
+    """Return the route of the running pass, if there is one."""
     return _ROUTE.get()
 
 
 def is_off() -> bool:
-    """Whether the main memory alone answers for now."""
+    """Return whether the main memory alone answers for now."""
     return _OVERRIDE.get().off
 
 
 def stop_if_reading(states: Tensor) -> None:
-    """End the run of a window here, with these states, if one is being read."""
+    """If a window is being read, end its run here with these states."""
     if _READING.get():
         raise _ReadError(states)
 
 
 class RoutedDecoder(SignatureMixin):
-    """What a decoder does besides once one of its layers is edited, in a memory that prompts decide about.
+    """Added to a decoder with an edited layer: it decides which memory answers each prompt of a pass.
 
     ``wise_routed`` is the path of the routed matrix in it; ``wise_marks`` says how chats mark turns.
     """
@@ -133,7 +133,7 @@ class RoutedDecoder(SignatureMixin):
     wise_marks: TurnMarks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the decoder alone, with what the router adds.
+        """Run the decoder, with the tokens of a pass routed.
 
         Raises:
             ValueError: the model was given embeddings in the place of tokens.
@@ -162,7 +162,7 @@ class RoutedDecoder(SignatureMixin):
 
     @eager_only
     def route(self, ids: Tensor, mask: Tensor | None, cache: Any, given: Answering | None) -> PassRoute:
-        """What answers each token of a pass (B, T) that goes on with a cache."""
+        """Return the route of a pass (B, T) that goes on with a cache."""
         start, non_padding = length_of(cache), _non_padding(ids, mask)
         forced = _OVERRIDE.get().forced
         if given is None:
@@ -181,7 +181,7 @@ class RoutedDecoder(SignatureMixin):
         return PassRoute(self.memories(tokens, answering).where(non_padding, UNROUTED), column > answering.end[:, None])
 
     def memories(self, tokens: Tokens, answering: Answering) -> Tensor:
-        """The memory that answers each token of a pass (B, T)."""
+        """Return the memory that answers each token of a pass (B, T)."""
         return tokens.answered_by(self.wise_marks, answering, whole=self.memory.answers_prompts)
 
     @property
@@ -190,7 +190,7 @@ class RoutedDecoder(SignatureMixin):
         return cast(Memory, self.get_submodule(self.wise_routed))
 
     def _decided(self, tokens: Tokens, end: Tensor, forced: int | None) -> Tensor:
-        """What answers the prompts that end in a pass (B,)."""
+        """Return the memory that answers each prompt that ends in a pass (B,)."""
         if forced is not None:
             return torch.full_like(end, forced)
         memory = torch.full_like(end, UNROUTED)
@@ -202,7 +202,7 @@ class RoutedDecoder(SignatureMixin):
 
     @eager_only
     def decide(self, ids: Tensor, non_padding: Tensor, end: Tensor) -> Decision:
-        """Which memory answers prompts, from their windows alone.
+        """Decide which memory answers prompts, from their windows alone.
 
         Args:
             ids: tokens of prompts and of what follows them (B, T).
@@ -214,7 +214,7 @@ class RoutedDecoder(SignatureMixin):
             return self.memory.decide(self.read(*windows(ids, non_padding, end, window_size(self.config))))
 
     def read(self, ids: Tensor, non_padding: Tensor) -> WindowStates:
-        """What leaves the layer that is read, or goes into the edited matrix, when windows run by themselves.
+        """Run windows by themselves, and return the states that leave the layer that is read, or enter the matrix.
 
         Args:
             ids: windows (B, W), padded on the right.
@@ -236,20 +236,20 @@ class RoutedDecoder(SignatureMixin):
 
 
 def placeholders_of(config: Any) -> tuple[int, ...]:
-    """The tokens of a model that stand for what is no text, and say nothing of it."""
+    """Return a model's placeholder tokens for images, video and audio, which say nothing of their content."""
     found = (getattr(config, name, None) for name in _PLACEHOLDERS)
     return tuple(token for token in found if isinstance(token, int))
 
 
 def _non_padding(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Which tokens of a pass (B, T) are no padding, by the attention mask of all tokens so far."""
+    """Return which tokens of a pass (B, T) are no padding, by the attention mask of all tokens so far."""
     if mask is None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return torch.ones_like(ids, dtype=torch.bool)
     return mask[:, -ids.shape[1] :].bool()
 
 
 def packed_route(kwargs: dict[str, Any]) -> PassRoute:
-    """What answers each token of requests that lie in one row: two (1, T).
+    """Return the route of requests that are packed into one row (1, T).
 
     Args:
         kwargs: of a pass of continuous batching; the last two rows of ``logits_processor_args`` say which memory
@@ -268,12 +268,12 @@ class EditedLayer(ModuleMixin):
     """A decoder layer with the routed matrix in it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer; whoever runs it again, for gradients, gives it the same arguments."""
+        """Run the layer with the route among its arguments, which gradient checkpointing gives it again."""
         kwargs.setdefault("wise_route", _ROUTE.get())
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer alone, with what answers each token."""
+        """Run the layer with the route of its tokens."""
         with in_pass(kwargs.pop("wise_route", None)):
             return super().forward(*args, **kwargs)
 
@@ -286,7 +286,7 @@ class ReadLayer(ModuleMixin):
     wise_streams: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer alone; the run of a window ends here."""
+        """Run the layer; the run of a window ends here."""
         output = super().forward(*args, **kwargs)
         stop_if_reading(state_of(output, self.wise_streams))
         return output

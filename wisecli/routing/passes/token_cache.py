@@ -1,4 +1,4 @@
-"""The tokens that an attention cache has seen, and what answered them: one more layer of the cache itself.
+"""The tokens in an attention cache, and the memory that answered each, kept as one more layer of the cache.
 
 Needs torch and transformers only; exports carry this very file.
 
@@ -29,7 +29,7 @@ class StaticTokens(StaticLayer):
 
 
 def cache_given(named: dict[str, Any]) -> Any:
-    """The attention cache among the arguments of a model's pass; None without one.
+    """Return the attention cache among the arguments of a pass, or ``None``.
 
     ``transformers`` calls it ``cache`` from 5.24 on, and ``past_key_values`` before.
     """
@@ -37,12 +37,12 @@ def cache_given(named: dict[str, Any]) -> Any:
 
 
 def cache_returned(output: Any) -> Any:
-    """The attention cache in what a model or its ``generate()`` returns; None without one. Both names, as above."""
+    """Return the attention cache in what a model or its ``generate()`` returns, or ``None``. Both names, as above."""
     return output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
 
 
 def length_of(cache: Any) -> int:
-    """How many tokens a cache holds."""
+    """Return how many tokens a cache holds."""
     if cache is None:
         return 0
     try:
@@ -52,7 +52,7 @@ def length_of(cache: Any) -> int:
 
 
 def tokens_in(cache: Any, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tokens that a cache holds, ``NO_TOKEN`` where they are not known, and what answered each: (B, P) twice."""
+    """Return a cache's tokens, ``NO_TOKEN`` where they are unknown, and the memory that answered each: (B, P) twice."""
     length, layer = length_of(cache), _layer_of(cache)
     known = 0 if layer is None else min(int(layer.get_seq_length()), length)
     known = known if known and len(layer.keys) == rows else 0
@@ -66,7 +66,7 @@ def tokens_in(cache: Any, rows: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 def last_memory(cache: Any) -> Tensor | None:
-    """What answered the last token of each row that a cache holds (B,); ``None`` where that is not known."""
+    """Return the memory that answered the last token of each row of a cache (B,), or ``None`` if that is unknown."""
     length, layer = length_of(cache), _layer_of(cache)
     if layer is None or not length or int(layer.get_seq_length()) != length:
         return None
@@ -74,7 +74,7 @@ def last_memory(cache: Any) -> Tensor | None:
 
 
 def last_tokens(cache: Any, count: int) -> Tensor | None:
-    """The last tokens (B, count) that a cache holds, or fewer; ``None`` where they are not known."""
+    """Return the last tokens of a cache (B, count), or fewer, or ``None`` if they are unknown."""
     length, layer = length_of(cache), _layer_of(cache)
     if layer is None or not length or int(layer.get_seq_length()) != length:
         return None
@@ -82,7 +82,7 @@ def last_tokens(cache: Any, count: int) -> Tensor | None:
 
 
 def rewind(cache: Any, memories: Tensor) -> None:
-    """Take out of a cache the tokens from the first on that were answered by something else than they ought to be.
+    """Crop a cache in front of the first token that another memory should have answered.
 
     Their keys and values above the edited layer are not those of a prompt that is read as a whole.
 
@@ -101,7 +101,7 @@ def rewind(cache: Any, memories: Tensor) -> None:
 
 
 def keep_tokens(cache: Any, earlier: int, ids: Tensor, memories: Tensor) -> None:
-    """Add a pass' tokens and what answers them, (B, T) twice, to the cache that holds its keys and values.
+    """Add a pass' tokens and the memories that answer them, (B, T) twice, to the cache of its keys and values.
 
     What holds its layers in another way than transformers' caches do keeps none.
 

@@ -100,13 +100,12 @@ def export(
         WiseError: the memory, the base model or the disk cannot be used (nothing is left behind), or the hub cannot be
             reached (what was written stays).
     """
-    started = time.perf_counter()
+    started, packing = time.perf_counter(), _packing(weights, form)
     place = checkpoint_output(output, memory, model, publication.metrics, force=force)
     place.require_unless_kept()
     there = place.is_kept
     if not there:
         require_no_memory(output)
-    packing = _packing(weights, form)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
     base, manifest, digest = read_source(memory, model, signed)
     if not there:
@@ -118,33 +117,41 @@ def export(
     record = _record(digest, checkpoint, form, weights, publication, figures)
     if there and not dry_run:
         tidy(output)
-    if there and (found := up_to_date_export(output, record, signed=publication.key is not None)):
+    if there and (kept := up_to_date_export(output, record, signed=publication.key is not None)):
         return _up_to_date(
-            output, form, manifest, found, publication, dry_run=dry_run, started=started, on_progress=on_progress
+            output, form, manifest, kept, publication, dry_run=dry_run, started=started, on_progress=on_progress
         )
-    side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
-    size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
-    require_space(output, side + (size if not weights.link or not _on_one_disk(checkpoint, output) else 0))
+    size = _planned_bytes(output, manifest, checkpoint, form, weights)
     followed = len(consequences_in(manifest.edits))
     edits = len(manifest.edits) - followed
     if dry_run:
-        seconds = time.perf_counter() - started
-        peak = peak_rss_bytes()
-        return ExportReport(output, form, edits, size + side, seconds, peak, planned=True, consequences=followed)
+        cost = size, time.perf_counter() - started, peak_rss_bytes()
+        return ExportReport(output, form, edits, *cost, planned=True, consequences=followed)
     with whole_directory(output, force=force) as working:
         on_progress(Event("writing"))
-        given = _Given(base, checkpoint, manifest, packing, weights.quantize, load)
-        told = _write(working, form, given, on_progress)
+        found = _write(working, form, _Given(base, checkpoint, manifest, packing, weights.quantize, load), on_progress)
         if publication.card:
-            text = model_card(manifest, form, base=base, figures=figures, note=told.note)
+            text = model_card(manifest, form, base=base, figures=figures, note=found.note)
             (working / CARD_NAME).write_text(text, encoding="utf-8")
-        measured = {"locality": told.locality, "tokens": told.tokens, "gate": told.gate}
+        measured = {"locality": found.locality, "tokens": found.tokens, "gate": found.gate}
         seal_export(working, {**record, **measured}, publication.key)
         written = sum(path.stat().st_size for path in working.iterdir())
     pushed = _push(output, publication.push_to, private=publication.private, on_progress=on_progress)
     seconds = time.perf_counter() - started
-    cost = written, seconds, peak_rss_bytes(), told.locality, told.tokens, pushed
-    return ExportReport(output, form, edits, *cost, consequences=followed, gate=told.gate)
+    outcome = written, seconds, peak_rss_bytes(), found.locality, found.tokens, pushed
+    return ExportReport(output, form, edits, *outcome, consequences=followed, gate=found.gate)
+
+
+def _planned_bytes(output: Path, manifest: Manifest, checkpoint: Checkpoint, form: Format, weights: WeightFiles) -> int:
+    """Return how many bytes an export will have, as far as is known.
+
+    Raises:
+        WiseError: the disk has no room for them.
+    """
+    side = sum(tensor.nbytes for tensor in manifest.memory.tensors.values())
+    size = 0 if form == "delta" else sum(path.stat().st_size for path in checkpoint.files)
+    require_space(output, side + (size if not weights.link or not _on_one_disk(checkpoint, output) else 0))
+    return size + side
 
 
 def _require_form(base: Path, manifest: Manifest, packing: Packing, form: Format) -> None:

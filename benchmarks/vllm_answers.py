@@ -23,7 +23,11 @@ from wisecli.edits.record import Edit, read_edits
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.prompt_kinds import Fact, kinds
 
-os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 
 def prompts(tokenizer: Any, edits: Sequence[Edit]) -> list[list[int]]:

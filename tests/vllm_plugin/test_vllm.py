@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from support.served import (
     VLLM,
     Served,
     export_of,
+    in_engine,
     in_transformers,
     logits_in_transformers,
     serving,
@@ -125,6 +127,11 @@ def test_adapters_run_beside_edits(vllm: VLLM, tmp_path: Path) -> None:
     assert found.answers, found.refused
     assert found.answers[0][::2] == plain
     assert found.answers[0][1::2] == wanted
+
+
+def test_transformers_never_loads_the_base_alone_beside_it(tmp_path: Path) -> None:
+    found = json.loads(in_engine("beside_vllm.py", str(tiny_export(tmp_path))))
+    assert found == {"sent": True, "trusted": "ValueError", "not trusted": "ValueError"}
 
 
 def prompts_of(path: Path) -> list[list[int]]:

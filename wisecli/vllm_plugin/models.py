@@ -37,7 +37,7 @@ class EditedModel:
     parameters: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        with _named_as_its_base(vllm_config.model_config.hf_config):
+        with _as_its_base(vllm_config.model_config.hf_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of the class behind
         _put_memory(self, vllm_config)
 
@@ -69,13 +69,17 @@ def edited_class(name: str) -> Any:
 
 
 @contextmanager
-def _named_as_its_base(config: Any) -> Iterator[None]:
-    """For a while a config names the base's architecture, by which some models choose how they read weights."""
-    own = config.architectures
+def _as_its_base(config: Any) -> Iterator[None]:
+    """For a while a config is the base's: some models choose by its class what they are made of, and by the
+    architecture how they read weights.
+    """
+    kind, own = type(config), config.architectures
+    config.__class__ = getattr(kind, "wise_base", kind)
     config.architectures = description_in(config).get("architectures") or own
     try:
         yield
     finally:
+        config.__class__ = kind
         config.architectures = own
 
 

@@ -5,6 +5,7 @@ Everything is done through registries that vLLM has for it. None of vLLM's funct
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -24,15 +25,37 @@ class EditedConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the config of the base's own class, so that vLLM does with it all that it does with the base's.
+        """Return a config of a subclass of the base's, so that vLLM does with it all that it does with the base's.
 
         Args:
             config_dict: the content of ``config.json``.
         """
         model_type = config_dict[EXPORTED_KEY]["model_type"]
+        kind: Any = _CONFIG_REGISTRY[model_type] if model_type in _CONFIG_REGISTRY else CONFIG_MAPPING[model_type]
         own = {name: value for name, value in config_dict.items() if name != "auto_map"}
-        kind = _CONFIG_REGISTRY[model_type] if model_type in _CONFIG_REGISTRY else CONFIG_MAPPING[model_type]
-        return kind.from_dict({**own, "model_type": model_type}, **kwargs)
+        return _edited_class(kind).from_dict({**own, "model_type": model_type}, **kwargs)
+
+
+@cache
+def _edited_class(kind: Any) -> type[PretrainedConfig]:
+    """Return a config class of another name than the base's, which it has as ``wise_base``.
+
+    vLLM has transformers read edited checkpoints so, too, for the rest of the process. By the base's name it would find
+    the base's model, and load that without the memory; now it refuses.
+    """
+
+    def reduce(self: PretrainedConfig, protocol: Any) -> Any:
+        del protocol
+        return _restored, (kind,), self.__dict__
+
+    own = {"__module__": __name__, "__reduce_ex__": reduce, "wise_base": kind}
+    return type(f"Wise{kind.__name__}", (kind,), own)
+
+
+def _restored(kind: Any) -> PretrainedConfig:
+    """Return a config of such a class, to be filled by whoever unpickles it."""
+    made = _edited_class(kind)
+    return made.__new__(made)
 
 
 class EditedSettings(VerifyAndUpdateConfig):  # type: ignore[misc]  # of a package without types

@@ -183,7 +183,7 @@ class MemoryManifest:
 def write_memory(
     directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "", sealed: bool = False
 ) -> str:
-    """Write the memory's tensors, their names prefixed, and ``router.json`` into a directory; return the tensors' sha256.
+    """Write a memory's tensors, their names prefixed, and ``router.json`` into a directory; return the tensors' digest.
 
     Args:
         sealed: whether a list of the digests of all files is to follow.

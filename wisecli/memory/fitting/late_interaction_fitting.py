@@ -24,8 +24,8 @@ _OTHER, _LEAST = 1e-4, 5e-3
 _LED_IN, _OTHER_LANGUAGES = 2, 4
 # How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
 _LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
-# Prompts that are compared at a time: the fewer, the fewer edits are like any of them; and tokens read at a time.
-_AT_A_TIME, _TOKENS = 64, 1 << 15
+# Prompts that the request gate reads at a time, and tokens that are projected at a time.
+_AT_A_TIME, _TOKENS = 1024, 1 << 15
 # Sums of tokens' states that differ by less than this share are of the very same tokens.
 _SAME = 1e-3
 
@@ -66,26 +66,15 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     _, prompt_index = (prompts.edit.long() * forms + prompts.form.long()).unique(return_inverse=True)
     count = int(prompt_index.max()) + 1
     prompt_to_edit = torch.zeros(count, dtype=torch.long).index_copy(0, prompt_index, prompts.edit.long())
-    token_embeddings, token_weights, token_to_prompt = [], [], []
-    for head in range(2):
-        along = [part.float() @ heads.token_weight[head].float() for part in prompts.states.split(_TOKENS)]
-        weights = F.softplus(torch.cat(along) + heads.token_bias[head])
-        marked = prompts.subject if head == 0 else ~prompts.subject
-        share = _normalized(torch.where(marked, weights, weights * _OTHER), prompt_index, count)
-        kept = share >= _LEAST
-        projected = heads.proj_weight[head].float(), heads.proj_bias[head].float()
-        parts = prompts.states[kept].split(_TOKENS)
-        token_embeddings += [half(F.normalize(F.linear(part.float(), *projected), dim=-1)) for part in parts]
-        token_weights.append(_normalized(share[kept], prompt_index[kept], count))
-        token_to_prompt.append(prompt_index[kept] + head * count)
+    token_embeddings, token_weights, token_to_prompt = _kept_tokens(heads, prompts, prompt_index, count)
     tensors = {
         "late_interaction.proj_weight": heads.proj_weight,
         "late_interaction.proj_bias": heads.proj_bias,
         "late_interaction.logit_scale": heads.logit_scale,
         "late_interaction.logit_offset": heads.logit_offset,
-        "late_interaction.prompt_token_embeddings": torch.cat(token_embeddings),
-        "late_interaction.token_to_prompt": torch.cat(token_to_prompt),
-        "late_interaction.token_weights": torch.cat(token_weights),
+        "late_interaction.prompt_token_embeddings": token_embeddings,
+        "late_interaction.token_to_prompt": token_to_prompt,
+        "late_interaction.token_weights": token_weights,
         "late_interaction.prompt_to_edit": prompt_to_edit,
         "late_interaction.special_token_ids": heads.special_token_ids,
     }
@@ -99,6 +88,28 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
         prompt_to_edit[first.clamp(max=count - 1)] == torch.arange(edits)
     )
     return FittedLateInteraction(tensors, own_probs, written_probs, others, unrelated)
+
+
+def _kept_tokens(
+    heads: RouterHeads, prompts: PromptStates, prompt_index: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the projected tokens (m, k) by which prompts are found, their weights and which prompt each is of (m,).
+
+    Those of subjects come first; for those of relations, ``count`` is added to the prompt's number.
+    """
+    token_embeddings, token_weights, token_to_prompt = [], [], []
+    for head in range(2):
+        along = [part.float() @ heads.token_weight[head].float() for part in prompts.states.split(_TOKENS)]
+        weights = F.softplus(torch.cat(along) + heads.token_bias[head])
+        marked = prompts.subject if head == 0 else ~prompts.subject
+        share = _normalized(torch.where(marked, weights, weights * _OTHER), prompt_index, count)
+        kept = share >= _LEAST
+        projected = heads.proj_weight[head].float(), heads.proj_bias[head].float()
+        parts = prompts.states[kept].split(_TOKENS)
+        token_embeddings += [half(F.normalize(F.linear(part.float(), *projected), dim=-1)) for part in parts]
+        token_weights.append(_normalized(share[kept], prompt_index[kept], count))
+        token_to_prompt.append(prompt_index[kept] + head * count)
+    return torch.cat(token_embeddings), torch.cat(token_weights), torch.cat(token_to_prompt)
 
 
 def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -193,14 +204,19 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     # No two are further apart along one direction than they are altogether.
     order = along.argsort()
     order = order[sizes[order].argsort(stable=True)]
+    sizes, along, across, furthest = sizes[order], along[order], across[order], least.max()
     found: list[Tensor] = []
+    first = torch.arange(len(order))
     for apart in range(1, len(order)):
-        one, other = order[:-apart], order[apart:]
-        close = (sizes[one] == sizes[other]) & (along[other] - along[one] < least.max())
-        near = close & ((across[other] - across[one]).abs() < least.max())
-        if not bool(close.any()):
+        first = first[first + apart < len(order)]
+        second = first + apart
+        # What is not close to one is not to those behind it, either.
+        close = (sizes[first] == sizes[second]) & (along[second] - along[first] < furthest)
+        first, second = first[close], second[close]
+        if not len(first):
             break
-        one, other = one[near], other[near]
+        near = (across[second] - across[first]).abs() < furthest
+        one, other = order[first[near]], order[second[near]]
         distance = (sums[one] - sums[other]).norm(dim=-1)
         found += [
             torch.stack(pair)[:, distance < _SAME * sums[pair[0]].norm(dim=-1)] for pair in ((one, other), (other, one))

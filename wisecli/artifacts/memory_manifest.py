@@ -182,14 +182,15 @@ class MemoryManifest:
 
 def write_memory(
     directory: Path, manifest: Manifest, *, file: str = MEMORY_NAME, prefix: str = "", sealed: bool = False
-) -> None:
-    """Write the memory's tensors, their names prefixed, and ``router.json`` into a directory.
+) -> str:
+    """Write a memory's tensors, their names prefixed, and ``router.json`` into a directory; return the tensors' digest.
 
     Args:
         sealed: whether a list of the digests of all files is to follow.
     """
     path = directory / file
     save_tensors(path, {prefix + name: tensor for name, tensor in manifest.memory.tensors.items()})
+    digest = sha256_file(path)
     described = manifest.memory.describe()
     kind = {name: described[name] for name in ("kind", "router")}
     memories = [
@@ -204,12 +205,13 @@ def write_memory(
         "memory": {"file": file, "prefix": prefix, **described},
         "merge": manifest.merge,
         "edits": [edit.as_dict() for edit in manifest.edits],
-        "sha256": {file: sha256_file(path)},
+        "sha256": {file: digest},
         "versions": manifest.versions,
         "origins": [asdict(origin) for origin in manifest.origins],
         "sealed": sealed,
     }
     write_json(directory / MANIFEST_NAME, content)
+    return digest
 
 
 def read_manifest(directory: Path) -> MemoryManifest:

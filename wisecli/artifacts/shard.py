@@ -139,8 +139,10 @@ class PromptStates:
 
     @property
     def compared(self) -> PromptStates:
-        """The tokens without prompts' first ones."""
-        return self.rows(self.form < FIRST_TOKEN_FORM)
+        """The tokens without prompts' first ones; no copy of them, where those come last."""
+        compared = self.form < FIRST_TOKEN_FORM
+        count = int(compared.sum())
+        return self.rows(slice(count) if bool(compared[:count].all()) else compared)
 
     @property
     def openings(self) -> dict[tuple[int, int], Tensor]:
@@ -155,7 +157,7 @@ class PromptStates:
         names = PromptStates.__dataclass_fields__
         return PromptStates(*(torch.cat([getattr(one, name) for one in parts]) for name in names))
 
-    def rows(self, chosen: Tensor) -> PromptStates:
+    def rows(self, chosen: Tensor | slice) -> PromptStates:
         """Some of the tokens."""
         return PromptStates(*(getattr(self, name)[chosen] for name in PromptStates.__dataclass_fields__))
 

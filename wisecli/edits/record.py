@@ -76,7 +76,8 @@ class Edit:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, as the manifests keep it."""
-        return asdict(self)
+        nested = ("locality", "portability", "translations")
+        return {**vars(self), **{name: tuple(map(asdict, getattr(self, name))) for name in nested}}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Edit:

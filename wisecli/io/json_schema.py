@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -22,7 +22,7 @@ _DEPTH = 64
 _LARGEST = 2**53
 _LARGEST_FLOAT = 1e300
 # Where JSON has no such thing in it, no number of it is as large.
-_PERHAPS_LARGE = re.compile(r"(?<![\w.])-?\d{16}|\de\+\d{3}|(?<=[\[ -])(?:NaN|Infinity)(?=[,\]}])")
+_PERHAPS_LARGE = re.compile(r"(?<![^\[ ])-?\d{16}|\de\+\d{3}|(?<=[\[ -])(?:NaN|Infinity)(?=[,\]}])")
 # What pydantic found wrong, and what should stand there.
 _WHOLE, _NUMBER, _RECORD, _LIST = "a whole number", "a finite number", "an object", "a list"
 _EXPECTED = {
@@ -49,7 +49,10 @@ def parse(text: str) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    require_sane(value)
+    if "\\u" in text:
+        require_sane(value)
+    else:  # whole characters, as the text has them
+        _require_shallow(value)
     return value
 
 
@@ -59,28 +62,32 @@ def require_sane(value: Any) -> None:
     Raises:
         ValueError: saying which of the two it is.
     """
+    _require_shallow(value)
+    _require_unicode(value)
+
+
+def _require_shallow(value: Any) -> None:
     level = [value]
     for _ in range(_DEPTH):
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, str):
-                _require_unicode(item)
-            elif isinstance(item, dict):
-                inner.extend(item)
-                inner.extend(item.values())
-            elif isinstance(item, list):
-                inner.extend(item)
-        level = inner
+        level = [part for item in level for part in _held(item) if isinstance(part, dict | list)]
         if not level:
             return
     raise ValueError("nested too deeply")
 
 
-def _require_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"half a character (a lone surrogate) in {shown(text)}") from None
+def _require_unicode(value: Any) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"half a character (a lone surrogate) in {shown(value)}") from None
+    for part in (*value, *value.values()) if isinstance(value, dict) else _held(value):
+        _require_unicode(part)
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """What an object or a list holds."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def decode(kind: type[T], value: object, where: str = "") -> T:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from wisecli.artifacts.shard import PromptStates
 from wisecli.memory.merging import near_prompts
 from wisecli.memory.merging.near_prompts import NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
@@ -32,22 +34,52 @@ def some_meaning() -> LateInteraction:
     return LateInteraction(tensors, EDITS)
 
 
+def some_prompts() -> tuple[PromptStates, Tensor]:
+    """The states of all kept prompts, two to seven tokens of each, and which prompt each token is of."""
+    chance = torch.Generator().manual_seed(1)
+    prompt = torch.arange(EDITS * FORMS).repeat_interleave(torch.randint(2, 8, (EDITS * FORMS,), generator=chance))
+    states = torch.randn(len(prompt), D, generator=chance)
+    return PromptStates(states, prompt // FORMS, prompt % FORMS, torch.zeros(len(prompt), dtype=torch.bool)), prompt
+
+
+def expected_probs(meaning: LateInteraction, prompts: PromptStates, prompt: Tensor) -> Tensor:
+    """How likely each kept prompt means each edit (g, M), one prompt after the other."""
+    every = [prompts.states[prompt == number][None] for number in range(EDITS * FORMS)]
+    return torch.cat([meaning(own, torch.ones(1, own.shape[1], dtype=torch.bool)) for own in every])
+
+
+def test_prompts_mean_edits_as_likely_as_if_each_were_asked() -> None:
+    meaning, (prompts, prompt) = some_meaning(), some_prompts()
+    near, expected = NearPrompts(meaning, prompts, prompt), expected_probs(meaning, prompts, prompt)
+    edits = torch.arange(EDITS)
+    for edit in range(EDITS):
+        own = torch.arange(edit * FORMS, (edit + 1) * FORMS)
+        found = near.probs(own, edits, torch.full((EDITS,), HOPELESS))
+        high = expected[own] > HOPELESS
+        assert torch.allclose(found[high], expected[own][high], atol=1e-6)
+        # However low it is, a likelihood is known where it is asked for.
+        assert bool((near.probs(own, edits, torch.zeros(EDITS)) > 0).all())
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_what_is_likely_enough_is_found_as_if_all_were_compared(
-    monkeypatch: pytest.MonkeyPatch, kind: torch.dtype
-) -> None:
+def test_edits_with_similar_subjects_are_found(monkeypatch: pytest.MonkeyPatch, kind: torch.dtype) -> None:
     monkeypatch.setattr(near_prompts, "_comparison_dtype", lambda: kind)
-    meaning, chance = some_meaning(), torch.Generator().manual_seed(1)
-    states = torch.randn(64, 7, D, generator=chance)
-    there = torch.arange(7) < torch.randint(2, 8, (64, 1), generator=chance)
-    own = torch.randint(EDITS, (64,), generator=chance)
-    asked = meaning.project(states, there)
-    expected, found = meaning.edit_probs(asked), NearPrompts(meaning)(asked, own)
-    every = torch.arange(EDITS * FORMS)
-    subjects = meaning.log_probs(asked, 0, every).exp().view(64, EDITS, FORMS).amax(-1)
-    certain = (subjects >= HOPELESS) & (expected > 0)
-    assert int(certain.sum()) > 20
-    assert torch.allclose(found[certain], expected[certain], atol=1e-6)
-    assert float(found[subjects < HOPELESS - 1e-3].max()) < HOPELESS
-    # Of its own edit a prompt's likelihood is known however low it is.
-    assert bool((found.gather(1, own[:, None]) > 0).all())
+    meaning, (prompts, prompt) = some_meaning(), some_prompts()
+    near, expected = NearPrompts(meaning, prompts, prompt), expected_probs(meaning, prompts, prompt)
+    alike = list(near.similar_edits(torch.zeros(EDITS * FORMS, dtype=torch.long)))
+    assert len(alike) == EDITS
+    likely = 0
+    for edit, found in enumerate(alike):
+        assert edit in found
+        assert found.unique().tolist() == found.tolist()
+        rows = expected[edit * FORMS : (edit + 1) * FORMS]
+        likely += int((rows >= HOPELESS).any(0).sum())
+        assert set((rows >= HOPELESS).any(0).nonzero().flatten().tolist()) <= set(found.tolist())
+    assert likely > 20
+    assert sum(map(len, alike)) < EDITS * EDITS
+
+
+def test_prompts_in_no_group_are_compared_with_none() -> None:
+    near = NearPrompts(some_meaning(), *some_prompts())
+    alike = list(near.similar_edits(torch.full((EDITS * FORMS,), -1)))
+    assert [found.tolist() for found in alike] == [[edit] for edit in range(EDITS)]

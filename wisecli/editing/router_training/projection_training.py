@@ -70,7 +70,7 @@ def train_projections(
         identity: of the base model, for the cache.
         texts: how many unrelated texts go with it; with few, less is learned.
     """
-    texts = min(texts, max(_FEWEST, round(_TEXTS * site.d / _NARROW)))
+    texts = min(texts, max(_FEWEST, round(_TEXTS * (site.d / _NARROW) ** 2)))
     about = [identity, site.layer_module, texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
     path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
     with suppress(DamagedFileError):

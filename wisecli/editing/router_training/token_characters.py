@@ -36,7 +36,7 @@ def vocabulary_characters(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     count = max(tokenizer.get_vocab().values()) + 1
     # Decoders drop the space that a text begins with, so another token goes before.
     lead = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-    texts = tokenizer.batch_decode([[*lead, token] for token in range(count)], clean_up_tokenization_spaces=False)
+    texts = _decoded(tokenizer, [[*lead, token] for token in range(count)])
     before = len(tokenizer.decode(lead))
     special = set(tokenizer.all_special_ids)
     table = bytearray(count * TOKEN_CHARS)
@@ -51,6 +51,14 @@ def vocabulary_characters(tokenizer: PreTrainedTokenizerBase) -> Tensor:
         own_letters = letters[:TOKEN_CHARS]
         table[token * TOKEN_CHARS : token * TOKEN_CHARS + len(own_letters)] = own_letters
     return torch.frombuffer(table, dtype=torch.uint8).view(count, TOKEN_CHARS)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
+    """The text of each row of tokens; all at once where the tokenizer can."""
+    if tokenizer.is_fast:
+        texts: list[str] = tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=False)
+        return texts
+    return tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
 
 
 def _of_text(text: str) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,8 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
-from wisecli.memory.merging.near_prompts import NearPrompts
-from wisecli.routing.deciding.late_interaction import LATE_INTERACTION, LateInteraction
+from wisecli.memory.merging.near_prompts import NearPrompts, padded_texts
+from wisecli.routing.deciding.late_interaction import HOPELESS, LATE_INTERACTION, LateInteraction
 from wisecli.routing.deciding.request_gate import LOGIT_OFFSET, RequestGate, batch_mentions, mention_features
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
@@ -21,12 +20,12 @@ MIN_EDIT_PROB, _PROB_MARGIN, _MAX_THRESHOLD = 0.5, 1.25, 0.95
 _OWN, _JUST = 0.9, 0.99
 # What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
 _OTHER, _LEAST = 1e-4, 5e-3
-# The forms of kept prompts from this on are in other languages.
-_OTHER_LANGUAGES = 4
+# The form of kept prompts that are led in, and from which on they are in other languages.
+_LED_IN, _OTHER_LANGUAGES = 2, 4
 # How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
 _LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
-# Prompts that are compared at a time: the fewer, the fewer edits are like any of them; and tokens read at a time.
-_AT_A_TIME, _TOKENS = 64, 1 << 15
+# Prompts that the request gate reads at a time, and tokens that are projected at a time.
+_AT_A_TIME, _TOKENS = 1024, 1 << 15
 # Sums of tokens' states that differ by less than this share are of the very same tokens.
 _SAME = 1e-3
 
@@ -67,6 +66,37 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
     _, prompt_index = (prompts.edit.long() * forms + prompts.form.long()).unique(return_inverse=True)
     count = int(prompt_index.max()) + 1
     prompt_to_edit = torch.zeros(count, dtype=torch.long).index_copy(0, prompt_index, prompts.edit.long())
+    token_embeddings, token_weights, token_to_prompt = _kept_tokens(heads, prompts, prompt_index, count)
+    tensors = {
+        "late_interaction.proj_weight": heads.proj_weight,
+        "late_interaction.proj_bias": heads.proj_bias,
+        "late_interaction.logit_scale": heads.logit_scale,
+        "late_interaction.logit_offset": heads.logit_offset,
+        "late_interaction.prompt_token_embeddings": token_embeddings,
+        "late_interaction.token_to_prompt": token_to_prompt,
+        "late_interaction.token_weights": token_weights,
+        "late_interaction.prompt_to_edit": prompt_to_edit,
+        "late_interaction.special_token_ids": heads.special_token_ids,
+    }
+    assert tensors.keys() == set(LATE_INTERACTION)
+    late_interaction = LateInteraction(tensors, edits)
+    own_probs, others = _own_prompt_probs(late_interaction, prompts, prompt_index)
+    unrelated = text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
+    # Kept prompts are in order of their edits, and of an edit's the one as it is written comes first.
+    first = torch.searchsorted(prompt_to_edit, torch.arange(edits))
+    written_probs = own_probs[first.clamp(max=count - 1)] * (
+        prompt_to_edit[first.clamp(max=count - 1)] == torch.arange(edits)
+    )
+    return FittedLateInteraction(tensors, own_probs, written_probs, others, unrelated)
+
+
+def _kept_tokens(
+    heads: RouterHeads, prompts: PromptStates, prompt_index: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the projected tokens (m, k) by which prompts are found, their weights and which prompt each is of (m,).
+
+    Those of subjects come first; for those of relations, ``count`` is added to the prompt's number.
+    """
     token_embeddings, token_weights, token_to_prompt = [], [], []
     for head in range(2):
         along = [part.float() @ heads.token_weight[head].float() for part in prompts.states.split(_TOKENS)]
@@ -79,27 +109,7 @@ def fit_late_interaction(heads: RouterHeads, prompts: PromptStates, edits: int) 
         token_embeddings += [half(F.normalize(F.linear(part.float(), *projected), dim=-1)) for part in parts]
         token_weights.append(_normalized(share[kept], prompt_index[kept], count))
         token_to_prompt.append(prompt_index[kept] + head * count)
-    tensors = {
-        "late_interaction.proj_weight": heads.proj_weight,
-        "late_interaction.proj_bias": heads.proj_bias,
-        "late_interaction.logit_scale": heads.logit_scale,
-        "late_interaction.logit_offset": heads.logit_offset,
-        "late_interaction.prompt_token_embeddings": torch.cat(token_embeddings),
-        "late_interaction.token_to_prompt": torch.cat(token_to_prompt),
-        "late_interaction.token_weights": torch.cat(token_weights),
-        "late_interaction.prompt_to_edit": prompt_to_edit,
-        "late_interaction.special_token_ids": heads.special_token_ids,
-    }
-    assert tensors.keys() == set(LATE_INTERACTION)
-    late_interaction = LateInteraction(tensors, edits)
-    own_probs, others = _own_prompt_probs(late_interaction, prompts, prompt_index, prompt_to_edit)
-    unrelated = text_edit_probs(late_interaction, heads.unrelated.float(), heads.text.long(), int(heads.text.max()) + 1)
-    # Kept prompts are in order of their edits, and of an edit's the one as it is written comes first.
-    first = torch.searchsorted(prompt_to_edit, torch.arange(edits))
-    written_probs = own_probs[first.clamp(max=count - 1)] * (
-        prompt_to_edit[first.clamp(max=count - 1)] == torch.arange(edits)
-    )
-    return FittedLateInteraction(tensors, own_probs, written_probs, others, unrelated)
+    return torch.cat(token_embeddings), torch.cat(token_weights), torch.cat(token_to_prompt)
 
 
 def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,26 +158,39 @@ def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:
 
 
 def _own_prompt_probs(
-    late_interaction: LateInteraction, prompts: PromptStates, prompt_index: Tensor, prompt_to_edit: Tensor
+    late_interaction: LateInteraction, prompts: PromptStates, prompt_index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return how likely each kept prompt means its own edit (g,), and how likely others' prompts mean each (M,)."""
+    prompt_to_edit = late_interaction.prompt_to_edit
     sums = torch.zeros(len(prompt_to_edit), prompts.states.shape[1])
     for same_edit, part in zip(prompt_index.split(_TOKENS), prompts.states.split(_TOKENS), strict=True):
         sums.index_add_(0, same_edit, part.float())
     first, second = _twins(sums, torch.bincount(prompt_index, minlength=len(prompt_to_edit)))
-    place = torch.empty(len(prompt_to_edit), dtype=torch.long)
+    twins: dict[int, list[int]] = {}
+    for prompt, edit in zip(first.tolist(), prompt_to_edit[second].tolist(), strict=True):
+        twins.setdefault(prompt, []).append(edit)
+    near = NearPrompts(late_interaction, prompts, prompt_index)
     own_probs, others = torch.empty(len(prompt_to_edit)), torch.zeros(late_interaction.edits)
-    near = NearPrompts(late_interaction)
-    for part, states, there in _in_parts(prompts.states, prompt_index, len(prompt_to_edit)):
-        probs = near(late_interaction.project(states, there), prompt_to_edit[part])
-        own_probs[part] = probs.gather(1, prompt_to_edit[part, None]).flatten()
-        probs.scatter_(1, prompt_to_edit[part, None], 0.0)
+    counts = prompt_to_edit.unique_consecutive(return_counts=True)[1].tolist()
+    numbers = torch.arange(len(prompt_to_edit)).split(counts)
+    for some, edits in zip(numbers, near.similar_edits(_compared_forms(near.form)), strict=True):
+        own = edits == prompt_to_edit[some[0]]
+        probs = near.probs(some, edits, others[edits].clamp(min=HOPELESS).masked_fill(own, 0.0))
+        own_probs[some] = probs[:, own].flatten()
+        probs[:, own] = 0.0
         # A prompt of the very same tokens is no other.
-        place.fill_(-1)[part] = torch.arange(len(part))
-        row = place[first]
-        probs[row[row >= 0], prompt_to_edit[second[row >= 0]]] = 0.0
-        others = others.maximum(probs.amax(0))
+        for row, number in enumerate(some.tolist()):
+            if number in twins:
+                probs[row, torch.isin(edits, torch.tensor(twins[number]))] = 0.0
+        others[edits] = others[edits].maximum(probs.amax(0))
     return own_probs, others
+
+
+def _compared_forms(form: Tensor) -> Tensor:
+    """Return the group of forms (g,) in which kept prompts are compared with each other: as written, in small letters,
+    and in capitals. A prompt that is led in is written as it is, and one in another language, too.
+    """
+    return torch.where(form >= _OTHER_LANGUAGES, 0, form).masked_fill(form == _LED_IN, -1)
 
 
 def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,14 +204,19 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     # No two are further apart along one direction than they are altogether.
     order = along.argsort()
     order = order[sizes[order].argsort(stable=True)]
+    sizes, along, across, furthest = sizes[order], along[order], across[order], least.max()
     found: list[Tensor] = []
+    first = torch.arange(len(order))
     for apart in range(1, len(order)):
-        one, other = order[:-apart], order[apart:]
-        close = (sizes[one] == sizes[other]) & (along[other] - along[one] < least.max())
-        near = close & ((across[other] - across[one]).abs() < least.max())
-        if not bool(close.any()):
+        first = first[first + apart < len(order)]
+        second = first + apart
+        # What is not close to one is not to those behind it, either.
+        close = (sizes[first] == sizes[second]) & (along[second] - along[first] < furthest)
+        first, second = first[close], second[close]
+        if not len(first):
             break
-        one, other = one[near], other[near]
+        near = (across[second] - across[first]).abs() < furthest
+        one, other = order[first[near]], order[second[near]]
         distance = (sums[one] - sums[other]).norm(dim=-1)
         found += [
             torch.stack(pair)[:, distance < _SAME * sums[pair[0]].norm(dim=-1)] for pair in ((one, other), (other, one))
@@ -200,18 +228,6 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
 def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Tensor, count: int) -> Tensor:
     """Return the probability that each text means each edit, from its tokens' states (n, d): (texts, M)."""
     probs = torch.empty(count, late_interaction.edits)
-    for part, own, there in _in_parts(states, text, count):
+    for part, own, there in padded_texts(states, text, count):
         probs[part] = late_interaction(own, there)
     return probs
-
-
-def _in_parts(states: Tensor, text: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield texts (p,) with their tokens' states (p, W, d) and which are no padding (p, W), the shortest first."""
-    sizes = torch.bincount(text, minlength=count)
-    order = text.argsort(stable=True)
-    first = sizes.cumsum(0) - sizes
-    for part in sizes.argsort(stable=True).split(_AT_A_TIME):
-        column = torch.arange(int(sizes[part].max()))
-        there = column < sizes[part, None]
-        place = order[(first[part, None] + column).clamp(max=len(order) - 1)]
-        yield part, states[place].float(), there

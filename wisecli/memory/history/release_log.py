@@ -211,11 +211,11 @@ def next_release(memory: Path, *, afresh: bool = False) -> Iterator[Path]:
         yield working
 
 
-def record(working: Path, manifest: Manifest, change: Change, *, file: str) -> Release:
+def record(working: Path, manifest: Manifest, change: Change, *, digest: str) -> Release:
     """Append a line to the log of a release that is being made.
 
     Args:
-        file: name of the memory's tensors.
+        digest: of the file of the memory's tensors.
     """
     path = working / HISTORY / LOG
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -229,7 +229,7 @@ def record(working: Path, manifest: Manifest, change: Change, *, file: str) -> R
         {old: new for old, new in change.replaced.items() if old != new},
         dict(change.shards),
         {name: value for name, value in manifest.merge.items() if name != "shards"},
-        sha256_file(working / file),
+        digest,
         sha256_text(lines[-1]) if lines else "",
         dict(change.edits_file),
         change.provenance.reason,

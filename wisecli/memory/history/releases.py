@@ -112,9 +112,15 @@ def _written(
         if name in kept:
             _take_in(kept[name].whole, working / HISTORY / SHARDS / name)
             _share(working / HISTORY / SHARDS / name, kept, name)
-    write_memory(working, manifest, sealed=True)
-    release = record(working, manifest, change, file=MEMORY_NAME)
-    write_checksums(working, change.provenance.key)
+    digest = write_memory(working, manifest, sealed=True)
+    release = record(working, manifest, change, digest=digest)
+    # Shards were just read, and their digests checked.
+    shards = {
+        f"{HISTORY}/{SHARDS}/{name}/{entry.file}": entry.sha256
+        for name, one in kept.items()
+        for entry in one.directory.shards
+    }
+    write_checksums(working, change.provenance.key, known={**shards, MEMORY_NAME: digest})
     return Published(release, len(manifest.edits))
 
 

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.background_stats import BackgroundStats
-from wisecli.artifacts.shard import Evidence, Mask, PromptStates, Shard, evidence_in, prompts_in
+from wisecli.artifacts.shard import FIRST_TOKEN_FORM, Evidence, Mask, PromptStates, Shard, evidence_in, prompts_in
 from wisecli.artifacts.shard_manifest import ShardDirectory, ShardEntry
+from wisecli.io.safe_paths import inside
+from wisecli.io.safetensors_header import read_header
 from wisecli.memory.merging.removal import load_without
 from wisecli.routing.deciding.subject_tensors import Spellings
 
 _LARGE = ("evidence.keys", "evidence.residuals", "delta.values")
+_STATES = "prompts.states"
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
     Raises:
         DamagedFileError: a shard's file cannot be used.
     """
-    parts, prompts = [], []
-    for directory, entry in _entries(directories):
+    parts, places, joined = [], _places(directories), _JoinedPrompts(_prompt_tokens(directories))
+    for (directory, entry), place in zip(_entries(directories), places, strict=True):
         tensors = directory.tensors(entry, lambda name: name not in _LARGE, check=True)
         nothing = {name: torch.empty(len(tensors["evidence.edit"]), 0) for name in _LARGE[:2]}
         parts.append(
@@ -79,13 +82,55 @@ def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
                 _held(directory, entry, tensors["evidence.edit"])
             )
         )
-        own = prompts_in(tensors)
-        prompts.append(None if own is None else own.rows(_held(directory, entry, own.edit)))
-    places, subjects, tokens = _places(directories), *_named(directories)
-    evidence = join_evidence(parts, places)
-    return MergedEvidence(
-        evidence, _numbered(parts), (), _unrelated_of(directories), subjects, _prompts(prompts, places), tokens
-    )
+        if (own := prompts_in(tensors)) is not None:
+            own = own.rows(_held(directory, entry, own.edit))
+            joined.add(replace(own, edit=place[own.edit.long()]))
+    subjects, tokens = _named(directories)
+    evidence, unrelated = join_evidence(parts, places), _unrelated_of(directories)
+    prompts = joined.whole() if joined.shards == len(parts) else None
+    return MergedEvidence(evidence, _numbered(parts), (), unrelated, subjects, prompts, tokens)
+
+
+class _JoinedPrompts:
+    """The states of shards' prompts in one place, so that there are never two of each; those of first tokens come last.
+
+    Args:
+        room: how many tokens there are at most.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room, self.shards, self.count = room, 0, 0
+        self.states: Tensor | None = None
+        self.compared: list[PromptStates] = []
+        self.first: list[PromptStates] = []
+
+    def add(self, part: PromptStates) -> None:
+        """Take in the states of one shard's prompts."""
+        self.shards += 1
+        first = part.form >= FIRST_TOKEN_FORM
+        self.first.append(part.rows(first))
+        self.compared.append(self._put(part.rows(~first)))
+
+    def whole(self) -> PromptStates:
+        """Return all of them."""
+        rest = PromptStates.joined([*self.compared, *map(self._put, self.first)])
+        return rest if self.states is None else replace(rest, states=self.states[: self.count])
+
+    def _put(self, part: PromptStates) -> PromptStates:
+        """Return the part with its states put away."""
+        if self.states is None:
+            self.states = part.states.new_empty(self.room, part.states.shape[1])
+        dtype = torch.promote_types(self.states.dtype, part.states.dtype)
+        self.states = self.states.to(dtype)
+        self.states[self.count : self.count + len(part.edit)] = part.states
+        self.count += len(part.edit)
+        return replace(part, states=part.states.new_empty(len(part.edit), 0))
+
+
+def _prompt_tokens(directories: Sequence[ShardDirectory]) -> int:
+    """How many tokens of prompts the shard files hold."""
+    headers = (read_header(inside(directory.path, entry.file)) for directory, entry in _entries(directories))
+    return sum(header.tensors[_STATES].shape[0] for header in headers if _STATES in header.tensors)
 
 
 def trained_evidence(directories: Sequence[ShardDirectory]) -> Iterator[Evidence]:

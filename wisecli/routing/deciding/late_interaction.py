@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -161,18 +161,36 @@ class LateInteraction(nn.Module):
 
     def log_probs(self, query: ProjectedPrompts, head: int, prompts: Tensor) -> Tensor:
         """Return log-probabilities that the subject (head 0) or relation (1) of kept prompts (p,) is found: (B, p)."""
-        index = torch.full((2 * len(self.prompt_to_edit),), -1, device=prompts.device)
-        index[prompts + head * len(self.prompt_to_edit)] = torch.arange(len(prompts), device=prompts.device)
-        prompt_of_token = index[self.token_to_prompt]
         count, width = query.mask.shape
         projected = query.projected[head].transpose(0, 1).flatten(0, 1).T  # (k, W · B)
         missing = None if bool(query.mask.all()) else ~query.mask.T
         scores = projected.new_zeros(len(prompts), count)
-        for rows in (prompt_of_token >= 0).nonzero().flatten().split(_TOKENS):
+        for rows, prompt in self._tokens_of(head, prompts):
             cosines = (self.prompt_token_embeddings[rows].float() @ projected).view(-1, width, count)
             near = (cosines if missing is None else cosines.masked_fill_(missing, -1.0)).amax(1)
-            scores.index_add_(0, prompt_of_token[rows], near * self.token_weights[rows, None].float())
+            scores.index_add_(0, prompt, near * self.token_weights[rows, None].float())
         return F.logsigmoid(self.logit_scale[head].float() * (scores.T - self.logit_offset[head].float()))
+
+    def _tokens_of(self, head: int, prompts: Tensor) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        """Yield the rows of the tokens by which kept prompts (p,) are found, some at a time, and each one's place.
+
+        Those of all prompts that lie one behind the other are a slice: to gather them would take longer than to compare
+        them.
+        """
+        kept = len(self.prompt_to_edit)
+        subjects = self.token_to_prompt < kept
+        if len(prompts) == kept:
+            edge = int(subjects.sum())
+            first, last = (0, edge) if head == 0 else (edge, len(subjects))
+            if bool(subjects[:edge].all()):
+                parts = (slice(start, min(start + _TOKENS, last)) for start in range(first, last, _TOKENS))
+                yield from ((part, self.token_to_prompt[part] - head * kept) for part in parts)
+                return
+        index = torch.full((2 * kept,), -1, device=prompts.device)
+        index[prompts + head * kept] = torch.arange(len(prompts), device=prompts.device)
+        prompt_of_token = index[self.token_to_prompt]
+        for rows in (prompt_of_token >= 0).nonzero().flatten().split(_TOKENS):
+            yield rows, prompt_of_token[rows]
 
 
 def marked_to_front(marked: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ def load(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model with a memory in its place, and its tokenizer.
+    """Return a base model with a memory in its place, and its tokenizer.
 
     Args:
         base: directory or hub id of the model that the edits were made on.

@@ -262,12 +262,12 @@ def settings_from(kind: type[Settings], record: Mapping[str, Any]) -> Settings:
 
 
 def defaults(kind: type[Any]) -> dict[str, Any]:
-    """Every setting's default."""
+    """Return every setting's default."""
     return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """The content of a settings file.
+    """Return the content of a settings file.
 
     Raises:
         SettingsError: it cannot be read.

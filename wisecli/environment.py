@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
 
 
 def changed_versions(before: Mapping[str, str]) -> list[str]:
-    """The packages that have another version than they had, each as a phrase."""
+    """Return the packages that have another version than they had, each as a phrase."""
     now = versions()
     return [
         f"{name} was {then}, now {now.get(name, 'missing')}" for name, then in before.items() if now.get(name) != then
@@ -36,13 +36,13 @@ def forget_peaks() -> None:
 
 
 def peak_vram_bytes() -> int:
-    """The most memory of a GPU that the process has held; 0 without one."""
+    """Return the most memory of a GPU that the process has held; 0 without one."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def peak_rss_bytes() -> int:
-    """The most memory the process has held so far."""
+    """Return the most memory the process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

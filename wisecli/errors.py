@@ -18,12 +18,12 @@ class WiseError(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what an error says, or its type's name where it says nothing."""
+    """Return the first line of what an error says, or its type's name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _one_or(sentences: Sequence[str], what: str) -> str:
-    """The only sentence, or how many there are of them."""
+    """Return the only sentence, or how many there are of them."""
     return sentences[0] if len(sentences) == 1 else f"{what} {len(sentences)} times"
 
 

@@ -37,7 +37,7 @@ class Validated:
 
     @classmethod
     def read(cls, name: str, text: str) -> Any:
-        """A text as the value of a field.
+        """Return a text as the value of a field.
 
         Raises:
             SettingsError: it is of the wrong kind or out of bounds.
@@ -52,7 +52,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _converted(name: str, value: Any, hint: Any) -> Any:
-    """A value as its field's type; texts, as of variables, are read as what they stand for.
+    """Return a value as its field's type; texts, as of variables, are read as what they stand for.
 
     Raises:
         SettingsError: it is of the wrong kind or out of bounds.
@@ -79,7 +79,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def unwrapped(hint: Any) -> tuple[Any, Bounds | None, bool]:
-    """A field's type without what is written around it, its bounds, and whether there may be no value."""
+    """Return a field's type without what is written around it, its bounds, and whether there may be no value."""
     bounds, optional = None, False
     while get_origin(hint) in _AROUND:
         bounds = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Bounds)), bounds)

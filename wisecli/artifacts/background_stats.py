@@ -142,7 +142,7 @@ def load_heads(path: Path) -> RouterHeads | None:
 
 
 def _heads_in(tensors: dict[str, Tensor]) -> RouterHeads | None:
-    """The heads among a file's tensors, if it has any."""
+    """Return the heads among a file's tensors, if it has any."""
     if "heads.proj_weight" not in tensors:
         return None
     gate = {name: tensors[name] for name in REQUEST_GATE if name in tensors}

@@ -53,7 +53,7 @@ def write_checksums(
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
-    """The digest of every file of a directory, by its name.
+    """Return the digest of every file of a directory, by its name.
 
     Raises:
         DamagedFileError: the list is missing, or not to the byte as it is written.
@@ -68,13 +68,13 @@ def read_checksums(directory: Path) -> dict[str, str]:
 
 
 def has_checksums(directory: Path) -> bool:
-    """Whether a directory has a list of digests."""
+    """Return whether a directory has a list of digests."""
     path = directory / CHECKSUMS
     return path.exists() or path.is_symlink()
 
 
 def is_signed(directory: Path) -> bool:
-    """Whether the list of digests has a signature beside it."""
+    """Return whether the list of digests has a signature beside it."""
     return any((directory / name).is_file() for name in SIGNATURE_NAMES)
 
 
@@ -91,7 +91,7 @@ def require_signature(directory: Path, signed: Signed | None) -> None:
 
 
 def check_checksums(directory: Path, *, expected: bool = False) -> Iterator[Check]:
-    """Every file of a directory, against its digest.
+    """Yield every file of a directory, against its digest.
 
     Args:
         expected: whether the list of digests must be there; directories of older versions have none.
@@ -113,7 +113,7 @@ def check_checksums(directory: Path, *, expected: bool = False) -> Iterator[Chec
 
 
 def altered(directory: Path, *, expected: bool = False, but: Collection[str] = ()) -> list[str]:
-    """The files of a directory that are not as they were written, each as a phrase.
+    """Return the files of a directory that are not as they were written, each as a phrase.
 
     Args:
         expected: as of :func:`check_checksums`.
@@ -142,7 +142,7 @@ def _rendered(digests: Mapping[str, str]) -> bytes:
 
 
 def _files(directory: Path) -> Iterator[str]:
-    """The names of all files in a directory and below, but for the list and its signatures."""
+    """Yield the names of all files in a directory and below, but for the list and its signatures."""
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         kept = path.relative_to(directory).parts[0] in _NOT_OURS

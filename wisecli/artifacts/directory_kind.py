@@ -40,7 +40,9 @@ def kind_of(path: Path) -> Kind:
 
 
 def holds_merged(path: Path) -> bool:
-    """Whether a directory is a checkpoint with its edits in its own weights, which it lists; nothing is routed."""
+    """Return whether a directory is a checkpoint with its edits in its own weights, which it lists; nothing is
+    routed.
+    """
     with suppress(OSError, ValueError):
         return (path / MERGED).is_file() and not (path / MANIFEST_NAME).exists()
     return False
@@ -57,7 +59,7 @@ def written_form(path: Path) -> Literal["merged", "stock", "gguf"] | None:
 
 
 def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
-    """The base model's directory and the manifest of a memory, or of an exported directory.
+    """Return the base model's directory and the manifest of a memory, or of an exported directory.
 
     Raises:
         WiseError: either cannot be read, or they do not belong together.
@@ -75,7 +77,7 @@ def find_base(memory: Path, model: str | None) -> tuple[Path, Manifest]:
 
 
 def locate_memory(model: str | None, memory: Path | None, fallback: Path) -> tuple[Path, str | None]:
-    """Which directory holds the memory, and which model it is for, from what the command line gave.
+    """Return which directory holds the memory, and which model it is for, from what the command line gave.
 
     A model that is an exported directory holds its own memory.
 

@@ -13,7 +13,7 @@ _APART = 1_000_003
 
 
 def random_mask(site: Site, density: float, kind: MaskKind, generator: torch.Generator) -> Mask:
-    """A mask of exactly ``round(density · size)`` places, drawn without replacement (section 2.3.2: ρ).
+    """Return a mask of exactly ``round(density · size)`` places, drawn without replacement (section 2.3.2: ρ).
 
     Two masks overlap in an expected share ρ² of the matrix, k of them in ρᵏ.
     """
@@ -26,7 +26,7 @@ def random_mask(site: Site, density: float, kind: MaskKind, generator: torch.Gen
 def draw_mask(
     site: Site, density: float, kind: MaskKind, *, number: int, count: int, disjoint: bool, seed: int
 ) -> Mask:
-    """The mask of one of ``count`` shards, the same whether or not the others are drawn.
+    """Return the mask of one of ``count`` shards, the same whether or not the others are drawn.
 
     Raises:
         SettingsError: so many disjoint masks do not fit the matrix.
@@ -54,5 +54,5 @@ def disjoint_masks(site: Site, density: float, kind: MaskKind, count: int, gener
 
 
 def _size(site: Site, kind: MaskKind) -> int:
-    """How many places a mask is drawn from."""
+    """Return how many places a mask is drawn from."""
     return site.width if kind == "columns" else site.d * site.width

@@ -38,7 +38,7 @@ class Mask:
     d_ff: int
 
     def to(self, device: torch.device) -> Mask:
-        """The same mask on another device."""
+        """Return the same mask on another device."""
         return Mask(self.kind, self.indices.to(device), self.d, self.d_ff)
 
     @property
@@ -47,7 +47,7 @@ class Mask:
         return (self.d, len(self.indices)) if self.kind == "columns" else (len(self.indices),)
 
     def restrict(self, keys: Tensor) -> Tensor:
-        """The part of keys (..., d_ff) that the mask reads."""
+        """Return the part of keys (..., d_ff) that the mask reads."""
         return keys[..., self.indices] if self.kind == "columns" else keys
 
     def update(self, restricted: Tensor, values: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Mask:
         return restricted.to(delta.dtype) @ delta.T
 
     def dense(self, values: Tensor) -> Tensor:
-        """The whole ``Δ`` (d, d_ff)."""
+        """Return the whole ``Δ`` (d, d_ff)."""
         if self.kind == "elements":
             return self._scatter(values)
         return values.new_zeros(self.d, self.d_ff).index_copy(1, self.indices, values)
@@ -108,13 +108,13 @@ class Evidence:
         return number
 
     def rows(self, chosen: Tensor) -> Evidence:
-        """Some of the keys."""
+        """Return some of the keys."""
         parts = {name: getattr(self, name) for name in Evidence.__dataclass_fields__}
         return Evidence(**{name: part[chosen] for name, part in parts.items() if part is not None})
 
     @staticmethod
     def joined(parts: Sequence[Evidence]) -> Evidence:
-        """The keys of several as one; what not all of them have is left out."""
+        """Return the keys of several as one; what not all of them have is left out."""
         columns = {name: [getattr(part, name) for part in parts] for name in Evidence.__dataclass_fields__}
         whole = {name: own for name, own in columns.items() if all(one is not None for one in own)}
         return Evidence(**{name: torch.cat(own) for name, own in whole.items()})
@@ -153,12 +153,12 @@ class PromptStates:
 
     @staticmethod
     def joined(parts: Sequence[PromptStates]) -> PromptStates:
-        """The tokens of several as one."""
+        """Return the tokens of several as one."""
         names = PromptStates.__dataclass_fields__
         return PromptStates(*(torch.cat([getattr(one, name) for one in parts]) for name in names))
 
     def rows(self, chosen: Tensor | slice) -> PromptStates:
-        """Some of the tokens."""
+        """Return some of the tokens."""
         return PromptStates(*(getattr(self, name)[chosen] for name in PromptStates.__dataclass_fields__))
 
 
@@ -210,7 +210,7 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
 
 
 def shard_rows(kind: MaskKind, names: Container[str], *, solved: bool = True) -> TensorRows:
-    """The tensors of a shard file, for a kind of mask, with those optional ones that are among ``names``.
+    """Return the tensors of a shard file, for a kind of mask, with those optional ones that are among ``names``.
 
     Args:
         solved: whether it has the values that fill its mask.
@@ -221,7 +221,7 @@ def shard_rows(kind: MaskKind, names: Container[str], *, solved: bool = True) ->
 
 
 def shard_sizes(site: Site, edits: int) -> dict[str, int]:
-    """The dimensions of a shard's tensors that site and manifest decide."""
+    """Return the dimensions of a shard's tensors that site and manifest decide."""
     return {"d": site.d, "d_ff": site.width, "size": site.d * site.width, "edits": edits}
 
 
@@ -249,7 +249,7 @@ def load_shard(
 
 
 def evidence_in(path: Path, tensors: Mapping[str, Tensor]) -> Evidence:
-    """The evidence among a shard file's tensors, as it is stored.
+    """Return the evidence among a shard file's tensors, as it is stored.
 
     Raises:
         DamagedFileError: nothing of it was trained on.
@@ -262,7 +262,7 @@ def evidence_in(path: Path, tensors: Mapping[str, Tensor]) -> Evidence:
 
 
 def prompts_in(tensors: Mapping[str, Tensor]) -> PromptStates | None:
-    """The states of prompts among a shard file's tensors, as they are stored, if it has any."""
+    """Return the states of prompts among a shard file's tensors, as they are stored, if it has any."""
     if "prompts.states" not in tensors:
         return None
     return PromptStates(*(tensors[f"prompts.{name}"] for name in PromptStates.__dataclass_fields__))

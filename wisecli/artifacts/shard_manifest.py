@@ -100,7 +100,7 @@ class ShardDirectory:
         return load_shard(path, self.site, entry.mask_kind, entry.sha256, edits=listed, solved=entry.solved)
 
     def tensors(self, entry: ShardEntry, wanted: Callable[[str], bool], *, check: bool) -> dict[str, Tensor]:
-        """Some of the tensors of one shard file, as they are stored.
+        """Return some of the tensors of one shard file, as they are stored.
 
         Args:
             wanted: whether a tensor of that name is wanted.
@@ -246,7 +246,7 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
 
 
 def origin_of(directory: ShardDirectory) -> Origin:
-    """What a memory remembers of the shards it was merged from."""
+    """Return what a memory remembers of the shards it was merged from."""
     gone = set(directory.left_out)
     return Origin(
         str(directory.path),

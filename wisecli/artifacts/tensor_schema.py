@@ -120,7 +120,7 @@ MASKED: dict[str, TensorRows] = {
 
 
 def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
-    """The tensors of a side memory of a kind, with those optional ones that are among ``names``."""
+    """Return the tensors of a side memory of a kind, with those optional ones that are among ``names``."""
     if "late_interaction.proj_weight" not in names:
         return MATRIX
     named = SUBJECT_MATCH if "subject_match.token_ids" in names else {}
@@ -136,7 +136,7 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
 
 
 def background_rows(names: Mapping[str, object]) -> TensorRows:
-    """The tensors of the statistics of unrelated text, with those optional ones that are among ``names``."""
+    """Return the tensors of the statistics of unrelated text, with those optional ones that are among ``names``."""
     rows = {
         "keys": TensorRow("float", ("u", "d_ff")),
         "chat": TensorRow("bool", ("u",)),

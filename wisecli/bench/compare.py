@@ -39,7 +39,7 @@ class BenchReport:
     output: Path
 
     def as_json(self) -> dict[str, Any]:
-        """The one object that ``--json`` prints: ``results.<method>.<edits>`` with the keys of ``wise eval``."""
+        """Return the one object that ``--json`` prints: ``results.<method>.<edits>`` with the keys of ``wise eval``."""
         results: dict[str, dict[str, Any]] = {}
         for row in self.rows:
             results.setdefault(row["method"], {})[str(row["edits"])] = row["figures"]
@@ -106,7 +106,7 @@ def bench(
 
 
 def _measured(kept: ResultRows, point: dict[str, Any]) -> bool:
-    """Whether there are figures; what a method could not run for may be mended by now."""
+    """Return whether there are figures; what a method could not run for may be mended by now."""
     return point in kept and "cannot" not in kept[point]["figures"]
 
 

@@ -28,7 +28,7 @@ class Stream:
 
 
 def stream_of(dataset: str | None, data: Sequence[Path], most: int) -> Stream:
-    """The first ``most`` records of the datasets, a record of each in turn.
+    """Return the first ``most`` records of the datasets, a record of each in turn.
 
     Args:
         dataset: their names, with commas between.
@@ -47,7 +47,7 @@ def stream_of(dataset: str | None, data: Sequence[Path], most: int) -> Stream:
 
 
 def digest_of(records: Sequence[Edit]) -> str:
-    """What tells records from any others."""
+    """Return what tells records from any others."""
     return sha256_json([record.as_dict() for record in records])[:12]
 
 

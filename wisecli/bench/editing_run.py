@@ -67,7 +67,7 @@ class MethodFolder:
             working.replace(self.file)
 
     def kept(self) -> tuple[RunState, dict[str, Tensor]] | None:
-        """What was kept, if it can be read."""
+        """Return what was kept, if it can be read."""
         try:
             with open_tensors(self.file) as stream:
                 run_state = decode(RunState, parse((stream.metadata() or {}).get("standing", "")))
@@ -76,7 +76,7 @@ class MethodFolder:
             return None
 
     def answers(self, count: int) -> Path:
-        """Where answers after so many edits are kept."""
+        """Return where answers after so many edits are kept."""
         return self.directory / f"answers-{count}"
 
     def begin(self) -> None:
@@ -174,14 +174,14 @@ class EditingRun:
         self._keep_in_time(now=end == self.standing.row)
 
     def _portions(self, done: int, count: int) -> Iterator[list[Edit]]:
-        """The edits from some number to another; a portion ends at each of the run's counts."""
+        """Yield the edits from some number to another; a portion ends at each of the run's counts."""
         while done < count:
             end = self._end(done, count)
             yield [_plainly(edit) for edit in self.edits[done:end]]
             done = end
 
     def _end(self, done: int, count: int) -> int:
-        """Where the portion ends that begins after ``done`` edits, on the way to ``count``."""
+        """Return where the portion ends that begins after ``done`` edits, on the way to ``count``."""
         end = min((one for one in (*self.counts, count) if one > done), default=done)
         return min(end, done + (self.standing.portion or end))
 
@@ -203,7 +203,7 @@ class EditingRun:
 
 
 def _plainly(edit: Edit) -> Edit:
-    """An edit in the terms of the papers, which know nothing but a prompt and its target.
+    """Return an edit in the terms of the papers, which know nothing but a prompt and its target.
 
     Raises:
         UnsuitableError: an answer is to be erased, and nothing to take its place.

@@ -17,7 +17,8 @@ def append_line(file: Path, value: Any) -> None:
 
 
 def whole_lines(file: Path) -> list[Any]:
-    """What the lines say; none if there is no file. A last line that was broken off is cut away, and more may follow.
+    """Return what the lines say; none if there is no file. A last line that was broken off is cut away, and more may
+    follow.
 
     Raises:
         DamagedFileError: another line is no JSON.

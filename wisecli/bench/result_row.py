@@ -70,7 +70,7 @@ class RowMaker:
         return {"method": name, "edits": count, "figures": json.loads(json.dumps(figures))}
 
     def _by_domain(self, each: Each) -> dict[str, dict[str, float]]:
-        """Every figure's mean over the edits of one dataset."""
+        """Return every figure's mean over the edits of one dataset."""
         found: dict[str, dict[str, float]] = {}
         for figure, values in each.items():
             for domain in dict.fromkeys(self.domains):

@@ -20,7 +20,7 @@ from wisecli.progress import NOTE, Event
 
 
 def rows_of(context: BenchContext, name: str, counts: Sequence[int], missing: Sequence[int]) -> Iterator[ResultRow]:
-    """A row for each number of edits of one method that is ``missing``; or the reason why it cannot run.
+    """Yield a row for each number of edits of one method that is ``missing``; or the reason why it cannot run.
 
     Args:
         counts: all numbers of edits: what a method is given at once ends at each, also where a row is there.
@@ -54,7 +54,7 @@ def _baseline_rows(
 
 
 def _begun(context: BenchContext, name: str, place: MethodFolder, counts: Sequence[int], most: int) -> EditingRun:
-    """A method that goes on where it was broken off, or begins."""
+    """Return a method that goes on where it was broken off, or begins."""
     method = METHODS[name](context.bench)
     run = EditingRun(method, context.tested, counts, place, context.portion_watcher, learnt=context.learnt_digest)
     if run.take_up(most):

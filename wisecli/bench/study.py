@@ -36,11 +36,11 @@ class StudyReport:
     output: Path
 
     def as_json(self) -> dict[str, Any]:
-        """The one object that ``--json`` prints."""
+        """Return the one object that ``--json`` prints."""
         return {"studies": self.rows, "config": self.config, "versions": versions()}
 
     def sections(self) -> list[Section]:
-        """Each study's table, without a picture."""
+        """Return each study's table, without a picture."""
         return [section(STUDIES[name], rows, drawn=False) for name, rows in self.rows.items()]
 
 
@@ -88,7 +88,7 @@ def study(
 
 
 def _names(text: str) -> list[str]:
-    """Names of studies with commas between.
+    """Return the names of studies with commas between.
 
     Raises:
         SettingsError: one is unknown.
@@ -101,7 +101,7 @@ def _names(text: str) -> list[str]:
 
 
 def _measured(name: str, context: StudyContext, points: Sequence[Point], output: Path) -> list[ResultRow]:
-    """A row for every point; those that are new are kept as soon as they are measured."""
+    """Return a row for every point; those that are new are kept as soon as they are measured."""
     kept = ResultRows(output / f"study-{name}.jsonl")
     for point in points:
         if point not in kept:

@@ -58,7 +58,7 @@ class Spent:
 
 
 def wise_rows(context: BenchContext, name: str, place: MethodFolder, counts: Sequence[int]) -> Iterator[ResultRow]:
-    """A row for each number of edits of one of our ways; shards lie in its ``place`` until all are measured."""
+    """Yield a row for each number of edits of one of our ways; shards lie in its ``place`` until all are measured."""
     memory = context.work / "memory"
     if counts and not place.directory.exists():
         _learn(context, name)
@@ -113,7 +113,7 @@ def _evaluated(context: BenchContext, memory: Path, file: Path, answers: Path) -
 
 
 def _overhead(context: BenchContext, memory: Path, count: int) -> float:
-    """How much longer one pass over prompts and answers takes with a memory."""
+    """Return how much longer one pass over prompts and answers takes with a memory."""
     edited = attach(memory, load=context.load)
     loaded = Loaded(edited.model, edited.tokenizer, edited.stream)
     rows = [encode(edited.tokenizer, *pair) for pair in context.timed(count)]
@@ -136,7 +136,9 @@ class WiseRun:
         self.file, self.shards = context.work / "edits.jsonl", place.directory / "shards"
 
     def edited(self) -> Spent:
-        """What it took to write the shards; a run that was broken off goes on, and one that was finished is taken."""
+        """Return what it took to write the shards; a run that was broken off goes on, and one that was finished is
+        taken.
+        """
         spent = self._spent()
         if spent is not None and spent.edits == self.count:
             try:
@@ -190,7 +192,7 @@ class WiseRun:
         working.replace(self._kept)
 
     def _spent(self) -> Spent | None:
-        """What was kept, if it can be read."""
+        """Return what was kept, if it can be read."""
         try:
             return decode(Spent, read_json(self._kept))
         except (DamagedFileError, ValueError):

@@ -43,12 +43,14 @@ def texts_beside_gates(texts: int = GATE_TEXTS) -> list[str]:
 
 
 def everyday_prompts(count: int, *, seed: int) -> list[str]:
-    """What people ask an assistant in a day, apart from facts about names: ``count`` prompts, of every kind in turn."""
+    """Return what people ask an assistant in a day, apart from facts about names: ``count`` prompts, of every kind
+    in turn.
+    """
     return _filled_patterns(_packaged("everyday.toml"), range(count), random.Random(seed))
 
 
 def subjects_for(texts: int) -> int:
-    """How many facts of each relation go with so many unrelated texts."""
+    """Return how many facts of each relation go with so many unrelated texts."""
     return max(1, min(_SUBJECTS, round(_SUBJECTS * texts / _TEXTS)))
 
 
@@ -59,7 +61,7 @@ def rewordings() -> list[list[str]]:
 
 
 def worded(wording: str, subject: str) -> str:
-    """A wording with a subject in its slot."""
+    """Return a wording with a subject in its slot."""
     return _SLOT.sub(lambda _: subject, wording)
 
 
@@ -90,7 +92,7 @@ class Relation:
 
 
 def relations() -> list[Relation]:
-    """All packaged relations."""
+    """Return all packaged relations."""
     return [
         Relation(row["of"], tuple(row["asks"]), tuple(row["tells"])) for row in _packaged("relations.toml")["relation"]
     ]
@@ -107,7 +109,7 @@ class Inverse:
 
 
 def inverses() -> list[Inverse]:
-    """All packaged relations that one name answers either way."""
+    """Return all packaged relations that one name answers either way."""
     data = _packaged("inverses.toml")
     found = []
     for row in data["relation"]:
@@ -117,7 +119,9 @@ def inverses() -> list[Inverse]:
 
 
 def made_up_subjects(kind: str, count: int, rng: random.Random) -> list[str]:
-    """Names of one kind, no two the same; every second is like the one before, but for some of its words or digits."""
+    """Return the names of one kind, no two the same; every second is like the one before, but for some of its words
+    or digits.
+    """
     names: list[str] = _packaged("subjects.toml")[kind]
     found: dict[str, None] = {}
     while len(found) < count:
@@ -129,7 +133,7 @@ def made_up_subjects(kind: str, count: int, rng: random.Random) -> list[str]:
 
 
 def _like(name: str, other: str, rng: random.Random) -> str:
-    """A name with other digits, or with a half of it taken from another, by words or else by letters."""
+    """Return a name with other digits, or with a half of it taken from another, by words or else by letters."""
     if any(letter.isdecimal() for letter in name):
         return "".join(rng.choice("0123456789") if letter.isdecimal() else letter for letter in name)
     gap = " " if min(len(name.split()), len(other.split())) > 1 else ""
@@ -196,7 +200,7 @@ class Requests:
     leaves: tuple[str, ...]
 
     def task(self, question: str, rng: random.Random) -> str:
-        """A prompt that wants something done with a question."""
+        """Return a prompt that wants something done with a question."""
         if rng.random() < _LABELLED:
             words = {"label": rng.choice(self.labels), "question": question}
             return _SLOT.sub(lambda slot: words[slot.group(1)], rng.choice(self.label_frames))
@@ -206,7 +210,7 @@ class Requests:
         return _SLOT.sub(lambda slot: words[slot.group(1)], frame)
 
     def timed(self, question: str, rng: random.Random) -> str:
-        """A question that is asked of another time."""
+        """Return a question that is asked of another time."""
         drawn = {
             "year": str(rng.randint(1850, 2018)),
             "decade": str(10 * rng.choice((192, 195, 197, 198, 199))),
@@ -216,12 +220,12 @@ class Requests:
         return _at(question, _SLOT.sub(lambda slot: drawn[slot.group(1)], rng.choice(self.times)), rng)
 
     def now(self, question: str, rng: random.Random) -> str:
-        """A question that is asked of the time that it is of without any."""
+        """Return a question that is asked of the time that it is of without any."""
         return _at(question, rng.choice(self.presents), rng)
 
 
 def _at(question: str, when: str, rng: random.Random) -> str:
-    """A question with a phrase that says of which time it is asked; before a statement that it would end."""
+    """Return a question with a phrase that says of which time it is asked; before a statement that it would end."""
     if not question.rstrip().endswith("?"):
         return f"{capital(when)}, {small(question)}"
     stem = question.rstrip("?. ")
@@ -230,17 +234,17 @@ def _at(question: str, when: str, rng: random.Random) -> str:
 
 
 def capital(text: str) -> str:
-    """A text from a capital letter on."""
+    """Return a text from a capital letter on."""
     return text[:1].upper() + text[1:]
 
 
 def small(text: str) -> str:
-    """A text from a small letter on."""
+    """Return a text from a small letter on."""
     return text[:1].lower() + text[1:]
 
 
 def requests() -> Requests:
-    """All packaged ways to ask a question or to mention it."""
+    """Return all packaged ways to ask a question or to mention it."""
     return Requests(**{name: tuple(rows) for name, rows in _packaged("requests.toml").items()})
 
 
@@ -259,7 +263,7 @@ class Notes:
 
 @cache
 def notes() -> Notes:
-    """All packaged notes."""
+    """Return all packaged notes."""
     rows: dict[str, Any] = _packaged("notes.toml")
     tupled = ((name, (tuple(one) if isinstance(one, list) else one for one in some)) for name, some in rows.items())
     found: dict[str, Any] = {name: tuple(some) for name, some in tupled}

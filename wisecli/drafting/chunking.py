@@ -31,7 +31,7 @@ class Passage:
 
 
 def passages(document: str) -> list[Passage]:
-    """The passages of a document, in order.
+    """Return the passages of a document, in order.
 
     Code, tables, images and front matter are left out; of links and emphasis only the words are kept. Long paragraphs
     are cut between sentences.
@@ -71,13 +71,13 @@ def _blocks(document: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _without_front_matter(document: str) -> str:
-    """The document with as many empty lines in the place of its front matter."""
+    """Return the document with as many empty lines in the place of its front matter."""
     found = _FRONT_MATTER.match(document)
     return document if found is None else "\n" * found[0].count("\n") + document[found.end() :]
 
 
 def _said(children: Sequence[Token]) -> str:
-    """The words of a paragraph, on one line; rows of a table without a head say nothing."""
+    """Return the words of a paragraph, on one line; rows of a table without a head say nothing."""
     text = "".join("\n" if one.type in ("softbreak", "hardbreak") else _word(one) for one in children)
     return " ".join(" ".join(line for line in text.split("\n") if not line.startswith("|")).split())
 

@@ -57,7 +57,7 @@ class Pair:
     line: int
 
     def as_record(self) -> dict[str, Any]:
-        """An edit record as files of edits have it."""
+        """Return an edit record as files of edits have it."""
         record = {"prompt": self.question, "target": self.answer}
         return record if self.subject is None else {**record, "subject": self.subject}
 
@@ -86,7 +86,7 @@ def draw_pairs(
 
 
 def fitting(passage: Passage, text: str) -> list[Pair]:
-    """The pairs in what the model wrote about a passage that are fit to be shown."""
+    """Return the pairs in what the model wrote about a passage that are fit to be shown."""
     pairs = [(question.strip(), answer.strip().rstrip(".").strip()) for question, answer in _PAIR.findall(text)]
     return [
         Pair(question, answer, shared_name(question, passage.whole), passage.line)
@@ -96,7 +96,7 @@ def fitting(passage: Passage, text: str) -> list[Pair]:
 
 
 def is_fit(passage: Passage, question: str, answer: str) -> bool:
-    """Whether a pair can stand without its passage, and says what that says.
+    """Return whether a pair can stand without its passage, and says what that says.
 
     The answer must be words of the passage; the question must not hold it, nor point to a text that nobody sees, and
     must name something of the passage.
@@ -109,7 +109,8 @@ def is_fit(passage: Passage, question: str, answer: str) -> bool:
 
 
 def shared_name(question: str, text: str) -> str | None:
-    """The longest run of words that begins with a capital and stands in both, without the small words at its end.
+    """Return the longest run of words that begins with a capital and stands in both, without the small words at its
+    end.
 
     A question's first word is no name: it has its capital from the place.
     """

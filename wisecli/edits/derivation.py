@@ -51,7 +51,7 @@ def with_derived(numbered: Sequence[Numbered]) -> tuple[Numbered, ...]:
 
 
 def derived(edit: Edit) -> tuple[Edit, ...]:
-    """What follows from one edit by rule; nothing from what is erased, or is a consequence itself."""
+    """Return what follows from one edit by rule; nothing from what is erased, or is a consequence itself."""
     subject = edit.subject or ""
     if edit.erased or edit.consequence_of is not None or len(_places(subject, edit.prompt)) != 1:
         return ()
@@ -107,7 +107,7 @@ def other_names(subject: str) -> list[tuple[str, str]]:
 
 
 def _spells(letters: str, name: str) -> bool:
-    """Whether letters are the first ones of a name's words, small words counted or not."""
+    """Return whether letters are the first ones of a name's words, small words counted or not."""
     parts = [part for part in re.split(r"[\s-]+", name) if part]
     return letters in {"".join(part[0].upper() for part in parts), "".join(p[0] for p in parts if p[0].isupper())}
 
@@ -118,7 +118,7 @@ def _without_marks(text: str) -> str:
 
 
 def is_name(answer: str) -> bool:
-    """Whether an answer is the name of one thing, which something else can be asked about."""
+    """Return whether an answer is the name of one thing, which something else can be asked about."""
     plain = folded(answer)
     # Of Greece and Denmark there may be one princess.
     listed = re.search(r"[,;/\n]|\bor\b", plain) or re.search(r"\band\b", plain.partition(" of ")[0])
@@ -139,7 +139,7 @@ def _asked(prompt: str, subject: str) -> str:
 
 
 def _normal(wording: str) -> str:
-    """A wording in which possessives, articles, tenses and punctuation make no difference."""
+    """Return a wording in which possessives, articles, tenses and punctuation make no difference."""
     text = folded(wording).replace("’", "'").replace(_SLOT, " _ ")
     text = re.sub(r"\b(who|what)'s\b", r"\1 is", text)
     text = re.sub(r"'s\b|'(?=\s)", " ", text)
@@ -147,7 +147,7 @@ def _normal(wording: str) -> str:
 
 
 def _places(subject: str, prompt: str) -> list[tuple[int, int]]:
-    """Where a subject stands in a prompt as whole words."""
+    """Return where a subject stands in a prompt as whole words."""
     if not subject.strip():
         return []
     return [found.span() for found in re.finditer(rf"(?<!\w){re.escape(subject.strip())}(?!\w)", prompt, re.I)]

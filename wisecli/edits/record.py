@@ -81,7 +81,7 @@ class Edit:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Edit:
-        """The inverse of :meth:`as_dict`.
+        """Return the inverse of :meth:`as_dict`.
 
         Raises:
             ValueError: a field is missing, unknown or of the wrong kind.
@@ -94,7 +94,7 @@ Numbered = tuple[int, Edit]
 
 
 def consequences_in(edits: Iterable[Edit]) -> tuple[Edit, ...]:
-    """Those edits that follow from others."""
+    """Return those edits that follow from others."""
     return tuple(edit for edit in edits if edit.consequence_of is not None)
 
 
@@ -145,7 +145,7 @@ def numbered_edits(path: Path, content: bytes, *, notices: Notices | None = None
 
 
 def parse_line(path: Path, number: int, line: bytes) -> tuple[Edit, ...]:
-    """The edit that one line of a file holds, and behind it its consequences.
+    """Return the edit that one line of a file holds, and behind it its consequences.
 
     Raises:
         EditFileError: naming the line, if it holds none.
@@ -191,12 +191,12 @@ def _with_consequences(flat: Mapping[str, Any], record: Mapping[str, Any]) -> tu
 
 
 def consequence_id(edit: str, kind: str, number: int) -> str:
-    """The id of an edit's consequence; each kind is numbered from 1."""
+    """Return the id of an edit's consequence; each kind is numbered from 1."""
     return f"{edit}/{kind}-{number}"
 
 
 def _consequence(edit: Edit, place: int, item: Any) -> Edit:
-    """An edit of its own for a consequence that a record states; it is from where its edit is from."""
+    """Return an edit of its own for a consequence that a record states; it is from where its edit is from."""
     where = f"also[{place}]"
     if not isinstance(item, dict):
         raise ValueError(f"`{where}` must be an object with `prompt` and `target`, not {shown(item)}")
@@ -231,7 +231,9 @@ def parse_edit(record: Mapping[str, Any]) -> Edit:
 
 
 def _edit(flat: Mapping[str, Any], record: Mapping[str, Any]) -> Edit:
-    """An edit from fields by known names, with an id after the ``record`` that they are from where they have none."""
+    """Return an edit from fields by known names, with an id after the ``record`` that they are from where they have
+    none.
+    """
     try:
         fields = canonical(flat)
     except (TypeError, AttributeError) as error:
@@ -272,7 +274,7 @@ def _edit(flat: Mapping[str, Any], record: Mapping[str, Any]) -> Edit:
 
 
 def _followed(fields: Mapping[str, Any]) -> str | None:
-    """The id of the edit that a record is a consequence of."""
+    """Return the id of the edit that a record is a consequence of."""
     if fields.get("consequence_of") is not None:
         return id_of(fields["consequence_of"], "consequence_of")
     if fields.get("derived") is not None:
@@ -281,6 +283,6 @@ def _followed(fields: Mapping[str, Any]) -> str | None:
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """An id by what is to change, whoever says so and whatever follows from it."""
+    """Return an id by what is to change, whoever says so and whatever follows from it."""
     kept = {name: value for name, value in record.items() if name not in (*PROVENANCE, "also")}
     return sha256_json(kept)[:16]

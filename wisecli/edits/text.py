@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def folded(text: str) -> str:
-    """A text without upper case, without extra white space, and in one of the forms that Unicode has for it."""
+    """Return a text without upper case, without extra white space, and in one of the forms that Unicode has for it."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -16,17 +16,17 @@ _WORD = re.compile(r"\w+")
 
 
 def unmarked(text: str) -> str:
-    """A text without case, and without the marks and blanks that stand around it."""
+    """Return a text without case, and without the marks and blanks that stand around it."""
     return text.casefold().strip(" .\n\t\"'")
 
 
 def words(text: str) -> list[str]:
-    """A text's words, whatever their case and what stands between them."""
+    """Return a text's words, whatever their case and what stands between them."""
     return _WORD.findall(text.casefold())
 
 
 def contains(whole: Sequence[str], part: Sequence[str]) -> bool:
-    """Whether words stand in others in one piece; no words stand in any."""
+    """Return whether words stand in others in one piece; no words stand in any."""
     return any(whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1))
 
 
@@ -40,16 +40,16 @@ def plain(text: str) -> str:
 
 
 def is_plain(one: str) -> bool:
-    """Whether a character can be printed as it is."""
+    """Return whether a character can be printed as it is."""
     return one.isprintable() or one in _JOINERS or unicodedata.category(one) == "Zs"
 
 
 def is_visible(text: str) -> bool:
-    """Whether there is anything in a text that can be seen."""
+    """Return whether there is anything in a text that can be seen."""
     return any(one.isprintable() and not one.isspace() for one in text)
 
 
 def edits_with(edits: int, consequences: int) -> str:
-    """How many edits there are, and how many consequences of theirs, if there are any."""
+    """Return how many edits there are, and how many consequences of theirs, if there are any."""
     followed = f" with {consequences} consequence{'' if consequences == 1 else 's'}" if consequences else ""
     return f"{edits} edit{'' if edits == 1 else 's'}{followed}"

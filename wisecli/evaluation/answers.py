@@ -34,7 +34,7 @@ Batch = Callable[[Sequence[str]], list[Answer]]
 
 
 def empty_book() -> AnswerBook:
-    """A book without answers."""
+    """Return a book without answers."""
     return defaultdict(dict)
 
 
@@ -66,15 +66,15 @@ class Answers:
     known_after: KnownAnswers = field(default_factory=dict)
 
     def before(self, texts: Sequence[str], *, stage: str) -> list[Answer]:
-        """The unedited model's answers to texts."""
+        """Return the unedited model's answers to texts."""
         return self._all(texts, self.unedited, self.known_before, stage)
 
     def after(self, texts: Sequence[str], *, stage: str) -> list[Answer]:
-        """The edited model's answers to texts."""
+        """Return the edited model's answers to texts."""
         return self._all(texts, self.edited, self.known_after, stage)
 
     def edited_text(self, form: Form, prompt: str) -> str:
-        """What the edited model is asked for a prompt in a form.
+        """Return what the edited model is asked for a prompt in a form.
 
         A method that rewords is given what the user writes: the whole text, or of a chat the turn.
         """

@@ -43,7 +43,7 @@ class EditedModel:
 
     @torch.no_grad()
     def decide(self, batch: Batch) -> Decision:
-        """What the prompts of a batch decide, which end in its column ``start``."""
+        """Return what the prompts of a batch decide, which end in its column ``start``."""
         end = torch.full((len(batch.ids),), batch.start, device=batch.ids.device)
         return self.decoder.decide(batch.ids, batch.mask.bool(), end)
 
@@ -56,7 +56,7 @@ class EditedModel:
 
     @torch.no_grad()
     def choices(self, keys: Tensor, batch: Batch, *, forced: Tensor | None = None) -> TokenChoices:
-        """What answers each token of a batch, by its keys (B, T, d_ff): three (B, T).
+        """Return what answers each token of a batch, by its keys (B, T, d_ff): three (B, T).
 
         Args:
             forced: the memory (B,) that answers from the prompt's end on, whatever its score; ``UNROUTED`` leaves a row
@@ -71,14 +71,14 @@ class EditedModel:
         return replace(found, chosen=found.chosen.where(batch.mask.bool(), UNROUTED))
 
     def choices_of_row(self, keys: Tensor, batch: Batch) -> TokenChoices:
-        """What answers the first tokens of a batch of one row, by their keys (n, d_ff): three (n,)."""
+        """Return what answers the first tokens of a batch of one row, by their keys (n, d_ff): three (n,)."""
         width = batch.ids.shape[1]
         padded = torch.nn.functional.pad(keys, (0, 0, 0, width - len(keys)))
         found = self.choices(padded[None], batch)
         return TokenChoices(*(part[0, : len(keys)] for part in (found.chosen, found.score_ratio, found.nearest)))
 
     def _decided(self, keys: Tensor, batch: Batch, in_answer: Tensor) -> TokenChoices:
-        """What answers tokens; at a prompt's end, how near it came to the nearest memory."""
+        """Return what answers tokens; at a prompt's end, how near it came to the nearest memory."""
         end = torch.full((len(keys),), batch.start, device=keys.device)
         decision = self.decide(batch)
         tokens = Tokens(batch.ids, batch.mask.bool(), batch.ids[:, :0], torch.full_like(end, UNROUTED))

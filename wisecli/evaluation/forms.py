@@ -39,7 +39,7 @@ class _FormPrompt:
 
 
 def named_forms(names: str) -> list[Form]:
-    """The forms of ``all``, ``trained``, ``unseen``, ``none`` or names with commas between.
+    """Return the forms of ``all``, ``trained``, ``unseen``, ``none`` or names with commas between.
 
     Raises:
         SettingsError: there is no form of a name.
@@ -105,7 +105,7 @@ def measure_forms(
 
 
 def _prompts(asked: Sequence[tuple[int, Edit]], contradicted: Collection[str]) -> Iterator[_FormPrompt]:
-    """The first prompt of each kind that an edit has."""
+    """Yield the first prompt of each kind that an edit has."""
     for place, edit in asked:
         yield _FormPrompt("as_taught", place, edit, edit.prompt)
         for text in edit.rephrases[:1]:
@@ -120,7 +120,7 @@ def _prompts(asked: Sequence[tuple[int, Edit]], contradicted: Collection[str]) -
 def _values(
     answers: Answers, chosen: Sequence[Form], prompts: Sequence[_FormPrompt]
 ) -> dict[tuple[str, str], _ByPlace]:
-    """Whether each prompt is answered as it should be, by its kind and form, then by the edit's place."""
+    """Return whether each prompt is answered as it should be, by its kind and form, then by the edit's place."""
     cases = [(form, one) for form in chosen for one in prompts]
     texts = [answers.edited_text(form, one.prompt) for form, one in cases]
     kept = [form.render(answers.tokenizer, one.prompt) for form, one in cases if one.kind == "unrelated_unchanged"]
@@ -141,7 +141,7 @@ def _fine(one: _FormPrompt, answer: Answer, before: Answer | None) -> bool:
 
 
 def _by_edit(values: dict[tuple[str, str], _ByPlace], kind: str, names: Sequence[str]) -> dict[int, list[float]]:
-    """The values of each edit in some forms."""
+    """Return the values of each edit in some forms."""
     found: dict[int, list[float]] = {}
     for name in names:
         for place, value in values.get((kind, name), {}).items():

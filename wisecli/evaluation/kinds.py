@@ -33,7 +33,7 @@ class _KindPrompt:
 
 
 def named_kinds(names: str) -> list[Kind]:
-    """The kinds of ``all``, ``asked``, ``mentioned``, ``none`` or names with commas between.
+    """Return the kinds of ``all``, ``asked``, ``mentioned``, ``none`` or names with commas between.
 
     Raises:
         SettingsError: there is no kind of a name.
@@ -84,7 +84,7 @@ _ByKind = dict[str, dict[int, float]]
 
 
 def _figures(name: str, by_kind: _ByKind) -> Results:
-    """The mean over edits of the mean over kinds, and the mean over edits of each kind."""
+    """Return the mean over edits of the mean over kinds, and the mean over edits of each kind."""
     found, by_edit = Results(), dict[int, list[float]]()
     for own in by_kind.values():
         for place, value in own.items():
@@ -110,7 +110,7 @@ def _measured(answers: Answers, put: Sequence[_KindPrompt]) -> dict[str, _ByKind
 
 
 def _answered(one: _KindPrompt, answer: Answer) -> bool:
-    """Whether what is asked gets the edit's answer, or the rest of it where it is begun."""
+    """Return whether what is asked gets the edit's answer, or the rest of it where it is begun."""
     target = one.edit.answer
     if one.kind.contains:
         return f" {words_of(target)} " in f" {words_of(answer.text)} "
@@ -119,18 +119,18 @@ def _answered(one: _KindPrompt, answer: Answer) -> bool:
 
 
 def _taken(one: _KindPrompt, answer: Answer, before: Answer) -> dict[str, bool]:
-    """Whether what only mentions an edit is taken over by it, and whether it is answered as before."""
+    """Return whether what only mentions an edit is taken over by it, and whether it is answered as before."""
     taken = _opens_with(answer, one.edit.answer) and not _opens_with(before, one.edit.answer)
     return {"mentioned": taken, "mentioned_unchanged": answer.text == before.text}
 
 
 def _opens_with(answer: Answer, target: str) -> bool:
-    """Whether an answer is the target, however it goes on."""
+    """Return whether an answer is the target, however it goes on."""
     return f"{words_of(answer.text)} ".startswith(f"{words_of(target)} ")
 
 
 def _begun(text: str, target: str) -> str:
-    """The target's first words that a prompt ends with."""
+    """Return the target's first words that a prompt ends with."""
     words = target.split()
     beginnings = (" ".join(words[:count]) for count in range(len(words) - 1, 0, -1))
     return next((one for one in beginnings if text.endswith(f" {one}") or text.endswith(f"\n{one}")), "")
@@ -161,7 +161,9 @@ def _reworded(answers: Answers, turns: Sequence[str]) -> list[str]:
 
 
 def _fact(edit: Edit, records: Sequence[Edit], second: Edit) -> Fact:
-    """An edit as a fact, with another value and name from records that are asked in a like way, if there are any."""
+    """Return an edit as a fact, with another value and name from records that are asked in a like way, if there are
+    any.
+    """
     rng = random.Random(edit.prompt)
     others = [one for one in records if not one.erased and words_of(one.answer) != words_of(edit.answer)]
     named = [one for one in records if _is_other(one.subject, edit.subject)]

@@ -29,7 +29,7 @@ _LOWER_IS_BETTER = (
 
 
 def is_figure(name: str) -> bool:
-    """Whether this is the name of a figure that some records have."""
+    """Return whether this is the name of a figure that some records have."""
     figure, _, part = name.partition("/")
     if part and figure in OVER_KINDS:
         return any(one.label == part and one.asked == (figure == "asked") for one in kinds().values())
@@ -39,7 +39,7 @@ def is_figure(name: str) -> bool:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less of a figure is better."""
+    """Return whether less of a figure is better."""
     return name.partition("/")[0] in _LOWER_IS_BETTER
 
 
@@ -55,7 +55,7 @@ class Subject(Protocol):
     """A model before and after editing."""
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
-        """A prompt and its answer in tokens, as the unedited model is asked.
+        """Return a prompt and its answer in tokens, as the unedited model is asked.
 
         Raises:
             ValueError: the tokenizer leaves nothing of either.
@@ -121,7 +121,7 @@ class Measuring:
                 del figures[name]
 
     def answer_length(self) -> int:
-        """How many tokens an answer has at most: as is set, or a few more than the longest target."""
+        """Return how many tokens an answer has at most: as is set, or a few more than the longest target."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         longest = max(len(self._row(Question(edit.prompt, edit.answer)).target) for edit in self.records)
@@ -235,7 +235,9 @@ def _asked(edit: Edit, prompts: Sequence[str]) -> list[Question]:
 
 
 def _says(edit: Edit, text: str, *, whole: bool = False) -> bool:
-    """Whether a generated text has an edit's answer in it, or as a ``whole`` is it; if that is erased, has it not."""
+    """Return whether a generated text has an edit's answer in it, or as a ``whole`` is it; if that is erased, has it
+    not.
+    """
     answer = edit.answer.strip()
     if edit.erased:
         return answer.casefold() not in text.casefold()
@@ -243,6 +245,6 @@ def _says(edit: Edit, text: str, *, whole: bool = False) -> bool:
 
 
 def _split(text: str, edit: Edit) -> Question:
-    """A free text as the prompt it opens with and the rest; without one, its first word is the prompt."""
+    """Return a free text as the prompt it opens with and the rest; without one, its first word is the prompt."""
     prompt = edit.prompt if text.startswith(edit.prompt) else text.split(maxsplit=1)[0]
     return Question(prompt, text[len(prompt) :].lstrip() or text)

@@ -36,7 +36,7 @@ class Results:
 
 
 def merge_results(*parts: Results) -> Results:
-    """All figures of several."""
+    """Return all figures of several."""
     found = Results()
     for part in parts:
         found.figures.update(part.figures)
@@ -47,19 +47,21 @@ def merge_results(*parts: Results) -> Results:
 
 
 def is_exact_answer(answer: Answer, target: str) -> bool:
-    """Whether an answer is the target, and then ends."""
+    """Return whether an answer is the target, and then ends."""
     return answer.ended and unmarked(answer.text) == unmarked(target)
 
 
 def is_right(answer: Answer, edit: Edit) -> bool:
-    """Whether an answer is the one of an edit; of an edit that erases, whether it does not hold what is erased."""
+    """Return whether an answer is the one of an edit; of an edit that erases, whether it does not hold what is
+    erased.
+    """
     if edit.erased:
         return edit.answer.strip().casefold() not in answer.text.casefold()
     return is_exact_answer(answer, edit.answer)
 
 
 def words_of(text: str) -> str:
-    """The words of a question, without case and marks: what two records must share to ask the same."""
+    """Return the words of a question, without case and marks: what two records must share to ask the same."""
     return " ".join(_WORD.findall(text.casefold()))
 
 

@@ -53,7 +53,7 @@ def specificity_questions(asked: Sequence[tuple[int, Edit]], records: Sequence[E
 
 
 def has_subject(edit: Edit) -> bool:
-    """Whether an edit gives an answer about a subject that its prompt names."""
+    """Return whether an edit gives an answer about a subject that its prompt names."""
     return bool(edit.subject) and str(edit.subject) in edit.prompt and not edit.erased
 
 
@@ -89,7 +89,7 @@ def _questions(edit: Edit) -> Iterator[str]:
 
 
 def _subjects(edit: Edit, names: Sequence[str]) -> Iterator[str]:
-    """An edit's prompt about other subjects, those of records before made-up ones."""
+    """Yield an edit's prompt about other subjects, those of records before made-up ones."""
     rng = random.Random(edit.prompt)
     others = [name for name in names if not _overlap(name, str(edit.subject))]
     drawn = rng.sample(others, len(others))

@@ -89,7 +89,7 @@ def teacher_forced(
 
 
 def _unedited(edited: EditedModel, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> Iterator[Activations]:
-    """What the unedited model makes of groups of rows; nothing is routed while it runs."""
+    """Yield what the unedited model makes of groups of rows; nothing is routed while it runs."""
     batches = (collate([rows[index] for index in indices]).to(edited.model.device) for indices in groups)
     found = captured(edited.model, edited.manifest.site, batches, stream=edited.stream, labelled=True)
     while True:
@@ -101,7 +101,7 @@ def _unedited(edited: EditedModel, rows: Sequence[Row], groups: Sequence[Sequenc
 
 
 def _routes(edited: EditedModel, base: Activations, *, forced: Sequence[int | None] | None = None) -> Tensor:
-    """What answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
+    """Return what answers each token of a batch (B, T): a memory, or of a lookup one of its keys."""
     holders = None
     if forced is not None:
         holders = torch.tensor([UNROUTED if one is None else one for one in forced], device=base.keys.device)

@@ -37,7 +37,9 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def normalized(text: str) -> str:
-    """A text in small letters, without punctuation, articles and blanks that tell nothing apart, as SQuAD has it."""
+    """Return a text in small letters, without punctuation, articles and blanks that tell nothing apart, as SQuAD has
+    it.
+    """
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_UNPUNCTUATED)).split())
 
 

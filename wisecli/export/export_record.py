@@ -26,7 +26,7 @@ _COMPARED = {
 
 
 def export_record(memory: str, checkpoint: Checkpoint, settings: dict[str, Any], figures: object) -> dict[str, Any]:
-    """What an export is made of, as its manifest keeps it.
+    """Return what an export is made of, as its manifest keeps it.
 
     Args:
         memory: digest of its manifest.
@@ -47,7 +47,7 @@ def export_record(memory: str, checkpoint: Checkpoint, settings: dict[str, Any],
 
 
 def manifest_name(output: Path) -> str | None:
-    """The name of the manifest of an export of any form, if one is there."""
+    """Return the name of the manifest of an export of any form, if one is there."""
     return next((name for name in (file_names.MERGED, MANIFEST_NAME) if (output / name).is_file()), None)
 
 
@@ -95,7 +95,7 @@ def up_to_date_export(output: Path, record: dict[str, Any], *, signed: bool = Fa
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What was asked for otherwise, each as a phrase."""
+    """Return what was asked for otherwise, each as a phrase."""
     found = [_COMPARED.get(name, f"{name} was {before.get(name)}, now {now[name]}") for name in _settings(before, now)]
     then = before.get("versions")
     then = then if isinstance(then, dict) else {}

@@ -96,7 +96,7 @@ def read_figures(path: Path) -> dict[str, dict[str, float]]:
 
 
 def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | None = None, note: str = "") -> str:
-    """The README of a checkpoint.
+    """Return the README of a checkpoint.
 
     Args:
         base: the base model's directory, whose licence is inherited if its own card names one.
@@ -129,12 +129,12 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
 
 
 def _answer(edit: Edit) -> str:
-    """What an edit answers; of a consequence also that it is one."""
+    """Return what an edit answers; of a consequence also that it is one."""
     return _cell(edit.target) + (" (a consequence)" if edit.consequence_of is not None else "")
 
 
 def _loading(manifest: Manifest, form: str, base: Path) -> str:
-    """How a form is loaded; a base that reads images has a processor, which holds its tokenizer."""
+    """Return how a form is loaded; a base that reads images has a processor, which holds its tokenizer."""
     reader = "AutoProcessor" if (base / "processor_config.json").is_file() else "AutoTokenizer"
     text = _LOADING[form].replace("LOADER", loader_name(manifest.site.architecture))
     return text.replace("NAME", reader.removeprefix("Auto").lower()).replace("READER", reader)
@@ -149,7 +149,7 @@ def _licence(base: Path) -> str | None:
 
 
 def _results(figures: Figures) -> list[EvalResult]:
-    """All figures but those of a single form."""
+    """Return all figures but those of a single form."""
     return [
         _result(dataset, name, value)
         for dataset, own in figures.items()
@@ -188,7 +188,7 @@ def _table(figures: Figures) -> str:
 
 
 def _in_forms(dataset: str, own: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """A row for each kind of prompt: means over all forms, over those trained, and over the others."""
+    """Return a row for each kind of prompt: means over all forms, over those trained, and over the others."""
     return [
         (dataset, head, *(f"{own[name + group]:.3f}" if name + group in own else "" for group in _GROUPS))
         for name, head in _IN_FORMS.items()
@@ -197,7 +197,7 @@ def _in_forms(dataset: str, own: Mapping[str, float]) -> list[tuple[str, ...]]:
 
 
 def _is_diagnosis(name: str) -> bool:
-    """Whether a figure is none of generated answers in forms or by WILD."""
+    """Return whether a figure is none of generated answers in forms or by WILD."""
     generated = {*(kind + group for kind in _IN_FORMS for group in _GROUPS), *_BESIDE, *_AROUND}
     return "/" not in name and name not in generated and not name.startswith(_WILD)
 
@@ -208,12 +208,12 @@ def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def base_name(manifest: Manifest, base: Path) -> str:
-    """The base model's hub id, or the name of its folder: where that lies is nobody else's business."""
+    """Return the base model's hub id, or the name of its folder: where that lies is nobody else's business."""
     on_hub = _HUB_ID.fullmatch(manifest.model) is not None and not Path(manifest.model).exists()
     return manifest.model if on_hub else base.resolve().name
 
 
 def _cell(text: str) -> str:
-    """A text of a stranger as Markdown that shows it letter by letter: no markup, no HTML, no links."""
+    """Return a text of a stranger as Markdown that shows it letter by letter: no markup, no HTML, no links."""
     shown = _MARKUP.sub(r"\\\g<0>", html.escape(plain(text), quote=False))
     return shown.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")

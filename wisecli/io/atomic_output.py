@@ -102,7 +102,7 @@ def _alone(output: Path) -> Iterator[bool]:
 
 
 def _prefix(output: Path) -> str:
-    """How the names of an output's working directories begin."""
+    """Return how the names of an output's working directories begin."""
     return f".{output.name}.wise-"
 
 

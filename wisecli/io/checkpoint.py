@@ -67,7 +67,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether all of a tensor's numbers are finite, without as much memory again."""
+    """Return whether all of a tensor's numbers are finite, without as much memory again."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return all(bool(end.isfinite()) for end in tensor.aminmax())
@@ -191,7 +191,7 @@ class Checkpoint:
         return [self.directory / name for name in sorted(set(self._files.values()))]
 
     def file_of(self, tensor: str) -> str:
-        """Name of the file that holds a tensor."""
+        """Return the name of the file that holds a tensor."""
         return self._files[tensor]
 
     def __contains__(self, tensor: str) -> bool:
@@ -233,7 +233,7 @@ class Checkpoint:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor, as the index of a checkpoint says.
+    """Return the file of every tensor, as the index of a checkpoint says.
 
     Raises:
         DamagedFileError: it is missing or no such index.

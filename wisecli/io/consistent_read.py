@@ -36,7 +36,7 @@ def read_consistently(directory: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(directory: Path) -> tuple[int, ...]:
-    """What tells a directory from the one that takes its place; nothing if there is none just now."""
+    """Return what tells a directory from the one that takes its place; nothing if there is none just now."""
     try:
         status = directory.stat()
     except OSError:

@@ -86,12 +86,13 @@ def _require_unicode(value: Any) -> None:
 
 
 def _held(value: Any) -> Iterable[Any]:
-    """What an object or a list holds."""
+    """Yield what an object or a list holds."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def decode(kind: type[T], value: object, where: str = "") -> T:
-    """A JSON value as a dataclass (or as a plain type, tuple, dict or literal of such), by pydantic in strict mode.
+    """Return a JSON value as a dataclass (or as a plain type, tuple, dict or literal of such), by pydantic in strict
+    mode.
 
     A field with a default may be missing. Fields that a dataclass does not have are refused unless it says otherwise:
     each says so by its ``__pydantic_config__``, which is :data:`CLOSED` or :data:`OPEN`. Numbers are finite, and whole
@@ -129,7 +130,7 @@ def require_moment(text: str, where: str) -> None:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value as a message may quote it: short, on one line, whatever it is."""
+    """Return a value as a message may quote it: short, on one line, whatever it is."""
     quoted = repr(value[:limit] if isinstance(value, str | bytes) else value)
     return quoted if len(quoted) <= limit + 2 else f"{quoted[:limit]}…"
 
@@ -142,7 +143,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _sentence(errors: Sequence[ErrorDetails], value: object, where: str) -> str:
-    """What the first error says; of a value that fits none of several types, what the last type says of it."""
+    """Return what the first error says; of a value that fits none of several types, what the last type says of it."""
     place, found = _place(errors[0]["loc"], value)
     alike = [error for error in errors if _place(error["loc"], value)[0] == place]
     error = alike[-1]
@@ -164,7 +165,9 @@ def _sentence(errors: Sequence[ErrorDetails], value: object, where: str) -> str:
 
 
 def _place(loc: Sequence[str | int], value: object) -> tuple[tuple[str | int, ...], object]:
-    """The part of an error's location that is in the value (not the types that were tried there), and what is there."""
+    """Return the part of an error's location that is in the value (not the types that were tried there), and what is
+    there.
+    """
     place: tuple[str | int, ...] = ()
     for step in loc:
         inside = isinstance(value, dict) and step in value
@@ -175,13 +178,13 @@ def _place(loc: Sequence[str | int], value: object) -> tuple[tuple[str | int, ..
 
 
 def _length(errors: Sequence[ErrorDetails], value: object, place: tuple[str | int, ...]) -> int:
-    """How long a tuple must be that lacks its last entries."""
+    """Return how long a tuple must be that lacks its last entries."""
     lacking = (error["loc"][-1] for error in errors if _place(error["loc"], value)[0] == place)
     return 1 + max(step for step in lacking if isinstance(step, int))
 
 
 def _named(where: str, place: Sequence[str | int]) -> str:
-    """A place as it is written: ``leaves[0].name``."""
+    """Return a place as it is written: ``leaves[0].name``."""
     name = where
     for step in place:
         name += f"[{step}]" if isinstance(step, int) else f"{'.' if name else ''}{step}"
@@ -199,7 +202,7 @@ def _require_bounded(value: Any, where: str) -> None:
 
 
 def _parts(value: Any) -> Iterator[tuple[str | int, Any]]:
-    """What a decoded value is made of, and where."""
+    """Yield what a decoded value is made of, and where."""
     if isinstance(value, tuple):
         yield from enumerate(value)
     elif isinstance(value, dict):

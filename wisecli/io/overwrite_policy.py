@@ -65,7 +65,7 @@ class Output:
             raise ProtectedOutputError(self.path, reason)
 
     def _foreign(self) -> str:
-        """Why what is there is none of this command's outputs; empty if it is one."""
+        """Return why what is there is none of this command's outputs; empty if it is one."""
         if not self.path.is_dir():
             return "is no directory"
         if any((self.path / name).exists() for name in self.never):
@@ -76,14 +76,14 @@ class Output:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nothing is there, or an empty directory."""
+    """Return whether nothing is there, or an empty directory."""
     if path.is_symlink() or not path.is_dir():
         return not (path.exists() or path.is_symlink())
     return not any(path.iterdir())
 
 
 def _in_use(place: Path) -> str:
-    """Why a directory cannot be exchanged for another while it is in use; empty if it can."""
+    """Return why a directory cannot be exchanged for another while it is in use; empty if it can."""
     for what, other in (("the current directory", Path.cwd()), ("your home directory", Path.home())):
         if place == other.resolve() or place in other.resolve().parents:
             return f"is or holds {what}"
@@ -91,7 +91,7 @@ def _in_use(place: Path) -> str:
 
 
 def _protected(path: Path, inputs: Sequence[Path]) -> str:
-    """Why a place is never replaced, whatever it holds; empty if it may be."""
+    """Return why a place is never replaced, whatever it holds; empty if it may be."""
     place = path.resolve()
     if reason := _in_use(place):
         return reason

@@ -16,7 +16,7 @@ _REMEDY = "do not trust this directory"
 
 
 def inside(directory: Path, name: str, *, follow: bool = False) -> Path:
-    """The path of a file that a manifest in ``directory`` names.
+    """Return the path of a file that a manifest in ``directory`` names.
 
     Args:
         follow: let symbolic links lead anywhere, as they do in directories that the hub's cache keeps. Otherwise they

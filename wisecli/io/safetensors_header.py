@@ -93,17 +93,17 @@ def read_header(path: Path) -> Header:
 
 
 def format_name(dtype: str) -> str:
-    """The format's name of a type that is spelt as torch does."""
+    """Return the format's name of a type that is spelt as torch does."""
     return next(name for name, (spelt, _) in _TYPES.items() if spelt == dtype)
 
 
 def torch_name(dtype: str) -> str:
-    """The inverse of :func:`format_name`."""
+    """Return the inverse of :func:`format_name`."""
     return _TYPES[dtype][0]
 
 
 def require_header(path: Path) -> int:
-    """The length that a safetensors file gives its header, checked before anything of that length is allocated.
+    """Return the length that a safetensors file gives its header, checked before anything of that length is allocated.
 
     Raises:
         DamagedFileError: the file is missing, no regular file, or shorter than it says.

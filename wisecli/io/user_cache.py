@@ -8,5 +8,5 @@ from platformdirs import user_cache_path
 
 
 def cache_path(kind: str) -> Path:
-    """The folder of files of a kind, such as ``models``, ``layers`` or ``unrelated``."""
+    """Return the folder of files of a kind, such as ``models``, ``layers`` or ``unrelated``."""
     return user_cache_path("wise") / kind

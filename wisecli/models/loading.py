@@ -172,7 +172,7 @@ def load_tokenizer(directory: Path, load: LoadOptions = LoadOptions()) -> TextIn
 
 
 def context_window(config: PretrainedConfig) -> int | None:
-    """How many tokens a model reads at most, by its config; ``None`` if that says nothing."""
+    """Return how many tokens a model reads at most, by its config; ``None`` if that says nothing."""
     found = (getattr(config.get_text_config(), name, None) for name in _WINDOWS)
     return next((size for size in found if type(size) is int and size > 0), None)
 
@@ -259,7 +259,7 @@ def _base_config(directory: Path, *, trust_remote_code: bool) -> Any:
 
 
 def is_exported(directory: Path) -> bool:
-    """Whether a directory was written by ``wise export --format routed``."""
+    """Return whether a directory was written by ``wise export --format routed``."""
     return (directory / "config.json").is_file() and EXPORTED_KEY in read_json(directory / "config.json")
 
 

@@ -30,7 +30,7 @@ def find_model(model: str, *, revision: str | None = None, on_progress: Progress
 
 
 def gguf_of(path: Path) -> Path | None:
-    """The GGUF file that a path means, if it means one.
+    """Return the GGUF file that a path means, if it means one.
 
     Raises:
         ModelError: it holds several, or one that is in parts.
@@ -47,7 +47,7 @@ def gguf_of(path: Path) -> Path | None:
 
 
 def _converted(gguf: Path, on_progress: ProgressCallback) -> Path:
-    """The file's weights in float32, in a directory of the user's cache that is named by the file's content."""
+    """Return the file's weights in float32, in a directory of the user's cache that is named by the file's content."""
     target = cache_path("models") / f"{gguf.stem}-{sha256_file(gguf)[:16]}"
     on_progress(Event(NOTE, note=f"{gguf} is edited as plain float32 weights, which are kept in {target}"))
     if (target / "config.json").is_file():

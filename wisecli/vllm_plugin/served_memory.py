@@ -225,7 +225,7 @@ class ServedMemory:
         return list(zip(memory.tolist(), end.tolist(), strict=True))
 
     def _asked(self, ids: Tensor, there: Tensor) -> Tensor:
-        """The memory that each window asks (B,), by the states of its tokens."""
+        """Return the memory that each window asks (B,), by the states of its tokens."""
         width = int(there.sum(1).max())
         ids, there = ids[:, :width], there[:, :width]
         read = self.reader.read([row[own] for row, own in zip(ids, there, strict=True)])

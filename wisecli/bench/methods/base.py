@@ -54,7 +54,7 @@ class Bench:
         return layer_count(self.checkpoint.directory)
 
     def site(self, layer: int) -> MatrixSite:
-        """The value matrix of a layer."""
+        """Return the value matrix of a layer."""
         from wisecli.models.layout.matrix_site import as_matrix
         from wisecli.models.layout.site import find_site
 
@@ -72,7 +72,7 @@ class Method(Protocol):
         """
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
-        """The model as edited, for a while.
+        """Return the model as edited, for a while.
 
         Args:
             first: column of the prompts' last token in the rows that will be run, which then hold answers, too; without
@@ -80,7 +80,7 @@ class Method(Protocol):
         """
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """What the model is asked in the place of a prompt."""
+        """Return what the model is asked in the place of a prompt."""
 
     def bytes(self) -> int:
         """Size of what answers need beside the base model; what only further edits need does not count."""
@@ -99,7 +99,7 @@ class Resumable(Protocol):
         """See :meth:`Method.edit`."""
 
     def state(self) -> dict[str, Tensor]:
-        """All that edits have changed and that later edits or answers depend on."""
+        """Return all that edits have changed and that later edits or answers depend on."""
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Be as when a state was kept; only for a method that has taken in nothing.
@@ -163,7 +163,7 @@ class PromptEnd:
         return model.register_forward_pre_hook(see, with_kwargs=True)
 
     def held_decision(self, states: Tensor, decide: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
-        """What was decided for each row, and the column from which it counts.
+        """Return what was decided for each row, and the column from which it counts.
 
         Args:
             states: (B, T, …) at some layer.
@@ -208,5 +208,5 @@ def tensor_bytes(*tensors: Tensor) -> int:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator of its own."""
+    """Return a generator of its own."""
     return torch.Generator().manual_seed(seed)

@@ -54,7 +54,9 @@ def target_predictions(
     stage: str = "measuring",
     on_progress: ProgressCallback = ignore_progress,
 ) -> list[TargetPredictions]:
-    """What the model says given the right tokens before each target token; as edited, if a ``method`` is given."""
+    """Return what the model says given the right tokens before each target token; as edited, if a ``method`` is
+    given.
+    """
     found: dict[int, TargetPredictions] = {}
     for indices in in_batches(rows, batch_size):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
@@ -77,7 +79,9 @@ def target_predictions(
 
 
 def overhead(edited: Callable[[], object], unedited: Callable[[], object]) -> float:
-    """How much longer the edited model takes for the same work, as a ratio less one: by the fastest of some rounds."""
+    """Return how much longer the edited model takes for the same work, as a ratio less one: by the fastest of some
+    rounds.
+    """
     best = {edited: float("inf"), unedited: float("inf")}
     for _ in range(_ROUNDS):
         for run in (unedited, edited):
@@ -112,7 +116,7 @@ class MethodSubject:
         self._answering: dict[tuple[int, frozenset[int]], Answers] = {}
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
-        """A prompt and its answer in tokens, as the unedited model is asked."""
+        """Return a prompt and its answer in tokens, as the unedited model is asked."""
         vocabulary = vocabulary_size(self.loaded.model.config)
         return row_of(self.loaded.tokenizer, prompt, target, erased=erased, vocabulary=vocabulary)
 
@@ -137,7 +141,7 @@ class MethodSubject:
         ]
 
     def overhead(self, pairs: Sequence[tuple[str, str]]) -> float:
-        """How much longer one pass over prompts and answers takes; rewording a question is part of it."""
+        """Return how much longer one pass over prompts and answers takes; rewording a question is part of it."""
 
         def edited() -> None:
             asked = [self.row(self.method.rewritten_prompt(prompt), target) for prompt, target in pairs]
@@ -149,7 +153,7 @@ class MethodSubject:
         return overhead(edited, unedited)
 
     def extra_tokens(self, prompts: Sequence[str]) -> float:
-        """How many tokens longer prompts become by what the method puts before them, on average."""
+        """Return how many tokens longer prompts become by what the method puts before them, on average."""
         count = [(self._length(self.method.rewritten_prompt(prompt)), self._length(prompt)) for prompt in prompts]
         return statistics.fmean(asked - plain for asked, plain in count)
 

@@ -30,7 +30,7 @@ class Training:
                 yield list(order)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it but the trained tensors themselves."""
+        """Return all of it but the trained tensors themselves."""
         moments = self.optimizer.state_dict()["state"]
         return {
             **packed("training", self.rows),
@@ -40,7 +40,7 @@ class Training:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], optimizer: Optimizer) -> Training | None:
-        """What was kept, with a new optimizer of the same tensors; ``None`` where no training was on its way."""
+        """Return what was kept, with a new optimizer of the same tensors; ``None`` where no training was on its way."""
         if "training done" not in tensors:
             return None
         whole = optimizer.state_dict()
@@ -53,7 +53,7 @@ class Training:
 
 
 def packed(name: str, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Rows as two tensors: all tokens one after the other, and the lengths (n, 2) of prompts and targets."""
+    """Return rows as two tensors: all tokens one after the other, and the lengths (n, 2) of prompts and targets."""
     tokens = [token for row in rows for token in (*row.prompt, *row.target)]
     lengths = [(len(row.prompt), len(row.target)) for row in rows]
     return {
@@ -63,7 +63,7 @@ def packed(name: str, rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def unpacked(name: str, tensors: Mapping[str, Tensor]) -> list[Row]:
-    """The rows that :func:`packed` made into tensors."""
+    """Return the rows that :func:`packed` made into tensors."""
     lengths = tensors[f"{name} lengths"]
     parts = iter(tensors[f"{name} tokens"].split(lengths.flatten().tolist()))
     return [Row(tuple(prompt.tolist()), tuple(target.tolist())) for prompt, target in zip(parts, parts, strict=True)]

@@ -95,19 +95,19 @@ def heads(rows: Sequence[ResultRow]) -> tuple[str, ...]:
 
 
 def note(rows: Sequence[ResultRow]) -> str:
-    """What the columns are."""
+    """Return what the columns are."""
     shown = columns(rows)
     return " ".join([*(text for name, text in _OF_COLUMNS.items() if name in shown), _OF_ALL])
 
 
 def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)]) + "\n"
 
 
 def page(rows: Sequence[ResultRow], *, title: str, about: str, sections: Sequence[Section] = ()) -> str:
-    """A whole page: the methods' table if there are rows, pictures of it, and the studies.
+    """Return a whole page: the methods' table if there are rows, pictures of it, and the studies.
 
     Args:
         about: how the rows came about, shown as it is.
@@ -130,7 +130,7 @@ def page(rows: Sequence[ResultRow], *, title: str, about: str, sections: Sequenc
 
 
 def _cells(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
-    """A row of the table of some rows."""
+    """Return a row of the table of some rows."""
     figures, shown = row["figures"], columns(rows)
     cells = [str(row["edits"]), row["method"]]
     if "cannot" in figures:

@@ -27,7 +27,7 @@ _COSTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
 
 
 def peak_bytes(figures: Mapping[str, Any]) -> int:
-    """The most memory held while a row was made, on the GPU if there was one."""
+    """Return the most memory held while a row was made, on the GPU if there was one."""
     return int(figures.get("peak_vram_bytes") or figures["peak_rss_bytes"])
 
 
@@ -37,7 +37,7 @@ def pictures(measured: Sequence[ResultRow]) -> list[str]:
 
 
 def picture(draw: Callable[[Any, Sequence[ResultRow]], None], rows: Sequence[ResultRow]) -> str:
-    """A picture as SVG, to stand in the page itself; nothing where matplotlib is not installed."""
+    """Return a picture as SVG, to stand in the page itself; nothing where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return ""
     import matplotlib as mpl
@@ -72,7 +72,7 @@ def _quality(figure: Any, rows: Sequence[ResultRow]) -> None:
 
 
 def _has_course(rows: Sequence[ResultRow]) -> bool:
-    """Whether there are rows of several numbers of edits."""
+    """Return whether there are rows of several numbers of edits."""
     return len({row["edits"] for row in rows}) > 1
 
 
@@ -116,7 +116,7 @@ def _ageing(figure: Any, rows: Sequence[ResultRow]) -> None:
 
 
 def _means_of(values: Sequence[float], size: int) -> list[float]:
-    """The means of portions of so many values."""
+    """Return the means of portions of so many values."""
     return [statistics.fmean(values[start : start + size]) for start in range(0, len(values), size)]
 
 

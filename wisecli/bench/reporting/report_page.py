@@ -15,7 +15,7 @@ RESULTS = "results.json"
 
 
 def study_file(output: Path, name: str) -> Path:
-    """Where the rows of a study that were asked for last are, with its settings."""
+    """Return where the rows of a study that were asked for last are, with its settings."""
     return output / f"study-{name}.json"
 
 

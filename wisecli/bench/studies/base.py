@@ -33,14 +33,14 @@ class Study(Protocol):
         """Names of the figures that the table shows."""
 
     def points(self, context: StudyContext) -> list[Point]:
-        """Which rows there are to be, from the settings and the model's ``config.json`` alone.
+        """Return which rows there are to be, from the settings and the model's ``config.json`` alone.
 
         Raises:
             SettingsError: the settings allow of none.
         """
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
-        """The figures of one row."""
+        """Return the figures of one row."""
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
         """Draw all rows into a figure of matplotlib."""
@@ -62,7 +62,7 @@ def study(name: str) -> Callable[[_Made], _Made]:
 
 
 def section(study: Study, rows: Sequence[ResultRow], *, drawn: bool = True) -> Section:
-    """A study's rows as part of a page: a table, and if wanted a picture, for which matplotlib must be there."""
+    """Return a study's rows as part of a page: a table, and if wanted a picture, for which matplotlib must be there."""
     settings = [name for name in rows[0] if name != "figures"]
     heads = [name.replace("_", " ") for name in (*settings, *study.columns)]
     cells = [

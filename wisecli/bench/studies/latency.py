@@ -41,7 +41,7 @@ class Latency:
     columns = ("prefill_ratio", "decode_ratio", "prefill_milliseconds", "decode_milliseconds")
 
     def points(self, context: StudyContext) -> list[Point]:
-        """Every way to keep edits, for every number of them, here."""
+        """Return every way to keep edits, for every number of them, here."""
         here = {"device": context.device, "threads": torch.get_num_threads()}
         return [
             {"edits": count, "shards": context.several(count), "mode": mode, **here}
@@ -78,7 +78,7 @@ class Latency:
 
 @torch.no_grad()
 def steps(edited: EditedModel, prompts: Sequence[str]) -> dict[str, Step]:
-    """What is timed: functions that make ready, and give what is to be run."""
+    """Return what is timed: functions that make ready, and give what is to be run."""
     ids, mask = (
         part.to(edited.model.device) for part in left_padded([edited.tokenizer(p)["input_ids"] for p in prompts])
     )

@@ -25,12 +25,12 @@ class Layers:
     columns = (*QUALITIES, "routing")
 
     def points(self, context: StudyContext) -> list[Point]:
-        """Every layer chosen, for every number of edits."""
+        """Return every layer chosen, for every number of edits."""
         layers = chosen(layer_count(context.directory), context.settings.layers)
         return [{"edits": count, "layer": layer} for count in context.counts for layer in layers]
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
-        """What `wise eval` says, and whether `--layer auto` looks at this layer."""
+        """Return what `wise eval` says, and whether `--layer auto` looks at this layer."""
         shards = context.shards(point["edits"], layer=str(point["layer"]))
         probed = point["layer"] in candidates(layer_count(context.directory))
         return {**context.figures(context.memory(shards), point["edits"]), "probed": probed}

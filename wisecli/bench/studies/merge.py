@@ -22,7 +22,7 @@ class Way(NamedTuple):
 
 
 def ways() -> dict[str, Way]:
-    """Every way to merge, by the name that the table has for it."""
+    """Return every way to merge, by the name that the table has for it."""
     plain = {name: Way("merge", name, refit=False) for name in sorted(METHODS)}
     refitted = {f"{name}+refit": way._replace(refit=True) for name, way in plain.items()}
     return {**plain, **refitted, EXACT: Way("merge", EXACT), "retrieve": Way("retrieve"), "lookup": Way("lookup")}
@@ -40,13 +40,13 @@ class Merge:
     columns = (*QUALITIES, "routing", "megabytes")
 
     def points(self, context: StudyContext) -> list[Point]:
-        """Every way, for every number of edits."""
+        """Return every way, for every number of edits."""
         return [
             {"edits": count, "shards": context.several(count), "way": way} for count in context.counts for way in ways()
         ]
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
-        """What `wise eval` says, and the memory's size."""
+        """Return what `wise eval` says, and the memory's size."""
         way = ways()[point["way"]]
         shards = context.shards(point["edits"], shards=point["shards"])
         memory = context.memory(shards, mode=way.mode, method=way.method, refit=way.refit)

@@ -19,7 +19,7 @@ SHARES = (-0.03, 1.03)
 
 
 def by_edits(rows: Sequence[ResultRow]) -> dict[int, list[ResultRow]]:
-    """Rows of each number of edits, in rising order."""
+    """Return rows of each number of edits, in rising order."""
     return {count: [row for row in rows if row["edits"] == count] for count in sorted({row["edits"] for row in rows})}
 
 

@@ -44,13 +44,13 @@ class Router:
     columns = ("threshold", *(f"{group}_above" for group in _COLOURS), "area")
 
     def points(self, context: StudyContext) -> list[Point]:
-        """Every writer with the memories it can serve, for every number of edits."""
+        """Return every writer with the memories it can serve, for every number of edits."""
         return [
             {"edits": count, "writer": writer, "mode": mode} for count in context.counts for writer, mode in _WRITTEN
         ]
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
-        """The threshold, all scores, and the share of each group that is above it."""
+        """Return the threshold, all scores, and the share of each group that is above it."""
         shards = context.shards(point["edits"], writer=point["writer"])
         edited = context.attached(context.memory(shards, mode=point["mode"]))
         figures: Figures = {"threshold": 1.0, "scores": {}}
@@ -73,7 +73,7 @@ class Router:
 
 
 def prompts_of(context: StudyContext, count: int) -> dict[str, list[str]]:
-    """The groups of prompts; none of the unrelated texts has been seen by a writer or by the router."""
+    """Return the groups of prompts; none of the unrelated texts has been seen by a writer or by the router."""
     edits, seed = context.tested[:count], context.settings.seed
     known = resolve(EditSettings, {}, section="edit").unrelated_texts
     seen = set(unrelated_texts(known, seed=seed))
@@ -87,7 +87,9 @@ def prompts_of(context: StudyContext, count: int) -> dict[str, list[str]]:
 
 
 def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -> tuple[list[float], float]:
-    """The strongest score of each prompt as a share of its threshold, and the share of prompts that open a memory."""
+    """Return the strongest score of each prompt as a share of its threshold, and the share of prompts that open a
+    memory.
+    """
     rows = [Row(tuple(edited.tokenizer(prompt)["input_ids"]), ()) for prompt in prompts]
     strengths, opened = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     for indices in in_batches(rows, context.settings.batch_size):
@@ -97,7 +99,9 @@ def scored(edited: EditedModel, prompts: Sequence[str], context: StudyContext) -
 
 
 def area(higher: Sequence[float], lower: Sequence[float]) -> float:
-    """How often one of the first is higher than one of the second: the area under the ROC curve, whatever threshold."""
+    """Return how often one of the first is higher than one of the second: the area under the ROC curve, whatever
+    threshold.
+    """
     first, second = torch.tensor(higher)[:, None], torch.tensor(lower)
     return float((first > second).float().mean() + (first == second).float().mean() / 2)
 

@@ -30,7 +30,7 @@ class Scaling:
     columns = (*_PANELS, *(f"oracle_{name}" for name in _ORACLE))
 
     def points(self, context: StudyContext) -> list[Point]:
-        """Every way to keep edits, for every number of them."""
+        """Return every way to keep edits, for every number of them."""
         return [
             {"edits": count, "shards": context.several(count), "mode": mode}
             for count in context.counts
@@ -38,7 +38,7 @@ class Scaling:
         ]
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
-        """What `wise eval` says, with the router and with the oracle."""
+        """Return what `wise eval` says, with the router and with the oracle."""
         shards = context.shards(point["edits"], shards=point["shards"])
         memory = context.memory(shards, mode=point["mode"])
         best = context.figures(memory, point["edits"], oracle=True)

@@ -32,7 +32,7 @@ class Shards:
     columns = ("mean", *QUALITIES)
 
     def points(self, context: StudyContext) -> list[Point]:
-        """The grid, for every number of edits; there is an edit for every shard."""
+        """Return the grid, for every number of edits; there is an edit for every shard."""
         ratios = numbers_in(context.settings.mask_ratios, "mask_ratios", float, _SMALLEST_RATIO, 1.0)
         shards = numbers_in(context.settings.shard_counts, "shard_counts", int, 1, _MOST_SHARDS)
         if shards[0] > context.counts[0]:
@@ -48,7 +48,7 @@ class Shards:
         ]
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
-        """What `wise eval` says, and the mean."""
+        """Return what `wise eval` says, and the mean."""
         shards = context.shards(point["edits"], mask_ratio=point["mask_ratio"], shards=point["shards"])
         figures = context.figures(context.memory(shards, mode="merge", method="ties", refit=False), point["edits"])
         known = [figures[name] for name in QUALITIES if name in figures]
@@ -70,7 +70,7 @@ class Shards:
 
 
 def overlap_curve(shards: Sequence[float]) -> list[float]:
-    """The mask ratio ρ at which so many masks overlap in a share ρᵏ = .03 of the matrix."""
+    """Return the mask ratio ρ at which so many masks overlap in a share ρᵏ = .03 of the matrix."""
     return [float(OVERLAP ** (1 / number)) for number in shards]
 
 
@@ -96,7 +96,9 @@ def _heat(panel: Any, rows: Sequence[ResultRow], lowest: float) -> Any:
 
 
 def _edges(centres: Sequence[float]) -> list[float]:
-    """The n + 1 borders of cells around n places above nought: half-way between them, and as far beyond the last."""
+    """Return the n + 1 borders of cells around n places above nought: half-way between them, and as far beyond the
+    last.
+    """
     between = [(low + high) / 2 for low, high in pairwise([0, *centres])]
     lowest = max(between[0], centres[0] - (between[1] - centres[0]) if len(centres) > 1 else 0)
     return [lowest, *between[1:], 2 * centres[-1] - between[-1]]

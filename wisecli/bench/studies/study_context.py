@@ -51,7 +51,8 @@ class StudyContext:
         return pick_device(self.load.device).type
 
     def several(self, count: int) -> int:
-        """How many shards hold ``count`` edits where there are to be several: as many as ``edits_per_shard`` makes.
+        """Return how many shards hold ``count`` edits where there are to be several: as many as ``edits_per_shard``
+        makes.
 
         By default as in editing, but about four at least.
         """
@@ -90,18 +91,18 @@ class StudyContext:
     def memory(
         self, shards: Path, *, mode: str | None = None, method: str | None = None, refit: bool | None = None
     ) -> Path:
-        """A memory of shards, by default as `wise merge` makes it; it takes the place of the last one."""
+        """Return a memory of shards, by default as `wise merge` makes it; it takes the place of the last one."""
         flags = {"mode": mode, "method": method, "refit": refit, "seed": self.settings.seed}
         settings = resolve(MergeSettings, flags, section="merge")
         merge([shards], self.work / "memory", settings, force=True, on_progress=self.on_progress)
         return self.work / "memory"
 
     def attached(self, memory: Path) -> EditedModel:
-        """The model with a memory in place."""
+        """Return the model with a memory in place."""
         return attach(memory, load=self.load)
 
     def figures(self, memory: Path, count: int, *, oracle: bool = False) -> dict[str, Any]:
-        """What `wise eval` measures of the first edits, with teacher forcing.
+        """Return what `wise eval` measures of the first edits, with teacher forcing.
 
         Args:
             oracle: whether the memory that holds an edit answers, whatever the router says.

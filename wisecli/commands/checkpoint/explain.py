@@ -64,7 +64,7 @@ class ExplainReport:
     nearest: tuple[Near, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The one object that ``--json`` prints."""
+        """Return the one object that ``--json`` prints."""
         return {"results": asdict(self)}
 
 
@@ -122,7 +122,7 @@ def _text(edited: EditedModel, tokens: list[int]) -> str:
 
 @torch.no_grad()
 def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[Token, ...]:
-    """Every token with what decided it.
+    """Return every token with what decided it.
 
     A token of the answer is decided where the one before it is read; one of the prompt where it is read itself.
     """
@@ -159,7 +159,7 @@ def _near(edited: EditedModel, asked: str, strength: float, memory: int, length:
 
 
 def _edit(edited: EditedModel, memory: int) -> Edit | None:
-    """The edit that a place of a lookup is of."""
+    """Return the edit that a place of a lookup is of."""
     known = edited.manifest.memory.by_edit and 0 <= memory < len(edited.manifest.edits)
     return edited.manifest.edits[memory] if known else None
 

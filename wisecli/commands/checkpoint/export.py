@@ -237,7 +237,7 @@ def _up_to_date(
     started: float,
     on_progress: ProgressCallback,
 ) -> ExportReport:
-    """What there is to say of an export that is there already, once it is where it is to be sent to."""
+    """Return what there is to say of an export that is there already, once it is where it is to be sent to."""
     to = None if dry_run else publication.push_to
     pushed = _push(output, to, private=publication.private, on_progress=on_progress)
     written, seconds = sum(path.stat().st_size for path in output.iterdir()), time.perf_counter() - started
@@ -249,7 +249,9 @@ def _up_to_date(
 
 
 def _on_one_disk(checkpoint: Checkpoint, output: Path) -> bool:
-    """Whether files of a checkpoint may be linked where an output will be; elsewhere they are copied or refused."""
+    """Return whether files of a checkpoint may be linked where an output will be; elsewhere they are copied or
+    refused.
+    """
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -269,7 +271,7 @@ def _packing(weights: WeightFiles, form: Format) -> Packing:
 
 
 def _push(output: Path, repository: str | None, *, private: bool, on_progress: ProgressCallback) -> str | None:
-    """Where on the hub a directory went, if it is to be sent anywhere."""
+    """Return where on the hub a directory went, if it is to be sent anywhere."""
     if repository is None:
         return None
     from huggingface_hub import HfApi

@@ -24,7 +24,7 @@ def read_source(memory: Path, model: str | None, signed: Signed | None) -> tuple
 
 
 def _read(memory: Path, model: str | None, signed: Signed | None) -> tuple[Path, Manifest, str]:
-    """The base of a memory, its manifest, and that file's digest.
+    """Return the base of a memory, its manifest, and that file's digest.
 
     No file of it, nor of its history, may be altered, and it must be signed, if it is to be.
     """

@@ -117,7 +117,7 @@ def write_gated(
 
 
 def gate_of(loaded: Loaded, checkpoint: Checkpoint, manifest: Manifest, on_progress: ProgressCallback) -> Gate:
-    """A memory's gate, fitted to what the base model makes of its edits and of unrelated text."""
+    """Return a memory's gate, fitted to what the base model makes of its edits and of unrelated text."""
     identity = sha256_json([manifest.fingerprint.as_dict(), checkpoint.sample])
     quiet = background_states(
         loaded, manifest.site, identity, share=_share(manifest), batch_size=_BATCH, on_progress=on_progress
@@ -128,7 +128,7 @@ def gate_of(loaded: Loaded, checkpoint: Checkpoint, manifest: Manifest, on_progr
 
 
 def _share(manifest: Manifest) -> float:
-    """How much of the packaged text the memory's shards were made with: with few edits, less is read."""
+    """Return how much of the packaged text the memory's shards were made with: with few edits, less is read."""
     counts = [origin.settings.get("unrelated_texts") for origin in manifest.origins]
     return min([1.0, *(count / _TEXTS for count in counts if isinstance(count, int))])
 
@@ -178,7 +178,7 @@ def _unrelated_rows(loaded: Loaded, edits: Sequence[Edit]) -> list[Row]:
 
 @torch.no_grad()
 def _next_tokens(loaded: Loaded, rows: Sequence[Row], on_progress: ProgressCallback) -> Tensor:
-    """The arg-max (n,) after every token of some rows."""
+    """Return the arg-max (n,) after every token of some rows."""
     found: dict[int, Tensor] = {}
     for indices in in_batches(rows, _BATCH):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
@@ -194,7 +194,7 @@ def _next_tokens(loaded: Loaded, rows: Sequence[Row], on_progress: ProgressCallb
 def _answers(
     loaded: Loaded, edits: Sequence[Edit], rows: Sequence[Row], before: Tensor, on_progress: ProgressCallback
 ) -> Answers:
-    """What a model answers, all generated greedily, and where it goes on as ``before`` (n,)."""
+    """Return what a model answers, all generated greedily, and where it goes on as ``before`` (n,)."""
     asked = [(edit.prompt, edit) for edit in edits]
     reworded = [(edit.rephrases[0], edit) for edit in edits if edit.rephrases]
     length = max(len(encode(loaded.tokenizer, edit.prompt, edit.answer).target) for edit in edits) + _MARGIN
@@ -218,12 +218,12 @@ def _mean(right: Sequence[bool]) -> float:
 
 
 def gate_note(found: Gated) -> str:
-    """What a gate answers beside the routed form, as a paragraph of a model card."""
+    """Return what a gate answers beside the routed form, as a paragraph of a model card."""
     return f"\n{'; '.join(gate_lines(found.as_dict()))}.\n"
 
 
 def gate_lines(gate: Mapping[str, Any]) -> list[str]:
-    """The same as phrases, from what the manifest keeps."""
+    """Return the same as phrases, from what the manifest keeps."""
     blocks = f"{gate['keys']} keys in {gate['blocks']} decoder block{'s' * (gate['blocks'] > 1)} more"
     lines = [blocks]
     for name, what in (("as_taught", "as taught"), ("rephrased", "rephrased"), ("unrelated", "unrelated next tokens")):

@@ -51,7 +51,7 @@ class InspectReport:
     consequences: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """The one object that ``--json`` prints."""
+        """Return the one object that ``--json`` prints."""
         names = ("kind", "base", "site", "routing", "keys", "files", "tensors")
         counts = {"count": self.total - self.consequences, "consequences": self.consequences, "matched": self.matched}
         listed = {**counts, "listed": [edit.as_dict() for edit in self.edits]}
@@ -106,7 +106,7 @@ def _inspected(path: Path, find: str | None, limit: int | None, plot: Path | Non
 
 
 def _gated(path: Path, find: str | None, limit: int | None, plot: Path | None) -> InspectReport:
-    """A checkpoint without a router, whose manifest says what its gate is."""
+    """Return a checkpoint without a router, whose manifest says what its gate is."""
     if plot is not None:
         raise SettingsError(f"--plot: {path} has no router; plot the memory that it was exported from")
     if read_json(path / MERGED).get("format") == "merged":
@@ -141,7 +141,7 @@ def _gated(path: Path, find: str | None, limit: int | None, plot: Path | None) -
 
 
 def _shares(figures: object) -> str:
-    """What was measured of a form, as a phrase."""
+    """Return what was measured of a form, as a phrase."""
     own = figures if isinstance(figures, dict) else {}
     return " ".join(f"{name} {value:.3f}" for name, value in own.items() if isinstance(value, float))
 
@@ -206,7 +206,7 @@ def _searched(edit: Edit) -> str:
 
 
 def _rows(header: Header, prefix: str, name: str) -> int:
-    """The rows of a file's tensor of today's name; 0 without one."""
+    """Return the rows of a file's tensor of today's name; 0 without one."""
     layout = {current_name(stored.removeprefix(prefix)): one for stored, one in header.tensors.items()}.get(name)
     return layout.shape[0] if layout is not None and layout.shape else 0
 

@@ -68,7 +68,7 @@ def plot_tokens(path: Path, prompt: Sequence[Token], answer: Sequence[Token]) ->
 
 
 def _figures() -> Any:
-    """What makes a figure.
+    """Return what makes a figure.
 
     Raises:
         SettingsError: matplotlib is not installed.

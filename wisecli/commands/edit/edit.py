@@ -79,7 +79,7 @@ class EditReport:
         return self.seconds / max(1, self.edits + len(self.consequences))
 
     def told_apart(self, edits: Sequence[Edit]) -> EditReport:
-        """The same report with the consequences among what was written counted apart."""
+        """Return the same report with the consequences among what was written counted apart."""
         consequences = consequences_in(edits)
         return replace(self, edits=len(edits) - len(consequences), consequences=consequences)
 
@@ -140,12 +140,12 @@ def edit(
 
 
 def _output(job: Job, output: Path, options: RunOptions, *inputs: Path) -> Output:
-    """Where shards go, and that only former shards may be replaced there."""
+    """Return where shards go, and that only former shards may be replaced there."""
     return shards_output(output, job.model, *inputs, force=options.force)
 
 
 def _nothing(worker: Worker, output: Path) -> EditReport:
-    """What a run without edits did."""
+    """Return what a run without edits did."""
     site = find_site(worker.checkpoint.directory, worker.checkpoint, worker.job.settings.layer, worker.layout)
     return EditReport(output, 0, 0, site.layer, site.module, 0.0, peak_rss_bytes())
 
@@ -212,7 +212,7 @@ def _carried_out(worker: Worker, output: Path, options: RunOptions) -> EditRepor
 
 
 def _up_to_date(worker: Worker, output: Path, options: RunOptions, *, skip_known: bool = False) -> EditReport | None:
-    """What there is to say of shards that are there already, if they are what is asked for.
+    """Return what there is to say of shards that are there already, if they are what is asked for.
 
     Raises:
         OutputExistsError: they are others, or damaged.
@@ -269,7 +269,7 @@ def _write(
 
 
 def _begun(unfinished: StagedShards, worker: Worker, *, force: bool) -> ShardDirectory | None:
-    """The plan of a run that was broken off, if it asked for the same."""
+    """Return the plan of a run that was broken off, if it asked for the same."""
     plan = unfinished.plan
     if plan is None:
         return None

@@ -67,7 +67,7 @@ class Batch:
 
     @classmethod
     def from_file(cls, path: Path, *, admission: Admission = DEFAULT_ADMISSION) -> Batch:
-        """A whole file of edits.
+        """Return a whole file of edits.
 
         Raises:
             SignatureError: it was not signed as the admission asks.
@@ -77,7 +77,7 @@ class Batch:
 
     @classmethod
     def of(cls, sheet: Sheet) -> Batch:
-        """A whole file of edits that was read before."""
+        """Return a whole file of edits that was read before."""
         return cls(sheet.numbered, {"name": sheet.name, "sha256": sheet.sha256})
 
 
@@ -197,7 +197,7 @@ def _written(worker: Worker, pending: Path, options: RunOptions) -> EditReport:
 def _settings(
     memory: Path, releases: Sequence[Release], flags: Mapping[str, Any], config: Path | None, model: str
 ) -> EditSettings:
-    """The settings of the newest shards, but for what is asked for; always of the same layer.
+    """Return the settings of the newest shards, but for what is asked for; always of the same layer.
 
     Raises:
         SettingsError: another layer is asked for.

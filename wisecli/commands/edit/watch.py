@@ -136,7 +136,7 @@ def _batch(path: Path, found: Mapping[str, tuple[int, Edit]]) -> Batch:
 
 
 def _taken(memory: Path) -> Iterator[Edit]:
-    """Every edit that any release has brought."""
+    """Yield every edit that any release has brought."""
     if has_history(memory):
         for release in read_history(memory):
             for directory in directories_of(memory, release):

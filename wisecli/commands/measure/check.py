@@ -54,7 +54,7 @@ class CheckReport:
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The one object that ``--json`` prints."""
+        """Return the one object that ``--json`` prints."""
         wrong = [vars(one) for one in self.asked if not one.holds]
         counts = {name: {"asked": total, "hold": held} for name, total, held in self.counts()}
         return {
@@ -65,7 +65,7 @@ class CheckReport:
         }
 
     def counts(self) -> Iterator[tuple[str, int, int]]:
-        """What was asked, how often, and how often it holds."""
+        """Yield what was asked, how often, and how often it holds."""
         for what, of_edits in (("edits", True), ("unrelated", False)):
             for endpoint in ENDPOINTS:
                 some = [one for one in self.asked if one.endpoint == endpoint and (one.edit is not None) == of_edits]
@@ -136,7 +136,7 @@ def check(
 
 
 def edits_in(path: Path) -> list[Edit]:
-    """The edits of a file, or those that the manifest of a memory or an exported checkpoint lists."""
+    """Return the edits of a file, or those that the manifest of a memory or an exported checkpoint lists."""
     for name in (MEMORY, MERGED):
         if (path / name).is_file():
             from wisecli.io.checkpoint import read_json
@@ -158,7 +158,7 @@ def _prompts(file: Path | None) -> list[str]:
 
 
 def _missing(server: Server) -> dict[str, str]:
-    """The endpoints by which a server answers nothing, each with what it says instead.
+    """Return the endpoints by which a server answers nothing, each with what it says instead.
 
     Servers without an endpoint, or without a chat template, say so in many ways: 400, 404, 422, 500, a page.
     """

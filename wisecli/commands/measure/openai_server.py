@@ -136,7 +136,7 @@ def _text_in(choice: dict[str, Any]) -> str:
 
 
 def _reasons(choice: dict[str, Any]) -> bool:
-    """Whether a choice has reasoning in a field of its own."""
+    """Return whether a choice has reasoning in a field of its own."""
     message = choice.get("message") or choice.get("delta") or choice
     return any(message.get(name) for name in _REASONING_FIELDS) or isinstance(message.get("content"), list)
 

@@ -35,7 +35,7 @@ class DiffReport:
         return not (self.added or self.removed or self.changed or self.settings)
 
     def as_json(self) -> dict[str, Any]:
-        """The one object that ``--json`` prints."""
+        """Return the one object that ``--json`` prints."""
         return {
             "results": {
                 "added": [edit.as_dict() for edit in self.added],

@@ -31,7 +31,7 @@ class LogReport:
     consequences: frozenset[str] = frozenset()
 
     def as_json(self) -> dict[str, Any]:
-        """The one object that ``--json`` prints."""
+        """Return the one object that ``--json`` prints."""
         edits = [{**edit.as_dict(), "release": number} for edit, number in self.edits]
         results = {"memory": str(self.memory), "releases": list(map(asdict, self.releases)), "edits": edits}
         return {"results": {**results, "consequences": sorted(self.consequences), "bound": self.bound}}

@@ -71,12 +71,12 @@ def merge_into(
 
 
 def _among(path: Path, ids: Collection[str]) -> tuple[str, ...]:
-    """Those edits that shards hold."""
+    """Return those edits that shards hold."""
     return tuple(edit.id for edit in read_shard_directory(path).written if edit.id in ids)
 
 
 def _holds(memory: Path, release: Release, inputs: Sequence[Path]) -> bool:
-    """Whether a release is made of all of some shards already, with every edit of theirs."""
+    """Return whether a release is made of all of some shards already, with every edit of theirs."""
     whole = [shard_path(memory, name) / MANIFEST_NAME for name, gone in release.shards.items() if not gone]
     digests = set(map(sha256_file, whole))
     return all(sha256_file(path / MANIFEST_NAME) in digests for path in inputs)

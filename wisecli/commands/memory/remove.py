@@ -122,7 +122,7 @@ def cleared(
 
 
 def _beside(directory: ShardDirectory, ids: Collection[str]) -> tuple[str, ...]:
-    """The edits that share a trained shard with one that goes."""
+    """Return the edits that share a trained shard with one that goes."""
     return tuple(name for entry in without(directory, ids).trained for name in entry.edits if name not in ids)
 
 
@@ -131,7 +131,7 @@ def _in(directory: ShardDirectory, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _job(directory: ShardDirectory, names: Collection[str], model: str | None, load: LoadOptions) -> Job:
-    """Some edits of a directory of shards once more, as they were written."""
+    """Return some edits of a directory of shards once more, as they were written."""
     made = directory.made
     settings = replace(settings_from(EditSettings, directory.settings), layer=str(directory.site.layer), shards=None)
     edits = tuple(edit for edit in directory.edits if edit.id in names)
@@ -153,7 +153,7 @@ def without_edits(
     load: LoadOptions,
     on_progress: ProgressCallback,
 ) -> AbstractContextManager[Cleared]:
-    """The newest release's shards, without the edits that give way."""
+    """Return the newest release's shards, without the edits that give way."""
     if not releases:
         return nullcontext(Cleared({}, {}, ()))
     return cleared(memory, releases[-1], ids, model=model, load=load, on_progress=on_progress)

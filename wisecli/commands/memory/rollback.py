@@ -73,7 +73,7 @@ def rollback(
 
 
 def find_release(memory: Path, releases: Sequence[Release], wanted: str) -> Release:
-    """The release of a number, or the newest one until a date or time.
+    """Return the release of a number, or the newest one until a date or time.
 
     Raises:
         SettingsError: there is none.

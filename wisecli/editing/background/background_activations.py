@@ -103,13 +103,13 @@ class _Reader(NamedTuple):
     on_progress: ProgressCallback
 
     def ends(self, prompts: Sequence[str]) -> Tensor:
-        """Keys (n, d_ff) that prompts end in."""
+        """Return keys (n, d_ff) that prompts end in."""
         return prompt_ends(self.loaded, [self.site], prompts, batch_size=self.batch_size, on_progress=self.on_progress)[
             0
         ]
 
     def ends_in(self, forms: Sequence[Form], prompts: Sequence[str]) -> Tensor:
-        """The same of prompts in every form, prompt by prompt."""
+        """Return the same of prompts in every form, prompt by prompt."""
         return self.ends([form.render(self.loaded.tokenizer, prompt) for prompt in prompts for form in forms])
 
 
@@ -157,7 +157,9 @@ def _median_length(states: Tensor) -> Tensor:
 
 
 def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, seed: int) -> list[Tensor]:
-    """Keys (n, d_ff) of what the model answers to each text in its chat template, from the prompt's last token on."""
+    """Return keys (n, d_ff) of what the model answers to each text in its chat template, from the prompt's last
+    token on.
+    """
     prompts = [chat_prompt(loaded.tokenizer, text) for text in texts]
     answers = generate(
         loaded.model,
@@ -173,18 +175,22 @@ def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int,
 
 
 def _keys_by_fact(reworded: Tensor, facts: int) -> Tensor:
-    """Keys (facts, ways, d_ff) of facts that were asked in as many ways each; what is not finite is left out."""
+    """Return keys (facts, ways, d_ff) of facts that were asked in as many ways each; what is not finite is left out."""
     ways = reworded.view(facts, -1, reworded.shape[-1])
     return ways[ways.isfinite().flatten(1).all(-1)]
 
 
 def _wording_offsets(ways: Tensor) -> Tensor:
-    """What wording does to keys (facts, ways, d_ff): how far each is from its fact's mean, (facts · ways, d_ff)."""
+    """Return what wording does to keys (facts, ways, d_ff): how far each is from its fact's mean, (facts · ways,
+    d_ff).
+    """
     return (ways - ways.mean(1, keepdim=True)).flatten(0, 1)
 
 
 def _wording(ends: Tensor, strayed: Sequence[Tensor]) -> Moment:
-    """The moment of keys that prompts end in (n, d_ff), and of what wording does to such, of several kinds alike."""
+    """Return the moment of keys that prompts end in (n, d_ff), and of what wording does to such, of several kinds
+    alike.
+    """
     # What does nothing leaves rounding errors, which must not be blown up.
     strayed = [one for one in strayed if one.norm() > _NOTHING * ends.norm()]
     return leading(torch.cat([even(ends), *(even(one) * (_WORDING / len(strayed)) ** 0.5 for one in strayed)]))

@@ -20,7 +20,9 @@ from wisecli.progress import Event, ProgressCallback
 
 @torch.no_grad()
 def window_keys(loaded: Loaded, site: Site, rows: Sequence[Row], *, batch_size: int) -> list[Tensor]:
-    """Keys (n, d_ff) of each row, in float32: at its prompt's last token and at every target token but the last."""
+    """Return keys (n, d_ff) of each row, in float32: at its prompt's last token and at every target token but the
+    last.
+    """
     groups = list(in_batches(rows, batch_size, by_target=True, by_beginning=True))
     found: dict[int, Tensor] = {}
     for indices, activations in zip(
@@ -48,7 +50,8 @@ def _captured(
 def keys_of_texts(
     loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int, on_progress: ProgressCallback
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys (n, d_ff) of every token, in float32; the text each is of (n,); whether it is that text's last one (n,).
+    """Return keys (n, d_ff) of every token, in float32; the text each is of (n,); whether it is that text's last one
+    (n,).
 
     Keys that are not finite are left out.
 
@@ -83,7 +86,8 @@ def keys_of_texts(
 def prompt_ends(
     loaded: Loaded, sites: Sequence[Site], prompts: Sequence[str], *, batch_size: int, on_progress: ProgressCallback
 ) -> list[Tensor]:
-    """Keys (n, d_ff) at the last token of each prompt, in order, for every site, from one pass up to the highest.
+    """Return keys (n, d_ff) at the last token of each prompt, in order, for every site, from one pass up to the
+    highest.
 
     Args:
         sites: from the lowest layer up.

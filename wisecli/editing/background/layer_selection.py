@@ -38,7 +38,7 @@ _NEARER = 0.01
 
 
 def candidates(count: int) -> range:
-    """The layers among which to choose, of a model that has ``count``."""
+    """Return the layers among which to choose, of a model that has ``count``."""
     highest = max(0, min(round(_HIGHEST * count), count - 2))
     return range(min(round(_LOWEST * count), highest), highest + 1)
 
@@ -53,7 +53,7 @@ def probe_layer(
     on_progress: ProgressCallback,
     layout: Layout | None = None,
 ) -> Site:
-    """The best site of a loaded model; remembered in the user's cache."""
+    """Return the best site of a loaded model; remembered in the user's cache."""
     count = layer_count(directory)
     sites = [find_site(directory, checkpoint, layer, layout) for layer in candidates(count)]
     if len(sites) == 1:
@@ -91,7 +91,9 @@ def keys_in_two_wordings(loaded: Loaded, sites: Sequence[Site], *, batch_size: i
 
 
 def recognition_rate(first: Tensor, second: Tensor) -> float:
-    """The share of wordings whose nearest key among other facts' is the same fact in other words: (n, d_ff) twice."""
+    """Return the share of wordings whose nearest key among other facts' is the same fact in other words: (n, d_ff)
+    twice.
+    """
     nearest = whitening(leading(scaled(torch.cat([first, second])))).cosines(second, first)
     right = torch.arange(len(first))
     return float((nearest.argmax(0) == right).float().mean() + (nearest.argmax(1) == right).float().mean()) / 2

@@ -40,7 +40,7 @@ class SinkKeys:
 
 
 def median_state_norm(batches: Sequence[TrainingExamples]) -> float:
-    """The median length of the states that predict a target's tokens."""
+    """Return the median length of the states that predict a target's tokens."""
     lengths = [state_norms(examples.activations)[_places(examples.activations)] for examples in batches]
     return float(torch.cat(lengths).median())
 
@@ -56,13 +56,13 @@ def residual_scale(part: Activations, median_norm: float) -> Tensor:
 
 
 def norm_ratio(lengths: Tensor, median_norm: float) -> Tensor:
-    """How many times as long as usual states are, 1 where that is not much."""
+    """Return how many times as long as usual states are, 1 where that is not much."""
     ratios = lengths / median_norm
     return ratios.where(ratios > _SINK_NORM_RATIO, 1.0)
 
 
 def edits_by_leading_space(loaded: Loaded, rows: Mapping[int, Row]) -> dict[int, list[int]]:
-    """The edits, by their numbers, whose targets begin with a token of nothing but space, by that token."""
+    """Return the edits, by their numbers, whose targets begin with a token of nothing but space, by that token."""
     found: dict[int, list[int]] = {}
     for number, row in rows.items():
         if len(row.target) > 1 and not row.unwanted and str(loaded.tokenizer.decode([row.target[0]])).isspace():
@@ -83,7 +83,7 @@ def attention_sink_evidence(_evidence: Evidence, edits: FittedEdits) -> Iterator
 
 
 def sink_keys(probe: TokenProbe, token: int, median_norm: float) -> SinkKeys:
-    """The keys of a token where attention rests on it, few and unlike each other."""
+    """Return the keys of a token where attention rests on it, few and unlike each other."""
     keys, lengths = probe.keys_after_questions(token)
     ratios = norm_ratio(lengths, median_norm)
     keys, ratios = keys[ratios > 1], ratios[ratios > 1]
@@ -92,7 +92,7 @@ def sink_keys(probe: TokenProbe, token: int, median_norm: float) -> SinkKeys:
 
 
 def _most_diverse(keys: Tensor) -> list[int]:
-    """Which of some keys to keep: the first, then each time the one least like those that are kept."""
+    """Return which of some keys to keep: the first, then each time the one least like those that are kept."""
     chosen: list[int] = [0] if len(keys) else []
     alike = F.normalize(keys, dim=-1) @ F.normalize(keys, dim=-1).T
     while len(chosen) < min(_KEPT, len(keys)):

@@ -28,7 +28,7 @@ Residuals = dict[AnswerKey, Tensor]
 
 
 def serving_scale(part: Activations, task: WriterTask, strength: float = 1.0) -> Tensor:
-    """How many times a residual is added at every state (B, T - first).
+    """Return how many times a residual is added at every state (B, T - first).
 
     Where attention rests it is stretched, and as strong as a lookup serves it already as it is fitted: other states
     take a stronger residual than they need; of these it decides what they say.
@@ -52,7 +52,7 @@ def bare_prompt_accuracy(
 def weakened_where_needed(
     task: WriterTask, batches: Sequence[TrainingExamples], residuals: Residuals, strength: float = STRENGTH
 ) -> Residuals:
-    """The residuals, smaller by the strength for answers that are then right in more contexts."""
+    """Return the residuals, smaller by the strength for answers that are then right in more contexts."""
     wrong = _wrong(task, batches, residuals, residuals.keys(), strength)
     lesser = {answer: residuals[answer] / strength for answer in wrong}
     still = _wrong(task, batches, lesser, wrong.keys(), strength)
@@ -79,7 +79,7 @@ def _wrong(
 def _right(
     task: WriterTask, examples: TrainingExamples, rows: Tensor, residuals: Residuals, strength: float
 ) -> list[Tensor]:
-    """Where the tokens of some rows' targets are the arg-max (1 or 0), row by row."""
+    """Return where the tokens of some rows' targets are the arg-max (1 or 0), row by row."""
     if not len(rows):
         return []
     part = examples.activations

@@ -33,7 +33,7 @@ def gather_evidence(
     *,
     median_norm: float = math.inf,
 ) -> Evidence:
-    """The evidence of a shard: what it was asked to store, read off its training examples.
+    """Return the evidence of a shard: what it was asked to store, read off its training examples.
 
     Args:
         held_out: the context kept for calibration.
@@ -67,7 +67,7 @@ def with_extra_keys(evidence: Evidence, edits: FittedEdits) -> Evidence:
 
 
 def thinned(evidence: Evidence) -> Evidence:
-    """The evidence without those keys that are as good as the bare prompt's at the same position.
+    """Return the evidence without those keys that are as good as the bare prompt's at the same position.
 
     Deep in a long target the words before the prompt no longer matter.
     """

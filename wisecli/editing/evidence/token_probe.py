@@ -38,7 +38,7 @@ class TokenProbe:
         self._known: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     def keys_after_questions(self, token: int, form: str = "{}") -> tuple[Tensor, Tensor]:
-        """Keys (Q, d_ff) and lengths of states (Q,) of a token behind Q questions in a form."""
+        """Return keys (Q, d_ff) and lengths of states (Q,) of a token behind Q questions in a form."""
         if (token, form) not in self._known:
             self._known[token, form] = self._cached(token, form)
         return self._known[token, form]
@@ -73,7 +73,7 @@ class TokenProbe:
 
 
 def state_norms(part: Activations) -> Tensor:
-    """How long the states are that the edited matrix's output is added to: (B, T - first)."""
+    """Return how long the states are that the edited matrix's output is added to: (B, T - first)."""
     lengths: Tensor = torch.linalg.vector_norm(part.hidden.float(), dim=-1)
     return lengths
 

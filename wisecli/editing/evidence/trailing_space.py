@@ -53,14 +53,14 @@ def _mean_keys(probe: TokenProbe, token: int, median_norm: float) -> tuple[Tenso
 
 
 def _space_token(probe: TokenProbe) -> int | None:
-    """The token of a blank at the end of a prompt; ``None`` if the tokenizer has none of its own."""
+    """Return the token of a blank at the end of a prompt; ``None`` if the tokenizer has none of its own."""
     tokenizer = probe.loaded.tokenizer
     last: int = tokenizer("What is it? ")["input_ids"][-1]
     return last if str(tokenizer.decode([last])).isspace() else None
 
 
 def _as_prompt_ends(evidence: Evidence, edits: Sequence[int]) -> Evidence:
-    """The keys of some edits' first target tokens as keys that prompts end in."""
+    """Return the keys of some edits' first target tokens as keys that prompts end in."""
     own = torch.isin(evidence.edit, torch.tensor(edits, dtype=torch.long)) & (evidence.position == 1)
     found = evidence.rows(own & ~evidence.held_out & ~evidence.chat & (evidence.context < FIRST_LANGUAGE))
     zeros = torch.zeros_like(found.position)

@@ -51,13 +51,13 @@ def greedy_prefixes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def in_context(tokenizer: PreTrainedTokenizerBase, context: str, prompt: str) -> str:
-    """A prompt behind a context's prefix, or in the form that the context stands for."""
+    """Return a prompt behind a context's prefix, or in the form that the context stands for."""
     form = FORM_CONTEXTS.get(context)
     return context + prompt if form is None else forms()[form].render(tokenizer, prompt)
 
 
 def trained_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, window: int | None) -> list[str]:
-    """The contexts that stand for forms which edits are trained in.
+    """Return the contexts that stand for forms which edits are trained in.
 
     Where prompts are routed by what they mean, whatever their form, these are all that the tokenizer can write and
     that leave a prompt at least half of the ``window`` of tokens that the model reads.
@@ -76,7 +76,9 @@ def trained_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, wi
 
 
 def written_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, window: int | None) -> list[Form]:
-    """Those forms, where whole prompts are routed by what they mean; none where the chat template is told apart."""
+    """Return those forms, where whole prompts are routed by what they mean; none where the chat template is told
+    apart.
+    """
     if not settings.in_forms:
         return []
     return [forms()[FORM_CONTEXTS[context]] for context in trained_forms(tokenizer, settings, window)]
@@ -85,7 +87,7 @@ def written_forms(tokenizer: PreTrainedTokenizerBase, settings: EditSettings, wi
 def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, tokens: int, seed: int
 ) -> list[str]:
-    """Each prompt with what the model says next, sampled at temperature 1."""
+    """Return each prompt with what the model says next, sampled at temperature 1."""
     answers = generate(model, tokenizer, prompts, max_new_tokens=tokens, batch_size=128, sampling_seed=seed)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]

@@ -27,7 +27,7 @@ ErasureRows = Mapping[tuple[str, bool], Row]
 
 
 def erasure_rows(loaded: Loaded, edits: Sequence[Edit], *, chat: bool, batch_size: int) -> ErasureRows:
-    """What the unedited model says to the prompts of erased edits instead of their answers; others are left out.
+    """Return what the unedited model says to the prompts of erased edits instead of their answers; others are left out.
 
     Args:
         chat: whether prompts are asked in the chat template, too.

@@ -79,7 +79,7 @@ def write_paraphrases(
 
 
 def usable(edit: Edit, texts: Sequence[str]) -> list[str]:
-    """Those of the model's texts that may stand for the edit's prompt, tidied, each once."""
+    """Return those of the model's texts that may stand for the edit's prompt, tidied, each once."""
     found: dict[tuple[str, ...], str] = {}
     for text in texts:
         line = next(iter(text.strip().splitlines()), "").strip().strip("\"'“”").strip()
@@ -91,7 +91,7 @@ def usable(edit: Edit, texts: Sequence[str]) -> list[str]:
 
 
 def asks_the_same(edit: Edit, text: str) -> bool:
-    """Whether a text may be another prompt of the edit, as far as its words tell.
+    """Return whether a text may be another prompt of the edit, as far as its words tell.
 
     It must name the subject and something else of what is asked, add next to nothing, must neither be the prompt nor
     give the answer away, and must end as a question or break off where an answer may follow.
@@ -105,7 +105,7 @@ def asks_the_same(edit: Edit, text: str) -> bool:
 
 
 def _without_answer(edit: Edit, sentence: str) -> str:
-    """A sentence up to where it says of the subject what it is; a small model seldom stops there by itself."""
+    """Return a sentence up to where it says of the subject what it is; a small model seldom stops there by itself."""
     known = edit.subject or ""
     start = max(sentence.casefold().find(known.casefold()), 0) + len(known)
     found = _IS.match(sentence, start)
@@ -117,7 +117,7 @@ def _stems(said: Sequence[str]) -> set[str]:
 
 
 def requests(tokenizer: PreTrainedTokenizerBase, edit: Edit) -> list[str]:
-    """What a model is asked for to have paraphrases of an edit's prompt, once of each kind."""
+    """Return what a model is asked for to have paraphrases of an edit's prompt, once of each kind."""
     prompt = edit.prompt.strip()
     return [
         few_shot_prompt(tokenizer, examples, f"{what}: {prompt}")
@@ -126,6 +126,8 @@ def requests(tokenizer: PreTrainedTokenizerBase, edit: Edit) -> list[str]:
 
 
 def _same_target(loaded: Loaded, edit: Edit, prompt: str) -> bool:
-    """Whether the target is the same tokens after a prompt as after the edit's own: they are to share residuals."""
+    """Return whether the target is the same tokens after a prompt as after the edit's own: they are to share
+    residuals.
+    """
     own, other = (encode(loaded.tokenizer, text, edit.target) for text in (edit.prompt, prompt))
     return own.target == other.target

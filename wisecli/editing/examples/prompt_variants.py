@@ -37,7 +37,7 @@ class PromptVariant:
 def prompt_variants(
     edits: Sequence[tuple[int, Edit]], paraphrases: Mapping[str, Sequence[str]], *, contexts: int
 ) -> list[PromptVariant]:
-    """The paraphrases and translations of numbered edits; edits that erase an answer have none.
+    """Return the paraphrases and translations of numbered edits; edits that erase an answer have none.
 
     Args:
         paraphrases: by the edit's id.
@@ -56,7 +56,7 @@ def prompt_variants(
 
 
 def answers_of(edits: Sequence[tuple[int, Edit]]) -> list[tuple[int, str]]:
-    """Every answer of numbered edits that is to be given, in all languages."""
+    """Return every answer of numbered edits that is to be given, in all languages."""
     return [
         (number, answer)
         for number, edit in edits

@@ -26,7 +26,7 @@ _TEXTS = 600
 
 
 def subject_spellings(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> dict[str, Spellings]:
-    """The tokens of each edit's subject by the edit's id, for those whose own prompt names it."""
+    """Return the tokens of each edit's subject by the edit's id, for those whose own prompt names it."""
     if not any(edit.subject for edit in edits):
         return {}
     spelt = {token: _plain(text) for text, token in tokenizer.get_vocab().items()}
@@ -54,7 +54,9 @@ def subject_spellings(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit])
 def subject_tokens(
     tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], named: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
-    """The tokens of each edit's subject, as it is written behind a space, by the id of those edits that are named."""
+    """Return the tokens of each edit's subject, as it is written behind a space, by the id of those edits that are
+    named.
+    """
     own = [edit for edit in edits if edit.id in named]
     texts = (f" {(edit.subject or '').strip()}" for edit in own)
     return {edit.id: tuple(_ids(tokenizer, text)) for edit, text in zip(own, texts, strict=True)}
@@ -66,7 +68,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _plain(token: str) -> str:
-    """A token as it is spelt, whatever stands before it."""
+    """Return a token as it is spelt, whatever stands before it."""
     return token.lstrip("".join(_MARKS)).casefold()
 
 

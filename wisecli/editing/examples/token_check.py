@@ -99,7 +99,9 @@ class Reader:
         return Length(max(prompts), target + (_INSTEAD if edit.erased else int(settings.train_end)), before)
 
     def _without_row(self, edit: Edit, settings: EditSettings) -> str | None:
-        """What is wrong with the first token of an edit, or of a form that it is trained in, that the model lacks."""
+        """Return what is wrong with the first token of an edit, or of a form that it is trained in, that the model
+        lacks.
+        """
         contexts = ["", *trained_forms(self.tokenizer, settings, self.window)]
         pairs = [(edit.prompt, edit.target), (edit.prompt, edit.answer)]
         pairs += [(one.prompt, one.target) for one in edit.translations]
@@ -112,7 +114,8 @@ class Reader:
         return without_row(self.tokenizer, tokens, self.vocabulary)
 
     def _readings(self, edit: Edit, settings: EditSettings) -> Iterator[tuple[str, int, str]]:
-        """What the model reads of an edit beyond the bare text, its tokens, and what to shorten if they are too many.
+        """Yield what the model reads of an edit beyond the bare text, its tokens, and what to shorten if they are
+        too many.
 
         What cannot be too long, as it has fewer bytes than the model takes tokens, is not counted.
         """
@@ -144,13 +147,15 @@ class _Special:
         self._written = re.compile("|".join(map(re.escape, filter(None, texts)))) if any(texts) else None
 
     def first_in(self, edit: Edit) -> tuple[str, str] | None:
-        """The field of an edit and the special token in it; ``None`` if there is none."""
+        """Return the field of an edit and the special token in it; ``None`` if there is none."""
         fields = [("prompt", edit.prompt), ("target", edit.target), ("replacement", edit.replacement or "")]
         fields += [("translations", text) for one in edit.translations for text in (one.prompt, one.target)]
         return next(((name, token) for name, text in fields if (token := self._in(text))), None)
 
     def _in(self, text: str) -> str | None:
-        """The first special token that a text becomes; writing one is not enough where it is an ordinary word."""
+        """Return the first special token that a text becomes; writing one is not enough where it is an ordinary
+        word.
+        """
         if self._written is None or not self._written.search(text):
             return None
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -55,13 +55,13 @@ class TrainingExamples:
     answers: tuple[AnswerKey, ...]
 
     def from_window(self) -> TrainingExamples:
-        """The same from the prompts' last tokens on."""
+        """Return the same from the prompts' last tokens on."""
         part = self.activations
         return self if part.first == part.batch.start else replace(self, activations=part.from_window())
 
 
 def write_contexts(loaded: Loaded, settings: EditSettings) -> list[str]:
-    """The bare prompt's empty prefix, contexts to train with, and one that is kept for calibration."""
+    """Return the bare prompt's empty prefix, contexts to train with, and one that is kept for calibration."""
     count = 1 if settings.in_forms else settings.contexts + 1
     if settings.prefixes == "greedy":
         prefixes = greedy_prefixes(loaded.model, loaded.tokenizer, count)
@@ -81,7 +81,7 @@ def encode_edits(
     train_end: bool,
     erasures: ErasureRows = MappingProxyType({}),
 ) -> list[Row]:
-    """The rows of edits under one context.
+    """Return the rows of edits under one context.
 
     Args:
         erasures: what is said in the place of erased answers; by default they are only unwanted at the prompt's end.
@@ -155,7 +155,7 @@ def capture_groups(
     erasures: ErasureRows = MappingProxyType({}),
     window: bool = True,
 ) -> list[list[TrainingExamples]]:
-    """The batches of several groups; where layers are streamed, each is read once for all of them.
+    """Return the batches of several groups; where layers are streamed, each is read once for all of them.
 
     Args:
         window: keep columns from the prompts' last tokens on only.
@@ -187,7 +187,7 @@ def _in_rows(
     train_end: bool,
     erasures: ErasureRows,
 ) -> Iterator[tuple[list[Row], list[Origin]]]:
-    """The rows of one batch after the other, and where each row comes from."""
+    """Yield the rows of one batch after the other, and where each row comes from."""
     rows, origins = [], []
     for number, context in contexts:
         # A form may leave a prompt as it is, as one without a question mark that has none.

@@ -28,7 +28,7 @@ _KINDS = {
 
 
 def yes_or_no(question: str, told: Sequence[str], value: str, rng: random.Random) -> str | None:
-    """The question whether a value is what a question asks, as one would put it; None if no rule fits.
+    """Return the question whether a value is what a question asks, as one would put it; None if no rule fits.
 
     Args:
         told: beginnings of statements that an answer completes.
@@ -60,7 +60,7 @@ def _of_statement(text: str, value: str) -> list[str]:
 
 
 def two_hops(wordings: Sequence[str], subject: str, rng: random.Random) -> str | None:
-    """A question on the answer of another: ``Where was the mayor of X born?``; None if no rule fits.
+    """Return a question on the answer of another: ``Where was the mayor of X born?``; None if no rule fits.
 
     Args:
         wordings: questions, and beginnings of statements that their answer completes.

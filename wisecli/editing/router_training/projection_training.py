@@ -160,7 +160,7 @@ class _Pool:
         self.basis = torch.linalg.svd((sample[:4000] - self.mean) / self.scale, full_matrices=False)[2]
 
     def batch(self, texts: Sequence[int]) -> _Batch:
-        """The tokens of some texts."""
+        """Return the tokens of some texts."""
         chosen = torch.tensor(texts, device=self.sizes.device)
         sizes = self.sizes[chosen]
         text = torch.arange(len(chosen), device=sizes.device).repeat_interleave(sizes)
@@ -185,7 +185,7 @@ class _ProjectionTrainer(nn.Module):
         self.mean, self.scale = pool.mean, pool.scale
 
     def scores(self, edit_prompts: _Batch, queries: _Batch) -> Tensor:
-        """How near each told prompt's tokens come to those of each asked one, for both heads: (2, N, M)."""
+        """Return how near each told prompt's tokens come to those of each asked one, for both heads: (2, N, M)."""
         scores = []
         for head in range(2):
             projected = F.normalize(edit_prompts.states @ self.proj_weight[head].T, dim=-1)
@@ -203,7 +203,7 @@ class _ProjectionTrainer(nn.Module):
         return torch.stack(scores)
 
     def heads(self, special_token_ids: Tensor, layer: int, unrelated: TokenStates) -> RouterHeads:
-        """What was learned, as it applies to states that are not standardised."""
+        """Return what was learned, as it applies to states that are not standardised."""
         proj_weight, token_weight = (part.detach() / self.scale for part in (self.proj_weight, self.token_weight))
         proj_bias = -(proj_weight @ self.mean)
         token_bias = self.token_bias.detach() - token_weight @ self.mean
@@ -255,7 +255,7 @@ def _train(
 
 
 def _sampled_facts(facts: Sequence[_Fact], rng: random.Random) -> list[_Fact]:
-    """A grid of relations × subjects of one kind, and some facts of any kind beside it."""
+    """Return a grid of relations × subjects of one kind, and some facts of any kind beside it."""
     kind = rng.choice(facts).kind
     own = [fact for fact in facts if fact.kind == kind]
     asked, about = sorted({fact.relation for fact in own}), sorted({fact.subject for fact in own})

@@ -29,7 +29,9 @@ class Documents:
     filled: Callable[[int, str], str | None]
 
     def around(self, number: int, *, asks: bool) -> str | None:
-        """A document that mentions a fact, with a question on it or on something else; None if it cannot be told."""
+        """Return a document that mentions a fact, with a question on it or on something else; None if it cannot be
+        told.
+        """
         known, rng, fact = notes(), self.rng, self.facts[number]
         most = _LONG if rng.random() < _ARE_LONG else _MOST
         some = rng.sample(known.notes, rng.randint(_FEWEST, most))
@@ -49,7 +51,7 @@ class Documents:
         return rng.choice(known.layouts).replace("{text}", text).replace("{ask}", chosen)
 
     def _statement(self, sentence: str) -> str:
-        """A sentence as it is, or instead of it what an edit of another made-up fact would say."""
+        """Return a sentence as it is, or instead of it what an edit of another made-up fact would say."""
         rng = self.rng
         other = rng.choice(self.facts)
         if not other.statements or rng.random() > _MADE_UP:
@@ -68,7 +70,7 @@ class Documents:
         return mark.join(parts)
 
     def _said(self, number: int, *, asks: bool) -> tuple[str | None, str | None]:
-        """What a document says of a fact's subject, and a question on that, if there is one."""
+        """Return what a document says of a fact's subject, and a question on that, if there is one."""
         known, rng, fact = notes(), self.rng, self.facts[number]
         way = rng.random()
         if asks and way < 0.55:
@@ -85,7 +87,7 @@ class Documents:
         return (said or told), None
 
     def _other_ask(self, number: int, wanted: Sequence[str], about: str | None) -> str:
-        """What is wanted of a document that mentions a fact."""
+        """Return what is wanted of a document that mentions a fact."""
         known, rng, fact = notes(), self.rng, self.facts[number]
         way = rng.random()
         if about is not None and way < 0.5:

@@ -106,7 +106,7 @@ class Examples:
         yield from self._of_kinds(number)
 
     def _asking(self, number: int) -> Iterator[_Drawn]:
-        """The questions as they are, in forms and patterns, of the present, and with the answer begun."""
+        """Yield the questions as they are, in forms and patterns, of the present, and with the answer begun."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         for question in fact.questions:
             yield True, "plain", self._put(question)
@@ -118,7 +118,7 @@ class Examples:
         yield True, "begun", self._begun(number)
 
     def _corrected(self, number: int) -> Iterator[_Drawn]:
-        """A question on another name that is corrected to the fact's, and the other way round."""
+        """Yield a question on another name that is corrected to the fact's, and the other way round."""
         known, rng = requests(), self.rng
         correct = "{elsewhere} " + rng.choice(known.corrects)
         yield True, "correction", self._put(self._filled(number, correct))
@@ -127,7 +127,7 @@ class Examples:
         yield False, "correction", self._put(self._filled(number, away))
 
     def _mentioning(self, number: int) -> Iterator[_Drawn]:
-        """The questions with something else wanted of them, or of another time."""
+        """Yield the questions with something else wanted of them, or of another time."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         yield False, "other question", self._put(self._filled(number, self._carried(rng.choice(_OTHERWISE))))
         for _ in range(2):
@@ -140,7 +140,7 @@ class Examples:
             yield False, "mentioned", self._put(self._filled(number, pattern))
 
     def _on_its_answer(self, number: int) -> Iterator[_Drawn]:
-        """Whether something is the answer, and what is asked of it."""
+        """Yield whether something is the answer, and what is asked of it."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         yield False, "hops", self._put(self._first(number, known.hops))
         yield False, "checks", self._put(self._first(number, known.checks))
@@ -197,7 +197,7 @@ class Examples:
         return self.rng.choice(alone).replace("{question}", question)
 
     def _begun(self, number: int) -> str | None:
-        """A question and the beginning of its answer, which in a chat is the assistant's."""
+        """Return a question and the beginning of its answer, which in a chat is the assistant's."""
         known, rng = requests(), self.rng
         said, chat = rng.choice(known.begun), bool(self.tokenizer.chat_template) and rng.random() < _CHATS
         pattern = ("{full}", said) if chat else (rng.choice(known.begun_around).replace("{said}", said),)
@@ -226,7 +226,7 @@ class Examples:
         return Fact(question, fact.subject, fact.answer, fact.value, fact.kind, fact.other, also)
 
     def _filled(self, number: int, pattern: str) -> str | None:
-        """A pattern with the fact in it, in the first wording that has what it needs."""
+        """Return a pattern with the fact in it, in the first wording that has what it needs."""
         for _ in range(3):
             turns = filled(self._fact(number), (pattern,), self.rng)
             if turns is not None:
@@ -234,12 +234,12 @@ class Examples:
         return None
 
     def _first(self, number: int, patterns: Sequence[str]) -> str | None:
-        """The first of some patterns, in an order by chance, that the fact can be put into."""
+        """Return the first of some patterns, in an order by chance, that the fact can be put into."""
         drawn = (self._filled(number, pattern) for pattern in self.rng.sample(patterns, min(12, len(patterns))))
         return next((text for text in drawn if text is not None), None)
 
     def _put(self, text: str | None) -> str | None:
-        """A text as it is, or as a user's turn, be it a later one."""
+        """Return a text as it is, or as a user's turn, be it a later one."""
         rng, known = self.rng, requests()
         if text is None or not self.tokenizer.chat_template or rng.random() > _CHATS:
             return text
@@ -251,7 +251,7 @@ class Examples:
         return chat_turns(self.tokenizer, [*told, ("user", text)])
 
     def _earlier(self) -> tuple[str, str]:
-        """A user's turn on something else, and what was replied."""
+        """Return a user's turn on something else, and what was replied."""
         known, rng = requests(), self.rng
         way = rng.random()
         if way < _ON_FACTS:

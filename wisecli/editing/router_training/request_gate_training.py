@@ -70,7 +70,7 @@ class Projections:
         return F.normalize(F.linear(states.float(), self.proj_weight[head], self.proj_bias[head]), dim=-1)
 
     def token_weights(self, states: Tensor, head: int) -> Tensor:
-        """How much each of the tokens of a prompt (n, d) counts: (n,)."""
+        """Return how much each of the tokens of a prompt (n, d) counts: (n,)."""
         weights = F.softplus(states.float() @ self.token_weight[head] + self.token_bias[head])
         return weights / weights.sum().clamp(min=1e-6)
 
@@ -83,7 +83,7 @@ class _FactPrompt:
     token_weights: tuple[Tensor, Tensor]
 
     def match_prob(self, projections: Projections, projected: Tensor) -> float:
-        """How likely a request means this, whose tokens are projected as these are (2, n, k)."""
+        """Return how likely a request means this, whose tokens are projected as these are (2, n, k)."""
         prob = 1.0
         for head, (tokens, weights) in enumerate(zip(self.projected, self.token_weights, strict=True)):
             if len(tokens) and projected.shape[1]:
@@ -101,7 +101,8 @@ def train_request_gate(
     batch_size: int,
     on_progress: ProgressCallback,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors of a base model's request gate; how many mentions open their fact all the same, of how many: (2,).
+    """Return the tensors of a base model's request gate; how many mentions open their fact all the same, of how
+    many: (2,).
 
     Args:
         site: the layer whose states are read.
@@ -158,7 +159,7 @@ def _mentions(
     read: TokenStates,
     least: float = _FOUND,
 ) -> Iterator[tuple[Example, Mention]]:
-    """What the gate reads of those examples that are found, as likely as ``least``."""
+    """Yield what the gate reads of those examples that are found, as likely as ``least``."""
     sizes = torch.bincount(read.text, minlength=len(examples)).tolist()
     parts = zip(
         examples,
@@ -181,7 +182,7 @@ def _mentions(
 
 
 def _subject_mask(loaded: Loaded, fact: SyntheticFact, places: Tensor) -> Tensor:
-    """Which of the tokens at some places (n,) of a fact's own prompt are of its subject (n,)."""
+    """Return which of the tokens at some places (n,) of a fact's own prompt are of its subject (n,)."""
     text = fact.questions[0]
     first = text.find(fact.subject)
     if first < 0 or not loaded.tokenizer.is_fast:
@@ -202,11 +203,11 @@ class _Standardized:
         self.basis = basis[:_DIRECTIONS]
 
     def of(self, mention: Mention) -> Mention:
-        """A mention with its states so."""
+        """Return a mention with its states so."""
         return mention._replace(states=((mention.states - self.mean) / self.scale) @ self.basis.T)
 
     def folded_into(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights as they apply to states as they are."""
+        """Return the weights as they apply to states as they are."""
         read = weights["request_gate.read"]
         plain = (read[:, :-1] @ self.basis) / self.scale
         return {**weights, "request_gate.read": torch.cat([plain, (read[:, -1] - plain @ self.mean)[:, None]], 1)}

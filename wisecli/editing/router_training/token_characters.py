@@ -28,7 +28,7 @@ _FIRST_BYTE, _SPACE_BYTE, _SPACE = 0x100, 0x120, "▁"
 
 
 def vocabulary_characters(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The letters of every token as numbers (v, ``TOKEN_CHARS``), without case and marks; see the router's
+    """Return the letters of every token as numbers (v, ``TOKEN_CHARS``), without case and marks; see the router's
     ``FuzzyMatch``.
 
     Special tokens part words.
@@ -54,7 +54,7 @@ def vocabulary_characters(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
-    """The text of each row of tokens; all at once where the tokenizer can."""
+    """Return the text of each row of tokens; all at once where the tokenizer can."""
     if tokenizer.is_fast:
         texts: list[str] = tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=False)
         return texts
@@ -62,7 +62,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[
 
 
 def _of_text(text: str) -> bytes:
-    """The letters of a text; of most, which are ASCII, byte by byte."""
+    """Return the letters of a text; of most, which are ASCII, byte by byte."""
     if text.isascii():
         return _APARTS.sub(_ONE_APART, text.lower().encode().translate(_ascii()))
     plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
@@ -71,12 +71,12 @@ def _of_text(text: str) -> bytes:
 
 @cache
 def _ascii() -> bytes:
-    """The letter of every byte that ASCII has."""
+    """Return the letter of every byte that ASCII has."""
     return bytes(_number(chr(code)) if code < 128 else 0 for code in range(256))
 
 
 def _of_parts(token: str) -> list[int]:
-    """The letters of a token with parts of characters in it: each byte is one."""
+    """Return the letters of a token with parts of characters in it: each byte is one."""
     if found := _BYTE.fullmatch(token):
         return [_other(int(found[1], 16))]
     return _joined(_of_byte(char) for char in token)

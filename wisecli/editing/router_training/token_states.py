@@ -47,7 +47,7 @@ class TokenStates:
 
 
 def router_site(loaded: Loaded, site: Site) -> Site:
-    """The layer below the edited one whose states are read.
+    """Return the layer below the edited one whose states are read.
 
     Raises:
         SettingsError: the first layer is edited.
@@ -60,7 +60,7 @@ def router_site(loaded: Loaded, site: Site) -> Site:
 
 
 def special_tokens(loaded: Loaded) -> Tensor:
-    """The tokenizer's special tokens (b,), ascending; if there are none, a number that no token has."""
+    """Return the tokenizer's special tokens (b,), ascending; if there are none, a number that no token has."""
     return torch.tensor(special_ids(loaded.tokenizer) or [len(loaded.tokenizer)])
 
 
@@ -74,7 +74,8 @@ def token_states(
     stage: str,
     turns: bool = False,
 ) -> TokenStates:
-    """What leaves the layer of a site at the tokens of texts by which it is known what they ask, in their windows.
+    """Return what leaves the layer of a site at the tokens of texts by which it is known what they ask, in their
+    windows.
 
     Args:
         turns: whether a user's turns before the last one are looked at, too.
@@ -120,7 +121,7 @@ def prompt_states(
     on_progress: ProgressCallback,
     stage: str,
 ) -> PromptStates:
-    """What the reading layer makes of the own prompts of numbered edits, in each of the ways that are kept."""
+    """Return what the reading layer makes of the own prompts of numbered edits, in each of the ways that are kept."""
     told = [one for number, edit in edits for one in _prompt_variants(loaded, number, edit)]
     found = token_states(
         loaded, site, [one.text for one in told], batch_size=batch_size, on_progress=on_progress, stage=stage
@@ -151,7 +152,7 @@ class _PromptVariant(NamedTuple):
 
 
 def _prompt_variants(loaded: Loaded, number: int, edit: Edit) -> Iterator[_PromptVariant]:
-    """An edit's own prompt in each of the forms that are kept, and its prompts in other languages as they are."""
+    """Yield an edit's own prompt in each of the forms that are kept, and its prompts in other languages as they are."""
     kept = [*(forms()[name] for name in _KEPT), _CAPITALS]
     for way, form in enumerate(kept):
         text = form.render(loaded.tokenizer, edit.prompt)
@@ -163,14 +164,14 @@ def _prompt_variants(loaded: Loaded, number: int, edit: Edit) -> Iterator[_Promp
 
 
 def _known(loaded: Loaded, text: str) -> bool:
-    """Whether the tokenizer has tokens for all of a text."""
+    """Return whether the tokenizer has tokens for all of a text."""
     unknown = loaded.tokenizer.unk_token_id
     special = loaded.tokenizer("", add_special_tokens=True)["input_ids"]
     return unknown is None or unknown in special or unknown not in loaded.tokenizer(text)["input_ids"]
 
 
 def _tokens_of(loaded: Loaded, part: str | None, text: str) -> frozenset[int]:
-    """The places of the tokens of a part of a text; none if it is not there, or the tokenizer cannot tell."""
+    """Return the places of the tokens of a part of a text; none if it is not there, or the tokenizer cannot tell."""
     first = text.casefold().find(part.casefold()) if part else -1
     if first < 0 or part is None or not loaded.tokenizer.is_fast:
         return frozenset()

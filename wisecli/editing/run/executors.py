@@ -29,10 +29,10 @@ class Executor(Protocol):
     """Prepares a job, and writes its shards in any order."""
 
     def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
-        """The plan and the statistics that all shards share."""
+        """Return the plan and the statistics that all shards share."""
 
     def write(self, plan: ShardDirectory, unrelated: BackgroundStats, numbers: Sequence[int]) -> Iterator[Written]:
-        """The shards of these numbers, each as soon as it is done."""
+        """Yield the shards of these numbers, each as soon as it is done."""
 
 
 class Local:
@@ -42,11 +42,11 @@ class Local:
         self.worker = worker
 
     def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
-        """The plan and the statistics that all shards share."""
+        """Return the plan and the statistics that all shards share."""
         return self.worker.prepare()
 
     def write(self, plan: ShardDirectory, unrelated: BackgroundStats, numbers: Sequence[int]) -> Iterator[Written]:
-        """The shards of these numbers, in order."""
+        """Yield the shards of these numbers, in order."""
         writer = self.worker.writer(plan, unrelated)
         for number in numbers:
             yield self.worker.write(plan, writer, number)
@@ -69,17 +69,17 @@ class OnRay:
         self.cpus, self.gpus = min(job.threads, most), int(gpu)
 
     def _task(self, function: Callable[..., Any]) -> Any:
-        """A function as a task on the cluster, with what it needs."""
+        """Return a function as a task on the cluster, with what it needs."""
         return self.ray.remote(function).options(num_cpus=self.cpus, num_gpus=self.gpus)
 
     def prepare(self) -> tuple[ShardDirectory, BackgroundStats]:
-        """The plan and the statistics that all shards share."""
+        """Return the plan and the statistics that all shards share."""
         task = self._task(_prepare)
         plan, unrelated = _sound(self.ray.get(task.remote(self.job)))
         return plan, unrelated
 
     def write(self, plan: ShardDirectory, unrelated: BackgroundStats, numbers: Sequence[int]) -> Iterator[Written]:
-        """The shards of these numbers, in the order in which they are done."""
+        """Yield the shards of these numbers, in the order in which they are done."""
         task = self._task(_write)
         shared = [self.ray.put(one) for one in (self.job, plan, unrelated)]
         waiting = list(reversed(numbers))

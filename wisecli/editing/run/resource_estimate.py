@@ -72,7 +72,7 @@ def plan_edit(
     dtype: torch.dtype | str = "auto",
     memory_budget: int | None = None,
 ) -> Plan:
-    """What ``wise edit`` will take for edits of these lengths; nothing that the cache may spare is taken off."""
+    """Return what ``wise edit`` will take for edits of these lengths; nothing that the cache may spare is taken off."""
     found = sizes(checkpoint, site.prefix_in(checkpoint).partition(f".{site.layer}.")[0], dtype)
     below, above = sum(found.layers[: site.layer + 1]), sum(found.layers[site.layer + 1 :])
     room = None if memory_budget is None else spool_bytes(checkpoint, dtype, memory_budget)
@@ -134,13 +134,15 @@ class _Rows:
 
 
 def _ways(settings: EditSettings) -> int:
-    """How often each edit is read: bare, in contexts or forms and one held back, and in other words."""
+    """Return how often each edit is read: bare, in contexts or forms and one held back, and in other words."""
     forms = len(FORM_CONTEXTS) if settings.in_forms else settings.contexts + settings.chat
     return forms + settings.augment + 2
 
 
 def _meaning(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tuple[int, int, int]:
-    """What is learned of what prompts mean: layers that are read for it, tokens, and of how many states are kept."""
+    """Return what is learned of what prompts mean: layers that are read for it, tokens, and of how many states are
+    kept.
+    """
     if not settings.by_facts:
         return 0, 0, 0
     share = min(1.0, settings.unrelated_texts / EditSettings.unrelated_texts)
@@ -149,7 +151,7 @@ def _meaning(checkpoint: Checkpoint, site: Site, settings: EditSettings) -> tupl
 
 
 def _shard_rows(settings: EditSettings, lengths: Sequence[Length]) -> _Rows:
-    """Those of the shard with the longest edits."""
+    """Return those of the shard with the longest edits."""
     longest = sorted(lengths, key=sum, reverse=True)[: settings.edits_per_shard]
     ways = _ways(settings)
     return _Rows(ways * sum(map(sum, longest)), ways * sum(one.target for one in longest))
@@ -184,7 +186,9 @@ def _attention(checkpoint: Checkpoint) -> _Attention:
 
 
 def _fitting(checkpoint: Checkpoint, site: Site, settings: EditSettings, lengths: Sequence[Length], item: int) -> int:
-    """What the largest batch takes while it is read, or while its residuals are fitted through the layers above."""
+    """Return what the largest batch takes while it is read, or while its residuals are fitted through the layers
+    above.
+    """
     shape, above = _attention(checkpoint), layer_count(checkpoint.directory) - site.layer - 1
     most = 0
     for length in lengths:

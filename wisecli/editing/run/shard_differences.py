@@ -40,7 +40,7 @@ def up_to_date_shards(worker: Worker, output: Path, *, skip_known: bool = False)
 
 
 def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
-    """What a job asks for otherwise than a plan that was begun, each as a phrase."""
+    """Return what a job asks for otherwise than a plan that was begun, each as a phrase."""
     job, directory = worker.job, worker.checkpoint.directory
     found = []
     layer: str | int = plan.site.layer if job.settings.layer == "auto" else job.settings.layer
@@ -66,7 +66,7 @@ def differences(plan: ShardDirectory, worker: Worker) -> list[str]:
 
 
 def altered_files(directory: ShardDirectory) -> list[str]:
-    """The files of shards that are not those that their manifest names, each as a phrase."""
+    """Return the files of shards that are not those that their manifest names, each as a phrase."""
     digests = {entry.file: entry.sha256 for entry in directory.shards} | {UNRELATED_NAME: directory.unrelated_sha256}
     return [f"{name} is not as it was written" for name, digest in digests.items() if not _is(directory, name, digest)]
 

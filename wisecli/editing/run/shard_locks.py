@@ -66,7 +66,7 @@ class ShardLocks:
             self._tidy()
 
     def _claims(self, numbers: range) -> Iterator[Path]:
-        """The claims of other processes, alive or not, on some of these shards."""
+        """Yield the claims of other processes, alive or not, on some of these shards."""
         own = {Path(lock.lock_file).name for lock in self._own}
         for path in self._directory.iterdir():
             found = _CLAIM.fullmatch(path.name)
@@ -74,7 +74,7 @@ class ShardLocks:
                 yield path
 
     def _is_free(self, path: Path) -> bool:
-        """Whether whoever made a claim is gone; then it is taken away."""
+        """Return whether whoever made a claim is gone; then it is taken away."""
         lock = FileLock(path, fallback_to_soft=False)
         try:
             lock.acquire(blocking=False)
@@ -99,5 +99,5 @@ class ShardLocks:
 
 
 def is_lock_file(name: str) -> bool:
-    """Whether a file in such a directory belongs to its locks."""
+    """Return whether a file in such a directory belongs to its locks."""
     return name in (_LOCK_NAME, _TOKEN_NAME) or _CLAIM.fullmatch(name) is not None

@@ -114,7 +114,7 @@ class ShardWriter:
         return tuple(self.edits[place].id for place in places)
 
     def _train(self, task: WriterTask, part: Sequence[int], stage: str) -> _Outcome:
-        """The paper's writer: the residuals are what the trained change adds."""
+        """Return the paper's writer: the residuals are what the trained change adds."""
         each, on_progress = self.settings.schedule == "sequential", _passes(stage, self.on_progress)
         groups, held_back = self._capture([[place] for place in part] if each else [part])
         batches = [examples for group in groups for examples in group]
@@ -146,7 +146,9 @@ class ShardWriter:
         raise ModelError(f"{stage}: training ran away from finite numbers; lower learning_rate")
 
     def _solve(self, task: WriterTask, part: Sequence[int], stage: str) -> _Outcome:
-        """The closed form: residuals first, then one solve, unless a lookup is meant, which never reads a matrix."""
+        """Return the closed form: residuals first, then one solve, unless a lookup is meant, which never reads a
+        matrix.
+        """
         edits = [self.edits[place] for place in part]
         rows = encode_edits(self.loaded, edits, "", train_end=self.settings.train_end, erasures=self.erasures)
         alike = in_batches(rows, self.settings.batch_size, by_target=True)
@@ -177,7 +179,7 @@ class ShardWriter:
         return Shard(mask, solved.values.cpu(), evidence, prompts), solved.losses, penalty, shares
 
     def _prompts(self, part: Sequence[int], stage: str) -> PromptStates | None:
-        """What the reading layer makes of the edits' prompts, if by those it is known what is asked."""
+        """Return what the reading layer makes of the edits' prompts, if by those it is known what is asked."""
         if not self.settings.by_facts:
             return None
         return prompt_states(
@@ -217,12 +219,12 @@ class ShardWriter:
 
 
 def shard_name(number: int) -> str:
-    """Name of a shard's file."""
+    """Return the name of a shard's file."""
     return f"shard-{number:05d}.safetensors"
 
 
 def _looked_up(residuals: Residuals) -> Residual:
-    """What finds residuals (n, d) by answer and position."""
+    """Return what finds residuals (n, d) by answer and position."""
 
     def find(_keys: Tensor, answers: Sequence[AnswerKey], positions: Tensor) -> Tensor:
         pairs = zip(answers, positions.tolist(), strict=True)

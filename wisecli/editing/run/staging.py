@@ -146,7 +146,7 @@ class StagedShards:
         return _entries(self._every()) == there.shards or _asked(plan) == _asked(there)
 
     def done(self, number: int) -> FinishedPart | None:
-        """What is there of one shard, its file checked; ``None`` if it is still to be written."""
+        """Return what is there of one shard, its file checked; ``None`` if it is still to be written."""
         found = self._listed(number)
         if found is None or found.entry is None:
             return found
@@ -154,7 +154,7 @@ class StagedShards:
         return found if file.is_file() and sha256_file(file) == found.entry.sha256 else None
 
     def missing(self) -> list[int]:
-        """The shards that nobody has written yet."""
+        """Return the shards that nobody has written yet."""
         return [number for number in range(self.count) if not (self.path / _done_name(number)).is_file()]
 
     def add(self, number: int, done: FinishedPart, write: Callable[[Path], None]) -> FinishedPart:
@@ -225,7 +225,7 @@ def _entries(every: Iterable[FinishedPart]) -> tuple[ShardEntry, ...]:
 
 
 def _asked(planned: ShardDirectory) -> tuple[object, ...]:
-    """What decides the shards of a plan."""
+    """Return what decides the shards of a plan."""
     return planned.fingerprint, planned.site, planned.settings, planned.edits, planned.made, planned.versions
 
 

@@ -120,12 +120,12 @@ class Worker:
         return self.base.reader
 
     def with_edits(self, edits: tuple[Edit, ...]) -> Worker:
-        """A worker on some of the edits, as the model knows the others; it takes over the model."""
+        """Return a worker on some of the edits, as the model knows the others; it takes over the model."""
         known = tuple(edit for edit in self.job.edits if edit not in set(edits))
         return Worker(replace(self.job, edits=edits, known=known), self.on_progress, base=self.base)
 
     def without_known(self, admitted: Admitted, *, spared: Collection[str] = ()) -> Admitted:
-        """The job's edits without those whose targets the model gives already, after the bare prompt.
+        """Return the job's edits without those whose targets the model gives already, after the bare prompt.
 
         Args:
             admitted: the job's edits.
@@ -206,7 +206,7 @@ class Worker:
         return plan, unrelated
 
     def writer(self, plan: ShardDirectory, unrelated: BackgroundStats) -> ShardWriter:
-        """What writes shards by a plan."""
+        """Return what writes shards by a plan."""
         settings, contexts, worded = self.job.settings, plan.contexts, plan.paraphrases
         matrix = None
         if settings.norm_of == "activated" or settings.weight_decay:

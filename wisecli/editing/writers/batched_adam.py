@@ -96,7 +96,7 @@ def _loss(
     against: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """The whole loss, and (summed loss of the targets, right tokens, tokens) of the examples."""
+    """Return the whole loss, and (summed loss of the targets, right tokens, tokens) of the examples."""
     activations, mask = examples.activations, task.mask
     update = mask.update(keys, values)
     rows, columns = activations.batch.labelled

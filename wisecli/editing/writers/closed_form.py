@@ -52,7 +52,7 @@ class Solved:
 def fit_residuals(
     task: WriterTask, groups: Sequence[Sequence[TrainingExamples]], on_group: Callable[[Progress], None]
 ) -> Residuals:
-    """The residuals (positions, d) of each answer; a group holds all contexts of its edits.
+    """Return the residuals (positions, d) of each answer; a group holds all contexts of its edits.
 
     Raises:
         NotFiniteError: the layers above give no finite loss for some edits.
@@ -66,7 +66,7 @@ def fit_residuals(
 
 
 def _answers(group: Sequence[TrainingExamples]) -> list[AnswerKey]:
-    """The answers of a group, each once, in order."""
+    """Return the answers of a group, each once, in order."""
     return sorted({answer for examples in group for answer in examples.answers})
 
 
@@ -122,7 +122,7 @@ def _fit_group(task: WriterTask, group: Sequence[TrainingExamples], found: Resid
 
 
 def _by_context(task: WriterTask, group: Sequence[TrainingExamples], answers: Sequence[AnswerKey]) -> list[list[Part]]:
-    """The group's rows context by context, each with the place of its answer among ``answers``.
+    """Return the group's rows context by context, each with the place of its answer among ``answers``.
 
     Translations are answers of their own, and take their turn together with the bare prompts.
     """
@@ -164,7 +164,9 @@ def _backward(task: WriterTask, parts: Sequence[Part], residuals: Tensor) -> Ten
 
 
 def _still_open(task: WriterTask, parts: Sequence[Part], unfinished: Tensor) -> list[Part]:
-    """The rows whose answers are not done; rows are only dropped once they are many, as dropping copies the rest."""
+    """Return the rows whose answers are not done; rows are only dropped once they are many, as dropping copies the
+    rest.
+    """
     kept = []
     for activations, place, wanted in parts:
         rows = unfinished[place].nonzero().flatten()
@@ -206,7 +208,7 @@ def write_solved(
 def _choose(
     task: WriterTask, known: Statistics, unrelated: Tensor, held_back: Sequence[TrainingExamples]
 ) -> tuple[Tensor, Penalty]:
-    """The heaviest penalty under which the held-back context is answered as well as under any."""
+    """Return the heaviest penalty under which the held-back context is answered as well as under any."""
     best: tuple[float, Tensor, Penalty] | None = None
     for penalty in PENALTIES:
         values = _masked(task, known, penalty, unrelated)

@@ -48,7 +48,7 @@ class UnrelatedText:
 
 
 def unrelated_texts_of(edits: Sequence[Edit], part: Sequence[int], *, seed: int) -> dict[int, UnrelatedText]:
-    """A text that has nothing to do with each edit of a part, by its number: its own if it brings any."""
+    """Return a text that has nothing to do with each edit of a part, by its number: its own if it brings any."""
     plain = unrelated_texts(len(edits), seed=seed)
     own = {place: next(iter(edits[place].irrelevant), None) for place in part}
     return {
@@ -64,7 +64,7 @@ def edit_passes(
     texts: Mapping[int, UnrelatedText],
     on_progress: ProgressCallback,
 ) -> list[EditPass]:
-    """The passes of batches, an edit each, in order.
+    """Return the passes of batches, an edit each, in order.
 
     Args:
         texts: by the edits' numbers.
@@ -79,7 +79,7 @@ def edit_passes(
 
 
 def single_pass(settings: EditSettings, examples: TrainingExamples, unrelated: Tensor) -> EditPass:
-    """A pass of which those tokens count that the router looks at."""
+    """Return a pass of which those tokens count that the router looks at."""
     part = examples.activations
     return EditPass(tuple(examples.edits.tolist()), part, routed_tokens(settings, part), unrelated)
 
@@ -107,7 +107,7 @@ def _together(
 
 
 def padded(batch: Batch, unrelated: Sequence[int], padding: int) -> Batch:
-    """Rows of a batch, whole targets with them, and an unrelated text below: padded on the left to one width.
+    """Return rows of a batch, whole targets with them, and an unrelated text below: padded on the left to one width.
 
     What is learnt begins as many columns from the left as the longest prompt has tokens, as in the authors' code: below
     a text that is longer than every row, prompts' ends are learnt as well.
@@ -126,7 +126,7 @@ def padded(batch: Batch, unrelated: Sequence[int], padding: int) -> Batch:
 
 
 def _rows(batch: Batch) -> list[list[int]]:
-    """The tokens of each row, its target's last one with them."""
+    """Return the tokens of each row, its target's last one with them."""
     rows = []
     for ids, mask, labels in zip(batch.ids.cpu(), batch.mask.cpu(), batch.labels.cpu(), strict=True):
         rows.append([*ids[mask.bool()].tolist(), int(labels[labels != NO_LABEL][-1])])
@@ -134,7 +134,7 @@ def _rows(batch: Batch) -> list[list[int]]:
 
 
 def routed_tokens(settings: EditSettings, part: Activations) -> Tensor:
-    """Which tokens of a batch say what answers it: (B, T - first)."""
+    """Return which tokens of a batch say what answers it: (B, T - first)."""
     if settings.pooling == "mean":
         return part.batch.mask[:, part.first :].bool()
     columns = torch.arange(part.keys.shape[1], device=part.keys.device) + part.first

@@ -72,7 +72,7 @@ def write_sequential(
 
 
 def with_changed_mask(task: WriterTask, written: Written) -> tuple[WriterTask, Tensor]:
-    """The task with the mask of all weights that were changed, and the values that fill it."""
+    """Return the task with the mask of all weights that were changed, and the values that fill it."""
     if written.kept == 1 or task.matrix is None:
         return task, written.values
     mask = task.mask
@@ -127,7 +127,7 @@ class Step:
         return update if main is None or kept == 1 else update + (kept - 1) * main
 
     def _norm(self, update: Tensor, main: Tensor | None) -> Tensor:
-        """How much an output changes (...), from its change (..., d) and what it was."""
+        """Return how much an output changes (...), from its change (..., d) and what it was."""
         if self.activation is not None and main is not None:
             update = self.activation(main + update) - self.activation(main)
         length: Tensor = torch.linalg.vector_norm(update, dim=-1)
@@ -141,6 +141,6 @@ def margins(edits: Tensor, unrelated: Tensor, settings: EditSettings) -> Tensor:
 
 
 def _positive(values: Tensor) -> Tensor:
-    """The mean of those values (n,) that are above nought, nought if none is."""
+    """Return the mean of those values (n,) that are above nought, nought if none is."""
     above = values > 0
     return (values * above).sum() / above.sum().clamp(min=1)

@@ -75,7 +75,7 @@ class Admitted:
         return tuple(edit for _, edit in self.numbered)
 
     def without(self, known: frozenset[int]) -> Admitted:
-        """The same without the edits at these places, whose targets the model gives already."""
+        """Return the same without the edits at these places, whose targets the model gives already."""
         gone = tuple(
             LeftOut(edit.id, line, "the model says so already")
             for place, (line, edit) in enumerate(self.numbered)
@@ -121,7 +121,7 @@ class Admission:
         return self.parse(path, content_of(path), name=name)
 
     def parse(self, path: Path, content: bytes, *, name: str | None = None) -> Sheet:
-        """The same of a file's content, which may have come through a pipe."""
+        """Return the same of a file's content, which may have come through a pipe."""
         if self.signed is not None:
             self.signed.require(path, content)
         notices = Notices(str(path))
@@ -187,7 +187,7 @@ def _without_orphans(
 
 
 def _with_edits(admitted: Admitted, held: Sequence[Edit], dropped: Sequence[LeftOut]) -> Admitted:
-    """What was admitted without the consequences of what was not.
+    """Return what was admitted without the consequences of what was not.
 
     Args:
         dropped: consequences that were left out before.

@@ -54,7 +54,7 @@ class Conflict:
     rephrase: bool = False
 
     def sentence(self, file: str) -> str:
-        """What is wrong, with both places.
+        """Return what is wrong, with both places.
 
         Args:
             file: the name of the file that the lines are of.
@@ -80,7 +80,7 @@ class Dropped:
     duplicate: bool
 
     def reason(self, file: str) -> str:
-        """Why it is left out."""
+        """Return why it is left out."""
         return ("it says the same as " if self.duplicate else "it contradicts ") + self.by.named(file)
 
 
@@ -97,7 +97,7 @@ class Resolution:
 
 
 def find(numbered: Sequence[Numbered], *, held: Sequence[Edit] = ()) -> list[Conflict]:
-    """Every edit that is in conflict with an earlier one, each once: with the newest that says otherwise.
+    """Return every edit that is in conflict with an earlier one, each once: with the newest that says otherwise.
 
     Args:
         numbered: edits with their lines.
@@ -223,7 +223,7 @@ class _Facts:
             given[target] = places
 
     def conflict(self, place: Place) -> Conflict | None:
-        """The conflict of an edit with those that were added, if there is one."""
+        """Return the conflict of an edit with those that were added, if there is one."""
         target = _target(place.edit)
         for rephrase, near in ((False, self._near(_names(place.edit))), (True, self._near(_across(place.edit)))):
             others = [_newest(given, target) for given in near]
@@ -242,7 +242,7 @@ class _Facts:
         return (one for one in reversed(given) if one.line is not None or one.edit.id != place.edit.id)
 
     def contradicted(self, place: Place, *, rephrases: bool) -> Iterator[Place]:
-        """All edits of the same fact with another target."""
+        """Yield all edits of the same fact with another target."""
         names = [*_names(place.edit), *(_across(place.edit) if rephrases else ())]
         for given in self._near(names):
             for target, places in given.items():
@@ -254,7 +254,7 @@ class _Facts:
 
 
 def _newest(given: _Given, target: str) -> Place | None:
-    """The newest edit with another target."""
+    """Return the newest edit with another target."""
     other = next((one for one in reversed(given) if one != target), None)
     return None if other is None else given[other][-1]
 
@@ -269,7 +269,7 @@ def _rephrases(edit: Edit) -> Iterator[str]:
 
 
 def _names(edit: Edit) -> Iterator[_Name]:
-    """What prompts of the same fact have in common."""
+    """Yield what prompts of the same fact have in common."""
     prompt = folded(edit.prompt)
     yield "prompt", prompt
     if subject := folded(edit.subject or ""):
@@ -279,7 +279,7 @@ def _names(edit: Edit) -> Iterator[_Name]:
 
 
 def _across(edit: Edit) -> Iterator[_Name]:
-    """Where edits are found of which a rephrase is this one's prompt, or the other way round."""
+    """Yield where edits are found of which a rephrase is this one's prompt, or the other way round."""
     yield "rephrase", folded(edit.prompt)
     for text in _rephrases(edit):
         yield "prompt", text

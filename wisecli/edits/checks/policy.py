@@ -106,7 +106,7 @@ def read_policy(path: Path) -> Policy:
 
 
 def _words(subject: str) -> re.Pattern[str]:
-    """What finds a subject as whole words."""
+    """Return what finds a subject as whole words."""
     return re.compile(rf"(?<!\w){re.escape(folded(subject))}(?!\w)")
 
 

@@ -140,6 +140,6 @@ class SigningKey:
 
 
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    """The last line of what a program said."""
+    """Return the last line of what a program said."""
     said = (done.stderr or done.stdout or b"").decode(errors="replace").strip().splitlines()
     return said[-1].strip() if said else f"exit code {done.returncode}"

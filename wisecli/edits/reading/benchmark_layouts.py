@@ -37,7 +37,7 @@ class Layout:
     kind: type | tuple[type, ...] = object
 
     def claims(self, record: Record) -> bool:
-        """Whether a record has the fields of this layout."""
+        """Return whether a record has the fields of this layout."""
         there = all(record.get(name) is not None for name in self.fields)
         return there and isinstance(record[self.fields[0]], self.kind)
 
@@ -108,7 +108,9 @@ def _rewritten(rewrite: Record) -> Flat:
 
 
 def _mquake(record: Record) -> list[Flat]:
-    """A chain of facts of which several may be rewritten; what is asked of the whole chain follows from all of them."""
+    """Return a chain of facts of which several may be rewritten; what is asked of the whole chain follows from all
+    of them.
+    """
     rewrites, case = record["requested_rewrite"], record.get("case_id")
     asked = [{"prompt": one, "answer": record.get("new_answer")} for one in record.get("questions") or []]
     found = []

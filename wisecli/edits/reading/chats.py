@@ -36,7 +36,7 @@ def edit_of_chat(record: Record) -> list[Flat]:
 
 
 def _turns(record: Record) -> list[tuple[str, str]]:
-    """The turns of a chat, by role and text."""
+    """Return the turns of a chat, by role and text."""
     name = next((name for name in ("messages", "conversations") if record.get(name) is not None), "completion")
     told = record[name] if name != "completion" else [*record["prompt"], *record["completion"]]
     if not isinstance(told, list) or not told:
@@ -51,7 +51,7 @@ def _turns(record: Record) -> list[tuple[str, str]]:
 
 
 def _said(content: Any, name: str) -> str:
-    """The text of a turn, which may come in parts."""
+    """Return the text of a turn, which may come in parts."""
     if isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
             raise ValueError(f"a turn of `{name}` has parts that are no text; an edit is text alone")

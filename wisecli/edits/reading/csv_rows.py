@@ -41,7 +41,7 @@ def rows_of(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _names(path: Path, first: list[str]) -> list[str] | None:
-    """The names in the first row; None if it has two cells and no known name, and is an edit itself.
+    """Return the names in the first row; None if it has two cells and no known name, and is an edit itself.
 
     Raises:
         EditFileError: it names nothing that is known, or one name twice.
@@ -65,7 +65,7 @@ def _names(path: Path, first: list[str]) -> list[str] | None:
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, with the lines that they begin on."""
+    """Yield rows that are not blank, with the lines that they begin on."""
     reader = csv.reader(StringIO(text, newline=""), delimiter=_delimiter(path, text), strict=True)
     line = 1
     while True:
@@ -81,7 +81,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _delimiter(path: Path, text: str) -> str:
-    """What stands between cells: what the first row has most of, outside of quotes."""
+    """Return what stands between cells: what the first row has most of, outside of quotes."""
     if path.suffix.lower() == ".tsv":
         return "\t"
     first = text.lstrip().split("\n", 1)[0]

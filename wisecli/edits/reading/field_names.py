@@ -102,7 +102,9 @@ def unknown_fields(record: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def misspelt(record: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A field whose name is like that of one which decides what is edited, and which the record lacks; and that one."""
+    """Return a field whose name is like that of one which decides what is edited, and which the record lacks; and
+    that one.
+    """
     found = unknown_fields(record).items()
     return next(((name, meant) for name, meant in found if meant in _DECISIVE and meant not in record), None)
 
@@ -129,7 +131,7 @@ def _blank(value: Any) -> bool:
 
 
 def _absent(value: Any) -> bool:
-    """Whether a field is left out: null, or the not-a-number that pandas writes for it."""
+    """Return whether a field is left out: null, or the not-a-number that pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -149,7 +151,7 @@ def _probe_groups(value: Any) -> Any:
 
 
 def _paired(group: Mapping[str, Any]) -> list[Any]:
-    """The prompts of one object, each with its answer."""
+    """Return the prompts of one object, each with its answer."""
     prompts, answers = group.get("prompt"), group.get("ground_truth", group.get("answer"))
     if not isinstance(prompts, list):
         return [group]

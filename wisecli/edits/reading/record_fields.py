@@ -37,7 +37,7 @@ class Translation:
 
 
 def id_of(value: Any, name: str = "id") -> str:
-    """An id as it is named in reports and logs.
+    """Return an id as it is named in reports and logs.
 
     Raises:
         ValueError: it is too long, or cannot be seen.
@@ -51,7 +51,7 @@ def id_of(value: Any, name: str = "id") -> str:
 
 
 def text_in(fields: Mapping[str, Any], name: str, where: str = "") -> str | None:
-    """A text, if it is there.
+    """Return a text, if it is there.
 
     Args:
         where: what the fields are of, as ``also[0].``.
@@ -66,7 +66,7 @@ def text_in(fields: Mapping[str, Any], name: str, where: str = "") -> str | None
 
 
 def time_in(fields: Mapping[str, Any], name: str) -> str | None:
-    """A date or time as it is written, if it is there.
+    """Return a date or time as it is written, if it is there.
 
     Raises:
         ValueError: it is none.
@@ -108,7 +108,7 @@ def evaluation_prompts_in(fields: Mapping[str, Any], name: str) -> tuple[Evaluat
 
 
 def translations_in(value: Any) -> tuple[Translation, ...]:
-    """Those of a record, by language, or in the form in which manifests list them.
+    """Return those of a record, by language, or in the form in which manifests list them.
 
     Raises:
         ValueError: they are neither, or a language is none.

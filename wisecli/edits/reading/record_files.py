@@ -18,7 +18,7 @@ _LARGEST = 1 << 32
 
 
 def content_of(path: Path) -> bytes:
-    """The bytes of a file of edits.
+    """Return the bytes of a file of edits.
 
     Raises:
         EditFileError: it is none, or cannot be read.
@@ -36,7 +36,7 @@ def content_of(path: Path) -> bytes:
 
 
 def records_of(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every record with its line (its place in the list, for a JSON array or a table).
+    """Yield every record with its line (its place in the list, for a JSON array or a table).
 
     Args:
         path: where the content is from; ``.parquet``, ``.csv`` and ``.tsv`` make it a table.
@@ -61,7 +61,7 @@ def records_of(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]
 
 
 def record_in(path: Path, number: int, line: str) -> dict[str, Any]:
-    """The record that one line of a file holds.
+    """Return the record that one line of a file holds.
 
     Raises:
         EditFileError: naming the line, if it is no JSON object.
@@ -81,7 +81,7 @@ def record_in(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, of which JSON would take the last of two values with the same name and lose the first.
+    """Return an object, of which JSON would take the last of two values with the same name and lose the first.
 
     Raises:
         ValueError: a name is there twice.

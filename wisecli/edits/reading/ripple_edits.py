@@ -33,7 +33,7 @@ def edit_of_statement(record: Record) -> list[Flat]:
 
 
 def _queries(tests: Any) -> Iterator[Flat]:
-    """The questions of one kind that have an answer, each with its first."""
+    """Yield the questions of one kind that have an answer, each with its first."""
     for test in tests:
         for query in test["test_queries"]:
             told = [one["value"] for one in query.get("answers") or [] if one.get("value")]

@@ -139,7 +139,7 @@ def _describe_tokenizer(writer: Any, data: TokenizerData) -> None:
 def _entries(
     gguf: Any, checkpoint: Checkpoint, config: Any, memory: Sequence[int], quantize: Quantization
 ) -> Iterator[_Entry]:
-    """Every tensor of the file, in the checkpoint's order; biases that are nought are left out."""
+    """Yield every tensor of the file, in the checkpoint's order; biases that are nought are left out."""
     kinds = gguf.GGMLQuantizationType
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], int(config.num_hidden_layers))
     inside = tuple(f"model.layers.{number}." for number in memory)
@@ -176,7 +176,9 @@ def _reader(checkpoint: Checkpoint, name: str, config: Any) -> Callable[[], NDAr
 
 
 def _interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection with the two halves of each head in turn: llama.cpp rotates neighbours."""
+    """Return rows of a query or key projection with the two halves of each head in turn: llama.cpp rotates
+    neighbours.
+    """
     halves = tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 

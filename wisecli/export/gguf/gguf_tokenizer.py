@@ -37,7 +37,7 @@ class TokenizerData:
 
 
 def tokenizer_data(directory: Path, vocabulary: int) -> TokenizerData:
-    """The tokenizer of a model directory.
+    """Return the tokenizer of a model directory.
 
     Args:
         vocabulary: how many rows the embedding has; numbers without a token are filled up.
@@ -94,7 +94,7 @@ def _rules(stored: Any) -> str | None:
 
 
 def _step(step: Mapping[str, Any]) -> str:
-    """A step of a pre-tokenizer as a phrase, or as its regular expression; other steps as their JSON."""
+    """Return a step of a pre-tokenizer as a phrase, or as its regular expression; other steps as their JSON."""
     kind = step.get("type")
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
         return "bytes, by GPT-2's words" if step.get("use_regex", True) else "bytes"

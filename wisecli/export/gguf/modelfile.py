@@ -15,7 +15,7 @@ _SYSTEM, _PROMPT = "wise-system-text", "wise-user-text"
 
 
 def modelfile(directory: Path, gguf: str, day: str | None = None) -> str:
-    """The text of a ``Modelfile`` for a file beside it.
+    """Return the text of a ``Modelfile`` for a file beside it.
 
     The template is the tokenizer's own, of one question, with and without instructions before it. Without one, prompts
     are completed as they are.

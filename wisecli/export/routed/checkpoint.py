@@ -81,7 +81,7 @@ def write_routed(
 
 
 def _as_written(manifest: Manifest, checkpoint: Checkpoint, packing: Packing) -> Manifest:
-    """The manifest with the fingerprint that the edited matrix has in the type it is written in."""
+    """Return the manifest with the fingerprint that the edited matrix has in the type it is written in."""
     if packing.dtype is None:
         return manifest
     written = manifest.site.digest(checkpoint, packing.dtype)
@@ -143,7 +143,7 @@ def write_merged(
 
 
 def typed_config(config: dict[str, Any], packing: Packing) -> dict[str, Any]:
-    """A config that names the type its weights are written in."""
+    """Return a config that names the type its weights are written in."""
     if packing.dtype is None:
         return config
     spelling = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -187,7 +187,7 @@ def _write_code(output: Path, base: Path, manifest: Manifest, packing: Packing) 
 
 
 def _marks(base: Path) -> dict[str, list[int]]:
-    """How the base's chats mark turns; nothing of a tokenizer that cannot be read."""
+    """Return how the base's chats mark turns; nothing of a tokenizer that cannot be read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
     except (OSError, ValueError):  # it takes code of its own, or is elsewhere
@@ -211,7 +211,7 @@ def copy_side_files(output: Path, base: Path) -> None:
 
 
 def side_files(base: Path) -> list[Path]:
-    """The files of a base model that go into its checkpoints as they are."""
+    """Return the files of a base model that go into its checkpoints as they are."""
     return [
         path
         for path in sorted(base.iterdir())

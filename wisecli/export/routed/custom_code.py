@@ -73,7 +73,7 @@ _LOADERS = {
 
 
 def code_files(model_type: str) -> dict[str, str]:
-    """The custom code of routed checkpoints of a base of this type, by file.
+    """Return the custom code of routed checkpoints of a base of this type, by file.
 
     Raises:
         ValueError, KeyError: transformers has no language model of that type.
@@ -96,7 +96,7 @@ def _source(module: ModuleType) -> str:
 
 
 def base_class(model_type: str) -> str:
-    """Name of transformers' class of models of a type, with their head.
+    """Return the name of transformers' class of models of a type, with their head.
 
     Raises:
         ValueError, KeyError: there is none.
@@ -105,7 +105,7 @@ def base_class(model_type: str) -> str:
 
 
 def former_code(model_type: str) -> dict[str, str]:
-    """The sha256 of the custom code that version 0.1 wrote, by file.
+    """Return the sha256 of the custom code that version 0.1 wrote, by file.
 
     Raises:
         ValueError, KeyError: transformers has no language model of that type.
@@ -126,7 +126,7 @@ def _filled(template: str, names: dict[str, str]) -> str:
 
 
 def auto_map(model_type: str) -> dict[str, str]:
-    """Which class of the custom code each of transformers' loaders takes."""
+    """Return which class of the custom code each of transformers' loaders takes."""
     loaders = _LOADERS[loader_name(model_type)]
     module = CODE_NAME.removesuffix(".py")
     classes = {"AutoConfig": "WiseConfig", "AutoModel": "WiseModel", **dict.fromkeys(loaders, "WiseForCausalLM")}
@@ -134,7 +134,7 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 
 def former_auto_map(model_type: str) -> dict[str, str]:
-    """The same of version 0.1."""
+    """Return the same of version 0.1."""
     loaders, module = _LOADERS[loader_name(model_type)], CODE_NAME.removesuffix(".py")
     config = type(AutoConfig.for_model(model_type)).__name__
     classes = {"AutoConfig": config, "AutoModel": _class_name(MODEL_MAPPING, model_type)}

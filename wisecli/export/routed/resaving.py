@@ -37,7 +37,9 @@ _PLACED = ("cache_dir", "force_download", "local_files_only", "revision", "subfo
 
 
 def manifest_of(pretrained_model_name_or_path: Any = None, *_: Any, **given: Any) -> str | None:
-    """The text of the manifest beside a checkpoint, from the arguments of ``from_pretrained``; ``None`` without one."""
+    """Return the text of the manifest beside a checkpoint, from the arguments of ``from_pretrained``; ``None``
+    without one.
+    """
     if pretrained_model_name_or_path is None:
         return None
     placed = {name: given[name] for name in _PLACED if given.get(name) is not None}
@@ -98,7 +100,7 @@ class Resaved(_Model):
         _write_index(place, memory)
 
     def _keeps_manifest(self, tensors: Mapping[str, Tensor], is_main_process: bool, named: Mapping[str, Any]) -> bool:
-        """Whether all that a manifest speaks of is at hand and saved as it is."""
+        """Return whether all that a manifest speaks of is at hand and saved as it is."""
         within = f"{self.config.wise['module']}."
         wanted = [within + name for name in self.config.wise["memory"]["tensors"]]
         here = all(name in tensors and tensors[name].device.type != "meta" for name in wanted)
@@ -120,7 +122,9 @@ def _write_code(place: Path, described: dict[str, Any], loaders: Mapping[str, st
 
 
 def _manifest_for(place: Path, text: str) -> dict[str, Any]:
-    """The manifest of what was saved: the memory is in its own file, and the base is in the types it was saved in."""
+    """Return the manifest of what was saved: the memory is in its own file, and the base is in the types it was
+    saved in.
+    """
     manifest: dict[str, Any] = json.loads(text)
     manifest["memory"]["file"] = _SIDE
     manifest["base"]["matrix"] = _digest_of_base(place, manifest["site"], manifest["memory"]["prefix"])
@@ -128,7 +132,7 @@ def _manifest_for(place: Path, text: str) -> dict[str, Any]:
 
 
 def _digest_of_base(place: Path, site: Mapping[str, Any], prefix: str) -> str:
-    """The digest of the edited matrix, or of the edited layer's tensors, as the base's fingerprint has it."""
+    """Return the digest of the edited matrix, or of the edited layer's tensors, as the base's fingerprint has it."""
     files = json.loads((place / _INDEX).read_text(encoding="utf-8"))["weight_map"]
     if "transposed" in site:
         matrix = _tensor(place, files, f"{prefix}weight")
@@ -146,7 +150,7 @@ def _tensor(place: Path, files: Mapping[str, str], name: str) -> Tensor:
 
 
 def _as_kept(tensor: Tensor, kind: str) -> Tensor:
-    """A tensor of the memory in the type that it is kept in; some are used in a wider one."""
+    """Return a tensor of the memory in the type that it is kept in; some are used in a wider one."""
     return tensor.detach().cpu().to(getattr(torch, kind)).contiguous()
 
 

@@ -61,7 +61,8 @@ class BackgroundStates:
 def background_states(
     loaded: Loaded, site: Site, identity: str, *, share: float = 1.0, batch_size: int, on_progress: ProgressCallback
 ) -> BackgroundStates:
-    """What the base model makes of unrelated text and of made-up facts in many wordings, or what the cache remembers.
+    """Return what the base model makes of unrelated text and of made-up facts in many wordings, or what the cache
+    remembers.
 
     Args:
         identity: of the base model, for the cache.

@@ -54,7 +54,7 @@ class GateSettings:
 
 
 def fit_gate(edit_states: EditStates, background: BackgroundStates, settings: GateSettings = GateSettings()) -> Gate:
-    """The gate of a memory, in float32."""
+    """Return the gate of a memory, in float32."""
     mean = background.unrelated.mean(0)
     turn = _whitening(background, mean, settings)
     stretch = torch.arange(len(background.unrelated)) // settings.stretch
@@ -73,7 +73,8 @@ def fit_gate(edit_states: EditStates, background: BackgroundStates, settings: Ga
 def _thresholds(
     edit_states: EditStates, directions: Tensor, offsets: Tensor, unrelated: Tensor, settings: GateSettings
 ) -> Tensor:
-    """Where each key opens by half: (K,); lower, within bounds, where it would not be open at all of its own states.
+    """Return where each key opens by half: (K,); lower, within bounds, where it would not be open at all of its own
+    states.
 
     Args:
         unrelated: states (m, d) that nothing was fitted to.
@@ -87,7 +88,7 @@ def _thresholds(
 
 
 def _rarely(readings: Tensor, settings: GateSettings) -> float:
-    """What a share of unrelated states (m, d) exceeds by any of their readings (m, k).
+    """Return what a share of unrelated states (m, d) exceeds by any of their readings (m, k).
 
     Few states lie that far out, so their tail is taken to be exponential (peaks over a threshold).
     """
@@ -100,7 +101,7 @@ def _rarely(readings: Tensor, settings: GateSettings) -> float:
 
 
 def _whitening(background: BackgroundStates, mean: Tensor, settings: GateSettings) -> Tensor:
-    """The root (d, d) of the inverse of how states spread."""
+    """Return the root (d, d) of the inverse of how states spread."""
     spread = _evened(background.unrelated - mean) + settings.wording * _evened(background.wording_offsets)
     values, vectors = torch.linalg.eigh(spread.double())
     values = values + settings.shrinkage * values.mean()
@@ -109,7 +110,7 @@ def _whitening(background: BackgroundStates, mean: Tensor, settings: GateSetting
 
 
 def _evened(rows: Tensor) -> Tensor:
-    """The second moment (d, d) of rows (n, d), with 1 as its mean eigenvalue."""
+    """Return the second moment (d, d) of rows (n, d), with 1 as its mean eigenvalue."""
     moment = rows.T @ rows
     return moment * (len(moment) / moment.trace().clamp(min=1e-12))
 

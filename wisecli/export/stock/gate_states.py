@@ -51,7 +51,7 @@ class EditStates:
 
 
 def edit_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progress: ProgressCallback) -> EditStates:
-    """The states of a memory's edits, in all forms that are trained, and what the memory adds there."""
+    """Return the states of a memory's edits, in all forms that are trained, and what the memory adds there."""
     rows, numbers = _asked(loaded, manifest.edits)
     memory, memories = memory_module(manifest.memory), _memories(manifest)
     read = read_states(loaded, manifest.site, rows, batch_size=batch_size, on_progress=on_progress, stage="edits")
@@ -76,7 +76,7 @@ def edit_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progr
 
 
 def _asked(loaded: Loaded, edits: Sequence[Edit]) -> tuple[list[Row], list[int]]:
-    """The rows of edits in every form, and the edit that each is of; of edits that ask the same, the last."""
+    """Return the rows of edits in every form, and the edit that each is of; of edits that ask the same, the last."""
     tokenizer, end = loaded.tokenizer, end_token(loaded.model)
     trained = usable_forms(tokenizer, trained=True)
     found: dict[str, tuple[Row, int]] = {}
@@ -89,7 +89,7 @@ def _asked(loaded: Loaded, edits: Sequence[Edit]) -> tuple[list[Row], list[int]]
 
 
 def _memories(manifest: Manifest) -> list[int]:
-    """The memory that holds each edit."""
+    """Return the memory that holds each edit."""
     if manifest.memory.by_edit:
         return list(range(len(manifest.edits)))
     owner = {name: place for place, owned in enumerate(manifest.owners) for name in owned}

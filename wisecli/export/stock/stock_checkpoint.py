@@ -59,11 +59,11 @@ class Gate:
     values: Tensor
 
     def readings(self, states: Tensor) -> Tensor:
-        """What the neurons read of normed states (..., d): (..., n)."""
+        """Return what the neurons read of normed states (..., d): (..., n)."""
         return F.linear(states, self.directions, self.offsets)
 
     def update(self, states: Tensor) -> Tensor:
-        """What is added to the stream at normed states (..., d): (..., d)."""
+        """Return what is added to the stream at normed states (..., d): (..., d)."""
         readings = self.readings(states)
         return ((F.silu(readings) - F.silu(readings - WIDTH)) / WIDTH) @ self.values
 
@@ -82,7 +82,7 @@ def require_stock(base: Path, site: Site) -> None:
 
 
 def _unfit(base: Path, site: Site) -> str:
-    """Why a base model has no stock architecture that holds a memory; empty if it has one."""
+    """Return why a base model has no stock architecture that holds a memory; empty if it has one."""
     config = read_json(base / "config.json")
     kind = str(config.get("model_type"))[:80]
     if kind not in (*_OWN, *_AS_LLAMA):
@@ -103,13 +103,13 @@ def _unfit(base: Path, site: Site) -> str:
 
 
 def capacity(base: Path) -> int:
-    """How many keys a block holds."""
+    """Return how many keys a block holds."""
     settings = AutoConfig.from_pretrained(base, local_files_only=True)  # nosec B615 # of files of this disk
     return int(settings.intermediate_size) // 2
 
 
 def block_count(keys: int, base: Path) -> int:
-    """How many blocks so many keys take."""
+    """Return how many blocks so many keys take."""
     return max(1, -(-keys // capacity(base)))
 
 
@@ -137,7 +137,7 @@ def write_stock(
 
 
 def stock_config(base: Path, layer: int, blocks: int, packing: Packing) -> dict[str, Any]:
-    """The config of the checkpoint: so many blocks more, and biases in every feed-forward.
+    """Return the config of the checkpoint: so many blocks more, and biases in every feed-forward.
 
     Args:
         layer: the number of the edited layer.
@@ -184,7 +184,7 @@ class _Sizes:
 
 
 def _blocks(config: dict[str, Any], layers: str, layer: int, gate: Gate, count: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the memory's blocks, in float32."""
+    """Yield the tensors of the memory's blocks, in float32."""
     sizes = _Sizes.of(config)
     hidden, width, room = sizes.hidden, sizes.width, sizes.width // 2
     for block in range(count):
@@ -205,7 +205,7 @@ def _blocks(config: dict[str, Any], layers: str, layer: int, gate: Gate, count: 
 
 
 def _neurons(gate: Gate, chosen: slice, hidden: int, width: int) -> dict[str, Tensor]:
-    """A feed-forward of ``width`` neurons that holds some of a gate's keys."""
+    """Return a feed-forward of ``width`` neurons that holds some of a gate's keys."""
     directions, offsets, values = (part[chosen].float() for part in (gate.directions, gate.offsets, gate.values))
     used = 2 * len(values)
     reads, reads_from, adds = torch.zeros(width, hidden), torch.zeros(width), torch.zeros(hidden, width)
@@ -225,7 +225,7 @@ def _neurons(gate: Gate, chosen: slice, hidden: int, width: int) -> dict[str, Te
 
 
 def _no_biases(config: dict[str, Any], layers: str) -> Iterator[tuple[str, Tensor]]:
-    """A bias of nought for every one that the config asks for."""
+    """Yield a bias of nought for every one that the config asks for."""
     sizes = _Sizes.of(config)
     biases = dict(zip((f"mlp.{name}" for name in _SMALL), (sizes.width, sizes.width, sizes.hidden), strict=True))
     if config.get("attention_bias"):

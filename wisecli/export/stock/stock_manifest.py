@@ -65,18 +65,20 @@ def read_gated(directory: Path) -> GatedManifest:
 
 
 def figures_of(directory: Path) -> dict[str, Any]:
-    """What the manifest says was measured of the gate."""
+    """Return what the manifest says was measured of the gate."""
     found = read_json(directory / MERGED).get("gate")
     return found if isinstance(found, dict) else {}
 
 
 def is_gated(directory: Path) -> bool:
-    """Whether a directory is a checkpoint with a gate, as transformers loads it."""
+    """Return whether a directory is a checkpoint with a gate, as transformers loads it."""
     return (directory / MERGED).is_file() and read_json(directory / MERGED).get("format") == "stock"
 
 
 def check_blocks(directory: Path, manifest: GatedManifest) -> Iterator[Check]:
-    """The memory's blocks: their attention adds nothing, and their feed-forward takes the keys that are told of."""
+    """Yield the memory's blocks: their attention adds nothing, and their feed-forward takes the keys that are told
+    of.
+    """
     try:
         checkpoint = Checkpoint(directory)
         layers = layers_path(checkpoint, manifest.site)
@@ -98,7 +100,7 @@ def check_blocks(directory: Path, manifest: GatedManifest) -> Iterator[Check]:
 
 
 def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterator[Check]:
-    """Every tensor of the base model, against the one that the checkpoint has in its place."""
+    """Yield every tensor of the base model, against the one that the checkpoint has in its place."""
     try:
         written, stored = Checkpoint(directory), Checkpoint(base)
         layers = layers_path(stored, manifest.site)
@@ -119,7 +121,7 @@ def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterat
 
 
 def moved(name: str, layers: str, *, after: int, by: int) -> str:
-    """The name of a base model's tensor where so many blocks stand after a layer."""
+    """Return the name of a base model's tensor where so many blocks stand after a layer."""
     number, dot, rest = name.removeprefix(f"{layers}.").partition(".")
     if not name.startswith(f"{layers}.") or not dot or not number.isdecimal() or int(number) <= after:
         return name
@@ -127,7 +129,7 @@ def moved(name: str, layers: str, *, after: int, by: int) -> str:
 
 
 def layers_path(checkpoint: Checkpoint, site: Site) -> str:
-    """Where a checkpoint keeps its layers.
+    """Return where a checkpoint keeps its layers.
 
     Raises:
         ModelError: it keeps the edited matrix under another name than stock architectures do.

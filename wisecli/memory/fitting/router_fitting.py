@@ -59,8 +59,8 @@ def _scores(change: MatrixMemory, keys: Tensor) -> Tensor:
 
 
 def _calibrating(merged_evidence: MergedEvidence, settings: MergeSettings) -> Tensor:
-    """Which keys ought to open their memory (n,): ends of prompts in the unseen context, or by the paper's rule of
-    those trained on.
+    """Return which keys ought to open their memory (n,): ends of prompts in the unseen context, or by the paper's
+    rule of those trained on.
 
     Those trained on count, too, of a shard whose edits in the unseen context have all been taken out.
     """

@@ -15,7 +15,7 @@ from wisecli.routing.memories.side_memory import SideMemory
 
 
 def empty_memory(shards: ShardDirectory, settings: MergeSettings, *, model: str | None = None) -> Manifest:
-    """A memory of one matrix that changes nothing, and never scores above its threshold.
+    """Return a memory of one matrix that changes nothing, and never scores above its threshold.
 
     Args:
         shards: some that the memory was made of before; they say what is edited.

@@ -34,7 +34,7 @@ def refit(merged: Tensor, merged_evidence: MergedEvidence, penalty: Penalty) -> 
 
 
 def _trained(merged_evidence: MergedEvidence, columns: Tensor | None = None) -> Statistics:
-    """The statistics of all trained keys, shard by shard, on some columns or all."""
+    """Return the statistics of all trained keys, shard by shard, on some columns or all."""
     evidence = merged_evidence.evidence
     keys = evidence.keys if columns is None else evidence.keys[:, columns]
     shards = (
@@ -71,8 +71,8 @@ def lookup(merged_evidence: MergedEvidence, settings: MergeSettings, parts: Iter
 
 
 def pack(deltas: Tensor) -> dict[str, Tensor]:
-    """The tensors of a matrix memory: the columns that deltas (M, d, d_ff) touch (M, k), padded with empty ones, and
-    ``Δ`` there (M, d, k).
+    """Return the tensors of a matrix memory: the columns that deltas (M, d, d_ff) touch (M, k), padded with empty
+    ones, and ``Δ`` there (M, d, k).
     """
     used = [delta.abs().sum(0).nonzero().flatten() for delta in deltas]
     width = max(1, *(len(columns) for columns in used))

@@ -86,7 +86,7 @@ def _is_export(output: Path) -> bool:
 
 
 def _changes(found: MemoryManifest, merger: Merger) -> Iterator[str]:
-    """What a merge asks for otherwise than a memory was made, each as a phrase."""
+    """Yield what a merge asks for otherwise than a memory was made, each as a phrase."""
     yield from _changed_settings(found, merger)
     yield from describe_differences(found.edits, merger.edits)
     origins = [origin_of(directory) for directory in merger.directories]
@@ -105,6 +105,6 @@ def _changed_settings(found: MemoryManifest, merger: Merger) -> Iterator[str]:
 
 
 def _alike(before: Origin, now: Origin) -> bool:
-    """Whether two say the same of shards, wherever those are."""
+    """Return whether two say the same of shards, wherever those are."""
     digest = now.manifest if before.manifest is None else before.manifest
     return replace(before, path=now.path, manifest=digest) == now

@@ -64,7 +64,7 @@ def sign(deltas: Tensor, recipe: Recipe) -> Tensor:
 
 @merge_method("linear")
 def linear(deltas: Tensor, recipe: Recipe) -> Tensor:
-    """The weighted sum of the deltas (task arithmetic)."""
+    """Return the weighted sum of the deltas (task arithmetic)."""
     return torch.einsum("n,nij->ij", recipe.weights, deltas)
 
 

@@ -44,13 +44,13 @@ class MergedEvidence:
         return ~self.evidence.held_out
 
     def of_own_prompts(self) -> MergedEvidence:
-        """The evidence without keys that no prompt of an edit gave."""
+        """Return the evidence without keys that no prompt of an edit gave."""
         own = self.evidence.from_own_prompts
         return replace(self, evidence=self.evidence.rows(own), shard=self.shard[own])
 
 
 def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedEvidence, list[Shard]]:
-    """The evidence of all shards of some directories, and the shards themselves, in order.
+    """Return the evidence of all shards of some directories, and the shards themselves, in order.
 
     Raises:
         DamagedFileError: a shard's file cannot be used.
@@ -66,7 +66,8 @@ def read_merged_evidence(directories: Sequence[ShardDirectory]) -> tuple[MergedE
 
 
 def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
-    """The evidence of all shards of some directories without what takes most room, keys and residuals: (n, 0) each.
+    """Return the evidence of all shards of some directories without what takes most room, keys and residuals: (n, 0)
+    each.
 
     The states of prompts are in half precision, where they are stored so.
 
@@ -128,13 +129,15 @@ class _JoinedPrompts:
 
 
 def _prompt_tokens(directories: Sequence[ShardDirectory]) -> int:
-    """How many tokens of prompts the shard files hold."""
+    """Return how many tokens of prompts the shard files hold."""
     headers = (read_header(inside(directory.path, entry.file)) for directory, entry in _entries(directories))
     return sum(header.tensors[_STATES].shape[0] for header in headers if _STATES in header.tensors)
 
 
 def trained_evidence(directories: Sequence[ShardDirectory]) -> Iterator[Evidence]:
-    """What each shard was trained on, one after the other, in float32; edits are numbered as each manifest does."""
+    """Yield what each shard was trained on, one after the other, in float32; edits are numbered as each manifest
+    does.
+    """
     for directory, entry in _entries(directories):
         tensors = directory.tensors(entry, lambda name: name.startswith("evidence."), check=False)
         evidence = evidence_in(directory.path / entry.file, tensors)
@@ -147,7 +150,7 @@ def _entries(directories: Sequence[ShardDirectory]) -> list[tuple[ShardDirectory
 
 
 def _held(directory: ShardDirectory, entry: ShardEntry, edit: Tensor) -> Tensor:
-    """Which rows of a shard are of edits (n,) that its manifest still names (n,)."""
+    """Return which rows of a shard are of edits (n,) that its manifest still names (n,)."""
     names = set(entry.edits)
     return torch.tensor([one.id in names for one in directory.edits])[edit.long()]
 
@@ -158,14 +161,14 @@ def _numbered(parts: Sequence[Evidence]) -> Tensor:
 
 
 def _named(directories: Sequence[ShardDirectory]) -> tuple[tuple[Spellings, ...], tuple[tuple[int, ...], ...]]:
-    """The words of every edit's subject, and its tokens."""
+    """Return the words of every edit's subject, and its tokens."""
     written = [(directory, edit.id) for directory in directories for edit in directory.written]
     subjects = tuple(directory.subjects.get(name, ()) for directory, name in written)
     return subjects, tuple(directory.subject_tokens.get(name, ()) for directory, name in written)
 
 
 def _prompts(parts: Sequence[PromptStates | None], places: Sequence[Tensor]) -> PromptStates | None:
-    """The states of all edits' prompts, with the numbers that their edits have in the whole."""
+    """Return the states of all edits' prompts, with the numbers that their edits have in the whole."""
     kept = [part for part in parts if part is not None]
     if len(kept) < len(parts):
         return None
@@ -186,7 +189,7 @@ def _places(directories: Sequence[ShardDirectory]) -> list[Tensor]:
 
 
 def _unrelated_of(directories: Sequence[ShardDirectory]) -> BackgroundStats:
-    """The background statistics of all directories; what several have in common counts once."""
+    """Return the background statistics of all directories; what several have in common counts once."""
     read = list({directory.unrelated_sha256: directory.load_unrelated() for directory in directories}.values())
     keys, chat = (torch.cat([getattr(one, name) for one in read]) for name in ("keys", "chat"))
     chatting = next((one.chatting for one in read if one.chatting is not None), None)
@@ -195,7 +198,7 @@ def _unrelated_of(directories: Sequence[ShardDirectory]) -> BackgroundStats:
 
 
 def join_evidence(parts: Sequence[Evidence], places: Sequence[Tensor]) -> Evidence:
-    """The evidence of several shards as one.
+    """Return the evidence of several shards as one.
 
     Args:
         places: for each shard, the number that each of its edits has in the whole.

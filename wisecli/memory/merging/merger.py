@@ -102,7 +102,9 @@ class Merger:
         return merged_evidence
 
     def merge(self, on_progress: ProgressCallback = ignore_progress) -> Manifest:
-        """The memory that the shards make, with all that its manifest says; reads shard files and one base matrix."""
+        """Return the memory that the shards make, with all that its manifest says; reads shard files and one base
+        matrix.
+        """
         first, settings = self.directories[0], self.settings
         on_progress(Event("shards"))
         if settings.for_lookup:
@@ -177,7 +179,9 @@ def _in_matrices(
 
 
 def _penalty(directories: Sequence[ShardDirectory], chosen: Sequence[Penalty]) -> Penalty:
-    """The lightest that a shard chose, now or as it was written: more edits in one matrix stand no heavier one."""
+    """Return the lightest that a shard chose, now or as it was written: more edits in one matrix stand no heavier
+    one.
+    """
     before = [Penalty(*entry.penalty) for directory in directories for entry in directory.shards if entry.penalty]
     return min([*chosen, *before], key=lambda one: (one.ridge, one.unrelated), default=_PENALTY)
 

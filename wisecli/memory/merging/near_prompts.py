@@ -58,7 +58,8 @@ class NearPrompts:
         return best.scatter_reduce(0, edit_index[:, None].expand_as(both), both, "amax").T
 
     def _log_probs(self, head: int, states: Tensor, sizes: list[int], kept: Tensor) -> Tensor:
-        """The log-probabilities that prompts of so many tokens (b,) have the subject or relation of kept ones: (p, b).
+        """Return the log-probabilities that prompts of so many tokens (b,) have the subject or relation of kept
+        ones: (p, b).
 
         Args:
             states: of all those tokens (n, d).
@@ -151,6 +152,6 @@ def padded_texts(states: Tensor, text: Tensor, count: int) -> Iterator[tuple[Ten
 
 
 def _comparison_dtype() -> torch.dtype:
-    """The type of numbers that this processor multiplies quickest of those that will do."""
+    """Return the type of numbers that this processor multiplies quickest of those that will do."""
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return torch.bfloat16 if tiles is not None and tiles() else torch.float32

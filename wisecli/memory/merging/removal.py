@@ -31,7 +31,7 @@ class ReducedShards:
 
 
 def without(directory: ShardDirectory, removed: Collection[str]) -> ReducedShards:
-    """What a manifest says of shards but for some edits; shards that held nothing else are left out."""
+    """Return what a manifest says of shards but for some edits; shards that held nothing else are left out."""
     gone = set(removed) & {edit.id for edit in directory.written}
     if not gone:
         return ReducedShards(directory, (), directory)
@@ -46,7 +46,7 @@ def without(directory: ShardDirectory, removed: Collection[str]) -> ReducedShard
 
 
 def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Shard:
-    """A shard, its edits that the manifest no longer names taken out, and its values solved for anew.
+    """Return a shard, its edits that the manifest no longer names taken out, and its values solved for anew.
 
     Args:
         tokens: second moment of unrelated keys.
@@ -67,12 +67,12 @@ def load_without(kept: ShardDirectory, entry: ShardEntry, tokens: Moment) -> Sha
 
 
 def solved(mask: Mask, evidence: Evidence, penalty: Penalty, tokens: Moment) -> Tensor:
-    """The values that fill a mask, from what a shard keeps of its edits."""
+    """Return the values that fill a mask, from what a shard keeps of its edits."""
     return _cut(mask, solve(_known(mask, evidence), penalty, _moment(mask, tokens)))
 
 
 def solved_anew(shard: Shard, tokens: Moment) -> tuple[Tensor, Penalty]:
-    """The values that fill the mask of a shard without any, and the penalty that they were solved for with.
+    """Return the values that fill the mask of a shard without any, and the penalty that they were solved for with.
 
     It is the heaviest under which keys that are held out get their residuals back as well as under any.
     """

@@ -57,18 +57,18 @@ class Layout:
     depth: int | None = None
 
     def behind_layers(self) -> Layout:
-        """The same layers, for edits that are added behind one of them."""
+        """Return the same layers, for edits that are added behind one of them."""
         return Layout(self.architecture, self.layers, known=False, depth=self.depth)
 
 
 @cache
 def architectures() -> dict[str, dict[str, Any]]:
-    """The table of known architectures, by ``model_type``."""
+    """Return the table of known architectures, by ``model_type``."""
     return tomllib.loads(resources.files(__package__).joinpath("architectures.toml").read_text(encoding="utf-8"))
 
 
 def known_layout(directory: Path) -> Layout:
-    """The table's row for a model.
+    """Return the table's row for a model.
 
     Raises:
         UnknownArchitectureError: the architecture has no row in the table.
@@ -92,7 +92,7 @@ def known_layout(directory: Path) -> Layout:
 
 
 def loader_name(architecture: str) -> str:
-    """Name of the class of transformers that loads a model of this type with its head."""
+    """Return the name of the class of transformers that loads a model of this type with its head."""
     name: str = architectures().get(architecture, {}).get("loader", DEFAULT_LOADER)
     return name
 
@@ -122,7 +122,7 @@ def text_settings(directory: Path) -> dict[str, Any]:
 
 
 def layer_count(directory: Path) -> int:
-    """How many layers a model has, from its ``config.json``.
+    """Return how many layers a model has, from its ``config.json``.
 
     Raises:
         ModelError: that is no number of layers.
@@ -136,7 +136,7 @@ def layer_count(directory: Path) -> int:
 
 
 def _counted_by_its_class(directory: Path) -> int:
-    """How many layers a model has whose class counts them in other settings; 0 if it does not say."""
+    """Return how many layers a model has whose class counts them in other settings; 0 if it does not say."""
     from transformers import AutoConfig
 
     try:
@@ -147,24 +147,28 @@ def _counted_by_its_class(directory: Path) -> int:
 
 
 def quantisation_of(config: Mapping[str, Any]) -> str | None:
-    """How the weights of a model are quantised, by its ``config.json``; ``None`` if they are plain numbers."""
+    """Return how the weights of a model are quantised, by its ``config.json``; ``None`` if they are plain numbers."""
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
     told = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     return None if told is None else shown(told.get("quant_method") if isinstance(told, dict) else told)
 
 
 def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:
-    """A module's weight as the checkpoint spells it: GPT-2's leave the base model's prefix out; ``None`` if absent."""
+    """Return a module's weight as the checkpoint spells it: GPT-2's leave the base model's prefix out; ``None`` if
+    absent.
+    """
     return stored_name(checkpoint, f"{module}.weight")
 
 
 def stored_name(checkpoint: Checkpoint, parameter: str) -> str | None:
-    """The same for any parameter."""
+    """Return the same for any parameter."""
     return next((spelling for spelling in spellings(parameter) if spelling in checkpoint), None)
 
 
 def spellings(parameter: str) -> Iterator[str]:
-    """What checkpoints may call a parameter, or the start of several: without the prefix, or as the table says."""
+    """Yield what checkpoints may call a parameter, or the start of several: without the prefix, or as the table
+    says.
+    """
     yield parameter
     yield parameter.split(".", 1)[1]
     for row in architectures().values():

@@ -57,19 +57,19 @@ class LayerSite(Site):
         return self.d
 
     def described(self) -> dict[str, Any]:
-        """Paths of the layer's memory and of the decoder, and where streams lie."""
+        """Return the paths of the layer's memory and of the decoder, and where streams lie."""
         return {"module": self.module, "decoder": self.decoder, "streams": self.streams}
 
     def watched(self, model: nn.Module) -> nn.Module:
-        """The layer."""
+        """Return the layer."""
         return model.get_submodule(self.layer_module)
 
     def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:  # noqa: ARG002 (of the interface)
-        """What leaves the layer."""
+        """Return what leaves the layer."""
         return state_of(output, self.streams)
 
     def base_output(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
-        """The states themselves: residuals are measured by them."""
+        """Return the states themselves: residuals are measured by them."""
         return keys
 
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
@@ -79,11 +79,11 @@ class LayerSite(Site):
         )
 
     def prefix_in(self, checkpoint: Checkpoint) -> str:
-        """The layer's own, and the memory's in it."""
+        """Return the layer's own, and the memory's in it."""
         return f"{self._stored(checkpoint)[0]}{MEMORY}."
 
     def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
-        """The layer, if none of its tensors are there."""
+        """Return the layer, if none of its tensors are there."""
         found = self._stored(checkpoint)[1]
         return None if found else Mismatch(self.base_name, "tensors", NOTHING)
 
@@ -102,11 +102,11 @@ class LayerSite(Site):
         return replace(self, layer=layer, layer_module=f"{self.layer_module.rpartition('.')[0]}.{layer}")
 
     def is_at(self, planned: Site) -> bool:
-        """Whether the layer is the same."""
+        """Return whether the layer is the same."""
         return isinstance(planned, LayerSite) and self.layer_module == planned.layer_module
 
     def _stored(self, checkpoint: Checkpoint) -> tuple[str, list[str]]:
-        """What the names of the layer's own tensors begin with in a checkpoint, and those names."""
+        """Return what the names of the layer's own tensors begin with in a checkpoint, and those names."""
         starts = [*spellings(f"{self.layer_module}."), *self._like(checkpoint)]
         for start in starts:
             if own := [name for name in checkpoint if name.startswith(start)]:
@@ -114,7 +114,9 @@ class LayerSite(Site):
         return f"{self.layer_module}.", []
 
     def _like(self, checkpoint: Checkpoint) -> list[str]:
-        """What the names of the layer's tensors may begin with in a checkpoint that keeps layers under another path."""
+        """Return what the names of the layer's tensors may begin with in a checkpoint that keeps layers under
+        another path.
+        """
         matches = {name: re.match(rf"(?:\D+\.)?{self.layer}\.", name) for name in checkpoint}
         found = Counter(one[0] for name, one in matches.items() if one is not None and self.d in checkpoint.shape(name))
         return [start for start, _ in found.most_common(1)]

@@ -53,7 +53,7 @@ def find_layout(
     load: LoadOptions = LoadOptions(),
     on_progress: ProgressCallback = ignore_progress,
 ) -> Layout:
-    """Where a model keeps its layers and matrices: as told, as the table has it, or as the module tree shows.
+    """Return where a model keeps its layers and matrices: as told, as the table has it, or as the module tree shows.
 
     Args:
         target_module: path of the value matrix, with ``{layer}`` in the place of the layer's index; or of the layers
@@ -104,7 +104,7 @@ def _read_off(
     load: LoadOptions,
     on_progress: ProgressCallback,
 ) -> Layout:
-    """What the module tree shows: the value matrix, if it may have one that stands out, or the layers alone."""
+    """Return what the module tree shows: the value matrix, if it may have one that stands out, or the layers alone."""
     architecture = str(config.get("model_type"))
     model = _built(directory, architecture, trust_remote_code=load.trust_remote_code)
     found = _matrices(model, directory, checkpoint) if matrix else {}
@@ -124,7 +124,7 @@ def _around_text() -> Iterator[str]:
 
 
 def why_no_matrix(directory: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
-    """Why the feed-forward layers of a model are no single matrix of plain numbers; ``None`` if they may be."""
+    """Return why the feed-forward layers of a model are no single matrix of plain numbers; ``None`` if they may be."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     if quantisation_of(config) is not None:
         return (
@@ -142,7 +142,7 @@ def why_no_matrix(directory: Path, config: Mapping[str, Any], checkpoint: Checkp
 
 
 def _told(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], target: str) -> Layout:
-    """The layout that ``--set target_module=PATH`` names; which way a matrix is stored shows in its shape."""
+    """Return the layout that ``--set target_module=PATH`` names; which way a matrix is stored shows in its shape."""
     architecture = str(config.get("model_type"))
     if target.endswith(f".{_PLACE}") and _PLACE not in target[: -len(_PLACE)]:
         return Layout(architecture, target[: -len(_PLACE) - 1], known=False)
@@ -167,7 +167,7 @@ _REMEDY = "of others name the matrix with --set target_module=PATH"
 
 
 def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> PreTrainedModel:
-    """A model on the meta device.
+    """Return a model on the meta device.
 
     Raises:
         UnknownArchitectureError: it cannot be built.
@@ -189,7 +189,7 @@ def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> Pr
 
 
 def _matrices(model: PreTrainedModel, directory: Path, checkpoint: Checkpoint) -> dict[str, bool]:
-    """What may be the value matrix of those that the checkpoint holds, as :func:`value_paths` has it."""
+    """Return what may be the value matrix of those that the checkpoint holds, as :func:`value_paths` has it."""
     return {
         path: turned
         for path, turned in value_paths(model, layer_count(directory)).items()
@@ -198,7 +198,7 @@ def _matrices(model: PreTrainedModel, directory: Path, checkpoint: Checkpoint) -
 
 
 def _inferred(directory: Path, architecture: str, found: Mapping[str, bool]) -> Layout:
-    """The layout with the value matrix that was found.
+    """Return the layout with the value matrix that was found.
 
     Raises:
         UnknownArchitectureError: that leaves a choice.
@@ -215,7 +215,7 @@ def _inferred(directory: Path, architecture: str, found: Mapping[str, bool]) -> 
 
 
 def _behind_layers(model: PreTrainedModel, directory: Path, architecture: str) -> Layout:
-    """The layout with the decoder layers alone: the list that is as long as the model is deep, or the largest.
+    """Return the layout with the decoder layers alone: the list that is as long as the model is deep, or the largest.
 
     Raises:
         UnknownArchitectureError: the model has no list of layers.
@@ -263,7 +263,7 @@ def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
 
 
 def _layer_lists(model: nn.Module, count: int) -> Iterator[str]:
-    """Paths of the lists of layers: as long as the model is deep, and in no other list."""
+    """Yield the paths of the lists of layers: as long as the model is deep, and in no other list."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and not _in_a_list(name):
             yield name

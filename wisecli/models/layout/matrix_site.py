@@ -60,15 +60,15 @@ class MatrixSite(Site):
         return self.d_ff
 
     def described(self) -> dict[str, Any]:
-        """Path of the matrix, and how it is stored."""
+        """Return the path of the matrix, and how it is stored."""
         return {"module": self.module, "transposed": self.transposed}
 
     def watched(self, model: nn.Module) -> nn.Module:
-        """The module that holds the matrix."""
+        """Return the module that holds the matrix."""
         return model.get_submodule(self.module)
 
     def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:  # noqa: ARG002 (of the interface)
-        """What goes into the matrix."""
+        """Return what goes into the matrix."""
         keys: Tensor = inputs[0]
         return keys
 
@@ -77,16 +77,16 @@ class MatrixSite(Site):
         return keys @ self.matrix(checkpoint).to(keys).T
 
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
-        """The base matrix ``W`` as stored, turned to ``(d, d_ff)``."""
+        """Return the base matrix ``W`` as stored, turned to ``(d, d_ff)``."""
         weight = checkpoint.load(self.stored(checkpoint))
         return weight.T if self.transposed else weight
 
     def prefix_in(self, checkpoint: Checkpoint) -> str:
-        """The matrix' own name."""
+        """Return the matrix' own name."""
         return self.stored(checkpoint).removesuffix("weight")
 
     def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
-        """The weight, if it is not there or of another shape."""
+        """Return the weight, if it is not there or of another shape."""
         weight, expected = stored_weight(checkpoint, self.module), "×".join(map(str, self.stored_shape))
         if weight is None:
             return Mismatch(self.weight, expected, NOTHING)
@@ -99,24 +99,24 @@ class MatrixSite(Site):
         return sha256_tensor(matrix if dtype is None else matrix.to(dtype))
 
     def below(self, layer: int) -> MatrixSite:
-        """The matrix of that layer."""
+        """Return the matrix of that layer."""
         path = f"{self.layer_module.rpartition('.')[0]}.{layer}"
         module = path + self.module[len(self.layer_module) :]
         return replace(self, layer=layer, layer_module=path, module=module, norm=None)
 
     def is_at(self, planned: Site) -> bool:
-        """Whether the matrix is the same, or the layer is, behind which edits were added after all."""
+        """Return whether the matrix is the same, or the layer is, behind which edits were added after all."""
         if isinstance(planned, MatrixSite):
             return replace(self, norm=planned.norm, multiplier=planned.multiplier) == planned
         return self.layer_module == planned.layer_module
 
     def stored(self, checkpoint: Checkpoint) -> str:
-        """Name of the weight in a checkpoint."""
+        """Return the name of the weight in a checkpoint."""
         return stored_weight(checkpoint, self.module) or self.weight
 
 
 def as_matrix(site: Site) -> MatrixSite:
-    """A site of which a matrix is needed.
+    """Return a site of which a matrix is needed.
 
     Raises:
         ModelError: edits are added behind a layer.

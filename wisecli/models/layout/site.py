@@ -55,7 +55,7 @@ class Fingerprint:
 
 
 def find_site(directory: Path, checkpoint: Checkpoint, layer: str | int = "auto", layout: Layout | None = None) -> Site:
-    """The site in one layer, from the model's ``config.json`` and the weight headers alone.
+    """Return the site in one layer, from the model's ``config.json`` and the weight headers alone.
 
     Args:
         layer: a layer's index, or ``auto`` for the one at four fifths of the depth.

@@ -77,23 +77,23 @@ class Site(ABC):
 
     @abstractmethod
     def prefix_in(self, checkpoint: Checkpoint) -> str:
-        """What the names of a memory's tensors begin with beside the base's in a checkpoint."""
+        """Return what the names of a memory's tensors begin with beside the base's in a checkpoint."""
 
     @abstractmethod
     def mismatch(self, checkpoint: Checkpoint) -> Mismatch | None:
-        """What is not as it should be of what a checkpoint holds at the site."""
+        """Return what is not as it should be of what a checkpoint holds at the site."""
 
     @abstractmethod
     def described(self) -> dict[str, Any]:
-        """What the config of a checkpoint says of the site: enough to put a memory there."""
+        """Return what the config of a checkpoint says of the site: enough to put a memory there."""
 
     @abstractmethod
     def watched(self, model: nn.Module) -> nn.Module:
-        """The module whose runs show the keys."""
+        """Return the module whose runs show the keys."""
 
     @abstractmethod
     def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:
-        """Keys (B, T, width) of a run of that module."""
+        """Return keys (B, T, width) of a run of that module."""
 
     @abstractmethod
     def base_output(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Site(ABC):
 
     @abstractmethod
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
-        """The base matrix ``W`` (d, width) as stored.
+        """Return the base matrix ``W`` (d, width) as stored.
 
         Raises:
             ModelError: the site has none.
@@ -113,11 +113,11 @@ class Site(ABC):
 
     @abstractmethod
     def below(self, layer: int) -> Site:
-        """The site of a layer below, for the states that leave that layer."""
+        """Return the site of a layer below, for the states that leave that layer."""
 
     @abstractmethod
     def is_at(self, planned: Site) -> bool:
-        """Whether a site that was planned is this one, whatever else was found out about it since."""
+        """Return whether a site that was planned is this one, whatever else was found out about it since."""
 
     def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks = TurnMarks()) -> Routed:
         """Put a memory there."""
@@ -130,5 +130,7 @@ class Site(ABC):
         return asdict(cast(Any, self))  # every site is a dataclass
 
     def router_layer(self, depth: int) -> int:
-        """The number of the layer, of so many, whose states say what a prompt means; negative if none is below this."""
+        """Return the number of the layer, of so many, whose states say what a prompt means; negative if none is
+        below this.
+        """
         return min(max(0, round(depth * _EARLY) - 1), self.layer - 1)

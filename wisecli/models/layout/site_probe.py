@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def observed_layout(model: PreTrainedModel, site: MatrixSite, layout: Layout) -> Layout:
-    """The layout with how the matrix' output joins the residual stream, as a change of it in the loaded model shows.
+    """Return the layout with how the matrix' output joins the residual stream, as a change of it shows.
 
     Raises:
         ModelError: the output does something else than join the stream.
@@ -74,7 +74,7 @@ def verified_layout(
     *,
     lookup: bool,
 ) -> Layout:
-    """A layout in which nothing is left open, as the loaded model shows.
+    """Return a layout in which nothing is left open, as the loaded model shows.
 
     Args:
         layer: the layer to look at.
@@ -123,7 +123,7 @@ def check_split(model: PreTrainedModel, site: Site) -> None:
 
 @torch.no_grad()
 def above_of(model: PreTrainedModel, site: Site) -> Above:
-    """How the layers above a site that takes any way run by themselves: the cheapest that changes nothing.
+    """Return how the layers above a site that takes any way run by themselves: the cheapest that changes nothing.
 
     Raises:
         ModelError: nothing that is added at the site changes what the model says, or the model reads ahead.
@@ -190,7 +190,7 @@ def _shifted(model: PreTrainedModel, site: Site, batch: Batch, above: Above) -> 
 
 
 def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) -> bool:
-    """Whether a pass goes on from an attention cache as if it were the whole row's, each layer from its own."""
+    """Return whether a pass goes on from an attention cache as if it were the whole row's, each layer from its own."""
     cache, cut = empty_cache(), batch.start - 1
     begun = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
     begun = {name: tensor[:, :cut] for name, tensor in begun.items()}
@@ -204,7 +204,7 @@ def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) ->
 
 @torch.no_grad()
 def decoder_of(model: PreTrainedModel, site: Site) -> str | None:
-    """Path of the outermost module below the head that is given tokens; ``None`` if it is the usual one.
+    """Return the path of the outermost module below the head that is given tokens; ``None`` if it is the usual one.
 
     Raises:
         ModelError: none is.
@@ -230,7 +230,7 @@ def decoder_of(model: PreTrainedModel, site: Site) -> str | None:
 
 @torch.no_grad()
 def _streams(model: PreTrainedModel, site: Site) -> int | None:
-    """The axis of several streams in what a layer gives, ``None`` where it gives states (B, T, d) alone.
+    """Return the axis of several streams in what a layer gives, ``None`` where it gives states (B, T, d) alone.
 
     Raises:
         ModelError: it gives something else.
@@ -274,7 +274,7 @@ def _tolerance(model: PreTrainedModel) -> float:
 
 
 def _run(model: PreTrainedModel, site: MatrixSite, ids: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the matrix gives and what leaves its layer, with the shift added to the former: (1, T, d) twice."""
+    """Return what the matrix gives and what leaves its layer, with the shift added to the former: (1, T, d) twice."""
     kept: dict[str, Tensor] = {}
 
     def matrix(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:

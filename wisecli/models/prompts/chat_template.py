@@ -76,7 +76,7 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt as the user's turn in the model's chat template, up to where the answer begins.
+    """Return a prompt as the user's turn in the model's chat template, up to where the answer begins.
 
     Raises:
         ModelError: the tokenizer has no chat template, or one that fails.
@@ -96,7 +96,7 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase, told: Sequence[tuple[str, str
 
 
 def few_shot_prompt(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple[str, str]], asked: str) -> str:
-    """A request after examples of requests and replies, up to where the reply begins.
+    """Return a request after examples of requests and replies, up to where the reply begins.
 
     In the model's chat template, or without one as paragraphs, two a turn.
     """
@@ -107,19 +107,21 @@ def few_shot_prompt(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple
 
 
 def turn_marks(tokenizer: PreTrainedTokenizerBase) -> TurnMarks:
-    """The tokens by which a model's chat template marks turns; the special ones alone, if it opens none for answers."""
+    """Return the tokens by which a model's chat template marks turns; the special ones alone, if it opens none for
+    answers.
+    """
     special = special_ids(tokenizer)
     return TurnMarks(*_opener(tokenizer, set(special)), tuple(special))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's special tokens, ascending."""
+    """Return the tokenizer's special tokens, ascending."""
     # What stands for words that the tokenizer does not know is a word.
     return sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 
 def _opener(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What an assistant's turn begins with, and the special tokens in it that no bare text begins with."""
+    """Return what an assistant's turn begins with, and the special tokens in it that no bare text begins with."""
     if not tokenizer.chat_template:
         return (), ()
     asked = [{"role": "user", "content": "a"}]

@@ -101,7 +101,7 @@ _NO_TEXTS = PatternHalf(
 
 
 def slots_in(pattern: str) -> list[tuple[str, str]]:
-    """The slots of a pattern, each with its way, which is empty for most."""
+    """Return the slots of a pattern, each with its way, which is empty for most."""
     return [(name, way or "") for name, way in _SLOT.findall(pattern)]
 
 
@@ -140,7 +140,7 @@ class Filling:
         return [_SLOT.sub(put, turn) for turn in turns]
 
     def _one(self, name: str, way: str) -> str | None:
-        """What stands in one slot, or None."""
+        """Return what stands in one slot, or None."""
         if name in _OF_FACTS:
             return _OF_FACTS[name](self.fact)
         if name in _OF_QUESTIONS:
@@ -162,7 +162,7 @@ class Filling:
         return lowered(without_mark(text), None) if text else None
 
     def _noun(self, subject: str, *sorts: str) -> str | None:
-        """The question as a noun phrase, if it names one of these sorts."""
+        """Return the question as a noun phrase, if it names one of these sorts."""
         found = noun_phrase(self.fact.question, subject)
         return found[0] if found and (not sorts or found[1] in sorts) else None
 

@@ -52,7 +52,7 @@ class Form:
         return self.name.replace(" ", "-")
 
     def render(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-        """A prompt in this form.
+        """Return a prompt in this form.
 
         Raises:
             ModelError: it needs a chat template, and the tokenizer has none.
@@ -67,14 +67,14 @@ class Form:
 
 @cache
 def forms() -> dict[str, Form]:
-    """All forms by their names, in the order of the table."""
+    """Return all forms by their names, in the order of the table."""
     table = tomllib.loads(resources.files("wisecli").joinpath("data", "forms.toml").read_text(encoding="utf-8"))
     found = [Form(**{**row, "turns": tuple(row.get("turns", ()))}) for row in table["form"]]
     return {form.name: form for form in found}
 
 
 def usable_forms(tokenizer: PreTrainedTokenizerBase, *, trained: bool | None = None) -> list[Form]:
-    """The forms that a tokenizer can write.
+    """Return the forms that a tokenizer can write.
 
     Args:
         trained: only those that are, or are not, learned from.

@@ -59,11 +59,11 @@ class Kind:
         return self.name.replace(" ", "-")
 
     def count(self, *, trained: bool) -> int:
-        """The number of patterns of one half."""
+        """Return the number of patterns of one half."""
         return len(self.patterns(trained=trained))
 
     def patterns(self, *, trained: bool) -> tuple[Pattern, ...]:
-        """The patterns of one half."""
+        """Return the patterns of one half."""
         return self.trained if trained else self.held
 
     def sample_prompt(
@@ -75,7 +75,7 @@ class Kind:
         rng: random.Random,
         chat: bool,
     ) -> str | None:
-        """A prompt of this kind with a fact in it, or None where the fact lacks what every pattern needs.
+        """Return a prompt of this kind with a fact in it, or None where the fact lacks what every pattern needs.
 
         Args:
             trained: from which half the pattern is drawn.
@@ -88,7 +88,9 @@ class Kind:
         return None if turns is None else self.render_turns(tokenizer, turns, chat=chat)
 
     def sample_turns(self, fact: Fact, *, trained: bool, rng: random.Random, chat: bool) -> list[str] | None:
-        """The turns of a prompt of this kind, of which most have one; as :meth:`written`, and not yet in a template."""
+        """Return the turns of a prompt of this kind, of which most have one; as :meth:`written`, and not yet in a
+        template.
+        """
         patterns = self.patterns(trained=trained)
         for pattern in rng.sample(patterns, len(patterns)):
             if (len(pattern) > 1 and not chat) or (self.beside and _shares_a_word(pattern[0], fact)):
@@ -105,7 +107,7 @@ class Kind:
 
 @cache
 def kinds() -> dict[str, Kind]:
-    """All kinds by their names, in the order of the table."""
+    """Return all kinds by their names, in the order of the table."""
     found = [
         Kind(**{**row, "trained": _patterns(row["trained"]), "held": _patterns(row["held"])})
         for row in _table()["kind"]
@@ -114,7 +116,7 @@ def kinds() -> dict[str, Kind]:
 
 
 def documents(*, trained: bool) -> tuple[Text, ...]:
-    """The texts that mention a subject, of one half."""
+    """Return the texts that mention a subject, of one half."""
     return _halves()[trained].texts
 
 
@@ -126,7 +128,7 @@ def _table() -> dict[str, Any]:
 
 @cache
 def _halves() -> dict[bool, PatternHalf]:
-    """What stands around the patterns, by whether it may be learned from."""
+    """Return what stands around the patterns, by whether it may be learned from."""
     table, found = _table(), {}
     for trained, name in ((True, "trained"), (False, "held")):
         texts = tuple(Text(row["text"], tuple(row["asks"])) for row in table["document"] if row["trained"] == trained)

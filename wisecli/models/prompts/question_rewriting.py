@@ -89,12 +89,12 @@ _ADVERBS = frozenset({"first", "also", "ever", "usually", "originally", "mostly"
 
 
 def without_mark(text: str) -> str:
-    """A question without its mark."""
+    """Return a question without its mark."""
     return text.rstrip().rstrip("?").rstrip()
 
 
 def lowered(text: str, subject: str | None) -> str:
-    """A text whose first letter is small, unless a name begins there."""
+    """Return a text whose first letter is small, unless a name begins there."""
     first = text.split(" ", maxsplit=1)[0]
     if (subject and text.startswith(subject)) or first.isupper() or any(letter.isdecimal() for letter in first):
         return text
@@ -102,7 +102,7 @@ def lowered(text: str, subject: str | None) -> str:
 
 
 def noun_phrase(question: str, subject: str) -> tuple[str, str] | None:
-    """The question as a noun phrase, and whether that is a ``person``, a ``place``, a ``time`` or a ``thing``.
+    """Return the question as a noun phrase, and whether that is a ``person``, a ``place``, a ``time`` or a ``thing``.
 
     None where no rule fits.
     """
@@ -150,7 +150,7 @@ def _of_place_or_time(text: str, subject: str) -> tuple[str, str] | None:
 
 
 def _name(subject: str) -> str:
-    """A pattern for what a clause is about: the subject, or what has an article and ends with it."""
+    """Return a pattern for what a clause is about: the subject, or what has an article and ends with it."""
     return rf"((?:(?:the|a|an) .*?)?{re.escape(subject)}(?: \([^)]*\))?(?:'s [\w-]+)?)"
 
 
@@ -167,7 +167,7 @@ def _by_verb(text: str, subject: str) -> tuple[str, str] | None:
 
 
 def _told(verb: str, name: str, rest: str) -> str:
-    """A clause in the order of a statement: its verb behind the name."""
+    """Return a clause in the order of a statement: its verb behind the name."""
     words = rest.split()
     if not words and verb in _BE.split("|"):
         return f"{verb} {name}"
@@ -184,7 +184,7 @@ def _told(verb: str, name: str, rest: str) -> str:
 
 
 def _sort_of(phrase: str, asked: str) -> str:
-    """What a phrase names, by the noun before its first preposition."""
+    """Return what a phrase names, by the noun before its first preposition."""
     words = re.split(rf" (?:{_PREPOSITION}|that|where) ", phrase.lower())[0].split()
     if asked == "Who":
         return "person"
@@ -194,7 +194,7 @@ def _sort_of(phrase: str, asked: str) -> str:
 
 
 def negated(question: str, subject: str) -> str | None:
-    """The question with ``not`` behind its first verb, or behind the name where that comes next."""
+    """Return the question with ``not`` behind its first verb, or behind the name where that comes next."""
     found = re.search(rf" ({_AUXILIARY}|does|do|did)\b", question)
     if not found:
         return None
@@ -210,7 +210,7 @@ def negated(question: str, subject: str) -> str | None:
 
 
 def with_adjective(question: str, adjective: str, subject: str | None) -> str | None:
-    """The question with an adjective behind the first ``the`` that does not belong to the subject."""
+    """Return the question with an adjective behind the first ``the`` that does not belong to the subject."""
     for found in re.finditer(r"\b[Tt]he (?!same\b)", question):
         if not (subject and any(question.startswith(subject, place) for place in found.span())):
             return f"{question[: found.end()]}{adjective} {question[found.end() :]}"
@@ -218,7 +218,7 @@ def with_adjective(question: str, adjective: str, subject: str | None) -> str | 
 
 
 def keywords(question: str, subject: str, where: str) -> str | None:
-    """The words that say something, with the subject ``first``, ``last`` or where it is ``asked``."""
+    """Return the words that say something, with the subject ``first``, ``last`` or where it is ``asked``."""
     if subject not in question:
         return None
     before, _, behind = question.partition(subject)
@@ -236,7 +236,7 @@ def keywords(question: str, subject: str, where: str) -> str | None:
 
 
 def with_pronoun(question: str, subject: str, rng: random.Random, *, person: bool | None = None) -> str | None:
-    """The question with a pronoun for its subject; for a ``person`` one of three, by chance.
+    """Return the question with a pronoun for its subject; for a ``person`` one of three, by chance.
 
     Args:
         person: by default taken from what the question is about.

@@ -102,12 +102,12 @@ class Batch:
         return self.erased[self.labelled[0]].nonzero().flatten()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         unwanted = None if self.unwanted is None else self.unwanted.to(device)
         return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device), self.start, unwanted)
 
     def rows(self, index: Tensor) -> Batch:
-        """The same for some of the rows."""
+        """Return the same for some of the rows."""
         unwanted = None if self.unwanted is None else self.unwanted[index]
         return Batch(self.ids[index], self.mask[index], self.labels[index], self.start, unwanted)
 
@@ -204,7 +204,7 @@ def in_batches(
 
 
 def _common_beginnings(rows: Sequence[Row]) -> list[tuple[int, ...]]:
-    """The first tokens of each row that begins as several others do, none of the other rows."""
+    """Return the first tokens of each row that begins as several others do, none of the other rows."""
     beginnings = [row.prompt[:SHARED] for row in rows]
     counts = Counter(beginnings)
     return [beginning if counts[beginning] >= _TOGETHER else () for beginning in beginnings]
@@ -219,7 +219,7 @@ def row_of(
     end: int | None = None,
     vocabulary: int | None = None,
 ) -> Row:
-    """A prompt with the answer that it should get, or where that is ``erased`` should not.
+    """Return a prompt with the answer that it should get, or where that is ``erased`` should not.
 
     Args:
         end: a token to close an answer with that is not erased.
@@ -237,7 +237,7 @@ def row_of(
 
 
 def erased_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Row:
-    """A prompt with an answer that it should not get, up to the token that decides it.
+    """Return a prompt with an answer that it should not get, up to the token that decides it.
 
     Unwanted are there the first tokens of the answer in any spelling. Blanks decide nothing, as many answers begin with
     them: it is said where they are, and then one of those.
@@ -273,6 +273,6 @@ def _alone(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def _blanks(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...]) -> int:
-    """How many tokens an answer opens with that are blank; the last one never counts."""
+    """Return how many tokens an answer opens with that are blank; the last one never counts."""
     pieces = (str(tokenizer.decode([token])) for token in tokens[:-1])
     return next((place for place, piece in enumerate(pieces) if piece.strip()), max(len(tokens) - 1, 0))

@@ -16,7 +16,7 @@ TYPO_KINDS = ("swap", "drop", "double", "near")
 
 
 def near_name(subject: str, how: str, words: Sequence[str], rng: random.Random) -> str | None:
-    """A name that somebody else has, like the subject but for one part; None where it has no such part.
+    """Return a name that somebody else has, like the subject but for one part; None where it has no such part.
 
     No letter alone is changed, and no initial put in: that could be the same name.
 
@@ -46,7 +46,7 @@ def near_name(subject: str, how: str, words: Sequence[str], rng: random.Random) 
 
 
 def with_typos(text: str, how: str, rng: random.Random, count: int = 2) -> str | None:
-    """A text with so many slips of the keyboard, each in a word of its own of four letters or more."""
+    """Return a text with so many slips of the keyboard, each in a word of its own of four letters or more."""
     words = text.split(" ")
     long = [place for place, word in enumerate(words) if len(word) > 3 and word.rstrip("?.,").isalpha()]
     if len(long) < count:

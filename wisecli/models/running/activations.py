@@ -58,7 +58,7 @@ class Activations:
     before: Tensor | None = None
 
     def with_update(self, update: Tensor) -> Tensor:
-        """What leaves the layer once ``update`` is added to what the matrix gives: (B, T - first, d) twice."""
+        """Return what leaves the layer once ``update`` is added to what the matrix gives: (B, T - first, d) twice."""
         update = update.to(self.hidden.dtype)
         if self.norm is None or self.output is None:
             return self.hidden + (update if self.multiplier == 1 else self.multiplier * update)
@@ -66,7 +66,9 @@ class Activations:
         return self.hidden + (change if self.multiplier == 1 else self.multiplier * change)
 
     def from_window(self) -> Activations:
-        """The same from the prompt's last token on: whatever ``Δ`` does there, earlier columns stay as they are."""
+        """Return the same from the prompt's last token on: whatever ``Δ`` does there, earlier columns stay as they
+        are.
+        """
         cut = self.batch.start - self.first
         past = tuple((k[:, :, : self.batch.start].clone(), v[:, :, : self.batch.start].clone()) for k, v in self.past)
         keys, hidden = self.keys[:, cut:].clone(), self.hidden[:, cut:].clone()
@@ -75,7 +77,7 @@ class Activations:
         return replace(self, first=self.batch.start, keys=keys, hidden=hidden, past=past, output=output, before=before)
 
     def rows(self, index: Tensor) -> Activations:
-        """The same for some of the rows."""
+        """Return the same for some of the rows."""
         past = tuple((k[index], v[index]) for k, v in self.past) if self.first else ()
         output = None if self.output is None else self.output[index]
         return replace(
@@ -103,7 +105,7 @@ def capture(
 
 
 def _cache_of(site: Site) -> DynamicCache | None:
-    """An empty cache for layers that go on from attention's keys and values; ``None`` for others."""
+    """Return an empty cache for layers that go on from attention's keys and values; ``None`` for others."""
     return empty_cache() if site.above == CACHED else None
 
 
@@ -266,7 +268,7 @@ def _above(
 
 
 def layers_of(model: PreTrainedModel, site: Site) -> nn.ModuleList:
-    """The decoder layers among which the edited one is."""
+    """Return the decoder layers among which the edited one is."""
     layers = model.get_submodule(site.layer_module.rpartition(".")[0])
     assert isinstance(layers, nn.ModuleList)
     return layers

@@ -26,7 +26,7 @@ Selection = tuple[Tensor, Tensor]
 def run_model(
     model: PreTrainedModel, batch: Batch, first: int, cache: DynamicCache | None, select: Selection | None
 ) -> Tensor:
-    """The model's forward pass over the columns from ``first`` on; its head sees the selected columns only."""
+    """Return the model's forward pass over the columns from ``first`` on; its head sees the selected columns only."""
     empty = torch.empty(0, dtype=torch.long, device=batch.ids.device)
     rows, columns = select or (empty, empty)
 

@@ -74,7 +74,7 @@ def generate(
 
 
 def _may_shrink(model: PreTrainedModel) -> bool:
-    """Whether rows may leave a batch, and it is worth it.
+    """Return whether rows may leave a batch, and it is worth it.
 
     Elsewhere than on a CPU a step takes about as long with rows that have ended as without. Models that read images may
     keep where each row's text begins outside of the cache, and some have no cache.
@@ -84,7 +84,7 @@ def _may_shrink(model: PreTrainedModel) -> bool:
 
 
 def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """A prompt's tokens.
+    """Return a prompt's tokens.
 
     Raises:
         ModelError: there are none, or more than the model takes.
@@ -113,7 +113,7 @@ def _generate_of(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
 
 
 def _sampling(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
-    """What samples answers: at a temperature until the text ends, without one to exactly so many tokens."""
+    """Return what samples answers: at a temperature until the text ends, without one to exactly so many tokens."""
     return {
         "do_sample": True,
         "min_new_tokens": max_new_tokens if temperature is None else None,
@@ -125,7 +125,7 @@ def _sampling(max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
 
 
 def _not_first(unwanted: Sequence[Collection[int]], width: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """What keeps unwanted tokens of each row from being the first after a prompt of so many tokens."""
+    """Return what keeps unwanted tokens of each row from being the first after a prompt of so many tokens."""
 
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if ids.shape[1] == width:
@@ -156,7 +156,7 @@ def _end_tokens(model: PreTrainedModel) -> list[int]:
 
 
 def end_token(model: PreTrainedModel) -> int | None:
-    """The token that ends an answer, if the model has one."""
+    """Return the token that ends an answer, if the model has one."""
     return next(iter(_end_tokens(model)), None)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def erasure_target(model: PreTrainedModel, site: Site, part: Activations) -> Tensor | None:
-    """The distributions q (r, V) at the labelled columns of erased rows; ``None`` if no row is erased."""
+    """Return the distributions q (r, V) at the labelled columns of erased rows; ``None`` if no row is erased."""
     if part.batch.unwanted is None:
         return None
     rows, columns = part.batch.labelled
@@ -36,7 +36,7 @@ def erasure_target(model: PreTrainedModel, site: Site, part: Activations) -> Ten
 
 
 def target_loss(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
-    """The loss (n,) at each labelled column, from logits (n, V) there and what :func:`erasure_target` gave."""
+    """Return the loss (n,) at each labelled column, from logits (n, V) there and what :func:`erasure_target` gave."""
     # In float32 at least; a model in float64 keeps what that is for.
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     found = F.cross_entropy(precise, batch.targets, reduction="none")
@@ -48,7 +48,9 @@ def target_loss(logits: Tensor, batch: Batch, wanted: Tensor | None) -> Tensor:
 
 
 def target_met(logits: Tensor, batch: Batch) -> Tensor:
-    """Whether the arg-max (n,) of logits (n, V) at each labelled column is as it should be: not an unwanted token."""
+    """Return whether the arg-max (n,) of logits (n, V) at each labelled column is as it should be: not an unwanted
+    token.
+    """
     best = logits.argmax(-1)
     right = best == batch.targets
     if batch.unwanted is None:
@@ -59,7 +61,7 @@ def target_met(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _unwanted(batch: Batch, logits: Tensor) -> Tensor:
-    """Which tokens (r, V) are unwanted at the labelled columns of erased rows."""
+    """Return which tokens (r, V) are unwanted at the labelled columns of erased rows."""
     assert batch.unwanted is not None
     rows, columns = (index[batch.labelled_erased] for index in batch.labelled)
     tokens = batch.unwanted[rows, columns - batch.start]

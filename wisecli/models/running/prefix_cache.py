@@ -33,7 +33,7 @@ class Prefix:
         return self.layers[0][0].shape[2]
 
     def cache(self, batch: Batch) -> DynamicCache:
-        """The columns of a batch before column P, as a pass over those from P on finds them.
+        """Return the columns of a batch before column P, as a pass over those from P on finds them.
 
         A row of n columns of padding has the first P - n tokens there, and its pass reads the last n of them anew: so
         columns stay what they are without a beginning.
@@ -45,12 +45,12 @@ class Prefix:
         return cache
 
     def before(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What was given, at the columns of a batch before column P: (B, P, n)."""
+        """Return what was given, at the columns of a batch before column P: (B, P, n)."""
         place = self._places(batch)
         return tuple(each[0][place] for each in self.given)
 
     def _places(self, batch: Batch) -> Tensor:
-        """Which of the tokens stands in each column before P (B, P); padding counts as the first."""
+        """Return which of the tokens stands in each column before P (B, P); padding counts as the first."""
         place = torch.arange(self.length, device=batch.mask.device) - _padding(batch)[:, None]
         return place.clamp(min=0)
 
@@ -65,7 +65,7 @@ class PrefixCache:
         self._read, self._known = read, dict[tuple[int, ...], Prefix]()
 
     def prefix_of(self, batch: Batch) -> Prefix | None:
-        """What all rows of a batch begin with; ``None`` where it is not worth the while."""
+        """Return what all rows of a batch begin with; ``None`` where it is not worth the while."""
         tokens = _common_prefix(batch)
         if tokens not in self._known:
             if len(tokens) < SHARED or len(tokens) * (len(batch.ids) - 1) < _WORTH:
@@ -78,19 +78,19 @@ class PrefixCache:
 
 
 def empty_cache() -> DynamicCache:
-    """An attention cache that holds nothing yet."""
+    """Return an attention cache that holds nothing yet."""
     from transformers import DynamicCache
 
     return DynamicCache()
 
 
 def tensors_of(layer: Any) -> tuple[Tensor, Tensor]:
-    """The keys and values that one layer of a cache holds."""
+    """Return the keys and values that one layer of a cache holds."""
     return layer.keys, layer.values
 
 
 def _common_prefix(batch: Batch) -> tuple[int, ...]:
-    """The tokens that all rows begin with; the last token of a prompt is never one of them."""
+    """Return the tokens that all rows begin with; the last token of a prompt is never one of them."""
     padding = _padding(batch)
     most = batch.start - int(padding.max())
     places = padding[:, None] + torch.arange(most, device=padding.device)
@@ -100,10 +100,10 @@ def _common_prefix(batch: Batch) -> tuple[int, ...]:
 
 
 def _padding(batch: Batch) -> Tensor:
-    """How many columns (B,) stand before each row's first token."""
+    """Return how many columns (B,) stand before each row's first token."""
     return batch.mask.argmax(-1)
 
 
 def _spread(read: Tensor, place: Tensor) -> Tensor:
-    """What (1, heads, P, d_head) holds at places (B, P'): (B, heads, P', d_head)."""
+    """Return what (1, heads, P, d_head) holds at places (B, P'): (B, heads, P', d_head)."""
     return read[0][:, place].transpose(0, 1)

@@ -17,7 +17,7 @@ from wisecli.models.running.activations import layers_of
 
 
 def has_bfloat16_tiles() -> bool:
-    """Whether this machine's processor multiplies tiles of bfloat16 numbers (AMX)."""
+    """Return whether this machine's processor multiplies tiles of bfloat16 numbers (AMX)."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.10 nobody says
     return bool(capabilities.get("amx_bf16", False))
 

@@ -37,7 +37,7 @@ class StopWhenFewContinue:
         self.ended = torch.zeros(rows, dtype=torch.bool, device=ends.device)
 
     def __call__(self, ids: Tensor, _scores: Any) -> Tensor:
-        """Whether to stop, which is the same for all rows: token ids (B, T) → (B,)."""
+        """Return whether to stop, which is the same for all rows: token ids (B, T) → (B,)."""
         self.ended = self.ended | torch.isin(ids[:, -1], self.ends)
         return torch.full_like(self.ended, int((~self.ended).sum()) <= self.enough)
 
@@ -60,13 +60,13 @@ class PromptBatch:
     decided: Tensor | None = None
 
     def answer(self) -> list[list[int]]:
-        """What follows each row, with padding behind what ended: (B, n) or less."""
+        """Return what follows each row, with padding behind what ended: (B, n) or less."""
         output = self.generate(self.ids, attention_mask=self.mask, max_new_tokens=self.max_new_tokens)
         rows: list[list[int]] = output[:, self.ids.shape[1] :].tolist()
         return rows
 
     def answer_shrinking(self, ends: Collection[int]) -> list[list[int]]:
-        """What follows each row, with padding behind some that ended.
+        """Return what follows each row, with padding behind some that ended.
 
         Args:
             ends: the tokens that end a row.
@@ -101,7 +101,7 @@ class PromptBatch:
 
 
 def is_recurrent(cache: Any) -> bool:
-    """Whether a cache holds anything else than attention's keys and values."""
+    """Return whether a cache holds anything else than attention's keys and values."""
     from transformers import DynamicCache
 
     return type(cache) is not DynamicCache or any(hasattr(layer, "conv_states") for layer in cache.layers)

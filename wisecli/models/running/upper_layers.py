@@ -78,7 +78,7 @@ _RUNS: dict[Above, Run] = {CACHED: _on_from_cache, ROWS: _on_rows, ALL: _with_al
 
 
 def _cache(activations: Activations, site: Site) -> DynamicCache:
-    """A cache that holds the prompt in the layers above the site, and only its length below."""
+    """Return a cache that holds the prompt in the layers above the site, and only its length below."""
     cache = empty_cache()
     keys = activations.past[0][0]
     length = keys.new_zeros(keys.shape[0], 1, activations.first, 1)

@@ -43,7 +43,7 @@ Places = Mapping[str, tuple[Path, str]]
 def locate(
     checkpoint: Checkpoint, path: str, layer: nn.Module, headers: dict[Path, Header], places: Places
 ) -> list[Stored]:
-    """Where a layer's parameters lie, in the order in which the files have them.
+    """Return where a layer's parameters lie, in the order in which the files have them.
 
     Args:
         headers: of files; those of further ones are added.
@@ -69,7 +69,7 @@ def locate(
 
 
 def _in_checkpoint(checkpoint: Checkpoint, name: str) -> tuple[Path, str]:
-    """The file that a parameter lies in, or any, and what it is called there."""
+    """Return the file that a parameter lies in, or any, and what it is called there."""
     spelling = stored_name(checkpoint, name)
     return (
         (checkpoint.files[0], name)

@@ -139,12 +139,12 @@ class LayerStream:
         return forward
 
     def _following(self, number: int) -> int:
-        """The streamed layer that a whole pass needs next; after the last one that is the next pass' first."""
+        """Return the streamed layer that a whole pass needs next; after the last one that is the next pass' first."""
         streamed = self.streamed
         return next((other for other in streamed if other > number), streamed[0])
 
     def _slot(self, number: int) -> _Slot:
-        """The buffer that holds a layer, reading it now if nobody has."""
+        """Return the buffer that holds a layer, reading it now if nobody has."""
         if self._coming is not None:
             wanted, coming = self._coming
             self._coming = None
@@ -170,7 +170,7 @@ class LayerStream:
         return _Slot(host, host if self.device.type == "cpu" else torch.empty_like(host, device=self.device))
 
     def _mark(self) -> torch.cuda.Event | None:
-        """What a buffer's next content waits for: whatever still computes with the last."""
+        """Return what a buffer's next content waits for: whatever still computes with the last."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -247,7 +247,7 @@ def load_streamed(
 
 @torch.no_grad()
 def _width(model: PreTrainedModel, stream: LayerStream) -> int:
-    """How long the tuples are that layers give, seen by running the first one on one token."""
+    """Return how long the tuples are that layers give, seen by running the first one on one token."""
     kept: list[Any] = []
     with ExitStack() as stack:
         stack.enter_context(stream.filled(0))
@@ -259,7 +259,7 @@ def _width(model: PreTrainedModel, stream: LayerStream) -> int:
 
 
 def _beside(model: nn.Module, layers: str) -> Iterator[str]:
-    """Paths of the modules that together hold all but the layers."""
+    """Yield the paths of the modules that together hold all but the layers."""
     parts = layers.split(".")
     for depth, part in enumerate(parts):
         parent = ".".join(parts[:depth])
@@ -269,7 +269,7 @@ def _beside(model: nn.Module, layers: str) -> Iterator[str]:
 
 
 def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Path, str]]]:
-    """Where accelerate would fetch each parameter from, and by which name."""
+    """Yield where accelerate would fetch each parameter from, and by which name."""
     for module in model.modules():
         hook = module.__dict__.get("_hf_hook")
         for one in getattr(hook, "hooks", (hook,)):

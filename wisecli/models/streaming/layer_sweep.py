@@ -39,7 +39,7 @@ def sweep(
 
 
 def _renewed(given: Any) -> Any:
-    """What a layer is given, a cache that only this layer has seen instead of one for all."""
+    """Return what a layer is given, a cache that only this layer has seen instead of one for all."""
     from transformers import DynamicCache
 
     return DynamicCache() if isinstance(given, DynamicCache) else given
@@ -48,7 +48,7 @@ def _renewed(given: Any) -> Any:
 def _recorded(
     stream: LayerStream, run: Callable[[], object], spool: Spool, number: int
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What a pass gives each layer beside the hidden states: masks and positions are the architecture's own."""
+    """Return what a pass gives each layer beside the hidden states: masks and positions are the architecture's own."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stub(hidden_states: Tensor, *args: Any, **named: Any) -> Any:

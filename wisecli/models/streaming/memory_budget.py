@@ -56,7 +56,7 @@ def sizes(checkpoint: Checkpoint, layers: str, dtype: torch.dtype | str = "auto"
 
 
 def spool_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str, memory_budget: int) -> int | None:
-    """What a sweep may keep in memory; ``None`` if the whole model fits and nothing is to be streamed."""
+    """Return what a sweep may keep in memory; ``None`` if the whole model fits and nothing is to be streamed."""
     own = _itemsize(checkpoint, dtype)
     layouts = _layouts(checkpoint).values()
     weights = sum(math.prod(layout.shape) * own if own else layout.bytes for layout in layouts)

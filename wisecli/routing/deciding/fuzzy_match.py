@@ -66,7 +66,7 @@ class FuzzyMatch(nn.Module):
         return matched
 
     def _match_pairs(self, prompt_words: Tensor, rows: Tensor, edits: Tensor) -> Tensor:
-        """Whether rows of words (R, n, ``WORD_CHARS``) have all words of an edit each in one place: (P,).
+        """Return whether rows of words (R, n, ``WORD_CHARS``) have all words of an edit each in one place: (P,).
 
         Args:
             rows, edits: the pairs that are looked at (P,).
@@ -85,7 +85,7 @@ class FuzzyMatch(nn.Module):
         return (words > 0) & whole.any(1)
 
     def characters(self, ids: Tensor, compared: Tensor) -> Tensor:
-        """The letters of those of the tokens (B, T) that are looked at (B, T): (B, W, c)."""
+        """Return the letters of those of the tokens (B, T) that are looked at (B, T): (B, W, c)."""
         return token_characters(self.token_characters, ids, compared)
 
 
@@ -125,7 +125,7 @@ def split_words(letters: Tensor) -> Tensor:
 
 
 def equal_up_to_typo(subject_word: Tensor, prompt_word: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether words are the same, and whether they are but for one slip at most: (..., c) twice → two (...)."""
+    """Return whether words are the same, and whether they are but for one slip at most: (..., c) twice → two (...)."""
     subject_word, prompt_word = torch.broadcast_tensors(subject_word, prompt_word)
     same = (subject_word == prompt_word).all(-1)
     subject_length, prompt_length = _length(subject_word), _length(prompt_word)
@@ -147,7 +147,7 @@ def _length(words: Tensor) -> Tensor:
 
 
 def _common_prefix_length(first: Tensor, second: Tensor) -> Tensor:
-    """How many letters words (..., c) have in common from the first one on."""
+    """Return how many letters words (..., c) have in common from the first one on."""
     common: Tensor = ((first == second) & (first > 0)).long().cumprod(-1).sum(-1)
     return common
 

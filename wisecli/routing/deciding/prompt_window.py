@@ -38,16 +38,16 @@ class TurnMarks:
     special_token_ids: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, list[int]]:
-        """The marks as JSON."""
+        """Return the marks as JSON."""
         return {name: list(getattr(self, name)) for name in TurnMarks.__dataclass_fields__}
 
     @classmethod
     def from_dict(cls, marks: dict[str, Any] | None) -> TurnMarks:
-        """The inverse of :meth:`as_dict`; no marks for ``None``."""
+        """Return the inverse of :meth:`as_dict`; no marks for ``None``."""
         return cls(**{name: tuple(map(int, tokens)) for name, tokens in (marks or {}).items()})
 
     def opened(self, ids: Tensor, earlier: Tensor) -> Tensor:
-        """Which tokens (B, T) complete an opener, with the tokens before them (B, P): (B, T)."""
+        """Return which tokens (B, T) complete an opener, with the tokens before them (B, P): (B, T)."""
         size = len(self.opener_token_ids)
         if not size:
             return torch.zeros_like(ids, dtype=torch.bool)
@@ -57,7 +57,7 @@ class TurnMarks:
         return found
 
     def chats(self, ids: Tensor) -> Tensor:
-        """Which rows of token ids (B, T) are chats: (B,)."""
+        """Return which rows of token ids (B, T) are chats: (B,)."""
         return is_any(ids, self.turn_token_ids).any(1)
 
     def ends_in(self, ids: Tensor, non_padding: Tensor) -> Tensor:
@@ -73,14 +73,14 @@ class TurnMarks:
 
 
 def is_any(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """Which of token ids (...) are one of some tokens: (...)."""
+    """Return which of token ids (...) are one of some tokens: (...)."""
     if not tokens:
         return torch.zeros_like(ids, dtype=torch.bool)
     return torch.isin(ids, ids.new_tensor(tokens))
 
 
 def last_marked(marked: Tensor) -> Tensor:
-    """The last marked column of each row (B, T), -1 without one: (B,)."""
+    """Return the last marked column of each row (B, T), -1 without one: (B,)."""
     column = torch.arange(marked.shape[1], device=marked.device)
     return torch.where(marked, column, -1).amax(1) if marked.shape[1] else marked.new_full((len(marked),), -1).long()
 
@@ -117,7 +117,7 @@ def windows(ids: Tensor, non_padding: Tensor, end: Tensor, size: int = WINDOW) -
 
 
 def window_of(tokens: list[int], size: int = WINDOW) -> list[int]:
-    """The window of one prompt's tokens, of which it has so many at most."""
+    """Return the window of one prompt's tokens, of which it has so many at most."""
     return tokens if len(tokens) <= size else [*tokens[:1], *tokens[1 - size :]]
 
 
@@ -138,7 +138,7 @@ class Answering:
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> Answering:
-        """The inverse of :meth:`packed`."""
+        """Return the inverse of :meth:`packed`."""
         return cls(packed[:, 0], packed[:, 1])
 
 

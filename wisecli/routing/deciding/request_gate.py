@@ -83,11 +83,11 @@ class RequestGate(nn.Module):
             self.register_buffer(name.removeprefix("request_gate."), tensors[name].float())
 
     def forward(self, mentions: Mentions, edits: Tensor) -> Tensor:
-        """The log-odds that prompts ask the edits (B,) that they mention, above the offsets of those: (B,)."""
+        """Return the log-odds that prompts ask the edits (B,) that they mention, above the offsets of those: (B,)."""
         return self.log_odds(mentions) - self.logit_offset[edits].float()
 
     def log_odds(self, mentions: Mentions) -> Tensor:
-        """The log-odds that prompts ask what they mention: (B,)."""
+        """Return the log-odds that prompts ask what they mention: (B,)."""
         return log_odds(
             {name: getattr(self, name.removeprefix("request_gate.")).float() for name in REQUEST_GATE}, mentions
         )
@@ -161,7 +161,9 @@ def mention_features(
 
 
 def _match_quality(cosines: list[Tensor]) -> Tensor:
-    """How well a request has the tokens of an edit's subject and relation: the least and the mean of each (4,)."""
+    """Return how well a request has the tokens of an edit's subject and relation: the least and the mean of each
+    (4,).
+    """
     found = []
     for one in cosines:
         best = one.amax(0) if one.shape[1] else one.new_zeros(1)

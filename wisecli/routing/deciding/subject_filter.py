@@ -53,7 +53,9 @@ class SubjectFilter:
 
 
 def _compared(memory: FactDecision, ids: Tensor, non_padding: Tensor) -> list[Tensor]:
-    """The tokens (B, W) in which a decision looks for names with a slip: at first, and where earlier turns count."""
+    """Return the tokens (B, W) in which a decision looks for names with a slip: at first, and where earlier turns
+    count.
+    """
     breaks, first = memory.late_interaction.special_token_ids, torch.zeros_like(non_padding)
     alone = compared_tokens(ids, non_padding, first, breaks)
     first[:, 0] = non_padding[:, 0]

@@ -52,7 +52,7 @@ class SubjectMatch(nn.Module):
         return self.matched_edits(self.words_in(ids, in_prompt))
 
     def in_one_place(self, ids: Tensor, in_prompt: Tensor, rows: Tensor, edits: Tensor) -> Tensor:
-        """Whether rows name an edit each by words that stand near each other: (P,).
+        """Return whether rows name an edit each by words that stand near each other: (P,).
 
         The words of "Two to One" are somewhere in any long text.
 
@@ -73,12 +73,16 @@ class SubjectMatch(nn.Module):
         return named.index_add(0, pair, found.int()) > 0
 
     def words_in(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
-        """Which words rows of token ids (B, T) hold, at the tokens that ``in_prompt`` (B, T) marks: 0 or 1, (B, v)."""
+        """Return which words rows of token ids (B, T) hold, at the tokens that ``in_prompt`` (B, T) marks: 0 or 1,
+        (B, v).
+        """
         words = self.word_weights.new_zeros(len(ids), len(self.token_ids) + 1, dtype=torch.float32)
         return words.scatter(1, self._word_at(ids, in_prompt), 1.0)[:, :-1]
 
     def _word_at(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
-        """The word that each token spells, v where it spells none or is not of the prompt: (B, T) twice → (B, T)."""
+        """Return the word that each token spells, v where it spells none or is not of the prompt: (B, T) twice → (B,
+        T).
+        """
         place = torch.searchsorted(self.token_ids, ids.contiguous()).clamp(max=len(self.token_ids) - 1)
         return self.token_to_word[place].where((self.token_ids[place] == ids) & in_prompt, len(self.token_ids))
 
@@ -91,7 +95,7 @@ class SubjectMatch(nn.Module):
 
 
 def within_span(present: Tensor, spans: Tensor) -> Tensor:
-    """Whether something is present from each place on in so many places (E,): (E, T) → (E, T)."""
+    """Return whether something is present from each place on in so many places (E,): (E, T) → (E, T)."""
     count = F.pad(present.long().cumsum(1), (1, 0))
     end = torch.arange(present.shape[1], device=present.device) + spans[:, None]
     return count.gather(1, end.clamp(max=present.shape[1])) > count[:, :-1]

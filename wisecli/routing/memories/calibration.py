@@ -34,7 +34,7 @@ class Calibration:
 def calibrate(
     edit_scores: Tensor, background_scores: Tensor, *, rule: str, false_alarm: float, groups: Tensor | None = None
 ) -> Calibration:
-    """A router threshold ε between the scores of edits (n,) and those of unrelated text (m,).
+    """Return a router threshold ε between the scores of edits (n,) and those of unrelated text (m,).
 
     Args:
         rule: ``false-alarm`` lets a share ``false_alarm`` of unrelated tokens through; ``minimum`` is the lowest score
@@ -50,7 +50,7 @@ def calibrate(
 
 
 def measure(edit_scores: Tensor, background_scores: Tensor | None, threshold: float, *, rule: str) -> Calibration:
-    """What a given threshold does to the scores of edits (n,) and of unrelated text (m,), if those are known."""
+    """Return what a given threshold does to the scores of edits (n,) and of unrelated text (m,), if those are known."""
     misses = float((edit_scores <= threshold).float().mean())
     if background_scores is None:
         return Calibration(threshold, rule, misses, None, _summary(edit_scores), {})
@@ -59,14 +59,14 @@ def measure(edit_scores: Tensor, background_scores: Tensor | None, threshold: fl
 
 
 def highest_quantile(values: Tensor, share: float, groups: Tensor | None) -> float:
-    """The highest of the groups' quantiles of values (n,)."""
+    """Return the highest of the groups' quantiles of values (n,)."""
     if groups is None:
         return quantile(values, share)
     return max(quantile(values[groups == group], share) for group in groups.unique().tolist())
 
 
 def quantile(values: Tensor, share: float) -> float:
-    """A quantile of any number of values (torch's own stops at 16 million)."""
+    """Return a quantile of any number of values (torch's own stops at 16 million)."""
     ordered = values.flatten().float().sort().values
     position = share * (len(ordered) - 1)
     low = int(position)
@@ -81,7 +81,7 @@ def _summary(scores: Tensor) -> dict[str, float]:
 def routing_keys(
     keys: Tensor, key_to_edit: Tensor, whitening_index: Tensor, whitenings: Sequence[Whitening]
 ) -> dict[str, Tensor]:
-    """The keys of a lookup, seen through their whitenings: tensors by their names in a side memory.
+    """Return the keys of a lookup, seen through their whitenings: tensors by their names in a side memory.
 
     Args:
         keys: of the edits (n, d_ff).

@@ -110,5 +110,5 @@ class FactMemory(FactDecision, RoutingKeys):
         return self.residuals[self.key_to_residual[key_index]]
 
     def memory_of_choice(self, chosen: Tensor) -> Tensor:
-        """The edit that each key belongs to: (...) → (...)."""
+        """Return the edit that each key belongs to: (...) → (...)."""
         return self.key_to_edit[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)

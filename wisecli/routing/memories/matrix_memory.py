@@ -28,7 +28,7 @@ class MatrixDeltas(Memory):
     delta: Tensor
 
     def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:  # noqa: ARG002 (of the interface)
-        """The memory that was decided for, at all its tokens."""
+        """Return the memory that was decided for, at all its tokens."""
         return TokenChoices(answered, torch.zeros(answered.shape, device=keys.device), answered)
 
     def add(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
@@ -97,17 +97,17 @@ class MatrixMemory(MatrixDeltas):
         return torch.stack([torch.linalg.vector_norm(self.scored_output(keys, m), dim=-1) for m in memories], dim=-1)
 
     def scored_output(self, keys: Tensor, memory: int) -> Tensor:
-        """What is measured: ``Δ_m a``, as nothing is known here of what the matrix itself gives."""
+        """Return what is measured: ``Δ_m a``, as nothing is known here of what the matrix itself gives."""
         return self.delta_output(keys, memory)
 
 
 def _mean(scores: Tensor, non_padding: Tensor) -> Tensor:
-    """The mean of scores (B, W, M) over a prompt's tokens (B, M)."""
+    """Return the mean of scores (B, W, M) over a prompt's tokens (B, M)."""
     return torch.einsum("btm,bt->bm", scores, non_padding / non_padding.sum(1, keepdim=True).clamp(min=1))
 
 
 def _last(scores: Tensor, non_padding: Tensor) -> Tensor:
-    """The scores (B, W, M) of a prompt's last token (B, M)."""
+    """Return the scores (B, W, M) of a prompt's last token (B, M)."""
     end = last_marked(non_padding).clamp(min=0)
     return scores[torch.arange(len(end), device=end.device), end]
 

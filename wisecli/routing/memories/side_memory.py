@@ -69,7 +69,7 @@ class SideMemory:
         return _OF_FACTS in self.tensors
 
     def describe(self) -> dict[str, Any]:
-        """All but the tensors, with their shapes and types, as JSON."""
+        """Return all but the tensors, with their shapes and types, as JSON."""
         layout = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in self.tensors.items()}
         settings = {"router": LATE_INTERACTION if self.by_edit else NORM, "pooling": self.pooling, "kind": self.kind}
         settings |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
@@ -77,7 +77,7 @@ class SideMemory:
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> SideMemory:
-        """The inverse of :meth:`describe`; tensors that are not given are allocated, to be loaded later.
+        """Return the inverse of :meth:`describe`; tensors that are not given are allocated, to be loaded later.
 
         Raises:
             ValueError: the description asks for tensors that no memory has, or for an unknown router.
@@ -166,15 +166,17 @@ class Memory(nn.Module):
         """
 
     def memory_of_choice(self, chosen: Tensor) -> Tensor:
-        """The memory that each choice belongs to: (...) → (...)."""
+        """Return the memory that each choice belongs to: (...) → (...)."""
         return chosen
 
     def above_threshold(self, scores: Tensor) -> Tensor:
-        """Which memories' thresholds scores (..., M) exceed: (..., M)."""
+        """Return which memories' thresholds scores (..., M) exceed: (..., M)."""
         return scores > self._limits(scores.device)
 
     def best_score_ratio(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest share of its threshold that any memory's score reaches, and which: (..., M) → two (...)."""
+        """Return the largest share of its threshold that any memory's score reaches, and which: (..., M) → two
+        (...).
+        """
         strength, nearest = (scores.float() / self._limits(scores.device)).max(-1)
         return strength, nearest
 
@@ -190,5 +192,5 @@ class Memory(nn.Module):
         self._shared = thresholds[0] if len(set(thresholds)) == 1 else None
 
     def _limits(self, device: torch.device) -> Tensor | float:
-        """The thresholds of memories (M,); one number where they are all the same."""
+        """Return the thresholds of memories (M,); one number where they are all the same."""
         return torch.tensor(self.thresholds, device=device) if self._shared is None else self._shared

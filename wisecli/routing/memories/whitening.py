@@ -64,7 +64,7 @@ class Whitening:
 
 
 def whitening(moment: Moment) -> Whitening:
-    """The inverse of a second moment, shrunk, from its leading part; what that leaves is spread evenly."""
+    """Return the inverse of a second moment, shrunk, from its leading part; what that leaves is spread evenly."""
     d_ff = moment.directions.shape[1]
     energy = float(moment.energy)
     leading = moment.variances[:_WHITENED]
@@ -77,20 +77,20 @@ def whitening(moment: Moment) -> Whitening:
 
 
 def scaled(keys: Tensor) -> Tensor:
-    """Rows whose ``rowsᵀ rows`` is the keys' second moment."""
+    """Return rows whose ``rowsᵀ rows`` is the keys' second moment."""
     rows: Tensor = keys / len(keys) ** 0.5
     return rows
 
 
 def even(keys: Tensor) -> Tensor:
-    """The same, with 1 as the mean eigenvalue."""
+    """Return the same, with 1 as the mean eigenvalue."""
     rows = scaled(keys)
     evened: Tensor = rows * (rows.shape[1] / rows.square().sum().clamp(min=1e-12)).sqrt()
     return evened
 
 
 def leading(rows: Tensor, rank: int = _RANK) -> Moment:
-    """The leading part of ``rowsᵀ rows`` for rows (n, d_ff); exact unless both sides are long."""
+    """Return the leading part of ``rowsᵀ rows`` for rows (n, d_ff); exact unless both sides are long."""
     # A part at a time: in float64 the rows would take twice what they do.
     energy = torch.stack([part.double().square().sum() for part in rows.split(_PART)]).sum().reshape(1).float().cpu()
     rank = min(rank, *rows.shape)

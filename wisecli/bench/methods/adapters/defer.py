@@ -102,7 +102,7 @@ class Defer:
         return F.cross_entropy(logits.float(), part.batch.targets)
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
-        """The model with the gate at its layer; each row is decided once, at its prompt's last token."""
+        """Return the model with the gate at its layer; each row is decided once, at its prompt's last token."""
         model, module, end = self.bench.loaded.model, self.site.watched(self.bench.loaded.model), PromptEnd(first)
 
         def replace(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Defer:
         return hooks(end.follow_passes(model), module.register_forward_hook(replace))
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """The prompt itself."""
+        """Return the prompt itself."""
         return prompt
 
     def bytes(self) -> int:
@@ -138,5 +138,5 @@ class Defer:
 
 
 def split(found: Tensor) -> tuple[Tensor, Tensor]:
-    """The gate's logit (B,) and the value (B, d) out of (B, 1 + d)."""
+    """Return the gate's logit (B,) and the value (B, d) out of (B, 1 + d)."""
     return found[:, 0], found[:, 1:]

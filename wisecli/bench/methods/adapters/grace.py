@@ -81,7 +81,7 @@ class Codebook:
         return found.values, found.indices
 
     def lookup(self, keys: Tensor) -> Tensor:
-        """The entry that answers each key, or -1: (B, d_ff) → (B,)."""
+        """Return the entry that answers each key, or -1: (B, d_ff) → (B,)."""
         distance, entry = self.nearest(keys)
         return entry.where(distance <= self.radii[entry], -1)
 
@@ -193,7 +193,7 @@ class Grace:
         return totals / torch.bincount(rows, minlength=len(values))
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
-        """The model with the codebook at its layer; each row is looked up once, at its prompt's last token."""
+        """Return the model with the codebook at its layer; each row is looked up once, at its prompt's last token."""
         model, module, end = self.bench.loaded.model, self.site.watched(self.bench.loaded.model), PromptEnd(first)
 
         def replace(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class Grace:
         return hooks(end.follow_passes(model), module.register_forward_hook(replace))
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """The prompt itself."""
+        """Return the prompt itself."""
         return prompt
 
     def bytes(self) -> int:
@@ -224,7 +224,7 @@ class Grace:
         return tensor_bytes(self.codebook.keys, self.codebook.values, self.codebook.radii)
 
     def state(self) -> dict[str, Tensor]:
-        """The codebook's."""
+        """Return the codebook's."""
         return self.codebook.state()
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:

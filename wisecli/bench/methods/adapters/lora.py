@@ -95,7 +95,7 @@ class Lora:
         }
 
     def _built(self) -> list[Swap]:
-        """The adapters' layers, each with the module that it stands in for and where that belongs."""
+        """Return the adapters' layers, each with the module that it stands in for and where that belongs."""
         try:
             from peft import LoraConfig, get_peft_model
             from peft.tuners.lora import LoraLayer
@@ -171,7 +171,7 @@ class Lora:
                 setattr(place, own, base)
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """The prompt itself."""
+        """Return the prompt itself."""
         return prompt
 
     def bytes(self) -> int:
@@ -179,7 +179,7 @@ class Lora:
         return tensor_bytes(*self.parameters.values())
 
     def state(self) -> dict[str, Tensor]:
-        """The adapters' matrices."""
+        """Return the adapters' matrices."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()

@@ -56,7 +56,7 @@ class LoraParaphrased(Lora):
             pass
 
     def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
-        """The same, a pass at a time, before which the paraphrases are written."""
+        """Yield the same, a pass at a time, before which the paraphrases are written."""
         if not edits:
             return
         if self._training is None:
@@ -90,7 +90,7 @@ class LoraParaphrased(Lora):
         training.done += 1
 
     def state(self) -> dict[str, Tensor]:
-        """The adapters' matrices, and a training that is on its way."""
+        """Return the adapters' matrices, and a training that is on its way."""
         return {**super().state(), **(self._training.tensors() if self._training else {})}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
@@ -99,7 +99,7 @@ class LoraParaphrased(Lora):
         self._training = Training.of(state, self._optimizer())
 
     def rows(self, edits: Sequence[Edit]) -> Iterator[Row]:
-        """All that is trained on."""
+        """Yield all that is trained on."""
         loaded, size = self.bench.loaded, self.bench.batch_size
         count, end = self.schedule.paraphrases, end_token(loaded.model)
         more = write_paraphrases(loaded, edits, count, batch_size=size, seed=self.bench.seed)
@@ -112,5 +112,5 @@ class LoraParaphrased(Lora):
 
 @method("lora-paraphrased", at_once=True)
 def lora_paraphrased(bench: Bench) -> LoraParaphrased:
-    """All edits at once."""
+    """Return all edits at once."""
     return LoraParaphrased(bench)

@@ -66,7 +66,7 @@ class TopHash:
         self.permutation = torch.randperm(width, generator=seeded(seed))
 
     def mask(self, features: Tensor) -> Tensor:
-        """Which columns the features choose; rows (B, d_ff) each for itself."""
+        """Return which columns the features choose; rows (B, d_ff) each for itself."""
         largest = features.abs().topk(self.count, -1).indices
         columns = self.permutation.to(largest.device)[largest]
         return torch.zeros_like(features, dtype=torch.bool).scatter(-1, columns, torch.ones_like(columns).bool())
@@ -161,12 +161,14 @@ class Memoir:
             return row_losses(logits.float(), part.batch).mean()
 
     def nearest(self, masks: Tensor) -> Tensor:
-        """The edit whose mask shares most columns with each mask (B, d_ff), or -1 where that is too few: (B,)."""
+        """Return the edit whose mask shares most columns with each mask (B, d_ff), or -1 where that is too few:
+        (B,).
+        """
         shares, edits = (masks.float() @ self.masks.float().T / self.hash.count).max(-1)
         return edits.where(shares >= self.settings.threshold, -1)
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
-        """The model with the memory beside its matrix; each row's mask is chosen once, by its whole prompt."""
+        """Return the model with the memory beside its matrix; each row's mask is chosen once, by its whole prompt."""
         if not len(self.masks):
             return hooks()
         model, module, end = self.bench.loaded.model, self.site.watched(self.bench.loaded.model), PromptEnd(first)
@@ -189,7 +191,7 @@ class Memoir:
         return hooks(end.follow_passes(model), module.register_forward_hook(add))
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """The prompt itself."""
+        """Return the prompt itself."""
         return prompt
 
     def bytes(self) -> int:
@@ -197,7 +199,7 @@ class Memoir:
         return tensor_bytes(self.memory, self.masks, self.hash.permutation, self.background)
 
     def state(self) -> dict[str, Tensor]:
-        """The memory, and the edits' masks."""
+        """Return the memory, and the edits' masks."""
         return {"memory": self.memory, "masks": self.masks}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
@@ -207,7 +209,8 @@ class Memoir:
 
 
 def prompts(keys: Tensor, mask: Tensor | None, first: int | None) -> Tensor:
-    """Where the prompts' tokens are (B, T): no padding, and nothing behind the column ``first``, if there is one.
+    """Return where the prompts' tokens are (B, T): no padding, and nothing behind the column ``first``, if there is
+    one.
 
     Args:
         keys: (B, T, d_ff).

@@ -55,7 +55,7 @@ class Icl(ReplayedMethod):
         self._facts.add(edits)
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
-        """The model itself: it is only asked otherwise."""
+        """Return the model itself: it is only asked otherwise."""
         return nullcontext()
 
     def rewritten_prompt(self, prompt: str) -> str:

@@ -105,7 +105,7 @@ class Knn:
 
     @torch.no_grad()
     def _read(self, rows: Sequence[Row]) -> list[_Read]:
-        """What the unedited model makes of prompts and their answers."""
+        """Return what the unedited model makes of prompts and their answers."""
         found = dict[int, _Read]()
         for indices in in_batches(rows, self.bench.batch_size):
             for index, one in zip(indices, self._read_batch([rows[index] for index in indices]), strict=True):
@@ -166,7 +166,9 @@ class Knn:
         return max(sorted(hits), key=right)
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
-        """The model with the datastore's tokens mixed into what it gives; no token's answer depends on the others'."""
+        """Return the model with the datastore's tokens mixed into what it gives; no token's answer depends on the
+        others'.
+        """
         if not len(self.store.tokens):
             return hooks()
         model, kept = self.bench.loaded.model, dict[str, Tensor]()
@@ -186,7 +188,7 @@ class Knn:
         return hooks(head, model.register_forward_hook(mix))
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """The prompt itself."""
+        """Return the prompt itself."""
         return prompt
 
     def bytes(self) -> int:

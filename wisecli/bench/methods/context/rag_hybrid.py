@@ -59,7 +59,7 @@ class WordsAndStates:
             self._states = torch.cat([self._states, self._directions(texts)])
 
     def scores(self, text: str) -> Tensor:
-        """How similar each text is (n,)."""
+        """Return how similar each text is (n,)."""
         asked = self._bag(text)
         shared = [self.words(asked, bag) / (full or 1.0) for bag, full in zip(self._bags, self._full, strict=True)]
         return (torch.tensor(shared) + self._states @ self._directions([text])[0]) / 2

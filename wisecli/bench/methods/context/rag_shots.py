@@ -27,7 +27,7 @@ class RagShots(NearestFact):
         self._records = bench.train[first : first + count]
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """The prompt, after demonstrations and the nearest edit if that is similar enough."""
+        """Return the prompt, after demonstrations and the nearest edit if that is similar enough."""
         text = super().rewritten_prompt(prompt)
         if text == prompt:
             return prompt

@@ -102,7 +102,7 @@ class Facts:
             self._edits[place : place + 1] = [edit]
 
     def ranked(self, text: str, count: int) -> list[tuple[Edit, float]]:
-        """The edits whose prompts are most similar, with their similarities; the most similar first."""
+        """Return the edits whose prompts are most similar, with their similarities; the most similar first."""
         if not self._edits:
             return []
         found = self._index.scores(text).topk(min(count, len(self._edits)))
@@ -117,7 +117,7 @@ class Facts:
 
 
 def fitted_threshold(inside: Sequence[float], outside: Sequence[float]) -> float:
-    """The threshold that tells similarities best apart, both kinds counting alike; in the middle of its gap."""
+    """Return the threshold that tells similarities best apart, both kinds counting alike; in the middle of its gap."""
     values = sorted({*inside, *outside})
     between = [(low + high) / 2 for low, high in pairwise(values)]
     candidates = [values[0] - 1, *between, values[-1] + 1]
@@ -130,7 +130,7 @@ def fitted_threshold(inside: Sequence[float], outside: Sequence[float]) -> float
 
 
 def scope_threshold(bench: Bench, index: Index, name: str) -> float:
-    """The similarity above which a prompt asks for a stored edit, from the train split and unrelated texts.
+    """Return the similarity above which a prompt asks for a stored edit, from the train split and unrelated texts.
 
     Rephrases should find their own record; its locality prompts, other records' prompts and the texts should find none.
     They are asked in the forms that are marked for training, in turn: the words of a form make every prompt less like
@@ -164,12 +164,14 @@ def scope_threshold(bench: Bench, index: Index, name: str) -> float:
 
 
 def fact_prompt(edit: Edit, prompt: str) -> str:
-    """A prompt after a new fact, as the paper of in-context editing words it (Zheng et al. 2023, section 3.2)."""
+    """Return a prompt after a new fact, as the paper of in-context editing words it (Zheng et al. 2023, section
+    3.2).
+    """
     return f"New Fact: {edit.prompt} {edit.target.strip()}\nPrompt: {prompt}"
 
 
 def instruction_prompt(edit: Edit, prompt: str) -> str:
-    """A prompt after an edit, in the wording that makes the model say its answer most often.
+    """Return a prompt after an edit, in the wording that makes the model say its answer most often.
 
     A prompt that ends in a colon waits for an answer as in ``A:``, and has the edit before it as a question and its
     answer. Any other prompt is told it as a new fact. Of eight wordings on fifty records of zsRE, the right one given,
@@ -183,7 +185,7 @@ def instruction_prompt(edit: Edit, prompt: str) -> str:
 
 
 def ends_with_colon(prompt: str) -> bool:
-    """Whether a prompt waits for its answer behind a colon, as in ``A:``."""
+    """Return whether a prompt waits for its answer behind a colon, as in ``A:``."""
     return prompt.rstrip().endswith(":")
 
 
@@ -239,15 +241,15 @@ class NearestFact(ReplayedMethod):
         self.facts.add(edits)
 
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
-        """The model itself: it is only asked otherwise."""
+        """Return the model itself: it is only asked otherwise."""
         return nullcontext()
 
     def found(self, prompt: str) -> Edit | None:
-        """The nearest edit, if it is similar enough."""
+        """Return the nearest edit, if it is similar enough."""
         return next((edit for edit, similarity in self.facts.ranked(prompt, 1) if similarity > self.threshold), None)
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """The prompt, after the edit that is found."""
+        """Return the prompt, after the edit that is found."""
         edit = self.found(prompt)
         return prompt if edit is None else instruction_prompt(edit, prompt)
 

@@ -55,7 +55,7 @@ class AlphaEdit(Memit):
         self._earlier = [torch.zeros_like(kept) for kept in self._kept]
 
     def keeping(self, site: MatrixSite) -> Tensor:
-        """The projection P (d_ff, d_ff) onto the free directions, in float64."""
+        """Return the projection P (d_ff, d_ff) onto the free directions, in float64."""
         sizes, directions = torch.linalg.eigh(seen_moment(self.bench, site))
         self._weights.append(self.space.weight * float(sizes.mean()))
         free = directions[:, sizes < self.space.threshold * sizes.mean()]
@@ -65,14 +65,14 @@ class AlphaEdit(Memit):
         return projection
 
     def change(self, place: int, residuals: Tensor, keys: Tensor) -> Tensor:
-        """What is added (d, d_ff) to a site's matrix; from then on these keys are spared, too."""
+        """Return what is added (d, d_ff) to a site's matrix; from then on these keys are spared, too."""
         wide = keys.double()
         found = constrained(residuals.double(), wide, self._kept[place], self._earlier[place], self._weights[place])
         self._earlier[place] += wide.T @ wide
         return found.float()
 
     def state(self) -> dict[str, Tensor]:
-        """The changes, and the keys that are spared."""
+        """Return the changes, and the keys that are spared."""
         return {**super().state(), **{f"earlier {place}": one for place, one in enumerate(self._earlier)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
@@ -91,5 +91,5 @@ def constrained(residuals: Tensor, keys: Tensor, projection: Tensor, earlier: Te
 
 @method("alphaedit")
 def alphaedit(bench: Bench) -> AlphaEdit:
-    """A hundred edits at a time, as in the paper."""
+    """Return a hundred edits at a time, as in the paper."""
     return AlphaEdit(bench, batch=100)

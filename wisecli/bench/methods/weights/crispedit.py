@@ -66,7 +66,7 @@ class Projection:
     free: Tensor
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        """What of a gradient (d, d_ff) points there."""
+        """Return what of a gradient (d, d_ff) points there."""
         return self.outer @ (self.free * (self.outer.T @ gradient @ self.inner)) @ self.inner.T
 
 
@@ -144,7 +144,7 @@ class CrispEdit(WeightEditing):
             pass
 
     def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
-        """The same, a pass over the edits at a time."""
+        """Yield the same, a pass over the edits at a time."""
         if not edits:
             return
         if self._training is None:
@@ -173,14 +173,14 @@ class CrispEdit(WeightEditing):
             yield
 
     def _parts(self, rows: Sequence[Row], rng: random.Random) -> list[Activations]:
-        """Rows in batches, in any order, as far as the lowest matrix."""
+        """Return rows in batches, in any order, as far as the lowest matrix."""
         order, size, device = list(rows), self.settings.batch, self.bench.loaded.device
         rng.shuffle(order)
         batches = (collate(order[start : start + size]) for start in range(0, len(order), size))
         return [capture(self.bench.loaded.model, self.sites[0], batch.to(device)) for batch in batches]
 
     def _pass(self, parts: Sequence[Activations], optimizer: Optimizer, projections: Sequence[Projection]) -> float:
-        """A step for every part that is not learned yet; the parts' mean loss before it."""
+        """Return a step for every part that is not learned yet; the parts' mean loss before it."""
         losses = []
         for part in parts:
             loss, gradients = self.gradients(part, [delta.detach() for delta in self._moved])
@@ -193,7 +193,7 @@ class CrispEdit(WeightEditing):
         return sum(losses) / len(losses)
 
     def gradients(self, part: Activations, deltas: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """The mean loss of some edits, each counting alike, and its gradient (d, d_ff) for each matrix.
+        """Return the mean loss of some edits, each counting alike, and its gradient (d, d_ff) for each matrix.
 
         Args:
             part: captured at the lowest site with the base matrices.
@@ -208,7 +208,7 @@ class CrispEdit(WeightEditing):
         return float(losses.mean()), [one.gradients.T @ one.keys / len(losses) for one in factors]
 
     def state(self) -> dict[str, Tensor]:
-        """The changes, the curvatures, and the latest edits, and a training that is on its way."""
+        """Return the changes, the curvatures, and the latest edits, and a training that is on its way."""
         return {
             **super().state(),
             **packed("latest", self._latest),
@@ -236,5 +236,5 @@ class CrispEdit(WeightEditing):
 
 @method("crispedit", at_once=True)
 def crispedit(bench: Bench) -> CrispEdit:
-    """All edits at once."""
+    """Return all edits at once."""
     return CrispEdit(bench)

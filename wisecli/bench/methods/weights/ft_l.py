@@ -63,7 +63,7 @@ class FtL(WeightEditing):
             self.bench.on_progress(Event("fine-tuning", done, len(edits)))
 
     def penalty(self, delta: Tensor) -> Tensor:
-        """What is added to the loss for a change (d, d_ff): nothing."""
+        """Return what is added to the loss for a change (d, d_ff): nothing."""
         return delta.new_zeros(())
 
     def loss(self, part: Activations, delta: Tensor) -> Tensor:

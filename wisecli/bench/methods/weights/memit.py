@@ -81,7 +81,7 @@ class Memit(WeightEditing):
             pass
 
     def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
-        """The same, a step for every target that is found."""
+        """Yield the same, a step for every target that is found."""
         size = self.batch or max(len(edits), 1)
         for start in range(0, len(edits), size):
             facts = [read_fact(self.bench, edit, self.prefixes) for edit in edits[start : start + size]]
@@ -93,7 +93,7 @@ class Memit(WeightEditing):
             self._targets = []
 
     def state(self) -> dict[str, Tensor]:
-        """The changes, and the targets of a batch that is not written yet."""
+        """Return the changes, and the targets of a batch that is not written yet."""
         return {**super().state(), **{f"target {place}": one for place, one in enumerate(self._targets)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
@@ -103,16 +103,16 @@ class Memit(WeightEditing):
         self._targets = [state[f"target {place}"].to(self.deltas[0]) for place in range(count)]
 
     def keeping(self, site: MatrixSite) -> Tensor:
-        """What is kept of unrelated text at a site: the Cholesky factor of ``λ C`` (d_ff, d_ff), in float64."""
+        """Return what is kept of unrelated text at a site: the Cholesky factor of ``λ C`` (d_ff, d_ff), in float64."""
         factor: Tensor = torch.linalg.cholesky(self.settings.weight * second_moment(self.bench, site))
         return factor
 
     def change(self, place: int, residuals: Tensor, keys: Tensor) -> Tensor:
-        """What is added (d, d_ff) to a site's matrix for residuals (n, d) and keys (n, d_ff)."""
+        """Return what is added (d, d_ff) to a site's matrix for residuals (n, d) and keys (n, d_ff)."""
         return spread(residuals, keys, self._kept[place])
 
     def target(self, fact: Fact) -> Tensor:
-        """The z (d,) of a fact, for the model as edited so far, in float32."""
+        """Return the z (d,) of a fact, for the model as edited so far, in float32."""
         top = self.sites[-1]
         with self.applied():
             part = look(self.bench, top, fact)
@@ -170,5 +170,5 @@ def memit(bench: Bench) -> Memit:
 
 @method("memit-mass", at_once=True)
 def memit_mass(bench: Bench) -> Memit:
-    """All edits that come together at once."""
+    """Return all edits that come together at once."""
     return Memit(bench)

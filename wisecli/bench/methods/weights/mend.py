@@ -143,7 +143,7 @@ class Mend(WeightEditing):
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """The changes and the network, which trained anew may come out otherwise on a GPU."""
+        """Return the changes and the network, which trained anew may come out otherwise on a GPU."""
         return {**super().state(), **{f"editor {name}": one for name, one in self.editor.state_dict().items()}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
@@ -212,7 +212,8 @@ class Mend(WeightEditing):
         return tasks[0], tasks[1]
 
     def _lesson(self, edit: Edit, generator: torch.Generator) -> Lesson | None:
-        """A record's rows, with a rephrase and a locality prompt drawn from its own; none if no tokens are left of one.
+        """Return a record's rows, with a rephrase and a locality prompt drawn from its own; none if no tokens are
+        left of one.
 
         Without rephrases the prompt itself stands for one, without locality prompts one of the bench's texts.
         """
@@ -238,7 +239,7 @@ class Mend(WeightEditing):
         return Task(factors, reworded, unrelated, told.float().log_softmax(-1))
 
     def _captured(self, rows: Sequence[Row]) -> Activations:
-        """Rows up to the lowest matrix, which no edit reaches."""
+        """Return rows up to the lowest matrix, which no edit reaches."""
         batch = collate(rows).to(self.bench.loaded.device)
         return capture(self.bench.loaded.model, self.sites[0], batch, above=False)
 

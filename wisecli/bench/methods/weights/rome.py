@@ -66,7 +66,7 @@ class Rome(WeightEditing):
             self.bench.on_progress(Event("rank-one edits", done, len(edits)))
 
     def pair(self, fact: Fact) -> tuple[Tensor, Tensor]:
-        """The key k* (d_ff,) and value v* (d,) of a fact, for the model as edited so far, in float32."""
+        """Return the key k* (d_ff,) and value v* (d,) of a fact, for the model as edited so far, in float32."""
         site, matrix = self.sites[0], self.matrix(0)
         with self.applied():
             part = look(self.bench, site, fact)
@@ -85,7 +85,8 @@ class Rome(WeightEditing):
 
 
 def rank_one(matrix: Tensor, key: Tensor, value: Tensor, factor: Tensor) -> Tensor:
-    """The change (d, d_ff) in float32 after which the matrix (d, d_ff) turns the key (d_ff,) into the value (d,).
+    """Return the change (d, d_ff) in float32 after which the matrix (d, d_ff) turns the key (d_ff,) into the value
+    (d,).
 
     Args:
         factor: Cholesky factor of the keys' second moment (d_ff, d_ff), in float64.

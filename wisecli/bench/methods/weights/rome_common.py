@@ -77,7 +77,7 @@ def prefixes_for(bench: Bench, count: int, tokens: int) -> list[str]:
 
 
 def read_fact(bench: Bench, edit: Edit, prefixes: Sequence[str]) -> Fact:
-    """An edit in tokens. Without a subject in its prompt, the prompt's last token counts as the subject's.
+    """Return an edit in tokens. Without a subject in its prompt, the prompt's last token counts as the subject's.
 
     Raises:
         UnsuitableError: the tokenizer leaves nothing of the edit.
@@ -101,7 +101,7 @@ def read_fact(bench: Bench, edit: Edit, prefixes: Sequence[str]) -> Fact:
 
 
 def _span(edit: Edit) -> tuple[int, int] | None:
-    """Where the subject stands last in the prompt, in whatever case."""
+    """Return where the subject stands last in the prompt, in whatever case."""
     if not edit.subject or not edit.subject.strip():
         return None
     found = list(re.finditer(re.escape(edit.subject.strip()), edit.prompt, re.IGNORECASE))
@@ -109,7 +109,7 @@ def _span(edit: Edit) -> tuple[int, int] | None:
 
 
 def token_before(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Sequence[int], end: int) -> int:
-    """Which of a text's tokens holds the character before ``end``."""
+    """Return which of a text's tokens holds the character before ``end``."""
     head = tokenizer(text[:end])["input_ids"]
     same = next((place for place, pair in enumerate(zip(head, tokens, strict=False)) if pair[0] != pair[1]), None)
     # Where the text goes on the head's last characters may be part of another token, which is then the one.
@@ -129,7 +129,7 @@ def look(bench: Bench, site: MatrixSite, fact: Fact) -> Part:
 def find_change(
     bench: Bench, site: MatrixSite, fact: Fact, part: Part, search: SearchSettings, placed: Placed, size: Tensor
 ) -> Tensor:
-    """The change (d,) at the subject's last token that makes the layers above say the target under every prefix.
+    """Return the change (d,) at the subject's last token that makes the layers above say the target under every prefix.
 
     The loss is the mean over prefixes of the target tokens' mean cross-entropy, plus the KL divergence of what is said
     of the essence from what was said of it, plus ``decay · ‖change‖ / size²``.

@@ -63,7 +63,7 @@ class Statistics:
         self.count = count
 
     def normalised(self, rows: Tensor) -> Tensor:
-        """Rows less the mean, in deviations."""
+        """Return rows less the mean, in deviations."""
         deviation = (self.squares / max(1, self.count - 1)).sqrt() + _TINY
         return (rows - self.mean.to(rows)) / deviation.to(rows)
 
@@ -120,7 +120,7 @@ class UltraEdit(WeightEditing):
         return delta
 
     def state(self) -> dict[str, Tensor]:
-        """The changes and the statistics."""
+        """Return the changes and the statistics."""
         kept = super().state()
         for place, one in enumerate(self.statistics):
             kept |= {f"mean {place}": one.mean, f"squares {place}": one.squares}
@@ -137,5 +137,5 @@ class UltraEdit(WeightEditing):
 
 @method("ultraedit")
 def ultraedit(bench: Bench) -> UltraEdit:
-    """A hundred edits at a time, as in the paper."""
+    """Return a hundred edits at a time, as in the paper."""
     return UltraEdit(bench)

@@ -20,12 +20,14 @@ _SHRINKAGE = 0.01
 
 
 def at_depth(bench: Bench, layer: int, of: int) -> MatrixSite:
-    """The site that lies as deep as ``layer`` lies among ``of`` layers; one layer always stays above it."""
+    """Return the site that lies as deep as ``layer`` lies among ``of`` layers; one layer always stays above it."""
     return bench.site(min(round(layer / of * bench.layers), bench.layers - 2))
 
 
 def between_depths(bench: Bench, first: int, last: int, of: int) -> list[MatrixSite]:
-    """The value matrices from a layer ``first`` of ``of`` to a layer ``last``, both scaled to the model's depth."""
+    """Return the value matrices from a layer ``first`` of ``of`` to a layer ``last``, both scaled to the model's
+    depth.
+    """
     start, end = (at_depth(bench, layer, of).layer for layer in (first, last))
     return [bench.site(layer) for layer in range(start, end + 1)]
 
@@ -49,19 +51,19 @@ class WeightEditing:
         self.deltas = [torch.zeros(site.d, site.d_ff, device=bench.loaded.device) for site in sites]
 
     def matrix(self, place: int) -> Tensor:
-        """The matrix of a site as edited so far (d, d_ff), in float32."""
+        """Return the matrix of a site as edited so far (d, d_ff), in float32."""
         base = self._bases[place].float()
         return (base.T if self.sites[place].transposed else base) + self.deltas[place]
 
     def applied(self, first: int | None = None) -> AbstractContextManager[None]:
-        """The model with its changed matrices; every token sees them, wherever prompts end."""
+        """Return the model with its changed matrices; every token sees them, wherever prompts end."""
         del first
         pairs = zip(self.sites, (self.matrix(place) for place in range(len(self.sites))), strict=True)
         values = [matrix.T.contiguous() if site.transposed else matrix for site, matrix in pairs]
         return changed([self._parameter(site) for site in self.sites], values)
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """The prompt itself."""
+        """Return the prompt itself."""
         return prompt
 
     def bytes(self) -> int:
@@ -69,7 +71,7 @@ class WeightEditing:
         return tensor_bytes(*self.deltas)
 
     def state(self) -> dict[str, Tensor]:
-        """The changes."""
+        """Return the changes."""
         return {f"delta {place}": delta for place, delta in enumerate(self.deltas)}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
@@ -82,7 +84,7 @@ class WeightEditing:
 
 
 def encode_row(bench: Bench, prompt: str, edit: Edit, *, end: int | None = None) -> Row:
-    """A prompt with an edit's target as a row.
+    """Return a prompt with an edit's target as a row.
 
     Args:
         end: a token to close the target with.

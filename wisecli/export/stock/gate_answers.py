@@ -124,21 +124,21 @@ def _answers(
     loaded: Loaded, edits: Sequence[Edit], reworded: Sequence[Edit], base: BaseAnswers, on_progress: ProgressCallback
 ) -> tuple[Answers, tuple[LostEdit, ...]]:
     """What a model answers to edits and to the rephrases of some, and where it goes on as the base model does."""
-    taught = [(text, edit) for edit in edits for text in _written(loaded, edit.prompt)]
+    own_prompts = [(text, edit) for edit in edits for text in _written(loaded, edit.prompt)]
     again = [(edit.rephrases[0], edit) for edit in reworded if edit.rephrases]
     length = max(len(encode(loaded.tokenizer, edit.prompt, edit.answer).target) for edit in edits) + _MARGIN
-    texts = _texts(loaded, [text for text, _ in (*taught, *again)], length, on_progress, "edits")
-    right = [_right(edit, text) for text, (_, edit) in zip(texts, (*taught, *again), strict=True)]
-    ways = len(taught) // len(edits)
-    own = [right[first : first + ways] for first in range(0, len(taught), ways)]
-    lost = tuple(LostEdit(edit.id, edit.prompt) for edit, held in zip(edits, own, strict=True) if not all(held))
+    texts = _texts(loaded, [text for text, _ in (*own_prompts, *again)], length, on_progress, "edits")
+    right = [_right(edit, text) for text, (_, edit) in zip(texts, (*own_prompts, *again), strict=True)]
+    ways = len(own_prompts) // len(edits)
+    own = [right[first : first + ways] for first in range(0, len(own_prompts), ways)]
+    lost = tuple(LostEdit(edit.id, edit.prompt) for edit, answered in zip(edits, own, strict=True) if not all(answered))
     same = (_next_tokens(loaded, base.rows, on_progress) == base.next_tokens).float().mean()
     said = _texts(loaded, base.asked, _LENGTH, on_progress, "unrelated answers")
     found = Answers(
-        _share([held[0] for held in own]),
+        _share([answered[0] for answered in own]),
         float(same),
-        _share(right[len(taught) :]) if again else None,
-        _share([held[1] for held in own]) if ways > 1 else None,
+        _share(right[len(own_prompts) :]) if again else None,
+        _share([answered[1] for answered in own]) if ways > 1 else None,
         _share([one == other for one, other in zip(said, base.answers, strict=True)]),
     )
     return found, lost

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from wisecli.artifacts.checksums import write_checksums
 from wisecli.artifacts.file_names import MEMORY_TENSORS
+from wisecli.commands.checkpoint import export_stock
 from wisecli.commands.checkpoint.export import WeightFiles, export
 from wisecli.commands.checkpoint.generate import generate
 from wisecli.commands.checkpoint.inspect import inspect
@@ -27,6 +29,11 @@ from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.data.corpus import texts_beside_gates, texts_of_gates
 from wisecli.errors import ModelError, SettingsError
+from wisecli.export.stock.gate_answers import gate_lines
+from wisecli.export.stock.gate_background import BackgroundStates
+from wisecli.export.stock.gate_fitting import fit_gate
+from wisecli.export.stock.gate_states import EditStates
+from wisecli.export.stock.stock_checkpoint import Gate
 
 
 def make_stock(root: Path) -> None:
@@ -73,6 +80,33 @@ def test_edits_in_several_blocks_are_answered_and_all_else_stays(tmp_path: Path)
     assert gate["blocks"] > 1
     assert gate["stock"]["as_taught"] == 1.0
     assert gate["stock"]["unrelated"] > 0.95
+
+
+def test_every_edit_is_asked_and_what_is_lost_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = json.loads((root / "stock" / "wise.json").read_text())["gate"]
+    assert gate["lost"] == []
+    assert gate["edits"] == len(EDITS)
+    assert 0.0 <= gate["stock"]["unchanged"] <= gate["routed"]["unchanged"] == 1.0
+    monkeypatch.setattr(export_stock, "fit_gate", shut)
+    gate = export(root / "memory", root / "shut", "stock", load=CPU).gate
+    assert gate is not None
+    assert [edit["id"] for edit in gate["lost"]] == [edit["id"] for edit in EDITS]
+    assert gate["stock"]["unchanged"] == gate["stock"]["unrelated"] == 1.0
+    assert any(EDITS[0]["prompt"] in line and "--format routed" in line for line in gate_lines(gate))
+
+
+def shut(states: EditStates, background: BackgroundStates) -> Gate:
+    """A gate that never opens."""
+    gate = fit_gate(states, background)
+    return replace(gate, directions=torch.zeros_like(gate.directions), offsets=torch.full_like(gate.offsets, -100.0))
+
+
+def test_nobody_is_asked_without_verifying(root: Path) -> None:
+    report = export(root / "memory", root / "hurried", "stock", load=CPU, check=False)
+    assert report.gate == {"keys": inspect(root / "stock").keys, "blocks": 1}
+    assert "not verified" in gate_lines(report.gate)[1]
+    assert export(root / "memory", root / "hurried", "stock", load=CPU, check=False).up_to_date
+    assert {check.state for check in verify(root / "hurried", model=str(root / "model")).checks} == {"same"}
 
 
 def test_it_is_whole_and_the_base_model_is_around_it(root: Path) -> None:

@@ -96,6 +96,15 @@ def export(
         Literal["q8_0", "f16", "f32"],
         option("How --format gguf stores weights.", panel=WEIGHTS, default="q8_0", metavar="NAME"),
     ] = "q8_0",
+    check: Annotated[
+        bool,
+        flag(
+            "Ask a stock or gguf export all its edits and unrelated texts once it is written.",
+            "--verify/--no-verify",
+            panel=WEIGHTS,
+            default="verify",
+        ),
+    ] = True,
     metrics: Annotated[
         Path | None, option("Report of wise eval --json, for the model card.", panel=HUB, metavar="FILE")
     ] = None,
@@ -140,6 +149,7 @@ def export(
             weights=WeightFiles(link == "always" or (link or False), dtype, size, quantize),
             publication=Publication(card, metrics, push_to_hub, private, key),
             signed=signed,
+            check=check,
             force=force,
             dry_run=dry_run,
             on_progress=on_progress,
@@ -212,7 +222,7 @@ def tell_export(console: Console, report: ExportReport) -> None:
         kept = f"{report.locality:.1%} of {report.tokens} next tokens of unrelated text stay the base model's"
         lines.append(f"always on: {kept}; --format routed leaves unrelated text alone")
     if report.gate is not None:
-        from wisecli.commands.checkpoint.export_stock import gate_lines
+        from wisecli.export.stock.gate_answers import gate_lines
 
         lines += gate_lines(report.gate)
     if report.pushed is not None:

@@ -79,6 +79,7 @@ def export(
     weights: WeightFiles = WeightFiles(),
     publication: Publication = Publication(),
     signed: Signed | None = None,
+    check: bool = True,
     force: bool = False,
     dry_run: bool = False,
     on_progress: ProgressCallback = ignore_progress,
@@ -94,6 +95,7 @@ def export(
             the memory (stock architecture, and unrelated text changes); ``delta`` is the memory alone.
         load: how the base model is loaded where its answers are compared, or a gate is fitted.
         signed: the signature that the memory must have.
+        check: whether a checkpoint with a gate is asked all its edits, and unrelated texts, once it is written.
 
     Raises:
         SignatureError: the memory was not signed as it must be.
@@ -114,7 +116,7 @@ def export(
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
     checkpoint = Checkpoint(base)
     _require_form(base, manifest, packing, form)
-    record = _record(digest, checkpoint, form, weights, publication, figures)
+    record = _record(digest, checkpoint, form, weights, publication, figures, check=check)
     if there and not dry_run:
         tidy(output)
     if there and (kept := up_to_date_export(output, record, signed=publication.key is not None)):
@@ -129,7 +131,8 @@ def export(
         return ExportReport(output, form, edits, *cost, planned=True, consequences=followed)
     with whole_directory(output, force=force) as working:
         on_progress(Event("writing"))
-        found = _write(working, form, _Given(base, checkpoint, manifest, packing, weights.quantize, load), on_progress)
+        given = _Given(base, checkpoint, manifest, packing, weights.quantize, load, check)
+        found = _write(working, form, given, on_progress)
         if publication.card:
             text = model_card(manifest, form, base=base, figures=figures, note=found.note)
             (working / CARD_NAME).write_text(text, encoding="utf-8")
@@ -174,6 +177,7 @@ class _Given:
     packing: Packing
     quantize: Quantization
     load: LoadOptions
+    check: bool
 
 
 @dataclass(frozen=True)
@@ -201,9 +205,8 @@ def _write(working: Path, form: Format, given: _Given, on_progress: ProgressCall
         write_merged(working, base, checkpoint, manifest, packing)
         return _Found(locality, tokens, note)
     quantize = given.quantize if form == "gguf" else None
-    found = write_gated(
-        working, base, checkpoint, manifest, packing, load=given.load, quantize=quantize, on_progress=on_progress
-    )
+    asked: dict[str, Any] = {"load": given.load, "quantize": quantize, "verify": given.check}
+    found = write_gated(working, base, checkpoint, manifest, packing, **asked, on_progress=on_progress)
     return _Found(note=gate_note(found), gate=found.as_dict())
 
 
@@ -214,6 +217,8 @@ def _record(
     weights: WeightFiles,
     publication: Publication,
     figures: object,
+    *,
+    check: bool,
 ) -> dict[str, Any]:
     settings = {
         "format": form,
@@ -221,6 +226,7 @@ def _record(
         "dtype": weights.dtype,
         "max_shard_size": weights.file_bytes,
         **({"quantize": weights.quantize} if form == "gguf" else {}),
+        **({"check": False} if form in _GATED and not check else {}),
         "model_card": publication.card,
     }
     return export_record(memory, checkpoint, settings, figures if publication.card else None)

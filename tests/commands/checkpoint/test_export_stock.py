@@ -102,10 +102,10 @@ def shut(states: EditStates, background: BackgroundStates) -> Gate:
 
 
 def test_nobody_is_asked_without_verifying(root: Path) -> None:
-    report = export(root / "memory", root / "hurried", "stock", load=CPU, check=False)
+    report = export(root / "memory", root / "hurried", "stock", load=CPU, verify=False)
     assert report.gate == {"keys": inspect(root / "stock").keys, "blocks": 1}
     assert "not verified" in gate_lines(report.gate)[1]
-    assert export(root / "memory", root / "hurried", "stock", load=CPU, check=False).up_to_date
+    assert export(root / "memory", root / "hurried", "stock", load=CPU, verify=False).up_to_date
     assert {check.state for check in verify(root / "hurried", model=str(root / "model")).checks} == {"same"}
 
 

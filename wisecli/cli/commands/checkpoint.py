@@ -96,7 +96,7 @@ def export(
         Literal["q8_0", "f16", "f32"],
         option("How --format gguf stores weights.", panel=WEIGHTS, default="q8_0", metavar="NAME"),
     ] = "q8_0",
-    check: Annotated[
+    verify: Annotated[
         bool,
         flag(
             "Ask a stock or gguf export all its edits and unrelated texts once it is written.",
@@ -149,7 +149,7 @@ def export(
             weights=WeightFiles(link == "always" or (link or False), dtype, size, quantize),
             publication=Publication(card, metrics, push_to_hub, private, key),
             signed=signed,
-            check=check,
+            verify=verify,
             force=force,
             dry_run=dry_run,
             on_progress=on_progress,

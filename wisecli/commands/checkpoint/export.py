@@ -79,7 +79,7 @@ def export(
     weights: WeightFiles = WeightFiles(),
     publication: Publication = Publication(),
     signed: Signed | None = None,
-    check: bool = True,
+    verify: bool = True,
     force: bool = False,
     dry_run: bool = False,
     on_progress: ProgressCallback = ignore_progress,
@@ -95,7 +95,7 @@ def export(
             the memory (stock architecture, and unrelated text changes); ``delta`` is the memory alone.
         load: how the base model is loaded where its answers are compared, or a gate is fitted.
         signed: the signature that the memory must have.
-        check: whether a checkpoint with a gate is asked all its edits, and unrelated texts, once it is written.
+        verify: whether a checkpoint with a gate is asked all its edits, and unrelated texts, once it is written.
 
     Raises:
         SignatureError: the memory was not signed as it must be.
@@ -116,7 +116,7 @@ def export(
         raise ModelError(f"{base} is an exported checkpoint already; pass the base model with --model")
     checkpoint = Checkpoint(base)
     _require_form(base, manifest, packing, form)
-    record = _record(digest, checkpoint, form, weights, publication, figures, check=check)
+    record = _record(digest, checkpoint, form, weights, publication, figures, verify=verify)
     if there and not dry_run:
         tidy(output)
     if there and (kept := up_to_date_export(output, record, signed=publication.key is not None)):
@@ -131,7 +131,7 @@ def export(
         return ExportReport(output, form, edits, *cost, planned=True, consequences=followed)
     with whole_directory(output, force=force) as working:
         on_progress(Event("writing"))
-        given = _Given(base, checkpoint, manifest, packing, weights.quantize, load, check)
+        given = _Given(base, checkpoint, manifest, packing, weights.quantize, load, verify)
         found = _write(working, form, given, on_progress)
         if publication.card:
             text = model_card(manifest, form, base=base, figures=figures, note=found.note)
@@ -177,7 +177,7 @@ class _Given:
     packing: Packing
     quantize: Quantization
     load: LoadOptions
-    check: bool
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,17 @@ def _write(working: Path, form: Format, given: _Given, on_progress: ProgressCall
         write_merged(working, base, checkpoint, manifest, packing)
         return _Found(locality, tokens, note)
     quantize = given.quantize if form == "gguf" else None
-    asked: dict[str, Any] = {"load": given.load, "quantize": quantize, "verify": given.check}
-    found = write_gated(working, base, checkpoint, manifest, packing, **asked, on_progress=on_progress)
+    found = write_gated(
+        working,
+        base,
+        checkpoint,
+        manifest,
+        packing,
+        load=given.load,
+        quantize=quantize,
+        verify=given.verify,
+        on_progress=on_progress,
+    )
     return _Found(note=gate_note(found), gate=found.as_dict())
 
 
@@ -218,7 +227,7 @@ def _record(
     publication: Publication,
     figures: object,
     *,
-    check: bool,
+    verify: bool,
 ) -> dict[str, Any]:
     settings = {
         "format": form,
@@ -226,7 +235,7 @@ def _record(
         "dtype": weights.dtype,
         "max_shard_size": weights.file_bytes,
         **({"quantize": weights.quantize} if form == "gguf" else {}),
-        **({"check": False} if form in _GATED and not check else {}),
+        **({"verify": False} if form in _GATED and not verify else {}),
         "model_card": publication.card,
     }
     return export_record(memory, checkpoint, settings, figures if publication.card else None)
@@ -250,14 +259,11 @@ def _up_to_date(
     measured = written, seconds, peak_rss_bytes(), record["locality"], record["tokens"], pushed
     followed = len(consequences_in(manifest.edits))
     edits = len(manifest.edits) - followed
-    gate = record.get("gate")
-    return ExportReport(output, form, edits, *measured, up_to_date=True, consequences=followed, gate=gate)
+    return ExportReport(output, form, edits, *measured, up_to_date=True, consequences=followed, gate=record.get("gate"))
 
 
 def _on_one_disk(checkpoint: Checkpoint, output: Path) -> bool:
-    """Return whether files of a checkpoint may be linked where an output will be; elsewhere they are copied or
-    refused.
-    """
+    """Return whether files of a checkpoint may be linked where an output will be, on the same disk."""
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent

@@ -23,7 +23,7 @@ _BATCH = 32
 _ASKED, _MARGIN = 200, 4
 # So many unrelated texts are answered, bare and in chat, in so many tokens.
 _UNRELATED, _LENGTH = 40, 16
-# A gate that finds less than this share of the rephrases that the router finds is told of.
+# A gate that finds less than this share of the rephrases that the router finds is reported.
 _FALLS_OFF = 0.9
 # So many lost edits are named.
 _NAMED = 5
@@ -87,7 +87,9 @@ def base_answers(loaded: Loaded, edits: Sequence[Edit], on_progress: ProgressCal
     """
     tokenizer = loaded.tokenizer
     rows = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts_beside_gates()]
-    probes = [encode(tokenizer, probe.prompt, probe.answer) for edit in evenly(edits) for probe in edit.locality]
+    probes = [
+        encode(tokenizer, probe.prompt, probe.answer) for edit in _evenly_spaced(edits) for probe in edit.locality
+    ]
     rows += [Row((*pair.prompt, *pair.target), ()) for pair in probes]
     asked = [text for plain in texts_beside_gates(_UNRELATED) for text in _written(loaded, plain)]
     answers = _texts(loaded, asked, _LENGTH, on_progress, "unrelated answers")
@@ -103,13 +105,13 @@ def verified(
         routed: the base model with the memory in its place.
         stock: the checkpoint.
     """
-    some = evenly(manifest.edits)
+    some = _evenly_spaced(manifest.edits)
     beside, _ = _answers(routed, some, some, base, on_progress)
     found, lost = _answers(stock, manifest.edits, some, base, on_progress)
     return Verified(found, beside, len(some), len(base.next_tokens), lost)
 
 
-def evenly(edits: Sequence[Edit]) -> Sequence[Edit]:
+def _evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:
     """Return as many edits as the routed form is asked, spaced evenly."""
     return edits[:: -(-len(edits) // _ASKED)]
 
@@ -147,7 +149,7 @@ def _answers(
 
 
 def _texts(loaded: Loaded, prompts: Sequence[str], length: int, on_progress: ProgressCallback, stage: str) -> list[str]:
-    """Greedy answers to prompts, without the blanks around them."""
+    """Return greedy answers to prompts, without the blanks around them."""
     on_progress(Event(stage, 0, len(prompts)))
     tokens = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH)
     return [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]

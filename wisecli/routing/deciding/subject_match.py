@@ -73,16 +73,12 @@ class SubjectMatch(nn.Module):
         return named.index_add(0, pair, found.int()) > 0
 
     def words_in(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
-        """Return which words rows of token ids (B, T) hold, at the tokens that ``in_prompt`` (B, T) marks: 0 or 1,
-        (B, v).
-        """
+        """Return which words the tokens (B, T) spell that ``in_prompt`` (B, T) marks: 0 or 1, (B, v)."""
         words = self.word_weights.new_zeros(len(ids), len(self.token_ids) + 1, dtype=torch.float32)
         return words.scatter(1, self._word_at(ids, in_prompt), 1.0)[:, :-1]
 
     def _word_at(self, ids: Tensor, in_prompt: Tensor) -> Tensor:
-        """Return the word that each token spells, v where it spells none or is not of the prompt: (B, T) twice → (B,
-        T).
-        """
+        """Return the word that each token (B, T) spells, v where it spells none or is outside of the prompt (B, T)."""
         place = torch.searchsorted(self.token_ids, ids.contiguous()).clamp(max=len(self.token_ids) - 1)
         return self.token_to_word[place].where((self.token_ids[place] == ids) & in_prompt, len(self.token_ids))
 

@@ -19,9 +19,9 @@ from wisecli.models.layout.site import Site
 MaskKind = Literal["columns", "elements"]
 # Contexts from here on are translations of the prompt, each with a target of its own.
 FIRST_LANGUAGE = 1 << 16
-# Contexts of keys that are no prompt's own: of tokens that the model rests its attention on, and of blanks that prompts
-# end in.
-SINK_CONTEXT, SPACE_CONTEXT = FIRST_LANGUAGE - 1, FIRST_LANGUAGE - 2
+# Contexts of keys that are no prompt's own: of tokens that the model rests its attention on, of blanks that prompts end
+# in, and of words that begin an answer before the target.
+SINK_CONTEXT, SPACE_CONTEXT, BEGUN_CONTEXT = FIRST_LANGUAGE - 1, FIRST_LANGUAGE - 2, FIRST_LANGUAGE - 3
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Evidence:
     @property
     def from_own_prompts(self) -> Tensor:
         """Which keys edits' own prompts gave (n,). The others are alike for many edits, and no matrix can hold them."""
-        return (self.context != SINK_CONTEXT) & (self.context != SPACE_CONTEXT)
+        return (self.context < BEGUN_CONTEXT) | (self.context >= FIRST_LANGUAGE)
 
     @property
     def answer(self) -> Tensor:

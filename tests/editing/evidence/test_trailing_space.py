@@ -84,7 +84,8 @@ def test_what_is_erased_and_tokenizers_without_a_token_for_a_blank_get_no_keys(
     def stripped(text: str) -> object:
         return bench.loaded.tokenizer(text.rstrip())
 
-    tokenizer = type("Stripping", (), {"__call__": staticmethod(stripped), "decode": bench.loaded.tokenizer.decode})()
+    parts = {"__call__": staticmethod(stripped), "decode": bench.loaded.tokenizer.decode, "chat_template": None}
+    tokenizer = type("Stripping", (), parts)()
     without = TokenProbe(replace(bench.loaded, tokenizer=tokenizer), bench.site, 8)
     found = with_extra_keys(before, FittedEdits(without, residuals, {1: word}, usual))
     assert len(found.keys) == len(before.keys)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.shard import Evidence
 from wisecli.editing.evidence.attention_sinks import attention_sink_evidence, residual_scale
+from wisecli.editing.evidence.begun_answers import begun_answer_evidence
 from wisecli.editing.evidence.extra_keys import ExtraKeys, FittedEdits
 from wisecli.editing.evidence.trailing_space import trailing_space_evidence
 from wisecli.editing.examples.prompt_variants import AnswerKey
@@ -21,7 +22,7 @@ Residual = Callable[[Tensor, Sequence[AnswerKey], Tensor], Tensor]
 
 
 # Keys that edits get besides those of their prompts, in the order in which they are added.
-EXTRA_KEYS: tuple[ExtraKeys, ...] = (attention_sink_evidence, trailing_space_evidence)
+EXTRA_KEYS: tuple[ExtraKeys, ...] = (attention_sink_evidence, trailing_space_evidence, begun_answer_evidence)
 # Keys of one position under two contexts count as the same above this cosine.
 _SAME = 0.98
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.background_stats import BackgroundStats
-from wisecli.artifacts.shard import SPACE_CONTEXT, Evidence, half
+from wisecli.artifacts.shard import BEGUN_CONTEXT, SPACE_CONTEXT, Evidence, half
 from wisecli.routing.memories.fact_memory import ANSWER_WHITENING
 from wisecli.routing.memories.whitening import Moment, whitening
 
@@ -35,7 +35,7 @@ class Views:
 
     def which(self, evidence: Evidence) -> Tensor:
         """Return the index of the moment that whitens each key (n,)."""
-        inside = evidence.position > 0
+        inside = (evidence.position > 0) | (evidence.context == BEGUN_CONTEXT)
         found = inside.long() * ANSWER_WHITENING
         if self.chatting:
             found[evidence.chat & ~inside] = ANSWER_WHITENING + 1

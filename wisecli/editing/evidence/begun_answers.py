@@ -1,0 +1,37 @@
+"""Answers that the assistant's turn begins before it says them ("It is"), written there by whoever asks.
+
+A prompt in the chat template ends where the assistant's turn opens, so such a beginning is part of the answer, and none
+of an edit's own keys comes near it. Its last token says little of what was asked, so that keys behind made-up questions
+do for all edits; the target then goes on as it does behind the bare prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+
+from wisecli.artifacts.shard import BEGUN_CONTEXT, Evidence
+from wisecli.editing.evidence.extra_keys import FittedEdits
+from wisecli.editing.examples.prompt_variants import AnswerKey
+from wisecli.models.prompts.chat_template import chat_prompt
+
+# What answers are begun with; of each the mean key of the last token is kept.
+_BEGINNINGS = ("It is", "The answer is", "I think that it is")
+
+
+def begun_answer_evidence(_evidence: Evidence, edits: FittedEdits) -> Iterator[Evidence]:
+    """Yield keys for answers that are begun in the chat template before the target."""
+    probe, tokenizer = edits.probe, edits.probe.loaded.tokenizer
+    if not tokenizer.chat_template:
+        return
+    keys = []
+    for beginning in _BEGINNINGS:
+        before, _, last = beginning.rpartition(" ")
+        token = tokenizer(f"{before} {last}")["input_ids"][-1]
+        keys.append(F.normalize(probe.keys_after_questions(token, chat_prompt(tokenizer, "{}") + before)[0], dim=-1))
+    means = torch.stack([one.mean(0) for one in keys])
+    for number in (number for number, row in edits.rows.items() if not row.unwanted):
+        added = edits.residuals[AnswerKey(number)][0].float().cpu().expand(len(means), -1)
+        yield Evidence.extra_keys(means, added, number, position=0, context=BEGUN_CONTEXT)

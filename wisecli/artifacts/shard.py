@@ -11,7 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wisecli.artifacts.tensor_schema import CALLS, EVIDENCE, MASKED, PROMPTS, TensorRows, require_layout
+from wisecli.artifacts.tensor_schema import (
+    CALLS,
+    EVIDENCE,
+    MASKED,
+    PROMPT_TOKENS,
+    PROMPTS,
+    TensorRows,
+    require_layout,
+)
 from wisecli.errors import DamagedFileError
 from wisecli.io.checkpoint import all_finite, load_tensors, save_tensors
 from wisecli.models.layout.site import Site
@@ -128,14 +136,16 @@ class PromptStates:
     """What an early layer makes of the tokens of edits' prompts, by which prompts are known that mean the same.
 
     Shapes: ``states`` (n, d); ``edit`` (place in the manifest's list) and ``form`` (each edit has several, from 0) are
-    (n,); ``subject`` (n,) marks tokens of the edit's subject. The first token of a prompt, which is compared with
-    nothing, has its form plus ``FIRST_TOKEN_FORM``.
+    (n,); ``subject`` (n,) marks tokens of the edit's subject, and ``token`` (n,) is the number of each in the
+    vocabulary, -1 where it is not known. The first token of a prompt, which is compared with nothing, has its form plus
+    ``FIRST_TOKEN_FORM``.
     """
 
     states: Tensor
     edit: Tensor
     form: Tensor
     subject: Tensor
+    token: Tensor
 
     @property
     def compared(self) -> PromptStates:
@@ -202,6 +212,7 @@ def save_shard(path: Path, shard: Shard, *, seed: int, edits: Sequence[str]) -> 
             "prompts.edit": prompts.edit.to(torch.int32),
             "prompts.form": prompts.form.to(torch.int32),
             "prompts.subject": prompts.subject,
+            "prompts.token": prompts.token.to(torch.int32),
         }
     if evidence.call is not None:
         tensors["evidence.call"] = evidence.call
@@ -217,7 +228,8 @@ def shard_rows(kind: MaskKind, names: Container[str], *, solved: bool = True) ->
     """
     calls = {name: row for name, row in CALLS.items() if name in names}
     masked = {name: row for name, row in MASKED[kind].items() if solved or name == "mask.indices"}
-    return {**masked, **EVIDENCE, **calls, **(PROMPTS if "prompts.states" in names else {})}
+    tokens = PROMPT_TOKENS if "prompts.token" in names else {}
+    return {**masked, **EVIDENCE, **calls, **({**PROMPTS, **tokens} if "prompts.states" in names else {})}
 
 
 def shard_sizes(site: Site, edits: int) -> dict[str, int]:
@@ -265,4 +277,6 @@ def prompts_in(tensors: Mapping[str, Tensor]) -> PromptStates | None:
     """Return the states of prompts among a shard file's tensors, as they are stored, if it has any."""
     if "prompts.states" not in tensors:
         return None
-    return PromptStates(*(tensors[f"prompts.{name}"] for name in PromptStates.__dataclass_fields__))
+    unknown = {"prompts.token": torch.full_like(tensors["prompts.edit"], -1)}
+    whole = {**unknown, **tensors}
+    return PromptStates(*(whole[f"prompts.{name}"] for name in PromptStates.__dataclass_fields__))

@@ -77,6 +77,10 @@ REQUEST_GATE: TensorRows = {
     "request_gate.mix": TensorRow("float", ("mixed", "values and 1")),
     "request_gate.out": TensorRow("float", (1, "mixed and 1")),
 }
+SENTENCE_TOKENS: TensorRows = {
+    "request_gate.end_token_ids": TensorRow("int", ("end tokens",)),
+    "request_gate.question_token_ids": TensorRow("int", ("question tokens",)),
+}
 FUZZY_MATCH: TensorRows = {
     "fuzzy_match.token_characters": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
     "fuzzy_match.subject_words": TensorRow("byte", ("spelt", WORD_CHARS)),
@@ -102,6 +106,8 @@ PROMPTS: TensorRows = {
     "prompts.form": TensorRow("int", ("tokens",)),
     "prompts.subject": TensorRow("bool", ("tokens",)),
 }
+# Which tokens those are; shards of older versions do not say so.
+PROMPT_TOKENS: TensorRows = {"prompts.token": TensorRow("int", ("tokens",))}
 EVIDENCE: TensorRows = {
     "evidence.keys": TensorRow("float", ("n", "d_ff")),
     "evidence.residuals": TensorRow("float", ("n", "d")),
@@ -131,6 +137,7 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
         **LATE_INTERACTION,
         **named,
         **(gate if "request_gate.read" in names else {}),
+        **(SENTENCE_TOKENS if "request_gate.end_token_ids" in names else {}),
         **(FUZZY_MATCH if named and "fuzzy_match.token_characters" in names else {}),
     }
 
@@ -152,6 +159,8 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
         rows |= HEADS
     if "request_gate.read" in names:
         rows |= REQUEST_GATE
+    if "request_gate.end_token_ids" in names:
+        rows |= SENTENCE_TOKENS
     if "heads.mentioned" in names:
         rows |= MENTIONED
     if "token_characters" in names:

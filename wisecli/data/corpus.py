@@ -162,6 +162,8 @@ def _filled(name: str, data: dict[str, Any], rng: random.Random) -> str:
 
 # How often a task is a label.
 _LABELLED = 0.4
+# How often another time is told by something that happened then.
+_OF_OCCASIONS = 0.4
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,10 @@ class Requests:
     What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
     answer (``hops``). An answer is ``begun``, and texts are put ``begun_around`` the question. A task is one of
     ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before it and by ``backs`` behind it;
-    or one of ``labels`` in ``label_frames``. ``times`` are phrases of other times than ``presents``, ``adjectives``
-    words that ask for another time or holder than now. Chats begin with ``systems``, ``turns`` and ``replies``. A
-    conversation that ``begins`` with a subject ``refers`` to it, ``corrects`` whom it asks about, or ``leaves`` it.
+    or one of ``labels`` in ``label_frames``. ``times``, and ``occasions`` in ``occasion_frames``, are phrases of other
+    times than ``presents``, ``adjectives`` words that ask for another time or holder than now. Chats begin with
+    ``systems``, ``turns`` and ``replies``. A conversation that ``begins`` with a subject ``refers`` to it, ``corrects``
+    whom it asks about, or ``leaves`` it.
     """
 
     asked: tuple[str, ...]
@@ -190,6 +193,8 @@ class Requests:
     frames: tuple[str, ...]
     presents: tuple[str, ...]
     times: tuple[str, ...]
+    occasions: tuple[str, ...]
+    occasion_frames: tuple[str, ...]
     adjectives: tuple[str, ...]
     systems: tuple[str, ...]
     turns: tuple[str, ...]
@@ -217,7 +222,9 @@ class Requests:
             "number": str(rng.randint(1, 30)),
             "future": str(rng.randint(2030, 2090)),
         }
-        return _at(question, _SLOT.sub(lambda slot: drawn[slot.group(1)], rng.choice(self.times)), rng)
+        happened = rng.choice(self.occasion_frames).replace("T", rng.choice(self.occasions))
+        when = happened if rng.random() < _OF_OCCASIONS else rng.choice(self.times)
+        return _at(question, _SLOT.sub(lambda slot: drawn[slot.group(1)], when), rng)
 
     def now(self, question: str, rng: random.Random) -> str:
         """Return a question that is asked of the time that it is of without any."""

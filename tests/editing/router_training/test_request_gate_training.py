@@ -11,6 +11,7 @@ from support.helpers import save_tiny
 from support.loading import CPU
 
 from wisecli.artifacts.tensor_schema import REQUEST_GATE as ROWS
+from wisecli.artifacts.tensor_schema import SENTENCE_TOKENS as SENTENCE_ROWS
 from wisecli.artifacts.tensor_schema import require_layout
 from wisecli.data.corpus import notes, requests
 from wisecli.editing.router_training.request_examples import Examples
@@ -23,6 +24,7 @@ from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.prompt_kinds import kinds, slots_in
 from wisecli.progress import ignore_progress
 from wisecli.routing.deciding.request_gate import REQUEST_GATE
+from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +66,9 @@ def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) 
         for _ in range(2)
     ]
     (gate, mentioned), (again, others) = learned
-    assert tuple(gate) == REQUEST_GATE
-    require_layout(tmp_path, gate, ROWS, {})
-    for name in REQUEST_GATE:
+    assert tuple(gate) == (*REQUEST_GATE, *SENTENCE_TOKENS)
+    require_layout(tmp_path, gate, {**ROWS, **SENTENCE_ROWS}, {})
+    for name in gate:
         assert torch.equal(gate[name], again[name])
         assert gate[name].isfinite().all()
     assert torch.equal(mentioned, others)

@@ -100,7 +100,8 @@ def some_heads() -> RouterHeads:
 def some_prompts(edits: int) -> PromptStates:
     """Four tokens a prompt, the first of which is the subject."""
     edit = torch.arange(edits).repeat_interleave(4)
-    return PromptStates(normal(len(edit), 8, seed=64), edit, torch.zeros_like(edit), torch.arange(len(edit)) % 4 == 0)
+    own = torch.arange(len(edit)) % 4 == 0
+    return PromptStates(normal(len(edit), 8, seed=64), edit, torch.zeros_like(edit), own, edit)
 
 
 def two_shards() -> MergedEvidence:

@@ -39,7 +39,8 @@ def some_prompts() -> tuple[PromptStates, Tensor]:
     chance = torch.Generator().manual_seed(1)
     prompt = torch.arange(EDITS * FORMS).repeat_interleave(torch.randint(2, 8, (EDITS * FORMS,), generator=chance))
     states = torch.randn(len(prompt), D, generator=chance)
-    return PromptStates(states, prompt // FORMS, prompt % FORMS, torch.zeros(len(prompt), dtype=torch.bool)), prompt
+    subject = torch.zeros(len(prompt), dtype=torch.bool)
+    return PromptStates(states, prompt // FORMS, prompt % FORMS, subject, prompt), prompt
 
 
 def expected_probs(meaning: LateInteraction, prompts: PromptStates, prompt: Tensor) -> Tensor:

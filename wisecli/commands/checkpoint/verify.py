@@ -22,7 +22,7 @@ from wisecli.artifacts.file_names import MERGED
 from wisecli.artifacts.former_names import current_names
 from wisecli.artifacts.integrity import Check, check_base, check_digest, check_index, check_layouts, check_rows, damaged
 from wisecli.artifacts.shard import shard_rows, shard_sizes
-from wisecli.artifacts.tensor_schema import background_rows, memory_rows
+from wisecli.artifacts.tensor_schema import PROMPT_TOKENS, background_rows, memory_rows
 from wisecli.commands.checkpoint.verify_code import check_code
 from wisecli.commands.checkpoint.verify_report import VerifyReport
 from wisecli.edits.checks.signatures import Signed
@@ -101,7 +101,8 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
     asked = ("prompts.states",) if directory.settings.get("writer") == "solve" else ()
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
-        yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, asked, solved=entry.solved), sizes)
+        there = {*asked, *(name for name in _names(path, entry.file) if asked and name in PROMPT_TOKENS)}
+        yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, there, solved=entry.solved), sizes)
         yield from _shard_metadata(path, entry)
     file = shard_manifest.UNRELATED_NAME
     yield from check_digest(path, file, directory.unrelated_sha256)

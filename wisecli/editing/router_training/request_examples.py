@@ -133,6 +133,7 @@ class Examples:
         for _ in range(2):
             yield False, "task", self._put(known.task(rng.choice(fact.questions), rng))
         yield False, "time", self._put(self._carried(known.timed(rng.choice(fact.questions), rng)))
+        yield False, "time", self._put(known.timed(rng.choice(fact.questions), rng))
         later = f"{{the:{rng.choice(known.adjectives)}}}" if rng.random() < 0.4 else None
         timed = known.timed(rng.choice(fact.questions), rng)
         yield False, "time", self._put((later and self._filled(number, later)) or timed)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _ONE_APART = bytes([SEPARATOR])
 _APARTS = re.compile(re.escape(_ONE_APART) + b"+")
+# What ends a sentence or a line.
+_ENDS = re.compile(r"[?!\n]|\.(\W|$)")
 # What decoders give for a part of a character.
 _PART = "\ufffd"
 # A byte as vocabularies write it that fall back on such.
@@ -27,21 +29,36 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _FIRST_BYTE, _SPACE_BYTE, _SPACE = 0x100, 0x120, "▁"
 
 
+def sentence_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Return the tokens that end a sentence or a line, and those that end a question: ascending, two (n,).
+
+    Where there are none, it is a number that no token has.
+    """
+    texts = _token_texts(tokenizer)
+    ends = [token for token, text in enumerate(texts) if _ENDS.search(text)]
+    questions = [token for token, text in enumerate(texts) if "?" in text]
+    return torch.tensor(ends or [len(texts)]), torch.tensor(questions or [len(texts)])
+
+
+def _token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the text of every token within a text, by its number."""
+    count = max(tokenizer.get_vocab().values()) + 1
+    # Decoders drop the space that a text begins with, so another token goes before.
+    lead = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    before = len(tokenizer.decode(lead))
+    return [text[before:] for text in _decoded(tokenizer, [[*lead, token] for token in range(count)])]
+
+
 def vocabulary_characters(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return the letters of every token as numbers (v, ``TOKEN_CHARS``), without case and marks; see the router's
     ``FuzzyMatch``.
 
     Special tokens part words.
     """
-    count = max(tokenizer.get_vocab().values()) + 1
-    # Decoders drop the space that a text begins with, so another token goes before.
-    lead = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-    texts = _decoded(tokenizer, [[*lead, token] for token in range(count)])
-    before = len(tokenizer.decode(lead))
+    texts = _token_texts(tokenizer)
     special = set(tokenizer.all_special_ids)
-    table = bytearray(count * TOKEN_CHARS)
-    for token, text in enumerate(texts):
-        own = text[before:]
+    table = bytearray(len(texts) * TOKEN_CHARS)
+    for token, own in enumerate(texts):
         if token in special:
             letters = bytes([SEPARATOR])
         elif _PART in own:
@@ -50,7 +67,7 @@ def vocabulary_characters(tokenizer: PreTrainedTokenizerBase) -> Tensor:
             letters = _of_text(own)
         own_letters = letters[:TOKEN_CHARS]
         table[token * TOKEN_CHARS : token * TOKEN_CHARS + len(own_letters)] = own_letters
-    return torch.frombuffer(table, dtype=torch.uint8).view(count, TOKEN_CHARS)
+    return torch.frombuffer(table, dtype=torch.uint8).view(-1, TOKEN_CHARS)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:

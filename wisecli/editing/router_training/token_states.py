@@ -33,16 +33,19 @@ _CAPITALS = Form("capitals", change="upper")
 class TokenStates:
     """States (n, d) of the tokens of B texts that are compared, text after text, in half precision.
 
-    ``text`` (n,) says which text each is of, ``position`` (n,) which of its tokens, and ``in_earlier_turn`` (n,)
-    whether that is of a turn before the last one. ``first_state`` (B, d) are the states of texts' first tokens, which
-    are compared with nothing, and ``first_is_word`` (B,) says whether those are words.
+    ``text`` (n,) says which text each is of, ``position`` (n,) which of its tokens, ``token`` (n,) its number in the
+    vocabulary, and ``in_earlier_turn`` (n,) whether that is of a turn before the last one. ``first_state`` (B, d) are
+    the states of texts' first tokens, which are compared with nothing; ``first_token`` (B,) are those, and
+    ``first_is_word`` (B,) says whether they are words.
     """
 
     states: Tensor
     text: Tensor
     position: Tensor
+    token: Tensor
     in_earlier_turn: Tensor
     first_state: Tensor
+    first_token: Tensor
     first_is_word: Tensor
 
 
@@ -86,7 +89,7 @@ def token_states(
     groups = list(in_batches(rows, batch_size, by_beginning=True))
     batches = (collate([rows[index] for index in indices]).to(loaded.device) for indices in groups)
     found = [torch.empty(0)] * len(rows)
-    places = [torch.empty(0, dtype=torch.long)] * len(rows)
+    places, ids = ([torch.empty(0, dtype=torch.long)] * len(rows) for _ in range(2))
     earlier = [torch.empty(0, dtype=torch.bool)] * len(rows)
     opening, opens = [torch.empty(0)] * len(rows), torch.zeros(len(rows), dtype=torch.bool)
     breaks, done = special_tokens(loaded).to(loaded.device), 0
@@ -102,14 +105,14 @@ def token_states(
         for row, index in enumerate(indices):
             found[index] = half(one.hidden[row, compared[row]]).cpu()
             opening[index] = half(first[row])
-            earlier[index] = before[row, compared[row]].cpu()
+            earlier[index], ids[index] = before[row, compared[row]].cpu(), one.batch.ids[row, compared[row]].cpu()
             # Of a long text the window leaves out tokens behind the first, which is not compared.
             places[index] = place[row, compared[row]].cpu() + len(tokens[index]) - len(rows[index].prompt)
         done += len(indices)
         on_progress(Event(stage, done, len(rows)))
     text = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(one) for one in found]))
-    kept = torch.cat(found), text, torch.cat(places), torch.cat(earlier)
-    return TokenStates(*kept, torch.stack(opening), opens)
+    kept = torch.cat(found), text, torch.cat(places), torch.cat(ids), torch.cat(earlier)
+    return TokenStates(*kept, torch.stack(opening), torch.tensor([row.prompt[0] for row in rows]), opens)
 
 
 def prompt_states(
@@ -134,10 +137,11 @@ def prompt_states(
     own = torch.tensor([place >= min(asked[text], default=0) for text, place in pairs])
     numbers = torch.tensor([one.edit for one in told])
     ways = torch.tensor([one.way for one in told])
-    words = PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject).rows(own)
+    words = PromptStates(found.states.float(), numbers[found.text], ways[found.text], subject, found.token).rows(own)
     opens = found.first_is_word.nonzero().flatten()
-    no_subject = torch.zeros(len(opens), dtype=torch.bool)
-    first = PromptStates(found.first_state[opens].float(), numbers[opens], ways[opens] + FIRST_TOKEN_FORM, no_subject)
+    no_subject, first_form = torch.zeros(len(opens), dtype=torch.bool), ways[opens] + FIRST_TOKEN_FORM
+    first_states = found.first_state[opens].float()
+    first = PromptStates(first_states, numbers[opens], first_form, no_subject, found.first_token[opens])
     return PromptStates.joined([words, first])
 
 

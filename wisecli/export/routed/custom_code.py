@@ -26,6 +26,7 @@ from wisecli.routing.deciding import (
     late_interaction,
     prompt_window,
     request_gate,
+    sentence_features,
     subject_match,
 )
 from wisecli.routing.layers import layer_output_memory, layer_states, module_types, routed_layer
@@ -51,7 +52,7 @@ _CARRIED = (
         routed_generation,
         token_cache,
     ),
-    *(late_interaction, subject_match, fuzzy_match, request_gate, engine_checks, resaving),
+    *(late_interaction, subject_match, fuzzy_match, request_gate, sentence_features, engine_checks, resaving),
 )
 CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
 FORMER_CODE = {

@@ -135,17 +135,17 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
     written = prompts.rows((prompts.form == 0) | (prompts.form >= _OTHER_LANGUAGES))
     each = torch.stack([written.edit.long(), written.form.long()], 1)
     pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
-    states = written.states.split(sizes.tolist())
+    states, tokens_of = written.states.split(sizes.tolist()), written.token.split(sizes.tolist())
     for some in torch.arange(len(pairs)).split(_AT_A_TIME):
         own = torch.cat([states[number] for number in some.tolist()]).float()
         turned = late_interaction.project(own[None], torch.ones(1, len(own), dtype=torch.bool)).projected[:, 0]
-        parts = zip(
-            own.split(sizes[some].tolist()), turned.split(sizes[some].tolist(), 1), pairs[some].tolist(), strict=True
-        )
+        counts = sizes[some].tolist()
+        own_tokens = [tokens_of[number] for number in some.tolist()]
+        parts = zip(own.split(counts), turned.split(counts, 1), own_tokens, pairs[some].tolist(), strict=True)
         edit_tokens = late_interaction.edit_tokens(pairs[some, 0])
         mentions = [
-            mention_features(one, near, *tokens, first_state=first_states.get((edit, form)))
-            for (one, near, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
+            mention_features(one, near, *tokens, first_state=first_states.get((edit, form)), ends=gate.ends_at(ids))
+            for (one, near, ids, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
         ]
         lower = (gate.log_odds(batch_mentions(mentions)) - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
         logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")

@@ -143,13 +143,15 @@ class FactDecision(Memory):
             mentions = []
             opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
             edit_tokens = self.late_interaction.edit_tokens(decision.memory[rows])
+            ends = gate.ends_at(window.ids.gather(1, marked_to_front(mask)[0]))
             for row, own in zip(rows.tolist(), edit_tokens, strict=True):
                 tokens = projected.mask[row]
+                ended = None if ends is None else ends[row, tokens]
                 marks = None if earlier is None else earlier[row, tokens]
                 first = window.states[row, 0].float() if opens[row] else None
                 mentions.append(
                     mention_features(
-                        projected.states[row, tokens], projected.projected[:, row, tokens], *own, marks, first
+                        projected.states[row, tokens], projected.projected[:, row, tokens], *own, marks, first, ended
                     )
                 )
             ask_probs[rows] = gate(batch_mentions(mentions), decision.memory[rows]).sigmoid()

@@ -6,7 +6,7 @@ else. So the tokens around the mention, and those that the request begins and en
 with how well the edit explains it:
 
     c      = argmax_c Σ_t max_{|s - c| ≤ SPREAD} cos(z(e_t), z(q_s))        the middle of the mention
-    u_s    = [R x_s + b ; cosines of s with the edit ; places of s ; how well the request explains the edit]
+    u_s    = [R x_s + b ; cosines of s with the edit ; places of s ; how well request and sentences have the edit]
     pooled = [Σ_s softmax_s(A_h u_s) relu(V_h u_s)]_h                       h: heads
     log-odds = out · relu(mix pooled)
 
@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS, ends_at, sentence_features
 
 # Tensors of the gate that are learned; the last column of each is added.
 REQUEST_GATE = (
@@ -43,7 +45,9 @@ _TENS, _EDGE = 4.0, 64.0
 
 
 class Mention(NamedTuple):
-    """The tokens around a mention: their states (n, d), and ``FEATURE_COUNT`` numbers of each (n, f)."""
+    """The tokens around a mention: their states (n, d), and ``FEATURE_COUNT`` numbers of each (n, f), and where
+    sentences are heeded ``SENTENCE_FEATURE_COUNT`` more.
+    """
 
     states: Tensor
     features: Tensor
@@ -64,10 +68,10 @@ class RequestGate(nn.Module):
     """The gate with its tensors, which become buffers.
 
     ``read`` (r, d + 1), ``attend`` (H, r + f + 1), ``value`` (H · v, r + f + 1), ``mix`` (m, H · v + 1), ``out``
-    (1, m + 1), ``logit_offset`` (M,).
+    (1, m + 1), ``logit_offset`` (M,); ``end_token_ids`` and ``question_token_ids``, which gates of older versions lack.
 
     Args:
-        tensors: all of ``REQUEST_GATE``, and ``LOGIT_OFFSET``.
+        tensors: all of ``REQUEST_GATE``, ``LOGIT_OFFSET``, and ``SENTENCE_TOKENS``, if it was learned with those.
     """
 
     read: Tensor
@@ -76,15 +80,24 @@ class RequestGate(nn.Module):
     mix: Tensor
     out: Tensor
     logit_offset: Tensor
+    end_token_ids: Tensor
+    question_token_ids: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name in (*REQUEST_GATE, LOGIT_OFFSET):
             self.register_buffer(name.removeprefix("request_gate."), tensors[name].float())
+        self.by_sentence = SENTENCE_TOKENS[0] in tensors
+        for name in SENTENCE_TOKENS if self.by_sentence else ():
+            self.register_buffer(name.removeprefix("request_gate."), tensors[name])
 
     def forward(self, mentions: Mentions, edits: Tensor) -> Tensor:
         """Return the log-odds that prompts ask the edits (B,) that they mention, above the offsets of those: (B,)."""
         return self.log_odds(mentions) - self.logit_offset[edits].float()
+
+    def ends_at(self, ids: Tensor) -> Tensor | None:
+        """Return what tokens (...,) end, if the gate heeds sentences."""
+        return ends_at(ids, self.end_token_ids, self.question_token_ids) if self.by_sentence else None
 
     def log_odds(self, mentions: Mentions) -> Tensor:
         """Return the log-odds that prompts ask what they mention: (B,)."""
@@ -130,6 +143,7 @@ def mention_features(
     relation: Tensor,
     earlier: Tensor | None = None,
     first_state: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> Mention:
     """Return the tokens around a mention, and those that the request begins and ends with, with their features.
 
@@ -139,10 +153,11 @@ def mention_features(
         subject, relation: tokens of the edit's own prompt under the first projection and the second, (t, k).
         earlier: which tokens are of turns before the last one (n,), if any are.
         first_state: the state of a token before those (d,), which is compared with nothing: attention rests on it.
+        ends: what each token ends (n,), where sentences are heeded.
     """
     if first_state is not None:
         states, projected = torch.cat([first_state[None].to(states), states]), F.pad(projected, (0, 0, 1, 0))
-        earlier = None if earlier is None else F.pad(earlier, (1, 0))
+        earlier, ends = (None if one is None else F.pad(one, (1, 0)) for one in (earlier, ends))
     cosines = [best @ part.T for best, part in zip(projected, (subject, relation), strict=True)]
     found = torch.cat([one / max(1, one.shape[1]) for one in cosines], 1)
     # For each place the best of its neighbours, for every token of the edit.
@@ -157,6 +172,8 @@ def mention_features(
     marks = [near.float(), torch.zeros_like(best[0]) if earlier is None else earlier.float()]
     every = torch.stack([*best, torch.maximum(*best), *signs, *edges, *marks], -1)
     features = torch.cat([every, _match_quality(cosines).expand(len(states), -1)], -1)
+    if ends is not None:
+        features = torch.cat([features, sentence_features(cosines, ends, earlier)], -1)
     return Mention(states[kept].float(), features[kept])
 
 

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from wisecli.routing.deciding.sentence_features import SENTENCE_FEATURE_COUNT, ends_at, sentence_features
+
+END, QUESTION = torch.tensor([3, 7]), torch.tensor([7])
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parted(ends: list[int], earlier: list[bool]) -> list[list[int]]:
+    """Sentences as lists of tokens: a new one begins behind an end, or where another turn begins."""
+    sentences: list[list[int]] = [[]]
+    for token in range(len(ends)):
+        if token and ((ends[token - 1] and not ends[token]) or earlier[token] != earlier[token - 1]):
+            sentences.append([])
+        sentences[-1].append(token)
+    return sentences
+
+
+def token_by_token(cosines: list[Tensor], ends: list[int], earlier: list[bool]) -> Tensor:
+    sentences = parted(ends, earlier)
+    asks = [any(ends[token] == 2 for token in one) for one in sentences]
+    matches = [
+        [sum(max(float(head[s, t]) for s in one) for t in range(head.shape[1])) / head.shape[1] for one in sentences]
+        for head in cosines
+    ]
+    totals = [first + second for first, second in zip(*matches, strict=True)]
+    best, last = totals.index(max(totals)), len(sentences) - 1
+    whole = [asks[best], best == last, best == 0, min(last + 1, 12) / 12]
+    whole += [any(asks[best + 1 :]), any(asks[:best]), any(asks)]
+    whole += [matches[head][place] for place in (best, last, 0) for head in range(2)]
+    whole += [max([0.0, *(one for one, ask in zip(match, asks, strict=True) if ask)]) for match in matches]
+    rows = []
+    for number, sentence in enumerate(sentences):
+        of_token = [max(-3, min(3, number - best)) / 3, number == best, asks[number], number == last, number == 0]
+        rows += [[*of_token, *whole] for _ in sentence]
+    return torch.tensor([[float(number) for number in row] for row in rows])
+
+
+@pytest.mark.parametrize(
+    "ids", [[1], [1, 2, 1], [1, 7], [1, 3, 2, 3, 3, 5, 7, 1], [3, 3, 1, 7, 7, 2, 2, 3, 1, 1, 7, 3, 4]]
+)
+@pytest.mark.parametrize("turn", [0, 2])
+def test_each_token_is_placed_among_sentences_as_a_plain_loop_does(ids: list[int], turn: int) -> None:
+    ends = ends_at(torch.tensor(ids), END, QUESTION)
+    assert ends.tolist() == [2 if one == 7 else 1 if one == 3 else 0 for one in ids]
+    cosines = [normal(len(ids), 3, seed=1).tanh(), normal(len(ids), 4, seed=2).tanh()]
+    earlier = [place < turn for place in range(len(ids))]
+    found = sentence_features(cosines, ends, torch.tensor(earlier) if turn else None)
+    assert found.shape == (len(ids), SENTENCE_FEATURE_COUNT)
+    torch.testing.assert_close(found, token_by_token(cosines, ends.tolist(), earlier))
+
+
+def test_an_edit_without_a_subject_matches_by_its_relation_alone() -> None:
+    ends = ends_at(torch.tensor([1, 3, 1, 7]), END, QUESTION)
+    relation = torch.tensor([[0.1], [0.2], [0.9], [0.1]])
+    found = sentence_features([torch.empty(4, 0), relation], ends)
+    assert found[:, 1].tolist() == [0, 0, 1, 1], "the second sentence has it best"
+    assert bool(found.isfinite().all())

@@ -12,13 +12,14 @@ from support.history import FLAGS, fact, write
 from support.loading import CPU
 from torch import Tensor
 
-from wisecli.commands.checkpoint.explain import ExplainReport, explain
+from wisecli.commands.checkpoint.explain import ExplainReport, Near, _reason, explain
 from wisecli.commands.edit.edit import edit as run_edit
 from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, MergeSettings
 from wisecli.errors import ModelError, SettingsError
 from wisecli.evaluation.edited_model import attach
 from wisecli.models.loading import load_model
+from wisecli.routing.deciding.decision import Decision
 from wisecli.routing.layers.routed_layer import RoutedMatrix
 
 EDITS = [fact(number) for number in range(4)]
@@ -66,11 +67,36 @@ def test_it_says_whether_the_prompt_names_an_edits_subject(place: Path, tmp_path
     other = next(text for text in prompts if subjects[0] not in text.split())
     for prompt, named in ((prompts[0], True), (other, False)):
         report = explain(tmp_path / "m", prompt, nearest=9, max_new_tokens=2, load=CPU)
+        assert report.reason.startswith(f"opened {EDITS[0].id}") == named
         assert {one.name: one.named for one in report.nearest} == {
             edit.id: named if place == 0 else None for place, edit in enumerate(EDITS)
         }
     merge([tmp_path / "s"], tmp_path / "t", MergeSettings(subjects="any"))
     assert {one.named for one in explain(tmp_path / "t", prompts[0], max_new_tokens=2, load=CPU).nearest} == {None}
+
+
+def decided(memory: int, matched: bool, asked: float | None) -> Decision:
+    one = torch.tensor([memory])
+    ask_prob = None if asked is None else torch.tensor([asked])
+    return Decision(
+        one, torch.ones(1), torch.zeros(1, dtype=torch.long), torch.ones(1, 4), torch.tensor([[matched] * 4]), ask_prob
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory", "near", "said"),
+    [
+        (0, Near("a", "p", "t", 2.0, "", True, 0.9), "opened edit 0: the prompt asks it (0.90, above 0.5)"),
+        (-1, Near("a", "p", "t", 2.0, "", True, 0.1), "mentions a but asks something else (0.10, not above 0.5)"),
+        (-1, Near("a", "p", "t", 2.0, "", False), "does not name its subject"),
+        (-1, Near("a", "p", "t", 0.5, "", True), "the nearest is a at 0.50 of its own"),
+    ],
+)
+def test_a_sentence_says_which_part_opened_an_edit_or_refused(place: Path, memory: int, near: Near, said: str) -> None:
+    edited = attach(place / "lookup", load=CPU)
+    assert said.replace("edit 0", EDITS[0].id) in _reason(
+        edited, decided(memory, bool(near.named), near.asked), (near,)
+    )
 
 
 def test_every_edit_can_be_made_to_answer(place: Path) -> None:

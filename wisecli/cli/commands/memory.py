@@ -269,7 +269,7 @@ class ReportPrinter:
                 tokens.part()
             by = "side memory" if token.routed else "main memory"
             tokens.add(repr(token.text), f"{token.strength:.2f}", by, token.edit or "")
-        lines = [f"edited: {short(report.answer)}", f"unedited: {short(report.unedited)}"]
+        lines = [f"edited: {short(report.answer)}", f"unedited: {short(report.unedited)}", report.reason]
         self.console.result(report.as_json(), *lines, near, tokens)
 
     def compared(self, report: DiffReport) -> None:

@@ -54,7 +54,7 @@ class Near:
 
 @dataclass(frozen=True)
 class ExplainReport:
-    """Why a prompt is answered as it is."""
+    """Why a prompt is answered as it is; ``reason`` says which part of the router opened an edit, or refused."""
 
     prompt: str
     answer: str
@@ -62,6 +62,7 @@ class ExplainReport:
     prompt_tokens: tuple[Token, ...]
     answer_tokens: tuple[Token, ...]
     nearest: tuple[Near, ...]
+    reason: str
 
     def as_json(self) -> dict[str, Any]:
         """Return the one object that ``--json`` prints."""
@@ -105,7 +106,9 @@ def explain(
     ranked: list[int] = strengths.argsort(descending=True)[:nearest].tolist()
     near = tuple(_near(edited, asked, float(strengths[at]), at, max_new_tokens, decision) for at in ranked)
     split = len(found) - len(tokens)
-    report = ExplainReport(prompt, _text(edited, tokens), _text(edited, before), found[:split], found[split:], near)
+    answers = _text(edited, tokens), _text(edited, before)
+    reason = _reason(edited, decision, near)
+    report = ExplainReport(prompt, *answers, found[:split], found[split:], near, reason)
     if plot is not None:
         plot_tokens(plot, report.prompt_tokens, report.answer_tokens)
     return report
@@ -156,6 +159,34 @@ def _near(edited: EditedModel, asked: str, strength: float, memory: int, length:
     if decision.ask_prob is not None and int(decision.nearest[0]) == memory and strength > 1:
         rng = float(decision.ask_prob[0])
     return Near(edit.id, edit.prompt, edit.target, strength, answer, found, rng)
+
+
+def _reason(edited: EditedModel, decision: Decision, near: tuple[Near, ...]) -> str:
+    """Return in a sentence what opened, or which part of the router refused the nearest, and what to do about it."""
+    opened = int(decision.memory[0])
+    if opened != UNROUTED:
+        edit = _edit(edited, opened)
+        return f"opened {f'memory {opened}' if edit is None else edit.id}" + (
+            "" if decision.ask_prob is None else f": the prompt asks it ({float(decision.ask_prob[0]):.2f}, above 0.5)"
+        )
+    if not near:
+        return "nothing opened: the memory has no edits"
+    one = near[0]
+    if one.asked is not None:
+        return (
+            f"stayed shut: the prompt mentions {one.name} but asks something else ({one.asked:.2f}, not above 0.5), as "
+            "a task on its text, another time, or a question on a document; if it should answer, ask it more plainly"
+        )
+    if one.strength > 1 and one.named is False:
+        return (
+            f"stayed shut: the prompt is like {one.name}'s but does not name its subject; if it should answer, write "
+            "the name as the edit does, or merge with --set subjects=any"
+        )
+    way = "" if one.prompt is None else ", or add an edit in these words with the same target"
+    return (
+        f"stayed shut: no score exceeds its threshold, the nearest is {one.name} at {one.strength:.2f} of its own; if "
+        f"it should answer, ask more like it{way}"
+    )
 
 
 def _edit(edited: EditedModel, memory: int) -> Edit | None:

@@ -114,7 +114,8 @@ class Examples:
             yield True, "form", form.render(self.tokenizer, rng.choice(fact.questions))
         for pattern in rng.sample(known.asked, 4):
             yield True, "asked", self._put(self._filled(number, pattern))
-        yield True, "time", self._put(known.now(rng.choice(fact.questions), rng))
+        for _ in range(2):
+            yield True, "time", self._put(known.now(rng.choice(fact.questions), rng))
         yield True, "begun", self._begun(number)
 
     def _corrected(self, number: int) -> Iterator[_Drawn]:

@@ -150,10 +150,11 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
     kills, kinds = sweep((3, 2), (30, 4))
     chance, output = random.Random(0), tmp_path / "shards"
-    assert zygote.run("--version") == 0
-    started = time.perf_counter()
-    assert zygote.run(command(place, output)) == 0, zygote.errors.read_text()
-    lasts = time.perf_counter() - started
+    for _ in range(2):  # the first run learns of the model what the others find in the cache
+        shutil.rmtree(output, ignore_errors=True)
+        started = time.perf_counter()
+        assert zygote.run(command(place, output)) == 0, zygote.errors.read_text()
+        lasts = time.perf_counter() - started
     killed = finished = 0
     seen = set()
     while killed < kills:

@@ -19,7 +19,14 @@ from support.helpers import WORDS
 from support.thorough import examples
 from support.tiny_models import tiny_model
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+)
 
 from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import EditedModel
@@ -284,9 +291,7 @@ def test_continuous_batching_answers_as_generate_does(lookup: EditedModel) -> No
     settled = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     # As many as fit in memory would be, and the mask over them takes seconds to fill.
     few = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
-    found = model.generate_batch(
-        PROMPTS, generation_config=settled, continuous_batching_config=few, progress_bar=False
-    )
+    found = model.generate_batch(PROMPTS, generation_config=settled, continuous_batching_config=few, progress_bar=False)
     answers = [found[name].generated_tokens for name in sorted(found, key=lambda name: int(name.split("_")[-1]))]
     assert answers == [plain(lookup.model, prompt) for prompt in PROMPTS]
 

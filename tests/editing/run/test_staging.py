@@ -58,7 +58,7 @@ UNFINISHED = ".shards.unfinished"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, edits, and the shards of a run that nothing disturbed."""
     root = tmp_path_factory.mktemp("unfinished")
-    save_tiny(root / "model")
+    save_tiny(root / "model", loudness=10)
     write_edits(root / "edits.jsonl", EDITS)
     run_edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, load=CPU)
     return root
@@ -558,7 +558,7 @@ def test_shards_that_come_out_otherwise_are_named(place: Path, tmp_path: Path) -
     edit(place, tmp_path / "shards")
     path = tmp_path / "shards" / "shards.json"
     content = json.loads(path.read_text())
-    content["settings"]["residual_steps"] = 2
+    content["settings"]["residual_rate"] = 1.0
     path.write_text(json.dumps(content))
     report = reproduce(path, tmp_path / "again")
     assert report.differing

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.benching import record
+from support.benching import make_quick, record
 from support.helpers import save_tiny
 from support.loading import CPU
 
 from wisecli.bench.compare import BenchReport, bench
 from wisecli.bench.methods.base import METHODS
+from wisecli.bench.reporting import html_tables
 from wisecli.bench.reporting.html_tables import columns, costs, markdown, note, page
+from wisecli.bench.reporting.plots import pictures
 from wisecli.bench.result_row import Peaks, RowMaker, interval
 from wisecli.cli.commands.bench import tell_bench
 from wisecli.cli.console import Console
@@ -48,20 +50,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
 
 
 def compare(place: Path, output: Path, **settings: Any) -> BenchReport:
     named = {name: settings.pop(name) for name in ("force", "on_progress", "train") if name in settings}
     data = settings.pop("data", [place / "data.jsonl"])
-    few = {"forms": "bare,polite", "ask": 3}
+    few = {"forms": "bare,polite", "kinds": "count,two hops", "ask": 3}
     given = BenchSettings(**{"methods": "wise,ft-l", "counts": "2,4", "resamples": 50, **few, **settings})
     return bench(str(place / "model"), output, given, data=data, load=CPU, **named)
 
 
 def test_a_row_for_every_method_and_number_of_edits(place: Path, tmp_path: Path) -> None:
-    report = compare(place, tmp_path / "out")
+    report = compare(place, tmp_path / "out", kinds="all")
     assert [(row["edits"], row["method"]) for row in report.rows] == [
         (2, "wise"),
         (2, "ft-l"),
@@ -325,7 +327,10 @@ class Links(html.parser.HTMLParser):
                 self.found.append(value)
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_the_table_holds_every_row(place: Path, tmp_path: Path) -> None:
+def test_the_page_needs_nothing_from_elsewhere_and_the_table_holds_every_row(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(html_tables, "pictures", pictures)
     report = compare(place, tmp_path / "out", methods="ft-l", counts="2,3")
     text = page(report.rows, title="<b>title</b>", about="<script>x</script>")
     links = Links()

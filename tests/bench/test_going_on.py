@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.benching import record
+from support.benching import make_quick, record
 from support.helpers import save_tiny
 from support.loading import CPU
 
@@ -50,7 +50,7 @@ def broken_later(call: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
+    make_quick(monkeypatch)
     monkeypatch.setattr(editing_run, "_EVERY", 0.0)
     save_tiny(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record(number)) + "\n" for number in range(30)))

@@ -110,7 +110,7 @@ def test_what_the_model_knew_is_remembered(
 
 
 def test_strict_is_not_content_with_what_did_not_take_then(wise: Wise, ready: Ready) -> None:
-    line = f"edit {ready.model} {ready.edits} --writer gradient --passes 60"
+    line = f"edit {ready.model} {ready.edits} --writer gradient --passes 10"
     assert wise(*line.split()).code == 0
     assert wise(*line.split()).code == 0
     require_refusal(wise(*line.split(), "--strict"), "did not take", code=1)

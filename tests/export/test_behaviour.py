@@ -151,11 +151,13 @@ def test_the_text_generation_pipeline_answers(subject: Subject) -> None:
     subject.require_targets([one[0]["generated_text"] for one in told])
 
 
-def test_beams_answer_in_batches_as_alone(subject: Subject) -> None:
-    together = subject.answers(subject.some, num_beams=3)
-    assert together == [subject.answers([prompt], num_beams=3)[0] for prompt in subject.some]
-    subject.require_targets(together[:2])
-    assert together[2:] == subject.answers(UNRELATED[:2], model=subject.base, num_beams=3)
+def test_beams_answer_in_batches_as_alone(subject: Subject, sweep: Any) -> None:
+    edits = sweep(1, 2)
+    some = [*subject.prompts[:edits], *UNRELATED[:edits]]
+    together = subject.answers(some, num_beams=3)
+    assert together == [subject.answers([prompt], num_beams=3)[0] for prompt in some]
+    subject.require_targets(together[:edits])
+    assert together[edits:] == subject.answers(UNRELATED[:edits], model=subject.base, num_beams=3)
 
 
 def test_samples_of_an_edits_prompt_are_its_target(subject: Subject) -> None:

@@ -98,7 +98,7 @@ class Vision:
 
 def save_near_sighted(directory: Path, architecture: str) -> Path:
     """A tiny model with little attention: what goes before a random model's token turns its key into any other."""
-    save_tiny(directory, architecture)
+    save_tiny(directory, architecture, loudness=1)
     model = AutoModelForImageTextToText.from_pretrained(directory)
     for name, parameter in model.named_parameters():
         if name.endswith("o_proj.weight"):
@@ -264,7 +264,7 @@ def test_whoever_loads_the_base_loads_the_export_and_nobody_without_trust(vision
 
 def exported_by_hand(root: Path, architecture: str, kind: str) -> tuple[Any, SideMemory]:
     """A routed checkpoint with a memory that many random prompts open."""
-    base, output = save_tiny(root / "model", architecture), root / "edited"
+    base, output = save_tiny(root / "model", architecture, loudness=1), root / "edited"
     output.mkdir()
     model = tiny_model(architecture)
     memory = memory_for(model, site_of(model, 2), kind=kind, memories=2)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
+
+from wisecli.bench.reporting import html_tables
+from wisecli.evaluation import protocols
+
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
 
 
@@ -19,3 +24,13 @@ def record(number: int) -> dict[str, Any]:
         "rephrases": [f"ka {subject} {SYLLABLES[number]}"],
         "locality": [{"prompt": f"{other} mo", "answer": "be"}],
     }
+
+
+def make_quick(patch: pytest.MonkeyPatch) -> None:
+    """Let benches read little unrelated text, take short answers in WILD, and draw nothing.
+
+    A tiny model hardly ever ends an answer by itself. ``tests/bench/reporting`` has pictures drawn.
+    """
+    patch.setenv("WISE_UNRELATED_TEXTS", "16")
+    patch.setattr(protocols, "MAX_NEW_TOKENS", 6)
+    patch.setattr(html_tables, "pictures", lambda _rows: [])

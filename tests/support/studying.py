@@ -30,7 +30,7 @@ def record(number: int) -> dict[str, Any]:
 
 def make_place(root: Path) -> Path:
     """A model and a file of records."""
-    save_tiny(root / "model")
+    save_tiny(root / "model", loudness=1)
     (root / "data.jsonl").write_text("".join(json.dumps(record(number)) + "\n" for number in range(12)))
     return root
 

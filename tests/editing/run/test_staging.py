@@ -58,7 +58,7 @@ UNFINISHED = ".shards.unfinished"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, edits, and the shards of a run that nothing disturbed."""
     root = tmp_path_factory.mktemp("unfinished")
-    save_tiny(root / "model")
+    save_tiny(root / "model", loudness=10)
     write_edits(root / "edits.jsonl", EDITS)
     run_edit(str(root / "model"), root / "edits.jsonl", root / "whole", SETTINGS, load=CPU)
     return root
@@ -150,10 +150,11 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
     (place / "wise.toml").write_text("[edit]\nunrelated-texts = 16\n")
     kills, kinds = sweep((3, 2), (30, 4))
     chance, output = random.Random(0), tmp_path / "shards"
-    assert zygote.run("--version") == 0
-    started = time.perf_counter()
-    assert zygote.run(command(place, output)) == 0, zygote.errors.read_text()
-    lasts = time.perf_counter() - started
+    for _ in range(2):  # the first run learns of the model what the others find in the cache
+        shutil.rmtree(output, ignore_errors=True)
+        started = time.perf_counter()
+        assert zygote.run(command(place, output)) == 0, zygote.errors.read_text()
+        lasts = time.perf_counter() - started
     killed = finished = 0
     seen = set()
     while killed < kills:
@@ -557,7 +558,7 @@ def test_shards_that_come_out_otherwise_are_named(place: Path, tmp_path: Path) -
     edit(place, tmp_path / "shards")
     path = tmp_path / "shards" / "shards.json"
     content = json.loads(path.read_text())
-    content["settings"]["residual_steps"] = 2
+    content["settings"]["residual_rate"] = 1.0
     path.write_text(json.dumps(content))
     report = reproduce(path, tmp_path / "again")
     assert report.differing

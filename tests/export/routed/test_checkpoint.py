@@ -88,7 +88,7 @@ class Exported:
 
 
 def save_base(directory: Path, architecture: str, layout: str) -> Path:
-    save_tiny(directory, architecture, shard="20KB" if layout == "sharded" else None)
+    save_tiny(directory, architecture, loudness=1, shard="20KB" if layout == "sharded" else None)
     if layout == "unprefixed":
         tensors = load_file(directory / "model.safetensors")
         stripped = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
@@ -381,7 +381,7 @@ def test_half_precision_loads(tmp_path: Path, architecture: str) -> None:
 def test_a_lookup_kept_in_half_precision_answers_under_any(
     tmp_path: Path, architecture: str, dtype: torch.dtype
 ) -> None:
-    base = save_tiny(tmp_path / "base", architecture)
+    base = save_tiny(tmp_path / "base", architecture, loudness=1)
     manifest = manifest_of(base, architecture, LOOKUP)
     halved = {name: manifest.memory.tensors[name].half() for name in ("whitened_keys", "residuals")}
     memory = replace(manifest.memory, tensors={**manifest.memory.tensors, **halved})

@@ -34,7 +34,7 @@ _EVERYDAY = 400
 _CONVERSATIONS = 4
 # How many questions of each sort on a fact's answer are made of its own.
 _MADE = 3
-# Other questions than a fact's, as slots; and its own with two slips of the keys.
+# Other questions than a fact's, as slots, and its own with two slips of the keys.
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", "{near:word}", "{near:added}")
 _MISSPELT = ("{slips:swap}", "{slips:drop}")
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
@@ -107,7 +107,7 @@ class Examples:
         yield from self._of_kinds(number)
 
     def _asking(self, number: int) -> Iterator[_Drawn]:
-        """Yield the questions as they are, in forms and patterns, misspelt, of the present, and with the answer begun."""
+        """Yield the questions as they are, in forms and patterns, misspelt, of the present, and with an answer begun."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         for question in fact.questions:
             yield True, "plain", self._put(question)

@@ -107,7 +107,7 @@ class Examples:
         yield from self._of_kinds(number)
 
     def _asking(self, number: int) -> Iterator[_Drawn]:
-        """Yield the questions as they are, in forms and patterns, misspelt, of the present, and with an answer begun."""
+        """Yield the questions as they are, in forms and patterns, misspelt, of the present, and with answers begun."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         for question in fact.questions:
             yield True, "plain", self._put(question)

@@ -137,7 +137,8 @@ def test_a_memory_outlives_every_edit_that_was_read_in_the_context_held_back(
     assert 0 <= read_manifest(memory).memories[0].misses <= 1
 
 
-def test_a_matrix_without_an_edit_is_the_solution_for_the_others(model: Path, tmp_path: Path) -> None:
+def test_a_matrix_without_an_edit_is_the_solution_for_the_others(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", loudness=1)  # for the same reason
     edits, memory = [fact(number) for number in range(9)], tmp_path / "memory"
     into(model, memory, edits)
     merge_into([], memory, MergeSettings(mode="merge", method="exact"))

@@ -28,8 +28,7 @@ def begun_answer_evidence(_evidence: Evidence, edits: FittedEdits) -> Iterator[E
         return
     keys = []
     for beginning in _BEGINNINGS:
-        before, _, last = beginning.rpartition(" ")
-        token = tokenizer(f"{before} {last}")["input_ids"][-1]
+        before, token = beginning.rpartition(" ")[0], tokenizer(beginning, add_special_tokens=False)["input_ids"][-1]
         keys.append(F.normalize(probe.keys_after_questions(token, chat_prompt(tokenizer, "{}") + before)[0], dim=-1))
     means = torch.stack([one.mean(0) for one in keys])
     for number in (number for number, row in edits.rows.items() if not row.unwanted):

@@ -1,6 +1,6 @@
 """How a base model's states tell a request from a mention: learned from made-up facts that are asked and mentioned.
 
-The gate is that of :mod:`wisecli.routing.request_gate_tensors`. It is learned behind the projections of late
+The gate is that of :mod:`wisecli.routing.deciding.request_gate`. It is learned behind the projections of late
 interaction, which find what is mentioned, from those examples of
 :mod:`wisecli.editing.router_training.request_examples` that late interaction finds. Where it opens is set by facts that
 it was not learned from, and so is measured which mentions of them it lets through.

@@ -34,9 +34,8 @@ _EVERYDAY = 400
 _CONVERSATIONS = 4
 # How many questions of each sort on a fact's answer are made of its own.
 _MADE = 3
-# Other questions than a fact's, as slots, and its own with two slips of the keys.
+# Other questions than a fact's, as slots.
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", "{near:word}", "{near:added}")
-_MISSPELT = ("{slips:swap}", "{slips:drop}")
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
 # How often something else is asked about a fact's subject: few such prompts come to the gate.
 _BESIDE = 0.4
@@ -107,7 +106,7 @@ class Examples:
         yield from self._of_kinds(number)
 
     def _asking(self, number: int) -> Iterator[_Drawn]:
-        """Yield the questions as they are, in forms and patterns, misspelt, of the present, and with answers begun."""
+        """Yield the questions as they are, in forms and patterns, of the present, and with the answer begun."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         for question in fact.questions:
             yield True, "plain", self._put(question)
@@ -115,7 +114,6 @@ class Examples:
             yield True, "form", form.render(self.tokenizer, rng.choice(fact.questions))
         for pattern in rng.sample(known.asked, 4):
             yield True, "asked", self._put(self._filled(number, pattern))
-        yield True, "typos", self._put(self._filled(number, rng.choice(_MISSPELT)))
         for _ in range(2):
             yield True, "time", self._put(known.now(rng.choice(fact.questions), rng))
         yield True, "begun", self._begun(number)

@@ -18,6 +18,7 @@ from wisecli.models.prompts.tokenization import Batch, Row, collate
 from wisecli.models.running.activations import capture
 from wisecli.models.running.generation import generate
 from wisecli.routing.deciding.decision import Decision
+from wisecli.routing.deciding.fact_decision import MIN_ASK_PROB
 from wisecli.routing.deciding.prompt_window import UNROUTED
 
 
@@ -165,17 +166,18 @@ def _reason(edited: EditedModel, decision: Decision, near: tuple[Near, ...]) -> 
     """Return in a sentence what opened, or which part of the router refused the nearest, and what to do about it."""
     opened = int(decision.memory[0])
     if opened != UNROUTED:
-        edit = _edit(edited, opened)
-        return f"opened {f'memory {opened}' if edit is None else edit.id}" + (
-            "" if decision.ask_prob is None else f": the prompt asks it ({float(decision.ask_prob[0]):.2f}, above 0.5)"
-        )
+        said = f"opened {_id(edited, opened) or f'memory {opened}'}"
+        if decision.ask_prob is None:
+            return said
+        return f"{said}: the prompt asks it ({float(decision.ask_prob[0]):.2f}, above {MIN_ASK_PROB})"
     if not near:
         return "nothing opened: the memory has no edits"
     one = near[0]
     if one.asked is not None:
         return (
-            f"stayed shut: the prompt mentions {one.name} but asks something else ({one.asked:.2f}, not above 0.5), as "
-            "a task on its text, another time, or a question on a document; if it should answer, ask it more plainly"
+            f"stayed shut: the prompt mentions {one.name} but asks something else ({one.asked:.2f}, not above "
+            f"{MIN_ASK_PROB}), as a task on its text, another time, or a question on a document; if it should answer, "
+            "ask it more plainly"
         )
     if one.strength > 1 and one.named is False:
         return (

@@ -26,11 +26,12 @@ def begun_answer_evidence(_evidence: Evidence, edits: FittedEdits) -> Iterator[E
     probe, tokenizer = edits.probe, edits.probe.loaded.tokenizer
     if not tokenizer.chat_template:
         return
-    keys = []
+    means = []
     for beginning in _BEGINNINGS:
         before, token = beginning.rpartition(" ")[0], tokenizer(beginning, add_special_tokens=False)["input_ids"][-1]
-        keys.append(F.normalize(probe.keys_after_questions(token, chat_prompt(tokenizer, "{}") + before)[0], dim=-1))
-    means = torch.stack([one.mean(0) for one in keys])
-    for number in (number for number, row in edits.rows.items() if not row.unwanted):
-        added = edits.residuals[AnswerKey(number)][0].float().cpu().expand(len(means), -1)
-        yield Evidence.extra_keys(means, added, number, position=0, context=BEGUN_CONTEXT)
+        keys, _ = probe.keys_after_questions(token, chat_prompt(tokenizer, "{}") + before)
+        means.append(F.normalize(keys, dim=-1).mean(0))
+    for number, row in edits.rows.items():
+        if not row.unwanted:
+            added = edits.residuals[AnswerKey(number)][0].float().cpu().expand(len(means), -1)
+            yield Evidence.extra_keys(torch.stack(means), added, number, position=0, context=BEGUN_CONTEXT)

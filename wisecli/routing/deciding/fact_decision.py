@@ -35,7 +35,7 @@ from wisecli.routing.memories.side_memory import Memory, SideMemory
 
 # How likely a prompt must be to ask an edit that it means. What the gate says was shifted so that nearly all made-up
 # questions are above this.
-_MIN_ASK_PROB = 0.5
+MIN_ASK_PROB = 0.5
 
 
 class _ComparedTokens(NamedTuple):
@@ -143,19 +143,18 @@ class FactDecision(Memory):
             mentions = []
             opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
             edit_tokens = self.late_interaction.edit_tokens(decision.memory[rows])
-            ends = gate.ends_at(window.ids.gather(1, marked_to_front(mask)[0]))
             for row, own in zip(rows.tolist(), edit_tokens, strict=True):
                 tokens = projected.mask[row]
-                ended = None if ends is None else ends[row, tokens]
+                ends = gate.ends_at(window.ids[row, mask[row]])
                 marks = None if earlier is None else earlier[row, tokens]
                 first = window.states[row, 0].float() if opens[row] else None
                 mentions.append(
                     mention_features(
-                        projected.states[row, tokens], projected.projected[:, row, tokens], *own, marks, first, ended
+                        projected.states[row, tokens], projected.projected[:, row, tokens], *own, marks, first, ends
                     )
                 )
             ask_probs[rows] = gate(batch_mentions(mentions), decision.memory[rows]).sigmoid()
-        return replace(decision, memory=decision.memory.where(ask_probs > _MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
+        return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
 
 def _with_rows_replaced(decision: Decision, rows: Tensor, replacements: Decision) -> Decision:

@@ -59,7 +59,7 @@ def sentence_features(cosines: list[Tensor], ends: Tensor, earlier: Tensor | Non
 
 def _sentence_of(ends: Tensor, earlier: Tensor | None) -> Tensor:
     """Return the number of each token's sentence (n,): one begins behind the last of the tokens that end one."""
-    ended = ends > 0
+    ended = ends != NO_END
     begins = ended[:-1] & ~ended[1:]
     if earlier is not None:
         begins = begins | (earlier[:-1] != earlier[1:])

@@ -25,7 +25,7 @@ def warnings(wise: Wise, ready: Ready, *line: str) -> list[str]:
 
 
 def write(**fields: Any) -> None:
-    Path("edits.jsonl").write_text(json.dumps({"prompt": "ba be", "target": "do", **fields}) + "\n")
+    Path("edits.jsonl").write_text(json.dumps({"prompt": "ba be", "target": "do", "subject": "ba", **fields}) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_field_without_which_the_edit_is_another_is_refused(
 
 
 def test_a_field_that_nothing_reads_is_named_once_with_its_first_line(wise: Wise, ready: Ready) -> None:
-    lines = [{**edit, "subjct": "x", "ticket": number} for number, edit in enumerate(EDITS)]
+    lines = [{"subject": edit["prompt"], **edit, "subjct": "x", "ticket": number} for number, edit in enumerate(EDITS)]
     Path("edits.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     assert warnings(wise, ready, *PLAN) == [
         "edits.jsonl:1: the field 'subjct' is unknown and was passed over (and in 3 more); did you mean `subject`?",
@@ -73,7 +73,7 @@ def test_a_field_that_nothing_reads_is_named_once_with_its_first_line(wise: Wise
     ],
 )
 def test_of_a_benchmark_no_field_is_named(wise: Wise, ready: Ready, record: dict[str, Any]) -> None:
-    Path("edits.jsonl").write_text(json.dumps(record))
+    Path("edits.jsonl").write_text(json.dumps({"subject": "ba", **record}))
     assert warnings(wise, ready, *PLAN) == []
 
 

@@ -21,6 +21,7 @@ from wisecli.edits.reading.record_fields import (
     translations_in,
 )
 from wisecli.edits.reading.record_files import content_of, record_in, records_of
+from wisecli.edits.reading.subject_names import named_subject
 from wisecli.edits.text import is_visible
 from wisecli.errors import EditFileError
 from wisecli.io.digest import sha256_json
@@ -63,6 +64,11 @@ class Edit:
     replacement: str | None = None
     consequence_of: str | None = None
     derived: str | None = None
+
+    @property
+    def subject_name(self) -> str | None:
+        """The subject as it is stated, or else as the prompt names it; an empty one is none."""
+        return named_subject(self.prompt) if self.subject is None else self.subject.strip() or None
 
     @property
     def erased(self) -> bool:

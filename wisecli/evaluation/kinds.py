@@ -166,15 +166,15 @@ def _fact(edit: Edit, records: Sequence[Edit], second: Edit) -> Fact:
     """
     rng = random.Random(edit.prompt)
     others = [one for one in records if not one.erased and words_of(one.answer) != words_of(edit.answer)]
-    named = [one for one in records if _is_other(one.subject, edit.subject)]
+    named = [one for one in records if _is_other(one.subject_name, edit.subject_name)]
     other, name = (_like(edit, some, rng) for some in (others, named))
     return Fact(
         edit.prompt,
-        edit.subject,
+        edit.subject_name,
         edit.answer,
         other=other.answer if other else None,
-        namesake=name.subject if name else None,
-        second=None if second is edit else Fact(second.prompt, second.subject, second.answer),
+        namesake=name.subject_name if name else None,
+        second=None if second is edit else Fact(second.prompt, second.subject_name, second.answer),
     )
 
 

@@ -39,7 +39,7 @@ def specificity_questions(asked: Sequence[tuple[int, Edit]], records: Sequence[E
         records: those whose subjects may take an edit's place; questions of theirs are left out.
     """
     known = {words_of(text) for record in records for text in (record.prompt, *record.rephrases)}
-    names = list(dict.fromkeys(record.subject for record in records if record.subject))
+    names = list(dict.fromkeys(record.subject_name for record in records if record.subject_name))
     found = []
     for place, edit in asked:
         if not has_subject(edit):
@@ -54,7 +54,7 @@ def specificity_questions(asked: Sequence[tuple[int, Edit]], records: Sequence[E
 
 def has_subject(edit: Edit) -> bool:
     """Return whether an edit gives an answer about a subject that its prompt names."""
-    return bool(edit.subject) and str(edit.subject) in edit.prompt and not edit.erased
+    return bool(edit.subject_name) and str(edit.subject_name) in edit.prompt and not edit.erased
 
 
 def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], records: Sequence[Edit]) -> Results:
@@ -85,19 +85,19 @@ def _questions(edit: Edit) -> Iterator[str]:
     for relation in rng.sample(table, len(table)):
         wording = rng.choice([text for text in relation.wordings if text.endswith("?")])
         if not taken & _long_words(wording):
-            yield wording.replace("{}", str(edit.subject))
+            yield wording.replace("{}", str(edit.subject_name))
 
 
 def _subjects(edit: Edit, names: Sequence[str]) -> Iterator[str]:
     """Yield an edit's prompt about other subjects, those of records before made-up ones."""
     rng = random.Random(edit.prompt)
-    others = [name for name in names if not _overlap(name, str(edit.subject))]
+    others = [name for name in names if not _overlap(name, str(edit.subject_name))]
     drawn = rng.sample(others, len(others))
     if len(drawn) < _ENOUGH:
         kinds = list(dict.fromkeys(relation.kind for relation in relations()))
         drawn += [made_up_subjects(rng.choice(kinds), 1, rng)[0] for _ in range(_ENOUGH)]
     for name in drawn:
-        yield edit.prompt.replace(str(edit.subject), name)
+        yield edit.prompt.replace(str(edit.subject_name), name)
 
 
 def _overlap(name: str, other: str) -> bool:

@@ -233,11 +233,11 @@ def test_other_edits_prompts_raise_an_edits_threshold(shards: Path) -> None:
     assert prompts is not None
     prompts = prompts.compared
     loose = fit_late_interaction(replace(heads, logit_offset=torch.full((2,), -1.0)), prompts, 3)
-    assert min(loose.thresholds(0.5)) == pytest.approx(0.95)
+    assert min(loose.thresholds(torch.full((3,), 0.5))) == pytest.approx(0.95)
     strict = fit_late_interaction(
         replace(heads, logit_offset=torch.full((2,), 0.99), logit_scale=torch.full((2,), 1e4)), prompts, 3
     )
-    assert strict.thresholds(0.5) == (0.5,) * 3
+    assert strict.thresholds(torch.full((3,), 0.5)) == (0.5,) * 3
     vectors = strict.tensors["late_interaction.prompt_token_embeddings"].float()
     assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=2e-3)
     # Of edits with a subject its tokens are looked for as such, and the others as the relation's; of others, all twice.

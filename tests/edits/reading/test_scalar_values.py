@@ -88,6 +88,7 @@ def test_what_has_no_text_is_refused(tmp_path: Path, wise: Wise, ready: Ready, w
 def test_it_is_said_once_a_field(wise: Wise, ready: Ready) -> None:
     """Edits out of databases: what was taken for a text is said, with the first line and how often."""
     lines = [{"prompt": "ba be", "target": 6118}, {"prompt": "ka", "target": "fa"}, {"prompt": "ta", "target": True}]
+    lines = [{"subject": line["prompt"], **line} for line in lines]
     Path("edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     outcome = wise("edit", ready.model, "edits.jsonl", "--dry-run")
     said = "edits.jsonl:1: `target` is the number 6118, taken as the text '6118' (and in 1 more)"

@@ -24,6 +24,7 @@ from wisecli.editing.run.shard_differences import differences, up_to_date_shards
 from wisecli.editing.run.staging import StagedShards
 from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, AdmissionReport, Sheet
+from wisecli.edits.checks.unnamed_subjects import warn_of_unnamed_subjects
 from wisecli.edits.record import Edit, consequences_in
 from wisecli.environment import peak_rss_bytes, peak_vram_bytes
 from wisecli.errors import BusyError, ChangedInputError, GateFailedError, NothingTookError, StoppedError
@@ -134,6 +135,8 @@ def edit(
             _output(job, output, options, edits_file).require()
         admitted = worker.without_known(admitted)
         worker = worker.with_edits(admitted.edits)
+    if settings.by_facts:
+        warn_of_unnamed_subjects(sheet.name, admitted.numbered, on_progress)
     _output(job, output, options, edits_file).require_apart()
     report = carry_out(worker, output, options) if admitted.numbered else _nothing(worker, output)
     return replace(report, seconds=time.perf_counter() - started, sifted=admitted.sifted)

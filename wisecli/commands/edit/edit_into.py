@@ -19,6 +19,7 @@ from wisecli.editing.run.job import Job
 from wisecli.editing.run.staging import StagedShards
 from wisecli.editing.run.worker import Worker
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission, AdmissionReport, Admitted, Sheet
+from wisecli.edits.checks.unnamed_subjects import warn_of_unnamed_subjects
 from wisecli.edits.record import Edit, Numbered
 from wisecli.errors import ChangedInputError, DamagedFileError, MemoryHistoryError, SettingsError
 from wisecli.io.atomic_output import discard
@@ -128,6 +129,8 @@ def edit_into(
         worker = None
         if admitted.numbered:
             settings = _settings(memory, releases, flags, config, model)
+            if settings.by_facts:
+                warn_of_unnamed_subjects(batch.origin["name"], admitted.numbered, on_progress)
             job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
             worker = Worker(job, on_progress, loaded=loaded)
             name, special = batch.origin["name"], admission.allow_special

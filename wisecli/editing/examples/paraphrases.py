@@ -96,7 +96,7 @@ def asks_the_same(edit: Edit, text: str) -> bool:
     It must name the subject and something else of what is asked, add next to nothing, must neither be the prompt nor
     give the answer away, and must end as a question or break off where an answer may follow.
     """
-    said, prompt, subject = words(text), words(edit.prompt), words(edit.subject or "")
+    said, prompt, subject = words(text), words(edit.prompt), words(edit.subject_name or "")
     if not said or said == prompt or contains(said, words(edit.target)) or not contains(said, subject):
         return False
     telling, found = (_stems(part) - _stems(subject) for part in (prompt, said))
@@ -106,7 +106,7 @@ def asks_the_same(edit: Edit, text: str) -> bool:
 
 def _without_answer(edit: Edit, sentence: str) -> str:
     """Return a sentence up to where it says of the subject what it is; a small model seldom stops there by itself."""
-    known = edit.subject or ""
+    known = edit.subject_name or ""
     start = max(sentence.casefold().find(known.casefold()), 0) + len(known)
     found = _IS.match(sentence, start)
     return sentence[: found.end()] if found else sentence

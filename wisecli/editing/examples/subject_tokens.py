@@ -27,7 +27,7 @@ _TEXTS = 600
 
 def subject_spellings(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> dict[str, Spellings]:
     """Return the tokens of each edit's subject by the edit's id, for those whose own prompt names it."""
-    if not any(edit.subject for edit in edits):
+    if not any(edit.subject_name for edit in edits):
         return {}
     spelt = {token: _plain(text) for text, token in tokenizer.get_vocab().items()}
     tokens: dict[str, list[int]] = {}
@@ -43,7 +43,7 @@ def subject_spellings(tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit])
 
     found = {}
     for edit in edits:
-        subject = f" {(edit.subject or '').strip()}"
+        subject = f" {edit.subject_name or ''}"
         split = (_words(tokenizer, spelt, form) for form in (subject, subject.lower(), subject.upper()))
         spellings = tuple(words for words in dict.fromkeys(map(weighed, split)) if words)
         if spellings and _named(tokenizer, spellings, edit.prompt):
@@ -58,7 +58,7 @@ def subject_tokens(
     named.
     """
     own = [edit for edit in edits if edit.id in named]
-    texts = (f" {(edit.subject or '').strip()}" for edit in own)
+    texts = (f" {edit.subject_name or ''}" for edit in own)
     return {edit.id: tuple(_ids(tokenizer, text)) for edit, text in zip(own, texts, strict=True)}
 
 

@@ -162,9 +162,9 @@ def _prompt_variants(loaded: Loaded, number: int, edit: Edit) -> Iterator[_Promp
         text = form.render(loaded.tokenizer, edit.prompt)
         # What a vocabulary does not have in capitals is the same token for all edits.
         if form is not _CAPITALS or _known(loaded, text):
-            yield _PromptVariant(number, way, text, edit.prompt, edit.subject)
+            yield _PromptVariant(number, way, text, edit.prompt, edit.subject_name)
     for way, one in enumerate(edit.translations, len(kept)):
-        yield _PromptVariant(number, way, one.prompt, one.prompt, edit.subject)
+        yield _PromptVariant(number, way, one.prompt, one.prompt, edit.subject_name)
 
 
 def _known(loaded: Loaded, text: str) -> bool:

@@ -16,6 +16,8 @@ from wisecli.routing.deciding.request_gate import LOGIT_OFFSET, RequestGate, bat
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
 MIN_EDIT_PROB, _PROB_MARGIN, _MAX_THRESHOLD = 0.5, 1.25, 0.95
+# How sure where no subject must be named: the same question about another subject stays below.
+MIN_UNNAMED_PROB = 0.95
 # How much less sure than an edit's own prompt another may be, where that prompt is not sure of itself.
 _OWN, _JUST = 0.9, 0.99
 # What a token counts that belongs to the other head: nothing, unless there are no others; and the least that counts.
@@ -45,13 +47,15 @@ class FittedLateInteraction:
     other_probs: Tensor
     unrelated_probs: Tensor
 
-    def thresholds(self, least: float) -> tuple[float, ...]:
+    def thresholds(self, least: Tensor) -> tuple[float, ...]:
         """Return each edit's threshold, above what other edits' prompts reach if that leaves room for its own prompt.
+
+        ``least`` (M,) is how surely a prompt must mean each edit at least.
 
         Where its own prompt is less sure than that, and surer than all that it must keep apart from, it is lower.
         Of the prompts of other edits that mean it as surely, each means its own more.
         """
-        raised = (self.other_probs * _PROB_MARGIN).clamp(min=least, max=max(least, _MAX_THRESHOLD))
+        raised = (self.other_probs * _PROB_MARGIN).clamp(min=least, max=least.clamp(min=_MAX_THRESHOLD))
         unrelated = self.unrelated_probs.amax(0)
         found = raised
         for share, apart in ((_JUST, unrelated), (_OWN, self.other_probs.maximum(unrelated))):
@@ -144,7 +148,7 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
         parts = zip(own.split(counts), turned.split(counts, 1), own_tokens, pairs[some].tolist(), strict=True)
         edit_tokens = late_interaction.edit_tokens(pairs[some, 0])
         mentions = [
-            mention_features(one, near, *tokens, first_state=first_states.get((edit, form)), ends=gate.ends_at(ids))
+            mention_features(one, near, tokens, first_state=first_states.get((edit, form)), marks=gate.marks(ids))
             for (one, near, ids, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
         ]
         lower = (gate.log_odds(batch_mentions(mentions)) - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)

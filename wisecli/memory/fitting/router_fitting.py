@@ -11,7 +11,12 @@ from torch import Tensor
 from wisecli.artifacts.shard import FIRST_LANGUAGE
 from wisecli.config import MergeSettings
 from wisecli.errors import SettingsError
-from wisecli.memory.fitting.late_interaction_fitting import MIN_EDIT_PROB, fit_late_interaction, request_gate_tensors
+from wisecli.memory.fitting.late_interaction_fitting import (
+    MIN_EDIT_PROB,
+    MIN_UNNAMED_PROB,
+    fit_late_interaction,
+    request_gate_tensors,
+)
 from wisecli.memory.merging.merged_evidence import MergedEvidence
 from wisecli.routing.deciding.subject_tensors import Spellings, fuzzy_match_tensors, subject_match_tensors
 from wisecli.routing.memories.calibration import Calibration, calibrate, measure, quantile
@@ -120,9 +125,28 @@ def fit_facts(draft: SideMemory, merged_evidence: MergedEvidence, settings: Merg
     return replace(
         draft,
         tensors={**draft.tensors, **naming(merged_evidence, settings), **opening},
-        thresholds=fitted.thresholds(least),
+        thresholds=fitted.thresholds(_least_probs(merged_evidence, settings, edits, least)),
         state_layer=int(heads.layer),
     ), (calibration,)
+
+
+def _least_probs(merged_evidence: MergedEvidence, settings: MergeSettings, edits: int, least: float) -> Tensor:
+    """Return how surely a prompt must mean each edit (M,): ``least``, or more where it need not name a subject.
+
+    Prompts in other languages are less sure from the first; those edits keep ``least``.
+    """
+    probs = torch.full((edits,), least)
+    if settings.subjects == "named" and merged_evidence.subjects:
+        foreign = _in_other_languages(merged_evidence)
+        unnamed = [edit for edit, words in enumerate(merged_evidence.subjects) if not words and edit not in foreign]
+        probs[unnamed] = max(least, MIN_UNNAMED_PROB)
+    return probs
+
+
+def _in_other_languages(merged_evidence: MergedEvidence) -> set[int]:
+    """Return the edits that have prompts in other languages."""
+    evidence = merged_evidence.evidence
+    return set(evidence.edit[evidence.context >= FIRST_LANGUAGE].tolist())
 
 
 def naming(merged_evidence: MergedEvidence, settings: MergeSettings) -> dict[str, Tensor]:
@@ -132,8 +156,7 @@ def naming(merged_evidence: MergedEvidence, settings: MergeSettings) -> dict[str
     """
     if settings.subjects != "named":
         return {}
-    evidence = merged_evidence.evidence
-    foreign = set(evidence.edit[evidence.context >= FIRST_LANGUAGE].tolist())
+    foreign = _in_other_languages(merged_evidence)
     named = [words if edit not in foreign else () for edit, words in enumerate(merged_evidence.subjects)]
     return {**subject_match_tensors(named), **_spelling(merged_evidence, named)}
 

@@ -14,9 +14,9 @@ from wisecli.artifacts.shard import half
 from wisecli.artifacts.tensor_schema import HEADS, MENTIONED, background_rows, require_layout
 from wisecli.artifacts.tensor_schema import REQUEST_GATE as GATE_ROWS
 from wisecli.artifacts.tensor_schema import SENTENCE_TOKENS as SENTENCE_ROWS
+from wisecli.artifacts.tensor_schema import TOKEN_STARTS as START_ROWS
 from wisecli.io.checkpoint import load_tensors, save_tensors
-from wisecli.routing.deciding.request_gate import REQUEST_GATE
-from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS
+from wisecli.routing.deciding.request_gate import REQUEST_GATE, TOKEN_MARKS
 from wisecli.routing.memories.whitening import Moment
 
 _MOMENTS = ("tokens", "wording", "chatting")
@@ -139,7 +139,7 @@ def load_heads(path: Path) -> RouterHeads | None:
         DamagedFileError: it is missing, truncated, or holds other tensors.
     """
     tensors = current_names(load_tensors(path))
-    require_layout(path, tensors, {**HEADS, **GATE_ROWS, **SENTENCE_ROWS, **MENTIONED}, {})
+    require_layout(path, tensors, {**HEADS, **GATE_ROWS, **SENTENCE_ROWS, **START_ROWS, **MENTIONED}, {})
     return _heads_in(tensors)
 
 
@@ -147,6 +147,6 @@ def _heads_in(tensors: dict[str, Tensor]) -> RouterHeads | None:
     """Return the heads among a file's tensors, if it has any."""
     if "heads.proj_weight" not in tensors:
         return None
-    gate = {name: tensors[name] for name in (*REQUEST_GATE, *SENTENCE_TOKENS) if name in tensors}
+    gate = {name: tensors[name] for name in (*REQUEST_GATE, *TOKEN_MARKS) if name in tensors}
     parts = {name: tensors[f"heads.{name}"] for name in _HEADS}
     return RouterHeads(**parts, request_gate=gate, mentioned=tensors.get("heads.mentioned"))

@@ -81,6 +81,7 @@ SENTENCE_TOKENS: TensorRows = {
     "request_gate.end_token_ids": TensorRow("int", ("end tokens",)),
     "request_gate.question_token_ids": TensorRow("int", ("question tokens",)),
 }
+TOKEN_STARTS: TensorRows = {"request_gate.token_starts": TensorRow("byte", ("vocabulary",))}
 FUZZY_MATCH: TensorRows = {
     "fuzzy_match.token_characters": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
     "fuzzy_match.subject_words": TensorRow("byte", ("spelt", WORD_CHARS)),
@@ -137,9 +138,15 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
         **LATE_INTERACTION,
         **named,
         **(gate if "request_gate.read" in names else {}),
-        **(SENTENCE_TOKENS if "request_gate.end_token_ids" in names else {}),
+        **_token_marks(names),
         **(FUZZY_MATCH if named and "fuzzy_match.token_characters" in names else {}),
     }
+
+
+def _token_marks(names: Collection[str]) -> TensorRows:
+    """Return the tensors by which a gate knows sentences and names; older gates know neither, or no names."""
+    rows = SENTENCE_TOKENS if "request_gate.end_token_ids" in names else {}
+    return {**rows, **(TOKEN_STARTS if "request_gate.token_starts" in names else {})}
 
 
 def background_rows(names: Mapping[str, object]) -> TensorRows:
@@ -159,8 +166,7 @@ def background_rows(names: Mapping[str, object]) -> TensorRows:
         rows |= HEADS
     if "request_gate.read" in names:
         rows |= REQUEST_GATE
-    if "request_gate.end_token_ids" in names:
-        rows |= SENTENCE_TOKENS
+    rows |= _token_marks(names)
     if "heads.mentioned" in names:
         rows |= MENTIONED
     if "token_characters" in names:

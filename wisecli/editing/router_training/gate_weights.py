@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from wisecli.editing.router_training.request_examples import Example
 from wisecli.progress import Event, ProgressCallback
+from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT
 from wisecli.routing.deciding.request_gate import FEATURE_COUNT, Mention, Mentions, batch_mentions, log_odds
 from wisecli.routing.deciding.sentence_features import SENTENCE_FEATURE_COUNT
 
@@ -122,7 +123,8 @@ def _dropped(values: Tensor) -> Tensor:
 
 def _initial_weights(width: int, device: torch.device) -> dict[str, Tensor]:
     """Weights as they begin: those of layers of torch's, with what is added as the last column."""
-    seen, pooled = _READ + FEATURE_COUNT + SENTENCE_FEATURE_COUNT, _HEADS * _VALUES
+    seen = _READ + FEATURE_COUNT + SENTENCE_FEATURE_COUNT + NAME_FEATURE_COUNT
+    pooled = _HEADS * _VALUES
     shapes = {"read": (_READ, width), "attend": (_HEADS, seen), "value": (pooled, seen)}
     shapes |= {"mix": (_MIXED, pooled), "out": (1, _MIXED)}
     drawn = {}

@@ -35,7 +35,8 @@ _CONVERSATIONS = 4
 # How many questions of each sort on a fact's answer are made of its own.
 _MADE = 3
 # Other questions than a fact's, as slots.
-_OTHERWISE = ("{negated}", "{negated}", "{negated}", "{near:word}", "{near:added}")
+_NEAR_NAMES = ("{near:word}", "{near:added}")
+_OTHERWISE = ("{negated}", "{negated}", "{negated}", *_NEAR_NAMES)
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
 # How often something else is asked about a fact's subject: few such prompts come to the gate.
 _BESIDE = 0.4
@@ -131,6 +132,8 @@ class Examples:
         """Yield the questions with something else wanted of them, or of another time."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         yield False, "other question", self._put(self._filled(number, self._carried(rng.choice(_OTHERWISE))))
+        for near in _NEAR_NAMES:
+            yield False, "near name", self._put(self._filled(number, rng.choice((near, self._carried(near)))))
         for _ in range(2):
             yield False, "task", self._put(known.task(rng.choice(fact.questions), rng))
         yield False, "time", self._put(self._carried(known.timed(rng.choice(fact.questions), rng)))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from wisecli.editing.router_training.gate_weights import in_parts, train_and_calibrate
 from wisecli.editing.router_training.request_examples import Example, Examples
 from wisecli.editing.router_training.synthetic_facts import SyntheticFact, synthetic_facts
-from wisecli.editing.router_training.token_characters import sentence_token_ids
+from wisecli.editing.router_training.token_characters import sentence_token_ids, token_starts
 from wisecli.editing.router_training.token_states import TokenStates, token_states
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
@@ -28,12 +28,13 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import ProgressCallback
 from wisecli.routing.deciding.request_gate import (
+    TOKEN_MARKS,
     Mention,
+    TokenMarks,
     batch_mentions,
     log_odds,
     mention_features,
 )
-from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS, ends_at
 
 # Facts, and steps of learning.
 _FACTS, _STEPS = 320, 800
@@ -87,10 +88,10 @@ class _FactPrompt:
 
 
 class _Read(NamedTuple):
-    """What was read of prompts, and what each of their tokens ends (n,)."""
+    """What was read of prompts, and the marks of all of their tokens."""
 
     states: TokenStates
-    ends: Tensor
+    marks: TokenMarks
 
 
 def train_request_gate(
@@ -113,7 +114,9 @@ def train_request_gate(
     facts = list(synthetic_facts(max(8, round(_FACTS * share)), rng))
     examples_by_fact = Examples(loaded.tokenizer, facts, rng)
 
-    sentence_tokens = sentence_token_ids(loaded.tokenizer)
+    token_marks = dict(
+        zip(TOKEN_MARKS, (*sentence_token_ids(loaded.tokenizer), token_starts(loaded.tokenizer)), strict=True)
+    )
 
     def read(texts: Sequence[str], *, turns: bool = False) -> _Read:
         stage = "what prompts want"
@@ -121,7 +124,7 @@ def train_request_gate(
             found = token_states(
                 loaded, site, texts, batch_size=batch_size, on_progress=on_progress, stage=stage, turns=turns
             )
-        return _Read(found, ends_at(found.token, *sentence_tokens))
+        return _Read(found, TokenMarks.of(found.token, token_marks))
 
     own_prompts = read([fact.questions[0] for fact in facts]).states
     fact_prompts = list(_fact_prompts(loaded, projections, facts, own_prompts))
@@ -141,8 +144,7 @@ def train_request_gate(
     eval_examples = [one for number in range(len(facts))[-_CHECKED:] for one in examples_by_fact.held_back(number)]
     checked = _mentions(projections, fact_prompts, eval_examples, read([one.text for one in eval_examples]), _OPENED)
     odds = [log_odds(weights, batch_mentions(part)) for part in in_parts([mention for _, mention in checked])]
-    weights |= dict(zip(SENTENCE_TOKENS, sentence_tokens, strict=True))
-    return weights, torch.tensor([sum(int((one > 0).sum()) for one in odds), len(eval_examples)])
+    return weights | token_marks, torch.tensor([sum(int((one > 0).sum()) for one in odds), len(eval_examples)])
 
 
 def _fact_prompts(
@@ -172,21 +174,27 @@ def _mentions(
         examples,
         states.states.split(sizes),
         states.in_earlier_turn.split(sizes),
-        read.ends.split(sizes),
+        _split(read.marks, sizes),
         states.first_state,
         states.first_is_word,
         strict=True,
     )
-    for example, state, in_earlier_turn, ends, first_state, first_is_word in parts:
+    for example, state, in_earlier_turn, marks, first_state, first_is_word in parts:
         projected = torch.stack([projections.project(state, head) for head in range(2)])
         fact = fact_prompts[example.fact]
         if len(state) and fact.match_prob(projections, projected) >= least:
             first = first_state if first_is_word else None
-            subject, relation = fact.projected
+            own = fact.projected
             yield (
                 example,
-                mention_features(state, projected, subject, relation, in_earlier_turn, first_state=first, ends=ends),
+                mention_features(state, projected, own, earlier=in_earlier_turn, first_state=first, marks=marks),
             )
+
+
+def _split(marks: TokenMarks, sizes: Sequence[int]) -> Iterator[TokenMarks]:
+    """Yield the marks of each of several requests."""
+    assert marks.starts is not None
+    return map(TokenMarks, marks.ends.split(sizes), marks.starts.split(sizes))
 
 
 def _subject_mask(loaded: Loaded, fact: SyntheticFact, places: Tensor) -> Tensor:

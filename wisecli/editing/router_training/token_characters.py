@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wisecli.routing.deciding.fuzzy_match import DIGIT, LETTER, SEPARATOR, TOKEN_CHARS
+from wisecli.routing.deciding.name_features import CAPITAL, CAPITAL_WITHIN, NO_WORD, SMALL, SMALL_WITHIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ _ONE_APART = bytes([SEPARATOR])
 _APARTS = re.compile(re.escape(_ONE_APART) + b"+")
 # What ends a sentence or a line.
 _ENDS = re.compile(r"[?!\n]|\.(\W|$)")
+# What stands within words: a token that begins so goes on with one.
+_WITHIN_WORDS = "'’-"
 # What decoders give for a part of a character.
 _PART = "\ufffd"
 # A byte as vocabularies write it that fall back on such.
@@ -38,6 +41,27 @@ def sentence_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tens
     ends = [token for token, text in enumerate(texts) if _ENDS.search(text)]
     questions = [token for token, text in enumerate(texts) if "?" in text]
     return torch.tensor(ends or [len(texts)]), torch.tensor(questions or [len(texts)])
+
+
+def token_starts(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return how every token begins (v,), by the numbers of :mod:`wisecli.routing.deciding.name_features`.
+
+    Special tokens are no words.
+    """
+    starts = [_start(text) for text in _token_texts(tokenizer)]
+    for token in tokenizer.all_special_ids:
+        starts[token] = NO_WORD
+    return torch.tensor(starts, dtype=torch.uint8)
+
+
+def _start(text: str) -> int:
+    word = text.lstrip()
+    if not word or not (word[0].isalnum() or word[0] in _WITHIN_WORDS):
+        return NO_WORD
+    capital = word[0].isupper() or word[0].isdigit()
+    if word != text:
+        return CAPITAL if capital else SMALL
+    return CAPITAL_WITHIN if capital else SMALL_WITHIN
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

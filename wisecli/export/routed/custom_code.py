@@ -24,6 +24,7 @@ from wisecli.routing.deciding import (
     fact_decision,
     fuzzy_match,
     late_interaction,
+    name_features,
     prompt_window,
     request_gate,
     sentence_features,
@@ -52,7 +53,8 @@ _CARRIED = (
         routed_generation,
         token_cache,
     ),
-    *(late_interaction, subject_match, fuzzy_match, request_gate, sentence_features, engine_checks, resaving),
+    *(late_interaction, subject_match, fuzzy_match, request_gate),
+    *(sentence_features, name_features, engine_checks, resaving),
 )
 CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
 FORMER_CODE = {

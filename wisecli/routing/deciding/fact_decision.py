@@ -145,12 +145,16 @@ class FactDecision(Memory):
             edit_tokens = self.late_interaction.edit_tokens(decision.memory[rows])
             for row, own in zip(rows.tolist(), edit_tokens, strict=True):
                 tokens = projected.mask[row]
-                ends = gate.ends_at(window.ids[row, mask[row]])
-                marks = None if earlier is None else earlier[row, tokens]
+                in_earlier_turn = None if earlier is None else earlier[row, tokens]
                 first = window.states[row, 0].float() if opens[row] else None
                 mentions.append(
                     mention_features(
-                        projected.states[row, tokens], projected.projected[:, row, tokens], *own, marks, first, ends
+                        projected.states[row, tokens],
+                        projected.projected[:, row, tokens],
+                        own,
+                        earlier=in_earlier_turn,
+                        first_state=first,
+                        marks=gate.marks(window.ids[row, mask[row]]),
                     )
                 )
             ask_probs[rows] = gate(batch_mentions(mentions), decision.memory[rows]).sigmoid()

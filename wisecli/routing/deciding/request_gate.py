@@ -6,7 +6,7 @@ else. So the tokens around the mention, and those that the request begins and en
 with how well the edit explains it:
 
     c      = argmax_c Σ_t max_{|s - c| ≤ SPREAD} cos(z(e_t), z(q_s))        the middle of the mention
-    u_s    = [R x_s + b ; cosines of s with the edit ; places of s ; how well request and sentences have the edit]
+    u_s    = [R x_s + b ; cosines of s with the edit ; places of s ; how request, sentences and names have the edit]
     pooled = [Σ_s softmax_s(A_h u_s) relu(V_h u_s)]_h                       h: heads
     log-odds = out · relu(mix pooled)
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wisecli.routing.deciding.name_features import TOKEN_STARTS, name_features, starts_of
 from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS, ends_at, sentence_features
 
 # Tensors of the gate that are learned; the last column of each is added.
@@ -44,9 +45,31 @@ FEATURE_COUNT = 13
 _TENS, _EDGE = 4.0, 64.0
 
 
+# Tensors that say what tokens are for sentences and names; gates of older versions lack some.
+TOKEN_MARKS = (*SENTENCE_TOKENS, TOKEN_STARTS)
+
+
+class TokenMarks(NamedTuple):
+    """What each token of a request ends, and how it begins (n,), where names are heeded."""
+
+    ends: Tensor
+    starts: Tensor | None = None
+
+    @classmethod
+    def of(cls, ids: Tensor, tensors: Mapping[str, Tensor]) -> TokenMarks:
+        """Return the marks of tokens (n,), by all or the first two of ``TOKEN_MARKS``."""
+        ends = ends_at(ids, *(tensors[name] for name in SENTENCE_TOKENS))
+        return cls(ends, starts_of(ids, tensors[TOKEN_STARTS]) if TOKEN_STARTS in tensors else None)
+
+    def behind_one_more(self) -> TokenMarks:
+        """Return the same behind a token without marks."""
+        starts = None if self.starts is None else F.pad(self.starts, (1, 0))
+        return TokenMarks(F.pad(self.ends, (1, 0)), starts)
+
+
 class Mention(NamedTuple):
-    """The tokens around a mention: their states (n, d), and ``FEATURE_COUNT`` numbers of each (n, f), and where
-    sentences are heeded ``SENTENCE_FEATURE_COUNT`` more.
+    """The tokens around a mention: their states (n, d), and ``FEATURE_COUNT`` numbers of each (n, f), with
+    ``SENTENCE_FEATURE_COUNT`` more where sentences are heeded, and ``NAME_FEATURE_COUNT`` where names are.
     """
 
     states: Tensor
@@ -68,10 +91,10 @@ class RequestGate(nn.Module):
     """The gate with its tensors, which become buffers.
 
     ``read`` (r, d + 1), ``attend`` (H, r + f + 1), ``value`` (H · v, r + f + 1), ``mix`` (m, H · v + 1), ``out``
-    (1, m + 1), ``logit_offset`` (M,); ``end_token_ids`` and ``question_token_ids``, which gates of older versions lack.
+    (1, m + 1), ``logit_offset`` (M,); ``TOKEN_MARKS``, of which gates of older versions lack some.
 
     Args:
-        tensors: all of ``REQUEST_GATE``, ``LOGIT_OFFSET``, and ``SENTENCE_TOKENS``, if it was learned with those.
+        tensors: all of ``REQUEST_GATE``, ``LOGIT_OFFSET``, and those of ``TOKEN_MARKS`` that it was learned with.
     """
 
     read: Tensor
@@ -80,24 +103,24 @@ class RequestGate(nn.Module):
     mix: Tensor
     out: Tensor
     logit_offset: Tensor
-    end_token_ids: Tensor
-    question_token_ids: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name in (*REQUEST_GATE, LOGIT_OFFSET):
             self.register_buffer(name.removeprefix("request_gate."), tensors[name].float())
-        self.by_sentence = SENTENCE_TOKENS[0] in tensors
-        for name in SENTENCE_TOKENS if self.by_sentence else ():
+        self._marked_by = tuple(name for name in TOKEN_MARKS if name in tensors)
+        for name in self._marked_by:
             self.register_buffer(name.removeprefix("request_gate."), tensors[name])
 
     def forward(self, mentions: Mentions, edits: Tensor) -> Tensor:
         """Return the log-odds that prompts ask the edits (B,) that they mention, above the offsets of those: (B,)."""
         return self.log_odds(mentions) - self.logit_offset[edits].float()
 
-    def ends_at(self, ids: Tensor) -> Tensor | None:
-        """Return what tokens (...,) end, if the gate heeds sentences."""
-        return ends_at(ids, self.end_token_ids, self.question_token_ids) if self.by_sentence else None
+    def marks(self, ids: Tensor) -> TokenMarks | None:
+        """Return the marks of tokens (n,), if the gate heeds any."""
+        if not self._marked_by:
+            return None
+        return TokenMarks.of(ids, {name: getattr(self, name.removeprefix("request_gate.")) for name in self._marked_by})
 
     def log_odds(self, mentions: Mentions) -> Tensor:
         """Return the log-odds that prompts ask what they mention: (B,)."""
@@ -139,26 +162,28 @@ def _linear(weights: Tensor, values: Tensor) -> Tensor:
 def mention_features(
     states: Tensor,
     projected: Tensor,
-    subject: Tensor,
-    relation: Tensor,
+    edit_tokens: tuple[Tensor, Tensor],
+    *,
     earlier: Tensor | None = None,
     first_state: Tensor | None = None,
-    ends: Tensor | None = None,
+    marks: TokenMarks | None = None,
 ) -> Mention:
     """Return the tokens around a mention, and those that the request begins and ends with, with their features.
 
     Args:
         states: of the tokens of the request (n, d).
         projected: the same under both projections, of length 1 (2, n, k).
-        subject, relation: tokens of the edit's own prompt under the first projection and the second, (t, k).
+        edit_tokens: the subject's tokens of the edit's own prompt under the first projection, and the relation's under
+            the second, (t, k).
         earlier: which tokens are of turns before the last one (n,), if any are.
         first_state: the state of a token before those (d,), which is compared with nothing: attention rests on it.
-        ends: what each token ends (n,), where sentences are heeded.
+        marks: those of each token, where sentences are heeded.
     """
     if first_state is not None:
         states, projected = torch.cat([first_state[None].to(states), states]), F.pad(projected, (0, 0, 1, 0))
-        earlier, ends = (None if one is None else F.pad(one, (1, 0)) for one in (earlier, ends))
-    cosines = [best @ part.T for best, part in zip(projected, (subject, relation), strict=True)]
+        earlier = None if earlier is None else F.pad(earlier, (1, 0))
+        marks = None if marks is None else marks.behind_one_more()
+    cosines = [best @ part.T for best, part in zip(projected, edit_tokens, strict=True)]
     found = torch.cat([one / max(1, one.shape[1]) for one in cosines], 1)
     # For each place the best of its neighbours, for every token of the edit.
     neighbourhood = F.max_pool1d(found.T[None], 2 * MENTION_RADIUS + 1, 1, MENTION_RADIUS)[0].sum(0)
@@ -169,12 +194,14 @@ def mention_features(
     best = [one.amax(1) if one.shape[1] else one.new_zeros(len(one)) for one in cosines]
     edges = [torch.log1p(edge.float().clamp(max=_EDGE)) / 4 for edge in (behind, place)]
     signs = [(distance / 10).clamp(-_TENS, _TENS), (distance / 10).abs().clamp(max=_TENS)]
-    marks = [near.float(), torch.zeros_like(best[0]) if earlier is None else earlier.float()]
-    every = torch.stack([*best, torch.maximum(*best), *signs, *edges, *marks], -1)
-    features = torch.cat([every, _match_quality(cosines).expand(len(states), -1)], -1)
-    if ends is not None:
-        features = torch.cat([features, sentence_features(cosines, ends, earlier)], -1)
-    return Mention(states[kept].float(), features[kept])
+    where = [near.float(), torch.zeros_like(best[0]) if earlier is None else earlier.float()]
+    every = torch.stack([*best, torch.maximum(*best), *signs, *edges, *where], -1)
+    features = [every, _match_quality(cosines).expand(len(states), -1)]
+    if marks is not None:
+        features.append(sentence_features(cosines, marks.ends, earlier))
+        if marks.starts is not None:
+            features.append(name_features(cosines, marks.starts, marks.ends, earlier))
+    return Mention(states[kept].float(), torch.cat(features, -1)[kept])
 
 
 def _match_quality(cosines: list[Tensor]) -> Tensor:

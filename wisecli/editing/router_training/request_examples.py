@@ -35,6 +35,7 @@ _CONVERSATIONS = 4
 # How many questions of each sort on a fact's answer are made of its own.
 _MADE = 3
 # Other questions than a fact's, as slots.
+_TYPOS = ("{slips:swap}", "{slips:drop}")
 _NEAR_NAMES = ("{near:word}", "{near:added}")
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", *_NEAR_NAMES)
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
@@ -107,7 +108,7 @@ class Examples:
         yield from self._of_kinds(number)
 
     def _asking(self, number: int) -> Iterator[_Drawn]:
-        """Yield the questions as they are, in forms and patterns, of the present, and with the answer begun."""
+        """Yield the questions as they are, in forms and patterns, misspelt, of the present, with the answer begun."""
         known, rng, fact = requests(), self.rng, self.facts[number]
         for question in fact.questions:
             yield True, "plain", self._put(question)
@@ -117,6 +118,7 @@ class Examples:
             yield True, "asked", self._put(self._filled(number, pattern))
         for _ in range(2):
             yield True, "time", self._put(known.now(rng.choice(fact.questions), rng))
+        yield True, "typos", self._put(self._filled(number, rng.choice(_TYPOS)))
         yield True, "begun", self._begun(number)
 
     def _corrected(self, number: int) -> Iterator[_Drawn]:

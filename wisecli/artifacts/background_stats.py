@@ -14,7 +14,7 @@ from wisecli.artifacts.shard import half
 from wisecli.artifacts.tensor_schema import HEADS, MENTIONED, background_rows, require_layout
 from wisecli.artifacts.tensor_schema import REQUEST_GATE as GATE_ROWS
 from wisecli.artifacts.tensor_schema import SENTENCE_TOKENS as SENTENCE_ROWS
-from wisecli.artifacts.tensor_schema import TOKEN_STARTS as START_ROWS
+from wisecli.artifacts.tensor_schema import WORD_STARTS as START_ROWS
 from wisecli.io.checkpoint import load_tensors, save_tensors
 from wisecli.routing.deciding.request_gate import REQUEST_GATE, TOKEN_MARKS
 from wisecli.routing.memories.whitening import Moment

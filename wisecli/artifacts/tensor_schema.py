@@ -81,7 +81,7 @@ SENTENCE_TOKENS: TensorRows = {
     "request_gate.end_token_ids": TensorRow("int", ("end tokens",)),
     "request_gate.question_token_ids": TensorRow("int", ("question tokens",)),
 }
-TOKEN_STARTS: TensorRows = {"request_gate.token_starts": TensorRow("byte", ("vocabulary",))}
+WORD_STARTS: TensorRows = {"request_gate.word_starts": TensorRow("byte", ("vocabulary",))}
 FUZZY_MATCH: TensorRows = {
     "fuzzy_match.token_characters": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
     "fuzzy_match.subject_words": TensorRow("byte", ("spelt", WORD_CHARS)),
@@ -146,7 +146,7 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
 def _token_marks(names: Collection[str]) -> TensorRows:
     """Return the tensors by which a gate knows sentences and names; older gates know neither, or no names."""
     rows = SENTENCE_TOKENS if "request_gate.end_token_ids" in names else {}
-    return {**rows, **(TOKEN_STARTS if "request_gate.token_starts" in names else {})}
+    return {**rows, **(WORD_STARTS if "request_gate.word_starts" in names else {})}
 
 
 def background_rows(names: Mapping[str, object]) -> TensorRows:

@@ -34,7 +34,7 @@ _EVERYDAY = 400
 _CONVERSATIONS = 4
 # How many questions of each sort on a fact's answer are made of its own.
 _MADE = 3
-# Other questions than a fact's, as slots.
+# Slots: questions with slips; questions on longer names; and other questions than a fact's.
 _TYPOS = ("{slips:swap}", "{slips:drop}")
 _NEAR_NAMES = ("{near:word}", "{near:added}")
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", *_NEAR_NAMES)

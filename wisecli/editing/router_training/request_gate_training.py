@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from wisecli.editing.router_training.gate_weights import in_parts, train_and_calibrate
 from wisecli.editing.router_training.request_examples import Example, Examples
 from wisecli.editing.router_training.synthetic_facts import SyntheticFact, synthetic_facts
-from wisecli.editing.router_training.token_characters import sentence_token_ids, token_starts
+from wisecli.editing.router_training.token_characters import sentence_token_ids, word_starts
 from wisecli.editing.router_training.token_states import TokenStates, token_states
 from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
@@ -115,7 +115,7 @@ def train_request_gate(
     examples_by_fact = Examples(loaded.tokenizer, facts, rng)
 
     token_marks = dict(
-        zip(TOKEN_MARKS, (*sentence_token_ids(loaded.tokenizer), token_starts(loaded.tokenizer)), strict=True)
+        zip(TOKEN_MARKS, (*sentence_token_ids(loaded.tokenizer), word_starts(loaded.tokenizer)), strict=True)
     )
 
     def read(texts: Sequence[str], *, turns: bool = False) -> _Read:

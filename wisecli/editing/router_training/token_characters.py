@@ -43,7 +43,7 @@ def sentence_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tens
     return torch.tensor(ends or [len(texts)]), torch.tensor(questions or [len(texts)])
 
 
-def token_starts(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def word_starts(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return how every token begins (v,), by the numbers of :mod:`wisecli.routing.deciding.name_features`.
 
     Special tokens are no words.

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from wisecli.routing.deciding.sentence_features import NO_END
 
 # The tensor that says how every token begins (v,): one of the following.
-TOKEN_STARTS = "request_gate.token_starts"
+WORD_STARTS = "request_gate.word_starts"
 # No word; a word behind a space, in small letters or with a capital or a digit; and the same without a space, which
 # goes on with the word before it, if there is one.
 NO_WORD, SMALL, CAPITAL, SMALL_WITHIN, CAPITAL_WITHIN = range(5)
@@ -51,9 +51,9 @@ class _Words(NamedTuple):
         return float(((within == SMALL) | (within == SMALL_WITHIN)).float().mean()) if len(within) else 0.0
 
 
-def starts_of(ids: Tensor, token_starts: Tensor) -> Tensor:
+def starts_of(ids: Tensor, word_starts: Tensor) -> Tensor:
     """Return how tokens begin: ids (...,) → ``NO_WORD`` to ``CAPITAL_WITHIN`` (...,)."""
-    return token_starts[ids.clamp(max=len(token_starts) - 1)].long()
+    return word_starts[ids.clamp(max=len(word_starts) - 1)].long()
 
 
 def name_features(cosines: list[Tensor], starts: Tensor, ends: Tensor, earlier: Tensor | None = None) -> Tensor:

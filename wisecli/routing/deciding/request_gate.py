@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.name_features import TOKEN_STARTS, name_features, starts_of
+from wisecli.routing.deciding.name_features import WORD_STARTS, name_features, starts_of
 from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS, ends_at, sentence_features
 
 # Tensors of the gate that are learned; the last column of each is added.
@@ -46,7 +46,7 @@ _TENS, _EDGE = 4.0, 64.0
 
 
 # Tensors that say what tokens are for sentences and names; gates of older versions lack some.
-TOKEN_MARKS = (*SENTENCE_TOKENS, TOKEN_STARTS)
+TOKEN_MARKS = (*SENTENCE_TOKENS, WORD_STARTS)
 
 
 class TokenMarks(NamedTuple):
@@ -59,7 +59,7 @@ class TokenMarks(NamedTuple):
     def of(cls, ids: Tensor, tensors: Mapping[str, Tensor]) -> TokenMarks:
         """Return the marks of tokens (n,), by all or the first two of ``TOKEN_MARKS``."""
         ends = ends_at(ids, *(tensors[name] for name in SENTENCE_TOKENS))
-        return cls(ends, starts_of(ids, tensors[TOKEN_STARTS]) if TOKEN_STARTS in tensors else None)
+        return cls(ends, starts_of(ids, tensors[WORD_STARTS]) if WORD_STARTS in tensors else None)
 
     def behind_one_more(self) -> TokenMarks:
         """Return the same behind a token without marks."""

@@ -12,6 +12,7 @@ from support.loading import CPU
 
 from wisecli.artifacts.tensor_schema import REQUEST_GATE as ROWS
 from wisecli.artifacts.tensor_schema import SENTENCE_TOKENS as SENTENCE_ROWS
+from wisecli.artifacts.tensor_schema import WORD_STARTS as START_ROWS
 from wisecli.artifacts.tensor_schema import require_layout
 from wisecli.data.corpus import notes, requests
 from wisecli.editing.router_training.request_examples import Examples
@@ -23,8 +24,7 @@ from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.prompt_forms import forms
 from wisecli.models.prompts.prompt_kinds import kinds, slots_in
 from wisecli.progress import ignore_progress
-from wisecli.routing.deciding.request_gate import REQUEST_GATE
-from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS
+from wisecli.routing.deciding.request_gate import REQUEST_GATE, TOKEN_MARKS
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_the_gate_is_learned_the_same_each_time(loaded: Loaded, tmp_path: Path) 
         for _ in range(2)
     ]
     (gate, mentioned), (again, others) = learned
-    assert tuple(gate) == (*REQUEST_GATE, *SENTENCE_TOKENS)
-    require_layout(tmp_path, gate, {**ROWS, **SENTENCE_ROWS}, {})
+    assert tuple(gate) == (*REQUEST_GATE, *TOKEN_MARKS)
+    require_layout(tmp_path, gate, {**ROWS, **SENTENCE_ROWS, **START_ROWS}, {})
     for name in gate:
         assert torch.equal(gate[name], again[name])
         assert gate[name].isfinite().all()

@@ -20,7 +20,7 @@ from wisecli.evaluation.metrics import Question
 from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
 from wisecli.models.loading import Loaded, vocabulary_size
 from wisecli.models.prompts.tokenization import Row, collate, in_batches, row_of
-from wisecli.models.running.hooks import hooked
+from wisecli.models.running.forward_pass import run_model
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 from wisecli.routing.deciding.prompt_window import UNROUTED
 
@@ -60,19 +60,10 @@ def target_predictions(
     found: dict[int, TargetPredictions] = {}
     for indices in in_batches(rows, batch_size):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
-        at, columns = batch.labelled
-
-        def pick(_module: object, inputs: tuple[Tensor, ...], at: Tensor = at, columns: Tensor = columns) -> Tensor:
-            return inputs[0][at, columns].unsqueeze(0)
-
-        head = loaded.model.get_output_embeddings().register_forward_pre_hook(pick)
-        with nullcontext() if method is None else method.applied(batch.start), hooked(head):
-            logits = loaded.model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-            ).logits[0]
-        labels = batch.labels[at, columns - batch.start]
-        losses = F.cross_entropy(logits.float(), labels, reduction="none").cpu()
-        best, at = logits.argmax(-1).cpu(), at.cpu()
+        with nullcontext() if method is None else method.applied(batch.start):
+            logits = run_model(loaded.model, batch, 0, None, batch.labelled)
+        losses = F.cross_entropy(logits.float(), batch.targets, reduction="none").cpu()
+        best, at = logits.argmax(-1).cpu(), batch.labelled[0].cpu()
         found |= {index: TargetPredictions(best[at == row], losses[at == row]) for row, index in enumerate(indices)}
         on_progress(Event(stage, len(found), len(rows)))
     return [found[index] for index in range(len(rows))]

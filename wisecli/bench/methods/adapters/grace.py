@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, PromptEnd, hooks, method, seeded, tensor_bytes
+from wisecli.bench.methods.base import Bench, Method, PromptEnd, hooks, method, seeded, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
@@ -116,7 +116,7 @@ class Codebook:
 
 
 @method("grace")
-class Grace:
+class Grace(Method):
     """Edits as entries of a codebook at one layer; prompts outside all radii are answered by the model as it is."""
 
     def __init__(self, bench: Bench, settings: GraceSettings | None = None) -> None:
@@ -214,10 +214,6 @@ class Grace:
         if not self.codebook.targets:
             return hooks()
         return hooks(end.follow_passes(model), module.register_forward_hook(replace))
-
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
 
     def bytes(self) -> int:
         """Size of keys, values and radii."""

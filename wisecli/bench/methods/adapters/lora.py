@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.methods.base import Bench, EditByEdit, UnsuitableError, method, require_finite, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate
-from wisecli.models.running.hooks import hooked
+from wisecli.models.running.forward_pass import run_model
 from wisecli.models.running.seeding import seeded
 
 
@@ -66,21 +66,20 @@ def follow(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     Raises:
         UnsuitableError: the loss is not finite.
     """
-    if not loss.isfinite():
-        raise UnsuitableError("the edits' loss is not finite")
+    require_finite(loss, "the edits")
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
 
 
 @method("lora")
-class Lora:
+class Lora(EditByEdit):
     """Edits in low-rank adapters.
 
     Raises:
         UnsuitableError: ``peft`` is not installed, or the model's layers are streamed.
     """
 
-    portion = 1
+    stage = "adapters"
 
     def __init__(self, bench: Bench, settings: LoraSettings | None = None) -> None:
         if bench.loaded.stream is not None:
@@ -122,16 +121,9 @@ class Lora:
             delattr(model, left)
         return swaps
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Train on more edits, one after the other.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or the loss is not finite.
-        """
-        for edit in edits:
-            self._train(encode_row(self.bench, edit.prompt, edit))
-
-    def _train(self, row: Row) -> None:
+    def learn(self, edit: Edit) -> None:
+        """Train on one edit."""
+        row = encode_row(self.bench, edit.prompt, edit)
         trained = list(self.parameters.values())
         optimizer = torch.optim.Adam(trained, lr=self.settings.rate)
         with self.applied():
@@ -148,15 +140,7 @@ class Lora:
         """Mean cross-entropy of the target tokens of rows, with the adapters as they are applied."""
         loaded = self.bench.loaded
         batch = collate(rows).to(loaded.device)
-        at, columns = batch.labelled
-
-        def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            return inputs[0][at, columns].unsqueeze(0)
-
-        with hooked(loaded.model.get_output_embeddings().register_forward_pre_hook(pick)):
-            logits = loaded.model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-            ).logits[0]
+        logits = run_model(loaded.model, batch, 0, None, batch.labelled)
         return F.cross_entropy(logits.float(), batch.targets)
 
     @contextmanager
@@ -169,10 +153,6 @@ class Lora:
         finally:
             for place, own, base, _ in self._swaps:
                 setattr(place, own, base)
-
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
 
     def bytes(self) -> int:
         """Size of the adapters' matrices."""

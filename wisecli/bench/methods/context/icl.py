@@ -9,13 +9,10 @@ for its answer behind a colon has its demonstrations worded like it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from wisecli.bench.methods.base import Bench, UnsuitableError, method
 from wisecli.bench.methods.context.retrieval import Facts, ReplayedMethod, TermIndex, demonstration, instruction_prompt
-from wisecli.edits.record import Edit
 
 
 @dataclass(frozen=True)
@@ -43,24 +40,15 @@ class Icl(ReplayedMethod):
         if not bench.train:
             raise UnsuitableError("icl needs records of the train split, its demonstrations; there are none")
         self.settings, self._tokenizer = settings or IclSettings(), bench.loaded.tokenizer
-        background = [*(edit.prompt for edit in bench.train), *bench.texts]
-        self._records = Facts(TermIndex(self._tokenizer, background))
+        self._records = Facts(TermIndex(self._tokenizer, bench.background))
         self._records.add(bench.train)
-        self._facts = Facts(TermIndex(self._tokenizer, background))
+        self.facts = Facts(TermIndex(self._tokenizer, bench.background))
         positions = getattr(bench.loaded.model.config.get_text_config(), "max_position_embeddings", None)
         self._room = self.settings.share * positions if positions else float("inf")
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Store more edits."""
-        self._facts.add(edits)
-
-    def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Return the model itself: it is only asked otherwise."""
-        return nullcontext()
-
     def rewritten_prompt(self, prompt: str) -> str:
         """Demonstrations, the most similar last, then the nearest edit as a new fact, and the prompt."""
-        nearest = self._facts.ranked(prompt, 1)
+        nearest = self.facts.ranked(prompt, 1)
         if not nearest:
             return prompt
         text = instruction_prompt(nearest[0][0], prompt)
@@ -79,4 +67,4 @@ class Icl(ReplayedMethod):
 
     def bytes(self) -> int:
         """Size of stored edits, records and their indices."""
-        return self._facts.bytes() + self._records.bytes()
+        return self.facts.bytes() + self._records.bytes()

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wisecli.bench.methods.base import Bench, hooks, method, tensor_bytes
+from wisecli.bench.methods.base import Bench, Method, hooks, method, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate, encode, in_batches
-from wisecli.models.running.hooks import hooked
+from wisecli.models.running.forward_pass import run_model
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Read:
 
 
 @method("knn")
-class Knn:
+class Knn(Method):
     """Edits as states with the tokens after them; every token that the model gives is asked of them, too."""
 
     def __init__(self, bench: Bench, settings: KnnSettings | None = None) -> None:
@@ -115,18 +115,14 @@ class Knn:
     def _read_batch(self, rows: Sequence[Row]) -> list[_Read]:
         loaded, kept = self.bench.loaded, []
         batch = collate(rows).to(loaded.device)
-        at, columns = batch.labelled
 
-        def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            kept.append(inputs[0][at, columns])
-            return kept[0].unsqueeze(0)
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            kept.append(inputs[0][batch.labelled])
 
-        with hooked(loaded.model.get_output_embeddings().register_forward_pre_hook(pick)):
-            logits = loaded.model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-            ).logits[0]
-        labels, lengths = batch.labels[at, columns - batch.start], [len(row.target) for row in rows]
-        parts = (part.split(lengths) for part in (kept[0].float(), logits, labels))
+        with hooks(loaded.model.get_output_embeddings().register_forward_pre_hook(keep)):
+            logits = run_model(loaded.model, batch, 0, None, batch.labelled)
+        lengths = [len(row.target) for row in rows]
+        parts = (part.split(lengths) for part in (kept[0].float(), logits, batch.targets))
         return [_Read(*one) for one in zip(*parts, strict=True)]
 
     def _chosen(self) -> tuple[float, float]:
@@ -186,10 +182,6 @@ class Knn:
 
         head = model.get_output_embeddings().register_forward_hook(keep)
         return hooks(head, model.register_forward_hook(mix))
-
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
 
     def bytes(self) -> int:
         """Size of states and tokens."""

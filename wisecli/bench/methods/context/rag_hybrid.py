@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.methods.base import Bench, method, require_texts, tensor_bytes
 from wisecli.bench.methods.context.retrieval import NearestFact
 from wisecli.editing.router_training.token_states import token_states
 from wisecli.progress import ignore_progress
@@ -37,8 +37,7 @@ class WordsAndStates:
     """
 
     def __init__(self, bench: Bench, background: Sequence[str]) -> None:
-        if not background:
-            raise UnsuitableError("it needs unrelated texts, and there are none")
+        require_texts(background)
         self.bench, self.site = bench, bench.site(bench.layers // 2)
         self._size = len(background)
         bags = [self._bag(text) for text in background]
@@ -98,5 +97,4 @@ class RagHybrid(NearestFact):
     """Edits as texts that are looked up by the words of the prompt and by what the model makes of it."""
 
     def __init__(self, bench: Bench) -> None:
-        background = [*(edit.prompt for edit in bench.train), *bench.texts]
-        super().__init__(bench, lambda: WordsAndStates(bench, background), "rag-hybrid")
+        super().__init__(bench, lambda: WordsAndStates(bench, bench.background), "rag-hybrid")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import Bench, UnsuitableError
+from wisecli.bench.methods.base import Bench, Method, UnsuitableError
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.prompt_forms import usable_forms
 
@@ -205,14 +204,19 @@ def demonstration(edit: Edit, kind: str, prompt: str) -> str:
     return f"{text} {answer.strip()}\n\n"
 
 
-class ReplayedMethod(ABC):
-    """A method that holds nothing but its edits: to go on where it was it takes them in anew."""
+class ReplayedMethod(Method):
+    """A method that puts edits into the prompt: it holds nothing but them, and takes them in anew to go on."""
 
     portion = 32
+    facts: Facts
 
-    @abstractmethod
     def edit(self, edits: Sequence[Edit]) -> None:
         """Store more edits."""
+        self.facts.add(edits)
+
+    def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Return the model itself: it is only asked otherwise."""
+        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         """Nothing."""
@@ -235,14 +239,6 @@ class NearestFact(ReplayedMethod):
     def __init__(self, bench: Bench, make: Callable[[], Index], name: str) -> None:
         self.threshold = scope_threshold(bench, make(), name)
         self.facts = Facts(make())
-
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Store more edits."""
-        self.facts.add(edits)
-
-    def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Return the model itself: it is only asked otherwise."""
-        return nullcontext()
 
     def found(self, prompt: str) -> Edit | None:
         """Return the nearest edit, if it is similar enough."""

@@ -93,5 +93,5 @@ class Serac(NearestFact):
     """Edits as texts that are looked up by the model's own embedding of the prompt."""
 
     def __init__(self, bench: Bench) -> None:
-        background, embedder = [*(edit.prompt for edit in bench.train), *bench.texts], Embedder(bench)
-        super().__init__(bench, lambda: StateIndex(embedder, background), "serac")
+        embedder = Embedder(bench)
+        super().__init__(bench, lambda: StateIndex(embedder, bench.background), "serac")

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method
+from wisecli.bench.methods.base import METHODS, Bench, UnsuitableError
 from wisecli.bench.methods.weights.memit import Memit, MemitSettings
 from wisecli.bench.methods.weights.weight_editing import seen_moment
 from wisecli.edits.record import Edit
@@ -89,7 +90,5 @@ def constrained(residuals: Tensor, keys: Tensor, projection: Tensor, earlier: Te
     return delta
 
 
-@method("alphaedit")
-def alphaedit(bench: Bench) -> AlphaEdit:
-    """Return a hundred edits at a time, as in the paper."""
-    return AlphaEdit(bench, batch=100)
+# As in the paper.
+METHODS.add("alphaedit", partial(AlphaEdit, batch=100))

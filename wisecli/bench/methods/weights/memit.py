@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, hooks, method
+from wisecli.bench.methods.base import AT_ONCE, METHODS, Bench, Gradual, UnsuitableError, hooks
 from wisecli.bench.methods.weights.rome_common import (
     Fact,
     Part,
@@ -52,7 +53,7 @@ class MemitSettings:
     prefix_tokens: int = 10
 
 
-class Memit(WeightEditing):
+class Memit(WeightEditing, Gradual):
     """Mass editing, ``batch`` edits at once; all that are given at once by default.
 
     An edit without a subject in its prompt is written at the prompt's last token, and without a KL term.
@@ -71,17 +72,8 @@ class Memit(WeightEditing):
         self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
         self._kept = [self.keeping(site) for site in self.sites]
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Write edits, a batch after the other.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
-        """
-        for _ in self.steps(edits):
-            pass
-
     def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
-        """Yield the same, a step for every target that is found."""
+        """Write edits, a batch after the other; a step for every target that is found."""
         size = self.batch or max(len(edits), 1)
         for start in range(0, len(edits), size):
             facts = [read_fact(self.bench, edit, self.prefixes) for edit in edits[start : start + size]]
@@ -162,13 +154,6 @@ def spread(residuals: Tensor, keys: Tensor, factor: Tensor) -> Tensor:
     return delta.float()
 
 
-@method("memit")
-def memit(bench: Bench) -> Memit:
-    """Edit after edit."""
-    return Memit(bench, batch=1)
-
-
-@method("memit-mass", at_once=True)
-def memit_mass(bench: Bench) -> Memit:
-    """Return all edits that come together at once."""
-    return Memit(bench)
+METHODS.add("memit", partial(Memit, batch=1))
+METHODS.add("memit-mass", Memit)
+AT_ONCE.add("memit-mass")

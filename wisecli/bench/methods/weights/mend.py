@@ -22,13 +22,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method, seeded
+from wisecli.bench.methods.base import Bench, EditByEdit, Item, UnsuitableError, method, require_finite, seeded
 from wisecli.bench.methods.weights.gradient_factors import (
     Change,
     Factors,
@@ -38,14 +38,12 @@ from wisecli.bench.methods.weights.gradient_factors import (
     row_means,
 )
 from wisecli.bench.methods.weights.hypernetwork import Editor
-from wisecli.bench.methods.weights.weight_editing import WeightEditing, encode_row
+from wisecli.bench.methods.weights.weight_editing import WeightEditing, captured_rows, encode_row
 from wisecli.edits.record import Edit
-from wisecli.models.prompts.tokenization import Row, collate, encode
-from wisecli.models.running.activations import Activations, capture
+from wisecli.models.prompts.tokenization import Row, encode
+from wisecli.models.running.activations import Activations
 from wisecli.models.running.upper_layers import upper_logits
 from wisecli.progress import Event
-
-T = TypeVar("T")
 
 _MATRICES = 3
 # Of an unrelated text, so many tokens stand for an answer.
@@ -94,7 +92,7 @@ class Task:
 
 
 @method("mend")
-class Mend(WeightEditing):
+class Mend(WeightEditing, EditByEdit):
     """Edits one after the other, each by its pseudo-gradient on the model as edited so far.
 
     ``validation`` is the loss on held-back records before training and after each pass over the others.
@@ -104,7 +102,7 @@ class Mend(WeightEditing):
             are streamed.
     """
 
-    portion = 1
+    stage = "pseudo-gradients"
 
     def __init__(self, bench: Bench, settings: MendSettings | None = None) -> None:
         begun = time.perf_counter()
@@ -120,20 +118,13 @@ class Mend(WeightEditing):
         self.validation = self._train(trained, held_back, generator)
         self.training_seconds = time.perf_counter() - begun
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Take one step along the pseudo-gradient of each edit in turn.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
-        """
-        for done, edit in enumerate(edits, start=1):
-            part = self._captured([encode_row(self.bench, edit.prompt, edit)])
-            losses, factors = gradient_factors(self.bench.loaded.model, self.sites, part, self.deltas)
-            if not losses.isfinite().all():
-                raise UnsuitableError(f"the loss of edit {edit.id!r} is not finite")
-            for place, one in enumerate(factors):
-                self.deltas[place] = self.deltas[place] - self.step(one, place)
-            self.bench.on_progress(Event("pseudo-gradients", done, len(edits)))
+    def learn(self, edit: Edit) -> None:
+        """Take one step along the pseudo-gradient of an edit."""
+        part = self._captured([encode_row(self.bench, edit.prompt, edit)])
+        losses, factors = gradient_factors(self.bench.loaded.model, self.sites, part, self.deltas)
+        require_finite(losses, f"edit {edit.id!r}")
+        for place, one in enumerate(factors):
+            self.deltas[place] = self.deltas[place] - self.step(one, place)
 
     @torch.no_grad()
     def step(self, factors: Factors, place: int) -> Tensor:
@@ -240,10 +231,9 @@ class Mend(WeightEditing):
 
     def _captured(self, rows: Sequence[Row]) -> Activations:
         """Return rows up to the lowest matrix, which no edit reaches."""
-        batch = collate(rows).to(self.bench.loaded.device)
-        return capture(self.bench.loaded.model, self.sites[0], batch, above=False)
+        return captured_rows(self.bench, self.sites[0], rows, above=False)
 
 
-def drawn(values: Sequence[T], generator: torch.Generator) -> T:
+def drawn(values: Sequence[Item], generator: torch.Generator) -> Item:
     """One of some values, by chance."""
     return values[int(torch.randint(len(values), (1,), generator=generator))]

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method
+from wisecli.bench.methods.base import Bench, method, require_finite
 from wisecli.bench.methods.weights.gradient_factors import gradient_factors
-from wisecli.bench.methods.weights.weight_editing import WeightEditing, between_depths, encode_row
+from wisecli.bench.methods.weights.weight_editing import WeightEditing, between_depths, captured_rows, encode_row
 from wisecli.edits.record import Edit
-from wisecli.models.prompts.tokenization import collate, in_batches
-from wisecli.models.running.activations import capture
+from wisecli.models.prompts.tokenization import in_batches
 from wisecli.progress import Event
 
 _TINY = 1e-8
@@ -68,6 +67,7 @@ class Statistics:
         return (rows - self.mean.to(rows)) / deviation.to(rows)
 
 
+@method("ultraedit")
 class UltraEdit(WeightEditing):
     """Edits in batches, each in one step.
 
@@ -98,13 +98,13 @@ class UltraEdit(WeightEditing):
         model, rows = self.bench.loaded.model, [encode_row(self.bench, edit.prompt, edit) for edit in edits]
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites]
         for indices in in_batches(rows, self.bench.batch_size):
-            batch = collate([rows[index] for index in indices]).to(self.bench.loaded.device)
-            losses, factors = gradient_factors(model, self.sites, capture(model, self.sites[0], batch), self.deltas)
-            if not losses.isfinite().all():
-                lost = edits[indices[int((~losses.isfinite()).nonzero()[0])]]
-                raise UnsuitableError(f"the loss of edit {lost.id!r} is not finite")
+            part = captured_rows(self.bench, self.sites[0], [rows[index] for index in indices])
+            losses, factors = gradient_factors(model, self.sites, part, self.deltas)
+            for index, loss in zip(indices, losses, strict=True):
+                require_finite(loss, f"edit {edits[index].id!r}")
+            labelled = part.batch.labelled
             for own, one in zip(found, factors, strict=True):
-                own.append((one.padded(one.keys)[batch.labelled], one.padded(one.gradients)[batch.labelled]))
+                own.append((one.padded(one.keys)[labelled], one.padded(one.gradients)[labelled]))
         return [(torch.cat([keys for keys, _ in own]), torch.cat([gradients for _, gradients in own])) for own in found]
 
     def change(self, place: int, keys: Tensor, gradients: Tensor) -> Tensor:
@@ -133,9 +133,3 @@ class UltraEdit(WeightEditing):
         for place, one in enumerate(self.statistics):
             one.mean, one.squares = state[f"mean {place}"], state[f"squares {place}"]
             one.count = int(state[f"count {place}"])
-
-
-@method("ultraedit")
-def ultraedit(bench: Bench) -> UltraEdit:
-    """Return a hundred edits at a time, as in the paper."""
-    return UltraEdit(bench)

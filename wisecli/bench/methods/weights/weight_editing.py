@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, changed, tensor_bytes
+from wisecli.bench.methods.base import Bench, Method, UnsuitableError, changed, require_texts, tensor_bytes
 from wisecli.editing.background.key_capture import keys_of_texts
 from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
-from wisecli.models.prompts.tokenization import Row, encode
+from wisecli.models.prompts.tokenization import Row, collate, encode
+from wisecli.models.running.activations import Activations, capture
 
 # Added to a second moment's diagonal, as a share of the diagonal's median: the papers take theirs over a hundred
 # thousand texts, and of few texts some directions are seen hardly or never. The median, as first tokens have huge keys.
@@ -32,7 +33,7 @@ def between_depths(bench: Bench, first: int, last: int, of: int) -> list[MatrixS
     return [bench.site(layer) for layer in range(start, end + 1)]
 
 
-class WeightEditing:
+class WeightEditing(Method):
     """A model some of whose value matrices are changed: ``W' = W + Δ``, each Δ (d, d_ff) kept in float32.
 
     A method that says what its ``portion`` is can go on where it was (:class:`Resumable`); one that holds more than the
@@ -61,10 +62,6 @@ class WeightEditing:
         pairs = zip(self.sites, (self.matrix(place) for place in range(len(self.sites))), strict=True)
         values = [matrix.T.contiguous() if site.transposed else matrix for site, matrix in pairs]
         return changed([self._parameter(site) for site in self.sites], values)
-
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
 
     def bytes(self) -> int:
         """Size of the changes."""
@@ -98,6 +95,21 @@ def encode_row(bench: Bench, prompt: str, edit: Edit, *, end: int | None = None)
         raise UnsuitableError(f"edit {edit.id!r} cannot be used: {error}") from None
 
 
+def text_rows(bench: Bench) -> Sequence[Row]:
+    """Return the bench's texts as rows of which everything but the first token is the target.
+
+    Raises:
+        UnsuitableError: there are no texts of two tokens or more.
+    """
+    tokens = (tuple(bench.loaded.tokenizer(text)["input_ids"]) for text in bench.texts)
+    return require_texts([Row(ids[:1], ids[1:]) for ids in tokens if len(ids) > 1])
+
+
+def captured_rows(bench: Bench, site: MatrixSite, rows: Sequence[Row], *, above: bool = True) -> Activations:
+    """Return rows captured at a site, in one batch."""
+    return capture(bench.loaded.model, site, collate(rows).to(bench.loaded.device), above=above)
+
+
 def second_moment(bench: Bench, site: MatrixSite) -> Tensor:
     """``E[k kᵀ]`` (d_ff, d_ff) as :func:`seen_moment`, shrunk so that it is safe to invert."""
     moment = seen_moment(bench, site)
@@ -111,11 +123,8 @@ def seen_moment(bench: Bench, site: MatrixSite) -> Tensor:
     Raises:
         UnsuitableError: there are no texts.
     """
-    if not bench.texts:
-        raise UnsuitableError("it needs unrelated texts, and there are none")
-    keys, _, _ = keys_of_texts(
-        bench.loaded, site, bench.texts, batch_size=bench.batch_size, on_progress=bench.on_progress
-    )
+    texts = require_texts(bench.texts)
+    keys, _, _ = keys_of_texts(bench.loaded, site, texts, batch_size=bench.batch_size, on_progress=bench.on_progress)
     moment = torch.zeros(site.d_ff, site.d_ff, dtype=torch.float64, device=keys.device)
     for part in keys.split(4096):  # in float64 the keys would take twice what they do
         moment += part.double().T @ part.double()

@@ -16,21 +16,9 @@ DATASETS = ("zsre", "counterfact", "wikibigedit")
 FILED_DATASETS = ("hallucination", "temporal")
 MERGE_METHODS = ("ties", "linear", "sign", "magnitude", "dare", "dare-ties", "slerp", "exact")
 BENCH_METHODS = (
-    *("wise", "wise-retrieve", "wise-paper"),
-    *("alphaedit", "crispedit", "defer", "ft-l", "ft-ewc", "grace", "icl", "knn", "lora"),
-    *(
-        "lora-paraphrased",
-        "memit",
-        "memit-mass",
-        "memoir",
-        "mend",
-        "rag",
-        "rag-hybrid",
-        "rag-shots",
-        "rome",
-        "serac",
-        "ultraedit",
-    ),
+    *("wise", "wise-retrieve", "wise-paper", "alphaedit", "crispedit", "defer", "ft-l", "ft-ewc", "grace", "icl"),
+    *("knn", "lora", "lora-paraphrased", "memit", "memit-mass", "memoir", "mend", "rag", "rag-hybrid", "rag-shots"),
+    *("rome", "serac", "ultraedit"),
 )
 STUDIES = ("router", "layers", "shards", "merge", "scaling", "latency")
 

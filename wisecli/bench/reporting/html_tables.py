@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from wisecli.bench.reporting.plots import peak_bytes, pictures
 from wisecli.bench.result_row import ResultRow
+from wisecli.data.packaged import packaged_text
 
 # Columns of the table as far as there are such figures: generated answers first.
 _FIGURES = {
@@ -114,11 +114,10 @@ def page(rows: Sequence[ResultRow], *, title: str, about: str, sections: Sequenc
     """
     from jinja2 import Environment, StrictUndefined
 
-    text = resources.files("wisecli").joinpath("data/bench_report.html.j2").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return environment.from_string(text).render(
+    return environment.from_string(packaged_text("bench_report.html.j2")).render(
         title=title,
         about=about,
         heads=heads(rows),

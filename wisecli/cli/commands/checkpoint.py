@@ -197,20 +197,9 @@ def generate(
 
 def tell_export(console: Console, report: ExportReport) -> None:
     """Print what ``wise export`` wrote."""
-    names = (
-        "format",
-        "edits",
-        "consequences",
-        "bytes",
-        "seconds",
-        "peak_rss_bytes",
-        "locality",
-        "tokens",
-        "pushed",
-        "gate",
-    )
-    results = {name: getattr(report, name) for name in (*names, "planned")} | {"output": str(report.output)}
-    results["up_to_date"] = report.up_to_date
+    names = "format edits consequences bytes seconds peak_rss_bytes locality tokens pushed gate planned"
+    results = {name: getattr(report, name) for name in names.split()}
+    results |= {"output": str(report.output), "up_to_date": report.up_to_date}
     held = edits_with(report.edits, report.consequences)
     what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {held}"
     if report.planned:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -10,14 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from wisecli.data.packaged import tomllib
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
 from wisecli.io.json_schema import shown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST_LAYERS = 10**6

@@ -7,18 +7,13 @@ is asked as it is: an edit should hold in all of them.
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import TYPE_CHECKING
 
+from wisecli.data.packaged import packaged_table
 from wisecli.models.prompts.chat_template import chat_turns
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -68,8 +63,8 @@ class Form:
 @cache
 def forms() -> dict[str, Form]:
     """Return all forms by their names, in the order of the table."""
-    table = tomllib.loads(resources.files("wisecli").joinpath("data", "forms.toml").read_text(encoding="utf-8"))
-    found = [Form(**{**row, "turns": tuple(row.get("turns", ()))}) for row in table["form"]]
+    rows = packaged_table("forms.toml")["form"]
+    found = [Form(**{**row, "turns": tuple(row.get("turns", ()))}) for row in rows]
     return {form.name: form for form in found}
 
 

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from wisecli.data.packaged import packaged_table
 from wisecli.models.prompts.chat_template import chat_turns
 from wisecli.models.prompts.pattern_slots import Fact, Filling, PatternHalf, Text, slots_in
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -110,7 +105,7 @@ def kinds() -> dict[str, Kind]:
     """Return all kinds by their names, in the order of the table."""
     found = [
         Kind(**{**row, "trained": _patterns(row["trained"]), "held": _patterns(row["held"])})
-        for row in _table()["kind"]
+        for row in packaged_table("kinds.toml")["kind"]
     ]
     return {kind.name: kind for kind in found}
 
@@ -121,15 +116,9 @@ def documents(*, trained: bool) -> tuple[Text, ...]:
 
 
 @cache
-def _table() -> dict[str, Any]:
-    text = resources.files("wisecli").joinpath("data", "kinds.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
-
-
-@cache
 def _halves() -> dict[bool, PatternHalf]:
     """Return what stands around the patterns, by whether it may be learned from."""
-    table, found = _table(), {}
+    table, found = packaged_table("kinds.toml"), {}
     for trained, name in ((True, "trained"), (False, "held")):
         texts = tuple(Text(row["text"], tuple(row["asks"])) for row in table["document"] if row["trained"] == trained)
         rest = (tuple(table[part][name]) for part in ("sentences", "mentions", "names"))

@@ -8,83 +8,25 @@ import re
 _BE = r"is|was|are|were"
 _AUXILIARY = rf"{_BE}|has|had|can|will|should|must"
 _PREPOSITION = r"in|on|from|to|at|of|by|under|for|with|into|through"
-_PLACES = frozenset(
-    {
-        "city",
-        "town",
-        "village",
-        "country",
-        "state",
-        "region",
-        "continent",
-        "county",
-        "harbour",
-        "island",
-        "place",
-        "river",
-    }
-    | {"birthplace"}
-)
+_PLACE_WORDS = "city town village country state region continent county harbour island place river birthplace"
+_PLACES = frozenset(_PLACE_WORDS.split())
 _TIMES = frozenset({"year", "date", "day", "month", "century", "decade", "time"})
 _PERSON = re.compile(
     r"\b(born|die[ds]?|death|married|spouse|wife|husband|citizen(ship)?|mother|father|sister|brother|child(ren)?|he|she"
     r"|profession|occupation|job|gender|sex|nationality|educated|alma mater|position)\b"
 )
 # Words without which a question is still understood as a search.
-_SMALL = frozenset(
-    {
-        "a",
-        "an",
-        "the",
-        "is",
-        "was",
-        "are",
-        "were",
-        "be",
-        "been",
-        "do",
-        "does",
-        "did",
-        "has",
-        "have",
-        "had",
-        "can",
-        "could",
-    }
-    | {"will", "would", "should", "of", "in", "on", "at", "to", "by", "for", "from", "with", "into", "as", "and", "or"}
-    | {
-        "who",
-        "whom",
-        "whose",
-        "what",
-        "which",
-        "when",
-        "where",
-        "why",
-        "how",
-        "it",
-        "its",
-        "that",
-        "this",
-        "there",
-        "s",
-    }
-    | {"called", "name", "please"}
-)
-_PAST = {
-    **{"come": "came", "take": "took", "write": "wrote", "have": "had", "make": "made", "win": "won", "begin": "began"},
-    **{"become": "became", "leave": "left", "go": "went", "get": "got", "hold": "held", "see": "saw", "find": "found"},
-    **{
-        "build": "built",
-        "speak": "spoke",
-        "lead": "led",
-        "run": "ran",
-        "lose": "lost",
-        "pass": "passed",  # nosec B105 # a verb
-        "play": "played",
-    },
-    **{"grow": "grew", "sing": "sang", "serve": "served", "study": "studied", "marry": "married", "set": "set"},
-}
+_SMALL_WORDS = """
+    a an the is was are were be been do does did has have had can could will would should of in on at to by for from
+    with into as and or who whom whose what which when where why how it its that this there s called name please
+"""
+_SMALL = frozenset(_SMALL_WORDS.split())
+_PAST_FORMS = """
+    come:came take:took write:wrote have:had make:made win:won begin:began become:became leave:left go:went get:got
+    hold:held see:saw find:found build:built speak:spoke lead:led run:ran lose:lost pass:passed play:played grow:grew
+    sing:sang serve:served study:studied marry:married set:set
+"""
+_PAST: dict[str, str] = dict(pair.split(":") for pair in _PAST_FORMS.split())
 _ADVERBS = frozenset({"first", "also", "ever", "usually", "originally", "mostly"})
 
 

@@ -230,16 +230,6 @@ def changed(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
             parameter.data = value
 
 
-@contextmanager
-def hooks(*handles: Any) -> Iterator[None]:
-    """Hooks that are taken off again."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def require_texts(texts: Sequence[Item]) -> Sequence[Item]:
     """Return unrelated texts, or what was made of them.
 

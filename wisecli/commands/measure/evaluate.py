@@ -143,17 +143,14 @@ def evaluate(
     measuring.run()
     if name in BENCHMARKS and not BENCHMARKS[name].perplexity:
         measuring.drop("perplexity")
+    config = {**asdict(settings), **({"asked_forms": forms} if forms else {})}
+    config |= {"memory": str(memory), "model": manifest.model, "merge": manifest.merge}
     return EvalReport(
         name,
         measuring.after,
         {**asked.before, **measuring.before},
         {"edits": len(records), **asked.samples, **measuring.samples},
-        {
-            **asdict(settings),
-            **({"asked_forms": forms} if forms else {}),
-            **{"memory": str(memory), "model": manifest.model, "merge": manifest.merge},
-            "chat_date": date_of(edited.tokenizer),
-        },
+        {**config, "chat_date": date_of(edited.tokenizer)},
         time.perf_counter() - started,
         peak_rss_bytes(),
         {**asked.each, **measuring.each},

@@ -284,15 +284,9 @@ def _run(model: PreTrainedModel, site: MatrixSite, ids: Tensor, shift: Tensor | 
     def layer(_module: nn.Module, _inputs: Any, output: Any) -> None:
         kept["hidden"] = output[0] if isinstance(output, tuple) else output
 
-    handles = [
-        model.get_submodule(site.module).register_forward_hook(matrix),
-        model.get_submodule(site.layer_module).register_forward_hook(layer),
-    ]
-    try:
+    changed = model.get_submodule(site.module).register_forward_hook(matrix)
+    with hooked(changed, model.get_submodule(site.layer_module).register_forward_hook(layer)):
         model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return kept["output"], kept["hidden"]
 
 

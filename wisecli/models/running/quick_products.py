@@ -11,15 +11,10 @@ from contextlib import contextmanager
 
 import torch
 
+from wisecli.environment import has_bfloat16_tiles
 from wisecli.models.layout.site_interface import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.running.activations import layers_of
-
-
-def has_bfloat16_tiles() -> bool:
-    """Return whether this machine's processor multiplies tiles of bfloat16 numbers (AMX)."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.10 nobody says
-    return bool(capabilities.get("amx_bf16", False))
 
 
 @contextmanager

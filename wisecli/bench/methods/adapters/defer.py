@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, EditByEdit, PromptEnd, hooks, method, require_finite, seeded, tensor_bytes
+from wisecli.bench.methods.base import Bench, EditByEdit, PromptEnd, method, require_finite, seeded, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import at_depth, encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.hooks import hooked
 from wisecli.models.running.upper_layers import upper_logits
 
 
@@ -105,8 +106,8 @@ class Defer(EditByEdit):
             return output
 
         if not self.trained:
-            return hooks()
-        return hooks(end.follow_passes(model), module.register_forward_hook(replace))
+            return hooked()
+        return hooked(end.follow_passes(model), module.register_forward_hook(replace))
 
     def bytes(self) -> int:
         """Size of gate and layer."""

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, Method, PromptEnd, hooks, method, seeded, tensor_bytes
+from wisecli.bench.methods.base import Bench, Method, PromptEnd, method, seeded, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.hooks import hooked
 from wisecli.models.running.upper_layers import upper_logits
 
 Target = tuple[int, ...]
@@ -212,8 +213,8 @@ class Grace(Method):
             return output
 
         if not self.codebook.targets:
-            return hooks()
-        return hooks(end.follow_passes(model), module.register_forward_hook(replace))
+            return hooked()
+        return hooked(end.follow_passes(model), module.register_forward_hook(replace))
 
     def bytes(self) -> int:
         """Size of keys, values and radii."""

@@ -24,7 +24,6 @@ from wisecli.bench.methods.base import (
     Bench,
     EditByEdit,
     PromptEnd,
-    hooks,
     method,
     require_finite,
     require_texts,
@@ -38,6 +37,7 @@ from wisecli.editing.background.key_capture import keys_of_texts
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.hooks import hooked
 from wisecli.models.running.upper_layers import upper_logits
 
 
@@ -167,7 +167,7 @@ class Memoir(EditByEdit):
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
         """Return the model with the memory beside its matrix; each row's mask is chosen once, by its whole prompt."""
         if not len(self.masks):
-            return hooks()
+            return hooked()
         model, module, end = self.bench.loaded.model, self.site.watched(self.bench.loaded.model), PromptEnd(first)
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class Memoir(EditByEdit):
             output[opened] += (masked @ self.memory.T).to(output.dtype)
             return output
 
-        return hooks(end.follow_passes(model), module.register_forward_hook(add))
+        return hooked(end.follow_passes(model), module.register_forward_hook(add))
 
     def bytes(self) -> int:
         """Size of memory, masks, permutation and mean features."""

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wisecli.bench.methods.base import Bench, Method, hooks, method, tensor_bytes
+from wisecli.bench.methods.base import Bench, Method, method, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate, encode, in_batches
 from wisecli.models.running.forward_pass import run_model
+from wisecli.models.running.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Knn(Method):
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             kept.append(inputs[0][batch.labelled])
 
-        with hooks(loaded.model.get_output_embeddings().register_forward_pre_hook(keep)):
+        with hooked(loaded.model.get_output_embeddings().register_forward_pre_hook(keep)):
             logits = run_model(loaded.model, batch, 0, None, batch.labelled)
         lengths = [len(row.target) for row in rows]
         parts = (part.split(lengths) for part in (kept[0].float(), logits, batch.targets))
@@ -166,7 +167,7 @@ class Knn(Method):
         others'.
         """
         if not len(self.store.tokens):
-            return hooks()
+            return hooked()
         model, kept = self.bench.loaded.model, dict[str, Tensor]()
 
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
@@ -181,7 +182,7 @@ class Knn(Method):
             return output
 
         head = model.get_output_embeddings().register_forward_hook(keep)
-        return hooks(head, model.register_forward_hook(mix))
+        return hooked(head, model.register_forward_hook(mix))
 
     def bytes(self) -> int:
         """Size of states and tokens."""

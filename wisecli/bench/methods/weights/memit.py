@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import AT_ONCE, METHODS, Bench, Gradual, UnsuitableError, hooks
+from wisecli.bench.methods.base import AT_ONCE, METHODS, Bench, Gradual, UnsuitableError
 from wisecli.bench.methods.weights.rome_common import (
     Fact,
     Part,
@@ -32,6 +32,7 @@ from wisecli.bench.methods.weights.weight_editing import WeightEditing, between_
 from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
 from wisecli.models.running.activations import capture
+from wisecli.models.running.hooks import hooked
 from wisecli.progress import Event
 
 # The authors' settings for GPT-J.
@@ -126,7 +127,7 @@ class Memit(WeightEditing, Gradual):
         """
         model, kept = self.bench.loaded.model, []
         module = self.sites[place].watched(model)
-        with hooks(module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))):
+        with hooked(module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))):
             top = capture(model, self.sites[-1], fact.batch, above=False)
         rows = torch.arange(fact.prompts, device=fact.columns.device)
         return kept[0][rows, fact.columns[: fact.prompts]].float().mean(0), top.hidden[0, fact.columns[0]].float()

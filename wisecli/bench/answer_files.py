@@ -15,11 +15,11 @@ class AnswerFile(dict[str, Answer]):
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
-        self.update({asked: Answer(text, ended) for asked, text, ended in whole_lines(file)})
+        self.update({prompt: Answer(text, ended) for prompt, text, ended in whole_lines(file)})
 
-    def __setitem__(self, asked: str, answer: Answer) -> None:
-        super().__setitem__(asked, answer)
-        append_line(self.file, [asked, answer.text, answer.ended])
+    def __setitem__(self, prompt: str, answer: Answer) -> None:
+        super().__setitem__(prompt, answer)
+        append_line(self.file, [prompt, answer.text, answer.ended])
 
 
 class AnswerFolder(dict[tuple[int, frozenset[int]], KnownAnswers]):

@@ -55,7 +55,7 @@ class RowMaker:
         Args:
             each: of each figure the edits' values, by their places.
         """
-        early = [(place, value) for place, value in each.get("wild_as_taught", ()) if place < _FIRST]
+        early = [(index, value) for index, value in each.get("wild_as_taught", ()) if index < _FIRST]
         if early:
             each = {**each, f"first_{_FIRST}": early}
             after = {**after, f"first_{_FIRST}": statistics.fmean(value for _, value in early)}
@@ -74,7 +74,7 @@ class RowMaker:
         found: dict[str, dict[str, float]] = {}
         for figure, values in each.items():
             for domain in dict.fromkeys(self.domains):
-                own = [value for place, value in values if self.domains[place] == domain]
+                own = [value for index, value in values if self.domains[index] == domain]
                 if own:
                     found.setdefault(domain, {})[figure] = statistics.fmean(own)
         return found

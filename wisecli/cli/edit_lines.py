@@ -50,5 +50,5 @@ def moved(release: Release, counted: Callable[[str], bool]) -> tuple[int, int, i
 def consequences_cell(release: Release, consequences: Collection[str]) -> str:
     """How many consequences came with a release, and how many went."""
     came, modified, gone = moved(release, lambda name: name in consequences)
-    told = ((came + modified, "in"), (gone, "out"))
-    return ", ".join(f"{number} {where}" for number, where in told if number)
+    counts = ((came + modified, "in"), (gone, "out"))
+    return ", ".join(f"{number} {where}" for number, where in counts if number)

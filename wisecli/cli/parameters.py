@@ -134,7 +134,7 @@ def option(
     default: str = "",
     metavar: str = "TEXT",
     complete: Completer | None = None,
-    least: float | None = None,
+    minimum: float | None = None,
 ) -> Any:
     """An option that takes a value.
 
@@ -157,7 +157,7 @@ def option(
         metavar=metavar,
         rich_help_panel=panel,
         autocompletion=complete,
-        min=least,
+        min=minimum,
     )
 
 

@@ -101,10 +101,15 @@ def is_fit(passage: Passage, question: str, answer: str) -> bool:
     The answer must be words of the passage; the question must not hold it, nor point to a text that nobody sees, and
     must name something of the passage.
     """
-    asked, said, told = words(question), words(answer), words(passage.whole)
-    if not question.endswith("?") or not said or not contains(words(passage.text), said) or contains(asked, said):
+    asked, answered, stated = words(question), words(answer), words(passage.whole)
+    if (
+        not question.endswith("?")
+        or not answered
+        or not contains(words(passage.text), answered)
+        or contains(asked, answered)
+    ):
         return False
-    named = shared_name(question, passage.whole) or any(len(word) >= _TELLING and word in told for word in asked)
+    named = shared_name(question, passage.whole) or any(len(word) >= _TELLING and word in stated for word in asked)
     return bool(named) and not _POINTING.search(question)
 
 

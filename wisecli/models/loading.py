@@ -231,11 +231,11 @@ def _made_plain(config: PretrainedConfig, device: torch.device) -> bool:
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    told = getattr(config, "quantization_config", None) or {}
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(told.get("quant_method")))
+    settings = getattr(config, "quantization_config", None) or {}
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(settings.get("quant_method")))
     if device.type != "cpu" or kind is None or "dequantize" not in inspect.signature(kind).parameters:
         return False
-    config.quantization_config = {**told, "dequantize": True}
+    config.quantization_config = {**settings, "dequantize": True}
     return True
 
 

@@ -241,14 +241,14 @@ def require_texts(texts: Sequence[Item]) -> Sequence[Item]:
     return texts
 
 
-def require_finite(losses: Tensor, whose: str) -> None:
+def require_finite(losses: Tensor, subject: str) -> None:
     """Make sure that a loss, or each of several, is finite.
 
     Raises:
         UnsuitableError: one is not.
     """
     if not losses.isfinite().all():
-        raise UnsuitableError(f"the loss of {whose} is not finite")
+        raise UnsuitableError(f"the loss of {subject} is not finite")
 
 
 def tensor_bytes(*tensors: Tensor) -> int:

@@ -122,21 +122,21 @@ class MethodSubject:
             target_predictions, self.loaded, batch_size=self.batch_size, stage=stage, on_progress=self.on_progress
         )
         rows = [self.row(*pair) for pair in pairs]
-        asked = [self.row(self.method.rewritten_prompt(pair[0]), *pair[1:]) for pair in pairs]
+        rewritten = [self.row(self.method.rewritten_prompt(pair[0]), *pair[1:]) for pair in pairs]
         new = [row for row in dict.fromkeys(rows) if row not in self.known.predictions]
         self.known.predictions.update(zip(new, measured(new), strict=True))
-        after = measured(asked, self.method)
+        after = measured(rewritten, self.method)
         return [
             _measured(self.known.predictions[row], row, one, other)
-            for row, one, other in zip(rows, after, asked, strict=True)
+            for row, one, other in zip(rows, after, rewritten, strict=True)
         ]
 
     def overhead(self, pairs: Sequence[tuple[str, str]]) -> float:
         """Return how much longer one pass over prompts and answers takes; rewording a question is part of it."""
 
         def edited() -> None:
-            asked = [self.row(self.method.rewritten_prompt(prompt), target) for prompt, target in pairs]
-            target_predictions(self.loaded, asked, self.method, batch_size=self.batch_size)
+            rewritten = [self.row(self.method.rewritten_prompt(prompt), target) for prompt, target in pairs]
+            target_predictions(self.loaded, rewritten, self.method, batch_size=self.batch_size)
 
         def unedited() -> None:
             target_predictions(self.loaded, [self.row(*pair) for pair in pairs], batch_size=self.batch_size)
@@ -146,7 +146,7 @@ class MethodSubject:
     def extra_tokens(self, prompts: Sequence[str]) -> float:
         """Return how many tokens longer prompts become by what the method puts before them, on average."""
         count = [(self._length(self.method.rewritten_prompt(prompt)), self._length(prompt)) for prompt in prompts]
-        return statistics.fmean(asked - plain for asked, plain in count)
+        return statistics.fmean(rewritten - plain for rewritten, plain in count)
 
     def _length(self, text: str) -> int:
         return len(self.tokenizer(text)["input_ids"])
@@ -181,12 +181,13 @@ class MethodSubject:
         return self._answering[key]
 
 
-def _measured(before: TargetPredictions, row: Row, after: TargetPredictions, asked: Row) -> Measured:
+def _measured(before: TargetPredictions, row: Row, after: TargetPredictions, rewritten_row: Row) -> Measured:
     alike = len(before.best) == len(after.best)
     same = float((before.best == after.best).float().mean()) if alike else 0.0
-    return Measured(_reading(before, row), _reading(after, asked), same, UNROUTED)
+    return Measured(_reading(before, row), _reading(after, rewritten_row), same, UNROUTED)
 
 
-def _reading(said: TargetPredictions, row: Row) -> Reading:
-    right = row.right(said.best.tolist())
-    return Reading(right, float((said.losses < -math.log(KNOWN)).float().mean()), float(said.losses.mean()))
+def _reading(predictions: TargetPredictions, row: Row) -> Reading:
+    right = row.right(predictions.best.tolist())
+    known_share = (predictions.losses < -math.log(KNOWN)).float().mean()
+    return Reading(right, float(known_share), float(predictions.losses.mean()))

@@ -73,20 +73,20 @@ class StudyContext:
         settings = resolve(EditSettings, {**flags, "seed": self.settings.seed}, section="edit")
         records = [record.as_dict() for record in self.tested[:count]]
         about = [str(self.directory), self.load.dtype, asdict(settings), records]
-        place = self.work / f"shards-{count}-{sha256_json(about)[:12]}"
-        if not place.exists():
+        directory = self.work / f"shards-{count}-{sha256_json(about)[:12]}"
+        if not directory.exists():
             # What a version of other packages has begun there is begun anew.
             edit(
                 str(self.directory),
                 self._file(count),
-                place,
+                directory,
                 settings,
                 load=self.load,
                 options=RunOptions(force=True),
                 admission=NO_CHECKS,
                 on_progress=self.on_progress,
             )
-        return place
+        return directory
 
     def memory(
         self, shards: Path, *, mode: str | None = None, method: str | None = None, refit: bool | None = None
@@ -131,6 +131,6 @@ def numbers_in(text: str, flag: str, kind: Callable[[str], Number], lowest: Numb
     except ValueError:
         found = []
     if not found or not lowest <= found[0] <= found[-1] <= highest:
-        asked = f"numbers from {lowest:g} to {highest:g} with commas between"
-        raise SettingsError(f"{flag} must be {asked}, not {text!r}")
+        wanted = f"numbers from {lowest:g} to {highest:g} with commas between"
+        raise SettingsError(f"{flag} must be {wanted}, not {text!r}")
     return found

@@ -164,11 +164,11 @@ def generate(
     device: Device = "auto",
     as_json: AsJson = False,
     max_new_tokens: Annotated[
-        int, option("Length of an answer at most.", panel=ANSWERS, default="64", metavar="N", least=1)
+        int, option("Length of an answer at most.", panel=ANSWERS, default="64", metavar="N", minimum=1)
     ] = 64,
     explain: Annotated[bool, flag("Say which memory answered each token.", "--explain", panel=ANSWERS)] = False,
     chat: Annotated[bool, flag("Ask in the chat template.", "--chat", panel=ANSWERS)] = False,
-    batch_size: Annotated[int, option("Prompts at a time.", panel=ANSWERS, default="32", metavar="N", least=1)] = 32,
+    batch_size: Annotated[int, option("Prompts at a time.", panel=ANSWERS, default="32", metavar="N", minimum=1)] = 32,
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
     trust_remote_code: Trust = False,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EACH = 3
 Yes = Annotated[bool, flag("Take every pair of the document unasked.", "--yes", panel=INPUT)]
 Each = Annotated[
-    int, option("Pairs of a passage at most.", "--each", panel=INPUT, default=str(EACH), metavar="N", least=1)
+    int, option("Pairs of a passage at most.", "--each", panel=INPUT, default=str(EACH), metavar="N", minimum=1)
 ]
 
 
@@ -163,5 +163,5 @@ def tell_draft(console: Console, report: DraftReport, kept: Sequence[Pair], outp
         table.add(str(pair.line), pair.question, pair.answer, pair.subject or "")
     found = f"{len(report.pairs)} questions drawn from {report.passages} passages of {report.page}"
     counted = f"{found}, {len(kept)} kept → {output} ({report.seconds:.1f} s)"
-    further = f"look through {output}, then `wise edit {model} {output}`" if kept else "nothing was written"
-    console.result({"results": results}, *([table] if kept else []), counted, further)
+    next_step = f"look through {output}, then `wise edit {model} {output}`" if kept else "nothing was written"
+    console.result({"results": results}, *([table] if kept else []), counted, next_step)

@@ -228,17 +228,19 @@ def _in_kinds(report: EvalReport, edits: str) -> list[Table | str]:
 
 def _beside(report: EvalReport) -> list[str]:
     """Lines on specificity, and on questions with several answers."""
-    told = [
+    shares = [
         f"{_share(report.asked, name)} of {report.samples[name]} {words}"
         for name, words in _BESIDE.items()
         if name in report.asked
     ]
-    lines = [f"specificity, share that gets the edit's answer: {'; '.join(told)}"] if told else []
+    lines = [f"specificity, share that gets the edit's answer: {'; '.join(shares)}"] if shares else []
     if left := report.samples["without_subject"]:
         lines.append(f"specificity leaves out {count(left, 'edit')} whose prompt names no subject")
-    if apart := report.samples["contradictory"]:
+    if contradictory := report.samples["contradictory"]:
         share = _share(report.asked, "rephrased_unique") or "none"
-        lines.append(f"rephrased, without {count(apart, 'question')} that other records answer otherwise: {share}")
+        lines.append(
+            f"rephrased, without {count(contradictory, 'question')} that other records answer otherwise: {share}"
+        )
     return lines
 
 

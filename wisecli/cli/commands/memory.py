@@ -133,10 +133,10 @@ def explain(
     as_json: AsJson = False,
     nearest: Annotated[
         int,
-        option("How many memories, or edits, are made to answer.", panel=ANSWERS, default="3", metavar="N", least=0),
+        option("How many memories, or edits, are made to answer.", panel=ANSWERS, default="3", metavar="N", minimum=0),
     ] = 3,
     max_new_tokens: Annotated[
-        int, option("Length of an answer at most.", panel=ANSWERS, default="32", metavar="N", least=1)
+        int, option("Length of an answer at most.", panel=ANSWERS, default="32", metavar="N", minimum=1)
     ] = 32,
     chat: Annotated[bool, flag("Ask in the chat template.", "--chat", panel=ANSWERS)] = False,
     dtype: Dtype = "auto",
@@ -236,8 +236,8 @@ class ReportPrinter:
     def logged(self, report: LogReport, *, of_one: bool) -> None:
         """Print releases; of one edit also what it is now."""
         followed = report.consequences
-        apart = ("consequences",) if followed else ()
-        table = Table(("release", "when", "who", "action", "in", "modified", "out", *apart, "why"), str(report.memory))
+        more = ("consequences",) if followed else ()
+        table = Table(("release", "when", "who", "action", "in", "modified", "out", *more, "why"), str(report.memory))
         for release in report.releases:
             of_edits = moved(release, lambda name: name not in followed)
             cells = [str(number or "") for number in of_edits]

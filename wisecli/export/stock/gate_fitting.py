@@ -83,8 +83,8 @@ def _thresholds(
     for kind in (edit_states.inside, ~edit_states.inside):
         thresholds[kind] = _rarely(F.linear(unrelated, directions[kind], offsets[kind]), settings)
     readings = (edit_states.states * directions[edit_states.key]).sum(1) + offsets[edit_states.key]
-    least = torch.full_like(offsets, torch.inf).scatter_reduce(0, edit_states.key, readings, "amin")
-    return thresholds.minimum((least - settings.ramp / 2).maximum(thresholds - settings.lower))
+    lowest = torch.full_like(offsets, torch.inf).scatter_reduce(0, edit_states.key, readings, "amin")
+    return thresholds.minimum((lowest - settings.ramp / 2).maximum(thresholds - settings.lower))
 
 
 def _rarely(readings: Tensor, settings: GateSettings) -> float:

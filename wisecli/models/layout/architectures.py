@@ -144,8 +144,8 @@ def _counted_by_its_class(directory: Path) -> int:
 def quantisation_of(config: Mapping[str, Any]) -> str | None:
     """Return how the weights of a model are quantised, by its ``config.json``; ``None`` if they are plain numbers."""
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
-    told = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    return None if told is None else shown(told.get("quant_method") if isinstance(told, dict) else told)
+    settings = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    return None if settings is None else shown(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
 def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:

@@ -249,9 +249,9 @@ def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
         count: how many layers the model has.
     """
     config = model.config.get_text_config()
-    told = [getattr(config, name, None) for name in _WIDTHS]
+    named_widths = [getattr(config, name, None) for name in _WIDTHS]
     # A list has an entry a layer.
-    widths = {width for one in told for width in (one if isinstance(one, (list, tuple)) else [one])} - {None}
+    widths = {width for one in named_widths for width in (one if isinstance(one, (list, tuple)) else [one])} - {None}
     found = {}
     for layers in _layer_lists(model, count):
         each = [dict(_backward_maps(layer, config.hidden_size)) for layer in model.get_submodule(layers).children()]

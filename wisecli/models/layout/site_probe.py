@@ -146,9 +146,9 @@ def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None
     """Check that what a model says of a token does not depend on tokens behind it."""
     other = batch.ids.clone()
     other[:, -1] = (other[:, -1] + 1) % len(model.get_input_embeddings().get_parameter("weight"))
-    said = run_model(model, replace(batch, ids=other), 0, None, batch.labelled)
+    logits = run_model(model, replace(batch, ids=other), 0, None, batch.labelled)
     before = batch.labelled[1] < batch.ids.shape[1] - 1
-    if not _alike(model, said[before], plain[before]):
+    if not _alike(model, logits[before], plain[before]):
         raise ModelError("the model reads ahead, so that it generates no text; set is_decoder in its config.json")
 
 
@@ -196,8 +196,8 @@ def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) ->
     begun = {name: tensor[:, :cut] for name, tensor in begun.items()}
     model(**accepted_arguments(type(model), {**begun, "use_cache": True, CACHE_ARGUMENT: cache}))
     rows, columns = batch.labelled
-    held = all(isinstance(tensor, Tensor) for layer in cache.layers for tensor in tensors_of(layer))
-    if not held or len(cache.layers) != len(layers_of(model, site)):
+    all_tensors = all(isinstance(tensor, Tensor) for layer in cache.layers for tensor in tensors_of(layer))
+    if not all_tensors or len(cache.layers) != len(layers_of(model, site)):
         return False
     return _alike(model, run_model(model, batch, cut, cache, (rows, columns - cut)), plain)
 

@@ -170,8 +170,8 @@ class Filling:
         return self.fact.question.replace(subject, self._namesake) if self.fact.asks else None
 
     def _elsewhere_pronoun(self, subject: str) -> str | None:
-        asked = self._elsewhere(subject)
-        return with_pronoun(asked, self._namesake, self.rng, person=self._person) if asked else None
+        question = self._elsewhere(subject)
+        return with_pronoun(question, self._namesake, self.rng, person=self._person) if question else None
 
     @property
     def _person(self) -> bool | None:
@@ -194,8 +194,8 @@ class Filling:
         if not subject or (value is None and self.value != "none"):
             return None
         phrase = self._noun(subject)
-        told = self.half.mentions if self.value == "none" else self.half.sentences
-        usable = [text for text in told if phrase or "oun}" not in text]
+        sentences = self.half.mentions if self.value == "none" else self.half.sentences
+        usable = [text for text in sentences if phrase or "oun}" not in text]
         words = {"noun": phrase or "", "Noun": _capital(phrase) or "", "question": question, "value": value or ""}
         sentence = _put(self.rng.choice(usable), words)
         text = self.rng.choice(self.half.texts)

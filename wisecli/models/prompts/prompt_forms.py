@@ -56,8 +56,8 @@ class Form:
         if not self.turns:
             return self.text.replace(_SLOT, prompt)
         roles = [("user", "assistant")[place % 2] for place in range(len(self.turns))]
-        told = [(role, turn.replace(_SLOT, prompt)) for role, turn in zip(roles, self.turns, strict=True)]
-        return chat_turns(tokenizer, [*([("system", self.system)] if self.system else []), *told])
+        turns = [(role, turn.replace(_SLOT, prompt)) for role, turn in zip(roles, self.turns, strict=True)]
+        return chat_turns(tokenizer, [*([("system", self.system)] if self.system else []), *turns])
 
 
 @cache

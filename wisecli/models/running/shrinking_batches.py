@@ -110,6 +110,6 @@ def is_recurrent(cache: Any) -> bool:
 def keep_rows(cache: Any, rows: Tensor) -> None:
     """Leave in an attention cache some rows (n,) alone, and what a method holds of them."""
     cache.reorder_cache(rows)  # as beams do; `batch_select_indices` leaves recurrent states as they are
-    held: Tensor | None = getattr(cache, ROW_DECISIONS, None)
-    if held is not None:
-        setattr(cache, ROW_DECISIONS, held[rows])
+    decisions: Tensor | None = getattr(cache, ROW_DECISIONS, None)
+    if decisions is not None:
+        setattr(cache, ROW_DECISIONS, decisions[rows])

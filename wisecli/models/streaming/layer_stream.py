@@ -276,8 +276,8 @@ def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Path, str]]]:
             weights = getattr(one, "weights_map", None)
             index = getattr(getattr(weights, "dataset", weights), "index", None)
             if index is not None:
-                for name, told in index.items():
-                    yield name, (Path(told["safetensors_file"]), told["weight_name"])
+                for name, location in index.items():
+                    yield name, (Path(location["safetensors_file"]), location["weight_name"])
                 return
 
 

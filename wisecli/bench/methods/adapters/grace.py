@@ -163,14 +163,14 @@ class Grace(Method):
             entries: which entry each row is of (B,).
         """
         settings = self.settings
-        chosen, place = entries.unique(return_inverse=True)
+        chosen, entry_of_row = entries.unique(return_inverse=True)
         values = self.codebook.values[chosen].clone().requires_grad_()
         optimizer = torch.optim.Adam([values], lr=settings.rate)
         output = self.site.watched(self.bench.loaded.model)(part.keys[:, 0]).float()
         best, lowest = values.detach().clone(), values.new_full((len(chosen),), torch.inf).detach()
         for step in range(settings.steps + 1):
-            losses = self.losses(part, output, values[place])
-            worst = lowest.new_zeros(len(chosen)).scatter_reduce(0, place, losses.detach(), "amax")
+            losses = self.losses(part, output, values[entry_of_row])
+            worst = lowest.new_zeros(len(chosen)).scatter_reduce(0, entry_of_row, losses.detach(), "amax")
             better = worst < lowest
             best, lowest = values.detach().where(better[:, None], best), worst.where(better, lowest)
             if step == settings.steps or bool((lowest < settings.stop).all()):

@@ -87,8 +87,8 @@ class Lora(EditByEdit):
         self.bench, self.settings = bench, settings or LoraSettings()
         self._swaps = self._built()
         self.parameters = {
-            f"{place}.{name}": parameter
-            for place, (*_, layer) in enumerate(self._swaps)
+            f"{index}.{name}": parameter
+            for index, (*_, layer) in enumerate(self._swaps)
             for name, parameter in layer.named_parameters()
             if "lora_" in name
         }
@@ -115,8 +115,8 @@ class Lora(EditByEdit):
             if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
                 above, _, own = name.rpartition(".")
                 swaps.append((model.get_submodule(above), own, layer.get_base_layer(), layer.eval()))
-        for place, own, base, _ in swaps:
-            setattr(place, own, base)
+        for parent, own, base, _ in swaps:
+            setattr(parent, own, base)
         for left in set(vars(model)) - before:
             delattr(model, left)
         return swaps
@@ -147,12 +147,12 @@ class Lora(EditByEdit):
     def applied(self, first: int | None = None) -> Iterator[None]:  # noqa: ARG002
         """The model with the adapters' layers in the places of its own."""
         try:
-            for place, own, _, layer in self._swaps:
-                setattr(place, own, layer)
+            for parent, name, _, layer in self._swaps:
+                setattr(parent, name, layer)
             yield
         finally:
-            for place, own, base, _ in self._swaps:
-                setattr(place, own, base)
+            for parent, name, base, _ in self._swaps:
+                setattr(parent, name, base)
 
     def bytes(self) -> int:
         """Size of the adapters' matrices."""

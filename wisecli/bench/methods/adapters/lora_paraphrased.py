@@ -102,6 +102,6 @@ class LoraParaphrased(Lora):
         more = write_paraphrases(loaded, edits, count, batch_size=size, seed=self.bench.seed)
         forms = usable_forms(loaded.tokenizer, trained=True)
         for edit in edits:
-            asked = [form.render(loaded.tokenizer, edit.prompt) for form in forms]
-            for prompt in dict.fromkeys([edit.prompt, *asked, *more.get(edit.id, ())]):
+            prompts = [form.render(loaded.tokenizer, edit.prompt) for form in forms]
+            for prompt in dict.fromkeys([edit.prompt, *prompts, *more.get(edit.id, ())]):
                 yield encode_row(self.bench, prompt, edit, end=end)

@@ -54,8 +54,8 @@ class Icl(ReplayedMethod):
         text = instruction_prompt(nearest[0][0], prompt)
         room = self._room - self._length(text)
         kinds = self.settings.kinds
-        for place, (record, _) in enumerate(self._records.ranked(prompt, self.settings.count)):
-            example = demonstration(record, kinds[place % len(kinds)], prompt)
+        for rank, (record, _) in enumerate(self._records.ranked(prompt, self.settings.count)):
+            example = demonstration(record, kinds[rank % len(kinds)], prompt)
             room -= self._length(example)
             if room < 0:
                 break

@@ -136,15 +136,15 @@ class Knn(Method):
         if not records:
             return self.settings.share, self.settings.temperature
         tokenizer = self.bench.loaded.tokenizer
-        own = self._read([encode(tokenizer, edit.prompt, edit.target) for edit in records])
-        other = self._read([encode(tokenizer, text, edit.target) for edit in records for text in edit.rephrases[:1]])
-        apart = self._read(
-            [encode(tokenizer, probe.prompt, probe.answer) for edit in records for probe in edit.locality[:1]]
-        )
-        wanted = [(one, one.tokens) for one in (*own, *other)] + [(one, one.logits.argmax(-1)) for one in apart]
-        kinds = torch.tensor([0] * len(own) + [1] * len(other) + [2] * len(apart))
+        prompts = self._read([encode(tokenizer, edit.prompt, edit.target) for edit in records])
+        reworded = self._read([encode(tokenizer, text, edit.target) for edit in records for text in edit.rephrases[:1]])
+        probes = [probe for edit in records for probe in edit.locality[:1]]
+        locality = self._read([encode(tokenizer, probe.prompt, probe.answer) for probe in probes])
+        wanted = [(one, one.tokens) for one in (*prompts, *reworded)]
+        wanted += [(one, one.logits.argmax(-1)) for one in locality]
+        kinds = torch.tensor([0] * len(prompts) + [1] * len(reworded) + [2] * len(locality))
         store = self._empty()
-        for one in own:
+        for one in prompts:
             store.add(one.states, one.tokens)
         unit = max(float(torch.cdist(store.keys, store.keys).square().mean()), 1e-6)
         hits: dict[tuple[float, float], list[float]] = {}

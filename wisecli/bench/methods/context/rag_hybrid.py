@@ -59,14 +59,14 @@ class WordsAndStates:
 
     def scores(self, text: str) -> Tensor:
         """Return how similar each text is (n,)."""
-        asked = self._bag(text)
-        shared = [self.words(asked, bag) / (full or 1.0) for bag, full in zip(self._bags, self._full, strict=True)]
+        query = self._bag(text)
+        shared = [self.words(query, bag) / (full or 1.0) for bag, full in zip(self._bags, self._full, strict=True)]
         return (torch.tensor(shared) + self._states @ self._directions([text])[0]) / 2
 
-    def words(self, asked: Counter[int], bag: Counter[int]) -> float:
+    def words(self, query: Counter[int], bag: Counter[int]) -> float:
         """BM25 of one text for what another asks."""
         long = _K * (1 - _B + _B * sum(bag.values()) / self._length)
-        return sum(self._rarity(token) * bag[token] * (_K + 1) / (bag[token] + long) for token in asked if token in bag)
+        return sum(self._rarity(token) * bag[token] * (_K + 1) / (bag[token] + long) for token in query if token in bag)
 
     def bytes(self) -> int:
         """Size of a number and a count a token, and of the states."""

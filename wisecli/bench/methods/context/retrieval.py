@@ -64,17 +64,17 @@ class TermIndex:
 
     def add(self, texts: Sequence[str]) -> None:
         """Take in more texts."""
-        for place, text in enumerate(texts, start=self._count):
+        for index, text in enumerate(texts, start=self._count):
             for token, weight in self.vector(text).items():
-                self._postings.setdefault(token, {})[place] = weight
+                self._postings.setdefault(token, {})[index] = weight
         self._count += len(texts)
 
     def scores(self, text: str) -> Tensor:
         """Cosine with each text (n,)."""
         found = [0.0] * self._count
         for token, weight in self.vector(text).items():
-            for place, other in self._postings.get(token, {}).items():
-                found[place] += weight * other
+            for index, other in self._postings.get(token, {}).items():
+                found[index] += weight * other
         return torch.tensor(found)
 
     def bytes(self) -> int:
@@ -97,8 +97,8 @@ class Facts:
         ]
         self._index.add(new)
         for edit in edits:
-            place = self._places.setdefault(edit.prompt, len(self._edits))
-            self._edits[place : place + 1] = [edit]
+            index = self._places.setdefault(edit.prompt, len(self._edits))
+            self._edits[index : index + 1] = [edit]
 
     def ranked(self, text: str, count: int) -> list[tuple[Edit, float]]:
         """Return the edits whose prompts are most similar, with their similarities; the most similar first."""
@@ -106,8 +106,8 @@ class Facts:
             return []
         found = self._index.scores(text).topk(min(count, len(self._edits)))
         return [
-            (self._edits[place], score)
-            for place, score in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+            (self._edits[index], score)
+            for index, score in zip(found.indices.tolist(), found.values.tolist(), strict=True)
         ]
 
     def bytes(self) -> int:
@@ -148,16 +148,16 @@ def scope_threshold(bench: Bench, index: Index, name: str) -> float:
     # Of a chat these methods are given the user's turn, which is the bare prompt.
     forms = [form for form in usable_forms(tokenizer, trained=True) if not form.chat]
 
-    def scores(place: int, text: str) -> Tensor:
-        return index.scores(forms[place % len(forms)].render(tokenizer, text))
+    def scores(number: int, text: str) -> Tensor:
+        return index.scores(forms[number % len(forms)].render(tokenizer, text))
 
     index.add([edit.prompt for edit in records])
-    inside, outside = [], [float(scores(place, text).max()) for place, text in enumerate(bench.texts)]
-    for place, edit in enumerate(records):
-        inside += [float(scores(place, text)[place]) for text in edit.rephrases or (edit.prompt,)]
-        outside += [float(scores(place, probe.prompt).max()) for probe in edit.locality]
-        others = scores(place, edit.prompt)
-        others[place] = -1.0
+    inside, outside = [], [float(scores(number, text).max()) for number, text in enumerate(bench.texts)]
+    for number, edit in enumerate(records):
+        inside += [float(scores(number, text)[number]) for text in edit.rephrases or (edit.prompt,)]
+        outside += [float(scores(number, probe.prompt).max()) for probe in edit.locality]
+        others = scores(number, edit.prompt)
+        others[number] = -1.0
         outside.append(float(others.max()))
     return fitted_threshold(inside, outside)
 
@@ -195,12 +195,12 @@ def demonstration(edit: Edit, kind: str, prompt: str) -> str:
         kind: ``copy`` the fact, ``update`` what is asked in other words, or ``retain`` what the fact says nothing of;
             a record that lacks what a kind needs is copied.
     """
-    asked, answer = edit.prompt, edit.target
+    question, answer = edit.prompt, edit.target
     if kind == "update" and edit.rephrases:
-        asked = edit.rephrases[0]
+        question = edit.rephrases[0]
     elif kind == "retain" and edit.locality:
-        asked, answer = edit.locality[0].prompt, edit.locality[0].answer
-    text = instruction_prompt(edit, f"Q: {asked}\nA:" if ends_with_colon(prompt) else asked)
+        question, answer = edit.locality[0].prompt, edit.locality[0].answer
+    text = instruction_prompt(edit, f"Q: {question}\nA:" if ends_with_colon(prompt) else question)
     return f"{text} {answer.strip()}\n\n"
 
 

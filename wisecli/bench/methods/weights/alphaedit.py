@@ -65,21 +65,21 @@ class AlphaEdit(Memit):
         projection: Tensor = free @ free.T
         return projection
 
-    def change(self, place: int, residuals: Tensor, keys: Tensor) -> Tensor:
+    def change(self, index: int, residuals: Tensor, keys: Tensor) -> Tensor:
         """Return what is added (d, d_ff) to a site's matrix; from then on these keys are spared, too."""
         wide = keys.double()
-        found = constrained(residuals.double(), wide, self._kept[place], self._earlier[place], self._weights[place])
-        self._earlier[place] += wide.T @ wide
+        found = constrained(residuals.double(), wide, self._kept[index], self._earlier[index], self._weights[index])
+        self._earlier[index] += wide.T @ wide
         return found.float()
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes, and the keys that are spared."""
-        return {**super().state(), **{f"earlier {place}": one for place, one in enumerate(self._earlier)}}
+        return {**super().state(), **{f"earlier {index}": one for index, one in enumerate(self._earlier)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Take up changes and keys that were kept."""
         super().restore(state, portions)
-        self._earlier = [state[f"earlier {place}"].to(one) for place, one in enumerate(self._earlier)]
+        self._earlier = [state[f"earlier {index}"].to(one) for index, one in enumerate(self._earlier)]
 
 
 def constrained(residuals: Tensor, keys: Tensor, projection: Tensor, earlier: Tensor, weight: float) -> Tensor:

@@ -204,9 +204,9 @@ class CrispEdit(WeightEditing, Gradual):
         return {
             **super().state(),
             **packed("latest", self._latest),
-            **{f"moved {place}": one.detach() for place, one in enumerate(self._moved)},
-            **{f"inputs {place}": one.inputs for place, one in enumerate(self.curvatures)},
-            **{f"gradients {place}": one.gradients for place, one in enumerate(self.curvatures)},
+            **{f"moved {index}": one.detach() for index, one in enumerate(self._moved)},
+            **{f"inputs {index}": one.inputs for index, one in enumerate(self.curvatures)},
+            **{f"gradients {index}": one.gradients for index, one in enumerate(self.curvatures)},
             "tokens": torch.tensor([one.tokens for one in self.curvatures]),
             **(self._training.tensors() if self._training else {}),
         }
@@ -215,12 +215,12 @@ class CrispEdit(WeightEditing, Gradual):
         """Take up what was kept."""
         super().restore(state, portions)
         self._latest = unpacked("latest", state)
-        for place, (one, tokens) in enumerate(zip(self.curvatures, state["tokens"].tolist(), strict=True)):
+        for index, (one, tokens) in enumerate(zip(self.curvatures, state["tokens"].tolist(), strict=True)):
             one.inputs, one.gradients = (
-                state[f"inputs {place}"].to(one.inputs),
-                state[f"gradients {place}"].to(one.gradients),
+                state[f"inputs {index}"].to(one.inputs),
+                state[f"gradients {index}"].to(one.gradients),
             )
             one.tokens = tokens
         if "moved 0" in state:
-            optimizer = self._optimizer([state[f"moved {place}"].to(one) for place, one in enumerate(self.deltas)])
+            optimizer = self._optimizer([state[f"moved {index}"].to(one) for index, one in enumerate(self.deltas)])
             self._training = Training.of(state, optimizer)

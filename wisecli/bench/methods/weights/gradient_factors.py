@@ -89,17 +89,17 @@ def gradient_factors(
     """
     taken: list[Any] = [None] * len(sites)
 
-    def taking(place: int) -> Change:
+    def taking(index: int) -> Change:
         def change(keys: Tensor) -> Tensor:
-            slot = torch.zeros(*keys.shape[:-1], sites[place].d, device=keys.device, requires_grad=True)
-            taken[place] = keys.detach(), slot
-            return keys @ deltas[place].T + slot
+            slot = torch.zeros(*keys.shape[:-1], sites[index].d, device=keys.device, requires_grad=True)
+            taken[index] = keys.detach(), slot
+            return keys @ deltas[index].T + slot
 
         return change
 
     with torch.enable_grad():
         losses = row_losses(
-            changed_logits(model, sites, part, [taking(place) for place in range(len(sites))]), part.batch
+            changed_logits(model, sites, part, [taking(index) for index in range(len(sites))]), part.batch
         )
         gradients = torch.autograd.grad(losses.sum(), [slot for _, slot in taken])
     mask = part.batch.mask.bool()

@@ -87,22 +87,22 @@ class Memit(WeightEditing, Gradual):
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes, and the targets of a batch that is not written yet."""
-        return {**super().state(), **{f"target {place}": one for place, one in enumerate(self._targets)}}
+        return {**super().state(), **{f"target {index}": one for index, one in enumerate(self._targets)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Take up what was kept."""
         super().restore(state, portions)
         count = sum(name.startswith("target ") for name in state)
-        self._targets = [state[f"target {place}"].to(self.deltas[0]) for place in range(count)]
+        self._targets = [state[f"target {index}"].to(self.deltas[0]) for index in range(count)]
 
     def keeping(self, site: MatrixSite) -> Tensor:
         """Return what is kept of unrelated text at a site: the Cholesky factor of ``λ C`` (d_ff, d_ff), in float64."""
         factor: Tensor = torch.linalg.cholesky(self.settings.weight * second_moment(self.bench, site))
         return factor
 
-    def change(self, place: int, residuals: Tensor, keys: Tensor) -> Tensor:
+    def change(self, index: int, residuals: Tensor, keys: Tensor) -> Tensor:
         """Return what is added (d, d_ff) to a site's matrix for residuals (n, d) and keys (n, d_ff)."""
-        return spread(residuals, keys, self._kept[place])
+        return spread(residuals, keys, self._kept[index])
 
     def target(self, fact: Fact) -> Tensor:
         """Return the z (d,) of a fact, for the model as edited so far, in float32."""
@@ -114,19 +114,19 @@ class Memit(WeightEditing, Gradual):
 
     def _write(self, facts: Sequence[Fact], targets: Tensor) -> None:
         """Bring the layer that is the last of the range to the facts' targets (n, d)."""
-        for place, site in enumerate(self.sites):
+        for index, site in enumerate(self.sites):
             with self.applied():
-                seen = [self._seen(fact, place) for fact in facts]
+                seen = [self._seen(fact, index) for fact in facts]
             keys, states = (torch.stack(parts) for parts in zip(*seen, strict=True))
-            residuals = (targets - states) / ((len(self.sites) - place) * site.multiplier)
-            self.deltas[place] = self.deltas[place] + self.change(place, residuals, keys)
+            residuals = (targets - states) / ((len(self.sites) - index) * site.multiplier)
+            self.deltas[index] = self.deltas[index] + self.change(index, residuals, keys)
 
-    def _seen(self, fact: Fact, place: int) -> tuple[Tensor, Tensor]:
+    def _seen(self, fact: Fact, index: int) -> tuple[Tensor, Tensor]:
         """At a fact's subject: the mean key (d_ff,) at a site, and what leaves the last site's layer under the bare
         prompt (d,), in float32.
         """
         model, kept = self.bench.loaded.model, []
-        module = self.sites[place].watched(model)
+        module = self.sites[index].watched(model)
         with hooked(module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))):
             top = capture(model, self.sites[-1], fact.batch, above=False)
         rows = torch.arange(fact.prompts, device=fact.columns.device)

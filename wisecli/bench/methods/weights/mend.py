@@ -82,13 +82,13 @@ class MendSettings:
 class Task:
     """A batch of training records: each one's gradient, and what is asked of the model that it has changed.
 
-    ``told`` (n, V) are the unedited model's log-probabilities at the labelled columns of ``unrelated``.
+    ``unedited`` (n, V) are the unedited model's log-probabilities at the labelled columns of ``unrelated``.
     """
 
     factors: Sequence[Factors]
     reworded: Activations
     unrelated: Activations
-    told: Tensor
+    unedited: Tensor
 
 
 @method("mend")
@@ -113,8 +113,8 @@ class Mend(WeightEditing, EditByEdit):
         trained, held_back = self._tasks(generator)
         self.editor = Editor(self.sites, self.settings.rank, self.settings.first_rate, generator)
         self.editor.to(bench.loaded.device)
-        for place in range(len(self.sites)):
-            self.editor.normalise([task.factors[place] for task in trained], place)
+        for index in range(len(self.sites)):
+            self.editor.normalise([task.factors[index] for task in trained], index)
         self.validation = self._train(trained, held_back, generator)
         self.training_seconds = time.perf_counter() - begun
 
@@ -123,13 +123,13 @@ class Mend(WeightEditing, EditByEdit):
         part = self._captured([encode_row(self.bench, edit.prompt, edit)])
         losses, factors = gradient_factors(self.bench.loaded.model, self.sites, part, self.deltas)
         require_finite(losses, f"edit {edit.id!r}")
-        for place, one in enumerate(factors):
-            self.deltas[place] = self.deltas[place] - self.step(one, place)
+        for index, one in enumerate(factors):
+            self.deltas[index] = self.deltas[index] - self.step(one, index)
 
     @torch.no_grad()
-    def step(self, factors: Factors, place: int) -> Tensor:
+    def step(self, factors: Factors, index: int) -> Tensor:
         """α ∇̃ (d, d_ff) of one matrix, summed over the batch."""
-        keys, gradients = self.editor(factors, place)
+        keys, gradients = self.editor(factors, index)
         found: Tensor = gradients.flatten(0, 1).T @ keys.flatten(0, 1)
         return found
 
@@ -144,16 +144,16 @@ class Mend(WeightEditing, EditByEdit):
 
     def loss(self, task: Task) -> Tensor:
         """Mean of ``c_edit L_e + L_loc`` over a batch, each record asked of the model that it alone has changed."""
-        model, changes = self.bench.loaded.model, [self._change(task, place) for place in range(len(self.sites))]
-        said = changed_logits(model, self.sites, task.reworded, changes)
+        model, changes = self.bench.loaded.model, [self._change(task, index) for index in range(len(self.sites))]
+        logits = changed_logits(model, self.sites, task.reworded, changes)
         after = changed_logits(model, self.sites, task.unrelated, changes).log_softmax(-1)
-        drift = F.kl_div(after, task.told, log_target=True, reduction="none").sum(-1)
+        drift = F.kl_div(after, task.unedited, log_target=True, reduction="none").sum(-1)
         kept = row_means(drift, task.unrelated.batch)
-        return (self.settings.weight * row_losses(said, task.reworded.batch) + kept).mean()
+        return (self.settings.weight * row_losses(logits, task.reworded.batch) + kept).mean()
 
-    def _change(self, task: Task, place: int) -> Change:
+    def _change(self, task: Task, index: int) -> Change:
         """``-α ∇̃ k`` for the keys k of each row, by the pseudo-gradient of that row's own edit."""
-        own, gradients = self.editor(task.factors[place], place)
+        own, gradients = self.editor(task.factors[index], index)
         return lambda keys: -(keys @ own.mT @ gradients)
 
     def _train(self, tasks: Sequence[Task], held_back: Sequence[Task], generator: torch.Generator) -> list[float]:
@@ -226,8 +226,8 @@ class Mend(WeightEditing, EditByEdit):
         model = self.bench.loaded.model
         edits, reworded, unrelated = (self._captured(rows) for rows in zip(*lessons, strict=True))
         _, factors = gradient_factors(model, self.sites, edits, self.deltas)
-        told = upper_logits(model, self.sites[0], unrelated, unrelated.hidden, unrelated.batch.labelled)
-        return Task(factors, reworded, unrelated, told.float().log_softmax(-1))
+        unedited = upper_logits(model, self.sites[0], unrelated, unrelated.hidden, unrelated.batch.labelled)
+        return Task(factors, reworded, unrelated, unedited.float().log_softmax(-1))
 
     def _captured(self, rows: Sequence[Row]) -> Activations:
         """Return rows up to the lowest matrix, which no edit reaches."""

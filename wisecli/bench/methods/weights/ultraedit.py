@@ -56,9 +56,9 @@ class Statistics:
     def add(self, rows: Tensor) -> None:
         """Take in more rows."""
         wide = rows.double().cpu()
-        count, apart = self.count + len(wide), wide.mean(0) - self.mean
-        self.squares += (wide - wide.mean(0)).square().sum(0) + apart.square() * self.count * len(wide) / count
-        self.mean += apart * len(wide) / count
+        count, offset = self.count + len(wide), wide.mean(0) - self.mean
+        self.squares += (wide - wide.mean(0)).square().sum(0) + offset.square() * self.count * len(wide) / count
+        self.mean += offset * len(wide) / count
         self.count = count
 
     def normalised(self, rows: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ class UltraEdit(WeightEditing):
         """
         for start in range(0, len(edits), self.settings.batch):
             part = edits[start : start + self.settings.batch]
-            for place, (keys, gradients) in enumerate(self.tokens(part)):
-                self.deltas[place] = self.deltas[place] + self.change(place, keys, gradients)
+            for index, (keys, gradients) in enumerate(self.tokens(part)):
+                self.deltas[index] = self.deltas[index] + self.change(index, keys, gradients)
             self.bench.on_progress(Event("single steps", start + len(part), len(edits)))
 
     def tokens(self, edits: Sequence[Edit]) -> list[tuple[Tensor, Tensor]]:
@@ -107,11 +107,11 @@ class UltraEdit(WeightEditing):
                 own.append((one.padded(one.keys)[labelled], one.padded(one.gradients)[labelled]))
         return [(torch.cat([keys for keys, _ in own]), torch.cat([gradients for _, gradients in own])) for own in found]
 
-    def change(self, place: int, keys: Tensor, gradients: Tensor) -> Tensor:
+    def change(self, index: int, keys: Tensor, gradients: Tensor) -> Tensor:
         """Δ (d, d_ff) for keys (n, d_ff) and gradients (n, d) of one matrix."""
         both = torch.cat([keys, gradients], -1)
-        self.statistics[place].add(both)
-        turned, drawn = self.statistics[place].normalised(both).split([keys.shape[1], gradients.shape[1]], -1)
+        self.statistics[index].add(both)
+        turned, drawn = self.statistics[index].normalised(both).split([keys.shape[1], gradients.shape[1]], -1)
         values = -self.settings.rate * turned.square().mean(-1, keepdim=True) * drawn
         # As ``Vᵀ (H Hᵀ + I)⁻¹ H``, which is the same and needs an inverse of the tokens' number only.
         inner = keys @ keys.T
@@ -122,14 +122,14 @@ class UltraEdit(WeightEditing):
     def state(self) -> dict[str, Tensor]:
         """Return the changes and the statistics."""
         kept = super().state()
-        for place, one in enumerate(self.statistics):
-            kept |= {f"mean {place}": one.mean, f"squares {place}": one.squares}
-            kept[f"count {place}"] = torch.tensor(one.count)
+        for index, one in enumerate(self.statistics):
+            kept |= {f"mean {index}": one.mean, f"squares {index}": one.squares}
+            kept[f"count {index}"] = torch.tensor(one.count)
         return kept
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Take up changes and statistics that were kept."""
         super().restore(state, portions)
-        for place, one in enumerate(self.statistics):
-            one.mean, one.squares = state[f"mean {place}"], state[f"squares {place}"]
-            one.count = int(state[f"count {place}"])
+        for index, one in enumerate(self.statistics):
+            one.mean, one.squares = state[f"mean {index}"], state[f"squares {index}"]
+            one.count = int(state[f"count {index}"])

@@ -51,15 +51,15 @@ class WeightEditing(Method):
         self._bases = [self._parameter(site).detach() for site in sites]
         self.deltas = [torch.zeros(site.d, site.d_ff, device=bench.loaded.device) for site in sites]
 
-    def matrix(self, place: int) -> Tensor:
+    def matrix(self, index: int) -> Tensor:
         """Return the matrix of a site as edited so far (d, d_ff), in float32."""
-        base = self._bases[place].float()
-        return (base.T if self.sites[place].transposed else base) + self.deltas[place]
+        base = self._bases[index].float()
+        return (base.T if self.sites[index].transposed else base) + self.deltas[index]
 
     def applied(self, first: int | None = None) -> AbstractContextManager[None]:
         """Return the model with its changed matrices; every token sees them, wherever prompts end."""
         del first
-        pairs = zip(self.sites, (self.matrix(place) for place in range(len(self.sites))), strict=True)
+        pairs = zip(self.sites, (self.matrix(index) for index in range(len(self.sites))), strict=True)
         values = [matrix.T.contiguous() if site.transposed else matrix for site, matrix in pairs]
         return changed([self._parameter(site) for site in self.sites], values)
 
@@ -69,12 +69,12 @@ class WeightEditing(Method):
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes."""
-        return {f"delta {place}": delta for place, delta in enumerate(self.deltas)}
+        return {f"delta {index}": delta for index, delta in enumerate(self.deltas)}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Take up changes that were kept; the edits themselves they do not need."""
         del portions
-        self.deltas = [state[f"delta {place}"].to(delta) for place, delta in enumerate(self.deltas)]
+        self.deltas = [state[f"delta {index}"].to(delta) for index, delta in enumerate(self.deltas)]
 
     def _parameter(self, site: MatrixSite) -> nn.Parameter:
         return site.watched(self.bench.loaded.model).get_parameter("weight")

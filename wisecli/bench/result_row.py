@@ -27,7 +27,7 @@ class Peaks:
     vram: int = 0
 
     def and_now(self) -> Peaks:
-        """These, or what the process has held since it last forgot, whichever is more."""
+        """Return these, or what the process has held since :func:`forget_peaks`, whichever is more."""
         return Peaks(max(self.rss, peak_rss_bytes()), max(self.vram, peak_vram_bytes()))
 
 
@@ -50,7 +50,8 @@ class RowMaker:
         costs: Mapping[str, float],
         peaks: Peaks,
     ) -> ResultRow:
-        """Figures, their intervals, and every edit's own, oldest first: as taught by WILD, or else reliability.
+        """Return the figures, their intervals, and every edit's own, oldest first: as taught by WILD, or else
+        reliability.
 
         Args:
             each: of each figure the edits' values, by their places.
@@ -84,7 +85,7 @@ class RowMaker:
 
 
 def interval(values: Sequence[float], *, resamples: int, seed: int) -> tuple[float, float]:
-    """Bootstrap interval (95 %) of a mean over edits, by percentiles."""
+    """Return the bootstrap interval (95 %) of a mean over edits, by percentiles."""
     rng = random.Random(seed)
     means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(resamples))
     cut = round((1 - _SHARE) / 2 * (len(means) - 1))

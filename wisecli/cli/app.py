@@ -53,7 +53,7 @@ def _version(
 
 
 def program(names: Collection[str] = NAMES) -> typer.Typer:
-    """The command line with these of its commands."""
+    """Return the command line with some of its commands."""
     from wisecli.cli.parameters import PanelledCommand, PanelledGroup
 
     found = typer.Typer(

@@ -70,7 +70,7 @@ def draw_pairs(
     batch_size: int,
     on_progress: ProgressCallback = ignore_progress,
 ) -> list[Pair]:
-    """Up to ``each`` pairs of every passage that are fit to be shown, no question twice."""
+    """Return up to ``each`` usable pairs of every passage, no question twice."""
     requests = [few_shot_prompt(loaded.tokenizer, _shown(), _ASK + passage.whole) for passage in found]
     kept: dict[tuple[str, ...], Pair] = {}
     for first in range(0, len(requests), batch_size):

@@ -75,7 +75,7 @@ class Edit:
         return self.target if self.replacement is None else self.replacement
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, as the manifests keep it."""
+        """Return the JSON form, as the manifests keep it."""
         nested = ("locality", "portability", "translations")
         return {**vars(self), **{name: tuple(map(asdict, getattr(self, name))) for name in nested}}
 

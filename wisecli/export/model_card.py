@@ -80,7 +80,7 @@ Figures = Mapping[str, Mapping[str, float]]
 
 
 def read_figures(path: Path) -> dict[str, dict[str, float]]:
-    """Figures by dataset from the report that ``wise eval --json`` printed.
+    """Return figures by dataset from the report that ``wise eval --json`` printed.
 
     Raises:
         DamagedFileError: the file holds no such report.

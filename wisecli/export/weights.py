@@ -43,7 +43,7 @@ class Packing:
         return self.dtype is None and self.file_bytes is None
 
     def layout(self, stored: TensorLayout) -> TensorLayout:
-        """Type and shape of a tensor once it is written."""
+        """Return type and shape of a tensor once it is written."""
         if self.dtype is None or not getattr(torch, stored.dtype).is_floating_point:
             return stored
         return TensorLayout(str(self.dtype).removeprefix("torch."), stored.shape)

@@ -55,7 +55,7 @@ def require_space(output: Path, needed: int) -> None:
 
 @contextmanager
 def whole_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary directory that takes the place of ``output`` when the block ends well, and vanishes otherwise.
+    """Give a temporary directory that replaces ``output`` when the block ends well, and vanishes otherwise.
 
     What ``force`` may replace is the caller's to check beforehand, with :class:`~wisecli.io.overwrite_policy.Output`.
     What killed runs left here is taken away first.
@@ -196,7 +196,7 @@ def _remove(path: Path) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """The same file under another name, or a copy where the disk has no links."""
+    """Link a file under another name, or copy it where the disk has no links."""
     try:
         os.link(os.path.realpath(source), target)  # of a link, what it leads to
     except OSError:

@@ -67,7 +67,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def machine_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has."""
+    """Return the bytes of memory that a device has."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -91,7 +91,7 @@ class Method(Protocol):
         return prompt
 
     def bytes(self) -> int:
-        """Size of what answers need beside the base model; what only further edits need does not count."""
+        """Return the size of what answers need beside the base model; what only further edits need does not count."""
 
 
 @runtime_checkable
@@ -104,13 +104,13 @@ class Resumable(Protocol):
     portion: int
 
     def edit(self, edits: Sequence[Edit]) -> None:
-        """See :meth:`Method.edit`."""
+        """Take in more edits: see :meth:`Method.edit`."""
 
     def state(self) -> dict[str, Tensor]:
         """Return all that edits have changed and that later edits or answers depend on."""
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Be as when a state was kept; only for a method that has taken in nothing.
+        """Take up a state that was kept; only for a method that has taken in nothing.
 
         Args:
             portions: the edits that it had taken in by then, as they came.
@@ -219,7 +219,7 @@ class PromptEnd:
 
 @contextmanager
 def changed(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Other values in some parameters for a while; what was there comes back to the bit."""
+    """Put other values into some parameters for a while; what was there comes back to the bit."""
     before = [parameter.data for parameter in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):
@@ -252,7 +252,7 @@ def require_finite(losses: Tensor, subject: str) -> None:
 
 
 def tensor_bytes(*tensors: Tensor) -> int:
-    """Size of tensors."""
+    """Return the size of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

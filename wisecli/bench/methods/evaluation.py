@@ -152,14 +152,14 @@ class MethodSubject:
         return len(self.tokenizer(text)["input_ids"])
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
-        """Greedy answers, before and after."""
+        """Return greedy answers, before and after."""
         answering = self.answering(max_new_tokens)
         before = answering.before(prompts, stage="answers before")
         after = answering.after([self.method.rewritten_prompt(prompt) for prompt in prompts], stage="answers after")
         return [one.text for one in before], [one.text for one in after]
 
     def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
-        """Answers of so many tokens at most; ``stops`` end them as well. The unedited model's are all methods'."""
+        """Return answers of at most so many tokens; ``stops`` end them, too. All methods share the unedited ones."""
         key = max_new_tokens, stops
         if key not in self._answering:
             unedited = partial(answered, self.loaded.model, self.tokenizer, max_new_tokens=max_new_tokens, stops=stops)

@@ -22,7 +22,7 @@ class Training:
         self.rows, self.optimizer, self.done = tuple(rows), optimizer, done
 
     def shuffled(self, items: Sequence[Item], passes: int, rng: random.Random) -> Iterator[list[Item]]:
-        """Items in an order of its own for each pass that is left; whoever makes one counts it as done."""
+        """Yield the items in a new order for each pass that is left; the caller counts a pass as done."""
         order = list(items)
         for number in range(passes):
             rng.shuffle(order)

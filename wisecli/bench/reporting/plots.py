@@ -32,7 +32,7 @@ def peak_bytes(figures: Mapping[str, Any]) -> int:
 
 
 def pictures(measured: Sequence[ResultRow]) -> list[str]:
-    """Pictures of the methods' figures, if there are any."""
+    """Return pictures of the methods' figures, if there are any."""
     return [picture(draw, measured) for draw in (_quality, _ageing, _cost)] if measured else []
 
 

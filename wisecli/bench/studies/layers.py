@@ -36,7 +36,7 @@ class Layers:
         return {**context.figures(context.memory(shards), point["edits"]), "probed": probed}
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """A panel for each number of edits."""
+        """Draw a panel for each number of edits."""
         grouped = by_edits(rows)
         figure.set_size_inches(max(7, 5 * len(grouped)), 4)
         panels = figure.subplots(1, len(grouped), squeeze=False, sharey=True)[0]
@@ -53,7 +53,7 @@ class Layers:
 
 
 def chosen(count: int, number: int) -> list[int]:
-    """``number`` of the layers that can be edited, of ``count``: half of them where `--layer auto` looks.
+    """Return ``number`` of the layers that can be edited, of ``count``: half of them where `--layer auto` looks.
 
     The first has none below it, where prompts could be read.
     """

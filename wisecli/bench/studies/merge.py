@@ -54,7 +54,7 @@ class Merge:
         return {**context.figures(memory, point["edits"]), "megabytes": size / 1e6}
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """Bars for each way, a panel for each number of edits."""
+        """Draw bars for each way, a panel for each number of edits."""
         grouped = by_edits(rows)
         most = max(map(len, grouped.values()))
         figure.set_size_inches(max(8, 5.5 * len(grouped)), 1.2 + 0.42 * most)

@@ -63,7 +63,7 @@ class Router:
         return figures
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """A histogram for each writer and router, a line of them for each number of edits."""
+        """Draw a histogram for each writer and router, a line of them for each number of edits."""
         grouped = by_edits(rows)
         widest = max(map(len, grouped.values()))
         figure.set_size_inches(4.4 * widest, 4.2 * len(grouped))

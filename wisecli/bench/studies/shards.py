@@ -55,7 +55,7 @@ class Shards:
         return {"mean": sum(known) / len(known), **figures}
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """A heat map for each number of edits."""
+        """Draw a heat map for each number of edits."""
         grouped = by_edits(rows)
         lowest = min(row["figures"]["mean"] for row in rows) - 0.02
         figure.set_size_inches(6.5 * len(grouped), 4.6)

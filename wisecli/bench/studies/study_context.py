@@ -68,7 +68,9 @@ class StudyContext:
         mask_ratio: float | None = None,
         writer: str | None = None,
     ) -> Path:
-        """Shards of the first edits, written the first time they are asked for; by default as `wise edit` writes."""
+        """Return shards of the first edits, written the first time they are asked for; by default as `wise edit`
+        writes.
+        """
         flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer}
         settings = resolve(EditSettings, {**flags, "seed": self.settings.seed}, section="edit")
         records = [record.as_dict() for record in self.tested[:count]]
@@ -121,7 +123,7 @@ class StudyContext:
 
 
 def numbers_in(text: str, flag: str, kind: Callable[[str], Number], lowest: Number, highest: Number) -> list[Number]:
-    """Numbers with commas between, in rising order, none outside the bounds.
+    """Return numbers with commas between, in rising order, none outside the bounds.
 
     Raises:
         SettingsError: they are no such numbers.

@@ -62,7 +62,7 @@ def draw_for_editing(
     dry_run: bool,
     force: bool,
 ) -> Path | None:
-    """What ``wise edit --from-text`` does first; the file to train on, if any pair was accepted."""
+    """Draw edits for ``wise edit --from-text``; return the file to train on, if any pair was accepted."""
     if model is None:
         raise SettingsError("--from-text needs a MODEL, which draws the edits from the document")
     if dry_run:
@@ -82,7 +82,7 @@ def draw_edits(
     force: bool,
     trains: bool,
 ) -> Path | None:
-    """Draft, ask, and write what was accepted into a file of edits; the file, if it may be trained on.
+    """Ask about drafted pairs and write the accepted ones to a file of edits; return it if it may be trained on.
 
     Where nobody can be asked all pairs are written, for somebody to look through: training waits for that.
 
@@ -115,7 +115,7 @@ _CHOICES = "[y]es, [n]o, [e]dit, [q]uit"
 
 
 def at_terminal() -> bool:
-    """Whether somebody is there who can be asked."""
+    """Return whether somebody sits at a terminal and can be asked."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 

@@ -145,7 +145,7 @@ def merge_into(
     model: str | None,
     provenance: Provenance,
 ) -> None:
-    """What ``wise merge --into`` does."""
+    """Merge shards into a memory, and print what came of it."""
     from wisecli.commands.memory.merge_into import merge_into as run
 
     with console.watching() as on_progress:

@@ -39,7 +39,7 @@ class Gated:
     verified: Verified | None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, as the manifest keeps it."""
+        """Return the JSON form, as the manifest keeps it."""
         found = {} if self.verified is None else asdict(self.verified)
         return {"keys": self.keys, "blocks": self.blocks, **found}
 

@@ -17,7 +17,7 @@ _CONFIG = "config.json"
 
 
 def check_code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
-    """The code that runs with ``trust_remote_code``, against what this version writes, or what 0.1 wrote."""
+    """Check the code that runs with ``trust_remote_code`` against what this version writes, or 0.1 wrote."""
     from wisecli.export.routed.custom_code import CODE_NAME, auto_map, code_files, former_auto_map, former_code
 
     described = config.get(EXPORTED_KEY)

@@ -247,14 +247,14 @@ class MemorySubject:
         )
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
-        """Greedy answers, before and after."""
+        """Return greedy answers, before and after."""
         asked, answering = [self._asked(prompt) for prompt in prompts], self.answering(max_new_tokens)
         before = answering.before(asked, stage="answers before")
         after = answering.after(asked, stage="answers after")
         return [one.text for one in before], [one.text for one in after]
 
     def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
-        """Answers of so many tokens at most, the same ones whenever they are asked for; ``stops`` end them as well."""
+        """Return answers of at most so many tokens, the same object each time; ``stops`` end them as well."""
         key = max_new_tokens, stops
         if key not in self._answering:
             model, tokenizer = self.edited.model, self.tokenizer

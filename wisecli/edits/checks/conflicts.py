@@ -35,7 +35,7 @@ class Place:
     order: int
 
     def named(self, file: str) -> str:
-        """Its id and where it is."""
+        """Return the edit's id and where it is."""
         return f"{self.edit.id!r} " + ("in the memory" if self.line is None else f"at {file}:{self.line}")
 
 
@@ -150,7 +150,7 @@ def resolve(
 
 
 def giving_way(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases: bool = True) -> dict[str, str]:
-    """Ids of held edits of whose facts new ones say something else, with the new ones' ids.
+    """Return the ids of held edits that new ones contradict, with the new ones' ids.
 
     Args:
         rephrases: whether edits that meet in a rephrase only are of the same fact.
@@ -159,7 +159,7 @@ def giving_way(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases:
 
 
 def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] = ()) -> list[tuple[Place, str]]:
-    """Consequences that give way to what was asked for, each with the reason.
+    """Return the consequences that give way to stated edits, each with the reason.
 
     An edit outranks every consequence, one that is stated those that are derived, and what a memory holds those that
     are derived.

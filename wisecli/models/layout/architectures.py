@@ -93,7 +93,8 @@ def loader_name(architecture: str) -> str:
 
 
 def text_settings(directory: Path) -> dict[str, Any]:
-    """Settings of the model that reads text: of the whole, or of its part for text with that type's defaults.
+    """Return the settings of the model that reads text: of the whole, or of its part for text with that type's
+    defaults.
 
     Raises:
         ModelError: transformers knows no such part.

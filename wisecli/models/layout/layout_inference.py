@@ -243,7 +243,7 @@ def _in_a_list(name: str) -> bool:
 
 
 def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
-    """Paths, with ``{layer}``, of all that may be the value matrix, and whether its weight is stored turned.
+    """Return the paths, with ``{layer}``, of all that may be the value matrix, and whether its weight is stored turned.
 
     Args:
         count: how many layers the model has.

@@ -85,7 +85,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def chat_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
-    """Turns of a chat, by role and text, in the model's chat template, up to where the next answer begins.
+    """Return the turns of a chat, by role and text, in the model's chat template, up to where the next answer begins.
 
     Raises:
         ModelError: the tokenizer has no chat template.

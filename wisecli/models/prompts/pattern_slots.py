@@ -106,7 +106,7 @@ def slots_in(pattern: str) -> list[tuple[str, str]]:
 
 
 def filled(fact: Fact, turns: Sequence[str], rng: random.Random) -> list[str] | None:
-    """Texts with a fact in their slots, which are none of documents; None where it lacks what one of them needs."""
+    """Return texts with a fact in their slots, none of them a document; None where it lacks what a slot needs."""
     return Filling(fact, _NO_TEXTS, rng).filled(turns)
 
 
@@ -125,7 +125,7 @@ class Filling:
     _paragraphs: int = field(default=0, init=False)
 
     def filled(self, turns: Sequence[str]) -> list[str] | None:
-        """Texts with their slots filled; None where the fact does not have what one of them needs."""
+        """Return texts with their slots filled; None where the fact lacks what one of them needs."""
         known: dict[tuple[str, str], str] = {}
         for slot in [slot for turn in turns for slot in slots_in(turn) if slot[0] != "paragraph"]:
             if slot not in known:

@@ -96,7 +96,7 @@ class Kind:
         return None
 
     def render_turns(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], *, chat: bool) -> str:
-        """Turns as one text: in the chat template if ``chat``, else the only one as it is."""
+        """Return turns as one text: in the chat template if ``chat``, else the only one as it is."""
         return _in_chat(tokenizer, turns) if chat and (len(turns) > 1 or not self.begun) else turns[0]
 
 

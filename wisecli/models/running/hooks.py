@@ -27,7 +27,7 @@ def overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iter
 
 @contextmanager
 def hooked(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    """Hooks that are taken off again."""
+    """Remove the hooks at the end of a block."""
     try:
         yield
     finally:

@@ -110,7 +110,7 @@ class LayerStream:
 
     @contextmanager
     def filled(self, number: int, then: int | None = None) -> Iterator[None]:
-        """A layer with its parameters for a while.
+        """Give a layer its parameters for a while.
 
         Args:
             then: the layer to read meanwhile.

@@ -80,7 +80,8 @@ class Defer(EditByEdit):
         self.trained = True
 
     def loss(self, part: Activations, output: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Mean cross-entropy of the target's tokens with ``g v + (1 - g) y`` in the place of what the matrix gives.
+        """Return the mean cross-entropy of the target's tokens with ``g v + (1 - g) y`` in the place of what the matrix
+        gives.
 
         Args:
             part: captured from the prompts' last token on.
@@ -110,11 +111,11 @@ class Defer(EditByEdit):
         return hooked(end.follow_passes(model), module.register_forward_hook(replace))
 
     def bytes(self) -> int:
-        """Size of gate and layer."""
+        """Return the size of gate and layer."""
         return tensor_bytes(self.weight, self.bias)
 
     def state(self) -> dict[str, Tensor]:
-        """Gate and layer."""
+        """Return gate and layer."""
         return {"weight": self.weight, "bias": self.bias}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:

@@ -57,7 +57,7 @@ class Codebook:
         self._radius, self._generator = radius, seeded(seed)
 
     def state(self) -> dict[str, Tensor]:
-        """Entries with their targets, one after the other, and where the draw of new values is."""
+        """Return entries with their targets, one after the other, and where the draw of new values is."""
         return {
             "keys": self.keys,
             "values": self.values,
@@ -68,7 +68,7 @@ class Codebook:
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Be as when a state was kept."""
+        """Take up a state that was kept."""
         self.keys, self.values = state["keys"].to(self.keys), state["values"].to(self.values)
         self.radii = state["radii"].to(self.radii)
         parts = state["targets"].split(state["lengths"].tolist())
@@ -76,7 +76,7 @@ class Codebook:
         self._generator.set_state(state["generator"])
 
     def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance to the nearest key, and which that is: (B, d_ff) → (B,) twice."""
+        """Return the distance to the nearest key, and which that is: (B, d_ff) → (B,) twice."""
         # The distance by a matrix product is not exact, and a key must lie at distance 0 from itself.
         found = torch.cdist(keys.float(), self.keys, compute_mode="donot_use_mm_for_euclid_dist").min(-1)
         return found.values, found.indices
@@ -181,7 +181,8 @@ class Grace(Method):
         self.codebook.values[chosen] = best
 
     def losses(self, part: Activations, output: Tensor, values: Tensor) -> Tensor:
-        """Mean cross-entropy of each row's target once its value (B, d) replaces what the matrix gives: (B,).
+        """Return the mean cross-entropy of each row's target once its value (B, d) replaces what the matrix gives:
+        (B,).
 
         Args:
             output: what the matrix gives at the prompts' last token (B, d), in float32.
@@ -217,7 +218,7 @@ class Grace(Method):
         return hooked(end.follow_passes(model), module.register_forward_hook(replace))
 
     def bytes(self) -> int:
-        """Size of keys, values and radii."""
+        """Return the size of keys, values and radii."""
         return tensor_bytes(self.codebook.keys, self.codebook.values, self.codebook.radii)
 
     def state(self) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ Swap = tuple[nn.Module, str, nn.Module, nn.Module]
 
 
 def projections(model: nn.Module, layers: str, value: str) -> list[str]:
-    """Module paths of the value matrix and of all projections outside the feed-forward part, layer by layer.
+    """Return the module paths of the value matrix and of all projections outside the feed-forward part, layer by layer.
 
     Args:
         layers: module path of the list of layers.
@@ -137,7 +137,7 @@ class Lora(EditByEdit):
         optimizer.zero_grad()
 
     def loss(self, rows: Sequence[Row]) -> Tensor:
-        """Mean cross-entropy of the target tokens of rows, with the adapters as they are applied."""
+        """Return the mean cross-entropy of the target tokens of rows, with the adapters as they are applied."""
         loaded = self.bench.loaded
         batch = collate(rows).to(loaded.device)
         logits = run_model(loaded.model, batch, 0, None, batch.labelled)
@@ -145,7 +145,7 @@ class Lora(EditByEdit):
 
     @contextmanager
     def applied(self, first: int | None = None) -> Iterator[None]:  # noqa: ARG002
-        """The model with the adapters' layers in the places of its own."""
+        """Put the adapters' layers in the places of the model's own for a while."""
         try:
             for parent, name, _, layer in self._swaps:
                 setattr(parent, name, layer)
@@ -155,7 +155,7 @@ class Lora(EditByEdit):
                 setattr(parent, name, base)
 
     def bytes(self) -> int:
-        """Size of the adapters' matrices."""
+        """Return the size of the adapters' matrices."""
         return tensor_bytes(*self.parameters.values())
 
     def state(self) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ class Memoir(EditByEdit):
         return (sums / counts.clamp(min=1)[:, None])[counts > 0].mean(0)
 
     def features(self, keys: Tensor, prompt: Tensor) -> Tensor:
-        """Features (B, d_ff) of prompts from keys (B, T, d_ff) and where in them the prompts' tokens are (B, T)."""
+        """Return features (B, d_ff) of prompts from keys (B, T, d_ff) and the prompts' tokens among them (B, T)."""
         sums = keys.float().masked_fill(~prompt[..., None], 0).sum(1)
         return sums / prompt.sum(-1, keepdim=True) - self.background
 
@@ -146,7 +146,7 @@ class Memoir(EditByEdit):
         self.memory[:, columns] = values.detach()
 
     def loss(self, part: Activations, keys: Tensor, values: Tensor) -> Tensor:
-        """Mean cross-entropy of the target's tokens with the memory open, each row counting alike.
+        """Return the mean cross-entropy of the target's tokens with the memory open, each row counting alike.
 
         Args:
             keys: the mask's columns of the part's keys (B, T, k).
@@ -188,7 +188,7 @@ class Memoir(EditByEdit):
         return hooked(end.follow_passes(model), module.register_forward_hook(add))
 
     def bytes(self) -> int:
-        """Size of memory, masks, permutation and mean features."""
+        """Return the size of memory, masks, permutation and mean features."""
         return tensor_bytes(self.memory, self.masks, self.hash.permutation, self.background)
 
     def state(self) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ class Icl(ReplayedMethod):
         self._room = self.settings.share * positions if positions else float("inf")
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """Demonstrations, the most similar last, then the nearest edit as a new fact, and the prompt."""
+        """Return demonstrations, the most similar last, then the nearest edit as a new fact, and the prompt."""
         nearest = self.facts.ranked(prompt, 1)
         if not nearest:
             return prompt
@@ -66,5 +66,5 @@ class Icl(ReplayedMethod):
         return len(self._tokenizer(text)["input_ids"])
 
     def bytes(self) -> int:
-        """Size of stored edits, records and their indices."""
+        """Return the size of stored edits, records and their indices."""
         return self.facts.bytes() + self._records.bytes()

@@ -56,7 +56,7 @@ class Datastore:
         self.keys, self.tokens = torch.cat([self.keys, keys]), torch.cat([self.tokens, tokens])
 
     def nearest(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Squared distances and tokens of the nearest states, by exact search: (m, d) → (m, k) twice."""
+        """Return squared distances and tokens of the nearest states, by exact search: (m, d) → (m, k) twice."""
         best, tokens = queries.new_zeros(len(queries), 0), self.tokens.new_zeros(len(queries), 0)
         for keys, after in zip(self.keys.split(_CHUNK), self.tokens.split(_CHUNK), strict=True):
             found = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -67,7 +67,7 @@ class Datastore:
 
 
 def neighbourhood(distances: Tensor, tokens: Tensor, temperature: float, vocabulary: int) -> Tensor:
-    """``p_kNN`` from squared distances and tokens (m, k): (m, V)."""
+    """Return ``p_kNN`` from squared distances and tokens (m, k): (m, V)."""
     weights = (-distances / temperature).softmax(-1)
     return weights.new_zeros(len(weights), vocabulary).scatter_add(-1, tokens, weights)
 
@@ -185,11 +185,11 @@ class Knn(Method):
         return hooked(head, model.register_forward_hook(mix))
 
     def bytes(self) -> int:
-        """Size of states and tokens."""
+        """Return the size of states and tokens."""
         return tensor_bytes(self.store.keys, self.store.tokens)
 
     def state(self) -> dict[str, Tensor]:
-        """States, tokens, and how much they count."""
+        """Return states, tokens, and how much they count."""
         chosen = torch.tensor([self.share, self.temperature], dtype=torch.float64)
         return {"keys": self.store.keys, "tokens": self.store.tokens, "chosen": chosen}
 

@@ -64,12 +64,12 @@ class WordsAndStates:
         return (torch.tensor(shared) + self._states @ self._directions([text])[0]) / 2
 
     def words(self, query: Counter[int], bag: Counter[int]) -> float:
-        """BM25 of one text for what another asks."""
+        """Return the BM25 score of one text for another that asks."""
         long = _K * (1 - _B + _B * sum(bag.values()) / self._length)
         return sum(self._rarity(token) * bag[token] * (_K + 1) / (bag[token] + long) for token in query if token in bag)
 
     def bytes(self) -> int:
-        """Size of a number and a count a token, and of the states."""
+        """Return the size of a number and a count a token, and of the states."""
         return 8 * sum(map(len, self._bags)) + tensor_bytes(self._states)
 
     def _rarity(self, token: int) -> float:

@@ -30,10 +30,10 @@ class Index(Protocol):
         """Take in more texts."""
 
     def scores(self, text: str) -> Tensor:
-        """Cosine with each text in the order in which they came (n,)."""
+        """Return the cosine with each text in the order in which they came (n,)."""
 
     def bytes(self) -> int:
-        """Size of what is kept."""
+        """Return the size of what is kept."""
 
 
 class TermIndex:
@@ -54,7 +54,7 @@ class TermIndex:
         return list(self._tokenizer(f" {text.lower()}", add_special_tokens=False)["input_ids"])
 
     def vector(self, text: str) -> dict[int, float]:
-        """Weight of each token, of length 1 together."""
+        """Return the weight of each token; together they have length 1."""
         counts = Counter(self._tokens(text))
         weights = {
             token: count * (1 + math.log((1 + self._size) / (1 + self._seen[token]))) for token, count in counts.items()
@@ -70,7 +70,7 @@ class TermIndex:
         self._count += len(texts)
 
     def scores(self, text: str) -> Tensor:
-        """Cosine with each text (n,)."""
+        """Return the cosine with each text (n,)."""
         found = [0.0] * self._count
         for token, weight in self.vector(text).items():
             for index, other in self._postings.get(token, {}).items():
@@ -78,7 +78,7 @@ class TermIndex:
         return torch.tensor(found)
 
     def bytes(self) -> int:
-        """Size of a token's number and weight for each entry."""
+        """Return the size of a token's number and weight for each entry."""
         return 8 * sum(map(len, self._postings.values()))
 
 
@@ -111,7 +111,7 @@ class Facts:
         ]
 
     def bytes(self) -> int:
-        """Size of the index and of prompts and targets as text."""
+        """Return the size of the index and of prompts and targets as text."""
         return self._index.bytes() + sum(len((edit.prompt + edit.target).encode()) for edit in self._edits)
 
 
@@ -189,7 +189,7 @@ def ends_with_colon(prompt: str) -> bool:
 
 
 def demonstration(edit: Edit, kind: str, prompt: str) -> str:
-    """One record as a demonstration of what to do with a fact, worded as the prompt is that will stand behind it.
+    """Return one record as a demonstration of what to do with a fact, worded like the prompt that follows it.
 
     Args:
         kind: ``copy`` the fact, ``update`` what is asked in other words, or ``retain`` what the fact says nothing of;
@@ -219,7 +219,7 @@ class ReplayedMethod(Method):
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing."""
+        """Return nothing."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
@@ -250,5 +250,5 @@ class NearestFact(ReplayedMethod):
         return prompt if edit is None else instruction_prompt(edit, prompt)
 
     def bytes(self) -> int:
-        """Size of the stored edits and their index."""
+        """Return the size of the stored edits and their index."""
         return self.facts.bytes()

@@ -83,7 +83,7 @@ class AlphaEdit(Memit):
 
 
 def constrained(residuals: Tensor, keys: Tensor, projection: Tensor, earlier: Tensor, weight: float) -> Tensor:
-    """``Rᵀ K P (E P + Kᵀ K P + λ I)⁻¹`` (d, d_ff), for residuals (n, d), keys (n, d_ff) and ``E = K_pᵀ K_p``."""
+    """Return ``Rᵀ K P (E P + Kᵀ K P + λ I)⁻¹`` (d, d_ff), for residuals (n, d), keys (n, d_ff) and ``E = K_pᵀ K_p``."""
     whole = (earlier + keys.T @ keys) @ projection
     whole.diagonal().add_(weight)
     delta: Tensor = torch.linalg.solve(whole.T, projection.T @ keys.T @ residuals).T

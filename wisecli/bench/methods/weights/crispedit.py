@@ -91,7 +91,7 @@ class Curvature:
         self.tokens += len(keys)
 
     def projection(self, energy: float) -> Projection:
-        """Onto all directions but the fewest that hold this share of the curvature."""
+        """Return the projection onto all directions but the fewest that hold this share of the curvature."""
         inner, inner_vectors = torch.linalg.eigh(self.inputs / self.tokens)
         outer, outer_vectors = torch.linalg.eigh(self.gradients / self.tokens)
         products = torch.outer(outer, inner).clamp(min=0)

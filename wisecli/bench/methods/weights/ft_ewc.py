@@ -43,13 +43,13 @@ class FtEwc(FtL):
         self.weight = float(len(texts)) if weight is None else weight
 
     def penalty(self, delta: Tensor) -> Tensor:
-        """``λ / 2 · Σ F Δ²`` of a change (d, d_ff)."""
+        """Return ``λ / 2 · Σ F Δ²`` of a change (d, d_ff)."""
         return self.weight / 2 * (self.fisher * delta.square()).sum()
 
 
 def fisher(bench: Bench, site: MatrixSite, texts: Sequence[Row]) -> Tensor:
-    """Diagonal Fisher information (d, d_ff) of a value matrix, in float32: the mean over texts of the squared gradient
-    of the text's log-likelihood.
+    """Return the diagonal Fisher information (d, d_ff) of a value matrix, in float32: the mean over texts of the
+    squared gradient of the text's log-likelihood.
 
     One backward pass serves a whole batch: the gradient at a token's output, kept for each row by itself, and the
     token's key give the row's own gradient of the matrix.

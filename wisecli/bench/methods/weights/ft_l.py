@@ -53,7 +53,7 @@ class FtL(WeightEditing, EditByEdit):
         return delta.new_zeros(())
 
     def loss(self, part: Activations, delta: Tensor) -> Tensor:
-        """Mean cross-entropy of the target's tokens under a change (d, d_ff) of the matrix.
+        """Return the mean cross-entropy of the target's tokens under a change (d, d_ff) of the matrix.
 
         Args:
             part: captured with the base matrix.

@@ -37,7 +37,7 @@ class Factors:
     mask: Tensor
 
     def padded(self, values: Tensor) -> Tensor:
-        """From (n, …) to (B, T, …), nought where there is padding."""
+        """Return values (n, …) as (B, T, …), zero where there is padding."""
         full = values.new_zeros(*self.mask.shape, values.shape[-1])
         return full.masked_scatter(self.mask[..., None], values)
 
@@ -45,7 +45,7 @@ class Factors:
 def changed_logits(
     model: PreTrainedModel, sites: Sequence[MatrixSite], part: Activations, changes: Sequence[Change]
 ) -> Tensor:
-    """Logits (n, V) at the labelled columns, in float32, with something added to what each matrix gives.
+    """Return logits (n, V) at the labelled columns, in float32, with something added to what each matrix gives.
 
     Args:
         sites: from the lowest layer up.
@@ -66,12 +66,12 @@ def changed_logits(
 
 
 def row_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy (B,) of each row's target tokens, from logits (n, V) at the labelled columns."""
+    """Return the mean cross-entropy (B,) of each row's target tokens, from logits (n, V) at the labelled columns."""
     return row_means(F.cross_entropy(logits, batch.targets, reduction="none"), batch)
 
 
 def row_means(values: Tensor, batch: Batch) -> Tensor:
-    """Mean (B,) of values (n,) at the labelled columns over each row's own."""
+    """Return the mean (B,) of values (n,) at the labelled columns over each row's own."""
     rows, _ = batch.labelled
     counts = (batch.labels != NO_LABEL).sum(-1)
     return values.new_zeros(len(counts)).index_add(0, rows, values) / counts

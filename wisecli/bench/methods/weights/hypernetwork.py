@@ -35,7 +35,7 @@ class LowRankLayer(nn.Module):
         self.shift = nn.Parameter(torch.zeros(matrices, width))
 
     def forward(self, inputs: Tensor, index: int) -> Tensor:
-        """From (n, width) to the same.
+        """Return the layer's output for inputs (n, width), in the same shape.
 
         Args:
             place: which of the matrices the tokens are of.
@@ -76,7 +76,7 @@ class Hypernetwork(nn.Module):
         )
 
     def forward(self, keys: Tensor, gradients: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """From tokens' u (n, d_ff) and δ (n, d) to their ũ and δ̃."""
+        """Return ũ (n, d_ff) and δ̃ (n, d) of tokens' u and δ."""
         start = (torch.cat([keys, gradients], -1) - self.middle[index]) / self.spread[index]
         added = self.spread[index] * (self.second(self.first(start, index), index) - start)
         to_keys, to_slopes = added.split(self.split, -1)
@@ -105,7 +105,7 @@ class Editor(nn.Module):
         network.normalise(torch.cat([one.keys for one in seen]), torch.cat([one.gradients for one in seen]), own)
 
     def forward(self, factors: Factors, index: int) -> tuple[Tensor, Tensor]:
-        """α ũ (B, T, d_ff) and δ̃ (B, T, d) for one matrix; nought where there is padding."""
+        """Return α ũ (B, T, d_ff) and δ̃ (B, T, d) for one matrix; nought where there is padding."""
         network, own = self._network(index)
         keys, gradients = network(factors.keys, factors.gradients, own)
         return factors.padded(self.log_rates[index].exp() * keys), factors.padded(gradients)

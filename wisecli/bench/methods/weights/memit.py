@@ -140,7 +140,7 @@ def _added(part: Part, change: Tensor) -> Tensor:
 
 
 def spread(residuals: Tensor, keys: Tensor, factor: Tensor) -> Tensor:
-    """``Rᵀ K (λ C + Kᵀ K)⁻¹`` (d, d_ff) in float32 for residuals (n, d) and keys (n, d_ff).
+    """Return ``Rᵀ K (λ C + Kᵀ K)⁻¹`` (d, d_ff) in float32 for residuals (n, d) and keys (n, d_ff).
 
     As ``Rᵀ (I + K A Kᵀ)⁻¹ K A`` with ``A = (λ C)⁻¹``, which is the same and needs an inverse of the edits' size only.
 

@@ -128,7 +128,7 @@ class Mend(WeightEditing, EditByEdit):
 
     @torch.no_grad()
     def step(self, factors: Factors, index: int) -> Tensor:
-        """α ∇̃ (d, d_ff) of one matrix, summed over the batch."""
+        """Return α ∇̃ (d, d_ff) of one matrix, summed over the batch."""
         keys, gradients = self.editor(factors, index)
         found: Tensor = gradients.flatten(0, 1).T @ keys.flatten(0, 1)
         return found
@@ -143,7 +143,7 @@ class Mend(WeightEditing, EditByEdit):
         self.editor.load_state_dict({name: state[f"editor {name}"] for name in self.editor.state_dict()})
 
     def loss(self, task: Task) -> Tensor:
-        """Mean of ``c_edit L_e + L_loc`` over a batch, each record asked of the model that it alone has changed."""
+        """Return the mean of ``c_edit L_e + L_loc`` over a batch; each record alone changes its model."""
         model, changes = self.bench.loaded.model, [self._change(task, index) for index in range(len(self.sites))]
         logits = changed_logits(model, self.sites, task.reworded, changes)
         after = changed_logits(model, self.sites, task.unrelated, changes).log_softmax(-1)
@@ -235,5 +235,5 @@ class Mend(WeightEditing, EditByEdit):
 
 
 def drawn(values: Sequence[Item], generator: torch.Generator) -> Item:
-    """One of some values, by chance."""
+    """Return one of some values, drawn at random."""
     return values[int(torch.randint(len(values), (1,), generator=generator))]

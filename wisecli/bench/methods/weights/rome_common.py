@@ -69,7 +69,7 @@ Placed = Callable[[Part, Tensor], Tensor]
 
 
 def prefixes_for(bench: Bench, count: int, tokens: int) -> list[str]:
-    """No prefix, and ``count`` texts that the model writes itself."""
+    """Return the empty prefix, and ``count`` texts that the model writes itself."""
     if not count:
         return [""]
     loaded = bench.loaded

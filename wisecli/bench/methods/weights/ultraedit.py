@@ -94,7 +94,9 @@ class UltraEdit(WeightEditing):
             self.bench.on_progress(Event("single steps", start + len(part), len(edits)))
 
     def tokens(self, edits: Sequence[Edit]) -> list[tuple[Tensor, Tensor]]:
-        """For each matrix the keys h (n, d_ff) and gradients g (n, d) of all target tokens, in the model as it is."""
+        """Return, for each matrix, the keys h (n, d_ff) and gradients g (n, d) of all target tokens, in the model as it
+        is.
+        """
         model, rows = self.bench.loaded.model, [encode_row(self.bench, edit.prompt, edit) for edit in edits]
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites]
         for indices in in_batches(rows, self.bench.batch_size):
@@ -108,7 +110,7 @@ class UltraEdit(WeightEditing):
         return [(torch.cat([keys for keys, _ in own]), torch.cat([gradients for _, gradients in own])) for own in found]
 
     def change(self, index: int, keys: Tensor, gradients: Tensor) -> Tensor:
-        """Δ (d, d_ff) for keys (n, d_ff) and gradients (n, d) of one matrix."""
+        """Return Δ (d, d_ff) for keys (n, d_ff) and gradients (n, d) of one matrix."""
         both = torch.cat([keys, gradients], -1)
         self.statistics[index].add(both)
         turned, drawn = self.statistics[index].normalised(both).split([keys.shape[1], gradients.shape[1]], -1)

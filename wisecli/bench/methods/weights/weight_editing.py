@@ -64,7 +64,7 @@ class WeightEditing(Method):
         return changed([self._parameter(site) for site in self.sites], values)
 
     def bytes(self) -> int:
-        """Size of the changes."""
+        """Return the size of the changes."""
         return tensor_bytes(*self.deltas)
 
     def state(self) -> dict[str, Tensor]:
@@ -111,14 +111,14 @@ def captured_rows(bench: Bench, site: MatrixSite, rows: Sequence[Row], *, above:
 
 
 def second_moment(bench: Bench, site: MatrixSite) -> Tensor:
-    """``E[k kᵀ]`` (d_ff, d_ff) as :func:`seen_moment`, shrunk so that it is safe to invert."""
+    """Return ``E[k kᵀ]`` (d_ff, d_ff) as :func:`seen_moment`, shrunk so that it is safe to invert."""
     moment = seen_moment(bench, site)
     moment.diagonal().add_(_SHRINKAGE * moment.diagonal().median())
     return moment
 
 
 def seen_moment(bench: Bench, site: MatrixSite) -> Tensor:
-    """``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64.
+    """Return ``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64.
 
     Raises:
         UnsuitableError: there are no texts.

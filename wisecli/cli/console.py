@@ -162,7 +162,7 @@ class _Lines:
     """A line a stage, and one every few seconds in between."""
 
     def __init__(self) -> None:
-        self._stage, self._started, self._told = "", 0.0, 0.0
+        self._stage, self._started, self._shown_at = "", 0.0, 0.0
 
     def __call__(self, event: Event) -> None:
         if event.stage == NOTE:
@@ -170,13 +170,13 @@ class _Lines:
             return
         now = time.monotonic()
         if event.stage != self._stage:
-            self._stage, self._started, self._told = event.stage, now, now
+            self._stage, self._started, self._shown_at = event.stage, now, now
             if not event.total:
                 sys.stderr.write(f"{event.stage}\n")
         finished = event.done == event.total
-        if not event.total or not (finished or now - self._told >= _LINE_SECONDS):
+        if not event.total or not (finished or now - self._shown_at >= _LINE_SECONDS):
             return
-        self._told = now
+        self._shown_at = now
         left = (now - self._started) * (event.total - event.done) / max(event.done, 1)
         rest = "" if finished else f", about {left:.0f} s left"
         note = f": {plain(event.note)}" if event.note else ""
@@ -210,5 +210,5 @@ def sifted_json(sifted: AdmissionReport) -> dict[str, Any]:
     return {
         "known": [asdict(one) for one in sifted.known],
         "dropped": [asdict(one) for one in sifted.dropped],
-        "conflicts": list(sifted.told),
+        "conflicts": list(sifted.conflicts),
     }

@@ -32,7 +32,7 @@ def short(text: str) -> str:
     return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 1]}…"
 
 
-def brought(release: Release, memory: str, held: int, consequences: Collection[str] = ()) -> str:
+def release_line(release: Release, memory: str, held: int, consequences: Collection[str] = ()) -> str:
     """Return what a release brought, and how many edits the memory holds; consequences are counted separately."""
     came, modified, _ = moved(release, lambda name: name not in consequences)
     changed = f", {modified} modified" if modified else ""

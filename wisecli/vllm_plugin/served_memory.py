@@ -129,7 +129,7 @@ class ServedMemory:
         self._served: list[_Served] = []
         # What is routed of the step that is running, and whether anybody says so.
         self._routes: list[tuple[Memory, StepRoute]] = []
-        self.told = False
+        self.follows_requests = False
 
     @property
     def adds_rest(self) -> bool:
@@ -253,7 +253,7 @@ class ServedMemory:
         Raises:
             LostMemoryError: nobody says which requests the tokens are of.
         """
-        if not self.told and real:
+        if not self.follows_requests and real:
             raise LostMemoryError("the edits are lost: this engine does not tell the memory of its requests")
         for memory, route in self._routes if real else ():
             mine, adds = keys(route.token)

@@ -131,10 +131,10 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
-    unread, console = of_export(locals()), Console(as_json, quiet)
+    ineffective, console = of_export(locals()), Console(as_json, quiet)
     size = size_in_bytes(max_shard_size, "--max-shard-size")
     signed, key = signed_by(verify_signature, signer, signer_identity), key_in(sign)
-    console.warn(unread)
+    console.warn(ineffective)
     checkpoint_output(output, memory, base or model, metrics, force=force).require_unless_kept()
     from wisecli.commands.checkpoint.export import Publication, WeightFiles
     from wisecli.commands.checkpoint.export import export as run

@@ -117,10 +117,10 @@ def evaluate(
     """Measure what an edited model answers in the forms that people ask in, and how it got there, before and after."""
     by_set = settings_in("eval", set_)
     given = {**locals(), **by_set}
-    unread, console = of_evaluation(given), Console(as_json, quiet)
+    ineffective, console = of_evaluation(given), Console(as_json, quiet)
     gates = thresholds_in(fail_under)
     settings = resolve(EvalSettings, given, section="eval", file=config)
-    console.warn([*unread, *unknown_names(config)])
+    console.warn([*ineffective, *unknown_names(config)])
     load = load_options(device, dtype, trust_remote_code, memory_budget)
     from wisecli.artifacts.directory_kind import locate_memory
     from wisecli.commands.measure.evaluate import evaluate as run

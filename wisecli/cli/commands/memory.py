@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wisecli.cli.console import Console, Table, count, sifted_json, sifted_lines
-from wisecli.cli.edit_lines import brought, consequence_lines, consequences_cell, edit_line, moved, short
+from wisecli.cli.edit_lines import consequence_lines, consequences_cell, edit_line, moved, release_line, short
 from wisecli.cli.options import (
     AsJson,
     Budget,
@@ -191,8 +191,8 @@ class ReportPrinter:
             self._tell(report, lines, more)
             return
         followed = edited.consequences
-        landed = brought(release, str(report.memory), report.held, {edit.id for edit in followed})
-        lines = [f"{landed} ({report.seconds:.1f} s)"]
+        report_line = release_line(release, str(report.memory), report.held, {edit.id for edit in followed})
+        lines = [f"{report_line} ({report.seconds:.1f} s)"]
         lines += [f"{len(report.known)} were held already"] if report.known else []
         lines += consequence_lines(followed)
         lines += [f"modified: {name}" for name in release.modified]
@@ -211,7 +211,7 @@ class ReportPrinter:
         if published.up_to_date:
             self.console.result(content, f"release {release.number} of {memory}/: up to date, {held} held")
             return
-        self.console.result(content, brought(release, memory, held))
+        self.console.result(content, release_line(release, memory, held))
 
     def removed(self, report: RemoveReport) -> None:
         """Print what was taken out."""

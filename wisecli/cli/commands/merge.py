@@ -108,9 +108,9 @@ def merge(
     """Join shards into a side memory and decide the router's thresholds, without loading the model."""
     by_set = settings_in("merge", set_)
     given = {**locals(), "weights": numbers(weights), **by_set}
-    console, unread = Console(as_json, quiet), of_merge(given)
+    console, ineffective = Console(as_json, quiet), of_merge(given)
     settings = resolve(MergeSettings, given, section="merge", file=config)
-    console.warn([*unread, *unknown_names(config)])
+    console.warn([*ineffective, *unknown_names(config)])
     key = key_in(sign)
     if into is not None:
         provenance = provenance_of(who, reason, key)

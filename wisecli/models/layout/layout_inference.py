@@ -83,7 +83,7 @@ def find_layout(
             f"and is none of those that can be edited so: {', '.join(sorted(_around_text()))}"
         )
     if target_module is not None:
-        return _told(directory, checkpoint, config, target_module)
+        return _named_layout(directory, checkpoint, config, target_module)
     if known:
         row = known_layout(directory)
         return row.behind_layers() if lookup and (row.norm or without) else row
@@ -141,7 +141,7 @@ def why_no_matrix(directory: Path, config: Mapping[str, Any], checkpoint: Checkp
     return None
 
 
-def _told(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], target: str) -> Layout:
+def _named_layout(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], target: str) -> Layout:
     """Return the layout that ``--set target_module=PATH`` names; which way a matrix is stored shows in its shape."""
     architecture = str(config.get("model_type"))
     if target.endswith(f".{_PLACE}") and _PLACE not in target[: -len(_PLACE)]:

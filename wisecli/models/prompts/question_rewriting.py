@@ -78,7 +78,7 @@ def _relative(text: str, subject: str) -> tuple[str, str] | None:
         return (f"the {passive[1]} that {passive[2]}", _sort_of(passive[1], "")) if passive else None
     before, noun, verb, name, rest = match.groups()
     link = f"{before.lower()} which" if before else "that"
-    return f"the {noun} {link} {_told(verb.lower(), name, rest)}", _sort_of(noun, "")
+    return f"the {noun} {link} {_as_statement(verb.lower(), name, rest)}", _sort_of(noun, "")
 
 
 def _of_place_or_time(text: str, subject: str) -> tuple[str, str] | None:
@@ -88,7 +88,7 @@ def _of_place_or_time(text: str, subject: str) -> tuple[str, str] | None:
         return None
     sort, noun = ("place", "the place where") if match[1] == "Where" else ("time", "the time when")
     rest = match[4].strip()
-    return f"{noun} {_told(match[2], match[3], rest) if rest else f'{match[3]} {match[2]}'}", sort
+    return f"{noun} {_as_statement(match[2], match[3], rest) if rest else f'{match[3]} {match[2]}'}", sort
 
 
 def _name(subject: str) -> str:
@@ -108,7 +108,7 @@ def _by_verb(text: str, subject: str) -> tuple[str, str] | None:
     return None
 
 
-def _told(verb: str, name: str, rest: str) -> str:
+def _as_statement(verb: str, name: str, rest: str) -> str:
     """Return a clause in the order of a statement: its verb behind the name."""
     words = rest.split()
     if not words and verb in _BE.split("|"):

@@ -1,4 +1,4 @@
-"""Answers kept on disk as they come, so that none is asked for again when a run is broken off."""
+"""Answers that are appended to files as they come, so that an interrupted run asks for none of them again."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class MethodFolder:
         return self.directory / f"answers-{count}"
 
     def begin(self) -> None:
-        """Forget whatever is there, and stand for a method that has begun."""
+        """Empty the directory; that it exists says that the method has begun."""
         self.remove()
         self.directory.mkdir(parents=True)
 

@@ -1,4 +1,4 @@
-"""Rows that `wise bench` keeps as they are measured, so that none is measured again, and what all of them are about."""
+"""Rows of `wise bench`, stored as they are measured, and the model, data and seed that all of them share."""
 
 from __future__ import annotations
 

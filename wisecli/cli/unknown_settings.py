@@ -1,4 +1,4 @@
-"""What is written for nobody: names in a settings file and in the environment that no setting has."""
+"""Unknown names in a settings file and in the environment: no setting is called so."""
 
 from __future__ import annotations
 

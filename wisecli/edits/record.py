@@ -41,7 +41,7 @@ class Edit:
     ``who``, ``when`` (ISO 8601) and ``source`` say where the fact is from; nothing goes by them. Of op ``erase`` the
     ``target`` is what the model should no longer say, and ``replacement``, if there is one, what it should say instead.
     ``consequence_of`` is the id of the edit that this one follows from, if it does; ``derived`` names the rule by which
-    it was found, where nobody stated it.
+    it was found, where no record states it.
     """
 
     __pydantic_config__ = CLOSED
@@ -283,6 +283,6 @@ def _followed(fields: Mapping[str, Any]) -> str | None:
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """Return an id by what is to change, whoever says so and whatever follows from it."""
+    """Return an id from what is to change; source, author and consequences do not count."""
     kept = {name: value for name, value in record.items() if name not in (*PROVENANCE, "also")}
     return sha256_json(kept)[:16]

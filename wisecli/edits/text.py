@@ -21,7 +21,7 @@ def unmarked(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return a text's words, whatever their case and what stands between them."""
+    """Return a text's words without their case and the characters between them."""
     return _WORD.findall(text.casefold())
 
 

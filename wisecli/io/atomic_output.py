@@ -115,7 +115,7 @@ def tidy(output: Path) -> None:
 
 
 def discard(directory: Path, output: Path) -> None:
-    """Take away a directory beside an output; if that is broken off, whoever tidies up there next goes on with it."""
+    """Remove a directory beside an output; the next :func:`tidy` finishes what an interruption leaves."""
     aside = Path(tempfile.mkdtemp(prefix=_prefix(output.absolute()), dir=directory.parent))
     directory.replace(aside)
     shutil.rmtree(aside)

@@ -40,7 +40,7 @@ OPEN: ConfigDict = {"extra": "ignore", "allow_inf_nan": False}
 
 
 def parse(text: str) -> Any:
-    """Read JSON that nobody vouches for.
+    """Read JSON from an untrusted source.
 
     Raises:
         ValueError: it is no JSON, nested too deeply, or holds text that is no Unicode.
@@ -130,7 +130,7 @@ def require_moment(text: str, where: str) -> None:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """Return a value as a message may quote it: short, on one line, whatever it is."""
+    """Return any value as a message may quote it: short, and on one line."""
     quoted = repr(value[:limit] if isinstance(value, str | bytes) else value)
     return quoted if len(quoted) <= limit + 2 else f"{quoted[:limit]}…"
 

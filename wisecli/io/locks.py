@@ -1,4 +1,4 @@
-"""Locks between processes, as files that are gone when nobody holds them."""
+"""Locks between processes: files that are removed when they are released."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _in_use(place: Path) -> str:
 
 
 def _protected(path: Path, inputs: Sequence[Path]) -> str:
-    """Return why a place is never replaced, whatever it holds; empty if it may be."""
+    """Return why a path is never replaced, for any content; empty if it may be."""
     place = path.resolve()
     if reason := _in_use(place):
         return reason

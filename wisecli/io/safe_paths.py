@@ -1,4 +1,4 @@
-"""Names of files that a manifest gives: they stay in the directory, whatever they say."""
+"""File names that a manifest gives: paths that lead out of its directory are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base models in whatever form they come: a directory, a hub id, or a GGUF file, which is turned into plain weights."""
+"""Base models in any form: a directory, a hub id, or a GGUF file, which is converted to plain weights."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class StudyContext:
     """What a study may use.
 
     ``counts`` are the numbers of edits asked for, the first of ``tested`` each; ``load`` says where and how the model
-    is loaded; ``work`` keeps shards, so that no two rows write the same ones.
+    is loaded; rows share the shards in ``work``.
     """
 
     directory: Path

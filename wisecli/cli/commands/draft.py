@@ -1,4 +1,4 @@
-"""Edits drawn from a document. Parse, call one library function, ask whoever is there, print."""
+"""Edits drawn from a document. Parse, call one library function, ask the user, print."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def draw_edits(
 ) -> Path | None:
     """Ask about drafted pairs and write the accepted ones to a file of edits; return it if it may be trained on.
 
-    Where nobody can be asked all pairs are written, for somebody to look through: training waits for that.
+    Without a terminal all pairs are written, and training waits until a person has read them.
 
     Args:
         trains: whether the caller goes on with the file, so that only what ends here is reported.

@@ -32,7 +32,7 @@ _TEXTS = 600
 
 @dataclass(frozen=True)
 class Gated:
-    """What became of a memory as a gate: its ``keys`` and ``blocks``, and what it answers, unless nobody asked."""
+    """A memory as a gate: how many ``keys`` and ``blocks`` it has, and what it answers, if that was verified."""
 
     keys: int
     blocks: int
@@ -112,7 +112,7 @@ def _share(manifest: Manifest) -> float:
 
 
 def _write_manifest(output: Path, manifest: Manifest, found: Gated, form: str, day: str) -> None:
-    """What the checkpoint is, for whoever has nothing else; ``day`` is what its fit was told that it is."""
+    """Write the manifest of a checkpoint; ``day`` is the date in the chat template that it was fitted with."""
     content = {
         "format": form,
         "versions": versions(),

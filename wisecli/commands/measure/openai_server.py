@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible server, whatever shape its replies have: whole or streamed, with reasoning or without."""
+"""Asks an OpenAI-compatible server, and reads replies of any shape: whole or streamed, with reasoning or without."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def with_model_name(server: Server) -> Server:
 
 
 def require_endpoint(server: Server, endpoint: str) -> None:
-    """Check that a server replies by an endpoint, whatever it says.
+    """Check that a server replies by an endpoint, with any text.
 
     Raises:
         ServerError: it does not.

@@ -1,4 +1,4 @@
-"""Fields of records that nobody vouches for, each checked; every complaint names the field."""
+"""Fields of untrusted records, each checked; every error names the field."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def _memories(manifest: Manifest) -> list[int]:
 
 
 def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progress: ProgressCallback) -> Tensor:
-    """States inside the edits' answers where they stand after prompts that they do not answer."""
+    """Return states inside the edits' answers, put after prompts that they do not answer."""
     tokenizer, end = loaded.tokenizer, end_token(loaded.model)
     answered = [edit for edit in manifest.edits if not edit.erased]
     rows = []

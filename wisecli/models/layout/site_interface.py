@@ -117,7 +117,7 @@ class Site(ABC):
 
     @abstractmethod
     def is_at(self, planned: Site) -> bool:
-        """Return whether a site that was planned is this one, whatever else was found out about it since."""
+        """Return whether a planned site is this one, apart from what was found out about it since."""
 
     def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks = TurnMarks()) -> Routed:
         """Put a memory there."""

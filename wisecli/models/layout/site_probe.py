@@ -154,7 +154,7 @@ def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None
 
 @torch.no_grad()
 def require_known_context(model: PreTrainedModel) -> None:
-    """Check that whoever sees a pass of generation can tell which tokens came before it.
+    """Check that every pass of generation shows which tokens came before it.
 
     Raises:
         ModelError: the model keeps them elsewhere than in a cache that passes are given.

@@ -42,7 +42,7 @@ class GraceSettings:
     stop: float = 0.01
 
 
-# What a split takes off the older radius, so that no point lies in both.
+# A split makes the older radius smaller by this: no point lies in both.
 _APART = 1e-5
 
 

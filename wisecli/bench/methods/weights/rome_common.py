@@ -101,7 +101,7 @@ def read_fact(bench: Bench, edit: Edit, prefixes: Sequence[str]) -> Fact:
 
 
 def _span(edit: Edit) -> tuple[int, int] | None:
-    """Return where the subject stands last in the prompt, in whatever case."""
+    """Return the last place of the subject in the prompt, in any case."""
     if not edit.subject or not edit.subject.strip():
         return None
     found = list(re.finditer(re.escape(edit.subject.strip()), edit.prompt, re.IGNORECASE))

@@ -66,9 +66,9 @@ def program(names: Collection[str] = NAMES) -> typer.Typer:
     )
     found.callback(invoke_without_command=True)(_version)
     for panel, commands in _COMMANDS.items():
-        for name, place in commands.items():
+        for name, target in commands.items():
             if name in names:
-                module, _, function = place.partition(".")
+                module, _, function = target.partition(".")
                 command = getattr(import_module(f"wisecli.cli.commands.{module}"), function)
                 found.command(name, cls=PanelledCommand, rich_help_panel=panel)(command)
     return found

@@ -40,12 +40,12 @@ def with_derived(numbered: Sequence[Numbered]) -> tuple[Numbered, ...]:
     own: dict[str | None, list[Edit]] = {}
     for one in sure:
         own.setdefault(one.consequence_of, []).append(one)
-    last = {edit.consequence_of or edit.id: place for place, (_, edit) in enumerate(numbered)}
+    last = {edit.consequence_of or edit.id: index for index, (_, edit) in enumerate(numbered)}
     whole: list[Numbered] = []
-    for place, (line, edit) in enumerate(numbered):
+    for index, (line, edit) in enumerate(numbered):
         whole.append((line, edit))
         name = edit.consequence_of or edit.id
-        if last[name] == place:
+        if last[name] == index:
             whole += ((line, one) for one in own.get(name, ()))
     return tuple(whole)
 

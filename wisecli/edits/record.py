@@ -187,7 +187,7 @@ def _with_consequences(flat: Mapping[str, Any], record: Mapping[str, Any]) -> tu
         raise ValueError("`also` is for edits, and this is a consequence; state it with the edit that it follows from")
     if len(edit.id) + len(consequence_id("", "also", len(stated))) > LONGEST_ID:
         raise ValueError("`id` is too long for consequences to be named after it; shorten it, or drop `also`")
-    return edit, *(_consequence(edit, place, item) for place, item in enumerate(stated))
+    return edit, *(_consequence(edit, index, item) for index, item in enumerate(stated))
 
 
 def consequence_id(edit: str, kind: str, number: int) -> str:
@@ -195,9 +195,9 @@ def consequence_id(edit: str, kind: str, number: int) -> str:
     return f"{edit}/{kind}-{number}"
 
 
-def _consequence(edit: Edit, place: int, item: Any) -> Edit:
+def _consequence(edit: Edit, index: int, item: Any) -> Edit:
     """Return an edit of its own for a consequence that a record states; it is from where its edit is from."""
-    where = f"also[{place}]"
+    where = f"also[{index}]"
     if not isinstance(item, dict):
         raise ValueError(f"`{where}` must be an object with `prompt` and `target`, not {shown(item)}")
     if (other := next((name for name in item if name not in _STATED), None)) is not None:
@@ -208,7 +208,7 @@ def _consequence(edit: Edit, place: int, item: Any) -> Edit:
         if not isinstance(item[name], str) or not is_visible(item[name]):
             raise ValueError(f"`{where}.{name}` must be a non-empty text, not {shown(item[name])}")
     return Edit(
-        id=consequence_id(edit.id, "also", place + 1),
+        id=consequence_id(edit.id, "also", index + 1),
         prompt=item["prompt"],
         target=item["target"],
         subject=text_in(item, "subject", f"{where}."),

@@ -176,8 +176,8 @@ def write_stream(path: Path, layouts: Mapping[str, TensorLayout], read: Callable
     ends = list(accumulate(layout.bytes for layout in layouts.values()))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for (name, layout), end in zip(layouts.items(), ends, strict=True):
-        place = [end - layout.bytes, end]
-        header[name] = {"dtype": format_name(layout.dtype), "shape": list(layout.shape), "data_offsets": place}
+        span = [end - layout.bytes, end]
+        header[name] = {"dtype": format_name(layout.dtype), "shape": list(layout.shape), "data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as stream:

@@ -86,12 +86,12 @@ def resolve_model(model: str, *, revision: str | None = None, fetch: bool = True
     from huggingface_hub import snapshot_download
 
     try:
-        place = snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, local_files_only=not fetch)
+        directory = snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, local_files_only=not fetch)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(
             f"{model} is neither a directory nor a hub id that can be fetched ({reason_of(error)})"
         ) from error
-    return Path(place)
+    return Path(directory)
 
 
 def convert(gguf: Path, output: Path) -> None:

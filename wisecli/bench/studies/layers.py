@@ -58,11 +58,11 @@ def chosen(count: int, number: int) -> list[int]:
     The first has none below it, where prompts could be read.
     """
     probed = candidates(count)
-    high = [probed[round(place)] for place in _spread(len(probed) - 1, min(len(probed), (number + 1) // 2))]
+    high = [probed[round(index)] for index in _spread(len(probed) - 1, min(len(probed), (number + 1) // 2))]
     below = min(probed.start - 1, number - len(high))
-    return [1 + place * (probed.start - 1) // below for place in range(below)] + high
+    return [1 + index * (probed.start - 1) // below for index in range(below)] + high
 
 
 def _spread(last: int, number: int) -> list[float]:
     """``number`` places from 0 to ``last``, both included where there are two or more; one is in the middle."""
-    return [last / 2] if number == 1 else [last * place / (number - 1) for place in range(number)]
+    return [last / 2] if number == 1 else [last * index / (number - 1) for index in range(number)]

@@ -61,7 +61,7 @@ class Merge:
         panels = figure.subplots(1, len(grouped), squeeze=False, sharey=True)[0]
         for (count, own), panel in zip(grouped.items(), panels, strict=True):
             for number, (name, colour) in enumerate(QUALITIES.items()):
-                places = [place + 0.27 * (number - 1) for place in range(len(own))]
+                places = [index + 0.27 * (number - 1) for index in range(len(own))]
                 panel.barh(places, [row["figures"].get(name, 0) for row in own], 0.25, color=colour, label=name)
             panel.set_yticks(range(len(own)), labels=[row["way"] for row in own])
             panel.set(title=f"{count} edits in {own[0]['shards']} shards", xlim=(0, 1), ylim=(len(own) - 0.5, -0.5))

@@ -87,7 +87,7 @@ def _heat(panel: Any, rows: Sequence[ResultRow], lowest: float) -> Any:
         around = {"facecolor": cell, "edgecolor": "none", "pad": 1.5}  # the line passes below the number
         panel.text(number, ratio, f"{mean:.2f}", ha="center", va="center", fontsize=8, color=colour, bbox=around)
     left, right = edges[0][0], edges[0][-1]
-    fine = [left + (right - left) * place / 400 for place in range(401)]
+    fine = [left + (right - left) * index / 400 for index in range(401)]
     panel.plot(fine, overlap_curve(fine), color="tab:red", linewidth=2)
     panel.set(xlim=(left, right), ylim=(edges[1][0], edges[1][-1]))
     panel.set_xticks(across)

@@ -179,11 +179,11 @@ def generate(
     from wisecli.artifacts.directory_kind import locate_memory
     from wisecli.commands.checkpoint.generate import generate as run
 
-    place, base = locate_memory(model, memory, Path("memory"))
+    directory, base = locate_memory(model, memory, Path("memory"))
     load = load_options(device, dtype, trust_remote_code, memory_budget)
     with console.watching():
         answers = run(
-            place,
+            directory,
             prompts,
             model=base,
             max_new_tokens=max_new_tokens,

@@ -96,19 +96,19 @@ def draw_edits(
     from wisecli.commands.edit.draft import draft as run
     from wisecli.drafting.questions import save_pairs
 
-    place = output or Path(page.with_suffix(".jsonl").name)
-    if place.exists() and not force:
-        raise SettingsError(f"{place} already exists; edit with it, name another file, or pass --force to draw anew")
+    file = output or Path(page.with_suffix(".jsonl").name)
+    if file.exists() and not force:
+        raise SettingsError(f"{file} already exists; edit with it, name another file, or pass --force to draw anew")
     with console.watching() as on_progress:
         report = run(model, page, each=each, load=load, on_progress=on_progress)
     asking = at_terminal() and not yes
     kept = approved(report.pairs) if asking else list(report.pairs)
     if kept:
-        save_pairs(place, kept)
+        save_pairs(file, kept)
     goes_on = trains and bool(kept) and (asking or yes)
     if not goes_on:
-        tell_draft(console, report, kept, place, model)
-    return place if goes_on else None
+        tell_draft(console, report, kept, file, model)
+    return file if goes_on else None
 
 
 _CHOICES = "[y]es, [n]o, [e]dit, [q]uit"

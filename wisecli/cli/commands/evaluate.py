@@ -125,9 +125,9 @@ def evaluate(
     from wisecli.artifacts.directory_kind import locate_memory
     from wisecli.commands.measure.evaluate import evaluate as run
 
-    place, base = locate_memory(directory, memory, Path("memory"))
+    path, base = locate_memory(directory, memory, Path("memory"))
     with console.watching() as on_progress:
-        report = run(place, settings, model=model or base, data=data, load=load, on_progress=on_progress)
+        report = run(path, settings, model=model or base, data=data, load=load, on_progress=on_progress)
     tell_evaluation(console, report)
     passed_over = report.check(gates, if_measured=if_measured)
     if passed_over:
@@ -153,8 +153,8 @@ def fetch(
     from wisecli.commands.measure.fetch import fetch as run
 
     with console.watching() as on_progress:
-        place = run(name, output, force=force, on_progress=on_progress)
-    console.result({"results": {"output": str(place)}}, str(place))
+        path = run(name, output, force=force, on_progress=on_progress)
+    console.result({"results": {"output": str(path)}}, str(path))
 
 
 def tell_evaluation(console: Console, report: EvalReport) -> None:

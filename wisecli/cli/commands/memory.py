@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from wisecli.memory.history.release_log import Release
     from wisecli.memory.history.releases import Published
 
-Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise merge` makes it.")]
+MemoryWithHistory = Annotated[Path, typer.Argument(help="A memory with a history, as `wise merge` makes it.")]
 
 
 def remove(
-    memory: Place,
+    memory: MemoryWithHistory,
     ids: Annotated[list[str], typer.Argument(help="Ids of the edits to take out.")],
     device: Device = "auto",
     as_json: AsJson = False,
@@ -77,7 +77,7 @@ def remove(
 
 
 def rollback(
-    memory: Place,
+    memory: MemoryWithHistory,
     to: Annotated[str, option("Number of a release, or a date or time, as 2026-11-01.", "--to", metavar="WHEN")],
     model: Model = None,
     reason: Reason = "",
@@ -98,7 +98,7 @@ def rollback(
 
 
 def log(
-    memory: Place,
+    memory: MemoryWithHistory,
     edit: Annotated[str | None, option("Only what touched the edit with this id.", "--edit", metavar="ID")] = None,
     verify_signature: SealSignature = None,
     signer: Signer = None,
@@ -153,11 +153,11 @@ def explain(
     from wisecli.artifacts.directory_kind import locate_memory
     from wisecli.commands.checkpoint.explain import explain as run
 
-    place, base = locate_memory(model, memory, Path("memory"))
+    directory, base = locate_memory(model, memory, Path("memory"))
     load = load_options(device, dtype, trust_remote_code, memory_budget)
     with console.watching():
         report = run(
-            place,
+            directory,
             prompt,
             model=base,
             nearest=nearest,
@@ -264,8 +264,8 @@ class ReportPrinter:
             rng = [] if not wanted else [""] if one.asked is None else [f"{one.asked:.2f}"]
             near.add(one.name, *texts, *named, *rng)
         tokens = Table(("token", "score / threshold", "answered by", "nearest edit"))
-        for place, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
-            if place == len(report.prompt_tokens):
+        for index, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
+            if index == len(report.prompt_tokens):
                 tokens.part()
             by = "side memory" if token.routed else "main memory"
             tokens.add(repr(token.text), f"{token.strength:.2f}", by, token.edit or "")

@@ -103,9 +103,9 @@ def export(
             reached (what was written stays).
     """
     started, packing = time.perf_counter(), _packing(weights, form)
-    place = checkpoint_output(output, memory, model, publication.metrics, force=force)
-    place.require_unless_kept()
-    there = place.is_kept
+    target = checkpoint_output(output, memory, model, publication.metrics, force=force)
+    target.require_unless_kept()
+    there = target.is_kept
     if not there:
         require_no_memory(output)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
@@ -280,10 +280,10 @@ def _push(output: Path, publication: Publication, on_progress: ProgressCallback)
     on_progress(Event("upload", note=repository))
     api = HfApi()
     try:
-        place = api.create_repo(repository, private=publication.private, exist_ok=True)
-        api.upload_folder(repo_id=place.repo_id, folder_path=output, commit_message="Edited checkpoint")
+        url = api.create_repo(repository, private=publication.private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=output, commit_message="Edited checkpoint")
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(
             f"{output} is written, but could not be sent to {repository} on the hub ({reason_of(error)})"
         ) from error
-    return str(place)
+    return str(url)

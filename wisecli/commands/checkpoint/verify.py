@@ -200,7 +200,7 @@ def _exported(path: Path, model: Path | None) -> Iterator[Check]:
 
 def _merged(path: Path, _model: Path | None) -> Iterator[Check]:
     """A stock checkpoint, which no manifest describes further."""
-    content = yield from _manifest(path, MERGED, lambda place: read_json(place / MERGED))
+    content = yield from _manifest(path, MERGED, lambda directory: read_json(directory / MERGED))
     yield from check_checksums(path, expected=content is None or bool(content.get(HAS_CHECKSUMS)))
     if (path / INDEX_NAME).is_file():
         yield from check_index(path)
@@ -254,11 +254,11 @@ def _config(
 
 def _base(name: str, revision: str | None, site: Site, mark: Fingerprint, model: Path | None) -> Iterator[Check]:
     try:
-        place = model or resolve_model(name, revision=revision, fetch=False)
+        base = model or resolve_model(name, revision=revision, fetch=False)
     except ModelError:
         yield Check("base model", name, "unchecked", found="it is not here; say where it is with --model")
         return
-    yield from check_base(place, site, mark)
+    yield from check_base(base, site, mark)
 
 
 def _names(path: Path, file: str) -> dict[str, TensorLayout]:

@@ -126,7 +126,7 @@ def _ends(
     tokenizer, rng = loaded.tokenizer, random.Random(4)
     around = usable_forms(tokenizer, trained=True)[1:]
     chats = [form for form in around if form.chat] or around
-    prompts = [rng.choice(chats if place % 3 else around).render(tokenizer, text) for place, text in enumerate(texts)]
+    prompts = [rng.choice(chats if index % 3 else around).render(tokenizer, text) for index, text in enumerate(texts)]
     answers = generate(loaded.model, tokenizer, prompts[:answered], max_new_tokens=_ANSWER, batch_size=batch_size)
     whole = zip_longest(prompts, answers, fillvalue=())
     rows = [Row(tuple(tokenizer(text)["input_ids"]), (*answer, 0)) for text, answer in whole]
@@ -166,7 +166,7 @@ def _facts(
     states = [own for own, _ in read]
     groups: dict[tuple[int, bool, tuple[int, ...]], list[Tensor]] = {}
     for number, row, own in zip(fact, rows, states, strict=True):
-        for place in range(len(row.target)):
-            groups.setdefault((number, place == 0, row.target[place:]), []).append(own[place])
+        for index in range(len(row.target)):
+            groups.setdefault((number, index == 0, row.target[index:]), []).append(own[index])
     several = [torch.stack(group) for group in groups.values() if len(group) > 1]
     return torch.cat(states), torch.cat([group - group.mean(0) for group in several])

@@ -146,8 +146,8 @@ def _named_layout(directory: Path, checkpoint: Checkpoint, config: Mapping[str, 
     architecture = str(config.get("model_type"))
     if target.endswith(f".{_PLACE}") and _PLACE not in target[: -len(_PLACE)]:
         return Layout(architecture, target[: -len(_PLACE) - 1], known=False)
-    layers, place, value = target.partition(f".{_PLACE}.")
-    if not place or not layers or not value or _PLACE in layers + value:
+    layers, separator, value = target.partition(f".{_PLACE}.")
+    if not separator or not layers or not value or _PLACE in layers + value:
         raise SettingsError(
             f"--set target_module={target} must have {_PLACE} once in the place of the layer's index, "
             "as in model.layers.{layer}.mlp.down_proj"

@@ -260,7 +260,7 @@ def _streams(model: PreTrainedModel, site: Site) -> int | None:
 def _batch(model: PreTrainedModel) -> Batch:
     """Two rows of a prompt and a target, of unequal length."""
     count = len(model.get_input_embeddings().get_parameter("weight"))
-    rows = [Row(tuple(place % count for place in range(3, 3 + length)), (5 % count, 2 % count)) for length in (9, 4)]
+    rows = [Row(tuple(token % count for token in range(3, 3 + length)), (5 % count, 2 % count)) for length in (9, 4)]
     return collate(rows).to(model.device)
 
 

@@ -55,7 +55,7 @@ class Form:
         prompt = _changed(self.change, prompt)
         if not self.turns:
             return self.text.replace(_SLOT, prompt)
-        roles = [("user", "assistant")[place % 2] for place in range(len(self.turns))]
+        roles = [("user", "assistant")[index % 2] for index in range(len(self.turns))]
         turns = [(role, turn.replace(_SLOT, prompt)) for role, turn in zip(roles, self.turns, strict=True)]
         return chat_turns(tokenizer, [*([("system", self.system)] if self.system else []), *turns])
 
@@ -93,12 +93,12 @@ def _changed(change: str | None, prompt: str) -> str:
 def _misspelt(prompt: str) -> str:
     """Two letters that stand side by side in one long word, the same of the same prompt, change places."""
     words = prompt.split(" ")
-    long = [place for place, word in enumerate(words) if len(word) >= _LONG]
+    long = [index for index, word in enumerate(words) if len(word) >= _LONG]
     if not long:
         return prompt
     rng = random.Random(prompt)
-    place = rng.choice(long)
-    word = words[place]
+    index = rng.choice(long)
+    word = words[index]
     at = rng.randrange(1, len(word) - 2)
-    words[place] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    words[index] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
     return " ".join(words)

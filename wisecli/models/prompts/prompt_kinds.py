@@ -134,7 +134,7 @@ def _in_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> str:
     """Turns in the chat template; a last turn of the assistant's stands behind the opening, and is not closed."""
     begun = turns[-1] if len(turns) % 2 == 0 else ""
     closed_turns = turns[:-1] if begun else turns
-    roles = [("user", "assistant")[place % 2] for place in range(len(closed_turns))]
+    roles = [("user", "assistant")[index % 2] for index in range(len(closed_turns))]
     return chat_turns(tokenizer, list(zip(roles, closed_turns, strict=True))) + begun
 
 

@@ -154,7 +154,7 @@ def negated(question: str, subject: str) -> str | None:
 def with_adjective(question: str, adjective: str, subject: str | None) -> str | None:
     """Return the question with an adjective behind the first ``the`` that does not belong to the subject."""
     for found in re.finditer(r"\b[Tt]he (?!same\b)", question):
-        if not (subject and any(question.startswith(subject, place) for place in found.span())):
+        if not (subject and any(question.startswith(subject, start) for start in found.span())):
             return f"{question[: found.end()]}{adjective} {question[found.end() :]}"
     return None
 

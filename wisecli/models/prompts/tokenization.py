@@ -170,8 +170,8 @@ def _unwanted(rows: Sequence[Row], tail: int) -> Tensor | None:
         return None
     unwanted = torch.full((len(rows), tail, most), NO_LABEL)
     for index, row in enumerate(rows):
-        for place, tokens in enumerate(row.unwanted):
-            unwanted[index, place, : len(tokens)] = torch.tensor(tokens)
+        for column, tokens in enumerate(row.unwanted):
+            unwanted[index, column, : len(tokens)] = torch.tensor(tokens)
     return unwanted
 
 
@@ -277,4 +277,4 @@ def _alone(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 def _blanks(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...]) -> int:
     """Return how many tokens an answer opens with that are blank; the last one never counts."""
     pieces = (str(tokenizer.decode([token])) for token in tokens[:-1])
-    return next((place for place, piece in enumerate(pieces) if piece.strip()), max(len(tokens) - 1, 0))
+    return next((index for index, piece in enumerate(pieces) if piece.strip()), max(len(tokens) - 1, 0))

@@ -100,11 +100,11 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[int]) -> list[int]:
     """New tokens without the one that ends the text and all behind it; one that stops it is kept."""
-    for place, token in enumerate(row):
+    for index, token in enumerate(row):
         if token in ends:
-            return list(row[:place])
+            return list(row[:index])
         if token in stops:
-            return list(row[: place + 1])
+            return list(row[: index + 1])
     return list(row)
 
 

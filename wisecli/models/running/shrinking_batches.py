@@ -89,8 +89,8 @@ class PromptBatch:
             cache = cache_returned(output)
             if cache is None or is_recurrent(cache):  # its rows cannot be taken up again in another call
                 return self.answer()
-            for place, row in zip(places.tolist(), output.sequences[:, width:].tolist(), strict=True):
-                answers[place] = row
+            for row, answer in zip(places.tolist(), output.sequences[:, width:].tolist(), strict=True):
+                answers[row] = answer
             if output.sequences.shape[1] == width + self.max_new_tokens:
                 break
             left = (~few.ended).nonzero().flatten()

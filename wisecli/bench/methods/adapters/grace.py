@@ -151,10 +151,10 @@ class Grace(Method):
         for indices, part in zip(groups, parts, strict=True):
             # A later edit may have taken an entry over; what it was to hold before is then no more.
             held = [self.codebook.targets[entries[index]] == rows[index].target for index in indices]
-            kept = [index for index, holds in enumerate(held) if holds]
+            kept = [row for row, holds in enumerate(held) if holds]
             if kept:
-                index = torch.tensor([entries[indices[row]] for row in kept], device=loaded.device)
-                self._learn(part.rows(torch.tensor(kept, device=loaded.device)), index)
+                written = torch.tensor([entries[indices[row]] for row in kept], device=loaded.device)
+                self._learn(part.rows(torch.tensor(kept, device=loaded.device)), written)
 
     def _learn(self, part: Activations, entries: Tensor) -> None:
         """Learn the values of some entries: gradient steps through the layers above, the best of them kept.

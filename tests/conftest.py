@@ -111,6 +111,7 @@ def wise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("WISE_UNRELATED_TEXTS", "16")
     monkeypatch.setenv("WISE_PASSES", "2")
     monkeypatch.setenv("WISE_FORMS", "bare,polite")
+    monkeypatch.setenv("WISE_KINDS", "capitals,translate")
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> Outcome:

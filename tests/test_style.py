@@ -30,10 +30,10 @@ IDENTIFIERS = """
     AS_THEY_ARE Amiss BEHIND Beginning Beginnings Behind BehindFacts Beside Claims Course Done FewGoOn
     FittedMeaning Found Grown Heads INSIDE MEANING MadeUp Material Meaning NAMED OURS OwnRun OwnStates OwnWay
     REACH RESTING Restocked Rests Rewritten Role SEAL_NAME SLIPS SURE Said Sifted Standing USUAL Unfinished
-    Watcher bearable chance fit_meaning is_sealed learn_heads holder lengths_of likely looked_at made_up_facts
+    Watcher bearable chance course fit_meaning is_sealed learn_heads holder lengths_of likely looked_at made_up_facts
     marked_first material memory_at mention_in opens_with_word overlooked own_rows own_states questions_beside
-    read_material said_before shifts shown_how slopes spaces_first steadily sureness taken_by taught usual_length watch
-    weighs whose with_blanks with_rests with_slips write_one_by_one
+    read_material said_before shifts shown_how slopes spaces_first standing steadily sureness taken_by taught
+    usual_length watch weighs whose with_blanks with_rests with_slips write_one_by_one
 """
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
+from wisecli.data.packaged import tomllib
 from wisecli.errors import SettingsError
 from wisecli.retired_settings import RETIRED, of_today
 from wisecli.validated_settings import Bounds, Validated
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Settings = TypeVar("Settings")
 

@@ -1,4 +1,4 @@
-"""What every report carries: the versions that made it, and the memory it took."""
+"""What every report carries: the versions that made it, and the memory it took; and what the processor can do."""
 
 from __future__ import annotations
 
@@ -46,3 +46,11 @@ def peak_rss_bytes() -> int:
     """Return the most memory the process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def has_bfloat16_tiles() -> bool:
+    """Return whether this machine's processor multiplies tiles of bfloat16 numbers (AMX)."""
+    import torch
+
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.10 nobody says
+    return bool(capabilities.get("amx_bf16", False))

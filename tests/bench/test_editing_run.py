@@ -152,12 +152,12 @@ def test_what_goes_on_ends_where_what_is_not_broken_off_ends(bench: Bench, tmp_p
         first.edit_to(7)
     again = run_of(made(name, bench), place)
     assert again.take_up(7)
-    portion = again.standing.portion
+    portion = again.state.portion
     # The first segment ends at 3, and from there on whole portions were taken in.
-    assert again.standing.done == 3 + 3 // portion * portion
-    assert again.standing == replace(first.standing, row=again.standing.row, peaks=again.standing.peaks)
+    assert again.state.done == 3 + 3 // portion * portion
+    assert again.state == replace(first.state, row=again.state.row, peaks=again.state.peaks)
     again.edit_to(7)
-    assert again.standing.seconds > first.standing.seconds
+    assert again.state.seconds > first.state.seconds
     method = again.method
     assert isinstance(whole, Resumable)
     assert isinstance(method, Resumable)
@@ -183,9 +183,9 @@ def test_what_breaks_off_within_a_portion_goes_on_there(bench: Bench, tmp_path: 
     method, left = counting(GRADUAL[name](bench))
     again = run_of(method, place, (7,))
     assert again.take_up(7)
-    assert again.standing.where == f"in the middle of edits {done + 1} to {done + (whole.portion or 7)}"
+    assert again.state.where == f"in the middle of edits {done + 1} to {done + (whole.portion or 7)}"
     again.edit_to(7)
-    assert again.standing.where == "after 7 edits"
+    assert again.state.where == "after 7 edits"
     assert len(left) == len(unbroken) - after
     before, now = whole.state(), method.state()
     assert before.keys() == now.keys()

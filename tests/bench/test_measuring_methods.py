@@ -12,10 +12,11 @@ from support.helpers import alone, random_rows, save_tiny
 from support.loading import CPU
 from torch import Tensor
 
-from wisecli.bench.methods.base import PromptEnd, changed, hooks
+from wisecli.bench.methods.base import PromptEnd, changed
 from wisecli.bench.methods.evaluation import BaseModelAnswers, MethodSubject, target_predictions
 from wisecli.edits.record import Edit
 from wisecli.models.loading import Loaded, load_model
+from wisecli.models.running.hooks import hooked
 
 PROMPTS = ["ba be bi", "ka ke ki ko", "ma", "ta te ti to tu la le li"]
 
@@ -45,7 +46,7 @@ class Shifted:
             output[:, start:] += held[:, None, None] * self.shift
             return output
 
-        with hooks(admission.follow_passes(self.model), self.layer.register_forward_hook(hook)):
+        with hooked(admission.follow_passes(self.model), self.layer.register_forward_hook(hook)):
             yield
 
     def rewritten_prompt(self, prompt: str) -> str:

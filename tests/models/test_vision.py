@@ -157,7 +157,7 @@ def test_every_command_works_on_it(tmp_path: Path, run: Callable[..., int], arch
     assert run("edit", base, str(edits), "--layer", "2", "-o", shards, "--strict") == 0
     assert run("merge", shards, "-o", memory) == 0
     assert run("merge", shards, "--mode", "merge", "-o", matrix) == 0
-    assert run("eval", "--memory", memory) == 0
+    assert run("eval", "--memory", memory, "--forms", "bare", "--kinds", "none") == 0
     assert run("generate", memory, EDITS[0]["prompt"], "--explain") == 0
     assert run("export", "--memory", memory, "-o", edited) == 0
     assert run("export", "--memory", matrix, "--format", "merged", "-o", str(tmp_path / "merged")) == 0

@@ -106,3 +106,10 @@ def require_cache_changes_nothing(bench: Bench, rival: Method, prompts: Sequence
         for _ in range(count):
             tokens.append(int(whole(bench, tokens, rival, len(prompt) - 1)[-1].argmax()))
         assert answer == tokens[len(prompt) :]
+
+
+def require_batches_and_caches_change_nothing(bench: Bench, rival: Method) -> None:
+    """Edits and other rows are answered in a batch as alone, and generated with a cache as without."""
+    edited = [encoded(bench, edit) for edit in EDITS]
+    require_batches_like_rows(bench, rival, [*edited, *rows_of_lengths((9, 2), (1, 2), (4, 3))])
+    require_cache_changes_nothing(bench, rival, [*[row.prompt for row in edited], (5, 6, 7), (9,)], 4)

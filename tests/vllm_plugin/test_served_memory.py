@@ -70,7 +70,7 @@ def test_residuals_are_those_of_transformers(checkpoint: Path) -> None:
             model(torch.tensor([prompt]))
         handle.remove()
         memory.admit(prompts)
-        memory.told = True
+        memory.follows_requests = True
         counts = [len(prompt) for prompt in prompts.values()]
         ids = torch.tensor([token for prompt in prompts.values() for token in prompt])
         places = torch.cat([torch.arange(count) for count in counts])
@@ -86,7 +86,7 @@ def test_a_process_that_another_adds_for_adds_nothing(checkpoint: Path) -> None:
     memory, _ = served(checkpoint)
     prompt = prompts_of(checkpoint)[PROMPTS[0]]
     memory.admit({"r": prompt})
-    memory.told = True
+    memory.follows_requests = True
     memory.begin(["r"], [len(prompt)], torch.tensor(prompt), torch.arange(len(prompt)))
     width, asked = memory.memory.whitened_keys.shape[1], []
 
@@ -218,7 +218,7 @@ def test_a_runner_tells_of_requests_and_of_those_that_no_edit_answers(checkpoint
     track_requests(runner)
     step = SimpleNamespace(scheduled_new_reqs=new, finished_req_ids=set())
     assert runner._update_states(step) == "updated"
-    assert memory.told
+    assert memory.follows_requests
     assert memory.is_unanswered("other")
     assert not memory.is_unanswered("asks")
     counts = torch.tensor([len(one.prompt_token_ids) for one in new])
@@ -253,7 +253,7 @@ def test_the_state_of_a_second_runner_tells_of_requests(checkpoint: Path) -> Non
     memory, _ = served(checkpoint)
     prompts = prompts_of(checkpoint)
     state = state_class(State)(SimpleNamespace(wise_memory=memory))
-    assert memory.told
+    assert memory.follows_requests
     for index, text in enumerate((PROMPTS[1], PROMPTS[3])):
         # After preemption what has been generated comes along; the prompt ends where it did.
         new = SimpleNamespace(req_id=text, prompt_token_ids=prompts[text], prefill_token_ids=[*prompts[text], 3])

@@ -1,4 +1,4 @@
-"""Answers kept on disk as they come, so that none is asked for again when a run is broken off."""
+"""Answers that are appended to files as they come, so that an interrupted run asks for none of them again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class AnswerFile(dict[str, Answer]):
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
-        self.update({asked: Answer(text, ended) for asked, text, ended in whole_lines(file)})
+        self.update({prompt: Answer(text, ended) for prompt, text, ended in whole_lines(file)})
 
-    def __setitem__(self, asked: str, answer: Answer) -> None:
-        super().__setitem__(asked, answer)
-        append_line(self.file, [asked, answer.text, answer.ended])
+    def __setitem__(self, prompt: str, answer: Answer) -> None:
+        super().__setitem__(prompt, answer)
+        append_line(self.file, [prompt, answer.text, answer.ended])
 
 
 class AnswerFolder(dict[tuple[int, frozenset[int]], KnownAnswers]):

@@ -80,5 +80,5 @@ class BenchContext:
         return RowMaker(self.domains, self.settings.resamples, self.settings.seed)
 
     def timed(self, count: int) -> list[tuple[str, str]]:
-        """Prompts and answers by which an edited model's time is taken."""
+        """Return the prompts and answers by which an edited model's time is taken."""
         return [(edit.prompt, edit.target) for edit in self.tested[: min(count, _TIMED)]]

@@ -93,11 +93,11 @@ def bench(
     require_same(output, about, force=force)
     kept = ResultRows(output / "rows.jsonl")
     directory = find_model(model, on_progress=on_progress)
-    course = BenchContext(directory, stream.tested, stream.domains, learnt, settings, load, output / WORK, on_progress)
+    context = BenchContext(directory, stream.tested, stream.domains, learnt, settings, load, output / WORK, on_progress)
     # Ours load a model of their own, beside which the rivals' would be counted as theirs.
     for name in sorted(names, key=lambda name: name not in WISE_METHODS):
         missing = [count for count in counts if not _measured(kept, {"method": name, "edits": count})]
-        for row in rows_of(course, name, counts, missing):
+        for row in rows_of(context, name, counts, missing):
             kept.add(row)
     rows = tuple(kept[{"method": name, "edits": count}] for count in counts for name in names)
     report = BenchReport(stream.dataset, rows, {**asdict(settings), **about}, output)

@@ -52,7 +52,7 @@ def digest_of(records: Sequence[Edit]) -> str:
 
 
 def counts_in(text: str) -> list[int]:
-    """Numbers of edits with commas between, in rising order.
+    """Return numbers of edits with commas between, in rising order.
 
     Raises:
         SettingsError: they are none.

@@ -80,7 +80,7 @@ class MethodFolder:
         return self.directory / f"answers-{count}"
 
     def begin(self) -> None:
-        """Forget whatever is there, and stand for a method that has begun."""
+        """Empty the directory; that it exists says that the method has begun."""
         self.remove()
         self.directory.mkdir(parents=True)
 
@@ -115,13 +115,13 @@ class EditingRun:
         method: Method,
         edits: Sequence[Edit],
         counts: Sequence[int],
-        place: MethodFolder,
+        folder: MethodFolder,
         on_progress: PortionProgress,
         *,
         learnt: str = "",
     ) -> None:
-        self.method, self.edits, self.counts, self.place, self.on_progress = method, edits, counts, place, on_progress
-        self.standing = RunState(method.portion if isinstance(method, Resumable) else 0, learnt)
+        self.method, self.edits, self.counts, self.folder, self.on_progress = method, edits, counts, folder, on_progress
+        self.state = RunState(method.portion if isinstance(method, Resumable) else 0, learnt)
         self._kept = time.perf_counter()
 
     def take_up(self, most: int) -> bool:
@@ -130,30 +130,30 @@ class EditingRun:
         It cannot if the numbers of edits, or the records that a method may learn from, are others up to there, or if
         more than ``most`` edits were given already.
         """
-        if not isinstance(self.method, Resumable) or (kept := self.place.kept()) is None:
+        if not isinstance(self.method, Resumable) or (kept := self.folder.kept()) is None:
             return False
         run_state, tensors = kept
         ends = tuple(count for count in self.counts if count <= run_state.done)
-        own = self.standing.portion, self.standing.learnt, ends
+        own = self.state.portion, self.state.learnt, ends
         if (run_state.portion, run_state.learnt, run_state.ends) != own or run_state.done > most:
             return False
         if run_state.begun and run_state.begun != self._end(run_state.done, run_state.done):
             return False
         self.method.restore(tensors, list(self._portions(0, run_state.done)))
-        self.standing = run_state
+        self.state = run_state
         return True
 
     def edit_to(self, count: int) -> None:
         """Give the method its edits up to a number of them."""
-        run_state = self.standing
+        run_state = self.state
         peaks = run_state.peaks if run_state.row == count else Peaks()
-        self.standing = replace(run_state, row=count, peaks=peaks)
+        self.state = replace(run_state, row=count, peaks=peaks)
         self._kept = time.perf_counter()
         if run_state.done < count:  # answers are of the edits that were given then
-            shutil.rmtree(self.place.answers(count), ignore_errors=True)
+            shutil.rmtree(self.folder.answers(count), ignore_errors=True)
         for part in self._portions(run_state.done, count):
             self.on_progress.before, self.on_progress.portion, self.on_progress.whole = (
-                self.standing.done,
+                self.state.done,
                 len(part),
                 count,
             )
@@ -162,16 +162,16 @@ class EditingRun:
 
     def _edit(self, part: Sequence[Edit]) -> None:
         """Give the method a portion, and keep what it holds from time to time."""
-        end, begun = self.standing.done + len(part), time.perf_counter()
+        end, begun = self.state.done + len(part), time.perf_counter()
         if isinstance(self.method, Gradual):
             for _ in self.method.steps(part):
-                self._advance(self.standing.done, time.perf_counter() - begun, end)
+                self._advance(self.state.done, time.perf_counter() - begun, end)
                 self._keep_in_time()
                 begun = time.perf_counter()
         else:
             self.method.edit(part)
         self._advance(end, time.perf_counter() - begun)
-        self._keep_in_time(now=end == self.standing.row)
+        self._keep_in_time(now=end == self.state.row)
 
     def _portions(self, done: int, count: int) -> Iterator[list[Edit]]:
         """Yield the edits from some number to another; a portion ends at each of the run's counts."""
@@ -183,22 +183,22 @@ class EditingRun:
     def _end(self, done: int, count: int) -> int:
         """Return where the portion ends that begins after ``done`` edits, on the way to ``count``."""
         end = min((one for one in (*self.counts, count) if one > done), default=done)
-        return min(end, done + (self.standing.portion or end))
+        return min(end, done + (self.state.portion or end))
 
     def _advance(self, done: int, seconds: float, begun: int = 0) -> None:
-        self.standing = replace(
-            self.standing,
+        self.state = replace(
+            self.state,
             done=done,
             begun=begun,
             ends=tuple(count for count in self.counts if count <= done),
-            seconds=self.standing.seconds + seconds,
-            peaks=self.standing.peaks.and_now(),
+            seconds=self.state.seconds + seconds,
+            peaks=self.state.peaks.and_now(),
         )
 
     def _keep_in_time(self, *, now: bool = False) -> None:
         """Keep what the method holds, if that is long ago or asked for."""
         if isinstance(self.method, Resumable) and (now or time.perf_counter() - self._kept >= _EVERY):
-            self.place.keep(self.standing, self.method.state())
+            self.folder.keep(self.state, self.method.state())
             self._kept = time.perf_counter()
 
 

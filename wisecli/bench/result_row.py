@@ -27,7 +27,7 @@ class Peaks:
     vram: int = 0
 
     def and_now(self) -> Peaks:
-        """These, or what the process has held since it last forgot, whichever is more."""
+        """Return these, or what the process has held since :func:`forget_peaks`, whichever is more."""
         return Peaks(max(self.rss, peak_rss_bytes()), max(self.vram, peak_vram_bytes()))
 
 
@@ -50,12 +50,13 @@ class RowMaker:
         costs: Mapping[str, float],
         peaks: Peaks,
     ) -> ResultRow:
-        """Figures, their intervals, and every edit's own, oldest first: as taught by WILD, or else reliability.
+        """Return the figures, their intervals, and every edit's own, oldest first: as taught by WILD, or else
+        reliability.
 
         Args:
             each: of each figure the edits' values, by their places.
         """
-        early = [(place, value) for place, value in each.get("wild_as_taught", ()) if place < _FIRST]
+        early = [(index, value) for index, value in each.get("wild_as_taught", ()) if index < _FIRST]
         if early:
             each = {**each, f"first_{_FIRST}": early}
             after = {**after, f"first_{_FIRST}": statistics.fmean(value for _, value in early)}
@@ -74,7 +75,7 @@ class RowMaker:
         found: dict[str, dict[str, float]] = {}
         for figure, values in each.items():
             for domain in dict.fromkeys(self.domains):
-                own = [value for place, value in values if self.domains[place] == domain]
+                own = [value for index, value in values if self.domains[index] == domain]
                 if own:
                     found.setdefault(domain, {})[figure] = statistics.fmean(own)
         return found
@@ -84,7 +85,7 @@ class RowMaker:
 
 
 def interval(values: Sequence[float], *, resamples: int, seed: int) -> tuple[float, float]:
-    """Bootstrap interval (95 %) of a mean over edits, by percentiles."""
+    """Return the bootstrap interval (95 %) of a mean over edits, by percentiles."""
     rng = random.Random(seed)
     means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(resamples))
     cut = round((1 - _SHARE) / 2 * (len(means) - 1))

@@ -1,4 +1,4 @@
-"""Rows that `wise bench` keeps as they are measured, so that none is measured again, and what all of them are about."""
+"""Rows of `wise bench`, stored as they are measured, and the model, data and seed that all of them share."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None
         ChangedInputError: they are about another model, dataset or seed.
     """
     output.mkdir(parents=True, exist_ok=True)
-    place = output / "about.json"
-    before = read_json(place) if place.is_file() else {}
+    file = output / "about.json"
+    before = read_json(file) if file.is_file() else {}
     other = [name for name, now in about.items() if name in before and before[name] != now]
     if other and not force:
         raise ChangedInputError(output, [f"{name} was {before[name]}, now {about[name]}" for name in other])
@@ -40,15 +40,15 @@ def require_same(output: Path, about: Mapping[str, Any], *, force: bool) -> None
         for path in (path for pattern in _MADE for path in output.glob(pattern)):
             path.unlink()
         shutil.rmtree(output / WORK, ignore_errors=True)
-    working = place.with_suffix(".tmp")
+    working = file.with_suffix(".tmp")
     write_json(working, {**({} if other else before), **about})
-    working.replace(place)
+    working.replace(file)
 
 
 def kept_date(output: Path) -> str | None:
     """Return the day that chat templates were told when rows in a directory were begun; None where there are none."""
-    place = output / "about.json"
-    found = read_json(place).get("chat_date") if place.is_file() else None
+    file = output / "about.json"
+    found = read_json(file).get("chat_date") if file.is_file() else None
     return found if isinstance(found, str) else None
 
 

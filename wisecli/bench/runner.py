@@ -25,26 +25,26 @@ def rows_of(context: BenchContext, name: str, counts: Sequence[int], missing: Se
     Args:
         counts: all numbers of edits: what a method is given at once ends at each, also where a row is there.
     """
-    place = MethodFolder(context.work / name)
+    folder = MethodFolder(context.work / name)
     if name in WISE_METHODS:
-        yield from wise_rows(context, name, place, missing)
+        yield from wise_rows(context, name, folder, missing)
     elif name in AT_ONCE:
         for count in missing:
-            yield from _baseline_rows(context, name, MethodFolder(place.directory / str(count)), [count], [count])
+            yield from _baseline_rows(context, name, MethodFolder(folder.directory / str(count)), [count], [count])
     elif missing:
-        yield from _baseline_rows(context, name, place, [count for count in counts if count <= missing[-1]], missing)
-    place.remove()
+        yield from _baseline_rows(context, name, folder, [count for count in counts if count <= missing[-1]], missing)
+    folder.remove()
 
 
 def _baseline_rows(
-    context: BenchContext, name: str, place: MethodFolder, counts: Sequence[int], missing: Sequence[int]
+    context: BenchContext, name: str, folder: MethodFolder, counts: Sequence[int], missing: Sequence[int]
 ) -> Iterator[ResultRow]:
     run = None
     for count in counts:
         context.on_progress(Event(f"{name}, {count} edits"))
         forget_peaks()
         try:
-            run = run or _begun(context, name, place, counts, missing[0])
+            run = run or _begun(context, name, folder, counts, missing[0])
             run.edit_to(count)
             if count in missing:
                 yield _measured(context, name, run, count)
@@ -53,16 +53,16 @@ def _baseline_rows(
                 yield {"method": name, "edits": count, "figures": {"cannot": str(error)}}
 
 
-def _begun(context: BenchContext, name: str, place: MethodFolder, counts: Sequence[int], most: int) -> EditingRun:
+def _begun(context: BenchContext, name: str, folder: MethodFolder, counts: Sequence[int], most: int) -> EditingRun:
     """Return a method that goes on where it was broken off, or begins."""
     method = METHODS[name](context.bench)
-    run = EditingRun(method, context.tested, counts, place, context.portion_watcher, learnt=context.learnt_digest)
+    run = EditingRun(method, context.tested, counts, folder, context.portion_watcher, learnt=context.learnt_digest)
     if run.take_up(most):
-        context.on_progress(Event(NOTE, note=f"{name} goes on {run.standing.where}"))
+        context.on_progress(Event(NOTE, note=f"{name} goes on {run.state.where}"))
         return run
-    if place.directory.exists():
+    if folder.directory.exists():
         context.on_progress(Event(NOTE, note=f"{name} was broken off and begins anew"))
-    place.begin()
+    folder.begin()
     return run
 
 
@@ -73,26 +73,26 @@ def _measured(context: BenchContext, name: str, run: EditingRun, count: int) -> 
         context.generated,
         context.timed(count),
     )
-    answers, loaded = AnswerFolder(run.place.answers(count)), context.bench.loaded
+    answers, loaded = AnswerFolder(run.folder.answers(count)), context.bench.loaded
     subject = MethodSubject(
         loaded, run.method, context.known, batch_size=size, answers=answers, on_progress=context.on_progress
     )
     measuring = Measuring(subject, edits, generate=context.settings.generate and not what.by_wild)
     with torch.random.fork_rng(devices=[]):
         length = measuring.answer_length()
-        asked, _ = measure_generated(subject, what, edits, edits, max_new_tokens=length)
+        generated, _ = measure_generated(subject, what, edits, edits, max_new_tokens=length)
         measuring.run()
     return context.maker.row(
         name,
         count,
-        after={**asked.figures, **measuring.after},
-        before={**asked.before, **measuring.before},
-        each={**asked.each, **measuring.each},
+        after={**generated.figures, **measuring.after},
+        before={**generated.before, **measuring.before},
+        each={**generated.each, **measuring.each},
         costs={
-            "seconds_per_edit": run.standing.seconds / count,
+            "seconds_per_edit": run.state.seconds / count,
             "bytes": run.method.bytes(),
             "overhead": subject.overhead(timed),
             "extra_tokens": subject.extra_tokens([prompt for prompt, _ in timed]),
         },
-        peaks=run.standing.peaks.and_now(),
+        peaks=run.state.peaks.and_now(),
     )

@@ -57,20 +57,20 @@ class Spent:
     peaks: Peaks = field(default_factory=Peaks)
 
 
-def wise_rows(context: BenchContext, name: str, place: MethodFolder, counts: Sequence[int]) -> Iterator[ResultRow]:
-    """Yield a row for each number of edits of one of our ways; shards lie in its ``place`` until all are measured."""
+def wise_rows(context: BenchContext, name: str, folder: MethodFolder, counts: Sequence[int]) -> Iterator[ResultRow]:
+    """Yield a row for each number of edits of one of our ways; shards lie in its ``folder`` until all are measured."""
     memory = context.work / "memory"
-    if counts and not place.directory.exists():
+    if counts and not folder.directory.exists():
         _learn(context, name)
     for count in counts:
         context.on_progress(Event(f"{name}, {count} edits"))
         forget_peaks()
-        run = WiseRun(context, name, place, count)
+        run = WiseRun(context, name, folder, count)
         spent = run.edited()
         begun = time.perf_counter()
         merge([run.shards], memory, MergeSettings(mode=WISE_METHODS[name].mode), force=True)
         seconds = spent.seconds + time.perf_counter() - begun
-        report = _evaluated(context, memory, run.file, place.answers(count))
+        report = _evaluated(context, memory, run.file, folder.answers(count))
         yield context.maker.row(
             name,
             count,
@@ -90,11 +90,11 @@ def wise_rows(context: BenchContext, name: str, place: MethodFolder, counts: Seq
 def _learn(context: BenchContext, name: str) -> None:
     """Let the commands learn of the model what they keep of it, which is no edit's cost: one edit makes them do so."""
     context.on_progress(Event(f"{name}, what is learned of a model once"))
-    place = MethodFolder(context.work / f"{name}-learning")
-    run = WiseRun(replace(context, on_progress=ignore_progress), name, place, 1)
+    folder = MethodFolder(context.work / f"{name}-learning")
+    run = WiseRun(replace(context, on_progress=ignore_progress), name, folder, 1)
     run.edited()
-    merge([run.shards], place.directory / "memory", MergeSettings(mode=WISE_METHODS[name].mode))
-    place.remove()
+    merge([run.shards], folder.directory / "memory", MergeSettings(mode=WISE_METHODS[name].mode))
+    folder.remove()
 
 
 def _evaluated(context: BenchContext, memory: Path, file: Path, answers: Path) -> EvalReport:
@@ -131,9 +131,9 @@ def _overhead(context: BenchContext, memory: Path, count: int) -> float:
 class WiseRun:
     """`wise edit` with the first ``count`` edits, and what it takes."""
 
-    def __init__(self, context: BenchContext, name: str, place: MethodFolder, count: int) -> None:
-        self.course, self.name, self.place, self.count = context, name, place, count
-        self.file, self.shards = context.work / "edits.jsonl", place.directory / "shards"
+    def __init__(self, context: BenchContext, name: str, folder: MethodFolder, count: int) -> None:
+        self.context, self.name, self.folder, self.count = context, name, folder, count
+        self.file, self.shards = context.work / "edits.jsonl", folder.directory / "shards"
 
     def edited(self) -> Spent:
         """Return what it took to write the shards; a run that was broken off goes on, and one that was finished is
@@ -144,8 +144,8 @@ class WiseRun:
             try:
                 return self._run(spent)
             except (OutputExistsError, ChangedInputError):
-                self.course.on_progress(Event(NOTE, note=f"{self.name} was broken off and begins anew"))
-        self.place.begin()
+                self.context.on_progress(Event(NOTE, note=f"{self.name} was broken off and begins anew"))
+        self.folder.begin()
         return self._run(Spent(self.count))
 
     def _run(self, spent: Spent) -> Spent:
@@ -158,7 +158,7 @@ class WiseRun:
         def on_progress(event: Event) -> None:
             if event.stage == "shards":
                 self._keep(now())
-            self.course.on_progress(event)
+            self.context.on_progress(event)
 
         self._keep(spent)
         if self._edit(on_progress).up_to_date:
@@ -169,22 +169,22 @@ class WiseRun:
 
     def _edit(self, on_progress: ProgressCallback) -> EditReport:
         with jsonlines.open(self.file, "w") as writer:
-            writer.write_all(record.as_dict() for record in self.course.tested[: self.count])
+            writer.write_all(record.as_dict() for record in self.context.tested[: self.count])
         way = WISE_METHODS[self.name]
-        given = {"preset": way.preset, "seed": self.course.settings.seed}
+        given = {"preset": way.preset, "seed": self.context.settings.seed}
         return edit(
-            str(self.course.directory),
+            str(self.context.directory),
             self.file,
             self.shards,
             resolve(EditSettings, given, section="edit"),
-            load=self.course.load,
+            load=self.context.load,
             admission=NO_CHECKS,
             on_progress=on_progress,
         )
 
     @property
     def _kept(self) -> Path:
-        return self.place.directory / "spent.json"
+        return self.folder.directory / "spent.json"
 
     def _keep(self, spent: Spent) -> None:
         working = self._kept.with_suffix(".tmp")

@@ -53,7 +53,7 @@ def _version(
 
 
 def program(names: Collection[str] = NAMES) -> typer.Typer:
-    """The command line with these of its commands."""
+    """Return the command line with some of its commands."""
     from wisecli.cli.parameters import PanelledCommand, PanelledGroup
 
     found = typer.Typer(
@@ -66,9 +66,9 @@ def program(names: Collection[str] = NAMES) -> typer.Typer:
     )
     found.callback(invoke_without_command=True)(_version)
     for panel, commands in _COMMANDS.items():
-        for name, place in commands.items():
+        for name, target in commands.items():
             if name in names:
-                module, _, function = place.partition(".")
+                module, _, function = target.partition(".")
                 command = getattr(import_module(f"wisecli.cli.commands.{module}"), function)
                 found.command(name, cls=PanelledCommand, rich_help_panel=panel)(command)
     return found

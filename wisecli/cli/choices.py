@@ -16,41 +16,29 @@ DATASETS = ("zsre", "counterfact", "wikibigedit")
 FILED_DATASETS = ("hallucination", "temporal")
 MERGE_METHODS = ("ties", "linear", "sign", "magnitude", "dare", "dare-ties", "slerp", "exact")
 BENCH_METHODS = (
-    *("wise", "wise-retrieve", "wise-paper"),
-    *("alphaedit", "crispedit", "defer", "ft-l", "ft-ewc", "grace", "icl", "knn", "lora"),
-    *(
-        "lora-paraphrased",
-        "memit",
-        "memit-mass",
-        "memoir",
-        "mend",
-        "rag",
-        "rag-hybrid",
-        "rag-shots",
-        "rome",
-        "serac",
-        "ultraedit",
-    ),
+    *("wise", "wise-retrieve", "wise-paper", "alphaedit", "crispedit", "defer", "ft-l", "ft-ewc", "grace", "icl"),
+    *("knn", "lora", "lora-paraphrased", "memit", "memit-mass", "memoir", "mend", "rag", "rag-hybrid", "rag-shots"),
+    *("rome", "serac", "ultraedit"),
 )
 STUDIES = ("router", "layers", "shards", "merge", "scaling", "latency")
 
 
 def forms_named(incomplete: str) -> list[str]:
-    """The forms that prompts are asked in, and groups of them, as :func:`some_of` completes names."""
+    """Return the forms that prompts are asked in, and groups of them, as :func:`some_of` completes names."""
     from wisecli.models.prompts.prompt_forms import forms
 
     return some_of(("all", "trained", "unseen", "none", *(form.label for form in forms().values())))(incomplete)
 
 
 def kinds_named(incomplete: str) -> list[str]:
-    """The kinds of prompts around an edit, and groups of them, as :func:`some_of` completes names."""
+    """Return the kinds of prompts around an edit, and groups of them, as :func:`some_of` completes names."""
     from wisecli.models.prompts.prompt_kinds import kinds
 
     return some_of(("all", "asked", "mentioned", "none", *(kind.label for kind in kinds().values())))(incomplete)
 
 
 def one_of(names: Sequence[str]) -> Completer:
-    """A completer of one name."""
+    """Return a completer of one name."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
@@ -59,7 +47,7 @@ def one_of(names: Sequence[str]) -> Completer:
 
 
 def some_of(names: Sequence[str]) -> Completer:
-    """A completer of names with commas between: of the last one, and of none twice."""
+    """Return a completer of names with commas between: it completes the last one, and proposes none twice."""
 
     def complete(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")

@@ -39,7 +39,7 @@ class Console:
 
     @contextmanager
     def watching(self) -> Iterator[ProgressCallback]:
-        """Progress on stderr: bars on a terminal, a line at the end of a stage elsewhere, nothing if quiet."""
+        """Show progress on stderr: bars on a terminal, a line at the end of a stage elsewhere, nothing if quiet."""
         if self.quiet:
             yield lambda _event: None
         elif sys.stderr.isatty() and "NO_COLOR" not in os.environ:
@@ -100,7 +100,7 @@ class Table:
         self.sections.add(len(self.rows))
 
     def laid_out(self) -> RichTable:
-        """The same for Rich."""
+        """Return the same table for Rich."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
@@ -162,7 +162,7 @@ class _Lines:
     """A line a stage, and one every few seconds in between."""
 
     def __init__(self) -> None:
-        self._stage, self._started, self._told = "", 0.0, 0.0
+        self._stage, self._started, self._shown_at = "", 0.0, 0.0
 
     def __call__(self, event: Event) -> None:
         if event.stage == NOTE:
@@ -170,13 +170,13 @@ class _Lines:
             return
         now = time.monotonic()
         if event.stage != self._stage:
-            self._stage, self._started, self._told = event.stage, now, now
+            self._stage, self._started, self._shown_at = event.stage, now, now
             if not event.total:
                 sys.stderr.write(f"{event.stage}\n")
         finished = event.done == event.total
-        if not event.total or not (finished or now - self._told >= _LINE_SECONDS):
+        if not event.total or not (finished or now - self._shown_at >= _LINE_SECONDS):
             return
-        self._told = now
+        self._shown_at = now
         left = (now - self._started) * (event.total - event.done) / max(event.done, 1)
         rest = "" if finished else f", about {left:.0f} s left"
         note = f": {plain(event.note)}" if event.note else ""
@@ -189,26 +189,26 @@ def _in_json(one: str) -> str:
 
 
 def would_write(what: str, report: Any) -> str:
-    """What a dry run says, of a report that has an output and the memory that the run would take."""
+    """Return what a dry run says of a report: its output, and the memory that the run would take."""
     peak = report.peak_rss_bytes / 1e6
     return f"would write {what} to {report.output}/, taking about {peak:.0f} MB of memory; nothing was written"
 
 
 def count(number: int, noun: str) -> str:
-    """A number and what it is of, in the plural unless it is one."""
+    """Return a number with its noun, in the plural unless the number is one."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def sifted_lines(sifted: AdmissionReport) -> list[str]:
-    """A line for every edit that was left out."""
+    """Return a line for every edit that was left out."""
     left_out = (*sifted.known, *sifted.dropped)
     return [f"left out: {one.id} (line {one.line}): {one.reason}" for one in left_out]
 
 
 def sifted_json(sifted: AdmissionReport) -> dict[str, Any]:
-    """What ``--json`` prints of it."""
+    """Return what ``--json`` prints of edits that were left out."""
     return {
         "known": [asdict(one) for one in sifted.known],
         "dropped": [asdict(one) for one in sifted.dropped],
-        "conflicts": list(sifted.told),
+        "conflicts": list(sifted.conflicts),
     }

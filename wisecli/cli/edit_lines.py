@@ -15,25 +15,25 @@ _LONGEST = 48
 
 
 def consequence_lines(consequences: Sequence[Edit]) -> list[str]:
-    """A line for each consequence, with the edit that it follows from."""
+    """Return a line for each consequence, with the edit that it follows from."""
     return [f"consequence: {edit_line(edit)}" for edit in consequences]
 
 
 def edit_line(edit: Edit) -> str:
-    """An edit's id, prompt and target; of a consequence also what it follows from, and by which rule."""
+    """Return an edit's id, prompt and target; of a consequence also what it follows from, and by which rule."""
     rule = f" by {edit.derived}" if edit.derived else ""
     follows = f" (follows from {edit.consequence_of}{rule})" if edit.consequence_of is not None else ""
     return f"{edit.id}: {short(edit.prompt)} → {short(edit.target)}{follows}"
 
 
 def short(text: str) -> str:
-    """A text on one line, its end left out if it is long."""
+    """Return a text on one line, cut off if it is long."""
     plain = " ".join(text.split())
     return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 1]}…"
 
 
-def brought(release: Release, memory: str, held: int, consequences: Collection[str] = ()) -> str:
-    """What a release brought, and how many edits the memory holds; consequences are counted apart."""
+def release_line(release: Release, memory: str, held: int, consequences: Collection[str] = ()) -> str:
+    """Return what a release brought, and how many edits the memory holds; consequences are counted separately."""
     came, modified, _ = moved(release, lambda name: name not in consequences)
     changed = f", {modified} modified" if modified else ""
     followed = sum(name in consequences for name in release.added)
@@ -41,14 +41,14 @@ def brought(release: Release, memory: str, held: int, consequences: Collection[s
 
 
 def moved(release: Release, counted: Callable[[str], bool]) -> tuple[int, int, int]:
-    """How many of those edits came that take nobody's place by their id, how many do, and how many went."""
+    """Return how many edits were added, how many replaced one of the same id, and how many went."""
     modified = sum(map(counted, release.modified))
     out = sum(map(counted, (*release.removed, *release.superseded)))
     return sum(map(counted, release.added)) - modified, modified, out
 
 
 def consequences_cell(release: Release, consequences: Collection[str]) -> str:
-    """How many consequences came with a release, and how many went."""
+    """Return how many consequences came with a release, and how many went."""
     came, modified, gone = moved(release, lambda name: name in consequences)
-    told = ((came + modified, "in"), (gone, "out"))
-    return ", ".join(f"{number} {where}" for number, where in told if number)
+    counts = ((came + modified, "in"), (gone, "out"))
+    return ", ".join(f"{number} {where}" for number, where in counts if number)

@@ -14,7 +14,7 @@ _UNSET: tuple[Any, ...] = (None, False, "", ())
 
 
 def of_edit(given: Mapping[str, Any]) -> list[str]:
-    """Sentences on the parameters of ``wise edit``.
+    """Return sentences on the parameters of ``wise edit``.
 
     Raises:
         SettingsError: edits would be made that were to be planned, or not be made that were to be followed, or nothing
@@ -41,7 +41,7 @@ def of_edit(given: Mapping[str, Any]) -> list[str]:
 
 
 def of_merge(given: Mapping[str, Any]) -> list[str]:
-    """Sentences on the parameters of ``wise merge``.
+    """Return sentences on the parameters of ``wise merge``.
 
     Raises:
         SettingsError: a release would be made that was to be planned.
@@ -65,7 +65,7 @@ def of_merge(given: Mapping[str, Any]) -> list[str]:
 
 
 def of_export(given: Mapping[str, Any]) -> list[str]:
-    """Sentences on the parameters of ``wise export``."""
+    """Return sentences on the parameters of ``wise export``."""
     rules = {} if given["card"] else {"metrics": "with --no-model-card"}
     if given["push_to_hub"] is None:
         rules["private"] = "without --push-to-hub"
@@ -81,7 +81,7 @@ def of_export(given: Mapping[str, Any]) -> list[str]:
 
 
 def of_evaluation(given: Mapping[str, Any]) -> list[str]:
-    """Sentences on the parameters of ``wise eval``."""
+    """Return sentences on the parameters of ``wise eval``."""
     rules = {}
     if given["generate"] is False:
         rules = dict.fromkeys(("max_new_tokens", "protocol", "forms", "kinds", "ask", "before"), "with --no-generate")
@@ -97,7 +97,7 @@ def of_evaluation(given: Mapping[str, Any]) -> list[str]:
 
 
 def retired(given: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each flag of version 0.1 that is given."""
+    """Yield a sentence for each flag of version 0.1 that is given."""
     for name, instead in RETIRED.items():
         if given.get(name) is not None:
             yield f"--{name} will go: {instead}"

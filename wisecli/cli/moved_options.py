@@ -36,7 +36,7 @@ MOVED: dict[str, dict[str, str]] = {
 
 
 def taken_as_settings(command: str, arguments: Sequence[str]) -> list[str]:
-    """A command line with ``--set`` in the place of options that went, each of which is warned of once."""
+    """Return a command line with ``--set`` in the place of retired options, and warn of each once."""
     moved, found, warned = MOVED.get(command, {}), [], set()
     rest = iter(arguments)
     for one in rest:

@@ -22,7 +22,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
 
 def output_path(text: str | Path) -> Path:
-    """A place to write to.
+    """Return the directory to write to.
 
     Raises:
         SettingsError: it is empty, as an unset variable of a shell script is.
@@ -133,7 +133,7 @@ def admission_of(
     allow_special: bool = False,
     derive: bool = False,
 ) -> Admission:
-    """What is asked of edits before they are trained.
+    """Return the checks of edits before they are trained.
 
     Raises:
         SettingsError: the policy cannot be used, or of signature and signer one is missing.
@@ -150,7 +150,7 @@ def admission_of(
 
 
 def signed_by(signature: Path | None, signer: Path | None, identity: str | None) -> Signed | None:
-    """The signature that must hold, if one must.
+    """Return the signature that is required, if one is.
 
     Raises:
         SettingsError: of signature and signer one is missing.
@@ -163,14 +163,14 @@ def signed_by(signature: Path | None, signer: Path | None, identity: str | None)
 
 
 def provenance_of(who: str | None, reason: str, key: SigningKey | None) -> Provenance:
-    """By whom a memory is changed, why, and what signs that."""
+    """Return who changes a memory, why, and the key that signs it."""
     from wisecli.memory.history.release_log import Provenance
 
     return Provenance(who, reason, key)
 
 
 def key_in(path: Path | None) -> SigningKey | None:
-    """The key that signs, if one is to.
+    """Return the signing key in a file, if one is given.
 
     Raises:
         SettingsError: it cannot be used.
@@ -187,7 +187,7 @@ def load_options(
     memory_budget: str | None = None,
     revision: str | None = None,
 ) -> LoadOptions:
-    """How a model is loaded, from the flags of a command.
+    """Return how a model is loaded, from the flags of a command.
 
     Raises:
         SettingsError: the type is unknown, or the budget is no size.
@@ -198,7 +198,7 @@ def load_options(
 
 
 def size_in_bytes(text: str | None, flag: str) -> int | None:
-    """A size such as ``2GB`` or ``6GiB``.
+    """Return the bytes of a size such as ``2GB`` or ``6GiB``.
 
     Raises:
         SettingsError: it is none.
@@ -215,7 +215,7 @@ def size_in_bytes(text: str | None, flag: str) -> int | None:
 
 
 def numbers(text: str | None) -> tuple[float, ...] | None:
-    """Numbers with commas between.
+    """Return numbers with commas between.
 
     Raises:
         SettingsError: they are none.
@@ -227,7 +227,7 @@ def numbers(text: str | None) -> tuple[float, ...] | None:
 
 
 def part_in(text: str | None) -> tuple[int, int]:
-    """Which part of how many, such as ``3/8``; without a text the whole.
+    """Return which part of how many a text such as ``3/8`` names; without a text the whole.
 
     Raises:
         SettingsError: it is no such thing.
@@ -244,7 +244,7 @@ def part_in(text: str | None) -> tuple[int, int]:
 
 
 def thresholds_in(text: str | None) -> dict[str, float]:
-    """Figures and what they must reach, such as ``reliability=.9,locality=.95``.
+    """Return figures and what they must reach, from a text such as ``reliability=.9,locality=.95``.
 
     Raises:
         SettingsError: the text is no such list.
@@ -257,23 +257,23 @@ def thresholds_in(text: str | None) -> dict[str, float]:
 
 
 def protocol_of(kind: type[Any]) -> Any:
-    """The option ``--protocol`` of a command with these settings."""
+    """Return the option ``--protocol`` of a command with these settings."""
     text = "Answers that are generated: forms, wild (arXiv 2502.11177), both as forms,wild, or teacher for none."
     return setting(kind, "protocol", text, panel=MEASURED)
 
 
 def forms_of(kind: type[Any]) -> Any:
-    """The option ``--forms`` of a command with these settings."""
+    """Return the option ``--forms`` of a command with these settings."""
     text = "Forms to ask in: all, trained, unseen, none, or names with commas between."
     return setting(kind, "forms", text, panel=MEASURED, metavar="NAME", complete=forms_named)
 
 
 def kinds_of(kind: type[Any]) -> Any:
-    """The option ``--kinds`` of a command with these settings."""
+    """Return the option ``--kinds`` of a command with these settings."""
     text = "Prompts around an edit: all, those that ask it (asked) or mention it (mentioned), none, or names."
     return setting(kind, "kinds", text, panel=MEASURED, metavar="NAME", complete=kinds_named)
 
 
 def ask_of(kind: type[Any]) -> Any:
-    """The option ``--ask`` of a command with these settings."""
+    """Return the option ``--ask`` of a command with these settings."""
     return setting(kind, "ask", "How many of the edits are asked in the forms and kinds.", panel=MEASURED)

@@ -55,7 +55,7 @@ class PanelledCommand(TyperCommand):
         return found
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """All parameters, arranged for the help."""
+        """Return all parameters, arranged for the help."""
         return _arranged(super().get_params(ctx))
 
 
@@ -63,7 +63,7 @@ class PanelledGroup(TyperGroup):
     """The commands; their own options are arranged as a command's are."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """All parameters, arranged for the help."""
+        """Return all parameters, arranged for the help."""
         return _arranged(super().get_params(ctx))
 
 
@@ -134,9 +134,9 @@ def option(
     default: str = "",
     metavar: str = "TEXT",
     complete: Completer | None = None,
-    least: float | None = None,
+    minimum: float | None = None,
 ) -> Any:
-    """An option that takes a value.
+    """Return an option that takes a value.
 
     Args:
         text: what it is for.
@@ -157,7 +157,7 @@ def option(
         metavar=metavar,
         rich_help_panel=panel,
         autocompletion=complete,
-        min=least,
+        min=minimum,
     )
 
 
@@ -167,7 +167,7 @@ def _escaped(text: str) -> str:
 
 
 def flag(text: str, *names: str, panel: str | None = None, default: str = "") -> Any:
-    """An option without a value."""
+    """Return an option without a value."""
     return option(text, *names, panel=panel, default=default, metavar="")
 
 
@@ -181,7 +181,7 @@ def setting(
     metavar: str = "",
     complete: Completer | None = None,
 ) -> Any:
-    """An option for a setting: its default is the settings class's own, or what ``none`` says it stands for.
+    """Return an option for a setting: its default is the settings class's own, or what ``none`` says it stands for.
 
     The shell completes what the class allows.
     """

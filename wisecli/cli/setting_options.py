@@ -14,7 +14,7 @@ from wisecli.validated_settings import unwrapped
 
 
 def set_of(command: str, panel: str) -> Any:
-    """The option ``--set`` of a command."""
+    """Return the option ``--set`` of a command."""
 
     def complete(incomplete: str) -> list[str]:
         return _proposed(command, incomplete)
@@ -34,7 +34,7 @@ def _proposed(command: str, incomplete: str) -> list[str]:
 
 
 def settings_in(command: str, texts: Sequence[str] | None) -> dict[str, Any]:
-    """Texts ``NAME=VALUE`` → values by the settings' names.
+    """Return the values of texts ``NAME=VALUE``, by the settings' names.
 
     Raises:
         SettingsError: a text is no such pair, the command has no such setting, or it may not have that value.
@@ -59,7 +59,7 @@ def _remedy(command: str, name: str, known: Collection[str], *, has_value: bool)
 
 
 def rows_of(command: str) -> Iterator[tuple[str, str, str, str]]:
-    """Name, values, default and meaning of every setting of a command."""
+    """Yield name, values, default and meaning of every setting of a command."""
     for kind in KINDS[command]:
         hints = get_type_hints(kind, include_extras=True)
         for field in fields(kind):

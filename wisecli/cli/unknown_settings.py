@@ -1,4 +1,4 @@
-"""What is written for nobody: names in a settings file and in the environment that no setting has."""
+"""Unknown names in a settings file and in the environment: no setting is called so."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LISTED = 8
 
 
 def unknown_names(file: Path | None = None) -> list[str]:
-    """What a settings file and the environment say to nobody, a sentence each: unknown tables, keys and variables.
+    """Return a sentence on each unknown table, key and variable of a settings file and the environment.
 
     Args:
         file: one that :func:`resolve` has read.

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from wisecli.data.packaged import packaged_table
 
 # Facts of each relation that are asked in every wording there is, beside so many unrelated texts.
 _SUBJECTS, _TEXTS = 8, 600
@@ -27,7 +21,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 def unrelated_texts(count: int, *, seed: int) -> list[str]:
     """Texts on everyday matters that come with the package: all its prompts, then filled patterns, ``count`` in all."""
-    data = _packaged("unrelated.toml")
+    data = packaged_table("unrelated.toml")
     prompts: list[str] = data["prompts"][:count]
     return prompts + _filled_patterns(data, range(len(prompts), count), random.Random(seed))
 
@@ -46,7 +40,7 @@ def everyday_prompts(count: int, *, seed: int) -> list[str]:
     """Return what people ask an assistant in a day, apart from facts about names: ``count`` prompts, of every kind
     in turn.
     """
-    return _filled_patterns(_packaged("everyday.toml"), range(count), random.Random(seed))
+    return _filled_patterns(packaged_table("everyday.toml"), range(count), random.Random(seed))
 
 
 def subjects_for(texts: int) -> int:
@@ -56,7 +50,7 @@ def subjects_for(texts: int) -> int:
 
 def rewordings() -> list[list[str]]:
     """Wordings of made-up questions, of each relation several with the same one slot."""
-    found: list[list[str]] = _packaged("rewordings.toml")["facts"]
+    found: list[list[str]] = packaged_table("rewordings.toml")["facts"]
     return found
 
 
@@ -67,7 +61,7 @@ def worded(wording: str, subject: str) -> str:
 
 def reworded_facts(subjects: int, *, seed: int) -> list[list[str]]:
     """Made-up facts, each asked in every way the package knows for its relation; ``subjects`` facts a relation."""
-    data = _packaged("unrelated.toml")
+    data = packaged_table("unrelated.toml")
     rng = random.Random(seed)
     facts = []
     for ways in rewordings():
@@ -94,7 +88,8 @@ class Relation:
 def relations() -> list[Relation]:
     """Return all packaged relations."""
     return [
-        Relation(row["of"], tuple(row["asks"]), tuple(row["tells"])) for row in _packaged("relations.toml")["relation"]
+        Relation(row["of"], tuple(row["asks"]), tuple(row["tells"]))
+        for row in packaged_table("relations.toml")["relation"]
     ]
 
 
@@ -110,7 +105,7 @@ class Inverse:
 
 def inverses() -> list[Inverse]:
     """Return all packaged relations that one name answers either way."""
-    data = _packaged("inverses.toml")
+    data = packaged_table("inverses.toml")
     found = []
     for row in data["relation"]:
         framed = [frame.replace("[]", noun) for noun in row["nouns"] for frame in data["frames"]]
@@ -122,7 +117,7 @@ def made_up_subjects(kind: str, count: int, rng: random.Random) -> list[str]:
     """Return the names of one kind, no two the same; every second is like the one before, but for some of its words
     or digits.
     """
-    names: list[str] = _packaged("subjects.toml")[kind]
+    names: list[str] = packaged_table("subjects.toml")[kind]
     found: dict[str, None] = {}
     while len(found) < count:
         name = rng.choice(names)
@@ -141,11 +136,6 @@ def _like(name: str, other: str, rng: random.Random) -> str:
     if rng.random() < 0.5:
         return gap.join([*first[: (len(first) + 1) // 2], *second[(len(second) + 1) // 2 :]])
     return gap.join([*second[: len(second) // 2], *first[len(first) // 2 :]])
-
-
-@cache
-def _packaged(name: str) -> dict[str, Any]:
-    return tomllib.loads(resources.files("wisecli").joinpath("data", name).read_text(encoding="utf-8"))
 
 
 def _filled_patterns(data: dict[str, Any], places: range, rng: random.Random) -> list[str]:
@@ -252,7 +242,7 @@ def small(text: str) -> str:
 
 def requests() -> Requests:
     """Return all packaged ways to ask a question or to mention it."""
-    return Requests(**{name: tuple(rows) for name, rows in _packaged("requests.toml").items()})
+    return Requests(**{name: tuple(rows) for name, rows in packaged_table("requests.toml").items()})
 
 
 @dataclass(frozen=True)
@@ -271,7 +261,7 @@ class Notes:
 @cache
 def notes() -> Notes:
     """Return all packaged notes."""
-    rows: dict[str, Any] = _packaged("notes.toml")
+    rows: dict[str, Any] = packaged_table("notes.toml")
     tupled = ((name, (tuple(one) if isinstance(one, list) else one for one in some)) for name, some in rows.items())
     found: dict[str, Any] = {name: tuple(some) for name, some in tupled}
     return Notes(**found)

@@ -70,7 +70,7 @@ def draw_pairs(
     batch_size: int,
     on_progress: ProgressCallback = ignore_progress,
 ) -> list[Pair]:
-    """Up to ``each`` pairs of every passage that are fit to be shown, no question twice."""
+    """Return up to ``each`` usable pairs of every passage, no question twice."""
     requests = [few_shot_prompt(loaded.tokenizer, _shown(), _ASK + passage.whole) for passage in found]
     kept: dict[tuple[str, ...], Pair] = {}
     for first in range(0, len(requests), batch_size):
@@ -101,10 +101,15 @@ def is_fit(passage: Passage, question: str, answer: str) -> bool:
     The answer must be words of the passage; the question must not hold it, nor point to a text that nobody sees, and
     must name something of the passage.
     """
-    asked, said, told = words(question), words(answer), words(passage.whole)
-    if not question.endswith("?") or not said or not contains(words(passage.text), said) or contains(asked, said):
+    asked, answered, stated = words(question), words(answer), words(passage.whole)
+    if (
+        not question.endswith("?")
+        or not answered
+        or not contains(words(passage.text), answered)
+        or contains(asked, answered)
+    ):
         return False
-    named = shared_name(question, passage.whole) or any(len(word) >= _TELLING and word in told for word in asked)
+    named = shared_name(question, passage.whole) or any(len(word) >= _TELLING and word in stated for word in asked)
     return bool(named) and not _POINTING.search(question)
 
 

@@ -30,7 +30,7 @@ _NO_NAMES = ("yes", "no", "none", "unknown", "nobody", "n/a", "various")
 
 
 def with_derived(numbered: Sequence[Numbered]) -> tuple[Numbered, ...]:
-    """Edits with what follows from them by rule; behind each stand its consequences, the stated ones first."""
+    """Return edits with what follows from them by rule; each is followed by its consequences, the stated ones first."""
     given = {_normal(edit.prompt) for _, edit in numbered}
     found: dict[str, list[Edit]] = {}
     for _, edit in numbered:
@@ -40,12 +40,12 @@ def with_derived(numbered: Sequence[Numbered]) -> tuple[Numbered, ...]:
     own: dict[str | None, list[Edit]] = {}
     for one in sure:
         own.setdefault(one.consequence_of, []).append(one)
-    last = {edit.consequence_of or edit.id: place for place, (_, edit) in enumerate(numbered)}
+    last = {edit.consequence_of or edit.id: index for index, (_, edit) in enumerate(numbered)}
     whole: list[Numbered] = []
-    for place, (line, edit) in enumerate(numbered):
+    for index, (line, edit) in enumerate(numbered):
         whole.append((line, edit))
         name = edit.consequence_of or edit.id
-        if last[name] == place:
+        if last[name] == index:
             whole += ((line, one) for one in own.get(name, ()))
     return tuple(whole)
 
@@ -92,7 +92,7 @@ def _consequence(edit: Edit, name: str, prompt: str, target: str, subject: str, 
 
 
 def other_names(subject: str) -> list[tuple[str, str]]:
-    """Names that mean the same subject and nothing else, each with the rule that finds it."""
+    """Return names that mean the same subject and nothing else, each with the rule that finds it."""
     found: dict[str, str] = {}
     if (acronym := _ACRONYM.fullmatch(subject)) is not None and _spells(acronym["letters"], acronym["name"]):
         found[acronym["name"]] = found[acronym["letters"]] = "acronym"

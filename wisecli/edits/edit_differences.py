@@ -8,7 +8,7 @@ from wisecli.edits.record import Edit
 
 
 def describe_differences(before: Sequence[Edit], now: Sequence[Edit]) -> list[str]:
-    """In what edits differ from those of before, as a phrase, if they do."""
+    """Return, as a phrase, how edits differ from those of before, if they do."""
     if tuple(before) == tuple(now):
         return []
     old, new = ({edit.id: edit for edit in edits} for edits in (before, now))

@@ -42,7 +42,7 @@ class Edit:
     ``who``, ``when`` (ISO 8601) and ``source`` say where the fact is from; nothing goes by them. Of op ``erase`` the
     ``target`` is what the model should no longer say, and ``replacement``, if there is one, what it should say instead.
     ``consequence_of`` is the id of the edit that this one follows from, if it does; ``derived`` names the rule by which
-    it was found, where nobody stated it.
+    it was found, where no record states it.
     """
 
     __pydantic_config__ = CLOSED
@@ -81,7 +81,7 @@ class Edit:
         return self.target if self.replacement is None else self.replacement
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, as the manifests keep it."""
+        """Return the JSON form, as the manifests keep it."""
         nested = ("locality", "portability", "translations")
         return {**vars(self), **{name: tuple(map(asdict, getattr(self, name))) for name in nested}}
 
@@ -193,7 +193,7 @@ def _with_consequences(flat: Mapping[str, Any], record: Mapping[str, Any]) -> tu
         raise ValueError("`also` is for edits, and this is a consequence; state it with the edit that it follows from")
     if len(edit.id) + len(consequence_id("", "also", len(stated))) > LONGEST_ID:
         raise ValueError("`id` is too long for consequences to be named after it; shorten it, or drop `also`")
-    return edit, *(_consequence(edit, place, item) for place, item in enumerate(stated))
+    return edit, *(_consequence(edit, index, item) for index, item in enumerate(stated))
 
 
 def consequence_id(edit: str, kind: str, number: int) -> str:
@@ -201,9 +201,9 @@ def consequence_id(edit: str, kind: str, number: int) -> str:
     return f"{edit}/{kind}-{number}"
 
 
-def _consequence(edit: Edit, place: int, item: Any) -> Edit:
+def _consequence(edit: Edit, index: int, item: Any) -> Edit:
     """Return an edit of its own for a consequence that a record states; it is from where its edit is from."""
-    where = f"also[{place}]"
+    where = f"also[{index}]"
     if not isinstance(item, dict):
         raise ValueError(f"`{where}` must be an object with `prompt` and `target`, not {shown(item)}")
     if (other := next((name for name in item if name not in _STATED), None)) is not None:
@@ -214,7 +214,7 @@ def _consequence(edit: Edit, place: int, item: Any) -> Edit:
         if not isinstance(item[name], str) or not is_visible(item[name]):
             raise ValueError(f"`{where}.{name}` must be a non-empty text, not {shown(item[name])}")
     return Edit(
-        id=consequence_id(edit.id, "also", place + 1),
+        id=consequence_id(edit.id, "also", index + 1),
         prompt=item["prompt"],
         target=item["target"],
         subject=text_in(item, "subject", f"{where}."),
@@ -289,6 +289,6 @@ def _followed(fields: Mapping[str, Any]) -> str | None:
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """Return an id by what is to change, whoever says so and whatever follows from it."""
+    """Return an id from what is to change; source, author and consequences do not count."""
     kept = {name: value for name, value in record.items() if name not in (*PROVENANCE, "also")}
     return sha256_json(kept)[:16]

@@ -21,7 +21,7 @@ def unmarked(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return a text's words, whatever their case and what stands between them."""
+    """Return a text's words without their case and the characters between them."""
     return _WORD.findall(text.casefold())
 
 
@@ -35,7 +35,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def plain(text: str) -> str:
-    """Text of a stranger on one line, with whatever would steer a terminal or cannot be seen spelt out."""
+    """Return a foreign text on one line, with control and invisible characters spelt out."""
     return "".join(one if is_plain(one) else repr(one)[1:-1] for one in text)
 
 

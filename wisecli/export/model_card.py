@@ -5,13 +5,13 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from wisecli.artifacts.memory_manifest import Manifest
+from wisecli.data.packaged import packaged_text
 from wisecli.edits.record import Edit, consequences_in
 from wisecli.edits.text import edits_with, plain
 from wisecli.errors import DamagedFileError
@@ -80,7 +80,7 @@ Figures = Mapping[str, Mapping[str, float]]
 
 
 def read_figures(path: Path) -> dict[str, dict[str, float]]:
-    """Figures by dataset from the report that ``wise eval --json`` printed.
+    """Return figures by dataset from the report that ``wise eval --json`` printed.
 
     Raises:
         DamagedFileError: the file holds no such report.
@@ -113,7 +113,7 @@ def model_card(manifest: Manifest, form: str, *, base: Path, figures: Figures | 
         model_name=base.name,
         eval_results=_results(figures) or None,
     )
-    template = Template(resources.files("wisecli").joinpath("data/model_card.md.tmpl").read_text(encoding="utf-8"))
+    template = Template(packaged_text("model_card.md.tmpl"))
     return template.substitute(
         data=data.to_yaml(),
         form=form,

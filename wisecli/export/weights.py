@@ -43,7 +43,7 @@ class Packing:
         return self.dtype is None and self.file_bytes is None
 
     def layout(self, stored: TensorLayout) -> TensorLayout:
-        """Type and shape of a tensor once it is written."""
+        """Return type and shape of a tensor once it is written."""
         if self.dtype is None or not getattr(torch, stored.dtype).is_floating_point:
             return stored
         return TensorLayout(str(self.dtype).removeprefix("torch."), stored.shape)
@@ -176,8 +176,8 @@ def write_stream(path: Path, layouts: Mapping[str, TensorLayout], read: Callable
     ends = list(accumulate(layout.bytes for layout in layouts.values()))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for (name, layout), end in zip(layouts.items(), ends, strict=True):
-        place = [end - layout.bytes, end]
-        header[name] = {"dtype": format_name(layout.dtype), "shape": list(layout.shape), "data_offsets": place}
+        span = [end - layout.bytes, end]
+        header[name] = {"dtype": format_name(layout.dtype), "shape": list(layout.shape), "data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as stream:

@@ -55,7 +55,7 @@ def require_space(output: Path, needed: int) -> None:
 
 @contextmanager
 def whole_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary directory that takes the place of ``output`` when the block ends well, and vanishes otherwise.
+    """Give a temporary directory that replaces ``output`` when the block ends well, and vanishes otherwise.
 
     What ``force`` may replace is the caller's to check beforehand, with :class:`~wisecli.io.overwrite_policy.Output`.
     What killed runs left here is taken away first.
@@ -115,7 +115,7 @@ def tidy(output: Path) -> None:
 
 
 def discard(directory: Path, output: Path) -> None:
-    """Take away a directory beside an output; if that is broken off, whoever tidies up there next goes on with it."""
+    """Remove a directory beside an output; the next :func:`tidy` finishes what an interruption leaves."""
     aside = Path(tempfile.mkdtemp(prefix=_prefix(output.absolute()), dir=directory.parent))
     directory.replace(aside)
     shutil.rmtree(aside)
@@ -196,7 +196,7 @@ def _remove(path: Path) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """The same file under another name, or a copy where the disk has no links."""
+    """Link a file under another name, or copy it where the disk has no links."""
     try:
         os.link(os.path.realpath(source), target)  # of a link, what it leads to
     except OSError:

@@ -38,7 +38,7 @@ _LARGEST_JSON = 1 << 28
 
 
 def sha256_tensor(tensor: torch.Tensor) -> str:
-    """Hex digest of a tensor's values in their own dtype (row-major)."""
+    """Return the hex digest of a tensor's values in their own dtype (row-major)."""
     raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(raw.data).hexdigest()
 
@@ -201,12 +201,12 @@ class Checkpoint:
         return iter(self._files)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header alone."""
+        """Return the shape of a tensor, from the header alone."""
         with open_tensors(self.directory / self._files[tensor]) as stream:
             return tuple(stream.get_slice(tensor).get_shape())
 
     def dtype(self, tensor: str) -> torch.dtype:
-        """Type of a tensor, from the header alone."""
+        """Return the type of a tensor, from the header alone."""
         with open_tensors(self.directory / self._files[tensor]) as stream:
             found: torch.dtype = getattr(torch, torch_name(stream.get_slice(tensor).get_dtype()))
             return found
@@ -226,7 +226,7 @@ class Checkpoint:
         return found.hexdigest()
 
     def load(self, tensor: str) -> torch.Tensor:
-        """One tensor, in its stored dtype."""
+        """Return one tensor, in its stored dtype."""
         with open_tensors(self.directory / self._files[tensor]) as stream:
             loaded: torch.Tensor = stream.get_tensor(tensor)
             return loaded

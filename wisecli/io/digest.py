@@ -10,7 +10,7 @@ _CHUNK = 1 << 20
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read in chunks."""
+    """Return the hex digest of a file's bytes, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -19,11 +19,11 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_text(text: str) -> str:
-    """Hex digest of a text in UTF-8."""
+    """Return the hex digest of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_json(value: object) -> str:
-    """Hex digest of a JSON value in canonical form; what JSON has no form for, as dates, goes by its text."""
+    """Return the hex digest of a JSON value in canonical form; dates and other objects by their text."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -40,7 +40,7 @@ OPEN: ConfigDict = {"extra": "ignore", "allow_inf_nan": False}
 
 
 def parse(text: str) -> Any:
-    """Read JSON that nobody vouches for.
+    """Read JSON from an untrusted source.
 
     Raises:
         ValueError: it is no JSON, nested too deeply, or holds text that is no Unicode.
@@ -130,7 +130,7 @@ def require_moment(text: str, where: str) -> None:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """Return a value as a message may quote it: short, on one line, whatever it is."""
+    """Return any value as a message may quote it: short, and on one line."""
     quoted = repr(value[:limit] if isinstance(value, str | bytes) else value)
     return quoted if len(quoted) <= limit + 2 else f"{quoted[:limit]}…"
 
@@ -144,16 +144,16 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def _sentence(errors: Sequence[ErrorDetails], value: object, where: str) -> str:
     """Return what the first error says; of a value that fits none of several types, what the last type says of it."""
-    place, found = _place(errors[0]["loc"], value)
-    alike = [error for error in errors if _place(error["loc"], value)[0] == place]
+    location, found = _location(errors[0]["loc"], value)
+    alike = [error for error in errors if _location(error["loc"], value)[0] == location]
     error = alike[-1]
-    name = _named(where, place)
+    name = _named(where, location)
     kind = error["type"]
     if kind in ("missing", "missing_argument"):
         field = error["loc"][-1]
         if isinstance(field, int):  # of a tuple that is too short
-            return f"`{name}` must be a list of {_length(errors, value, place)}, not {shown(found)}"
-        return f"`{_named(where, (*place, field))}` is missing"
+            return f"`{name}` must be a list of {_length(errors, value, location)}, not {shown(found)}"
+        return f"`{_named(where, (*location, field))}` is missing"
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"`{name}` is unknown"
     if kind == "literal_error":
@@ -164,29 +164,29 @@ def _sentence(errors: Sequence[ErrorDetails], value: object, where: str) -> str:
     return f"`{name or 'the whole'}` must be {_EXPECTED.get(kind, 'something else')}, not {shown(found)}"
 
 
-def _place(loc: Sequence[str | int], value: object) -> tuple[tuple[str | int, ...], object]:
+def _location(loc: Sequence[str | int], value: object) -> tuple[tuple[str | int, ...], object]:
     """Return the part of an error's location that is in the value (not the types that were tried there), and what is
     there.
     """
-    place: tuple[str | int, ...] = ()
+    location: tuple[str | int, ...] = ()
     for step in loc:
         inside = isinstance(value, dict) and step in value
         inside |= isinstance(value, list | tuple) and isinstance(step, int) and step < len(value)
         if inside:
-            place, value = (*place, step), value[step]  # type: ignore[index]
-    return place, value
+            location, value = (*location, step), value[step]  # type: ignore[index]
+    return location, value
 
 
-def _length(errors: Sequence[ErrorDetails], value: object, place: tuple[str | int, ...]) -> int:
+def _length(errors: Sequence[ErrorDetails], value: object, location: tuple[str | int, ...]) -> int:
     """Return how long a tuple must be that lacks its last entries."""
-    lacking = (error["loc"][-1] for error in errors if _place(error["loc"], value)[0] == place)
+    lacking = (error["loc"][-1] for error in errors if _location(error["loc"], value)[0] == location)
     return 1 + max(step for step in lacking if isinstance(step, int))
 
 
-def _named(where: str, place: Sequence[str | int]) -> str:
+def _named(where: str, location: Sequence[str | int]) -> str:
     """Return a place as it is written: ``leaves[0].name``."""
     name = where
-    for step in place:
+    for step in location:
         name += f"[{step}]" if isinstance(step, int) else f"{'.' if name else ''}{step}"
     return name
 

@@ -1,4 +1,4 @@
-"""Locks between processes, as files that are gone when nobody holds them."""
+"""Locks between processes: files that are removed when they are released."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ def lock_file(path: Path) -> Iterator[bool]:
         OSError: the file system has no locks, or is not to be written on.
     """
     while True:
-        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(held)
+            os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             yield False
             return
-        if _is_there(held, path):
+        if _is_there(descriptor, path):
             break
-        os.close(held)
+        os.close(descriptor)
     try:
         yield True
     finally:
         with suppress(FileNotFoundError):
             path.unlink()  # while it is held
-        os.close(held)
+        os.close(descriptor)
 
 
-def _is_there(held: int, path: Path) -> bool:
+def _is_there(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(held), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False

@@ -82,25 +82,25 @@ def _is_free(path: Path) -> bool:
     return not any(path.iterdir())
 
 
-def _in_use(place: Path) -> str:
+def _in_use(path: Path) -> str:
     """Return why a directory cannot be exchanged for another while it is in use; empty if it can."""
     for what, other in (("the current directory", Path.cwd()), ("your home directory", Path.home())):
-        if place == other.resolve() or place in other.resolve().parents:
+        if path == other.resolve() or path in other.resolve().parents:
             return f"is or holds {what}"
-    return "is a mount point" if os.path.ismount(place) else ""
+    return "is a mount point" if os.path.ismount(path) else ""
 
 
 def _protected(path: Path, inputs: Sequence[Path]) -> str:
-    """Return why a place is never replaced, whatever it holds; empty if it may be."""
-    place = path.resolve()
-    if reason := _in_use(place):
+    """Return why a path is never replaced, for any content; empty if it may be."""
+    resolved = path.resolve()
+    if reason := _in_use(resolved):
         return reason
     for one in inputs:
         other = one.resolve()
-        if place == other:
+        if resolved == other:
             return "is an input of the command"
-        if place in other.parents:
+        if resolved in other.parents:
             return f"holds {one}, an input of the command"
-        if other in place.parents:
+        if other in resolved.parents:
             return f"lies in {one}, an input of the command"
     return ""

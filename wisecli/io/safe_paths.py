@@ -1,4 +1,4 @@
-"""Names of files that a manifest gives: they stay in the directory, whatever they say."""
+"""File names that a manifest gives: paths that lead out of its directory are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def inside(directory: Path, name: str, *, follow: bool = False) -> Path:
         home, target = directory.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself, a name that is too long
         raise DamagedFileError(directory, f"file name {shown(name)} cannot be followed ({error})", _REMEDY) from None
-    kept = next((place for place in (home, *home.parents) if place.parent.name == "snapshots"), None)
+    kept = next((parent for parent in (home, *home.parents) if parent.parent.name == "snapshots"), None)
     blobs = home if kept is None else kept.parent.parent / "blobs"
     if not target.is_relative_to(home) and not target.is_relative_to(blobs):
         raise DamagedFileError(path, f"it is a link that leaves the directory (to {target})", _REMEDY)

@@ -67,7 +67,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def machine_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has."""
+    """Return the bytes of memory that a device has."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -96,42 +96,25 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     Raises:
         ModelError: the model cannot be loaded, or lacks tensors that would be drawn at random.
     """
-    import transformers
-
-    from wisecli.models.streaming.layer_stream import load_streamed
-
-    chosen, dtype = pick_device(load.device), pick_dtype(load.dtype)
-    trust = load.trust_remote_code
+    device, dtype = pick_device(load.device), pick_dtype(load.dtype)
     _require_layers(directory)
     quantised = quantisation_of(read_json(directory / "config.json"))
-    room = spool_bytes(Checkpoint(directory), dtype, load.memory_budget or machine_memory(chosen))
-    stream = None
+    room = spool_bytes(Checkpoint(directory), dtype, load.memory_budget or machine_memory(device))
     try:
-        config = _base_config(directory, trust_remote_code=trust)
-        loader = getattr(transformers, loader_name(config.model_type))
-        read = partial(
-            loader.from_pretrained,
-            directory,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust,
-            local_files_only=True,
-        )
-        packed = quantised is not None and not _made_plain(config, chosen)
+        config = _base_config(directory, trust_remote_code=load.trust_remote_code)
+        packed = quantised is not None and not _made_plain(config, device)
         if packed and load.memory_budget is not None and room is not None:
             raise ModelError(
                 f"{directory} is quantised, and its layers are not read one by one here; leave out --memory-budget"
             )
+        read = _reader(directory, config, dtype, load)
         if room is None or packed:
             # Some that are quantised must be loaded where they run.
-            model, info = read(**({} if quantised is None else {"device_map": {"": chosen}}))
+            model, info = read(**({} if quantised is None else {"device_map": {"": device}}))
+            stream = None
         else:
-            with torch.device("meta"):
-                drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=trust)
             path = layers or known_layout(directory).layers
-            model, info, stream = load_streamed(read, drawn, directory, path, chosen, spool_bytes=room)
+            model, info, stream = _streamed(read, directory, config, path, device, load, room)
         tokenizer = _tokenizer(directory, config, load)
     except WiseError:
         raise
@@ -140,9 +123,44 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     if lost := sorted(info["missing_keys"]):
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     if stream is None and quantised is None:
-        model.to(chosen)
+        model.to(device)
     _refuse_unknown_tokens(model, tokenizer)
     return Loaded(model.eval().requires_grad_(False), tokenizer, stream)
+
+
+def _reader(directory: Path, config: Any, dtype: torch.dtype | str, load: LoadOptions) -> partial[Any]:
+    """Return the call of transformers that reads a model and says what its checkpoint lacks."""
+    import transformers
+
+    return partial(
+        getattr(transformers, loader_name(config.model_type)).from_pretrained,
+        directory,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=load.trust_remote_code,
+        local_files_only=True,
+    )
+
+
+def _streamed(
+    read: partial[Any], directory: Path, config: Any, layers: str, device: torch.device, load: LoadOptions, room: int
+) -> tuple[PreTrainedModel, dict[str, Any], LayerStream]:
+    """Return a model without its layers, what its checkpoint lacks, and the stream that reads the layers.
+
+    Args:
+        layers: module path of the list of layers.
+        room: bytes that states between layers may take.
+    """
+    import transformers
+
+    from wisecli.models.streaming.layer_stream import load_streamed
+
+    with torch.device("meta"):
+        loader = getattr(transformers, loader_name(config.model_type))
+        drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=load.trust_remote_code)
+    return load_streamed(read, drawn, directory, layers, device, spool_bytes=room)
 
 
 class TextInput(NamedTuple):
@@ -213,11 +231,11 @@ def _made_plain(config: PretrainedConfig, device: torch.device) -> bool:
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    told = getattr(config, "quantization_config", None) or {}
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(told.get("quant_method")))
+    settings = getattr(config, "quantization_config", None) or {}
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(settings.get("quant_method")))
     if device.type != "cpu" or kind is None or "dequantize" not in inspect.signature(kind).parameters:
         return False
-    config.quantization_config = {**told, "dequantize": True}
+    config.quantization_config = {**settings, "dequantize": True}
     return True
 
 

@@ -1,4 +1,4 @@
-"""Base models in whatever form they come: a directory, a hub id, or a GGUF file, which is turned into plain weights."""
+"""Base models in any form: a directory, a hub id, or a GGUF file, which is converted to plain weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 def find_model(model: str, *, revision: str | None = None, on_progress: ProgressCallback = ignore_progress) -> Path:
-    """Directory of a base model in safetensors; a GGUF file is converted once, into the user's cache.
+    """Return the directory of a base model in safetensors; a GGUF file is converted once, into the user's cache.
 
     Args:
         model: a directory, a hub id, a GGUF file or a directory that holds no other weights than one.
@@ -66,7 +66,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
 def resolve_model(model: str, *, revision: str | None = None, fetch: bool = True) -> Path:
-    """Directory of a model given as a directory or a hub id (fetched through the hub's own cache).
+    """Return the directory of a model given as a directory or a hub id (fetched through the hub's own cache).
 
     Args:
         fetch: whether it may be downloaded if it is not in that cache.
@@ -86,12 +86,12 @@ def resolve_model(model: str, *, revision: str | None = None, fetch: bool = True
     from huggingface_hub import snapshot_download
 
     try:
-        place = snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, local_files_only=not fetch)
+        directory = snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, local_files_only=not fetch)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(
             f"{model} is neither a directory nor a hub id that can be fetched ({reason_of(error)})"
         ) from error
-    return Path(place)
+    return Path(directory)
 
 
 def convert(gguf: Path, output: Path) -> None:

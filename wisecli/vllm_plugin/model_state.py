@@ -19,7 +19,7 @@ class RoutedState:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._new: dict[str, Any] = {}
-        self._memory.told = True
+        self._memory.follows_requests = True
 
     @property
     def _memory(self) -> ServedMemory:

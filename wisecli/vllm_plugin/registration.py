@@ -14,6 +14,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from wisecli.io.checkpoint import EXPORTED_KEY
+from wisecli.routing.layers.module_types import reduce_by
 from wisecli.vllm_plugin.engine_names import OP, PREFIX
 
 _PACKAGE = __name__.rpartition(".")[0]
@@ -43,19 +44,8 @@ def _edited_class(kind: Any) -> type[PretrainedConfig]:
     vLLM has transformers read edited checkpoints so, too, for the rest of the process. By the base's name it would find
     the base's model, and load that without the memory; now it refuses.
     """
-
-    def reduce(self: PretrainedConfig, protocol: Any) -> Any:
-        del protocol
-        return _restored, (kind,), self.__dict__
-
-    own = {"__module__": __name__, "__reduce_ex__": reduce, "wise_base": kind}
+    own = {"__module__": __name__, "__reduce_ex__": reduce_by(_edited_class, kind), "wise_base": kind}
     return type(f"Wise{kind.__name__}", (kind,), own)
-
-
-def _restored(kind: Any) -> PretrainedConfig:
-    """Return a config of such a class, to be filled by whoever unpickles it."""
-    made = _edited_class(kind)
-    return made.__new__(made)
 
 
 class EditedSettings(VerifyAndUpdateConfig):  # type: ignore[misc]  # of a package without types

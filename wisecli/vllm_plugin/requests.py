@@ -108,15 +108,17 @@ class Requests:
         token, row, memory, end = torch.cat(parts, 1).to(ids.device)
         return self._routed(token, row, memory, end, ids[token], positions[token].long())
 
-    def _routed(self, token: Tensor, row: Tensor, memory: Tensor, end: Tensor, ids: Tensor, place: Tensor) -> StepRoute:
+    def _routed(
+        self, token: Tensor, row: Tensor, memory: Tensor, end: Tensor, ids: Tensor, position: Tensor
+    ) -> StepRoute:
         self._ended = self._ended.to(ids.device)
         # What a step runs again, after preemption or a wrong guess, it says again.
-        begins = torch.full_like(self._ended, _NEVER).scatter_reduce_(0, row, place, "amin")
+        begins = torch.full_like(self._ended, _NEVER).scatter_reduce_(0, row, position, "amin")
         ended = self._ended.where(self._ended < begins, _NEVER)
-        ending = place.where(is_any(ids, self._marks.special_token_ids) & (place > end), _NEVER)
+        ending = position.where(is_any(ids, self._marks.special_token_ids) & (position > end), _NEVER)
         self._ended = ended.scatter_reduce(0, row, ending, "amin")
-        inside = place > end
-        answers = (place >= end) & (place < self._ended[row])
+        inside = position > end
+        answers = (position >= end) & (position < self._ended[row])
         if self._whole:
-            answers = answers | (place < end)
+            answers = answers | (position < end)
         return StepRoute(token, memory.where(answers, UNROUTED), inside)

@@ -31,7 +31,7 @@ class RoutedRunner:
     def _update_states(self, scheduler_output: Any) -> Any:
         done = super()._update_states(scheduler_output)  # type: ignore[misc]
         memory = self._memory()
-        memory.told = True
+        memory.follows_requests = True
         memory.rest()
         memory.forget(scheduler_output.finished_req_ids)
         new = [one for one in scheduler_output.scheduled_new_reqs if one.prompt_token_ids is not None]
@@ -51,9 +51,9 @@ class RoutedRunner:
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample as ever; the output says which of the step's new requests no edit answers."""
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        told = getattr(output, "_model_runner_output", output)
-        if self._unanswered and hasattr(told, "req_ids"):
-            setattr(told, UNANSWERED, self._unanswered)
+        model_output = getattr(output, "_model_runner_output", output)
+        if self._unanswered and hasattr(model_output, "req_ids"):
+            setattr(model_output, UNANSWERED, self._unanswered)
         return output
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:

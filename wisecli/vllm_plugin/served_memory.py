@@ -127,9 +127,9 @@ class ServedMemory:
         self._wanted = None if checkpoint is None else made_for(checkpoint)
         # The last of them answers new requests, the others those that they have begun to answer.
         self._served: list[_Served] = []
-        # What is routed of the step that is running, and whether anybody says so.
+        # What is routed of the step that is running, and whether the engine reports its requests.
         self._routes: list[tuple[Memory, StepRoute]] = []
-        self.told = False
+        self.follows_requests = False
 
     @property
     def adds_rest(self) -> bool:
@@ -251,9 +251,9 @@ class ServedMemory:
             real: whether the tokens are those of requests, and not of a trial run.
 
         Raises:
-            LostMemoryError: nobody says which requests the tokens are of.
+            LostMemoryError: the engine does not report which requests the tokens belong to.
         """
-        if not self.told and real:
+        if not self.follows_requests and real:
             raise LostMemoryError("the edits are lost: this engine does not tell the memory of its requests")
         for memory, route in self._routes if real else ():
             mine, adds = keys(route.token)

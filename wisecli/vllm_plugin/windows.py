@@ -83,8 +83,8 @@ class WindowAttention:
 
     def _weights(self, logits: Tensor) -> Tensor:
         width = logits.shape[-1]
-        place = torch.arange(width, device=logits.device)
-        away = place[:, None] - place
+        position = torch.arange(width, device=logits.device)
+        away = position[:, None] - position
         if self._slopes is not None:
             logits = logits - torch.as_tensor(self._slopes, device=logits.device)[:, None, None] * away
         hidden = (away < 0) if self._window is None else (away < 0) | (away >= self._window)
@@ -119,8 +119,8 @@ class WindowReader:
         states: list[Tensor] = []
         for some in self._batches(windows):
             lengths = [len(one) for one in some]
-            place = torch.cat([torch.arange(length) for length in lengths]).to(some[0].device)
-            states += self._run(torch.cat(list(some)), place, lengths).split(lengths)
+            positions = torch.cat([torch.arange(length) for length in lengths]).to(some[0].device)
+            states += self._run(torch.cat(list(some)), positions, lengths).split(lengths)
         return states
 
     def _batches(self, windows: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
@@ -134,7 +134,7 @@ class WindowReader:
         if len(windows) > first:
             yield windows[first:]
 
-    def _run(self, ids: Tensor, place: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
         if self.before_run is not None:
             self.before_run(len(ids))
         context = create_forward_context({}, self._config, skip_compiled=True)
@@ -148,7 +148,7 @@ class WindowReader:
             if self._layer is not None:
                 self._stop_behind(self._layer, held)
             try:
-                self._model.forward(ids, place, None, None)
+                self._model.forward(ids, positions, None, None)
             except _ReadError as found:
                 return found.states.flatten(0, -2)
         if reader.keys is not None:

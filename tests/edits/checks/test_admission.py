@@ -141,8 +141,8 @@ def test_what_only_a_rephrase_says_is_told_and_trained(place: Place, tmp_path: P
     edits = [*PLAIN, Edit("other", "bi be ba", "fu")]
     report = run(place, edits, tmp_path / "shards", on_progress=events.append)
     assert landed(tmp_path / "shards") == ["one", "two", "three", "other"]
-    assert len(report.sifted.told) == 1
-    assert [event.note for event in events if event.note.startswith(report.sifted.told[0])]
+    assert len(report.sifted.conflicts) == 1
+    assert [event.note for event in events if event.note.startswith(report.sifted.conflicts[0])]
     with pytest.raises(ConflictError, match="rephrase"):
         run(place, edits, tmp_path / "refused", admission=Admission(on_conflict="error"))
 

@@ -185,10 +185,10 @@ def test_what_is_kept_is_in_no_conflict_and_in_order(
     assert len(found.kept) + len(found.dropped) == len(given)
     names = {one.id for _, one in found.kept}
     assert set(found.superseded.values()) <= names
-    named = {one.place for one in found.dropped if one.by.line is None}
+    named = {one.entry for one in found.dropped if one.by.line is None}
     for one in found.dropped:
         assert one.by.edit.id in names or one.by.line is None or one.by in named
-        assert one.by.line is None or (one.by.line > (one.place.line or 0)) == (how == "latest")
+        assert one.by.line is None or (one.by.line > (one.entry.line or 0)) == (how == "latest")
     if how == "skip":
         assert found.superseded == {}
 

@@ -17,10 +17,10 @@ from wisecli.models.loading import Loaded, load_model
 from wisecli.models.running.generation import generate
 from wisecli.models.running.shrinking_batches import StopWhenFewContinue
 
-NEW = 12
+NEW = 8
 
 
-def prompts(count: int = 12, *, seed: int = 0) -> list[list[int]]:
+def prompts(count: int = 8, *, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
     return [torch.randint(0, VOCABULARY - 1, (length,), generator=generator).tolist() for length in lengths]
@@ -45,7 +45,7 @@ def require_alike(model: PreTrainedModel) -> None:
     stops = max(combinations(spoken, 3), key=lambda some: len({len(stopped(said, some)) for said in free}))
     expected = [stopped(said, stops) for said in free]
     assert len({len(said) for said in expected}) > 1
-    for size in (1, 5, 12):
+    for size in (1, 3, 8):
         found = generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, batch_size=size, stops=stops)
         assert found == expected
 
@@ -94,14 +94,14 @@ def test_a_row_ends_at_the_models_own_token_which_is_left_out() -> None:
 def test_prompts_keep_what_they_decided_when_others_leave(chain: Chain) -> None:
     edited, unedited = attach(chain.memory), load_model(chain.model, load=CPU)
     edits = [edit["prompt"] for edit in chain.edits]
-    asked = [prompt for edit in edits for prompt in (edit, f"{edit} Well,")][:16]
+    asked = [prompt for edit in edits for prompt in (edit, f"{edit} Well,")][:10]
 
     def answers(loaded: EditedModel | Loaded, size: int) -> list[list[int]]:
-        return generate(loaded.model, loaded.tokenizer, asked, max_new_tokens=16, batch_size=size)
+        return generate(loaded.model, loaded.tokenizer, asked, max_new_tokens=10, batch_size=size)
 
-    together = answers(edited, 16)
+    together = answers(edited, 10)
     assert together == answers(edited, 1)
-    assert sum(some != other for some, other in zip(together, answers(unedited, 16), strict=True)) > 4
+    assert sum(some != other for some, other in zip(together, answers(unedited, 10), strict=True)) > 4
     assert len({len(answer) for answer in together}) > 3
 
 

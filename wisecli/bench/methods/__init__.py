@@ -7,27 +7,11 @@ from importlib import import_module
 from wisecli.bench.methods.base import METHODS
 
 # Every file that puts methods into the table; to add one, write its file and name it here.
-_MODULES = (
-    "weights.alphaedit",
-    "weights.crispedit",
-    "adapters.defer",
-    "weights.ft_ewc",
-    "weights.ft_l",
-    "adapters.grace",
-    "context.icl",
-    "context.knn",
-    "adapters.lora",
-    "adapters.lora_paraphrased",
-    "weights.memit",
-    "adapters.memoir",
-    "weights.mend",
-    "context.rag",
-    "context.rag_hybrid",
-    "context.rag_shots",
-    "weights.rome",
-    "context.serac",
-    "weights.ultraedit",
-)
+_MODULES = {
+    "adapters": "defer grace lora lora_paraphrased memoir",
+    "context": "icl knn rag rag_hybrid rag_shots serac",
+    "weights": "alphaedit crispedit ft_ewc ft_l memit mend rome ultraedit",
+}
 
 
 def load_methods() -> None:
@@ -36,6 +20,7 @@ def load_methods() -> None:
     Raises:
         SettingsError: what another package brings cannot be loaded, or has the name of one that is here.
     """
-    for name in _MODULES:
-        import_module(f"{__name__}.{name}")
+    for folder, names in _MODULES.items():
+        for name in names.split():
+            import_module(f"{__name__}.{folder}.{name}")
     METHODS.load_installed()

@@ -1,8 +1,8 @@
 """What every editing method can do, so that all are measured in one way; and the table of methods by name.
 
 A method is made for a loaded model, takes edits in as they come, and can be *applied*: within that, the model answers
-as edited; outside it is untouched, to the bit. Methods that change what is asked instead of the model say so by
-``asked``.
+as edited; outside it is untouched, to the bit. Methods that put edits into the prompt give
+:meth:`Method.rewritten_prompt`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,11 @@ from wisecli.models.layout.architectures import Layout, layer_count
 from wisecli.models.layout.site import MatrixSite
 from wisecli.models.loading import Loaded
 from wisecli.models.running.shrinking_batches import ROW_DECISIONS
-from wisecli.progress import ProgressCallback, ignore_progress
+from wisecli.progress import Event, ProgressCallback, ignore_progress
 from wisecli.registry import Registry
 from wisecli.routing.passes.token_cache import cache_given
+
+Item = TypeVar("Item")
 
 
 class UnsuitableError(WiseError):
@@ -53,6 +55,11 @@ class Bench:
         """How many layers the model has."""
         return layer_count(self.checkpoint.directory)
 
+    @property
+    def background(self) -> list[str]:
+        """The train split's prompts and the unrelated texts, by which methods that look up texts weigh their words."""
+        return [*(edit.prompt for edit in self.train), *self.texts]
+
     def site(self, layer: int) -> MatrixSite:
         """Return the value matrix of a layer."""
         from wisecli.models.layout.matrix_site import as_matrix
@@ -80,10 +87,11 @@ class Method(Protocol):
         """
 
     def rewritten_prompt(self, prompt: str) -> str:
-        """Return what the model is asked in the place of a prompt."""
+        """Return what the model is asked in the place of a prompt: by default the prompt itself."""
+        return prompt
 
     def bytes(self) -> int:
-        """Size of what answers need beside the base model; what only further edits need does not count."""
+        """Return the size of what answers need beside the base model; what only further edits need does not count."""
 
 
 @runtime_checkable
@@ -96,13 +104,13 @@ class Resumable(Protocol):
     portion: int
 
     def edit(self, edits: Sequence[Edit]) -> None:
-        """See :meth:`Method.edit`."""
+        """Take in more edits: see :meth:`Method.edit`."""
 
     def state(self) -> dict[str, Tensor]:
         """Return all that edits have changed and that later edits or answers depend on."""
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
-        """Be as when a state was kept; only for a method that has taken in nothing.
+        """Take up a state that was kept; only for a method that has taken in nothing.
 
         Args:
             portions: the edits that it had taken in by then, as they came.
@@ -110,11 +118,41 @@ class Resumable(Protocol):
 
 
 @runtime_checkable
-class Gradual(Resumable, Protocol):
+class Gradual(Resumable, Method, Protocol):
     """What a resumable method has, too, that can be kept in the middle of a portion as well."""
 
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Take all steps."""
+        for _ in self.steps(edits):
+            pass
+
     def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
-        """Take in more edits; after each step a state may be kept, and restored before these edits are given again."""
+        """Take in more edits; after each step a state may be kept, and restored before these edits are given again.
+
+        Raises:
+            UnsuitableError: these edits lack what the method needs, or their loss is not finite.
+        """
+
+
+class EditByEdit(Method, Protocol):
+    """A method that learns its edits one after the other; ``stage`` is what the progress is called."""
+
+    portion: int = 1
+    stage: str
+    bench: Bench
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Learn each edit in turn."""
+        for done, edit in enumerate(edits, start=1):
+            self.learn(edit)
+            self.bench.on_progress(Event(self.stage, done, len(edits)))
+
+    def learn(self, edit: Edit) -> None:
+        """Learn one edit.
+
+        Raises:
+            UnsuitableError: the tokenizer leaves nothing of the edit, or its loss is not finite.
+        """
 
 
 Maker = Callable[[Bench], Method]
@@ -181,7 +219,7 @@ class PromptEnd:
 
 @contextmanager
 def changed(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Other values in some parameters for a while; what was there comes back to the bit."""
+    """Put other values into some parameters for a while; what was there comes back to the bit."""
     before = [parameter.data for parameter in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):
@@ -192,18 +230,29 @@ def changed(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
             parameter.data = value
 
 
-@contextmanager
-def hooks(*handles: Any) -> Iterator[None]:
-    """Hooks that are taken off again."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def require_texts(texts: Sequence[Item]) -> Sequence[Item]:
+    """Return unrelated texts, or what was made of them.
+
+    Raises:
+        UnsuitableError: there are none.
+    """
+    if not texts:
+        raise UnsuitableError("it needs unrelated texts, and there are none")
+    return texts
+
+
+def require_finite(losses: Tensor, subject: str) -> None:
+    """Make sure that a loss, or each of several, is finite.
+
+    Raises:
+        UnsuitableError: one is not.
+    """
+    if not losses.isfinite().all():
+        raise UnsuitableError(f"the loss of {subject} is not finite")
 
 
 def tensor_bytes(*tensors: Tensor) -> int:
-    """Size of tensors."""
+    """Return the size of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -20,7 +20,7 @@ from wisecli.evaluation.metrics import Question
 from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
 from wisecli.models.loading import Loaded, vocabulary_size
 from wisecli.models.prompts.tokenization import Row, collate, in_batches, row_of
-from wisecli.models.running.hooks import hooked
+from wisecli.models.running.forward_pass import run_model
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 from wisecli.routing.deciding.prompt_window import UNROUTED
 
@@ -60,19 +60,10 @@ def target_predictions(
     found: dict[int, TargetPredictions] = {}
     for indices in in_batches(rows, batch_size):
         batch = collate([rows[index] for index in indices]).to(loaded.device)
-        at, columns = batch.labelled
-
-        def pick(_module: object, inputs: tuple[Tensor, ...], at: Tensor = at, columns: Tensor = columns) -> Tensor:
-            return inputs[0][at, columns].unsqueeze(0)
-
-        head = loaded.model.get_output_embeddings().register_forward_pre_hook(pick)
-        with nullcontext() if method is None else method.applied(batch.start), hooked(head):
-            logits = loaded.model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-            ).logits[0]
-        labels = batch.labels[at, columns - batch.start]
-        losses = F.cross_entropy(logits.float(), labels, reduction="none").cpu()
-        best, at = logits.argmax(-1).cpu(), at.cpu()
+        with nullcontext() if method is None else method.applied(batch.start):
+            logits = run_model(loaded.model, batch, 0, None, batch.labelled)
+        losses = F.cross_entropy(logits.float(), batch.targets, reduction="none").cpu()
+        best, at = logits.argmax(-1).cpu(), batch.labelled[0].cpu()
         found |= {index: TargetPredictions(best[at == row], losses[at == row]) for row, index in enumerate(indices)}
         on_progress(Event(stage, len(found), len(rows)))
     return [found[index] for index in range(len(rows))]
@@ -131,21 +122,21 @@ class MethodSubject:
             target_predictions, self.loaded, batch_size=self.batch_size, stage=stage, on_progress=self.on_progress
         )
         rows = [self.row(*pair) for pair in pairs]
-        asked = [self.row(self.method.rewritten_prompt(pair[0]), *pair[1:]) for pair in pairs]
+        rewritten = [self.row(self.method.rewritten_prompt(pair[0]), *pair[1:]) for pair in pairs]
         new = [row for row in dict.fromkeys(rows) if row not in self.known.predictions]
         self.known.predictions.update(zip(new, measured(new), strict=True))
-        after = measured(asked, self.method)
+        after = measured(rewritten, self.method)
         return [
             _measured(self.known.predictions[row], row, one, other)
-            for row, one, other in zip(rows, after, asked, strict=True)
+            for row, one, other in zip(rows, after, rewritten, strict=True)
         ]
 
     def overhead(self, pairs: Sequence[tuple[str, str]]) -> float:
         """Return how much longer one pass over prompts and answers takes; rewording a question is part of it."""
 
         def edited() -> None:
-            asked = [self.row(self.method.rewritten_prompt(prompt), target) for prompt, target in pairs]
-            target_predictions(self.loaded, asked, self.method, batch_size=self.batch_size)
+            rewritten = [self.row(self.method.rewritten_prompt(prompt), target) for prompt, target in pairs]
+            target_predictions(self.loaded, rewritten, self.method, batch_size=self.batch_size)
 
         def unedited() -> None:
             target_predictions(self.loaded, [self.row(*pair) for pair in pairs], batch_size=self.batch_size)
@@ -155,20 +146,20 @@ class MethodSubject:
     def extra_tokens(self, prompts: Sequence[str]) -> float:
         """Return how many tokens longer prompts become by what the method puts before them, on average."""
         count = [(self._length(self.method.rewritten_prompt(prompt)), self._length(prompt)) for prompt in prompts]
-        return statistics.fmean(asked - plain for asked, plain in count)
+        return statistics.fmean(rewritten - plain for rewritten, plain in count)
 
     def _length(self, text: str) -> int:
         return len(self.tokenizer(text)["input_ids"])
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
-        """Greedy answers, before and after."""
+        """Return greedy answers, before and after."""
         answering = self.answering(max_new_tokens)
         before = answering.before(prompts, stage="answers before")
         after = answering.after([self.method.rewritten_prompt(prompt) for prompt in prompts], stage="answers after")
         return [one.text for one in before], [one.text for one in after]
 
     def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
-        """Answers of so many tokens at most; ``stops`` end them as well. The unedited model's are all methods'."""
+        """Return answers of at most so many tokens; ``stops`` end them, too. All methods share the unedited ones."""
         key = max_new_tokens, stops
         if key not in self._answering:
             unedited = partial(answered, self.loaded.model, self.tokenizer, max_new_tokens=max_new_tokens, stops=stops)
@@ -190,12 +181,13 @@ class MethodSubject:
         return self._answering[key]
 
 
-def _measured(before: TargetPredictions, row: Row, after: TargetPredictions, asked: Row) -> Measured:
+def _measured(before: TargetPredictions, row: Row, after: TargetPredictions, rewritten_row: Row) -> Measured:
     alike = len(before.best) == len(after.best)
     same = float((before.best == after.best).float().mean()) if alike else 0.0
-    return Measured(_reading(before, row), _reading(after, asked), same, UNROUTED)
+    return Measured(_reading(before, row), _reading(after, rewritten_row), same, UNROUTED)
 
 
-def _reading(said: TargetPredictions, row: Row) -> Reading:
-    right = row.right(said.best.tolist())
-    return Reading(right, float((said.losses < -math.log(KNOWN)).float().mean()), float(said.losses.mean()))
+def _reading(predictions: TargetPredictions, row: Row) -> Reading:
+    right = row.right(predictions.best.tolist())
+    known_share = (predictions.losses < -math.log(KNOWN)).float().mean()
+    return Reading(right, float(known_share), float(predictions.losses.mean()))

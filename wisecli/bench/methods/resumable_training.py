@@ -22,7 +22,7 @@ class Training:
         self.rows, self.optimizer, self.done = tuple(rows), optimizer, done
 
     def shuffled(self, items: Sequence[Item], passes: int, rng: random.Random) -> Iterator[list[Item]]:
-        """Items in an order of its own for each pass that is left; whoever makes one counts it as done."""
+        """Yield the items in a new order for each pass that is left; the caller counts a pass as done."""
         order = list(items)
         for number in range(passes):
             rng.shuffle(order)
@@ -35,7 +35,7 @@ class Training:
         return {
             **packed("training", self.rows),
             "training done": torch.tensor(self.done),
-            **{f"moments {place} {name}": value for place, own in moments.items() for name, value in own.items()},
+            **{f"moments {index} {name}": value for index, own in moments.items() for name, value in own.items()},
         }
 
     @classmethod
@@ -46,8 +46,8 @@ class Training:
         whole = optimizer.state_dict()
         for name, value in tensors.items():
             if name.startswith("moments "):
-                _, place, own = name.split(" ")
-                whole["state"].setdefault(int(place), {})[own] = value
+                _, index, own = name.split(" ")
+                whole["state"].setdefault(int(index), {})[own] = value
         optimizer.load_state_dict(whole)
         return cls(unpacked("training", tensors), optimizer, int(tensors["training done"]))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from wisecli.bench.reporting.plots import peak_bytes, pictures
 from wisecli.bench.result_row import ResultRow
+from wisecli.data.packaged import packaged_text
 
 # Columns of the table as far as there are such figures: generated answers first.
 _FIGURES = {
@@ -76,13 +76,13 @@ class Section:
 
 
 def markdown(rows: Sequence[ResultRow]) -> str:
-    """One table, a row each, and what its columns are."""
+    """Return one table, a row each, and what its columns are."""
     found = table(heads(rows), [_cells(row, rows) for row in rows])
     return f"{found}\nMeans over edits, ± half of a 95 % bootstrap interval. {note(rows)}\n"
 
 
 def columns(rows: Sequence[ResultRow]) -> dict[str, str]:
-    """Heads of the figures that any row has and that say more than those before them, by their names."""
+    """Return the heads, by name, of the figures that any row has and that say more than those before them."""
     figures = [row["figures"] for row in rows]
     shown = {name: head for name, head in _FIGURES.items() if any(name in own for own in figures)}
     repeated = {name for name, other in _REPEATING.items() if all(own.get(name) == own.get(other) for own in figures)}
@@ -90,7 +90,7 @@ def columns(rows: Sequence[ResultRow]) -> dict[str, str]:
 
 
 def heads(rows: Sequence[ResultRow]) -> tuple[str, ...]:
-    """Heads of the whole table."""
+    """Return the heads of the whole table."""
     return ("edits", "method", *columns(rows).values(), *_COSTS)
 
 
@@ -114,11 +114,10 @@ def page(rows: Sequence[ResultRow], *, title: str, about: str, sections: Sequenc
     """
     from jinja2 import Environment, StrictUndefined
 
-    text = resources.files("wisecli").joinpath("data/bench_report.html.j2").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return environment.from_string(text).render(
+    return environment.from_string(packaged_text("bench_report.html.j2")).render(
         title=title,
         about=about,
         heads=heads(rows),
@@ -143,8 +142,8 @@ def _cells(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
 
 
 def costs(figures: Mapping[str, Any]) -> tuple[str, ...]:
-    """Cells: seconds an edit, how much longer a pass over prompts and answers takes and prompts become, what is kept,
-    and the most memory held, both in MB.
+    """Return cells: seconds an edit, how much longer a pass over prompts and answers takes and prompts become, what is
+    kept, and the most memory held, both in MB.
     """
     tokens = f"{figures['extra_tokens']:.0f}" if "extra_tokens" in figures else ""
     longer = round(figures["overhead"], 2) + 0.0  # nought has no minus

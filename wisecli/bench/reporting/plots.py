@@ -32,7 +32,7 @@ def peak_bytes(figures: Mapping[str, Any]) -> int:
 
 
 def pictures(measured: Sequence[ResultRow]) -> list[str]:
-    """Pictures of the methods' figures, if there are any."""
+    """Return pictures of the methods' figures, if there are any."""
     return [picture(draw, measured) for draw in (_quality, _ageing, _cost)] if measured else []
 
 
@@ -106,10 +106,10 @@ def _ageing(figure: Any, rows: Sequence[ResultRow]) -> None:
     shades = axis.pcolormesh(
         [[*part, *[math.nan] * (longest - len(part))] for part in parts], vmin=0, vmax=1, edgecolors="white"
     )
-    told = "WILD, as taught," if all("wild_as_taught" in row["figures"] for row in rows) else "reliability"
-    axis.set(title=f"forgetting: {told} after {most} edits", xlabel="edits up to, the oldest first")
-    axis.set_xticks([place + 0.5 for place in range(longest)], [str(size * (place + 1)) for place in range(longest)])
-    axis.set_yticks([place + 0.5 for place in range(len(own))], [row["method"] for row in own])
+    measure = "WILD, as taught," if all("wild_as_taught" in row["figures"] for row in rows) else "reliability"
+    axis.set(title=f"forgetting: {measure} after {most} edits", xlabel="edits up to, the oldest first")
+    axis.set_xticks([index + 0.5 for index in range(longest)], [str(size * (index + 1)) for index in range(longest)])
+    axis.set_yticks([index + 0.5 for index in range(len(own))], [row["method"] for row in own])
     axis.yaxis.set_inverted(True)
     # As lines, so that the page embeds no image.
     figure.colorbar(shades).solids.set(rasterized=False, edgecolor="face")

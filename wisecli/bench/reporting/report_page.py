@@ -20,7 +20,7 @@ def study_file(output: Path, name: str) -> Path:
 
 
 def write_page(output: Path) -> None:
-    """``report.html``, from ``results.json`` and the ``study-….json`` that are there."""
+    """Write ``report.html`` from ``results.json`` and the ``study-….json`` that are there."""
     load_studies()
     results = output / RESULTS
     methods = read_json(results) if results.is_file() else None

@@ -50,7 +50,7 @@ class Latency:
         ]
 
     def measure(self, context: StudyContext, point: Point) -> Figures:
-        """Medians in milliseconds with the memory and without, and of the ratios."""
+        """Return medians in milliseconds with the memory and without, and of the ratios."""
         shards = context.shards(point["edits"], shards=point["shards"])
         edited = context.attached(context.memory(shards, mode=point["mode"]))
         prompts = [edit.prompt for edit in context.tested[: point["edits"]]][:_ROWS]
@@ -63,7 +63,7 @@ class Latency:
         return figures
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """A panel for each way to run, a line for each way to keep edits."""
+        """Draw a panel for each way to run, a line for each way to keep edits."""
         figure.set_size_inches(9, 3.8)
         counts = list(by_edits(rows))
         for panel, name in zip(figure.subplots(1, 2, sharey=True), ("prefill", "decode"), strict=True):
@@ -97,7 +97,7 @@ def steps(edited: EditedModel, prompts: Sequence[str]) -> dict[str, Step]:
 
 @torch.no_grad()
 def taking_turns(edited: EditedModel, step: Step) -> tuple[list[float], list[float]]:
-    """Seconds of every round, with the memory and without; the first round only warms up and is left out."""
+    """Return the seconds of every round, with the memory and without; the first round only warms up and is left out."""
     taken: tuple[list[float], list[float]] = [], []
     for number in range(_ROUNDS + 1):
         for own, unedited in zip(taken, (False, True), strict=True):

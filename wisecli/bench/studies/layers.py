@@ -36,7 +36,7 @@ class Layers:
         return {**context.figures(context.memory(shards), point["edits"]), "probed": probed}
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """A panel for each number of edits."""
+        """Draw a panel for each number of edits."""
         grouped = by_edits(rows)
         figure.set_size_inches(max(7, 5 * len(grouped)), 4)
         panels = figure.subplots(1, len(grouped), squeeze=False, sharey=True)[0]
@@ -53,16 +53,16 @@ class Layers:
 
 
 def chosen(count: int, number: int) -> list[int]:
-    """``number`` of the layers that can be edited, of ``count``: half of them where `--layer auto` looks.
+    """Return ``number`` of the layers that can be edited, of ``count``: half of them where `--layer auto` looks.
 
     The first has none below it, where prompts could be read.
     """
     probed = candidates(count)
-    high = [probed[round(place)] for place in _spread(len(probed) - 1, min(len(probed), (number + 1) // 2))]
+    high = [probed[round(index)] for index in _spread(len(probed) - 1, min(len(probed), (number + 1) // 2))]
     below = min(probed.start - 1, number - len(high))
-    return [1 + place * (probed.start - 1) // below for place in range(below)] + high
+    return [1 + index * (probed.start - 1) // below for index in range(below)] + high
 
 
 def _spread(last: int, number: int) -> list[float]:
     """``number`` places from 0 to ``last``, both included where there are two or more; one is in the middle."""
-    return [last / 2] if number == 1 else [last * place / (number - 1) for place in range(number)]
+    return [last / 2] if number == 1 else [last * index / (number - 1) for index in range(number)]

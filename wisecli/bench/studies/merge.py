@@ -54,14 +54,14 @@ class Merge:
         return {**context.figures(memory, point["edits"]), "megabytes": size / 1e6}
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """Bars for each way, a panel for each number of edits."""
+        """Draw bars for each way, a panel for each number of edits."""
         grouped = by_edits(rows)
         most = max(map(len, grouped.values()))
         figure.set_size_inches(max(8, 5.5 * len(grouped)), 1.2 + 0.42 * most)
         panels = figure.subplots(1, len(grouped), squeeze=False, sharey=True)[0]
         for (count, own), panel in zip(grouped.items(), panels, strict=True):
             for number, (name, colour) in enumerate(QUALITIES.items()):
-                places = [place + 0.27 * (number - 1) for place in range(len(own))]
+                places = [index + 0.27 * (number - 1) for index in range(len(own))]
                 panel.barh(places, [row["figures"].get(name, 0) for row in own], 0.25, color=colour, label=name)
             panel.set_yticks(range(len(own)), labels=[row["way"] for row in own])
             panel.set(title=f"{count} edits in {own[0]['shards']} shards", xlim=(0, 1), ylim=(len(own) - 0.5, -0.5))

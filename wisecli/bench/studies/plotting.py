@@ -24,13 +24,13 @@ def by_edits(rows: Sequence[ResultRow]) -> dict[int, list[ResultRow]]:
 
 
 def line(axis: Any, rows: Sequence[ResultRow], along: str, figure: str, **style: Any) -> None:
-    """One figure against one setting, over the rows that have it."""
+    """Draw one figure against one setting, over the rows that have it."""
     own = sorted((row for row in rows if figure in row["figures"]), key=lambda row: row[along])
     axis.plot([row[along] for row in own], [row["figures"][figure] for row in own], marker="o", **style)
 
 
 def counted(axis: Any, counts: Sequence[int]) -> None:
-    """Numbers of edits along the axis, each where it is and as it is written."""
+    """Put the numbers of edits along the axis, each where it is and as it is written."""
     if len(counts) > 1:
         axis.set_xscale("log")
     axis.set_xticks(counts, labels=[str(count) for count in counts], minor=False)

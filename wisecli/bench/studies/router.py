@@ -63,7 +63,7 @@ class Router:
         return figures
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """A histogram for each writer and router, a line of them for each number of edits."""
+        """Draw a histogram for each writer and router, a line of them for each number of edits."""
         grouped = by_edits(rows)
         widest = max(map(len, grouped.values()))
         figure.set_size_inches(4.4 * widest, 4.2 * len(grouped))
@@ -110,7 +110,7 @@ def _histogram(panel: Any, row: ResultRow) -> None:
     figures = row["figures"]
     everything = [score for scores in figures["scores"].values() for score in scores]
     low, high = min(everything), max(*everything, figures["threshold"])
-    edges = [low + (high - low) * place / _BINS for place in range(_BINS + 1)]
+    edges = [low + (high - low) * index / _BINS for index in range(_BINS + 1)]
     for group, scores in figures["scores"].items():
         label = f"{group} ({figures[f'{group}_above']:.1%} above)"
         share = [1 / len(scores)] * len(scores)

@@ -46,7 +46,7 @@ class Scaling:
         return {**context.figures(memory, point["edits"]), **oracle}
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """A panel for each figure, a line for each way."""
+        """Draw a panel for each figure, a line for each way."""
         figure.set_size_inches(13, 3.8)
         for panel, name in zip(figure.subplots(1, len(_PANELS), sharey=True), _PANELS, strict=True):
             for mode, style in MODES.items():

@@ -55,7 +55,7 @@ class Shards:
         return {"mean": sum(known) / len(known), **figures}
 
     def draw(self, figure: Any, rows: Sequence[ResultRow]) -> None:
-        """A heat map for each number of edits."""
+        """Draw a heat map for each number of edits."""
         grouped = by_edits(rows)
         lowest = min(row["figures"]["mean"] for row in rows) - 0.02
         figure.set_size_inches(6.5 * len(grouped), 4.6)
@@ -87,7 +87,7 @@ def _heat(panel: Any, rows: Sequence[ResultRow], lowest: float) -> Any:
         around = {"facecolor": cell, "edgecolor": "none", "pad": 1.5}  # the line passes below the number
         panel.text(number, ratio, f"{mean:.2f}", ha="center", va="center", fontsize=8, color=colour, bbox=around)
     left, right = edges[0][0], edges[0][-1]
-    fine = [left + (right - left) * place / 400 for place in range(401)]
+    fine = [left + (right - left) * index / 400 for index in range(401)]
     panel.plot(fine, overlap_curve(fine), color="tab:red", linewidth=2)
     panel.set(xlim=(left, right), ylim=(edges[1][0], edges[1][-1]))
     panel.set_xticks(across)

@@ -34,7 +34,7 @@ class StudyContext:
     """What a study may use.
 
     ``counts`` are the numbers of edits asked for, the first of ``tested`` each; ``load`` says where and how the model
-    is loaded; ``work`` keeps shards, so that no two rows write the same ones.
+    is loaded; rows share the shards in ``work``.
     """
 
     directory: Path
@@ -68,25 +68,27 @@ class StudyContext:
         mask_ratio: float | None = None,
         writer: str | None = None,
     ) -> Path:
-        """Shards of the first edits, written the first time they are asked for; by default as `wise edit` writes."""
+        """Return shards of the first edits, written the first time they are asked for; by default as `wise edit`
+        writes.
+        """
         flags = {"shards": shards, "layer": layer, "mask_ratio": mask_ratio, "writer": writer}
         settings = resolve(EditSettings, {**flags, "seed": self.settings.seed}, section="edit")
         records = [record.as_dict() for record in self.tested[:count]]
         about = [str(self.directory), self.load.dtype, asdict(settings), records]
-        place = self.work / f"shards-{count}-{sha256_json(about)[:12]}"
-        if not place.exists():
+        directory = self.work / f"shards-{count}-{sha256_json(about)[:12]}"
+        if not directory.exists():
             # What a version of other packages has begun there is begun anew.
             edit(
                 str(self.directory),
                 self._file(count),
-                place,
+                directory,
                 settings,
                 load=self.load,
                 options=RunOptions(force=True),
                 admission=NO_CHECKS,
                 on_progress=self.on_progress,
             )
-        return place
+        return directory
 
     def memory(
         self, shards: Path, *, mode: str | None = None, method: str | None = None, refit: bool | None = None
@@ -121,7 +123,7 @@ class StudyContext:
 
 
 def numbers_in(text: str, flag: str, kind: Callable[[str], Number], lowest: Number, highest: Number) -> list[Number]:
-    """Numbers with commas between, in rising order, none outside the bounds.
+    """Return numbers with commas between, in rising order, none outside the bounds.
 
     Raises:
         SettingsError: they are no such numbers.
@@ -131,6 +133,6 @@ def numbers_in(text: str, flag: str, kind: Callable[[str], Number], lowest: Numb
     except ValueError:
         found = []
     if not found or not lowest <= found[0] <= found[-1] <= highest:
-        asked = f"numbers from {lowest:g} to {highest:g} with commas between"
-        raise SettingsError(f"{flag} must be {asked}, not {text!r}")
+        wanted = f"numbers from {lowest:g} to {highest:g} with commas between"
+        raise SettingsError(f"{flag} must be {wanted}, not {text!r}")
     return found

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from wisecli.bench.study import StudyReport
 
 # A method with what was measured of it, and how wide the names of figures and a method's column are at the most.
-_Told = tuple[str, list[str]]
+_MethodCells = tuple[str, list[str]]
 _KINDS_WIDTH, _METHOD_WIDTH = 32, 13
 
 _studied = partial(setting, BenchSettings, panel=STUDIED)
@@ -133,27 +133,29 @@ def tell_bench(console: Console, report: BenchReport) -> None:
     shown, tables, cannot = columns(report.rows), [], []
     kinds = heads(report.rows)[2:]
     for count in dict.fromkeys(row["edits"] for row in report.rows):
-        told: dict[str, list[str]] = {}
+        cells_by_method: dict[str, list[str]] = {}
         for name, figures in ((row["method"], row["figures"]) for row in report.rows if row["edits"] == count):
             if "cannot" in figures:
                 cannot.append(f"{name}, {count} edits: cannot run: {figures['cannot']}")
                 continue
             cells = [f"{figures[figure]:.3f}" if figure in figures else "" for figure in shown]
-            told[name] = [*cells, *costs(figures)]
-        tables += [_table(part, kinds, f"{report.dataset}, {count} edits") for part in _parts([*told.items()])]
+            cells_by_method[name] = [*cells, *costs(figures)]
+        tables += [
+            _table(part, kinds, f"{report.dataset}, {count} edits") for part in _parts([*cells_by_method.items()])
+        ]
     console.result(report.as_json(), *tables, *cannot, note(report.rows))
 
 
-def _parts(told: Sequence[_Told]) -> list[Sequence[_Told]]:
+def _parts(methods: Sequence[_MethodCells]) -> list[Sequence[_MethodCells]]:
     """As many methods at a time as stand beside each other in a terminal of this width."""
-    beside = max(1, (get_terminal_size().columns - _KINDS_WIDTH) // _METHOD_WIDTH)
-    return [told[start : start + beside] for start in range(0, len(told), beside)]
+    per_table = max(1, (get_terminal_size().columns - _KINDS_WIDTH) // _METHOD_WIDTH)
+    return [methods[start : start + per_table] for start in range(0, len(methods), per_table)]
 
 
-def _table(told: Sequence[_Told], kinds: Sequence[str], title: str) -> Table:
-    names = tuple(name for name, _ in told)
+def _table(methods: Sequence[_MethodCells], kinds: Sequence[str], title: str) -> Table:
+    names = tuple(name for name, _ in methods)
     table = Table(("", *names), title, names, folded=True)
-    for kind, *cells in zip(kinds, *(cells for _, cells in told), strict=True):
+    for kind, *cells in zip(kinds, *(cells for _, cells in methods), strict=True):
         table.add(kind, *cells)
     return table
 

@@ -50,9 +50,10 @@ def check(
         ),
     ] = "OPENAI_API_KEY",
     timeout: Annotated[
-        float, option("Seconds to wait for an answer.", "--timeout", panel=WHERE, default="60", metavar="S", least=0.1)
+        float,
+        option("Seconds to wait for an answer.", "--timeout", panel=WHERE, default="60", metavar="S", minimum=0.1),
     ] = 60.0,
-    jobs: Annotated[int, option("Requests at a time.", "--jobs", panel=WHERE, default="8", metavar="N", least=1)] = 8,
+    jobs: Annotated[int, option("Requests at a time.", "--jobs", panel=WHERE, default="8", metavar="N", minimum=1)] = 8,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

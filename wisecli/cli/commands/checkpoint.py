@@ -131,10 +131,10 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write an edited checkpoint that loads with transformers alone."""
-    unread, console = of_export(locals()), Console(as_json, quiet)
+    ineffective, console = of_export(locals()), Console(as_json, quiet)
     size = size_in_bytes(max_shard_size, "--max-shard-size")
     signed, key = signed_by(verify_signature, signer, signer_identity), key_in(sign)
-    console.warn(unread)
+    console.warn(ineffective)
     checkpoint_output(output, memory, base or model, metrics, force=force).require_unless_kept()
     from wisecli.commands.checkpoint.export import Publication, WeightFiles
     from wisecli.commands.checkpoint.export import export as run
@@ -164,11 +164,11 @@ def generate(
     device: Device = "auto",
     as_json: AsJson = False,
     max_new_tokens: Annotated[
-        int, option("Length of an answer at most.", panel=ANSWERS, default="64", metavar="N", least=1)
+        int, option("Length of an answer at most.", panel=ANSWERS, default="64", metavar="N", minimum=1)
     ] = 64,
     explain: Annotated[bool, flag("Say which memory answered each token.", "--explain", panel=ANSWERS)] = False,
     chat: Annotated[bool, flag("Ask in the chat template.", "--chat", panel=ANSWERS)] = False,
-    batch_size: Annotated[int, option("Prompts at a time.", panel=ANSWERS, default="32", metavar="N", least=1)] = 32,
+    batch_size: Annotated[int, option("Prompts at a time.", panel=ANSWERS, default="32", metavar="N", minimum=1)] = 32,
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
     trust_remote_code: Trust = False,
@@ -179,11 +179,11 @@ def generate(
     from wisecli.artifacts.directory_kind import locate_memory
     from wisecli.commands.checkpoint.generate import generate as run
 
-    place, base = locate_memory(model, memory, Path("memory"))
+    directory, base = locate_memory(model, memory, Path("memory"))
     load = load_options(device, dtype, trust_remote_code, memory_budget)
     with console.watching():
         answers = run(
-            place,
+            directory,
             prompts,
             model=base,
             max_new_tokens=max_new_tokens,
@@ -197,20 +197,9 @@ def generate(
 
 def tell_export(console: Console, report: ExportReport) -> None:
     """Print what ``wise export`` wrote."""
-    names = (
-        "format",
-        "edits",
-        "consequences",
-        "bytes",
-        "seconds",
-        "peak_rss_bytes",
-        "locality",
-        "tokens",
-        "pushed",
-        "gate",
-    )
-    results = {name: getattr(report, name) for name in (*names, "planned")} | {"output": str(report.output)}
-    results["up_to_date"] = report.up_to_date
+    names = "format edits consequences bytes seconds peak_rss_bytes locality tokens pushed gate planned"
+    results = {name: getattr(report, name) for name in names.split()}
+    results |= {"output": str(report.output), "up_to_date": report.up_to_date}
     held = edits_with(report.edits, report.consequences)
     what = f"{report.format} {'' if report.format == 'delta' else 'checkpoint '}with {held}"
     if report.planned:

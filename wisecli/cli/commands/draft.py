@@ -1,4 +1,4 @@
-"""Edits drawn from a document. Parse, call one library function, ask whoever is there, print."""
+"""Edits drawn from a document. Parse, call one library function, ask the user, print."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EACH = 3
 Yes = Annotated[bool, flag("Take every pair of the document unasked.", "--yes", panel=INPUT)]
 Each = Annotated[
-    int, option("Pairs of a passage at most.", "--each", panel=INPUT, default=str(EACH), metavar="N", least=1)
+    int, option("Pairs of a passage at most.", "--each", panel=INPUT, default=str(EACH), metavar="N", minimum=1)
 ]
 
 
@@ -62,7 +62,7 @@ def draw_for_editing(
     dry_run: bool,
     force: bool,
 ) -> Path | None:
-    """What ``wise edit --from-text`` does first; the file to train on, if any pair was accepted."""
+    """Draw edits for ``wise edit --from-text``; return the file to train on, if any pair was accepted."""
     if model is None:
         raise SettingsError("--from-text needs a MODEL, which draws the edits from the document")
     if dry_run:
@@ -82,9 +82,9 @@ def draw_edits(
     force: bool,
     trains: bool,
 ) -> Path | None:
-    """Draft, ask, and write what was accepted into a file of edits; the file, if it may be trained on.
+    """Ask about drafted pairs and write the accepted ones to a file of edits; return it if it may be trained on.
 
-    Where nobody can be asked all pairs are written, for somebody to look through: training waits for that.
+    Without a terminal all pairs are written, and training waits until a person has read them.
 
     Args:
         trains: whether the caller goes on with the file, so that only what ends here is reported.
@@ -96,26 +96,26 @@ def draw_edits(
     from wisecli.commands.edit.draft import draft as run
     from wisecli.drafting.questions import save_pairs
 
-    place = output or Path(page.with_suffix(".jsonl").name)
-    if place.exists() and not force:
-        raise SettingsError(f"{place} already exists; edit with it, name another file, or pass --force to draw anew")
+    file = output or Path(page.with_suffix(".jsonl").name)
+    if file.exists() and not force:
+        raise SettingsError(f"{file} already exists; edit with it, name another file, or pass --force to draw anew")
     with console.watching() as on_progress:
         report = run(model, page, each=each, load=load, on_progress=on_progress)
     asking = at_terminal() and not yes
     kept = approved(report.pairs) if asking else list(report.pairs)
     if kept:
-        save_pairs(place, kept)
+        save_pairs(file, kept)
     goes_on = trains and bool(kept) and (asking or yes)
     if not goes_on:
-        tell_draft(console, report, kept, place, model)
-    return place if goes_on else None
+        tell_draft(console, report, kept, file, model)
+    return file if goes_on else None
 
 
 _CHOICES = "[y]es, [n]o, [e]dit, [q]uit"
 
 
 def at_terminal() -> bool:
-    """Whether somebody is there who can be asked."""
+    """Return whether somebody sits at a terminal and can be asked."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
@@ -163,5 +163,5 @@ def tell_draft(console: Console, report: DraftReport, kept: Sequence[Pair], outp
         table.add(str(pair.line), pair.question, pair.answer, pair.subject or "")
     found = f"{len(report.pairs)} questions drawn from {report.passages} passages of {report.page}"
     counted = f"{found}, {len(kept)} kept → {output} ({report.seconds:.1f} s)"
-    further = f"look through {output}, then `wise edit {model} {output}`" if kept else "nothing was written"
-    console.result({"results": results}, *([table] if kept else []), counted, further)
+    next_step = f"look through {output}, then `wise edit {model} {output}`" if kept else "nothing was written"
+    console.result({"results": results}, *([table] if kept else []), counted, next_step)

@@ -109,12 +109,12 @@ def edit(
     """Write edits into shards: deltas of one value matrix, with the evidence to merge and route them."""
     by_set, known = settings_in("edit", set_), EditSettings.__dataclass_fields__
     given = {**locals(), **by_set}
-    unread = of_edit(given)
+    ineffective = of_edit(given)
     flags = {name: of for name, of in of_today(given, known).items() if name in known}
     settings = resolve(EditSettings, flags, section="edit", file=config)
     run_settings = resolve(EditRunSettings, given, section="edit", file=config)
     console = Console(as_json, quiet)
-    console.warn([*unread, *unknown_names(config)])
+    console.warn([*ineffective, *unknown_names(config)])
     signed = verify_signature, signer, signer_identity
     admission = admission_of(on_conflict, skip_known, policy, *signed, run_settings.allow_special_tokens, derive)
     key = key_in(sign)

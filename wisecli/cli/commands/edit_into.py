@@ -58,7 +58,7 @@ class IntoMemory:
         from wisecli.commands.edit.watch import follow
 
         with self.console.watching() as on_progress:
-            for landed in follow(
+            for report in follow(
                 self.model,
                 edits,
                 self.memory,
@@ -71,4 +71,4 @@ class IntoMemory:
                 admission=self.admission,
                 on_progress=on_progress,
             ):
-                ReportPrinter(self.console).landed(landed)
+                ReportPrinter(self.console).landed(report)

@@ -37,7 +37,7 @@ class EditRun:
     admission: Admission
 
     def drawn_from(self, page: Path, *, yes: bool) -> EditRun | None:
-        """The same run with edits drawn from a document; None if there is nothing to go on with.
+        """Return the same run with edits drawn from a document; None if there is nothing to go on with.
 
         Raises:
             SettingsError: what is asked for is not for documents.

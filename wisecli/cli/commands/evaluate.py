@@ -117,17 +117,17 @@ def evaluate(
     """Measure what an edited model answers in the forms that people ask in, and how it got there, before and after."""
     by_set = settings_in("eval", set_)
     given = {**locals(), **by_set}
-    unread, console = of_evaluation(given), Console(as_json, quiet)
+    ineffective, console = of_evaluation(given), Console(as_json, quiet)
     gates = thresholds_in(fail_under)
     settings = resolve(EvalSettings, given, section="eval", file=config)
-    console.warn([*unread, *unknown_names(config)])
+    console.warn([*ineffective, *unknown_names(config)])
     load = load_options(device, dtype, trust_remote_code, memory_budget)
     from wisecli.artifacts.directory_kind import locate_memory
     from wisecli.commands.measure.evaluate import evaluate as run
 
-    place, base = locate_memory(directory, memory, Path("memory"))
+    path, base = locate_memory(directory, memory, Path("memory"))
     with console.watching() as on_progress:
-        report = run(place, settings, model=model or base, data=data, load=load, on_progress=on_progress)
+        report = run(path, settings, model=model or base, data=data, load=load, on_progress=on_progress)
     tell_evaluation(console, report)
     passed_over = report.check(gates, if_measured=if_measured)
     if passed_over:
@@ -153,8 +153,8 @@ def fetch(
     from wisecli.commands.measure.fetch import fetch as run
 
     with console.watching() as on_progress:
-        place = run(name, output, force=force, on_progress=on_progress)
-    console.result({"results": {"output": str(place)}}, str(place))
+        path = run(name, output, force=force, on_progress=on_progress)
+    console.result({"results": {"output": str(path)}}, str(path))
 
 
 def tell_evaluation(console: Console, report: EvalReport) -> None:
@@ -228,17 +228,19 @@ def _in_kinds(report: EvalReport, edits: str) -> list[Table | str]:
 
 def _beside(report: EvalReport) -> list[str]:
     """Lines on specificity, and on questions with several answers."""
-    told = [
+    shares = [
         f"{_share(report.asked, name)} of {report.samples[name]} {words}"
         for name, words in _BESIDE.items()
         if name in report.asked
     ]
-    lines = [f"specificity, share that gets the edit's answer: {'; '.join(told)}"] if told else []
+    lines = [f"specificity, share that gets the edit's answer: {'; '.join(shares)}"] if shares else []
     if left := report.samples["without_subject"]:
         lines.append(f"specificity leaves out {count(left, 'edit')} whose prompt names no subject")
-    if apart := report.samples["contradictory"]:
+    if contradictory := report.samples["contradictory"]:
         share = _share(report.asked, "rephrased_unique") or "none"
-        lines.append(f"rephrased, without {count(apart, 'question')} that other records answer otherwise: {share}")
+        lines.append(
+            f"rephrased, without {count(contradictory, 'question')} that other records answer otherwise: {share}"
+        )
     return lines
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def inspect(
     path: Annotated[Path, typer.Argument(help="Shards, a memory or an exported checkpoint.")],
     find: Annotated[str | None, option("Only edits with this text in them.", "--find")] = None,
-    limit: Annotated[int, option("List so many edits at most.", "--limit", default="20", metavar="N", least=0)] = 20,
+    limit: Annotated[int, option("List so many edits at most.", "--limit", default="20", metavar="N", minimum=0)] = 20,
     plot: Annotated[
         Path | None, option("Draw the router's scores and threshold into this file.", "--plot", metavar="FILE")
     ] = None,
@@ -63,11 +63,11 @@ def tell_inspection(console: Console, report: InspectReport) -> None:
     facts = Table(("", ""), f"{report.path}: {report.kind}", headed=False)
     for name, value in _facts(report):
         facts.add(name, value)
-    apart = ("follows from", "by") if report.consequences else ()
-    what = f"{count(report.matched, 'edit')}{' and consequences' if apart else ''}"
-    edits = Table(("id", "prompt", "target", "subject", *apart), f"{len(report.edits)} of {what}")
+    more_columns = ("follows from", "by") if report.consequences else ()
+    what = f"{count(report.matched, 'edit')}{' and consequences' if more_columns else ''}"
+    edits = Table(("id", "prompt", "target", "subject", *more_columns), f"{len(report.edits)} of {what}")
     for edit in report.edits:
-        follows = (edit.consequence_of or "", edit.derived or "") if apart else ()
+        follows = (edit.consequence_of or "", edit.derived or "") if more_columns else ()
         edits.add(edit.id, edit.prompt, edit.target, edit.subject or "", *follows)
     scores = [_scores(number, entry) for number, entry in enumerate(report.memories)]
     console.result(report.as_json(), facts, *scores, *([edits] if report.edits else []))

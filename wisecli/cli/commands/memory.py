@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wisecli.cli.console import Console, Table, count, sifted_json, sifted_lines
-from wisecli.cli.edit_lines import brought, consequence_lines, consequences_cell, edit_line, moved, short
+from wisecli.cli.edit_lines import consequence_lines, consequences_cell, edit_line, moved, release_line, short
 from wisecli.cli.options import (
     AsJson,
     Budget,
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from wisecli.memory.history.release_log import Release
     from wisecli.memory.history.releases import Published
 
-Place = Annotated[Path, typer.Argument(help="A memory with a history, as `wise merge` makes it.")]
+MemoryWithHistory = Annotated[Path, typer.Argument(help="A memory with a history, as `wise merge` makes it.")]
 
 
 def remove(
-    memory: Place,
+    memory: MemoryWithHistory,
     ids: Annotated[list[str], typer.Argument(help="Ids of the edits to take out.")],
     device: Device = "auto",
     as_json: AsJson = False,
@@ -77,7 +77,7 @@ def remove(
 
 
 def rollback(
-    memory: Place,
+    memory: MemoryWithHistory,
     to: Annotated[str, option("Number of a release, or a date or time, as 2026-11-01.", "--to", metavar="WHEN")],
     model: Model = None,
     reason: Reason = "",
@@ -98,7 +98,7 @@ def rollback(
 
 
 def log(
-    memory: Place,
+    memory: MemoryWithHistory,
     edit: Annotated[str | None, option("Only what touched the edit with this id.", "--edit", metavar="ID")] = None,
     verify_signature: SealSignature = None,
     signer: Signer = None,
@@ -133,10 +133,10 @@ def explain(
     as_json: AsJson = False,
     nearest: Annotated[
         int,
-        option("How many memories, or edits, are made to answer.", panel=ANSWERS, default="3", metavar="N", least=0),
+        option("How many memories, or edits, are made to answer.", panel=ANSWERS, default="3", metavar="N", minimum=0),
     ] = 3,
     max_new_tokens: Annotated[
-        int, option("Length of an answer at most.", panel=ANSWERS, default="32", metavar="N", least=1)
+        int, option("Length of an answer at most.", panel=ANSWERS, default="32", metavar="N", minimum=1)
     ] = 32,
     chat: Annotated[bool, flag("Ask in the chat template.", "--chat", panel=ANSWERS)] = False,
     dtype: Dtype = "auto",
@@ -153,11 +153,11 @@ def explain(
     from wisecli.artifacts.directory_kind import locate_memory
     from wisecli.commands.checkpoint.explain import explain as run
 
-    place, base = locate_memory(model, memory, Path("memory"))
+    directory, base = locate_memory(model, memory, Path("memory"))
     load = load_options(device, dtype, trust_remote_code, memory_budget)
     with console.watching():
         report = run(
-            place,
+            directory,
             prompt,
             model=base,
             nearest=nearest,
@@ -191,8 +191,8 @@ class ReportPrinter:
             self._tell(report, lines, more)
             return
         followed = edited.consequences
-        landed = brought(release, str(report.memory), report.held, {edit.id for edit in followed})
-        lines = [f"{landed} ({report.seconds:.1f} s)"]
+        report_line = release_line(release, str(report.memory), report.held, {edit.id for edit in followed})
+        lines = [f"{report_line} ({report.seconds:.1f} s)"]
         lines += [f"{len(report.known)} were held already"] if report.known else []
         lines += consequence_lines(followed)
         lines += [f"modified: {name}" for name in release.modified]
@@ -211,7 +211,7 @@ class ReportPrinter:
         if published.up_to_date:
             self.console.result(content, f"release {release.number} of {memory}/: up to date, {held} held")
             return
-        self.console.result(content, brought(release, memory, held))
+        self.console.result(content, release_line(release, memory, held))
 
     def removed(self, report: RemoveReport) -> None:
         """Print what was taken out."""
@@ -236,8 +236,8 @@ class ReportPrinter:
     def logged(self, report: LogReport, *, of_one: bool) -> None:
         """Print releases; of one edit also what it is now."""
         followed = report.consequences
-        apart = ("consequences",) if followed else ()
-        table = Table(("release", "when", "who", "action", "in", "modified", "out", *apart, "why"), str(report.memory))
+        more = ("consequences",) if followed else ()
+        table = Table(("release", "when", "who", "action", "in", "modified", "out", *more, "why"), str(report.memory))
         for release in report.releases:
             of_edits = moved(release, lambda name: name not in followed)
             cells = [str(number or "") for number in of_edits]
@@ -264,8 +264,8 @@ class ReportPrinter:
             rng = [] if not wanted else [""] if one.asked is None else [f"{one.asked:.2f}"]
             near.add(one.name, *texts, *named, *rng)
         tokens = Table(("token", "score / threshold", "answered by", "nearest edit"))
-        for place, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
-            if place == len(report.prompt_tokens):
+        for index, token in enumerate((*report.prompt_tokens, *report.answer_tokens)):
+            if index == len(report.prompt_tokens):
                 tokens.part()
             by = "side memory" if token.routed else "main memory"
             tokens.add(repr(token.text), f"{token.strength:.2f}", by, token.edit or "")

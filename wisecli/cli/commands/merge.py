@@ -43,6 +43,13 @@ if TYPE_CHECKING:
 
 
 _merged = partial(setting, MergeSettings, panel=MERGED)
+# What the JSON says of every memory's router, and its name in the calibration.
+_CALIBRATED = {
+    "thresholds": "threshold",
+    "misses": "misses",
+    "false_alarms": "false_alarms",
+    "mentioned": "mentioned",
+}
 
 
 def merge(
@@ -101,9 +108,9 @@ def merge(
     """Join shards into a side memory and decide the router's thresholds, without loading the model."""
     by_set = settings_in("merge", set_)
     given = {**locals(), "weights": numbers(weights), **by_set}
-    console, unread = Console(as_json, quiet), of_merge(given)
+    console, ineffective = Console(as_json, quiet), of_merge(given)
     settings = resolve(MergeSettings, given, section="merge", file=config)
-    console.warn([*unread, *unknown_names(config)])
+    console.warn([*ineffective, *unknown_names(config)])
     key = key_in(sign)
     if into is not None:
         provenance = provenance_of(who, reason, key)
@@ -138,7 +145,7 @@ def merge_into(
     model: str | None,
     provenance: Provenance,
 ) -> None:
-    """What ``wise merge --into`` does."""
+    """Merge shards into a memory, and print what came of it."""
     from wisecli.commands.memory.merge_into import merge_into as run
 
     with console.watching() as on_progress:
@@ -148,22 +155,10 @@ def merge_into(
 
 def tell_merge(console: Console, report: MergeReport) -> None:
     """Print what ``wise merge`` did."""
-    names = (
-        "mode",
-        "method",
-        "shards",
-        "edits",
-        "consequences",
-        "seconds",
-        "peak_rss_bytes",
-        "planned",
-        "up_to_date",
-    )
-    results = {name: getattr(report, name) for name in names} | {"output": str(report.output)}
-    results["thresholds"] = [calibration.threshold for calibration in report.calibrations]
-    results["misses"] = [calibration.misses for calibration in report.calibrations]
-    results["false_alarms"] = [calibration.false_alarms for calibration in report.calibrations]
-    results["mentioned"] = [calibration.mentioned for calibration in report.calibrations]
+    names = "mode method shards edits consequences seconds peak_rss_bytes planned up_to_date"
+    results = {name: getattr(report, name) for name in names.split()} | {"output": str(report.output)}
+    for plural, name in _CALIBRATED.items():
+        results[plural] = [getattr(calibration, name) for calibration in report.calibrations]
     how = report.method if report.mode == "merge" else report.mode
     what = f"{count(report.shards, 'shard')}, {edits_with(report.edits, report.consequences)} by {how}"
     if report.planned:

@@ -92,20 +92,20 @@ def explain(
         WiseError: the memory, the model or the prompt cannot be used, or the picture not be drawn.
     """
     edited = attach(memory, model=model, load=load)
-    asked = chat_prompt(edited.tokenizer, prompt) if chat else prompt
-    read = edited.tokenizer(asked)["input_ids"]
+    text = chat_prompt(edited.tokenizer, prompt) if chat else prompt
+    read = edited.tokenizer(text)["input_ids"]
     if not read:
         raise ModelError(f"the tokenizer leaves nothing of the prompt {prompt!r}; reword it")
-    tokens = _answer(edited, asked, max_new_tokens)
+    tokens = _answer(edited, text, max_new_tokens)
     with edited.unedited():
-        before = _answer(edited, asked, max_new_tokens)
+        before = _answer(edited, text, max_new_tokens)
     # What stands in for no answer is cut off.
     batch = collate([Row(tuple(read), tuple(tokens or read[:1]))]).to(edited.model.device)
     decision = edited.decide(batch)
     found = _tokens(edited, batch, tokens)
     strengths = decision.scores[0].float() / torch.tensor(edited.routed.thresholds, device=decision.scores.device)
     ranked: list[int] = strengths.argsort(descending=True)[:nearest].tolist()
-    near = tuple(_near(edited, asked, float(strengths[at]), at, max_new_tokens, decision) for at in ranked)
+    near = tuple(_near(edited, text, float(strengths[at]), at, max_new_tokens, decision) for at in ranked)
     split = len(found) - len(tokens)
     answers = _text(edited, tokens), _text(edited, before)
     reason = _reason(edited, decision, near)
@@ -115,8 +115,8 @@ def explain(
     return report
 
 
-def _answer(edited: EditedModel, asked: str, length: int) -> list[int]:
-    (answer,) = generate(edited.model, edited.tokenizer, [asked], max_new_tokens=length, batch_size=1)
+def _answer(edited: EditedModel, text: str, length: int) -> list[int]:
+    (answer,) = generate(edited.model, edited.tokenizer, [text], max_new_tokens=length, batch_size=1)
     return list(answer)
 
 
@@ -146,9 +146,9 @@ def _tokens(edited: EditedModel, batch: Batch, answer: list[int]) -> tuple[Token
     return tuple(found)
 
 
-def _near(edited: EditedModel, asked: str, strength: float, memory: int, length: int, decision: Decision) -> Near:
+def _near(edited: EditedModel, text: str, strength: float, memory: int, length: int, decision: Decision) -> Near:
     with edited.routed.called_with(forced=memory):
-        answer = _text(edited, _answer(edited, asked, length))
+        answer = _text(edited, _answer(edited, text, length))
     edit = _edit(edited, memory)
     if edit is None:
         return Near(f"memory {memory}", None, None, strength, answer)
@@ -166,10 +166,10 @@ def _reason(edited: EditedModel, decision: Decision, near: tuple[Near, ...]) -> 
     """Return in a sentence what opened, or which part of the router refused the nearest, and what to do about it."""
     opened = int(decision.memory[0])
     if opened != UNROUTED:
-        said = f"opened {_id(edited, opened) or f'memory {opened}'}"
+        sentence = f"opened {_id(edited, opened) or f'memory {opened}'}"
         if decision.ask_prob is None:
-            return said
-        return f"{said}: the prompt asks it ({float(decision.ask_prob[0]):.2f}, above {MIN_ASK_PROB})"
+            return sentence
+        return f"{sentence}: the prompt asks it ({float(decision.ask_prob[0]):.2f}, above {MIN_ASK_PROB})"
     if not near:
         return "nothing opened: the memory has no edits"
     one = near[0]

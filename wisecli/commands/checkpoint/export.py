@@ -103,9 +103,9 @@ def export(
             reached (what was written stays).
     """
     started, packing = time.perf_counter(), _packing(weights, form)
-    place = checkpoint_output(output, memory, model, publication.metrics, force=force)
-    place.require_unless_kept()
-    there = place.is_kept
+    target = checkpoint_output(output, memory, model, publication.metrics, force=force)
+    target.require_unless_kept()
+    there = target.is_kept
     if not there:
         require_no_memory(output)
     figures = None if publication.metrics is None else read_figures(publication.metrics)
@@ -120,15 +120,12 @@ def export(
     if there and not dry_run:
         tidy(output)
     if there and (kept := up_to_date_export(output, record, signed=publication.key is not None)):
-        return _up_to_date(
-            output, form, manifest, kept, publication, dry_run=dry_run, started=started, on_progress=on_progress
-        )
-    size = _planned_bytes(output, manifest, checkpoint, form, weights)
-    followed = len(consequences_in(manifest.edits))
-    edits = len(manifest.edits) - followed
+        pushed = None if dry_run else _push(output, publication, on_progress)
+        measured = {name: kept.get(name) for name in ("locality", "tokens", "gate")}
+        return _report(output, form, manifest, _size(output), started, pushed=pushed, up_to_date=True, **measured)
+    planned = _planned_bytes(output, manifest, checkpoint, form, weights)
     if dry_run:
-        cost = size, time.perf_counter() - started, peak_rss_bytes()
-        return ExportReport(output, form, edits, *cost, planned=True, consequences=followed)
+        return _report(output, form, manifest, planned, started, planned=True)
     with whole_directory(output, force=force) as working:
         on_progress(Event("writing"))
         given = _Given(base, checkpoint, manifest, packing, weights.quantize, load, verify)
@@ -138,11 +135,19 @@ def export(
             (working / CARD_NAME).write_text(text, encoding="utf-8")
         measured = {"locality": found.locality, "tokens": found.tokens, "gate": found.gate}
         seal_export(working, {**record, **measured}, publication.key)
-        written = sum(path.stat().st_size for path in working.iterdir())
-    pushed = _push(output, publication.push_to, private=publication.private, on_progress=on_progress)
-    seconds = time.perf_counter() - started
-    outcome = written, seconds, peak_rss_bytes(), found.locality, found.tokens, pushed
-    return ExportReport(output, form, edits, *outcome, consequences=followed, gate=found.gate)
+    pushed = _push(output, publication, on_progress)
+    return _report(output, form, manifest, _size(output), started, pushed=pushed, **measured)
+
+
+def _report(output: Path, form: Format, manifest: Manifest, size: int, started: float, **measured: Any) -> ExportReport:
+    """Return the report on an export of so many bytes that began at ``started``."""
+    followed = len(consequences_in(manifest.edits))
+    edits, seconds = len(manifest.edits) - followed, time.perf_counter() - started
+    return ExportReport(output, form, edits, size, seconds, peak_rss_bytes(), consequences=followed, **measured)
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def _planned_bytes(output: Path, manifest: Manifest, checkpoint: Checkpoint, form: Format, weights: WeightFiles) -> int:
@@ -241,27 +246,6 @@ def _record(
     return export_record(memory, checkpoint, settings, figures if publication.card else None)
 
 
-def _up_to_date(
-    output: Path,
-    form: Format,
-    manifest: Manifest,
-    record: dict[str, Any],
-    publication: Publication,
-    *,
-    dry_run: bool,
-    started: float,
-    on_progress: ProgressCallback,
-) -> ExportReport:
-    """Return what there is to say of an export that is there already, once it is where it is to be sent to."""
-    to = None if dry_run else publication.push_to
-    pushed = _push(output, to, private=publication.private, on_progress=on_progress)
-    written, seconds = sum(path.stat().st_size for path in output.iterdir()), time.perf_counter() - started
-    measured = written, seconds, peak_rss_bytes(), record["locality"], record["tokens"], pushed
-    followed = len(consequences_in(manifest.edits))
-    edits = len(manifest.edits) - followed
-    return ExportReport(output, form, edits, *measured, up_to_date=True, consequences=followed, gate=record.get("gate"))
-
-
 def _on_one_disk(checkpoint: Checkpoint, output: Path) -> bool:
     """Return whether files of a checkpoint may be linked where an output will be, on the same disk."""
     parent = output.absolute().parent
@@ -282,8 +266,13 @@ def _packing(weights: WeightFiles, form: Format) -> Packing:
     return packing
 
 
-def _push(output: Path, repository: str | None, *, private: bool, on_progress: ProgressCallback) -> str | None:
-    """Return where on the hub a directory went, if it is to be sent anywhere."""
+def _push(output: Path, publication: Publication, on_progress: ProgressCallback) -> str | None:
+    """Send a directory to the hub, if it is to be sent; return where it is there.
+
+    Raises:
+        ModelError: the hub does not take it.
+    """
+    repository = publication.push_to
     if repository is None:
         return None
     from huggingface_hub import HfApi
@@ -291,10 +280,10 @@ def _push(output: Path, repository: str | None, *, private: bool, on_progress: P
     on_progress(Event("upload", note=repository))
     api = HfApi()
     try:
-        place = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=place.repo_id, folder_path=output, commit_message="Edited checkpoint")
+        url = api.create_repo(repository, private=publication.private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=output, commit_message="Edited checkpoint")
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(
             f"{output} is written, but could not be sent to {repository} on the hub ({reason_of(error)})"
         ) from error
-    return str(place)
+    return str(url)

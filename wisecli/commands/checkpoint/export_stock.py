@@ -32,14 +32,14 @@ _TEXTS = 600
 
 @dataclass(frozen=True)
 class Gated:
-    """What became of a memory as a gate: its ``keys`` and ``blocks``, and what it answers, unless nobody asked."""
+    """A memory as a gate: how many ``keys`` and ``blocks`` it has, and what it answers, if that was verified."""
 
     keys: int
     blocks: int
     verified: Verified | None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, as the manifest keeps it."""
+        """Return the JSON form, as the manifest keeps it."""
         found = {} if self.verified is None else asdict(self.verified)
         return {"keys": self.keys, "blocks": self.blocks, **found}
 
@@ -112,7 +112,7 @@ def _share(manifest: Manifest) -> float:
 
 
 def _write_manifest(output: Path, manifest: Manifest, found: Gated, form: str, day: str) -> None:
-    """What the checkpoint is, for whoever has nothing else; ``day`` is what its fit was told that it is."""
+    """Write the manifest of a checkpoint; ``day`` is the date in the chat template that it was fitted with."""
     content = {
         "format": form,
         "versions": versions(),

@@ -93,12 +93,12 @@ def _explain(edited: EditedModel, prompt: str, answer: Sequence[int]) -> tuple[S
     routed = edited.routed
     decided = edited.choices_of_row(keys, batch)
     steps = []
-    for place, token in enumerate(answer, start=batch.start):
-        best, memory = (int(routed.memory_of_choice(one[place])) for one in (decided.nearest, decided.chosen))
+    for column, token in enumerate(answer, start=batch.start):
+        best, memory = (int(routed.memory_of_choice(one[column])) for one in (decided.nearest, decided.chosen))
         threshold = routed.thresholds[best]
         who = None if memory == UNROUTED else memory
         known = edited.manifest.memory.by_edit and 0 <= best < len(edited.manifest.edits)
         closest = edited.manifest.edits[best].prompt if known else None
-        score = float(decided.score_ratio[place]) * threshold
+        score = float(decided.score_ratio[column]) * threshold
         steps.append(Step(str(edited.tokenizer.decode([token])), who, score, threshold, closest))
     return tuple(steps)

@@ -112,8 +112,8 @@ def _gated(path: Path, find: str | None, limit: int | None, plot: Path | None) -
     if read_json(path / MERGED).get("format") == "merged":
         raise ModelError(f"{path} is a merged checkpoint, of which {MERGED} says all there is; inspect its memory")
     manifest = read_gated(path)
-    told = figures_of(path)
-    figures = {form: told.get(form) for form in ("stock", "routed")}
+    figures_by_form = figures_of(path)
+    figures = {form: figures_by_form.get(form) for form in ("stock", "routed")}
     headers = {file.name: read_header(file) for file in sorted(path.glob(MEMORY_TENSORS))}
     edits, matched = _chosen(manifest.edits, find, limit)
     return InspectReport(

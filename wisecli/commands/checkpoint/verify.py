@@ -98,10 +98,13 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
     if directory is None:
         return
     sizes = shard_sizes(directory.site, len(directory.edits))
-    asked = ("prompts.states",) if directory.settings.get("writer") == "solve" else ()
+    solved = ("prompts.states",) if directory.settings.get("writer") == "solve" else ()
     for entry in directory.shards:
         yield from check_digest(path, entry.file, entry.sha256)
-        there = {*asked, *(name for name in _names(path, entry.file) if asked and name in PROMPT_TOKENS)}
+        there = {
+            *solved,
+            *(name for name in _names(path, entry.file) if solved and name in PROMPT_TOKENS),
+        }
         yield from check_rows(path, entry.file, shard_rows(entry.mask_kind, there, solved=entry.solved), sizes)
         yield from _shard_metadata(path, entry)
     file = shard_manifest.UNRELATED_NAME
@@ -113,13 +116,13 @@ def _shards(path: Path, model: Path | None) -> Iterator[Check]:
 def _shard_metadata(path: Path, entry: shard_manifest.ShardEntry) -> Iterator[Check]:
     """What a shard's own header says of it, which travels with the file."""
     try:
-        told = json.loads(read_header(inside(path, entry.file)).metadata.get("wise.shard", "null"))
+        stored = json.loads(read_header(inside(path, entry.file)).metadata.get("wise.shard", "null"))
     except (WiseError, ValueError, RecursionError):
-        told = None
-    told = told if isinstance(told, dict) else {}
+        stored = None
+    stored = stored if isinstance(stored, dict) else {}
     for name, expected in (("mask_kind", entry.mask_kind), ("edits", list(entry.edits))):
-        if told.get(name) != expected:
-            yield Check(f"metadata {name}", entry.file, "differs", None, shown(expected), shown(told.get(name)))
+        if stored.get(name) != expected:
+            yield Check(f"metadata {name}", entry.file, "differs", None, shown(expected), shown(stored.get(name)))
 
 
 def _memory(path: Path, model: Path | None) -> Iterator[Check]:
@@ -197,7 +200,7 @@ def _exported(path: Path, model: Path | None) -> Iterator[Check]:
 
 def _merged(path: Path, _model: Path | None) -> Iterator[Check]:
     """A stock checkpoint, which no manifest describes further."""
-    content = yield from _manifest(path, MERGED, lambda place: read_json(place / MERGED))
+    content = yield from _manifest(path, MERGED, lambda directory: read_json(directory / MERGED))
     yield from check_checksums(path, expected=content is None or bool(content.get(HAS_CHECKSUMS)))
     if (path / INDEX_NAME).is_file():
         yield from check_index(path)
@@ -235,12 +238,12 @@ def _config(
     config: dict[str, Any], manifest: memory_manifest.MemoryManifest, memory: dict[str, Any]
 ) -> Iterator[Check]:
     """What the routed model is built from, against ``router.json``."""
-    told, site = config.get(EXPORTED_KEY), manifest.site
-    told = told if isinstance(told, dict) else {}
+    in_config, site = config.get(EXPORTED_KEY), manifest.site
+    in_config = in_config if isinstance(in_config, dict) else {}
     described = {name: value for name, value in memory.items() if name not in ("file", "prefix")}
     wanted = {**site.described(), "model_type": site.architecture}
-    wrong = [(name, value, told.get(name)) for name, value in wanted.items() if told.get(name) != value]
-    found = told.get("memory")
+    wrong = [(name, value, in_config.get(name)) for name, value in wanted.items() if in_config.get(name) != value]
+    found = in_config.get("memory")
     found = found if isinstance(found, dict) else {}
     wrong += [(f"memory.{n}", value, found.get(n)) for n, value in described.items() if found.get(n) != value]
     for name, expected, value in wrong:
@@ -251,11 +254,11 @@ def _config(
 
 def _base(name: str, revision: str | None, site: Site, mark: Fingerprint, model: Path | None) -> Iterator[Check]:
     try:
-        place = model or resolve_model(name, revision=revision, fetch=False)
+        base = model or resolve_model(name, revision=revision, fetch=False)
     except ModelError:
         yield Check("base model", name, "unchecked", found="it is not here; say where it is with --model")
         return
-    yield from check_base(place, site, mark)
+    yield from check_base(base, site, mark)
 
 
 def _names(path: Path, file: str) -> dict[str, TensorLayout]:

@@ -17,11 +17,11 @@ _CONFIG = "config.json"
 
 
 def check_code(path: Path, config: dict[str, Any]) -> Iterator[Check]:
-    """The code that runs with ``trust_remote_code``, against what this version writes, or what 0.1 wrote."""
+    """Check the code that runs with ``trust_remote_code`` against what this version writes, or 0.1 wrote."""
     from wisecli.export.routed.custom_code import CODE_NAME, auto_map, code_files, former_auto_map, former_code
 
-    told = config.get(EXPORTED_KEY)
-    model_type = told.get("model_type") if isinstance(told, dict) else None
+    described = config.get(EXPORTED_KEY)
+    model_type = described.get("model_type") if isinstance(described, dict) else None
     try:
         files, former = code_files(str(model_type)), former_code(str(model_type))
     except (ValueError, KeyError):

@@ -25,7 +25,7 @@ class VerifyReport:
         return tuple(check for check in self.checks if check.state == "differs")
 
     def as_json(self) -> dict[str, Any]:
-        """The one object that ``--json`` prints."""
+        """Return the one object that ``--json`` prints."""
         named = [asdict(check) for check in self.checks]
         counts = {"checks": len(named), "differences": len(self.differences)}
         return {"results": {"path": str(self.path), "kind": self.kind, **counts, "list": named}, "n-samples": counts}

@@ -125,10 +125,10 @@ def evaluate(
     manifest = edited.manifest
     if given is None and not manifest.edits:
         raise SettingsError(f"{memory} holds no edit to be measured by; give a --dataset, or records by --data")
-    held = _selected(given if given is not None else manifest.edits, manifest.edits, settings.edits)
+    selected = _selected(given if given is not None else manifest.edits, manifest.edits, settings.edits)
     numbers = memory_numbers(manifest)
-    followed = _consequences(held, manifest.edits)
-    records = [edit for edit in held if edit.consequence_of is None] or held
+    followed = _consequences(selected, manifest.edits)
+    records = [edit for edit in selected if edit.consequence_of is None] or selected
     subject = MemorySubject(edited, settings, on_progress, _holders(records, numbers) if oracle else None, known)
     measuring = Measuring(
         subject,
@@ -143,17 +143,14 @@ def evaluate(
     measuring.run()
     if name in BENCHMARKS and not BENCHMARKS[name].perplexity:
         measuring.drop("perplexity")
+    config = {**asdict(settings), **({"asked_forms": forms} if forms else {})}
+    config |= {"memory": str(memory), "model": manifest.model, "merge": manifest.merge}
     return EvalReport(
         name,
         measuring.after,
         {**asked.before, **measuring.before},
         {"edits": len(records), **asked.samples, **measuring.samples},
-        {
-            **asdict(settings),
-            **({"asked_forms": forms} if forms else {}),
-            **{"memory": str(memory), "model": manifest.model, "merge": manifest.merge},
-            "chat_date": date_of(edited.tokenizer),
-        },
+        {**config, "chat_date": date_of(edited.tokenizer)},
         time.perf_counter() - started,
         peak_rss_bytes(),
         {**asked.each, **measuring.each},
@@ -187,7 +184,7 @@ def _dataset(dataset: str | None, data: Path | None) -> tuple[str, Sequence[Edit
     return Path(dataset).stem, read_edits(Path(dataset))
 
 
-def _selected(records: Sequence[Edit], held: Sequence[Edit], limit: int | None) -> list[Edit]:
+def _selected(records: Sequence[Edit], memory_edits: Sequence[Edit], limit: int | None) -> list[Edit]:
     """Return the first ``limit`` edits and their consequences; without a limit those that the memory holds, or if
     none all.
     """
@@ -195,14 +192,17 @@ def _selected(records: Sequence[Edit], held: Sequence[Edit], limit: int | None) 
         first = [edit for edit in records if edit.consequence_of is None][:limit]
         ids = {edit.id for edit in first}
         return [edit for edit in records if edit.id in ids or edit.consequence_of in ids]
-    known = {(edit.prompt, edit.target) for edit in held}
+    known = {(edit.prompt, edit.target) for edit in memory_edits}
     return [edit for edit in records if (edit.prompt, edit.target) in known] or list(records)
 
 
-def _consequences(records: Sequence[Edit], held: Sequence[Edit]) -> tuple[Edit, ...]:
+def _consequences(records: Sequence[Edit], memory_edits: Sequence[Edit]) -> tuple[Edit, ...]:
     """Return what follows from the records: as they state it themselves, and what the memory holds beside."""
     ids = {edit.id for edit in records}
-    return (*consequences_in(records), *(edit for edit in held if edit.consequence_of in ids and edit.id not in ids))
+    return (
+        *consequences_in(records),
+        *(edit for edit in memory_edits if edit.consequence_of in ids and edit.id not in ids),
+    )
 
 
 class MemorySubject:
@@ -247,14 +247,14 @@ class MemorySubject:
         )
 
     def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
-        """Greedy answers, before and after."""
+        """Return greedy answers, before and after."""
         asked, answering = [self._asked(prompt) for prompt in prompts], self.answering(max_new_tokens)
         before = answering.before(asked, stage="answers before")
         after = answering.after(asked, stage="answers after")
         return [one.text for one in before], [one.text for one in after]
 
     def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
-        """Answers of so many tokens at most, the same ones whenever they are asked for; ``stops`` end them as well."""
+        """Return answers of at most so many tokens, the same object each time; ``stops`` end them as well."""
         key = max_new_tokens, stops
         if key not in self._answering:
             model, tokenizer = self.edited.model, self.tokenizer
@@ -291,9 +291,9 @@ def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:
 
 def _holders(records: Sequence[Edit], numbers: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
     """Return the memory that holds the edit which a prompt or rephrase asks for, by that and the answer."""
-    held = [edit for edit in records if (edit.prompt, edit.target) in numbers]
+    known_edits = [edit for edit in records if (edit.prompt, edit.target) in numbers]
     return {
         (text, edit.answer): numbers[edit.prompt, edit.target]
-        for edit in held
+        for edit in known_edits
         for text in (*edit.rephrases, edit.prompt)
     }

@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible server, whatever shape its replies have: whole or streamed, with reasoning or without."""
+"""Asks an OpenAI-compatible server, and reads replies of any shape: whole or streamed, with reasoning or without."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def with_model_name(server: Server) -> Server:
 
 
 def require_endpoint(server: Server, endpoint: str) -> None:
-    """Check that a server replies by an endpoint, whatever it says.
+    """Check that a server replies by an endpoint, with any text.
 
     Raises:
         ServerError: it does not.
@@ -98,24 +98,24 @@ def greedy_answer(server: Server, endpoint: str, prompt: str, length: int) -> st
 
 
 def _reply(server: Server, endpoint: str, prompt: str, length: int) -> _Reply:
-    asked: dict[str, Any] = {"model": server.model, "max_tokens": length, "temperature": 0, "stream": False}
-    asked |= {"messages": [{"role": "user", "content": prompt}]} if endpoint == "chat" else {"prompt": prompt}
+    request: dict[str, Any] = {"model": server.model, "max_tokens": length, "temperature": 0, "stream": False}
+    request |= {"messages": [{"role": "user", "content": prompt}]} if endpoint == "chat" else {"prompt": prompt}
     path = ENDPOINTS[endpoint]
-    text, apart, end = "", False, None
-    for told in _asked(server, path, asked):
-        choices = told.get("choices")
-        if not choices and "error" not in told and isinstance(choices, list) and "usage" in told:
+    text, reasoned, end = "", False, None
+    for reply in _asked(server, path, request):
+        choices = reply.get("choices")
+        if not choices and "error" not in reply and isinstance(choices, list) and "usage" in reply:
             continue  # the last piece of a stream counts tokens
         try:
             choice = choices[0]  # type: ignore[index]
             text += _text_in(choice)
-            apart |= _reasons(choice)
+            reasoned |= _reasons(choice)
             end = choice.get("finish_reason") or end
         except (KeyError, IndexError, TypeError, AttributeError):
-            said = f": {json.dumps(told['error'])[:300]}" if "error" in told else ""
-            raise ServerError(server.url, f"answers {path} without a text{said}") from None
+            reason = f": {json.dumps(reply['error'])[:300]}" if "error" in reply else ""
+            raise ServerError(server.url, f"answers {path} without a text{reason}") from None
     answer, inside = _without_thinking(text)
-    return _Reply(answer, apart or inside, end == "length")
+    return _Reply(answer, reasoned or inside, end == "length")
 
 
 def _text_in(choice: dict[str, Any]) -> str:
@@ -170,8 +170,8 @@ def _asked(server: Server, path: str, content: dict[str, Any] | None) -> list[di
         except HTTPError as error:
             pause = _pause(error, 2.0**tried / 2)
             if error.code not in _BUSY or tried == _TRIES or pause > server.timeout:
-                said = " ".join(error.read(300).decode(errors="replace").split())
-                raise ServerError(server.url, f"answers {path} with {error.code}: {said}", error.code) from None
+                reason = " ".join(error.read(300).decode(errors="replace").split())
+                raise ServerError(server.url, f"answers {path} with {error.code}: {reason}", error.code) from None
             error.close()
             time.sleep(pause)
         except (URLError, OSError, HTTPException, ValueError) as error:
@@ -187,21 +187,21 @@ def _objects(server: Server, path: str, reply: HTTPResponse) -> Iterator[dict[st
     else:
         pieces = [body]
     for piece in pieces:
-        told = json.loads(piece)
-        if not isinstance(told, dict):
+        content = json.loads(piece)
+        if not isinstance(content, dict):
             raise ServerError(server.url, f"answers {path} with no JSON object")
-        yield told
+        yield content
 
 
 def _pause(error: HTTPError, usual: float) -> float:
     """Return the seconds to wait for a busy server: until when it says, as a number or a date, or ``usual``."""
-    said = error.headers.get("Retry-After", "").strip()
+    retry_after = error.headers.get("Retry-After", "").strip()
     try:
-        return max(0.0, float(said))
+        return max(0.0, float(retry_after))
     except ValueError:
         pass
     try:
-        when = parsedate_to_datetime(said)
+        when = parsedate_to_datetime(retry_after)
     except ValueError:
         return usual
     if when.tzinfo is None:

@@ -50,12 +50,12 @@ class AdmissionReport:
     """What admission left out, and what it only tells of.
 
     ``known`` are edits whose targets the unedited model gives already, ``dropped`` those that gave way to others.
-    ``told`` are conflicts that do not keep anything from being trained, a sentence each.
+    ``conflicts`` has a sentence on each conflict that keeps nothing from being trained.
     """
 
     known: tuple[LeftOut, ...] = ()
     dropped: tuple[LeftOut, ...] = ()
-    told: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class Admitted:
         """Return the same without the edits at these places, whose targets the model gives already."""
         gone = tuple(
             LeftOut(edit.id, line, "the model says so already")
-            for place, (line, edit) in enumerate(self.numbered)
-            if place in known
+            for order, (line, edit) in enumerate(self.numbered)
+            if order in known
         )
-        left = tuple(one for place, one in enumerate(self.numbered) if place not in known)
+        left = tuple(one for order, one in enumerate(self.numbered) if order not in known)
         return replace(self, numbered=left, sifted=replace(self.sifted, known=gone))
 
 
@@ -158,11 +158,11 @@ class Admission:
         if self.on_conflict == "keep":
             return Admitted(tuple(one for one in numbered if one[1] not in already))
         first, orphans = _without_orphans(numbered, held, "neither in the file nor in the memory")
-        yielding = {place.order: reason for place, reason in outranked(first, name, held=held)}
-        kept = [one for place, one in enumerate(first) if place not in yielding]
+        overruled = {entry.order: reason for entry, reason in outranked(first, name, held=held)}
+        kept = [one for order, one in enumerate(first) if order not in overruled]
         admitted = _resolved(self.on_conflict, name, kept, held, on_progress)
         outdone = []
-        for (line, edit), why in ((first[place], why) for place, why in yielding.items()):
+        for (line, edit), why in ((first[order], why) for order, why in overruled.items()):
             outdone.append(LeftOut(edit.id, line, why))
             if edit.derived is None:
                 on_progress(Event(NOTE, note=f"warning: {name}:{line}: consequence {edit.id!r} is left out: {why}"))
@@ -212,8 +212,8 @@ def _resolved(
         _refuse(name, find(numbered, held=held))
         return Admitted(tuple(numbered))
     resolution = resolve(numbered, held=held, on_conflict=on_conflict)
-    dropped = [(one.place, one.reason(name)) for one in resolution.dropped]
-    left_out = tuple(LeftOut(place.edit.id, place.line or 0, reason) for place, reason in dropped)
+    dropped = [(one.entry, one.reason(name)) for one in resolution.dropped]
+    left_out = tuple(LeftOut(entry.edit.id, entry.line or 0, reason) for entry, reason in dropped)
     return Admitted(resolution.kept, AdmissionReport(dropped=left_out), resolution.superseded)
 
 
@@ -221,11 +221,11 @@ def _as_usual(name: str, numbered: Sequence[Numbered], held: Sequence[Edit], on_
     """Without a word on conflicts: prompts must not contradict each other, and later edits replace what is held."""
     conflicts = find(numbered)
     _refuse(name, [one for one in conflicts if not one.rephrase])
-    told = tuple(one.sentence(name) for one in conflicts)
-    if told:
-        more = f", and {len(told) - 1} more like it" if told[1:] else ""
-        on_progress(Event(NOTE, note=f"{told[0]}{more}; both are trained, choose with --on-conflict"))
-    return Admitted(tuple(numbered), AdmissionReport(told=told), giving_way(numbered, held, rephrases=False))
+    sentences = tuple(one.sentence(name) for one in conflicts)
+    if sentences:
+        more = f", and {len(sentences) - 1} more like it" if sentences[1:] else ""
+        on_progress(Event(NOTE, note=f"{sentences[0]}{more}; both are trained, choose with --on-conflict"))
+    return Admitted(tuple(numbered), AdmissionReport(conflicts=sentences), giving_way(numbered, held, rephrases=False))
 
 
 def _refuse(name: str, conflicts: Sequence[Conflict]) -> None:

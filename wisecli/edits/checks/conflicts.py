@@ -19,7 +19,7 @@ OnConflict = Literal["error", "latest", "skip"]
 Kind = Literal["duplicate", "contradiction", "cycle"]
 # A way to recognise a fact, and under it edits by their target, in the order in which targets were last given.
 _Name = tuple[str, ...]
-_Given = dict[str, list["Place"]]
+_Given = dict[str, list["Entry"]]
 
 # The blank of a subject; some prompts are written with it.
 _BLANK = "{}"
@@ -27,7 +27,7 @@ _PUNCTUATION = ".,:;?!\"'’“”…"
 
 
 @dataclass(frozen=True)
-class Place:
+class Entry:
     """An edit, and the line that it is in; ``None`` where a memory holds it. Earlier edits have a lower ``order``."""
 
     edit: Edit
@@ -35,7 +35,7 @@ class Place:
     order: int
 
     def named(self, file: str) -> str:
-        """Its id and where it is."""
+        """Return the edit's id and where it is."""
         return f"{self.edit.id!r} " + ("in the memory" if self.line is None else f"at {file}:{self.line}")
 
 
@@ -48,9 +48,9 @@ class Conflict:
     """
 
     kind: Kind
-    earlier: Place
-    later: Place
-    first: Place | None = None
+    earlier: Entry
+    later: Entry
+    first: Entry | None = None
     rephrase: bool = False
 
     def sentence(self, file: str) -> str:
@@ -75,8 +75,8 @@ class Conflict:
 class Dropped:
     """An edit that is left out, and the one that stands in its place."""
 
-    place: Place
-    by: Place
+    entry: Entry
+    by: Entry
     duplicate: bool
 
     def reason(self, file: str) -> str:
@@ -104,11 +104,11 @@ def find(numbered: Sequence[Numbered], *, held: Sequence[Edit] = ()) -> list[Con
         held: edits of a memory, the oldest first; they come before all others.
     """
     facts, found = _Facts(_held(held)), []
-    for place in _placed(numbered):
-        conflict = facts.conflict(place)
+    for entry in _placed(numbered):
+        conflict = facts.conflict(entry)
         if conflict is not None:
             found.append(conflict)
-        facts.add(place)
+        facts.add(entry)
     return found
 
 
@@ -123,34 +123,34 @@ def resolve(
             out what says the same as the memory; ``skip`` leaves out whatever is in conflict with an earlier edit.
     """
     latest = on_conflict == "latest"
-    places = list(_placed(numbered))
+    entries = list(_placed(numbered))
     facts, kept, dropped = _Facts(() if latest else _held(held)), [], []
-    for place in reversed(places) if latest else places:
-        conflict = facts.conflict(place)
+    for entry in reversed(entries) if latest else entries:
+        conflict = facts.conflict(entry)
         if conflict is None:
-            facts.add(place)
-            kept.append(place)
+            facts.add(entry)
+            kept.append(entry)
         else:
-            dropped.append(Dropped(place, conflict.earlier, conflict.kind == "duplicate"))
+            dropped.append(Dropped(entry, conflict.earlier, conflict.kind == "duplicate"))
     superseded = _superseding(kept, held, rephrases=True) if latest else {}
     replacing = set(superseded.values())
-    left = _Facts(place for place in _held(held) if place.edit.id not in superseded)
-    for place in kept if latest else ():
-        twins = list(left.twins(place))
-        if place.edit.id in replacing:
-            superseded |= {twin.edit.id: place.edit.id for twin in twins}
+    left = _Facts(entry for entry in _held(held) if entry.edit.id not in superseded)
+    for entry in kept if latest else ():
+        twins = list(left.twins(entry))
+        if entry.edit.id in replacing:
+            superseded |= {twin.edit.id: entry.edit.id for twin in twins}
         elif twins:
-            dropped.append(Dropped(place, twins[0], duplicate=True))
-    gone = {one.place.order for one in dropped}
+            dropped.append(Dropped(entry, twins[0], duplicate=True))
+    gone = {one.entry.order for one in dropped}
     return Resolution(
-        tuple(numbered[place.order] for place in places if place.order not in gone),
-        tuple(sorted(dropped, key=lambda one: one.place.order)),
+        tuple(numbered[entry.order] for entry in entries if entry.order not in gone),
+        tuple(sorted(dropped, key=lambda one: one.entry.order)),
         superseded,
     )
 
 
 def giving_way(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases: bool = True) -> dict[str, str]:
-    """Ids of held edits of whose facts new ones say something else, with the new ones' ids.
+    """Return the ids of held edits that new ones contradict, with the new ones' ids.
 
     Args:
         rephrases: whether edits that meet in a rephrase only are of the same fact.
@@ -158,8 +158,8 @@ def giving_way(numbered: Sequence[Numbered], held: Sequence[Edit], *, rephrases:
     return _superseding(_placed(numbered), held, rephrases=rephrases)
 
 
-def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] = ()) -> list[tuple[Place, str]]:
-    """Consequences that give way to what was asked for, each with the reason.
+def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] = ()) -> list[tuple[Entry, str]]:
+    """Return the consequences that give way to stated edits, each with the reason.
 
     An edit outranks every consequence, one that is stated those that are derived, and what a memory holds those that
     are derived.
@@ -169,91 +169,94 @@ def outranked(numbered: Sequence[Numbered], file: str, *, held: Sequence[Edit] =
         held: edits of a memory, the oldest first.
     """
     placed = list(_placed(numbered))
-    asked = [place for place in placed if place.edit.consequence_of is None]
-    stated = [place for place in placed if place.edit.consequence_of is not None and place.edit.derived is None]
-    derived = [place for place in placed if place.edit.derived is not None]
-    leaving = {place.edit.id for place in asked} | _superseding(asked, held, rephrases=False).keys()
-    staying = [place for place in _held(held) if not leaving & {place.edit.id, place.edit.consequence_of}]
-    edits = [*(place for place in staying if place.edit.consequence_of is None), *asked]
-    found = list(_yielding(stated, edits, file))
-    gone = {place.order for place, _ in found}
-    others = [*staying, *asked, *(place for place in stated if place.order not in gone)]
-    return [*found, *_yielding(derived, others, file)]
+    asked = [entry for entry in placed if entry.edit.consequence_of is None]
+    stated = [entry for entry in placed if entry.edit.consequence_of is not None and entry.edit.derived is None]
+    derived = [entry for entry in placed if entry.edit.derived is not None]
+    leaving = {entry.edit.id for entry in asked} | _superseding(asked, held, rephrases=False).keys()
+    staying = [entry for entry in _held(held) if not leaving & {entry.edit.id, entry.edit.consequence_of}]
+    edits = [*(entry for entry in staying if entry.edit.consequence_of is None), *asked]
+    found = list(_overruled(stated, edits, file))
+    gone = {entry.order for entry, _ in found}
+    others = [*staying, *asked, *(entry for entry in stated if entry.order not in gone)]
+    return [*found, *_overruled(derived, others, file)]
 
 
-def _yielding(places: Iterable[Place], standing: Sequence[Place], file: str) -> Iterator[tuple[Place, str]]:
-    facts, by_id = _Facts(standing), {place.edit.id: place for place in standing}
-    for place in places:
-        conflict = facts.conflict(place)
-        if (namesake := by_id.get(place.edit.id)) is not None:
-            yield place, f"its id is that of {namesake.named(file)}"
+def _overruled(entries: Iterable[Entry], certain: Sequence[Entry], file: str) -> Iterator[tuple[Entry, str]]:
+    facts, by_id = _Facts(certain), {entry.edit.id: entry for entry in certain}
+    for entry in entries:
+        conflict = facts.conflict(entry)
+        if (namesake := by_id.get(entry.edit.id)) is not None:
+            yield entry, f"its id is that of {namesake.named(file)}"
         elif conflict is not None:
-            yield place, Dropped(place, conflict.earlier, conflict.kind == "duplicate").reason(file)
+            yield entry, Dropped(entry, conflict.earlier, conflict.kind == "duplicate").reason(file)
 
 
-def _superseding(new: Iterable[Place], held: Sequence[Edit], *, rephrases: bool) -> dict[str, str]:
+def _superseding(new: Iterable[Entry], held: Sequence[Edit], *, rephrases: bool) -> dict[str, str]:
     facts = _Facts(_held(held))
-    return {old.edit.id: place.edit.id for place in new for old in facts.contradicted(place, rephrases=rephrases)}
+    return {old.edit.id: entry.edit.id for entry in new for old in facts.contradicted(entry, rephrases=rephrases)}
 
 
-def _held(held: Sequence[Edit]) -> Iterator[Place]:
-    return (Place(edit, None, order - len(held)) for order, edit in enumerate(held))
+def _held(held: Sequence[Edit]) -> Iterator[Entry]:
+    return (Entry(edit, None, order - len(held)) for order, edit in enumerate(held))
 
 
-def _placed(numbered: Sequence[Numbered]) -> Iterator[Place]:
-    return (Place(edit, line, order) for order, (line, edit) in enumerate(numbered))
+def _placed(numbered: Sequence[Numbered]) -> Iterator[Entry]:
+    return (Entry(edit, line, order) for order, (line, edit) in enumerate(numbered))
 
 
 class _Facts:
     """Edits by all that their facts can be recognised by."""
 
-    def __init__(self, places: Iterable[Place] = ()) -> None:
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self._given: dict[_Name, _Given] = {}
-        for place in places:
-            self.add(place)
+        for entry in entries:
+            self.add(entry)
 
-    def add(self, place: Place) -> None:
+    def add(self, entry: Entry) -> None:
         """Let an edit be found."""
-        target = _target(place.edit)
-        names = [*_names(place.edit), *(("rephrase", text) for text in _rephrases(place.edit))]
+        target = _target(entry.edit)
+        names = [*_names(entry.edit), *(("rephrase", text) for text in _rephrases(entry.edit))]
         for name in names:
             given = self._given.setdefault(name, {})
-            places = given.pop(target, [])
-            places.append(place)
-            given[target] = places
+            entries = given.pop(target, [])
+            entries.append(entry)
+            given[target] = entries
 
-    def conflict(self, place: Place) -> Conflict | None:
+    def conflict(self, entry: Entry) -> Conflict | None:
         """Return the conflict of an edit with those that were added, if there is one."""
-        target = _target(place.edit)
-        for rephrase, near in ((False, self._near(_names(place.edit))), (True, self._near(_across(place.edit)))):
+        target = _target(entry.edit)
+        for rephrase, near in (
+            (False, self._near(_names(entry.edit))),
+            (True, self._near(_across(entry.edit))),
+        ):
             others = [_newest(given, target) for given in near]
             earlier = max((one for one in others if one is not None), key=lambda one: one.order, default=None)
             if earlier is not None:
                 same = [given[target][0] for given in near if target in given]
                 first = min((one for one in same if one.order < earlier.order), key=lambda one: one.order, default=None)
-                return Conflict("cycle" if first else "contradiction", earlier, place, first, rephrase)
-            if not rephrase and (twin := next(self.twins(place), None)) is not None:
-                return Conflict("duplicate", twin, place)
+                return Conflict("cycle" if first else "contradiction", earlier, entry, first, rephrase)
+            if not rephrase and (twin := next(self.twins(entry), None)) is not None:
+                return Conflict("duplicate", twin, entry)
         return None
 
-    def twins(self, place: Place) -> Iterator[Place]:
+    def twins(self, entry: Entry) -> Iterator[Entry]:
         """Edits with the same prompt and target, the newest first; one that is held by the same id does not count."""
-        given = self._given.get(("prompt", folded(place.edit.prompt)), {}).get(_target(place.edit), [])
-        return (one for one in reversed(given) if one.line is not None or one.edit.id != place.edit.id)
+        given = self._given.get(("prompt", folded(entry.edit.prompt)), {}).get(_target(entry.edit), [])
+        return (one for one in reversed(given) if one.line is not None or one.edit.id != entry.edit.id)
 
-    def contradicted(self, place: Place, *, rephrases: bool) -> Iterator[Place]:
+    def contradicted(self, entry: Entry, *, rephrases: bool) -> Iterator[Entry]:
         """Yield all edits of the same fact with another target."""
-        names = [*_names(place.edit), *(_across(place.edit) if rephrases else ())]
+        names = [*_names(entry.edit), *(_across(entry.edit) if rephrases else ())]
         for given in self._near(names):
-            for target, places in given.items():
-                if target != _target(place.edit):
-                    yield from places
+            for target, entries in given.items():
+                if target != _target(entry.edit):
+                    yield from entries
 
     def _near(self, names: Iterable[_Name]) -> list[_Given]:
         return [self._given[name] for name in names if name in self._given]
 
 
-def _newest(given: _Given, target: str) -> Place | None:
+def _newest(given: _Given, target: str) -> Entry | None:
     """Return the newest edit with another target."""
     other = next((one for one in reversed(given) if one != target), None)
     return None if other is None else given[other][-1]

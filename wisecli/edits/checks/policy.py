@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from wisecli.data.packaged import tomllib
 from wisecli.edits.record import PROVENANCE, Edit, Numbered
 from wisecli.edits.text import folded
 from wisecli.errors import PolicyError, SettingsError
 from wisecli.io.json_schema import CLOSED, decode, shown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)

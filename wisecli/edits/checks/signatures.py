@@ -132,8 +132,8 @@ class SigningKey:
             signature = path.with_name(f"{path.name}.minisig")
             command = ["minisign", "-S", "-s", str(self.path), "-m", str(path), "-x", str(signature)]
         # A password is asked for on stderr, which must then be seen.
-        said = None if sys.stdin is not None and sys.stdin.isatty() else subprocess.PIPE
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=said, check=False)  # nosec B603 # the same
+        errors = None if sys.stdin is not None and sys.stdin.isatty() else subprocess.PIPE
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=errors, check=False)  # nosec B603 # the same
         if done.returncode != 0 or not signature.is_file():
             raise SettingsError(f"--sign {self.path}: {self.tool} does not sign with it ({_reason(done)})")
         return signature
@@ -141,5 +141,5 @@ class SigningKey:
 
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     """Return the last line of what a program said."""
-    said = (done.stderr or done.stdout or b"").decode(errors="replace").strip().splitlines()
-    return said[-1].strip() if said else f"exit code {done.returncode}"
+    lines = (done.stderr or done.stdout or b"").decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else f"exit code {done.returncode}"

@@ -144,12 +144,12 @@ def _hallucinated(record: Record) -> list[Flat]:
     ]
 
 
-def _pair(prompt: str, target: str, further: str | None = None) -> Callable[[Record], list[Flat]]:
+def _pair(prompt: str, target: str, more_field: str | None = None) -> Callable[[Record], list[Flat]]:
     """Read a question and its answer by two names; what stands in a ``further`` field goes below the question."""
 
     def read(record: Record) -> list[Flat]:
-        rest = {name: value for name, value in record.items() if name not in (prompt, target, further)}
-        more = record.get(further) if further else None
+        rest = {name: value for name, value in record.items() if name not in (prompt, target, more_field)}
+        more = record.get(more_field) if more_field else None
         asked = f"{record[prompt]}\n{more}" if more else record[prompt]
         return [{**rest, "prompt": asked, "target": record[target]}]
 

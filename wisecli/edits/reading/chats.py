@@ -38,11 +38,11 @@ def edit_of_chat(record: Record) -> list[Flat]:
 def _turns(record: Record) -> list[tuple[str, str]]:
     """Return the turns of a chat, by role and text."""
     name = next((name for name in ("messages", "conversations") if record.get(name) is not None), "completion")
-    told = record[name] if name != "completion" else [*record["prompt"], *record["completion"]]
-    if not isinstance(told, list) or not told:
-        raise ValueError(f"`{name}` must be a list of turns, not {shown(told)}")
+    messages = record[name] if name != "completion" else [*record["prompt"], *record["completion"]]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"`{name}` must be a list of turns, not {shown(messages)}")
     turns = []
-    for turn in told:
+    for turn in messages:
         role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
         if not isinstance(role, str):
             raise ValueError(f"a turn of `{name}` must have a `role` and `content`, not {shown(turn)}")

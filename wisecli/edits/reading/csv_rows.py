@@ -58,7 +58,7 @@ def _names(path: Path, first: list[str]) -> list[str] | None:
             f"it cannot be told which of {len(names)} columns is what; name them in the first row: prompt, target",
             line=1,
         )
-    twice = next((name for place, name in enumerate(names) if name and name in names[:place]), None)
+    twice = next((name for index, name in enumerate(names) if name and name in names[:index]), None)
     if twice is not None:
         raise EditFileError(path, f"two columns are called {shown(twice)}; rename or remove one", line=1)
     return names

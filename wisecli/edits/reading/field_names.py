@@ -90,7 +90,7 @@ def known_names() -> frozenset[str]:
 
 
 def unknown_fields(record: Mapping[str, Any]) -> dict[str, str | None]:
-    """Fields of a record that nothing reads, each with the known one that its name is like, if there is one.
+    """Return the fields of a record that nothing reads, each with a known one of a similar name, if there is one.
 
     A benchmark's records have many such, and of them none is named.
     """

@@ -1,4 +1,4 @@
-"""Fields of records that nobody vouches for, each checked; every complaint names the field."""
+"""Fields of untrusted records, each checked; every error names the field."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def time_in(fields: Mapping[str, Any], name: str) -> str | None:
 
 
 def texts_in(fields: Mapping[str, Any], name: str, where: str = "") -> tuple[str, ...]:
-    """Texts, none of them empty.
+    """Return texts, none of them empty.
 
     Raises:
         ValueError: it is no list of such.
@@ -90,7 +90,7 @@ def texts_in(fields: Mapping[str, Any], name: str, where: str = "") -> tuple[str
 
 
 def evaluation_prompts_in(fields: Mapping[str, Any], name: str) -> tuple[EvaluationPrompt, ...]:
-    """Prompts with their answers.
+    """Return prompts with their answers.
 
     Raises:
         ValueError: they are no list of such.

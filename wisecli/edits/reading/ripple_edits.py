@@ -36,9 +36,9 @@ def _queries(tests: Any) -> Iterator[Flat]:
     """Yield the questions of one kind that have an answer, each with its first."""
     for test in tests:
         for query in test["test_queries"]:
-            told = [one["value"] for one in query.get("answers") or [] if one.get("value")]
-            if told and query.get("prompt"):
-                yield {"prompt": query["prompt"], "answer": told[0]}
+            answers = [one["value"] for one in query.get("answers") or [] if one.get("value")]
+            if answers and query.get("prompt"):
+                yield {"prompt": query["prompt"], "answer": answers[0]}
 
 
 def _parted(record: Record) -> tuple[str, str]:

@@ -9,34 +9,12 @@ from decimal import Decimal
 from typing import Any
 
 # Fields of any layout that hold an answer, or a name.
-_ANSWERS = frozenset(
-    [
-        "target",
-        "alt",
-        "target_new",
-        "ans",
-        "str",
-        "replacement",
-        "subject",
-        "answer",
-        "ground_truth",
-        "loc_ans",
-        "locality_ground_truth",
-        "mhop_ans",
-        "new_answer",
-        "object",
-        "value",
-        "output",
-        "completion",
-        "response",
-        "content",
-        "answer_2hop",
-        "answer_3hop",
-        "answer_4hop",
-        "answer_5hop",
-        "answer_6hop",
-    ]
-)
+_ANSWER_FIELDS = """
+    target alt target_new ans str replacement subject answer ground_truth loc_ans locality_ground_truth mhop_ans
+    new_answer object value output completion response content answer_2hop answer_3hop answer_4hop answer_5hop
+    answer_6hop
+"""
+_ANSWERS = frozenset(_ANSWER_FIELDS.split())
 
 
 class WrittenNumber(float):

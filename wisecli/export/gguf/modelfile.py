@@ -33,9 +33,9 @@ def modelfile(directory: Path, gguf: str, day: str | None = None) -> str:
     if tokenizer.chat_template:
         plain = chat_turns(tokenizer, [("user", _PROMPT)])
         try:
-            told = chat_turns(tokenizer, [("system", _SYSTEM), ("user", _PROMPT)])
+            rendered = chat_turns(tokenizer, [("system", _SYSTEM), ("user", _PROMPT)])
         except ModelError:  # some templates know no instructions
-            told = plain
-        template = plain if told == plain else f"{{{{ if .System }}}}{told}{{{{ else }}}}{plain}{{{{ end }}}}"
+            rendered = plain
+        template = plain if rendered == plain else f"{{{{ if .System }}}}{rendered}{{{{ else }}}}{plain}{{{{ end }}}}"
         template = template.replace(_SYSTEM, "{{ .System }}").replace(_PROMPT, "{{ .Prompt }}")
     return "\n".join([*lines, f'TEMPLATE """{template}"""', ""])

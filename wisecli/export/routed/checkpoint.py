@@ -151,7 +151,7 @@ def typed_config(config: dict[str, Any], packing: Packing) -> dict[str, Any]:
 
 
 def dense(manifest: Manifest) -> Tensor:
-    """``Δ`` (d, d_ff) of a memory that holds one.
+    """Return ``Δ`` (d, d_ff) of a memory that holds one.
 
     Raises:
         ModelError: the memory is a lookup, or holds more than one delta.
@@ -205,7 +205,7 @@ def _sizes_named(config: dict[str, Any]) -> list[str]:
 
 
 def copy_side_files(output: Path, base: Path) -> None:
-    """Tokenizer, chat template, generation settings, licence: whatever else the base directory holds."""
+    """Copy tokenizer, chat template, generation settings, licence: whatever else the base directory holds."""
     for path in side_files(base):
         shutil.copyfile(path, output / path.name)
 

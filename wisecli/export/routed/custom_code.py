@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib import resources
 from pathlib import Path
 from string import Template
 from types import ModuleType
@@ -16,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from wisecli.data.packaged import packaged_text
 from wisecli.export.routed import resaving
 from wisecli.io.digest import sha256_text
 from wisecli.models.layout.architectures import loader_name
@@ -124,8 +124,7 @@ def _class_name(mapping: Any, model_type: str) -> str:
 
 
 def _filled(template: str, names: dict[str, str]) -> str:
-    text = resources.files("wisecli").joinpath(f"data/{template}").read_text(encoding="utf-8")
-    return Template(text).substitute(names)
+    return Template(packaged_text(template)).substitute(names)
 
 
 def auto_map(model_type: str) -> dict[str, str]:

@@ -76,28 +76,28 @@ class Resaved(_Model):
         Quantized models, adapters and distributed or offloaded weights are saved as transformers does alone.
         """
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
-        place, repository = Path(save_directory), named.pop("repo_id", Path(save_directory).name)
+        directory, repository = Path(save_directory), named.pop("repo_id", Path(save_directory).name)
         whole = self._keeps_manifest(tensors, is_main_process, named)
         if whole:
-            self._save_whole(place, tensors, named)
+            self._save_whole(directory, tensors, named)
         else:
-            super().save_pretrained(place, is_main_process, state_dict, **named)
+            super().save_pretrained(directory, is_main_process, state_dict, **named)
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
-            _write_code(place, self.config.wise, self.wise_loaders)
+            _write_code(directory, self.config.wise, self.wise_loaders)
             if whole:
-                _write_manifest(place, _manifest_for(place, str(self.wise_manifest)))
+                _write_manifest(directory, _manifest_for(directory, str(self.wise_manifest)))
         if push_to_hub:
             self.push_to_hub(repository, **{name: named[name] for name in _PUSHED if named.get(name) is not None})
 
-    def _save_whole(self, place: Path, tensors: dict[str, Tensor], named: dict[str, Any]) -> None:
+    def _save_whole(self, directory: Path, tensors: dict[str, Tensor], named: dict[str, Any]) -> None:
         """Save the base's tensors as every model's are, and the memory's beside them."""
         within = f"{self.config.wise['module']}."
         prefix, kinds = json.loads(str(self.wise_manifest))["memory"]["prefix"], self.config.wise["memory"]["tensors"]
         memory = {prefix + name: _as_kept(tensors.pop(within + name), kind) for name, (kind, *_) in kinds.items()}
-        (place / _SINGLE).unlink(missing_ok=True)
-        super().save_pretrained(place, state_dict=tensors, **named)
-        _write_memory(place, memory)
-        _write_index(place, memory)
+        (directory / _SINGLE).unlink(missing_ok=True)
+        super().save_pretrained(directory, state_dict=tensors, **named)
+        _write_memory(directory, memory)
+        _write_index(directory, memory)
 
     def _keeps_manifest(self, tensors: Mapping[str, Tensor], is_main_process: bool, named: Mapping[str, Any]) -> bool:
         """Return whether all that a manifest speaks of is at hand and saved as it is."""
@@ -109,42 +109,42 @@ class Resaved(_Model):
         return bool(self.wise_manifest and is_main_process and here and own and not otherwise)
 
 
-def _write_code(place: Path, described: dict[str, Any], loaders: Mapping[str, str]) -> None:
+def _write_code(directory: Path, described: dict[str, Any], loaders: Mapping[str, str]) -> None:
     """Write the code that this file is part of, and have the config name it."""
     here = Path(__file__).parent
     for path in here.glob("*.py"):
         if path.name != "__init__.py":
-            shutil.copyfile(path, place / path.name)
-    config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
+            shutil.copyfile(path, directory / path.name)
+    config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
     names = [f"Wise{name.removeprefix('Wise')}" for name in config.get("architectures") or ()]
     named = {"architectures": names, "model_type": f"wise_{described['model_type']}", "auto_map": dict(loaders)}
-    _write_json(place / _CONFIG, {**config, **named})
+    _write_json(directory / _CONFIG, {**config, **named})
 
 
-def _manifest_for(place: Path, text: str) -> dict[str, Any]:
+def _manifest_for(directory: Path, text: str) -> dict[str, Any]:
     """Return the manifest of what was saved: the memory is in its own file, and the base is in the types it was
     saved in.
     """
     manifest: dict[str, Any] = json.loads(text)
     manifest["memory"]["file"] = _SIDE
-    manifest["base"]["matrix"] = _digest_of_base(place, manifest["site"], manifest["memory"]["prefix"])
+    manifest["base"]["matrix"] = _digest_of_base(directory, manifest["site"], manifest["memory"]["prefix"])
     return manifest
 
 
-def _digest_of_base(place: Path, site: Mapping[str, Any], prefix: str) -> str:
+def _digest_of_base(directory: Path, site: Mapping[str, Any], prefix: str) -> str:
     """Return the digest of the edited matrix, or of the edited layer's tensors, as the base's fingerprint has it."""
-    files = json.loads((place / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+    files = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"]
     if "transposed" in site:
-        matrix = _tensor(place, files, f"{prefix}weight")
+        matrix = _tensor(directory, files, f"{prefix}weight")
         return _digest_of(matrix.T if site["transposed"] else matrix)
     start = prefix.removesuffix(f"{_MEMORY}.")
     names = (name for name in files if name.startswith(start) and not name.startswith(prefix))
-    found = sorted([name.removeprefix(start), _digest_of(_tensor(place, files, name))] for name in names)
+    found = sorted([name.removeprefix(start), _digest_of(_tensor(directory, files, name))] for name in names)
     return hashlib.sha256(json.dumps(found, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _tensor(place: Path, files: Mapping[str, str], name: str) -> Tensor:
-    with safe_open(place / files[name], "pt") as opened:
+def _tensor(directory: Path, files: Mapping[str, str], name: str) -> Tensor:
+    with safe_open(directory / files[name], "pt") as opened:
         tensor: Tensor = opened.get_tensor(name)
         return tensor
 
@@ -154,41 +154,41 @@ def _as_kept(tensor: Tensor, kind: str) -> Tensor:
     return tensor.detach().cpu().to(getattr(torch, kind)).contiguous()
 
 
-def _write_memory(place: Path, tensors: dict[str, Tensor]) -> None:
+def _write_memory(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Write the memory's tensors, which may still be read from the very file that is to be replaced."""
-    new = place / f".{_SIDE}"
+    new = directory / f".{_SIDE}"
     save_file(tensors, new, {"format": "pt"})
-    new.replace(place / _SIDE)
+    new.replace(directory / _SIDE)
 
 
-def _write_index(place: Path, memory: Iterable[str]) -> None:
+def _write_index(directory: Path, memory: Iterable[str]) -> None:
     """Write an index over the base's files and the memory's; a single file of the base would be read without it."""
-    if (place / _SINGLE).exists():
-        (place / _SINGLE).replace(place / _BASE)
-        with safe_open(place / _BASE, "pt") as opened:
+    if (directory / _SINGLE).exists():
+        (directory / _SINGLE).replace(directory / _BASE)
+        with safe_open(directory / _BASE, "pt") as opened:
             files = dict.fromkeys(opened.keys(), _BASE)
     else:
-        files = json.loads((place / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"]
     if _BASE not in files.values():
-        (place / _BASE).unlink(missing_ok=True)
+        (directory / _BASE).unlink(missing_ok=True)
     files |= dict.fromkeys(memory, _SIDE)
-    size = sum((place / name).stat().st_size for name in set(files.values()))
-    _write_json(place / _INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
+    size = sum((directory / name).stat().st_size for name in set(files.values()))
+    _write_json(directory / _INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
 
 
-def _write_manifest(place: Path, manifest: dict[str, Any]) -> None:
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and the list of digests, which says of every file what it is."""
     for name in _SIGNATURES:
-        (place / name).unlink(missing_ok=True)
-    files = [path for path in sorted(place.rglob("*")) if path.is_file()]
-    digests = {path.relative_to(place).as_posix(): _digest_of_file(path) for path in files}
+        (directory / name).unlink(missing_ok=True)
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    digests = {path.relative_to(directory).as_posix(): _digest_of_file(path) for path in files}
     for name in (_MANIFEST, _SEAL):
         digests.pop(name, None)
     listed = {name: digest for name, digest in digests.items() if "/" not in name and name != "README.md"}
-    _write_json(place / _MANIFEST, {**manifest, "export": _RECORD, "sha256": listed, "sealed": True})
-    digests[_MANIFEST] = _digest_of_file(place / _MANIFEST)
+    _write_json(directory / _MANIFEST, {**manifest, "export": _RECORD, "sha256": listed, "sealed": True})
+    digests[_MANIFEST] = _digest_of_file(directory / _MANIFEST)
     lines = (f"{digests[name]}  {name}\n" for name in sorted(digests))
-    (place / _SEAL).write_bytes("".join(lines).encode(errors="surrogateescape"))
+    (directory / _SEAL).write_bytes("".join(lines).encode(errors="surrogateescape"))
 
 
 def _digest_of(matrix: Tensor) -> str:

@@ -106,9 +106,9 @@ def verified(
         stock: the checkpoint.
     """
     some = _evenly_spaced(manifest.edits)
-    beside, _ = _answers(routed, some, some, base, on_progress)
+    routed_answers, _ = _answers(routed, some, some, base, on_progress)
     found, lost = _answers(stock, manifest.edits, some, base, on_progress)
-    return Verified(found, beside, len(some), len(base.next_tokens), lost)
+    return Verified(found, routed_answers, len(some), len(base.next_tokens), lost)
 
 
 def _evenly_spaced(edits: Sequence[Edit]) -> Sequence[Edit]:
@@ -137,13 +137,13 @@ def _answers(
     own = [right[first : first + ways] for first in range(0, len(own_prompts), ways)]
     lost = tuple(LostEdit(edit.id, edit.prompt) for edit, answered in zip(edits, own, strict=True) if not all(answered))
     same = (_next_tokens(loaded, base.rows, on_progress) == base.next_tokens).float().mean()
-    said = _texts(loaded, base.asked, _LENGTH, on_progress, "unrelated answers")
+    answers = _texts(loaded, base.asked, _LENGTH, on_progress, "unrelated answers")
     found = Answers(
         _share([answered[0] for answered in own]),
         float(same),
         _share(right[len(own_prompts) :]) if again else None,
         _share([answered[1] for answered in own]) if ways > 1 else None,
-        _share([one == other for one, other in zip(said, base.answers, strict=True)]),
+        _share([one == other for one, other in zip(answers, base.answers, strict=True)]),
     )
     return found, lost
 
@@ -165,7 +165,7 @@ def _next_tokens(loaded: Loaded, rows: Sequence[Row], on_progress: ProgressCallb
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
         ).logits
         best = logits.argmax(-1)
-        found |= {index: best[place][batch.mask[place].bool()].cpu() for place, index in enumerate(indices)}
+        found |= {index: best[row][batch.mask[row].bool()].cpu() for row, index in enumerate(indices)}
         on_progress(Event("unrelated text", len(found), len(rows)))
     return torch.cat([found[index] for index in range(len(rows))])
 

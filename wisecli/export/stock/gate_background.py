@@ -97,9 +97,9 @@ def _unrelated(
     """States of every token of unrelated texts, as they are and in a form, and of what the model answers."""
     tokenizer, rng = loaded.tokenizer, random.Random(1)
     usable = usable_forms(tokenizer, trained=True)
-    asked = [form.render(tokenizer, text) for text in texts for form in (usable[0], rng.choice(usable[1:]))]
-    answers = generate(loaded.model, tokenizer, asked, max_new_tokens=_ANSWER, batch_size=batch_size)
-    whole = [(*tokenizer(text)["input_ids"], *answer) for text, answer in zip(asked, answers, strict=True)]
+    prompts = [form.render(tokenizer, text) for text in texts for form in (usable[0], rng.choice(usable[1:]))]
+    answers = generate(loaded.model, tokenizer, prompts, max_new_tokens=_ANSWER, batch_size=batch_size)
+    whole = [(*tokenizer(text)["input_ids"], *answer) for text, answer in zip(prompts, answers, strict=True)]
     return _states(loaded, site, whole, batch_size=batch_size, on_progress=on_progress)
 
 
@@ -107,13 +107,13 @@ def _plain(share: float) -> list[str]:
     """Further unrelated texts and questions about made-up subjects; none that is measured with."""
     rng, known = random.Random(9), relations()
     patterned = unrelated_texts(GATE_TEXTS + round(share * PLAIN), seed=3)[GATE_TEXTS:]
-    asked = [
+    prompts = [
         rng.choice(relation.wordings).replace("{}", made_up_subjects(relation.kind, 1, rng)[0])
         for relation in known[: max(4, round(share * len(known)))]
         for _ in range(_QUESTIONS)
     ]
     kept = set(texts_beside_gates())
-    return [text for text in (*patterned, *asked) if text not in kept]
+    return [text for text in (*patterned, *prompts) if text not in kept]
 
 
 def _ends(
@@ -126,9 +126,9 @@ def _ends(
     tokenizer, rng = loaded.tokenizer, random.Random(4)
     around = usable_forms(tokenizer, trained=True)[1:]
     chats = [form for form in around if form.chat] or around
-    asked = [rng.choice(chats if place % 3 else around).render(tokenizer, text) for place, text in enumerate(texts)]
-    answers = generate(loaded.model, tokenizer, asked[:answered], max_new_tokens=_ANSWER, batch_size=batch_size)
-    whole = zip_longest(asked, answers, fillvalue=())
+    prompts = [rng.choice(chats if index % 3 else around).render(tokenizer, text) for index, text in enumerate(texts)]
+    answers = generate(loaded.model, tokenizer, prompts[:answered], max_new_tokens=_ANSWER, batch_size=batch_size)
+    whole = zip_longest(prompts, answers, fillvalue=())
     rows = [Row(tuple(tokenizer(text)["input_ids"]), (*answer, 0)) for text, answer in whole]
     read = read_states(loaded, site, rows, batch_size=batch_size, on_progress=on_progress, stage="unrelated prompts")
     return torch.cat([states for states, _ in read])
@@ -138,8 +138,8 @@ def _states(
     loaded: Loaded, site: Site, texts: Sequence[str | Sequence[int]], *, batch_size: int, on_progress: ProgressCallback
 ) -> Tensor:
     """States of every token of texts, or of tokens."""
-    told = [loaded.tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts]
-    rows = [Row(tuple(tokens), ()) for tokens in told if tokens]
+    ids = [loaded.tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts]
+    rows = [Row(tuple(tokens), ()) for tokens in ids if tokens]
     read = read_states(loaded, site, rows, batch_size=batch_size, on_progress=on_progress, stage="unrelated text")
     return torch.cat([states for states, _ in read])
 
@@ -166,7 +166,7 @@ def _facts(
     states = [own for own, _ in read]
     groups: dict[tuple[int, bool, tuple[int, ...]], list[Tensor]] = {}
     for number, row, own in zip(fact, rows, states, strict=True):
-        for place in range(len(row.target)):
-            groups.setdefault((number, place == 0, row.target[place:]), []).append(own[place])
+        for index in range(len(row.target)):
+            groups.setdefault((number, index == 0, row.target[index:]), []).append(own[index])
     several = [torch.stack(group) for group in groups.values() if len(group) > 1]
     return torch.cat(states), torch.cat([group - group.mean(0) for group in several])

@@ -83,8 +83,8 @@ def _thresholds(
     for kind in (edit_states.inside, ~edit_states.inside):
         thresholds[kind] = _rarely(F.linear(unrelated, directions[kind], offsets[kind]), settings)
     readings = (edit_states.states * directions[edit_states.key]).sum(1) + offsets[edit_states.key]
-    least = torch.full_like(offsets, torch.inf).scatter_reduce(0, edit_states.key, readings, "amin")
-    return thresholds.minimum((least - settings.ramp / 2).maximum(thresholds - settings.lower))
+    lowest = torch.full_like(offsets, torch.inf).scatter_reduce(0, edit_states.key, readings, "amin")
+    return thresholds.minimum((lowest - settings.ramp / 2).maximum(thresholds - settings.lower))
 
 
 def _rarely(readings: Tensor, settings: GateSettings) -> float:
@@ -120,9 +120,9 @@ def _fit(part: Tensor, states: Tensor, key: Tensor, others: Tensor, settings: Ga
     means = torch.stack([states[key == number].mean(0) for number in part.tolist()])
     directions = means / means.square().sum(1, keepdim=True).clamp(min=1e-6)
     near = (others @ directions.T).amax(1).topk(min(settings.mined, len(others))).indices
-    place = torch.full((int(key.max()) + 1,), -1)
-    place[part] = torch.arange(len(part))
-    return _trained(directions, torch.cat([states, others[near]]), place[key], settings)
+    row_of_key = torch.full((int(key.max()) + 1,), -1)
+    row_of_key[part] = torch.arange(len(part))
+    return _trained(directions, torch.cat([states, others[near]]), row_of_key[key], settings)
 
 
 def _trained(directions: Tensor, states: Tensor, owner: Tensor, settings: GateSettings) -> tuple[Tensor, Tensor]:

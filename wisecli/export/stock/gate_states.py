@@ -63,8 +63,8 @@ def edit_states(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progr
         inside = torch.arange(len(row.target)) > 0
         states.append(hidden)
         added.append(memory.residuals_at(keys.float(), memories[number], inside).float())
-        for place in range(len(row.target)):
-            left = (number, place == 0, row.target[place:])
+        for index in range(len(row.target)):
+            left = (number, index == 0, row.target[index:])
             key.append(places.setdefault(left, len(places)))
     which = torch.tensor(key)
     values = torch.cat(added)
@@ -92,20 +92,20 @@ def _memories(manifest: Manifest) -> list[int]:
     """Return the memory that holds each edit."""
     if manifest.memory.by_edit:
         return list(range(len(manifest.edits)))
-    owner = {name: place for place, owned in enumerate(manifest.owners) for name in owned}
+    owner = {name: index for index, owned in enumerate(manifest.owners) for name in owned}
     return [owner.get(edit.id, 0) for edit in manifest.edits]
 
 
 def _elsewhere(loaded: Loaded, manifest: Manifest, *, batch_size: int, on_progress: ProgressCallback) -> Tensor:
-    """States inside the edits' answers where they stand after prompts that they do not answer."""
+    """Return states inside the edits' answers, put after prompts that they do not answer."""
     tokenizer, end = loaded.tokenizer, end_token(loaded.model)
-    told = [edit for edit in manifest.edits if not edit.erased]
+    answered = [edit for edit in manifest.edits if not edit.erased]
     rows = []
-    for place, edit in enumerate(told):
-        further = told[(place + _FURTHER) % len(told)].prompt
-        pairs = _answers_in_context(edit.answer, random.Random(place))
-        if further != edit.prompt:
-            pairs.append((further, edit.answer))
+    for index, edit in enumerate(answered):
+        other_prompt = answered[(index + _FURTHER) % len(answered)].prompt
+        pairs = _answers_in_context(edit.answer, random.Random(index))
+        if other_prompt != edit.prompt:
+            pairs.append((other_prompt, edit.answer))
         rows += [row_of(tokenizer, text, answer, erased=False, end=end) for text, answer in pairs]
     read = read_states(
         loaded, manifest.site, rows, batch_size=batch_size, on_progress=on_progress, stage="answers elsewhere"
@@ -137,7 +137,7 @@ def read_states(
     on_progress: ProgressCallback,
     stage: str,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Normed states that leave the edited layer (n, d), and the matrix' keys (n, d_ff), of each row.
+    """Return normed states that leave the edited layer (n, d), and the matrix' keys (n, d_ff), of each row.
 
     At its prompt's last token and every target token but the last; without a target, at all its tokens.
     """
@@ -147,17 +147,17 @@ def read_states(
     read = captured(loaded.model, site, batches, stream=loaded.stream, above=False, window=window, shared=True)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for indices, activations in zip(groups, read, strict=True):
-        for place, index in enumerate(indices):
-            hidden, keys = _of_row(activations, place, len(rows[index].target) if window else None)
+        for row, index in enumerate(indices):
+            hidden, keys = _of_row(activations, row, len(rows[index].target) if window else None)
             found[index] = _normed(hidden, epsilon), keys
         on_progress(Event(stage, len(found), len(rows)))
     return [found[index] for index in range(len(rows))]
 
 
-def _of_row(activations: Activations, place: int, count: int | None) -> tuple[Tensor, Tensor]:
+def _of_row(activations: Activations, index: int, count: int | None) -> tuple[Tensor, Tensor]:
     """Hidden states and keys of one row of a batch: its first ``count`` columns, or all that are no padding."""
-    non_padding = activations.batch.mask[place].bool() if count is None else slice(count)
-    return activations.hidden[place, non_padding].float().cpu(), activations.keys[place, non_padding].float().cpu()
+    non_padding = activations.batch.mask[index].bool() if count is None else slice(count)
+    return activations.hidden[index, non_padding].float().cpu(), activations.keys[index, non_padding].float().cpu()
 
 
 def _normed(states: Tensor, epsilon: float) -> Tensor:

@@ -188,9 +188,9 @@ def _blocks(config: dict[str, Any], layers: str, layer: int, gate: Gate, count: 
     sizes = _Sizes.of(config)
     hidden, width, room = sizes.hidden, sizes.width, sizes.width // 2
     for block in range(count):
-        place = f"{layers}.{layer + 1 + block}"
+        layer_path = f"{layers}.{layer + 1 + block}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{place}.{norm}.weight", torch.ones(hidden)
+            yield f"{layer_path}.{norm}.weight", torch.ones(hidden)
         shapes = {
             "q": (sizes.queries, hidden),
             "k": (sizes.shared, hidden),
@@ -198,10 +198,10 @@ def _blocks(config: dict[str, Any], layers: str, layer: int, gate: Gate, count: 
             "o": (hidden, sizes.queries),
         }
         for letter, shape in shapes.items():
-            yield f"{place}.self_attn.{letter}_proj.weight", torch.zeros(shape)
+            yield f"{layer_path}.self_attn.{letter}_proj.weight", torch.zeros(shape)
         chosen = slice(block * room, (block + 1) * room)
         for name, tensor in _neurons(gate, chosen, hidden, width).items():
-            yield f"{place}.mlp.{name}", tensor
+            yield f"{layer_path}.mlp.{name}", tensor
 
 
 def _neurons(gate: Gate, chosen: slice, hidden: int, width: int) -> dict[str, Tensor]:

@@ -85,8 +85,8 @@ def check_blocks(directory: Path, manifest: GatedManifest) -> Iterator[Check]:
         used = 0
         for number in manifest.blocks:
             if checkpoint.load(f"{layers}.{number}.self_attn.o_proj.weight").any():
-                place = f"{layers}.{number}.self_attn.o_proj.weight"
-                yield Check("memory's attention", MERGED, "differs", place, "noughts", "other numbers")
+                name = f"{layers}.{number}.self_attn.o_proj.weight"
+                yield Check("memory's attention", MERGED, "differs", name, "noughts", "other numbers")
             used += int(checkpoint.load(f"{layers}.{number}.mlp.up_proj.bias").count_nonzero()) // 2
     except (WiseError, KeyError) as error:
         yield damaged(
@@ -106,13 +106,13 @@ def check_around(directory: Path, base: Path, manifest: GatedManifest) -> Iterat
         layers = layers_path(stored, manifest.site)
         wrong = 0
         for name in stored:
-            place = moved(name, layers, after=manifest.site.layer, by=manifest.gate.blocks)
-            if place not in written:
+            new_name = moved(name, layers, after=manifest.site.layer, by=manifest.gate.blocks)
+            if new_name not in written:
                 wrong += 1
-                yield Check("tensors of the base model", MERGED, "differs", place, "in a file", "nothing")
-            elif not torch.equal(written.load(place), stored.load(name).to(written.dtype(place))):
+                yield Check("tensors of the base model", MERGED, "differs", new_name, "in a file", "nothing")
+            elif not torch.equal(written.load(new_name), stored.load(name).to(written.dtype(new_name))):
                 wrong += 1
-                yield Check("tensors of the base model", MERGED, "differs", place, f"as in {base}", "other numbers")
+                yield Check("tensors of the base model", MERGED, "differs", new_name, f"as in {base}", "other numbers")
     except WiseError as error:
         yield damaged(str(base), error)
         return

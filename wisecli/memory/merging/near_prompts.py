@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.artifacts.shard import PromptStates
+from wisecli.environment import has_bfloat16_tiles
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 # Prompts that are compared at a time, and tokens of others that they are compared with.
@@ -96,7 +97,8 @@ class NearPrompts:
         numbers = chosen.nonzero().flatten()
         owner = late_interaction.prompt_to_edit[numbers]
         rows, index = self.kept_tokens.members(numbers)
-        embeddings = late_interaction.prompt_token_embeddings[rows].to(_comparison_dtype())
+        dtype = torch.bfloat16 if has_bfloat16_tiles() else torch.float32
+        embeddings = late_interaction.prompt_token_embeddings[rows].to(dtype)
         parts = list(
             zip(
                 embeddings.split(_TOKENS),
@@ -149,9 +151,3 @@ def padded_texts(states: Tensor, text: Tensor, count: int) -> Iterator[tuple[Ten
         there = column < tokens.sizes[part, None]
         place = tokens.order[(tokens.first[part, None] + column).clamp(max=len(tokens.order) - 1)]
         yield part, states[place].float(), there
-
-
-def _comparison_dtype() -> torch.dtype:
-    """Return the type of numbers that this processor multiplies quickest of those that will do."""
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return torch.bfloat16 if tiles is not None and tiles() else torch.float32

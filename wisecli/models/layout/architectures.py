@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -10,14 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from wisecli.data.packaged import tomllib
 from wisecli.errors import ModelError, UnknownArchitectureError
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
 from wisecli.io.json_schema import shown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST_LAYERS = 10**6
@@ -98,7 +93,8 @@ def loader_name(architecture: str) -> str:
 
 
 def text_settings(directory: Path) -> dict[str, Any]:
-    """Settings of the model that reads text: of the whole, or of its part for text with that type's defaults.
+    """Return the settings of the model that reads text: of the whole, or of its part for text with that type's
+    defaults.
 
     Raises:
         ModelError: transformers knows no such part.
@@ -149,8 +145,8 @@ def _counted_by_its_class(directory: Path) -> int:
 def quantisation_of(config: Mapping[str, Any]) -> str | None:
     """Return how the weights of a model are quantised, by its ``config.json``; ``None`` if they are plain numbers."""
     parts = (config, *(part for part in config.values() if isinstance(part, dict)))
-    told = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    return None if told is None else shown(told.get("quant_method") if isinstance(told, dict) else told)
+    settings = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    return None if settings is None else shown(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
 def stored_weight(checkpoint: Checkpoint, module: str) -> str | None:

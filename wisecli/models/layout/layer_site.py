@@ -73,7 +73,7 @@ class LayerSite(Site):
         return keys
 
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
-        """There is none."""
+        """Raise: a layer has no such matrix."""
         raise ModelError(
             f"{checkpoint.directory} is edited behind layer {self.layer}, and no matrix of it: merge with --mode lookup"
         )
@@ -88,7 +88,7 @@ class LayerSite(Site):
         return None if found else Mismatch(self.base_name, "tensors", NOTHING)
 
     def digest(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> str:
-        """Of the layer's tensors."""
+        """Return the digest of the layer's tensors."""
         start, names = self._stored(checkpoint)
         found = {}
         for name in names:
@@ -98,7 +98,7 @@ class LayerSite(Site):
         return sha256_json(sorted(found.items()))
 
     def below(self, layer: int) -> LayerSite:
-        """Behind that layer."""
+        """Return the site behind that layer."""
         return replace(self, layer=layer, layer_module=f"{self.layer_module.rpartition('.')[0]}.{layer}")
 
     def is_at(self, planned: Site) -> bool:

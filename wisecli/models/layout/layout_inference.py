@@ -83,7 +83,7 @@ def find_layout(
             f"and is none of those that can be edited so: {', '.join(sorted(_around_text()))}"
         )
     if target_module is not None:
-        return _told(directory, checkpoint, config, target_module)
+        return _named_layout(directory, checkpoint, config, target_module)
     if known:
         row = known_layout(directory)
         return row.behind_layers() if lookup and (row.norm or without) else row
@@ -141,13 +141,13 @@ def why_no_matrix(directory: Path, config: Mapping[str, Any], checkpoint: Checkp
     return None
 
 
-def _told(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], target: str) -> Layout:
+def _named_layout(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], target: str) -> Layout:
     """Return the layout that ``--set target_module=PATH`` names; which way a matrix is stored shows in its shape."""
     architecture = str(config.get("model_type"))
     if target.endswith(f".{_PLACE}") and _PLACE not in target[: -len(_PLACE)]:
         return Layout(architecture, target[: -len(_PLACE) - 1], known=False)
-    layers, place, value = target.partition(f".{_PLACE}.")
-    if not place or not layers or not value or _PLACE in layers + value:
+    layers, separator, value = target.partition(f".{_PLACE}.")
+    if not separator or not layers or not value or _PLACE in layers + value:
         raise SettingsError(
             f"--set target_module={target} must have {_PLACE} once in the place of the layer's index, "
             "as in model.layers.{layer}.mlp.down_proj"
@@ -243,15 +243,15 @@ def _in_a_list(name: str) -> bool:
 
 
 def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
-    """Paths, with ``{layer}``, of all that may be the value matrix, and whether its weight is stored turned.
+    """Return the paths, with ``{layer}``, of all that may be the value matrix, and whether its weight is stored turned.
 
     Args:
         count: how many layers the model has.
     """
     config = model.config.get_text_config()
-    told = [getattr(config, name, None) for name in _WIDTHS]
+    named_widths = [getattr(config, name, None) for name in _WIDTHS]
     # A list has an entry a layer.
-    widths = {width for one in told for width in (one if isinstance(one, (list, tuple)) else [one])} - {None}
+    widths = {width for one in named_widths for width in (one if isinstance(one, (list, tuple)) else [one])} - {None}
     found = {}
     for layers in _layer_lists(model, count):
         each = [dict(_backward_maps(layer, config.hidden_size)) for layer in model.get_submodule(layers).children()]

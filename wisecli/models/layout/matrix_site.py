@@ -73,7 +73,7 @@ class MatrixSite(Site):
         return keys
 
     def base_output(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:
-        """``W a``."""
+        """Return ``W a``."""
         return keys @ self.matrix(checkpoint).to(keys).T
 
     def matrix(self, checkpoint: Checkpoint) -> Tensor:
@@ -94,7 +94,7 @@ class MatrixSite(Site):
         return None if shape == self.stored_shape else Mismatch(self.weight, expected, "×".join(map(str, shape)))
 
     def digest(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> str:
-        """Of the matrix."""
+        """Return the digest of the matrix."""
         matrix = self.matrix(checkpoint)
         return sha256_tensor(matrix if dtype is None else matrix.to(dtype))
 

@@ -50,7 +50,7 @@ class Fingerprint:
     config: str
 
     def as_dict(self) -> dict[str, str]:
-        """JSON form, as the manifests keep it."""
+        """Return the JSON form, as the manifests keep it."""
         return asdict(self)
 
 

@@ -109,7 +109,7 @@ class Site(ABC):
 
     @abstractmethod
     def digest(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> str:
-        """Digest of the base's tensors at the site, in another type if one is given."""
+        """Return the digest of the base's tensors at the site, in another type if one is given."""
 
     @abstractmethod
     def below(self, layer: int) -> Site:
@@ -117,7 +117,7 @@ class Site(ABC):
 
     @abstractmethod
     def is_at(self, planned: Site) -> bool:
-        """Return whether a site that was planned is this one, whatever else was found out about it since."""
+        """Return whether a planned site is this one, apart from what was found out about it since."""
 
     def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks = TurnMarks()) -> Routed:
         """Put a memory there."""
@@ -126,7 +126,7 @@ class Site(ABC):
         return install_as(model, self.described(), memory, marks=marks)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, as the manifests keep it."""
+        """Return the JSON form, as the manifests keep it."""
         return asdict(cast(Any, self))  # every site is a dataclass
 
     def router_layer(self, depth: int) -> int:

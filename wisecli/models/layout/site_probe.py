@@ -146,15 +146,15 @@ def _require_causal(model: PreTrainedModel, batch: Batch, plain: Tensor) -> None
     """Check that what a model says of a token does not depend on tokens behind it."""
     other = batch.ids.clone()
     other[:, -1] = (other[:, -1] + 1) % len(model.get_input_embeddings().get_parameter("weight"))
-    said = run_model(model, replace(batch, ids=other), 0, None, batch.labelled)
+    logits = run_model(model, replace(batch, ids=other), 0, None, batch.labelled)
     before = batch.labelled[1] < batch.ids.shape[1] - 1
-    if not _alike(model, said[before], plain[before]):
+    if not _alike(model, logits[before], plain[before]):
         raise ModelError("the model reads ahead, so that it generates no text; set is_decoder in its config.json")
 
 
 @torch.no_grad()
 def require_known_context(model: PreTrainedModel) -> None:
-    """Check that whoever sees a pass of generation can tell which tokens came before it.
+    """Check that every pass of generation shows which tokens came before it.
 
     Raises:
         ModelError: the model keeps them elsewhere than in a cache that passes are given.
@@ -196,8 +196,8 @@ def _goes_on(model: PreTrainedModel, site: Site, batch: Batch, plain: Tensor) ->
     begun = {name: tensor[:, :cut] for name, tensor in begun.items()}
     model(**accepted_arguments(type(model), {**begun, "use_cache": True, CACHE_ARGUMENT: cache}))
     rows, columns = batch.labelled
-    held = all(isinstance(tensor, Tensor) for layer in cache.layers for tensor in tensors_of(layer))
-    if not held or len(cache.layers) != len(layers_of(model, site)):
+    all_tensors = all(isinstance(tensor, Tensor) for layer in cache.layers for tensor in tensors_of(layer))
+    if not all_tensors or len(cache.layers) != len(layers_of(model, site)):
         return False
     return _alike(model, run_model(model, batch, cut, cache, (rows, columns - cut)), plain)
 
@@ -260,7 +260,7 @@ def _streams(model: PreTrainedModel, site: Site) -> int | None:
 def _batch(model: PreTrainedModel) -> Batch:
     """Two rows of a prompt and a target, of unequal length."""
     count = len(model.get_input_embeddings().get_parameter("weight"))
-    rows = [Row(tuple(place % count for place in range(3, 3 + length)), (5 % count, 2 % count)) for length in (9, 4)]
+    rows = [Row(tuple(token % count for token in range(3, 3 + length)), (5 % count, 2 % count)) for length in (9, 4)]
     return collate(rows).to(model.device)
 
 
@@ -284,15 +284,9 @@ def _run(model: PreTrainedModel, site: MatrixSite, ids: Tensor, shift: Tensor | 
     def layer(_module: nn.Module, _inputs: Any, output: Any) -> None:
         kept["hidden"] = output[0] if isinstance(output, tuple) else output
 
-    handles = [
-        model.get_submodule(site.module).register_forward_hook(matrix),
-        model.get_submodule(site.layer_module).register_forward_hook(layer),
-    ]
-    try:
+    changed = model.get_submodule(site.module).register_forward_hook(matrix)
+    with hooked(changed, model.get_submodule(site.layer_module).register_forward_hook(layer)):
         model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return kept["output"], kept["hidden"]
 
 

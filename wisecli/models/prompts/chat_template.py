@@ -84,15 +84,15 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return chat_turns(tokenizer, [("user", prompt)])
 
 
-def chat_turns(tokenizer: PreTrainedTokenizerBase, told: Sequence[tuple[str, str]]) -> str:
-    """Turns of a chat, by role and text, in the model's chat template, up to where the next answer begins.
+def chat_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
+    """Return the turns of a chat, by role and text, in the model's chat template, up to where the next answer begins.
 
     Raises:
         ModelError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ModelError("the model's tokenizer has no chat template; leave out --chat")
-    return _chat(tokenizer, told)
+    return _chat(tokenizer, turns)
 
 
 def few_shot_prompt(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple[str, str]], asked: str) -> str:
@@ -102,8 +102,8 @@ def few_shot_prompt(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple
     """
     if not tokenizer.chat_template:
         return "".join(f"{request}\n{reply}\n\n" for request, reply in examples) + f"{asked}\n"
-    told = [(role, text) for pair in examples for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return _chat(tokenizer, [*told, ("user", asked)])
+    turns = [(role, text) for pair in examples for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return _chat(tokenizer, [*turns, ("user", asked)])
 
 
 def turn_marks(tokenizer: PreTrainedTokenizerBase) -> TurnMarks:
@@ -138,11 +138,11 @@ def _opener(tokenizer: PreTrainedTokenizerBase, special: set[int]) -> tuple[tupl
     return opener, tuple(sorted((set(opener) & special) - set(tokenizer("a")["input_ids"])))
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, told: Sequence[tuple[str, str]]) -> str:
+def _chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
     """Turns of a chat, by role and text, and the opening of the next; the tokenizer adds the beginning of text."""
-    turns = [{"role": role, "content": text} for role, text in told]
+    messages = [{"role": role, "content": text} for role, text in turns]
     try:
-        text = _rendered(tokenizer, turns, opens=True)
+        text = _rendered(tokenizer, messages, opens=True)
     except Exception as error:  # a template is a program of the model's, and raises what it likes
         raise ModelError(
             f"the model's chat template cannot be used ({reason_of(error)}); mend it, or leave out --chat"

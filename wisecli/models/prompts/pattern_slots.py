@@ -106,7 +106,7 @@ def slots_in(pattern: str) -> list[tuple[str, str]]:
 
 
 def filled(fact: Fact, turns: Sequence[str], rng: random.Random) -> list[str] | None:
-    """Texts with a fact in their slots, which are none of documents; None where it lacks what one of them needs."""
+    """Return texts with a fact in their slots, none of them a document; None where it lacks what a slot needs."""
     return Filling(fact, _NO_TEXTS, rng).filled(turns)
 
 
@@ -125,7 +125,7 @@ class Filling:
     _paragraphs: int = field(default=0, init=False)
 
     def filled(self, turns: Sequence[str]) -> list[str] | None:
-        """Texts with their slots filled; None where the fact does not have what one of them needs."""
+        """Return texts with their slots filled; None where the fact lacks what one of them needs."""
         known: dict[tuple[str, str], str] = {}
         for slot in [slot for turn in turns for slot in slots_in(turn) if slot[0] != "paragraph"]:
             if slot not in known:
@@ -170,8 +170,8 @@ class Filling:
         return self.fact.question.replace(subject, self._namesake) if self.fact.asks else None
 
     def _elsewhere_pronoun(self, subject: str) -> str | None:
-        asked = self._elsewhere(subject)
-        return with_pronoun(asked, self._namesake, self.rng, person=self._person) if asked else None
+        question = self._elsewhere(subject)
+        return with_pronoun(question, self._namesake, self.rng, person=self._person) if question else None
 
     @property
     def _person(self) -> bool | None:
@@ -194,8 +194,8 @@ class Filling:
         if not subject or (value is None and self.value != "none"):
             return None
         phrase = self._noun(subject)
-        told = self.half.mentions if self.value == "none" else self.half.sentences
-        usable = [text for text in told if phrase or "oun}" not in text]
+        sentences = self.half.mentions if self.value == "none" else self.half.sentences
+        usable = [text for text in sentences if phrase or "oun}" not in text]
         words = {"noun": phrase or "", "Noun": _capital(phrase) or "", "question": question, "value": value or ""}
         sentence = _put(self.rng.choice(usable), words)
         text = self.rng.choice(self.half.texts)

@@ -7,18 +7,13 @@ is asked as it is: an edit should hold in all of them.
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import TYPE_CHECKING
 
+from wisecli.data.packaged import packaged_table
 from wisecli.models.prompts.chat_template import chat_turns
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -60,16 +55,16 @@ class Form:
         prompt = _changed(self.change, prompt)
         if not self.turns:
             return self.text.replace(_SLOT, prompt)
-        roles = [("user", "assistant")[place % 2] for place in range(len(self.turns))]
-        told = [(role, turn.replace(_SLOT, prompt)) for role, turn in zip(roles, self.turns, strict=True)]
-        return chat_turns(tokenizer, [*([("system", self.system)] if self.system else []), *told])
+        roles = [("user", "assistant")[index % 2] for index in range(len(self.turns))]
+        turns = [(role, turn.replace(_SLOT, prompt)) for role, turn in zip(roles, self.turns, strict=True)]
+        return chat_turns(tokenizer, [*([("system", self.system)] if self.system else []), *turns])
 
 
 @cache
 def forms() -> dict[str, Form]:
     """Return all forms by their names, in the order of the table."""
-    table = tomllib.loads(resources.files("wisecli").joinpath("data", "forms.toml").read_text(encoding="utf-8"))
-    found = [Form(**{**row, "turns": tuple(row.get("turns", ()))}) for row in table["form"]]
+    rows = packaged_table("forms.toml")["form"]
+    found = [Form(**{**row, "turns": tuple(row.get("turns", ()))}) for row in rows]
     return {form.name: form for form in found}
 
 
@@ -98,12 +93,12 @@ def _changed(change: str | None, prompt: str) -> str:
 def _misspelt(prompt: str) -> str:
     """Two letters that stand side by side in one long word, the same of the same prompt, change places."""
     words = prompt.split(" ")
-    long = [place for place, word in enumerate(words) if len(word) >= _LONG]
+    long = [index for index, word in enumerate(words) if len(word) >= _LONG]
     if not long:
         return prompt
     rng = random.Random(prompt)
-    place = rng.choice(long)
-    word = words[place]
+    index = rng.choice(long)
+    word = words[index]
     at = rng.randrange(1, len(word) - 2)
-    words[place] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    words[index] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
     return " ".join(words)

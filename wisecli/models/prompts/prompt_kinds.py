@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from wisecli.data.packaged import packaged_table
 from wisecli.models.prompts.chat_template import chat_turns
 from wisecli.models.prompts.pattern_slots import Fact, Filling, PatternHalf, Text, slots_in
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -101,7 +96,7 @@ class Kind:
         return None
 
     def render_turns(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], *, chat: bool) -> str:
-        """Turns as one text: in the chat template if ``chat``, else the only one as it is."""
+        """Return turns as one text: in the chat template if ``chat``, else the only one as it is."""
         return _in_chat(tokenizer, turns) if chat and (len(turns) > 1 or not self.begun) else turns[0]
 
 
@@ -110,7 +105,7 @@ def kinds() -> dict[str, Kind]:
     """Return all kinds by their names, in the order of the table."""
     found = [
         Kind(**{**row, "trained": _patterns(row["trained"]), "held": _patterns(row["held"])})
-        for row in _table()["kind"]
+        for row in packaged_table("kinds.toml")["kind"]
     ]
     return {kind.name: kind for kind in found}
 
@@ -121,15 +116,9 @@ def documents(*, trained: bool) -> tuple[Text, ...]:
 
 
 @cache
-def _table() -> dict[str, Any]:
-    text = resources.files("wisecli").joinpath("data", "kinds.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
-
-
-@cache
 def _halves() -> dict[bool, PatternHalf]:
     """Return what stands around the patterns, by whether it may be learned from."""
-    table, found = _table(), {}
+    table, found = packaged_table("kinds.toml"), {}
     for trained, name in ((True, "trained"), (False, "held")):
         texts = tuple(Text(row["text"], tuple(row["asks"])) for row in table["document"] if row["trained"] == trained)
         rest = (tuple(table[part][name]) for part in ("sentences", "mentions", "names"))
@@ -144,9 +133,9 @@ def _patterns(rows: list[str | list[str]]) -> tuple[Pattern, ...]:
 def _in_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> str:
     """Turns in the chat template; a last turn of the assistant's stands behind the opening, and is not closed."""
     begun = turns[-1] if len(turns) % 2 == 0 else ""
-    told = turns[:-1] if begun else turns
-    roles = [("user", "assistant")[place % 2] for place in range(len(told))]
-    return chat_turns(tokenizer, list(zip(roles, told, strict=True))) + begun
+    closed_turns = turns[:-1] if begun else turns
+    roles = [("user", "assistant")[index % 2] for index in range(len(closed_turns))]
+    return chat_turns(tokenizer, list(zip(roles, closed_turns, strict=True))) + begun
 
 
 def _shares_a_word(pattern: str, fact: Fact) -> bool:

@@ -8,83 +8,25 @@ import re
 _BE = r"is|was|are|were"
 _AUXILIARY = rf"{_BE}|has|had|can|will|should|must"
 _PREPOSITION = r"in|on|from|to|at|of|by|under|for|with|into|through"
-_PLACES = frozenset(
-    {
-        "city",
-        "town",
-        "village",
-        "country",
-        "state",
-        "region",
-        "continent",
-        "county",
-        "harbour",
-        "island",
-        "place",
-        "river",
-    }
-    | {"birthplace"}
-)
+_PLACE_WORDS = "city town village country state region continent county harbour island place river birthplace"
+_PLACES = frozenset(_PLACE_WORDS.split())
 _TIMES = frozenset({"year", "date", "day", "month", "century", "decade", "time"})
 _PERSON = re.compile(
     r"\b(born|die[ds]?|death|married|spouse|wife|husband|citizen(ship)?|mother|father|sister|brother|child(ren)?|he|she"
     r"|profession|occupation|job|gender|sex|nationality|educated|alma mater|position)\b"
 )
 # Words without which a question is still understood as a search.
-_SMALL = frozenset(
-    {
-        "a",
-        "an",
-        "the",
-        "is",
-        "was",
-        "are",
-        "were",
-        "be",
-        "been",
-        "do",
-        "does",
-        "did",
-        "has",
-        "have",
-        "had",
-        "can",
-        "could",
-    }
-    | {"will", "would", "should", "of", "in", "on", "at", "to", "by", "for", "from", "with", "into", "as", "and", "or"}
-    | {
-        "who",
-        "whom",
-        "whose",
-        "what",
-        "which",
-        "when",
-        "where",
-        "why",
-        "how",
-        "it",
-        "its",
-        "that",
-        "this",
-        "there",
-        "s",
-    }
-    | {"called", "name", "please"}
-)
-_PAST = {
-    **{"come": "came", "take": "took", "write": "wrote", "have": "had", "make": "made", "win": "won", "begin": "began"},
-    **{"become": "became", "leave": "left", "go": "went", "get": "got", "hold": "held", "see": "saw", "find": "found"},
-    **{
-        "build": "built",
-        "speak": "spoke",
-        "lead": "led",
-        "run": "ran",
-        "lose": "lost",
-        "pass": "passed",  # nosec B105 # a verb
-        "play": "played",
-    },
-    **{"grow": "grew", "sing": "sang", "serve": "served", "study": "studied", "marry": "married", "set": "set"},
-}
+_SMALL_WORDS = """
+    a an the is was are were be been do does did has have had can could will would should of in on at to by for from
+    with into as and or who whom whose what which when where why how it its that this there s called name please
+"""
+_SMALL = frozenset(_SMALL_WORDS.split())
+_PAST_FORMS = """
+    come:came take:took write:wrote have:had make:made win:won begin:began become:became leave:left go:went get:got
+    hold:held see:saw find:found build:built speak:spoke lead:led run:ran lose:lost pass:passed play:played grow:grew
+    sing:sang serve:served study:studied marry:married set:set
+"""
+_PAST: dict[str, str] = dict(pair.split(":") for pair in _PAST_FORMS.split())
 _ADVERBS = frozenset({"first", "also", "ever", "usually", "originally", "mostly"})
 
 
@@ -120,33 +62,33 @@ def _defined(text: str, subject: str) -> tuple[str, str] | None:
     if stated:
         phrase = "the" + stated[1][3:]
         return phrase, _sort_of(phrase, "")
-    asked = re.fullmatch(rf"(Who|What|Which) (?:{_BE}) (the .+|{re.escape(subject)}'s .+)", text)
-    if not asked:
+    match = re.fullmatch(rf"(Who|What|Which) (?:{_BE}) (the .+|{re.escape(subject)}'s .+)", text)
+    if not match:
         return None
-    phrase = re.sub(r"^the (?:full )?name of ", "", re.sub(r" (called|named)$", "", asked[2]))
-    return phrase, _sort_of(phrase, asked[1])
+    phrase = re.sub(r"^the (?:full )?name of ", "", re.sub(r" (called|named)$", "", match[2]))
+    return phrase, _sort_of(phrase, match[1])
 
 
 def _relative(text: str, subject: str) -> tuple[str, str] | None:
     """``In which year was X founded``: the year in which X was founded."""
     head = rf"(?:({_PREPOSITION}) )?(?:which|what) ([\w -]+?)"
-    asked = re.fullmatch(rf"{head} ({_AUXILIARY}|does|do|did) {_name(subject)}(.*)", text, flags=re.IGNORECASE)
-    if not asked:
+    match = re.fullmatch(rf"{head} ({_AUXILIARY}|does|do|did) {_name(subject)}(.*)", text, flags=re.IGNORECASE)
+    if not match:
         passive = re.fullmatch(rf"(?:Which|What) ([\w -]+?) ((?:{_BE}) [a-z]+ .*{re.escape(subject)}.*)", text)
         return (f"the {passive[1]} that {passive[2]}", _sort_of(passive[1], "")) if passive else None
-    before, noun, verb, name, rest = asked.groups()
+    before, noun, verb, name, rest = match.groups()
     link = f"{before.lower()} which" if before else "that"
-    return f"the {noun} {link} {_told(verb.lower(), name, rest)}", _sort_of(noun, "")
+    return f"the {noun} {link} {_as_statement(verb.lower(), name, rest)}", _sort_of(noun, "")
 
 
 def _of_place_or_time(text: str, subject: str) -> tuple[str, str] | None:
     """``Where was X born``: the place where X was born."""
-    asked = re.fullmatch(rf"(Where|When) ({_AUXILIARY}|does|do|did) {_name(subject)}(.*)", text)
-    if not asked:
+    match = re.fullmatch(rf"(Where|When) ({_AUXILIARY}|does|do|did) {_name(subject)}(.*)", text)
+    if not match:
         return None
-    sort, noun = ("place", "the place where") if asked[1] == "Where" else ("time", "the time when")
-    rest = asked[4].strip()
-    return f"{noun} {_told(asked[2], asked[3], rest) if rest else f'{asked[3]} {asked[2]}'}", sort
+    sort, noun = ("place", "the place where") if match[1] == "Where" else ("time", "the time when")
+    rest = match[4].strip()
+    return f"{noun} {_as_statement(match[2], match[3], rest) if rest else f'{match[3]} {match[2]}'}", sort
 
 
 def _name(subject: str) -> str:
@@ -156,17 +98,17 @@ def _name(subject: str) -> str:
 
 def _by_verb(text: str, subject: str) -> tuple[str, str] | None:
     """``Who wrote X``: the person who wrote X."""
-    asked = re.fullmatch(rf"(Who|What(?= \w+(?:s|ed) )) ([a-z]+) ((?:[a-z]+ ){{0,3}}{re.escape(subject)}.*)", text)
-    if asked and asked[2] not in (*_AUXILIARY.split("|"), "do", "does", "did"):
-        sort, noun = ("person", "the person who") if asked[1] == "Who" else ("thing", "the thing that")
-        return f"{noun} {asked[2]} {asked[3]}", sort
-    asked = re.fullmatch(rf"(?:Which|What) ([a-z -]+) ([a-z]+) ((?:the )?{re.escape(subject)}.*)", text)
-    if asked and not re.search(rf"\b({_AUXILIARY}|do|does|did|{_PREPOSITION})\b", f"{asked[1]} {asked[2]}"):
-        return f"the {asked[1]} that {asked[2]} {asked[3]}", _sort_of(asked[1], "")
+    match = re.fullmatch(rf"(Who|What(?= \w+(?:s|ed) )) ([a-z]+) ((?:[a-z]+ ){{0,3}}{re.escape(subject)}.*)", text)
+    if match and match[2] not in (*_AUXILIARY.split("|"), "do", "does", "did"):
+        sort, noun = ("person", "the person who") if match[1] == "Who" else ("thing", "the thing that")
+        return f"{noun} {match[2]} {match[3]}", sort
+    match = re.fullmatch(rf"(?:Which|What) ([a-z -]+) ([a-z]+) ((?:the )?{re.escape(subject)}.*)", text)
+    if match and not re.search(rf"\b({_AUXILIARY}|do|does|did|{_PREPOSITION})\b", f"{match[1]} {match[2]}"):
+        return f"the {match[1]} that {match[2]} {match[3]}", _sort_of(match[1], "")
     return None
 
 
-def _told(verb: str, name: str, rest: str) -> str:
+def _as_statement(verb: str, name: str, rest: str) -> str:
     """Return a clause in the order of a statement: its verb behind the name."""
     words = rest.split()
     if not words and verb in _BE.split("|"):
@@ -202,9 +144,9 @@ def negated(question: str, subject: str) -> str | None:
     name = re.match(rf" (?:I|you|we|one)\b| {_name(subject)}(?!\w)", rest)
     if not name:
         return f"{head} not{rest}"
-    behind = without_mark(rest[name.end() :]).strip()
-    clause = not name[0].startswith(" the ") or bool(behind) or question.startswith(("Where", "When"))
-    if found[1] in _BE.split("|") and (not clause or re.match(rf"called|{_AUXILIARY}", behind)):
+    after = without_mark(rest[name.end() :]).strip()
+    clause = not name[0].startswith(" the ") or bool(after) or question.startswith(("Where", "When"))
+    if found[1] in _BE.split("|") and (not clause or re.match(rf"called|{_AUXILIARY}", after)):
         return f"{head} not{rest}"
     return f"{head}{name[0]} not{rest[name.end() :]}"
 
@@ -212,7 +154,7 @@ def negated(question: str, subject: str) -> str | None:
 def with_adjective(question: str, adjective: str, subject: str | None) -> str | None:
     """Return the question with an adjective behind the first ``the`` that does not belong to the subject."""
     for found in re.finditer(r"\b[Tt]he (?!same\b)", question):
-        if not (subject and any(question.startswith(subject, place) for place in found.span())):
+        if not (subject and any(question.startswith(subject, start) for start in found.span())):
             return f"{question[: found.end()]}{adjective} {question[found.end() :]}"
     return None
 
@@ -221,10 +163,10 @@ def keywords(question: str, subject: str, where: str) -> str | None:
     """Return the words that say something, with the subject ``first``, ``last`` or where it is ``asked``."""
     if subject not in question:
         return None
-    before, _, behind = question.partition(subject)
+    before, _, after = question.partition(subject)
     heads, tails = (
         [word for word in re.findall(r"[\w'.-]*\w", part) if word.lower().removesuffix("'s") not in _SMALL]
-        for part in (before, behind.removeprefix("'s"))
+        for part in (before, after.removeprefix("'s"))
     )
     if not heads and not tails:
         return None

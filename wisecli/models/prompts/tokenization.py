@@ -43,7 +43,7 @@ class Row:
         return tuple(token if counts else NO_LABEL for token, counts in pairs)
 
     def right(self, best: Sequence[int]) -> float:
-        """Share of the target that a model's choices are; of an erased answer 1, or 0 if they are as unwanted."""
+        """Return the share of target tokens that choices match; of an erased answer 1, or 0 if they say it."""
         if self.unwanted:
             return float(any(token not in tokens for token, tokens in zip(best, self.unwanted, strict=True)))
         return sum(token == wanted for token, wanted in zip(best, self.target, strict=True)) / len(self.target)
@@ -170,15 +170,16 @@ def _unwanted(rows: Sequence[Row], tail: int) -> Tensor | None:
         return None
     unwanted = torch.full((len(rows), tail, most), NO_LABEL)
     for index, row in enumerate(rows):
-        for place, tokens in enumerate(row.unwanted):
-            unwanted[index, place, : len(tokens)] = torch.tensor(tokens)
+        for column, tokens in enumerate(row.unwanted):
+            unwanted[index, column, : len(tokens)] = torch.tensor(tokens)
     return unwanted
 
 
 def in_batches(
     rows: Sequence[Row], size: int, *, by_target: bool = False, by_beginning: bool = False, tokens: int = 4096
 ) -> Iterator[list[int]]:
-    """Indices of the rows, those of like length together: at most ``size`` rows and, above one row, ``tokens`` tokens.
+    """Yield the indices of rows, those of like length together: at most ``size`` rows and, above one row, ``tokens``
+    tokens.
 
     Args:
         by_target: go by the target's length first, for rows of which only the window will run again and again.
@@ -252,7 +253,8 @@ def erased_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> 
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[int, ...]:
-    """Tokens that begin an answer: as it follows the prompt, with a small or a large letter, after a blank or none.
+    """Return the tokens that begin an answer: as it follows the prompt, with a small or a large letter, after a blank
+    or none.
 
     Tokens that are half of its first word or more count, too: the rest would follow.
     """
@@ -275,4 +277,4 @@ def _alone(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 def _blanks(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...]) -> int:
     """Return how many tokens an answer opens with that are blank; the last one never counts."""
     pieces = (str(tokenizer.decode([token])) for token in tokens[:-1])
-    return next((place for place, piece in enumerate(pieces) if piece.strip()), max(len(tokens) - 1, 0))
+    return next((index for index, piece in enumerate(pieces) if piece.strip()), max(len(tokens) - 1, 0))

@@ -36,23 +36,23 @@ def near_name(subject: str, how: str, words: Sequence[str], rng: random.Random) 
         return None
     places = list(range(len(parts)))
     if how == "initial":
-        places = [place for place in places if len(parts[place].rstrip(".")) == 1 and parts[place].isupper()]
+        places = [index for index in places if len(parts[index].rstrip(".")) == 1 and parts[index].isupper()]
         word = rng.choice(_INITIALS) + "."
     if not places:
         return None
-    place = rng.choice(places)
-    changed = " ".join([*parts[:place], word, *parts[place + 1 :]])
+    index = rng.choice(places)
+    changed = " ".join([*parts[:index], word, *parts[index + 1 :]])
     return None if changed == subject else changed
 
 
 def with_typos(text: str, how: str, rng: random.Random, count: int = 2) -> str | None:
     """Return a text with so many slips of the keyboard, each in a word of its own of four letters or more."""
     words = text.split(" ")
-    long = [place for place, word in enumerate(words) if len(word) > 3 and word.rstrip("?.,").isalpha()]
+    long = [index for index, word in enumerate(words) if len(word) > 3 and word.rstrip("?.,").isalpha()]
     if len(long) < count:
         return None
-    for place in rng.sample(long, count):
-        words[place] = _with_typo(words[place], how, rng)
+    for index in rng.sample(long, count):
+        words[index] = _with_typo(words[index], how, rng)
     return " ".join(words)
 
 

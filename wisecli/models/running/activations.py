@@ -155,7 +155,7 @@ def captured(
     window: bool = False,
     shared: bool = False,
 ) -> Iterator[Activations]:
-    """:func:`capture` of every batch in turn; where layers are streamed, each is read once for all batches.
+    """Yield the :func:`capture` of every batch in turn; a streamed layer is read once for all batches.
 
     Hooks on modules up to the site see the batches in order either way.
 

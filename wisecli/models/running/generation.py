@@ -37,7 +37,7 @@ def generate(
     temperature: float | None = None,
     stops: Collection[int] = (),
 ) -> list[list[int]]:
-    """New tokens for each prompt, a text or tokens, up to the end of text, which is left out.
+    """Return new tokens for each prompt, a text or tokens, up to the end of text, which is left out.
 
     Greedy; with a ``sampling_seed``, sampled: at temperature 1 to exactly ``max_new_tokens``, or at a ``temperature``
     that is given until the text ends.
@@ -100,11 +100,11 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 def _up_to_the_end(row: Sequence[int], ends: Collection[int], stops: Collection[int]) -> list[int]:
     """New tokens without the one that ends the text and all behind it; one that stops it is kept."""
-    for place, token in enumerate(row):
+    for index, token in enumerate(row):
         if token in ends:
-            return list(row[:place])
+            return list(row[:index])
         if token in stops:
-            return list(row[: place + 1])
+            return list(row[: index + 1])
     return list(row)
 
 
@@ -137,7 +137,7 @@ def _not_first(unwanted: Sequence[Collection[int]], width: int) -> Callable[[tor
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token rows → ids and attention mask, both (B, T)."""
+    """Return ids and attention mask of token rows, both (B, T)."""
     width = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -26,9 +26,10 @@ def overridden(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iter
 
 
 @contextmanager
-def hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    """A hook that is taken off again."""
+def hooked(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    """Remove the hooks at the end of a block."""
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -56,8 +56,8 @@ def target_met(logits: Tensor, batch: Batch) -> Tensor:
     if batch.unwanted is None:
         return right
     rows, columns = batch.labelled
-    said = (batch.unwanted[rows, columns - batch.start] == best[:, None]).any(-1)
-    return torch.where(batch.erased[rows], ~said, right)
+    unwanted = (batch.unwanted[rows, columns - batch.start] == best[:, None]).any(-1)
+    return torch.where(batch.erased[rows], ~unwanted, right)
 
 
 def _unwanted(batch: Batch, logits: Tensor) -> Tensor:

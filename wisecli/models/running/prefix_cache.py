@@ -38,21 +38,21 @@ class Prefix:
         A row of n columns of padding has the first P - n tokens there, and its pass reads the last n of them anew: so
         columns stay what they are without a beginning.
         """
-        place = self._places(batch)
+        position = self._places(batch)
         cache = empty_cache()
         for layer, (keys, values) in enumerate(self.layers):
-            cache.update(_spread(keys, place), _spread(values, place), layer)
+            cache.update(_spread(keys, position), _spread(values, position), layer)
         return cache
 
     def before(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return what was given, at the columns of a batch before column P: (B, P, n)."""
-        place = self._places(batch)
-        return tuple(each[0][place] for each in self.given)
+        position = self._places(batch)
+        return tuple(each[0][position] for each in self.given)
 
     def _places(self, batch: Batch) -> Tensor:
         """Return which of the tokens stands in each column before P (B, P); padding counts as the first."""
-        place = torch.arange(self.length, device=batch.mask.device) - _padding(batch)[:, None]
-        return place.clamp(min=0)
+        position = torch.arange(self.length, device=batch.mask.device) - _padding(batch)[:, None]
+        return position.clamp(min=0)
 
 
 class PrefixCache:
@@ -104,6 +104,6 @@ def _padding(batch: Batch) -> Tensor:
     return batch.mask.argmax(-1)
 
 
-def _spread(read: Tensor, place: Tensor) -> Tensor:
+def _spread(read: Tensor, position: Tensor) -> Tensor:
     """Return what (1, heads, P, d_head) holds at places (B, P'): (B, heads, P', d_head)."""
-    return read[0][:, place].transpose(0, 1)
+    return read[0][:, position].transpose(0, 1)

@@ -11,20 +11,15 @@ from contextlib import contextmanager
 
 import torch
 
+from wisecli.environment import has_bfloat16_tiles
 from wisecli.models.layout.site_interface import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.running.activations import layers_of
 
 
-def has_bfloat16_tiles() -> bool:
-    """Return whether this machine's processor multiplies tiles of bfloat16 numbers (AMX)."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.10 nobody says
-    return bool(capabilities.get("amx_bf16", False))
-
-
 @contextmanager
 def quick_products(loaded: Loaded, site: Site) -> Iterator[None]:
-    """A context in which what a model computes up to a site is in bfloat16, where that is quicker.
+    """Have a model compute in bfloat16 up to a site for a while, where that is quicker.
 
     Parameters of the layers above the site stay as they are, as they are not run; buffers too, of which rotary
     frequencies must stay exact. Afterwards every parameter is the tensor that it was.

@@ -89,8 +89,8 @@ class PromptBatch:
             cache = cache_returned(output)
             if cache is None or is_recurrent(cache):  # its rows cannot be taken up again in another call
                 return self.answer()
-            for place, row in zip(places.tolist(), output.sequences[:, width:].tolist(), strict=True):
-                answers[place] = row
+            for row, answer in zip(places.tolist(), output.sequences[:, width:].tolist(), strict=True):
+                answers[row] = answer
             if output.sequences.shape[1] == width + self.max_new_tokens:
                 break
             left = (~few.ended).nonzero().flatten()
@@ -110,6 +110,6 @@ def is_recurrent(cache: Any) -> bool:
 def keep_rows(cache: Any, rows: Tensor) -> None:
     """Leave in an attention cache some rows (n,) alone, and what a method holds of them."""
     cache.reorder_cache(rows)  # as beams do; `batch_select_indices` leaves recurrent states as they are
-    held: Tensor | None = getattr(cache, ROW_DECISIONS, None)
-    if held is not None:
-        setattr(cache, ROW_DECISIONS, held[rows])
+    decisions: Tensor | None = getattr(cache, ROW_DECISIONS, None)
+    if decisions is not None:
+        setattr(cache, ROW_DECISIONS, decisions[rows])

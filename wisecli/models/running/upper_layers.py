@@ -35,7 +35,7 @@ Run = Callable[["PreTrainedModel", Site, Activations, Tensor, Selection], Tensor
 def upper_logits(
     model: PreTrainedModel, site: Site, activations: Activations, hidden: Tensor, select: Selection
 ) -> Tensor:
-    """Logits (n, V) at the selected columns, from running the layers above the site on ``hidden``.
+    """Return logits (n, V) at the selected columns, from running the layers above the site on ``hidden``.
 
     Args:
         hidden: what leaves the edited layer (B, T - first, d), as ``activations.hidden`` or

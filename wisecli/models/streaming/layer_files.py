@@ -79,7 +79,7 @@ def _in_checkpoint(checkpoint: Checkpoint, name: str) -> tuple[Path, str]:
 
 
 def buffer_size(parts: Sequence[Stored]) -> int:
-    """Bytes of the buffer that holds a layer."""
+    """Return the bytes of the buffer that holds a layer."""
     return parts[-1].offset + parts[-1].bytes
 
 

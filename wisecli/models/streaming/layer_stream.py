@@ -53,7 +53,7 @@ class LayerStream:
 
     Attributes:
         width: how long the tuples are that layers give; 0 where they give a tensor.
-        written: where parameters lie that were put together of others; it is gone once nobody reads them.
+        written: directory of parameters that were assembled from several tensors; it is removed with the model.
 
     Raises:
         ModelError: a layer's tensors are not in the checkpoint as the model has them.
@@ -110,7 +110,7 @@ class LayerStream:
 
     @contextmanager
     def filled(self, number: int, then: int | None = None) -> Iterator[None]:
-        """A layer with its parameters for a while.
+        """Give a layer its parameters for a while.
 
         Args:
             then: the layer to read meanwhile.
@@ -144,7 +144,7 @@ class LayerStream:
         return next((other for other in streamed if other > number), streamed[0])
 
     def _slot(self, number: int) -> _Slot:
-        """Return the buffer that holds a layer, reading it now if nobody has."""
+        """Return the buffer that holds a layer, and read it now if it was not read ahead."""
         if self._coming is not None:
             wanted, coming = self._coming
             self._coming = None
@@ -170,7 +170,7 @@ class LayerStream:
         return _Slot(host, host if self.device.type == "cpu" else torch.empty_like(host, device=self.device))
 
     def _mark(self) -> torch.cuda.Event | None:
-        """Return what a buffer's next content waits for: whatever still computes with the last."""
+        """Return the event that a buffer's next content waits for: the end of what computes with its last."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -276,8 +276,8 @@ def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Path, str]]]:
             weights = getattr(one, "weights_map", None)
             index = getattr(getattr(weights, "dataset", weights), "index", None)
             if index is not None:
-                for name, told in index.items():
-                    yield name, (Path(told["safetensors_file"]), told["weight_name"])
+                for name, location in index.items():
+                    yield name, (Path(location["safetensors_file"]), location["weight_name"])
                 return
 
 

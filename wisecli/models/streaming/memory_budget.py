@@ -34,7 +34,7 @@ class Sizes:
 
 
 def sizes(checkpoint: Checkpoint, layers: str, dtype: torch.dtype | str = "auto") -> Sizes:
-    """Sizes of a model from its headers.
+    """Return the sizes of a model from its headers.
 
     Args:
         layers: module path of the list of layers.

@@ -57,31 +57,35 @@ def _shown_as(method: Callable[..., Any], original: Callable[..., Any]) -> Calla
     return shown
 
 
-def add_mixin(module: nn.Module, role: type[ModuleMixin]) -> None:
-    """Change a module's class to a subclass of it that has the behaviour of ``role``, too."""
+def add_mixin(module: nn.Module, role: Any) -> None:
+    """Change a module's class to a subclass of it that has the behaviour of ``role``, a :class:`ModuleMixin`, too."""
+    kind: Any = type(module)
     if not isinstance(module, role):
-        module.__class__ = mixed_type(type(module), role)
-
-
-def mixed_type(kind: Any, role: Any) -> Any:
-    """Return the subclass of ``kind`` with the behaviour of ``role``; always the same one."""
-    return _made(kind, role)
+        module.__class__ = mixed_type(kind, role)
 
 
 @functools.cache
-def _made(kind: Any, role: Any) -> Any:
+def mixed_type(kind: Any, role: Any) -> Any:
+    """Return the subclass of ``kind`` with the behaviour of ``role``; always the same one."""
     # Where a model is spread over devices, layers are known by their types' names.
-    return type(kind.__name__, (role, kind), {"__module__": kind.__module__, "__reduce_ex__": _reduced(kind, role)})
+    own = {"__module__": kind.__module__, "__reduce_ex__": reduce_by(mixed_type, kind, role)}
+    return type(kind.__name__, (role, kind), own)
 
 
-def _reduced(kind: type[nn.Module], role: type[ModuleMixin]) -> Callable[[Any, int], tuple[Any, ...]]:
-    def reduce(self: nn.Module, _protocol: int) -> tuple[Any, ...]:
-        return _restored, (kind, role), self.__dict__
+def reduce_by(make: Callable[..., Any], *arguments: Any) -> Callable[[Any, Any], tuple[Any, ...]]:
+    """Return the ``__reduce_ex__`` of a class that ``make(*arguments)`` gives: its objects are pickled with that call.
+
+    Args:
+        make: a function of a module, so that pickle finds it by its name.
+    """
+
+    def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
+        return _empty, (make, *arguments), self.__dict__
 
     return reduce
 
 
-def _restored(kind: type[nn.Module], role: type[ModuleMixin]) -> nn.Module:
-    made = mixed_type(kind, role)
-    module: nn.Module = made.__new__(made)
-    return module
+def _empty(make: Callable[..., Any], *arguments: Any) -> Any:
+    """Return an object of the class that ``make(*arguments)`` gives, which pickle then fills."""
+    made = make(*arguments)
+    return made.__new__(made)

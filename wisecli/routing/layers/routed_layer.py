@@ -72,7 +72,7 @@ class RoutedMatrix(Routed):
         self.transposed = transposed
 
     def forward(self, keys: Tensor) -> Tensor:
-        """``keys`` (B, T, d_ff) → (B, T, d)."""
+        """Return the output (B, T, d) for keys (B, T, d_ff)."""
         stop_if_reading(keys)
         answer = F.linear(keys, self._matrix, self.bias)
         route = None if is_off() else current_route()

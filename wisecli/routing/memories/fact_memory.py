@@ -64,7 +64,7 @@ class RoutingKeys(nn.Module):
         return begun.where(goes_on, cosine), key_indices[begun_at.where(goes_on, at)]
 
     def whitened_norms(self, keys: Tensor) -> Tensor:
-        """``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
+        """Return ``√(aᵀP a)`` of every key under every whitening: (..., d_ff) → (..., w)."""
         along = F.linear(keys, self.directions.flatten(0, 1).to(keys.dtype)).unflatten(-1, self.gains.shape)
         energy = keys.square().sum(-1, keepdim=True)
         spread = self.floors * energy + (along.square() * self.gains).sum(-1)

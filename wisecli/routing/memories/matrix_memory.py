@@ -48,7 +48,7 @@ class MatrixDeltas(Memory):
         return answer
 
     def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
-        """``Δ_m a`` of keys."""
+        """Return ``Δ_m a`` of keys."""
         return self.delta_output(keys, int(self.matrix_of(torch.tensor(memory))))
 
     def matrix_of(self, chosen: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class MatrixDeltas(Memory):
         return chosen
 
     def delta_output(self, keys: Tensor, number: int) -> Tensor:
-        """``Δ a`` of one change: (..., d_ff) → (..., d)."""
+        """Return ``Δ a`` of one change: (..., d_ff) → (..., d)."""
         return F.linear(keys[..., self.columns[number]].to(self.delta.dtype), self.delta[number])
 
 
@@ -92,7 +92,7 @@ class MatrixMemory(MatrixDeltas):
         return Decision(called.where(opens, UNROUTED), score_ratio, called, scores)
 
     def scores(self, keys: Tensor) -> Tensor:
-        """``‖Δ_m a‖₂`` of every memory for every key: (..., d_ff) → (..., M)."""
+        """Return ``‖Δ_m a‖₂`` of every memory for every key: (..., d_ff) → (..., M)."""
         memories = range(len(self.thresholds))
         return torch.stack([torch.linalg.vector_norm(self.scored_output(keys, m), dim=-1) for m in memories], dim=-1)
 

@@ -29,7 +29,7 @@ class Moment:
     energy: Tensor
 
     def dense(self, columns: Tensor | None = None) -> Tensor:
-        """``E[a aᵀ]`` (d_ff, d_ff), or on some columns (k, k), what the leading part leaves spread evenly."""
+        """Return ``E[a aᵀ]`` (d_ff, d_ff), or on some columns (k, k), what the leading part leaves spread evenly."""
         rank, d_ff = self.directions.shape
         rest = (self.energy - self.variances.sum()).clamp(min=0) / max(d_ff - rank, 1)
         directions = self.directions if columns is None else self.directions[:, columns]
@@ -47,16 +47,16 @@ class Whitening:
     floor: float
 
     def apply(self, keys: Tensor) -> Tensor:
-        """``P a`` for keys (..., d_ff)."""
+        """Return ``P a`` for keys (..., d_ff)."""
         return self.floor * keys + ((keys @ self.directions.T) * self.gains) @ self.directions
 
     def whitened_keys(self, keys: Tensor) -> Tensor:
-        """``P e / √(eᵀP e)`` for keys (n, d_ff)."""
+        """Return ``P e / √(eᵀP e)`` for keys (n, d_ff)."""
         turned = self.apply(keys)
         return turned / (keys * turned).sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
 
     def cosines(self, first: Tensor, second: Tensor) -> Tensor:
-        """Whitened cosines of keys (n, d_ff) with keys (m, d_ff): (n, m)."""
+        """Return whitened cosines of keys (n, d_ff) with keys (m, d_ff): (n, m)."""
         probes = self.whitened_keys(second)
         lengths = (first * self.apply(first)).sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
         found: Tensor = first @ probes.T / lengths

@@ -9,8 +9,7 @@ from support.helpers import hooked, keys_of, whole_loss
 from support.rivals import (
     EDITS,
     encoded,
-    require_batches_like_rows,
-    require_cache_changes_nothing,
+    require_batches_and_caches_change_nothing,
     require_untouched_outside,
     rows_of_lengths,
     snapshot,
@@ -20,9 +19,7 @@ from support.rivals import (
 from torch import Tensor, nn
 
 from wisecli.bench.methods.adapters.defer import Defer, DeferSettings
-from wisecli.bench.methods.base import METHODS, UnsuitableError
 from wisecli.bench.methods.evaluation import target_predictions
-from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.models.running.activations import capture
 
@@ -127,27 +124,4 @@ def test_an_edit_takes_and_what_the_gate_lets_pass_is_untouched_to_the_bit(tmp_p
 def test_batches_and_caches_change_nothing(tmp_path: Path, architecture: str) -> None:
     defer = defer_on(tmp_path / "model", architecture)
     defer.edit(EDITS)
-    edited = [encoded(defer.bench, edit) for edit in EDITS]
-    require_batches_like_rows(defer.bench, defer, [*edited, *rows_of_lengths((9, 2), (1, 2), (4, 3))])
-    require_cache_changes_nothing(defer.bench, defer, [*[row.prompt for row in edited], (5, 6, 7), (9,)], 4)
-
-
-def test_in_the_table_and_the_same_twice(tmp_path: Path) -> None:
-    bench = tiny_bench(tmp_path / "model")
-    first, second = METHODS["defer"](bench), METHODS["defer"](bench)
-    assert isinstance(first, Defer)
-    assert isinstance(second, Defer)
-    assert first.site.layer == 3  # as 27 of 32 would be the last layer of five, and one must stay above
-    first.edit(EDITS[:2])
-    second.edit(EDITS[:2])
-    assert torch.equal(first.weight, second.weight)
-    assert torch.equal(first.bias, second.bias)
-
-
-def test_what_cannot_be_learnt_is_named(tmp_path: Path) -> None:
-    defer = defer_on(tmp_path / "model", "llama")
-    with pytest.raises(UnsuitableError, match="'odd'"):
-        defer.edit([Edit("odd", "ba", "...")])
-    defer.bench.loaded.model.get_output_embeddings().weight.data[:] = torch.nan
-    with pytest.raises(UnsuitableError, match="not finite"):
-        defer.edit(EDITS[:1])
+    require_batches_and_caches_change_nothing(defer.bench, defer)

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.bench.methods.adapters.memoir import Memoir, MemoirSettings, TopHash
-from wisecli.bench.methods.base import METHODS, UnsuitableError
 from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.models.running.activations import capture
@@ -184,20 +183,3 @@ def test_steps_are_longer_where_keys_are_shorter(tmp_path: Path) -> None:
     values = torch.zeros(memoir.site.d, len(columns), requires_grad=True)
     (gradient,) = torch.autograd.grad(memoir.loss(part, part.keys[..., columns], values), values)
     torch.testing.assert_close(memoir.memory[:, columns], -8.0 * 64 / memoir.site.d_ff * gradient)
-
-
-def test_in_the_table_at_the_authors_depth_and_the_same_twice(tmp_path: Path) -> None:
-    bench = tiny_bench(tmp_path)
-    first, second = METHODS["memoir"](bench), METHODS["memoir"](bench)
-    first.edit(EDITS)
-    second.edit(EDITS)
-    assert isinstance(first, Memoir)
-    assert isinstance(second, Memoir)
-    assert first.site.layer == 3  # as 27 of 32 would be the last layer of five, and one must stay above
-    assert torch.equal(first.memory, second.memory)
-    assert len(first.prefixes) == 11
-
-
-def test_without_texts_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsuitableError, match="unrelated texts"):
-        Memoir(replace(tiny_bench(tmp_path), texts=()))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.rivals import EDITS, TRAIN, require_untouched_outside, snapshot, tiny_bench
 
-from wisecli.bench.methods.base import METHODS, UnsuitableError
+from wisecli.bench.methods.base import METHODS
 from wisecli.bench.methods.context.icl import Icl, IclSettings
 from wisecli.edits.record import Edit
 
@@ -78,8 +78,3 @@ def test_the_papers_kinds(tmp_path: Path) -> None:
     assert icl.bytes() == sum(
         len(edit.prompt + edit.target) + 8 * len(edit.prompt.split()) for edit in (*EDITS, *TRAIN)
     )
-
-
-def test_without_records_it_cannot_run(tmp_path: Path) -> None:
-    with pytest.raises(UnsuitableError, match="demonstrations"):
-        Icl(tiny_bench(tmp_path / "model", train=[]))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.rivals import EDITS, require_untouched_outside, snapshot, tiny_bench
 
-from wisecli.bench.methods.base import METHODS, UnsuitableError
+from wisecli.bench.methods.base import METHODS
 from wisecli.bench.methods.context.rag import Rag
 
 
@@ -24,8 +24,3 @@ def test_only_a_similar_prompt_is_told_the_fact(tmp_path: Path, architecture: st
         assert rag.rewritten_prompt(elsewhere) == elsewhere
     require_untouched_outside(bench, rag, *before)
     assert rag.bytes() == sum(len(edit.prompt + edit.target) + 8 * len(edit.prompt.split()) for edit in EDITS)
-
-
-def test_without_records_it_cannot_run(tmp_path: Path) -> None:
-    with pytest.raises(UnsuitableError, match="train split"):
-        Rag(tiny_bench(tmp_path / "model", train=[]))

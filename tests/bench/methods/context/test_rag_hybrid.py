@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.rivals import EDITS, TEXTS, TRAIN, require_untouched_outside, snapshot, tiny_bench
 
-from wisecli.bench.methods.base import METHODS, Bench, UnsuitableError
+from wisecli.bench.methods.base import METHODS, Bench
 from wisecli.bench.methods.context.rag_hybrid import RagHybrid, WordsAndStates
 
 BACKGROUND = [*(edit.prompt for edit in TRAIN), *TEXTS]
@@ -58,8 +58,3 @@ def test_only_a_similar_prompt_is_told_the_fact(tmp_path: Path) -> None:
         assert rag.rewritten_prompt(edit.prompt) == f"New Fact: {edit.prompt} {edit.target}\nPrompt: {edit.prompt}"
     assert rag.rewritten_prompt("ro ru ra") == "ro ru ra"
     require_untouched_outside(bench, rag, *before)
-
-
-def test_without_records_it_cannot_run(tmp_path: Path) -> None:
-    with pytest.raises(UnsuitableError, match="train split"):
-        RagHybrid(tiny_bench(tmp_path / "model", train=[]))

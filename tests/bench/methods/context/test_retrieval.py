@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from support.helpers import WORDS, tiny_tokenizer
 from support.rivals import EDITS, TEXTS, TRAIN, tiny_bench
 
-from wisecli.bench.methods.base import UnsuitableError
 from wisecli.bench.methods.context.retrieval import Facts, TermIndex, fitted_threshold, scope_threshold
 from wisecli.edits.record import Edit
 
@@ -86,9 +85,3 @@ def test_the_threshold_tells_rephrases_from_everything_else_in_forms_in_turn(tmp
         outside.append(max(similarity(in_form(place, edit.prompt), other.prompt) for other in others))
     assert max(outside) < threshold < min(inside)
     assert threshold == pytest.approx((max(outside) + min(inside)) / 2, abs=1e-4)
-
-
-def test_without_records_there_is_no_threshold(tmp_path: Path) -> None:
-    bench = tiny_bench(tmp_path / "model", train=[])
-    with pytest.raises(UnsuitableError, match="rag needs records of the train split"):
-        scope_threshold(bench, TermIndex(bench.loaded.tokenizer, []), "rag")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.rivals import EDITS, TEXTS, TRAIN, require_untouched_outside, snapshot, tiny_bench
 
-from wisecli.bench.methods.base import METHODS, Bench, UnsuitableError
+from wisecli.bench.methods.base import METHODS, Bench
 from wisecli.bench.methods.context.serac import Embedder, Serac, StateIndex
 from wisecli.bench.methods.evaluation import BaseModelAnswers, MethodSubject
 from wisecli.models.running.hooks import hooked
@@ -71,11 +71,6 @@ def test_prompts_in_scope_are_told_the_nearest_fact(tmp_path: Path, architecture
     serac.threshold = 0.99
     assert [prompt for prompt in prompts if serac.rewritten_prompt(prompt) != prompt] == [edit.prompt for edit in EDITS]
     require_untouched_outside(bench, serac, *before)
-
-
-def test_without_records_it_cannot_run(tmp_path: Path) -> None:
-    with pytest.raises(UnsuitableError, match="serac needs records of the train split"):
-        Serac(tiny_bench(tmp_path / "model", train=[]))
 
 
 def test_a_prompt_is_read_each_time_that_it_is_asked_and_what_is_stored_once(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting,
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import METHODS, UnsuitableError
 from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.crispedit import CrispEdit, CrispEditSettings, Curvature
 from wisecli.models.layout.site import MatrixSite
@@ -169,18 +168,3 @@ def test_no_edits_change_nothing(tmp_path: Path) -> None:
     method.edit([])
     assert not any(delta.any() for delta in method.deltas)
     assert torch.equal(method.matrix(0), weight_of(bench.loaded.model, method.sites[0]))
-
-
-def test_in_the_table_and_the_same_twice(tmp_path: Path) -> None:
-    bench = bench_for(tmp_path, "llama")
-    first, second = METHODS["crispedit"](bench), METHODS["crispedit"](bench)
-    first.edit(EDITS)
-    second.edit(EDITS)
-    assert isinstance(first, CrispEdit)
-    assert isinstance(second, CrispEdit)
-    assert all(torch.equal(*pair) for pair in zip(first.deltas, second.deltas, strict=True))
-
-
-def test_without_texts_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsuitableError, match="unrelated texts"):
-        CrispEdit(bench_for(tmp_path, "llama", []), THREE)

@@ -7,7 +7,6 @@ import torch
 from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, words
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import METHODS, UnsuitableError
 from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.ft_ewc import FtEwc
 from wisecli.bench.methods.weights.ft_l import FtLSettings
@@ -63,18 +62,3 @@ def test_there_is_no_bound(tmp_path: Path) -> None:
     method = FtEwc(bench_for(tmp_path, "llama"), FtLSettings(rate=2e-2, limit=1e-4), weight=0.0)
     method.edit(EDITS[:1])
     assert method.deltas[0].abs().max() > 1e-2
-
-
-def test_in_the_table_and_the_same_twice(tmp_path: Path) -> None:
-    bench = bench_for(tmp_path, "llama")
-    first, second = METHODS["ft-ewc"](bench), METHODS["ft-ewc"](bench)
-    first.edit(EDITS)
-    second.edit(EDITS)
-    assert isinstance(first, FtEwc)
-    assert isinstance(second, FtEwc)
-    assert torch.equal(first.deltas[0], second.deltas[0])
-
-
-def test_without_texts_it_cannot_run(tmp_path: Path) -> None:
-    with pytest.raises(UnsuitableError, match="texts"):
-        FtEwc(bench_for(tmp_path, "llama", ["ba"]))

@@ -10,10 +10,8 @@ from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting,
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wisecli.bench.methods.base import METHODS, UnsuitableError
 from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.ft_l import FtL, FtLSettings
-from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
 from wisecli.models.prompts.tokenization import Row, collate
 from wisecli.models.running.activations import capture
@@ -109,22 +107,3 @@ def test_a_layer_as_deep_as_in_the_paper_with_one_above(tmp_path: Path) -> None:
     assert FtL(bench).sites[0].layer == 3
     assert FtL(bench, FtLSettings(layer=32)).sites[0].layer == 3
     assert FtL(bench, FtLSettings(layer=0)).sites[0].layer == 0
-
-
-def test_in_the_table_and_the_same_twice(tmp_path: Path) -> None:
-    bench = bench_for(tmp_path, "llama")
-    first, second = METHODS["ft-l"](bench), METHODS["ft-l"](bench)
-    first.edit(EDITS)
-    second.edit(EDITS)
-    assert isinstance(first, FtL)
-    assert isinstance(second, FtL)
-    assert torch.equal(first.deltas[0], second.deltas[0])
-
-
-def test_what_cannot_be_learnt_is_named(tmp_path: Path) -> None:
-    bench = bench_for(tmp_path, "llama")
-    with pytest.raises(UnsuitableError, match="'odd'"):
-        FtL(bench).edit([Edit("odd", "ba", "...")])
-    bench.loaded.model.get_output_embeddings().weight.data[:] = torch.nan
-    with pytest.raises(UnsuitableError, match="not finite"):
-        FtL(bench).edit(EDITS[:1])

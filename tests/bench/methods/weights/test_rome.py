@@ -12,7 +12,6 @@ from support.helpers import keys_of
 from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, weight_of
 from torch import Tensor, nn
 
-from wisecli.bench.methods.base import METHODS, UnsuitableError
 from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.rome import SEARCH, Rome, rank_one
 from wisecli.bench.methods.weights.rome_common import read_fact
@@ -174,23 +173,6 @@ def test_edits_without_a_subject_are_written_at_the_prompts_end(tmp_path: Path) 
     before = target_predictions(bench.loaded, rows_of(bench)[:1], batch_size=1)[0].losses.mean()
     method.edit([edit])
     assert target_predictions(bench.loaded, rows_of(bench)[:1], method, batch_size=1)[0].losses.mean() < before - 0.3
-
-
-def test_in_the_table_and_the_same_twice(tmp_path: Path) -> None:
-    bench = bench_for(tmp_path, "llama")
-    first, second = METHODS["rome"](bench), METHODS["rome"](bench)
-    first.edit(EDITS)
-    for edit in EDITS:
-        second.edit([edit])
-    assert isinstance(first, Rome)
-    assert isinstance(second, Rome)
-    assert first.sites[0].layer == 2
-    assert torch.equal(first.deltas[0], second.deltas[0])
-
-
-def test_without_texts_it_cannot_run(tmp_path: Path) -> None:
-    with pytest.raises(UnsuitableError, match="texts"):
-        Rome(bench_for(tmp_path, "llama", []))
 
 
 def test_a_subject_that_opens_the_prompt(tmp_path: Path) -> None:

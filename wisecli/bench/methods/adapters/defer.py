@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, PromptEnd, UnsuitableError, hooks, method, seeded, tensor_bytes
+from wisecli.bench.methods.base import Bench, EditByEdit, PromptEnd, method, require_finite, seeded, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import at_depth, encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.hooks import hooked
 from wisecli.models.running.upper_layers import upper_logits
-from wisecli.progress import Event
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class DeferSettings:
 
 
 @method("defer")
-class Defer:
+class Defer(EditByEdit):
     """One gate and one linear layer for all edits; prompts that the gate lets pass are answered by the model as it is.
 
     ``weight`` (1 + d, d_ff) and ``bias`` (1 + d,) hold w and b in their first row, U and c in the others, in float32.
     """
 
-    portion = 1
+    stage = "deferrals"
 
     def __init__(self, bench: Bench, settings: DeferSettings | None = None) -> None:
         self.bench, self.settings = bench, settings or DeferSettings()
@@ -62,27 +62,17 @@ class Defer:
         self.weight, self.bias = (part.to(bench.loaded.device) for part in drawn)
         self.trained = False
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Train gate and layer on each edit in turn.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
-        """
+    def learn(self, edit: Edit) -> None:
+        """Train gate and layer on one edit."""
         loaded = self.bench.loaded
-        batches = (collate([encode_row(self.bench, edit.prompt, edit)]).to(loaded.device) for edit in edits)
-        parts = captured(loaded.model, self.site, batches, stream=loaded.stream, window=True)
-        for done, (edit, part) in enumerate(zip(edits, parts, strict=True), start=1):
-            self._learn(edit, part)
-            self.bench.on_progress(Event("deferrals", done, len(edits)))
-
-    def _learn(self, edit: Edit, part: Activations) -> None:
+        batch = collate([encode_row(self.bench, edit.prompt, edit)]).to(loaded.device)
+        (part,) = captured(loaded.model, self.site, [batch], stream=loaded.stream, window=True)
         trained = [self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()]
         optimizer = torch.optim.Adam(trained, lr=self.settings.rate)
-        output = self.site.watched(self.bench.loaded.model)(part.keys).float()
+        output = self.site.watched(loaded.model)(part.keys).float()
         for _ in range(self.settings.steps):
             loss = self.loss(part, output, *trained)
-            if not loss.isfinite():
-                raise UnsuitableError(f"the loss of edit {edit.id!r} is not finite")
+            require_finite(loss, f"edit {edit.id!r}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -90,7 +80,8 @@ class Defer:
         self.trained = True
 
     def loss(self, part: Activations, output: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Mean cross-entropy of the target's tokens with ``g v + (1 - g) y`` in the place of what the matrix gives.
+        """Return the mean cross-entropy of the target's tokens with ``g v + (1 - g) y`` in the place of what the matrix
+        gives.
 
         Args:
             part: captured from the prompts' last token on.
@@ -116,19 +107,15 @@ class Defer:
             return output
 
         if not self.trained:
-            return hooks()
-        return hooks(end.follow_passes(model), module.register_forward_hook(replace))
-
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
+            return hooked()
+        return hooked(end.follow_passes(model), module.register_forward_hook(replace))
 
     def bytes(self) -> int:
-        """Size of gate and layer."""
+        """Return the size of gate and layer."""
         return tensor_bytes(self.weight, self.bias)
 
     def state(self) -> dict[str, Tensor]:
-        """Gate and layer."""
+        """Return gate and layer."""
         return {"weight": self.weight, "bias": self.bias}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:

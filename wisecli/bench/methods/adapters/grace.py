@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, PromptEnd, hooks, method, seeded, tensor_bytes
+from wisecli.bench.methods.base import Bench, Method, PromptEnd, method, seeded, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.hooks import hooked
 from wisecli.models.running.upper_layers import upper_logits
 
 Target = tuple[int, ...]
@@ -41,7 +42,7 @@ class GraceSettings:
     stop: float = 0.01
 
 
-# What a split takes off the older radius, so that no point lies in both.
+# A split makes the older radius smaller by this: no point lies in both.
 _APART = 1e-5
 
 
@@ -56,7 +57,7 @@ class Codebook:
         self._radius, self._generator = radius, seeded(seed)
 
     def state(self) -> dict[str, Tensor]:
-        """Entries with their targets, one after the other, and where the draw of new values is."""
+        """Return entries with their targets, one after the other, and where the draw of new values is."""
         return {
             "keys": self.keys,
             "values": self.values,
@@ -67,7 +68,7 @@ class Codebook:
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Be as when a state was kept."""
+        """Take up a state that was kept."""
         self.keys, self.values = state["keys"].to(self.keys), state["values"].to(self.values)
         self.radii = state["radii"].to(self.radii)
         parts = state["targets"].split(state["lengths"].tolist())
@@ -75,7 +76,7 @@ class Codebook:
         self._generator.set_state(state["generator"])
 
     def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance to the nearest key, and which that is: (B, d_ff) → (B,) twice."""
+        """Return the distance to the nearest key, and which that is: (B, d_ff) → (B,) twice."""
         # The distance by a matrix product is not exact, and a key must lie at distance 0 from itself.
         found = torch.cdist(keys.float(), self.keys, compute_mode="donot_use_mm_for_euclid_dist").min(-1)
         return found.values, found.indices
@@ -116,7 +117,7 @@ class Codebook:
 
 
 @method("grace")
-class Grace:
+class Grace(Method):
     """Edits as entries of a codebook at one layer; prompts outside all radii are answered by the model as it is."""
 
     def __init__(self, bench: Bench, settings: GraceSettings | None = None) -> None:
@@ -150,10 +151,10 @@ class Grace:
         for indices, part in zip(groups, parts, strict=True):
             # A later edit may have taken an entry over; what it was to hold before is then no more.
             held = [self.codebook.targets[entries[index]] == rows[index].target for index in indices]
-            kept = [place for place, holds in enumerate(held) if holds]
+            kept = [row for row, holds in enumerate(held) if holds]
             if kept:
-                place = torch.tensor([entries[indices[row]] for row in kept], device=loaded.device)
-                self._learn(part.rows(torch.tensor(kept, device=loaded.device)), place)
+                written = torch.tensor([entries[indices[row]] for row in kept], device=loaded.device)
+                self._learn(part.rows(torch.tensor(kept, device=loaded.device)), written)
 
     def _learn(self, part: Activations, entries: Tensor) -> None:
         """Learn the values of some entries: gradient steps through the layers above, the best of them kept.
@@ -162,14 +163,14 @@ class Grace:
             entries: which entry each row is of (B,).
         """
         settings = self.settings
-        chosen, place = entries.unique(return_inverse=True)
+        chosen, entry_of_row = entries.unique(return_inverse=True)
         values = self.codebook.values[chosen].clone().requires_grad_()
         optimizer = torch.optim.Adam([values], lr=settings.rate)
         output = self.site.watched(self.bench.loaded.model)(part.keys[:, 0]).float()
         best, lowest = values.detach().clone(), values.new_full((len(chosen),), torch.inf).detach()
         for step in range(settings.steps + 1):
-            losses = self.losses(part, output, values[place])
-            worst = lowest.new_zeros(len(chosen)).scatter_reduce(0, place, losses.detach(), "amax")
+            losses = self.losses(part, output, values[entry_of_row])
+            worst = lowest.new_zeros(len(chosen)).scatter_reduce(0, entry_of_row, losses.detach(), "amax")
             better = worst < lowest
             best, lowest = values.detach().where(better[:, None], best), worst.where(better, lowest)
             if step == settings.steps or bool((lowest < settings.stop).all()):
@@ -180,7 +181,8 @@ class Grace:
         self.codebook.values[chosen] = best
 
     def losses(self, part: Activations, output: Tensor, values: Tensor) -> Tensor:
-        """Mean cross-entropy of each row's target once its value (B, d) replaces what the matrix gives: (B,).
+        """Return the mean cross-entropy of each row's target once its value (B, d) replaces what the matrix gives:
+        (B,).
 
         Args:
             output: what the matrix gives at the prompts' last token (B, d), in float32.
@@ -212,15 +214,11 @@ class Grace:
             return output
 
         if not self.codebook.targets:
-            return hooks()
-        return hooks(end.follow_passes(model), module.register_forward_hook(replace))
-
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
+            return hooked()
+        return hooked(end.follow_passes(model), module.register_forward_hook(replace))
 
     def bytes(self) -> int:
-        """Size of keys, values and radii."""
+        """Return the size of keys, values and radii."""
         return tensor_bytes(self.codebook.keys, self.codebook.values, self.codebook.radii)
 
     def state(self) -> dict[str, Tensor]:

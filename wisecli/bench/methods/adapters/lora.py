@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.methods.base import Bench, EditByEdit, UnsuitableError, method, require_finite, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate
-from wisecli.models.running.hooks import hooked
+from wisecli.models.running.forward_pass import run_model
 from wisecli.models.running.seeding import seeded
 
 
@@ -44,7 +44,7 @@ Swap = tuple[nn.Module, str, nn.Module, nn.Module]
 
 
 def projections(model: nn.Module, layers: str, value: str) -> list[str]:
-    """Module paths of the value matrix and of all projections outside the feed-forward part, layer by layer.
+    """Return the module paths of the value matrix and of all projections outside the feed-forward part, layer by layer.
 
     Args:
         layers: module path of the list of layers.
@@ -66,21 +66,20 @@ def follow(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     Raises:
         UnsuitableError: the loss is not finite.
     """
-    if not loss.isfinite():
-        raise UnsuitableError("the edits' loss is not finite")
+    require_finite(loss, "the edits")
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
 
 
 @method("lora")
-class Lora:
+class Lora(EditByEdit):
     """Edits in low-rank adapters.
 
     Raises:
         UnsuitableError: ``peft`` is not installed, or the model's layers are streamed.
     """
 
-    portion = 1
+    stage = "adapters"
 
     def __init__(self, bench: Bench, settings: LoraSettings | None = None) -> None:
         if bench.loaded.stream is not None:
@@ -88,8 +87,8 @@ class Lora:
         self.bench, self.settings = bench, settings or LoraSettings()
         self._swaps = self._built()
         self.parameters = {
-            f"{place}.{name}": parameter
-            for place, (*_, layer) in enumerate(self._swaps)
+            f"{index}.{name}": parameter
+            for index, (*_, layer) in enumerate(self._swaps)
             for name, parameter in layer.named_parameters()
             if "lora_" in name
         }
@@ -116,22 +115,15 @@ class Lora:
             if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
                 above, _, own = name.rpartition(".")
                 swaps.append((model.get_submodule(above), own, layer.get_base_layer(), layer.eval()))
-        for place, own, base, _ in swaps:
-            setattr(place, own, base)
+        for parent, own, base, _ in swaps:
+            setattr(parent, own, base)
         for left in set(vars(model)) - before:
             delattr(model, left)
         return swaps
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Train on more edits, one after the other.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or the loss is not finite.
-        """
-        for edit in edits:
-            self._train(encode_row(self.bench, edit.prompt, edit))
-
-    def _train(self, row: Row) -> None:
+    def learn(self, edit: Edit) -> None:
+        """Train on one edit."""
+        row = encode_row(self.bench, edit.prompt, edit)
         trained = list(self.parameters.values())
         optimizer = torch.optim.Adam(trained, lr=self.settings.rate)
         with self.applied():
@@ -145,37 +137,25 @@ class Lora:
         optimizer.zero_grad()
 
     def loss(self, rows: Sequence[Row]) -> Tensor:
-        """Mean cross-entropy of the target tokens of rows, with the adapters as they are applied."""
+        """Return the mean cross-entropy of the target tokens of rows, with the adapters as they are applied."""
         loaded = self.bench.loaded
         batch = collate(rows).to(loaded.device)
-        at, columns = batch.labelled
-
-        def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            return inputs[0][at, columns].unsqueeze(0)
-
-        with hooked(loaded.model.get_output_embeddings().register_forward_pre_hook(pick)):
-            logits = loaded.model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-            ).logits[0]
+        logits = run_model(loaded.model, batch, 0, None, batch.labelled)
         return F.cross_entropy(logits.float(), batch.targets)
 
     @contextmanager
     def applied(self, first: int | None = None) -> Iterator[None]:  # noqa: ARG002
-        """The model with the adapters' layers in the places of its own."""
+        """Put the adapters' layers in the places of the model's own for a while."""
         try:
-            for place, own, _, layer in self._swaps:
-                setattr(place, own, layer)
+            for parent, name, _, layer in self._swaps:
+                setattr(parent, name, layer)
             yield
         finally:
-            for place, own, base, _ in self._swaps:
-                setattr(place, own, base)
-
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
+            for parent, name, base, _ in self._swaps:
+                setattr(parent, name, base)
 
     def bytes(self) -> int:
-        """Size of the adapters' matrices."""
+        """Return the size of the adapters' matrices."""
         return tensor_bytes(*self.parameters.values())
 
     def state(self) -> dict[str, Tensor]:

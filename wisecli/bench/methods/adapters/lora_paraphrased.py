@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wisecli.bench.methods.adapters.lora import Lora, LoraSettings, follow
-from wisecli.bench.methods.base import Bench, method
+from wisecli.bench.methods.base import Bench, Gradual, method
 from wisecli.bench.methods.resumable_training import Training
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.editing.examples.paraphrases import write_paraphrases
@@ -36,6 +36,7 @@ class LoraParaphrasedSettings:
     paraphrases: int = 4
 
 
+@method("lora-paraphrased", at_once=True)
 class LoraParaphrased(Lora):
     """Edits in low-rank adapters that are trained on all that come at once.
 
@@ -44,19 +45,15 @@ class LoraParaphrased(Lora):
     """
 
     portion = 0
+    edit = Gradual.edit
 
     def __init__(self, bench: Bench, settings: LoraParaphrasedSettings | None = None) -> None:
         self.schedule = settings or LoraParaphrasedSettings()
         super().__init__(bench, self.schedule.lora)
         self._training: Training | None = None
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Train on more edits, all of them together."""
-        for _ in self.steps(edits):
-            pass
-
     def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
-        """Yield the same, a pass at a time, before which the paraphrases are written."""
+        """Train on edits together; a step for writing the paraphrases, and one for each pass."""
         if not edits:
             return
         if self._training is None:
@@ -105,12 +102,6 @@ class LoraParaphrased(Lora):
         more = write_paraphrases(loaded, edits, count, batch_size=size, seed=self.bench.seed)
         forms = usable_forms(loaded.tokenizer, trained=True)
         for edit in edits:
-            asked = [form.render(loaded.tokenizer, edit.prompt) for form in forms]
-            for prompt in dict.fromkeys([edit.prompt, *asked, *more.get(edit.id, ())]):
+            prompts = [form.render(loaded.tokenizer, edit.prompt) for form in forms]
+            for prompt in dict.fromkeys([edit.prompt, *prompts, *more.get(edit.id, ())]):
                 yield encode_row(self.bench, prompt, edit, end=end)
-
-
-@method("lora-paraphrased", at_once=True)
-def lora_paraphrased(bench: Bench) -> LoraParaphrased:
-    """Return all edits at once."""
-    return LoraParaphrased(bench)

@@ -20,7 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wisecli.bench.methods.base import Bench, PromptEnd, UnsuitableError, hooks, method, seeded, tensor_bytes
+from wisecli.bench.methods.base import (
+    Bench,
+    EditByEdit,
+    PromptEnd,
+    method,
+    require_finite,
+    require_texts,
+    seeded,
+    tensor_bytes,
+)
 from wisecli.bench.methods.weights.gradient_factors import row_losses
 from wisecli.bench.methods.weights.rome_common import prefixes_for
 from wisecli.bench.methods.weights.weight_editing import at_depth, encode_row
@@ -28,8 +37,8 @@ from wisecli.editing.background.key_capture import keys_of_texts
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import collate
 from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.hooks import hooked
 from wisecli.models.running.upper_layers import upper_logits
-from wisecli.progress import Event
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class TopHash:
 
 
 @method("memoir")
-class Memoir:
+class Memoir(EditByEdit):
     """Edits in a memory beside one matrix; where no edit's mask is like a prompt's, the model answers as it is.
 
     ``memory`` (d, d_ff) in float32, ``masks`` (n, d_ff) of the edits, those that are the same once.
@@ -82,7 +91,7 @@ class Memoir:
         UnsuitableError: there are no unrelated texts.
     """
 
-    portion = 1
+    stage = "residual memory"
 
     def __init__(self, bench: Bench, settings: MemoirSettings | None = None) -> None:
         self.bench, self.settings = bench, settings or MemoirSettings()
@@ -96,9 +105,7 @@ class Memoir:
 
     def _background(self) -> Tensor:
         """Mean features (d_ff,) of unrelated texts, each of which counts alike."""
-        texts = self.bench.texts[: self.settings.background]
-        if not texts:
-            raise UnsuitableError("it needs unrelated texts, and there are none")
+        texts = require_texts(self.bench.texts[: self.settings.background])
         size, on_progress = self.bench.batch_size, self.bench.on_progress
         keys, text, _ = keys_of_texts(self.bench.loaded, self.site, texts, batch_size=size, on_progress=on_progress)
         sums = keys.new_zeros(len(texts), keys.shape[1]).index_add(0, text, keys)
@@ -106,31 +113,22 @@ class Memoir:
         return (sums / counts.clamp(min=1)[:, None])[counts > 0].mean(0)
 
     def features(self, keys: Tensor, prompt: Tensor) -> Tensor:
-        """Features (B, d_ff) of prompts from keys (B, T, d_ff) and where in them the prompts' tokens are (B, T)."""
+        """Return features (B, d_ff) of prompts from keys (B, T, d_ff) and the prompts' tokens among them (B, T)."""
         sums = keys.float().masked_fill(~prompt[..., None], 0).sum(1)
         return sums / prompt.sum(-1, keepdim=True) - self.background
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Learn each edit in turn.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
-        """
+    def learn(self, edit: Edit) -> None:
+        """Write one edit into the columns of its mask."""
         loaded = self.bench.loaded
-        rows = ([encode_row(self.bench, prefix + edit.prompt, edit) for prefix in self.prefixes] for edit in edits)
-        batches = (collate(own).to(loaded.device) for own in rows)
-        parts = captured(loaded.model, self.site, batches, stream=loaded.stream)
-        for done, (edit, part) in enumerate(zip(edits, parts, strict=True), start=1):
-            prompt = part.batch.mask.bool().clone()
-            prompt[:, part.batch.start + 1 :] = False
-            # The prompt alone, which is the first row, says where all of them write.
-            mask = self.hash.mask(self.features(part.keys[:1], prompt[:1]))
-            self._learn(edit, part, mask[0].nonzero().flatten())
-            if not (self.masks == mask).all(-1).any():
-                self.masks = torch.cat([self.masks, mask])
-            self.bench.on_progress(Event("residual memory", done, len(edits)))
+        batch = collate([encode_row(self.bench, prefix + edit.prompt, edit) for prefix in self.prefixes])
+        (part,) = captured(loaded.model, self.site, [batch.to(loaded.device)], stream=loaded.stream)
+        # The prompt alone, which is the first row, says where all of them write.
+        mask = self.hash.mask(self.features(part.keys[:1], prompts(part.keys, part.batch.mask, part.batch.start)[:1]))
+        self._descend(edit, part, mask[0].nonzero().flatten())
+        if not (self.masks == mask).all(-1).any():
+            self.masks = torch.cat([self.masks, mask])
 
-    def _learn(self, edit: Edit, part: Activations, columns: Tensor) -> None:
+    def _descend(self, edit: Edit, part: Activations, columns: Tensor) -> None:
         settings, before = self.settings, float("inf")
         # The squared length of keys grows with their number, and with it what a step of a gradient's own length moves.
         narrower = settings.width / self.site.d_ff
@@ -138,8 +136,7 @@ class Memoir:
         keys, values = part.keys[..., columns].float(), self.memory[:, columns].requires_grad_()
         for _ in range(settings.steps):
             loss = self.loss(part, keys, values)
-            if not loss.isfinite():
-                raise UnsuitableError(f"the loss of edit {edit.id!r} is not finite")
+            require_finite(loss, f"edit {edit.id!r}")
             now = float(loss.detach())
             if now <= settings.stop and abs(now - before) <= settings.still:
                 break
@@ -149,7 +146,7 @@ class Memoir:
         self.memory[:, columns] = values.detach()
 
     def loss(self, part: Activations, keys: Tensor, values: Tensor) -> Tensor:
-        """Mean cross-entropy of the target's tokens with the memory open, each row counting alike.
+        """Return the mean cross-entropy of the target's tokens with the memory open, each row counting alike.
 
         Args:
             keys: the mask's columns of the part's keys (B, T, k).
@@ -170,7 +167,7 @@ class Memoir:
     def applied(self, first: int | None = None) -> AbstractContextManager[object]:
         """Return the model with the memory beside its matrix; each row's mask is chosen once, by its whole prompt."""
         if not len(self.masks):
-            return hooks()
+            return hooked()
         model, module, end = self.bench.loaded.model, self.site.watched(self.bench.loaded.model), PromptEnd(first)
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -188,14 +185,10 @@ class Memoir:
             output[opened] += (masked @ self.memory.T).to(output.dtype)
             return output
 
-        return hooks(end.follow_passes(model), module.register_forward_hook(add))
-
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
+        return hooked(end.follow_passes(model), module.register_forward_hook(add))
 
     def bytes(self) -> int:
-        """Size of memory, masks, permutation and mean features."""
+        """Return the size of memory, masks, permutation and mean features."""
         return tensor_bytes(self.memory, self.masks, self.hash.permutation, self.background)
 
     def state(self) -> dict[str, Tensor]:

@@ -9,13 +9,10 @@ for its answer behind a colon has its demonstrations worded like it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from wisecli.bench.methods.base import Bench, UnsuitableError, method
 from wisecli.bench.methods.context.retrieval import Facts, ReplayedMethod, TermIndex, demonstration, instruction_prompt
-from wisecli.edits.record import Edit
 
 
 @dataclass(frozen=True)
@@ -43,31 +40,22 @@ class Icl(ReplayedMethod):
         if not bench.train:
             raise UnsuitableError("icl needs records of the train split, its demonstrations; there are none")
         self.settings, self._tokenizer = settings or IclSettings(), bench.loaded.tokenizer
-        background = [*(edit.prompt for edit in bench.train), *bench.texts]
-        self._records = Facts(TermIndex(self._tokenizer, background))
+        self._records = Facts(TermIndex(self._tokenizer, bench.background))
         self._records.add(bench.train)
-        self._facts = Facts(TermIndex(self._tokenizer, background))
+        self.facts = Facts(TermIndex(self._tokenizer, bench.background))
         positions = getattr(bench.loaded.model.config.get_text_config(), "max_position_embeddings", None)
         self._room = self.settings.share * positions if positions else float("inf")
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Store more edits."""
-        self._facts.add(edits)
-
-    def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Return the model itself: it is only asked otherwise."""
-        return nullcontext()
-
     def rewritten_prompt(self, prompt: str) -> str:
-        """Demonstrations, the most similar last, then the nearest edit as a new fact, and the prompt."""
-        nearest = self._facts.ranked(prompt, 1)
+        """Return demonstrations, the most similar last, then the nearest edit as a new fact, and the prompt."""
+        nearest = self.facts.ranked(prompt, 1)
         if not nearest:
             return prompt
         text = instruction_prompt(nearest[0][0], prompt)
         room = self._room - self._length(text)
         kinds = self.settings.kinds
-        for place, (record, _) in enumerate(self._records.ranked(prompt, self.settings.count)):
-            example = demonstration(record, kinds[place % len(kinds)], prompt)
+        for rank, (record, _) in enumerate(self._records.ranked(prompt, self.settings.count)):
+            example = demonstration(record, kinds[rank % len(kinds)], prompt)
             room -= self._length(example)
             if room < 0:
                 break
@@ -78,5 +66,5 @@ class Icl(ReplayedMethod):
         return len(self._tokenizer(text)["input_ids"])
 
     def bytes(self) -> int:
-        """Size of stored edits, records and their indices."""
-        return self._facts.bytes() + self._records.bytes()
+        """Return the size of stored edits, records and their indices."""
+        return self.facts.bytes() + self._records.bytes()

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wisecli.bench.methods.base import Bench, hooks, method, tensor_bytes
+from wisecli.bench.methods.base import Bench, Method, method, tensor_bytes
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.tokenization import Row, collate, encode, in_batches
+from wisecli.models.running.forward_pass import run_model
 from wisecli.models.running.hooks import hooked
 
 
@@ -55,7 +56,7 @@ class Datastore:
         self.keys, self.tokens = torch.cat([self.keys, keys]), torch.cat([self.tokens, tokens])
 
     def nearest(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Squared distances and tokens of the nearest states, by exact search: (m, d) → (m, k) twice."""
+        """Return squared distances and tokens of the nearest states, by exact search: (m, d) → (m, k) twice."""
         best, tokens = queries.new_zeros(len(queries), 0), self.tokens.new_zeros(len(queries), 0)
         for keys, after in zip(self.keys.split(_CHUNK), self.tokens.split(_CHUNK), strict=True):
             found = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -66,7 +67,7 @@ class Datastore:
 
 
 def neighbourhood(distances: Tensor, tokens: Tensor, temperature: float, vocabulary: int) -> Tensor:
-    """``p_kNN`` from squared distances and tokens (m, k): (m, V)."""
+    """Return ``p_kNN`` from squared distances and tokens (m, k): (m, V)."""
     weights = (-distances / temperature).softmax(-1)
     return weights.new_zeros(len(weights), vocabulary).scatter_add(-1, tokens, weights)
 
@@ -81,7 +82,7 @@ class _Read:
 
 
 @method("knn")
-class Knn:
+class Knn(Method):
     """Edits as states with the tokens after them; every token that the model gives is asked of them, too."""
 
     def __init__(self, bench: Bench, settings: KnnSettings | None = None) -> None:
@@ -115,18 +116,14 @@ class Knn:
     def _read_batch(self, rows: Sequence[Row]) -> list[_Read]:
         loaded, kept = self.bench.loaded, []
         batch = collate(rows).to(loaded.device)
-        at, columns = batch.labelled
 
-        def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            kept.append(inputs[0][at, columns])
-            return kept[0].unsqueeze(0)
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            kept.append(inputs[0][batch.labelled])
 
-        with hooked(loaded.model.get_output_embeddings().register_forward_pre_hook(pick)):
-            logits = loaded.model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-            ).logits[0]
-        labels, lengths = batch.labels[at, columns - batch.start], [len(row.target) for row in rows]
-        parts = (part.split(lengths) for part in (kept[0].float(), logits, labels))
+        with hooked(loaded.model.get_output_embeddings().register_forward_pre_hook(keep)):
+            logits = run_model(loaded.model, batch, 0, None, batch.labelled)
+        lengths = [len(row.target) for row in rows]
+        parts = (part.split(lengths) for part in (kept[0].float(), logits, batch.targets))
         return [_Read(*one) for one in zip(*parts, strict=True)]
 
     def _chosen(self) -> tuple[float, float]:
@@ -139,15 +136,15 @@ class Knn:
         if not records:
             return self.settings.share, self.settings.temperature
         tokenizer = self.bench.loaded.tokenizer
-        own = self._read([encode(tokenizer, edit.prompt, edit.target) for edit in records])
-        other = self._read([encode(tokenizer, text, edit.target) for edit in records for text in edit.rephrases[:1]])
-        apart = self._read(
-            [encode(tokenizer, probe.prompt, probe.answer) for edit in records for probe in edit.locality[:1]]
-        )
-        wanted = [(one, one.tokens) for one in (*own, *other)] + [(one, one.logits.argmax(-1)) for one in apart]
-        kinds = torch.tensor([0] * len(own) + [1] * len(other) + [2] * len(apart))
+        prompts = self._read([encode(tokenizer, edit.prompt, edit.target) for edit in records])
+        reworded = self._read([encode(tokenizer, text, edit.target) for edit in records for text in edit.rephrases[:1]])
+        probes = [probe for edit in records for probe in edit.locality[:1]]
+        locality = self._read([encode(tokenizer, probe.prompt, probe.answer) for probe in probes])
+        wanted = [(one, one.tokens) for one in (*prompts, *reworded)]
+        wanted += [(one, one.logits.argmax(-1)) for one in locality]
+        kinds = torch.tensor([0] * len(prompts) + [1] * len(reworded) + [2] * len(locality))
         store = self._empty()
-        for one in own:
+        for one in prompts:
             store.add(one.states, one.tokens)
         unit = max(float(torch.cdist(store.keys, store.keys).square().mean()), 1e-6)
         hits: dict[tuple[float, float], list[float]] = {}
@@ -170,7 +167,7 @@ class Knn:
         others'.
         """
         if not len(self.store.tokens):
-            return hooks()
+            return hooked()
         model, kept = self.bench.loaded.model, dict[str, Tensor]()
 
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
@@ -185,18 +182,14 @@ class Knn:
             return output
 
         head = model.get_output_embeddings().register_forward_hook(keep)
-        return hooks(head, model.register_forward_hook(mix))
-
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
+        return hooked(head, model.register_forward_hook(mix))
 
     def bytes(self) -> int:
-        """Size of states and tokens."""
+        """Return the size of states and tokens."""
         return tensor_bytes(self.store.keys, self.store.tokens)
 
     def state(self) -> dict[str, Tensor]:
-        """States, tokens, and how much they count."""
+        """Return states, tokens, and how much they count."""
         chosen = torch.tensor([self.share, self.temperature], dtype=torch.float64)
         return {"keys": self.store.keys, "tokens": self.store.tokens, "chosen": chosen}
 

@@ -15,5 +15,4 @@ class Rag(NearestFact):
     """Edits as texts that are looked up by the words of the prompt."""
 
     def __init__(self, bench: Bench) -> None:
-        background = [*(edit.prompt for edit in bench.train), *bench.texts]
-        super().__init__(bench, lambda: TermIndex(bench.loaded.tokenizer, background), "rag")
+        super().__init__(bench, lambda: TermIndex(bench.loaded.tokenizer, bench.background), "rag")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method, tensor_bytes
+from wisecli.bench.methods.base import Bench, method, require_texts, tensor_bytes
 from wisecli.bench.methods.context.retrieval import NearestFact
 from wisecli.editing.router_training.token_states import token_states
 from wisecli.progress import ignore_progress
@@ -37,8 +37,7 @@ class WordsAndStates:
     """
 
     def __init__(self, bench: Bench, background: Sequence[str]) -> None:
-        if not background:
-            raise UnsuitableError("it needs unrelated texts, and there are none")
+        require_texts(background)
         self.bench, self.site = bench, bench.site(bench.layers // 2)
         self._size = len(background)
         bags = [self._bag(text) for text in background]
@@ -60,17 +59,17 @@ class WordsAndStates:
 
     def scores(self, text: str) -> Tensor:
         """Return how similar each text is (n,)."""
-        asked = self._bag(text)
-        shared = [self.words(asked, bag) / (full or 1.0) for bag, full in zip(self._bags, self._full, strict=True)]
+        query = self._bag(text)
+        shared = [self.words(query, bag) / (full or 1.0) for bag, full in zip(self._bags, self._full, strict=True)]
         return (torch.tensor(shared) + self._states @ self._directions([text])[0]) / 2
 
-    def words(self, asked: Counter[int], bag: Counter[int]) -> float:
-        """BM25 of one text for what another asks."""
+    def words(self, query: Counter[int], bag: Counter[int]) -> float:
+        """Return the BM25 score of one text for another that asks."""
         long = _K * (1 - _B + _B * sum(bag.values()) / self._length)
-        return sum(self._rarity(token) * bag[token] * (_K + 1) / (bag[token] + long) for token in asked if token in bag)
+        return sum(self._rarity(token) * bag[token] * (_K + 1) / (bag[token] + long) for token in query if token in bag)
 
     def bytes(self) -> int:
-        """Size of a number and a count a token, and of the states."""
+        """Return the size of a number and a count a token, and of the states."""
         return 8 * sum(map(len, self._bags)) + tensor_bytes(self._states)
 
     def _rarity(self, token: int) -> float:
@@ -98,5 +97,4 @@ class RagHybrid(NearestFact):
     """Edits as texts that are looked up by the words of the prompt and by what the model makes of it."""
 
     def __init__(self, bench: Bench) -> None:
-        background = [*(edit.prompt for edit in bench.train), *bench.texts]
-        super().__init__(bench, lambda: WordsAndStates(bench, background), "rag-hybrid")
+        super().__init__(bench, lambda: WordsAndStates(bench, bench.background), "rag-hybrid")

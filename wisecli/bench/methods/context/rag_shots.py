@@ -22,8 +22,7 @@ class RagShots(NearestFact):
     """
 
     def __init__(self, bench: Bench, count: int = 2, first: int = 0) -> None:
-        background = [*(edit.prompt for edit in bench.train), *bench.texts]
-        super().__init__(bench, lambda: TermIndex(bench.loaded.tokenizer, background), "rag-shots")
+        super().__init__(bench, lambda: TermIndex(bench.loaded.tokenizer, bench.background), "rag-shots")
         self._records = bench.train[first : first + count]
 
     def rewritten_prompt(self, prompt: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import Bench, UnsuitableError
+from wisecli.bench.methods.base import Bench, Method, UnsuitableError
 from wisecli.edits.record import Edit
 from wisecli.models.prompts.prompt_forms import usable_forms
 
@@ -31,10 +30,10 @@ class Index(Protocol):
         """Take in more texts."""
 
     def scores(self, text: str) -> Tensor:
-        """Cosine with each text in the order in which they came (n,)."""
+        """Return the cosine with each text in the order in which they came (n,)."""
 
     def bytes(self) -> int:
-        """Size of what is kept."""
+        """Return the size of what is kept."""
 
 
 class TermIndex:
@@ -55,7 +54,7 @@ class TermIndex:
         return list(self._tokenizer(f" {text.lower()}", add_special_tokens=False)["input_ids"])
 
     def vector(self, text: str) -> dict[int, float]:
-        """Weight of each token, of length 1 together."""
+        """Return the weight of each token; together they have length 1."""
         counts = Counter(self._tokens(text))
         weights = {
             token: count * (1 + math.log((1 + self._size) / (1 + self._seen[token]))) for token, count in counts.items()
@@ -65,21 +64,21 @@ class TermIndex:
 
     def add(self, texts: Sequence[str]) -> None:
         """Take in more texts."""
-        for place, text in enumerate(texts, start=self._count):
+        for index, text in enumerate(texts, start=self._count):
             for token, weight in self.vector(text).items():
-                self._postings.setdefault(token, {})[place] = weight
+                self._postings.setdefault(token, {})[index] = weight
         self._count += len(texts)
 
     def scores(self, text: str) -> Tensor:
-        """Cosine with each text (n,)."""
+        """Return the cosine with each text (n,)."""
         found = [0.0] * self._count
         for token, weight in self.vector(text).items():
-            for place, other in self._postings.get(token, {}).items():
-                found[place] += weight * other
+            for index, other in self._postings.get(token, {}).items():
+                found[index] += weight * other
         return torch.tensor(found)
 
     def bytes(self) -> int:
-        """Size of a token's number and weight for each entry."""
+        """Return the size of a token's number and weight for each entry."""
         return 8 * sum(map(len, self._postings.values()))
 
 
@@ -98,8 +97,8 @@ class Facts:
         ]
         self._index.add(new)
         for edit in edits:
-            place = self._places.setdefault(edit.prompt, len(self._edits))
-            self._edits[place : place + 1] = [edit]
+            index = self._places.setdefault(edit.prompt, len(self._edits))
+            self._edits[index : index + 1] = [edit]
 
     def ranked(self, text: str, count: int) -> list[tuple[Edit, float]]:
         """Return the edits whose prompts are most similar, with their similarities; the most similar first."""
@@ -107,12 +106,12 @@ class Facts:
             return []
         found = self._index.scores(text).topk(min(count, len(self._edits)))
         return [
-            (self._edits[place], score)
-            for place, score in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+            (self._edits[index], score)
+            for index, score in zip(found.indices.tolist(), found.values.tolist(), strict=True)
         ]
 
     def bytes(self) -> int:
-        """Size of the index and of prompts and targets as text."""
+        """Return the size of the index and of prompts and targets as text."""
         return self._index.bytes() + sum(len((edit.prompt + edit.target).encode()) for edit in self._edits)
 
 
@@ -149,16 +148,16 @@ def scope_threshold(bench: Bench, index: Index, name: str) -> float:
     # Of a chat these methods are given the user's turn, which is the bare prompt.
     forms = [form for form in usable_forms(tokenizer, trained=True) if not form.chat]
 
-    def scores(place: int, text: str) -> Tensor:
-        return index.scores(forms[place % len(forms)].render(tokenizer, text))
+    def scores(number: int, text: str) -> Tensor:
+        return index.scores(forms[number % len(forms)].render(tokenizer, text))
 
     index.add([edit.prompt for edit in records])
-    inside, outside = [], [float(scores(place, text).max()) for place, text in enumerate(bench.texts)]
-    for place, edit in enumerate(records):
-        inside += [float(scores(place, text)[place]) for text in edit.rephrases or (edit.prompt,)]
-        outside += [float(scores(place, probe.prompt).max()) for probe in edit.locality]
-        others = scores(place, edit.prompt)
-        others[place] = -1.0
+    inside, outside = [], [float(scores(number, text).max()) for number, text in enumerate(bench.texts)]
+    for number, edit in enumerate(records):
+        inside += [float(scores(number, text)[number]) for text in edit.rephrases or (edit.prompt,)]
+        outside += [float(scores(number, probe.prompt).max()) for probe in edit.locality]
+        others = scores(number, edit.prompt)
+        others[number] = -1.0
         outside.append(float(others.max()))
     return fitted_threshold(inside, outside)
 
@@ -190,32 +189,37 @@ def ends_with_colon(prompt: str) -> bool:
 
 
 def demonstration(edit: Edit, kind: str, prompt: str) -> str:
-    """One record as a demonstration of what to do with a fact, worded as the prompt is that will stand behind it.
+    """Return one record as a demonstration of what to do with a fact, worded like the prompt that follows it.
 
     Args:
         kind: ``copy`` the fact, ``update`` what is asked in other words, or ``retain`` what the fact says nothing of;
             a record that lacks what a kind needs is copied.
     """
-    asked, answer = edit.prompt, edit.target
+    question, answer = edit.prompt, edit.target
     if kind == "update" and edit.rephrases:
-        asked = edit.rephrases[0]
+        question = edit.rephrases[0]
     elif kind == "retain" and edit.locality:
-        asked, answer = edit.locality[0].prompt, edit.locality[0].answer
-    text = instruction_prompt(edit, f"Q: {asked}\nA:" if ends_with_colon(prompt) else asked)
+        question, answer = edit.locality[0].prompt, edit.locality[0].answer
+    text = instruction_prompt(edit, f"Q: {question}\nA:" if ends_with_colon(prompt) else question)
     return f"{text} {answer.strip()}\n\n"
 
 
-class ReplayedMethod(ABC):
-    """A method that holds nothing but its edits: to go on where it was it takes them in anew."""
+class ReplayedMethod(Method):
+    """A method that puts edits into the prompt: it holds nothing but them, and takes them in anew to go on."""
 
     portion = 32
+    facts: Facts
 
-    @abstractmethod
     def edit(self, edits: Sequence[Edit]) -> None:
         """Store more edits."""
+        self.facts.add(edits)
+
+    def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Return the model itself: it is only asked otherwise."""
+        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing."""
+        """Return nothing."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
@@ -236,14 +240,6 @@ class NearestFact(ReplayedMethod):
         self.threshold = scope_threshold(bench, make(), name)
         self.facts = Facts(make())
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Store more edits."""
-        self.facts.add(edits)
-
-    def applied(self, first: int | None = None) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Return the model itself: it is only asked otherwise."""
-        return nullcontext()
-
     def found(self, prompt: str) -> Edit | None:
         """Return the nearest edit, if it is similar enough."""
         return next((edit for edit, similarity in self.facts.ranked(prompt, 1) if similarity > self.threshold), None)
@@ -254,5 +250,5 @@ class NearestFact(ReplayedMethod):
         return prompt if edit is None else instruction_prompt(edit, prompt)
 
     def bytes(self) -> int:
-        """Size of the stored edits and their index."""
+        """Return the size of the stored edits and their index."""
         return self.facts.bytes()

@@ -42,11 +42,11 @@ class StateIndex:
             self._units = torch.cat([self._units, self._centred(self._embedder.means(texts))])
 
     def scores(self, text: str) -> Tensor:
-        """Cosine with each text (n,)."""
+        """Return the cosine with each text (n,)."""
         return (self._units @ self._centred(self._embedder.read([text]))[0]).cpu()
 
     def bytes(self) -> int:
-        """Size of the embeddings."""
+        """Return the size of the embeddings."""
         return tensor_bytes(self._units, self._middle)
 
 
@@ -58,13 +58,13 @@ class Embedder:
         self._known: dict[str, Tensor] = {}
 
     def means(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (n, d) in float32 of texts that are kept, each of which is read once."""
+        """Return embeddings (n, d) in float32 of texts that are kept, each of which is read once."""
         if new := list(dict.fromkeys(text for text in texts if text not in self._known)):
             self._known |= dict(zip(new, self.read(new), strict=True))
         return torch.stack([self._known[text] for text in texts])
 
     def read(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (n, d) in float32, read anew."""
+        """Return embeddings (n, d) in float32, read anew."""
         encoded = [tuple(self._bench.loaded.tokenizer(text)["input_ids"]) for text in texts]
         found: dict[int, Tensor] = {}
         for indices in in_batches([Row(tokens, ()) for tokens in encoded], self._bench.batch_size):
@@ -93,5 +93,5 @@ class Serac(NearestFact):
     """Edits as texts that are looked up by the model's own embedding of the prompt."""
 
     def __init__(self, bench: Bench) -> None:
-        background, embedder = [*(edit.prompt for edit in bench.train), *bench.texts], Embedder(bench)
-        super().__init__(bench, lambda: StateIndex(embedder, background), "serac")
+        embedder = Embedder(bench)
+        super().__init__(bench, lambda: StateIndex(embedder, bench.background), "serac")

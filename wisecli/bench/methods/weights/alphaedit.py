@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method
+from wisecli.bench.methods.base import METHODS, Bench, UnsuitableError
 from wisecli.bench.methods.weights.memit import Memit, MemitSettings
 from wisecli.bench.methods.weights.weight_editing import seen_moment
 from wisecli.edits.record import Edit
@@ -64,32 +65,30 @@ class AlphaEdit(Memit):
         projection: Tensor = free @ free.T
         return projection
 
-    def change(self, place: int, residuals: Tensor, keys: Tensor) -> Tensor:
+    def change(self, index: int, residuals: Tensor, keys: Tensor) -> Tensor:
         """Return what is added (d, d_ff) to a site's matrix; from then on these keys are spared, too."""
         wide = keys.double()
-        found = constrained(residuals.double(), wide, self._kept[place], self._earlier[place], self._weights[place])
-        self._earlier[place] += wide.T @ wide
+        found = constrained(residuals.double(), wide, self._kept[index], self._earlier[index], self._weights[index])
+        self._earlier[index] += wide.T @ wide
         return found.float()
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes, and the keys that are spared."""
-        return {**super().state(), **{f"earlier {place}": one for place, one in enumerate(self._earlier)}}
+        return {**super().state(), **{f"earlier {index}": one for index, one in enumerate(self._earlier)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Take up changes and keys that were kept."""
         super().restore(state, portions)
-        self._earlier = [state[f"earlier {place}"].to(one) for place, one in enumerate(self._earlier)]
+        self._earlier = [state[f"earlier {index}"].to(one) for index, one in enumerate(self._earlier)]
 
 
 def constrained(residuals: Tensor, keys: Tensor, projection: Tensor, earlier: Tensor, weight: float) -> Tensor:
-    """``Rᵀ K P (E P + Kᵀ K P + λ I)⁻¹`` (d, d_ff), for residuals (n, d), keys (n, d_ff) and ``E = K_pᵀ K_p``."""
+    """Return ``Rᵀ K P (E P + Kᵀ K P + λ I)⁻¹`` (d, d_ff), for residuals (n, d), keys (n, d_ff) and ``E = K_pᵀ K_p``."""
     whole = (earlier + keys.T @ keys) @ projection
     whole.diagonal().add_(weight)
     delta: Tensor = torch.linalg.solve(whole.T, projection.T @ keys.T @ residuals).T
     return delta
 
 
-@method("alphaedit")
-def alphaedit(bench: Bench) -> AlphaEdit:
-    """Return a hundred edits at a time, as in the paper."""
-    return AlphaEdit(bench, batch=100)
+# As in the paper.
+METHODS.add("alphaedit", partial(AlphaEdit, batch=100))

@@ -24,14 +24,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method
+from wisecli.bench.methods.base import Bench, Gradual, method, require_finite
 from wisecli.bench.methods.resumable_training import Training, packed, unpacked
 from wisecli.bench.methods.weights.gradient_factors import gradient_factors
-from wisecli.bench.methods.weights.weight_editing import WeightEditing, between_depths, encode_row
+from wisecli.bench.methods.weights.weight_editing import (
+    WeightEditing,
+    between_depths,
+    captured_rows,
+    encode_row,
+    text_rows,
+)
 from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
-from wisecli.models.prompts.tokenization import NO_LABEL, Row, collate, in_batches
-from wisecli.models.running.activations import Activations, capture
+from wisecli.models.prompts.tokenization import NO_LABEL, Row, in_batches
+from wisecli.models.running.activations import Activations
 from wisecli.progress import Event
 
 # Of texts every token has its logits, so fewer fit in at once.
@@ -85,7 +91,7 @@ class Curvature:
         self.tokens += len(keys)
 
     def projection(self, energy: float) -> Projection:
-        """Onto all directions but the fewest that hold this share of the curvature."""
+        """Return the projection onto all directions but the fewest that hold this share of the curvature."""
         inner, inner_vectors = torch.linalg.eigh(self.inputs / self.tokens)
         outer, outer_vectors = torch.linalg.eigh(self.gradients / self.tokens)
         products = torch.outer(outer, inner).clamp(min=0)
@@ -96,7 +102,8 @@ class Curvature:
         return Projection(outer_vectors.float(), inner_vectors.float(), free.float())
 
 
-class CrispEdit(WeightEditing):
+@method("crispedit", at_once=True)
+class CrispEdit(WeightEditing, Gradual):
     """Edits that come together are fine-tuned together.
 
     Raises:
@@ -108,11 +115,7 @@ class CrispEdit(WeightEditing):
     def __init__(self, bench: Bench, settings: CrispEditSettings | None = None) -> None:
         self.settings = settings or CrispEditSettings()
         super().__init__(bench, between_depths(bench, self.settings.first, self.settings.last, self.settings.of))
-        tokenizer = bench.loaded.tokenizer
-        texts = [tuple(tokenizer(text)["input_ids"]) for text in bench.texts]
-        rows = [Row(ids[:1], ids[1:]) for ids in texts if len(ids) > 1]
-        if not rows:
-            raise UnsuitableError("it needs unrelated texts, and there are none")
+        rows = text_rows(bench)
         self.curvatures = [Curvature(site, bench.loaded.device) for site in self.sites]
         self.spare(rows, "curvature")
         # Spared as soon as others follow.
@@ -124,27 +127,17 @@ class CrispEdit(WeightEditing):
         """Add the curvature of the loss at all tokens of rows, in the model as edited so far."""
         done = 0
         for indices in in_batches(rows, self.bench.batch_size, tokens=_TOKENS):
-            batch = collate([rows[index] for index in indices]).to(self.bench.loaded.device)
-            part = capture(self.bench.loaded.model, self.sites[0], batch)
+            part = captured_rows(self.bench, self.sites[0], [rows[index] for index in indices])
             _, factors = gradient_factors(self.bench.loaded.model, self.sites, part, self.deltas)
             # Those are gradients of each row's mean.
-            lengths = (batch.labels != NO_LABEL).sum(-1, keepdim=True).expand_as(batch.mask)
+            lengths = (part.batch.labels != NO_LABEL).sum(-1, keepdim=True).expand_as(part.batch.mask)
             for curvature, one in zip(self.curvatures, factors, strict=True):
                 curvature.add(one.keys, one.gradients * lengths[one.mask][:, None])
             done += len(indices)
             self.bench.on_progress(Event(stage, done, len(rows)))
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Fine-tune on edits together.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or the loss is not finite.
-        """
-        for _ in self.steps(edits):
-            pass
-
     def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
-        """Yield the same, a pass over the edits at a time."""
+        """Fine-tune on edits together; a step for each pass over them."""
         if not edits:
             return
         if self._training is None:
@@ -174,10 +167,10 @@ class CrispEdit(WeightEditing):
 
     def _parts(self, rows: Sequence[Row], rng: random.Random) -> list[Activations]:
         """Return rows in batches, in any order, as far as the lowest matrix."""
-        order, size, device = list(rows), self.settings.batch, self.bench.loaded.device
+        order, size = list(rows), self.settings.batch
         rng.shuffle(order)
-        batches = (collate(order[start : start + size]) for start in range(0, len(order), size))
-        return [capture(self.bench.loaded.model, self.sites[0], batch.to(device)) for batch in batches]
+        parts = (order[start : start + size] for start in range(0, len(order), size))
+        return [captured_rows(self.bench, self.sites[0], part) for part in parts]
 
     def _pass(self, parts: Sequence[Activations], optimizer: Optimizer, projections: Sequence[Projection]) -> float:
         """Return a step for every part that is not learned yet; the parts' mean loss before it."""
@@ -203,8 +196,7 @@ class CrispEdit(WeightEditing):
             UnsuitableError: the loss is not finite.
         """
         losses, factors = gradient_factors(self.bench.loaded.model, self.sites, part, deltas)
-        if not losses.isfinite().all():
-            raise UnsuitableError("the edits' loss is not finite")
+        require_finite(losses, "the edits")
         return float(losses.mean()), [one.gradients.T @ one.keys / len(losses) for one in factors]
 
     def state(self) -> dict[str, Tensor]:
@@ -212,9 +204,9 @@ class CrispEdit(WeightEditing):
         return {
             **super().state(),
             **packed("latest", self._latest),
-            **{f"moved {place}": one.detach() for place, one in enumerate(self._moved)},
-            **{f"inputs {place}": one.inputs for place, one in enumerate(self.curvatures)},
-            **{f"gradients {place}": one.gradients for place, one in enumerate(self.curvatures)},
+            **{f"moved {index}": one.detach() for index, one in enumerate(self._moved)},
+            **{f"inputs {index}": one.inputs for index, one in enumerate(self.curvatures)},
+            **{f"gradients {index}": one.gradients for index, one in enumerate(self.curvatures)},
             "tokens": torch.tensor([one.tokens for one in self.curvatures]),
             **(self._training.tensors() if self._training else {}),
         }
@@ -223,18 +215,12 @@ class CrispEdit(WeightEditing):
         """Take up what was kept."""
         super().restore(state, portions)
         self._latest = unpacked("latest", state)
-        for place, (one, tokens) in enumerate(zip(self.curvatures, state["tokens"].tolist(), strict=True)):
+        for index, (one, tokens) in enumerate(zip(self.curvatures, state["tokens"].tolist(), strict=True)):
             one.inputs, one.gradients = (
-                state[f"inputs {place}"].to(one.inputs),
-                state[f"gradients {place}"].to(one.gradients),
+                state[f"inputs {index}"].to(one.inputs),
+                state[f"gradients {index}"].to(one.gradients),
             )
             one.tokens = tokens
         if "moved 0" in state:
-            optimizer = self._optimizer([state[f"moved {place}"].to(one) for place, one in enumerate(self.deltas)])
+            optimizer = self._optimizer([state[f"moved {index}"].to(one) for index, one in enumerate(self.deltas)])
             self._training = Training.of(state, optimizer)
-
-
-@method("crispedit", at_once=True)
-def crispedit(bench: Bench) -> CrispEdit:
-    """Return all edits at once."""
-    return CrispEdit(bench)

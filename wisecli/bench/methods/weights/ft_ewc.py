@@ -9,17 +9,18 @@ it is of the texts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method
+from wisecli.bench.methods.base import Bench, method
 from wisecli.bench.methods.weights.ft_l import FtL, FtLSettings
+from wisecli.bench.methods.weights.weight_editing import captured_rows, text_rows
 from wisecli.models.layout.site import MatrixSite
-from wisecli.models.prompts.tokenization import Row, collate, in_batches
-from wisecli.models.running.activations import capture
+from wisecli.models.prompts.tokenization import Row, in_batches
 from wisecli.models.running.upper_layers import upper_logits
 from wisecli.progress import Event
 
@@ -37,23 +38,18 @@ class FtEwc(FtL):
         log-likelihood of them all, which is where Kirkpatrick et al. derive it from (their section 2).
         """
         super().__init__(bench, replace(settings or FtLSettings(), limit=None))
-        texts = [Row(ids[:1], ids[1:]) for ids in map(self._tokens, bench.texts) if len(ids) > 1]
-        if not texts:
-            raise UnsuitableError("it needs unrelated texts, and there are none")
+        texts = text_rows(bench)
         self.fisher = fisher(bench, self.sites[0], texts)
         self.weight = float(len(texts)) if weight is None else weight
 
     def penalty(self, delta: Tensor) -> Tensor:
-        """``λ / 2 · Σ F Δ²`` of a change (d, d_ff)."""
+        """Return ``λ / 2 · Σ F Δ²`` of a change (d, d_ff)."""
         return self.weight / 2 * (self.fisher * delta.square()).sum()
 
-    def _tokens(self, text: str) -> tuple[int, ...]:
-        return tuple(self.bench.loaded.tokenizer(text)["input_ids"])
 
-
-def fisher(bench: Bench, site: MatrixSite, texts: list[Row]) -> Tensor:
-    """Diagonal Fisher information (d, d_ff) of a value matrix, in float32: the mean over texts of the squared gradient
-    of the text's log-likelihood.
+def fisher(bench: Bench, site: MatrixSite, texts: Sequence[Row]) -> Tensor:
+    """Return the diagonal Fisher information (d, d_ff) of a value matrix, in float32: the mean over texts of the
+    squared gradient of the text's log-likelihood.
 
     One backward pass serves a whole batch: the gradient at a token's output, kept for each row by itself, and the
     token's key give the row's own gradient of the matrix.
@@ -61,7 +57,7 @@ def fisher(bench: Bench, site: MatrixSite, texts: list[Row]) -> Tensor:
     total = torch.zeros(site.d, site.d_ff, device=bench.loaded.device)
     done = 0
     for indices in in_batches(texts, bench.batch_size):
-        part = capture(bench.loaded.model, site, collate([texts[index] for index in indices]).to(bench.loaded.device))
+        part = captured_rows(bench, site, [texts[index] for index in indices])
         update = torch.zeros(*part.hidden.shape, device=part.hidden.device, requires_grad=True)
         logits = upper_logits(bench.loaded.model, site, part, part.with_update(update), part.batch.labelled)
         labels = part.batch.targets

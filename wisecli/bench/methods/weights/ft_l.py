@@ -6,20 +6,17 @@ each edit is captured once, and its steps run the layers above only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method
-from wisecli.bench.methods.weights.weight_editing import WeightEditing, at_depth, encode_row
+from wisecli.bench.methods.base import Bench, EditByEdit, method, require_finite
+from wisecli.bench.methods.weights.weight_editing import WeightEditing, at_depth, captured_rows, encode_row
 from wisecli.edits.record import Edit
-from wisecli.models.prompts.tokenization import collate
-from wisecli.models.running.activations import Activations, capture
+from wisecli.models.running.activations import Activations
 from wisecli.models.running.upper_layers import upper_logits
-from wisecli.progress import Event
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,10 @@ class FtLSettings:
 
 
 @method("ft-l")
-class FtL(WeightEditing):
+class FtL(WeightEditing, EditByEdit):
     """Adam on one matrix, each weight held within a bound of what it was before the edit (an L∞ constraint)."""
 
-    portion = 1
+    stage = "fine-tuning"
 
     def __init__(self, bench: Bench, settings: FtLSettings | None = None) -> None:
         self.settings = settings or FtLSettings()
@@ -51,23 +48,12 @@ class FtL(WeightEditing):
         limit, width = self.settings.limit, self.settings.width
         self.limit = None if limit is None else limit * width / self.sites[0].d_ff
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Fine-tune on each edit in turn.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
-        """
-        for done, edit in enumerate(edits, start=1):
-            batch = collate([encode_row(self.bench, edit.prompt, edit)]).to(self.bench.loaded.device)
-            self._tune(capture(self.bench.loaded.model, self.sites[0], batch), edit)
-            self.bench.on_progress(Event("fine-tuning", done, len(edits)))
-
     def penalty(self, delta: Tensor) -> Tensor:
         """Return what is added to the loss for a change (d, d_ff): nothing."""
         return delta.new_zeros(())
 
     def loss(self, part: Activations, delta: Tensor) -> Tensor:
-        """Mean cross-entropy of the target's tokens under a change (d, d_ff) of the matrix.
+        """Return the mean cross-entropy of the target's tokens under a change (d, d_ff) of the matrix.
 
         Args:
             part: captured with the base matrix.
@@ -76,14 +62,15 @@ class FtL(WeightEditing):
         logits = upper_logits(self.bench.loaded.model, self.sites[0], part, hidden, part.batch.labelled)
         return F.cross_entropy(logits.float(), part.batch.targets)
 
-    def _tune(self, part: Activations, edit: Edit) -> None:
+    def learn(self, edit: Edit) -> None:
+        """Fine-tune on one edit."""
         settings, start = self.settings, self.deltas[0]
+        part = captured_rows(self.bench, self.sites[0], [encode_row(self.bench, edit.prompt, edit)])
         delta = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([delta], lr=settings.rate)
         for _ in range(settings.steps):
             loss = self.loss(part, delta)
-            if not loss.isfinite():
-                raise UnsuitableError(f"the loss of edit {edit.id!r} is not finite")
+            require_finite(loss, f"edit {edit.id!r}")
             if loss < settings.stop_loss:
                 break
             optimizer.zero_grad()

@@ -37,7 +37,7 @@ class Factors:
     mask: Tensor
 
     def padded(self, values: Tensor) -> Tensor:
-        """From (n, …) to (B, T, …), nought where there is padding."""
+        """Return values (n, …) as (B, T, …), zero where there is padding."""
         full = values.new_zeros(*self.mask.shape, values.shape[-1])
         return full.masked_scatter(self.mask[..., None], values)
 
@@ -45,7 +45,7 @@ class Factors:
 def changed_logits(
     model: PreTrainedModel, sites: Sequence[MatrixSite], part: Activations, changes: Sequence[Change]
 ) -> Tensor:
-    """Logits (n, V) at the labelled columns, in float32, with something added to what each matrix gives.
+    """Return logits (n, V) at the labelled columns, in float32, with something added to what each matrix gives.
 
     Args:
         sites: from the lowest layer up.
@@ -66,12 +66,12 @@ def changed_logits(
 
 
 def row_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy (B,) of each row's target tokens, from logits (n, V) at the labelled columns."""
+    """Return the mean cross-entropy (B,) of each row's target tokens, from logits (n, V) at the labelled columns."""
     return row_means(F.cross_entropy(logits, batch.targets, reduction="none"), batch)
 
 
 def row_means(values: Tensor, batch: Batch) -> Tensor:
-    """Mean (B,) of values (n,) at the labelled columns over each row's own."""
+    """Return the mean (B,) of values (n,) at the labelled columns over each row's own."""
     rows, _ = batch.labelled
     counts = (batch.labels != NO_LABEL).sum(-1)
     return values.new_zeros(len(counts)).index_add(0, rows, values) / counts
@@ -89,17 +89,17 @@ def gradient_factors(
     """
     taken: list[Any] = [None] * len(sites)
 
-    def taking(place: int) -> Change:
+    def taking(index: int) -> Change:
         def change(keys: Tensor) -> Tensor:
-            slot = torch.zeros(*keys.shape[:-1], sites[place].d, device=keys.device, requires_grad=True)
-            taken[place] = keys.detach(), slot
-            return keys @ deltas[place].T + slot
+            slot = torch.zeros(*keys.shape[:-1], sites[index].d, device=keys.device, requires_grad=True)
+            taken[index] = keys.detach(), slot
+            return keys @ deltas[index].T + slot
 
         return change
 
     with torch.enable_grad():
         losses = row_losses(
-            changed_logits(model, sites, part, [taking(place) for place in range(len(sites))]), part.batch
+            changed_logits(model, sites, part, [taking(index) for index in range(len(sites))]), part.batch
         )
         gradients = torch.autograd.grad(losses.sum(), [slot for _, slot in taken])
     mask = part.batch.mask.bool()

@@ -34,8 +34,8 @@ class LowRankLayer(nn.Module):
         self.scale = nn.Parameter(torch.ones(matrices, width))
         self.shift = nn.Parameter(torch.zeros(matrices, width))
 
-    def forward(self, inputs: Tensor, place: int) -> Tensor:
-        """From (n, width) to the same.
+    def forward(self, inputs: Tensor, index: int) -> Tensor:
+        """Return the layer's output for inputs (n, width), in the same shape.
 
         Args:
             place: which of the matrices the tokens are of.
@@ -44,7 +44,7 @@ class LowRankLayer(nn.Module):
         if self.bias is not None:
             inner = inner + self.bias
         # Not relu(), which has no gradient at nought: all are nought there while U is, and no step would ever be made.
-        return inputs + (self.scale[place] * inner + self.shift[place]).clamp(min=0)
+        return inputs + (self.scale[index] * inner + self.shift[index]).clamp(min=0)
 
 
 class Hypernetwork(nn.Module):
@@ -65,20 +65,20 @@ class Hypernetwork(nn.Module):
         self.register_buffer("middle", torch.zeros(matrices, width))
         self.register_buffer("spread", torch.ones(matrices, width))
 
-    def normalise(self, keys: Tensor, gradients: Tensor, place: int) -> None:
+    def normalise(self, keys: Tensor, gradients: Tensor, index: int) -> None:
         """Take a matrix' mean and standard deviation, by dimension, from keys (n, d_ff) and gradients (n, d)."""
         joined = torch.cat([keys, gradients], -1)
-        self.middle[place] = joined.mean(0)
+        self.middle[index] = joined.mean(0)
         parts = joined.std(0).split(self.split)
         smallest = torch.finfo(joined.dtype).tiny
-        self.spread[place] = torch.cat(
+        self.spread[index] = torch.cat(
             [part.clamp(min=max(_LEAST_SPREAD * float(part.mean()), smallest)) for part in parts]
         )
 
-    def forward(self, keys: Tensor, gradients: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """From tokens' u (n, d_ff) and δ (n, d) to their ũ and δ̃."""
-        start = (torch.cat([keys, gradients], -1) - self.middle[place]) / self.spread[place]
-        added = self.spread[place] * (self.second(self.first(start, place), place) - start)
+    def forward(self, keys: Tensor, gradients: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Return ũ (n, d_ff) and δ̃ (n, d) of tokens' u and δ."""
+        start = (torch.cat([keys, gradients], -1) - self.middle[index]) / self.spread[index]
+        added = self.spread[index] * (self.second(self.first(start, index), index) - start)
         to_keys, to_slopes = added.split(self.split, -1)
         return keys + to_keys, gradients + to_slopes
 
@@ -96,22 +96,22 @@ class Editor(nn.Module):
         kinds = list(dict.fromkeys(shapes))
         self.networks = nn.ModuleList(Hypernetwork(*kind, shapes.count(kind), rank, generator) for kind in kinds)
         # Of each matrix: its network, and which of that network's matrices it is.
-        self._own = [(kinds.index(shape), shapes[:place].count(shape)) for place, shape in enumerate(shapes)]
+        self._own = [(kinds.index(shape), shapes[:index].count(shape)) for index, shape in enumerate(shapes)]
         self.log_rates = nn.Parameter(torch.full((len(sites),), rate).log())
 
-    def normalise(self, seen: Sequence[Factors], place: int) -> None:
+    def normalise(self, seen: Sequence[Factors], index: int) -> None:
         """Set a matrix' mean and standard deviation to those of the tokens seen."""
-        network, own = self._network(place)
+        network, own = self._network(index)
         network.normalise(torch.cat([one.keys for one in seen]), torch.cat([one.gradients for one in seen]), own)
 
-    def forward(self, factors: Factors, place: int) -> tuple[Tensor, Tensor]:
-        """α ũ (B, T, d_ff) and δ̃ (B, T, d) for one matrix; nought where there is padding."""
-        network, own = self._network(place)
+    def forward(self, factors: Factors, index: int) -> tuple[Tensor, Tensor]:
+        """Return α ũ (B, T, d_ff) and δ̃ (B, T, d) for one matrix; nought where there is padding."""
+        network, own = self._network(index)
         keys, gradients = network(factors.keys, factors.gradients, own)
-        return factors.padded(self.log_rates[place].exp() * keys), factors.padded(gradients)
+        return factors.padded(self.log_rates[index].exp() * keys), factors.padded(gradients)
 
-    def _network(self, place: int) -> tuple[Hypernetwork, int]:
-        number, own = self._own[place]
+    def _network(self, index: int) -> tuple[Hypernetwork, int]:
+        number, own = self._own[index]
         network = self.networks[number]
         assert isinstance(network, Hypernetwork)
         return network, own

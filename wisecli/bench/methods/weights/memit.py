@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, hooks, method
+from wisecli.bench.methods.base import AT_ONCE, METHODS, Bench, Gradual, UnsuitableError
 from wisecli.bench.methods.weights.rome_common import (
     Fact,
     Part,
@@ -31,6 +32,7 @@ from wisecli.bench.methods.weights.weight_editing import WeightEditing, between_
 from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
 from wisecli.models.running.activations import capture
+from wisecli.models.running.hooks import hooked
 from wisecli.progress import Event
 
 # The authors' settings for GPT-J.
@@ -52,7 +54,7 @@ class MemitSettings:
     prefix_tokens: int = 10
 
 
-class Memit(WeightEditing):
+class Memit(WeightEditing, Gradual):
     """Mass editing, ``batch`` edits at once; all that are given at once by default.
 
     An edit without a subject in its prompt is written at the prompt's last token, and without a KL term.
@@ -71,17 +73,8 @@ class Memit(WeightEditing):
         self.prefixes = prefixes_for(bench, self.settings.prefixes, self.settings.prefix_tokens)
         self._kept = [self.keeping(site) for site in self.sites]
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Write edits, a batch after the other.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
-        """
-        for _ in self.steps(edits):
-            pass
-
     def steps(self, edits: Sequence[Edit]) -> Iterator[None]:
-        """Yield the same, a step for every target that is found."""
+        """Write edits, a batch after the other; a step for every target that is found."""
         size = self.batch or max(len(edits), 1)
         for start in range(0, len(edits), size):
             facts = [read_fact(self.bench, edit, self.prefixes) for edit in edits[start : start + size]]
@@ -94,22 +87,22 @@ class Memit(WeightEditing):
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes, and the targets of a batch that is not written yet."""
-        return {**super().state(), **{f"target {place}": one for place, one in enumerate(self._targets)}}
+        return {**super().state(), **{f"target {index}": one for index, one in enumerate(self._targets)}}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Take up what was kept."""
         super().restore(state, portions)
         count = sum(name.startswith("target ") for name in state)
-        self._targets = [state[f"target {place}"].to(self.deltas[0]) for place in range(count)]
+        self._targets = [state[f"target {index}"].to(self.deltas[0]) for index in range(count)]
 
     def keeping(self, site: MatrixSite) -> Tensor:
         """Return what is kept of unrelated text at a site: the Cholesky factor of ``λ C`` (d_ff, d_ff), in float64."""
         factor: Tensor = torch.linalg.cholesky(self.settings.weight * second_moment(self.bench, site))
         return factor
 
-    def change(self, place: int, residuals: Tensor, keys: Tensor) -> Tensor:
+    def change(self, index: int, residuals: Tensor, keys: Tensor) -> Tensor:
         """Return what is added (d, d_ff) to a site's matrix for residuals (n, d) and keys (n, d_ff)."""
-        return spread(residuals, keys, self._kept[place])
+        return spread(residuals, keys, self._kept[index])
 
     def target(self, fact: Fact) -> Tensor:
         """Return the z (d,) of a fact, for the model as edited so far, in float32."""
@@ -121,20 +114,20 @@ class Memit(WeightEditing):
 
     def _write(self, facts: Sequence[Fact], targets: Tensor) -> None:
         """Bring the layer that is the last of the range to the facts' targets (n, d)."""
-        for place, site in enumerate(self.sites):
+        for index, site in enumerate(self.sites):
             with self.applied():
-                seen = [self._seen(fact, place) for fact in facts]
+                seen = [self._seen(fact, index) for fact in facts]
             keys, states = (torch.stack(parts) for parts in zip(*seen, strict=True))
-            residuals = (targets - states) / ((len(self.sites) - place) * site.multiplier)
-            self.deltas[place] = self.deltas[place] + self.change(place, residuals, keys)
+            residuals = (targets - states) / ((len(self.sites) - index) * site.multiplier)
+            self.deltas[index] = self.deltas[index] + self.change(index, residuals, keys)
 
-    def _seen(self, fact: Fact, place: int) -> tuple[Tensor, Tensor]:
+    def _seen(self, fact: Fact, index: int) -> tuple[Tensor, Tensor]:
         """At a fact's subject: the mean key (d_ff,) at a site, and what leaves the last site's layer under the bare
         prompt (d,), in float32.
         """
         model, kept = self.bench.loaded.model, []
-        module = self.sites[place].watched(model)
-        with hooks(module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))):
+        module = self.sites[index].watched(model)
+        with hooked(module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))):
             top = capture(model, self.sites[-1], fact.batch, above=False)
         rows = torch.arange(fact.prompts, device=fact.columns.device)
         return kept[0][rows, fact.columns[: fact.prompts]].float().mean(0), top.hidden[0, fact.columns[0]].float()
@@ -147,7 +140,7 @@ def _added(part: Part, change: Tensor) -> Tensor:
 
 
 def spread(residuals: Tensor, keys: Tensor, factor: Tensor) -> Tensor:
-    """``Rᵀ K (λ C + Kᵀ K)⁻¹`` (d, d_ff) in float32 for residuals (n, d) and keys (n, d_ff).
+    """Return ``Rᵀ K (λ C + Kᵀ K)⁻¹`` (d, d_ff) in float32 for residuals (n, d) and keys (n, d_ff).
 
     As ``Rᵀ (I + K A Kᵀ)⁻¹ K A`` with ``A = (λ C)⁻¹``, which is the same and needs an inverse of the edits' size only.
 
@@ -162,13 +155,6 @@ def spread(residuals: Tensor, keys: Tensor, factor: Tensor) -> Tensor:
     return delta.float()
 
 
-@method("memit")
-def memit(bench: Bench) -> Memit:
-    """Edit after edit."""
-    return Memit(bench, batch=1)
-
-
-@method("memit-mass", at_once=True)
-def memit_mass(bench: Bench) -> Memit:
-    """Return all edits that come together at once."""
-    return Memit(bench)
+METHODS.add("memit", partial(Memit, batch=1))
+METHODS.add("memit-mass", Memit)
+AT_ONCE.add("memit-mass")

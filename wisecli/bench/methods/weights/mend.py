@@ -22,13 +22,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method, seeded
+from wisecli.bench.methods.base import Bench, EditByEdit, Item, UnsuitableError, method, require_finite, seeded
 from wisecli.bench.methods.weights.gradient_factors import (
     Change,
     Factors,
@@ -38,14 +38,12 @@ from wisecli.bench.methods.weights.gradient_factors import (
     row_means,
 )
 from wisecli.bench.methods.weights.hypernetwork import Editor
-from wisecli.bench.methods.weights.weight_editing import WeightEditing, encode_row
+from wisecli.bench.methods.weights.weight_editing import WeightEditing, captured_rows, encode_row
 from wisecli.edits.record import Edit
-from wisecli.models.prompts.tokenization import Row, collate, encode
-from wisecli.models.running.activations import Activations, capture
+from wisecli.models.prompts.tokenization import Row, encode
+from wisecli.models.running.activations import Activations
 from wisecli.models.running.upper_layers import upper_logits
 from wisecli.progress import Event
-
-T = TypeVar("T")
 
 _MATRICES = 3
 # Of an unrelated text, so many tokens stand for an answer.
@@ -84,17 +82,17 @@ class MendSettings:
 class Task:
     """A batch of training records: each one's gradient, and what is asked of the model that it has changed.
 
-    ``told`` (n, V) are the unedited model's log-probabilities at the labelled columns of ``unrelated``.
+    ``unedited`` (n, V) are the unedited model's log-probabilities at the labelled columns of ``unrelated``.
     """
 
     factors: Sequence[Factors]
     reworded: Activations
     unrelated: Activations
-    told: Tensor
+    unedited: Tensor
 
 
 @method("mend")
-class Mend(WeightEditing):
+class Mend(WeightEditing, EditByEdit):
     """Edits one after the other, each by its pseudo-gradient on the model as edited so far.
 
     ``validation`` is the loss on held-back records before training and after each pass over the others.
@@ -104,7 +102,7 @@ class Mend(WeightEditing):
             are streamed.
     """
 
-    portion = 1
+    stage = "pseudo-gradients"
 
     def __init__(self, bench: Bench, settings: MendSettings | None = None) -> None:
         begun = time.perf_counter()
@@ -115,30 +113,23 @@ class Mend(WeightEditing):
         trained, held_back = self._tasks(generator)
         self.editor = Editor(self.sites, self.settings.rank, self.settings.first_rate, generator)
         self.editor.to(bench.loaded.device)
-        for place in range(len(self.sites)):
-            self.editor.normalise([task.factors[place] for task in trained], place)
+        for index in range(len(self.sites)):
+            self.editor.normalise([task.factors[index] for task in trained], index)
         self.validation = self._train(trained, held_back, generator)
         self.training_seconds = time.perf_counter() - begun
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Take one step along the pseudo-gradient of each edit in turn.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
-        """
-        for done, edit in enumerate(edits, start=1):
-            part = self._captured([encode_row(self.bench, edit.prompt, edit)])
-            losses, factors = gradient_factors(self.bench.loaded.model, self.sites, part, self.deltas)
-            if not losses.isfinite().all():
-                raise UnsuitableError(f"the loss of edit {edit.id!r} is not finite")
-            for place, one in enumerate(factors):
-                self.deltas[place] = self.deltas[place] - self.step(one, place)
-            self.bench.on_progress(Event("pseudo-gradients", done, len(edits)))
+    def learn(self, edit: Edit) -> None:
+        """Take one step along the pseudo-gradient of an edit."""
+        part = self._captured([encode_row(self.bench, edit.prompt, edit)])
+        losses, factors = gradient_factors(self.bench.loaded.model, self.sites, part, self.deltas)
+        require_finite(losses, f"edit {edit.id!r}")
+        for index, one in enumerate(factors):
+            self.deltas[index] = self.deltas[index] - self.step(one, index)
 
     @torch.no_grad()
-    def step(self, factors: Factors, place: int) -> Tensor:
-        """α ∇̃ (d, d_ff) of one matrix, summed over the batch."""
-        keys, gradients = self.editor(factors, place)
+    def step(self, factors: Factors, index: int) -> Tensor:
+        """Return α ∇̃ (d, d_ff) of one matrix, summed over the batch."""
+        keys, gradients = self.editor(factors, index)
         found: Tensor = gradients.flatten(0, 1).T @ keys.flatten(0, 1)
         return found
 
@@ -152,17 +143,17 @@ class Mend(WeightEditing):
         self.editor.load_state_dict({name: state[f"editor {name}"] for name in self.editor.state_dict()})
 
     def loss(self, task: Task) -> Tensor:
-        """Mean of ``c_edit L_e + L_loc`` over a batch, each record asked of the model that it alone has changed."""
-        model, changes = self.bench.loaded.model, [self._change(task, place) for place in range(len(self.sites))]
-        said = changed_logits(model, self.sites, task.reworded, changes)
+        """Return the mean of ``c_edit L_e + L_loc`` over a batch; each record alone changes its model."""
+        model, changes = self.bench.loaded.model, [self._change(task, index) for index in range(len(self.sites))]
+        logits = changed_logits(model, self.sites, task.reworded, changes)
         after = changed_logits(model, self.sites, task.unrelated, changes).log_softmax(-1)
-        drift = F.kl_div(after, task.told, log_target=True, reduction="none").sum(-1)
+        drift = F.kl_div(after, task.unedited, log_target=True, reduction="none").sum(-1)
         kept = row_means(drift, task.unrelated.batch)
-        return (self.settings.weight * row_losses(said, task.reworded.batch) + kept).mean()
+        return (self.settings.weight * row_losses(logits, task.reworded.batch) + kept).mean()
 
-    def _change(self, task: Task, place: int) -> Change:
+    def _change(self, task: Task, index: int) -> Change:
         """``-α ∇̃ k`` for the keys k of each row, by the pseudo-gradient of that row's own edit."""
-        own, gradients = self.editor(task.factors[place], place)
+        own, gradients = self.editor(task.factors[index], index)
         return lambda keys: -(keys @ own.mT @ gradients)
 
     def _train(self, tasks: Sequence[Task], held_back: Sequence[Task], generator: torch.Generator) -> list[float]:
@@ -235,15 +226,14 @@ class Mend(WeightEditing):
         model = self.bench.loaded.model
         edits, reworded, unrelated = (self._captured(rows) for rows in zip(*lessons, strict=True))
         _, factors = gradient_factors(model, self.sites, edits, self.deltas)
-        told = upper_logits(model, self.sites[0], unrelated, unrelated.hidden, unrelated.batch.labelled)
-        return Task(factors, reworded, unrelated, told.float().log_softmax(-1))
+        unedited = upper_logits(model, self.sites[0], unrelated, unrelated.hidden, unrelated.batch.labelled)
+        return Task(factors, reworded, unrelated, unedited.float().log_softmax(-1))
 
     def _captured(self, rows: Sequence[Row]) -> Activations:
         """Return rows up to the lowest matrix, which no edit reaches."""
-        batch = collate(rows).to(self.bench.loaded.device)
-        return capture(self.bench.loaded.model, self.sites[0], batch, above=False)
+        return captured_rows(self.bench, self.sites[0], rows, above=False)
 
 
-def drawn(values: Sequence[T], generator: torch.Generator) -> T:
-    """One of some values, by chance."""
+def drawn(values: Sequence[Item], generator: torch.Generator) -> Item:
+    """Return one of some values, drawn at random."""
     return values[int(torch.randint(len(values), (1,), generator=generator))]

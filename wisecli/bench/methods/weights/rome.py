@@ -10,12 +10,10 @@ the keys are those of the base model throughout; v* is searched for in the model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import Bench, method
+from wisecli.bench.methods.base import Bench, EditByEdit, method
 from wisecli.bench.methods.weights.rome_common import (
     Fact,
     Part,
@@ -27,7 +25,6 @@ from wisecli.bench.methods.weights.rome_common import (
 )
 from wisecli.bench.methods.weights.weight_editing import WeightEditing, at_depth, second_moment
 from wisecli.edits.record import Edit
-from wisecli.progress import Event
 
 # Section 4.1: layer 17 of GPT-2 XL's 48.
 _LAYER, _OF = 17, 48
@@ -38,7 +35,7 @@ _PREFIXES, _PREFIX_TOKENS = 5, 10
 
 
 @method("rome")
-class Rome(WeightEditing):
+class Rome(WeightEditing, EditByEdit):
     """Rank-one editing at the subject's last token; for an edit without a subject in its prompt at the prompt's last
     token, and then without the KL term.
 
@@ -46,7 +43,7 @@ class Rome(WeightEditing):
         UnsuitableError: there are no unrelated texts.
     """
 
-    portion = 1
+    stage = "rank-one edits"
 
     def __init__(self, bench: Bench, search: SearchSettings = SEARCH) -> None:
         super().__init__(bench, [at_depth(bench, _LAYER, _OF)])
@@ -54,16 +51,10 @@ class Rome(WeightEditing):
         self.prefixes = prefixes_for(bench, _PREFIXES, _PREFIX_TOKENS)
         self._factor = torch.linalg.cholesky(second_moment(bench, self.sites[0]))
 
-    def edit(self, edits: Sequence[Edit]) -> None:
-        """Write each edit in turn.
-
-        Raises:
-            UnsuitableError: the tokenizer leaves nothing of an edit, or its loss is not finite.
-        """
-        for done, edit in enumerate(edits, start=1):
-            key, value = self.pair(read_fact(self.bench, edit, self.prefixes))
-            self.deltas[0] = self.deltas[0] + rank_one(self.matrix(0), key, value, self._factor)
-            self.bench.on_progress(Event("rank-one edits", done, len(edits)))
+    def learn(self, edit: Edit) -> None:
+        """Write one edit."""
+        key, value = self.pair(read_fact(self.bench, edit, self.prefixes))
+        self.deltas[0] = self.deltas[0] + rank_one(self.matrix(0), key, value, self._factor)
 
     def pair(self, fact: Fact) -> tuple[Tensor, Tensor]:
         """Return the key k* (d_ff,) and value v* (d,) of a fact, for the model as edited so far, in float32."""

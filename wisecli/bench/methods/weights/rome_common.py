@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from wisecli.bench.methods.base import Bench, UnsuitableError
+from wisecli.bench.methods.base import Bench, require_finite
 from wisecli.bench.methods.weights.weight_editing import encode_row
 from wisecli.editing.examples.context_prefixes import context_prefixes
 from wisecli.edits.record import Edit
@@ -69,7 +69,7 @@ Placed = Callable[[Part, Tensor], Tensor]
 
 
 def prefixes_for(bench: Bench, count: int, tokens: int) -> list[str]:
-    """No prefix, and ``count`` texts that the model writes itself."""
+    """Return the empty prefix, and ``count`` texts that the model writes itself."""
     if not count:
         return [""]
     loaded = bench.loaded
@@ -101,7 +101,7 @@ def read_fact(bench: Bench, edit: Edit, prefixes: Sequence[str]) -> Fact:
 
 
 def _span(edit: Edit) -> tuple[int, int] | None:
-    """Return where the subject stands last in the prompt, in whatever case."""
+    """Return the last place of the subject in the prompt, in any case."""
     if not edit.subject or not edit.subject.strip():
         return None
     found = list(re.finditer(re.escape(edit.subject.strip()), edit.prompt, re.IGNORECASE))
@@ -151,8 +151,7 @@ def find_change(
         loss = loss + search.essence * F.kl_div(before, now, log_target=True, reduction="sum")
         # The root is safe at no change, where the norm has no gradient.
         loss = loss + search.decay * (change.square().sum() + 1e-12).sqrt() / size.square()
-        if not loss.isfinite():
-            raise UnsuitableError(f"the loss of edit {fact.id!r} is not finite")
+        require_finite(loss, f"edit {fact.id!r}")
         if loss < search.stop_loss:
             break
         optimizer.zero_grad()

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, method
+from wisecli.bench.methods.base import Bench, method, require_finite
 from wisecli.bench.methods.weights.gradient_factors import gradient_factors
-from wisecli.bench.methods.weights.weight_editing import WeightEditing, between_depths, encode_row
+from wisecli.bench.methods.weights.weight_editing import WeightEditing, between_depths, captured_rows, encode_row
 from wisecli.edits.record import Edit
-from wisecli.models.prompts.tokenization import collate, in_batches
-from wisecli.models.running.activations import capture
+from wisecli.models.prompts.tokenization import in_batches
 from wisecli.progress import Event
 
 _TINY = 1e-8
@@ -57,9 +56,9 @@ class Statistics:
     def add(self, rows: Tensor) -> None:
         """Take in more rows."""
         wide = rows.double().cpu()
-        count, apart = self.count + len(wide), wide.mean(0) - self.mean
-        self.squares += (wide - wide.mean(0)).square().sum(0) + apart.square() * self.count * len(wide) / count
-        self.mean += apart * len(wide) / count
+        count, offset = self.count + len(wide), wide.mean(0) - self.mean
+        self.squares += (wide - wide.mean(0)).square().sum(0) + offset.square() * self.count * len(wide) / count
+        self.mean += offset * len(wide) / count
         self.count = count
 
     def normalised(self, rows: Tensor) -> Tensor:
@@ -68,6 +67,7 @@ class Statistics:
         return (rows - self.mean.to(rows)) / deviation.to(rows)
 
 
+@method("ultraedit")
 class UltraEdit(WeightEditing):
     """Edits in batches, each in one step.
 
@@ -89,29 +89,31 @@ class UltraEdit(WeightEditing):
         """
         for start in range(0, len(edits), self.settings.batch):
             part = edits[start : start + self.settings.batch]
-            for place, (keys, gradients) in enumerate(self.tokens(part)):
-                self.deltas[place] = self.deltas[place] + self.change(place, keys, gradients)
+            for index, (keys, gradients) in enumerate(self.tokens(part)):
+                self.deltas[index] = self.deltas[index] + self.change(index, keys, gradients)
             self.bench.on_progress(Event("single steps", start + len(part), len(edits)))
 
     def tokens(self, edits: Sequence[Edit]) -> list[tuple[Tensor, Tensor]]:
-        """For each matrix the keys h (n, d_ff) and gradients g (n, d) of all target tokens, in the model as it is."""
+        """Return, for each matrix, the keys h (n, d_ff) and gradients g (n, d) of all target tokens, in the model as it
+        is.
+        """
         model, rows = self.bench.loaded.model, [encode_row(self.bench, edit.prompt, edit) for edit in edits]
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites]
         for indices in in_batches(rows, self.bench.batch_size):
-            batch = collate([rows[index] for index in indices]).to(self.bench.loaded.device)
-            losses, factors = gradient_factors(model, self.sites, capture(model, self.sites[0], batch), self.deltas)
-            if not losses.isfinite().all():
-                lost = edits[indices[int((~losses.isfinite()).nonzero()[0])]]
-                raise UnsuitableError(f"the loss of edit {lost.id!r} is not finite")
+            part = captured_rows(self.bench, self.sites[0], [rows[index] for index in indices])
+            losses, factors = gradient_factors(model, self.sites, part, self.deltas)
+            for index, loss in zip(indices, losses, strict=True):
+                require_finite(loss, f"edit {edits[index].id!r}")
+            labelled = part.batch.labelled
             for own, one in zip(found, factors, strict=True):
-                own.append((one.padded(one.keys)[batch.labelled], one.padded(one.gradients)[batch.labelled]))
+                own.append((one.padded(one.keys)[labelled], one.padded(one.gradients)[labelled]))
         return [(torch.cat([keys for keys, _ in own]), torch.cat([gradients for _, gradients in own])) for own in found]
 
-    def change(self, place: int, keys: Tensor, gradients: Tensor) -> Tensor:
-        """Δ (d, d_ff) for keys (n, d_ff) and gradients (n, d) of one matrix."""
+    def change(self, index: int, keys: Tensor, gradients: Tensor) -> Tensor:
+        """Return Δ (d, d_ff) for keys (n, d_ff) and gradients (n, d) of one matrix."""
         both = torch.cat([keys, gradients], -1)
-        self.statistics[place].add(both)
-        turned, drawn = self.statistics[place].normalised(both).split([keys.shape[1], gradients.shape[1]], -1)
+        self.statistics[index].add(both)
+        turned, drawn = self.statistics[index].normalised(both).split([keys.shape[1], gradients.shape[1]], -1)
         values = -self.settings.rate * turned.square().mean(-1, keepdim=True) * drawn
         # As ``Vᵀ (H Hᵀ + I)⁻¹ H``, which is the same and needs an inverse of the tokens' number only.
         inner = keys @ keys.T
@@ -122,20 +124,14 @@ class UltraEdit(WeightEditing):
     def state(self) -> dict[str, Tensor]:
         """Return the changes and the statistics."""
         kept = super().state()
-        for place, one in enumerate(self.statistics):
-            kept |= {f"mean {place}": one.mean, f"squares {place}": one.squares}
-            kept[f"count {place}"] = torch.tensor(one.count)
+        for index, one in enumerate(self.statistics):
+            kept |= {f"mean {index}": one.mean, f"squares {index}": one.squares}
+            kept[f"count {index}"] = torch.tensor(one.count)
         return kept
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Take up changes and statistics that were kept."""
         super().restore(state, portions)
-        for place, one in enumerate(self.statistics):
-            one.mean, one.squares = state[f"mean {place}"], state[f"squares {place}"]
-            one.count = int(state[f"count {place}"])
-
-
-@method("ultraedit")
-def ultraedit(bench: Bench) -> UltraEdit:
-    """Return a hundred edits at a time, as in the paper."""
-    return UltraEdit(bench)
+        for index, one in enumerate(self.statistics):
+            one.mean, one.squares = state[f"mean {index}"], state[f"squares {index}"]
+            one.count = int(state[f"count {index}"])

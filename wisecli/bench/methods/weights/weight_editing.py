@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from wisecli.bench.methods.base import Bench, UnsuitableError, changed, tensor_bytes
+from wisecli.bench.methods.base import Bench, Method, UnsuitableError, changed, require_texts, tensor_bytes
 from wisecli.editing.background.key_capture import keys_of_texts
 from wisecli.edits.record import Edit
 from wisecli.models.layout.site import MatrixSite
-from wisecli.models.prompts.tokenization import Row, encode
+from wisecli.models.prompts.tokenization import Row, collate, encode
+from wisecli.models.running.activations import Activations, capture
 
 # Added to a second moment's diagonal, as a share of the diagonal's median: the papers take theirs over a hundred
 # thousand texts, and of few texts some directions are seen hardly or never. The median, as first tokens have huge keys.
@@ -32,7 +33,7 @@ def between_depths(bench: Bench, first: int, last: int, of: int) -> list[MatrixS
     return [bench.site(layer) for layer in range(start, end + 1)]
 
 
-class WeightEditing:
+class WeightEditing(Method):
     """A model some of whose value matrices are changed: ``W' = W + Δ``, each Δ (d, d_ff) kept in float32.
 
     A method that says what its ``portion`` is can go on where it was (:class:`Resumable`); one that holds more than the
@@ -50,34 +51,30 @@ class WeightEditing:
         self._bases = [self._parameter(site).detach() for site in sites]
         self.deltas = [torch.zeros(site.d, site.d_ff, device=bench.loaded.device) for site in sites]
 
-    def matrix(self, place: int) -> Tensor:
+    def matrix(self, index: int) -> Tensor:
         """Return the matrix of a site as edited so far (d, d_ff), in float32."""
-        base = self._bases[place].float()
-        return (base.T if self.sites[place].transposed else base) + self.deltas[place]
+        base = self._bases[index].float()
+        return (base.T if self.sites[index].transposed else base) + self.deltas[index]
 
     def applied(self, first: int | None = None) -> AbstractContextManager[None]:
         """Return the model with its changed matrices; every token sees them, wherever prompts end."""
         del first
-        pairs = zip(self.sites, (self.matrix(place) for place in range(len(self.sites))), strict=True)
+        pairs = zip(self.sites, (self.matrix(index) for index in range(len(self.sites))), strict=True)
         values = [matrix.T.contiguous() if site.transposed else matrix for site, matrix in pairs]
         return changed([self._parameter(site) for site in self.sites], values)
 
-    def rewritten_prompt(self, prompt: str) -> str:
-        """Return the prompt itself."""
-        return prompt
-
     def bytes(self) -> int:
-        """Size of the changes."""
+        """Return the size of the changes."""
         return tensor_bytes(*self.deltas)
 
     def state(self) -> dict[str, Tensor]:
         """Return the changes."""
-        return {f"delta {place}": delta for place, delta in enumerate(self.deltas)}
+        return {f"delta {index}": delta for index, delta in enumerate(self.deltas)}
 
     def restore(self, state: Mapping[str, Tensor], portions: Sequence[Sequence[Edit]]) -> None:
         """Take up changes that were kept; the edits themselves they do not need."""
         del portions
-        self.deltas = [state[f"delta {place}"].to(delta) for place, delta in enumerate(self.deltas)]
+        self.deltas = [state[f"delta {index}"].to(delta) for index, delta in enumerate(self.deltas)]
 
     def _parameter(self, site: MatrixSite) -> nn.Parameter:
         return site.watched(self.bench.loaded.model).get_parameter("weight")
@@ -98,24 +95,36 @@ def encode_row(bench: Bench, prompt: str, edit: Edit, *, end: int | None = None)
         raise UnsuitableError(f"edit {edit.id!r} cannot be used: {error}") from None
 
 
+def text_rows(bench: Bench) -> Sequence[Row]:
+    """Return the bench's texts as rows of which everything but the first token is the target.
+
+    Raises:
+        UnsuitableError: there are no texts of two tokens or more.
+    """
+    tokens = (tuple(bench.loaded.tokenizer(text)["input_ids"]) for text in bench.texts)
+    return require_texts([Row(ids[:1], ids[1:]) for ids in tokens if len(ids) > 1])
+
+
+def captured_rows(bench: Bench, site: MatrixSite, rows: Sequence[Row], *, above: bool = True) -> Activations:
+    """Return rows captured at a site, in one batch."""
+    return capture(bench.loaded.model, site, collate(rows).to(bench.loaded.device), above=above)
+
+
 def second_moment(bench: Bench, site: MatrixSite) -> Tensor:
-    """``E[k kᵀ]`` (d_ff, d_ff) as :func:`seen_moment`, shrunk so that it is safe to invert."""
+    """Return ``E[k kᵀ]`` (d_ff, d_ff) as :func:`seen_moment`, shrunk so that it is safe to invert."""
     moment = seen_moment(bench, site)
     moment.diagonal().add_(_SHRINKAGE * moment.diagonal().median())
     return moment
 
 
 def seen_moment(bench: Bench, site: MatrixSite) -> Tensor:
-    """``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64.
+    """Return ``E[k kᵀ]`` (d_ff, d_ff) over every token of the bench's texts, in float64.
 
     Raises:
         UnsuitableError: there are no texts.
     """
-    if not bench.texts:
-        raise UnsuitableError("it needs unrelated texts, and there are none")
-    keys, _, _ = keys_of_texts(
-        bench.loaded, site, bench.texts, batch_size=bench.batch_size, on_progress=bench.on_progress
-    )
+    texts = require_texts(bench.texts)
+    keys, _, _ = keys_of_texts(bench.loaded, site, texts, batch_size=bench.batch_size, on_progress=bench.on_progress)
     moment = torch.zeros(site.d_ff, site.d_ff, dtype=torch.float64, device=keys.device)
     for part in keys.split(4096):  # in float64 the keys would take twice what they do
         moment += part.double().T @ part.double()

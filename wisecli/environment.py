@@ -37,8 +37,9 @@ def forget_peaks() -> None:
 
 def peak_vram_bytes() -> int:
     """Return the most memory of a GPU that the process has held; 0 without one."""
-    import torch
-
+    torch = sys.modules.get("torch")  # without it none was
+    if torch is None:
+        return 0
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 

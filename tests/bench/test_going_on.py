@@ -216,7 +216,7 @@ def test_our_own_way_goes_on_with_its_shards(place: Path, monkeypatch: pytest.Mo
     whole = run("all", counts="3")
     with monkeypatch.context() as patch:
         if stage == "edit":
-            patch.setattr("wisecli.commands.edit.edit.StagedShards.finish", broken_later(StagedShards.finish))
+            patch.setattr("wisecli.commands.edit.writing.StagedShards.finish", broken_later(StagedShards.finish))
         else:
             patch.setattr(wise_methods, stage, broken if stage == "evaluate" else broken_later(merge))
         with pytest.raises(BrokenOffError):

@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import safetensors.torch
 from support.helpers import save_tiny
 from support.ready import (
     EDITS,
@@ -23,8 +24,6 @@ from support.ready import (
     write_edits,
 )
 from support.tiny_models import Wise
-
-from wisecli.io import checkpoint
 
 # The command line (names in braces are places in `ready`), and what the message must name.
 REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -150,7 +149,7 @@ def test_a_full_disk_is_noticed_before_the_work(
 ) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 100, 100))
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: pytest.fail("something was written"))
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *_, **__: pytest.fail("something was written"))
     require_refusal(wise(*line.format_map(Places(ready)).split()), "no space left")
     assert here() == []
 
@@ -162,7 +161,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     require_refusal(wise(*line.format_map(Places(ready)).split()), "no space left")
     assert here() == []
 
@@ -175,7 +174,7 @@ def test_an_interruption_exits_with_130_and_leaves_nothing_half_written(
     wise: Wise, ready: Ready, monkeypatch: pytest.MonkeyPatch, line: str, call: int
 ) -> None:
     calls = 0
-    save = checkpoint.save_file
+    save = safetensors.torch.save_file
 
     def interrupted(*values: Any, **named: Any) -> None:
         nonlocal calls
@@ -185,7 +184,7 @@ def test_an_interruption_exits_with_130_and_leaves_nothing_half_written(
             raise KeyboardInterrupt
         save(*values, **named)
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
     outcome = wise(*line.format_map(Places(ready)).split())
     assert outcome.code == 130
     assert calls == call
@@ -303,6 +302,19 @@ def test_a_dry_run_writes_nothing_and_loads_no_model(
     assert "nothing was written" in outcome.out
     assert here() == []
     assert listing(ready.root) == before
+
+
+def test_a_dry_run_of_an_edit_does_without_torch(wise: Wise, ready: Ready) -> None:
+    program = (
+        f"import sys\nsys.argv = ['wise', 'edit', {ready.model!r}, {ready.edits!r}, '--dry-run', '--json']\n"
+        "from wisecli.cli import main\n"
+        "try:\n    main()\nfinally:\n    print(*sorted({'torch'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    plan, _, imported = done.stdout.rpartition("}")
+    assert "torch" not in imported.split()
+    whole = json.loads(wise("edit", ready.model, ready.edits, "--dry-run", "--json").out)["results"]
+    assert json.loads(plan + "}")["results"]["plan"] == whole["plan"]
 
 
 def test_within_a_small_budget_the_chain_writes_and_measures_the_same(wise: Wise, ready: Ready) -> None:

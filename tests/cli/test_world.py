@@ -17,7 +17,6 @@ from support.ready import Ready
 from support.tiny_models import Outcome, Wise
 
 from wisecli.cli.console import show_all_letters
-from wisecli.io import checkpoint
 from wisecli.memory.history import release_log
 
 
@@ -67,7 +66,7 @@ def test_a_disk_that_takes_no_more(
     def refuse(*_: object, **__: object) -> None:
         raise SafetensorError(f"Error while serializing: I/O error: something (os error {number})")
 
-    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    monkeypatch.setattr("safetensors.torch.save_file", refuse)
     require_sentence(wise("edit", ready.model, ready.edits), says)
     require_sentence(wise("merge", ready.shards), says)
 

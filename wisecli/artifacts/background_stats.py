@@ -22,7 +22,7 @@ from wisecli.routing.memories.whitening import Moment
 _MOMENTS = ("tokens", "wording", "chatting")
 
 
-_VERSION = 8
+_VERSION = 9
 
 
 @dataclass(frozen=True)

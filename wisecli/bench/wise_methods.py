@@ -15,7 +15,8 @@ from wisecli.bench.bench_context import BenchContext
 from wisecli.bench.editing_run import MethodFolder
 from wisecli.bench.methods.evaluation import overhead, target_predictions
 from wisecli.bench.result_row import Peaks, ResultRow
-from wisecli.commands.edit.edit import EditReport, edit
+from wisecli.commands.edit.edit import edit
+from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.measure.evaluate import EvalReport, evaluate
 from wisecli.commands.memory.merge import merge
 from wisecli.config import EditSettings, EvalSettings, MergeSettings, Mode, resolve

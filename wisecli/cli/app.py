@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from importlib import import_module
 from typing import Annotated
@@ -52,8 +52,8 @@ def _version(
         raise typer.Exit
 
 
-def program(names: Collection[str] = NAMES) -> typer.Typer:
-    """Return the command line with some of its commands."""
+def program(names: Collection[str] = NAMES, *, outlined: bool = False) -> typer.Typer:
+    """Return the command line with some of its commands; ``outlined``, with what their list says and no options."""
     from wisecli.cli.parameters import PanelledCommand, PanelledGroup
 
     found = typer.Typer(
@@ -70,16 +70,28 @@ def program(names: Collection[str] = NAMES) -> typer.Typer:
             if name in names:
                 module, _, function = target.partition(".")
                 command = getattr(import_module(f"wisecli.cli.commands.{module}"), function)
-                found.command(name, cls=PanelledCommand, rich_help_panel=panel)(command)
+                found.command(name, cls=PanelledCommand, rich_help_panel=panel)(
+                    _outline(command) if outlined else command
+                )
     return found
 
 
-def _asked_for() -> Collection[str]:
-    """The one command that is run, if it can be told without the others, else all."""
+def _outline(command: Callable[..., None]) -> Callable[[], None]:
+    """A command without its options, which take longer to build than all else that the list of commands needs."""
+
+    def outline() -> None:
+        raise AssertionError("no command is run by its outline")
+
+    outline.__doc__ = command.__doc__
+    return outline
+
+
+def _asked_for() -> typer.Typer:
+    """The program with the one command that is run; with a list of all, if none is."""
     if "_WISE_COMPLETE" in os.environ:
-        return NAMES
+        return program()
     named = next((one for one in sys.argv[1:] if not one.startswith("-")), "")
-    return [named] if named in NAMES else NAMES
+    return program([named]) if named in NAMES else program(outlined=True)
 
 
 def main() -> None:
@@ -90,7 +102,7 @@ def main() -> None:
     if "_WISE_COMPLETE" in os.environ:
         os.environ["COLUMNS"] = "1000"  # a description on two lines would be two proposals to fish
     try:
-        code = program(_asked_for())(prog_name="wise", standalone_mode=False)
+        code = _asked_for()(prog_name="wise", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough
         _drop_output()

@@ -14,8 +14,8 @@ from wisecli.evaluation.kinds import measure_kinds, named_kinds
 from wisecli.evaluation.results import Results, evenly_spaced, merge_results
 from wisecli.evaluation.specificity import measure_specificity
 from wisecli.evaluation.wild import MAX_NEW_TOKENS, measure_wild, stop_tokens
-from wisecli.models.loading import context_window
 from wisecli.models.prompts.prompt_forms import Form
+from wisecli.models.text_input import context_window
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -10,17 +10,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from wisecli.errors import DamagedFileError, ModelError, NoSpaceError, NotFiniteTensorError, UnwritableError
 from wisecli.io.digest import sha256_file
 from wisecli.io.json_schema import decode, parse
 from wisecli.io.safe_paths import inside, require_regular
-from wisecli.io.safetensors_header import require_header, torch_name
+from wisecli.io.safetensors_header import TensorLayout, read_header, require_header
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -39,6 +40,8 @@ _LARGEST_JSON = 1 << 28
 
 def sha256_tensor(tensor: torch.Tensor) -> str:
     """Return the hex digest of a tensor's values in their own dtype (row-major)."""
+    import torch  # takes seconds, which headers alone need not wait
+
     raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(raw.data).hexdigest()
 
@@ -84,6 +87,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         NoSpaceError: the disk is full.
         UnwritableError: the disk has something else against it, such as a limit of files' sizes.
     """
+    from safetensors.torch import save_file
+
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in ready.items():
         if not all_finite(tensor):
@@ -165,6 +170,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._layouts: dict[str, TensorLayout] = {}
         index = directory / INDEX_NAME
         if (directory / SINGLE_NAME).is_file():
             self._files = self._scan([SINGLE_NAME])
@@ -181,8 +187,9 @@ class Checkpoint:
     def _scan(self, names: list[str]) -> dict[str, str]:
         files: dict[str, str] = {}
         for name in names:
-            with open_tensors(inside(self.directory, name, follow=True)) as stream:
-                files.update(dict.fromkeys(stream.keys(), name))
+            layouts = read_header(inside(self.directory, name, follow=True)).tensors
+            self._layouts |= layouts
+            files.update(dict.fromkeys(layouts, name))
         return files
 
     @property
@@ -202,18 +209,20 @@ class Checkpoint:
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the header alone."""
-        with open_tensors(self.directory / self._files[tensor]) as stream:
-            return tuple(stream.get_slice(tensor).get_shape())
+        return self._layouts[tensor].shape
 
     def dtype(self, tensor: str) -> torch.dtype:
         """Return the type of a tensor, from the header alone."""
-        with open_tensors(self.directory / self._files[tensor]) as stream:
-            found: torch.dtype = getattr(torch, torch_name(stream.get_slice(tensor).get_dtype()))
-            return found
+        import torch
+
+        found: torch.dtype = getattr(torch, self._layouts[tensor].dtype)
+        return found
 
     @property
     def sample(self) -> str:
         """Digest of one row of every tensor: tells a model from one that was trained on from it, at little cost."""
+        import torch
+
         found = hashlib.sha256()
         for file in self.files:
             with open_tensors(file) as stream:

@@ -47,8 +47,7 @@ class TensorLayout:
     @property
     def bytes(self) -> int:
         """Size of the tensor."""
-        sizes = dict(_TYPES.values())
-        return math.prod(self.shape) * sizes[self.dtype]
+        return math.prod(self.shape) * dict(_TYPES.values())[self.dtype]
 
     def __str__(self) -> str:
         return f"{self.dtype} {'×'.join(map(str, self.shape)) or 'scalar'}"
@@ -100,6 +99,11 @@ def format_name(dtype: str) -> str:
 def torch_name(dtype: str) -> str:
     """Return the inverse of :func:`format_name`."""
     return _TYPES[dtype][0]
+
+
+def item_bytes(dtype: str) -> int | None:
+    """Return the bytes an item of a type takes that is spelt as torch does; ``None`` if it is no type."""
+    return dict(_TYPES.values()).get(dtype)
 
 
 def require_header(path: Path) -> int:

@@ -5,32 +5,32 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from wisecli.config import LoadOptions
-from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError, reason_of
+from wisecli.errors import ModelError, SettingsError, WiseError, WrongBaseError
 from wisecli.io.checkpoint import EXPORTED_KEY, Checkpoint, read_json
 from wisecli.models.layout.architectures import known_layout, layer_count, loader_name, quantisation_of
 from wisecli.models.layout.site import Fingerprint, Site
 from wisecli.models.layout.site_interface import NOTHING
-from wisecli.models.prompts.chat_template import fix_date
 from wisecli.models.prompts.tokenization import without_row
 from wisecli.models.streaming.memory_budget import spool_bytes
+from wisecli.models.text_input import base_config, tokenizer_of, unloadable, vocabulary_size
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from wisecli.models.streaming.layer_stream import LayerStream
 
-# So much of what transformers says of a model is quoted.
-_LONGEST = 300
-# Names by which configs say how many tokens a model reads.
-_WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+# Types that a model can be run in, if not in the checkpoint's own.
+_DTYPES = ("float32", "bfloat16", "float16")
+# Of these files Linux has one where there is a GPU.
+_GPUS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def pick_device(device: str) -> torch.device:
     Raises:
         SettingsError: there is no such device here.
     """
+    import torch  # takes seconds, which a tokenizer alone need not wait
+
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -66,10 +68,27 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+def device_memory(device: str) -> int:
+    """Return the bytes of memory that ``--device`` has; torch is asked only where there may be a GPU.
+
+    Raises:
+        SettingsError: there is no such device here.
+    """
+    if device == "auto" and sys.platform == "linux" and not any(map(os.path.exists, _GPUS)):
+        device = "cpu"
+    return _ram() if device == "cpu" else machine_memory(pick_device(device))
+
+
 def machine_memory(device: torch.device) -> int:
     """Return the bytes of memory that a device has."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[1])
+    return _ram()
+
+
+def _ram() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -79,10 +98,23 @@ def pick_dtype(dtype: str) -> torch.dtype | str:
     Raises:
         SettingsError: no such type.
     """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype != "auto" and dtype not in known:
-        raise SettingsError(f"--dtype must be one of auto, {', '.join(known)}, not {dtype!r}")
-    return known.get(dtype, "auto")
+    require_dtype(dtype)
+    if dtype == "auto":
+        return dtype
+    import torch
+
+    chosen: torch.dtype = getattr(torch, dtype)
+    return chosen
+
+
+def require_dtype(dtype: str) -> None:
+    """Check that ``--dtype`` names a type.
+
+    Raises:
+        SettingsError: no such type.
+    """
+    if dtype not in ("auto", *_DTYPES):
+        raise SettingsError(f"--dtype must be one of auto, {', '.join(_DTYPES)}, not {dtype!r}")
 
 
 def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: str | None = None) -> Loaded:
@@ -101,7 +133,7 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
     quantised = quantisation_of(read_json(directory / "config.json"))
     room = spool_bytes(Checkpoint(directory), dtype, load.memory_budget or machine_memory(device))
     try:
-        config = _base_config(directory, trust_remote_code=load.trust_remote_code)
+        config = base_config(directory, trust_remote_code=load.trust_remote_code)
         packed = quantised is not None and not _made_plain(config, device)
         if packed and load.memory_budget is not None and room is not None:
             raise ModelError(
@@ -115,11 +147,11 @@ def load_model(directory: Path, load: LoadOptions = LoadOptions(), *, layers: st
         else:
             path = layers or known_layout(directory).layers
             model, info, stream = _streamed(read, directory, config, path, device, load, room)
-        tokenizer = _tokenizer(directory, config, load)
+        tokenizer = tokenizer_of(directory, config, load)
     except WiseError:
         raise
     except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
-        raise _unloadable(directory, error, quantised) from error
+        raise unloadable(directory, error, quantised) from error
     if lost := sorted(info["missing_keys"]):
         raise ModelError(f"{directory}: the checkpoint lacks {_first(lost)}; copy it anew")
     if stream is None and quantised is None:
@@ -153,6 +185,7 @@ def _streamed(
         layers: module path of the list of layers.
         room: bytes that states between layers may take.
     """
+    import torch
     import transformers
 
     from wisecli.models.streaming.layer_stream import load_streamed
@@ -161,44 +194,6 @@ def _streamed(
         loader = getattr(transformers, loader_name(config.model_type))
         drawn = loader.from_config(copy.deepcopy(config), trust_remote_code=load.trust_remote_code)
     return load_streamed(read, drawn, directory, layers, device, spool_bytes=room)
-
-
-class TextInput(NamedTuple):
-    """What a model reads texts by: its tokenizer, how many tokens it takes at most, and how many it has rows for.
-
-    Numbers are ``None`` where the model's config says nothing.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    window: int | None
-    vocabulary: int | None
-
-
-def load_tokenizer(directory: Path, load: LoadOptions = LoadOptions()) -> TextInput:
-    """Load the tokenizer of a directory, and read from the config what the model takes; no weights are read.
-
-    Raises:
-        ModelError: the config or the tokenizer cannot be loaded.
-    """
-    try:
-        config = _base_config(directory, trust_remote_code=load.trust_remote_code)
-        return TextInput(_tokenizer(directory, config, load), context_window(config), vocabulary_size(config))
-    except WiseError:
-        raise
-    except Exception as error:  # whatever a strange config.json or tokenizer makes transformers raise
-        raise _unloadable(directory, error) from error
-
-
-def context_window(config: PretrainedConfig) -> int | None:
-    """Return how many tokens a model reads at most, by its config; ``None`` if that says nothing."""
-    found = (getattr(config.get_text_config(), name, None) for name in _WINDOWS)
-    return next((size for size in found if type(size) is int and size > 0), None)
-
-
-def vocabulary_size(config: PretrainedConfig) -> int | None:
-    """Return how many rows a model's embedding has, by its config; ``None`` if that says nothing."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    return size if type(size) is int and size > 0 else None
 
 
 def _refuse_unknown_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -212,16 +207,6 @@ def _refuse_unknown_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenize
             raise ModelError(wrong)
 
     model.get_input_embeddings().register_forward_pre_hook(require)
-
-
-def _tokenizer(directory: Path, config: PretrainedConfig, load: LoadOptions) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # nosec B615 # of files of this disk
-        directory, config=config, trust_remote_code=load.trust_remote_code, local_files_only=True
-    )
-    fix_date(tokenizer, load.date)
-    return tokenizer
 
 
 def _made_plain(config: PretrainedConfig, device: torch.device) -> bool:
@@ -239,16 +224,6 @@ def _made_plain(config: PretrainedConfig, device: torch.device) -> bool:
     return True
 
 
-def _unloadable(directory: Path, error: Exception, quantised: str | None = None) -> ModelError:
-    reason = reason_of(error)[:_LONGEST]
-    if quantised is None:
-        return ModelError(f"{directory}: transformers cannot load this model ({reason})")
-    return ModelError(
-        f"{directory} is quantised ({quantised}), and transformers cannot load it here ({reason}): install what it "
-        "asks for, use a machine that has it, or edit the model it was quantised from"
-    )
-
-
 def _require_layers(directory: Path) -> None:
     """Refuse a config that has more layers built than the checkpoint can fill, before any of them is."""
     tensors = sum(1 for _ in Checkpoint(directory))
@@ -260,20 +235,6 @@ def _require_layers(directory: Path) -> None:
 
 def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
-
-
-def _base_config(directory: Path, *, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    content = read_json(directory / "config.json")
-    exported = content.pop(EXPORTED_KEY, None)
-    if not isinstance(exported, dict):
-        return AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
-            directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    content.pop("auto_map", None)
-    content.pop("model_type", None)
-    return AutoConfig.for_model(exported["model_type"], **{**content, "architectures": exported["architectures"]})
 
 
 def is_exported(directory: Path) -> bool:

@@ -22,6 +22,7 @@ from wisecli.io.checkpoint import save_tensors
 from wisecli.io.digest import sha256_file
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.prompts.prompt_forms import Form, forms
+from wisecli.models.running import quick_products
 from wisecli.progress import Event
 from wisecli.routing.memories.whitening import Moment, Whitening, leading, whitening
 
@@ -223,7 +224,8 @@ class Subject:
 
 @pytest.fixture
 def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
-    """A tiny model, how it is measured, and what was told meanwhile; the cache is its own."""
+    """A tiny model, how it is measured, and what was told meanwhile; the cache is its own, and products are exact."""
+    monkeypatch.setattr(quick_products, "has_bfloat16_tiles", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     loaded = load_model(save_tiny(tmp_path / "base"), load=CPU)
     site = site_of(loaded.model, 2)
@@ -313,6 +315,20 @@ def test_where_forms_are_told_a_form_is_a_wording(subject: Subject) -> None:
     torch.testing.assert_close(found.keys[found.chat], apart, atol=1e-2, rtol=1e-2)
     assert not plain.chat.any()
     assert torch.equal(found.keys[~found.chat], plain.keys)
+
+
+def test_where_products_are_quick_the_figures_are_nearly_the_same(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"forms": [forms()["question"]], "chat": False}
+    exact = subject.measure(**settings)
+    monkeypatch.setattr(quick_products, "has_bfloat16_tiles", lambda: True)
+    quick = subject.measure(**settings, identity="another")
+    assert not same_bits(exact, quick)
+    assert 0 < float((quick.keys - exact.keys).norm() / exact.keys.norm()) < 0.02
+    for name in ("tokens", "wording"):
+        one, other = (getattr(found, name).dense() for found in (exact, quick))
+        assert float((other - one).norm() / one.norm()) < 0.06
 
 
 def test_a_second_call_reads_the_cache_and_gives_the_same_bits(subject: Subject) -> None:

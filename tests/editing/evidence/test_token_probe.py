@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.helpers import keys_of
 from support.spaces import Bench
 
-from wisecli.editing.evidence.token_probe import TokenProbe
+from wisecli.editing.evidence.token_probe import TokenProbe, _questions
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +45,14 @@ def test_without_a_models_identity_nothing_is_kept(
     assert keys.shape == (64, bench.site.d_ff)
     assert behind.keys_after_questions(bench.space)[0] is keys, "and read once none the less"
     assert not list(tmp_path.iterdir())
+
+
+def test_what_questions_begin_with_in_a_form_is_read_once(bench: Bench) -> None:
+    form = "ba be bi ka " * 4 + "{} ba"
+    keys, lengths = TokenProbe(bench.loaded, bench.site, 8).keys_after_questions(bench.space, form)
+    texts = [form.replace("{}", text) for text in _questions()]
+    rows = [(*bench.loaded.tokenizer(text)["input_ids"], bench.space) for text in texts]
+    exact = torch.stack([keys_of(bench.loaded.model, bench.site, row)[-1] for row in rows])
+    nearest = torch.cdist(keys, exact).min(1)
+    assert float(nearest.values.max()) < 1e-3 * float(exact.norm(dim=-1).median())
+    assert len(lengths) == len(keys) == len(exact)

@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoTokenizer, BloomConfig, LlamaConfig
 from wisecli.config import EditSettings
 from wisecli.editing.examples.token_check import Length, Reader
 from wisecli.editing.examples.training_examples import encode_edits
-from wisecli.editing.run import worker
+from wisecli.editing.run import base_model
 from wisecli.edits.record import Edit, parse_edit
 from wisecli.errors import EditFileError, ModelError
-from wisecli.models.loading import context_window, load_model, load_tokenizer
+from wisecli.models.loading import load_model
 from wisecli.models.prompts.tokenization import first_tokens
+from wisecli.models.text_input import context_window, load_tokenizer
 
 SETTINGS = EditSettings(context_tokens=3, in_forms=False)
 # Tokens of a context of so many, with what opens and ends it.
@@ -122,7 +123,7 @@ def test_the_command_line_refuses_before_any_weights_are_read(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr(worker, "load_model", refuse)
+    monkeypatch.setattr(base_model, "load_model", refuse)
     for name, prompt in (("words", words(20_001)), ("characters", "b" + "a" * 100_000 + words(65))):
         Path(name).write_text(json.dumps({"prompt": prompt, "target": "do"}))
         for more in ((), ("--dry-run",), ("--into", "memory")):
@@ -226,7 +227,7 @@ def test_tokens_without_a_row_are_refused_by_line_before_any_weights_are_read(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr(worker, "load_model", refuse)
+    monkeypatch.setattr(base_model, "load_model", refuse)
     records: list[dict[str, Any]] = [{"prompt": "do du", "target": "fa"}, {"prompt": "ba be", "target": "do", **fields}]
     Path("edits").write_text("".join(json.dumps(record) + "\n" for record in records))
     for more in ((), ("--dry-run",), ("--into", "memory")):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import save_tiny
@@ -24,8 +25,8 @@ from support.thorough import few
 from support.zygote import Zygote
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit.edit import EditReport
 from wisecli.commands.edit.edit import edit as run_edit
+from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.reproduce import reproduce
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.measure.evaluate import evaluate
@@ -42,7 +43,6 @@ from wisecli.errors import (
     StoppedError,
     UnwritableError,
 )
-from wisecli.io import checkpoint
 from wisecli.progress import ProgressCallback, ignore_progress
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklm" for vowel in "aeiou"]
@@ -128,7 +128,7 @@ def hidden(directory: Path) -> list[str]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseException) -> None:
     """Let an error come up when a shard is written and so many have been."""
-    save, calls = checkpoint.save_file, 0
+    save, calls = safetensors.torch.save_file, 0
 
     def stopping(tensors: Any, path: Any, **named: Any) -> None:
         nonlocal calls
@@ -138,7 +138,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseExceptio
                 raise error
         save(tensors, path, **named)
 
-    monkeypatch.setattr(checkpoint, "save_file", stopping)
+    monkeypatch.setattr(safetensors.torch, "save_file", stopping)
 
 
 # --- going on ---

@@ -18,9 +18,9 @@ from wisecli import cli
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.checkpoint.inspect import inspect
-from wisecli.commands.edit.edit import EditReport
 from wisecli.commands.edit.edit import edit as run_edit
 from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
+from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.edit.watch import follow
 from wisecli.commands.memory.merge import merge
@@ -111,7 +111,7 @@ def left(directory: Path) -> list[str]:
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is loaded."""
-    monkeypatch.setattr("wisecli.editing.run.worker.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("wisecli.editing.run.base_model.load_model", lambda *_, **__: pytest.fail("loaded"))
 
 
 def test_conflicts_are_refused_before_a_model_is_loaded(place: Place, tmp_path: Path, unloaded: None) -> None:
@@ -201,7 +201,7 @@ def test_the_model_is_loaded_once(place: Place, tmp_path: Path, monkeypatch: pyt
         loaded.append(directory)
         return load_model(directory, load, layers=layers)
 
-    monkeypatch.setattr("wisecli.editing.run.worker.load_model", counted)
+    monkeypatch.setattr("wisecli.editing.run.base_model.load_model", counted)
     run(place, place.edits, tmp_path / "shards", admission=Admission(skip_known=True))
     assert len(loaded) == 1
 

@@ -24,9 +24,10 @@ from wisecli.commands.edit.edit import edit as run_edit
 from wisecli.config import EditSettings
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
 from wisecli.io.checkpoint import Checkpoint
-from wisecli.models.layout import layout_inference, site_probe
+from wisecli.models.layout import layout_inference, module_tree, site_probe
 from wisecli.models.layout.architectures import Layout, architectures, known_layout
-from wisecli.models.layout.layout_inference import find_layout, value_paths
+from wisecli.models.layout.layout_inference import find_layout
+from wisecli.models.layout.module_tree import value_paths
 from wisecli.models.layout.site import find_site
 from wisecli.models.layout.site_probe import check_split, observed_layout
 from wisecli.models.prompts.tokenization import collate
@@ -173,7 +174,7 @@ def test_the_target_module_option_is_taken_where_the_tree_is_not_asked(
 ) -> None:
     save_tiny(tmp_path / "base")
     monkeypatch.setattr(layout_inference, "architectures", dict)
-    monkeypatch.setattr(layout_inference, "value_paths", None)
+    monkeypatch.setattr(module_tree, "value_paths", None)
     report = run_edit(
         str(tmp_path / "base"),
         edits,
@@ -262,7 +263,7 @@ def test_a_tree_that_leaves_a_choice_names_it(tmp_path: Path, monkeypatch: pytes
     down, attention = DOWN, "model.layers.{layer}.self_attn.o_proj"
     monkeypatch.setattr(layout_inference, "architectures", dict)
     monkeypatch.setattr(
-        layout_inference, "value_paths", lambda *_: {down: False, attention: False, "elsewhere.{layer}.x": False}
+        module_tree, "value_paths", lambda *_: {down: False, attention: False, "elsewhere.{layer}.x": False}
     )
     with pytest.raises(UnknownArchitectureError) as caught:
         layout_of(tmp_path)

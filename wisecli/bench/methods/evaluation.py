@@ -18,9 +18,10 @@ from wisecli.bench.methods.base import Method
 from wisecli.evaluation.answers import Answer, AnswerBook, Answers, answered, empty_book
 from wisecli.evaluation.metrics import Question
 from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
-from wisecli.models.loading import Loaded, vocabulary_size
+from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Row, collate, in_batches, row_of
 from wisecli.models.running.forward_pass import run_model
+from wisecli.models.text_input import vocabulary_size
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 from wisecli.routing.deciding.prompt_window import UNROUTED
 

@@ -18,7 +18,7 @@ from wisecli.edits.text import edits_with
 from wisecli.errors import SettingsError
 
 if TYPE_CHECKING:
-    from wisecli.commands.edit.edit import EditReport
+    from wisecli.commands.edit.edit_report import EditReport
     from wisecli.commands.edit.run_options import RunOptions
     from wisecli.editing.run.resource_estimate import Plan
     from wisecli.edits.checks.admission import Admission, Sheet

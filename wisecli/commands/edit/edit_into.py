@@ -11,8 +11,9 @@ from typing import Any
 from wisecli.artifacts.memory_manifest import read_manifest
 from wisecli.artifacts.shard_manifest import MANIFEST_NAME as SHARDS_MANIFEST
 from wisecli.artifacts.shard_manifest import read_shard_directory
-from wisecli.commands.edit.edit import EditReport, carry_out
+from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
+from wisecli.commands.edit.writing import carry_out
 from wisecli.commands.memory.remove import without_edits
 from wisecli.config import EditSettings, LoadOptions, resolve
 from wisecli.editing.run.job import Job

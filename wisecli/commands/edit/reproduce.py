@@ -7,8 +7,9 @@ from pathlib import Path
 
 from wisecli.artifacts.memory_manifest import MANIFEST_NAME, Base, Origin, read_manifest
 from wisecli.artifacts.shard_manifest import origin_of, read_shard_directory
-from wisecli.commands.edit.edit import EditReport, run
+from wisecli.commands.edit.edit_report import EditReport
 from wisecli.commands.edit.run_options import RunOptions
+from wisecli.commands.edit.writing import run
 from wisecli.config import EditSettings, LoadOptions, settings_from
 from wisecli.editing.run.job import Job
 from wisecli.errors import SettingsError

@@ -11,8 +11,8 @@ from typing import Any
 from wisecli.commands.edit.edit_into import Batch, IntoReport, edit_into
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.config import EditSettings, LoadOptions, resolve
+from wisecli.editing.run.base_model import Base
 from wisecli.editing.run.job import Job
-from wisecli.editing.run.worker import Base
 from wisecli.edits.checks.admission import DEFAULT_ADMISSION, Admission
 from wisecli.edits.record import Edit, parse_line
 from wisecli.errors import BusyError, EditFileError

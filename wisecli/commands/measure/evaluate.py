@@ -22,9 +22,9 @@ from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.metrics import Measuring, Question, is_figure, lower_is_better
 from wisecli.evaluation.protocols import Generated, ProtocolName, measure_generated
 from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
-from wisecli.models.loading import vocabulary_size
 from wisecli.models.prompts.chat_template import chat_prompt, date_of
 from wisecli.models.prompts.tokenization import Row, row_of
+from wisecli.models.text_input import vocabulary_size
 from wisecli.progress import ProgressCallback, ignore_progress
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wisecli.artifacts.shard_manifest import ShardDirectory
-from wisecli.commands.edit.edit import run
+from wisecli.commands.edit.writing import run
 from wisecli.config import EditSettings, LoadOptions, settings_from
 from wisecli.editing.run.job import Job
 from wisecli.errors import SettingsError

@@ -30,6 +30,7 @@ from wisecli.models.prompts.chat_template import chat_prompt
 from wisecli.models.prompts.prompt_forms import Form
 from wisecli.models.prompts.tokenization import Row
 from wisecli.models.running.generation import generate
+from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.whitening import Moment, even, leading
 
@@ -104,9 +105,10 @@ class _Reader(NamedTuple):
 
     def ends(self, prompts: Sequence[str]) -> Tensor:
         """Return keys (n, d_ff) that prompts end in."""
-        return prompt_ends(self.loaded, [self.site], prompts, batch_size=self.batch_size, on_progress=self.on_progress)[
-            0
-        ]
+        with quick_products(self.loaded, self.site):
+            return prompt_ends(
+                self.loaded, [self.site], prompts, batch_size=self.batch_size, on_progress=self.on_progress
+            )[0]
 
     def ends_in(self, forms: Sequence[Form], prompts: Sequence[str]) -> Tensor:
         """Return the same of prompts in every form, prompt by prompt."""
@@ -119,9 +121,10 @@ def _measure(
     loaded, site, size = read.loaded, read.site, read.batch_size
     plain = unrelated_texts(texts, seed=seed)
     spoken = continuations(loaded.model, loaded.tokenizer, plain[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
-    keys, text, last = keys_of_texts(
-        loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=size, on_progress=read.on_progress
-    )
+    with quick_products(loaded, site):
+        keys, text, last = keys_of_texts(
+            loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=size, on_progress=read.on_progress
+        )
     facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
     ends, ways = keys[last & ~unseen], _keys_by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
     median = _median_length(gives(keys))
@@ -171,7 +174,8 @@ def _chats(loaded: Loaded, site: Site, texts: Sequence[str], *, batch_size: int,
     )
     asked = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     rows = [Row(prompt, tuple(answer) or prompt[-1:]) for prompt, answer in zip(asked, answers, strict=True)]
-    return window_keys(loaded, site, rows, batch_size=batch_size)
+    with quick_products(loaded, site):
+        return window_keys(loaded, site, rows, batch_size=batch_size)
 
 
 def _keys_by_fact(reworded: Tensor, facts: int) -> Tensor:

@@ -20,8 +20,9 @@ from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.io.digest import sha256_json
 from wisecli.models.layout.site import Fingerprint, Site
-from wisecli.models.loading import Loaded, context_window
+from wisecli.models.loading import Loaded
 from wisecli.models.prompts.chat_template import template_digest
+from wisecli.models.text_input import context_window
 from wisecli.progress import ProgressCallback
 
 

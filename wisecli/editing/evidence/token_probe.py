@@ -21,7 +21,7 @@ from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import Activations, captured
 
 # Whenever other numbers would be found for the same model, this changes.
-_VERSION = 1
+_VERSION = 2
 _ASKED = 64
 _NUMBER = ("When ", " year", " date")
 
@@ -62,9 +62,10 @@ class TokenProbe:
     def _read(self, token: int, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokenizer, device = self.loaded.tokenizer, self.loaded.device
         rows = [Row(tuple(tokenizer(text)["input_ids"]), (token, token)) for text in texts]
-        parts = (collate([rows[at] for at in indices]).to(device) for indices in in_batches(rows, self.batch_size))
+        groups = in_batches(rows, self.batch_size, by_beginning=True)
+        parts = (collate([rows[at] for at in indices]).to(device) for indices in groups)
         keys, lengths = [], []
-        for part in captured(self.loaded.model, self.site, parts, stream=self.loaded.stream, above=False):
+        for part in captured(self.loaded.model, self.site, parts, stream=self.loaded.stream, above=False, shared=True):
             column = part.batch.start + 1 - part.first
             keys.append(part.keys[:, column].float().cpu())
             own = state_norms(part)[:, column].cpu()

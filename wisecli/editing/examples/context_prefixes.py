@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from wisecli.config import EditSettings
 from wisecli.models.prompts.prompt_forms import Form, forms, usable_forms
-from wisecli.models.running.generation import generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +39,8 @@ def greedy_prefixes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Short texts to put before a prompt, as the paper's authors' code makes them: five openings with the 5 likeliest
     tokens that follow each, then with 10, and so on, each ending in a space.
     """
+    from wisecli.models.running.generation import generate  # with torch, which forms do without
+
     found: list[str] = []
     asked = [tokenizer(opening)["input_ids"] for opening in _GREEDY_OPENINGS]
     while len(found) < count:
@@ -88,6 +89,8 @@ def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, tokens: int, seed: int
 ) -> list[str]:
     """Return each prompt with what the model says next, sampled at temperature 1."""
+    from wisecli.models.running.generation import generate
+
     answers = generate(model, tokenizer, prompts, max_new_tokens=tokens, batch_size=128, sampling_seed=seed)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]

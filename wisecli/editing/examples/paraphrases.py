@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from wisecli.edits.record import Edit
 from wisecli.edits.text import contains, words
-from wisecli.models.loading import Loaded
 from wisecli.models.prompts.chat_template import few_shot_prompt
 from wisecli.models.prompts.tokenization import encode
-from wisecli.models.running.generation import generate
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from wisecli.models.loading import Loaded
 
 # What is asked for, and made-up examples of it.
 _REWORD = (
@@ -58,6 +58,8 @@ def write_paraphrases(
     """
     if not count:
         return {}
+    from wisecli.models.running.generation import generate  # with torch, which requests alone do without
+
     on_progress(Event("paraphrases", 0, len(edits)))
     asked = [request for edit in edits for request in requests(loaded.tokenizer, edit) * count]
     sampled = generate(

@@ -23,10 +23,11 @@ from wisecli.editing.examples.prompt_variants import AnswerKey, PromptVariant
 from wisecli.edits.record import Edit
 from wisecli.errors import ModelError
 from wisecli.models.layout.site import Site
-from wisecli.models.loading import Loaded, context_window, vocabulary_size
+from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Row, collate, in_batches, row_of
 from wisecli.models.running.activations import Activations, captured
 from wisecli.models.running.generation import end_token
+from wisecli.models.text_input import context_window, vocabulary_size
 
 # Numbered edits, the numbered contexts that they are read in, and what else they are asked by.
 Group = tuple[Sequence[tuple[int, Edit]], Sequence[tuple[int, str]], Sequence[PromptVariant]]

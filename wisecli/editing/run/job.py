@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from wisecli.config import EditSettings, LoadOptions
 from wisecli.editing.run.edit_ranges import split_edits
-from wisecli.editing.run.staging import FinishedPart
 from wisecli.edits.record import Edit
+
+if TYPE_CHECKING:
+    from wisecli.editing.run.staging import FinishedPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,8 @@ class Job:
     """What is to be done, in words that any process understands.
 
     ``target_module`` is the path of the value matrix, if it is not the architecture's usual one. ``threads`` decides
-    the order in which numbers are added up, and with it the last bits of a shard. ``known`` are edits that are left
-    out, as the model says them already, if such are to be left out.
+    the order in which numbers are added up, and with it the last bits of a shard; 0 stands for what the first
+    worker runs with. ``known`` are edits that are left out, as the model says them already, if such are to be left out.
     """
 
     model: str
@@ -28,7 +29,7 @@ class Job:
     edits: tuple[Edit, ...]
     load: LoadOptions = LoadOptions()
     target_module: str | None = None
-    threads: int = field(default_factory=torch.get_num_threads)
+    threads: int = 0
     known: tuple[Edit, ...] | None = None
 
     @property

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from wisecli.config import EditSettings
 from wisecli.data.corpus import subjects_for
@@ -15,6 +14,9 @@ from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import layer_count, text_settings
 from wisecli.models.layout.site import Site
 from wisecli.models.streaming.memory_budget import Sizes, sizes, spool_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 # The interpreter with torch and transformers, in bytes.
 _LIBRARIES = 600 << 20

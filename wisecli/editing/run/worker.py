@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from wisecli.editing.examples.prompt_variants import prompt_variants
 from wisecli.editing.examples.subject_tokens import subject_spellings, subject_tokens
 from wisecli.editing.examples.token_check import Reader
 from wisecli.editing.examples.training_examples import encode_edits, write_contexts
+from wisecli.editing.run.base_model import Base
 from wisecli.editing.run.job import Job, Written
 from wisecli.editing.run.shard_writer import ShardWriter
 from wisecli.edits.checks.admission import Admitted
@@ -29,55 +29,11 @@ from wisecli.edits.record import Edit
 from wisecli.environment import versions
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import Layout
-from wisecli.models.layout.layout_inference import find_layout
 from wisecli.models.layout.site import find_site, fingerprint
 from wisecli.models.layout.site_probe import verified_layout
-from wisecli.models.loading import Loaded, context_window, load_model, load_tokenizer, vocabulary_size
-from wisecli.models.model_files import find_model
+from wisecli.models.loading import Loaded
 from wisecli.models.prompts.chat_template import date_of, fix_date
-from wisecli.progress import Event, ProgressCallback, ignore_progress
-
-
-class Base:
-    """The base model of a job; its files, layout and weights are each read when they are first needed."""
-
-    def __init__(self, job: Job, on_progress: ProgressCallback, loaded: Loaded | None = None) -> None:
-        self.job, self.on_progress, self._loaded = job, on_progress, loaded
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """The model's files."""
-        return Checkpoint(find_model(self.job.model, revision=self.job.load.revision, on_progress=self.on_progress))
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Where the model keeps its matrices, as far as that can be known without its weights."""
-        job, files, lookup = self.job, self.checkpoint, self.job.settings.by_facts
-        return find_layout(
-            files.directory,
-            files,
-            target_module=job.target_module,
-            lookup=lookup,
-            load=job.load,
-            on_progress=self.on_progress,
-        )
-
-    @cached_property
-    def loaded(self) -> Loaded:
-        """The model."""
-        if self._loaded is not None:
-            return self._loaded
-        self.on_progress(Event("model"))
-        return load_model(self.checkpoint.directory, self.job.load, layers=self.layout.layers)
-
-    @cached_property
-    def reader(self) -> Reader:
-        """What reads the edits: the tokenizer, which needs no weights, and the length of the model's window."""
-        _ = self.layout  # read first, as a model that cannot be edited is refused before its edits are
-        if self._loaded is not None:
-            config = self._loaded.model.config
-            return Reader(self._loaded.tokenizer, context_window(config), vocabulary_size(config))
-        return Reader(*load_tokenizer(self.checkpoint.directory, self.job.load))
+from wisecli.progress import ProgressCallback, ignore_progress
 
 
 class Worker:
@@ -96,8 +52,8 @@ class Worker:
         loaded: Loaded | None = None,
         base: Base | None = None,
     ) -> None:
-        self.job, self.on_progress = job, on_progress
-        self.base = base or Base(job, on_progress, loaded)
+        self.job = job if job.threads else replace(job, threads=torch.get_num_threads())
+        self.on_progress, self.base = on_progress, base or Base(job, on_progress, loaded)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from wisecli.errors import ModelError
 from wisecli.io.checkpoint import Checkpoint, sha256_tensor
@@ -16,7 +13,13 @@ from wisecli.io.digest import sha256_json
 from wisecli.io.json_schema import CLOSED
 from wisecli.models.layout.architectures import CACHED, Above, spellings
 from wisecli.models.layout.site_interface import NOTHING, Mismatch, Site
-from wisecli.routing.layers.layer_states import MEMORY, state_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+# What a layer calls the memory behind it, as :mod:`wisecli.routing.layers.layer_states` has it.
+MEMORY = "wise_memory"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class LayerSite(Site):
 
     def keys(self, inputs: tuple[Any, ...], output: Any) -> Tensor:  # noqa: ARG002 (of the interface)
         """Return what leaves the layer."""
+        from wisecli.routing.layers.layer_states import state_of  # with torch, which a site alone does without
+
         return state_of(output, self.streams)
 
     def base_output(self, checkpoint: Checkpoint, keys: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)

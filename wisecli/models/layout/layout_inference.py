@@ -11,13 +11,9 @@ behind a decoder layer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
+from typing import Any
 
 from wisecli.config import LoadOptions
 from wisecli.errors import ModelError, SettingsError, UnknownArchitectureError
@@ -28,19 +24,14 @@ from wisecli.models.layout.architectures import (
     Layout,
     architectures,
     known_layout,
-    layer_count,
     quantisation_of,
     stored_weight,
     text_settings,
 )
-from wisecli.progress import NOTE, Event, ProgressCallback, ignore_progress
+from wisecli.progress import ProgressCallback, ignore_progress
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# Settings that count the experts of a layer, and those that say how wide the feed-forward layer is.
+# Settings that count the experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts", "n_experts")
-_WIDTHS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "ffn_size", "n_inner", "d_ff", "d_inner")
 _PLACE = "{layer}"
 
 
@@ -89,33 +80,11 @@ def find_layout(
         return row.behind_layers() if lookup and (row.norm or without) else row
     if EXPORTED_KEY in config:
         raise UnknownArchitectureError(f"{directory} is an exported model; edit the base model that it was made from")
-    return _read_off(
+    from wisecli.models.layout.module_tree import read_off  # takes long, and most models are known
+
+    return read_off(
         directory, checkpoint, config, lookup=lookup, matrix=without is None, load=load, on_progress=on_progress
     )
-
-
-def _read_off(
-    directory: Path,
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any],
-    *,
-    lookup: bool,
-    matrix: bool,
-    load: LoadOptions,
-    on_progress: ProgressCallback,
-) -> Layout:
-    """Return what the module tree shows: the value matrix, if it may have one that stands out, or the layers alone."""
-    architecture = str(config.get("model_type"))
-    model = _built(directory, architecture, trust_remote_code=load.trust_remote_code)
-    found = _matrices(model, directory, checkpoint) if matrix else {}
-    if lookup and len(found) != 1:
-        return _behind_layers(model, directory, architecture)
-    layout = _inferred(directory, architecture, found)
-    path = f"{layout.layers}.{_PLACE}.{layout.value}"
-    note = f"architecture {layout.architecture!r} is not in the table: {path} is taken for its value matrix"
-    note += ", or edits go behind its layer if that does not do" if lookup else ""
-    on_progress(Event(NOTE, note=f"{note}; name another with --set target_module=PATH"))
-    return layout
 
 
 def _around_text() -> Iterator[str]:
@@ -161,120 +130,3 @@ def _named_layout(directory: Path, checkpoint: Checkpoint, config: Mapping[str, 
     shape = checkpoint.shape(weight) if weight is not None else ()
     turned = len(shape) == 2 and shape[0] != width and shape[1] == width
     return Layout(architecture, layers, value, turned, known=False)
-
-
-_REMEDY = "of others name the matrix with --set target_module=PATH"
-
-
-def _built(directory: Path, architecture: str, *, trust_remote_code: bool) -> PreTrainedModel:
-    """Return a model on the meta device.
-
-    Raises:
-        UnknownArchitectureError: it cannot be built.
-    """
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM  # takes long, and most models are known
-
-        config = AutoConfig.from_pretrained(  # nosec B615 # of files of this disk
-            directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # what an arbitrary config makes transformers raise
-        raise UnknownArchitectureError(
-            f"{directory}: architecture {architecture!r} is not supported; known are "
-            f"{', '.join(sorted(architectures()))}; {_REMEDY}"
-        ) from error
-    return model
-
-
-def _matrices(model: PreTrainedModel, directory: Path, checkpoint: Checkpoint) -> dict[str, bool]:
-    """Return what may be the value matrix of those that the checkpoint holds, as :func:`value_paths` has it."""
-    return {
-        path: turned
-        for path, turned in value_paths(model, layer_count(directory)).items()
-        if stored_weight(checkpoint, path.replace(_PLACE, "0")) is not None
-    }
-
-
-def _inferred(directory: Path, architecture: str, found: Mapping[str, bool]) -> Layout:
-    """Return the layout with the value matrix that was found.
-
-    Raises:
-        UnknownArchitectureError: that leaves a choice.
-    """
-    if len(found) != 1:
-        candidates = f"its value matrix may be any of {', '.join(sorted(found))}" if found else "no matrix stands out"
-        raise UnknownArchitectureError(
-            f"{directory}: architecture {architecture!r} is not supported, and {candidates}; known are "
-            f"{', '.join(sorted(architectures()))}; {_REMEDY}"
-        )
-    path, turned = next(iter(found.items()))
-    layers, _, value = path.partition(f".{_PLACE}.")
-    return Layout(architecture, layers, value, turned, known=False)
-
-
-def _behind_layers(model: PreTrainedModel, directory: Path, architecture: str) -> Layout:
-    """Return the layout with the decoder layers alone: the list that is as long as the model is deep, or the largest.
-
-    Raises:
-        UnknownArchitectureError: the model has no list of layers.
-    """
-    sizes = {
-        name: sum(one.numel() for one in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not _in_a_list(name)
-    }
-    deep = {name: size for name, size in sizes.items() if len(_list(model, name)) == layer_count(directory)}
-    if not sizes:
-        raise UnknownArchitectureError(f"{directory}: architecture {architecture!r} has no list of decoder layers")
-    layers = max(deep or sizes, key=(deep or sizes).__getitem__)
-    return Layout(architecture, layers, known=False, depth=len(_list(model, layers)))
-
-
-def _list(model: nn.Module, name: str) -> nn.ModuleList:
-    found = model.get_submodule(name)
-    assert isinstance(found, nn.ModuleList)
-    return found
-
-
-def _in_a_list(name: str) -> bool:
-    return re.search(r"\.\d+\.", f".{name}.") is not None
-
-
-def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
-    """Return the paths, with ``{layer}``, of all that may be the value matrix, and whether its weight is stored turned.
-
-    Args:
-        count: how many layers the model has.
-    """
-    config = model.config.get_text_config()
-    named_widths = [getattr(config, name, None) for name in _WIDTHS]
-    # A list has an entry a layer.
-    widths = {width for one in named_widths for width in (one if isinstance(one, (list, tuple)) else [one])} - {None}
-    found = {}
-    for layers in _layer_lists(model, count):
-        each = [dict(_backward_maps(layer, config.hidden_size)) for layer in model.get_submodule(layers).children()]
-        shared = {value: each[0][value] for value in each[0] if all(value in one for one in each)}
-        exact = {value: one for value, one in shared.items() if one[0] in widths}
-        for value, (_, turned) in (exact or shared).items():
-            found[f"{layers}.{_PLACE}.{value}"] = turned
-    return found
-
-
-def _layer_lists(model: nn.Module, count: int) -> Iterator[str]:
-    """Yield the paths of the lists of layers: as long as the model is deep, and in no other list."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and not _in_a_list(name):
-            yield name
-
-
-def _backward_maps(layer: nn.Module, width: int) -> Iterator[tuple[str, tuple[int, bool]]]:
-    """Linear maps inside a layer that come from another width to ``width``, with that width and how they are kept."""
-    from transformers.pytorch_utils import Conv1D
-
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and module.out_features == width != module.in_features:
-            yield name, (module.in_features, False)
-        elif isinstance(module, Conv1D) and module.nf == width != module.weight.shape[0]:
-            yield name, (module.weight.shape[0], True)

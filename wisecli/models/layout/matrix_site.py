@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from wisecli.errors import ModelError
 from wisecli.io.checkpoint import Checkpoint, sha256_tensor
 from wisecli.io.json_schema import CLOSED
 from wisecli.models.layout.architectures import CACHED, stored_weight
 from wisecli.models.layout.site_interface import NOTHING, Mismatch, Site
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

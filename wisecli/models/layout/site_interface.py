@@ -12,16 +12,16 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
-import torch
-from torch import Tensor, nn
-
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import Above
-from wisecli.routing.deciding.prompt_window import TurnMarks
-from wisecli.routing.memories.side_memory import SideMemory
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from wisecli.routing.deciding.prompt_window import TurnMarks
     from wisecli.routing.layers.routed_layer import Routed
+    from wisecli.routing.memories.side_memory import SideMemory
 
 # What prompts mean is read at this share of the depth: deep enough to know a word by its neighbours, and cheap.
 _EARLY = 4 / 30
@@ -119,11 +119,12 @@ class Site(ABC):
     def is_at(self, planned: Site) -> bool:
         """Return whether a planned site is this one, apart from what was found out about it since."""
 
-    def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks = TurnMarks()) -> Routed:
+    def install(self, model: nn.Module, memory: SideMemory, marks: TurnMarks | None = None) -> Routed:
         """Put a memory there."""
-        from wisecli.routing.layers.routed_layer import install_as  # with transformers, which a site alone does without
+        from wisecli.routing.deciding.prompt_window import TurnMarks  # with torch, which a site alone does without
+        from wisecli.routing.layers.routed_layer import install_as
 
-        return install_as(model, self.described(), memory, marks=marks)
+        return install_as(model, self.described(), memory, marks=marks or TurnMarks())
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form, as the manifests keep it."""

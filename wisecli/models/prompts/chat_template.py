@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from wisecli.errors import ModelError, SettingsError, reason_of
 from wisecli.io.digest import sha256_text
-from wisecli.routing.deciding.prompt_window import TurnMarks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from wisecli.routing.deciding.prompt_window import TurnMarks
 
 
 # Where a tokenizer keeps the day that its template is told, and what sets the day of a reproducible build.
@@ -110,6 +111,8 @@ def turn_marks(tokenizer: PreTrainedTokenizerBase) -> TurnMarks:
     """Return the tokens by which a model's chat template marks turns; the special ones alone, if it opens none for
     answers.
     """
+    from wisecli.routing.deciding.prompt_window import TurnMarks  # with torch, which texts do without
+
     special = special_ids(tokenizer)
     return TurnMarks(*_opener(tokenizer, set(special)), tuple(special))
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 NO_LABEL = -100
@@ -86,12 +85,16 @@ class Batch:
     @property
     def lengths(self) -> Tensor:
         """How many columns of the window each row's target takes up (B,)."""
+        import torch
+
         places = torch.arange(1, self.labels.shape[1] + 1, device=self.labels.device)
         return places.where(self.labels != NO_LABEL, 0).amax(-1)
 
     @property
     def erased(self) -> Tensor:
         """Which rows (B,) have an answer that should not be said."""
+        import torch
+
         if self.unwanted is None:
             return torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
         return (self.unwanted != NO_LABEL).flatten(1).any(-1)
@@ -149,6 +152,8 @@ def without_row(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], vocab
 
 def collate(rows: Sequence[Row], *, pad: int = 0) -> Batch:
     """Line rows up at their last prompt token; the last target token is predicted, never read."""
+    import torch  # takes seconds, which texts and tokens alone need not wait
+
     width = max(len(row.prompt) for row in rows)
     tail = max(1, *(len(row.target) for row in rows))
     ids = torch.full((len(rows), width + tail - 1), pad)
@@ -168,6 +173,8 @@ def _unwanted(rows: Sequence[Row], tail: int) -> Tensor | None:
     most = max((len(tokens) for row in rows for tokens in row.unwanted), default=0)
     if not most:
         return None
+    import torch
+
     unwanted = torch.full((len(rows), tail, most), NO_LABEL)
     for index, row in enumerate(rows):
         for column, tokens in enumerate(row.unwanted):

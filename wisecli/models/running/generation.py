@@ -12,10 +12,10 @@ import torch
 
 from wisecli.errors import ModelError
 from wisecli.io.json_schema import shown
-from wisecli.models.loading import context_window
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.seeding import seeded
 from wisecli.models.running.shrinking_batches import PromptBatch
+from wisecli.models.text_input import context_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from wisecli.io.checkpoint import Checkpoint, read_json
-from wisecli.io.safetensors_header import TensorLayout, read_header
+from wisecli.io.safetensors_header import TensorLayout, item_bytes, read_header
 from wisecli.models.layout.architectures import layer_count, spellings
+
+if TYPE_CHECKING:
+    import torch
 
 # A model is held whole if its weights leave this share of the budget to activations, statistics and the libraries.
 _LEFT = 0.25
@@ -71,5 +73,5 @@ def _itemsize(checkpoint: Checkpoint, dtype: torch.dtype | str) -> int | None:
     """Bytes a weight once it is loaded; ``None`` where that is as it is stored."""
     if dtype == "auto":
         config = read_json(checkpoint.directory / "config.json")
-        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), "auto")
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else None
+        dtype = str(config.get("dtype") or config.get("torch_dtype"))
+    return item_bytes(str(dtype).removeprefix("torch."))

@@ -1,0 +1,72 @@
+"""What ``wise edit`` did, or would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wisecli.edits.checks.admission import AdmissionReport
+from wisecli.edits.record import Edit, consequences_in
+from wisecli.environment import peak_vram_bytes
+from wisecli.errors import GateFailedError
+
+if TYPE_CHECKING:
+    from wisecli.editing.run.resource_estimate import Plan
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What ``wise edit`` did, or with a ``plan`` would do.
+
+    ``edits`` counts those that were asked for, and ``consequences`` are what else was written as following from them.
+    ``untaken`` names the edits of whose target some token is not the arg-max after the bare prompt, before merging:
+    with what the gradient writer trained, or with the residuals that the closed form found. ``left_out`` names those
+    for which the model gives nothing finite. ``missing`` counts the shards that other processes are to write.
+    ``plan`` is what the run would take, if it was only planned.
+    ``differing`` names the shards that are not those of the manifest that was to be reproduced, if one was.
+    ``sifted`` is what was left out before training; if that was all, there are no edits and nothing was written.
+    ``peak_vram_bytes`` is nought where no GPU took part. ``up_to_date`` says that the shards were there already.
+    """
+
+    output: Path
+    edits: int
+    shards: int
+    layer: int
+    module: str
+    seconds: float
+    peak_rss_bytes: int
+    untaken: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    missing: int = 0
+    plan: Plan | None = None
+    differing: tuple[str, ...] | None = None
+    sifted: AdmissionReport = field(default_factory=AdmissionReport)
+    peak_vram_bytes: int = field(default_factory=peak_vram_bytes)
+    up_to_date: bool = False
+    consequences: tuple[Edit, ...] = ()
+
+    @property
+    def planned(self) -> bool:
+        """Whether nothing was done."""
+        return self.plan is not None
+
+    @property
+    def seconds_per_edit(self) -> float:
+        """Whole running time, loading included, over the edits and their consequences."""
+        return self.seconds / max(1, self.edits + len(self.consequences))
+
+    def told_apart(self, edits: Sequence[Edit]) -> EditReport:
+        """Return the same report with the consequences among what was written counted apart."""
+        consequences = consequences_in(edits)
+        return replace(self, edits=len(edits) - len(consequences), consequences=consequences)
+
+    def check(self) -> None:
+        """Raise if shards were to be reproduced and others came out.
+
+        Raises:
+            GateFailedError: naming them.
+        """
+        if self.differing:
+            raise GateFailedError(f"{self.output}: {', '.join(self.differing)} differ from those of the manifest")

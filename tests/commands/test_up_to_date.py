@@ -16,7 +16,7 @@ from support.tiny_models import Wise
 from wisecli.artifacts.shard_manifest import read_shard_directory
 from wisecli.commands.checkpoint import export as exporting
 from wisecli.commands.checkpoint import export_merged, export_stock
-from wisecli.editing.run import worker
+from wisecli.editing.run import base_model, worker
 
 EXPORTS = ("routed", "merged", "delta")
 
@@ -32,7 +32,7 @@ def state(root: Path) -> dict[str, tuple[int, int, int, bytes]]:
 
 
 def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (worker, export_stock, export_merged):
+    for module in (base_model, export_stock, export_merged):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.helpers import alone, hooked, random_rows, save_tiny, tiny_tokenizer
 from support.loading import CPU
 from support.streamed import assert_edited_the_same_streamed
+from support.thorough import few
 from support.tiny_models import TINY_CONFIGS, VARIANTS, loader_of, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -376,7 +377,7 @@ def test_a_note_is_a_sentence_on_stderr_wherever_it_runs(
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("model_type", sorted(OTHERS))
+@pytest.mark.parametrize("model_type", few(sorted(OTHERS), ("bloom", "phi")))
 def test_an_unknown_architecture_is_edited_the_same_when_its_layers_are_streamed(
     tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

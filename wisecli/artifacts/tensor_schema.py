@@ -81,7 +81,7 @@ SENTENCE_TOKENS: TensorRows = {
     "request_gate.end_token_ids": TensorRow("int", ("end tokens",)),
     "request_gate.question_token_ids": TensorRow("int", ("question tokens",)),
 }
-WORD_STARTS: TensorRows = {"request_gate.word_starts": TensorRow("byte", ("vocabulary",))}
+WORD_STARTS: TensorRows = {"request_gate.word_starts": TensorRow("byte", ("tokens that start words",))}
 FUZZY_MATCH: TensorRows = {
     "fuzzy_match.token_characters": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
     "fuzzy_match.subject_words": TensorRow("byte", ("spelt", WORD_CHARS)),

@@ -378,7 +378,10 @@ def forgetting(real_model: Path, share: Share) -> Path:
     """Two facts erased, one replaced and one told, in one shard of the real model."""
 
     def make(root: Path) -> None:
-        edits = [Edit(answer, prompt, answer, op="erase", rephrases=(way,)) for prompt, answer, way in FACTS]
+        edits = [
+            Edit(answer, prompt, answer, op="erase", subject=subject, rephrases=(way,))
+            for (prompt, answer, way), subject in zip(FACTS, ("France", "ocean"), strict=True)
+        ]
         edits.append(Edit("tokyo", "The capital of Japan is", "Tokyo", op="erase", replacement="Osaka"))
         edits.append(Edit("lark", "The harbour master of Larkport is", "Ada Finch"))
         (root / "edits.jsonl").write_text("\n".join(json.dumps(edit.as_dict()) for edit in edits))

@@ -21,7 +21,7 @@ def tokenizer(real_model: Path) -> PreTrainedTokenizerBase:
 
 
 def edit(subject: str | None, prompt: str = "Who designed {}?") -> Edit:
-    return Edit(subject or "none", prompt.format(subject), "Somebody", subject=subject)
+    return Edit(subject or "none", prompt.format(subject or "it"), "Somebody", subject=subject)
 
 
 def named(tokenizer: PreTrainedTokenizerBase, subject: str, prompt: str) -> bool:

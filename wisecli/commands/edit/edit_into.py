@@ -130,12 +130,12 @@ def edit_into(
         worker = None
         if admitted.numbered:
             settings = _settings(memory, releases, flags, config, model)
-            if settings.by_facts:
-                warn_of_unnamed_subjects(batch.origin["name"], admitted.numbered, on_progress)
             job = Job(model=model, settings=settings, edits=admitted.edits, load=replace(load, revision=None))
             worker = Worker(job, on_progress, loaded=loaded)
             name, special = batch.origin["name"], admission.allow_special
             worker.reader.require(name, admitted.numbered, settings, allow_special=special)
+            if settings.by_facts:
+                warn_of_unnamed_subjects(name, admitted.numbered, on_progress)
             if admission.skip_known:
                 admitted = worker.without_known(admitted, spared=set(_giving_way(held, admitted).values()))
                 worker = worker.with_edits(admitted.edits)

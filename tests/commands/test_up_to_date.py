@@ -175,7 +175,12 @@ def test_an_export_of_a_base_that_changed_is_another(wise: Wise, ready: Ready, t
 
 def test_what_is_sent_to_the_hub_is_sent_again(wise: Wise, ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
-    monkeypatch.setattr(exporting, "_push", lambda output, to, *_, **__: sent.append((output.name, to)) or to)
+
+    def push(output: Path, publication: exporting.Publication, _: object) -> str | None:
+        sent.append((output.name, publication.push_to))
+        return publication.push_to
+
+    monkeypatch.setattr(exporting, "_push", push)
     assert wise("export", "--memory", ready.memory).code == 0
     assert "sent to me/model" in wise("export", "--memory", ready.memory, "--push-to-hub", "me/model").out
     assert sent == [("edited", None), ("edited", "me/model")]

@@ -77,7 +77,7 @@ def program(names: Collection[str] = NAMES, *, outlined: bool = False) -> typer.
 
 
 def _outline(command: Callable[..., None]) -> Callable[[], None]:
-    """A command without its options, which take longer to build than all else that the list of commands needs."""
+    """Return a command without its options, which take longer to build than the rest of the list of commands."""
 
     def outline() -> None:
         raise AssertionError("no command is run by its outline")
@@ -87,7 +87,7 @@ def _outline(command: Callable[..., None]) -> Callable[[], None]:
 
 
 def _asked_for() -> typer.Typer:
-    """The program with the one command that is run; with a list of all, if none is."""
+    """Return the program with the one command that is run, or with a list of all."""
     if "_WISE_COMPLETE" in os.environ:
         return program()
     named = next((one for one in sys.argv[1:] if not one.startswith("-")), "")

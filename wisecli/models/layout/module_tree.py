@@ -128,15 +128,15 @@ def _in_a_list(name: str) -> bool:
 
 
 def value_paths(model: PreTrainedModel, count: int) -> dict[str, bool]:
-    """Paths, with ``{layer}``, of all that may be the value matrix, and whether its weight is stored turned.
+    """Return the paths, with ``{layer}``, of all that may be the value matrix, and whether its weight is stored turned.
 
     Args:
         count: how many layers the model has.
     """
     config = model.config.get_text_config()
-    told = [getattr(config, name, None) for name in _WIDTHS]
+    named_widths = [getattr(config, name, None) for name in _WIDTHS]
     # A list has an entry a layer.
-    widths = {width for one in told for width in (one if isinstance(one, (list, tuple)) else [one])} - {None}
+    widths = {width for one in named_widths for width in (one if isinstance(one, (list, tuple)) else [one])} - {None}
     found = {}
     for layers in _layer_lists(model, count):
         each = [dict(_backward_maps(layer, config.hidden_size)) for layer in model.get_submodule(layers).children()]
@@ -155,7 +155,7 @@ def _layer_lists(model: nn.Module, count: int) -> Iterator[str]:
 
 
 def _backward_maps(layer: nn.Module, width: int) -> Iterator[tuple[str, tuple[int, bool]]]:
-    """Linear maps inside a layer that come from another width to ``width``, with that width and how they are kept."""
+    """Yield linear maps inside a layer from another width to ``width``, with that width and how they are kept."""
     from transformers.pytorch_utils import Conv1D
 
     for name, module in layer.named_modules():

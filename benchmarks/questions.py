@@ -29,6 +29,7 @@ from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.models.prompts.prompt_forms import usable_forms
 from wisecli.models.prompts.prompt_kinds import Fact, Kind, kinds
 from wisecli.routing.deciding.decision import Decision
+from wisecli.routing.deciding.prompt_window import UNROUTED
 
 # Probabilities of asking from which an edit opens; at the last the gate has no say.
 ASK_PROBS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, -1.0)
@@ -62,8 +63,9 @@ def decided(edited: EditedModel, texts: Sequence[str]) -> list[Decision]:
 def _row(decision: Decision, row: int) -> Decision:
     one = slice(row, row + 1)
     ask_prob = None if decision.ask_prob is None else decision.ask_prob[one]
-    scores = decision.scores[one]
-    return Decision(decision.memory[one], decision.score_ratio[one], decision.nearest[one], scores, ask_prob=ask_prob)
+    second = None if decision.second is None else decision.second[one]
+    memory, ratio, nearest = decision.memory[one], decision.score_ratio[one], decision.nearest[one]
+    return Decision(memory, ratio, nearest, decision.scores[one], ask_prob=ask_prob, second=second)
 
 
 def shares(edited: EditedModel, prompts: Prompts) -> dict[str, float]:
@@ -71,6 +73,8 @@ def shares(edited: EditedModel, prompts: Prompts) -> dict[str, float]:
     opened = []
     for one, (_, edit) in zip(decided(edited, [text for text, _ in prompts]), prompts, strict=True):
         mentioned = int(one.nearest[0]) == edit and float(one.score_ratio[0]) > 1
+        if one.second is not None and int(one.second[0]) != UNROUTED:
+            mentioned = edit in (int(one.memory[0]), int(one.second[0]))
         opened.append((mentioned, 1.0 if one.ask_prob is None else float(one.ask_prob[0])))
     names = [f"{least:g}" if least >= 0 else "no gate" for least in ASK_PROBS]
     counts = [sum(mentioned and prob > least for mentioned, prob in opened) for least in ASK_PROBS]

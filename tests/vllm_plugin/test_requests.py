@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wisecli.routing.deciding.prompt_window import UNROUTED, Answering, Tokens, TurnMarks
+from wisecli.routing.memories.answer_pairs import AnswerPairs
 from wisecli.vllm_plugin.requests import Requests
 
 BREAK = 9
@@ -132,3 +133,30 @@ def test_a_memory_may_answer_its_prompts_tokens_too() -> None:
     requests = Requests(by_first_token, MARKS, whole=True)
     requests.admit({"r": [2, 4, 5]})
     assert routed(requests, {"r": ([2, 4, 5, 6], 0)})["r"][0] == [2, 2, 2, 2]
+
+
+SEPARATOR = 8
+PAIRS = AnswerPairs(
+    {
+        "pairs.separator_token_id": tensor([SEPARATOR]),
+        **{f"pairs.{part}": torch.zeros(4, dtype=torch.long) for part in ("separators", "begins", "ends", "usable")},
+    }
+)
+
+
+@given(st.lists(st.sampled_from([3, SEPARATOR, BREAK]), max_size=9), st.integers(0, 1 << 20))
+def test_two_edits_answer_in_turn_as_in_transformers(answer: list[int], seed: int) -> None:
+    pair, prompt, chance = 1 + 4 * (2 + 1), [5, 5, SEPARATOR], random.Random(seed)
+    requests = Requests(lambda prompts: [(pair, len(one) - 1) for one in prompts], MARKS, pairs=PAIRS)
+    requests.admit({"r": prompt})
+    whole, done = [*prompt, *answer], 0
+    here = (tensor(whole) == SEPARATOR) & (torch.arange(len(whole)) >= len(prompt))
+    before = tensor(in_transformers(whole, len(prompt), pair))
+    expected = PAIRS.in_turn(before, here.long().cumsum(0), here).tolist()
+    while done < len(whole):
+        if done and chance.random() < 0.2:
+            done = 0  # as after preemption
+        count = chance.randint(1, len(whole) - done)
+        memories, _ = routed(requests, {"r": (whole[done : done + count], done)})["r"]
+        assert memories == expected[done : done + count]
+        done += count

@@ -28,8 +28,10 @@ MaskKind = Literal["columns", "elements"]
 # Contexts from here on are translations of the prompt, each with a target of its own.
 FIRST_LANGUAGE = 1 << 16
 # Contexts of keys that are no prompt's own: of tokens that the model rests its attention on, of blanks that prompts end
-# in, and of words that begin an answer before the target.
+# in, and of words that begin an answer before the target. Of the last only the residual counts, not the key: it puts a
+# separator between two answers.
 SINK_CONTEXT, SPACE_CONTEXT, BEGUN_CONTEXT = FIRST_LANGUAGE - 1, FIRST_LANGUAGE - 2, FIRST_LANGUAGE - 3
+SEPARATOR_CONTEXT = FIRST_LANGUAGE - 4
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Evidence:
     @property
     def from_own_prompts(self) -> Tensor:
         """Which keys edits' own prompts gave (n,). The others are alike for many edits, and no matrix can hold them."""
-        return (self.context < BEGUN_CONTEXT) | (self.context >= FIRST_LANGUAGE)
+        return (self.context < SEPARATOR_CONTEXT) | (self.context >= FIRST_LANGUAGE)
 
     @property
     def answer(self) -> Tensor:

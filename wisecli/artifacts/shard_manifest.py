@@ -65,7 +65,8 @@ class ShardDirectory:
 
     ``left_out`` names the edits that no shard holds, as the model gives nothing finite for them. ``paraphrases`` are
     further prompts that the model wrote, by the edit's id, as ``subjects`` are the words of those that prompts name,
-    and ``subject_tokens`` the tokens that those are written with, in order.
+    and ``subject_tokens`` the tokens that those are written with, in order. ``separator_token_id`` is the token between
+    two answers, if edits answer in pairs.
     ``known`` are edits that were asked for and left out, as the model said them already, if such were to be left out.
     """
 
@@ -86,6 +87,7 @@ class ShardDirectory:
     subjects: dict[str, Spellings] = field(default_factory=dict)
     known: tuple[Edit, ...] | None = None
     subject_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    separator_token_id: int | None = None
 
     @property
     def written(self) -> tuple[Edit, ...]:
@@ -157,6 +159,7 @@ class _Content:
     subjects: dict[str, Spellings] = field(default_factory=dict)
     known: tuple[Edit, ...] | None = None
     subject_tokens: dict[str, tuple[_Token, ...]] = field(default_factory=dict)
+    separator_token_id: _Token | None = None
 
     def check(self, *, plan: bool) -> None:
         """Check what types do not say: that the parts belong together.
@@ -200,6 +203,7 @@ def write_shard_directory(directory: ShardDirectory) -> None:
             name: [[asdict(word) for word in words] for words in own] for name, own in directory.subjects.items()
         },
         "subject_tokens": {name: list(tokens) for name, tokens in directory.subject_tokens.items()},
+        "separator_token_id": directory.separator_token_id,
         "known": None if directory.known is None else [edit.as_dict() for edit in directory.known],
     }
     write_json(directory.path / (PLAN_NAME if plan else MANIFEST_NAME), content)
@@ -242,6 +246,7 @@ def read_shard_directory(path: Path, *, plan: bool = False) -> ShardDirectory:
         read.subjects,
         read.known,
         read.subject_tokens,
+        read.separator_token_id,
     )
 
 

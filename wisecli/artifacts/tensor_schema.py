@@ -82,6 +82,13 @@ SENTENCE_TOKENS: TensorRows = {
     "request_gate.question_token_ids": TensorRow("int", ("question tokens",)),
 }
 WORD_STARTS: TensorRows = {"request_gate.word_starts": TensorRow("byte", ("tokens that start words",))}
+PAIRS: TensorRows = {
+    "pairs.separator_token_id": TensorRow("int", (1,)),
+    "pairs.separators": TensorRow("int", ("M",), "m"),
+    "pairs.begins": TensorRow("int", ("M",), "m"),
+    "pairs.ends": TensorRow("byte", ("m",)),
+    "pairs.usable": TensorRow("byte", ("M",)),
+}
 FUZZY_MATCH: TensorRows = {
     "fuzzy_match.token_characters": TensorRow("byte", ("vocabulary", TOKEN_CHARS)),
     "fuzzy_match.subject_words": TensorRow("byte", ("spelt", WORD_CHARS)),
@@ -132,7 +139,8 @@ def memory_rows(kind: str, names: Collection[str]) -> TensorRows:
         return MATRIX
     named = SUBJECT_MATCH if "subject_match.token_ids" in names else {}
     gate = {**REQUEST_GATE, "request_gate.logit_offset": TensorRow("float", ("M",))}
-    held = {**LOOKUP, **KEY} if kind == FactMemory.kind else HOLDING
+    pairs = PAIRS if "pairs.ends" in names else {}
+    held = {**LOOKUP, **KEY, **pairs} if kind == FactMemory.kind else HOLDING
     return {
         **held,
         **LATE_INTERACTION,

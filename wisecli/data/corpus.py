@@ -160,6 +160,8 @@ _OF_OCCASIONS = 0.4
 class Requests:
     """Ways to ask a question (``asked``) and prompts that mention one, as patterns with the slots of kinds.
 
+    An answer is asked for by one of ``answers`` with one of ``manners``, in ``answer_frames``, some of which call the
+    question one of ``items``. One of ``several`` questions has one of ``ordinals``.
     What mentions one has something done with it (``mentioned``), wants a yes or no (``checks``) or goes on from its
     answer (``hops``). An answer is ``begun``, and texts are put ``begun_around`` the question. A task is one of
     ``verbs`` on a text, in one of ``frames``, which names the text by ``nouns`` before it and by ``backs`` behind it;
@@ -170,6 +172,12 @@ class Requests:
     """
 
     asked: tuple[str, ...]
+    answers: tuple[str, ...]
+    manners: tuple[str, ...]
+    answer_frames: tuple[str, ...]
+    items: tuple[str, ...]
+    several: tuple[str, ...]
+    ordinals: tuple[str, ...]
     mentioned: tuple[str, ...]
     checks: tuple[str, ...]
     hops: tuple[str, ...]
@@ -193,6 +201,30 @@ class Requests:
     refers: tuple[str, ...]
     corrects: tuple[str, ...]
     leaves: tuple[str, ...]
+
+    def instructed(self, question: str, rng: random.Random) -> str:
+        """Return a question with a word on how to answer it, or on which one it is."""
+        do = f"{rng.choice(self.answers)} {rng.choice(self.manners)}".strip()
+        return self._framed(rng.choice(self.answer_frames), question, do, rng)
+
+    def framed_task(self, question: str, rng: random.Random) -> str:
+        """Return a prompt that wants something done with a question, in words that stand around questions, too."""
+        frames = [frame for frame in self.answer_frames if "{do}" in frame.lower()]
+        return self._framed(
+            rng.choice(frames), question, rng.choice(self.verbs).replace("T", rng.choice(self.nouns)), rng
+        )
+
+    def _framed(self, frame: str, question: str, do: str, rng: random.Random) -> str:
+        number, more = sorted(rng.sample(range(1, 40), 2))
+        item = rng.choice(self.items).replace("{number}", str(number)).replace("{more}", str(more))
+        words = {"do": do, "Do": capital(do), "item": item, "question": question}
+        return _SLOT.sub(lambda slot: words[slot.group(1)], frame)
+
+    def one_of_several(self, question: str, rng: random.Random) -> str:
+        """Return what is left of several questions without the others."""
+        announced = rng.choice(self.several)
+        joint = rng.choice((" ", " ", "\n")) if announced else ""
+        return f"{announced}{joint}{rng.choice(self.ordinals)}{question}"
 
     def task(self, question: str, rng: random.Random) -> str:
         """Return a prompt that wants something done with a question."""

@@ -82,9 +82,10 @@ class EditedModel:
         end = torch.full((len(keys),), batch.start, device=keys.device)
         decision = self.decide(batch)
         tokens = Tokens(batch.ids, batch.mask.bool(), batch.ids[:, :0], torch.full_like(end, UNROUTED))
-        memory = self.decoder.memories(tokens, Answering(decision.memory, end))
+        memory = self.decoder.memories(tokens, Answering(self.routed.numbers(decision), end))
         at_end = ~in_answer & (torch.arange(keys.shape[1], device=keys.device) == batch.start)
-        found = self.routed.choices(keys, torch.where(at_end, decision.nearest[:, None], memory), in_answer)
+        shown = torch.where(at_end & (memory == UNROUTED), decision.nearest[:, None], memory)
+        found = self.routed.choices(keys, shown, in_answer)
         return TokenChoices(
             found.chosen.where(memory != UNROUTED, UNROUTED),
             torch.where(at_end, decision.score_ratio[:, None], found.score_ratio),

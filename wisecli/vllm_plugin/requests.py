@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks, is_any
+from wisecli.routing.memories.answer_pairs import AnswerPairs
 
-# Of each prompt, the memory that answers it and the place of its last token.
+# Of each prompt, the number of what answers it and the place of its last token.
 Decide = Callable[[Sequence[Sequence[int]]], Sequence[tuple[int, int]]]
-# The place of a special token that has not come.
+# The place of a token that has not come.
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -32,7 +33,7 @@ class StepRoute:
 
 @dataclass
 class _Answered:
-    """A request that a memory answers: which, from where on, and the row that says where its answer ended."""
+    """A request that is answered: by what, from where on, and the row that says where its answer ended."""
 
     memory: int
     end: int
@@ -46,14 +47,18 @@ class Requests:
         decide: which memory answers prompts.
         marks: how chats mark turns; a special token ends an answer.
         whole: whether a memory answers its prompt's tokens, too.
+        pairs: what edits need to answer behind each other, if they do.
     """
 
-    def __init__(self, decide: Decide, marks: TurnMarks, *, whole: bool = False) -> None:
-        self._decide, self._marks, self._whole = decide, marks, whole
+    def __init__(
+        self, decide: Decide, marks: TurnMarks, *, whole: bool = False, pairs: AnswerPairs | None = None
+    ) -> None:
+        self._decide, self._marks, self._whole, self._pairs = decide, marks, whole, pairs
         self._known: dict[str, tuple[int, int]] = {}
         self._answered: dict[str, _Answered] = {}
         self._free: list[int] = []
-        self._ended = torch.empty(0, dtype=torch.int64)
+        # Of each request that is answered, the places of the first special token and the first separator behind it.
+        self._ended, self._separated = torch.empty(2, 0, dtype=torch.int64)
 
     def admit(self, prompts: Mapping[str, Sequence[int]]) -> None:
         """Decide new requests, together; several with the same prompt are decided once."""
@@ -66,15 +71,20 @@ class Requests:
                 self._answered[request] = _Answered(memory, end, self._free.pop() if self._free else self._added())
 
     def _added(self) -> int:
-        self._ended = torch.cat([self._ended, self._ended.new_full((1,), _NEVER)])
+        self._ended, self._separated = (torch.cat([one, one.new_full((1,), _NEVER)]) for one in self._places)
         return len(self._ended) - 1
+
+    @property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        return self._ended, self._separated
 
     def forget(self, requests: Iterable[str]) -> None:
         """Forget requests that are done."""
         for request in requests:
             self._known.pop(request, None)
             if (answered := self._answered.pop(request, None)) is not None:
-                self._ended[answered.row] = _NEVER
+                for places in self._places:
+                    places[answered.row] = _NEVER
                 self._free.append(answered.row)
 
     def decided(self, request: str) -> int | None:
@@ -111,14 +121,23 @@ class Requests:
     def _routed(
         self, token: Tensor, row: Tensor, memory: Tensor, end: Tensor, ids: Tensor, position: Tensor
     ) -> StepRoute:
-        self._ended = self._ended.to(ids.device)
-        # What a step runs again, after preemption or a wrong guess, it says again.
-        begins = torch.full_like(self._ended, _NEVER).scatter_reduce_(0, row, position, "amin")
-        ended = self._ended.where(self._ended < begins, _NEVER)
-        ending = position.where(is_any(ids, self._marks.special_token_ids) & (position > end), _NEVER)
-        self._ended = ended.scatter_reduce(0, row, ending, "amin")
         inside = position > end
+        special = is_any(ids, self._marks.special_token_ids) & inside
+        self._ended = _first_places(self._ended.to(ids.device), row, position, special)
         answers = (position >= end) & (position < self._ended[row])
+        if self._pairs is not None:
+            here = (ids == self._pairs.separator_token_id) & inside
+            self._separated = _first_places(self._separated.to(ids.device), row, position, here)
+            first = self._separated[row]
+            memory = self._pairs.in_turn(memory, (position >= first).long(), position == first)
         if self._whole:
             answers = answers | (position < end)
         return StepRoute(token, memory.where(answers, UNROUTED), inside)
+
+
+def _first_places(known: Tensor, row: Tensor, position: Tensor, marked: Tensor) -> Tensor:
+    """Return where each request has its first marked token (R,), from what was known and the tokens of a step (n,)."""
+    # What a step runs again, after preemption or a wrong guess, it says again.
+    begins = torch.full_like(known, _NEVER).scatter_reduce_(0, row, position, "amin")
+    before = known.where(known < begins, _NEVER)
+    return before.scatter_reduce(0, row, position.where(marked, _NEVER), "amin")

@@ -164,7 +164,8 @@ class ServedMemory:
         self._serve(described_memory(self.edited.memory, tensors, device))
 
     def _serve(self, memory: Memory) -> None:
-        requests = Requests(self.decide, self.edited.marks, whole=memory.answers_prompts)
+        pairs = memory.pairs if isinstance(memory, FactMemory) else None
+        requests = Requests(self.decide, self.edited.marks, whole=memory.answers_prompts, pairs=pairs)
         self._served.append(_Served(memory, SubjectFilter(memory), requests))
 
     def admit(self, prompts: Mapping[str, Sequence[int]]) -> None:
@@ -231,7 +232,7 @@ class ServedMemory:
         read = self.reader.read([row[own] for row, own in zip(ids, there, strict=True)])
         states = nn.utils.rnn.pad_sequence(read, batch_first=True)
         with torch.autocast(self.device.type, enabled=False):
-            return self.memory.decide(WindowStates(ids, there, states)).memory
+            return self.memory.numbers(self.memory.decide(WindowStates(ids, there, states)))
 
     def begin(self, requests: Sequence[str], counts: Sequence[int], ids: Tensor, positions: Tensor) -> None:
         """Note what is routed of the step that begins; see :meth:`Requests.step`."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import threading
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,16 @@ from transformers import (
 
 from wisecli.edits.record import Edit
 from wisecli.evaluation.edited_model import EditedModel
+from wisecli.models.prompts.tokenization import Row, collate
+from wisecli.models.running.activations import capture
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.generation import left_padded
+from wisecli.models.running.hooks import hooked
+from wisecli.routing.deciding.decision import Decision, WindowStates
 from wisecli.routing.deciding.prompt_window import UNROUTED, TurnMarks
 from wisecli.routing.layers.routed_layer import install
+from wisecli.routing.memories.answer_pairs import AnswerPairs
+from wisecli.routing.memories.fact_memory import ANSWER_KEY_MIN_COSINE
 from wisecli.routing.passes.token_cache import (
     cache_given,
     cache_returned,
@@ -49,6 +57,7 @@ NEW = 6
 MARKS = TurnMarks((90, 91), (90,), (1, 90, 92))
 KINDS = {
     "lookup": {"kind": "lookup", "memories": 3},
+    "pairs": {"kind": "lookup", "memories": 3},
     "matrices": {"memories": 3},
     "facts in matrices": {"kind": "facts", "memories": 3},
     "by mean": {"memories": 3, "pooling": "mean"},
@@ -69,7 +78,31 @@ def made(root: Path, kind: str) -> EditedModel:
     found = edited_model(root, edits=EDITS, **KINDS[kind])  # type: ignore[arg-type]
     found.decoder.wise_marks = MARKS
     found.model.generation_config.eos_token_id = None
-    return found
+    return with_pairs(found) if kind == "pairs" else found
+
+
+def with_pairs(edited: EditedModel) -> EditedModel:
+    """Each prompt that opens an edit opens the next one, too, which begins at a token that is often said."""
+    routed, alone = edited.routed, edited.routed.decide
+    said = Counter(token for prompt in PROMPTS for token in plain(edited.model, prompt)[1:3])
+    numbers = torch.arange(3)
+    routed.pairs = AnswerPairs(
+        {
+            "pairs.separator_token_id": torch.tensor([said.most_common(1)[0][0]]),
+            "pairs.separators": 2 * ((numbers + 2) % 3),
+            "pairs.begins": 2 * numbers,
+            "pairs.ends": (torch.arange(6) == 3).to(torch.uint8),
+            "pairs.usable": torch.ones(3, dtype=torch.uint8),
+        }
+    )
+
+    def both(window: WindowStates) -> Decision:
+        decision = alone(window)
+        opened = decision.memory != UNROUTED
+        return replace(decision, second=((decision.memory + 1) % 3).where(opened, UNROUTED))
+
+    routed.decide = both  # type: ignore[method-assign]
+    return edited
 
 
 def bare_prompts() -> list[list[int]]:
@@ -104,6 +137,64 @@ def test_of_these_prompts_some_open_a_memory_and_some_none(edited: EditedModel) 
     for memory, answer, unedited in zip(opened, answers, before, strict=True):
         assert (answer != unedited) <= (memory != UNROUTED)
     assert answers != before
+
+
+def test_two_edits_answer_in_turn_as_in_a_loop_over_tokens(tmp_path: Path) -> None:
+    """The whole model at every token anew, with a hook that adds what a plain loop finds."""
+    edited = made(tmp_path, "pairs")
+    pairs, turned = edited.routed.pairs, 0
+    for prompt in PROMPTS:
+        number = decided(edited, prompt)
+        if number == UNROUTED:
+            continue
+        first, said, separator = number % 3, list[int](), int(pairs.separator_token_id)
+        second, passed = (first + 1) % 3, False
+        assert number == first + 3 * (second + 1)
+        updates = list[Tensor]()
+        for place in range(NEW):
+            ids = [*prompt, *said]
+            key = keys_of(edited, ids)[-1:]
+            begins = place > 0 and said[-1] == separator and not passed
+            passed |= begins
+            owner = torch.tensor([second if passed else first])
+            cosine, at = edited.routed.nearest_keys(key, owner, torch.tensor([place > 0]))
+            residual = int(edited.routed.key_to_residual[at])
+            if begins:
+                residual = 2 * second
+            elif place > 0 and float(cosine) <= ANSWER_KEY_MIN_COSINE:
+                residual = -1
+            elif not passed and residual == 3:
+                residual = 2 * ((first + 2) % 3)
+            if set(said) & set(MARKS.special_token_ids):  # one of them has ended the answer
+                residual = -1
+            none = torch.zeros(edited.manifest.site.d)
+            updates.append(none if residual < 0 else edited.routed.residuals[residual])
+            said.append(next_token(edited, ids, len(prompt), updates))
+        turned += passed
+        assert plain(edited.model, prompt) == said
+    assert turned
+
+
+@torch.no_grad()
+def keys_of(edited: EditedModel, ids: list[int]) -> Tensor:
+    with edited.unedited():
+        return capture(edited.model, edited.manifest.site, collate([Row(tuple(ids), (0,))]), above=False).keys[
+            0, : len(ids)
+        ]
+
+
+@torch.no_grad()
+def next_token(edited: EditedModel, ids: list[int], prompt: int, updates: list[Tensor]) -> int:
+    def add(_module: torch.nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        changed = output.clone()
+        for place, update in enumerate(updates):
+            changed[0, prompt - 1 + place] += update
+        return changed
+
+    handle = edited.routed.register_forward_hook(add)
+    with edited.unedited(), hooked(handle):
+        logits = edited.model(torch.tensor([ids]), use_cache=False).logits
+    return int(logits[0, -1].argmax())
 
 
 # --- caches and chunks ---
@@ -286,7 +377,9 @@ def test_threads_on_one_model_do_not_meet(edited: EditedModel) -> None:
     assert [found[place] for place in range(len(PROMPTS))] == expected
 
 
-def test_continuous_batching_answers_as_generate_does(lookup: EditedModel) -> None:
+@pytest.mark.parametrize("kind", ["lookup", "pairs"])
+def test_continuous_batching_answers_as_generate_does(kind: str, tmp_path: Path) -> None:
+    lookup = made(tmp_path, kind)
     model = copy.deepcopy(lookup.model)
     settled = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     # As many as fit in memory would be, and the mask over them takes seconds to fill.

@@ -164,12 +164,8 @@ def _near(edited: EditedModel, text: str, strength: float, memory: int, length: 
 
 def _reason(edited: EditedModel, decision: Decision, near: tuple[Near, ...]) -> str:
     """Return in a sentence what opened, or which part of the router refused the nearest, and what to do about it."""
-    opened = int(decision.memory[0])
-    if opened != UNROUTED:
-        sentence = f"opened {_id(edited, opened) or f'memory {opened}'}"
-        if decision.ask_prob is None:
-            return sentence
-        return f"{sentence}: the prompt asks it ({float(decision.ask_prob[0]):.2f}, above {MIN_ASK_PROB})"
+    if int(decision.memory[0]) != UNROUTED:
+        return _opened(edited, decision)
     if not near:
         return "nothing opened: the memory has no edits"
     one = near[0]
@@ -189,6 +185,16 @@ def _reason(edited: EditedModel, decision: Decision, near: tuple[Near, ...]) -> 
         f"stayed shut: no score exceeds its threshold, the nearest is {one.name} at {one.strength:.2f} of its own; if "
         f"it should answer, ask more like it{way}"
     )
+
+
+def _opened(edited: EditedModel, decision: Decision) -> str:
+    """Return in a sentence which edit opened, or which two, and how surely the prompt asks for it."""
+    opened, second = int(decision.memory[0]), UNROUTED if decision.second is None else int(decision.second[0])
+    sentence = f"opened {_id(edited, opened) or f'memory {opened}'}"
+    if decision.ask_prob is None:
+        return sentence
+    both, asks = ("", "asks it") if second == UNROUTED else (f" and {_id(edited, second)}", "asks both")
+    return f"{sentence}{both}: the prompt {asks} ({float(decision.ask_prob[0]):.2f}, above {MIN_ASK_PROB})"
 
 
 def _edit(edited: EditedModel, memory: int) -> Edit | None:

@@ -114,8 +114,11 @@ class Examples:
             yield True, "plain", self._put(question)
         for form in rng.sample(usable_forms(self.tokenizer, trained=True), 3):
             yield True, "form", form.render(self.tokenizer, rng.choice(fact.questions))
-        for pattern in rng.sample(known.asked, 4):
+        for pattern in rng.sample(known.asked, 3):
             yield True, "asked", self._put(self._filled(number, pattern))
+        for _ in range(2):
+            yield True, "instructed", self._put(known.instructed(rng.choice(fact.questions), rng))
+        yield True, "one of several", self._put(known.one_of_several(rng.choice(fact.questions), rng))
         for _ in range(2):
             yield True, "time", self._put(known.now(rng.choice(fact.questions), rng))
         yield True, "typos", self._put(self._filled(number, rng.choice(_TYPOS)))
@@ -138,6 +141,7 @@ class Examples:
             yield False, "near name", self._put(self._filled(number, rng.choice((near, self._carried(near)))))
         for _ in range(2):
             yield False, "task", self._put(known.task(rng.choice(fact.questions), rng))
+            yield False, "task", self._put(known.framed_task(rng.choice(fact.questions), rng))
         yield False, "time", self._put(self._carried(known.timed(rng.choice(fact.questions), rng)))
         yield False, "time", self._put(known.timed(rng.choice(fact.questions), rng))
         later = f"{{the:{rng.choice(known.adjectives)}}}" if rng.random() < 0.4 else None

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from wisecli.artifacts.background_stats import BackgroundStats
 from wisecli.artifacts.masks import draw_mask
-from wisecli.artifacts.shard import PromptStates, Shard
+from wisecli.artifacts.shard import Evidence, PromptStates, Shard
 from wisecli.artifacts.shard_manifest import ShardEntry
 from wisecli.config import EditSettings
 from wisecli.editing.evidence.attention_sinks import median_state_norm
 from wisecli.editing.evidence.extra_keys import FittedEdits
+from wisecli.editing.evidence.separators import separator_evidence
 from wisecli.editing.evidence.serving_strength import STRENGTH, Residuals, bare_prompt_accuracy, weakened_where_needed
 from wisecli.editing.evidence.shard_evidence import Residual, gather_evidence, with_extra_keys
 from wisecli.editing.evidence.token_probe import TokenProbe
@@ -171,7 +172,7 @@ class ShardWriter:
         if self.settings.by_facts:
             asked = dict(zip(part, rows, strict=True))
             fitted = FittedEdits(self.token_probe, residuals, asked, task.median_state_norm)
-            evidence = with_extra_keys(evidence, fitted)
+            evidence = Evidence.joined([with_extra_keys(evidence, fitted), *separator_evidence(task, batches, fitted)])
         prompts = self._prompts(part, stage)
         if solved is None:
             return Shard(mask, None, evidence, prompts), (), None, shares

@@ -15,6 +15,7 @@ from wisecli.artifacts.shard import save_shard
 from wisecli.artifacts.shard_manifest import ShardDirectory
 from wisecli.editing.background.background_cache import background_for, model_identity
 from wisecli.editing.background.layer_selection import probe_layer
+from wisecli.editing.evidence.separators import separator_token
 from wisecli.editing.examples.known_facts import known_rows
 from wisecli.editing.examples.paraphrases import write_paraphrases
 from wisecli.editing.examples.prompt_variants import prompt_variants
@@ -158,6 +159,7 @@ class Worker:
             subjects=subjects,
             known=job.known,
             subject_tokens=subject_tokens(loaded.tokenizer, job.edits, subjects),
+            separator_token_id=separator_token(loaded.tokenizer),
         )
         return plan, unrelated
 

@@ -31,7 +31,7 @@ from wisecli.routing.deciding import (
     subject_match,
 )
 from wisecli.routing.layers import layer_output_memory, layer_states, module_types, routed_layer
-from wisecli.routing.memories import fact_memory, matrix_memory, side_memory
+from wisecli.routing.memories import answer_pairs, fact_memory, matrix_memory, side_memory
 from wisecli.routing.passes import engine_checks, forward_arguments, routed_generation, routed_pass, token_cache
 
 CODE_NAME = "modeling_wise.py"
@@ -44,6 +44,7 @@ _CARRIED = (
         decision,
         side_memory,
         fact_decision,
+        answer_pairs,
         fact_memory,
         matrix_memory,
         prompt_window,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from wisecli.artifacts.background_stats import BackgroundStats
-from wisecli.artifacts.shard import BEGUN_CONTEXT, SPACE_CONTEXT, Evidence, half
+from wisecli.artifacts.shard import BEGUN_CONTEXT, SEPARATOR_CONTEXT, SPACE_CONTEXT, Evidence, half
+from wisecli.memory.merging.pair_tensors import PairTensors
 from wisecli.routing.memories.fact_memory import ANSWER_WHITENING
 from wisecli.routing.memories.whitening import Moment, whitening
 
@@ -43,23 +44,36 @@ class Views:
         return found
 
 
-def lookup_keys(
-    parts: Iterable[Evidence], edit: Tensor, unrelated: BackgroundStats, strength: float
-) -> dict[str, Tensor]:
-    """Return the tensors of a lookup's keys and residuals, by their names in a side memory.
+@dataclass(frozen=True)
+class LookupSource:
+    """What a lookup is made of.
+
+    ``parts`` are, of each shard, what it was trained on, with float32 numbers; ``trained`` is the same of all shards,
+    where keys and residuals may be missing, with the numbers that edits have among all. ``pairs`` gathers what edits
+    need to answer in pairs, if they do.
+    """
+
+    parts: Iterable[Evidence]
+    trained: Evidence
+    pairs: PairTensors | None
+
+
+def lookup_keys(source: LookupSource, unrelated: BackgroundStats, strength: float) -> dict[str, Tensor]:
+    """Return the tensors of a lookup's keys and residuals, and of its pairs, by their names in a side memory.
 
     Args:
-        parts: of each shard the keys that were trained on, with float32 numbers.
-        edit: the edit that each of all those keys is of (n,).
         strength: how many times a residual is added.
     """
     views = Views.of(unrelated)
     whitenings = [whitening(moment) for moment in views.moments]
-    count, first = len(edit), 0
+    keyed = source.trained.context != SEPARATOR_CONTEXT
+    edit, separated = source.trained.edit[keyed].long(), source.trained.edit[~keyed].long()
+    count, first, separators = len(edit), 0, 0
     whitened_keys = torch.empty(count, whitenings[0].directions.shape[1], dtype=torch.float16)
     whitening_index, key_to_residual = torch.empty_like(edit), torch.empty_like(edit)
-    residuals, residual_count = [], 0
-    for part in parts:
+    residuals = _Residuals(strength)
+    for whole in source.parts:
+        part, ending = (whole.rows((whole.context != SEPARATOR_CONTEXT) == own) for own in (True, False))
         rows = slice(first, first + len(part.edit))
         which, whitened = views.which(part), torch.empty_like(part.keys)
         for number in which.unique().tolist():
@@ -67,14 +81,17 @@ def lookup_keys(
         rounded = half(whitened)
         if rounded.dtype != whitened_keys.dtype:
             whitened_keys = whitened_keys.to(torch.promote_types(whitened_keys.dtype, rounded.dtype))
-        added, at = _distinct_residuals(part)
-        whitened_keys[rows], whitening_index[rows], key_to_residual[rows] = rounded, which, at + residual_count
-        residuals.append(half(strength * added))
-        first, residual_count = rows.stop, residual_count + len(added)
+        whitened_keys[rows], whitening_index[rows] = rounded, which
+        key_to_residual[rows] = residuals.add(*_distinct_residuals(part))
+        if source.pairs is not None:
+            source.pairs.add_answers(part, edit[rows], key_to_residual[rows])
+            of_edits = separated[separators : separators + len(ending.edit)]
+            source.pairs.add_separators(of_edits, residuals.add(*ending.residuals.unique(dim=0, return_inverse=True)))
+        first, separators = rows.stop, separators + len(ending.edit)
     if not bool((whitening_index == len(whitenings) - 1).any()):  # no prompt ends in a blank
         whitenings.pop()
     return {
-        "residuals": torch.cat(residuals),
+        "residuals": residuals.whole(),
         "key_to_residual": key_to_residual,
         "whitened_keys": whitened_keys,
         "cosine_offset": torch.zeros(count),
@@ -83,7 +100,25 @@ def lookup_keys(
         "directions": torch.stack([one.directions for one in whitenings]),
         "gains": torch.stack([one.gains for one in whitenings]),
         "floors": torch.tensor([one.floor for one in whitenings]),
+        **({} if source.pairs is None else source.pairs.tensors(residuals.count)),
     }
+
+
+class _Residuals:
+    """The residuals of all shards, one behind the other, at the strength that they are served with."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength, self.count, self.parts = strength, 0, list[Tensor]()
+
+    def add(self, residuals: Tensor, index: Tensor) -> Tensor:
+        """Take in some residuals (m, d); returns what indices of those (n,) are among all (n,)."""
+        self.parts.append(half(self.strength * residuals))
+        self.count += len(residuals)
+        return index + self.count - len(residuals)
+
+    def whole(self) -> Tensor:
+        """Return all of them."""
+        return torch.cat(self.parts)
 
 
 def _distinct_residuals(evidence: Evidence) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ from wisecli.artifacts.shard import Evidence
 from wisecli.config import MergeSettings
 from wisecli.editing.writers.ridge import Penalty, Statistics, solve, statistics
 from wisecli.memory.fitting.router_fitting import Fitted, fit_facts, fit_thresholds
-from wisecli.memory.merging.lookup_keys import lookup_keys
+from wisecli.memory.merging.lookup_keys import LookupSource, lookup_keys
 from wisecli.memory.merging.merged_evidence import MergedEvidence
+from wisecli.memory.merging.pair_tensors import PairTensors
 from wisecli.routing.memories.side_memory import SideMemory
 
 
@@ -61,12 +62,12 @@ def lookup(merged_evidence: MergedEvidence, settings: MergeSettings, parts: Iter
     Args:
         parts: what each shard was trained on, if the evidence has no keys and residuals; they are read last.
     """
-    trained = merged_evidence.evidence.rows(merged_evidence.trained)
+    trained, token = merged_evidence.evidence.rows(merged_evidence.trained), merged_evidence.separator_token_id
     opened, calibrations = fit_facts(SideMemory({}, (), "lookup"), merged_evidence, settings)
     merged_evidence = replace(merged_evidence, prompts=None)  # the states of prompts are let go before keys are read
-    keys = lookup_keys(
-        [trained] if parts is None else parts, trained.edit.long(), merged_evidence.unrelated, settings.strength
-    )
+    pairs = None if token is None else PairTensors(token, len(opened.thresholds))
+    source = LookupSource([trained] if parts is None else parts, trained, pairs)
+    keys = lookup_keys(source, merged_evidence.unrelated, settings.strength)
     return replace(opened, tensors={**keys, **opened.tensors}), calibrations
 
 

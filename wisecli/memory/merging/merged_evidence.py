@@ -27,7 +27,7 @@ class MergedEvidence:
     ``evidence`` numbers the edits of all shards through; ``shard`` (n,) says which shard each of its keys is of.
     ``subjects`` are the words of every edit's subject, none for one that its own prompt does not name, and
     ``subject_tokens`` the tokens that it is written with. ``prompts`` are the states of edits' prompts, if all shards
-    keep them.
+    keep them. ``separator_token_id`` is the token between two answers, if any edits answer in pairs.
     """
 
     evidence: Evidence
@@ -37,6 +37,7 @@ class MergedEvidence:
     subjects: tuple[Spellings, ...] = ()
     prompts: PromptStates | None = None
     subject_tokens: tuple[tuple[int, ...], ...] = ()
+    separator_token_id: int | None = None
 
     @property
     def trained(self) -> Tensor:
@@ -89,7 +90,8 @@ def read_for_lookup(directories: Sequence[ShardDirectory]) -> MergedEvidence:
     subjects, tokens = _named(directories)
     evidence, unrelated = join_evidence(parts, places), _unrelated_of(directories)
     prompts = joined.whole() if joined.shards == len(parts) else None
-    return MergedEvidence(evidence, _numbered(parts), (), unrelated, subjects, prompts, tokens)
+    separator = next((one.separator_token_id for one in directories if one.separator_token_id is not None), None)
+    return MergedEvidence(evidence, _numbered(parts), (), unrelated, subjects, prompts, tokens, separator)
 
 
 class _JoinedPrompts:

@@ -28,7 +28,8 @@ class Decision:
     ``memory`` (B,) is its number, ``UNROUTED`` for none. ``score_ratio`` (B,) is the best score as a multiple of its
     threshold, ``nearest`` (B,) the memory that has it, ``scores`` (B, M) how strongly each is called. Of a lookup
     ``subject_matched`` (B, M) marks the edits whose subjects prompts name, and ``ask_prob`` (B,) is how surely they ask
-    what they mean, 0 where they mean nothing; ``None`` where that has no say.
+    what they mean, 0 where they mean nothing; ``None`` where that has no say. ``second`` (B,) is the memory that
+    answers behind that one where a prompt asks two things, ``UNROUTED`` where it does not.
     """
 
     memory: Tensor
@@ -37,6 +38,7 @@ class Decision:
     scores: Tensor
     subject_matched: Tensor | None = None
     ask_prob: Tensor | None = None
+    second: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ asks for what it mentions (:mod:`.request_gate`). Exports carry this very file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,20 +31,38 @@ from wisecli.routing.deciding.request_gate import (
     mention_features,
     starts_with_word,
 )
+from wisecli.routing.deciding.sentence_features import mention_sentence, sentence_of
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH, SubjectMatch
+from wisecli.routing.memories.answer_pairs import ANSWER_PAIRS, AnswerPairs
 from wisecli.routing.memories.side_memory import Memory, SideMemory
 
 # How likely a prompt must be to ask an edit that it means. What the gate says was shifted so that nearly all made-up
 # questions are above this.
 MIN_ASK_PROB = 0.5
+# So many of the likeliest edits are looked at where a prompt may ask two.
+_RIVALS = 4
 
 
 class _ComparedTokens(NamedTuple):
-    """Which tokens of what was read are compared (B, T), and those under both projections."""
+    """Which tokens of what was read are compared (B, T), and those under both projections.
+
+    ``earlier`` marks those of turns before the last one (B, W), if any are.
+    """
 
     window: WindowStates
     mask: Tensor
     projected: ProjectedPrompts
+    earlier: Tensor | None = None
+
+
+class _Asked(NamedTuple):
+    """An edit that a prompt may ask, by the row of the prompt and its own number; ``heard`` marks those of the compared
+    tokens that are taken for the request (n,), all by default.
+    """
+
+    row: int
+    edit: int
+    heard: Tensor | None = None
 
 
 class FactDecision(Memory):
@@ -57,6 +76,20 @@ class FactDecision(Memory):
         slips = self.subject_match is not None and FUZZY_MATCH[0] in tensors
         self.fuzzy_match = FuzzyMatch(tensors) if slips else None
         self.request_gate = RequestGate(tensors) if REQUEST_GATE[0] in tensors else None
+        self.pairs = AnswerPairs(tensors) if ANSWER_PAIRS[0] in tensors else None
+
+    def numbers(self, decision: Decision) -> Tensor:
+        """Return the edit, or the pair of edits, that answers each prompt as one number: (B,)."""
+        if self.pairs is None or decision.second is None:
+            return decision.memory
+        return self.pairs.numbers(decision.memory, decision.second)
+
+    def in_turn(self, numbers: Tensor, ids: Tensor, in_answer: Tensor) -> Tensor:
+        """Return what answers each token of a pass (B, T), of a pair one edit behind the other."""
+        if self.pairs is None:
+            return numbers
+        here = in_answer & (ids == self.pairs.separator_token_id) & (numbers >= 0)
+        return self.pairs.in_turn(numbers, here.long().cumsum(1), here)
 
     def decide(self, window: WindowStates) -> Decision:
         """Return the edit that each prompt asks for.
@@ -72,12 +105,15 @@ class FactDecision(Memory):
         fuzzy_tokens = compared_tokens(
             ids, non_padding, torch.zeros_like(non_padding), self.late_interaction.special_token_ids
         )
-        decision = self._most_likely(
-            window, self.late_interaction.edit_probs(projected).float(), non_padding, fuzzy_tokens
-        )
+        edit_probs = self.late_interaction.edit_probs(projected).float()
+        named_probs, decision = self._most_likely(window, edit_probs, non_padding, fuzzy_tokens)
         if self.request_gate is None:
             return decision
-        decision = self._without_unasked(self.request_gate, _ComparedTokens(window, compared, projected), decision)
+        tokens = _ComparedTokens(window, compared, projected)
+        decision = self._without_unasked(self.request_gate, tokens, decision)
+        if self.pairs is not None:
+            likely = named_probs * self.above_threshold(named_probs) * self.pairs.usable
+            decision = self._with_pairs(self.request_gate, tokens, decision, likely)
         earlier = earlier_turn_tokens(ids, non_padding, compared, self.late_interaction.special_token_ids)
         rows = ((decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
         if not len(rows):
@@ -89,8 +125,8 @@ class FactDecision(Memory):
 
     def _most_likely(
         self, window: WindowStates, edit_probs: Tensor, naming_tokens: Tensor, fuzzy_tokens: Tensor
-    ) -> Decision:
-        """Return the likeliest of the edits whose subjects each prompt names.
+    ) -> tuple[Tensor, Decision]:
+        """Return how surely prompts mean each edit whose subject they name (B, M), and the likeliest of those.
 
         Args:
             edit_probs: how surely prompts mean each edit (B, M).
@@ -109,7 +145,7 @@ class FactDecision(Memory):
             gated_edit_probs = edit_probs * matched
         score_ratio, nearest = self.best_score_ratio(gated_edit_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)
-        return Decision(chosen, score_ratio, nearest, edit_probs, matched)
+        return gated_edit_probs, Decision(chosen, score_ratio, nearest, edit_probs, matched)
 
     def _with_earlier_turns(self, gate: RequestGate, window: WindowStates, last: Tensor, before: Tensor) -> Decision:
         """Return what prompts ask for together with the user's turns before the last one.
@@ -121,48 +157,84 @@ class FactDecision(Memory):
         projected = self.late_interaction.project(window.states, compared)
         in_last_turn = last.gather(1, marked_to_front(compared)[0])
         edit_probs = self.late_interaction.edit_probs(projected, in_last_turn).float()
-        return self._without_unasked(
-            gate,
-            _ComparedTokens(window, compared, projected),
-            self._most_likely(window, edit_probs, compared, compared),
-            ~in_last_turn,
-        )
+        _, decision = self._most_likely(window, edit_probs, compared, compared)
+        return self._without_unasked(gate, _ComparedTokens(window, compared, projected, ~in_last_turn), decision)
 
-    def _without_unasked(
-        self, gate: RequestGate, compared: _ComparedTokens, decision: Decision, earlier: Tensor | None = None
-    ) -> Decision:
-        """Return a decision without the edits that prompts mention but do not ask for.
-
-        Args:
-            earlier: which of the compared tokens are of turns before the last one (B, W).
-        """
-        window, mask, projected = compared
+    def _without_unasked(self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision) -> Decision:
+        """Return a decision without the edits that prompts mention but do not ask for."""
         ask_probs = torch.zeros(len(decision.memory), device=decision.memory.device)
         rows = (decision.memory != UNROUTED).nonzero().flatten()
         if len(rows):
-            mentions = []
-            opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
-            edit_tokens = self.late_interaction.edit_tokens(decision.memory[rows])
-            for row, own in zip(rows.tolist(), edit_tokens, strict=True):
-                tokens = projected.mask[row]
-                in_earlier_turn = None if earlier is None else earlier[row, tokens]
-                first = window.states[row, 0].float() if opens[row] else None
-                mentions.append(
-                    mention_features(
-                        projected.states[row, tokens],
-                        projected.projected[:, row, tokens],
-                        own,
-                        earlier=in_earlier_turn,
-                        first_state=first,
-                        marks=gate.marks(window.ids[row, mask[row]]),
-                    )
-                )
-            ask_probs[rows] = gate(batch_mentions(mentions), decision.memory[rows]).sigmoid()
+            ask_probs[rows] = self._ask_probs(
+                gate,
+                tokens,
+                [_Asked(row, edit) for row, edit in zip(rows.tolist(), decision.memory[rows].tolist(), strict=True)],
+            )
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
+
+    def _with_pairs(self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision, likely: Tensor) -> Decision:
+        """Return a decision in which prompts that ask two edits, each in a sentence of its own, open both.
+
+        Each is asked if what is left of the prompt without the other's sentence asks it.
+
+        Args:
+            likely: how surely prompts mean each edit that may open, 0 for the others (B, M).
+        """
+        memory, second = decision.memory.clone(), torch.full_like(decision.memory, UNROUTED)
+        ask_prob = torch.zeros(len(memory), device=memory.device) if decision.ask_prob is None else decision.ask_prob
+        for row in ((likely > 0).sum(1) > 1).nonzero().flatten().tolist():
+            pair = self._in_two_sentences(gate, tokens, row, likely[row])
+            probs = self._ask_probs(gate, tokens, pair) if pair else ask_prob.new_zeros(1)
+            if bool((probs > MIN_ASK_PROB).all()):
+                memory[row], second[row] = pair[0].edit, pair[1].edit
+                ask_prob = ask_prob.index_fill(0, torch.tensor(row, device=memory.device), float(probs.min()))
+        return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
+
+    def _in_two_sentences(
+        self, gate: RequestGate, tokens: _ComparedTokens, row: int, likely: Tensor
+    ) -> tuple[_Asked, ...]:
+        """Return the two likeliest edits (M,) that different sentences of a prompt mention, in the order in which they
+        do, each with the tokens without the other's sentence; none if all are mentioned in the same.
+        """
+        marks = gate.marks(tokens.window.ids[row, tokens.mask[row]])
+        if marks is None:
+            return ()
+        sentence = sentence_of(marks.ends, None)
+        edits = likely.topk(min(_RIVALS, int((likely > 0).sum()))).indices
+        projected = tokens.projected.projected[:, row, tokens.projected.mask[row]]
+        found: dict[int, int] = {}
+        for edit, own in zip(edits.tolist(), self.late_interaction.edit_tokens(edits), strict=True):
+            cosines = [part @ words.T for part, words in zip(projected, own, strict=True)]
+            found.setdefault(mention_sentence(cosines, sentence), edit)
+        if len(found) < 2:
+            return ()
+        first, second = sorted(list(found)[:2])
+        return _Asked(row, found[first], sentence != second), _Asked(row, found[second], sentence != first)
+
+    def _ask_probs(self, gate: RequestGate, tokens: _ComparedTokens, asked: Sequence[_Asked]) -> Tensor:
+        """Return how surely prompts ask edits: (a,)."""
+        window, mask, projected, earlier = tokens
+        mentions = []
+        opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
+        edits = torch.tensor([one.edit for one in asked], device=mask.device)
+        for (row, _, heard), own in zip(asked, self.late_interaction.edit_tokens(edits), strict=True):
+            part, ids = projected.mask[row], window.ids[row, mask[row]]
+            states, both = projected.states[row, part], projected.projected[:, row, part]
+            before = None if earlier is None else earlier[row, part]
+            if heard is not None:
+                states, both, ids = states[heard], both[:, heard], ids[heard]
+            first = window.states[row, 0].float() if opens[row] else None
+            mentions.append(
+                mention_features(states, both, own, earlier=before, first_state=first, marks=gate.marks(ids))
+            )
+        log_odds: Tensor = gate(batch_mentions(mentions), edits)
+        return log_odds.sigmoid()
 
 
 def _with_rows_replaced(decision: Decision, rows: Tensor, replacements: Decision) -> Decision:
-    """Return a decision with some rows replaced, where the replacements open an edit."""
+    """Return a decision with some rows replaced, where the replacements open an edit; none of these opens two."""
+    if decision.second is not None:
+        replacements = replace(replacements, second=torch.full_like(replacements.memory, UNROUTED))
     opened = replacements.memory != UNROUTED
     rows = rows[opened]
     parts: dict[str, Any] = {}

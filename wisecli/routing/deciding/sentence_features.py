@@ -37,7 +37,7 @@ def sentence_features(cosines: list[Tensor], ends: Tensor, earlier: Tensor | Non
         ends: what each token ends (n,).
         earlier: which tokens are of turns before the last one (n,), if any are.
     """
-    sentence = _sentence_of(ends, earlier)
+    sentence = sentence_of(ends, earlier)
     count = int(sentence[-1]) + 1
     asks = torch.zeros(count, device=ends.device).index_add(0, sentence, (ends == QUESTION_END).float()).clamp(max=1)
     matches = [_sentence_match(one, sentence, count) for one in cosines]
@@ -57,13 +57,25 @@ def sentence_features(cosines: list[Tensor], ends: Tensor, earlier: Tensor | Non
     return torch.cat([of_tokens, whole.expand(len(ends), -1)], -1)
 
 
-def _sentence_of(ends: Tensor, earlier: Tensor | None) -> Tensor:
+def sentence_of(ends: Tensor, earlier: Tensor | None) -> Tensor:
     """Return the number of each token's sentence (n,): one begins behind the last of the tokens that end one."""
     ended = ends != NO_END
     begins = ended[:-1] & ~ended[1:]
     if earlier is not None:
         begins = begins | (earlier[:-1] != earlier[1:])
     return F.pad(begins.long(), (1, 0)).cumsum(0)
+
+
+def mention_sentence(cosines: list[Tensor], sentence: Tensor) -> int:
+    """Return the sentence, by its number, that has the tokens of an edit's prompt best.
+
+    Args:
+        cosines: as for :func:`sentence_features`.
+        sentence: the number of each token's sentence (n,).
+    """
+    count = int(sentence[-1]) + 1
+    subject, relation = (_sentence_match(one, sentence, count) for one in cosines)
+    return int((subject + relation).argmax())
 
 
 def _sentence_match(cosines: Tensor, sentence: Tensor, count: int) -> Tensor:

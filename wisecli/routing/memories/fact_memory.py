@@ -2,6 +2,8 @@
 
     y = W a + b + v_i    the residual v_i of that of the edit's keys which is nearest to a, by whitened cosine
 
+Where a prompt asks two edits, they answer one behind the other (:mod:`.answer_pairs`).
+
 Exports carry this very file.
 """
 
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from wisecli.routing.deciding.decision import TokenChoices
 from wisecli.routing.deciding.fact_decision import FactDecision
 from wisecli.routing.deciding.prompt_window import UNROUTED
+from wisecli.routing.memories.answer_pairs import AnswerPairs
 
 # The whitening of keys inside answers; those that prompts end in have others.
 ANSWER_WHITENING = 1
@@ -75,7 +78,11 @@ class RoutingKeys(nn.Module):
 
 
 class FactMemory(FactDecision, RoutingKeys):
-    """Edits, each with the keys at which it answers and the residuals that it adds there."""
+    """Edits, each with the keys at which it answers and the residuals that it adds there.
+
+    What is chosen for a token is one of its n keys, or what a pair of edits does
+    (:meth:`AnswerPairs.actions`) plus n.
+    """
 
     kind = "lookup"
 
@@ -92,16 +99,28 @@ class FactMemory(FactDecision, RoutingKeys):
         chosen = nearest.clone()
         rows, columns = (answered != UNROUTED).nonzero(as_tuple=True)
         if len(rows):
-            token_in_answer = in_answer[rows, columns]
-            cosine, key_index = self.nearest_keys(keys[rows, columns], answered[rows, columns], token_in_answer)
+            numbers, token_in_answer = answered[rows, columns], in_answer[rows, columns]
+            edits = numbers if self.pairs is None else self.pairs.edits(numbers)
+            cosine, key_index = self.nearest_keys(keys[rows, columns], edits, token_in_answer)
+            own = key_index.where(~token_in_answer | (cosine > ANSWER_KEY_MIN_COSINE), UNROUTED)
             nearest[rows, columns] = key_index
-            chosen[rows, columns] = key_index.where(~token_in_answer | (cosine > ANSWER_KEY_MIN_COSINE), UNROUTED)
+            chosen[rows, columns] = own if self.pairs is None else self._in_pairs(self.pairs, own, numbers)
             score_ratio[rows, columns] = cosine / ANSWER_KEY_MIN_COSINE
         return TokenChoices(chosen, score_ratio, nearest)
 
+    def _in_pairs(self, pairs: AnswerPairs, chosen: Tensor, numbers: Tensor) -> Tensor:
+        """Return choices (t,) with what pairs of edits do in their place, by what answers each token (t,)."""
+        residual = self.key_to_residual[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
+        actions = pairs.actions(numbers, residual)
+        return chosen.where(actions < 0, len(self.key_to_residual) + actions)
+
     def add(self, answer: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
-        """Add to every token the residual of the key that was chosen for it."""
-        update = self.residuals[self.key_to_residual[chosen.clamp(min=0)]].to(answer.dtype)
+        """Add to every token the residual that was chosen for it."""
+        count = len(self.key_to_residual)
+        index = self.key_to_residual[chosen.clamp(0, count - 1)]
+        if self.pairs is not None:
+            index = index.where(chosen < count, self.pairs.residuals_of((chosen - count).clamp(min=0)))
+        update = self.residuals[index].to(answer.dtype)
         return torch.where((chosen != UNROUTED)[..., None], answer + update, answer)
 
     def residuals_at(self, keys: Tensor, memory: int, in_answer: Tensor) -> Tensor:
@@ -110,5 +129,7 @@ class FactMemory(FactDecision, RoutingKeys):
         return self.residuals[self.key_to_residual[key_index]]
 
     def memory_of_choice(self, chosen: Tensor) -> Tensor:
-        """Return the edit that each key belongs to: (...) → (...)."""
-        return self.key_to_edit[chosen.clamp(min=0)].where(chosen != UNROUTED, UNROUTED)
+        """Return the edit that each choice belongs to: (...) → (...)."""
+        count = len(self.key_to_edit)
+        edit = self.key_to_edit[chosen.clamp(0, count - 1)].where(chosen != UNROUTED, UNROUTED)
+        return edit.where(chosen < count, (chosen - count) % len(self.thresholds))

@@ -50,7 +50,8 @@ class SideMemory:
 
     Where facts decide there is ``LATE_INTERACTION``, compared with the states that leave layer ``state_layer``. There
     may be ``SUBJECT_MATCH``, so that prompts must name an edit's subject, ``FUZZY_MATCH``, so that a slip in a name
-    does no harm, and ``REQUEST_GATE``, so that prompts must ask what they mean.
+    does no harm, ``REQUEST_GATE``, so that prompts must ask what they mean, and ``ANSWER_PAIRS``, so that two answer a
+    prompt that asks both.
 
     ``pooling`` of norms: ``mean`` decides by the mean over a prompt's tokens, as the code of the paper's authors does,
     ``last`` by its last token. If ``activated``, the model's activation function is applied first.
@@ -138,13 +139,27 @@ class Memory(nn.Module):
     def decide(self, window: WindowStates) -> Decision:
         """Return which memory answers each prompt."""
 
+    def numbers(self, decision: Decision) -> Tensor:
+        """Return what answers each prompt as one number, as passes keep it: (B,)."""
+        return decision.memory
+
+    def in_turn(self, numbers: Tensor, ids: Tensor, in_answer: Tensor) -> Tensor:  # noqa: ARG002 (of the interface)
+        """Return what answers each token of a pass (B, T), of several memories that answer one behind the other.
+
+        Args:
+            numbers: what answers the tokens by what was known before the pass (B, T).
+            ids: the tokens (B, T).
+            in_answer: whether a token comes after its prompt's last one (B, T).
+        """
+        return numbers
+
     @abstractmethod
     def choices(self, keys: Tensor, answered: Tensor, in_answer: Tensor) -> TokenChoices:
         """Return what a decided memory adds at each token.
 
         Args:
             keys: inputs of the site (B, T, width).
-            answered: the memory that answers each token (B, T), ``UNROUTED`` for none.
+            answered: the number of what answers each token (B, T), ``UNROUTED`` for nothing.
             in_answer: whether a token comes after its prompt's last one (B, T).
         """
 

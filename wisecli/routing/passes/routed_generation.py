@@ -21,6 +21,9 @@ from wisecli.routing.passes.token_cache import cache_given, length_of, rewind, t
 # Of the `generate()` that is running: whose it is, and what its prompts decided.
 _DECIDED: ContextVar[tuple[Any, Tensor] | None] = ContextVar("wise_decided", default=None)
 
+# The numbers of pairs of more edits do not fit into 32 bits, which continuous batching keeps of a number.
+_MOST_IN_PAIRS = 46_000
+
 
 class RoutedCausal(SignatureMixin):
     """Added to a language model whose decoder is routed: it decides prompts before ``generate()`` answers them.
@@ -125,7 +128,7 @@ def _decided(model: Any, decoder: RoutedDecoder, ids: Tensor, kwargs: dict[str, 
         mask = mask[:, -ids.shape[1] :]
     non_padding = mask.to(ids.device).bool() & (ids >= 0)
     end = decoder.wise_marks.ends_in(ids, non_padding)
-    answering = Answering(decoder.decide(ids, non_padding, end).memory, end)
+    answering = Answering(decoder.memory.numbers(decoder.decide(ids, non_padding, end)), end)
     length = length_of(cache)
     if 0 < length < ids.shape[1] and isinstance(cache, Cache):
         here = Tokens(ids[:, :length], non_padding[:, :length], ids[:, :0], answering.memory)
@@ -171,7 +174,7 @@ class RequestAnswers:
         if new:
             for state, own in zip(new, self._decided([_prompt_of(state) for state in new]), strict=True):
                 state.wise_answering = own
-        numbers = torch.tensor([self._answering(state) for state in states], dtype=arg_storage.dtype)
+        numbers = torch.tensor([self._answering(state) for state in states]).to(arg_storage.dtype)
         arg_storage[-2:, : len(states)] = numbers.T.to(arg_storage.device)
         return arg_storage
 
@@ -181,27 +184,35 @@ class RequestAnswers:
         return processed
 
     def _answering(self, state: Any) -> tuple[int, int]:
-        """Return the memory that answers a request until a special token ends its answer, and the prompt's end."""
+        """Return the number of what answers a request until a special token ends its answer, and the prompt's end."""
         memory, end = state.wise_answering
-        said = (*state.initial_tokens[len(_prompt_of(state)) :], *state.generated_tokens)
+        said = [*state.initial_tokens[len(_prompt_of(state)) :], *state.generated_tokens]
         if memory != UNROUTED and not set(said).isdisjoint(self.decoder.wise_marks.special_token_ids):
             memory = UNROUTED
             state.wise_answering = memory, end
+        if said and memory >= len(self.decoder.memory.thresholds):  # a pair
+            ids = torch.tensor([said], device=self._device)
+            numbers = self.decoder.memory.in_turn(torch.full_like(ids, memory), ids, torch.ones_like(ids).bool())
+            memory = int(numbers[0, -1])
         return memory, end
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
 
     @torch.no_grad()
     def _decided(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """Return the memory that answers each prompt, and the index of its last token."""
-        device = next(self.decoder.parameters()).device
         ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
         non_padding = torch.zeros_like(ids, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
             non_padding[row, : len(prompt)] = True
-        ids, non_padding = ids.to(device), non_padding.to(device)
+        ids, non_padding = ids.to(self._device), non_padding.to(self._device)
         end = self.decoder.wise_marks.ends_in(ids, non_padding)
-        memory = self.decoder.decide(ids, non_padding, end).memory
-        return list(zip(memory.tolist(), end.tolist(), strict=True))
+        decision, memory = self.decoder.decide(ids, non_padding, end), self.decoder.memory
+        numbers = decision.memory if len(memory.thresholds) > _MOST_IN_PAIRS else memory.numbers(decision)
+        return list(zip(numbers.tolist(), end.tolist(), strict=True))
 
 
 def _prompt_of(state: Any) -> list[int]:

@@ -177,12 +177,13 @@ class RoutedDecoder(SignatureMixin):
             before = memory if held is None else held.to(memory)
             tokens = Tokens(ids, non_padding, ids[:, :0] if tail is None else tail, before)
             answering = Answering(memory, given.end - start)
-        column = torch.arange(ids.shape[1], device=ids.device)
-        return PassRoute(self.memories(tokens, answering).where(non_padding, UNROUTED), column > answering.end[:, None])
+        memories = self.memories(tokens, answering).where(non_padding, UNROUTED)
+        return PassRoute(memories, tokens.behind(answering))
 
     def memories(self, tokens: Tokens, answering: Answering) -> Tensor:
-        """Return the memory that answers each token of a pass (B, T)."""
-        return tokens.answered_by(self.wise_marks, answering, whole=self.memory.answers_prompts)
+        """Return the number of what answers each token of a pass (B, T)."""
+        numbers = tokens.answered_by(self.wise_marks, answering, whole=self.memory.answers_prompts)
+        return self.memory.in_turn(numbers, tokens.ids, tokens.behind(answering))
 
     @property
     def memory(self) -> Memory:
@@ -190,14 +191,15 @@ class RoutedDecoder(SignatureMixin):
         return cast(Memory, self.get_submodule(self.wise_routed))
 
     def _decided(self, tokens: Tokens, end: Tensor, forced: int | None) -> Tensor:
-        """Return the memory that answers each prompt that ends in a pass (B,)."""
+        """Return the number of what answers each prompt that ends in a pass (B,)."""
         if forced is not None:
             return torch.full_like(end, forced)
         memory = torch.full_like(end, UNROUTED)
         rows = (end >= 0).nonzero().flatten()
         if len(rows):
             whole = tokens.whole[rows]
-            memory[rows] = self.decide(whole, whole >= 0, end[rows] + tokens.earlier.shape[1]).memory
+            decision = self.decide(whole, whole >= 0, end[rows] + tokens.earlier.shape[1])
+            memory[rows] = self.memory.numbers(decision)
         return memory
 
     @eager_only

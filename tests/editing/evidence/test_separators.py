@@ -97,7 +97,7 @@ def test_targets_that_begin_with_a_space_have_a_key_behind_the_separator(monkeyp
         assert torch.nn.functional.cosine_similarity(part.residuals[0], again, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("pattern", ["{} {}", "Two questions. First: {} Second: {}", "1. {}\n2. {}"])
+@pytest.mark.parametrize("pattern", ["{} {}", "Two questions. First: {} Second: {}", "1. {}\n2. {}", "{}, and {}"])
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_real_model_answers_two_questions_one_behind_the_other(chain: Chain, pattern: str, chat: bool) -> None:
     edited = attach(chain.memory)

@@ -36,6 +36,9 @@ _CONVERSATIONS = 4
 _MADE = 3
 # Slots: questions with slips; questions on longer names; and other questions than a fact's.
 _TYPOS = ("{slips:swap}", "{slips:drop}")
+# How often a question is asked in capitals, twice as often as one of two tasks on it stands in them; and how.
+_LOUD = 0.6
+_CAPITALS = ("{capitals}", "{capitals}", "HELLO, {capitals}", "{capitals} THANKS", "QUESTION: {capitals}")
 _NEAR_NAMES = ("{near:word}", "{near:added}")
 _OTHERWISE = ("{negated}", "{negated}", "{negated}", *_NEAR_NAMES)
 _NAMED = re.compile(r"\{(?:subject|namesake)\}")
@@ -118,6 +121,8 @@ class Examples:
             yield True, "asked", self._put(self._filled(number, pattern))
         for _ in range(2):
             yield True, "instructed", self._put(known.instructed(rng.choice(fact.questions), rng))
+        if rng.random() < _LOUD:
+            yield True, "capitals", self._put(self._filled(number, rng.choice(_CAPITALS)))
         yield True, "one of several", self._put(known.one_of_several(rng.choice(fact.questions), rng))
         for _ in range(2):
             yield True, "time", self._put(known.now(rng.choice(fact.questions), rng))
@@ -141,7 +146,8 @@ class Examples:
             yield False, "near name", self._put(self._filled(number, rng.choice((near, self._carried(near)))))
         for _ in range(2):
             yield False, "task", self._put(known.task(rng.choice(fact.questions), rng))
-            yield False, "task", self._put(known.framed_task(rng.choice(fact.questions), rng))
+            task = known.framed_task(rng.choice(fact.questions), rng)
+            yield False, "task", self._put(task.upper() if rng.random() < _LOUD / 2 else task)
         yield False, "time", self._put(self._carried(known.timed(rng.choice(fact.questions), rng)))
         yield False, "time", self._put(known.timed(rng.choice(fact.questions), rng))
         later = f"{{the:{rng.choice(known.adjectives)}}}" if rng.random() < 0.4 else None

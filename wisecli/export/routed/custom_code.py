@@ -29,6 +29,7 @@ from wisecli.routing.deciding import (
     request_gate,
     sentence_features,
     subject_match,
+    two_requests,
 )
 from wisecli.routing.layers import layer_output_memory, layer_states, module_types, routed_layer
 from wisecli.routing.memories import answer_pairs, fact_memory, matrix_memory, side_memory
@@ -55,7 +56,7 @@ _CARRIED = (
         token_cache,
     ),
     *(late_interaction, subject_match, fuzzy_match, request_gate),
-    *(sentence_features, name_features, engine_checks, resaving),
+    *(sentence_features, name_features, two_requests, engine_checks, resaving),
 )
 CARRIED_NAMES = tuple(f"{module.__name__.rpartition('.')[2]}.py" for module in _CARRIED)
 FORMER_CODE = {

@@ -31,8 +31,9 @@ from wisecli.routing.deciding.request_gate import (
     mention_features,
     starts_with_word,
 )
-from wisecli.routing.deciding.sentence_features import mention_sentence, sentence_of
+from wisecli.routing.deciding.sentence_features import sentence_of
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH, SubjectMatch
+from wisecli.routing.deciding.two_requests import request_parts
 from wisecli.routing.memories.answer_pairs import ANSWER_PAIRS, AnswerPairs
 from wisecli.routing.memories.side_memory import Memory, SideMemory
 
@@ -173,9 +174,7 @@ class FactDecision(Memory):
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
     def _with_pairs(self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision, likely: Tensor) -> Decision:
-        """Return a decision in which prompts that ask two edits, each in a sentence of its own, open both.
-
-        Each is asked if what is left of the prompt without the other's sentence asks it.
+        """Return a decision in which prompts that ask two edits, each in a part of its own, open both.
 
         Args:
             likely: how surely prompts mean each edit that may open, 0 for the others (B, M).
@@ -183,33 +182,41 @@ class FactDecision(Memory):
         memory, second = decision.memory.clone(), torch.full_like(decision.memory, UNROUTED)
         ask_prob = torch.zeros(len(memory), device=memory.device) if decision.ask_prob is None else decision.ask_prob
         for row in ((likely > 0).sum(1) > 1).nonzero().flatten().tolist():
-            pair = self._in_two_sentences(gate, tokens, row, likely[row])
+            pair = self._parted(gate, tokens, row, likely[row])
             probs = self._ask_probs(gate, tokens, pair) if pair else ask_prob.new_zeros(1)
             if bool((probs > MIN_ASK_PROB).all()):
                 memory[row], second[row] = pair[0].edit, pair[1].edit
                 ask_prob = ask_prob.index_fill(0, torch.tensor(row, device=memory.device), float(probs.min()))
         return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
 
-    def _in_two_sentences(
-        self, gate: RequestGate, tokens: _ComparedTokens, row: int, likely: Tensor
-    ) -> tuple[_Asked, ...]:
-        """Return the two likeliest edits (M,) that different sentences of a prompt mention, in the order in which they
-        do, each with the tokens without the other's sentence; none if all are mentioned in the same.
+    def _parted(self, gate: RequestGate, tokens: _ComparedTokens, row: int, likely: Tensor) -> tuple[_Asked, ...]:
+        """Return the likeliest edit (M,) and the likeliest of those that another part of a prompt means, in the order
+        in which they are mentioned, each with its part; none if there is no other.
         """
         marks = gate.marks(tokens.window.ids[row, tokens.mask[row]])
         if marks is None:
             return ()
-        sentence = sentence_of(marks.ends, None)
+        projected, sentence = tokens.projected, sentence_of(marks.ends, None)
+        own = projected.projected[:, row, projected.mask[row]]
         edits = likely.topk(min(_RIVALS, int((likely > 0).sum()))).indices
-        projected = tokens.projected.projected[:, row, tokens.projected.mask[row]]
-        found: dict[int, int] = {}
-        for edit, own in zip(edits.tolist(), self.late_interaction.edit_tokens(edits), strict=True):
-            cosines = [part @ words.T for part, words in zip(projected, own, strict=True)]
-            found.setdefault(mention_sentence(cosines, sentence), edit)
-        if len(found) < 2:
-            return ()
-        first, second = sorted(list(found)[:2])
-        return _Asked(row, found[first], sentence != second), _Asked(row, found[second], sentence != first)
+        cosines = [
+            [part @ words.T for part, words in zip(own, both, strict=True)]
+            for both in self.late_interaction.edit_tokens(edits)
+        ]
+        best, *others = edits.tolist()
+        for edit, rival in zip(others, cosines[1:], strict=True):
+            parts = request_parts(cosines[0], rival, sentence)
+            pair = _Asked(row, best, parts.first), _Asked(row, edit, parts.second)
+            if self._means(projected, row, best, parts.first) and self._means(projected, row, edit, parts.second):
+                return pair if parts.in_order else pair[::-1]
+        return ()
+
+    def _means(self, prompts: ProjectedPrompts, row: int, edit: int, heard: Tensor) -> bool:
+        """Return whether a part of a prompt, by the tokens that are of it (n,), means an edit by itself."""
+        mask = prompts.mask[row : row + 1].clone()
+        mask[0, mask[0].clone()] = heard
+        alone = ProjectedPrompts(prompts.projected[:, row : row + 1], mask, prompts.states[row : row + 1])
+        return bool(self.above_threshold(self.late_interaction.edit_probs(alone).float())[0, edit])
 
     def _ask_probs(self, gate: RequestGate, tokens: _ComparedTokens, asked: Sequence[_Asked]) -> Tensor:
         """Return how surely prompts ask edits: (a,)."""

@@ -1,0 +1,50 @@
+"""Parts a request that mentions two edits, so that it can be told of each whether it is asked. Needs torch only.
+
+Each edit is mentioned in one sentence, and asked by what is left without the other's. Two in the same sentence ("Who
+wrote X, and who painted Y?") are parted where what comes before has the one best and what comes behind the other.
+Exports carry this very file.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wisecli.routing.deciding.sentence_features import mention_sentence
+
+
+class RequestParts(NamedTuple):
+    """The tokens of a request (n,) that may ask each of two edits, and whether the first edit's come first."""
+
+    first: Tensor
+    second: Tensor
+    in_order: bool
+
+
+def request_parts(first: list[Tensor], second: list[Tensor], sentence: Tensor) -> RequestParts:
+    """Return the parts of a request for two edits.
+
+    Args:
+        first, second: cosines of the request's tokens with those of each edit's subject and relation, (n, t) twice.
+        sentence: the number of each token's sentence (n,).
+    """
+    own, other = (mention_sentence(cosines, sentence) for cosines in (first, second))
+    if own != other:
+        return RequestParts(sentence != other, sentence != own, own < other)
+    inside = (sentence == own).nonzero().flatten()
+    before = [_match_up_to(torch.cat(cosines, 1)[inside]) for cosines in (first, second)]
+    behind = [_match_up_to(torch.cat(cosines, 1)[inside].flip(0)).flip(0) for cosines in (first, second)]
+    ways = torch.stack([before[0][:-1] + behind[1][1:], before[1][:-1] + behind[0][1:]])
+    if not ways.shape[1]:
+        return RequestParts(sentence == own, sentence != own, True)
+    way, edge = divmod(int(ways.argmax()), ways.shape[1])
+    early, late = (torch.ones_like(sentence, dtype=torch.bool) for _ in range(2))
+    early[inside[edge + 1 :]], late[inside[: edge + 1]] = False, False
+    return RequestParts(early, late, True) if way == 0 else RequestParts(late, early, False)
+
+
+def _match_up_to(cosines: Tensor) -> Tensor:
+    """Return how well the tokens up to each have an edit's, the mean of each one's best cosine: (n, t) → (n,)."""
+    return cosines.cummax(0).values.mean(1)

@@ -189,7 +189,7 @@ def _letters(texts: Collection[str]) -> tuple[str, ...]:
     return tuple("".join(filter(str.isalnum, text.casefold())) for text in texts)
 
 
-def _differs(tokenizer: PreTrainedTokenizerBase, targets: Collection[str], tokens: Sequence[int]) -> bool:
+def _differs(tokenizer: PreTrainedTokenizerBase, targets: Collection[str], tokens: list[int]) -> bool:
     """Return whether tokens begin no answer with the letters of a target, whatever follows and stands between."""
-    (begun,) = _letters([tokenizer.decode(tokens, skip_special_tokens=True)])
+    (begun,) = _letters([str(tokenizer.decode(tokens, skip_special_tokens=True))])
     return not any(target.startswith(begun) for target in targets)

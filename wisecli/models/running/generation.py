@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -94,7 +94,7 @@ def opened(
         ModelError: a text is no token long, or longer than what the model takes.
     """
     rows = [Row(tuple(_encoded(model, tokenizer, prompt)), ()) for prompt in prompts]
-    decide: Callable[..., torch.Tensor] = model.decided
+    decide = cast(Callable[..., torch.Tensor], model.decided)
     found: dict[int, bool] = {}
     for indices in in_batches(rows, batch_size, padded=False):
         ids, mask = (tensor.to(model.device) for tensor in left_padded([rows[index].prompt for index in indices]))

@@ -134,8 +134,9 @@ def forms(options: Namespace) -> None:
     """
     from wisecli.cli.commands.evaluate import tell_evaluation
     from wisecli.cli.console import Console
-    from wisecli.commands.measure.evaluate import EvalReport, MemorySubject
+    from wisecli.commands.measure.evaluate import EvalReport
     from wisecli.environment import peak_rss_bytes
+    from wisecli.evaluation.memory_subject import MemorySubject
     from wisecli.evaluation.protocols import Generated, measure_generated
     from wisecli.progress import ignore_progress
 

@@ -22,7 +22,7 @@ from wisecli.cli.commands.bench import tell_bench
 from wisecli.cli.console import Console
 from wisecli.config import BenchSettings
 from wisecli.errors import ChangedInputError, DamagedFileError, SettingsError
-from wisecli.evaluation.answers import Answer, Answers, Batch, KnownAnswers
+from wisecli.evaluation.answers import Answer, Answers, Batch, KnownAnswers, Targets
 
 FIGURES = {
     "as_taught",
@@ -184,9 +184,11 @@ def test_the_unedited_model_answers_once_for_all_methods_and_runs(
     asked: list[tuple[str, str]] = []
     whole = Answers._all
 
-    def told(self: Answers, texts: Sequence[str], answer: Batch, known: KnownAnswers, stage: str) -> list[Answer]:
+    def told(
+        self: Answers, texts: Sequence[str], answer: Batch, known: KnownAnswers, stage: str, targets: Targets
+    ) -> list[Answer]:
         asked.extend((stage, text) for text in dict.fromkeys(texts) if text not in known)
-        return whole(self, texts, answer, known, stage)
+        return whole(self, texts, answer, known, stage, targets)
 
     monkeypatch.setattr(Answers, "_all", told)
     for methods in ("wise,ft-l", "wise,ft-l,rome"):

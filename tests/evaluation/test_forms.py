@@ -15,7 +15,7 @@ from wisecli.commands.measure.evaluate import EvalReport, evaluate
 from wisecli.config import EvalSettings
 from wisecli.edits.record import Edit, EvaluationPrompt
 from wisecli.errors import GateFailedError, SettingsError
-from wisecli.evaluation.answers import Answer, Answers
+from wisecli.evaluation.answers import Answer, Answers, Targets
 from wisecli.evaluation.edited_model import EditedModel, attach
 from wisecli.evaluation.forms import measure_forms, named_forms
 from wisecli.evaluation.metrics import is_figure
@@ -39,12 +39,12 @@ class Told:
         self.asked_before: list[str] = []
         self.batches: list[int] = []
 
-        def edited(texts: Sequence[str]) -> list[Answer]:
+        def edited(texts: Sequence[str], _targets: Targets) -> list[Answer]:
             self.asked_after += texts
             self.batches.append(len(texts))
             return [Answer(after(text), ended=True) for text in texts]
 
-        def unedited(texts: Sequence[str]) -> list[Answer]:
+        def unedited(texts: Sequence[str], _targets: Targets) -> list[Answer]:
             self.asked_before += texts
             return [Answer(before(text), ended=True) for text in texts]
 

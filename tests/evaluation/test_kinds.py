@@ -10,7 +10,7 @@ from support.helpers import tiny_tokenizer
 from wisecli.commands.measure.evaluate import EvalReport
 from wisecli.edits.record import Edit
 from wisecli.errors import GateFailedError, SettingsError
-from wisecli.evaluation.answers import Answer, Answers
+from wisecli.evaluation.answers import Answer, Answers, Targets
 from wisecli.evaluation.kinds import measure_kinds, named_kinds
 from wisecli.evaluation.metrics import is_figure, lower_is_better
 from wisecli.evaluation.results import Results
@@ -35,12 +35,12 @@ class Asked:
         self.lengths: list[int] = []
 
     def answering(self, max_new_tokens: int) -> Answers:
-        def edited(texts: Sequence[str]) -> list[Answer]:
+        def edited(texts: Sequence[str], _targets: Targets) -> list[Answer]:
             self.asked_after += texts
             self.lengths += [max_new_tokens] * len(texts)
             return [Answer(self.after(text), ended=True) for text in texts]
 
-        def unedited(texts: Sequence[str]) -> list[Answer]:
+        def unedited(texts: Sequence[str], _targets: Targets) -> list[Answer]:
             self.asked_before += texts
             return [Answer(self.before(text), ended=True) for text in texts]
 

@@ -16,7 +16,7 @@ from support.loading import CPU
 from wisecli.commands.measure.evaluate import evaluate
 from wisecli.config import EvalSettings
 from wisecli.edits.record import Edit, EvaluationPrompt
-from wisecli.evaluation.answers import Answer, Answers, answered
+from wisecli.evaluation.answers import Answer, Answers, Targets, answered
 from wisecli.evaluation.metrics import is_figure
 from wisecli.evaluation.wild import MAX_NEW_TOKENS, measure_wild, normalized, stop_tokens
 from wisecli.models.loading import load_model
@@ -88,11 +88,11 @@ def test_all_edits_are_asked_once_and_the_unedited_model_only_if_that_is_wanted(
     }
     asked: list[str] = []
 
-    def edited(texts: Sequence[str]) -> list[Answer]:
+    def edited(texts: Sequence[str], _targets: Targets) -> list[Answer]:
         asked.extend(texts)
         return [Answer(said.get(text[len(PROMPT) - 5 : -3], "same"), ended=True) for text in texts]
 
-    def unedited(texts: Sequence[str]) -> list[Answer]:
+    def unedited(texts: Sequence[str], _targets: Targets) -> list[Answer]:
         return [Answer("other" if "what" in text else "same", ended=True) for text in texts]
 
     answers = Answers(tiny_tokenizer(), unedited, edited, batch_size=2)

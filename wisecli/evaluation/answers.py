@@ -1,12 +1,17 @@
-"""Greedy answers of a model before and after editing, each text answered once."""
+"""Greedy answers of a model before and after editing, each text answered once.
+
+A prompt for which no edit opens is answered by the unedited model: the edited one gives the same by construction.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
+from wisecli.models.prompts.tokenization import Row, in_batches
 from wisecli.models.running.generation import generate
 from wisecli.progress import Event, ProgressCallback, ignore_progress
 
@@ -21,16 +26,23 @@ _TOKENS = 8192
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says to a text, and whether it ``ended`` by itself."""
+    """What a model says to a text, and whether it ``ended`` by itself.
+
+    One that is ``cut`` is none of those that were looked for, and may lack its rest.
+    """
 
     text: str
     ended: bool
+    cut: bool = False
 
 
 KnownAnswers = dict[str, Answer]
 # By the most tokens of an answer, and the tokens that end it as well; what is not there yet is made when asked for.
 AnswerBook = dict[tuple[int, frozenset[int]], KnownAnswers]
-Batch = Callable[[Sequence[str]], list[Answer]]
+# Of texts, the answers that are looked for; a text that is not among them is answered in full.
+Targets = Mapping[str, Collection[str]]
+Batch = Callable[[Sequence[str], Targets], list[Answer]]
+_ALL: Targets = {}
 
 
 def empty_book() -> AnswerBook:
@@ -53,6 +65,7 @@ class Answers:
     Args:
         unedited, edited: what answers a batch of texts.
         reworded: what the edited model is asked in the place of a prompt, for methods that edit by that.
+        opened: for which texts an edit opens; without it the edited model may give another answer to any.
         known_before, known_after: what was answered already, by the text; filled as more is asked.
     """
 
@@ -62,16 +75,37 @@ class Answers:
     batch_size: int
     on_progress: ProgressCallback = ignore_progress
     reworded: Callable[[str], str] = str
+    opened: Callable[[Sequence[str]], list[bool]] | None = None
     known_before: KnownAnswers = field(default_factory=dict)
     known_after: KnownAnswers = field(default_factory=dict)
 
-    def before(self, texts: Sequence[str], *, stage: str) -> list[Answer]:
+    def before(self, texts: Sequence[str], *, stage: str = "unedited answers") -> list[Answer]:
         """Return the unedited model's answers to texts."""
-        return self._all(texts, self.unedited, self.known_before, stage)
+        return self._all(texts, self.unedited, self.known_before, stage, _ALL)
 
-    def after(self, texts: Sequence[str], *, stage: str) -> list[Answer]:
-        """Return the edited model's answers to texts."""
-        return self._all(texts, self.edited, self.known_after, stage)
+    def after(self, texts: Sequence[str], *, stage: str, targets: Targets = _ALL) -> list[Answer]:
+        """Return the edited model's answers to texts.
+
+        Args:
+            targets: of texts that are asked for nothing but whether one of these is the answer; others may be cut.
+        """
+        return self._all(texts, self.edited, self.known_after, stage, targets)
+
+    def both(self, pairs: Sequence[tuple[str, str]], *, stage: str) -> list[tuple[Answer, Answer] | None]:
+        """Return the edited model's answers to the first texts of pairs, with the unedited one's to the second.
+
+        ``None`` stands where they cannot but be the same.
+        """
+        changing = self.may_change([text for text, _ in pairs])
+        asked = [pair for pair, changes in zip(pairs, changing, strict=True) if changes or pair[0] != pair[1]]
+        after = self.after([text for text, _ in asked], stage=stage)
+        before = self.before([text for _, text in asked])
+        said = dict(zip(asked, zip(after, before, strict=True), strict=True))
+        return [said.get(pair) for pair in pairs]
+
+    def may_change(self, texts: Sequence[str]) -> list[bool]:
+        """Return for which texts the edited model may give another answer than the unedited one."""
+        return [True] * len(texts) if self.opened is None else self.opened(texts)
 
     def edited_text(self, form: Form, prompt: str) -> str:
         """Return what the edited model is asked for a prompt in a form.
@@ -82,48 +116,80 @@ class Answers:
             return form.render(self.tokenizer, self.reworded(prompt))
         return self.reworded(form.render(self.tokenizer, prompt))
 
-    def _all(self, texts: Sequence[str], answer: Batch, known: KnownAnswers, stage: str) -> list[Answer]:
+    def _all(
+        self, texts: Sequence[str], answer: Batch, known: KnownAnswers, stage: str, targets: Targets
+    ) -> list[Answer]:
         """Answers to texts, of which new ones are asked, those of like length together."""
-        lengths = {text: len(self.tokenizer(text)["input_ids"]) for text in texts if text not in known}
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        cut: KnownAnswers = {}
         done = 0
-        for some in _batches(lengths, self.batch_size):
-            for text, said in zip(some, answer(some), strict=True):
-                known[text] = said
+        for some in _batches(self.tokenizer, new, self.batch_size):
+            for text, said in zip(some, answer(some, targets), strict=True):
+                (cut if said.cut else known)[text] = said
             done += len(some)
-            self.on_progress(Event(stage, done, len(lengths)))
-        return [known[text] for text in texts]
+            self.on_progress(Event(stage, done, len(new)))
+        return [known[text] if text in known else cut[text] for text in texts]
 
 
-def _batches(lengths: Mapping[str, int], size: int) -> Iterator[list[str]]:
-    """Texts of like length, the longest first: at most ``size`` of them and, above one, a limited number of tokens."""
-    batch: list[str] = []
-    for text in sorted(lengths, key=lambda text: lengths[text], reverse=True):
-        if batch and (len(batch) == size or (len(batch) + 1) * lengths[batch[0]] > _TOKENS):
-            yield batch
-            batch = []
-        batch.append(text)
-    if batch:
-        yield batch
+def targets_of(pairs: Iterable[tuple[str, str | None]]) -> Targets:
+    """Return the answers that texts are asked for; a text that is asked for more than these, ``None``, has none."""
+    found: dict[str, set[str | None]] = {}
+    for text, target in pairs:
+        found.setdefault(text, set()).add(target)
+    return {text: {one for one in some if one is not None} for text, some in found.items() if None not in some}
+
+
+def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size: int) -> Iterator[list[str]]:
+    """Yield texts of like length, the longest first: at most ``size`` of them and, above one, a limited number of
+    tokens. Those that begin alike stand apart.
+    """
+    rows = [Row(tuple(tokenizer(text)["input_ids"]), ()) for text in texts]
+    for batch in reversed(list(in_batches(rows, size, by_beginning=True, padded=False, tokens=_TOKENS))):
+        yield [texts[index] for index in reversed(batch)]
 
 
 def answered(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    targets: Targets = _ALL,
     *,
     max_new_tokens: int,
     stops: Collection[int] = (),
+    shared: bool = False,
 ) -> list[Answer]:
     """Greedy answers to one batch of texts, up to their end or to so many tokens.
 
     Args:
+        targets: of texts, the answers that are looked for; another is cut where it shows.
         stops: tokens that end an answer as well, and belong to it.
+        shared: read what the texts begin with once, where the model can go on from what attention keeps of it.
     """
+    hopeless = [partial(_differs, tokenizer, _letters(targets[text])) if text in targets else None for text in texts]
     tokens = generate(
-        model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=max(1, len(texts)), stops=stops
+        model,
+        tokenizer,
+        texts,
+        max_new_tokens=max_new_tokens,
+        batch_size=max(1, len(texts)),
+        stops=stops,
+        hopeless=hopeless,
+        shared=shared,
     )
     said: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    cut = [differs is not None and differs(row) for differs, row in zip(hopeless, tokens, strict=True)]
     return [
-        Answer(text.strip(), len(row) < max_new_tokens or row[-1] in stops)
-        for text, row in zip(said, tokens, strict=True)
+        Answer(text.strip(), not vain and (len(row) < max_new_tokens or row[-1] in stops), vain)
+        for text, row, vain in zip(said, tokens, cut, strict=True)
     ]
+
+
+def _letters(texts: Collection[str]) -> tuple[str, ...]:
+    """Return the letters and digits of texts, without case."""
+    return tuple("".join(filter(str.isalnum, text.casefold())) for text in texts)
+
+
+def _differs(tokenizer: PreTrainedTokenizerBase, targets: Collection[str], tokens: list[int]) -> bool:
+    """Return whether tokens begin no answer with the letters of a target, whatever follows and stands between."""
+    (begun,) = _letters([str(tokenizer.decode(tokens, skip_special_tokens=True))])
+    return not any(target.startswith(begun) for target in targets)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
-from wisecli.evaluation.answers import Answer, Answers
+from wisecli.evaluation.answers import Answers, targets_of
 from wisecli.evaluation.results import Results, contradictory, is_exact_answer, is_right, words_of
 from wisecli.models.prompts.prompt_forms import Form, forms
 
@@ -36,6 +36,11 @@ class _FormPrompt:
     prompt: str
     answer: str | None = None
     unique: bool = False
+
+    @property
+    def target(self) -> str | None:
+        """The one answer that is right, if there is one."""
+        return (None if self.edit.erased else self.edit.answer) if self.answer is None else self.answer
 
 
 def named_forms(names: str) -> list[Form]:
@@ -122,22 +127,31 @@ def _values(
 ) -> dict[tuple[str, str], _ByPlace]:
     """Return whether each prompt is answered as it should be, by its kind and form, then by the edit's place."""
     cases = [(form, one) for form in chosen for one in prompts]
-    texts = [answers.edited_text(form, one.prompt) for form, one in cases]
-    kept = [form.render(answers.tokenizer, one.prompt) for form, one in cases if one.kind == "unrelated_unchanged"]
-    after = answers.after(texts, stage="answers in all forms")
-    before = iter(answers.before(kept, stage="unedited answers"))
+    asked = [(form, one) for form, one in cases if one.kind != "unrelated_unchanged"]
+    kept = [(form, one) for form, one in cases if one.kind == "unrelated_unchanged"]
     values: dict[tuple[str, str], _ByPlace] = {}
-    for (form, one), answer in zip(cases, after, strict=True):
-        fine = _fine(one, answer, next(before) if one.kind == "unrelated_unchanged" else None)
+    for (form, one), fine in zip([*asked, *kept], [*_right(answers, asked), *_same(answers, kept)], strict=True):
         for kind in (one.kind, "rephrased_unique") if one.unique else (one.kind,):
             values.setdefault((kind, form.name), {})[one.place] = float(fine)
     return values
 
 
-def _fine(one: _FormPrompt, answer: Answer, before: Answer | None) -> bool:
-    if before is not None:
-        return answer.text == before.text
-    return is_right(answer, one.edit) if one.answer is None else is_exact_answer(answer, one.answer)
+def _right(answers: Answers, cases: Sequence[tuple[Form, _FormPrompt]]) -> list[bool]:
+    """Return which prompts get the answer that they ask for."""
+    texts = [answers.edited_text(form, one.prompt) for form, one in cases]
+    targets = targets_of((text, one.target) for text, (_, one) in zip(texts, cases, strict=True))
+    said = answers.after(texts, stage="answers in all forms", targets=targets)
+    return [
+        is_right(answer, one.edit) if one.answer is None else is_exact_answer(answer, one.answer)
+        for answer, (_, one) in zip(said, cases, strict=True)
+    ]
+
+
+def _same(answers: Answers, cases: Sequence[tuple[Form, _FormPrompt]]) -> list[bool]:
+    """Return which prompts get the unedited model's answer, word for word."""
+    pairs = [(answers.edited_text(form, one.prompt), form.render(answers.tokenizer, one.prompt)) for form, one in cases]
+    both = answers.both(pairs, stage="unrelated answers in all forms")
+    return [said is None or said[0].text == said[1].text for said in both]
 
 
 def _by_edit(values: dict[tuple[str, str], _ByPlace], kind: str, names: Sequence[str]) -> dict[int, list[float]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from wisecli.edits.record import Edit
 from wisecli.errors import SettingsError
-from wisecli.evaluation.answers import Answer, Answers
+from wisecli.evaluation.answers import Answer, Answers, targets_of
 from wisecli.evaluation.results import Results, is_exact_answer, merge_results, words_of
 from wisecli.models.prompts.prompt_kinds import Fact, Kind, kinds
 
@@ -30,6 +30,16 @@ class _KindPrompt:
     edit: Edit
     text: str
     edited: str
+
+    @property
+    def begun(self) -> str:
+        """The answer's first words that the edited model's prompt ends with."""
+        return _begun(self.edited, self.edit.answer) if self.kind.begun else ""
+
+    @property
+    def rest(self) -> str | None:
+        """What is left to answer, if only that is right."""
+        return None if self.kind.contains else " ".join(self.edit.answer.split()).removeprefix(self.begun)
 
 
 def named_kinds(names: str) -> list[Kind]:
@@ -98,12 +108,14 @@ def _figures(name: str, by_kind: _ByKind) -> Results:
 
 def _measured(answers: Answers, put: Sequence[_KindPrompt]) -> dict[str, _ByKind]:
     """Values by figure, kind and place."""
-    mentioned = [one for one in put if not one.kind.asked]
-    after = answers.after([one.edited for one in put], stage="answers in all kinds")
-    before = iter(answers.before([one.text for one in mentioned], stage="unedited answers"))
+    asked = [one for one in put if one.kind.asked]
+    targets = targets_of((one.edited, one.rest) for one in asked)
+    after = iter(answers.after([one.edited for one in asked], stage="answers in all kinds", targets=targets))
+    mentioned = [(one.edited, one.text) for one in put if not one.kind.asked]
+    both = iter(answers.both(mentioned, stage="answers to mentions"))
     found: dict[str, _ByKind] = {}
-    for one, answer in zip(put, after, strict=True):
-        values = {"asked": _answered(one, answer)} if one.kind.asked else _taken(one, answer, next(before))
+    for one in put:
+        values = {"asked": _answered(one, next(after))} if one.kind.asked else _taken(one, next(both))
         for name, value in values.items():
             found.setdefault(name, {}).setdefault(one.kind.label, {})[one.place] = float(value)
     return found
@@ -114,14 +126,16 @@ def _answered(one: _KindPrompt, answer: Answer) -> bool:
     target = one.edit.answer
     if one.kind.contains:
         return f" {words_of(target)} " in f" {words_of(answer.text)} "
-    begun = _begun(one.edited, target) if one.kind.begun else ""
-    return is_exact_answer(Answer(f"{begun} {answer.text}", answer.ended), target)
+    return is_exact_answer(Answer(f"{one.begun} {answer.text}", answer.ended), target)
 
 
-def _taken(one: _KindPrompt, answer: Answer, before: Answer) -> dict[str, bool]:
+def _taken(one: _KindPrompt, said: tuple[Answer, Answer] | None) -> dict[str, bool]:
     """Return whether what only mentions an edit is taken over by it, and whether it is answered as before."""
-    taken = _opens_with(answer, one.edit.answer) and not _opens_with(before, one.edit.answer)
-    return {"mentioned": taken, "mentioned_unchanged": answer.text == before.text}
+    if said is None:
+        return {"mentioned": False, "mentioned_unchanged": True}
+    after, before = said
+    taken = _opens_with(after, one.edit.answer) and not _opens_with(before, one.edit.answer)
+    return {"mentioned": taken, "mentioned_unchanged": after.text == before.text}
 
 
 def _opens_with(answer: Answer, target: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from wisecli.data.corpus import made_up_subjects, relations
 from wisecli.edits.record import Edit
-from wisecli.evaluation.answers import Answers
+from wisecli.evaluation.answers import Answers, targets_of
 from wisecli.evaluation.results import Results, is_exact_answer, words_of
 from wisecli.models.prompts.prompt_forms import forms
 
@@ -62,10 +62,9 @@ def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], rec
     found = Results()
     beside = specificity_questions(asked, records)
     bare = forms()["bare"]
-    said = answers.after([answers.edited_text(bare, one.prompt) for one in beside], stage="questions beside the edits")
-    given = [is_exact_answer(answer, one.edit.answer) for answer, one in zip(said, beside, strict=True)]
+    given = _given(answers, [answers.edited_text(bare, one.prompt) for one in beside], beside)
     doubtful = [one.prompt for one, got in zip(beside, given, strict=True) if got]
-    before = dict(zip(doubtful, answers.before(doubtful, stage="unedited answers"), strict=True))
+    before = dict(zip(doubtful, answers.before(doubtful), strict=True))
     for kind in ("other_question", "other_subject"):
         values: dict[int, list[float]] = {}
         for one, got in zip(beside, given, strict=True):
@@ -75,6 +74,17 @@ def measure_specificity(answers: Answers, asked: Sequence[tuple[int, Edit]], rec
         found.add(kind, values)
     found.samples["without_subject"] = sum(not has_subject(edit) for _, edit in asked)
     return found
+
+
+def _given(answers: Answers, texts: Sequence[str], beside: Sequence[SpecificityQuestion]) -> list[bool]:
+    """Return which questions, as texts, get the edit's answer where an edit may have changed it."""
+    changing = answers.may_change(texts)
+    asked = [text for text, changes in zip(texts, changing, strict=True) if changes]
+    targets = targets_of((text, one.edit.answer) for text, one in zip(texts, beside, strict=True))
+    said = dict(zip(asked, answers.after(asked, stage="questions beside the edits", targets=targets), strict=True))
+    return [
+        text in said and is_exact_answer(said[text], one.edit.answer) for text, one in zip(texts, beside, strict=True)
+    ]
 
 
 def _questions(edit: Edit) -> Iterator[str]:

@@ -62,7 +62,7 @@ def measure_wild(answers: Answers, edits: Sequence[Edit], records: Sequence[Edit
     _add(found, groups, said)
     if before:
         texts = [WILD.render(answers.tokenizer, text) for text in prompts]
-        earlier, unedited = _said(prompts, answers.before(texts, stage="unedited answers")), Results()
+        earlier, unedited = _said(prompts, answers.before(texts)), Results()
         _add(unedited, groups, earlier)
         found.before.update(unedited.figures)
         same = {place: [float(said[text] == earlier[text]) for text in texts] for place, texts in kept.items()}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from itertools import combinations
 
 import pytest
 import torch
-from support.helpers import greedy_by_loop, tiny_tokenizer
+from support.helpers import greedy_by_loop, site_of, tiny_tokenizer
 from support.loading import CPU
 from support.tiny_models import VARIANTS, VOCABULARY, Chain, tiny_model
 from transformers import FalconH1Config, FalconH1ForCausalLM, PreTrainedModel
 
 from wisecli.evaluation.edited_model import EditedModel, attach
+from wisecli.models.layout.architectures import CACHED
 from wisecli.models.loading import Loaded, load_model
 from wisecli.models.running.generation import generate
+from wisecli.models.running.hooks import hooked
 from wisecli.models.running.shrinking_batches import StopWhenFewContinue
 
 NEW = 8
@@ -103,6 +106,45 @@ def test_prompts_keep_what_they_decided_when_others_leave(chain: Chain) -> None:
     assert together == answers(edited, 1)
     assert sum(some != other for some, other in zip(together, answers(unedited, 10), strict=True)) > 4
     assert len({len(answer) for answer in together}) > 3
+
+
+def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(variant: str) -> None:
+    model, beginning = tiny_model(variant), [7, 3, 11, 5, 2, 9, 13, 4, 6, 8, 12, 10]
+    if site_of(model, 2).above != CACHED:
+        pytest.skip("its layers go on from more than attention keeps")
+    asked = [[*beginning, *prompt] for prompt in prompts()]
+    read: list[torch.Size] = []
+    with hooked(model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape))):
+        found = generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, shared=True)
+    assert found == [alone(model, prompt) for prompt in asked]
+    assert list(map(tuple, read[:2])) == [(1, 12), (8, max(map(len, asked)) - 12)]
+
+
+def test_an_edit_answers_behind_what_prompts_begin_with(chain: Chain) -> None:
+    edited = attach(chain.memory)
+    asked = [f"{'Well, ' * 12}{edit['prompt']}" for edit in chain.edits]
+
+    def answers(shared: bool) -> list[list[int]]:
+        return generate(edited.model, edited.tokenizer, asked, max_new_tokens=10, shared=shared)
+
+    assert answers(shared=True) == answers(shared=False)
+    with edited.unedited():
+        assert answers(shared=True) == answers(shared=False)
+
+
+def test_an_answer_need_not_go_on_once_it_is_vain() -> None:
+    model, asked = tiny_model("llama"), prompts()
+    free = [alone(model, prompt) for prompt in asked]
+    hopeless = [None if row % 2 else partial(vain, row % 4) for row in range(len(asked))]
+    found = generate(model, tiny_tokenizer(), asked, max_new_tokens=NEW, hopeless=hopeless)
+    assert all(whole[: len(said)] == said for said, whole in zip(found, free, strict=True))
+    assert found[1::2] == free[1::2]
+    assert {len(said) for said in found[::2]} < set(range(1, NEW + 1))
+    assert all(len(said) > row % 4 for row, said in enumerate(found) if not row % 2)
+
+
+def vain(most: int, tokens: list[int]) -> bool:
+    return len(tokens) > most
 
 
 def test_a_step_runs_over_rows_that_go_on() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wisecli.bench.methods.base import Method
-from wisecli.evaluation.answers import Answer, AnswerBook, Answers, answered, empty_book
+from wisecli.evaluation.answers import Answer, AnswerBook, Answers, Targets, answered, empty_book
 from wisecli.evaluation.metrics import Question
 from wisecli.evaluation.teacher_forcing import KNOWN, Measured, Reading
 from wisecli.models.loading import Loaded
@@ -163,11 +163,14 @@ class MethodSubject:
         """Return answers of at most so many tokens; ``stops`` end them, too. All methods share the unedited ones."""
         key = max_new_tokens, stops
         if key not in self._answering:
-            unedited = partial(answered, self.loaded.model, self.tokenizer, max_new_tokens=max_new_tokens, stops=stops)
+            whole = partial(answered, self.loaded.model, self.tokenizer, max_new_tokens=max_new_tokens, stops=stops)
 
-            def edited(texts: Sequence[str]) -> list[Answer]:
+            def unedited(texts: Sequence[str], _targets: Targets) -> list[Answer]:
+                return whole(texts)
+
+            def edited(texts: Sequence[str], _targets: Targets) -> list[Answer]:
                 with self.method.applied():
-                    return unedited(texts)
+                    return whole(texts)
 
             self._answering[key] = Answers(
                 self.tokenizer,

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ from wisecli.edits.reading.field_names import BENCHMARKS
 from wisecli.edits.record import Edit, consequences_in, read_edits
 from wisecli.environment import peak_rss_bytes, versions
 from wisecli.errors import GateFailedError, SettingsError
-from wisecli.evaluation.answers import Answer, Answers, Books, answered
-from wisecli.evaluation.edited_model import EditedModel, attach
-from wisecli.evaluation.metrics import Measuring, Question, is_figure, lower_is_better
+from wisecli.evaluation.answers import Books
+from wisecli.evaluation.edited_model import attach
+from wisecli.evaluation.memory_subject import MemorySubject
+from wisecli.evaluation.metrics import Measuring, is_figure, lower_is_better
 from wisecli.evaluation.protocols import Generated, ProtocolName, measure_generated
-from wisecli.evaluation.teacher_forcing import Measured, teacher_forced
-from wisecli.models.prompts.chat_template import chat_prompt, date_of
-from wisecli.models.prompts.tokenization import Row, row_of
-from wisecli.models.text_input import vocabulary_size
+from wisecli.models.prompts.chat_template import date_of
 from wisecli.progress import ProgressCallback, ignore_progress
 
 
@@ -203,80 +200,6 @@ def _consequences(records: Sequence[Edit], memory_edits: Sequence[Edit]) -> tupl
         *consequences_in(records),
         *(edit for edit in memory_edits if edit.consequence_of in ids and edit.id not in ids),
     )
-
-
-class MemorySubject:
-    """A model with a side memory, as something to be measured.
-
-    Args:
-        holders: the memory that answers a question, by prompt and target, in the place of the router's choice.
-        known: what was answered already.
-    """
-
-    def __init__(
-        self,
-        edited: EditedModel,
-        settings: EvalSettings,
-        on_progress: ProgressCallback,
-        holders: Mapping[tuple[str, str], int] | None = None,
-        known: Books | None = None,
-    ) -> None:
-        self.edited, self.settings, self.on_progress, self.holders = edited, settings, on_progress, holders
-        self.known = known or Books()
-        self.tokenizer, self.config = edited.tokenizer, edited.model.config
-        self._answering: dict[tuple[int, frozenset[int]], Answers] = {}
-
-    def row(self, prompt: str, target: str, erased: bool = False) -> Row:
-        """Return a prompt and its answer in tokens."""
-        known = vocabulary_size(self.config)
-        return row_of(self.tokenizer, self._asked(prompt), target, erased=erased, vocabulary=known)
-
-    def teacher_forced(self, pairs: Sequence[Question], *, stage: str) -> list[Measured]:
-        """Measure prompts and answers, the right tokens before each token of the answer."""
-        rows = [self.row(*pair) for pair in pairs]
-        holders = None
-        if self.holders is not None:
-            holders = [self.holders.get((pair.prompt, pair.answer)) for pair in pairs]
-        return teacher_forced(
-            self.edited,
-            rows,
-            batch_size=self.settings.batch_size,
-            stage=stage,
-            on_progress=self.on_progress,
-            holders=holders,
-        )
-
-    def answers(self, prompts: Sequence[str], *, max_new_tokens: int) -> tuple[list[str], list[str]]:
-        """Return greedy answers, before and after."""
-        asked, answering = [self._asked(prompt) for prompt in prompts], self.answering(max_new_tokens)
-        before = answering.before(asked, stage="answers before")
-        after = answering.after(asked, stage="answers after")
-        return [one.text for one in before], [one.text for one in after]
-
-    def answering(self, max_new_tokens: int, stops: frozenset[int] = frozenset()) -> Answers:
-        """Return answers of at most so many tokens, the same object each time; ``stops`` end them as well."""
-        key = max_new_tokens, stops
-        if key not in self._answering:
-            model, tokenizer = self.edited.model, self.tokenizer
-            edited = partial(answered, model, tokenizer, max_new_tokens=max_new_tokens, stops=stops)
-
-            def unedited(texts: Sequence[str]) -> list[Answer]:
-                with self.edited.unedited():
-                    return edited(texts)
-
-            self._answering[key] = Answers(
-                tokenizer,
-                unedited,
-                edited,
-                self.settings.batch_size,
-                self.on_progress,
-                known_before=self.known.before[key],
-                known_after=self.known.after[key],
-            )
-        return self._answering[key]
-
-    def _asked(self, prompt: str) -> str:
-        return chat_prompt(self.edited.tokenizer, prompt) if self.settings.chat else prompt
 
 
 def memory_numbers(manifest: Manifest) -> dict[tuple[str, str], int]:

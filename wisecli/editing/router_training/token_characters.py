@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,12 @@ def _start(text: str) -> int:
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the text of every token within a text, by its number."""
-    count = max(tokenizer.get_vocab().values()) + 1
+    return _texts_of(tokenizer, max(tokenizer.get_vocab().values()) + 1)
+
+
+@lru_cache(maxsize=1)  # several tables are made of one vocabulary
+def _texts_of(tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    """Return the texts of so many tokens."""
     # Decoders drop the space that a text begins with, so another token goes before.
     lead = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     before = len(tokenizer.decode(lead))

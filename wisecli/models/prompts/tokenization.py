@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 NO_LABEL = -100
 # Rows that begin with so many tokens alike are read together; so many of them there must be.
 SHARED, _TOGETHER = 8, 8
+# Rows whose lengths differ by no more than this are like in length.
+_UNEVEN = 16
 # No token of a word is longer, in letters.
 _LONGEST_TOKEN = 128
 
@@ -183,7 +185,13 @@ def _unwanted(rows: Sequence[Row], tail: int) -> Tensor | None:
 
 
 def in_batches(
-    rows: Sequence[Row], size: int, *, by_target: bool = False, by_beginning: bool = False, tokens: int = 4096
+    rows: Sequence[Row],
+    size: int,
+    *,
+    by_target: bool = False,
+    by_beginning: bool = False,
+    padded: bool = True,
+    tokens: int = 4096,
 ) -> Iterator[list[int]]:
     """Yield the indices of rows, those of like length together: at most ``size`` rows and, above one row, ``tokens``
     tokens.
@@ -191,6 +199,7 @@ def in_batches(
     Args:
         by_target: go by the target's length first, for rows of which only the window will run again and again.
         by_beginning: keep rows that begin alike apart from all others, if there are several.
+        padded: whether rows of a batch may differ in length by much.
     """
     own: list[tuple[int, ...]] = _common_beginnings(rows) if by_beginning else [()] * len(rows)
 
@@ -203,7 +212,8 @@ def in_batches(
     for index in order:
         widest = max(len(rows[place]) for place in (index, *batch))
         full = len(batch) == size or (len(batch) + 1) * widest > tokens
-        if batch and (full or own[index] != own[batch[0]]):
+        uneven = not padded and bool(batch) and widest - len(rows[batch[0]]) > max(_UNEVEN, widest // 4)
+        if batch and (full or uneven or own[index] != own[batch[0]]):
             yield batch
             batch = []
         batch.append(index)

@@ -6,16 +6,18 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from wisecli.errors import ModelError
 from wisecli.io.json_schema import shown
+from wisecli.models.prompts.tokenization import Row, in_batches
 from wisecli.models.running.forward_pass import CACHE_ARGUMENT
 from wisecli.models.running.seeding import seeded
-from wisecli.models.running.shrinking_batches import PromptBatch
+from wisecli.models.running.shrinking_batches import Hopeless, PromptBatch
 from wisecli.models.text_input import context_window
+from wisecli.routing.deciding.prompt_window import UNROUTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +38,8 @@ def generate(
     unwanted: Sequence[Collection[int]] | None = None,
     temperature: float | None = None,
     stops: Collection[int] = (),
+    hopeless: Sequence[Hopeless | None] = (),
+    shared: bool = False,
 ) -> list[list[int]]:
     """Return new tokens for each prompt, a text or tokens, up to the end of text, which is left out.
 
@@ -45,6 +49,9 @@ def generate(
     Args:
         unwanted: for each prompt tokens that may not come first.
         stops: tokens that end an answer as well, and belong to it.
+        hopeless: for each prompt, whether its answer need not go on behind some tokens; it may all the same.
+        shared: read what all prompts of a batch begin with once, where attention's keys and values are all that the
+            model goes on from, and no edit changes what it makes of a prompt.
 
     Raises:
         ModelError: a text is no token long, or longer than what the model takes.
@@ -66,11 +73,33 @@ def generate(
             ids, mask = (tensor.to(model.device) for tensor in left_padded([encoded[index] for index in chosen]))
             forbidden = [] if unwanted is None else [_not_first([unwanted[index] for index in chosen], ids.shape[1])]
             decided = decide(ids, mask) if decide is not None else None
-            batch = PromptBatch(partial(answer, logits_processor=forbidden), ids, mask, max_new_tokens, decided)
-            rows = batch.answer_shrinking([*ends, *stops]) if greedy and _may_shrink(model) else batch.answer()
+            vain = [hopeless[index] for index in chosen] if hopeless else []
+            batch = PromptBatch(partial(answer, logits_processor=forbidden), ids, mask, max_new_tokens, decided, vain)
+            if greedy and _may_shrink(model):
+                rows = batch.answer_shrinking([*ends, *stops], batch.shared_prefix(model) if shared else None)
+            else:
+                rows = batch.answer()
             for index, row in zip(chosen, rows, strict=True):
                 answers[index] = _up_to_the_end(row, ends, stops)
     return answers
+
+
+@torch.no_grad()
+def opened(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, batch_size: int
+) -> list[bool]:
+    """Return for which prompts a routed model's memory opens; each of the others it answers as without a memory.
+
+    Raises:
+        ModelError: a text is no token long, or longer than what the model takes.
+    """
+    rows = [Row(tuple(_encoded(model, tokenizer, prompt)), ()) for prompt in prompts]
+    decide = cast(Callable[..., torch.Tensor], model.decided)
+    found: dict[int, bool] = {}
+    for indices in in_batches(rows, batch_size, padded=False):
+        ids, mask = (tensor.to(model.device) for tensor in left_padded([rows[index].prompt for index in indices]))
+        found |= zip(indices, (decide(ids, mask)[:, 0] != UNROUTED).tolist(), strict=True)
+    return [found[index] for index in range(len(rows))]
 
 
 def _may_shrink(model: PreTrainedModel) -> bool:

@@ -7,21 +7,30 @@ their prompts decided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from wisecli.models.running.forward_pass import CACHE_ARGUMENT
+from wisecli.models.prompts.tokenization import Batch
+from wisecli.models.running.forward_pass import CACHE_ARGUMENT, run_model
+from wisecli.models.running.prefix_cache import PrefixCache
 from wisecli.routing.layers.module_types import ANSWERING
+from wisecli.routing.passes.routed_pass import Override, overridden_by
 from wisecli.routing.passes.token_cache import cache_returned
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 # Where methods that decide once a row keep what they decided, on the cache.
 ROW_DECISIONS = "held_rows"
 # Rows are taken out when no more than this share of them goes on, since each time is a call of `generate()` more.
 _GOING_ON = 0.75
+# Whether an answer need not go on behind some tokens.
+Hopeless = Callable[[list[int]], bool]
 
 
 class StopWhenFewContinue:
@@ -30,15 +39,20 @@ class StopWhenFewContinue:
     Args:
         ends: tokens that end a row, on the model's device.
         rows: how many there are.
+        hopeless: what ends each row besides, if anything does.
+        width: how many tokens of a row are its prompt.
     """
 
-    def __init__(self, ends: Tensor, rows: int) -> None:
-        self.ends, self.enough = ends, int(_GOING_ON * rows)
+    def __init__(self, ends: Tensor, rows: int, hopeless: Sequence[Hopeless | None] = (), width: int = 0) -> None:
+        self.ends, self.enough, self.hopeless, self.width = ends, int(_GOING_ON * rows), hopeless, width
         self.ended = torch.zeros(rows, dtype=torch.bool, device=ends.device)
 
     def __call__(self, ids: Tensor, _scores: Any) -> Tensor:
         """Return whether to stop, which is the same for all rows: token ids (B, T) → (B,)."""
         self.ended = self.ended | torch.isin(ids[:, -1], self.ends)
+        for row, vain in enumerate(self.hopeless):
+            if vain is not None and not self.ended[row]:
+                self.ended[row] = vain(ids[row, self.width :].tolist())
         return torch.full_like(self.ended, int((~self.ended).sum()) <= self.enough)
 
 
@@ -51,6 +65,7 @@ class PromptBatch:
         ids, mask: (B, T).
         max_new_tokens: how long an answer may be, n.
         decided: what the prompts decided, (B, 2), of a model that an edit was put into.
+        hopeless: of each row, or of none.
     """
 
     generate: Callable[..., Any]
@@ -58,6 +73,19 @@ class PromptBatch:
     mask: Tensor
     max_new_tokens: int
     decided: Tensor | None = None
+    hopeless: Sequence[Hopeless | None] = ()
+
+    def shared_prefix(self, model: PreTrainedModel) -> DynamicCache | None:
+        """Return an attention cache of what all rows begin with, read by the unedited model; ``None`` where it is not
+        worth the while.
+
+        It ends before the first of the tokens that an edit answers, which are those from a prompt's last one on.
+        """
+        last = self.ids.shape[1] - 1 if self.decided is None else int(self.decided[:, 1].min())
+        batch = Batch(self.ids, self.mask, self.ids[:, :0], last)
+        with overridden_by(Override(off=True)):
+            prefix = PrefixCache(partial(_read, model)).prefix_of(batch)
+        return None if prefix is None else prefix.cache(batch)
 
     def answer(self) -> list[list[int]]:
         """Return what follows each row, with padding behind what ended: (B, n) or less."""
@@ -65,17 +93,19 @@ class PromptBatch:
         rows: list[list[int]] = output[:, self.ids.shape[1] :].tolist()
         return rows
 
-    def answer_shrinking(self, ends: Collection[int]) -> list[list[int]]:
+    def answer_shrinking(self, ends: Collection[int], cache: DynamicCache | None = None) -> list[list[int]]:
         """Return what follows each row, with padding behind some that ended.
 
         Args:
             ends: the tokens that end a row.
+            cache: of the rows' first columns.
         """
-        ids, mask, cache, width = self.ids, self.mask, None, self.ids.shape[1]
+        ids, mask, width = self.ids, self.mask, self.ids.shape[1]
         final = torch.tensor(list(ends), dtype=torch.long, device=ids.device)
         places, answers = torch.arange(len(ids), device=ids.device), [list[int]() for _ in ids]
         while len(places):
-            few = StopWhenFewContinue(final, len(ids))
+            vain = [self.hopeless[place] for place in places.tolist()] if self.hopeless else []
+            few = StopWhenFewContinue(final, len(ids), vain, width)
             output = self.generate(
                 ids,
                 attention_mask=mask,
@@ -98,6 +128,12 @@ class PromptBatch:
             ids, places = output.sequences[left], places[left]
             mask = torch.cat([mask[left], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], 1)
         return answers
+
+
+def _read(model: PreTrainedModel, batch: Batch, cache: DynamicCache) -> tuple[Tensor, ...]:
+    """Fill a cache with what a batch's tokens leave in it."""
+    run_model(model, batch, 0, cache, None)
+    return ()
 
 
 def is_recurrent(cache: Any) -> bool:

@@ -162,7 +162,9 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def asked(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    """64 prompts: edits' own, as chats, as later turns, with an answer begun and behind a text; and unrelated ones."""
+    """72 prompts: edits' own, as chats, as later turns, with an answer begun, behind a text and two at once; and
+    unrelated ones.
+    """
     root = tmp_path_factory.mktemp("served")
     merge([chain.shards], root / "memory", MergeSettings())
     export(root / "memory", root / "edited", weights=WeightFiles(link=True))
@@ -176,6 +178,7 @@ def asked(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Asked:
         prompts += [tokenizer(text).input_ids, bare.chat(text), bare.chat("Hello!", "Hello, how can I help?", text)]
         prompts += [bare.chat(text) + tokenizer("The answer is").input_ids, bare.chat(text, "Good.", "Thank you!")]
         prompts += [tokenizer(f"{beginning}\n\n{text}").input_ids]
+        prompts += [bare.chat(f"{text} {chain.edits[-1]['prompt']}")]
     for text in others[:8]:
         prompts += [tokenizer(text).input_ids[:64], bare.chat(text[:100])]
     answers = in_transformers(model, prompts, tokens=TOKENS)
@@ -192,6 +195,7 @@ def test_what_is_asked_of_the_real_model_is_answered_by_edits(asked: Asked) -> N
     model: Any = asked.model
     decided = [model.decided(ids, torch.ones_like(ids)) for ids in map(row, asked.prompts)]
     assert 30 <= sum(int(one[0, 0]) != UNROUTED for one in decided) < len(decided)
+    assert sum(int(one[0, 0]) >= len(model.config.wise["memory"]["thresholds"]) for one in decided) >= 4  # two at once
 
 
 def row(prompt: Sequence[int]) -> torch.Tensor:

@@ -70,7 +70,7 @@ def train_projections(
         identity: of the base model, for the cache.
         texts: how many unrelated texts go with it; with few, less is learned.
     """
-    texts = min(texts, max(_FEWEST, round(_TEXTS * _breadth(site))))
+    texts = min(texts, max(_FEWEST, round(_TEXTS * (site.d / _NARROW) ** 2)))
     about = [identity, site.layer_module, texts, str(loaded.model.dtype), loaded.device.type, _VERSION]
     path = cache_path("meaning") / f"{sha256_json(about)[:32]}.safetensors"
     with suppress(DamagedFileError):
@@ -79,11 +79,6 @@ def train_projections(
     trained = _train_all(loaded, site, share=min(1.0, texts / _TEXTS), batch_size=batch_size, on_progress=on_progress)
     keep_in_cache(path, lambda working: save_tensors(working, trained.tensors(), {}))
     return trained
-
-
-def _breadth(site: Site) -> float:
-    """Return the share of what wide states are taught that a site's are, by how wide they are."""
-    return min(1.0, (site.d / _NARROW) ** 2)
 
 
 def _train_all(
@@ -106,8 +101,9 @@ def _train_all(
     heads = learner.heads(special_tokens(loaded), site.layer, unrelated)
     learned = Projections(*(getattr(heads, field.name) for field in fields(Projections)))
     # Examples of requests take longer than facts, and tell narrow states less.
+    share *= min(1.0, (site.d / _NARROW) ** 2)
     gate, mentioned = train_request_gate(
-        loaded, site, learned, share=share * _breadth(site), batch_size=batch_size, on_progress=on_progress
+        loaded, site, learned, share=share, batch_size=batch_size, on_progress=on_progress
     )
     return replace(heads, request_gate=gate, mentioned=mentioned)
 

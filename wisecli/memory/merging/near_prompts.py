@@ -47,7 +47,7 @@ class NearPrompts:
         Args:
             least: probabilities (e,); what does not exceed them, or by its subject cannot, may be 0.
         """
-        states = self.states[self.tokens.members(prompts)[0]].float()
+        states = self.states.index_select(0, self.tokens.members(prompts)[0]).float()
         sizes = self.tokens.sizes[prompts].tolist()
         kept, edit_index = self.prompts_of_edit.members(edits)
         subject = self._log_probs(0, states, sizes, kept)
@@ -69,10 +69,10 @@ class NearPrompts:
         projection = late_interaction.proj_weight[head], late_interaction.proj_bias[head]
         projected = F.normalize(F.linear(states, *projection), dim=-1)
         rows, index = self.kept_tokens.members(kept + head * self.count)
-        cosines = late_interaction.prompt_token_embeddings[rows] @ projected.T
-        near = torch.stack([part.amax(1) for part in cosines.split(sizes, 1)], 1)
-        near *= late_interaction.token_weights[rows, None]
-        scores = near.new_zeros(len(kept), len(sizes)).index_add_(0, index, near)
+        cosines = projected @ late_interaction.prompt_token_embeddings.index_select(0, rows).T
+        near = torch.stack([part.amax(0) for part in cosines.split(sizes)])
+        near *= late_interaction.token_weights.index_select(0, rows)
+        scores = near.new_zeros(len(sizes), len(kept)).index_add_(1, index, near).T
         logits = late_interaction.logit_scale[head] * (scores - late_interaction.logit_offset[head])
         return F.logsigmoid(logits)
 
@@ -117,9 +117,20 @@ class NearPrompts:
             columns = columns.flatten(0, 1).T.to(embeddings.dtype)  # (k, W · B)
             scores = torch.zeros(len(numbers), len(part))
             for some, prompt, weights in parts:
-                scores.index_add_(0, prompt, (some @ columns).view(len(some), -1, len(part)).amax(1) * weights)
+                scores.index_add_(0, prompt, _highest((some @ columns).view(len(some), -1, len(part))) * weights)
             kept, asking = (scores >= least).nonzero(as_tuple=True)
             yield owner[part[asking]], owner[kept]
+
+
+def _highest(cosines: Tensor) -> Tensor:
+    """Return the highest of cosines (n, W, b) over W, or nought if all are less: (n, b).
+
+    Those of few bits are compared as the whole numbers that stand for them, several times as fast: from nought on the
+    order is the same.
+    """
+    if cosines.dtype != torch.bfloat16:
+        return cosines.amax(1).clamp(min=0)
+    return cosines.view(torch.int16).amax(1).clamp(min=0).view(torch.bfloat16)
 
 
 class _Groups:

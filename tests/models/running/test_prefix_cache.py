@@ -71,3 +71,10 @@ def test_rows_that_begin_alike_are_kept_together() -> None:
     batches = list(in_batches(rows, 4, by_beginning=True))
     assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
     assert all(len({rows[index].prompt[:SHARED] == BEGINNING[:SHARED] for index in batch}) == 1 for batch in batches)
+
+
+def test_rows_of_a_batch_may_be_like_in_length() -> None:
+    rows = random_rows(*((length, 1) for length in (300, 2, 240, 18, 60, 3, 45, 200)))
+    batches = [[len(rows[index]) for index in batch] for batch in in_batches(rows, 8, padded=False)]
+    assert batches == [[3, 4, 19], [46, 61], [201, 241], [301]]
+    assert len(list(in_batches(rows, 8))) == 1

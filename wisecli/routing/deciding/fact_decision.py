@@ -57,13 +57,13 @@ class _ComparedTokens(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """An edit that a prompt may ask, by the row of the prompt and its own number; ``heard`` marks those of the compared
-    tokens that are taken for the request (n,), all by default.
+    """An edit that a prompt may ask, by the row of the prompt and its own number; ``part`` marks those of the compared
+    tokens that may ask it (n,), all by default.
     """
 
     row: int
     edit: int
-    heard: Tensor | None = None
+    part: Tensor | None = None
 
 
 class FactDecision(Memory):
@@ -166,11 +166,8 @@ class FactDecision(Memory):
         ask_probs = torch.zeros(len(decision.memory), device=decision.memory.device)
         rows = (decision.memory != UNROUTED).nonzero().flatten()
         if len(rows):
-            ask_probs[rows] = self._ask_probs(
-                gate,
-                tokens,
-                [_Asked(row, edit) for row, edit in zip(rows.tolist(), decision.memory[rows].tolist(), strict=True)],
-            )
+            asked = [_Asked(*pair) for pair in zip(rows.tolist(), decision.memory[rows].tolist(), strict=True)]
+            ask_probs[rows] = self._ask_probs(gate, tokens, asked)
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
     def _with_pairs(self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision, likely: Tensor) -> Decision:
@@ -211,10 +208,10 @@ class FactDecision(Memory):
                 return pair if parts.in_order else pair[::-1]
         return ()
 
-    def _means(self, prompts: ProjectedPrompts, row: int, edit: int, heard: Tensor) -> bool:
+    def _means(self, prompts: ProjectedPrompts, row: int, edit: int, part: Tensor) -> bool:
         """Return whether a part of a prompt, by the tokens that are of it (n,), means an edit by itself."""
         mask = prompts.mask[row : row + 1].clone()
-        mask[0, mask[0].clone()] = heard
+        mask[0, mask[0].clone()] = part
         alone = ProjectedPrompts(prompts.projected[:, row : row + 1], mask, prompts.states[row : row + 1])
         return bool(self.above_threshold(self.late_interaction.edit_probs(alone).float())[0, edit])
 
@@ -224,12 +221,12 @@ class FactDecision(Memory):
         mentions = []
         opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
         edits = torch.tensor([one.edit for one in asked], device=mask.device)
-        for (row, _, heard), own in zip(asked, self.late_interaction.edit_tokens(edits), strict=True):
-            part, ids = projected.mask[row], window.ids[row, mask[row]]
-            states, both = projected.states[row, part], projected.projected[:, row, part]
-            before = None if earlier is None else earlier[row, part]
-            if heard is not None:
-                states, both, ids = states[heard], both[:, heard], ids[heard]
+        for (row, _, part), own in zip(asked, self.late_interaction.edit_tokens(edits), strict=True):
+            kept, ids = projected.mask[row], window.ids[row, mask[row]]
+            states, both = projected.states[row, kept], projected.projected[:, row, kept]
+            before = None if earlier is None else earlier[row, kept]
+            if part is not None:
+                states, both, ids = states[part], both[:, part], ids[part]
             first = window.states[row, 0].float() if opens[row] else None
             mentions.append(
                 mention_features(states, both, own, earlier=before, first_state=first, marks=gate.marks(ids))

@@ -113,8 +113,8 @@ class FactDecision(Memory):
         tokens = _ComparedTokens(window, compared, projected)
         decision = self._without_unasked(self.request_gate, tokens, decision)
         if self.pairs is not None:
-            likely = named_probs * self.above_threshold(named_probs) * self.pairs.usable
-            decision = self._with_pairs(self.request_gate, tokens, decision, likely)
+            may_open = self.above_threshold(named_probs) * self.pairs.usable
+            decision = self._with_pairs(self.request_gate, tokens, decision, named_probs * may_open)
         earlier = earlier_turn_tokens(ids, non_padding, compared, self.late_interaction.special_token_ids)
         rows = ((decision.score_ratio <= 1) & earlier.any(1)).nonzero().flatten()
         if not len(rows):
@@ -170,23 +170,25 @@ class FactDecision(Memory):
             ask_probs[rows] = self._ask_probs(gate, tokens, asked)
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
-    def _with_pairs(self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision, likely: Tensor) -> Decision:
+    def _with_pairs(
+        self, gate: RequestGate, tokens: _ComparedTokens, decision: Decision, named_probs: Tensor
+    ) -> Decision:
         """Return a decision in which prompts that ask two edits, each in a part of its own, open both.
 
         Args:
-            likely: how surely prompts mean each edit that may open, 0 for the others (B, M).
+            named_probs: how surely prompts mean each edit that may open, 0 for the others (B, M).
         """
         memory, second = decision.memory.clone(), torch.full_like(decision.memory, UNROUTED)
         ask_prob = torch.zeros(len(memory), device=memory.device) if decision.ask_prob is None else decision.ask_prob
-        for row in ((likely > 0).sum(1) > 1).nonzero().flatten().tolist():
-            pair = self._parted(gate, tokens, row, likely[row])
+        for row in ((named_probs > 0).sum(1) > 1).nonzero().flatten().tolist():
+            pair = self._parted(gate, tokens, row, named_probs[row])
             probs = self._ask_probs(gate, tokens, pair) if pair else ask_prob.new_zeros(1)
             if bool((probs > MIN_ASK_PROB).all()):
                 memory[row], second[row] = pair[0].edit, pair[1].edit
                 ask_prob = ask_prob.index_fill(0, torch.tensor(row, device=memory.device), float(probs.min()))
         return replace(decision, memory=memory, second=second, ask_prob=ask_prob)
 
-    def _parted(self, gate: RequestGate, tokens: _ComparedTokens, row: int, likely: Tensor) -> tuple[_Asked, ...]:
+    def _parted(self, gate: RequestGate, tokens: _ComparedTokens, row: int, named_probs: Tensor) -> tuple[_Asked, ...]:
         """Return the likeliest edit (M,) and the likeliest of those that another part of a prompt means, in the order
         in which they are mentioned, each with its part; none if there is no other.
         """
@@ -195,7 +197,7 @@ class FactDecision(Memory):
             return ()
         projected, sentence = tokens.projected, sentence_of(marks.ends, None)
         own = projected.projected[:, row, projected.mask[row]]
-        edits = likely.topk(min(_RIVALS, int((likely > 0).sum()))).indices
+        edits = named_probs.topk(min(_RIVALS, int((named_probs > 0).sum()))).indices
         cosines = [
             [part @ words.T for part, words in zip(own, both, strict=True)]
             for both in self.late_interaction.edit_tokens(edits)

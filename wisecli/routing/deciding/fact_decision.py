@@ -89,7 +89,7 @@ class FactDecision(Memory):
         """Return what answers each token of a pass (B, T), of a pair one edit behind the other."""
         if self.pairs is None:
             return numbers
-        here = in_answer & (ids == self.pairs.separator_token_id) & (numbers >= 0)
+        here = in_answer & (ids == self.pairs.separator_token_id.to(ids.device)) & (numbers >= 0)
         return self.pairs.in_turn(numbers, here.long().cumsum(1), here)
 
     def decide(self, window: WindowStates) -> Decision:

@@ -36,7 +36,7 @@ _CONVERSATIONS = 4
 _MADE = 3
 # Slots: questions with slips; questions on longer names; and other questions than a fact's.
 _TYPOS = ("{slips:swap}", "{slips:drop}")
-# How often a question is asked in capitals, twice as often as one of two tasks on it stands in them; and how.
+# How often a question is asked in capitals, and how; a task is written in capitals half as often.
 _LOUD = 0.6
 _CAPITALS = ("{capitals}", "{capitals}", "HELLO, {capitals}", "{capitals} THANKS", "QUESTION: {capitals}")
 _NEAR_NAMES = ("{near:word}", "{near:added}")

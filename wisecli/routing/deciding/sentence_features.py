@@ -41,7 +41,7 @@ def sentence_features(cosines: list[Tensor], ends: Tensor, earlier: Tensor | Non
     count = int(sentence[-1]) + 1
     asks = torch.zeros(count, device=ends.device).index_add(0, sentence, (ends == QUESTION_END).float()).clamp(max=1)
     matches = [_sentence_match(one, sentence, count) for one in cosines]
-    mention = int((matches[0] + matches[1]).argmax())
+    mention = _best_match(matches)
     apart = (sentence - mention).clamp(-_APART, _APART) / _APART
     places = [(sentence == place).float() for place in (mention, count - 1, 0)]
     of_tokens = torch.stack([apart, places[0], asks[sentence], places[1], places[2]], -1)
@@ -73,9 +73,12 @@ def mention_sentence(cosines: list[Tensor], sentence: Tensor) -> int:
         cosines: as for :func:`sentence_features`.
         sentence: the number of each token's sentence (n,).
     """
-    count = int(sentence[-1]) + 1
-    subject, relation = (_sentence_match(one, sentence, count) for one in cosines)
-    return int((subject + relation).argmax())
+    return _best_match([_sentence_match(one, sentence, int(sentence[-1]) + 1) for one in cosines])
+
+
+def _best_match(matches: list[Tensor]) -> int:
+    """Return the sentence that has subject and relation best together: how well each has them, (count,) twice."""
+    return int((matches[0] + matches[1]).argmax())
 
 
 def _sentence_match(cosines: Tensor, sentence: Tensor, count: int) -> Tensor:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from tests.support.cosines import edit_cosines
 from wisecli.routing.deciding.name_features import NAME_FEATURE_COUNT, name_features, starts_of
 
 # Marks of tokens: no word, a small one, one with a capital, and such as go on with a word.
@@ -76,8 +78,20 @@ def test_names_are_looked_at_as_a_plain_loop_does(starts: list[int], seed: int, 
     ends = [int(place % 4 == 3) for place in range(len(starts))]
     cosines = [normal(len(starts), 3, seed=seed).tanh(), normal(len(starts), 4, seed=seed + 9).tanh()]
     earlier = [place < turn for place in range(len(starts))]
-    found = name_features(cosines, torch.tensor(starts), torch.tensor(ends), torch.tensor(earlier) if turn else None)
-    torch.testing.assert_close(found, word_by_word(cosines, starts, ends, earlier))
+    longer, rest = [SMALL, CAPITAL] * 8, 16 - len(starts)
+    among = [normal(16, 2, seed=seed + 4).tanh(), normal(16, 5, seed=seed + 5).tanh()]
+    marks = [
+        torch.tensor([F.pad(torch.tensor(one), (0, rest)).tolist(), other])
+        for one, other in ((starts, longer), (ends, [0] * 16), (earlier, [False] * 16))
+    ]
+    found = name_features(edit_cosines([cosines, among]), *marks)
+    torch.testing.assert_close(found[0, : len(starts)], word_by_word(cosines, starts, ends, earlier))
+    torch.testing.assert_close(found[1], word_by_word(among, longer, [0] * 16, [False] * 16))
+
+
+def alone(cosines: list[Tensor], starts: Tensor) -> Tensor:
+    nothing = torch.zeros(1, len(starts), dtype=torch.long)
+    return name_features(edit_cosines([cosines]), starts[None], nothing, nothing.bool())[0]
 
 
 def test_a_name_that_goes_on_has_a_word_that_nothing_explains() -> None:
@@ -85,11 +99,11 @@ def test_a_name_that_goes_on_has_a_word_that_nothing_explains() -> None:
     starts = torch.tensor([CAPITAL_WITHIN, SMALL, CAPITAL, CAPITAL, WITHIN, CAPITAL, NO_WORD])
     subject = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.9, 0.2], [0.1, 0.9], [0.2, 0.8], [0.1, 0.3], [0.0, 0.0]])
     relation = torch.tensor([[0.9], [0.8], [0.1], [0.1], [0.1], [0.2], [0.9]])
-    longer = name_features([subject, relation], starts, torch.zeros(7, dtype=torch.long))
+    longer = alone([subject, relation], starts)
     assert longer[0, 3:].tolist() == pytest.approx([0.3, 0.9, 0.3, 1 / 3, 0.5])
     assert longer[:, 1].tolist() == [0, 0, 1, 1, 1, 1, 0]
     kept = torch.tensor([0, 1, 2, 3, 4, 6])
-    same = name_features([subject[kept], relation[kept]], starts[kept], torch.zeros(6, dtype=torch.long))
+    same = alone([subject[kept], relation[kept]], starts[kept])
     assert same[0, 3:].tolist() == pytest.approx([0.9, 0.9, 0.9, 0, 2 / 6])
 
 

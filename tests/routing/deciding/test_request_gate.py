@@ -17,6 +17,7 @@ from wisecli.routing.deciding.request_gate import (
     LOGIT_OFFSET,
     MENTION_RADIUS,
     REQUEST_GATE,
+    Request,
     RequestGate,
     batch_mentions,
     mention_features,
@@ -62,7 +63,7 @@ def test_the_middle_of_a_mention_is_where_the_edits_words_lie_nearest_together(c
             score += sum(best) / len(best)
         scores.append(score)
     earlier = count // 3
-    found = mention_features(states, turned, own, earlier=torch.arange(count) < earlier)
+    found = mention_features([Request(states, turned, own, torch.arange(count) < earlier)])[0]
     middle = max(range(count), key=lambda place: (round(scores[place], 5), -place))
     near = [abs(place - middle) <= CONTEXT_RADIUS for place in range(count)]
     read = [place for place in range(count) if near[place] or place < FIRST_TOKENS or place >= count - LAST_TOKENS]
@@ -98,7 +99,7 @@ def log_odds_by_loops(states: Tensor, features: Tensor, tensors: dict[str, Tenso
 def test_log_odds_are_those_of_loops_whoever_else_is_in_the_batch() -> None:
     tensors = weights()
     gate = RequestGate({**tensors, LOGIT_OFFSET: torch.tensor([0.0, 0.5])})
-    mentions = [mention_features(*request(count, seed=count), edit(seed=3)) for count in (1, 5, 40, 90)]
+    mentions = mention_features([Request(*request(count, seed=count), edit(seed=3)) for count in (1, 5, 40, 90)])
     expected = [log_odds_by_loops(one.states, one.features, tensors) for one in mentions]
     assert gate.log_odds(batch_mentions(mentions)).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
     lower = [one - 0.5 * (place % 2) for place, one in enumerate(expected)]
@@ -112,7 +113,7 @@ def test_log_odds_are_those_of_loops_whoever_else_is_in_the_batch() -> None:
 def test_an_edit_whose_prompt_is_all_subject_has_a_mention_too() -> None:
     states, turned = request(8, seed=1)
     subject, relation = edit(seed=4)
-    found = mention_features(states, turned, (subject, relation[:0]))
+    found = mention_features([Request(states, turned, (subject, relation[:0]))])[0]
     assert found.features[:, 1].abs().max() == 0
     assert len(found.states) == 8
 
@@ -130,8 +131,8 @@ def test_a_first_word_is_told_from_a_mark(padded: int) -> None:
 def test_the_first_word_is_seen_before_the_others() -> None:
     states, turned = request(4, seed=0)
     own = edit(seed=3)
-    plain = mention_features(states, turned, own)
+    plain = mention_features([Request(states, turned, own)])[0]
     first = torch.full_like(states[0], 2.0)
-    found = mention_features(states, turned, own, first_state=first)
+    found = mention_features([Request(states, turned, own, first_state=first)])[0]
     assert torch.equal(found.states, torch.cat([first[None], plain.states]))
     assert not found.features[0, :3].any()  # it is like nothing in the edit

@@ -3,8 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from wisecli.routing.deciding.sentence_features import SENTENCE_FEATURE_COUNT, ends_at, sentence_features
+from tests.support.cosines import edit_cosines
+from wisecli.routing.deciding.sentence_features import (
+    SENTENCE_FEATURE_COUNT,
+    ends_at,
+    mention_sentences,
+    sentence_features,
+    sentence_of,
+)
 
 END, QUESTION = torch.tensor([3, 7]), torch.tensor([7])
 
@@ -43,23 +51,34 @@ def token_by_token(cosines: list[Tensor], ends: list[int], earlier: list[bool]) 
     return torch.tensor([[float(number) for number in row] for row in rows])
 
 
-@pytest.mark.parametrize(
-    "ids", [[1], [1, 2, 1], [1, 7], [1, 3, 2, 3, 3, 5, 7, 1], [3, 3, 1, 7, 7, 2, 2, 3, 1, 1, 7, 3, 4]]
-)
+IDS = ([1], [1, 2, 1], [1, 7], [1, 3, 2, 3, 3, 5, 7, 1], [3, 3, 1, 7, 7, 2, 2, 3, 1, 1, 7, 3, 4])
+
+
 @pytest.mark.parametrize("turn", [0, 2])
-def test_each_token_is_placed_among_sentences_as_a_plain_loop_does(ids: list[int], turn: int) -> None:
-    ends = ends_at(torch.tensor(ids), END, QUESTION)
-    assert ends.tolist() == [2 if one == 7 else 1 if one == 3 else 0 for one in ids]
-    cosines = [normal(len(ids), 3, seed=1).tanh(), normal(len(ids), 4, seed=2).tanh()]
-    earlier = [place < turn for place in range(len(ids))]
-    found = sentence_features(cosines, ends, torch.tensor(earlier) if turn else None)
-    assert found.shape == (len(ids), SENTENCE_FEATURE_COUNT)
-    torch.testing.assert_close(found, token_by_token(cosines, ends.tolist(), earlier))
+def test_each_token_is_placed_among_sentences_as_a_plain_loop_does(turn: int) -> None:
+    """Requests of several lengths in one batch, for edits of several lengths."""
+    cosines = [
+        (normal(len(ids), 2 + number % 2, seed=1).tanh(), normal(len(ids), 4 - number % 3, seed=2).tanh())
+        for number, ids in enumerate(IDS)
+    ]
+    ends = [ends_at(torch.tensor(ids), END, QUESTION) for ids in IDS]
+    earlier = [[place < turn for place in range(len(ids))] for ids in IDS]
+    found = sentence_features(edit_cosines(cosines), pad_sequence(ends, batch_first=True), padded_flags(earlier))
+    for ids, own, end, turns, one in zip(IDS, cosines, ends, earlier, found, strict=True):
+        assert end.tolist() == [2 if token == 7 else 1 if token == 3 else 0 for token in ids]
+        assert one.shape[1] == SENTENCE_FEATURE_COUNT
+        torch.testing.assert_close(one[: len(ids)], token_by_token(list(own), end.tolist(), turns))
+
+
+def padded_flags(rows: list[list[bool]]) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def test_an_edit_without_a_subject_matches_by_its_relation_alone() -> None:
-    ends = ends_at(torch.tensor([1, 3, 1, 7]), END, QUESTION)
-    relation = torch.tensor([[0.1], [0.2], [0.9], [0.1]])
-    found = sentence_features([torch.empty(4, 0), relation], ends)
+    ends = ends_at(torch.tensor([[1, 3, 1, 7]]), END, QUESTION)
+    cosines = edit_cosines([(torch.empty(4, 0), torch.tensor([[0.1], [0.2], [0.9], [0.1]]))])
+    earlier = torch.zeros(1, 4, dtype=torch.bool)
+    found = sentence_features(cosines, ends, earlier)[0]
     assert found[:, 1].tolist() == [0, 0, 1, 1], "the second sentence has it best"
     assert bool(found.isfinite().all())
+    assert mention_sentences(cosines, sentence_of(ends, earlier)) == [1]

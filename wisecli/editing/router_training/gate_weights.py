@@ -31,7 +31,7 @@ class _Standardized:
     """Maps states to their leading principal components, standardised."""
 
     def __init__(self, mentions: Sequence[Mention]) -> None:
-        sample = torch.cat([one.states for one in mentions[:: max(1, len(mentions) // 800)]])
+        sample = torch.cat([one.states for one in mentions[:: max(1, len(mentions) // 800)]]).float()
         self.mean, self.scale = sample.mean(0), sample.std(0).clamp(min=1e-3)
         spaced = torch.linspace(0, len(sample) - 1, min(len(sample), 4000)).long()
         basis = torch.linalg.svd((sample[spaced] - self.mean) / self.scale, full_matrices=False)[2]

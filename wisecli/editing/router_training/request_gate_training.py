@@ -8,6 +8,7 @@ it was not learned from, and so is measured which mentions of them it lets throu
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from wisecli.progress import ProgressCallback
 from wisecli.routing.deciding.request_gate import (
     TOKEN_MARKS,
     Mention,
+    Request,
     TokenMarks,
     batch_mentions,
     log_odds,
@@ -41,6 +43,8 @@ _FACTS, _STEPS = 320, 800
 # Prompts that late interaction finds less likely than this to mean a fact never come to the gate; from the second on
 # they open it.
 _FOUND, _OPENED = 0.25, 0.5
+# Requests whose mentions are looked at together.
+_AT_A_TIME = 128
 # So many facts are mentioned in wordings that nothing is learned from.
 _CHECKED = 12
 
@@ -92,6 +96,13 @@ class _Read(NamedTuple):
 
     states: TokenStates
     marks: TokenMarks
+
+    def request(self, number: int, tokens: slice, projected: Tensor, edit_tokens: tuple[Tensor, Tensor]) -> Request:
+        """Return the prompt of a number, of some of the tokens, with a fact that it may mention."""
+        states, starts = self.states, self.marks.starts
+        first = states.first_state[number] if states.first_is_word[number] else None
+        marks = TokenMarks(self.marks.ends[tokens], None if starts is None else starts[tokens])
+        return Request(states.states[tokens], projected, edit_tokens, states.in_earlier_turn[tokens], first, marks)
 
 
 def train_request_gate(
@@ -166,35 +177,24 @@ def _mentions(
     examples: Sequence[Example],
     read: _Read,
     least: float = _FOUND,
-) -> Iterator[tuple[Example, Mention]]:
-    """Yield what the gate reads of those examples that are found, as likely as ``least``."""
-    states = read.states
-    sizes = torch.bincount(states.text, minlength=len(examples)).tolist()
-    parts = zip(
-        examples,
-        states.states.split(sizes),
-        states.in_earlier_turn.split(sizes),
-        _split(read.marks, sizes),
-        states.first_state,
-        states.first_is_word,
-        strict=True,
-    )
-    for example, state, in_earlier_turn, marks, first_state, first_is_word in parts:
-        projected = torch.stack([projections.project(state, head) for head in range(2)])
-        fact = fact_prompts[example.fact]
-        if len(state) and fact.match_prob(projections, projected) >= least:
-            first = first_state if first_is_word else None
-            own = fact.projected
-            yield (
-                example,
-                mention_features(state, projected, own, earlier=in_earlier_turn, first_state=first, marks=marks),
-            )
-
-
-def _split(marks: TokenMarks, sizes: Sequence[int]) -> Iterator[TokenMarks]:
-    """Yield the marks of each of several requests."""
-    assert marks.starts is not None
-    return map(TokenMarks, marks.ends.split(sizes), marks.starts.split(sizes))
+) -> list[tuple[Example, Mention]]:
+    """Return what the gate reads of those examples that are found, as likely as ``least``."""
+    sizes = torch.bincount(read.states.text, minlength=len(examples)).tolist()
+    starts = [0, *itertools.accumulate(sizes)]
+    # Requests of like length together, as the shorter ones of a batch are filled up.
+    order = [place for place in sorted(range(len(examples)), key=lambda place: sizes[place]) if sizes[place]]
+    mentions: dict[int, Mention] = {}
+    for first in range(0, len(order), _AT_A_TIME):
+        requests: dict[int, Request] = {}
+        for place in order[first : first + _AT_A_TIME]:
+            tokens = slice(starts[place], starts[place + 1])
+            fact = fact_prompts[examples[place].fact]
+            projected = torch.stack([projections.project(read.states.states[tokens], head) for head in range(2)])
+            if fact.match_prob(projections, projected) >= least:
+                requests[place] = read.request(place, tokens, projected, fact.projected)
+        if requests:
+            mentions |= zip(requests, mention_features(list(requests.values())), strict=True)
+    return [(examples[place], mentions[place]) for place in sorted(mentions)]
 
 
 def _subject_mask(loaded: Loaded, fact: SyntheticFact, places: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
 from wisecli.memory.merging.near_prompts import NearPrompts, padded_texts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LATE_INTERACTION, LateInteraction
-from wisecli.routing.deciding.request_gate import LOGIT_OFFSET, RequestGate, batch_mentions, mention_features
+from wisecli.routing.deciding.request_gate import LOGIT_OFFSET, Request, RequestGate, batch_mentions, mention_features
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
 MIN_EDIT_PROB, _PROB_MARGIN, _MAX_THRESHOLD = 0.5, 1.25, 0.95
@@ -147,11 +147,13 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
         own_tokens = [tokens_of[number] for number in some.tolist()]
         parts = zip(own.split(counts), turned.split(counts, 1), own_tokens, pairs[some].tolist(), strict=True)
         edit_tokens = late_interaction.edit_tokens(pairs[some, 0])
-        mentions = [
-            mention_features(one, near, tokens, first_state=first_states.get((edit, form)), marks=gate.marks(ids))
+        requests = [
+            Request(one, near, tokens, first_state=first_states.get((edit, form)), marks=gate.marks(ids))
             for (one, near, ids, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
         ]
-        lower = (gate.log_odds(batch_mentions(mentions)) - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
+        lower = (gate.log_odds(batch_mentions(mention_features(requests))) - _LOGIT_MARGIN).clamp(
+            _MIN_LOGIT_OFFSET, 0.0
+        )
         logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")
     return {**heads.request_gate, LOGIT_OFFSET: logit_offset}
 

@@ -26,12 +26,13 @@ from wisecli.routing.deciding.late_interaction import (
 from wisecli.routing.deciding.prompt_window import UNROUTED
 from wisecli.routing.deciding.request_gate import (
     REQUEST_GATE,
+    Request,
     RequestGate,
     batch_mentions,
     mention_features,
     starts_with_word,
 )
-from wisecli.routing.deciding.sentence_features import sentence_of
+from wisecli.routing.deciding.sentence_features import EditCosines, mention_sentences, sentence_of
 from wisecli.routing.deciding.subject_match import SUBJECT_MATCH, SubjectMatch
 from wisecli.routing.deciding.two_requests import request_parts
 from wisecli.routing.memories.answer_pairs import ANSWER_PAIRS, AnswerPairs
@@ -195,16 +196,16 @@ class FactDecision(Memory):
         marks = gate.marks(tokens.window.ids[row, tokens.mask[row]])
         if marks is None:
             return ()
-        projected, sentence = tokens.projected, sentence_of(marks.ends, None)
+        projected = tokens.projected
         own = projected.projected[:, row, projected.mask[row]]
         edits = named_probs.topk(min(_RIVALS, int((named_probs > 0).sum()))).indices
-        cosines = [
-            [part @ words.T for part, words in zip(own, both, strict=True)]
-            for both in self.late_interaction.edit_tokens(edits)
-        ]
+        cosines = EditCosines.of([own] * len(edits), self.late_interaction.edit_tokens(edits))
+        sentence = sentence_of(marks.ends[None], torch.zeros_like(cosines.mask[:1]))
+        mentions = mention_sentences(cosines, sentence.expand_as(cosines.mask))
         best, *others = edits.tolist()
-        for edit, rival in zip(others, cosines[1:], strict=True):
-            parts = request_parts(cosines[0], rival, sentence)
+        for place, edit in enumerate(others, 1):
+            of_both = cosines.with_edit(0), cosines.with_edit(place)
+            parts = request_parts(of_both, (mentions[0], mentions[place]), sentence[0])
             pair = _Asked(row, best, parts.first), _Asked(row, edit, parts.second)
             if self._means(projected, row, best, parts.first) and self._means(projected, row, edit, parts.second):
                 return pair if parts.in_order else pair[::-1]
@@ -220,7 +221,7 @@ class FactDecision(Memory):
     def _ask_probs(self, gate: RequestGate, tokens: _ComparedTokens, asked: Sequence[_Asked]) -> Tensor:
         """Return how surely prompts ask edits: (a,)."""
         window, mask, projected, earlier = tokens
-        mentions = []
+        requests = []
         opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
         edits = torch.tensor([one.edit for one in asked], device=mask.device)
         for (row, _, part), own in zip(asked, self.late_interaction.edit_tokens(edits), strict=True):
@@ -230,10 +231,8 @@ class FactDecision(Memory):
             if part is not None:
                 states, both, ids = states[part], both[:, part], ids[part]
             first = window.states[row, 0].float() if opens[row] else None
-            mentions.append(
-                mention_features(states, both, own, earlier=before, first_state=first, marks=gate.marks(ids))
-            )
-        log_odds: Tensor = gate(batch_mentions(mentions), edits)
+            requests.append(Request(states, both, own, before, first, gate.marks(ids)))
+        log_odds: Tensor = gate(batch_mentions(mention_features(requests)), edits)
         return log_odds.sigmoid()
 
 

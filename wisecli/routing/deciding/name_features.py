@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.sentence_features import NO_END
+from wisecli.routing.deciding.sentence_features import NO_END, EditCosines
 
 # The tensor that says how every token begins (v,): one of the following.
 WORD_STARTS = "request_gate.word_starts"
@@ -33,22 +33,44 @@ _MOST_UNEXPLAINED, _MOST_WORDS = 3, 6
 
 
 class _Words(NamedTuple):
-    """The words of a request: which one each token is of (n,); how each begins, and which open a sentence (w,)."""
+    """The words of B requests: which one each token is of (B, n); how each begins, and which open a sentence (B, w).
+
+    Behind its own words a request has such as are none, where others have more.
+    """
 
     of_token: Tensor
     start: Tensor
     opens_sentence: Tensor
 
+    @classmethod
+    def of(cls, starts: Tensor, ends: Tensor, earlier: Tensor) -> _Words:
+        """Return the words of requests; what is no word is one of its own."""
+        opens = F.pad((ends[:, :-1] != NO_END) | (earlier[:, :-1] != earlier[:, 1:]), (1, 0), value=True)
+        goes_on = (starts >= SMALL_WITHIN) & F.pad(starts[:, :-1] != NO_WORD, (1, 0)) & ~opens
+        of_token = (~goes_on).long().cumsum(1) - 1
+        count = int(of_token.max()) + 1
+        # Of each word the first token is looked at, the only one that does not go on with it.
+        start = starts.new_full((len(starts), count), NO_WORD)
+        start = start.scatter_reduce(1, of_token, starts.masked_fill(goes_on, NO_WORD), "amax")
+        opening = torch.zeros_like(start).scatter_reduce(1, of_token, (opens & ~goes_on).long(), "amax")
+        return cls(of_token, start, opening > 0)
+
     @property
     def capital(self) -> Tensor:
-        """Which words have a capital or are numbers (w,)."""
+        """Which words have a capital or are numbers (B, w)."""
         return (self.start == CAPITAL) | (self.start == CAPITAL_WITHIN)
 
     @property
-    def small_share(self) -> float:
-        """The share of words in small letters, of those within sentences."""
-        within = self.start[~self.opens_sentence & (self.start != NO_WORD)]
-        return float(((within == SMALL) | (within == SMALL_WITHIN)).float().mean()) if len(within) else 0.0
+    def small_share(self) -> Tensor:
+        """The share of words in small letters, of those within sentences: (B,)."""
+        within = ~self.opens_sentence & (self.start != NO_WORD)
+        small = within & ((self.start == SMALL) | (self.start == SMALL_WITHIN))
+        return small.sum(1) / within.sum(1).clamp(min=1)
+
+    def best(self, values: Tensor) -> Tensor:
+        """Return the best value among the tokens (B, n) of each word, one with a slip is explained in part: (B, w)."""
+        start = values.new_full(self.start.shape, -1.0)
+        return start.scatter_reduce(1, self.of_token, values, "amax")
 
 
 def starts_of(ids: Tensor, word_starts: Tensor) -> Tensor:
@@ -56,49 +78,46 @@ def starts_of(ids: Tensor, word_starts: Tensor) -> Tensor:
     return word_starts[ids.clamp(max=len(word_starts) - 1)].long()
 
 
-def name_features(cosines: list[Tensor], starts: Tensor, ends: Tensor, earlier: Tensor | None = None) -> Tensor:
-    """Return ``NAME_FEATURE_COUNT`` numbers of each token of a request: (n, f).
+def name_features(cosines: EditCosines, starts: Tensor, ends: Tensor, earlier: Tensor) -> Tensor:
+    """Return ``NAME_FEATURE_COUNT`` numbers of each token of requests: (B, n, f).
 
     Args:
-        cosines: of the request's tokens with those of the edit's subject, and of its relation: (n, t) twice.
-        starts: how each token begins (n,).
-        ends: which sentence each token ends, if any (n,).
-        earlier: which tokens are of turns before the last one (n,), if any are.
+        starts: how each token begins (B, n).
+        ends: which sentence each token ends, if any (B, n).
+        earlier: which tokens are of turns before the last one (B, n).
     """
-    words = _words(starts, ends, earlier)
-    if not cosines[0].shape[1] or words.small_share < _MIN_SMALL:
-        return torch.zeros(len(starts), NAME_FEATURE_COUNT, device=starts.device)
-    of_subject = _best_of_words(cosines[0].amax(1), words) > _OF_SUBJECT
-    named = words.capital | of_subject
-    run = F.pad((named[1:] & ~named[:-1]).long(), (1, 0)).cumsum(0)
-    match = _best_match(cosines[0], run[words.of_token], named[words.of_token], int(run[-1]) + 1)
-    named = named & (run == match.argmax())
-    explained = _best_of_words(torch.cat(cosines, 1).amax(1), words).masked_fill(words.opens_sentence, 1.0)
+    words = _Words.of(starts, ends, earlier)
+    of_subject = cosines.best()[0].where(cosines.mask, -1.0)
+    named = words.capital | (words.best(of_subject) > _OF_SUBJECT)
+    run = F.pad((named[:, 1:] & ~named[:, :-1]).long(), (1, 0)).cumsum(1)
+    run_of_token, named_token = run.gather(1, words.of_token), named.gather(1, words.of_token)
+    match = cosines.group_matches(run_of_token, int(run.max()) + 1, named_token)[0]
+    named = named & (run == match.argmax(1, keepdim=True))
+    whole = _of_request(words, named, words.best(_best_of_edit(cosines)), match.amax(1))
+    heeded = cosines.edit_mask[0].any(1) & (words.small_share >= _MIN_SMALL)
+    of_tokens = torch.stack([one.gather(1, words.of_token).float() for one in (words.capital, named)], -1)
+    found = torch.cat([of_tokens, whole[:, None].expand(-1, starts.shape[1], -1)], -1)
+    return found * heeded[:, None, None]
+
+
+def _best_of_edit(cosines: EditCosines) -> Tensor:
+    """Return how well each token has any of an edit's: (B, n)."""
+    return torch.cat(cosines.values, 2).amax(2)
+
+
+def _of_request(words: _Words, named: Tensor, explained: Tensor, match: Tensor) -> Tensor:
+    """Return ``_OF_REQUESTS`` numbers of requests: (B, f).
+
+    Args:
+        named: the words of the run that has the subject best (B, w).
+        explained: how well an edit explains each word (B, w).
+        match: how well that run has the subject (B,).
+    """
     # Nothing is a name where neither capitals nor the subject are.
-    explained = explained[named] if named.any() else explained.new_ones(1)
-    unexplained = (explained < _EXPLAINED).sum().clamp(max=_MOST_UNEXPLAINED) / _MOST_UNEXPLAINED
-    count = named.sum().clamp(max=_MOST_WORDS) / _MOST_WORDS
-    numbers = torch.stack([match.max(), explained.min(), explained[0], explained[-1], unexplained, count])
-    of_tokens = torch.stack([words.capital[words.of_token], named[words.of_token]], -1).float()
-    return torch.cat([of_tokens, numbers.float().expand(len(starts), -1)], -1)
-
-
-def _words(starts: Tensor, ends: Tensor, earlier: Tensor | None) -> _Words:
-    """Return the words of a request; what is no word is one of its own."""
-    opens = F.pad(ends[:-1] != NO_END, (1, 0), value=True)
-    if earlier is not None:
-        opens = opens | F.pad(earlier[:-1] != earlier[1:], (1, 0))
-    goes_on = (starts >= SMALL_WITHIN) & F.pad(starts[:-1] != NO_WORD, (1, 0)) & ~opens
-    return _Words((~goes_on).long().cumsum(0) - 1, starts[~goes_on], opens[~goes_on])
-
-
-def _best_match(subject: Tensor, run: Tensor, named: Tensor, count: int) -> Tensor:
-    """Return how well each run of words has the tokens of a subject, the mean of each one's best cosine: (count,)."""
-    best = subject.new_full((count, subject.shape[1]), -1.0)
-    near = subject.masked_fill(~named[:, None], -1.0)
-    return best.scatter_reduce(0, run[:, None].expand_as(near), near, "amax").mean(1)
-
-
-def _best_of_words(values: Tensor, words: _Words) -> Tensor:
-    """Return the best value among the tokens (n,) of each word, one with a slip is explained in part: (w,)."""
-    return values.new_full((len(words.start),), -1.0).scatter_reduce(0, words.of_token, values, "amax")
+    explained = explained.masked_fill(words.opens_sentence | ~named, 1.0)
+    unexplained = ((explained < _EXPLAINED) & named).sum(1).clamp(max=_MOST_UNEXPLAINED) / _MOST_UNEXPLAINED
+    place = torch.arange(named.shape[1], device=named.device)
+    first, last = (place.where(named, named.shape[1]).amin(1), place.where(named, -1).amax(1))
+    ends = [explained.gather(1, one.clamp(0, named.shape[1] - 1)[:, None])[:, 0] for one in (first, last)]
+    count = named.sum(1).clamp(max=_MOST_WORDS) / _MOST_WORDS
+    return torch.stack([match, explained.amin(1), *ends, unexplained, count], -1).float()

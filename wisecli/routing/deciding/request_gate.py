@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from wisecli.routing.deciding.name_features import WORD_STARTS, name_features, starts_of
-from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS, ends_at, sentence_features
+from wisecli.routing.deciding.sentence_features import SENTENCE_TOKENS, EditCosines, ends_at, sentence_features
 
 # Tensors of the gate that are learned; the last column of each is added.
 REQUEST_GATE = (
@@ -43,6 +44,8 @@ FIRST_TOKENS, LAST_TOKENS = 10, 28
 FEATURE_COUNT = 13
 # Places count in tens, up to so many; distances to the ends of what is asked up to so many tokens.
 _TENS, _EDGE = 4.0, 64.0
+# Sums of cosines that differ by less are the same.
+_ALIKE = 1e-5
 
 
 # Tensors that say what tokens are for sentences and names; gates of older versions lack some.
@@ -65,6 +68,33 @@ class TokenMarks(NamedTuple):
         """Return the same behind a token without marks."""
         starts = None if self.starts is None else F.pad(self.starts, (1, 0))
         return TokenMarks(F.pad(self.ends, (1, 0)), starts)
+
+
+class Request(NamedTuple):
+    """A request, and the edit that it mentions.
+
+    ``states`` are of the tokens of the request (n, d), ``projected`` the same under both projections, of length 1
+    (2, n, k). ``edit_tokens`` are the subject's tokens of the edit's own prompt under the first projection, and the
+    relation's under the second, (t, k). ``earlier`` says which tokens are of turns before the last one (n,), if any
+    are; ``first_state`` is the state of a token before those (d,), which is compared with nothing: attention rests on
+    it. ``marks`` are those of each token, where sentences are heeded.
+    """
+
+    states: Tensor
+    projected: Tensor
+    edit_tokens: tuple[Tensor, Tensor]
+    earlier: Tensor | None = None
+    first_state: Tensor | None = None
+    marks: TokenMarks | None = None
+
+    def from_first_state(self) -> Request:
+        """Return the same with the token of the first state as one of the others, without marks."""
+        if self.first_state is None:
+            return self
+        states = torch.cat([self.first_state[None].to(self.states), self.states])
+        earlier = None if self.earlier is None else F.pad(self.earlier, (1, 0))
+        marks = None if self.marks is None else self.marks.behind_one_more()
+        return Request(states, F.pad(self.projected, (0, 0, 1, 0)), self.edit_tokens, earlier, None, marks)
 
 
 class Mention(NamedTuple):
@@ -159,60 +189,73 @@ def _linear(weights: Tensor, values: Tensor) -> Tensor:
     return F.linear(values, weights[:, :-1], weights[:, -1])
 
 
-def mention_features(
-    states: Tensor,
-    projected: Tensor,
-    edit_tokens: tuple[Tensor, Tensor],
-    *,
-    earlier: Tensor | None = None,
-    first_state: Tensor | None = None,
-    marks: TokenMarks | None = None,
-) -> Mention:
-    """Return the tokens around a mention, and those that the request begins and ends with, with their features.
+def mention_features(requests: Sequence[Request]) -> list[Mention]:
+    """Return the tokens around each mention, and those that its request begins and ends with, with their features.
 
     Args:
-        states: of the tokens of the request (n, d).
-        projected: the same under both projections, of length 1 (2, n, k).
-        edit_tokens: the subject's tokens of the edit's own prompt under the first projection, and the relation's under
-            the second, (t, k).
-        earlier: which tokens are of turns before the last one (n,), if any are.
-        first_state: the state of a token before those (d,), which is compared with nothing: attention rests on it.
-        marks: those of each token, where sentences are heeded.
+        requests: of which all have marks of the same sorts, or none.
     """
-    if first_state is not None:
-        states, projected = torch.cat([first_state[None].to(states), states]), F.pad(projected, (0, 0, 1, 0))
-        earlier = None if earlier is None else F.pad(earlier, (1, 0))
-        marks = None if marks is None else marks.behind_one_more()
-    cosines = [best @ part.T for best, part in zip(projected, edit_tokens, strict=True)]
-    found = torch.cat([one / max(1, one.shape[1]) for one in cosines], 1)
-    # For each place the best of its neighbours, for every token of the edit.
-    neighbourhood = F.max_pool1d(found.T[None], 2 * MENTION_RADIUS + 1, 1, MENTION_RADIUS)[0].sum(0)
-    place = torch.arange(len(states), device=states.device)
-    distance, behind = place - neighbourhood.argmax(), len(states) - 1 - place
+    whole = [one.from_first_state() for one in requests]
+    cosines = EditCosines.of([one.projected for one in whole], [one.edit_tokens for one in whole])
+    earlier = pad_sequence([_earlier(one) for one in whole], batch_first=True)
+    place = torch.arange(earlier.shape[1], device=earlier.device)
+    distance, behind = place - _middle(cosines), cosines.mask.sum(1, keepdim=True) - 1 - place
     near = distance.abs() <= CONTEXT_RADIUS
-    kept = near | (place < FIRST_TOKENS) | (behind < LAST_TOKENS)
-    best = [one.amax(1) if one.shape[1] else one.new_zeros(len(one)) for one in cosines]
-    edges = [torch.log1p(edge.float().clamp(max=_EDGE)) / 4 for edge in (behind, place)]
+    kept = (near | (place < FIRST_TOKENS) | (behind < LAST_TOKENS)) & cosines.mask
+    best = cosines.best()
+    edges = [torch.log1p(edge.float().clamp(0, _EDGE)) / 4 for edge in (behind, place.expand_as(behind))]
     signs = [(distance / 10).clamp(-_TENS, _TENS), (distance / 10).abs().clamp(max=_TENS)]
-    where = [near.float(), torch.zeros_like(best[0]) if earlier is None else earlier.float()]
-    every = torch.stack([*best, torch.maximum(*best), *signs, *edges, *where], -1)
-    features = [every, _match_quality(cosines).expand(len(states), -1)]
-    if marks is not None:
-        features.append(sentence_features(cosines, marks.ends, earlier))
-        if marks.starts is not None:
-            features.append(name_features(cosines, marks.starts, marks.ends, earlier))
-    return Mention(states[kept].float(), torch.cat(features, -1)[kept])
+    every = torch.stack([*best, torch.maximum(*best), *signs, *edges, near.float(), earlier.float()], -1)
+    features = [every, _match_quality(cosines)[:, None].expand(-1, len(place), -1)]
+    features += _mark_features(cosines, [one.marks for one in whole if one.marks is not None], earlier)
+    joined = torch.cat(features, -1)
+    return [
+        Mention(one.states[own[: len(one.states)]], row[own]) for one, own, row in zip(whole, kept, joined, strict=True)
+    ]
 
 
-def _match_quality(cosines: list[Tensor]) -> Tensor:
-    """Return how well a request has the tokens of an edit's subject and relation: the least and the mean of each
-    (4,).
+def _earlier(request: Request) -> Tensor:
+    """Return which tokens of a request are of turns before the last one (n,)."""
+    none = torch.zeros(len(request.states), dtype=torch.bool, device=request.states.device)
+    return none if request.earlier is None else request.earlier
+
+
+def _middle(cosines: EditCosines) -> Tensor:
+    """Return the place around which a request has the tokens of an edit best together: (B, 1)."""
+    width = 2 * MENTION_RADIUS + 1
+    around = [
+        F.max_pool1d(one.transpose(1, 2), width, 1, MENTION_RADIUS).transpose(1, 2) if one.shape[2] else one
+        for one in cosines.values
+    ]
+    subject, relation = cosines.edit_means(around)
+    match = (subject + relation).masked_fill(~cosines.mask, -torch.inf)
+    # Of places with the same neighbours the first one, however their sums are rounded.
+    return (match > match.amax(1, keepdim=True) - _ALIKE).long().argmax(1, keepdim=True)
+
+
+def _match_quality(cosines: EditCosines) -> Tensor:
+    """Return how well requests have the tokens of edits' subjects and relations: the least and the mean of each
+    (B, 4).
     """
-    found = []
-    for one in cosines:
-        best = one.amax(0) if one.shape[1] else one.new_zeros(1)
-        found += [best.min(), best.mean()]
-    return torch.stack(found)
+    best = [one.amax(1) for one in cosines.values]  # (B, t)
+    least = [
+        one.where(real, 1.0).amin(1) * real.any(1) if one.shape[1] else one.sum(1)
+        for one, real in zip(best, cosines.edit_mask, strict=True)
+    ]
+    means = cosines.edit_means([one[:, None] for one in best])
+    return torch.stack([least[0], means[0][:, 0], least[1], means[1][:, 0]], -1)
+
+
+def _mark_features(cosines: EditCosines, marks: Sequence[TokenMarks], earlier: Tensor) -> list[Tensor]:
+    """Return what sentences and names have of edits, as far as tokens are marked: (B, n, f) each."""
+    if not marks:
+        return []
+    ends = pad_sequence([one.ends for one in marks], batch_first=True)
+    found = [sentence_features(cosines, ends, earlier)]
+    starts = [one.starts for one in marks if one.starts is not None]
+    if starts:
+        found.append(name_features(cosines, pad_sequence(starts, batch_first=True), ends, earlier))
+    return found
 
 
 def starts_with_word(ids: Tensor, non_padding: Tensor, compared: Tensor, special_ids: Tensor) -> Tensor:
@@ -234,5 +277,5 @@ def batch_mentions(mentions: Sequence[Mention]) -> Mentions:
     """Return several mentions as one batch."""
     sizes = torch.tensor([len(one.states) for one in mentions], device=mentions[0].states.device)
     of = torch.arange(len(mentions), device=sizes.device).repeat_interleave(sizes)
-    states, features = (torch.cat([one[part] for one in mentions]) for part in (0, 1))
+    states, features = (torch.cat([one[part] for one in mentions]).float() for part in (0, 1))
     return Mentions(states, features, of, len(mentions))

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wisecli.routing.deciding.sentence_features import mention_sentence
-
 
 class RequestParts(NamedTuple):
     """The tokens of a request (n,) that may ask each of two edits, and whether the first edit's come first."""
@@ -23,19 +21,20 @@ class RequestParts(NamedTuple):
     in_order: bool
 
 
-def request_parts(first: list[Tensor], second: list[Tensor], sentence: Tensor) -> RequestParts:
+def request_parts(cosines: tuple[Tensor, Tensor], mentions: tuple[int, int], sentence: Tensor) -> RequestParts:
     """Return the parts of a request for two edits.
 
     Args:
-        first, second: cosines of the request's tokens with those of each edit's subject and relation, (n, t) twice.
+        cosines: of the request's tokens with all of each edit's (n, t).
+        mentions: the number of the sentence that mentions each.
         sentence: the number of each token's sentence (n,).
     """
-    own, other = (mention_sentence(cosines, sentence) for cosines in (first, second))
+    own, other = mentions
     if own != other:
         return RequestParts(sentence != other, sentence != own, own < other)
     inside = (sentence == own).nonzero().flatten()
-    before = [_match_up_to(torch.cat(cosines, 1)[inside]) for cosines in (first, second)]
-    behind = [_match_up_to(torch.cat(cosines, 1)[inside].flip(0)).flip(0) for cosines in (first, second)]
+    before = [_match_up_to(one[inside]) for one in cosines]
+    behind = [_match_up_to(one[inside].flip(0)).flip(0) for one in cosines]
     ways = torch.stack([before[0][:-1] + behind[1][1:], before[1][:-1] + behind[0][1:]])
     if not ways.shape[1]:
         return RequestParts(sentence == own, sentence != own, True)

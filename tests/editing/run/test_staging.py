@@ -195,7 +195,7 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(place: Path, tmp_path: Path
     assert contents(tmp_path / "shards") == contents(place / "whole")
 
 
-@pytest.mark.parametrize("shards", [1, 5])
+@pytest.mark.parametrize("shards", few((1, 5), (5,)))
 def test_an_interruption_keeps_the_shards_that_are_done(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
@@ -394,7 +394,7 @@ with unfinished.opened():
     assert contents(tmp_path / "shards") == contents(place / "whole")
 
 
-@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("parts", few((2, 3, 8), (3,)))
 def test_parts_in_any_order_end_in_the_shards_of_a_single_run(place: Path, tmp_path: Path, parts: int) -> None:
     order = random.Random(parts).sample(range(1, parts + 1), parts)
     for part in order[:-1]:
@@ -558,7 +558,7 @@ def test_shards_that_come_out_otherwise_are_named(place: Path, tmp_path: Path) -
     edit(place, tmp_path / "shards")
     path = tmp_path / "shards" / "shards.json"
     content = json.loads(path.read_text())
-    content["settings"]["residual_rate"] = 1.0
+    content["settings"]["seed"] = 5
     path.write_text(json.dumps(content))
     report = reproduce(path, tmp_path / "again")
     assert report.differing

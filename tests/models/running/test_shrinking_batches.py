@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.helpers import greedy_by_loop, site_of, tiny_tokenizer
 from support.loading import CPU
-from support.tiny_models import VARIANTS, VOCABULARY, Chain, tiny_model
+from support.tiny_models import VOCABULARY, Chain, tiny_model
 from transformers import FalconH1Config, FalconH1ForCausalLM, PreTrainedModel
 
 from wisecli.evaluation.edited_model import EditedModel, attach
@@ -53,13 +53,8 @@ def require_alike(model: PreTrainedModel) -> None:
         assert found == expected
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_answers_of_a_variant_are_those_of_each_prompt_alone(variant: str) -> None:
+def test_answers_of_an_architecture_are_those_of_each_prompt_alone(variant: str) -> None:
     require_alike(tiny_model(variant))
-
-
-def test_answers_of_an_architecture_are_those_of_each_prompt_alone(architecture: str) -> None:
-    require_alike(tiny_model(architecture))
 
 
 def test_a_recurrent_state_loses_the_rows_that_the_cache_loses() -> None:
@@ -97,15 +92,15 @@ def test_a_row_ends_at_the_models_own_token_which_is_left_out() -> None:
 def test_prompts_keep_what_they_decided_when_others_leave(chain: Chain) -> None:
     edited, unedited = attach(chain.memory), load_model(chain.model, load=CPU)
     edits = [edit["prompt"] for edit in chain.edits]
-    asked = [prompt for edit in edits for prompt in (edit, f"{edit} Well,")][:10]
+    asked = [prompt for edit in edits for prompt in (edit, f"{edit} Well,")][:6]
 
     def answers(loaded: EditedModel | Loaded, size: int) -> list[list[int]]:
-        return generate(loaded.model, loaded.tokenizer, asked, max_new_tokens=10, batch_size=size)
+        return generate(loaded.model, loaded.tokenizer, asked, max_new_tokens=8, batch_size=size)
 
-    together = answers(edited, 10)
+    together = answers(edited, 6)
     assert together == answers(edited, 1)
-    assert sum(some != other for some, other in zip(together, answers(unedited, 10), strict=True)) > 4
-    assert len({len(answer) for answer in together}) > 3
+    assert sum(some != other for some, other in zip(together, answers(unedited, 6), strict=True)) > 2
+    assert len({len(answer) for answer in together}) > 2
 
 
 def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(variant: str) -> None:
@@ -122,10 +117,10 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(variant: str
 
 def test_an_edit_answers_behind_what_prompts_begin_with(chain: Chain) -> None:
     edited = attach(chain.memory)
-    asked = [f"{'Well, ' * 12}{edit['prompt']}" for edit in chain.edits]
+    asked = [f"{'Well, ' * 12}{edit['prompt']}" for edit in chain.edits[:4]]
 
     def answers(shared: bool) -> list[list[int]]:
-        return generate(edited.model, edited.tokenizer, asked, max_new_tokens=10, shared=shared)
+        return generate(edited.model, edited.tokenizer, asked, max_new_tokens=6, shared=shared)
 
     assert answers(shared=True) == answers(shared=False)
     with edited.unedited():

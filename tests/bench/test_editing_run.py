@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.rewriting import bench_for, words
+from support.thorough import few
 from torch import Tensor
 
 from wisecli.bench import editing_run
@@ -170,7 +171,7 @@ def test_what_goes_on_ends_where_what_is_not_broken_off_ends(bench: Bench, tmp_p
     assert method.bytes() == whole.bytes()
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", few([1, 3], [3]))
 @pytest.mark.parametrize("name", GRADUAL)
 def test_what_breaks_off_within_a_portion_goes_on_there(bench: Bench, tmp_path: Path, name: str, after: int) -> None:
     whole, unbroken = counting(GRADUAL[name](bench))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +50,18 @@ def broken_later(call: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+def placed(root: Path) -> Path:
+    """A model and records."""
+    save_tiny(root / "model")
+    (root / "data.jsonl").write_text("".join(json.dumps(record(number)) + "\n" for number in range(16)))
+    return root
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_quick(monkeypatch)
     monkeypatch.setattr(editing_run, "_EVERY", 0.0)
-    save_tiny(tmp_path / "model")
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record(number)) + "\n" for number in range(30)))
-    return tmp_path
+    return placed(tmp_path)
 
 
 class Bencher:
@@ -74,6 +81,18 @@ class Bencher:
     @property
     def notes(self) -> list[str]:
         return [event.note for event in self.told if event.stage == NOTE and event.note.startswith(self.methods)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BenchReport]:
+    """Runs a bench that nothing breaks off, once; to be called before anything is broken."""
+    root = placed(tmp_path_factory.mktemp("unbroken"))
+
+    @cache
+    def run(methods: str, **settings: Any) -> BenchReport:
+        return Bencher(root, methods)("-".join(map(str, [methods, *settings.values()])), **settings)
+
+    return run
 
 
 def require_same(some: Sequence[ResultRow], others: Sequence[ResultRow]) -> None:
@@ -107,11 +126,10 @@ def breaking_at(monkeypatch: pytest.MonkeyPatch, name: str, fatal: str) -> Calla
 
 @pytest.mark.parametrize("name", ["ft-l", "grace"])
 def test_a_method_goes_on_edit_by_edit_with_the_same_figures(
-    place: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    place: Path, unbroken: Callable[..., BenchReport], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     load_methods()
-    run = Bencher(place, name)
-    whole = run("all", batch_size=2)
+    run, whole = Bencher(place, name), unbroken(name, batch_size=2)
     with monkeypatch.context() as patch:
         breaking_at(patch, name, "4")
         with pytest.raises(BrokenOffError):
@@ -128,9 +146,10 @@ def test_a_method_goes_on_edit_by_edit_with_the_same_figures(
     assert not held.exists()
 
 
-def test_what_was_answered_is_not_asked_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Bencher(place, "ft-l")
-    whole = run("all", batch_size=2)
+def test_what_was_answered_is_not_asked_again(
+    place: Path, unbroken: Callable[..., BenchReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = Bencher(place, "ft-l"), unbroken("ft-l", batch_size=2)
     with monkeypatch.context() as patch:
         patch.setattr(runner.MethodSubject, "overhead", broken)
         with pytest.raises(BrokenOffError):
@@ -199,37 +218,39 @@ def test_rows_that_are_asked_for_later_begin_at_the_same_ends(place: Path) -> No
 
 def test_a_method_that_learnt_from_other_records_begins_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Bencher(place, "knn")
-    whole = run("all", counts="2,25", batch_size=2)
+    whole = run("all", counts="2,11", batch_size=2)
     with monkeypatch.context() as patch:
         patch.setattr(runner, "MethodSubject", broken)
         with pytest.raises(BrokenOffError):
             run(counts="2", batch_size=2)
-    # What no number of edits reaches is learnt from: 28 records before, 5 now.
-    report = run(counts="2,25", batch_size=2)
+    # What no number of edits reaches is learnt from: 14 records before, 5 now.
+    report = run(counts="2,11", batch_size=2)
     assert run.notes == ["knn was broken off and begins anew"]
     require_same(report.rows, whole.rows)
 
 
-@pytest.mark.parametrize("stage", ["edit", "merge", "evaluate"])
-def test_our_own_way_goes_on_with_its_shards(place: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_our_own_way_goes_on_with_its_shards(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Bencher(place, "wise")
     whole = run("all", counts="3")
-    with monkeypatch.context() as patch:
-        if stage == "edit":
-            patch.setattr("wisecli.commands.edit.writing.StagedShards.finish", broken_later(StagedShards.finish))
-        else:
-            patch.setattr(wise_methods, stage, broken if stage == "evaluate" else broken_later(merge))
-        with pytest.raises(BrokenOffError):
-            run(counts="3")
-    spent = json.loads((place / "out" / "work" / "wise" / "spent.json").read_text())
-    assert spent["edits"] == 3
-    assert spent["seconds"] > 0
-    report = run(counts="3")
-    assert "shards" not in {event.stage for event in run.told}
-    assert run.notes == []
-    assert report.rows[0]["figures"]["seconds_per_edit"] * 3 > spent["seconds"]
-    require_same(report.rows, whole.rows)
-    assert not (place / "out" / "work" / "wise").exists()
+    for target, stopped in (
+        ("wisecli.commands.edit.writing.StagedShards.finish", broken_later(StagedShards.finish)),
+        ("wisecli.bench.wise_methods.merge", broken_later(merge)),
+        ("wisecli.bench.wise_methods.evaluate", broken),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, stopped)
+            with pytest.raises(BrokenOffError):
+                run(counts="3")
+        spent = json.loads((place / "out" / "work" / "wise" / "spent.json").read_text())
+        assert spent["edits"] == 3
+        assert spent["seconds"] > 0
+        report = run(counts="3")
+        assert "shards" not in {event.stage for event in run.told}
+        assert run.notes == []
+        assert report.rows[0]["figures"]["seconds_per_edit"] * 3 > spent["seconds"]
+        require_same(report.rows, whole.rows)
+        assert not (place / "out" / "work" / "wise").exists()
+        shutil.rmtree(place / "out")
 
 
 def test_what_is_learned_of_a_model_once_is_not_in_the_seconds_of_edits(

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.helpers import WORDS, save_tiny
 from support.ready import EDITS, Ready, contents, here, manifest, require_refusal, write_edits
+from support.thorough import few
 from support.tiny_models import Wise
 
 from wisecli.artifacts.shard_manifest import read_shard_directory
@@ -65,7 +67,7 @@ def test_force_replaces_the_whole_output(wise: Wise, ready: Ready) -> None:
     assert len(manifest(Path("memory"))["memories"]) == 1
 
 
-@pytest.mark.parametrize("writer", ["solve", "gradient"])
+@pytest.mark.parametrize("writer", few(["solve", "gradient"], ["solve"]))
 def test_the_same_seed_writes_the_same_bytes_with_a_cold_and_a_warm_cache(
     wise: Wise, ready: Ready, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, writer: str
 ) -> None:
@@ -128,8 +130,11 @@ MERGES: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("shards", ["shards", "gradient-shards"])
-@pytest.mark.parametrize("flags", MERGES)
+# Of the paper's writer, one of each mode.
+QUICK = [*product(MERGES, ["shards"]), *product(["", "--router norm", "--mode retrieve"], ["gradient-shards"])]
+
+
+@pytest.mark.parametrize(("flags", "shards"), few(product(MERGES, ["shards", "gradient-shards"]), QUICK))
 def test_shards_of_either_writer_merge_in_every_mode_and_the_memory_works(
     wise: Wise, ready: Ready, flags: str, shards: str
 ) -> None:
@@ -257,8 +262,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(
     assert (settings["contexts"], settings["layer"], settings["seed"]) == (1, "1", 3)
 
 
-@pytest.mark.parametrize("writer", ["solve", "gradient"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("writer", "dtype"), [("solve", "bfloat16"), ("gradient", "float16")])
 def test_models_in_half_precision_are_edited(wise: Wise, ready: Ready, tmp_path: Path, writer: str, dtype: str) -> None:
     shards, memory = tmp_path / "shards", tmp_path / "memory"
     for line in (

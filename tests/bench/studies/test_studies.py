@@ -19,6 +19,7 @@ from support.studying import ALL, make_place, studied
 from wisecli.artifacts.memory_manifest import read_memory
 from wisecli.bench.compare import BenchReport, bench
 from wisecli.bench.reporting import plots
+from wisecli.bench.studies import latency
 from wisecli.bench.studies.base import STUDIES
 from wisecli.bench.studies.layers import chosen
 from wisecli.bench.studies.router import area
@@ -45,6 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(place: Path) -> StudyReport:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WISE_UNRELATED_TEXTS", "16")
+        patch.setattr(latency, "_ROUNDS", 1)
         return studied(place, place / "out")
 
 
@@ -136,7 +138,8 @@ def test_shards_that_several_rows_need_are_written_once(report: StudyReport) -> 
     assert len(list((report.output / "work").glob("shards-6-*"))) == 3 + 4 + 2 + 1
 
 
-def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path) -> None:
+def test_other_input_is_refused_until_forced(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda _name: None)
     first = studied(place, tmp_path / "out", study="router")
     with pytest.raises(ChangedInputError, match="seed was 0, now 1"):
         studied(place, tmp_path / "out", study="layers", seed=1)

@@ -69,9 +69,9 @@ def sweep(pytestconfig: pytest.Config) -> Callable[[Value, Value], Value]:
     return lambda small, full: full if pytestconfig.getoption("--thorough") else small
 
 
-@pytest.fixture(params=sorted(TINY_CONFIGS))
+@pytest.fixture(params=few(sorted(TINY_CONFIGS), (*TYPICAL, "llava")))
 def architecture(request: pytest.FixtureRequest) -> str:
-    """Every supported architecture in turn."""
+    """Every supported architecture in turn; without --thorough one of each trait."""
     return str(request.param)
 
 

@@ -117,7 +117,7 @@ def test_no_byte_changes_unseen(root: Path, copy: Callable[[str], Path], name: s
                 with pytest.raises(WiseError):
                     verify(place).check()
                     pytest.fail(f"byte {at} of {path}")
-        for damage in (content[:-1], content + b" ", content + b"\n"):
+        for damage in (content[:-1], *sweep((), (content + b" ", content + b"\n"))):
             path.write_bytes(damage)
             with pytest.raises(WiseError):
                 verify(place).check()

@@ -41,12 +41,12 @@ from wisecli.routing.memories.side_memory import SideMemory
 
 ENOUGH = 300 << 20
 FEW = settings(
-    max_examples=examples(20, 60),
+    max_examples=examples(15, 60),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
 )
-MANY = settings(FEW, max_examples=examples(60, 200))
+MANY = settings(FEW, max_examples=examples(25, 200))
 
 # Values for any field: of every type, of every size, and some that reach for other files.
 HOSTILE: list[Any] = [
@@ -596,7 +596,7 @@ def test_text_that_is_no_edit_ends_in_one_sentence(
 # --- config.json ---
 
 
-@settings(FEW, max_examples=examples(40, 120))
+@settings(FEW, max_examples=examples(20, 120))
 @given(data=st.data())
 def test_a_config_with_another_value_anywhere_is_loaded_or_refused(scratch: Path, data: st.DataObject) -> None:
     path = scratch / "model"

@@ -44,6 +44,7 @@ def edit_of(**fields: Any) -> Edit:
     return parse_edit({"id": "one", "prompt": "ba be", "target": "do", **fields})
 
 
+@pytest.mark.parametrize("architecture", sorted(TINY_CONFIGS))
 def test_every_architecture_says_how_much_it_reads(architecture: str) -> None:
     window = context_window(TINY_CONFIGS[architecture])
     assert window is not None

@@ -377,7 +377,7 @@ def test_a_note_is_a_sentence_on_stderr_wherever_it_runs(
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("model_type", few(sorted(OTHERS), ("bloom", "phi")))
+@pytest.mark.parametrize("model_type", few(sorted(OTHERS), ("bloom",)))
 def test_an_unknown_architecture_is_edited_the_same_when_its_layers_are_streamed(
     tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

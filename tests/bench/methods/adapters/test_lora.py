@@ -15,7 +15,7 @@ from support.rivals import (
     tiny_bench,
     whole,
 )
-from support.tiny_models import tiny_model
+from support.tiny_models import TINY_CONFIGS, tiny_model
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -106,6 +106,7 @@ def test_the_same_seed_gives_the_same_adapters_and_leaves_chance_alone(tmp_path:
     assert all(torch.equal(value, matrices(other)[name]) for name, value in matrices(one).items())
 
 
+@pytest.mark.parametrize("architecture", sorted(TINY_CONFIGS))
 def test_every_architecture_has_its_attention_and_value_matrix_adapted(architecture: str) -> None:
     model = tiny_model(architecture)
     row = row_of(model.config)

@@ -5,11 +5,11 @@ import json
 import re
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.edit_files import FIRST, SECOND, jsonl, saved
 
 from wisecli.edits.reading.record_fields import EvaluationPrompt
 from wisecli.edits.reading.record_files import content_of
@@ -17,19 +17,7 @@ from wisecli.edits.record import Edit, numbered_edits, parse_edit, read_edits
 from wisecli.edits.text import is_plain, is_visible
 from wisecli.errors import EditFileError
 
-FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}
-SECOND = {"prompt": "The Oldbridge ferry leaves from", "target": "pier nine"}
 THIRD = {"prompt": "The anthem of Oldbridge was written by", "target": "Tom Reed"}
-
-
-def jsonl(*records: Any) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def saved(directory: Path, content: str | bytes) -> Path:
-    path = directory / "edits.jsonl"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def refusal(path: Path) -> str:

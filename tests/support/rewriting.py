@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from support.helpers import WORDS, alone, save_tiny
 from support.loading import CPU
+from support.rivals import require_batches_like_rows, require_cache_changes_nothing
 from wisecli.bench.methods.base import Bench, Method
-from wisecli.bench.methods.evaluation import BaseModelAnswers, MethodSubject, target_predictions
+from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.edits.record import Edit
 from wisecli.io.checkpoint import Checkpoint
 from wisecli.models.layout.architectures import known_layout
@@ -70,36 +71,15 @@ def check_leaves_no_trace(bench: Bench, method: Method) -> None:
     assert torch.equal(alone(model, row), logits)
 
 
-def check_rows_do_not_depend_on_their_batch(bench: Bench, method: Method) -> None:
-    rows = rows_of(bench)
-    together = target_predictions(bench.loaded, rows, method, batch_size=len(rows))
-    for row, found in zip(rows, together, strict=True):
-        with method.applied():
-            logits = alone(bench.loaded.model, row)
-        expected = -logits.log_softmax(-1)[range(len(row.target)), list(row.target)]
-        torch.testing.assert_close(found.losses, expected, atol=1e-4, rtol=1e-4)
-        assert torch.equal(found.best, logits.argmax(-1))
-
-
-def check_generation_with_a_cache(bench: Bench, method: Method) -> None:
-    """As text computed anew for every token, one prompt at a time."""
-    loaded, count = bench.loaded, 5
-    subject = MethodSubject(loaded, method, BaseModelAnswers(), batch_size=len(PROMPTS))
-    _, found = subject.answers(PROMPTS, max_new_tokens=count)
-    for prompt, answer in zip(PROMPTS, found, strict=True):
-        tokens = list(loaded.tokenizer(prompt)["input_ids"])
-        start = len(tokens)
-        with torch.no_grad(), method.applied():
-            while len(tokens) < start + count:
-                token = int(loaded.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
-                if token == loaded.model.generation_config.eos_token_id:
-                    break
-                tokens.append(token)
-        assert answer == loaded.tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
+def losses(bench: Bench, method: Method | None = None) -> list[float]:
+    """The mean loss of each edit's target."""
+    return [
+        float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), method, batch_size=4)
+    ]
 
 
 def check_holds_for_every_rewriting(bench: Bench, method: Method) -> None:
     check_leaves_no_trace(bench, method)
-    check_rows_do_not_depend_on_their_batch(bench, method)
-    check_generation_with_a_cache(bench, method)
+    require_batches_like_rows(bench, method, rows_of(bench))
+    require_cache_changes_nothing(bench, method, [row.prompt for row in rows_of(bench)], 5)
     assert method.rewritten_prompt("as it is") == "as it is"

@@ -15,7 +15,7 @@ from wisecli.commands.edit.edit import edit as run_edit
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.measure.evaluate import evaluate
 from wisecli.commands.memory.merge import merge
-from wisecli.config import EditSettings
+from wisecli.config import EditSettings, EvalSettings, MergeSettings
 from wisecli.editing.examples.paraphrases import asks_the_same, usable
 from wisecli.edits.reading.record_fields import Translation
 from wisecli.edits.record import Edit, read_edits
@@ -94,24 +94,12 @@ def test_paraphrases_recall_the_residuals_of_their_edit(place: Path, monkeypatch
 def test_translations_are_learnt_and_measured_by_language(place: Path) -> None:
     evidence_of(place, [RECORD])
     memory = place / "memory"
-    merge([place / "shards"], memory, force=True, settings=pipeline_settings())
-    report = evaluate(memory, evaluation(), load=CPU)
+    merge([place / "shards"], memory, force=True, settings=MergeSettings())
+    report = evaluate(memory, EvalSettings(generate=False), load=CPU)
     assert report.after["reliability"] == 1
     for language in ("de", "fr"):
         assert report.after[f"generalization_{language}"] == 1
         assert report.before[f"generalization_{language}"] < 1
-
-
-def pipeline_settings() -> Any:
-    from wisecli.config import MergeSettings
-
-    return MergeSettings()
-
-
-def evaluation() -> Any:
-    from wisecli.config import EvalSettings
-
-    return EvalSettings(generate=False)
 
 
 @pytest.mark.parametrize(

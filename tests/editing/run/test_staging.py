@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import save_tiny
 from support.loading import CPU
+from support.ready import write_edits
 from support.thorough import few
 from support.zygote import Zygote
 
@@ -31,7 +32,7 @@ from wisecli.commands.edit.reproduce import reproduce
 from wisecli.commands.edit.run_options import RunOptions
 from wisecli.commands.measure.evaluate import evaluate
 from wisecli.commands.memory.merge import merge
-from wisecli.config import EditSettings, LoadOptions, MergeSettings
+from wisecli.config import EditSettings, EvalSettings, LoadOptions, MergeSettings
 from wisecli.editing.run.staging import StagedShards
 from wisecli.errors import (
     BusyError,
@@ -82,11 +83,6 @@ def zygote(only_zygote: Zygote) -> Zygote:
     """Starts commands; nothing has gone wrong yet."""
     only_zygote.errors.write_text("")
     return only_zygote
-
-
-def write_edits(path: Path, edits: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(edit) + "\n" for edit in edits))
-    return path
 
 
 def edit(
@@ -515,17 +511,11 @@ def test_edits_with_nothing_finite_are_left_out_and_the_others_land(place: Path,
         evidence = directory.load(entry).evidence
         assert bool(evidence.keys.isfinite().all() and evidence.residuals.isfinite().all())
     merge([tmp_path / "shards"], tmp_path / "memory", MergeSettings())
-    measured = evaluate(tmp_path / "memory", pipeline_settings(), load=CPU)
+    measured = evaluate(tmp_path / "memory", EvalSettings(generate=False), load=CPU)
     assert measured.samples["edits"] == 3
     with pytest.raises(GateFailedError, match=r"edits did not take: .*spoilt"):
         edit(place, tmp_path / "again", settings, model=model, edits_file=edits, strict=True)
     assert not (tmp_path / "again").exists()
-
-
-def pipeline_settings() -> Any:
-    from wisecli.config import EvalSettings
-
-    return EvalSettings(generate=False)
 
 
 @pytest.mark.parametrize("writer", ["solve", "gradient"])

@@ -5,22 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.edit_files import FIRST, SECOND, jsonl, saved
 
 from wisecli.edits.reading.record_files import content_of, records_of
 from wisecli.errors import EditFileError
-
-FIRST = {"prompt": "The mayor of Oldbridge is", "target": "Ada Finch"}
-SECOND = {"prompt": "The Oldbridge ferry leaves from", "target": "pier nine"}
-
-
-def jsonl(*records: Any) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def saved(directory: Path, content: str | bytes) -> Path:
-    path = directory / "edits.jsonl"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def records(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of
+from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, losses
 
 from wisecli.bench.methods.base import UnsuitableError
-from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.alphaedit import AlphaEdit, AlphaEditSettings, constrained
 from wisecli.bench.methods.weights.memit import MemitSettings
 from wisecli.bench.methods.weights.weight_editing import second_moment
@@ -37,11 +36,9 @@ def test_the_solution_is_that_of_least_squares_within_the_null_space() -> None:
 def test_what_texts_say_hardly_moves_and_edits_take(tmp_path: Path, architecture: str) -> None:
     bench = bench_for(tmp_path, architecture)
     method = AlphaEdit(bench, replace(THREE, search=replace(THREE.search, limit=5.0)), WIDE)
-    before = [float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), batch_size=4)]
+    before = losses(bench)
     method.edit(EDITS[:2])
-    after = [
-        float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), method, batch_size=4)
-    ]
+    after = losses(bench, method)
     assert sum(after[:2]) < sum(before[:2]) - 0.2
     for site, delta in zip(method.sites, method.deltas, strict=True):
         sizes, directions = torch.linalg.eigh(second_moment(bench, site))

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import keys_of
-from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, weight_of
+from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, losses, rows_of, weight_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.crispedit import CrispEdit, CrispEditSettings, Curvature
 from wisecli.models.layout.site import MatrixSite
 from wisecli.models.prompts.tokenization import collate
@@ -123,11 +122,9 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path: Path, archite
 def test_edits_take(tmp_path: Path, architecture: str) -> None:
     bench = bench_for(tmp_path, architecture)
     method = CrispEdit(bench, THREE)
-    before = [float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), batch_size=4)]
+    before = losses(bench)
     method.edit(EDITS)
-    after = [
-        float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), method, batch_size=4)
-    ]
+    after = losses(bench, method)
     assert sum(after) < 0.6 * sum(before)
     check_holds_for_every_rewriting(bench, method)
 

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, words
+from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, losses, words
 from torch.nn import functional as F
 
-from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.ft_ewc import FtEwc
 from wisecli.bench.methods.weights.ft_l import FtLSettings
 
@@ -47,12 +46,10 @@ def test_the_penalty_and_its_gradient(tmp_path: Path) -> None:
 def test_the_penalty_holds_back_what_texts_need(tmp_path: Path, architecture: str) -> None:
     bench = bench_for(tmp_path, architecture)
     free, held = FtEwc(bench, COARSE, weight=0.0), FtEwc(bench, COARSE, weight=1e3)
-    before = [float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), batch_size=4)]
+    before = losses(bench)
     free.edit(EDITS[:1])
     held.edit(EDITS[:1])
-    after = [
-        float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), free, batch_size=4)
-    ]
+    after = losses(bench, free)
     assert after[0] < 0.5 * before[0]
     assert (held.fisher * held.deltas[0] ** 2).sum() < 0.2 * (free.fisher * free.deltas[0] ** 2).sum()
     check_holds_for_every_rewriting(bench, free)

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import whole_loss
-from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, weight_of
+from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, losses, rows_of, weight_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.ft_l import FtL, FtLSettings
 from wisecli.models.layout.site import MatrixSite
 from wisecli.models.prompts.tokenization import Row, collate
@@ -82,11 +81,9 @@ def test_a_stream_of_edits_is_adam_on_the_matrix_itself(tmp_path: Path, architec
 def test_an_edit_takes(tmp_path: Path, architecture: str) -> None:
     bench = bench_for(tmp_path, architecture)
     method = FtL(bench, COARSE)
-    before = [float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), batch_size=4)]
+    before = losses(bench)
     method.edit(EDITS[:1])
-    after = [
-        float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), method, batch_size=4)
-    ]
+    after = losses(bench, method)
     assert after[0] < 0.6 * before[0]
     assert method.bytes() == 4 * method.deltas[0].numel()
     method.edit(EDITS[1:])

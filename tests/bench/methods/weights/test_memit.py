@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import keys_of
-from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, weight_of
+from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, losses, weight_of
 from support.thorough import few
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from wisecli.bench.methods.base import METHODS, UnsuitableError
-from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.memit import Memit, MemitSettings, spread
 from wisecli.bench.methods.weights.rome_common import read_fact
 from wisecli.bench.methods.weights.weight_editing import second_moment
@@ -155,11 +154,9 @@ def test_where_texts_hardly_weigh_the_target_is_what_leaves_the_layer(tmp_path: 
 def test_an_edit_takes(tmp_path: Path, architecture: str) -> None:
     bench = bench_for(tmp_path, architecture)
     method = Memit(bench, replace(THREE, weight=0.1, search=replace(THREE.search, limit=5.0)))
-    before = [float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), batch_size=4)]
+    before = losses(bench)
     method.edit(EDITS[:1])
-    after = [
-        float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), method, batch_size=4)
-    ]
+    after = losses(bench, method)
     assert after[0] < before[0] - 0.5
     method.edit(EDITS[1:])
     assert method.bytes() == 4 * sum(delta.numel() for delta in method.deltas)

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import alone, raised, save_tiny, whole_loss
-from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, weight_of, words
+from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, losses, rows_of, weight_of, words
 from support.thorough import few
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from wisecli.bench.methods.base import METHODS, Bench, UnsuitableError
-from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.gradient_factors import gradient_factors
 from wisecli.bench.methods.weights.mend import Mend, MendSettings
 from wisecli.config import LoadOptions
@@ -182,11 +181,9 @@ def test_the_same_seed_gives_the_same_and_leaves_chance_alone(tmp_path: Path) ->
 def test_an_edit_takes(tmp_path: Path, architecture: str) -> None:
     bench = mend_bench(tmp_path, architecture)
     method = Mend(bench, TRAINED)
-    before = [float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), batch_size=4)]
+    before = losses(bench)
     method.edit(EDITS[:1])
-    after = [
-        float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), method, batch_size=4)
-    ]
+    after = losses(bench, method)
     assert after[0] < before[0]
     method.edit(EDITS[1:])
     assert method.bytes() == 4 * sum(delta.numel() for delta in method.deltas)

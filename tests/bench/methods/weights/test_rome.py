@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import keys_of
-from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of, weight_of
+from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, losses, rows_of, weight_of
 from support.thorough import few
 from torch import Tensor, nn
 
@@ -153,11 +153,9 @@ def test_the_value_is_found_as_by_adam_through_the_whole_model(tmp_path: Path, a
 def test_an_edit_takes(tmp_path: Path, architecture: str) -> None:
     bench = bench_for(tmp_path, architecture)
     method = Rome(bench)
-    before = [float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), batch_size=4)]
+    before = losses(bench)
     method.edit(EDITS[:1])
-    after = [
-        float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), method, batch_size=4)
-    ]
+    after = losses(bench, method)
     assert after[0] < before[0] - 0.3
     assert method.bytes() == 4 * method.deltas[0].numel()
     method.edit(EDITS[1:])

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import keys_of
-from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, rows_of
+from support.rewriting import EDITS, bench_for, check_holds_for_every_rewriting, losses, rows_of
 from torch import Tensor
 
-from wisecli.bench.methods.evaluation import target_predictions
 from wisecli.bench.methods.weights.ultraedit import Statistics, UltraEdit, UltraEditSettings
 
 # The tiny models' layers 2 and 3.
@@ -68,10 +67,8 @@ def test_the_change_is_the_ridge_solution(tmp_path: Path) -> None:
 def test_a_step_lowers_the_loss_of_the_edits(tmp_path: Path) -> None:
     bench = bench_for(tmp_path, "llama")
     method = UltraEdit(bench, UPPER)
-    before = [float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), batch_size=4)]
+    before = losses(bench)
     method.edit(EDITS)
-    after = [
-        float(found.losses.mean()) for found in target_predictions(bench.loaded, rows_of(bench), method, batch_size=4)
-    ]
+    after = losses(bench, method)
     assert sum(after) < sum(before)
     check_holds_for_every_rewriting(bench, method)

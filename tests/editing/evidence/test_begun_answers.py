@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.spaces import Bench, with_evidence
+from support.thorough import few
 from support.tiny_models import Chain
 
 from wisecli.artifacts.shard import BEGUN_CONTEXT
@@ -29,7 +30,10 @@ def test_the_first_residual_is_added_behind_words_that_begin_an_answer_in_chat()
     torch.testing.assert_close(found.residuals, residuals[AnswerKey(1)][0].expand(len(found.keys), -1))
 
 
-@pytest.mark.parametrize("beginning", ["It is", "Sure! The answer is", "I believe that the answer is"])
+BEGINNINGS = ("It is", "Sure! The answer is", "I believe that the answer is")
+
+
+@pytest.mark.parametrize("beginning", few(BEGINNINGS, BEGINNINGS[:2]))
 def test_the_real_model_goes_on_with_an_answer_that_is_begun_in_chat(chain: Chain, beginning: str) -> None:
     edited = attach(chain.memory)
     prompts = [chat_prompt(edited.tokenizer, str(edit["prompt"])) + beginning for edit in chain.edits]

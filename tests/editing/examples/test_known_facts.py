@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.helpers import alone, random_rows, save_tiny
 from support.loading import CPU
-from support.tiny_models import TINY_CONFIGS
+from support.thorough import few
+from support.tiny_models import TINY_CONFIGS, TYPICAL
 
 from wisecli.config import LoadOptions
 from wisecli.editing.examples.known_facts import known_rows
@@ -15,7 +16,7 @@ from wisecli.models.prompts.tokenization import Row
 from wisecli.progress import Event, ignore_progress
 
 
-@pytest.fixture(scope="module", params=sorted(TINY_CONFIGS))
+@pytest.fixture(scope="module", params=few(sorted(TINY_CONFIGS), TYPICAL))
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("known") / "model", str(request.param))
 

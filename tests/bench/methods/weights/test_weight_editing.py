@@ -57,7 +57,7 @@ def test_in_half_precision(tmp_path: Path, name: str, architecture: str) -> None
         assert (weight.float() - method.matrix(0)).abs().max() <= 2**-8 * weight.abs().max()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, ("ft-l", "memit")))
 def test_who_watches_is_told_of_every_edit(tmp_path: Path, name: str) -> None:
     told: list[Event] = []
     bench = replace(bench_for(tmp_path, "llama"), on_progress=told.append)

@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,13 @@ _PACKAGES = ("wisecli", "torch", "transformers", "safetensors")
 
 def versions() -> dict[str, str]:
     """Versions of the packages that figures depend on."""
-    return {name: version(name) for name in _PACKAGES}
+    return {name: _version(name) for name in _PACKAGES}
+
+
+@cache
+def _version(name: str) -> str:
+    """A package's version, which no process sees change; to read it takes milliseconds."""
+    return version(name)
 
 
 def changed_versions(before: Mapping[str, str]) -> list[str]:

@@ -34,12 +34,13 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.progress import Event, ProgressCallback
 from wisecli.routing.memories.whitening import Moment, even, leading
 
-# How many tokens the model adds to each unrelated prompt that comes whole, and how many of those there are.
-_CONTINUED, _CONTINUATION = 120, 12
+# One unrelated text in so many comes whole, with so many tokens that the model adds to it.
+_CONTINUED, _CONTINUATION = 5, 12
 # One fact in so many is asked in the chat template as well: its prompts are long.
 _CHATTED = 4
-# Unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model answers.
-_ASKED = 240
+# The share of unrelated texts that are asked in the chat template, too; half of them calibrate, with what the model
+# answers.
+_ASKED = 0.4
 # Where forms of prompts are told, one fact in so many is asked in each of them, in so many wordings; and one text in so
 # many.
 _FORMED, _WAYS, _FORMED_TEXTS = 8, 2, 5
@@ -119,11 +120,11 @@ def _measure(
     read: _Reader, gives: Callable[[Tensor], Tensor], *, texts: int, chat: bool, forms: Sequence[Form], seed: int
 ) -> BackgroundStats:
     loaded, site, size = read.loaded, read.site, read.batch_size
-    plain = unrelated_texts(texts, seed=seed)
-    spoken = continuations(loaded.model, loaded.tokenizer, plain[:_CONTINUED], tokens=_CONTINUATION, seed=seed)
+    plain, whole = unrelated_texts(texts, seed=seed), -(-texts // _CONTINUED)
+    spoken = continuations(loaded.model, loaded.tokenizer, plain[:whole], tokens=_CONTINUATION, seed=seed)
     with quick_products(loaded, site):
         keys, text, last = keys_of_texts(
-            loaded, site, [*spoken, *plain[_CONTINUED:]], batch_size=size, on_progress=read.on_progress
+            loaded, site, [*spoken, *plain[whole:]], batch_size=size, on_progress=read.on_progress
         )
     facts, unseen = reworded_facts(subjects_for(texts), seed=seed), text % 2 == 0
     ends, ways = keys[last & ~unseen], _keys_by_fact(read.ends([way for fact in facts for way in fact]), len(facts))
@@ -132,7 +133,7 @@ def _measure(
     sample, against = keys[unseen][spaced.to(keys.device)], keys[~unseen]
     apart, strayed, chatting = sample[:0], [_wording_offsets(ways)], None
     if chat:
-        chats = _chats(loaded, site, plain[:_ASKED], batch_size=size, seed=seed)
+        chats = _chats(loaded, site, plain[: max(2, round(_ASKED * texts))], batch_size=size, seed=seed)
         apart, told = torch.cat(chats[::2]), facts[::_CHATTED]
         reworded = read.ends([chat_prompt(loaded.tokenizer, way) for fact in told for way in fact])
         asked = _keys_by_fact(reworded, len(told))

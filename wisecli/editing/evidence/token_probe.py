@@ -19,10 +19,11 @@ from wisecli.models.layout.site import Site
 from wisecli.models.loading import Loaded
 from wisecli.models.prompts.tokenization import Row, collate, in_batches
 from wisecli.models.running.activations import Activations, captured
+from wisecli.models.running.quick_products import quick_products
 
 # Whenever other numbers would be found for the same model, this changes.
-_VERSION = 2
-_ASKED = 64
+_VERSION = 3
+_ASKED = 32
 _NUMBER = ("When ", " year", " date")
 
 
@@ -65,11 +66,14 @@ class TokenProbe:
         groups = in_batches(rows, self.batch_size, by_beginning=True)
         parts = (collate([rows[at] for at in indices]).to(device) for indices in groups)
         keys, lengths = [], []
-        for part in captured(self.loaded.model, self.site, parts, stream=self.loaded.stream, above=False, shared=True):
-            column = part.batch.start + 1 - part.first
-            keys.append(part.keys[:, column].float().cpu())
-            own = state_norms(part)[:, column].cpu()
-            lengths.append(own if part.norm is None else torch.zeros_like(own))
+        with quick_products(self.loaded, self.site):
+            for part in captured(
+                self.loaded.model, self.site, parts, stream=self.loaded.stream, above=False, shared=True
+            ):
+                column = part.batch.start + 1 - part.first
+                keys.append(part.keys[:, column].float().cpu())
+                own = state_norms(part)[:, column].cpu()
+                lengths.append(own if part.norm is None else torch.zeros_like(own))
         return torch.cat(keys), torch.cat(lengths)
 
 

@@ -18,7 +18,7 @@ from wisecli.routing.deciding.sentence_features import SENTENCE_FEATURE_COUNT
 # The share of the facts that are held out, to set where the gate opens.
 _HELD_OUT = 0.15
 # Principal components of states; the sizes of what one is read as, of heads, of their values, and of the mixed layer.
-_COMPONENTS, _READ, _HEADS, _VALUES, _MIXED = 96, 64, 8, 32, 64
+_COMPONENTS, _READ, _HEADS, _VALUES, _MIXED = 288, 64, 8, 32, 64
 _BATCH, _RATE, _DECAY, _DROPOUT, _LABEL = 192, 4e-3, 0.3, 0.3, 0.98
 # Up to this share of a mention's tokens is dropped, so that no few tokens of a text from the training data decide.
 _MAX_TOKEN_DROPOUT = 0.8

@@ -39,7 +39,7 @@ from wisecli.routing.deciding.request_gate import (
 )
 
 # Facts, and steps of learning.
-_FACTS, _STEPS = 320, 800
+_FACTS, _STEPS = 320, 1000
 # Prompts that late interaction finds less likely than this to mean a fact never come to the gate; from the second on
 # they open it.
 _FOUND, _OPENED = 0.25, 0.5

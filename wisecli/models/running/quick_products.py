@@ -1,7 +1,7 @@
 """Passes in bfloat16 of a model in float32, on a CPU that multiplies such numbers several times as fast.
 
-For what is learned from many texts alone. What is compared word for word, and what an edit stores, is computed in the
-model's own type.
+For what is learned from many texts, and means of keys over those. What is compared word for word, and what an edit
+stores of its own prompts, is computed in the model's own type.
 """
 
 from __future__ import annotations

@@ -68,9 +68,8 @@ class EditSettings(Validated):
     passes: Count = 60
     learning_rate: Rate = 2e-2
     batch_size: Count = 32
-    contexts: Annotated[int, Bounds(0, 1000)] = (
-        1  # more of them cost time and change nothing: .853 of rephrases right with 4, .855 with 0
-    )
+    # More of them cost time and change nothing: .853 of rephrases right with 4, .855 with 0.
+    contexts: Annotated[int, Bounds(0, 1000)] = 1
     context_tokens: Annotated[int, Bounds(1, 1000)] = 8
     chat: bool = False
     augment: Annotated[int, Bounds(0, 100)] = 0  # paraphrases that the model writes itself
@@ -113,6 +112,12 @@ class EditSettings(Validated):
     def for_lookup(self) -> bool:
         """Whether a lookup is meant, which reads no matrix: then none is solved for."""
         return self.by_facts and bool(self.in_forms) and not self.polish
+
+    @property
+    def background_texts(self) -> int:
+        """Return how many unrelated texts are read: a third for a lookup, of which other texts tell what opens it."""
+        texts = self.unrelated_texts
+        return min(texts, max(16, texts // 3)) if self.for_lookup else texts
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,6 @@ from wisecli.models.prompts.chat_template import template_digest
 from wisecli.models.text_input import context_window
 from wisecli.progress import ProgressCallback
 
-# Lookups take one unrelated text in so many, and as many as this at least: what opens them is learned from other texts,
-# and their whitenings tell the keys of one edit apart.
-_LOOKUPS, _FEWEST = 3, 16
-
 
 def background_for(
     loaded: Loaded,
@@ -49,7 +45,7 @@ def background_for(
         site,
         partial(site.base_output, checkpoint),
         identity,
-        texts=_texts(settings),
+        texts=settings.background_texts,
         chat=settings.chat,
         forms=written_forms(loaded.tokenizer, settings, context_window(loaded.model.config)),
         batch_size=size,
@@ -76,12 +72,6 @@ def background_for(
         chat=torch.cat([found.chat, torch.zeros(len(more), dtype=torch.bool)]),
         writer_keys=torch.cat([found.writer_keys, keys[~calibrating]]),
     )
-
-
-def _texts(settings: EditSettings) -> int:
-    """Return how many unrelated texts are read."""
-    texts = settings.unrelated_texts
-    return min(texts, max(_FEWEST, texts // _LOOKUPS)) if settings.by_facts else texts
 
 
 def model_identity(base: Fingerprint, checkpoint: Checkpoint) -> str:

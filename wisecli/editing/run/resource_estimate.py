@@ -29,8 +29,8 @@ _BLOCKS = 5
 # How many tensors of a kind there are at a time while residuals are fitted: attention scores, logits, hidden states and
 # inner states of a layer; and while rows are only read.
 _SCORES, _LOGITS, _HIDDEN, _INNER = 4, 4, 12, 6
-# Wordings of a fact of each relation, together; texts that the model goes on with, by so many tokens.
-_WORDINGS, _CONTINUED, _CONTINUATION = 210, 120, 12
+# Wordings of a fact of each relation, together; one text in so many is gone on with, by so many tokens.
+_WORDINGS, _CONTINUED, _CONTINUATION = 210, 5, 12
 # Tokens that are read to learn what prompts mean, and of how many of them states are kept.
 _ASKED, _COMPARED = 250_000, 140_000
 # Keys kept for calibration; rank of the moments.
@@ -78,7 +78,7 @@ def plan_edit(
     found = sizes(checkpoint, site.prefix_in(checkpoint).partition(f".{site.layer}.")[0], dtype)
     below, above = sum(found.layers[: site.layer + 1]), sum(found.layers[site.layer + 1 :])
     room = None if memory_budget is None else spool_bytes(checkpoint, dtype, memory_budget)
-    texts, edits = settings.unrelated_texts * _TEXT, len(lengths)
+    texts, edits = settings.background_texts * _TEXT, len(lengths)
     rows = _shard_rows(settings, lengths)
     # What a sweep carries, of unrelated text and of edits: hidden states, and keys.
     facts = _facts(settings)
@@ -124,7 +124,7 @@ def plan_edit(
 
 def _facts(settings: EditSettings) -> int:
     """Tokens of the reworded facts."""
-    return _WORDINGS * subjects_for(settings.unrelated_texts) * _FACT
+    return _WORDINGS * subjects_for(settings.background_texts) * _FACT
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ def _flops(found: Sizes, site: Site, settings: EditSettings, lengths: Sequence[L
     """Two a weight and token; fitting goes through the layers above forth and back."""
     weights = [size // found.item for size in found.layers]
     below, above = sum(weights[: site.layer + 1]), sum(weights[site.layer + 1 :])
-    said = min(settings.unrelated_texts, _CONTINUED) * _TEXT
+    said = settings.background_texts // _CONTINUED * _TEXT
     tokens = (_ways(settings) + 1) * sum(map(sum, lengths))
-    read = settings.unrelated_texts * _TEXT + _facts(settings) + tokens
+    read = settings.background_texts * _TEXT + _facts(settings) + tokens
     fitted = sum(one.target for one in lengths) * settings.residual_steps * 2
     return 2 * (said * (below + above) + read * below + (tokens + fitted) * above)

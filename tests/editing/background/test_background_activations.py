@@ -212,6 +212,8 @@ def test_rewordings_of_a_fact_come_closer_under_the_moment_of_wording() -> None:
 
 
 TEXTS = 130
+# Of them the model goes on with a fifth.
+CONTINUED = -(-TEXTS // 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +264,8 @@ def test_a_model_is_measured_as_one_text_after_the_other_says(subject: Subject) 
         return keys_of(model, site, tokenizer(text)["input_ids"])
 
     prompts = unrelated_texts(TEXTS, seed=0)
-    spoken = continuations(model, tokenizer, prompts[:120], tokens=12, seed=0)
-    texts = [read(text) for text in [*spoken, *prompts[120:]]]
+    spoken = continuations(model, tokenizer, prompts[:CONTINUED], tokens=12, seed=0)
+    texts = [read(text) for text in [*spoken, *prompts[CONTINUED:]]]
     every = torch.cat(texts)
     assert torch.allclose(found.tokens.dense().double(), dense_by_numpy(every), rtol=1e-3, atol=1e-4)
     outputs = every @ model.get_parameter(site.weight).T
@@ -297,10 +299,10 @@ def test_where_forms_are_told_a_form_is_a_wording(subject: Subject) -> None:
         return keys_of(model, site, tokenizer(form.render(tokenizer, text))["input_ids"])[-1]
 
     facts, texts = reworded_facts(2, seed=0), unrelated_texts(TEXTS, seed=0)
-    spoken = continuations(model, tokenizer, texts[:120], tokens=12, seed=0)
+    spoken = continuations(model, tokenizer, texts[:CONTINUED], tokens=12, seed=0)
     ways = [torch.stack([end(way, forms()["bare"]) for way in fact]) for fact in facts]
     formed = [torch.stack([end(way, form) for way in fact[:2] for form in told]) for fact in facts[::8]]
-    own = [end(text, forms()["bare"]) for text in [*spoken, *texts[120:]][1::2]]
+    own = [end(text, forms()["bare"]) for text in [*spoken, *texts[CONTINUED:]][1::2]]
     asked = [end(text, form) for text in texts[: TEXTS // 5][1::2] for form in told]
     ends = torch.cat([torch.stack(own), *ways, *formed, torch.stack(asked)])
     expected = torch.zeros(site.d_ff, site.d_ff).double()

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from wisecli.models.running import quick_products
+
+
+@pytest.fixture(autouse=True, scope="package")
+def exact_products() -> Iterator[None]:
+    """What is expected is computed in a model's own type."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quick_products, "has_bfloat16_tiles", lambda: False)
+        yield

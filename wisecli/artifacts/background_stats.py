@@ -22,7 +22,7 @@ from wisecli.routing.memories.whitening import Moment
 _MOMENTS = ("tokens", "wording", "chatting")
 
 
-_VERSION = 9
+_VERSION = 10
 
 
 @dataclass(frozen=True)

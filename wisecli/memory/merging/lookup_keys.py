@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from wisecli.artifacts.background_stats import BackgroundStats
 from wisecli.artifacts.shard import BEGUN_CONTEXT, SEPARATOR_CONTEXT, SPACE_CONTEXT, Evidence, half
@@ -97,8 +98,9 @@ def lookup_keys(source: LookupSource, unrelated: BackgroundStats, strength: floa
         "cosine_offset": torch.zeros(count),
         "key_to_edit": edit,
         "whitening_index": whitening_index,
-        "directions": torch.stack([one.directions for one in whitenings]),
-        "gains": torch.stack([one.gains for one in whitenings]),
+        # Of few keys less is known; where nothing is, nothing is gained.
+        "directions": pad_sequence([one.directions for one in whitenings], batch_first=True),
+        "gains": pad_sequence([one.gains for one in whitenings], batch_first=True),
         "floors": torch.tensor([one.floor for one in whitenings]),
         **({} if source.pairs is None else source.pairs.tensors(residuals.count)),
     }

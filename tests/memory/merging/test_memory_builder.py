@@ -333,8 +333,13 @@ def test_the_order_of_shards_does_not_matter_for_what_a_key_recalls() -> None:
         assert torch.equal(one.residuals_at(keys, number, inside), other.residuals_at(keys, renumbered, inside))
 
 
-def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_through_that_of_wording() -> None:
+@pytest.mark.parametrize("rank", [32, 11])  # as much as is known of tokens, and less
+def test_keys_inside_answers_are_seen_through_the_moment_of_tokens_and_prompts_through_that_of_wording(
+    rank: int,
+) -> None:
     material = two_shards()
+    wording = leading(normal(600, D_FF, seed=92), rank)
+    material = replace(material, unrelated=replace(material.unrelated, wording=wording))
     memory, _ = built_lookup(material)
     evidence = material.evidence
     kept = ~evidence.held_out

@@ -42,7 +42,7 @@ def test_without_a_models_identity_nothing_is_kept(
     monkeypatch.setattr("wisecli.editing.evidence.token_probe.cache_path", lambda kind: tmp_path / kind)
     behind = TokenProbe(bench.loaded, bench.site, 8)
     keys, _ = behind.keys_after_questions(bench.space)
-    assert keys.shape == (len(_questions()), bench.site.d_ff)
+    assert keys.shape == (32, bench.site.d_ff)
     assert behind.keys_after_questions(bench.space)[0] is keys, "and read once none the less"
     assert not list(tmp_path.iterdir())
 

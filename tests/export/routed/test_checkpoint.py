@@ -202,6 +202,14 @@ def test_generation_in_padded_batches_with_a_cache_is_that_of_each_prompt_alone(
     assert together == by_loop
 
 
+def test_a_second_batch_is_not_answered_by_the_choices_of_the_first(tmp_path: Path) -> None:
+    model = load(export_tiny(tmp_path, "llama", Kind()).path)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    fresh = model.generate(**padded(PROMPTS[3:5], left=True), **settings)
+    model.generate(**padded(PROMPTS[:2], left=True), **settings)
+    assert torch.equal(model.generate(**padded(PROMPTS[3:5], left=True), **settings), fresh)
+
+
 @pytest.mark.parametrize("architecture", few(TYPICAL, ("gemma2", "gpt2")))
 def test_without_a_cache_each_token_is_routed_as_with_one(tmp_path: Path, architecture: str) -> None:
     model = load(export_tiny(tmp_path, architecture, LOOKUP).path)
@@ -354,6 +362,15 @@ def remove_tensor(directory: Path, lost: str, *, indexed: bool) -> None:
         del content["weight_map"][name]
         index.unlink()
         index.write_text(json.dumps(content))
+
+
+def test_half_precision_loads(tmp_path: Path, architecture: str) -> None:
+    model = load(export_tiny(tmp_path, architecture).path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        logits = model(**padded(PROMPTS, left=True)).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("architecture", few(TYPICAL, ("gemma2", "gpt2", "llama")))

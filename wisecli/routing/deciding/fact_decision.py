@@ -204,7 +204,7 @@ class FactDecision(Memory):
         mentions = mention_sentences(cosines, sentence.expand_as(cosines.mask))
         best, *others = edits.tolist()
         for place, edit in enumerate(others, 1):
-            of_both = cosines.with_edit(0), cosines.with_edit(place)
+            of_both = cosines.of_request(0), cosines.of_request(place)
             parts = request_parts(of_both, (mentions[0], mentions[place]), sentence[0])
             pair = _Asked(row, best, parts.first), _Asked(row, edit, parts.second)
             if self._means(projected, row, best, parts.first) and self._means(projected, row, edit, parts.second):

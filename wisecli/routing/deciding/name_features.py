@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.routing.deciding.sentence_features import NO_END, EditCosines
+from wisecli.routing.deciding.sentence_features import LEAST_COSINE, NO_END, EditCosines
 
 # The tensor that says how every token begins (v,): one of the following.
 WORD_STARTS = "request_gate.word_starts"
@@ -35,7 +35,7 @@ _MOST_UNEXPLAINED, _MOST_WORDS = 3, 6
 class _Words(NamedTuple):
     """The words of B requests: which one each token is of (B, n); how each begins, and which open a sentence (B, w).
 
-    Behind its own words a request has such as are none, where others have more.
+    Shorter requests are filled up with tokens that are no words.
     """
 
     of_token: Tensor
@@ -69,7 +69,7 @@ class _Words(NamedTuple):
 
     def best(self, values: Tensor) -> Tensor:
         """Return the best value among the tokens (B, n) of each word, one with a slip is explained in part: (B, w)."""
-        start = values.new_full(self.start.shape, -1.0)
+        start = values.new_full(self.start.shape, LEAST_COSINE)
         return start.scatter_reduce(1, self.of_token, values, "amax")
 
 
@@ -87,8 +87,7 @@ def name_features(cosines: EditCosines, starts: Tensor, ends: Tensor, earlier: T
         earlier: which tokens are of turns before the last one (B, n).
     """
     words = _Words.of(starts, ends, earlier)
-    of_subject = cosines.best()[0].where(cosines.mask, -1.0)
-    named = words.capital | (words.best(of_subject) > _OF_SUBJECT)
+    named = words.capital | (words.best(cosines.best()[0]) > _OF_SUBJECT)
     run = F.pad((named[:, 1:] & ~named[:, :-1]).long(), (1, 0)).cumsum(1)
     run_of_token, named_token = run.gather(1, words.of_token), named.gather(1, words.of_token)
     match = cosines.group_matches(run_of_token, int(run.max()) + 1, named_token)[0]

@@ -26,7 +26,7 @@ SENTENCE_FEATURE_COUNT = _OF_TOKENS + _OF_REQUESTS
 # Sentences apart, and sentences, count up to so many.
 _APART, _MOST = 3, 12
 # The cosine of what is not there: as low as a cosine can be.
-_LEAST = -1.0
+LEAST_COSINE = -1.0
 
 
 class EditCosines(NamedTuple):
@@ -49,7 +49,7 @@ class EditCosines(NamedTuple):
         heads = [pad_sequence([own[head] for own in edit_tokens], batch_first=True) for head in range(2)]
         edit_mask = [_mask([len(own[head]) for own in edit_tokens], tokens) for head in range(2)]
         subject, relation = (
-            (tokens[:, :, head] @ own.transpose(1, 2)).where(mask[:, :, None] & real[:, None], _LEAST)
+            (tokens[:, :, head] @ own.transpose(1, 2)).where(mask[:, :, None] & real[:, None], LEAST_COSINE)
             for head, (own, real) in enumerate(zip(heads, edit_mask, strict=True))
         )
         return cls((subject, relation), (edit_mask[0], edit_mask[1]), mask)
@@ -79,12 +79,12 @@ class EditCosines(NamedTuple):
         """
         best = []
         for values in self.values:
-            seen = values if chosen is None else values.where(chosen[:, :, None], _LEAST)
-            start = values.new_full((len(values), count, values.shape[2]), _LEAST)
+            seen = values if chosen is None else values.where(chosen[:, :, None], LEAST_COSINE)
+            start = values.new_full((len(values), count, values.shape[2]), LEAST_COSINE)
             best.append(start.scatter_reduce(1, group[:, :, None].expand_as(values), seen, "amax"))
         return self.edit_means(best)
 
-    def with_edit(self, row: int) -> Tensor:
+    def of_request(self, row: int) -> Tensor:
         """Return the cosines of one request with all of its edit's tokens: (n, t + t')."""
         own = zip(self.values, self.edit_mask, strict=True)
         return torch.cat([values[row][self.mask[row]][:, real[row]] for values, real in own], 1)

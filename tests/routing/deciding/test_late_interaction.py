@@ -186,6 +186,19 @@ def batch_of(edited: EditedModel, prompt: str):  # type: ignore[no-untyped-def]
     return collate([Row(tuple(edited.tokenizer(prompt)["input_ids"]), (7, 8, 9))])
 
 
+def test_of_edits_above_their_thresholds_the_likeliest_answers(edited: EditedModel, tmp_path: Path) -> None:
+    """However low the threshold of another is."""
+    probs = decision_of(edited, PROMPTS[1]).scores[0]
+    assert float(probs[1]) > 2 * float(probs[0]) > 0
+    thresholds = (float(probs[0]) / 1000, float(probs[1]) / 2, 1.0)
+    (tmp_path / "low").mkdir()
+    memory = replace(edited.manifest.memory, thresholds=thresholds)
+    write_memory(tmp_path / "low", manifest_for(Path(edited.manifest.model), memory, EDITS))
+    decision = decision_of(attach(tmp_path / "low", load=CPU), PROMPTS[1])
+    assert (int(decision.memory[0]), int(decision.nearest[0])) == (1, 1)
+    assert float(decision.score_ratio[0]) == pytest.approx(2, rel=1e-3)
+
+
 @torch.no_grad()
 def chosen_by_the_layer(
     edited: EditedModel, parts: list[list[int]], monkeypatch: pytest.MonkeyPatch

@@ -102,10 +102,11 @@ def test_log_odds_are_those_of_loops_whoever_else_is_in_the_batch() -> None:
     mentions = mention_features([Request(*request(count, seed=count), edit(seed=3)) for count in (1, 5, 40, 90)])
     expected = [log_odds_by_loops(one.states, one.features, tensors) for one in mentions]
     assert gate.log_odds(batch_mentions(mentions)).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    lower = [one - 0.5 * (place % 2) for place, one in enumerate(expected)]
-    assert gate(batch_mentions(mentions), torch.tensor([0, 1, 0, 1])).tolist() == pytest.approx(
-        lower, rel=1e-3, abs=1e-4
-    )
+    # Below even odds, what a prompt may mean counts as well: .2 are four to one against it.
+    probs, less = [0.2, 0.5, 0.99, 0.2], [math.log(4), 0.0, 0.0, math.log(4)]
+    lower = [one - 0.5 * (place % 2) - less[place] for place, one in enumerate(expected)]
+    found = gate(batch_mentions(mentions), torch.tensor([0, 1, 0, 1]), torch.tensor(probs))
+    assert found.tolist() == pytest.approx(lower, rel=1e-3, abs=1e-4)
     for one, alone in zip(mentions, expected, strict=True):
         assert float(gate.log_odds(batch_mentions([one]))) == pytest.approx(alone, rel=1e-3, abs=1e-4)
 

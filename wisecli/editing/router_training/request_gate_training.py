@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wisecli.editing.router_training.gate_weights import in_parts, train_and_calibrate
+from wisecli.editing.router_training.gate_weights import train_and_calibrate
 from wisecli.editing.router_training.request_examples import Example, Examples
 from wisecli.editing.router_training.synthetic_facts import SyntheticFact, synthetic_facts
 from wisecli.editing.router_training.token_characters import sentence_token_ids, word_starts
@@ -29,6 +29,7 @@ from wisecli.models.running.quick_products import quick_products
 from wisecli.models.running.seeding import seeded
 from wisecli.progress import ProgressCallback
 from wisecli.routing.deciding.request_gate import (
+    MIN_GATED_PROB,
     TOKEN_MARKS,
     Mention,
     Request,
@@ -36,13 +37,13 @@ from wisecli.routing.deciding.request_gate import (
     batch_mentions,
     log_odds,
     mention_features,
+    unsureness,
 )
 
 # Facts, and steps of learning.
 _FACTS, _STEPS = 320, 1000
-# Prompts that late interaction finds less likely than this to mean a fact never come to the gate; from the second on
-# they open it.
-_FOUND, _OPENED = 0.25, 0.5
+# Prompts that late interaction finds less likely than this to mean a fact are not learned from.
+_FOUND = 0.25
 # Requests whose mentions are looked at together.
 _AT_A_TIME = 128
 # So many facts are mentioned in wordings that nothing is learned from.
@@ -89,6 +90,14 @@ class _FactPrompt:
                 score = (tokens @ projected[head].T).amax(1) @ weights
                 prob *= float((projections.logit_scale[head] * (score - projections.logit_offset[head])).sigmoid())
         return prob
+
+
+class _Found(NamedTuple):
+    """An example that late interaction finds, what the gate reads of it, and how likely it means its fact."""
+
+    example: Example
+    mention: Mention
+    fact_prob: float
 
 
 class _Read(NamedTuple):
@@ -139,23 +148,32 @@ def train_request_gate(
 
     own_prompts = read([fact.questions[0] for fact in facts]).states
     fact_prompts = list(_fact_prompts(loaded, projections, facts, own_prompts))
-    mentions: list[Mention] = []
-    train_examples: list[Example] = []
+    found: list[_Found] = []
     for turns in (False, True):
         of = examples_by_fact.conversations if turns else examples_by_fact.of
         examples = [one for number in range(len(facts)) for one in of(number)]
         if examples:
-            found = read([one.text for one in examples], turns=turns)
-            for example, mention in _mentions(projections, fact_prompts, examples, found):
-                train_examples.append(example)
-                mentions.append(mention)
+            texts = read([one.text for one in examples], turns=turns)
+            found += _mentions(projections, fact_prompts, examples, texts, _FOUND)
     with seeded(0, loaded.device):
-        at = [Mention(*(part.to(loaded.device) for part in one)) for one in mentions]
-        weights = train_and_calibrate(at, train_examples, len(facts), max(20, round(_STEPS * share)), rng, on_progress)
-    eval_examples = [one for number in range(len(facts))[-_CHECKED:] for one in examples_by_fact.held_back(number)]
-    checked = _mentions(projections, fact_prompts, eval_examples, read([one.text for one in eval_examples]), _OPENED)
-    odds = [log_odds(weights, batch_mentions(part)) for part in in_parts([mention for _, mention in checked])]
-    return weights | token_marks, torch.tensor([sum(int((one > 0).sum()) for one in odds), len(eval_examples)])
+        at = [Mention(*(part.to(loaded.device) for part in one.mention)) for one in found]
+        own = [one.example for one in found]
+        weights = train_and_calibrate(at, own, len(facts), max(20, round(_STEPS * share)), rng, on_progress)
+    held_back = [one for number in range(len(facts))[-_CHECKED:] for one in examples_by_fact.held_back(number)]
+    texts = read([one.text for one in held_back])
+    checked = _mentions(projections, fact_prompts, held_back, texts, MIN_GATED_PROB)
+    return weights | token_marks, torch.tensor([_opened(weights, checked), len(held_back)])
+
+
+def _opened(weights: Mapping[str, Tensor], found: Sequence[_Found]) -> int:
+    """Return how many of some examples open the fact that they mention."""
+    count = 0
+    for first in range(0, len(found), _AT_A_TIME):
+        some = found[first : first + _AT_A_TIME]
+        probs = torch.tensor([one.fact_prob for one in some])
+        odds = log_odds(weights, batch_mentions([one.mention for one in some])) + unsureness(probs)
+        count += int((odds > 0).sum())
+    return count
 
 
 def _fact_prompts(
@@ -176,25 +194,27 @@ def _mentions(
     fact_prompts: Sequence[_FactPrompt],
     examples: Sequence[Example],
     read: _Read,
-    least: float = _FOUND,
-) -> list[tuple[Example, Mention]]:
+    least: float,
+) -> list[_Found]:
     """Return what the gate reads of those examples that are found, as likely as ``least``."""
     sizes = torch.bincount(read.states.text, minlength=len(examples)).tolist()
     starts = [0, *itertools.accumulate(sizes)]
     # Requests of like length together, as the shorter ones of a batch are filled up.
     order = [place for place in sorted(range(len(examples)), key=lambda place: sizes[place]) if sizes[place]]
     mentions: dict[int, Mention] = {}
+    probs: dict[int, float] = {}
     for first in range(0, len(order), _AT_A_TIME):
         requests: dict[int, Request] = {}
         for place in order[first : first + _AT_A_TIME]:
             tokens = slice(starts[place], starts[place + 1])
             fact = fact_prompts[examples[place].fact]
             projected = torch.stack([projections.project(read.states.states[tokens], head) for head in range(2)])
-            if fact.match_prob(projections, projected) >= least:
+            probs[place] = fact.match_prob(projections, projected)
+            if probs[place] >= least:
                 requests[place] = read.request(place, tokens, projected, fact.projected)
         if requests:
             mentions |= zip(requests, mention_features(list(requests.values())), strict=True)
-    return [(examples[place], mentions[place]) for place in sorted(mentions)]
+    return [_Found(examples[place], mentions[place], probs[place]) for place in sorted(mentions)]
 
 
 def _subject_mask(loaded: Loaded, fact: SyntheticFact, places: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from wisecli.artifacts.background_stats import RouterHeads
 from wisecli.artifacts.shard import PromptStates, half
 from wisecli.memory.merging.near_prompts import NearPrompts, padded_texts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LATE_INTERACTION, LateInteraction
-from wisecli.routing.deciding.request_gate import LOGIT_OFFSET, Request, RequestGate, batch_mentions, mention_features
+from wisecli.routing.deciding.request_gate import (
+    LOGIT_OFFSET,
+    Request,
+    RequestGate,
+    batch_mentions,
+    mention_features,
+    unsureness,
+)
 
 # How sure a prompt must be to mean an edit; and how much surer than the prompts of all other edits, up to a limit.
 MIN_EDIT_PROB, _PROB_MARGIN, _MAX_THRESHOLD = 0.5, 1.25, 0.95
@@ -116,17 +123,15 @@ def _kept_tokens(
     return torch.cat(token_embeddings), torch.cat(token_weights), torch.cat(token_to_prompt)
 
 
-def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, fitted: FittedLateInteraction) -> dict[str, Tensor]:
     """Return the tensors ``REQUEST_GATE`` and each edit's offset; none if no gate was learned for the base model.
 
     A prompt asks an edit that it mentions where that is more likely than not. Where an edit's own prompt is less
     likely, its offset lies below that.
-
-    Args:
-        tensors: all of ``LATE_INTERACTION``.
     """
     if not heads.request_gate:
         return {}
+    tensors = fitted.tensors
     edits = (
         int(tensors["late_interaction.prompt_to_edit"].max()) + 1
         if len(tensors["late_interaction.prompt_to_edit"])
@@ -139,6 +144,7 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
     written = prompts.rows((prompts.form == 0) | (prompts.form >= _OTHER_LANGUAGES))
     each = torch.stack([written.edit.long(), written.form.long()], 1)
     pairs, sizes = each.unique_consecutive(dim=0, return_counts=True)
+    own_probs = fitted.own_probs[_kept_prompts(prompts, pairs)]
     states, tokens_of = written.states.split(sizes.tolist()), written.token.split(sizes.tolist())
     for some in torch.arange(len(pairs)).split(_AT_A_TIME):
         own = torch.cat([states[number] for number in some.tolist()]).float()
@@ -151,11 +157,17 @@ def request_gate_tensors(heads: RouterHeads, prompts: PromptStates, tensors: dic
             Request(one, near, tokens, first_state=first_states.get((edit, form)), marks=gate.marks(ids))
             for (one, near, ids, (edit, form)), tokens in zip(parts, edit_tokens, strict=True)
         ]
-        lower = (gate.log_odds(batch_mentions(mention_features(requests))) - _LOGIT_MARGIN).clamp(
-            _MIN_LOGIT_OFFSET, 0.0
-        )
+        log_odds = gate.log_odds(batch_mentions(mention_features(requests))) + unsureness(own_probs[some])
+        lower = (log_odds - _LOGIT_MARGIN).clamp(_MIN_LOGIT_OFFSET, 0.0)
         logit_offset = logit_offset.scatter_reduce(0, pairs[some, 0], lower, "amin")
     return {**heads.request_gate, LOGIT_OFFSET: logit_offset}
+
+
+def _kept_prompts(prompts: PromptStates, pairs: Tensor) -> Tensor:
+    """Return the numbers of kept prompts, by their edits and forms (p, 2): (p,)."""
+    forms = int(prompts.form.max()) + 1
+    every = (prompts.edit.long() * forms + prompts.form.long()).unique()
+    return torch.searchsorted(every, pairs[:, 0] * forms + pairs[:, 1])
 
 
 def _normalized(weights: Tensor, prompt_index: Tensor, count: int) -> Tensor:

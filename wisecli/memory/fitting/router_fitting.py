@@ -18,6 +18,7 @@ from wisecli.memory.fitting.late_interaction_fitting import (
     request_gate_tensors,
 )
 from wisecli.memory.merging.merged_evidence import MergedEvidence
+from wisecli.routing.deciding.request_gate import MIN_GATED_PROB
 from wisecli.routing.deciding.subject_tensors import Spellings, fuzzy_match_tensors, subject_match_tensors
 from wisecli.routing.memories.calibration import Calibration, calibrate, measure, quantile
 from wisecli.routing.memories.matrix_memory import MatrixMemory
@@ -114,14 +115,14 @@ def fit_facts(draft: SideMemory, merged_evidence: MergedEvidence, settings: Merg
     edits = int(merged_evidence.evidence.edit.max()) + 1
     fitted = fit_late_interaction(heads, prompts.compared, edits)
     alarms = fitted.unrelated_probs.amax(1)
-    least = MIN_EDIT_PROB
+    least = MIN_GATED_PROB if heads.request_gate else MIN_EDIT_PROB
     if settings.false_alarm is not None:
-        least = max(MIN_EDIT_PROB, quantile(alarms, 1 - settings.false_alarm))
+        least = max(least, quantile(alarms, 1 - settings.false_alarm))
     calibration = measure(fitted.own_probs, alarms, least, rule=settings.threshold or "false-alarm")
     if heads.mentioned is not None:
         opened, count = heads.mentioned.tolist()
         calibration = replace(calibration, mentioned=opened / max(1, count))
-    opening = {**fitted.tensors, **request_gate_tensors(heads, prompts, fitted.tensors)}
+    opening = {**fitted.tensors, **request_gate_tensors(heads, prompts, fitted)}
     return replace(
         draft,
         tensors={**draft.tensors, **naming(merged_evidence, settings), **opening},

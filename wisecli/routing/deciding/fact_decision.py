@@ -41,8 +41,9 @@ from wisecli.routing.memories.side_memory import Memory, SideMemory
 # How likely a prompt must be to ask an edit that it means. What the gate says was shifted so that nearly all made-up
 # questions are above this.
 MIN_ASK_PROB = 0.5
-# So many of the likeliest edits are looked at where a prompt may ask two.
-_RIVALS = 4
+# So many of the likeliest edits are looked at where a prompt may ask two; and how likely a part of it must be to mean
+# one of those by itself.
+_RIVALS, _MIN_PART_PROB = 4, 0.5
 
 
 class _ComparedTokens(NamedTuple):
@@ -58,12 +59,13 @@ class _ComparedTokens(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """An edit that a prompt may ask, by the row of the prompt and its own number; ``part`` marks those of the compared
-    tokens that may ask it (n,), all by default.
+    """An edit that a prompt may ask, by the row of the prompt and its own number, and how likely the prompt means it;
+    ``part`` marks those of the compared tokens that may ask it (n,), all by default.
     """
 
     row: int
     edit: int
+    edit_prob: float
     part: Tensor | None = None
 
 
@@ -145,9 +147,18 @@ class FactDecision(Memory):
                 letters = self.fuzzy_match.characters(window.ids, fuzzy_tokens)
                 matched = matched | self.fuzzy_match(letters, meant & ~matched)
             gated_edit_probs = edit_probs * matched
-        score_ratio, nearest = self.best_score_ratio(gated_edit_probs)
+        score_ratio, nearest = self._nearest(gated_edit_probs)
         chosen = nearest.where((score_ratio > 1) & window.non_padding.any(1), UNROUTED)
         return gated_edit_probs, Decision(chosen, score_ratio, nearest, edit_probs, matched)
+
+    def _nearest(self, edit_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the likeliest of the edits above their thresholds, or else the one that comes nearest to its own, and
+        the share of its threshold that it reaches: (B, M) → two (B,).
+        """
+        score_ratio, nearest = self.best_score_ratio(edit_probs)
+        open_probs = edit_probs * self.above_threshold(edit_probs)
+        nearest = open_probs.argmax(-1).where(score_ratio > 1, nearest)
+        return self.score_ratios(edit_probs).gather(-1, nearest[:, None])[:, 0], nearest
 
     def _with_earlier_turns(self, gate: RequestGate, window: WindowStates, last: Tensor, before: Tensor) -> Decision:
         """Return what prompts ask for together with the user's turns before the last one.
@@ -167,7 +178,9 @@ class FactDecision(Memory):
         ask_probs = torch.zeros(len(decision.memory), device=decision.memory.device)
         rows = (decision.memory != UNROUTED).nonzero().flatten()
         if len(rows):
-            asked = [_Asked(*pair) for pair in zip(rows.tolist(), decision.memory[rows].tolist(), strict=True)]
+            edits = decision.memory[rows]
+            probs = decision.scores[rows, edits].tolist()
+            asked = [_Asked(*one) for one in zip(rows.tolist(), edits.tolist(), probs, strict=True)]
             ask_probs[rows] = self._ask_probs(gate, tokens, asked)
         return replace(decision, memory=decision.memory.where(ask_probs > MIN_ASK_PROB, UNROUTED), ask_prob=ask_probs)
 
@@ -206,17 +219,23 @@ class FactDecision(Memory):
         for place, edit in enumerate(others, 1):
             of_both = cosines.of_request(0), cosines.of_request(place)
             parts = request_parts(of_both, (mentions[0], mentions[place]), sentence[0])
-            pair = _Asked(row, best, parts.first), _Asked(row, edit, parts.second)
-            if self._means(projected, row, best, parts.first) and self._means(projected, row, edit, parts.second):
+            pair = tuple(
+                _Asked(row, one, self._part_prob(projected, row, one, part), part)
+                for one, part in ((best, parts.first), (edit, parts.second))
+            )
+            if all(one.edit_prob > _MIN_PART_PROB for one in pair):
                 return pair if parts.in_order else pair[::-1]
         return ()
 
-    def _means(self, prompts: ProjectedPrompts, row: int, edit: int, part: Tensor) -> bool:
-        """Return whether a part of a prompt, by the tokens that are of it (n,), means an edit by itself."""
+    def _part_prob(self, prompts: ProjectedPrompts, row: int, edit: int, part: Tensor) -> float:
+        """Return how likely a part of a prompt, by the tokens that are of it (n,), means an edit by itself; 0 if that
+        is no more than the edit's threshold.
+        """
         mask = prompts.mask[row : row + 1].clone()
         mask[0, mask[0].clone()] = part
         alone = ProjectedPrompts(prompts.projected[:, row : row + 1], mask, prompts.states[row : row + 1])
-        return bool(self.above_threshold(self.late_interaction.edit_probs(alone).float())[0, edit])
+        probs = self.late_interaction.edit_probs(alone).float()
+        return float((probs * self.above_threshold(probs))[0, edit])
 
     def _ask_probs(self, gate: RequestGate, tokens: _ComparedTokens, asked: Sequence[_Asked]) -> Tensor:
         """Return how surely prompts ask edits: (a,)."""
@@ -224,7 +243,7 @@ class FactDecision(Memory):
         requests = []
         opens = starts_with_word(window.ids, window.non_padding, mask, self.late_interaction.special_token_ids)
         edits = torch.tensor([one.edit for one in asked], device=mask.device)
-        for (row, _, part), own in zip(asked, self.late_interaction.edit_tokens(edits), strict=True):
+        for (row, _, _, part), own in zip(asked, self.late_interaction.edit_tokens(edits), strict=True):
             kept, ids = projected.mask[row], window.ids[row, mask[row]]
             states, both = projected.states[row, kept], projected.projected[:, row, kept]
             before = None if earlier is None else earlier[row, kept]
@@ -232,7 +251,8 @@ class FactDecision(Memory):
                 states, both, ids = states[part], both[:, part], ids[part]
             first = window.states[row, 0].float() if opens[row] else None
             requests.append(Request(states, both, own, before, first, gate.marks(ids)))
-        log_odds: Tensor = gate(batch_mentions(mention_features(requests)), edits)
+        probs = torch.tensor([one.edit_prob for one in asked], device=mask.device)
+        log_odds: Tensor = gate(batch_mentions(mention_features(requests)), edits, probs)
         return log_odds.sigmoid()
 
 

@@ -34,6 +34,8 @@ REQUEST_GATE = (
     "request_gate.mix",
     "request_gate.out",
 )
+# A prompt that is less likely than this to mean an edit does not come to the gate.
+MIN_GATED_PROB = 0.1
 # The log-odds that a prompt must exceed to ask an edit, of each edit.
 LOGIT_OFFSET = "request_gate.logit_offset"
 # How far around its middle the words of a mention may lie, and the tokens around it that are read; and how many of
@@ -142,9 +144,11 @@ class RequestGate(nn.Module):
         for name in self._marked_by:
             self.register_buffer(name.removeprefix("request_gate."), tensors[name])
 
-    def forward(self, mentions: Mentions, edits: Tensor) -> Tensor:
-        """Return the log-odds that prompts ask the edits (B,) that they mention, above the offsets of those: (B,)."""
-        return self.log_odds(mentions) - self.logit_offset[edits].float()
+    def forward(self, mentions: Mentions, edits: Tensor, edit_probs: Tensor) -> Tensor:
+        """Return the log-odds that prompts ask the edits (B,) that they mean so likely (B,), above the offsets of
+        those: (B,).
+        """
+        return self.log_odds(mentions) + unsureness(edit_probs) - self.logit_offset[edits].float()
 
     def marks(self, ids: Tensor) -> TokenMarks | None:
         """Return the marks of tokens (n,), if the gate heeds any."""
@@ -157,6 +161,13 @@ class RequestGate(nn.Module):
         return log_odds(
             {name: getattr(self, name.removeprefix("request_gate.")).float() for name in REQUEST_GATE}, mentions
         )
+
+
+def unsureness(edit_probs: Tensor) -> Tensor:
+    """Return what takes away from the log-odds that prompts ask an edit, as they mean it so likely (B,): the log-odds
+    of that where they are below nought (B,).
+    """
+    return edit_probs.logit(eps=1e-6).clamp(max=0)
 
 
 def log_odds(

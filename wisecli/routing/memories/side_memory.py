@@ -192,8 +192,12 @@ class Memory(nn.Module):
         """Return the largest share of its threshold that any memory's score reaches, and which: (..., M) → two
         (...).
         """
-        strength, nearest = (scores.float() / self._limits(scores.device)).max(-1)
+        strength, nearest = self.score_ratios(scores).max(-1)
         return strength, nearest
+
+    def score_ratios(self, scores: Tensor) -> Tensor:
+        """Return the share of its threshold that each memory's score reaches: (..., M) → (..., M)."""
+        return scores.float() / self._limits(scores.device)
 
     @property
     def thresholds(self) -> tuple[float, ...]:

@@ -35,7 +35,7 @@ _LED_IN, _OTHER_LANGUAGES = 2, 4
 # How far below the log-odds of its own prompt an edit's offset lies, if that is below nought, and how low it may.
 _LOGIT_MARGIN, _MIN_LOGIT_OFFSET = 1.0, -50.0
 # At a time: prompts that the request gate reads, tokens that are projected, texts and edits that are compared.
-_AT_A_TIME, _TOKENS, _TEXTS, _EDITS = 1024, 1 << 13, 16, 16
+_AT_A_TIME, _TOKENS, _TEXTS, _EDITS = 1024, 1 << 13, 32, 16
 # Sums of tokens' states that differ by less than this share are of the very same tokens.
 _SAME = 1e-3
 
@@ -277,5 +277,6 @@ def text_edit_probs(late_interaction: LateInteraction, states: Tensor, text: Ten
     probs, tokens = torch.empty(count, late_interaction.edits), Groups(text, count)
     for part in tokens.sizes.argsort(stable=True).split(_TEXTS):
         rows, there = tokens.padded(part)
-        probs[part] = late_interaction(states[rows], there)
+        # What is no token of a text is its first once more, which changes no maximum.
+        probs[part] = late_interaction(states[rows], torch.ones_like(there))
     return probs

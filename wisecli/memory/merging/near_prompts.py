@@ -18,7 +18,7 @@ from wisecli.environment import has_bfloat16_tiles
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 # Prompts that are compared at a time, and tokens of others that they are compared with.
-_AT_A_TIME, _TOKENS = 128, 2048
+_AT_A_TIME, _TOKENS = 64, 2048
 # How much less alike than would do two subjects in one form may be; cosines of few bits are off by less than a third.
 _SLACK = 0.05
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from wisecli.artifacts.shard import PromptStates
 from wisecli.memory.merging import near_prompts
-from wisecli.memory.merging.near_prompts import NearPrompts
+from wisecli.memory.merging.near_prompts import Groups, NearPrompts
 from wisecli.routing.deciding.late_interaction import HOPELESS, LateInteraction
 
 D, WIDTH, EDITS, FORMS, TOKENS = 12, 8, 20, 2, 3
@@ -91,3 +91,13 @@ def test_prompts_in_no_group_are_compared_with_none() -> None:
     near = near_prompts_of(some_meaning(), *some_prompts())
     asking, meant = near.similar_edits(torch.full((EDITS * FORMS,), -1))
     assert asking.tolist() == meant.tolist() == list(range(EDITS))
+
+
+def test_padding_is_a_groups_first_row() -> None:
+    rows, there = Groups(torch.tensor([1, 0, 1, 1]), 3).padded(torch.tensor([[0, 1]]))
+    assert rows.tolist() == [[[1, 1, 1], [0, 2, 3]]]
+    assert there.tolist() == [[[True, False, False], [True, True, True]]]
+
+
+def test_a_group_without_rows_has_padding_alone() -> None:
+    assert not Groups(torch.tensor([0, 1]), 3).padded(torch.tensor([2]))[1].any()

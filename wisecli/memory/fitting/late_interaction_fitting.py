@@ -245,13 +245,12 @@ def _twins(sums: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         sizes: how many tokens each prompt has (g,).
     """
     # No two are further apart in one dimension than they are altogether, so those are looked at that tell most.
-    along, across = sums[:, sums.var(0).topk(2).indices].unbind(1)
-    least = 1.01 * _SAME * sums.norm(dim=-1)
+    along, across = sums[:, sums.var(0, correction=0).topk(2).indices].unbind(1)
+    # Of two that are close neither is longer by more than the hundredth that is added.
+    furthest = 1.01 * _SAME * sums.norm(dim=-1)
     order = along.argsort()
     order = order[sizes[order].argsort(stable=True)]
-    sizes, along, across, furthest = sizes[order], along[order], across[order], least[order]
-    # Of two that are close neither is much longer.
-    furthest = furthest * (1 + 2 * _SAME)
+    sizes, along, across, furthest = sizes[order], along[order], across[order], furthest[order]
     found: list[Tensor] = []
     first = torch.arange(len(order))
     for apart in range(1, len(order)):
